@@ -1,0 +1,77 @@
+# The Python that the virtual environment is made with, and where that stands:
+#     PYTHON=python3.12 make test
+PYTHON ?= python3
+VENV ?= .venv
+# Passed on to the program that a target runs:  make test ARGS="-k cancel"
+ARGS ?=
+
+MAKEFLAGS += --no-print-directory
+
+BIN := $(VENV)/bin
+# One stamp for the Python and one for each set of packages. They live in the environment, so
+# another PYTHON, which begins it anew, removes them all.
+MADE := $(VENV)/made-with-$(subst /,-,$(PYTHON))
+PACKAGE := setup.cfg setup.py taskx/__init__.py
+INSTALL = echo "Installing $(1) into $(VENV)" && \
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$(1)" && \
+	touch $@
+
+.PHONY: help demo test lint format typecheck layers bench build ci clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(VENV)/installed-core ## run the main job: hash the standard library as tasks
+	@$(BIN)/python examples/checksum.py $(ARGS)
+
+test: $(VENV)/installed-test ## run the tests
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/installed-dev ## check style and formatting
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+
+format: $(VENV)/installed-dev ## mend style and formatting where a tool can
+	@$(BIN)/ruff check --fix --exit-zero .
+	@$(BIN)/ruff format .
+
+typecheck: $(VENV)/installed-dev ## check the types, and what users' type checkers see
+	@$(BIN)/mypy
+	@$(BIN)/mypy tests/typing
+	@$(BIN)/basedpyright --pythonpath $(BIN)/python tests/typing
+
+layers: $(VENV)/installed-dev ## check that imports only go down the layers
+	@$(BIN)/lint-imports --no-cache
+
+bench: $(VENV)/installed-bench ## measure TaskX beside a bare loop and its peers
+	@$(BIN)/python -m benchmarks $(ARGS)
+
+build: $(VENV)/installed-dev ## build the sdist and the wheel into dist/
+	@$(BIN)/python -m build --outdir dist .
+
+ci: ## run all that a change must pass
+	@.ci/run
+
+clean: ## remove what make made
+	rm -rf .venv .venv-* build dist *.egg-info
+	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+
+$(MADE):
+	@command -v "$(PYTHON)" > /dev/null || { echo "$(PYTHON) is not on this machine: install Python" \
+		"3.10 or newer, or name another one, as in: PYTHON=python3.12 make test" >&2; exit 1; }
+	@"$(PYTHON)" tools/bootstrap.py $(VENV)
+	@touch $@
+
+$(VENV)/installed-core: $(MADE) $(PACKAGE)
+	@$(call INSTALL,.)
+
+$(VENV)/installed-test: $(MADE) $(PACKAGE)
+	@$(call INSTALL,.[test])
+
+$(VENV)/installed-dev: $(MADE) $(PACKAGE)
+	@$(call INSTALL,.[test$(COMMA)dev])
+
+$(VENV)/installed-bench: $(MADE) $(PACKAGE)
+	@$(call INSTALL,.[bench])
+
+COMMA := ,

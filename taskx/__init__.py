@@ -1,0 +1,73 @@
+"""TaskX: the task framework that you embed. One import, no broker to run.
+
+Tasks are records in a repository, a bounded queue feeds worker threads, executors get a cooperative
+cancellation token, and a process that is killed loses nothing.
+"""
+
+from taskx.core.clock import Clock, SystemClock
+from taskx.core.errors import (
+    ConfigurationError,
+    DuplicateTask,
+    InvalidTransition,
+    PayloadError,
+    QueueFull,
+    QueueStopped,
+    RepositoryCorrupt,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    TaskCancelled,
+    TaskFailed,
+    TaskNotFound,
+    TaskxError,
+    UnknownTaskType,
+)
+from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
+from taskx.core.token import CancelReason, CancelToken
+from taskx.queue import Config, Queue
+from taskx.runtime.context import Context
+from taskx.runtime.executors import Executor, TaskExecutor, executor
+from taskx.runtime.handles import TaskHandle
+from taskx.storage.base import TaskRepository
+from taskx.storage.memory import MemoryRepository
+from taskx.storage.sqlite import SQLiteRepository
+from taskx.storage.urls import open_repository
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Attempt",
+    "CancelReason",
+    "CancelToken",
+    "Clock",
+    "Config",
+    "ConfigurationError",
+    "Context",
+    "DuplicateTask",
+    "Executor",
+    "InvalidTransition",
+    "MemoryRepository",
+    "PayloadError",
+    "Queue",
+    "QueueFull",
+    "QueueStopped",
+    "RepositoryCorrupt",
+    "RepositoryError",
+    "RepositoryUnavailable",
+    "SQLiteRepository",
+    "SchemaMismatch",
+    "SystemClock",
+    "Task",
+    "TaskCancelled",
+    "TaskExecutor",
+    "TaskFailed",
+    "TaskFilter",
+    "TaskHandle",
+    "TaskNotFound",
+    "TaskRepository",
+    "TaskStatus",
+    "TaskxError",
+    "UnknownTaskType",
+    "executor",
+    "open_repository",
+]

@@ -1,0 +1,56 @@
+"""Time, as something that can be handed in."""
+
+from __future__ import annotations
+
+import time
+from datetime import datetime, timedelta, timezone
+from typing import Protocol
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
+_MILLISECOND = timedelta(milliseconds=1)
+
+
+class Clock(Protocol):
+    """Where TaskX reads time from; hand your own to ``Queue`` or a repository in tests."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970-01-01 UTC: what records are stamped with."""
+        ...
+
+    def monotonic(self) -> float:
+        """Seconds on a clock that never jumps: what durations and deadlines are measured by."""
+        ...
+
+
+class SystemClock:
+    """The machine's own clocks."""
+
+    def now_ms(self) -> int:
+        """Milliseconds since 1970-01-01 UTC."""
+        return time.time_ns() // 1_000_000
+
+    def monotonic(self) -> float:
+        """``time.monotonic()``."""
+        return time.monotonic()
+
+
+SYSTEM_CLOCK = SystemClock()
+
+
+def to_datetime(ms: int) -> datetime:
+    """The aware UTC datetime of a millisecond count."""
+    return _EPOCH + timedelta(milliseconds=ms)
+
+
+def to_ms(moment: datetime, what: str = "datetime") -> int:
+    """The millisecond count of an aware datetime (finer parts are cut off).
+
+    Raises:
+        ValueError: the datetime is naive, so that it names no moment.
+    """
+    if moment.tzinfo is None or moment.utcoffset() is None:
+        raise ValueError(
+            f"{what} must be an aware datetime, such as datetime.now(timezone.utc); "
+            f"{moment!r} has no time zone"
+        )
+    return (moment - _EPOCH) // _MILLISECOND

@@ -1,0 +1,146 @@
+"""Every error TaskX raises, in one tree.
+
+.. code-block:: text
+
+    TaskxError
+    ├── ConfigurationError (ValueError)   asked for what this set-up cannot do
+    ├── PayloadError (ValueError)         params or result are not JSON, too large, or do not fit
+    ├── UnknownTaskType (LookupError)     no executor for the type, and it was not declared
+    ├── TaskNotFound (LookupError)        no record with that id
+    ├── DuplicateTask                     a record with that id exists
+    ├── InvalidTransition                 the task's status does not allow the move
+    ├── QueueFull                         the buffer has no room
+    ├── QueueStopped                      the queue was stopped
+    ├── TaskFailed                        raised by ``TaskHandle.result()``
+    └── RepositoryError                   the store could not do it
+        ├── RepositoryUnavailable         … now: locked, full, unreachable; may work later
+        ├── RepositoryCorrupt             … because what it holds is damaged or no database
+        └── SchemaMismatch                … because it belongs to another program or version
+
+    TaskCancelled (BaseException)         what a token raises inside an executor
+
+``TaskCancelled`` stands outside the tree on purpose: ``except Exception`` in user code must not
+swallow a cancellation.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from taskx.core.token import CancelReason
+
+
+class TaskxError(Exception):
+    """Root of all errors that TaskX raises."""
+
+
+class ConfigurationError(TaskxError, ValueError):
+    """An option, an executor or a combination of them cannot work; the message says which and why."""
+
+
+class PayloadError(TaskxError, ValueError):
+    """Params or a result cannot be stored.
+
+    Attributes:
+        path: where the offending value is, for example ``params.items[3].price``.
+    """
+
+    def __init__(self, path: str, problem: str) -> None:
+        super().__init__(path, problem)
+        self.path = path
+        self.problem = problem
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.problem}"
+
+
+class UnknownTaskType(TaskxError, LookupError):
+    """The type has no registered executor and was not declared on this queue."""
+
+
+class TaskNotFound(TaskxError, LookupError):
+    """No task with the given id is in the repository."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(task_id)
+        self.task_id = task_id
+
+    def __str__(self) -> str:
+        return f"no task with id {self.task_id!r} in the repository"
+
+
+class DuplicateTask(TaskxError):
+    """A task with the given id is in the repository already; nothing was stored."""
+
+    def __init__(self, task_id: str) -> None:
+        super().__init__(task_id)
+        self.task_id = task_id
+
+    def __str__(self) -> str:
+        return f"a task with id {self.task_id!r} exists already; nothing was stored"
+
+
+class InvalidTransition(TaskxError):
+    """The task's present status does not allow what was asked for; nothing was changed."""
+
+
+class QueueFull(TaskxError):
+    """The buffer has no room for what was submitted; nothing was stored."""
+
+
+class QueueStopped(TaskxError):
+    """The queue was stopped and takes no more tasks; nothing was stored."""
+
+
+class TaskFailed(TaskxError):
+    """Raised by ``TaskHandle.result()`` when the task failed.
+
+    Attributes:
+        task_id: the task.
+        error: the error text of its last attempt.
+        attempt: the number of that attempt, from 1.
+        remote_traceback: the traceback as text; empty when there was none.
+    """
+
+    def __init__(self, task_id: str, error: str, attempt: int, remote_traceback: str = "") -> None:
+        super().__init__(task_id, error, attempt, remote_traceback)
+        self.task_id = task_id
+        self.error = error
+        self.attempt = attempt
+        self.remote_traceback = remote_traceback
+
+    def __str__(self) -> str:
+        text = f"task {self.task_id} failed in attempt {self.attempt}: {self.error}"
+        return f"{text}\n\n{self.remote_traceback}" if self.remote_traceback else text
+
+
+class RepositoryError(TaskxError):
+    """The repository could not do what was asked; the driver's own error is the ``__cause__``."""
+
+
+class RepositoryUnavailable(RepositoryError):
+    """The repository cannot be used now (locked too long, disk full, unreachable); try again later."""
+
+
+class RepositoryCorrupt(RepositoryError):
+    """What the repository holds is damaged, or is no database at all."""
+
+
+class SchemaMismatch(RepositoryError):
+    """The database belongs to another program, or to a newer version of TaskX; it was not touched."""
+
+
+class TaskCancelled(BaseException):
+    """Raised inside an executor by its token. Let it pass: the reason decides how the task ends.
+
+    Attributes:
+        reason: why the token fired.
+    """
+
+    def __init__(self, reason: CancelReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return f"the task was told to stop: {self.reason}"

@@ -1,0 +1,445 @@
+"""The life of a task: the only module that knows which moves there are and what each one sets.
+
+Every function returns guarded writes; where it returns several, they exclude one another and the
+one whose guard holds is the move that happened.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import attrs
+
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.errors import InvalidTransition
+from taskx.core.model import Attempt, Task, TaskStatus
+from taskx.core.record import attempts_to_text, row_from_task
+from taskx.core.token import CancelReason
+from taskx.core.writes import PRESENT, Delete, Insert, Update
+
+#: Attempts that may raise, where neither task nor executor says otherwise.
+DEFAULT_MAX_ATTEMPTS = 1
+#: Deaths of its process that a task survives plus one, where nobody says otherwise.
+DEFAULT_MAX_CRASHES = 3
+#: Ended attempts that a record keeps; the oldest are dropped first.
+MAX_KEPT_ATTEMPTS = 50
+
+PENDING, RUNNING = TaskStatus.PENDING.value, TaskStatus.RUNNING.value
+COMPLETED, FAILED, CANCELLED = (
+    TaskStatus.COMPLETED.value,
+    TaskStatus.FAILED.value,
+    TaskStatus.CANCELLED.value,
+)
+FINISHED = (COMPLETED, FAILED, CANCELLED)
+
+
+class Move(NamedTuple):
+    """One row of the table of moves."""
+
+    name: str
+    source: str
+    target: str
+
+
+#: Every change of status there is. Progress, a request to cancel and the owner of a pending task
+#: change a record without moving it.
+MOVES = (
+    Move("start", PENDING, RUNNING),
+    Move("complete", RUNNING, COMPLETED),
+    Move("fail", RUNNING, FAILED),
+    Move("retry", RUNNING, PENDING),
+    Move("interrupt", RUNNING, PENDING),
+    Move("hand back", RUNNING, PENDING),
+    Move("rescue", RUNNING, PENDING),
+    Move("rescue", RUNNING, FAILED),
+    Move("rescue", RUNNING, CANCELLED),
+    Move("cancel", PENDING, CANCELLED),
+    Move("cancelled", RUNNING, CANCELLED),
+    Move("requeue", FAILED, PENDING),
+    Move("requeue", CANCELLED, PENDING),
+)
+_EDGES = frozenset((move.source, move.target) for move in MOVES)
+
+
+@attrs.frozen(kw_only=True)
+class Ending:
+    """How an attempt ended, as the runner saw it.
+
+    Attributes:
+        returned: True if the executor returned a value that can be stored.
+        result: that value as JSON text; None for None.
+        error: what it raised, as text.
+        traceback: where, as text.
+        permanent: True if another attempt would be pointless.
+        reason: why its token had fired; None if it had not.
+        duration: seconds it took.
+        worker: who ran it.
+        progress: the last progress it told; None if it told none.
+        message: the last message it told.
+    """
+
+    returned: bool
+    result: str | None = None
+    error: str = ""
+    traceback: str = ""
+    permanent: bool = False
+    reason: CancelReason | None = None
+    duration: float = 0.0
+    worker: str = ""
+    progress: int | None = None
+    message: str = ""
+
+
+# --- from nothing, and before the start
+
+
+def create(
+    *,
+    task_id: str,
+    type: str,
+    params: str,
+    created_by: str,
+    now: int,
+    priority: int = 0,
+    run_at: int | None = None,
+    timeout: float | None = None,
+    max_attempts: int | None = None,
+    max_crashes: int | None = None,
+) -> Insert:
+    """Store a new pending task; ``params`` is JSON text, times are milliseconds."""
+    return Insert(
+        {
+            "id": task_id,
+            "type": type,
+            "params": params,
+            "created_by": created_by,
+            "created_at": now,
+            "priority": priority,
+            "run_at": run_at,
+            "timeout": timeout,
+            "max_attempts": max_attempts,
+            "max_crashes": max_crashes,
+            "owner": "",
+            "held": 1 if run_at is not None and run_at > now else 0,
+        }
+    )
+
+
+def release(task_id: str) -> Update:
+    """Let a pending task start that was held back until now."""
+    return Update(task_id, {"status": PENDING, "held": 1}, {"held": 0})
+
+
+def take(task_id: str, node: str) -> Update:
+    """Note that ``node`` holds a free pending task in its buffer."""
+    return Update(task_id, {"status": PENDING, "owner": ""}, {"owner": node})
+
+
+def give_up(task_id: str, node: str) -> Update:
+    """Note that ``node`` no longer holds a pending task."""
+    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""})
+
+
+def cancel(task_id: str, now: int) -> list[Update]:
+    """Cancel a task: a pending one at once, a running one by asking for it."""
+    return [
+        Update(
+            task_id,
+            {"status": PENDING},
+            {"status": CANCELLED, "completed_at": now, "owner": ""},
+            durable=True,
+        ),
+        Update(
+            task_id,
+            {"status": RUNNING, "cancel_requested_at": None},
+            {"cancel_requested_at": now},
+            durable=True,
+        ),
+    ]
+
+
+# --- running
+
+
+def start(task: Task, now: int, node: str) -> Update | None:
+    """Start a pending task as it was read; None if it cannot start.
+
+    The guard on ``starts`` makes it a compare-and-set, the raised ``starts`` is the fence of the run.
+    A power cut must not undo the start of a task that may never run again after a crash.
+    """
+    if task.status is not TaskStatus.PENDING:
+        return None
+    changes = {
+        "status": RUNNING,
+        "starts": task.starts + 1,
+        "started_at": now,
+        "owner": node,
+        "timeout": task.timeout,
+        "max_attempts": task.max_attempts,
+        "max_crashes": task.max_crashes,
+    }
+    guard = {"status": PENDING, "starts": task.starts, "held": 0}
+    return Update(task.id, guard, changes, durable=task.max_crashes == 1)
+
+
+def mark_started(task: Task, update: Update) -> None:
+    """Bring the task that was read up to the start that was written."""
+    task.status = TaskStatus.RUNNING
+    task.starts = update.changes["starts"]
+    task.started_at = to_datetime(update.changes["started_at"])
+    task.owner = update.changes["owner"]
+
+
+def _fence(task: Task, **more: Any) -> dict[str, Any]:
+    return {"status": RUNNING, "starts": task.starts, **more}
+
+
+def hand_back(task: Task) -> Update:
+    """Undo a start whose executor was never called; its node still holds it."""
+    return Update(task.id, _fence(task), {"status": PENDING, "started_at": None})
+
+
+def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:
+    """Note how far a run has come; without ``starts``, whichever run there is."""
+    guard: dict[str, Any] = {"status": RUNNING}
+    if starts is not None:
+        guard["starts"] = starts
+    return Update(task_id, guard, {"progress": percent, "message": message})
+
+
+def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
+    """End an attempt: which move it is follows from how it ended and why its token fired."""
+    if ending.returned:
+        return [_complete(task, ending, now)]
+    if ending.reason is CancelReason.CANCEL:
+        return [_cancelled(task, ending, now)]
+    if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):
+        back = _back_to_pending(task, ending, now, "interrupted", owner="")
+        back["interruptions"] = task.interruptions + 1
+        return _unless_cancelled(task, back, ending, now)
+    spent = task.errors + 1 >= (task.max_attempts or DEFAULT_MAX_ATTEMPTS)
+    if spent or ending.permanent:
+        return [_fail(task, ending, now, dead_letter=spent)]
+    again = _back_to_pending(task, ending, now, "retried", owner=task.owner)
+    again.update(errors=task.errors + 1, error=ending.error, traceback=ending.traceback)
+    return _unless_cancelled(task, again, ending, now)
+
+
+def _end(ending: Ending, now: int, status: str) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        "status": status,
+        "completed_at": now,
+        "duration": ending.duration,
+        "owner": "",
+        "worker": ending.worker,
+    }
+    if ending.progress is not None:
+        changes["progress"] = ending.progress
+        changes["message"] = ending.message
+    return changes
+
+
+def _complete(task: Task, ending: Ending, now: int) -> Update:
+    changes = _end(ending, now, COMPLETED)
+    changes["result"] = ending.result
+    changes["progress"] = 100
+    if task.errors:
+        changes.update(error="", traceback="")
+    return Update(task.id, _fence(task), changes)
+
+
+def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
+    return Update(task.id, _fence(task, **guard), _end(ending, now, CANCELLED))
+
+
+def _fail(task: Task, ending: Ending, now: int, *, dead_letter: bool) -> Update:
+    changes = _end(ending, now, FAILED)
+    changes.update(
+        errors=task.errors + 1,
+        error=ending.error,
+        traceback=ending.traceback,
+        dead_letter=int(dead_letter),
+    )
+    return Update(task.id, _fence(task), changes)
+
+
+def _back_to_pending(
+    task: Task, ending: Ending, now: int, outcome: str, *, owner: str
+) -> dict[str, Any]:
+    return {
+        "status": PENDING,
+        "started_at": None,
+        "progress": 0,
+        "message": "",
+        "owner": owner,
+        "worker": ending.worker,
+        "earlier_attempts": _archive(task, now, outcome, ending),
+    }
+
+
+def _unless_cancelled(
+    task: Task, changes: dict[str, Any], ending: Ending, now: int
+) -> list[Update]:
+    """The move, or the end as cancelled where a cancel was asked for while the attempt ran."""
+    return [
+        Update(task.id, _fence(task, cancel_requested_at=None), changes),
+        _cancelled(task, ending, now, cancel_requested_at=PRESENT),
+    ]
+
+
+def _archive(task: Task, now: int, outcome: str, ending: Ending) -> str:
+    attempt = Attempt(
+        outcome=outcome,
+        started_at=task.started_at,
+        ended_at=to_datetime(now),
+        worker=ending.worker,
+        error=ending.error,
+        traceback=ending.traceback,
+    )
+    return attempts_to_text([*task.earlier_attempts, attempt][-MAX_KEPT_ATTEMPTS:])
+
+
+# --- after a crash
+
+
+def rescue(tasks: list[Task], now: int, *, stopping: bool) -> list[list[Update]]:
+    """Take back the tasks that ran on a node that died; for each its alternatives.
+
+    A node that was stopping interrupted them. Otherwise each counts a crash, but where a suspect (a
+    task with a crash to its name) ran among them it is held to be the culprit, and the others were
+    interrupted. A task that allows a single crash never starts again, whoever was the culprit.
+    """
+    suspects = any(task.crashes for task in tasks)
+    return [
+        _rescue(task, now, crashed=not stopping and (task.crashes > 0 or not suspects))
+        for task in tasks
+    ]
+
+
+def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
+    limit = task.max_crashes or DEFAULT_MAX_CRASHES
+    crashed = crashed or limit == 1
+    ending = Ending(
+        returned=False,
+        error="the process that ran it died" if crashed else "its process ended while it ran",
+        worker=task.worker or task.owner,
+    )
+    crashes = task.crashes + crashed
+    outcome = "crashed" if crashed else "interrupted"
+    if crashes >= limit:
+        changes = _end(ending, now, FAILED)
+        error = f"{ending.error} ({crashes} of max_crashes={limit})"
+        changes.update(crashes=crashes, error=error, traceback="", dead_letter=1)
+        changes["earlier_attempts"] = _archive(task, now, outcome, ending)
+    else:
+        changes = _back_to_pending(task, ending, now, outcome, owner="")
+        changes["crashes"] = crashes
+        changes["interruptions"] = task.interruptions + (not crashed)
+    alternatives = _unless_cancelled(task, changes, ending, now)
+    alternatives[1].changes["crashes"] = crashes  # type: ignore[index]
+    return [
+        update._replace(guard={**update.guard, "owner": task.owner}) for update in alternatives
+    ]
+
+
+# --- after the end
+
+
+def requeue(task: Task, now: int) -> Update:
+    """Let a failed or cancelled task run again, with a budget that starts anew.
+
+    Raises:
+        InvalidTransition: it is neither.
+    """
+    status = task.status.value
+    if (status, PENDING) not in _EDGES or task.status is TaskStatus.RUNNING:
+        raise InvalidTransition(
+            f"task {task.id} is {status}; only failed and cancelled ones can be requeued"
+        )
+    log = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
+    changes = {
+        "status": PENDING,
+        "result": None,
+        "error": "",
+        "traceback": "",
+        "progress": 0,
+        "message": "",
+        "started_at": None,
+        "completed_at": None,
+        "duration": 0.0,
+        "run_at": None,
+        "errors": 0,
+        "crashes": 0,
+        "interruptions": 0,
+        "cancel_requested_at": None,
+        "dead_letter": 0,
+        "owner": "",
+        "held": 0,
+        "earlier_attempts": log,
+    }
+    return Update(task.id, {"status": status, "starts": task.starts}, changes, durable=True)
+
+
+def delete(task_id: str) -> Delete:
+    """Remove the record of a task that is not running."""
+    return Delete(task_id, {"status": (PENDING, *FINISHED)})
+
+
+# --- what a user writes to a record by hand
+
+#: Columns that ``update`` leaves alone: identity, fence, and what only the moves may count.
+_NOT_BY_HAND = frozenset({"id", "type", "status", "created_at", "starts", "owner", "held"})
+
+
+def amend(stored: Task, wanted: Task, now: int) -> Update:
+    """Replace a record by what a caller made of it, if its status may move so.
+
+    Raises:
+        InvalidTransition: no move leads from the stored status to the wanted one.
+        PayloadError: its params or result break the JSON rules.
+    """
+    _check_edge(stored, wanted.status)
+    changes = {k: v for k, v in row_from_task(wanted).items() if k not in _NOT_BY_HAND}
+    if wanted.status is not stored.status:
+        changes.update(_status_change(stored, wanted.status, now))
+        if wanted.completed_at is not None and wanted.status.finished:
+            changes["completed_at"] = to_ms(wanted.completed_at)
+        if wanted.status is TaskStatus.COMPLETED:
+            changes["progress"] = 100
+    if wanted.status is TaskStatus.PENDING:
+        run_at = changes["run_at"]
+        changes["held"] = int(run_at is not None and run_at > now)
+    guard = {"status": stored.status.value, "starts": stored.starts}
+    return Update(stored.id, guard, changes, durable=True)
+
+
+def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Update:
+    """Move a record to a status by hand.
+
+    Raises:
+        InvalidTransition: no move leads there.
+    """
+    _check_edge(stored, status)
+    changes = _status_change(stored, status, now) if status is not stored.status else {}
+    changes["message"] = message
+    guard = {"status": stored.status.value, "starts": stored.starts}
+    return Update(stored.id, guard, changes, durable=True)
+
+
+def _check_edge(stored: Task, status: TaskStatus) -> None:
+    edge = (stored.status.value, status.value)
+    if edge[0] != edge[1] and edge not in _EDGES:
+        raise InvalidTransition(f"task {stored.id} is {edge[0]} and cannot become {edge[1]}")
+
+
+def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]:
+    if status is TaskStatus.RUNNING:
+        return {"status": RUNNING, "starts": stored.starts + 1, "started_at": now}
+    if status is TaskStatus.PENDING:
+        if stored.status is TaskStatus.RUNNING:
+            return {"status": PENDING, "started_at": None, "owner": ""}
+        return dict(requeue(stored, now).changes)
+    changes = {"status": status.value, "completed_at": now, "owner": ""}
+    if status is TaskStatus.COMPLETED:
+        changes["progress"] = 100
+    return changes

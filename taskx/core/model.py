@@ -1,0 +1,297 @@
+"""The records: a task, one attempt at it, and the filter that lists are asked with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from enum import Enum
+from typing import Any
+
+import attrs
+
+from taskx.core.clock import to_ms
+from taskx.core.errors import ConfigurationError
+
+#: Longest id, type and created_by, in characters: all three are keys of indexes.
+MAX_NAME = 255
+
+
+class TaskStatus(str, Enum):
+    """Where a task is in its life. There are these five and no sixth."""
+
+    PENDING = "pending"  #: stored, not started (or to be started again)
+    RUNNING = "running"  #: an executor works on it
+    COMPLETED = "completed"  #: its executor returned
+    FAILED = "failed"  #: its attempts, or its crashes, are spent
+    CANCELLED = "cancelled"  #: cancelled before it started, or stopped by its token
+
+    def __str__(self) -> str:
+        return self.value
+
+    @property
+    def finished(self) -> bool:
+        """True for completed, failed and cancelled."""
+        return self in _FINISHED
+
+
+_FINISHED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED})
+
+
+def check_name(value: Any, what: str) -> str:
+    """A text that may serve as id, type or created_by; ConfigurationError says what is wrong with it."""
+    if type(value) is not str:
+        if not isinstance(value, str):
+            raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
+        value = str(value.value) if isinstance(value, Enum) else str(value)
+    if len(value) > MAX_NAME:
+        raise ConfigurationError(f"{what} has {len(value)} characters, more than {MAX_NAME}")
+    if not value.isascii() or "\0" in value:
+        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
+            raise ConfigurationError(f"{what} {value!a} holds a NUL or a lone surrogate")
+    return value
+
+
+@attrs.frozen(kw_only=True)
+class Attempt:
+    """One run of a task that did not end it, or its last one.
+
+    Attributes:
+        outcome: ``completed``, ``failed``, ``cancelled``, ``retried``, ``snoozed``, ``interrupted``,
+            ``crashed`` or, while it runs, an empty string.
+        started_at: when it began.
+        ended_at: when it ended; None while it runs.
+        worker: which thread of which process ran it.
+        error: what went wrong, as text; empty if nothing did.
+        traceback: where, as text; empty if there is none.
+    """
+
+    outcome: str = ""
+    started_at: datetime | None = None
+    ended_at: datetime | None = None
+    worker: str = ""
+    error: str = ""
+    traceback: str = attrs.field(default="", repr=False)
+
+
+@attrs.define(kw_only=True)
+class Task:
+    """A task as the repository keeps it.
+
+    Changing a Task changes nothing in the repository. The first thirteen fields are those of the
+    original TaskX; the rest are ours.
+
+    Attributes:
+        id: unique; ``submit`` makes one where it is empty.
+        type: which executor runs it.
+        status: see :class:`TaskStatus`.
+        params: what the executor is given; a JSON object.
+        result: what the executor returned; any JSON value.
+        error: text of the last error; empty if there was none.
+        progress: percent, 0 to 100.
+        message: the latest progress message.
+        created_by: free text, to filter by.
+        created_at: when it was accepted; aware UTC, as all times here, in whole milliseconds.
+        started_at: when the present or last attempt began.
+        completed_at: when it was completed, failed or cancelled.
+        duration: seconds that the last attempt took, by the monotonic clock.
+        priority: higher runs first; equal ones in the order of submission.
+        run_at: not before this moment; None for at once.
+        timeout: seconds after which an attempt's token fires; None for never.
+        max_attempts: attempts that may raise before the task is failed; None: as the executor says.
+        max_crashes: deaths of its process before the task is failed; None: as the executor says.
+        errors: attempts that raised.
+        crashes: attempts during which the process died.
+        interruptions: attempts cut short by a stop, or by a neighbour's crash.
+        starts: how often it was started: the fence of its present run.
+        cancel_requested_at: when a running task was asked to stop; None if it was not.
+        dead_letter: True for a failed task whose attempts or crashes are spent.
+        traceback: the last error's traceback.
+        owner: the node that holds it; empty for nobody.
+        worker: the thread and process of the last attempt.
+        earlier_attempts: the ended attempts before the present or last one (bounded); see
+            :attr:`attempts`.
+        damage: what of the stored record could not be read; empty if all is well. Never stored.
+    """
+
+    id: str = ""
+    type: str = ""
+    status: TaskStatus = TaskStatus.PENDING
+    params: dict[str, Any] = attrs.field(factory=dict)
+    result: Any = None
+    error: str = ""
+    progress: int = 0
+    message: str = ""
+    created_by: str = ""
+    created_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    duration: float = 0.0
+    priority: int = 0
+    run_at: datetime | None = None
+    timeout: float | None = None
+    max_attempts: int | None = None
+    max_crashes: int | None = None
+    errors: int = 0
+    crashes: int = 0
+    interruptions: int = 0
+    starts: int = 0
+    cancel_requested_at: datetime | None = None
+    dead_letter: bool = False
+    traceback: str = attrs.field(default="", repr=False)
+    owner: str = attrs.field(default="", repr=False)
+    worker: str = attrs.field(default="", repr=False)
+    earlier_attempts: list[Attempt] = attrs.field(factory=list, repr=False)
+    damage: str = attrs.field(default="", repr=False, eq=False)
+
+    @property
+    def attempt(self) -> int:
+        """The number of the present or next attempt, from 1: only errors spend attempts."""
+        return self.errors + 1
+
+    @property
+    def attempts(self) -> list[Attempt]:
+        """The whole history in order: the earlier attempts, and the present or last one."""
+        earlier = self.earlier_attempts
+        if self.started_at is None or (earlier and earlier[-1].started_at == self.started_at):
+            return list(earlier)
+        return [*earlier, self._latest_attempt()]
+
+    def _latest_attempt(self) -> Attempt:
+        return Attempt(
+            outcome="" if self.status is TaskStatus.RUNNING else self.status.value,
+            started_at=self.started_at,
+            ended_at=self.completed_at,
+            worker=self.worker,
+            error=self.error,
+            traceback=self.traceback,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The task as JSON values: the original's names, times as ISO text, absent ones as None."""
+        data = {name: _to_json(getattr(self, name)) for name in TASK_FIELDS}
+        data["earlier_attempts"] = [
+            {name: _to_json(value) for name, value in attrs.asdict(attempt, recurse=False).items()}
+            for attempt in self.earlier_attempts
+        ]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Task:
+        """The task that :meth:`to_dict` gave; unknown names are ignored, absent ones take defaults.
+
+        Raises:
+            ValueError: a time is not ISO text with an offset, or the status is none of the five.
+        """
+        known = {name: data[name] for name in TASK_FIELDS if name in data}
+        for name in TIME_FIELDS:
+            known[name] = _from_iso(known.get(name))
+        known["status"] = TaskStatus(known.get("status", "pending"))
+        known["earlier_attempts"] = [
+            Attempt(
+                **{
+                    **attempt,
+                    "started_at": _from_iso(attempt.get("started_at")),
+                    "ended_at": _from_iso(attempt.get("ended_at")),
+                }
+            )
+            for attempt in data.get("earlier_attempts", ())
+        ]
+        return cls(**known)
+
+
+#: The stored fields, in order.
+TASK_FIELDS: tuple[str, ...] = tuple(
+    field.name for field in attrs.fields(Task) if field.name != "damage"
+)
+TIME_FIELDS = ("created_at", "started_at", "completed_at", "run_at", "cancel_requested_at")
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    return value.value if isinstance(value, TaskStatus) else value
+
+
+def _from_iso(value: Any) -> datetime | None:
+    if value is None:
+        return None
+    # Before 3.11 fromisoformat knows no "Z".
+    moment = datetime.fromisoformat(value[:-1] + "+00:00" if value.endswith("Z") else value)
+    to_ms(moment, repr(value))
+    return moment
+
+
+def _optional_name(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        check_name(value, attribute.name)
+
+
+def _aware(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is None:
+        return
+    if not isinstance(value, datetime):
+        raise ConfigurationError(f"{attribute.name} must be a datetime, not {type(value).__name__}")
+    try:
+        to_ms(value, attribute.name)
+    except ValueError as error:
+        raise ConfigurationError(str(error)) from None
+
+
+def _count(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if type(value) is not int or value < 0:
+        raise ConfigurationError(f"{attribute.name} must be a whole number from 0, not {value!r}")
+
+
+def _to_status(value: Any) -> TaskStatus | None:
+    if value is None or value == "":
+        return None
+    try:
+        return TaskStatus(value)
+    except ValueError:
+        known = ", ".join(TaskStatus)
+        raise ConfigurationError(f"status {value!r} is none of {known}") from None
+
+
+@attrs.frozen(kw_only=True)
+class TaskFilter:
+    """Which tasks to list or count; every condition given must hold. Lists are newest first.
+
+    Attributes:
+        type: tasks of this type.
+        status: tasks in this status.
+        created_by: tasks with this ``created_by``.
+        start_date: tasks created at or after this aware datetime.
+        end_date: tasks created before or at this aware datetime.
+        offset: how many to pass over.
+        limit: how many at most.
+
+    Raises:
+        ConfigurationError: a naive datetime, a negative offset or limit, an unknown status.
+    """
+
+    type: str | None = attrs.field(default=None, validator=_optional_name)
+    status: TaskStatus | None = attrs.field(default=None, converter=_to_status)
+    created_by: str | None = attrs.field(default=None, validator=_optional_name)
+    start_date: datetime | None = attrs.field(default=None, validator=_aware)
+    end_date: datetime | None = attrs.field(default=None, validator=_aware)
+    offset: int = attrs.field(default=0, validator=_count)
+    limit: int = attrs.field(default=100, validator=_count)
+
+
+def check_number(value: Any, what: str, *, minimum: float = 0.0) -> float:
+    """A finite number above ``minimum``; ConfigurationError says what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigurationError(f"{what} must be a number of seconds, not {value!r}")
+    if not math.isfinite(value) or value < minimum:
+        raise ConfigurationError(f"{what} must be a finite number from {minimum:g}, not {value!r}")
+    return float(value)
+
+
+def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> int:
+    """A whole number within bounds; ConfigurationError says what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise ConfigurationError(
+            f"{what} must be a whole number from {minimum} to {maximum}, not {value!r}"
+        )
+    return int(value)

@@ -1,0 +1,183 @@
+"""A task as a flat row of plain values, the form in which repositories keep and change it.
+
+Times are milliseconds since 1970, params, result and earlier attempts are JSON text, the rest are
+``str``, ``int``, ``float`` and None. ``held`` is 1 for a pending task that may not start yet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NamedTuple
+
+from taskx.core import payload
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
+
+#: The columns of a row, in order: the task's own fields, then ``held``.
+COLUMNS: tuple[str, ...] = (*TASK_FIELDS, "held")
+
+#: What a column holds in a task that was just created.
+DEFAULTS: dict[str, Any] = {
+    "status": "pending",
+    "params": "{}",
+    "result": None,
+    "error": "",
+    "progress": 0,
+    "message": "",
+    "created_by": "",
+    "started_at": None,
+    "completed_at": None,
+    "duration": 0.0,
+    "priority": 0,
+    "run_at": None,
+    "timeout": None,
+    "max_attempts": None,
+    "max_crashes": None,
+    "errors": 0,
+    "crashes": 0,
+    "interruptions": 0,
+    "starts": 0,
+    "cancel_requested_at": None,
+    "dead_letter": 0,
+    "traceback": "",
+    "owner": "",
+    "worker": "",
+    "earlier_attempts": "",
+    "held": 0,
+}
+
+
+class Stub(NamedTuple):
+    """The few facts of an unfinished task that the runtime moves it around by."""
+
+    id: str
+    status: str
+    starts: int
+    priority: int
+    created_at: int
+    cancel_requested: bool
+
+
+_STATUS = {status.value: status for status in TaskStatus}
+
+
+def task_from_row(row: Sequence[Any]) -> Task:
+    """The task of a row in the order of :data:`COLUMNS`; what is damaged is named in ``task.damage``."""
+    (
+        id_, type_, status, params, result, error, progress, message, created_by, created_at,
+        started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
+        errors, crashes, interruptions, starts, cancel_requested_at, dead_letter, traceback, owner,
+        worker, earlier, _,
+    ) = row  # fmt: skip
+    damage = ""
+    try:
+        params = payload.loads(params) if params != "{}" else {}
+        result = payload.loads(result) if result is not None else None
+        attempts = _attempts_from_text(earlier) if earlier else []
+    except (ValueError, TypeError, RecursionError) as problem:
+        damage = f"the stored record is damaged: {problem}"
+        params, result, attempts = {}, None, []
+    return Task(
+        id=id_,
+        type=type_,
+        status=_STATUS[status],
+        params=params,
+        result=result,
+        error=error,
+        progress=progress,
+        message=message,
+        created_by=created_by,
+        created_at=to_datetime(created_at),
+        started_at=None if started_at is None else to_datetime(started_at),
+        completed_at=None if completed_at is None else to_datetime(completed_at),
+        duration=duration,
+        priority=priority,
+        run_at=None if run_at is None else to_datetime(run_at),
+        timeout=timeout,
+        max_attempts=max_attempts,
+        max_crashes=max_crashes,
+        errors=errors,
+        crashes=crashes,
+        interruptions=interruptions,
+        starts=starts,
+        cancel_requested_at=(
+            None if cancel_requested_at is None else to_datetime(cancel_requested_at)
+        ),
+        dead_letter=bool(dead_letter),
+        traceback=traceback,
+        owner=owner,
+        worker=worker,
+        earlier_attempts=attempts,
+        damage=damage,
+    )
+
+
+def row_from_task(task: Task) -> dict[str, Any]:
+    """The row of a task, by column and in their order.
+
+    Raises:
+        PayloadError: its params or result break the JSON rules.
+    """
+    row: dict[str, Any] = {name: getattr(task, name) for name in TASK_FIELDS}
+    row["status"] = task.status.value
+    row["params"] = payload.encode_params(task.params)
+    row["result"] = None if task.result is None else payload.encode(task.result, "result")
+    row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
+    row["dead_letter"] = int(task.dead_letter)
+    for name in TIME_FIELDS:
+        row[name] = optional_ms(row[name], name)
+    row["held"] = 0
+    return row
+
+
+def optional_ms(moment: datetime | None, what: str) -> int | None:
+    """Milliseconds of a moment, None for None."""
+    return None if moment is None else to_ms(moment, what)
+
+
+def stub_from_row(row: Mapping[str, Any]) -> Stub:
+    """The stub of a row."""
+    return Stub(
+        row["id"],
+        row["status"],
+        row["starts"],
+        row["priority"],
+        row["created_at"],
+        row["cancel_requested_at"] is not None,
+    )
+
+
+def attempts_to_text(attempts: Sequence[Attempt]) -> str:
+    """Attempts as JSON text, empty for none."""
+    if not attempts:
+        return ""
+    return payload.encode(
+        [
+            [
+                attempt.outcome,
+                optional_ms(attempt.started_at, "started_at"),
+                optional_ms(attempt.ended_at, "ended_at"),
+                attempt.worker,
+                attempt.error,
+                attempt.traceback,
+            ]
+            for attempt in attempts
+        ],
+        "attempts",
+        max_size=1 << 30,
+    )
+
+
+def _attempts_from_text(text: str) -> list[Attempt]:
+    return [
+        Attempt(
+            outcome=outcome,
+            started_at=None if started_at is None else to_datetime(started_at),
+            ended_at=None if ended_at is None else to_datetime(ended_at),
+            worker=worker,
+            error=error,
+            traceback=traceback,
+        )
+        for outcome, started_at, ended_at, worker, error, traceback in payload.loads(text)
+    ]

@@ -1,0 +1,174 @@
+"""The cancellation token: how an executor is told to stop, and how that reaches blocking IO."""
+
+from __future__ import annotations
+
+import _thread
+import logging
+import threading
+from collections.abc import Callable
+from enum import Enum
+
+from taskx.core.clock import SYSTEM_CLOCK, Clock
+from taskx.core.errors import TaskCancelled
+
+_log = logging.getLogger("taskx")
+
+
+class CancelReason(str, Enum):
+    """Why a token fired."""
+
+    CANCEL = "cancel"  #: somebody cancelled the task
+    TIMEOUT = "timeout"  #: its deadline passed
+    STOP = "stop"  #: the queue is stopping; the task is handed back
+    LEASE_LOST = "lease lost"  #: this process may no longer run it
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class CancelToken:
+    """Fires once, for one reason, and is then fired for ever.
+
+    Cooperative: firing never interrupts Python code. An executor looks (``cancelled``,
+    ``raise_if_cancelled()``), waits (``wait(seconds)``), passes ``remaining()`` as the time-out of what
+    it calls, or has a callback close what it blocks on (``on_cancel``).
+
+    Args:
+        deadline: when to fire with ``TIMEOUT``, on the clock's monotonic scale; None for never.
+        clock: what the deadline is measured by.
+    """
+
+    __slots__ = ("_callbacks", "_children", "_clock", "_once", "_reason", "_waiters", "deadline")
+
+    def __init__(self, deadline: float | None = None, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.deadline = deadline
+        self._clock = clock
+        self._reason: CancelReason | None = None
+        # Raw locks, here and in wait(): fire() may be called from a signal handler that interrupted
+        # this very object, where an Event's condition would deadlock.
+        self._once = _thread.allocate_lock()
+        self._waiters: list[_thread.LockType] = []
+        self._callbacks: list[Callable[[], object]] = []
+        self._children: list[CancelToken] = []
+
+    def __repr__(self) -> str:
+        return f"<CancelToken {self._reason or 'not fired'}>"
+
+    @property
+    def reason(self) -> CancelReason | None:
+        """Why the token fired; None as long as it has not."""
+        if self._reason is None and self.deadline is not None:
+            if self._clock.monotonic() >= self.deadline:
+                self.fire(CancelReason.TIMEOUT)
+        return self._reason
+
+    @property
+    def cancelled(self) -> bool:
+        """True once the token has fired."""
+        return self.reason is not None
+
+    def raise_if_cancelled(self) -> None:
+        """Raise ``TaskCancelled`` if the token has fired."""
+        if (reason := self.reason) is not None:
+            raise TaskCancelled(reason)
+
+    def remaining(self) -> float | None:
+        """Seconds until the deadline, always above zero; None without a deadline.
+
+        Raises:
+            TaskCancelled: the deadline has passed, or the token has fired for another reason.
+        """
+        self.raise_if_cancelled()
+        if self.deadline is None:
+            return None
+        left = self.deadline - self._clock.monotonic()
+        if left <= 0:
+            self.fire(CancelReason.TIMEOUT)
+            self.raise_if_cancelled()
+        return left
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Block until the token fires, at most ``timeout`` seconds; True if it has fired."""
+        limit = self._until_deadline(timeout)
+        waiter = _thread.allocate_lock()
+        waiter.acquire()
+        self._waiters.append(waiter)
+        try:
+            if self.reason is None:
+                waiter.acquire(timeout=-1 if limit is None else min(limit, threading.TIMEOUT_MAX))
+        finally:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+        return self.cancelled
+
+    def _until_deadline(self, timeout: float | None) -> float | None:
+        limits = [] if timeout is None else [max(0.0, timeout)]
+        if self.deadline is not None:
+            limits.append(max(0.0, self.deadline - self._clock.monotonic()))
+        return min(limits) if limits else None
+
+    def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Have ``callback()`` called when the token fires, at once if it has; returns a remover.
+
+        It runs on a thread of its own, neither the one that cancels nor one that others depend on, so
+        it may block. What it raises is logged.
+        """
+        self._callbacks.append(callback)
+        if self.reason is not None:
+            self._run_callbacks()
+
+        def remove() -> None:
+            if callback in self._callbacks:
+                self._callbacks.remove(callback)
+
+        return remove
+
+    def child(self, seconds: float) -> CancelToken:
+        """A token that fires with this one, and with ``TIMEOUT`` after ``seconds`` at the latest."""
+        deadline = self._clock.monotonic() + seconds
+        if self.deadline is not None:
+            deadline = min(deadline, self.deadline)
+        child = CancelToken(deadline, self._clock)
+        self._children.append(child)
+        if self.reason is not None:
+            child.fire(self.reason)
+        return child
+
+    def disown(self, child: CancelToken) -> None:
+        """Forget a child, whose work is done."""
+        self._children.remove(child)
+
+    def fire(self, reason: CancelReason) -> bool:
+        """Fire the token; False if it had fired before (the first reason stands)."""
+        if not self._once.acquire(False):
+            return False
+        self._reason = reason
+        for child in list(self._children):
+            child.fire(reason)
+        for waiter in list(self._waiters):
+            if waiter.locked():
+                waiter.release()
+        self._run_callbacks()
+        return True
+
+    def _run_callbacks(self) -> None:
+        due = []
+        while self._callbacks:  # pop() is atomic: of two racing callers each callback goes to one
+            try:
+                due.append(self._callbacks.pop())
+            except IndexError:
+                break
+        if not due:
+            return
+        try:
+            threading.Thread(target=_call_all, args=(due,), name="taskx-cancel", daemon=True).start()
+        except RuntimeError:
+            _call_all(due)  # no new thread can be had while the interpreter shuts down
+
+
+def _call_all(callbacks: list[Callable[[], object]]) -> None:
+    for callback in callbacks:
+        try:
+            callback()
+        except BaseException:
+            _log.exception("a cancel callback raised: %r", callback)

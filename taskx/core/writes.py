@@ -1,0 +1,90 @@
+"""Guarded writes: how ``lifecycle`` tells a repository what to change, and under which condition.
+
+A repository applies them and knows no rules. A guard names columns and what they must hold: a value
+(None included), a tuple of values of which it must be one, or :data:`PRESENT`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Any, NamedTuple
+
+
+class _Present(Enum):
+    PRESENT = "present"
+
+
+#: In a guard: the column must hold something, whatever it is.
+PRESENT = _Present.PRESENT
+
+
+class Insert(NamedTuple):
+    """Store a new record; holds if no record has its id.
+
+    ``row`` has the columns of :data:`CREATED`, in that order; the rest take their defaults. Its
+    ``owner`` may be set until it is applied.
+    """
+
+    row: dict[str, Any]
+    durable: bool = True
+
+    @property
+    def id(self) -> str:
+        """The id of the record."""
+        id_: str = self.row["id"]
+        return id_
+
+
+class Update(NamedTuple):
+    """Change columns of the record with that id, if its guard holds.
+
+    ``durable`` marks what a caller was told, so that a power cut must not undo it.
+    """
+
+    id: str
+    guard: Mapping[str, Any]
+    changes: Mapping[str, Any]
+    durable: bool = False
+
+
+class Delete(NamedTuple):
+    """Remove the record with that id, if its guard holds."""
+
+    id: str
+    guard: Mapping[str, Any]
+    durable: bool = True
+
+
+Write = Insert | Update | Delete
+
+#: The columns that creation sets.
+CREATED = (
+    "id",
+    "type",
+    "params",
+    "created_by",
+    "created_at",
+    "priority",
+    "run_at",
+    "timeout",
+    "max_attempts",
+    "max_crashes",
+    "owner",
+    "held",
+)
+
+
+def matches(row: Mapping[str, Any], guard: Mapping[str, Any]) -> bool:
+    """Whether a row satisfies a guard: the meaning of guards, for repositories that test them in Python."""
+    for column, wanted in guard.items():
+        value = row[column]
+        if wanted is PRESENT:
+            if value is None:
+                return False
+        elif isinstance(wanted, tuple):
+            if value not in wanted:
+                return False
+        elif value != wanted:
+            return False
+    return True

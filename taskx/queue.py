@@ -1,0 +1,616 @@
+"""The queue: what a program holds in its hand. It wires the parts together and holds no rules."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Iterable, Sequence
+from datetime import datetime
+from typing import Any, Literal, overload
+
+import attrs
+
+from taskx.core import lifecycle
+from taskx.core.clock import SYSTEM_CLOCK, Clock
+from taskx.core.errors import (
+    ConfigurationError,
+    InvalidTransition,
+    QueueStopped,
+    RepositoryError,
+    TaskNotFound,
+)
+from taskx.core.ids import new_id
+from taskx.core.model import Task, TaskFilter, check_int, check_name, check_number
+from taskx.core.payload import DEFAULT_MAX_SIZE
+from taskx.core.token import CancelReason
+from taskx.runtime.alarms import Alarms
+from taskx.runtime.buffer import Buffer
+from taskx.runtime.engine import Engine, Services
+from taskx.runtime.executors import (
+    Executor,
+    ExecutorDecorator,
+    Options,
+    Registry,
+    TaskExecutor,
+)
+from taskx.runtime.handles import TaskHandle, Watcher
+from taskx.runtime.intake import OVERFLOWS, Intake, with_options
+from taskx.runtime.ledger import Ledger
+from taskx.runtime.recovery import Recovery
+from taskx.runtime.runner import Runner, inside_executor
+from taskx.runtime.scheduler import Scheduler
+from taskx.storage.adapter import EightMethodAdapter
+from taskx.storage.base import Node, Repository, TaskRepository
+
+Overflow = Literal["reject", "block", "spill", "caller_runs"]
+
+#: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
+EXIT_TIMEOUT = 5.0
+
+
+def _whole(minimum: int, maximum: int) -> Any:
+    def check(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        check_int(value, attribute.name, minimum, maximum)
+
+    return check
+
+
+def _known_overflow(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in OVERFLOWS:
+        known = ", ".join(map(repr, OVERFLOWS))
+        raise ConfigurationError(f"{attribute.name} must be one of {known}, not {value!r}")
+
+
+def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        check_number(value, attribute.name)
+
+
+@attrs.frozen
+class Config:
+    """How a queue works.
+
+    Attributes:
+        worker_num: worker threads.
+        buffer_size: submitted tasks that may wait in the buffer.
+        overflow: what ``submit`` does when the buffer is full: ``"reject"`` raises ``QueueFull``;
+            ``"block"`` waits for room (inside an executor it spills, as waiting might be for
+            itself); ``"spill"`` leaves the task in the repository until there is room;
+            ``"caller_runs"`` runs it in the thread that submits.
+        block_timeout: seconds that ``"block"`` waits before ``QueueFull``; None for ever.
+        max_payload_size: the largest params, and the largest result, in bytes of JSON.
+
+    Raises:
+        ConfigurationError: a value is not valid.
+    """
+
+    worker_num: int = attrs.field(default=5, validator=_whole(1, 10_000))
+    buffer_size: int = attrs.field(default=100, validator=_whole(1, 10_000_000))
+    overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
+    block_timeout: float | None = attrs.field(default=None, validator=_seconds)
+    max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))
+
+
+class Queue:
+    """A task queue on a repository.
+
+    Not started, it stores what is submitted for whoever runs; started, it runs tasks, its own and
+    what others left. ``with queue:`` starts and stops it.
+
+    Args:
+        repository: where tasks are kept: one of ours, or any object with the eight methods of
+            :class:`TaskRepository`.
+        config: how it works.
+        logger: what it logs to; the logger named ``taskx`` unless given.
+        clock: where it reads time from; for tests.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+
+    def __init__(
+        self,
+        repository: TaskRepository,
+        config: Config | None = None,
+        logger: logging.Logger | None = None,
+        *,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        if config is not None and not isinstance(config, Config):
+            raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
+        self.config = config or Config()
+        self._foreign = not isinstance(repository, Repository)
+        self.repository = (
+            repository
+            if isinstance(repository, Repository)
+            else EightMethodAdapter(repository, clock)
+        )
+        self._log = logger or logging.getLogger("taskx")
+        self._clock = clock
+        self._registry = Registry()
+        self._state = threading.Lock()
+        self._wire()
+        _queues.add(self)
+
+    def _wire(self) -> None:
+        alarms = Alarms(self._clock)
+        self._services = Services(
+            repository=self.repository,
+            registry=self._registry,
+            ledger=Ledger(self.repository, self._log),
+            watcher=Watcher(self.repository, self._log),
+            clock=self._clock,
+            log=self._log,
+            alarms=alarms,
+            runner=Runner(self._clock, alarms, self.config.max_payload_size),
+        )
+        self._intake = Intake(
+            self._services,
+            self.config.overflow,
+            self.config.block_timeout,
+            self.config.max_payload_size,
+        )
+        self._engine: Engine | None = None
+        self._scheduler: Scheduler | None = None
+
+    def __repr__(self) -> str:
+        state = "stopped" if self._intake.stopped else "started" if self._engine else "not started"
+        return f"<Queue on {self.repository!r}, {state}>"
+
+    # --- executors
+
+    def executor(
+        self,
+        type: str | None = None,
+        *,
+        max_attempts: int | None = None,
+        max_crashes: int | None = None,
+        timeout: float | None = None,
+        priority: int | None = None,
+    ) -> ExecutorDecorator:
+        """Make an executor of the function below and register it.
+
+        Args:
+            type: the type of task it runs; the function's name unless given.
+            max_attempts: attempts that may raise before the task is failed (default 1); one that
+                raised runs again at once.
+            max_crashes: deaths of the process before the task is failed (default 3).
+            timeout: seconds after which an attempt's token fires.
+            priority: higher runs first (default 0).
+
+        Raises:
+            ConfigurationError: an option is not valid, the type is taken, or the function cannot be
+                an executor.
+        """
+        if callable(type):
+            raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
+        options = Options(
+            max_attempts=max_attempts, max_crashes=max_crashes, timeout=timeout, priority=priority
+        )
+        return ExecutorDecorator(type, options, self.register_executor)
+
+    def register_executor(
+        self,
+        executor: TaskExecutor | Executor[Any, Any],
+        *,
+        max_attempts: int | None = None,
+        max_crashes: int | None = None,
+        timeout: float | None = None,
+        priority: int | None = None,
+    ) -> None:
+        """Register an executor; the options are those of :meth:`executor` and win over its own.
+
+        Raises:
+            ConfigurationError: an option is not valid, the type is taken, or it is no executor.
+        """
+        options = Options(
+            max_attempts=max_attempts, max_crashes=max_crashes, timeout=timeout, priority=priority
+        )
+        self._registry.register(executor, options)
+        if isinstance(executor, Executor):
+            executor.bind(self)
+        if (engine := self._engine) is not None:
+            engine.more_stored = True
+            engine.wake_scheduler()
+
+    def declare(self, *types: str) -> None:
+        """Accept tasks of these types, whose executors are registered in another process."""
+        for type_ in types:
+            self._registry.declare(check_name(type_, "type"))
+
+    # --- submitting
+
+    @overload
+    def submit(
+        self,
+        task: Task,
+        /,
+        *,
+        id: str | None = None,
+        created_by: str | None = None,
+        priority: int | None = None,
+        run_at: datetime | None = None,
+        delay: float | None = None,
+        timeout: float | None = None,
+        max_attempts: int | None = None,
+        max_crashes: int | None = None,
+    ) -> TaskHandle[Any]: ...
+    @overload
+    def submit(
+        self,
+        type: str,
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        id: str | None = None,
+        created_by: str | None = None,
+        priority: int | None = None,
+        run_at: datetime | None = None,
+        delay: float | None = None,
+        timeout: float | None = None,
+        max_attempts: int | None = None,
+        max_crashes: int | None = None,
+    ) -> TaskHandle[Any]: ...
+    def submit(
+        self,
+        task: Task | str,
+        params: dict[str, Any] | None = None,
+        /,
+        **options: Any,
+    ) -> TaskHandle[Any]:
+        """Submit a task; when it returns, the task is stored and will run.
+
+        Args:
+            task: a pending :class:`Task`, which is not changed, or a type.
+            params: the executor's params, a JSON object; only with a type.
+            id: unique; made (UUIDv7) unless given.
+            created_by: free text, to filter by.
+            priority: higher runs first, equal ones in order; 0 unless the executor says otherwise.
+            run_at: not before this aware datetime.
+            delay: not before so many seconds from now.
+            timeout: seconds after which an attempt's token fires.
+            max_attempts: attempts that may raise before the task is failed.
+            max_crashes: deaths of the process before the task is failed; 1 for "never again".
+
+        Raises:
+            UnknownTaskType: the type is neither registered nor declared.
+            PayloadError: params are not JSON, too large, or do not fit the function.
+            DuplicateTask: a task has that id.
+            QueueFull: the buffer is full.
+            QueueStopped: the queue was stopped.
+            InvalidTransition: the task is not pending.
+            ConfigurationError: another argument is not valid.
+            RepositoryError: it could not be stored.
+        """
+        if options and (unknown := options.keys() - _SUBMIT_OPTIONS):
+            raise TypeError(f"submit() has no option {', '.join(sorted(unknown))}")
+        if isinstance(task, str):
+            task = Task(type=task, params={} if params is None else params)
+        elif params is not None:
+            raise TypeError("submit(task) takes no params; set task.params")
+        if options and isinstance(task, Task):
+            task = with_options(task, options, self._clock.now_ms())
+        return TaskHandle(self._intake.accept(task), self)
+
+    def submit_many(self, tasks: Iterable[Task]) -> list[TaskHandle[Any]]:
+        """Submit tasks in one transaction, all or none; returns their handles in order.
+
+        More than the buffer has room for: ``overflow="reject"`` refuses them all, else the rest
+        waits in the repository.
+
+        Raises:
+            TaskxError: as :meth:`submit` does; nothing was stored.
+        """
+        return [TaskHandle(task_id, self) for task_id in self._intake.accept_many(tasks)]
+
+    # --- looking
+
+    def handle(self, task_id: str) -> TaskHandle[Any]:
+        """A handle on a task, whichever process submitted it; whether it exists is not checked."""
+        return TaskHandle(check_name(task_id, "id"), self)
+
+    def get_task_status(self, task_id: str) -> Task:
+        """The task's record as it is now.
+
+        Raises:
+            TaskNotFound: there is none with that id.
+        """
+        found = self.repository.get_many([check_name(task_id, "id")])
+        if task_id not in found:
+            raise TaskNotFound(task_id)
+        return found[task_id]
+
+    def list_tasks(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
+        """The tasks that meet a filter, newest first, and how many meet it in all."""
+        wanted = filter or TaskFilter()
+        return self.repository.list(wanted), self.repository.count(wanted)
+
+    def watch(self, handle: TaskHandle[Any]) -> None:
+        """Have a handle resolved when its task ends; handles call this themselves."""
+        self._warn_if_nobody_runs(handle.id)
+        self._services.watcher.watch(handle)
+
+    def _warn_if_nobody_runs(self, task_id: str) -> None:
+        if self._engine is not None or self._warned_alone:
+            return
+        self._warned_alone = True
+        task = self.repository.get_many([task_id]).get(task_id)
+        if task is None or task.status.finished:
+            return
+        nodes = [node for node in self.repository.nodes() if node.alive is not False]
+        if not any(task.type in node.types for node in nodes):
+            self._log.warning(
+                "waiting for task %s, but this queue is not started and no running one has an "
+                "executor for type %r",
+                task_id,
+                task.type,
+            )
+
+    _warned_alone = False
+
+    # --- changing
+
+    def cancel_task(self, task_id: str) -> bool:
+        """Cancel a task: True if it never runs, False if it runs and was asked to stop.
+
+        Raises:
+            TaskNotFound: there is none with that id.
+            InvalidTransition: it has ended.
+        """
+        check_name(task_id, "id")
+        while True:
+            now = self._clock.now_ms()
+            cancelled, asked = self._services.ledger.commit(lifecycle.cancel(task_id, now))
+            if cancelled:
+                self._services.watcher.look_if_watched(task_id)
+                return True
+            if not asked:
+                task = self.get_task_status(task_id)
+                if task.status.finished:
+                    raise InvalidTransition(f"task {task_id} is {task.status} already")
+                if task.cancel_requested_at is None:
+                    continue  # it moved between the write and the look
+            self._fire(task_id)
+            return False
+
+    def _fire(self, task_id: str) -> None:
+        if self._engine is not None and (run := self._engine.runs.get(task_id)) is not None:
+            run.token.fire(CancelReason.CANCEL)
+
+    def requeue(self, task_id: str) -> None:
+        """Have a failed or cancelled task run again, with its attempts and crashes counted anew.
+
+        Raises:
+            TaskNotFound: there is none with that id.
+            InvalidTransition: it is neither failed nor cancelled.
+            QueueStopped: the queue was stopped.
+        """
+        if self._intake.stopped:
+            raise QueueStopped("the queue was stopped; nothing was requeued")
+        write = lifecycle.requeue(self.get_task_status(task_id), self._clock.now_ms())
+        if not self._services.ledger.commit([write])[0]:
+            raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
+        if (engine := self._engine) is not None:
+            engine.more_stored = True
+            engine.wake_scheduler()
+
+    def delete(self, task_id: str) -> None:
+        """Remove the record of a task that is not running.
+
+        Raises:
+            TaskNotFound: there is none with that id.
+            InvalidTransition: it is running.
+        """
+        if not self._services.ledger.commit([lifecycle.delete(check_name(task_id, "id"))])[0]:
+            self.get_task_status(task_id)
+            raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
+        self._services.watcher.look_if_watched(task_id)
+
+    # --- starting and stopping
+
+    def start(self) -> None:
+        """Start the workers; a second call does nothing.
+
+        Tasks left behind by processes that died are taken up: what they were running, too.
+
+        Raises:
+            QueueStopped: the queue was stopped; make another one.
+            RepositoryError: the repository cannot be used.
+        """
+        with self._state:
+            if self._intake.stopped:
+                raise QueueStopped("a stopped queue cannot be started again; make another one")
+            if self._engine is None:
+                self._start()
+
+    def _start(self) -> None:
+        config = self.config
+        if self._foreign:
+            self._log.warning(
+                "%s has the eight methods only: this queue takes itself for the only process on "
+                "it, and tasks found running for left behind by a dead one",
+                type(self.repository.inner).__name__,  # type: ignore[attr-defined]
+            )
+        node_id = new_id()
+        node = Node(
+            id=node_id,
+            name=f"{socket.gethostname()}:{os.getpid()}:{node_id[-6:]}",
+            types=self._registry.types,
+        )
+        self.repository.join(node)
+        fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
+        buffer = Buffer(config.buffer_size, fetch_size)
+        engine = Engine(self._services, node, config.worker_num, buffer)
+        recovery = Recovery(engine)
+        scheduler = Scheduler(engine, recovery)
+        recovery.recover()
+        engine.refill()
+        self._engine = self._intake.engine = engine
+        self._scheduler = scheduler
+        self._intake.look_for_due = scheduler.look_for_due
+        self._services.watcher.drive(True)
+        for thread in engine.threads:
+            thread.start()
+        scheduler.start()
+        self._log.info(
+            "node %s started: %d workers, types %s",
+            node.name,
+            config.worker_num,
+            ", ".join(node.types) or "none",
+        )
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Wait until nothing is left to run: False if ``timeout`` seconds passed before.
+
+        Tasks that may not start yet (``run_at``, ``delay``) are not waited for.
+
+        Raises:
+            ConfigurationError: called inside an executor, or on a queue that is not started.
+            QueueStopped: the queue was stopped.
+        """
+        if inside_executor():
+            raise ConfigurationError("drain() inside an executor would wait for itself")
+        if self._intake.stopped:
+            raise QueueStopped("the queue was stopped; nothing is run any more")
+        engine = self._engine
+        if engine is None:
+            raise ConfigurationError("drain() waits for the workers of a started queue: start() it")
+        deadline = None if timeout is None else time.monotonic() + check_number(timeout, "timeout")
+        while True:
+            if engine.holds_nothing() and not self.repository.unfinished(self._registry.types):
+                return True
+            left = 0.1 if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            engine.wait_quiet(min(left, 0.1))
+
+    def stop(self, timeout: float = 30.0, cancel: bool = False) -> list[str]:
+        """Stop: take no more tasks, let running ones end, hand back what does not.
+
+        Running tasks may go on for four fifths of ``timeout``, then their tokens fire with reason
+        STOP; with ``cancel`` they fire at once. What ends by that is pending again, with no attempt
+        spent. A thread that still runs afterwards may end later and its outcome counts; if the
+        process ends first, its task counts as interrupted.
+
+        Args:
+            timeout: seconds after which it returns in any case.
+            cancel: do not wait before telling running tasks to stop.
+
+        Returns:
+            the ids of the tasks that still run.
+        """
+        seconds = check_number(timeout, "timeout")
+        with self._state:
+            if self._intake.stopped:
+                return self._still_running()
+            self._intake.stopped = True
+        self._intake.stopped = True
+        engine, scheduler = self._engine, self._scheduler
+        if engine is None or scheduler is None:
+            return []
+        deadline = time.monotonic() + seconds
+        left_pending = self._begin_stop(engine)
+        if not cancel:
+            self._wait_for_workers(engine, deadline - seconds / 5)
+        engine.fire_all(CancelReason.STOP)
+        self._wait_for_workers(engine, deadline)
+        still = self._still_running()
+        if still:
+            self._log.warning(
+                "stopped with %d task(s) still running, handed back when they end: %s",
+                len(still),
+                ", ".join(still[:10]),
+            )
+            threading.Thread(
+                target=self._end_later, args=(engine, scheduler), name="taskx-stop", daemon=True
+            ).start()
+        else:
+            self._end(engine, scheduler)
+        if left_pending:
+            self._log.warning("stopped with %d task(s) left pending in the buffer", left_pending)
+        return still
+
+    def _begin_stop(self, engine: Engine) -> int:
+        try:
+            self.repository.mark_stopping(engine.node.id)
+            ids = engine.begin_stop()
+            if ids:
+                self._services.ledger.commit(
+                    [lifecycle.give_up(task_id, engine.node.id) for task_id in ids]
+                )
+            return len(ids)
+        except RepositoryError as error:
+            self._log.warning("the stop could not be recorded: %s", error)
+            return len(engine.begin_stop())
+
+    def _wait_for_workers(self, engine: Engine, deadline: float) -> None:
+        here = 1 if threading.current_thread() in engine.threads else 0
+        while engine.workers_left > here and (left := deadline - time.monotonic()) > 0:
+            engine.wait_quiet(min(left, 0.1))
+
+    def _still_running(self) -> list[str]:
+        return [] if self._engine is None else list(self._engine.runs)
+
+    def _end_later(self, engine: Engine, scheduler: Scheduler) -> None:
+        while engine.workers_left or engine.runs:
+            engine.wait_quiet(0.1)
+        self._end(engine, scheduler)
+
+    def _end(self, engine: Engine, scheduler: Scheduler) -> None:
+        """The last executor has returned: write what waits, and leave."""
+        scheduler.stop()
+        try:
+            self._services.ledger.flush()
+            if not engine.runs:
+                self.repository.leave(engine.node.id)
+        except RepositoryError as error:
+            self._log.warning("the end could not be recorded: %s", error)
+        self._services.watcher.drive(False)
+        self._log.info("node %s stopped", engine.node.name)
+
+    def close(self) -> None:
+        """Stop, and close the repository."""
+        self.stop()
+        self.repository.close()
+
+    def __enter__(self) -> Queue:
+        self.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.stop()
+
+    # --- forks and forgotten stops
+
+    def _renew_after_fork(self) -> None:
+        """In a forked child: as if it had not been started; nothing of the parent's is touched."""
+        self.repository.renew_after_fork()
+        self._state = threading.Lock()
+        self._wire()
+
+
+_SUBMIT_OPTIONS = frozenset(
+    "id created_by priority run_at delay timeout max_attempts max_crashes".split()
+)
+_queues: weakref.WeakSet[Queue] = weakref.WeakSet()
+
+
+def _stop_forgotten() -> None:
+    for queue in list(_queues):
+        if queue._engine is not None and not queue._intake.stopped:
+            queue.stop(timeout=EXIT_TIMEOUT, cancel=True)
+
+
+def _renew_all_after_fork() -> None:
+    for queue in list(_queues):
+        queue._renew_after_fork()
+
+
+atexit.register(_stop_forgotten)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all_after_fork)

@@ -1,0 +1,208 @@
+"""What an executor is given beside its params."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import sqlite3
+import subprocess
+from collections.abc import Callable, Iterator, MutableMapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import Task, check_number
+from taskx.core.token import CancelReason, CancelToken
+from taskx.storage.base import check_progress
+
+if TYPE_CHECKING:
+    from taskx.runtime.alarms import Alarms
+
+T = TypeVar("T")
+
+
+class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
+    """The queue's logger, with the task's id and type in front of every line and in ``extra``."""
+
+    def process(
+        self, msg: Any, kwargs: MutableMapping[str, Any]
+    ) -> tuple[Any, MutableMapping[str, Any]]:
+        """Add the task to a record."""
+        extra = dict(self.extra or {})
+        kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
+        return f"[{extra['task_type']} {extra['task_id']}] {msg}", kwargs
+
+
+class Context:
+    """An executor's way to tell its progress, and to hear that it should stop.
+
+    Attributes:
+        task: this run's copy of the task.
+        logger: logs with the task's id and type.
+    """
+
+    __slots__ = ("_alarms", "_log", "_token", "dirty", "message", "progress_told", "task")
+
+    def __init__(
+        self, task: Task, token: CancelToken, alarms: Alarms, log: logging.Logger
+    ) -> None:
+        self.task = task
+        self._token = token
+        self._alarms = alarms
+        self._log = log
+        self.progress_told: float | None = None
+        self.message = ""
+        self.dirty = False
+
+    @property
+    def token(self) -> CancelToken:
+        """The token of this run; inside ``with ctx.timeout(…)``, the narrower one."""
+        return self._token
+
+    @property
+    def logger(self) -> TaskLogger:
+        """A logger that names the task."""
+        return TaskLogger(self._log, {"task_id": self.task.id, "task_type": self.task.type})
+
+    def progress(self, percent: float, message: str = "") -> None:
+        """Tell how far the task is: percent from 0 to 100 (clamped) and a short text.
+
+        It only notes the values; they are written every tenth of a second or so and at the end, so
+        that calling it in a tight loop costs next to nothing.
+
+        Raises:
+            PayloadError: percent is no number, or message no text.
+        """
+        if type(percent) is not int or type(message) is not str:
+            percent, message = check_progress(percent, message)
+        self.progress_told = percent
+        self.message = message
+        self.dirty = True
+
+    def latest_progress(self) -> tuple[int, str]:
+        """The last progress told, as it is stored."""
+        return check_progress(self.progress_told or 0, self.message)
+
+    def remaining(self) -> float | None:
+        """Seconds until the deadline, to hand on as a time-out: above zero; None without a deadline.
+
+        Raises:
+            TaskCancelled: the deadline has passed, or the token has fired for another reason.
+        """
+        return self._token.remaining()
+
+    def sleep(self, seconds: float) -> None:
+        """Sleep, but no longer than until the token fires.
+
+        Raises:
+            TaskCancelled: the token has fired.
+        """
+        self._token.wait(seconds)
+        self._token.raise_if_cancelled()
+
+    def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
+        """Have ``callback()`` called on a thread of its own when the token fires.
+
+        Returns:
+            a function that takes the callback back.
+        """
+        return self._token.on_cancel(callback)
+
+    @contextmanager
+    def timeout(self, seconds: float) -> Iterator[CancelToken]:
+        """A narrower deadline for a part of the task: ``with ctx.timeout(5) as token: …``.
+
+        Inside, ``ctx.token`` and everything built on it go by this deadline, too.
+
+        Raises:
+            TimeoutError: the block raised something after its own deadline had passed, while the
+                task as a whole may go on. What it raised is the ``__cause__``.
+            ConfigurationError: ``seconds`` is not a finite number from 0.
+        """
+        outer = self._token
+        inner = outer.child(check_number(seconds, "timeout"))
+        self._alarms.add(inner)
+        self._token = inner
+        try:
+            yield inner
+        except BaseException as error:
+            if inner.reason is CancelReason.TIMEOUT and not outer.cancelled:
+                raise TimeoutError(f"not done within {seconds:g} s") from error
+            raise
+        finally:
+            self._token = outer
+            self._alarms.remove(inner)
+            outer.disown(inner)
+
+    @contextmanager
+    def closing(self, resource: T) -> Iterator[T]:
+        """Close ``resource`` at the end of the block, and wake whoever blocks on it on a cancel.
+
+        Closing a file descriptor does not wake a thread that reads from it, so each kind is woken in
+        its own way first: a socket by ``shutdown``, an ``sqlite3`` connection by ``interrupt``, a
+        ``Popen`` by ``kill``, an HTTP connection by its socket, anything else by its own
+        ``abort()`` or ``shutdown()``.
+
+        Raises:
+            ConfigurationError: there is no way to wake it.
+            TaskCancelled: the token fired; at the end of the block too, since what was read from a
+                resource that was cut off is not to be trusted.
+        """
+        token = self._token
+        wake = waker(resource)
+        token.raise_if_cancelled()
+        remove = token.on_cancel(wake)
+        try:
+            yield resource
+            token.raise_if_cancelled()
+        finally:
+            remove()
+            _close(resource)
+
+
+def waker(resource: Any) -> Callable[[], object]:
+    """What wakes a thread that blocks on ``resource``.
+
+    Raises:
+        ConfigurationError: nothing would.
+    """
+    if isinstance(resource, socket.socket):
+        return lambda: _shut_down(resource)
+    if isinstance(resource, sqlite3.Connection):
+        return resource.interrupt
+    if isinstance(resource, subprocess.Popen):
+        return resource.kill
+    for name in ("abort", "shutdown"):
+        method = getattr(resource, name, None)
+        if callable(method):
+            return method  # type: ignore[no-any-return]
+    if isinstance(getattr(resource, "sock", None), (socket.socket, type(None))) and hasattr(
+        resource, "sock"
+    ):
+        return lambda: _shut_down(resource.sock)  # http.client, ftplib, smtplib and their like
+    raise ConfigurationError(
+        f"closing() cannot wake a thread that blocks on a {type(resource).__name__}: closing it "
+        "would not. Give it a time-out of ctx.remaining(), or register what does wake it with "
+        "ctx.on_cancel(…)"
+    )
+
+
+def _shut_down(sock: socket.socket | None) -> None:
+    if sock is None:
+        return
+    try:
+        sock.shutdown(socket.SHUT_RDWR)
+    except OSError:
+        pass  # not connected, or closed already: nobody can be blocked on it
+
+
+def _close(resource: Any) -> None:
+    if isinstance(resource, subprocess.Popen):
+        if resource.poll() is None:
+            resource.kill()
+        with resource:
+            pass  # closes its pipes and waits for it
+        return
+    close = getattr(resource, "close", None)
+    if callable(close):
+        close()

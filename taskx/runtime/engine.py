@@ -1,0 +1,350 @@
+"""A started queue: the node, its worker threads, and the way of a task from buffer to outcome."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from functools import partial
+
+import attrs
+
+from taskx.core import lifecycle
+from taskx.core.clock import Clock, to_ms
+from taskx.core.errors import RepositoryError
+from taskx.core.lifecycle import Ending
+from taskx.core.model import Task
+from taskx.core.token import CancelReason
+from taskx.core.writes import Update
+from taskx.runtime.alarms import Alarms
+from taskx.runtime.buffer import Buffer, Item
+from taskx.runtime.executors import Registry
+from taskx.runtime.handles import Watcher
+from taskx.runtime.ledger import Ledger
+from taskx.runtime.runner import Run, Runner
+from taskx.storage.base import Node, Repository
+
+#: Most tasks started in one transaction, when tasks have lately been short.
+MAX_AHEAD = 16
+#: Tasks are short below this many seconds.
+SHORT = 0.0005
+#: Seconds that a task started ahead waits for a free worker before it is handed back.
+AHEAD_PATIENCE = 0.005
+# Seconds a worker waits after the repository failed it, doubled up to the second.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+
+
+@attrs.frozen(kw_only=True)
+class Services:
+    """What the parts of a queue share."""
+
+    repository: Repository
+    registry: Registry
+    ledger: Ledger
+    watcher: Watcher
+    clock: Clock
+    log: logging.Logger
+    alarms: Alarms
+    runner: Runner
+
+
+class Engine:
+    """Runs tasks: threads that take ids from the buffer, start, execute and conclude them.
+
+    Args:
+        services: what it works with.
+        node: what it is known as in the repository.
+        workers: how many threads.
+        buffer: where they take ids from.
+    """
+
+    def __init__(self, services: Services, node: Node, workers: int, buffer: Buffer) -> None:
+        self.services = services
+        self.node = node
+        self.buffer = buffer
+        self.stopping = False
+        #: Every run from its start until its outcome is committed, by task id.
+        self.runs: dict[str, Run] = {}
+        #: Whether the repository may hold free tasks that would fit into the buffer.
+        self.more_stored = True
+        self.wake_scheduler = lambda: None
+        self._recent = 1.0  # seconds that tasks lately took; the first ones count as long
+        self._refilling = threading.Lock()
+        self._suspect = threading.Lock()
+        self._suspects: list[Item] = []
+        self._quiet = threading.Condition()
+        self._left = workers
+        self.threads = [
+            threading.Thread(
+                target=self._work,
+                args=(f"{node.name}/{number}",),
+                name=f"taskx-worker-{number}",
+                daemon=True,
+            )
+            for number in range(1, workers + 1)
+        ]
+
+    # --- the workers
+
+    def _work(self, worker: str) -> None:
+        pause = _FIRST_PAUSE
+        while not self.stopping:
+            try:
+                run = self._next_run()
+                pause = _FIRST_PAUSE
+            except RepositoryError as error:
+                self.services.log.warning("cannot start tasks for now: %s", error)
+                self._pause(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+                continue
+            except Exception:
+                self.services.log.exception("a worker stumbled; it goes on")
+                self._pause(pause)
+                continue
+            if run is not None:
+                self.execute(run, worker)
+            del run  # a worker that waits must not keep the last task's values alive
+        self._flush()
+        with self._quiet:
+            self._left -= 1
+            self._quiet.notify_all()
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.stopping and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+    def _next_run(self) -> Run | None:
+        """Take or start the next task; None when there may be another to look for, or at the stop."""
+        taken = self.buffer.take(self._how_many(), block=False)
+        if taken is None:
+            self._flush()
+            if self.more_stored:
+                self.refill()
+            self._tell_quiet()
+            taken = self.buffer.take(self._how_many(), block=not self.buffer.queue)
+        if taken is None or isinstance(taken, Run):
+            return taken
+        if self.more_stored and self.buffer.fetched * 2 < self.buffer.fetch_size:
+            self.refill()
+        return self._start(taken)
+
+    def _how_many(self) -> int:
+        return MAX_AHEAD if self._recent < SHORT else 1
+
+    def _start(self, items: list[Item]) -> Run | None:
+        """Start tasks in one transaction; returns one of them and lays the others out."""
+        try:
+            runs = self.start(items)
+        except BaseException:
+            for item in items:
+                self.buffer.add(item.id, -item.rank, item.created_at, fetched=True)
+            raise
+        if len(runs) > 1:
+            self.buffer.lay_out(runs[1:])
+            self.wake_scheduler()
+        return runs[0] if runs else None
+
+    def start(self, items: Sequence[Item]) -> list[Run]:
+        """Start the tasks among these that can be; the others are somebody else's, or no more."""
+        services = self.services
+        found = services.repository.get_many([item.id for item in items])
+        now = services.clock.now_ms()
+        starting: list[tuple[Task, Update]] = []
+        for item in items:
+            task = found.get(item.id)
+            if task is None or not self._may_start(task, item, alone=len(items) == 1):
+                continue
+            self._resolve_options(task)
+            update = lifecycle.start(task, now, self.node.id)
+            if update is not None:
+                starting.append((task, update))
+        if not starting:
+            return []
+        results = services.ledger.commit([update for _, update in starting])
+        runs = []
+        for (task, update), started in zip(starting, results, strict=True):
+            if started:
+                lifecycle.mark_started(task, update)
+                runs.append(self._enlist(task))
+            elif task.crashes:
+                self._suspect.release()
+        return runs
+
+    def _may_start(self, task: Task, item: Item, *, alone: bool) -> bool:
+        """Suspects run one at a time; they and what must not crash twice are not started ahead."""
+        if not alone and (task.crashes or task.max_crashes == 1):
+            self.buffer.add(item.id, -item.rank, item.created_at, fetched=True)
+            return False
+        if task.crashes and not self._suspect.acquire(blocking=False):
+            self._suspects.append(item)
+            return False
+        return True
+
+    def _resolve_options(self, task: Task) -> None:
+        """Settle what a process that only declared the type left to the executor."""
+        options = self.services.registry.get(task.type).options  # type: ignore[union-attr]
+        if task.max_attempts is None:
+            task.max_attempts = options.max_attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
+        if task.max_crashes is None:
+            task.max_crashes = options.max_crashes or lifecycle.DEFAULT_MAX_CRASHES
+        if task.timeout is None:
+            task.timeout = options.timeout
+
+    def _enlist(self, task: Task) -> Run:
+        services = self.services
+        executor = services.registry.get(task.type)
+        assert executor is not None  # noqa: S101  (only registered types are taken)
+        run = Run(task, executor, services.clock, services.alarms, services.log)
+        self.runs[task.id] = run
+        services.log.debug("task %s (%s) started, attempt %d", task.id, task.type, task.attempt)
+        return run
+
+    def execute(self, run: Run, worker: str) -> None:
+        """Run the executor and leave its outcome to the ledger."""
+        ending = self.services.runner.run(run, worker)
+        took = ending.duration
+        self._recent = took if took > self._recent else 0.7 * self._recent + 0.3 * took
+        now = self.services.clock.now_ms()
+        writes = lifecycle.conclude(run.task, ending, now)
+        self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
+
+    # --- outcomes
+
+    def _flush(self) -> None:
+        if self.services.ledger:
+            try:
+                self.services.ledger.flush()
+            except RepositoryError as error:
+                self.services.log.warning("outcomes wait to be written: %s", error)
+                self._pause(_FIRST_PAUSE)
+
+    def _concluded(
+        self, run: Run, ending: Ending, writes: Sequence[Update], results: Sequence[bool]
+    ) -> None:
+        """An outcome is committed, or was dropped because the run had lost its fence."""
+        task, log = run.task, self.services.log
+        if self.runs.get(task.id) is run:
+            del self.runs[task.id]
+        if task.crashes:
+            self._suspect_done()
+        held = [write for write, holds in zip(writes, results, strict=True) if holds]
+        if not held:
+            log.warning(
+                "task %s (%s): its late outcome was dropped, as another run had taken over",
+                task.id,
+                task.type,
+            )
+            return
+        status = held[0].changes["status"]
+        if status == lifecycle.FAILED:
+            log.error("task %s (%s) failed: %s\n%s", task.id, task.type, ending.error, ending.traceback)
+        elif status != lifecycle.PENDING:
+            log.debug("task %s (%s) %s", task.id, task.type, status)
+        elif held[0].changes["owner"]:
+            log.warning(
+                "task %s (%s) is retried after attempt %d: %s",
+                task.id,
+                task.type,
+                task.attempt,
+                ending.error,
+            )
+            assert task.created_at is not None  # noqa: S101  (it comes from the repository)
+            self.buffer.add(task.id, task.priority, to_ms(task.created_at), fetched=True)
+        else:
+            log.info("task %s (%s) was interrupted and is pending again", task.id, task.type)
+        self.services.watcher.look_if_watched(task.id)
+        self._tell_quiet()
+
+    def _suspect_done(self) -> None:
+        self._suspect.release()
+        if self._suspects:
+            item = self._suspects.pop()
+            self.buffer.add(item.id, -item.rank, item.created_at, fetched=True)
+
+    def hand_back(self, runs: Sequence[Run], *, rebuffer: bool) -> None:
+        """Undo the start of tasks that no worker had a hand free for."""
+        if not runs:
+            return
+        results = self.services.ledger.commit([lifecycle.hand_back(run.task) for run in runs])
+        for run, handed_back in zip(runs, results, strict=True):
+            self.runs.pop(run.task.id, None)
+            created_at = run.task.created_at
+            if handed_back and rebuffer and created_at is not None:
+                self.buffer.add(run.task.id, run.task.priority, to_ms(created_at), fetched=True)
+
+    # --- from the repository into the buffer
+
+    def refill(self) -> None:
+        """Fetch free tasks from the repository as far as there is room."""
+        if not self._refilling.acquire(blocking=False):
+            return
+        try:
+            room = self.buffer.room_to_fetch()
+            if room <= 0 or self.stopping:
+                return
+            self.more_stored = False  # before looking: a spill from now on sets it again
+            try:
+                stubs = self.services.repository.ready(self.services.registry.types, room)
+                if not stubs:
+                    return
+                taken = self.services.ledger.commit(
+                    [lifecycle.take(stub.id, self.node.id) for stub in stubs]
+                )
+            except BaseException:
+                self.more_stored = True
+                raise
+            for stub, mine in zip(stubs, taken, strict=True):
+                if mine:
+                    self.buffer.add(stub.id, stub.priority, stub.created_at, fetched=True)
+            if len(stubs) == room:
+                self.more_stored = True
+        finally:
+            self._refilling.release()
+
+    # --- quiet, and the end
+
+    def _tell_quiet(self) -> None:
+        if not self.runs:
+            with self._quiet:
+                self._quiet.notify_all()
+
+    def holds_nothing(self) -> bool:
+        """Whether neither buffer nor workers nor ledger have anything left."""
+        return not (
+            self.runs
+            or self.buffer.queue
+            or self.buffer.ahead
+            or self._suspects
+            or self.more_stored
+            or self.services.ledger
+        )
+
+    def wait_quiet(self, timeout: float) -> None:
+        """Wait until a task ends or a worker leaves, at most ``timeout`` seconds."""
+        with self._quiet:
+            self._quiet.wait(timeout)
+
+    def buffered(self) -> set[str]:
+        """The ids of pending tasks that this node holds in memory."""
+        return {*self.buffer.ids, *(item.id for item in self._suspects)}
+
+    def fire_all(self, reason: CancelReason) -> None:
+        """Fire the token of every run."""
+        for run in list(self.runs.values()):
+            run.token.fire(reason)
+
+    def begin_stop(self) -> list[str]:
+        """Take nothing more; returns the ids that were in the buffer."""
+        self.stopping = True
+        ahead = self.buffer.clear_ahead()
+        items = [*self.buffer.close(), *self._suspects]
+        self._suspects = []
+        self.hand_back(ahead, rebuffer=False)
+        return [item.id for item in items] + [run.task.id for run in ahead]
+
+    @property
+    def workers_left(self) -> int:
+        """How many worker threads have not ended."""
+        return self._left

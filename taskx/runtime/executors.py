@@ -1,0 +1,357 @@
+"""Executors: the code for a type of task, as a class or as a function, and their registry."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+
+import attrs
+
+from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
+from taskx.core.model import Task, check_int, check_name, check_number
+from taskx.runtime.context import Context
+
+if TYPE_CHECKING:
+    from taskx.runtime.handles import TaskHandle
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+MAX_PRIORITY = 1_000_000
+
+
+class TaskExecutor(ABC):
+    """An executor as a class: set ``type``, implement :meth:`execute`.
+
+    Attributes:
+        type: the type of task it runs.
+    """
+
+    type: str
+
+    @abstractmethod
+    def execute(self, ctx: Context, task: Task) -> Any:
+        """Run the task.
+
+        ``task`` is this run's copy: of what is done to it only ``task.result`` counts, and a value
+        that is returned wins over that. To raise is to fail the attempt.
+        """
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """How tasks are run, unless ``submit`` says otherwise for one of them.
+
+    Attributes:
+        max_attempts: attempts that may raise before the task is failed; from 1.
+        max_crashes: deaths of the process before the task is failed; from 1.
+        timeout: seconds after which an attempt's token fires.
+        priority: higher runs first.
+    """
+
+    max_attempts: int | None = None
+    max_crashes: int | None = None
+    timeout: float | None = None
+    priority: int | None = None
+
+    def __attrs_post_init__(self) -> None:
+        for name in ("max_attempts", "max_crashes"):
+            if getattr(self, name) is not None:
+                check_int(getattr(self, name), name, 1)
+        if self.timeout is not None and check_number(self.timeout, "timeout") == 0:
+            raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
+        if self.priority is not None:
+            check_int(self.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+
+
+class _Submits(Protocol):
+    def submit(self, task: Task, /) -> TaskHandle[Any]: ...
+
+
+class Executor(Generic[P, R]):
+    """An executor made of a function: still callable as that function, and submittable.
+
+    Attributes:
+        type: the type of task it runs.
+        function: the function itself.
+        options: how its tasks are run.
+    """
+
+    def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
+        self.type = type
+        self.function = function
+        self.options = options
+        self._parameters = Parameters(type, function)
+        self._queue: _Submits | None = None
+        update_wrapper(self, function)
+
+    def __repr__(self) -> str:
+        return f"<Executor {self.type!r}>"
+
+    def bind(self, queue: _Submits) -> None:
+        """Note the queue that :meth:`submit` submits to: the last one it was registered with."""
+        self._queue = queue
+
+    def task(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """A task of these params, to be changed and submitted.
+
+        Raises:
+            PayloadError: a parameter is missing, or unknown.
+        """
+        return Task(type=self.type, params=self._parameters.bind(args, kwargs))
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
+        """Submit a task of these params to the queue the executor is registered with.
+
+        Raises:
+            ConfigurationError: it is registered with none.
+            PayloadError: a parameter is missing, unknown or not JSON; and what ``Queue.submit`` raises.
+        """
+        if self._queue is None:
+            raise ConfigurationError(
+                f"executor {self.type!r} is not registered with a queue: "
+                "call queue.register_executor(…) first"
+            )
+        return self._queue.submit(self.task(*args, **kwargs))
+
+    def check_params(self, params: Mapping[str, Any]) -> None:
+        """Refuse params that do not fit the function with a ``PayloadError``."""
+        self._parameters.check(params)
+
+    def invoke(self, ctx: Context, task: Task) -> R:
+        """Run the function for a task."""
+        if self._parameters.takes_context:
+            return self.function(ctx, **task.params)
+        return self.function(**task.params)
+
+
+class PlainExecutor(Executor[P, R]):
+    """An executor whose function takes its params alone."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+
+class ContextExecutor(Executor[P, R]):
+    """An executor whose function takes a :class:`Context` first."""
+
+    def __call__(self, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function."""
+        return self.function(ctx, *args, **kwargs)
+
+
+class Parameters:
+    """The params that a function takes."""
+
+    def __init__(self, type: str, function: Callable[..., Any]) -> None:
+        self._type = type
+        if not callable(function):
+            raise ConfigurationError(f"executor {type!r} must be a function, not {function!r}")
+        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+            raise ConfigurationError(f"executor {type!r} is async; TaskX runs plain functions")
+        if inspect.isgeneratorfunction(function):
+            raise ConfigurationError(f"executor {type!r} is a generator; its body would never run")
+        parameters = list(inspect.signature(function).parameters.values())
+        self.takes_context = bool(parameters) and _is_context(parameters[0])
+        own = parameters[1:] if self.takes_context else parameters
+        self._check_kinds(own)
+        self._signature = inspect.Signature(own)
+        self._open = any(p.kind is p.VAR_KEYWORD for p in own)
+        named = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        self._known = frozenset(p.name for p in named)
+        self._required = frozenset(p.name for p in named if p.default is p.empty)
+
+    def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+                raise ConfigurationError(
+                    f"executor {self._type!r}: params arrive as keyword arguments, "
+                    f"which {parameter} cannot take"
+                )
+            if parameter.name == "ctx":
+                raise ConfigurationError(
+                    f"executor {self._type!r}: ctx must be the first parameter; "
+                    "no task parameter may bear that name"
+                )
+
+    def check(self, params: Mapping[str, Any]) -> None:
+        """Refuse params that do not fit with a ``PayloadError``."""
+        given = params.keys()
+        if self._required <= given and (self._open or given <= self._known):
+            return
+        if missing := sorted(self._required - given):
+            raise PayloadError("params", f"{self._type!r} needs {', '.join(missing)}")
+        unknown = ", ".join(sorted(map(repr, given - self._known)))
+        known = ", ".join(sorted(self._known)) or "none"
+        raise PayloadError("params", f"{self._type!r} takes no {unknown}; it takes {known}")
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments as params; ``PayloadError`` where they do not fit."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            raise PayloadError("params", f"{self._type!r}: {error}") from None
+        params: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                params.update(value)
+            else:
+                params[name] = value
+        return params
+
+
+def _is_context(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    if isinstance(annotation, str):
+        annotation = Context if annotation.rpartition(".")[2] == "Context" else None
+    return parameter.name == "ctx" or annotation is Context
+
+
+def make_executor(
+    function: Callable[..., Any], type: str | None, options: Options
+) -> PlainExecutor[Any, Any] | ContextExecutor[Any, Any]:
+    """The executor of a function, of the kind that its first parameter asks for."""
+    name = check_name(getattr(function, "__name__", "") if type is None else type, "type")
+    kind = ContextExecutor if Parameters(name, function).takes_context else PlainExecutor
+    return kind(name, function, options)
+
+
+class ExecutorDecorator:
+    """What ``executor(…)`` returns: makes an executor of the function below it."""
+
+    def __init__(
+        self,
+        type: str | None,
+        options: Options,
+        register: Callable[[Executor[Any, Any]], object] | None = None,
+    ) -> None:
+        self._type = type
+        self._options = options
+        self._register = register
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Context, P], R]) -> ContextExecutor[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R]) -> PlainExecutor[P, R]: ...
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        """Make and, on a queue, register the executor."""
+        made = make_executor(function, self._type, self._options)
+        if self._register is not None:
+            self._register(made)
+        return made
+
+
+def executor(
+    type: str | None = None,
+    *,
+    max_attempts: int | None = None,
+    max_crashes: int | None = None,
+    timeout: float | None = None,
+    priority: int | None = None,
+) -> ExecutorDecorator:
+    """Make an executor of the function below, to be registered with a queue later.
+
+    Args:
+        type: the type of task it runs; the function's name unless given.
+        max_attempts: attempts that may raise before the task is failed (default 1).
+        max_crashes: deaths of the process before the task is failed (default 3).
+        timeout: seconds after which an attempt's token fires.
+        priority: higher runs first (default 0).
+
+    Raises:
+        ConfigurationError: an option is not valid, or the function cannot be an executor.
+    """
+    if callable(type):
+        raise ConfigurationError("write @executor() or @executor('name'), with parentheses")
+    options = Options(
+        max_attempts=max_attempts, max_crashes=max_crashes, timeout=timeout, priority=priority
+    )
+    return ExecutorDecorator(type, options)
+
+
+@attrs.frozen(kw_only=True)
+class Registered:
+    """A type that this queue runs."""
+
+    type: str
+    invoke: Callable[[Context, Task], Any]
+    check_params: Callable[[Mapping[str, Any]], None] | None
+    options: Options
+
+
+class Registry:
+    """The types that a queue runs or, where they were only declared, accepts."""
+
+    def __init__(self) -> None:
+        self._registered: dict[str, Registered] = {}
+        self._declared: set[str] = set()
+
+    @property
+    def types(self) -> tuple[str, ...]:
+        """The types that it runs."""
+        return tuple(self._registered)
+
+    def register(self, executor: TaskExecutor | Executor[Any, Any], options: Options) -> None:
+        """Add an executor; options given here win over its own.
+
+        Raises:
+            ConfigurationError: its type is taken, or it is no executor.
+        """
+        entry = _entry(executor, options)
+        if entry.type in self._registered:
+            raise ConfigurationError(f"type {entry.type!r} has an executor already")
+        self._registered[entry.type] = entry
+
+    def declare(self, type: str) -> None:
+        """Accept a type whose executor lives in another process."""
+        self._declared.add(type)
+
+    def get(self, type: str) -> Registered | None:
+        """The executor of a type; None if it is only declared.
+
+        Raises:
+            UnknownTaskType: it is neither registered nor declared.
+        """
+        entry = self._registered.get(type)
+        if entry is None and type not in self._declared:
+            known = ", ".join(sorted({*self._registered, *self._declared})) or "none"
+            raise UnknownTaskType(
+                f"no executor is registered for type {type!r} (known: {known}); register one, or "
+                "declare() the type if it runs in another process"
+            )
+        return entry
+
+
+def _entry(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
+    if isinstance(executor, Executor):
+        given = {k: v for k, v in attrs.asdict(options).items() if v is not None}
+        return Registered(
+            type=executor.type,
+            invoke=executor.invoke,
+            check_params=executor.check_params,
+            options=attrs.evolve(executor.options, **given),
+        )
+    type_ = getattr(executor, "type", None)
+    if inspect.isclass(executor) or not callable(getattr(executor, "execute", None)) or not type_:
+        raise ConfigurationError(
+            f"{executor!r} is no executor: give an instance of a TaskExecutor with type and "
+            "execute(ctx, task), or a function under @executor(…)"
+        )
+    return Registered(
+        type=check_name(type_, "type"),
+        invoke=_classic(executor),
+        check_params=None,
+        options=options,
+    )
+
+
+def _classic(executor: TaskExecutor) -> Callable[[Context, Task], Any]:
+    def invoke(ctx: Context, task: Task) -> Any:
+        returned = executor.execute(ctx, task)
+        return task.result if returned is None else returned
+
+    return invoke

@@ -1,0 +1,219 @@
+"""Handles on tasks, and the watcher that resolves those that somebody waits on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+from taskx.core.errors import (
+    InvalidTransition,
+    RepositoryError,
+    TaskFailed,
+    TaskNotFound,
+)
+from taskx.core.model import Task, TaskStatus
+from taskx.storage.base import Repository
+
+R = TypeVar("R")
+
+_LAZY = frozenset({"_condition", "_waiters", "_done_callbacks"})
+# How often a waiter in a process that runs no queue looks for changes, in seconds.
+_POLL = 0.02
+_LOOK_ANYWAY = 1.0
+
+
+class _Owner(Protocol):
+    def get_task_status(self, task_id: str, /) -> Task: ...
+    def cancel_task(self, task_id: str, /) -> bool: ...
+    def watch(self, handle: TaskHandle[Any], /) -> None: ...
+
+
+class TaskHandle(Future[R]):
+    """A task as a ``concurrent.futures.Future``, made by ``submit`` or, anywhere, by ``queue.handle``.
+
+    Works with ``wait``, ``as_completed`` and ``asyncio.wrap_future``. ``result()`` returns what the
+    executor returned as JSON gives it back; it raises ``TaskFailed`` for a failed task, and
+    ``concurrent.futures.CancelledError`` for a cancelled one.
+
+    Attributes:
+        id: the task's id.
+    """
+
+    def __init__(self, task_id: str, owner: _Owner) -> None:
+        # Not super().__init__(): its condition costs more than the rest of a submit. It is made, and
+        # the task watched, when somebody first looks (__getattr__).
+        self.id = task_id
+        self._owner = owner
+        self._state = "PENDING"
+        self._result = None
+        self._exception = None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            if name not in _LAZY:
+                raise AttributeError(name)
+            if self._activate():
+                self._owner.watch(self)
+            return self.__dict__[name]
+
+    def _activate(self) -> bool:
+        with _activation:
+            if "_condition" in self.__dict__:
+                return False
+            state, result, exception = self._state, self._result, self._exception
+            super().__init__()
+            self._state, self._result, self._exception = state, result, exception
+            return True
+
+    def __repr__(self) -> str:
+        return f"<TaskHandle {self.id}>"
+
+    def task(self) -> Task:
+        """The task's record as it is now; ``TaskNotFound`` if it was deleted."""
+        return self._owner.get_task_status(self.id)
+
+    def cancel(self) -> bool:
+        """Cancel the task: True if it never runs, False if it runs (it is asked to stop) or has ended.
+
+        Raises:
+            TaskNotFound: it was deleted.
+        """
+        try:
+            cancelled = self._owner.cancel_task(self.id)
+        except InvalidTransition:
+            return False
+        if cancelled:
+            self.conclude_cancelled()
+        return cancelled
+
+    def running(self) -> bool:
+        """Whether an executor works on it now."""
+        return self.task().status is TaskStatus.RUNNING
+
+    # --- for the watcher
+
+    def conclude(self, task: Task | None) -> bool:
+        """Resolve the handle if the task has ended; None stands for a deleted one."""
+        if task is not None and not task.status.finished:
+            return False
+        if task is None:
+            self._conclude(lambda: self.set_exception(TaskNotFound(self.id)))
+        elif task.status is TaskStatus.COMPLETED:
+            self._conclude(lambda: self.set_result(task.result))
+        elif task.status is TaskStatus.FAILED:
+            attempt = max(1, task.errors + task.crashes)
+            failed = TaskFailed(task.id, task.error, attempt, task.traceback)
+            self._conclude(lambda: self.set_exception(failed))
+        else:
+            self.conclude_cancelled()
+        return True
+
+    def conclude_cancelled(self) -> None:
+        """Resolve the handle as cancelled, callbacks included."""
+        self._conclude(self._set_cancelled)
+
+    def _set_cancelled(self) -> None:
+        super().cancel()
+        super().set_running_or_notify_cancel()
+
+    def _conclude(self, conclude: Callable[[], None]) -> None:
+        self._activate()
+        with _conclusion:
+            if self._state == "PENDING":
+                conclude()
+
+
+_activation = threading.Lock()
+# Reentrant: a callback of one handle may conclude another.
+_conclusion = threading.RLock()
+
+
+class Watcher:
+    """Resolves the handles that somebody looks at, when their tasks have ended.
+
+    In a started queue the workers and the scheduler tell it to look; else it has a thread of its
+    own as long as there is something to watch.
+    """
+
+    def __init__(self, repository: Repository, log: logging.Logger) -> None:
+        self._repository = repository
+        self._log = log
+        self._lock = threading.Lock()
+        self._handles: dict[str, list[TaskHandle[Any]]] = {}
+        self._driven = False
+        self._polling = False
+
+    def watch(self, handle: TaskHandle[Any]) -> None:
+        """Resolve the handle when its task has ended, at once if it has.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        with self._lock:
+            self._handles.setdefault(handle.id, []).append(handle)
+        self.look([handle.id])
+        if not handle.done():
+            self._ensure_polling()
+
+    def drive(self, driven: bool) -> None:
+        """Say whether a started queue tells when to look."""
+        self._driven = driven
+        if not driven:
+            self._ensure_polling()
+
+    def look_if_watched(self, task_id: str) -> None:
+        """Look at a task that just ended, if somebody waits for it."""
+        if task_id in self._handles:
+            self.look([task_id])
+
+    def look(self, task_ids: Sequence[str] | None = None) -> None:
+        """Look at these tasks, or at all that are watched, and resolve what has ended.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        ids = list(self._handles) if task_ids is None else task_ids
+        if not ids:
+            return
+        found = self._repository.get_many(ids)
+        for task_id in ids:
+            task = found.get(task_id)
+            if task is None or task.status.finished:
+                with self._lock:
+                    handles = self._handles.pop(task_id, [])
+                for handle in handles:
+                    handle.conclude(task)
+
+    def _ensure_polling(self) -> None:
+        with self._lock:
+            if self._driven or self._polling or not self._handles:
+                return
+            self._polling = True
+        threading.Thread(target=self._poll, name="taskx-watch", daemon=True).start()
+
+    def _poll(self) -> None:
+        looked = time.monotonic()
+        while True:
+            with self._lock:
+                if self._driven or not self._handles:
+                    self._polling = False
+                    return
+            try:
+                if self._repository.changed() or time.monotonic() - looked > _LOOK_ANYWAY:
+                    looked = time.monotonic()
+                    self.look()
+            except RepositoryError as error:
+                self._log.warning("cannot see whether tasks have ended: %s", error)
+                time.sleep(1.0)
+            time.sleep(_POLL)
+
+    def renew_after_fork(self) -> None:
+        """In a forked child: nothing is watched."""
+        self._lock = threading.Lock()
+        self._handles.clear()
+        self._driven = self._polling = False

@@ -1,0 +1,284 @@
+"""How a task gets in: checked, stored, and put where a worker finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
+from typing import Any
+
+import attrs
+
+from taskx.core import lifecycle, payload
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.errors import (
+    ConfigurationError,
+    DuplicateTask,
+    InvalidTransition,
+    QueueFull,
+    QueueStopped,
+    TaskxError,
+)
+from taskx.core.ids import new_id
+from taskx.core.model import Task, TaskStatus, check_int, check_name, check_number
+from taskx.core.writes import Insert
+from taskx.runtime.buffer import Item
+from taskx.runtime.engine import Engine, Services
+from taskx.runtime.executors import MAX_PRIORITY
+from taskx.runtime.runner import inside_executor
+
+#: What a full buffer does with a submit.
+OVERFLOWS = ("reject", "block", "spill", "caller_runs")
+
+
+class Intake:
+    """Takes tasks in for a queue.
+
+    Args:
+        services: what it works with.
+        overflow: what a full buffer does: one of :data:`OVERFLOWS`.
+        block_timeout: seconds that ``block`` waits for room; None for ever.
+        max_payload_size: the largest params, in bytes of JSON.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        overflow: str,
+        block_timeout: float | None,
+        max_payload_size: int,
+    ) -> None:
+        self._services = services
+        self._overflow = overflow
+        self._block_timeout = block_timeout
+        self._max_payload_size = max_payload_size
+        #: The running node; None as long as the queue has not been started.
+        self.engine: Engine | None = None
+        self.look_for_due: Callable[[], None] = lambda: None
+        self.stopped = False
+
+    # --- one task
+
+    def accept(self, task: Task) -> str:
+        """Store a task and see to it that it runs; returns its id.
+
+        Raises:
+            TaskxError: of the kind that says why not; nothing was stored.
+        """
+        self._refuse_if_stopped()
+        insert = self._prepare(task)
+        engine = self.engine
+        if engine is None or insert.row["held"] or self._spills(engine):
+            self._store(insert)
+            if engine is not None:
+                self._tell(engine, delayed=bool(insert.row["held"]))
+        elif engine.buffer.reserve():
+            self._store_and_buffer(engine, insert)
+        else:
+            self._overflowed(engine, insert)
+        task_id: str = insert.row["id"]
+        return task_id
+
+    def _refuse_if_stopped(self) -> None:
+        if self.stopped:
+            raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
+
+    def _spills(self, engine: Engine) -> bool:
+        """While earlier tasks lie spilled, later ones spill behind them: order is kept."""
+        return engine.more_stored and self._overflow == "spill"
+
+    def _tell(self, engine: Engine, *, delayed: bool) -> None:
+        if delayed:
+            self.look_for_due()
+        else:
+            engine.more_stored = True
+            engine.wake_scheduler()
+
+    def _store(self, insert: Insert) -> None:
+        if not self._commit(insert):
+            raise DuplicateTask(insert.id)
+
+    def _commit(self, insert: Insert) -> bool:
+        try:
+            return self._services.ledger.commit([insert])[0]
+        except TaskxError:
+            raise
+        except BaseException as error:
+            # Whether it is stored cannot be said: submitting the same id again tells.
+            error.task_id = insert.id  # type: ignore[attr-defined]
+            raise
+
+    def _store_and_buffer(self, engine: Engine, insert: Insert) -> None:
+        row = insert.row
+        row["owner"] = engine.node.id
+        try:
+            self._store(insert)
+        except BaseException:
+            engine.buffer.release()
+            raise
+        engine.buffer.add(row["id"], row["priority"], row["created_at"], fetched=False)
+
+    def _overflowed(self, engine: Engine, insert: Insert) -> None:
+        overflow = self._overflow
+        if overflow == "block" and not inside_executor():
+            if not engine.buffer.reserve(1, self._block_timeout):
+                self._refuse_if_stopped()
+                raise self._full(engine, 1)
+            self._store_and_buffer(engine, insert)
+        elif overflow == "caller_runs":
+            self._run_here(engine, insert)
+        elif overflow == "reject":
+            self._refuse_if_stopped()
+            raise self._full(engine, 1)
+        else:
+            # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
+            self._store(insert)
+            self._tell(engine, delayed=False)
+
+    def _full(self, engine: Engine, wanted: int) -> QueueFull:
+        buffer = engine.buffer
+        return QueueFull(
+            f"the buffer holds {buffer.submitted} of buffer_size={buffer.maxsize} tasks and has no "
+            f"room for {wanted} more (overflow={self._overflow!r}); nothing was stored. Try later, "
+            "raise buffer_size, or set overflow to 'block', 'spill' or 'caller_runs'"
+        )
+
+    def _run_here(self, engine: Engine, insert: Insert) -> None:
+        row = insert.row
+        row["owner"] = engine.node.id
+        self._store(insert)
+        item = Item(-row["priority"], row["created_at"], 0, row["id"], True)
+        for run in engine.start([item]):
+            engine.execute(run, f"{engine.node.name}/caller")
+            self._services.ledger.flush()
+
+    # --- many
+
+    def accept_many(self, tasks: Iterable[Task]) -> list[str]:
+        """Store tasks in one transaction, all or none; returns their ids in order.
+
+        Raises:
+            TaskxError: of the kind that says why not; nothing was stored.
+        """
+        self._refuse_if_stopped()
+        inserts = [self._prepare(task) for task in tasks]
+        if not inserts:
+            return []
+        engine = self.engine
+        due = [insert for insert in inserts if not insert.row["held"]]
+        slots = self._reserve_many(engine, len(due)) if engine is not None else 0
+        for insert in due[:slots]:
+            insert.row["owner"] = engine.node.id  # type: ignore[union-attr]
+        try:
+            self._store_whole(inserts)
+        except BaseException:
+            if engine is not None and slots:
+                engine.buffer.release(slots)
+            raise
+        if engine is not None:
+            for insert in due[:slots]:
+                row = insert.row
+                engine.buffer.add(row["id"], row["priority"], row["created_at"], fetched=False)
+            if len(due) < len(inserts):
+                self._tell(engine, delayed=True)
+            if slots < len(due):
+                self._tell(engine, delayed=False)
+        return [insert.id for insert in inserts]
+
+    def _reserve_many(self, engine: Engine, wanted: int) -> int:
+        """How many of ``wanted`` tasks go into the buffer; the rest is spilled."""
+        if self._spills(engine):
+            return 0
+        if engine.buffer.reserve(wanted):
+            return wanted
+        if self._overflow == "reject":
+            self._refuse_if_stopped()
+            raise self._full(engine, wanted)
+        room = max(0, min(wanted, engine.buffer.maxsize - engine.buffer.submitted))
+        return room if room and engine.buffer.reserve(room) else 0
+
+    def _store_whole(self, inserts: Sequence[Insert]) -> None:
+        results = self._services.ledger.commit_whole(inserts)
+        for insert, stored in zip(inserts, results, strict=True):
+            if not stored:
+                raise DuplicateTask(insert.id)
+
+    # --- checks
+
+    def _prepare(self, task: Task) -> Insert:
+        """The record of a task, or the error that says what is wrong with it."""
+        if not isinstance(task, Task):
+            raise ConfigurationError(f"submit takes a Task or a type, not {type(task).__name__}")
+        if task.status is not TaskStatus.PENDING:
+            raise InvalidTransition(f"only a pending task can be submitted; this one is {task.status}")
+        kind = check_name(task.type, "type")
+        executor = self._services.registry.get(kind)
+        params = payload.encode_params(task.params, self._max_payload_size)
+        if executor is not None:
+            if executor.check_params is not None:
+                executor.check_params(task.params)
+            options = executor.options
+            max_attempts = _either(task.max_attempts, options.max_attempts)
+            max_crashes = _either(task.max_crashes, options.max_crashes)
+            timeout = _either(task.timeout, options.timeout)
+            priority = task.priority or options.priority or 0
+        else:
+            max_attempts, max_crashes = task.max_attempts, task.max_crashes
+            timeout, priority = task.timeout, task.priority
+        _check_options(max_attempts, max_crashes, timeout, priority)
+        now = self._services.clock.now_ms()
+        run_at = None if task.run_at is None else _run_at_ms(task.run_at)
+        return lifecycle.create(
+            task_id=check_name(task.id, "id") or new_id(),
+            type=kind,
+            params=params,
+            created_by=check_name(task.created_by, "created_by"),
+            now=now,
+            priority=priority,
+            run_at=run_at,
+            timeout=timeout,
+            max_attempts=max_attempts,
+            max_crashes=max_crashes,
+        )
+
+
+def _either(own: Any, default: Any) -> Any:
+    return default if own is None else own
+
+
+def _run_at_ms(moment: Any) -> int:
+    try:
+        return to_ms(moment, "run_at")
+    except (ValueError, AttributeError, TypeError) as error:
+        raise ConfigurationError(f"run_at: {error}") from None
+
+
+def _check_options(
+    max_attempts: int | None, max_crashes: int | None, timeout: float | None, priority: int
+) -> None:
+    if max_attempts is not None:
+        check_int(max_attempts, "max_attempts", 1)
+    if max_crashes is not None:
+        check_int(max_crashes, "max_crashes", 1)
+    if timeout is not None and check_number(timeout, "timeout") == 0:
+        raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
+    if priority:
+        check_int(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+
+
+def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
+    """A copy of a task with the options of ``submit`` that were given.
+
+    Raises:
+        ConfigurationError: both ``run_at`` and ``delay``, or an invalid delay.
+    """
+    chosen = {name: value for name, value in given.items() if value is not None}
+    delay = chosen.pop("delay", None)
+    if delay is not None:
+        if "run_at" in chosen:
+            raise ConfigurationError("give run_at or delay, not both")
+        seconds = check_number(delay, "delay")
+        try:
+            chosen["run_at"] = to_datetime(now_ms) + timedelta(seconds=seconds)
+        except OverflowError:
+            raise ConfigurationError(f"delay of {seconds:g} seconds is beyond the calendar") from None
+    return attrs.evolve(task, **chosen) if chosen else task

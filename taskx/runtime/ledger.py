@@ -1,0 +1,183 @@
+"""Group commit: many threads' writes in few transactions, without a writer thread.
+
+Whoever finds the ledger free leads: it commits everything that waits, the others' writes included,
+and a follower that gets the lock next finds its own done. Alone, that is one small transaction and no
+hand-over between threads; under load, many writers share one.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+
+from taskx.core.errors import RepositoryUnavailable, TaskxError
+from taskx.core.writes import Write
+from taskx.storage.base import Repository
+
+Callback = Callable[[Sequence[bool]], None]
+
+#: Most entries of one transaction, so that a long queue of them does not become one long lock.
+MAX_BATCH = 256
+
+
+class _Entry:
+    """Writes that wait, and what became of them."""
+
+    __slots__ = ("callback", "done", "error", "in_doubt", "results", "writes")
+
+    def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
+        self.writes = writes
+        self.callback = callback
+        self.done = False
+        self.in_doubt = False
+        self.results: Sequence[bool] = ()
+        self.error: BaseException | None = None
+
+
+class Ledger:
+    """All of a queue's writes go through one of these.
+
+    Args:
+        repository: what they are applied to.
+        log: where a failing callback is reported.
+    """
+
+    def __init__(self, repository: Repository, log: logging.Logger) -> None:
+        self._repository = repository
+        self._log = log
+        self._leading = threading.Lock()
+        # Only the leader removes from it; a write leaves it when its outcome is known, not before.
+        self._waiting: deque[_Entry] = deque()
+
+    def __bool__(self) -> bool:
+        """Whether writes wait."""
+        return bool(self._waiting)
+
+    def commit(self, writes: Sequence[Write]) -> Sequence[bool]:
+        """Commit writes, together with what waits; says for each whether its guard held.
+
+        Raises:
+            RepositoryError: none of them was applied.
+        """
+        entry = _Entry(writes, None)
+        self._waiting.append(entry)
+        concluded: list[_Entry] = []
+        with self._leading:
+            while not entry.done:
+                concluded += self._lead()
+        self._call_back(concluded)
+        if entry.error is not None:
+            raise entry.error
+        return entry.results
+
+    def commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
+        """Commit writes in a transaction of their own: all of them, or none where a guard fails.
+
+        Raises:
+            RepositoryError: none of them was applied.
+        """
+        with self._leading:
+            return self._repository.apply(writes, all_or_nothing=True)
+
+    def defer(self, writes: Sequence[Write], callback: Callback) -> None:
+        """Leave writes to the next commit; ``callback`` is told for each whether its guard held."""
+        self._waiting.append(_Entry(writes, callback))
+
+    def flush(self) -> None:
+        """Commit what waits.
+
+        Raises:
+            RepositoryUnavailable: it waits on.
+        """
+        concluded: list[_Entry] = []
+        try:
+            with self._leading:
+                if self._waiting:
+                    concluded = self._lead()
+        finally:
+            self._call_back(concluded)
+
+    def _lead(self) -> list[_Entry]:
+        """Commit one batch; returns those of its entries that have a callback to be called."""
+        batch = [self._waiting[i] for i in range(min(len(self._waiting), MAX_BATCH))]
+        try:
+            self._commit_batch(batch)
+        except BaseException:
+            # An interrupt or worse, perhaps after the COMMIT: the next leader reads back.
+            for entry in batch:
+                entry.in_doubt = not entry.done
+            raise
+        finally:
+            for entry in batch:
+                if entry.done:
+                    self._waiting.remove(entry)
+        return [entry for entry in batch if entry.done and entry.callback is not None]
+
+    def _commit_batch(self, batch: list[_Entry]) -> None:
+        for entry in batch:
+            if entry.in_doubt:
+                self._read_back(entry)
+        open_entries = [entry for entry in batch if not entry.done]
+        if not open_entries:
+            return
+        try:
+            self._apply(open_entries)
+        except RepositoryUnavailable as error:
+            self._fail(open_entries, error)
+        except Exception as error:
+            if len(open_entries) == 1:
+                self._reject(open_entries[0], error)
+            else:
+                self._replay(open_entries)
+
+    def _read_back(self, entry: _Entry) -> None:
+        entry.in_doubt = False
+        try:
+            results = self._repository.settle(entry.writes)
+        except TaskxError:
+            entry.in_doubt = True
+            raise
+        if any(results):
+            entry.results, entry.done = results, True
+
+    def _apply(self, entries: list[_Entry]) -> None:
+        results = self._repository.apply([write for entry in entries for write in entry.writes])
+        position = 0
+        for entry in entries:
+            end = position + len(entry.writes)
+            entry.results, entry.done = results[position:end], True
+            position = end
+
+    def _replay(self, entries: list[_Entry]) -> None:
+        """Commit one by one after a batch failed, so that a bad write fails alone."""
+        for entry in entries:
+            try:
+                self._apply([entry])
+            except RepositoryUnavailable as error:
+                self._fail([entry], error)
+            except Exception as error:
+                self._reject(entry, error)
+
+    def _fail(self, entries: list[_Entry], error: RepositoryUnavailable) -> None:
+        """Tell those who wait; a deferred write stays, to be tried again."""
+        for entry in entries:
+            if entry.callback is None:
+                entry.error, entry.done = error, True
+        if all(entry.callback is not None for entry in entries):
+            raise error
+
+    def _reject(self, entry: _Entry, error: Exception) -> None:
+        entry.error, entry.done = error, True
+        entry.results = [False] * len(entry.writes)
+        if entry.callback is not None:
+            self._log.error("a write was refused by the repository: %s", error, exc_info=error)
+
+    def _call_back(self, entries: list[_Entry]) -> None:
+        for entry in entries:
+            try:
+                if entry.callback is not None:
+                    entry.callback(entry.results)
+            except Exception:
+                self._log.exception("what follows a commit failed")

@@ -1,0 +1,131 @@
+"""One task from its start to its ending; knows no thread and no store."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import traceback
+from typing import Any
+
+from taskx.core import payload
+from taskx.core.clock import Clock
+from taskx.core.errors import RepositoryCorrupt, TaskCancelled
+from taskx.core.lifecycle import Ending
+from taskx.core.model import Task
+from taskx.core.token import CancelReason, CancelToken
+from taskx.runtime.alarms import Alarms
+from taskx.runtime.context import Context
+from taskx.runtime.executors import Registered
+
+#: Longest error text and traceback that a record keeps, in characters.
+MAX_ERROR = 4_000
+MAX_TRACEBACK = 20_000
+
+_current = threading.local()
+
+
+class Run:
+    """One attempt at a task that was started, with the token that tells it to stop."""
+
+    __slots__ = ("context", "executor", "task", "token")
+
+    def __init__(
+        self, task: Task, executor: Registered, clock: Clock, alarms: Alarms, log: logging.Logger
+    ) -> None:
+        self.task = task
+        self.executor = executor
+        self.token = CancelToken(None, clock)
+        self.context = Context(task, self.token, alarms, log)
+
+
+def inside_executor() -> bool:
+    """Whether the calling thread is inside an executor."""
+    return getattr(_current, "depth", 0) > 0
+
+
+class Runner:
+    """Runs executors and says how they ended.
+
+    Args:
+        clock: what durations and deadlines are measured by.
+        alarms: who fires tokens at their deadlines.
+        max_payload_size: the largest result, in bytes of JSON.
+    """
+
+    def __init__(self, clock: Clock, alarms: Alarms, max_payload_size: int) -> None:
+        self._clock = clock
+        self._alarms = alarms
+        self._max_payload_size = max_payload_size
+
+    def run(self, run: Run, worker: str) -> Ending:
+        """Call the executor; whatever it does, this returns how it ended."""
+        task, token = run.task, run.token
+        started = self._clock.monotonic()
+        if task.timeout is not None:
+            token.deadline = started + task.timeout
+            self._alarms.add(token)
+        _current.depth = getattr(_current, "depth", 0) + 1
+        try:
+            try:
+                ending = self._call(run)
+            except BaseException as error:
+                ending = _raised(error, run)
+        finally:
+            _current.depth -= 1
+            if task.timeout is not None:
+                self._alarms.remove(token)
+        ending["duration"] = max(0.0, self._clock.monotonic() - started)
+        if run.context.progress_told is not None:
+            ending["progress"], ending["message"] = run.context.latest_progress()
+        return Ending(worker=worker, **ending)
+
+    def _call(self, run: Run) -> dict[str, Any]:
+        if run.token.cancelled:  # cancelled or stopped before a worker had a hand free
+            run.token.raise_if_cancelled()
+        if run.task.damage:
+            raise RepositoryCorrupt(run.task.damage)
+        value = run.executor.invoke(run.context, run.task)
+        text = None if value is None else payload.encode(value, "result", self._max_payload_size)
+        return {"returned": True, "result": text}
+
+
+def _raised(error: BaseException, run: Run) -> dict[str, Any]:
+    reason = run.token.reason
+    told = isinstance(error, TaskCancelled)
+    if told and reason is CancelReason.TIMEOUT:
+        text = f"timed out after {run.task.timeout:g} s"
+    else:
+        text = error_text(error)
+    return {
+        "returned": False,
+        "reason": reason,
+        "error": text,
+        "traceback": _traceback_text(error),
+        "permanent": isinstance(error, RepositoryCorrupt) and bool(run.task.damage),
+    }
+
+
+def error_text(error: BaseException) -> str:
+    """An exception as text that can be stored, even where its own ``str`` raises or is huge."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except BaseException:
+        text = "<its str() raised>"
+    return payload.clean_text(f"{name}: {text}" if text else name, MAX_ERROR)
+
+
+def _traceback_text(error: BaseException) -> str:
+    try:
+        # The first frames are the runner's own; the user's code is what matters.
+        frames = error.__traceback__
+        for _ in range(2):
+            frames = frames.tb_next if frames is not None and frames.tb_next else frames
+        lines = traceback.format_exception(type(error), error, frames)
+        text = "".join(line[:MAX_TRACEBACK] for line in lines)
+    except BaseException:
+        text = "<the traceback could not be formatted>"
+    if len(text) > MAX_TRACEBACK:
+        half = MAX_TRACEBACK // 2
+        text = f"{text[:half]}\n…\n{text[-half + 10 :]}"
+    return payload.clean_text(text, MAX_TRACEBACK)

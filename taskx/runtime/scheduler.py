@@ -1,0 +1,164 @@
+"""The one thread that looks after time, other processes, and what nobody else has a hand free for."""
+
+from __future__ import annotations
+
+import _thread
+import threading
+import time
+
+from taskx.core import lifecycle
+from taskx.core.errors import RepositoryError
+from taskx.core.token import CancelReason
+from taskx.runtime.engine import AHEAD_PATIENCE, Engine
+from taskx.runtime.recovery import Recovery
+
+#: Seconds between looks for what other processes changed, and between writes of progress.
+POLL = 0.05
+PROGRESS_EVERY = 0.1
+#: Seconds between looks for dead nodes, and between audits of one's own tasks.
+RECOVER_EVERY = 0.5
+AUDIT_EVERY = 2.0
+_MOST_DUE = 1000
+_LONGEST_BACKOFF = 2.0
+
+
+class Scheduler:
+    """Calls :meth:`tick` again and again; all that it does can be done twice without harm.
+
+    Args:
+        engine: what it keeps going.
+        recovery: what it lets look for dead nodes.
+    """
+
+    def __init__(self, engine: Engine, recovery: Recovery) -> None:
+        self._engine = engine
+        self._services = engine.services
+        self._recovery = recovery
+        self._wake_up = _thread.allocate_lock()
+        self._wake_up.acquire()
+        self._asleep_long = False
+        self._stopped = False
+        self._next_due: int | None = None
+        self._due_known = False
+        self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), 0.0)
+        self._thread = threading.Thread(target=self._run, name="taskx-scheduler", daemon=True)
+        engine.wake_scheduler = self.wake_from_long_sleep
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; returns when it has ended, or at once if called on it."""
+        self._stopped = True
+        self.wake()
+        if self._thread is not threading.current_thread() and self._thread.is_alive():
+            self._thread.join(5.0)
+
+    def wake(self) -> None:
+        """Have the next tick now."""
+        try:
+            self._wake_up.release()
+        except RuntimeError:
+            pass  # it was told already
+
+    def wake_from_long_sleep(self) -> None:
+        """Have it tick every few milliseconds from now on, as long as something waits for it."""
+        if self._asleep_long:
+            self._asleep_long = False
+            self.wake()
+
+    def look_for_due(self) -> None:
+        """A delayed task was stored: look when it is due, and wake in time."""
+        self._due_known = False
+        self.wake()
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopped:
+            try:
+                self.tick()
+                failures = 0
+            except RepositoryError as error:
+                failures += 1
+                if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
+                    self._services.log.warning("the repository fails the scheduler: %s", error)
+            except Exception:
+                failures += 1
+                self._services.log.exception("the scheduler stumbled; it goes on")
+            self._sleep(failures)
+
+    def _sleep(self, failures: int) -> None:
+        if failures:
+            timeout = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
+        elif self._services.ledger or self._engine.buffer.ahead:
+            timeout = AHEAD_PATIENCE
+        else:
+            self._asleep_long = True
+            timeout = POLL
+            if self._next_due is not None:
+                until_due = (self._next_due - self._services.clock.now_ms()) / 1000
+                timeout = min(POLL, max(0.001, until_due))
+        self._wake_up.acquire(timeout=timeout)
+        self._asleep_long = False
+
+    def tick(self) -> None:
+        """One round of everything that is due.
+
+        Raises:
+            RepositoryError: the repository failed; what was not done is done in a later round.
+        """
+        self._engine.hand_back(self._engine.buffer.clear_ahead(AHEAD_PATIENCE), rebuffer=True)
+        self._services.ledger.flush()
+        if self._is_time("progress", PROGRESS_EVERY):
+            self._write_progress()
+        self._release_due()
+        if self._is_time("recover", RECOVER_EVERY):
+            if self._recovery.recover():
+                self._engine.more_stored = True
+            self._look_around()
+        elif self._is_time("poll", POLL) and self._services.repository.changed():
+            self._due_known = False
+            self._look_around()
+        if self._engine.more_stored:
+            self._engine.refill()
+        if self._is_time("audit", AUDIT_EVERY):
+            self._recovery.audit()
+
+    def _is_time(self, what: str, interval: float) -> bool:
+        now = time.monotonic()
+        if now - self._last[what] < interval * 0.9:
+            return False
+        self._last[what] = now
+        return True
+
+    def _look_around(self) -> None:
+        """See what other processes did: new work, requests to cancel, ends of watched tasks."""
+        self._engine.more_stored = True
+        for stub in self._services.repository.owned(self._engine.node.id):
+            if stub.cancel_requested and (run := self._engine.runs.get(stub.id)):
+                run.token.fire(CancelReason.CANCEL)
+        self._services.watcher.look()
+
+    def _release_due(self) -> None:
+        services = self._services
+        now = services.clock.now_ms()
+        if not self._due_known:
+            self._due_known = True  # before looking: a task stored from now on clears it again
+            self._next_due = services.repository.next_due()
+        while self._next_due is not None and self._next_due <= now:
+            ids = services.repository.due(now, _MOST_DUE)
+            if ids:
+                services.ledger.commit([lifecycle.release(task_id) for task_id in ids])
+                self._engine.more_stored = True
+            self._next_due = services.repository.next_due()
+
+    def _write_progress(self) -> None:
+        writes = []
+        for run in list(self._engine.runs.values()):
+            if run.context.dirty:
+                run.context.dirty = False
+                percent, message = run.context.latest_progress()
+                writes.append(lifecycle.progress(run.task.id, run.task.starts, percent, message))
+        if writes:
+            self._services.ledger.commit(writes)

@@ -1,0 +1,1 @@
+"""Where tasks are kept: the interface, and the repositories that come with TaskX."""

@@ -1,0 +1,273 @@
+"""What a repository is: eight methods for users, a few primitives for the runtime.
+
+:class:`TaskRepository` is all that a user has to implement. :class:`Repository` adds what the runtime
+builds its guarantees on; it gives the eight in terms of the primitives, so that the rules of
+``lifecycle`` hold whichever way a record is changed.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+
+import attrs
+
+from taskx.core import lifecycle, payload
+from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.core.errors import DuplicateTask, InvalidTransition, PayloadError, TaskNotFound
+from taskx.core.model import Task, TaskFilter, TaskStatus, check_name
+from taskx.core.payload import clean_text
+from taskx.core.record import Stub, optional_ms
+from taskx.core.writes import Write
+
+#: Longest progress message, in characters.
+MAX_MESSAGE = 1000
+
+
+class TaskRepository(ABC):
+    """The eight methods of a repository; implement them and ``Queue`` works with it.
+
+    Such a queue takes itself for the only process on the repository: what it finds running when it
+    starts counts as left behind by a process that died. Calls come from several threads. Keep every
+    field of the task (``to_dict``/``from_dict`` help); give back copies, not what is stored.
+    """
+
+    @abstractmethod
+    def create(self, task: Task) -> None:
+        """Store a new task; ``DuplicateTask`` if one has its id."""
+
+    @abstractmethod
+    def get_by_id(self, task_id: str) -> Task:
+        """The task with that id; ``TaskNotFound`` if there is none."""
+
+    @abstractmethod
+    def update(self, task: Task) -> None:
+        """Replace the stored task that has this one's id; ``TaskNotFound`` if there is none."""
+
+    @abstractmethod
+    def update_status(self, task_id: str, status: TaskStatus, message: str = "") -> None:
+        """Set status and message; ``TaskNotFound`` if there is no such task."""
+
+    @abstractmethod
+    def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
+        """Set progress (0 to 100) and message; ``TaskNotFound`` if there is no such task."""
+
+    @abstractmethod
+    def list(self, filter: TaskFilter) -> Sequence[Task]:
+        """The tasks that meet the filter, newest first, from its offset, at most its limit."""
+
+    @abstractmethod
+    def count(self, filter: TaskFilter) -> int:
+        """How many tasks meet the filter, whatever its offset and limit."""
+
+    @abstractmethod
+    def delete(self, task_id: str) -> None:
+        """Remove the task; ``TaskNotFound`` if there is none."""
+
+
+@attrs.frozen(kw_only=True)
+class Node:
+    """One started queue in one process, as the repository knows it.
+
+    Attributes:
+        id: unique for every start.
+        name: for people: host, process and start.
+        types: the task types it runs.
+        stopping: True once it was asked to stop.
+        alive: True while its process lives, False once it is known to be dead, None where neither
+            can be told.
+    """
+
+    id: str
+    name: str
+    types: tuple[str, ...] = ()
+    stopping: bool = False
+    alive: bool | None = None
+
+
+class Repository(TaskRepository):
+    """A repository with the primitives that the runtime needs; ours all are.
+
+    Args:
+        clock: what the eight methods stamp records with.
+    """
+
+    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+        self.clock = clock
+
+    # --- the primitives
+
+    @abstractmethod
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        """Apply guarded writes in one transaction; says for each whether its guard held.
+
+        When it returns they are committed. With ``all_or_nothing`` none is applied unless every
+        guard holds.
+
+        Raises:
+            RepositoryError: nothing was applied.
+        """
+
+    @abstractmethod
+    def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
+        """Say for each write whether it took place, after ``apply`` was cut short by an interrupt."""
+
+    @abstractmethod
+    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
+        """The tasks with these ids that exist, by id."""
+
+    @abstractmethod
+    def ready(self, types: Iterable[str], limit: int) -> Sequence[Stub]:
+        """Pending tasks of these types that may start now and that no node holds, best first.
+
+        Best: highest priority, then earliest stored.
+        """
+
+    @abstractmethod
+    def due(self, now: int, limit: int) -> Sequence[str]:
+        """Ids of held back pending tasks whose ``run_at`` has come, earliest first."""
+
+    @abstractmethod
+    def next_due(self) -> int | None:
+        """The earliest ``run_at`` of the held back pending tasks, in milliseconds."""
+
+    @abstractmethod
+    def owned(self, node: str) -> Sequence[Stub]:
+        """The pending and running tasks that a node holds."""
+
+    @abstractmethod
+    def owners(self) -> Sequence[str]:
+        """The ids of all nodes that hold tasks."""
+
+    @abstractmethod
+    def unfinished(self, types: Iterable[str]) -> bool:
+        """Whether a task of these types runs on a node, or is pending and not held back."""
+
+    @abstractmethod
+    def changed(self) -> bool:
+        """Whether another process may have changed something since the last call; cheap."""
+
+    @abstractmethod
+    def join(self, node: Node) -> None:
+        """Record a node, and prove it alive from now on until :meth:`leave` or process death."""
+
+    @abstractmethod
+    def mark_stopping(self, node: str) -> None:
+        """Record that a node is stopping: what it still runs when it ends was interrupted."""
+
+    @abstractmethod
+    def leave(self, node: str) -> None:
+        """Forget a node that holds nothing any more: one's own, or a dead one."""
+
+    @abstractmethod
+    def nodes(self) -> Sequence[Node]:
+        """All recorded nodes."""
+
+    def renew_after_fork(self) -> None:  # noqa: B027
+        """In a forked child: drop what belongs to the parent, without touching it."""
+
+    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
+        """Release what the repository holds open; a later operation opens it again."""
+
+    def __enter__(self) -> Repository:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    # --- the eight, through lifecycle
+
+    def create(self, task: Task) -> None:
+        """Store a new pending task.
+
+        Raises:
+            DuplicateTask: one has its id.
+            InvalidTransition: it is not pending.
+            PayloadError: its params break the JSON rules.
+        """
+        if task.status is not TaskStatus.PENDING:
+            raise InvalidTransition(f"a new task is pending, not {task.status}")
+        for what in ("id", "type", "created_by"):
+            check_name(getattr(task, what), what)
+        now = self.clock.now_ms()
+        insert = lifecycle.create(
+            task_id=task.id,
+            type=task.type,
+            params=payload.encode_params(task.params),
+            created_by=task.created_by,
+            now=now if task.created_at is None else to_ms(task.created_at, "created_at"),
+            priority=task.priority,
+            run_at=optional_ms(task.run_at, "run_at"),
+            timeout=task.timeout,
+            max_attempts=task.max_attempts,
+            max_crashes=task.max_crashes,
+        )
+        if not self.apply([insert])[0]:
+            raise DuplicateTask(task.id)
+
+    def get_by_id(self, task_id: str) -> Task:
+        """The task with that id; ``TaskNotFound`` if there is none."""
+        found = self.get_many([check_name(task_id, "id")])
+        if task_id not in found:
+            raise TaskNotFound(task_id)
+        return found[task_id]
+
+    def update(self, task: Task) -> None:
+        """Replace what may be replaced of the stored task: not its identity, fence and owner.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            InvalidTransition: its status may not move as asked, or it moved meanwhile.
+            PayloadError: params or result break the JSON rules.
+        """
+        stored = self.get_by_id(task.id)
+        if not self.apply([lifecycle.amend(stored, task, self.clock.now_ms())])[0]:
+            raise InvalidTransition(f"task {task.id} moved on while it was being updated")
+
+    def update_status(self, task_id: str, status: TaskStatus, message: str = "") -> None:
+        """Set status and message.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            InvalidTransition: no move leads there, or it moved meanwhile.
+        """
+        stored = self.get_by_id(task_id)
+        write = lifecycle.set_status(
+            stored, TaskStatus(status), clean_text(message, MAX_MESSAGE), self.clock.now_ms()
+        )
+        if not self.apply([write])[0]:
+            raise InvalidTransition(f"task {task_id} moved on while its status was being set")
+
+    def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
+        """Set progress, clamped to 0 to 100, and message of a running task; of another, nothing.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        percent, text = check_progress(progress, message)
+        if not self.apply([lifecycle.progress(task_id, None, percent, text)])[0]:
+            self.get_by_id(task_id)
+
+    def delete(self, task_id: str) -> None:
+        """Remove a task that is not running.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            InvalidTransition: it is running.
+        """
+        if not self.apply([lifecycle.delete(check_name(task_id, "id"))])[0]:
+            self.get_by_id(task_id)
+            raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
+
+
+def check_progress(percent: float, message: str) -> tuple[int, str]:
+    """Progress as it is stored: a whole percentage from 0 to 100 and a bounded text.
+
+    Raises:
+        PayloadError: the percentage is no number, or the message no text.
+    """
+    if isinstance(percent, bool) or not isinstance(percent, (int, float)) or percent != percent:
+        raise PayloadError("progress", f"must be a number from 0 to 100, not {percent!r}")
+    if not isinstance(message, str):
+        raise PayloadError("message", f"must be a str, not {type(message).__name__}")
+    return int(min(max(percent, 0), 100)), clean_text(message, MAX_MESSAGE)

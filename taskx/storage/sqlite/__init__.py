@@ -1,0 +1,5 @@
+"""Tasks in one SQLite file, for any number of processes on one host."""
+
+from taskx.storage.sqlite.repository import SQLiteRepository
+
+__all__ = ["SQLiteRepository"]

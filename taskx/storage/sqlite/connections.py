@@ -1,0 +1,157 @@
+"""Opening the file, the connections to it, and what SQLite's errors mean."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from taskx.core.errors import (
+    RepositoryCorrupt,
+    RepositoryError,
+    RepositoryUnavailable,
+    TaskxError,
+)
+from taskx.storage.sqlite import schema
+
+#: Versions before lack what the statements rely on.
+MINIMUM_SQLITE = (3, 34, 0)
+
+
+def translated(error: sqlite3.Error, path: str, busy_timeout: float) -> TaskxError:
+    """Our error for one of SQLite's; the words decide, as Python 3.10 gives no error codes."""
+    text = str(error)
+    if "locked" in text or "busy" in text:
+        return RepositoryUnavailable(
+            f"{path} was locked for {busy_timeout:g} s by another process; nothing was changed"
+        )
+    if "disk is full" in text:
+        return RepositoryUnavailable(f"no room on the disk for {path}; nothing was changed")
+    if "readonly" in text or "read-only" in text:
+        return RepositoryUnavailable(f"{path} or its folder is read-only")
+    if "unable to open" in text:
+        return RepositoryUnavailable(f"{path} cannot be opened: {_why_not_opened(path)}")
+    if "not a database" in text:
+        return RepositoryCorrupt(f"{path} is not an SQLite database; it was not touched")
+    if "malformed" in text or "corrupt" in text:
+        return RepositoryCorrupt(f"{path} is damaged: {text}")
+    if "disk I/O" in text:
+        return RepositoryUnavailable(f"{path}: {text}")
+    return RepositoryError(f"{path}: {text}")
+
+
+def _why_not_opened(path: str) -> str:
+    folder = os.path.dirname(os.path.abspath(path))
+    if os.path.isdir(path):
+        return "it is a folder"
+    if not os.path.isdir(folder):
+        return f"there is no folder {folder}"
+    return "no permission, or too many open files"
+
+
+class Connections:
+    """The connections of one process to one file: one that writes, and a pool of readers.
+
+    Each is used by one thread at a time. They are opened when first needed.
+    """
+
+    def __init__(self, path: str, busy_timeout: float) -> None:
+        self.path = path
+        self.busy_timeout = busy_timeout
+        self._writer: sqlite3.Connection | None = None
+        self._idle: list[sqlite3.Connection] = []
+        # What a forked child inherits is kept here for ever: closing it would drop the locks that
+        # the parent holds on the file.
+        self._abandoned: list[sqlite3.Connection] = []
+
+    def writer(self) -> sqlite3.Connection:
+        """The writing connection; the caller holds the write lock."""
+        if self._writer is None:
+            self._writer = self._open_file()
+        return self._writer
+
+    @contextmanager
+    def reader(self) -> Iterator[sqlite3.Connection]:
+        """A connection to read with, given back afterwards; sqlite3's errors become ours."""
+        try:
+            try:
+                connection = self._idle.pop()
+            except IndexError:
+                connection = self._connect()
+            yield connection
+        except sqlite3.Error as error:
+            raise translated(error, self.path, self.busy_timeout) from error
+        self._idle.append(connection)
+
+    def close(self) -> None:
+        """Close all that is not in use."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.close()
+        while self._idle:
+            self._idle.pop().close()
+
+    def renew_after_fork(self) -> None:
+        """In a forked child: start over with connections of one's own."""
+        self._abandoned += [*self._idle, *([self._writer] if self._writer else [])]
+        self._idle, self._writer = [], None
+
+    def _connect(self, mode: str = "rwc") -> sqlite3.Connection:
+        connection = sqlite3.connect(
+            f"{Path(self.path).absolute().as_uri()}?mode={mode}",
+            uri=True,
+            timeout=self.busy_timeout,
+            isolation_level=None,
+            check_same_thread=False,
+            cached_statements=256,
+        )
+        # Unless told, SQLite may keep a journal page cache of its own choosing; NORMAL loses nothing
+        # at process death in WAL mode. The writer raises it where a power cut must be survived.
+        connection.execute("PRAGMA synchronous = NORMAL")
+        return connection
+
+    def _open_file(self) -> sqlite3.Connection:
+        if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
+            raise RepositoryError(
+                f"SQLite {sqlite3.sqlite_version} is too old: TaskX needs 3.34 or later"
+            )
+        try:
+            self._check_before_touching()
+            connection = self._connect()
+            try:
+                self._prepare(connection)
+            except BaseException:
+                connection.close()
+                raise
+            return connection
+        except sqlite3.Error as error:
+            raise translated(error, self.path, self.busy_timeout) from error
+
+    def _check_before_touching(self) -> None:
+        """Look at an existing file through a connection that cannot write."""
+        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
+            return
+        connection = self._connect("ro")
+        try:
+            schema.check(connection, self.path)
+        finally:
+            connection.close()
+
+    def _prepare(self, connection: sqlite3.Connection) -> None:
+        # The switch to WAL answers "locked" at once where another process is switching, too: the
+        # busy handler is not asked.
+        deadline = time.monotonic() + self.busy_timeout
+        while True:
+            try:
+                if schema.check(connection, self.path) == 0:
+                    connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                schema.migrate(connection, self.path)
+                return
+            except sqlite3.OperationalError as error:
+                if "locked" not in str(error) or time.monotonic() > deadline:
+                    raise
+                time.sleep(0.005)

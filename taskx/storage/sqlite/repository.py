@@ -1,0 +1,322 @@
+"""The repository on one SQLite file."""
+
+from __future__ import annotations
+
+import json
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Literal, TypeVar, get_args
+
+from taskx.core.clock import SYSTEM_CLOCK, Clock
+from taskx.core.errors import ConfigurationError, RepositoryUnavailable
+from taskx.core.model import Task, TaskFilter, check_number
+from taskx.core.record import Stub, task_from_row
+from taskx.core.writes import Delete, Insert, Update, Write
+from taskx.storage.base import Node, Repository
+from taskx.storage.sqlite import statements
+from taskx.storage.sqlite.connections import Connections, translated
+from taskx.storage.sqlite.liveness import NodeLocks
+
+Durability = Literal["accepted", "full", "process"]
+T = TypeVar("T")
+
+_MOST_VARIABLES = 500  # ids in one SELECT; SQLite's own limit is 32,766
+
+
+class SQLiteRepository(Repository):
+    """Keeps tasks in one SQLite file, which any number of processes on this host may share.
+
+    The file is opened, and made if need be, at the first operation. It is in WAL mode: readers never
+    wait for writers. It must be on a local file system.
+
+    Args:
+        path: the file.
+        durability: what a power cut may undo. ``"accepted"``: nothing that a caller was told
+            (submit, cancel, requeue, delete), at most outcomes of the last moments, which are then
+            reached again. ``"full"``: nothing. ``"process"``: commits of the last moments. The death
+            of the process undoes nothing at any setting.
+        busy_timeout: seconds to wait for another process's write before giving up.
+        clock: what the eight methods stamp records with.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        durability: Durability = "accepted",
+        *,
+        busy_timeout: float = 10.0,
+        clock: Clock = SYSTEM_CLOCK,
+    ) -> None:
+        super().__init__(clock)
+        self.path = os.fspath(path)
+        if not isinstance(self.path, str) or not self.path or self.path == ":memory:":
+            raise ConfigurationError(
+                f"SQLiteRepository needs the path of a file, not {path!r}; "
+                "for tasks in memory there is MemoryRepository"
+            )
+        if durability not in get_args(Durability):
+            raise ConfigurationError(
+                f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}"
+            )
+        self.durability = durability
+        check_number(busy_timeout, "busy_timeout")
+        self._connections = Connections(self.path, busy_timeout)
+        self._locks = NodeLocks(self.path)
+        self._write_lock = threading.Lock()
+        self._synchronous = "NORMAL"
+        self._data_version = -1
+
+    def __repr__(self) -> str:
+        return f"SQLiteRepository({self.path!r}, durability={self.durability!r})"
+
+    # --- writing
+
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        """Apply guarded writes in one transaction; says for each whether its guard held.
+
+        Raises:
+            RepositoryError: nothing was applied.
+        """
+        durable = any(write.durable for write in writes)
+        if all_or_nothing:
+            return self._apply_whole(writes, durable)
+        return self._transact(lambda cursor: [_apply_one(cursor, write) for write in writes], durable)
+
+    def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
+        inserts = [write for write in writes if isinstance(write, Insert)]
+
+        def work(cursor: sqlite3.Cursor) -> Sequence[bool]:
+            if len(inserts) == len(writes):
+                rows = (tuple(write.row.values()) for write in inserts)
+                cursor.executemany(statements.INSERT_OR_FAIL, rows)
+                return [True] * len(writes)
+            results = [_apply_one(cursor, write) for write in writes]
+            if not all(results):
+                raise _Refused(results)
+            return results
+
+        try:
+            return self._transact(work, durable)
+        except _Refused as refused:
+            return refused.results
+        except sqlite3.IntegrityError:
+            taken = self.get_many([write.id for write in writes])
+            seen: set[str] = set()
+            results = []
+            for write in writes:
+                results.append(write.id not in taken and write.id not in seen)
+                seen.add(write.id)
+            return results
+
+    def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
+        """Say for each write whether it took place."""
+        return self._transact(
+            lambda cursor: [_took_place(cursor, write) for write in writes], durable=False
+        )
+
+    def _transact(self, work: Callable[[sqlite3.Cursor], T], durable: bool) -> T:
+        with self._write_lock:
+            connection = self._connections.writer()
+            cursor = connection.cursor()
+            try:
+                self._set_synchronous(cursor, durable)
+                cursor.execute("BEGIN IMMEDIATE")
+                result = work(cursor)
+                cursor.execute("COMMIT")
+                return result
+            except BaseException as error:
+                # A full disk makes SQLite roll back by itself.
+                if connection.in_transaction:
+                    connection.rollback()
+                if isinstance(error, sqlite3.Error) and not isinstance(
+                    error, sqlite3.IntegrityError
+                ):
+                    raise translated(error, self.path, self._connections.busy_timeout) from error
+                raise
+
+    def _set_synchronous(self, cursor: sqlite3.Cursor, durable: bool) -> None:
+        full = self.durability == "full" or (durable and self.durability == "accepted")
+        wanted = "FULL" if full else "NORMAL"
+        if wanted != self._synchronous:
+            cursor.execute(f"PRAGMA synchronous = {wanted}")
+            self._synchronous = wanted
+
+    # --- reading
+
+    def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        self._open()
+        with self._connections.reader() as connection:
+            return connection.execute(sql, values).fetchall()
+
+    def _open(self) -> None:
+        """Have the file made and checked before the first reader sees it."""
+        if self._data_version == -1:
+            with self._write_lock:
+                if self._data_version == -1:
+                    writer = self._connections.writer()
+                    (self._data_version,) = writer.execute("PRAGMA data_version").fetchone()
+
+    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
+        """The tasks with these ids that exist, by id."""
+        found = {}
+        for start in range(0, len(task_ids), _MOST_VARIABLES):
+            some = task_ids[start : start + _MOST_VARIABLES]
+            for row in self._rows(statements.select_many(len(some)), some):
+                found[row[0]] = task_from_row(row)
+        return found
+
+    def list(self, filter: TaskFilter) -> Sequence[Task]:
+        """The tasks that meet the filter, newest first."""
+        where, values = statements.where(filter)
+        order = " ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
+        rows = self._rows(
+            statements.SELECT + where + order, [*values, filter.limit, filter.offset]
+        )
+        return [task_from_row(row) for row in rows]
+
+    def count(self, filter: TaskFilter) -> int:
+        """How many tasks meet the filter."""
+        where, values = statements.where(filter)
+        ((count,),) = self._rows(f"SELECT count(*) FROM tasks{where}", values)
+        return int(count)
+
+    def ready(self, types: Iterable[str], limit: int) -> Sequence[Stub]:
+        """Free pending tasks of these types that may start now, best first."""
+        rows = [row for kind in types for row in self._rows(statements.READY, (kind, limit))]
+        rows.sort(key=lambda row: (-row[3], row[6]))
+        return [_stub(row) for row in rows[:limit]]
+
+    def due(self, now: int, limit: int) -> Sequence[str]:
+        """Ids of held back pending tasks whose time has come."""
+        return [task_id for (task_id,) in self._rows(statements.DUE, (now, limit))]
+
+    def next_due(self) -> int | None:
+        """The earliest ``run_at`` of the held back pending tasks."""
+        ((earliest,),) = self._rows(statements.NEXT_DUE)
+        return None if earliest is None else int(earliest)
+
+    def owned(self, node: str) -> Sequence[Stub]:
+        """The pending and running tasks that a node holds."""
+        return [_stub(row) for row in self._rows(statements.OWNED, (node,))]
+
+    def owners(self) -> Sequence[str]:
+        """The ids of all nodes that hold tasks."""
+        return [owner for (owner,) in self._rows(statements.OWNERS)]
+
+    def unfinished(self, types: Iterable[str]) -> bool:
+        """Whether a task of these types runs on a node, or is pending and not held back."""
+        kinds = list(types)
+        running = {kind for (kind,) in self._rows(statements.UNFINISHED_RUNNING)}
+        return not running.isdisjoint(kinds) or any(
+            self._rows(statements.UNFINISHED_READY, (kind,)) for kind in kinds
+        )
+
+    def changed(self) -> bool:
+        """Whether another connection committed since the last call; reads one counter in memory.
+
+        It is read on the writing connection, so that own commits do not ring it.
+        """
+        self._open()
+        if not self._write_lock.acquire(timeout=0.005):
+            return False  # a write is under way; the next call will see
+        try:
+            row = self._connections.writer().execute("PRAGMA data_version").fetchone()
+        finally:
+            self._write_lock.release()
+        before, self._data_version = self._data_version, row[0]
+        return bool(row[0] != before)
+
+    # --- nodes
+
+    def join(self, node: Node) -> None:
+        """Record a node, and prove it alive until :meth:`leave` or process death."""
+        self._open()
+        inode = self._locks.hold(node.id)
+        row = (node.id, node.name, json.dumps(node.types), inode)
+        self._transact(
+            lambda cursor: cursor.execute(
+                "INSERT INTO nodes (id, name, types, lock) VALUES (?, ?, ?, ?)", row
+            ),
+            durable=False,
+        )
+
+    def mark_stopping(self, node: str) -> None:
+        """Record that a node is stopping."""
+        self._transact(
+            lambda cursor: cursor.execute("UPDATE nodes SET stopping = 1 WHERE id = ?", (node,)),
+            durable=False,
+        )
+
+    def leave(self, node: str) -> None:
+        """Forget a node that holds nothing any more."""
+        self._transact(
+            lambda cursor: cursor.execute("DELETE FROM nodes WHERE id = ?", (node,)), durable=False
+        )
+        self._locks.release(node)
+
+    def nodes(self) -> Sequence[Node]:
+        """All recorded nodes."""
+        return [
+            Node(
+                id=node,
+                name=name,
+                types=tuple(json.loads(types)),
+                stopping=bool(stopping),
+                alive=self._locks.alive(node, lock),
+            )
+            for node, name, types, lock, stopping in self._rows(
+                "SELECT id, name, types, lock, stopping FROM nodes ORDER BY id"
+            )
+        ]
+
+    # --- opening and closing
+
+    def close(self) -> None:
+        """Close the file; a later operation opens it again."""
+        with self._write_lock:
+            try:
+                self._connections.close()
+            except sqlite3.Error as error:
+                raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
+            finally:
+                self._synchronous, self._data_version = "NORMAL", -1
+
+    def renew_after_fork(self) -> None:
+        """In a forked child: connections of its own, opened at the next operation."""
+        self._write_lock = threading.Lock()
+        self._connections.renew_after_fork()
+        self._synchronous, self._data_version = "NORMAL", -1
+
+
+class _Refused(Exception):
+    def __init__(self, results: Sequence[bool]) -> None:
+        super().__init__(results)
+        self.results = results
+
+
+def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
+    if isinstance(write, Update):
+        cursor.execute(*statements.update(write.id, write.guard, write.changes))
+    elif isinstance(write, Insert):
+        cursor.execute(statements.INSERT, tuple(write.row.values()))
+    else:
+        cursor.execute(*statements.delete(write.id, write.guard))
+    return cursor.rowcount == 1
+
+
+def _took_place(cursor: sqlite3.Cursor, write: Write) -> bool:
+    if isinstance(write, Delete):
+        return cursor.execute("SELECT 1 FROM tasks WHERE id = ?", (write.id,)).fetchone() is None
+    wanted = write.row if isinstance(write, Insert) else write.changes
+    sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
+    return cursor.execute(sql, (write.id,)).fetchone() == tuple(wanted.values())
+
+
+def _stub(row: Sequence[Any]) -> Stub:
+    task_id, status, starts, priority, created_at, cancel_requested = row[:6]
+    return Stub(task_id, status, starts, priority, created_at, bool(cancel_requested))

@@ -1,0 +1,113 @@
+"""The tables, how a file is recognised as ours, and how an older one is brought up to date."""
+
+from __future__ import annotations
+
+import sqlite3
+
+from taskx.core.errors import SchemaMismatch
+
+#: ``PRAGMA application_id`` of our files: "TskX".
+APPLICATION_ID = 0x54736B58
+
+# Indexes are partial, so that a finished task weighs on none that the running of tasks looks at.
+# seq, the rowid, ends every index and keeps the order of submission.
+_VERSION_1 = (
+    """
+    CREATE TABLE tasks (
+        seq INTEGER PRIMARY KEY,
+        id TEXT NOT NULL UNIQUE,
+        type TEXT NOT NULL,
+        status TEXT NOT NULL DEFAULT 'pending'
+            CHECK (status IN ('pending', 'running', 'completed', 'failed', 'cancelled')),
+        params TEXT NOT NULL DEFAULT '{}',
+        result TEXT,
+        error TEXT NOT NULL DEFAULT '',
+        progress INTEGER NOT NULL DEFAULT 0,
+        message TEXT NOT NULL DEFAULT '',
+        created_by TEXT NOT NULL DEFAULT '',
+        created_at INTEGER NOT NULL,
+        started_at INTEGER,
+        completed_at INTEGER,
+        duration REAL NOT NULL DEFAULT 0,
+        priority INTEGER NOT NULL DEFAULT 0,
+        run_at INTEGER,
+        timeout REAL,
+        max_attempts INTEGER,
+        max_crashes INTEGER,
+        errors INTEGER NOT NULL DEFAULT 0,
+        crashes INTEGER NOT NULL DEFAULT 0,
+        interruptions INTEGER NOT NULL DEFAULT 0,
+        starts INTEGER NOT NULL DEFAULT 0,
+        cancel_requested_at INTEGER,
+        dead_letter INTEGER NOT NULL DEFAULT 0,
+        traceback TEXT NOT NULL DEFAULT '',
+        owner TEXT NOT NULL DEFAULT '',
+        worker TEXT NOT NULL DEFAULT '',
+        earlier_attempts TEXT NOT NULL DEFAULT '',
+        held INTEGER NOT NULL DEFAULT 0
+    )
+    """,
+    "CREATE INDEX tasks_created ON tasks (created_at)",
+    """
+    CREATE INDEX tasks_ready ON tasks (type, priority DESC)
+    WHERE status = 'pending' AND held = 0
+    """,
+    "CREATE INDEX tasks_due ON tasks (run_at) WHERE status = 'pending' AND held = 1",
+    "CREATE INDEX tasks_owned ON tasks (owner) WHERE owner <> ''",
+    "CREATE INDEX tasks_finished ON tasks (status, created_at) WHERE completed_at IS NOT NULL",
+    """
+    CREATE TABLE nodes (
+        id TEXT PRIMARY KEY,
+        name TEXT NOT NULL,
+        types TEXT NOT NULL,
+        lock INTEGER NOT NULL,
+        stopping INTEGER NOT NULL DEFAULT 0
+    ) WITHOUT ROWID
+    """,
+)
+
+#: What leads from each schema version to the next; the first entry makes a new file.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+VERSION = len(MIGRATIONS)
+
+
+def check(connection: sqlite3.Connection, path: str) -> int:
+    """The schema version of a file, 0 for an empty one; changes nothing.
+
+    Raises:
+        SchemaMismatch: it is another program's database, or a newer version of TaskX wrote it.
+    """
+    (application,) = connection.execute("PRAGMA application_id").fetchone()
+    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    if application == APPLICATION_ID:
+        if version > VERSION:
+            raise SchemaMismatch(
+                f"{path} has schema version {version}, this TaskX knows {VERSION}: "
+                "upgrade taskx-queue; the file was not touched"
+            )
+        return int(version)
+    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
+    if objects or application or version:
+        raise SchemaMismatch(
+            f"{path} is the database of another program (application_id {application:#x}); "
+            "it was not touched: give TaskX a file of its own"
+        )
+    return 0
+
+
+def migrate(connection: sqlite3.Connection, path: str) -> None:
+    """Bring a file up to :data:`VERSION`, in one transaction; several processes may try at once."""
+    if check(connection, path) == VERSION:
+        return
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        for statements in MIGRATIONS[check(connection, path) :]:
+            for statement in statements:
+                connection.execute(statement)
+        connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        connection.execute(f"PRAGMA user_version = {VERSION}")
+        connection.execute("COMMIT")
+    except BaseException:
+        if connection.in_transaction:
+            connection.execute("ROLLBACK")
+        raise

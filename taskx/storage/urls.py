@@ -1,0 +1,37 @@
+"""Repositories by URL, for settings files and command lines."""
+
+from __future__ import annotations
+
+from typing import Any
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from taskx.core.errors import ConfigurationError
+from taskx.storage.base import Repository
+from taskx.storage.memory import MemoryRepository
+from taskx.storage.sqlite import SQLiteRepository
+
+
+def open_repository(url: str) -> Repository:
+    """The repository that a URL names; it is opened at its first operation.
+
+    ``sqlite:///tasks.db`` is a file in the working folder, ``sqlite:////var/lib/tasks.db`` one by its
+    absolute path (``?durability=full`` may follow); ``memory://`` keeps tasks in this process.
+
+    Raises:
+        ConfigurationError: the URL is none of these.
+    """
+    parts = urlsplit(url)
+    if parts.scheme == "memory" and url.rstrip("/") in ("memory:", "memory://"):
+        return MemoryRepository()
+    if parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1:
+        return SQLiteRepository(unquote(parts.path[1:]), **_options(parts.query, url))
+    raise ConfigurationError(
+        f"{url!r} names no repository; use sqlite:///relative.db, sqlite:////absolute.db or memory://"
+    )
+
+
+def _options(query: str, url: str) -> dict[str, Any]:
+    options = dict(parse_qsl(query, keep_blank_values=True))
+    if unknown := options.keys() - {"durability"}:
+        raise ConfigurationError(f"{url!r}: unknown option {', '.join(sorted(unknown))}")
+    return options

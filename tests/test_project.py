@@ -1,0 +1,218 @@
+"""The project as its user meets it: version, public names, make, and what no file may hold."""
+
+from __future__ import annotations
+
+import ast
+import glob
+import importlib.metadata
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import docutils.core
+import pytest
+
+import taskx
+
+ROOT = Path(__file__).parent.parent
+BOOTSTRAP = ROOT / "tools" / "bootstrap.py"
+
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+
+
+def run_make(*args: str) -> subprocess.CompletedProcess[str]:
+    """Run make as from a shell, whatever make these tests were started by."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
+    return subprocess.run(["make", *args], cwd=ROOT, env=env, capture_output=True, text=True)
+
+
+# Version and public names
+
+
+def test_version_is_the_installed_one():
+    assert importlib.metadata.version("taskx-queue") == taskx.__version__
+
+
+def test_version_is_read_without_importing():
+    """A build has no attrs yet: setuptools must find a literal."""
+    tree = ast.parse((ROOT / "taskx" / "__init__.py").read_text())
+    [version] = [
+        node.value.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and isinstance(node.value, ast.Constant)
+        if ast.unparse(node.targets[0]) == "__version__"
+    ]
+    assert version == taskx.__version__
+
+
+def test_changelog_names_the_version():
+    assert f"\n{taskx.__version__}" in (ROOT / "CHANGELOG.rst").read_text()
+
+
+def test_all_is_sorted():
+    """As ruff sorts it: CONSTANTS, then Classes, then functions."""
+    names = list(taskx.__all__)
+    assert names == sorted(set(names), key=lambda n: (not n.isupper(), not n[0].isupper(), n))
+
+
+@pytest.mark.parametrize("name", taskx.__all__)
+def test_public_name_exists_and_is_documented(name):
+    value = getattr(taskx, name)
+    if inspect.isclass(value):
+        assert vars(value).get("__doc__"), f"taskx.{name} has no docstring of its own"
+    elif inspect.isroutine(value):
+        assert value.__doc__, f"taskx.{name} has no docstring"
+
+
+def test_import_is_light():
+    """Importing loads no optional package, starts no thread and warns of nothing."""
+    program = (
+        "import json, sys, threading, taskx; "
+        "print(json.dumps([sorted(sys.modules), threading.active_count()]))"
+    )
+    child = subprocess.run(
+        [sys.executable, "-I", "-W", "error", "-c", program],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    modules, threads = json.loads(child.stdout)
+    unwanted = {"asyncio", "bson", "celery", "django", "dramatiq", "flask", "pymongo", "sqlalchemy"}
+    assert not unwanted.intersection(modules)
+    assert threads == 1
+
+
+# make
+
+
+@needs_make
+def test_make_alone_lists_the_targets():
+    listed = run_make()
+    assert listed.returncode == 0
+    for target in ("demo", "test", "lint", "typecheck", "layers", "bench", "build", "clean"):
+        assert re.search(rf"^make {target} +\w", listed.stdout, re.M), target
+
+
+def python_that(tmp_path: Path, pretends: str) -> Path:
+    """An interpreter that runs a script after the statement ``pretends``."""
+    program = f'import runpy, sys; {pretends}; runpy.run_path(sys.argv[1], run_name="__main__")'
+    shim = tmp_path / "python"
+    shim.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{program}' \"$@\"\n")
+    shim.chmod(0o755)
+    return shim
+
+
+@needs_make
+@pytest.mark.parametrize(
+    ("pretends", "found", "advice"),
+    [
+        ("sys.version_info = (3, 9, 18)", "Python 3.9.18", "PYTHON=python3.12 make test"),
+        ('sys.modules["ensurepip"] = None', "ensurepip", "apt install python3-venv"),
+        ('sys.modules["venv"] = None', "venv", "apt install python3-venv"),
+    ],
+)
+def test_unfit_python_gets_one_sentence(tmp_path, pretends, found, advice):
+    made = run_make("test", f"PYTHON={python_that(tmp_path, pretends)}", f"VENV={tmp_path}/venv")
+    assert made.returncode != 0
+    sentence, make_gave_up = made.stderr.splitlines()
+    assert found in sentence
+    assert advice in sentence
+    assert make_gave_up.startswith("make: ***")
+    assert not (tmp_path / "venv").exists()
+
+
+@needs_make
+def test_missing_python_gets_one_sentence(tmp_path):
+    made = run_make("test", "PYTHON=python3.99", f"VENV={tmp_path}/venv")
+    assert made.returncode != 0
+    sentence, _make_gave_up = made.stderr.splitlines()
+    assert "python3.99 is not on this machine" in sentence
+
+
+@needs_make
+def test_make_empties_no_folder_but_its_own(tmp_path):
+    keepsake = tmp_path / "keepsake"
+    keepsake.touch()
+    made = run_make("test", f"VENV={tmp_path}")
+    assert made.returncode != 0
+    assert f"{tmp_path} is no virtual environment" in made.stderr
+    assert keepsake.exists()
+
+
+def old_pythons() -> list[str]:
+    """Real interpreters too old for TaskX, from pyenv or PATH: as many as there are."""
+    pyenv = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
+    pythons = [
+        *glob.glob(f"{pyenv}/versions/2.7.*/bin/python"),
+        *glob.glob(f"{pyenv}/versions/3.[69].*/bin/python"),
+        *filter(None, map(shutil.which, ("python2.7", "python3.6", "python3.9"))),
+    ]
+    return [
+        p for p in pythons if subprocess.run([p, "-c", ""], capture_output=True).returncode == 0
+    ]
+
+
+@pytest.mark.parametrize("python", old_pythons())
+def test_bootstrap_runs_on_an_old_python(tmp_path, python):
+    ran = subprocess.run([python, BOOTSTRAP, tmp_path / "venv"], capture_output=True, text=True)
+    assert ran.returncode == 1
+    assert ran.stderr.startswith("TaskX needs Python 3.10 or newer, and ")
+    assert len(ran.stderr.splitlines()) == 1
+
+
+# Files
+
+
+def project_files() -> list[Path]:
+    """The text files under version control, and those about to be."""
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    try:
+        names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("not a git checkout")
+    paths = [ROOT / name for name in names.decode().split("\0") if name]
+    return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()]
+
+
+@pytest.mark.parametrize(
+    ("what", "pattern"),
+    [
+        ("path of one machine", r"(?<![\w.])/(work|root|home|Users)/"),
+        ("registry host", r"\b(pypi\.org|pythonhosted\.org|npmjs\.(org|com)|deb\.debian\.org)\b"),
+    ],
+)
+def test_no_file_names_a(what, pattern):
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
+        for path in project_files()
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if re.search(pattern, line)
+    ]
+    assert not found, what
+
+
+def test_tests_do_not_sleep():
+    """A line that must block for real says so: # blocks on purpose."""
+    sleeps = re.compile(r"\btime\.sleep\(|\bfrom time import\b.*\bsleep\b")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in sorted((ROOT / "tests").rglob("*.py"))
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if sleeps.search(line) and "# blocks on purpose" not in line
+    ]
+    assert not found
+
+
+@pytest.mark.parametrize(
+    "path", [*ROOT.glob("*.rst"), *ROOT.glob("docs/**/*.rst")], ids=lambda path: path.name
+)
+def test_documentation_is_valid_rst(path):
+    settings = {"halt_level": 2, "report_level": 2, "syntax_highlight": "none"}
+    docutils.core.publish_doctree(
+        path.read_text(encoding="utf-8"), source_path=str(path), settings_overrides=settings
+    )
