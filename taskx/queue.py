@@ -444,7 +444,7 @@ class Queue:
         )
         self.repository.join(node)
         fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
-        buffer = Buffer(config.buffer_size, fetch_size)
+        buffer = Buffer(config.buffer_size, fetch_size, config.worker_num)
         engine = Engine(self._services, node, config.worker_num, buffer)
         recovery = Recovery(engine)
         scheduler = Scheduler(engine, recovery)
@@ -595,7 +595,16 @@ class Queue:
 
 
 _SUBMIT_OPTIONS = frozenset(
-    "id created_by priority run_at delay timeout max_attempts max_crashes".split()
+    (
+        "id",
+        "created_by",
+        "priority",
+        "run_at",
+        "delay",
+        "timeout",
+        "max_attempts",
+        "max_crashes",
+    )
 )
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 

@@ -61,7 +61,7 @@ MOVES = (
 _EDGES = frozenset((move.source, move.target) for move in MOVES)
 
 
-@attrs.frozen(kw_only=True)
+@attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
 class Ending:
     """How an attempt ended, as the runner saw it.
 
@@ -337,9 +337,7 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
         changes["interruptions"] = task.interruptions + (not crashed)
     alternatives = _unless_cancelled(task, changes, ending, now)
     alternatives[1].changes["crashes"] = crashes  # type: ignore[index]
-    return [
-        update._replace(guard={**update.guard, "owner": task.owner}) for update in alternatives
-    ]
+    return [update._replace(guard={**update.guard, "owner": task.owner}) for update in alternatives]
 
 
 # --- after the end

@@ -12,6 +12,7 @@ import attrs
 
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError
+from taskx.core.payload import is_encodable
 
 #: Longest id, type and created_by, in characters: all three are keys of indexes.
 MAX_NAME = 255
@@ -40,16 +41,14 @@ _FINISHED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCE
 
 def check_name(value: Any, what: str) -> str:
     """A text that may serve as id, type or created_by; ConfigurationError says what is wrong with it."""
-    if type(value) is not str:
-        if not isinstance(value, str):
-            raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
-        value = str(value.value) if isinstance(value, Enum) else str(value)
-    if len(value) > MAX_NAME:
-        raise ConfigurationError(f"{what} has {len(value)} characters, more than {MAX_NAME}")
-    if not value.isascii() or "\0" in value:
-        if "\0" in value or any("\ud800" <= char <= "\udfff" for char in value):
-            raise ConfigurationError(f"{what} {value!a} holds a NUL or a lone surrogate")
-    return value
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
+    text = value if type(value) is str else str.__str__(value)
+    if len(text) > MAX_NAME:
+        raise ConfigurationError(f"{what} has {len(text)} characters, more than {MAX_NAME}")
+    if "\0" in text or not (text.isascii() or is_encodable(text)):
+        raise ConfigurationError(f"{what} {text!a} holds a NUL or a lone surrogate")
+    return text
 
 
 @attrs.frozen(kw_only=True)

@@ -24,7 +24,7 @@ _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 _dumps = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False
 ).encode
-loads = json.loads
+loads = json.JSONDecoder().decode
 
 
 def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
@@ -47,9 +47,13 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
         try:
             size = len(text.encode())
         except UnicodeEncodeError:
-            raise PayloadError(_surrogate_path(value, what), "a lone surrogate is no text") from None
+            raise PayloadError(
+                _surrogate_path(value, what), "a lone surrogate is no text"
+            ) from None
     if size > max_size:
-        raise PayloadError(what, f"{size:,} bytes as JSON, more than max_payload_size ({max_size:,})")
+        raise PayloadError(
+            what, f"{size:,} bytes as JSON, more than max_payload_size ({max_size:,})"
+        )
     return text
 
 
@@ -104,19 +108,17 @@ def _flaw_in_list(value: Any, depth: int) -> tuple[str, str] | None:
 
 
 def _plain(value: Any) -> Any:
-    for base in (str, int, float, list, tuple, dict):
-        if isinstance(value, base):
-            return base(value)
-    raise AssertionError(value)
+    bases: tuple[type[Any], ...] = (str, int, float, list, tuple, dict)
+    return next(base(value) for base in bases if isinstance(value, base))
 
 
 def _surrogate_path(value: Any, path: str) -> str:
     if isinstance(value, str):
-        return "" if _encodable(value) else path
+        return "" if is_encodable(value) else path
     if isinstance(value, dict):
         for key, item in value.items():
             inner = f"{path}.{key}"
-            found = _surrogate_path(item, inner) if _encodable(key) else f"{path}[{key!a}]"
+            found = _surrogate_path(item, inner) if is_encodable(key) else f"{path}[{key!a}]"
             if found:
                 return found
     elif isinstance(value, (list, tuple)):
@@ -126,7 +128,8 @@ def _surrogate_path(value: Any, path: str) -> str:
     return ""
 
 
-def _encodable(text: str) -> bool:
+def is_encodable(text: str) -> bool:
+    """Whether a text is free of lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:

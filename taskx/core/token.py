@@ -57,9 +57,9 @@ class CancelToken:
     @property
     def reason(self) -> CancelReason | None:
         """Why the token fired; None as long as it has not."""
-        if self._reason is None and self.deadline is not None:
-            if self._clock.monotonic() >= self.deadline:
-                self.fire(CancelReason.TIMEOUT)
+        deadline = self.deadline
+        if self._reason is None and deadline is not None and self._clock.monotonic() >= deadline:
+            self.fire(CancelReason.TIMEOUT)
         return self._reason
 
     @property
@@ -161,7 +161,9 @@ class CancelToken:
         if not due:
             return
         try:
-            threading.Thread(target=_call_all, args=(due,), name="taskx-cancel", daemon=True).start()
+            threading.Thread(
+                target=_call_all, args=(due,), name="taskx-cancel", daemon=True
+            ).start()
         except RuntimeError:
             _call_all(due)  # no new thread can be had while the interpreter shuts down
 
@@ -170,5 +172,5 @@ def _call_all(callbacks: list[Callable[[], object]]) -> None:
     for callback in callbacks:
         try:
             callback()
-        except BaseException:
+        except BaseException:  # noqa: BLE001  (one callback must not keep the next from running)
             _log.exception("a cancel callback raised: %r", callback)

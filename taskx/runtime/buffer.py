@@ -5,11 +5,16 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
+from collections.abc import Iterable
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from taskx.runtime.runner import Run
+
+
+#: Seconds after which a worker's task counts as not short, whatever the others were.
+TIED_UP = 0.002
 
 
 class Item(NamedTuple):
@@ -30,9 +35,15 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
     submit fail. Beside the ids lie the tasks that were started ahead, for the next free worker.
     """
 
-    def __init__(self, maxsize: int, fetch_size: int) -> None:
+    def __init__(self, maxsize: int, fetch_size: int, workers: int) -> None:
         super().__init__(maxsize)
         self.fetch_size = fetch_size
+        self.workers = workers
+        self.short = False  # whether tasks have lately been so short that waking costs more
+        self.starting: list[Item] = []
+        #: Since when each task that is being executed has been, on the monotonic clock.
+        self.executing: dict[str, float] = {}
+        self._taken = self._taken_before = 0
         self.submitted = 0  # submitted items and reserved slots
         self.fetched = 0
         self.ids: set[str] = set()
@@ -65,31 +76,69 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
             self.submitted -= slots
             self.not_full.notify(slots)
 
-    def add(self, task_id: str, priority: int, created_at: int, *, fetched: bool) -> None:
-        """Put in a task: a submitted one into its reserved slot, a fetched one beside those."""
+    def add(self, task_id: str, priority: int, created_at: int, *, fetched: bool) -> bool:
+        """Put in a task: a submitted one into its reserved slot, a fetched one beside those.
+
+        Returns:
+            False if no worker was woken for it, though some wait.
+        """
         with self.mutex:
-            if fetched:
-                self.fetched += 1
-            self.ids.add(task_id)
-            self._put(Item(-priority, created_at, next(self._order), task_id, fetched))
-            if self.idle:
-                self.not_empty.notify()
+            self._add(Item(-priority, created_at, next(self._order), task_id, fetched))
+            return self._wake()
+
+    def put_back(self, items: Iterable[Item]) -> None:
+        """Put back items that were taken, to where they were in the order."""
+        with self.mutex:
+            for item in items:
+                self._add(item._replace(fetched=True))
+            self._wake()
+
+    def _add(self, item: Item) -> None:
+        if item.fetched:
+            self.fetched += 1
+        self.ids.add(item.id)
+        self._put(item)
+
+    def _wake(self) -> bool:
+        """Wake a waiting worker, unless tasks are short and another worker is at it.
+
+        To wake a thread, and to have two of them want the interpreter, costs more than a short task.
+        """
+        if not self.idle:
+            return True
+        if self.short and self.workers - self.idle > self._tied_up():
+            return False
+        self.not_empty.notify()
+        return True
+
+    def _tied_up(self) -> int:
+        """How many workers are at a task that is not short after all."""
+        limit = time.monotonic() - TIED_UP
+        return sum(began < limit for began in list(self.executing.values()))
 
     # --- for the workers
 
-    def take(self, most: int, *, block: bool) -> Run | list[Item] | None:
-        """A task started ahead, else up to ``most`` items; None: empty, or closed while waiting."""
+    def take(self, ahead: int, *, block: bool) -> Run | list[Item] | None:
+        """A task started ahead, or items to start; None: nothing now, or closed while waiting.
+
+        One worker at a time is given items, one for itself, one for every worker that waits, and up
+        to ``ahead`` in all; it must call :meth:`lay_out` or :meth:`put_back` and then
+        :meth:`starting_done`. The others wait for what it lays out.
+        """
         with self.mutex:
             while True:
                 if self.closed:
                     return None
                 if self.ahead:
+                    self._taken += 1
                     run = self.ahead.popleft()
-                    if self.ahead and self.idle:
-                        self.not_empty.notify()
+                    if self.ahead:
+                        self._wake()
                     return run
-                if self.queue:
-                    return [self._take_one() for _ in range(min(most, len(self.queue)))]
+                if self.queue and not self.starting:
+                    most = min(max(ahead, 1 + self.idle), len(self.queue))
+                    self.starting = [self._take_one() for _ in range(most)]
+                    return self.starting
                 if not block:
                     return None
                 self.idle += 1
@@ -100,6 +149,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
 
     def _take_one(self) -> Item:
         item: Item = self._get()
+        self._taken += 1
         self.ids.discard(item.id)
         if item.fetched:
             self.fetched -= 1
@@ -109,13 +159,32 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         return item
 
     def lay_out(self, runs: list[Run]) -> None:
-        """Offer tasks that were started ahead to whichever worker is free."""
+        """Offer tasks that were started to whichever worker is free."""
         with self.mutex:
             if not self.ahead:
                 self.ahead_since = time.monotonic()
             self.ahead.extend(runs)
-            if self.idle:
-                self.not_empty.notify()
+            if not self.short:
+                self.not_empty.notify(len(runs))
+
+    def starting_done(self) -> None:
+        """Let another worker start tasks."""
+        with self.mutex:
+            self.starting = []
+            if self.queue:
+                self._wake()
+
+    def nudge(self) -> None:
+        """Wake the waiting workers if there is something for them, and nobody took any of it since
+        the last call."""
+        with self.mutex:
+            if self._taken == self._taken_before and self.needs_nudge():
+                self.not_empty.notify(len(self.queue) + len(self.ahead))
+            self._taken_before = self._taken
+
+    def needs_nudge(self) -> bool:
+        """Whether something lies here while workers wait."""
+        return bool(self.idle and (self.queue or self.ahead))
 
     def clear_ahead(self, older_than: float = 0.0) -> list[Run]:
         """Take away all tasks started ahead, if none was taken for ``older_than`` seconds."""

@@ -7,7 +7,7 @@ import socket
 import sqlite3
 import subprocess
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taskx.core.errors import ConfigurationError
@@ -43,9 +43,7 @@ class Context:
 
     __slots__ = ("_alarms", "_log", "_token", "dirty", "message", "progress_told", "task")
 
-    def __init__(
-        self, task: Task, token: CancelToken, alarms: Alarms, log: logging.Logger
-    ) -> None:
+    def __init__(self, task: Task, token: CancelToken, alarms: Alarms, log: logging.Logger) -> None:
         self.task = task
         self._token = token
         self._alarms = alarms
@@ -190,10 +188,8 @@ def waker(resource: Any) -> Callable[[], object]:
 def _shut_down(sock: socket.socket | None) -> None:
     if sock is None:
         return
-    try:
+    with suppress(OSError):  # not connected, or closed already: nobody can be blocked on it
         sock.shutdown(socket.SHUT_RDWR)
-    except OSError:
-        pass  # not connected, or closed already: nobody can be blocked on it
 
 
 def _close(resource: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import attrs
@@ -15,6 +15,7 @@ from taskx.core.clock import Clock, to_ms
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
+from taskx.core.record import Stub
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.alarms import Alarms
@@ -28,9 +29,13 @@ from taskx.storage.base import Node, Repository
 #: Most tasks started in one transaction, when tasks have lately been short.
 MAX_AHEAD = 16
 #: Tasks are short below this many seconds.
-SHORT = 0.0005
+SHORT = 0.0002
+#: Seconds that a worker lets short tasks gather when they come one upon the other.
+LINGER = 0.0005
 #: Seconds that a task started ahead waits for a free worker before it is handed back.
 AHEAD_PATIENCE = 0.005
+# Tasks are short while at most so many of the last sixteen were not.
+_ALL_LONG, _MOST_LONG = 0xFFFF, 2
 # Seconds a worker waits after the repository failed it, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -68,8 +73,12 @@ class Engine:
         self.runs: dict[str, Run] = {}
         #: Whether the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
-        self.wake_scheduler = lambda: None
-        self._recent = 1.0  # seconds that tasks lately took; the first ones count as long
+        #: Whether no other node is known to live.
+        self.alone = False
+        self.wake_scheduler: Callable[[], None] = lambda: None
+        self._lately = _ALL_LONG  # the first tasks count as long
+        self._last_batch = 0
+        self._lingering = threading.Lock()
         self._refilling = threading.Lock()
         self._suspect = threading.Lock()
         self._suspects: list[Item] = []
@@ -117,33 +126,53 @@ class Engine:
 
     def _next_run(self) -> Run | None:
         """Take or start the next task; None when there may be another to look for, or at the stop."""
-        taken = self.buffer.take(self._how_many(), block=False)
+        self._let_gather()
+        taken = self.buffer.take(self._ahead(), block=False)
         if taken is None:
             self._flush()
             if self.more_stored:
                 self.refill()
             self._tell_quiet()
-            taken = self.buffer.take(self._how_many(), block=not self.buffer.queue)
-        if taken is None or isinstance(taken, Run):
-            return taken
-        if self.more_stored and self.buffer.fetched * 2 < self.buffer.fetch_size:
-            self.refill()
-        return self._start(taken)
+            taken = self.buffer.take(self._ahead(), block=True)
+        return self._start(taken) if isinstance(taken, list) else taken
 
-    def _how_many(self) -> int:
-        return MAX_AHEAD if self._recent < SHORT else 1
+    def _let_gather(self) -> None:
+        """While short tasks come one upon the other and nobody waits for any, let a few gather.
+
+        One transaction then starts more of them, and the submitter is not held up by so many.
+        """
+        buffer = self.buffer
+        if (
+            self._last_batch > 1
+            and buffer.short
+            and not buffer.ahead
+            and len(buffer.queue) < MAX_AHEAD
+            and not self.services.watcher.watching
+            and self._lingering.acquire(blocking=False)
+        ):
+            try:
+                time.sleep(LINGER)
+            finally:
+                self._lingering.release()
+
+    def _ahead(self) -> int:
+        return MAX_AHEAD if self.buffer.short else 1
 
     def _start(self, items: list[Item]) -> Run | None:
         """Start tasks in one transaction; returns one of them and lays the others out."""
+        self._last_batch = len(items)
         try:
             runs = self.start(items)
+            if len(runs) > 1:
+                self.buffer.lay_out(runs[1:])
+                self.wake_scheduler()
+            if self.more_stored and self.buffer.fetched * 2 < self.buffer.fetch_size:
+                self.refill()
         except BaseException:
-            for item in items:
-                self.buffer.add(item.id, -item.rank, item.created_at, fetched=True)
+            self.buffer.put_back(item for item in items if item.id not in self.runs)
             raise
-        if len(runs) > 1:
-            self.buffer.lay_out(runs[1:])
-            self.wake_scheduler()
+        finally:
+            self.buffer.starting_done()
         return runs[0] if runs else None
 
     def start(self, items: Sequence[Item]) -> list[Run]:
@@ -152,14 +181,13 @@ class Engine:
         found = services.repository.get_many([item.id for item in items])
         now = services.clock.now_ms()
         starting: list[tuple[Task, Update]] = []
-        for item in items:
-            task = found.get(item.id)
-            if task is None or not self._may_start(task, item, alone=len(items) == 1):
-                continue
+        for task in self._startable(items, found):
             self._resolve_options(task)
             update = lifecycle.start(task, now, self.node.id)
             if update is not None:
                 starting.append((task, update))
+            elif task.crashes:
+                self._suspect_done()
         if not starting:
             return []
         results = services.ledger.commit([update for _, update in starting])
@@ -169,18 +197,29 @@ class Engine:
                 lifecycle.mark_started(task, update)
                 runs.append(self._enlist(task))
             elif task.crashes:
-                self._suspect.release()
+                self._suspect_done()
         return runs
 
-    def _may_start(self, task: Task, item: Item, *, alone: bool) -> bool:
-        """Suspects run one at a time; they and what must not crash twice are not started ahead."""
-        if not alone and (task.crashes or task.max_crashes == 1):
-            self.buffer.add(item.id, -item.rank, item.created_at, fetched=True)
-            return False
-        if task.crashes and not self._suspect.acquire(blocking=False):
-            self._suspects.append(item)
-            return False
-        return True
+    def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
+        """The tasks to start now, in order; the rest goes back into the buffer.
+
+        Suspects, and tasks that must not crash twice, are started alone; suspects run one at a time.
+        """
+        chosen: list[Task] = []
+        for position, item in enumerate(items):
+            task = found.get(item.id)
+            if task is None:
+                continue
+            if not task.crashes and task.max_crashes != 1:
+                chosen.append(task)
+            elif chosen:
+                self.buffer.put_back([item])
+            elif task.crashes and not self._suspect.acquire(blocking=False):
+                self._suspects.append(item)
+            else:
+                self.buffer.put_back(items[position + 1 :])
+                return [task]
+        return chosen
 
     def _resolve_options(self, task: Task) -> None:
         """Settle what a process that only declared the type left to the executor."""
@@ -195,7 +234,7 @@ class Engine:
     def _enlist(self, task: Task) -> Run:
         services = self.services
         executor = services.registry.get(task.type)
-        assert executor is not None  # noqa: S101  (only registered types are taken)
+        assert executor is not None  # only registered types are taken
         run = Run(task, executor, services.clock, services.alarms, services.log)
         self.runs[task.id] = run
         services.log.debug("task %s (%s) started, attempt %d", task.id, task.type, task.attempt)
@@ -203,9 +242,15 @@ class Engine:
 
     def execute(self, run: Run, worker: str) -> None:
         """Run the executor and leave its outcome to the ledger."""
-        ending = self.services.runner.run(run, worker)
-        took = ending.duration
-        self._recent = took if took > self._recent else 0.7 * self._recent + 0.3 * took
+        executing = self.buffer.executing
+        executing[run.task.id] = time.monotonic()
+        try:
+            ending = self.services.runner.run(run, worker)
+        finally:
+            del executing[run.task.id]
+        # One bit for each of the last tasks, so that a single hiccup changes nothing.
+        self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
+        self.buffer.short = self._lately.bit_count() <= _MOST_LONG
         now = self.services.clock.now_ms()
         writes = lifecycle.conclude(run.task, ending, now)
         self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
@@ -215,7 +260,8 @@ class Engine:
     def _flush(self) -> None:
         if self.services.ledger:
             try:
-                self.services.ledger.flush()
+                if not self.services.ledger.flush(wait=False):
+                    self.wake_scheduler()  # another thread commits, perhaps without the last ones
             except RepositoryError as error:
                 self.services.log.warning("outcomes wait to be written: %s", error)
                 self._pause(_FIRST_PAUSE)
@@ -239,7 +285,9 @@ class Engine:
             return
         status = held[0].changes["status"]
         if status == lifecycle.FAILED:
-            log.error("task %s (%s) failed: %s\n%s", task.id, task.type, ending.error, ending.traceback)
+            log.error(
+                "task %s (%s) failed: %s\n%s", task.id, task.type, ending.error, ending.traceback
+            )
         elif status != lifecycle.PENDING:
             log.debug("task %s (%s) %s", task.id, task.type, status)
         elif held[0].changes["owner"]:
@@ -250,8 +298,7 @@ class Engine:
                 task.attempt,
                 ending.error,
             )
-            assert task.created_at is not None  # noqa: S101  (it comes from the repository)
-            self.buffer.add(task.id, task.priority, to_ms(task.created_at), fetched=True)
+            self._buffer(task)
         else:
             log.info("task %s (%s) was interrupted and is pending again", task.id, task.type)
         self.services.watcher.look_if_watched(task.id)
@@ -260,8 +307,7 @@ class Engine:
     def _suspect_done(self) -> None:
         self._suspect.release()
         if self._suspects:
-            item = self._suspects.pop()
-            self.buffer.add(item.id, -item.rank, item.created_at, fetched=True)
+            self.buffer.put_back([self._suspects.pop()])
 
     def hand_back(self, runs: Sequence[Run], *, rebuffer: bool) -> None:
         """Undo the start of tasks that no worker had a hand free for."""
@@ -270,9 +316,12 @@ class Engine:
         results = self.services.ledger.commit([lifecycle.hand_back(run.task) for run in runs])
         for run, handed_back in zip(runs, results, strict=True):
             self.runs.pop(run.task.id, None)
-            created_at = run.task.created_at
-            if handed_back and rebuffer and created_at is not None:
-                self.buffer.add(run.task.id, run.task.priority, to_ms(created_at), fetched=True)
+            if handed_back and rebuffer:
+                self._buffer(run.task)
+
+    def _buffer(self, task: Task) -> None:
+        assert task.created_at is not None  # it comes from the repository
+        self.buffer.add(task.id, task.priority, to_ms(task.created_at), fetched=True)
 
     # --- from the repository into the buffer
 
@@ -286,27 +335,39 @@ class Engine:
                 return
             self.more_stored = False  # before looking: a spill from now on sets it again
             try:
-                stubs = self.services.repository.ready(self.services.registry.types, room)
-                if not stubs:
-                    return
-                taken = self.services.ledger.commit(
-                    [lifecycle.take(stub.id, self.node.id) for stub in stubs]
-                )
+                found = self._fetch(room)
             except BaseException:
                 self.more_stored = True
                 raise
-            for stub, mine in zip(stubs, taken, strict=True):
-                if mine:
-                    self.buffer.add(stub.id, stub.priority, stub.created_at, fetched=True)
-            if len(stubs) == room:
+            for stub in found:
+                self.buffer.add(stub.id, stub.priority, stub.created_at, fetched=True)
+            if len(found) == room:
                 self.more_stored = True
         finally:
             self._refilling.release()
 
+    def _fetch(self, room: int) -> list[Stub]:
+        """Free tasks that this node does not hold yet.
+
+        Beside other nodes they are marked as taken, so that two do not go for the same ones. Alone,
+        that write is saved: the start is the guard in any case.
+        """
+        services, types = self.services, self.services.registry.types
+        known = self.buffered()
+        stubs = [
+            stub
+            for stub in services.repository.ready(types, room + len(known))
+            if stub.id not in known
+        ][:room]
+        if self.alone or not stubs:
+            return stubs
+        taken = services.ledger.commit([lifecycle.take(stub.id, self.node.id) for stub in stubs])
+        return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
+
     # --- quiet, and the end
 
     def _tell_quiet(self) -> None:
-        if not self.runs:
+        if not self.runs and not self.buffer.queue:
             with self._quiet:
                 self._quiet.notify_all()
 
@@ -328,7 +389,8 @@ class Engine:
 
     def buffered(self) -> set[str]:
         """The ids of pending tasks that this node holds in memory."""
-        return {*self.buffer.ids, *(item.id for item in self._suspects)}
+        buffer = self.buffer
+        return {*buffer.ids, *(item.id for item in [*buffer.starting, *self._suspects])}
 
     def fire_all(self, reason: CancelReason) -> None:
         """Fire the token of every run."""

@@ -86,7 +86,7 @@ class Executor(Generic[P, R]):
         self.options = options
         self._parameters = Parameters(type, function)
         self._queue: _Submits | None = None
-        update_wrapper(self, function)
+        update_wrapper(self, function)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         return f"<Executor {self.type!r}>"

@@ -148,6 +148,11 @@ class Watcher:
         self._driven = False
         self._polling = False
 
+    @property
+    def watching(self) -> bool:
+        """Whether somebody waits for a task."""
+        return bool(self._handles)
+
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve the handle when its task has ended, at once if it has.
 

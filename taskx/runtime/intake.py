@@ -115,7 +115,12 @@ class Intake:
         except BaseException:
             engine.buffer.release()
             raise
-        engine.buffer.add(row["id"], row["priority"], row["created_at"], fetched=False)
+        self._buffer(engine, insert)
+
+    def _buffer(self, engine: Engine, insert: Insert) -> None:
+        row = insert.row
+        if not engine.buffer.add(row["id"], row["priority"], row["created_at"], fetched=False):
+            engine.wake_scheduler()  # it looks after the task if the busy workers do not
 
     def _overflowed(self, engine: Engine, insert: Insert) -> None:
         overflow = self._overflow
@@ -176,8 +181,7 @@ class Intake:
             raise
         if engine is not None:
             for insert in due[:slots]:
-                row = insert.row
-                engine.buffer.add(row["id"], row["priority"], row["created_at"], fetched=False)
+                self._buffer(engine, insert)
             if len(due) < len(inserts):
                 self._tell(engine, delayed=True)
             if slots < len(due):
@@ -209,7 +213,9 @@ class Intake:
         if not isinstance(task, Task):
             raise ConfigurationError(f"submit takes a Task or a type, not {type(task).__name__}")
         if task.status is not TaskStatus.PENDING:
-            raise InvalidTransition(f"only a pending task can be submitted; this one is {task.status}")
+            raise InvalidTransition(
+                f"only a pending task can be submitted; this one is {task.status}"
+            )
         kind = check_name(task.type, "type")
         executor = self._services.registry.get(kind)
         params = payload.encode_params(task.params, self._max_payload_size)
@@ -280,5 +286,7 @@ def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
         try:
             chosen["run_at"] = to_datetime(now_ms) + timedelta(seconds=seconds)
         except OverflowError:
-            raise ConfigurationError(f"delay of {seconds:g} seconds is beyond the calendar") from None
+            raise ConfigurationError(
+                f"delay of {seconds:g} seconds is beyond the calendar"
+            ) from None
     return attrs.evolve(task, **chosen) if chosen else task

@@ -85,19 +85,22 @@ class Ledger:
         """Leave writes to the next commit; ``callback`` is told for each whether its guard held."""
         self._waiting.append(_Entry(writes, callback))
 
-    def flush(self) -> None:
-        """Commit what waits.
+    def flush(self, *, wait: bool = True) -> bool:
+        """Commit what waits; without ``wait``, False if another thread is committing.
 
         Raises:
             RepositoryUnavailable: it waits on.
         """
+        if not self._leading.acquire(blocking=wait):
+            return False
         concluded: list[_Entry] = []
         try:
-            with self._leading:
-                if self._waiting:
-                    concluded = self._lead()
+            if self._waiting:
+                concluded = self._lead()
         finally:
+            self._leading.release()
             self._call_back(concluded)
+        return True
 
     def _lead(self) -> list[_Entry]:
         """Commit one batch; returns those of its entries that have a callback to be called."""
@@ -126,7 +129,7 @@ class Ledger:
             self._apply(open_entries)
         except RepositoryUnavailable as error:
             self._fail(open_entries, error)
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  (told to whoever waits for it)
             if len(open_entries) == 1:
                 self._reject(open_entries[0], error)
             else:
@@ -157,7 +160,7 @@ class Ledger:
                 self._apply([entry])
             except RepositoryUnavailable as error:
                 self._fail([entry], error)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  (told to whoever waits for it)
                 self._reject(entry, error)
 
     def _fail(self, entries: list[_Entry], error: RepositoryUnavailable) -> None:
@@ -179,5 +182,5 @@ class Ledger:
             try:
                 if entry.callback is not None:
                     entry.callback(entry.results)
-            except Exception:
+            except Exception:  # noqa: BLE001  (one must not keep the next from being called)
                 self._log.exception("what follows a commit failed")

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING, RUNNING
+from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.engine import Engine
 from taskx.storage.base import Node
@@ -32,6 +33,9 @@ class Recovery:
         # Owners first: a node that joins after this is in the list of nodes below, if it owns any.
         owners = repository.owners()
         nodes = {node.id: node for node in repository.nodes()}
+        self._engine.alone = not any(
+            node.alive is not False and node.id != self._engine.node.id for node in nodes.values()
+        )
         recovered = 0
         for owner in owners:
             node = nodes.get(owner, Node(id=owner, name=owner, alive=False))
@@ -110,9 +114,7 @@ class Recovery:
     def _hand_back(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)
         if task is not None and task_id not in self._engine.runs:
-            ending = lifecycle.Ending(
-                returned=False, reason=lifecycle.CancelReason.STOP, worker=task.worker
-            )
+            ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
             now = self._services.clock.now_ms()
             self._services.ledger.commit(lifecycle.conclude(task, ending, now))
             self._engine.more_stored = True

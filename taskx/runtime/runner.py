@@ -68,7 +68,7 @@ class Runner:
         try:
             try:
                 ending = self._call(run)
-            except BaseException as error:
+            except BaseException as error:  # noqa: BLE001  (a task hurts only itself)
                 ending = _raised(error, run)
         finally:
             _current.depth -= 1
@@ -110,7 +110,7 @@ def error_text(error: BaseException) -> str:
     name = type(error).__name__
     try:
         text = str(error)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (user code)
         text = "<its str() raised>"
     return payload.clean_text(f"{name}: {text}" if text else name, MAX_ERROR)
 
@@ -123,7 +123,7 @@ def _traceback_text(error: BaseException) -> str:
             frames = frames.tb_next if frames is not None and frames.tb_next else frames
         lines = traceback.format_exception(type(error), error, frames)
         text = "".join(line[:MAX_TRACEBACK] for line in lines)
-    except BaseException:
+    except BaseException:  # noqa: BLE001  (user code)
         text = "<the traceback could not be formatted>"
     if len(text) > MAX_TRACEBACK:
         half = MAX_TRACEBACK // 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import _thread
 import threading
 import time
+from contextlib import suppress
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError
@@ -57,10 +58,8 @@ class Scheduler:
 
     def wake(self) -> None:
         """Have the next tick now."""
-        try:
+        with suppress(RuntimeError):  # it was told already
             self._wake_up.release()
-        except RuntimeError:
-            pass  # it was told already
 
     def wake_from_long_sleep(self) -> None:
         """Have it tick every few milliseconds from now on, as long as something waits for it."""
@@ -91,7 +90,7 @@ class Scheduler:
     def _sleep(self, failures: int) -> None:
         if failures:
             timeout = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
-        elif self._services.ledger or self._engine.buffer.ahead:
+        elif self._services.ledger or self._engine.buffer.needs_nudge():
             timeout = AHEAD_PATIENCE
         else:
             self._asleep_long = True
@@ -110,6 +109,7 @@ class Scheduler:
         """
         self._engine.hand_back(self._engine.buffer.clear_ahead(AHEAD_PATIENCE), rebuffer=True)
         self._services.ledger.flush()
+        self._engine.buffer.nudge()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._release_due()

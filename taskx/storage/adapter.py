@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import (
@@ -217,9 +216,7 @@ class EightMethodAdapter(MemoryRepository):
             offset = 0
             while True:
                 with self._errors():
-                    page = self.inner.list(
-                        TaskFilter(status=status, offset=offset, limit=_PAGE)
-                    )
+                    page = self.inner.list(TaskFilter(status=status, offset=offset, limit=_PAGE))
                 found += page
                 offset += len(page)
                 if len(page) < _PAGE:

@@ -163,10 +163,10 @@ class Repository(TaskRepository):
     def nodes(self) -> Sequence[Node]:
         """All recorded nodes."""
 
-    def renew_after_fork(self) -> None:  # noqa: B027
+    def renew_after_fork(self) -> None:
         """In a forked child: drop what belongs to the parent, without touching it."""
 
-    def close(self) -> None:  # noqa: B027  (nothing to close is a fine default)
+    def close(self) -> None:
         """Release what the repository holds open; a later operation opens it again."""
 
     def __enter__(self) -> Repository:

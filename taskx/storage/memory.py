@@ -133,7 +133,9 @@ class MemoryRepository(Repository):
                 key=lambda row: (row["created_at"], row["sequence"]),
                 reverse=True,
             )
-            return [_task(row) for row in islice(found, filter.offset, filter.offset + filter.limit)]
+            return [
+                _task(row) for row in islice(found, filter.offset, filter.offset + filter.limit)
+            ]
 
     def count(self, filter: TaskFilter) -> int:
         """How many tasks meet the filter."""

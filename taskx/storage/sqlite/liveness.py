@@ -9,6 +9,7 @@ closes its copies at once, which unlocks nothing.
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from taskx.core.errors import RepositoryUnavailable
 
@@ -70,17 +71,13 @@ class NodeLocks:
 
     def release(self, node: str) -> None:
         """Give up one's own lock, or clear away a dead node's file."""
-        try:
+        with suppress(OSError):  # gone already: another process cleared it away
             os.unlink(self._path(node))
-        except OSError:
-            pass  # gone already: another process cleared it away
         fd = _held.pop(node, None)
         if fd is not None:
             os.close(fd)
-        try:
+        with suppress(OSError):  # other nodes' files are in it
             os.rmdir(self._folder)
-        except OSError:
-            pass  # other nodes' files are in it
 
 
 def _drop_in_child() -> None:

@@ -85,7 +85,9 @@ class SQLiteRepository(Repository):
         durable = any(write.durable for write in writes)
         if all_or_nothing:
             return self._apply_whole(writes, durable)
-        return self._transact(lambda cursor: [_apply_one(cursor, write) for write in writes], durable)
+        return self._transact(
+            lambda cursor: [_apply_one(cursor, write) for write in writes], durable
+        )
 
     def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
         inserts = [write for write in writes if isinstance(write, Insert)]
@@ -174,9 +176,7 @@ class SQLiteRepository(Repository):
         """The tasks that meet the filter, newest first."""
         where, values = statements.where(filter)
         order = " ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
-        rows = self._rows(
-            statements.SELECT + where + order, [*values, filter.limit, filter.offset]
-        )
+        rows = self._rows(statements.SELECT + where + order, [*values, filter.limit, filter.offset])
         return [task_from_row(row) for row in rows]
 
     def count(self, filter: TaskFilter) -> int:
@@ -314,7 +314,8 @@ def _took_place(cursor: sqlite3.Cursor, write: Write) -> bool:
         return cursor.execute("SELECT 1 FROM tasks WHERE id = ?", (write.id,)).fetchone() is None
     wanted = write.row if isinstance(write, Insert) else write.changes
     sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
-    return cursor.execute(sql, (write.id,)).fetchone() == tuple(wanted.values())
+    stored = cursor.execute(sql, (write.id,)).fetchone()
+    return stored is not None and tuple(stored) == tuple(wanted.values())
 
 
 def _stub(row: Sequence[Any]) -> Stub:
