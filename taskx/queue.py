@@ -10,6 +10,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from datetime import datetime
 from typing import Any, Literal, overload
 
@@ -293,9 +294,10 @@ class Queue:
             task = Task(type=task, params={} if params is None else params)
         elif params is not None:
             raise TypeError("submit(task) takes no params; set task.params")
+        priority = options.get("priority") if options else None
         if options and isinstance(task, Task):
             task = with_options(task, options, self._clock.now_ms())
-        return TaskHandle(self._intake.accept(task), self)
+        return TaskHandle(self._intake.accept(task, priority), self)
 
     def submit_many(self, tasks: Iterable[Task]) -> list[TaskHandle[Any]]:
         """Submit tasks in one transaction, all or none; returns their handles in order.
@@ -526,27 +528,24 @@ class Queue:
                 len(still),
                 ", ".join(still[:10]),
             )
-            threading.Thread(
-                target=self._end_later, args=(engine, scheduler), name="taskx-stop", daemon=True
-            ).start()
+            with suppress(RuntimeError):  # the interpreter is shutting down: the process ends first
+                threading.Thread(
+                    target=self._end_later, args=(engine, scheduler), name="taskx-stop", daemon=True
+                ).start()
         else:
             self._end(engine, scheduler)
         if left_pending:
-            self._log.warning("stopped with %d task(s) left pending in the buffer", left_pending)
+            self._log.warning("stopped with %d task(s) left pending", left_pending)
         return still
 
     def _begin_stop(self, engine: Engine) -> int:
         try:
+            engine.begin_stop()
             self.repository.mark_stopping(engine.node.id)
-            ids = engine.begin_stop()
-            if ids:
-                self._services.ledger.commit(
-                    [lifecycle.give_up(task_id, engine.node.id) for task_id in ids]
-                )
-            return len(ids)
+            return engine.release_pending()
         except RepositoryError as error:
             self._log.warning("the stop could not be recorded: %s", error)
-            return len(engine.begin_stop())
+            return 0
 
     def _wait_for_workers(self, engine: Engine, deadline: float) -> None:
         here = 1 if threading.current_thread() in engine.threads else 0
@@ -567,6 +566,7 @@ class Queue:
         try:
             self._services.ledger.flush()
             if not engine.runs:
+                engine.release_pending()
                 self.repository.leave(engine.node.id)
         except RepositoryError as error:
             self._log.warning("the end could not be recorded: %s", error)

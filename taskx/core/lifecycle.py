@@ -76,6 +76,7 @@ class Ending:
         worker: who ran it.
         progress: the last progress it told; None if it told none.
         message: the last message it told.
+        interrupt: the Ctrl-C that ended it, where it ran in the main thread.
     """
 
     returned: bool
@@ -88,6 +89,7 @@ class Ending:
     worker: str = ""
     progress: int | None = None
     message: str = ""
+    interrupt: BaseException | None = None
 
 
 # --- from nothing, and before the start
@@ -194,9 +196,11 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
     return {"status": RUNNING, "starts": task.starts, **more}
 
 
-def hand_back(task: Task) -> Update:
+def hand_back(task: Task, now: int) -> list[Update]:
     """Undo a start whose executor was never called; its node still holds it."""
-    return Update(task.id, _fence(task), {"status": PENDING, "started_at": None})
+    return _unless_cancelled(
+        task, {"status": PENDING, "started_at": None}, Ending(returned=False), now
+    )
 
 
 def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:

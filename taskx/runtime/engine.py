@@ -180,24 +180,29 @@ class Engine:
         services = self.services
         found = services.repository.get_many([item.id for item in items])
         now = services.clock.now_ms()
-        starting: list[tuple[Task, Update]] = []
+        starting: list[tuple[Run, Update]] = []
         for task in self._startable(items, found):
             self._resolve_options(task)
             update = lifecycle.start(task, now, self.node.id)
-            if update is not None:
-                starting.append((task, update))
+            if update is not None and task.id not in self.runs:
+                starting.append((self._enlist(task), update))
             elif task.crashes:
                 self._suspect_done()
         if not starting:
             return []
-        results = services.ledger.commit([update for _, update in starting])
+        try:
+            results = services.ledger.commit([update for _, update in starting])
+        except BaseException:
+            for run, _ in starting:
+                self._strike(run)
+            raise
         runs = []
-        for (task, update), started in zip(starting, results, strict=True):
+        for (run, update), started in zip(starting, results, strict=True):
             if started:
-                lifecycle.mark_started(task, update)
-                runs.append(self._enlist(task))
-            elif task.crashes:
-                self._suspect_done()
+                lifecycle.mark_started(run.task, update)
+                runs.append(run)
+            else:
+                self._strike(run)
         return runs
 
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
@@ -236,13 +241,23 @@ class Engine:
         executor = services.registry.get(task.type)
         assert executor is not None  # only registered types are taken
         run = Run(task, executor, services.clock, services.alarms, services.log)
+        # Before the start is committed: who then asks to cancel it finds its token.
         self.runs[task.id] = run
-        services.log.debug("task %s (%s) started, attempt %d", task.id, task.type, task.attempt)
         return run
 
-    def execute(self, run: Run, worker: str) -> None:
+    def _strike(self, run: Run) -> None:
+        """Forget a run that did not start, or is over."""
+        if self.runs.get(run.task.id) is run:
+            del self.runs[run.task.id]
+        if run.task.crashes:
+            self._suspect_done()
+
+    def execute(self, run: Run, worker: str) -> Ending:
         """Run the executor and leave its outcome to the ledger."""
         executing = self.buffer.executing
+        self.services.log.debug(
+            "task %s (%s) begins, attempt %d", run.task.id, run.task.type, run.task.attempt
+        )
         executing[run.task.id] = time.monotonic()
         try:
             ending = self.services.runner.run(run, worker)
@@ -254,6 +269,7 @@ class Engine:
         now = self.services.clock.now_ms()
         writes = lifecycle.conclude(run.task, ending, now)
         self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
+        return ending
 
     # --- outcomes
 
@@ -271,10 +287,7 @@ class Engine:
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
         task, log = run.task, self.services.log
-        if self.runs.get(task.id) is run:
-            del self.runs[task.id]
-        if task.crashes:
-            self._suspect_done()
+        self._strike(run)
         held = [write for write, holds in zip(writes, results, strict=True) if holds]
         if not held:
             log.warning(
@@ -313,11 +326,17 @@ class Engine:
         """Undo the start of tasks that no worker had a hand free for."""
         if not runs:
             return
-        results = self.services.ledger.commit([lifecycle.hand_back(run.task) for run in runs])
-        for run, handed_back in zip(runs, results, strict=True):
-            self.runs.pop(run.task.id, None)
+        now = self.services.clock.now_ms()
+        for run in runs:
+            self._strike(run)  # first: should the commit fail, the audit finds them
+        results = self.services.ledger.commit(
+            [write for run in runs for write in lifecycle.hand_back(run.task, now)]
+        )
+        for run, handed_back in zip(runs, results[::2], strict=True):
             if handed_back and rebuffer:
                 self._buffer(run.task)
+            elif not handed_back:
+                self.services.watcher.look_if_watched(run.task.id)
 
     def _buffer(self, task: Task) -> None:
         assert task.created_at is not None  # it comes from the repository
@@ -397,14 +416,23 @@ class Engine:
         for run in list(self.runs.values()):
             run.token.fire(reason)
 
-    def begin_stop(self) -> list[str]:
-        """Take nothing more; returns the ids that were in the buffer."""
+    def begin_stop(self) -> None:
+        """Take nothing more."""
         self.stopping = True
         ahead = self.buffer.clear_ahead()
-        items = [*self.buffer.close(), *self._suspects]
+        self.buffer.close()
         self._suspects = []
         self.hand_back(ahead, rebuffer=False)
-        return [item.id for item in items] + [run.task.id for run in ahead]
+
+    def release_pending(self) -> int:
+        """Give up the pending tasks that this node holds, for whoever runs; returns how many."""
+        owned = self.services.repository.owned(self.node.id)
+        pending = [stub.id for stub in owned if stub.status == lifecycle.PENDING]
+        if pending:
+            self.services.ledger.commit(
+                [lifecycle.give_up(task_id, self.node.id) for task_id in pending]
+            )
+        return len(pending)
 
     @property
     def workers_left(self) -> int:

@@ -295,6 +295,10 @@ class Registry:
         """The types that it runs."""
         return tuple(self._registered)
 
+    def runs(self, type: str) -> bool:
+        """Whether this queue has an executor for the type."""
+        return type in self._registered
+
     def register(self, executor: TaskExecutor | Executor[Any, Any], options: Options) -> None:
         """Add an executor; options given here win over its own.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -123,14 +124,30 @@ class TaskHandle(Future[R]):
 
     def _conclude(self, conclude: Callable[[], None]) -> None:
         self._activate()
-        with _conclusion:
-            if self._state == "PENDING":
-                conclude()
+        me = object()
+        if self.__dict__.setdefault("_concluded_by", me) is me:  # atomic: only one gets through
+            conclude()
+
+    def _invoke_callbacks(self) -> None:
+        """Call what ``add_done_callback`` was given, on a thread of its own: it may block."""
+        if self._done_callbacks:  # type: ignore[attr-defined]
+            call = super()._invoke_callbacks  # type: ignore[misc]
+            try:
+                threading.Thread(target=call, name="taskx-callbacks", daemon=True).start()
+            except RuntimeError:
+                call()  # no new thread can be had while the interpreter shuts down
 
 
 _activation = threading.Lock()
-# Reentrant: a callback of one handle may conclude another.
-_conclusion = threading.RLock()
+
+
+def _renew_after_fork() -> None:
+    global _activation
+    _activation = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 class Watcher:

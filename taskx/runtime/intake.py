@@ -58,15 +58,21 @@ class Intake:
 
     # --- one task
 
-    def accept(self, task: Task) -> str:
+    def accept(self, task: Task, priority: int | None = None) -> str:
         """Store a task and see to it that it runs; returns its id.
+
+        Args:
+            task: what to store; it is not changed.
+            priority: wins over the task's and the executor's own, zero included.
 
         Raises:
             TaskxError: of the kind that says why not; nothing was stored.
         """
         self._refuse_if_stopped()
-        insert = self._prepare(task)
+        insert = self._prepare(task, priority)
         engine = self.engine
+        if engine is not None and not self._services.registry.runs(insert.row["type"]):
+            engine = None  # declared: another process runs it
         if engine is None or insert.row["held"] or self._spills(engine):
             self._store(insert)
             if engine is not None:
@@ -153,8 +159,10 @@ class Intake:
         self._store(insert)
         item = Item(-row["priority"], row["created_at"], 0, row["id"], True)
         for run in engine.start([item]):
-            engine.execute(run, f"{engine.node.name}/caller")
+            ending = engine.execute(run, f"{engine.node.name}/caller")
             self._services.ledger.flush()
+            if ending.interrupt is not None:
+                raise ending.interrupt
 
     # --- many
 
@@ -169,7 +177,8 @@ class Intake:
         if not inserts:
             return []
         engine = self.engine
-        due = [insert for insert in inserts if not insert.row["held"]]
+        runs = self._services.registry.runs
+        due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
         slots = self._reserve_many(engine, len(due)) if engine is not None else 0
         for insert in due[:slots]:
             insert.row["owner"] = engine.node.id  # type: ignore[union-attr]
@@ -208,7 +217,7 @@ class Intake:
 
     # --- checks
 
-    def _prepare(self, task: Task) -> Insert:
+    def _prepare(self, task: Task, priority: int | None = None) -> Insert:
         """The record of a task, or the error that says what is wrong with it."""
         if not isinstance(task, Task):
             raise ConfigurationError(f"submit takes a Task or a type, not {type(task).__name__}")
@@ -226,10 +235,13 @@ class Intake:
             max_attempts = _either(task.max_attempts, options.max_attempts)
             max_crashes = _either(task.max_crashes, options.max_crashes)
             timeout = _either(task.timeout, options.timeout)
-            priority = task.priority or options.priority or 0
+            if priority is None:
+                priority = task.priority or options.priority or 0
         else:
             max_attempts, max_crashes = task.max_attempts, task.max_crashes
-            timeout, priority = task.timeout, task.priority
+            timeout = task.timeout
+            if priority is None:
+                priority = task.priority
         _check_options(max_attempts, max_crashes, timeout, priority)
         now = self._services.clock.now_ms()
         run_at = None if task.run_at is None else _run_at_ms(task.run_at)

@@ -107,6 +107,8 @@ class Ledger:
         batch = [self._waiting[i] for i in range(min(len(self._waiting), MAX_BATCH))]
         try:
             self._commit_batch(batch)
+        except TaskxError:
+            raise  # nothing of it was applied
         except BaseException:
             # An interrupt or worse, perhaps after the COMMIT: the next leader reads back.
             for entry in batch:

@@ -91,6 +91,12 @@ class Runner:
 
 def _raised(error: BaseException, run: Run) -> dict[str, Any]:
     reason = run.token.reason
+    # Where the submitting thread runs the task (caller_runs), Ctrl-C is meant for the program.
+    interrupt = isinstance(error, KeyboardInterrupt) and (
+        threading.current_thread() is threading.main_thread()
+    )
+    if interrupt:
+        reason = CancelReason.STOP
     told = isinstance(error, TaskCancelled)
     if told and reason is CancelReason.TIMEOUT:
         text = f"timed out after {run.task.timeout:g} s"
@@ -101,6 +107,7 @@ def _raised(error: BaseException, run: Run) -> dict[str, Any]:
         "reason": reason,
         "error": text,
         "traceback": _traceback_text(error),
+        "interrupt": error if interrupt else None,
         "permanent": isinstance(error, RepositoryCorrupt) and bool(run.task.damage),
     }
 

@@ -120,10 +120,12 @@ class Scheduler:
         elif self._is_time("poll", POLL) and self._services.repository.changed():
             self._due_known = False
             self._look_around()
+            self._services.watcher.look()
         if self._engine.more_stored:
             self._engine.refill()
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
+            self._services.watcher.look()
 
     def _is_time(self, what: str, interval: float) -> bool:
         now = time.monotonic()
@@ -133,12 +135,11 @@ class Scheduler:
         return True
 
     def _look_around(self) -> None:
-        """See what other processes did: new work, requests to cancel, ends of watched tasks."""
+        """See what other processes did: new work, and requests to cancel."""
         self._engine.more_stored = True
         for stub in self._services.repository.owned(self._engine.node.id):
             if stub.cancel_requested and (run := self._engine.runs.get(stub.id)):
                 run.token.fire(CancelReason.CANCEL)
-        self._services.watcher.look()
 
     def _release_due(self) -> None:
         services = self._services

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Any
 
+import attrs
+
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import COLUMNS, DEFAULTS, Stub, stub_from_row, task_from_row
@@ -187,7 +189,7 @@ class MemoryRepository(Repository):
     def join(self, node: Node) -> None:
         """Record a node."""
         with self._lock:
-            self._nodes[node.id] = node
+            self._nodes[node.id] = attrs.evolve(node, alive=True)
 
     def mark_stopping(self, node: str) -> None:
         """A node of this process cannot leave anything behind, so nothing to record."""
