@@ -24,7 +24,8 @@ from taskx.core.errors import (
 )
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.token import CancelReason, CancelToken
-from taskx.queue import Config, Queue
+from taskx.queue import Queue
+from taskx.runtime.config import Config
 from taskx.runtime.context import Context
 from taskx.runtime.executors import Executor, TaskExecutor, executor
 from taskx.runtime.handles import TaskHandle

@@ -5,16 +5,11 @@ from __future__ import annotations
 import atexit
 import logging
 import os
-import socket
 import threading
-import time
 import weakref
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from datetime import datetime
-from typing import Any, Literal, overload
-
-import attrs
+from typing import Any, overload
 
 from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK, Clock
@@ -22,16 +17,12 @@ from taskx.core.errors import (
     ConfigurationError,
     InvalidTransition,
     QueueStopped,
-    RepositoryError,
     TaskNotFound,
 )
-from taskx.core.ids import new_id
-from taskx.core.model import Task, TaskFilter, check_int, check_name, check_number
-from taskx.core.payload import DEFAULT_MAX_SIZE
+from taskx.core.model import Task, TaskFilter, check_name, check_number
 from taskx.core.token import CancelReason
 from taskx.runtime.alarms import Alarms
-from taskx.runtime.buffer import Buffer
-from taskx.runtime.engine import Engine, Services
+from taskx.runtime.config import Config
 from taskx.runtime.executors import (
     Executor,
     ExecutorDecorator,
@@ -40,61 +31,16 @@ from taskx.runtime.executors import (
     TaskExecutor,
 )
 from taskx.runtime.handles import TaskHandle, Watcher
-from taskx.runtime.intake import OVERFLOWS, Intake, with_options
+from taskx.runtime.intake import Intake, with_options
 from taskx.runtime.ledger import Ledger
-from taskx.runtime.recovery import Recovery
+from taskx.runtime.node import LocalNode
 from taskx.runtime.runner import Runner, inside_executor
-from taskx.runtime.scheduler import Scheduler
+from taskx.runtime.starter import Services
 from taskx.storage.adapter import EightMethodAdapter
-from taskx.storage.base import Node, Repository, TaskRepository
-
-Overflow = Literal["reject", "block", "spill", "caller_runs"]
+from taskx.storage.base import Repository, TaskRepository
 
 #: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
-
-
-def _whole(minimum: int, maximum: int) -> Any:
-    def check(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        check_int(value, attribute.name, minimum, maximum)
-
-    return check
-
-
-def _known_overflow(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value not in OVERFLOWS:
-        known = ", ".join(map(repr, OVERFLOWS))
-        raise ConfigurationError(f"{attribute.name} must be one of {known}, not {value!r}")
-
-
-def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        check_number(value, attribute.name)
-
-
-@attrs.frozen
-class Config:
-    """How a queue works.
-
-    Attributes:
-        worker_num: worker threads.
-        buffer_size: submitted tasks that may wait in the buffer.
-        overflow: what ``submit`` does when the buffer is full: ``"reject"`` raises ``QueueFull``;
-            ``"block"`` waits for room (inside an executor it spills, as waiting might be for
-            itself); ``"spill"`` leaves the task in the repository until there is room;
-            ``"caller_runs"`` runs it in the thread that submits.
-        block_timeout: seconds that ``"block"`` waits before ``QueueFull``; None for ever.
-        max_payload_size: the largest params, and the largest result, in bytes of JSON.
-
-    Raises:
-        ConfigurationError: a value is not valid.
-    """
-
-    worker_num: int = attrs.field(default=5, validator=_whole(1, 10_000))
-    buffer_size: int = attrs.field(default=100, validator=_whole(1, 10_000_000))
-    overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
-    block_timeout: float | None = attrs.field(default=None, validator=_seconds)
-    max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))
 
 
 class Queue:
@@ -125,7 +71,6 @@ class Queue:
         if config is not None and not isinstance(config, Config):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
         self.config = config or Config()
-        self._foreign = not isinstance(repository, Repository)
         self.repository = (
             repository
             if isinstance(repository, Repository)
@@ -156,11 +101,10 @@ class Queue:
             self.config.block_timeout,
             self.config.max_payload_size,
         )
-        self._engine: Engine | None = None
-        self._scheduler: Scheduler | None = None
+        self._node: LocalNode | None = None
 
     def __repr__(self) -> str:
-        state = "stopped" if self._intake.stopped else "started" if self._engine else "not started"
+        state = "stopped" if self._intake.stopped else "started" if self._node else "not started"
         return f"<Queue on {self.repository!r}, {state}>"
 
     # --- executors
@@ -215,9 +159,12 @@ class Queue:
         self._registry.register(executor, options)
         if isinstance(executor, Executor):
             executor.bind(self)
-        if (engine := self._engine) is not None:
-            engine.more_stored = True
-            engine.wake_scheduler()
+        self._look_for_work()
+
+    def _look_for_work(self) -> None:
+        if self._node is not None:
+            self._node.engine.more_stored = True
+            self._node.engine.wake_scheduler()
 
     def declare(self, *types: str) -> None:
         """Accept tasks of these types, whose executors are registered in another process."""
@@ -338,7 +285,7 @@ class Queue:
         self._services.watcher.watch(handle)
 
     def _warn_if_nobody_runs(self, task_id: str) -> None:
-        if self._engine is not None or self._warned_alone:
+        if self._node is not None or self._warned_alone:
             return
         self._warned_alone = True
         task = self.repository.get_many([task_id]).get(task_id)
@@ -381,7 +328,7 @@ class Queue:
             return False
 
     def _fire(self, task_id: str) -> None:
-        if self._engine is not None and (run := self._engine.runs.get(task_id)) is not None:
+        if self._node is not None and (run := self._node.engine.runs.get(task_id)) is not None:
             run.token.fire(CancelReason.CANCEL)
 
     def requeue(self, task_id: str) -> None:
@@ -397,9 +344,7 @@ class Queue:
         write = lifecycle.requeue(self.get_task_status(task_id), self._clock.now_ms())
         if not self._services.ledger.commit([write])[0]:
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
-        if (engine := self._engine) is not None:
-            engine.more_stored = True
-            engine.wake_scheduler()
+        self._look_for_work()
 
     def delete(self, task_id: str) -> None:
         """Remove the record of a task that is not running.
@@ -427,49 +372,17 @@ class Queue:
         with self._state:
             if self._intake.stopped:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
-            if self._engine is None:
-                self._start()
-
-    def _start(self) -> None:
-        config = self.config
-        if self._foreign:
-            self._log.warning(
-                "%s has the eight methods only: this queue takes itself for the only process on "
-                "it, and tasks found running for left behind by a dead one",
-                type(self.repository.inner).__name__,  # type: ignore[attr-defined]
-            )
-        node_id = new_id()
-        node = Node(
-            id=node_id,
-            name=f"{socket.gethostname()}:{os.getpid()}:{node_id[-6:]}",
-            types=self._registry.types,
-        )
-        self.repository.join(node)
-        fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
-        buffer = Buffer(config.buffer_size, fetch_size, config.worker_num)
-        engine = Engine(self._services, node, config.worker_num, buffer)
-        recovery = Recovery(engine)
-        scheduler = Scheduler(engine, recovery)
-        recovery.recover()
-        engine.refill()
-        self._engine = self._intake.engine = engine
-        self._scheduler = scheduler
-        self._intake.look_for_due = scheduler.look_for_due
-        self._services.watcher.drive(True)
-        for thread in engine.threads:
-            thread.start()
-        scheduler.start()
-        self._log.info(
-            "node %s started: %d workers, types %s",
-            node.name,
-            config.worker_num,
-            ", ".join(node.types) or "none",
-        )
+            if self._node is None:
+                node = LocalNode(self._services, self.config)
+                node.start()
+                self._node = node
+                self._intake.engine = node.engine
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to run: False if ``timeout`` seconds passed before.
 
-        Tasks that may not start yet (``run_at``, ``delay``) are not waited for.
+        Tasks that may not start yet (``run_at``, ``delay``) are not waited for; tasks of its types
+        that other processes on the repository run are.
 
         Raises:
             ConfigurationError: called inside an executor, or on a queue that is not started.
@@ -479,17 +392,9 @@ class Queue:
             raise ConfigurationError("drain() inside an executor would wait for itself")
         if self._intake.stopped:
             raise QueueStopped("the queue was stopped; nothing is run any more")
-        engine = self._engine
-        if engine is None:
+        if self._node is None:
             raise ConfigurationError("drain() waits for the workers of a started queue: start() it")
-        deadline = None if timeout is None else time.monotonic() + check_number(timeout, "timeout")
-        while True:
-            if engine.holds_nothing() and not self.repository.unfinished(self._registry.types):
-                return True
-            left = 0.1 if deadline is None else deadline - time.monotonic()
-            if left <= 0:
-                return False
-            engine.wait_quiet(min(left, 0.1))
+        return self._node.drain(None if timeout is None else check_number(timeout, "timeout"))
 
     def stop(self, timeout: float = 30.0, cancel: bool = False) -> list[str]:
         """Stop: take no more tasks, let running ones end, hand back what does not.
@@ -508,70 +413,10 @@ class Queue:
         """
         seconds = check_number(timeout, "timeout")
         with self._state:
-            if self._intake.stopped:
-                return self._still_running()
-            self._intake.stopped = True
-        self._intake.stopped = True
-        engine, scheduler = self._engine, self._scheduler
-        if engine is None or scheduler is None:
+            first, self._intake.stopped = not self._intake.stopped, True
+        if self._node is None:
             return []
-        deadline = time.monotonic() + seconds
-        left_pending = self._begin_stop(engine)
-        if not cancel:
-            self._wait_for_workers(engine, deadline - seconds / 5)
-        engine.fire_all(CancelReason.STOP)
-        self._wait_for_workers(engine, deadline)
-        still = self._still_running()
-        if still:
-            self._log.warning(
-                "stopped with %d task(s) still running, handed back when they end: %s",
-                len(still),
-                ", ".join(still[:10]),
-            )
-            with suppress(RuntimeError):  # the interpreter is shutting down: the process ends first
-                threading.Thread(
-                    target=self._end_later, args=(engine, scheduler), name="taskx-stop", daemon=True
-                ).start()
-        else:
-            self._end(engine, scheduler)
-        if left_pending:
-            self._log.warning("stopped with %d task(s) left pending", left_pending)
-        return still
-
-    def _begin_stop(self, engine: Engine) -> int:
-        try:
-            engine.begin_stop()
-            self.repository.mark_stopping(engine.node.id)
-            return engine.release_pending()
-        except RepositoryError as error:
-            self._log.warning("the stop could not be recorded: %s", error)
-            return 0
-
-    def _wait_for_workers(self, engine: Engine, deadline: float) -> None:
-        here = 1 if threading.current_thread() in engine.threads else 0
-        while engine.workers_left > here and (left := deadline - time.monotonic()) > 0:
-            engine.wait_quiet(min(left, 0.1))
-
-    def _still_running(self) -> list[str]:
-        return [] if self._engine is None else list(self._engine.runs)
-
-    def _end_later(self, engine: Engine, scheduler: Scheduler) -> None:
-        while engine.workers_left or engine.runs:
-            engine.wait_quiet(0.1)
-        self._end(engine, scheduler)
-
-    def _end(self, engine: Engine, scheduler: Scheduler) -> None:
-        """The last executor has returned: write what waits, and leave."""
-        scheduler.stop()
-        try:
-            self._services.ledger.flush()
-            if not engine.runs:
-                engine.release_pending()
-                self.repository.leave(engine.node.id)
-        except RepositoryError as error:
-            self._log.warning("the end could not be recorded: %s", error)
-        self._services.watcher.drive(False)
-        self._log.info("node %s stopped", engine.node.name)
+        return self._node.stop(seconds, cancel=cancel) if first else self._node.still_running()
 
     def close(self) -> None:
         """Stop, and close the repository."""
@@ -611,7 +456,7 @@ _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 def _stop_forgotten() -> None:
     for queue in list(_queues):
-        if queue._engine is not None and not queue._intake.stopped:
+        if queue._node is not None and not queue._intake.stopped:
             queue.stop(timeout=EXIT_TIMEOUT, cancel=True)
 
 

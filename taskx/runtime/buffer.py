@@ -174,17 +174,18 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
             if self.queue:
                 self._wake()
 
-    def nudge(self) -> None:
-        """Wake the waiting workers if there is something for them, and nobody took any of it since
-        the last call."""
+    def nudge(self) -> bool:
+        """Wake the waiting workers if there is something for them that nobody has taken any of since
+        the last call; False if no worker waits."""
         with self.mutex:
-            if self._taken == self._taken_before and self.needs_nudge():
+            if self.idle and self._taken == self._taken_before:
                 self.not_empty.notify(len(self.queue) + len(self.ahead))
             self._taken_before = self._taken
+            return self.idle > 0
 
-    def needs_nudge(self) -> bool:
-        """Whether something lies here while workers wait."""
-        return bool(self.idle and (self.queue or self.ahead))
+    def needs_care(self) -> bool:
+        """Whether something lies here that may have to be handed on soon."""
+        return bool(self.ahead or (self.idle and self.queue))
 
     def clear_ahead(self, older_than: float = 0.0) -> list[Run]:
         """Take away all tasks started ahead, if none was taken for ``older_than`` seconds."""

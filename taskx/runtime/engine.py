@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import attrs
-
 from taskx.core import lifecycle
-from taskx.core.clock import Clock, to_ms
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import Ending
-from taskx.core.model import Task
 from taskx.core.record import Stub
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
-from taskx.runtime.alarms import Alarms
 from taskx.runtime.buffer import Buffer, Item
-from taskx.runtime.executors import Registry
-from taskx.runtime.handles import Watcher
-from taskx.runtime.ledger import Ledger
-from taskx.runtime.runner import Run, Runner
-from taskx.storage.base import Node, Repository
+from taskx.runtime.runner import Run
+from taskx.runtime.starter import Services, Starter
+from taskx.storage.base import Node
 
 #: Most tasks started in one transaction, when tasks have lately been short.
 MAX_AHEAD = 16
@@ -38,20 +30,6 @@ AHEAD_PATIENCE = 0.005
 _ALL_LONG, _MOST_LONG = 0xFFFF, 2
 # Seconds a worker waits after the repository failed it, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
-
-
-@attrs.frozen(kw_only=True)
-class Services:
-    """What the parts of a queue share."""
-
-    repository: Repository
-    registry: Registry
-    ledger: Ledger
-    watcher: Watcher
-    clock: Clock
-    log: logging.Logger
-    alarms: Alarms
-    runner: Runner
 
 
 class Engine:
@@ -69,19 +47,19 @@ class Engine:
         self.node = node
         self.buffer = buffer
         self.stopping = False
-        #: Every run from its start until its outcome is committed, by task id.
-        self.runs: dict[str, Run] = {}
+        self.starter = Starter(services, node.id, buffer)
+        self.runs = self.starter.runs
         #: Whether the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
         #: Whether no other node is known to live.
         self.alone = False
+        #: Set by the scheduler: have it tick often for a while; look when the next task is due.
         self.wake_scheduler: Callable[[], None] = lambda: None
+        self.look_for_due: Callable[[], None] = lambda: None
         self._lately = _ALL_LONG  # the first tasks count as long
         self._last_batch = 0
         self._lingering = threading.Lock()
         self._refilling = threading.Lock()
-        self._suspect = threading.Lock()
-        self._suspects: list[Item] = []
         self._quiet = threading.Condition()
         self._left = workers
         self.threads = [
@@ -162,7 +140,7 @@ class Engine:
         """Start tasks in one transaction; returns one of them and lays the others out."""
         self._last_batch = len(items)
         try:
-            runs = self.start(items)
+            runs = self.starter.start(items)
             if len(runs) > 1:
                 self.buffer.lay_out(runs[1:])
                 self.wake_scheduler()
@@ -174,83 +152,6 @@ class Engine:
         finally:
             self.buffer.starting_done()
         return runs[0] if runs else None
-
-    def start(self, items: Sequence[Item]) -> list[Run]:
-        """Start the tasks among these that can be; the others are somebody else's, or no more."""
-        services = self.services
-        found = services.repository.get_many([item.id for item in items])
-        now = services.clock.now_ms()
-        starting: list[tuple[Run, Update]] = []
-        for task in self._startable(items, found):
-            self._resolve_options(task)
-            update = lifecycle.start(task, now, self.node.id)
-            if update is not None and task.id not in self.runs:
-                starting.append((self._enlist(task), update))
-            elif task.crashes:
-                self._suspect_done()
-        if not starting:
-            return []
-        try:
-            results = services.ledger.commit([update for _, update in starting])
-        except BaseException:
-            for run, _ in starting:
-                self._strike(run)
-            raise
-        runs = []
-        for (run, update), started in zip(starting, results, strict=True):
-            if started:
-                lifecycle.mark_started(run.task, update)
-                runs.append(run)
-            else:
-                self._strike(run)
-        return runs
-
-    def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
-        """The tasks to start now, in order; the rest goes back into the buffer.
-
-        Suspects, and tasks that must not crash twice, are started alone; suspects run one at a time.
-        """
-        chosen: list[Task] = []
-        for position, item in enumerate(items):
-            task = found.get(item.id)
-            if task is None:
-                continue
-            if not task.crashes and task.max_crashes != 1:
-                chosen.append(task)
-            elif chosen:
-                self.buffer.put_back([item])
-            elif task.crashes and not self._suspect.acquire(blocking=False):
-                self._suspects.append(item)
-            else:
-                self.buffer.put_back(items[position + 1 :])
-                return [task]
-        return chosen
-
-    def _resolve_options(self, task: Task) -> None:
-        """Settle what a process that only declared the type left to the executor."""
-        options = self.services.registry.get(task.type).options  # type: ignore[union-attr]
-        if task.max_attempts is None:
-            task.max_attempts = options.max_attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
-        if task.max_crashes is None:
-            task.max_crashes = options.max_crashes or lifecycle.DEFAULT_MAX_CRASHES
-        if task.timeout is None:
-            task.timeout = options.timeout
-
-    def _enlist(self, task: Task) -> Run:
-        services = self.services
-        executor = services.registry.get(task.type)
-        assert executor is not None  # only registered types are taken
-        run = Run(task, executor, services.clock, services.alarms, services.log)
-        # Before the start is committed: who then asks to cancel it finds its token.
-        self.runs[task.id] = run
-        return run
-
-    def _strike(self, run: Run) -> None:
-        """Forget a run that did not start, or is over."""
-        if self.runs.get(run.task.id) is run:
-            del self.runs[run.task.id]
-        if run.task.crashes:
-            self._suspect_done()
 
     def execute(self, run: Run, worker: str) -> Ending:
         """Run the executor and leave its outcome to the ledger."""
@@ -287,7 +188,7 @@ class Engine:
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
         task, log = run.task, self.services.log
-        self._strike(run)
+        self.starter.strike(run)
         held = [write for write, holds in zip(writes, results, strict=True) if holds]
         if not held:
             log.warning(
@@ -311,36 +212,11 @@ class Engine:
                 task.attempt,
                 ending.error,
             )
-            self._buffer(task)
+            self.starter.rebuffer(task)
         else:
             log.info("task %s (%s) was interrupted and is pending again", task.id, task.type)
         self.services.watcher.look_if_watched(task.id)
         self._tell_quiet()
-
-    def _suspect_done(self) -> None:
-        self._suspect.release()
-        if self._suspects:
-            self.buffer.put_back([self._suspects.pop()])
-
-    def hand_back(self, runs: Sequence[Run], *, rebuffer: bool) -> None:
-        """Undo the start of tasks that no worker had a hand free for."""
-        if not runs:
-            return
-        now = self.services.clock.now_ms()
-        for run in runs:
-            self._strike(run)  # first: should the commit fail, the audit finds them
-        results = self.services.ledger.commit(
-            [write for run in runs for write in lifecycle.hand_back(run.task, now)]
-        )
-        for run, handed_back in zip(runs, results[::2], strict=True):
-            if handed_back and rebuffer:
-                self._buffer(run.task)
-            elif not handed_back:
-                self.services.watcher.look_if_watched(run.task.id)
-
-    def _buffer(self, task: Task) -> None:
-        assert task.created_at is not None  # it comes from the repository
-        self.buffer.add(task.id, task.priority, to_ms(task.created_at), fetched=True)
 
     # --- from the repository into the buffer
 
@@ -396,7 +272,7 @@ class Engine:
             self.runs
             or self.buffer.queue
             or self.buffer.ahead
-            or self._suspects
+            or self.starter.suspects
             or self.more_stored
             or self.services.ledger
         )
@@ -409,7 +285,7 @@ class Engine:
     def buffered(self) -> set[str]:
         """The ids of pending tasks that this node holds in memory."""
         buffer = self.buffer
-        return {*buffer.ids, *(item.id for item in [*buffer.starting, *self._suspects])}
+        return {*buffer.ids, *(item.id for item in [*buffer.starting, *self.starter.suspects])}
 
     def fire_all(self, reason: CancelReason) -> None:
         """Fire the token of every run."""
@@ -421,8 +297,8 @@ class Engine:
         self.stopping = True
         ahead = self.buffer.clear_ahead()
         self.buffer.close()
-        self._suspects = []
-        self.hand_back(ahead, rebuffer=False)
+        self.starter.suspects.clear()
+        self.starter.hand_back(ahead, rebuffer=False)
 
     def release_pending(self) -> int:
         """Give up the pending tasks that this node holds, for whoever runs; returns how many."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -22,12 +22,10 @@ from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_int, check_name, check_number
 from taskx.core.writes import Insert
 from taskx.runtime.buffer import Item
-from taskx.runtime.engine import Engine, Services
+from taskx.runtime.engine import Engine
 from taskx.runtime.executors import MAX_PRIORITY
 from taskx.runtime.runner import inside_executor
-
-#: What a full buffer does with a submit.
-OVERFLOWS = ("reject", "block", "spill", "caller_runs")
+from taskx.runtime.starter import Services
 
 
 class Intake:
@@ -35,7 +33,7 @@ class Intake:
 
     Args:
         services: what it works with.
-        overflow: what a full buffer does: one of :data:`OVERFLOWS`.
+        overflow: what a full buffer does.
         block_timeout: seconds that ``block`` waits for room; None for ever.
         max_payload_size: the largest params, in bytes of JSON.
     """
@@ -53,7 +51,6 @@ class Intake:
         self._max_payload_size = max_payload_size
         #: The running node; None as long as the queue has not been started.
         self.engine: Engine | None = None
-        self.look_for_due: Callable[[], None] = lambda: None
         self.stopped = False
 
     # --- one task
@@ -94,7 +91,7 @@ class Intake:
 
     def _tell(self, engine: Engine, *, delayed: bool) -> None:
         if delayed:
-            self.look_for_due()
+            engine.look_for_due()
         else:
             engine.more_stored = True
             engine.wake_scheduler()
@@ -158,7 +155,7 @@ class Intake:
         row["owner"] = engine.node.id
         self._store(insert)
         item = Item(-row["priority"], row["created_at"], 0, row["id"], True)
-        for run in engine.start([item]):
+        for run in engine.starter.start([item]):
             ending = engine.execute(run, f"{engine.node.name}/caller")
             self._services.ledger.flush()
             if ending.interrupt is not None:

@@ -44,6 +44,7 @@ class Scheduler:
         self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), 0.0)
         self._thread = threading.Thread(target=self._run, name="taskx-scheduler", daemon=True)
         engine.wake_scheduler = self.wake_from_long_sleep
+        engine.look_for_due = self.look_for_due
 
     def start(self) -> None:
         """Start the thread."""
@@ -90,7 +91,7 @@ class Scheduler:
     def _sleep(self, failures: int) -> None:
         if failures:
             timeout = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
-        elif self._services.ledger or self._engine.buffer.needs_nudge():
+        elif self._services.ledger or self._engine.buffer.needs_care():
             timeout = AHEAD_PATIENCE
         else:
             self._asleep_long = True
@@ -107,9 +108,11 @@ class Scheduler:
         Raises:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
-        self._engine.hand_back(self._engine.buffer.clear_ahead(AHEAD_PATIENCE), rebuffer=True)
         self._services.ledger.flush()
-        self._engine.buffer.nudge()
+        if not self._engine.buffer.nudge():
+            self._engine.starter.hand_back(
+                self._engine.buffer.clear_ahead(AHEAD_PATIENCE), rebuffer=True
+            )
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._release_due()

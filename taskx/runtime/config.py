@@ -1,0 +1,57 @@
+"""The settings of a queue."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import attrs
+
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import check_int, check_number
+from taskx.core.payload import DEFAULT_MAX_SIZE
+
+#: What a full buffer does with a submit.
+Overflow = Literal["reject", "block", "spill", "caller_runs"]
+
+
+def _whole(minimum: int, maximum: int) -> Any:
+    def check(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        check_int(value, attribute.name, minimum, maximum)
+
+    return check
+
+
+def _known_overflow(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value not in get_args(Overflow):
+        known = ", ".join(map(repr, get_args(Overflow)))
+        raise ConfigurationError(f"{attribute.name} must be one of {known}, not {value!r}")
+
+
+def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        check_number(value, attribute.name)
+
+
+@attrs.frozen
+class Config:
+    """How a queue works.
+
+    Attributes:
+        worker_num: worker threads.
+        buffer_size: submitted tasks that may wait in the buffer.
+        overflow: what ``submit`` does when the buffer is full: ``"reject"`` raises ``QueueFull``;
+            ``"block"`` waits for room (inside an executor it spills, as waiting might be for
+            itself); ``"spill"`` leaves the task in the repository until there is room;
+            ``"caller_runs"`` runs it in the thread that submits.
+        block_timeout: seconds that ``"block"`` waits before ``QueueFull``; None for ever.
+        max_payload_size: the largest params, and the largest result, in bytes of JSON.
+
+    Raises:
+        ConfigurationError: a value is not valid.
+    """
+
+    worker_num: int = attrs.field(default=5, validator=_whole(1, 10_000))
+    buffer_size: int = attrs.field(default=100, validator=_whole(1, 10_000_000))
+    overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
+    block_timeout: float | None = attrs.field(default=None, validator=_seconds)
+    max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))

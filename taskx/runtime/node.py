@@ -1,0 +1,159 @@
+"""A node: one started queue in one process, from its start to its end."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+from contextlib import suppress
+
+from taskx.core.errors import RepositoryError
+from taskx.core.ids import new_id
+from taskx.core.token import CancelReason
+from taskx.runtime.buffer import Buffer
+from taskx.runtime.config import Config
+from taskx.runtime.engine import Engine
+from taskx.runtime.recovery import Recovery
+from taskx.runtime.scheduler import Scheduler
+from taskx.runtime.starter import Services
+from taskx.storage.adapter import EightMethodAdapter
+from taskx.storage.base import Node
+
+# Looks for quiet this often even if nothing tells of it, in seconds.
+_LOOK_EVERY = 0.1
+
+
+class LocalNode:
+    """Workers, scheduler and buffer of a started queue, and their place in the repository.
+
+    Args:
+        services: what it works with.
+        config: how many workers, how large a buffer.
+    """
+
+    def __init__(self, services: Services, config: Config) -> None:
+        self._services = services
+        node_id = new_id()
+        self.record = Node(
+            id=node_id,
+            name=f"{socket.gethostname()}:{os.getpid()}:{node_id[-6:]}",
+            types=services.registry.types,
+        )
+        fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
+        buffer = Buffer(config.buffer_size, fetch_size, config.worker_num)
+        self.engine = Engine(services, self.record, config.worker_num, buffer)
+        self._recovery = Recovery(self.engine)
+        self._scheduler = Scheduler(self.engine, self._recovery)
+
+    # --- starting
+
+    def start(self) -> None:
+        """Join the repository, take up what dead processes left, and start the threads.
+
+        Raises:
+            RepositoryError: the repository cannot be used; nothing was started.
+        """
+        services = self._services
+        if isinstance(services.repository, EightMethodAdapter):
+            services.log.warning(
+                "%s has the eight methods only: this queue takes itself for the only process on "
+                "it, and tasks found running for left behind by a dead one",
+                type(services.repository.inner).__name__,
+            )
+        services.repository.join(self.record)
+        try:
+            self._recovery.recover()
+            self.engine.refill()
+        except BaseException:
+            services.repository.leave(self.record.id)
+            raise
+        services.watcher.drive(True)
+        for thread in self.engine.threads:
+            thread.start()
+        self._scheduler.start()
+        services.log.info(
+            "node %s started: %d workers, types %s",
+            self.record.name,
+            len(self.engine.threads),
+            ", ".join(self.record.types) or "none",
+        )
+
+    # --- running
+
+    def drain(self, timeout: float | None) -> bool:
+        """Wait until nothing is left to run; False if ``timeout`` seconds passed before."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        services = self._services
+        while True:
+            if self.engine.holds_nothing() and not services.repository.unfinished(
+                services.registry.types
+            ):
+                return True
+            left = _LOOK_EVERY if deadline is None else deadline - time.monotonic()
+            if left <= 0:
+                return False
+            self.engine.wait_quiet(min(left, _LOOK_EVERY))
+
+    def still_running(self) -> list[str]:
+        """The ids of the tasks whose executor, or whose outcome, is still under way."""
+        return list(self.engine.runs)
+
+    # --- stopping
+
+    def stop(self, timeout: float, *, cancel: bool) -> list[str]:
+        """Take nothing more, wait for the workers, leave; returns the ids that still run."""
+        engine, log = self.engine, self._services.log
+        deadline = time.monotonic() + timeout
+        left_pending = self._begin_stop()
+        if not cancel:
+            self._wait_for_workers(deadline - timeout / 5)
+        engine.fire_all(CancelReason.STOP)
+        self._wait_for_workers(deadline)
+        still = self.still_running()
+        if still:
+            log.warning(
+                "stopped with %d task(s) still running, handed back when they end: %s",
+                len(still),
+                ", ".join(still[:10]),
+            )
+            with suppress(RuntimeError):  # the interpreter is shutting down: the process ends first
+                threading.Thread(target=self._end_later, name="taskx-stop", daemon=True).start()
+        else:
+            self._end()
+        if left_pending:
+            log.warning("stopped with %d task(s) left pending", left_pending)
+        return still
+
+    def _begin_stop(self) -> int:
+        try:
+            self.engine.begin_stop()
+            self._services.repository.mark_stopping(self.record.id)
+            return self.engine.release_pending()
+        except RepositoryError as error:
+            self._services.log.warning("the stop could not be recorded: %s", error)
+            return 0
+
+    def _wait_for_workers(self, deadline: float) -> None:
+        # A stop that an executor asks for cannot wait for that executor.
+        here = 1 if threading.current_thread() in self.engine.threads else 0
+        while self.engine.workers_left > here and (left := deadline - time.monotonic()) > 0:
+            self.engine.wait_quiet(min(left, _LOOK_EVERY))
+
+    def _end_later(self) -> None:
+        while self.engine.workers_left or self.engine.runs:
+            self.engine.wait_quiet(_LOOK_EVERY)
+        self._end()
+
+    def _end(self) -> None:
+        """The last executor has returned: write what waits, and leave."""
+        self._scheduler.stop()
+        services = self._services
+        try:
+            services.ledger.flush()
+            self.engine.release_pending()
+            services.repository.leave(self.record.id)
+        except RepositoryError as error:
+            services.log.warning("the end could not be recorded: %s", error)
+        services.watcher.drive(False)
+        services.log.info("node %s stopped", self.record.name)

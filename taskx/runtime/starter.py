@@ -1,0 +1,158 @@
+"""From pending to running, and back where no worker had a hand free."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+
+import attrs
+
+from taskx.core import lifecycle
+from taskx.core.clock import Clock, to_ms
+from taskx.core.model import Task
+from taskx.core.writes import Update
+from taskx.runtime.alarms import Alarms
+from taskx.runtime.buffer import Buffer, Item
+from taskx.runtime.executors import Registry
+from taskx.runtime.handles import Watcher
+from taskx.runtime.ledger import Ledger
+from taskx.runtime.runner import Run, Runner
+from taskx.storage.base import Repository
+
+
+@attrs.frozen(kw_only=True)
+class Services:
+    """What the parts of a queue share."""
+
+    repository: Repository
+    registry: Registry
+    ledger: Ledger
+    watcher: Watcher
+    clock: Clock
+    log: logging.Logger
+    alarms: Alarms
+    runner: Runner
+
+
+class Starter:
+    """Starts the tasks of a node, and knows which of them run.
+
+    Args:
+        services: what it works with.
+        node: the id of the node.
+        buffer: where it puts back what cannot start now.
+    """
+
+    def __init__(self, services: Services, node: str, buffer: Buffer) -> None:
+        self._services = services
+        self._node = node
+        self._buffer = buffer
+        #: Every run from before its start until its outcome is committed, by task id.
+        self.runs: dict[str, Run] = {}
+        #: Suspects that wait for the one that runs.
+        self.suspects: list[Item] = []
+        self._suspect_runs = threading.Lock()
+
+    def start(self, items: Sequence[Item]) -> list[Run]:
+        """Start the tasks among these that can be; the others are somebody else's, or no more."""
+        services = self._services
+        found = services.repository.get_many([item.id for item in items])
+        now = services.clock.now_ms()
+        starting: list[tuple[Run, Update]] = []
+        for task in self._startable(items, found):
+            self._resolve_options(task)
+            update = lifecycle.start(task, now, self._node)
+            if update is not None and task.id not in self.runs:
+                starting.append((self._enlist(task), update))
+            elif task.crashes:
+                self._suspect_done()
+        if not starting:
+            return []
+        try:
+            results = services.ledger.commit([update for _, update in starting])
+        except BaseException:
+            for run, _ in starting:
+                self.strike(run)
+            raise
+        runs = []
+        for (run, update), started in zip(starting, results, strict=True):
+            if started:
+                lifecycle.mark_started(run.task, update)
+                runs.append(run)
+            else:
+                self.strike(run)
+        return runs
+
+    def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
+        """The tasks to start now, in order; the rest goes back into the buffer.
+
+        Suspects, and tasks that must not crash twice, are started alone; suspects run one at a time.
+        """
+        chosen: list[Task] = []
+        for position, item in enumerate(items):
+            task = found.get(item.id)
+            if task is None:
+                continue
+            if not task.crashes and task.max_crashes != 1:
+                chosen.append(task)
+            elif chosen:
+                self._buffer.put_back([item])
+            elif task.crashes and not self._suspect_runs.acquire(blocking=False):
+                self.suspects.append(item)
+            else:
+                self._buffer.put_back(items[position + 1 :])
+                return [task]
+        return chosen
+
+    def _resolve_options(self, task: Task) -> None:
+        """Settle what a process that only declared the type left to the executor."""
+        options = self._services.registry.get(task.type).options  # type: ignore[union-attr]
+        if task.max_attempts is None:
+            task.max_attempts = options.max_attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
+        if task.max_crashes is None:
+            task.max_crashes = options.max_crashes or lifecycle.DEFAULT_MAX_CRASHES
+        if task.timeout is None:
+            task.timeout = options.timeout
+
+    def _enlist(self, task: Task) -> Run:
+        services = self._services
+        executor = services.registry.get(task.type)
+        assert executor is not None  # only registered types are taken
+        run = Run(task, executor, services.clock, services.alarms, services.log)
+        # Before the start is committed: who then asks to cancel it finds its token.
+        self.runs[task.id] = run
+        return run
+
+    def strike(self, run: Run) -> None:
+        """Forget a run that did not start, or is over."""
+        if self.runs.get(run.task.id) is run:
+            del self.runs[run.task.id]
+        if run.task.crashes:
+            self._suspect_done()
+
+    def hand_back(self, runs: Sequence[Run], *, rebuffer: bool) -> None:
+        """Undo the start of tasks that no worker had a hand free for."""
+        if not runs:
+            return
+        now = self._services.clock.now_ms()
+        for run in runs:
+            self.strike(run)  # first: should the commit fail, the audit finds them
+        results = self._services.ledger.commit(
+            [write for run in runs for write in lifecycle.hand_back(run.task, now)]
+        )
+        for run, handed_back in zip(runs, results[::2], strict=True):
+            if handed_back and rebuffer:
+                self.rebuffer(run.task)
+            elif not handed_back:
+                self._services.watcher.look_if_watched(run.task.id)
+
+    def rebuffer(self, task: Task) -> None:
+        """Put a task that is pending again back into the buffer."""
+        assert task.created_at is not None  # it comes from the repository
+        self._buffer.add(task.id, task.priority, to_ms(task.created_at), fetched=True)
+
+    def _suspect_done(self) -> None:
+        self._suspect_runs.release()
+        if self.suspects:
+            self._buffer.put_back([self.suspects.pop()])
