@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import logging
-import socket
-import sqlite3
-import subprocess
 from collections.abc import Callable, Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, check_number
 from taskx.core.token import CancelReason, CancelToken
 from taskx.storage.base import check_progress
@@ -146,59 +142,15 @@ class Context:
             TaskCancelled: the token fired; at the end of the block too, since what was read from a
                 resource that was cut off is not to be trusted.
         """
+        from taskx.runtime.wakers import Waker
+
         token = self._token
-        wake = waker(resource)
+        waker = Waker(resource)
         token.raise_if_cancelled()
-        remove = token.on_cancel(wake)
+        remove = token.on_cancel(waker)
         try:
             yield resource
             token.raise_if_cancelled()
         finally:
             remove()
-            _close(resource)
-
-
-def waker(resource: Any) -> Callable[[], object]:
-    """What wakes a thread that blocks on ``resource``.
-
-    Raises:
-        ConfigurationError: nothing would.
-    """
-    if isinstance(resource, socket.socket):
-        return lambda: _shut_down(resource)
-    if isinstance(resource, sqlite3.Connection):
-        return resource.interrupt
-    if isinstance(resource, subprocess.Popen):
-        return resource.kill
-    for name in ("abort", "shutdown"):
-        method = getattr(resource, name, None)
-        if callable(method):
-            return method  # type: ignore[no-any-return]
-    if isinstance(getattr(resource, "sock", None), (socket.socket, type(None))) and hasattr(
-        resource, "sock"
-    ):
-        return lambda: _shut_down(resource.sock)  # http.client, ftplib, smtplib and their like
-    raise ConfigurationError(
-        f"closing() cannot wake a thread that blocks on a {type(resource).__name__}: closing it "
-        "would not. Give it a time-out of ctx.remaining(), or register what does wake it with "
-        "ctx.on_cancel(…)"
-    )
-
-
-def _shut_down(sock: socket.socket | None) -> None:
-    if sock is None:
-        return
-    with suppress(OSError):  # not connected, or closed already: nobody can be blocked on it
-        sock.shutdown(socket.SHUT_RDWR)
-
-
-def _close(resource: Any) -> None:
-    if isinstance(resource, subprocess.Popen):
-        if resource.poll() is None:
-            resource.kill()
-        with resource:
-            pass  # closes its pipes and waits for it
-        return
-    close = getattr(resource, "close", None)
-    if callable(close):
-        close()
+            waker.close()

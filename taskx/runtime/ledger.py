@@ -64,10 +64,15 @@ class Ledger:
         entry = _Entry(writes, None)
         self._waiting.append(entry)
         concluded: list[_Entry] = []
-        with self._leading:
-            while not entry.done:
-                concluded += self._lead()
-        self._call_back(concluded)
+        try:
+            with self._leading:
+                while not entry.done:
+                    self._lead(concluded)
+        except BaseException:
+            entry.in_doubt = not entry.done  # an interrupt: whoever leads next sees to it
+            raise
+        finally:
+            self._call_back(concluded)
         if entry.error is not None:
             raise entry.error
         return entry.results
@@ -95,20 +100,21 @@ class Ledger:
             return False
         concluded: list[_Entry] = []
         try:
-            if self._waiting:
-                concluded = self._lead()
+            # What a thread waits for is left to that thread: it is about to lead.
+            if any(entry.callback or entry.in_doubt for entry in list(self._waiting)):
+                self._lead(concluded)
         finally:
             self._leading.release()
             self._call_back(concluded)
         return True
 
-    def _lead(self) -> list[_Entry]:
-        """Commit one batch; returns those of its entries that have a callback to be called."""
+    def _lead(self, concluded: list[_Entry]) -> None:
+        """Commit one batch; adds to ``concluded`` what has an outcome now."""
         batch = [self._waiting[i] for i in range(min(len(self._waiting), MAX_BATCH))]
         try:
             self._commit_batch(batch)
         except TaskxError:
-            raise  # nothing of it was applied
+            raise  # what has no outcome was not applied, and waits on
         except BaseException:
             # An interrupt or worse, perhaps after the COMMIT: the next leader reads back.
             for entry in batch:
@@ -118,36 +124,28 @@ class Ledger:
             for entry in batch:
                 if entry.done:
                     self._waiting.remove(entry)
-        return [entry for entry in batch if entry.done and entry.callback is not None]
+                    concluded.append(entry)
 
     def _commit_batch(self, batch: list[_Entry]) -> None:
-        for entry in batch:
-            if entry.in_doubt:
-                self._read_back(entry)
-        open_entries = [entry for entry in batch if not entry.done]
-        if not open_entries:
-            return
         try:
-            self._apply(open_entries)
+            for entry in batch:
+                if entry.in_doubt:
+                    self._read_back(entry)
+            self._apply([entry for entry in batch if not entry.done])
         except RepositoryUnavailable as error:
-            self._fail(open_entries, error)
+            self._fail(batch, error)
         except Exception as error:  # noqa: BLE001  (told to whoever waits for it)
-            if len(open_entries) == 1:
-                self._reject(open_entries[0], error)
-            else:
-                self._replay(open_entries)
+            self._replay([entry for entry in batch if not entry.done], error)
 
     def _read_back(self, entry: _Entry) -> None:
+        results = self._repository.settle(entry.writes)
         entry.in_doubt = False
-        try:
-            results = self._repository.settle(entry.writes)
-        except TaskxError:
-            entry.in_doubt = True
-            raise
         if any(results):
             entry.results, entry.done = results, True
 
     def _apply(self, entries: list[_Entry]) -> None:
+        if not entries:
+            return
         results = self._repository.apply([write for entry in entries for write in entry.writes])
         position = 0
         for entry in entries:
@@ -155,23 +153,25 @@ class Ledger:
             entry.results, entry.done = results[position:end], True
             position = end
 
-    def _replay(self, entries: list[_Entry]) -> None:
+    def _replay(self, entries: list[_Entry], error: Exception) -> None:
         """Commit one by one after a batch failed, so that a bad write fails alone."""
+        if len(entries) == 1:
+            self._reject(entries[0], error)
+            return
         for entry in entries:
             try:
                 self._apply([entry])
-            except RepositoryUnavailable as error:
-                self._fail([entry], error)
-            except Exception as error:  # noqa: BLE001  (told to whoever waits for it)
-                self._reject(entry, error)
+            except RepositoryUnavailable as unavailable:
+                self._fail(entries, unavailable)
+            except Exception as problem:  # noqa: BLE001  (told to whoever waits for it)
+                self._reject(entry, problem)
 
     def _fail(self, entries: list[_Entry], error: RepositoryUnavailable) -> None:
-        """Tell those who wait; a deferred write stays, to be tried again."""
+        """Tell those who wait; what was deferred, and what is in doubt, waits on."""
         for entry in entries:
-            if entry.callback is None:
+            if entry.callback is None and not entry.in_doubt and not entry.done:
                 entry.error, entry.done = error, True
-        if all(entry.callback is not None for entry in entries):
-            raise error
+        raise error
 
     def _reject(self, entry: _Entry, error: Exception) -> None:
         entry.error, entry.done = error, True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 import threading
 import time
 from contextlib import suppress
@@ -34,10 +33,12 @@ class LocalNode:
 
     def __init__(self, services: Services, config: Config) -> None:
         self._services = services
+        from socket import gethostname  # not needed by a program that only submits
+
         node_id = new_id()
         self.record = Node(
             id=node_id,
-            name=f"{socket.gethostname()}:{os.getpid()}:{node_id[-6:]}",
+            name=f"{gethostname()}:{os.getpid()}:{node_id[-6:]}",
             types=services.registry.types,
         )
         fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
@@ -110,6 +111,7 @@ class LocalNode:
             self._wait_for_workers(deadline - timeout / 5)
         engine.fire_all(CancelReason.STOP)
         self._wait_for_workers(deadline)
+        self._write_outcomes()
         still = self.still_running()
         if still:
             log.warning(
@@ -140,6 +142,12 @@ class LocalNode:
         while self.engine.workers_left > here and (left := deadline - time.monotonic()) > 0:
             self.engine.wait_quiet(min(left, _LOOK_EVERY))
 
+    def _write_outcomes(self) -> None:
+        try:
+            self._services.ledger.flush()
+        except RepositoryError as error:
+            self._services.log.warning("outcomes could not be written yet: %s", error)
+
     def _end_later(self) -> None:
         while self.engine.workers_left or self.engine.runs:
             self.engine.wait_quiet(_LOOK_EVERY)
@@ -149,8 +157,8 @@ class LocalNode:
         """The last executor has returned: write what waits, and leave."""
         self._scheduler.stop()
         services = self._services
+        self._write_outcomes()
         try:
-            services.ledger.flush()
             self.engine.release_pending()
             services.repository.leave(self.record.id)
         except RepositoryError as error:
