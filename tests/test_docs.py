@@ -1,0 +1,338 @@
+"""The documentation runs, names everything public, and points at what exists."""
+
+from __future__ import annotations
+
+import re
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import attrs
+import docutils.core
+import docutils.nodes
+import pytest
+
+import taskx
+import taskx.queue
+from taskx.core import lifecycle
+from taskx.storage.sqlite.connections import Connections
+from taskx.testing import RepositoryContract
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
+
+# What runs a page: its blocks in order, in one namespace, with the page's own line numbers.
+RUNNER = """\
+import json, sys
+namespace = {"__name__": "snippet"}
+for line, source in json.load(sys.stdin):
+    exec(compile("\\n" * line + source, sys.argv[1], "exec"), namespace)
+"""
+
+
+def parse(page: Path) -> docutils.nodes.document:
+    """The document of a page."""
+    settings = {"report_level": 5, "syntax_highlight": "none"}
+    return docutils.core.publish_doctree(
+        page.read_text(encoding="utf-8"), source_path=str(page), settings_overrides=settings
+    )
+
+
+def blocks(page: Path, language: str) -> list[tuple[int, str]]:
+    """The code blocks of a page in one language, each with the number of lines above it."""
+    text, found, position = page.read_text(encoding="utf-8"), [], 0
+    for node in parse(page).findall(docutils.nodes.literal_block):
+        if language in node["classes"]:
+            source = node.astext()
+            position = text.index(textwrap.indent(source, "    ").splitlines()[0], position)
+            found.append((text.count("\n", 0, position), source))
+    return found
+
+
+def by_name(page: Path) -> str:
+    """The id of a page in a test's name."""
+    return page.name
+
+
+every_page = pytest.mark.parametrize("page", PAGES, ids=by_name)
+
+
+# The snippets
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=by_name)
+def test_the_snippets_of_a_page_run(page, tmp_path):
+    """Those of a page one after the other, in a process and a folder of their own."""
+    ran = run_page(page, tmp_path)
+    assert ran.returncode == 0, ran.stderr
+
+
+def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Run all python blocks of a page."""
+    import json
+
+    return subprocess.run(
+        [sys.executable, "-X", "utf8", "-W", "error", "-c", RUNNER, page.name],
+        cwd=folder,
+        input=json.dumps(blocks(page, "python")),
+        env={"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "lines"),
+    [
+        ("README.rst", ["completed 100", "failed 2 ['retried', 'failed']", "cancelled"]),
+        ("docs/original.rst", ["Status: completed, Progress: 100%", "1 task(s) found"]),
+        ("docs/web.rst", ["completed"]),
+    ],
+)
+def test_snippets_print_what_the_page_says(page, lines, tmp_path):
+    """Where a comment in a snippet gives its output, that is its output."""
+    assert set(lines) <= set(run_page(ROOT / page, tmp_path).stdout.splitlines())
+
+
+def test_a_failing_snippet_is_noticed(tmp_path):
+    """Else the tests above would show nothing."""
+    page = tmp_path / "page.rst"
+    page.write_text("Page\n====\n\n.. code-block:: python\n\n    x = 1\n\n    assert x == 2\n")
+    ran = run_page(page, tmp_path)
+    assert ran.returncode == 1
+    assert 'File "page.rst", line 8' in ran.stderr
+
+
+def test_the_example_of_the_readme_is_short():
+    """Newcomers see it whole."""
+    first = blocks(ROOT / "README.rst", "python")[0][1]
+    assert len([line for line in first.splitlines() if line.strip()]) <= 15
+
+
+# A repository of one's own
+
+
+def own_repository() -> type[taskx.TaskRepository]:
+    """The class in docs/storage.rst."""
+    from taskx import TaskFilter, TaskStatus  # the page imports them in an earlier block
+
+    [source] = [
+        source
+        for _, source in blocks(ROOT / "docs" / "storage.rst", "python")
+        if "class FolderRepository" in source
+    ]
+    namespace = {"TaskFilter": TaskFilter, "TaskStatus": TaskStatus}
+    exec(source, namespace)
+    return namespace["FolderRepository"]
+
+
+class TestOwnRepository(RepositoryContract):
+    """The repository of docs/storage.rst does what every repository must."""
+
+    @pytest.fixture
+    def repository(self, tmp_path):
+        """An empty one."""
+        return own_repository()(str(tmp_path / "tasks"))
+
+
+def test_the_own_repository_is_as_short_as_the_readme_says():
+    """Under 60 lines, blank ones aside."""
+    [source] = [s for _, s in blocks(ROOT / "docs" / "storage.rst", "python") if "Folder" in s][:1]
+    code = source[source.index("class ") :]
+    assert "in under 60 lines" in re.sub(r"\s+", " ", (ROOT / "README.rst").read_text())
+    assert len([line for line in code.splitlines() if line.strip()]) < 60
+
+
+# Shell
+
+
+@every_page
+def test_make_targets_exist(page):
+    """Whatever a page tells people to make."""
+    rules = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
+    literals = [
+        node.astext()
+        for kind in (docutils.nodes.literal, docutils.nodes.literal_block)
+        for node in parse(page).findall(kind)
+    ]
+    named = re.findall(r"^\s*make ([a-z]+)", "\n".join(literals), re.M)
+    assert set(named) <= set(rules)
+
+
+def test_the_readme_begins_with_the_two_commands():
+    """And says what to install, by its right name."""
+    text = (ROOT / "README.rst").read_text()
+    assert text.index("make demo") < text.index("make test") < text.index("pip install taskx-queue")
+    assert "do not install both" in text
+
+
+# What must be mentioned
+
+
+@pytest.fixture(scope="module")
+def code() -> str:
+    """All literal text of all pages."""
+    return "\n".join(
+        node.astext()
+        for page in PAGES
+        for kind in (docutils.nodes.literal, docutils.nodes.literal_block)
+        for node in parse(page).findall(kind)
+    )
+
+
+def public(cls: type) -> list[str]:
+    """The public names that a class itself defines."""
+    return [name for name in vars(cls) if not name.startswith("_")]
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("public names", taskx.__all__),
+        ("settings", [field.name for field in attrs.fields(taskx.Config)]),
+        ("options of submit", sorted(taskx.queue._SUBMIT_OPTIONS)),
+        ("fields of a filter", [field.name for field in attrs.fields(taskx.TaskFilter)]),
+        ("fields of an attempt", [field.name for field in attrs.fields(taskx.Attempt)]),
+        ("statuses", [status.value for status in taskx.TaskStatus]),
+        ("reasons", [reason.value for reason in taskx.CancelReason]),
+        ("methods of a queue", [n for n in public(taskx.Queue) if n != "watch"]),
+        ("parts of the context", public(taskx.Context)),
+        ("methods of a repository", public(taskx.TaskRepository)),
+        ("durability", ["accepted", "full", "process"]),
+        ("overflow", ["reject", "block", "spill", "caller_runs"]),
+        ("modules", [p.stem for p in ROOT.glob("taskx/[!_]*/[!_]*.py")]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_everything_public_is_documented(what, names, code):
+    """By name, in literal text."""
+    internal = {
+        "dirty",
+        "latest_progress",
+        "message",
+        "progress_told",
+    }  # of Context, for the runtime
+    wanted = set(names) - (internal if what == "parts of the context" else set())
+    missing = [name for name in wanted if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", code)]
+    assert not missing, what
+
+
+def test_the_guide_has_all_errors():
+    """Each that TaskX defines, wherever else it is named."""
+    text = (ROOT / "docs" / "guide.rst").read_text()
+    errors = [n for n in taskx.__all__ if isinstance(getattr(taskx, n), type)]
+    errors = [n for n in errors if issubclass(getattr(taskx, n), BaseException)]
+    assert len(errors) > 10
+    assert [name for name in errors if f"``{name}``" not in text] == []
+
+
+def test_defaults_are_those_of_the_code():
+    """The table of settings in the guide."""
+    rows = {row[0]: row[1] for row in table(ROOT / "docs" / "guide.rst", "Config")}
+    shown = {"None": None, "1 MiB": 1 << 20, '"reject"': "reject"}
+    defaults = {field.name: field.default for field in attrs.fields(taskx.Config)}
+    assert {name: shown.get(rows[name]) or rows[name] for name in defaults} == {
+        name: str(value) if type(value) is int and value < 1000 else (value or "None")
+        for name, value in defaults.items()
+    }
+
+
+# Links
+
+
+@every_page
+def test_links_lead_somewhere(page):
+    """Links to files, and files named in literal text."""
+    document = parse(page)
+    targets = {
+        node["refuri"].partition("#")[0]
+        for node in document.findall(docutils.nodes.reference)
+        if "refuri" in node and "://" not in node["refuri"]
+    }
+    missing = {target for target in targets if not (page.parent / target).exists()}
+    named = {
+        node.astext()
+        for node in document.findall(docutils.nodes.literal)
+        if re.fullmatch(
+            r"(docs|examples|tests|benchmarks|tools)/[\w./-]*|[A-Z]+\.rst", node.astext()
+        )
+    }
+    missing |= {name for name in named if not (ROOT / name).exists()}
+    assert not missing
+
+
+def test_the_index_has_every_page():
+    """Nothing in docs/ is out of reach."""
+    linked = {
+        node["refuri"]
+        for node in parse(ROOT / "docs" / "index.rst").findall(docutils.nodes.reference)
+    }
+    pages = {page.name for page in (ROOT / "docs").glob("*.rst")} - {"index.rst"}
+    assert pages <= linked
+
+
+# The design as built
+
+
+def table(page: Path, title: str) -> list[list[str]]:
+    """The rows of the table with that title, or that first heading."""
+    for node in parse(page).findall(docutils.nodes.table):
+        rows = [
+            [re.sub(r"\s+", " ", entry.astext()) for entry in row.findall(docutils.nodes.entry)]
+            for row in node.findall(docutils.nodes.row)
+        ]
+        titles = [found.astext() for found in node.findall(docutils.nodes.title)]
+        if title in (rows[0][0], *titles):
+            return rows[1:]
+    raise AssertionError(f"no table {title!r}")
+
+
+def test_the_table_of_moves_is_the_codes():
+    """Every move and no other, in its order."""
+    rows = table(ROOT / "docs" / "design.rst", "The moves")
+    assert [tuple(row[:3]) for row in rows] == [tuple(move) for move in lifecycle.MOVES]
+
+
+def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
+    """Statements, by step and thread, on all connections."""
+    log: list[tuple[str, str]] = []
+    connect = Connections._connect
+
+    def traced(self: Connections, *args: str) -> sqlite3.Connection:
+        connection = connect(self, *args)
+        connection.set_trace_callback(
+            lambda sql: log.append((threading.current_thread().name, sql.split(maxsplit=1)[0]))
+        )
+        return connection
+
+    monkeypatch.setattr(Connections, "_connect", traced)
+    repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
+    done = threading.Event()
+    with taskx.Queue(repository, taskx.Config(worker_num=1)) as queue:
+        add = queue.executor("add")(lambda a, b: a + b)
+        add.submit(a=0, b=0).result(timeout=60)  # opens what there is to open
+        assert queue.drain(timeout=60)
+        log.clear()
+        handle = add.submit(a=1, b=1)
+        assert queue.drain(timeout=60)
+        own = [entry for entry in log if entry[1] in ("BEGIN", "INSERT", "UPDATE", "COMMIT")]
+        reads = [entry for entry in log if entry == ("taskx-worker-1", "SELECT")]
+        handle.add_done_callback(lambda _: done.set())
+        assert done.wait(60)
+    repository.close()
+
+    rows = table(ROOT / "docs" / "design.rst", "Statements of one task")
+    thread = {"the caller's": threading.current_thread().name}
+    said = [
+        (thread.get(row[1], "taskx-worker-1"), statement)
+        for row in rows
+        for statement in row[2].split(", ")
+    ]
+    writes = [entry for entry in said if entry[1] != "SELECT"]
+    assert [statement for _, statement in own] == [statement for _, statement in writes]
+    assert own[:6] == writes[:6]  # the finish may be written by the scheduler, if it is faster
+    assert ("taskx-worker-1", "SELECT") in reads

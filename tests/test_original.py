@@ -1,0 +1,563 @@
+"""The original's own description of TaskX, in Python name for name: every line of it holds here."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from typing import Any
+
+import attrs
+import pytest
+
+import taskx
+from taskx import Context, MemoryRepository, SQLiteRepository, Task, TaskFilter, TaskRepository
+
+THIRTEEN = [
+    *("id", "type", "status", "params", "result", "error", "progress", "message", "created_by"),
+    *("created_at", "started_at", "completed_at", "duration"),
+]
+EIGHT = [
+    *("create", "get_by_id", "update", "update_status", "update_progress", "list", "count"),
+    "delete",
+]
+
+
+class MyRepository(TaskRepository):
+    """自定义仓储实现: the eight methods on a dict, and the original's thirteen fields."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._tasks: dict[str, str] = {}
+
+    def create(self, task: Task) -> None:
+        """Store a copy."""
+        with self._lock:
+            if task.id in self._tasks:
+                raise taskx.DuplicateTask(task.id)
+            self._put(task)
+
+    def get_by_id(self, task_id: str) -> Task:
+        """Give back a copy."""
+        with self._lock:
+            if task_id not in self._tasks:
+                raise taskx.TaskNotFound(task_id)
+            return Task.from_dict(json.loads(self._tasks[task_id]))
+
+    def update(self, task: Task) -> None:
+        """Replace."""
+        with self._lock:
+            self.get_by_id(task.id)
+            self._put(task)
+
+    def update_status(self, task_id: str, status: taskx.TaskStatus, message: str = "") -> None:
+        """Set two fields."""
+        with self._lock:
+            self._put(attrs.evolve(self.get_by_id(task_id), status=status, message=message))
+
+    def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
+        """Set two fields."""
+        with self._lock:
+            self._put(attrs.evolve(self.get_by_id(task_id), progress=progress, message=message))
+
+    def list(self, filter: TaskFilter) -> Sequence[Task]:
+        """Newest first."""
+        found = self._matching(filter)
+        return found[filter.offset : filter.offset + filter.limit]
+
+    def count(self, filter: TaskFilter) -> int:
+        """Without offset and limit."""
+        return len(self._matching(filter))
+
+    def delete(self, task_id: str) -> None:
+        """Forget."""
+        with self._lock:
+            self.get_by_id(task_id)
+            del self._tasks[task_id]
+
+    def _put(self, task: Task) -> None:
+        data = task.to_dict()
+        self._tasks[task.id] = json.dumps({name: data[name] for name in THIRTEEN})
+
+    def _matching(self, wanted: TaskFilter) -> list[Task]:
+        with self._lock:
+            tasks = [self.get_by_id(task_id) for task_id in reversed(self._tasks)]
+        return [
+            task
+            for task in tasks
+            if wanted.type in (None, task.type)
+            and wanted.status in (None, task.status)
+            and wanted.created_by in (None, task.created_by)
+            and (wanted.start_date is None or wanted.start_date <= task.created_at)
+            and (wanted.end_date is None or task.created_at <= wanted.end_date)
+        ]
+
+
+@pytest.fixture(params=["sqlite", "memory", "own"])
+def repo(request, tmp_path) -> Iterator[TaskRepository]:
+    """1. 创建任务仓储: each kind of repository."""
+    if request.param == "sqlite":
+        with SQLiteRepository(tmp_path / "tasks.db") as repository:
+            yield repository
+    else:
+        yield MemoryRepository() if request.param == "memory" else MyRepository()
+
+
+@pytest.fixture
+def queue(repo) -> Iterator[taskx.Queue]:
+    """2. 创建任务队列, not started yet."""
+    logger = logging.getLogger("the original")
+    config = taskx.Config(
+        worker_num=5,
+        buffer_size=100,
+    )
+    queue = taskx.Queue(repo, config, logger)
+    yield queue
+    queue.stop()
+
+
+def executor(type: str, execute: Callable[[Context, Task], Any]) -> taskx.TaskExecutor:
+    """A class executor with that body."""
+
+    class MyTaskExecutor(taskx.TaskExecutor):
+        def execute(self, ctx: Context, task: Task) -> Any:
+            return execute(ctx, task)
+
+    MyTaskExecutor.type = type
+    return MyTaskExecutor()
+
+
+# 快速开始
+
+
+def test_quick_start(repo):
+    """Snippets 1 to 6, one after the other."""
+    # 2.
+    logger = logging.getLogger("original")
+    config = taskx.Config(
+        worker_num=5,
+        buffer_size=100,
+    )
+    queue = taskx.Queue(repo, config, logger)
+
+    # 3.
+    class MyTaskExecutor(taskx.TaskExecutor):
+        type = "my_task"
+
+        def execute(self, ctx: Context, task: Task) -> None:
+            params = task.params
+            assert params == {"key": "value"}
+            repo.update_progress(task.id, 50, "处理中...")
+            seen.append(repo.get_by_id(task.id))
+            task.result = {
+                "count": 100,
+            }
+
+    seen: list[Task] = []
+
+    # 4.
+    executor = MyTaskExecutor()
+    queue.register_executor(executor)
+    queue.start()
+    try:
+        # 5.
+        task = Task(
+            id=str(uuid.uuid4()),
+            type="my_task",
+            params={
+                "key": "value",
+            },
+            created_by="user123",
+        )
+        handle = queue.submit(task)
+        assert handle.result(timeout=60) == {"count": 100}
+
+        # 6.
+        task = queue.get_task_status(task.id)
+        assert (
+            f"Status: {task.status}, Progress: {task.progress}%"
+            == "Status: completed, Progress: 100%"
+        )
+    finally:
+        queue.stop()
+    assert [(t.status, t.progress, t.message) for t in seen] == [("running", 50, "处理中...")]
+    assert (task.created_by, task.error, task.message) == ("user123", "", "处理中...")
+    assert task.created_at <= task.started_at <= task.completed_at
+    assert task.duration >= 0
+
+
+def test_logger_of_the_queue_is_the_one_given(queue, caplog):
+    """``NewQueue(repo, logger, config)``: what the queue says, it says there."""
+    caplog.set_level(logging.INFO, logger="the original")
+    queue.start()
+    queue.stop()
+    assert {record.name for record in caplog.records} == {"the original"}
+
+
+# 核心概念
+
+
+def test_five_statuses():
+    """任务状态."""
+    assert [str(status) for status in taskx.TaskStatus] == [
+        *("pending", "running", "completed", "failed", "cancelled")
+    ]
+    assert taskx.TaskStatus.COMPLETED == "completed"
+
+
+def test_thirteen_fields_and_their_json_names():
+    """任务结构."""
+    assert [field.name for field in attrs.fields(Task)][:13] == THIRTEEN
+    moment = datetime(2024, 5, 1, 12, 30, tzinfo=timezone.utc)
+    task = Task(
+        id="a",
+        type="my_task",
+        status=taskx.TaskStatus.COMPLETED,
+        params={"key": "value"},
+        result={"count": 100},
+        progress=100,
+        created_by="user123",
+        created_at=moment,
+        started_at=moment,
+        completed_at=moment,
+        duration=3.0,
+    )
+    data = task.to_dict()
+    assert list(data)[:13] == THIRTEEN
+    assert data["status"] == "completed"
+    assert data["created_at"] == "2024-05-01T12:30:00+00:00"
+    assert (data["error"], data["message"]) == ("", "")
+    assert Task.from_dict(json.loads(json.dumps(data))) == task
+
+
+def test_a_go_service_s_json_is_read():
+    """Its times end in Z and have nanoseconds; absent ones are null or missing."""
+    text = """{
+        "id": "a", "type": "my_task", "status": "running", "params": {}, "result": null,
+        "error": "", "progress": 50, "message": "处理中...", "created_by": "user123",
+        "created_at": "2024-05-01T12:30:00.123456789Z", "started_at": null, "duration": 0
+    }"""
+    task = Task.from_dict(json.loads(text))
+    assert task.created_at == datetime(2024, 5, 1, 12, 30, 0, 123_000, tzinfo=timezone.utc)
+    assert (task.status, task.completed_at) == (taskx.TaskStatus.RUNNING, None)
+
+
+def test_seven_conditions_of_a_filter():
+    """``TaskFilter``."""
+    assert [field.name for field in attrs.fields(TaskFilter)][:7] == [
+        *("type", "status", "created_by", "start_date", "end_date", "offset", "limit")
+    ]
+
+
+def test_eight_methods_of_a_repository():
+    """任务仓储接口: these are abstract, and no others."""
+    assert sorted(TaskRepository.__abstractmethods__) == sorted(EIGHT)
+    assert isinstance(SQLiteRepository("never opened.db"), TaskRepository)
+
+
+def test_an_executor_has_a_type_and_executes():
+    """任务执行器接口."""
+    assert taskx.TaskExecutor.__abstractmethods__ == {"execute"}
+
+
+# 高级用法
+
+
+def test_progress_through_the_repository(queue, repo):
+    """任务进度更新: at the end it is 100 by itself."""
+    seen = []
+
+    def execute(ctx: Context, task: Task) -> None:
+        for percent, message in ((10, "开始处理"), (50, "处理中..."), (90, "即将完成")):
+            repo.update_progress(task.id, percent, message)
+            seen.append((queue.get_task_status(task.id).progress, message))
+
+    queue.register_executor(executor("my_task", execute))
+    queue.start()
+    handle = queue.submit("my_task")
+    assert handle.result(timeout=60) is None
+    task = handle.task()
+    assert seen == [(10, "开始处理"), (50, "处理中..."), (90, "即将完成")]
+    assert (task.progress, task.message) == (100, "即将完成")
+
+
+def test_cancel(queue):
+    """任务取消: one that waits never starts, one that runs hears of it, one that ended refuses."""
+    begun, started = threading.Event(), []
+
+    def execute(ctx: Context, task: Task) -> None:
+        started.append(task.id)
+        begun.set()
+        ctx.sleep(60)
+
+    queue.register_executor(executor("my_task", execute))
+    for number in range(6):
+        queue.submit(Task(id=str(number), type="my_task"))
+    assert queue.cancel_task("5") is True
+    queue.start()
+    assert begun.wait(60)
+    for number in range(5):
+        queue.cancel_task(str(number))
+    assert queue.drain(timeout=60)
+    assert {str(task.status) for task in queue.list_tasks()[0]} == {"cancelled"}
+    assert "5" not in started
+    with pytest.raises(taskx.InvalidTransition):
+        queue.cancel_task("5")
+    with pytest.raises(taskx.TaskNotFound):
+        queue.cancel_task("no such task")
+
+
+def test_list(queue):
+    """查询任务列表: filter, limit, offset, and how many there are in all."""
+    queue.register_executor(executor("my_task", lambda ctx, task: None))
+    queue.register_executor(executor("other", lambda ctx, task: None))
+    queue.start()
+    for number in range(25):
+        queue.submit(Task(id=f"{number:02}", type="my_task"))
+        queue.submit("other")
+    assert queue.drain(timeout=60)
+
+    filter = TaskFilter(
+        type="my_task",
+        status=taskx.TaskStatus.COMPLETED,
+        limit=20,
+        offset=0,
+    )
+    tasks, total = queue.list_tasks(filter)
+    rest, same_total = queue.list_tasks(attrs.evolve(filter, offset=20))
+
+    assert total == same_total == 25
+    assert [task.id for task in [*tasks, *rest]] == [f"{n:02}" for n in reversed(range(25))]
+
+
+def test_an_own_repository_says_what_it_cannot_hold():
+    """自定义仓储实现: what takes more than eight methods and thirteen fields."""
+    queue = taskx.Queue(MyRepository())
+    queue.declare("my_task")
+    with pytest.raises(taskx.ConfigurationError, match="priority"):
+        queue.submit("my_task", priority=1)
+    with pytest.raises(taskx.ConfigurationError, match="transaction"):
+        queue.submit_many([Task(type="my_task"), Task(type="my_task")])
+    assert queue.list_tasks()[1] == 0
+
+
+# 配置选项
+
+
+def test_worker_numbers():
+    """Worker 数量."""
+    cores = os.cpu_count() or 1
+    assert taskx.Config(worker_num=cores).worker_num == cores
+    assert taskx.Config(worker_num=cores * 2).worker_num == cores * 2
+    assert taskx.Config(buffer_size=1000).buffer_size == 1000
+    assert (taskx.Config().worker_num, taskx.Config().buffer_size) == (5, 100)
+
+
+def test_as_many_tasks_run_at_once_as_there_are_workers(repo):
+    """可配置的 worker 池."""
+    together = threading.Barrier(3)
+    queue = taskx.Queue(repo, taskx.Config(worker_num=3))
+    queue.register_executor(executor("meet", lambda ctx, task: together.wait(60) >= 0))
+    with queue:
+        handles = [queue.submit("meet") for _ in range(3)]
+        assert [handle.result(timeout=60) for handle in handles] == [True] * 3
+
+
+# 最佳实践
+
+
+def test_idempotency(repo):
+    """1. 任务幂等性: a task that runs twice does its work once."""
+    processed, runs = set(), []
+
+    def execute(ctx: Context, task: Task) -> None:
+        runs.append(task.id)
+        if task.id in processed:
+            return
+        processed.add(task.id)
+        raise ConnectionError("after the work was done")
+
+    queue = taskx.Queue(repo)
+    queue.register_executor(executor("my_task", execute))
+    with queue:
+        handle = queue.submit("my_task")
+        with pytest.raises(taskx.TaskFailed):
+            handle.result(timeout=60)
+        queue.requeue(handle.id)
+        queue.handle(handle.id).result(timeout=60)
+    assert runs == [handle.id, handle.id]
+    assert processed == {handle.id}
+
+
+def test_errors(repo, caplog):
+    """2. 错误处理: what is passing is tried again, what is lasting is not; causes are kept."""
+    calls = []
+
+    def do_something(params: dict[str, Any]) -> None:
+        calls.append(params["error"])
+        if params["error"] == "passing" and calls.count("passing") < 3:
+            raise ConnectionError("reset by peer")
+        if params["error"] == "lasting":
+            raise KeyError("no such account")
+
+    def execute(ctx: Context, task: Task) -> None:
+        for attempt in (1, 2, 3):
+            try:
+                return do_something(task.params)
+            except ConnectionError as error:
+                if attempt == 3:
+                    raise RuntimeError(f"临时错误，可重试: {error}") from error
+            except KeyError as error:
+                raise RuntimeError(f"永久错误: {error}") from error
+        return None
+
+    queue = taskx.Queue(repo)
+    queue.register_executor(executor("my_task", execute))
+    with queue:
+        queue.submit("my_task", {"error": "passing"}).result(timeout=60)
+        with pytest.raises(taskx.TaskFailed) as failed:
+            queue.submit("my_task", {"error": "lasting"}).result(timeout=60)
+    assert calls == ["passing"] * 3 + ["lasting"]
+    assert failed.value.error == "RuntimeError: 永久错误: 'no such account'"
+    assert "KeyError: 'no such account'" in caplog.text
+
+
+def test_clean_up(repo):
+    """3. 资源清理: after success, an error and a cancel."""
+    released, begun = [], threading.Event()
+
+    def execute(ctx: Context, task: Task) -> None:
+        try:
+            if task.params["how"] == "fails":
+                raise ValueError("no")
+            if task.params["how"] == "cancelled":
+                begun.set()
+                ctx.sleep(60)
+        finally:
+            released.append(task.params["how"])
+
+    queue = taskx.Queue(repo)
+    queue.register_executor(executor("my_task", execute))
+    with queue:
+        ways = ("completes", "fails", "cancelled")
+        handles = {how: queue.submit("my_task", {"how": how}) for how in ways}
+        assert begun.wait(60)
+        handles["cancelled"].cancel()
+        assert queue.drain(timeout=60)
+    assert sorted(released) == ["cancelled", "completes", "fails"]
+
+
+def test_time_outs(repo):
+    """4. 超时控制: a deadline inside the executor, of which all it calls through ctx hears."""
+
+    def execute(ctx: Context, task: Task) -> str:
+        with ctx.timeout(30 * 60) as token:
+            assert 0 < ctx.remaining() <= 30 * 60
+            assert ctx.token is token
+        try:
+            with ctx.timeout(0.01):
+                ctx.sleep(60)
+        except TimeoutError:
+            return "too slow"
+        return "in time"
+
+    queue = taskx.Queue(repo)
+    queue.register_executor(executor("my_task", execute))
+    with queue:
+        assert queue.submit("my_task").result(timeout=60) == "too slow"
+
+
+def test_a_time_out_that_is_not_handled_fails_the_task(repo):
+    """As returning the context's error does in the original."""
+
+    def execute(ctx: Context, task: Task) -> None:
+        with ctx.timeout(0.01):
+            ctx.sleep(60)
+
+    queue = taskx.Queue(repo)
+    queue.register_executor(executor("my_task", execute))
+    with queue:
+        handle = queue.submit("my_task")
+        with pytest.raises(taskx.TaskFailed, match="not done within"):
+            handle.result(timeout=60)
+        assert handle.task().status is taskx.TaskStatus.FAILED
+
+
+# 限制
+
+
+@pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", float("nan"), {1: "x"}, 2**63])
+def test_params_must_be_json(queue, value):
+    """任务参数和结果必须可序列化为 JSON: params are refused before anything is stored."""
+    queue.declare("my_task")
+    with pytest.raises(taskx.PayloadError, match=r"params\.items"):
+        queue.submit("my_task", {"items": [value]})
+    assert queue.list_tasks()[1] == 0
+
+
+def test_a_result_must_be_json(queue):
+    """任务参数和结果必须可序列化为 JSON: another result fails the task, and no more."""
+    queue.register_executor(executor("my_task", lambda ctx, task: object()))
+    queue.start()
+    with pytest.raises(taskx.TaskFailed, match="object is not JSON"):
+        queue.submit("my_task").result(timeout=60)
+
+
+def test_a_full_queue_refuses(repo):
+    """队列满时会拒绝新任务, and nothing of what it refuses is stored."""
+    gate = threading.Event()
+    queue = taskx.Queue(repo, taskx.Config(worker_num=1, buffer_size=2))
+    queue.register_executor(executor("my_task", lambda ctx, task: gate.wait(60)))
+
+    def flood() -> None:
+        for number in range(4):
+            queue.submit("my_task", {"number": number})
+
+    with queue:
+        with pytest.raises(taskx.QueueFull, match="buffer_size=2"):
+            flood()
+        tasks, accepted = queue.list_tasks()
+        assert sorted(task.params["number"] for task in tasks) == list(range(accepted))
+        assert accepted in (2, 3)  # with or without one that a worker has taken
+        gate.set()
+        assert queue.drain(timeout=60)
+        assert queue.list_tasks(TaskFilter(status="completed"))[1] == accepted
+
+
+# 特性
+
+
+def test_graceful_stop(repo):
+    """优雅的启动和关闭: what runs may end, what waits stays pending for the next start."""
+    begun, gate = threading.Event(), threading.Event()
+
+    def execute(ctx: Context, task: Task) -> None:
+        begun.set()
+        gate.wait(60)
+
+    def made() -> taskx.Queue:
+        queue = taskx.Queue(repo, taskx.Config(worker_num=1))
+        queue.register_executor(executor("my_task", execute))
+        return queue
+
+    first = made()
+    first.start()
+    running, waiting = first.submit("my_task"), first.submit("my_task")
+    assert begun.wait(60)
+    stopper = threading.Thread(target=first.stop)
+    stopper.start()
+    while first.get_task_status(waiting.id).owner:  # it has not been let go yet
+        stopper.join(0.001)
+    with pytest.raises(taskx.QueueStopped):
+        first.submit("my_task")
+    gate.set()
+    stopper.join(60)
+    statuses = [str(first.get_task_status(handle.id).status) for handle in (running, waiting)]
+    assert statuses == ["completed", "pending"]
+
+    with made() as second:
+        assert second.handle(waiting.id).result(timeout=60) is None
