@@ -1,0 +1,104 @@
+"""``python -m benchmarks``: measure, and print one table."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from benchmarks import floor, peers, report, taskx_bench
+from benchmarks.harness import QUICK, Plan, measure
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run what the options say."""
+    options = _options(argv)
+    if not sys.platform.startswith("linux"):
+        sys.exit("the benchmark reads /proc and pins threads to cores: it needs Linux")
+    for name in ("huey", "taskx"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    plan = _plan(options)
+    runs = [_measured(options, plan)]
+    if options.pin:
+        with _one_core():
+            runs.append(_measured(options, plan))
+    if options.update is not None:
+        text = options.update.read_text(encoding="utf-8")
+        text = report.put_between_marks(text, "\n\n".join(runs))
+        options.update.write_text(text, encoding="utf-8")
+
+
+def _options(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="small sizes: under a minute")
+    parser.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="figures whose name begins so, or who it is about; may be repeated: "
+        f"{', '.join(dict.fromkeys(name.split('-')[0] for name in report.FIGURES))}; "
+        "floor, TaskX, huey …",
+    )
+    parser.add_argument("--rounds", type=int, metavar="N", default=3, help="default 3")
+    parser.add_argument("--pin", action="store_true", help="and once more on a single core")
+    parser.add_argument("--rst", action="store_true", help="print as reStructuredText")
+    parser.add_argument(
+        "--update",
+        type=Path,
+        metavar="FILE",
+        help="put the tables into a document such as docs/performance.rst",
+    )
+    parser.add_argument("--tasks", type=int, metavar="N", help="at most so many tasks a cell")
+    parser.add_argument(
+        "--finished", type=int, metavar="N", help="finished tasks to compare with 1,000 (100,000)"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="only floor and TaskX")
+    return parser.parse_args(argv)
+
+
+def _plan(options: argparse.Namespace) -> Plan:
+    plan = QUICK if options.quick else Plan()
+    if options.tasks:
+        plan = plan.limited_to(options.tasks)
+    return replace(plan, finished=options.finished) if options.finished else plan
+
+
+def _measured(options: argparse.Namespace, plan: Plan) -> str:
+    """Measure and print; returns what it printed."""
+    cells = [*floor.cells(plan), *taskx_bench.cells(plan)]
+    if not options.no_peers:
+        cells += peers.cells(plan)
+    chosen = [cell for cell in cells if cell.matches(options.only)]
+    began = time.perf_counter()
+    measured = measure(chosen, options.rounds, progress=os.isatty(2))
+    took = time.perf_counter() - began
+    table = report.rows(measured, with_peers=not options.no_peers)
+    rounds = f"{options.rounds} round{'s' if options.rounds > 1 else ''}"
+    text = (
+        f"{report.machine()}; {rounds} in {took:.0f} s: medians, of rivals the best.\n\n"
+        f"{report.as_rst(table) if options.rst or options.update else report.as_text(table)}"
+    )
+    print(f"\n{text}")
+    return text
+
+
+@contextmanager
+def _one_core() -> Iterator[None]:
+    """Threads that are started from now on, and children, share one core."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {min(cores)})
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, cores)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,175 @@
+"""The floor: TaskX's own statements, on its own schema, in a bare loop of one thread.
+
+No validation, no JSON, no ids made, no threads, no locks: what is left is what SQLite takes.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from benchmarks.harness import DURABILITIES, FLOOR, Cell, Plan, Stopwatch
+from taskx import Task
+from taskx.core import lifecycle
+from taskx.core.clock import SYSTEM_CLOCK
+from taskx.core.ids import new_id
+from taskx.core.lifecycle import Ending
+from taskx.storage.sqlite import statements
+from taskx.storage.sqlite.connections import Connections
+
+Rows = Sequence[Sequence[Any]]
+
+
+class Statements:
+    """The statements of one task's life, and their values for each of many ids."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        now = SYSTEM_CLOCK.now_ms()
+        task = Task(type="noop", params={}, id="?", max_attempts=1, max_crashes=3)
+        start = lifecycle.start(task, now, new_id())
+        assert start is not None
+        self.starting, self.starts = self._update(start, ids)
+        lifecycle.mark_started(task, start)
+        ending = Ending(returned=True, result="1", duration=0.00001, worker="host:1:aaaaaa/1")
+        [finish] = lifecycle.conclude(task, ending, now)
+        self.finishing, self.finishes = self._update(finish, ids)
+        self.inserting = statements.INSERT
+        self.inserting_many = statements.INSERT_OR_FAIL
+        self.inserts = [
+            tuple(
+                lifecycle.create(
+                    task_id=id_, type="noop", params="{}", created_by="", now=now
+                ).row.values()
+            )
+            for id_ in ids
+        ]
+        self.selecting = statements.select_many(1)
+        self.selects = [(id_,) for id_ in ids]
+
+    @staticmethod
+    def _update(update: Any, ids: Sequence[str]) -> tuple[str, Rows]:
+        sql, values = statements.update(update.id, update.guard, update.changes)
+        position = list(values).index(update.id)
+        before, after = tuple(values[:position]), tuple(values[position + 1 :])
+        return sql, [(*before, id_, *after) for id_ in ids]
+
+
+class Loop:
+    """A file with TaskX's schema and a connection set up as its writer is."""
+
+    def __init__(self, folder: str, durability: str, count: int) -> None:
+        self._connections = Connections(os.path.join(folder, "floor.db"), 10.0)
+        self.cursor: sqlite3.Cursor = self._connections.writer().cursor()
+        self.accepting = "NORMAL" if durability == "process" else "FULL"
+        self.running = "FULL" if durability == "full" else "NORMAL"
+        self.count = count
+        self.statements = Statements([new_id() for _ in range(count)])
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._connections.close()
+
+    def synchronous(self, level: str) -> None:
+        self.cursor.execute(f"PRAGMA synchronous = {level}")
+
+    def insert(self) -> None:
+        """One task, one commit."""
+        execute, sql = self.cursor.execute, self.statements.inserting
+        self.synchronous(self.accepting)
+        for row in self.statements.inserts:
+            execute("BEGIN IMMEDIATE")
+            execute(sql, row)
+            execute("COMMIT")
+
+    def insert_many(self) -> None:
+        """All tasks, one commit."""
+        self.synchronous(self.accepting)
+        self.cursor.execute("BEGIN IMMEDIATE")
+        self.cursor.executemany(self.statements.inserting_many, self.statements.inserts)
+        self.cursor.execute("COMMIT")
+
+    def start_and_finish(self) -> None:
+        """One task, one commit."""
+        execute, own = self.cursor.execute, self.statements
+        self.synchronous(self.running)
+        for select, start, finish in zip(own.selects, own.starts, own.finishes, strict=True):
+            execute("BEGIN IMMEDIATE")
+            execute(own.selecting, select).fetchall()
+            execute(own.starting, start)
+            execute(own.finishing, finish)
+            execute("COMMIT")
+
+    def insert_start_finish(self) -> None:
+        """One task, two commits: what was accepted must be safe before it starts."""
+        execute, own = self.cursor.execute, self.statements
+        switch = self.accepting != self.running
+        self.synchronous(self.accepting)
+        for row, select, start, finish in zip(
+            own.inserts, own.selects, own.starts, own.finishes, strict=True
+        ):
+            if switch:
+                self.synchronous(self.accepting)
+            execute("BEGIN IMMEDIATE")
+            execute(own.inserting, row)
+            execute("COMMIT")
+            if switch:
+                self.synchronous(self.running)
+            execute("BEGIN IMMEDIATE")
+            execute(own.selecting, select).fetchall()
+            execute(own.starting, start)
+            execute(own.finishing, finish)
+            execute("COMMIT")
+
+
+def _insert(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    with Loop(folder, durability, plan.count(durability)) as loop:
+        with Stopwatch() as watch:
+            loop.insert()
+        return {"submit": watch.rate(loop.count)}
+
+
+def _insert_many(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    with Loop(folder, durability, plan.many) as loop:
+        with Stopwatch() as watch:
+            loop.insert_many()
+        return {"many": watch.rate(loop.count)}
+
+
+def _start_and_finish(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    # What it drains without waiting for the disk, TaskX does, too: the same size of file.
+    with Loop(folder, durability, plan.count(_runs_as(durability))) as loop:
+        loop.insert_many()
+        with Stopwatch() as watch:
+            loop.start_and_finish()
+        return {"drain": watch.rate(loop.count)}
+
+
+def _runs_as(durability: str) -> str:
+    return "full" if durability == "full" else "process"
+
+
+def _insert_start_finish(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    with Loop(folder, durability, plan.count(durability)) as loop:
+        with Stopwatch() as watch:
+            loop.insert_start_finish()
+        return {"together": watch.rate(loop.count)}
+
+
+def cells(plan: Plan) -> list[Cell]:
+    """All cells of the floor."""
+    runs = {
+        "submit": _insert,
+        "many": _insert_many,
+        "drain": _start_and_finish,
+        "together": _insert_start_finish,
+    }
+    return [
+        Cell(FLOOR, durability, partial(run, plan, durability), (figure,))
+        for figure, run in runs.items()
+        for durability in DURABILITIES
+    ]

@@ -1,0 +1,148 @@
+"""Cells, the figures that they yield, and the rounds in which they are measured."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+DURABILITIES = ("accepted", "full", "process")
+WORKERS = 4
+FLOOR, TASKX = "floor", "TaskX"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much each cell does.
+
+    Attributes:
+        tasks: tasks of a cell whose commits do not wait for the disk.
+        synced: tasks of a cell whose commits do.
+        many: tasks of one batch.
+        samples: tasks whose latency is taken.
+        sleepers: tasks that sleep.
+        finished: finished tasks in the file of the cells that compare it with 1,000.
+        spilled: tasks stored to see what one takes of memory.
+        seconds: how long an idle queue is watched.
+    """
+
+    tasks: int = 20_000
+    synced: int = 4_000
+    many: int = 10_000
+    samples: int = 1_000
+    sleepers: int = 1_000
+    finished: int = 100_000
+    spilled: int = 100_000
+    seconds: float = 3.0
+
+    def count(self, durability: str) -> int:
+        """How many tasks a cell of that durability does."""
+        return self.tasks if durability in ("process", "memory", "none") else self.synced
+
+    def limited_to(self, tasks: int) -> Plan:
+        """The same with at most so many tasks a cell."""
+        names = ("tasks", "synced", "many", "samples", "sleepers", "finished", "spilled")
+        return replace(self, **{name: min(getattr(self, name), tasks) for name in names})
+
+
+QUICK = Plan(tasks=3_000, synced=600, samples=150, finished=20_000, spilled=20_000, seconds=1.0)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement: a function of a fresh folder that returns figures by name."""
+
+    who: str
+    durability: str
+    run: Callable[[str], Mapping[str, float]]
+    figures: tuple[str, ...]
+    rival: bool = False
+    once: bool = False
+
+    def matches(self, words: Sequence[str]) -> bool:
+        """Whether one of the words is the beginning of a figure's name, or is in ours."""
+        return not words or any(
+            word.lower() in self.who.lower()
+            or any(figure.startswith(word) for figure in self.figures)
+            for word in words
+        )
+
+
+@dataclass
+class Measured:
+    """What one cell yielded for one figure, round by round."""
+
+    figure: str
+    who: str
+    durability: str
+    rival: bool
+    values: list[float] = field(default_factory=list)
+
+    def value(self, *, more_is_better: bool) -> float:
+        """The median; of a rival, the best."""
+        if self.rival:
+            return max(self.values) if more_is_better else min(self.values)
+        return statistics.median(self.values)
+
+
+Key = tuple[str, str, str]
+
+
+def measure(cells: Sequence[Cell], rounds: int, *, progress: bool) -> dict[Key, Measured]:
+    """Run every cell once a round, in another order each round, so that drift hits all alike."""
+    measured = {
+        (figure, cell.who, cell.durability): Measured(figure, cell.who, cell.durability, cell.rival)
+        for cell in cells
+        for figure in cell.figures
+    }
+    for number in range(rounds):
+        order = [cell for cell in cells if number == 0 or not cell.once]
+        random.Random(number).shuffle(order)
+        for position, cell in enumerate(order, 1):
+            began = time.perf_counter()
+            for figure, value in _run(cell).items():
+                measured[figure, cell.who, cell.durability].values.append(value)
+            if progress:
+                print(
+                    f"\rround {number + 1}/{rounds}, {position}/{len(order)}: "
+                    f"{cell.who} {cell.durability} {cell.figures[0]} "
+                    f"({time.perf_counter() - began:.1f} s)\x1b[K",
+                    end="",
+                    file=sys.stderr,
+                    flush=True,
+                )
+    if progress:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+    return measured
+
+
+def _run(cell: Cell) -> Mapping[str, float]:
+    gc.collect()
+    with tempfile.TemporaryDirectory(prefix="taskx-bench-", ignore_cleanup_errors=True) as folder:
+        return cell.run(folder)
+
+
+class Stopwatch:
+    """``with Stopwatch() as watch: ...``; then ``watch.rate(n)``."""
+
+    def __enter__(self) -> Stopwatch:
+        self.began = time.perf_counter()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.seconds = time.perf_counter() - self.began
+
+    def rate(self, count: int) -> float:
+        """How many a second."""
+        return count / self.seconds
+
+
+def percentile(samples: Sequence[float], percent: float) -> float:
+    """The sample that so many percent of them do not exceed."""
+    ranked = sorted(samples)
+    return ranked[min(len(ranked) - 1, int(len(ranked) * percent / 100))]

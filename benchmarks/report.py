@@ -1,0 +1,228 @@
+"""The figures' names and goals, and the table of them as text and as reStructuredText."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sqlite3
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from benchmarks import peers
+from benchmarks.harness import FLOOR, TASKX, Key, Measured
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is measured.
+
+    Attributes:
+        title: what it is, as it stands in the table.
+        form: how a value is written.
+        more: whether more is better.
+        ratio: the least share of the floor that TaskX is to reach.
+        value: the least (where less is better: the most) that it is to reach; either is enough.
+        growth: how many times the value with few finished tasks that with many may be.
+        durability: where the goal holds only at that one.
+        ahead: at the goals' ``process``, every rival that stores tasks is to be left behind.
+    """
+
+    title: str
+    form: str
+    more: bool = False
+    ratio: float | None = None
+    value: float | None = None
+    growth: float | None = None
+    durability: str | None = None
+    ahead: bool = False
+
+
+FIGURES: dict[str, Figure] = {
+    "submit": Figure("submit one by one", "{:,.0f}/s", more=True, ratio=0.6),
+    "many": Figure("submit_many", "{:,.0f}/s", more=True, ratio=0.4, value=100_000),
+    "drain": Figure("drain a backlog", "{:,.0f}/s", more=True, ratio=1.0),
+    "together": Figure("producer and workers", "{:,.0f}/s", more=True, ratio=0.8, ahead=True),
+    "begins-p50": Figure(
+        "idle: submit to begin, p50", "{:,.0f} µs", value=250, durability="process"
+    ),
+    "begins-p99": Figure(
+        "idle: submit to begin, p99", "{:,.0f} µs", value=2_000, durability="process"
+    ),
+    "result-p50": Figure(
+        "idle: submit to result, p50", "{:,.0f} µs", value=500, durability="process"
+    ),
+    "result-p99": Figure("idle: submit to result, p99", "{:,.0f} µs"),
+    "sleepers": Figure("10 ms sleeps on 32 threads", "{:.2f} × ideal", value=1.15),
+    "finished-drain": Figure("drain beside finished tasks", "{:,.0f}/s", more=True, growth=1.3),
+    "finished-get": Figure("get one beside finished tasks", "{:,.0f} µs", growth=1.3),
+    "finished-list": Figure("list 20 newest beside finished tasks", "{:,.0f} µs", growth=1.3),
+    "finished-count": Figure("count finished tasks", "{:,.2f} ms", value=50),
+    "import": Figure("import taskx", "{:,.0f} ms", value=60),
+    "memory": Figure("memory per spilled task", "{:,.0f} bytes", value=200),
+    "idle-cpu": Figure("idle queue: share of a core", "{:.2f} %", value=0.5),
+    "idle-commits": Figure("idle queue: commits", "{:.1f}/s", value=0),
+    "cost-submit-reads": Figure("a submit: reads", "{:.2f}"),
+    "cost-submit-writes": Figure("a submit: writes", "{:.2f}"),
+    "cost-submit-commits": Figure("a submit: commits", "{:.2f}"),
+    "cost-submit-elsewhere": Figure("submits written by another thread", "{:.1f} %"),
+    "cost-submit-switches": Figure("a submit: times the thread waited", "{:.2f}"),
+    "cost-drain-reads": Figure("a task of a backlog: reads", "{:.2f}"),
+    "cost-drain-writes": Figure("a task of a backlog: writes", "{:.2f}"),
+    "cost-drain-commits": Figure("a task of a backlog: commits", "{:.2f}"),
+    "cost-alone-reads": Figure("a task alone, to its result: reads", "{:.2f}"),
+    "cost-alone-writes": Figure("a task alone, to its result: writes", "{:.2f}"),
+    "cost-alone-commits": Figure("a task alone, to its result: commits", "{:.2f}"),
+}
+HEADER = ("what", "who", "durability", "measured", "× floor", "goal", "met")
+MISSING = "NOT INSTALLED"
+#: Lines between which the documentation holds the tables of a run.
+BEGIN, END = "\n.. measured from here on\n", "\n.. measured up to here\n"
+
+Row = tuple[str, ...]
+
+
+def rows(measured: Mapping[Key, Measured], *, with_peers: bool = True) -> list[Row]:
+    """The table's rows, figure by figure; a peer that is not installed has its rows, too."""
+    found = []
+    for name, figure in FIGURES.items():
+        ours = [m for (of, _, _), m in measured.items() if of == name and m.values]
+        found += [_row(figure, m, measured) for m in ours]
+        if name in ("submit", "drain", "together") and ours and with_peers:
+            found += [
+                (figure.title, who, durability, MISSING, "", "", "")
+                for who, durability in peers.missing()
+            ]
+    return found
+
+
+def _row(figure: Figure, m: Measured, measured: Mapping[Key, Measured]) -> Row:
+    value = m.value(more_is_better=figure.more)
+    share = _share(m, value, measured)
+    goals = _goals(figure, m, value, share, measured) if m.who.startswith(TASKX) else []
+    reached = "" if not goals else "yes" if all(met for _, met in goals) else "SHORT"
+    return (
+        figure.title,
+        m.who,
+        m.durability,
+        figure.form.format(value),
+        "" if share is None else f"{share:.2f}",
+        ", ".join(goal for goal, _ in goals),
+        reached,
+    )
+
+
+def _share(m: Measured, value: float, measured: Mapping[Key, Measured]) -> float | None:
+    floor = measured.get((m.figure, FLOOR, m.durability))
+    if floor is None or not floor.values or floor is m:
+        return None
+    return value / floor.value(more_is_better=True)
+
+
+Goal = tuple[str, bool]
+
+
+def _goals(
+    figure: Figure,
+    m: Measured,
+    value: float,
+    share: float | None,
+    measured: Mapping[Key, Measured],
+) -> list[Goal]:
+    """What is to be reached, all of it, and whether it is."""
+    if figure.durability not in (None, m.durability):
+        return []
+    either: list[Goal] = []
+    if figure.ratio is not None and share is not None:
+        either.append((f"≥ {figure.ratio} × floor", share >= figure.ratio))
+    if figure.value is not None:
+        sign, least = ("≥", value >= figure.value) if figure.more else ("≤", value <= figure.value)
+        either.append((f"{sign} {figure.form.format(figure.value)}", least))
+    goals = [(" or ".join(goal for goal, _ in either), any(met for _, met in either))]
+    goals = goals if either else []
+    if figure.ahead and m.durability == "process":
+        goals += _ahead_of_rivals(figure, m, value, measured)
+    if figure.growth is not None:
+        goals += _growth(figure, m, value, measured)
+    return goals
+
+
+def _ahead_of_rivals(
+    figure: Figure, m: Measured, value: float, measured: Mapping[Key, Measured]
+) -> list[Goal]:
+    rivals = [
+        (other.value(more_is_better=figure.more), other.who)
+        for (of, _, _), other in measured.items()
+        if of == m.figure and other.rival and other.durability != "memory" and other.values
+    ]
+    if not rivals:
+        return []
+    best, who = max(rivals)
+    return [(f"ahead of {who}", value > best)]
+
+
+def _growth(
+    figure: Figure, m: Measured, value: float, measured: Mapping[Key, Measured]
+) -> list[Goal]:
+    """The second of the two sizes is held against the first."""
+    first = next(other for (of, _, _), other in measured.items() if of == m.figure)
+    if first is m:
+        return []
+    assert figure.growth is not None
+    few = first.value(more_is_better=figure.more)
+    times = few / value if figure.more else value / few
+    return [(f"time grows ≤ {figure.growth} × ({times:.2f})", times <= figure.growth)]
+
+
+def machine() -> str:
+    """What the figures depend on; it names no host."""
+    cores = len(os.sched_getaffinity(0))
+    found = ", ".join(
+        f"{name} {version or MISSING}" for name, version in sorted(peers.versions().items())
+    )
+    return (
+        f"{cores} core{'s' if cores > 1 else ''}, {platform.system()} {platform.machine()}, "
+        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}; {found}"
+    )
+
+
+def as_text(table: Sequence[Row]) -> str:
+    """Columns for a terminal."""
+    shown, previous = [HEADER], ""
+    for row in table:
+        shown.append(row if row[0] != previous else ("", *row[1:]))
+        previous = row[0]
+    widths = _widths(shown)
+    return "\n".join(_line(row, widths) for row in shown)
+
+
+def as_rst(table: Sequence[Row]) -> str:
+    """A simple table of reStructuredText."""
+    widths = _widths([HEADER, *table])
+    rule = "  ".join("=" * width for width in widths)
+    lines = [rule, _line(HEADER, widths), rule, *(_line(row, widths) for row in table), rule]
+    return "\n".join(lines)
+
+
+def put_between_marks(document: str, text: str) -> str:
+    """The document with the text in the place that its marks hold for it.
+
+    Raises:
+        ValueError: it has no such place.
+    """
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"no place for the tables: a line {BEGIN!r} and, below, a line {END!r}")
+    return f"{before}{begin}\n{text}\n{end}{after}"
+
+
+def _widths(table: Sequence[Row]) -> list[int]:
+    return [max(map(len, column)) for column in zip(*table, strict=True)]
+
+
+def _line(row: Row, widths: Sequence[int]) -> str:
+    cells = [
+        cell.rjust(width) if column in (3, 4) else cell.ljust(width)
+        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ]
+    return "  ".join(cells).rstrip()

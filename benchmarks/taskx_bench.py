@@ -1,0 +1,384 @@
+"""TaskX itself."""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+from benchmarks.counting import COMMITS, READS, WRITES, Seen, watching
+from benchmarks.harness import DURABILITIES, TASKX, WORKERS, Cell, Plan, Stopwatch, percentile
+from taskx import Config, Context, Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
+from taskx.core.ids import new_id
+from taskx.storage.sqlite.connections import Connections
+
+LEFT = "TaskX, left in the file"
+SLEEPERS, NAP = 32, 0.01
+FINISHED = ("finished-drain", "finished-get", "finished-list", "finished-count")
+COSTS_OF_SUBMIT = (
+    "cost-submit-reads",
+    "cost-submit-writes",
+    "cost-submit-commits",
+    "cost-submit-elsewhere",
+    "cost-submit-switches",
+)
+_COSTS = {
+    name: tuple(f"{name}-{what}" for what in ("reads", "writes", "commits"))
+    for name in ("cost-drain", "cost-alone")
+}
+#: Seconds between two tasks of a queue that counts as idle.
+_PAUSE = 0.004
+FEW = 1_000
+
+
+@contextmanager
+def queue_on(
+    folder: str, durability: str, *, workers: int = WORKERS, buffer: int = 100, **config: Any
+) -> Iterator[Queue]:
+    """A queue that is not started, with a no-op executor, on a fresh file."""
+    repository = SQLiteRepository(os.path.join(folder, "tasks.db"), durability)  # type: ignore[arg-type]
+    queue = Queue(repository, Config(worker_num=workers, buffer_size=buffer, **config))
+    queue.executor("noop")(noop)
+    try:
+        yield queue
+    finally:
+        queue.close()
+
+
+def noop() -> int:
+    return 1
+
+
+def noops(count: int) -> list[Task]:
+    return [Task(type="noop", params={}) for _ in range(count)]
+
+
+@contextmanager
+def busy(queue: Queue) -> Iterator[Callable[[], None]]:
+    """A started queue whose workers all wait until the function that is yielded is called."""
+    workers = queue.config.worker_num
+    began, go = threading.Semaphore(0), threading.Event()
+
+    @queue.executor("gate")
+    def gate(ctx: Context) -> None:
+        began.release()
+        ctx.on_cancel(go.set)
+        go.wait()
+
+    with queue:
+        for _ in range(workers):
+            queue.submit("gate")
+            began.acquire()
+        try:
+            yield go.set
+        finally:
+            # Where they were not let go, what waits behind them is not to be run.
+            queue.stop(cancel=not go.is_set())
+
+
+# --- throughput
+
+
+def _submit(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    count = plan.count(durability)
+    with queue_on(folder, durability, buffer=count + WORKERS) as queue, busy(queue):
+        submit = queue.submit
+        with Stopwatch() as watch:
+            for _ in range(count):
+                submit("noop")
+        return {"submit": watch.rate(count)}
+
+
+def _many(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    with queue_on(folder, durability, overflow="spill") as queue, busy(queue):
+        tasks = noops(plan.many)
+        with Stopwatch() as watch:
+            queue.submit_many(tasks)
+        return {"many": watch.rate(plan.many)}
+
+
+def _drain_buffer(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    count = plan.count("full" if durability == "full" else "process")
+    with queue_on(folder, durability, buffer=count) as queue, busy(queue) as go:
+        queue.submit_many(noops(count))
+        with Stopwatch() as watch:
+            go()
+            queue.drain()
+    return {"drain": watch.rate(count)}
+
+
+def _drain_left(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    count = plan.count("full" if durability == "full" else "process")
+    with queue_on(folder, durability) as queue:
+        queue.submit_many(noops(count))
+        return {"drain": _drained(queue, count)}
+
+
+def _drained(queue: Queue, count: int) -> float:
+    with Stopwatch() as watch:
+        queue.start()
+        queue.drain()
+    return watch.rate(count)
+
+
+def _together(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    count = plan.count(durability)
+    with queue_on(folder, durability, buffer=count) as queue, queue:
+        submit = queue.submit
+        with Stopwatch() as watch:
+            for _ in range(count):
+                submit("noop")
+            queue.drain()
+    return {"together": watch.rate(count)}
+
+
+def _sleepers(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    with queue_on(folder, durability, workers=SLEEPERS, buffer=plan.sleepers) as queue:
+        queue.executor("nap")(lambda: time.sleep(NAP))
+        with queue, Stopwatch() as watch:
+            for _ in range(plan.sleepers):
+                queue.submit("nap")
+            queue.drain()
+    return {"sleepers": watch.seconds / (plan.sleepers * NAP / SLEEPERS)}
+
+
+# --- latency
+
+
+def _begins(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    began: list[float] = []
+    samples = []
+    with queue_on(folder, durability) as queue:
+        queue.executor("clock")(lambda: began.append(time.perf_counter()))
+        with queue:
+            for _ in range(plan.samples):
+                time.sleep(_PAUSE)
+                submitted = time.perf_counter()
+                queue.submit("clock")
+                while not began:
+                    time.sleep(0.0005)
+                samples.append(1e6 * (began.pop() - submitted))
+    return {"begins-p50": percentile(samples, 50), "begins-p99": percentile(samples, 99)}
+
+
+def _result(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    samples = []
+    with queue_on(folder, durability) as queue, queue:
+        for _ in range(plan.samples):
+            time.sleep(_PAUSE)
+            with Stopwatch() as watch:
+                queue.submit("noop").result()
+            samples.append(1e6 * watch.seconds)
+    return {"result-p50": percentile(samples, 50), "result-p99": percentile(samples, 99)}
+
+
+# --- with many finished tasks in the file
+
+
+def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
+    with queue_on(folder, "process") as queue:
+        ids = _fill(queue, finished)
+        count = plan.tasks // 4 or 1
+        queue.submit_many(noops(count))
+        figures = {
+            "finished-drain": _drained(queue, count),
+            "finished-get": _timed(lambda: queue.get_task_status(ids[len(ids) // 2])),
+            "finished-list": _timed(
+                lambda: queue.repository.list(TaskFilter(status=TaskStatus.COMPLETED, limit=20))
+            ),
+            "finished-count": _timed(
+                lambda: queue.repository.count(TaskFilter(status=TaskStatus.COMPLETED))
+            ),
+        }
+        figures["finished-count"] /= 1000
+    return figures
+
+
+def _fill(queue: Queue, count: int) -> list[str]:
+    """Write finished records, as fast as SQLite takes them."""
+    queue.list_tasks()  # makes the file
+    ids = [new_id() for _ in range(count)]
+    now = time.time_ns() // 1_000_000 - count
+    connections = Connections(queue.repository.path, 10.0)  # type: ignore[attr-defined]
+    writer = connections.writer()
+    writer.execute("BEGIN IMMEDIATE")
+    writer.executemany(
+        "INSERT INTO tasks (id, type, params, status, result, progress, created_at, started_at,"
+        " completed_at, duration, max_attempts, max_crashes, starts, worker)"
+        " VALUES (?, 'noop', '{}', 'completed', '1', 100, ?, ?, ?, 0.00001, 1, 3, 1,"
+        " 'host:1:aaaaaa/1')",
+        ((id_, now + i, now + i + 1, now + i + 1) for i, id_ in enumerate(ids)),
+    )
+    writer.execute("COMMIT")
+    connections.close()
+    return ids
+
+
+def _timed(call: Callable[[], object]) -> float:
+    """The median of some calls, in µs."""
+    samples = []
+    for _ in range(21):
+        with Stopwatch() as watch:
+            call()
+        samples.append(1e6 * watch.seconds)
+    return percentile(samples, 50)
+
+
+# --- what it takes of the process
+
+
+_IMPORT = "import time; t = time.perf_counter(); import taskx; print(time.perf_counter() - t)"
+
+
+def _import(plan: Plan, folder: str) -> dict[str, float]:
+    times = [1000 * float(_child("-c", _IMPORT)) for _ in range(5)]
+    return {"import": percentile(times, 50)}
+
+
+def _memory(plan: Plan, folder: str) -> dict[str, float]:
+    return {"memory": float(_child("-m", "benchmarks.memory", folder, str(plan.spilled)))}
+
+
+def _child(*args: str) -> str:
+    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def _idle(plan: Plan, folder: str) -> dict[str, float]:
+    with watching() as seen, queue_on(folder, "accepted") as queue, queue:
+        queue.submit("noop").result()
+        time.sleep(0.2)
+        seen.clear()
+        used = time.process_time()
+        with Stopwatch() as watch:
+            time.sleep(plan.seconds)
+        used = time.process_time() - used
+        return {
+            "idle-cpu": 100 * used / watch.seconds,
+            "idle-commits": seen.count(COMMITS) / watch.seconds,
+        }
+
+
+# --- what a task costs: counted, not timed
+
+
+def _cost_of_submit(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    """Submits to a started queue whose workers are busy: nobody contends for the file."""
+    count = max(1, plan.synced // 4)
+    with (
+        watching() as seen,
+        queue_on(folder, durability, buffer=count + 1 + WORKERS) as queue,
+        busy(queue),
+    ):
+        queue.submit("noop")
+        seen.clear()
+        switches = _switches()
+        for _ in range(count):
+            queue.submit("noop")
+        switches = _switches() - switches
+        figures = {
+            "cost-submit-reads": seen.count(READS) / count,
+            "cost-submit-writes": seen.count(WRITES) / count,
+            "cost-submit-commits": seen.count(COMMITS) / count,
+            "cost-submit-elsewhere": 100 * _elsewhere(seen) / count,
+        }
+        if durability == "process":  # at the others it waits for the disk
+            figures["cost-submit-switches"] = switches / count
+    return figures
+
+
+def _elsewhere(seen: Seen) -> int:
+    """How many records were stored by another thread than this."""
+    return seen.count(("INSERT",), not_on=threading.get_ident())
+
+
+def _switches() -> int:
+    """How often this thread has given up the processor to wait for something."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
+
+def _cost_of_drain(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    count = max(1, plan.synced // 4)
+    with (
+        watching() as seen,
+        queue_on(folder, durability, buffer=count) as queue,
+        busy(queue) as go,
+    ):
+        queue.submit_many(noops(count))
+        seen.clear()
+        go()
+        queue.drain()
+        figures = _per_task("cost-drain", seen, count)
+        figures["cost-drain-writes"] -= WORKERS / count  # the ends of what kept them busy
+        return figures
+
+
+def _cost_alone(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    count = min(plan.samples, 50)
+    with watching() as seen, queue_on(folder, durability) as queue, queue:
+        queue.submit("noop").result()
+        seen.clear()
+        for _ in range(count):
+            queue.submit("noop").result()
+        return _per_task("cost-alone", seen, count)
+
+
+def _per_task(name: str, seen: Seen, count: int) -> dict[str, float]:
+    return {
+        f"{name}-reads": seen.count(READS) / count,
+        f"{name}-writes": seen.count(WRITES) / count,
+        f"{name}-commits": seen.count(COMMITS) / count,
+    }
+
+
+def cells(plan: Plan) -> list[Cell]:
+    """All cells of TaskX."""
+    cells = []
+    for durability in DURABILITIES:
+        cells += [
+            Cell(who, durability, partial(run, plan, durability), figures)
+            for who, run, figures in (
+                (TASKX, _submit, ("submit",)),
+                (TASKX, _many, ("many",)),
+                (TASKX, _drain_buffer, ("drain",)),
+                (LEFT, _drain_left, ("drain",)),
+                (TASKX, _together, ("together",)),
+            )
+        ]
+    for durability in ("accepted", "process"):
+        cells += [
+            Cell(TASKX, durability, partial(run, plan, durability), figures)
+            for run, figures in (
+                (_begins, ("begins-p50", "begins-p99")),
+                (_result, ("result-p50", "result-p99")),
+                (_sleepers, ("sleepers",)),
+            )
+        ]
+        cells += [
+            Cell(TASKX, durability, partial(run, plan, durability), figures, once=True)
+            for run, figures in (
+                (_cost_of_submit, COSTS_OF_SUBMIT),
+                (_cost_of_drain, _COSTS["cost-drain"]),
+                (_cost_alone, _COSTS["cost-alone"]),
+            )
+        ]
+    cells += [
+        Cell(f"TaskX, {size:,} finished", "process", partial(_finished, plan, size), FINISHED)
+        for size in dict.fromkeys((min(FEW, plan.finished), plan.finished))
+    ]
+    cells += [
+        Cell(TASKX, durability, partial(run, plan), figures, once=True)
+        for durability, run, figures in (
+            ("", _import, ("import",)),
+            ("process", _memory, ("memory",)),
+            ("accepted", _idle, ("idle-cpu", "idle-commits")),
+        )
+    ]
+    return cells
