@@ -316,7 +316,7 @@ class Queue:
             now = self._clock.now_ms()
             cancelled, asked = self._services.ledger.commit(lifecycle.cancel(task_id, now))
             if cancelled:
-                self._services.watcher.look_if_watched(task_id)
+                self._forget(task_id)
                 return True
             if not asked:
                 task = self.get_task_status(task_id)
@@ -356,6 +356,12 @@ class Queue:
         if not self._services.ledger.commit([lifecycle.delete(check_name(task_id, "id"))])[0]:
             self.get_task_status(task_id)
             raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
+        self._forget(task_id)
+
+    def _forget(self, task_id: str) -> None:
+        """A pending task will not run any more."""
+        if self._node is not None:
+            self._node.engine.buffer.discard(task_id)
         self._services.watcher.look_if_watched(task_id)
 
     # --- starting and stopping

@@ -6,6 +6,7 @@ import queue
 import time
 from collections import deque
 from collections.abc import Iterable
+from heapq import heapify
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -93,6 +94,15 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
                 self._add(item._replace(fetched=True))
             self._wake()
 
+    def discard(self, task_id: str) -> None:
+        """Take out a task that will not run, so that its slot is free."""
+        with self.mutex:
+            if task_id in self.ids:
+                item = next(item for item in self.queue if item.id == task_id)
+                self.queue.remove(item)
+                heapify(self.queue)
+                self._account(item)
+
     def _add(self, item: Item) -> None:
         if item.fetched:
             self.fetched += 1
@@ -150,13 +160,17 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
     def _take_one(self) -> Item:
         item: Item = self._get()
         self._taken += 1
+        self._account(item)
+        return item
+
+    def _account(self, item: Item) -> None:
+        """An item has left: its room is free."""
         self.ids.discard(item.id)
         if item.fetched:
             self.fetched -= 1
         else:
             self.submitted -= 1
             self.not_full.notify()
-        return item
 
     def lay_out(self, runs: list[Run]) -> None:
         """Offer tasks that were started to whichever worker is free."""

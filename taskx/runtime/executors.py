@@ -161,6 +161,8 @@ class Parameters:
         self._check_kinds(own)
         self._signature = inspect.Signature(own)
         self._open = any(p.kind is p.VAR_KEYWORD for p in own)
+        # Nothing may arrive under the context's name, by ``**kwargs`` neither.
+        self._reserved = {"ctx", *(p.name for p in parameters[: self.takes_context])}
         named = [p for p in own if p.kind is not p.VAR_KEYWORD]
         self._known = frozenset(p.name for p in named)
         self._required = frozenset(p.name for p in named if p.default is p.empty)
@@ -181,11 +183,14 @@ class Parameters:
     def check(self, params: Mapping[str, Any]) -> None:
         """Refuse params that do not fit with a ``PayloadError``."""
         given = params.keys()
-        if self._required <= given and (self._open or given <= self._known):
+        if self._required <= given and (
+            given <= self._known or (self._open and self._reserved.isdisjoint(given))
+        ):
             return
         if missing := sorted(self._required - given):
             raise PayloadError("params", f"{self._type!r} needs {', '.join(missing)}")
-        unknown = ", ".join(sorted(map(repr, given - self._known)))
+        extra = given & self._reserved if self._open else given - self._known
+        unknown = ", ".join(sorted(map(repr, extra)))
         known = ", ".join(sorted(self._known)) or "none"
         raise PayloadError("params", f"{self._type!r} takes no {unknown}; it takes {known}")
 

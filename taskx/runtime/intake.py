@@ -276,7 +276,7 @@ def _check_options(
         check_int(max_crashes, "max_crashes", 1)
     if timeout is not None and check_number(timeout, "timeout") == 0:
         raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
-    if priority:
+    if priority or type(priority) is not int:  # False is no number either
         check_int(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
 
 

@@ -14,6 +14,7 @@ from taskx.runtime.buffer import Buffer
 from taskx.runtime.config import Config
 from taskx.runtime.engine import Engine
 from taskx.runtime.recovery import Recovery
+from taskx.runtime.runner import inside_executor
 from taskx.runtime.scheduler import Scheduler
 from taskx.runtime.starter import Services
 from taskx.storage.adapter import EightMethodAdapter
@@ -138,9 +139,13 @@ class LocalNode:
 
     def _wait_for_workers(self, deadline: float) -> None:
         # A stop that an executor asks for cannot wait for that executor.
-        here = 1 if threading.current_thread() in self.engine.threads else 0
-        while self.engine.workers_left > here and (left := deadline - time.monotonic()) > 0:
-            self.engine.wait_quiet(min(left, _LOOK_EVERY))
+        engine = self.engine
+        here = 1 if threading.current_thread() in engine.threads else 0
+        while (left := deadline - time.monotonic()) > 0:
+            # Callers may run tasks, too.
+            if engine.workers_left <= here and (inside_executor() or not engine.runs):
+                return
+            engine.wait_quiet(min(left, _LOOK_EVERY))
 
     def _write_outcomes(self) -> None:
         try:
