@@ -281,8 +281,8 @@ class Queue:
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Have a handle resolved when its task ends; handles call this themselves."""
-        self._warn_if_nobody_runs(handle.id)
         self._services.watcher.watch(handle)
+        self._warn_if_nobody_runs(handle.id)
 
     def _warn_if_nobody_runs(self, task_id: str) -> None:
         if self._node is not None or self._warned_alone:

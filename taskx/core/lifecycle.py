@@ -389,8 +389,14 @@ def delete(task_id: str) -> Delete:
 
 # --- what a user writes to a record by hand
 
-#: Columns that ``update`` leaves alone: identity, fence, and what only the moves may count.
-_NOT_BY_HAND = frozenset({"id", "type", "status", "created_at", "starts", "owner", "held"})
+#: Columns that ``update`` leaves alone: identity, fence, a request to cancel (it may have come after
+#: the caller read the task), and what only the moves may count.
+_NOT_BY_HAND = frozenset(
+    (
+        *("id", "type", "status", "created_at", "starts", "owner", "held", "cancel_requested_at"),
+        *("completed_at", "errors", "crashes", "interruptions", "earlier_attempts"),
+    )
+)
 
 
 def amend(stored: Task, wanted: Task, now: int) -> Update:
@@ -404,10 +410,9 @@ def amend(stored: Task, wanted: Task, now: int) -> Update:
     changes = {k: v for k, v in row_from_task(wanted).items() if k not in _NOT_BY_HAND}
     if wanted.status is not stored.status:
         changes.update(_status_change(stored, wanted.status, now))
-        if wanted.completed_at is not None and wanted.status.finished:
-            changes["completed_at"] = to_ms(wanted.completed_at)
-        if wanted.status is TaskStatus.COMPLETED:
-            changes["progress"] = 100
+    # A task that has ended, and no other, has the moment when it did.
+    if wanted.status.finished and wanted.completed_at is not None:
+        changes["completed_at"] = to_ms(wanted.completed_at, "completed_at")
     if wanted.status is TaskStatus.PENDING:
         run_at = changes["run_at"]
         changes["held"] = int(run_at is not None and run_at > now)
@@ -436,7 +441,7 @@ def _check_edge(stored: Task, status: TaskStatus) -> None:
 
 def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]:
     if status is TaskStatus.RUNNING:
-        return {"status": RUNNING, "starts": stored.starts + 1, "started_at": now}
+        return {"status": RUNNING, "starts": stored.starts + 1, "started_at": now, "held": 0}
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}

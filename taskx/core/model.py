@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from datetime import datetime
 from enum import Enum
@@ -10,7 +11,7 @@ from typing import Any
 
 import attrs
 
-from taskx.core.clock import to_ms
+from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.payload import is_encodable
 
@@ -151,10 +152,18 @@ class Task:
     @property
     def attempts(self) -> list[Attempt]:
         """The whole history in order: the earlier attempts, and the present or last one."""
-        earlier = self.earlier_attempts
-        if self.started_at is None or (earlier and earlier[-1].started_at == self.started_at):
-            return list(earlier)
+        earlier = list(self.earlier_attempts)
+        if self.started_at is None or (earlier and self._is_latest(earlier[-1])):
+            return earlier
         return [*earlier, self._latest_attempt()]
+
+    def _is_latest(self, attempt: Attempt) -> bool:
+        """Whether an archived attempt is the one that the record ended with: a crash is kept so."""
+        return (
+            attempt.outcome in ("crashed", "interrupted")
+            and attempt.started_at == self.started_at
+            and attempt.ended_at == self.completed_at
+        )
 
     def _latest_attempt(self) -> Attempt:
         return Attempt(
@@ -206,6 +215,9 @@ TASK_FIELDS: tuple[str, ...] = tuple(
 TIME_FIELDS = ("created_at", "started_at", "completed_at", "run_at", "cancel_requested_at")
 
 
+_FRACTION = re.compile(r"\.\d+")
+
+
 def _to_json(value: Any) -> Any:
     if isinstance(value, datetime):
         return value.isoformat()
@@ -215,10 +227,11 @@ def _to_json(value: Any) -> Any:
 def _from_iso(value: Any) -> datetime | None:
     if value is None:
         return None
-    # Before 3.11 fromisoformat knows no "Z".
-    moment = datetime.fromisoformat(value[:-1] + "+00:00" if value.endswith("Z") else value)
-    to_ms(moment, repr(value))
-    return moment
+    # Before 3.11 fromisoformat knows no "Z", and of fractions (Go writes up to nine digits) only
+    # those of three or six digits.
+    text = value[:-1] + "+00:00" if value.endswith("Z") else value
+    text = _FRACTION.sub(lambda found: f"{found[0][:4]:0<4}", text, count=1)
+    return to_datetime(to_ms(datetime.fromisoformat(text), repr(value)))
 
 
 def _optional_name(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -226,25 +239,36 @@ def _optional_name(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         check_name(value, attribute.name)
 
 
-def _aware(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+def check_moment(value: Any, what: str) -> None:
+    """An aware datetime or None; ConfigurationError says what is wrong with it."""
     if value is None:
         return
     if not isinstance(value, datetime):
-        raise ConfigurationError(f"{attribute.name} must be a datetime, not {type(value).__name__}")
+        raise ConfigurationError(f"{what} must be a datetime, not {type(value).__name__}")
     try:
-        to_ms(value, attribute.name)
+        to_ms(value, what)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
 
 
+def _moment(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    check_moment(value, attribute.name)
+
+
+_MAX_COUNT = 2**62  # the sum of two still fits into what databases count with
+
+
 def _count(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
         raise ConfigurationError(f"{attribute.name} must be a whole number from 0, not {value!r}")
 
 
 def _to_status(value: Any) -> TaskStatus | None:
-    if value is None or value == "":
-        return None
+    return None if value is None or value == "" else check_status(value)
+
+
+def check_status(value: Any) -> TaskStatus:
+    """One of the five, or its text; ConfigurationError names them."""
     try:
         return TaskStatus(value)
     except ValueError:
@@ -272,8 +296,8 @@ class TaskFilter:
     type: str | None = attrs.field(default=None, validator=_optional_name)
     status: TaskStatus | None = attrs.field(default=None, converter=_to_status)
     created_by: str | None = attrs.field(default=None, validator=_optional_name)
-    start_date: datetime | None = attrs.field(default=None, validator=_aware)
-    end_date: datetime | None = attrs.field(default=None, validator=_aware)
+    start_date: datetime | None = attrs.field(default=None, validator=_moment)
+    end_date: datetime | None = attrs.field(default=None, validator=_moment)
     offset: int = attrs.field(default=0, validator=_count)
     limit: int = attrs.field(default=100, validator=_count)
 

@@ -75,7 +75,9 @@ def task_from_row(row: Sequence[Any]) -> Task:
         params = payload.loads(params) if params != "{}" else {}
         result = payload.loads(result) if result is not None else None
         attempts = _attempts_from_text(earlier) if earlier else []
-    except (ValueError, TypeError, RecursionError) as problem:
+        if type(params) is not dict:
+            raise ValueError("params are no JSON object")
+    except (ValueError, TypeError, RecursionError, OverflowError) as problem:
         damage = f"the stored record is damaged: {problem}"
         params, result, attempts = {}, None, []
     return Task(

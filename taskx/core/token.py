@@ -158,19 +158,17 @@ class CancelToken:
                 due.append(self._callbacks.pop())
             except IndexError:
                 break
-        if not due:
-            return
-        try:
-            threading.Thread(
-                target=_call_all, args=(due,), name="taskx-cancel", daemon=True
-            ).start()
-        except RuntimeError:
-            _call_all(due)  # no new thread can be had while the interpreter shuts down
+        for callback in due:  # a thread for each, as each may block
+            try:
+                threading.Thread(
+                    target=_call, args=(callback,), name="taskx-cancel", daemon=True
+                ).start()
+            except RuntimeError:
+                _call(callback)  # no new thread can be had while the interpreter shuts down
 
 
-def _call_all(callbacks: list[Callable[[], object]]) -> None:
-    for callback in callbacks:
-        try:
-            callback()
-        except BaseException:  # noqa: BLE001  (one callback must not keep the next from running)
-            _log.exception("a cancel callback raised: %r", callback)
+def _call(callback: Callable[[], object]) -> None:
+    try:
+        callback()
+    except BaseException:  # noqa: BLE001  (it has nobody but the log to tell)
+        _log.exception("a cancel callback raised: %r", callback)

@@ -75,6 +75,21 @@ CREATED = (
 )
 
 
+#: The columns of an insert by which it is known again: those that no move changes.
+IDENTITY = ("type", "created_by", "created_at")
+
+
+def traces(write: Insert | Update) -> dict[str, Any]:
+    """What a record shows after that write took place: by this, one cut short is settled.
+
+    An insert may have been started, taken or amended since, which must not hide it; an update that
+    another one has followed meanwhile no longer shows.
+    """
+    if isinstance(write, Insert):
+        return {name: write.row[name] for name in IDENTITY}
+    return dict(write.changes)
+
+
 def matches(row: Mapping[str, Any], guard: Mapping[str, Any]) -> bool:
     """Whether a row satisfies a guard: the meaning of guards, for repositories that test them in Python."""
     for column, wanted in guard.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
+from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from taskx.core.model import Task, check_number
@@ -33,20 +34,31 @@ class Context:
     """An executor's way to tell its progress, and to hear that it should stop.
 
     Attributes:
-        task: this run's copy of the task.
         logger: logs with the task's id and type.
     """
 
-    __slots__ = ("_alarms", "_log", "_token", "dirty", "message", "progress_told", "task")
+    __slots__ = (
+        *("_alarms", "_copy", "_log", "_task", "_token"),
+        *("dirty", "message", "progress_told"),
+    )
 
     def __init__(self, task: Task, token: CancelToken, alarms: Alarms, log: logging.Logger) -> None:
-        self.task = task
+        self._task = task
+        self._copy: Task | None = None  # made when it is first asked for: most never do
         self._token = token
         self._alarms = alarms
         self._log = log
         self.progress_told: float | None = None
         self.message = ""
         self.dirty = False
+
+    @property
+    def task(self) -> Task:
+        """This run's copy of the task: the executor may do to it what it likes."""
+        if self._copy is None:
+            self._copy = copy(self._task)
+            self._copy.earlier_attempts = list(self._task.earlier_attempts)
+        return self._copy
 
     @property
     def token(self) -> CancelToken:
@@ -56,7 +68,7 @@ class Context:
     @property
     def logger(self) -> TaskLogger:
         """A logger that names the task."""
-        return TaskLogger(self._log, {"task_id": self.task.id, "task_type": self.task.type})
+        return TaskLogger(self._log, {"task_id": self._task.id, "task_type": self._task.type})
 
     def progress(self, percent: float, message: str = "") -> None:
         """Tell how far the task is: percent from 0 to 100 (clamped) and a short text.

@@ -80,18 +80,16 @@ class Engine:
             try:
                 run = self._next_run()
                 pause = _FIRST_PAUSE
+                if run is not None:
+                    self.execute(run, worker)
+                del run  # a worker that waits must not keep the last task's values alive
             except RepositoryError as error:
                 self.services.log.warning("cannot start tasks for now: %s", error)
                 self._pause(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-                continue
             except Exception:
                 self.services.log.exception("a worker stumbled; it goes on")
                 self._pause(pause)
-                continue
-            if run is not None:
-                self.execute(run, worker)
-            del run  # a worker that waits must not keep the last task's values alive
         self._flush()
         with self._quiet:
             self._left -= 1

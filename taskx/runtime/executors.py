@@ -121,11 +121,11 @@ class Executor(Generic[P, R]):
         """Refuse params that do not fit the function with a ``PayloadError``."""
         self._parameters.check(params)
 
-    def invoke(self, ctx: Context, task: Task) -> R:
-        """Run the function for a task."""
+    def invoke(self, ctx: Context, params: Mapping[str, Any]) -> R:
+        """Run the function for a task of these params."""
         if self._parameters.takes_context:
-            return self.function(ctx, **task.params)
-        return self.function(**task.params)
+            return self.function(ctx, **params)
+        return self.function(**params)
 
 
 class PlainExecutor(Executor[P, R]):
@@ -221,6 +221,8 @@ def make_executor(
 ) -> PlainExecutor[Any, Any] | ContextExecutor[Any, Any]:
     """The executor of a function, of the kind that its first parameter asks for."""
     name = check_name(getattr(function, "__name__", "") if type is None else type, "type")
+    if not name:
+        raise ConfigurationError(f"the type of {function!r} must be given: executor('name')")
     kind = ContextExecutor if Parameters(name, function).takes_context else PlainExecutor
     return kind(name, function, options)
 
@@ -283,7 +285,7 @@ class Registered:
     """A type that this queue runs."""
 
     type: str
-    invoke: Callable[[Context, Task], Any]
+    invoke: Callable[[Context, Mapping[str, Any]], Any]
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
 
@@ -358,8 +360,9 @@ def _entry(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Reg
     )
 
 
-def _classic(executor: TaskExecutor) -> Callable[[Context, Task], Any]:
-    def invoke(ctx: Context, task: Task) -> Any:
+def _classic(executor: TaskExecutor) -> Callable[[Context, Mapping[str, Any]], Any]:
+    def invoke(ctx: Context, _: Mapping[str, Any]) -> Any:
+        task = ctx.task
         returned = executor.execute(ctx, task)
         return task.result if returned is None else returned
 

@@ -178,8 +178,9 @@ class Watcher:
         """
         with self._lock:
             self._handles.setdefault(handle.id, []).append(handle)
-        self.look([handle.id])
-        if not handle.done():
+        try:
+            self.look([handle.id])
+        finally:
             self._ensure_polling()
 
     def drive(self, driven: bool) -> None:

@@ -66,8 +66,14 @@ class Ledger:
         concluded: list[_Entry] = []
         try:
             with self._leading:
-                while not entry.done:
-                    self._lead(concluded)
+                try:
+                    while not entry.done:
+                        self._lead(concluded)
+                except TaskxError:
+                    if not (entry.done or entry.in_doubt):
+                        self._waiting.remove(entry)  # it lay behind others and was not tried
+                        entry.done = True
+                    raise
         except BaseException:
             entry.in_doubt = not entry.done  # an interrupt: whoever leads next sees to it
             raise
@@ -134,6 +140,8 @@ class Ledger:
             self._apply([entry for entry in batch if not entry.done])
         except RepositoryUnavailable as error:
             self._fail(batch, error)
+        except MemoryError:
+            raise  # no fault of the writes, and perhaps after the COMMIT
         except Exception as error:  # noqa: BLE001  (told to whoever waits for it)
             self._replay([entry for entry in batch if not entry.done], error)
 
@@ -163,6 +171,8 @@ class Ledger:
                 self._apply([entry])
             except RepositoryUnavailable as unavailable:
                 self._fail(entries, unavailable)
+            except MemoryError:
+                raise
             except Exception as problem:  # noqa: BLE001  (told to whoever waits for it)
                 self._reject(entry, problem)
 

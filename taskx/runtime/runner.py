@@ -84,7 +84,7 @@ class Runner:
             run.token.raise_if_cancelled()
         if run.task.damage:
             raise RepositoryCorrupt(run.task.damage)
-        value = run.executor.invoke(run.context, run.task)
+        value = run.executor.invoke(run.context, run.task.params)
         text = None if value is None else payload.encode(value, "result", self._max_payload_size)
         return {"returned": True, "result": text}
 

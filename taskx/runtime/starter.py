@@ -61,7 +61,6 @@ class Starter:
         now = services.clock.now_ms()
         starting: list[tuple[Run, Update]] = []
         for task in self._startable(items, found):
-            self._resolve_options(task)
             update = lifecycle.start(task, now, self._node)
             if update is not None and task.id not in self.runs:
                 starting.append((self._enlist(task), update))
@@ -94,6 +93,7 @@ class Starter:
             task = found.get(item.id)
             if task is None:
                 continue
+            self._resolve_options(task)
             if not task.crashes and task.max_crashes != 1:
                 chosen.append(task)
             elif chosen:

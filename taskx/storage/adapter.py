@@ -13,6 +13,7 @@ from taskx.core.errors import (
     TaskNotFound,
     TaskxError,
 )
+from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.core.record import COLUMNS, DEFAULTS, row_from_task, task_from_row
 from taskx.core.writes import Delete, Insert, Update, Write, matches
@@ -101,7 +102,7 @@ class EightMethodAdapter(MemoryRepository):
             except DuplicateTask:
                 return False
             self._check_options_kept(row)
-        self._rows.pop(write.id, None)
+        self._forget(write.id)  # it had this id and was deleted behind our back
         return self._apply_one(write)
 
     def _check_options_kept(self, row: Row) -> None:
@@ -143,8 +144,7 @@ class EightMethodAdapter(MemoryRepository):
             try:
                 stored = row_from_task(self.inner.get_by_id(task_id))
             except TaskNotFound:
-                if task_id in self._rows:
-                    self._unindex(self._rows.pop(task_id))
+                self._forget(task_id)
                 return None
         known = self._rows.get(task_id)
         if known is None:
@@ -156,10 +156,12 @@ class EightMethodAdapter(MemoryRepository):
         return self._rows[task_id]
 
     def _adopt(self, row: Row) -> None:
+        """Take up what this process neither created nor has met: if it runs, it was left behind."""
         self._sequence += 1
         row["sequence"] = self._sequence
+        row["owner"] = LEFT_BEHIND if row["status"] == RUNNING else ""
         row["held"] = int(
-            row["status"] == "pending"
+            row["status"] == PENDING
             and row["run_at"] is not None
             and row["run_at"] > self.clock.now_ms()
         )
@@ -168,8 +170,12 @@ class EightMethodAdapter(MemoryRepository):
 
     def _forget_finished(self, task_id: str) -> None:
         row = self._rows.get(task_id)
-        if row is not None and row["completed_at"] is not None:
+        if row is not None and row["status"] in FINISHED:
             del self._rows[task_id]
+
+    def _forget(self, task_id: str) -> None:
+        if task_id in self._rows:
+            self._unindex(self._rows.pop(task_id))
 
     # --- reading
 
@@ -206,9 +212,7 @@ class EightMethodAdapter(MemoryRepository):
             super().join(node)
             for task in self._unfinished_tasks():
                 if task.id not in self._rows:
-                    row = row_from_task(task)
-                    row["owner"] = LEFT_BEHIND if task.status is TaskStatus.RUNNING else ""
-                    self._adopt(row)
+                    self._adopt(row_from_task(task))
 
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []

@@ -15,13 +15,25 @@ import attrs
 from taskx.core import lifecycle, payload
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import DuplicateTask, InvalidTransition, PayloadError, TaskNotFound
-from taskx.core.model import Task, TaskFilter, TaskStatus, check_name
+from taskx.core.model import (
+    TIME_FIELDS,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    check_int,
+    check_moment,
+    check_name,
+    check_number,
+    check_status,
+)
 from taskx.core.payload import clean_text
 from taskx.core.record import Stub, optional_ms
 from taskx.core.writes import Write
 
 #: Longest progress message, in characters.
 MAX_MESSAGE = 1000
+#: Longest error or traceback that is written by hand, in characters.
+MAX_TEXT = 100_000
 
 
 class TaskRepository(ABC):
@@ -184,11 +196,11 @@ class Repository(TaskRepository):
             DuplicateTask: one has its id.
             InvalidTransition: it is not pending.
             PayloadError: its params break the JSON rules.
+            ConfigurationError: another field holds what it may not.
         """
+        task = _storable(task)
         if task.status is not TaskStatus.PENDING:
             raise InvalidTransition(f"a new task is pending, not {task.status}")
-        for what in ("id", "type", "created_by"):
-            check_name(getattr(task, what), what)
         now = self.clock.now_ms()
         insert = lifecycle.create(
             task_id=task.id,
@@ -219,7 +231,9 @@ class Repository(TaskRepository):
             TaskNotFound: there is no such task.
             InvalidTransition: its status may not move as asked, or it moved meanwhile.
             PayloadError: params or result break the JSON rules.
+            ConfigurationError: another field holds what it may not.
         """
+        task = _storable(task)
         stored = self.get_by_id(task.id)
         if not self.apply([lifecycle.amend(stored, task, self.clock.now_ms())])[0]:
             raise InvalidTransition(f"task {task.id} moved on while it was being updated")
@@ -233,7 +247,7 @@ class Repository(TaskRepository):
         """
         stored = self.get_by_id(task_id)
         write = lifecycle.set_status(
-            stored, TaskStatus(status), clean_text(message, MAX_MESSAGE), self.clock.now_ms()
+            stored, check_status(status), clean_text(message, MAX_MESSAGE), self.clock.now_ms()
         )
         if not self.apply([write])[0]:
             raise InvalidTransition(f"task {task_id} moved on while its status was being set")
@@ -258,6 +272,31 @@ class Repository(TaskRepository):
         if not self.apply([lifecycle.delete(check_name(task_id, "id"))])[0]:
             self.get_by_id(task_id)
             raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
+
+
+def _storable(task: Task) -> Task:
+    """The task with every value such as a database can hold; the caller's own stays as it is."""
+    for what in ("id", "type", "created_by"):
+        check_name(getattr(task, what), what)
+    check_int(task.priority, "priority", -(2**31))
+    check_number(task.duration, "duration")
+    if task.timeout is not None:
+        check_number(task.timeout, "timeout")
+    for what in ("max_attempts", "max_crashes"):
+        if getattr(task, what) is not None:
+            check_int(getattr(task, what), what, 1)
+    for what in TIME_FIELDS:
+        check_moment(getattr(task, what), what)
+    progress, message = check_progress(task.progress, task.message)
+    return attrs.evolve(
+        task,
+        status=check_status(task.status),
+        progress=progress,
+        message=message,
+        error=clean_text(task.error, MAX_TEXT),
+        traceback=clean_text(task.traceback, MAX_TEXT),
+        worker=clean_text(task.worker, MAX_MESSAGE),
+    )
 
 
 def check_progress(percent: float, message: str) -> tuple[int, str]:

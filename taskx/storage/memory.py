@@ -11,9 +11,10 @@ from typing import Any
 import attrs
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.core.lifecycle import FINISHED
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import COLUMNS, DEFAULTS, Stub, stub_from_row, task_from_row
-from taskx.core.writes import Delete, Insert, Update, Write, matches
+from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
 from taskx.storage.base import Node, Repository
 
 Row = dict[str, Any]
@@ -42,18 +43,29 @@ class MemoryRepository(Repository):
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes at one moment; says for each whether its guard held."""
         with self._lock:
-            if all_or_nothing and not self._all_hold(writes):
-                return [self._holds(write) for write in writes]
+            if all_or_nothing:
+                return self._apply_whole(writes)
             return [self._apply_one(write) for write in writes]
+
+    def _apply_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
+        before = {write.id: dict(self._rows.get(write.id, ())) for write in writes}
+        results = [self._apply_one(write) for write in writes]
+        if not all(results):
+            for task_id, row in before.items():
+                self._restore(task_id, row)
+        return results
+
+    def _restore(self, task_id: str, row: Row) -> None:
+        if task_id in self._rows:
+            self._unindex(self._rows.pop(task_id))
+        if row:
+            self._rows[task_id] = row
+            self._index(row)
 
     def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Say for each write whether it took place."""
         with self._lock:
             return [self._took_place(write) for write in writes]
-
-    def _all_hold(self, writes: Sequence[Write]) -> bool:
-        ids = [write.id for write in writes]
-        return len(set(ids)) == len(ids) and all(self._holds(write) for write in writes)
 
     def _holds(self, write: Write) -> bool:
         row = self._rows.get(write.id)
@@ -84,11 +96,10 @@ class MemoryRepository(Repository):
         row = self._rows.get(write.id)
         if isinstance(write, Delete):
             return row is None
-        wanted = write.row if isinstance(write, Insert) else write.changes
-        return row is not None and all(row[name] == value for name, value in wanted.items())
+        return row is not None and all(row[name] == value for name, value in traces(write).items())
 
     def _index(self, row: Row) -> None:
-        if row["completed_at"] is not None:
+        if row["status"] in FINISHED:
             return
         if row["owner"]:
             self._owned.setdefault(row["owner"], {})[row["id"]] = row
@@ -103,7 +114,7 @@ class MemoryRepository(Repository):
                 bisect.insort(self._free.setdefault(row["type"], []), _rank(row))
 
     def _unindex(self, row: Row) -> None:
-        if row["completed_at"] is not None:
+        if row["status"] in FINISHED:
             return
         if row["owner"]:
             self._owned[row["owner"]].pop(row["id"])
@@ -153,7 +164,7 @@ class MemoryRepository(Repository):
     def due(self, now: int, limit: int) -> Sequence[str]:
         """Ids of held back pending tasks whose time has come."""
         with self._lock:
-            end = bisect.bisect_right(self._held, (now, "\U0010ffff"))
+            end = bisect.bisect_left(self._held, (now + 1, ""))
             return [task_id for _, task_id in self._held[: min(end, limit)]]
 
     def next_due(self) -> int | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from typing import Any
-from urllib.parse import parse_qsl, unquote, urlsplit
 
 from taskx.core.errors import ConfigurationError
 from taskx.storage.base import Repository
@@ -20,18 +19,22 @@ def open_repository(url: str) -> Repository:
     Raises:
         ConfigurationError: the URL is none of these.
     """
+    from urllib.parse import parse_qsl, unquote, urlsplit  # slow to load, and seldom needed
+
     parts = urlsplit(url)
     if parts.scheme == "memory" and url.rstrip("/") in ("memory:", "memory://"):
         return MemoryRepository()
     if parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1:
-        return SQLiteRepository(unquote(parts.path[1:]), **_options(parts.query, url))
+        return SQLiteRepository(
+            unquote(parts.path[1:]), **_options(parse_qsl(parts.query, keep_blank_values=True), url)
+        )
     raise ConfigurationError(
         f"{url!r} names no repository; use sqlite:///relative.db, sqlite:////absolute.db or memory://"
     )
 
 
-def _options(query: str, url: str) -> dict[str, Any]:
-    options = dict(parse_qsl(query, keep_blank_values=True))
+def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
+    options: dict[str, Any] = dict(query)
     if unknown := options.keys() - {"durability"}:
         raise ConfigurationError(f"{url!r}: unknown option {', '.join(sorted(unknown))}")
     return options

@@ -6,7 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from taskx.core.errors import (
@@ -21,7 +21,7 @@ from taskx.storage.sqlite import schema
 MINIMUM_SQLITE = (3, 34, 0)
 
 
-def translated(error: sqlite3.Error, path: str, busy_timeout: float) -> TaskxError:
+def translated(error: Exception, path: str, busy_timeout: float) -> TaskxError:
     """Our error for one of SQLite's; the words decide, as Python 3.10 gives no error codes."""
     text = str(error)
     if "locked" in text or "busy" in text:
@@ -41,6 +41,10 @@ def translated(error: sqlite3.Error, path: str, busy_timeout: float) -> TaskxErr
     if "disk I/O" in text:
         return RepositoryUnavailable(f"{path}: {text}")
     return RepositoryError(f"{path}: {text}")
+
+
+def _size(path: str) -> int:
+    return os.path.getsize(path) if os.path.exists(path) else 0
 
 
 def _why_not_opened(path: str) -> str:
@@ -76,15 +80,27 @@ class Connections:
     @contextmanager
     def reader(self) -> Iterator[sqlite3.Connection]:
         """A connection to read with, given back afterwards; sqlite3's errors become ours."""
+        connection = None
         try:
             try:
                 connection = self._idle.pop()
             except IndexError:
                 connection = self._connect()
             yield connection
-        except sqlite3.Error as error:
-            raise translated(error, self.path, self.busy_timeout) from error
+        except BaseException as error:
+            if connection is not None:
+                connection.close()
+            if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
+                raise translated(error, self.path, self.busy_timeout) from error
+            raise
         self._idle.append(connection)
+
+    def discard_writer(self) -> None:
+        """Have the next write open a new connection; the caller holds the write lock."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with suppress(sqlite3.Error):
+                writer.close()
 
     def close(self) -> None:
         """Close all that is not in use."""
@@ -108,9 +124,13 @@ class Connections:
             check_same_thread=False,
             cached_statements=256,
         )
-        # Unless told, SQLite may keep a journal page cache of its own choosing; NORMAL loses nothing
-        # at process death in WAL mode. The writer raises it where a power cut must be survived.
-        connection.execute("PRAGMA synchronous = NORMAL")
+        # NORMAL loses nothing at process death in WAL mode. The writer raises it where a power cut
+        # must be survived.
+        try:
+            connection.execute("PRAGMA synchronous = NORMAL")
+        except BaseException:
+            connection.close()
+            raise
         return connection
 
     def _open_file(self) -> sqlite3.Connection:
@@ -131,10 +151,14 @@ class Connections:
             raise translated(error, self.path, self.busy_timeout) from error
 
     def _check_before_touching(self) -> None:
-        """Look at an existing file through a connection that cannot write."""
-        if not os.path.exists(self.path) or os.path.getsize(self.path) == 0:
+        """Look at an existing file in a way that leaves another program's as it was.
+
+        The last connection that closes writes what a log holds into the file, unless it is one that
+        cannot write; but that one leaves empty files of a log behind where there was none.
+        """
+        if _size(self.path) == 0:
             return
-        connection = self._connect("ro")
+        connection = self._connect("ro" if _size(f"{self.path}-wal") else "rw")
         try:
             schema.check(connection, self.path)
         finally:

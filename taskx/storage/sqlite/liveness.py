@@ -25,20 +25,20 @@ class NodeLocks:
     """The lock files of the nodes on one database file."""
 
     def __init__(self, database: str) -> None:
-        self._folder = f"{os.path.abspath(database)}-nodes"
+        self.folder = f"{os.path.abspath(database)}-nodes"
 
     def _path(self, node: str) -> str:
-        return os.path.join(self._folder, f"{node}.lock")
+        return os.path.join(self.folder, f"{node}.lock")
 
     def hold(self, node: str) -> int:
         """Take a new node's lock, until :meth:`release` or process death; returns its inode."""
         if fcntl is None:
             return 0
         try:
-            os.makedirs(self._folder, exist_ok=True)
+            os.makedirs(self.folder, exist_ok=True)
             fd = os.open(self._path(node), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except OSError as error:
-            raise RepositoryUnavailable(f"no lock file in {self._folder}: {error}") from error
+            raise RepositoryUnavailable(f"no lock file in {self.folder}: {error}") from error
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
@@ -76,8 +76,6 @@ class NodeLocks:
         fd = _held.pop(node, None)
         if fd is not None:
             os.close(fd)
-        with suppress(OSError):  # other nodes' files are in it
-            os.rmdir(self._folder)
 
 
 def _drop_in_child() -> None:

@@ -10,14 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.errors import ConfigurationError, RepositoryUnavailable
+from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
 from taskx.core.model import Task, TaskFilter, check_number
 from taskx.core.record import Stub, task_from_row
-from taskx.core.writes import Delete, Insert, Update, Write
+from taskx.core.writes import Delete, Insert, Update, Write, traces
 from taskx.storage.base import Node, Repository
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.liveness import NodeLocks
+from taskx.storage.sqlite.turnstile import Turnstile
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
@@ -67,6 +68,7 @@ class SQLiteRepository(Repository):
         check_number(busy_timeout, "busy_timeout")
         self._connections = Connections(self.path, busy_timeout)
         self._locks = NodeLocks(self.path)
+        self._turnstile = Turnstile(self._locks.folder)
         self._write_lock = threading.Lock()
         self._synchronous = "NORMAL"
         self._data_version = -1
@@ -106,13 +108,16 @@ class SQLiteRepository(Repository):
             return self._transact(work, durable)
         except _Refused as refused:
             return refused.results
-        except sqlite3.IntegrityError:
-            taken = self.get_many([write.id for write in writes])
-            seen: set[str] = set()
+        except RepositoryError as error:
+            if not isinstance(error.__cause__, sqlite3.IntegrityError):
+                raise
+            taken = set(self.get_many([write.id for write in writes]))
             results = []
             for write in writes:
-                results.append(write.id not in taken and write.id not in seen)
-                seen.add(write.id)
+                results.append(write.id not in taken)
+                taken.add(write.id)
+            if all(results):  # it was no id that was refused
+                raise
             return results
 
     def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
@@ -126,6 +131,7 @@ class SQLiteRepository(Repository):
             connection = self._connections.writer()
             cursor = connection.cursor()
             try:
+                self._turnstile.enter(self._connections.busy_timeout)
                 self._set_synchronous(cursor, durable)
                 cursor.execute("BEGIN IMMEDIATE")
                 result = work(cursor)
@@ -134,17 +140,28 @@ class SQLiteRepository(Repository):
             except BaseException as error:
                 # A full disk makes SQLite roll back by itself.
                 if connection.in_transaction:
-                    connection.rollback()
-                if isinstance(error, sqlite3.Error) and not isinstance(
-                    error, sqlite3.IntegrityError
-                ):
+                    self._roll_back(connection)
+                if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
                     raise translated(error, self.path, self._connections.busy_timeout) from error
                 raise
+            finally:
+                self._turnstile.leave()
+
+    def _roll_back(self, connection: sqlite3.Connection) -> None:
+        try:
+            connection.rollback()
+        except sqlite3.Error:  # a new connection finds the file as it was before
+            self._discard_writer()
+
+    def _discard_writer(self) -> None:
+        self._connections.discard_writer()
+        self._synchronous, self._data_version = "NORMAL", -1
 
     def _set_synchronous(self, cursor: sqlite3.Cursor, durable: bool) -> None:
         full = self.durability == "full" or (durable and self.durability == "accepted")
         wanted = "FULL" if full else "NORMAL"
         if wanted != self._synchronous:
+            self._synchronous = ""  # unknown, should an interrupt come between the next two lines
             cursor.execute(f"PRAGMA synchronous = {wanted}")
             self._synchronous = wanted
 
@@ -174,15 +191,12 @@ class SQLiteRepository(Repository):
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
-        where, values = statements.where(filter)
-        order = " ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
-        rows = self._rows(statements.SELECT + where + order, [*values, filter.limit, filter.offset])
-        return [task_from_row(row) for row in rows]
+        sql, values = statements.list_tasks(filter)
+        return [task_from_row(row) for row in self._rows(sql, values)]
 
     def count(self, filter: TaskFilter) -> int:
         """How many tasks meet the filter."""
-        where, values = statements.where(filter)
-        ((count,),) = self._rows(f"SELECT count(*) FROM tasks{where}", values)
+        ((count,),) = self._rows(*statements.count_tasks(filter))
         return int(count)
 
     def ready(self, types: Iterable[str], limit: int) -> Sequence[Stub]:
@@ -237,13 +251,17 @@ class SQLiteRepository(Repository):
         """Record a node, and prove it alive until :meth:`leave` or process death."""
         self._open()
         inode = self._locks.hold(node.id)
-        row = (node.id, node.name, json.dumps(node.types), inode)
-        self._transact(
-            lambda cursor: cursor.execute(
-                "INSERT INTO nodes (id, name, types, lock) VALUES (?, ?, ?, ?)", row
-            ),
-            durable=False,
-        )
+        row = (node.id, node.name, json.dumps(node.types), self._inode(), inode)
+        try:
+            self._transact(
+                lambda cursor: cursor.execute(
+                    "INSERT INTO nodes (id, name, types, file, lock) VALUES (?, ?, ?, ?, ?)", row
+                ),
+                durable=False,
+            )
+        except BaseException:
+            self._locks.release(node.id)
+            raise
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""
@@ -260,19 +278,23 @@ class SQLiteRepository(Repository):
         self._locks.release(node)
 
     def nodes(self) -> Sequence[Node]:
-        """All recorded nodes."""
+        """All recorded nodes; those of the file that this one is a copy of are dead here."""
+        inode = self._inode()
         return [
             Node(
                 id=node,
                 name=name,
                 types=tuple(json.loads(types)),
                 stopping=bool(stopping),
-                alive=self._locks.alive(node, lock),
+                alive=self._locks.alive(node, lock) if file == inode else False,
             )
-            for node, name, types, lock, stopping in self._rows(
-                "SELECT id, name, types, lock, stopping FROM nodes ORDER BY id"
+            for node, name, types, file, lock, stopping in self._rows(
+                "SELECT id, name, types, file, lock, stopping FROM nodes ORDER BY id"
             )
         ]
+
+    def _inode(self) -> int:
+        return os.stat(self.path).st_ino
 
     # --- opening and closing
 
@@ -280,6 +302,7 @@ class SQLiteRepository(Repository):
         """Close the file; a later operation opens it again."""
         with self._write_lock:
             try:
+                self._turnstile.close()
                 self._connections.close()
             except sqlite3.Error as error:
                 raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
@@ -290,6 +313,7 @@ class SQLiteRepository(Repository):
         """In a forked child: connections of its own, opened at the next operation."""
         self._write_lock = threading.Lock()
         self._connections.renew_after_fork()
+        self._turnstile.renew_after_fork()
         self._synchronous, self._data_version = "NORMAL", -1
 
 
@@ -312,7 +336,7 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
 def _took_place(cursor: sqlite3.Cursor, write: Write) -> bool:
     if isinstance(write, Delete):
         return cursor.execute("SELECT 1 FROM tasks WHERE id = ?", (write.id,)).fetchone() is None
-    wanted = write.row if isinstance(write, Insert) else write.changes
+    wanted = traces(write)
     sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
     stored = cursor.execute(sql, (write.id,)).fetchone()
     return stored is not None and tuple(stored) == tuple(wanted.values())

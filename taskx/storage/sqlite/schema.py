@@ -53,13 +53,14 @@ _VERSION_1 = (
     WHERE status = 'pending' AND held = 0
     """,
     "CREATE INDEX tasks_due ON tasks (run_at) WHERE status = 'pending' AND held = 1",
-    "CREATE INDEX tasks_owned ON tasks (owner) WHERE owner <> ''",
+    "CREATE INDEX tasks_owned ON tasks (owner) WHERE owner <> '' OR status = 'running'",
     "CREATE INDEX tasks_finished ON tasks (status, created_at) WHERE completed_at IS NOT NULL",
     """
     CREATE TABLE nodes (
         id TEXT PRIMARY KEY,
         name TEXT NOT NULL,
         types TEXT NOT NULL,
+        file INTEGER NOT NULL,
         lock INTEGER NOT NULL,
         stopping INTEGER NOT NULL DEFAULT 0
     ) WITHOUT ROWID

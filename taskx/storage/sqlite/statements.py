@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from taskx.core.clock import to_ms
-from taskx.core.lifecycle import FINISHED
+from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TaskFilter
 from taskx.core.record import COLUMNS
 from taskx.core.writes import CREATED, PRESENT
@@ -85,15 +85,38 @@ def _conditions(guard: Mapping[str, Any]) -> tuple[str, list[Any]]:
     return text, values
 
 
-def where(filter: TaskFilter) -> tuple[str, list[Any]]:
-    """The conditions of a filter and their values."""
+# Where the tasks of one status are found through the partial indexes, so that listing or counting the
+# few that are unfinished costs nothing for the many that are finished.
+_SOURCES: dict[str | None, str] = {
+    None: "tasks",
+    PENDING: (
+        "(SELECT * FROM tasks INDEXED BY tasks_ready WHERE status = 'pending' AND held = 0 UNION ALL "
+        "SELECT * FROM tasks INDEXED BY tasks_due WHERE status = 'pending' AND held = 1)"
+    ),
+    RUNNING: "(SELECT * FROM tasks INDEXED BY tasks_owned WHERE status = 'running')",
+    **{
+        status: f"(SELECT * FROM tasks WHERE status = '{status}' AND completed_at IS NOT NULL)"
+        for status in FINISHED
+    },
+}
+
+
+def list_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
+    """The query for the tasks that meet a filter, and its values."""
+    source, values = _meeting(filter)
+    sql = f"SELECT {', '.join(COLUMNS)} FROM {source} ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
+    return sql, [*values, filter.limit, filter.offset]
+
+
+def count_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
+    """The query for how many tasks meet a filter, and its values."""
+    source, values = _meeting(filter)
+    return f"SELECT count(*) FROM {source}", values
+
+
+def _meeting(filter: TaskFilter) -> tuple[str, list[Any]]:
     conditions: list[str] = []
     values: list[Any] = []
-    if filter.status is not None:
-        conditions.append("status = ?")
-        values.append(filter.status.value)
-        if filter.status.value in FINISHED:
-            conditions.append("completed_at IS NOT NULL")  # so that the index on finished serves
     for name in ("type", "created_by"):
         if getattr(filter, name) is not None:
             conditions.append(f"{name} = ?")
@@ -104,4 +127,5 @@ def where(filter: TaskFilter) -> tuple[str, list[Any]]:
     if filter.end_date is not None:
         conditions.append("created_at <= ?")
         values.append(to_ms(filter.end_date))
-    return (f" WHERE {' AND '.join(conditions)}" if conditions else ""), values
+    source = _SOURCES[None if filter.status is None else filter.status.value]
+    return source + (f" WHERE {' AND '.join(conditions)}" if conditions else ""), values
