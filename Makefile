@@ -16,7 +16,7 @@ INSTALL = echo "Installing $(1) into $(VENV)" && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$(1)" && \
 	touch $@
 
-.PHONY: help demo test lint format typecheck layers bench build ci clean
+.PHONY: help demo test soak lint format typecheck layers bench build ci clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -26,6 +26,9 @@ demo: $(VENV)/installed-core ## run the main job: hash the standard library as t
 
 test: $(VENV)/installed-test ## run the tests
 	@$(BIN)/python -m pytest $(ARGS)
+
+soak: $(VENV)/installed-test ## kill processes a thousand times over, and prove that nothing is lost
+	@$(BIN)/python -m tests.campaign.campaign --kills 1000 $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and formatting
 	@$(BIN)/ruff check .

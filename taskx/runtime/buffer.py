@@ -14,6 +14,9 @@ if TYPE_CHECKING:
     from taskx.runtime.runner import Run
 
 
+#: Waiting workers that one start serves at most. What starts together ends together and then waits
+#: together, again and again: in small portions, the workers drift apart and find their way clear.
+MOST_WAITING = 5
 #: Seconds after which a worker's task counts as not short, whatever the others were.
 TIED_UP = 0.002
 
@@ -131,8 +134,8 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
     def take(self, ahead: int, *, block: bool) -> Run | list[Item] | None:
         """A task started ahead, or items to start; None: nothing now, or closed while waiting.
 
-        One worker at a time is given items, one for itself, one for every worker that waits, and up
-        to ``ahead`` in all; it must call :meth:`lay_out` or :meth:`put_back` and then
+        One worker at a time is given items, one for itself, one for each of a few that wait, and up to
+        ``ahead`` in all; it must call :meth:`lay_out` or :meth:`put_back` and then
         :meth:`starting_done`. The others wait for what it lays out.
         """
         with self.mutex:
@@ -146,7 +149,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
                         self._wake()
                     return run
                 if self.queue and not self.starting:
-                    most = min(max(ahead, 1 + self.idle), len(self.queue))
+                    most = min(max(ahead, 1 + min(self.idle, MOST_WAITING)), len(self.queue))
                     self.starting = [self._take_one() for _ in range(most)]
                     return self.starting
                 if not block:

@@ -77,6 +77,11 @@ class Connections:
             self._writer = self._open_file()
         return self._writer
 
+    @property
+    def opened(self) -> bool:
+        """Whether the file was made and checked."""
+        return self._writer is not None
+
     @contextmanager
     def reader(self) -> Iterator[sqlite3.Connection]:
         """A connection to read with, given back afterwards; sqlite3's errors become ours."""

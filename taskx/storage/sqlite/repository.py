@@ -6,6 +6,7 @@ import json
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
@@ -72,6 +73,7 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.Lock()
         self._synchronous = "NORMAL"
         self._data_version = -1
+        _repositories.add(self)
 
     def __repr__(self) -> str:
         return f"SQLiteRepository({self.path!r}, durability={self.durability!r})"
@@ -174,11 +176,9 @@ class SQLiteRepository(Repository):
 
     def _open(self) -> None:
         """Have the file made and checked before the first reader sees it."""
-        if self._data_version == -1:
+        if not self._connections.opened:
             with self._write_lock:
-                if self._data_version == -1:
-                    writer = self._connections.writer()
-                    (self._data_version,) = writer.execute("PRAGMA data_version").fetchone()
+                self._connections.writer()
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
@@ -231,7 +231,9 @@ class SQLiteRepository(Repository):
         )
 
     def changed(self) -> bool:
-        """Whether another connection committed since the last call; reads one counter in memory.
+        """Whether another connection committed since the last call; true at the first.
+
+        Reads one counter in memory.
 
         It is read on the writing connection, so that own commits do not ring it.
         """
@@ -279,6 +281,7 @@ class SQLiteRepository(Repository):
 
     def nodes(self) -> Sequence[Node]:
         """All recorded nodes; those of the file that this one is a copy of are dead here."""
+        self._open()
         inode = self._inode()
         return [
             Node(
@@ -315,6 +318,18 @@ class SQLiteRepository(Repository):
         self._connections.renew_after_fork()
         self._turnstile.renew_after_fork()
         self._synchronous, self._data_version = "NORMAL", -1
+
+
+_repositories: weakref.WeakSet[SQLiteRepository] = weakref.WeakSet()
+
+
+def _renew_all_after_fork() -> None:
+    for repository in list(_repositories):
+        repository.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_all_after_fork)
 
 
 class _Refused(Exception):

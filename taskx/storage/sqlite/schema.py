@@ -71,6 +71,11 @@ _VERSION_1 = (
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
 VERSION = len(MIGRATIONS)
 
+_WHOSE = (
+    "SELECT (SELECT application_id FROM pragma_application_id), "
+    "(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_master)"
+)
+
 
 def check(connection: sqlite3.Connection, path: str) -> int:
     """The schema version of a file, 0 for an empty one; changes nothing.
@@ -78,8 +83,8 @@ def check(connection: sqlite3.Connection, path: str) -> int:
     Raises:
         SchemaMismatch: it is another program's database, or a newer version of TaskX wrote it.
     """
-    (application,) = connection.execute("PRAGMA application_id").fetchone()
-    (version,) = connection.execute("PRAGMA user_version").fetchone()
+    # In one statement, and so of one moment: another process may be making the file.
+    application, version, objects = connection.execute(_WHOSE).fetchone()
     if application == APPLICATION_ID:
         if version > VERSION:
             raise SchemaMismatch(
@@ -87,7 +92,6 @@ def check(connection: sqlite3.Connection, path: str) -> int:
                 "upgrade taskx-queue; the file was not touched"
             )
         return int(version)
-    (objects,) = connection.execute("SELECT count(*) FROM sqlite_master").fetchone()
     if objects or application or version:
         raise SchemaMismatch(
             f"{path} is the database of another program (application_id {application:#x}); "

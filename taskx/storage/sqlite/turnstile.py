@@ -38,11 +38,13 @@ class Turnstile:
         if fcntl is None or not (fds := self._fds or self._open_files()):
             return
         outer, inner = fds
-        if not _try(outer):
-            _wait(outer, timeout)
-        if not _try(inner):
-            _wait(inner, timeout)
-        fcntl.flock(outer, fcntl.LOCK_UN)
+        try:
+            if not _try(outer):
+                _wait(outer, timeout)
+            if not _try(inner):
+                _wait(inner, timeout)
+        finally:
+            fcntl.flock(outer, fcntl.LOCK_UN)
 
     def leave(self) -> None:
         """Let the next one through."""

@@ -1,0 +1,198 @@
+"""Tasks in a Flask app: submit from a view, show progress, cancel. Where ``start()`` goes:
+
+One process
+    ``python examples/flask_app.py``: :func:`main` starts the queue before it serves.
+
+The debug reloader
+    ``python examples/flask_app.py --debug`` runs this program twice: a parent that only watches the
+    files, and a child that serves and is replaced when one changes. :func:`main` starts the queue in
+    the child alone, which ``WERKZEUG_RUN_MAIN`` tells apart.
+
+gunicorn
+    ``gunicorn --chdir examples -w 2 -c examples/flask_app.py 'flask_app:create_app()'``: every worker
+    process has a queue of its own on the same file, and they share the tasks.
+    :func:`post_worker_init` starts it, after the fork: with ``--preload`` too, where the app is made
+    in the master, whose threads a fork would not copy.
+
+Another server
+    One without such a hook (``flask run``, uWSGI): ``app.before_request(queue_of(app).start)``. A
+    second ``start()`` does nothing; only, after a restart nothing runs before the first request.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from typing import Any
+
+from flask import Flask, Response, jsonify, redirect, request, url_for
+
+from taskx import (
+    ConfigurationError,
+    Context,
+    DuplicateTask,
+    InvalidTransition,
+    PayloadError,
+    Queue,
+    QueueFull,
+    QueueStopped,
+    RepositoryUnavailable,
+    SQLiteRepository,
+    Task,
+    TaskFilter,
+    TaskNotFound,
+    executor,
+)
+
+STATUS_CODES: dict[type[Exception], int] = {
+    ConfigurationError: 400,  # a filter or an id that cannot be
+    PayloadError: 400,
+    TaskNotFound: 404,
+    DuplicateTask: 409,
+    InvalidTransition: 409,
+    QueueFull: 503,
+    QueueStopped: 503,
+    RepositoryUnavailable: 503,
+}
+
+
+@executor("report")
+def report(ctx: Context, title: str, pages: int = 20) -> dict[str, Any]:
+    """Write a report; each page takes a moment."""
+    for page in range(1, pages + 1):
+        ctx.sleep(0.25)  # the work; a cancel ends it at once
+        ctx.progress(100 * page / pages, f"page {page} of {pages}")
+    return {"title": title, "pages": pages}
+
+
+def create_app(database: str = "tasks.db") -> Flask:
+    """Make the app. The queue is made here, and started by whoever runs the app: see above."""
+    queue = Queue(SQLiteRepository(database))
+    queue.register_executor(report)
+    app = Flask(__name__)
+    app.extensions["taskx"] = queue
+    for error, code in STATUS_CODES.items():
+        app.register_error_handler(
+            error, lambda error, code=code: (jsonify(error=str(error)), code)
+        )
+
+    @app.get("/")
+    def page() -> str:
+        return PAGE
+
+    @app.post("/tasks")
+    def submit() -> Any:
+        """Submit a report, given as a form or as JSON; with an ``id``, at most once."""
+        given = request.get_json() if request.is_json else request.form.to_dict()
+        if not isinstance(given, dict):
+            raise PayloadError("params", "must be an object")
+        task_id = given.pop("id", None)
+        handle = queue.submit("report", numbers(given), id=task_id)
+        if not request.is_json:
+            return redirect(url_for("page"), code=303)
+        location = url_for("show", task_id=handle.id)
+        return jsonify(id=handle.id), 202, {"Location": location}
+
+    @app.get("/tasks")
+    def show_all() -> Response:
+        """The tasks, newest first: ``?status=running&offset=20&limit=20``."""
+        tasks, total = queue.list_tasks(
+            TaskFilter(
+                status=request.args.get("status"),
+                offset=request.args.get("offset", 0, type=int),
+                limit=request.args.get("limit", 20, type=int),
+            )
+        )
+        return jsonify(tasks=[summary(task) for task in tasks], total=total)
+
+    @app.get("/tasks/<task_id>")
+    def show(task_id: str) -> Response:
+        return jsonify(summary(queue.get_task_status(task_id)))
+
+    @app.post("/tasks/<task_id>/cancel")
+    def cancel(task_id: str) -> Response:
+        """Cancel: ``cancelled`` is false for a running task, which was asked to stop and soon will."""
+        return jsonify(cancelled=queue.cancel_task(task_id))
+
+    return app
+
+
+def queue_of(app: Flask) -> Queue:
+    """The queue of an app."""
+    queue: Queue = app.extensions["taskx"]
+    return queue
+
+
+def numbers(params: dict[str, Any]) -> dict[str, Any]:
+    """Params with the number of pages as a number: in a form all is text."""
+    try:
+        return {**params, "pages": int(params["pages"])} if "pages" in params else params
+    except (TypeError, ValueError):
+        raise PayloadError("params.pages", "must be a whole number") from None
+
+
+def summary(task: Task) -> dict[str, Any]:
+    """What a client is told of a task."""
+    fields = ("id", "status", "params", "progress", "message", "result", "error", "created_at")
+    told = task.to_dict()
+    return {name: told[name] for name in fields}
+
+
+PAGE = """<!doctype html>
+<meta charset="utf-8"><title>Reports</title>
+<h1>Reports</h1>
+<form method="post" action="/tasks">
+  <input name="title" placeholder="Title" required>
+  <input name="pages" type="number" value="20" min="1">
+  <button>Write</button>
+</form>
+<table id="tasks"></table>
+<script>
+async function refresh() {
+  const {tasks} = await (await fetch("/tasks")).json();
+  const table = document.getElementById("tasks");
+  table.replaceChildren();
+  for (const task of tasks) {
+    const row = table.insertRow();
+    row.insertCell().textContent = task.params.title;
+    const bar = row.insertCell().appendChild(document.createElement("progress"));
+    bar.max = 100;
+    bar.value = task.progress;
+    row.insertCell().textContent = task.error || task.message || task.status;
+    if (["pending", "running"].includes(task.status)) {
+      const button = row.insertCell().appendChild(document.createElement("button"));
+      button.textContent = "Cancel";
+      button.onclick = () => fetch(`/tasks/${encodeURIComponent(task.id)}/cancel`, {method: "POST"});
+    }
+  }
+}
+refresh();
+setInterval(refresh, 500);
+</script>
+"""
+
+
+# gunicorn's hook: with ``-c examples/flask_app.py`` this module is its configuration file, too
+
+
+def post_worker_init(worker: Any) -> None:
+    """In a worker process that has the app: start its queue, which is stopped when the process ends."""
+    queue_of(worker.wsgi).start()
+
+
+def main(debug: bool, port: int) -> None:
+    """Serve with Flask's own server."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the queue is stopped then, too
+    app = create_app(os.environ.get("TASKX_DATABASE", "tasks.db"))
+    queue = queue_of(app)
+    if not debug or os.environ.get("WERKZEUG_RUN_MAIN") == "true":
+        queue.start()
+    try:
+        app.run(debug=debug, port=port)
+    finally:
+        queue.stop(cancel=True)
+
+
+if __name__ == "__main__":
+    main(debug="--debug" in sys.argv[1:], port=int(os.environ.get("PORT", "5000")))

@@ -1,0 +1,126 @@
+"""Ids sort by time, errors form one tree."""
+
+import inspect
+import os
+import pickle
+import re
+import threading
+import uuid
+
+import pytest
+
+import taskx
+from taskx import CancelReason, TaskCancelled, TaskxError
+from taskx.core import errors, ids
+from taskx.core.ids import new_id
+
+
+class TestIds:
+    def test_they_are_uuids_of_version_7(self):
+        value = uuid.UUID(new_id())
+        assert (value.version, value.variant) == (7, uuid.RFC_4122)
+
+    def test_they_sort_by_the_time_they_were_made(self):
+        made = [new_id() for _ in range(5000)]
+        assert made == sorted(made)
+        assert len(set(made)) == len(made)
+
+    def test_they_keep_their_order_when_the_clock_goes_back(self, monkeypatch):
+        before = new_id()
+        real = ids.time.time_ns()
+        monkeypatch.setattr(ids.time, "time_ns", lambda: real - 3_600_000_000_000)
+        assert new_id() > before
+
+    def test_they_are_unique_over_threads(self):
+        made = [[] for _ in range(8)]
+        barrier = threading.Barrier(8)
+
+        def work(out):
+            barrier.wait()
+            out += [new_id() for _ in range(1000)]
+
+        threads = [threading.Thread(target=work, args=(out,)) for out in made]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len({task_id for out in made for task_id in out}) == 8000
+        assert all(out == sorted(out) for out in made)
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_parent_and_child_make_different_ones(self):
+        new_id()
+        read, write = os.pipe()
+        if (child := os.fork()) == 0:
+            os.write(write, " ".join(new_id() for _ in range(100)).encode())
+            os._exit(0)
+        os.close(write)
+        ours = {new_id() for _ in range(100)}
+        with os.fdopen(read) as pipe:
+            theirs = set(pipe.read().split())
+        os.waitpid(child, 0)
+        assert len(theirs) == 100
+        assert not ours & theirs
+
+
+def error_classes():
+    return [
+        value
+        for value in vars(errors).values()
+        if inspect.isclass(value) and issubclass(value, BaseException)
+    ]
+
+
+class TestErrors:
+    def test_the_tree_that_is_drawn_is_the_tree_there_is(self):
+        drawn = {}
+        path = []
+        for line in errors.__doc__.splitlines():
+            found = re.match(r"    ([│├└─ ]*)(\w+)(?: \((\w+)\))?", line)
+            if not found or not found[2][0].isupper():
+                continue
+            del path[len(found[1]) // 4 :]
+            bases = {path[-1]} if path else set()
+            drawn[found[2]] = bases | ({found[3]} if found[3] else set())
+            path.append(found[2])
+        real = {
+            error.__name__: {base.__name__ for base in error.__bases__} - {"Exception"}
+            for error in error_classes()
+        }
+        assert drawn == real
+
+    def test_all_of_them_are_public(self):
+        assert {error.__name__ for error in error_classes()} <= set(taskx.__all__)
+
+    @pytest.mark.parametrize(
+        "error",
+        [
+            *(
+                error("what went wrong")
+                for error in error_classes()
+                if error.__init__ in (Exception.__init__, ValueError.__init__)
+                or "__init__" not in vars(error)
+            ),
+            errors.PayloadError("params.x", "too large"),
+            errors.TaskNotFound("a"),
+            errors.DuplicateTask("a"),
+            errors.TaskFailed("a", "ValueError: broke", 2, "Traceback …"),
+            TaskCancelled(CancelReason.TIMEOUT),
+        ],
+        ids=lambda error: type(error).__name__,
+    )
+    def test_each_survives_pickling(self, error):
+        copy = pickle.loads(pickle.dumps(error))
+        assert type(copy) is type(error)
+        assert (str(copy), vars(copy)) == (str(error), vars(error))
+
+    def test_they_say_what_they_are_about(self):
+        assert str(errors.PayloadError("params.x", "is not JSON")) == "params.x: is not JSON"
+        assert "'a b'" in str(errors.TaskNotFound("a b"))
+        assert "'a b'" in str(errors.DuplicateTask("a b"))
+        failed = errors.TaskFailed("a", "ValueError: broke", 2, "Traceback …")
+        assert str(failed) == "task a failed in attempt 2: ValueError: broke\n\nTraceback …"
+        assert str(TaskCancelled(CancelReason.STOP)) == "the task was told to stop: stop"
+
+    def test_a_cancellation_passes_an_except_exception(self):
+        assert not issubclass(TaskCancelled, (Exception, TaskxError))

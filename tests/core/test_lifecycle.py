@@ -1,0 +1,427 @@
+"""The life of a task: every row of the table of moves, and that there are no others."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import product
+
+import attrs
+import pytest
+
+from taskx import CancelReason, InvalidTransition, Task, TaskStatus
+from taskx.core import lifecycle
+from taskx.core.clock import to_datetime
+from taskx.core.lifecycle import Ending
+from taskx.core.record import COLUMNS, row_from_task, task_from_row
+from taskx.core.writes import Delete, Insert, matches
+
+NOW = 1_700_000_000_000
+LATER = NOW + 5000
+
+
+def make(status="pending", **fields) -> Task:
+    running = {"starts": 1, "started_at": to_datetime(NOW), "owner": "node"}
+    defaults = {
+        "pending": {},
+        "running": running,
+        "completed": {**running, "owner": "", "completed_at": to_datetime(NOW + 1)},
+        "failed": {**running, "owner": "", "completed_at": to_datetime(NOW + 1), "errors": 1},
+        "cancelled": {"completed_at": to_datetime(NOW + 1)},
+    }[status]
+    values = {"id": "a", "type": "t", "created_at": to_datetime(NOW), **defaults, **fields}
+    return Task(status=TaskStatus(status), **values)
+
+
+def apply(task: Task, *writes) -> Task | None:
+    """The task after the one write whose guard holds; None if none does."""
+    row = row_from_task(task)
+    row["held"] = int(task.run_at is not None and task.status is TaskStatus.PENDING)
+    holding = [write for write in writes if matches(row, write.guard)]
+    assert len(holding) <= 1, "alternatives exclude one another"
+    if not holding:
+        return None
+    if isinstance(holding[0], Delete):
+        return Task(id="deleted")
+    row.update(holding[0].changes)
+    return task_from_row([row[name] for name in COLUMNS])
+
+
+def end(task: Task, **ending) -> Task | None:
+    return apply(task, *lifecycle.conclude(task, Ending(**{"returned": False, **ending}), LATER))
+
+
+def request_cancel(task: Task) -> Task:
+    asked = apply(task, *lifecycle.cancel(task.id, LATER))
+    assert asked is not None
+    return asked
+
+
+class TestTable:
+    """``MOVES`` is what really can happen."""
+
+    def test_every_move_is_reachable_and_no_other(self):
+        reached = set()
+        for status, asked, errors in product(TaskStatus, (False, True), (0, 1)):
+            cancel_requested_at = to_datetime(NOW) if asked else None
+            task = make(status.value, cancel_requested_at=cancel_requested_at, errors=errors)
+            task.max_attempts = task.max_crashes = 2
+            for move in self.all_writes(task):
+                after = apply(task, *move)
+                if after is not None and after.status is not task.status:
+                    reached.add((task.status.value, after.status.value))
+        assert reached == {(move.source, move.target) for move in lifecycle.MOVES}
+
+    def all_writes(self, task):
+        for returned, permanent, reason in product(
+            (True, False), (True, False), (None, *CancelReason)
+        ):
+            ending = Ending(returned=returned, permanent=permanent, reason=reason)
+            yield lifecycle.conclude(task, ending, LATER)
+        for crashes, stopping in product((0, 1), (True, False)):
+            crashed = attrs.evolve(task, crashes=crashes)
+            yield lifecycle.rescue([crashed], LATER, stopping=stopping)[0]
+        yield lifecycle.cancel(task.id, LATER)
+        yield lifecycle.hand_back(task, LATER)
+        yield [lifecycle.progress(task.id, task.starts, 1, "")]
+        yield [lifecycle.release(task.id)]
+        yield [lifecycle.take(task.id, "n")]
+        yield [lifecycle.give_up(task.id, "n")]
+        if (start := lifecycle.start(task, LATER, "n")) is not None:
+            yield [start]
+        for status in TaskStatus:
+            wanted = attrs.evolve(task, status=status)
+            for by_hand in (
+                lambda: lifecycle.requeue(task, LATER),
+                lambda s=status: lifecycle.set_status(task, s, "", LATER),
+                lambda w=wanted: lifecycle.amend(task, w, LATER),
+            ):
+                with suppress(InvalidTransition):
+                    yield [by_hand()]
+
+    def test_each_move_by_hand_is_allowed_or_refused_as_the_table_says(self):
+        edges = {(move.source, move.target) for move in lifecycle.MOVES}
+        for source, target in product(TaskStatus, TaskStatus):
+            task = make(source.value)
+            if source is target or (source.value, target.value) in edges:
+                after = apply(task, lifecycle.set_status(task, target, "by hand", LATER))
+                assert after is not None
+                assert (after.status, after.message) == (target, "by hand")
+            else:
+                with pytest.raises(InvalidTransition, match=f"is {source} and cannot"):
+                    lifecycle.set_status(task, target, "", LATER)
+                with pytest.raises(InvalidTransition):
+                    lifecycle.amend(task, attrs.evolve(task, status=target), LATER)
+
+
+class TestCreate:
+    @pytest.mark.parametrize(("run_at", "held"), [(None, 0), (NOW - 1, 0), (NOW, 0), (NOW + 1, 1)])
+    def test_held_back_only_before_its_time(self, run_at, held):
+        write = lifecycle.create(
+            task_id="a", type="t", params="{}", created_by="u", now=NOW, run_at=run_at
+        )
+        assert isinstance(write, Insert)
+        assert write.durable
+        assert (write.id, write.row["created_at"], write.row["held"]) == ("a", NOW, held)
+
+
+class TestStart:
+    def test_raises_the_fence_and_names_the_owner(self):
+        task = make(starts=3, max_attempts=2, max_crashes=4, timeout=1.5)
+        update = lifecycle.start(task, LATER, "node")
+        after = apply(task, update)
+        assert after.status is TaskStatus.RUNNING
+        assert (after.starts, after.owner, after.started_at) == (4, "node", to_datetime(LATER))
+        assert (after.max_attempts, after.max_crashes, after.timeout) == (2, 4, 1.5)
+        lifecycle.mark_started(task, update)
+        assert task == after
+
+    def test_of_two_starts_of_one_reading_the_second_fails(self):
+        task = make()
+        first, second = (lifecycle.start(task, LATER, node) for node in ("one", "two"))
+        started = apply(task, first)
+        assert apply(started, second) is None
+        back = apply(started, *lifecycle.hand_back(started, LATER))
+        assert back.status is TaskStatus.PENDING
+        assert apply(back, second) is None
+
+    def test_not_before_its_time(self):
+        task = make(run_at=to_datetime(LATER))
+        assert apply(task, lifecycle.start(task, NOW, "node")) is None
+
+    @pytest.mark.parametrize("status", ["running", "completed", "failed", "cancelled"])
+    def test_only_of_a_pending_task(self, status):
+        assert lifecycle.start(make(status), LATER, "node") is None
+
+    @pytest.mark.parametrize(("max_crashes", "durable"), [(None, False), (1, True), (2, False)])
+    def test_a_power_cut_must_not_undo_one_that_may_not_be_repeated(self, max_crashes, durable):
+        assert lifecycle.start(make(max_crashes=max_crashes), LATER, "n").durable is durable
+
+
+class TestFence:
+    """What a run writes counts only as long as it is the task's run."""
+
+    @pytest.mark.parametrize("other", [{"starts": 2}, {"status": TaskStatus.PENDING}])
+    def test_a_run_that_lost_it_writes_nothing(self, other):
+        task = make("running")
+        now = attrs.evolve(task, **other)
+        writes = [
+            lifecycle.conclude(task, Ending(returned=returned, reason=reason), LATER)
+            for returned, reason in product((True, False), (None, *CancelReason))
+        ]
+        writes.append([lifecycle.progress("a", task.starts, 50, "late")])
+        writes.append(lifecycle.hand_back(task, LATER))
+        assert [apply(now, *alternatives) for alternatives in writes] == [None] * len(writes)
+
+    def test_progress_of_whichever_run_there_is(self):
+        after = apply(make("running", starts=9), lifecycle.progress("a", None, 50, "half"))
+        assert (after.progress, after.message) == (50, "half")
+
+
+class TestConclude:
+    @pytest.mark.parametrize("reason", [None, *CancelReason])
+    def test_a_normal_return_completes_whatever_had_fired(self, reason):
+        task = request_cancel(make("running", errors=1, error="before", traceback="tb"))
+        after = end(task, returned=True, result='{"n":1}', reason=reason, duration=2.5, worker="w")
+        assert after.status is TaskStatus.COMPLETED
+        assert (after.result, after.progress, after.duration) == ({"n": 1}, 100, 2.5)
+        assert (after.completed_at, after.owner, after.worker) == (to_datetime(LATER), "", "w")
+        assert (after.error, after.traceback, after.errors) == ("", "", 1)
+
+    def test_the_last_progress_is_kept(self):
+        task = make("running", progress=10, message="old")
+        assert end(task, returned=True, progress=60, message="last").message == "last"
+        failed = end(task, progress=60, message="last")
+        assert (failed.progress, failed.message) == (60, "last")
+        assert end(task).progress == 10
+
+    @pytest.mark.parametrize(
+        ("errors", "max_attempts", "permanent", "status", "dead_letter"),
+        [
+            (0, None, False, "failed", True),
+            (0, 1, False, "failed", True),
+            (0, 2, False, "pending", False),
+            (1, 2, False, "failed", True),
+            (0, 2, True, "failed", False),
+            (5, 2, False, "failed", True),
+        ],
+    )
+    def test_an_error_spends_an_attempt(self, errors, max_attempts, permanent, status, dead_letter):
+        """A dead letter is one whose attempts are spent."""
+        task = make("running", errors=errors, max_attempts=max_attempts)
+        after = end(task, error="broke", traceback="tb", permanent=permanent)
+        assert (after.status.value, after.dead_letter) == (status, dead_letter)
+        assert (after.errors, after.error, after.traceback) == (errors + 1, "broke", "tb")
+        assert (after.crashes, after.interruptions) == (0, 0)
+
+    def test_a_retry_stays_with_its_node_and_starts_afresh(self):
+        task = make("running", max_attempts=2, progress=40, message="m")
+        after = end(task, error="broke", worker="w")
+        assert (after.owner, after.progress, after.message) == ("node", 0, "")
+        assert (after.started_at, after.completed_at, after.attempt) == (None, None, 2)
+        [attempt] = after.attempts
+        assert (attempt.outcome, attempt.error, attempt.worker) == ("retried", "broke", "w")
+        assert attempt.ended_at == to_datetime(LATER)
+
+    def test_a_timeout_is_an_error(self):
+        assert end(make("running"), reason=CancelReason.TIMEOUT).status is TaskStatus.FAILED
+        retried = end(make("running", max_attempts=2), reason=CancelReason.TIMEOUT)
+        assert (retried.status, retried.errors) == (TaskStatus.PENDING, 1)
+
+    def test_a_cancel_cancels_whatever_was_raised(self):
+        after = end(make("running", max_attempts=5), reason=CancelReason.CANCEL, error="broke")
+        assert after.status is TaskStatus.CANCELLED
+        assert (after.errors, after.completed_at) == (0, to_datetime(LATER))
+
+    @pytest.mark.parametrize("reason", [CancelReason.STOP, CancelReason.LEASE_LOST])
+    def test_a_stop_interrupts_and_spends_nothing(self, reason):
+        after = end(make("running", errors=0), reason=reason, error="broke")
+        assert (after.status, after.owner) == (TaskStatus.PENDING, "")
+        assert (after.interruptions, after.errors, after.crashes, after.error) == (1, 0, 0, "")
+        assert [attempt.outcome for attempt in after.attempts] == ["interrupted"]
+
+    @pytest.mark.parametrize("reason", [None, CancelReason.TIMEOUT, CancelReason.STOP])
+    def test_what_would_run_again_is_cancelled_if_that_was_asked_for(self, reason):
+        """Even if the request came after the task was read."""
+        task = make("running", max_attempts=3)
+        asked = request_cancel(task)
+        writes = lifecycle.conclude(task, Ending(returned=False, reason=reason), LATER)
+        assert apply(asked, *writes).status is TaskStatus.CANCELLED
+        assert apply(task, *writes).status is TaskStatus.PENDING
+
+    def test_a_start_that_nobody_executed_is_undone(self):
+        task = make("running", errors=1, max_attempts=3)
+        after = apply(task, *lifecycle.hand_back(task, LATER))
+        assert (after.status, after.owner, after.starts) == (TaskStatus.PENDING, "node", 1)
+        assert (after.started_at, after.errors, after.interruptions) == (None, 1, 0)
+        asked = apply(request_cancel(task), *lifecycle.hand_back(task, LATER))
+        assert asked.status is TaskStatus.CANCELLED
+
+
+class TestAttemptLog:
+    def test_attempts_within_one_millisecond_are_all_kept(self):
+        task = make("running", max_attempts=2)
+        again = apply(task, *lifecycle.conclude(task, Ending(returned=False, error="1"), NOW))
+        again = apply(again, lifecycle.start(again, NOW, "node"))
+        assert [attempt.outcome for attempt in again.attempts] == ["retried", ""]
+        done = apply(again, *lifecycle.conclude(again, Ending(returned=False, error="2"), NOW))
+        assert [attempt.outcome for attempt in done.attempts] == ["retried", "failed"]
+
+    def test_it_is_bounded(self):
+        task = make("running", max_attempts=10**6)
+        for number in range(lifecycle.MAX_KEPT_ATTEMPTS + 5):
+            task = end(task, error=str(number))
+            task = apply(task, lifecycle.start(task, NOW + number, "node"))
+        assert len(task.earlier_attempts) == lifecycle.MAX_KEPT_ATTEMPTS
+        assert task.earlier_attempts[0].error == "5"
+
+    def test_a_crash_that_ended_the_task_is_there_once(self):
+        task = make("running", max_crashes=1)
+        [writes] = lifecycle.rescue([task], LATER, stopping=False)
+        failed = apply(task, *writes)
+        assert [attempt.outcome for attempt in failed.attempts] == ["crashed"]
+        again = apply(failed, lifecycle.requeue(failed, LATER))
+        assert [attempt.outcome for attempt in again.attempts] == ["crashed"]
+
+
+class TestCancel:
+    def test_a_pending_task_is_cancelled_at_once(self):
+        after = apply(make(owner="node"), *lifecycle.cancel("a", LATER))
+        assert (after.status, after.owner) == (TaskStatus.CANCELLED, "")
+        assert after.completed_at == to_datetime(LATER)
+
+    def test_a_running_one_is_asked_once(self):
+        asked = request_cancel(make("running"))
+        assert asked.status is TaskStatus.RUNNING
+        assert asked.cancel_requested_at == to_datetime(LATER)
+        assert apply(asked, *lifecycle.cancel("a", LATER + 1)) is None
+
+    @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+    def test_one_that_has_ended_is_left_alone(self, status):
+        assert apply(make(status), *lifecycle.cancel("a", LATER)) is None
+
+    def test_the_caller_is_told_so_it_is_durable(self):
+        assert all(write.durable for write in lifecycle.cancel("a", LATER))
+
+
+def rescue(*tasks: Task, stopping: bool = False) -> list[Task]:
+    rescues = lifecycle.rescue(list(tasks), LATER, stopping=stopping)
+    return [apply(task, *writes) for task, writes in zip(tasks, rescues, strict=True)]
+
+
+def counts(task: Task) -> tuple[str, int, int]:
+    return task.status.value, task.crashes, task.interruptions
+
+
+class TestRescue:
+    """What becomes of the tasks that ran on a node that died."""
+
+    def test_each_counts_a_crash_where_none_is_suspect(self):
+        assert [counts(t) for t in rescue(make("running"), make("running"))] == [
+            ("pending", 1, 0),
+            ("pending", 1, 0),
+        ]
+
+    def test_it_spends_no_attempt(self):
+        [after] = rescue(make("running", max_attempts=1))
+        assert (after.status, after.errors, after.owner) == (TaskStatus.PENDING, 0, "")
+        [attempt] = after.attempts
+        assert (attempt.outcome, attempt.error) == ("crashed", "the process that ran it died")
+
+    def test_a_suspect_is_the_culprit_and_spares_its_neighbours(self):
+        suspect, neighbour = rescue(make("running", crashes=1), make("running"))
+        assert counts(suspect) == ("pending", 2, 0)
+        assert counts(neighbour) == ("pending", 0, 1)
+        assert neighbour.attempts[0].outcome == "interrupted"
+
+    @pytest.mark.parametrize(
+        ("max_crashes", "status"), [(None, "failed"), (3, "failed"), (4, "pending")]
+    )
+    def test_it_is_a_dead_letter_at_its_last_crash(self, max_crashes, status):
+        [after] = rescue(make("running", crashes=2, max_crashes=max_crashes))
+        assert counts(after) == (status, 3, 0)
+        assert after.dead_letter is (status == "failed")
+        assert ("max_crashes=3" in after.error) is (status == "failed")
+
+    def test_a_stopping_node_interrupted_them(self):
+        assert [
+            counts(t) for t in rescue(make("running"), make("running", crashes=2), stopping=True)
+        ] == [
+            ("pending", 0, 1),
+            ("pending", 2, 1),
+        ]
+
+    @pytest.mark.parametrize("stopping", [True, False])
+    def test_one_that_allows_a_single_crash_never_runs_again(self, stopping):
+        """Whoever was the culprit."""
+        after, _ = rescue(
+            make("running", max_crashes=1), make("running", crashes=1), stopping=stopping
+        )
+        assert counts(after) == ("failed", 1, 0)
+
+    @pytest.mark.parametrize("max_crashes", [1, 3])
+    def test_one_that_was_asked_to_stop_is_cancelled(self, max_crashes):
+        [after] = rescue(request_cancel(make("running", max_crashes=max_crashes)))
+        assert counts(after) == ("cancelled", 1, 0)
+
+    @pytest.mark.parametrize(
+        "change", [{"owner": "another"}, {"starts": 2}, {"status": TaskStatus.COMPLETED}]
+    )
+    def test_not_if_it_moved_on(self, change):
+        task = make("running")
+        [writes] = lifecycle.rescue([task], LATER, stopping=False)
+        assert apply(attrs.evolve(task, **change), *writes) is None
+
+
+class TestRequeue:
+    @pytest.mark.parametrize("status", ["failed", "cancelled"])
+    def test_with_a_budget_that_starts_anew(self, status):
+        task = make(
+            status, starts=7, errors=2, crashes=2, interruptions=2, error="broke", dead_letter=True,
+            cancel_requested_at=to_datetime(NOW), progress=50, message="m", priority=4,
+            max_attempts=3, timeout=1.0, params={"x": 1},
+        )  # fmt: skip
+        update = lifecycle.requeue(task, LATER)
+        after = apply(task, update)
+        assert update.durable
+        assert (after.status, after.attempt, after.crashes, after.interruptions) == (
+            "pending",
+            1,
+            0,
+            0,
+        )
+        assert (after.error, after.dead_letter, after.cancel_requested_at) == ("", False, None)
+        assert (after.progress, after.message, after.completed_at) == (0, "", None)
+        assert after.starts == 7, "the fence is never lowered"
+        assert (after.priority, after.max_attempts, after.timeout, after.params) == (
+            4,
+            3,
+            1.0,
+            {"x": 1},
+        )
+
+    def test_the_log_is_kept(self):
+        again = apply(task := make("failed", error="broke"), lifecycle.requeue(task, LATER))
+        [attempt] = again.attempts
+        assert (attempt.outcome, attempt.error) == ("failed", "broke")
+
+    @pytest.mark.parametrize("status", ["pending", "running", "completed"])
+    def test_no_other(self, status):
+        with pytest.raises(InvalidTransition, match=f"is {status}"):
+            lifecycle.requeue(make(status), LATER)
+
+
+@pytest.mark.parametrize("status", list(TaskStatus))
+def test_all_but_running_tasks_can_be_deleted(status):
+    deleted = apply(make(status.value), lifecycle.delete("a"))
+    assert (deleted is None) == (status is TaskStatus.RUNNING)
+
+
+def test_who_holds_a_pending_task_is_only_a_note():
+    """Taking is for free tasks, giving up for one's own; neither touches a running one."""
+    free, ours = make(), make(owner="us")
+    assert apply(free, lifecycle.take("a", "us")).owner == "us"
+    assert apply(ours, lifecycle.take("a", "them")) is None
+    assert apply(ours, lifecycle.give_up("a", "us")).owner == ""
+    assert apply(ours, lifecycle.give_up("a", "them")) is None
+    assert apply(make("running", owner="us"), lifecycle.give_up("a", "us")) is None
+    assert apply(make(owner="them"), lifecycle.start(make(owner="them"), LATER, "us")).owner == "us"

@@ -1,0 +1,227 @@
+"""The records: a task to and from JSON, its status, and the filters of lists."""
+
+import json
+from datetime import datetime, timedelta, timezone
+
+import attrs
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taskx import Attempt, ConfigurationError, Task, TaskFilter, TaskStatus
+from taskx.core.clock import SystemClock, to_datetime, to_ms
+from taskx.core.model import TASK_FIELDS
+from taskx.core.record import COLUMNS, DEFAULTS, row_from_task, task_from_row
+from taskx.core.writes import CREATED
+from taskx.testing import ManualClock
+
+from .test_payload import json_values, keys, texts
+
+moments = st.integers(0, 4_000_000_000_000).map(to_datetime)
+maybe = st.none() | moments
+counts = st.integers(0, 2**31)
+seconds = st.floats(0, 1e9)
+attempts = st.builds(
+    Attempt,
+    outcome=texts,
+    started_at=maybe,
+    ended_at=maybe,
+    worker=texts,
+    error=texts,
+    traceback=texts,
+)
+tasks = st.builds(
+    Task,
+    id=texts,
+    type=texts,
+    status=st.sampled_from(TaskStatus),
+    params=st.dictionaries(keys, json_values, max_size=3),
+    result=json_values,
+    error=texts,
+    progress=st.integers(0, 100),
+    message=texts,
+    created_by=texts,
+    created_at=moments,
+    started_at=maybe,
+    completed_at=maybe,
+    duration=seconds,
+    priority=st.integers(-1000, 1000),
+    run_at=maybe,
+    timeout=st.none() | seconds,
+    max_attempts=st.none() | counts,
+    max_crashes=st.none() | counts,
+    errors=counts,
+    crashes=counts,
+    interruptions=counts,
+    starts=counts,
+    cancel_requested_at=maybe,
+    dead_letter=st.booleans(),
+    traceback=texts,
+    owner=texts,
+    worker=texts,
+    earlier_attempts=st.lists(attempts, max_size=3),
+)
+
+
+class TestTask:
+    @settings(max_examples=100, deadline=None)
+    @given(tasks)
+    def test_to_json_and_back(self, task):
+        data = json.loads(json.dumps(task.to_dict()))
+        assert Task.from_dict(data) == task
+
+    @settings(max_examples=100, deadline=None)
+    @given(tasks)
+    def test_to_a_row_and_back(self, task):
+        row = row_from_task(task)
+        assert tuple(row) == COLUMNS
+        assert task_from_row(tuple(row.values())) == task
+
+    def test_the_first_thirteen_names_are_the_originals(self):
+        assert list(Task().to_dict())[:13] == [
+            "id", "type", "status", "params", "result", "error", "progress", "message",
+            "created_by", "created_at", "started_at", "completed_at", "duration",
+        ]  # fmt: skip
+
+    def test_every_field_is_stored_but_its_damage(self):
+        names = [field.name for field in attrs.fields(Task)]
+        assert list(TASK_FIELDS) == names[:-1]
+        assert names[-1] == "damage"
+        assert set(CREATED) | set(DEFAULTS) == set(COLUMNS)
+
+    def test_a_new_row_is_a_new_task(self):
+        task = Task(id="a", type="t", created_at=to_datetime(0))
+        created = {"id": "a", "type": "t", "created_at": 0}
+        assert row_from_task(task) == {**DEFAULTS, **created}
+
+    @pytest.mark.parametrize(
+        ("text", "milliseconds"),
+        [
+            ("1970-01-01T00:00:01Z", 1000),
+            ("1970-01-01T00:00:01+00:00", 1000),
+            ("1970-01-01T08:00:01.5+08:00", 1500),
+            ("1970-01-01T00:00:01.123Z", 1123),
+            ("1970-01-01T00:00:01.123456789Z", 1123),
+        ],
+    )
+    def test_times_of_any_writer_are_read(self, text, milliseconds):
+        """Go's, too: it writes Z and up to nine digits."""
+        moment = Task.from_dict({"created_at": text}).created_at
+        assert (to_ms(moment), moment.tzinfo) == (milliseconds, timezone.utc)
+
+    @pytest.mark.parametrize(
+        "data", [{"created_at": "2024-01-01T00:00:00"}, {"status": "sleeping"}]
+    )
+    def test_what_cannot_be_read_is_refused(self, data):
+        with pytest.raises(ValueError, match=r"time zone|sleeping"):
+            Task.from_dict(data)
+
+    def test_unknown_names_are_ignored_and_absent_ones_default(self):
+        assert Task.from_dict({"id": "a", "of the future": 1}) == Task(id="a")
+
+    def test_a_row_that_is_damaged_says_so(self):
+        row = row_from_task(Task(id="a", type="t", params={"x": 1}, created_at=to_datetime(0)))
+        for column in ("params", "result", "earlier_attempts"):
+            task = task_from_row(tuple({**row, column: "{not JSON"}.values()))
+            assert "damaged" in task.damage
+            assert (task.id, task.params) == ("a", {})
+        assert "no JSON object" in task_from_row(tuple({**row, "params": "[1]"}.values())).damage
+
+    def test_the_attempt_a_user_sees_counts_errors_only(self):
+        assert Task(errors=2, crashes=5, interruptions=5, starts=12).attempt == 3
+
+    def test_no_attempt_without_a_start(self):
+        assert Task().attempts == []
+        [running] = Task(status=TaskStatus.RUNNING, started_at=to_datetime(0)).attempts
+        assert (running.outcome, running.ended_at) == ("", None)
+
+
+class TestStatus:
+    @pytest.mark.parametrize("status", list(TaskStatus))
+    def test_prints_as_its_value_and_is_it(self, status):
+        assert f"{status}" == str(status) == status.value == status
+        assert f"{status:>12}" == f"{status.value:>12}"
+        assert "%s" % status == status.value  # noqa: UP031
+        assert json.dumps(status) == f'"{status.value}"'
+
+    def test_there_are_five(self):
+        assert list(TaskStatus) == ["pending", "running", "completed", "failed", "cancelled"]
+        assert [s for s in TaskStatus if s.finished] == ["completed", "failed", "cancelled"]
+
+
+class TestFilter:
+    @pytest.mark.parametrize(
+        "condition",
+        [
+            {"start_date": datetime(2024, 1, 1)},
+            {"end_date": datetime(2024, 1, 1)},
+            {"start_date": "2024-01-01"},
+            {"offset": -1},
+            {"limit": -1},
+            {"offset": 1.0},
+            {"limit": "10"},
+            {"limit": True},
+            {"limit": None},
+            {"offset": 2**63},
+            {"limit": 2**63},
+            {"status": "sleeping"},
+            {"type": 5},
+            {"created_by": "x" * 256},
+            {"created_by": "\ud800"},
+            {"type": "a\0b"},
+        ],
+        ids=str,
+    )
+    def test_what_means_nothing_is_refused(self, condition):
+        with pytest.raises(ConfigurationError, match=next(iter(condition))):
+            TaskFilter(**condition)
+
+    def test_defaults(self):
+        assert TaskFilter() == TaskFilter(
+            type=None,
+            status=None,
+            created_by=None,
+            start_date=None,
+            end_date=None,
+            offset=0,
+            limit=100,
+        )
+
+    @pytest.mark.parametrize("status", ["failed", TaskStatus.FAILED])
+    def test_a_status_may_be_text(self, status):
+        assert TaskFilter(status=status).status is TaskStatus.FAILED
+
+    def test_no_status_may_be_an_empty_text(self):
+        """As in a query string."""
+        assert TaskFilter(status="").status is None
+
+
+class TestManualClock:
+    def test_stands_still_until_it_is_moved(self):
+        clock = ManualClock()
+        wall, monotonic = clock.now_ms(), clock.monotonic()
+        assert (clock.now_ms(), clock.monotonic()) == (wall, monotonic)
+        clock.advance(1.5)
+        assert (clock.now_ms(), clock.monotonic()) == (wall + 1500, monotonic + 1.5)
+
+    def test_the_wall_clock_is_set_without_the_other(self):
+        clock = ManualClock(datetime(2024, 6, 1, tzinfo=timezone.utc))
+        monotonic = clock.monotonic()
+        for hours in (-5, 5):
+            moment = clock.now() + timedelta(hours=hours)
+            clock.set_wall(moment)
+            assert (clock.now(), clock.monotonic()) == (moment, monotonic)
+
+    def test_time_does_not_pass_backwards(self):
+        with pytest.raises(ValueError, match="backwards"):
+            ManualClock().advance(-1)
+
+    def test_naive_moments_are_refused(self):
+        with pytest.raises(ValueError, match="time zone"):
+            ManualClock(datetime(2024, 1, 1))
+
+
+def test_the_system_clock_tells_the_time():
+    before = datetime.now(timezone.utc)
+    told = SystemClock().now_ms()
+    assert to_ms(before) <= told <= to_ms(datetime.now(timezone.utc))

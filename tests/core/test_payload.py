@@ -1,0 +1,172 @@
+"""The JSON rules: what may be stored, and how the error names what may not."""
+
+import enum
+import json
+import re
+from collections import OrderedDict, defaultdict
+from datetime import date, datetime, timezone
+from decimal import Decimal
+from types import MappingProxyType
+from uuid import uuid4
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from taskx import PayloadError
+from taskx.core.payload import MAX_DEPTH, clean_text, encode, encode_params, is_encodable, loads
+
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
+keys = texts.filter(lambda key: "\0" not in key)
+json_values = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers(-(2**63), 2**63 - 1)
+    | st.floats(allow_nan=False, allow_infinity=False)
+    | texts,
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(keys, inner, max_size=4),
+    max_leaves=20,
+)
+
+
+def typed(value):
+    """A value in which 1, 1.0 and True differ, and 0.0 and -0.0."""
+    if isinstance(value, dict):
+        return {key: typed(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [typed(item) for item in value]
+    return type(value), repr(value)
+
+
+def nested(depth):
+    value = []
+    for _ in range(depth - 1):
+        value = [value]
+    return value
+
+
+class TestRoundTrip:
+    @settings(max_examples=200, deadline=None)
+    @given(json_values)
+    def test_every_json_value_comes_back_with_its_types(self, value):
+        assert typed(loads(encode(value, "result"))) == typed(value)
+
+    @settings(max_examples=50, deadline=None)
+    @given(st.dictionaries(keys, json_values, max_size=4))
+    def test_params_too(self, params):
+        assert typed(loads(encode_params(params))) == typed(params)
+
+    def test_the_text_is_what_any_json_parser_reads(self):
+        text = encode({"a": [1, "é\u2028\0"]}, "params")
+        assert json.loads(text) == {"a": [1, "é\u2028\0"]}
+
+    def test_what_json_has_no_word_for_but_means_the_same(self):
+        """Tuples become lists, subclasses what they are made of."""
+        number = enum.IntEnum("number", {"one": 1})
+        word = enum.Enum("word", {"yes": "YES"}, type=str)
+        value = {
+            "tuple": (1, (2,)),
+            "int": number.one,
+            "str": word.yes,
+            "dict": OrderedDict(a=defaultdict(list, b=[1])),
+        }
+        assert loads(encode(value, "params")) == {
+            "tuple": [1, [2]],
+            "int": 1,
+            "str": "YES",
+            "dict": {"a": {"b": [1]}},
+        }
+
+    def test_params_may_be_any_mapping(self):
+        assert encode_params(MappingProxyType({"a": 1})) == '{"a":1}'
+        assert encode_params({}) == "{}"
+
+    def test_a_value_is_not_changed(self):
+        value = {"a": (1, 2)}
+        encode(value, "params")
+        assert value == {"a": (1, 2)}
+
+
+cycle_in_list = [1]
+cycle_in_list.append(cycle_in_list)
+cycle_in_dict = {}
+cycle_in_dict["self"] = [cycle_in_dict]
+
+
+class TestRefusal:
+    @pytest.mark.parametrize(
+        ("value", "path", "problem"),
+        [
+            (float("nan"), "params", "nan"),
+            ({"a": [0.0, float("inf")]}, "params.a[1]", "inf"),
+            ({"a": {"b": (1, -float("inf"))}}, "params.a.b[1]", "-inf"),
+            ({"n": 2**63}, "params.n", "beyond 64 bits"),
+            ({"n": -(2**63) - 1}, "params.n", "beyond 64 bits"),
+            ({"items": [{}, {}, {"price": Decimal("1.5")}]}, "params.items[2].price", "Decimal"),
+            ({1: "x"}, "params[1]", "key must be a string"),
+            ({"a": {None: "x"}}, "params.a[None]", "key must be a string"),
+            ({"a\0b": 1}, "params['a\\x00b']", "NUL"),
+            ({"a": "x\ud800"}, "params.a", "lone surrogate"),
+            ({"a": [{"\udfff": 1}]}, "params.a[0]['\\udfff']", "lone surrogate"),
+            ({"a": b"bytes"}, "params.a", "bytes is not JSON"),
+            ({"a": bytearray()}, "params.a", "bytearray is not JSON"),
+            ({"a": {1, 2}}, "params.a", "set is not JSON"),
+            ({"a": frozenset()}, "params.a", "frozenset is not JSON"),
+            ({"a": datetime.now(timezone.utc)}, "params.a", "datetime is not JSON"),
+            ({"a": date(2024, 1, 1)}, "params.a", "date is not JSON"),
+            ({"a": uuid4()}, "params.a", "UUID is not JSON"),
+            ({"a": 1j}, "params.a", "complex is not JSON"),
+            ({"a": object}, "params.a", "type is not JSON"),
+            ({"a": range(3)}, "params.a", "range is not JSON"),
+            ({"a": iter([])}, "params.a", "list_iterator is not JSON"),
+        ],
+        ids=lambda value: value if isinstance(value, str) and value.isascii() else "",
+    )
+    def test_the_error_names_path_and_problem(self, value, path, problem):
+        with pytest.raises(PayloadError, match=re.escape(problem)) as caught:
+            encode(value, "params")
+        assert caught.value.path == path
+        assert str(caught.value).startswith(f"{path}: ")
+
+    @pytest.mark.parametrize("value", [cycle_in_list, cycle_in_dict], ids=["list", "dict"])
+    def test_a_cycle_ends(self, value):
+        with pytest.raises(PayloadError, match="cycle") as caught:
+            encode(value, "result")
+        assert len(caught.value.path) <= 500
+
+    def test_depth_at_its_edge(self):
+        assert loads(encode(nested(MAX_DEPTH), "result")) == nested(MAX_DEPTH)
+        for depth in (MAX_DEPTH + 1, 100_000):
+            with pytest.raises(PayloadError, match="deep"):
+                encode(nested(depth), "result")
+
+    @pytest.mark.parametrize("text", ["x" * 8, "é" * 4, "☃☃xx"])
+    def test_size_at_its_edge_is_that_of_utf8(self, text):
+        encode(text, "result", max_size=10)
+        with pytest.raises(PayloadError, match=r"11 bytes.*max_payload_size \(10\)"):
+            encode(text + "x", "result", max_size=10)
+
+    def test_integers_at_their_edges(self):
+        for number in (2**63 - 1, -(2**63)):
+            assert loads(encode(number, "result")) == number
+
+    @pytest.mark.parametrize("params", [None, [], "text", 1, [("a", 1)]])
+    def test_params_are_an_object(self, params):
+        with pytest.raises(PayloadError, match="params: must be a dict"):
+            encode_params(params)
+
+    def test_one_that_is_empty_is_judged_too(self):
+        with pytest.raises(PayloadError):
+            encode_params(set())
+
+
+@settings(deadline=None)
+@given(st.text(max_size=30), st.integers(1, 20))
+def test_any_text_can_be_made_storable(text, limit):
+    cleaned = clean_text(text, 1000)
+    assert is_encodable(cleaned)
+    assert cleaned == text or not is_encodable(text)
+    if is_encodable(text):
+        cut = clean_text(text, limit)
+        assert len(cut) <= limit
+        assert cut == text or (cut[:-1] == text[: limit - 1] and cut[-1] == "…")

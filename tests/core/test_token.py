@@ -1,0 +1,276 @@
+"""The cancellation token: it fires once, and nobody who listens can hurt anybody else."""
+
+import os
+import signal
+import sys
+import threading
+
+import pytest
+
+from taskx import CancelReason, CancelToken, TaskCancelled
+from taskx.core.clock import SYSTEM_CLOCK
+from taskx.testing import ManualClock
+
+PATIENCE = 30  # seconds that a test waits for what comes at once
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+class TestFiring:
+    def test_once_and_for_one_reason(self):
+        token = CancelToken()
+        assert (token.cancelled, token.reason) == (False, None)
+        token.raise_if_cancelled()
+        assert token.fire(CancelReason.STOP)
+        assert not token.fire(CancelReason.CANCEL)
+        assert (token.cancelled, token.reason) == (True, CancelReason.STOP)
+        with pytest.raises(TaskCancelled) as caught:
+            token.raise_if_cancelled()
+        assert caught.value.reason is CancelReason.STOP
+
+    def test_of_racing_threads_one_wins(self):
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            for _ in range(50):
+                token, barrier, calls, won = CancelToken(), threading.Barrier(4), [], []
+                token.on_cancel(lambda calls=calls: calls.append(1))
+
+                def race(reason, token=token, barrier=barrier, won=won):
+                    barrier.wait()
+                    if token.fire(reason):
+                        won.append(reason)
+
+                threads = [threading.Thread(target=race, args=(reason,)) for reason in CancelReason]
+                for thread in threads:
+                    thread.start()
+                for thread in threads:
+                    thread.join()
+                assert won == [token.reason]
+        finally:
+            sys.setswitchinterval(interval)
+
+    def test_says_why(self):
+        token = CancelToken()
+        assert repr(token) == "<CancelToken not fired>"
+        token.fire(CancelReason.LEASE_LOST)
+        assert repr(token) == "<CancelToken lease lost>"
+        assert [f"{reason}" for reason in CancelReason] == [
+            "cancel",
+            "timeout",
+            "stop",
+            "lease lost",
+        ]
+
+
+class TestDeadline:
+    def test_fires_when_it_has_come(self, clock):
+        token = CancelToken(clock.monotonic() + 5, clock)
+        clock.advance(4.999)
+        assert not token.cancelled
+        assert token.remaining() == pytest.approx(0.001)
+        clock.advance(0.001)
+        assert token.reason is CancelReason.TIMEOUT
+        with pytest.raises(TaskCancelled):
+            token.remaining()
+
+    def test_is_not_moved_by_the_wall_clock(self, clock):
+        token = CancelToken(clock.monotonic() + 5, clock)
+        clock.set_wall(clock.now().replace(year=2050))
+        assert token.remaining() == 5
+
+    def test_remaining_is_none_without_one(self):
+        assert CancelToken().remaining() is None
+
+    def test_remaining_raises_once_it_has_fired(self, clock):
+        token = CancelToken(clock.monotonic() + 5, clock)
+        token.fire(CancelReason.CANCEL)
+        with pytest.raises(TaskCancelled) as caught:
+            token.remaining()
+        assert caught.value.reason is CancelReason.CANCEL
+
+    def test_after_another_reason_it_changes_nothing(self, clock):
+        token = CancelToken(clock.monotonic() + 5, clock)
+        token.fire(CancelReason.CANCEL)
+        clock.advance(9)
+        assert token.reason is CancelReason.CANCEL
+
+    def test_wait_ends_with_it(self):
+        token = CancelToken(SYSTEM_CLOCK.monotonic() + 0.01)
+        assert token.wait()
+        assert token.reason is CancelReason.TIMEOUT
+
+
+class TestWaiting:
+    def test_returns_at_once_when_fired(self):
+        token = CancelToken()
+        token.fire(CancelReason.STOP)
+        assert token.wait()
+        assert token.wait(0)
+
+    @pytest.mark.parametrize("timeout", [0, -1, 0.01])
+    def test_gives_up_after_a_while(self, timeout):
+        assert not CancelToken().wait(timeout)
+
+    def test_wakes_every_waiter(self):
+        token, woken = CancelToken(), []
+        inside = threading.Barrier(5)
+
+        def wait():
+            inside.wait()
+            woken.append(token.wait(PATIENCE))
+
+        threads = [threading.Thread(target=wait) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        inside.wait()
+        token.fire(CancelReason.CANCEL)
+        for thread in threads:
+            thread.join()
+        assert woken == [True] * 4
+        assert token._waiters == []
+
+    def test_a_very_long_wait_is_no_error(self):
+        token = CancelToken()
+        threading.Timer(0.01, token.fire, [CancelReason.STOP]).start()
+        assert token.wait(1e12)
+
+    @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
+    @pytest.mark.parametrize("timeout", [None, PATIENCE])
+    def test_a_signal_handler_may_fire_it(self, timeout):
+        """Even one that interrupted ``wait`` in the main thread, or another call of the token."""
+        for delay in (0.02, 0.001, 0.0001):
+            token = CancelToken()
+            called = threading.Event()
+            token.on_cancel(called.set)
+            before = signal.signal(
+                signal.SIGALRM, lambda *_, token=token: token.fire(CancelReason.STOP)
+            )
+            try:
+                signal.setitimer(signal.ITIMER_REAL, delay)
+                assert token.wait(timeout)
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+                signal.signal(signal.SIGALRM, before)
+            assert token.reason is CancelReason.STOP
+            assert called.wait(PATIENCE)
+
+
+class TestCallbacks:
+    def test_run_on_a_thread_that_nobody_needs(self):
+        token, threads = CancelToken(), []
+        done = threading.Event()
+        token.on_cancel(lambda: (threads.append(threading.current_thread()), done.set()))
+        token.fire(CancelReason.CANCEL)
+        assert done.wait(PATIENCE)
+        assert threads[0] is not threading.current_thread()
+        assert threads[0].daemon
+
+    def test_run_at_once_when_it_has_fired_already(self):
+        token, done = CancelToken(), threading.Event()
+        token.fire(CancelReason.CANCEL)
+        token.on_cancel(done.set)
+        assert done.wait(PATIENCE)
+
+    def test_each_runs_once(self):
+        token, calls, done = CancelToken(), [], threading.Event()
+        token.on_cancel(lambda: calls.append(1))
+        token.fire(CancelReason.CANCEL)
+        token.fire(CancelReason.STOP)
+        token.on_cancel(done.set)
+        assert done.wait(PATIENCE)
+        assert calls == [1]
+
+    def test_a_removed_one_does_not_run(self):
+        token, calls, done = CancelToken(), [], threading.Event()
+        remove = token.on_cancel(lambda: calls.append(1))
+        remove()
+        remove()
+        token.on_cancel(done.set)
+        token.fire(CancelReason.CANCEL)
+        assert done.wait(PATIENCE)
+        assert calls == []
+
+    def test_one_that_blocks_holds_up_nobody(self):
+        """Not who cancels, and no other callback, whichever came first."""
+        token, release = CancelToken(), threading.Event()
+        before, after, ended = threading.Event(), threading.Event(), threading.Event()
+        token.on_cancel(before.set)
+        token.on_cancel(lambda: (release.wait(PATIENCE), ended.set()))
+        token.on_cancel(after.set)
+        token.fire(CancelReason.CANCEL)
+        assert before.wait(PATIENCE)
+        assert after.wait(PATIENCE)
+        assert not ended.is_set()
+        release.set()
+        assert ended.wait(PATIENCE)
+
+    @pytest.mark.parametrize("error", [ValueError("broke"), SystemExit(3), KeyboardInterrupt()])
+    def test_one_that_raises_is_logged_and_hurts_nobody(self, error, caplog):
+        token, done = CancelToken(), threading.Event()
+        threads = []
+
+        def raises():
+            threads.append(threading.current_thread())
+            raise error
+
+        token.on_cancel(raises)
+        token.on_cancel(done.set)
+        token.fire(CancelReason.CANCEL)
+        assert done.wait(PATIENCE)
+        token.on_cancel(done.set)
+        while not threads:
+            done.wait(0.001)
+        threads[0].join(PATIENCE)
+        assert "a cancel callback raised" in caplog.text
+
+
+class TestChildren:
+    def test_fire_with_their_parent(self):
+        parent = CancelToken()
+        child = parent.child(60)
+        grandchild = child.child(60)
+        parent.fire(CancelReason.STOP)
+        assert (child.reason, grandchild.reason) == (CancelReason.STOP, CancelReason.STOP)
+
+    def test_time_out_alone(self, clock):
+        parent = CancelToken(clock.monotonic() + 10, clock)
+        child = parent.child(2)
+        clock.advance(2)
+        assert (child.reason, parent.reason) == (CancelReason.TIMEOUT, None)
+
+    def test_last_no_longer_than_their_parent(self, clock):
+        parent = CancelToken(clock.monotonic() + 10, clock)
+        assert parent.child(60).remaining() == 10
+        assert parent.child(6).remaining() == 6
+
+    def test_of_a_fired_parent_are_born_fired(self):
+        parent = CancelToken()
+        parent.fire(CancelReason.CANCEL)
+        assert parent.child(60).reason is CancelReason.CANCEL
+
+    def test_disowned_ones_are_left_alone(self):
+        parent = CancelToken()
+        child = parent.child(60)
+        parent.disown(child)
+        parent.fire(CancelReason.CANCEL)
+        assert child.reason is None
+
+    def test_do_not_fire_their_parent(self):
+        parent = CancelToken()
+        parent.child(60).fire(CancelReason.CANCEL)
+        assert parent.reason is None
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_token_works_in_a_forked_child():
+    token = CancelToken()
+    if (child := os.fork()) == 0:
+        token.fire(CancelReason.STOP)
+        os._exit(0 if token.wait(1) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert not token.cancelled

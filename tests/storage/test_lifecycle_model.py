@@ -1,0 +1,491 @@
+"""Every repository, driven through the moves of a task, against a model of the table of moves.
+
+The model is written from the table, without a look at ``lifecycle``.
+"""
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from taskx import CancelReason, InvalidTransition, TaskFilter, TaskNotFound, TaskStatus
+from taskx.core import lifecycle
+from taskx.storage.base import Node
+from taskx.testing import ManualClock
+
+from .repositories import MAKERS
+
+IDS = ("a", "b", "c")
+TYPES = {"a": "t", "b": "t", "c": "u"}
+NODES = ("n1", "n2")
+FINISHED = ("completed", "failed", "cancelled")
+BY_HAND = {
+    ("pending", "running"),
+    ("pending", "cancelled"),
+    ("running", "pending"),
+    ("running", "completed"),
+    ("running", "failed"),
+    ("running", "cancelled"),
+    ("failed", "pending"),
+    ("cancelled", "pending"),
+}
+
+
+@dataclass
+class Record:
+    """What a record must say."""
+
+    priority: int
+    run_at: int | None
+    max_attempts: int
+    max_crashes: int
+    order: int
+    held: bool
+    status: str = "pending"
+    owner: str = ""
+    starts: int = 0
+    errors: int = 0
+    crashes: int = 0
+    interruptions: int = 0
+    progress: int = 0
+    message: str = ""
+    error: str = ""
+    result: object = None
+    dead_letter: bool = False
+    cancel_requested: bool = False
+    started: bool = False
+    died: bool = False  # the last attempt is in the log already, as a crash
+    log: list[str] = field(default_factory=list)
+
+    def end(self, status, told=None):
+        self.status, self.owner = status, ""
+        if told is not None:
+            self.progress, self.message = told
+
+    def back(self, owner, outcome):
+        self.status, self.owner, self.started = "pending", owner, False
+        self.progress, self.message = 0, ""
+        self.log.append(outcome)
+
+    def requeue(self, order):
+        self.order = order
+        if self.started and not self.died:
+            self.log.append(self.status)
+        self.status, self.owner, self.held, self.run_at = "pending", "", False, None
+        self.errors = self.crashes = self.interruptions = self.progress = 0
+        self.message = self.error = ""
+        self.result = None
+        self.dead_letter = self.cancel_requested = self.started = self.died = False
+
+
+ids = st.sampled_from(IDS)
+nodes = st.sampled_from(NODES)
+percents = st.integers(0, 100)
+endings = st.sampled_from(
+    ["returned", "raised", "permanent", "timeout", "cancel", "stop", "lease lost"]
+)
+
+
+class Life(RuleBasedStateMachine):
+    kind = ""
+
+    @initialize()
+    def begin(self):
+        self.folder = Path(tempfile.mkdtemp())
+        self.clock = ManualClock()
+        self.store = MAKERS[self.kind](self.folder, self.clock)
+        if self.kind == "sqlite":
+            self.store.durability = "process"
+        for node in NODES:
+            self.store.join(Node(id=node, name=node))
+        self.model: dict[str, Record] = {}
+        self.seen = {}  # tasks as they were last read, perhaps long ago
+        self.runs = []  # and runs that were started, perhaps ended long ago
+        self.created = 0
+
+    def teardown(self):
+        if hasattr(self, "store"):
+            for node in NODES:
+                self.store.leave(node)
+            self.store.close()
+            shutil.rmtree(self.folder)
+
+    def apply(self, *writes):
+        return list(self.store.apply(writes))
+
+    def some_run(self, draw):
+        """One of the latest runs, mostly the last."""
+        return self.runs[-draw(st.integers(1, min(3, len(self.runs))))]
+
+    def alive(self, run):
+        """The record of a run that still has its fence."""
+        record = self.model.get(run.id)
+        alive = record and record.status == "running" and record.starts == run.starts
+        return record if alive else None
+
+    def order_again(self, record):
+        """A requeued task keeps its place, but where eight methods do not say when it was stored."""
+        if self.kind != "adapter":
+            return record.order
+        self.created += 1
+        return self.created
+
+    @rule(data=st.data())
+    def move(self, data):
+        """One of the moves that may do something now, those on the main road more often.
+
+        One rule for all, as Hypothesis leaves out many rules of a machine in each of its runs.
+        """
+        moves = [self.wait, self.release, self.take, self.give_up, self.read, self.cancel]
+        moves += [self.requeue, self.set_status, self.die, self.die]
+        moves += [self.create, self.create if len(self.model) < len(IDS) else self.delete]
+        moves += [self.start] * 4 if self.startable() else []
+        moves += [self.start_late] if self.seen else []
+        moves += [self.progress, self.hand_back, *[self.conclude] * 4] if self.runs else []
+        data.draw(st.sampled_from(moves))(data.draw)
+
+    # --- from nothing, and before the start
+
+    def create(self, draw):
+        task_id = draw(ids)
+        priority = draw(st.integers(-1, 1))
+        delay = draw(st.sampled_from([None, None, -5, 0, 5]))
+        max_attempts, max_crashes = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+        owner = draw(st.sampled_from(["", "n1"]))
+        now = self.clock.now_ms()
+        run_at = None if delay is None else now + delay * 1000
+        write = lifecycle.create(
+            task_id=task_id,
+            type=TYPES[task_id],
+            params="{}",
+            created_by="",
+            now=now,
+            priority=priority,
+            run_at=run_at,
+            max_attempts=max_attempts,
+            max_crashes=max_crashes,
+        )
+        write.row["owner"] = owner
+        assert self.apply(write) == [task_id not in self.model]
+        if task_id not in self.model:
+            self.created += 1
+            held = run_at is not None and run_at > now
+            self.model[task_id] = Record(
+                priority, run_at, max_attempts, max_crashes, self.created, held, owner=owner
+            )
+            # Whatever was read or run under this id before was another task.
+            self.seen.pop(task_id, None)
+            self.runs = [run for run in self.runs if run.id != task_id]
+
+    def wait(self, draw):
+        self.clock.advance(draw(st.sampled_from([0.001, 1, 5])))
+
+    def release(self, draw):
+        task_id = draw(ids)
+        record = self.model.get(task_id)
+        holds = record is not None and record.status == "pending" and record.held
+        assert self.apply(lifecycle.release(task_id)) == [holds]
+        if holds:
+            record.held = False
+
+    def take(self, draw):
+        task_id, node = draw(ids), draw(nodes)
+        record = self.model.get(task_id)
+        holds = record is not None and record.status == "pending" and record.owner == ""
+        assert self.apply(lifecycle.take(task_id, node)) == [holds]
+        if holds:
+            record.owner = node
+
+    def give_up(self, draw):
+        task_id, node = draw(ids), draw(nodes)
+        record = self.model.get(task_id)
+        holds = record is not None and record.status == "pending" and record.owner == node
+        assert self.apply(lifecycle.give_up(task_id, node)) == [holds]
+        if holds:
+            record.owner = ""
+
+    # --- running
+
+    def start(self, draw):
+        """Start a task that can be, as it is now; and keep what was read for later."""
+        task_id = draw(st.sampled_from(self.startable()))
+        self.seen[task_id] = self.store.get_by_id(task_id)
+        self.start_as_read(self.store.get_by_id(task_id), draw(nodes))
+
+    def startable(self):
+        return sorted(i for i, r in self.model.items() if r.status == "pending" and not r.held)
+
+    def read(self, draw):
+        task_id = draw(ids)
+        if task_id in self.model:
+            self.seen[task_id] = self.store.get_by_id(task_id)
+
+    def start_late(self, draw):
+        """Start a task as it was read before; one that was started since does not start."""
+        task_id = draw(st.sampled_from(sorted(self.seen)))
+        self.start_as_read(self.seen.pop(task_id), draw(nodes))
+
+    def start_as_read(self, task, node):
+        self.clock.advance(0.001)
+        task_id = task.id
+        write = lifecycle.start(task, self.clock.now_ms(), node)
+        if task.status is not TaskStatus.PENDING:
+            assert write is None
+            return
+        record = self.model.get(task_id)
+        holds = (
+            record is not None
+            and record.status == "pending"
+            and not record.held
+            and record.starts == task.starts
+        )
+        assert self.apply(write) == [holds]
+        if holds:
+            lifecycle.mark_started(task, write)
+            self.runs.append(task)
+            record.status, record.owner, record.started = "running", node, True
+            record.starts += 1
+
+    def progress(self, draw):
+        percent = draw(percents)
+        run = self.some_run(draw)
+        record = self.alive(run)
+        write = lifecycle.progress(run.id, run.starts, percent, f"{percent}")
+        assert self.apply(write) == [record is not None]
+        if record:
+            record.progress, record.message = percent, f"{percent}"
+
+    def conclude(self, draw):
+        how, told = draw(endings), draw(st.none() | percents)
+        run = self.some_run(draw)
+        returned = how == "returned"
+        fired = how in ("timeout", "cancel", "stop", "lease lost")
+        ending = lifecycle.Ending(
+            returned=returned,
+            result='{"n":1}' if returned else None,
+            error="" if returned else how,
+            permanent=how == "permanent",
+            reason=CancelReason(how) if fired else None,
+            progress=told,
+            message="" if told is None else "told",
+        )
+        held = self.apply(*lifecycle.conclude(run, ending, self.clock.now_ms()))
+        record = self.alive(run)
+        assert held.count(True) == (record is not None)
+        if record:
+            self.ended(record, how, None if told is None else (told, "told"))
+
+    def ended(self, record, how, told):
+        if how == "returned":
+            record.end("completed", told)
+            record.progress, record.result, record.error = 100, {"n": 1}, ""
+        elif how == "cancel":
+            record.end("cancelled", told)
+        elif how in ("stop", "lease lost"):
+            if record.cancel_requested:
+                record.end("cancelled", told)
+            else:
+                record.back("", "interrupted")
+                record.interruptions += 1
+        elif how == "permanent" or record.errors + 1 == record.max_attempts:
+            record.end("failed", told)
+            record.errors += 1
+            record.error = how
+            record.dead_letter = record.errors == record.max_attempts
+        elif record.cancel_requested:
+            record.end("cancelled", told)
+        else:
+            record.back(record.owner, "retried")
+            record.errors += 1
+            record.error = how
+
+    def hand_back(self, draw):
+        run = self.some_run(draw)
+        record = self.alive(run)
+        held = self.apply(*lifecycle.hand_back(run, self.clock.now_ms()))
+        assert held.count(True) == (record is not None)
+        if record and record.cancel_requested:
+            record.end("cancelled")
+        elif record:
+            record.status, record.started = "pending", False
+
+    def die(self, draw):
+        """A node dies, another one takes back what it held."""
+        node, stopping = draw(nodes), draw(st.booleans())
+        owned = {stub.id: stub.status for stub in self.store.owned(node)}
+        assert owned == {i: r.status for i, r in self.model.items() if r.owner == node}
+        running = [task_id for task_id in owned if owned[task_id] == "running"]
+        tasks = list(self.store.get_many(running).values())
+        rescues = lifecycle.rescue(tasks, self.clock.now_ms(), stopping=stopping)
+        give_ups = [[lifecycle.give_up(i, node)] for i in owned if owned[i] == "pending"]
+        for alternatives in [*rescues, *give_ups]:
+            assert self.apply(*alternatives).count(True) == 1
+        suspects = any(self.model[task_id].crashes for task_id in running)
+        for task_id in owned:
+            self.lost(self.model[task_id], suspects, stopping)
+
+    def lost(self, record, suspects, stopping):
+        if record.status == "pending":
+            record.owner = ""
+            return
+        culprit = not stopping and (record.crashes > 0 or not suspects)
+        crashed = culprit or record.max_crashes == 1
+        record.crashes += crashed
+        if record.cancel_requested:
+            record.end("cancelled")
+        elif record.crashes == record.max_crashes:
+            record.end("failed")
+            record.error, record.dead_letter, record.died = "died", True, True
+            record.log.append("crashed")
+        else:
+            record.back("", "crashed" if crashed else "interrupted")
+            record.interruptions += not crashed
+
+    # --- from outside
+
+    def cancel(self, draw):
+        task_id = draw(ids)
+        record = self.model.get(task_id)
+        pending = record is not None and record.status == "pending"
+        asked = record is not None and record.status == "running" and not record.cancel_requested
+        held = self.apply(*lifecycle.cancel(task_id, self.clock.now_ms()))
+        assert held == [pending, asked]
+        if pending:
+            record.end("cancelled")
+        elif asked:
+            record.cancel_requested = True
+
+    def requeue(self, draw):
+        task_id = draw(ids)
+        record = self.model.get(task_id)
+        if record is None:
+            return
+        task = self.store.get_by_id(task_id)
+        if record.status in ("failed", "cancelled"):
+            assert self.apply(lifecycle.requeue(task, self.clock.now_ms())) == [True]
+            record.requeue(self.order_again(record))
+        else:
+            with pytest.raises(InvalidTransition):
+                lifecycle.requeue(task, self.clock.now_ms())
+
+    def delete(self, draw):
+        task_id = draw(ids)
+        record = self.model.get(task_id)
+        holds = record is not None and record.status != "running"
+        assert self.apply(lifecycle.delete(task_id)) == [holds]
+        if holds:
+            del self.model[task_id]
+
+    def set_status(self, draw):
+        task_id, status = draw(ids), draw(st.sampled_from(list(TaskStatus)))
+        record = self.model.get(task_id)
+        if record is None:
+            with pytest.raises(TaskNotFound):
+                self.store.update_status(task_id, status, "by hand")
+            return
+        same = record.status == status.value
+        if not same and (record.status, status.value) not in BY_HAND:
+            with pytest.raises(InvalidTransition):
+                self.store.update_status(task_id, status, "by hand")
+            return
+        self.store.update_status(task_id, status, "by hand")
+        if not same:
+            self.moved_by_hand(record, status.value)
+        record.message = "by hand"
+
+    def moved_by_hand(self, record, status):
+        if status == "running":
+            record.status, record.started, record.held = "running", True, False
+            record.starts += 1
+        elif status == "pending" and record.status == "running":
+            record.status, record.owner, record.started = "pending", "", False
+        elif status == "pending":
+            record.requeue(self.order_again(record))
+        else:
+            record.end(status)
+            record.progress = 100 if status == "completed" else record.progress
+
+    # --- what must hold after every move
+
+    @invariant()
+    def records_say_what_the_model_says(self):
+        found = self.store.get_many(IDS)
+        assert {i: self.as_record(found[i]) for i in found} == {
+            i: replace(record, held=False, died=False) for i, record in self.model.items()
+        }
+        for task in found.values():
+            assert task.damage == ""
+            assert task.attempt == task.errors + 1
+            assert (task.completed_at is not None) == task.status.finished
+
+    def as_record(self, task):
+        run_at = task.run_at
+        return Record(
+            priority=task.priority,
+            run_at=None if run_at is None else round(run_at.timestamp() * 1000),
+            max_attempts=task.max_attempts,
+            max_crashes=task.max_crashes,
+            order=self.model[task.id].order,
+            held=False,
+            status=task.status.value,
+            owner=task.owner if task.status.value not in FINISHED else "",
+            starts=task.starts,
+            errors=task.errors,
+            crashes=task.crashes,
+            interruptions=task.interruptions,
+            progress=task.progress,
+            message=task.message,
+            error="died" if "died" in task.error else task.error,
+            result=task.result,
+            dead_letter=task.dead_letter,
+            cancel_requested=task.cancel_requested_at is not None,
+            started=task.started_at is not None,
+            log=[attempt.outcome for attempt in task.earlier_attempts],
+        )
+
+    @invariant()
+    def indexes_agree_with_the_records(self):
+        records, now = self.model, self.clock.now_ms()
+        pending = {i: r for i, r in records.items() if r.status == "pending"}
+        free = [i for i, r in pending.items() if not r.held and not r.owner]
+        best_first = sorted(free, key=lambda i: (-records[i].priority, records[i].order))
+        assert [stub.id for stub in self.store.ready(["t", "u"], 9)] == best_first
+        held = sorted((r.run_at, i) for i, r in pending.items() if r.held)
+        assert self.store.next_due() == (held[0][0] if held else None)
+        assert sorted(self.store.due(now, 9)) == sorted(i for run_at, i in held if run_at <= now)
+        unfinished = {i: r for i, r in records.items() if r.status not in FINISHED}
+        assert set(self.store.owners()) == {r.owner for r in unfinished.values()} - {""}
+        for kind in ("t", "u"):
+            assert self.store.unfinished([kind]) == any(
+                bool(r.owner) if r.status == "running" else not r.held
+                for i, r in unfinished.items()
+                if TYPES[i] == kind
+            )
+        for status in TaskStatus:
+            of_status = {i for i, r in records.items() if r.status == status.value}
+            filter = TaskFilter(status=status)
+            assert {task.id for task in self.store.list(filter)} == of_status
+            assert self.store.count(filter) == len(of_status)
+
+
+def life_on(kind, examples):
+    machine = type(f"LifeOn{kind.title()}", (Life,), {"kind": kind})
+    machine.TestCase.settings = settings(
+        max_examples=examples,
+        stateful_step_count=50,
+        deadline=None,
+        derandomize=True,
+        phases=[Phase.explicit, Phase.generate],  # add Phase.shrink to look into a failure
+        suppress_health_check=list(HealthCheck),
+    )
+    return machine.TestCase
+
+
+TestMemoryLife = life_on("memory", 300)
+TestSQLiteLife = life_on("sqlite", 100)
+TestAdapterLife = life_on("adapter", 100)

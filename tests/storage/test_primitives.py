@@ -1,0 +1,613 @@
+"""What the runtime needs beyond the eight methods, the same on every repository."""
+
+import json
+import sys
+import threading
+from datetime import timedelta
+
+import attrs
+import pytest
+
+from taskx import (
+    ConfigurationError,
+    InvalidTransition,
+    MemoryRepository,
+    PayloadError,
+    Task,
+    TaskFilter,
+    TaskStatus,
+)
+from taskx.core import lifecycle
+from taskx.core.clock import to_ms
+from taskx.core.writes import PRESENT, Delete, Update, matches
+from taskx.storage.base import Node
+from taskx.testing import ManualClock
+
+from .repositories import MAKERS
+
+#: Stores that keep several writes in one transaction.
+transactional = pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
+
+
+@pytest.fixture
+def now(clock):
+    return clock.now_ms()
+
+
+def insert(task_id, clock, *, owner="", **options):
+    write = lifecycle.create(
+        **{
+            "task_id": task_id,
+            "type": "t",
+            "params": "{}",
+            "created_by": "",
+            "now": clock.now_ms(),
+            **options,
+        }
+    )
+    write.row["owner"] = owner
+    return write
+
+
+@pytest.fixture
+def add(store, clock):
+    """Store a pending task."""
+
+    def add(task_id, **options):
+        assert list(store.apply([insert(task_id, clock, **options)])) == [True]
+        return store.get_by_id(task_id)
+
+    return add
+
+
+@pytest.fixture
+def run(store, add, clock):
+    """Store a task and start it."""
+
+    def run(task_id, node="node", **options):
+        task = add(task_id, **options)
+        start = lifecycle.start(task, clock.now_ms(), node)
+        assert list(store.apply([start])) == [True]
+        return store.get_by_id(task_id)
+
+    return run
+
+
+def ids(stubs):
+    return [stub.id for stub in stubs]
+
+
+class TestApply:
+    def test_each_write_says_whether_its_guard_held(self, store, add, clock):
+        add("a")
+        writes = [
+            insert("a", clock),
+            Update("a", {"status": "pending"}, {"message": "held"}),
+            Update("a", {"status": "running"}, {"message": "did not"}),
+            Update("nobody", {}, {"message": "no such task"}),
+            insert("b", clock),
+        ]
+        assert list(store.apply(writes)) == [False, True, False, False, True]
+        assert store.get_by_id("a").message == "held"
+        assert sorted(store.get_many(["a", "b", "nobody"])) == ["a", "b"]
+
+    def test_a_later_write_sees_an_earlier_one(self, store, add):
+        add("a")
+        first = Update("a", {"message": ""}, {"message": "one"})
+        second = Update("a", {"message": "one"}, {"message": "two"})
+        assert list(store.apply([second, first, second, second])) == [False, True, True, False]
+
+    def test_no_writes_are_fine(self, store):
+        assert list(store.apply([])) == []
+
+    @pytest.mark.parametrize(
+        ("guard", "holds"),
+        [
+            ({}, True),
+            ({"message": "said"}, True),
+            ({"message": "SAID"}, False),
+            ({"message": ""}, False),
+            ({"progress": 0}, True),
+            ({"progress": 1}, False),
+            ({"run_at": None}, True),
+            ({"started_at": None}, False),
+            ({"started_at": PRESENT}, True),
+            ({"run_at": PRESENT}, False),
+            ({"status": ("pending", "running")}, True),
+            ({"status": ("completed",)}, False),
+            ({"status": ()}, False),
+            ({"status": "running", "message": "said", "run_at": None}, True),
+            ({"status": "running", "message": "said", "run_at": PRESENT}, False),
+            ({"message": "' OR 1=1 --"}, False),
+        ],
+    )
+    def test_a_guard_tests_columns(self, store, run, guard, holds):
+        """A value, None, one of several, or present; all of them must hold."""
+        run("a")
+        store.apply([Update("a", {}, {"message": "said"})])
+        assert list(store.apply([Update("a", guard, {"message": "changed"})])) == [holds]
+        assert store.get_by_id("a").message == ("changed" if holds else "said")
+        if holds and "message" not in guard:
+            assert list(store.apply([Delete("a", guard)])) == [True]
+            assert store.get_many(["a"]) == {}
+
+    def test_guards_in_python_mean_the_same(self):
+        row = {"a": None, "b": 0}
+        assert matches(row, {"a": None, "b": (0, 1)})
+        assert not matches(row, {"a": PRESENT})
+        assert matches(row, {"b": PRESENT})
+
+    def test_a_delete_that_fails_its_guard_deletes_nothing(self, store, run):
+        run("a")
+        assert list(store.apply([lifecycle.delete("a"), lifecycle.delete("b")])) == [False, False]
+        assert store.get_by_id("a").status is TaskStatus.RUNNING
+
+
+class TestAllOrNothing:
+    @transactional
+    def test_all_when_every_guard_holds(self, store, add, clock):
+        writes = [insert("a", clock), insert("b", clock)]
+        assert list(store.apply(writes, all_or_nothing=True)) == [True, True]
+        assert sorted(store.get_many(["a", "b"])) == ["a", "b"]
+
+    @transactional
+    @pytest.mark.parametrize(
+        "others", [["b"], ["b", "b"], ["b", "c", "b"]], ids=["exists", "twice", "exists and twice"]
+    )
+    def test_nothing_when_an_insert_is_a_duplicate(self, store, add, clock, others):
+        """The ids at fault are those that are told False."""
+        add("a")
+        writes = [insert(task_id, clock) for task_id in (*others, "a")]
+        results = store.apply(writes, all_or_nothing=True)
+        expected = [task_id not in others[:i] for i, task_id in enumerate(others)]
+        assert list(results) == [*expected, False]
+        assert store.count(TaskFilter()) == 1
+
+    @transactional
+    def test_nothing_when_a_guard_fails(self, store, add, clock):
+        add("a")
+        writes = [
+            Update("a", {"status": "pending"}, {"message": "changed"}),
+            Update("a", {"status": "running"}, {"message": "no"}),
+            insert("b", clock),
+        ]
+        assert not all(store.apply(writes, all_or_nothing=True))
+        assert store.get_by_id("a").message == ""
+        assert store.count(TaskFilter()) == 1
+
+    @pytest.mark.parametrize("store", ["adapter"], indirect=True)
+    def test_eight_methods_have_no_transaction(self, store, clock):
+        with pytest.raises(ConfigurationError, match="TinyRepository"):
+            store.apply([insert("a", clock), insert("b", clock)], all_or_nothing=True)
+        assert store.count(TaskFilter()) == 0
+        assert list(store.apply([insert("a", clock)], all_or_nothing=True)) == [True]
+
+
+class TestSettle:
+    """After an interrupt, whether a write took place is read back."""
+
+    def test_what_took_place(self, store, add, clock, now):
+        task = add("a")
+        writes = [
+            insert("b", clock, params='{"x":1}', owner="node"),
+            lifecycle.start(task, now, "node"),
+            Delete("c", {}),
+        ]
+        add("c")
+        assert list(store.settle(writes)) == [False, False, False]
+        store.apply(writes)
+        assert list(store.settle(writes)) == [True, True, True]
+
+    def test_an_insert_is_known_again_after_it_moved_on(self, store, add, clock, now):
+        """Or a submission that was stored, and taken up by another process, would seem a duplicate."""
+        write = insert("a", clock, owner="node", max_attempts=None)
+        store.apply([write])
+        store.apply([lifecycle.give_up("a", "node")])
+        task = attrs.evolve(store.get_by_id("a"), max_attempts=3, timeout=5.0)
+        store.apply([lifecycle.start(task, now, "other")])
+        assert list(store.settle([write])) == [True]
+
+    def test_another_ones_insert_is_not_taken_for_it(self, store, add, clock):
+        add("a")
+        clock.advance(1)
+        assert list(store.settle([insert("a", clock)])) == [False]
+
+    def test_another_nodes_start_is_not_taken_for_it(self, store, add, now):
+        task = add("a")
+        ours, theirs = (lifecycle.start(task, now, node) for node in ("ours", "theirs"))
+        store.apply([theirs])
+        assert list(store.settle([ours, theirs])) in ([False, True], [False, True])
+
+
+class TestGetMany:
+    def test_those_that_exist_by_id(self, store, add):
+        add("a")
+        add("b")
+        found = store.get_many(["b", "x", "a", "b"])
+        assert {task_id: task.id for task_id, task in found.items()} == {"a": "a", "b": "b"}
+        assert store.get_many([]) == {}
+
+    def test_a_thousand_and_more(self, store, clock):
+        names = [f"task-{number}" for number in range(1201)]
+        store.apply([insert(name, clock) for name in names])
+        assert sorted(store.get_many([*names, "missing"])) == sorted(names)
+
+
+class TestReady:
+    """Pending tasks that may start now and that nobody holds."""
+
+    def test_highest_priority_then_first_stored(self, store, add, clock):
+        for number, priority in enumerate([0, 5, -5, 5, 0]):
+            options = {} if not priority else {"priority": priority}
+            add_if_kept(store, add, str(number), **options)
+            clock.advance(-0.0)
+        expected = [i for _, i in sorted((-store.get_by_id(i).priority, i) for i in "01234")]
+        assert ids(store.ready(["t"], 10)) == expected
+        assert ids(store.ready(["t"], 3)) == expected[:3]
+        assert ids(store.ready(["t"], 0)) == []
+
+    def test_first_stored_across_types_whatever_the_clock_says(self, store, add, clock):
+        add("first", type="t")
+        clock.set_wall(clock.now() - timedelta(hours=1))
+        add("second", type="u")
+        add("third", type="t")
+        assert ids(store.ready(["u", "t"], 10)) == ["first", "second", "third"]
+
+    def test_only_of_the_types_asked_for(self, store, add):
+        add("a", type="t")
+        add("b", type="u")
+        assert ids(store.ready(["u", "v"], 10)) == ["b"]
+        assert ids(store.ready(["' OR 1=1 --", "%"], 10)) == []
+        assert ids(store.ready([], 10)) == []
+
+    def test_not_what_a_node_holds(self, store, add):
+        add("a", owner="node")
+        assert ids(store.ready(["t"], 10)) == []
+        store.apply([lifecycle.give_up("a", "other")])
+        assert ids(store.ready(["t"], 10)) == []
+        store.apply([lifecycle.give_up("a", "node")])
+        assert ids(store.ready(["t"], 10)) == ["a"]
+        store.apply([lifecycle.take("a", "node")])
+        assert ids(store.ready(["t"], 10)) == []
+
+    def test_not_what_runs_or_has_ended(self, store, add, run, now):
+        run("a")
+        add("b")
+        store.apply([lifecycle.cancel("b", now)[0]])
+        assert ids(store.ready(["t"], 10)) == []
+
+    def test_a_stub_says_what_the_buffer_needs(self, store, run, clock, now):
+        run("a")
+        store.apply([lifecycle.cancel("a", now)[1]])
+        [stub] = store.owned("node")
+        assert stub == ("a", "running", 1, 0, now, True)
+
+
+def add_if_kept(store, add, task_id, **options):
+    """Store a task with options, without them where the repository does not keep them."""
+    try:
+        add(task_id, **options)
+    except ConfigurationError:
+        add(task_id)
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite", "adapter"], indirect=True)
+class TestDue:
+    """Tasks that are held back until their time has come."""
+
+    def test_held_until_their_time(self, store, add, now):
+        add("a", run_at=now + 2000)
+        add("b", run_at=now + 1000)
+        assert ids(store.ready(["t"], 10)) == []
+        assert store.next_due() == now + 1000
+        assert list(store.due(now + 999, 10)) == []
+        assert list(store.due(now + 1000, 10)) == ["b"]
+        assert list(store.due(now + 2000, 10)) == ["b", "a"]
+        assert list(store.due(now + 2000, 1)) == ["b"]
+        assert list(store.due(now + 2000, 0)) == []
+
+    def test_a_held_task_does_not_start(self, store, add, now):
+        task = add("a", run_at=now + 1000)
+        assert list(store.apply([lifecycle.start(task, now, "node")])) == [False]
+
+    def test_released_it_is_ready(self, store, add, now):
+        add("a", run_at=now + 1000)
+        assert list(store.apply([lifecycle.release("a")])) == [True]
+        assert list(store.apply([lifecycle.release("a")])) == [False]
+        assert (ids(store.ready(["t"], 10)), store.next_due()) == (["a"], None)
+
+    def test_of_the_past_is_never_held(self, store, add, now):
+        add("past", run_at=now - 1)
+        add("present", run_at=now)
+        assert ids(store.ready(["t"], 10)) == ["past", "present"]
+        assert store.next_due() is None
+
+    def test_cancelled_it_is_never_due(self, store, add, now):
+        add("a", run_at=now + 1000)
+        store.apply([lifecycle.cancel("a", now)[0]])
+        assert list(store.due(now + 1000, 10)) == []
+        assert store.next_due() is None
+
+    def test_a_time_that_is_changed_by_hand_counts(self, store, add, clock, now):
+        task = add("a")
+        task.run_at = clock.now() + timedelta(seconds=5)
+        store.update(task)
+        assert (ids(store.ready(["t"], 10)), store.next_due()) == ([], now + 5000)
+        task.run_at = None
+        store.update(task)
+        assert (ids(store.ready(["t"], 10)), store.next_due()) == (["a"], None)
+
+    def test_started_by_hand_before_its_time_it_is_held_no_more(self, store, add, now):
+        add("a", run_at=now + 1000)
+        store.update_status("a", TaskStatus.RUNNING)
+        assert store.next_due() is None
+        store.update_status("a", TaskStatus.PENDING)
+        assert ids(store.ready(["t"], 10)) == ["a"]
+
+
+class TestOwners:
+    """Which node holds what."""
+
+    def test_pending_and_running_until_they_end(self, store, add, run, now):
+        add("a", owner="one")
+        task = run("b", node="two")
+        assert sorted(store.owners()) == ["one", "two"]
+        assert [(s.id, s.status) for s in store.owned("one")] == [("a", "pending")]
+        assert [(s.id, s.status) for s in store.owned("two")] == [("b", "running")]
+        store.apply(lifecycle.conclude(task, lifecycle.Ending(returned=True), now))
+        store.apply([lifecycle.cancel("a", now)[0]])
+        assert list(store.owners()) == []
+        assert ids(store.owned("two")) == []
+
+    def test_nobody_is_no_owner(self, store, add):
+        add("a")
+        assert list(store.owners()) == []
+        assert ids(store.owned("")) == []
+        assert ids(store.owned("' OR 1=1 --")) == []
+
+
+class TestUnfinished:
+    """Whether there is anything left to wait for."""
+
+    def test_pending_or_running_of_these_types(self, store, add, run, now):
+        assert not store.unfinished(["t", "u"])
+        task = run("a")
+        assert store.unfinished(["u", "t"])
+        assert not store.unfinished(["u"])
+        assert not store.unfinished([])
+        store.apply(lifecycle.conclude(task, lifecycle.Ending(returned=True), now))
+        assert not store.unfinished(["t"])
+        add("b", owner="node")
+        assert store.unfinished(["t"])
+
+    @pytest.mark.parametrize("store", ["memory", "sqlite", "adapter"], indirect=True)
+    def test_held_back_is_not_waited_for(self, store, add, now):
+        add("a", run_at=now + 1)
+        assert not store.unfinished(["t"])
+
+
+class TestNodes:
+    def test_joined_until_it_leaves(self, store):
+        node = Node(id="n1", name="host process 1", types=("t", "u"))
+        store.join(node)
+        assert list(store.nodes()) == [attrs.evolve(node, alive=True)]
+        store.leave("n1")
+        assert list(store.nodes()) == []
+        store.leave("n1")
+
+    @pytest.mark.parametrize("store", ["sqlite"], indirect=True)
+    def test_stopping_is_recorded(self, store):
+        """Where a node can outlive its process."""
+        store.join(Node(id="n1", name="one"))
+        store.join(Node(id="n2", name="two"))
+        store.mark_stopping("n1")
+        store.mark_stopping("unknown")
+        assert {node.id: node.stopping for node in store.nodes()} == {"n1": True, "n2": False}
+
+
+class TestByHand:
+    """What a caller's ``update`` may not do to a record that the runtime works with."""
+
+    def test_a_request_to_cancel_survives(self, store, run, now):
+        """The caller read the task before it came."""
+        task = run("a")
+        store.apply([lifecycle.cancel("a", now)[1]])
+        task.message = "by hand"
+        store.update(task)
+        stored = store.get_by_id("a")
+        assert (stored.message, stored.cancel_requested_at is None) == ("by hand", False)
+
+    def test_identity_fence_and_counters_stay(self, store, run):
+        task = run("a")
+        wanted = attrs.evolve(
+            task, type="other", starts=9, owner="me", errors=9, crashes=9, interruptions=9
+        )
+        store.update(wanted)
+        assert store.get_by_id("a") == task
+
+    def test_a_pending_task_never_looks_finished(self, store, add, clock):
+        task = add("a")
+        task.completed_at = clock.now()
+        store.update(task)
+        assert ids(store.ready(["t"], 10)) == ["a"]
+
+    def test_a_finished_task_never_looks_unfinished(self, store, run):
+        run("a")
+        store.update_status("a", TaskStatus.COMPLETED)
+        task = store.get_by_id("a")
+        task.completed_at = None
+        store.update(task)
+        assert ids(store.list(TaskFilter(status="completed"))) == ["a"]
+        assert not store.unfinished(["t"])
+
+    def test_a_status_may_be_text(self, store, run):
+        task = run("a")
+        task.status = "completed"
+        store.update(task)
+        assert store.get_by_id("a").status is TaskStatus.COMPLETED
+
+    @pytest.mark.parametrize(
+        ("field", "value", "error"),
+        [
+            ("params", {"x": float("nan")}, PayloadError),
+            ("params", [], PayloadError),
+            ("result", b"", PayloadError),
+            ("priority", 2**70, ConfigurationError),
+            ("priority", "high", ConfigurationError),
+            ("created_by", "\ud800", ConfigurationError),
+            ("timeout", float("inf"), ConfigurationError),
+            ("max_attempts", 0, ConfigurationError),
+            ("max_crashes", 1.5, ConfigurationError),
+            ("duration", "long", ConfigurationError),
+            ("progress", "half", PayloadError),
+            ("status", "sleeping", ConfigurationError),
+            ("started_at", "now", ConfigurationError),
+        ],
+    )
+    def test_what_no_store_can_hold_is_refused(self, store, add, field, value, error):
+        """By update and by create alike; nothing is changed."""
+        task = add("a")
+        with pytest.raises(error):
+            store.update(attrs.evolve(task, **{field: value}))
+        if field != "result":  # a new task has none
+            with pytest.raises(error):
+                store.create(attrs.evolve(task, id="b", **{field: value}))
+        assert store.get_by_id("a") == task
+        assert store.count(TaskFilter()) == 1
+
+    def test_text_is_made_storable(self, store, run):
+        task = run("a")
+        task.error, task.message = "lone \ud800 surrogate", "m" * 2000
+        store.update(task)
+        stored = store.get_by_id("a")
+        assert stored.error == "lone \\ud800 surrogate"
+        assert len(stored.message) == 1000
+
+    def test_an_update_that_was_overtaken_is_refused(self, store, run, monkeypatch):
+        stale = run("a")
+        store.update_status("a", TaskStatus.FAILED, "meanwhile")
+        monkeypatch.setattr(store, "get_by_id", lambda task_id: stale)
+        with pytest.raises(InvalidTransition, match="moved on"):
+            store.update(attrs.evolve(stale, status=TaskStatus.COMPLETED))
+        with pytest.raises(InvalidTransition, match="moved on"):
+            store.update_status("a", TaskStatus.COMPLETED)
+
+
+class TestAdapter:
+    """A user's repository that was there before."""
+
+    @pytest.fixture(params=["adapter", "adapter-13"])
+    def store(self, request, tmp_path, clock):
+        return MAKERS[request.param](tmp_path, clock)
+
+    def test_what_ran_before_this_process_was_left_behind(self, store, clock):
+        """Even if it was looked at before the queue started."""
+        store.inner.create(Task(id="a", type="t", created_at=clock.now()))
+        store.inner.create(Task(id="b", type="t", created_at=clock.now()))
+        store.inner.update_status("b", TaskStatus.RUNNING, "")
+        assert store.get_by_id("b").status is TaskStatus.RUNNING
+        store.join(Node(id="n", name="n"))
+        assert ids(store.ready(["t"], 10)) == ["a"]
+        [owner] = store.owners()
+        assert owner not in {node.id for node in store.nodes()}
+        assert ids(store.owned(owner)) == ["b"]
+
+    def test_unfinished_tasks_are_read_in_pages(self, store, clock):
+        for number in range(1003):
+            store.inner.create(Task(id=f"{number:04}", type="t", created_at=clock.now()))
+            clock.advance(0.001)
+        store.join(Node(id="n", name="n"))
+        assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
+
+    def test_ended_without_a_time_it_has_ended_all_the_same(self, store, add):
+        """A user's ``update_status`` need not set ``completed_at``."""
+        add("a")
+        store.inner.update_status("a", TaskStatus.CANCELLED, "")
+        assert store.get_by_id("a").status is TaskStatus.CANCELLED
+        assert ids(store.ready(["t"], 10)) == []
+        assert not store.unfinished(["t"])
+
+    def test_deleted_behind_its_back(self, store, add, clock):
+        """The id may be used again, once."""
+        add("a", owner="node")
+        store.inner.delete("a")
+        add("a")
+        assert ids(store.owned("node")) == []
+        assert ids(store.ready(["t"], 10)) == ["a"]
+        store.inner.delete("a")
+        assert store.get_many(["a"]) == {}
+        assert ids(store.ready(["t"], 10)) == []
+
+    @pytest.mark.parametrize("option", ["priority", "timeout", "max_attempts", "max_crashes"])
+    def test_an_option_that_is_not_kept_is_refused(self, tmp_path, clock, option):
+        store = MAKERS["adapter-13"](tmp_path, clock)
+        with pytest.raises(ConfigurationError, match=f"does not keep {option}"):
+            store.apply([insert("a", clock, **{option: 7})])
+        assert store.count(TaskFilter()) == 0
+
+    def test_less_than_eight_methods_are_refused(self):
+        class Seven:
+            create = get_by_id = update = update_status = update_progress = list = count = print
+
+        with pytest.raises(ConfigurationError, match="lacks delete"):
+            MAKERS["adapter"].__globals__["EightMethodAdapter"](Seven())
+
+
+class Careless(MemoryRepository):
+    """Deliberately broken: looks and changes without a lock, as find-then-replace does."""
+
+    def apply(self, writes, *, all_or_nothing=False):
+        results = []
+        for write in writes:
+            if isinstance(write, Update):
+                row = json.loads(json.dumps(self._rows[write.id]))
+                if matches(row, write.guard):
+                    self._rows[write.id] = {**row, **write.changes}
+                    results.append(True)
+                else:
+                    results.append(False)
+            else:
+                results += super().apply([write])
+        return results
+
+
+def race_to_start(store, rounds):
+    """How many of eight threads won each round's race to start one task."""
+    clock = ManualClock()
+    winners = []
+    barrier = threading.Barrier(8)
+    outcomes = [[False] * 8 for _ in range(rounds)]
+    tasks = []
+    for number in range(rounds):
+        store.apply([insert(str(number), clock)])
+        tasks.append(store.get_by_id(str(number)))
+
+    def run(thread):
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            start = lifecycle.start(task, to_ms(task.created_at), f"node {thread}")
+            barrier.wait()
+            outcome[thread] = store.apply([start])[0]
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    winners += map(sum, outcomes)
+    return winners
+
+
+class TestContention:
+    """A start is a compare-and-set: of racing threads exactly one wins."""
+
+    def test_one_winner_each_round(self, store):
+        assert race_to_start(store, 50) == [1] * 50
+
+    def test_the_race_finds_a_careless_implementation(self):
+        """Else it would prove nothing."""
+        assert any(max(race_to_start(Careless(), 100)) > 1 for _ in range(10))

@@ -1,0 +1,768 @@
+"""What is particular to the SQLite file: how it is opened, shared, filled and damaged."""
+
+import contextlib
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from taskx import (
+    ConfigurationError,
+    RepositoryCorrupt,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    SQLiteRepository,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    open_repository,
+)
+from taskx.core import lifecycle
+from taskx.core.writes import PRESENT, Update
+from taskx.storage.base import Node
+from taskx.storage.sqlite import schema, statements, turnstile
+from taskx.storage.sqlite.turnstile import Turnstile
+
+PATIENCE = 60  # seconds that a test waits for another process
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture
+def repository(path):
+    with SQLiteRepository(path, busy_timeout=0.2) as repository:
+        yield repository
+
+
+@pytest.fixture
+def connect(path):
+    """Other programs' connections to the file."""
+    with contextlib.ExitStack() as stack:
+
+        def connect(**options):
+            connection = sqlite3.connect(path, isolation_level=None, **options)
+            return stack.enter_context(contextlib.closing(connection))
+
+        yield connect
+
+
+def task(task_id, **fields):
+    return Task(id=task_id, type="t", **fields)
+
+
+def insert(task_id, params="{}"):
+    return lifecycle.create(task_id=task_id, type="t", params=params, created_by="", now=0)
+
+
+def files(folder):
+    return {file.name: file.read_bytes() for file in folder.iterdir() if file.is_file()}
+
+
+def ids(repository):
+    return sorted(task.id for task in repository.list(TaskFilter()))
+
+
+class TestOpening:
+    def test_construction_does_no_io(self, repository, path):
+        assert not path.exists()
+        assert str(path) in repr(repository)
+        assert repository.count(TaskFilter()) == 0
+        assert path.exists()
+
+    def test_the_file_is_ours_and_in_wal_mode(self, repository, connect):
+        repository.create(task("a"))
+        other = connect()
+        pragmas = {
+            name: other.execute(f"PRAGMA {name}").fetchone()[0]
+            for name in ("journal_mode", "application_id", "user_version", "auto_vacuum")
+        }
+        assert pragmas == {
+            "journal_mode": "wal",
+            "application_id": 0x54736B58,
+            "user_version": schema.VERSION,
+            "auto_vacuum": 2,
+        }
+
+    def test_what_was_stored_is_there_after_reopening(self, repository):
+        repository.create(task("a"))
+        repository.close()
+        repository.close()
+        assert ids(repository) == ["a"]
+        repository.create(task("b"))
+        assert ids(repository) == ["a", "b"]
+
+    def test_an_empty_file_will_do(self, repository, path):
+        """As tempfile makes them."""
+        path.touch()
+        repository.create(task("a"))
+        assert ids(repository) == ["a"]
+
+    def test_hostile_paths_are_only_paths(self, tmp_path):
+        for name in ("a?mode=memory", "b#c", "d%41", "e f", "é☃", "file:x"):
+            with SQLiteRepository(tmp_path / name) as repository:
+                repository.create(task("a"))
+            assert (tmp_path / name).exists()
+
+    @pytest.mark.parametrize("path", ["", ":memory:", b"bytes", None, 5])
+    def test_what_is_no_path_is_refused(self, path):
+        with pytest.raises((ConfigurationError, TypeError)):
+            SQLiteRepository(path)
+
+    @pytest.mark.parametrize("options", [{"durability": "none"}, {"busy_timeout": -1}])
+    def test_options_are_checked(self, path, options):
+        with pytest.raises(ConfigurationError, match=next(iter(options))):
+            SQLiteRepository(path, **options)
+
+    def test_by_url(self, path):
+        with open_repository(f"sqlite:///{path}?durability=full") as repository:
+            repository.create(task("a"))
+            assert (repository.durability, ids(repository)) == ("full", ["a"])
+
+    def test_eight_processes_at_once(self, tmp_path):
+        """Each makes the same new file, switches it to WAL and writes: none fails."""
+        program = """
+            import sys
+            from taskx import SQLiteRepository, Task
+            for line in sys.stdin:
+                path, name = line.rstrip().split("|")
+                with SQLiteRepository(path) as repository:
+                    repository.create(Task(id=name, type="t"))
+                print("stored", flush=True)
+        """
+        children = [start_program(program) for _ in range(8)]
+        for round_ in range(8):
+            path = tmp_path / f"{round_}.db"
+            for number, child in enumerate(children):
+                child.stdin.write(f"{path}|{number}\n")
+                child.stdin.flush()
+            assert [child.stdout.readline() for child in children] == ["stored\n"] * 8
+            with SQLiteRepository(path) as repository:
+                assert ids(repository) == list("01234567")
+        for child in children:
+            finish(child)
+
+
+def start_program(program, *args):
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+
+def finish(child):
+    with child:
+        output, _ = child.communicate(timeout=PATIENCE)
+    assert child.returncode == 0
+    return output
+
+
+class TestRefusedFiles:
+    """What is not ours is refused with one clear sentence, and not touched."""
+
+    def refused(self, repository, error, match):
+        for operation in (
+            lambda: repository.create(task("a")),
+            lambda: repository.get_by_id("a"),
+            lambda: repository.join(Node(id="n", name="n")),
+        ):
+            with pytest.raises(error, match=match) as caught:
+                operation()
+            assert str(repository.path) in str(caught.value)
+
+    def test_a_file_that_is_no_database(self, repository, path):
+        path.write_bytes(b"To whom it may concern\n" * 1000)
+        before = files(path.parent)
+        self.refused(repository, RepositoryCorrupt, "is not an SQLite database")
+        assert files(path.parent) == before
+
+    def test_a_folder(self, repository, path):
+        path.mkdir()
+        self.refused(repository, RepositoryUnavailable, "it is a folder")
+
+    def test_a_file_in_a_folder_that_is_missing(self, tmp_path):
+        with SQLiteRepository(tmp_path / "no" / "tasks.db") as repository:
+            self.refused(repository, RepositoryUnavailable, f"there is no folder {tmp_path}/no")
+
+    @pytest.mark.parametrize("log", ["none", "closed", "left behind"])
+    def test_another_programs_database(self, repository, path, log):
+        """Be it with or without a write-ahead log, which a reader might write back."""
+        program = """
+            import os, sqlite3, sys
+            connection = sqlite3.connect(sys.argv[1], isolation_level=None)
+            if sys.argv[2] != "none":
+                connection.execute("PRAGMA journal_mode = WAL")
+            connection.execute("CREATE TABLE notes (text)")
+            connection.execute("INSERT INTO notes VALUES ('keep me')")
+            if sys.argv[2] == "left behind":
+                os._exit(0)
+            connection.close()
+        """
+        finish(start_program(program, path, log))
+        before = files(path.parent)
+        assert ("tasks.db-wal" in before) == (log == "left behind")
+        self.refused(repository, SchemaMismatch, "database of another program")
+        after = files(path.parent)
+        before.pop("tasks.db-shm", None)  # an index of the log, which every reader may renew
+        after.pop("tasks.db-shm", None)
+        assert after == before
+
+    def test_one_that_only_bears_another_programs_mark(self, repository, path, connect):
+        connect().execute("PRAGMA application_id = 7")
+        self.refused(repository, SchemaMismatch, "application_id 0x7")
+
+    def test_one_of_a_newer_version(self, repository, path, connect):
+        repository.create(task("a"))
+        other = connect()
+        other.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
+        repository.close()
+        other.close()
+        before = files(path.parent)
+        self.refused(repository, SchemaMismatch, "upgrade taskx-queue")
+        assert files(path.parent) == before
+
+    def test_one_that_is_damaged(self, repository, path):
+        for number in range(200):
+            repository.create(task(str(number), params={"x": "y" * 1000}))
+        repository.close()
+        size = path.stat().st_size
+        with open(path, "r+b") as file:
+            file.seek(4096)
+            file.write(b"\xff" * (size - 4096))
+        with pytest.raises(RepositoryCorrupt, match="is damaged"):
+            repository.list(TaskFilter())
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="no other user without fork")
+    @pytest.mark.parametrize("folder_mode", [0o555, 0o755])
+    def test_one_that_may_only_be_read(self, folder_mode):
+        """Tried as another user where this one is root, whom no permission stops."""
+        folder = Path(tempfile.mkdtemp())
+        try:
+            folder.chmod(0o755)
+            with SQLiteRepository(folder / "tasks.db") as repository:
+                repository.create(task("a"))
+            (folder / "tasks.db").chmod(0o444)
+            folder.chmod(folder_mode)
+            outcome = as_unprivileged(create_in, folder / "tasks.db")
+        finally:
+            folder.chmod(0o755)
+            shutil.rmtree(folder)
+        assert outcome.startswith("RepositoryUnavailable: ")
+        assert "read-only" in outcome or "no permission" in outcome
+
+
+def create_in(path):
+    with SQLiteRepository(path) as repository:
+        repository.create(task("b"))
+
+
+def as_unprivileged(function, *args):
+    """What a call raised in a forked child that is not root."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        outcome = "nothing was raised"
+        try:
+            if os.getuid() == 0:
+                os.setgroups([])
+                os.setgid(65534)
+                os.setuid(65534)
+            function(*args)
+        except BaseException as error:  # noqa: BLE001  (what was raised is the outcome)
+            outcome = f"{type(error).__name__}: {error}"
+        os.write(write, outcome.encode())
+        os._exit(0)
+    os.close(write)
+    with os.fdopen(read) as pipe:
+        outcome = pipe.read()
+    os.waitpid(child, 0)
+    return outcome
+
+
+class TestMigration:
+    """How a file of an older version is brought up to date."""
+
+    @pytest.fixture
+    def newer(self, monkeypatch):
+        """A TaskX whose schema is one version further."""
+
+        def newer(*statements):
+            monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, statements))
+            monkeypatch.setattr(schema, "VERSION", schema.VERSION + 1)
+
+        return newer
+
+    def test_rows_stay(self, repository, connect, newer):
+        repository.create(task("a", params={"x": 1}))
+        repository.close()
+        newer("ALTER TABLE tasks ADD COLUMN new INTEGER DEFAULT 7")
+        assert repository.get_by_id("a").params == {"x": 1}
+        assert connect().execute("SELECT new FROM tasks").fetchall() == [(7,)]
+        assert connect().execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
+
+    def test_one_that_fails_changes_nothing(self, repository, path, connect, newer):
+        repository.create(task("a"))
+        repository.close()
+        newer("ALTER TABLE tasks ADD COLUMN new", "CREATE NONSENSE")
+        with pytest.raises(RepositoryError, match="syntax error"):
+            repository.get_by_id("a")
+        columns = [row[1] for row in connect().execute("PRAGMA table_info(tasks)")]
+        assert "new" not in columns
+        assert connect().execute("PRAGMA user_version").fetchone() == (schema.VERSION - 1,)
+
+
+class TestStatements:
+    """The hot statements find their rows by an index, however much history there is."""
+
+    @pytest.fixture
+    def plan(self, repository, connect):
+        repository.count(TaskFilter())
+        connection = connect()
+
+        def plan(sql, values):
+            return [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {sql}", values)]
+
+        return plan
+
+    @pytest.mark.parametrize(
+        ("name", "values", "index"),
+        [
+            ("READY", ("t", 5), "tasks_ready"),
+            ("DUE", (0, 5), "tasks_due"),
+            ("NEXT_DUE", (), "tasks_due"),
+            ("OWNED", ("n",), "tasks_owned"),
+            ("UNFINISHED_READY", ("t",), "tasks_ready"),
+        ],
+    )
+    def test_of_the_scheduler_search_an_index(self, plan, name, values, index):
+        [step] = plan(getattr(statements, name), values)
+        assert step.startswith("SEARCH tasks USING")
+        assert f"INDEX {index}" in step
+
+    @pytest.mark.parametrize("name", ["OWNERS", "UNFINISHED_RUNNING"])
+    def test_of_what_nodes_hold_look_at_nothing_else(self, plan, name):
+        assert "INDEX tasks_owned" in plan(getattr(statements, name), ())[0]
+
+    def test_by_id_search_it(self, plan):
+        writes = [
+            statements.update("a", {"status": "pending"}, {"message": ""}),
+            statements.update(
+                "a", {"status": ("pending", "x"), "run_at": PRESENT}, {"message": ""}
+            ),
+            statements.delete("a", {"status": ("pending",)}),
+        ]
+        for sql, values in [*writes, (statements.select_many(3), ("a", "b", "c"))]:
+            [step] = plan(sql, values)
+            assert step.startswith("SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id=?)")
+
+    @pytest.mark.parametrize("status", list(TaskStatus))
+    @pytest.mark.parametrize("build", [statements.list_tasks, statements.count_tasks])
+    def test_by_status_look_at_that_status_only(self, plan, status, build):
+        steps = plan(*build(TaskFilter(status=status)))
+        uses = [step for step in steps if " tasks " in f"{step} "]
+        assert uses
+        allowed = {
+            TaskStatus.PENDING: ("INDEX tasks_ready", "INDEX tasks_due"),
+            TaskStatus.RUNNING: ("INDEX tasks_owned",),
+        }.get(status, ("INDEX tasks_finished (status=?",))
+        for step in uses:
+            assert any(index in step for index in allowed), step
+
+    def test_a_list_of_all_is_read_in_order(self, plan):
+        steps = plan(*statements.list_tasks(TaskFilter()))
+        assert steps == ["SCAN tasks USING INDEX tasks_created"]
+
+    def test_finished_tasks_are_in_no_index_of_the_unfinished(self, repository, connect):
+        for number in range(50):
+            repository.create(task(str(number)))
+            repository.update_status(str(number), TaskStatus.RUNNING)
+            repository.update_status(str(number), TaskStatus.COMPLETED)
+        repository.close()
+        for index, condition in [
+            ("tasks_ready", "status = 'pending' AND held = 0"),
+            ("tasks_due", "status = 'pending' AND held = 1"),
+            ("tasks_owned", "owner <> '' OR status = 'running'"),
+        ]:
+            sql = f"SELECT count(*) FROM tasks INDEXED BY {index} WHERE {condition}"
+            assert connect().execute(sql).fetchone() == (0,)
+
+
+class TestLocks:
+    def test_readers_do_not_wait_for_a_writer(self, repository, connect):
+        repository.create(task("a"))
+        writer = connect()
+        writer.execute("BEGIN IMMEDIATE")
+        writer.execute("UPDATE tasks SET message = 'unseen'")
+        assert repository.get_by_id("a").message == ""
+        assert ids(repository) == ["a"]
+        assert repository.count(TaskFilter()) == 1
+        assert [stub.id for stub in repository.ready(["t"], 1)] == ["a"]
+
+    def test_readers_do_not_wait_for_our_own_writer(self, repository):
+        """Not even the first."""
+        repository.create(task("a"))
+        with repository._write_lock:
+            assert ids(repository) == ["a"]
+            assert repository.changed() is False
+
+    def test_locked_too_long(self, repository, connect):
+        """The write fails within ``busy_timeout`` and leaves nothing; the next one works."""
+        repository.create(task("a"))
+        other = connect()
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RepositoryUnavailable, match=r"locked for 0\.2 s") as caught:
+            repository.create(task("b"))
+        assert isinstance(caught.value.__cause__, sqlite3.OperationalError)
+        other.execute("ROLLBACK")
+        repository.create(task("c"))
+        assert ids(repository) == ["a", "c"]
+
+    def test_locked_while_it_is_opened(self, repository, path, connect):
+        other = connect()
+        other.execute("PRAGMA journal_mode = WAL")
+        other.execute("BEGIN IMMEDIATE")
+        with pytest.raises(RepositoryUnavailable, match="locked"):
+            repository.create(task("a"))
+        other.execute("ROLLBACK")
+        repository.create(task("a"))
+        assert ids(repository) == ["a"]
+
+    def test_a_lock_that_is_given_up_in_time_is_waited_for(self, path, connect):
+        with SQLiteRepository(path, busy_timeout=PATIENCE) as repository:
+            repository.create(task("a"))
+            other = connect(check_same_thread=False)
+            other.execute("BEGIN IMMEDIATE")
+            threading.Timer(0.05, other.execute, ["COMMIT"]).start()
+            repository.create(task("b"))
+            assert ids(repository) == ["a", "b"]
+
+    def test_changes_are_those_of_others(self, repository, path, connect):
+        """Own commits do not ring."""
+        repository.create(task("a"))
+        repository.changed()
+        repository.create(task("b"))
+        assert not repository.changed()
+        connect().execute("UPDATE tasks SET message = 'other'")
+        assert repository.changed()
+        assert not repository.changed()
+        with SQLiteRepository(path) as sibling:
+            sibling.create(task("c"))
+            assert repository.changed()
+
+
+class TestTurns:
+    """Processes that write without pause take turns."""
+
+    def test_each_gets_its_share(self, path):
+        program = """
+            import sys, time
+            from taskx import SQLiteRepository
+            from taskx.core.writes import Update
+            with SQLiteRepository(sys.argv[1], "process") as repository:
+                repository.apply([])
+                print("ready", flush=True)
+                sys.stdin.readline()
+                count, end = 0, time.monotonic() + 1
+                while time.monotonic() < end:
+                    repository.apply([Update("a", {}, {"message": str(count)})])
+                    count += 1
+                print(count)
+        """
+        with SQLiteRepository(path) as repository:
+            repository.create(task("a"))
+        children = [start_program(program, path) for _ in range(2)]
+        assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
+        for child in children:
+            child.stdin.write("go\n")
+            child.stdin.flush()
+        fewer, more = sorted(int(finish(child)) for child in children)
+        assert fewer > more / 5
+
+    @pytest.mark.parametrize("struck", [1, 2])
+    def test_an_interrupt_while_waiting_holds_up_nobody(self, path, monkeypatch, struck):
+        ours, theirs = Turnstile(str(path)), Turnstile(str(path))
+        calls = []
+
+        def strike(fd):
+            calls.append(fd)
+            if len(calls) == struck:
+                raise KeyboardInterrupt
+            return real(fd)
+
+        real = turnstile._try
+        with contextlib.closing(ours), contextlib.closing(theirs):
+            with monkeypatch.context() as patched:
+                patched.setattr(turnstile, "_try", strike)
+                with pytest.raises(KeyboardInterrupt):
+                    ours.enter(0)
+                ours.leave()
+            theirs.enter(0)
+            assert not real(ours._fds[1])
+            theirs.leave()
+            assert real(ours._fds[1])
+
+    def test_without_its_files_it_lets_everybody_through(self, tmp_path):
+        """It is for fairness, not for safety."""
+        (tmp_path / "file").touch()
+        turnstile = Turnstile(str(tmp_path / "file" / "folder"))
+        turnstile.enter(0)
+        turnstile.leave()
+        turnstile.close()
+
+
+class TestDurability:
+    """What is synced before the caller is told."""
+
+    DURABLE, FLEETING = (
+        Update("a", {}, {"message": "told"}, durable=True),
+        Update("a", {}, {"message": "not told"}),
+    )
+
+    @pytest.mark.parametrize(
+        ("durability", "durable", "fleeting"),
+        [("accepted", "FULL", "NORMAL"), ("full", "FULL", "FULL"), ("process", "NORMAL", "NORMAL")],
+    )
+    def test_each_commit_is_as_durable_as_it_must_be(self, path, durability, durable, fleeting):
+        with SQLiteRepository(path, durability) as repository:
+            repository.create(task("a"))
+            for writes, expected in [
+                ([self.FLEETING], fleeting),
+                ([self.DURABLE], durable),
+                ([self.FLEETING, self.DURABLE], durable),
+                ([self.FLEETING], fleeting),
+                ([insert("b")], durable),
+                ([lifecycle.delete("b")], durable),
+            ]:
+                assert self.level_at_commit(repository, writes) == expected
+            repository.close()
+            assert self.level_at_commit(repository, [self.DURABLE]) == durable, "after reopening"
+
+    def level_at_commit(self, repository, writes):
+        """``synchronous`` on the writing connection while its transaction was open."""
+        connection = repository._connections.writer()
+        levels = []
+
+        def trace(sql):
+            if sql == "COMMIT":
+                connection.set_trace_callback(None)
+                levels.append(connection.execute("PRAGMA synchronous").fetchone()[0])
+
+        connection.set_trace_callback(trace)
+        repository.apply(writes)
+        return {1: "NORMAL", 2: "FULL"}[levels[0]]
+
+    @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to see syncs with")
+    def test_the_disk_is_really_synced(self, path):
+        program = """
+            import sys
+            from taskx import SQLiteRepository, Task
+            with SQLiteRepository(sys.argv[1], sys.argv[2]) as repository:
+                repository.create(Task(id="first", type="t"))
+                print("begin", file=sys.stderr, flush=True)
+                for number in range(5):
+                    repository.create(Task(id=str(number), type="t"))
+                print("end", file=sys.stderr, flush=True)
+        """
+        syncs = {}
+        for durability in ("accepted", "process"):
+            traced = subprocess.run(
+                [
+                    *("strace", "-f", "-e", "trace=fdatasync,fsync,write", sys.executable, "-c"),
+                    *(textwrap.dedent(program), f"{path}-{durability}", durability),
+                ],
+                capture_output=True,
+                text=True,
+                check=True,
+            ).stderr
+            between = traced.split('"begin')[1].split('"end')[0]
+            syncs[durability] = between.count("sync(")
+        assert syncs == {"accepted": 5, "process": 0}
+
+    def test_an_interrupt_while_it_is_set_leaves_it_safe(self, repository):
+        """What was lowered is raised again, even if nobody could note that it was lowered."""
+        repository.create(task("a"))
+        real = repository._connections.writer()
+        interrupting = Interrupting(real, "after", "PRAGMA synchronous")
+        repository._connections._writer = interrupting
+        with pytest.raises(KeyboardInterrupt):
+            repository.apply([self.FLEETING])
+        repository._connections._writer = real
+        assert self.level_at_commit(repository, [self.DURABLE]) == "FULL"
+
+
+class Interrupting:
+    """A connection that is interrupted before or after a statement, as by Ctrl-C."""
+
+    def __init__(self, connection, when, statement):
+        self._connection = connection
+        self._when, self._statement = when, statement
+
+    def __getattr__(self, name):
+        return getattr(self._connection, name)
+
+    def cursor(self):
+        return InterruptingCursor(self._connection.cursor(), self._when, self._statement)
+
+
+class InterruptingCursor:
+    def __init__(self, cursor, when, statement):
+        self._cursor, self._when, self._statement = cursor, when, statement
+
+    def __getattr__(self, name):
+        return getattr(self._cursor, name)
+
+    def execute(self, sql, *values):
+        struck = sql.startswith(self._statement)
+        if struck and self._when == "before":
+            raise KeyboardInterrupt
+        result = self._cursor.execute(sql, *values)
+        if struck:
+            raise KeyboardInterrupt
+        return result
+
+
+class TestInterrupts:
+    """An interrupt in the middle of ``apply``: ``settle`` says what took place."""
+
+    @pytest.mark.parametrize(
+        ("when", "statement", "stored"),
+        [
+            ("before", "BEGIN", False),
+            ("after", "BEGIN", False),
+            ("after", "INSERT", False),
+            ("after", "UPDATE", False),
+            ("before", "COMMIT", False),
+            ("after", "COMMIT", True),
+        ],
+    )
+    def test_settle_tells_the_truth(self, repository, when, statement, stored):
+        repository.create(task("a"))
+        writes = [insert("b"), lifecycle.start(repository.get_by_id("a"), 5, "node")]
+        real = repository._connections.writer()
+        repository._connections._writer = Interrupting(real, when, statement)
+        with pytest.raises(KeyboardInterrupt):
+            repository.apply(writes)
+        repository._connections._writer = real
+        assert list(repository.settle(writes)) == [stored, stored]
+        assert ids(repository) == (["a", "b"] if stored else ["a"])
+        assert list(repository.apply(writes)) == [not stored, not stored]
+
+    def test_one_while_reading_loses_no_connection(self, repository):
+        repository.create(task("a"))
+        with pytest.raises(KeyboardInterrupt), repository._connections.reader():
+            raise KeyboardInterrupt
+        assert ids(repository) == ["a"]
+
+
+class TestDiskFull:
+    """A write that finds no room fails cleanly, and works again when there is room."""
+
+    def test_nothing_is_half_stored(self, repository):
+        repository.create(task("a"))
+        writer = repository._connections.writer()
+        (pages,) = writer.execute("PRAGMA page_count").fetchone()
+        writer.execute(f"PRAGMA max_page_count = {pages + 2}")
+        batch = [insert("small"), insert("big", params='{"x":"%s"}' % ("y" * 50_000))]
+        for _ in range(3):
+            with pytest.raises(RepositoryUnavailable, match="no room on the disk"):
+                repository.apply(batch)
+            assert ids(repository) == ["a"]
+            assert list(repository.settle(batch)) == [False, False]
+        repository.update_status("a", TaskStatus.RUNNING, "small writes go on")
+        writer.execute("PRAGMA max_page_count = 1000000")
+        assert list(repository.apply(batch)) == [True, True]
+        assert ids(repository) == ["a", "big", "small"]
+
+    def test_a_file_that_may_not_grow(self, path):
+        """A real refusal of the operating system, by a limit on file sizes."""
+        program = """
+            import os, resource, sys
+            from taskx import RepositoryUnavailable, SQLiteRepository, Task, TaskFilter
+            repository = SQLiteRepository(sys.argv[1])
+            big = {"x": "y" * 200_000}
+            with repository:
+                repository.create(Task(id="a", type="t"))
+                unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+                size = os.path.getsize(sys.argv[1] + "-wal")
+                resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20_000, unlimited[1]))
+                for _ in range(3):
+                    try:
+                        repository.create(Task(id="b", type="t", params=big))
+                    except RepositoryUnavailable as error:
+                        print(type(error.__cause__).__name__)
+                    print(repository.count(TaskFilter()))
+                resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+                repository.create(Task(id="b", type="t", params=big))
+                print(repository.get_by_id("b").params == big)
+        """
+        output = finish(start_program(program, path)).split()
+        assert output == ["OperationalError", "1"] * 3 + ["True"]
+
+
+class TestDamage:
+    """One bad record hurts nobody else."""
+
+    @pytest.mark.parametrize(
+        ("column", "value"),
+        [
+            ("params", "{not JSON"),
+            ("params", "[]"),
+            ("result", "NaN,"),
+            ("earlier_attempts", "[[1]]"),
+        ],
+    )
+    def test_it_is_told_on_the_task(self, repository, connect, column, value):
+        repository.create(task("a"))
+        repository.create(task("b", params={"x": 1}))
+        connect().execute(f"UPDATE tasks SET {column} = ? WHERE id = 'a'", (value,))
+        found = {task.id: task for task in repository.list(TaskFilter())}
+        assert "damaged" in found["a"].damage
+        assert (found["b"].damage, found["b"].params) == ("", {"x": 1})
+        repository.delete("a")
+        assert ids(repository) == ["b"]
+
+    def test_a_write_that_the_file_refuses_is_our_error(self, repository):
+        """And its neighbours in the transaction are not stored."""
+        repository.create(task("a"))
+        for changes in ({"status": "sleeping"}, {"message": None}, {"priority": 2**70}):
+            with pytest.raises(RepositoryError) as caught:
+                repository.apply([insert("b"), Update("a", {}, changes)])
+            assert caught.value.__cause__ is not None
+        assert ids(repository) == ["a"]
+
+    def test_a_refusal_is_not_taken_for_a_duplicate(self, repository):
+        bad = insert("b")
+        bad.row["type"] = None
+        with pytest.raises(RepositoryError, match="NOT NULL"):
+            repository.apply([insert("a"), bad], all_or_nothing=True)
+        assert ids(repository) == []
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_has_connections_of_its_own(repository):
+    """The parent's go on working after the child has written, and ended."""
+    repository.create(task("a"))
+    assert ids(repository) == ["a"]
+    if (child := os.fork()) == 0:
+        status = 1
+        with contextlib.suppress(BaseException):
+            repository.create(task("b"))
+            status = 0 if ids(repository) == ["a", "b"] else 2
+            repository.close()
+        os._exit(status)
+    assert os.waitpid(child, 0)[1] == 0
+    repository.create(task("c"))
+    assert ids(repository) == ["a", "b", "c"]

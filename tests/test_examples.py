@@ -1,0 +1,536 @@
+"""The examples, run as their readers run them."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import os
+import pty
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import pytest
+
+from taskx import Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+STRICT = (sys.executable, "-W", "error")
+
+
+def wait_until(holds: Callable[[], Any], timeout: float = 30.0) -> Any:
+    """Wait until something holds; returns its value."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not (value := holds()):
+        assert time.monotonic() < deadline, "it never came to hold"
+        pause.wait(0.02)
+    return value
+
+
+@contextmanager
+def program(*command: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
+    """A program that runs in a process group of its own, which does not outlive the block."""
+    with subprocess.Popen(command, text=True, start_new_session=True, **options) as process:
+        try:
+            yield process
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+# checksum.py
+
+
+def checksum_command(*args: str | Path) -> list[str | Path]:
+    return [*STRICT, EXAMPLES / "checksum.py", *args]
+
+
+def run_checksum(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Run it to its end."""
+    return subprocess.run(checksum_command(*args), capture_output=True, text=True, **options)
+
+
+def stored(database: Path) -> dict[str, Task]:
+    """The tasks in a database, by the name of their file."""
+    with SQLiteRepository(database) as repository:
+        tasks = repository.list(TaskFilter(limit=10_000))
+    by_name = {Path(task.params["path"]).name: task for task in tasks}
+    assert len(by_name) == len(tasks), "a file has two tasks"
+    return by_name
+
+
+def assert_all_hashed(tree: Path, database: Path) -> None:
+    """Every file of a flat tree has one task, completed, with the right checksum."""
+    found = {name: task.result for name, task in stored(database).items()}
+    assert found == {
+        path.name: {
+            "sha256": hashlib.sha256(path.read_bytes()).hexdigest(),
+            "bytes": path.stat().st_size,
+        }
+        for path in tree.iterdir()
+    }
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "sums.db"
+
+
+@pytest.fixture
+def tree(tmp_path: Path) -> Path:
+    """A folder of twenty files."""
+    folder = tmp_path / "tree"
+    folder.mkdir()
+    for number in range(20):
+        (folder / f"{number:02}").write_bytes(os.urandom(1000 * number))
+    return folder
+
+
+def test_checksum_hashes_a_tree_once(tree, database):
+    first = run_checksum(tree, "--db", database)
+    assert (first.returncode, first.stderr) == (0, "")
+    assert f"Hashing 20 files of {tree}." in first.stdout
+    assert "100%  20 of 20 files" in first.stdout
+    assert f"20 files, 0.2 MB, 0 failed; the checksums are in {database}" in first.stdout
+    assert "files/s" in first.stdout
+    assert_all_hashed(tree, database)
+
+    before = stored(database)
+    second = run_checksum(tree, "--db", database)
+    assert (second.returncode, second.stderr) == (0, "")
+    assert f"All 20 files of {tree} were done already; --fresh starts anew." in second.stdout
+    assert "20 files, 0.2 MB, 0 failed" in second.stdout
+    assert stored(database) == before
+
+    (tree / "added").write_bytes(b"more")
+    third = run_checksum(tree, "--db", database)
+    assert f"20 of 21 files of {tree} were done already." in third.stdout
+    assert_all_hashed(tree, database)
+
+
+def test_checksum_starts_afresh(tree, database):
+    run_checksum(tree, "--db", database)
+    (tree / "07").write_bytes(b"changed")
+    again = run_checksum(tree, "--db", database, "--fresh")
+    assert again.returncode == 0
+    assert f"Hashing 20 files of {tree}." in again.stdout
+    assert_all_hashed(tree, database)
+
+
+def test_checksum_removes_no_file_of_others(tree, database):
+    database.write_text("a letter, not a database")
+    refused = run_checksum(tree, "--db", database, "--fresh")
+    assert refused.returncode == 1
+    assert refused.stderr.startswith("checksum: ")
+    assert len(refused.stderr.splitlines()) == 1
+    assert database.read_text() == "a letter, not a database"
+
+
+def test_checksum_of_the_standard_library(database):
+    """The whole main job: real files, as they lie on this machine."""
+    ran = run_checksum("--db", database)
+    assert ran.returncode == 0
+    with SQLiteRepository(database) as repository:
+        tasks = repository.list(TaskFilter(status=TaskStatus.COMPLETED, limit=100_000))
+    results = {task.params["path"]: task.result for task in tasks}
+    assert len(results) > 1000
+    assert not [path for path in results if "-packages" in path]
+    for path in Path(json.__file__).resolve().parent.glob("*.py"):
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        assert results[str(path)] == {"sha256": digest, "bytes": path.stat().st_size}
+
+
+def test_checksum_counts_what_cannot_be_read(tree, database):
+    (tree / "dangling").symlink_to(tree / "nothing")
+    os.mkfifo(tree / "pipe")  # to open it would block for ever
+    with open(os.fsencode(tree) + b"/no\xfftext", "wb"):
+        pass
+    ran = run_checksum(tree, "--db", database)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "21 files, 0.2 MB, 1 failed" in ran.stdout
+    assert f"failed: {tree}/dangling: FileNotFoundError" in ran.stdout
+    assert "no\\udcfftext" in ran.stdout
+    tasks = stored(database)
+    assert tasks["dangling"].status is TaskStatus.FAILED
+    assert "pipe" not in tasks
+
+
+def test_checksum_leaves_its_own_database_alone(tree):
+    """Opened by anyone else in its process, it would lose its locks."""
+    for _ in range(2):
+        ran = run_checksum(".", "--db", "sums.db", cwd=tree)
+        assert "20 files, 0.2 MB, 0 failed" in ran.stdout
+
+
+def test_checksum_runs_twice_at_once(tree, database):
+    for number in range(300):
+        (tree / f"more-{number}").write_bytes(os.urandom(100))
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    command = checksum_command(tree, "--db", database)
+    with program(*command, **options) as one, program(*command, **options) as other:
+        for process in (one, other):
+            out, err = process.communicate(timeout=60)
+            assert (process.returncode, err) == (0, ""), out
+    assert_all_hashed(tree, database)
+    assert {task.starts for task in stored(database).values()} == {1}
+
+
+@contextmanager
+def caught_in_the_middle(tree: Path, database: Path) -> Iterator[subprocess.Popen[str]]:
+    """A run that has hashed some of the files, twenty as a rule, and is busy with a huge one."""
+    with open(tree / "huge", "wb") as huge:
+        huge.truncate(1 << 38)  # a hole: it takes minutes to read and no room
+    for number in range(20):
+        (tree / f"last-{number}").write_bytes(b"last")
+    command = checksum_command(tree, "--db", database, "--workers", "1")
+    with program(*command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        wait_until(database.exists)
+        with SQLiteRepository(database) as repository:
+
+            def in_the_middle() -> bool:
+                assert process.poll() is None, process.communicate()
+                running = repository.list(TaskFilter(status=TaskStatus.RUNNING))
+                told = [Path(task.params["path"]).name for task in running if task.message]
+                return told == ["huge"] and len(running) == 1
+
+            wait_until(in_the_middle)
+        yield process
+
+
+@pytest.mark.parametrize(
+    ("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
+)
+def test_checksum_goes_on_after(tree, database, signum, code):
+    with caught_in_the_middle(tree, database) as process:
+        before = stored(database)
+        done = [name for name, task in before.items() if task.status is TaskStatus.COMPLETED]
+        left = 41 - len(done)
+        process.send_signal(signum)
+        out, _err = process.communicate(timeout=15)  # a stop that waited would take 24 s
+        assert process.returncode == code
+    if signum == signal.SIGKILL:
+        assert stored(database)["huge"].status is TaskStatus.RUNNING
+    else:
+        assert f"Stopped with {left} files to go: run it again to go on." in out
+        assert f"{len(done)} files, 0.2 MB, 0 failed" in out
+        handed_back = stored(database)["huge"]
+        assert handed_back.status is TaskStatus.PENDING
+        assert (handed_back.interruptions, handed_back.crashes, handed_back.errors) == (1, 0, 0)
+        with SQLiteRepository(database) as repository:
+            assert not repository.nodes()
+
+    (tree / "huge").write_bytes(b"not so huge")
+    again = run_checksum(tree, "--db", database)
+    assert again.returncode == 0
+    assert f"{len(done)} of 41 files of {tree} were done already." in again.stdout
+    assert f"Going on with the other {left}; --fresh starts anew." in again.stdout
+    assert "41 files, 0.2 MB, 0 failed" in again.stdout
+    assert f"This run: {left} files" in again.stdout
+    assert_all_hashed(tree, database)
+    after = stored(database)
+    assert all(after[name] == before[name] for name in done), "what was done is not done again"
+    assert after["huge"].crashes == (signum == signal.SIGKILL)
+
+
+def test_checksum_removes_no_database_in_use(tree, database):
+    with caught_in_the_middle(tree, database) as process:
+        refused = run_checksum(tree, "--db", database, "--fresh")
+        assert refused.returncode == 1
+        assert "in use by another process; nothing was removed" in refused.stderr
+        assert process.poll() is None
+    assert len(stored(database)) == 41
+
+
+def test_checksum_draws_a_bar_on_a_terminal(tree, database):
+    ours, its = pty.openpty()
+    with program(*checksum_command(tree, "--db", database), stdout=its) as process:
+        os.close(its)
+        shown = b""
+        with suppress(OSError):  # a terminal whose other end is closed ends in an error
+            while part := os.read(ours, 4096):
+                shown += part
+        assert process.wait(timeout=30) == 0
+    os.close(ours)
+    assert b"\r[" in shown
+    assert b"#] 100%  20 of 20 files" in shown
+
+
+# sync_assets.py
+
+
+def test_sync_assets(tmp_path):
+    ran = subprocess.run(
+        [*STRICT, EXAMPLES / "sync_assets.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=30,  # the call that a cancel must reach takes a minute
+    )
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "10%  production/us-east is done" in ran.stdout
+    assert "'regions': 9, 'errors': ['staging/eu-west: eu-west is under maintenance']" in ran.stdout
+    assert "failed: ProviderError: the account is closed" in ran.stdout
+    assert "cancelled at 50%" in ran.stdout
+
+
+# flask_app.py
+
+
+@pytest.fixture
+def flask_app() -> ModuleType:
+    pytest.importorskip("flask")
+    spec = importlib.util.spec_from_file_location("flask_app", EXAMPLES / "flask_app.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def app(flask_app, tmp_path) -> Iterator[Any]:
+    """The app with its queue started."""
+    app = flask_app.create_app(str(tmp_path / "tasks.db"))
+    queue = flask_app.queue_of(app)
+    with queue.repository, queue:
+        yield app
+        queue.stop(cancel=True)
+
+
+@pytest.fixture
+def client(app) -> Any:
+    return app.test_client()
+
+
+def shown(client: Any, task_id: str) -> dict[str, Any]:
+    """What the app shows of a task."""
+    response = client.get(f"/tasks/{task_id}")
+    assert response.status_code == 200
+    told: dict[str, Any] = response.get_json()
+    return told
+
+
+def submit(client: Any, **params: Any) -> str:
+    response = client.post("/tasks", json=params)
+    assert response.status_code == 202
+    task_id: str = response.get_json()["id"]
+    assert response.headers["Location"] == f"/tasks/{task_id}"
+    return task_id
+
+
+def wait_for_status(client: Any, task_id: str, status: str) -> dict[str, Any]:
+    wait_until(lambda: shown(client, task_id)["status"] == status)
+    return shown(client, task_id)
+
+
+def test_flask_runs_a_task(client):
+    task_id = submit(client, title="Sales", pages=2)
+    told = wait_for_status(client, task_id, "completed")
+    assert told["result"] == {"title": "Sales", "pages": 2}
+    assert (told["progress"], told["message"]) == (100, "page 2 of 2")
+
+
+def test_flask_shows_progress(client):
+    task_id = submit(client, title="Sales", pages=3)
+    told = wait_until(lambda: (t := shown(client, task_id))["progress"] and t)
+    assert told["status"] == "running"
+    assert told["message"].startswith("page ")
+
+
+def test_flask_takes_forms_and_lists(client):
+    response = client.post("/tasks", data={"title": "Form", "pages": "1", "id": "mine"})
+    assert (response.status_code, response.headers["Location"]) == (303, "/")
+    wait_for_status(client, "mine", "completed")
+    listed = client.get("/tasks?status=completed").get_json()
+    assert listed["total"] == 1
+    assert listed["tasks"][0]["params"] == {"title": "Form", "pages": 1}
+    assert client.get("/tasks?status=failed").get_json() == {"tasks": [], "total": 0}
+    assert '<form method="post" action="/tasks">' in client.get("/").text
+
+
+def test_flask_cancels(flask_app, app, client):
+    """A running task stops, a pending one never starts."""
+    workers = flask_app.queue_of(app).config.worker_num
+    running = [submit(client, title="Long", pages=10_000) for _ in range(workers)]
+    for task_id in running:
+        wait_for_status(client, task_id, "running")
+    pending = submit(client, title="Waits")
+    assert client.post(f"/tasks/{pending}/cancel").get_json() == {"cancelled": True}
+    assert shown(client, pending)["status"] == "cancelled"
+    assert client.post(f"/tasks/{running[0]}/cancel").get_json() == {"cancelled": False}
+    wait_for_status(client, running[0], "cancelled")
+    assert shown(client, running[1])["status"] == "running"
+    assert flask_app.queue_of(app).get_task_status(pending).starts == 0
+
+
+@pytest.mark.parametrize(
+    ("params", "complaint"),
+    [
+        ({"pages": 3}, "needs title"),
+        ({"title": "x", "colour": "red"}, "takes no 'colour'"),
+        ({"title": "x", "pages": "many"}, "params.pages: must be a whole number"),
+        ({"title": "x", "id": "y" * 300}, "id has 300 characters"),
+        (["title"], "must be an object"),
+    ],
+)
+def test_flask_refuses_bad_params(client, params, complaint):
+    response = client.post("/tasks", json=params)
+    assert response.status_code == 400
+    assert complaint in response.get_json()["error"]
+    assert client.get("/tasks").get_json()["total"] == 0
+
+
+def test_flask_answers_errors(client):
+    assert client.get("/tasks/nobody").status_code == 404
+    assert client.post("/tasks/nobody/cancel").status_code == 404
+    assert client.get("/tasks?status=lost").status_code == 400
+    assert client.get("/tasks?limit=-1").status_code == 400
+    assert client.post("/tasks", data="{", content_type="application/json").status_code == 400
+    submit(client, title="Once", pages=1, id="once")
+    assert client.post("/tasks", json={"title": "Twice", "id": "once"}).status_code == 409
+    wait_for_status(client, "once", "completed")
+    assert client.post("/tasks/once/cancel").status_code == 409
+
+
+def test_flask_answers_when_full_and_when_stopped(flask_app, app, client):
+    queue = flask_app.queue_of(app)
+    most = queue.config.buffer_size + queue.config.worker_num
+    codes = [
+        client.post("/tasks", json={"title": "Long", "pages": 10_000}).status_code
+        for _ in range(most + 1)
+    ]
+    assert set(codes) == {202, 503}
+    assert client.get("/tasks").get_json()["total"] == codes.count(202)
+    queue.stop(cancel=True)
+    response = client.post("/tasks", json={"title": "Late"})
+    assert response.status_code == 503
+    assert "stopped" in response.get_json()["error"]
+
+
+def test_flask_starts_in_a_gunicorn_worker(flask_app, tmp_path):
+    """To make the app starts nothing; the hook does, and may be called again."""
+    app = flask_app.create_app(str(tmp_path / "tasks.db"))
+    queue = flask_app.queue_of(app)
+    with queue.repository:
+        task_id = submit(app.test_client(), title="Waits", pages=1)
+        assert not queue.repository.nodes()
+        flask_app.post_worker_init(SimpleNamespace(wsgi=app))
+        queue.start()
+        assert len(queue.repository.nodes()) == 1
+        queue.handle(task_id).result(timeout=30)
+        queue.stop()
+
+
+def free_port() -> str:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return str(server.getsockname()[1])
+
+
+def answers(url: str) -> str | None:
+    """What a server answers; None as long as there is none."""
+    try:
+        with urllib.request.urlopen(url, timeout=10) as response:
+            text: str = response.read().decode()
+            return text
+    except OSError:
+        return None
+
+
+@contextmanager
+def submitter(database: Path, type: str) -> Iterator[Queue]:
+    """A queue that only submits, for whoever runs on the same file."""
+    with SQLiteRepository(database) as repository:
+        queue = Queue(repository)
+        queue.declare(type)
+        yield queue
+
+
+@pytest.mark.parametrize("args", [(), ("--debug",)], ids=["plain", "reloader"])
+def test_flask_serves(flask_app, tmp_path, args):
+    """One process runs tasks, the one that serves; when it is stopped it hands them back."""
+    database, port = tmp_path / "tasks.db", free_port()
+    env = {**os.environ, "TASKX_DATABASE": str(database), "PORT": port}
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with program(
+        sys.executable, EXAMPLES / "flask_app.py", *args, env=env, cwd=tmp_path, **options
+    ) as process:
+        wait_until(lambda: answers(f"http://127.0.0.1:{port}/"))
+        with submitter(database, "report") as queue:
+            [node] = queue.repository.nodes()
+            assert node.alive
+            assert (f":{process.pid}:" in node.name) == (not args)
+            queue.submit("report", {"title": "Sales", "pages": 1}).result(timeout=30)
+            long = queue.submit("report", {"title": "Long", "pages": 10_000})
+            wait_until(long.running)
+            if not args:
+                process.terminate()
+                assert process.wait(timeout=30) == 0
+                task = long.task()
+                assert task.status is TaskStatus.PENDING
+                assert (task.interruptions, task.crashes) == (1, 0)
+
+
+# django_project
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A copy of the project, where its databases may lie about."""
+    pytest.importorskip("django")
+    ignored = shutil.ignore_patterns("__pycache__", "*.db*")
+    return Path(shutil.copytree(EXAMPLES / "django_project", tmp_path / "site", ignore=ignored))
+
+
+def manage(project: Path, *args: str) -> str:
+    """Run one of the project's commands."""
+    command = [*STRICT, "manage.py", *args]
+    ran = subprocess.run(command, cwd=project, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    return ran.stdout + ran.stderr
+
+
+def test_django_passes_its_own_tests(project):
+    assert "Ran 3 tests" in manage(project, "test", "--noinput")
+    assert not (project / "tasks.db").exists()
+
+
+def test_django_commands_start_nothing(project):
+    manage(project, "makemigrations", "--check", "--dry-run")
+    manage(project, "migrate")
+    told = manage(
+        project,
+        "shell",
+        "-c",
+        "import threading; from reports.tasks import queue; print(queue, threading.active_count())",
+    )
+    assert "not started> 1" in told
+    assert not (project / "tasks.db").exists()
+
+
+def test_django_runserver_starts_one_queue(project):
+    """With the reloader: in the child that serves, not in the parent that watches."""
+    manage(project, "migrate")
+    address = f"127.0.0.1:{free_port()}"
+    options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with program(
+        sys.executable, "manage.py", "runserver", address, cwd=project, **options
+    ) as process:
+        wait_until(lambda: answers(f"http://{address}/"))
+        with submitter(project / "tasks.db", "build_report") as queue:
+            [node] = queue.repository.nodes()
+            assert f":{process.pid}:" not in node.name
+            handle = queue.submit("build_report", {"title": "Sales", "rows": 1})
+            assert handle.result(timeout=30) == {"report": 1}
+            assert '"completed"' in (answers(f"http://{address}/tasks/{handle.id}/") or "")
