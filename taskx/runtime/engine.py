@@ -139,6 +139,9 @@ class Engine:
         self._last_batch = len(items)
         try:
             runs = self.starter.start(items)
+            if self.stopping:  # it looked for runs to tell, and could not see these yet
+                self.starter.hand_back(runs, rebuffer=False)
+                return None
             if len(runs) > 1:
                 self.buffer.lay_out(runs[1:])
                 self.wake_scheduler()

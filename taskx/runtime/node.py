@@ -9,6 +9,7 @@ from contextlib import suppress
 
 from taskx.core.errors import RepositoryError
 from taskx.core.ids import new_id
+from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
 from taskx.runtime.buffer import Buffer
 from taskx.runtime.config import Config
@@ -107,12 +108,13 @@ class LocalNode:
         """Take nothing more, wait for the workers, leave; returns the ids that still run."""
         engine, log = self.engine, self._services.log
         deadline = time.monotonic() + timeout
-        left_pending = self._begin_stop()
+        self._begin_stop()
         if not cancel:
             self._wait_for_workers(deadline - timeout / 5)
         engine.fire_all(CancelReason.STOP)
         self._wait_for_workers(deadline)
         self._write_outcomes()
+        self._tell_left_pending()
         still = self.still_running()
         if still:
             log.warning(
@@ -120,22 +122,26 @@ class LocalNode:
                 len(still),
                 ", ".join(still[:10]),
             )
+        if still or engine.workers_left:  # a worker that is starting a task hands it back
             with suppress(RuntimeError):  # the interpreter is shutting down: the process ends first
                 threading.Thread(target=self._end_later, name="taskx-stop", daemon=True).start()
         else:
             self._end()
-        if left_pending:
-            log.warning("stopped with %d task(s) left pending", left_pending)
         return still
 
-    def _begin_stop(self) -> int:
+    def _begin_stop(self) -> None:
         try:
             self.engine.begin_stop()
             self._services.repository.mark_stopping(self.record.id)
-            return self.engine.release_pending()
+            self.engine.release_pending()
         except RepositoryError as error:
             self._services.log.warning("the stop could not be recorded: %s", error)
-            return 0
+
+    def _tell_left_pending(self) -> None:
+        with suppress(RepositoryError):  # it was told above, and will be
+            pending = self._services.repository.count(TaskFilter(status=TaskStatus.PENDING))
+            if pending:
+                self._services.log.warning("stopped with %d task(s) left pending", pending)
 
     def _wait_for_workers(self, deadline: float) -> None:
         # A stop that an executor asks for cannot wait for that executor.

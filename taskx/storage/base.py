@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import attrs
 
@@ -97,6 +98,9 @@ class Node:
     alive: bool | None = None
 
 
+R = TypeVar("R", bound="Repository")
+
+
 class Repository(TaskRepository):
     """A repository with the primitives that the runtime needs; ours all are.
 
@@ -181,7 +185,7 @@ class Repository(TaskRepository):
     def close(self) -> None:
         """Release what the repository holds open; a later operation opens it again."""
 
-    def __enter__(self) -> Repository:
+    def __enter__(self: R) -> R:
         return self
 
     def __exit__(self, *exc_info: object) -> None:

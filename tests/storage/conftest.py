@@ -2,11 +2,9 @@
 
 import pytest
 
-pytest.register_assert_rewrite("taskx.testing")
+from taskx.testing import ManualClock
 
-from taskx.testing import ManualClock  # noqa: E402
-
-from .repositories import MAKERS  # noqa: E402
+from .repositories import MAKERS
 
 
 @pytest.fixture
