@@ -32,6 +32,7 @@ from taskx import (
     SQLiteRepository,
     Task,
     TaskFilter,
+    TaskRepository,
     TaskStatus,
     TaskxError,
     executor,
@@ -58,7 +59,7 @@ def checksum(ctx: Context, path: str) -> dict[str, Any]:
     return {"sha256": digest.hexdigest(), "bytes": size}
 
 
-def make_queue(repository: SQLiteRepository, workers: int) -> Queue:
+def make_queue(repository: TaskRepository, workers: int) -> Queue:
     """A queue that takes any number of tasks: what its buffer has no room for waits in the file."""
     queue = Queue(repository, Config(worker_num=workers, overflow="spill"))
     queue.register_executor(checksum)

@@ -422,7 +422,8 @@ class Queue:
             first, self._intake.stopped = not self._intake.stopped, True
         if self._node is None:
             return []
-        return self._node.stop(seconds, cancel=cancel) if first else self._node.still_running()
+        stop = self._node.stop if first else self._node.wait_for_end
+        return stop(seconds, cancel=cancel)
 
     def close(self) -> None:
         """Stop, and close the repository."""

@@ -156,6 +156,9 @@ class Intake:
         self._store(insert)
         item = Item(-row["priority"], row["created_at"], 0, row["id"], True)
         for run in engine.starter.start([item]):
+            if engine.stopping:
+                engine.starter.hand_back([run], rebuffer=False)
+                return
             ending = engine.execute(run, f"{engine.node.name}/caller")
             self._services.ledger.flush()
             if ending.interrupt is not None:

@@ -129,6 +129,13 @@ class LocalNode:
             self._end()
         return still
 
+    def wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
+        """While another call stops it: wait for that one's end; returns the ids that still run."""
+        if cancel:
+            self.engine.fire_all(CancelReason.STOP)
+        self._wait_for_workers(time.monotonic() + timeout)
+        return self.still_running()
+
     def _begin_stop(self) -> None:
         try:
             self.engine.begin_stop()

@@ -225,10 +225,16 @@ class SQLiteRepository(Repository):
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types runs on a node, or is pending and not held back."""
         kinds = list(types)
-        running = {kind for (kind,) in self._rows(statements.UNFINISHED_RUNNING)}
-        return not running.isdisjoint(kinds) or any(
-            self._rows(statements.UNFINISHED_READY, (kind,)) for kind in kinds
-        )
+        self._open()
+        with self._connections.reader() as connection:
+            connection.execute("BEGIN")  # one snapshot: a task that starts meanwhile is in it once
+            running = {kind for (kind,) in connection.execute(statements.UNFINISHED_RUNNING)}
+            found = not running.isdisjoint(kinds) or any(
+                connection.execute(statements.UNFINISHED_READY, (kind,)).fetchone()
+                for kind in kinds
+            )
+            connection.execute("COMMIT")
+        return found
 
     def changed(self) -> bool:
         """Whether another connection committed since the last call; true at the first.

@@ -1,0 +1,295 @@
+"""What the runtime's tests share: repositories, queues that end, waits that end."""
+
+from __future__ import annotations
+
+import os
+import queue as queues
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from taskx import Config, MemoryRepository, Queue, RepositoryUnavailable, SQLiteRepository
+from taskx.storage.base import Repository
+
+ROOT = Path(__file__).parent.parent.parent
+
+#: Longer than anything takes on a loaded machine; nothing waits for it where all is well.
+PATIENCE = 20.0
+
+
+def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
+    """Ask until the answer is true, and return it; fail after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not (answer := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{condition} was not true within {timeout:g} s", pytrace=True)
+        pause.wait(0.005)
+    return answer
+
+
+def ids(queue: Queue) -> set[str]:
+    return {task.id for task in queue.list_tasks()[0]}
+
+
+class Spy:
+    """Mixed into a repository: keeps what is applied, and fails when told to.
+
+    Attributes:
+        batches: the writes of every transaction that was committed.
+        before: called with the writes before they are applied.
+        after: called with the writes after they are committed.
+        down: while true, the repository is unavailable.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.batches: list[list[Any]] = []
+        self.before: Callable[[list[Any]], object] = lambda writes: None
+        self.after: Callable[[list[Any]], object] = lambda writes: None
+        self.down = False
+
+    def check(self) -> None:
+        if self.down:
+            raise RepositoryUnavailable("down for a while")
+
+    def apply(self, writes: Any, *, all_or_nothing: bool = False) -> Any:
+        self.check()
+        self.before(writes)
+        results = super().apply(writes, all_or_nothing=all_or_nothing)  # type: ignore[misc]
+        self.batches.append(list(writes))
+        self.after(writes)
+        return results
+
+    def settle(self, writes: Any) -> Any:
+        self.check()
+        return super().settle(writes)  # type: ignore[misc]
+
+    def get_many(self, task_ids: Any) -> Any:
+        self.check()
+        return super().get_many(task_ids)  # type: ignore[misc]
+
+
+class SpyMemory(Spy, MemoryRepository):
+    pass
+
+
+class SpySQLite(Spy, SQLiteRepository):
+    pass
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def repository(request: pytest.FixtureRequest, database: Path) -> Iterator[Repository]:
+    made: Repository = SpyMemory() if request.param == "memory" else SpySQLite(database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
+    """Makes queues, with the options of ``Config``, and stops them at the end."""
+    made: list[Queue] = []
+
+    def make(on: Any = None, *, logger: Any = None, clock: Any = None, **config: Any) -> Queue:
+        more = {} if clock is None else {"clock": clock}
+        made.append(Queue(on or repository, Config(**config), logger, **more))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        queue.stop(timeout=PATIENCE, cancel=True)
+
+
+@pytest.fixture
+def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No task counts as short: none is started ahead, so that the order of runs is strict."""
+    monkeypatch.setattr("taskx.runtime.engine.SHORT", 0.0)
+
+
+@pytest.fixture
+def queue(make_queue: Callable[..., Queue]) -> Queue:
+    """A queue of two workers, not started."""
+    return make_queue(worker_num=2)
+
+
+class Gate:
+    """A place in an executor where it waits to be let on."""
+
+    def __init__(self) -> None:
+        self._arrived = threading.Semaphore(0)
+        self._open = threading.Event()
+
+    def __call__(self) -> None:
+        self._arrived.release()
+        assert self._open.wait(PATIENCE)
+
+    def wait_for(self, tasks: int = 1) -> None:
+        """Wait until so many more executors have come to the gate."""
+        for _ in range(tasks):
+            assert self._arrived.acquire(timeout=PATIENCE)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+@pytest.fixture
+def gate(make_queue: Any) -> Iterator[Gate]:
+    """Opened at the end in any case, before the queues are stopped."""
+    made = Gate()
+    yield made
+    made.open()
+
+
+class Waiting:
+    """Registers an executor ``hold`` that waits at the gate, and fills the workers with it."""
+
+    def __init__(self, queue: Queue, gate: Gate) -> None:
+        self.gate = gate
+        self.queue = queue
+        queue.executor("hold")(self._hold)
+
+    def _hold(self) -> None:
+        self.gate()
+
+    def fill(self, workers: int) -> list[Any]:
+        handles = []
+        for _ in range(workers):
+            handles.append(self.queue.submit("hold"))
+            self.gate.wait_for(1)
+        return handles
+
+
+@pytest.fixture
+def busy(make_queue: Any, gate: Gate) -> Callable[..., Queue]:
+    """Makes a started queue whose only worker is busy until the gate opens; it knows ``note``."""
+
+    def make(**config: Any) -> Queue:
+        queue = make_queue(worker_num=1, **config)
+        queue.ran = []
+        queue.executor("note")(lambda n=0: queue.ran.append(n))
+        queue.start()
+        Waiting(queue, gate).fill(1)
+        return queue
+
+    return make
+
+
+# Other processes
+
+
+class Child:
+    """A Python program in a process of its own."""
+
+    def __init__(self, program: str, *args: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), *map(str, args)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+        self._lines: queues.SimpleQueue[str] = queues.SimpleQueue()
+        self._errors: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read_lines, daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read_lines(self) -> None:
+        for line in self.process.stdout:  # type: ignore[union-attr]
+            self._lines.put(line)
+        self._lines.put("")
+
+    def _read_errors(self) -> None:
+        self._errors.append(self.process.stderr.read())  # type: ignore[union-attr]
+
+    def read(self) -> str:
+        """The next line that it prints."""
+        try:
+            line = self._lines.get(timeout=PATIENCE)
+        except queues.Empty:
+            pytest.fail("the child is silent")
+        if not line:
+            pytest.fail(f"the child ended: {self.ends()[1]}")
+        return line.strip()
+
+    def tell(self) -> None:
+        """Let it go on, where it reads a line."""
+        self.process.stdin.write("\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ends(self, timeout: float = PATIENCE) -> tuple[str, str]:
+        """What it says until it ends, and all its errors."""
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        lines = []
+        while not self._lines.empty():
+            lines.append(self._lines.get())
+        return "".join(lines), "".join(self._errors)
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Child]]:
+    """Starts programs, and ends those that are left over."""
+    children: list[Child] = []
+
+    def start(program: str, *args: object) -> Child:
+        children.append(Child(program, *args))
+        return children[-1]
+
+    yield start
+    for child in children:
+        if child.process.poll() is None:
+            child.process.kill()
+        child.ends()
+        child.process.stdout.close()  # type: ignore[union-attr]
+        child.process.stderr.close()  # type: ignore[union-attr]
+
+
+def run_in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Call it in a thread; what comes back waits for its value, or raises what it raised."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, function()))
+        except BaseException as error:  # noqa: BLE001  (handed to the test)
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def result() -> Any:
+        thread.join(PATIENCE)
+        assert outcome, "the thread hangs"
+        fine, value = outcome[0]
+        if not fine:
+            raise value
+        return value
+
+    return result

@@ -1,0 +1,400 @@
+"""Starting, draining, stopping, and when tasks are due."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import timedelta
+
+import pytest
+
+from taskx import (
+    CancelReason,
+    ConfigurationError,
+    MemoryRepository,
+    QueueStopped,
+    RepositoryUnavailable,
+    Task,
+    TaskStatus,
+)
+from taskx.testing import ManualClock
+
+from .conftest import PATIENCE, SpySQLite, eventually, run_in_thread
+
+
+@pytest.fixture
+def started(queue):
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    return queue
+
+
+# Start
+
+
+def test_start_twice_is_start_once(queue):
+    queue.executor("fine")(lambda: "fine")
+    before = threading.active_count()
+    queue.start()
+    threads = threading.active_count()
+    queue.start()
+    with queue:
+        assert threading.active_count() == threads == before + 3
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+    with pytest.raises(QueueStopped, match="another"):
+        queue.start()
+
+
+def test_start_that_fails_leaves_nothing_behind(make_queue, tmp_path):
+    queue = make_queue(SpySQLite(tmp_path / "missing" / "tasks.db"))
+    before = threading.active_count()
+    with pytest.raises(RepositoryUnavailable):
+        queue.start()
+    assert threading.active_count() == before
+    (tmp_path / "missing").mkdir()
+    queue.executor("fine")(lambda: "fine")
+    with queue:
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+    queue.close()
+
+
+def test_construction_does_nothing(tmp_path, make_queue):
+    before = threading.active_count()
+    make_queue(SpySQLite(tmp_path / "tasks.db"))
+    assert threading.active_count() == before
+    assert list(tmp_path.iterdir()) == []
+
+
+# Drain
+
+
+def test_drain(busy, gate, no_batches):
+    queue = busy()
+    for n in range(20):
+        queue.submit("note", {"n": n})
+    assert queue.drain(0.05) is False
+    assert queue.ran == []
+    gate.open()
+    assert queue.drain(PATIENCE) is True
+    assert queue.ran == list(range(20))
+    assert queue.drain() is True
+
+
+def test_drain_waits_for_what_executors_submit(make_queue):
+    queue = make_queue(worker_num=2)
+    ran = []
+
+    @queue.executor("chain")
+    def chain(ctx, left):
+        ran.append(left)
+        if left:
+            queue.submit("chain", {"left": left - 1})
+
+    queue.start()
+    queue.submit("chain", {"left": 30})
+    assert queue.drain(PATIENCE)
+    assert ran == list(range(30, -1, -1))
+
+
+def test_drain_does_not_wait_for_delayed_tasks(started):
+    delayed = started.submit("fine", delay=1000)
+    assert started.drain(PATIENCE) is True
+    assert delayed.task().status is TaskStatus.PENDING
+
+
+def test_drain_refused(queue, make_queue):
+    with pytest.raises(ConfigurationError, match="start"):
+        queue.drain()
+    queue.executor("drains")(lambda: queue.drain())
+    queue.start()
+    for timeout in (-1, "1", float("nan")):
+        with pytest.raises(ConfigurationError):
+            queue.drain(timeout)
+    assert "inside an executor" in queue.submit("drains").exception(PATIENCE).error
+    queue.stop()
+    with pytest.raises(QueueStopped):
+        queue.drain()
+
+
+# Order and time
+
+
+def test_priority_and_then_order_of_submission(busy, gate):
+    queue = busy()
+    expected = []
+    for n, priority in enumerate([0, 5, -5, 0, 5, 1, -5, 0]):
+        queue.submit("note", {"n": n}, priority=priority)
+        expected.append((-priority, n))
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == [n for _, n in sorted(expected)]
+
+
+def test_order_of_what_lay_in_the_repository(make_queue, no_batches):
+    queue = make_queue(worker_num=1, buffer_size=1)
+    ran = []
+    queue.executor("note")(lambda n: ran.append(n))
+    expected = []
+    for n in range(300):
+        priority = n % 3
+        queue.submit("note", {"n": n}, priority=priority)
+        expected.append((-priority, n))
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert ran == [n for _, n in sorted(expected)]
+
+
+def test_due_exactly_at_its_moment(make_queue, database):
+    for repository in (MemoryRepository(), SpySQLite(database)):
+        clock = ManualClock()
+        queue = make_queue(repository, clock=clock, worker_num=1)
+        queue.executor("fine")(lambda: "fine")
+        queue.start()
+        handle = queue.submit("fine", delay=10)
+        at = queue.submit("fine", run_at=clock.now() + timedelta(seconds=10, milliseconds=1))
+        clock.advance(9.999)
+        assert queue.drain(PATIENCE)
+        assert not handle.done()
+        threading.Event().wait(0.2)  # longer than the scheduler sleeps
+        assert handle.task().status is TaskStatus.PENDING
+        clock.advance(0.001)
+        assert handle.result(PATIENCE) == "fine"
+        assert handle.task().started_at == handle.task().run_at
+        assert at.task().status is TaskStatus.PENDING
+        clock.advance(0.001)
+        assert at.result(PATIENCE) == "fine"
+        queue.stop()
+        repository.close()
+
+
+def test_run_at_in_the_past_is_now(started):
+    task = started.submit("fine").task()
+    handle = started.submit("fine", run_at=task.created_at - timedelta(days=1))
+    assert handle.result(PATIENCE) == "fine"
+
+
+def test_delayed_tasks_need_no_room(busy, gate):
+    queue = busy(buffer_size=1)
+    handles = [queue.submit("note", {"n": n}, delay=0.01) for n in range(20)]
+    queue.submit_many([Task(type="note", params={"n": n}) for n in (98,)])
+    gate.open()
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert sorted(queue.ran) == [*range(20), 98]
+
+
+def test_clock_that_is_set_back_and_forth(make_queue):
+    clock = ManualClock()
+    queue = make_queue(MemoryRepository(), clock=clock, worker_num=1)
+    ran = []
+
+    @queue.executor("jump")
+    def jump(n):
+        ran.append(n)
+        clock.set_wall(clock.now() + timedelta(hours=-1 if n % 2 else 1))
+
+    queue.start()
+    handles = [queue.submit("jump", {"n": n}) for n in range(10)]
+    for handle in handles:
+        handle.result(PATIENCE)
+        assert handle.task().duration == 0
+    assert ran == list(range(10))
+
+
+# Stop
+
+
+def test_running_tasks_may_end(started, gate, caplog):
+    started.executor("hold")(lambda ctx: (gate(), str(ctx.token.reason))[1])
+    handle = started.submit("hold")
+    gate.wait_for(1)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE))
+    eventually(lambda: started._node.engine.stopping)
+    gate.open()
+    assert stopping() == []
+    assert (handle.task().status, handle.task().result) == (TaskStatus.COMPLETED, "None")
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def test_stop_with_cancel_interrupts(started):
+    @started.executor("listen", max_attempts=1)
+    def listen(ctx):
+        ctx.progress(50, "half way")
+        ctx.token.wait(PATIENCE)
+        assert ctx.token.reason is CancelReason.STOP
+        ctx.token.raise_if_cancelled()
+
+    handle = started.submit("listen")
+    eventually(handle.running)
+    assert started.stop(PATIENCE, cancel=True) == []
+    task = handle.task()
+    assert task.status is TaskStatus.PENDING
+    assert (task.errors, task.interruptions, task.crashes) == (0, 1, 0)
+    assert (task.owner, task.error, task.progress, task.started_at) == ("", "", 0, None)
+    assert task.attempt == 1
+    [attempt] = task.attempts
+    assert attempt.outcome == "interrupted"
+
+
+@pytest.mark.parametrize("error", [ValueError("while tidying up"), SystemExit()], ids=repr)
+def test_whatever_an_interrupted_executor_raises(started, error):
+    @started.executor("listen")
+    def listen(ctx):
+        ctx.token.wait(PATIENCE)
+        raise error
+
+    handle = started.submit("listen")
+    eventually(handle.running)
+    started.stop(PATIENCE, cancel=True)
+    task = handle.task()
+    assert (task.status, task.errors, task.interruptions) == (TaskStatus.PENDING, 0, 1)
+
+
+def test_interrupted_task_runs_again_elsewhere(started, make_queue):
+    started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
+    handle = started.submit("listen")
+    eventually(handle.running)
+    started.stop(PATIENCE, cancel=True)
+    again = make_queue()
+    again.executor("listen")(lambda ctx: ctx.task.attempt)
+    again.start()
+    assert again.handle(handle.id).result(PATIENCE) == 1
+    assert handle.task().starts == 2
+
+
+def test_cancelled_before_the_stop_it_is_cancelled(started, gate):
+    started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
+    handle = started.submit("hold")
+    gate.wait_for(1)
+    started.cancel_task(handle.id)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE, cancel=True))
+    gate.open()
+    stopping()
+    assert handle.task().status is TaskStatus.CANCELLED
+
+
+def test_stop_returns_by_its_timeout_and_names_what_runs(started, gate, caplog):
+    started.executor("stubborn")(lambda: (gate(), "late, and it counts")[1])
+    handle = started.submit("stubborn")
+    gate.wait_for(1)
+    began = time.monotonic()
+    assert started.stop(timeout=0.2) == [handle.id]
+    assert time.monotonic() - began < 10
+    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert handle.id in warning
+    assert handle.task().status is TaskStatus.RUNNING
+    assert started.stop(timeout=0.2) == [handle.id]
+    gate.open()
+    assert started.handle(handle.id).result(PATIENCE) == "late, and it counts"
+    eventually(lambda: started.repository.nodes() == [])
+    assert started.stop() == []
+
+
+def test_stop_fires_the_tokens_before_its_timeout(started):
+    started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
+    handle = started.submit("listen")
+    eventually(handle.running)
+    assert started.stop(timeout=0.5) == []
+    assert handle.task().interruptions == 1
+
+
+def test_buffered_tasks_are_handed_back(busy, gate, caplog, make_queue):
+    queue = busy()
+    handles = [queue.submit("note", {"n": n}) for n in range(5)]
+    stopping = run_in_thread(lambda: queue.stop(PATIENCE))
+    eventually(lambda: queue._node.engine.stopping)
+    gate.open()
+    assert stopping() == []
+    tasks = [h.task() for h in handles]
+    assert {(t.status, t.owner, t.starts) for t in tasks} == {(TaskStatus.PENDING, "", 0)}
+    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "5 task(s) left pending" in warning
+    again = make_queue()
+    again.executor("note")(lambda n: n)
+    again.start()
+    assert [again.handle(h.id).result(PATIENCE) for h in handles] == list(range(5))
+
+
+def test_stop_is_idempotent(queue):
+    assert queue.stop() == []
+    assert queue.stop() == []
+
+
+def test_stop_from_many_threads(started):
+    started.submit("fine")
+    for result in [run_in_thread(lambda: started.stop(PATIENCE)) for _ in range(5)]:
+        assert result() == []
+
+
+def test_second_stop_may_be_more_impatient(started):
+    started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
+    handle = started.submit("listen")
+    eventually(handle.running)
+    first = run_in_thread(lambda: started.stop(timeout=10 * PATIENCE))
+    eventually(lambda: started._node.engine.stopping)
+    assert started.stop(timeout=PATIENCE, cancel=True) == []
+    assert first() == []
+    assert handle.task().interruptions == 1
+
+
+def test_stop_by_an_executor(started):
+    returned = []
+
+    @started.executor("last")
+    def last():
+        returned.append(started.stop(PATIENCE))
+        return "bye"
+
+    handle = started.submit("last")
+    assert handle.result(PATIENCE) == "bye"
+    assert returned == [[handle.id]]
+    eventually(lambda: started.repository.nodes() == [])
+    assert handle.task().status is TaskStatus.COMPLETED
+
+
+def test_submit_by_an_executor_during_the_stop(started, gate):
+    started.executor("hold")(lambda: (gate(), started.submit("fine"))[0])
+    handle = started.submit("hold")
+    gate.wait_for(1)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE))
+    eventually(lambda: started._node.engine.stopping)
+    gate.open()
+    stopping()
+    assert handle.task().error.startswith("QueueStopped")
+
+
+def test_with_stops_even_when_the_block_raises(queue):
+    queue.executor("fine")(lambda: "fine")
+    with pytest.raises(KeyError), queue:
+        raise KeyError
+    with pytest.raises(QueueStopped):
+        queue.submit("fine")
+
+
+def test_handles_outlive_the_stop(started, make_queue):
+    handle = started.submit("fine", delay=0.2)
+    started.stop()
+    waiting = run_in_thread(lambda: handle.result(PATIENCE))
+    again = make_queue()
+    again.executor("fine")(lambda: "by another")
+    again.start()
+    assert waiting() == "by another"
+
+
+@pytest.mark.parametrize("timeout", [-1, "1", None, float("inf")])
+def test_timeout_of_stop_is_checked(queue, timeout):
+    with pytest.raises(ConfigurationError):
+        queue.stop(timeout)
+    queue.executor("fine")(lambda: "fine")
+    with queue:
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+
+
+def test_repository_is_left_open_by_stop_and_closed_by_close(started):
+    handle = started.submit("fine")
+    started.stop()
+    assert handle.task().id == handle.id
+    started.close()
+    assert handle.task().id == handle.id  # a later operation opens it again
+    started.repository.close()

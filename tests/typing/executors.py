@@ -1,0 +1,115 @@
+"""What a type checker sees of executors and handles. Checked, never run."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import taskx
+from taskx import Config, Context, MemoryRepository, Queue, Task, TaskExecutor, TaskHandle
+
+if TYPE_CHECKING:
+    from typing_extensions import assert_type
+
+queue = Queue(MemoryRepository(), Config(worker_num=2))
+
+
+@queue.executor("fetch", max_attempts=3, timeout=30)
+def fetch(ctx: Context, url: str, retries: int = 3) -> dict[str, int]:
+    ctx.progress(50, "half way")
+    with ctx.closing(_connect()) as connection:
+        assert_type(connection, Connection)
+    with ctx.timeout(5) as token:
+        assert_type(token, taskx.CancelToken)
+    assert_type(ctx.remaining(), float | None)
+    return {url: retries}
+
+
+@queue.executor()
+def add(a: int, b: int = 2) -> int:
+    return a + b
+
+
+@taskx.executor("later", priority=3)
+def later(ctx: Context, *, name: str) -> str:
+    return name
+
+
+class Connection:
+    def abort(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def _connect() -> Connection:
+    return Connection()
+
+
+def submitting() -> None:
+    assert_type(fetch.submit("url"), TaskHandle[dict[str, int]])
+    assert_type(fetch.submit(url="url", retries=1).result(), dict[str, int])
+    assert_type(add.submit(1).result(timeout=5), int)
+    assert_type(add.submit(1, b=5).id, str)
+    assert_type(later.submit(name="x").result(), str)
+    assert_type(add.task(1), Task)
+    fetch.submit()  # type: ignore[call-arg]
+    fetch.submit(5)  # type: ignore[arg-type]
+    fetch.submit("url", tries=1)  # type: ignore[call-arg]
+    add.submit("1")  # type: ignore[arg-type]
+    add.task(1, 2, 3)  # type: ignore[call-arg]
+    later.submit("x")  # type: ignore[call-arg]
+
+
+def calling(ctx: Context) -> None:
+    assert_type(fetch(ctx, "url"), dict[str, int])
+    assert_type(fetch(ctx, url="url", retries=1), dict[str, int])
+    assert_type(add(1, b=2), int)
+    assert_type(later(ctx, name="x"), str)
+    fetch("url")  # type: ignore[call-arg, arg-type]
+    add("1")  # type: ignore[arg-type]
+    add()  # type: ignore[call-arg]
+
+
+def by_name() -> None:
+    handle = queue.submit("fetch", {"url": "x"}, priority=5, delay=1.5, created_by="me")
+    assert_type(handle, TaskHandle[Any])
+    assert_type(handle.result(), Any)
+    assert_type(handle.task(), Task)
+    assert_type(handle.cancel(), bool)
+    assert_type(queue.submit(Task(type="fetch"), id="mine"), TaskHandle[Any])
+    assert_type(queue.submit_many([Task(type="fetch")]), list[TaskHandle[Any]])
+    queue.submit("fetch", prioritty=5)  # type: ignore[call-overload]
+    queue.submit("fetch", priority="high")  # type: ignore[call-overload]
+    queue.submit(5)  # type: ignore[call-overload]
+    queue.submit(Task(type="fetch"), {"url": "x"})  # type: ignore[call-overload]
+
+
+class Sync(TaskExecutor):
+    type = "sync"
+
+    def execute(self, ctx: Context, task: Task) -> Any:
+        ctx.logger.info("syncing %s", task.params)
+        task.result = {"synced": True}
+
+
+class Incomplete(TaskExecutor):
+    type = "incomplete"
+
+
+def registering() -> None:
+    queue.register_executor(Sync(), max_attempts=2)
+    queue.register_executor(later)
+    queue.register_executor(Sync)  # type: ignore[arg-type]
+    queue.register_executor(lambda: None)  # type: ignore[arg-type]
+    Incomplete()  # type: ignore[abstract]
+    Config(overflow="drop")  # type: ignore[arg-type]
+
+
+def looking() -> None:
+    assert_type(queue.get_task_status("x"), Task)
+    tasks, total = queue.list_tasks()
+    assert_type(tasks[0], Task)
+    assert_type(total, int)
+    assert_type(queue.drain(1), bool)
+    assert_type(queue.stop(), list[str])
+    with queue as started:
+        assert_type(started, Queue)
