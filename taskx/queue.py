@@ -380,9 +380,10 @@ class Queue:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
             if self._node is None:
                 node = LocalNode(self._services, self.config)
-                node.start()
-                self._node = node
-                self._intake.engine = node.engine
+                node.join()
+                # Before the first thread: what an executor submits or cancels finds its node.
+                self._node, self._intake.engine = node, node.engine
+                node.begin()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to run: False if ``timeout`` seconds passed before.

@@ -74,6 +74,10 @@ class Attempt:
     traceback: str = attrs.field(default="", repr=False)
 
 
+def _task_status(value: Any) -> TaskStatus:
+    return value if value.__class__ is TaskStatus else TaskStatus(value)
+
+
 @attrs.define(kw_only=True)
 class Task:
     """A task as the repository keeps it.
@@ -116,7 +120,7 @@ class Task:
 
     id: str = ""
     type: str = ""
-    status: TaskStatus = TaskStatus.PENDING
+    status: TaskStatus = attrs.field(default=TaskStatus.PENDING, converter=_task_status)
     params: dict[str, Any] = attrs.field(factory=dict)
     result: Any = None
     error: str = ""

@@ -144,6 +144,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
                     return None
                 if self.ahead:
                     self._taken += 1
+                    self.ahead_since = time.monotonic()
                     run = self.ahead.popleft()
                     if self.ahead:
                         self._wake()
@@ -178,8 +179,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
     def lay_out(self, runs: list[Run]) -> None:
         """Offer tasks that were started to whichever worker is free."""
         with self.mutex:
-            if not self.ahead:
-                self.ahead_since = time.monotonic()
+            self.ahead_since = time.monotonic()
             self.ahead.extend(runs)
             if not self.short:
                 self.not_empty.notify(len(runs))

@@ -151,7 +151,10 @@ class Parameters:
         self._type = type
         if not callable(function):
             raise ConfigurationError(f"executor {type!r} must be a function, not {function!r}")
-        if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        call = getattr(function, "__call__", None)  # noqa: B004  (an object may have an async one)
+        if any(map(inspect.iscoroutinefunction, (function, call))) or inspect.isasyncgenfunction(
+            function
+        ):
             raise ConfigurationError(f"executor {type!r} is async; TaskX runs plain functions")
         if inspect.isgeneratorfunction(function):
             raise ConfigurationError(f"executor {type!r} is a generator; its body would never run")

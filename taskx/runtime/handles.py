@@ -107,8 +107,7 @@ class TaskHandle(Future[R]):
         elif task.status is TaskStatus.COMPLETED:
             self._conclude(lambda: self.set_result(task.result))
         elif task.status is TaskStatus.FAILED:
-            attempt = max(1, task.errors + task.crashes)
-            failed = TaskFailed(task.id, task.error, attempt, task.traceback)
+            failed = TaskFailed(task.id, task.error, _last_attempt(task), task.traceback)
             self._conclude(lambda: self.set_exception(failed))
         else:
             self.conclude_cancelled()
@@ -148,6 +147,12 @@ def _renew_after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_after_fork)
+
+
+def _last_attempt(task: Task) -> int:
+    """The number of a failed task's last attempt: one that crashed is in no count of errors."""
+    crashed = bool(task.attempts) and task.attempts[-1].outcome == "crashed"
+    return max(1, task.errors + crashed)
 
 
 class Watcher:

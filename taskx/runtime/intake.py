@@ -16,6 +16,7 @@ from taskx.core.errors import (
     InvalidTransition,
     QueueFull,
     QueueStopped,
+    RepositoryError,
     TaskxError,
 )
 from taskx.core.ids import new_id
@@ -155,14 +156,19 @@ class Intake:
         row["owner"] = engine.node.id
         self._store(insert)
         item = Item(-row["priority"], row["created_at"], 0, row["id"], True)
-        for run in engine.starter.start([item]):
-            if engine.stopping:
-                engine.starter.hand_back([run], rebuffer=False)
-                return
-            ending = engine.execute(run, f"{engine.node.name}/caller")
-            self._services.ledger.flush()
-            if ending.interrupt is not None:
-                raise ending.interrupt
+        try:
+            for run in engine.starter.start([item]):
+                if engine.stopping:
+                    engine.starter.hand_back([run], rebuffer=False)
+                    return
+                ending = engine.execute(run, f"{engine.node.name}/caller")
+                self._services.ledger.flush()
+                if ending.interrupt is not None:
+                    raise ending.interrupt
+        except RepositoryError as error:
+            # It was accepted all the same: the audit finds a start that was not made, and the
+            # scheduler writes an outcome that was not written.
+            self._services.log.warning("task %s is left to the workers: %s", item.id, error)
 
     # --- many
 
@@ -210,7 +216,14 @@ class Intake:
         return room if room and engine.buffer.reserve(room) else 0
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
-        results = self._services.ledger.commit_whole(inserts)
+        try:
+            results = self._services.ledger.commit_whole(inserts)
+        except TaskxError:
+            raise
+        except BaseException as error:
+            # All or none of them are stored, and any one of them tells which.
+            error.task_id = inserts[0].id  # type: ignore[attr-defined]
+            raise
         for insert, stored in zip(inserts, results, strict=True):
             if not stored:
                 raise DuplicateTask(insert.id)

@@ -51,8 +51,8 @@ class LocalNode:
 
     # --- starting
 
-    def start(self) -> None:
-        """Join the repository, take up what dead processes left, and start the threads.
+    def join(self) -> None:
+        """Join the repository and take up what dead processes left.
 
         Raises:
             RepositoryError: the repository cannot be used; nothing was started.
@@ -71,6 +71,10 @@ class LocalNode:
         except BaseException:
             services.repository.leave(self.record.id)
             raise
+
+    def begin(self) -> None:
+        """Start the threads."""
+        services = self._services
         services.watcher.drive(True)
         for thread in self.engine.threads:
             thread.start()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import threading
 import traceback
 from typing import Any
@@ -36,6 +37,15 @@ class Run:
         self.executor = executor
         self.token = CancelToken(None, clock)
         self.context = Context(task, self.token, alarms, log)
+
+
+def _renew_after_fork() -> None:
+    global _current
+    _current = threading.local()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_renew_after_fork)
 
 
 def inside_executor() -> bool:
