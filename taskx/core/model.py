@@ -75,7 +75,7 @@ class Attempt:
 
 
 def _task_status(value: Any) -> TaskStatus:
-    return value if value.__class__ is TaskStatus else TaskStatus(value)
+    return value if value.__class__ is TaskStatus else check_status(value)
 
 
 @attrs.define(kw_only=True)

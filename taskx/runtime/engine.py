@@ -90,10 +90,12 @@ class Engine:
             except Exception:
                 self.services.log.exception("a worker stumbled; it goes on")
                 self._pause(pause)
-        self._flush()
-        with self._quiet:
-            self._left -= 1
-            self._quiet.notify_all()
+        try:
+            self._flush()
+        finally:  # whatever happens, a stop must not wait for a worker that is gone
+            with self._quiet:
+                self._left -= 1
+                self._quiet.notify_all()
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds

@@ -1,0 +1,353 @@
+"""The conductor: starts processes on one file, kills them, has the rest drained, proves the outcome.
+
+    python -m tests.campaign.campaign --kills 1000
+
+prints its seed; ``--seed`` plans the same campaign again (the machine's own timing differs).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import attrs
+
+from taskx import SQLiteRepository, Task, TaskFilter, TaskStatus
+
+from . import hooks
+from .sidelog import Event, SideLog, read
+from .verify import NEVER, History, verify
+from .worker import MANY, Options
+
+_FOLDER = Path(__file__).parent
+_ROOT = _FOLDER.parent.parent
+# The package may be tests.campaign or campaign; a child must find it under the same name.
+_BASE = _FOLDER.parents[__package__.count(".")]
+
+#: What a worker's log says only where something is wrong, or an error was thrown in on purpose.
+_ALARMING = re.compile(
+    r"^(ERROR|CRITICAL) (?!\S+ task \S+ (\(\w+\) failed|was running on \S+, which died): )"
+    r"|^Exception in thread|^Fatal Python error",
+    re.MULTILINE,
+)
+_LONGEST = 120.0
+_never = threading.Event()
+
+
+def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
+    """Ask until the answer is true, and return it.
+
+    Raises:
+        TimeoutError: it did not become true in time.
+    """
+    deadline = time.monotonic() + seconds
+    while not (answer := condition()):
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"not within {seconds:g} s: {what}")
+        _never.wait(0.002)
+    return answer
+
+
+class Child:
+    """A worker process; its death is told to the side log in its name."""
+
+    def __init__(self, folder: Path, options: Options) -> None:
+        self.options = options
+        self.who = options.who
+        self._log = SideLog(options.side_log, options.who)
+        self._log.tell("spawned", note=json.dumps(attrs.asdict(options)))
+        self._output = folder / f"{options.who}.log"
+        with self._output.open("wb") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", f"{__package__}.worker", json.dumps(attrs.asdict(options))],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join((str(_BASE), str(_ROOT)))},
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+            )
+        self._told = False
+
+    def kill(self) -> None:
+        """Kill it; the moment before is the last at which it certainly lived."""
+        self._log.tell("killed")
+        self.process.send_signal(signal.SIGKILL)
+        self.wait(10.0)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def tell(self) -> None:
+        """Write it a line."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"\n")
+        self.process.stdin.flush()
+
+    def finish(self, seconds: float = _LONGEST) -> int:
+        """End its standard input and wait for its end."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.wait(seconds)
+
+    def ended(self) -> bool:
+        """Whether it has ended."""
+        if self.process.poll() is None:
+            return False
+        if not self._told:
+            self._told = True
+            self._tell_death(self.process.returncode)
+            self._log.close()
+            assert self.process.stdin is not None
+            self.process.stdin.close()
+        return True
+
+    def wait(self, seconds: float) -> int:
+        """Wait for its end; returns how it exited."""
+        self.process.wait(seconds)
+        self.ended()
+        return self.process.returncode
+
+    def _tell_death(self, code: int) -> None:
+        killed = code == -signal.SIGKILL
+        output = self._output.read_text(encoding="utf-8", errors="replace")
+        trouble = ""
+        if code != 0 and not killed:
+            trouble = f"it ended with {code}: {output[-2000:]}"
+        elif (found := _ALARMING.search(output)) and not self.options.interrupt:
+            trouble = f"its log says: {output[found.start() :][:2000]}"
+        self._log.tell("dead", outcome="killed" if killed else "ended", note=trouble)
+
+
+@attrs.define
+class Outcome:
+    """What a campaign came to."""
+
+    violations: list[str]
+    records: dict[str, Task]
+    events: list[Event]
+
+    def record(self, task_id: str) -> Task:
+        return self.records[task_id]
+
+
+class Campaign:
+    """Processes on one file in ``folder``."""
+
+    def __init__(self, folder: Path, seed: int = 0) -> None:
+        self.folder = folder
+        self.rng = random.Random(seed)
+        self.database = str(folder / "tasks.db")
+        self.side_log = str(folder / "side.log")
+        self.children: list[Child] = []
+        self.log = SideLog(self.side_log, "conductor")
+        self._number = 0
+
+    def spawn(self, **options: Any) -> Child:
+        self._number += 1
+        child = Child(
+            self.folder,
+            Options(
+                who=f"p{self._number}", database=self.database, side_log=self.side_log, **options
+            ),
+        )
+        self.children.append(child)
+        return child
+
+    def events(self) -> list[Event]:
+        return read(self.side_log)
+
+    def wait_for(self, what: str, seconds: float = 20.0, **like: Any) -> Event:
+        """The first event of that kind."""
+
+        def look() -> Event | None:
+            for event in self.events():
+                if event.what == what and all(getattr(event, k) == v for k, v in like.items()):
+                    return event
+            return None
+
+        found: Event = until(look, seconds, f"{what} {like}")
+        return found
+
+    # --- the random part
+
+    def storm(
+        self, kills: int, processes: int = 3, say: Callable[[str], None] = lambda _: None
+    ) -> None:
+        """Start random processes and kill them at random, until so many are dead."""
+        killed, alive = 0, []
+        while killed < kills:
+            for child in [child for child in alive if child.ended()]:
+                alive.remove(child)
+                killed += child.process.returncode == -signal.SIGKILL
+                if killed % 50 == 0 and child.process.returncode:
+                    say(f"{killed} kills, {self._number} processes")
+            while len(alive) < processes:
+                alive.append(self.spawn(**self._random_options()))
+            _never.wait(self.rng.uniform(0.0, 0.25))
+            self._strike(self.rng.choice(alive))
+        until(
+            lambda: all(child.ended() for child in alive if child.options.interrupts), 60.0, "end"
+        )
+        for child in alive:
+            if not child.ended():
+                child.kill()
+
+    def _strike(self, child: Child) -> None:
+        chance = self.rng.random()
+        if child.options.interrupts:
+            return  # it must come to its end by itself
+        if chance < 0.6 and not child.ended():
+            child.kill()
+        elif chance < 0.68 and not child.ended():  # a process that stands still is not dead
+            child.signal(signal.SIGSTOP)
+            _never.wait(self.rng.uniform(0.1, 0.9))
+            child.signal(signal.SIGCONT)
+
+    def _random_options(self) -> dict[str, Any]:
+        rng = self.rng
+        options: dict[str, Any] = {
+            "seed": rng.randrange(1 << 30),
+            "seconds": rng.uniform(0.1, 1.5),
+            "workers": rng.randint(1, 4),
+            "buffer": rng.choice((3, 10, 50)),
+            "overflow": rng.choice(("reject", "block", "spill", "caller_runs")),
+            "durability": rng.choice(("accepted", "process")),
+            "dawdle": rng.choice((0.0, 0.0, 0.003, 0.02)),
+            "alone": rng.random() < 0.2,
+            "burst": rng.random() < 0.15,
+        }
+        chance = rng.random()
+        if chance < 0.45:
+            options["point"] = rng.choice(sorted(hooks.KILL_POINTS))
+            once = options["point"] in ("while stopping", "before leaving")
+            options["passings"] = 1 if once else rng.randint(1, 60)
+            if options["point"] == "started ahead":
+                options.update(burst=True, passings=rng.randint(1, 10))
+        elif chance < 0.5:
+            options["interrupts"] = rng.choice((0.01, 0.1))
+            options["overflow"] = rng.choice(("reject", "spill"))
+        elif chance < 0.65:
+            options["interrupt"] = rng.choice(hooks.INTERRUPTS)
+            options["error"] = rng.choice(("KeyboardInterrupt", "MemoryError"))
+            options["passings"] = rng.randint(1, 60)
+        return options
+
+    # --- the end
+
+    def drain(self, seconds: float = 60.0, processes: int = 2, **options: Any) -> None:
+        """Have fresh processes run what is left; those that a task takes with it are replaced.
+
+        What they did not get done by then, or did not end, the proof finds.
+        """
+        deadline = time.monotonic() + seconds
+        wanted = {"role": "drain", "workers": 4, **options}
+        alive = [self.spawn(**wanted) for _ in range(processes)]
+        while alive and time.monotonic() < deadline:
+            for child in [child for child in alive if child.ended()]:
+                alive.remove(child)
+                if child.process.returncode == -signal.SIGKILL:
+                    alive.append(self.spawn(**wanted))
+            _never.wait(0.01)
+        for child in alive:
+            child.kill()
+
+    def verdict(self) -> Outcome:
+        """What is not as promised, now that nobody runs any more."""
+        self.end()
+        with SQLiteRepository(self.database) as repository:
+            found = repository.list(TaskFilter(limit=MANY))
+            nodes = [node.name for node in repository.nodes()]
+        records = {task.id: task for task in found}
+        events = self.events()
+        violations = verify(records, events)
+        violations += [f"node {name} was left behind" for name in nodes]
+        return Outcome(violations, records, events)
+
+    def end(self) -> None:
+        """End what still runs."""
+        for child in self.children:
+            if not child.ended():
+                child.kill()
+
+
+# The soak
+
+
+def soak(kills: int, seed: int, processes: int, folder: Path) -> Outcome:
+    """A large campaign that tells how it goes."""
+    campaign = Campaign(folder, seed)
+    began = time.monotonic()
+
+    def say(text: str) -> None:
+        print(f"{time.monotonic() - began:7.1f} s  {text}", flush=True)
+
+    try:
+        campaign.storm(kills, processes, say)
+        say("draining")
+        campaign.drain(300.0)
+        outcome = campaign.verdict()
+    finally:
+        campaign.end()
+    for line in summary(outcome):
+        say(line)
+    return outcome
+
+
+def summary(outcome: Outcome) -> list[str]:
+    """What happened, in a few lines."""
+    history = History(outcome.events)
+    runs = [run for story in history.stories.values() for run in story.runs]
+    told = Counter(event.what for event in outcome.events)
+    points = Counter(event.note for event in outcome.events if event.what == "dying")
+    statuses = Counter(str(task.status) for task in outcome.records.values())
+    killed = sum(process.killed for process in history.processes.values())
+    by_themselves = ", ".join(f"{count} {point}" for point, count in sorted(points.items()))
+    cut_short = sum(run.ended == NEVER for run in runs)
+    submitted = f"{told['accepted']} tasks accepted, {told['rejected']} rejected"
+    return [
+        f"{killed} of {len(history.processes)} processes killed, {told['interrupt']} interrupted",
+        f"by themselves: {by_themselves}",
+        f"{submitted}, {len(runs)} runs begun, {cut_short} cut short",
+        ", ".join(f"{statuses[status]} {status}" for status in TaskStatus),
+        f"{told['cancel told']} cancels told, {told['closed']} closed by hand",
+        f"{len(outcome.violations)} violations",
+    ]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="campaign", description="Kill processes, prove the rest.")
+    parser.add_argument("--kills", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=None)
+    parser.add_argument("--processes", type=int, default=3)
+    parser.add_argument("--folder", type=Path, default=None, help="keep what happened there")
+    args = parser.parse_args()
+    seed = random.SystemRandom().randrange(1 << 30) if args.seed is None else args.seed
+    print(f"{args.kills} kills, {args.processes} processes at a time, --seed {seed}", flush=True)
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="taskx-campaign-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    outcome = soak(args.kills, seed, args.processes, folder)
+    for violation in outcome.violations[:50]:
+        print(f"VIOLATION {violation}")
+    if outcome.violations:
+        print(f"the database, the side log and the logs of the processes are in {folder}")
+        return 1
+    if args.folder is None:
+        shutil.rmtree(folder)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

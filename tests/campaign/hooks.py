@@ -1,0 +1,273 @@
+"""What is done to the library inside a worker process, and nowhere else, to provoke trouble.
+
+Points where it kills itself, interrupts of a leader, pauses that widen races, and broken parts that
+the campaign must notice. All are wrapped around the library from outside: it has no hooks.
+"""
+
+from __future__ import annotations
+
+import _thread
+import functools
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import Any
+
+from taskx.core import lifecycle
+from taskx.core.writes import Insert
+from taskx.runtime.buffer import Buffer
+from taskx.runtime.engine import Engine
+from taskx.runtime.intake import Intake
+from taskx.runtime.ledger import Ledger
+from taskx.runtime.node import LocalNode
+from taskx.runtime.runner import Runner
+from taskx.runtime.starter import Starter
+from taskx.storage.sqlite import liveness
+from taskx.storage.sqlite.repository import SQLiteRepository
+
+from .sidelog import SideLog
+
+Strike = Callable[[], None]
+
+
+def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
+    """Replace a function by ``around(function, *args, **kwargs)``."""
+    inner = getattr(owner, name)
+
+    @functools.wraps(inner)
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        return around(inner, *args, **kwargs)
+
+    setattr(owner, name, wrapper)
+
+
+def before(owner: Any, name: str, strike: Strike) -> None:
+    def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        strike()
+        return inner(*args, **kwargs)
+
+    wrap(owner, name, around)
+
+
+def after(owner: Any, name: str, strike: Strike) -> None:
+    """Strike when it has returned something; an empty list is nothing."""
+
+    def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        returned = inner(*args, **kwargs)
+        if returned != []:
+            strike()
+        return returned
+
+    wrap(owner, name, around)
+
+
+# Points at which the process dies
+
+
+def _inside_commit(strike: Strike) -> None:
+    def around(inner: Any, self: Any, work: Any, durable: bool) -> Any:
+        def work_then_die(cursor: Any) -> Any:
+            result = work(cursor)
+            strike()
+            return result
+
+        return inner(self, work_then_die, durable)
+
+    wrap(SQLiteRepository, "_transact", around)
+
+
+KILL_POINTS: dict[str, Callable[[Strike], None]] = {
+    "after commit, before buffer": lambda strike: before(Intake, "_buffer", strike),
+    "after start, before execute": lambda strike: after(Starter, "start", strike),
+    "started ahead": lambda strike: after(Buffer, "lay_out", strike),
+    "after result, before finish": lambda strike: after(Runner, "run", strike),
+    "inside a commit": _inside_commit,
+    "after a commit": lambda strike: after(SQLiteRepository, "_transact", strike),
+    "while stopping": lambda strike: after(LocalNode, "_begin_stop", strike),
+    "before leaving": lambda strike: before(SQLiteRepository, "leave", strike),
+}
+
+
+class Countdown:
+    """Strikes at the n-th passing of a point."""
+
+    def __init__(self, passings: int, strike: Strike) -> None:
+        self._left = passings
+        self._lock = threading.Lock()
+        self._strike = strike
+
+    def __call__(self) -> None:
+        with self._lock:
+            self._left -= 1
+            due = self._left == 0
+        if due:
+            self._strike()
+
+
+def die(log: SideLog, note: str) -> None:
+    log.tell("dying", note=note)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def kill_at(point: str, passings: int, log: SideLog) -> None:
+    """Have this process kill itself at the n-th passing of a point."""
+    KILL_POINTS[point](Countdown(passings, lambda: die(log, point)))
+
+
+# Errors in the leader of a group commit
+
+INTERRUPTS = ("before the commit", "inside the commit", "after the commit")
+
+
+def interrupt(where: str, passings: int, log: SideLog, error: type[BaseException]) -> None:
+    """Raise in a thread that commits: an interrupt in the main thread, as Python would."""
+
+    def strike() -> None:
+        log.tell("interrupt", note=where)
+        raise error("the campaign's")
+
+    countdown = Countdown(passings, strike)
+    inside = threading.local()
+
+    def point() -> None:
+        main = threading.current_thread() is threading.main_thread()
+        if getattr(inside, "leads", False) and (main or issubclass(error, Exception)):
+            countdown()
+
+    def lead(inner: Any, *args: Any, **kwargs: Any) -> Any:
+        inside.leads = True
+        try:
+            if where == "before the commit":
+                point()
+            returned = inner(*args, **kwargs)
+            if where == "after the commit":
+                point()
+            return returned
+        finally:
+            inside.leads = False
+
+    wrap(SQLiteRepository, "apply", lead)
+    if where == "inside the commit":
+        _inside_commit(point)
+
+
+class Interrupter:
+    """Interrupts the main thread at random, wherever it is, as Ctrl-C would."""
+
+    def __init__(self, seed: int, longest: float, log: SideLog) -> None:
+        self._rng, self._longest, self._log = random.Random(seed), longest, log
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """None comes after this has returned."""
+        while self._thread.is_alive():
+            with suppress(KeyboardInterrupt):
+                self._ended.set()
+                self._thread.join()
+        with suppress(KeyboardInterrupt):
+            threading.Event().wait(0.01)
+
+    def _run(self) -> None:
+        while not self._ended.wait(self._rng.random() * self._longest):
+            self._log.tell("interrupt", note="at random")
+            _thread.interrupt_main()
+
+
+# Pauses that widen the windows of races
+
+
+def dawdle(seed: int, longest: float) -> None:
+    """Pause now and then where another process or thread could slip in."""
+    rng, never = random.Random(seed), threading.Event()
+
+    def pause() -> None:
+        if rng.random() < 0.2:
+            never.wait(rng.random() * longest)
+
+    before(lifecycle, "start", pause)
+    before(Ledger, "commit", pause)
+    before(Ledger, "defer", pause)
+    before(Runner, "run", pause)
+    before(Intake, "_buffer", pause)
+
+
+def ignore_owners() -> None:
+    """Have every node believe that it is alone: then all go for the same tasks, as they may."""
+    Engine.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+
+
+# Broken parts: with any of them the campaign must fail
+
+
+def _no_start_guard() -> None:
+    def around(inner: Any, *args: Any) -> Any:
+        update = inner(*args)
+        return update and update._replace(guard={})
+
+    wrap(lifecycle, "start", around)
+
+
+def _no_fence() -> None:
+    wrap(lifecycle, "_fence", lambda inner, task, **more: {})
+
+
+def _no_lock() -> None:
+    def around(inner: Any, self: Any, node: str) -> int:
+        inode: int = inner(self, node)
+        os.close(liveness._held.pop(node))
+        return inode
+
+    wrap(liveness.NodeLocks, "hold", around)
+
+
+def _told_before_commit() -> None:
+    """The original's way: a task is acknowledged, and stored by somebody some time."""
+
+    def around(inner: Any, self: Any, writes: Any) -> Any:
+        if not isinstance(writes[0], Insert):
+            return inner(self, writes)
+        self.defer(writes, list)
+        return [True] * len(writes)
+
+    wrap(Ledger, "commit", around)
+
+
+def _cancel_without_guard() -> None:
+    def around(inner: Any, *args: Any) -> Any:
+        pending, asked = inner(*args)
+        return [pending._replace(guard={}), asked]
+
+    wrap(lifecycle, "cancel", around)
+
+
+class _NoLock:
+    def acquire(self, blocking: bool = True) -> bool:
+        return True
+
+    def release(self) -> None:
+        pass
+
+
+def _suspects_together() -> None:
+    def around(inner: Any, self: Any, *args: Any) -> None:
+        inner(self, *args)
+        self._suspect_runs = _NoLock()
+
+    wrap(Starter, "__init__", around)
+
+
+BROKEN: dict[str, Callable[[], None]] = {
+    "start without guard": _no_start_guard,
+    "outcome without fence": _no_fence,
+    "node without lock": _no_lock,
+    "acknowledged before the commit": _told_before_commit,
+    "cancel without guard": _cancel_without_guard,
+    "suspects run together": _suspects_together,
+}

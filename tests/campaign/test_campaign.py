@@ -1,0 +1,265 @@
+"""Processes that share one file are killed: nothing is lost, runs twice at once, or stays behind.
+
+And the proof itself is put to the proof: with a part of the library broken, it must find something.
+"""
+
+from __future__ import annotations
+
+import itertools
+import signal
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from . import hooks
+from .campaign import Campaign, Outcome, summary
+
+KILLED = -signal.SIGKILL
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> Iterator[Campaign]:
+    made = Campaign(tmp_path, seed=20)
+    yield made
+    made.end()
+
+
+def prove(campaign: Campaign, **drain: Any) -> Outcome:
+    """Have the rest run, and everything checked."""
+    campaign.drain(**drain)
+    outcome = campaign.verdict()
+    assert not outcome.violations, "\n".join([*outcome.violations[:20], *summary(outcome)])
+    return outcome
+
+
+def counts(outcome: Outcome, name: str) -> list[int]:
+    return sorted(getattr(task, name) for task in outcome.records.values())
+
+
+# At random
+
+
+def test_random_kills(campaign):
+    campaign.storm(kills=25)
+    outcome = prove(campaign)
+    assert sum(event.what == "dead" for event in outcome.events) >= 25
+    assert sum(task.status == "completed" for task in outcome.records.values()) > 100
+
+
+# At every named point
+
+#: What is submitted there, and what of it may then have crashed.
+NAMED: dict[str, tuple[dict[str, Any], Callable[[Outcome], bool]]] = {
+    "after commit, before buffer": (
+        {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
+        lambda outcome: len(outcome.records) == 5,
+    ),
+    "after start, before execute": (
+        {"passings": 3, "tasks": [{"kind": "brief", "count": 20}], "workers": 1},
+        lambda outcome: counts(outcome, "crashes")[-2:] == [0, 1],
+    ),
+    "started ahead": (
+        {"tasks": [{"kind": "instant", "count": 2000}], "workers": 2, "buffer": 2000},
+        lambda outcome: counts(outcome, "crashes")[-2:] == [1, 1],
+    ),
+    "after result, before finish": (
+        {"passings": 5, "tasks": [{"kind": "instant", "count": 20}], "workers": 1},
+        lambda outcome: counts(outcome, "crashes")[-1] == 1,
+    ),
+    "inside a commit": (
+        {"passings": 12, "tasks": [{"kind": "brief", "count": 40}]},
+        lambda outcome: len(outcome.records) <= 12,
+    ),
+    "after a commit": (
+        {"passings": 12, "tasks": [{"kind": "brief", "count": 40}]},
+        lambda outcome: len(outcome.records) <= 12,
+    ),
+    "while stopping": (
+        {"role": "mix", "seconds": 0.3, "workers": 4, "seed": 3},
+        lambda outcome: any(event.what == "stop" for event in outcome.events),
+    ),
+    "before leaving": (
+        {"tasks": [{"kind": "brief", "count": 5}]},
+        lambda outcome: counts(outcome, "starts") == [1] * 5,
+    ),
+}
+
+
+def test_every_point_has_its_test():
+    assert NAMED.keys() == hooks.KILL_POINTS.keys()
+
+
+@pytest.mark.parametrize("point", NAMED)
+def test_killed(campaign, point):
+    options, expected = NAMED[point]
+    first = campaign.spawn(**{"role": "submit", "point": point, **options})
+    assert first.wait(30.0) == KILLED
+    campaign.wait_for("dying", note=point)
+    outcome = prove(campaign, processes=1)
+    assert expected(outcome), summary(outcome)
+
+
+def test_a_stopped_node_that_dies_interrupts(campaign):
+    """What runs when a stopping process is killed has not crashed."""
+    first = campaign.spawn(
+        role="submit",
+        point="while stopping",
+        tasks=[{"kind": "stubborn", "params": {"seconds": 30.0}}],
+    )
+    campaign.wait_for("begin", kind="stubborn")
+    first.kill()  # it runs: this one counts
+    second = campaign.spawn(role="serve", point="while stopping")
+    campaign.wait_for("begin", kind="stubborn", who=second.who)
+    assert second.finish(10.0) == KILLED
+    last = campaign.spawn(role="serve")
+    campaign.wait_for("begin", kind="stubborn", who=last.who)
+    last.kill()
+    [task] = campaign.verdict().records.values()
+    assert (task.starts, task.crashes, task.interruptions) == (3, 1, 1)
+
+
+def test_leaders_of_commits_are_interrupted(campaign):
+    """One process for each moment and error, all on one file, each with followers."""
+    tasks = [{"kind": "brief", "count": 10}, {"kind": "parent", "count": 10}]
+    children = {}
+    for where, error in itertools.product(hooks.INTERRUPTS, ("KeyboardInterrupt", "MemoryError")):
+        children[where, error] = campaign.spawn(
+            role="submit", workers=3, interrupt=where, error=error, passings=6, tasks=tasks
+        )
+    for (where, _), child in children.items():
+        assert child.wait(30.0) == 0
+        campaign.wait_for("interrupt", note=where, who=child.who)
+    outcome = prove(campaign, processes=1)
+    assert len(outcome.records) == 30 * len(children)
+    assert counts(outcome, "crashes")[-1] == 0
+
+
+# Culprits and innocents
+
+
+def test_innocent_neighbours_of_a_crashing_task_are_spared(campaign):
+    """It takes its process with it until it is a dead letter; those that run beside it complete."""
+    crasher = {"kind": "crasher", "params": {"after": 0.05}, "max_crashes": 3}
+    innocents = {"kind": "innocent", "count": 6, "params": {"seconds": 0.1}}
+    campaign.spawn(role="store", tasks=[innocents, crasher, innocents]).wait(30.0)
+    outcome = prove(campaign, processes=2)
+    for task in outcome.records.values():
+        if task.type == "crasher":
+            assert (task.status, task.crashes, task.dead_letter) == ("failed", 3, True)
+        else:
+            assert task.status == "completed"
+            assert task.crashes <= 1
+
+
+def test_never_again_after_a_crash(campaign):
+    once = {"kind": "crasher", "max_crashes": 1, "params": {"after": 0.05}}
+    campaign.spawn(role="store", tasks=[{"kind": "once", "count": 10}, once]).wait(30.0)
+    outcome = prove(campaign, processes=1)
+    [crasher] = [task for task in outcome.records.values() if task.type == "crasher"]
+    assert (crasher.status, crasher.starts, crasher.crashes) == ("failed", 1, 1)
+
+
+# The guards, without the hints that mostly keep processes apart
+
+
+def fill(campaign: Campaign, **entry: Any) -> None:
+    campaign.spawn(role="store", tasks=[entry], durability="process").wait(30.0)
+
+
+def crowd(campaign: Campaign, **options: Any) -> None:
+    """Several processes that go for the same tasks at the same time."""
+    fill(campaign, kind="brief", count=150)
+    campaign.drain(processes=3, seconds=20.0, alone=True, dawdle=0.004, workers=3, **options)
+
+
+def test_many_go_for_the_same_tasks(campaign):
+    crowd(campaign)
+    assert not campaign.verdict().violations
+
+
+def close_by_hand(campaign: Campaign, **options: Any) -> None:
+    """A run loses its fence while it is under way, and returns all the same."""
+    fill(campaign, kind="stubborn", count=3, params={"seconds": 0.5})
+    runner = campaign.spawn(role="serve", workers=3, **options)
+    campaign.wait_for("begin")
+    closer = campaign.spawn(role="close")
+    assert closer.wait(30.0) == 0
+    campaign.wait_for("end")
+    assert runner.finish(30.0) == 0
+
+
+def test_late_outcome_is_dropped(campaign):
+    close_by_hand(campaign)
+    prove(campaign, processes=1)
+
+
+def live_neighbours(campaign: Campaign, **options: Any) -> None:
+    """Two processes that live: neither may take the other's running tasks."""
+    fill(campaign, kind="stubborn", count=2, params={"seconds": 1.5})
+    first = campaign.spawn(role="serve", **options)
+    ids = [f"p1-{number}" for number in (1, 2)]
+    for task_id in ids:
+        campaign.wait_for("begin", id=task_id, who=first.who)
+    second = campaign.spawn(role="serve")
+    for task_id in ids:
+        campaign.wait_for("end", id=task_id, who=first.who)
+    first.finish(30.0)
+    second.finish(30.0)
+
+
+def test_what_a_live_process_runs_is_left_to_it(campaign):
+    live_neighbours(campaign)
+    outcome = campaign.verdict()
+    assert not outcome.violations
+    assert counts(outcome, "starts") == [1, 1]
+
+
+def early_end(campaign: Campaign, **options: Any) -> None:
+    """A process ends as soon as its tasks are acknowledged."""
+    campaign.spawn(role="store", tasks=[{"kind": "brief", "count": 50}], **options).wait(30.0)
+    campaign.drain(processes=1)
+
+
+def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
+    """Tasks are cancelled that run or have ended."""
+    fill(campaign, kind="stubborn", count=3, params={"seconds": 0.5})
+    runner = campaign.spawn(role="serve", workers=3)
+    campaign.wait_for("begin")
+    campaign.spawn(role="cancel", **options).wait(30.0)
+    runner.finish(30.0)
+
+
+def crash_beside_innocents(campaign: Campaign, **options: Any) -> None:
+    """A task that crashes again and again, beside others that take longer."""
+    crasher = {"kind": "crasher", "params": {"after": 0.1}, "max_crashes": 10}
+    innocent = {"kind": "innocent", "params": {"seconds": 0.5}}
+    tasks = [innocent, crasher, innocent]
+    campaign.spawn(role="store", tasks=tasks, durability="process").wait(30.0)
+    campaign.drain(processes=1, seconds=20.0, **options)
+
+
+# The proof proved
+
+#: How each broken part is provoked, and a word of what must be found.
+PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
+    "start without guard": (crowd, "executed twice"),
+    "outcome without fence": (close_by_hand, "closed by hand"),
+    "node without lock": (live_neighbours, "was under way"),
+    "acknowledged before the commit": (early_end, "lost"),
+    "cancel without guard": (cancel_what_runs, "lived on, and the record is cancelled"),
+    "suspects run together": (crash_beside_innocents, "innocent"),
+}
+
+
+def test_every_broken_part_is_provoked():
+    assert PROVOKED.keys() == hooks.BROKEN.keys()
+
+
+@pytest.mark.parametrize("part", PROVOKED)
+def test_broken_part_is_found(campaign, part):
+    provoke, word = PROVOKED[part]
+    provoke(campaign, broken=part)
+    violations = campaign.verdict().violations
+    assert any(word in violation for violation in violations), violations

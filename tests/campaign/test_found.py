@@ -1,0 +1,106 @@
+"""What the campaign has found, each shown as small as it can be."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from taskx import Config, Queue, SQLiteRepository
+from taskx.core import lifecycle
+
+from .campaign import until
+from .hooks import wrap
+
+
+@pytest.fixture
+def queue(tmp_path: Path) -> Iterator[Queue]:
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        queue = Queue(repository, Config(worker_num=1))
+        yield queue
+        queue.stop(10.0, cancel=True)
+
+
+class Held:
+    """Holds whoever calls a function until it is let go."""
+
+    def __init__(self) -> None:
+        self.reached, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, inner, *args, **kwargs):
+        self.reached.set()
+        assert self.go.wait(20.0)
+        return inner(*args, **kwargs)
+
+
+def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch):
+    """Stop could not see it, left, and another process ran it a second time."""
+    held, ran = Held(), []
+    monkeypatch.setattr(lifecycle, "start", lifecycle.start)  # put back at the end
+    wrap(lifecycle, "start", held)
+    queue.executor("note")(lambda: ran.append(1))
+    queue.start()
+    handle = queue.submit("note")
+    assert held.reached.wait(20.0)
+    assert queue.stop(timeout=0.0) == []
+    assert [node.stopping for node in queue.repository.nodes()] == [True]
+    held.go.set()
+    until(lambda: not queue.repository.nodes(), 20.0, "the node leaves")
+    task = handle.task()
+    assert (task.status, task.owner, task.errors, task.crashes) == ("pending", "", 0, 0)
+    assert not ran
+
+
+def test_task_that_a_caller_starts_at_the_stop_does_not_run(tmp_path, monkeypatch):
+    held, ran = Held(), []
+    monkeypatch.setattr(lifecycle, "start", lifecycle.start)
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        queue = Queue(repository, Config(worker_num=1, buffer_size=1, overflow="caller_runs"))
+        never = threading.Event()
+        queue.executor("wait")(lambda: never.wait(20.0))
+        queue.executor("note")(lambda: ran.append(1))
+        queue.start()
+        first = queue.submit("wait")
+        until(first.running, 20.0, "it runs")
+        queue.submit("note")  # fills the buffer
+        wrap(lifecycle, "start", held)
+        caller = threading.Thread(target=queue.submit, args=("note",), kwargs={"id": "late"})
+        caller.start()
+        assert held.reached.wait(20.0)
+        queue.stop(timeout=0.0)
+        held.go.set()
+        caller.join(20.0)
+        assert repository.get_by_id("late").status == "pending"
+        assert not ran
+        never.set()
+        until(lambda: not repository.nodes(), 20.0, "the node leaves")
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before the commit", "after the commit"])
+def test_outcome_outlives_a_lack_of_memory(queue, monkeypatch, after):
+    """The leader's MemoryError counted as a fault of the write: the outcome was thrown away."""
+    failed = []
+
+    def around(inner, writes, **options):
+        ends = [
+            write
+            for write in writes
+            if write.id == "a" and "worker" in getattr(write, "changes", ())
+        ]
+        if not ends or failed:
+            return inner(writes, **options)
+        failed.append(1)
+        if after:
+            inner(writes, **options)
+        raise MemoryError
+
+    queue.executor("answer")(lambda: 42)
+    queue.start()
+    monkeypatch.setattr(queue.repository, "apply", queue.repository.apply)
+    wrap(queue.repository, "apply", around)
+    handle = queue.submit("answer", id="a")
+    assert handle.result(20.0) == 42
+    assert failed
+    assert handle.task().starts == 1

@@ -1,0 +1,418 @@
+"""One process of the campaign: runs, submits, cancels and stops, and tells the side log."""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import attrs
+
+from taskx import (
+    Config,
+    Context,
+    DuplicateTask,
+    InvalidTransition,
+    Queue,
+    QueueFull,
+    QueueStopped,
+    SQLiteRepository,
+    Task,
+    TaskCancelled,
+    TaskFilter,
+    TaskNotFound,
+    TaskStatus,
+)
+
+from . import hooks
+from .sidelog import SideLog
+
+#: Crashes that no task of a process that is killed from outside will ever count.
+MANY = 1_000_000
+#: Seconds after which a process that should have ended hangs.
+HANGS = 40.0
+CLOSED_BY_HAND = "closed by hand"
+
+
+@attrs.frozen(kw_only=True)
+class Options:
+    """What one process is to do; handed over as JSON.
+
+    Attributes:
+        role: ``mix`` follows a random plan, ``submit`` submits what ``tasks`` says and runs,
+            ``store`` only stores it, ``drain`` runs what is there until nothing is left, ``serve``
+            runs until its standard input ends, ``open`` opens the file when a line arrives there,
+            ``cancel`` and ``close`` cancel, or close by hand, all that runs.
+        seconds: how long ``mix`` goes on before it stops.
+        tasks: kinds, options and how many of each, for ``submit`` and ``store``.
+        point, passings: where it kills itself, and at which passing.
+        interrupt: where the leader of a commit is interrupted.
+        error: by which error.
+        interrupts: the longest time between interrupts of the main thread, in seconds.
+        burst: it submits nothing but tasks that take no time.
+        dawdle: the longest of the pauses that widen races, in seconds.
+        broken: the broken part.
+    """
+
+    who: str
+    database: str
+    side_log: str
+    role: str = "mix"
+    seed: int = 0
+    seconds: float = 1.0
+    workers: int = 2
+    buffer: int = 20
+    overflow: str = "spill"
+    durability: str = "accepted"
+    tasks: list[dict[str, Any]] = attrs.Factory(list)
+    point: str = ""
+    passings: int = 1
+    interrupt: str = ""
+    error: str = "KeyboardInterrupt"
+    interrupts: float = 0.0
+    burst: bool = False
+    dawdle: float = 0.0
+    alone: bool = False
+    broken: str = ""
+
+
+class Executors:
+    """The kinds of tasks; each tells when it begins and ends."""
+
+    def __init__(self, log: SideLog, queue: Queue, submit: Callable[..., Any]) -> None:
+        self._log = log
+        self._submit = submit
+        queue.executor("instant", max_crashes=MANY)(self.instant)
+        queue.executor("brief", max_crashes=MANY)(self.brief)
+        queue.executor("patient", max_crashes=MANY)(self.patient)
+        queue.executor("stubborn", max_crashes=MANY)(self.stubborn)
+        queue.executor("raiser", max_crashes=MANY, max_attempts=3)(self.raiser)
+        queue.executor("parent", max_crashes=MANY)(self.parent)
+        queue.executor("once", max_crashes=1)(self.brief)
+        queue.executor("crasher", max_crashes=2)(self.crasher)
+        queue.executor("innocent")(self.patient)
+
+    @contextmanager
+    def _told(self, ctx: Context) -> Iterator[None]:
+        task, outcome = ctx.task, "returned"
+        self._log.tell("begin", task.id, starts=task.starts, kind=task.type)
+        try:
+            yield
+        except TaskCancelled:
+            outcome = "cancelled"
+            raise
+        except BaseException:
+            outcome = "raised"
+            raise
+        finally:
+            self._log.tell("end", task.id, starts=task.starts, outcome=outcome)
+
+    def instant(self, ctx: Context) -> int:
+        with self._told(ctx):
+            return ctx.task.starts
+
+    def brief(self, ctx: Context, seconds: float = 0.004) -> int:
+        with self._told(ctx):
+            threading.Event().wait(seconds)
+            return ctx.task.starts
+
+    def patient(self, ctx: Context, seconds: float = 0.1) -> int:
+        """Ends early when its token fires."""
+        with self._told(ctx):
+            ctx.progress(50, "half way")
+            ctx.sleep(seconds)
+            return ctx.task.starts
+
+    def stubborn(self, ctx: Context, seconds: float = 0.2) -> int:
+        """Heeds no token."""
+        return self.brief(ctx, seconds)
+
+    def raiser(self, ctx: Context, raises: int = 1) -> int:
+        """Raises in its first attempts."""
+        with self._told(ctx):
+            if ctx.task.attempt <= raises:
+                raise ValueError(f"attempt {ctx.task.attempt}")
+            return ctx.task.starts
+
+    def parent(self, ctx: Context) -> int:
+        """Submits another one."""
+        with self._told(ctx):
+            self._submit("instant", f"{ctx.task.id}.{ctx.task.starts}")
+            return ctx.task.starts
+
+    def crasher(self, ctx: Context, after: float = 0.0) -> None:
+        """Takes its process with it."""
+        self._log.tell("begin", ctx.task.id, starts=ctx.task.starts, kind="crasher")
+        threading.Event().wait(after)
+        hooks.die(self._log, "crasher")
+
+
+class Worker:
+    """A queue, and what is done with it."""
+
+    def __init__(self, options: Options) -> None:
+        self.options = options
+        self.log = SideLog(options.side_log, options.who)
+        self.rng = random.Random(options.seed)
+        self._number = 0
+        self._never = threading.Event()
+        self.queue = self._new_queue()
+
+    def _new_queue(self) -> Queue:
+        options = self.options
+        repository = SQLiteRepository(options.database, options.durability)
+        config = Config(
+            worker_num=options.workers,
+            buffer_size=options.buffer,
+            overflow=options.overflow,
+            block_timeout=1.0,
+        )
+        queue = Queue(repository, config)
+        Executors(self.log, queue, self.submit)
+        return queue
+
+    def start(self) -> None:
+        while True:
+            try:
+                self.queue.start()
+                break
+            except (KeyboardInterrupt, MemoryError):
+                self.log.tell("start again")
+        self.log.tell("started")
+
+    # --- what is told before and after
+
+    def submit(self, kind: str, task_id: str = "", params: Any = None, **options: Any) -> None:
+        self._number += not task_id
+        task_id = task_id or f"{self.options.who}-{self._number}"
+        self.log.tell("submit", task_id, kind=kind)
+        unsure = False
+        while True:
+            try:
+                self.queue.submit(kind, params or {}, id=task_id, **options)
+                self.log.tell("accepted", task_id)
+            except (KeyboardInterrupt, MemoryError):
+                unsure = True
+                continue
+            except DuplicateTask:
+                self.log.tell("accepted" if unsure else "duplicate", task_id)
+            except (QueueFull, QueueStopped) as error:
+                self.log.tell("unsure" if unsure else "rejected", task_id, note=str(error))
+            return
+
+    def submit_many(self, kind: str, count: int) -> None:
+        ids = []
+        for _ in range(count):
+            self._number += 1
+            ids.append(f"{self.options.who}-{self._number}")
+            self.log.tell("submit", ids[-1], kind=kind)
+        outcome = "accepted"
+        try:
+            self.queue.submit_many([Task(id=task_id, type=kind) for task_id in ids])
+        except QueueFull:
+            outcome = "rejected"
+        except (KeyboardInterrupt, MemoryError):
+            outcome = "unsure"
+        for task_id in ids:
+            self.log.tell(outcome, task_id)
+
+    def cancel(self, task_id: str) -> None:
+        self.log.tell("cancel", task_id)
+        try:
+            outcome = "cancelled" if self.queue.cancel_task(task_id) else "asked"
+        except InvalidTransition:
+            outcome = "too late"
+        except TaskNotFound:
+            outcome = "not found"
+        except (KeyboardInterrupt, MemoryError):
+            return
+        self.log.tell("cancel told", task_id, outcome=outcome)
+
+    def close_by_hand(self, task_id: str) -> None:
+        self.log.tell("close", task_id)
+        try:
+            self.queue.repository.update_status(task_id, TaskStatus.FAILED, CLOSED_BY_HAND)
+        except (InvalidTransition, KeyboardInterrupt, MemoryError):
+            return
+        self.log.tell("closed", task_id)
+
+    def stop(self, timeout: float, *, cancel: bool) -> None:
+        self.log.tell("stop")
+        try:
+            still = self.queue.stop(timeout, cancel)
+        except (KeyboardInterrupt, MemoryError):
+            still = ["unknown"]
+        self.log.tell("stopped", note=", ".join(still))
+
+    # --- the random plan
+
+    def mix(self) -> None:
+        options = self.options
+        faulthandler.dump_traceback_later(HANGS, exit=True)
+        until = time.monotonic() + options.seconds
+        self.start()
+        interrupter = hooks.Interrupter(options.seed, options.interrupts, self.log)
+        with suppress(KeyboardInterrupt):
+            if options.interrupts:
+                interrupter.start()
+        while time.monotonic() < until:
+            with suppress(KeyboardInterrupt):
+                self._step()
+                if self.rng.random() < 0.5 and not options.burst:
+                    self._never.wait(self.rng.random() * 0.01)
+        interrupter.stop()
+        self.stop(self.rng.choice((0.0, 0.05, 5.0)), cancel=self.rng.random() < 0.5)
+
+    def _step(self) -> None:
+        (step,) = self.rng.choices(
+            (
+                self._submit_some,
+                self._submit_pile,
+                self._cancel_some,
+                self._close_some,
+                self._restart,
+            ),
+            (0, 20, 5, 0, 2) if self.options.burst else (70, 3, 14, 3, 2),
+        )
+        step()
+
+    def _submit_some(self) -> None:
+        rng = self.rng
+        kinds = ("instant", "brief", "patient", "stubborn", "raiser", "parent", "once", "crasher")
+        (kind,) = rng.choices(kinds, (40, 25, 7, 2, 10, 5, 8, 0.3))
+        params = {}
+        if kind in ("patient", "stubborn"):
+            params["seconds"] = rng.uniform(0.02, 0.2)
+        elif kind == "raiser":
+            params["raises"] = rng.randint(1, 3)
+        delay = rng.uniform(0.01, 0.3) if rng.random() < 0.1 else None
+        self.submit(kind, "", params, priority=rng.choice((0, 0, 0, 5)), delay=delay)
+
+    def _submit_pile(self) -> None:
+        if self.options.burst:
+            self.submit_many("instant", 100)
+            self._never.wait(0.02)
+        else:
+            self.submit_many(self.rng.choice(("instant", "brief")), self.rng.randint(2, 30))
+
+    def _unfinished(self, status: TaskStatus) -> list[str]:
+        found = self.queue.repository.list(TaskFilter(status=status, limit=30))
+        return [task.id for task in found]
+
+    def _cancel_some(self) -> None:
+        status = self.rng.choice((TaskStatus.PENDING, TaskStatus.RUNNING))
+        if ids := self._unfinished(status):
+            self.cancel(self.rng.choice(ids))
+
+    def _close_some(self) -> None:
+        if ids := self._unfinished(TaskStatus.RUNNING):
+            self.close_by_hand(self.rng.choice(ids))
+
+    def _restart(self) -> None:
+        """Stop the queue and go on with another one in this process."""
+        if self.options.interrupts:
+            return  # an interrupted stop is no stop
+        self.stop(self.rng.choice((0.0, 0.05, 1.0)), cancel=self.rng.random() < 0.5)
+        self.queue = self._new_queue()
+        self.start()
+
+    # --- the plain roles
+
+    def submit_listed(self) -> None:
+        self.start()
+        self.store_listed()
+        self._run_until_nothing_is_left()
+        self.stop(5.0, cancel=False)
+
+    def store_listed(self) -> None:
+        for entry in self.options.tasks:
+            wanted = dict(entry)
+            kind, count = wanted.pop("kind"), wanted.pop("count", 1)
+            for _ in range(count):
+                self.submit(kind, **wanted)
+
+    def drain(self) -> None:
+        self.start()
+        self._run_until_nothing_is_left()
+        self.stop(5.0, cancel=False)
+
+    def _run_until_nothing_is_left(self) -> None:
+        while not (self.queue.drain(1.0) and not self._unfinished(TaskStatus.PENDING)):
+            self._never.wait(0.01)
+
+    def serve(self) -> None:
+        self.start()
+        sys.stdin.read()
+        self.stop(5.0, cancel=True)
+
+    def open(self) -> None:
+        self.log.tell("ready")
+        sys.stdin.readline()
+        self.queue.repository.count(TaskFilter())
+        self.start()
+        self.stop(5.0, cancel=False)
+
+    def cancel_running(self) -> None:
+        for task_id in self._unfinished(TaskStatus.RUNNING):
+            self.cancel(task_id)
+
+    def close_running(self) -> None:
+        for task_id in self._unfinished(TaskStatus.RUNNING):
+            self.close_by_hand(task_id)
+
+
+def prepare(options: Options, log: SideLog) -> None:
+    """Wrap the library as asked."""
+    if options.broken:
+        hooks.BROKEN[options.broken]()
+    if options.alone:
+        hooks.ignore_owners()
+    if options.dawdle:
+        hooks.dawdle(options.seed, options.dawdle)
+    if options.point:
+        hooks.kill_at(options.point, options.passings, log)
+    if options.interrupt:
+        error = {"KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}[options.error]
+        hooks.interrupt(options.interrupt, options.passings, log, error)
+
+
+ROLES = {
+    "mix": Worker.mix,
+    "submit": Worker.submit_listed,
+    "store": Worker.store_listed,
+    "drain": Worker.drain,
+    "serve": Worker.serve,
+    "open": Worker.open,
+    "cancel": Worker.cancel_running,
+    "close": Worker.close_running,
+}
+
+
+def main() -> None:
+    options = Options(**json.loads(sys.argv[1]))
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(threadName)s %(message)s")
+    # It dies with the conductor, which may be killed itself.
+    threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
+    worker = Worker(options)
+    prepare(options, worker.log)
+    ROLES[options.role](worker)
+    worker.log.tell("leaves")
+
+
+def _end_with_parent(parent: int) -> None:
+    while os.getppid() == parent:
+        threading.Event().wait(1.0)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()
