@@ -146,6 +146,14 @@ class Gate:
 
 
 @pytest.fixture
+def started(queue):
+    """A queue that runs, with an executor ``fine``."""
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    return queue
+
+
+@pytest.fixture
 def gate(make_queue: Any) -> Iterator[Gate]:
     """Opened at the end in any case, before the queues are stopped."""
     made = Gate()

@@ -24,13 +24,6 @@ from taskx.core.writes import Update
 from .conftest import PATIENCE, eventually
 
 
-@pytest.fixture
-def started(queue):
-    queue.executor("fine")(lambda: "fine")
-    queue.start()
-    return queue
-
-
 def test_pending_task_never_runs(make_queue):
     """Many rounds, each at another moment of the task's way to a worker."""
     queue = make_queue(worker_num=2, buffer_size=1000)

@@ -17,13 +17,6 @@ from taskx import InvalidTransition, TaskFailed, TaskNotFound, TaskStatus
 from .conftest import PATIENCE, eventually
 
 
-@pytest.fixture
-def started(queue):
-    queue.executor("fine")(lambda: "fine")
-    queue.start()
-    return queue
-
-
 class Unprintable(Exception):
     def __str__(self):
         raise RuntimeError("no words")

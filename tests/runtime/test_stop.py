@@ -22,14 +22,6 @@ from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, SpySQLite, eventually, run_in_thread
 
-
-@pytest.fixture
-def started(queue):
-    queue.executor("fine")(lambda: "fine")
-    queue.start()
-    return queue
-
-
 # Start
 
 
