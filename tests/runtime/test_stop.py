@@ -43,7 +43,7 @@ def test_start_that_fails_leaves_nothing_behind(make_queue, tmp_path):
     before = threading.active_count()
     with pytest.raises(RepositoryUnavailable):
         queue.start()
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     (tmp_path / "missing").mkdir()
     queue.executor("fine")(lambda: "fine")
     with queue:
@@ -54,7 +54,7 @@ def test_start_that_fails_leaves_nothing_behind(make_queue, tmp_path):
 def test_construction_does_nothing(tmp_path, make_queue):
     before = threading.active_count()
     make_queue(SpySQLite(tmp_path / "tasks.db"))
-    assert threading.active_count() == before
+    assert threading.active_count() <= before
     assert list(tmp_path.iterdir()) == []
 
 
