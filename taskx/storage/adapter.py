@@ -54,7 +54,8 @@ class EightMethodAdapter(MemoryRepository):
         missing = [name for name in EIGHT_METHODS if not callable(getattr(inner, name, None))]
         if missing:
             raise ConfigurationError(
-                f"{type(inner).__name__} is no TaskRepository: it lacks {', '.join(missing)}"
+                f"{type(inner).__name__} is no TaskRepository: it lacks {', '.join(missing)}; "
+                "use SQLiteRepository(path), MemoryRepository() or open_repository(url)"
             )
         super().__init__(clock)
         self.inner = inner
