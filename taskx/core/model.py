@@ -120,7 +120,10 @@ class Task:
 
     id: str = ""
     type: str = ""
-    status: TaskStatus = attrs.field(default=TaskStatus.PENDING, converter=_task_status)
+    # Converted when a task is made, not when it is changed: the hook would slow every attribute.
+    status: TaskStatus = attrs.field(
+        default=TaskStatus.PENDING, converter=_task_status, on_setattr=attrs.setters.NO_OP
+    )
     params: dict[str, Any] = attrs.field(factory=dict)
     result: Any = None
     error: str = ""
