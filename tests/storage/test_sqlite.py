@@ -490,9 +490,14 @@ class TestTurns:
         fewer, more = sorted(int(finish(child)) for child in children)
         assert fewer > more / 5
 
-    @pytest.mark.parametrize("struck", [1, 2])
-    def test_an_interrupt_while_waiting_holds_up_nobody(self, path, monkeypatch, struck):
+    @pytest.mark.parametrize(("crowded", "struck"), [(False, 1), (True, 1), (True, 2)])
+    def test_an_interrupt_while_waiting_holds_up_nobody(self, path, monkeypatch, crowded, struck):
+        """Alone, one lock is tried; after another process was met, two."""
         ours, theirs = Turnstile(str(path)), Turnstile(str(path))
+        if crowded:
+            theirs.enter(0)
+            ours.enter(0)  # finds the inner one held, and lets SQLite decide
+            theirs.leave()
         calls = []
 
         def strike(fd):
@@ -508,6 +513,7 @@ class TestTurns:
                 with pytest.raises(KeyboardInterrupt):
                     ours.enter(0)
                 ours.leave()
+                assert len(calls) == struck
             theirs.enter(0)
             assert not real(ours._fds[1])
             theirs.leave()
