@@ -140,6 +140,9 @@ class Engine:
         """Start tasks in one transaction; returns one of them and lays the others out."""
         self._last_batch = len(items)
         try:
+            # Before the start: should this fail, nothing has been started that nobody would run.
+            if self.more_stored and self.buffer.fetched * 2 < self.buffer.fetch_size:
+                self.refill()
             runs = self.starter.start(items)
             if self.stopping:  # it looked for runs to tell, and could not see these yet
                 self.starter.hand_back(runs, rebuffer=False)
@@ -147,8 +150,6 @@ class Engine:
             if len(runs) > 1:
                 self.buffer.lay_out(runs[1:])
                 self.wake_scheduler()
-            if self.more_stored and self.buffer.fetched * 2 < self.buffer.fetch_size:
-                self.refill()
         except BaseException:
             self.buffer.put_back(item for item in items if item.id not in self.runs)
             raise

@@ -8,7 +8,16 @@ import time
 
 import pytest
 
-from taskx import RepositoryError, RepositoryUnavailable, TaskStatus
+from taskx import (
+    Config,
+    MemoryRepository,
+    Queue,
+    RepositoryError,
+    RepositoryUnavailable,
+    Task,
+    TaskFilter,
+    TaskStatus,
+)
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.runtime import scheduler
@@ -436,3 +445,23 @@ def test_stop_hands_back_what_was_started_ahead(make_queue):
     assert sorted(t.params["n"] for t in tasks if t.status is TaskStatus.COMPLETED) == sorted(ran)
     assert len(pending) == 300 - len(ran)
     assert {(t.owner, t.interruptions) for t in pending} == {("", 0)}
+
+
+def test_outage_while_a_worker_fetches_more_loses_no_task_that_it_started():
+    class FailsOneWorker(MemoryRepository):
+        failed = False
+
+        def ready(self, types, limit):
+            if not self.failed and threading.current_thread().name.startswith("taskx-worker"):
+                self.failed = True
+                raise RepositoryUnavailable("for a moment")
+            return super().ready(types, limit)
+
+    repository = FailsOneWorker()
+    queue = Queue(repository, Config(worker_num=1))
+    queue.executor("fine")(lambda: "fine")
+    queue.submit_many([Task(type="fine") for _ in range(300)])
+    with queue:
+        assert queue.drain(PATIENCE)
+    assert repository.failed
+    assert repository.count(TaskFilter(status="completed")) == 300
