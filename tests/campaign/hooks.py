@@ -82,7 +82,8 @@ def _inside_commit(strike: Strike) -> None:
 KILL_POINTS: dict[str, Callable[[Strike], None]] = {
     "after commit, before buffer": lambda strike: before(Intake, "_buffer", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
-    "started ahead": lambda strike: after(Buffer, "lay_out", strike),
+    # Before: what lies there may have been taken, and have ended, when the strike comes.
+    "started ahead": lambda strike: before(Buffer, "lay_out", strike),
     "after result, before finish": lambda strike: after(Runner, "run", strike),
     "inside a commit": _inside_commit,
     "after a commit": lambda strike: after(SQLiteRepository, "_transact", strike),
