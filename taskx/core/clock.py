@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from datetime import datetime, timedelta, timezone
+from functools import lru_cache
 from typing import Protocol
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
@@ -37,6 +38,7 @@ class SystemClock:
 SYSTEM_CLOCK = SystemClock()
 
 
+@lru_cache(maxsize=1024)  # tasks that come or start together share their moments
 def to_datetime(ms: int) -> datetime:
     """The aware UTC datetime of a millisecond count."""
     return _EPOCH + timedelta(milliseconds=ms)

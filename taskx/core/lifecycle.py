@@ -133,8 +133,8 @@ def release(task_id: str) -> Update:
 
 
 def take(task_id: str, node: str) -> Update:
-    """Note that ``node`` holds a free pending task in its buffer."""
-    return Update(task_id, {"status": PENDING, "owner": ""}, {"owner": node})
+    """Note that ``node`` holds a free pending task in its buffer; one held back is nobody's."""
+    return Update(task_id, {"status": PENDING, "held": 0, "owner": ""}, {"owner": node})
 
 
 def give_up(task_id: str, node: str) -> Update:
@@ -182,6 +182,11 @@ def start(task: Task, now: int, node: str) -> Update | None:
     }
     guard = {"status": PENDING, "starts": task.starts, "held": 0}
     return Update(task.id, guard, changes, durable=task.max_crashes == 1)
+
+
+def last_chance(task: Task) -> bool:
+    """Whether one more crash would be one too many for a task that has crashed before."""
+    return 0 < task.crashes >= (task.max_crashes or DEFAULT_MAX_CRASHES) - 1
 
 
 def mark_started(task: Task, update: Update) -> None:
@@ -416,6 +421,8 @@ def amend(stored: Task, wanted: Task, now: int) -> Update:
     if wanted.status is TaskStatus.PENDING:
         run_at = changes["run_at"]
         changes["held"] = int(run_at is not None and run_at > now)
+        if changes["held"]:
+            changes["owner"] = ""
     guard = {"status": stored.status.value, "starts": stored.starts}
     return Update(stored.id, guard, changes, durable=True)
 

@@ -78,7 +78,8 @@ def _task_status(value: Any) -> TaskStatus:
     return value if value.__class__ is TaskStatus else check_status(value)
 
 
-@attrs.define(kw_only=True)
+# Converted when a task is made, not when it is changed: the hook would slow every attribute.
+@attrs.define(kw_only=True, on_setattr=attrs.setters.NO_OP)
 class Task:
     """A task as the repository keeps it.
 
@@ -120,10 +121,7 @@ class Task:
 
     id: str = ""
     type: str = ""
-    # Converted when a task is made, not when it is changed: the hook would slow every attribute.
-    status: TaskStatus = attrs.field(
-        default=TaskStatus.PENDING, converter=_task_status, on_setattr=attrs.setters.NO_OP
-    )
+    status: TaskStatus = attrs.field(default=TaskStatus.PENDING, converter=_task_status)
     params: dict[str, Any] = attrs.field(factory=dict)
     result: Any = None
     error: str = ""

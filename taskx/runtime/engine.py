@@ -19,11 +19,11 @@ from taskx.runtime.starter import Services, Starter
 from taskx.storage.base import Node
 
 #: Most tasks started in one transaction, when tasks have lately been short.
-MAX_AHEAD = 16
+MAX_AHEAD = 32
 #: Tasks are short below this many seconds.
 SHORT = 0.0002
 #: Seconds that a worker lets short tasks gather when they come one upon the other.
-LINGER = 0.0005
+LINGER = 0.002
 #: Seconds that a task started ahead waits for a free worker before it is handed back.
 AHEAD_PATIENCE = 0.005
 # Tasks are short while at most so many of the last sixteen were not.
@@ -276,7 +276,7 @@ class Engine:
             self.runs
             or self.buffer.queue
             or self.buffer.ahead
-            or self.starter.suspects
+            or self.starter.suspects.waiting
             or self.more_stored
             or self.services.ledger
         )
@@ -289,7 +289,10 @@ class Engine:
     def buffered(self) -> set[str]:
         """The ids of pending tasks that this node holds in memory."""
         buffer = self.buffer
-        return {*buffer.ids, *(item.id for item in [*buffer.starting, *self.starter.suspects])}
+        return {
+            *buffer.ids,
+            *(item.id for item in [*buffer.starting, *self.starter.suspects.waiting]),
+        }
 
     def fire_all(self, reason: CancelReason) -> None:
         """Fire the token of every run."""
@@ -301,7 +304,7 @@ class Engine:
         self.stopping = True
         ahead = self.buffer.clear_ahead()
         self.buffer.close()
-        self.starter.suspects.clear()
+        self.starter.suspects.close()
         self.starter.hand_back(ahead, rebuffer=False)
 
     def release_pending(self) -> int:

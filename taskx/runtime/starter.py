@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
 
 import attrs
@@ -18,6 +17,7 @@ from taskx.runtime.executors import Registry
 from taskx.runtime.handles import Watcher
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.runner import Run, Runner
+from taskx.runtime.suspects import Suspects
 from taskx.storage.base import Repository
 
 
@@ -50,17 +50,17 @@ class Starter:
         self._buffer = buffer
         #: Every run from before its start until its outcome is committed, by task id.
         self.runs: dict[str, Run] = {}
-        #: Suspects that wait for the one that runs.
-        self.suspects: list[Item] = []
-        self._suspect_runs = threading.Lock()
+        self.suspects = Suspects(self.runs)
 
     def start(self, items: Sequence[Item]) -> list[Run]:
         """Start the tasks among these that can be; the others are somebody else's, or no more."""
         services = self._services
+        self.suspects.stand_aside()
         found = services.repository.get_many([item.id for item in items])
+        startable = self._startable(items, found)
         now = services.clock.now_ms()
         starting: list[tuple[Run, Update]] = []
-        for task in self._startable(items, found):
+        for task in startable:
             update = lifecycle.start(task, now, self._node)
             if update is not None and task.id not in self.runs:
                 starting.append((self._enlist(task), update))
@@ -98,12 +98,30 @@ class Starter:
                 chosen.append(task)
             elif chosen:
                 self._buffer.put_back([item])
-            elif task.crashes and not self._suspect_runs.acquire(blocking=False):
-                self.suspects.append(item)
-            else:
+            elif not task.crashes or self.suspects.admit(item):
                 self._buffer.put_back(items[position + 1 :])
-                return [task]
+                return self._alone(task) if lifecycle.last_chance(task) else [task]
         return chosen
+
+    def _alone(self, task: Task) -> list[Task]:
+        """A task on its last chance, when nothing else runs: a death that counts must be its own."""
+        services = self._services
+        try:
+            services.log.warning(
+                "task %s (%s) runs with nothing beside it, as its process died %d time(s) while it ran",
+                *(task.id, task.type, task.crashes),
+            )
+            services.ledger.flush()  # a run is over when its outcome is written
+            self.suspects.go_alone()
+            found = services.repository.get_many([task.id])
+        except BaseException:
+            self._suspect_done()
+            raise
+        if task.id not in found:
+            self._suspect_done()
+            return []
+        self._resolve_options(found[task.id])
+        return [found[task.id]]
 
     def _resolve_options(self, task: Task) -> None:
         """Settle what a process that only declared the type left to the executor."""
@@ -130,6 +148,8 @@ class Starter:
             del self.runs[run.task.id]
         if run.task.crashes:
             self._suspect_done()
+        elif not self.runs:
+            self.suspects.tell()
 
     def hand_back(self, runs: Sequence[Run], *, rebuffer: bool) -> None:
         """Undo the start of tasks that no worker had a hand free for."""
@@ -153,6 +173,5 @@ class Starter:
         self._buffer.add(task.id, task.priority, to_ms(task.created_at), fetched=True)
 
     def _suspect_done(self) -> None:
-        self._suspect_runs.release()
-        if self.suspects:
-            self._buffer.put_back([self.suspects.pop()])
+        if next_one := self.suspects.leave():
+            self._buffer.put_back([next_one])

@@ -25,6 +25,7 @@ from taskx.runtime.ledger import Ledger
 from taskx.runtime.node import LocalNode
 from taskx.runtime.runner import Runner
 from taskx.runtime.starter import Starter
+from taskx.runtime.suspects import Suspects
 from taskx.storage.sqlite import liveness
 from taskx.storage.sqlite.repository import SQLiteRepository
 
@@ -248,20 +249,13 @@ def _cancel_without_guard() -> None:
     wrap(lifecycle, "cancel", around)
 
 
-class _NoLock:
-    def acquire(self, blocking: bool = True) -> bool:
-        return True
-
-    def release(self) -> None:
-        pass
-
-
 def _suspects_together() -> None:
-    def around(inner: Any, self: Any, *args: Any) -> None:
-        inner(self, *args)
-        self._suspect_runs = _NoLock()
+    wrap(Suspects, "admit", lambda inner, self, item: True)
+    wrap(Suspects, "leave", lambda inner, self: None)
 
-    wrap(Starter, "__init__", around)
+
+def _last_chance_beside_others() -> None:
+    wrap(Suspects, "go_alone", lambda inner, self: None)
 
 
 BROKEN: dict[str, Callable[[], None]] = {
@@ -271,4 +265,5 @@ BROKEN: dict[str, Callable[[], None]] = {
     "acknowledged before the commit": _told_before_commit,
     "cancel without guard": _cancel_without_guard,
     "suspects run together": _suspects_together,
+    "a last chance beside others": _last_chance_beside_others,
 }

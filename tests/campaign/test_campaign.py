@@ -154,6 +154,25 @@ def test_innocent_neighbours_of_a_crashing_task_are_spared(campaign):
             assert task.crashes <= 1
 
 
+def crashers_beside_innocents(campaign: Campaign, **options: Any) -> None:
+    """As many that crash as there are workers: each first runs beside innocents, some of them suspects."""
+    crashers = {"kind": "crasher", "count": 4, "params": {"after": 0.05}, "max_crashes": 3}
+    innocents = {"kind": "innocent", "count": 2, "params": {"seconds": 0.3}}
+    tasks = [innocents, crashers, innocents]
+    campaign.spawn(role="store", tasks=tasks, durability="process").wait(30.0)
+    campaign.drain(processes=1, **options)
+
+
+def test_innocents_are_spared_among_many_crashing_tasks(campaign):
+    crashers_beside_innocents(campaign)
+    outcome = campaign.verdict()
+    assert not outcome.violations, "\n".join(outcome.violations)
+    for task in outcome.records.values():
+        assert (task.status, task.dead_letter) == (
+            ("failed", True) if task.type == "crasher" else ("completed", False)
+        )
+
+
 def test_never_again_after_a_crash(campaign):
     once = {"kind": "crasher", "max_crashes": 1, "params": {"after": 0.05}}
     campaign.spawn(role="store", tasks=[{"kind": "once", "count": 10}, once]).wait(30.0)
@@ -251,6 +270,7 @@ PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
     "acknowledged before the commit": (early_end, "lost"),
     "cancel without guard": (cancel_what_runs, "lived on, and the record is cancelled"),
     "suspects run together": (crash_beside_innocents, "innocent"),
+    "a last chance beside others": (crashers_beside_innocents, "innocent"),
 }
 
 

@@ -21,6 +21,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.runtime import scheduler
+from taskx.runtime.engine import MAX_AHEAD
 from taskx.runtime.ledger import Ledger
 
 from .conftest import PATIENCE, eventually, run_in_thread
@@ -331,7 +332,7 @@ def test_short_tasks_are_started_in_batches(short):
     assert sorted(short.ran) == list(range(300))
     assert starts(short)[0] == 1
     assert sum(starts(short)) >= 300  # some may have waited too long for a hand, and started twice
-    assert 2 <= max(starts(short)) <= 16
+    assert 2 <= max(starts(short)) <= MAX_AHEAD
     assert len(starts(short)) < 250
 
 

@@ -156,9 +156,10 @@ class Life(RuleBasedStateMachine):
         priority = draw(st.integers(-1, 1))
         delay = draw(st.sampled_from([None, None, -5, 0, 5]))
         max_attempts, max_crashes = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-        owner = draw(st.sampled_from(["", "n1"]))
         now = self.clock.now_ms()
         run_at = None if delay is None else now + delay * 1000
+        held = run_at is not None and run_at > now
+        owner = "" if held else draw(st.sampled_from(["", "n1"]))
         write = lifecycle.create(
             task_id=task_id,
             type=TYPES[task_id],
@@ -174,7 +175,6 @@ class Life(RuleBasedStateMachine):
         assert self.apply(write) == [task_id not in self.model]
         if task_id not in self.model:
             self.created += 1
-            held = run_at is not None and run_at > now
             self.model[task_id] = Record(
                 priority, run_at, max_attempts, max_crashes, self.created, held, owner=owner
             )
@@ -196,7 +196,8 @@ class Life(RuleBasedStateMachine):
     def take(self, draw):
         task_id, node = draw(ids), draw(nodes)
         record = self.model.get(task_id)
-        holds = record is not None and record.status == "pending" and record.owner == ""
+        holds = record is not None and record.status == "pending" and not record.held
+        holds = holds and record.owner == ""
         assert self.apply(lifecycle.take(task_id, node)) == [holds]
         if holds:
             record.owner = node
@@ -488,4 +489,7 @@ def life_on(kind, examples):
 
 TestMemoryLife = life_on("memory", 300)
 TestSQLiteLife = life_on("sqlite", 100)
+TestMongoMockLife = life_on("mongomock", 60)
+TestMongoLife = life_on("mongo", 3)
+TestMongoSetLife = life_on("mongo-set", 3)
 TestAdapterLife = life_on("adapter", 100)

@@ -24,6 +24,8 @@ from taskx.storage.sqlite.turnstile import Turnstile
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
 
+_MOST_TOGETHER = 32  # updates in one statement
+_FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _MOST_VARIABLES = 500  # ids in one SELECT; SQLite's own limit is 32,766
 
 
@@ -71,6 +73,7 @@ class SQLiteRepository(Repository):
         self._locks = NodeLocks(self.path)
         self._turnstile = Turnstile(self._locks.folder)
         self._write_lock = threading.Lock()
+        self._forking = False
         self._synchronous = "NORMAL"
         self._data_version = -1
         _repositories.add(self)
@@ -89,9 +92,12 @@ class SQLiteRepository(Repository):
         durable = any(write.durable for write in writes)
         if all_or_nothing:
             return self._apply_whole(writes, durable)
-        return self._transact(
-            lambda cursor: [_apply_one(cursor, write) for write in writes], durable
-        )
+        try:
+            return self._transact(lambda cursor: _apply_in_groups(cursor, writes), durable)
+        except _Uneven:
+            return self._transact(
+                lambda cursor: [_apply_one(cursor, write) for write in writes], durable
+            )
 
     def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
         inserts = [write for write in writes if isinstance(write, Insert)]
@@ -172,7 +178,12 @@ class SQLiteRepository(Repository):
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         self._open()
         with self._connections.reader() as connection:
-            return connection.execute(sql, values).fetchall()
+            try:
+                return connection.execute(sql, values).fetchall()
+            except sqlite3.OperationalError as error:
+                if "decode" not in str(error):
+                    raise
+                return _fetch_broken_text(connection, sql, values)
 
     def _open(self) -> None:
         """Have the file made and checked before the first reader sees it."""
@@ -220,7 +231,8 @@ class SQLiteRepository(Repository):
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""
-        return [owner for (owner,) in self._rows(statements.OWNERS)]
+        queries = (statements.OWNERS_OF_READY, statements.OWNERS_OF_RUNNING)
+        return list({owner for query in queries for (owner,) in self._rows(query)})
 
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types runs on a node, or is pending and not held back."""
@@ -280,9 +292,14 @@ class SQLiteRepository(Repository):
 
     def leave(self, node: str) -> None:
         """Forget a node that holds nothing any more."""
-        self._transact(
-            lambda cursor: cursor.execute("DELETE FROM nodes WHERE id = ?", (node,)), durable=False
-        )
+        try:
+            self._transact(
+                lambda cursor: cursor.execute("DELETE FROM nodes WHERE id = ?", (node,)),
+                durable=False,
+            )
+        except BaseException:
+            self._locks.let_go(node)  # still on record, it is a dead one from now on
+            raise
         self._locks.release(node)
 
     def nodes(self) -> Sequence[Node]:
@@ -318,6 +335,19 @@ class SQLiteRepository(Repository):
             finally:
                 self._synchronous, self._data_version = "NORMAL", -1
 
+    def before_fork(self) -> None:
+        """Have no transaction and no connection open, so that a forked child inherits none."""
+        self._forking = self._write_lock.acquire(timeout=_FORK_PATIENCE)
+        if self._forking:
+            self._discard_writer()
+        self._connections.close_before_fork(_FORK_PATIENCE)
+
+    def after_fork(self) -> None:
+        """In the parent: connections are opened again when they are needed."""
+        self._connections.reopen()
+        if self._forking:
+            self._write_lock.release()
+
     def renew_after_fork(self) -> None:
         """In a forked child: connections of its own, opened at the next operation."""
         self._write_lock = threading.Lock()
@@ -327,15 +357,35 @@ class SQLiteRepository(Repository):
 
 
 _repositories: weakref.WeakSet[SQLiteRepository] = weakref.WeakSet()
+_one_fork = threading.Lock()
+_prepared: list[SQLiteRepository] = []
+
+
+def _before_fork() -> None:
+    _one_fork.acquire()
+    for repository in list(_repositories):
+        repository.before_fork()
+        _prepared.append(repository)
+
+
+def _after_fork() -> None:
+    while _prepared:
+        _prepared.pop().after_fork()
+    _one_fork.release()
 
 
 def _renew_all_after_fork() -> None:
+    global _one_fork
+    _one_fork = threading.Lock()
+    _prepared.clear()
     for repository in list(_repositories):
         repository.renew_after_fork()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all_after_fork)
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_renew_all_after_fork
+    )
 
 
 class _Refused(Exception):
@@ -344,9 +394,41 @@ class _Refused(Exception):
         self.results = results
 
 
+class _Uneven(Exception):
+    """Of several updates in one statement some held and some did not: which, it does not tell."""
+
+
+def _apply_in_groups(cursor: sqlite3.Cursor, writes: Sequence[Write]) -> Sequence[bool]:
+    """Apply writes in order; neighbours that differ in nothing but the id, such as starts, together."""
+    results: list[bool] = []
+    while (position := len(results)) < len(writes):
+        group = _alike(writes, position)
+        if len(group) == 1:
+            results.append(_apply_one(cursor, writes[position]))
+            continue
+        first = writes[position]
+        cursor.execute(*statements.update(group, first.guard, first.changes))  # type: ignore[union-attr]
+        if 0 < cursor.rowcount < len(group):
+            raise _Uneven
+        results += [cursor.rowcount > 0] * len(group)
+    return results
+
+
+def _alike(writes: Sequence[Write], position: int) -> list[str]:
+    """The ids of the updates from ``position`` on that make the same change under the same guard."""
+    first = writes[position]
+    group = [first.id]
+    if isinstance(first, Update):
+        for write in writes[position + 1 : position + _MOST_TOGETHER]:
+            if write[1:] != first[1:]:
+                break
+            group.append(write.id)
+    return group
+
+
 def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     if isinstance(write, Update):
-        cursor.execute(*statements.update(write.id, write.guard, write.changes))
+        cursor.execute(*statements.update((write.id,), write.guard, write.changes))
     elif isinstance(write, Insert):
         cursor.execute(statements.INSERT, tuple(write.row.values()))
     else:
@@ -361,6 +443,24 @@ def _took_place(cursor: sqlite3.Cursor, write: Write) -> bool:
     sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
     stored = cursor.execute(sql, (write.id,)).fetchone()
     return stored is not None and tuple(stored) == tuple(wanted.values())
+
+
+def _fetch_broken_text(
+    connection: sqlite3.Connection, sql: str, values: Sequence[Any]
+) -> list[Any]:
+    """The rows, with what is no UTF-8 as bytes: one damaged record must not hide the others."""
+    connection.text_factory = _text_or_bytes
+    try:
+        return connection.execute(sql, values).fetchall()
+    finally:
+        connection.text_factory = str
+
+
+def _text_or_bytes(stored: bytes) -> str | bytes:
+    try:
+        return stored.decode()
+    except UnicodeDecodeError:
+        return stored
 
 
 def _stub(row: Sequence[Any]) -> Stub:

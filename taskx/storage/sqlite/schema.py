@@ -49,11 +49,11 @@ _VERSION_1 = (
     """,
     "CREATE INDEX tasks_created ON tasks (created_at)",
     """
-    CREATE INDEX tasks_ready ON tasks (type, priority DESC)
+    CREATE INDEX tasks_ready ON tasks (owner, type, priority DESC)
     WHERE status = 'pending' AND held = 0
     """,
     "CREATE INDEX tasks_due ON tasks (run_at) WHERE status = 'pending' AND held = 1",
-    "CREATE INDEX tasks_owned ON tasks (owner) WHERE owner <> '' OR status = 'running'",
+    "CREATE INDEX tasks_running ON tasks (owner) WHERE status = 'running'",
     "CREATE INDEX tasks_finished ON tasks (status, created_at) WHERE completed_at IS NOT NULL",
     """
     CREATE TABLE nodes (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -12,7 +12,11 @@ from taskx.core.model import TaskFilter
 from taskx.core.record import COLUMNS
 from taskx.core.writes import CREATED, PRESENT
 
-_STUB = "id, status, starts, priority, created_at, cancel_requested_at IS NOT NULL"
+# Cast, as one damaged record must not keep the others from being sorted.
+_STUB = (
+    "id, status, CAST(starts AS INTEGER), CAST(priority AS INTEGER), CAST(created_at AS INTEGER), "
+    "cancel_requested_at IS NOT NULL"
+)
 
 _PLAIN_INSERT = f"INSERT INTO tasks ({', '.join(CREATED)}) VALUES ({', '.join('?' * len(CREATED))})"
 INSERT = f"{_PLAIN_INSERT} ON CONFLICT (id) DO NOTHING"
@@ -20,18 +24,35 @@ INSERT_OR_FAIL = _PLAIN_INSERT
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM tasks"
 READY = (
     f"SELECT {_STUB}, seq FROM tasks "
-    "WHERE status = 'pending' AND held = 0 AND type = ? AND owner = '' "
+    "WHERE status = 'pending' AND held = 0 AND owner = '' AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
 DUE = (
     "SELECT id FROM tasks WHERE status = 'pending' AND held = 1 AND run_at <= ? "
     "ORDER BY run_at LIMIT ?"
 )
-NEXT_DUE = "SELECT min(run_at) FROM tasks WHERE status = 'pending' AND held = 1"
-OWNED = f"SELECT {_STUB} FROM tasks WHERE owner = ? AND owner <> ''"
-OWNERS = "SELECT DISTINCT owner FROM tasks WHERE owner <> ''"
-UNFINISHED_READY = "SELECT 1 FROM tasks WHERE status = 'pending' AND held = 0 AND type = ? LIMIT 1"
-UNFINISHED_RUNNING = "SELECT DISTINCT type FROM tasks WHERE owner <> '' AND status = 'running'"
+# What is no number is above all numbers, and never due.
+NEXT_DUE = "SELECT min(run_at) FROM tasks WHERE status = 'pending' AND held = 1 AND run_at < 1e18"
+OWNED = (
+    f"SELECT {_STUB} FROM tasks WHERE status = 'pending' AND held = 0 AND owner = ?1 AND owner <> '' "
+    f"UNION ALL SELECT {_STUB} FROM tasks WHERE status = 'running' AND owner = ?1 AND owner <> ''"
+)
+# A step in the index for each owner, however many tasks each has.
+_OWNERS_OF = (
+    "WITH RECURSIVE owners (owner) AS (SELECT min(owner) FROM tasks WHERE {0} UNION ALL "
+    "SELECT (SELECT min(owner) FROM tasks WHERE {0} AND owner > owners.owner) FROM owners "
+    "WHERE owners.owner IS NOT NULL) "
+)
+_READY, _RUNNING = "status = 'pending' AND held = 0", "status = 'running'"
+OWNERS_OF_READY, OWNERS_OF_RUNNING = (
+    f"{_OWNERS_OF.format(which)} SELECT owner FROM owners WHERE owner <> ''"
+    for which in (_READY, _RUNNING)
+)
+UNFINISHED_READY = (
+    f"{_OWNERS_OF.format(_READY)} SELECT 1 FROM owners CROSS JOIN tasks ON tasks.owner = owners.owner "
+    f"AND {_READY} AND type = ? LIMIT 1"
+)
+UNFINISHED_RUNNING = "SELECT DISTINCT type FROM tasks WHERE status = 'running' AND owner <> ''"
 
 
 @lru_cache(maxsize=64)
@@ -43,15 +64,19 @@ def select_many(count: int) -> str:
 _shapes: dict[tuple[Any, ...], str] = {}
 
 
-def update(task_id: str, guard: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[str, Any]:
-    """An ``UPDATE`` and its values."""
-    values = [*changes.values(), task_id, *guard.values()]
-    key = (*changes, None, *guard)
+def update(
+    task_ids: Sequence[str], guard: Mapping[str, Any], changes: Mapping[str, Any]
+) -> tuple[str, Any]:
+    """An ``UPDATE`` of one task or of several, and its values."""
+    values = [*changes.values(), *task_ids, *guard.values()]
+    key = (len(task_ids), *changes, None, *guard)
     special = _has_special(guard)
     sql = None if special else _shapes.get(key)
     if sql is None:
-        where, values[len(changes) + 1 :] = _conditions(guard)
-        sql = f"UPDATE tasks SET {', '.join(f'{name} = ?' for name in changes)} WHERE id = ?{where}"
+        where, values[len(changes) + len(task_ids) :] = _conditions(guard)
+        settings = ", ".join(f"{name} = ?" for name in changes)
+        which = "id = ?" if len(task_ids) == 1 else f"id IN ({', '.join('?' * len(task_ids))})"
+        sql = f"UPDATE tasks SET {settings} WHERE {which}{where}"
         if not special:
             _shapes[key] = sql
     return sql, values
@@ -93,7 +118,7 @@ _SOURCES: dict[str | None, str] = {
         "(SELECT * FROM tasks INDEXED BY tasks_ready WHERE status = 'pending' AND held = 0 UNION ALL "
         "SELECT * FROM tasks INDEXED BY tasks_due WHERE status = 'pending' AND held = 1)"
     ),
-    RUNNING: "(SELECT * FROM tasks INDEXED BY tasks_owned WHERE status = 'running')",
+    RUNNING: "(SELECT * FROM tasks INDEXED BY tasks_running WHERE status = 'running')",
     **{
         status: f"(SELECT * FROM tasks WHERE status = '{status}' AND completed_at IS NOT NULL)"
         for status in FINISHED
