@@ -132,9 +132,12 @@ def release(task_id: str) -> Update:
     return Update(task_id, {"status": PENDING, "held": 1}, {"held": 0})
 
 
-def take(task_id: str, node: str) -> Update:
-    """Note that ``node`` holds a free pending task in its buffer; one held back is nobody's."""
-    return Update(task_id, {"status": PENDING, "held": 0, "owner": ""}, {"owner": node})
+def take(task_id: str, node: str, owner: str = "") -> Update:
+    """Note that ``node`` holds a pending task in its buffer that was free, or in another's buffer.
+
+    One that is held back is nobody's.
+    """
+    return Update(task_id, {"status": PENDING, "held": 0, "owner": owner}, {"owner": node})
 
 
 def give_up(task_id: str, node: str) -> Update:

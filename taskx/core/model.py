@@ -306,6 +306,17 @@ class TaskFilter:
     offset: int = attrs.field(default=0, validator=_count)
     limit: int = attrs.field(default=100, validator=_count)
 
+    def matches(self, task: Task) -> bool:
+        """Whether a task meets every condition: for repositories that look at each one in Python."""
+        created = task.created_at
+        return (
+            self.type in (None, task.type)
+            and self.status in (None, task.status)
+            and self.created_by in (None, task.created_by)
+            and (self.start_date is None or (created is not None and created >= self.start_date))
+            and (self.end_date is None or (created is not None and created <= self.end_date))
+        )
+
 
 def check_number(value: Any, what: str, *, minimum: float = 0.0) -> float:
     """A finite number above ``minimum``; ConfigurationError says what is wrong with it."""

@@ -258,10 +258,33 @@ class Engine:
             for stub in services.repository.ready(types, room + len(known))
             if stub.id not in known
         ][:room]
-        if self.alone or not stubs:
+        if self.alone:
             return stubs
+        if not stubs:
+            return self._take_over()
         taken = services.ledger.commit([lifecycle.take(stub.id, self.node.id) for stub in stubs])
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
+
+    def _take_over(self) -> list[Stub]:
+        """With nothing to do: what is next in line in the buffers of other nodes, one for each idle worker.
+
+        They find it started, or gone, when they come to it.
+        """
+        wanted = self.buffer.workers - len(self.buffer.executing)
+        if wanted <= 0 or self.buffer.queue:
+            return []
+        services, types = self.services, self.services.registry.types
+        found = [
+            (stub, owner)
+            for owner in services.repository.owners()
+            if owner != self.node.id
+            for stub in services.repository.ready(types, wanted, owner)
+        ]
+        found.sort(key=lambda pair: (-pair[0].priority, pair[0].created_at))
+        writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
+        taken = services.ledger.commit(writes) if writes else []
+        self.more_stored = any(taken)  # look again when these are done
+        return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]
 
     # --- quiet, and the end
 

@@ -6,7 +6,17 @@ import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
-from typing import TYPE_CHECKING, Any, Concatenate, Generic, ParamSpec, Protocol, TypeVar, overload
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    overload,
+)
 
 import attrs
 
@@ -283,8 +293,7 @@ def executor(
     return ExecutorDecorator(type, options)
 
 
-@attrs.frozen(kw_only=True)
-class Registered:
+class Registered(NamedTuple):
     """A type that this queue runs."""
 
     type: str

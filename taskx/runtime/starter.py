@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-
-import attrs
+from typing import NamedTuple
 
 from taskx.core import lifecycle
 from taskx.core.clock import Clock, to_ms
@@ -21,8 +20,7 @@ from taskx.runtime.suspects import Suspects
 from taskx.storage.base import Repository
 
 
-@attrs.frozen(kw_only=True)
-class Services:
+class Services(NamedTuple):
     """What the parts of a queue share."""
 
     repository: Repository

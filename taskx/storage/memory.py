@@ -32,7 +32,7 @@ class MemoryRepository(Repository):
         self._rows: dict[str, Row] = {}
         self._sequence = 0
         # Unfinished rows apart, so that the runtime's questions do not cost more as history grows.
-        self._free: dict[str, list[tuple[int, int, str]]] = {}
+        self._ready: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
         self._held: list[tuple[int, str]] = []
         self._owned: dict[str, dict[str, Row]] = {}
         self._active: dict[str, int] = {}
@@ -110,8 +110,7 @@ class MemoryRepository(Repository):
             bisect.insort(self._held, (row["run_at"], row["id"]))
         else:
             self._active[row["type"]] = self._active.get(row["type"], 0) + 1
-            if not row["owner"]:
-                bisect.insort(self._free.setdefault(row["type"], []), _rank(row))
+            bisect.insort(self._ready.setdefault((row["owner"], row["type"]), []), _rank(row))
 
     def _unindex(self, row: Row) -> None:
         if row["status"] in FINISHED:
@@ -127,8 +126,7 @@ class MemoryRepository(Repository):
             _remove_sorted(self._held, (row["run_at"], row["id"]))
         else:
             self._active[row["type"]] -= 1
-            if not row["owner"]:
-                _remove_sorted(self._free[row["type"]], _rank(row))
+            _remove_sorted(self._ready[row["owner"], row["type"]], _rank(row))
 
     # --- reading
 
@@ -155,10 +153,11 @@ class MemoryRepository(Repository):
         with self._lock:
             return sum(_meets(row, filter) for row in self._rows.values())
 
-    def ready(self, types: Iterable[str], limit: int) -> Sequence[Stub]:
-        """Free pending tasks of these types that may start now, best first."""
+    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+        """Pending tasks of these types and this owner that may start now, best first."""
         with self._lock:
-            ranks = sorted(rank for kind in types for rank in self._free.get(kind, ())[:limit])
+            found = [self._ready.get((owner, kind), [])[:limit] for kind in types]
+            ranks = sorted(rank for some in found for rank in some)
             return [stub_from_row(self._rows[rank[2]]) for rank in ranks[:limit]]
 
     def due(self, now: int, limit: int) -> Sequence[str]:

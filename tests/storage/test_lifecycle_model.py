@@ -194,11 +194,11 @@ class Life(RuleBasedStateMachine):
             record.held = False
 
     def take(self, draw):
-        task_id, node = draw(ids), draw(nodes)
+        task_id, node, owner = draw(ids), draw(nodes), draw(st.sampled_from(["", "", "n1", "n2"]))
         record = self.model.get(task_id)
         holds = record is not None and record.status == "pending" and not record.held
-        holds = holds and record.owner == ""
-        assert self.apply(lifecycle.take(task_id, node)) == [holds]
+        holds = holds and record.owner == owner
+        assert self.apply(lifecycle.take(task_id, node, owner)) == [holds]
         if holds:
             record.owner = node
 
@@ -453,9 +453,10 @@ class Life(RuleBasedStateMachine):
     def indexes_agree_with_the_records(self):
         records, now = self.model, self.clock.now_ms()
         pending = {i: r for i, r in records.items() if r.status == "pending"}
-        free = [i for i, r in pending.items() if not r.held and not r.owner]
-        best_first = sorted(free, key=lambda i: (-records[i].priority, records[i].order))
-        assert [stub.id for stub in self.store.ready(["t", "u"], 9)] == best_first
+        for owner in ("", "n1", "n2"):
+            ready = [i for i, r in pending.items() if not r.held and r.owner == owner]
+            best_first = sorted(ready, key=lambda i: (-records[i].priority, records[i].order))
+            assert [stub.id for stub in self.store.ready(["t", "u"], 9, owner)] == best_first
         held = sorted((r.run_at, i) for i, r in pending.items() if r.held)
         assert self.store.next_due() == (held[0][0] if held else None)
         assert sorted(self.store.due(now, 9)) == sorted(i for run_at, i in held if run_at <= now)

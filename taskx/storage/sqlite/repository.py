@@ -210,9 +210,9 @@ class SQLiteRepository(Repository):
         ((count,),) = self._rows(*statements.count_tasks(filter))
         return int(count)
 
-    def ready(self, types: Iterable[str], limit: int) -> Sequence[Stub]:
-        """Free pending tasks of these types that may start now, best first."""
-        rows = [row for kind in types for row in self._rows(statements.READY, (kind, limit))]
+    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+        """Pending tasks of these types and this owner that may start now, best first."""
+        rows = [row for kind in types for row in self._rows(statements.READY, (owner, kind, limit))]
         rows.sort(key=lambda row: (-row[3], row[6]))
         return [_stub(row) for row in rows[:limit]]
 
@@ -227,7 +227,7 @@ class SQLiteRepository(Repository):
 
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""
-        return [_stub(row) for row in self._rows(statements.OWNED, (node,))]
+        return [_stub(row) for row in self._rows(statements.OWNED, (node, node))]
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""

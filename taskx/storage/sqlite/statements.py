@@ -24,7 +24,7 @@ INSERT_OR_FAIL = _PLAIN_INSERT
 SELECT = f"SELECT {', '.join(COLUMNS)} FROM tasks"
 READY = (
     f"SELECT {_STUB}, seq FROM tasks "
-    "WHERE status = 'pending' AND held = 0 AND owner = '' AND type = ? "
+    "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
 DUE = (
@@ -34,8 +34,8 @@ DUE = (
 # What is no number is above all numbers, and never due.
 NEXT_DUE = "SELECT min(run_at) FROM tasks WHERE status = 'pending' AND held = 1 AND run_at < 1e18"
 OWNED = (
-    f"SELECT {_STUB} FROM tasks WHERE status = 'pending' AND held = 0 AND owner = ?1 AND owner <> '' "
-    f"UNION ALL SELECT {_STUB} FROM tasks WHERE status = 'running' AND owner = ?1 AND owner <> ''"
+    f"SELECT {_STUB} FROM tasks WHERE status = 'pending' AND held = 0 AND owner = ? AND owner <> '' "
+    f"UNION ALL SELECT {_STUB} FROM tasks WHERE status = 'running' AND owner = ? AND owner <> ''"
 )
 # A step in the index for each owner, however many tasks each has.
 _OWNERS_OF = (
