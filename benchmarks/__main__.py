@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,18 +13,20 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import floor, peers, report, taskx_bench
+from benchmarks import floor, peers, processes, report, taskx_bench
 from benchmarks.harness import QUICK, Plan, measure
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the options say."""
     options = _options(argv)
+    if options.rounds is None:
+        options.rounds = 2 if options.quick else 3
     if not sys.platform.startswith("linux"):
         sys.exit("the benchmark reads /proc and pins threads to cores: it needs Linux")
-    for name in ("huey", "taskx"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("taskx").setLevel(logging.ERROR)
     plan = _plan(options)
+    signal.signal(signal.SIGTERM, _end)
     runs = [_measured(options, plan)]
     if options.pin:
         with _one_core():
@@ -32,11 +35,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         text = options.update.read_text(encoding="utf-8")
         text = report.put_between_marks(text, "\n\n".join(runs))
         options.update.write_text(text, encoding="utf-8")
+    if any(report.FAILED in run for run in runs):
+        sys.exit("a peer failed; see above")
+
+
+def _end(number: int, frame: object) -> None:
+    """End as Ctrl-C does: whatever was started is ended first."""
+    raise KeyboardInterrupt
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: under a minute")
+    parser.add_argument("--quick", action="store_true", help="small sizes: a minute or so")
     parser.add_argument(
         "--only",
         action="append",
@@ -46,7 +56,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         f"{', '.join(dict.fromkeys(name.split('-')[0] for name in report.FIGURES))}; "
         "floor, TaskX, huey …",
     )
-    parser.add_argument("--rounds", type=int, metavar="N", default=3, help="default 3")
+    parser.add_argument("--rounds", type=int, metavar="N", help="default 3; 2 with --quick")
     parser.add_argument("--pin", action="store_true", help="and once more on a single core")
     parser.add_argument("--rst", action="store_true", help="print as reStructuredText")
     parser.add_argument(
@@ -57,7 +67,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--tasks", type=int, metavar="N", help="at most so many tasks a cell")
     parser.add_argument(
-        "--finished", type=int, metavar="N", help="finished tasks to compare with 1,000 (100,000)"
+        "--finished", type=int, metavar="N", help="finished tasks to compare with 1,000 (1,000,000)"
     )
     parser.add_argument("--no-peers", action="store_true", help="only floor and TaskX")
     return parser.parse_args(argv)
@@ -72,17 +82,19 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _measured(options: argparse.Namespace, plan: Plan) -> str:
     """Measure and print; returns what it printed."""
-    cells = [*floor.cells(plan), *taskx_bench.cells(plan)]
+    cells = [*floor.cells(plan), *taskx_bench.cells(plan), *processes.cells(plan)]
     if not options.no_peers:
         cells += peers.cells(plan)
     chosen = [cell for cell in cells if cell.matches(options.only)]
     began = time.perf_counter()
     measured = measure(chosen, options.rounds, progress=os.isatty(2))
     took = time.perf_counter() - began
-    table = report.rows(measured, with_peers=not options.no_peers)
+    table = report.rows(measured)
+    short = report.complaints(measured)
     rounds = f"{options.rounds} round{'s' if options.rounds > 1 else ''}"
     text = (
         f"{report.machine()}; {rounds} in {took:.0f} s: medians, of rivals the best.\n\n"
+        f"{'NOT MEASURED: ' + ', '.join(short) + chr(10) * 2 if short else ''}"
         f"{report.as_rst(table) if options.rst or options.update else report.as_text(table)}"
     )
     print(f"\n{text}")
@@ -101,4 +113,7 @@ def _one_core() -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("interrupted; all that was started has been ended")

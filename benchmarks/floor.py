@@ -51,7 +51,7 @@ class Statements:
 
     @staticmethod
     def _update(update: Any, ids: Sequence[str]) -> tuple[str, Rows]:
-        sql, values = statements.update(update.id, update.guard, update.changes)
+        sql, values = statements.update((update.id,), update.guard, update.changes)
         position = list(values).index(update.id)
         before, after = tuple(values[:position]), tuple(values[position + 1 :])
         return sql, [(*before, id_, *after) for id_ in ids]
@@ -149,6 +149,14 @@ def _start_and_finish(plan: Plan, durability: str, folder: str) -> dict[str, flo
         return {"drain": watch.rate(loop.count)}
 
 
+def _left(plan: Plan, folder: str) -> dict[str, float]:
+    with Loop(folder, "accepted", plan.left) as loop:
+        loop.insert_many()
+        with Stopwatch() as watch:
+            loop.start_and_finish()
+        return {"left": watch.rate(loop.count)}
+
+
 def _runs_as(durability: str) -> str:
     return "full" if durability == "full" else "process"
 
@@ -169,7 +177,10 @@ def cells(plan: Plan) -> list[Cell]:
         "together": _insert_start_finish,
     }
     return [
-        Cell(FLOOR, durability, partial(run, plan, durability), (figure,))
-        for figure, run in runs.items()
-        for durability in DURABILITIES
+        *(
+            Cell(FLOOR, durability, partial(run, plan, durability), (figure,))
+            for figure, run in runs.items()
+            for durability in DURABILITIES
+        ),
+        Cell(FLOOR, "accepted", partial(_left, plan), ("left",)),
     ]

@@ -9,10 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+
+from benchmarks.children import ChildFailed
 
 DURABILITIES = ("accepted", "full", "process")
 WORKERS = 4
+SLEEPERS, NAP = 32, 0.01
 FLOOR, TASKX = "floor", "TaskX"
 
 
@@ -28,16 +31,22 @@ class Plan:
         sleepers: tasks that sleep.
         finished: finished tasks in the file of the cells that compare it with 1,000.
         spilled: tasks stored to see what one takes of memory.
+        left: tasks that a dead process leaves.
+        messages: tasks and cancels from one process to another.
+        kills: processes killed to see when their task starts again.
         seconds: how long an idle queue is watched.
     """
 
     tasks: int = 20_000
     synced: int = 4_000
     many: int = 10_000
-    samples: int = 1_000
+    samples: int = 400
     sleepers: int = 1_000
-    finished: int = 100_000
+    finished: int = 1_000_000
     spilled: int = 100_000
+    left: int = 100_000
+    messages: int = 40
+    kills: int = 3
     seconds: float = 3.0
 
     def count(self, durability: str) -> int:
@@ -46,16 +55,32 @@ class Plan:
 
     def limited_to(self, tasks: int) -> Plan:
         """The same with at most so many tasks a cell."""
-        names = ("tasks", "synced", "many", "samples", "sleepers", "finished", "spilled")
+        names = [f.name for f in fields(self) if f.name not in ("kills", "seconds")]
         return replace(self, **{name: min(getattr(self, name), tasks) for name in names})
 
 
-QUICK = Plan(tasks=3_000, synced=600, samples=150, finished=20_000, spilled=20_000, seconds=1.0)
+QUICK = Plan(
+    tasks=3_000,
+    synced=600,
+    samples=100,
+    finished=20_000,
+    spilled=20_000,
+    left=10_000,
+    messages=20,
+    kills=1,
+    seconds=1.0,
+)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a function of a fresh folder that returns figures by name."""
+    """One measurement: a function of a fresh folder that returns figures by name.
+
+    Attributes:
+        rival: its best counts, and it may fail.
+        once: not in each round.
+        lacks: what is not installed, so that it cannot be run.
+    """
 
     who: str
     durability: str
@@ -63,6 +88,7 @@ class Cell:
     figures: tuple[str, ...]
     rival: bool = False
     once: bool = False
+    lacks: str = ""
 
     def matches(self, words: Sequence[str]) -> bool:
         """Whether one of the words is the beginning of a figure's name, or is in ours."""
@@ -75,12 +101,13 @@ class Cell:
 
 @dataclass
 class Measured:
-    """What one cell yielded for one figure, round by round."""
+    """What one cell yielded for one figure, round by round; nothing where it failed."""
 
     figure: str
     who: str
     durability: str
     rival: bool
+    lacks: str = ""
     values: list[float] = field(default_factory=list)
 
     def value(self, *, more_is_better: bool) -> float:
@@ -96,16 +123,18 @@ Key = tuple[str, str, str]
 def measure(cells: Sequence[Cell], rounds: int, *, progress: bool) -> dict[Key, Measured]:
     """Run every cell once a round, in another order each round, so that drift hits all alike."""
     measured = {
-        (figure, cell.who, cell.durability): Measured(figure, cell.who, cell.durability, cell.rival)
+        (figure, cell.who, cell.durability): Measured(
+            figure, cell.who, cell.durability, cell.rival, cell.lacks
+        )
         for cell in cells
         for figure in cell.figures
     }
     for number in range(rounds):
-        order = [cell for cell in cells if number == 0 or not cell.once]
+        order = [cell for cell in cells if not cell.lacks and (number == 0 or not cell.once)]
         random.Random(number).shuffle(order)
         for position, cell in enumerate(order, 1):
             began = time.perf_counter()
-            for figure, value in _run(cell).items():
+            for figure, value in _tried(cell).items():
                 measured[figure, cell.who, cell.durability].values.append(value)
             if progress:
                 print(
@@ -119,6 +148,17 @@ def measure(cells: Sequence[Cell], rounds: int, *, progress: bool) -> dict[Key, 
     if progress:
         print("\r\x1b[K", end="", file=sys.stderr, flush=True)
     return measured
+
+
+def _tried(cell: Cell) -> Mapping[str, float]:
+    """What the cell yields; a rival that fails yields nothing, and is complained of."""
+    try:
+        return _run(cell)
+    except ChildFailed as error:
+        if not cell.rival:
+            raise
+        print(f"\n{cell.who} FAILED: {error}", file=sys.stderr)
+        return {}
 
 
 def _run(cell: Cell) -> Mapping[str, float]:

@@ -41,6 +41,7 @@ FIGURES: dict[str, Figure] = {
     "submit": Figure("submit one by one", "{:,.0f}/s", more=True, ratio=0.6),
     "many": Figure("submit_many", "{:,.0f}/s", more=True, ratio=0.4, value=100_000),
     "drain": Figure("drain a backlog", "{:,.0f}/s", more=True, ratio=1.0),
+    "left": Figure("drain what a dead process left", "{:,.0f}/s", more=True, ratio=1.0),
     "together": Figure("producer and workers", "{:,.0f}/s", more=True, ratio=0.8, ahead=True),
     "begins-p50": Figure(
         "idle: submit to begin, p50", "{:,.0f} µs", value=250, durability="process"
@@ -53,11 +54,21 @@ FIGURES: dict[str, Figure] = {
     ),
     "result-p99": Figure("idle: submit to result, p99", "{:,.0f} µs"),
     "sleepers": Figure("10 ms sleeps on 32 threads", "{:.2f} × ideal", value=1.15),
+    "both-alone": Figure("one process drains a file", "{:,.0f}/s", more=True),
+    "both-together": Figure("two processes drain one file", "{:,.0f}/s", more=True),
+    "both-ratio": Figure("two processes: to one", "{:.2f} × one", more=True, value=0.8),
+    "both-share": Figure("two processes: the smaller share", "{:.0f} %", more=True, value=40),
+    "rescue": Figure("kill -9: task starts again elsewhere", "{:,.0f} ms", value=1_000),
+    "elsewhere-p50": Figure("submit to begin elsewhere, p50", "{:,.0f} ms"),
+    "elsewhere-p99": Figure("submit to begin elsewhere, p99", "{:,.0f} ms", value=100),
+    "cancel-p50": Figure("cancel reaches a task elsewhere, p50", "{:,.0f} ms"),
+    "cancel-p99": Figure("cancel reaches a task elsewhere, p99", "{:,.0f} ms", value=1_000),
     "finished-drain": Figure("drain beside finished tasks", "{:,.0f}/s", more=True, growth=1.3),
     "finished-get": Figure("get one beside finished tasks", "{:,.0f} µs", growth=1.3),
     "finished-list": Figure("list 20 newest beside finished tasks", "{:,.0f} µs", growth=1.3),
     "finished-count": Figure("count finished tasks", "{:,.2f} ms", value=50),
     "import": Figure("import taskx", "{:,.0f} ms", value=60),
+    "import-optional": Figure("import taskx: optional packages", "{:.0f}", value=0),
     "memory": Figure("memory per spilled task", "{:,.0f} bytes", value=200),
     "idle-cpu": Figure("idle queue: share of a core", "{:.2f} %", value=0.5),
     "idle-commits": Figure("idle queue: commits", "{:.1f}/s", value=0),
@@ -74,28 +85,32 @@ FIGURES: dict[str, Figure] = {
     "cost-alone-commits": Figure("a task alone, to its result: commits", "{:.2f}"),
 }
 HEADER = ("what", "who", "durability", "measured", "× floor", "goal", "met")
-MISSING = "NOT INSTALLED"
+MISSING, FAILED = "NOT INSTALLED", "FAILED"
 #: Lines between which the documentation holds the tables of a run.
 BEGIN, END = "\n.. measured from here on\n", "\n.. measured up to here\n"
 
 Row = tuple[str, ...]
 
 
-def rows(measured: Mapping[Key, Measured], *, with_peers: bool = True) -> list[Row]:
-    """The table's rows, figure by figure; a peer that is not installed has its rows, too."""
-    found = []
-    for name, figure in FIGURES.items():
-        ours = [m for (of, _, _), m in measured.items() if of == name and m.values]
-        found += [_row(figure, m, measured) for m in ours]
-        if name in ("submit", "drain", "together") and ours and with_peers:
-            found += [
-                (figure.title, who, durability, MISSING, "", "", "")
-                for who, durability in peers.missing()
-            ]
-    return found
+def rows(measured: Mapping[Key, Measured]) -> list[Row]:
+    """The table's rows, figure by figure; a peer that is not installed, or fails, has some, too."""
+    return [
+        _row(figure, m, measured)
+        for name, figure in FIGURES.items()
+        for (of, _, _), m in measured.items()
+        if of == name and (m.values or m.rival)
+    ]
+
+
+def complaints(measured: Mapping[Key, Measured]) -> list[str]:
+    """What the table is short of: a peer, and why."""
+    short = {m.who: m.lacks for m in measured.values() if m.rival and not m.values}
+    return [f"{who} ({f'{lacks} {MISSING}' if lacks else FAILED})" for who, lacks in short.items()]
 
 
 def _row(figure: Figure, m: Measured, measured: Mapping[Key, Measured]) -> Row:
+    if not m.values:
+        return (figure.title, m.who, m.durability, MISSING if m.lacks else FAILED, "", "", "")
     value = m.value(more_is_better=figure.more)
     share = _share(m, value, measured)
     goals = _goals(figure, m, value, share, measured) if m.who.startswith(TASKX) else []

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-import subprocess
-import sys
+import statistics
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,14 +12,23 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
+from benchmarks import children
 from benchmarks.counting import COMMITS, READS, WRITES, Seen, watching
-from benchmarks.harness import DURABILITIES, TASKX, WORKERS, Cell, Plan, Stopwatch, percentile
+from benchmarks.harness import (
+    DURABILITIES,
+    NAP,
+    SLEEPERS,
+    TASKX,
+    WORKERS,
+    Cell,
+    Plan,
+    Stopwatch,
+    percentile,
+)
 from taskx import Config, Context, Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
 from taskx.core.ids import new_id
 from taskx.storage.sqlite.connections import Connections
 
-LEFT = "TaskX, left in the file"
-SLEEPERS, NAP = 32, 0.01
 FINISHED = ("finished-drain", "finished-get", "finished-list", "finished-count")
 COSTS_OF_SUBMIT = (
     "cost-submit-reads",
@@ -36,6 +44,10 @@ _COSTS = {
 #: Seconds between two tasks of a queue that counts as idle.
 _PAUSE = 0.004
 FEW = 1_000
+#: How often a drain beside finished tasks is measured on one file.
+_DRAINS = 3
+#: Seconds for which a look at such a file is repeated, so that one bad moment does not count.
+_LOOK = 0.5
 
 
 @contextmanager
@@ -114,14 +126,8 @@ def _drain_buffer(plan: Plan, durability: str, folder: str) -> dict[str, float]:
     return {"drain": watch.rate(count)}
 
 
-def _drain_left(plan: Plan, durability: str, folder: str) -> dict[str, float]:
-    count = plan.count("full" if durability == "full" else "process")
-    with queue_on(folder, durability) as queue:
-        queue.submit_many(noops(count))
-        return {"drain": _drained(queue, count)}
-
-
-def _drained(queue: Queue, count: int) -> float:
+def drained(queue: Queue, count: int) -> float:
+    """Start a queue on ``count`` tasks in its file; returns how many a second are done."""
     with Stopwatch() as watch:
         queue.start()
         queue.drain()
@@ -185,20 +191,20 @@ def _result(plan: Plan, durability: str, folder: str) -> dict[str, float]:
 def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
     with queue_on(folder, "process") as queue:
         ids = _fill(queue, finished)
-        count = plan.tasks // 4 or 1
-        queue.submit_many(noops(count))
+        done = TaskFilter(status=TaskStatus.COMPLETED)
+        newest = TaskFilter(status=TaskStatus.COMPLETED, limit=20)
         figures = {
-            "finished-drain": _drained(queue, count),
             "finished-get": _timed(lambda: queue.get_task_status(ids[len(ids) // 2])),
-            "finished-list": _timed(
-                lambda: queue.repository.list(TaskFilter(status=TaskStatus.COMPLETED, limit=20))
-            ),
-            "finished-count": _timed(
-                lambda: queue.repository.count(TaskFilter(status=TaskStatus.COMPLETED))
-            ),
+            "finished-list": _timed(lambda: queue.repository.list(newest)),
+            "finished-count": _timed(lambda: queue.repository.count(done)) / 1000,
         }
-        figures["finished-count"] /= 1000
-    return figures
+    count = plan.tasks // 4 or 1
+    rates = []
+    for _ in range(_DRAINS):
+        with queue_on(folder, "process") as queue:
+            queue.submit_many(noops(count))
+            rates.append(drained(queue, count))
+    return {"finished-drain": statistics.median(rates), **figures}
 
 
 def _fill(queue: Queue, count: int) -> list[str]:
@@ -222,9 +228,10 @@ def _fill(queue: Queue, count: int) -> list[str]:
 
 
 def _timed(call: Callable[[], object]) -> float:
-    """The median of some calls, in µs."""
-    samples = []
-    for _ in range(21):
+    """The median of many calls, in µs."""
+    samples: list[float] = []
+    until = time.perf_counter() + _LOOK
+    while len(samples) < 21 or time.perf_counter() < until:
         with Stopwatch() as watch:
             call()
         samples.append(1e6 * watch.seconds)
@@ -235,20 +242,26 @@ def _timed(call: Callable[[], object]) -> float:
 
 
 _IMPORT = "import time; t = time.perf_counter(); import taskx; print(time.perf_counter() - t)"
+#: What comes with importing TaskX that is neither Python's, nor its own, nor what it needs.
+_OPTIONAL = """
+import sys
+before = set(sys.modules)
+import taskx
+new = {name.partition(".")[0] for name in sys.modules.keys() - before}
+print(len(new - sys.stdlib_module_names - {"taskx", "attr", "attrs"}))
+"""
 
 
 def _import(plan: Plan, folder: str) -> dict[str, float]:
-    times = [1000 * float(_child("-c", _IMPORT)) for _ in range(5)]
-    return {"import": percentile(times, 50)}
+    times = [1000 * float(children.run("-c", _IMPORT)) for _ in range(5)]
+    return {
+        "import": percentile(times, 50),
+        "import-optional": float(children.run("-c", _OPTIONAL)),
+    }
 
 
 def _memory(plan: Plan, folder: str) -> dict[str, float]:
-    return {"memory": float(_child("-m", "benchmarks.memory", folder, str(plan.spilled)))}
-
-
-def _child(*args: str) -> str:
-    done = subprocess.run([sys.executable, *args], capture_output=True, text=True, check=True)
-    return done.stdout
+    return {"memory": float(children.run("-m", "benchmarks.memory", folder, str(plan.spilled)))}
 
 
 def _idle(plan: Plan, folder: str) -> dict[str, float]:
@@ -348,7 +361,6 @@ def cells(plan: Plan) -> list[Cell]:
                 (TASKX, _submit, ("submit",)),
                 (TASKX, _many, ("many",)),
                 (TASKX, _drain_buffer, ("drain",)),
-                (LEFT, _drain_left, ("drain",)),
                 (TASKX, _together, ("together",)),
             )
         ]
@@ -370,13 +382,19 @@ def cells(plan: Plan) -> list[Cell]:
             )
         ]
     cells += [
-        Cell(f"TaskX, {size:,} finished", "process", partial(_finished, plan, size), FINISHED)
+        Cell(
+            f"TaskX, {size:,} finished",
+            "process",
+            partial(_finished, plan, size),
+            FINISHED,
+            once=True,
+        )
         for size in dict.fromkeys((min(FEW, plan.finished), plan.finished))
     ]
     cells += [
         Cell(TASKX, durability, partial(run, plan), figures, once=True)
         for durability, run, figures in (
-            ("", _import, ("import",)),
+            ("", _import, ("import", "import-optional")),
             ("process", _memory, ("memory",)),
             ("accepted", _idle, ("idle-cpu", "idle-commits")),
         )

@@ -4,6 +4,8 @@ Tasks are records in a repository, a bounded queue feeds worker threads, executo
 cancellation token, and a process that is killed loses nothing.
 """
 
+from typing import TYPE_CHECKING, Any
+
 from taskx.core.clock import Clock, SystemClock
 from taskx.core.errors import (
     ConfigurationError,
@@ -34,6 +36,9 @@ from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository
 
+if TYPE_CHECKING:
+    from taskx.storage.mongo import MongoRepository
+
 __version__ = "0.1.0"
 
 __all__ = [
@@ -48,6 +53,7 @@ __all__ = [
     "Executor",
     "InvalidTransition",
     "MemoryRepository",
+    "MongoRepository",
     "PayloadError",
     "Queue",
     "QueueFull",
@@ -72,3 +78,16 @@ __all__ = [
     "executor",
     "open_repository",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What not every program needs is loaded when it is first asked for."""
+    if name != "MongoRepository":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from taskx.storage.mongo import MongoRepository
+
+    return MongoRepository
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

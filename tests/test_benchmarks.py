@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.rst"
+PEERS = {
+    "huey": "full",
+    "huey fsync=False": "none",
+    "litequeue": "process",
+    "persist-queue": "full",
+    "DBOS": "full",
+    "django-tasks-db": "full",
+    "RQ": "server",
+    "Dramatiq": "server",
+    "Celery": "server",
+}
 Table = dict[tuple[str, str, str], str]
 
 needs_linux = pytest.mark.skipif(
@@ -52,19 +67,119 @@ def costs() -> Table:
 
 
 def test_every_figure_is_measured_at_every_durability():
-    table = measured("--tasks", "40", "--only", "submit", "--only", "together")
+    table = measured("--tasks", "40", "--no-peers", "--only", "submit", "--only", "together")
     for what in ("submit one by one", "producer and workers"):
         for durability in ("accepted", "full", "process"):
             for who in ("floor", "TaskX"):
                 assert re.fullmatch(r"[\d,]+/s", table[what, who, durability])
 
 
-def test_peer_that_is_not_installed_is_named_loudly():
-    table = measured("--tasks", "10", "--only", "drain")
-    for who, durability in (("huey", "full"), ("litequeue", "process"), ("persist-queue", "full")):
-        value = table["drain a backlog", who, durability]
-        assert value == "NOT INSTALLED" or value.endswith("/s")
+@pytest.mark.parametrize("who", PEERS)
+def test_peer_is_measured_or_named_loudly(who):
+    printed = benchmark("--rst", "--tasks", "4", "--only", who)
+    table = {
+        row[1]: row[2:4] for [first] in [tables(printed)] for row in first if "drain" in row[0]
+    }
+    durability, value = table[who]
+    assert durability == PEERS[who]
+    if value == "NOT INSTALLED":
+        assert re.search(
+            rf"^NOT MEASURED: .*\b{re.escape(who)} \(.* NOT INSTALLED\)", printed, re.M
+        )
+    else:
+        assert value.endswith("/s")
+
+
+def test_pool_of_the_standard_library_is_measured():
+    table = measured("--tasks", "10", "--only", "ThreadPool")
     assert table["drain a backlog", "ThreadPoolExecutor", "memory"].endswith("/s")
+    assert table["idle: submit to result, p50", "ThreadPoolExecutor", "memory"].endswith("µs")
+
+
+def test_rival_that_fails_stands_in_the_table(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(ROOT)
+    from benchmarks import report
+    from benchmarks.children import ChildFailed
+    from benchmarks.harness import Cell, measure
+
+    def fail(folder: str) -> dict[str, float]:
+        raise ChildFailed("its server would not start")
+
+    found = measure([Cell("Rival", "full", fail, ("drain",), rival=True)], 1, progress=False)
+    assert report.rows(found) == [("drain a backlog", "Rival", "full", "FAILED", "", "", "")]
+    assert report.complaints(found) == ["Rival (FAILED)"]
+    assert "its server would not start" in capsys.readouterr().err
+
+
+def test_figures_of_several_processes():
+    figures = ("left", "both", "rescue", "elsewhere", "cancel")
+    only = [arg for figure in figures for arg in ("--only", figure)]
+    table = measured("--tasks", "40", "--no-peers", *only)
+    found = {what: value for (what, who, _), value in table.items() if who == "TaskX"}
+    assert {
+        what: value.split(maxsplit=1)[-1].lstrip("0123456789,") for what, value in found.items()
+    } == {
+        "drain what a dead process left": "/s",
+        "one process drains a file": "/s",
+        "two processes drain one file": "/s",
+        "two processes: to one": "× one",
+        "two processes: the smaller share": "%",
+        "kill -9: task starts again elsewhere": "ms",
+        "submit to begin elsewhere, p50": "ms",
+        "submit to begin elsewhere, p99": "ms",
+        "cancel reaches a task elsewhere, p50": "ms",
+        "cancel reaches a task elsewhere, p99": "ms",
+    }
+
+
+def test_figures_beside_finished_tasks():
+    table = measured("--tasks", "40", "--finished", "1500", "--no-peers", "--only", "finished")
+    for what in ("drain", "get one", "list 20 newest"):
+        for size in ("1,000", "1,500"):
+            assert table[f"{what} beside finished tasks", f"TaskX, {size} finished", "process"]
+    assert table["count finished tasks", "TaskX, 1,500 finished", "process"].endswith(" ms")
+
+
+def test_import_brings_no_optional_package():
+    assert (
+        measured("--no-peers", "--only", "import")["import taskx: optional packages", "TaskX", ""]
+        == "0"
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def runs(pid: int) -> bool:
+    """Whether it does: a zombie is for others to bury."""
+    try:
+        return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_interrupted_run_leaves_no_process(number, tmp_path):
+    """Its children end with it, whatever ends it."""
+    program = [sys.executable, "-m", "benchmarks", "--no-peers", "--only", "elsewhere"]
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed one leaves its files
+    with subprocess.Popen(program, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as run:
+        children = wait_for(lambda: children_of(run.pid))
+        run.send_signal(number)
+        _, said = run.communicate()
+    assert run.returncode != 0
+    assert "interrupted" in said or number == signal.SIGKILL
+    wait_for(lambda: not any(map(runs, children)))
+
+
+def wait_for(condition):
+    """What it returns, once it is true."""
+    deadline = time.monotonic() + 60
+    while not (found := condition()):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.01)  # blocks on purpose
+    return found
 
 
 def test_tables_are_put_into_the_document(tmp_path):

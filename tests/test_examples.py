@@ -285,6 +285,26 @@ def test_sync_assets(tmp_path):
     assert "cancelled at 50%" in ran.stdout
 
 
+# own_repository.py
+
+
+def test_own_repository(tmp_path):
+    for total in (10, 20):  # what an earlier run left is still there
+        ran = subprocess.run(
+            [*STRICT, EXAMPLES / "own_repository.py"],
+            capture_output=True,
+            text=True,
+            cwd=tmp_path,
+            timeout=30,
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines() == [
+            "0 2 4 6 8 10 12 14 16 18",
+            f"{total} completed tasks in own-repository.json",
+        ]
+        assert "takes itself for the only process on it" in ran.stderr
+
+
 # flask_app.py
 
 

@@ -1,19 +1,23 @@
-"""The Flask example under a real gunicorn: two worker processes, each a node on the same file."""
+"""The web examples under a real gunicorn: two worker processes, each a node on the same file."""
 
 from __future__ import annotations
 
+import ast
+import http.client
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import textwrap
 import time
-import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 
@@ -34,7 +38,13 @@ def eventually(look: Callable[[], Any]) -> Any:
 
 
 class Site:
-    """A served example."""
+    """A served example.
+
+    Attributes:
+        repository: the file that its processes share.
+        log: where gunicorn writes.
+        master: gunicorn's first process, which serves nothing itself.
+    """
 
     def __init__(self, folder: Path, *options: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as server:
@@ -44,20 +54,30 @@ class Site:
         self.master = subprocess.Popen(
             [
                 *(sys.executable, "-m", "gunicorn", "--bind", self.address, "--workers", "2"),
-                *("--pythonpath", str(EXAMPLES), "--config", str(EXAMPLES / "flask_app.py")),
-                *("--log-file", str(self.log), *options, "flask_app:create_app()"),
+                *("--log-file", str(self.log), *options),
             ],
             cwd=folder,
         )
 
-    def ask(self, path: str, **params: Any) -> Any:
-        """The JSON answer to a GET, or to a POST of params."""
-        request = urllib.request.Request(f"http://{self.address}{path}")
-        if params:
-            request.data = json.dumps(params).encode()
-            request.add_header("Content-Type", "application/json")
-        with urllib.request.urlopen(request, timeout=PATIENCE) as answer:
-            return json.load(answer)
+    def submit(self, title: str, steps: int) -> str:
+        """Submit a report that takes so many steps of some tenths of a second; returns its id."""
+        raise NotImplementedError
+
+    def status(self, task_id: str) -> str:
+        """What the site says of a task."""
+        raise NotImplementedError
+
+    def request(self, method: str, path: str, **more: Any) -> tuple[http.client.HTTPResponse, str]:
+        """One request, which follows no redirection; returns the answer and its body."""
+        connection = http.client.HTTPConnection(self.address, timeout=PATIENCE)
+        try:
+            connection.request(method, path, **more)
+            answer = connection.getresponse()
+            body = answer.read().decode()
+        finally:
+            connection.close()
+        assert answer.status < 400, body
+        return answer, body
 
     def nodes(self) -> list[str]:
         """The names of the nodes that live: host, process and start."""
@@ -69,10 +89,84 @@ class Site:
         return self.master.wait(PATIENCE)
 
 
-@pytest.fixture(params=["each worker loads the app", "preload"])
-def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
-    """The Flask example with two workers, with and without ``--preload``."""
-    served = Site(tmp_path, *(["--preload"] if request.param == "preload" else []))
+class FlaskSite(Site):
+    """``examples/flask_app.py``, as it says there."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__(
+            folder,
+            *("--pythonpath", str(EXAMPLES), "--config", str(EXAMPLES / "flask_app.py")),
+            *(*options, "flask_app:create_app()"),
+        )
+
+    def submit(self, title: str, steps: int) -> str:
+        body = json.dumps({"title": title, "pages": steps})
+        headers = {"Content-Type": "application/json"}
+        _, text = self.request("POST", "/tasks", body=body, headers=headers)
+        task_id: str = json.loads(text)["id"]
+        return task_id
+
+    def status(self, task_id: str) -> str:
+        _, text = self.request("GET", f"/tasks/{task_id}")
+        status: str = json.loads(text)["status"]
+        return status
+
+
+class DjangoSite(Site):
+    """``examples/django_project``, changed for ``--preload`` as its ``wsgi.py`` says."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        ignored = shutil.ignore_patterns("__pycache__", "*.db*")
+        project = EXAMPLES / "django_project"
+        shutil.copytree(project, folder, ignore=ignored, dirs_exist_ok=True)
+        if "--preload" in options:
+            start_in_a_hook(folder)
+        subprocess.run([sys.executable, "manage.py", "migrate"], cwd=folder, check=True)
+        super().__init__(folder, *options, "project.wsgi")
+
+    def submit(self, title: str, steps: int) -> str:
+        page, text = self.request("GET", "/")
+        [token] = re.findall(r'name="csrfmiddlewaretoken" value="(\w+)"', text)[:1]
+        form = {"title": title, "rows": steps, "csrfmiddlewaretoken": token}
+        headers = {
+            "Content-Type": "application/x-www-form-urlencoded",
+            "Cookie": page.headers["Set-Cookie"].partition(";")[0],
+        }
+        answer, _ = self.request("POST", "/tasks/", body=urlencode(form), headers=headers)
+        task_id: str = answer.headers["X-Task-Id"]
+        return task_id
+
+    def status(self, task_id: str) -> str:
+        _, text = self.request("GET", f"/tasks/{task_id}/")
+        status: str = json.loads(text)["status"]
+        return status
+
+
+def start_in_a_hook(project: Path) -> None:
+    """Do with a copy of the project what its ``wsgi.py`` says is to be done for ``--preload``."""
+    wsgi = project / "project" / "wsgi.py"
+    source = wsgi.read_text()
+    said = ast.get_docstring(ast.parse(source)) or ""
+    hook = said.partition("``gunicorn.conf.py``::")[2].partition("\nCommands")[0]
+    (project / "gunicorn.conf.py").write_text(textwrap.dedent(hook))
+    assert source.endswith("\nqueue.start()\n")
+    wsgi.write_text(source.removesuffix("queue.start()\n"))
+
+
+@pytest.fixture(params=[(), ("--preload",)], ids=["each worker loads the app", "preload"])
+def options(request: pytest.FixtureRequest) -> tuple[str, ...]:
+    """How gunicorn is started."""
+    chosen: tuple[str, ...] = request.param
+    return chosen
+
+
+@pytest.fixture(params=[FlaskSite, DjangoSite], ids=["flask", "django"])
+def site(
+    request: pytest.FixtureRequest, tmp_path: Path, options: tuple[str, ...]
+) -> Iterator[Site]:
+    """Each example with two workers, with and without ``--preload``."""
+    pytest.importorskip("flask" if request.param is FlaskSite else "django")
+    served: Site = request.param(tmp_path, *options)
     try:
         with served.repository:
             eventually(lambda: served.log.exists() and len(served.nodes()) == 2)
@@ -84,7 +178,7 @@ def site(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Site]:
 
 def completed(site: Site, ids: list[str]) -> bool:
     """Whether all of these are done."""
-    return all(site.ask(f"/tasks/{task_id}")["status"] == "completed" for task_id in ids)
+    return all(site.status(task_id) == "completed" for task_id in ids)
 
 
 def test_two_workers_share_the_tasks(site: Site) -> None:
@@ -93,7 +187,7 @@ def test_two_workers_share_the_tasks(site: Site) -> None:
     assert len(pids) == 2
     assert str(site.master.pid) not in pids
 
-    ids = [site.ask("/tasks", title=f"report {n}", pages=1)["id"] for n in range(12)]
+    ids = [site.submit(f"report {n}", 1) for n in range(12)]
 
     eventually(lambda: completed(site, ids))
     tasks = site.repository.get_many(ids).values()
@@ -104,7 +198,7 @@ def test_two_workers_share_the_tasks(site: Site) -> None:
 
 def test_killed_worker_loses_nothing(site: Site) -> None:
     """What a worker process ran when it was killed runs again, and gunicorn's new worker joins."""
-    task_id = site.ask("/tasks", title="long", pages=8)["id"]
+    task_id = site.submit("long", 10)
 
     def runs() -> str:
         task = site.repository.get_by_id(task_id)
@@ -119,3 +213,13 @@ def test_killed_worker_loses_nothing(site: Site) -> None:
     assert (task.crashes, task.errors) == (1, 0)
     eventually(lambda: len(site.nodes()) == 2 and name not in site.nodes())
     assert not re.search("Traceback", site.log.read_text())
+
+
+def test_server_that_is_stopped_hands_back_what_it_runs(site: Site) -> None:
+    """And the next one goes on with it."""
+    task_id = site.submit("long", 1000)
+    eventually(lambda: site.repository.get_by_id(task_id).status == "running")
+    assert site.stop() == 0
+    task = site.repository.get_by_id(task_id)
+    assert (task.status, task.interruptions, task.crashes) == ("pending", 1, 0)
+    assert site.repository.nodes() == []

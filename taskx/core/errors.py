@@ -120,7 +120,14 @@ class RepositoryError(TaskxError):
 
 
 class RepositoryUnavailable(RepositoryError):
-    """The repository cannot be used now (locked too long, disk full, unreachable); try again later."""
+    """The repository cannot be used now (locked too long, disk full, unreachable); try again later.
+
+    Attributes:
+        in_doubt: True if a write was sent to a server that did not answer, so that it may have been
+            carried out; False if nothing was changed.
+    """
+
+    in_doubt: bool = False
 
 
 class RepositoryCorrupt(RepositoryError):

@@ -60,6 +60,14 @@ class Stub(NamedTuple):
 
 
 _STATUS = {status.value: status for status in TaskStatus}
+_TEXTS = ("id", "type", "error", "message", "created_by", "traceback", "owner", "worker")
+_NUMBERS = {
+    name: DEFAULTS[name]
+    for name in (
+        *("starts", "errors", "crashes", "interruptions", "priority", "progress", "duration"),
+        *("timeout", "max_attempts", "max_crashes"),
+    )
+}
 
 
 def task_from_row(row: Sequence[Any]) -> Task:
@@ -70,49 +78,84 @@ def task_from_row(row: Sequence[Any]) -> Task:
         errors, crashes, interruptions, starts, cancel_requested_at, dead_letter, traceback, owner,
         worker, earlier, _,
     ) = row  # fmt: skip
-    damage = ""
     try:
         params = payload.loads(params) if params != "{}" else {}
         result = payload.loads(result) if result is not None else None
         attempts = _attempts_from_text(earlier) if earlier else []
         if type(params) is not dict:
             raise ValueError("params are no JSON object")
+        # Where one is no text it cannot be joined, where one is no number it cannot be added.
+        "".join((id_, type_, error, message, created_by, traceback, owner, worker))
+        _ = starts + errors + crashes + interruptions + priority + progress + duration
+        for number in (timeout, max_attempts, max_crashes):
+            _ = 0 if number is None else number + 0
+        return Task(
+            id=id_,
+            type=type_,
+            status=_STATUS[status],
+            params=params,
+            result=result,
+            error=error,
+            progress=progress,
+            message=message,
+            created_by=created_by,
+            created_at=to_datetime(created_at),
+            started_at=None if started_at is None else to_datetime(started_at),
+            completed_at=None if completed_at is None else to_datetime(completed_at),
+            duration=duration,
+            priority=priority,
+            run_at=None if run_at is None else to_datetime(run_at),
+            timeout=timeout,
+            max_attempts=max_attempts,
+            max_crashes=max_crashes,
+            errors=errors,
+            crashes=crashes,
+            interruptions=interruptions,
+            starts=starts,
+            cancel_requested_at=(
+                None if cancel_requested_at is None else to_datetime(cancel_requested_at)
+            ),
+            dead_letter=bool(dead_letter),
+            traceback=traceback,
+            owner=owner,
+            worker=worker,
+            earlier_attempts=attempts,
+        )
     except (ValueError, TypeError, RecursionError, OverflowError) as problem:
-        damage = f"the stored record is damaged: {problem}"
-        params, result, attempts = {}, None, []
-    return Task(
-        id=id_,
-        type=type_,
-        status=_STATUS[status],
-        params=params,
-        result=result,
-        error=error,
-        progress=progress,
-        message=message,
-        created_by=created_by,
-        created_at=to_datetime(created_at),
-        started_at=None if started_at is None else to_datetime(started_at),
-        completed_at=None if completed_at is None else to_datetime(completed_at),
-        duration=duration,
-        priority=priority,
-        run_at=None if run_at is None else to_datetime(run_at),
-        timeout=timeout,
-        max_attempts=max_attempts,
-        max_crashes=max_crashes,
-        errors=errors,
-        crashes=crashes,
-        interruptions=interruptions,
-        starts=starts,
-        cancel_requested_at=(
-            None if cancel_requested_at is None else to_datetime(cancel_requested_at)
-        ),
-        dead_letter=bool(dead_letter),
-        traceback=traceback,
-        owner=owner,
-        worker=worker,
-        earlier_attempts=attempts,
-        damage=damage,
+        return _damaged_task(row, problem)
+
+
+def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
+    """What can be read of a damaged row: no params, no result, and no value that is not of its kind."""
+    stored = dict(zip(COLUMNS, row, strict=True))
+    sound = {**stored, "params": "{}", "result": None, "earlier_attempts": ""}
+    sound.update(
+        (name, default)
+        for name, default in _NUMBERS.items()
+        if type(stored[name]) not in (int, float)
     )
+    sound.update((name, _as_text(stored[name])) for name in _TEXTS)
+    sound.update((name, _time_or_none(stored[name])) for name in TIME_FIELDS)
+    if sound["created_at"] is None:
+        sound["created_at"] = 0
+    odd = [name for name in (*_TEXTS, *_NUMBERS, *TIME_FIELDS) if sound[name] != stored[name]]
+    task = task_from_row(tuple(sound.values()))
+    told = f"{stored[odd[0]]!r:.50} as {odd[0]}" if odd else problem
+    task.damage = f"the stored record is damaged: {told}"
+    return task
+
+
+def _as_text(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _time_or_none(ms: Any) -> int | None:
+    try:
+        to_datetime(ms)
+    except (ValueError, TypeError, OverflowError):
+        return None
+    moment: int = ms
+    return moment
 
 
 def row_from_task(task: Task) -> dict[str, Any]:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from taskx.core.errors import RepositoryError
 from taskx.core.ids import new_id
@@ -23,6 +25,8 @@ from taskx.storage.base import Node
 
 # Looks for quiet this often even if nothing tells of it, in seconds.
 _LOOK_EVERY = 0.1
+# Seconds that a step of the stop is given in any case; it takes longer only if the repository hangs.
+_LEAST = 1.0
 
 
 class LocalNode:
@@ -66,6 +70,9 @@ class LocalNode:
             )
         services.repository.join(self.record)
         try:
+            services.repository.watch_lease(
+                self.record.id, partial(self.engine.fire_all, CancelReason.LEASE_LOST)
+            )
             self._recovery.recover()
             self.engine.refill()
         except BaseException:
@@ -112,12 +119,12 @@ class LocalNode:
         """Take nothing more, wait for the workers, leave; returns the ids that still run."""
         engine, log = self.engine, self._services.log
         deadline = time.monotonic() + timeout
-        self._begin_stop()
+        self._by(deadline, self._begin_stop)
         if not cancel:
             self._wait_for_workers(deadline - timeout / 5)
         engine.fire_all(CancelReason.STOP)
         self._wait_for_workers(deadline)
-        self._write_outcomes()
+        self._by(deadline, self._write_outcomes)
         self._tell_left_pending()
         still = self.still_running()
         if still:
@@ -130,8 +137,18 @@ class LocalNode:
             with suppress(RuntimeError):  # the interpreter is shutting down: the process ends first
                 threading.Thread(target=self._end_later, name="taskx-stop", daemon=True).start()
         else:
-            self._end()
+            self._by(deadline, self._end)
         return still
+
+    def _by(self, deadline: float, step: Callable[[], None]) -> None:
+        """Do a step in which the repository may hang, on a thread that is left behind if it does."""
+        thread = threading.Thread(target=step, name="taskx-stop", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter is shutting down
+            step()
+        else:
+            thread.join(max(_LEAST, deadline - time.monotonic()))
 
     def wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
         """While another call stops it: wait for that one's end; returns the ids that still run."""
@@ -181,7 +198,8 @@ class LocalNode:
         services = self._services
         self._write_outcomes()
         try:
-            self.engine.release_pending()
+            with suppress(RepositoryError):  # what it still owns is taken from a node that has left
+                self.engine.release_pending()
             services.repository.leave(self.record.id)
         except RepositoryError as error:
             services.log.warning("the end could not be recorded: %s", error)

@@ -60,8 +60,10 @@ class Recovery:
         groups: list[Sequence[Update]] = [
             [lifecycle.give_up(task_id, node.id)] for task_id in pending
         ]
-        if running:
-            tasks = list(self._services.repository.get_many(running).values())
+        tasks = list(self._services.repository.get_many(running).values()) if running else []
+        if not self._services.repository.is_dead(node.id):
+            return 0  # it came back, and may run what was read
+        if tasks:
             now = self._services.clock.now_ms()
             rescues = lifecycle.rescue(tasks, now, stopping=node.stopping)
             for alternatives in rescues:

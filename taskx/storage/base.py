@@ -8,7 +8,7 @@ builds its guarantees on; it gives the eight in terms of the primitives, so that
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
 import attrs
@@ -133,10 +133,11 @@ class Repository(TaskRepository):
         """The tasks with these ids that exist, by id."""
 
     @abstractmethod
-    def ready(self, types: Iterable[str], limit: int) -> Sequence[Stub]:
-        """Pending tasks of these types that may start now and that no node holds, best first.
+    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+        """Pending tasks of these types that may start now, best first.
 
-        Best: highest priority, then earliest stored.
+        Best: highest priority, then earliest stored. Those that no node holds or, with ``owner``,
+        those that wait in that node's buffer.
         """
 
     @abstractmethod
@@ -166,6 +167,17 @@ class Repository(TaskRepository):
     @abstractmethod
     def join(self, node: Node) -> None:
         """Record a node, and prove it alive from now on until :meth:`leave` or process death."""
+
+    def watch_lease(self, node: str, lost: Callable[[], object]) -> None:
+        """Have ``lost()`` called when a node of this process may be taken for dead.
+
+        That is before others may take over what it runs. Where only the death of the process lets
+        them, it is never called.
+        """
+
+    def is_dead(self, node: str) -> bool:
+        """Whether a node that was seen to be dead is so still; asked after its tasks were read."""
+        return True
 
     @abstractmethod
     def mark_stopping(self, node: str) -> None:

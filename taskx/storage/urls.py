@@ -15,6 +15,7 @@ def open_repository(url: str) -> Repository:
 
     ``sqlite:///tasks.db`` is a file in the working folder, ``sqlite:////var/lib/tasks.db`` one by its
     absolute path (``?durability=full`` may follow); ``memory://`` keeps tasks in this process.
+    ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
 
     Raises:
         ConfigurationError: the URL is none of these.
@@ -28,8 +29,13 @@ def open_repository(url: str) -> Repository:
         return SQLiteRepository(
             unquote(parts.path[1:]), **_options(parse_qsl(parts.query, keep_blank_values=True), url)
         )
+    if parts.scheme in ("mongodb", "mongodb+srv"):
+        from taskx.storage.mongo import MongoRepository
+
+        return MongoRepository.from_url(url)
     raise ConfigurationError(
-        f"{url!r} names no repository; use sqlite:///relative.db, sqlite:////absolute.db or memory://"
+        f"{url!r} names no repository; use sqlite:///relative.db, sqlite:////absolute.db, "
+        "mongodb://host/database or memory://"
     )
 
 

@@ -14,9 +14,18 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import mongomock
 import pytest
+from mongo_server import REAL, new_database
 
-from taskx import Config, MemoryRepository, Queue, RepositoryUnavailable, SQLiteRepository
+from taskx import (
+    Config,
+    MemoryRepository,
+    MongoRepository,
+    Queue,
+    RepositoryUnavailable,
+    SQLiteRepository,
+)
 from taskx.storage.base import Repository
 
 ROOT = Path(__file__).parent.parent.parent
@@ -48,7 +57,10 @@ class Spy:
         before: called with the writes before they are applied.
         after: called with the writes after they are committed.
         down: while true, the repository is unavailable.
+        in_memory: whether the tasks are in this process's own memory.
     """
+
+    in_memory = False
 
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -79,11 +91,32 @@ class Spy:
 
 
 class SpyMemory(Spy, MemoryRepository):
-    pass
+    in_memory = True
 
 
 class SpySQLite(Spy, SQLiteRepository):
     pass
+
+
+class SpyMongo(Spy, MongoRepository):
+    """On a mock of the driver, or on the real server that the environment names."""
+
+    def __init__(self) -> None:
+        self.database = new_database(REAL) if REAL else mongomock.MongoClient().db
+        super().__init__(self.database)
+        self.in_memory = not REAL
+
+    def close(self) -> None:
+        super().close()
+        if not self.in_memory:
+            self.database.client.drop_database(self.database.name)
+
+
+MAKERS: dict[str, Callable[[Path], Repository]] = {
+    "memory": lambda path: SpyMemory(),
+    "sqlite": SpySQLite,
+    "mongo": lambda path: SpyMongo(),
+}
 
 
 @pytest.fixture
@@ -91,9 +124,9 @@ def database(tmp_path: Path) -> Path:
     return tmp_path / "tasks.db"
 
 
-@pytest.fixture(params=["memory", "sqlite"])
+@pytest.fixture(params=MAKERS)
 def repository(request: pytest.FixtureRequest, database: Path) -> Iterator[Repository]:
-    made: Repository = SpyMemory() if request.param == "memory" else SpySQLite(database)
+    made = MAKERS[request.param](database)
     yield made
     made.close()
 

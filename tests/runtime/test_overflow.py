@@ -80,7 +80,7 @@ def test_spilled_tasks_are_few_bytes_in_memory(busy):
     tasks = [Task(type="note", params={"n": n}) for n in range(200)]
     queue.submit_many(tasks)
     engine = queue._node.engine
-    if type(queue.repository).__name__ == "SpyMemory":
+    if queue.repository.in_memory:
         pytest.skip("that repository is memory itself")
     tracemalloc.start()
     try:

@@ -214,7 +214,8 @@ def test_queue_that_was_stopped_before_it_was_started_takes_nothing(queue):
 
 @pytest.mark.parametrize("started", [True, False])
 def test_of_twenty_threads_with_one_id_one_wins(queue, started):
-    queue.executor("note")(lambda who: who)
+    ran = []
+    queue.executor("note")(lambda who: ran.append(who))
     if started:
         queue.start()
     line = threading.Barrier(20)
@@ -230,6 +231,9 @@ def test_of_twenty_threads_with_one_id_one_wins(queue, started):
     won = [who for who, result in enumerate(results) if result() is not None]
     assert len(won) == 1
     assert queue.get_task_status("the one").params == {"who": won[0]}
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert ran == won
 
 
 # Accepted

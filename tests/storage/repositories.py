@@ -4,10 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mongomock
+from mongo_server import new_database, shared
 
 from taskx import (
+    Clock,
     DuplicateTask,
     MemoryRepository,
+    MongoRepository,
     SQLiteRepository,
     Task,
     TaskFilter,
@@ -15,7 +23,9 @@ from taskx import (
     TaskRepository,
     TaskStatus,
 )
+from taskx.core.clock import SYSTEM_CLOCK
 from taskx.storage.adapter import ORIGINAL_FIELDS, EightMethodAdapter
+from taskx.storage.base import Repository
 
 
 class TinyRepository(TaskRepository):
@@ -84,10 +94,30 @@ def thirteen_fields_only() -> TinyRepository:
     return TinyRepository(ORIGINAL_FIELDS)
 
 
+class OnMongo(MongoRepository):
+    """One with a database of its own, which is dropped when it is closed."""
+
+    def __init__(self, database: Any, folder: Path, clock: Clock = SYSTEM_CLOCK) -> None:
+        super().__init__(database, run_folder=folder / "run", clock=clock)
+        self.database = database
+
+    def close(self) -> None:
+        super().close()
+        self.database.client.drop_database(self.database.name)
+
+
+def on_server(kind: str) -> Callable[[Path, Clock], Repository]:
+    """Makes repositories on a server that speaks MongoDB's protocol."""
+    return lambda folder, clock: OnMongo(new_database(shared(kind)), folder, clock)
+
+
 #: Every kind of repository that the runtime can drive, made in a folder with a clock.
 MAKERS = {
     "memory": lambda folder, clock: MemoryRepository(clock),
     "sqlite": lambda folder, clock: SQLiteRepository(folder / "tasks.db", clock=clock),
+    "mongomock": lambda folder, clock: OnMongo(mongomock.MongoClient().db, folder, clock),
+    "mongo": on_server("standalone"),
+    "mongo-set": on_server("set"),
     "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
     "adapter-13": lambda folder, clock: EightMethodAdapter(thirteen_fields_only(), clock),
 }

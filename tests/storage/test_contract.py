@@ -3,10 +3,11 @@
 import pytest
 
 from taskx import MemoryRepository, SQLiteRepository
+from taskx.core.clock import SYSTEM_CLOCK
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.testing import RepositoryContract
 
-from .repositories import TinyRepository, thirteen_fields_only
+from .repositories import MAKERS, TinyRepository, thirteen_fields_only
 
 
 class TestMemory(RepositoryContract):
@@ -24,6 +25,16 @@ class TestSQLite(RepositoryContract):
     @pytest.fixture
     def repository(self, tmp_path, durability):
         with SQLiteRepository(tmp_path / "tasks.db", durability) as repository:
+            yield repository
+
+
+@pytest.mark.parametrize("kind", ["mongomock", "mongo", "mongo-set"])
+class TestMongo(RepositoryContract):
+    guards_moves = True
+
+    @pytest.fixture
+    def repository(self, tmp_path, kind):
+        with MAKERS[kind](tmp_path, SYSTEM_CLOCK) as repository:
             yield repository
 
 

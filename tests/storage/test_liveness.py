@@ -122,6 +122,20 @@ def test_looking_does_not_kill(locks):
     assert [locks.alive("n1", inode) for _ in range(3)] == [True] * 3
 
 
+def test_a_node_that_leaves_while_one_looks_is_not_there(path, repository, monkeypatch):
+    """Its record was read before it left, its lock file was gone after."""
+    repository.join(Node(id="n1", name="one"))
+    look = NodeLocks.alive
+
+    def leave_and_look(locks, node, inode):
+        with SQLiteRepository(path) as its_own:
+            its_own.leave("n1")
+        return look(locks, node, inode)
+
+    monkeypatch.setattr(NodeLocks, "alive", leave_and_look)
+    assert alive(repository) == {}
+
+
 def test_a_missing_file_tells_nothing(locks):
     inode = locks.hold("n1")
     os.unlink(locks._path("n1"))

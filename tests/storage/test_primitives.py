@@ -25,7 +25,9 @@ from taskx.testing import ManualClock
 
 from .repositories import MAKERS
 
-#: Stores that keep several writes in one transaction.
+MONGO = ["mongomock", "mongo", "mongo-set"]
+#: Stores that keep several new tasks in one transaction, or any several writes.
+whole_batches = pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO], indirect=True)
 transactional = pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
 
 
@@ -97,6 +99,19 @@ class TestApply:
         second = Update("a", {"message": "one"}, {"message": "two"})
         assert list(store.apply([second, first, second, second])) == [False, True, True, False]
 
+    def test_alike_writes_are_told_apart(self, store, add, clock):
+        """Also where they go out together."""
+        for number in range(60):
+            add(str(number), owner="other" if number % 7 == 0 else "")
+        takes = [lifecycle.take(str(number), "node") for number in range(61)]
+        held = [number % 7 != 0 and number < 60 for number in range(61)]
+        assert list(store.apply(takes)) == held
+        assert list(store.apply(takes)) == [False] * 61
+        assert list(store.apply([lifecycle.give_up("1", "node")] * 2)) == [True, False]
+        assert sorted(ids(store.owned("node")), key=int) == [
+            str(number) for number in range(2, 60) if number % 7
+        ]
+
     def test_no_writes_are_fine(self, store):
         assert list(store.apply([])) == []
 
@@ -144,13 +159,13 @@ class TestApply:
 
 
 class TestAllOrNothing:
-    @transactional
+    @whole_batches
     def test_all_when_every_guard_holds(self, store, add, clock):
         writes = [insert("a", clock), insert("b", clock)]
         assert list(store.apply(writes, all_or_nothing=True)) == [True, True]
         assert sorted(store.get_many(["a", "b"])) == ["a", "b"]
 
-    @transactional
+    @whole_batches
     @pytest.mark.parametrize(
         "others", [["b"], ["b", "b"], ["b", "c", "b"]], ids=["exists", "twice", "exists and twice"]
     )
@@ -172,6 +187,16 @@ class TestAllOrNothing:
             insert("b", clock),
         ]
         assert not all(store.apply(writes, all_or_nothing=True))
+        assert store.get_by_id("a").message == ""
+        assert store.count(TaskFilter()) == 1
+
+    @pytest.mark.parametrize("store", MONGO, indirect=True)
+    def test_mongo_has_it_for_new_tasks_only(self, store, add, clock):
+        """It uses no transactions, which a standalone server has not."""
+        add("a")
+        writes = [Update("a", {}, {"message": "changed"}), insert("b", clock)]
+        with pytest.raises(ConfigurationError, match="new tasks only"):
+            store.apply(writes, all_or_nothing=True)
         assert store.get_by_id("a").message == ""
         assert store.count(TaskFilter()) == 1
 
@@ -270,6 +295,18 @@ class TestReady:
         store.apply([lifecycle.take("a", "node")])
         assert ids(store.ready(["t"], 10)) == []
 
+    def test_what_waits_in_the_buffer_of_a_node(self, store, add, run, clock):
+        for task_id, owner in [("a", "one"), ("b", "one"), ("c", "two")]:
+            add(task_id, owner=owner)
+            clock.advance(1)
+        run("d", node="one")
+        assert ids(store.ready(["t"], 10, "one")) == ["a", "b"]
+        assert ids(store.ready(["t"], 1, "one")) == ["a"]
+        assert ids(store.ready(["u"], 10, "one")) == []
+        assert list(store.apply([lifecycle.take("a", "two", "one")])) == [True]
+        assert list(store.apply([lifecycle.take("a", "three", "one")])) == [False]
+        assert ids(store.ready(["t"], 10, "two")) == ["a", "c"]
+
     def test_not_what_runs_or_has_ended(self, store, add, run, now):
         run("a")
         add("b")
@@ -291,7 +328,7 @@ def add_if_kept(store, add, task_id, **options):
         add(task_id)
 
 
-@pytest.mark.parametrize("store", ["memory", "sqlite", "adapter"], indirect=True)
+@pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO, "adapter"], indirect=True)
 class TestDue:
     """Tasks that are held back until their time has come."""
 
@@ -380,7 +417,7 @@ class TestUnfinished:
         add("b", owner="node")
         assert store.unfinished(["t"])
 
-    @pytest.mark.parametrize("store", ["memory", "sqlite", "adapter"], indirect=True)
+    @pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO, "adapter"], indirect=True)
     def test_held_back_is_not_waited_for(self, store, add, now):
         add("a", run_at=now + 1)
         assert not store.unfinished(["t"])
@@ -395,7 +432,7 @@ class TestNodes:
         assert list(store.nodes()) == []
         store.leave("n1")
 
-    @pytest.mark.parametrize("store", ["sqlite"], indirect=True)
+    @pytest.mark.parametrize("store", ["sqlite", *MONGO], indirect=True)
     def test_stopping_is_recorded(self, store):
         """Where a node can outlive its process."""
         store.join(Node(id="n1", name="one"))

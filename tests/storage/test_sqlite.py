@@ -136,7 +136,7 @@ class TestOpening:
             from taskx import SQLiteRepository, Task
             for line in sys.stdin:
                 path, name = line.rstrip().split("|")
-                with SQLiteRepository(path) as repository:
+                with SQLiteRepository(path, "process", busy_timeout=60) as repository:
                     repository.create(Task(id=name, type="t"))
                 print("stored", flush=True)
         """
@@ -387,7 +387,7 @@ class TestStatements:
         allowed = {
             TaskStatus.PENDING: ("INDEX tasks_ready", "INDEX tasks_due"),
             TaskStatus.RUNNING: ("INDEX tasks_running",),
-        }.get(status, ("INDEX tasks_finished (status=?",))
+        }.get(status, (f"INDEX tasks_{status}",))
         for step in uses:
             assert any(index in step for index in allowed), step
 

@@ -24,6 +24,8 @@ DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": BASE_DIR / "site.db",
+        # Several threads write: one that read first would else be refused ("database is locked").
+        "OPTIONS": {"transaction_mode": "IMMEDIATE"},
         # A file, as the tests' worker threads have connections of their own.
         "TEST": {"NAME": BASE_DIR / "test-site.db"},
     }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sqlite3
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -19,6 +20,10 @@ from taskx.storage.sqlite import schema
 
 #: Versions before lack what the statements rely on.
 MINIMUM_SQLITE = (3, 34, 0)
+#: Pages of 4 KiB in the log before a commit copies them into the file. That takes some milliseconds
+#: on the way of a task; four times SQLite's default makes it a rare one, and pages that are written
+#: again and again are copied once.
+CHECKPOINT_EVERY = 4000
 
 
 def translated(error: Exception, path: str, busy_timeout: float) -> TaskxError:
@@ -67,8 +72,10 @@ class Connections:
         self.busy_timeout = busy_timeout
         self._writer: sqlite3.Connection | None = None
         self._idle: list[sqlite3.Connection] = []
-        # What a forked child inherits is kept here for ever: closing it would drop the locks that
-        # the parent holds on the file.
+        self._readers: set[sqlite3.Connection] = set()  # the idle ones, and those in use
+        self._opening = threading.Lock()
+        # What a forked child inherits all the same is kept here for ever: closing it would drop the
+        # locks that the parent holds on the file.
         self._abandoned: list[sqlite3.Connection] = []
 
     def writer(self) -> sqlite3.Connection:
@@ -90,11 +97,11 @@ class Connections:
             try:
                 connection = self._idle.pop()
             except IndexError:
-                connection = self._connect()
+                connection = self._open_reader()
             yield connection
         except BaseException as error:
             if connection is not None:
-                connection.close()
+                self._close_reader(connection)
             if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
                 raise translated(error, self.path, self.busy_timeout) from error
             raise
@@ -113,12 +120,49 @@ class Connections:
         if writer is not None:
             writer.close()
         while self._idle:
-            self._idle.pop().close()
+            self._close_reader(self._idle.pop())
+
+    def _open_reader(self) -> sqlite3.Connection:
+        with self._opening:
+            connection = self._connect()
+            self._readers.add(connection)
+            return connection
+
+    def _close_reader(self, connection: sqlite3.Connection) -> None:
+        self._readers.discard(connection)
+        connection.close()
+
+    # --- forks
+
+    def close_before_fork(self, timeout: float) -> None:
+        """Close all, and open none until :meth:`reopen`; the caller holds the write lock.
+
+        A child that inherits an open connection takes the locks in it for its own: SQLite's counts of
+        them are kept in memory. It would find the file locked for ever where another thread was
+        writing, and would not hold its log in place when the parent closes it.
+
+        Args:
+            timeout: seconds to wait for those who are reading.
+        """
+        self._opening.acquire()
+        deadline = time.monotonic() + timeout
+        while self._readers:
+            try:
+                self._close_reader(self._idle.pop())
+            except IndexError:
+                if time.monotonic() > deadline:
+                    return
+                time.sleep(0.001)
+
+    def reopen(self) -> None:
+        """In the parent, after the fork: connections may be opened again."""
+        self._opening.release()
 
     def renew_after_fork(self) -> None:
         """In a forked child: start over with connections of one's own."""
-        self._abandoned += [*self._idle, *([self._writer] if self._writer else [])]
-        self._idle, self._writer = [], None
+        self._abandoned += [*self._readers, *([self._writer] if self._writer else [])]
+        self._idle, self._readers, self._writer = [], set(), None
+        self._opening = threading.Lock()
 
     def _connect(self, mode: str = "rwc") -> sqlite3.Connection:
         connection = sqlite3.connect(
@@ -178,6 +222,7 @@ class Connections:
                 if schema.check(connection, self.path) == 0:
                     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 connection.execute("PRAGMA journal_mode = WAL").fetchone()
+                connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
                 schema.migrate(connection, self.path)
                 return
             except sqlite3.OperationalError as error:

@@ -73,6 +73,10 @@ class NodeLocks:
         """Give up one's own lock, or clear away a dead node's file."""
         with suppress(OSError):  # gone already: another process cleared it away
             os.unlink(self._path(node))
+        self.let_go(node)
+
+    def let_go(self, node: str) -> None:
+        """Give up one's own lock and leave the file: the node counts as dead."""
         fd = _held.pop(node, None)
         if fd is not None:
             os.close(fd)

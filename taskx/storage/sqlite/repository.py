@@ -306,7 +306,7 @@ class SQLiteRepository(Repository):
         """All recorded nodes; those of the file that this one is a copy of are dead here."""
         self._open()
         inode = self._inode()
-        return [
+        nodes = [
             Node(
                 id=node,
                 name=name,
@@ -318,6 +318,11 @@ class SQLiteRepository(Repository):
                 "SELECT id, name, types, file, lock, stopping FROM nodes ORDER BY id"
             )
         ]
+        if any(node.alive is None for node in nodes):
+            # One that leaves goes from the record before its lock file goes.
+            still = {node for (node,) in self._rows("SELECT id FROM nodes")}
+            nodes = [node for node in nodes if node.alive is not None or node.id in still]
+        return nodes
 
     def _inode(self) -> int:
         return os.stat(self.path).st_ino

@@ -54,7 +54,10 @@ _VERSION_1 = (
     """,
     "CREATE INDEX tasks_due ON tasks (run_at) WHERE status = 'pending' AND held = 1",
     "CREATE INDEX tasks_running ON tasks (owner) WHERE status = 'running'",
-    "CREATE INDEX tasks_finished ON tasks (status, created_at) WHERE completed_at IS NOT NULL",
+    # One for each status, which then need not be looked at: counting a million takes a quarter.
+    "CREATE INDEX tasks_completed ON tasks (created_at) WHERE status = 'completed'",
+    "CREATE INDEX tasks_failed ON tasks (created_at) WHERE status = 'failed'",
+    "CREATE INDEX tasks_cancelled ON tasks (created_at) WHERE status = 'cancelled'",
     """
     CREATE TABLE nodes (
         id TEXT PRIMARY KEY,

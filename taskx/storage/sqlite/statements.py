@@ -120,7 +120,7 @@ _SOURCES: dict[str | None, str] = {
     ),
     RUNNING: "(SELECT * FROM tasks INDEXED BY tasks_running WHERE status = 'running')",
     **{
-        status: f"(SELECT * FROM tasks WHERE status = '{status}' AND completed_at IS NOT NULL)"
+        status: f"(SELECT * FROM tasks INDEXED BY tasks_{status} WHERE status = '{status}')"
         for status in FINISHED
     },
 }

@@ -1,0 +1,169 @@
+"""What else one might take: each peer with its defaults, each cell in a process of its own.
+
+Four threads work, or four processes where a peer has no threads; the task returns a value.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from importlib import import_module
+from typing import Any
+
+from benchmarks import children
+from benchmarks.harness import Cell, Plan
+from benchmarks.peers.base import LATENCIES, Peer
+from benchmarks.peers.services import redis_version
+
+_SERVER = "redis-server"
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A peer, and how much it is asked to do.
+
+    Attributes:
+        name: how the table calls it.
+        needs: distributions that must be installed, and ``redis-server``.
+        durability: what its tasks survive.
+        module: where its class is; imported in the child only.
+        of: the class.
+        options: how it is made.
+        most: tasks of a cell, at most.
+        samples: tasks whose latency is taken, at most.
+        told: which latencies it can tell.
+        slow: set up so slowly that it is measured once, not each round.
+    """
+
+    name: str
+    needs: tuple[str, ...]
+    durability: str
+    module: str
+    of: str
+    options: tuple[tuple[str, Any], ...] = ()
+    most: int = 1_000_000
+    samples: int = 1_000_000
+    told: tuple[str, ...] = LATENCIES
+    slow: bool = False
+
+    def make(self, folder: str) -> Peer:
+        """The peer, on a fresh folder."""
+        module = import_module(f"benchmarks.peers.{self.module}")
+        peer: Peer = getattr(module, self.of)(folder, **dict(self.options))
+        return peer
+
+
+_BEGINS = LATENCIES[:2]
+#: Those that slow down with their backlog or their past are given few tasks, as are the slow ones.
+KINDS = (
+    Kind("ThreadPoolExecutor", (), "memory", "threads", "Pool"),
+    Kind("huey", ("huey",), "full", "threads", "Huey", most=2_000, samples=30),
+    Kind(
+        "huey fsync=False",
+        ("huey",),
+        "none",
+        "threads",
+        "Huey",
+        options=(("fsync", False),),
+        most=8_000,
+        samples=30,
+    ),
+    Kind("litequeue", ("litequeue",), "process", "threads", "LiteQueue", most=2_000, told=_BEGINS),
+    Kind(
+        "persist-queue",
+        ("persist-queue",),
+        "full",
+        "threads",
+        "PersistQueue",
+        most=2_000,
+        told=_BEGINS,
+    ),
+    Kind("DBOS", ("dbos",), "full", "dbos_peer", "Dbos", most=600, samples=200, slow=True),
+    Kind(
+        "django-tasks-db",
+        ("django-tasks-db",),
+        "full",
+        "django_peer",
+        "DjangoTasks",
+        most=300,
+        samples=5,
+        slow=True,
+    ),
+    Kind("RQ", ("rq", _SERVER), "server", "rq_peer", "Rq", most=1_500, samples=200, slow=True),
+    Kind(
+        "Dramatiq",
+        ("dramatiq", _SERVER),
+        "server",
+        "dramatiq_peer",
+        "Dramatiq",
+        most=3_000,
+        samples=200,
+        told=_BEGINS,
+        slow=True,
+    ),
+    Kind(
+        "Celery",
+        ("celery", _SERVER),
+        "server",
+        "celery_peer",
+        "Celery",
+        most=2_000,
+        samples=200,
+        slow=True,
+    ),
+)
+
+
+@lru_cache
+def versions() -> dict[str, str | None]:
+    """The version of each thing that a peer needs; None where it is not installed."""
+    return {need: _version(need) for kind in KINDS for need in kind.needs}
+
+
+def _version(need: str) -> str | None:
+    if need == _SERVER:
+        return redis_version()
+    try:
+        return importlib.metadata.version(need)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cells(plan: Plan) -> list[Cell]:
+    """All cells of the peers; those of one that is not installed say what it lacks."""
+    cells = [cell for kind in KINDS for cell in _cells_of(kind, plan)]
+    sleepers = partial(_measure, "ThreadPoolExecutor", "sleepers", plan.sleepers)
+    cells.append(Cell("ThreadPoolExecutor", "memory", sleepers, ("sleepers",), rival=True))
+    return cells
+
+
+def _cells_of(kind: Kind, plan: Plan) -> list[Cell]:
+    count = min(plan.count(kind.durability), kind.most)
+    samples = min(plan.samples, kind.samples)
+    lacks = ", ".join(need for need in kind.needs if versions()[need] is None)
+    few = kind.slow or kind.samples < plan.samples
+    return [
+        Cell(
+            kind.name,
+            kind.durability,
+            partial(_measure, kind.name, what, number),
+            figures,
+            rival=True,
+            once=once,
+            lacks=lacks,
+        )
+        for what, number, figures, once in (
+            ("backlog", count, ("submit", "drain"), kind.slow),
+            ("together", count, ("together",), kind.slow),
+            ("latency", samples, kind.told, few),
+        )
+    ]
+
+
+def _measure(name: str, what: str, count: int, folder: str) -> dict[str, float]:
+    """In a child, so that no peer weighs on another, or on TaskX."""
+    printed = children.run("-m", "benchmarks.peers", name, what, str(count), folder)
+    figures: dict[str, float] = json.loads(printed.splitlines()[-1])
+    return figures

@@ -1,0 +1,179 @@
+"""Peers whose workers are threads: the standard library's pool, and queues that keep tasks in SQLite."""
+
+from __future__ import annotations
+
+import os
+import queue
+import signal
+import threading
+import time
+from abc import abstractmethod
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from benchmarks.harness import WORKERS
+from benchmarks.peers.base import Peer, noop, until
+
+
+class Pool(Peer):
+    """``concurrent.futures.ThreadPoolExecutor``: nothing is stored."""
+
+    def __init__(self, folder: str) -> None:
+        self._pool = ThreadPoolExecutor(WORKERS)
+        self._go = threading.Event()
+        for _ in range(WORKERS):
+            self._pool.submit(self._go.wait)
+        self._last: Future[int] | None = None
+
+    def submit(self) -> object:
+        self._last = self._pool.submit(noop)
+        return self._last
+
+    def work(self) -> None:
+        self._go.set()
+
+    def wait(self, count: int) -> None:
+        self._pool.shutdown(wait=True)
+
+    def clock(self) -> tuple[float, float | None]:
+        return self._pool.submit(time.perf_counter).result(), time.perf_counter()
+
+    def close(self) -> None:
+        self._go.set()
+        self._pool.shutdown()
+
+
+class Huey(Peer):
+    """huey's ``SqliteHuey`` with its consumer's threads in this process."""
+
+    def __init__(self, folder: str, **options: Any) -> None:
+        from huey import SqliteHuey
+
+        self._huey = SqliteHuey("bench", filename=os.path.join(folder, "huey.db"), **options)
+        self._task = self._huey.task()(noop)
+        self._clock = self._huey.task(name="clock")(lambda: time.perf_counter())
+        self._consumer: Any = None
+
+    def submit(self) -> object:
+        return self._task()
+
+    def work(self) -> None:
+        self._consumer = self._huey.create_consumer(workers=WORKERS, periodic=False)
+        handlers = {number: signal.getsignal(number) for number in self._consumer._signal_actions}
+        self._consumer.start()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+    def wait(self, count: int) -> None:
+        # How many results are stored is counted over all of them: looked at seldom.
+        while (left := count - self._huey.result_count()) > 0:
+            time.sleep(min(0.05, left / 50_000))
+
+    def clock(self) -> tuple[float, float | None]:
+        return self._clock().get(blocking=True), time.perf_counter()
+
+    def close(self) -> None:
+        if self._consumer is not None:
+            self._consumer.stop(graceful=True)
+        self._huey.storage.close()
+
+
+class _Bare(Peer):
+    """A queue that has no workers: threads of ours take from it."""
+
+    def __init__(self, folder: str) -> None:
+        self._done: list[int] = []
+        self._began: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self._threads: list[threading.Thread] = []
+
+    @abstractmethod
+    def put(self, message: str) -> object: ...
+
+    @abstractmethod
+    def take(self) -> None:
+        """What each of the threads does."""
+
+    def submit(self) -> object:
+        return self.put("noop")
+
+    def work(self) -> None:
+        self._threads = [threading.Thread(target=self.take) for _ in range(WORKERS)]
+        for thread in self._threads:
+            thread.start()
+
+    def run(self, message: str) -> None:
+        if message == "clock":
+            self._began.put(time.perf_counter())
+        else:
+            noop()
+
+    def wait(self, count: int) -> None:
+        until(lambda: len(self._done) >= count)
+
+    def clock(self) -> tuple[float, float | None]:
+        self.put("clock")
+        return self._began.get(), None
+
+    def join(self) -> None:
+        for thread in self._threads:
+            thread.join()
+
+
+class LiteQueue(_Bare):
+    """litequeue: each of the threads has a connection of its own."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        self._path = os.path.join(folder, "litequeue.db")
+        self._producer = self._open()
+        self._stopped = False
+
+    def _open(self) -> Any:
+        from litequeue import LiteQueue
+
+        return LiteQueue(self._path, timeout=60)
+
+    def put(self, message: str) -> object:
+        return self._producer.put(message)
+
+    def take(self) -> None:
+        taking = self._open()
+        while not self._stopped:
+            message = taking.pop()
+            if message is None:
+                time.sleep(0.001)
+                continue
+            self.run(message.data)
+            taking.done(message.message_id)
+            self._done.append(1)
+        taking.conn.close()
+
+    def close(self) -> None:
+        self._stopped = True
+        self.join()
+        self._producer.conn.close()
+
+
+class PersistQueue(_Bare):
+    """persist-queue's ``SQLiteAckQueue``."""
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder)
+        from persistqueue import SQLiteAckQueue
+
+        self._queue = SQLiteAckQueue(folder, multithreading=True, auto_commit=True)
+
+    def put(self, message: str) -> object:
+        return self._queue.put(message)
+
+    def take(self) -> None:
+        while (message := self._queue.get()) != "stop":
+            self.run(message)
+            self._queue.ack(message)
+            self._done.append(1)
+
+    def close(self) -> None:
+        for _ in self._threads:
+            self._queue.put("stop")
+        self.join()
+        self._queue.close()

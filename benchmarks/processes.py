@@ -1,0 +1,167 @@
+"""TaskX in several processes on one file."""
+
+from __future__ import annotations
+
+import os
+import random
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+from benchmarks.children import PATIENCE, Child, ChildFailed, talking
+from benchmarks.harness import TASKX, Cell, Plan, percentile
+from benchmarks.taskx_bench import drained, noop, noops, queue_on
+from taskx import Queue
+from taskx.storage.sqlite.connections import Connections
+
+_DURABILITY = "accepted"
+#: Seconds in which a process that was started, or a task that began, comes to rest.
+_SETTLE = 0.2
+#: Seconds between two looks of a process at what others have changed.
+_LOOK_EVERY = 0.05
+_SHARES = ("both-alone", "both-together", "both-ratio", "both-share")
+
+
+@contextmanager
+def _node(role: str, folder: str, count: int = 0) -> Iterator[Child]:
+    with talking("-m", "benchmarks.node", role, folder, _DURABILITY, str(count)) as child:
+        yield child
+
+
+# --- what a dead process leaves
+
+
+def _left(plan: Plan, folder: str) -> dict[str, float]:
+    """A process is killed that had all its workers busy and tasks in its buffer and in the file."""
+    with _node("leave", folder, plan.left) as child:
+        child.hear("left")
+        child.kill()
+    with queue_on(folder, _DURABILITY) as queue:
+        queue.executor("gate")(noop)  # what it was running
+        return {"left": drained(queue, plan.left + queue.config.worker_num)}
+
+
+def _rescue(plan: Plan, folder: str) -> dict[str, float]:
+    return {"rescue": max(_rescued(os.path.join(folder, str(i))) for i in range(plan.kills))}
+
+
+def _rescued(folder: str) -> float:
+    """Milliseconds from the death of a process to the start of its task in another."""
+    os.mkdir(folder)
+    began: list[float] = []
+    again = threading.Event()
+
+    def orphan() -> None:
+        began.append(time.perf_counter())
+        again.set()
+
+    with _node("hang", folder) as child, queue_on(folder, _DURABILITY) as queue:
+        child.hear("running")
+        queue.executor("orphan")(orphan)
+        with queue:
+            time.sleep(_SETTLE)
+            killed = time.perf_counter()
+            child.kill()
+            if not again.wait(PATIENCE):
+                raise ChildFailed("the task of a dead process was not started again")
+    return 1000 * (began[0] - killed)
+
+
+# --- two processes share the work
+
+
+def _both(plan: Plan, folder: str) -> dict[str, float]:
+    count = 2 * plan.tasks  # in less than a second or two, shares are a matter of chance
+    alone, _ = _drained_by(1, count, os.path.join(folder, "one"))
+    both, share = _drained_by(2, count, os.path.join(folder, "two"))
+    return {
+        "both-alone": alone,
+        "both-together": both,
+        "both-ratio": both / alone,
+        "both-share": share,
+    }
+
+
+def _drained_by(processes: int, count: int, folder: str) -> tuple[float, float]:
+    """Tasks a second, and of how many percent of them the laziest process ran."""
+    os.mkdir(folder)
+    with queue_on(folder, _DURABILITY) as queue, ExitStack() as stack:
+        queue.submit_many(noops(count))
+        nodes = [stack.enter_context(_node("drain", folder)) for _ in range(processes)]
+        for node in nodes:
+            node.hear("ready")
+        began = time.time()
+        for node in nodes:
+            node.tell("go")
+        for node in nodes:
+            node.hear("drained")
+        ended, runs = _ended_and_runs(queue)
+        # A process that ran none is not among them.
+        share = 100 * min(runs) / count if len(runs) == processes else 0.0
+        return count / (ended - began), share
+
+
+def _ended_and_runs(queue: Queue) -> tuple[float, list[int]]:
+    """When the last task was done, and how many each process ran; by the records."""
+    connections = Connections(queue.repository.path, 10.0)  # type: ignore[attr-defined]
+    rows = (
+        connections.writer()
+        .execute(
+            "SELECT max(completed_at), count(*) FROM tasks"
+            " GROUP BY substr(worker, 1, instr(worker, '/') - 1)"
+        )
+        .fetchall()
+    )
+    connections.close()
+    return max(row[0] for row in rows) / 1000, [row[1] for row in rows]
+
+
+# --- what one process tells another
+
+
+def _elsewhere(plan: Plan, folder: str) -> dict[str, float]:
+    """Milliseconds from a submit, in a process that only submits, to the start in another."""
+    chance = random.Random(0)
+    samples = []
+    with _node("serve", folder) as child, queue_on(folder, _DURABILITY) as queue:
+        child.hear("ready")
+        queue.declare("clock")
+        for _ in range(plan.messages):
+            time.sleep(chance.uniform(0, 2 * _LOOK_EVERY))
+            submitted = time.perf_counter()  # on Linux the same clock in every process
+            began = queue.submit("clock").result(timeout=PATIENCE)
+            samples.append(1000 * (began - submitted))
+    return {"elsewhere-p50": percentile(samples, 50), "elsewhere-p99": percentile(samples, 99)}
+
+
+def _cancel(plan: Plan, folder: str) -> dict[str, float]:
+    """Milliseconds from a cancel to its token firing in another process."""
+    chance = random.Random(0)
+    samples = []
+    with _node("serve", folder) as child, queue_on(folder, _DURABILITY) as queue:
+        child.hear("ready")
+        queue.declare("until-cancelled")
+        for _ in range(plan.messages):
+            task_id = queue.submit("until-cancelled").id
+            child.hear("running")
+            time.sleep(chance.uniform(0, 2 * _LOOK_EVERY))
+            asked = time.perf_counter()
+            queue.cancel_task(task_id)
+            samples.append(1000 * (float(child.hear("cancelled")) - asked))
+    return {"cancel-p50": percentile(samples, 50), "cancel-p99": percentile(samples, 99)}
+
+
+def cells(plan: Plan) -> list[Cell]:
+    """All cells that need more than one process."""
+    return [
+        Cell(TASKX, _DURABILITY, partial(run, plan), figures, once=once)
+        for run, figures, once in (
+            (_left, ("left",), False),
+            (_both, _SHARES, False),
+            (_rescue, ("rescue",), False),
+            (_elsewhere, ("elsewhere-p50", "elsewhere-p99"), True),
+            (_cancel, ("cancel-p50", "cancel-p99"), True),
+        )
+    ]

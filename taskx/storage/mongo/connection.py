@@ -1,0 +1,148 @@
+"""The way to the server: client, collections, time-outs."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+import pymongo
+from bson.codec_options import CodecOptions, DatetimeConversion
+from bson.errors import BSONError
+from pymongo.collection import Collection
+from pymongo.database import Database
+from pymongo.errors import PyMongoError
+from pymongo.read_preferences import ReadPreference
+from pymongo.write_concern import WriteConcern
+
+from taskx.core.errors import ConfigurationError
+from taskx.storage.mongo.documents import Document, moment_ms
+from taskx.storage.mongo.failures import translated
+
+T = TypeVar("T")
+
+#: What the driver raises, and what encoding a document can.
+FAILURES = (PyMongoError, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
+
+# Whatever the caller's database is set to: plain documents, and no date that cannot be read.
+_CODEC: CodecOptions[Document] = CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_AUTO)
+_SAFE = WriteConcern(w="majority", j=True)
+
+
+class Connection:
+    """Three collections of one database: the tasks, the nodes, the batches under way.
+
+    Args:
+        name: the collection of the tasks; the others are called after it.
+        database: where it is; None where a URL says so.
+        url: what to connect to, at first use; its client belongs to this object.
+        timeout: seconds that an operation may take, all retries included.
+        write_concern: None for majority with journal, or as the URL says.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        database: Database[Document] | None = None,
+        url: str = "",
+        timeout: float,
+        write_concern: WriteConcern | None,
+    ) -> None:
+        if write_concern is not None and not write_concern.acknowledged:
+            raise ConfigurationError("write_concern must be acknowledged: w=0 tells no outcome")
+        self.name = name
+        self.timeout = timeout
+        self._given = database
+        self._url = url
+        self._write_concern = write_concern
+        self._database: Database[Document] | None = None
+        self._collections: dict[str, Collection[Document]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def tasks(self) -> Collection[Document]:
+        """The tasks."""
+        return self._collection("")
+
+    @property
+    def nodes(self) -> Collection[Document]:
+        """The nodes that run."""
+        return self._collection(".nodes")
+
+    @property
+    def batches(self) -> Collection[Document]:
+        """Which batches of tasks were committed, or abandoned."""
+        return self._collection(".batches")
+
+    def run(self, work: Callable[[], T], timeout: float | None = None) -> T:
+        """Do something with the collections, within the time-out.
+
+        Raises:
+            TaskxError: in place of what the driver raised.
+        """
+        try:
+            with pymongo.timeout(self.timeout if timeout is None else timeout):
+                return work()
+        except FAILURES as error:
+            raise translated(error, self.name) from error
+
+    def _collection(self, suffix: str) -> Collection[Document]:
+        found = self._collections.get(suffix)
+        if found is None:
+            with self._lock:
+                found = self._collections[suffix] = self._open(self.name + suffix)
+        return found
+
+    def _open(self, name: str) -> Collection[Document]:
+        database = self._database
+        if database is None:
+            database = self._database = self._given if self._given is not None else self._connect()
+        if not isinstance(database, Database):
+            return database[name]  # a mock of the driver knows no options
+        concern = self._write_concern or _SAFE
+        return database.get_collection(
+            name,
+            codec_options=_CODEC,
+            read_preference=ReadPreference.PRIMARY,
+            write_concern=concern,
+        )
+
+    def _connect(self) -> Database[Document]:
+        try:
+            client: pymongo.MongoClient[Document] = pymongo.MongoClient(self._url, connect=False)
+        except (PyMongoError, ValueError) as error:
+            raise ConfigurationError(f"MongoDB URL: {error}") from error
+        if self._write_concern is None and client.write_concern.document:
+            self._write_concern = client.write_concern
+        return client.get_default_database()
+
+    def server_ms(self, timeout: float) -> int | None:
+        """The server's clock, in milliseconds; None where it does not tell.
+
+        Raises:
+            RepositoryError: it could not be asked.
+        """
+        database = self.tasks.database
+        if not isinstance(database, Database):
+            return None
+        hello = lambda: database.client.admin.command("hello", codec_options=_CODEC)  # noqa: E731
+        return moment_ms(self.run(hello, timeout).get("localTime"))
+
+    def close(self) -> None:
+        """Close the client if it is one of its own; the next operation opens another."""
+        with self._lock:
+            database, self._database = self._database, None
+            self._collections = {}
+        if database is not None and self._given is None:
+            with pymongo.timeout(1.0):  # it says goodbye to a server that may be away
+                database.client.close()
+
+    def renew_after_fork(self) -> None:
+        """In a forked child: a client of its own, as sockets must not be shared."""
+        self._lock = threading.Lock()
+        self._collections = {}
+        self._database = None
+        duplicate = getattr(getattr(self._given, "client", None), "_duplicate", None)
+        if isinstance(self._given, Database) and duplicate is not None:
+            self._given = duplicate(connect=False).get_database(self._given.name)

@@ -1,0 +1,276 @@
+"""A task's row as a document, and back.
+
+The thirteen fields of the original have its names and types; all else is in the sub-document
+``taskx``, which it ignores. There:
+
+``held``, ``owner``, ``starts`` …
+    the columns of a row that the original lacks.
+``seconds``
+    the duration in full, as ``duration`` is whole seconds.
+``seq``
+    where it stands among tasks of equal priority; absent in what the original wrote.
+``params_as``, ``result_as``
+    how the sub-document differs from the JSON value: ``escaped`` keys, a wrapped ``value``.
+``w``
+    the marks of the latest writes, by which each is known again.
+``batch``
+    the batch that it is hidden in.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from typing import Any
+
+from bson.datetime_ms import DatetimeMS
+from bson.int64 import Int64
+
+from taskx.core import payload
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.model import TIME_FIELDS, Task, TaskStatus
+from taskx.core.record import COLUMNS, DEFAULTS, Stub, task_from_row
+
+Document = dict[str, Any]
+
+#: How many marks of writes a document keeps.
+MARKS = 8
+#: Most characters of the log of earlier attempts; the oldest go first.
+MAX_LOG = 2**21
+
+ORIGINAL = (
+    *("type", "status", "params", "result", "error", "progress", "message", "created_by"),
+    *("created_at", "started_at", "completed_at", "duration"),
+)
+#: Where each column is in a document.
+PATHS: dict[str, str] = {
+    name: name if name in ORIGINAL else f"taskx.{name}" for name in COLUMNS if name != "id"
+} | {"id": "_id"}
+
+_STATUSES = frozenset(TaskStatus)
+_MOST_SECONDS = 2**62
+
+
+# --- to a document
+
+
+def new_document(row: Mapping[str, Any], seq: int, mark: int, batch: str = "") -> Document:
+    """The document of a new task."""
+    document: Document = {"_id": row["id"], "taskx": {}}
+    for path, value in fields({**DEFAULTS, **row}).items():
+        if path.startswith("taskx."):
+            if value is not None:
+                document["taskx"][path[6:]] = value
+        else:
+            document[path] = value
+    document["taskx"] = {**document["taskx"], "seq": Int64(seq), "w": [Int64(mark)]}
+    if batch:
+        document["taskx"]["batch"] = batch
+    return document
+
+
+def fields(columns: Mapping[str, Any]) -> Document:
+    """Columns of a row as fields of a document, by path; ``id`` is left out."""
+    changed: Document = {}
+    for name, value in columns.items():
+        if name == "params":
+            changed["params"], changed["taskx.params_as"] = _object(value)
+        elif name == "result":
+            changed["result"], changed["taskx.result_as"] = _any_value(value)
+        elif name == "duration":
+            changed["duration"] = Int64(min(value, _MOST_SECONDS))
+            changed["taskx.seconds"] = float(value)
+        elif name == "earlier_attempts":
+            changed[PATHS[name]] = _shortened(value)
+        elif name != "id":
+            changed[PATHS[name]] = plain(name, value)
+    return changed
+
+
+def plain(name: str, value: Any) -> Any:
+    """A column's value as BSON has it; not of params, result and duration."""
+    if value is not None and name in TIME_FIELDS:
+        return to_datetime(value)
+    return value
+
+
+def _object(text: str) -> tuple[Any, str]:
+    value = payload.loads(text)
+    if not _has_odd_keys(value, text):
+        return value, ""
+    return _escaped(value), "escaped"
+
+
+def _any_value(text: str | None) -> tuple[Any, str]:
+    if text is None:
+        return None, ""
+    value, how = _object(text)
+    if type(value) is dict:
+        return value, how
+    return {"value": value}, f"value {how}".rstrip()
+
+
+def _shortened(log: str) -> str:
+    while len(log) > MAX_LOG:
+        attempts = payload.loads(log)
+        if len(attempts) == 1:
+            return ""
+        log = payload.encode(attempts[len(attempts) // 2 :], "attempts", max_size=1 << 30)
+    return log
+
+
+# Keys that some servers refuse, or that mean something to a driver, are written otherwise: a leading
+# "$", a "." anywhere, nothing at all. In such a value every key's "~" is doubled.
+
+
+def _has_odd_keys(value: Any, text: str) -> bool:
+    if '"$' not in text and "." not in text and '"":' not in text:
+        return False
+    return any(not key or key[0] == "$" or "." in key for key in _keys(value))
+
+
+def _keys(value: Any) -> Iterable[str]:
+    if type(value) is dict:
+        for key, item in value.items():
+            yield key
+            yield from _keys(item)
+    elif type(value) is list:
+        for item in value:
+            yield from _keys(item)
+
+
+def _escaped(value: Any) -> Any:
+    if type(value) is dict:
+        return {_escape(key): _escaped(item) for key, item in value.items()}
+    return [_escaped(item) for item in value] if type(value) is list else value
+
+
+def _escape(key: str) -> str:
+    if not key:
+        return "~e"
+    key = key.replace("~", "~~").replace(".", "~d")
+    return f"~s{key[1:]}" if key[0] == "$" else key
+
+
+def _unescaped(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {_unescape(key): _unescaped(item) for key, item in value.items()}
+    return [_unescaped(item) for item in value] if isinstance(value, list) else value
+
+
+_MEANINGS = {"~~": "~", "~d": ".", "~s": "$", "~e": ""}
+
+
+def _unescape(key: str) -> str:
+    parts, position = [], 0
+    while (at := key.find("~", position)) >= 0:
+        code = key[at : at + 2]
+        parts += [key[position:at], _MEANINGS.get(code, code)]
+        position = at + 2
+    return "".join((*parts, key[position:]))
+
+
+# --- from a document
+
+
+def task_from_document(document: Mapping[str, Any]) -> Task:
+    """The task of a document, whoever wrote it; what is damaged is named in ``task.damage``."""
+    row = row_from_document(document)
+    odd = row["status"] not in _STATUSES
+    task = task_from_row([{**row, "status": "failed"}[n] if odd else row[n] for n in COLUMNS])
+    if odd and not task.damage:
+        task.damage = f"the stored record is damaged: {row['status']!r:.50} as status"
+    return task
+
+
+def row_from_document(document: Mapping[str, Any]) -> dict[str, Any]:
+    """The columns of a document; absent ones take their defaults."""
+    ours = document.get("taskx")
+    if not isinstance(ours, dict):
+        ours = {}
+    row: dict[str, Any] = {"id": document["_id"]}
+    for name in COLUMNS[1:]:
+        value = (document if name in ORIGINAL else ours).get(name)
+        row[name] = DEFAULTS.get(name) if value is None else _from_bson(value)
+    row["params"] = _text(document.get("params") or {}, ours.get("params_as"))
+    result = document.get("result")
+    row["result"] = None if result is None else _text(result, ours.get("result_as"))
+    row["duration"] = _duration(row["duration"], ours.get("seconds"))
+    row["dead_letter"] = int(bool(row["dead_letter"]))
+    row["type"] = row["type"] or ""
+    row["created_at"] = row["created_at"] or 0
+    return row
+
+
+def stub_from_document(document: Mapping[str, Any]) -> Stub:
+    """The stub of a document that was read with :data:`STUB_FIELDS`."""
+    ours = document["taskx"]
+    return Stub(
+        document["_id"],
+        document["status"],
+        ours.get("starts", 0),
+        ours.get("priority", 0),
+        moment_ms(document.get("created_at")) or 0,
+        ours.get("cancel_requested_at") is not None,
+    )
+
+
+STUB_FIELDS = {
+    "status": 1,
+    "created_at": 1,
+    "taskx.starts": 1,
+    "taskx.priority": 1,
+    "taskx.cancel_requested_at": 1,
+}
+
+
+def moment_ms(value: Any) -> int | None:
+    """Milliseconds of a BSON date; None for what is none."""
+    if isinstance(value, datetime):
+        return to_ms(value if value.tzinfo else value.replace(tzinfo=timezone.utc))
+    return int(value) if isinstance(value, DatetimeMS) else None
+
+
+def _from_bson(value: Any) -> Any:
+    if type(value) is Int64:
+        return int(value)
+    moment = moment_ms(value)
+    return value if moment is None else moment
+
+
+def _duration(whole: Any, seconds: Any) -> Any:
+    """The exact one, unless somebody else wrote the whole seconds since."""
+    if isinstance(seconds, float) and min(int(seconds), _MOST_SECONDS) == whole:
+        return seconds
+    return float(whole) if isinstance(whole, int) else whole
+
+
+def _text(value: Any, how: Any) -> str:
+    how = how if isinstance(how, str) else ""
+    if "value" in how and isinstance(value, dict) and list(value) == ["value"]:
+        value = value["value"]
+    if "escaped" in how:
+        value = _unescaped(value)
+    try:
+        return _dumps(value)
+    except (ValueError, RecursionError):
+        return ""  # which is no JSON either: the reader tells of the damage
+
+
+def _foreign(value: Any) -> Any:
+    """What JSON lacks and only another program can have written."""
+    moment = moment_ms(value)
+    if moment is not None:
+        return to_datetime(moment).isoformat()
+    as_document = getattr(value, "as_doc", None)
+    return str(value) if as_document is None else as_document()
+
+
+_dumps = json.JSONEncoder(
+    ensure_ascii=False,
+    allow_nan=False,
+    separators=(",", ":"),
+    check_circular=False,
+    default=_foreign,
+).encode

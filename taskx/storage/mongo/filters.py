@@ -1,0 +1,120 @@
+"""Guards and filters, as MongoDB has them. Values are data: only scalars get in."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import datetime
+from typing import Any
+
+from pymongo import ASCENDING, DESCENDING
+
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import TaskFilter
+from taskx.core.record import DEFAULTS
+from taskx.core.writes import PRESENT
+from taskx.storage.mongo.documents import PATHS, fields, plain
+
+Document = dict[str, Any]
+
+#: Not part of a batch that is still hidden.
+VISIBLE: Document = {"taskx.batch": None}
+#: Part of one; in these words, as the index is asked for by them.
+HIDDEN: Document = {"taskx.batch": {"$gt": ""}}
+#: Held by some node.
+OWNED: Document = {"taskx.owner": {"$gt": ""}, **VISIBLE}
+
+NEWEST_FIRST = [("created_at", DESCENDING), ("_id", DESCENDING)]
+BEST_FIRST = [("taskx.priority", DESCENDING), ("taskx.seq", ASCENDING), ("_id", ASCENDING)]
+
+
+def text(value: Any, what: str) -> str:
+    """A str, and nothing else: a dict here would be an operator.
+
+    Raises:
+        ConfigurationError: it is none.
+    """
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
+    return value
+
+
+def texts(values: Iterable[Any], what: str) -> list[str]:
+    """As :func:`text`, for each."""
+    return [text(value, what) for value in values]
+
+
+def guarded(task_id: str, guard: Mapping[str, Any]) -> Document:
+    """The filter that finds a document if its guard holds."""
+    found: Document = {"_id": text(task_id, "id"), **VISIBLE}
+    for name, wanted in guard.items():
+        found.update(_condition(name, wanted))
+    return found
+
+
+def _condition(name: str, wanted: Any) -> Document:
+    path = PATHS[name]
+    if wanted is PRESENT:
+        return {path: {"$nin": [None]}}
+    if isinstance(wanted, tuple):
+        return {path: {"$in": [_scalar(name, value) for value in wanted]}}
+    if name in ("params", "result", "duration") and wanted is not None:
+        return fields({name: wanted})
+    value = _scalar(name, wanted)
+    # What the original wrote lacks our fields, which means their defaults. But a start needs the
+    # task to say that it is not held back: so those that were never adopted do not start.
+    if value is not None and name not in ("held", "status") and value == DEFAULTS.get(name):
+        return {path: {"$in": [value, None]}}
+    return {path: value}
+
+
+def _scalar(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, (str, int, float)):
+        raise ConfigurationError(f"{name} cannot be {type(value).__name__}")
+    return plain(name, value)
+
+
+def matching(filter: TaskFilter) -> Document:
+    """The tasks that meet a filter, hidden ones included."""
+    wanted: Document = {}
+    if filter.type is not None:
+        wanted["type"] = filter.type
+    if filter.status is not None:
+        wanted["status"] = filter.status.value
+    if filter.created_by is not None:
+        wanted["created_by"] = filter.created_by
+    dates = {}
+    if filter.start_date is not None:
+        dates["$gte"] = _whole_ms(filter.start_date)
+    if filter.end_date is not None:
+        dates["$lte"] = _whole_ms(filter.end_date)
+    if dates:
+        wanted["created_at"] = dates
+    return wanted
+
+
+def _whole_ms(moment: datetime) -> datetime:
+    return to_datetime(to_ms(moment))
+
+
+def startable(types: list[str], owner: str) -> Document:
+    """Pending tasks of these types that may start, and that this node holds; none where empty."""
+    return {
+        "status": "pending",
+        "type": {"$in": types},
+        "taskx.owner": owner,
+        "taskx.held": 0,
+        **VISIBLE,
+    }
+
+
+#: Pending tasks that the original stored and nobody adopted.
+FOREIGN: Document = {"status": "pending", "taskx.owner": None, **VISIBLE}
+
+
+def held(**run_at: Any) -> Document:
+    """Pending tasks that are held back, with conditions on ``run_at``."""
+    found: Document = {"status": "pending", "taskx.held": 1, **VISIBLE}
+    if run_at:
+        found["taskx.run_at"] = run_at
+    return found

@@ -1,0 +1,64 @@
+"""The indexes of the tasks. Those that running looks at hold unfinished tasks only."""
+
+from __future__ import annotations
+
+from pymongo import ASCENDING, IndexModel
+from pymongo.errors import OperationFailure
+
+from taskx.storage.mongo.connection import Connection
+from taskx.storage.mongo.filters import BEST_FIRST, NEWEST_FIRST
+
+_THERE_UNDER_ANOTHER_NAME = 85
+
+
+def make_indexes(connection: Connection) -> None:
+    """Make those that are not there.
+
+    Raises:
+        RepositoryError: the server cannot be reached, or refuses.
+    """
+    for index in _indexes():
+        connection.run(lambda index=index: _make(connection, index))  # type: ignore[misc]
+
+
+def _make(connection: Connection, index: IndexModel) -> None:
+    options = dict(index.document)
+    keys = list(options.pop("key").items())
+    try:
+        connection.tasks.create_index(keys, **options)
+    except OperationFailure as error:
+        if error.code != _THERE_UNDER_ANOTHER_NAME:
+            raise
+
+
+def _indexes() -> list[IndexModel]:
+    return [
+        IndexModel(NEWEST_FIRST, name="taskx_newest"),
+        *(
+            IndexModel([(name, ASCENDING), *NEWEST_FIRST], name=f"taskx_{name}")
+            for name in ("status", "type", "created_by")
+        ),
+        IndexModel(
+            [
+                *((name, ASCENDING) for name in ("type", "taskx.owner", "taskx.held")),
+                *BEST_FIRST,
+            ],
+            name="taskx_ready",
+            partialFilterExpression={"status": "pending"},
+        ),
+        IndexModel(
+            [("taskx.run_at", ASCENDING), ("_id", ASCENDING)],
+            name="taskx_due",
+            partialFilterExpression={"status": "pending", "taskx.held": 1},
+        ),
+        IndexModel(
+            [("taskx.owner", ASCENDING)],
+            name="taskx_owner",
+            partialFilterExpression={"taskx.owner": {"$gt": ""}},
+        ),
+        IndexModel(
+            [("taskx.batch", ASCENDING)],
+            name="taskx_batch",
+            partialFilterExpression={"taskx.batch": {"$gt": ""}},
+        ),
+    ]

@@ -1,0 +1,191 @@
+"""What is read of the tasks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from bson.int64 import Int64
+
+from taskx.core.clock import to_datetime
+from taskx.core.model import Task, TaskFilter
+from taskx.core.record import Stub
+from taskx.storage.mongo.batches import Batches
+from taskx.storage.mongo.connection import Connection
+from taskx.storage.mongo.documents import (
+    STUB_FIELDS,
+    Document,
+    moment_ms,
+    stub_from_document,
+    task_from_document,
+)
+from taskx.storage.mongo.filters import (
+    BEST_FIRST,
+    FOREIGN,
+    HIDDEN,
+    NEWEST_FIRST,
+    OWNED,
+    VISIBLE,
+    held,
+    matching,
+    startable,
+    text,
+    texts,
+)
+from taskx.storage.mongo.order import PER_MS
+
+_MOST_IDS = 1000
+_MOST_DOCUMENTS = 2**31 - 1
+
+
+class Tasks:
+    """Questions about the tasks.
+
+    Args:
+        connection: the way to the server.
+        batches: who knows which tasks are hidden.
+        adopt_foreign: whether pending tasks that the original stored are there to run.
+    """
+
+    def __init__(self, connection: Connection, batches: Batches, adopt_foreign: bool) -> None:
+        self._connection = connection
+        self._batches = batches
+        self._adopt_foreign = adopt_foreign
+
+    # --- tasks
+
+    def documents(self, task_ids: Sequence[str]) -> list[Document]:
+        """The documents with these ids that exist and are not hidden."""
+        ids = texts(task_ids, "id")
+        found: list[Document] = []
+        for start in range(0, len(ids), _MOST_IDS):
+            wanted = {"_id": {"$in": ids[start : start + _MOST_IDS]}}
+            found += self._connection.run(lambda w=wanted: list(self._connection.tasks.find(w)))  # type: ignore[misc]
+        hidden = {batch for document in found if (batch := _batch(document))}
+        if hidden:
+            known = self._connection.run(lambda: self._batches.reveal_committed(list(hidden)))
+            found = [d for d in found if _batch(d) in known or not _batch(d)]
+        return found
+
+    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
+        """The tasks with these ids that exist, by id."""
+        return {
+            document["_id"]: task_from_document(document) for document in self.documents(task_ids)
+        }
+
+    def list(self, filter: TaskFilter) -> Sequence[Task]:
+        """The tasks that meet the filter, newest first."""
+        if not filter.limit or filter.offset > _MOST_DOCUMENTS:
+            return []
+
+        def read() -> list[Document]:
+            tasks = self._connection.tasks
+            if tasks.find_one(HIDDEN, {"_id": 1}) is not None:
+                self._batches.reveal_committed(self._batches.hidden())
+            cursor = tasks.find({**matching(filter), **VISIBLE}).sort(NEWEST_FIRST)
+            return list(cursor.skip(filter.offset).limit(min(filter.limit, _MOST_DOCUMENTS)))
+
+        return [task_from_document(document) for document in self._connection.run(read)]
+
+    def count(self, filter: TaskFilter) -> int:
+        """How many tasks meet the filter."""
+
+        def read() -> int:
+            # Not by one filter that says "not hidden": that would read every document.
+            tasks, wanted = self._connection.tasks, matching(filter)
+            hidden = tasks.count_documents({**wanted, **HIDDEN})
+            if hidden and self._batches.reveal_committed(self._batches.hidden()):
+                hidden = tasks.count_documents({**wanted, **HIDDEN})
+            return max(0, tasks.count_documents(wanted) - hidden)
+
+        return self._connection.run(read)
+
+    # --- what the runtime asks
+
+    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+        """Pending tasks of these types and this owner, best first."""
+        kinds = texts(types, "type")
+        if not kinds or limit <= 0:
+            return []
+        if self._adopt_foreign and not owner:
+            self._adopt(kinds, limit)
+
+        def read() -> list[Document]:
+            cursor = self._connection.tasks.find(
+                startable(kinds, text(owner, "owner")), STUB_FIELDS
+            )
+            return list(cursor.sort(BEST_FIRST).limit(limit))
+
+        return [stub_from_document(document) for document in self._connection.run(read)]
+
+    def _adopt(self, kinds: Sequence[str], limit: int) -> None:
+        """Make pending tasks of the original's ours, each once: from then on they are guarded."""
+
+        def adopt() -> None:
+            tasks = self._connection.tasks
+            wanted = {**FOREIGN, "type": {"$in": [*kinds]}}
+            seen = {"created_at": 1, "taskx.held": 1}
+            for document in list(tasks.find(wanted, seen).sort(NEWEST_FIRST[::-1]).limit(limit)):
+                created = moment_ms(document.get("created_at")) or 0
+                ours = {
+                    "taskx.owner": "",
+                    "taskx.held": document.get("taskx", {}).get("held", 0),
+                    "taskx.seq": Int64(max(created, 0) * PER_MS),
+                }
+                tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": ours})
+
+        self._connection.run(adopt)
+
+    def due(self, now: int, limit: int) -> Sequence[str]:
+        """Ids of held back pending tasks whose time has come, earliest first."""
+        if limit <= 0:
+            return []
+
+        def read() -> list[Document]:
+            cursor = self._connection.tasks.find(held(**{"$lte": to_datetime(now)}), {"_id": 1})
+            return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(limit))
+
+        return [document["_id"] for document in self._connection.run(read)]
+
+    def next_due(self) -> int | None:
+        """The earliest ``run_at`` of the held back pending tasks."""
+
+        def read() -> list[Document]:
+            cursor = self._connection.tasks.find(held(), {"taskx.run_at": 1})
+            return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(1))
+
+        found = self._connection.run(read)
+        return moment_ms(found[0]["taskx"]["run_at"]) if found else None
+
+    def owned(self, node: str) -> Sequence[Stub]:
+        """The pending and running tasks that a node holds."""
+        wanted = {"taskx.owner": text(node, "node"), **VISIBLE}
+        if not node:
+            return []
+        found = self._connection.run(lambda: list(self._connection.tasks.find(wanted, STUB_FIELDS)))
+        return [stub_from_document(document) for document in found]
+
+    def owners(self) -> Sequence[str]:
+        """The ids of all nodes that hold tasks."""
+        found: list[str] = self._connection.run(
+            lambda: self._connection.tasks.distinct("taskx.owner", OWNED)
+        )
+        return found
+
+    def unfinished(self, types: Iterable[str]) -> bool:
+        """Whether a task of these types runs on a node, or is pending and not held back."""
+        common = {"type": {"$in": texts(types, "type")}, "taskx.held": 0}
+        free: dict[str, Any] = {**common, "status": "pending", "taskx.owner": "", **VISIBLE}
+        # Three looks, as a task may move from the one to the other between two of them.
+        wanted = [free, {**OWNED, **common}, free]
+        if self._adopt_foreign:
+            wanted.append({**FOREIGN, "type": common["type"]})
+        tasks = self._connection.tasks
+        return self._connection.run(
+            lambda: any(tasks.find_one(some, {"_id": 1}) is not None for some in wanted)
+        )
+
+
+def _batch(document: Document) -> str:
+    ours = document.get("taskx")
+    return ours.get("batch") or "" if isinstance(ours, dict) else ""

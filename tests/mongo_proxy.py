@@ -1,0 +1,99 @@
+"""A TCP proxy on the loopback that can cut, delay and swallow what goes through it."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+
+#: Told of every piece: its direction ("ask" or "answer") and its bytes; says whether it goes on.
+Judge = Callable[[str, bytes], bool]
+
+
+def _let_through(direction: str, piece: bytes) -> bool:
+    return True
+
+
+class Proxy:
+    """Passes connections on to a port of this machine.
+
+    Attributes:
+        port: where it listens.
+        judge: called with all that passes; what it says no to is swallowed.
+    """
+
+    def __init__(self, target: int) -> None:
+        self.target = target
+        self.judge: Judge = _let_through
+        self._refusing = False
+        self._pairs: list[tuple[socket.socket, socket.socket]] = []
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.port: int = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            try:
+                if self._refusing:
+                    raise ConnectionRefusedError
+                server = socket.create_connection(("127.0.0.1", self.target))
+            except OSError:
+                _reset(client)
+                continue
+            self._pairs.append((client, server))
+            for source, sink, direction in ((client, server, "ask"), (server, client, "answer")):
+                threading.Thread(
+                    target=self._pump, args=(source, sink, direction), daemon=True
+                ).start()
+
+    def _pump(self, source: socket.socket, sink: socket.socket, direction: str) -> None:
+        with suppress(OSError):
+            while piece := source.recv(1 << 20):
+                if self.judge(direction, piece):
+                    sink.sendall(piece)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def cut(self, *, refuse: bool = False) -> None:
+        """Reset every connection; with ``refuse``, those to come, too."""
+        self._refusing = refuse
+        pairs, self._pairs = self._pairs, []
+        for pair in pairs:
+            for end in pair:
+                _reset(end)
+
+    def heal(self) -> None:
+        """Let everything through again; what hung is cut."""
+        self.judge = _let_through
+        self.cut(refuse=False)
+
+    def close(self) -> None:
+        self._listener.close()
+        self.cut(refuse=True)
+
+
+def _reset(end: socket.socket) -> None:
+    with suppress(OSError):
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    with suppress(OSError):
+        end.shutdown(socket.SHUT_RDWR)
+    end.close()
+
+
+def swallowing(direction: str, word: bytes, event: threading.Event | None = None) -> Judge:
+    """A judge that swallows everything of a direction once a request with a word came by."""
+    seen = event or threading.Event()
+
+    def judge(way: str, piece: bytes) -> bool:
+        if way == "ask" and word in piece:
+            seen.set()
+        return not (seen.is_set() and way == direction)
+
+    return judge

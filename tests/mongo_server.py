@@ -1,0 +1,114 @@
+"""MongoDB servers for the tests: small ones (SecantusDB) that speak its protocol, or a real one.
+
+``TASKX_TEST_MONGO_URL`` (``mongodb://host:port``) runs what uses the shared server on that one; each
+test has a database of its own there, which is dropped.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import pymongo
+
+PATIENCE = 30.0
+REAL = os.environ.get("TASKX_TEST_MONGO_URL", "")
+
+# It ends with the process that started it, however that ends.
+_PROGRAM = """
+import os, sys, threading
+threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
+from secantus.cli import main
+main()
+"""
+#: What each kind is told: as MongoDB, it is a replica set of one, or a standalone server.
+OPTIONS = {"set": ["--sync-on-commit"], "standalone": ["--sync-on-commit", "--standalone"]}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class Server:
+    """A server of its own, which a test may kill and start again on the same port and data."""
+
+    def __init__(self, kind: str, folder: Path) -> None:
+        self.kind = kind
+        self.folder = folder
+        self.port = free_port()
+        self.url = f"mongodb://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> Server:
+        arguments = ["--host", "127.0.0.1", "--port", str(self.port), "--log-level", "ERROR"]
+        arguments += ["--storage-path", str(self.folder / "data"), *OPTIONS[self.kind]]
+        with open(self.folder / "output", "ab") as output:
+            self.process = subprocess.Popen(
+                [sys.executable, "-W", "ignore", "-c", _PROGRAM, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=output,
+                cwd=self.folder,
+            )
+        self._wait_until_up()
+        return self
+
+    def _wait_until_up(self) -> None:
+        deadline = time.monotonic() + PATIENCE
+        pause = threading.Event()
+        while True:
+            try:
+                socket.create_connection(("127.0.0.1", self.port), 1.0).close()
+                return
+            except OSError:
+                assert self.process is not None
+                said = (self.folder / "output").read_text(errors="replace")
+                assert self.process.poll() is None, f"{self.kind} ended: {said[-2000:]}"
+                assert time.monotonic() < deadline, f"{self.kind} does not start: {said[-2000:]}"
+            pause.wait(0.02)
+
+    def kill(self) -> None:
+        """As a power cut would: it cannot say goodbye."""
+        if self.process is not None:
+            self.process.kill()
+            self.process.communicate(timeout=PATIENCE)
+            self.process = None
+
+
+@functools.cache
+def shared(kind: str) -> str:
+    """The URL of a server that all tests of this run share."""
+    if REAL:
+        return REAL
+    folder = Path(tempfile.mkdtemp(prefix="taskx-mongo-"))
+    server = Server(kind, folder)
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    atexit.register(server.kill)
+    return server.start().url
+
+
+@functools.cache
+def client(url: str) -> pymongo.MongoClient[dict[str, Any]]:
+    """A client that the tests of this process share."""
+    made: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(url)
+    atexit.register(made.close)
+    return made
+
+
+def new_database(url: str) -> Any:
+    """An empty database of its own."""
+    return client(url)[f"taskx_{uuid.uuid4().hex[:16]}"]

@@ -1,0 +1,112 @@
+"""Fixtures of the tests of the MongoDB repository."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import mongomock
+import pymongo
+import pytest
+from mongo_proxy import Proxy
+from mongo_server import new_database, shared
+
+from taskx import MongoRepository
+from taskx.core import lifecycle
+
+
+@pytest.fixture
+def url() -> str:
+    """Where a server is: a standalone one, which offers least, or the one the environment names."""
+    return shared("standalone")
+
+
+@pytest.fixture
+def database(url: str) -> Iterator[Any]:
+    made = new_database(url)
+    yield made
+    made.client.drop_database(made.name)
+
+
+@pytest.fixture
+def mock() -> Any:
+    """A database that is none: quick, and cut off by hand."""
+    return mongomock.MongoClient().db
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Iterator[Callable[..., MongoRepository]]:
+    """Makes repositories, and closes them."""
+    made: list[MongoRepository] = []
+
+    def make(database: Any, **options: Any) -> MongoRepository:
+        made.append(MongoRepository(database, **{"run_folder": tmp_path / "run", **options}))
+        return made[-1]
+
+    yield make
+    for repository in made:
+        repository.close()
+
+
+@pytest.fixture
+def repository(make: Any, database: Any) -> MongoRepository:
+    return make(database)
+
+
+@pytest.fixture
+def proxy(url: str) -> Iterator[Proxy]:
+    """Between a client and the server."""
+    made = Proxy(pymongo.uri_parser.parse_uri(url)["nodelist"][0][1])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def through(proxy: Proxy, database: Any, make: Any) -> Iterator[Callable[..., MongoRepository]]:
+    """Makes a repository on the database whose connections go through the proxy."""
+    clients = []
+
+    def through(**options: Any) -> MongoRepository:
+        client: Any = pymongo.MongoClient(
+            f"mongodb://127.0.0.1:{proxy.port}/?directConnection=true", heartbeatFrequencyMS=500
+        )
+        clients.append(client)
+        repository: MongoRepository = make(client[database.name], **options)
+        return repository
+
+    yield through
+    for client in clients:
+        client.close()
+
+
+class CommandCount(pymongo.monitoring.CommandListener):
+    """Which commands a client sent."""
+
+    def __init__(self) -> None:
+        self.names: list[str] = []
+
+    def started(self, event: Any) -> None:
+        self.names.append(event.command_name)
+
+    def succeeded(self, event: Any) -> None:
+        pass
+
+    def failed(self, event: Any) -> None:
+        pass
+
+
+def insert(task_id: str, now: int = 1_700_000_000_000, **options: Any) -> Any:
+    given: dict[str, Any] = {"type": "t", "params": "{}", "created_by": "", **options}
+    owner = given.pop("owner", "")
+    write = lifecycle.create(task_id=task_id, now=now, **given)
+    write.row["owner"] = owner
+    return write
+
+
+def run(repository: MongoRepository, task_id: str, **options: Any) -> Any:
+    """Store a task and start it."""
+    assert list(repository.apply([insert(task_id, **options)])) == [True]
+    start = lifecycle.start(repository.get_by_id(task_id), 1_700_000_000_001, "node")
+    assert list(repository.apply([start])) == [True]  # type: ignore[list-item]
+    return repository.get_by_id(task_id)

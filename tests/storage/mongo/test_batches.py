@@ -1,0 +1,164 @@
+"""submit_many without transactions: hidden until one write reveals all."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from mongo_proxy import swallowing
+
+from taskx import RepositoryUnavailable, TaskFilter
+from taskx.core import lifecycle
+from taskx.storage.mongo.batches import Batches
+
+from .conftest import insert
+
+IDS = [f"b{number}" for number in range(5)]
+
+
+@pytest.fixture
+def store(make, mock):
+    return make(mock)
+
+
+class Died(BaseException):
+    """Stands for the death of the process."""
+
+
+def die_at(monkeypatch, store, step):
+    """Have a batch stored by a process that dies before a step."""
+
+    def die(*args):
+        raise Died
+
+    monkeypatch.setattr(store._batches, step, die)
+    monkeypatch.setattr(store._batches, "_discard", lambda batch: None)
+    with pytest.raises(Died):
+        store.apply([insert(task_id, owner="n") for task_id in IDS], all_or_nothing=True)
+
+
+def seen(store):
+    """The ids that each way of looking finds."""
+    ways = {
+        "list": {task.id for task in store.list(TaskFilter())},
+        "get_many": set(store.get_many(IDS)),
+        "owned": {stub.id for stub in store.owned("n")},
+    }
+    assert store.count(TaskFilter()) == len(ways["list"])
+    return ways
+
+
+class TestASubmitterThatDied:
+    def test_before_the_commit_leaves_nothing_visible(self, store, monkeypatch, mock):
+        die_at(monkeypatch, store, "_commit")
+        assert set().union(*seen(store).values()) == set()
+        assert store.owners() == []
+        assert not store.unfinished(["t"])
+        assert list(store.apply(lifecycle.cancel("b0", 1))) == [False, False]
+        assert mock.tasks.count_documents({}) == 5
+
+    def test_after_the_commit_leaves_all_of_them(self, store, monkeypatch, make, mock):
+        """Whoever looks reveals them."""
+        die_at(monkeypatch, store, "_reveal")
+        for look in (
+            lambda other: other.get_many(IDS[:1]),
+            lambda other: other.list(TaskFilter(limit=1)),
+            lambda other: other.count(TaskFilter()),
+            lambda other: other.nodes(),
+        ):
+            mock.tasks.update_many({}, {"$set": {"taskx.batch": "again"}})
+            mock["tasks.batches"].insert_one({"_id": "again", "committed": True})
+            other = make(mock)
+            look(other)
+            assert all(found == set(IDS) for found in seen(other).values())
+            assert mock["tasks.batches"].find_one({"_id": "again"}) is None
+
+    def test_the_hidden_rest_is_cleared_away(self, store, monkeypatch, mock):
+        """When it has been seen for long enough, by the looker's own clock; not before."""
+        die_at(monkeypatch, store, "_commit")
+        now = [100.0]
+        patient = Batches(store._connection, store._sender, 10.0, lambda: now[0])
+        patient.look_after()
+        now[0] += 9.9
+        patient.look_after()
+        assert mock.tasks.count_documents({}) == 5
+        now[0] += 0.1
+        patient.look_after()
+        assert mock.tasks.count_documents({}) == 0
+        assert list(store.apply([insert(task_id) for task_id in IDS])) == [True] * 5
+
+    def test_one_that_was_only_slow_is_told_that_it_came_too_late(self, store, monkeypatch, mock):
+        """Of commit and abandon the first decides, so nothing is half there."""
+        commit = store._batches._commit
+
+        def late(batch):
+            Batches(store._connection, store._sender, 0.0, time.monotonic).look_after()
+            commit(batch)
+
+        monkeypatch.setattr(store._batches, "_commit", late)
+        with pytest.raises(RepositoryUnavailable, match="given up"):
+            store.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
+        assert mock.tasks.count_documents({}) == 0
+
+    def test_nothing_is_abandoned_that_was_committed(self, store, monkeypatch, mock):
+        die_at(monkeypatch, store, "_reveal")
+        Batches(store._connection, store._sender, 0.0, time.monotonic).look_after()
+        assert all(found == set(IDS) for found in seen(store).values())
+
+
+class TestOnAServer:
+    def test_a_commit_whose_answer_is_lost(self, through, proxy):
+        repository = through(timeout=20.0)
+        repository.apply([insert("warm")])
+        asked = threading.Event()
+
+        def judge(direction, piece):
+            if direction == "ask" and b"committed" in piece:
+                asked.set()
+            elif direction == "answer" and asked.is_set():
+                proxy.heal()
+                return False
+            return True
+
+        proxy.judge = judge
+        writes = [insert(task_id) for task_id in IDS]
+        assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
+        assert asked.is_set()
+        assert repository.count(TaskFilter()) == 6
+
+    def test_a_commit_that_stays_in_doubt_says_so(self, through, proxy):
+        repository = through()
+        repository.apply([insert("warm")])
+        repository._connection.timeout = 1.0
+        proxy.judge = swallowing("answer", b"committed")
+        with pytest.raises(RepositoryUnavailable) as caught:
+            repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
+        assert caught.value.in_doubt
+
+    def test_many_batches_beside_a_reader(self, make, database):
+        """Who looks while they come and go reveals none too soon, and nothing of them is left over."""
+        ours, theirs = make(database), make(database)
+        failures: list[str] = []
+        stop = threading.Event()
+
+        def read():
+            while not stop.is_set():
+                theirs.list(TaskFilter())
+                if theirs.get_many(["refused-0"]):
+                    failures.append("a task of a batch that was refused was seen")
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        ours.apply([insert("taken")])
+        for number in range(6):
+            writes = [insert(f"{number}-{i}") for i in range(5)]
+            assert all(ours.apply(writes, all_or_nothing=True))
+            refused = [insert("refused-0"), insert("taken")]
+            assert list(ours.apply(refused, all_or_nothing=True)) == [True, False]
+        stop.set()
+        thread.join()
+        assert failures == []
+        assert theirs.count(TaskFilter()) == 31
+        assert len(theirs.list(TaskFilter())) == 31
+        assert database["tasks.batches"].count_documents({}) == 0

@@ -1,0 +1,141 @@
+"""Whether something changed elsewhere: told by a change stream, or asked for once a second."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from mongo_server import REAL, new_database, shared
+
+from taskx import Task
+from taskx.core import lifecycle
+from taskx.testing import ManualClock
+
+from .conftest import insert
+
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def url():
+    """A server with change streams: as with MongoDB, a standalone one has none."""
+    if REAL:
+        pytest.skip("whether it has change streams is not known")
+    return shared("set")
+
+
+def until(condition, timeout=PATIENCE):
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        pause.wait(0.005)
+
+
+def quiet(repository):
+    """The stream is open, and nothing rings any more."""
+    until(lambda: repository._changes._watch and repository._changes._watch.heard > 0)
+    until(lambda: not repository.changed())
+
+
+@pytest.fixture
+def ours(repository):
+    repository.changed()
+    quiet(repository)
+    repository._changes._poll_interval = 1000.0  # only the stream can tell
+    return repository
+
+
+@pytest.fixture
+def theirs(make, database):
+    return make(database)
+
+
+def test_what_others_do_is_told_at_once(ours, theirs):
+    writes = [
+        [insert("a")],
+        [lifecycle.take("a", "n")],
+        [lifecycle.start(Task(id="a", type="t"), 1, "n")],
+        [lifecycle.cancel("a", 2)[1]],
+    ]
+    for some in writes:
+        assert list(theirs.apply(some)) == [True]
+        until(ours.changed)
+        quiet(ours)
+
+
+def test_own_writes_do_not_ring(ours, theirs):
+    """Or a busy node would look for others' work all the time."""
+    ours.apply([insert(str(number)) for number in range(5)])
+    ours.apply([lifecycle.take(str(number), "n") for number in range(5)])
+    ours.apply([lifecycle.give_up(str(number), "n") for number in range(5)])
+    watch, told = ours._changes._watch, []
+    ring, watch.rang.set = watch.rang.set, lambda: (told.append(1), ring())
+    theirs.apply([insert("last")])
+    until(ours.changed)
+    assert told == [1]
+
+
+def test_what_the_original_stores_rings(ours, database):
+    database.tasks.insert_one({"_id": "go", "type": "t", "status": "pending"})
+    until(ours.changed)
+
+
+def test_without_a_stream_perhaps_once_in_an_interval(make, mock):
+    clock = ManualClock()
+    repository = make(mock, poll_interval=1.0, clock=clock)
+    assert repository.changed()
+    until(lambda: not repository._changes._can_watch)
+    answers = []
+    for _ in range(24):
+        clock.advance(0.125)
+        answers.append(repository.changed())
+    assert answers.count(True) == 3
+
+
+def test_a_standalone_server_has_none(make):
+    """It is asked once, and not again."""
+    if REAL:
+        pytest.skip("whether it has change streams is not known")
+    database = new_database(shared("standalone"))
+    repository = make(database)
+    assert repository.changed()
+    until(lambda: not repository._changes._can_watch)
+    assert repository._changes._watch.ended
+    repository._changes._told -= 5
+    assert repository.changed()
+
+
+def test_a_stream_that_is_silent_is_not_relied_on(through, proxy):
+    """The line is dead and nobody says so: it is looked once in an interval, as without one."""
+    clock = ManualClock()
+    repository = through(clock=clock)
+    repository.apply([insert("a")])
+    repository.changed()
+    quiet(repository)
+    proxy.judge = lambda direction, piece: False
+    clock.advance(2.5)
+    assert not repository.changed()
+    clock.advance(1.0)
+    assert repository.changed()
+    assert not repository.changed()
+    clock.advance(1.0)
+    assert repository.changed()
+    proxy.heal()
+
+
+def test_the_stream_comes_back_after_an_outage(through, proxy, database, make):
+    repository, theirs = through(), make(database)
+    repository.changed()
+    quiet(repository)
+    repository._changes._poll_interval = 1000.0
+    proxy.cut()
+    theirs.apply([insert("a")])
+    until(repository.changed)
+
+
+def test_closing_ends_the_thread(ours):
+    watch = ours._changes._watch
+    ours.close()
+    until(lambda: watch.ended)

@@ -1,0 +1,260 @@
+"""Making a repository: arguments, URLs, indexes, write concern, forks."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from datetime import timedelta
+
+import pymongo
+import pytest
+from pymongo.write_concern import WriteConcern
+
+import taskx
+from taskx import (
+    ConfigurationError,
+    MongoRepository,
+    RepositoryError,
+    Task,
+    TaskFilter,
+    open_repository,
+)
+from taskx.storage.base import Node
+from taskx.testing import ManualClock
+
+from .conftest import CommandCount, insert
+
+
+class TestArguments:
+    @pytest.mark.parametrize(
+        ("options", "problem"),
+        [
+            ({"lease_timeout": 0}, "lease_timeout"),
+            ({"lease_timeout": "long"}, "lease_timeout"),
+            ({"timeout": -1}, "timeout"),
+            ({"poll_interval": float("inf")}, "poll_interval"),
+            ({"write_concern": WriteConcern(w=0)}, "acknowledged"),
+            ({"collection": ""}, "collection"),
+            ({"collection": {"$ne": ""}}, "collection"),
+        ],
+    )
+    def test_what_is_not_valid_is_refused(self, mock, options, problem):
+        with pytest.raises(ConfigurationError, match=problem):
+            MongoRepository(mock, **options)
+
+    @pytest.mark.parametrize("database", ["mongodb://host/db", None, 5])
+    def test_it_needs_a_database(self, database):
+        with pytest.raises(ConfigurationError, match="Database"):
+            MongoRepository(database)
+
+    def test_making_one_does_no_io(self):
+        repository = open_repository("mongodb://192.0.2.1:1/db?serverSelectionTimeoutMS=50")
+        assert repr(repository) == "MongoRepository('tasks')"
+        repository.close()
+
+
+class TestUrls:
+    def test_a_url_names_server_database_and_collection(self, url, database):
+        with open_repository(
+            f"{url}/{database.name}?collection=jobs&lease_timeout=5"
+        ) as repository:
+            repository.apply([insert("a")])
+            assert database.jobs.count_documents({}) == 1
+            assert repository._leases._lease == 5.0
+
+    def test_a_closed_one_opens_again(self, url, database):
+        repository = open_repository(f"{url}/{database.name}")
+        repository.apply([insert("a")])
+        repository.close()
+        assert repository.count(TaskFilter()) == 1
+        repository.close()
+
+    @pytest.mark.parametrize(
+        ("url", "problem"),
+        [
+            ("mongodb://host", "names no database"),
+            ("mongodb://host/", "names no database"),
+            ("mongodb+srv://host", "names no database"),
+            ("mongodb://host/db?lease_timeout=long", "no number"),
+            ("mongodb://host/db?adopt_foreign=yes", "neither true nor false"),
+            ("mongodb://host/db?collection=", "collection"),
+        ],
+    )
+    def test_what_cannot_be_meant_is_refused(self, url, problem):
+        with pytest.raises(ConfigurationError, match=problem):
+            open_repository(url)
+
+    def test_what_the_driver_refuses_is_refused_at_first_use(self):
+        with pytest.raises(ConfigurationError):
+            open_repository("mongodb://host:port/db").count(TaskFilter())
+
+    @pytest.mark.parametrize(
+        ("query", "expected"),
+        [
+            ("", {"w": "majority", "j": True}),
+            ("?w=1&journal=false", {"w": 1, "j": False}),
+        ],
+    )
+    def test_writes_are_as_safe_as_the_url_says_or_safest(self, url, database, query, expected):
+        with open_repository(f"{url}/{database.name}{query}") as repository:
+            repository.apply([insert("a")])
+            assert repository._connection.tasks.write_concern.document == expected
+
+
+class TestWriteConcern:
+    def test_majority_and_journal_whatever_the_database_says(self, url, database, make):
+        weak = database.client.get_database(database.name, write_concern=WriteConcern(w=1))
+        repository = make(weak)
+        for collection in ("tasks", "nodes", "batches"):
+            concern = getattr(repository._connection, collection).write_concern
+            assert concern.document == {"w": "majority", "j": True}
+
+    def test_another_one_when_it_is_asked_for(self, database, make):
+        repository = make(database, write_concern=WriteConcern(w=1))
+        assert repository._connection.tasks.write_concern.document == {"w": 1}
+
+    def test_what_is_sent_says_so(self, url, database, make):
+        sent = []
+
+        class Listener(CommandCount):
+            def started(self, event):
+                if event.command_name in ("insert", "update", "delete"):
+                    sent.append(event.command["writeConcern"])
+
+        with pymongo.MongoClient(url, event_listeners=[Listener()]) as client:
+            repository = make(client[database.name])
+            repository.apply([insert("a")])
+            repository.delete("a")
+            repository.join(Node(id="n", name="n"))
+            repository.leave("n")
+        assert len(sent) >= 4
+        assert all(concern == {"w": "majority", "j": True} for concern in sent)
+
+
+class TestIndexes:
+    def test_made_once_and_again(self, repository, database):
+        repository.init_indexes()
+        before = database.tasks.index_information()
+        repository.init_indexes()
+        assert database.tasks.index_information() == before
+        assert "taskx_ready" in before
+        assert before["taskx_ready"]["partialFilterExpression"] == {"status": "pending"}
+
+    def test_the_first_node_makes_them(self, repository, database):
+        repository.join(Node(id="n", name="n"))
+        assert "taskx_due" in database.tasks.index_information()
+        repository.leave("n")
+
+    def test_those_of_the_original_stay(self, repository, database):
+        database.tasks.create_index("status")
+        database.tasks.create_index([("created_at", -1), ("_id", -1)], name="theirs")
+        repository.init_indexes()
+        assert {"status_1", "theirs"} <= set(database.tasks.index_information())
+
+
+FORK = """
+import os, sys, threading, warnings
+warnings.simplefilter("error")
+import pymongo
+from taskx import MongoRepository, Task, TaskFilter
+from taskx.storage.base import Node
+client = pymongo.MongoClient(sys.argv[1])
+repository = MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3])
+repository.join(Node(id="n", name="parent"))
+repository.create(Task(id="parent", type="t"))
+repository.changed()
+child = os.fork()
+if child == 0:
+    repository.create(Task(id="child", type="t"))
+    assert repository.count(TaskFilter()) == 2
+    assert [node.alive for node in repository.nodes()] == [True]
+    assert not repository._leases._own and repository._leases._thread is None
+    repository.join(Node(id="c", name="child"))
+    repository.leave("c")
+    repository.close()
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+repository.create(Task(id="after", type="t"))
+assert repository.count(TaskFilter()) == 3
+assert [node.name for node in repository.nodes()] == ["parent"]
+repository.leave("n")
+repository.close()
+client.close()
+print("fine")
+"""
+
+
+def run_program(program, *args):
+    return subprocess.run(
+        [sys.executable, "-c", program, *args],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+
+
+def test_a_forked_child_has_connections_of_its_own(url, database, tmp_path):
+    ran = run_program(FORK, url, database.name, str(tmp_path / "run"))
+    assert (ran.stdout, ran.returncode) == ("fine\n", 0), ran.stderr
+
+
+class TestWithoutPymongo:
+    @pytest.mark.parametrize(
+        "call", ["taskx.MongoRepository(object())", "taskx.open_repository('mongodb://h/db')"]
+    )
+    def test_the_error_names_the_extra(self, call):
+        program = f"""
+import sys
+sys.modules["pymongo"] = None
+import taskx
+try:
+    {call}
+except taskx.ConfigurationError as error:
+    print(error)
+"""
+        ran = run_program(program)
+        assert "pip install 'taskx-queue[mongo]'" in ran.stdout, ran.stderr
+
+    def test_the_name_is_public_all_the_same(self):
+        assert "MongoRepository" in dir(taskx)
+        ran = run_program("import sys; sys.modules['pymongo'] = None; from taskx import *")
+        assert ran.returncode == 0, ran.stderr
+
+
+def test_errors_of_the_driver_never_get_out_bare(repository, database, monkeypatch):
+    def broken(*args, **options):
+        raise pymongo.errors.OperationFailure("not allowed", 13)
+
+    monkeypatch.setattr(pymongo.collection.Collection, "find", broken)
+    with pytest.raises(RepositoryError, match="not allowed") as caught:
+        repository.get_many(["a"])
+    assert isinstance(caught.value.__cause__, pymongo.errors.OperationFailure)
+
+
+def test_two_collections_of_one_database_know_nothing_of_each_other(make, database):
+    one, two = make(database), make(database, collection="others")
+    one.apply([insert("a")])
+    one.join(Node(id="n", name="n"))
+    assert two.count(TaskFilter()) == 0
+    assert list(two.nodes()) == []
+    one.leave("n")
+
+
+def test_hosts_with_wrong_clocks_agree_on_the_order(mock, make, monkeypatch):
+    """Where a new task stands goes by the server's clock."""
+    for name, hours, server_ms in (("first", 1, 0), ("second", -1, 60_000), ("third", 0, 120_000)):
+        clock = ManualClock()
+        clock.set_wall(clock.now() + timedelta(hours=hours))
+        repository = make(mock, clock=clock)
+        told = lambda timeout, ms=server_ms: 1_700_000_000_000 + ms  # noqa: E731
+        monkeypatch.setattr(repository._connection, "server_ms", told)
+        repository.create(Task(id=name, type="t"))
+    assert [stub.id for stub in make(mock).ready(["t"], 5)] == ["first", "second", "third"]
+
+
+def test_the_server_tells_its_clock(repository):
+    told = repository._connection.server_ms(20.0)
+    assert abs(told - time.time() * 1000) < 600_000

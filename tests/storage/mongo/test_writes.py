@@ -1,0 +1,274 @@
+"""Guarded writes: how many trips they cost, and that each is carried out once on any network."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pymongo
+import pytest
+from mongo_proxy import swallowing
+from mongo_server import REAL, free_port, shared
+
+from taskx import ConfigurationError, PayloadError, RepositoryUnavailable, Task, TaskFilter
+from taskx.core import lifecycle
+from taskx.core.writes import Update
+
+from .conftest import CommandCount, insert, run
+
+NOW = 1_700_000_000_000
+FINE = lifecycle.Ending(returned=True, result="1")
+
+
+@pytest.fixture(params=["standalone", "set"])
+def url(request):
+    """A server of each kind: beside a set the driver itself sends again what was lost."""
+    if REAL and request.param == "set":
+        pytest.skip("there is one real server, which has run the test")
+    return shared(request.param)
+
+
+@pytest.fixture
+def counted(url, database, make):
+    """A repository, and the commands that it sends, from the first write on."""
+    count = CommandCount()
+    with pymongo.MongoClient(url, event_listeners=[count]) as client:
+        repository = make(client[database.name])
+        repository.apply([insert("warm")])
+        count.names.clear()
+        yield repository, count.names
+
+
+class TestTrips:
+    """The driver is on the other side of a network."""
+
+    def test_a_submit_is_one(self, counted):
+        repository, sent = counted
+        repository.create(Task(id="a", type="t"))
+        assert sent == ["insert"]
+
+    def test_writes_to_many_tasks_are_one(self, counted):
+        repository, sent = counted
+        tasks = [run(repository, str(number)) for number in range(20)]
+        sent.clear()
+        writes = [write for task in tasks for write in lifecycle.conclude(task, FINE, NOW)]
+        assert repository.apply(writes) == [True] * 20
+        assert sent == ["update"]
+
+    def test_alternatives_of_which_the_first_holds_are_one(self, counted):
+        repository, sent = counted
+        task = run(repository, "a")
+        sent.clear()
+        assert repository.apply(lifecycle.hand_back(task, NOW)) == [True, False]
+        assert sent == ["update"]
+
+    def test_counts_that_do_not_add_up_cost_one_read(self, counted):
+        repository, sent = counted
+        for number in range(20):
+            repository.apply([insert(str(number))])
+        run(repository, "runs")
+        sent.clear()
+        writes = [lifecycle.take(str(number), "n") for number in range(20)]
+        writes.insert(7, lifecycle.take("runs", "n"))
+        writes.insert(3, lifecycle.take("nobody", "n"))
+        results = repository.apply(writes)
+        assert [i for i, held in enumerate(results) if not held] == [3, 8]
+        assert sent == ["update", "find"]
+
+
+class TestManyAtOnce:
+    def test_counts_are_read_right_beside_other_writers(self, repository):
+        """Of nodes that go for the same tasks each gets those that the marks say, no two the same."""
+        ids = [str(number) for number in range(60)]
+        repository.apply([insert(task_id) for task_id in ids])
+        won: dict[str, list[str]] = {}
+        barrier = threading.Barrier(4)
+
+        def take(node):
+            barrier.wait()
+            won[node] = []
+            for start in range(0, 60, 10):
+                some = ids[start : start + 10]
+                held = repository.apply([lifecycle.take(task_id, node) for task_id in some])
+                won[node] += [task_id for task_id, mine in zip(some, held, strict=True) if mine]
+
+        threads = [threading.Thread(target=take, args=(f"n{number}",)) for number in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert sorted(task_id for mine in won.values() for task_id in mine) == sorted(ids)
+        for node, mine in won.items():
+            assert sorted(stub.id for stub in repository.owned(node)) == sorted(mine)
+
+
+WRITES = {
+    "insert": lambda repository: [insert("new", owner="n")],
+    "start": lambda repository: [lifecycle.start(repository.get_by_id("p"), NOW, "n")],
+    "conclude": lambda repository: lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
+    "delete": lambda repository: [lifecycle.delete("p")],
+    "all of them": lambda repository: [
+        insert("new"),
+        *lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
+        lifecycle.take("p", "n"),
+        lifecycle.take("nobody", "n"),
+        insert("r"),
+    ],
+}
+HELD = {"all of them": [True, True, True, False, False]}
+#: The commands that carry writes, as they are named on the wire.
+COMMANDS = (b"insert\0", b"update\0", b"delete\0")
+
+
+class TestAnswersThatAreLost:
+    """A write that was sent may have been carried out: it is found out, not guessed."""
+
+    @pytest.fixture
+    def prepared(self, repository):
+        repository.apply([insert("p")])
+        run(repository, "r")
+        return repository
+
+    def losing(self, proxy, times=1):
+        """Cuts the line when the answer to a write comes back, so many times."""
+        asked, left = threading.Event(), [times]
+
+        def judge(direction, piece):
+            if direction == "ask" and any(command in piece for command in COMMANDS):
+                asked.set()
+            elif direction == "answer" and asked.is_set() and left[0] > 0:
+                left[0] -= 1
+                asked.clear()
+                proxy.cut()
+                return False
+            return True
+
+        proxy.judge = judge
+        return left
+
+    @pytest.mark.parametrize("what", WRITES)
+    @pytest.mark.parametrize("times", [1, 3])
+    def test_the_caller_is_told_what_became_of_it(self, prepared, through, proxy, what, times):
+        repository = through(timeout=20.0)
+        writes = WRITES[what](repository)
+        left = self.losing(proxy, times)
+        assert list(repository.apply(writes)) == HELD.get(what, [True] * len(writes))
+        assert left == [0]
+
+    def test_one_whose_guard_still_holds_is_not_done_twice(
+        self, prepared, through, proxy, database
+    ):
+        repository = through(timeout=20.0)
+        self.losing(proxy, 2)
+        assert list(repository.apply([Update("r", {}, {"message": "said"})])) == [True]
+        marks = database.tasks.find_one({"_id": "r"})["taskx"]["w"]
+        assert len(marks) == len(set(marks)) == 3
+
+    @pytest.mark.parametrize("what", WRITES)
+    def test_where_it_cannot_be_found_out_the_error_says_so(self, prepared, through, proxy, what):
+        """Sent again later, the writes are known again and not done twice."""
+        repository = through()
+        repository.apply([insert("warm")])
+        writes = WRITES[what](repository)
+        repository._connection.timeout = 0.3
+        proxy.judge = swallowing("answer", b"\0")
+        began = time.monotonic()
+        with pytest.raises(RepositoryUnavailable) as caught:
+            repository.apply(writes)
+        assert caught.value.in_doubt
+        assert time.monotonic() - began < 15
+        proxy.heal()
+        expected = HELD.get(what, [True] * len(writes))
+        while True:
+            try:
+                assert list(repository.settle(writes[:1])) == [True]
+                assert list(repository.apply(writes)) == expected
+                break
+            except RepositoryUnavailable:
+                assert time.monotonic() - began < 30
+
+    def test_an_unreachable_server_leaves_no_doubt(self, make):
+        client = pymongo.MongoClient("127.0.0.1", free_port())
+        repository = make(client.tasks, timeout=0.5)
+        began = time.monotonic()
+        with client, pytest.raises(RepositoryUnavailable) as caught:
+            repository.apply([insert("a")])
+        assert not caught.value.in_doubt
+        assert time.monotonic() - began < 10
+
+    def test_requests_that_never_arrive_are_made_again(self, prepared, through, proxy):
+        repository = through(timeout=20.0)
+        proxy.judge = swallowing("ask", b"insert\0", seen := threading.Event())
+        outcome = []
+        thread = threading.Thread(target=lambda: outcome.extend(repository.apply([insert("new")])))
+        thread.start()
+        assert seen.wait(20)
+        proxy.heal()
+        thread.join(30)
+        assert outcome == [True]
+        assert repository.count(TaskFilter()) == 3
+
+    def test_a_slow_network_changes_nothing(self, prepared, through, proxy):
+        repository = through(timeout=20.0)
+        pause = threading.Event()
+        proxy.judge = lambda direction, piece: not pause.wait(0.05)
+        assert list(repository.apply(WRITES["all of them"](repository))) == HELD["all of them"]
+
+
+class TestRefusals:
+    def test_too_large_for_a_document(self, repository):
+        """16 MiB, whatever max_payload_size says; its neighbours can be stored."""
+        huge = insert("huge", params='{"x":"' + "x" * 17 * 2**20 + '"}')
+        with pytest.raises(PayloadError, match=r"params: .* more than MongoDB's 16,777,216"):
+            repository.apply([huge])
+        with pytest.raises(PayloadError):
+            repository.apply([insert("a"), huge, insert("b")])
+        assert list(repository.apply([insert("a"), insert("b")])) == [True, True]
+        assert repository.count(TaskFilter()) == 2
+
+    def test_a_result_that_makes_it_too_large(self, repository):
+        task = run(repository, "a", params='{"x":"' + "x" * 9 * 2**20 + '"}')
+        ending = lifecycle.Ending(returned=True, result='"' + "x" * 9 * 2**20 + '"')
+        with pytest.raises(PayloadError):
+            repository.apply(lifecycle.conclude(task, ending, NOW))
+        assert repository.get_by_id("a").status == "running"
+
+    def test_what_was_applied_beside_a_refused_one_is_known_again(self, repository):
+        """The ledger replays one by one after a batch failed."""
+        tasks = [run(repository, str(number)) for number in range(2)]
+        large = '"' + "x" * 9 * 2**20 + '"'
+        full = run(repository, "full", params=f'{{"x":{large}}}')
+        [huge] = lifecycle.conclude(full, lifecycle.Ending(returned=True, result=large), NOW)
+        moves = [lifecycle.conclude(task, FINE, NOW)[0] for task in tasks]
+        with pytest.raises(PayloadError):
+            repository.apply([moves[0], huge, moves[1]])
+        for move in moves:
+            assert list(repository.apply([move])) == [True]
+        assert repository.count(TaskFilter(status="completed")) == 2
+
+    @pytest.mark.parametrize("hostile", [{"$ne": ""}, {"$gt": ""}, ["a"], b"a", 1, None])
+    def test_operators_are_never_sent(self, repository, hostile):
+        """Where a string belongs there is a string, or an error."""
+        repository.apply([insert("a", owner="n")])
+        calls = [
+            lambda: repository.get_many([hostile]),
+            lambda: repository.get_by_id(hostile),
+            lambda: repository.delete(hostile),
+            lambda: repository.update_status(hostile, "cancelled"),
+            lambda: repository.update_progress(hostile, 5),
+            lambda: repository.apply([Update(hostile, {}, {"message": "changed"})]),
+            lambda: repository.apply(lifecycle.cancel(hostile, NOW)),
+            lambda: repository.owned(hostile),
+            lambda: repository.ready([hostile], 5),
+            lambda: repository.ready(["t"], 5, hostile),
+            lambda: repository.unfinished([hostile]),
+            lambda: TaskFilter(type=hostile if hostile is not None else 1),
+            lambda: TaskFilter(created_by=hostile if hostile is not None else 1),
+        ]
+        for call in calls:
+            with pytest.raises(ConfigurationError):
+                call()
+        if not isinstance(hostile, (int, type(None))):
+            with pytest.raises(ConfigurationError):
+                repository.apply([Update("a", {"message": hostile}, {"message": "changed"})])
+        assert repository.get_by_id("a").message == ""
