@@ -1,17 +1,30 @@
 """The floor: TaskX's own statements, on its own schema, in a bare loop of one thread.
 
-No validation, no JSON, no ids made, no threads, no locks: what is left is what SQLite takes.
+No validation, no JSON, no ids made, no threads, no locks: what is left is what SQLite takes. Only the
+idle latencies have two threads, as a task is handed from one to another.
 """
 
 from __future__ import annotations
 
 import os
+import queue
 import sqlite3
+import threading
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from benchmarks.harness import DURABILITIES, FLOOR, Cell, Plan, Stopwatch
+from benchmarks.harness import (
+    DURABILITIES,
+    FLOOR,
+    IDLE,
+    LATENCIES,
+    Cell,
+    Plan,
+    Stopwatch,
+    percentile,
+)
 from taskx import Task
 from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK
@@ -125,6 +138,48 @@ class Loop:
             execute(own.finishing, finish)
             execute("COMMIT")
 
+    def commit(self, level: str, sql: str, values: Sequence[Any]) -> None:
+        """One statement, one commit."""
+        if self.accepting != self.running:
+            self.synchronous(level)
+        self.cursor.execute("BEGIN IMMEDIATE")
+        self.cursor.execute(sql, values)
+        self.cursor.execute("COMMIT")
+
+    def one_at_a_time(self) -> tuple[list[float], list[float]]:
+        """Insert on one thread, start and finish on another, each with a commit, with pauses.
+
+        Returns:
+            microseconds from before the insert to after each start, and to when the end is seen.
+        """
+        begins: list[float] = []
+        results: list[float] = []
+        handed: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+        own, submitted = self.statements, 0.0
+
+        def work() -> None:
+            while (index := handed.get()) is not None:
+                self.cursor.execute(own.selecting, own.selects[index]).fetchall()
+                self.commit(self.running, own.starting, own.starts[index])
+                begins.append(1e6 * (time.perf_counter() - submitted))
+                self.commit(self.running, own.finishing, own.finishes[index])
+                ended.put(None)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        self.synchronous(self.accepting)
+        for index, row in enumerate(own.inserts):
+            time.sleep(IDLE)
+            submitted = time.perf_counter()
+            self.commit(self.accepting, own.inserting, row)
+            handed.put(index)
+            ended.get()
+            results.append(1e6 * (time.perf_counter() - submitted))
+        handed.put(None)
+        thread.join()
+        return begins, results
+
 
 def _insert(plan: Plan, durability: str, folder: str) -> dict[str, float]:
     with Loop(folder, durability, plan.count(durability)) as loop:
@@ -168,6 +223,13 @@ def _insert_start_finish(plan: Plan, durability: str, folder: str) -> dict[str, 
         return {"together": watch.rate(loop.count)}
 
 
+def _one_at_a_time(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+    with Loop(folder, durability, plan.samples) as loop:
+        begins, results = loop.one_at_a_time()
+    values = (percentile(times, share) for times in (begins, results) for share in (50, 99))
+    return dict(zip(LATENCIES, values, strict=True))
+
+
 def cells(plan: Plan) -> list[Cell]:
     """All cells of the floor."""
     runs = {
@@ -183,4 +245,8 @@ def cells(plan: Plan) -> list[Cell]:
             for durability in DURABILITIES
         ),
         Cell(FLOOR, "accepted", partial(_left, plan), ("left",)),
+        *(
+            Cell(FLOOR, durability, partial(_one_at_a_time, plan, durability), LATENCIES)
+            for durability in ("accepted", "process")
+        ),
     ]

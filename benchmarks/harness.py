@@ -17,6 +17,9 @@ DURABILITIES = ("accepted", "full", "process")
 WORKERS = 4
 SLEEPERS, NAP = 32, 0.01
 FLOOR, TASKX = "floor", "TaskX"
+#: Seconds between two tasks of a queue that counts as idle.
+IDLE = 0.004
+LATENCIES = ("begins-p50", "begins-p99", "result-p50", "result-p99")
 
 
 @dataclass(frozen=True)

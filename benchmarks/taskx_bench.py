@@ -16,6 +16,7 @@ from benchmarks import children
 from benchmarks.counting import COMMITS, READS, WRITES, Seen, watching
 from benchmarks.harness import (
     DURABILITIES,
+    IDLE,
     NAP,
     SLEEPERS,
     TASKX,
@@ -41,8 +42,6 @@ _COSTS = {
     name: tuple(f"{name}-{what}" for what in ("reads", "writes", "commits"))
     for name in ("cost-drain", "cost-alone")
 }
-#: Seconds between two tasks of a queue that counts as idle.
-_PAUSE = 0.004
 FEW = 1_000
 #: How often a drain beside finished tasks is measured on one file.
 _DRAINS = 3
@@ -149,8 +148,7 @@ def _sleepers(plan: Plan, durability: str, folder: str) -> dict[str, float]:
     with queue_on(folder, durability, workers=SLEEPERS, buffer=plan.sleepers) as queue:
         queue.executor("nap")(lambda: time.sleep(NAP))
         with queue, Stopwatch() as watch:
-            for _ in range(plan.sleepers):
-                queue.submit("nap")
+            queue.submit_many([Task(type="nap") for _ in range(plan.sleepers)])
             queue.drain()
     return {"sleepers": watch.seconds / (plan.sleepers * NAP / SLEEPERS)}
 
@@ -165,7 +163,7 @@ def _begins(plan: Plan, durability: str, folder: str) -> dict[str, float]:
         queue.executor("clock")(lambda: began.append(time.perf_counter()))
         with queue:
             for _ in range(plan.samples):
-                time.sleep(_PAUSE)
+                time.sleep(IDLE)
                 submitted = time.perf_counter()
                 queue.submit("clock")
                 while not began:
@@ -178,7 +176,7 @@ def _result(plan: Plan, durability: str, folder: str) -> dict[str, float]:
     samples = []
     with queue_on(folder, durability) as queue, queue:
         for _ in range(plan.samples):
-            time.sleep(_PAUSE)
+            time.sleep(IDLE)
             with Stopwatch() as watch:
                 queue.submit("noop").result()
             samples.append(1e6 * watch.seconds)

@@ -185,14 +185,12 @@ def wait_for(condition):
 def test_tables_are_put_into_the_document(tmp_path):
     copy = tmp_path / "performance.rst"
     copy.write_text(DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
-    benchmark("--tasks", "10", "--only", "begins", "--no-peers", "--update", str(copy))
+    benchmark("--tasks", "10", "--only", "sleepers", "--no-peers", "--update", str(copy))
     text = copy.read_text(encoding="utf-8")
     before, after = DOCUMENT.read_text(encoding="utf-8").split(".. measured from here on")
     assert text.startswith(before)
     assert text.endswith(after.partition(".. measured up to here")[2])
-    assert [row[0] for row in tables(text)[-1]] == ["idle: submit to begin, p50"] * 2 + [
-        "idle: submit to begin, p99"
-    ] * 2
+    assert [row[0] for row in tables(text)[-1]] == ["10 ms sleeps on 32 threads"] * 2
 
 
 @pytest.mark.parametrize("durability", ["accepted", "process"])

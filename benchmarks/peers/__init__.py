@@ -13,8 +13,8 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks import children
-from benchmarks.harness import Cell, Plan
-from benchmarks.peers.base import LATENCIES, Peer
+from benchmarks.harness import LATENCIES, Cell, Plan
+from benchmarks.peers.base import Peer
 from benchmarks.peers.services import redis_version
 
 _SERVER = "redis-server"

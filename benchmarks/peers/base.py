@@ -7,11 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from benchmarks.children import PATIENCE, ChildFailed
-from benchmarks.harness import Stopwatch, percentile
-
-LATENCIES = ("begins-p50", "begins-p99", "result-p50", "result-p99")
-#: Seconds between two tasks of a queue that counts as idle.
-_PAUSE = 0.004
+from benchmarks.harness import IDLE, Stopwatch, percentile
 
 
 def noop() -> int:
@@ -129,7 +125,7 @@ def latency(peer: Peer, count: int) -> dict[str, float]:
     peer.clock()
     began, seen = [], []
     for _ in range(count):
-        time.sleep(_PAUSE)
+        time.sleep(IDLE)
         submitted = time.perf_counter()  # on Linux the same clock in every process
         begin, result = peer.clock()
         began.append(1e6 * (begin - submitted))

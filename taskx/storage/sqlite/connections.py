@@ -8,7 +8,6 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 from taskx.core.errors import (
     RepositoryCorrupt,
@@ -165,8 +164,11 @@ class Connections:
         self._opening = threading.Lock()
 
     def _connect(self, mode: str = "rwc") -> sqlite3.Connection:
+        from urllib.parse import quote  # slow to load, and not needed before a file is opened
+
+        path = quote(os.fsencode(os.path.abspath(self.path)))
         connection = sqlite3.connect(
-            f"{Path(self.path).absolute().as_uri()}?mode={mode}",
+            f"file://{path}?mode={mode}",
             uri=True,
             timeout=self.busy_timeout,
             isolation_level=None,
