@@ -334,7 +334,7 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     ending = Ending(
         returned=False,
         error="the process that ran it died" if crashed else "its process ended while it ran",
-        worker=task.worker or task.owner,
+        worker=task.owner,  # which of its threads it was is not known; task.worker ran it before
     )
     crashes = task.crashes + crashed
     outcome = "crashed" if crashed else "interrupted"

@@ -61,7 +61,7 @@ class Attempt:
             ``crashed`` or, while it runs, an empty string.
         started_at: when it began.
         ended_at: when it ended; None while it runs.
-        worker: which thread of which process ran it.
+        worker: which thread of which process ran it; the id of the node where that process died.
         error: what went wrong, as text; empty if nothing did.
         traceback: where, as text; empty if there is none.
     """

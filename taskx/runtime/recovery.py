@@ -116,7 +116,7 @@ class Recovery:
     def _hand_back(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)
         if task is not None and task_id not in self._engine.runs:
-            ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
+            ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.owner)
             now = self._services.clock.now_ms()
             self._services.ledger.commit(lifecycle.conclude(task, ending, now))
             self._engine.more_stored = True

@@ -327,6 +327,10 @@ class TestRescue:
         [attempt] = after.attempts
         assert (attempt.outcome, attempt.error) == ("crashed", "the process that ran it died")
 
+    def test_the_log_names_the_node_that_died_and_not_who_ran_it_before(self):
+        [after] = rescue(make("running", owner="died", worker="earlier/1"))
+        assert after.attempts[-1].worker == "died"
+
     def test_a_suspect_is_the_culprit_and_spares_its_neighbours(self):
         suspect, neighbour = rescue(make("running", crashes=1), make("running"))
         assert counts(suspect) == ("pending", 2, 0)
