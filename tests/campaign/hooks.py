@@ -250,8 +250,12 @@ def _cancel_without_guard() -> None:
 
 
 def _suspects_together() -> None:
+    def leave(inner: Any, self: Any) -> None:
+        self._turn.acquire(blocking=False)  # nobody took it
+        inner(self)
+
     wrap(Suspects, "admit", lambda inner, self, item: True)
-    wrap(Suspects, "leave", lambda inner, self: None)
+    wrap(Suspects, "leave", leave)
 
 
 def _last_chance_beside_others() -> None:

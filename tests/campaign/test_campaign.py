@@ -253,7 +253,7 @@ def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
 
 def crash_beside_innocents(campaign: Campaign, **options: Any) -> None:
     """A task that crashes again and again, beside others that take longer."""
-    crasher = {"kind": "crasher", "params": {"after": 0.1}, "max_crashes": 10}
+    crasher = {"kind": "crasher", "params": {"after": 0.1}, "max_crashes": 3}
     innocent = {"kind": "innocent", "params": {"seconds": 0.5}}
     tasks = [innocent, crasher, innocent]
     campaign.spawn(role="store", tasks=tasks, durability="process").wait(30.0)
@@ -269,8 +269,8 @@ PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
     "node without lock": (live_neighbours, "was under way"),
     "acknowledged before the commit": (early_end, "lost"),
     "cancel without guard": (cancel_what_runs, "lived on, and the record is cancelled"),
-    "suspects run together": (crash_beside_innocents, "innocent"),
-    "a last chance beside others": (crashers_beside_innocents, "innocent"),
+    "suspects run together": (crash_beside_innocents, "against several suspects"),
+    "a last chance beside others": (crashers_beside_innocents, "innocent, and yet failed"),
 }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 
 import attrs
 
@@ -157,6 +158,7 @@ def verify(records: Mapping[str, Task], events: Sequence[Event]) -> list[str]:
     history = History(events)
     found = [
         *_processes(history),
+        *_together(records.values()),
         *(
             f"{id}: stored, but nobody submitted it"
             for id in records.keys() - history.stories.keys()
@@ -176,6 +178,18 @@ def _processes(history: History) -> Iterator[str]:
     for who, process in history.processes.items():
         if process.trouble:
             yield f"process {who}: {process.trouble}"
+
+
+def _together(records: Iterable[Task]) -> Iterator[str]:
+    """A death counts against one suspect at most: no two of them run on one node."""
+    culprits: dict[tuple[str, datetime | None], list[str]] = {}
+    for record in records:
+        crashed = [attempt for attempt in record.attempts if attempt.outcome == "crashed"]
+        for attempt in crashed[1:]:  # the first made it a suspect
+            culprits.setdefault((attempt.worker, attempt.ended_at), []).append(record.id)
+    for (node, _), ids in culprits.items():
+        if len(ids) > 1:
+            yield f"one death of node {node} counts against several suspects: {ids}"
 
 
 Check = Callable[[Story, Task, History], Iterator[str]]
