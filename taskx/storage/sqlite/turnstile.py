@@ -4,7 +4,8 @@ SQLite's own busy handler sleeps and tries again, so that a process which writes
 another next to no chance. Two ``flock`` locks give turns: who wants to write holds the outer one
 while it waits for the inner one, and gives it up when it has that. A process that has just written
 finds the outer one held by whoever waits, and comes after it. As long as nobody else writes, the
-inner one alone is tried, which is two system calls a transaction.
+inner one alone is tried, which is two system calls a transaction, but for a look at the outer one now
+and then: who comes to a file that another process keeps busy would hardly ever find the inner one free.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ _FIRST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.001
 
 #: Seconds for which a process keeps to its turns after it has met another one.
 CROWDED = 1.0
+#: Seconds between two looks for others while none was met.
+LOOK_EVERY = 0.01
 
 _open: set[int] = set()
 
@@ -36,7 +39,7 @@ class Turnstile:
     def __init__(self, folder: str) -> None:
         self._paths = (os.path.join(folder, "outer.lock"), os.path.join(folder, "inner.lock"))
         self._fds: tuple[int, int] | None = None
-        self._crowded_until = 0.0
+        self._crowded_until = self._look_at = 0.0
 
     def enter(self, timeout: float) -> None:
         """Wait for one's turn, at most ``timeout`` seconds; past that SQLite's own lock decides."""
@@ -44,16 +47,22 @@ class Turnstile:
             return
         outer, inner = fds
         now = time.monotonic()
-        if now >= self._crowded_until and _try(inner):
+        alone = self._crowded_until <= now < self._look_at
+        if alone and _try(inner):
             return
-        self._crowded_until = now + CROWDED
+        met = alone
         try:
             if not _try(outer):
+                met = True
                 _wait(outer, timeout)
             if not _try(inner):
+                met = True
                 _wait(inner, timeout)
         finally:
             fcntl.flock(outer, fcntl.LOCK_UN)
+        self._look_at = now + LOOK_EVERY
+        if met:
+            self._crowded_until = now + CROWDED
 
     def leave(self) -> None:
         """Let the next one through."""
