@@ -1,6 +1,7 @@
 """What is particular to the SQLite file: how it is opened, shared, filled and damaged."""
 
 import contextlib
+import itertools
 import os
 import shutil
 import sqlite3
@@ -505,7 +506,7 @@ class TestTurns:
         one, other = ([float(time) for time in finish(child).split()] for child in children)
         assert min(len(one), len(other)) > max(len(one), len(other)) / 2
         for mine, theirs in ((one, other), (other, one)):
-            waits = zip(mine, mine[1:], strict=False)
+            waits = itertools.pairwise(mine)
             turns = [sum(asked < time < done for time in theirs) for asked, done in waits]
             assert max(turns) <= 10  # mostly one; the busy handler alone lets all go first
 
