@@ -18,8 +18,10 @@ from .conftest import PATIENCE, eventually, run_in_thread
 # beside the database, so that it can be counted how often each was begun and ended.
 PROGRAM = """
 import os, signal, sys, threading, time
+import taskx.queue
 from taskx import Config, Queue, SQLiteRepository
 
+taskx.queue.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
 path = sys.argv[1]
 queue = Queue(
     SQLiteRepository(path), Config(worker_num=2, buffer_size=5, overflow="spill")
@@ -128,7 +130,7 @@ def test_killed_again_and_again_nothing_is_lost(run, runner, database):
     submitter = Queue(runner.repository)
     submitter.declare("work")
     for n in range(2000):
-        submitter.submit("work", {"n": n})
+        submitter.submit("work", {"n": n}, max_crashes=4)  # one may run at each of three kills
     for _ in range(3):
         child = run(
             """
