@@ -87,24 +87,34 @@ class Sender:
             PayloadError: a document is too large.
             RepositoryError: the server refused a write.
         """
-        mark = self.new_mark()
         results = [False] * len(writes)
         waiting: dict[str, list[int]] = {}
         for index, write in enumerate(writes):
             waiting.setdefault(text(write.id, "id"), []).append(index)
+        marks = self._marks(writes, waiting.values())
         known: dict[str, Mapping[str, Any] | None] = {}
         try:
             while due := _next_round(writes, waiting, known):
-                ops = [self._op(writes[index], mark, batch) for index in due]
+                ops = [self._op(writes[index], marks[index], batch) for index in due]
                 for index, held in zip(due, self._send(ops), strict=True):
                     results[index] = held
                     known[writes[index].id] = _known_after(writes[index], held)
         except BaseException:
             # An interrupt, too: what is sent again bears the mark of the first time.
-            self._remember(writes, mark)
+            self._remember(writes, marks)
             raise
         self._forget(writes)
         return results
+
+    def _marks(self, writes: Sequence[Write], by_task: Collection[Sequence[int]]) -> list[int]:
+        """A mark for each write: two of one task never have the same, or one would pass for the other."""
+        marks = [0] * len(writes)
+        for position in range(max(map(len, by_task), default=0)):
+            mark = self.new_mark()
+            for indexes in by_task:
+                if position < len(indexes):
+                    marks[indexes[position]] = mark
+        return marks
 
     def _op(self, write: Write, mark: int, batch: str) -> _Op:
         remembered = self.mark_of(write)
@@ -114,9 +124,9 @@ class Sender:
             _refuse_if_too_large(op.document, len(write.row["params"]))
         return op
 
-    def _remember(self, writes: Sequence[Write], mark: int) -> None:
+    def _remember(self, writes: Sequence[Write], marks: Sequence[int]) -> None:
         with self._lock:
-            for write in writes:
+            for write, mark in zip(writes, marks, strict=True):
                 self._unknown.setdefault(id(write), (write, mark))
             while len(self._unknown) > _MOST_REMEMBERED:
                 del self._unknown[next(iter(self._unknown))]

@@ -10,7 +10,14 @@ import pytest
 from mongo_proxy import swallowing
 from mongo_server import REAL, free_port, shared
 
-from taskx import ConfigurationError, PayloadError, RepositoryUnavailable, Task, TaskFilter
+from taskx import (
+    ConfigurationError,
+    PayloadError,
+    RepositoryUnavailable,
+    Task,
+    TaskFilter,
+    TaskStatus,
+)
 from taskx.core import lifecycle
 from taskx.core.writes import Update
 
@@ -74,6 +81,44 @@ class TestTrips:
         results = repository.apply(writes)
         assert [i for i, held in enumerate(results) if not held] == [3, 8]
         assert sent == ["update", "find"]
+
+
+class TestSeveralOfOneTask:
+    """In one batch, each is carried out, in order."""
+
+    def test_a_request_to_cancel_and_the_outcome(self, repository):
+        """The outcome was taken for the request, whose mark the document bore: it was never written."""
+        task = run(repository, "a")
+        other = run(repository, "b")
+        asked = lifecycle.cancel("a", NOW)
+        outcomes = [*lifecycle.conclude(other, FINE, NOW), *lifecycle.conclude(task, FINE, NOW)]
+        assert list(repository.apply([*asked, *outcomes])) == [False, True, True, True]
+        task = repository.get_by_id("a")
+        assert (task.status, task.result) == (TaskStatus.COMPLETED, 1)
+        assert task.cancel_requested_at is not None
+
+    @pytest.mark.parametrize("lost", ["before the first", "between the two"])
+    def test_those_that_are_sent_again(self, repository, database, monkeypatch, lost):
+        """After an error that left it unclear which of them took place."""
+        writes = [Update("a", {}, {"message": "said"}), Update("a", {}, {"progress": 7})]
+        run(repository, "a")
+        send, left = repository._sender._send, [0 if lost == "before the first" else 1]
+
+        def failing(ops):
+            if not left[0]:
+                raise RepositoryUnavailable("lost")
+            left[0] -= 1
+            return send(ops)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(repository._sender, "_send", failing)
+            with pytest.raises(RepositoryUnavailable):
+                repository.apply(writes)
+        assert list(repository.apply(writes)) == [True, True]
+        document = database.tasks.find_one({"_id": "a"})
+        assert (document["message"], document["progress"]) == ("said", 7)
+        marks = document["taskx"]["w"]
+        assert len(marks) == len(set(marks)) == 4
 
 
 class TestManyAtOnce:
