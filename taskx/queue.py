@@ -233,7 +233,8 @@ class Queue:
             QueueStopped: the queue was stopped.
             InvalidTransition: the task is not pending.
             ConfigurationError: another argument is not valid.
-            RepositoryError: it could not be stored.
+            RepositoryError: it could not be stored; or, where its ``in_doubt`` is True, may have been:
+                to submit its ``task_id`` again tells.
         """
         if options and (unknown := options.keys() - _SUBMIT_OPTIONS):
             raise TypeError(f"submit() has no option {', '.join(sorted(unknown))}")
@@ -253,7 +254,7 @@ class Queue:
         waits in the repository.
 
         Raises:
-            TaskxError: as :meth:`submit` does; nothing was stored.
+            TaskxError: as :meth:`submit` does; nothing was stored, unless it is in doubt.
         """
         return [TaskHandle(task_id, self) for task_id in self._intake.accept_many(tasks)]
 

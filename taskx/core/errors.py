@@ -125,9 +125,12 @@ class RepositoryUnavailable(RepositoryError):
     Attributes:
         in_doubt: True if a write was sent to a server that did not answer, so that it may have been
             carried out; False if nothing was changed.
+        task_id: the task whose submit is in doubt (of ``submit_many`` the first; they are all stored
+            or none is): to submit it again stores it, or raises ``DuplicateTask``. Empty otherwise.
     """
 
     in_doubt: bool = False
+    task_id: str = ""
 
 
 class RepositoryCorrupt(RepositoryError):

@@ -17,6 +17,7 @@ from taskx.core.errors import (
     QueueFull,
     QueueStopped,
     RepositoryError,
+    RepositoryUnavailable,
     TaskxError,
 )
 from taskx.core.ids import new_id
@@ -64,7 +65,7 @@ class Intake:
             priority: wins over the task's and the executor's own, zero included.
 
         Raises:
-            TaskxError: of the kind that says why not; nothing was stored.
+            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self._refuse_if_stopped()
         insert = self._prepare(task, priority)
@@ -104,8 +105,8 @@ class Intake:
     def _commit(self, insert: Insert) -> bool:
         try:
             return self._services.ledger.commit([insert])[0]
-        except TaskxError:
-            raise
+        except TaskxError as error:
+            raise _about(error, insert.id) from error.__cause__
         except BaseException as error:
             # Whether it is stored cannot be said: submitting the same id again tells.
             error.task_id = insert.id  # type: ignore[attr-defined]
@@ -176,7 +177,7 @@ class Intake:
         """Store tasks in one transaction, all or none; returns their ids in order.
 
         Raises:
-            TaskxError: of the kind that says why not; nothing was stored.
+            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self._refuse_if_stopped()
         inserts = [self._prepare(task) for task in tasks]
@@ -218,8 +219,8 @@ class Intake:
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
         try:
             results = self._services.ledger.commit_whole(inserts)
-        except TaskxError:
-            raise
+        except TaskxError as error:
+            raise _about(error, inserts[0].id) from error.__cause__
         except BaseException as error:
             # All or none of them are stored, and any one of them tells which.
             error.task_id = inserts[0].id  # type: ignore[attr-defined]
@@ -270,6 +271,15 @@ class Intake:
             max_attempts=max_attempts,
             max_crashes=max_crashes,
         )
+
+
+def _about(error: TaskxError, task_id: str) -> TaskxError:
+    """The error; one of its own where the submit is in doubt, as all in a commit are told the same."""
+    if not isinstance(error, RepositoryUnavailable) or not error.in_doubt:
+        return error
+    own = RepositoryUnavailable(f"task {task_id}: {error}")
+    own.in_doubt, own.task_id = True, task_id
+    return own
 
 
 def _either(own: Any, default: Any) -> Any:

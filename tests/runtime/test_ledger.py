@@ -10,6 +10,7 @@ import pytest
 
 from taskx import (
     Config,
+    DuplicateTask,
     MemoryRepository,
     Queue,
     RepositoryError,
@@ -24,7 +25,7 @@ from taskx.runtime import scheduler
 from taskx.runtime.engine import MAX_AHEAD
 from taskx.runtime.ledger import Ledger
 
-from .conftest import PATIENCE, eventually, run_in_thread
+from .conftest import PATIENCE, eventually, ids, run_in_thread
 
 
 def insert(task_id):
@@ -214,6 +215,94 @@ def test_interrupted_submit_may_be_repeated_and_runs_once(make_queue, when, monk
     eventually(lambda: queue.list_tasks()[1] == 1)
     queue.handle("mine").result(PATIENCE)
     assert ran == [1]
+
+
+# In doubt: the write was sent to a server that did not answer
+
+
+def lose_answers(repository, when="after"):
+    """Every commit ends in doubt until told otherwise, carried out (``after``) or not."""
+
+    def strike(writes):
+        error = RepositoryUnavailable("no answer")
+        error.in_doubt = True
+        raise error
+
+    setattr(repository, when, strike)
+
+
+def answer(repository):
+    repository.before = repository.after = lambda writes: None
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_submit_in_doubt_carries_the_id_and_may_be_repeated(queue, when):
+    queue.executor("fine")(lambda: "fine")
+    lose_answers(queue.repository, when)
+    with pytest.raises(RepositoryUnavailable, match="no answer") as caught:
+        queue.submit("fine")
+    answer(queue.repository)
+    task_id = caught.value.task_id
+    assert caught.value.in_doubt
+    if when == "after":
+        with pytest.raises(DuplicateTask):
+            queue.submit("fine", id=task_id)
+    else:
+        queue.submit("fine", id=task_id)
+    assert ids(queue) == {task_id}
+
+
+def test_submit_in_doubt_runs_once(make_queue, monkeypatch):
+    monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.1)  # it is the audit that finds the task
+    queue = make_queue(worker_num=1)
+    ran = []
+    queue.executor("note")(lambda: ran.append(1))
+    queue.start()
+    lose_answers(queue.repository)
+    with pytest.raises(RepositoryUnavailable):
+        queue.submit("note", id="mine")
+    answer(queue.repository)
+    queue.handle("mine").result(PATIENCE)
+    assert ran == [1]
+
+
+def test_batch_in_doubt_names_its_first_task(queue):
+    queue.executor("fine")(lambda: "fine")
+    lose_answers(queue.repository)
+    with pytest.raises(RepositoryUnavailable) as caught:
+        queue.submit_many([Task(type="fine"), Task(type="fine")])
+    answer(queue.repository)
+    assert caught.value.in_doubt
+    assert caught.value.task_id in ids(queue)
+
+
+def test_submits_that_shared_a_commit_are_told_of_their_own_task(queue):
+    queue.executor("fine")(lambda: "fine")
+    hold = Hold(queue.repository)
+    first = run_in_thread(lambda: queue.submit("fine"))
+    assert hold.reached.wait(PATIENCE)
+    names = ["a", "b", "c"]
+    submits = [run_in_thread(lambda name=name: queue.submit("fine", id=name)) for name in names]
+    eventually(lambda: len(queue._services.ledger._waiting) == 4)
+    queue.repository.after = lambda writes: lose_answers(queue.repository)
+    hold.go_on.set()
+    first()
+    told = []
+    for submit in submits:
+        with pytest.raises(RepositoryUnavailable) as caught:
+            submit()
+        told.append(caught.value.task_id)
+    answer(queue.repository)
+    assert told == names
+
+
+def test_refused_submit_leaves_no_doubt(queue):
+    queue.executor("fine")(lambda: "fine")
+    queue.repository.down = True
+    with pytest.raises(RepositoryUnavailable) as caught:
+        queue.submit("fine")
+    assert not caught.value.in_doubt
+    assert caught.value.task_id == ""
 
 
 # Out of order
