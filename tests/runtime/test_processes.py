@@ -11,6 +11,7 @@ from collections import Counter
 import pytest
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
+from taskx.runtime import scheduler
 from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, ROOT, eventually
@@ -134,6 +135,24 @@ def test_what_a_dead_process_held_is_noticed_by_its_lock(run, make_survivor, clo
     assert survivor.drain(PATIENCE)
     assert sorted(survivor.ran) == sorted([*WORK, "listen 0", "listen 1"])
     assert [survivor.get_task_status(f"listen{n}").crashes for n in range(2)] == [1, 1]
+
+
+def test_one_look_takes_back_all_that_a_dead_process_held(run, survivor):
+    """It need not be seen twice, nor be dead for some time; so a rescue takes one look."""
+    child = run("fill(); say('filled'); wait_for_ever()")
+    assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
+    [node] = survivor.repository.nodes()
+    assert len(survivor.repository.owned(node.id)) >= 2
+    child.kill()
+    survivor.start()  # its first look is over when this returns
+    assert survivor.repository.owned(node.id) == []
+    assert node.id not in [node.id for node in survivor.repository.nodes()]
+
+
+def test_looks_are_often_enough_for_what_is_promised():
+    """Work of others begins within 100 ms; a cancel arrives, and a rescue is made, within a second."""
+    assert scheduler.POLL <= 0.05
+    assert scheduler.RECOVER_EVERY <= 0.5
 
 
 def test_a_stopped_process_is_never_taken_for_dead(run, make_survivor, clock, database):
