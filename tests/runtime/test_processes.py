@@ -389,7 +389,8 @@ from taskx import executor
 
 @executor("report")
 def report(ctx, title):
-    print("running", flush=True)
+    sys.stdout.write("running\\n")  # in one piece: the server speaks, too
+    sys.stdout.flush()
     threading.Event().wait()
 
 flask_app.report = report

@@ -102,7 +102,7 @@ for n in range(2):
 queue.start()
 for n in range(300):
     queue.submit("work", {"n": n}, id=f"work{n}")
-print("submitted", flush=True)
+say("submitted")
 wait_for_ever()
 """
     )
@@ -438,7 +438,7 @@ for _ in range(3):
     assert os.waitpid(pid, 0)[1] == 0
     work.submit(1).result(20)
 task = queue.get_task_status("x")
-print(task.status, task.interruptions, flush=True)
+say(f"{task.status} {task.interruptions}")
 queue.cancel_task("x")
 queue.stop()
 """

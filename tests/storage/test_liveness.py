@@ -24,8 +24,17 @@ HOLD = """
     sys.stdin.readline()
 """
 
-#: The same, and a forked child that outlives it.
-HOLD_AND_FORK = HOLD.replace('print("held"', 'import os; print(os.fork() or "forked"')
+#: The same, and a forked child that outlives it; each says its word in one piece.
+HOLD_AND_FORK = """
+    import os, sys
+    from taskx import SQLiteRepository
+    from taskx.storage.base import Node
+    repository = SQLiteRepository(sys.argv[1])
+    repository.join(Node(id="n1", name="child"))
+    word = str(os.fork() or "forked")
+    os.write(1, f"{word}\\n".encode())
+    sys.stdin.readline()
+"""
 
 
 @pytest.fixture
