@@ -20,6 +20,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from pymongo.errors import DuplicateKeyError
+
 from taskx.core.errors import RepositoryError
 from taskx.storage.base import Node
 from taskx.storage.mongo.connection import Connection
@@ -73,7 +75,7 @@ class Leases:
         host, inode = self._locks.hold(node.id)
         own = _Own(_record(node, host, inode), self._monotonic())
         try:
-            self._connection.run(lambda: self._connection.nodes.insert_one(dict(own.record)))
+            self._connection.run(lambda: self._insert(own))
         except BaseException:
             self._locks.release(node.id)
             raise
@@ -173,10 +175,18 @@ class Leases:
             own.acknowledged, own.dead = sent, False
         elif nodes.find_one({"_id": node}) is None:
             # Whoever took its tasks is through with it.
-            nodes.insert_one(dict(own.record))
-            own.acknowledged, own.dead = sent, False
+            if self._insert(own):
+                own.acknowledged, own.dead = sent, False
         else:
             own.dead = True
+
+    def _insert(self, own: _Own) -> bool:
+        """Record a node; says whether its record was not there, as it is if the driver sent it twice."""
+        try:
+            self._connection.nodes.insert_one(dict(own.record))
+        except DuplicateKeyError:
+            return False
+        return True
 
     def _tell(self, node: str, own: _Own) -> None:
         if not self.lost(node):

@@ -259,6 +259,30 @@ class TestBeingJudged:
         assert not ours.leases.lost("n")
         assert other.alive("n") is True
 
+    def test_it_joins_though_its_record_is_sent_twice(self, connection, host, monkeypatch):
+        """As the driver does when the first answer was lost."""
+        monkeypatch.setattr(Leases, "_run", lambda self: None)
+        nodes = connection.nodes
+
+        class Twice:
+            def __getattr__(self, name):
+                return getattr(nodes, name)
+
+            def insert_one(self, record):
+                nodes.insert_one(dict(record))
+                nodes.insert_one(record)
+
+        monkeypatch.setattr(Broken, "nodes", Twice())
+        ours = host()
+        ours.leases.join(Node(id="n", name="ours"))
+        nodes.delete_one({"_id": "n"})
+        ours.clock.advance(LEASE)
+        for _ in range(2):  # the second one meets what the first one left
+            ours.leases.beat("n")
+        assert not ours.leases.lost("n")
+        ours.leases.leave("n")
+        assert nodes.count_documents({}) == 0
+
     def test_whatever_the_network_does_it_is_told_first(self, connection, tmp_path, monkeypatch):
         """Random outages, random looks: the mark never comes before the word."""
         monkeypatch.setattr(Leases, "_run", lambda self: None)
