@@ -25,7 +25,7 @@ demo: $(VENV)/installed-core ## run the main job: hash the standard library as t
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
 test: $(VENV)/installed-test ## run the tests
-	@$(BIN)/python -m pytest $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 soak: $(VENV)/installed-test ## kill processes a thousand times over, and prove that nothing is lost
 	@$(BIN)/python -m tests.campaign.campaign --kills 1000 $(ARGS)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -17,6 +18,7 @@ import tempfile
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -37,10 +39,12 @@ OPTIONS = {"set": ["--sync-on-commit"], "standalone": ["--sync-on-commit", "--st
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that the system gives to nobody by itself: it stays free while a server is down."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:
