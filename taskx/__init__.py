@@ -25,6 +25,7 @@ from taskx.core.errors import (
     UnknownTaskType,
 )
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
+from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
 from taskx.queue import Queue
 from taskx.runtime.config import Config
@@ -55,14 +56,18 @@ __all__ = [
     "MemoryRepository",
     "MongoRepository",
     "PayloadError",
+    "Permanent",
     "Queue",
     "QueueFull",
     "QueueStopped",
     "RepositoryCorrupt",
     "RepositoryError",
     "RepositoryUnavailable",
+    "Retry",
+    "RetryPolicy",
     "SQLiteRepository",
     "SchemaMismatch",
+    "Snooze",
     "SystemClock",
     "Task",
     "TaskCancelled",

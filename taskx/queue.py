@@ -12,6 +12,7 @@ from datetime import datetime
 from typing import Any, overload
 
 from taskx.core import lifecycle
+from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import (
     ConfigurationError,
@@ -19,7 +20,8 @@ from taskx.core.errors import (
     QueueStopped,
     TaskNotFound,
 )
-from taskx.core.model import Task, TaskFilter, check_name, check_number
+from taskx.core.model import Task, TaskFilter, check_name
+from taskx.core.retry import RetryPolicy
 from taskx.core.token import CancelReason
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.config import Config
@@ -117,16 +119,18 @@ class Queue:
         max_crashes: int | None = None,
         timeout: float | None = None,
         priority: int | None = None,
+        retry: RetryPolicy | None = None,
     ) -> ExecutorDecorator:
         """Make an executor of the function below and register it.
 
         Args:
             type: the type of task it runs; the function's name unless given.
-            max_attempts: attempts that may raise before the task is failed (default 1); one that
-                raised runs again at once.
+            max_attempts: attempts that may raise before the task is failed (default 1, or as
+                ``retry`` says).
             max_crashes: deaths of the process before the task is failed (default 3).
             timeout: seconds after which an attempt's token fires.
             priority: higher runs first (default 0).
+            retry: when an attempt that raised is followed by another (default: at once).
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, or the function cannot be
@@ -135,7 +139,11 @@ class Queue:
         if callable(type):
             raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
         options = Options(
-            max_attempts=max_attempts, max_crashes=max_crashes, timeout=timeout, priority=priority
+            max_attempts=max_attempts,
+            max_crashes=max_crashes,
+            timeout=timeout,
+            priority=priority,
+            retry=retry,
         )
         return ExecutorDecorator(type, options, self.register_executor)
 
@@ -147,6 +155,7 @@ class Queue:
         max_crashes: int | None = None,
         timeout: float | None = None,
         priority: int | None = None,
+        retry: RetryPolicy | None = None,
     ) -> None:
         """Register an executor; the options are those of :meth:`executor` and win over its own.
 
@@ -154,7 +163,11 @@ class Queue:
             ConfigurationError: an option is not valid, the type is taken, or it is no executor.
         """
         options = Options(
-            max_attempts=max_attempts, max_crashes=max_crashes, timeout=timeout, priority=priority
+            max_attempts=max_attempts,
+            max_crashes=max_crashes,
+            timeout=timeout,
+            priority=priority,
+            retry=retry,
         )
         self._registry.register(executor, options)
         if isinstance(executor, Executor):
@@ -187,6 +200,7 @@ class Queue:
         timeout: float | None = None,
         max_attempts: int | None = None,
         max_crashes: int | None = None,
+        retry: RetryPolicy | None = None,
     ) -> TaskHandle[Any]: ...
     @overload
     def submit(
@@ -203,6 +217,7 @@ class Queue:
         timeout: float | None = None,
         max_attempts: int | None = None,
         max_crashes: int | None = None,
+        retry: RetryPolicy | None = None,
     ) -> TaskHandle[Any]: ...
     def submit(
         self,
@@ -224,6 +239,7 @@ class Queue:
             timeout: seconds after which an attempt's token fires.
             max_attempts: attempts that may raise before the task is failed.
             max_crashes: deaths of the process before the task is failed; 1 for "never again".
+            retry: when an attempt that raised is followed by another.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.
@@ -458,6 +474,7 @@ _SUBMIT_OPTIONS = frozenset(
         "timeout",
         "max_attempts",
         "max_crashes",
+        "retry",
     )
 )
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

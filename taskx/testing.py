@@ -16,6 +16,7 @@ import attrs
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import DuplicateTask, InvalidTransition, TaskNotFound
 from taskx.core.model import Task, TaskFilter, TaskStatus
+from taskx.core.retry import RetryPolicy
 from taskx.storage.base import TaskRepository
 
 __all__ = ["ManualClock", "RepositoryContract"]
@@ -130,6 +131,7 @@ class RepositoryContract:
             "timeout": 2.5,
             "max_attempts": 4,
             "max_crashes": 2,
+            "retry": RetryPolicy(4, backoff="linear", retry_on=(OSError,)),
         }
         repository.create(self.task("a", **options))
         stored = repository.get_by_id("a")

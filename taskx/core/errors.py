@@ -17,6 +17,7 @@
         ├── RepositoryCorrupt             … because what it holds is damaged or no database
         └── SchemaMismatch                … because it belongs to another program or version
 
+    Retry, Permanent, Snooze (Exception)  what an executor raises to say what is to follow (in retry)
     TaskCancelled (BaseException)         what a token raises inside an executor
 
 ``TaskCancelled`` stands outside the tree on purpose: ``except Exception`` in user code must not

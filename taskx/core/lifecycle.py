@@ -14,6 +14,7 @@ from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import InvalidTransition
 from taskx.core.model import Attempt, Task, TaskStatus
 from taskx.core.record import attempts_to_text, row_from_task
+from taskx.core.retry import MAX_WAIT
 from taskx.core.token import CancelReason
 from taskx.core.writes import PRESENT, Delete, Insert, Update
 
@@ -48,6 +49,7 @@ MOVES = (
     Move("complete", RUNNING, COMPLETED),
     Move("fail", RUNNING, FAILED),
     Move("retry", RUNNING, PENDING),
+    Move("snooze", RUNNING, PENDING),
     Move("interrupt", RUNNING, PENDING),
     Move("hand back", RUNNING, PENDING),
     Move("rescue", RUNNING, PENDING),
@@ -71,6 +73,8 @@ class Ending:
         error: what it raised, as text.
         traceback: where, as text.
         permanent: True if another attempt would be pointless.
+        delay: seconds to wait before the next attempt, if there is one.
+        snooze: seconds after which it asked to run again; None if it did not.
         reason: why its token had fired; None if it had not.
         duration: seconds it took.
         worker: who ran it.
@@ -84,6 +88,8 @@ class Ending:
     error: str = ""
     traceback: str = ""
     permanent: bool = False
+    delay: float = 0.0
+    snooze: float | None = None
     reason: CancelReason | None = None
     duration: float = 0.0
     worker: str = ""
@@ -107,8 +113,9 @@ def create(
     timeout: float | None = None,
     max_attempts: int | None = None,
     max_crashes: int | None = None,
+    retry: str | None = None,
 ) -> Insert:
-    """Store a new pending task; ``params`` is JSON text, times are milliseconds."""
+    """Store a new pending task; ``params`` and ``retry`` are JSON text, times are milliseconds."""
     return Insert(
         {
             "id": task_id,
@@ -121,6 +128,7 @@ def create(
             "timeout": timeout,
             "max_attempts": max_attempts,
             "max_crashes": max_crashes,
+            "retry": retry,
             "owner": "",
             "held": 1 if run_at is not None and run_at > now else 0,
         }
@@ -229,12 +237,26 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         back = _back_to_pending(task, ending, now, "interrupted", owner="")
         back["interruptions"] = task.interruptions + 1
         return _unless_cancelled(task, back, ending, now)
+    if ending.snooze is not None and ending.reason is None:
+        back = _put_off(task, ending, now, "snoozed", ending.snooze)
+        back["snoozes"] = task.snoozes + 1
+        return _unless_cancelled(task, back, ending, now)
     spent = task.errors + 1 >= (task.max_attempts or DEFAULT_MAX_ATTEMPTS)
     if spent or ending.permanent:
-        return [_fail(task, ending, now, dead_letter=spent)]
-    again = _back_to_pending(task, ending, now, "retried", owner=task.owner)
+        return [_fail(task, ending, now)]
+    again = _put_off(task, ending, now, "retried", ending.delay)
     again.update(errors=task.errors + 1, error=ending.error, traceback=ending.traceback)
     return _unless_cancelled(task, again, ending, now)
+
+
+def _put_off(task: Task, ending: Ending, now: int, outcome: str, seconds: float) -> dict[str, Any]:
+    """Pending again after so many seconds: nobody's until then; with none to wait, its node's."""
+    wait = round(min(seconds, MAX_WAIT) * 1000)
+    if wait <= 0:
+        return _back_to_pending(task, ending, now, outcome, owner=task.owner)
+    back = _back_to_pending(task, ending, now, outcome, owner="")
+    back.update(held=1, run_at=now + wait)
+    return back
 
 
 def _end(ending: Ending, now: int, status: str) -> dict[str, Any]:
@@ -264,13 +286,13 @@ def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
     return Update(task.id, _fence(task, **guard), _end(ending, now, CANCELLED))
 
 
-def _fail(task: Task, ending: Ending, now: int, *, dead_letter: bool) -> Update:
+def _fail(task: Task, ending: Ending, now: int) -> Update:
     changes = _end(ending, now, FAILED)
     changes.update(
         errors=task.errors + 1,
         error=ending.error,
         traceback=ending.traceback,
-        dead_letter=int(dead_letter),
+        dead_letter=1,
     )
     return Update(task.id, _fence(task), changes)
 
@@ -381,6 +403,7 @@ def requeue(task: Task, now: int) -> Update:
         "errors": 0,
         "crashes": 0,
         "interruptions": 0,
+        "snoozes": 0,
         "cancel_requested_at": None,
         "dead_letter": 0,
         "owner": "",
@@ -402,7 +425,7 @@ def delete(task_id: str) -> Delete:
 _NOT_BY_HAND = frozenset(
     (
         *("id", "type", "status", "created_at", "starts", "owner", "held", "cancel_requested_at"),
-        *("completed_at", "errors", "crashes", "interruptions", "earlier_attempts"),
+        *("completed_at", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts"),
     )
 )
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from datetime import datetime
@@ -14,6 +13,7 @@ import attrs
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.payload import is_encodable
+from taskx.core.retry import RetryPolicy
 
 #: Longest id, type and created_by, in characters: all three are keys of indexes.
 MAX_NAME = 255
@@ -105,12 +105,14 @@ class Task:
         timeout: seconds after which an attempt's token fires; None for never.
         max_attempts: attempts that may raise before the task is failed; None: as the executor says.
         max_crashes: deaths of its process before the task is failed; None: as the executor says.
+        retry: when an attempt that raised is followed by another; None: as the executor says.
         errors: attempts that raised.
         crashes: attempts during which the process died.
         interruptions: attempts cut short by a stop, or by a neighbour's crash.
+        snoozes: attempts that asked to run again later (``Snooze``).
         starts: how often it was started: the fence of its present run.
         cancel_requested_at: when a running task was asked to stop; None if it was not.
-        dead_letter: True for a failed task whose attempts or crashes are spent.
+        dead_letter: True for a task that failed for good: nothing but a requeue runs it again.
         traceback: the last error's traceback.
         owner: the node that holds it; empty for nobody.
         worker: the thread and process of the last attempt.
@@ -137,9 +139,11 @@ class Task:
     timeout: float | None = None
     max_attempts: int | None = None
     max_crashes: int | None = None
+    retry: RetryPolicy | None = None
     errors: int = 0
     crashes: int = 0
     interruptions: int = 0
+    snoozes: int = 0
     starts: int = 0
     cancel_requested_at: datetime | None = None
     dead_letter: bool = False
@@ -183,6 +187,7 @@ class Task:
     def to_dict(self) -> dict[str, Any]:
         """The task as JSON values: the original's names, times as ISO text, absent ones as None."""
         data = {name: _to_json(getattr(self, name)) for name in TASK_FIELDS}
+        data["retry"] = None if self.retry is None else self.retry.to_dict()
         data["earlier_attempts"] = [
             {name: _to_json(value) for name, value in attrs.asdict(attempt, recurse=False).items()}
             for attempt in self.earlier_attempts
@@ -200,6 +205,8 @@ class Task:
         for name in TIME_FIELDS:
             known[name] = _from_iso(known.get(name))
         known["status"] = TaskStatus(known.get("status", "pending"))
+        if known.get("retry") is not None:
+            known["retry"] = RetryPolicy.from_dict(known["retry"])
         known["earlier_attempts"] = [
             Attempt(
                 **{
@@ -316,21 +323,3 @@ class TaskFilter:
             and (self.start_date is None or (created is not None and created >= self.start_date))
             and (self.end_date is None or (created is not None and created <= self.end_date))
         )
-
-
-def check_number(value: Any, what: str, *, minimum: float = 0.0) -> float:
-    """A finite number above ``minimum``; ConfigurationError says what is wrong with it."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigurationError(f"{what} must be a number of seconds, not {value!r}")
-    if not math.isfinite(value) or value < minimum:
-        raise ConfigurationError(f"{what} must be a finite number from {minimum:g}, not {value!r}")
-    return float(value)
-
-
-def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> int:
-    """A whole number within bounds; ConfigurationError says what is wrong with it."""
-    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
-        raise ConfigurationError(
-            f"{what} must be a whole number from {minimum} to {maximum}, not {value!r}"
-        )
-    return int(value)

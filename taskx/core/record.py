@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
+from taskx.core.retry import RetryPolicy
 
 #: The columns of a row, in order: the task's own fields, then ``held``.
 COLUMNS: tuple[str, ...] = (*TASK_FIELDS, "held")
@@ -34,9 +35,11 @@ DEFAULTS: dict[str, Any] = {
     "timeout": None,
     "max_attempts": None,
     "max_crashes": None,
+    "retry": None,
     "errors": 0,
     "crashes": 0,
     "interruptions": 0,
+    "snoozes": 0,
     "starts": 0,
     "cancel_requested_at": None,
     "dead_letter": 0,
@@ -64,7 +67,8 @@ _TEXTS = ("id", "type", "error", "message", "created_by", "traceback", "owner", 
 _NUMBERS = {
     name: DEFAULTS[name]
     for name in (
-        *("starts", "errors", "crashes", "interruptions", "priority", "progress", "duration"),
+        *("starts", "errors", "crashes", "interruptions", "snoozes", "priority", "progress"),
+        "duration",
         *("timeout", "max_attempts", "max_crashes"),
     )
 }
@@ -75,8 +79,8 @@ def task_from_row(row: Sequence[Any]) -> Task:
     (
         id_, type_, status, params, result, error, progress, message, created_by, created_at,
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
-        errors, crashes, interruptions, starts, cancel_requested_at, dead_letter, traceback, owner,
-        worker, earlier, _,
+        retry, errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
+        traceback, owner, worker, earlier, _,
     ) = row  # fmt: skip
     try:
         params = payload.loads(params) if params != "{}" else {}
@@ -86,7 +90,7 @@ def task_from_row(row: Sequence[Any]) -> Task:
             raise ValueError("params are no JSON object")
         # Where one is no text it cannot be joined, where one is no number it cannot be added.
         "".join((id_, type_, error, message, created_by, traceback, owner, worker))
-        _ = starts + errors + crashes + interruptions + priority + progress + duration
+        _ = starts + errors + crashes + interruptions + snoozes + priority + progress + duration
         for number in (timeout, max_attempts, max_crashes):
             _ = 0 if number is None else number + 0
         return Task(
@@ -108,9 +112,11 @@ def task_from_row(row: Sequence[Any]) -> Task:
             timeout=timeout,
             max_attempts=max_attempts,
             max_crashes=max_crashes,
+            retry=None if retry is None else _policy_from_text(retry),
             errors=errors,
             crashes=crashes,
             interruptions=interruptions,
+            snoozes=snoozes,
             starts=starts,
             cancel_requested_at=(
                 None if cancel_requested_at is None else to_datetime(cancel_requested_at)
@@ -128,7 +134,7 @@ def task_from_row(row: Sequence[Any]) -> Task:
 def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     """What can be read of a damaged row: no params, no result, and no value that is not of its kind."""
     stored = dict(zip(COLUMNS, row, strict=True))
-    sound = {**stored, "params": "{}", "result": None, "earlier_attempts": ""}
+    sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
     sound.update(
         (name, default)
         for name, default in _NUMBERS.items()
@@ -168,6 +174,7 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row["status"] = task.status.value
     row["params"] = payload.encode_params(task.params)
     row["result"] = None if task.result is None else payload.encode(task.result, "result")
+    row["retry"] = policy_to_text(task.retry)
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
     row["dead_letter"] = int(task.dead_letter)
     for name in TIME_FIELDS:
@@ -191,6 +198,22 @@ def stub_from_row(row: Mapping[str, Any]) -> Stub:
         row["created_at"],
         row["cancel_requested_at"] is not None,
     )
+
+
+def policy_to_text(policy: RetryPolicy | None) -> str | None:
+    """A retry policy as JSON text, None for None.
+
+    Raises:
+        ConfigurationError: it holds a function.
+    """
+    return None if policy is None else payload.encode(policy.to_dict(), "retry")
+
+
+def _policy_from_text(text: str) -> RetryPolicy:
+    data = payload.loads(text)
+    if type(data) is not dict:
+        raise ValueError("the retry policy is no JSON object")
+    return RetryPolicy.from_dict(data)
 
 
 def attempts_to_text(attempts: Sequence[Attempt]) -> str:

@@ -70,6 +70,7 @@ CREATED = (
     "timeout",
     "max_attempts",
     "max_crashes",
+    "retry",
     "owner",
     "held",
 )

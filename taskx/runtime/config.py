@@ -6,8 +6,8 @@ from typing import Any, Literal, get_args
 
 import attrs
 
+from taskx.core.checks import check_int, check_number
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import check_int, check_number
 from taskx.core.payload import DEFAULT_MAX_SIZE
 
 #: What a full buffer does with a submit.

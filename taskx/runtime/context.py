@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from taskx.core.model import Task, check_number
+from taskx.core.checks import check_number
+from taskx.core.model import Task
 from taskx.core.token import CancelReason, CancelToken
 from taskx.storage.base import check_progress
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import Ending
+from taskx.core.model import Task
 from taskx.core.record import Stub
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
@@ -208,19 +210,27 @@ class Engine:
             )
         elif status != lifecycle.PENDING:
             log.debug("task %s (%s) %s", task.id, task.type, status)
-        elif held[0].changes["owner"]:
-            log.warning(
-                "task %s (%s) is retried after attempt %d: %s",
-                task.id,
-                task.type,
-                task.attempt,
-                ending.error,
-            )
-            self.starter.rebuffer(task)
         else:
-            log.info("task %s (%s) was interrupted and is pending again", task.id, task.type)
+            self._pending_again(task, ending, held[0].changes)
         self.services.watcher.look_if_watched(task.id)
         self._tell_quiet()
+
+    def _pending_again(self, task: Task, ending: Ending, changes: Mapping[str, Any]) -> None:
+        """It runs again: soon, later, or elsewhere."""
+        log, task_id, type_ = self.services.log, task.id, task.type
+        if "snoozes" in changes:
+            log.info("task %s (%s) asked to run again in %g s", task_id, type_, ending.snooze)
+        elif "errors" in changes:
+            log.warning(
+                "task %s (%s) is retried in %g s after attempt %d: %s",
+                *(task_id, type_, ending.delay, task.attempt, ending.error),
+            )
+        else:
+            log.info("task %s (%s) was interrupted and is pending again", task_id, type_)
+        if changes.get("held"):
+            self.look_for_due()
+        elif changes["owner"]:
+            self.starter.rebuffer(task)
 
     # --- from the repository into the buffer
 

@@ -20,8 +20,10 @@ from typing import (
 
 import attrs
 
+from taskx.core.checks import check_int, check_number
 from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
-from taskx.core.model import Task, check_int, check_name, check_number
+from taskx.core.model import Task, check_name
+from taskx.core.retry import RetryPolicy, check_policy
 from taskx.runtime.context import Context
 
 if TYPE_CHECKING:
@@ -60,12 +62,14 @@ class Options:
         max_crashes: deaths of the process before the task is failed; from 1.
         timeout: seconds after which an attempt's token fires.
         priority: higher runs first.
+        retry: when an attempt that raised is followed by another; None: at once.
     """
 
     max_attempts: int | None = None
     max_crashes: int | None = None
     timeout: float | None = None
     priority: int | None = None
+    retry: RetryPolicy | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in ("max_attempts", "max_crashes"):
@@ -75,6 +79,14 @@ class Options:
             raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
         if self.priority is not None:
             check_int(self.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+        check_policy(self.retry)
+
+    @property
+    def attempts(self) -> int | None:
+        """Attempts that may raise: as said, or as the retry policy says."""
+        if self.max_attempts is None and self.retry is not None:
+            return self.retry.max_attempts
+        return self.max_attempts
 
 
 class _Submits(Protocol):
@@ -272,6 +284,7 @@ def executor(
     max_crashes: int | None = None,
     timeout: float | None = None,
     priority: int | None = None,
+    retry: RetryPolicy | None = None,
 ) -> ExecutorDecorator:
     """Make an executor of the function below, to be registered with a queue later.
 
@@ -281,6 +294,7 @@ def executor(
         max_crashes: deaths of the process before the task is failed (default 3).
         timeout: seconds after which an attempt's token fires.
         priority: higher runs first (default 0).
+        retry: when an attempt that raised is followed by another (default: at once).
 
     Raises:
         ConfigurationError: an option is not valid, or the function cannot be an executor.
@@ -288,7 +302,11 @@ def executor(
     if callable(type):
         raise ConfigurationError("write @executor() or @executor('name'), with parentheses")
     options = Options(
-        max_attempts=max_attempts, max_crashes=max_crashes, timeout=timeout, priority=priority
+        max_attempts=max_attempts,
+        max_crashes=max_crashes,
+        timeout=timeout,
+        priority=priority,
+        retry=retry,
     )
     return ExecutorDecorator(type, options)
 
@@ -351,7 +369,7 @@ class Registry:
 
 def _entry(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
     if isinstance(executor, Executor):
-        given = {k: v for k, v in attrs.asdict(options).items() if v is not None}
+        given = {k: v for k, v in attrs.asdict(options, recurse=False).items() if v is not None}
         return Registered(
             type=executor.type,
             invoke=executor.invoke,

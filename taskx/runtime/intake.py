@@ -9,6 +9,7 @@ from typing import Any
 import attrs
 
 from taskx.core import lifecycle, payload
+from taskx.core.checks import check_int, check_number
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import (
     ConfigurationError,
@@ -21,7 +22,9 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.core.ids import new_id
-from taskx.core.model import Task, TaskStatus, check_int, check_name, check_number
+from taskx.core.model import Task, TaskStatus, check_name
+from taskx.core.record import policy_to_text
+from taskx.core.retry import check_policy
 from taskx.core.writes import Insert
 from taskx.runtime.buffer import Item
 from taskx.runtime.engine import Engine
@@ -242,17 +245,20 @@ class Intake:
         kind = check_name(task.type, "type")
         executor = self._services.registry.get(kind)
         params = payload.encode_params(task.params, self._max_payload_size)
+        retry, max_attempts = check_policy(task.retry), task.max_attempts
+        if max_attempts is None and retry is not None:
+            max_attempts = retry.max_attempts
         if executor is not None:
             if executor.check_params is not None:
                 executor.check_params(task.params)
             options = executor.options
-            max_attempts = _either(task.max_attempts, options.max_attempts)
+            max_attempts = _either(max_attempts, options.attempts)
             max_crashes = _either(task.max_crashes, options.max_crashes)
             timeout = _either(task.timeout, options.timeout)
             if priority is None:
                 priority = task.priority or options.priority or 0
         else:
-            max_attempts, max_crashes = task.max_attempts, task.max_crashes
+            max_crashes = task.max_crashes
             timeout = task.timeout
             if priority is None:
                 priority = task.priority
@@ -270,6 +276,7 @@ class Intake:
             timeout=timeout,
             max_attempts=max_attempts,
             max_crashes=max_crashes,
+            retry=policy_to_text(retry),
         )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import random
 import threading
 import traceback
 from typing import Any
@@ -13,6 +14,7 @@ from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryCorrupt, TaskCancelled
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
+from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.context import Context
@@ -107,19 +109,40 @@ def _raised(error: BaseException, run: Run) -> dict[str, Any]:
     )
     if interrupt:
         reason = CancelReason.STOP
-    told = isinstance(error, TaskCancelled)
-    if told and reason is CancelReason.TIMEOUT:
-        text = f"timed out after {run.task.timeout:g} s"
-    else:
-        text = error_text(error)
+    timed_out = isinstance(error, TaskCancelled) and reason is CancelReason.TIMEOUT
     return {
         "returned": False,
         "reason": reason,
-        "error": text,
+        "error": f"timed out after {run.task.timeout:g} s" if timed_out else error_text(error),
         "traceback": _traceback_text(error),
         "interrupt": error if interrupt else None,
-        "permanent": isinstance(error, RepositoryCorrupt) and bool(run.task.damage),
+        **_what_next(TimeoutError() if timed_out else error, run),
     }
+
+
+def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
+    """What the error, or else the retry policy, asks for."""
+    if isinstance(error, Snooze):
+        return {"snooze": error.seconds}
+    if isinstance(error, Permanent) or run.task.damage:
+        return {"permanent": True}
+    asked = error.delay if isinstance(error, Retry) else None
+    if asked is not None:
+        return {"delay": asked}
+    policy = run.task.retry or run.executor.options.retry
+    if policy is None:
+        return {}
+    if not isinstance(error, Retry) and not policy.retries(type(error)):
+        return {"permanent": True}
+    return {"delay": _delay(policy, run)}
+
+
+def _delay(policy: RetryPolicy, run: Run) -> float:
+    try:
+        return policy.delay(run.task.attempt, random.random())
+    except Exception:
+        run.context.logger.exception("the back-off failed; the task waits for %g s", policy.base)
+        return policy.base
 
 
 def error_text(error: BaseException) -> str:

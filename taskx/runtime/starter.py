@@ -125,7 +125,7 @@ class Starter:
         """Settle what a process that only declared the type left to the executor."""
         options = self._services.registry.get(task.type).options  # type: ignore[union-attr]
         if task.max_attempts is None:
-            task.max_attempts = options.max_attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
+            task.max_attempts = options.attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
         if task.max_crashes is None:
             task.max_crashes = options.max_crashes or lifecycle.DEFAULT_MAX_CRASHES
         if task.timeout is None:

@@ -26,7 +26,7 @@ LEFT_BEHIND = "a process before this one"
 #: The fields of the original's task: all that an eight-method repository must keep. They are read
 #: from it; the rest is remembered here as long as the task is unfinished.
 ORIGINAL_FIELDS = COLUMNS[: COLUMNS.index("duration") + 1]
-_OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes")
+_OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes", "retry")
 _INTERNAL = frozenset({"owner", "held"})
 _PAGE = 500
 

@@ -14,6 +14,7 @@ from typing import TypeVar
 import attrs
 
 from taskx.core import lifecycle, payload
+from taskx.core.checks import check_int, check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import DuplicateTask, InvalidTransition, PayloadError, TaskNotFound
 from taskx.core.model import (
@@ -21,14 +22,13 @@ from taskx.core.model import (
     Task,
     TaskFilter,
     TaskStatus,
-    check_int,
     check_moment,
     check_name,
-    check_number,
     check_status,
 )
 from taskx.core.payload import clean_text
-from taskx.core.record import Stub, optional_ms
+from taskx.core.record import Stub, optional_ms, policy_to_text
+from taskx.core.retry import check_policy
 from taskx.core.writes import Write
 
 #: Longest progress message, in characters.
@@ -229,6 +229,7 @@ class Repository(TaskRepository):
             timeout=task.timeout,
             max_attempts=task.max_attempts,
             max_crashes=task.max_crashes,
+            retry=policy_to_text(task.retry),
         )
         if not self.apply([insert])[0]:
             raise DuplicateTask(task.id)
@@ -301,6 +302,7 @@ def _storable(task: Task) -> Task:
     for what in ("max_attempts", "max_crashes"):
         if getattr(task, what) is not None:
             check_int(getattr(task, what), what, 1)
+    check_policy(task.retry)
     for what in TIME_FIELDS:
         check_moment(getattr(task, what), what)
     progress, message = check_progress(task.progress, task.message)

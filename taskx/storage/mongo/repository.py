@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import Task, TaskFilter, check_number
+from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub
 from taskx.core.writes import Delete, Update, Write, traces
 from taskx.storage.base import Node, Repository

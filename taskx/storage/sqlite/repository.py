@@ -10,9 +10,10 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
+from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
-from taskx.core.model import Task, TaskFilter, check_number
+from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
 from taskx.core.writes import Delete, Insert, Update, Write, traces
 from taskx.storage.base import Node, Repository

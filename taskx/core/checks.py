@@ -1,0 +1,26 @@
+"""Checks of options that are numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from taskx.core.errors import ConfigurationError
+
+
+def check_number(value: Any, what: str, *, minimum: float = 0.0) -> float:
+    """A finite number from ``minimum``; ConfigurationError says what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise ConfigurationError(f"{what} must be a number of seconds, not {value!r}")
+    if not math.isfinite(value) or value < minimum:
+        raise ConfigurationError(f"{what} must be a finite number from {minimum:g}, not {value!r}")
+    return float(value)
+
+
+def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> int:
+    """A whole number within bounds; ConfigurationError says what is wrong with it."""
+    if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+        raise ConfigurationError(
+            f"{what} must be a whole number from {minimum} to {maximum}, not {value!r}"
+        )
+    return int(value)

@@ -1,0 +1,198 @@
+"""When a task that raised runs again: the policy, and what executors raise to say it themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Literal
+
+import attrs
+
+from taskx.core.checks import check_int, check_number
+from taskx.core.errors import ConfigurationError
+
+#: What computes the seconds to wait from the number of the attempt that raised, from 1.
+Backoff = Literal["exponential", "linear", "fixed"] | Callable[[int], float]
+_CURVES: dict[str, Callable[[float, int], float]] = {
+    "exponential": lambda base, attempt: base * 2.0 ** min(attempt - 1, 1000),
+    "linear": lambda base, attempt: base * attempt,
+    "fixed": lambda base, attempt: base,
+}
+#: Longest wait, in seconds: a century, well within the calendar.
+MAX_WAIT = 3.2e9
+
+
+def _names(given: Any) -> tuple[str, ...]:
+    """Exception classes, or their names, as names."""
+    if isinstance(given, (str, type)) or not isinstance(given, Iterable):
+        given = (given,)
+    return tuple(_name(one) for one in given)
+
+
+def _name(error: Any) -> str:
+    if isinstance(error, type) and issubclass(error, BaseException):
+        return full_name(error)
+    if isinstance(error, str) and error:
+        return error
+    raise ConfigurationError(
+        f"retry_on and give_up_on take exception classes or their names, not {error!r}"
+    )
+
+
+def full_name(error: type) -> str:
+    """``module.Class``; of a builtin the name alone."""
+    module, name = error.__module__, error.__qualname__
+    return name if module == "builtins" else f"{module}.{name}"
+
+
+def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    check_number(value, attribute.name)
+
+
+def _attempts(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    check_int(value, attribute.name, 1)
+
+
+def _backoff(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if not callable(value) and not (isinstance(value, str) and value in _CURVES):
+        raise ConfigurationError(
+            f"backoff must be {', '.join(map(repr, _CURVES))} or a function, not {value!r}"
+        )
+
+
+def _fraction(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if type(value) not in (int, float) or not 0 <= value <= 1:
+        raise ConfigurationError(f"jitter must be a fraction from 0 to 1, not {value!r}")
+
+
+@attrs.frozen
+class RetryPolicy:
+    """When a task whose attempt raised runs again.
+
+    Attributes:
+        max_attempts: attempts that may raise before the task is failed, the first one included.
+        backoff: how the wait grows: ``exponential`` (``base`` × 1, 2, 4, 8 …), ``linear`` (``base`` ×
+            1, 2, 3 …), ``fixed`` (``base``), or a function that is given the number of the attempt
+            that raised and returns seconds.
+        base: seconds that the wait is made of.
+        max_delay: the longest wait, in seconds.
+        jitter: a wait is longer or shorter by up to this fraction of itself, by chance, so that what
+            failed together does not come back together.
+        retry_on: the only exceptions after which there is another attempt; empty for all. Classes,
+            or their names (``"requests.exceptions.Timeout"``, for a builtin ``"OSError"``);
+            subclasses are meant, too. A time-out counts as ``TimeoutError``.
+        give_up_on: exceptions after which there is none; they win over ``retry_on``.
+
+    Raises:
+        ConfigurationError: an argument is not valid; the message names it.
+    """
+
+    max_attempts: int = attrs.field(default=3, validator=_attempts)
+    backoff: Backoff = attrs.field(default="exponential", validator=_backoff, kw_only=True)
+    base: float = attrs.field(default=1.0, validator=_seconds, kw_only=True)
+    max_delay: float = attrs.field(default=3600.0, validator=_seconds, kw_only=True)
+    jitter: float = attrs.field(default=0.1, validator=_fraction, kw_only=True)
+    retry_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
+    give_up_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
+
+    def retries(self, error: type[BaseException]) -> bool:
+        """Whether there is another attempt after an exception of that class."""
+        if not (self.retry_on or self.give_up_on):
+            return True
+        names = {full_name(base) for base in error.__mro__}
+        if not names.isdisjoint(self.give_up_on):
+            return False
+        return not self.retry_on or not names.isdisjoint(self.retry_on)
+
+    def delay(self, attempt: int, chance: float) -> float:
+        """Seconds to wait after the attempt of that number, from 1.
+
+        Args:
+            chance: from 0 (the shortest wait that ``jitter`` allows) to 1 (the longest).
+
+        Raises:
+            ConfigurationError: a ``backoff`` of one's own returned no number of seconds.
+        """
+        if callable(self.backoff):
+            seconds = check_number(self.backoff(attempt), "what backoff returns")
+        else:
+            seconds = _CURVES[self.backoff](self.base, attempt)
+        return min(seconds * (1 + self.jitter * (2 * chance - 1)), self.max_delay)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The policy as JSON values.
+
+        Raises:
+            ConfigurationError: its ``backoff`` is a function, which no store can hold.
+        """
+        if callable(self.backoff):
+            raise ConfigurationError(
+                "a retry policy whose backoff is a function cannot be stored with a task: "
+                "give it to the executor"
+            )
+        return attrs.asdict(self, value_serializer=_listed)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> RetryPolicy:
+        """The policy that :meth:`to_dict` gave; unknown names are ignored.
+
+        Raises:
+            ConfigurationError: a value is not valid.
+        """
+        return cls(**{name: data[name] for name in _FIELDS if name in data})
+
+
+_FIELDS = tuple(attrs.fields_dict(RetryPolicy))
+
+
+def _listed(_: Any, __: Any, value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def check_policy(value: Any) -> RetryPolicy | None:
+    """A policy or None; ConfigurationError says what is wrong with it."""
+    if value is None or isinstance(value, RetryPolicy):
+        return value
+    raise ConfigurationError(f"retry must be a RetryPolicy, not {value!r}")
+
+
+# --- what an executor raises
+
+
+class Retry(Exception):
+    """Raised by an executor: the attempt failed, and another one makes sense, whatever the policy says.
+
+    It spends an attempt; where none is left the task is failed.
+
+    Args:
+        reason: what is noted as the error.
+        delay: seconds to wait before; None for what the retry policy says, or none at all.
+
+    Raises:
+        ConfigurationError: the delay is no number of seconds.
+    """
+
+    def __init__(self, reason: str = "", *, delay: float | None = None) -> None:
+        super().__init__(reason)
+        self.delay = None if delay is None else check_number(delay, "delay of Retry")
+
+
+class Permanent(Exception):
+    """Raised by an executor: no further attempt makes sense; the task is failed at once."""
+
+
+class Snooze(Exception):
+    """Raised by an executor: it is too early; the task runs again later, and no attempt is spent.
+
+    Args:
+        seconds: how long to wait.
+
+    Raises:
+        ConfigurationError: this is no number of seconds.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = check_number(seconds, "seconds of Snooze")
+
+    def __str__(self) -> str:
+        return f"again in {self.seconds:g} s"
