@@ -102,12 +102,12 @@ class Runner:
 def _raised(error: BaseException, run: Run) -> dict[str, Any]:
     reason = run.token.reason
     # Where the submitting thread runs the task (caller_runs), Ctrl-C is meant for the program.
-    interrupt = isinstance(error, KeyboardInterrupt) and (
+    interrupt = _is(error, KeyboardInterrupt) and (
         threading.current_thread() is threading.main_thread()
     )
     if interrupt:
         reason = CancelReason.STOP
-    told = isinstance(error, TaskCancelled)
+    told = _is(error, TaskCancelled)
     if told and reason is CancelReason.TIMEOUT:
         text = f"timed out after {run.task.timeout:g} s"
     else:
@@ -118,15 +118,27 @@ def _raised(error: BaseException, run: Run) -> dict[str, Any]:
         "error": text,
         "traceback": _traceback_text(error),
         "interrupt": error if interrupt else None,
-        "permanent": isinstance(error, RepositoryCorrupt) and bool(run.task.damage),
+        "permanent": _is(error, RepositoryCorrupt) and bool(run.task.damage),
     }
+
+
+# What is asked of an exception here runs no code of its class, or runs it where it may raise: an error
+# that got out of this module would leave its task running for ever.
+
+
+def _is(error: BaseException, kind: type[BaseException]) -> bool:
+    """As ``isinstance``, which also asks the object for its ``__class__``."""
+    return issubclass(type(error), kind)
+
+
+_name_of = type.__dict__["__name__"].__get__  # whatever a metaclass says
 
 
 def error_text(error: BaseException) -> str:
     """An exception as text that can be stored, even where its own ``str`` raises or is huge."""
-    name = type(error).__name__
+    name = _name_of(type(error))
     try:
-        text = str(error)
+        text = str.__str__(str(error))  # a plain one, where it returned a kind of its own
     except BaseException:  # noqa: BLE001  (user code)
         text = "<its str() raised>"
     return payload.clean_text(f"{name}: {text}" if text else name, MAX_ERROR)
