@@ -293,8 +293,7 @@ class Queue:
 
     def list_tasks(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
         """The tasks that meet a filter, newest first, and how many meet it in all."""
-        wanted = filter or TaskFilter()
-        return self.repository.list(wanted), self.repository.count(wanted)
+        return self.repository.page(filter or TaskFilter())
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Have a handle resolved when its task ends; handles call this themselves."""

@@ -17,11 +17,13 @@
         ├── RepositoryCorrupt             … because what it holds is damaged or no database
         └── SchemaMismatch                … because it belongs to another program or version
 
-    Retry, Permanent, Snooze (Exception)  what an executor raises to say what is to follow (in retry)
+    Retry                                 raised by an executor: it failed, try again
+    Permanent                             … it failed, and to try again would be pointless
+    Snooze                                … it is too early, run it again later
     TaskCancelled (BaseException)         what a token raises inside an executor
 
 ``TaskCancelled`` stands outside the tree on purpose: ``except Exception`` in user code must not
-swallow a cancellation.
+swallow a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.core.retry`.
 """
 
 from __future__ import annotations

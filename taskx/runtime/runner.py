@@ -104,12 +104,12 @@ class Runner:
 def _raised(error: BaseException, run: Run) -> dict[str, Any]:
     reason = run.token.reason
     # Where the submitting thread runs the task (caller_runs), Ctrl-C is meant for the program.
-    interrupt = isinstance(error, KeyboardInterrupt) and (
+    interrupt = _is(error, KeyboardInterrupt) and (
         threading.current_thread() is threading.main_thread()
     )
     if interrupt:
         reason = CancelReason.STOP
-    timed_out = isinstance(error, TaskCancelled) and reason is CancelReason.TIMEOUT
+    timed_out = _is(error, TaskCancelled) and reason is CancelReason.TIMEOUT
     return {
         "returned": False,
         "reason": reason,
@@ -122,34 +122,42 @@ def _raised(error: BaseException, run: Run) -> dict[str, Any]:
 
 def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
     """What the error, or else the retry policy, asks for."""
-    if isinstance(error, Snooze):
-        return {"snooze": error.seconds}
-    if isinstance(error, Permanent) or run.task.damage:
+    if _is(error, Snooze):
+        return {"snooze": error.seconds}  # type: ignore[attr-defined]
+    if _is(error, Permanent) or run.task.damage:
         return {"permanent": True}
-    asked = error.delay if isinstance(error, Retry) else None
-    if asked is not None:
-        return {"delay": asked}
+    asked = _is(error, Retry)
+    if asked and error.delay is not None:  # type: ignore[attr-defined]
+        return {"delay": error.delay}  # type: ignore[attr-defined]
     policy = run.task.retry or run.executor.options.retry
     if policy is None:
         return {}
-    if not isinstance(error, Retry) and not policy.retries(type(error)):
-        return {"permanent": True}
-    return {"delay": _delay(policy, run)}
-
-
-def _delay(policy: RetryPolicy, run: Run) -> float:
     try:
-        return policy.delay(run.task.attempt, random.random())
-    except Exception:
-        run.context.logger.exception("the back-off failed; the task waits for %g s", policy.base)
-        return policy.base
+        if not asked and not policy.retries(type(error)):
+            return {"permanent": True}
+        return {"delay": policy.delay(run.task.attempt, random.random())}
+    except Exception:  # a backoff of the user's own; or a class that cannot be looked at
+        run.context.logger.exception("the retry policy failed; the task waits %g s", policy.base)
+        return {"delay": policy.base}
+
+
+# What is asked of an exception here runs no code of its class, or runs it where it may raise: an error
+# that got out of this module would leave its task running for ever.
+
+
+def _is(error: BaseException, kind: type[BaseException]) -> bool:
+    """As ``isinstance``, which also asks the object for its ``__class__``."""
+    return issubclass(type(error), kind)
+
+
+_name_of = type.__dict__["__name__"].__get__  # whatever a metaclass says
 
 
 def error_text(error: BaseException) -> str:
     """An exception as text that can be stored, even where its own ``str`` raises or is huge."""
-    name = type(error).__name__
+    name = _name_of(type(error))
     try:
-        text = str(error)
+        text = str.__str__(str(error))  # a plain one, where it returned a kind of its own
     except BaseException:  # noqa: BLE001  (user code)
         text = "<its str() raised>"
     return payload.clean_text(f"{name}: {text}" if text else name, MAX_ERROR)

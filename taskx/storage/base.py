@@ -132,6 +132,14 @@ class Repository(TaskRepository):
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
 
+    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
+        """The tasks that meet the filter, newest first, and how many meet it in all.
+
+        Both of one moment, where the repository can tell; else such as do not contradict each other.
+        """
+        tasks, count = self.list(filter), self.count(filter)
+        return tasks, max(count, filter.offset + len(tasks)) if tasks else count
+
     @abstractmethod
     def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
         """Pending tasks of these types that may start now, best first.

@@ -153,6 +153,11 @@ class MemoryRepository(Repository):
         with self._lock:
             return sum(_meets(row, filter) for row in self._rows.values())
 
+    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
+        """The tasks that meet the filter, and how many do in all."""
+        with self._lock:
+            return self.list(filter), self.count(filter)
+
     def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
         with self._lock:

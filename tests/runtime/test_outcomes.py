@@ -37,6 +37,42 @@ class UnusualStr(Exception):
         return 5  # type: ignore[return-value]
 
 
+class Text(str):
+    """A text that nobody can do anything with."""
+
+    def fail(self, *args):
+        raise RuntimeError("no use")
+
+    __format__ = __len__ = __bool__ = __eq__ = __getitem__ = encode = isascii = fail
+    __hash__ = str.__hash__
+
+
+class OwnKindOfStr(Exception):
+    def __str__(self):
+        return Text("x")
+
+
+class Nameless(type):
+    @property
+    def __name__(cls):
+        raise SystemExit
+
+
+class OfNoName(Exception, metaclass=Nameless):
+    pass
+
+
+class OfNoClass(Exception):
+    @property
+    def __class__(self):
+        raise SystemExit
+
+
+class Secretive(Exception):
+    def __getattribute__(self, name):
+        raise SystemExit
+
+
 ERRORS = {
     "exception": (ValueError("bad value"), "ValueError: bad value"),
     "no text": (ValueError(), "ValueError"),
@@ -48,6 +84,10 @@ ERRORS = {
     "base": (Rude("x"), "Rude: x"),
     "unprintable": (Unprintable(), "Unprintable: <its str() raised>"),
     "no str": (UnusualStr(), "UnusualStr: <its str() raised>"),
+    "own kind of str": (OwnKindOfStr(), "OwnKindOfStr: x"),
+    "no name": (OfNoName("x"), "OfNoName: x"),
+    "no class": (OfNoClass("x"), "OfNoClass: x"),
+    "no attributes": (Secretive("x"), "Secretive: x"),
     "surrogates": (ValueError("a\ud800b"), "ValueError: a\\ud800b"),
     "nul": (ValueError("a\0b"), "ValueError: a\0b"),
     "ten megabytes": (ValueError("y" * 10_000_000), "ValueError: yyyy"),

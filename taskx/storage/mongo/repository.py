@@ -207,6 +207,19 @@ class MongoRepository(Repository):
         """How many tasks meet the filter."""
         return self._tasks.count(filter)
 
+    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
+        """The tasks that meet the filter, and how many do in all.
+
+        A page that is not full says itself where the list ends; the server gives no second answer of
+        the same moment.
+        """
+        tasks = self.list(filter)
+        end = filter.offset + len(tasks)
+        if len(tasks) < filter.limit and (tasks or not filter.offset):
+            return tasks, end
+        count = self.count(filter)
+        return tasks, max(count, end) if tasks else count
+
     def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
         return self._tasks.ready(types, limit, owner)

@@ -180,12 +180,7 @@ class SQLiteRepository(Repository):
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         self._open()
         with self._connections.reader() as connection:
-            try:
-                return connection.execute(sql, values).fetchall()
-            except sqlite3.OperationalError as error:
-                if "decode" not in str(error):
-                    raise
-                return _fetch_broken_text(connection, sql, values)
+            return _fetch(connection, sql, values)
 
     def _rows_near(self, sql: str, values: Sequence[Any]) -> list[Any]:
         """A few rows, read on the writing connection if that is free.
@@ -226,6 +221,16 @@ class SQLiteRepository(Repository):
         """How many tasks meet the filter."""
         ((count,),) = self._rows(*statements.count_tasks(filter))
         return int(count)
+
+    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
+        """The tasks that meet the filter, and how many do in all, as one transaction sees them."""
+        self._open()
+        with self._connections.reader() as connection:
+            connection.execute("BEGIN")
+            rows = _fetch(connection, *statements.list_tasks(filter))
+            ((count,),) = _fetch(connection, *statements.count_tasks(filter))
+            connection.execute("COMMIT")
+        return [task_from_row(row) for row in rows], int(count)
 
     def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
@@ -465,6 +470,15 @@ def _took_place(cursor: sqlite3.Cursor, write: Write) -> bool:
     sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
     stored = cursor.execute(sql, (write.id,)).fetchone()
     return stored is not None and tuple(stored) == tuple(wanted.values())
+
+
+def _fetch(connection: sqlite3.Connection, sql: str, values: Sequence[Any]) -> list[Any]:
+    try:
+        return connection.execute(sql, values).fetchall()
+    except sqlite3.OperationalError as error:
+        if "decode" not in str(error):
+            raise
+        return _fetch_broken_text(connection, sql, values)
 
 
 def _fetch_broken_text(
