@@ -14,7 +14,7 @@ from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryCorrupt, TaskCancelled
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
-from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
+from taskx.core.retry import Permanent, Retry, Snooze
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.context import Context

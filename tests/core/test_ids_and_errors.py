@@ -11,7 +11,7 @@ import pytest
 
 import taskx
 from taskx import CancelReason, TaskCancelled, TaskxError
-from taskx.core import errors, ids
+from taskx.core import errors, ids, retry
 from taskx.core.ids import new_id
 
 
@@ -66,8 +66,11 @@ class TestIds:
 def error_classes():
     return [
         value
-        for value in vars(errors).values()
-        if inspect.isclass(value) and issubclass(value, BaseException)
+        for module in (errors, retry)
+        for value in vars(module).values()
+        if inspect.isclass(value)
+        and issubclass(value, BaseException)
+        and value.__module__ == module.__name__
     ]
 
 
@@ -106,6 +109,8 @@ class TestErrors:
             errors.DuplicateTask("a"),
             errors.TaskFailed("a", "ValueError: broke", 2, "Traceback …"),
             TaskCancelled(CancelReason.TIMEOUT),
+            retry.Retry("busy", delay=5),
+            retry.Snooze(60),
         ],
         ids=lambda error: type(error).__name__,
     )

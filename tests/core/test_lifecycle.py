@@ -201,12 +201,12 @@ class TestConclude:
             (0, 1, False, "failed", True),
             (0, 2, False, "pending", False),
             (1, 2, False, "failed", True),
-            (0, 2, True, "failed", False),
+            (0, 2, True, "failed", True),
             (5, 2, False, "failed", True),
         ],
     )
     def test_an_error_spends_an_attempt(self, errors, max_attempts, permanent, status, dead_letter):
-        """A dead letter is one whose attempts are spent."""
+        """What has failed, with attempts left or without, is a dead letter."""
         task = make("running", errors=errors, max_attempts=max_attempts)
         after = end(task, error="broke", traceback="tb", permanent=permanent)
         assert (after.status.value, after.dead_letter) == (status, dead_letter)
@@ -221,6 +221,40 @@ class TestConclude:
         [attempt] = after.attempts
         assert (attempt.outcome, attempt.error, attempt.worker) == ("retried", "broke", "w")
         assert attempt.ended_at == to_datetime(LATER)
+
+    def test_a_retry_that_waits_is_nobodys_until_it_is_due(self):
+        task = make("running", max_attempts=2)
+        [write, _] = lifecycle.conclude(
+            task, Ending(returned=False, error="broke", delay=1.5), LATER
+        )
+        row = {**row_from_task(task), **write.changes}
+        assert (row["status"], row["held"], row["owner"]) == ("pending", 1, "")
+        assert row["run_at"] == LATER + 1500
+        assert row["errors"] == 1
+
+    def test_a_wait_beyond_the_calendar_is_cut(self):
+        after = end(make("running", max_attempts=2), delay=1e300)
+        assert 2090 < after.run_at.year < 2200
+
+    @pytest.mark.parametrize(("seconds", "owner"), [(60.0, ""), (0.0, "node")])
+    def test_a_snooze_spends_no_attempt(self, seconds, owner):
+        after = end(make("running", max_attempts=1), snooze=seconds, error="again in 60 s")
+        assert (after.status, after.owner, after.snoozes) == (TaskStatus.PENDING, owner, 1)
+        assert (after.errors, after.error, after.attempt) == (0, "", 1)
+        assert after.run_at == (to_datetime(LATER + 60_000) if seconds else None)
+        assert [attempt.outcome for attempt in after.attempts] == ["snoozed"]
+
+    @pytest.mark.parametrize(
+        ("reason", "status"),
+        [
+            (CancelReason.CANCEL, "cancelled"),
+            (CancelReason.TIMEOUT, "failed"),
+            (CancelReason.STOP, "pending"),
+        ],
+    )
+    def test_a_token_that_fired_decides_over_a_snooze(self, reason, status):
+        after = end(make("running"), snooze=60.0, reason=reason)
+        assert (after.status.value, after.snoozes, after.run_at) == (status, 0, None)
 
     def test_a_timeout_is_an_error(self):
         assert end(make("running"), reason=CancelReason.TIMEOUT).status is TaskStatus.FAILED
@@ -239,12 +273,21 @@ class TestConclude:
         assert (after.interruptions, after.errors, after.crashes, after.error) == (1, 0, 0, "")
         assert [attempt.outcome for attempt in after.attempts] == ["interrupted"]
 
-    @pytest.mark.parametrize("reason", [None, CancelReason.TIMEOUT, CancelReason.STOP])
-    def test_what_would_run_again_is_cancelled_if_that_was_asked_for(self, reason):
+    @pytest.mark.parametrize(
+        "how",
+        [
+            {},
+            {"delay": 5.0},
+            {"snooze": 5.0},
+            {"reason": CancelReason.TIMEOUT},
+            {"reason": CancelReason.STOP},
+        ],
+    )
+    def test_what_would_run_again_is_cancelled_if_that_was_asked_for(self, how):
         """Even if the request came after the task was read."""
         task = make("running", max_attempts=3)
         asked = request_cancel(task)
-        writes = lifecycle.conclude(task, Ending(returned=False, reason=reason), LATER)
+        writes = lifecycle.conclude(task, Ending(returned=False, **how), LATER)
         assert apply(asked, *writes).status is TaskStatus.CANCELLED
         assert apply(task, *writes).status is TaskStatus.PENDING
 

@@ -52,6 +52,7 @@ class Record:
     errors: int = 0
     crashes: int = 0
     interruptions: int = 0
+    snoozes: int = 0
     progress: int = 0
     message: str = ""
     error: str = ""
@@ -77,7 +78,7 @@ class Record:
         if self.started and not self.died:
             self.log.append(self.status)
         self.status, self.owner, self.held, self.run_at = "pending", "", False, None
-        self.errors = self.crashes = self.interruptions = self.progress = 0
+        self.errors = self.crashes = self.interruptions = self.snoozes = self.progress = 0
         self.message = self.error = ""
         self.result = None
         self.dead_letter = self.cancel_requested = self.started = self.died = False
@@ -87,7 +88,7 @@ ids = st.sampled_from(IDS)
 nodes = st.sampled_from(NODES)
 percents = st.integers(0, 100)
 endings = st.sampled_from(
-    ["returned", "raised", "permanent", "timeout", "cancel", "stop", "lease lost"]
+    ["returned", "raised", "permanent", "snoozed", "timeout", "cancel", "stop", "lease lost"]
 )
 
 
@@ -263,6 +264,7 @@ class Life(RuleBasedStateMachine):
 
     def conclude(self, draw):
         how, told = draw(endings), draw(st.none() | percents)
+        wait = draw(st.sampled_from([0, 0, 5]))
         run = self.some_run(draw)
         returned = how == "returned"
         fired = how in ("timeout", "cancel", "stop", "lease lost")
@@ -271,6 +273,8 @@ class Life(RuleBasedStateMachine):
             result='{"n":1}' if returned else None,
             error="" if returned else how,
             permanent=how == "permanent",
+            delay=wait,
+            snooze=wait if how == "snoozed" else None,
             reason=CancelReason(how) if fired else None,
             progress=told,
             message="" if told is None else "told",
@@ -279,9 +283,9 @@ class Life(RuleBasedStateMachine):
         record = self.alive(run)
         assert held.count(True) == (record is not None)
         if record:
-            self.ended(record, how, None if told is None else (told, "told"))
+            self.ended(record, how, None if told is None else (told, "told"), wait)
 
-    def ended(self, record, how, told):
+    def ended(self, record, how, told, wait):
         if how == "returned":
             record.end("completed", told)
             record.progress, record.result, record.error = 100, {"n": 1}, ""
@@ -293,17 +297,25 @@ class Life(RuleBasedStateMachine):
             else:
                 record.back("", "interrupted")
                 record.interruptions += 1
-        elif how == "permanent" or record.errors + 1 == record.max_attempts:
+        elif how != "snoozed" and (how == "permanent" or record.errors + 1 == record.max_attempts):
             record.end("failed", told)
             record.errors += 1
             record.error = how
-            record.dead_letter = record.errors == record.max_attempts
+            record.dead_letter = True
         elif record.cancel_requested:
             record.end("cancelled", told)
         else:
-            record.back(record.owner, "retried")
-            record.errors += 1
-            record.error = how
+            self.put_off(record, "snoozed" if how == "snoozed" else "retried", wait)
+            if how == "snoozed":
+                record.snoozes += 1
+            else:
+                record.errors += 1
+                record.error = how
+
+    def put_off(self, record, outcome, wait):
+        record.back("" if wait else record.owner, outcome)
+        if wait:
+            record.held, record.run_at = True, self.clock.now_ms() + wait * 1000
 
     def hand_back(self, draw):
         run = self.some_run(draw)
@@ -439,6 +451,7 @@ class Life(RuleBasedStateMachine):
             errors=task.errors,
             crashes=task.crashes,
             interruptions=task.interruptions,
+            snoozes=task.snoozes,
             progress=task.progress,
             message=task.message,
             error="died" if "died" in task.error else task.error,

@@ -1,0 +1,135 @@
+"""Retry policies: when there is another attempt, and after how long."""
+
+import json
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskx import ConfigurationError, Retry, RetryPolicy, Snooze, Task
+
+
+class Refused(ConnectionError):
+    """Of no builtin module."""
+
+
+waits = st.floats(0, 1e9)
+policies = st.builds(
+    RetryPolicy,
+    st.integers(1, 2**31 - 1),
+    backoff=st.sampled_from(["exponential", "linear", "fixed"]),
+    base=waits,
+    max_delay=waits,
+    jitter=st.floats(0, 1),
+    retry_on=st.lists(st.sampled_from([OSError, Refused, "a.b.Error"])),
+    give_up_on=st.lists(st.sampled_from([ValueError, "ValueError"])),
+)
+
+
+class TestDelay:
+    @pytest.mark.parametrize(
+        ("backoff", "waits"),
+        [
+            ("exponential", [2, 4, 8, 16, 20, 20]),
+            ("linear", [2, 4, 6, 8, 10, 12]),
+            ("fixed", [2, 2, 2, 2, 2, 2]),
+            (lambda attempt: attempt**2, [1, 4, 9, 16, 20, 20]),
+        ],
+    )
+    def test_it_grows_as_the_backoff_says_up_to_the_longest(self, backoff, waits):
+        policy = RetryPolicy(9, backoff=backoff, base=2, max_delay=20, jitter=0)
+        assert [policy.delay(attempt, 0.5) for attempt in range(1, 7)] == waits
+
+    @pytest.mark.parametrize(("chance", "wait"), [(0.0, 7.5), (0.5, 10.0), (1.0, 12.5)])
+    def test_jitter_makes_it_shorter_or_longer_by_a_fraction(self, chance, wait):
+        policy = RetryPolicy(backoff="fixed", base=10, jitter=0.25)
+        assert policy.delay(1, chance) == wait
+
+    @given(policies, st.integers(1, 10**9), st.floats(0, 1))
+    def test_it_is_never_negative_nor_beyond_the_longest(self, policy, attempt, chance):
+        assert 0 <= policy.delay(attempt, chance) <= policy.max_delay
+
+    @given(policies, st.integers(1, 1000))
+    def test_it_never_shrinks_but_by_jitter(self, policy, attempt):
+        assert policy.delay(attempt, 0.5) <= policy.delay(attempt + 1, 0.5)
+
+    @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "5", None, True])
+    def test_what_a_function_returns_must_be_seconds(self, value):
+        with pytest.raises(ConfigurationError, match="backoff"):
+            RetryPolicy(backoff=lambda attempt: value).delay(1, 0.5)
+
+
+class TestRetries:
+    def test_every_error_by_default(self):
+        policy = RetryPolicy()
+        assert all(map(policy.retries, (ValueError, SystemExit, Refused)))
+
+    @pytest.mark.parametrize("named", [ConnectionError, "ConnectionError", ["ConnectionError"]])
+    def test_a_class_means_its_subclasses_too(self, named):
+        policy = RetryPolicy(retry_on=named)
+        assert policy.retries(Refused)
+        assert policy.retries(ConnectionResetError)
+        assert not policy.retries(OSError)
+
+    def test_a_class_of_a_module_is_known_by_its_full_name(self):
+        for named in (Refused, f"{__name__}.Refused"):
+            policy = RetryPolicy(retry_on=named)
+            assert policy.retry_on == (f"{__name__}.Refused",)
+            assert policy.retries(Refused)
+            assert not policy.retries(ConnectionError)
+
+    def test_to_give_up_wins(self):
+        policy = RetryPolicy(retry_on=OSError, give_up_on=(Refused, FileNotFoundError))
+        assert policy.retries(ConnectionError)
+        assert not policy.retries(Refused)
+        assert not policy.retries(FileNotFoundError)
+
+
+class TestStored:
+    @given(policies)
+    def test_it_comes_back_from_json_as_it_was(self, policy):
+        assert RetryPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
+
+    @given(policies)
+    def test_so_it_does_with_a_task(self, policy):
+        data = json.loads(json.dumps(Task(id="a", type="t", retry=policy).to_dict()))
+        assert Task.from_dict(data).retry == policy
+
+    def test_names_of_a_later_version_are_ignored(self):
+        assert RetryPolicy.from_dict({"max_attempts": 7, "new": 1}) == RetryPolicy(7)
+
+    def test_a_function_cannot_be_stored(self):
+        with pytest.raises(ConfigurationError, match="give it to the executor"):
+            RetryPolicy(backoff=lambda attempt: 1).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "word"),
+    [
+        ({"max_attempts": 0}, "max_attempts"),
+        ({"max_attempts": 2.0}, "max_attempts"),
+        ({"max_attempts": True}, "max_attempts"),
+        ({"backoff": "quadratic"}, "backoff"),
+        ({"backoff": None}, "backoff"),
+        ({"base": -1}, "base"),
+        ({"base": math.inf}, "base"),
+        ({"max_delay": "1"}, "max_delay"),
+        ({"jitter": 1.5}, "jitter"),
+        ({"jitter": True}, "jitter"),
+        ({"retry_on": 5}, "retry_on"),
+        ({"retry_on": int}, "retry_on"),
+        ({"give_up_on": [""]}, "give_up_on"),
+    ],
+)
+def test_what_cannot_work_is_refused(wrong, word):
+    with pytest.raises(ConfigurationError, match=word):
+        RetryPolicy(**wrong)
+
+
+@pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, "5", True])
+def test_a_wait_must_be_seconds(seconds):
+    with pytest.raises(ConfigurationError, match="Retry"):
+        Retry(delay=seconds)
+    with pytest.raises(ConfigurationError, match="Snooze"):
+        Snooze(seconds)
