@@ -13,18 +13,19 @@ from typing import Any, overload
 
 from taskx.core import lifecycle
 from taskx.core.checks import check_number
-from taskx.core.clock import SYSTEM_CLOCK, Clock
+from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import (
     ConfigurationError,
     InvalidTransition,
     QueueStopped,
     TaskNotFound,
 )
-from taskx.core.model import Task, TaskFilter, check_name
+from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_name, check_status
 from taskx.core.retry import RetryPolicy
 from taskx.core.token import CancelReason
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.config import Config
+from taskx.runtime.dead_letters import dead, discard_all, requeue_all
 from taskx.runtime.executors import (
     Executor,
     ExecutorDecorator,
@@ -36,6 +37,7 @@ from taskx.runtime.handles import TaskHandle, Watcher
 from taskx.runtime.intake import Intake, with_options
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.node import LocalNode
+from taskx.runtime.retention import prune
 from taskx.runtime.runner import Runner, inside_executor
 from taskx.runtime.starter import Services
 from taskx.storage.adapter import EightMethodAdapter
@@ -379,6 +381,66 @@ class Queue:
         if self._node is not None:
             self._node.engine.buffer.discard(task_id)
         self._services.watcher.look_if_watched(task_id)
+
+    def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
+        """Remove tasks that ended before a moment, a few in each transaction; returns how many.
+
+        Args:
+            before: an aware datetime.
+            status: only those that are completed, failed or cancelled; all unless given.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+            RepositoryError: the repository failed; some may have been removed.
+        """
+        check_moment(before, "before")
+        kinds = [TaskStatus(kind) for kind in lifecycle.FINISHED]
+        if status is not None and (kinds := [check_status(status)]) and not kinds[0].finished:
+            raise ConfigurationError(f"only tasks that have ended can be pruned, not {status} ones")
+        removed = 0
+        for kind in kinds:
+            more = True
+            while more:
+                some, more = prune(self._services, kind, to_ms(before))
+                removed += some
+        while self.repository.shrink():
+            continue
+        return removed
+
+    # --- dead letters
+
+    def dead_letters(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
+        """The failed tasks that meet a filter, newest first, and how many meet it in all.
+
+        Raises:
+            ConfigurationError: the filter asks for another status.
+        """
+        return self.list_tasks(dead(filter))
+
+    def requeue_dead_letters(self, filter: TaskFilter | None = None) -> int:
+        """Have every dead letter that meets a filter run again; returns how many.
+
+        Those that fail again meanwhile are left alone. Offset and limit of the filter do not count.
+
+        Raises:
+            ConfigurationError: the filter asks for another status.
+            QueueStopped: the queue was stopped.
+        """
+        if self._intake.stopped:
+            raise QueueStopped("the queue was stopped; nothing was requeued")
+        requeued = requeue_all(self._services, filter)
+        self._look_for_work()
+        return requeued
+
+    def discard_dead_letters(self, filter: TaskFilter | None = None) -> int:
+        """Remove every dead letter that meets a filter; returns how many.
+
+        Offset and limit of the filter do not count.
+
+        Raises:
+            ConfigurationError: the filter asks for another status.
+        """
+        return discard_all(self._services, filter)
 
     # --- starting and stopping
 

@@ -13,7 +13,7 @@ import attrs
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import InvalidTransition
 from taskx.core.model import Attempt, Task, TaskStatus
-from taskx.core.record import attempts_to_text, row_from_task
+from taskx.core.record import Stub, attempts_to_text, row_from_task
 from taskx.core.retry import MAX_WAIT
 from taskx.core.token import CancelReason
 from taskx.core.writes import PRESENT, Delete, Insert, Update
@@ -416,6 +416,16 @@ def requeue(task: Task, now: int) -> Update:
 def delete(task_id: str) -> Delete:
     """Remove the record of a task that is not running."""
     return Delete(task_id, {"status": (PENDING, *FINISHED)})
+
+
+def prune(stub: Stub) -> Delete:
+    """Remove the record of a task that has ended, unless it was let run again since it was read."""
+    return Delete(stub.id, {"status": stub.status, "starts": stub.starts}, durable=False)
+
+
+def discard(task: Task) -> Delete:
+    """Remove the record of a dead letter, unless it was let run again since it was read."""
+    return Delete(task.id, {"status": FAILED, "starts": task.starts})
 
 
 # --- what a user writes to a record by hand

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import attrs
 
 from taskx.core.checks import check_int, check_number
 from taskx.core.errors import ConfigurationError
+from taskx.core.model import TaskStatus, check_status
 from taskx.core.payload import DEFAULT_MAX_SIZE
 
 #: What a full buffer does with a submit.
@@ -32,6 +35,18 @@ def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         check_number(value, attribute.name)
 
 
+def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskStatus, float]:
+    if not isinstance(given, Mapping):
+        raise ConfigurationError(f"retention must map statuses to periods, not {given!r}")
+    periods = {}
+    for status, period in given.items():
+        if not (known := check_status(status)).finished:
+            raise ConfigurationError(f"retention is of tasks that have ended, not of {known} ones")
+        seconds = period.total_seconds() if isinstance(period, timedelta) else period
+        periods[known] = check_number(seconds, f"retention of {known}")
+    return periods
+
+
 @attrs.frozen
 class Config:
     """How a queue works.
@@ -45,6 +60,8 @@ class Config:
             ``"caller_runs"`` runs it in the thread that submits.
         block_timeout: seconds that ``"block"`` waits before ``QueueFull``; None for ever.
         max_payload_size: the largest params, and the largest result, in bytes of JSON.
+        retention: for how long tasks that have ended are kept, by status: a ``timedelta`` or seconds.
+            For ever where none is given.
 
     Raises:
         ConfigurationError: a value is not valid.
@@ -55,3 +72,4 @@ class Config:
     overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
     block_timeout: float | None = attrs.field(default=None, validator=_seconds)
     max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))
+    retention: Mapping[TaskStatus, float] = attrs.field(factory=dict, converter=_periods)

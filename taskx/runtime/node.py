@@ -17,6 +17,7 @@ from taskx.runtime.buffer import Buffer
 from taskx.runtime.config import Config
 from taskx.runtime.engine import Engine
 from taskx.runtime.recovery import Recovery
+from taskx.runtime.retention import Retention
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.scheduler import Scheduler
 from taskx.runtime.starter import Services
@@ -51,7 +52,8 @@ class LocalNode:
         buffer = Buffer(config.buffer_size, fetch_size, config.worker_num)
         self.engine = Engine(services, self.record, config.worker_num, buffer)
         self._recovery = Recovery(self.engine)
-        self._scheduler = Scheduler(self.engine, self._recovery)
+        retention = Retention(services, config.retention)
+        self._scheduler = Scheduler(self.engine, self._recovery, retention)
 
     # --- starting
 

@@ -12,6 +12,7 @@ from taskx.core.errors import RepositoryError
 from taskx.core.token import CancelReason
 from taskx.runtime.engine import AHEAD_PATIENCE, Engine
 from taskx.runtime.recovery import Recovery
+from taskx.runtime.retention import Retention
 
 #: Seconds between looks for what other processes changed, and between writes of progress.
 POLL = 0.05
@@ -29,12 +30,14 @@ class Scheduler:
     Args:
         engine: what it keeps going.
         recovery: what it lets look for dead nodes.
+        retention: what it lets remove old tasks.
     """
 
-    def __init__(self, engine: Engine, recovery: Recovery) -> None:
+    def __init__(self, engine: Engine, recovery: Recovery, retention: Retention) -> None:
         self._engine = engine
         self._services = engine.services
         self._recovery = recovery
+        self._retention = retention
         self._wake_up = _thread.allocate_lock()
         self._wake_up.acquire()
         self._asleep_long = False
@@ -129,6 +132,7 @@ class Scheduler:
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
             self._services.watcher.look()
+        self._retention.tick()
 
     def _is_time(self, what: str, interval: float) -> bool:
         now = time.monotonic()

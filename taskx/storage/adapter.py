@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from taskx.core.clock import SYSTEM_CLOCK, Clock
+import attrs
+
+from taskx.core.clock import SYSTEM_CLOCK, Clock, to_datetime
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
@@ -15,7 +17,7 @@ from taskx.core.errors import (
 )
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.core.record import COLUMNS, DEFAULTS, row_from_task, task_from_row
+from taskx.core.record import COLUMNS, DEFAULTS, Stub, row_from_task, stub_from_row, task_from_row
 from taskx.core.writes import Delete, Insert, Update, Write, matches
 from taskx.storage.base import Node, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
@@ -201,6 +203,17 @@ class EightMethodAdapter(MemoryRepository):
         with self._errors():
             return self.inner.count(filter)
 
+    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
+        """Tasks of a finished status that ended before a moment, of those that the repository lists."""
+        found: list[Stub] = []
+        end = to_datetime(before)
+        for page in self._pages(TaskFilter(status=TaskStatus(status), end_date=end, limit=_PAGE)):
+            over = (t for t in page if t.completed_at is not None and t.completed_at < end)
+            found += (stub_from_row(row_from_task(task)) for task in over)
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
     def changed(self) -> bool:
         """Never: there is no other process."""
         return False
@@ -218,15 +231,20 @@ class EightMethodAdapter(MemoryRepository):
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []
         for status in (TaskStatus.PENDING, TaskStatus.RUNNING):
-            offset = 0
-            while True:
-                with self._errors():
-                    page = self.inner.list(TaskFilter(status=status, offset=offset, limit=_PAGE))
+            for page in self._pages(TaskFilter(status=status, limit=_PAGE)):
                 found += page
-                offset += len(page)
-                if len(page) < _PAGE:
-                    break
         return sorted(found, key=lambda task: row_from_task(task)["created_at"])
+
+    def _pages(self, filter: TaskFilter) -> Iterator[Sequence[Task]]:
+        """All that meet a filter, as many at a time as its limit says."""
+        offset = 0
+        while True:
+            with self._errors():
+                page = self.inner.list(attrs.evolve(filter, offset=offset))
+            yield page
+            offset += len(page)
+            if len(page) < filter.limit:
+                break
 
 
 def _task(row: Row) -> Task:

@@ -169,6 +169,14 @@ class Repository(TaskRepository):
         """Whether a task of these types runs on a node, or is pending and not held back."""
 
     @abstractmethod
+    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
+        """Tasks of a finished status that ended before a moment, in milliseconds."""
+
+    def shrink(self) -> bool:
+        """Give a little of the space that nothing uses back to the disk; whether there is more."""
+        return False
+
+    @abstractmethod
     def changed(self) -> bool:
         """Whether another process may have changed something since the last call; cheap."""
 

@@ -191,6 +191,16 @@ class MemoryRepository(Repository):
         with self._lock:
             return any(self._active.get(kind, 0) for kind in types)
 
+    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
+        """Tasks of a finished status that ended before a moment."""
+        with self._lock:
+            found = (
+                row
+                for row in self._rows.values()
+                if row["status"] == status and row["completed_at"] < before
+            )
+            return [stub_from_row(row) for row in islice(found, limit)]
+
     def changed(self) -> bool:
         """Always true: another queue of this process may have changed something."""
         return True

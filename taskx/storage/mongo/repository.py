@@ -244,6 +244,10 @@ class MongoRepository(Repository):
         """Whether a task of these types runs on a node, or is pending and not held back."""
         return self._tasks.unfinished(types)
 
+    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
+        """Tasks of a finished status that ended before a moment."""
+        return self._tasks.ended(status, before, limit)
+
     def changed(self) -> bool:
         """Whether another process may have changed something since the last call; asks nobody."""
         return self._changes.changed()

@@ -172,6 +172,18 @@ class Tasks:
         )
         return found
 
+    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
+        """Tasks of a finished status that ended before a moment."""
+        moment = {"$lt": to_datetime(before)}
+        # The index is by status and creation, and a task was created before it ended.
+        wanted = {"status": text(status, "status"), "created_at": moment, "completed_at": moment}
+
+        def read() -> list[Document]:
+            found = self._connection.tasks.find({**wanted, **VISIBLE}, STUB_FIELDS)
+            return list(found.sort(NEWEST_FIRST[::-1]).limit(limit))
+
+        return [stub_from_document(document) for document in self._connection.run(read)]
+
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types runs on a node, or is pending and not held back."""
         common = {"type": {"$in": texts(types, "type")}, "taskx.held": 0}

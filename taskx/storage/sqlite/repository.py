@@ -28,6 +28,8 @@ T = TypeVar("T")
 _MOST_TOGETHER = 32  # updates in one statement
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _FEW = 32  # rows that may be read while others would write
+_KEPT_PAGES = 1000  # free pages of 4 KiB that are worth no vacuum
+_PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # ids in one SELECT; SQLite's own limit is 32,766
 
 
@@ -269,6 +271,26 @@ class SQLiteRepository(Repository):
             )
             connection.execute("COMMIT")
         return found
+
+    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
+        """Tasks of a finished status that ended before a moment, earliest created first."""
+        sql = statements.ENDED.format(status)
+        return [_stub(row) for row in self._rows(sql, (before, before, limit))]
+
+    def shrink(self) -> bool:
+        """Cut a few pages off the file, if a good part of it is free; whether there are more.
+
+        What is free is used again, and to move pages costs: so some stay.
+        """
+        self._open()
+        ((free, pages),) = self._rows(statements.FREE_PAGES)
+        spare = free - max(_KEPT_PAGES, pages // 4)
+        if spare <= 0:
+            return False
+        few = min(spare, _PAGES_AT_ONCE)
+        sql = f"PRAGMA incremental_vacuum({few})"
+        self._transact(lambda cursor: cursor.execute(sql).fetchall(), durable=False)
+        return bool(spare > few)
 
     def changed(self) -> bool:
         """Whether another connection committed since the last call; true at the first.

@@ -52,6 +52,15 @@ UNFINISHED_READY = (
     f"{_OWNERS_OF.format(_READY)} SELECT 1 FROM owners CROSS JOIN tasks ON tasks.owner = owners.owner "
     f"AND {_READY} AND type = ? LIMIT 1"
 )
+# By the index of that status: a task was created before it ended.
+ENDED = (
+    f"SELECT {_STUB} FROM (SELECT * FROM tasks INDEXED BY tasks_{{0}} WHERE status = '{{0}}' "
+    "AND created_at < ? ORDER BY created_at) WHERE completed_at < ? LIMIT ?"
+)
+FREE_PAGES = (
+    "SELECT (SELECT freelist_count FROM pragma_freelist_count), "
+    "(SELECT page_count FROM pragma_page_count)"
+)
 UNFINISHED_RUNNING = "SELECT DISTINCT type FROM tasks WHERE status = 'running' AND owner <> ''"
 
 
