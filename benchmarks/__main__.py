@@ -15,6 +15,7 @@ from pathlib import Path
 
 from benchmarks import floor, peers, processes, report, taskx_bench
 from benchmarks.harness import QUICK, Plan, measure
+from benchmarks.stores import OnSQLite
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -82,7 +83,11 @@ def _plan(options: argparse.Namespace) -> Plan:
 
 def _measured(options: argparse.Namespace, plan: Plan) -> str:
     """Measure and print; returns what it printed."""
-    cells = [*floor.cells(plan), *taskx_bench.cells(plan), *processes.cells(plan)]
+    cells = [
+        *floor.cells(plan),
+        *taskx_bench.cells(plan),
+        *processes.cells(plan, OnSQLite("accepted")),
+    ]
     if not options.no_peers:
         cells += peers.cells(plan)
     chosen = [cell for cell in cells if cell.matches(options.only)]
