@@ -25,7 +25,11 @@ T = TypeVar("T")
 FAILURES = (PyMongoError, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
 # Whatever the caller's database is set to: plain documents, and no date that cannot be read.
-_CODEC: CodecOptions[Document] = CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_AUTO)
+# Other programs may have stored what is no date of Python's, or no UTF-8: it must not hide the rest.
+_CODEC: CodecOptions[Document] = CodecOptions(
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+    unicode_decode_error_handler="surrogateescape",
+)
 _SAFE = WriteConcern(w="majority", j=True)
 
 

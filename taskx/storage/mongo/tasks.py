@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from bson.int64 import Int64
+from pymongo.errors import WriteError
 
 from taskx.core.clock import to_datetime
 from taskx.core.model import Task, TaskFilter
@@ -16,6 +18,7 @@ from taskx.storage.mongo.documents import (
     STUB_FIELDS,
     Document,
     moment_ms,
+    ours_of,
     stub_from_document,
     task_from_document,
 )
@@ -127,12 +130,13 @@ class Tasks:
             seen = {"created_at": 1, "taskx.held": 1}
             for document in list(tasks.find(wanted, seen).sort(NEWEST_FIRST[::-1]).limit(limit)):
                 created = moment_ms(document.get("created_at")) or 0
-                ours = {
+                adopted = {
                     "taskx.owner": "",
-                    "taskx.held": document.get("taskx", {}).get("held", 0),
+                    "taskx.held": ours_of(document).get("held", 0),
                     "taskx.seq": Int64(max(created, 0) * PER_MS),
                 }
-                tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": ours})
+                with suppress(WriteError):  # one that has no room for more, say: the others have
+                    tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": adopted})
 
         self._connection.run(adopt)
 
@@ -151,7 +155,7 @@ class Tasks:
         """The earliest ``run_at`` of the held back pending tasks."""
 
         def read() -> list[Document]:
-            cursor = self._connection.tasks.find(held(), {"taskx.run_at": 1})
+            cursor = self._connection.tasks.find(held(**{"$type": "date"}), {"taskx.run_at": 1})
             return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(1))
 
         found = self._connection.run(read)
@@ -187,5 +191,4 @@ class Tasks:
 
 
 def _batch(document: Document) -> str:
-    ours = document.get("taskx")
-    return ours.get("batch") or "" if isinstance(ours, dict) else ""
+    return ours_of(document).get("batch") or ""
