@@ -227,17 +227,28 @@ class Worker:
             self._number += 1
             ids.append(f"{self.options.who}-{self._number}")
             self.log.tell("submit", ids[-1], kind=kind, note=ids[0])
-        outcome = "accepted"
-        try:
-            self.queue.submit_many([Task(id=task_id, type=kind) for task_id in ids])
-        except QueueFull:
-            outcome = "rejected"
-        except (KeyboardInterrupt, MemoryError):
-            outcome = "unsure"
-        except self._store.outages as error:
-            outcome = "unsure" if error.in_doubt else "rejected"
+        outcome = self._told_of([Task(id=task_id, type=kind) for task_id in ids])
         for task_id in ids:
             self.log.tell(outcome, task_id)
+
+    def _told_of(self, tasks: list[Task]) -> str:
+        """What the library says of tasks that are submitted together; asked again while in doubt."""
+        unsure = False
+        while True:
+            try:
+                self.queue.submit_many(tasks)
+            except DuplicateTask:
+                return "accepted" if unsure else "duplicate"
+            except QueueFull:
+                return "unsure" if unsure else "rejected"
+            except (KeyboardInterrupt, MemoryError):
+                unsure = True
+            except self._store.outages as error:
+                unsure = unsure or error.in_doubt
+                if not unsure:
+                    return "rejected"
+            else:
+                return "accepted"
 
     def cancel(self, task_id: str) -> None:
         self.log.tell("cancel", task_id)

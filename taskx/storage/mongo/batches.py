@@ -25,6 +25,9 @@ from taskx.storage.mongo.sender import Sender
 
 _log = logging.getLogger("taskx")
 
+#: Seconds that others' batches are given to be committed, and between looks whether they were.
+_MOMENT, _LOOK_EVERY = 1.0, 0.02
+
 
 class Batches:
     """Stores batches of tasks, and looks after what others left half done.
@@ -144,6 +147,31 @@ class Batches:
         for batch in found:
             self._reveal(batch)
         return found
+
+    def make_way(self, task_ids: Sequence[str]) -> set[str]:
+        """Of ids that are taken, those that are free now: only a batch held them that came to nothing.
+
+        One that is under way is given a moment to be committed; then it is abandoned.
+        """
+        wanted = {"_id": {"$in": list(task_ids)}}
+        deadline = time.monotonic() + min(_MOMENT, self._connection.timeout / 4)
+        seen = False
+        while undecided := self._undecided(wanted):
+            seen = True
+            if time.monotonic() < deadline:
+                time.sleep(_LOOK_EVERY)
+                continue
+            for batch in undecided:
+                self._abandon(batch)
+        if not seen:
+            return set()
+        found = self._connection.tasks.find(wanted, {"_id": 1})
+        return set(task_ids) - {document["_id"] for document in found}
+
+    def _undecided(self, wanted: dict[str, Any]) -> set[str]:
+        """The batches that hide one of these tasks and were not committed."""
+        hidden = self._connection.tasks.distinct("taskx.batch", {**wanted, **HIDDEN})
+        return set(hidden) - self.reveal_committed(hidden)
 
     def hidden(self) -> list[str]:
         """The batches that tasks are hidden in."""

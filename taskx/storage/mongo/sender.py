@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import bson
@@ -53,6 +53,8 @@ class Sender:
     def __init__(self, connection: Connection, order: Order) -> None:
         self._connection = connection
         self._order = order
+        #: Of ids that new tasks cannot have, says which they can have now.
+        self.make_way: Callable[[Sequence[str]], Collection[str]] = lambda task_ids: ()
         self.renew()
 
     def renew(self) -> None:
@@ -189,6 +191,17 @@ class Sender:
         unclear = [op for op in ops if not op.held]
         if unclear:
             self._look_for_marks(unclear)
+        if refused and (blocked := [op for op in inserts if not op.held]):
+            self._insert_again(blocked)
+
+    def _insert_again(self, ops: Sequence[_Op]) -> None:
+        """What met tasks that nobody sees, and that nobody ever will."""
+        free = self.make_way([op.write.id for op in ops])
+        again = [op for op in ops if op.write.id in free]
+        if again:
+            _, refused = self._bulk_write(again, [])
+            for index, op in enumerate(again):
+                op.held = index not in refused
 
     def _bulk_write(
         self, inserts: Sequence[_Op], updates: Sequence[_Op]

@@ -64,11 +64,20 @@ class Tasks:
         for start in range(0, len(ids), _MOST_IDS):
             wanted = {"_id": {"$in": ids[start : start + _MOST_IDS]}}
             found += self._connection.run(lambda w=wanted: list(self._connection.tasks.find(w)))  # type: ignore[misc]
-        hidden = {batch for document in found if (batch := _batch(document))}
-        if hidden:
-            known = self._connection.run(lambda: self._batches.reveal_committed(list(hidden)))
-            found = [d for d in found if _batch(d) in known or not _batch(d)]
-        return found
+        hidden = [document for document in found if _batch(document)]
+        if not hidden:
+            return found
+        return [d for d in found if not _batch(d)] + self._connection.run(
+            lambda: self._revealed(hidden)
+        )
+
+    def _revealed(self, hidden: Sequence[Document]) -> list[Document]:
+        """Of documents that were hidden, those that are not, or should not be."""
+        known = self._batches.reveal_committed([*{_batch(document) for document in hidden}])
+        # Somebody may have revealed the others since: of that their batch tells no more.
+        others = [document["_id"] for document in hidden if _batch(document) not in known]
+        again = self._connection.tasks.find({"_id": {"$in": others}, **VISIBLE}) if others else ()
+        return [*(d for d in hidden if _batch(d) in known), *again]
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
