@@ -8,6 +8,30 @@ import time
 from abc import ABC, abstractmethod
 
 from benchmarks.harness import IDLE
+from taskx import Task
+from taskx.core import lifecycle
+from taskx.core.clock import SYSTEM_CLOCK
+from taskx.core.ids import new_id
+from taskx.core.lifecycle import Ending
+from taskx.core.writes import Insert, Update
+
+
+def created(task_id: str) -> Insert:
+    """A task as ``submit`` stores it."""
+    now = SYSTEM_CLOCK.now_ms()
+    return lifecycle.create(task_id=task_id, type="noop", params="{}", created_by="", now=now)
+
+
+def started_and_finished() -> tuple[Update, Update]:
+    """What a task's start and its outcome change; its id is for the loop to fill in."""
+    now = SYSTEM_CLOCK.now_ms()
+    task = Task(type="noop", params={}, id="?", max_attempts=1, max_crashes=3)
+    start = lifecycle.start(task, now, new_id())
+    assert start is not None
+    lifecycle.mark_started(task, start)
+    ending = Ending(returned=True, result="1", duration=0.00001, worker="host:1:aaaaaa/1")
+    [finish] = lifecycle.conclude(task, ending, now)
+    return start, finish
 
 
 class Loop(ABC):

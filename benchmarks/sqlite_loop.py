@@ -7,12 +7,8 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any
 
-from benchmarks.loops import Loop
-from taskx import Task
-from taskx.core import lifecycle
-from taskx.core.clock import SYSTEM_CLOCK
+from benchmarks.loops import Loop, created, started_and_finished
 from taskx.core.ids import new_id
-from taskx.core.lifecycle import Ending
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections
 
@@ -23,25 +19,12 @@ class Statements:
     """The statements of one task's life, and their values for each of many ids."""
 
     def __init__(self, ids: Sequence[str]) -> None:
-        now = SYSTEM_CLOCK.now_ms()
-        task = Task(type="noop", params={}, id="?", max_attempts=1, max_crashes=3)
-        start = lifecycle.start(task, now, new_id())
-        assert start is not None
+        start, finish = started_and_finished()
         self.starting, self.starts = self._update(start, ids)
-        lifecycle.mark_started(task, start)
-        ending = Ending(returned=True, result="1", duration=0.00001, worker="host:1:aaaaaa/1")
-        [finish] = lifecycle.conclude(task, ending, now)
         self.finishing, self.finishes = self._update(finish, ids)
         self.inserting = statements.INSERT
         self.inserting_many = statements.INSERT_OR_FAIL
-        self.inserts = [
-            tuple(
-                lifecycle.create(
-                    task_id=id_, type="noop", params="{}", created_by="", now=now
-                ).row.values()
-            )
-            for id_ in ids
-        ]
+        self.inserts = [tuple(created(id_).row.values()) for id_ in ids]
         self.selecting = statements.select_many(1)
         self.selects = [(id_,) for id_ in ids]
 
