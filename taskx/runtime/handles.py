@@ -226,6 +226,7 @@ class Watcher:
 
     def _poll(self) -> None:
         looked = time.monotonic()
+        complaint = Complaint(self._log)
         while True:
             with self._lock:
                 if self._driven or not self._handles:
@@ -235,8 +236,9 @@ class Watcher:
                 if self._repository.changed() or time.monotonic() - looked > _LOOK_ANYWAY:
                     looked = time.monotonic()
                     self.look()
+                    complaint.over()
             except RepositoryError as error:
-                self._log.warning("cannot see whether tasks have ended: %s", error)
+                complaint.make("cannot see whether tasks have ended: %s", error)
                 time.sleep(1.0)
             time.sleep(_POLL)
 
