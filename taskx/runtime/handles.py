@@ -17,6 +17,7 @@ from taskx.core.errors import (
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskStatus
+from taskx.runtime.complaint import Complaint
 from taskx.storage.base import Repository
 
 R = TypeVar("R")
