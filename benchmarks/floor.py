@@ -81,7 +81,7 @@ def cells(plan: Plan) -> list[Cell]:
     """All cells of the floor on SQLite."""
     stores = [OnSQLite(durability) for durability in DURABILITIES]
     return [
-        *(_cell(plan, store, figure) for figure in _THROUGHPUT for store in stores),
+        *(cell(plan, store, figure) for figure in _THROUGHPUT for store in stores),
         _left_cell(plan, OnSQLite("accepted")),
         *(_latencies(plan, OnSQLite(durability)) for durability in ("accepted", "process")),
     ]
@@ -89,13 +89,14 @@ def cells(plan: Plan) -> list[Cell]:
 
 def cells_on(plan: Plan, store: Store) -> list[Cell]:
     """All cells of the floor on a store."""
-    throughput = [_cell(plan, store, figure) for figure in _THROUGHPUT]
+    throughput = [cell(plan, store, figure) for figure in _THROUGHPUT]
     return [*throughput, _left_cell(plan, store), _latencies(plan, store)]
 
 
-def _cell(plan: Plan, store: Store, figure: str) -> Cell:
+def cell(plan: Plan, store: Store, figure: str, who: str = FLOOR) -> Cell:
+    """One cell of throughput."""
     run = partial(_THROUGHPUT[figure], plan, store)
-    return Cell(FLOOR, store.durability, run, (figure,))
+    return Cell(who, store.durability, run, (figure,))
 
 
 def _left_cell(plan: Plan, store: Store) -> Cell:

@@ -22,14 +22,17 @@ PLAN = Plan(
     messages=20,
     kills=2,
 )
+#: Another floor, which has one command for reading a task and starting it.
+_AT_ONCE = "find_one_and_update"
 QUICK_PLAN = replace(PLAN.limited_to(100), many=400, samples=20, kills=QUICK.kills)
 
 
 def cells(plan: Plan, url: str, *, with_peers: bool = True) -> list[Cell]:
     """All cells."""
-    store = OnMongo(url)
+    store, at_once = OnMongo(url), OnMongo(url, at_once=True)
     found = [
         *floor.cells_on(plan, store),
+        *(floor.cell(plan, at_once, figure, _AT_ONCE) for figure in ("drain", "together")),
         *taskx_bench.throughput(plan, store),
         *taskx_bench.latency(plan, store),
         *processes.cells(plan, store),

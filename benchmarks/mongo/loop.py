@@ -19,10 +19,17 @@ _TIMEOUT = 10.0
 
 
 class MongoLoop(Loop):
-    """One round trip each: ``insert_one``, ``find_one_and_update`` to start, ``update_one`` to finish."""
+    """``insert_one``; ``find_one`` and ``update_one`` to start, as TaskX does; ``update_one`` to finish.
 
-    def __init__(self, url: str, count: int) -> None:
+    Args:
+        url: the database.
+        count: how many tasks.
+        at_once: start with one ``find_one_and_update``; what is quicker differs between servers.
+    """
+
+    def __init__(self, url: str, count: int, *, at_once: bool = False) -> None:
         self.count = count
+        self._at_once = at_once
         self._connection = Connection("tasks", url=url, timeout=_TIMEOUT, write_concern=None)
         make_indexes(self._connection)
         self._tasks = self._connection.tasks
@@ -44,14 +51,18 @@ class MongoLoop(Loop):
         self._tasks.insert_many(self._documents)
 
     def start(self, index: int) -> None:
-        found, changed = self._start
-        started = self._tasks.find_one_and_update({**found, "_id": self._ids[index]}, changed)
-        assert started is not None
+        own, (found, changed) = {"_id": self._ids[index]}, self._start
+        if self._at_once:
+            assert self._tasks.find_one_and_update({**found, **own}, changed) is not None
+        else:
+            assert self._tasks.find_one(own) is not None
+            self._update(own, found, changed)
 
     def finish(self, index: int) -> None:
-        found, changed = self._finish
-        done = self._tasks.update_one({**found, "_id": self._ids[index]}, changed)
-        assert done.matched_count == 1
+        self._update({"_id": self._ids[index]}, *self._finish)
+
+    def _update(self, own: Document, found: Document, changed: Document) -> None:
+        assert self._tasks.update_one({**found, **own}, changed).matched_count == 1
 
 
 def _as_sent(update: Update, mark: int) -> tuple[Document, Document]:

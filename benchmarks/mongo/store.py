@@ -26,12 +26,16 @@ class OnMongo(Store):
     Args:
         url: the server.
         listener: is told of every command that TaskX sends.
+        at_once: whether the floor reads a task and starts it with one command.
     """
 
     durability = "majority"
 
-    def __init__(self, url: str, listener: CommandListener | None = None) -> None:
+    def __init__(
+        self, url: str, listener: CommandListener | None = None, *, at_once: bool = False
+    ) -> None:
         self.url = url
+        self._at_once = at_once
         self._listeners = [] if listener is None else [listener]
 
     @contextmanager
@@ -42,7 +46,7 @@ class OnMongo(Store):
             yield MongoRepository(client[database_of(folder)], run_folder=nodes)
 
     def loop(self, folder: str, count: int) -> Loop:
-        return MongoLoop(url_of(self.url, folder), count)
+        return MongoLoop(url_of(self.url, folder), count, at_once=self._at_once)
 
     def name(self) -> str:
         return self.url
