@@ -395,9 +395,9 @@ def test_outage_is_told_ever_more_rarely(make_queue, gate, monkeypatch, caplog):
     with monkeypatch.context() as patched, caplog.at_level(logging.INFO, "taskx"):
         patched.setattr(queue.repository, "check", check)
         gate.open()
-        eventually(lambda: len(tries) >= 80)
-    assert tries[79] - tries[0] > 0.3
-    assert 3 <= len(caplog.records) <= 20
+        eventually(lambda: len(tries) >= 40)
+    assert tries[39] - tries[0] > 0.2
+    assert 3 <= len(caplog.records) <= 14
     assert [handle.result(PATIENCE) for handle in handles] == [None] * 40
 
 
