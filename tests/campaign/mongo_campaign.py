@@ -68,8 +68,9 @@ class MongoCampaign(Campaign):
         options = super()._random_options()
         options["host"] = self.rng.choice(("here", "there"))
         options["retries"] = self.rng.random() < 0.5
-        if "batch" in options.get("point", ""):
-            options["passings"] = self.rng.randint(1, 3)
+        if "point" in options:  # fewer pass it in the same time
+            most = 3 if "batch" in options["point"] else 15
+            options["passings"] = min(options["passings"], self.rng.randint(1, most))
         if options.pop("interrupts", 0):  # they would strike the driver, too: not ours to prove
             options["overflow"] = "block"
         return options

@@ -129,6 +129,11 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
         [completed()],
         "it was rejected, and yet stored",
     ),
+    "a result that was dropped after the lease was back": (
+        [line("p1", "lease lost"), *ACCEPTED, begin(), end()],
+        [record(status="cancelled")],
+        "returned on p1, which lived on",
+    ),
     "submitted together, and stored in part": (
         [line("p0", "submit", id=id, **TOGETHER) for id in "ab"],
         [record(status="cancelled", starts=0)],

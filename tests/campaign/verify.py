@@ -41,7 +41,7 @@ class Process:
         stops: when it began to stop a queue.
         leaves: when its last stop had returned.
         left: ids of the tasks that its stops left running: it may have ended before they did.
-        cut_off: it knew that it had lost its lease, so that others may have run what it ran.
+        cut_off: when it knew that it had lost its lease, so that others might run what it ran.
         trouble: what its log had no business to say.
     """
 
@@ -51,7 +51,7 @@ class Process:
     stops: list[int] = attrs.Factory(list)
     leaves: int = NEVER
     left: set[str] = attrs.Factory(set)
-    cut_off: bool = False
+    cut_off: list[int] = attrs.Factory(list)
     trouble: str = ""
 
 
@@ -104,7 +104,7 @@ class History:
         if event.what == "stop":
             process.stops.append(event.ns)
         elif event.what == "lease lost":
-            process.cut_off = True
+            process.cut_off.append(event.ns)
         elif event.what == "leaves":
             process.leaves = event.ns
         elif event.what == "stopped" and event.note:
@@ -146,16 +146,22 @@ class History:
         """Until when a run certainly was under way."""
         return run.ended if run.ended != NEVER else self.processes[run.who].lived
 
+    def may_be_taken_over(self, run: Run) -> bool:
+        """Whether its process lost its lease before the outcome was certainly stored."""
+        return any(lost > run.began for lost in self.processes[run.who].cut_off)
+
     def may_be_lost(self, run: Run) -> bool:
         """Whether its process may have ended before the outcome was stored."""
         process = self.processes[run.who]
         unsure = "unknown" in process.left  # its stop was interrupted
-        return process.killed or process.cut_off or unsure or run.id in process.left
+        named = unsure or run.id in process.left
+        return process.killed or named or self.may_be_taken_over(run)
 
     def may_be_interrupted(self, run: Run) -> bool:
         """Whether its process may have died, or stopped a queue, before it ended."""
         process = self.processes[run.who]
-        return process.killed or process.cut_off or any(stop < run.ended for stop in process.stops)
+        stopped = any(stop < run.ended for stop in process.stops)
+        return process.killed or stopped or self.may_be_taken_over(run)
 
 
 def verify(records: Mapping[str, Task], events: Sequence[Event]) -> list[str]:
