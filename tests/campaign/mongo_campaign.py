@@ -17,6 +17,8 @@ from . import on_mongo
 from .campaign import Campaign, Child, until
 
 NAME = "campaign"
+#: What befalls a line.
+DISTURBANCES = ("reset", "cut", "delay", "swallow asks", "swallow answers")
 _never = threading.Event()
 
 
@@ -84,12 +86,11 @@ class MongoCampaign(Campaign):
         elif chance < 0.65 and self.server is not None:
             self.restart_server()
         else:
-            self.disturb(self.lines[child.who])
+            how = self.rng.choice(DISTURBANCES)
+            self.disturb(self.lines[child.who], how, self.rng.uniform(0.05, 0.8))  # under a lease
 
-    def disturb(self, line: Proxy) -> None:
-        """Cut a line, slow it down or swallow what goes through it, for less than a lease."""
-        how = self.rng.choice(("reset", "cut", "delay", "swallow asks", "swallow answers"))
-        seconds = self.rng.uniform(0.05, 0.8)
+    def disturb(self, line: Proxy, how: str, seconds: float) -> None:
+        """Cut a line, slow it down or swallow what goes through it, and mend it."""
         self.log.tell("line", note=f"{how} {seconds:.2f}")
         if how in ("reset", "cut"):
             line.cut(refuse=how == "cut")
