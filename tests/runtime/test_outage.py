@@ -1,7 +1,8 @@
-"""A MongoDB that is away for longer than anybody waits: what is acknowledged is kept and written later."""
+"""A MongoDB that is away for longer than anybody waits, and a host that is: what is kept, who goes on."""
 
 from __future__ import annotations
 
+import signal
 import time
 from contextlib import contextmanager
 
@@ -119,3 +120,81 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
     assert [ran.count(task.status) for task in tasks] == [1, 1, 1]
     on_mongo.executor("fine")(lambda: "fine")
     assert on_mongo.submit("fine").result(PATIENCE) == "fine"
+
+
+# A process on another host, as its folder for locks is another one: only its lease tells of it.
+ELSEWHERE = """
+    import sys, threading
+    import pymongo
+    from taskx import Config, MongoRepository, Queue
+
+    client = pymongo.MongoClient(sys.argv[1])
+    queue = Queue(
+        MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3], lease_timeout=1.5),
+        Config(worker_num=1),
+    )
+
+    ended = threading.Event()
+
+    @queue.executor("long")
+    def long():
+        print("running", flush=True)
+        sys.stdin.readline()
+        ended.set()
+        return "there"
+
+    queue.start()
+    queue.submit("long", id="x")
+    while queue._node.engine.runs or not ended.is_set():
+        queue._node.engine.wait_quiet(0.05)
+    print("over", flush=True)
+    sys.stdin.readline()
+    queue.stop()
+"""
+
+
+@pytest.fixture
+def elsewhere(spawn, database, tmp_path):
+    child = spawn(ELSEWHERE, shared("standalone"), database.name, tmp_path / "there")
+    assert child.read() == "running"
+    return child
+
+
+@pytest.fixture
+def here(database, tmp_path, make_queue, gate):
+    """A queue on this host, which looks on."""
+    repository = MongoRepository(database, run_folder=tmp_path / "here", lease_timeout=1.5)
+    queue = make_queue(repository, worker_num=1)
+    queue.executor("long")(lambda: (gate(), "here")[1])
+    queue.start()
+    return queue
+
+
+def test_a_task_may_last_for_many_leases(elsewhere, here):
+    """Its node beats, so nobody else runs it."""
+    deadline = time.monotonic() + 3.2
+    eventually(lambda: time.monotonic() > deadline)  # blocks on purpose: more than two leases
+    assert here.get_task_status("x").starts == 1
+    elsewhere.tell()
+    assert here.handle("x").result(PATIENCE) == "there"
+    task = here.get_task_status("x")
+    assert (task.starts, task.crashes, task.interruptions) == (1, 0, 0)
+    elsewhere.tell()
+    elsewhere.ends()
+
+
+def test_who_slept_through_its_lease_changes_nothing_when_it_wakes(elsewhere, here, gate):
+    """Not even while the task that was taken from it runs again."""
+    elsewhere.signal(signal.SIGSTOP)
+    gate.wait_for(1)
+    before = here.get_task_status("x")
+    assert (before.status, before.starts, before.crashes) == ("running", 2, 1)
+    elsewhere.signal(signal.SIGCONT)
+    elsewhere.tell()
+    assert elsewhere.read() == "over"  # its run has ended, and what became of it was dropped
+    assert here.get_task_status("x") == before
+    gate.open()
+    assert here.handle("x").result(PATIENCE) == "here"
+    elsewhere.tell()
+    _, errors = elsewhere.ends()
+    assert "its late outcome was dropped" in errors
