@@ -119,6 +119,8 @@ class MongoCampaign(Campaign):
 
     def let_nodes_be_forgotten(self) -> None:
         """A dead node that holds nothing is forgotten when its lease has run out."""
+        if not self._nodes.count_documents({}):
+            return
         last = self.spawn(role="serve")
         self.wait_for("started", who=last.who)
         until(lambda: self._nodes.count_documents({}) <= 1, 30.0, "dead nodes are forgotten")

@@ -128,13 +128,13 @@ def cut_off_for_long(campaign: MongoCampaign, **options: Any) -> None:
 
 
 def neighbours_elsewhere(campaign: MongoCampaign, **options: Any) -> None:
-    """Two hosts that live, for a lease and a half: neither may take the other's running task."""
+    """Two hosts that live, for more than a lease: neither may take the other's running task."""
     store(campaign, "stubborn", seconds=60.0)
     first = campaign.spawn(role="serve", host="there", lease=LEASE)
     campaign.wait_for("begin", who=first.who)
     second = campaign.spawn(role="serve", lease=LEASE, **options)
     campaign.wait_for("started", who=second.who)
-    enough = campaign.beats() + 3 * BEATS  # of both nodes
+    enough = campaign.beats() + 2 * (BEATS + 2)  # of both nodes
     until(lambda: took(campaign, second) or campaign.beats() > enough, 20.0, "it is taken or not")
 
 
