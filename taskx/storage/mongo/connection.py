@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import pymongo
@@ -31,6 +32,7 @@ _CODEC: CodecOptions[Document] = CodecOptions(
     unicode_decode_error_handler="surrogateescape",
 )
 _SAFE = WriteConcern(w="majority", j=True)
+_mock_turns = threading.RLock()
 
 
 class Connection:
@@ -63,6 +65,9 @@ class Connection:
         self._database: Database[Document] | None = None
         self._collections: dict[str, Collection[Document]] = {}
         self._lock = threading.Lock()
+        #: Entered to use the collections: a mock of the driver trips over itself in several threads.
+        real = database is None or isinstance(database, Database)
+        self.turns: AbstractContextManager[object] = nullcontext() if real else _mock_turns
 
     @property
     def tasks(self) -> Collection[Document]:
@@ -86,7 +91,7 @@ class Connection:
             TaskxError: in place of what the driver raised.
         """
         try:
-            with pymongo.timeout(self.timeout if timeout is None else timeout):
+            with pymongo.timeout(self.timeout if timeout is None else timeout), self.turns:
                 return work()
         except FAILURES as error:
             raise translated(error, self.name) from error

@@ -39,7 +39,6 @@ MOST_BYTES = 16 * 1024 * 1024
 _PAUSE = 0.05
 #: Most writes of unknown outcome that are remembered, to be known again when they are sent again.
 _MOST_REMEMBERED = 4096
-_mock_lock = threading.RLock()
 
 
 class Sender:
@@ -152,7 +151,8 @@ class Sender:
         sent = any(op.again for op in ops)
         while True:
             try:
-                with pymongo.timeout(max(0.001, deadline - time.monotonic())):
+                left = max(0.001, deadline - time.monotonic())
+                with pymongo.timeout(left), self._connection.turns:
                     return self._send_once(ops)
             except FAILURES as error:
                 sent = sent or may_have_been_sent(error)
@@ -334,14 +334,13 @@ def _update(op: _Op) -> tuple[Document, Document]:
 def _write_one_by_one(
     tasks: Any, documents: Sequence[Document], changes: Sequence[tuple[Document, Document]]
 ) -> tuple[int, Collection[int]]:
-    """What ``bulk_write`` does, for a mock of the driver: where that lacks it, and is not atomic."""
+    """What ``bulk_write`` does, for a mock of the driver, which lacks it."""
     matched, refused = 0, set()
-    with _mock_lock:
-        for index, document in enumerate(documents):
-            try:
-                tasks.insert_one(document)
-            except DuplicateKeyError:
-                refused.add(index)
-        for found, changed in changes:
-            matched += tasks.update_one(found, changed).matched_count
+    for index, document in enumerate(documents):
+        try:
+            tasks.insert_one(document)
+        except DuplicateKeyError:
+            refused.add(index)
+    for found, changed in changes:
+        matched += tasks.update_one(found, changed).matched_count
     return matched, refused
