@@ -20,13 +20,11 @@ from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUna
 from taskx.core.ids import new_id
 from taskx.core.writes import Insert, Write
 from taskx.storage.mongo.connection import Connection
+from taskx.storage.mongo.documents import batch_of
 from taskx.storage.mongo.filters import HIDDEN
 from taskx.storage.mongo.sender import Sender
 
 _log = logging.getLogger("taskx")
-
-#: Seconds that others' batches are given to be committed, and between looks whether they were.
-_MOMENT, _LOOK_EVERY = 1.0, 0.02
 
 
 class Batches:
@@ -148,30 +146,19 @@ class Batches:
             self._reveal(batch)
         return found
 
-    def make_way(self, task_ids: Sequence[str]) -> set[str]:
-        """Of ids that are taken, those that are free now: only a batch held them that came to nothing.
+    def make_way(self, task_ids: Sequence[str], force: bool) -> set[str]:
+        """Of ids that were taken, those that may be free now or soon.
 
-        One that is under way is given a moment to be committed; then it is abandoned.
+        That is what a batch holds that is under way, or was left behind; with ``force`` it is abandoned.
         """
         wanted = {"_id": {"$in": list(task_ids)}}
-        deadline = time.monotonic() + min(_MOMENT, self._connection.timeout / 4)
-        seen = False
-        while undecided := self._undecided(wanted):
-            seen = True
-            if time.monotonic() < deadline:
-                time.sleep(_LOOK_EVERY)
-                continue
-            for batch in undecided:
-                self._abandon(batch)
-        if not seen:
-            return set()
-        found = self._connection.tasks.find(wanted, {"_id": 1})
-        return set(task_ids) - {document["_id"] for document in found}
-
-    def _undecided(self, wanted: dict[str, Any]) -> set[str]:
-        """The batches that hide one of these tasks and were not committed."""
-        hidden = self._connection.tasks.distinct("taskx.batch", {**wanted, **HIDDEN})
-        return set(hidden) - self.reveal_committed(hidden)
+        documents = self._connection.tasks.find(wanted, {"taskx.batch": 1})
+        found = {document["_id"]: batch_of(document) for document in documents}
+        batches = {batch for batch in found.values() if batch}
+        batches -= self.reveal_committed([*batches])
+        for batch in batches if force else ():
+            self._abandon(batch)
+        return {task_id for task_id in task_ids if found.get(task_id) in {None, *batches}}
 
     def hidden(self) -> list[str]:
         """The batches that tasks are hidden in."""

@@ -207,6 +207,12 @@ def ours_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
     return ours if isinstance(ours, dict) else {}
 
 
+def batch_of(document: Mapping[str, Any]) -> str:
+    """The batch that a document is hidden in, or nothing."""
+    ours = document.get("taskx")
+    return ours.get("batch") or "" if isinstance(ours, dict) else ""
+
+
 def stub_from_document(document: Mapping[str, Any]) -> Stub:
     """The stub of a document that was read with :data:`STUB_FIELDS`."""
     ours = document["taskx"]

@@ -17,6 +17,7 @@ from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import (
     STUB_FIELDS,
     Document,
+    batch_of,
     moment_ms,
     ours_of,
     stub_from_document,
@@ -64,20 +65,20 @@ class Tasks:
         for start in range(0, len(ids), _MOST_IDS):
             wanted = {"_id": {"$in": ids[start : start + _MOST_IDS]}}
             found += self._connection.run(lambda w=wanted: list(self._connection.tasks.find(w)))  # type: ignore[misc]
-        hidden = [document for document in found if _batch(document)]
+        hidden = [document for document in found if batch_of(document)]
         if not hidden:
             return found
-        return [d for d in found if not _batch(d)] + self._connection.run(
+        return [d for d in found if not batch_of(d)] + self._connection.run(
             lambda: self._revealed(hidden)
         )
 
     def _revealed(self, hidden: Sequence[Document]) -> list[Document]:
         """Of documents that were hidden, those that are not, or should not be."""
-        known = self._batches.reveal_committed([*{_batch(document) for document in hidden}])
+        known = self._batches.reveal_committed([*{batch_of(document) for document in hidden}])
         # Somebody may have revealed the others since: of that their batch tells no more.
-        others = [document["_id"] for document in hidden if _batch(document) not in known]
+        others = [document["_id"] for document in hidden if batch_of(document) not in known]
         again = self._connection.tasks.find({"_id": {"$in": others}, **VISIBLE}) if others else ()
-        return [*(d for d in hidden if _batch(d) in known), *again]
+        return [*(d for d in hidden if batch_of(d) in known), *again]
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
@@ -197,7 +198,3 @@ class Tasks:
         return self._connection.run(
             lambda: any(tasks.find_one(some, {"_id": 1}) is not None for some in wanted)
         )
-
-
-def _batch(document: Document) -> str:
-    return ours_of(document).get("batch") or ""

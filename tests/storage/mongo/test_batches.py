@@ -10,7 +10,7 @@ from mongo_proxy import swallowing
 
 from taskx import RepositoryUnavailable, TaskFilter
 from taskx.core import lifecycle
-from taskx.storage.mongo import batches
+from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
 
 from .conftest import insert
@@ -106,7 +106,7 @@ class TestASubmitterThatDied:
     def test_what_it_left_stands_in_nobodys_way(self, store, monkeypatch, make, mock, together):
         """Who is told that the id is taken must find the task."""
         die_at(monkeypatch, store, "_commit")
-        monkeypatch.setattr(batches, "_MOMENT", 0.0)
+        monkeypatch.setattr(sender, "_MOMENT", 0.0)
         other = make(mock)
         again = [insert(task_id) for task_id in IDS[:2]]
         assert list(other.apply(again, all_or_nothing=together)) == [True, True]
@@ -118,6 +118,10 @@ class TestASubmitterThatDied:
         other = make(mock)
         assert list(other.apply([insert("b0"), insert("new")])) == [False, True]
         assert seen(other)["list"] == {*IDS, "new"}
+
+    def test_what_the_original_stored_keeps_its_ids(self, store, mock):
+        mock.tasks.insert_one({"_id": "b0", "type": "t", "status": "pending", "params": {}})
+        assert list(store.apply([insert("b0"), insert("b1")])) == [False, True]
 
     def test_one_under_way_is_waited_for(self, store, monkeypatch, make, mock):
         """It comes first, so the one that comes second is the duplicate."""
@@ -131,12 +135,10 @@ class TestASubmitterThatDied:
             assert asked.wait(20.0)
             commit(batch)
 
-        undecided = other._batches._undecided
-        monkeypatch.setattr(
-            other._batches, "_undecided", lambda wanted: (undecided(wanted), asked.set())[0]
-        )
+        make_way = other._sender.make_way
+        other._sender.make_way = lambda *args: (make_way(*args), asked.set())[0]
         monkeypatch.setattr(store._batches, "_commit", slow)
-        monkeypatch.setattr(batches, "_MOMENT", 20.0)
+        monkeypatch.setattr(sender, "_MOMENT", 20.0)
         writes = [insert(task_id) for task_id in IDS]
         assert list(store.apply(writes, all_or_nothing=True)) == [True] * 5
         late.join(20.0)
