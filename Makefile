@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Passed on to the program that a target runs:  make test ARGS="-k cancel"
 ARGS ?=
+# What the kill campaign runs on, if not a SQLite file:  make soak ON=mongo ARGS="--kills 200"
+ON ?=
 
 MAKEFLAGS += --no-print-directory
 
@@ -28,7 +30,7 @@ test: $(VENV)/installed-test ## run the tests
 	@$(BIN)/python -m pytest --numprocesses 2 --dist worksteal $(ARGS)
 
 soak: $(VENV)/installed-test ## kill processes a thousand times over, and prove that nothing is lost
-	@$(BIN)/python -m tests.campaign.campaign --kills 1000 $(ARGS)
+	@$(BIN)/python -m tests.campaign.campaign --kills 1000 $(if $(filter mongo,$(ON)),--mongo) $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and formatting
 	@$(BIN)/ruff check .

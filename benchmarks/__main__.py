@@ -10,11 +10,11 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 
-from benchmarks import floor, peers, processes, report, taskx_bench
-from benchmarks.harness import QUICK, Plan, measure
+from benchmarks import report, suites
+from benchmarks.harness import measure
+from benchmarks.suites import Suite
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -25,15 +25,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     if not sys.platform.startswith("linux"):
         sys.exit("the benchmark reads /proc and pins threads to cores: it needs Linux")
     logging.getLogger("taskx").setLevel(logging.ERROR)
-    plan = _plan(options)
     signal.signal(signal.SIGTERM, _end)
-    runs = [_measured(options, plan)]
-    if options.pin:
-        with _one_core():
-            runs.append(_measured(options, plan))
+    with suites.chosen(options) as suite:
+        runs = [_measured(options, suite)]
+        if options.pin:
+            with _one_core():
+                runs.append(_measured(options, suite))
     if options.update is not None:
         text = options.update.read_text(encoding="utf-8")
-        text = report.put_between_marks(text, "\n\n".join(runs))
+        text = report.put_between_marks(text, "\n\n".join(runs), suite.marks)
         options.update.write_text(text, encoding="utf-8")
     if any(report.FAILED in run for run in runs):
         sys.exit("a peer failed; see above")
@@ -70,30 +70,31 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         "--finished", type=int, metavar="N", help="finished tasks to compare with 1,000 (1,000,000)"
     )
     parser.add_argument("--no-peers", action="store_true", help="only floor and TaskX")
-    return parser.parse_args(argv)
+    parser.add_argument(
+        "--mongo",
+        nargs="?",
+        const="",
+        metavar="URL",
+        help="measure on a MongoDB server: that one, the one that TASKX_TEST_MONGO_URL names, "
+        "or a small one that is started",
+    )
+    options = parser.parse_args(argv)
+    if options.pin and options.mongo is not None:
+        parser.error("--pin would leave the MongoDB server on all cores")
+    return options
 
 
-def _plan(options: argparse.Namespace) -> Plan:
-    plan = QUICK if options.quick else Plan()
-    if options.tasks:
-        plan = plan.limited_to(options.tasks)
-    return replace(plan, finished=options.finished) if options.finished else plan
-
-
-def _measured(options: argparse.Namespace, plan: Plan) -> str:
+def _measured(options: argparse.Namespace, suite: Suite) -> str:
     """Measure and print; returns what it printed."""
-    cells = [*floor.cells(plan), *taskx_bench.cells(plan), *processes.cells(plan)]
-    if not options.no_peers:
-        cells += peers.cells(plan)
-    chosen = [cell for cell in cells if cell.matches(options.only)]
     began = time.perf_counter()
-    measured = measure(chosen, options.rounds, progress=os.isatty(2))
+    measured = measure(suite.cells, options.rounds, progress=os.isatty(2))
     took = time.perf_counter() - began
     table = report.rows(measured)
     short = report.complaints(measured)
     rounds = f"{options.rounds} round{'s' if options.rounds > 1 else ''}"
     text = (
-        f"{report.machine()}; {rounds} in {took:.0f} s: medians, of rivals the best.\n\n"
+        f"{report.machine(suite.store, suite.versions)}; "
+        f"{rounds} in {took:.0f} s: medians, of rivals the best.\n\n"
         f"{'NOT MEASURED: ' + ', '.join(short) + chr(10) * 2 if short else ''}"
         f"{report.as_rst(table) if options.rst or options.update else report.as_text(table)}"
     )

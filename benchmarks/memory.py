@@ -6,6 +6,7 @@ import gc
 import os
 import sys
 
+from benchmarks.stores import OnSQLite
 from benchmarks.taskx_bench import busy, noops, queue_on
 
 _AT_ONCE = 1_000
@@ -20,7 +21,7 @@ def resident() -> int:
 
 def main(folder: str, count: int) -> None:
     """Print what ``count`` spilled tasks add to a queue that holds as many at once already."""
-    with queue_on(folder, "process", overflow="spill") as queue, busy(queue):
+    with queue_on(OnSQLite("process"), folder, overflow="spill") as queue, busy(queue):
         for _ in range(5):
             queue.submit_many(noops(_AT_ONCE))
         before = resident()

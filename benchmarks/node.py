@@ -1,4 +1,4 @@
-"""A child of the benchmark: a process that runs a queue, on the file in a folder that others share."""
+"""A child of the benchmark: a process that runs a queue, on a store that others share."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from benchmarks.stores import named
 from benchmarks.taskx_bench import busy, noops, queue_on
 from taskx import Context, Queue
 
@@ -79,10 +80,10 @@ ROLES: dict[str, Callable[[Queue, int], None]] = {
 }
 
 
-def main(role: str, folder: str, durability: str, count: int) -> None:
+def main(role: str, folder: str, store: str, count: int) -> None:
     """Play the role."""
     logging.getLogger("taskx").setLevel(logging.ERROR)
-    with queue_on(folder, durability, overflow="spill") as queue:
+    with queue_on(named(store), folder, overflow="spill") as queue:
         ROLES[role](queue, count)
 
 

@@ -1,4 +1,4 @@
-"""TaskX in several processes on one file."""
+"""TaskX in several processes that share a store."""
 
 from __future__ import annotations
 
@@ -6,48 +6,51 @@ import os
 import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from benchmarks.children import PATIENCE, Child, ChildFailed, talking
 from benchmarks.harness import TASKX, Cell, Plan, percentile
+from benchmarks.stores import Store
 from benchmarks.taskx_bench import drained, noop, noops, queue_on
-from taskx import Queue
-from taskx.storage.sqlite.connections import Connections
+from taskx import Queue, TaskFilter
 
-_DURABILITY = "accepted"
 #: Seconds in which a process that was started, or a task that began, comes to rest.
 _SETTLE = 0.2
 #: Seconds between two looks of a process at what others have changed.
 _LOOK_EVERY = 0.05
+#: Records read at once.
+_PAGE = 10_000
 _SHARES = ("both-alone", "both-together", "both-ratio", "both-share")
 
 
 @contextmanager
-def _node(role: str, folder: str, count: int = 0) -> Iterator[Child]:
-    with talking("-m", "benchmarks.node", role, folder, _DURABILITY, str(count)) as child:
+def _node(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Child]:
+    with talking("-m", "benchmarks.node", role, folder, store.name(), str(count)) as child:
         yield child
 
 
 # --- what a dead process leaves
 
 
-def _left(plan: Plan, folder: str) -> dict[str, float]:
+def _left(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """A process is killed that had all its workers busy and tasks in its buffer and in the file."""
-    with _node("leave", folder, plan.left) as child:
+    with _node(store, "leave", folder, plan.left) as child:
         child.hear("left")
         child.kill()
-    with queue_on(folder, _DURABILITY) as queue:
+    with queue_on(store, folder) as queue:
         queue.executor("gate")(noop)  # what it was running
         return {"left": drained(queue, plan.left + queue.config.worker_num)}
 
 
-def _rescue(plan: Plan, folder: str) -> dict[str, float]:
-    return {"rescue": max(_rescued(os.path.join(folder, str(i))) for i in range(plan.kills))}
+def _rescue(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    folders = [os.path.join(folder, str(number)) for number in range(plan.kills)]
+    return {"rescue": max(_rescued(store, each) for each in folders)}
 
 
-def _rescued(folder: str) -> float:
+def _rescued(store: Store, folder: str) -> float:
     """Milliseconds from the death of a process to the start of its task in another."""
     os.mkdir(folder)
     began: list[float] = []
@@ -57,7 +60,7 @@ def _rescued(folder: str) -> float:
         began.append(time.perf_counter())
         again.set()
 
-    with _node("hang", folder) as child, queue_on(folder, _DURABILITY) as queue:
+    with _node(store, "hang", folder) as child, queue_on(store, folder) as queue:
         child.hear("running")
         queue.executor("orphan")(orphan)
         with queue:
@@ -72,10 +75,10 @@ def _rescued(folder: str) -> float:
 # --- two processes share the work
 
 
-def _both(plan: Plan, folder: str) -> dict[str, float]:
+def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     count = 2 * plan.tasks  # in less than a second or two, shares are a matter of chance
-    alone, _ = _drained_by(1, count, os.path.join(folder, "one"))
-    both, share = _drained_by(2, count, os.path.join(folder, "two"))
+    alone, _ = _drained_by(store, 1, count, os.path.join(folder, "one"))
+    both, share = _drained_by(store, 2, count, os.path.join(folder, "two"))
     return {
         "both-alone": alone,
         "both-together": both,
@@ -84,12 +87,12 @@ def _both(plan: Plan, folder: str) -> dict[str, float]:
     }
 
 
-def _drained_by(processes: int, count: int, folder: str) -> tuple[float, float]:
+def _drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[float, float]:
     """Tasks a second, and of how many percent of them the laziest process ran."""
     os.mkdir(folder)
-    with queue_on(folder, _DURABILITY) as queue, ExitStack() as stack:
+    with queue_on(store, folder) as queue, ExitStack() as stack:
         queue.submit_many(noops(count))
-        nodes = [stack.enter_context(_node("drain", folder)) for _ in range(processes)]
+        nodes = [stack.enter_context(_node(store, "drain", folder)) for _ in range(processes)]
         for node in nodes:
             node.hear("ready")
         began = time.time()
@@ -105,27 +108,24 @@ def _drained_by(processes: int, count: int, folder: str) -> tuple[float, float]:
 
 def _ended_and_runs(queue: Queue) -> tuple[float, list[int]]:
     """When the last task was done, and how many each process ran; by the records."""
-    connections = Connections(queue.repository.path, 10.0)  # type: ignore[attr-defined]
-    rows = (
-        connections.writer()
-        .execute(
-            "SELECT max(completed_at), count(*) FROM tasks"
-            " GROUP BY substr(worker, 1, instr(worker, '/') - 1)"
-        )
-        .fetchall()
-    )
-    connections.close()
-    return max(row[0] for row in rows) / 1000, [row[1] for row in rows]
+    ended, runs, seen = 0.0, Counter[str](), 0
+    while tasks := queue.repository.list(TaskFilter(limit=_PAGE, offset=seen)):
+        seen += len(tasks)
+        for task in tasks:
+            assert task.completed_at is not None
+            ended = max(ended, task.completed_at.timestamp())
+            runs[task.worker.partition("/")[0]] += 1
+    return ended, [*runs.values()]
 
 
 # --- what one process tells another
 
 
-def _elsewhere(plan: Plan, folder: str) -> dict[str, float]:
+def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Milliseconds from a submit, in a process that only submits, to the start in another."""
     chance = random.Random(0)
     samples = []
-    with _node("serve", folder) as child, queue_on(folder, _DURABILITY) as queue:
+    with _node(store, "serve", folder) as child, queue_on(store, folder) as queue:
         child.hear("ready")
         queue.declare("clock")
         for _ in range(plan.messages):
@@ -136,11 +136,11 @@ def _elsewhere(plan: Plan, folder: str) -> dict[str, float]:
     return {"elsewhere-p50": percentile(samples, 50), "elsewhere-p99": percentile(samples, 99)}
 
 
-def _cancel(plan: Plan, folder: str) -> dict[str, float]:
+def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Milliseconds from a cancel to its token firing in another process."""
     chance = random.Random(0)
     samples = []
-    with _node("serve", folder) as child, queue_on(folder, _DURABILITY) as queue:
+    with _node(store, "serve", folder) as child, queue_on(store, folder) as queue:
         child.hear("ready")
         queue.declare("until-cancelled")
         for _ in range(plan.messages):
@@ -153,10 +153,10 @@ def _cancel(plan: Plan, folder: str) -> dict[str, float]:
     return {"cancel-p50": percentile(samples, 50), "cancel-p99": percentile(samples, 99)}
 
 
-def cells(plan: Plan) -> list[Cell]:
+def cells(plan: Plan, store: Store) -> list[Cell]:
     """All cells that need more than one process."""
     return [
-        Cell(TASKX, _DURABILITY, partial(run, plan), figures, once=once)
+        Cell(TASKX, store.durability, partial(run, plan, store), figures, once=once)
         for run, figures, once in (
             (_left, ("left",), False),
             (_both, _SHARES, False),

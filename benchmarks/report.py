@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import os
 import platform
-import sqlite3
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from benchmarks import peers
 from benchmarks.harness import FLOOR, TASKX, Key, Measured
 
 
@@ -72,6 +70,14 @@ FIGURES: dict[str, Figure] = {
     "memory": Figure("memory per spilled task", "{:,.0f} bytes", value=200),
     "idle-cpu": Figure("idle queue: share of a core", "{:.2f} %", value=0.5),
     "idle-commits": Figure("idle queue: commits", "{:.1f}/s", value=0),
+    "trips-submit": Figure("a submit: round trips", "{:.2f}", value=1),
+    "trips-submitting": Figure("a submit beside workers: round trips", "{:.2f}", value=1),
+    "trips-backlog": Figure("start and finish, of a backlog: round trips", "{:.2f}", value=1.5),
+    "trips-producer": Figure(
+        "start and finish, beside a producer: round trips", "{:.2f}", value=1.5
+    ),
+    "trips-alone": Figure("a task alone, to its result: round trips", "{:.2f}"),
+    "trips-stream": Figure("change stream: round trips a task", "{:.2f}"),
     "cost-submit-reads": Figure("a submit: reads", "{:.2f}"),
     "cost-submit-writes": Figure("a submit: writes", "{:.2f}"),
     "cost-submit-commits": Figure("a submit: commits", "{:.2f}"),
@@ -86,8 +92,12 @@ FIGURES: dict[str, Figure] = {
 }
 HEADER = ("what", "who", "durability", "measured", "× floor", "goal", "met")
 MISSING, FAILED = "NOT INSTALLED", "FAILED"
-#: Lines between which the documentation holds the tables of a run.
-BEGIN, END = "\n.. measured from here on\n", "\n.. measured up to here\n"
+#: Lines between which the documentation holds the tables of a run, and of one on MongoDB.
+MARKS = ("\n.. measured from here on\n", "\n.. measured up to here\n")
+MARKS_ON_MONGO = (
+    "\n.. measured on MongoDB from here on\n",
+    "\n.. measured on MongoDB up to here\n",
+)
 
 Row = tuple[str, ...]
 
@@ -188,15 +198,13 @@ def _growth(
     return [(f"time grows ≤ {figure.growth} × ({times:.2f})", times <= figure.growth)]
 
 
-def machine() -> str:
+def machine(store: str, versions: Mapping[str, str | None]) -> str:
     """What the figures depend on; it names no host."""
     cores = len(os.sched_getaffinity(0))
-    found = ", ".join(
-        f"{name} {version or MISSING}" for name, version in sorted(peers.versions().items())
-    )
+    found = [f"{name} {version or MISSING}" for name, version in sorted(versions.items())]
     return (
         f"{cores} core{'s' if cores > 1 else ''}, {platform.system()} {platform.machine()}, "
-        f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}; {found}"
+        f"Python {platform.python_version()}, {store}; {', '.join(found)}"
     )
 
 
@@ -218,16 +226,16 @@ def as_rst(table: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-def put_between_marks(document: str, text: str) -> str:
+def put_between_marks(document: str, text: str, marks: tuple[str, str]) -> str:
     """The document with the text in the place that its marks hold for it.
 
     Raises:
         ValueError: it has no such place.
     """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = document.partition(marks[0])
+    _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"no place for the tables: a line {BEGIN!r} and, below, a line {END!r}")
+        raise ValueError(f"no place for the tables: a line {marks[0]!r}, and below {marks[1]!r}")
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 import statistics
 import threading
@@ -26,7 +25,8 @@ from benchmarks.harness import (
     Stopwatch,
     percentile,
 )
-from taskx import Config, Context, Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
+from benchmarks.stores import OnSQLite, Store
+from taskx import Config, Context, Queue, Task, TaskFilter, TaskStatus
 from taskx.core.ids import new_id
 from taskx.storage.sqlite.connections import Connections
 
@@ -51,16 +51,16 @@ _LOOK = 0.5
 
 @contextmanager
 def queue_on(
-    folder: str, durability: str, *, workers: int = WORKERS, buffer: int = 100, **config: Any
+    store: Store, folder: str, *, workers: int = WORKERS, buffer: int = 100, **config: Any
 ) -> Iterator[Queue]:
-    """A queue that is not started, with a no-op executor, on a fresh file."""
-    repository = SQLiteRepository(os.path.join(folder, "tasks.db"), durability)  # type: ignore[arg-type]
-    queue = Queue(repository, Config(worker_num=workers, buffer_size=buffer, **config))
-    queue.executor("noop")(noop)
-    try:
-        yield queue
-    finally:
-        queue.close()
+    """A queue that is not started, with a no-op executor, on what the folder holds."""
+    with store.repository(folder) as repository:
+        queue = Queue(repository, Config(worker_num=workers, buffer_size=buffer, **config))
+        queue.executor("noop")(noop)
+        try:
+            yield queue
+        finally:
+            queue.close()
 
 
 def noop() -> int:
@@ -97,9 +97,9 @@ def busy(queue: Queue) -> Iterator[Callable[[], None]]:
 # --- throughput
 
 
-def _submit(plan: Plan, durability: str, folder: str) -> dict[str, float]:
-    count = plan.count(durability)
-    with queue_on(folder, durability, buffer=count + WORKERS) as queue, busy(queue):
+def _submit(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    count = plan.count(store.durability)
+    with queue_on(store, folder, buffer=count + WORKERS) as queue, busy(queue):
         submit = queue.submit
         with Stopwatch() as watch:
             for _ in range(count):
@@ -107,17 +107,17 @@ def _submit(plan: Plan, durability: str, folder: str) -> dict[str, float]:
         return {"submit": watch.rate(count)}
 
 
-def _many(plan: Plan, durability: str, folder: str) -> dict[str, float]:
-    with queue_on(folder, durability, overflow="spill") as queue, busy(queue):
+def _many(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    with queue_on(store, folder, overflow="spill") as queue, busy(queue):
         tasks = noops(plan.many)
         with Stopwatch() as watch:
             queue.submit_many(tasks)
         return {"many": watch.rate(plan.many)}
 
 
-def _drain_buffer(plan: Plan, durability: str, folder: str) -> dict[str, float]:
-    count = plan.count("full" if durability == "full" else "process")
-    with queue_on(folder, durability, buffer=count) as queue, busy(queue) as go:
+def _drain_buffer(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    count = plan.count("full" if store.durability == "full" else "process")
+    with queue_on(store, folder, buffer=count) as queue, busy(queue) as go:
         queue.submit_many(noops(count))
         with Stopwatch() as watch:
             go()
@@ -133,9 +133,9 @@ def drained(queue: Queue, count: int) -> float:
     return watch.rate(count)
 
 
-def _together(plan: Plan, durability: str, folder: str) -> dict[str, float]:
-    count = plan.count(durability)
-    with queue_on(folder, durability, buffer=count) as queue, queue:
+def _together(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    count = plan.count(store.durability)
+    with queue_on(store, folder, buffer=count) as queue, queue:
         submit = queue.submit
         with Stopwatch() as watch:
             for _ in range(count):
@@ -144,8 +144,8 @@ def _together(plan: Plan, durability: str, folder: str) -> dict[str, float]:
     return {"together": watch.rate(count)}
 
 
-def _sleepers(plan: Plan, durability: str, folder: str) -> dict[str, float]:
-    with queue_on(folder, durability, workers=SLEEPERS, buffer=plan.sleepers) as queue:
+def _sleepers(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    with queue_on(store, folder, workers=SLEEPERS, buffer=plan.sleepers) as queue:
         queue.executor("nap")(lambda: time.sleep(NAP))
         with queue, Stopwatch() as watch:
             queue.submit_many([Task(type="nap") for _ in range(plan.sleepers)])
@@ -156,10 +156,10 @@ def _sleepers(plan: Plan, durability: str, folder: str) -> dict[str, float]:
 # --- latency
 
 
-def _begins(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+def _begins(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     began: list[float] = []
     samples = []
-    with queue_on(folder, durability) as queue:
+    with queue_on(store, folder) as queue:
         queue.executor("clock")(lambda: began.append(time.perf_counter()))
         with queue:
             for _ in range(plan.samples):
@@ -172,9 +172,9 @@ def _begins(plan: Plan, durability: str, folder: str) -> dict[str, float]:
     return {"begins-p50": percentile(samples, 50), "begins-p99": percentile(samples, 99)}
 
 
-def _result(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+def _result(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     samples = []
-    with queue_on(folder, durability) as queue, queue:
+    with queue_on(store, folder) as queue, queue:
         for _ in range(plan.samples):
             time.sleep(IDLE)
             with Stopwatch() as watch:
@@ -187,7 +187,7 @@ def _result(plan: Plan, durability: str, folder: str) -> dict[str, float]:
 
 
 def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
-    with queue_on(folder, "process") as queue:
+    with queue_on(OnSQLite("process"), folder) as queue:
         ids = _fill(queue, finished)
         done = TaskFilter(status=TaskStatus.COMPLETED)
         newest = TaskFilter(status=TaskStatus.COMPLETED, limit=20)
@@ -199,7 +199,7 @@ def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
     count = plan.tasks // 4 or 1
     rates = []
     for _ in range(_DRAINS):
-        with queue_on(folder, "process") as queue:
+        with queue_on(OnSQLite("process"), folder) as queue:
             queue.submit_many(noops(count))
             rates.append(drained(queue, count))
     return {"finished-drain": statistics.median(rates), **figures}
@@ -263,7 +263,7 @@ def _memory(plan: Plan, folder: str) -> dict[str, float]:
 
 
 def _idle(plan: Plan, folder: str) -> dict[str, float]:
-    with watching() as seen, queue_on(folder, "accepted") as queue, queue:
+    with watching() as seen, queue_on(OnSQLite("accepted"), folder) as queue, queue:
         queue.submit("noop").result()
         time.sleep(0.2)
         seen.clear()
@@ -280,12 +280,12 @@ def _idle(plan: Plan, folder: str) -> dict[str, float]:
 # --- what a task costs: counted, not timed
 
 
-def _cost_of_submit(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+def _cost_of_submit(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Submits to a started queue whose workers are busy: nobody contends for the file."""
     count = max(1, plan.synced // 4)
     with (
         watching() as seen,
-        queue_on(folder, durability, buffer=count + 1 + WORKERS) as queue,
+        queue_on(store, folder, buffer=count + 1 + WORKERS) as queue,
         busy(queue),
     ):
         queue.submit("noop")
@@ -300,7 +300,7 @@ def _cost_of_submit(plan: Plan, durability: str, folder: str) -> dict[str, float
             "cost-submit-commits": seen.count(COMMITS) / count,
             "cost-submit-elsewhere": 100 * _elsewhere(seen) / count,
         }
-        if durability == "process":  # at the others it waits for the disk
+        if store.durability == "process":  # at the others it waits for the disk
             figures["cost-submit-switches"] = switches / count
     return figures
 
@@ -315,11 +315,11 @@ def _switches() -> int:
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
-def _cost_of_drain(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+def _cost_of_drain(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     count = max(1, plan.synced // 4)
     with (
         watching() as seen,
-        queue_on(folder, durability, buffer=count) as queue,
+        queue_on(store, folder, buffer=count) as queue,
         busy(queue) as go,
     ):
         queue.submit_many(noops(count))
@@ -331,9 +331,9 @@ def _cost_of_drain(plan: Plan, durability: str, folder: str) -> dict[str, float]
         return figures
 
 
-def _cost_alone(plan: Plan, durability: str, folder: str) -> dict[str, float]:
+def _cost_alone(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     count = min(plan.samples, 50)
-    with watching() as seen, queue_on(folder, durability) as queue, queue:
+    with watching() as seen, queue_on(store, folder) as queue, queue:
         queue.submit("noop").result()
         seen.clear()
         for _ in range(count):
@@ -349,36 +349,56 @@ def _per_task(name: str, seen: Seen, count: int) -> dict[str, float]:
     }
 
 
+def throughput(plan: Plan, store: Store) -> list[Cell]:
+    """How many tasks a second."""
+    return _cells(
+        plan,
+        store,
+        (_submit, ("submit",)),
+        (_many, ("many",)),
+        (_drain_buffer, ("drain",)),
+        (_together, ("together",)),
+    )
+
+
+def latency(plan: Plan, store: Store) -> list[Cell]:
+    """How long one task takes, and how well those that sleep share the threads."""
+    return _cells(
+        plan,
+        store,
+        (_begins, ("begins-p50", "begins-p99")),
+        (_result, ("result-p50", "result-p99")),
+        (_sleepers, ("sleepers",)),
+    )
+
+
+def _cells(
+    plan: Plan, store: Store, *runs: tuple[Any, tuple[str, ...]], **options: Any
+) -> list[Cell]:
+    return [
+        Cell(TASKX, store.durability, partial(run, plan, store), figures, **options)
+        for run, figures in runs
+    ]
+
+
+def _costs(plan: Plan, store: Store) -> list[Cell]:
+    return _cells(
+        plan,
+        store,
+        (_cost_of_submit, COSTS_OF_SUBMIT),
+        (_cost_of_drain, _COSTS["cost-drain"]),
+        (_cost_alone, _COSTS["cost-alone"]),
+        once=True,
+    )
+
+
 def cells(plan: Plan) -> list[Cell]:
-    """All cells of TaskX."""
+    """All cells of TaskX on SQLite."""
     cells = []
     for durability in DURABILITIES:
-        cells += [
-            Cell(who, durability, partial(run, plan, durability), figures)
-            for who, run, figures in (
-                (TASKX, _submit, ("submit",)),
-                (TASKX, _many, ("many",)),
-                (TASKX, _drain_buffer, ("drain",)),
-                (TASKX, _together, ("together",)),
-            )
-        ]
+        cells += throughput(plan, OnSQLite(durability))
     for durability in ("accepted", "process"):
-        cells += [
-            Cell(TASKX, durability, partial(run, plan, durability), figures)
-            for run, figures in (
-                (_begins, ("begins-p50", "begins-p99")),
-                (_result, ("result-p50", "result-p99")),
-                (_sleepers, ("sleepers",)),
-            )
-        ]
-        cells += [
-            Cell(TASKX, durability, partial(run, plan, durability), figures, once=True)
-            for run, figures in (
-                (_cost_of_submit, COSTS_OF_SUBMIT),
-                (_cost_of_drain, _COSTS["cost-drain"]),
-                (_cost_alone, _COSTS["cost-alone"]),
-            )
-        ]
+        cells += latency(plan, OnSQLite(durability)) + _costs(plan, OnSQLite(durability))
     cells += [
         Cell(
             f"TaskX, {size:,} finished",

@@ -90,6 +90,16 @@ def test_peer_is_measured_or_named_loudly(who):
         assert value.endswith("/s")
 
 
+def test_figures_on_mongo():
+    only = [arg for figure in ("submit", "trips") for arg in ("--only", figure)]
+    table = measured("--mongo", "--tasks", "40", "--no-peers", *only)
+    for who in ("floor", "TaskX"):
+        assert table["submit one by one", who, "majority"].endswith("/s")
+    assert table["a submit: round trips", "TaskX", "majority"] == "1.00"
+    backlog = table["start and finish, of a backlog: round trips", "TaskX", "majority"]
+    assert float(backlog) <= 1.5
+
+
 def test_pool_of_the_standard_library_is_measured():
     table = measured("--tasks", "10", "--only", "ThreadPool")
     assert table["drain a backlog", "ThreadPoolExecutor", "memory"].endswith("/s")
@@ -189,8 +199,10 @@ def test_tables_are_put_into_the_document(tmp_path):
     text = copy.read_text(encoding="utf-8")
     before, after = DOCUMENT.read_text(encoding="utf-8").split(".. measured from here on")
     assert text.startswith(before)
-    assert text.endswith(after.partition(".. measured up to here")[2])
-    assert [row[0] for row in tables(text)[-1]] == ["10 ms sleeps on 32 threads"] * 2
+    after = after.partition(".. measured up to here")[2]
+    assert text.endswith(after)
+    [table] = tables(text.removeprefix(before).removesuffix(after))
+    assert [row[0] for row in table] == ["10 ms sleeps on 32 threads"] * 2
 
 
 @pytest.mark.parametrize("durability", ["accepted", "process"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from importlib import import_module
@@ -116,12 +117,28 @@ KINDS = (
 )
 
 
-@lru_cache
-def versions() -> dict[str, str | None]:
+def on_mongo(url: str) -> tuple[Kind, ...]:
+    """Those that keep tasks on a MongoDB server."""
+    return (
+        Kind(
+            "Celery",
+            ("celery", "kombu"),
+            "majority",
+            "celery_mongo",
+            "CeleryOnMongo",
+            options=(("url", url),),
+            samples=10,
+            slow=True,
+        ),
+    )
+
+
+def versions(kinds: Sequence[Kind] = KINDS) -> dict[str, str | None]:
     """The version of each thing that a peer needs; None where it is not installed."""
-    return {need: _version(need) for kind in KINDS for need in kind.needs}
+    return {need: _version(need) for kind in kinds for need in kind.needs}
 
 
+@lru_cache
 def _version(need: str) -> str | None:
     if need == _SERVER:
         return redis_version()
@@ -134,21 +151,26 @@ def _version(need: str) -> str | None:
 def cells(plan: Plan) -> list[Cell]:
     """All cells of the peers; those of one that is not installed say what it lacks."""
     cells = [cell for kind in KINDS for cell in _cells_of(kind, plan)]
-    sleepers = partial(_measure, "ThreadPoolExecutor", "sleepers", plan.sleepers)
+    sleepers = partial(_measure, "ThreadPoolExecutor", "sleepers", plan.sleepers, "")
     cells.append(Cell("ThreadPoolExecutor", "memory", sleepers, ("sleepers",), rival=True))
     return cells
 
 
-def _cells_of(kind: Kind, plan: Plan) -> list[Cell]:
+def cells_on_mongo(plan: Plan, url: str) -> list[Cell]:
+    """All cells of those that keep tasks on a MongoDB server."""
+    return [cell for kind in on_mongo(url) for cell in _cells_of(kind, plan, url)]
+
+
+def _cells_of(kind: Kind, plan: Plan, url: str = "") -> list[Cell]:
     count = min(plan.count(kind.durability), kind.most)
     samples = min(plan.samples, kind.samples)
-    lacks = ", ".join(need for need in kind.needs if versions()[need] is None)
+    lacks = ", ".join(need for need in kind.needs if _version(need) is None)
     few = kind.slow or kind.samples < plan.samples
     return [
         Cell(
             kind.name,
             kind.durability,
-            partial(_measure, kind.name, what, number),
+            partial(_measure, kind.name, what, number, url),
             figures,
             rival=True,
             once=once,
@@ -162,8 +184,8 @@ def _cells_of(kind: Kind, plan: Plan) -> list[Cell]:
     ]
 
 
-def _measure(name: str, what: str, count: int, folder: str) -> dict[str, float]:
+def _measure(name: str, what: str, count: int, url: str, folder: str) -> dict[str, float]:
     """In a child, so that no peer weighs on another, or on TaskX."""
-    printed = children.run("-m", "benchmarks.peers", name, what, str(count), folder)
+    printed = children.run("-m", "benchmarks.peers", name, what, str(count), folder, url)
     figures: dict[str, float] = json.loads(printed.splitlines()[-1])
     return figures

@@ -11,7 +11,7 @@ from contextlib import closing
 
 from benchmarks.children import end_with_parent
 from benchmarks.harness import NAP, SLEEPERS, Stopwatch
-from benchmarks.peers import KINDS
+from benchmarks.peers import KINDS, on_mongo
 from benchmarks.peers.base import MEASURES
 
 
@@ -23,18 +23,18 @@ def sleepers(count: int) -> dict[str, float]:
     return {"sleepers": watch.seconds / (count * NAP / SLEEPERS)}
 
 
-def main(name: str, what: str, count: int, folder: str) -> None:
+def main(name: str, what: str, count: int, folder: str, url: str) -> None:
     """Measure."""
     end_with_parent()
     logging.getLogger("huey").setLevel(logging.ERROR)
     if what == "sleepers":
         figures = sleepers(count)
     else:
-        [kind] = [kind for kind in KINDS if kind.name == name]
+        [kind] = [kind for kind in (on_mongo(url) if url else KINDS) if kind.name == name]
         with closing(kind.make(folder)) as peer:
             figures = MEASURES[what](peer, count)
     print(json.dumps(figures))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4], sys.argv[5])

@@ -1,4 +1,4 @@
-"""Celery: one worker process with a pool of four threads; results in Redis, too."""
+"""Celery: one worker process with a pool of four threads; results are where the messages are."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from redis import Redis as Client
 from benchmarks.harness import WORKERS
 from benchmarks.peers.base import Apart
 from benchmarks.peers.base import noop as do_nothing
-from benchmarks.peers.services import Redis
+from benchmarks.peers.services import Redis, Services
 
 _WAIT = 60
 _READY = "the worker is ready"
@@ -22,41 +22,53 @@ def tell_time() -> float:
     return time.perf_counter()
 
 
-def app_on(socket: str) -> App:
-    """An app with the two tasks; its results are all there is in database 1."""
-    url = f"redis+socket://{socket}"
-    app = App("bench", broker=url, backend=f"{url}?virtual_host=1")
+def app_on(broker: str, backend: str) -> App:
+    """An app with the two tasks."""
+    app = App("bench", broker=broker, backend=backend)
     app.task(do_nothing, name="noop")
     app.task(tell_time, name="clock")
     return app
 
 
-class Celery(Apart):
+class OnCelery(Apart):
     """A message leaves the broker before its task starts, as is the default."""
 
-    def __init__(self, folder: str) -> None:
-        self._redis = Redis(folder)
-        self._results = Client(unix_socket_path=self._redis.socket, db=1)
-        self._app = app_on(self._redis.socket)
+    def __init__(self, services: Services, broker: str, backend: str) -> None:
+        self._services = services
+        self._places = [broker, backend]
+        self._app = app_on(broker, backend)
         self._noop, self._clock = self._app.tasks["noop"], self._app.tasks["clock"]
 
     def submit(self) -> object:
         return self._noop.delay()
 
     def work(self) -> None:
-        self._redis.python(["-m", __name__, self._redis.socket], _READY)
-        self._redis.wait_until_ready()
-
-    def finished(self) -> int:
-        return int(self._results.dbsize())
+        self._services.python(["-m", OnCelery.__module__, *self._places], _READY)
+        self._services.wait_until_ready()
 
     def clock(self) -> tuple[float, float | None]:
         return self._clock.delay().get(timeout=_WAIT), time.perf_counter()
 
     def close(self) -> None:
         self._app.close()
+        self._services.close()
+
+
+class Celery(OnCelery):
+    """On Redis; its results are all there is in database 1."""
+
+    def __init__(self, folder: str) -> None:
+        redis = Redis(folder)
+        self._results = Client(unix_socket_path=redis.socket, db=1)
+        url = f"redis+socket://{redis.socket}"
+        super().__init__(redis, url, f"{url}?virtual_host=1")
+
+    def finished(self) -> int:
+        return int(self._results.dbsize())
+
+    def close(self) -> None:
         self._results.close()
-        self._redis.close()
+        super().close()
 
 
 def _tell_ready(**_: object) -> None:
@@ -65,4 +77,6 @@ def _tell_ready(**_: object) -> None:
 
 if __name__ == "__main__":
     worker_ready.connect(_tell_ready)
-    app_on(sys.argv[1]).worker_main(["worker", "--pool", "threads", "--concurrency", str(WORKERS)])
+    app_on(sys.argv[1], sys.argv[2]).worker_main(
+        ["worker", "--pool", "threads", "--concurrency", str(WORKERS)]
+    )

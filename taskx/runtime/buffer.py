@@ -80,14 +80,21 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
             self.submitted -= slots
             self.not_full.notify(slots)
 
-    def add(self, task_id: str, priority: int, created_at: int, *, fetched: bool) -> bool:
-        """Put in a task: a submitted one into its reserved slot, a fetched one beside those.
+    def turn(self) -> int:
+        """A place in the order of tasks of equal priority and age; later ones come after it."""
+        return next(self._order)
+
+    def add(self, task_id: str, priority: int, created_at: int, turn: int | None = None) -> bool:
+        """Put in a task: a submitted one, which has its turn, into its reserved slot; a fetched one
+        beside those.
 
         Returns:
             False if no worker was woken for it, though some wait.
         """
+        fetched = turn is None
         with self.mutex:
-            self._add(Item(-priority, created_at, next(self._order), task_id, fetched))
+            order = next(self._order) if turn is None else turn
+            self._add(Item(-priority, created_at, order, task_id, fetched))
             return self._wake()
 
     def put_back(self, items: Iterable[Item]) -> None:

@@ -16,6 +16,7 @@ from taskx.core.record import Stub
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.buffer import Buffer, Item
+from taskx.runtime.complaint import Complaint
 from taskx.runtime.runner import Run
 from taskx.runtime.starter import Services, Starter
 from taskx.storage.base import Node
@@ -60,6 +61,7 @@ class Engine:
         self.look_for_due: Callable[[], None] = lambda: None
         self._lately = _ALL_LONG  # the first tasks count as long
         self._last_batch = 0
+        self._complaint = Complaint(services.log)
         self._lingering = threading.Lock()
         self._refilling = threading.Lock()
         self._quiet = threading.Condition()
@@ -83,10 +85,11 @@ class Engine:
                 run = self._next_run()
                 pause = _FIRST_PAUSE
                 if run is not None:
+                    self._complaint.over()
                     self.execute(run, worker)
                 del run  # a worker that waits must not keep the last task's values alive
             except RepositoryError as error:
-                self.services.log.warning("cannot start tasks for now: %s", error)
+                self._complaint.make("cannot start tasks for now: %s", error)
                 self._pause(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except Exception:
@@ -186,7 +189,7 @@ class Engine:
                 if not self.services.ledger.flush(wait=False):
                     self.wake_scheduler()  # another thread commits, perhaps without the last ones
             except RepositoryError as error:
-                self.services.log.warning("outcomes wait to be written: %s", error)
+                self._complaint.make("outcomes wait to be written: %s", error)
                 self._pause(_FIRST_PAUSE)
 
     def _concluded(
@@ -249,7 +252,7 @@ class Engine:
                 self.more_stored = True
                 raise
             for stub in found:
-                self.buffer.add(stub.id, stub.priority, stub.created_at, fetched=True)
+                self.buffer.add(stub.id, stub.priority, stub.created_at)
             if len(found) == room:
                 self.more_stored = True
         finally:

@@ -17,6 +17,7 @@ from taskx.core.errors import (
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskStatus
+from taskx.runtime.complaint import Complaint
 from taskx.storage.base import Repository
 
 R = TypeVar("R")
@@ -226,6 +227,7 @@ class Watcher:
 
     def _poll(self) -> None:
         looked = time.monotonic()
+        complaint = Complaint(self._log)
         while True:
             with self._lock:
                 if self._driven or not self._handles:
@@ -235,8 +237,9 @@ class Watcher:
                 if self._repository.changed() or time.monotonic() - looked > _LOOK_ANYWAY:
                     looked = time.monotonic()
                     self.look()
+                    complaint.over()
             except RepositoryError as error:
-                self._log.warning("cannot see whether tasks have ended: %s", error)
+                complaint.make("cannot see whether tasks have ended: %s", error)
                 time.sleep(1.0)
             time.sleep(_POLL)
 

@@ -118,16 +118,17 @@ class Intake:
     def _store_and_buffer(self, engine: Engine, insert: Insert) -> None:
         row = insert.row
         row["owner"] = engine.node.id
+        turn = engine.buffer.turn()
         try:
             self._store(insert)
         except BaseException:
             engine.buffer.release()
             raise
-        self._buffer(engine, insert)
+        self._buffer(engine, insert, turn)
 
-    def _buffer(self, engine: Engine, insert: Insert) -> None:
+    def _buffer(self, engine: Engine, insert: Insert, turn: int) -> None:
         row = insert.row
-        if not engine.buffer.add(row["id"], row["priority"], row["created_at"], fetched=False):
+        if not engine.buffer.add(row["id"], row["priority"], row["created_at"], turn):
             engine.wake_scheduler()  # it looks after the task if the busy workers do not
 
     def _overflowed(self, engine: Engine, insert: Insert) -> None:
@@ -190,7 +191,10 @@ class Intake:
         runs = self._services.registry.runs
         due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
         slots = self._reserve_many(engine, len(due)) if engine is not None else 0
-        for insert in due[:slots]:
+        buffered = due[:slots]
+        # Before they are stored: from then on the rest of them may be fetched, and must come after.
+        turns = [engine.buffer.turn() for _ in buffered]  # type: ignore[union-attr]
+        for insert in buffered:
             insert.row["owner"] = engine.node.id  # type: ignore[union-attr]
         try:
             self._store_whole(inserts)
@@ -199,8 +203,8 @@ class Intake:
                 engine.buffer.release(slots)
             raise
         if engine is not None:
-            for insert in due[:slots]:
-                self._buffer(engine, insert)
+            for insert, turn in zip(buffered, turns, strict=True):
+                self._buffer(engine, insert, turn)
             if len(due) < len(inserts):
                 self._tell(engine, delayed=True)
             if slots < len(due):

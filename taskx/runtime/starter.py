@@ -168,7 +168,7 @@ class Starter:
     def rebuffer(self, task: Task) -> None:
         """Put a task that is pending again back into the buffer."""
         assert task.created_at is not None  # it comes from the repository
-        self._buffer.add(task.id, task.priority, to_ms(task.created_at), fetched=True)
+        self._buffer.add(task.id, task.priority, to_ms(task.created_at))
 
     def _suspect_done(self) -> None:
         if next_one := self.suspects.leave():

@@ -1,6 +1,6 @@
 """The conductor: starts processes on one file, kills them, has the rest drained, proves the outcome.
 
-    python -m tests.campaign.campaign --kills 1000
+    python -m tests.campaign.campaign --kills 1000 [--mongo]
 
 prints its seed; ``--seed`` plans the same campaign again (the machine's own timing differs).
 """
@@ -27,6 +27,7 @@ from typing import Any
 import attrs
 
 from taskx import SQLiteRepository, Task, TaskFilter, TaskStatus
+from taskx.storage.base import Repository
 
 from . import hooks
 from .sidelog import Event, SideLog, read
@@ -146,6 +147,9 @@ class Outcome:
 class Campaign:
     """Processes on one file in ``folder``."""
 
+    points = hooks.KILL_POINTS
+    pause = 0.25  # the longest between two strikes, in seconds
+
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder = folder
         self.rng = random.Random(seed)
@@ -157,14 +161,14 @@ class Campaign:
 
     def spawn(self, **options: Any) -> Child:
         self._number += 1
-        child = Child(
-            self.folder,
-            Options(
-                who=f"p{self._number}", database=self.database, side_log=self.side_log, **options
-            ),
-        )
+        given = {"database": self.database, "side_log": self.side_log, **options}
+        child = Child(self.folder, Options(who=f"p{self._number}", **given))
         self.children.append(child)
         return child
+
+    def open(self) -> Repository:
+        """What the processes share, to look at."""
+        return SQLiteRepository(self.database)
 
     def events(self) -> list[Event]:
         return read(self.side_log)
@@ -196,7 +200,7 @@ class Campaign:
                     say(f"{killed} kills, {self._number} processes")
             while len(alive) < processes:
                 alive.append(self.spawn(**self._random_options()))
-            _never.wait(self.rng.uniform(0.0, 0.25))
+            _never.wait(self.rng.uniform(0.0, self.pause))
             self._strike(self.rng.choice(alive))
         until(
             lambda: all(child.ended() for child in alive if child.options.interrupts), 60.0, "end"
@@ -231,7 +235,7 @@ class Campaign:
         }
         chance = rng.random()
         if chance < 0.45:
-            options["point"] = rng.choice(sorted(hooks.KILL_POINTS))
+            options["point"] = rng.choice(sorted(self.points))
             once = options["point"] in ("while stopping", "before leaving")
             options["passings"] = 1 if once else rng.randint(1, 60)
             if options["point"] == "started ahead":
@@ -267,7 +271,7 @@ class Campaign:
     def verdict(self) -> Outcome:
         """What is not as promised, now that nobody runs any more."""
         self.end()
-        with SQLiteRepository(self.database) as repository:
+        with self.open() as repository:
             found = repository.list(TaskFilter(limit=MANY))
             nodes = [node.name for node in repository.nodes()]
         records = {task.id: task for task in found}
@@ -282,13 +286,16 @@ class Campaign:
             if not child.ended():
                 child.kill()
 
+    def close(self) -> None:
+        """End what still runs, and what it ran on."""
+        self.end()
+
 
 # The soak
 
 
-def soak(kills: int, seed: int, processes: int, folder: Path) -> Outcome:
+def soak(campaign: Campaign, kills: int, processes: int) -> Outcome:
     """A large campaign that tells how it goes."""
-    campaign = Campaign(folder, seed)
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -300,7 +307,7 @@ def soak(kills: int, seed: int, processes: int, folder: Path) -> Outcome:
         campaign.drain(300.0)
         outcome = campaign.verdict()
     finally:
-        campaign.end()
+        campaign.close()
     for line in summary(outcome):
         say(line)
     return outcome
@@ -327,18 +334,28 @@ def summary(outcome: Outcome) -> list[str]:
     ]
 
 
+def _campaign(mongo: bool, folder: Path, seed: int) -> Campaign:
+    if not mongo:
+        return Campaign(folder, seed)
+    sys.path.insert(0, str(_FOLDER.parent))  # where pytest finds the servers of the tests
+    from .mongo_campaign import on_own_server
+
+    return on_own_server(folder, seed)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="campaign", description="Kill processes, prove the rest.")
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--processes", type=int, default=3)
     parser.add_argument("--folder", type=Path, default=None, help="keep what happened there")
+    parser.add_argument("--mongo", action="store_true", help="on a MongoDB server of its own")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 30) if args.seed is None else args.seed
     print(f"{args.kills} kills, {args.processes} processes at a time, --seed {seed}", flush=True)
     folder = args.folder or Path(tempfile.mkdtemp(prefix="taskx-campaign-"))
     folder.mkdir(parents=True, exist_ok=True)
-    outcome = soak(args.kills, seed, args.processes, folder)
+    outcome = soak(_campaign(args.mongo, folder, seed), args.kills, args.processes)
     for violation in outcome.violations[:50]:
         print(f"VIOLATION {violation}")
     if outcome.violations:

@@ -32,6 +32,8 @@ from taskx.storage.sqlite.repository import SQLiteRepository
 from .sidelog import SideLog
 
 Strike = Callable[[], None]
+Points = dict[str, Callable[[Strike], None]]
+Parts = dict[str, Callable[[], None]]
 
 
 def wrap(owner: Any, name: str, around: Callable[..., Any]) -> None:
@@ -80,15 +82,18 @@ def _inside_commit(strike: Strike) -> None:
     wrap(SQLiteRepository, "_transact", around)
 
 
-KILL_POINTS: dict[str, Callable[[Strike], None]] = {
+COMMON_POINTS: Points = {
     "after commit, before buffer": lambda strike: before(Intake, "_buffer", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
     # Before: what lies there may have been taken, and have ended, when the strike comes.
     "started ahead": lambda strike: before(Buffer, "lay_out", strike),
     "after result, before finish": lambda strike: after(Runner, "run", strike),
+    "while stopping": lambda strike: after(LocalNode, "_begin_stop", strike),
+}
+KILL_POINTS: Points = {
+    **COMMON_POINTS,
     "inside a commit": _inside_commit,
     "after a commit": lambda strike: after(SQLiteRepository, "_transact", strike),
-    "while stopping": lambda strike: after(LocalNode, "_begin_stop", strike),
     "before leaving": lambda strike: before(SQLiteRepository, "leave", strike),
 }
 
@@ -114,9 +119,9 @@ def die(log: SideLog, note: str) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def kill_at(point: str, passings: int, log: SideLog) -> None:
-    """Have this process kill itself at the n-th passing of a point."""
-    KILL_POINTS[point](Countdown(passings, lambda: die(log, point)))
+def death(point: str, passings: int, log: SideLog) -> Strike:
+    """Has this process kill itself at the n-th passing of a point."""
+    return Countdown(passings, lambda: die(log, point))
 
 
 # Errors in the leader of a group commit
@@ -124,8 +129,13 @@ def kill_at(point: str, passings: int, log: SideLog) -> None:
 INTERRUPTS = ("before the commit", "inside the commit", "after the commit")
 
 
-def interrupt(where: str, passings: int, log: SideLog, error: type[BaseException]) -> None:
-    """Raise in a thread that commits: an interrupt in the main thread, as Python would."""
+def interrupt(
+    where: str, passings: int, log: SideLog, error: type[BaseException], repository: type
+) -> Strike:
+    """Raise in a thread that commits: an interrupt in the main thread, as Python would.
+
+    Returns what raises inside the commit, if that is where.
+    """
 
     def strike() -> None:
         log.tell("interrupt", note=where)
@@ -151,9 +161,8 @@ def interrupt(where: str, passings: int, log: SideLog, error: type[BaseException
         finally:
             inside.leads = False
 
-    wrap(SQLiteRepository, "apply", lead)
-    if where == "inside the commit":
-        _inside_commit(point)
+    wrap(repository, "apply", lead)
+    return point
 
 
 class Interrupter:
@@ -262,7 +271,7 @@ def _last_chance_beside_others() -> None:
     wrap(Suspects, "go_alone", lambda inner, self: None)
 
 
-BROKEN: dict[str, Callable[[], None]] = {
+BROKEN: Parts = {
     "start without guard": _no_start_guard,
     "outcome without fence": _no_fence,
     "node without lock": _no_lock,

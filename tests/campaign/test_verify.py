@@ -21,7 +21,7 @@ def line(who: str, what: str, **more: Any) -> Line:
     return who, what, {"id": "" if what in ABOUT_PROCESSES else "a", **more}
 
 
-ABOUT_PROCESSES = ("killed", "dead", "stop", "stopped", "leaves")
+ABOUT_PROCESSES = ("killed", "dead", "stop", "stopped", "leaves", "lease lost")
 
 
 def begin(starts: int = 1, who: str = "p1") -> Line:
@@ -42,6 +42,10 @@ def cancelled(outcome: str = "cancelled") -> Line:
 
 SUBMITTED = line("p0", "submit", kind="brief")
 ACCEPTED = [SUBMITTED, line("p0", "accepted")]
+
+
+TOGETHER = {"kind": "brief", "note": "a"}
+TOGETHER_REJECTED: list[tuple[str, dict[str, Any]]] = [("submit", TOGETHER), ("rejected", {})]
 
 
 def record(**more: Any) -> Task:
@@ -79,6 +83,21 @@ SOUND: dict[str, tuple[list[Line], list[Task]]] = {
         ],
         [completed(2, interruptions=1)],
     ),
+    "taken over from one that had lost its lease": (
+        [
+            *ACCEPTED,
+            begin(),
+            line("p1", "lease lost"),
+            end(outcome="cancelled"),
+            begin(2, "p2"),
+            end(2, "p2"),
+        ],
+        [completed(2, crashes=1)],
+    ),
+    "submitted together, and rejected": (
+        [line("p0", what, id=id, **more) for id in "ab" for what, more in TOGETHER_REJECTED],
+        [],
+    ),
     "cancelled while it was pending": ([*ACCEPTED, cancelled()], [record(status="cancelled")]),
     "cancelled while it ran": (
         [*ACCEPTED, begin(), cancelled("asked"), end(outcome="cancelled")],
@@ -109,6 +128,21 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
         [SUBMITTED, line("p0", "rejected"), begin(), end()],
         [completed()],
         "it was rejected, and yet stored",
+    ),
+    "a result that was dropped after the lease was back": (
+        [line("p1", "lease lost"), *ACCEPTED, begin(), end()],
+        [record(status="cancelled")],
+        "returned on p1, which lived on",
+    ),
+    "submitted together, and stored in part": (
+        [line("p0", "submit", id=id, **TOGETHER) for id in "ab"],
+        [record(status="cancelled", starts=0)],
+        "some are stored, and some are not",
+    ),
+    "taken over before its process had heeded the loss of its lease": (
+        [*ACCEPTED, begin(), line("p1", "lease lost"), begin(2, "p2"), end(), end(2, "p2")],
+        [completed(2, crashes=1)],
+        "began on p2 while run 1 was under way on p1",
     ),
     "not found by a cancel": (
         [*ACCEPTED, cancelled("not found"), begin(), end()],

@@ -41,6 +41,7 @@ class Process:
         stops: when it began to stop a queue.
         leaves: when its last stop had returned.
         left: ids of the tasks that its stops left running: it may have ended before they did.
+        cut_off: when it knew that it had lost its lease, so that others might run what it ran.
         trouble: what its log had no business to say.
     """
 
@@ -50,6 +51,7 @@ class Process:
     stops: list[int] = attrs.Factory(list)
     leaves: int = NEVER
     left: set[str] = attrs.Factory(set)
+    cut_off: list[int] = attrs.Factory(list)
     trouble: str = ""
 
 
@@ -60,6 +62,7 @@ class Story:
     id: str
     kind: str = ""
     submitted: bool = False
+    batch: str = ""
     accepted: bool = False
     rejected: bool = False
     duplicate: bool = False
@@ -100,6 +103,8 @@ class History:
             process.goes = True
         if event.what == "stop":
             process.stops.append(event.ns)
+        elif event.what == "lease lost":
+            process.cut_off.append(event.ns)
         elif event.what == "leaves":
             process.leaves = event.ns
         elif event.what == "stopped" and event.note:
@@ -113,7 +118,7 @@ class History:
         elif what == "end":
             self._note_end(story, event)
         elif what == "submit":
-            story.submitted, story.kind = True, event.kind
+            story.submitted, story.kind, story.batch = True, event.kind, event.note
         elif what in ("accepted", "rejected", "duplicate"):
             setattr(story, what, True)
         elif what == "close":
@@ -141,16 +146,22 @@ class History:
         """Until when a run certainly was under way."""
         return run.ended if run.ended != NEVER else self.processes[run.who].lived
 
+    def may_be_taken_over(self, run: Run) -> bool:
+        """Whether its process lost its lease before the outcome was certainly stored."""
+        return any(lost > run.began for lost in self.processes[run.who].cut_off)
+
     def may_be_lost(self, run: Run) -> bool:
         """Whether its process may have ended before the outcome was stored."""
         process = self.processes[run.who]
         unsure = "unknown" in process.left  # its stop was interrupted
-        return process.killed or unsure or run.id in process.left
+        named = unsure or run.id in process.left
+        return process.killed or named or self.may_be_taken_over(run)
 
     def may_be_interrupted(self, run: Run) -> bool:
         """Whether its process may have died, or stopped a queue, before it ended."""
         process = self.processes[run.who]
-        return process.killed or any(stop < run.ended for stop in process.stops)
+        stopped = any(stop < run.ended for stop in process.stops)
+        return process.killed or stopped or self.may_be_taken_over(run)
 
 
 def verify(records: Mapping[str, Task], events: Sequence[Event]) -> list[str]:
@@ -159,6 +170,7 @@ def verify(records: Mapping[str, Task], events: Sequence[Event]) -> list[str]:
     found = [
         *_processes(history),
         *_together(records.values()),
+        *_batches(history, records),
         *(
             f"{id}: stored, but nobody submitted it"
             for id in records.keys() - history.stories.keys()
@@ -178,6 +190,17 @@ def _processes(history: History) -> Iterator[str]:
     for who, process in history.processes.items():
         if process.trouble:
             yield f"process {who}: {process.trouble}"
+
+
+def _batches(history: History, records: Mapping[str, Task]) -> Iterator[str]:
+    """What was submitted together is there as a whole, or not at all."""
+    stored: dict[str, set[bool]] = {}
+    for story in history.stories.values():
+        if story.batch:
+            stored.setdefault(story.batch, set()).add(story.id in records)
+    for batch, there in stored.items():
+        if len(there) > 1:
+            yield f"{batch}: of those submitted with it some are stored, and some are not"
 
 
 def _together(records: Iterable[Task]) -> Iterator[str]:

@@ -25,7 +25,6 @@ from taskx import (
     Queue,
     QueueFull,
     QueueStopped,
-    SQLiteRepository,
     Task,
     TaskCancelled,
     TaskFilter,
@@ -35,6 +34,7 @@ from taskx import (
 
 from . import hooks
 from .sidelog import SideLog
+from .stores import store_of
 
 #: Crashes that no task of a process that is killed from outside will ever count.
 MANY = 1_000_000
@@ -48,12 +48,16 @@ class Options:
     """What one process is to do; handed over as JSON.
 
     Attributes:
+        database: the file, or the URL of a database of a MongoDB server.
+        host, lease: on MongoDB, the folder of lock files that stands for a host, and its
+            ``lease_timeout``.
         role: ``mix`` follows a random plan, ``submit`` submits what ``tasks`` says and runs,
             ``store`` only stores it, ``drain`` runs what is there until nothing is left, ``serve``
             runs until its standard input ends, ``open`` opens the file when a line arrives there,
             ``cancel`` and ``close`` cancel, or close by hand, all that runs.
         seconds: how long ``mix`` goes on before it stops.
-        tasks: kinds, options and how many of each, for ``submit`` and ``store``.
+        tasks: kinds, options, how many of each and whether they are submitted together, for
+            ``submit`` and ``store``.
         point, passings: where it kills itself, and at which passing.
         interrupt: where the leader of a commit is interrupted.
         error: by which error.
@@ -66,6 +70,8 @@ class Options:
     who: str
     database: str
     side_log: str
+    host: str = ""
+    lease: float = 3.0
     role: str = "mix"
     seed: int = 0
     seconds: float = 1.0
@@ -165,11 +171,12 @@ class Worker:
         self.rng = random.Random(options.seed)
         self._number = 0
         self._never = threading.Event()
+        self._store = store_of(options.database)
         self.queue = self._new_queue()
 
     def _new_queue(self) -> Queue:
         options = self.options
-        repository = SQLiteRepository(options.database, options.durability)
+        repository = self._store.open(options)
         config = Config(
             worker_num=options.workers,
             buffer_size=options.buffer,
@@ -185,7 +192,7 @@ class Worker:
             try:
                 self.queue.start()
                 break
-            except (KeyboardInterrupt, MemoryError):
+            except (KeyboardInterrupt, MemoryError, *self._store.outages):
                 self.log.tell("start again")
         self.log.tell("started")
 
@@ -203,6 +210,11 @@ class Worker:
             except (KeyboardInterrupt, MemoryError):
                 unsure = True
                 continue
+            except self._store.outages as error:
+                unsure = unsure or error.in_doubt
+                if unsure:
+                    continue
+                self.log.tell("rejected", task_id, note=str(error))
             except DuplicateTask:
                 self.log.tell("accepted" if unsure else "duplicate", task_id)
             except (QueueFull, QueueStopped) as error:
@@ -214,16 +226,29 @@ class Worker:
         for _ in range(count):
             self._number += 1
             ids.append(f"{self.options.who}-{self._number}")
-            self.log.tell("submit", ids[-1], kind=kind)
-        outcome = "accepted"
-        try:
-            self.queue.submit_many([Task(id=task_id, type=kind) for task_id in ids])
-        except QueueFull:
-            outcome = "rejected"
-        except (KeyboardInterrupt, MemoryError):
-            outcome = "unsure"
+            self.log.tell("submit", ids[-1], kind=kind, note=ids[0])
+        outcome = self._told_of([Task(id=task_id, type=kind) for task_id in ids])
         for task_id in ids:
             self.log.tell(outcome, task_id)
+
+    def _told_of(self, tasks: list[Task]) -> str:
+        """What the library says of tasks that are submitted together; asked again while in doubt."""
+        unsure = False
+        while True:
+            try:
+                self.queue.submit_many(tasks)
+            except DuplicateTask:
+                return "accepted" if unsure else "duplicate"
+            except QueueFull:
+                return "unsure" if unsure else "rejected"
+            except (KeyboardInterrupt, MemoryError):
+                unsure = True
+            except self._store.outages as error:
+                unsure = unsure or error.in_doubt
+                if not unsure:
+                    return "rejected"
+            else:
+                return "accepted"
 
     def cancel(self, task_id: str) -> None:
         self.log.tell("cancel", task_id)
@@ -233,7 +258,7 @@ class Worker:
             outcome = "too late"
         except TaskNotFound:
             outcome = "not found"
-        except (KeyboardInterrupt, MemoryError):
+        except (KeyboardInterrupt, MemoryError, *self._store.outages):
             return
         self.log.tell("cancel told", task_id, outcome=outcome)
 
@@ -241,7 +266,7 @@ class Worker:
         self.log.tell("close", task_id)
         try:
             self.queue.repository.update_status(task_id, TaskStatus.FAILED, CLOSED_BY_HAND)
-        except (InvalidTransition, KeyboardInterrupt, MemoryError):
+        except (InvalidTransition, KeyboardInterrupt, MemoryError, *self._store.outages):
             return
         self.log.tell("closed", task_id)
 
@@ -258,14 +283,14 @@ class Worker:
     def mix(self) -> None:
         options = self.options
         faulthandler.dump_traceback_later(HANGS, exit=True)
-        until = time.monotonic() + options.seconds
         self.start()
+        until = time.monotonic() + options.seconds
         interrupter = hooks.Interrupter(options.seed, options.interrupts, self.log)
         with suppress(KeyboardInterrupt):
             if options.interrupts:
                 interrupter.start()
         while time.monotonic() < until:
-            with suppress(KeyboardInterrupt):
+            with suppress(KeyboardInterrupt, *self._store.outages):
                 self._step()
                 if self.rng.random() < 0.5 and not options.burst:
                     self._never.wait(self.rng.random() * 0.01)
@@ -299,7 +324,7 @@ class Worker:
 
     def _submit_pile(self) -> None:
         if self.options.burst:
-            self.submit_many("instant", 100)
+            self.submit_many("instant", self._store.pile)
             self._never.wait(0.02)
         else:
             self.submit_many(self.rng.choice(("instant", "brief")), self.rng.randint(2, 30))
@@ -337,6 +362,9 @@ class Worker:
         for entry in self.options.tasks:
             wanted = dict(entry)
             kind, count = wanted.pop("kind"), wanted.pop("count", 1)
+            if wanted.pop("together", False):
+                self.submit_many(kind, count)
+                continue
             for _ in range(count):
                 self.submit(kind, **wanted)
 
@@ -373,16 +401,20 @@ class Worker:
 def prepare(options: Options, log: SideLog) -> None:
     """Wrap the library as asked."""
     if options.broken:
-        hooks.BROKEN[options.broken]()
+        {**hooks.BROKEN, **store_of(options.database).broken}[options.broken]()
     if options.alone:
         hooks.ignore_owners()
     if options.dawdle:
         hooks.dawdle(options.seed, options.dawdle)
+    store = store_of(options.database)
+    store.prepare(log)
     if options.point:
-        hooks.kill_at(options.point, options.passings, log)
+        store.points[options.point](hooks.death(options.point, options.passings, log))
     if options.interrupt:
         error = {"KeyboardInterrupt": KeyboardInterrupt, "MemoryError": MemoryError}[options.error]
-        hooks.interrupt(options.interrupt, options.passings, log, error)
+        point = hooks.interrupt(options.interrupt, options.passings, log, error, store.repository)
+        if options.interrupt == "inside the commit":
+            store.points["inside a commit"](point)
 
 
 ROLES = {

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import queue as queues
 import signal
+import sqlite3
 import subprocess
 import sys
 import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -310,6 +312,12 @@ def spawn() -> Iterator[Callable[..., Child]]:
         child.ends()
         child.process.stdout.close()  # type: ignore[union-attr]
         child.process.stderr.close()  # type: ignore[union-attr]
+
+
+def is_intact(database: Path) -> bool:
+    """Whether SQLite finds nothing wrong with a file."""
+    with closing(sqlite3.connect(database)) as connection:
+        return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
 
 
 def run_in_thread(function: Callable[[], Any]) -> Callable[[], Any]:

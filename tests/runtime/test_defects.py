@@ -11,7 +11,7 @@ import pytest
 import taskx
 from taskx import QueueStopped, RepositoryError, Task, TaskFilter, TaskStatus
 from taskx.core.clock import to_datetime
-from taskx.core.writes import Insert
+from taskx.core.writes import Insert, Update
 from taskx.storage.sqlite import statements
 
 from .conftest import PATIENCE, eventually, run_in_thread
@@ -170,6 +170,34 @@ def test_late_progress_is_ignored(queue):
         ctx.progress(10, "late")
     queue.submit("leak", id="other").result(PATIENCE)
     assert (handle.task().progress, handle.task().message) == (100, "second")
+
+
+def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
+    """It goes on, and does not know yet that the task has been started again elsewhere."""
+
+    @queue.executor("work")
+    def work(ctx):
+        if ctx.task.starts == 1:
+            gate()
+            ctx.progress(90, "from the first")
+            assert tried.wait(PATIENCE)
+
+    tried = threading.Event()
+
+    def look(writes):
+        if any(not isinstance(w, Insert) and w.changes.get("progress") == 90 for w in writes):
+            tried.set()
+
+    queue.repository.after = look
+    queue.start()
+    handle = queue.submit("work")
+    gate.wait_for(1)
+    again = {"starts": 2, "progress": 10, "message": "from the second"}
+    queue.repository.apply([Update(handle.id, {}, again)])
+    gate.open()
+    assert tried.wait(PATIENCE)
+    task = handle.task()
+    assert (task.starts, task.progress, task.message) == (2, 10, "from the second")
 
 
 def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, repository):

@@ -241,6 +241,8 @@ class Sync(TaskExecutor):
         task.status = TaskStatus.FAILED
         task.id = "another"
         task.created_by = "somebody else"
+        task.started_at = task.timeout = None
+        task.starts = task.errors = task.max_attempts = 99
         task.params["grown"] = True
         task.result = {"by": "attribute", "params": len(task.params)}
         return task.params.get("returns")
@@ -253,6 +255,8 @@ def test_class_executor(started):
     record = task.task()
     assert record.status is TaskStatus.COMPLETED
     assert (record.progress, record.error, record.created_by) == (100, "", "me")
+    assert (record.starts, record.errors, record.max_attempts) == (1, 0, 1)
+    assert record.created_at <= record.started_at <= record.completed_at
     assert record.params == {"a": 1}
 
 
@@ -311,6 +315,12 @@ def test_tuples_come_back_as_lists(started):
     assert run(started, "give") == {"pair": [1, 2]}
 
 
+def cycle():
+    value: list = []
+    value.append({"again": value})
+    return value
+
+
 def deep():
     value: list = []
     for _ in range(100_000):
@@ -323,11 +333,13 @@ def deep():
     [
         (lambda: {"when": object()}, "PayloadError: result.when: object is not JSON"),
         (lambda: [1, float("inf")], "PayloadError: result[1]: inf is no JSON number"),
+        (lambda: {"x": float("nan")}, "PayloadError: result.x: nan is no JSON number"),
         (lambda: {1, 2}, "PayloadError: result: set is not JSON"),
         (lambda: b"x", "PayloadError: result: bytes is not JSON"),
         (lambda: "\udfff", "PayloadError: result: a lone surrogate"),
         (lambda: "x" * (1 << 20), "PayloadError: result: 1,048,578 bytes as JSON"),
         (deep, "PayloadError: result["),
+        (cycle, "PayloadError: result[0].again[0].again"),
     ],
 )
 def test_result_that_is_not_json_fails_the_task(started, make, text):

@@ -9,10 +9,12 @@ import time
 from contextlib import closing
 from datetime import timedelta
 
+import mongomock
 import pytest
 
 import taskx
 from taskx import (
+    MongoRepository,
     QueueFull,
     RepositoryUnavailable,
     SQLiteRepository,
@@ -22,7 +24,7 @@ from taskx import (
 )
 from taskx.testing import ManualClock
 
-from .conftest import PATIENCE, SpySQLite, eventually, run_in_thread
+from .conftest import PATIENCE, SpySQLite, eventually, is_intact, run_in_thread
 
 
 @pytest.fixture
@@ -244,8 +246,7 @@ def test_full_disk_at_submit_start_and_finish(spawn, database):
     assert child.read() == "[] 6 []"
     child.ends()
     assert child.process.returncode == 0
-    with closing(sqlite3.connect(database)) as connection:
-        assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
+    assert is_intact(database)
 
 
 # A record is damaged
@@ -331,6 +332,43 @@ def test_damaged_record_of_a_dead_node_is_rescued_with_the_others(damaged, make_
     tasks = {name: queue.get_task_status(name) for name in "bc"}
     assert {name: task.crashes for name, task in tasks.items()} == {"b": 1, "c": 1}
     assert tasks["b"].status is TaskStatus.FAILED
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("params", [1]),
+        ("progress", "half"),
+        ("created_at", "yesterday"),
+        ("duration", "long"),
+        ("taskx.priority", "high"),
+        ("taskx.errors", "none"),
+        ("taskx.run_at", "soon"),
+        ("taskx.timeout", "soon"),
+        ("taskx.max_attempts", "many"),
+        ("taskx.earlier_attempts", "[[1]]"),
+    ],
+)
+def test_damaged_document_fails_and_no_other(make_queue, tmp_path, field, value):
+    """As a damaged record of a file does, where many hosts share a collection."""
+    repository = MongoRepository(mongomock.MongoClient().db, run_folder=tmp_path)
+    for name in "abcde":
+        repository.create(Task(id=name, type="n", params={"n": name}))
+    repository._connection.tasks.update_one({"_id": "b"}, {"$set": {field: value}})
+    queue = make_queue(repository, worker_num=1)
+    ran = []
+    queue.executor("n")(lambda n: ran.append(n))
+    queue.start()
+    later = queue.submit("n", {"n": "f"}, delay=0.05)
+    assert queue.drain(PATIENCE)
+    assert later.result(PATIENCE) is None
+    assert sorted(ran) == list("acdef")
+    task = queue.get_task_status("b")
+    assert (task.status, task.errors) == (TaskStatus.FAILED, 1)
+    assert task.error.startswith("RepositoryCorrupt: the stored record is damaged")
+    all_workers_live(queue)
+    queue.stop()
+    repository.close()
 
 
 # The clock is wrong

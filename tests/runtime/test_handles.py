@@ -234,6 +234,12 @@ def test_declared_type_in_a_started_queue_is_left_alone(started, make_queue):
     handle = started.submit("elsewhere", max_attempts=2)
     assert started.drain(PATIENCE)
     assert handle.task().status is TaskStatus.PENDING
+    later = make_queue(worker_num=1)
+    later.declare("elsewhere")
+    later.executor("last")(lambda: "run")
+    later.start()  # when it looks for what is there
+    assert later.submit("last").result(PATIENCE) == "run"
+    assert (handle.task().status, handle.task().starts) == (TaskStatus.PENDING, 0)
     other = make_queue()
     other.executor("elsewhere", timeout=7, max_attempts=5)(
         lambda ctx: [ctx.task.timeout, ctx.task.max_attempts]

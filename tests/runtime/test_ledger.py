@@ -22,6 +22,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.runtime import scheduler
+from taskx.runtime.complaint import Complaint
 from taskx.runtime.engine import MAX_AHEAD
 from taskx.runtime.ledger import Ledger
 
@@ -376,6 +377,38 @@ def test_outage_while_tasks_run(queue, gate):
     assert queue.submit("fine").result(PATIENCE) == "fine"
     assert queue.repository.get_many(["refused"]) == {}
     assert queue._node.engine.workers_left == 2
+
+
+def test_outage_is_told_ever_more_rarely(make_queue, gate, monkeypatch, caplog):
+    """However many workers it keeps from their work; and they pause before they try again."""
+    queue = make_queue(worker_num=8, buffer_size=100)
+    queue.executor("hold")(lambda: gate())
+    queue.start()
+    handles = [queue.submit("hold") for _ in range(40)]
+    gate.wait_for(8)
+    tries = []
+
+    def check():
+        tries.append(time.monotonic())
+        raise RepositoryUnavailable("down for a while")
+
+    with monkeypatch.context() as patched, caplog.at_level(logging.INFO, "taskx"):
+        patched.setattr(queue.repository, "check", check)
+        gate.open()
+        eventually(lambda: len(tries) >= 40)
+    assert tries[39] - tries[0] > 0.2
+    assert 3 <= len(caplog.records) <= 14
+    assert [handle.result(PATIENCE) for handle in handles] == [None] * 40
+
+
+def test_outage_is_told_anew_after_it_was_over(caplog):
+    complaint = Complaint(logging.getLogger("taskx"))
+    for failures in (5, 2):
+        for number in range(1, failures + 1):
+            complaint.make("failure: %s", ValueError(number))
+        complaint.over()
+    told = [record.getMessage() for record in caplog.records]
+    assert told == [f"failure: {number}" for number in (1, 2, 4, 1, 2)]
 
 
 def test_outage_at_a_stop_ends_all_the_same(queue, gate):

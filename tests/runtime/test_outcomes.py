@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import pytest
 
-from taskx import InvalidTransition, TaskFailed, TaskNotFound, TaskStatus
+from taskx import ConfigurationError, InvalidTransition, TaskFailed, TaskNotFound, TaskStatus
 
 from .conftest import PATIENCE, eventually
 
@@ -298,6 +298,37 @@ def test_list_says_how_many_there_are_in_all(queue):
 def test_status_of_an_unknown_task(queue):
     with pytest.raises(TaskNotFound, match="'nobody'"):
         queue.get_task_status("nobody")
+
+
+@pytest.mark.parametrize(
+    "hostile", [{"$ne": ""}, {"$gt": ""}, ["x"], b"x", 1, None, "x\0", "\ud800"]
+)
+def test_what_is_no_id_selects_nothing(queue, hostile):
+    """Least of all an operator: no task is read, changed, or removed by one."""
+    queue.declare("note")
+    queue.submit("note", id="x")
+    before = queue.get_task_status("x")
+    for call in (
+        queue.get_task_status,
+        queue.cancel_task,
+        queue.requeue,
+        queue.delete,
+        queue.handle,
+    ):
+        with pytest.raises(ConfigurationError, match="id"):
+            call(hostile)
+    assert queue.list_tasks() == ([before], 1)
+
+
+@pytest.mark.parametrize("text", ["", "' OR '1'='1", "%", "{}", "$ne", "X"])
+def test_an_id_is_nothing_but_text(queue, text):
+    queue.declare("note")
+    queue.submit("note", id="x")
+    before = queue.get_task_status("x")
+    for call in (queue.get_task_status, queue.cancel_task, queue.requeue, queue.delete):
+        with pytest.raises(TaskNotFound):
+            call(text)
+    assert queue.list_tasks() == ([before], 1)
 
 
 # What is logged

@@ -200,6 +200,24 @@ def test_many_beyond_the_room(busy, gate, overflow, no_batches):
     assert queue.ran == list(range(len(tasks)))
 
 
+def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository, no_batches):
+    """Even if it is fetched before the others are in the buffer."""
+    queue = busy(buffer_size=4, overflow="spill")
+    engine = queue._node.engine
+    eventually(lambda: engine.alone)
+
+    def fetch(writes):
+        repository.after = lambda writes: None
+        engine.more_stored = True
+        engine.refill()
+
+    repository.after = fetch
+    queue.submit_many([Task(type="note", params={"n": n}) for n in range(20)])
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == list(range(20))
+
+
 def test_what_is_fetched_takes_no_submitters_room(make_queue, gate):
     """A backlog in the repository fills the buffer's other part only."""
     queue = make_queue(worker_num=1, buffer_size=3)

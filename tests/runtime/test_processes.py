@@ -14,7 +14,7 @@ from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.runtime import scheduler
 from taskx.testing import ManualClock
 
-from .conftest import PATIENCE, ROOT, eventually
+from .conftest import PATIENCE, ROOT, eventually, is_intact
 
 # Started with the file and a script of what to do. Each run of ``work`` and ``listen`` is a line in a
 # log file beside the database.
@@ -484,6 +484,7 @@ print(failed, queue.drain(60), queue.stop(), flush=True)
     assert set(lines.values()) == {1}
     assert {f"work {n}" for n in range(25)} <= set(lines)
     assert len(lines) == submitted + 25
+    assert is_intact(database)
 
 
 def test_an_executor_may_fork(run, database):

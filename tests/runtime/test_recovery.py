@@ -12,7 +12,7 @@ import pytest
 
 from taskx import Config, Queue, SQLiteRepository, TaskStatus
 
-from .conftest import PATIENCE, eventually, run_in_thread
+from .conftest import PATIENCE, eventually, is_intact, run_in_thread
 
 # Started with the file and a script of what to do. Every run of a task is a line in a log file
 # beside the database, so that it can be counted how often each was begun and ended.
@@ -148,6 +148,7 @@ wait_for_ever()
         ran[f"ran {n}"] += 1
     assert len(ran) == 2000
     assert sum(ran.values()) <= 2000 + 3 * 100  # what ran at a kill, or was just done, again
+    assert is_intact(database)
 
 
 def test_rescued_within_seconds_by_a_queue_that_runs(run, runner):
@@ -421,6 +422,7 @@ def test_fork_after_the_start(run, database):
     assert (out, err) == ("cancelled\n", "")
     ran = logged(database)
     assert {n: ran[f"ran {n}"] for n in range(4)} == dict.fromkeys(range(4), 1)
+    assert is_intact(database)
 
 
 def test_forked_child_that_exits_takes_nothing_down(run):

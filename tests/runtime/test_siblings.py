@@ -26,14 +26,18 @@ def other(repository, database):
 @pytest.fixture
 def idle(make_queue, other):
     """Makes a queue on the same records, which notes what it runs."""
+    made = []
 
-    def make(**config) -> Queue:
+    def make(type="note", **config) -> Queue:
         queue = make_queue(other, **config)
         queue.ran = []
-        queue.executor("note")(lambda n: queue.ran.append(n))
+        queue.executor(type)(lambda n: queue.ran.append(n))
+        made.append(queue)
         return queue
 
-    return make
+    yield make
+    for queue in made:  # before their repository is closed
+        queue.stop(PATIENCE, cancel=True)
 
 
 def test_what_waits_in_a_busy_buffer_is_run_by_an_idle_node(busy, idle, gate):
@@ -59,14 +63,12 @@ def test_higher_priorities_come_first(busy, idle):
     assert helper.ran == ["high", "middle", "low"]
 
 
-def test_of_a_type_it_cannot_run_it_takes_nothing(busy, make_queue, other, gate):
+def test_of_a_type_it_cannot_run_it_takes_nothing(busy, idle, gate):
     queue = busy()
     queue.submit("note", {"n": "mine"})
-    helper = make_queue(other, worker_num=1)
-    helper.executor("else")(lambda: None)
+    helper = idle("else", worker_num=1)
     helper.start()
-    done = helper.submit("else")
-    done.result(PATIENCE)
+    helper.submit("else", {"n": "its own"}).result(PATIENCE)
     gate.open()
     assert queue.drain(PATIENCE)
     assert queue.ran == ["mine"]

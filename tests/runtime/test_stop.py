@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone, tzinfo
 
 import pytest
 
@@ -169,6 +169,34 @@ def test_run_at_in_the_past_is_now(started):
     task = started.submit("fine").task()
     handle = started.submit("fine", run_at=task.created_at - timedelta(days=1))
     assert handle.result(PATIENCE) == "fine"
+
+
+class SetBack(tzinfo):
+    """A zone at whose three o'clock it is two o'clock again."""
+
+    def utcoffset(self, moment):
+        return timedelta(hours=1 if moment.fold else 2)
+
+    dst = utcoffset
+
+
+def test_the_hour_that_local_clocks_repeat_is_two_hours(make_queue):
+    """Each run_at is the moment that it names, and a delay is of real time."""
+    clock = ManualClock(datetime(2024, 10, 26, 23, 30, tzinfo=timezone.utc))
+    queue = make_queue(MemoryRepository(clock), clock=clock, worker_num=1)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    local = datetime(2024, 10, 27, 2, 30, tzinfo=SetBack())
+    handles = [
+        queue.submit("fine", run_at=local),
+        queue.submit("fine", run_at=local.replace(fold=1)),
+        queue.submit("fine", delay=3 * 3600),
+    ]
+    for number, handle in enumerate(handles):
+        assert [other.done() for other in handles[number:]] == [False] * (3 - number)
+        clock.advance(3600)
+        assert handle.result(PATIENCE) == "fine"
+        assert handle.task().started_at == handle.task().run_at == clock.now()
 
 
 def test_delayed_tasks_need_no_room(busy, gate):

@@ -279,6 +279,35 @@ def test_ids_are_made_and_sort_by_time(queue):
     assert len(set(made)) == 50
 
 
+def test_an_empty_id_is_none(queue):
+    """Each of those tasks gets one of its own, by which it is found."""
+    queue.declare("note")
+    mine = Task(type="note", id="")
+    handles = [queue.submit(mine), queue.submit("note", id=""), *queue.submit_many([mine, mine])]
+    assert mine.id == ""
+    assert ids(queue) == {handle.task().id for handle in handles}
+    assert len(ids(queue) - {""}) == 4
+
+
+ODD_PARAMS = [
+    {"": 1, "$set": {"a.b": "~", "~": [None, {}]}, "x" * 300: []},
+    {"numbers": [2**63 - 1, -(2**63), 2**53 + 1, 0.1, -0.0, 5e-324, 1.7976931348623157e308, True]},
+    {"text": "\0\x7f\u2028'\"\\ %s {} \N{PILE OF POO}"},
+    {"huge": "x" * 1_000_000},
+]
+
+
+@pytest.mark.parametrize("params", ODD_PARAMS, ids=lambda params: list(params)[-1][:9])
+def test_odd_params_reach_their_executor_as_they_are(queue, params):
+    came = []
+    queue.executor("odd")(lambda **params: came.append(params))
+    with queue:
+        handle = queue.submit("odd", params)
+        handle.result(PATIENCE)
+    assert repr(came) == repr([params])  # 1, 1.0 and True are not the same here
+    assert repr(handle.task().params) == repr(params)
+
+
 def test_callers_task_is_never_changed(queue):
     @queue.executor("grow")
     def grow(items):

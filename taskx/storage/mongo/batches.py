@@ -20,6 +20,7 @@ from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUna
 from taskx.core.ids import new_id
 from taskx.core.writes import Insert, Write
 from taskx.storage.mongo.connection import Connection
+from taskx.storage.mongo.documents import batch_of
 from taskx.storage.mongo.filters import HIDDEN
 from taskx.storage.mongo.sender import Sender
 
@@ -144,6 +145,20 @@ class Batches:
         for batch in found:
             self._reveal(batch)
         return found
+
+    def make_way(self, task_ids: Sequence[str], force: bool) -> set[str]:
+        """Of ids that were taken, those that may be free now or soon.
+
+        That is what a batch holds that is under way, or was left behind; with ``force`` it is abandoned.
+        """
+        wanted = {"_id": {"$in": list(task_ids)}}
+        documents = self._connection.tasks.find(wanted, {"taskx.batch": 1})
+        found = {document["_id"]: batch_of(document) for document in documents}
+        batches = {batch for batch in found.values() if batch}
+        batches -= self.reveal_committed([*batches])
+        for batch in batches if force else ():
+            self._abandon(batch)
+        return {task_id for task_id in task_ids if found.get(task_id) in {None, *batches}}
 
     def hidden(self) -> list[str]:
         """The batches that tasks are hidden in."""

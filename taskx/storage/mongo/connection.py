@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import pymongo
@@ -25,8 +26,13 @@ T = TypeVar("T")
 FAILURES = (PyMongoError, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
 # Whatever the caller's database is set to: plain documents, and no date that cannot be read.
-_CODEC: CodecOptions[Document] = CodecOptions(datetime_conversion=DatetimeConversion.DATETIME_AUTO)
+# Other programs may have stored what is no date of Python's, or no UTF-8: it must not hide the rest.
+_CODEC: CodecOptions[Document] = CodecOptions(
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+    unicode_decode_error_handler="surrogateescape",
+)
 _SAFE = WriteConcern(w="majority", j=True)
+_mock_turns = threading.RLock()
 
 
 class Connection:
@@ -59,6 +65,9 @@ class Connection:
         self._database: Database[Document] | None = None
         self._collections: dict[str, Collection[Document]] = {}
         self._lock = threading.Lock()
+        #: Entered to use the collections: a mock of the driver trips over itself in several threads.
+        real = database is None or isinstance(database, Database)
+        self.turns: AbstractContextManager[object] = nullcontext() if real else _mock_turns
 
     @property
     def tasks(self) -> Collection[Document]:
@@ -82,7 +91,7 @@ class Connection:
             TaskxError: in place of what the driver raised.
         """
         try:
-            with pymongo.timeout(self.timeout if timeout is None else timeout):
+            with pymongo.timeout(self.timeout if timeout is None else timeout), self.turns:
                 return work()
         except FAILURES as error:
             raise translated(error, self.name) from error

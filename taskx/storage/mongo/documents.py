@@ -186,10 +186,8 @@ def task_from_document(document: Mapping[str, Any]) -> Task:
 
 def row_from_document(document: Mapping[str, Any]) -> dict[str, Any]:
     """The columns of a document; absent ones take their defaults."""
-    ours = document.get("taskx")
-    if not isinstance(ours, dict):
-        ours = {}
-    row: dict[str, Any] = {"id": document["_id"]}
+    ours = ours_of(document)
+    row: dict[str, Any] = {"id": _from_bson(document["_id"])}
     for name in COLUMNS[1:]:
         value = (document if name in ORIGINAL else ours).get(name)
         row[name] = DEFAULTS.get(name) if value is None else _from_bson(value)
@@ -203,6 +201,18 @@ def row_from_document(document: Mapping[str, Any]) -> dict[str, Any]:
     return row
 
 
+def ours_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The sub-document of a document; an empty one where there is none."""
+    ours = document.get("taskx")
+    return ours if isinstance(ours, dict) else {}
+
+
+def batch_of(document: Mapping[str, Any]) -> str:
+    """The batch that a document is hidden in, or nothing."""
+    ours = document.get("taskx")
+    return ours.get("batch") or "" if isinstance(ours, dict) else ""
+
+
 def stub_from_document(document: Mapping[str, Any]) -> Stub:
     """The stub of a document that was read with :data:`STUB_FIELDS`."""
     ours = document["taskx"]
@@ -210,10 +220,15 @@ def stub_from_document(document: Mapping[str, Any]) -> Stub:
         document["_id"],
         document["status"],
         ours.get("starts", 0),
-        ours.get("priority", 0),
+        _priority(ours.get("priority", 0)),
         moment_ms(document.get("created_at")) or 0,
         ours.get("cancel_requested_at") is not None,
     )
+
+
+def _priority(value: Any) -> Any:
+    """That of a damaged document is none; the task tells of the damage."""
+    return value if isinstance(value, (int, float)) and value == value else 0
 
 
 STUB_FIELDS = {
@@ -235,6 +250,8 @@ def moment_ms(value: Any) -> int | None:
 def _from_bson(value: Any) -> Any:
     if type(value) is Int64:
         return int(value)
+    if type(value) is str:
+        return _text_or_bytes(value)
     moment = moment_ms(value)
     return value if moment is None else moment
 
@@ -246,14 +263,21 @@ def _duration(whole: Any, seconds: Any) -> Any:
     return float(whole) if isinstance(whole, int) else whole
 
 
-def _text(value: Any, how: Any) -> str:
+def _text_or_bytes(text: str) -> str | bytes:
+    """What another program stored and is no UTF-8 is read as bytes: the reader tells of the damage."""
+    if text.isascii() or payload.is_encodable(text):
+        return text
+    return text.encode("utf-8", "surrogateescape")
+
+
+def _text(value: Any, how: Any) -> str | bytes:
     how = how if isinstance(how, str) else ""
     if "value" in how and isinstance(value, dict) and list(value) == ["value"]:
         value = value["value"]
     if "escaped" in how:
         value = _unescaped(value)
     try:
-        return _dumps(value)
+        return _text_or_bytes(_dumps(value))
     except (ValueError, RecursionError):
         return ""  # which is no JSON either: the reader tells of the damage
 

@@ -108,8 +108,13 @@ def startable(types: list[str], owner: str) -> Document:
     }
 
 
-#: Pending tasks that the original stored and nobody adopted.
-FOREIGN: Document = {"status": "pending", "taskx.owner": None, **VISIBLE}
+#: Pending tasks that the original stored and nobody adopted. What has no text as its id is no task.
+FOREIGN: Document = {
+    "status": "pending",
+    "taskx.owner": None,
+    "_id": {"$type": "string"},
+    **VISIBLE,
+}
 
 
 def held(**run_at: Any) -> Document:

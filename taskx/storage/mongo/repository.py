@@ -126,6 +126,7 @@ class MongoRepository(Repository):
         monotonic = self.clock.monotonic
         patience = max(lease_timeout, 2 * timeout)
         self._batches = Batches(self._connection, self._sender, patience, monotonic)
+        self._sender.make_way = self._batches.make_way
         self._tasks = Tasks(self._connection, self._batches, bool(adopt_foreign))
         locks = HostLocks(run_folder)
         self._leases = Leases(self._connection, lease_timeout, locks, monotonic)

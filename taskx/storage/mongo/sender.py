@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import bson
@@ -37,9 +37,10 @@ from taskx.storage.mongo.order import Order
 #: The largest document.
 MOST_BYTES = 16 * 1024 * 1024
 _PAUSE = 0.05
+#: Seconds that a batch under way is given to be committed before it is abandoned for another task.
+_MOMENT = 1.0
 #: Most writes of unknown outcome that are remembered, to be known again when they are sent again.
 _MOST_REMEMBERED = 4096
-_mock_lock = threading.RLock()
 
 
 class Sender:
@@ -53,6 +54,8 @@ class Sender:
     def __init__(self, connection: Connection, order: Order) -> None:
         self._connection = connection
         self._order = order
+        #: Of ids that new tasks cannot have, says which are worth another try; with True, see to it.
+        self.make_way: Callable[[Sequence[str], bool], Collection[str]] = lambda task_ids, force: ()
         self.renew()
 
     def renew(self) -> None:
@@ -146,28 +149,35 @@ class Sender:
 
     def _send(self, ops: Sequence[_Op]) -> list[bool]:
         """Send until the outcome is known, at most for the connection's time-out."""
-        deadline = time.monotonic() + self._connection.timeout
+        began = time.monotonic()
+        deadline = began + self._connection.timeout
+        patience = began + min(_MOMENT, self._connection.timeout / 4)
         sent = any(op.again for op in ops)
-        while True:
+        due = ops
+        while due:
             try:
-                with pymongo.timeout(max(0.001, deadline - time.monotonic())):
-                    return self._send_once(ops)
+                left = max(0.001, deadline - time.monotonic())
+                with pymongo.timeout(left), self._connection.turns:
+                    due = self._send_once(due, force=time.monotonic() >= patience)
             except FAILURES as error:
                 sent = sent or may_have_been_sent(error)
                 if not is_passing(error) or time.monotonic() + _PAUSE >= deadline:
                     raise translated(error, self._connection.name, in_doubt=sent) from error
-            for op in ops:
-                op.again = sent
-            time.sleep(_PAUSE)
+                for op in due:
+                    op.again = sent
+            if due:
+                time.sleep(_PAUSE)
+        return [bool(op.held) for op in ops]
 
-    def _send_once(self, ops: Sequence[_Op]) -> list[bool]:
-        requests = [op for op in ops if not isinstance(op.write, Delete)]
+    def _send_once(self, ops: Sequence[_Op], *, force: bool) -> list[_Op]:
+        """Send all; returns what a batch that may come to nothing was in the way of."""
         for op in ops:
             if isinstance(op.write, Delete) and not op.held:
                 op.held = self._delete(op)
-        if requests:
-            self._write(requests)
-        return [bool(op.held) for op in ops]
+        requests = [op for op in ops if not isinstance(op.write, Delete)]
+        refused = self._write(requests) if requests else []
+        again = self.make_way([op.write.id for op in refused], force) if refused else ()
+        return [op for op in refused if op.write.id in again]
 
     def _delete(self, op: _Op) -> bool:
         tasks = self._connection.tasks
@@ -177,7 +187,8 @@ class Sender:
         # One that was sent before, and whose task is gone, took place.
         return deleted or (op.again and tasks.find_one({"_id": op.write.id}, {"_id": 1}) is None)
 
-    def _write(self, ops: Sequence[_Op]) -> None:
+    def _write(self, ops: Sequence[_Op]) -> list[_Op]:
+        """Send inserts and updates; returns the inserts whose id was taken."""
         inserts = [op for op in ops if op.document is not None]
         updates = [op for op in ops if op.document is None]
         matched, refused = self._bulk_write(inserts, updates)
@@ -189,6 +200,7 @@ class Sender:
         unclear = [op for op in ops if not op.held]
         if unclear:
             self._look_for_marks(unclear)
+        return [op for op in inserts if not op.held]
 
     def _bulk_write(
         self, inserts: Sequence[_Op], updates: Sequence[_Op]
@@ -321,14 +333,13 @@ def _update(op: _Op) -> tuple[Document, Document]:
 def _write_one_by_one(
     tasks: Any, documents: Sequence[Document], changes: Sequence[tuple[Document, Document]]
 ) -> tuple[int, Collection[int]]:
-    """What ``bulk_write`` does, for a mock of the driver: where that lacks it, and is not atomic."""
+    """What ``bulk_write`` does, for a mock of the driver, which lacks it."""
     matched, refused = 0, set()
-    with _mock_lock:
-        for index, document in enumerate(documents):
-            try:
-                tasks.insert_one(document)
-            except DuplicateKeyError:
-                refused.add(index)
-        for found, changed in changes:
-            matched += tasks.update_one(found, changed).matched_count
+    for index, document in enumerate(documents):
+        try:
+            tasks.insert_one(document)
+        except DuplicateKeyError:
+            refused.add(index)
+    for found, changed in changes:
+        matched += tasks.update_one(found, changed).matched_count
     return matched, refused

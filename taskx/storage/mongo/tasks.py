@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from bson.int64 import Int64
+from pymongo.errors import WriteError
 
 from taskx.core.clock import to_datetime
 from taskx.core.model import Task, TaskFilter
@@ -15,7 +17,9 @@ from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import (
     STUB_FIELDS,
     Document,
+    batch_of,
     moment_ms,
+    ours_of,
     stub_from_document,
     task_from_document,
 )
@@ -61,11 +65,20 @@ class Tasks:
         for start in range(0, len(ids), _MOST_IDS):
             wanted = {"_id": {"$in": ids[start : start + _MOST_IDS]}}
             found += self._connection.run(lambda w=wanted: list(self._connection.tasks.find(w)))  # type: ignore[misc]
-        hidden = {batch for document in found if (batch := _batch(document))}
-        if hidden:
-            known = self._connection.run(lambda: self._batches.reveal_committed(list(hidden)))
-            found = [d for d in found if _batch(d) in known or not _batch(d)]
-        return found
+        hidden = [document for document in found if batch_of(document)]
+        if not hidden:
+            return found
+        return [d for d in found if not batch_of(d)] + self._connection.run(
+            lambda: self._revealed(hidden)
+        )
+
+    def _revealed(self, hidden: Sequence[Document]) -> list[Document]:
+        """Of documents that were hidden, those that are not, or should not be."""
+        known = self._batches.reveal_committed([*{batch_of(document) for document in hidden}])
+        # Somebody may have revealed the others since: of that their batch tells no more.
+        others = [document["_id"] for document in hidden if batch_of(document) not in known]
+        again = self._connection.tasks.find({"_id": {"$in": others}, **VISIBLE}) if others else ()
+        return [*(d for d in hidden if batch_of(d) in known), *again]
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
@@ -127,12 +140,13 @@ class Tasks:
             seen = {"created_at": 1, "taskx.held": 1}
             for document in list(tasks.find(wanted, seen).sort(NEWEST_FIRST[::-1]).limit(limit)):
                 created = moment_ms(document.get("created_at")) or 0
-                ours = {
+                adopted = {
                     "taskx.owner": "",
-                    "taskx.held": document.get("taskx", {}).get("held", 0),
+                    "taskx.held": ours_of(document).get("held", 0),
                     "taskx.seq": Int64(max(created, 0) * PER_MS),
                 }
-                tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": ours})
+                with suppress(WriteError):  # one that has no room for more, say: the others have
+                    tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": adopted})
 
         self._connection.run(adopt)
 
@@ -151,7 +165,7 @@ class Tasks:
         """The earliest ``run_at`` of the held back pending tasks."""
 
         def read() -> list[Document]:
-            cursor = self._connection.tasks.find(held(), {"taskx.run_at": 1})
+            cursor = self._connection.tasks.find(held(**{"$type": "date"}), {"taskx.run_at": 1})
             return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(1))
 
         found = self._connection.run(read)
@@ -196,8 +210,3 @@ class Tasks:
         return self._connection.run(
             lambda: any(tasks.find_one(some, {"_id": 1}) is not None for some in wanted)
         )
-
-
-def _batch(document: Document) -> str:
-    ours = document.get("taskx")
-    return ours.get("batch") or "" if isinstance(ours, dict) else ""

@@ -10,6 +10,7 @@ from mongo_proxy import swallowing
 
 from taskx import RepositoryUnavailable, TaskFilter
 from taskx.core import lifecycle
+from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
 
 from .conftest import insert
@@ -100,6 +101,60 @@ class TestASubmitterThatDied:
         with pytest.raises(RepositoryUnavailable, match="given up"):
             store.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
         assert mock.tasks.count_documents({}) == 0
+
+    @pytest.mark.parametrize("together", [False, True])
+    def test_what_it_left_stands_in_nobodys_way(self, store, monkeypatch, make, mock, together):
+        """Who is told that the id is taken must find the task."""
+        die_at(monkeypatch, store, "_commit")
+        monkeypatch.setattr(sender, "_MOMENT", 0.0)
+        other = make(mock)
+        again = [insert(task_id) for task_id in IDS[:2]]
+        assert list(other.apply(again, all_or_nothing=together)) == [True, True]
+        assert set(other.get_many(IDS)) == set(IDS[:2])
+        assert mock.tasks.count_documents({}) == 2
+
+    def test_what_it_committed_keeps_its_ids(self, store, monkeypatch, make, mock):
+        die_at(monkeypatch, store, "_reveal")
+        other = make(mock)
+        assert list(other.apply([insert("b0"), insert("new")])) == [False, True]
+        assert seen(other)["list"] == {*IDS, "new"}
+
+    def test_what_the_original_stored_keeps_its_ids(self, store, mock):
+        mock.tasks.insert_one({"_id": "b0", "type": "t", "status": "pending", "params": {}})
+        assert list(store.apply([insert("b0"), insert("b1")])) == [False, True]
+
+    def test_one_under_way_is_waited_for(self, store, monkeypatch, make, mock):
+        """It comes first, so the one that comes second is the duplicate."""
+        asked, other = threading.Event(), make(mock)
+        results = []
+        late = threading.Thread(target=lambda: results.extend(other.apply([insert("b0")])))
+        commit = store._batches._commit
+
+        def slow(batch):
+            late.start()
+            assert asked.wait(20.0)
+            commit(batch)
+
+        make_way = other._sender.make_way
+        other._sender.make_way = lambda *args: (make_way(*args), asked.set())[0]
+        monkeypatch.setattr(store._batches, "_commit", slow)
+        monkeypatch.setattr(sender, "_MOMENT", 20.0)
+        writes = [insert(task_id) for task_id in IDS]
+        assert list(store.apply(writes, all_or_nothing=True)) == [True] * 5
+        late.join(20.0)
+        assert results == [False]
+
+    def test_what_is_revealed_while_it_is_looked_for_is_found(self, store, monkeypatch, make, mock):
+        die_at(monkeypatch, store, "_reveal")
+        other, third = make(mock), make(mock)
+        look = other._batches.reveal_committed
+
+        def late(hidden):
+            third._batches.reveal_committed(hidden)
+            return look(hidden)
+
+        monkeypatch.setattr(other._batches, "reveal_committed", late)
+        assert set(other.get_many(IDS)) == set(IDS)
 
     def test_nothing_is_abandoned_that_was_committed(self, store, monkeypatch, mock):
         die_at(monkeypatch, store, "_reveal")

@@ -6,7 +6,7 @@ import json
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from bson import ObjectId
+from bson import ObjectId, decode, encode
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
 from hypothesis import HealthCheck, given, settings
@@ -365,3 +365,40 @@ class TestTheirs:
         tasks = {task.id: task for task in repository.list(TaskFilter())}
         assert "damaged" in tasks["go-pending"].damage
         assert tasks["go-failed"].damage == ""
+
+    @pytest.mark.parametrize("field", ["params", "message", "created_by"])
+    def test_what_is_no_utf8_is_named(self, repository, field):
+        """Go's strings may hold any bytes, and its driver sends them as they are."""
+        whole = encode({**GO[0], field: {"x": "a??b"} if field == "params" else "a??b"})
+        options = repository._connection.tasks.codec_options  # what all is read with
+        document = decode(whole.replace(b"a??b", b"a\xff\xfeb"), options)
+        task = documents.task_from_document(document)
+        assert (task.id, task.type, task.status) == ("go-pending", "sync", "pending")
+        assert "damaged" in task.damage
+        json.dumps(task.to_dict(), ensure_ascii=False).encode()
+        document = decode(encode({**GO[0], "message": "处理中..."}), options)
+        assert documents.task_from_document(document).damage == ""
+
+    @pytest.mark.parametrize(
+        "odd",
+        [{"_id": ObjectId()}, {"_id": 5}, {"_id": "no room", "taskx": 5}],
+        ids=lambda odd: type(odd["_id"]).__name__,
+    )
+    def test_one_that_cannot_be_adopted_keeps_no_other_from_it(self, make, database, odd):
+        """Such as what was stored by hand and got an id from the server."""
+        database.tasks.insert_many([{**GO[0], **odd}, {**GO[0], "_id": "sound"}])
+        repository = make(database, adopt_foreign=True)
+        assert "sound" in [stub.id for stub in repository.ready(["sync"], 10)]
+        assert {type(stub.id) for stub in repository.ready(["sync"], 10)} == {str}
+        assert len(repository.list(TaskFilter())) == 2
+
+    @pytest.mark.parametrize("run_at", [None, "soon", 5])
+    def test_one_that_is_never_due_hides_none_that_is(self, repository, database, run_at):
+        repository.apply([insert("lost", run_at=NOW + 1000), insert("due", run_at=NOW + 2000)])
+        repository.apply([insert("free")])
+        change = {"$set": {"taskx.run_at": run_at}} if run_at else {"$unset": {"taskx.run_at": 1}}
+        database.tasks.update_one({"_id": "lost"}, change)
+        assert repository.next_due() == NOW + 2000
+        assert repository.due(NOW + 10_000, 10) == ["due"]
+        database.tasks.update_one({"_id": "free"}, {"$set": {"taskx.priority": "high"}})
+        assert [(stub.id, stub.priority) for stub in repository.ready(["t"], 10)] == [("free", 0)]

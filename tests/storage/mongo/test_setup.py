@@ -142,6 +142,15 @@ class TestIndexes:
         assert "taskx_ready" in before
         assert before["taskx_ready"]["partialFilterExpression"] == {"status": "pending"}
 
+    def test_every_list_has_one_that_is_in_its_order(self, repository, database):
+        """By status, type or creator, newest first: none reads or sorts the whole history."""
+        repository.init_indexes()
+        made = database.tasks.index_information()
+        newest_first = [("created_at", -1), ("_id", -1)]
+        assert made["taskx_newest"]["key"] == newest_first
+        for name in ("status", "type", "created_by"):
+            assert made[f"taskx_{name}"]["key"] == [(name, 1), *newest_first]
+
     def test_the_first_node_makes_them(self, repository, database):
         repository.join(Node(id="n", name="n"))
         assert "taskx_due" in database.tasks.index_information()

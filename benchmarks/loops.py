@@ -1,0 +1,120 @@
+"""What a floor is: the same writes as TaskX's, in a bare loop."""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from abc import ABC, abstractmethod
+
+from benchmarks.harness import IDLE
+from taskx import Task
+from taskx.core import lifecycle
+from taskx.core.clock import SYSTEM_CLOCK
+from taskx.core.ids import new_id
+from taskx.core.lifecycle import Ending
+from taskx.core.writes import Insert, Update
+
+
+def created(task_id: str) -> Insert:
+    """A task as ``submit`` stores it."""
+    now = SYSTEM_CLOCK.now_ms()
+    return lifecycle.create(task_id=task_id, type="noop", params="{}", created_by="", now=now)
+
+
+def started_and_finished() -> tuple[Update, Update]:
+    """What a task's start and its outcome change; its id is for the loop to fill in."""
+    now = SYSTEM_CLOCK.now_ms()
+    task = Task(type="noop", params={}, id="?", max_attempts=1, max_crashes=3)
+    start = lifecycle.start(task, now, new_id())
+    assert start is not None
+    lifecycle.mark_started(task, start)
+    ending = Ending(returned=True, result="1", duration=0.00001, worker="host:1:aaaaaa/1")
+    [finish] = lifecycle.conclude(task, ending, now)
+    return start, finish
+
+
+class Loop(ABC):
+    """One thread that stores, starts and finishes tasks by their index, on a fresh store.
+
+    Attributes:
+        count: how many tasks it has.
+    """
+
+    count: int
+
+    def __enter__(self) -> Loop:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    @abstractmethod
+    def close(self) -> None:
+        """Close the store."""
+
+    @abstractmethod
+    def store(self, index: int) -> None:
+        """Store a task, durably."""
+
+    @abstractmethod
+    def start(self, index: int) -> None:
+        """Read a task, and write that it runs, durably."""
+
+    @abstractmethod
+    def finish(self, index: int) -> None:
+        """Write a task's outcome, durably."""
+
+    @abstractmethod
+    def insert_many(self) -> None:
+        """Store all tasks at once."""
+
+    def insert(self) -> None:
+        """Store them one by one."""
+        for index in range(self.count):
+            self.store(index)
+
+    def start_and_finish(self) -> None:
+        """Run what is stored."""
+        for index in range(self.count):
+            self.start(index)
+            self.finish(index)
+
+    def insert_start_finish(self) -> None:
+        """Store each, and run it."""
+        for index in range(self.count):
+            self.store(index)
+            self.start(index)
+            self.finish(index)
+
+    def one_at_a_time(self) -> tuple[list[float], list[float]]:
+        """Store on one thread, start and finish on another, with pauses.
+
+        Returns:
+            microseconds from before the insert to after each start, and to when the end is seen.
+        """
+        begins: list[float] = []
+        results: list[float] = []
+        handed: queue.SimpleQueue[int | None] = queue.SimpleQueue()
+        ended: queue.SimpleQueue[None] = queue.SimpleQueue()
+        submitted = 0.0
+
+        def work() -> None:
+            while (index := handed.get()) is not None:
+                self.start(index)
+                begins.append(1e6 * (time.perf_counter() - submitted))
+                self.finish(index)
+                ended.put(None)
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        for index in range(self.count):
+            time.sleep(IDLE)
+            submitted = time.perf_counter()
+            self.store(index)
+            handed.put(index)
+            ended.get()
+            results.append(1e6 * (time.perf_counter() - submitted))
+        handed.put(None)
+        thread.join()
+        return begins, results

@@ -1,0 +1,110 @@
+"""Round trips to the server: counted, not timed."""
+
+from __future__ import annotations
+
+import threading
+from functools import partial
+from typing import Any
+
+from pymongo.monitoring import CommandListener
+
+from benchmarks.harness import TASKX, Cell, Plan
+from benchmarks.mongo.store import OnMongo
+from benchmarks.taskx_bench import busy, noops, queue_on
+
+#: How a change stream asks for more.
+_STREAM = "getMore"
+
+
+class Commands(CommandListener):
+    """The commands that concern tasks, in order; not those of nodes that prove that they live."""
+
+    def __init__(self) -> None:
+        self._log: list[tuple[int, str]] = []
+
+    def started(self, event: Any) -> None:
+        name = event.command_name
+        on = event.command.get("collection" if name == _STREAM else name)
+        if on == "tasks":
+            self._log.append((threading.get_ident(), name))
+
+    def succeeded(self, event: Any) -> None: ...
+
+    def failed(self, event: Any) -> None: ...
+
+    def clear(self) -> None:
+        """Forget what was sent."""
+        self._log.clear()
+
+    def on(self, thread: int) -> int:
+        """How many a thread sent, whatever for: who commits takes along what others have to write."""
+        return sum(who == thread for who, _ in list(self._log))
+
+    def count(self, *, but: tuple[str, ...] = (_STREAM,)) -> int:
+        """How many were sent, on the connections of threads that wait for them."""
+        return sum(name not in but for _, name in list(self._log))
+
+    def of_stream(self) -> int:
+        """How many a change stream sent, on a connection of its own."""
+        return sum(name == _STREAM for _, name in list(self._log))
+
+
+def _of_submit(plan: Plan, url: str, folder: str) -> dict[str, float]:
+    """Of submits to a started queue whose workers are busy."""
+    seen = Commands()
+    with queue_on(OnMongo(url, seen), folder, buffer=plan.synced + 5) as queue, busy(queue):
+        queue.submit("noop")
+        seen.clear()
+        for _ in range(plan.synced):
+            queue.submit("noop")
+        return {"trips-submit": seen.on(threading.get_ident()) / plan.synced}
+
+
+def _of_backlog(plan: Plan, url: str, folder: str) -> dict[str, float]:
+    seen = Commands()
+    with queue_on(OnMongo(url, seen), folder, buffer=plan.synced) as queue, busy(queue) as go:
+        queue.submit_many(noops(plan.synced))
+        seen.clear()
+        go()
+        queue.drain()
+        return {"trips-backlog": seen.count() / plan.synced}
+
+
+def _of_producer(plan: Plan, url: str, folder: str) -> dict[str, float]:
+    """While this thread submits one by one."""
+    seen = Commands()
+    with queue_on(OnMongo(url, seen), folder, buffer=plan.synced) as queue, queue:
+        queue.submit("noop").result()
+        seen.clear()
+        for _ in range(plan.synced):
+            queue.submit("noop")
+        own = seen.on(threading.get_ident())
+        queue.drain()
+        return {
+            "trips-submitting": own / plan.synced,
+            "trips-producer": seen.count(but=("insert", _STREAM)) / plan.synced,
+            "trips-stream": seen.of_stream() / plan.synced,
+        }
+
+
+def _of_one(plan: Plan, url: str, folder: str) -> dict[str, float]:
+    seen = Commands()
+    with queue_on(OnMongo(url, seen), folder) as queue, queue:
+        queue.submit("noop").result()
+        seen.clear()
+        for _ in range(plan.samples):
+            queue.submit("noop").result()
+        return {"trips-alone": seen.count() / plan.samples}
+
+
+def cells(plan: Plan, url: str) -> list[Cell]:
+    """All cells that count round trips."""
+    return [
+        Cell(TASKX, OnMongo.durability, partial(run, plan, url), figures, once=True)
+        for run, figures in (
+            (_of_submit, ("trips-submit",)),
+            (_of_backlog, ("trips-backlog",)),
+            (_of_producer, ("trips-submitting", "trips-producer", "trips-stream")),
+            (_of_one, ("trips-alone",)),
+        )
+    ]

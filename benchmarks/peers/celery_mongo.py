@@ -1,0 +1,28 @@
+"""Celery without Redis: kombu's MongoDB transport, and results in the same database."""
+
+from __future__ import annotations
+
+from pymongo import MongoClient
+
+from benchmarks.mongo.store import url_of
+from benchmarks.peers.celery_peer import OnCelery
+from benchmarks.peers.services import Services
+
+
+class CeleryOnMongo(OnCelery):
+    """As it is by default: it asks for messages once a second where it found none."""
+
+    look_every = 0.02  # each look is a command to the server that is measured
+
+    def __init__(self, folder: str, url: str) -> None:
+        place = url_of(url, folder)
+        self._client: MongoClient[dict[str, object]] = MongoClient(place)
+        self._results = self._client.get_default_database()["celery_taskmeta"]
+        super().__init__(Services(folder), place, place)
+
+    def finished(self) -> int:
+        return self._results.estimated_document_count()
+
+    def close(self) -> None:
+        self._client.close()
+        super().close()

@@ -1,0 +1,130 @@
+"""The floor on SQLite: TaskX's own statements, on its own schema."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Sequence
+from typing import Any
+
+from benchmarks.loops import Loop, created, started_and_finished
+from taskx.core.ids import new_id
+from taskx.storage.sqlite import statements
+from taskx.storage.sqlite.connections import Connections
+
+Rows = Sequence[Sequence[Any]]
+
+
+class Statements:
+    """The statements of one task's life, and their values for each of many ids."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        start, finish = started_and_finished()
+        self.starting, self.starts = self._update(start, ids)
+        self.finishing, self.finishes = self._update(finish, ids)
+        self.inserting = statements.INSERT
+        self.inserting_many = statements.INSERT_OR_FAIL
+        self.inserts = [tuple(created(id_).row.values()) for id_ in ids]
+        self.selecting = statements.select_many(1)
+        self.selects = [(id_,) for id_ in ids]
+
+    @staticmethod
+    def _update(update: Any, ids: Sequence[str]) -> tuple[str, Rows]:
+        sql, values = statements.update((update.id,), update.guard, update.changes)
+        position = list(values).index(update.id)
+        before, after = tuple(values[:position]), tuple(values[position + 1 :])
+        return sql, [(*before, id_, *after) for id_ in ids]
+
+
+class SQLiteLoop(Loop):
+    """A file with TaskX's schema and a connection set up as its writer is."""
+
+    def __init__(self, folder: str, durability: str, count: int) -> None:
+        self._connections = Connections(os.path.join(folder, "floor.db"), 10.0)
+        self.cursor: sqlite3.Cursor = self._connections.writer().cursor()
+        self.accepting = "NORMAL" if durability == "process" else "FULL"
+        self.running = "FULL" if durability == "full" else "NORMAL"
+        self.count = count
+        self.statements = Statements([new_id() for _ in range(count)])
+
+    def close(self) -> None:
+        """Close the file."""
+        self._connections.close()
+
+    def synchronous(self, level: str) -> None:
+        self.cursor.execute(f"PRAGMA synchronous = {level}")
+
+    def insert(self) -> None:
+        """One task, one commit."""
+        execute, sql = self.cursor.execute, self.statements.inserting
+        self.synchronous(self.accepting)
+        for row in self.statements.inserts:
+            execute("BEGIN IMMEDIATE")
+            execute(sql, row)
+            execute("COMMIT")
+
+    def insert_many(self) -> None:
+        """All tasks, one commit."""
+        self.synchronous(self.accepting)
+        self.cursor.execute("BEGIN IMMEDIATE")
+        self.cursor.executemany(self.statements.inserting_many, self.statements.inserts)
+        self.cursor.execute("COMMIT")
+
+    def start_and_finish(self) -> None:
+        """One task, one commit."""
+        execute, own = self.cursor.execute, self.statements
+        self.synchronous(self.running)
+        for select, start, finish in zip(own.selects, own.starts, own.finishes, strict=True):
+            execute("BEGIN IMMEDIATE")
+            execute(own.selecting, select).fetchall()
+            execute(own.starting, start)
+            execute(own.finishing, finish)
+            execute("COMMIT")
+
+    def insert_start_finish(self) -> None:
+        """One task, two commits: what was accepted must be safe before it starts."""
+        execute, own = self.cursor.execute, self.statements
+        switch = self.accepting != self.running
+        self.synchronous(self.accepting)
+        for row, select, start, finish in zip(
+            own.inserts, own.selects, own.starts, own.finishes, strict=True
+        ):
+            if switch:
+                self.synchronous(self.accepting)
+            execute("BEGIN IMMEDIATE")
+            execute(own.inserting, row)
+            execute("COMMIT")
+            if switch:
+                self.synchronous(self.running)
+            execute("BEGIN IMMEDIATE")
+            execute(own.selecting, select).fetchall()
+            execute(own.starting, start)
+            execute(own.finishing, finish)
+            execute("COMMIT")
+
+    def commit(self, level: str, sql: str, values: Sequence[Any]) -> None:
+        """One statement, one commit."""
+        if self.accepting != self.running:
+            self.synchronous(level)
+        self.cursor.execute("BEGIN IMMEDIATE")
+        self.cursor.execute(sql, values)
+        self.cursor.execute("COMMIT")
+
+    def store(self, index: int) -> None:
+        """One commit."""
+        self.commit(self.accepting, self.statements.inserting, self.statements.inserts[index])
+
+    def start(self, index: int) -> None:
+        """A read, and a commit."""
+        own = self.statements
+        self.cursor.execute(own.selecting, own.selects[index]).fetchall()
+        self.commit(self.running, own.starting, own.starts[index])
+
+    def finish(self, index: int) -> None:
+        """One commit."""
+        self.commit(self.running, self.statements.finishing, self.statements.finishes[index])
+
+    def one_at_a_time(self) -> tuple[list[float], list[float]]:
+        """As above; three commits a task."""
+        self.synchronous(self.accepting)
+        return super().one_at_a_time()

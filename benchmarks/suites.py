@@ -1,0 +1,66 @@
+"""What is measured in one run: on SQLite, or on a MongoDB server."""
+
+from __future__ import annotations
+
+import argparse
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+from benchmarks import floor, peers, processes, report, taskx_bench
+from benchmarks.harness import QUICK, Cell, Plan
+from benchmarks.stores import OnSQLite
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Cells, and what the document needs to know of them.
+
+    Attributes:
+        store: what tasks are kept in, with its version.
+        versions: of what peers need.
+        marks: between which lines a document holds the table.
+    """
+
+    cells: list[Cell]
+    store: str
+    versions: Mapping[str, str | None]
+    marks: tuple[str, str]
+
+
+@contextmanager
+def chosen(options: argparse.Namespace) -> Iterator[Suite]:
+    """The one that the options ask for."""
+    with _on_sqlite(options) if options.mongo is None else _on_mongo(options) as suite:
+        yield replace(suite, cells=[c for c in suite.cells if c.matches(options.only)])
+
+
+@contextmanager
+def _on_sqlite(options: argparse.Namespace) -> Iterator[Suite]:
+    plan = _sized(QUICK if options.quick else Plan(), options)
+    cells = [
+        *floor.cells(plan),
+        *taskx_bench.cells(plan),
+        *processes.cells(plan, OnSQLite("accepted")),
+        *([] if options.no_peers else peers.cells(plan)),
+    ]
+    yield Suite(cells, f"SQLite {sqlite3.sqlite_version}", peers.versions(), report.MARKS)
+
+
+@contextmanager
+def _on_mongo(options: argparse.Namespace) -> Iterator[Suite]:
+    from benchmarks import mongo
+    from benchmarks.mongo import server
+
+    plan = _sized(mongo.QUICK_PLAN if options.quick else mongo.PLAN, options)
+    with server.running(options.mongo) as url:
+        cells = mongo.cells(plan, url, with_peers=not options.no_peers)
+        versions = peers.versions(peers.on_mongo(url))
+        yield Suite(cells, server.described(url), versions, report.MARKS_ON_MONGO)
+
+
+def _sized(plan: Plan, options: argparse.Namespace) -> Plan:
+    if options.tasks:
+        plan = plan.limited_to(options.tasks)
+    return replace(plan, finished=options.finished) if options.finished else plan

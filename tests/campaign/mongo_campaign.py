@@ -1,0 +1,150 @@
+"""The campaign on a MongoDB server: two hosts, lines that are cut, a server that is killed."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pymongo
+from mongo_proxy import Proxy
+from mongo_server import Server
+
+from taskx import MongoRepository
+from taskx.storage.base import Repository
+
+from . import on_mongo
+from .campaign import Campaign, Child, until
+
+NAME = "campaign"
+#: What befalls a line.
+DISTURBANCES = ("reset", "cut", "delay", "swallow asks", "swallow answers")
+_never = threading.Event()
+
+
+class MongoCampaign(Campaign):
+    """Processes on one collection, each with a line of its own to the server.
+
+    Half of them share a host with the rest, by their lock files; the others are on another one,
+    where only their leases tell whether they live.
+
+    Args:
+        url: the server.
+        name: the database; it must not be there.
+        server: the same, if it may be killed and started again.
+    """
+
+    points = on_mongo.KILL_POINTS
+    pause = 0.5  # the driver takes its time to be imported
+
+    def __init__(
+        self, folder: Path, url: str, seed: int = 0, name: str = NAME, server: Server | None = None
+    ) -> None:
+        super().__init__(folder, seed)
+        self.server = server
+        self._client: Any = pymongo.MongoClient(url, heartbeatFrequencyMS=500)
+        self._name = name
+        self._nodes = self._client[name]["tasks.nodes"]
+        self._port: int = pymongo.uri_parser.parse_uri(url)["nodelist"][0][1]
+        self.lines: dict[str, Proxy] = {}
+
+    def spawn(self, **options: Any) -> Child:
+        """Start one; without ``retries`` its driver sends nothing a second time by itself."""
+        proxy = Proxy(self._port)
+        host = self.folder / options.pop("host", "here")
+        retries = "true" if options.pop("retries", True) else "false"
+        query = f"directConnection=true&retryWrites={retries}"
+        url = f"mongodb://127.0.0.1:{proxy.port}/{self._name}?{query}"
+        child = super().spawn(**{"database": url, "host": str(host), **options})
+        self.lines[child.who] = proxy
+        return child
+
+    def beats(self) -> int:
+        """How often all nodes have shown that they live."""
+        return sum(node["beat"] for node in self._nodes.find())
+
+    def open(self) -> Repository:
+        return MongoRepository(self._client[self._name], run_folder=self.folder / "nowhere")
+
+    def _random_options(self) -> dict[str, Any]:
+        options = super()._random_options()
+        options["host"] = self.rng.choice(("here", "there"))
+        options["retries"] = self.rng.random() < 0.5
+        if "point" in options:  # fewer pass it in the same time
+            most = 3 if "batch" in options["point"] else 15
+            options["passings"] = min(options["passings"], self.rng.randint(1, most))
+        if options.pop("interrupts", 0):  # they would strike the driver, too: not ours to prove
+            options["overflow"] = "block"
+        return options
+
+    # --- what befalls them
+
+    def _strike(self, child: Child) -> None:
+        chance = self.rng.random()
+        if chance < 0.6 or child.ended():
+            super()._strike(child)
+        elif chance < 0.65 and self.server is not None:
+            self.restart_server()
+        else:
+            how = self.rng.choice(DISTURBANCES)
+            self.disturb(self.lines[child.who], how, self.rng.uniform(0.05, 0.8))  # under a lease
+
+    def disturb(self, line: Proxy, how: str, seconds: float) -> None:
+        """Cut a line, slow it down or swallow what goes through it, and mend it."""
+        self.log.tell("line", note=f"{how} {seconds:.2f}")
+        if how in ("reset", "cut"):
+            line.cut(refuse=how == "cut")
+        elif how == "delay":
+            line.judge = lambda direction, piece: not _never.wait(0.02)
+        else:
+            swallowed = how.split()[1][:-1]
+            line.judge = lambda direction, piece: direction != swallowed
+        _never.wait(seconds)
+        line.heal()
+
+    def restart_server(self) -> None:
+        """As a power cut would end it, and start it again."""
+        assert self.server is not None
+        self.log.tell("server", note="killed")
+        self.server.kill()
+        _never.wait(self.rng.uniform(0.0, 0.5))
+        self.server.start()
+        self.log.tell("server", note="back")
+
+    # --- the end
+
+    def drain(self, seconds: float = 60.0, processes: int = 2, **options: Any) -> None:
+        super().drain(seconds, processes, **options)
+        self.let_nodes_be_forgotten()
+
+    def let_nodes_be_forgotten(self) -> None:
+        """A dead node that holds nothing is forgotten when its lease has run out."""
+        if not self._nodes.count_documents({}):
+            return
+        last = self.spawn(role="serve")
+        self.wait_for("started", who=last.who)
+        until(lambda: self._nodes.count_documents({}) <= 1, 30.0, "dead nodes are forgotten")
+        last.finish(20.0)
+
+    def end(self) -> None:
+        super().end()
+        for line in self.lines.values():
+            line.close()
+        self.lines.clear()
+
+    def close(self) -> None:
+        """End all, and leave nothing on the server."""
+        self.end()
+        if self.server is None:
+            self._client.drop_database(self._name)
+        self._client.close()
+        if self.server is not None:
+            self.server.kill()
+
+
+def on_own_server(folder: Path, seed: int) -> MongoCampaign:
+    """One whose server may be killed: a replica set where the seed is even, or a standalone one."""
+    data = folder / "server"
+    data.mkdir()
+    server = Server("standalone" if seed % 2 else "set", data).start()
+    return MongoCampaign(folder, server.url, seed, server=server)

@@ -1,0 +1,201 @@
+"""The campaign on MongoDB: processes are killed, lines are cut, and the server itself goes and comes."""
+
+from __future__ import annotations
+
+import threading
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mongo_server import REAL, shared
+
+from taskx import Queue, TaskStatus
+from taskx.storage.mongo.leases import BEATS
+
+from . import hooks, on_mongo
+from .campaign import Child, until
+from .mongo_campaign import DISTURBANCES, MongoCampaign, on_own_server
+from .test_campaign import KILLED, prove
+from .worker import CLOSED_BY_HAND, MANY
+
+
+@pytest.fixture
+def campaign(tmp_path: Path) -> Iterator[MongoCampaign]:
+    """On a server that others use, too."""
+    name = f"taskx_{uuid.uuid4().hex[:16]}"
+    made = MongoCampaign(tmp_path, shared("set"), seed=20, name=name)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def stormy(tmp_path: Path, campaign: MongoCampaign) -> Iterator[MongoCampaign]:
+    """On a server of its own, which may be killed; the one that the environment names may not."""
+    if REAL:
+        yield campaign
+        return
+    made = on_own_server(tmp_path, seed=20)
+    yield made
+    made.close()
+
+
+def test_random_kills_cuts_and_restarts(stormy):
+    stormy.storm(kills=4)
+    last = stormy.spawn(role="mix", seconds=30.0, workers=4)
+    stormy.wait_for("begin", who=last.who)
+    for how in DISTURBANCES:
+        stormy.disturb(stormy.lines[last.who], how, 0.2)
+    if stormy.server is not None:
+        stormy.restart_server()
+    last.kill()
+    outcome = prove(stormy)
+    assert Counter(event.what for event in outcome.events)["dead"] > 4
+    assert sum(task.status == "completed" for task in outcome.records.values()) > 20
+
+
+#: What is submitted at the points that a SQLite file has not, or has elsewhere.
+NAMED: dict[str, dict[str, Any]] = {
+    "inside a commit": {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
+    "after a commit": {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
+    "before a batch is committed": {
+        "tasks": [{"kind": "brief", "count": 3}, {"kind": "brief", "count": 9, "together": True}]
+    },
+    "before a batch is shown": {"tasks": [{"kind": "brief", "count": 9, "together": True}]},
+    "before leaving": {"tasks": [{"kind": "brief", "count": 3}]},
+}
+
+
+def test_every_point_has_its_test():
+    assert NAMED.keys() == on_mongo.KILL_POINTS.keys() - hooks.COMMON_POINTS.keys()
+
+
+def test_killed_at_every_point(campaign):
+    """One process for each, all on one collection."""
+    children = {
+        point: campaign.spawn(**{"role": "submit", "point": point, **options})
+        for point, options in NAMED.items()
+    }
+    for point, child in children.items():
+        assert child.wait(30.0) == KILLED
+        campaign.wait_for("dying", note=point, who=child.who)
+    outcome = prove(campaign, processes=1)
+    stored = Counter(task_id.split("-")[0] for task_id in outcome.records)
+    assert stored[children["before a batch is committed"].who] == 3
+    assert stored[children["before a batch is shown"].who] == 9
+
+
+# The proof proved
+
+#: Short, but with a margin in which even a busy machine has an executor heed its token.
+LEASE = 2.0
+
+
+def store(campaign: MongoCampaign, kind: str, **params: Any) -> None:
+    """A task, stored for whoever runs."""
+    with campaign.open() as repository:
+        queue = Queue(repository)
+        queue.declare(kind)
+        campaign.log.tell("submit", "stored", kind=kind)
+        queue.submit(kind, params, id="stored", max_crashes=MANY)
+        campaign.log.tell("accepted", "stored")
+
+
+def close_while_it_runs(campaign: MongoCampaign, **options: Any) -> None:
+    """A run loses its fence while it is under way, and returns all the same."""
+    store(campaign, "stubborn", seconds=0.6)
+    runner = campaign.spawn(role="serve", **options)
+    task = campaign.wait_for("begin", who=runner.who)
+    with campaign.open() as repository:
+        campaign.log.tell("close", task.id)
+        repository.update_status(task.id, TaskStatus.FAILED, CLOSED_BY_HAND)
+        campaign.log.tell("closed", task.id)
+    campaign.wait_for("end", who=runner.who)
+    assert runner.finish(30.0) == 0
+
+
+def cut_off_for_long(campaign: MongoCampaign, **options: Any) -> None:
+    """Longer than a lease: the task is taken over, so its executor must have heeded its token."""
+    store(campaign, "patient", seconds=60.0)
+    first = campaign.spawn(role="serve", host="there", lease=LEASE, **options)
+    campaign.wait_for("begin", who=first.who)
+    second = campaign.spawn(role="serve", lease=LEASE)
+    campaign.wait_for("started", who=second.who)
+    campaign.lines[first.who].cut(refuse=True)
+    campaign.wait_for("begin", who=second.who)
+
+
+def neighbours_elsewhere(campaign: MongoCampaign, **options: Any) -> None:
+    """Two hosts that live, for more than a lease: neither may take the other's running task."""
+    store(campaign, "stubborn", seconds=60.0)
+    first = campaign.spawn(role="serve", host="there", lease=LEASE)
+    campaign.wait_for("begin", who=first.who)
+    second = campaign.spawn(role="serve", lease=LEASE, **options)
+    campaign.wait_for("started", who=second.who)
+    enough = campaign.beats() + 2 * (BEATS + 2)  # of both nodes
+    until(lambda: took(campaign, second) or campaign.beats() > enough, 20.0, "it is taken or not")
+
+
+def took(campaign: MongoCampaign, child: Child) -> bool:
+    return any(event.what == "begin" and event.who == child.who for event in campaign.events())
+
+
+def an_answer_is_lost(campaign: MongoCampaign, **options: Any) -> None:
+    """A new task is stored, and the answer that says so is swallowed."""
+    tasks = [{"kind": "brief", "count": 2}]
+    child = campaign.spawn(role="store", retries=False, tasks=tasks, **options)
+    line, asked = campaign.lines[child.who], threading.Event()
+
+    def judge(direction: str, piece: bytes) -> bool:
+        if direction == "ask" and b"p1-1" in piece:
+            asked.set()
+        elif direction == "answer" and asked.is_set():
+            line.heal()
+            return False
+        return True
+
+    line.judge = judge
+    assert child.wait(30.0) == 0
+    assert asked.is_set()
+
+
+def killed_amid_a_batch(campaign: MongoCampaign, **options: Any) -> None:
+    tasks = [{"kind": "brief", "count": 9, "together": True}]
+    child = campaign.spawn(
+        role="store", point="inside a commit", passings=4, tasks=tasks, **options
+    )
+    child.wait(30.0)
+
+
+#: How each broken part is provoked, and a word of what must be found.
+PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
+    "outcome without fence": (close_while_it_runs, "closed by hand"),
+    "lost lease ignored": (cut_off_for_long, "was under way"),
+    "beats not looked at": (neighbours_elsewhere, "was under way"),
+    "marks not looked at": (an_answer_is_lost, "called a duplicate at its first submit"),
+    "batches in pieces": (killed_amid_a_batch, "some are stored, and some are not"),
+}
+
+
+def test_every_broken_part_is_provoked():
+    assert PROVOKED.keys() - on_mongo.OnMongo.broken.keys() == {"outcome without fence"}
+
+
+def found(campaign: MongoCampaign, word: str) -> list[str]:
+    return [violation for violation in campaign.verdict().violations if word in violation]
+
+
+@pytest.mark.parametrize("part", PROVOKED)
+def test_broken_part_is_found(campaign, part):
+    provoke, word = PROVOKED[part]
+    provoke(campaign, broken=part)
+    assert found(campaign, word)
+
+
+@pytest.mark.parametrize("part", on_mongo.OnMongo.broken)
+def test_part_that_is_whole_is_not_accused(campaign, part):
+    provoke, word = PROVOKED[part]
+    provoke(campaign)
+    assert not found(campaign, word)
