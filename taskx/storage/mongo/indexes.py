@@ -17,13 +17,21 @@ def make_indexes(connection: Connection) -> None:
     Raises:
         RepositoryError: the server cannot be reached, or refuses.
     """
+    there = connection.run(connection.tasks.index_information)
     for index in _indexes():
-        connection.run(lambda index=index: _make(connection, index))  # type: ignore[misc]
+        name, keys = index.document["name"], _keys(index)
+        if name not in there or list(there[name]["key"]) != keys:
+            connection.run(lambda index=index: _make(connection, index))  # type: ignore[misc]
+
+
+def _keys(index: IndexModel) -> list[tuple[str, int]]:
+    return list(index.document["key"].items())
 
 
 def _make(connection: Connection, index: IndexModel) -> None:
     options = dict(index.document)
-    keys = list(options.pop("key").items())
+    keys = _keys(index)
+    del options["key"]
     try:
         connection.tasks.create_index(keys, **options)
     except OperationFailure as error:
