@@ -19,6 +19,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
+from taskx.core.lifecycle import Ending
 from taskx.core.writes import PRESENT, Delete, Update, matches
 from taskx.storage.base import Node
 from taskx.testing import ManualClock
@@ -606,6 +607,62 @@ class Careless(MemoryRepository):
             else:
                 results += super().apply([write])
         return results
+
+
+class TestEnded:
+    """Tasks that ended before a moment, of one status: what retention removes."""
+
+    def end(self, store, run, clock, task_id, **ending):
+        task = run(task_id)
+        clock.advance(10)
+        ending = {"returned": True, **ending}
+        store.apply(lifecycle.conclude(task, Ending(**ending), clock.now_ms()))
+        return clock.now_ms()
+
+    def test_those_that_ended_before_it(self, store, run, add, clock):
+        ended = [self.end(store, run, clock, name) for name in "abc"]
+        run("running")
+        add("pending")
+        for before, names in [
+            (ended[0], []),
+            (ended[0] + 1, ["a"]),
+            (ended[2], ["a", "b"]),
+            (ended[2] + 1, ["a", "b", "c"]),
+        ]:
+            assert sorted(ids(store.ended("completed", before, 10))) == names
+        assert len(store.ended("completed", ended[2] + 1, 2)) == 2
+
+    def test_of_each_status(self, store, run, add, clock):
+        self.end(store, run, clock, "completed")
+        self.end(store, run, clock, "failed", returned=False, error="broke")
+        add("cancelled")
+        store.apply([lifecycle.cancel("cancelled", clock.now_ms())[0]])
+        clock.advance(1)
+        for status in ("completed", "failed", "cancelled"):
+            assert ids(store.ended(status, clock.now_ms(), 10)) == [status]
+
+    def test_one_that_lasted_long_is_young(self, store, run, clock):
+        """It is the end that counts, not when it was created."""
+        run("long")
+        clock.advance(3600)
+        self.end(store, run, clock, "short")
+        before = clock.now_ms() + 1
+        store.apply(
+            lifecycle.conclude(
+                store.get_by_id("long"), Ending(returned=True), clock.now_ms() + 1000
+            )
+        )
+        assert ids(store.ended("completed", before, 10)) == ["short"]
+
+    def test_is_removed_unless_it_runs_again(self, store, run, clock):
+        self.end(store, run, clock, "a", returned=False, error="broke")
+        self.end(store, run, clock, "b", returned=False, error="broke")
+        stubs = store.ended("failed", clock.now_ms() + 1, 10)
+        assert sorted(ids(stubs)) == ["a", "b"]
+        store.apply([lifecycle.requeue(store.get_by_id("b"), clock.now_ms())])
+        removed = list(store.apply([lifecycle.prune(stub) for stub in stubs]))
+        assert removed == [stub.id == "a" for stub in stubs]
+        assert set(store.get_many(["a", "b"])) == {"b"}
 
 
 def race_to_start(store, rounds):

@@ -215,7 +215,7 @@ def batch_of(document: Mapping[str, Any]) -> str:
 
 def stub_from_document(document: Mapping[str, Any]) -> Stub:
     """The stub of a document that was read with :data:`STUB_FIELDS`."""
-    ours = document["taskx"]
+    ours = ours_of(document)
     return Stub(
         document["_id"],
         document["status"],

@@ -1,0 +1,110 @@
+"""Failed for good: to list, to requeue, to discard."""
+
+from __future__ import annotations
+
+import pytest
+
+from taskx import ConfigurationError, Permanent, QueueStopped, TaskFilter, TaskStatus
+from taskx.runtime import dead_letters
+from taskx.testing import ManualClock
+
+from .conftest import PATIENCE, eventually, ids
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+def queue(make_queue, clock):
+    """One that has run eight tasks, of which five failed, and cancelled another."""
+    queue = make_queue(worker_num=2, clock=clock)
+    queue.mended = False
+
+    def work(n):
+        if not queue.mended and n >= 3:
+            raise Permanent(f"{n} is too much")
+
+    queue.executor("a")(work)
+    queue.executor("b")(work)
+    queue.submit("a", {"n": 0}, id="cancelled")
+    queue.cancel_task("cancelled")
+    for n in range(8):
+        queue.submit("ab"[n % 2], {"n": n}, id=str(n), created_by="odd" if n % 2 else "even")
+        clock.advance(1)
+    queue.start()
+    assert queue.drain(PATIENCE)
+    clock.advance(1)
+    return queue
+
+
+def statuses(queue):
+    return {task.id: task.status.value for task in queue.list_tasks()[0]}
+
+
+def test_they_are_listed_newest_first_and_counted(queue):
+    tasks, total = queue.dead_letters()
+    assert ([task.id for task in tasks], total) == (["7", "6", "5", "4", "3"], 5)
+    assert all(task.dead_letter and "too much" in task.error for task in tasks)
+    tasks, total = queue.dead_letters(TaskFilter(type="a", limit=1))
+    assert ([task.id for task in tasks], total) == (["6"], 2)
+
+
+def test_all_are_requeued(queue):
+    queue.mended = True
+    assert queue.requeue_dead_letters() == 5
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 0
+    assert set(statuses(queue).values()) == {"completed", "cancelled"}
+
+
+def test_those_that_meet_a_filter_are_requeued(queue):
+    queue.mended = True
+    assert queue.requeue_dead_letters(TaskFilter(created_by="odd")) == 3
+    assert queue.drain(PATIENCE)
+    assert [task.id for task in queue.dead_letters()[0]] == ["6", "4"]
+
+
+@pytest.mark.parametrize("batch", [1, 2, 200])
+def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, monkeypatch):
+    """Else it would go on for ever."""
+    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    commit = queue._services.ledger.commit
+
+    def slow_commit(writes):
+        results = commit(writes)
+        if "held" in writes[0].changes:
+            queue._look_for_work()
+            clock.advance(1)
+            assert queue.drain(PATIENCE)
+        return results
+
+    monkeypatch.setattr(queue._services.ledger, "commit", slow_commit)
+    assert queue.requeue_dead_letters() == 5
+    monkeypatch.undo()
+    assert queue.drain(PATIENCE)
+    tasks, total = queue.dead_letters()
+    assert total == 5
+    assert {task.starts for task in tasks} == {2}
+
+
+def test_they_are_discarded(queue):
+    assert queue.discard_dead_letters(TaskFilter(type="b")) == 3
+    assert ids(queue) == {"cancelled", "0", "1", "2", "4", "6"}
+    assert queue.discard_dead_letters() == 2
+    assert queue.dead_letters() == ([], 0)
+
+
+def test_other_statuses_are_refused(queue):
+    for method in (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters):
+        with pytest.raises(ConfigurationError, match="completed"):
+            method(TaskFilter(status=TaskStatus.COMPLETED))
+    assert queue.dead_letters(TaskFilter(status=TaskStatus.FAILED))[1] == 5
+
+
+def test_a_stopped_queue_requeues_none(queue):
+    queue.stop()
+    with pytest.raises(QueueStopped):
+        queue.requeue_dead_letters()
+    eventually(lambda: queue.dead_letters()[1] == 5)
