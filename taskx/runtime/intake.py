@@ -71,6 +71,8 @@ class Intake:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self._refuse_if_stopped()
+        if self._services.hooks.waiting:
+            self._services.hooks.let_catch_up()
         insert = self._prepare(task, priority)
         engine = self.engine
         if engine is not None and not self._services.registry.runs(insert.row["type"]):
@@ -104,6 +106,13 @@ class Intake:
     def _store(self, insert: Insert) -> None:
         if not self._commit(insert):
             raise DuplicateTask(insert.id)
+        self._tell_hooks([insert])
+
+    def _tell_hooks(self, inserts: Sequence[Insert]) -> None:
+        hooks = self._services.hooks
+        if hooks.submitted:
+            for insert in inserts:
+                hooks.tell_submitted(insert.row)
 
     def _commit(self, insert: Insert) -> bool:
         try:
@@ -198,6 +207,7 @@ class Intake:
             if engine is not None and slots:
                 engine.buffer.release(slots)
             raise
+        self._tell_hooks(inserts)
         if engine is not None:
             for insert in due[:slots]:
                 self._buffer(engine, insert)
