@@ -51,6 +51,7 @@ class Intake:
         max_payload_size: int,
     ) -> None:
         self._services = services
+        self._hooks = services.hooks
         self._overflow = overflow
         self._block_timeout = block_timeout
         self._max_payload_size = max_payload_size
@@ -71,8 +72,8 @@ class Intake:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self._refuse_if_stopped()
-        if self._services.hooks.waiting:
-            self._services.hooks.let_catch_up()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
         insert = self._prepare(task, priority)
         engine = self.engine
         if engine is not None and not self._services.registry.runs(insert.row["type"]):
@@ -106,13 +107,8 @@ class Intake:
     def _store(self, insert: Insert) -> None:
         if not self._commit(insert):
             raise DuplicateTask(insert.id)
-        self._tell_hooks([insert])
-
-    def _tell_hooks(self, inserts: Sequence[Insert]) -> None:
-        hooks = self._services.hooks
-        if hooks.submitted:
-            for insert in inserts:
-                hooks.tell_submitted(insert.row)
+        if self._hooks.submitted:
+            self._hooks.tell_submitted(insert.row)
 
     def _commit(self, insert: Insert) -> bool:
         try:
@@ -192,6 +188,8 @@ class Intake:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self._refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
         inserts = [self._prepare(task) for task in tasks]
         if not inserts:
             return []
@@ -207,7 +205,9 @@ class Intake:
             if engine is not None and slots:
                 engine.buffer.release(slots)
             raise
-        self._tell_hooks(inserts)
+        if self._hooks.submitted:
+            for insert in inserts:
+                self._hooks.tell_submitted(insert.row)
         if engine is not None:
             for insert in due[:slots]:
                 self._buffer(engine, insert)
