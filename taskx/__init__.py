@@ -32,6 +32,8 @@ from taskx.runtime.config import Config
 from taskx.runtime.context import Context
 from taskx.runtime.executors import Executor, TaskExecutor, executor
 from taskx.runtime.handles import TaskHandle
+from taskx.runtime.hooks import Hook
+from taskx.runtime.middleware import Middleware
 from taskx.storage.base import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
@@ -52,8 +54,10 @@ __all__ = [
     "Context",
     "DuplicateTask",
     "Executor",
+    "Hook",
     "InvalidTransition",
     "MemoryRepository",
+    "Middleware",
     "MongoRepository",
     "PayloadError",
     "Permanent",

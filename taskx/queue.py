@@ -6,6 +6,7 @@ import atexit
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterable, Sequence
 from datetime import datetime
@@ -18,11 +19,13 @@ from taskx.core.errors import (
     ConfigurationError,
     InvalidTransition,
     QueueStopped,
+    RepositoryError,
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_name, check_status
 from taskx.core.retry import RetryPolicy
 from taskx.core.token import CancelReason
+from taskx.core.writes import Update
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.config import Config
 from taskx.runtime.dead_letters import dead, discard_all, requeue_all
@@ -34,8 +37,10 @@ from taskx.runtime.executors import (
     TaskExecutor,
 )
 from taskx.runtime.handles import TaskHandle, Watcher
+from taskx.runtime.hooks import Hook, Hooks
 from taskx.runtime.intake import Intake, with_options
 from taskx.runtime.ledger import Ledger
+from taskx.runtime.middleware import Layer, check_middleware
 from taskx.runtime.node import LocalNode
 from taskx.runtime.retention import prune
 from taskx.runtime.runner import Runner, inside_executor
@@ -45,6 +50,8 @@ from taskx.storage.base import Repository, TaskRepository
 
 #: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
+# Seconds that hooks are given at a stop in any case.
+_LEAST = 1.0
 
 
 class Queue:
@@ -58,6 +65,9 @@ class Queue:
             :class:`TaskRepository`.
         config: how it works.
         logger: what it logs to; the logger named ``taskx`` unless given.
+        hooks: instances of :class:`Hook`, which are told what happens to tasks.
+        middleware: instances of :class:`Middleware`, or functions of their signature, which are
+            wrapped around every execution; the first one is the outermost.
         clock: where it reads time from; for tests.
 
     Raises:
@@ -70,6 +80,8 @@ class Queue:
         config: Config | None = None,
         logger: logging.Logger | None = None,
         *,
+        hooks: Iterable[Hook] = (),
+        middleware: Iterable[Layer] = (),
         clock: Clock = SYSTEM_CLOCK,
     ) -> None:
         if config is not None and not isinstance(config, Config):
@@ -82,7 +94,8 @@ class Queue:
         )
         self._log = logger or logging.getLogger("taskx")
         self._clock = clock
-        self._registry = Registry()
+        self._hooks = tuple(hooks)
+        self._registry = Registry(check_middleware(middleware))
         self._state = threading.Lock()
         self._wire()
         _queues.add(self)
@@ -98,6 +111,7 @@ class Queue:
             log=self._log,
             alarms=alarms,
             runner=Runner(self._clock, alarms, self.config.max_payload_size),
+            hooks=Hooks(self._hooks, self._log),
         )
         self._intake = Intake(
             self._services,
@@ -320,6 +334,16 @@ class Queue:
 
     _warned_alone = False
 
+    @property
+    def buffered(self) -> int:
+        """How many submitted tasks wait in this queue's buffer, of ``buffer_size``."""
+        return 0 if self._node is None else self._node.engine.buffer.submitted
+
+    @property
+    def running(self) -> int:
+        """How many executors of this queue are at work."""
+        return 0 if self._node is None else len(self._node.engine.buffer.executing)
+
     # --- changing
 
     def cancel_task(self, task_id: str) -> bool:
@@ -332,9 +356,11 @@ class Queue:
         check_name(task_id, "id")
         while True:
             now = self._clock.now_ms()
-            cancelled, asked = self._services.ledger.commit(lifecycle.cancel(task_id, now))
+            writes = lifecycle.cancel(task_id, now)
+            cancelled, asked = self._services.ledger.commit(writes)
             if cancelled:
                 self._forget(task_id)
+                self._tell_cancelled(writes[0])
                 return True
             if not asked:
                 task = self.get_task_status(task_id)
@@ -344,6 +370,16 @@ class Queue:
                     continue  # it moved between the write and the look
             self._fire(task_id)
             return False
+
+    def _tell_cancelled(self, write: Update) -> None:
+        hooks = self._services.hooks
+        if not hooks.finished:
+            return
+        try:
+            for task in self.repository.get_many([write.id]).values():
+                hooks.tell_changed(hooks.finished, task, write.changes)
+        except RepositoryError as error:
+            self._log.warning("no hook is told that task %s is cancelled: %s", write.id, error)
 
     def _fire(self, task_id: str) -> None:
         if self._node is not None and (run := self._node.engine.runs.get(task_id)) is not None:
@@ -359,9 +395,12 @@ class Queue:
         """
         if self._intake.stopped:
             raise QueueStopped("the queue was stopped; nothing was requeued")
-        write = lifecycle.requeue(self.get_task_status(task_id), self._clock.now_ms())
+        task = self.get_task_status(task_id)
+        write = lifecycle.requeue(task, self._clock.now_ms())
         if not self._services.ledger.commit([write])[0]:
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
+        if (hooks := self._services.hooks).requeued:
+            hooks.tell_changed(hooks.requeued, task, write.changes)
         self._look_for_work()
 
     def delete(self, task_id: str) -> None:
@@ -457,11 +496,18 @@ class Queue:
             if self._intake.stopped:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
             if self._node is None:
-                node = LocalNode(self._services, self.config)
+                node = LocalNode(self._services, self.config, self._ended)
                 node.join()
                 # Before the first thread: what an executor submits or cancels finds its node.
                 self._node, self._intake.engine = node, node.engine
+                if (hooks := self._services.hooks).queue_started:
+                    hooks.tell(hooks.queue_started, lambda: self)
                 node.begin()
+
+    def _ended(self) -> None:
+        """The last executor has returned, and its outcome is written."""
+        if (hooks := self._services.hooks).queue_stopped:
+            hooks.tell(hooks.queue_stopped, lambda: self)
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to run: False if ``timeout`` seconds passed before.
@@ -470,11 +516,12 @@ class Queue:
         that other processes on the repository run are.
 
         Raises:
-            ConfigurationError: called inside an executor, or on a queue that is not started.
+            ConfigurationError: called inside an executor or a hook, or on a queue that is not
+                started.
             QueueStopped: the queue was stopped.
         """
-        if inside_executor():
-            raise ConfigurationError("drain() inside an executor would wait for itself")
+        if inside_executor() or self._services.hooks.inside:
+            raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
         if self._intake.stopped:
             raise QueueStopped("the queue was stopped; nothing is run any more")
         if self._node is None:
@@ -497,12 +544,20 @@ class Queue:
             the ids of the tasks that still run.
         """
         seconds = check_number(timeout, "timeout")
+        deadline = time.monotonic() + seconds
         with self._state:
             first, self._intake.stopped = not self._intake.stopped, True
-        if self._node is None:
-            return []
-        stop = self._node.stop if first else self._node.wait_for_end
-        return stop(seconds, cancel=cancel)
+        still = []
+        if self._node is not None:
+            stop = self._node.stop if first else self._node.wait_for_end
+            still = stop(seconds, cancel=cancel)
+        self._wait_for_hooks(max(_LEAST, deadline - time.monotonic()))
+        return still
+
+    def _wait_for_hooks(self, timeout: float) -> None:
+        hooks = self._services.hooks
+        if not (hooks.quiet or hooks.inside or hooks.wait(timeout)):
+            self._log.warning("stopped with %d event(s) not told to hooks yet", len(hooks.waiting))
 
     def close(self) -> None:
         """Stop, and close the repository."""
@@ -545,6 +600,8 @@ def _stop_forgotten() -> None:
     for queue in list(_queues):
         if queue._node is not None and not queue._intake.stopped:
             queue.stop(timeout=EXIT_TIMEOUT, cancel=True)
+        else:
+            queue._wait_for_hooks(EXIT_TIMEOUT)
 
 
 def _renew_all_after_fork() -> None:

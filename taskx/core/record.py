@@ -6,7 +6,8 @@ Times are milliseconds since 1970, params, result and earlier attempts are JSON 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from datetime import datetime
 from typing import Any, NamedTuple
 
@@ -183,6 +184,23 @@ def row_from_task(task: Task) -> dict[str, Any]:
     return row
 
 
+def created_task(row: Mapping[str, Any]) -> Task:
+    """The task that a row of ``lifecycle.create`` makes."""
+    whole = {**DEFAULTS, **row}
+    return task_from_row([whole[name] for name in COLUMNS])
+
+
+def changed_task(task: Task, changes: Mapping[str, Any]) -> Task:
+    """A copy of a task, as the changes of a write leave it."""
+    changed = copy(task)
+    changed.earlier_attempts = list(task.earlier_attempts)
+    for name, value in changes.items():
+        if name in TASK_FIELDS:
+            read = _READ.get(name)
+            setattr(changed, name, value if read is None or value is None else read(value))
+    return changed
+
+
 def optional_ms(moment: datetime | None, what: str) -> int | None:
     """Milliseconds of a moment, None for None."""
     return None if moment is None else to_ms(moment, what)
@@ -249,3 +267,15 @@ def _attempts_from_text(text: str) -> list[Attempt]:
         )
         for outcome, started_at, ended_at, worker, error, traceback in payload.loads(text)
     ]
+
+
+#: How a column becomes the value of its field, where it is another one.
+_READ: dict[str, Callable[[Any], Any]] = {
+    "status": _STATUS.__getitem__,
+    "params": payload.loads,
+    "result": payload.loads,
+    "retry": _policy_from_text,
+    "dead_letter": bool,
+    "earlier_attempts": lambda text: _attempts_from_text(text) if text else [],
+    **dict.fromkeys(TIME_FIELDS, to_datetime),
+}

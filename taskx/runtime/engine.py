@@ -47,6 +47,7 @@ class Engine:
 
     def __init__(self, services: Services, node: Node, workers: int, buffer: Buffer) -> None:
         self.services = services
+        self.hooks = services.hooks
         self.node = node
         self.buffer = buffer
         self.stopping = False
@@ -109,6 +110,8 @@ class Engine:
 
     def _next_run(self) -> Run | None:
         """Take or start the next task; None when there may be another to look for, or at the stop."""
+        if self.hooks.waiting:
+            self.hooks.let_catch_up()
         self._let_gather()
         taken = self.buffer.take(self._ahead(), block=False)
         if taken is None:
@@ -168,6 +171,8 @@ class Engine:
         self.services.log.debug(
             "task %s (%s) begins, attempt %d", run.task.id, run.task.type, run.task.attempt
         )
+        if self.hooks.started:
+            self.hooks.tell_changed(self.hooks.started, run.task, {})
         executing[run.task.id] = time.monotonic()
         try:
             ending = self.services.runner.run(run, worker)
@@ -197,8 +202,12 @@ class Engine:
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
         task, log = run.task, self.services.log
-        self.starter.strike(run)
         held = [write for write, holds in zip(writes, results, strict=True) if holds]
+        try:  # first: what is told nobody takes for quiet, and no next attempt has begun
+            if held and self.hooks.outcomes:
+                self.hooks.tell_concluded(task, ending, held[0].changes)
+        finally:
+            self.starter.strike(run)
         if not held:
             log.warning(
                 "task %s (%s): its late outcome was dropped, as another run had taken over",

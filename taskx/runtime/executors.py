@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import update_wrapper
 from typing import (
     TYPE_CHECKING,
@@ -25,6 +25,7 @@ from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
 from taskx.core.model import Task, check_name
 from taskx.core.retry import RetryPolicy, check_policy
 from taskx.runtime.context import Context
+from taskx.runtime.middleware import Layer, wrapped
 
 if TYPE_CHECKING:
     from taskx.runtime.handles import TaskHandle
@@ -321,9 +322,14 @@ class Registered(NamedTuple):
 
 
 class Registry:
-    """The types that a queue runs or, where they were only declared, accepts."""
+    """The types that a queue runs or, where they were only declared, accepts.
 
-    def __init__(self) -> None:
+    Args:
+        middleware: what is wrapped around every execution, the first one outermost.
+    """
+
+    def __init__(self, middleware: Sequence[Layer] = ()) -> None:
+        self._middleware = middleware
         self._registered: dict[str, Registered] = {}
         self._declared: set[str] = set()
 
@@ -345,7 +351,8 @@ class Registry:
         entry = _entry(executor, options)
         if entry.type in self._registered:
             raise ConfigurationError(f"type {entry.type!r} has an executor already")
-        self._registered[entry.type] = entry
+        invoke = wrapped(entry.invoke, self._middleware)
+        self._registered[entry.type] = entry._replace(invoke=invoke)
 
     def declare(self, type: str) -> None:
         """Accept a type whose executor lives in another process."""

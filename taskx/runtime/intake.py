@@ -51,6 +51,7 @@ class Intake:
         max_payload_size: int,
     ) -> None:
         self._services = services
+        self._hooks = services.hooks
         self._overflow = overflow
         self._block_timeout = block_timeout
         self._max_payload_size = max_payload_size
@@ -71,6 +72,8 @@ class Intake:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self._refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
         insert = self._prepare(task, priority)
         engine = self.engine
         if engine is not None and not self._services.registry.runs(insert.row["type"]):
@@ -104,6 +107,8 @@ class Intake:
     def _store(self, insert: Insert) -> None:
         if not self._commit(insert):
             raise DuplicateTask(insert.id)
+        if self._hooks.submitted:
+            self._hooks.tell_submitted(insert.row)
 
     def _commit(self, insert: Insert) -> bool:
         try:
@@ -184,6 +189,8 @@ class Intake:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self._refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
         inserts = [self._prepare(task) for task in tasks]
         if not inserts:
             return []
@@ -202,6 +209,9 @@ class Intake:
             if engine is not None and slots:
                 engine.buffer.release(slots)
             raise
+        if self._hooks.submitted:
+            for insert in inserts:
+                self._hooks.tell_submitted(insert.row)
         if engine is not None:
             for insert, turn in zip(buffered, turns, strict=True):
                 self._buffer(engine, insert, turn)

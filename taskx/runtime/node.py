@@ -36,10 +36,12 @@ class LocalNode:
     Args:
         services: what it works with.
         config: how many workers, how large a buffer.
+        ended: called when it has left the repository.
     """
 
-    def __init__(self, services: Services, config: Config) -> None:
+    def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
         self._services = services
+        self._ended = ended
         from socket import gethostname  # not needed by a program that only submits
 
         node_id = new_id()
@@ -102,14 +104,26 @@ class LocalNode:
         deadline = None if timeout is None else time.monotonic() + timeout
         services = self._services
         while True:
-            if self.engine.holds_nothing() and not services.repository.unfinished(
-                services.registry.types
-            ):
+            if self._nothing_left():
                 return True
             left = _LOOK_EVERY if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
-            self.engine.wait_quiet(min(left, _LOOK_EVERY))
+            if services.hooks.quiet:
+                self.engine.wait_quiet(min(left, _LOOK_EVERY))
+            else:
+                services.hooks.wait(min(left, _LOOK_EVERY))
+
+    def _nothing_left(self) -> bool:
+        """Whether nothing is left to run, nor to tell a hook, which may submit more."""
+        services = self._services
+        told = services.hooks.told
+        return (
+            self.engine.holds_nothing()
+            and not services.repository.unfinished(services.registry.types)
+            and services.hooks.quiet
+            and services.hooks.told == told
+        )
 
     def still_running(self) -> list[str]:
         """The ids of the tasks whose executor, or whose outcome, is still under way."""
@@ -207,3 +221,4 @@ class LocalNode:
             services.log.warning("the end could not be recorded: %s", error)
         services.watcher.drive(False)
         services.log.info("node %s stopped", self.record.name)
+        self._ended()

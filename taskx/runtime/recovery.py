@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING, RUNNING
+from taskx.core.model import Task
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.engine import Engine
@@ -57,9 +58,7 @@ class Recovery:
         stubs = self._services.repository.owned(node.id)
         pending = [stub.id for stub in stubs if stub.status == PENDING]
         running = [stub.id for stub in stubs if stub.status == RUNNING]
-        groups: list[Sequence[Update]] = [
-            [lifecycle.give_up(task_id, node.id)] for task_id in pending
-        ]
+        rescues: list[list[Update]] = []
         tasks = list(self._services.repository.get_many(running).values()) if running else []
         if not self._services.repository.is_dead(node.id):
             return 0  # it came back, and may run what was read
@@ -68,12 +67,23 @@ class Recovery:
             rescues = lifecycle.rescue(tasks, now, stopping=node.stopping)
             for alternatives in rescues:
                 self._log_rescue(node, alternatives)
-            groups += rescues
         # One transaction: half a rescue would count the other half's neighbours wrongly.
-        self._services.ledger.commit([write for group in groups for write in group])
+        writes = [write for alternatives in rescues for write in alternatives]
+        given_up = [lifecycle.give_up(task_id, node.id) for task_id in pending]
+        results = self._services.ledger.commit([*writes, *given_up])
+        self._tell_rescued({task.id: task for task in tasks}, writes, results)
         for task_id in running:
             self._services.watcher.look_if_watched(task_id)
         return len(stubs)
+
+    def _tell_rescued(
+        self, tasks: Mapping[str, Task], writes: Sequence[Update], results: Sequence[bool]
+    ) -> None:
+        hooks = self._services.hooks
+        if hooks.rescued or hooks.finished:
+            for write, held in zip(writes, results, strict=False):
+                if held:
+                    hooks.tell_rescued(tasks[write.id], write.changes)
 
     def _log_rescue(self, node: Node, alternatives: Sequence[Update]) -> None:
         first = alternatives[0]
@@ -118,5 +128,8 @@ class Recovery:
         if task is not None and task_id not in self._engine.runs:
             ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.owner)
             now = self._services.clock.now_ms()
-            self._services.ledger.commit(lifecycle.conclude(task, ending, now))
+            writes = lifecycle.conclude(task, ending, now)
+            for write, held in zip(writes, self._services.ledger.commit(writes), strict=True):
+                if held:
+                    self._services.hooks.tell_concluded(task, ending, write.changes)
             self._engine.more_stored = True

@@ -162,11 +162,19 @@ class Scheduler:
             self._next_due = services.repository.next_due()
 
     def _write_progress(self) -> None:
+        told = []
         writes = []
         for run in list(self._engine.runs.values()):
             if run.context.dirty:
                 run.context.dirty = False
                 percent, message = run.context.latest_progress()
+                told.append((run.task, percent, message))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, percent, message))
-        if writes:
-            self._services.ledger.commit(writes)
+        if not writes:
+            return
+        results = self._services.ledger.commit(writes)
+        hooks = self._services.hooks
+        if hooks.progressed:
+            for (task, *facts), write, held in zip(told, writes, results, strict=True):
+                if held:
+                    hooks.tell_changed(hooks.progressed, task, write.changes, *facts)

@@ -14,6 +14,7 @@ from taskx.runtime.alarms import Alarms
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.executors import Registry
 from taskx.runtime.handles import Watcher
+from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.runner import Run, Runner
 from taskx.runtime.suspects import Suspects
@@ -31,6 +32,7 @@ class Services(NamedTuple):
     log: logging.Logger
     alarms: Alarms
     runner: Runner
+    hooks: Hooks
 
 
 class Starter:
@@ -156,10 +158,14 @@ class Starter:
         now = self._services.clock.now_ms()
         for run in runs:
             self.strike(run)  # first: should the commit fail, the audit finds them
-        results = self._services.ledger.commit(
-            [write for run in runs for write in lifecycle.hand_back(run.task, now)]
-        )
-        for run, handed_back in zip(runs, results[::2], strict=True):
+        writes = [write for run in runs for write in lifecycle.hand_back(run.task, now)]
+        results = self._services.ledger.commit(writes)
+        hooks = self._services.hooks
+        for run, handed_back, cancelled, write in zip(
+            runs, results[::2], results[1::2], writes[1::2], strict=True
+        ):
+            if cancelled and hooks.finished:
+                hooks.tell_changed(hooks.finished, run.task, write.changes)
             if handed_back and rebuffer:
                 self.rebuffer(run.task)
             elif not handed_back:

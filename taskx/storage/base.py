@@ -157,6 +157,14 @@ class Repository(TaskRepository):
         """The earliest ``run_at`` of the held back pending tasks, in milliseconds."""
 
     @abstractmethod
+    def oldest_ready(self) -> int | None:
+        """Since when the oldest pending task that may start now has waited, in milliseconds.
+
+        The oldest: the one that was stored first, of all types and whoever holds it. It waits since it
+        was stored or, if that was later, since its ``run_at``. None if there is none.
+        """
+
+    @abstractmethod
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""
 

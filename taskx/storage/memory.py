@@ -176,6 +176,16 @@ class MemoryRepository(Repository):
         with self._lock:
             return self._held[0][0] if self._held else None
 
+    def oldest_ready(self) -> int | None:
+        """Since when the oldest pending task that may start now has waited."""
+        with self._lock:
+            ranks = [min(some, key=_age) for some in self._ready.values() if some]
+            if not ranks:
+                return None
+            row = self._rows[min(ranks, key=_age)[2]]
+            since: int = max(row["created_at"], row["run_at"] or 0)
+            return since
+
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""
         with self._lock:
@@ -236,6 +246,10 @@ def _task(row: Row) -> Task:
 
 def _rank(row: Row) -> tuple[int, int, str]:
     return -row["priority"], row["sequence"], row["id"]
+
+
+def _age(rank: tuple[int, int, str]) -> int:
+    return rank[1]
 
 
 def _remove_sorted(items: list[Any], item: Any) -> None:

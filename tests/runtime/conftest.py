@@ -135,12 +135,13 @@ def repository(request: pytest.FixtureRequest, database: Path) -> Iterator[Repos
 
 @pytest.fixture
 def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
-    """Makes queues, with the options of ``Config``, and stops them at the end."""
+    """Makes queues, with the options of ``Config`` and ``Queue``, and stops them at the end."""
     made: list[Queue] = []
 
-    def make(on: Any = None, *, logger: Any = None, clock: Any = None, **config: Any) -> Queue:
-        more = {} if clock is None else {"clock": clock}
-        made.append(Queue(on or repository, Config(**config), logger, **more))
+    def make(on: Any = None, *, logger: Any = None, **options: Any) -> Queue:
+        names = options.keys() & {"clock", "hooks", "middleware"}
+        more = {name: options.pop(name) for name in names}
+        made.append(Queue(on or repository, Config(**options), logger, **more))
         return made[-1]
 
     yield make

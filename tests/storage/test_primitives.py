@@ -383,6 +383,37 @@ class TestDue:
         assert ids(store.ready(["t"], 10)) == ["a"]
 
 
+class TestOldestReady:
+    """Since when the task that was stored first of those that may start has waited."""
+
+    def test_nothing_waits(self, store, run, add, now):
+        run("a")
+        add("b")
+        store.apply([lifecycle.cancel("b", now)[0]])
+        assert store.oldest_ready() is None
+
+    def test_whatever_its_type_priority_and_owner(self, store, add, clock, now):
+        add("a", type="u", owner="node")
+        clock.advance(1)
+        add_if_kept(store, add, "b", priority=5)
+        clock.advance(1)
+        add("c")
+        assert store.oldest_ready() == now
+        store.apply([lifecycle.cancel("a", clock.now_ms())[0]])
+        assert store.oldest_ready() == now + 1000
+        store.apply([lifecycle.cancel("b", clock.now_ms())[0]])
+        assert store.oldest_ready() == now + 2000
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO, "adapter"], indirect=True)
+def test_a_delayed_task_waits_since_its_time_came(store, add, clock, now):
+    add("a", run_at=now + 1000)
+    assert store.oldest_ready() is None
+    clock.advance(5)
+    store.apply([lifecycle.release("a")])
+    assert store.oldest_ready() == now + 1000
+
+
 class TestOwners:
     """Which node holds what."""
 

@@ -368,6 +368,12 @@ class TestStatements:
         assert all("INDEX tasks_ready" in step or "INDEX tasks_running" in step for step in looks)
         assert any(index in step for step in looks), steps
 
+    def test_of_the_oldest_reads_nothing_but_the_index_and_one_row(self, plan):
+        steps = plan(statements.OLDEST_READY, ())
+        [scan] = [step for step in steps if step.startswith(("SCAN", "SEARCH tasks USING COV"))]
+        assert "COVERING INDEX tasks_ready" in scan
+        assert any("INTEGER PRIMARY KEY (rowid=?)" in step for step in steps)
+
     def test_by_id_search_it(self, plan):
         writes = [
             statements.update(("a",), {"status": "pending"}, {"message": ""}),

@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import taskx
-from taskx import Config, Context, MemoryRepository, Queue, Task, TaskExecutor, TaskHandle
+from taskx import (
+    Config,
+    Context,
+    Hook,
+    MemoryRepository,
+    Middleware,
+    Queue,
+    Task,
+    TaskExecutor,
+    TaskHandle,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -113,3 +124,29 @@ def looking() -> None:
     assert_type(queue.stop(), list[str])
     with queue as started:
         assert_type(started, Queue)
+
+
+class Alerts(Hook):
+    def finished(self, task: Task) -> None:
+        print(task.error)
+
+    def queue_started(self, queue: Queue) -> None:
+        print(queue.running)
+
+
+class Connected(Middleware):
+    def __call__(self, ctx: Context, task: Task, call_next: Callable[[], Any]) -> Any:
+        return call_next()
+
+
+def timed(ctx: Context, task: Task, call_next: Callable[[], Any]) -> Any:
+    return call_next()
+
+
+def no_middleware(ctx: Context) -> Any:
+    return None
+
+
+Queue(MemoryRepository(), hooks=[Alerts()], middleware=[Connected(), timed])
+Queue(MemoryRepository(), middleware=[no_middleware])  # type: ignore[list-item]
+Queue(MemoryRepository(), hooks=[Alerts])  # type: ignore[list-item]

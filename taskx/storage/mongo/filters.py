@@ -25,6 +25,7 @@ HIDDEN: Document = {"taskx.batch": {"$gt": ""}}
 OWNED: Document = {"taskx.owner": {"$gt": ""}, **VISIBLE}
 
 NEWEST_FIRST = [("created_at", DESCENDING), ("_id", DESCENDING)]
+OLDEST_FIRST = [(name, ASCENDING) for name, _ in NEWEST_FIRST]
 BEST_FIRST = [("taskx.priority", DESCENDING), ("taskx.seq", ASCENDING), ("_id", ASCENDING)]
 
 

@@ -233,6 +233,10 @@ class MongoRepository(Repository):
         """The earliest ``run_at`` of the held back pending tasks."""
         return self._tasks.next_due()
 
+    def oldest_ready(self) -> int | None:
+        """Since when the oldest pending task that may start now has waited."""
+        return self._tasks.oldest_ready()
+
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""
         return self._tasks.owned(node)

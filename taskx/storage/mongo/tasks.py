@@ -28,6 +28,7 @@ from taskx.storage.mongo.filters import (
     FOREIGN,
     HIDDEN,
     NEWEST_FIRST,
+    OLDEST_FIRST,
     OWNED,
     VISIBLE,
     held,
@@ -170,6 +171,20 @@ class Tasks:
 
         found = self._connection.run(read)
         return moment_ms(found[0]["taskx"]["run_at"]) if found else None
+
+    def oldest_ready(self) -> int | None:
+        """Since when the oldest pending task that may start now has waited."""
+
+        def read() -> list[Document]:
+            wanted = {"status": "pending", "taskx.held": 0, **VISIBLE}
+            cursor = self._connection.tasks.find(wanted, {"created_at": 1, "taskx.run_at": 1})
+            return list(cursor.sort(OLDEST_FIRST).limit(1))
+
+        found = self._connection.run(read)
+        if not found:
+            return None
+        run_at = moment_ms(found[0]["taskx"].get("run_at")) or 0
+        return max(moment_ms(found[0].get("created_at")) or 0, run_at)
 
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""

@@ -249,6 +249,11 @@ class SQLiteRepository(Repository):
         ((earliest,),) = self._rows(statements.NEXT_DUE)
         return None if earliest is None else int(earliest)
 
+    def oldest_ready(self) -> int | None:
+        """Since when the oldest pending task that may start now has waited."""
+        rows = self._rows(statements.OLDEST_READY)
+        return int(rows[0][0]) if rows else None
+
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""
         return [_stub(row) for row in self._rows(statements.OWNED, (node, node))]

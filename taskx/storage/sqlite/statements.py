@@ -33,6 +33,12 @@ DUE = (
 )
 # What is no number is above all numbers, and never due.
 NEXT_DUE = "SELECT min(run_at) FROM tasks WHERE status = 'pending' AND held = 1 AND run_at < 1e18"
+# The index alone says which one is the oldest: its entries end in seq.
+OLDEST_READY = (
+    "SELECT max(CAST(created_at AS INTEGER), coalesce(CAST(run_at AS INTEGER), 0)) FROM tasks "
+    "WHERE seq = (SELECT min(seq) FROM tasks INDEXED BY tasks_ready "
+    "WHERE status = 'pending' AND held = 0)"
+)
 OWNED = (
     f"SELECT {_STUB} FROM tasks WHERE status = 'pending' AND held = 0 AND owner = ? AND owner <> '' "
     f"UNION ALL SELECT {_STUB} FROM tasks WHERE status = 'running' AND owner = ? AND owner <> ''"

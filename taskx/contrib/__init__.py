@@ -1,0 +1,1 @@
+"""Skins for programs that others wrote; each needs an extra of its own."""

@@ -1,0 +1,171 @@
+"""Metrics for Prometheus: a hook that counts, and a collector that looks into the repository."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from taskx.core.errors import ConfigurationError, RepositoryError
+from taskx.core.model import Task, TaskFilter, TaskStatus
+from taskx.queue import Queue
+from taskx.runtime.hooks import Hook
+
+try:
+    from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
+    from prometheus_client.core import GaugeMetricFamily
+    from prometheus_client.registry import Collector
+except ImportError:
+    raise ConfigurationError(
+        "taskx.contrib.prometheus needs prometheus-client: pip install 'taskx-queue[prometheus]'"
+    ) from None
+
+#: Upper bounds of the histograms, in seconds: from a call in memory to a task of an hour.
+BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
+
+_log = logging.getLogger("taskx")
+
+
+class PrometheusHook(Hook):
+    """Counts what this process does: ``Queue(..., hooks=[PrometheusHook()])``.
+
+    One serves all queues of a process. It works in prometheus_client's multiprocess mode.
+
+    Args:
+        registry: where the metrics are registered.
+        buckets: the upper bounds of both histograms, in seconds.
+
+    Raises:
+        ValueError: the registry has these metrics already.
+    """
+
+    def __init__(
+        self, registry: CollectorRegistry = REGISTRY, buckets: Sequence[float] = BUCKETS
+    ) -> None:
+        def counter(name: str, what: str, *labels: str) -> Counter:
+            return Counter(f"taskx_tasks_{name}", what, ("type", *labels), registry=registry)
+
+        def histogram(name: str, what: str) -> Histogram:
+            return Histogram(
+                f"taskx_task_{name}_seconds", what, ("type",), registry=registry, buckets=buckets
+            )
+
+        def gauge(name: str, what: str) -> Gauge:
+            return Gauge(
+                f"taskx_tasks_{name}", what, registry=registry, multiprocess_mode="livesum"
+            )
+
+        self._submitted = counter("submitted", "Tasks stored.")
+        self._started = counter("started", "Attempts begun.")
+        self._finished = counter("finished", "Tasks completed, failed or cancelled.", "outcome")
+        self._retried = counter("retried", "Attempts that raised and are followed by another.")
+        self._rescued = counter("rescued", "Tasks taken back from processes that had died.")
+        self._duration = histogram("duration", "Time that the last attempt of a task took.")
+        self._wait = histogram("wait", "Time from when a task could start until it did.")
+        self._running = gauge("running", "Executors at work.")
+        self._buffered = gauge("buffered", "Submitted tasks that wait in the buffer.")
+        self._queues: set[Queue] = set()
+        self._looking = threading.Lock()
+
+    def queue_started(self, queue: Queue) -> None:
+        """Its buffer and its executors are looked at from now on."""
+        with self._looking:
+            self._queues.add(queue)
+        self._look()
+
+    def queue_stopped(self, queue: Queue) -> None:
+        """It is looked at no more."""
+        with self._looking:
+            self._queues.discard(queue)
+        self._look()
+
+    def submitted(self, task: Task) -> None:
+        """Count it."""
+        self._submitted.labels(task.type).inc()
+        self._look()
+
+    def started(self, task: Task) -> None:
+        """Count it, and how long it waited."""
+        self._started.labels(task.type).inc()
+        if (waited := _waited(task)) is not None:
+            self._wait.labels(task.type).observe(waited)
+        self._look()
+
+    def finished(self, task: Task) -> None:
+        """Count it, and how long it took, if it ran."""
+        self._finished.labels(task.type, task.status.value).inc()
+        if task.duration:
+            self._duration.labels(task.type).observe(task.duration)
+        self._look()
+
+    def retried(self, task: Task, error: str, delay: float) -> None:
+        """Count it."""
+        self._retried.labels(task.type).inc()
+        self._look()
+
+    def rescued(self, task: Task) -> None:
+        """Count it."""
+        self._rescued.labels(task.type).inc()
+
+    def snoozed(self, task: Task, delay: float) -> None:
+        """Its executor has returned."""
+        self._look()
+
+    def interrupted(self, task: Task) -> None:
+        """Its executor has returned."""
+        self._look()
+
+    def _look(self) -> None:
+        with self._looking:  # with two queues there are two threads, and the later look must win
+            self._running.set(sum(queue.running for queue in self._queues))
+            self._buffered.set(sum(queue.buffered for queue in self._queues))
+
+
+def _waited(task: Task) -> float | None:
+    """Seconds from when an attempt could start until it did."""
+    if task.started_at is None:
+        return None
+    since = [task.created_at, task.run_at, *(a.ended_at for a in task.earlier_attempts[-1:])]
+    known = [moment for moment in since if moment is not None]
+    return max(0.0, (task.started_at - max(known, default=task.started_at)).total_seconds())
+
+
+class StoreCollector(Collector):
+    """Looks into a queue's repository at every scrape: what waits, for how long, and who runs.
+
+    These are facts of the repository, the same whichever process tells them: register it where the
+    scrape is answered, ``REGISTRY.register(StoreCollector(queue))``, and do not add up what several
+    processes tell. While the repository cannot be read its metrics are left out.
+
+    Args:
+        queue: a queue on the repository, started or not.
+    """
+
+    def __init__(self, queue: Queue) -> None:
+        self._repository = queue.repository
+
+    def describe(self) -> Iterator[Metric]:
+        """The metrics without values, so that to register it reads nothing."""
+        return self._metrics(None, None, None)
+
+    def collect(self) -> Iterator[Metric]:
+        """The metrics as they are now."""
+        repository = self._repository
+        try:
+            pending = repository.count(TaskFilter(status=TaskStatus.PENDING))
+            since = repository.oldest_ready()
+            nodes = sum(node.alive is not False for node in repository.nodes())
+        except RepositoryError as error:
+            _log.warning("the repository's metrics are left out: %s", error)
+            return iter(())
+        age = 0.0 if since is None else max(0.0, (repository.clock.now_ms() - since) / 1000)
+        return self._metrics(pending, age, nodes)
+
+    def _metrics(self, pending: Any, age: Any, nodes: Any) -> Iterator[Metric]:
+        for name, what, value in (
+            ("taskx_tasks_pending", "Pending tasks, delayed ones included.", pending),
+            ("taskx_oldest_pending_age_seconds", "How long the oldest ready task waits.", age),
+            ("taskx_nodes", "Started queues that are alive.", nodes),
+        ):
+            yield GaugeMetricFamily(name, what, value)

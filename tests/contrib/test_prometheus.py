@@ -1,0 +1,373 @@
+"""Metrics say what happened, are valid, and are right with several processes."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from taskx import Config, Hook, MemoryRepository, Permanent, Queue, Retry, SQLiteRepository, Task
+from taskx.contrib.prometheus import BUCKETS, PrometheusHook, StoreCollector
+from taskx.core import lifecycle
+from taskx.testing import ManualClock
+
+ROOT = Path(__file__).parent.parent.parent
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def registry():
+    return CollectorRegistry()
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+def make(registry, clock):
+    """Makes queues on one repository, with one hook, and stops them."""
+    hook = PrometheusHook(registry)
+    repository = MemoryRepository(clock)
+    made = []
+
+    def make(*hooks: Hook, **config):
+        queue = Queue(repository, Config(**config), hooks=[hook, *hooks], clock=clock)
+        queue.executor("fine")(lambda: clock.advance(2))
+        made.append(queue)
+        return queue
+
+    yield make
+    for queue in made:
+        queue.stop(PATIENCE, cancel=True)
+
+
+@pytest.fixture
+def value(registry):
+    """The value of a metric, None where there is none."""
+    return lambda name, **labels: registry.get_sample_value(f"taskx_{name}", labels)
+
+
+def wait_told(queue):
+    assert queue._services.hooks.wait(PATIENCE)
+
+
+class TestWhatIsCounted:
+    def test_tasks_by_type_and_outcome(self, make, value):
+        queue = make(worker_num=1)
+        errors = [Retry("again", delay=0), Permanent("no")]
+
+        @queue.executor("bad", max_attempts=3)
+        def bad():
+            raise errors.pop(0)
+
+        queue.start()
+        queue.submit_many([Task(type="fine") for _ in range(3)])
+        queue.submit("bad")
+        queue.cancel_task(queue.submit("fine", delay=60).id)
+        assert queue.drain(PATIENCE)
+        assert value("tasks_submitted_total", type="fine") == 4
+        assert value("tasks_started_total", type="fine") == 3
+        assert value("tasks_finished_total", type="fine", outcome="completed") == 3
+        assert value("tasks_finished_total", type="fine", outcome="cancelled") == 1
+        assert value("tasks_finished_total", type="fine", outcome="failed") is None
+        assert value("tasks_submitted_total", type="bad") == 1
+        assert value("tasks_started_total", type="bad") == 2
+        assert value("tasks_retried_total", type="bad") == 1
+        assert value("tasks_finished_total", type="bad", outcome="failed") == 1
+
+    def test_durations_of_what_ran(self, make, value):
+        queue = make(worker_num=1)
+        queue.cancel_task(queue.submit("fine").id)
+        queue.start()
+        queue.submit("fine")
+        assert queue.drain(PATIENCE)
+        assert value("task_duration_seconds_count", type="fine") == 1
+        assert value("task_duration_seconds_sum", type="fine") == 2
+        assert value("task_duration_seconds_bucket", type="fine", le="1.0") == 0
+        assert value("task_duration_seconds_bucket", type="fine", le="5.0") == 1
+
+    @pytest.mark.parametrize(("delay", "wait"), [(None, 50), (40, 10), (50, 0)])
+    def test_waits_from_when_a_task_could_start(self, make, value, clock, delay, wait):
+        queue = make(worker_num=1)
+        queue.submit("fine", delay=delay)
+        clock.advance(50)
+        queue.start()
+        queue._node._scheduler.tick()
+        assert queue.drain(PATIENCE)
+        assert value("task_wait_seconds_sum", type="fine") == wait
+        assert value("task_wait_seconds_count", type="fine") == 1
+
+    def test_an_attempt_waits_from_the_end_of_the_one_before(self, make, value, clock):
+        queue = make(worker_num=1)
+        errors = [OSError("x")]
+
+        @queue.executor("bad", max_attempts=2)
+        def bad():
+            clock.advance(30)
+            if errors:
+                raise errors.pop()
+
+        queue.start()
+        queue.submit("bad")
+        assert queue.drain(PATIENCE)
+        assert value("task_wait_seconds_count", type="bad") == 2
+        assert value("task_wait_seconds_sum", type="bad") == 0
+
+    def test_rescues(self, make, value, clock):
+        queue = make(worker_num=1)
+        repository = queue.repository
+        repository.create(Task(id="a", type="fine"))
+        start = lifecycle.start(repository.get_by_id("a"), clock.now_ms(), "a node that died")
+        repository.apply([start])
+        queue.start()
+        assert queue.drain(PATIENCE)
+        assert value("tasks_rescued_total", type="fine") == 1
+        assert value("tasks_started_total", type="fine") == 1
+
+    def test_what_runs_and_what_waits_of_all_queues_of_the_process(self, make, value):
+        begun, go_on = threading.Semaphore(0), threading.Event()
+
+        def hold():
+            begun.release()
+            assert go_on.wait(PATIENCE)
+
+        queues = [make(worker_num=1), make(worker_num=1)]
+        for queue in queues:
+            queue.executor("hold")(hold)
+            queue.start()
+            queue.submit("hold")
+            assert begun.acquire(timeout=PATIENCE)
+        for _ in range(3):
+            queues[0].submit("fine")
+        for queue in queues:
+            wait_told(queue)
+        assert (value("tasks_running"), value("tasks_buffered")) == (2, 3)
+        go_on.set()
+        for queue in queues:
+            assert queue.drain(PATIENCE)
+        assert (value("tasks_running"), value("tasks_buffered")) == (0, 0)
+
+    def test_types_are_the_only_label_that_programs_choose(self, make, registry):
+        queue = make(worker_num=1)
+        queue.start()
+        queue.submit_many([Task(type="fine", created_by=str(n)) for n in range(50)])
+        assert queue.drain(PATIENCE)
+        series = {
+            tuple(sorted(sample.labels.items()))
+            for family in registry.collect()
+            for sample in family.samples
+        }
+        assert {name for labels in series for name, _ in labels} == {"type", "outcome", "le"}
+        assert len(series) <= 3 + len(BUCKETS) + 1
+
+    def test_a_registry_takes_one(self, make, registry):
+        with pytest.raises(ValueError, match="Duplicated"):
+            PrometheusHook(registry)
+
+
+class TestTheStore:
+    @pytest.fixture
+    def queue(self, make, registry, clock):
+        queue = make(worker_num=1)
+        queue.declare("t")
+        registry.register(StoreCollector(queue))
+        return queue
+
+    def test_nothing_waits(self, queue, value):
+        assert value("tasks_pending") == 0
+        assert value("oldest_pending_age_seconds") == 0
+        assert value("nodes") == 0
+
+    def test_what_waits_and_who_runs(self, queue, make, value, clock):
+        queue.submit("t")
+        clock.advance(30)
+        queue.submit("t")
+        queue.submit("t", delay=60)
+        other = make()
+        other.start()
+        assert value("tasks_pending") == 3
+        assert value("oldest_pending_age_seconds") == 30
+        assert value("nodes") == 1
+        other.stop(PATIENCE)
+        assert value("nodes") == 0
+
+    def test_a_store_that_cannot_be_read_costs_its_own_metrics_only(self, tmp_path, caplog):
+        registry = CollectorRegistry()
+        queue = Queue(SQLiteRepository(tmp_path / "no such folder" / "tasks.db"))
+        PrometheusHook(registry)
+        registry.register(StoreCollector(queue))  # which reads nothing
+        text = generate_latest(registry).decode()
+        assert "taskx_tasks_running 0.0" in text
+        assert "taskx_nodes" not in text
+        assert "the repository's metrics are left out" in caplog.text
+
+    def test_names_are_taken_once_it_is_registered(self, queue, registry):
+        with pytest.raises(ValueError, match="Duplicated"):
+            registry.register(StoreCollector(queue))
+
+
+# Valid
+
+
+@pytest.fixture
+def text(make, registry, value):
+    """What a scrape gives when all metrics have values."""
+    queue = make(worker_num=1)
+    registry.register(StoreCollector(queue))
+    queue.executor("bad", max_attempts=2)(lambda: 1 / 0)
+    queue.repository.create(Task(id="a", type="fine"))
+    start = lifecycle.start(queue.repository.get_by_id("a"), 0, "a node that died")
+    queue.repository.apply([start])
+    queue.start()
+    queue.submit("bad")
+    queue.submit("fine", delay=1000)
+    assert queue.drain(PATIENCE)
+    return generate_latest(registry).decode()
+
+
+def test_the_librarys_parser_reads_it(text):
+    families = {f.name: f for f in text_string_to_metric_families(text)}
+    kinds = {
+        name: family.type for name, family in families.items() if not name.endswith("_created")
+    }
+    assert kinds == {
+        "taskx_tasks_submitted": "counter",
+        "taskx_tasks_started": "counter",
+        "taskx_tasks_finished": "counter",
+        "taskx_tasks_retried": "counter",
+        "taskx_tasks_rescued": "counter",
+        "taskx_task_duration_seconds": "histogram",
+        "taskx_task_wait_seconds": "histogram",
+        "taskx_tasks_running": "gauge",
+        "taskx_tasks_buffered": "gauge",
+        "taskx_tasks_pending": "gauge",
+        "taskx_oldest_pending_age_seconds": "gauge",
+        "taskx_nodes": "gauge",
+    }
+    assert all(family.documentation and family.samples for family in families.values())
+
+
+@pytest.mark.skipif(
+    shutil.which("promtool") is None, reason="PROMTOOL IS MISSING: no metric was checked by it"
+)
+def test_promtool_finds_nothing_wrong(text):
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
+    )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+def test_the_documentation_names_every_metric(text):
+    page = (ROOT / "docs" / "metrics.rst").read_text()
+    families = text_string_to_metric_families(text)
+    names = [f.name + "_total" * (f.type == "counter") for f in families]
+    missing = [n for n in names if not n.endswith("_created") and f"``{n}``" not in page]
+    assert not missing
+
+
+# Several processes
+
+PROGRAM = """
+import sys
+from taskx import Config, Queue, SQLiteRepository
+from taskx.contrib.prometheus import PrometheusHook
+
+queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=1), hooks=[PrometheusHook()])
+
+@queue.executor("hold" + sys.argv[2])  # a type of its own, as any process may run what it can
+def hold():
+    print("holding", flush=True)
+    sys.stdin.readline()
+
+queue.executor("quick")(lambda: None)
+for _ in range(int(sys.argv[2])):
+    queue.submit("quick")
+queue.start()
+queue.drain()
+hold.submit().result()
+queue.drain()
+print("done", flush=True)
+sys.stdin.readline()
+queue.stop()
+"""
+
+SCRAPE = """
+import sys
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from taskx import Queue, SQLiteRepository
+from taskx.contrib.prometheus import StoreCollector
+
+queue = Queue(SQLiteRepository(sys.argv[1]))
+registry = CollectorRegistry()
+multiprocess.MultiProcessCollector(registry)
+registry.register(StoreCollector(queue))
+print(generate_latest(registry).decode())
+"""
+
+
+def test_several_processes_are_added_up_and_the_store_is_not(tmp_path, monkeypatch):
+    folder = tmp_path / "metrics"
+    folder.mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    path = str(tmp_path / "tasks.db")
+
+    def python(program: str, *args: object) -> list[str]:
+        return [sys.executable, "-c", program, path, *map(str, args)]
+
+    def scrape() -> dict[str, float]:
+        ran = subprocess.run(python(SCRAPE), capture_output=True, text=True, check=True)
+        return {
+            sample.name.removeprefix("taskx_") + "".join(sorted(sample.labels.values())): (
+                sample.value
+            )
+            for family in text_string_to_metric_families(ran.stdout)
+            for sample in family.samples
+        }
+
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "bufsize": 1}
+    children = [subprocess.Popen(python(PROGRAM, count), **pipes) for count in (3, 4)]
+    try:
+        for child in children:
+            assert child.stdout.readline() == "holding\n"
+        found = scrape()
+        assert found["tasks_running"] == 2
+        assert found["tasks_submitted_totalquick"] == 7
+        assert found["tasks_finished_totalcompletedquick"] == 7
+        assert found["task_wait_seconds_countquick"] == 7
+        assert found["nodes"] == 2
+        assert found["tasks_pending"] == 0
+        for child in children:
+            child.stdin.write("\n")
+            assert child.stdout.readline() == "done\n"
+        found = scrape()
+        assert (found["tasks_running"], found["nodes"]) == (0, 2)
+        assert found["tasks_finished_totalcompletedhold3"] == 1
+        assert found["tasks_finished_totalcompletedhold4"] == 1
+        for child in children:
+            child.communicate("\n", timeout=PATIENCE)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+            child.stdin.close()
+            child.stdout.close()
+    assert scrape()["nodes"] == 0
+    assert [child.returncode for child in children] == [0, 0]
+
+
+def test_without_the_library_the_extra_is_named():
+    program = "import sys; sys.modules['prometheus_client'] = None; import taskx.contrib.prometheus"
+    ran = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert "ConfigurationError" in ran.stderr
+    assert "pip install 'taskx-queue[prometheus]'" in ran.stderr
