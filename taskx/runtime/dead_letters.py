@@ -10,7 +10,7 @@ from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.core.writes import Write
+from taskx.core.writes import Update, Write
 from taskx.runtime.starter import Services
 
 #: Most tasks changed in one transaction.
@@ -32,27 +32,41 @@ def dead(filter: TaskFilter | None) -> TaskFilter:
 
 def requeue_all(services: Services, filter: TaskFilter | None) -> int:
     """Let every dead letter that meets the filter run again; returns how many."""
-    now = services.clock.now_ms()
-    return _change_all(services, dead(filter), lambda task: lifecycle.requeue(task, now))
+    now, hooks = services.clock.now_ms(), services.hooks
+
+    def tell(task: Task, write: Write) -> None:
+        if hooks.requeued and isinstance(write, Update):
+            hooks.tell_changed(hooks.requeued, task, write.changes)
+
+    return _change_all(services, dead(filter), lambda task: lifecycle.requeue(task, now), tell)
 
 
 def discard_all(services: Services, filter: TaskFilter | None) -> int:
     """Remove every dead letter that meets the filter; returns how many."""
-    return _change_all(services, dead(filter), lifecycle.discard)
+    return _change_all(services, dead(filter), lifecycle.discard, lambda task, write: None)
 
 
-def _change_all(services: Services, filter: TaskFilter, write_for: Callable[[Task], Write]) -> int:
+def _change_all(
+    services: Services,
+    filter: TaskFilter,
+    write_for: Callable[[Task], Write],
+    changed: Callable[[Task, Write], None],
+) -> int:
     until, most = services.clock.now_ms(), services.repository.count(filter)
-    offset = changed = 0
-    while changed < most:
+    offset = done = 0
+    while done < most:
         page = services.repository.list(attrs.evolve(filter, offset=offset, limit=BATCH))
         # One that failed again since is left where it is.
-        writes = [write_for(task) for task in page if _ended(task) <= until]
-        changed += sum(services.ledger.commit(writes)) if writes else 0
+        writes = [(task, write_for(task)) for task in page if _ended(task) <= until]
+        results = services.ledger.commit([write for _, write in writes]) if writes else ()
+        for (task, write), held in zip(writes, results, strict=True):
+            if held:
+                done += 1
+                changed(task, write)
         offset += len(page) - len(writes)
         if len(page) < BATCH:
             break
-    return changed
+    return done
 
 
 def _ended(task: Task) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from taskx import ConfigurationError, Permanent, QueueStopped, TaskFilter, TaskStatus
+from taskx import ConfigurationError, Hook, Permanent, QueueStopped, TaskFilter, TaskStatus
 from taskx.runtime import dead_letters
 from taskx.testing import ManualClock
 
@@ -64,6 +64,24 @@ def test_those_that_meet_a_filter_are_requeued(queue):
     assert queue.requeue_dead_letters(TaskFilter(created_by="odd")) == 3
     assert queue.drain(PATIENCE)
     assert [task.id for task in queue.dead_letters()[0]] == ["6", "4"]
+
+
+def test_hooks_are_told_of_each_that_is_requeued(make_queue):
+    told = []
+
+    class Note(Hook):
+        def requeued(self, task):
+            told.append((task.id, task.status.value))
+
+    queue = make_queue(hooks=[Note()])
+    queue.executor("wrong")(lambda: 1 / 0)
+    queue.start()
+    for name in "ab":
+        queue.submit("wrong", id=name)
+    assert queue.drain(PATIENCE)
+    assert queue.requeue_dead_letters() == 2
+    queue.stop()
+    assert sorted(told) == [("a", "pending"), ("b", "pending")]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 200])
