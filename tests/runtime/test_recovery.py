@@ -363,8 +363,8 @@ def test_ctrl_c_in_a_with_block(run, runner):
         """
 try:
     with queue:
-        queue.submit("listen", id="x")
         try:
+            queue.submit("listen", id="x")
             wait_for_ever()
         finally:
             queue.stop(timeout=5, cancel=True)

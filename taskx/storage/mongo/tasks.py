@@ -139,7 +139,7 @@ class Tasks:
             tasks = self._connection.tasks
             wanted = {**FOREIGN, "type": {"$in": [*kinds]}}
             seen = {"created_at": 1, "taskx.held": 1}
-            for document in list(tasks.find(wanted, seen).sort(NEWEST_FIRST[::-1]).limit(limit)):
+            for document in list(tasks.find(wanted, seen).sort(OLDEST_FIRST).limit(limit)):
                 created = moment_ms(document.get("created_at")) or 0
                 adopted = {
                     "taskx.owner": "",
@@ -209,7 +209,7 @@ class Tasks:
 
         def read() -> list[Document]:
             found = self._connection.tasks.find({**wanted, **VISIBLE}, STUB_FIELDS)
-            return list(found.sort(NEWEST_FIRST[::-1]).limit(limit))
+            return list(found.sort(OLDEST_FIRST).limit(limit))
 
         return [stub_from_document(document) for document in self._connection.run(read)]
 

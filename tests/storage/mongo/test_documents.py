@@ -338,6 +338,14 @@ class TestTheirs:
         assert sorted(stub.id for stub in stubs) == ["go-0", "go-1", "go-2", "ours"]
         assert [stub.id for stub in stubs if stub.id != "ours"] == ["go-0", "go-1", "go-2"]
 
+    def test_where_there_is_no_room_for_all_the_oldest_are_adopted(self, make, database):
+        repository = make(database, adopt_foreign=True)
+        for number in (2, 0, 1):
+            database.tasks.insert_one(
+                {**GO[0], "_id": f"go-{number}", "created_at": AT + timedelta(seconds=number)}
+            )
+        assert [stub.id for stub in repository.ready(["sync"], 1)] == ["go-0"]
+
     def test_what_it_changed_of_ours_is_read_as_it_is_now(self, repository, database):
         task = run(repository, "a")
         ending = lifecycle.Ending(returned=True, result="[1]", duration=1.5)
