@@ -28,6 +28,7 @@ class Proxy:
         self.target = target
         self.judge: Judge = _let_through
         self._refusing = False
+        self._lock = threading.Lock()
         self._pairs: list[tuple[socket.socket, socket.socket]] = []
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -46,7 +47,13 @@ class Proxy:
             except OSError:
                 _reset(client)
                 continue
-            self._pairs.append((client, server))
+            with self._lock:
+                if not self._refusing:
+                    self._pairs.append((client, server))
+            if self._refusing:  # it was cut while this one came in
+                _reset(client)
+                _reset(server)
+                continue
             for source, sink, direction in ((client, server, "ask"), (server, client, "answer")):
                 threading.Thread(
                     target=self._pump, args=(source, sink, direction), daemon=True
@@ -63,8 +70,9 @@ class Proxy:
 
     def cut(self, *, refuse: bool = False) -> None:
         """Reset every connection; with ``refuse``, those to come, too."""
-        self._refusing = refuse
-        pairs, self._pairs = self._pairs, []
+        with self._lock:
+            self._refusing = refuse
+            pairs, self._pairs = self._pairs, []
         for pair in pairs:
             for end in pair:
                 _reset(end)

@@ -198,7 +198,7 @@ class TestAnswersThatAreLost:
         writes = WRITES[what](repository)
         left = self.losing(proxy, times)
         assert list(repository.apply(writes)) == HELD.get(what, [True] * len(writes))
-        assert left == [0]
+        assert left[0] < times  # one read that tells may save further tries
 
     def test_one_whose_guard_still_holds_is_not_done_twice(
         self, prepared, through, proxy, database
