@@ -42,7 +42,7 @@ from taskx.runtime.intake import Intake, with_options
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.middleware import Layer, check_middleware
 from taskx.runtime.node import LocalNode
-from taskx.runtime.retention import prune
+from taskx.runtime.retention import prune_all
 from taskx.runtime.runner import Runner, inside_executor
 from taskx.runtime.starter import Services
 from taskx.storage.adapter import EightMethodAdapter
@@ -433,18 +433,10 @@ class Queue:
             RepositoryError: the repository failed; some may have been removed.
         """
         check_moment(before, "before")
-        kinds = [TaskStatus(kind) for kind in lifecycle.FINISHED]
-        if status is not None and (kinds := [check_status(status)]) and not kinds[0].finished:
-            raise ConfigurationError(f"only tasks that have ended can be pruned, not {status} ones")
-        removed = 0
-        for kind in kinds:
-            more = True
-            while more:
-                some, more = prune(self._services, kind, to_ms(before))
-                removed += some
-        while self.repository.shrink():
-            continue
-        return removed
+        wanted = None if status is None else check_status(status)
+        if wanted is not None and not wanted.finished:
+            raise ConfigurationError(f"only tasks that have ended can be pruned, not {wanted} ones")
+        return prune_all(self._services, to_ms(before), wanted)
 
     # --- dead letters
 

@@ -27,6 +27,19 @@ def prune(services: Services, status: TaskStatus, before: int) -> tuple[int, boo
     return removed, len(stubs) == BATCH
 
 
+def prune_all(services: Services, before: int, status: TaskStatus | None) -> int:
+    """Remove all that ended before a moment, of one status or of each; returns how many."""
+    removed = 0
+    for kind in lifecycle.FINISHED if status is None else (status,):
+        more = True
+        while more:
+            some, more = prune(services, TaskStatus(kind), before)
+            removed += some
+    while services.repository.shrink():
+        continue
+    return removed
+
+
 class Retention:
     """Removes what the configuration does not want to be kept for longer.
 
