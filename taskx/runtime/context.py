@@ -40,7 +40,7 @@ class Context:
 
     __slots__ = (
         *("_alarms", "_copy", "_log", "_task", "_token"),
-        *("dirty", "message", "progress_told"),
+        *("_message", "_percent", "_unwritten"),
     )
 
     def __init__(self, task: Task, token: CancelToken, alarms: Alarms, log: logging.Logger) -> None:
@@ -49,9 +49,9 @@ class Context:
         self._token = token
         self._alarms = alarms
         self._log = log
-        self.progress_told: float | None = None
-        self.message = ""
-        self.dirty = False
+        self._percent: float | None = None
+        self._message = ""
+        self._unwritten = False
 
     @property
     def task(self) -> Task:
@@ -82,13 +82,22 @@ class Context:
         """
         if type(percent) is not int or type(message) is not str:
             percent, message = check_progress(percent, message)
-        self.progress_told = percent
-        self.message = message
-        self.dirty = True
+        self._percent = percent
+        self._message = message
+        self._unwritten = True
 
-    def latest_progress(self) -> tuple[int, str]:
-        """The last progress told, as it is stored."""
-        return check_progress(self.progress_told or 0, self.message)
+    def latest_progress(self) -> tuple[int, str] | None:
+        """The last progress told, as it is stored; None if none was."""
+        if self._percent is None:
+            return None
+        return check_progress(self._percent, self._message)
+
+    def new_progress(self) -> tuple[int, str] | None:
+        """The last progress told, if it was told since this was last asked."""
+        if not self._unwritten:
+            return None
+        self._unwritten = False  # before looking: what is told from now on sets it again
+        return self.latest_progress()
 
     def remaining(self) -> float | None:
         """Seconds until the deadline, to hand on as a time-out: above zero; None without a deadline.

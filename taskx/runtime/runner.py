@@ -87,8 +87,8 @@ class Runner:
             if task.timeout is not None:
                 self._alarms.remove(token)
         ending["duration"] = max(0.0, self._clock.monotonic() - started)
-        if run.context.progress_told is not None:
-            ending["progress"], ending["message"] = run.context.latest_progress()
+        if (told := run.context.latest_progress()) is not None:
+            ending["progress"], ending["message"] = told
         return Ending(worker=worker, **ending)
 
     def _call(self, run: Run) -> dict[str, Any]:

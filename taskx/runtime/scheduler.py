@@ -165,11 +165,9 @@ class Scheduler:
         told = []
         writes = []
         for run in list(self._engine.runs.values()):
-            if run.context.dirty:
-                run.context.dirty = False
-                percent, message = run.context.latest_progress()
-                told.append((run.task, percent, message))
-                writes.append(lifecycle.progress(run.task.id, run.task.starts, percent, message))
+            if (new := run.context.new_progress()) is not None:
+                told.append((run.task, *new))
+                writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
         if not writes:
             return
         results = self._services.ledger.commit(writes)

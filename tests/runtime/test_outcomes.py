@@ -295,6 +295,21 @@ def test_list_says_how_many_there_are_in_all(queue):
     assert (len(tasks), total) == (5, 5)
 
 
+def test_a_context_is_not_written_to(started):
+    """A message set by hand, of whatever kind, is an error of that task and hurts nobody."""
+
+    @started.executor("by_hand")
+    def by_hand(ctx):
+        ctx.progress(5, "told")
+        ctx.message = 5
+
+    handle = started.submit("by_hand")
+    with pytest.raises(TaskFailed, match="AttributeError"):
+        handle.result(PATIENCE)
+    assert (handle.task().progress, handle.task().message) == (5, "told")
+    assert started.submit("fine").result(PATIENCE) == "fine"
+
+
 def test_status_of_an_unknown_task(queue):
     with pytest.raises(TaskNotFound, match="'nobody'"):
         queue.get_task_status("nobody")
