@@ -22,6 +22,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.runtime import scheduler
+from taskx.runtime.buffer import Buffer
 from taskx.runtime.complaint import Complaint
 from taskx.runtime.engine import MAX_AHEAD
 from taskx.runtime.ledger import Ledger
@@ -513,7 +514,14 @@ def test_started_ahead_and_cancelled_it_never_runs(make_queue):
     assert len(ran) == 299
 
 
-def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate):
+def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, monkeypatch):
+    clear_ahead, calm = Buffer.clear_ahead, threading.Event()
+
+    def clear_in_the_calm(buffer, older_than=0.0):
+        return clear_ahead(buffer, older_than) if calm.is_set() or not older_than else []
+
+    # a stall of the machine hands nothing back
+    monkeypatch.setattr(Buffer, "clear_ahead", clear_in_the_calm)
     queue = make_queue(worker_num=1, buffer_size=1000)
     ran, ready = [], threading.Event()
     hung = []
@@ -532,7 +540,9 @@ def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate):
     queue.start()
     ready.set()
     gate.wait_for(1)
+    calm.set()
     eventually(lambda: not queue._node.engine.buffer.ahead)
+    calm.clear()
     tasks = [queue.get_task_status(task_id) for task_id in hung]
     eventually(
         lambda: {queue.get_task_status(task_id).status for task_id in hung} == {TaskStatus.PENDING}
