@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Iterable, Sequence
 from datetime import datetime
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from taskx.core import lifecycle
 from taskx.core.checks import check_number
@@ -23,7 +23,6 @@ from taskx.core.errors import (
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_name, check_status
-from taskx.core.retry import RetryPolicy
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.alarms import Alarms
@@ -32,13 +31,14 @@ from taskx.runtime.dead_letters import dead, discard_all, requeue_all
 from taskx.runtime.executors import (
     Executor,
     ExecutorDecorator,
+    ExecutorOptions,
     Options,
     Registry,
     TaskExecutor,
 )
 from taskx.runtime.handles import TaskHandle, Watcher
 from taskx.runtime.hooks import Hook, Hooks
-from taskx.runtime.intake import Intake, with_options
+from taskx.runtime.intake import Intake, SubmitOptions, with_options
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.middleware import Layer, check_middleware
 from taskx.runtime.node import LocalNode
@@ -47,6 +47,9 @@ from taskx.runtime.runner import Runner, inside_executor
 from taskx.runtime.starter import Services
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository, TaskRepository
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
 
 #: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
@@ -128,14 +131,7 @@ class Queue:
     # --- executors
 
     def executor(
-        self,
-        type: str | None = None,
-        *,
-        max_attempts: int | None = None,
-        max_crashes: int | None = None,
-        timeout: float | None = None,
-        priority: int | None = None,
-        retry: RetryPolicy | None = None,
+        self, type: str | None = None, **options: Unpack[ExecutorOptions]
     ) -> ExecutorDecorator:
         """Make an executor of the function below and register it.
 
@@ -154,38 +150,17 @@ class Queue:
         """
         if callable(type):
             raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
-        options = Options(
-            max_attempts=max_attempts,
-            max_crashes=max_crashes,
-            timeout=timeout,
-            priority=priority,
-            retry=retry,
-        )
-        return ExecutorDecorator(type, options, self.register_executor)
+        return ExecutorDecorator(type, Options(**options), self.register_executor)
 
     def register_executor(
-        self,
-        executor: TaskExecutor | Executor[Any, Any],
-        *,
-        max_attempts: int | None = None,
-        max_crashes: int | None = None,
-        timeout: float | None = None,
-        priority: int | None = None,
-        retry: RetryPolicy | None = None,
+        self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]
     ) -> None:
         """Register an executor; the options are those of :meth:`executor` and win over its own.
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, or it is no executor.
         """
-        options = Options(
-            max_attempts=max_attempts,
-            max_crashes=max_crashes,
-            timeout=timeout,
-            priority=priority,
-            retry=retry,
-        )
-        self._registry.register(executor, options)
+        self._registry.register(executor, Options(**options))
         if isinstance(executor, Executor):
             executor.bind(self)
         self._look_for_work()
@@ -203,37 +178,14 @@ class Queue:
     # --- submitting
 
     @overload
-    def submit(
-        self,
-        task: Task,
-        /,
-        *,
-        id: str | None = None,
-        created_by: str | None = None,
-        priority: int | None = None,
-        run_at: datetime | None = None,
-        delay: float | None = None,
-        timeout: float | None = None,
-        max_attempts: int | None = None,
-        max_crashes: int | None = None,
-        retry: RetryPolicy | None = None,
-    ) -> TaskHandle[Any]: ...
+    def submit(self, task: Task, /, **options: Unpack[SubmitOptions]) -> TaskHandle[Any]: ...
     @overload
     def submit(
         self,
         type: str,
         params: dict[str, Any] | None = None,
         /,
-        *,
-        id: str | None = None,
-        created_by: str | None = None,
-        priority: int | None = None,
-        run_at: datetime | None = None,
-        delay: float | None = None,
-        timeout: float | None = None,
-        max_attempts: int | None = None,
-        max_crashes: int | None = None,
-        retry: RetryPolicy | None = None,
+        **options: Unpack[SubmitOptions],
     ) -> TaskHandle[Any]: ...
     def submit(
         self,
@@ -268,7 +220,7 @@ class Queue:
             RepositoryError: it could not be stored; or, where its ``in_doubt`` is True, may have been:
                 to submit its ``task_id`` again tells.
         """
-        if options and (unknown := options.keys() - _SUBMIT_OPTIONS):
+        if options and (unknown := options.keys() - SubmitOptions.__optional_keys__):
             raise TypeError(f"submit() has no option {', '.join(sorted(unknown))}")
         if isinstance(task, str):
             task = Task(type=task, params={} if params is None else params)
@@ -572,19 +524,6 @@ class Queue:
         self._wire()
 
 
-_SUBMIT_OPTIONS = frozenset(
-    (
-        "id",
-        "created_by",
-        "priority",
-        "run_at",
-        "delay",
-        "timeout",
-        "max_attempts",
-        "max_crashes",
-        "retry",
-    )
-)
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 

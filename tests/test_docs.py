@@ -192,7 +192,8 @@ def public(cls: type) -> list[str]:
     [
         ("public names", taskx.__all__),
         ("settings", [field.name for field in attrs.fields(taskx.Config)]),
-        ("options of submit", sorted(taskx.queue._SUBMIT_OPTIONS)),
+        ("options of submit", sorted(taskx.queue.SubmitOptions.__optional_keys__)),
+        ("options of an executor", sorted(taskx.queue.ExecutorOptions.__optional_keys__)),
         ("fields of a filter", [field.name for field in attrs.fields(taskx.TaskFilter)]),
         ("fields of an attempt", [field.name for field in attrs.fields(taskx.Attempt)]),
         ("statuses", [status.value for status in taskx.TaskStatus]),

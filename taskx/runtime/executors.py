@@ -14,6 +14,7 @@ from typing import (
     NamedTuple,
     ParamSpec,
     Protocol,
+    TypedDict,
     TypeVar,
     overload,
 )
@@ -28,6 +29,8 @@ from taskx.runtime.context import Context
 from taskx.runtime.middleware import Layer, wrapped
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
+
     from taskx.runtime.handles import TaskHandle
 
 P = ParamSpec("P")
@@ -52,6 +55,16 @@ class TaskExecutor(ABC):
         ``task`` is this run's copy: of what is done to it only ``task.result`` counts, and a value
         that is returned wins over that. To raise is to fail the attempt.
         """
+
+
+class ExecutorOptions(TypedDict, total=False):
+    """The options of an executor, each of which may be left out or None: see :class:`Options`."""
+
+    max_attempts: int | None
+    max_crashes: int | None
+    timeout: float | None
+    priority: int | None
+    retry: RetryPolicy | None
 
 
 @attrs.frozen(kw_only=True)
@@ -278,38 +291,20 @@ class ExecutorDecorator:
         return made
 
 
-def executor(
-    type: str | None = None,
-    *,
-    max_attempts: int | None = None,
-    max_crashes: int | None = None,
-    timeout: float | None = None,
-    priority: int | None = None,
-    retry: RetryPolicy | None = None,
-) -> ExecutorDecorator:
+def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> ExecutorDecorator:
     """Make an executor of the function below, to be registered with a queue later.
 
     Args:
         type: the type of task it runs; the function's name unless given.
-        max_attempts: attempts that may raise before the task is failed (default 1).
-        max_crashes: deaths of the process before the task is failed (default 3).
-        timeout: seconds after which an attempt's token fires.
-        priority: higher runs first (default 0).
-        retry: when an attempt that raised is followed by another (default: at once).
+        options: how its tasks are run: ``max_attempts``, ``max_crashes``, ``timeout``, ``priority``
+            and ``retry``, as :meth:`Queue.executor` takes them.
 
     Raises:
         ConfigurationError: an option is not valid, or the function cannot be an executor.
     """
     if callable(type):
         raise ConfigurationError("write @executor() or @executor('name'), with parentheses")
-    options = Options(
-        max_attempts=max_attempts,
-        max_crashes=max_crashes,
-        timeout=timeout,
-        priority=priority,
-        retry=retry,
-    )
-    return ExecutorDecorator(type, options)
+    return ExecutorDecorator(type, Options(**options))
 
 
 class Registered(NamedTuple):

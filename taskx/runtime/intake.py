@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from datetime import timedelta
-from typing import Any
+from datetime import datetime, timedelta
+from typing import Any, TypedDict
 
 import attrs
 
@@ -24,13 +24,27 @@ from taskx.core.errors import (
 from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.record import policy_to_text
-from taskx.core.retry import check_policy
+from taskx.core.retry import RetryPolicy, check_policy
 from taskx.core.writes import Insert
 from taskx.runtime.buffer import Item
 from taskx.runtime.engine import Engine
 from taskx.runtime.executors import MAX_PRIORITY
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.starter import Services
+
+
+class SubmitOptions(TypedDict, total=False):
+    """The options of ``submit``, each of which may be left out or None: see ``Queue.submit``."""
+
+    id: str | None
+    created_by: str | None
+    priority: int | None
+    run_at: datetime | None
+    delay: float | None
+    timeout: float | None
+    max_attempts: int | None
+    max_crashes: int | None
+    retry: RetryPolicy | None
 
 
 class Intake:

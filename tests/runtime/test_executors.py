@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import attrs
 import pytest
 
 import taskx
@@ -17,6 +18,7 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
+from taskx.runtime.executors import ExecutorOptions, Options
 
 from .conftest import PATIENCE
 
@@ -364,3 +366,7 @@ def test_task_is_a_copy_for_each_attempt(started):
 
     started.submit(Task(type="twice", params={"items": []})).result(PATIENCE)
     assert seen == [[], []]
+
+
+def test_type_checkers_know_the_options_that_there_are():
+    assert [field.name for field in attrs.fields(Options)] == [*ExecutorOptions.__annotations__]
