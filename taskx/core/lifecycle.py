@@ -6,6 +6,7 @@ one whose guard holds is the move that happened.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -13,7 +14,18 @@ import attrs
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import InvalidTransition
 from taskx.core.model import Attempt, Task, TaskStatus
-from taskx.core.record import Stub, attempts_to_text, row_from_task
+from taskx.core.record import (
+    BY_THREAD,
+    FOR_PARENTS,
+    FOR_TURN,
+    FREE,
+    INTERNAL,
+    UNTIL_DUE,
+    Stub,
+    attempts_to_text,
+    ids_to_text,
+    row_from_task,
+)
 from taskx.core.retry import MAX_WAIT
 from taskx.core.token import CancelReason
 from taskx.core.writes import PRESENT, Delete, Insert, Update
@@ -114,30 +126,65 @@ def create(
     max_attempts: int | None = None,
     max_crashes: int | None = None,
     retry: str | None = None,
+    **rare: Any,
 ) -> Insert:
-    """Store a new pending task; ``params`` and ``retry`` are JSON text, times are milliseconds."""
-    return Insert(
-        {
-            "id": task_id,
-            "type": type,
-            "params": params,
-            "created_by": created_by,
-            "created_at": now,
-            "priority": priority,
-            "run_at": run_at,
-            "timeout": timeout,
-            "max_attempts": max_attempts,
-            "max_crashes": max_crashes,
-            "retry": retry,
-            "owner": "",
-            "held": 1 if run_at is not None and run_at > now else 0,
-        }
-    )
+    """Store a new pending task; ``params`` and ``retry`` are JSON text, times are milliseconds.
+
+    ``rare`` is of ``unique_key`` and ``unique_scope``, ``depends_on`` and ``on_parent_failure``, and
+    ``concurrency_key`` what the task has.
+    """
+    row: dict[str, Any] = {
+        "id": task_id,
+        "type": type,
+        "params": params,
+        "created_by": created_by,
+        "created_at": now,
+        "priority": priority,
+        "run_at": run_at,
+        "timeout": timeout,
+        "max_attempts": max_attempts,
+        "max_crashes": max_crashes,
+        "retry": retry,
+        "owner": "",
+        "held": _until_due(run_at, now),
+    }
+    if rare:
+        row.update(_rare(row, **rare))
+    return Insert(row)
+
+
+def _rare(
+    row: dict[str, Any],
+    *,
+    unique_key: str | None = None,
+    unique_scope: str | None = None,
+    depends_on: Sequence[str] = (),
+    on_parent_failure: str | None = None,
+    concurrency_key: str | None = None,
+) -> dict[str, Any]:
+    """The columns that few tasks have: those of options that were not given are left out.
+
+    Of its parents it waits for the last one first, which is likely to end last; of its line, from when it
+    waits for nothing else but the time.
+    """
+    more: dict[str, Any] = {}
+    if unique_key is not None:
+        more.update(unique_key=unique_key, unique_scope=unique_scope, unique_lock=unique_key)
+    if concurrency_key is not None:
+        more.update(concurrency_key=concurrency_key, held=FOR_TURN)
+    if depends_on:
+        more.update(depends_on=ids_to_text(depends_on), on_parent_failure=on_parent_failure)
+        more.update(held=FOR_PARENTS, waiting_on=depends_on[-1])
+    return more
+
+
+def _until_due(run_at: int | None, now: int) -> int:
+    return UNTIL_DUE if run_at is not None and run_at > now else FREE
 
 
 def release(task_id: str) -> Update:
     """Let a pending task start that was held back until now."""
-    return Update(task_id, {"status": PENDING, "held": 1}, {"held": 0})
+    return Update(task_id, {"status": PENDING, "held": UNTIL_DUE}, {"held": FREE})
 
 
 def take(task_id: str, node: str, owner: str = "") -> Update:
@@ -145,7 +192,7 @@ def take(task_id: str, node: str, owner: str = "") -> Update:
 
     One that is held back is nobody's.
     """
-    return Update(task_id, {"status": PENDING, "held": 0, "owner": owner}, {"owner": node})
+    return Update(task_id, {"status": PENDING, "held": FREE, "owner": owner}, {"owner": node})
 
 
 def give_up(task_id: str, node: str) -> Update:
@@ -191,7 +238,7 @@ def start(task: Task, now: int, node: str) -> Update | None:
         "max_attempts": task.max_attempts,
         "max_crashes": task.max_crashes,
     }
-    guard = {"status": PENDING, "starts": task.starts, "held": 0}
+    guard = {"status": PENDING, "starts": task.starts, "held": FREE}
     return Update(task.id, guard, changes, durable=task.max_crashes == 1)
 
 
@@ -255,7 +302,7 @@ def _put_off(task: Task, ending: Ending, now: int, outcome: str, seconds: float)
     if wait <= 0:
         return _back_to_pending(task, ending, now, outcome, owner=task.owner)
     back = _back_to_pending(task, ending, now, outcome, owner="")
-    back.update(held=1, run_at=now + wait)
+    back.update(held=UNTIL_DUE, run_at=now + wait)
     return back
 
 
@@ -407,7 +454,7 @@ def requeue(task: Task, now: int) -> Update:
         "cancel_requested_at": None,
         "dead_letter": 0,
         "owner": "",
-        "held": 0,
+        "held": FREE,
         "earlier_attempts": log,
     }
     return Update(task.id, {"status": status, "starts": task.starts}, changes, durable=True)
@@ -434,13 +481,15 @@ def discard(task: Task) -> Delete:
 #: the caller read the task), and what only the moves may count.
 _NOT_BY_HAND = frozenset(
     (
-        *("id", "type", "status", "created_at", "starts", "owner", "held", "cancel_requested_at"),
+        *("id", "type", "status", "created_at", "starts", "owner", "cancel_requested_at"),
         *("completed_at", "errors", "crashes", "interruptions", "snoozes", "earlier_attempts"),
+        *("unique_key", "unique_scope", "depends_on", "on_parent_failure", "concurrency_key"),
+        *("stuck_on", "checkpoints", "log", *INTERNAL),
     )
 )
 
 
-def amend(stored: Task, wanted: Task, now: int) -> Update:
+def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     """Replace a record by what a caller made of it, if its status may move so.
 
     Raises:
@@ -454,13 +503,19 @@ def amend(stored: Task, wanted: Task, now: int) -> Update:
     # A task that has ended, and no other, has the moment when it did.
     if wanted.status.finished and wanted.completed_at is not None:
         changes["completed_at"] = to_ms(wanted.completed_at, "completed_at")
-    if wanted.status is TaskStatus.PENDING:
-        run_at = changes["run_at"]
-        changes["held"] = int(run_at is not None and run_at > now)
-        if changes["held"]:
-            changes["owner"] = ""
     guard = {"status": stored.status.value, "starts": stored.starts}
-    return Update(stored.id, guard, changes, durable=True)
+    if wanted.status is not TaskStatus.PENDING:
+        return [Update(stored.id, guard, changes, durable=True)]
+    due = {**changes, "held": _until_due(changes["run_at"], now)}
+    if due["held"]:
+        due["owner"] = ""
+    # What it waits for beside its time, it goes on waiting for.
+    return [
+        Update(stored.id, {**guard, "held": (FREE, UNTIL_DUE)}, due, durable=True),
+        Update(
+            stored.id, {**guard, "held": (FOR_PARENTS, BY_THREAD, FOR_TURN)}, changes, durable=True
+        ),
+    ]
 
 
 def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Update:
@@ -484,7 +539,7 @@ def _check_edge(stored: Task, status: TaskStatus) -> None:
 
 def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]:
     if status is TaskStatus.RUNNING:
-        return {"status": RUNNING, "starts": stored.starts + 1, "started_at": now, "held": 0}
+        return {"status": RUNNING, "starts": stored.starts + 1, "started_at": now, "held": FREE}
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}

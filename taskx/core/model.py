@@ -106,6 +106,14 @@ class Task:
         max_attempts: attempts that may raise before the task is failed; None: as the executor says.
         max_crashes: deaths of its process before the task is failed; None: as the executor says.
         retry: when an attempt that raised is followed by another; None: as the executor says.
+        unique_key: at most one task at a time holds this key; None for no key.
+        unique_scope: how long it holds the key: ``"pending"``, ``"unfinished"``, ``"ever"``, or so many
+            seconds since it was created (as text); None where there is no key.
+        depends_on: the ids of its parents: it may start when all of them have completed.
+        on_parent_failure: what becomes of it when a parent does not complete: ``"cancel"`` (also None),
+            ``"fail"`` or ``"run"``.
+        concurrency_key: tasks of the same key run one at a time, in the order of submission; None for
+            no key.
         errors: attempts that raised.
         crashes: attempts during which the process died.
         interruptions: attempts cut short by a stop, or by a neighbour's crash.
@@ -118,6 +126,9 @@ class Task:
         worker: the thread and process of the last attempt.
         earlier_attempts: the ended attempts before the present or last one (bounded); see
             :attr:`attempts`.
+        stuck_on: the node on which a thread of an ended attempt still runs; empty for none.
+        checkpoints: what its executor stored on the way, for later attempts.
+        log: what its executor logged, where that is captured.
         damage: what of the stored record could not be read; empty if all is well. Never stored.
     """
 
@@ -140,6 +151,11 @@ class Task:
     max_attempts: int | None = None
     max_crashes: int | None = None
     retry: RetryPolicy | None = None
+    unique_key: str | None = None
+    unique_scope: str | None = None
+    depends_on: list[str] = attrs.field(factory=list)
+    on_parent_failure: str | None = None
+    concurrency_key: str | None = None
     errors: int = 0
     crashes: int = 0
     interruptions: int = 0
@@ -151,6 +167,9 @@ class Task:
     owner: str = attrs.field(default="", repr=False)
     worker: str = attrs.field(default="", repr=False)
     earlier_attempts: list[Attempt] = attrs.field(factory=list, repr=False)
+    stuck_on: str = attrs.field(default="", repr=False)
+    checkpoints: dict[str, Any] = attrs.field(factory=dict, repr=False)
+    log: str = attrs.field(default="", repr=False)
     damage: str = attrs.field(default="", repr=False, eq=False)
 
     @property

@@ -1,7 +1,16 @@
 """A task as a flat row of plain values, the form in which repositories keep and change it.
 
-Times are milliseconds since 1970, params, result and earlier attempts are JSON text, the rest are
-``str``, ``int``, ``float`` and None. ``held`` is 1 for a pending task that may not start yet.
+Times are milliseconds since 1970; params, result, retry, depends_on, checkpoints and earlier attempts are
+JSON text; the rest are ``str``, ``int``, ``float`` and None. Beside the task's own fields a row has:
+
+``held``
+    why a pending task may not start: one of the numbers below.
+``waiting_on``
+    of its parents, the unfinished one whose end is waited for.
+``unique_lock``
+    its unique key, as long as it holds it: no two rows have the same.
+``turn``
+    its concurrency key, from when its turn has come until it has ended: no two rows have the same.
 """
 
 from __future__ import annotations
@@ -16,8 +25,16 @@ from taskx.core.clock import to_datetime, to_ms
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.core.retry import RetryPolicy
 
-#: The columns of a row, in order: the task's own fields, then ``held``.
-COLUMNS: tuple[str, ...] = (*TASK_FIELDS, "held")
+#: Why a pending task may not start: it may; before its ``run_at``; its parents have not ended; a thread
+#: of an earlier attempt still runs; others of its concurrency key come first.
+FREE, UNTIL_DUE, FOR_PARENTS, BY_THREAD, FOR_TURN = range(5)
+
+#: The columns of a row that no field of the task shows.
+INTERNAL = ("held", "waiting_on", "unique_lock", "turn")
+#: The columns of a row, in order: the task's own fields, then the internal ones.
+COLUMNS: tuple[str, ...] = (*TASK_FIELDS, *INTERNAL)
+#: Those that no two rows have the same value in, but for None.
+UNIQUE = ("unique_lock", "turn")
 
 #: What a column holds in a task that was just created.
 DEFAULTS: dict[str, Any] = {
@@ -37,6 +54,11 @@ DEFAULTS: dict[str, Any] = {
     "max_attempts": None,
     "max_crashes": None,
     "retry": None,
+    "unique_key": None,
+    "unique_scope": None,
+    "depends_on": None,
+    "on_parent_failure": None,
+    "concurrency_key": None,
     "errors": 0,
     "crashes": 0,
     "interruptions": 0,
@@ -48,7 +70,13 @@ DEFAULTS: dict[str, Any] = {
     "owner": "",
     "worker": "",
     "earlier_attempts": "",
-    "held": 0,
+    "stuck_on": "",
+    "checkpoints": None,
+    "log": "",
+    "held": FREE,
+    "waiting_on": None,
+    "unique_lock": None,
+    "turn": None,
 }
 
 
@@ -64,7 +92,11 @@ class Stub(NamedTuple):
 
 
 _STATUS = {status.value: status for status in TaskStatus}
-_TEXTS = ("id", "type", "error", "message", "created_by", "traceback", "owner", "worker")
+_TEXTS = (
+    *("id", "type", "error", "message", "created_by", "traceback", "owner", "worker"),
+    *("stuck_on", "log"),
+)
+_KEYS = ("unique_key", "unique_scope", "on_parent_failure", "concurrency_key")
 _NUMBERS = {
     name: DEFAULTS[name]
     for name in (
@@ -76,12 +108,13 @@ _NUMBERS = {
 
 
 def task_from_row(row: Sequence[Any]) -> Task:
-    """The task of a row in the order of :data:`COLUMNS`; what is damaged is named in ``task.damage``."""
+    """The task of a row of the columns :data:`TASK_FIELDS`; what is damaged is named in ``task.damage``."""
     (
         id_, type_, status, params, result, error, progress, message, created_by, created_at,
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
-        retry, errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-        traceback, owner, worker, earlier, _,
+        retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key,
+        errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
+        traceback, owner, worker, earlier, stuck_on, checkpoints, log,
     ) = row  # fmt: skip
     try:
         params = payload.loads(params) if params != "{}" else {}
@@ -90,11 +123,11 @@ def task_from_row(row: Sequence[Any]) -> Task:
         if type(params) is not dict:
             raise ValueError("params are no JSON object")
         # Where one is no text it cannot be joined, where one is no number it cannot be added.
-        "".join((id_, type_, error, message, created_by, traceback, owner, worker))
+        "".join((id_, type_, error, message, created_by, traceback, owner, worker, stuck_on, log))
         _ = starts + errors + crashes + interruptions + snoozes + priority + progress + duration
         for number in (timeout, max_attempts, max_crashes):
             _ = 0 if number is None else number + 0
-        return Task(
+        task = Task(
             id=id_,
             type=type_,
             status=_STATUS[status],
@@ -127,15 +160,28 @@ def task_from_row(row: Sequence[Any]) -> Task:
             owner=owner,
             worker=worker,
             earlier_attempts=attempts,
+            stuck_on=stuck_on,
+            log=log,
         )
+        if unique_key is not None:
+            task.unique_key, task.unique_scope = _text(unique_key), _text(unique_scope)
+        if depends_on is not None:
+            task.depends_on = ids_from_text(depends_on)
+            task.on_parent_failure = on_parent_failure and _text(on_parent_failure)
+        if concurrency_key is not None:
+            task.concurrency_key = _text(concurrency_key)
+        if checkpoints is not None:
+            task.checkpoints = _object_from_text(checkpoints)
+        return task
     except (ValueError, TypeError, RecursionError, OverflowError) as problem:
         return _damaged_task(row, problem)
 
 
 def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     """What can be read of a damaged row: no params, no result, and no value that is not of its kind."""
-    stored = dict(zip(COLUMNS, row, strict=True))
+    stored = dict(zip(TASK_FIELDS, row, strict=True))
     sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
+    sound.update(dict.fromkeys((*_KEYS, "depends_on", "checkpoints")))
     sound.update(
         (name, default)
         for name, default in _NUMBERS.items()
@@ -176,18 +222,22 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row["params"] = payload.encode_params(task.params)
     row["result"] = None if task.result is None else payload.encode(task.result, "result")
     row["retry"] = policy_to_text(task.retry)
+    row["depends_on"] = ids_to_text(task.depends_on)
+    row["checkpoints"] = (
+        payload.encode(task.checkpoints, "checkpoints") if task.checkpoints else None
+    )
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
     row["dead_letter"] = int(task.dead_letter)
     for name in TIME_FIELDS:
         row[name] = optional_ms(row[name], name)
-    row["held"] = 0
+    row.update({name: DEFAULTS[name] for name in INTERNAL})
     return row
 
 
 def created_task(row: Mapping[str, Any]) -> Task:
     """The task that a row of ``lifecycle.create`` makes."""
     whole = {**DEFAULTS, **row}
-    return task_from_row([whole[name] for name in COLUMNS])
+    return task_from_row([whole[name] for name in TASK_FIELDS])
 
 
 def changed_task(task: Task, changes: Mapping[str, Any]) -> Task:
@@ -228,10 +278,33 @@ def policy_to_text(policy: RetryPolicy | None) -> str | None:
 
 
 def _policy_from_text(text: str) -> RetryPolicy:
+    return RetryPolicy.from_dict(_object_from_text(text))
+
+
+def _object_from_text(text: str) -> dict[str, Any]:
     data = payload.loads(text)
     if type(data) is not dict:
-        raise ValueError("the retry policy is no JSON object")
-    return RetryPolicy.from_dict(data)
+        raise ValueError(f"{text!r:.50} is no JSON object")
+    return data
+
+
+def _text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{value!r:.50} is no text")
+    return value
+
+
+def ids_to_text(task_ids: Sequence[str]) -> str | None:
+    """Ids as JSON text, None for none."""
+    return payload.encode(list(task_ids), "depends_on", max_size=1 << 30) if task_ids else None
+
+
+def ids_from_text(text: str) -> list[str]:
+    """The ids of :func:`ids_to_text`; ``ValueError`` where they are none."""
+    ids = payload.loads(text)
+    if type(ids) is not list:
+        raise ValueError(f"{text!r:.50} is no list of ids")
+    return [_text(task_id) for task_id in ids]
 
 
 def attempts_to_text(attempts: Sequence[Attempt]) -> str:
@@ -275,6 +348,8 @@ _READ: dict[str, Callable[[Any], Any]] = {
     "params": payload.loads,
     "result": payload.loads,
     "retry": _policy_from_text,
+    "depends_on": ids_from_text,
+    "checkpoints": _object_from_text,
     "dead_letter": bool,
     "earlier_attempts": lambda text: _attempts_from_text(text) if text else [],
     **dict.fromkeys(TIME_FIELDS, to_datetime),

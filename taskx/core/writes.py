@@ -20,10 +20,10 @@ PRESENT = _Present.PRESENT
 
 
 class Insert(NamedTuple):
-    """Store a new record; holds if no record has its id.
+    """Store a new record; holds if no record has its id, and none a unique column's value.
 
-    ``row`` has the columns of :data:`CREATED`, in that order; the rest take their defaults. Its
-    ``owner`` may be set until it is applied.
+    ``row`` has the columns of :data:`CREATED`, in that order, and any others after them; the rest take
+    their defaults. Its ``owner`` may be set until it is applied.
     """
 
     row: dict[str, Any]
@@ -38,6 +38,8 @@ class Insert(NamedTuple):
 
 class Update(NamedTuple):
     """Change columns of the record with that id, if its guard holds.
+
+    It holds not either where another record has the value that it would give a unique column.
 
     ``durable`` marks what a caller was told, so that a power cut must not undo it.
     """
@@ -58,7 +60,7 @@ class Delete(NamedTuple):
 
 Write = Insert | Update | Delete
 
-#: The columns that creation sets.
+#: The columns that every creation sets.
 CREATED = (
     "id",
     "type",

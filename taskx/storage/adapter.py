@@ -16,8 +16,18 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
-from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.core.record import COLUMNS, DEFAULTS, Stub, row_from_task, stub_from_row, task_from_row
+from taskx.core.model import TASK_FIELDS, Task, TaskFilter, TaskStatus
+from taskx.core.record import (
+    COLUMNS,
+    DEFAULTS,
+    FREE,
+    INTERNAL,
+    UNTIL_DUE,
+    Stub,
+    row_from_task,
+    stub_from_row,
+    task_from_row,
+)
 from taskx.core.writes import Delete, Insert, Update, Write, matches
 from taskx.storage.base import Node, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
@@ -29,7 +39,8 @@ LEFT_BEHIND = "a process before this one"
 #: from it; the rest is remembered here as long as the task is unfinished.
 ORIGINAL_FIELDS = COLUMNS[: COLUMNS.index("duration") + 1]
 _OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes", "retry")
-_INTERNAL = frozenset({"owner", "held"})
+_NOT_STORED = frozenset({"owner", *INTERNAL})
+_BETWEEN_TASKS = ("unique_key", "depends_on", "concurrency_key")
 _PAGE = 500
 
 EIGHT_METHODS = (
@@ -99,6 +110,12 @@ class EightMethodAdapter(MemoryRepository):
 
     def _create(self, write: Insert) -> bool:
         row = {**DEFAULTS, **write.row}
+        for name in _BETWEEN_TASKS:
+            if row[name] is not None:
+                raise ConfigurationError(
+                    f"{type(self.inner).__name__} has eight methods and nothing that could hold "
+                    f"{name}; nothing was stored"
+                )
         with self._errors():
             try:
                 self.inner.create(_task(row))
@@ -122,7 +139,7 @@ class EightMethodAdapter(MemoryRepository):
             )
 
     def _update(self, row: Row, write: Update) -> None:
-        if write.changes.keys() <= _INTERNAL:
+        if write.changes.keys() <= _NOT_STORED:
             return
         if write.changes.keys() == {"progress", "message"}:
             self.inner.update_progress(
@@ -163,11 +180,8 @@ class EightMethodAdapter(MemoryRepository):
         self._sequence += 1
         row["sequence"] = self._sequence
         row["owner"] = LEFT_BEHIND if row["status"] == RUNNING else ""
-        row["held"] = int(
-            row["status"] == PENDING
-            and row["run_at"] is not None
-            and row["run_at"] > self.clock.now_ms()
-        )
+        due_later = row["run_at"] is not None and row["run_at"] > self.clock.now_ms()
+        row["held"] = UNTIL_DUE if row["status"] == PENDING and due_later else FREE
         self._rows[row["id"]] = row
         self._index(row)
 
@@ -214,6 +228,13 @@ class EightMethodAdapter(MemoryRepository):
                 break
         return found[:limit]
 
+    def put_note(self, name: str, text: str | None, version: int) -> bool:
+        """Raises: there is no place for it that outlives this process."""
+        raise ConfigurationError(
+            f"{type(self.inner).__name__} has eight methods and nothing that could keep this over a "
+            "restart; nothing was stored"
+        )
+
     def changed(self) -> bool:
         """Never: there is no other process."""
         return False
@@ -248,4 +269,4 @@ class EightMethodAdapter(MemoryRepository):
 
 
 def _task(row: Row) -> Task:
-    return task_from_row([row[name] for name in COLUMNS])
+    return task_from_row([row[name] for name in TASK_FIELDS])

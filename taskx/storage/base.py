@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import attrs
 
@@ -98,6 +98,18 @@ class Node:
     alive: bool | None = None
 
 
+class Note(NamedTuple):
+    """A short text kept under a name.
+
+    Attributes:
+        text: what was stored.
+        version: rises with every change; never 0, and never one that an earlier note of its name had.
+    """
+
+    text: str
+    version: int
+
+
 R = TypeVar("R", bound="Repository")
 
 
@@ -170,7 +182,7 @@ class Repository(TaskRepository):
 
     @abstractmethod
     def owners(self) -> Sequence[str]:
-        """The ids of all nodes that hold tasks."""
+        """The ids of all nodes that hold tasks, or on which one is stuck."""
 
     @abstractmethod
     def unfinished(self, types: Iterable[str]) -> bool:
@@ -178,7 +190,49 @@ class Repository(TaskRepository):
 
     @abstractmethod
     def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
-        """Tasks of a finished status that ended before a moment, in milliseconds."""
+        """Tasks of a finished status that ended before a moment, in milliseconds.
+
+        Not those that are parents of a task that waits for its parents.
+        """
+
+    @abstractmethod
+    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of these tasks that exists, by id."""
+
+    @abstractmethod
+    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
+        """Which task holds each of these unique keys, by key."""
+
+    @abstractmethod
+    def awaited(self, after: str, limit: int) -> Sequence[str]:
+        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
+
+    @abstractmethod
+    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that wait on one of these."""
+
+    @abstractmethod
+    def next_in_line(self, key: str) -> str | None:
+        """The first task of a concurrency key that waits for its turn."""
+
+    @abstractmethod
+    def lines(self, limit: int) -> Sequence[str]:
+        """Concurrency keys with tasks that wait for their turn, and none that has it."""
+
+    @abstractmethod
+    def stuck_on(self, node: str) -> Sequence[Stub]:
+        """The tasks, whatever their status, that a thread of an ended attempt still runs on a node."""
+
+    @abstractmethod
+    def notes(self, prefix: str) -> dict[str, Note]:
+        """All notes whose name begins so, by name."""
+
+    @abstractmethod
+    def put_note(self, name: str, text: str | None, version: int) -> bool:
+        """Store a note, or with None remove it, if its version is still that one; else False.
+
+        Version 0: if there is none. It survives a power cut.
+        """
 
     def shrink(self) -> bool:
         """Give a little of the space that nothing uses back to the disk; whether there is more."""
@@ -276,7 +330,7 @@ class Repository(TaskRepository):
         """
         task = _storable(task)
         stored = self.get_by_id(task.id)
-        if not self.apply([lifecycle.amend(stored, task, self.clock.now_ms())])[0]:
+        if not any(self.apply(lifecycle.amend(stored, task, self.clock.now_ms()))):
             raise InvalidTransition(f"task {task.id} moved on while it was being updated")
 
     def update_status(self, task_id: str, status: TaskStatus, message: str = "") -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -12,10 +12,22 @@ import attrs
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.lifecycle import FINISHED
-from taskx.core.model import Task, TaskFilter
-from taskx.core.record import COLUMNS, DEFAULTS, Stub, stub_from_row, task_from_row
+from taskx.core.model import TASK_FIELDS, Task, TaskFilter
+from taskx.core.record import (
+    COLUMNS,
+    DEFAULTS,
+    FOR_PARENTS,
+    FOR_TURN,
+    FREE,
+    UNIQUE,
+    UNTIL_DUE,
+    Stub,
+    ids_from_text,
+    stub_from_row,
+    task_from_row,
+)
 from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
-from taskx.storage.base import Node, Repository
+from taskx.storage.base import Node, Note, Repository
 
 Row = dict[str, Any]
 
@@ -36,6 +48,13 @@ class MemoryRepository(Repository):
         self._held: list[tuple[int, str]] = []
         self._owned: dict[str, dict[str, Row]] = {}
         self._active: dict[str, int] = {}
+        self._waiting: dict[str, set[str]] = {}
+        self._parents: dict[str, int] = {}
+        self._lines: dict[str, list[tuple[int, str]]] = {}
+        # Which row has what no two may have; finished ones, too.
+        self._unique: dict[tuple[str, str], str] = {}
+        self._stuck: dict[str, dict[str, Row]] = {}
+        self._notes: dict[str, Note] = {}
         self._nodes: dict[str, Node] = {}
 
     # --- writing
@@ -70,8 +89,17 @@ class MemoryRepository(Repository):
     def _holds(self, write: Write) -> bool:
         row = self._rows.get(write.id)
         if isinstance(write, Insert):
-            return row is None
-        return row is not None and matches(row, write.guard)
+            return row is None and self._unique_free(write.id, write.row)
+        if row is None or not matches(row, write.guard):
+            return False
+        return isinstance(write, Delete) or self._unique_free(write.id, write.changes)
+
+    def _unique_free(self, task_id: str, columns: Mapping[str, Any]) -> bool:
+        return all(
+            self._unique.get((name, columns[name]), task_id) == task_id
+            for name in UNIQUE
+            if columns.get(name) is not None
+        )
 
     def _apply_one(self, write: Write) -> bool:
         if not self._holds(write):
@@ -99,34 +127,68 @@ class MemoryRepository(Repository):
         return row is not None and all(row[name] == value for name, value in traces(write).items())
 
     def _index(self, row: Row) -> None:
+        for name in UNIQUE:
+            if row[name] is not None:
+                self._unique[name, row[name]] = row["id"]
+        if row["stuck_on"]:
+            self._stuck.setdefault(row["stuck_on"], {})[row["id"]] = row
         if row["status"] in FINISHED:
             return
-        if row["owner"]:
-            self._owned.setdefault(row["owner"], {})[row["id"]] = row
         if row["status"] == "running":
             if row["owner"]:
-                self._active[row["type"]] = self._active.get(row["type"], 0) + 1
-        elif row["held"]:
-            bisect.insort(self._held, (row["run_at"], row["id"]))
-        else:
-            self._active[row["type"]] = self._active.get(row["type"], 0) + 1
+                self._owned.setdefault(row["owner"], {})[row["id"]] = row
+                self._count_active(row, 1)
+        elif row["held"] == FREE:
+            if row["owner"]:
+                self._owned.setdefault(row["owner"], {})[row["id"]] = row
+            self._count_active(row, 1)
             bisect.insort(self._ready.setdefault((row["owner"], row["type"]), []), _rank(row))
+        elif row["held"] == UNTIL_DUE:
+            bisect.insort(self._held, (row["run_at"], row["id"]))
+        elif row["held"] == FOR_PARENTS:
+            self._waiting.setdefault(row["waiting_on"], set()).add(row["id"])
+            self._count_parents(row, 1)
+        elif row["held"] == FOR_TURN:
+            line = self._lines.setdefault(row["concurrency_key"], [])
+            bisect.insort(line, (row["sequence"], row["id"]))
 
     def _unindex(self, row: Row) -> None:
+        for name in UNIQUE:
+            if row[name] is not None:
+                del self._unique[name, row[name]]
+        if row["stuck_on"]:
+            _take_out(self._stuck, row["stuck_on"], row)
         if row["status"] in FINISHED:
             return
-        if row["owner"]:
-            self._owned[row["owner"]].pop(row["id"])
-            if not self._owned[row["owner"]]:
-                del self._owned[row["owner"]]
         if row["status"] == "running":
             if row["owner"]:
-                self._active[row["type"]] -= 1
-        elif row["held"]:
-            _remove_sorted(self._held, (row["run_at"], row["id"]))
-        else:
-            self._active[row["type"]] -= 1
+                _take_out(self._owned, row["owner"], row)
+                self._count_active(row, -1)
+        elif row["held"] == FREE:
+            if row["owner"]:
+                _take_out(self._owned, row["owner"], row)
+            self._count_active(row, -1)
             _remove_sorted(self._ready[row["owner"], row["type"]], _rank(row))
+        elif row["held"] == UNTIL_DUE:
+            _remove_sorted(self._held, (row["run_at"], row["id"]))
+        elif row["held"] == FOR_PARENTS:
+            self._waiting[row["waiting_on"]].remove(row["id"])
+            if not self._waiting[row["waiting_on"]]:
+                del self._waiting[row["waiting_on"]]
+            self._count_parents(row, -1)
+        elif row["held"] == FOR_TURN:
+            _remove_sorted(self._lines[row["concurrency_key"]], (row["sequence"], row["id"]))
+            if not self._lines[row["concurrency_key"]]:
+                del self._lines[row["concurrency_key"]]
+
+    def _count_active(self, row: Row, change: int) -> None:
+        self._active[row["type"]] = self._active.get(row["type"], 0) + change
+
+    def _count_parents(self, row: Row, change: int) -> None:
+        for parent in ids_from_text(row["depends_on"]):
+            self._parents[parent] = self._parents.get(parent, 0) + change
+            if not self._parents[parent]:
+                del self._parents[parent]
 
     # --- reading
 
@@ -194,7 +256,7 @@ class MemoryRepository(Repository):
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""
         with self._lock:
-            return list(self._owned)
+            return list({*self._owned, *self._stuck})
 
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types is running, or pending and not held back."""
@@ -207,9 +269,67 @@ class MemoryRepository(Repository):
             found = (
                 row
                 for row in self._rows.values()
-                if row["status"] == status and row["completed_at"] < before
+                if row["status"] == status
+                and row["completed_at"] < before
+                and row["id"] not in self._parents
             )
             return [stub_from_row(row) for row in islice(found, limit)]
+
+    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of these tasks that exists, by id."""
+        with self._lock:
+            return {i: self._rows[i]["status"] for i in task_ids if i in self._rows}
+
+    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
+        """Which task holds each of these unique keys, by key."""
+        with self._lock:
+            holders = {key: self._unique.get(("unique_lock", key)) for key in keys}
+            return {key: task_id for key, task_id in holders.items() if task_id is not None}
+
+    def awaited(self, after: str, limit: int) -> Sequence[str]:
+        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
+        with self._lock:
+            return sorted(parent for parent in self._waiting if parent > after)[:limit]
+
+    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that wait on one of these."""
+        with self._lock:
+            return [child for parent in task_ids for child in self._waiting.get(parent, ())]
+
+    def next_in_line(self, key: str) -> str | None:
+        """The first task of a concurrency key that waits for its turn."""
+        with self._lock:
+            line = self._lines.get(key)
+            return line[0][1] if line else None
+
+    def lines(self, limit: int) -> Sequence[str]:
+        """Concurrency keys with tasks that wait for their turn, and none that has it."""
+        with self._lock:
+            return [key for key in self._lines if ("turn", key) not in self._unique][:limit]
+
+    def stuck_on(self, node: str) -> Sequence[Stub]:
+        """The tasks that a thread of an ended attempt still runs on a node."""
+        with self._lock:
+            return [stub_from_row(row) for row in self._stuck.get(node, {}).values()]
+
+    # --- notes
+
+    def notes(self, prefix: str) -> dict[str, Note]:
+        """All notes whose name begins so, by name."""
+        with self._lock:
+            return {name: note for name, note in self._notes.items() if name.startswith(prefix)}
+
+    def put_note(self, name: str, text: str | None, version: int) -> bool:
+        """Store a note, or remove it, if its version is still that one."""
+        with self._lock:
+            stored = self._notes.get(name)
+            if version != (0 if stored is None else stored.version):
+                return False
+            if text is None:
+                self._notes.pop(name, None)
+            else:
+                self._notes[name] = Note(text, version + 1 if version else self.clock.now_ms())
+            return True
 
     def changed(self) -> bool:
         """Always true: another queue of this process may have changed something."""
@@ -241,7 +361,7 @@ class MemoryRepository(Repository):
 
 
 def _task(row: Row) -> Task:
-    return task_from_row([row[name] for name in COLUMNS])
+    return task_from_row([row[name] for name in TASK_FIELDS])
 
 
 def _rank(row: Row) -> tuple[int, int, str]:
@@ -250,6 +370,12 @@ def _rank(row: Row) -> tuple[int, int, str]:
 
 def _age(rank: tuple[int, int, str]) -> int:
     return rank[1]
+
+
+def _take_out(rows: dict[str, dict[str, Row]], key: str, row: Row) -> None:
+    del rows[key][row["id"]]
+    if not rows[key]:
+        del rows[key]
 
 
 def _remove_sorted(items: list[Any], item: Any) -> None:

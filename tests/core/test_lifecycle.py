@@ -12,7 +12,8 @@ from taskx import CancelReason, InvalidTransition, Task, TaskStatus
 from taskx.core import lifecycle
 from taskx.core.clock import to_datetime
 from taskx.core.lifecycle import Ending
-from taskx.core.record import COLUMNS, row_from_task, task_from_row
+from taskx.core.model import TASK_FIELDS
+from taskx.core.record import row_from_task, task_from_row
 from taskx.core.writes import Delete, Insert, matches
 
 NOW = 1_700_000_000_000
@@ -43,7 +44,7 @@ def apply(task: Task, *writes) -> Task | None:
     if isinstance(holding[0], Delete):
         return Task(id="deleted")
     row.update(holding[0].changes)
-    return task_from_row([row[name] for name in COLUMNS])
+    return task_from_row([row[name] for name in TASK_FIELDS])
 
 
 def end(task: Task, **ending) -> Task | None:
@@ -91,12 +92,12 @@ class TestTable:
         for status in TaskStatus:
             wanted = attrs.evolve(task, status=status)
             for by_hand in (
-                lambda: lifecycle.requeue(task, LATER),
-                lambda s=status: lifecycle.set_status(task, s, "", LATER),
+                lambda: [lifecycle.requeue(task, LATER)],
+                lambda s=status: [lifecycle.set_status(task, s, "", LATER)],
                 lambda w=wanted: lifecycle.amend(task, w, LATER),
             ):
                 with suppress(InvalidTransition):
-                    yield [by_hand()]
+                    yield by_hand()
 
     def test_each_move_by_hand_is_allowed_or_refused_as_the_table_says(self):
         edges = {(move.source, move.target) for move in lifecycle.MOVES}

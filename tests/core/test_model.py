@@ -60,7 +60,16 @@ tasks = st.builds(
     owner=texts,
     worker=texts,
     earlier_attempts=st.lists(attempts, max_size=3),
+    depends_on=st.lists(texts, max_size=3),
+    concurrency_key=st.none() | texts,
+    stuck_on=texts,
+    checkpoints=st.dictionaries(keys, json_values, max_size=3),
+    log=texts,
 )
+
+
+def read(row):
+    return task_from_row([row[name] for name in TASK_FIELDS])
 
 
 class TestTask:
@@ -75,7 +84,7 @@ class TestTask:
     def test_to_a_row_and_back(self, task):
         row = row_from_task(task)
         assert tuple(row) == COLUMNS
-        assert task_from_row(tuple(row.values())) == task
+        assert read(row) == task
 
     def test_the_first_thirteen_names_are_the_originals(self):
         assert list(Task().to_dict())[:13] == [
@@ -88,6 +97,18 @@ class TestTask:
         assert list(TASK_FIELDS) == names[:-1]
         assert names[-1] == "damage"
         assert set(CREATED) | set(DEFAULTS) == set(COLUMNS)
+
+    def test_what_goes_with_a_key_or_a_parent_is_kept(self):
+        task = Task(
+            id="a",
+            created_at=to_datetime(0),
+            unique_key="k",
+            unique_scope="ever",
+            depends_on=["b"],
+            on_parent_failure="run",
+        )
+        assert read(row_from_task(task)) == task
+        assert Task.from_dict(task.to_dict()) == task
 
     def test_a_new_row_is_a_new_task(self):
         task = Task(id="a", type="t", created_at=to_datetime(0))
@@ -121,11 +142,13 @@ class TestTask:
 
     def test_a_row_that_is_damaged_says_so(self):
         row = row_from_task(Task(id="a", type="t", params={"x": 1}, created_at=to_datetime(0)))
-        for column in ("params", "result", "earlier_attempts"):
-            task = task_from_row(tuple({**row, column: "{not JSON"}.values()))
+        for column in ("params", "result", "earlier_attempts", "depends_on", "checkpoints"):
+            task = read({**row, column: "{not JSON"})
             assert "damaged" in task.damage
             assert (task.id, task.params) == ("a", {})
-        assert "no JSON object" in task_from_row(tuple({**row, "params": "[1]"}.values())).damage
+        assert "no JSON object" in read({**row, "params": "[1]"}).damage
+        for column in ("unique_key", "concurrency_key", "log"):
+            assert "damaged" in read({**row, column: b"\xff"}).damage
 
     def test_the_attempt_a_user_sees_counts_errors_only(self):
         assert Task(errors=2, crashes=5, interruptions=5, starts=12).attempt == 3

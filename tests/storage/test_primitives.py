@@ -76,6 +76,29 @@ def run(store, add, clock):
     return run
 
 
+def in_threads(work, count):
+    """Do it in so many threads at once, that switch all the time."""
+    failures = []
+
+    def guarded():
+        try:
+            work()
+        except Exception as error:  # noqa: BLE001  (told below)
+            failures.append(error)
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        threads = [threading.Thread(target=guarded) for _ in range(count)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert failures == []
+
+
 def ids(stubs):
     return [stub.id for stub in stubs]
 
@@ -736,3 +759,211 @@ class TestContention:
     def test_the_race_finds_a_careless_implementation(self):
         """Else it would prove nothing."""
         assert any(max(race_to_start(Careless(), 100)) > 1 for _ in range(10))
+
+
+#: Stores that can say something about several tasks at once.
+between_tasks = pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO], indirect=True)
+
+
+class TestNotes:
+    """A text under a name, changed by compare-and-set."""
+
+    @between_tasks
+    def test_stored_read_changed_and_removed(self, store):
+        assert store.notes("") == {}
+        assert store.put_note("a/1", "one", 0)
+        version = store.notes("a/1")["a/1"].version
+        assert version > 0
+        assert store.put_note("a/1", "two", version)
+        assert store.notes("a/1")["a/1"] == ("two", version + 1)
+        assert store.put_note("a/1", None, version + 1)
+        assert store.notes("") == {}
+
+    @between_tasks
+    def test_a_stale_version_changes_nothing(self, store):
+        assert store.put_note("a", "one", 0)
+        version = store.notes("a")["a"].version
+        assert not store.put_note("a", "again", 0)
+        assert not store.put_note("a", "stale", version + 1)
+        assert not store.put_note("a", None, version - 1)
+        assert not store.put_note("a", None, 0)
+        assert not store.put_note("b", "there is none", version)
+        assert store.put_note("b", None, 0)
+        assert store.notes("") == {"a": ("one", version)}
+
+    @between_tasks
+    def test_made_again_it_has_no_version_that_it_had_before(self, store, clock):
+        store.put_note("a", "one", 0)
+        old = store.notes("a")["a"].version
+        store.put_note("a", None, old)
+        clock.advance(1)
+        store.put_note("a", "new", 0)
+        assert not store.put_note("a", "stale", old)
+
+    @between_tasks
+    def test_found_by_the_beginning_of_their_name(self, store):
+        for name in ("x/%", "x/_", "x/ü", "y", "x"):
+            store.put_note(name, name, 0)
+        assert sorted(store.notes("x/")) == ["x/%", "x/_", "x/ü"]
+        assert sorted(store.notes("x/_")) == ["x/_"]
+        assert len(store.notes("")) == 5
+
+    @between_tasks
+    def test_of_racing_changes_one_is_made(self, store):
+        store.put_note("a", "0", 0)
+        won = []
+
+        def count():
+            for _ in range(20):
+                note = store.notes("a")["a"]
+                if store.put_note("a", str(int(note.text) + 1), note.version):
+                    won.append(1)
+
+        in_threads(count, 4)
+        assert store.notes("a")["a"].text == str(len(won))
+        assert len(won) >= 20
+
+    @pytest.mark.parametrize("store", ["adapter"], indirect=True)
+    def test_eight_methods_cannot_keep_them(self, store):
+        with pytest.raises(ConfigurationError, match="eight methods"):
+            store.put_note("a", "one", 0)
+        assert store.notes("") == {}
+
+
+class TestUnique:
+    """No two tasks have the same in a unique column."""
+
+    @between_tasks
+    @pytest.mark.parametrize("whole", [False, True])
+    def test_the_second_insert_does_not_hold(self, store, add, clock, whole):
+        add("a", unique_key="k", unique_scope="ever")
+        writes = [insert("b", clock), insert("c", clock, unique_key="k", unique_scope="ever")]
+        assert list(store.apply(writes, all_or_nothing=whole)) == [True, False]
+        assert sorted(store.get_many(["a", "b", "c"])) == (["a"] if whole else ["a", "b"])
+        assert store.unique_holders(["k", "other"]) == {"k": "a"}
+        assert store.get_by_id("a").unique_key == "k"
+
+    @between_tasks
+    def test_given_up_it_is_free(self, store, add):
+        add("a", unique_key="k", unique_scope="ever")
+        assert list(store.apply([Update("a", {}, {"unique_lock": None})])) == [True]
+        assert store.unique_holders(["k"]) == {}
+        add("b", unique_key="k", unique_scope="ever")
+        store.delete("b")
+        add("c", unique_key="k", unique_scope="ever")
+
+    @between_tasks
+    def test_an_update_to_what_another_has_does_not_hold(self, store, add):
+        add("a")
+        add("b")
+        first, second = (
+            Update(i, {"turn": None}, {"turn": "t", "message": "has it"}) for i in "ab"
+        )
+        assert list(store.apply([first, second])) == [True, False]
+        assert list(store.apply([second])) == [False]
+        assert store.get_by_id("b").message == ""
+        freed = Update("a", {"turn": "t"}, {"turn": None})
+        assert list(store.apply([freed, second])) == [True, True]
+
+    @between_tasks
+    def test_one_winner_among_racing_inserts(self, store, clock):
+        won = []
+
+        def submit():
+            for key in "abcdefgh":
+                task_id = f"{key}{threading.get_ident()}"
+                write = insert(task_id, clock, unique_key=key, unique_scope="ever")
+                won.extend([key] * store.apply([write])[0])
+
+        in_threads(submit, 4)
+        assert sorted(won) == list("abcdefgh")
+
+    @pytest.mark.parametrize("store", ["adapter"], indirect=True)
+    @pytest.mark.parametrize(
+        "option", [{"unique_key": "k"}, {"depends_on": ["a"]}, {"concurrency_key": "k"}]
+    )
+    def test_eight_methods_cannot_hold_it(self, store, clock, option):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(option))}; nothing was stored"):
+            store.apply([insert("b", clock, **option)])
+        assert store.get_many(["b"]) == {}
+
+
+class TestParents:
+    @between_tasks
+    def test_a_child_is_found_by_the_parent_it_waits_on(self, store, add, clock):
+        add("p")
+        add("q")
+        add("c", depends_on=["p", "q"])
+        add("d", depends_on=["p"], on_parent_failure="run")
+        assert store.get_by_id("d").depends_on == ["p"]
+        assert store.get_by_id("d").on_parent_failure == "run"
+        assert store.awaited("", 10) == ["p", "q"]
+        assert store.awaited("p", 10) == ["q"]
+        assert store.awaited("", 1) == ["p"]
+        assert store.waiting_for(["q", "nobody"]) == ["c"]
+        assert ids(store.ready(["t"], 10)) == ["p", "q"]
+        assert store.count(TaskFilter(status=TaskStatus.PENDING)) == 4
+        moved = Update("c", {"waiting_on": "q", "held": 2}, {"waiting_on": "p"})
+        freed = Update("d", {"waiting_on": "p", "held": 2}, {"waiting_on": None, "held": 0})
+        assert list(store.apply([moved, freed])) == [True, True]
+        assert (store.awaited("", 10), store.waiting_for(["p"])) == (["p"], ["c"])
+        assert ids(store.ready(["t"], 10)) == ["p", "q", "d"]
+
+    @between_tasks
+    def test_the_status_of_many(self, store, add, run):
+        add("a")
+        run("b")
+        assert store.statuses(["b", "nobody", "a"]) == {"a": "pending", "b": "running"}
+        assert store.statuses([]) == {}
+
+    @between_tasks
+    def test_what_a_waiting_task_needs_is_not_offered_for_pruning(self, store, run, add, clock):
+        for parent in ("p", "q"):
+            task = run(parent)
+            add(f"child of {parent}", depends_on=[parent])
+            store.apply(lifecycle.conclude(task, Ending(returned=True), clock.now_ms()))
+        clock.advance(10)
+        assert store.ended("completed", clock.now_ms(), 10) == []
+        store.apply([Update("child of p", {"held": 2}, {"held": 0, "waiting_on": None})])
+        assert ids(store.ended("completed", clock.now_ms(), 10)) == ["p"]
+        store.delete("child of q")
+        assert sorted(ids(store.ended("completed", clock.now_ms(), 10))) == ["p", "q"]
+
+
+class TestLines:
+    @between_tasks
+    def test_first_come_first_in_line(self, store, add):
+        for task_id in "cab":
+            add(task_id, concurrency_key="k")
+        add("x", concurrency_key="other")
+        assert store.next_in_line("k") == "c"
+        assert store.next_in_line("nobody") is None
+        assert sorted(store.lines(10)) == ["k", "other"]
+        assert store.ready(["t"], 10) == []
+        turn = Update("c", {"held": 4}, {"held": 0, "turn": "k"})
+        assert list(store.apply([turn])) == [True]
+        assert (store.next_in_line("k"), store.lines(10)) == ("a", ["other"])
+        assert ids(store.ready(["t"], 10)) == ["c"]
+        store.delete("c")
+        assert sorted(store.lines(10)) == ["k", "other"]
+        assert len(store.lines(1)) == 1
+
+
+class TestStuck:
+    @between_tasks
+    def test_found_by_node_whatever_its_status(self, store, run, clock):
+        for task_id, status in (("a", "failed"), ("b", "pending")):
+            run(task_id)
+            changes = {"status": status, "owner": "", "stuck_on": "node", "held": 3}
+            if status == "failed":
+                changes["completed_at"] = clock.now_ms()
+            assert list(store.apply([Update(task_id, {}, changes)])) == [True]
+        assert sorted(ids(store.stuck_on("node"))) == ["a", "b"]
+        assert store.stuck_on("other") == []
+        assert store.owners() == ["node"]
+        assert (store.owned("node"), store.ready(["t"], 10)) == ([], [])
+        assert store.get_by_id("a").stuck_on == "node"
+        over = [Update(i, {"stuck_on": "node"}, {"stuck_on": "", "held": 0}) for i in "ab"]
+        assert list(store.apply(over)) == [True, True]
+        assert (store.stuck_on("node"), store.owners()) == ([], [])
+        assert ids(store.ready(["t"], 10)) == ["b"]

@@ -342,8 +342,8 @@ class TestStatements:
         ("name", "values", "index"),
         [
             ("READY", ("", "t", 5), "tasks_ready"),
-            ("DUE", (0, 5), "tasks_due"),
-            ("NEXT_DUE", (), "tasks_due"),
+            ("DUE", (0, 5), "tasks_held"),
+            ("NEXT_DUE", (), "tasks_held"),
         ],
     )
     def test_of_the_scheduler_search_an_index(self, plan, name, values, index):
@@ -367,6 +367,25 @@ class TestStatements:
         looks = [step for step in steps if " tasks " in f"{step} "]
         assert all("INDEX tasks_ready" in step or "INDEX tasks_running" in step for step in looks)
         assert any(index in step for step in looks), steps
+
+    @pytest.mark.parametrize(
+        ("sql", "values", "index"),
+        [
+            (statements.AWAITED, ("", 1), "tasks_waiting"),
+            (statements.select_many(2, "id", "waiting_on"), ("a", "b"), "tasks_waiting"),
+            (statements.select_many(2, "id", "unique_lock"), ("a", "b"), "tasks_unique"),
+            (statements.NEXT_IN_LINE, ("k",), "tasks_in_line"),
+            (statements.LINES, (1,), "tasks_in_line tasks_turn"),
+            (statements.STUCK, ("node",), "tasks_stuck"),
+            (statements.OWNERS_OF_STUCK, (), "tasks_stuck"),
+            (statements.ENDED.format("failed"), (1, 1, 1), "tasks_failed sqlite_autoindex_tasks_1"),
+        ],
+    )
+    def test_of_what_few_tasks_have_search_an_index_of_those(self, plan, sql, values, index):
+        looks = [step for step in plan(sql, values) if "TEMP" not in step and "tasks" in step]
+        assert looks
+        for step in looks:
+            assert any(f"INDEX {name} " in f"{step} " for name in index.split()), step
 
     def test_of_the_oldest_reads_nothing_but_the_index_and_one_row(self, plan):
         steps = plan(statements.OLDEST_READY, ())
@@ -393,7 +412,7 @@ class TestStatements:
         uses = [step for step in steps if " tasks " in f"{step} "]
         assert uses
         allowed = {
-            TaskStatus.PENDING: ("INDEX tasks_ready", "INDEX tasks_due"),
+            TaskStatus.PENDING: ("INDEX tasks_ready", "INDEX tasks_held"),
             TaskStatus.RUNNING: ("INDEX tasks_running",),
         }.get(status, (f"INDEX tasks_{status}",))
         for step in uses:
@@ -411,7 +430,8 @@ class TestStatements:
         repository.close()
         for index, condition in [
             ("tasks_ready", "status = 'pending' AND held = 0"),
-            ("tasks_due", "status = 'pending' AND held = 1"),
+            ("tasks_held", "status = 'pending' AND held > 0"),
+            ("tasks_in_line", "status = 'pending' AND held = 4"),
             ("tasks_running", "status = 'running'"),
         ]:
             sql = f"SELECT count(*) FROM tasks INDEXED BY {index} WHERE {condition}"

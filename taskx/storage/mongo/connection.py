@@ -84,6 +84,11 @@ class Connection:
         """Which batches of tasks were committed, or abandoned."""
         return self._collection(".batches")
 
+    @property
+    def notes(self) -> Collection[Document]:
+        """Short texts kept under names."""
+        return self._collection(".notes")
+
     def run(self, work: Callable[[], T], timeout: float | None = None) -> T:
         """Do something with the collections, within the time-out.
 

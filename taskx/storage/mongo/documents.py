@@ -29,7 +29,7 @@ from bson.int64 import Int64
 
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
-from taskx.core.model import TIME_FIELDS, Task, TaskStatus
+from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Task, TaskStatus
 from taskx.core.record import COLUMNS, DEFAULTS, Stub, task_from_row
 
 Document = dict[str, Any]
@@ -83,6 +83,8 @@ def fields(columns: Mapping[str, Any]) -> Document:
             changed["taskx.seconds"] = float(value)
         elif name == "earlier_attempts":
             changed[PATHS[name]] = _shortened(value)
+        elif name == "depends_on":  # a list, as it is looked for by each of them
+            changed[PATHS[name]] = None if value is None else payload.loads(value)
         elif name != "id":
             changed[PATHS[name]] = plain(name, value)
     return changed
@@ -178,7 +180,7 @@ def task_from_document(document: Mapping[str, Any]) -> Task:
     """The task of a document, whoever wrote it; what is damaged is named in ``task.damage``."""
     row = row_from_document(document)
     odd = row["status"] not in _STATUSES
-    task = task_from_row([{**row, "status": "failed"}[n] if odd else row[n] for n in COLUMNS])
+    task = task_from_row([{**row, "status": "failed"}[n] if odd else row[n] for n in TASK_FIELDS])
     if odd and not task.damage:
         task.damage = f"the stored record is damaged: {row['status']!r:.50} as status"
     return task
@@ -195,6 +197,8 @@ def row_from_document(document: Mapping[str, Any]) -> dict[str, Any]:
     result = document.get("result")
     row["result"] = None if result is None else _text(result, ours.get("result_as"))
     row["duration"] = _duration(row["duration"], ours.get("seconds"))
+    if isinstance(row["depends_on"], list):
+        row["depends_on"] = _text(row["depends_on"], "")
     row["dead_letter"] = int(bool(row["dead_letter"]))
     row["type"] = row["type"] or ""
     row["created_at"] = row["created_at"] or 0

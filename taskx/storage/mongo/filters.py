@@ -11,7 +11,7 @@ from pymongo import ASCENDING, DESCENDING
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter
-from taskx.core.record import DEFAULTS
+from taskx.core.record import DEFAULTS, FREE
 from taskx.core.writes import PRESENT
 from taskx.storage.mongo.documents import PATHS, fields, plain
 
@@ -104,7 +104,7 @@ def startable(types: list[str], owner: str) -> Document:
         "status": "pending",
         "type": {"$in": types},
         "taskx.owner": owner,
-        "taskx.held": 0,
+        "taskx.held": FREE,
         **VISIBLE,
     }
 
@@ -118,9 +118,7 @@ FOREIGN: Document = {
 }
 
 
-def held(**run_at: Any) -> Document:
-    """Pending tasks that are held back, with conditions on ``run_at``."""
-    found: Document = {"status": "pending", "taskx.held": 1, **VISIBLE}
-    if run_at:
-        found["taskx.run_at"] = run_at
-    return found
+def held(why: int, **more: Any) -> Document:
+    """Pending tasks that are held back for that reason, with further conditions on our fields."""
+    wanted = {f"taskx.{name}": condition for name, condition in more.items()}
+    return {"status": "pending", "taskx.held": why, **wanted, **VISIBLE}

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pymongo import ASCENDING, IndexModel
+from pymongo.collection import Collection
 from pymongo.errors import OperationFailure
 
+from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.filters import BEST_FIRST, NEWEST_FIRST
 
@@ -32,6 +36,10 @@ def _make(connection: Connection, index: IndexModel) -> None:
     options = dict(index.document)
     keys = _keys(index)
     del options["key"]
+    if options.get("unique") and not isinstance(connection.tasks, Collection):
+        options["sparse"] = (
+            True  # a mock of the driver forgets the filter for what is there already
+        )
     try:
         connection.tasks.create_index(keys, **options)
     except OperationFailure as error:
@@ -57,16 +65,29 @@ def _indexes() -> list[IndexModel]:
         IndexModel(
             [("taskx.run_at", ASCENDING), ("_id", ASCENDING)],
             name="taskx_due",
-            partialFilterExpression={"status": "pending", "taskx.held": 1},
+            partialFilterExpression={"status": "pending", "taskx.held": UNTIL_DUE},
         ),
         IndexModel(
-            [("taskx.owner", ASCENDING)],
-            name="taskx_owner",
-            partialFilterExpression={"taskx.owner": {"$gt": ""}},
+            [("taskx.depends_on", ASCENDING)],
+            name="taskx_depends_on",
+            partialFilterExpression={"status": "pending", "taskx.held": FOR_PARENTS},
         ),
         IndexModel(
-            [("taskx.batch", ASCENDING)],
-            name="taskx_batch",
-            partialFilterExpression={"taskx.batch": {"$gt": ""}},
+            [("taskx.concurrency_key", ASCENDING), ("taskx.seq", ASCENDING)],
+            name="taskx_in_line",
+            partialFilterExpression={"status": "pending", "taskx.held": FOR_TURN},
         ),
+        *(_of_those_with(name) for name in ("owner", "batch", "waiting_on", "stuck_on")),
+        *(_of_those_with(name, unique=True) for name in UNIQUE),
     ]
+
+
+def _of_those_with(name: str, **options: Any) -> IndexModel:
+    """Of documents where this is a text that is not empty."""
+    path = f"taskx.{name}"
+    return IndexModel(
+        [(path, ASCENDING)],
+        name=f"taskx_{name}",
+        partialFilterExpression={path: {"$gt": ""}},
+        **options,
+    )

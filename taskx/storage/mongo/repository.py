@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -12,9 +12,9 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter
-from taskx.core.record import Stub
-from taskx.core.writes import Delete, Update, Write, traces
-from taskx.storage.base import Node, Repository
+from taskx.core.record import UNIQUE, Stub
+from taskx.core.writes import Delete, Insert, Update, Write, traces
+from taskx.storage.base import Node, Note, Repository
 
 if TYPE_CHECKING:
     from pymongo.database import Database
@@ -111,6 +111,7 @@ class MongoRepository(Repository):
         from taskx.storage.mongo.connection import Connection
         from taskx.storage.mongo.hosts import HostLocks
         from taskx.storage.mongo.leases import Leases
+        from taskx.storage.mongo.notes import Notes
         from taskx.storage.mongo.order import Order
         from taskx.storage.mongo.sender import Sender
         from taskx.storage.mongo.tasks import Tasks
@@ -128,6 +129,7 @@ class MongoRepository(Repository):
         self._batches = Batches(self._connection, self._sender, patience, monotonic)
         self._sender.make_way = self._batches.make_way
         self._tasks = Tasks(self._connection, self._batches, bool(adopt_foreign))
+        self._notes = Notes(self._connection, self.clock)
         locks = HostLocks(run_folder)
         self._leases = Leases(self._connection, lease_timeout, locks, monotonic)
         own = self._sender.is_own
@@ -162,6 +164,8 @@ class MongoRepository(Repository):
             PayloadError: a task is larger than MongoDB can keep.
             RepositoryUnavailable: nothing was applied, unless its ``in_doubt`` is True.
         """
+        if not self._indexed and any(map(_needs_index, writes)):
+            self.init_indexes()
         if all_or_nothing and len(writes) > 1:
             return self._batches.insert(writes)
         refused = [self._needs_lost_lease(write) for write in writes]
@@ -252,6 +256,42 @@ class MongoRepository(Repository):
     def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
         """Tasks of a finished status that ended before a moment."""
         return self._tasks.ended(status, before, limit)
+
+    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of these tasks that exists, by id."""
+        return self._tasks.statuses(task_ids)
+
+    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
+        """Which task holds each of these unique keys, by key."""
+        return self._tasks.unique_holders(keys)
+
+    def awaited(self, after: str, limit: int) -> Sequence[str]:
+        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
+        return self._tasks.awaited(after, limit)
+
+    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that wait on one of these."""
+        return self._tasks.waiting_for(task_ids)
+
+    def next_in_line(self, key: str) -> str | None:
+        """The first task of a concurrency key that waits for its turn."""
+        return self._tasks.next_in_line(key)
+
+    def lines(self, limit: int) -> Sequence[str]:
+        """Concurrency keys with tasks that wait for their turn, and none that has it."""
+        return self._tasks.lines(limit)
+
+    def stuck_on(self, node: str) -> Sequence[Stub]:
+        """The tasks that a thread of an ended attempt still runs on a node."""
+        return self._tasks.stuck_on(node)
+
+    def notes(self, prefix: str) -> dict[str, Note]:
+        """All notes whose name begins so, by name."""
+        return self._notes.notes(prefix)
+
+    def put_note(self, name: str, text: str | None, version: int) -> bool:
+        """Store a note, or remove it, if its version is still that one."""
+        return self._notes.put(name, text, version)
 
     def changed(self) -> bool:
         """Whether another process may have changed something since the last call; asks nobody."""
@@ -360,6 +400,16 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
     "poll_interval": _seconds,
     "adopt_foreign": _truth,
 }
+
+
+def _needs_index(write: Write) -> bool:
+    """Whether a write relies on a value that no two documents may have."""
+    columns = {} if isinstance(write, Delete) else _columns(write)
+    return any(columns.get(name) is not None for name in UNIQUE)
+
+
+def _columns(write: Insert | Update) -> Mapping[str, Any]:
+    return write.row if isinstance(write, Insert) else write.changes
 
 
 def _took_place(write: Write, row: dict[str, Any] | None) -> bool:

@@ -11,6 +11,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import bson
@@ -21,7 +22,7 @@ from pymongo import InsertOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
 from taskx.core.errors import PayloadError
-from taskx.core.record import DEFAULTS
+from taskx.core.record import DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write, matches
 from taskx.storage.mongo.connection import FAILURES, Connection
 from taskx.storage.mongo.documents import MARKS, Document, fields, new_document
@@ -176,8 +177,22 @@ class Sender:
                 op.held = self._delete(op)
         requests = [op for op in ops if not isinstance(op.write, Delete)]
         refused = self._write(requests) if requests else []
+        refused = [op for op in refused if not self._lacks_what_is_unique(op)]
         again = self.make_way([op.write.id for op in refused], force) if refused else ()
         return [op for op in refused if op.write.id in again]
+
+    def _lacks_what_is_unique(self, op: _Op) -> bool:
+        """Whether another task has what no two may have, beside the id."""
+        document = op.document or {}
+        taken = [
+            {f"taskx.{name}": document["taskx"][name]}
+            for name in UNIQUE
+            if name in document["taskx"]
+        ]
+        if not taken:
+            return False
+        wanted = {"$or": taken, "_id": {"$ne": document["_id"]}}
+        return self._connection.tasks.find_one(wanted, {"_id": 1}) is not None
 
     def _delete(self, op: _Op) -> bool:
         tasks = self._connection.tasks
@@ -341,5 +356,6 @@ def _write_one_by_one(
         except DuplicateKeyError:
             refused.add(index)
     for found, changed in changes:
-        matched += tasks.update_one(found, changed).matched_count
+        with suppress(DuplicateKeyError):
+            matched += tasks.update_one(found, changed).matched_count
     return matched, refused

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -11,7 +11,7 @@ from pymongo.errors import WriteError
 
 from taskx.core.clock import to_datetime
 from taskx.core.model import Task, TaskFilter
-from taskx.core.record import Stub
+from taskx.core.record import FOR_PARENTS, FOR_TURN, UNTIL_DUE, Stub
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import (
@@ -157,7 +157,9 @@ class Tasks:
             return []
 
         def read() -> list[Document]:
-            cursor = self._connection.tasks.find(held(**{"$lte": to_datetime(now)}), {"_id": 1})
+            cursor = self._connection.tasks.find(
+                held(UNTIL_DUE, run_at={"$lte": to_datetime(now)}), {"_id": 1}
+            )
             return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(limit))
 
         return [document["_id"] for document in self._connection.run(read)]
@@ -166,7 +168,9 @@ class Tasks:
         """The earliest ``run_at`` of the held back pending tasks."""
 
         def read() -> list[Document]:
-            cursor = self._connection.tasks.find(held(**{"$type": "date"}), {"taskx.run_at": 1})
+            cursor = self._connection.tasks.find(
+                held(UNTIL_DUE, run_at={"$type": "date"}), {"taskx.run_at": 1}
+            )
             return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(1))
 
         found = self._connection.run(read)
@@ -195,11 +199,81 @@ class Tasks:
         return [stub_from_document(document) for document in found]
 
     def owners(self) -> Sequence[str]:
-        """The ids of all nodes that hold tasks."""
+        """The ids of all nodes that hold tasks, or on which one is stuck."""
+
+        def read() -> list[str]:
+            tasks = self._connection.tasks
+            stuck = {"taskx.stuck_on": {"$gt": ""}, **VISIBLE}
+            return [
+                *{*tasks.distinct("taskx.owner", OWNED), *tasks.distinct("taskx.stuck_on", stuck)}
+            ]
+
+        return self._connection.run(read)
+
+    def stuck_on(self, node: str) -> Sequence[Stub]:
+        """The tasks that a thread of an ended attempt still runs on a node."""
+        wanted = {"taskx.stuck_on": text(node, "node"), **VISIBLE}
+        found = self._found(wanted, STUB_FIELDS) if node else []
+        return [stub_from_document(document) for document in found]
+
+    def _found(self, wanted: Document, fields: Mapping[str, int]) -> Sequence[Document]:
+        return self._connection.run(lambda: list(self._connection.tasks.find(wanted, fields)))
+
+    def _found_by(
+        self, path: str, values: Sequence[str], fields: Mapping[str, int]
+    ) -> Iterator[Document]:
+        known = texts(values, path)
+        for start in range(0, len(known), _MOST_IDS):
+            some = known[start : start + _MOST_IDS]
+            yield from self._found({path: {"$in": some}, **VISIBLE}, fields)
+
+    # --- parents, keys and lines
+
+    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of these tasks that exists, by id."""
+        found = self._found_by("_id", task_ids, {"status": 1})
+        return {document["_id"]: document["status"] for document in found}
+
+    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
+        """Which task holds each of these unique keys, by key."""
+        path = "taskx.unique_lock"
+        found = self._found_by(path, keys, {path: 1})
+        return {document["taskx"]["unique_lock"]: document["_id"] for document in found}
+
+    def awaited(self, after: str, limit: int) -> Sequence[str]:
+        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
+        wanted = held(FOR_PARENTS, waiting_on={"$gt": text(after, "after")})
         found: list[str] = self._connection.run(
-            lambda: self._connection.tasks.distinct("taskx.owner", OWNED)
+            lambda: self._connection.tasks.distinct("taskx.waiting_on", wanted)
         )
-        return found
+        return sorted(found)[:limit]
+
+    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that wait on one of these."""
+        found = self._found_by("taskx.waiting_on", task_ids, {"_id": 1})
+        return [document["_id"] for document in found]
+
+    def next_in_line(self, key: str) -> str | None:
+        """The first task of a concurrency key that waits for its turn."""
+        wanted = held(FOR_TURN, concurrency_key=text(key, "concurrency_key"))
+
+        def read() -> list[Document]:
+            cursor = self._connection.tasks.find(wanted, {"_id": 1})
+            return list(cursor.sort([("taskx.seq", 1), ("_id", 1)]).limit(1))
+
+        found = self._connection.run(read)
+        return found[0]["_id"] if found else None
+
+    def lines(self, limit: int) -> Sequence[str]:
+        """Concurrency keys with tasks that wait for their turn, and none that has it."""
+        keys: list[str] = self._connection.run(
+            lambda: self._connection.tasks.distinct("taskx.concurrency_key", held(FOR_TURN))
+        )
+        moving = {
+            document["taskx"]["turn"]
+            for document in self._found_by("taskx.turn", keys, {"taskx.turn": 1})
+        }
+        return [key for key in keys if key not in moving][:limit]
 
     def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
         """Tasks of a finished status that ended before a moment."""
@@ -208,7 +282,10 @@ class Tasks:
         wanted = {"status": text(status, "status"), "created_at": moment, "completed_at": moment}
 
         def read() -> list[Document]:
-            found = self._connection.tasks.find({**wanted, **VISIBLE}, STUB_FIELDS)
+            tasks = self._connection.tasks
+            needed = set(tasks.distinct("taskx.depends_on", held(FOR_PARENTS)))
+            free = {"_id": {"$nin": [*needed]}} if needed else {}
+            found = tasks.find({**wanted, **free, **VISIBLE}, STUB_FIELDS)
             return list(found.sort(OLDEST_FIRST).limit(limit))
 
         return [stub_from_document(document) for document in self._connection.run(read)]

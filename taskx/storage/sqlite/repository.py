@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Literal, TypeVar, get_args
 
 from taskx.core.checks import check_number
@@ -15,8 +15,8 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
-from taskx.core.writes import Delete, Insert, Update, Write, traces
-from taskx.storage.base import Node, Repository
+from taskx.core.writes import CREATED, Delete, Insert, Update, Write, traces
+from taskx.storage.base import Node, Note, Repository
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.liveness import NodeLocks
@@ -104,12 +104,13 @@ class SQLiteRepository(Repository):
             )
 
     def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
-        inserts = [write for write in writes if isinstance(write, Insert)]
+        alike = {tuple(write.row) if isinstance(write, Insert) else None for write in writes}
+        columns = alike.pop() if len(alike) == 1 else None
 
         def work(cursor: sqlite3.Cursor) -> Sequence[bool]:
-            if len(inserts) == len(writes):
-                rows = (tuple(write.row.values()) for write in inserts)
-                cursor.executemany(statements.INSERT_OR_FAIL, rows)
+            if columns == CREATED:
+                rows = (tuple(write.row.values()) for write in writes)  # type: ignore[union-attr]
+                cursor.executemany(statements.insert(CREATED), rows)
                 return [True] * len(writes)
             results = [_apply_one(cursor, write) for write in writes]
             if not all(results):
@@ -207,12 +208,44 @@ class SQLiteRepository(Repository):
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
         found = {}
-        for start in range(0, len(task_ids), _MOST_VARIABLES):
-            some = task_ids[start : start + _MOST_VARIABLES]
+        for some in _chunks(task_ids):
             read = self._rows_near if len(some) <= _FEW else self._rows
             for row in read(statements.select_many(len(some)), some):
                 found[row[0]] = task_from_row(row)
         return found
+
+    def _rows_of(self, columns: str, key: str, values: Sequence[str]) -> Iterator[Any]:
+        for some in _chunks(values):
+            yield from self._rows(statements.select_many(len(some), columns, key), some)
+
+    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of these tasks that exists, by id."""
+        return dict(self._rows_of("id, status", "id", task_ids))
+
+    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
+        """Which task holds each of these unique keys, by key."""
+        return dict(self._rows_of("unique_lock, id", "unique_lock", keys))
+
+    def awaited(self, after: str, limit: int) -> Sequence[str]:
+        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
+        return [parent for (parent,) in self._rows(statements.AWAITED, (after, limit))]
+
+    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that wait on one of these."""
+        return [child for (child,) in self._rows_of("id", "waiting_on", task_ids)]
+
+    def next_in_line(self, key: str) -> str | None:
+        """The first task of a concurrency key that waits for its turn."""
+        rows = self._rows(statements.NEXT_IN_LINE, (key,))
+        return rows[0][0] if rows else None
+
+    def lines(self, limit: int) -> Sequence[str]:
+        """Concurrency keys with tasks that wait for their turn, and none that has it."""
+        return [key for (key,) in self._rows(statements.LINES, (limit,))]
+
+    def stuck_on(self, node: str) -> Sequence[Stub]:
+        """The tasks that a thread of an ended attempt still runs on a node."""
+        return [_stub(row) for row in self._rows(statements.STUCK, (node,))]
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
@@ -260,7 +293,11 @@ class SQLiteRepository(Repository):
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""
-        queries = (statements.OWNERS_OF_READY, statements.OWNERS_OF_RUNNING)
+        queries = (
+            statements.OWNERS_OF_READY,
+            statements.OWNERS_OF_RUNNING,
+            statements.OWNERS_OF_STUCK,
+        )
         return list({owner for query in queries for (owner,) in self._rows(query)})
 
     def unfinished(self, types: Iterable[str]) -> bool:
@@ -313,6 +350,28 @@ class SQLiteRepository(Repository):
             self._write_lock.release()
         before, self._data_version = self._data_version, row[0]
         return bool(row[0] != before)
+
+    # --- notes
+
+    def notes(self, prefix: str) -> dict[str, Note]:
+        """All notes whose name begins so, by name."""
+        rows = self._rows(statements.NOTES, (len(prefix), prefix))
+        return {name: Note(text, version) for name, text, version in rows}
+
+    def put_note(self, name: str, text: str | None, version: int) -> bool:
+        """Store a note, or remove it, if its version is still that one."""
+        write: tuple[str, tuple[Any, ...]]
+        if version:
+            write = (
+                (statements.GONE_NOTE, (name, version))
+                if text is None
+                else (statements.CHANGED_NOTE, (text, name, version))
+            )
+        elif text is None:
+            return name not in self.notes(name)
+        else:
+            write = (statements.NEW_NOTE, (name, text, self.clock.now_ms()))
+        return self._transact(lambda cursor: cursor.execute(*write).rowcount == 1, durable=True)
 
     # --- nodes
 
@@ -484,7 +543,12 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     if isinstance(write, Update):
         cursor.execute(*statements.update((write.id,), write.guard, write.changes))
     elif isinstance(write, Insert):
-        cursor.execute(statements.INSERT, tuple(write.row.values()))
+        columns = tuple(write.row)
+        cursor.execute(statements.insert_if_new(columns), tuple(write.row.values()))
+        if columns != CREATED and cursor.rowcount == 1 and (parents := write.row.get("depends_on")):
+            pairs = [(parent, write.id) for parent in json.loads(parents)]
+            cursor.executemany(statements.NEW_PARENT, pairs)
+            return True
     else:
         cursor.execute(*statements.delete(write.id, write.guard))
     return cursor.rowcount == 1
@@ -497,6 +561,11 @@ def _took_place(cursor: sqlite3.Cursor, write: Write) -> bool:
     sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
     stored = cursor.execute(sql, (write.id,)).fetchone()
     return stored is not None and tuple(stored) == tuple(wanted.values())
+
+
+def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
+    for start in range(0, len(values), _MOST_VARIABLES):
+        yield values[start : start + _MOST_VARIABLES]
 
 
 def _fetch(connection: sqlite3.Connection, sql: str, values: Sequence[Any]) -> list[Any]:

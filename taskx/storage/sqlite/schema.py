@@ -35,6 +35,11 @@ _VERSION_1 = (
         max_attempts INTEGER,
         max_crashes INTEGER,
         retry TEXT,
+        unique_key TEXT,
+        unique_scope TEXT,
+        depends_on TEXT,
+        on_parent_failure TEXT,
+        concurrency_key TEXT,
         errors INTEGER NOT NULL DEFAULT 0,
         crashes INTEGER NOT NULL DEFAULT 0,
         interruptions INTEGER NOT NULL DEFAULT 0,
@@ -46,7 +51,13 @@ _VERSION_1 = (
         owner TEXT NOT NULL DEFAULT '',
         worker TEXT NOT NULL DEFAULT '',
         earlier_attempts TEXT NOT NULL DEFAULT '',
-        held INTEGER NOT NULL DEFAULT 0
+        stuck_on TEXT NOT NULL DEFAULT '',
+        checkpoints TEXT,
+        log TEXT NOT NULL DEFAULT '',
+        held INTEGER NOT NULL DEFAULT 0,
+        waiting_on TEXT,
+        unique_lock TEXT,
+        turn TEXT
     )
     """,
     "CREATE INDEX tasks_created ON tasks (created_at)",
@@ -54,12 +65,37 @@ _VERSION_1 = (
     CREATE INDEX tasks_ready ON tasks (owner, type, priority DESC)
     WHERE status = 'pending' AND held = 0
     """,
-    "CREATE INDEX tasks_due ON tasks (run_at) WHERE status = 'pending' AND held = 1",
+    "CREATE INDEX tasks_held ON tasks (held, run_at) WHERE status = 'pending' AND held > 0",
+    "CREATE INDEX tasks_waiting ON tasks (waiting_on) WHERE waiting_on IS NOT NULL",
+    "CREATE UNIQUE INDEX tasks_unique ON tasks (unique_lock) WHERE unique_lock IS NOT NULL",
+    "CREATE UNIQUE INDEX tasks_turn ON tasks (turn) WHERE turn IS NOT NULL",
+    "CREATE INDEX tasks_in_line ON tasks (concurrency_key) WHERE status = 'pending' AND held = 4",
+    "CREATE INDEX tasks_stuck ON tasks (stuck_on) WHERE stuck_on <> ''",
     "CREATE INDEX tasks_running ON tasks (owner) WHERE status = 'running'",
     # One for each status, which then need not be looked at: counting a million takes a quarter.
     "CREATE INDEX tasks_completed ON tasks (created_at) WHERE status = 'completed'",
     "CREATE INDEX tasks_failed ON tasks (created_at) WHERE status = 'failed'",
     "CREATE INDEX tasks_cancelled ON tasks (created_at) WHERE status = 'cancelled'",
+    # Which tasks depend on which, to be found by the parent. Most tasks have no row here.
+    """
+    CREATE TABLE parents (
+        parent TEXT NOT NULL,
+        child TEXT NOT NULL,
+        PRIMARY KEY (parent, child)
+    ) WITHOUT ROWID
+    """,
+    "CREATE INDEX parents_child ON parents (child)",
+    """
+    CREATE TRIGGER tasks_child_gone AFTER DELETE ON tasks WHEN OLD.depends_on IS NOT NULL
+    BEGIN DELETE FROM parents WHERE child = OLD.id; END
+    """,
+    """
+    CREATE TABLE notes (
+        name TEXT PRIMARY KEY,
+        text TEXT NOT NULL,
+        version INTEGER NOT NULL
+    ) WITHOUT ROWID
+    """,
     """
     CREATE TABLE nodes (
         id TEXT PRIMARY KEY,

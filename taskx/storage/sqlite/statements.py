@@ -8,9 +8,9 @@ from typing import Any
 
 from taskx.core.clock import to_ms
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
-from taskx.core.model import TaskFilter
-from taskx.core.record import COLUMNS
-from taskx.core.writes import CREATED, PRESENT
+from taskx.core.model import TASK_FIELDS, TaskFilter
+from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
+from taskx.core.writes import PRESENT
 
 # Cast, as one damaged record must not keep the others from being sorted.
 _STUB = (
@@ -18,21 +18,19 @@ _STUB = (
     "cancel_requested_at IS NOT NULL"
 )
 
-_PLAIN_INSERT = f"INSERT INTO tasks ({', '.join(CREATED)}) VALUES ({', '.join('?' * len(CREATED))})"
-INSERT = f"{_PLAIN_INSERT} ON CONFLICT (id) DO NOTHING"
-INSERT_OR_FAIL = _PLAIN_INSERT
-SELECT = f"SELECT {', '.join(COLUMNS)} FROM tasks"
+_TASK = ", ".join(TASK_FIELDS)
 READY = (
     f"SELECT {_STUB}, seq FROM tasks "
     "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
+# In these words, as the partial index is asked for by them.
+_HELD = "status = 'pending' AND held > 0 AND held = {}"
 DUE = (
-    "SELECT id FROM tasks WHERE status = 'pending' AND held = 1 AND run_at <= ? "
-    "ORDER BY run_at LIMIT ?"
+    f"SELECT id FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? ORDER BY run_at LIMIT ?"
 )
 # What is no number is above all numbers, and never due.
-NEXT_DUE = "SELECT min(run_at) FROM tasks WHERE status = 'pending' AND held = 1 AND run_at < 1e18"
+NEXT_DUE = f"SELECT min(run_at) FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at < 1e18"
 # The index alone says which one is the oldest: its entries end in seq.
 OLDEST_READY = (
     "SELECT max(CAST(created_at AS INTEGER), coalesce(CAST(run_at AS INTEGER), 0)) FROM tasks "
@@ -54,6 +52,23 @@ OWNERS_OF_READY, OWNERS_OF_RUNNING = (
     f"{_OWNERS_OF.format(which)} SELECT owner FROM owners WHERE owner <> ''"
     for which in (_READY, _RUNNING)
 )
+OWNERS_OF_STUCK = "SELECT DISTINCT stuck_on FROM tasks WHERE stuck_on <> ''"
+STUCK = f"SELECT {_STUB} FROM tasks WHERE stuck_on = ? AND stuck_on <> ''"
+AWAITED = (
+    "SELECT DISTINCT waiting_on FROM tasks WHERE waiting_on > ? AND waiting_on IS NOT NULL "
+    "ORDER BY waiting_on LIMIT ?"
+)
+_IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"
+NEXT_IN_LINE = f"SELECT id FROM tasks WHERE {_IN_LINE} AND concurrency_key = ? ORDER BY seq LIMIT 1"
+LINES = (
+    f"SELECT DISTINCT concurrency_key FROM tasks AS waiting WHERE {_IN_LINE} AND NOT EXISTS "
+    "(SELECT 1 FROM tasks WHERE turn = waiting.concurrency_key) LIMIT ?"
+)
+NEW_PARENT = "INSERT OR IGNORE INTO parents (parent, child) VALUES (?, ?)"
+NOTES = "SELECT name, text, version FROM notes WHERE substr(name, 1, ?) = ?"
+NEW_NOTE = "INSERT INTO notes (name, text, version) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
+CHANGED_NOTE = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
+GONE_NOTE = "DELETE FROM notes WHERE name = ? AND version = ?"
 UNFINISHED_READY = (
     f"{_OWNERS_OF.format(_READY)} SELECT 1 FROM owners CROSS JOIN tasks ON tasks.owner = owners.owner "
     f"AND {_READY} AND type = ? LIMIT 1"
@@ -61,7 +76,9 @@ UNFINISHED_READY = (
 # By the index of that status: a task was created before it ended.
 ENDED = (
     f"SELECT {_STUB} FROM (SELECT * FROM tasks INDEXED BY tasks_{{0}} WHERE status = '{{0}}' "
-    "AND created_at < ? ORDER BY created_at) WHERE completed_at < ? LIMIT ?"
+    "AND created_at < ? ORDER BY created_at) AS ended WHERE completed_at < ? AND NOT EXISTS "
+    "(SELECT 1 FROM parents JOIN tasks AS child ON child.id = parents.child WHERE "
+    f"parents.parent = ended.id AND child.status = 'pending' AND child.held = {FOR_PARENTS}) LIMIT ?"
 )
 FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "
@@ -71,9 +88,21 @@ UNFINISHED_RUNNING = "SELECT DISTINCT type FROM tasks WHERE status = 'running' A
 
 
 @lru_cache(maxsize=64)
-def select_many(count: int) -> str:
-    """Select tasks by ``count`` ids."""
-    return f"{SELECT} WHERE id IN ({', '.join('?' * count)})"
+def select_many(count: int, columns: str = _TASK, key: str = "id") -> str:
+    """Select columns of tasks by ``count`` ids, or values of another indexed column."""
+    return f"SELECT {columns} FROM tasks WHERE {key} IN ({', '.join('?' * count)})"
+
+
+@lru_cache(maxsize=64)
+def insert(columns: tuple[str, ...]) -> str:
+    """An ``INSERT`` of these columns."""
+    return f"INSERT INTO tasks ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+
+
+@lru_cache(maxsize=64)
+def insert_if_new(columns: tuple[str, ...]) -> str:
+    """An ``INSERT`` of these columns that does nothing where what must be unique is taken."""
+    return f"{insert(columns)} ON CONFLICT DO NOTHING"
 
 
 _shapes: dict[tuple[Any, ...], str] = {}
@@ -91,7 +120,8 @@ def update(
         where, values[len(changes) + len(task_ids) :] = _conditions(guard)
         settings = ", ".join(f"{name} = ?" for name in changes)
         which = "id = ?" if len(task_ids) == 1 else f"id IN ({', '.join('?' * len(task_ids))})"
-        sql = f"UPDATE tasks SET {settings} WHERE {which}{where}"
+        verb = "UPDATE OR IGNORE" if any(name in changes for name in UNIQUE) else "UPDATE"
+        sql = f"{verb} tasks SET {settings} WHERE {which}{where}"
         if not special:
             _shapes[key] = sql
     return sql, values
@@ -131,7 +161,7 @@ _SOURCES: dict[str | None, str] = {
     None: "tasks",
     PENDING: (
         "(SELECT * FROM tasks INDEXED BY tasks_ready WHERE status = 'pending' AND held = 0 UNION ALL "
-        "SELECT * FROM tasks INDEXED BY tasks_due WHERE status = 'pending' AND held = 1)"
+        "SELECT * FROM tasks INDEXED BY tasks_held WHERE status = 'pending' AND held > 0)"
     ),
     RUNNING: "(SELECT * FROM tasks INDEXED BY tasks_running WHERE status = 'running')",
     **{
@@ -144,7 +174,7 @@ _SOURCES: dict[str | None, str] = {
 def list_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
     """The query for the tasks that meet a filter, and its values."""
     source, values = _meeting(filter)
-    sql = f"SELECT {', '.join(COLUMNS)} FROM {source} ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
+    sql = f"SELECT {_TASK} FROM {source} ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
     return sql, [*values, filter.limit, filter.offset]
 
 
