@@ -8,9 +8,10 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any, overload
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from taskx.core import lifecycle
 from taskx.core.checks import check_number
@@ -40,6 +41,7 @@ from taskx.runtime.handles import TaskHandle, Watcher
 from taskx.runtime.hooks import Hook, Hooks
 from taskx.runtime.intake import Intake, SubmitOptions, with_options
 from taskx.runtime.ledger import Ledger
+from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
 from taskx.runtime.middleware import Layer, check_middleware
 from taskx.runtime.node import LocalNode
 from taskx.runtime.retention import prune_all
@@ -50,6 +52,8 @@ from taskx.storage.base import Repository, TaskRepository
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
+
+R = TypeVar("R")
 
 #: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
@@ -241,6 +245,103 @@ class Queue:
             TaskxError: as :meth:`submit` does; nothing was stored, unless it is in doubt.
         """
         return [TaskHandle(task_id, self) for task_id in self._intake.accept_many(tasks)]
+
+    @overload
+    def map(
+        self,
+        executor: Executor[..., R],
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: Literal[False] = False,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[R]: ...
+    @overload
+    def map(
+        self,
+        executor: Executor[..., R],
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[R | Exception]: ...
+    @overload
+    def map(
+        self,
+        executor: str,
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+        **options: Unpack[MapOptions],
+    ) -> Iterator[Any]: ...
+    def map(
+        self,
+        executor: Executor[..., Any] | str,
+        items: Iterable[Any],
+        key: Callable[[Any], str | int] | None = None,
+        *,
+        name: str = "",
+        window: int | None = None,
+        timeout: float | None = None,
+        return_exceptions: bool = False,
+        **options: Any,
+    ) -> Iterator[Any]:
+        """Run an executor for each item; gives the results in order, and can be run again.
+
+        Nothing is submitted before the first result is asked for; then a few tasks ahead of the
+        results. The id of a task is made of ``name`` and the item's key. So when the map is run
+        again, after a crash say, what is completed is returned, what is under way is waited for,
+        and what failed or was cancelled is requeued.
+
+        Args:
+            executor: an executor, or the type of one.
+            items: for each task its params, a dict; or the value of the executor's first parameter.
+            key: what an item is known by: a function of the item that gives a text or a whole
+                number. By its params unless given.
+            name: what the map is known by; the type of the executor unless given.
+            window: how many tasks are submitted ahead: four for each worker unless given, or as
+                many as the buffer has room for. Where it is full, they wait in the repository.
+            timeout: seconds that a result is waited for.
+            return_exceptions: return what a failed item raises in its place, and go on.
+            options: for tasks that are new: ``created_by``, ``priority``, ``max_attempts``,
+                ``max_crashes`` and ``retry``, as :meth:`submit` takes them.
+
+        Raises:
+            TaskFailed: from the iterator, in the place of an item that failed; the next item is
+                next.
+            concurrent.futures.CancelledError: … that was cancelled.
+            TaskNotFound: … whose record was deleted before its result was read.
+            concurrent.futures.TimeoutError: … that took too long; it is asked for again next.
+            ConfigurationError: an argument is not valid.
+            TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``.
+        """
+        if unknown := options.keys() - MapOptions.__optional_keys__:
+            raise TypeError(f"map() has no option {', '.join(sorted(unknown))}")
+        workers, room = self.config.worker_num, self.config.buffer_size
+        plan = Plan(
+            executor=executor,
+            key=key,
+            name=name,
+            window=min(AHEAD_PER_WORKER * workers, workers + room) if window is None else window,
+            timeout=timeout,
+            return_exceptions=return_exceptions,
+        )
+        return Results(plan, items, self, partial(self._accept_mapped, options))
+
+    def _accept_mapped(self, options: dict[str, Any], task: Task) -> str:
+        task = with_options(task, options, self._clock.now_ms())
+        return self._intake.accept(task, options.get("priority"), spill=True)
 
     # --- looking
 

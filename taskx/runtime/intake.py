@@ -75,12 +75,13 @@ class Intake:
 
     # --- one task
 
-    def accept(self, task: Task, priority: int | None = None) -> str:
+    def accept(self, task: Task, priority: int | None = None, *, spill: bool = False) -> str:
         """Store a task and see to it that it runs; returns its id.
 
         Args:
             task: what to store; it is not changed.
             priority: wins over the task's and the executor's own, zero included.
+            spill: leave it in the repository if the buffer is full, whatever ``overflow`` says.
 
         Raises:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
@@ -99,7 +100,7 @@ class Intake:
         elif engine.buffer.reserve():
             self._store_and_buffer(engine, insert)
         else:
-            self._overflowed(engine, insert)
+            self._overflowed(engine, insert, "spill" if spill else self._overflow)
         task_id: str = insert.row["id"]
         return task_id
 
@@ -150,8 +151,7 @@ class Intake:
         if not engine.buffer.add(row["id"], row["priority"], row["created_at"], turn):
             engine.wake_scheduler()  # it looks after the task if the busy workers do not
 
-    def _overflowed(self, engine: Engine, insert: Insert) -> None:
-        overflow = self._overflow
+    def _overflowed(self, engine: Engine, insert: Insert, overflow: str) -> None:
         if overflow == "block" and not inside_executor():
             if not engine.buffer.reserve(1, self._block_timeout):
                 self._refuse_if_stopped()

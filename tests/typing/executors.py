@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import taskx
@@ -92,6 +92,16 @@ def by_name() -> None:
     queue.submit("fetch", priority="high")  # type: ignore[call-overload]
     queue.submit(5)  # type: ignore[call-overload]
     queue.submit(Task(type="fetch"), {"url": "x"})  # type: ignore[call-overload]
+
+
+def mapping() -> None:
+    assert_type(queue.map(add, [1, 2]), Iterator[int])
+    assert_type(next(queue.map(fetch, ["a"], key=str, window=5)), dict[str, int])
+    for result in queue.map(add, [1], return_exceptions=True):
+        assert_type(result, int | Exception)
+    assert_type(queue.map("fetch", [{"url": "x"}]), Iterator[Any])
+    queue.map(add, [1], priority=1, delay=5)  # type: ignore[call-overload]
+    queue.map(add, 1)  # type: ignore[call-overload]
 
 
 class Sync(TaskExecutor):
