@@ -18,6 +18,7 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import (
     ConfigurationError,
+    DuplicateTask,
     InvalidTransition,
     QueueStopped,
     RepositoryError,
@@ -25,6 +26,7 @@ from taskx.core.errors import (
 )
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_name, check_status
 from taskx.core.token import CancelReason
+from taskx.core.unique import OnConflict
 from taskx.core.writes import Update
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.config import Config
@@ -212,11 +214,18 @@ class Queue:
             max_attempts: attempts that may raise before the task is failed.
             max_crashes: deaths of the process before the task is failed; 1 for "never again".
             retry: when an attempt that raised is followed by another.
+            unique_key: a text that at most one task at a time holds.
+            unique_scope: how long the task holds it: ``"pending"`` until it first starts,
+                ``"unfinished"`` (unless given) until it has ended, ``"ever"`` as long as its record is
+                kept, or so many seconds from now.
+            on_conflict: where another task holds the key: ``"reject"`` (unless given) raises,
+                ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending, the
+                params and options of this one, and returns its handle.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.
             PayloadError: params are not JSON, too large, or do not fit the function.
-            DuplicateTask: a task has that id.
+            DuplicateTask: a task has that id, or holds that key.
             QueueFull: the buffer is full.
             QueueStopped: the queue was stopped.
             InvalidTransition: the task is not pending.
@@ -230,10 +239,11 @@ class Queue:
             task = Task(type=task, params={} if params is None else params)
         elif params is not None:
             raise TypeError("submit(task) takes no params; set task.params")
-        priority = options.get("priority") if options else None
-        if options and isinstance(task, Task):
-            task = with_options(task, options, self._clock.now_ms())
-        return TaskHandle(self._intake.accept(task, priority), self)
+        if not options or not isinstance(task, Task):
+            return TaskHandle(self._intake.accept(task), self)
+        changed = with_options(task, options, self._clock.now_ms())
+        on_conflict: OnConflict = options.get("on_conflict") or "reject"
+        return TaskHandle(self._intake.accept(changed, options.get("priority"), on_conflict), self)
 
     def submit_many(self, tasks: Iterable[Task]) -> list[TaskHandle[Any]]:
         """Submit tasks in one transaction, all or none; returns their handles in order.
@@ -444,6 +454,7 @@ class Queue:
         Raises:
             TaskNotFound: there is none with that id.
             InvalidTransition: it is neither failed nor cancelled.
+            DuplicateTask: another task holds its unique key now.
             QueueStopped: the queue was stopped.
         """
         if self._intake.stopped:
@@ -451,6 +462,10 @@ class Queue:
         task = self.get_task_status(task_id)
         write = lifecycle.requeue(task, self._clock.now_ms())
         if not self._services.ledger.commit([write])[0]:
+            key = task.unique_key
+            holder = self.repository.unique_holders([key]).get(key) if key is not None else None
+            if holder not in (None, task_id):
+                raise DuplicateTask(holder, key)
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
         if (hooks := self._services.hooks).requeued:
             hooks.tell_changed(hooks.requeued, task, write.changes)

@@ -74,14 +74,22 @@ class TaskNotFound(TaskxError, LookupError):
 
 
 class DuplicateTask(TaskxError):
-    """A task with the given id is in the repository already; nothing was stored."""
+    """A task with the given id, or one that holds its unique key, is there already; nothing was stored.
 
-    def __init__(self, task_id: str) -> None:
-        super().__init__(task_id)
+    Attributes:
+        task_id: the id of the one that is there.
+        unique_key: the key that it holds; None where the id is what was given twice.
+    """
+
+    def __init__(self, task_id: str, unique_key: str | None = None) -> None:
+        super().__init__(task_id, unique_key)
         self.task_id = task_id
+        self.unique_key = unique_key
 
     def __str__(self) -> str:
-        return f"a task with id {self.task_id!r} exists already; nothing was stored"
+        if self.unique_key is None:
+            return f"a task with id {self.task_id!r} exists already; nothing was stored"
+        return f"task {self.task_id} holds the unique key {self.unique_key!r}; nothing was stored"
 
 
 class InvalidTransition(TaskxError):

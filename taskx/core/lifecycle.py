@@ -11,9 +11,10 @@ from typing import Any, NamedTuple
 
 import attrs
 
+from taskx.core import unique
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import InvalidTransition
-from taskx.core.model import Attempt, Task, TaskStatus
+from taskx.core.model import Attempt, Task, TaskStatus, check_key
 from taskx.core.record import (
     BY_THREAD,
     FOR_PARENTS,
@@ -153,6 +154,19 @@ def create(
     return Insert(row)
 
 
+def between_tasks(task: Task) -> dict[str, Any]:
+    """The options about other tasks that a task has, as :func:`create` takes them; most have none.
+
+    Raises:
+        ConfigurationError: one is not valid.
+    """
+    given: dict[str, Any] = {}
+    if task.unique_key is not None:
+        given["unique_key"] = check_key(task.unique_key, "unique_key")
+        given["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
+    return given
+
+
 def _rare(
     row: dict[str, Any],
     *,
@@ -201,12 +215,15 @@ def give_up(task_id: str, node: str) -> Update:
 
 
 def cancel(task_id: str, now: int) -> list[Update]:
-    """Cancel a task: a pending one at once, a running one by asking for it."""
+    """Cancel a task: a pending one at once, a running one by asking for it.
+
+    One that never started gives its unique key up, whatever the scope.
+    """
     return [
         Update(
             task_id,
             {"status": PENDING},
-            {"status": CANCELLED, "completed_at": now, "owner": ""},
+            {"status": CANCELLED, "completed_at": now, "owner": "", "unique_lock": None},
             durable=True,
         ),
         Update(
@@ -238,6 +255,8 @@ def start(task: Task, now: int, node: str) -> Update | None:
         "max_attempts": task.max_attempts,
         "max_crashes": task.max_crashes,
     }
+    if task.unique_key is not None:
+        changes.update(unique.freed_by_start(task))
     guard = {"status": PENDING, "starts": task.starts, "held": FREE}
     return Update(task.id, guard, changes, durable=task.max_crashes == 1)
 
@@ -306,7 +325,7 @@ def _put_off(task: Task, ending: Ending, now: int, outcome: str, seconds: float)
     return back
 
 
-def _end(ending: Ending, now: int, status: str) -> dict[str, Any]:
+def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
     changes: dict[str, Any] = {
         "status": status,
         "completed_at": now,
@@ -317,11 +336,13 @@ def _end(ending: Ending, now: int, status: str) -> dict[str, Any]:
     if ending.progress is not None:
         changes["progress"] = ending.progress
         changes["message"] = ending.message
+    if task.unique_key is not None:
+        changes.update(unique.freed_by_end(task))
     return changes
 
 
 def _complete(task: Task, ending: Ending, now: int) -> Update:
-    changes = _end(ending, now, COMPLETED)
+    changes = _end(task, ending, now, COMPLETED)
     changes["result"] = ending.result
     changes["progress"] = 100
     if task.errors:
@@ -330,11 +351,11 @@ def _complete(task: Task, ending: Ending, now: int) -> Update:
 
 
 def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
-    return Update(task.id, _fence(task, **guard), _end(ending, now, CANCELLED))
+    return Update(task.id, _fence(task, **guard), _end(task, ending, now, CANCELLED))
 
 
 def _fail(task: Task, ending: Ending, now: int) -> Update:
-    changes = _end(ending, now, FAILED)
+    changes = _end(task, ending, now, FAILED)
     changes.update(
         errors=task.errors + 1,
         error=ending.error,
@@ -408,7 +429,7 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     crashes = task.crashes + crashed
     outcome = "crashed" if crashed else "interrupted"
     if crashes >= limit:
-        changes = _end(ending, now, FAILED)
+        changes = _end(task, ending, now, FAILED)
         error = f"{ending.error} ({crashes} of max_crashes={limit})"
         changes.update(crashes=crashes, error=error, traceback="", dead_letter=1)
         changes["earlier_attempts"] = _archive(task, now, outcome, ending)
@@ -457,6 +478,7 @@ def requeue(task: Task, now: int) -> Update:
         "held": FREE,
         "earlier_attempts": log,
     }
+    changes.update(unique.taken_again(task))
     return Update(task.id, {"status": status, "starts": task.starts}, changes, durable=True)
 
 
@@ -539,12 +561,19 @@ def _check_edge(stored: Task, status: TaskStatus) -> None:
 
 def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]:
     if status is TaskStatus.RUNNING:
-        return {"status": RUNNING, "starts": stored.starts + 1, "started_at": now, "held": FREE}
+        return {
+            "status": RUNNING,
+            "starts": stored.starts + 1,
+            "started_at": now,
+            "held": FREE,
+            **unique.freed_by_start(stored),
+        }
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}
         return dict(requeue(stored, now).changes)
     changes = {"status": status.value, "completed_at": now, "owner": ""}
+    changes.update(unique.freed_by_end(stored))
     if status is TaskStatus.COMPLETED:
         changes["progress"] = 100
     return changes

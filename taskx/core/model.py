@@ -52,6 +52,13 @@ def check_name(value: Any, what: str) -> str:
     return text
 
 
+def check_key(value: Any, what: str) -> str:
+    """A name that is not empty; ConfigurationError says what is wrong with it."""
+    if not check_name(value, what):
+        raise ConfigurationError(f"{what} must not be empty")
+    return str(value)
+
+
 @attrs.frozen(kw_only=True)
 class Attempt:
     """One run of a task that did not end it, or its last one.

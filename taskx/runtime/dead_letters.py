@@ -63,6 +63,8 @@ def _change_all(
             if held:
                 done += 1
                 changed(task, write)
+            elif task.unique_key is not None:
+                offset += 1  # it stays, as another task holds its key
         offset += len(page) - len(writes)
         if len(page) < BATCH:
             break

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypedDict
+from typing import Any, TypedDict, get_args
 
 import attrs
 
@@ -25,8 +25,10 @@ from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.record import policy_to_text
 from taskx.core.retry import RetryPolicy, check_policy
+from taskx.core.unique import OnConflict, UniqueScope, scope_to_text
 from taskx.core.writes import Insert
 from taskx.runtime.buffer import Item
+from taskx.runtime.conflicts import Patience, settle
 from taskx.runtime.engine import Engine
 from taskx.runtime.executors import MAX_PRIORITY
 from taskx.runtime.runner import inside_executor
@@ -45,6 +47,9 @@ class SubmitOptions(TypedDict, total=False):
     max_attempts: int | None
     max_crashes: int | None
     retry: RetryPolicy | None
+    unique_key: str | None
+    unique_scope: UniqueScope | None
+    on_conflict: OnConflict | None
 
 
 class Intake:
@@ -75,12 +80,20 @@ class Intake:
 
     # --- one task
 
-    def accept(self, task: Task, priority: int | None = None, *, spill: bool = False) -> str:
-        """Store a task and see to it that it runs; returns its id.
+    def accept(
+        self,
+        task: Task,
+        priority: int | None = None,
+        on_conflict: OnConflict = "reject",
+        *,
+        spill: bool = False,
+    ) -> str:
+        """Store a task and see to it that it runs; returns its id, or that of the one that stands for it.
 
         Args:
             task: what to store; it is not changed.
             priority: wins over the task's and the executor's own, zero included.
+            on_conflict: what to do where another task holds its unique key.
             spill: leave it in the repository if the buffer is full, whatever ``overflow`` says.
 
         Raises:
@@ -90,6 +103,28 @@ class Intake:
         if self._hooks.waiting:
             self._hooks.let_catch_up()
         insert = self._prepare(task, priority)
+        if task.unique_key is not None:
+            return self._accept_unique(insert, on_conflict, spill=spill)
+        self._take_in(insert, spill=spill)
+        return insert.id
+
+    def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
+        patience = Patience(insert)
+        while True:
+            try:
+                self._take_in(insert, spill=spill)
+                return insert.id
+            except DuplicateTask:
+                instead = settle(self._services, insert, on_conflict)
+            if instead is not None:
+                if on_conflict == "replace" and self.engine is not None:
+                    self._tell(self.engine, delayed=True)
+                    self._tell(self.engine, delayed=False)
+                return instead
+            insert.row["owner"] = ""
+            patience.wait()
+
+    def _take_in(self, insert: Insert, *, spill: bool) -> None:
         engine = self.engine
         if engine is not None and not self._services.registry.runs(insert.row["type"]):
             engine = None  # declared: another process runs it
@@ -101,8 +136,6 @@ class Intake:
             self._store_and_buffer(engine, insert)
         else:
             self._overflowed(engine, insert, "spill" if spill else self._overflow)
-        task_id: str = insert.row["id"]
-        return task_id
 
     def _refuse_if_stopped(self) -> None:
         if self.stopped:
@@ -248,6 +281,15 @@ class Intake:
         return room if room and engine.buffer.reserve(room) else 0
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
+        keyed = [insert for insert in inserts if "unique_key" in insert.row]
+        _refuse_twins(keyed)
+        patience = Patience(keyed[0]) if keyed else None
+        while not self._try_to_store(inserts):
+            assert patience is not None  # an id that is taken raises
+            patience.wait()
+
+    def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
+        """Store all; False where a unique key was held that is free now."""
         try:
             results = self._services.ledger.commit_whole(inserts)
         except TaskxError as error:
@@ -258,7 +300,9 @@ class Intake:
             raise
         for insert, stored in zip(inserts, results, strict=True):
             if not stored:
-                raise DuplicateTask(insert.id)
+                settle(self._services, insert, "reject")
+                return False  # its key is free by now
+        return True
 
     # --- checks
 
@@ -305,7 +349,17 @@ class Intake:
             max_attempts=max_attempts,
             max_crashes=max_crashes,
             retry=policy_to_text(retry),
+            **lifecycle.between_tasks(task),
         )
+
+
+def _refuse_twins(inserts: Sequence[Insert]) -> None:
+    first: dict[str, str] = {}
+    for insert in inserts:
+        key = insert.row["unique_key"]
+        if key in first:
+            raise DuplicateTask(first[key], key)
+        first[key] = insert.id
 
 
 def _about(error: TaskxError, task_id: str) -> TaskxError:
@@ -348,6 +402,13 @@ def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
         ConfigurationError: both ``run_at`` and ``delay``, or an invalid delay.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
+    if chosen.pop("on_conflict", "reject") not in get_args(OnConflict):
+        known = ", ".join(map(repr, get_args(OnConflict)))
+        raise ConfigurationError(
+            f"on_conflict must be one of {known}, not {given['on_conflict']!r}"
+        )
+    if "unique_scope" in chosen:
+        chosen["unique_scope"] = scope_to_text(chosen["unique_scope"])
     delay = chosen.pop("delay", None)
     if delay is not None:
         if "run_at" in chosen:

@@ -287,7 +287,7 @@ class Repository(TaskRepository):
         """Store a new pending task.
 
         Raises:
-            DuplicateTask: one has its id.
+            DuplicateTask: one has its id, or holds its unique key.
             InvalidTransition: it is not pending.
             PayloadError: its params break the JSON rules.
             ConfigurationError: another field holds what it may not.
@@ -308,9 +308,12 @@ class Repository(TaskRepository):
             max_attempts=task.max_attempts,
             max_crashes=task.max_crashes,
             retry=policy_to_text(task.retry),
+            **lifecycle.between_tasks(task),
         )
         if not self.apply([insert])[0]:
-            raise DuplicateTask(task.id)
+            key = task.unique_key
+            holder = None if key is None else self.unique_holders([key]).get(key)
+            raise DuplicateTask(holder or task.id, key if holder else None)
 
     def get_by_id(self, task_id: str) -> Task:
         """The task with that id; ``TaskNotFound`` if there is none."""

@@ -15,10 +15,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import mongomock
 import pytest
-from mongo_server import REAL, new_database
+from mongo_server import REAL, new_database, shared
 
 from taskx import (
     Config,
@@ -232,6 +233,18 @@ def busy(make_queue: Any, gate: Gate) -> Callable[..., Queue]:
 
 
 # Other processes
+
+
+@pytest.fixture(params=["sqlite", "mongo"])
+def url(request: pytest.FixtureRequest, database: Path) -> Iterator[str]:
+    """Names an empty repository that several processes can share."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{database}"
+        return
+    server = shared("standalone")
+    made = new_database(server)
+    yield urlsplit(server)._replace(path=f"/{made.name}").geturl()
+    made.client.drop_database(made.name)
 
 
 class Child:

@@ -1,0 +1,301 @@
+"""Unique keys: at most one task at a time holds one."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+from storage.repositories import TinyRepository
+
+from taskx import (
+    ConfigurationError,
+    DuplicateTask,
+    Queue,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    open_repository,
+)
+from taskx.testing import ManualClock
+
+from .conftest import PATIENCE, eventually, ids
+
+KEY = {"unique_key": "report"}
+
+
+@pytest.fixture
+def quiet(queue):
+    """A queue that is not started, with an executor ``fine`` that takes a number."""
+    queue.executor("fine")(lambda n=0: n)
+    return queue
+
+
+class TestScope:
+    def test_a_second_one_is_refused_and_told_of_the_first(self, quiet):
+        first = quiet.submit("fine", **KEY)
+        with pytest.raises(
+            DuplicateTask, match=f"task {first.id} holds the unique key 'report'"
+        ) as e:
+            quiet.submit("fine", **KEY)
+        assert (e.value.task_id, e.value.unique_key) == (first.id, "report")
+        quiet.submit("fine", unique_key="another")
+        assert len(ids(quiet)) == 2
+        assert (first.task().unique_key, first.task().unique_scope) == ("report", "unfinished")
+
+    def test_pending_frees_it_at_the_start(self, queue, gate):
+        queue.executor("hold")(lambda: gate())
+        first = queue.submit("hold", **KEY, unique_scope="pending")
+        with pytest.raises(DuplicateTask):
+            queue.submit("hold", **KEY)
+        queue.start()
+        gate.wait_for(1)
+        second = queue.submit("hold", **KEY, unique_scope="pending")
+        gate.open()
+        for handle in (first, second):
+            handle.result(PATIENCE)
+
+    @pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
+    def test_unfinished_frees_it_at_the_end(self, queue, gate, how):
+        @queue.executor("end", max_attempts=2)
+        def end(ctx):
+            gate()
+            if how == "failed":
+                raise ValueError(how)
+            if how == "cancelled":
+                ctx.sleep(PATIENCE)
+
+        queue.start()
+        first = queue.submit("end", **KEY)
+        gate.wait_for(1)
+        with pytest.raises(DuplicateTask):
+            queue.submit("end", **KEY)
+        gate.open()
+        if how == "cancelled":
+            first.cancel()
+        eventually(lambda: first.task().status == how)
+        queue.submit("end", **KEY)
+
+    def test_ever_holds_it_as_long_as_the_record_is_kept(self, quiet):
+        quiet.start()
+        first = quiet.submit("fine", **KEY, unique_scope="ever")
+        first.result(PATIENCE)
+        with pytest.raises(DuplicateTask):
+            quiet.submit("fine", **KEY, unique_scope="ever")
+        quiet.delete(first.id)
+        quiet.submit("fine", **KEY, unique_scope="ever").result(PATIENCE)
+
+    def test_seconds_are_counted_from_the_submit(self, make_queue):
+        clock = ManualClock()
+        queue = make_queue(clock=clock)
+        queue.executor("fine")(lambda: None)
+        queue.submit("fine", **KEY, unique_scope=10)
+        clock.advance(9.999)
+        with pytest.raises(DuplicateTask):
+            queue.submit("fine", **KEY, unique_scope=10)
+        clock.advance(0.001)
+        second = queue.submit("fine", **KEY, unique_scope=10)
+        with pytest.raises(DuplicateTask) as e:
+            queue.submit_many([Task(type="fine", **KEY)])
+        assert e.value.task_id == second.id
+
+    @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
+    def test_cancelled_before_it_started_it_gives_it_up(self, quiet, scope):
+        quiet.submit("fine", **KEY, unique_scope=scope).cancel()
+        quiet.submit("fine", **KEY, unique_scope=scope)
+
+    @pytest.mark.parametrize("scope", ["always", -1, float("nan"), True, [], "-3"])
+    def test_no_other_scope(self, quiet, scope):
+        with pytest.raises(ConfigurationError, match="unique_scope"):
+            quiet.submit("fine", **KEY, unique_scope=scope)
+        assert ids(quiet) == set()
+
+    @pytest.mark.parametrize("key", ["", "x" * 256, 5, "a\0"])
+    def test_no_other_key(self, quiet, key):
+        with pytest.raises(ConfigurationError, match="unique_key"):
+            quiet.submit("fine", unique_key=key)
+        assert ids(quiet) == set()
+
+    def test_kept_through_a_retry(self, queue, gate):
+        @queue.executor("again", max_attempts=2)
+        def again(ctx):
+            if ctx.task.attempt == 1:
+                raise ValueError("first")
+            gate()
+
+        queue.start()
+        first = queue.submit("again", **KEY)
+        gate.wait_for(1)
+        with pytest.raises(DuplicateTask):
+            queue.submit("again", **KEY)
+        gate.open()
+        first.result(PATIENCE)
+
+
+class TestConflict:
+    def test_return_gives_the_handle_of_the_one_that_is_there(self, quiet):
+        first = quiet.submit("fine", {"n": 1}, **KEY)
+        second = quiet.submit("fine", {"n": 2}, **KEY, on_conflict="return")
+        assert second.id == first.id
+        quiet.start()
+        assert second.result(PATIENCE) == 1
+        third = quiet.submit("fine", {"n": 3}, **KEY, on_conflict="return")
+        assert third.result(PATIENCE) == 3
+
+    def test_replace_has_the_pending_one_take_over_params_and_options(self, quiet):
+        first = quiet.submit("fine", {"n": 1}, **KEY, delay=3600, created_by="a")
+        again = quiet.submit("fine", {"n": 2}, **KEY, on_conflict="replace", priority=3, timeout=9)
+        task = first.task()
+        assert again.id == first.id
+        assert (task.params, task.priority, task.timeout, task.created_by) == ({"n": 2}, 3, 9, "")
+        assert (task.run_at, len(ids(quiet))) == (None, 1)
+        quiet.start()
+        assert first.result(PATIENCE) == 2
+
+    def test_replace_puts_a_delayed_one_off(self, quiet):
+        """The last one of many calls, some time after it."""
+        quiet.start()
+        first = quiet.submit("fine", {"n": 1}, **KEY, delay=3600)
+        quiet.submit("fine", {"n": 2}, **KEY, delay=7200, on_conflict="replace")
+        assert (first.task().run_at - first.task().created_at).total_seconds() >= 7200
+        quiet.submit("fine", {"n": 3}, **KEY, on_conflict="replace")
+        assert first.result(PATIENCE) == 3
+
+    def test_what_runs_is_not_replaced(self, queue, gate):
+        queue.executor("hold")(lambda n=0: gate())
+        queue.start()
+        queue.submit("hold", **KEY)
+        gate.wait_for(1)
+        with pytest.raises(DuplicateTask):
+            queue.submit("hold", {"n": 2}, **KEY, on_conflict="replace")
+
+    def test_one_of_another_type_is_not_replaced(self, quiet):
+        quiet.executor("other")(lambda: None)
+        first = quiet.submit("fine", **KEY)
+        with pytest.raises(DuplicateTask):
+            quiet.submit("other", **KEY, on_conflict="replace")
+        assert first.task().type == "fine"
+
+    def test_no_other_answer(self, quiet):
+        with pytest.raises(ConfigurationError, match="on_conflict"):
+            quiet.submit("fine", **KEY, on_conflict="ignore")
+
+    def test_an_id_that_is_taken_is_another_matter(self, quiet):
+        quiet.submit("fine", id="x")
+        with pytest.raises(DuplicateTask, match="id 'x'") as e:
+            quiet.submit("fine", id="x", **KEY, on_conflict="return")
+        assert e.value.unique_key is None
+
+    def test_a_refused_one_leaves_its_slot_in_the_buffer(self, make_queue, gate):
+        queue = make_queue(worker_num=1, buffer_size=1)
+        queue.executor("hold")(lambda: gate())
+        queue.start()
+        queue.submit("hold", **KEY)
+        gate.wait_for(1)
+        for _ in range(3):
+            with pytest.raises(DuplicateTask):
+                queue.submit("hold", **KEY)
+        queue.submit("hold")
+
+    def test_many_are_refused_together(self, quiet):
+        quiet.submit("fine", **KEY)
+        with pytest.raises(DuplicateTask, match="report"):
+            quiet.submit_many([Task(type="fine"), Task(type="fine", **KEY)])
+        with pytest.raises(DuplicateTask, match="twin"):
+            quiet.submit_many([Task(type="fine", unique_key="twin") for _ in range(2)])
+        assert len(ids(quiet)) == 1
+
+
+class TestRequeue:
+    @pytest.fixture
+    def cancelled(self, quiet):
+        handle = quiet.submit("fine", **KEY)
+        handle.cancel()
+        return handle
+
+    def test_takes_the_key_again(self, quiet, cancelled):
+        quiet.requeue(cancelled.id)
+        with pytest.raises(DuplicateTask):
+            quiet.submit("fine", **KEY)
+
+    def test_is_refused_where_another_has_it(self, quiet, cancelled):
+        other = quiet.submit("fine", **KEY)
+        with pytest.raises(DuplicateTask) as e:
+            quiet.requeue(cancelled.id)
+        assert e.value.task_id == other.id
+        assert cancelled.task().status is TaskStatus.CANCELLED
+
+    def test_of_many_passes_over_those(self, queue):
+        queue.executor("bad")(lambda: 1 / 0)
+        queue.start()
+        failed = [queue.submit("bad", unique_key=key) for key in "abc"]
+        for handle in failed:
+            assert handle.exception(PATIENCE)
+        queue.executor("fine")(lambda: None)
+        queue.submit("fine", unique_key="b", delay=3600)
+        assert queue.requeue_dead_letters() == 2
+
+
+def test_eight_methods_cannot_hold_a_key():
+    queue = Queue(TinyRepository())
+    queue.executor("fine")(lambda: None)
+    with pytest.raises(ConfigurationError, match="unique_key; nothing was stored"):
+        queue.submit("fine", **KEY)
+    assert queue.list_tasks() == ([], 0)
+
+
+def test_one_winner_among_threads(quiet):
+    """Of those that return and those that replace, too, all are told the same task."""
+    won: list[str] = []
+    barrier = threading.Barrier(4)
+
+    def submit(number):
+        barrier.wait()
+        how = ["reject", "return", "replace"][number % 3]
+        try:
+            won.append(quiet.submit("fine", {"n": number}, **KEY, on_conflict=how).id)
+        except DuplicateTask as error:
+            won.append(error.task_id)
+
+    threads = [threading.Thread(target=submit, args=(n,)) for n in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(won) == 4
+    assert set(won) == ids(quiet)
+    assert len(ids(quiet)) == 1
+
+
+RACER = """
+    import sys
+    from taskx import DuplicateTask, Queue, open_repository
+
+    queue = Queue(open_repository(sys.argv[1]))
+    queue.executor("fine")(lambda: None)
+    print("ready", flush=True)
+    input()
+    won = []
+    for number in range(50):
+        try:
+            queue.submit("fine", unique_key=f"key {number}", unique_scope=sys.argv[2])
+            won.append(number)
+        except DuplicateTask:
+            pass
+    print(*won, flush=True)
+"""
+
+
+@pytest.mark.parametrize("scope", ["unfinished", "3600"])
+def test_one_winner_among_processes(url, spawn, scope):
+    """By a constraint of the database."""
+    children = [spawn(RACER, url, scope) for _ in range(3)]
+    for child in children:
+        assert child.read() == "ready"
+    for child in children:
+        child.tell()
+    won = [int(number) for child in children for number in child.read().split()]
+    assert sorted(won) == list(range(50))
+    with open_repository(url) as repository:
+        keys = [f"key {number}" for number in range(50)]
+        assert repository.count(TaskFilter()) == 50
+        assert sorted(repository.unique_holders(keys)) == sorted(keys)
