@@ -29,6 +29,7 @@ from taskx.core.token import CancelReason
 from taskx.core.unique import OnConflict
 from taskx.core.writes import Update
 from taskx.runtime.alarms import Alarms
+from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.config import Config
 from taskx.runtime.dead_letters import dead, discard_all, requeue_all
 from taskx.runtime.executors import (
@@ -111,16 +112,18 @@ class Queue:
 
     def _wire(self) -> None:
         alarms = Alarms(self._clock)
+        ledger = Ledger(self.repository, self._log)
         self._services = Services(
             repository=self.repository,
             registry=self._registry,
-            ledger=Ledger(self.repository, self._log),
+            ledger=ledger,
             watcher=Watcher(self.repository, self._log),
             clock=self._clock,
             log=self._log,
             alarms=alarms,
             runner=Runner(self._clock, alarms, self.config.max_payload_size),
             hooks=Hooks(self._hooks, self._log),
+            keeper=Keeper(self.repository, ledger, self.config.max_payload_size),
         )
         self._intake = Intake(
             self._services,

@@ -293,6 +293,11 @@ def progress(task_id: str, starts: int | None, percent: int, message: str) -> Up
     return Update(task_id, guard, {"progress": percent, "message": message})
 
 
+def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
+    """Note what a run has done so far, for later attempts; as JSON text."""
+    return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable=durable)
+
+
 def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     """End an attempt: which move it is follows from how it ended and why its token fired."""
     if ending.returned:

@@ -17,6 +17,8 @@ from taskx.core.errors import PayloadError
 MAX_DEPTH = 90
 #: Largest size of params or a result, in bytes of UTF-8 JSON, unless configured otherwise.
 DEFAULT_MAX_SIZE = 1024 * 1024
+#: A size for what was checked before.
+NO_LIMIT = 1 << 30
 
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
@@ -50,11 +52,20 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
             raise PayloadError(
                 _surrogate_path(value, what), "a lone surrogate is no text"
             ) from None
+    _check_size(size, what, max_size)
+    return text
+
+
+def check_size(text: str, what: str, max_size: int) -> None:
+    """Refuse JSON text that is too large with a ``PayloadError``."""
+    _check_size(len(text) if text.isascii() else len(text.encode()), what, max_size)
+
+
+def _check_size(size: int, what: str, max_size: int) -> None:
     if size > max_size:
         raise PayloadError(
             what, f"{size:,} bytes as JSON, more than max_payload_size ({max_size:,})"
         )
-    return text
 
 
 def encode_params(params: Any, max_size: int = DEFAULT_MAX_SIZE) -> str:

@@ -296,7 +296,11 @@ def _text(value: Any) -> str:
 
 def ids_to_text(task_ids: Sequence[str]) -> str | None:
     """Ids as JSON text, None for none."""
-    return payload.encode(list(task_ids), "depends_on", max_size=1 << 30) if task_ids else None
+    return (
+        payload.encode(list(task_ids), "depends_on", max_size=payload.NO_LIMIT)
+        if task_ids
+        else None
+    )
 
 
 def ids_from_text(text: str) -> list[str]:
@@ -324,7 +328,7 @@ def attempts_to_text(attempts: Sequence[Attempt]) -> str:
             for attempt in attempts
         ],
         "attempts",
-        max_size=1 << 30,
+        max_size=payload.NO_LIMIT,
     )
 
 

@@ -6,16 +6,18 @@ import logging
 from collections.abc import Callable, Iterator, MutableMapping
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
 from taskx.core.model import Task
 from taskx.core.token import CancelReason, CancelToken
+from taskx.runtime.checkpoints import Checkpoints, Keeper
 from taskx.storage.base import check_progress
 
 if TYPE_CHECKING:
     from taskx.runtime.alarms import Alarms
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -41,17 +43,27 @@ class Context:
     __slots__ = (
         *("_alarms", "_copy", "_log", "_task", "_token"),
         *("_message", "_percent", "_unwritten"),
+        *("_checkpoints", "_keeper", "_run_token"),
     )
 
-    def __init__(self, task: Task, token: CancelToken, alarms: Alarms, log: logging.Logger) -> None:
+    def __init__(
+        self,
+        task: Task,
+        token: CancelToken,
+        alarms: Alarms,
+        log: logging.Logger,
+        keeper: Keeper,
+    ) -> None:
         self._task = task
         self._copy: Task | None = None  # made when it is first asked for: most never do
-        self._token = token
+        self._token = self._run_token = token
         self._alarms = alarms
         self._log = log
         self._percent: float | None = None
         self._message = ""
         self._unwritten = False
+        self._keeper = keeper
+        self._checkpoints: Checkpoints | None = None
 
     @property
     def task(self) -> Task:
@@ -98,6 +110,45 @@ class Context:
             return None
         self._unwritten = False  # before looking: what is told from now on sets it again
         return self.latest_progress()
+
+    def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call ``fn`` once for the task, whatever the number of attempts; returns what it returned.
+
+        That is stored before this returns, and a later attempt of the task gets it without a call, as
+        JSON gives it back (so does this one: a tuple is a list). If the process dies before it is
+        stored, ``fn`` is called again. While the repository is away, this waits.
+
+        Args:
+            name: of this step among those of the task; each is called once in an attempt.
+            fn: what to do; it must return a JSON value.
+
+        Raises:
+            PayloadError: what it returned is not JSON, or too large with what is stored already.
+            TaskCancelled: the token had fired, and ``fn`` was not called; or this run has lost its
+                task to another one, and nothing was stored.
+            ConfigurationError: the name was used before in this attempt; or the repository has eight
+                methods and no place to store this.
+        """
+        return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
+
+    @property
+    def cursor(self) -> Any:
+        """How far a loop has come: the JSON value that was set last in any attempt; None if none was.
+
+        It is stored when it is set, and then raises ``TaskCancelled`` if the token has fired. A power
+        cut, unlike the death of the process, may undo the last ones.
+        """
+        return self._kept().cursor
+
+    @cursor.setter
+    def cursor(self, value: Any) -> None:
+        self._kept().set_cursor(value, self._token)
+
+    def _kept(self) -> Checkpoints:
+        with self._keeper.lock:
+            if self._checkpoints is None:
+                self._checkpoints = Checkpoints(self._task, self._run_token, self._keeper)
+            return self._checkpoints
 
     def remaining(self) -> float | None:
         """Seconds until the deadline, to hand on as a time-out: above zero; None without a deadline.

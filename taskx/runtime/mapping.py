@@ -30,7 +30,6 @@ from taskx.runtime.handles import TaskHandle
 #: Tasks that lie ahead for each worker, unless the caller says otherwise.
 AHEAD_PER_WORKER = 4
 _NONE = object()
-_NO_LIMIT = 1 << 30  # how large params may be is checked when they are submitted
 
 
 class MapOptions(TypedDict, total=False):
@@ -120,7 +119,7 @@ def digest(params: dict[str, Any]) -> str:
     Raises:
         PayloadError: they break the JSON rules.
     """
-    value = payload.loads(payload.encode_params(params, _NO_LIMIT))
+    value = payload.loads(payload.encode_params(params, payload.NO_LIMIT))
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 

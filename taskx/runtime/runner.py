@@ -17,6 +17,7 @@ from taskx.core.model import Task
 from taskx.core.retry import Permanent, Retry, Snooze
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms
+from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.context import Context
 from taskx.runtime.executors import Registered
 
@@ -33,12 +34,18 @@ class Run:
     __slots__ = ("context", "executor", "task", "token")
 
     def __init__(
-        self, task: Task, executor: Registered, clock: Clock, alarms: Alarms, log: logging.Logger
+        self,
+        task: Task,
+        executor: Registered,
+        clock: Clock,
+        alarms: Alarms,
+        log: logging.Logger,
+        keeper: Keeper,
     ) -> None:
         self.task = task
         self.executor = executor
         self.token = CancelToken(None, clock)
-        self.context = Context(task, self.token, alarms, log)
+        self.context = Context(task, self.token, alarms, log, keeper)
 
 
 def _renew_after_fork() -> None:

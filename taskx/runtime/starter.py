@@ -12,6 +12,7 @@ from taskx.core.model import Task
 from taskx.core.writes import Update
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.buffer import Buffer, Item
+from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.executors import Registry
 from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
@@ -33,6 +34,7 @@ class Services(NamedTuple):
     alarms: Alarms
     runner: Runner
     hooks: Hooks
+    keeper: Keeper
 
 
 class Starter:
@@ -137,7 +139,7 @@ class Starter:
         services = self._services
         executor = services.registry.get(task.type)
         assert executor is not None  # only registered types are taken
-        run = Run(task, executor, services.clock, services.alarms, services.log)
+        run = Run(task, executor, services.clock, services.alarms, services.log, services.keeper)
         # Before the start is committed: who then asks to cancel it finds its token.
         self.runs[task.id] = run
         return run

@@ -29,7 +29,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Update, Write, matches
-from taskx.storage.base import Node, TaskRepository
+from taskx.storage.base import Node, Repository, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
 #: The owner given to what is found running at start.
@@ -266,6 +266,15 @@ class EightMethodAdapter(MemoryRepository):
             offset += len(page)
             if len(page) < filter.limit:
                 break
+
+
+def refuse_eight_methods(repository: Repository, what: str) -> None:
+    """Refuse, with a ``ConfigurationError``, what a repository of eight methods has no place for."""
+    if isinstance(repository, EightMethodAdapter):
+        raise ConfigurationError(
+            f"{type(repository.inner).__name__} has eight methods and no place for {what}: use "
+            "SQLiteRepository, MongoRepository or MemoryRepository"
+        )
 
 
 def _task(row: Row) -> Task:

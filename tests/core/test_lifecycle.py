@@ -84,6 +84,7 @@ class TestTable:
         yield lifecycle.cancel(task.id, LATER)
         yield lifecycle.hand_back(task, LATER)
         yield [lifecycle.progress(task.id, task.starts, 1, "")]
+        yield [lifecycle.checkpoint(task, "{}", durable=True)]
         yield [lifecycle.release(task.id)]
         yield [lifecycle.take(task.id, "n")]
         yield [lifecycle.give_up(task.id, "n")]
@@ -170,6 +171,7 @@ class TestFence:
             for returned, reason in product((True, False), (None, *CancelReason))
         ]
         writes.append([lifecycle.progress("a", task.starts, 50, "late")])
+        writes.append([lifecycle.checkpoint(task, "{}", durable=True)])
         writes.append(lifecycle.hand_back(task, LATER))
         assert [apply(now, *alternatives) for alternatives in writes] == [None] * len(writes)
 

@@ -352,6 +352,49 @@ def add_if_kept(store, add, task_id, **options):
         add(task_id)
 
 
+@whole_batches
+class TestCheckpoints:
+    """What a run stores on its way."""
+
+    TEXT = '{"steps":{"a.$b":[1,null,{"":2.5}]},"cursor":"ä"}'
+
+    def test_are_read_as_they_were_stored(self, store, run):
+        task = run("a")
+        assert task.checkpoints == {}
+        write = lifecycle.checkpoint(task, self.TEXT, durable=True)
+        assert list(store.apply([write])) == [True]
+        assert store.get_by_id("a").checkpoints == json.loads(self.TEXT)
+        assert list(store.settle([write])) == [True]
+
+    def test_are_fenced(self, store, add, run, clock, now):
+        """Neither an earlier run nor one that has ended stores any."""
+        waiting, task = add("b"), run("a")
+        stale = attrs.evolve(task, starts=0)
+        for other in (waiting, stale):
+            write = lifecycle.checkpoint(other, self.TEXT, durable=False)
+            assert list(store.apply([write])) == [False]
+        store.apply(lifecycle.conclude(task, Ending(returned=True), now))
+        assert list(store.apply([lifecycle.checkpoint(task, "{}", durable=True)])) == [False]
+        assert store.get_by_id("a").checkpoints == {}
+
+    def test_outlast_retries_requeues_and_what_is_written_by_hand(self, store, run, now):
+        task = run("a", max_attempts=2)
+        store.apply([lifecycle.checkpoint(task, self.TEXT, durable=True)])
+        store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now))
+        task = store.get_by_id("a")
+        store.apply([lifecycle.start(task, now, "node")])
+        task = store.get_by_id("a")
+        assert (task.errors, task.checkpoints) == (1, json.loads(self.TEXT))
+        store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now))
+        store.apply([lifecycle.requeue(store.get_by_id("a"), now)])
+        task = store.get_by_id("a")
+        task.checkpoints = {}
+        store.update(task)
+        task = store.get_by_id("a")
+        assert (task.status, task.checkpoints) == (TaskStatus.PENDING, json.loads(self.TEXT))
+        assert store.list(TaskFilter())[0].checkpoints == json.loads(self.TEXT)
+
+
 @pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO, "adapter"], indirect=True)
 class TestDue:
     """Tasks that are held back until their time has come."""

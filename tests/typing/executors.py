@@ -32,6 +32,9 @@ def fetch(ctx: Context, url: str, retries: int = 3) -> dict[str, int]:
     with ctx.timeout(5) as token:
         assert_type(token, taskx.CancelToken)
     assert_type(ctx.remaining(), float | None)
+    assert_type(ctx.step("size", len, url), int)
+    ctx.step("size", len, 5)  # type: ignore[arg-type]
+    ctx.cursor = {"page": 5}
     return {url: retries}
 
 

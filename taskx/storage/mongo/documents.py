@@ -118,7 +118,7 @@ def _shortened(log: str) -> str:
         attempts = payload.loads(log)
         if len(attempts) == 1:
             return ""
-        log = payload.encode(attempts[len(attempts) // 2 :], "attempts", max_size=1 << 30)
+        log = payload.encode(attempts[len(attempts) // 2 :], "attempts", max_size=payload.NO_LIMIT)
     return log
 
 
