@@ -37,6 +37,7 @@ from taskx.runtime.executors import (
     ExecutorDecorator,
     ExecutorOptions,
     Options,
+    Registered,
     Registry,
     TaskExecutor,
 )
@@ -50,7 +51,7 @@ from taskx.runtime.node import LocalNode
 from taskx.runtime.retention import prune_all
 from taskx.runtime.runner import Runner, inside_executor
 from taskx.runtime.starter import Services
-from taskx.storage.adapter import EightMethodAdapter
+from taskx.storage.adapter import EightMethodAdapter, refuse_eight_methods
 from taskx.storage.base import Repository, TaskRepository
 
 if TYPE_CHECKING:
@@ -105,7 +106,7 @@ class Queue:
         self._log = logger or logging.getLogger("taskx")
         self._clock = clock
         self._hooks = tuple(hooks)
-        self._registry = Registry(check_middleware(middleware))
+        self._registry = Registry(check_middleware(middleware), self._check_executor)
         self._state = threading.Lock()
         self._wire()
         _queues.add(self)
@@ -152,6 +153,8 @@ class Queue:
             timeout: seconds after which an attempt's token fires.
             priority: higher runs first (default 0).
             retry: when an attempt that raised is followed by another (default: at once).
+            capture_log: keep what the executor logs in ``task.log``: True for what is of level INFO
+                and above, or a level, such as ``"WARNING"``.
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, or the function cannot be
@@ -160,6 +163,10 @@ class Queue:
         if callable(type):
             raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
         return ExecutorDecorator(type, Options(**options), self.register_executor)
+
+    def _check_executor(self, entry: Registered) -> None:
+        if entry.log_level is not None:
+            refuse_eight_methods(self.repository, "logs (capture_log)")
 
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]

@@ -37,6 +37,8 @@ DEFAULT_MAX_ATTEMPTS = 1
 DEFAULT_MAX_CRASHES = 3
 #: Ended attempts that a record keeps; the oldest are dropped first.
 MAX_KEPT_ATTEMPTS = 50
+#: Characters of what executors logged that a record keeps; the earliest lines go first.
+MAX_LOG = 64 * 1024
 
 PENDING, RUNNING = TaskStatus.PENDING.value, TaskStatus.RUNNING.value
 COMPLETED, FAILED, CANCELLED = (
@@ -93,6 +95,7 @@ class Ending:
         worker: who ran it.
         progress: the last progress it told; None if it told none.
         message: the last message it told.
+        log: the lines it logged, where they are kept.
         interrupt: the Ctrl-C that ended it, where it ran in the main thread.
     """
 
@@ -108,6 +111,7 @@ class Ending:
     worker: str = ""
     progress: int | None = None
     message: str = ""
+    log: str = ""
     interrupt: BaseException | None = None
 
 
@@ -341,9 +345,17 @@ def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
     if ending.progress is not None:
         changes["progress"] = ending.progress
         changes["message"] = ending.message
+    if ending.log:
+        changes["log"] = _logged(task, ending)
     if task.unique_key is not None:
         changes.update(unique.freed_by_end(task))
     return changes
+
+
+def _logged(task: Task, ending: Ending) -> str:
+    """The lines of the earlier attempts and of this one, below a line that says which it is."""
+    lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{ending.log}"
+    return lines if len(lines) <= MAX_LOG else lines[-MAX_LOG:].partition("\n")[2]
 
 
 def _complete(task: Task, ending: Ending, now: int) -> Update:
@@ -373,7 +385,7 @@ def _fail(task: Task, ending: Ending, now: int) -> Update:
 def _back_to_pending(
     task: Task, ending: Ending, now: int, outcome: str, *, owner: str
 ) -> dict[str, Any]:
-    return {
+    changes = {
         "status": PENDING,
         "started_at": None,
         "progress": 0,
@@ -382,6 +394,9 @@ def _back_to_pending(
         "worker": ending.worker,
         "earlier_attempts": _archive(task, now, outcome, ending),
     }
+    if ending.log:
+        changes["log"] = _logged(task, ending)
+    return changes
 
 
 def _unless_cancelled(

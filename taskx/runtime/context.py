@@ -21,6 +21,11 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+def log_prefix(task_id: str, type: str) -> str:
+    """What the lines of a task's logger begin with."""
+    return f"[{type} {task_id}] "
+
+
 class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
     """The queue's logger, with the task's id and type in front of every line and in ``extra``."""
 
@@ -30,7 +35,7 @@ class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
         """Add the task to a record."""
         extra = dict(self.extra or {})
         kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
-        return f"[{extra['task_type']} {extra['task_id']}] {msg}", kwargs
+        return f"{log_prefix(str(extra['task_id']), str(extra['task_type']))}{msg}", kwargs
 
 
 class Context:

@@ -25,6 +25,7 @@ from taskx.core.checks import check_int, check_number
 from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
 from taskx.core.model import Task, check_name
 from taskx.core.retry import RetryPolicy, check_policy
+from taskx.runtime.capture import log_level
 from taskx.runtime.context import Context
 from taskx.runtime.middleware import Layer, wrapped
 
@@ -65,6 +66,7 @@ class ExecutorOptions(TypedDict, total=False):
     timeout: float | None
     priority: int | None
     retry: RetryPolicy | None
+    capture_log: bool | int | str | None
 
 
 @attrs.frozen(kw_only=True)
@@ -77,6 +79,8 @@ class Options:
         timeout: seconds after which an attempt's token fires.
         priority: higher runs first.
         retry: when an attempt that raised is followed by another; None: at once.
+        capture_log: keep what the executor logs with the record: True for what is of level INFO and
+            above, or a level; None and False: do not.
     """
 
     max_attempts: int | None = None
@@ -84,6 +88,7 @@ class Options:
     timeout: float | None = None
     priority: int | None = None
     retry: RetryPolicy | None = None
+    capture_log: bool | int | str | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in ("max_attempts", "max_crashes"):
@@ -94,6 +99,7 @@ class Options:
         if self.priority is not None:
             check_int(self.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
         check_policy(self.retry)
+        log_level(self.capture_log)
 
     @property
     def attempts(self) -> int | None:
@@ -296,8 +302,8 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
 
     Args:
         type: the type of task it runs; the function's name unless given.
-        options: how its tasks are run: ``max_attempts``, ``max_crashes``, ``timeout``, ``priority``
-            and ``retry``, as :meth:`Queue.executor` takes them.
+        options: how its tasks are run: ``max_attempts``, ``max_crashes``, ``timeout``, ``priority``,
+            ``retry`` and ``capture_log``, as :meth:`Queue.executor` takes them.
 
     Raises:
         ConfigurationError: an option is not valid, or the function cannot be an executor.
@@ -314,6 +320,7 @@ class Registered(NamedTuple):
     invoke: Callable[[Context, Mapping[str, Any]], Any]
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
+    log_level: int | None
 
 
 class Registry:
@@ -321,10 +328,16 @@ class Registry:
 
     Args:
         middleware: what is wrapped around every execution, the first one outermost.
+        check: refuses what the queue cannot do, before an executor is added.
     """
 
-    def __init__(self, middleware: Sequence[Layer] = ()) -> None:
+    def __init__(
+        self,
+        middleware: Sequence[Layer] = (),
+        check: Callable[[Registered], object] = lambda entry: None,
+    ) -> None:
         self._middleware = middleware
+        self._check = check
         self._registered: dict[str, Registered] = {}
         self._declared: set[str] = set()
 
@@ -346,6 +359,7 @@ class Registry:
         entry = _entry(executor, options)
         if entry.type in self._registered:
             raise ConfigurationError(f"type {entry.type!r} has an executor already")
+        self._check(entry)
         invoke = wrapped(entry.invoke, self._middleware)
         self._registered[entry.type] = entry._replace(invoke=invoke)
 
@@ -372,11 +386,13 @@ class Registry:
 def _entry(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
     if isinstance(executor, Executor):
         given = {k: v for k, v in attrs.asdict(options, recurse=False).items() if v is not None}
+        options = attrs.evolve(executor.options, **given)
         return Registered(
             type=executor.type,
             invoke=executor.invoke,
             check_params=executor.check_params,
-            options=attrs.evolve(executor.options, **given),
+            options=options,
+            log_level=log_level(options.capture_log),
         )
     type_ = getattr(executor, "type", None)
     if inspect.isclass(executor) or not callable(getattr(executor, "execute", None)) or not type_:
@@ -389,6 +405,7 @@ def _entry(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Reg
         invoke=_classic(executor),
         check_params=None,
         options=options,
+        log_level=log_level(options.capture_log),
     )
 
 

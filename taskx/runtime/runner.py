@@ -17,8 +17,9 @@ from taskx.core.model import Task
 from taskx.core.retry import Permanent, Retry, Snooze
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms
+from taskx.runtime.capture import Capture, CapturedLogger, capturing
 from taskx.runtime.checkpoints import Keeper
-from taskx.runtime.context import Context
+from taskx.runtime.context import Context, log_prefix
 from taskx.runtime.executors import Registered
 
 #: Longest error text and traceback that a record keeps, in characters.
@@ -31,7 +32,7 @@ _current = threading.local()
 class Run:
     """One attempt at a task that was started, with the token that tells it to stop."""
 
-    __slots__ = ("context", "executor", "task", "token")
+    __slots__ = ("capture", "context", "executor", "task", "token")
 
     def __init__(
         self,
@@ -45,6 +46,11 @@ class Run:
         self.task = task
         self.executor = executor
         self.token = CancelToken(None, clock)
+        self.capture: Capture | None = None
+        if executor.log_level is not None:
+            prefix = log_prefix(task.id, task.type)
+            self.capture = Capture(executor.log_level, prefix)
+            log = CapturedLogger(log, self.capture)
         self.context = Context(task, self.token, alarms, log, keeper)
 
 
@@ -96,6 +102,8 @@ class Runner:
         ending["duration"] = max(0.0, self._clock.monotonic() - started)
         if (told := run.context.latest_progress()) is not None:
             ending["progress"], ending["message"] = told
+        if run.capture is not None:
+            ending["log"] = run.capture.text()
         return Ending(worker=worker, **ending)
 
     def _call(self, run: Run) -> dict[str, Any]:
@@ -103,7 +111,11 @@ class Runner:
             run.token.raise_if_cancelled()
         if run.task.damage:
             raise RepositoryCorrupt(run.task.damage)
-        value = run.executor.invoke(run.context, run.task.params)
+        if run.capture is None:
+            value = run.executor.invoke(run.context, run.task.params)
+        else:
+            with capturing(run.capture):
+                value = run.executor.invoke(run.context, run.task.params)
         text = None if value is None else payload.encode(value, "result", self._max_payload_size)
         return {"returned": True, "result": text}
 

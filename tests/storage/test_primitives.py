@@ -395,6 +395,27 @@ class TestCheckpoints:
         assert store.list(TaskFilter())[0].checkpoints == json.loads(self.TEXT)
 
 
+@whole_batches
+def test_what_attempts_log_is_kept_in_order(store, run, now):
+    """Also over a requeue and what is written by hand; who logs nothing changes nothing."""
+    for number, log in enumerate(("ä\n", "", "two\nthree\n")):
+        task = store.get_by_id("a") if number else run("a", max_attempts=2)
+        if number:
+            store.apply([lifecycle.start(task, now, "node")])
+            task = store.get_by_id("a")
+        ending = Ending(returned=False, error="e", log=log)
+        assert any(store.apply(lifecycle.conclude(task, ending, now)))
+        task = store.get_by_id("a")
+        if task.status is TaskStatus.FAILED:
+            store.apply([lifecycle.requeue(task, now)])
+            task = store.get_by_id("a")
+        task.log = "by hand"
+        store.update(task)
+    expected = "--- attempt 1, start 1\nä\n--- attempt 1, start 3\ntwo\nthree\n"
+    assert store.get_by_id("a").log == expected
+    assert store.list(TaskFilter())[0].log == expected
+
+
 @pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO, "adapter"], indirect=True)
 class TestDue:
     """Tasks that are held back until their time has come."""
