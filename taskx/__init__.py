@@ -27,6 +27,7 @@ from taskx.core.errors import (
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
+from taskx.flows import Flow, FlowHandle, chain, group
 from taskx.queue import Queue
 from taskx.runtime.config import Config
 from taskx.runtime.context import Context
@@ -54,6 +55,8 @@ __all__ = [
     "Context",
     "DuplicateTask",
     "Executor",
+    "Flow",
+    "FlowHandle",
     "Hook",
     "InvalidTransition",
     "MemoryRepository",
@@ -84,7 +87,9 @@ __all__ = [
     "TaskStatus",
     "TaskxError",
     "UnknownTaskType",
+    "chain",
     "executor",
+    "group",
     "open_repository",
 ]
 

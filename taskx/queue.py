@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -28,10 +29,13 @@ from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_n
 from taskx.core.token import CancelReason
 from taskx.core.unique import OnConflict
 from taskx.core.writes import Update
+from taskx.flows import Flow, FlowHandle, lay_out
 from taskx.runtime.alarms import Alarms
+from taskx.runtime.cancelling import cancel_all
 from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.config import Config
 from taskx.runtime.dead_letters import dead, discard_all, requeue_all
+from taskx.runtime.dependents import Dependents
 from taskx.runtime.executors import (
     Executor,
     ExecutorDecorator,
@@ -114,17 +118,20 @@ class Queue:
     def _wire(self) -> None:
         alarms = Alarms(self._clock)
         ledger = Ledger(self.repository, self._log)
+        watcher = Watcher(self.repository, self._log)
+        hooks = Hooks(self._hooks, self._log)
         self._services = Services(
             repository=self.repository,
             registry=self._registry,
             ledger=ledger,
-            watcher=Watcher(self.repository, self._log),
+            watcher=watcher,
             clock=self._clock,
             log=self._log,
             alarms=alarms,
             runner=Runner(self._clock, alarms, self.config.max_payload_size),
-            hooks=Hooks(self._hooks, self._log),
+            hooks=hooks,
             keeper=Keeper(self.repository, ledger, self.config.max_payload_size),
+            dependents=Dependents(self.repository, ledger, hooks, watcher, self._clock, self._log),
         )
         self._intake = Intake(
             self._services,
@@ -228,6 +235,9 @@ class Queue:
             unique_scope: how long the task holds it: ``"pending"`` until it first starts,
                 ``"unfinished"`` (unless given) until it has ended, ``"ever"`` as long as its record is
                 kept, or so many seconds from now.
+            depends_on: tasks, by id or handle, that must have completed before this one starts.
+            on_parent_failure: what becomes of it when all of them have ended and one did not complete:
+                ``"cancel"`` (unless given), ``"fail"`` or ``"run"``.
             on_conflict: where another task holds the key: ``"reject"`` (unless given) raises,
                 ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending, the
                 params and options of this one, and returns its handle.
@@ -238,6 +248,7 @@ class Queue:
             DuplicateTask: a task has that id, or holds that key.
             QueueFull: the buffer is full.
             QueueStopped: the queue was stopped.
+            TaskNotFound: a task that it depends on is not there.
             InvalidTransition: the task is not pending.
             ConfigurationError: another argument is not valid.
             RepositoryError: it could not be stored; or, where its ``in_doubt`` is True, may have been:
@@ -363,6 +374,16 @@ class Queue:
         task = with_options(task, options, self._clock.now_ms())
         return self._intake.accept(task, options.get("priority"), spill=True)
 
+    def submit_flow(self, flow: Flow) -> FlowHandle:
+        """Submit a chain or group of tasks, all or none; returns one handle for all of them.
+
+        Raises:
+            TaskxError: as :meth:`submit_many` does; nothing was stored, unless it is in doubt.
+        """
+        tasks, laid = lay_out(flow)
+        self.submit_many(tasks)
+        return FlowHandle(laid, self)
+
     # --- looking
 
     def handle(self, task_id: str) -> TaskHandle[Any]:
@@ -432,8 +453,7 @@ class Queue:
             writes = lifecycle.cancel(task_id, now)
             cancelled, asked = self._services.ledger.commit(writes)
             if cancelled:
-                self._forget(task_id)
-                self._tell_cancelled(writes[0])
+                self._never_run(writes[:1])
                 return True
             if not asked:
                 task = self.get_task_status(task_id)
@@ -444,15 +464,60 @@ class Queue:
             self._fire(task_id)
             return False
 
-    def _tell_cancelled(self, write: Update) -> None:
+    def cancel_many(self, task_ids: Iterable[str]) -> int:
+        """Cancel those of these tasks that have not ended, in a few transactions.
+
+        Returns:
+            how many of them never run; others run, and were asked to stop.
+
+        Raises:
+            RepositoryError: the repository failed; some may have been cancelled.
+        """
+        ids = [check_name(task_id, "id") for task_id in task_ids]
+        cancelled = cancel_all(self._services, ids)
+        self._never_run(cancelled.never_run)
+        for task_id in cancelled.asked:
+            self._fire(task_id)
+        done = {write.id for write in cancelled.never_run}
+        rest = self.repository.statuses([i for i in ids if i not in done | {*cancelled.asked}])
+        again = 0
+        for task_id, status in rest.items():
+            if not TaskStatus(status).finished:  # it moved meanwhile, or was asked before
+                with suppress(InvalidTransition, TaskNotFound):
+                    again += self.cancel_task(task_id)
+        return len(done) + again
+
+    def _never_run(self, writes: Sequence[Update]) -> None:
+        """Pending tasks were cancelled."""
+        for write in writes:
+            self._forget(write.id)
+        self._tell_cancelled(writes)
+        self._look_at_dependents([write.id for write in writes])
+
+    def _tell_cancelled(self, writes: Sequence[Update]) -> None:
         hooks = self._services.hooks
-        if not hooks.finished:
+        if not (hooks.finished and writes):
             return
         try:
-            for task in self.repository.get_many([write.id]).values():
-                hooks.tell_changed(hooks.finished, task, write.changes)
+            tasks = self.repository.get_many([write.id for write in writes])
         except RepositoryError as error:
-            self._log.warning("no hook is told that task %s is cancelled: %s", write.id, error)
+            self._log.warning("no hook is told of %d cancelled task(s): %s", len(writes), error)
+            return
+        for write in writes:
+            if write.id in tasks:
+                hooks.tell_changed(hooks.finished, tasks[write.id], write.changes)
+
+    def _look_at_dependents(self, task_ids: Sequence[str]) -> None:
+        dependents = self._services.dependents
+        if not task_ids or (self._node is not None and not dependents.any):
+            return
+        for task_id in task_ids:
+            dependents.parent_ended(task_id)
+        if self._node is None:
+            try:
+                dependents.look()
+            except RepositoryError as error:
+                self._log.warning("what waits for cancelled tasks is looked at later: %s", error)
 
     def _fire(self, task_id: str) -> None:
         if self._node is not None and (run := self._node.engine.runs.get(task_id)) is not None:
@@ -470,7 +535,11 @@ class Queue:
         if self._intake.stopped:
             raise QueueStopped("the queue was stopped; nothing was requeued")
         task = self.get_task_status(task_id)
-        write = lifecycle.requeue(task, self._clock.now_ms())
+        waiting_on = None
+        if task.depends_on:
+            statuses = self.repository.statuses(task.depends_on)
+            waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
+        write = lifecycle.requeue(task, self._clock.now_ms(), waiting_on)
         if not self._services.ledger.commit([write])[0]:
             key = task.unique_key
             holder = self.repository.unique_holders([key]).get(key) if key is not None else None
@@ -479,6 +548,8 @@ class Queue:
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
         if (hooks := self._services.hooks).requeued:
             hooks.tell_changed(hooks.requeued, task, write.changes)
+        if waiting_on is not None:
+            self._services.dependents.waits({task_id: waiting_on})
         self._look_for_work()
 
     def delete(self, task_id: str) -> None:
@@ -492,6 +563,7 @@ class Queue:
             self.get_task_status(task_id)
             raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
         self._forget(task_id)
+        self._look_at_dependents([task_id])
 
     def _forget(self, task_id: str) -> None:
         """A pending task will not run any more."""

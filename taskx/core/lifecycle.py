@@ -6,14 +6,14 @@ one whose guard holds is the move that happened.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
 
 from taskx.core import unique
 from taskx.core.clock import to_datetime, to_ms
-from taskx.core.errors import InvalidTransition
+from taskx.core.errors import ConfigurationError, InvalidTransition
 from taskx.core.model import Attempt, Task, TaskStatus, check_key
 from taskx.core.record import (
     BY_THREAD,
@@ -71,11 +71,16 @@ MOVES = (
     Move("rescue", RUNNING, FAILED),
     Move("rescue", RUNNING, CANCELLED),
     Move("cancel", PENDING, CANCELLED),
+    Move("orphan", PENDING, CANCELLED),
+    Move("orphan", PENDING, FAILED),
     Move("cancelled", RUNNING, CANCELLED),
     Move("requeue", FAILED, PENDING),
     Move("requeue", CANCELLED, PENDING),
 )
-_EDGES = frozenset((move.source, move.target) for move in MOVES)
+# Those that somebody may make by hand.
+_EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != "orphan")
+#: What becomes of a task whose parent does not complete; the first one where nobody says.
+ON_PARENT_FAILURE = ("cancel", "fail", "run")
 
 
 @attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
@@ -168,7 +173,26 @@ def between_tasks(task: Task) -> dict[str, Any]:
     if task.unique_key is not None:
         given["unique_key"] = check_key(task.unique_key, "unique_key")
         given["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
+    if task.depends_on:
+        given["depends_on"] = _check_parents(task)
+        given["on_parent_failure"] = _check_policy(task.on_parent_failure)
     return given
+
+
+def _check_parents(task: Task) -> list[str]:
+    if isinstance(task.depends_on, str):
+        raise ConfigurationError(f"depends_on must be a list of ids, not {task.depends_on!r}")
+    parents = list(dict.fromkeys(check_key(parent, "depends_on") for parent in task.depends_on))
+    if task.id and task.id in parents:
+        raise ConfigurationError(f"task {task.id} cannot depend on itself")
+    return parents
+
+
+def _check_policy(policy: object) -> str | None:
+    if policy is not None and policy not in ON_PARENT_FAILURE:
+        known = ", ".join(map(repr, ON_PARENT_FAILURE))
+        raise ConfigurationError(f"on_parent_failure must be one of {known}, not {policy!r}")
+    return None if policy is None else str(policy)
 
 
 def _rare(
@@ -178,12 +202,12 @@ def _rare(
     unique_scope: str | None = None,
     depends_on: Sequence[str] = (),
     on_parent_failure: str | None = None,
+    waiting_on: str | None = None,
     concurrency_key: str | None = None,
 ) -> dict[str, Any]:
     """The columns that few tasks have: those of options that were not given are left out.
 
-    Of its parents it waits for the last one first, which is likely to end last; of its line, from when it
-    waits for nothing else but the time.
+    It waits for its parents first, then for its turn, then for its time.
     """
     more: dict[str, Any] = {}
     if unique_key is not None:
@@ -192,7 +216,8 @@ def _rare(
         more.update(concurrency_key=concurrency_key, held=FOR_TURN)
     if depends_on:
         more.update(depends_on=ids_to_text(depends_on), on_parent_failure=on_parent_failure)
-        more.update(held=FOR_PARENTS, waiting_on=depends_on[-1])
+    if waiting_on is not None:
+        more.update(held=FOR_PARENTS, waiting_on=waiting_on)
     return more
 
 
@@ -227,7 +252,13 @@ def cancel(task_id: str, now: int) -> list[Update]:
         Update(
             task_id,
             {"status": PENDING},
-            {"status": CANCELLED, "completed_at": now, "owner": "", "unique_lock": None},
+            {
+                "status": CANCELLED,
+                "completed_at": now,
+                "owner": "",
+                "unique_lock": None,
+                "waiting_on": None,
+            },
             durable=True,
         ),
         Update(
@@ -237,6 +268,61 @@ def cancel(task_id: str, now: int) -> list[Update]:
             durable=True,
         ),
     ]
+
+
+# --- waiting for parents
+
+
+def next_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
+    """Of its parents, the one whose end a new task waits for; None where all have completed.
+
+    Where all have ended and not all completed, it is the last one: then it is decided what becomes of it.
+    """
+    unfinished = unfinished_parent(parents, statuses)
+    if unfinished is not None or _bad_parent(parents, statuses) is None:
+        return unfinished
+    return parents[-1]
+
+
+def unfinished_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
+    """The last of its parents that has not ended, which is likely to end last; None if all have."""
+    for parent in reversed(parents):
+        if statuses.get(parent) in (PENDING, RUNNING):
+            return parent
+    return None
+
+
+def _bad_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
+    return next((parent for parent in parents if statuses.get(parent) != COMPLETED), None)
+
+
+def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
+    """What becomes of a task that waits for its parents, as far as they have come.
+
+    One that is gone counts as one that did not complete.
+    """
+    guard = {"status": PENDING, "held": FOR_PARENTS}
+    waiting_on = unfinished_parent(child.depends_on, statuses)
+    if waiting_on is not None:
+        return Update(child.id, guard, {"waiting_on": waiting_on})
+    bad = _bad_parent(child.depends_on, statuses)
+    if bad is None or child.on_parent_failure == "run":
+        run_at = None if child.run_at is None else to_ms(child.run_at)
+        held = _until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
+        return Update(child.id, guard, {"waiting_on": None, "held": held})
+    changes = {
+        "status": CANCELLED,
+        "completed_at": now,
+        "error": f"its parent {bad} {_WORDS.get(statuses.get(bad, ''), 'is gone')}",
+        "waiting_on": None,
+        "unique_lock": None,
+    }
+    if child.on_parent_failure == "fail":
+        changes.update(status=FAILED, dead_letter=1)
+    return Update(child.id, guard, changes)
+
+
+_WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
 
 
 # --- running
@@ -465,8 +551,13 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
 # --- after the end
 
 
-def requeue(task: Task, now: int) -> Update:
+def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     """Let a failed or cancelled task run again, with a budget that starts anew.
+
+    Args:
+        task: as it was read.
+        now: the present, in milliseconds.
+        waiting_on: a parent that it waits for first.
 
     Raises:
         InvalidTransition: it is neither.
@@ -499,6 +590,8 @@ def requeue(task: Task, now: int) -> Update:
         "earlier_attempts": log,
     }
     changes.update(unique.taken_again(task))
+    if waiting_on is not None:
+        changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
     return Update(task.id, {"status": status, "starts": task.starts}, changes, durable=True)
 
 
@@ -586,13 +679,14 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
             "starts": stored.starts + 1,
             "started_at": now,
             "held": FREE,
+            "waiting_on": None,
             **unique.freed_by_start(stored),
         }
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}
         return dict(requeue(stored, now).changes)
-    changes = {"status": status.value, "completed_at": now, "owner": ""}
+    changes = {"status": status.value, "completed_at": now, "owner": "", "waiting_on": None}
     changes.update(unique.freed_by_end(stored))
     if status is TaskStatus.COMPLETED:
         changes["progress"] = 100

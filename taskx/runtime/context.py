@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
+from taskx.core.errors import TaskNotFound
 from taskx.core.model import Task
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.checkpoints import Checkpoints, Keeper
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
+#: How tasks are read, by their ids.
+Fetch = Callable[[Sequence[str]], Mapping[str, Task]]
 
 
 def log_prefix(task_id: str, type: str) -> str:
@@ -46,7 +49,7 @@ class Context:
     """
 
     __slots__ = (
-        *("_alarms", "_copy", "_log", "_task", "_token"),
+        *("_alarms", "_copy", "_fetch", "_log", "_task", "_token"),
         *("_message", "_percent", "_unwritten"),
         *("_checkpoints", "_keeper", "_run_token"),
     )
@@ -58,8 +61,10 @@ class Context:
         alarms: Alarms,
         log: logging.Logger,
         keeper: Keeper,
+        fetch: Fetch,
     ) -> None:
         self._task = task
+        self._fetch = fetch
         self._copy: Task | None = None  # made when it is first asked for: most never do
         self._token = self._run_token = token
         self._alarms = alarms
@@ -77,6 +82,21 @@ class Context:
             self._copy = copy(self._task)
             self._copy.earlier_attempts = list(self._task.earlier_attempts)
         return self._copy
+
+    @property
+    def parents(self) -> list[Task]:
+        """The tasks that this one depends on, in the order given, as they ended; read at every access.
+
+        Raises:
+            TaskNotFound: one was deleted.
+            RepositoryError: the repository failed.
+        """
+        ids = self._task.depends_on
+        found = self._fetch(ids) if ids else {}
+        for parent in ids:
+            if parent not in found:
+                raise TaskNotFound(parent)
+        return [found[parent] for parent in ids]
 
     @property
     def token(self) -> CancelToken:

@@ -206,6 +206,9 @@ class Engine:
         try:  # first: what is told nobody takes for quiet, and no next attempt has begun
             if held and self.hooks.outcomes:
                 self.hooks.tell_concluded(task, ending, held[0].changes)
+            dependents = self.services.dependents
+            if dependents.any and held and held[0].changes["status"] != lifecycle.PENDING:
+                dependents.parent_ended(task.id)
         finally:
             self.starter.strike(run)
         if not held:
@@ -324,6 +327,7 @@ class Engine:
             or self.starter.suspects.waiting
             or self.more_stored
             or self.services.ledger
+            or self.services.dependents.ended
         )
 
     def wait_quiet(self, timeout: float) -> None:

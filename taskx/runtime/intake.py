@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from datetime import datetime, timedelta
-from typing import Any, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
 import attrs
 
@@ -31,8 +31,15 @@ from taskx.runtime.buffer import Item
 from taskx.runtime.conflicts import Patience, settle
 from taskx.runtime.engine import Engine
 from taskx.runtime.executors import MAX_PRIORITY
+from taskx.runtime.parents import find_parents
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.starter import Services
+
+if TYPE_CHECKING:
+    from taskx.runtime.handles import TaskHandle
+
+#: What becomes of a task whose parent failed for good, was cancelled, or is gone.
+OnParentFailure = Literal["cancel", "fail", "run"]
 
 
 class SubmitOptions(TypedDict, total=False):
@@ -50,6 +57,8 @@ class SubmitOptions(TypedDict, total=False):
     unique_key: str | None
     unique_scope: UniqueScope | None
     on_conflict: OnConflict | None
+    depends_on: Sequence[str | TaskHandle[Any]] | None
+    on_parent_failure: OnParentFailure | None
 
 
 class Intake:
@@ -103,6 +112,8 @@ class Intake:
         if self._hooks.waiting:
             self._hooks.let_catch_up()
         insert = self._prepare(task, priority)
+        if task.depends_on:
+            find_parents(self._services.repository, [insert])
         if task.unique_key is not None:
             return self._accept_unique(insert, on_conflict, spill=spill)
         self._take_in(insert, spill=spill)
@@ -130,6 +141,8 @@ class Intake:
             engine = None  # declared: another process runs it
         if engine is None or insert.row["held"] or self._spills(engine):
             self._store(insert)
+            if "depends_on" in insert.row:
+                self._services.dependents.added([insert])
             if engine is not None:
                 self._tell(engine, delayed=bool(insert.row["held"]))
         elif engine.buffer.reserve():
@@ -238,7 +251,7 @@ class Intake:
         self._refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        inserts = [self._prepare(task) for task in tasks]
+        inserts = self._prepare_many(tasks)
         if not inserts:
             return []
         engine = self.engine
@@ -259,6 +272,8 @@ class Intake:
         if self._hooks.submitted:
             for insert in inserts:
                 self._hooks.tell_submitted(insert.row)
+        if any("depends_on" in insert.row for insert in inserts):
+            self._services.dependents.added(inserts)
         if engine is not None:
             for insert, turn in zip(buffered, turns, strict=True):
                 self._buffer(engine, insert, turn)
@@ -267,6 +282,12 @@ class Intake:
             if slots < len(due):
                 self._tell(engine, delayed=False)
         return [insert.id for insert in inserts]
+
+    def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
+        inserts = [self._prepare(task) for task in tasks]
+        if any("depends_on" in insert.row for insert in inserts):
+            find_parents(self._services.repository, inserts)
+        return inserts
 
     def _reserve_many(self, engine: Engine, wanted: int) -> int:
         """How many of ``wanted`` tasks go into the buffer; the rest is spilled."""
@@ -402,6 +423,8 @@ def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
         ConfigurationError: both ``run_at`` and ``delay``, or an invalid delay.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
+    if "depends_on" in chosen and not isinstance(chosen["depends_on"], str):
+        chosen["depends_on"] = [getattr(parent, "id", parent) for parent in chosen["depends_on"]]
     if chosen.pop("on_conflict", "reject") not in get_args(OnConflict):
         known = ", ".join(map(repr, get_args(OnConflict)))
         raise ConfigurationError(

@@ -214,6 +214,8 @@ class LocalNode:
         services = self._services
         self._write_outcomes()
         try:
+            with suppress(RepositoryError):  # whoever runs next looks at all that wait
+                services.dependents.look()
             with suppress(RepositoryError):  # what it still owns is taken from a node that has left
                 self.engine.release_pending()
             services.repository.leave(self.record.id)

@@ -44,6 +44,7 @@ class Recovery:
                 recovered += self._take_back(node)
         for node in nodes.values():
             if node.alive is False:
+                self._services.dependents.ended_elsewhere()
                 repository.leave(node.id)
             elif node.alive is None and node.id not in self._unknown:
                 self._unknown.add(node.id)
@@ -74,6 +75,8 @@ class Recovery:
         self._tell_rescued({task.id: task for task in tasks}, writes, results)
         for task_id in running:
             self._services.watcher.look_if_watched(task_id)
+        if running:
+            self._services.dependents.ended_elsewhere()
         return len(stubs)
 
     def _tell_rescued(
@@ -132,4 +135,5 @@ class Recovery:
             for write, held in zip(writes, self._services.ledger.commit(writes), strict=True):
                 if held:
                     self._services.hooks.tell_concluded(task, ending, write.changes)
+                    self._services.dependents.ended_elsewhere()
             self._engine.more_stored = True

@@ -19,7 +19,7 @@ from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.capture import Capture, CapturedLogger, capturing
 from taskx.runtime.checkpoints import Keeper
-from taskx.runtime.context import Context, log_prefix
+from taskx.runtime.context import Context, Fetch, log_prefix
 from taskx.runtime.executors import Registered
 
 #: Longest error text and traceback that a record keeps, in characters.
@@ -42,6 +42,7 @@ class Run:
         alarms: Alarms,
         log: logging.Logger,
         keeper: Keeper,
+        fetch: Fetch,
     ) -> None:
         self.task = task
         self.executor = executor
@@ -51,7 +52,7 @@ class Run:
             prefix = log_prefix(task.id, task.type)
             self.capture = Capture(executor.log_level, prefix)
             log = CapturedLogger(log, self.capture)
-        self.context = Context(task, self.token, alarms, log, keeper)
+        self.context = Context(task, self.token, alarms, log, keeper, fetch)
 
 
 def _renew_after_fork() -> None:

@@ -48,6 +48,8 @@ class Scheduler:
         self._thread = threading.Thread(target=self._run, name="taskx-scheduler", daemon=True)
         engine.wake_scheduler = self.wake_from_long_sleep
         engine.look_for_due = self.look_for_due
+        engine.services.dependents.wake = self.wake_from_long_sleep
+        engine.services.dependents.released = self._tasks_released
 
     def start(self) -> None:
         """Start the thread."""
@@ -76,6 +78,11 @@ class Scheduler:
         self._due_known = False
         self.wake()
 
+    def _tasks_released(self) -> None:
+        """Tasks that waited for others may start, or may be due some time."""
+        self._engine.more_stored = True
+        self.look_for_due()
+
     def _run(self) -> None:
         failures = 0
         while not self._stopped:
@@ -94,7 +101,11 @@ class Scheduler:
     def _sleep(self, failures: int) -> None:
         if failures:
             timeout = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
-        elif self._services.ledger or self._engine.buffer.needs_care():
+        elif (
+            self._services.ledger
+            or self._engine.buffer.needs_care()
+            or self._services.dependents.ended
+        ):
             timeout = AHEAD_PATIENCE
         else:
             self._asleep_long = True
@@ -118,6 +129,7 @@ class Scheduler:
             )
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
+        self._services.dependents.look()
         self._release_due()
         if self._is_time("recover", RECOVER_EVERY):
             if self._recovery.recover():
@@ -126,11 +138,13 @@ class Scheduler:
         elif self._is_time("poll", POLL) and self._services.repository.changed():
             self._due_known = False
             self._look_around()
+            self._services.dependents.look_around()
             self._services.watcher.look()
         if self._engine.more_stored:
             self._engine.refill()
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
+            self._services.dependents.look_slowly()
             self._services.watcher.look()
         self._retention.tick()
 

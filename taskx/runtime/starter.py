@@ -13,6 +13,7 @@ from taskx.core.writes import Update
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.checkpoints import Keeper
+from taskx.runtime.dependents import Dependents
 from taskx.runtime.executors import Registry
 from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
@@ -35,6 +36,7 @@ class Services(NamedTuple):
     runner: Runner
     hooks: Hooks
     keeper: Keeper
+    dependents: Dependents
 
 
 class Starter:
@@ -139,7 +141,10 @@ class Starter:
         services = self._services
         executor = services.registry.get(task.type)
         assert executor is not None  # only registered types are taken
-        run = Run(task, executor, services.clock, services.alarms, services.log, services.keeper)
+        fetch = services.repository.get_many
+        run = Run(
+            task, executor, services.clock, services.alarms, services.log, services.keeper, fetch
+        )
         # Before the start is committed: who then asks to cancel it finds its token.
         self.runs[task.id] = run
         return run
@@ -168,6 +173,8 @@ class Starter:
         ):
             if cancelled and hooks.finished:
                 hooks.tell_changed(hooks.finished, run.task, write.changes)
+            if cancelled and self._services.dependents.any:
+                self._services.dependents.parent_ended(run.task.id)
             if handed_back and rebuffer:
                 self.rebuffer(run.task)
             elif not handed_back:

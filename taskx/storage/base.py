@@ -27,7 +27,7 @@ from taskx.core.model import (
     check_status,
 )
 from taskx.core.payload import clean_text
-from taskx.core.record import Stub, optional_ms, policy_to_text
+from taskx.core.record import FOR_PARENTS, Stub, optional_ms, policy_to_text
 from taskx.core.retry import check_policy
 from taskx.core.writes import Write
 
@@ -192,7 +192,7 @@ class Repository(TaskRepository):
     def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
         """Tasks of a finished status that ended before a moment, in milliseconds.
 
-        Not those that are parents of a task that waits for its parents.
+        Not those that are parents of an unfinished task, which may ask for their results.
         """
 
     @abstractmethod
@@ -310,6 +310,8 @@ class Repository(TaskRepository):
             retry=policy_to_text(task.retry),
             **lifecycle.between_tasks(task),
         )
+        if task.depends_on:  # whether they have ended is looked at by whoever runs
+            insert.row.update(held=FOR_PARENTS, waiting_on=task.depends_on[-1])
         if not self.apply([insert])[0]:
             key = task.unique_key
             holder = None if key is None else self.unique_holders([key]).get(key)

@@ -134,6 +134,8 @@ class MemoryRepository(Repository):
             self._stuck.setdefault(row["stuck_on"], {})[row["id"]] = row
         if row["status"] in FINISHED:
             return
+        if row["depends_on"] is not None:
+            self._count_parents(row, 1)
         if row["status"] == "running":
             if row["owner"]:
                 self._owned.setdefault(row["owner"], {})[row["id"]] = row
@@ -147,7 +149,6 @@ class MemoryRepository(Repository):
             bisect.insort(self._held, (row["run_at"], row["id"]))
         elif row["held"] == FOR_PARENTS:
             self._waiting.setdefault(row["waiting_on"], set()).add(row["id"])
-            self._count_parents(row, 1)
         elif row["held"] == FOR_TURN:
             line = self._lines.setdefault(row["concurrency_key"], [])
             bisect.insort(line, (row["sequence"], row["id"]))
@@ -160,6 +161,8 @@ class MemoryRepository(Repository):
             _take_out(self._stuck, row["stuck_on"], row)
         if row["status"] in FINISHED:
             return
+        if row["depends_on"] is not None:
+            self._count_parents(row, -1)
         if row["status"] == "running":
             if row["owner"]:
                 _take_out(self._owned, row["owner"], row)
@@ -175,7 +178,6 @@ class MemoryRepository(Repository):
             self._waiting[row["waiting_on"]].remove(row["id"])
             if not self._waiting[row["waiting_on"]]:
                 del self._waiting[row["waiting_on"]]
-            self._count_parents(row, -1)
         elif row["held"] == FOR_TURN:
             _remove_sorted(self._lines[row["concurrency_key"]], (row["sequence"], row["id"]))
             if not self._lines[row["concurrency_key"]]:

@@ -957,8 +957,8 @@ class TestParents:
     def test_a_child_is_found_by_the_parent_it_waits_on(self, store, add, clock):
         add("p")
         add("q")
-        add("c", depends_on=["p", "q"])
-        add("d", depends_on=["p"], on_parent_failure="run")
+        add("c", depends_on=["p", "q"], waiting_on="q")
+        add("d", depends_on=["p"], waiting_on="p", on_parent_failure="run")
         assert store.get_by_id("d").depends_on == ["p"]
         assert store.get_by_id("d").on_parent_failure == "run"
         assert store.awaited("", 10) == ["p", "q"]
@@ -984,11 +984,13 @@ class TestParents:
     def test_what_a_waiting_task_needs_is_not_offered_for_pruning(self, store, run, add, clock):
         for parent in ("p", "q"):
             task = run(parent)
-            add(f"child of {parent}", depends_on=[parent])
+            add(f"child of {parent}", depends_on=[parent], waiting_on=parent)
             store.apply(lifecycle.conclude(task, Ending(returned=True), clock.now_ms()))
         clock.advance(10)
         assert store.ended("completed", clock.now_ms(), 10) == []
         store.apply([Update("child of p", {"held": 2}, {"held": 0, "waiting_on": None})])
+        assert store.ended("completed", clock.now_ms(), 10) == [], "it may ask for their results"
+        store.apply(lifecycle.cancel("child of p", clock.now_ms()))
         assert ids(store.ended("completed", clock.now_ms(), 10)) == ["p"]
         store.delete("child of q")
         assert sorted(ids(store.ended("completed", clock.now_ms(), 10))) == ["p", "q"]

@@ -8,7 +8,7 @@ from pymongo import ASCENDING, IndexModel
 from pymongo.collection import Collection
 from pymongo.errors import OperationFailure
 
-from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
+from taskx.core.record import FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.filters import BEST_FIRST, NEWEST_FIRST
 
@@ -68,16 +68,14 @@ def _indexes() -> list[IndexModel]:
             partialFilterExpression={"status": "pending", "taskx.held": UNTIL_DUE},
         ),
         IndexModel(
-            [("taskx.depends_on", ASCENDING)],
-            name="taskx_depends_on",
-            partialFilterExpression={"status": "pending", "taskx.held": FOR_PARENTS},
-        ),
-        IndexModel(
             [("taskx.concurrency_key", ASCENDING), ("taskx.seq", ASCENDING)],
             name="taskx_in_line",
             partialFilterExpression={"status": "pending", "taskx.held": FOR_TURN},
         ),
-        *(_of_those_with(name) for name in ("owner", "batch", "waiting_on", "stuck_on")),
+        *(
+            _of_those_with(name)
+            for name in ("owner", "batch", "depends_on", "waiting_on", "stuck_on")
+        ),
         *(_of_those_with(name, unique=True) for name in UNIQUE),
     ]
 

@@ -283,7 +283,9 @@ class Tasks:
 
         def read() -> list[Document]:
             tasks = self._connection.tasks
-            needed = set(tasks.distinct("taskx.depends_on", held(FOR_PARENTS)))
+            unfinished = {"status": {"$in": ["pending", "running"]}}
+            children = {"taskx.depends_on": {"$gt": ""}, **unfinished, **VISIBLE}
+            needed = set(tasks.distinct("taskx.depends_on", children))
             free = {"_id": {"$nin": [*needed]}} if needed else {}
             found = tasks.find({**wanted, **free, **VISIBLE}, STUB_FIELDS)
             return list(found.sort(OLDEST_FIRST).limit(limit))

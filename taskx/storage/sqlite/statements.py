@@ -9,7 +9,7 @@ from typing import Any
 from taskx.core.clock import to_ms
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, TaskFilter
-from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
+from taskx.core.record import FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
 
 # Cast, as one damaged record must not keep the others from being sorted.
@@ -78,7 +78,7 @@ ENDED = (
     f"SELECT {_STUB} FROM (SELECT * FROM tasks INDEXED BY tasks_{{0}} WHERE status = '{{0}}' "
     "AND created_at < ? ORDER BY created_at) AS ended WHERE completed_at < ? AND NOT EXISTS "
     "(SELECT 1 FROM parents JOIN tasks AS child ON child.id = parents.child WHERE "
-    f"parents.parent = ended.id AND child.status = 'pending' AND child.held = {FOR_PARENTS}) LIMIT ?"
+    "parents.parent = ended.id AND child.status IN ('pending', 'running')) LIMIT ?"
 )
 FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "

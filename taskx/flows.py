@@ -1,0 +1,229 @@
+"""Chains and groups: several tasks that are submitted together, and followed as one."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from concurrent import futures
+from typing import Any, Literal, Protocol, Union
+
+import attrs
+
+from taskx.core.errors import ConfigurationError
+from taskx.core.ids import new_id
+from taskx.core.model import Task, TaskStatus
+from taskx.runtime.handles import TaskHandle
+from taskx.storage.base import Repository
+
+#: What a flow is made of.
+Step = Union[Task, "Flow"]
+#: Most pairs of a task and one that it depends on, in one flow.
+MOST_EDGES = 1_000_000
+_UNFINISHED = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
+
+
+class Flow:
+    """Tasks in an order, made by :func:`chain` and :func:`group` and run by ``Queue.submit_flow``.
+
+    Attributes:
+        kind: ``"chain"``: one step after the other; ``"group"``: all at the same time.
+        steps: the tasks and flows that it is made of.
+    """
+
+    def __init__(self, kind: Literal["chain", "group"], steps: Sequence[Step]) -> None:
+        if not steps:
+            raise ConfigurationError(f"a {kind} of nothing: give at least one task or flow")
+        for step in steps:
+            if not isinstance(step, (Task, Flow)):
+                raise ConfigurationError(
+                    f"a {kind} is made of tasks and flows, not of {type(step).__name__}: "
+                    "write executor.task(...)"
+                )
+        self.kind = kind
+        self.steps = tuple(steps)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} of {len(self.steps)}>"
+
+    def then(self, *steps: Step) -> Flow:
+        """A chain of this flow and further steps: they begin when all of it has completed."""
+        return Flow("chain", (self, *steps))
+
+
+def chain(*steps: Step) -> Flow:
+    """Tasks and flows that run one after the other; each finds those before it in ``ctx.parents``.
+
+    Raises:
+        ConfigurationError: there is no step, or one is neither a task nor a flow.
+    """
+    return Flow("chain", steps)
+
+
+def group(*steps: Step) -> Flow:
+    """Tasks and flows that run at the same time.
+
+    Raises:
+        ConfigurationError: there is no step, or one is neither a task nor a flow.
+    """
+    return Flow("group", steps)
+
+
+@attrs.frozen
+class _Laid:
+    """A step, laid out: the handles of its tasks, in its own shape."""
+
+    kind: Literal["task", "chain", "group"]
+    parts: tuple[_Laid, ...] = ()
+    task_id: str = ""
+
+    def ids(self) -> Iterator[str]:
+        """Its tasks, in order."""
+        stack = [self]
+        while stack:
+            step = stack.pop()
+            if step.kind == "task":
+                yield step.task_id
+            stack.extend(reversed(step.parts))
+
+
+class _Queue(Protocol):
+    repository: Repository
+
+    def handle(self, task_id: str, /) -> TaskHandle[Any]: ...
+    def cancel_many(self, task_ids: Sequence[str], /) -> int: ...
+
+
+class FlowHandle:
+    """A flow that was submitted, as one.
+
+    Attributes:
+        ids: the ids of all its tasks, in the order in which the flow names them.
+    """
+
+    def __init__(self, laid: _Laid, queue: _Queue) -> None:
+        self._laid = laid
+        self._queue = queue
+        self.ids = list(laid.ids())
+        self._handles = {task_id: queue.handle(task_id) for task_id in self.ids}
+
+    def __repr__(self) -> str:
+        return f"<FlowHandle of {len(self.ids)} tasks>"
+
+    @property
+    def handles(self) -> list[TaskHandle[Any]]:
+        """The handles of all its tasks, in the order in which the flow names them."""
+        return list(self._handles.values())
+
+    def _statuses(self) -> list[TaskStatus | None]:
+        found = self._queue.repository.statuses(self.ids)
+        return [TaskStatus(found[i]) if i in found else None for i in self.ids]
+
+    def status(self) -> TaskStatus:
+        """What all its tasks come to.
+
+        Pending until the first one starts, running until the last one has ended; then failed if one
+        failed, else cancelled if one was cancelled (or deleted), else completed.
+        """
+        statuses = set(self._statuses())
+        if statuses <= {TaskStatus.PENDING}:
+            return TaskStatus.PENDING
+        if statuses & _UNFINISHED:
+            return TaskStatus.RUNNING
+        if TaskStatus.FAILED in statuses:
+            return TaskStatus.FAILED
+        return TaskStatus.COMPLETED if statuses == {TaskStatus.COMPLETED} else TaskStatus.CANCELLED
+
+    def progress(self) -> float:
+        """How many of its tasks have ended, in percent."""
+        statuses = self._statuses()
+        return 100 * sum(status not in _UNFINISHED for status in statuses) / len(statuses)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until all its tasks have ended: False if ``timeout`` seconds passed before."""
+        deadline = None if timeout is None else time.monotonic() + timeout
+        for handle in reversed(self.handles):  # the last ones end last: those before are done
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not futures.wait([handle], left).done:
+                return False
+        return True
+
+    def result(self, timeout: float | None = None) -> Any:
+        """Wait for all its tasks, and return what they returned.
+
+        That of a chain is the result of its last step; that of a group a list of the results of its
+        steps, in order.
+
+        Raises:
+            TaskFailed: a task failed; the first one of those, in the order in which the flow names them.
+            concurrent.futures.CancelledError: none failed, but one was cancelled.
+            concurrent.futures.TimeoutError: they have not ended within ``timeout`` seconds.
+        """
+        if not self.wait(timeout):
+            raise futures.TimeoutError
+        cancelled = False
+        for handle in self.handles:
+            if handle.cancelled():
+                cancelled = True
+            elif (error := handle.exception()) is not None:
+                raise error
+        if cancelled:
+            raise futures.CancelledError
+        return self._result(self._laid)
+
+    def _result(self, step: _Laid) -> Any:
+        if step.kind == "task":
+            return self._handles[step.task_id].result()
+        if step.kind == "chain":
+            return self._result(step.parts[-1])
+        return [self._result(part) for part in step.parts]
+
+    def cancel(self) -> None:
+        """Cancel all its tasks that have not ended: those that run are asked to stop."""
+        # The last ones first, so that the end of an earlier one does not start a later one.
+        self._queue.cancel_many(list(reversed(self.ids)))
+
+
+def lay_out(flow: Flow) -> tuple[list[Task], _Laid]:
+    """The tasks of a flow, with ids and parents, and its shape.
+
+    Raises:
+        ConfigurationError: too many tasks depend on too many others.
+    """
+    layout = _Layout()
+    laid, _ = layout.lay(flow, [])
+    return layout.tasks, laid
+
+
+class _Layout:
+    def __init__(self) -> None:
+        self.tasks: list[Task] = []
+        self._edges = 0
+
+    def lay(self, step: Step, parents: list[str]) -> tuple[_Laid, list[str]]:
+        """The step laid out after its parents, and the tasks that end it."""
+        if isinstance(step, Task):
+            return self._lay_task(step, parents)
+        parts = []
+        if step.kind == "chain":
+            ends = parents
+            for part in step.steps:
+                laid, ends = self.lay(part, ends)
+                parts.append(laid)
+        else:
+            ends = []
+            for part in step.steps:
+                laid, own = self.lay(part, parents)
+                parts.append(laid)
+                ends += own
+        return _Laid(step.kind, tuple(parts)), ends
+
+    def _lay_task(self, task: Task, parents: list[str]) -> tuple[_Laid, list[str]]:
+        task_id = task.id or new_id()
+        self._edges += len(parents)
+        if self._edges > MOST_EDGES:
+            raise ConfigurationError(
+                f"more than {MOST_EDGES:,} pairs of a task and one that it depends on: put a task "
+                "between two large groups, on which the second one depends"
+            )
+        self.tasks.append(attrs.evolve(task, id=task_id, depends_on=[*task.depends_on, *parents]))
+        return _Laid("task", task_id=task_id), [task_id]

@@ -1,0 +1,211 @@
+"""Tasks that wait for others: released, or ended with them, when those have ended.
+
+A waiting task is registered with one unfinished parent. When that one ends, the task is registered with
+another unfinished one; when there is none left, it is decided. So the end of a task without dependents
+costs nothing, and that of a parent no more than the tasks that are registered with it.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from taskx.core import lifecycle
+from taskx.core.clock import Clock
+from taskx.core.errors import RepositoryError
+from taskx.core.lifecycle import PENDING, RUNNING
+from taskx.core.model import Task
+from taskx.core.writes import Insert
+from taskx.runtime.handles import Watcher
+from taskx.runtime.hooks import Hooks
+from taskx.runtime.ledger import Ledger
+from taskx.storage.base import Repository
+
+#: Waiting tasks that are decided in one transaction.
+BATCH = 200
+#: Parents that are looked at in each round of a slow look.
+_PAGE = 1000
+_UNFINISHED = (PENDING, RUNNING)
+
+
+class Dependents:
+    """Looks after the tasks that wait for their parents.
+
+    Args:
+        repository: where they are.
+        ledger: what commits.
+        hooks: who is told of those that end with a parent.
+        watcher: who resolves handles.
+        clock: the time.
+        log: what it says.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        ledger: Ledger,
+        hooks: Hooks,
+        watcher: Watcher,
+        clock: Clock,
+        log: logging.Logger,
+    ) -> None:
+        self._repository = repository
+        self._ledger = ledger
+        self._hooks = hooks
+        self._watcher = watcher
+        self._clock = clock
+        self._log = log
+        #: Whether a task may be waiting for another one: as long as not, ends need not be told.
+        self.any = False
+        #: Parents that have ended, and whose dependents were not looked at yet.
+        self.ended: deque[str] = deque()
+        #: Told that there is something in ``ended``, and that tasks were released.
+        self.wake: Callable[[], None] = lambda: None
+        self.released: Callable[[], None] = lambda: None
+        self._lock, self._looking = threading.Lock(), threading.Lock()
+        self._additions = 0
+        self._all_due = True
+        self._after = ""
+
+    # --- what happens
+
+    def added(self, inserts: Iterable[Insert]) -> None:
+        """Tasks were stored, some of which may wait."""
+        self.waits({i.id: i.row["waiting_on"] for i in inserts if i.row.get("waiting_on")})
+
+    def waits(self, waiting: Mapping[str, str]) -> None:
+        """Tasks wait from now on, each for that parent; if it has ended meanwhile, they are decided."""
+        if not waiting:
+            return
+        with self._lock:
+            self.any = True
+            self._additions += 1
+        try:
+            statuses = self._repository.statuses([*set(waiting.values())])
+            due = [i for i, parent in waiting.items() if statuses.get(parent) not in _UNFINISHED]
+            self._decide(due)
+        except RepositoryError as error:
+            self._all_due = True
+            self._log.warning("tasks that wait for others are looked at later: %s", error)
+
+    def parent_ended(self, task_id: str) -> None:
+        """A task has ended that may have dependents; its write is committed."""
+        self.ended.append(task_id)
+        self.wake()
+
+    def ended_elsewhere(self) -> None:
+        """A process died that may not have come to look at the dependents of what it ended."""
+        self._all_due = True
+
+    # --- looking
+
+    def look(self) -> None:
+        """Decide the tasks whose parents have ended, as far as that is known.
+
+        Raises:
+            RepositoryError: the repository failed; the rest is looked at next time.
+        """
+        if not (self.ended or self._all_due):
+            return
+        with self._looking:
+            while self.ended:
+                ids = list(self.ended)
+                self._decide(self._repository.waiting_for(ids))
+                for _ in ids:  # only now: until then somebody may wait for this to be done
+                    self.ended.popleft()
+            if self._all_due:
+                self._all_due = False
+                try:
+                    self._look_at_all()
+                except BaseException:
+                    self._all_due = True
+                    raise
+
+    def _look_at_all(self) -> None:
+        self._after = ""
+        while self.look_slowly():
+            continue
+
+    def look_around(self) -> None:
+        """Other processes may have stored tasks that wait: from when there are some, ends are told.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        additions = self._additions
+        some = bool(self._repository.awaited("", 1))
+        with self._lock:
+            if additions == self._additions:
+                # What ended before it was known that somebody waits, nobody was told of.
+                self._all_due = self._all_due or (some and not self.any)
+                self.any = some
+
+    def look_slowly(self) -> bool:
+        """Look at some of the parents that are waited for, and go on there next time; False at the end.
+
+        For what no event told: a process that died just then, a record changed by hand.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        awaited = self._repository.awaited(self._after, _PAGE)
+        statuses = self._repository.statuses(awaited)
+        gone = [parent for parent in awaited if statuses.get(parent) not in _UNFINISHED]
+        if gone:
+            self._decide(self._repository.waiting_for(gone))
+        self._after = awaited[-1] if len(awaited) == _PAGE else ""
+        return bool(self._after)
+
+    # --- deciding
+
+    def _decide(self, task_ids: Sequence[str]) -> None:
+        """Let tasks come as far as their parents have."""
+        todo = deque(task_ids)
+        while todo:
+            some = [todo.popleft() for _ in range(min(BATCH, len(todo)))]
+            children = [
+                task
+                for task in self._repository.get_many(some).values()
+                if task.status.value == PENDING
+            ]
+            todo.extend(self._move(children))
+
+    def _move(self, children: Sequence[Task]) -> list[str]:
+        """Those that must be looked at again: what they wait for has ended meanwhile, or they have."""
+        parents = list({parent: None for child in children for parent in child.depends_on})
+        statuses = self._repository.statuses(parents)
+        now = self._clock.now_ms()
+        writes = [lifecycle.parents_moved(child, statuses, now) for child in children]
+        results = self._ledger.commit(writes) if writes else ()
+        waiting: dict[str, str] = {}
+        ended: list[str] = []
+        for child, write, held in zip(children, writes, results, strict=True):
+            if not held:
+                continue
+            if "status" in write.changes:
+                ended.append(child.id)
+                self._tell_ended(child, write.changes)
+            elif write.changes["waiting_on"] is not None:
+                waiting[child.id] = write.changes["waiting_on"]
+        if sum(results) > len(ended) + len(waiting):
+            self.released()
+        again = list(self._repository.waiting_for(ended)) if ended else []
+        if waiting:
+            now_known = self._repository.statuses([*set(waiting.values())])
+            again += [
+                child
+                for child, parent in waiting.items()
+                if now_known.get(parent) not in _UNFINISHED
+            ]
+        return again
+
+    def _tell_ended(self, child: Task, changes: Mapping[str, Any]) -> None:
+        self._log.warning(
+            "task %s (%s) is %s: %s", child.id, child.type, changes["status"], changes["error"]
+        )
+        if self._hooks.finished:
+            self._hooks.tell_changed(self._hooks.finished, child, changes)
+        self._watcher.look_if_watched(child.id)

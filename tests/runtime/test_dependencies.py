@@ -1,0 +1,491 @@
+"""Tasks that depend on others: they wait, and go with what becomes of those."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from storage.repositories import TinyRepository
+
+from taskx import (
+    ConfigurationError,
+    MemoryRepository,
+    MongoRepository,
+    Queue,
+    Task,
+    TaskFilter,
+    TaskNotFound,
+    TaskStatus,
+    open_repository,
+)
+from taskx.runtime import dependents, scheduler
+from taskx.testing import ManualClock
+
+from .conftest import PATIENCE, eventually, ids
+
+
+@pytest.fixture
+def started(queue, gate):
+    """A queue that runs ``fine``, which gives its number back, ``bad``, and ``hold``, which waits."""
+    queue.ran = []
+
+    @queue.executor("fine")
+    def fine(ctx, n=0):
+        queue.ran.append(n)
+        return [n, *(parent.result for parent in ctx.parents)]
+
+    @queue.executor("bad")
+    def bad(ctx):
+        raise ValueError("bad")
+
+    @queue.executor("hold")
+    def hold(ctx, n=0):
+        gate()
+        ctx.token.raise_if_cancelled()
+        return n
+
+    queue.start()
+    return queue
+
+
+class TestReleased:
+    def test_when_all_parents_have_completed(self, started, gate):
+        parents = [started.submit("hold", {"n": n}) for n in (1, 2)]
+        child = started.submit("fine", depends_on=parents)
+        gate.wait_for(2)
+        assert (child.task().status, started.ran) == (TaskStatus.PENDING, [])
+        assert child.task().depends_on == [parent.id for parent in parents]
+        gate.open()
+        assert child.result(PATIENCE) == [0, 1, 2]
+
+    def test_one_after_the_other(self, started, gate):
+        first = last = started.submit("hold")
+        for n in range(1, 10):
+            last = started.submit("fine", {"n": n}, depends_on=[last])
+        gate.open()
+        assert last.result(PATIENCE)[0] == 9
+        assert started.ran == list(range(1, 10))
+        assert first.done()
+
+    def test_parents_that_have_completed_are_not_waited_for(self, started):
+        parent = started.submit("fine", {"n": 1})
+        parent.result(PATIENCE)
+        assert started.submit("fine", depends_on=[parent.id]).result(PATIENCE) == [0, [1]]
+
+    def test_then_its_own_time_is_waited_for(self, make_queue, gate):
+        clock = ManualClock()
+        queue = make_queue(clock=clock)
+        queue.executor("fine")(lambda: None)
+        queue.start()
+        parent = queue.submit("fine", delay=1)
+        child = queue.submit("fine", depends_on=[parent], delay=10)
+        clock.advance(1)
+        parent.result(PATIENCE)
+        eventually(lambda: queue.repository.next_due() is not None)
+        assert child.task().status is TaskStatus.PENDING
+        clock.advance(9)
+        child.result(PATIENCE)
+
+    def test_drain_waits_for_those_whose_parents_run(self, started, gate):
+        last = started.submit("hold")
+        for n in range(30):
+            last = started.submit("fine", {"n": n}, depends_on=[last])
+        gate.open()
+        assert started.drain(PATIENCE)
+        assert last.task().status is TaskStatus.COMPLETED
+
+    def test_a_waiting_one_takes_no_room_in_the_buffer(self, make_queue, gate):
+        queue = make_queue(worker_num=1, buffer_size=1)
+        queue.executor("hold")(lambda: gate())
+        queue.start()
+        parent = queue.submit("hold")
+        gate.wait_for(1)
+        children = [queue.submit("hold", depends_on=[parent]) for _ in range(5)]
+        queue.submit("hold")
+        gate.open()
+        for child in children:
+            child.result(PATIENCE)
+
+    def test_a_thousand_children_of_one_and_one_child_of_a_thousand(self, started, gate):
+        many = 100 if isinstance(started.repository, MongoRepository) else 1000  # a slow mock
+        root = started.submit("hold")
+        tasks = [
+            Task(id=f"t{n}", type="fine", params={"n": n}, depends_on=[root.id])
+            for n in range(many)
+        ]
+        join = Task(id="join", type="fine", depends_on=[task.id for task in tasks])
+        handles = started.submit_many([*tasks, join])
+        gate.open()
+        result = handles[-1].result(3 * PATIENCE)
+        assert [value[0] for value in result[1:]] == list(range(many))
+
+
+class TestParentFails:
+    @pytest.fixture(params=["failed", "cancelled", "deleted"])
+    def doomed(self, request, started):
+        """A parent that will not complete, and a function that has it end so."""
+        parent = started.submit("bad", delay=3600)
+
+        def end():
+            if request.param == "deleted":
+                started.delete(parent.id)
+            elif request.param == "cancelled":
+                parent.cancel()
+            else:
+                task = started.get_task_status(parent.id)
+                started.repository.update_status(task.id, TaskStatus.RUNNING)
+                started.repository.update_status(task.id, TaskStatus.FAILED)
+                started._services.dependents.parent_ended(task.id)
+            return {"failed": "failed", "cancelled": "was cancelled", "deleted": "is gone"}[
+                request.param
+            ]
+
+        return parent, end
+
+    def test_its_children_are_cancelled_and_theirs(self, started, doomed):
+        parent, end = doomed
+        child = started.submit("fine", depends_on=[parent])
+        grandchild = started.submit("fine", depends_on=[child], on_parent_failure="cancel")
+        how = end()
+        eventually(grandchild.cancelled)
+        assert child.task().error == f"its parent {parent.id} {how}"
+        assert grandchild.task().error == f"its parent {child.id} was cancelled"
+        assert started.ran == []
+        assert child.task().completed_at is not None
+
+    def test_or_they_fail(self, started, doomed):
+        parent, end = doomed
+        child = started.submit("fine", depends_on=[parent], on_parent_failure="fail")
+        end()
+        assert f"its parent {parent.id}" in str(child.exception(PATIENCE))
+        assert (child.task().dead_letter, child.task().starts) == (True, 0)
+
+    def test_or_they_run(self, started, doomed):
+        parent, end = doomed
+        started.executor("alone")(lambda: "ran")
+        child = started.submit("alone", depends_on=[parent], on_parent_failure="run")
+        end()
+        assert child.result(PATIENCE) == "ran"
+
+    def test_it_is_decided_when_all_parents_have_ended(self, started, doomed, gate):
+        parent, end = doomed
+        other = started.submit("hold")
+        child = started.submit("fine", depends_on=[other, parent])
+        end()
+        gate.wait_for(1)
+        eventually(lambda: started.repository.awaited("", 10) == [other.id])
+        assert child.task().status is TaskStatus.PENDING
+        gate.open()
+        eventually(child.cancelled)
+
+    def test_one_that_failed_before_counts_too(self, started):
+        parent = started.submit("bad")
+        assert parent.exception(PATIENCE)
+        child = started.submit("fine", depends_on=[parent])
+        eventually(child.cancelled)
+
+    def test_a_retry_is_no_failure(self, started):
+        @started.executor("second", max_attempts=2)
+        def second(ctx):
+            if ctx.task.attempt == 1:
+                raise ValueError("first")
+            return "second"
+
+        child = started.submit("fine", depends_on=[started.submit("second")])
+        assert child.result(PATIENCE) == [0, "second"]
+
+
+class TestRequeue:
+    def test_of_parent_and_child_they_run_in_order(self, started, gate):
+        parent = started.submit("hold")
+        child = started.submit("fine", depends_on=[parent])
+        gate.wait_for(1)
+        parent.cancel()
+        gate.open()
+        eventually(child.cancelled)
+        started.submit("hold")
+        gate._open.clear()
+        started.requeue(parent.id)
+        started.requeue(child.id)
+        assert started.ran == []
+        gate.open()
+        eventually(lambda: child.task().status is TaskStatus.COMPLETED)
+
+    def test_of_the_child_alone_it_runs_whatever_became_of_the_parent(self, started):
+        child = started.submit("bad", depends_on=[started.submit("bad")])
+        eventually(child.cancelled)
+        started.requeue(child.id)
+        eventually(lambda: child.task().status is TaskStatus.FAILED)
+
+
+class TestRefused:
+    @pytest.fixture(autouse=True)
+    def nothing_is_stored(self, started):
+        yield
+        assert ids(started) == set()
+
+    def test_a_parent_that_is_not_there(self, started):
+        with pytest.raises(TaskNotFound, match="nobody"):
+            started.submit("fine", depends_on=["nobody"])
+
+    def test_itself(self, started):
+        with pytest.raises(ConfigurationError, match="itself"):
+            started.submit("fine", id="a", depends_on=["a"])
+
+    def test_a_circle(self, started):
+        edges = {"a": ["b", "d"], "b": ["c"], "c": ["a"], "d": []}
+        tasks = [Task(id=i, type="fine", depends_on=parents) for i, parents in edges.items()]
+        with pytest.raises(ConfigurationError, match="circle: a on b on c on a"):
+            started.submit_many(tasks)
+
+    @pytest.mark.parametrize("parents", ["abc", [""], [5], [None], ["x" * 256]])
+    def test_what_is_no_list_of_ids(self, started, parents):
+        with pytest.raises(ConfigurationError, match="depends_on"):
+            started.submit("fine", depends_on=parents)
+
+    def test_another_policy(self, started):
+        with pytest.raises(ConfigurationError, match="on_parent_failure"):
+            started.submit("fine", depends_on=["a"], on_parent_failure="ignore")
+
+    def test_eight_methods_cannot_hold_it(self):
+        queue = Queue(TinyRepository())
+        queue.executor("fine")(lambda: None)
+        parent = queue.submit("fine")
+        with pytest.raises(ConfigurationError, match="depends_on; nothing was stored"):
+            queue.submit("fine", depends_on=[parent])
+        assert ids(queue) == {parent.id}
+
+
+class TestParents:
+    def test_in_the_order_given_whole_records(self, started):
+        parents = [started.submit("fine", {"n": n}) for n in (3, 1, 2)]
+
+        @started.executor("look")
+        def look(ctx):
+            return [[parent.id, parent.status, parent.result] for parent in ctx.parents]
+
+        child = started.submit("look", depends_on=parents)
+        assert child.result(PATIENCE) == [
+            [parent.id, "completed", [n]] for parent, n in zip(parents, (3, 1, 2), strict=True)
+        ]
+
+    def test_none_without(self, started):
+        assert started.submit("fine").result(PATIENCE) == [0]
+
+    def test_one_that_was_deleted_is_an_error(self, started):
+        parent = started.submit("bad")
+        assert parent.exception(PATIENCE)
+        child = started.submit("fine", depends_on=[parent], on_parent_failure="run", delay=3600)
+        eventually(lambda: started.repository.next_due() is not None)
+        started.delete(parent.id)
+        task = child.task()
+        task.run_at = None
+        started.repository.update(task)
+        assert "TaskNotFound" in str(child.exception(PATIENCE))
+
+    def test_pruning_keeps_what_an_unfinished_child_may_ask_for(self, started, gate):
+        parent = started.submit("fine")
+        parent.result(PATIENCE)
+        child = started.submit("hold", depends_on=[parent])
+        gate.wait_for(1)
+        later = parent.task().completed_at.replace(year=parent.task().completed_at.year + 1)
+        assert started.prune(later) == 0
+        gate.open()
+        child.result(PATIENCE)
+        assert started.prune(later) == 2
+
+
+class TestMadeGood:
+    """What no event told of is found by looking."""
+
+    @pytest.fixture(autouse=True)
+    def slow_looks_are_not_that_slow(self, monkeypatch):
+        monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.05)
+
+    def test_a_process_that_died_between_the_end_and_the_release(self, repository, make_queue):
+        """The parent is ended behind the back of everybody; a queue that starts looks at all."""
+        submitter = make_queue()
+        submitter.executor("fine")(lambda: None)
+        parent = submitter.submit("fine")
+        child = submitter.submit("fine", depends_on=[parent])
+        repository.update_status(parent.id, TaskStatus.RUNNING)
+        repository.update_status(parent.id, TaskStatus.COMPLETED)
+        assert repository.awaited("", 10) == [parent.id]
+        other = make_queue()
+        other.executor("fine")(lambda: None)
+        other.start()
+        child.result(PATIENCE)
+
+    def test_a_record_changed_by_hand(self, started):
+        """By the slow look."""
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        started.repository.update_status(parent.id, TaskStatus.CANCELLED)
+        eventually(child.cancelled)
+
+    def test_a_parent_that_ends_while_its_child_is_stored(self, started, monkeypatch):
+        """After its status was read, and before the child is there to be found."""
+        monkeypatch.setattr(dependents.Dependents, "look_slowly", lambda self: False)
+        parent = started.submit("fine", delay=3600)
+        repository = started.repository
+
+        def end_the_parent(writes):
+            if any(write.id == "child" for write in writes):
+                repository.before = lambda writes: None
+                repository.update_status(parent.id, TaskStatus.RUNNING)
+                repository.update_status(parent.id, TaskStatus.COMPLETED)
+
+        repository.before = end_the_parent
+        child = started.submit("fine", id="child", depends_on=[parent])
+        assert child.result(PATIENCE) == [0, None]
+
+    def test_an_outage_while_the_children_are_looked_at(self, started, gate):
+        parent = started.submit("hold")
+        child = started.submit("fine", depends_on=[parent])
+        gate.wait_for(1)
+        repository, waiting_for = started.repository, started.repository.waiting_for
+        fails = [True, True]
+
+        def failing(task_ids):
+            if fails:
+                fails.pop()
+                repository.down = True
+                try:
+                    repository.check()
+                finally:
+                    repository.down = False
+            return waiting_for(task_ids)
+
+        repository.waiting_for = failing
+        gate.open()
+        assert child.result(PATIENCE) == [0, 0]
+        assert not fails
+
+    def test_many_are_looked_at_page_by_page(self, started, monkeypatch):
+        monkeypatch.setattr(dependents, "_PAGE", 3)
+        parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(10)]
+        children = [started.submit("fine", depends_on=[parent]) for parent in parents]
+        for parent in parents:
+            started.repository.update_status(parent.id, TaskStatus.CANCELLED)
+        for child in children:
+            eventually(child.cancelled)
+
+
+PROGRAM = """
+    import os, sys, threading
+    from taskx import Config, Queue, open_repository
+    from taskx.runtime.dependents import Dependents
+
+    queue = Queue(open_repository(sys.argv[1]), Config(worker_num=2))
+    what = sys.argv[2]
+
+    @queue.executor("step")
+    def step(ctx, n):
+        return n + sum(parent.result for parent in ctx.parents)
+
+    if what == "dies":
+        def die(self, task_ids):
+            print("dies", flush=True)
+            os.kill(os.getpid(), 9)
+        Dependents._decide = die
+    queue.start()
+    print("ready", flush=True)
+    input()
+    queue.stop()
+"""
+
+
+def test_killed_between_a_parents_end_and_the_childs_release(url, spawn):
+    """Another process that runs already finds it."""
+    with open_repository(url) as repository:
+        queue = Queue(repository)
+        queue.declare("step")
+        dying = spawn(PROGRAM, url, "dies")
+        assert dying.read() == "ready"
+        parent = queue.submit("step", {"n": 1}, delay=1.0)
+        child = queue.submit("step", {"n": 10}, depends_on=[parent])
+        eventually(lambda: dying.process.poll() is not None)
+        assert dying.process.returncode == -9
+        assert repository.statuses([parent.id, child.id]) == {
+            parent.id: "completed",
+            child.id: "pending",
+        }
+        other = spawn(PROGRAM, url, "lives")
+        assert other.read() == "ready"
+        assert child.result(PATIENCE) == 11
+        other.tell()
+
+
+def test_several_processes_run_one_graph(url, spawn):
+    """A triangle of tasks, each of which adds up those before it."""
+    with open_repository(url) as repository:
+        queue = Queue(repository)
+        queue.declare("step")
+        children = [spawn(PROGRAM, url, "lives") for _ in range(3)]
+        for child in children:
+            assert child.read() == "ready"
+        handles = []
+        for _ in range(20):
+            handles.append(queue.submit("step", {"n": 1}, depends_on=handles[-3:]))
+        expected: list[int] = []
+        for _ in range(20):
+            expected.append(1 + sum(expected[-3:]))
+        assert handles[-1].result(PATIENCE) == expected[-1]
+        assert repository.count(TaskFilter(status=TaskStatus.COMPLETED)) == 20
+        for child in children:
+            child.tell()
+
+
+# Any graph, any outcome
+
+graphs = st.integers(1, 12).flatmap(
+    lambda size: st.tuples(
+        *(
+            st.tuples(
+                st.sets(st.integers(0, max(0, n - 1)), max_size=3) if n else st.just(set()),
+                st.sampled_from([None, "cancel", "fail", "run"]),
+                st.sampled_from(["completed", "completed", "failed", "cancelled"]),
+            )
+            for n in range(size)
+        )
+    )
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(graphs, st.randoms(use_true_random=False), st.booleans())
+def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
+    """Whatever the order of the ends, and whether events tell of them or only the slow look finds them."""
+    queue = Queue(MemoryRepository())
+    queue.declare("t")
+    repository, waiting = queue.repository, queue._services.dependents
+    queue.submit_many(
+        Task(
+            id=f"{n:02}",
+            type="t",
+            depends_on=[f"{p:02}" for p in parents],
+            on_parent_failure=policy,
+        )
+        for n, (parents, policy, _) in enumerate(graph)
+    )
+    ran = set()
+    while ready := repository.ready(["t"], 100):
+        stub = random.choice(ready)
+        ran.add(stub.id)
+        repository.update_status(stub.id, TaskStatus.RUNNING)
+        repository.update_status(stub.id, TaskStatus(graph[int(stub.id)][2]))
+        if told:
+            waiting.parent_ended(stub.id)
+            waiting.look()
+        else:
+            while waiting.look_slowly():
+                continue
+    statuses: list[str] = []
+    for n, (parents, policy, outcome) in enumerate(graph):
+        runs = policy == "run" or all(statuses[p] == "completed" for p in parents)
+        assert (f"{n:02}" in ran) == runs
+        statuses.append(outcome if runs else "failed" if policy == "fail" else "cancelled")
+    assert repository.statuses([f"{n:02}" for n in range(len(graph))]) == {
+        f"{n:02}": status for n, status in enumerate(statuses)
+    }
+    assert repository.awaited("", 10) == []

@@ -1,0 +1,257 @@
+"""Chains and groups: submitted together, followed as one."""
+
+from __future__ import annotations
+
+from concurrent import futures
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from taskx import (
+    ConfigurationError,
+    DuplicateTask,
+    Flow,
+    MongoRepository,
+    PayloadError,
+    Queue,
+    Task,
+    TaskFailed,
+    TaskStatus,
+    chain,
+    group,
+)
+from taskx import flows as flows_module
+from taskx.flows import lay_out
+
+from .conftest import PATIENCE, eventually, ids
+
+
+@pytest.fixture
+def started(queue, gate):
+    queue.ran = []
+
+    @queue.executor("say")
+    def say(ctx, text):
+        queue.ran.append(text)
+        return "".join([*(parent.result for parent in ctx.parents), text])
+
+    @queue.executor("bad")
+    def bad():
+        raise ValueError("bad")
+
+    @queue.executor("hold")
+    def hold(ctx):
+        gate()
+        ctx.token.raise_if_cancelled()
+        return "held"
+
+    queue.say = lambda text: say.task(text=text)
+    queue.start()
+    return queue
+
+
+BAD, HOLD = Task(type="bad"), Task(type="hold")
+
+
+class TestChain:
+    def test_one_after_the_other_each_with_the_results_before_it(self, started):
+        handle = started.submit_flow(chain(*map(started.say, "abc")))
+        assert handle.result(PATIENCE) == "abc"
+        assert started.ran == ["a", "b", "c"]
+        assert (handle.status(), handle.progress()) == (TaskStatus.COMPLETED, 100)
+
+    def test_a_failure_cancels_what_comes_after(self, started):
+        handle = started.submit_flow(
+            chain(started.say("a"), BAD, started.say("b"), started.say("c"))
+        )
+        with pytest.raises(TaskFailed, match="bad"):
+            handle.result(PATIENCE)
+        assert [h.task().status for h in handle.handles] == [
+            *("completed", "failed", "cancelled", "cancelled")
+        ]
+        assert (handle.status(), handle.progress()) == (TaskStatus.FAILED, 100)
+        assert started.ran == ["a"]
+
+    def test_one_task_may_stand_in_it_twice(self, started):
+        task = started.say("a")
+        assert started.submit_flow(chain(task, task)).result(PATIENCE) == "aa"
+        assert (task.id, task.depends_on) == ("", [])
+
+
+class TestGroup:
+    def test_results_in_order(self, started):
+        handle = started.submit_flow(group(*map(started.say, "abc")))
+        assert handle.result(PATIENCE) == ["a", "b", "c"]
+
+    def test_then_comes_what_finds_all_of_them(self, started):
+        handle = started.submit_flow(group(*map(started.say, "abc")).then(started.say("!")))
+        assert handle.result(PATIENCE) == "abc!"
+        assert [h.task().params["text"] for h in handle.handles] == ["a", "b", "c", "!"]
+
+    def test_one_that_fails_fails_it_and_the_others_run(self, started):
+        handle = started.submit_flow(
+            group(started.say("a"), BAD, started.say("b")).then(started.say("c"))
+        )
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        assert handle.status() is TaskStatus.FAILED
+        assert sorted(started.ran) == ["a", "b"]
+        assert handle.handles[-1].cancelled()
+
+    def test_one_that_is_cancelled_cancels_it(self, started, gate):
+        handle = started.submit_flow(group(HOLD, started.say("a")))
+        gate.wait_for(1)
+        handle.handles[0].cancel()
+        gate.open()
+        with pytest.raises(futures.CancelledError):
+            handle.result(PATIENCE)
+        assert handle.status() is TaskStatus.CANCELLED
+
+
+class TestNested:
+    def test_flows_in_flows(self, started):
+        say = started.say
+        flow = chain(
+            say("a"),
+            group(say("b"), chain(say("c"), say("d")), group(say("e"), say("f"))),
+            say("g"),
+        )
+        handle = started.submit_flow(group(flow, say("h")))
+        assert handle.result(PATIENCE) == ["abacdaeafg", "h"]
+        assert len(handle.ids) == 8
+
+    def test_a_group_at_the_end_gives_a_list(self, started):
+        say = started.say
+        handle = started.submit_flow(chain(say("a"), group(say("b"), group(say("c"), say("d")))))
+        assert handle.result(PATIENCE) == ["ab", ["ac", "ad"]]
+
+
+def shape(tree) -> Flow | Task:
+    kind, parts = tree
+    if kind == "task":
+        return Task(type="t", params={"n": parts})
+    return Flow(kind, [shape(part) for part in parts])
+
+
+trees = st.recursive(
+    st.tuples(st.just("task"), st.integers()),
+    lambda inner: st.tuples(
+        st.sampled_from(["chain", "group"]), st.lists(inner, min_size=1, max_size=4)
+    ),
+    max_leaves=25,
+).filter(lambda tree: tree[0] != "task")
+
+
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@given(trees)
+def test_whatever_their_shape(tree):
+    """Parents come first, members of a group share theirs, and a step depends on the whole one before."""
+    tasks, laid = lay_out(shape(tree))
+    position = {task.id: index for index, task in enumerate(tasks)}
+    assert list(laid.ids()) == list(position)
+    for task in tasks:
+        assert all(position[parent] < position[task.id] for parent in task.depends_on)
+
+    def check(laid, parents):
+        """What ends a step, which begins after these."""
+        if laid.kind == "task":
+            assert tasks[position[laid.task_id]].depends_on == parents
+            return [laid.task_id]
+        if laid.kind == "group":
+            return [end for part in laid.parts for end in check(part, parents)]
+        for part in laid.parts:
+            parents = check(part, parents)
+        return parents
+
+    check(laid, [])
+
+
+class TestHandle:
+    def test_status_and_progress_on_the_way(self, started, gate):
+        handle = started.submit_flow(chain(started.say("a"), HOLD, started.say("b")))
+        gate.wait_for(1)
+        assert handle.status() is TaskStatus.RUNNING
+        assert round(handle.progress()) == 33
+        assert handle.wait(0.01) is False
+        with pytest.raises(futures.TimeoutError):
+            handle.result(0.01)
+        gate.open()
+        assert handle.wait(PATIENCE)
+
+    def test_pending_before_the_first_has_started(self, queue):
+        queue.executor("say")(lambda text: text)
+        handle = queue.submit_flow(chain(Task(type="say", params={"text": "a"})))
+        assert (handle.status(), handle.progress()) == (TaskStatus.PENDING, 0)
+
+    def test_cancel_cancels_all_that_has_not_ended(self, started, gate):
+        flow = chain(started.say("a"), HOLD, group(*map(started.say, "bcd")), started.say("e"))
+        handle = started.submit_flow(flow)
+        gate.wait_for(1)
+        handle.cancel()
+        gate.open()
+        with pytest.raises(futures.CancelledError):
+            handle.result(PATIENCE)
+        assert [h.task().status.value for h in handle.handles] == ["completed", *["cancelled"] * 5]
+        assert started.ran == ["a"]
+        assert handle.status() is TaskStatus.CANCELLED
+        handle.cancel()
+
+    def test_one_that_was_deleted_counts_as_cancelled(self, started):
+        handle = started.submit_flow(chain(started.say("a"), started.say("b")))
+        handle.result(PATIENCE)
+        started.delete(handle.ids[0])
+        assert (handle.status(), handle.progress()) == (TaskStatus.CANCELLED, 100)
+
+
+class TestStored:
+    def test_all_or_nothing(self, started):
+        started.submit("hold", id="x", delay=3600)
+        again = Task(id="x", type="say", params={"text": "x"})
+        with pytest.raises(DuplicateTask):
+            started.submit_flow(group(started.say("a"), again))
+        with pytest.raises(PayloadError):
+            started.submit_flow(chain(started.say("a"), Task(type="say", params={"no": 1})))
+        assert ids(started) == {"x"}
+
+    def test_ten_thousand_members(self, make_queue):
+        queue = make_queue(buffer_size=20_000)
+        many = 200 if isinstance(queue.repository, MongoRepository) else 10_000  # a slow mock
+        queue.executor("n")(lambda n: n)
+        queue.executor("sum")(lambda ctx: sum(parent.result for parent in ctx.parents))
+        members = [Task(type="n", params={"n": n}) for n in range(many)]
+        handle = queue.submit_flow(group(*members).then(Task(type="sum")))
+        queue.start()
+        assert handle.result(5 * PATIENCE) == sum(range(many))
+        assert handle.status() is TaskStatus.COMPLETED
+
+    @pytest.mark.parametrize("make", [chain, group])
+    @pytest.mark.parametrize("steps", [(), ("say",), (len,), (None,)])
+    def test_of_what_they_cannot_be_made(self, make, steps):
+        with pytest.raises(ConfigurationError, match=make.__name__):
+            make(*steps)
+
+    def test_two_large_groups_need_a_task_between_them(self, queue, monkeypatch):
+        monkeypatch.setattr(flows_module, "MOST_EDGES", 8)
+        three = [Task(type="n") for _ in range(3)]
+        with pytest.raises(ConfigurationError, match="between two large groups"):
+            lay_out(group(*three).then(group(*three)))
+        lay_out(group(*three).then(Task(type="n"), group(*three)))
+
+
+class TestCancelMany:
+    def test_tells_how_many_never_run(self, started, gate):
+        running = started.submit("hold")
+        done = started.submit("say", {"text": "a"})
+        done.result(PATIENCE)
+        gate.wait_for(1)
+        pending = [started.submit("hold", delay=3600) for _ in range(3)]
+        wanted = [h.id for h in [running, done, *pending]]
+        assert started.cancel_many([*wanted, "nobody"]) == 3
+        gate.open()
+        eventually(running.cancelled)
+        assert {h.task().status for h in pending} == {TaskStatus.CANCELLED}
+        assert done.task().status is TaskStatus.COMPLETED
+
+    def test_of_nothing(self, queue: Queue):
+        assert queue.cancel_many([]) == 0
