@@ -35,6 +35,7 @@ from taskx.runtime.executors import Executor, TaskExecutor, executor
 from taskx.runtime.handles import TaskHandle
 from taskx.runtime.hooks import Hook
 from taskx.runtime.middleware import Middleware
+from taskx.runtime.pauses import Paused
 from taskx.storage.base import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
@@ -62,6 +63,7 @@ __all__ = [
     "MemoryRepository",
     "Middleware",
     "MongoRepository",
+    "Paused",
     "PayloadError",
     "Permanent",
     "Queue",

@@ -52,6 +52,7 @@ from taskx.runtime.ledger import Ledger
 from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
 from taskx.runtime.middleware import Layer, check_middleware
 from taskx.runtime.node import LocalNode
+from taskx.runtime.pauses import Paused, Pauses
 from taskx.runtime.retention import prune_all
 from taskx.runtime.runner import Runner, inside_executor
 from taskx.runtime.starter import Services
@@ -132,6 +133,7 @@ class Queue:
             hooks=hooks,
             keeper=Keeper(self.repository, ledger, self.config.max_payload_size),
             dependents=Dependents(self.repository, ledger, hooks, watcher, self._clock, self._log),
+            pauses=Pauses(self.repository),
         )
         self._intake = Intake(
             self._services,
@@ -588,6 +590,45 @@ class Queue:
             raise ConfigurationError(f"only tasks that have ended can be pruned, not {wanted} ones")
         return prune_all(self._services, to_ms(before), wanted)
 
+    # --- pausing
+
+    def pause(self, type: str | None = None) -> None:
+        """Have no more tasks of a type started by any process, or with None no task at all.
+
+        It holds until :meth:`resume`, over restarts, too. What runs goes on; what is submitted is
+        stored. In this process it holds when the call returns, in others within a second.
+
+        Raises:
+            ConfigurationError: the type is no name, or the repository has the eight methods only.
+            RepositoryError: the repository failed.
+        """
+        self._services.pauses.set(_type_or_none(type))
+        self._look_for_pauses()
+
+    def resume(self, type: str | None = None) -> None:
+        """End what :meth:`pause` with the same type began; with None, types paused by name stay so.
+
+        Raises:
+            ConfigurationError: the type is no name.
+            RepositoryError: the repository failed.
+        """
+        self._services.pauses.lift(_type_or_none(type))
+        self._look_for_pauses()
+
+    def _look_for_pauses(self) -> None:
+        if self._node is not None:
+            self._node.engine.look_for_pauses()
+            self._node.engine.wake_scheduler()
+
+    @property
+    def paused(self) -> Paused:
+        """What is paused, as the repository says.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        return self._services.pauses.read()
+
     # --- dead letters
 
     def dead_letters(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
@@ -654,8 +695,8 @@ class Queue:
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to run: False if ``timeout`` seconds passed before.
 
-        Tasks that may not start yet (``run_at``, ``delay``) are not waited for; tasks of its types
-        that other processes on the repository run are.
+        Tasks that may not start yet (``run_at``, ``delay``) are not waited for, nor are those of
+        paused types; tasks of its other types that other processes on the repository run are.
 
         Raises:
             ConfigurationError: called inside an executor or a hook, or on a queue that is not
@@ -720,6 +761,10 @@ class Queue:
         self.repository.renew_after_fork()
         self._state = threading.Lock()
         self._wire()
+
+
+def _type_or_none(type: str | None) -> str | None:
+    return None if type is None else check_name(type, "type")
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

@@ -89,6 +89,8 @@ class Stub(NamedTuple):
     priority: int
     created_at: int
     cancel_requested: bool
+    type: str
+    run_at: int | None
 
 
 _STATUS = {status.value: status for status in TaskStatus}
@@ -265,6 +267,8 @@ def stub_from_row(row: Mapping[str, Any]) -> Stub:
         row["priority"],
         row["created_at"],
         row["cancel_requested_at"] is not None,
+        row["type"],
+        row["run_at"],
     )
 
 

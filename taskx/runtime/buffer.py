@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from heapq import heapify
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
@@ -28,6 +28,7 @@ class Item(NamedTuple):
     created_at: int
     order: int
     id: str
+    type: str
     fetched: bool
 
 
@@ -84,7 +85,9 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         """A place in the order of tasks of equal priority and age; later ones come after it."""
         return next(self._order)
 
-    def add(self, task_id: str, priority: int, created_at: int, turn: int | None = None) -> bool:
+    def add(
+        self, task_id: str, type: str, priority: int, created_at: int, turn: int | None = None
+    ) -> bool:
         """Put in a task: a submitted one, which has its turn, into its reserved slot; a fetched one
         beside those.
 
@@ -94,7 +97,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         fetched = turn is None
         with self.mutex:
             order = next(self._order) if turn is None else turn
-            self._add(Item(-priority, created_at, order, task_id, fetched))
+            self._add(Item(-priority, created_at, order, task_id, type, fetched))
             return self._wake()
 
     def put_back(self, items: Iterable[Item]) -> None:
@@ -112,6 +115,17 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
                 self.queue.remove(item)
                 heapify(self.queue)
                 self._account(item)
+
+    def sweep(self, gone: Callable[[str], bool]) -> list[Item]:
+        """Take out the tasks of certain types; returns them."""
+        with self.mutex:
+            out = [item for item in self.queue if gone(item.type)]
+            if out:
+                self.queue[:] = [item for item in self.queue if not gone(item.type)]
+                heapify(self.queue)
+                for item in out:
+                    self._account(item)
+            return out
 
     def _add(self, item: Item) -> None:
         if item.fetched:

@@ -247,7 +247,29 @@ class Engine:
         elif changes["owner"]:
             self.starter.rebuffer(task)
 
+    # --- pauses
+
+    def takes(self, type: str) -> bool:
+        """Whether it would start a task of this type now."""
+        return type not in self.services.pauses.known
+
+    def look_for_pauses(self) -> None:
+        """See what is paused, and leave to the repository what lies in the buffer and is.
+
+        Raises:
+            RepositoryError: the repository failed; what is in the buffer is passed over all the same.
+        """
+        if self.services.pauses.look():
+            self.more_stored = True  # what is paused no longer
+            paused = self.services.pauses.known
+            swept = self.buffer.sweep(lambda type: type in paused)
+            self.starter.give_up([item.id for item in swept])
+
     # --- from the repository into the buffer
+
+    def types(self) -> list[str]:
+        """The types that it runs and that are not paused."""
+        return [type for type in self.services.registry.types if self.takes(type)]
 
     def refill(self) -> None:
         """Fetch free tasks from the repository as far as there is room."""
@@ -264,7 +286,7 @@ class Engine:
                 self.more_stored = True
                 raise
             for stub in found:
-                self.buffer.add(stub.id, stub.priority, stub.created_at)
+                self.buffer.add(stub.id, stub.type, stub.priority, stub.created_at)
             if len(found) == room:
                 self.more_stored = True
         finally:
@@ -276,7 +298,7 @@ class Engine:
         Beside other nodes they are marked as taken, so that two do not go for the same ones. Alone,
         that write is saved: the start is the guard in any case.
         """
-        services, types = self.services, self.services.registry.types
+        services, types = self.services, self.types()
         known = self.buffered()
         stubs = [
             stub
@@ -298,7 +320,7 @@ class Engine:
         wanted = self.buffer.workers - len(self.buffer.executing)
         if wanted <= 0 or self.buffer.queue:
             return []
-        services, types = self.services, self.services.registry.types
+        services, types = self.services, self.types()
         found = [
             (stub, owner)
             for owner in services.repository.owners()
@@ -360,10 +382,7 @@ class Engine:
         """Give up the pending tasks that this node holds, for whoever runs; returns how many."""
         owned = self.services.repository.owned(self.node.id)
         pending = [stub.id for stub in owned if stub.status == lifecycle.PENDING]
-        if pending:
-            self.services.ledger.commit(
-                [lifecycle.give_up(task_id, self.node.id) for task_id in pending]
-            )
+        self.starter.give_up(pending)
         return len(pending)
 
     @property

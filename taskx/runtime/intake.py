@@ -139,11 +139,11 @@ class Intake:
         engine = self.engine
         if engine is not None and not self._services.registry.runs(insert.row["type"]):
             engine = None  # declared: another process runs it
-        if engine is None or insert.row["held"] or self._spills(engine):
+        if engine is None or not self._may_buffer(engine, insert):
             self._store(insert)
             if "depends_on" in insert.row:
                 self._services.dependents.added([insert])
-            if engine is not None:
+            if engine is not None and engine.takes(insert.row["type"]):
                 self._tell(engine, delayed=bool(insert.row["held"]))
         elif engine.buffer.reserve():
             self._store_and_buffer(engine, insert)
@@ -153,6 +153,11 @@ class Intake:
     def _refuse_if_stopped(self) -> None:
         if self.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
+
+    def _may_buffer(self, engine: Engine, insert: Insert) -> bool:
+        """Whether it may start, and not only after others; else it is left to the repository."""
+        held, type_ = insert.row["held"], insert.row["type"]
+        return not held and engine.takes(type_) and not self._spills(engine)
 
     def _spills(self, engine: Engine) -> bool:
         """While earlier tasks lie spilled, later ones spill behind them: order is kept."""
@@ -194,7 +199,7 @@ class Intake:
 
     def _buffer(self, engine: Engine, insert: Insert, turn: int) -> None:
         row = insert.row
-        if not engine.buffer.add(row["id"], row["priority"], row["created_at"], turn):
+        if not engine.buffer.add(row["id"], row["type"], row["priority"], row["created_at"], turn):
             engine.wake_scheduler()  # it looks after the task if the busy workers do not
 
     def _overflowed(self, engine: Engine, insert: Insert, overflow: str) -> None:
@@ -225,7 +230,7 @@ class Intake:
         row = insert.row
         row["owner"] = engine.node.id
         self._store(insert)
-        item = Item(-row["priority"], row["created_at"], 0, row["id"], True)
+        item = Item(-row["priority"], row["created_at"], 0, row["id"], row["type"], True)
         try:
             for run in engine.starter.start([item]):
                 if engine.stopping:
@@ -257,6 +262,8 @@ class Intake:
         engine = self.engine
         runs = self._services.registry.runs
         due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
+        if engine is not None:
+            due = [insert for insert in due if engine.takes(insert.row["type"])]
         slots = self._reserve_many(engine, len(due)) if engine is not None else 0
         buffered = due[:slots]
         # Before they are stored: from then on the rest of them may be fetched, and must come after.

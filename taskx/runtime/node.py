@@ -78,6 +78,7 @@ class LocalNode:
                 self.record.id, partial(self.engine.fire_all, CancelReason.LEASE_LOST)
             )
             self._recovery.recover()
+            services.pauses.look()
             self.engine.refill()
         except BaseException:
             services.repository.leave(self.record.id)
@@ -120,7 +121,7 @@ class LocalNode:
         told = services.hooks.told
         return (
             self.engine.holds_nothing()
-            and not services.repository.unfinished(services.registry.types)
+            and not services.repository.unfinished(self.engine.types())
             and services.hooks.quiet
             and services.hooks.told == told
         )

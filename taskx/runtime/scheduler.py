@@ -134,6 +134,7 @@ class Scheduler:
         if self._is_time("recover", RECOVER_EVERY):
             if self._recovery.recover():
                 self._engine.more_stored = True
+            self._engine.look_for_pauses()
             self._look_around()
         elif self._is_time("poll", POLL) and self._services.repository.changed():
             self._due_known = False

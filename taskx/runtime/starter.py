@@ -18,6 +18,7 @@ from taskx.runtime.executors import Registry
 from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
+from taskx.runtime.pauses import Pauses
 from taskx.runtime.runner import Run, Runner
 from taskx.runtime.suspects import Suspects
 from taskx.storage.base import Repository
@@ -37,6 +38,7 @@ class Services(NamedTuple):
     hooks: Hooks
     keeper: Keeper
     dependents: Dependents
+    pauses: Pauses
 
 
 class Starter:
@@ -61,6 +63,8 @@ class Starter:
         services = self._services
         self.suspects.stand_aside()
         found = services.repository.get_many([item.id for item in items])
+        if paused := services.pauses.known:
+            self._turn_away(found, [task for task in found.values() if task.type in paused])
         startable = self._startable(items, found)
         now = services.clock.now_ms()
         starting: list[tuple[Run, Update]] = []
@@ -106,6 +110,18 @@ class Starter:
                 self._buffer.put_back(items[position + 1 :])
                 return self._alone(task) if lifecycle.last_chance(task) else [task]
         return chosen
+
+    def _turn_away(self, found: dict[str, Task], tasks: Sequence[Task]) -> None:
+        """Take out tasks that must not start now, and leave them to the repository."""
+        for task in tasks:
+            del found[task.id]
+        self.give_up([task.id for task in tasks if task.owner == self._node])
+
+    def give_up(self, task_ids: Sequence[str]) -> None:
+        """Leave pending tasks to the repository that this node was to run."""
+        if task_ids:
+            writes = [lifecycle.give_up(task_id, self._node) for task_id in task_ids]
+            self._services.ledger.commit(writes)
 
     def _alone(self, task: Task) -> list[Task]:
         """A task on its last chance, when nothing else runs: a death that counts must be its own."""
@@ -183,7 +199,7 @@ class Starter:
     def rebuffer(self, task: Task) -> None:
         """Put a task that is pending again back into the buffer."""
         assert task.created_at is not None  # it comes from the repository
-        self._buffer.add(task.id, task.priority, to_ms(task.created_at))
+        self._buffer.add(task.id, task.type, task.priority, to_ms(task.created_at))
 
     def _suspect_done(self) -> None:
         if next_one := self.suspects.leave():

@@ -289,7 +289,7 @@ class TestEvents:
         queue.stop(PATIENCE)
         starter, repository = queue._node.engine.starter, queue.repository
         repository.create(Task(id="a", type="t"))
-        [run] = starter.start([Item(0, 0, 0, "a", True)])
+        [run] = starter.start([Item(0, 0, 0, "a", "fine", True)])
         repository.apply(lifecycle.cancel("a", queue._clock.now_ms()))
         starter.hand_back([run], rebuffer=False)
         wait_told(queue)

@@ -341,7 +341,7 @@ class TestReady:
         run("a")
         store.apply([lifecycle.cancel("a", now)[1]])
         [stub] = store.owned("node")
-        assert stub == ("a", "running", 1, 0, now, True)
+        assert stub == ("a", "running", 1, 0, now, True, "t", None)
 
 
 def add_if_kept(store, add, task_id, **options):

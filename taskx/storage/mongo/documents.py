@@ -227,7 +227,13 @@ def stub_from_document(document: Mapping[str, Any]) -> Stub:
         _priority(ours.get("priority", 0)),
         moment_ms(document.get("created_at")) or 0,
         ours.get("cancel_requested_at") is not None,
+        _kind(document.get("type")),
+        moment_ms(ours.get("run_at")),
     )
+
+
+def _kind(value: Any) -> str:
+    return value if isinstance(value, str) else ""
 
 
 def _priority(value: Any) -> Any:
@@ -241,6 +247,8 @@ STUB_FIELDS = {
     "taskx.starts": 1,
     "taskx.priority": 1,
     "taskx.cancel_requested_at": 1,
+    "type": 1,
+    "taskx.run_at": 1,
 }
 
 

@@ -270,7 +270,7 @@ class SQLiteRepository(Repository):
     def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
         rows = [row for kind in types for row in self._rows(statements.READY, (owner, kind, limit))]
-        rows.sort(key=lambda row: (-row[3], row[6]))
+        rows.sort(key=lambda row: (-row[3], row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
     def due(self, now: int, limit: int) -> Sequence[str]:
@@ -596,5 +596,5 @@ def _text_or_bytes(stored: bytes) -> str | bytes:
 
 
 def _stub(row: Sequence[Any]) -> Stub:
-    task_id, status, starts, priority, created_at, cancel_requested = row[:6]
-    return Stub(task_id, status, starts, priority, created_at, bool(cancel_requested))
+    task_id, status, starts, priority, created_at, cancel_requested, kind, run_at = row[:8]
+    return Stub(task_id, status, starts, priority, created_at, bool(cancel_requested), kind, run_at)

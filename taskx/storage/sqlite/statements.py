@@ -15,7 +15,7 @@ from taskx.core.writes import PRESENT
 # Cast, as one damaged record must not keep the others from being sorted.
 _STUB = (
     "id, status, CAST(starts AS INTEGER), CAST(priority AS INTEGER), CAST(created_at AS INTEGER), "
-    "cancel_requested_at IS NOT NULL"
+    "cancel_requested_at IS NOT NULL, CAST(type AS TEXT), CAST(run_at AS INTEGER)"
 )
 
 _TASK = ", ".join(TASK_FIELDS)
