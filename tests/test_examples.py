@@ -285,6 +285,29 @@ def test_sync_assets(tmp_path):
     assert "cancelled at 50%" in ran.stdout
 
 
+# workflow.py
+
+
+def test_workflow(tmp_path):
+    night = [
+        "sent monday: berlin 42, lima 7, oslo 15",
+        "report: berlin 42, lima 7, oslo 15",
+        "5 tasks, 100 % of them ended, completed",
+    ]
+    for begins in (night, ["not again: night monday"]):
+        command = [*STRICT, EXAMPLES / "workflow.py", "shop.db"]
+        ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
+        assert ran.returncode == 0, ran.stderr
+        assert ran.stdout.splitlines() == [
+            *begins,
+            "not again: night monday",
+            "failed: Permanent: no branch 'rome'",
+            "statuses: failed cancelled",
+            "dead letters discarded: 1",
+            "mapped: [12, 30] [7] [5, 5, 5]",
+        ]
+
+
 # own_repository.py
 
 
