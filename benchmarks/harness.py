@@ -32,7 +32,7 @@ class Plan:
         many: tasks of one batch.
         samples: tasks whose latency is taken.
         sleepers: tasks that sleep.
-        finished: finished tasks in the file of the cells that compare it with 1,000.
+        finished: finished, or delayed, tasks in the file of the cells that compare it with 1,000.
         spilled: tasks stored to see what one takes of memory.
         left: tasks that a dead process leaves.
         messages: tasks and cancels from one process to another.

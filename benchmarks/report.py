@@ -20,7 +20,7 @@ class Figure:
         more: whether more is better.
         ratio: the least share of the floor that TaskX is to reach.
         value: the least (where less is better: the most) that it is to reach; either is enough.
-        growth: how many times the value with few finished tasks that with many may be.
+        growth: how many times the value with few other tasks that with many may be.
         durability: where the goal holds only at that one.
         ahead: at the goals' ``process``, every rival that stores tasks is to be left behind.
     """
@@ -65,6 +65,8 @@ FIGURES: dict[str, Figure] = {
     "finished-get": Figure("get one beside finished tasks", "{:,.0f} µs", growth=1.3),
     "finished-list": Figure("list 20 newest beside finished tasks", "{:,.0f} µs", growth=1.3),
     "finished-count": Figure("count finished tasks", "{:,.2f} ms", value=50),
+    "delayed-drain": Figure("drain beside delayed tasks", "{:,.0f}/s", more=True, growth=1.3),
+    "delayed-late": Figure("begins after its run_at, p99", "{:,.0f} ms", value=100),
     "import": Figure("import taskx", "{:,.0f} ms", value=60),
     "import-optional": Figure("import taskx: optional packages", "{:.0f}", value=0),
     "memory": Figure("memory per spilled task", "{:,.0f} bytes", value=200),

@@ -31,6 +31,7 @@ from taskx.core.ids import new_id
 from taskx.storage.sqlite.connections import Connections
 
 FINISHED = ("finished-drain", "finished-get", "finished-list", "finished-count")
+DELAYED = ("delayed-drain", "delayed-late")
 COSTS_OF_SUBMIT = (
     "cost-submit-reads",
     "cost-submit-writes",
@@ -43,7 +44,7 @@ _COSTS = {
     for name in ("cost-drain", "cost-alone")
 }
 FEW = 1_000
-#: How often a drain beside finished tasks is measured on one file.
+#: How often a drain beside them is measured on one file.
 _DRAINS = 3
 #: Seconds for which a look at such a file is repeated, so that one bad moment does not count.
 _LOOK = 0.5
@@ -183,12 +184,12 @@ def _result(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     return {"result-p50": percentile(samples, 50), "result-p99": percentile(samples, 99)}
 
 
-# --- with many finished tasks in the file
+# --- with many finished, or delayed, tasks in the file
 
 
 def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
     with queue_on(OnSQLite("process"), folder) as queue:
-        ids = _fill(queue, finished)
+        ids = _fill(queue, finished, _DONE)
         done = TaskFilter(status=TaskStatus.COMPLETED)
         newest = TaskFilter(status=TaskStatus.COMPLETED, limit=20)
         figures = {
@@ -196,30 +197,56 @@ def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
             "finished-list": _timed(lambda: queue.repository.list(newest)),
             "finished-count": _timed(lambda: queue.repository.count(done)) / 1000,
         }
+    return {"finished-drain": _drain_beside(plan, folder), **figures}
+
+
+def _delayed(plan: Plan, delayed: int, folder: str) -> dict[str, float]:
+    with queue_on(OnSQLite("process"), folder) as queue:
+        _fill(queue, delayed, _WAITING)
+    figures = {"delayed-drain": _drain_beside(plan, folder)}
+    with queue_on(OnSQLite("process"), folder) as queue, queue:
+        handles = [queue.submit("noop", delay=0.2 + 0.01 * n) for n in range(plan.messages)]
+        late = []
+        for handle in handles:
+            handle.result()
+            task = handle.task()
+            assert task.started_at is not None
+            assert task.run_at is not None
+            late.append(1000 * (task.started_at - task.run_at).total_seconds())
+    return {**figures, "delayed-late": percentile(late, 99)}
+
+
+def _drain_beside(plan: Plan, folder: str) -> float:
     count = plan.tasks // 4 or 1
     rates = []
     for _ in range(_DRAINS):
         with queue_on(OnSQLite("process"), folder) as queue:
             queue.submit_many(noops(count))
             rates.append(drained(queue, count))
-    return {"finished-drain": statistics.median(rates), **figures}
+    return statistics.median(rates)
 
 
-def _fill(queue: Queue, count: int) -> list[str]:
-    """Write finished records, as fast as SQLite takes them."""
+_DONE = (
+    "INSERT INTO tasks (id, created_at, started_at, completed_at, type, params, status, result, progress,"
+    " duration, max_attempts, max_crashes, starts, worker)"
+    " VALUES (?1, ?2, ?2 + 1, ?2 + 1, 'noop', '{}', 'completed', '1', 100,"
+    " 0.00001, 1, 3, 1, 'host:1:aaaaaa/1')"
+)
+_WAITING = (
+    "INSERT INTO tasks (id, created_at, run_at, type, params, status, max_attempts, max_crashes, held)"
+    " VALUES (?1, ?2, ?2 + 86400000, 'noop', '{}', 'pending', 1, 3, 1)"
+)
+
+
+def _fill(queue: Queue, count: int, insert: str) -> list[str]:
+    """Write records, as fast as SQLite takes them."""
     queue.list_tasks()  # makes the file
     ids = [new_id() for _ in range(count)]
     now = time.time_ns() // 1_000_000 - count
     connections = Connections(queue.repository.path, 10.0)  # type: ignore[attr-defined]
     writer = connections.writer()
     writer.execute("BEGIN IMMEDIATE")
-    writer.executemany(
-        "INSERT INTO tasks (id, type, params, status, result, progress, created_at, started_at,"
-        " completed_at, duration, max_attempts, max_crashes, starts, worker)"
-        " VALUES (?, 'noop', '{}', 'completed', '1', 100, ?, ?, ?, 0.00001, 1, 3, 1,"
-        " 'host:1:aaaaaa/1')",
-        ((id_, now + i, now + i + 1, now + i + 1) for i, id_ in enumerate(ids)),
-    )
+    writer.executemany(insert, ((id_, now + i) for i, id_ in enumerate(ids)))
     writer.execute("COMMIT")
     connections.close()
     return ids
@@ -401,11 +428,15 @@ def cells(plan: Plan) -> list[Cell]:
         cells += latency(plan, OnSQLite(durability)) + _costs(plan, OnSQLite(durability))
     cells += [
         Cell(
-            f"TaskX, {size:,} finished",
+            f"TaskX, {size:,} {which}",
             "process",
-            partial(_finished, plan, size),
-            FINISHED,
+            partial(run, plan, size),
+            figures,
             once=True,
+        )
+        for which, run, figures in (
+            ("finished", _finished, FINISHED),
+            ("delayed", _delayed, DELAYED),
         )
         for size in dict.fromkeys((min(FEW, plan.finished), plan.finished))
     ]

@@ -142,6 +142,14 @@ def test_figures_of_several_processes():
     }
 
 
+def test_figures_beside_delayed_tasks():
+    table = measured("--tasks", "40", "--finished", "1500", "--no-peers", "--only", "delayed")
+    for size in ("1,000", "1,500"):
+        assert table["drain beside delayed tasks", f"TaskX, {size} delayed", "process"]
+        late = table["begins after its run_at, p99", f"TaskX, {size} delayed", "process"]
+        assert late.endswith(" ms")
+
+
 def test_figures_beside_finished_tasks():
     table = measured("--tasks", "40", "--finished", "1500", "--no-peers", "--only", "finished")
     for what in ("drain", "get one", "list 20 newest"):

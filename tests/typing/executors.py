@@ -73,6 +73,18 @@ def submitting() -> None:
     later.submit("x")  # type: ignore[call-arg]
 
 
+def flowing() -> None:
+    flow = taskx.chain(add.task(1), taskx.group(add.task(2), later.task(name="x"))).then(
+        add.task(3)
+    )
+    assert_type(flow, taskx.Flow)
+    assert_type(queue.submit_flow(flow), taskx.FlowHandle)
+    queue.submit("add", {"a": 1}, depends_on=[add.submit(1), "an id"], on_parent_failure="run")
+    queue.submit("add", unique_key="k", unique_scope=3600, on_conflict="return")
+    queue.submit("add", unique_key="k", on_conflict="ignore")  # type: ignore[call-overload]
+    taskx.chain(add)  # type: ignore[arg-type]
+
+
 def calling(ctx: Context) -> None:
     assert_type(fetch(ctx, "url"), dict[str, int])
     assert_type(fetch(ctx, url="url", retries=1), dict[str, int])
