@@ -31,8 +31,8 @@ class MongoRepository(Repository):
 
     Args:
         database: a pymongo ``Database``.
-        collection: the collection of the tasks; ``{collection}.nodes`` and ``{collection}.batches``
-            are used beside it.
+        collection: the collection of the tasks; ``{collection}.nodes``, ``{collection}.batches`` and
+            ``{collection}.notes`` are used beside it.
         lease_timeout: seconds after which a node that shows no life is dead, and its tasks are run
             elsewhere. The same for all processes on the collection.
         timeout: seconds that an operation may take before it raises ``RepositoryUnavailable``.
