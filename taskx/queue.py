@@ -111,7 +111,9 @@ class Queue:
         self._log = logger or logging.getLogger("taskx")
         self._clock = clock
         self._hooks = tuple(hooks)
-        self._registry = Registry(check_middleware(middleware), self._check_executor)
+        self._registry = Registry(
+            check_middleware(middleware), self._check_executor, self.config.max_payload_size
+        )
         self._state = threading.Lock()
         self._wire()
         _queues.add(self)
@@ -164,10 +166,14 @@ class Queue:
             retry: when an attempt that raised is followed by another (default: at once).
             capture_log: keep what the executor logs in ``task.log``: True for what is of level INFO
                 and above, or a level, such as ``"WARNING"``.
+            isolation: ``"process"``: each attempt in a child process of its own, which imports the
+                function by its name.
+            grace: seconds that the executor is given after its token has fired; then its child
+                process is killed (default 10).
 
         Raises:
-            ConfigurationError: an option is not valid, the type is taken, or the function cannot be
-                an executor.
+            ConfigurationError: an option is not valid, the type is taken, the function cannot be
+                an executor, or a child process could not find it.
         """
         if callable(type):
             raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")

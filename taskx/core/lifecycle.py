@@ -6,7 +6,7 @@ one whose guard holds is the move that happened.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -67,6 +67,8 @@ MOVES = (
     Move("snooze", RUNNING, PENDING),
     Move("interrupt", RUNNING, PENDING),
     Move("hand back", RUNNING, PENDING),
+    Move("crash", RUNNING, PENDING),
+    Move("crash", RUNNING, FAILED),
     Move("rescue", RUNNING, PENDING),
     Move("rescue", RUNNING, FAILED),
     Move("rescue", RUNNING, CANCELLED),
@@ -93,6 +95,7 @@ class Ending:
         error: what it raised, as text.
         traceback: where, as text.
         permanent: True if another attempt would be pointless.
+        crashed: True if the child process that ran it died.
         delay: seconds to wait before the next attempt, if there is one.
         snooze: seconds after which it asked to run again; None if it did not.
         reason: why its token had fired; None if it had not.
@@ -109,6 +112,7 @@ class Ending:
     error: str = ""
     traceback: str = ""
     permanent: bool = False
+    crashed: bool = False
     delay: float = 0.0
     snooze: float | None = None
     reason: CancelReason | None = None
@@ -402,6 +406,8 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         back = _put_off(task, ending, now, "snoozed", ending.snooze)
         back["snoozes"] = task.snoozes + 1
         return _unless_cancelled(task, back, ending, now)
+    if ending.crashed and ending.reason is None:
+        return _crash(task, ending, now)
     spent = task.errors + 1 >= (task.max_attempts or DEFAULT_MAX_ATTEMPTS)
     if spent or ending.permanent:
         return [_fail(task, ending, now)]
@@ -510,42 +516,64 @@ def _archive(task: Task, now: int, outcome: str, ending: Ending) -> str:
 # --- after a crash
 
 
-def rescue(tasks: list[Task], now: int, *, stopping: bool) -> list[list[Update]]:
+def rescue(
+    tasks: list[Task], now: int, *, stopping: bool, isolated: Collection[str] = ()
+) -> list[list[Update]]:
     """Take back the tasks that ran on a node that died; for each its alternatives.
 
     A node that was stopping interrupted them. Otherwise each counts a crash, but where a suspect (a
     task with a crash to its name) ran among them it is held to be the culprit, and the others were
-    interrupted. A task that allows a single crash never starts again, whoever was the culprit.
+    interrupted. Tasks of ``isolated`` types ran in child processes, where what they do is no harm to
+    the node: of them nothing is thought as long as any other ran. A task that allows a single crash
+    never starts again, whoever was the culprit.
     """
-    suspects = any(task.crashes for task in tasks)
+    judged = [task for task in tasks if task.type not in isolated] or tasks
+    suspects = any(task.crashes for task in judged)
     return [
-        _rescue(task, now, crashed=not stopping and (task.crashes > 0 or not suspects))
+        _rescue(
+            task,
+            now,
+            crashed=not stopping and task in judged and (task.crashes > 0 or not suspects),
+        )
         for task in tasks
     ]
 
 
 def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
-    limit = task.max_crashes or DEFAULT_MAX_CRASHES
-    crashed = crashed or limit == 1
+    crashed = crashed or _crashes_allowed(task) == 1
     ending = Ending(
         returned=False,
         error="the process that ran it died" if crashed else "its process ended while it ran",
         worker=task.owner,  # which of its threads it was is not known; task.worker ran it before
     )
-    crashes = task.crashes + crashed
-    outcome = "crashed" if crashed else "interrupted"
+    if crashed:
+        alternatives = _crash(task, ending, now, owner="")
+    else:
+        changes = _back_to_pending(task, ending, now, "interrupted", owner="")
+        changes["interruptions"] = task.interruptions + 1
+        alternatives = _unless_cancelled(task, changes, ending, now)
+    return [update._replace(guard={**update.guard, "owner": task.owner}) for update in alternatives]
+
+
+def _crashes_allowed(task: Task) -> int:
+    return task.max_crashes or DEFAULT_MAX_CRASHES
+
+
+def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> list[Update]:
+    """The process died that ran it: pending again, and of the same node unless another is given."""
+    limit, crashes = _crashes_allowed(task), task.crashes + 1
     if crashes >= limit:
         changes = _end(task, ending, now, FAILED)
         error = f"{ending.error} ({crashes} of max_crashes={limit})"
-        changes.update(crashes=crashes, error=error, traceback="", dead_letter=1)
-        changes["earlier_attempts"] = _archive(task, now, outcome, ending)
+        changes.update(error=error, traceback=ending.traceback, dead_letter=1)
+        changes["earlier_attempts"] = _archive(task, now, "crashed", ending)
     else:
-        changes = _back_to_pending(task, ending, now, outcome, owner="")
-        changes["crashes"] = crashes
-        changes["interruptions"] = task.interruptions + (not crashed)
+        holder = task.owner if owner is None else owner
+        changes = _back_to_pending(task, ending, now, "crashed", owner=holder)
     alternatives = _unless_cancelled(task, changes, ending, now)
-    alternatives[1].changes["crashes"] = crashes  # type: ignore[index]
-    return [update._replace(guard={**update.guard, "owner": task.owner}) for update in alternatives]
+    for update in alternatives:
+        update.changes["crashes"] = crashes  # type: ignore[index]
+    return alternatives
 
 
 # --- after the end

@@ -44,6 +44,11 @@ def full_name(error: type) -> str:
     return name if module == "builtins" else f"{module}.{name}"
 
 
+def names_of(error: type[BaseException]) -> list[str]:
+    """The full names of a class and of its bases."""
+    return [full_name(base) for base in error.__mro__]
+
+
 def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     check_number(value, attribute.name)
 
@@ -96,12 +101,14 @@ class RetryPolicy:
 
     def retries(self, error: type[BaseException]) -> bool:
         """Whether there is another attempt after an exception of that class."""
-        if not (self.retry_on or self.give_up_on):
-            return True
-        names = {full_name(base) for base in error.__mro__}
-        if not names.isdisjoint(self.give_up_on):
+        return not (self.retry_on or self.give_up_on) or self.allows(names_of(error))
+
+    def allows(self, names: Iterable[str]) -> bool:
+        """The same, after an exception of a class of which the names are known: its own and its bases'."""
+        known = set(names)
+        if not known.isdisjoint(self.give_up_on):
             return False
-        return not self.retry_on or not names.isdisjoint(self.retry_on)
+        return not self.retry_on or not known.isdisjoint(self.retry_on)
 
     def delay(self, attempt: int, chance: float) -> float:
         """Seconds to wait after the attempt of that number, from 1.

@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
+from taskx.core import payload
 from taskx.core.checks import check_number
-from taskx.core.errors import TaskNotFound
+from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.model import Task
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.checkpoints import Checkpoints, Keeper
@@ -174,6 +175,27 @@ class Context:
             if self._checkpoints is None:
                 self._checkpoints = Checkpoints(self._task, self._run_token, self._keeper)
             return self._checkpoints
+
+    def checkpoints_refused(self) -> str:
+        """Why no checkpoints can be stored; empty where they can."""
+        try:
+            self._keeper.check()
+        except ConfigurationError as error:
+            return str(error)
+        return ""
+
+    def keep_checkpoints(self, text: str, *, durable: bool) -> bool:
+        """Store the checkpoints that were made in a child process; False if the run lost its task.
+
+        Raises:
+            TaskCancelled: the token fired before the repository was back; they may be stored or not.
+            RepositoryError: they cannot be stored.
+        """
+        task = self._task
+        if not self._keeper.store(task, text, durable=durable, token=self._run_token):
+            return False
+        task.checkpoints = payload.loads(text)
+        return True
 
     def remaining(self) -> float | None:
         """Seconds until the deadline, to hand on as a time-out: above zero; None without a deadline.

@@ -240,6 +240,8 @@ class Engine:
                 "task %s (%s) is retried in %g s after attempt %d: %s",
                 *(task_id, type_, ending.delay, task.attempt, ending.error),
             )
+        elif "crashes" in changes:
+            log.warning("task %s (%s) crashed, it runs again: %s", task_id, type_, ending.error)
         else:
             log.info("task %s (%s) was interrupted and is pending again", task_id, type_)
         if changes.get("held"):

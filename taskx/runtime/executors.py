@@ -11,6 +11,7 @@ from typing import (
     Any,
     Concatenate,
     Generic,
+    Literal,
     NamedTuple,
     ParamSpec,
     Protocol,
@@ -24,6 +25,7 @@ import attrs
 from taskx.core.checks import check_int, check_number
 from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
 from taskx.core.model import Task, check_name
+from taskx.core.payload import DEFAULT_MAX_SIZE
 from taskx.core.retry import RetryPolicy, check_policy
 from taskx.runtime.capture import log_level
 from taskx.runtime.context import Context
@@ -38,6 +40,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 MAX_PRIORITY = 1_000_000
+#: Seconds that an executor is given after its token has fired, where nobody says otherwise.
+DEFAULT_GRACE = 10.0
+#: Where an executor runs, if not in the worker's thread.
+Isolation = Literal["process"]
 
 
 class TaskExecutor(ABC):
@@ -67,6 +73,8 @@ class ExecutorOptions(TypedDict, total=False):
     priority: int | None
     retry: RetryPolicy | None
     capture_log: bool | int | str | None
+    isolation: Isolation | None
+    grace: float | None
 
 
 @attrs.frozen(kw_only=True)
@@ -81,6 +89,10 @@ class Options:
         retry: when an attempt that raised is followed by another; None: at once.
         capture_log: keep what the executor logs with the record: True for what is of level INFO and
             above, or a level; None and False: do not.
+        isolation: ``"process"``: each attempt in a child process of its own; None: in the worker's
+            thread.
+        grace: seconds that an executor is given after its token has fired; then its child process
+            is killed.
     """
 
     max_attempts: int | None = None
@@ -89,6 +101,8 @@ class Options:
     priority: int | None = None
     retry: RetryPolicy | None = None
     capture_log: bool | int | str | None = None
+    isolation: Isolation | None = None
+    grace: float | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in ("max_attempts", "max_crashes"):
@@ -100,6 +114,15 @@ class Options:
             check_int(self.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
         check_policy(self.retry)
         log_level(self.capture_log)
+        if self.isolation not in (None, "process"):
+            raise ConfigurationError(f'isolation must be "process" or None, not {self.isolation!r}')
+        if self.grace is not None:
+            check_number(self.grace, "grace")
+
+    @property
+    def patience(self) -> float:
+        """Seconds that an executor is given after its token has fired."""
+        return DEFAULT_GRACE if self.grace is None else self.grace
 
     @property
     def attempts(self) -> int | None:
@@ -303,7 +326,8 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
     Args:
         type: the type of task it runs; the function's name unless given.
         options: how its tasks are run: ``max_attempts``, ``max_crashes``, ``timeout``, ``priority``,
-            ``retry`` and ``capture_log``, as :meth:`Queue.executor` takes them.
+            ``retry``, ``capture_log``, ``isolation`` and ``grace``, as :meth:`Queue.executor` takes
+            them.
 
     Raises:
         ConfigurationError: an option is not valid, or the function cannot be an executor.
@@ -329,15 +353,18 @@ class Registry:
     Args:
         middleware: what is wrapped around every execution, the first one outermost.
         check: refuses what the queue cannot do, before an executor is added.
+        max_payload_size: the largest result, in bytes of JSON.
     """
 
     def __init__(
         self,
         middleware: Sequence[Layer] = (),
         check: Callable[[Registered], object] = lambda entry: None,
+        max_payload_size: int = DEFAULT_MAX_SIZE,
     ) -> None:
         self._middleware = middleware
         self._check = check
+        self._max_payload_size = max_payload_size
         self._registered: dict[str, Registered] = {}
         self._declared: set[str] = set()
 
@@ -345,6 +372,13 @@ class Registry:
     def types(self) -> tuple[str, ...]:
         """The types that it runs."""
         return tuple(self._registered)
+
+    @property
+    def isolated(self) -> frozenset[str]:
+        """The types that it runs in child processes."""
+        return frozenset(
+            type for type, entry in self._registered.items() if entry.options.isolation is not None
+        )
 
     def runs(self, type: str) -> bool:
         """Whether this queue has an executor for the type."""
@@ -354,13 +388,19 @@ class Registry:
         """Add an executor; options given here win over its own.
 
         Raises:
-            ConfigurationError: its type is taken, or it is no executor.
+            ConfigurationError: its type is taken, it is no executor, or it is to run in a child
+                process, which could not find it.
         """
-        entry = _entry(executor, options)
+        entry = entry_of(executor, options)
         if entry.type in self._registered:
             raise ConfigurationError(f"type {entry.type!r} has an executor already")
         self._check(entry)
-        invoke = wrapped(entry.invoke, self._middleware)
+        invoke = entry.invoke
+        if entry.options.isolation is not None:
+            from taskx.runtime.isolation import Isolated  # not every program starts processes
+
+            invoke = Isolated(executor, entry, self._max_payload_size)
+        invoke = wrapped(invoke, self._middleware)
         self._registered[entry.type] = entry._replace(invoke=invoke)
 
     def declare(self, type: str) -> None:
@@ -383,7 +423,12 @@ class Registry:
         return entry
 
 
-def _entry(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
+def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
+    """What a queue keeps of an executor; options given here win over its own.
+
+    Raises:
+        ConfigurationError: it is no executor.
+    """
     if isinstance(executor, Executor):
         given = {k: v for k, v in attrs.asdict(options, recurse=False).items() if v is not None}
         options = attrs.evolve(executor.options, **given)

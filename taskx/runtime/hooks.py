@@ -62,7 +62,7 @@ class Hook:
         """An attempt was cut short by the stop of the queue; the task is pending again."""
 
     def rescued(self, task: Task) -> None:
-        """A task was taken back from a process that had died while it ran.
+        """A task was taken back from a process, or a child process of its own, that had died.
 
         It is pending again; or it was failed or cancelled, and ``finished`` is called, too.
         """
@@ -111,7 +111,9 @@ class Hooks:
         for event in _EVENTS:
             setattr(self, event, _listeners(known, event))
         #: Whether any hook is told what attempts end with.
-        self.outcomes = bool(self.finished or self.retried or self.snoozed or self.interrupted)
+        self.outcomes = bool(
+            self.finished or self.retried or self.snoozed or self.interrupted or self.rescued
+        )
         self._log = log
         #: Events that no hook was told yet.
         self.waiting: deque[tuple[Listeners, Callable[[], Any], tuple[Any, ...]]] = deque()
@@ -147,7 +149,9 @@ class Hooks:
 
     def tell_concluded(self, task: Task, ending: Ending, changes: Mapping[str, Any]) -> None:
         """An attempt ended, and its record was changed so."""
-        if changes["status"] != lifecycle.PENDING:
+        if "crashes" in changes:
+            self.tell_rescued(task, changes)
+        elif changes["status"] != lifecycle.PENDING:
             if self.finished:
                 self.tell_changed(self.finished, task, changes)
         elif "snoozes" in changes:
@@ -160,7 +164,7 @@ class Hooks:
             self.tell_changed(self.interrupted, task, changes)
 
     def tell_rescued(self, task: Task, changes: Mapping[str, Any]) -> None:
-        """A task was taken back from a dead node, and its record was changed so."""
+        """A task was taken back from a dead node or child process, and its record was changed so."""
         if self.rescued:
             self.tell_changed(self.rescued, task, changes)
         if self.finished and changes["status"] != lifecycle.PENDING:

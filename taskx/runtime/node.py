@@ -9,7 +9,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
@@ -28,6 +28,8 @@ from taskx.storage.base import Node
 _LOOK_EVERY = 0.1
 # Seconds that a step of the stop is given in any case; it takes longer only if the repository hangs.
 _LEAST = 1.0
+#: Why no queue may be started now in this process; empty where it may.
+forbidden = ""
 
 
 class LocalNode:
@@ -63,8 +65,11 @@ class LocalNode:
         """Join the repository and take up what dead processes left.
 
         Raises:
+            ConfigurationError: a child process of an executor imports the program.
             RepositoryError: the repository cannot be used; nothing was started.
         """
+        if forbidden:
+            raise ConfigurationError(forbidden)
         services = self._services
         if isinstance(services.repository, EightMethodAdapter):
             services.log.warning(

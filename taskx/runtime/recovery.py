@@ -65,7 +65,8 @@ class Recovery:
             return 0  # it came back, and may run what was read
         if tasks:
             now = self._services.clock.now_ms()
-            rescues = lifecycle.rescue(tasks, now, stopping=node.stopping)
+            isolated = self._services.registry.isolated
+            rescues = lifecycle.rescue(tasks, now, stopping=node.stopping, isolated=isolated)
             for alternatives in rescues:
                 self._log_rescue(node, alternatives)
         # One transaction: half a rescue would count the other half's neighbours wrongly.

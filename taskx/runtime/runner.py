@@ -6,7 +6,6 @@ import logging
 import os
 import random
 import threading
-import traceback
 from typing import Any
 
 from taskx.core import payload
@@ -14,17 +13,14 @@ from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryCorrupt, TaskCancelled
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
-from taskx.core.retry import Permanent, Retry, Snooze
+from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.capture import Capture, CapturedLogger, capturing
 from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.context import Context, Fetch, log_prefix
 from taskx.runtime.executors import Registered
-
-#: Longest error text and traceback that a record keeps, in characters.
-MAX_ERROR = 4_000
-MAX_TRACEBACK = 20_000
+from taskx.runtime.failures import ChildDied, ChildKilled, Remote, error_text, is_a, traceback_text
 
 _current = threading.local()
 
@@ -124,36 +120,42 @@ class Runner:
 def _raised(error: BaseException, run: Run) -> dict[str, Any]:
     reason = run.token.reason
     # Where the submitting thread runs the task (caller_runs), Ctrl-C is meant for the program.
-    interrupt = _is(error, KeyboardInterrupt) and (
+    interrupt = is_a(error, KeyboardInterrupt) and (
         threading.current_thread() is threading.main_thread()
     )
     if interrupt:
         reason = CancelReason.STOP
-    timed_out = _is(error, TaskCancelled) and reason is CancelReason.TIMEOUT
+    timed_out = is_a(error, TaskCancelled) and reason is CancelReason.TIMEOUT
     return {
         "returned": False,
         "reason": reason,
-        "error": f"timed out after {run.task.timeout:g} s" if timed_out else error_text(error),
-        "traceback": _traceback_text(error),
+        "error": _timed_out(error, run.task) if timed_out else error_text(error),
+        "traceback": traceback_text(error, skip=2),
+        "crashed": is_a(error, ChildDied),
         "interrupt": error if interrupt else None,
         **_what_next(TimeoutError() if timed_out else error, run),
     }
 
 
+def _timed_out(error: BaseException, task: Task) -> str:
+    killed = f"; {error}" if is_a(error, ChildKilled) else ""
+    return f"timed out after {task.timeout:g} s{killed}"
+
+
 def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
     """What the error, or else the retry policy, asks for."""
-    if _is(error, Snooze):
+    if is_a(error, Snooze):
         return {"snooze": error.seconds}  # type: ignore[attr-defined]
-    if _is(error, Permanent) or run.task.damage:
+    if is_a(error, Permanent) or run.task.damage:
         return {"permanent": True}
-    asked = _is(error, Retry)
+    asked = is_a(error, Retry)
     if asked and error.delay is not None:  # type: ignore[attr-defined]
         return {"delay": error.delay}  # type: ignore[attr-defined]
     policy = run.task.retry or run.executor.options.retry
     if policy is None:
         return {}
     try:
-        if not asked and not policy.retries(type(error)):
+        if not asked and not _worth_another(error, policy):
             return {"permanent": True}
         return {"delay": policy.delay(run.task.attempt, random.random())}
     except Exception:  # a backoff of the user's own; or a class that cannot be looked at
@@ -161,39 +163,7 @@ def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
         return {"delay": policy.base}
 
 
-# What is asked of an exception here runs no code of its class, or runs it where it may raise: an error
-# that got out of this module would leave its task running for ever.
-
-
-def _is(error: BaseException, kind: type[BaseException]) -> bool:
-    """As ``isinstance``, which also asks the object for its ``__class__``."""
-    return issubclass(type(error), kind)
-
-
-_name_of = type.__dict__["__name__"].__get__  # whatever a metaclass says
-
-
-def error_text(error: BaseException) -> str:
-    """An exception as text that can be stored, even where its own ``str`` raises or is huge."""
-    name = _name_of(type(error))
-    try:
-        text = str.__str__(str(error))  # a plain one, where it returned a kind of its own
-    except BaseException:  # noqa: BLE001  (user code)
-        text = "<its str() raised>"
-    return payload.clean_text(f"{name}: {text}" if text else name, MAX_ERROR)
-
-
-def _traceback_text(error: BaseException) -> str:
-    try:
-        # The first frames are the runner's own; the user's code is what matters.
-        frames = error.__traceback__
-        for _ in range(2):
-            frames = frames.tb_next if frames is not None and frames.tb_next else frames
-        lines = traceback.format_exception(type(error), error, frames)
-        text = "".join(line[:MAX_TRACEBACK] for line in lines)
-    except BaseException:  # noqa: BLE001  (user code)
-        text = "<the traceback could not be formatted>"
-    if len(text) > MAX_TRACEBACK:
-        half = MAX_TRACEBACK // 2
-        text = f"{text[:half]}\n…\n{text[-half + 10 :]}"
-    return payload.clean_text(text, MAX_TRACEBACK)
+def _worth_another(error: BaseException, policy: RetryPolicy) -> bool:
+    if is_a(error, Remote):
+        return policy.allows(error.names)  # type: ignore[attr-defined]
+    return policy.retries(type(error))

@@ -14,7 +14,7 @@ from taskx.runtime.alarms import Alarms
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.dependents import Dependents
-from taskx.runtime.executors import Registry
+from taskx.runtime.executors import Options, Registry
 from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
@@ -72,7 +72,7 @@ class Starter:
             update = lifecycle.start(task, now, self._node)
             if update is not None and task.id not in self.runs:
                 starting.append((self._enlist(task), update))
-            elif task.crashes:
+            elif self._is_suspect(task):
                 self._suspect_done()
         if not starting:
             return []
@@ -94,7 +94,7 @@ class Starter:
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """The tasks to start now, in order; the rest goes back into the buffer.
 
-        Suspects, and tasks that must not crash twice, are started alone; suspects run one at a time.
+        Tasks that have crashed or must not crash twice are started alone; suspects run one at a time.
         """
         chosen: list[Task] = []
         for position, item in enumerate(items):
@@ -106,9 +106,9 @@ class Starter:
                 chosen.append(task)
             elif chosen:
                 self._buffer.put_back([item])
-            elif not task.crashes or self.suspects.admit(item):
+            elif not (suspect := self._is_suspect(task)) or self.suspects.admit(item):
                 self._buffer.put_back(items[position + 1 :])
-                return self._alone(task) if lifecycle.last_chance(task) else [task]
+                return self._alone(task) if suspect and lifecycle.last_chance(task) else [task]
         return chosen
 
     def _turn_away(self, found: dict[str, Task], tasks: Sequence[Task]) -> None:
@@ -122,6 +122,15 @@ class Starter:
         if task_ids:
             writes = [lifecycle.give_up(task_id, self._node) for task_id in task_ids]
             self._services.ledger.commit(writes)
+
+    def _is_suspect(self, task: Task) -> bool:
+        """Whether it has crashed, and would take this process with it: no child process runs it."""
+        return task.crashes > 0 and self._options(task).isolation is None
+
+    def _options(self, task: Task) -> Options:
+        executor = self._services.registry.get(task.type)
+        assert executor is not None  # only registered types are taken
+        return executor.options
 
     def _alone(self, task: Task) -> list[Task]:
         """A task on its last chance, when nothing else runs: a death that counts must be its own."""
@@ -145,7 +154,7 @@ class Starter:
 
     def _resolve_options(self, task: Task) -> None:
         """Settle what a process that only declared the type left to the executor."""
-        options = self._services.registry.get(task.type).options  # type: ignore[union-attr]
+        options = self._options(task)
         if task.max_attempts is None:
             task.max_attempts = options.attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
         if task.max_crashes is None:
@@ -169,7 +178,7 @@ class Starter:
         """Forget a run that did not start, or is over."""
         if self.runs.get(run.task.id) is run:
             del self.runs[run.task.id]
-        if run.task.crashes:
+        if self._is_suspect(run.task):
             self._suspect_done()
         elif not self.runs:
             self.suspects.tell()

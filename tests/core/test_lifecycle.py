@@ -78,10 +78,10 @@ class TestTable:
         assert reached == {(move.source, move.target) for move in lifecycle.MOVES}
 
     def all_writes(self, task):
-        for returned, permanent, reason in product(
-            (True, False), (True, False), (None, *CancelReason)
+        for returned, permanent, crashed, reason in product(
+            (True, False), (True, False), (True, False), (None, *CancelReason)
         ):
-            ending = Ending(returned=returned, permanent=permanent, reason=reason)
+            ending = Ending(returned=returned, permanent=permanent, crashed=crashed, reason=reason)
             yield lifecycle.conclude(task, ending, LATER)
         for crashes, stopping in product((0, 1), (True, False)):
             crashed = attrs.evolve(task, crashes=crashes)
@@ -292,6 +292,7 @@ class TestConclude:
             {"snooze": 5.0},
             {"reason": CancelReason.TIMEOUT},
             {"reason": CancelReason.STOP},
+            {"crashed": True},
         ],
     )
     def test_what_would_run_again_is_cancelled_if_that_was_asked_for(self, how):
@@ -301,6 +302,48 @@ class TestConclude:
         writes = lifecycle.conclude(task, Ending(returned=False, **how), LATER)
         assert apply(asked, *writes).status is TaskStatus.CANCELLED
         assert apply(task, *writes).status is TaskStatus.PENDING
+
+    def test_a_crash_of_its_child_process_spends_no_attempt(self):
+        task = make("running", errors=1, max_attempts=2, progress=40)
+        after = end(task, crashed=True, error="killed", traceback="tb", worker="w")
+        assert (counts(after), after.errors) == (("pending", 1, 0), 1)
+        assert (after.owner, after.progress, after.started_at) == ("node", 0, None)
+        [attempt] = after.attempts
+        assert (attempt.outcome, attempt.error, attempt.traceback) == ("crashed", "killed", "tb")
+        assert attempt.worker == "w"
+
+    @pytest.mark.parametrize(
+        ("crashes", "max_crashes", "status"),
+        [(0, 1, "failed"), (1, None, "pending"), (2, None, "failed"), (2, 4, "pending")],
+    )
+    def test_its_last_crash_fails_it_for_good(self, crashes, max_crashes, status):
+        task = make("running", crashes=crashes, max_crashes=max_crashes)
+        after = end(task, crashed=True, error="killed", traceback="tb", worker="w")
+        assert counts(after) == (status, crashes + 1, 0)
+        assert after.dead_letter is (status == "failed")
+        assert [attempt.outcome for attempt in after.attempts] == ["crashed"]
+        if status == "failed":
+            assert after.error == f"killed ({crashes + 1} of max_crashes={crashes + 1})"
+            assert (after.traceback, after.worker) == ("tb", "w")
+
+    @pytest.mark.parametrize("max_crashes", [1, 3])
+    def test_a_crash_of_one_that_was_asked_to_stop_cancels_it(self, max_crashes):
+        task = make("running", max_crashes=max_crashes)
+        writes = lifecycle.conclude(task, Ending(returned=False, crashed=True), LATER)
+        assert counts(apply(request_cancel(task), *writes)) == ("cancelled", 1, 0)
+
+    @pytest.mark.parametrize(
+        ("reason", "status"),
+        [
+            (CancelReason.CANCEL, "cancelled"),
+            (CancelReason.TIMEOUT, "failed"),
+            (CancelReason.STOP, "pending"),
+        ],
+    )
+    def test_a_token_that_fired_decides_over_a_crash(self, reason, status):
+        """The process may have been killed for it."""
+        after = end(make("running"), crashed=True, reason=reason)
+        assert (after.status.value, after.crashes) == (status, 0)
 
     def test_a_start_that_nobody_executed_is_undone(self):
         task = make("running", errors=1, max_attempts=3)
@@ -357,8 +400,8 @@ class TestCancel:
         assert all(write.durable for write in lifecycle.cancel("a", LATER))
 
 
-def rescue(*tasks: Task, stopping: bool = False) -> list[Task]:
-    rescues = lifecycle.rescue(list(tasks), LATER, stopping=stopping)
+def rescue(*tasks: Task, **how) -> list[Task]:
+    rescues = lifecycle.rescue(list(tasks), LATER, **{"stopping": False, **how})
     return [apply(task, *writes) for task, writes in zip(tasks, rescues, strict=True)]
 
 
@@ -415,6 +458,27 @@ class TestRescue:
             make("running", max_crashes=1), make("running", crashes=1), stopping=stopping
         )
         assert counts(after) == ("failed", 1, 0)
+
+    def test_nothing_is_thought_of_those_in_child_processes_as_long_as_another_ran(self):
+        """What they do is no harm to the node, whatever crashes of their own they have."""
+        child, other = rescue(
+            make("running", type="child", crashes=2), make("running"), isolated={"child"}
+        )
+        assert (counts(child), counts(other)) == (("pending", 2, 1), ("pending", 1, 0))
+        once, suspect = rescue(
+            make("running", type="child", max_crashes=1),
+            make("running", crashes=1),
+            isolated={"child"},
+        )
+        assert (counts(once), counts(suspect)) == (("failed", 1, 0), ("pending", 2, 0))
+
+    def test_alone_those_in_child_processes_are_judged_like_others(self):
+        """Where memory runs out, say, the kernel may end a node with its children."""
+        first, second = rescue(
+            make("running", type="child", crashes=1), make("running", type="child"),
+            isolated={"child"},
+        )  # fmt: skip
+        assert (counts(first), counts(second)) == (("pending", 2, 0), ("pending", 0, 1))
 
     @pytest.mark.parametrize("max_crashes", [1, 3])
     def test_one_that_was_asked_to_stop_is_cancelled(self, max_crashes):

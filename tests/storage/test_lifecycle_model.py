@@ -88,7 +88,10 @@ ids = st.sampled_from(IDS)
 nodes = st.sampled_from(NODES)
 percents = st.integers(0, 100)
 endings = st.sampled_from(
-    ["returned", "raised", "permanent", "snoozed", "timeout", "cancel", "stop", "lease lost"]
+    [
+        *("returned", "raised", "permanent", "snoozed", "died"),
+        *("timeout", "cancel", "stop", "lease lost"),
+    ]
 )
 
 
@@ -273,6 +276,7 @@ class Life(RuleBasedStateMachine):
             result='{"n":1}' if returned else None,
             error="" if returned else how,
             permanent=how == "permanent",
+            crashed=how == "died",
             delay=wait,
             snooze=wait if how == "snoozed" else None,
             reason=CancelReason(how) if fired else None,
@@ -297,6 +301,8 @@ class Life(RuleBasedStateMachine):
             else:
                 record.back("", "interrupted")
                 record.interruptions += 1
+        elif how == "died":
+            self.crashed(record, record.owner, told)
         elif how != "snoozed" and (how == "permanent" or record.errors + 1 == record.max_attempts):
             record.end("failed", told)
             record.errors += 1
@@ -347,17 +353,24 @@ class Life(RuleBasedStateMachine):
             record.owner = ""
             return
         culprit = not stopping and (record.crashes > 0 or not suspects)
-        crashed = culprit or record.max_crashes == 1
-        record.crashes += crashed
-        if record.cancel_requested:
+        if culprit or record.max_crashes == 1:
+            self.crashed(record, "")
+        elif record.cancel_requested:
             record.end("cancelled")
+        else:
+            record.back("", "interrupted")
+            record.interruptions += 1
+
+    def crashed(self, record, owner, told=None):
+        record.crashes += 1
+        if record.cancel_requested:
+            record.end("cancelled", told)
         elif record.crashes == record.max_crashes:
-            record.end("failed")
+            record.end("failed", told)
             record.error, record.dead_letter, record.died = "died", True, True
             record.log.append("crashed")
         else:
-            record.back("", "crashed" if crashed else "interrupted")
-            record.interruptions += not crashed
+            record.back(owner, "crashed")
 
     # --- from outside
 

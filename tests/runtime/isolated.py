@@ -1,0 +1,220 @@
+"""Executors that run in child processes, which import this module."""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+from taskx import (
+    CancelReason,
+    Permanent,
+    Retry,
+    Snooze,
+    Task,
+    TaskCancelled,
+    TaskExecutor,
+    executor,
+)
+
+FOR_EVER = 600.0
+STATE = []
+
+
+logging.getLogger("app.own").addHandler(logging.NullHandler())
+logging.getLogger("app.own").propagate = False
+
+
+class OwnError(Exception):
+    pass
+
+
+class OwnRetry(Retry):
+    pass
+
+
+def note(path, word):
+    with Path(path).open("a") as log:
+        log.write(f"{word}\n")
+
+
+@executor("add", isolation="process")
+def add(a, b=0):
+    return a + b
+
+
+@executor("who", isolation="process")
+def who(ctx):
+    """Where it runs, and what it was given."""
+    STATE.append(1)
+    print("on the stdout of the child")
+    return {
+        "pid": os.getpid(),
+        "parent": os.getppid(),
+        "states": len(STATE),
+        "main thread": threading.current_thread() is threading.main_thread(),
+        "task": {**ctx.task.to_dict(), "result": None},
+        "remaining": ctx.remaining(),
+    }
+
+
+@executor("fail", isolation="process")
+def fail(kind):
+    raise {
+        "own": lambda: OwnError("bad ☃"),
+        "key": lambda: KeyError("name"),
+        "exit": lambda: SystemExit(3),
+        "retry": lambda: OwnRetry("again", delay=0.01),
+        "permanent": lambda: Permanent("never"),
+        "snooze": lambda: Snooze(60),
+        "cancelled": lambda: TaskCancelled(CancelReason.CANCEL),
+        "memory": lambda: MemoryError(),
+    }[kind]()
+
+
+@executor("give", isolation="process")
+def give(kind):
+    return {"nan": float("nan"), "large": "x" * 3000, "set": {1}, "tuple": (1, "☃")}[kind]
+
+
+@executor("die", isolation="process")
+def die(ctx, how):
+    ctx.progress(40, "so far")
+    if how == "segfault":
+        ctypes.string_at(0)
+    if how == "exit":
+        os._exit(7)
+    if how == "kill":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if how == "fork":  # and what it leaves has its end of the line
+        if os.fork() == 0:
+            while True:
+                signal.pause()
+        os._exit(7)
+    if how == "once":
+        if ctx.task.crashes == 0:
+            os._exit(1)
+        return "second time"
+    return "unknown"
+
+
+@executor("listen", isolation="process")
+def listen(ctx, path="", inner=False, linger=0):
+    """Note how the token was heard of; it may take a while to end."""
+    ctx.progress(1, str(os.getpid()))
+    called = threading.Event()
+    ctx.on_cancel(called.set)
+    try:
+        if inner:
+            with ctx.timeout(0.05):
+                ctx.sleep(FOR_EVER)
+        ctx.sleep(FOR_EVER)
+    except TimeoutError:
+        return "inner"
+    except TaskCancelled as error:
+        if path:
+            note(path, f"{error.reason} {ctx.token.reason} {called.wait(20)}")
+        threading.Event().wait(linger)
+        raise
+
+
+@executor("ignore", isolation="process", grace=0.2)
+def ignore(ctx, path=""):
+    """Never looks at its token, has the interpreter's lock for itself, and a child of its own."""
+    nothing = subprocess.DEVNULL
+    program = subprocess.Popen(
+        [sys.executable, "-c", "import signal; signal.pause()"], stdout=nothing, stderr=nothing
+    )
+    ctx.progress(1, f"{os.getpid()} {program.pid}")
+    if path:
+        note(path, os.getpid())
+    time.sleep(0.3)  # blocks on purpose: the progress is told meanwhile
+    re.match(r"(a+)+$", "a" * 64 + "b")
+
+
+@executor("walk", isolation="process")
+def walk(ctx, path):
+    note(f"{path}pid", os.getpid())
+    for step in range(1, 4):
+        ctx.progress(step * 10, f"step {step}")
+        while not Path(f"{path}{step}").exists():
+            ctx.sleep(0.01)
+    ctx.progress(90, "the last")
+
+
+@executor("log", isolation="process")
+def log(ctx):
+    ctx.logger.info("from the context: %d", 1, extra={"more": 5})
+    logging.getLogger("app.part").warning("from the %s", "module")
+    logging.getLogger("app.own").error("from one with handlers of its own")
+    logging.getLogger("app.quiet").info("not wanted")
+    try:
+        raise OwnError("logged")
+    except OwnError:
+        ctx.logger.exception("with an error")
+
+
+@executor("steps", isolation="process", max_attempts=2)
+def steps(ctx, path):
+    first = ctx.step("first", note, path, "first")
+    second = ctx.step("second", lambda: [1, {"a": "☃"}])
+    if ctx.task.errors == 0:
+        ctx.cursor = {"at": 7}
+        raise OwnError("between")
+    return [first, second, ctx.cursor]
+
+
+@executor("ask", isolation="process")
+def ask(ctx):
+    return [[parent.id, parent.result, parent.status.value] for parent in ctx.parents]
+
+
+@executor("wait_to_step", isolation="process")
+def wait_to_step(ctx, path):
+    ctx.progress(1, "waits")
+    while not Path(path).exists():
+        ctx.token.wait(0.01)
+    ctx.step("one", int)
+
+
+class Classic(TaskExecutor):
+    type = "classic"
+
+    def execute(self, ctx, task: Task):
+        task.result = {"pid": os.getpid(), "n": task.params["n"]}
+
+
+class Holder:
+    class Inner(TaskExecutor):
+        type = "inner"
+
+        def execute(self, ctx, task):
+            return "inner"
+
+
+class Needy(TaskExecutor):
+    type = "needy"
+
+    def __init__(self, url):
+        self.url = url
+
+    def execute(self, ctx, task):
+        raise NotImplementedError
+
+
+def plain(word):
+    return word.upper()
+
+
+def replaced():
+    """Not what is found under its name."""
+
+
+really_replaced, replaced = replaced, add
