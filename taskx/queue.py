@@ -49,6 +49,7 @@ from taskx.runtime.handles import TaskHandle, Watcher
 from taskx.runtime.hooks import Hook, Hooks
 from taskx.runtime.intake import Intake, SubmitOptions, with_options
 from taskx.runtime.ledger import Ledger
+from taskx.runtime.lines import Lines
 from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
 from taskx.runtime.middleware import Layer, check_middleware
 from taskx.runtime.node import LocalNode
@@ -123,6 +124,7 @@ class Queue:
         ledger = Ledger(self.repository, self._log)
         watcher = Watcher(self.repository, self._log)
         hooks = Hooks(self._hooks, self._log)
+        lines = Lines(self.repository, ledger, self._log)
         self._services = Services(
             repository=self.repository,
             registry=self._registry,
@@ -134,8 +136,11 @@ class Queue:
             runner=Runner(self._clock, alarms, self.config.max_payload_size),
             hooks=hooks,
             keeper=Keeper(self.repository, ledger, self.config.max_payload_size),
-            dependents=Dependents(self.repository, ledger, hooks, watcher, self._clock, self._log),
+            dependents=Dependents(
+                self.repository, ledger, hooks, watcher, lines, self._clock, self._log
+            ),
             pauses=Pauses(self.repository),
+            lines=lines,
         )
         self._intake = Intake(
             self._services,
@@ -246,6 +251,8 @@ class Queue:
             depends_on: tasks, by id or handle, that must have completed before this one starts.
             on_parent_failure: what becomes of it when all of them have ended and one did not complete:
                 ``"cancel"`` (unless given), ``"fail"`` or ``"run"``.
+            concurrency_key: tasks with the same key run one at a time, in the order of submission, in
+                whatever process.
             on_conflict: where another task holds the key: ``"reject"`` (unless given) raises,
                 ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending, the
                 params and options of this one, and returns its handle.
@@ -501,6 +508,8 @@ class Queue:
             self._forget(write.id)
         self._tell_cancelled(writes)
         self._look_at_dependents([write.id for write in writes])
+        if writes:
+            self._look_at_lines()
 
     def _tell_cancelled(self, writes: Sequence[Update]) -> None:
         hooks = self._services.hooks
@@ -526,6 +535,16 @@ class Queue:
                 dependents.look()
             except RepositoryError as error:
                 self._log.warning("what waits for cancelled tasks is looked at later: %s", error)
+
+    def _look_at_lines(self) -> None:
+        """Of the tasks that were changed only the ids are known: one may have had the turn of its key."""
+        lines = self._services.lines
+        lines.look_soon()
+        if self._node is None:
+            try:
+                lines.look()
+            except RepositoryError as error:
+                self._log.warning("whose turn has come is looked at later: %s", error)
 
     def _fire(self, task_id: str) -> None:
         if self._node is not None and (run := self._node.engine.runs.get(task_id)) is not None:
@@ -558,6 +577,8 @@ class Queue:
             hooks.tell_changed(hooks.requeued, task, write.changes)
         if waiting_on is not None:
             self._services.dependents.waits({task_id: waiting_on})
+        elif task.concurrency_key is not None:
+            self._services.lines.advance([task.concurrency_key])
         self._look_for_work()
 
     def delete(self, task_id: str) -> None:
@@ -572,6 +593,7 @@ class Queue:
             raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
         self._forget(task_id)
         self._look_at_dependents([task_id])
+        self._look_at_lines()
 
     def _forget(self, task_id: str) -> None:
         """A pending task will not run any more."""
@@ -657,6 +679,7 @@ class Queue:
         if self._intake.stopped:
             raise QueueStopped("the queue was stopped; nothing was requeued")
         requeued = requeue_all(self._services, filter)
+        self._look_at_lines()
         self._look_for_work()
         return requeued
 

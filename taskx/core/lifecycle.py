@@ -180,6 +180,8 @@ def between_tasks(task: Task) -> dict[str, Any]:
     if task.depends_on:
         given["depends_on"] = _check_parents(task)
         given["on_parent_failure"] = _check_policy(task.on_parent_failure)
+    if task.concurrency_key is not None:
+        given["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
     return given
 
 
@@ -262,6 +264,7 @@ def cancel(task_id: str, now: int) -> list[Update]:
                 "owner": "",
                 "unique_lock": None,
                 "waiting_on": None,
+                "turn": None,
             },
             durable=True,
         ),
@@ -271,6 +274,21 @@ def cancel(task_id: str, now: int) -> list[Update]:
             {"cancel_requested_at": now},
             durable=True,
         ),
+    ]
+
+
+# --- waiting in line
+
+
+def give_turn(task_id: str, key: str) -> list[Update]:
+    """Let a pending task start whose turn has come, when its time has come, too.
+
+    It does not hold as long as another task of its key has the turn.
+    """
+    guard = {"status": PENDING, "held": FOR_TURN}
+    return [
+        Update(task_id, {**guard, "run_at": None}, {"held": FREE, "turn": key}),
+        Update(task_id, {**guard, "run_at": PRESENT}, {"held": UNTIL_DUE, "turn": key}),
     ]
 
 
@@ -441,6 +459,8 @@ def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
         changes["log"] = _logged(task, ending)
     if task.unique_key is not None:
         changes.update(unique.freed_by_end(task))
+    if task.concurrency_key is not None:
+        changes["turn"] = None
     return changes
 
 
@@ -618,6 +638,8 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
         "earlier_attempts": log,
     }
     changes.update(unique.taken_again(task))
+    if task.concurrency_key is not None:
+        changes.update(held=FOR_TURN, turn=None)
     if waiting_on is not None:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
     return Update(task.id, {"status": status, "starts": task.starts}, changes, durable=True)
@@ -708,13 +730,20 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
             "started_at": now,
             "held": FREE,
             "waiting_on": None,
+            "turn": stored.concurrency_key,  # where another task has it, it cannot start
             **unique.freed_by_start(stored),
         }
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}
         return dict(requeue(stored, now).changes)
-    changes = {"status": status.value, "completed_at": now, "owner": "", "waiting_on": None}
+    changes = {
+        "status": status.value,
+        "completed_at": now,
+        "owner": "",
+        "waiting_on": None,
+        "turn": None,
+    }
     changes.update(unique.freed_by_end(stored))
     if status is TaskStatus.COMPLETED:
         changes["progress"] = 100

@@ -80,9 +80,9 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     if holder.status is not TaskStatus.PENDING or holder.type != new.row["type"]:
         return []
     changes = {name: new.row[name] for name in _REPLACED}
-    due = {**changes, "held": new.row["held"]}
-    if due["held"] != FREE:
-        due["owner"] = ""
+    due = {**changes, "held": FREE}
+    if changes["run_at"] is not None and changes["run_at"] > new.row["created_at"]:
+        due.update(held=UNTIL_DUE, owner="")
     guard = {"status": holder.status.value, "unique_lock": holder.unique_key}
     return [
         Update(holder.id, {**guard, "held": which}, change, durable=True)

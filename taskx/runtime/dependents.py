@@ -22,6 +22,7 @@ from taskx.core.writes import Insert
 from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
+from taskx.runtime.lines import Lines
 from taskx.storage.base import Repository
 
 #: Waiting tasks that are decided in one transaction.
@@ -39,6 +40,7 @@ class Dependents:
         ledger: what commits.
         hooks: who is told of those that end with a parent.
         watcher: who resolves handles.
+        lines: where those go on waiting that have a concurrency key.
         clock: the time.
         log: what it says.
     """
@@ -49,6 +51,7 @@ class Dependents:
         ledger: Ledger,
         hooks: Hooks,
         watcher: Watcher,
+        lines: Lines,
         clock: Clock,
         log: logging.Logger,
     ) -> None:
@@ -65,6 +68,7 @@ class Dependents:
         #: Told that there is something in ``ended``, and that tasks were released.
         self.wake: Callable[[], None] = lambda: None
         self.released: Callable[[], None] = lambda: None
+        self._lines = lines
         self._lock, self._looking = threading.Lock(), threading.Lock()
         self._additions = 0
         self._all_due = True
@@ -192,6 +196,9 @@ class Dependents:
                 waiting[child.id] = write.changes["waiting_on"]
         if sum(results) > len(ended) + len(waiting):
             self.released()
+            self._lines.advance(
+                child.concurrency_key for child in children if child.concurrency_key is not None
+            )
         again = list(self._repository.waiting_for(ended)) if ended else []
         if waiting:
             now_known = self._repository.statuses([*set(waiting.values())])

@@ -183,7 +183,12 @@ class Engine:
         self.buffer.short = self._lately.bit_count() <= _MOST_LONG
         now = self.services.clock.now_ms()
         writes = lifecycle.conclude(run.task, ending, now)
-        self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
+        key = run.task.concurrency_key
+        next_turn = () if key is None else self.services.lines.next_turn(key)
+        self.services.ledger.defer(
+            [*writes, *next_turn] if next_turn else writes,
+            partial(self._concluded, run, ending, writes),
+        )
         return ending
 
     # --- outcomes
@@ -202,13 +207,18 @@ class Engine:
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
         task, log = run.task, self.services.log
-        held = [write for write, holds in zip(writes, results, strict=True) if holds]
+        held = [write for write, holds in zip(writes, results, strict=False) if holds]
         try:  # first: what is told nobody takes for quiet, and no next attempt has begun
             if held and self.hooks.outcomes:
                 self.hooks.tell_concluded(task, ending, held[0].changes)
             dependents = self.services.dependents
             if dependents.any and held and held[0].changes["status"] != lifecycle.PENDING:
                 dependents.parent_ended(task.id)
+            if task.concurrency_key is not None and held:
+                if any(results[len(writes) :]):
+                    self.services.lines.moved()
+                else:
+                    self.services.lines.left(task, held[0].changes)
         finally:
             self.starter.strike(run)
         if not held:

@@ -58,6 +58,7 @@ class SubmitOptions(TypedDict, total=False):
     unique_scope: UniqueScope | None
     on_conflict: OnConflict | None
     depends_on: Sequence[str | TaskHandle[Any]] | None
+    concurrency_key: str | None
     on_parent_failure: OnParentFailure | None
 
 
@@ -141,14 +142,20 @@ class Intake:
             engine = None  # declared: another process runs it
         if engine is None or not self._may_buffer(engine, insert):
             self._store(insert)
-            if "depends_on" in insert.row:
-                self._services.dependents.added([insert])
+            self._stored([insert])
             if engine is not None and engine.takes(insert.row["type"]):
                 self._tell(engine, delayed=bool(insert.row["held"]))
         elif engine.buffer.reserve():
             self._store_and_buffer(engine, insert)
         else:
             self._overflowed(engine, insert, "spill" if spill else self._overflow)
+
+    def _stored(self, inserts: Sequence[Insert]) -> None:
+        """What waits for other tasks waits from now on."""
+        if any("depends_on" in insert.row for insert in inserts):
+            self._services.dependents.added(inserts)
+        if any("concurrency_key" in insert.row for insert in inserts):
+            self._services.lines.joined(inserts)
 
     def _refuse_if_stopped(self) -> None:
         if self.stopped:
@@ -279,8 +286,7 @@ class Intake:
         if self._hooks.submitted:
             for insert in inserts:
                 self._hooks.tell_submitted(insert.row)
-        if any("depends_on" in insert.row for insert in inserts):
-            self._services.dependents.added(inserts)
+        self._stored(inserts)
         if engine is not None:
             for insert, turn in zip(buffered, turns, strict=True):
                 self._buffer(engine, insert, turn)

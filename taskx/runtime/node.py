@@ -126,9 +126,18 @@ class LocalNode:
         told = services.hooks.told
         return (
             self.engine.holds_nothing()
-            and not services.repository.unfinished(self.engine.types())
+            and not self._stored_left()
             and services.hooks.quiet
             and services.hooks.told == told
+        )
+
+    def _stored_left(self) -> bool:
+        """Whether the repository has something to run, also where a turn passes from task to task."""
+        repository, types = self._services.repository, self.engine.types()
+        return (
+            repository.unfinished(types)
+            or bool(repository.lines(1))
+            or repository.unfinished(types)  # it was given between the two looks
         )
 
     def still_running(self) -> list[str]:

@@ -45,6 +45,7 @@ class Recovery:
         for node in nodes.values():
             if node.alive is False:
                 self._services.dependents.ended_elsewhere()
+                self._services.lines.look_soon()
                 repository.leave(node.id)
             elif node.alive is None and node.id not in self._unknown:
                 self._unknown.add(node.id)
@@ -78,6 +79,7 @@ class Recovery:
             self._services.watcher.look_if_watched(task_id)
         if running:
             self._services.dependents.ended_elsewhere()
+            self._services.lines.look_soon()
         return len(stubs)
 
     def _tell_rescued(
@@ -137,4 +139,5 @@ class Recovery:
                 if held:
                     self._services.hooks.tell_concluded(task, ending, write.changes)
                     self._services.dependents.ended_elsewhere()
+                    self._services.lines.left(task, write.changes)
             self._engine.more_stored = True

@@ -50,6 +50,7 @@ class Scheduler:
         engine.look_for_due = self.look_for_due
         engine.services.dependents.wake = self.wake_from_long_sleep
         engine.services.dependents.released = self._tasks_released
+        engine.services.lines.moved = self._tasks_released
 
     def start(self) -> None:
         """Start the thread."""
@@ -130,6 +131,7 @@ class Scheduler:
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._services.dependents.look()
+        self._services.lines.look()
         self._release_due()
         if self._is_time("recover", RECOVER_EVERY):
             if self._recovery.recover():
@@ -146,6 +148,7 @@ class Scheduler:
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
             self._services.dependents.look_slowly()
+            self._services.lines.look_slowly()
             self._services.watcher.look()
         self._retention.tick()
 

@@ -18,6 +18,7 @@ from taskx.runtime.executors import Options, Registry
 from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
+from taskx.runtime.lines import Lines
 from taskx.runtime.pauses import Pauses
 from taskx.runtime.runner import Run, Runner
 from taskx.runtime.suspects import Suspects
@@ -39,6 +40,7 @@ class Services(NamedTuple):
     keeper: Keeper
     dependents: Dependents
     pauses: Pauses
+    lines: Lines
 
 
 class Starter:
@@ -200,6 +202,8 @@ class Starter:
                 hooks.tell_changed(hooks.finished, run.task, write.changes)
             if cancelled and self._services.dependents.any:
                 self._services.dependents.parent_ended(run.task.id)
+            if cancelled:
+                self._services.lines.left(run.task, write.changes)
             if handed_back and rebuffer:
                 self.rebuffer(run.task)
             elif not handed_back:

@@ -1,0 +1,240 @@
+"""The turns of concurrency keys, as every repository of ours keeps them."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from taskx import InvalidTransition, TaskFilter, TaskStatus
+from taskx.core import lifecycle
+from taskx.core.record import FREE
+from taskx.core.token import CancelReason
+from taskx.core.writes import Update
+from taskx.storage.base import Repository
+
+STORES = ["memory", "sqlite", "mongomock", "mongo", "mongo-set"]
+on_every_store = pytest.mark.parametrize("store", STORES, indirect=True)
+
+
+def insert(task_id: str, now: int, key: str | None = "k", **options: Any) -> Any:
+    return lifecycle.create(
+        task_id=task_id,
+        type="t",
+        params="{}",
+        created_by="",
+        now=now,
+        concurrency_key=key,
+        max_attempts=2,
+        **options,
+    )
+
+
+def ready(store: Repository) -> list[str]:
+    return [stub.id for stub in store.ready(["t"], 100)]
+
+
+def give(store: Repository, task_id: str, key: str = "k") -> bool:
+    return any(store.apply(lifecycle.give_turn(task_id, key)))
+
+
+def run(store: Repository, task_id: str, now: int) -> Any:
+    task = store.get_by_id(task_id)
+    assert store.apply([lifecycle.start(task, now, "node")])[0]
+    return store.get_by_id(task_id)
+
+
+def ending(**options: Any) -> lifecycle.Ending:
+    return lifecycle.Ending(**{"returned": False, **options})
+
+
+#: How a run may end, and whether it gives up its turn.
+ENDINGS = {
+    "completes": (ending(returned=True), True),
+    "fails": (ending(error="broken", permanent=True), True),
+    "is cancelled": (ending(reason=CancelReason.CANCEL), True),
+    "is retried": (ending(error="broken"), False),
+    "is retried later": (ending(error="broken", delay=60.0), False),
+    "snoozes": (ending(snooze=60.0), False),
+    "is interrupted": (ending(reason=CancelReason.STOP), False),
+}
+
+
+@on_every_store
+class TestTurns:
+    def test_none_may_start_before_its_turn(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now)])
+        assert ready(store) == []
+        assert store.next_in_line("k") == "a"
+        assert give(store, "a")
+        assert ready(store) == ["a"]
+        assert store.next_in_line("k") == "b"
+
+    def test_one_has_it(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now), insert("c", now, "other")])
+        assert [give(store, "a"), give(store, "b"), give(store, "c", "other")] == [
+            True,
+            False,
+            True,
+        ]
+        assert not give(store, "a")
+        assert sorted(ready(store)) == ["a", "c"]
+
+    def test_a_line_stands_still_when_nobody_has_it(self, store, clock):
+        now = clock.now_ms()
+        assert store.lines(10) == []
+        store.apply([insert(f"{key}{n}", now, key) for n in range(3) for key in "abc"])
+        assert sorted(store.lines(10)) == ["a", "b", "c"]
+        assert len(store.lines(2)) == 2
+        give(store, "b0", "b")
+        assert sorted(store.lines(10)) == ["a", "c"]
+
+    @pytest.mark.parametrize("how", ENDINGS)
+    def test_it_is_given_up_by_the_end_and_by_nothing_else(self, store, clock, how):
+        how_it_ended, gives_up = ENDINGS[how]
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now)])
+        give(store, "a")
+        task = run(store, "a", now)
+        store.apply(lifecycle.conclude(task, how_it_ended, now))
+        assert give(store, "b") == gives_up
+
+    @pytest.mark.parametrize("crashes", [1, 3])
+    def test_a_rescue_keeps_it_unless_it_ends_the_task(self, store, clock, crashes):
+        now = clock.now_ms()
+        store.apply([insert("a", now, max_crashes=crashes), insert("b", now)])
+        give(store, "a")
+        [writes] = lifecycle.rescue([run(store, "a", now)], now, stopping=False)
+        assert any(store.apply(writes))
+        assert give(store, "b") == (crashes == 1)
+
+    def test_a_cancel_gives_it_up(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert(name, now) for name in "abc"])
+        give(store, "a")
+        store.apply(lifecycle.cancel("b", now))  # which did not have it
+        assert store.lines(10) == []
+        store.apply(lifecycle.cancel("a", now))
+        assert store.lines(10) == ["k"]
+        assert store.next_in_line("k") == "c"
+
+    def test_what_is_handed_back_keeps_it(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now)])
+        give(store, "a")
+        store.apply(lifecycle.hand_back(run(store, "a", now), now))
+        assert not give(store, "b")
+
+    def test_a_requeue_leads_back_into_the_line(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now)])
+        give(store, "a")
+        store.apply(lifecycle.cancel("a", now))
+        give(store, "b")
+        store.apply([lifecycle.requeue(store.get_by_id("a"), now)])
+        assert not give(store, "a")
+        assert store.next_in_line("k") == "a"
+        store.apply(lifecycle.conclude(run(store, "b", now), ENDINGS["completes"][0], now))
+        assert give(store, "a")
+
+    def test_what_is_delayed_is_held_until_its_time(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert("a", now, run_at=now + 1000), insert("b", now)])
+        assert store.next_due() is None
+        assert give(store, "a")
+        assert (ready(store), store.next_due()) == ([], now + 1000)
+        assert not give(store, "b")
+
+    def test_in_the_transaction_of_the_end_the_next_one_gets_it(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now)])
+        give(store, "a")
+        end = lifecycle.conclude(run(store, "a", now), ENDINGS["completes"][0], now)
+        assert list(store.apply([*end, *lifecycle.give_turn("b", "k")])) == [True, True, False]
+        assert ready(store) == ["b"]
+
+    @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+    def test_an_end_by_hand_gives_it_up(self, store, clock, status):
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now)])
+        store.update_status("a", TaskStatus.RUNNING)
+        with pytest.raises(InvalidTransition):
+            store.update_status("b", TaskStatus.RUNNING)
+        store.update_status("a", TaskStatus(status))
+        assert give(store, "b")
+
+    def test_a_task_created_by_hand_stands_in_line(self, store):
+        from taskx import Task
+
+        store.create(Task(id="a", type="t", concurrency_key="k"))
+        assert (ready(store), store.next_in_line("k")) == ([], "a")
+        assert store.get_by_id("a").concurrency_key == "k"
+
+    def test_a_time_that_is_changed_by_hand_keeps_it_in_line(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert("a", now), insert("b", now)])
+        task = store.get_by_id("b")
+        task.priority = 9
+        store.update(task)
+        assert ready(store) == []
+        assert [give(store, "a"), give(store, "b")] == [True, False]
+
+
+def some_move(chance: random.Random, store: Repository, now: int, number: int) -> list[Any]:
+    """What somebody might do to some task now."""
+    tasks = list(store.list(TaskFilter(limit=1000)))
+    kind = chance.randrange(6)
+    if not tasks or kind == 0:
+        return [insert(f"{number:04}", now, chance.choice("jk"))]
+    task = chance.choice(tasks)
+    if kind == 1:
+        key = chance.choice("jk")
+        first = store.next_in_line(key)
+        return lifecycle.give_turn(first, key) if first else []
+    if kind == 2 and task.status is TaskStatus.PENDING:
+        start = lifecycle.start(task, now, "node")
+        return [start] if start else []
+    if kind == 3 and task.status is TaskStatus.RUNNING:
+        return lifecycle.conclude(task, chance.choice([*ENDINGS.values()])[0], now)
+    if kind == 4 and task.status in (TaskStatus.FAILED, TaskStatus.CANCELLED):
+        return [lifecycle.requeue(task, now)]
+    if kind == 5:
+        if task.status is TaskStatus.RUNNING:
+            return lifecycle.rescue([task], now, stopping=chance.random() < 0.5)[0]
+        moves = (lifecycle.cancel(task.id, now)[:1], [lifecycle.release(task.id)])
+        return chance.choice([*moves, [lifecycle.delete(task.id)]])
+    return []
+
+
+@pytest.mark.parametrize("seed", range(3))
+@on_every_store
+def test_whatever_happens_of_each_key_one_may_start_or_runs(store, clock, seed):
+    """Two in a row are never both at it, and a line never stands still that could go on."""
+    chance, most = random.Random(seed), 0
+    for number in range(250):
+        clock.advance(1)
+        store.apply(some_move(chance, store, clock.now_ms(), number))
+        tasks = store.list(TaskFilter(limit=1000))
+        may_start = {*ready(store)}
+        for key in "jk":
+            of_key = [task for task in tasks if task.concurrency_key == key]
+            at_it = [t for t in of_key if t.id in may_start or t.status is TaskStatus.RUNNING]
+            assert len(at_it) <= 1
+            most = max(most, len(at_it))
+            assert not (at_it and key in store.lines(10))
+    assert most == 1
+
+
+@on_every_store
+def test_that_test_finds_a_turn_that_is_given_without_a_look(store, clock, monkeypatch):
+    """Else it would show nothing."""
+
+    def careless(task_id, key):
+        return [Update(task_id, {"status": "pending"}, {"held": FREE})]
+
+    monkeypatch.setattr(lifecycle, "give_turn", careless)
+    with pytest.raises(AssertionError):
+        test_whatever_happens_of_each_key_one_may_start_or_runs(store, clock, 0)
