@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.loops import Loop, created, started_and_finished
 from taskx.core.ids import new_id
+from taskx.core.writes import CREATED
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections
 
@@ -22,8 +23,8 @@ class Statements:
         start, finish = started_and_finished()
         self.starting, self.starts = self._update(start, ids)
         self.finishing, self.finishes = self._update(finish, ids)
-        self.inserting = statements.INSERT
-        self.inserting_many = statements.INSERT_OR_FAIL
+        self.inserting = statements.insert_if_new(CREATED)
+        self.inserting_many = statements.insert(CREATED)
         self.inserts = [tuple(created(id_).row.values()) for id_ in ids]
         self.selecting = statements.select_many(1)
         self.selects = [(id_,) for id_ in ids]

@@ -518,7 +518,8 @@ class Queue:
         try:
             tasks = self.repository.get_many([write.id for write in writes])
         except RepositoryError as error:
-            self._log.warning("no hook is told of %d cancelled task(s): %s", len(writes), error)
+            cancelled = ", ".join(write.id for write in writes[:10])
+            self._log.warning("no hook is told that tasks are cancelled: %s: %s", cancelled, error)
             return
         for write in writes:
             if write.id in tasks:

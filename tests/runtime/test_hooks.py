@@ -415,7 +415,7 @@ class TestFailures:
         queue.repository.after = lambda writes: setattr(queue.repository, "down", True)
         assert queue.cancel_task("a")
         queue.repository.after, queue.repository.down = (lambda writes: None), False
-        assert "no hook is told that task a is cancelled" in caplog.text
+        assert "no hook is told that tasks are cancelled: a:" in caplog.text
 
     @pytest.mark.parametrize("wrong", [object(), Hook, None, "Hook"])
     def test_what_is_no_hook_is_refused(self, wrong):

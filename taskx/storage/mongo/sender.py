@@ -25,7 +25,7 @@ from taskx.core.errors import PayloadError
 from taskx.core.record import DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write, matches
 from taskx.storage.mongo.connection import FAILURES, Connection
-from taskx.storage.mongo.documents import MARKS, Document, fields, new_document
+from taskx.storage.mongo.documents import MARKS, PATHS, Document, fields, new_document
 from taskx.storage.mongo.failures import (
     DUPLICATE_KEY,
     is_passing,
@@ -340,8 +340,13 @@ def _update(op: _Op) -> tuple[Document, Document]:
     # Whoever sends it again, this object or the driver: it passes over what bears its mark.
     found = {**guarded(write.id, write.guard), "taskx.w": {"$nin": [Int64(op.mark)]}}
     changed: Document = {"$push": {"taskx.w": {"$each": [Int64(op.mark)], "$slice": -MARKS}}}
-    if write.changes:
-        changed["$set"] = fields(write.changes)
+    # In an index of what must be unique a null would stand, too: what is given up is taken off.
+    gone = [name for name in UNIQUE if name in write.changes and write.changes[name] is None]
+    kept = {name: value for name, value in write.changes.items() if name not in gone}
+    if kept:
+        changed["$set"] = fields(kept)
+    if gone:
+        changed["$unset"] = {PATHS[name]: "" for name in gone}
     return found, changed
 
 
