@@ -15,7 +15,7 @@ from taskx.runtime.recovery import Recovery
 from taskx.runtime.retention import Retention
 
 #: Seconds between looks for what other processes changed, and between writes of progress.
-POLL = 0.05
+POLL = 0.06
 PROGRESS_EVERY = 0.1
 #: Seconds between looks for dead nodes, and between audits of one's own tasks.
 RECOVER_EVERY = 0.5
