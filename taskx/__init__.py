@@ -17,6 +17,7 @@ from taskx.core.errors import (
     RepositoryCorrupt,
     RepositoryError,
     RepositoryUnavailable,
+    ScheduleNotFound,
     SchemaMismatch,
     TaskCancelled,
     TaskFailed,
@@ -26,6 +27,7 @@ from taskx.core.errors import (
 )
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
+from taskx.core.ticks import every
 from taskx.core.token import CancelReason, CancelToken
 from taskx.flows import Flow, FlowHandle, chain, group
 from taskx.queue import Queue
@@ -36,6 +38,7 @@ from taskx.runtime.handles import TaskHandle
 from taskx.runtime.hooks import Hook
 from taskx.runtime.middleware import Middleware
 from taskx.runtime.pauses import Paused
+from taskx.schedules import Schedule, tick_of
 from taskx.storage.base import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
@@ -75,6 +78,8 @@ __all__ = [
     "Retry",
     "RetryPolicy",
     "SQLiteRepository",
+    "Schedule",
+    "ScheduleNotFound",
     "SchemaMismatch",
     "Snooze",
     "SystemClock",
@@ -90,9 +95,11 @@ __all__ = [
     "TaskxError",
     "UnknownTaskType",
     "chain",
+    "every",
     "executor",
     "group",
     "open_repository",
+    "tick_of",
 ]
 
 

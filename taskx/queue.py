@@ -26,6 +26,7 @@ from taskx.core.errors import (
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_name, check_status
+from taskx.core.ticks import Every, Misfire
 from taskx.core.token import CancelReason
 from taskx.core.unique import OnConflict
 from taskx.core.writes import Update
@@ -47,7 +48,7 @@ from taskx.runtime.executors import (
 )
 from taskx.runtime.handles import TaskHandle, Watcher
 from taskx.runtime.hooks import Hook, Hooks
-from taskx.runtime.intake import Intake, SubmitOptions, with_options
+from taskx.runtime.intake import Intake, ScheduleOptions, SubmitOptions, with_options
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.lines import Lines
 from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
@@ -56,7 +57,9 @@ from taskx.runtime.node import LocalNode
 from taskx.runtime.pauses import Paused, Pauses
 from taskx.runtime.retention import prune_all
 from taskx.runtime.runner import Runner, inside_executor
+from taskx.runtime.schedules import Entry, Overlap, Schedules, make_entry
 from taskx.runtime.starter import Services
+from taskx.schedules import Schedule
 from taskx.storage.adapter import EightMethodAdapter, refuse_eight_methods
 from taskx.storage.base import Repository, TaskRepository
 
@@ -148,6 +151,7 @@ class Queue:
             self.config.block_timeout,
             self.config.max_payload_size,
         )
+        self._schedules = Schedules(self._services, self._intake)
         self._node: LocalNode | None = None
 
     def __repr__(self) -> str:
@@ -398,6 +402,97 @@ class Queue:
         tasks, laid = lay_out(flow)
         self.submit_many(tasks)
         return FlowHandle(laid, self)
+
+    # --- schedules
+
+    @overload
+    def schedule(
+        self,
+        name: str,
+        spec: str | Every,
+        task: Task,
+        /,
+        *,
+        tz: str | None = None,
+        misfire: Misfire = "one",
+        misfire_grace: float | None = None,
+        overlap: Overlap = "allow",
+        **options: Unpack[ScheduleOptions],
+    ) -> Schedule: ...
+    @overload
+    def schedule(
+        self,
+        name: str,
+        spec: str | Every,
+        type: str,
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        tz: str | None = None,
+        misfire: Misfire = "one",
+        misfire_grace: float | None = None,
+        overlap: Overlap = "allow",
+        **options: Unpack[ScheduleOptions],
+    ) -> Schedule: ...
+    def schedule(
+        self,
+        name: str,
+        spec: str | Every,
+        task: Task | str,
+        params: dict[str, Any] | None = None,
+        /,
+        *,
+        tz: str | None = None,
+        misfire: Misfire = "one",
+        misfire_grace: float | None = None,
+        overlap: Overlap = "allow",
+        **options: Any,
+    ) -> Schedule:
+        """Declare a schedule: it is stored, and the started queues on the repository make its tasks.
+
+        To be called whenever the program starts. What is stored under the name is brought up to date; it
+        ticks on where it was unless ``spec`` or ``tz`` are different, and stays paused if it was.
+
+        Args:
+            name: unique in the repository, at most 200 characters; the id of each of its tasks begins
+                with it.
+            spec: when it ticks: a cron expression of five fields, or ``every(seconds)``.
+            task: what its tasks are like: a type, or a :class:`Task` without id.
+            params: the executor's params; only with a type.
+            tz: the time zone that an expression is read in, such as ``"Europe/Berlin"``; UTC unless given.
+            misfire: what becomes of ticks at which no started queue was there: one task for all of them
+                (``"one"``), none (``"skip"``), or one for ``"all"`` that are at most ``misfire_grace`` old.
+            misfire_grace: seconds that a tick may be late and still get a task: 10 with ``"skip"``, any
+                number with ``"one"``, to be given with ``"all"``.
+            overlap: with ``"skip"``, a tick gets no task while the task of an earlier one has not ended.
+            created_by: of its tasks; ``schedule:`` and the name unless given.
+            priority, timeout, max_attempts, max_crashes, retry, concurrency_key: of its tasks, as for
+                :meth:`submit`.
+
+        Raises:
+            ConfigurationError: an argument is not valid, a package is missing, or the repository cannot
+                keep schedules.
+            UnknownTaskType: the type is neither registered nor declared.
+            PayloadError: params are not JSON, too large, or do not fit the function.
+            RepositoryError: it could not be stored.
+        """
+        if unknown := options.keys() - ScheduleOptions.__optional_keys__:
+            raise TypeError(f"schedule() has no option {', '.join(sorted(unknown))}")
+        if isinstance(task, str):
+            task = Task(type=task, params={} if params is None else params)
+        elif params is not None:
+            raise TypeError("schedule(name, spec, task) takes no params; set task.params")
+        entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
+        if options and isinstance(task, Task):
+            task = with_options(task, options, self._clock.now_ms())
+        return self._in_hand(self._schedules.declare(entry, task, options.get("priority")))
+
+    def schedules(self) -> dict[str, Schedule]:
+        """The schedules in the repository, by name, whichever process declared them."""
+        return {name: self._in_hand(entry) for name, entry in self._schedules.all().items()}
+
+    def _in_hand(self, entry: Entry) -> Schedule:
+        return Schedule(entry, self._schedules, self)
 
     # --- looking
 

@@ -199,6 +199,8 @@ def public(cls: type) -> list[str]:
         ("statuses", [status.value for status in taskx.TaskStatus]),
         ("reasons", [reason.value for reason in taskx.CancelReason]),
         ("methods of a queue", [n for n in public(taskx.Queue) if n != "watch"]),
+        ("options of a schedule", sorted(taskx.queue.ScheduleOptions.__optional_keys__)),
+        ("parts of a schedule", public(taskx.Schedule)),
         ("parts of the context", public(taskx.Context)),
         ("methods of a repository", public(taskx.TaskRepository)),
         ("durability", ["accepted", "full", "process"]),

@@ -328,6 +328,38 @@ def test_own_repository(tmp_path):
         assert "takes itself for the only process on it" in ran.stderr
 
 
+# schedule.py
+
+
+def test_schedule(tmp_path):
+    ran = subprocess.run(
+        [*STRICT, EXAMPLES / "schedule.py"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert ran.returncode == 0, ran.stderr
+    lines = ran.stdout.splitlines()
+    assert lines.pop(3).startswith("nightly comes next at ")
+    assert lines == [
+        "<Schedule 'beat' (every 0.2 s): 'ping'>",
+        "<Schedule 'gauge' (every 0.1 s): 'measure'>",
+        "<Schedule 'nightly' (30 2 * * *): 'report'>",
+        "beat has ticked, and runs beside gauge",
+        "gauge is paused: True",
+        "by hand: sales",
+        "back-filled: sales until 2024-03-29",
+        "back-filled: sales until 2024-03-30",
+        "back-filled: sales until 2024-03-31",
+        "back-filled: sales until 2024-04-01",
+        "tasks of nightly: 4",
+        "beat has a task for every tick: True",
+        "gauge is still paused: True",
+        "left: 0",
+    ]
+
+
 # flask_app.py
 
 

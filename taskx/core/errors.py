@@ -7,6 +7,7 @@
     ├── PayloadError (ValueError)         params or result are not JSON, too large, or do not fit
     ├── UnknownTaskType (LookupError)     no executor for the type, and it was not declared
     ├── TaskNotFound (LookupError)        no record with that id
+    ├── ScheduleNotFound (LookupError)    no schedule of that name
     ├── DuplicateTask                     a record with that id exists
     ├── InvalidTransition                 the task's status does not allow the move
     ├── QueueFull                         the buffer has no room
@@ -71,6 +72,17 @@ class TaskNotFound(TaskxError, LookupError):
 
     def __str__(self) -> str:
         return f"no task with id {self.task_id!r} in the repository"
+
+
+class ScheduleNotFound(TaskxError, LookupError):
+    """No schedule of the given name is in the repository."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+    def __str__(self) -> str:
+        return f"no schedule {self.name!r} is in the repository"
 
 
 class DuplicateTask(TaskxError):

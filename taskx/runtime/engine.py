@@ -57,9 +57,11 @@ class Engine:
         self.more_stored = True
         #: Whether no other node is known to live.
         self.alone = False
-        #: Set by the scheduler: have it tick often for a while; look when the next task is due.
+        #: Set by the scheduler: have it tick often for a while; look when the next task is due, and when
+        #: the next schedule ticks.
         self.wake_scheduler: Callable[[], None] = lambda: None
         self.look_for_due: Callable[[], None] = lambda: None
+        self.look_for_schedules: Callable[[], None] = lambda: None
         self._lately = _ALL_LONG  # the first tasks count as long
         self._last_batch = 0
         self._complaint = Complaint(services.log)

@@ -42,23 +42,28 @@ if TYPE_CHECKING:
 OnParentFailure = Literal["cancel", "fail", "run"]
 
 
-class SubmitOptions(TypedDict, total=False):
-    """The options of ``submit``, each of which may be left out or None: see ``Queue.submit``."""
+class ScheduleOptions(TypedDict, total=False):
+    """The options of ``submit`` that a schedule may give its tasks: see ``Queue.schedule``."""
 
-    id: str | None
     created_by: str | None
     priority: int | None
-    run_at: datetime | None
-    delay: float | None
     timeout: float | None
     max_attempts: int | None
     max_crashes: int | None
     retry: RetryPolicy | None
+    concurrency_key: str | None
+
+
+class SubmitOptions(ScheduleOptions, total=False):
+    """The options of ``submit``, each of which may be left out or None: see ``Queue.submit``."""
+
+    id: str | None
+    run_at: datetime | None
+    delay: float | None
     unique_key: str | None
     unique_scope: UniqueScope | None
     on_conflict: OnConflict | None
     depends_on: Sequence[str | TaskHandle[Any]] | None
-    concurrency_key: str | None
     on_parent_failure: OnParentFailure | None
 
 
@@ -109,10 +114,10 @@ class Intake:
         Raises:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
-        self._refuse_if_stopped()
+        self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        insert = self._prepare(task, priority)
+        insert = self.prepare(task, priority)
         if task.depends_on:
             find_parents(self._services.repository, [insert])
         if task.unique_key is not None:
@@ -157,7 +162,8 @@ class Intake:
         if any("concurrency_key" in insert.row for insert in inserts):
             self._services.lines.joined(inserts)
 
-    def _refuse_if_stopped(self) -> None:
+    def refuse_if_stopped(self) -> None:
+        """Raise ``QueueStopped`` once the queue was stopped."""
         if self.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
 
@@ -176,6 +182,22 @@ class Intake:
         else:
             engine.more_stored = True
             engine.wake_scheduler()
+
+    def put(self, insert: Insert) -> None:
+        """Store a task that was prepared before, for whoever has a hand free, whatever is in the buffer.
+
+        Raises:
+            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
+        """
+        self.refuse_if_stopped()
+        self._store(insert)
+        self._stored([insert])
+        self.look_for_work()
+
+    def look_for_work(self) -> None:
+        """Tasks were stored otherwise: have those fetched that this node runs."""
+        if self.engine is not None:
+            self._tell(self.engine, delayed=False)
 
     def _store(self, insert: Insert) -> None:
         if not self._commit(insert):
@@ -212,13 +234,13 @@ class Intake:
     def _overflowed(self, engine: Engine, insert: Insert, overflow: str) -> None:
         if overflow == "block" and not inside_executor():
             if not engine.buffer.reserve(1, self._block_timeout):
-                self._refuse_if_stopped()
+                self.refuse_if_stopped()
                 raise self._full(engine, 1)
             self._store_and_buffer(engine, insert)
         elif overflow == "caller_runs":
             self._run_here(engine, insert)
         elif overflow == "reject":
-            self._refuse_if_stopped()
+            self.refuse_if_stopped()
             raise self._full(engine, 1)
         else:
             # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
@@ -260,7 +282,7 @@ class Intake:
         Raises:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
-        self._refuse_if_stopped()
+        self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
         inserts = self._prepare_many(tasks)
@@ -297,7 +319,7 @@ class Intake:
         return [insert.id for insert in inserts]
 
     def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
-        inserts = [self._prepare(task) for task in tasks]
+        inserts = [self.prepare(task) for task in tasks]
         if any("depends_on" in insert.row for insert in inserts):
             find_parents(self._services.repository, inserts)
         return inserts
@@ -309,7 +331,7 @@ class Intake:
         if engine.buffer.reserve(wanted):
             return wanted
         if self._overflow == "reject":
-            self._refuse_if_stopped()
+            self.refuse_if_stopped()
             raise self._full(engine, wanted)
         room = max(0, min(wanted, engine.buffer.maxsize - engine.buffer.submitted))
         return room if room and engine.buffer.reserve(room) else 0
@@ -340,7 +362,7 @@ class Intake:
 
     # --- checks
 
-    def _prepare(self, task: Task, priority: int | None = None) -> Insert:
+    def prepare(self, task: Task, priority: int | None = None) -> Insert:
         """The record of a task, or the error that says what is wrong with it."""
         if not isinstance(task, Task):
             raise ConfigurationError(f"submit takes a Task or a type, not {type(task).__name__}")

@@ -21,6 +21,7 @@ from taskx.runtime.retention import Retention
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.scheduler import Scheduler
 from taskx.runtime.starter import Services
+from taskx.runtime.ticker import Ticker
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Node
 
@@ -57,7 +58,8 @@ class LocalNode:
         self.engine = Engine(services, self.record, config.worker_num, buffer)
         self._recovery = Recovery(self.engine)
         retention = Retention(services, config.retention)
-        self._scheduler = Scheduler(self.engine, self._recovery, retention)
+        ticker = Ticker(services)
+        self._scheduler = Scheduler(self.engine, self._recovery, retention, ticker)
 
     # --- starting
 

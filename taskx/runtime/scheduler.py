@@ -13,6 +13,7 @@ from taskx.core.token import CancelReason
 from taskx.runtime.engine import AHEAD_PATIENCE, Engine
 from taskx.runtime.recovery import Recovery
 from taskx.runtime.retention import Retention
+from taskx.runtime.ticker import Ticker
 
 #: Seconds between looks for what other processes changed, and between writes of progress.
 POLL = 0.06
@@ -31,13 +32,17 @@ class Scheduler:
         engine: what it keeps going.
         recovery: what it lets look for dead nodes.
         retention: what it lets remove old tasks.
+        ticker: what it lets make the tasks of schedules.
     """
 
-    def __init__(self, engine: Engine, recovery: Recovery, retention: Retention) -> None:
+    def __init__(
+        self, engine: Engine, recovery: Recovery, retention: Retention, ticker: Ticker
+    ) -> None:
         self._engine = engine
         self._services = engine.services
         self._recovery = recovery
         self._retention = retention
+        self._ticker = ticker
         self._wake_up = _thread.allocate_lock()
         self._wake_up.acquire()
         self._asleep_long = False
@@ -51,6 +56,7 @@ class Scheduler:
         engine.services.dependents.wake = self.wake_from_long_sleep
         engine.services.dependents.released = self._tasks_released
         engine.services.lines.moved = self._tasks_released
+        engine.look_for_schedules = self.look_for_schedules
 
     def start(self) -> None:
         """Start the thread."""
@@ -84,6 +90,11 @@ class Scheduler:
         self._engine.more_stored = True
         self.look_for_due()
 
+    def look_for_schedules(self) -> None:
+        """A schedule was changed: look when it ticks, and wake in time."""
+        self._ticker.look()
+        self.wake()
+
     def _run(self) -> None:
         failures = 0
         while not self._stopped:
@@ -111,9 +122,10 @@ class Scheduler:
         else:
             self._asleep_long = True
             timeout = POLL
-            if self._next_due is not None:
-                until_due = (self._next_due - self._services.clock.now_ms()) / 1000
-                timeout = min(POLL, max(0.001, until_due))
+            for due in (self._next_due, self._ticker.next):
+                if due is not None:
+                    until_due = (due - self._services.clock.now_ms()) / 1000
+                    timeout = min(timeout, max(0.001, until_due))
         self._wake_up.acquire(timeout=timeout)
         self._asleep_long = False
 
@@ -140,15 +152,20 @@ class Scheduler:
             self._look_around()
         elif self._is_time("poll", POLL) and self._services.repository.changed():
             self._due_known = False
+            self._ticker.look_soon()
             self._look_around()
             self._services.dependents.look_around()
             self._services.watcher.look()
         if self._engine.more_stored:
             self._engine.refill()
+        if not self._engine.stopping and self._ticker.tick():
+            self._engine.more_stored = True
+            self._engine.refill()
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
             self._services.dependents.look_slowly()
             self._services.lines.look_slowly()
+            self._ticker.look_soon()
             self._services.watcher.look()
         self._retention.tick()
 

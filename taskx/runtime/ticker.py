@@ -1,0 +1,143 @@
+"""Schedules tick here: each tick becomes one task, whichever of the nodes comes first."""
+
+from __future__ import annotations
+
+import time
+from typing import NamedTuple
+
+import attrs
+
+from taskx.core.clock import to_datetime
+from taskx.core.errors import ConfigurationError, RepositoryCorrupt
+from taskx.core.lifecycle import FINISHED
+from taskx.core.ticks import BATCH, Ticks, decide, latest
+from taskx.runtime.schedules import PREFIX, SKIP_GRACE, Entry, entry_of, store, tick_id
+from taskx.runtime.starter import Services
+from taskx.storage.base import Note
+
+#: Seconds between looks whether another process changed a schedule.
+LOOK_EVERY = 1.0
+
+
+class Due(NamedTuple):
+    """A schedule whose tick has come.
+
+    Attributes:
+        entry: as it is stored.
+        ticks: its ticks.
+        since: the first tick that nobody has decided about.
+        now: what time it is.
+    """
+
+    entry: Entry
+    ticks: Ticks
+    since: int
+    now: int
+
+
+class Ticker:
+    """Makes the tasks of the ticks that have come. There is no leader: all nodes do it.
+
+    The task is stored first; its id is that of the tick, so it is stored once. Then the schedule is
+    moved on by compare-and-set. Whoever finds that undone does both again.
+
+    Args:
+        services: what it works with.
+    """
+
+    def __init__(self, services: Services) -> None:
+        self._services = services
+        #: The next tick of all schedules, in milliseconds; None if there is none.
+        self.next: int | None = None
+        self._stale = True
+        self._look_at = 0.0
+        self._told: dict[str, int] = {}
+
+    def look(self) -> None:
+        """A schedule was changed in this process: see which is next."""
+        self._stale, self._look_at = True, 0.0
+
+    def look_soon(self) -> None:
+        """Another process may have changed a schedule."""
+        self._stale = True
+
+    def tick(self) -> bool:
+        """Make the tasks that are due, if any are; whether it made some.
+
+        Raises:
+            RepositoryError: the repository failed; what was not done is done in a later round.
+        """
+        now = self._services.clock.now_ms()
+        due = self.next is not None and self.next <= now
+        if not due and not (self._stale and time.monotonic() >= self._look_at):
+            return False
+        self._stale = False  # before reading: what is changed from now on sets it again
+        self._look_at = time.monotonic() + LOOK_EVERY
+        try:
+            return self._go_through(now)
+        except BaseException:
+            self.look()
+            raise
+
+    def _go_through(self, now: int) -> bool:
+        made = False
+        upcoming: list[int] = []
+        for name, note in self._services.repository.notes(PREFIX).items():
+            try:
+                entry = entry_of(note)
+                ticks = entry.ticks
+            except (RepositoryCorrupt, ConfigurationError) as error:
+                self._complain(name, note, error)
+                continue
+            next_ = entry.next
+            if entry.paused or next_ is None:
+                continue
+            if next_ <= now:
+                next_, some = self._run(Due(entry, ticks, next_, now), note.version)
+                made = made or some
+            if next_ is not None:
+                upcoming.append(next_)
+        self.next = min(upcoming, default=None)
+        return made
+
+    def _run(self, due: Due, version: int) -> tuple[int | None, bool]:
+        """Make the tasks that are due; the next tick, and whether there was a task to make."""
+        entry, services = due.entry, self._services
+        run, next_ = decide(due.ticks, due.since, due.now, entry.misfire, entry.grace)
+        self._tell_missed(due, len(run))
+        if run and entry.overlap == "skip":
+            run = self._without_overlap(due, run[0])
+        made = bool(run) and any(store(services, [entry.insert(tick, due.now) for tick in run]))
+        moved = attrs.evolve(entry, next=next_, last=run[-1] if run else entry.last)
+        if not services.repository.put_note(PREFIX + entry.name, moved.to_text(), version):
+            self.look()  # another node moved it on, or somebody changed it
+        return next_, made
+
+    def _without_overlap(self, due: Due, tick: int) -> list[int]:
+        """The tick, unless the task of an earlier one has not ended."""
+        name = due.entry.name
+        # Beside the last one: a node that died may have stored a task and not moved the schedule on.
+        earlier = {due.entry.last, *latest(due.ticks, due.since, due.now, BATCH)} - {tick}
+        own = tick_id(name, tick)
+        ids = [own, *(tick_id(name, one) for one in earlier if one is not None)]
+        statuses = self._services.repository.statuses(ids)
+        if own in statuses or all(status in FINISHED for status in statuses.values()):
+            return [tick]
+        self._services.log.info(
+            "schedule %r: the task of an earlier tick has not ended, so that of %s gets none",
+            *(name, to_datetime(tick)),
+        )
+        return []
+
+    def _tell_missed(self, due: Due, tasks: int) -> None:
+        if due.now - due.since > SKIP_GRACE * 1000:
+            self._services.log.warning(
+                "schedule %r: nobody was there at %s; of its ticks until now %d get a task",
+                *(due.entry.name, to_datetime(due.since), tasks),
+            )
+
+    def _complain(self, name: str, note: Note, error: Exception) -> None:
+        """Say once that this process cannot tell when a schedule ticks; others may be able to."""
+        if self._told.get(name) != note.version:
+            self._told[name] = note.version
+            self._services.log.warning("%s does not tick in this process: %s", name, error)
