@@ -61,24 +61,36 @@ class Tasks:
 
     def documents(self, task_ids: Sequence[str]) -> list[Document]:
         """The documents with these ids that exist and are not hidden."""
-        ids = texts(task_ids, "id")
+        return self._with_hidden("_id", task_ids)
+
+    def _with_hidden(
+        self, path: str, values: Sequence[str], fields: Mapping[str, int] | None = None
+    ) -> list[Document]:
+        """The documents with one of these values, with those of a batch that only looks hidden.
+
+        It was committed, and whoever did so has not come to reveal all of it yet.
+        """
+        known = texts(values, path)
+        shown = None if fields is None else {**fields, "taskx.batch": 1}
         found: list[Document] = []
-        for start in range(0, len(ids), _MOST_IDS):
-            wanted = {"_id": {"$in": ids[start : start + _MOST_IDS]}}
-            found += self._connection.run(lambda w=wanted: list(self._connection.tasks.find(w)))  # type: ignore[misc]
+        for start in range(0, len(known), _MOST_IDS):
+            found += self._found({path: {"$in": known[start : start + _MOST_IDS]}}, shown)
         hidden = [document for document in found if batch_of(document)]
         if not hidden:
             return found
         return [d for d in found if not batch_of(d)] + self._connection.run(
-            lambda: self._revealed(hidden)
+            lambda: self._revealed(hidden, shown)
         )
 
-    def _revealed(self, hidden: Sequence[Document]) -> list[Document]:
+    def _revealed(
+        self, hidden: Sequence[Document], fields: Mapping[str, int] | None
+    ) -> list[Document]:
         """Of documents that were hidden, those that are not, or should not be."""
         known = self._batches.reveal_committed([*{batch_of(document) for document in hidden}])
         # Somebody may have revealed the others since: of that their batch tells no more.
         others = [document["_id"] for document in hidden if batch_of(document) not in known]
-        again = self._connection.tasks.find({"_id": {"$in": others}, **VISIBLE}) if others else ()
+        wanted = {"_id": {"$in": others}, **VISIBLE}
+        again = self._connection.tasks.find(wanted, fields) if others else ()
         return [*(d for d in hidden if batch_of(d) in known), *again]
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
@@ -216,7 +228,7 @@ class Tasks:
         found = self._found(wanted, STUB_FIELDS) if node else []
         return [stub_from_document(document) for document in found]
 
-    def _found(self, wanted: Document, fields: Mapping[str, int]) -> Sequence[Document]:
+    def _found(self, wanted: Document, fields: Mapping[str, int] | None) -> Sequence[Document]:
         return self._connection.run(lambda: list(self._connection.tasks.find(wanted, fields)))
 
     def _found_by(
@@ -231,13 +243,13 @@ class Tasks:
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
-        found = self._found_by("_id", task_ids, {"status": 1})
+        found = self._with_hidden("_id", task_ids, {"status": 1})
         return {document["_id"]: document["status"] for document in found}
 
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
         """Which task holds each of these unique keys, by key."""
         path = "taskx.unique_lock"
-        found = self._found_by(path, keys, {path: 1})
+        found = self._with_hidden(path, keys, {path: 1})
         return {document["taskx"]["unique_lock"]: document["_id"] for document in found}
 
     def awaited(self, after: str, limit: int) -> Sequence[str]:
@@ -284,7 +296,8 @@ class Tasks:
         def read() -> list[Document]:
             tasks = self._connection.tasks
             unfinished = {"status": {"$in": ["pending", "running"]}}
-            children = {"taskx.depends_on": {"$gt": ""}, **unfinished, **VISIBLE}
+            # Hidden ones, too: they may be there the next moment.
+            children = {"taskx.depends_on": {"$gt": ""}, **unfinished}
             needed = set(tasks.distinct("taskx.depends_on", children))
             free = {"_id": {"$nin": [*needed]}} if needed else {}
             found = tasks.find({**wanted, **free, **VISIBLE}, STUB_FIELDS)

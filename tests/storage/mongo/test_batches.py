@@ -8,7 +8,7 @@ import time
 import pytest
 from mongo_proxy import swallowing
 
-from taskx import RepositoryUnavailable, TaskFilter
+from taskx import Queue, RepositoryUnavailable, Task, TaskFilter
 from taskx.core import lifecycle
 from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
@@ -36,7 +36,11 @@ def die_at(monkeypatch, store, step):
     monkeypatch.setattr(store._batches, step, die)
     monkeypatch.setattr(store._batches, "_discard", lambda batch: None)
     with pytest.raises(Died):
-        store.apply([insert(task_id, owner="n") for task_id in IDS], all_or_nothing=True)
+        store.apply([keyed(task_id, owner="n") for task_id in IDS], all_or_nothing=True)
+
+
+def keyed(task_id, **options):
+    return insert(task_id, unique_key=f"key {task_id}", unique_scope="unfinished", **options)
 
 
 def seen(store):
@@ -45,6 +49,8 @@ def seen(store):
         "list": {task.id for task in store.list(TaskFilter())},
         "get_many": set(store.get_many(IDS)),
         "owned": {stub.id for stub in store.owned("n")},
+        "statuses": set(store.statuses(IDS)),
+        "keys": set(store.unique_holders([f"key {task_id}" for task_id in IDS]).values()),
     }
     assert store.count(TaskFilter()) == len(ways["list"])
     return ways
@@ -67,6 +73,8 @@ class TestASubmitterThatDied:
             lambda other: other.list(TaskFilter(limit=1)),
             lambda other: other.count(TaskFilter()),
             lambda other: other.nodes(),
+            lambda other: other.statuses(IDS[:1]),
+            lambda other: other.unique_holders(["key b0"]),
         ):
             mock.tasks.update_many({}, {"$set": {"taskx.batch": "again"}})
             mock["tasks.batches"].insert_one({"_id": "again", "committed": True})
@@ -74,6 +82,26 @@ class TestASubmitterThatDied:
             look(other)
             assert all(found == set(IDS) for found in seen(other).values())
             assert mock["tasks.batches"].find_one({"_id": "again"}) is None
+
+    def test_a_parent_is_there_though_only_its_child_is_revealed_yet(
+        self, store, monkeypatch, make, mock
+    ):
+        """It is done document by document: who meets the child must not take the parent for gone."""
+        tasks = [Task(id="p", type="t"), Task(id="c", type="t", depends_on=["p"])]
+        queue, onlooker = Queue(store), Queue(make(mock))
+        queue.declare("t")
+        reveal = store._batches._reveal
+
+        def half(batch):
+            one = {"_id": "c", "taskx.batch": batch}
+            mock.tasks.update_one(one, {"$unset": {"taskx.batch": ""}})
+            monkeypatch.setattr(store._batches, "_reveal", reveal)
+            onlooker._services.dependents.look()
+
+        monkeypatch.setattr(store._batches, "_reveal", half)
+        handles = queue.submit_many(tasks)
+        assert [handle.task().status for handle in handles] == ["pending", "pending"]
+        assert store.waiting_for(["p"]) == ["c"]
 
     def test_the_hidden_rest_is_cleared_away(self, store, monkeypatch, mock):
         """When it has been seen for long enough, by the looker's own clock; not before."""
