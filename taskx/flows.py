@@ -11,6 +11,7 @@ import attrs
 
 from taskx.core.errors import ConfigurationError
 from taskx.core.ids import new_id
+from taskx.core.lifecycle import check_parents
 from taskx.core.model import Task, TaskStatus
 from taskx.runtime.handles import TaskHandle
 from taskx.storage.base import Repository
@@ -47,7 +48,8 @@ class Flow:
 
     def then(self, *steps: Step) -> Flow:
         """A chain of this flow and further steps: they begin when all of it has completed."""
-        return Flow("chain", (self, *steps))
+        before = self.steps if self.kind == "chain" else (self,)
+        return Flow("chain", (*before, *steps))
 
 
 def chain(*steps: Step) -> Flow:
@@ -156,6 +158,7 @@ class FlowHandle:
         Raises:
             TaskFailed: a task failed; the first one of those, in the order in which the flow names them.
             concurrent.futures.CancelledError: none failed, but one was cancelled.
+            TaskNotFound: one was deleted.
             concurrent.futures.TimeoutError: they have not ended within ``timeout`` seconds.
         """
         if not self.wait(timeout):
@@ -187,10 +190,14 @@ def lay_out(flow: Flow) -> tuple[list[Task], _Laid]:
     """The tasks of a flow, with ids and parents, and its shape.
 
     Raises:
-        ConfigurationError: too many tasks depend on too many others.
+        ConfigurationError: too many tasks depend on too many others, flows are nested too deep, or what a
+            task depends on is no list of ids.
     """
     layout = _Layout()
-    laid, _ = layout.lay(flow, [])
+    try:
+        laid, _ = layout.lay(flow, [])
+    except RecursionError:
+        raise ConfigurationError("flows are nested too deep, one in the other") from None
     return layout.tasks, laid
 
 
@@ -225,5 +232,6 @@ class _Layout:
                 f"more than {MOST_EDGES:,} pairs of a task and one that it depends on: put a task "
                 "between two large groups, on which the second one depends"
             )
-        self.tasks.append(attrs.evolve(task, id=task_id, depends_on=[*task.depends_on, *parents]))
+        own = check_parents(task.depends_on)
+        self.tasks.append(attrs.evolve(task, id=task_id, depends_on=[*own, *parents]))
         return _Laid("task", task_id=task_id), [task_id]

@@ -258,8 +258,9 @@ class Queue:
             concurrency_key: tasks with the same key run one at a time, in the order of submission, in
                 whatever process.
             on_conflict: where another task holds the key: ``"reject"`` (unless given) raises,
-                ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending, the
-                params and options of this one, and returns its handle.
+                ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending and of
+                the same type, parents and concurrency key, the params and options of this one, and
+                returns its handle.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.

@@ -6,7 +6,7 @@ one whose guard holds is the move that happened.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import attrs
@@ -177,28 +177,35 @@ def between_tasks(task: Task) -> dict[str, Any]:
     if task.unique_key is not None:
         given["unique_key"] = check_key(task.unique_key, "unique_key")
         given["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
+    if task.on_parent_failure is not None:
+        check_policy(task.on_parent_failure)
     if task.depends_on:
-        given["depends_on"] = _check_parents(task)
-        given["on_parent_failure"] = _check_policy(task.on_parent_failure)
+        given["depends_on"] = check_parents(task.depends_on, task.id)
+        given["on_parent_failure"] = task.on_parent_failure
     if task.concurrency_key is not None:
         given["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
     return given
 
 
-def _check_parents(task: Task) -> list[str]:
-    if isinstance(task.depends_on, str):
-        raise ConfigurationError(f"depends_on must be a list of ids, not {task.depends_on!r}")
-    parents = list(dict.fromkeys(check_key(parent, "depends_on") for parent in task.depends_on))
-    if task.id and task.id in parents:
-        raise ConfigurationError(f"task {task.id} cannot depend on itself")
-    return parents
+def check_parents(parents: Any, task_id: str = "") -> list[str]:
+    """The ids of tasks that one depends on, each once.
+
+    Raises:
+        ConfigurationError: they are no list of ids, or its own is among them.
+    """
+    if not isinstance(parents, Iterable) or isinstance(parents, (str, bytes, Mapping)):
+        raise ConfigurationError(f"depends_on must be a list of tasks, not {parents!r:.80}")
+    ids = list(dict.fromkeys(check_key(parent, "depends_on") for parent in parents))
+    if task_id and task_id in ids:
+        raise ConfigurationError(f"task {task_id} cannot depend on itself")
+    return ids
 
 
-def _check_policy(policy: object) -> str | None:
-    if policy is not None and policy not in ON_PARENT_FAILURE:
+def check_policy(policy: object) -> None:
+    """``ConfigurationError`` for what is no ``on_parent_failure``."""
+    if policy not in ON_PARENT_FAILURE:
         known = ", ".join(map(repr, ON_PARENT_FAILURE))
         raise ConfigurationError(f"on_parent_failure must be one of {known}, not {policy!r}")
-    return None if policy is None else str(policy)
 
 
 def _rare(
@@ -252,7 +259,7 @@ def give_up(task_id: str, node: str) -> Update:
 def cancel(task_id: str, now: int) -> list[Update]:
     """Cancel a task: a pending one at once, a running one by asking for it.
 
-    One that never started gives its unique key up, whatever the scope.
+    A pending one gives its unique key up, whatever the scope.
     """
     return [
         Update(

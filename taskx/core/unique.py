@@ -11,14 +11,21 @@ from taskx.core.checks import check_number
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskStatus
-from taskx.core.record import BY_THREAD, FOR_PARENTS, FOR_TURN, FREE, UNTIL_DUE
+from taskx.core.record import (
+    BY_THREAD,
+    FOR_PARENTS,
+    FOR_TURN,
+    FREE,
+    UNTIL_DUE,
+    created_task,
+)
 from taskx.core.writes import Insert, Update
 
 #: Until it first starts; until it has ended; as long as its record is kept; so many seconds from its
 #: creation, whatever becomes of it.
 UniqueScope = Literal["pending", "unfinished", "ever"] | float
 #: What a submit does whose key is held: raise ``DuplicateTask``; give the handle of the task that holds it;
-#: have that one, if it is pending, take over all but the identity of the new one.
+#: have that one, if it is pending, take over params and options of the new one.
 OnConflict = Literal["reject", "return", "replace"]
 PENDING, UNFINISHED, EVER = "pending", "unfinished", "ever"
 _NAMED = (PENDING, UNFINISHED, EVER)
@@ -72,14 +79,15 @@ def give_up(holder: Task, now: int) -> Update | None:
 
 
 def replace(holder: Task, new: Insert) -> list[Update]:
-    """Have the pending task that holds the key of a new one take over all but its identity.
+    """Have the pending task that holds the key of a new one take over its params and options.
 
-    It stands where it stood, and what it waits for beside its time, it goes on waiting for. None if it is
-    not pending, or of another type.
+    It stands where it stood, and what it waits for beside its time, it goes on waiting for. Nothing if it
+    is not pending, or differs in what cannot be taken over: type, parents, concurrency key.
     """
-    if holder.status is not TaskStatus.PENDING or holder.type != new.row["type"]:
+    if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(created_task(new.row)):
         return []
-    changes = {name: new.row[name] for name in _REPLACED}
+    # Steps that an earlier attempt did, it did with other params.
+    changes = {**{name: new.row[name] for name in _REPLACED}, "checkpoints": None}
     due = {**changes, "held": FREE}
     if changes["run_at"] is not None and changes["run_at"] > new.row["created_at"]:
         due.update(held=UNTIL_DUE, owner="")
@@ -91,3 +99,7 @@ def replace(holder: Task, new: Insert) -> list[Update]:
             ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
         )
     ]
+
+
+def _fixed(task: Task) -> tuple[object, ...]:
+    return task.type, task.depends_on, task.on_parent_failure, task.concurrency_key

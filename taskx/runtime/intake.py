@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
 
@@ -338,7 +338,8 @@ class Intake:
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
         keyed = [insert for insert in inserts if "unique_key" in insert.row]
-        _refuse_twins(keyed)
+        if keyed:
+            _refuse_twins(inserts)
         patience = Patience(keyed[0]) if keyed else None
         while not self._try_to_store(inserts):
             assert patience is not None  # an id that is taken raises
@@ -410,12 +411,16 @@ class Intake:
 
 
 def _refuse_twins(inserts: Sequence[Insert]) -> None:
-    first: dict[str, str] = {}
+    """New tasks that stand in one another's way, and not in that of any that is stored."""
+    ids: set[str] = set()
+    holders: dict[str, str] = {}
     for insert in inserts:
-        key = insert.row["unique_key"]
-        if key in first:
-            raise DuplicateTask(first[key], key)
-        first[key] = insert.id
+        if insert.id in ids:
+            raise DuplicateTask(insert.id)
+        ids.add(insert.id)
+        key = insert.row.get("unique_key")
+        if key is not None and holders.setdefault(key, insert.id) != insert.id:
+            raise DuplicateTask(holders[key], key)
 
 
 def _about(error: TaskxError, task_id: str) -> TaskxError:
@@ -458,8 +463,9 @@ def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
         ConfigurationError: both ``run_at`` and ``delay``, or an invalid delay.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
-    if "depends_on" in chosen and not isinstance(chosen["depends_on"], str):
-        chosen["depends_on"] = [getattr(parent, "id", parent) for parent in chosen["depends_on"]]
+    parents = chosen.get("depends_on")
+    if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
+        chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
     if chosen.pop("on_conflict", "reject") not in get_args(OnConflict):
         known = ", ".join(map(repr, get_args(OnConflict)))
         raise ConfigurationError(

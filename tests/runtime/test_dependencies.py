@@ -16,6 +16,7 @@ from taskx import (
     TaskFilter,
     TaskNotFound,
     TaskStatus,
+    chain,
     open_repository,
 )
 from taskx.runtime import dependents, scheduler
@@ -238,14 +239,26 @@ class TestRefused:
         with pytest.raises(ConfigurationError, match="circle: a on b on c on a"):
             started.submit_many(tasks)
 
-    @pytest.mark.parametrize("parents", ["abc", [""], [5], [None], ["x" * 256]])
+    @pytest.mark.parametrize(
+        "parents",
+        ["abc", b"a", 5, True, {"a": 1}, [""], [5], [None], ["x" * 256], lambda q: q.handle("a")],
+    )
     def test_what_is_no_list_of_ids(self, started, parents):
+        if callable(parents):
+            parents = parents(started)  # one by itself
         with pytest.raises(ConfigurationError, match="depends_on"):
             started.submit("fine", depends_on=parents)
+        task = Task(type="fine", depends_on=parents)
+        with pytest.raises(ConfigurationError, match="depends_on"):
+            started.submit(task)
+        with pytest.raises(ConfigurationError, match="depends_on"):
+            started.submit_flow(chain(task))
 
     def test_another_policy(self, started):
         with pytest.raises(ConfigurationError, match="on_parent_failure"):
             started.submit("fine", depends_on=["a"], on_parent_failure="ignore")
+        with pytest.raises(ConfigurationError, match="on_parent_failure"):
+            started.submit("fine", depends_on=[], on_parent_failure="ignore")
 
     def test_eight_methods_cannot_hold_it(self):
         queue = Queue(TinyRepository())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from concurrent import futures
 
 import pytest
@@ -72,6 +73,16 @@ class TestChain:
         ]
         assert (handle.status(), handle.progress()) == (TaskStatus.FAILED, 100)
         assert started.ran == ["a"]
+
+    def test_it_may_be_made_step_by_step(self, started):
+        """However long it grows by that."""
+        flow = chain(started.say("a"))
+        for letter in "bc":
+            flow = flow.then(started.say(letter))
+        assert started.submit_flow(flow).result(PATIENCE) == "abc"
+        for _ in range(2000):
+            flow = flow.then(HOLD)
+        assert len(lay_out(flow)[0]) == 2003
 
     def test_one_task_may_stand_in_it_twice(self, started):
         task = started.say("a")
@@ -230,6 +241,13 @@ class TestStored:
     def test_of_what_they_cannot_be_made(self, make, steps):
         with pytest.raises(ConfigurationError, match=make.__name__):
             make(*steps)
+
+    def test_flows_nested_too_deep(self, queue):
+        flow = chain(HOLD)
+        for _ in range(sys.getrecursionlimit()):
+            flow = chain(flow)
+        with pytest.raises(ConfigurationError, match="nested too deep"):
+            queue.submit_flow(flow)
 
     def test_two_large_groups_need_a_task_between_them(self, queue, monkeypatch):
         monkeypatch.setattr(flows_module, "MOST_EDGES", 8)

@@ -8,6 +8,7 @@ from storage.repositories import TinyRepository
 
 from taskx import (
     ConfigurationError,
+    DuplicateTask,
     MongoRepository,
     Queue,
     RepositoryUnavailable,
@@ -298,17 +299,20 @@ def test_a_parent_may_stand_in_line(track):
 
 
 def test_what_replaces_a_task_of_a_key_takes_its_place(track):
-    """And what has a key takes the place of one without: the place is the old one's."""
+    """In the line of the same key; there is no place for it in another one, nor without one in any."""
     track.submit("a", unique_key="u")
     track.submit("b")
-    replace = {"unique_key": "u", "on_conflict": "replace"}
-    track.queue.submit("note", {"n": "new a"}, concurrency_key="other", **replace)
     track.queue.submit("note", {"n": "old"}, unique_key="v")
-    new = {"unique_key": "v", "on_conflict": "replace", "concurrency_key": "k"}
-    assert track.queue.submit("note", {"n": "c"}, **new).task().concurrency_key is None
+    for unique, key in (("u", "other"), ("u", None), ("v", "k")):
+        new = {"unique_key": unique, "on_conflict": "replace", "concurrency_key": key}
+        with pytest.raises(DuplicateTask):
+            track.queue.submit("note", {"n": "no"}, **new)
+    track.submit("new a", unique_key="u", on_conflict="replace")
     track.queue.start()
     assert track.queue.drain(PATIENCE)
-    assert {"begin new a", "begin b", "begin c"} <= {*track.events}
+    begun = [event for event in track.events if event.startswith("begin ")]
+    assert sorted(begun) == ["begin b", "begin new a", "begin old"]
+    assert begun.index("begin new a") < begun.index("begin b")
 
 
 def test_a_paused_type_stops_its_lines(track):

@@ -11,6 +11,7 @@ from taskx import (
     ConfigurationError,
     DuplicateTask,
     Queue,
+    RetryPolicy,
     Task,
     TaskFilter,
     TaskStatus,
@@ -99,7 +100,7 @@ class TestScope:
         assert e.value.task_id == second.id
 
     @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
-    def test_cancelled_before_it_started_it_gives_it_up(self, quiet, scope):
+    def test_cancelled_while_it_is_pending_it_gives_it_up(self, quiet, scope):
         quiet.submit("fine", **KEY, unique_scope=scope).cancel()
         quiet.submit("fine", **KEY, unique_scope=scope)
 
@@ -175,6 +176,41 @@ class TestConflict:
             quiet.submit("other", **KEY, on_conflict="replace")
         assert first.task().type == "fine"
 
+    @pytest.mark.parametrize("what", ["depends_on", "on_parent_failure", "concurrency_key"])
+    def test_one_that_waits_for_others_is_not_replaced(self, quiet, what):
+        """Nor does one that does not wait take that over: it would start without them."""
+        parent = quiet.submit("fine", delay=3600)
+        waits = {
+            "depends_on": {"depends_on": [parent]},
+            "on_parent_failure": {"depends_on": [parent], "on_parent_failure": "run"},
+            "concurrency_key": {"concurrency_key": "a"},
+        }[what]
+        other = {"depends_on": [parent]} if what == "on_parent_failure" else {}
+        for one, two, key in ((waits, other, "x"), (other, waits, "y")):
+            first = quiet.submit("fine", {"n": 1}, unique_key=key, **one)
+            same = quiet.submit("fine", {"n": 2}, unique_key=key, **one, on_conflict="replace")
+            with pytest.raises(DuplicateTask):
+                quiet.submit("fine", {"n": 3}, unique_key=key, **two, on_conflict="replace")
+            assert (same.id, first.task().params) == (first.id, {"n": 2})
+
+    def test_steps_that_were_done_with_other_params_are_done_again(self, make_queue):
+        clock = ManualClock()
+        queue = make_queue(clock=clock)
+
+        @queue.executor("steps", retry=RetryPolicy(max_attempts=2, base=100, max_delay=100))
+        def steps(ctx, n):
+            done = ctx.step("first", lambda: n)
+            if ctx.task.attempt == 1:
+                raise ValueError("once more")
+            return done
+
+        queue.start()
+        first = queue.submit("steps", {"n": 1}, **KEY)
+        eventually(lambda: first.task().errors)
+        assert first.task().checkpoints
+        queue.submit("steps", {"n": 2}, **KEY, on_conflict="replace")
+        assert first.result(PATIENCE) == 2
+
     def test_no_other_answer(self, quiet):
         with pytest.raises(ConfigurationError, match="on_conflict"):
             quiet.submit("fine", **KEY, on_conflict="ignore")
@@ -202,6 +238,9 @@ class TestConflict:
             quiet.submit_many([Task(type="fine"), Task(type="fine", **KEY)])
         with pytest.raises(DuplicateTask, match="twin"):
             quiet.submit_many([Task(type="fine", unique_key="twin") for _ in range(2)])
+        for keys in (("a", "b"), (None, "b"), ("a", None)):
+            with pytest.raises(DuplicateTask, match="id 'one'"):
+                quiet.submit_many(Task(id="one", type="fine", unique_key=key) for key in keys)
         assert len(ids(quiet)) == 1
 
 
