@@ -493,7 +493,7 @@ class Queue:
         return {name: self._in_hand(entry) for name, entry in self._schedules.all().items()}
 
     def _in_hand(self, entry: Entry) -> Schedule:
-        return Schedule(entry, self._schedules, self)
+        return Schedule(entry, lambda: self._schedules, self.handle)
 
     # --- looking
 

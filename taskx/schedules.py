@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any
 
 from taskx.core import payload
 from taskx.core.checks import check_int
@@ -18,10 +19,6 @@ from taskx.runtime.schedules import Entry, Overlap, Schedules
 _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
 
 
-class _Holder(Protocol):
-    def handle(self, task_id: str) -> TaskHandle[Any]: ...
-
-
 class Schedule:
     """A schedule that is stored, as it was when it was asked for or last changed by this object.
 
@@ -29,10 +26,15 @@ class Schedule:
     :class:`ScheduleNotFound` once somebody has removed it.
     """
 
-    def __init__(self, entry: Entry, schedules: Schedules, queue: _Holder) -> None:
+    def __init__(
+        self,
+        entry: Entry,
+        schedules: Callable[[], Schedules],
+        handle: Callable[[str], TaskHandle[Any]],
+    ) -> None:
         self._entry = entry
-        self._schedules = schedules
-        self._queue = queue
+        self._schedules = schedules  # asked for each time: a forked child has others
+        self._handle = handle
 
     def __repr__(self) -> str:
         paused = ", paused" if self.paused else ""
@@ -104,7 +106,7 @@ class Schedule:
         Raises:
             ConfigurationError: this is no whole number from 1, or the host does not know the zone.
         """
-        ticks = islice(self._schedules.upcoming(self._entry), check_int(count, "count", 1))
+        ticks = islice(self._schedules().upcoming(self._entry), check_int(count, "count", 1))
         local = zone(self.tz)
         return [to_datetime(tick).astimezone(local) for tick in ticks]
 
@@ -112,15 +114,15 @@ class Schedule:
 
     def pause(self) -> None:
         """Have it tick no more until :meth:`resume`, over restarts and declarations, too."""
-        self._entry = self._schedules.pause(self.name)
+        self._entry = self._schedules().pause(self.name)
 
     def resume(self) -> None:
         """Have it tick again; ticks that it was paused for get no task."""
-        self._entry = self._schedules.resume(self.name)
+        self._entry = self._schedules().resume(self.name)
 
     def remove(self) -> None:
         """Forget it. Tasks that it has made stay."""
-        self._schedules.remove(self.name)
+        self._schedules().remove(self.name)
 
     def trigger(self) -> TaskHandle[Any]:
         """Make a task of it now, beside those of its ticks.
@@ -128,7 +130,7 @@ class Schedule:
         Raises:
             QueueStopped: the queue was stopped.
         """
-        return self._queue.handle(self._schedules.trigger(self.name))
+        return self._handle(self._schedules().trigger(self.name))
 
     def backfill(self, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
         """Make the task of each tick of a span in the past, both ends included.
@@ -142,8 +144,8 @@ class Schedule:
             ConfigurationError: a moment is naive, or the span is none or ends in the future.
             QueueStopped: the queue was stopped.
         """
-        ids = self._schedules.backfill(self.name, start, end)
-        return [self._queue.handle(task_id) for task_id in ids]
+        ids = self._schedules().backfill(self.name, start, end)
+        return [self._handle(task_id) for task_id in ids]
 
 
 def _moment(ms: int | None) -> datetime | None:

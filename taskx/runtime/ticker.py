@@ -19,6 +19,20 @@ from taskx.storage.base import Note
 LOOK_EVERY = 1.0
 
 
+class Read(NamedTuple):
+    """A schedule as its note was read.
+
+    Attributes:
+        version: that of the note.
+        entry: the schedule; None where this process cannot tell when it ticks.
+        ticks: its ticks.
+    """
+
+    version: int
+    entry: Entry | None
+    ticks: Ticks | None
+
+
 class Due(NamedTuple):
     """A schedule whose tick has come.
 
@@ -51,7 +65,7 @@ class Ticker:
         self.next: int | None = None
         self._stale = True
         self._look_at = 0.0
-        self._told: dict[str, int] = {}
+        self._read: dict[str, Read] = {}
 
     def look(self) -> None:
         """A schedule was changed in this process: see which is next."""
@@ -82,23 +96,31 @@ class Ticker:
     def _go_through(self, now: int) -> bool:
         made = False
         upcoming: list[int] = []
-        for name, note in self._services.repository.notes(PREFIX).items():
-            try:
-                entry = entry_of(note)
-                ticks = entry.ticks
-            except (RepositoryCorrupt, ConfigurationError) as error:
-                self._complain(name, note, error)
+        notes = self._services.repository.notes(PREFIX)
+        self._read = {name: self._known(name, note) for name, note in notes.items()}
+        for version, entry, ticks in self._read.values():
+            if entry is None or ticks is None or entry.paused or entry.next is None:
                 continue
-            next_ = entry.next
-            if entry.paused or next_ is None:
-                continue
-            if next_ <= now:
-                next_, some = self._run(Due(entry, ticks, next_, now), note.version)
+            next_: int | None = entry.next
+            if entry.next <= now:
+                next_, some = self._run(Due(entry, ticks, entry.next, now), version)
                 made = made or some
             if next_ is not None:
                 upcoming.append(next_)
         self.next = min(upcoming, default=None)
         return made
+
+    def _known(self, name: str, note: Note) -> Read:
+        """What a note says; where it was not changed, it is not read again."""
+        known = self._read.get(name)
+        if known is not None and known.version == note.version:
+            return known
+        try:
+            entry = entry_of(note)
+            return Read(note.version, entry, entry.ticks)
+        except (RepositoryCorrupt, ConfigurationError) as error:  # other processes may know better
+            self._services.log.warning("%s does not tick in this process: %s", name, error)
+            return Read(note.version, None, None)
 
     def _run(self, due: Due, version: int) -> tuple[int | None, bool]:
         """Make the tasks that are due; the next tick, and whether there was a task to make."""
@@ -135,9 +157,3 @@ class Ticker:
                 "schedule %r: nobody was there at %s; of its ticks until now %d get a task",
                 *(due.entry.name, to_datetime(due.since), tasks),
             )
-
-    def _complain(self, name: str, note: Note, error: Exception) -> None:
-        """Say once that this process cannot tell when a schedule ticks; others may be able to."""
-        if self._told.get(name) != note.version:
-            self._told[name] = note.version
-            self._services.log.warning("%s does not tick in this process: %s", name, error)

@@ -636,6 +636,14 @@ def test_a_stopped_queue_makes_no_tasks(started, clock):
     assert ids(started) == set()
 
 
+def test_a_forked_child_has_the_schedules_of_its_parent(started):
+    """As if the queue had not been started, nor stopped."""
+    schedule = started.schedule("s", every(60), "remote")
+    started.stop()
+    started._renew_after_fork()
+    assert schedule.trigger().task().status == "pending"
+
+
 # Missed ticks
 
 

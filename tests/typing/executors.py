@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 import taskx
@@ -13,9 +14,12 @@ from taskx import (
     MemoryRepository,
     Middleware,
     Queue,
+    Schedule,
     Task,
     TaskExecutor,
     TaskHandle,
+    every,
+    tick_of,
 )
 
 if TYPE_CHECKING:
@@ -149,6 +153,20 @@ def looking() -> None:
     assert_type(queue.stop(), list[str])
     with queue as started:
         assert_type(started, Queue)
+
+
+def schedules() -> None:
+    assert_type(queue.schedule("a", "0 3 * * *", "t", {"n": 1}, tz="Europe/Berlin"), Schedule)
+    made = queue.schedule(
+        "b", every(30), Task(type="t"), misfire="skip", overlap="skip", priority=1
+    )
+    assert_type(queue.schedules(), dict[str, Schedule])
+    assert_type(made.next(5), list[datetime])
+    assert_type(made.trigger().id, str)
+    assert_type(tick_of(Task()), datetime | None)
+    queue.schedule("c", 30, "t")  # type: ignore[call-overload]
+    queue.schedule("c", every(30), "t", misfire="some")  # type: ignore[call-overload]
+    queue.schedule("c", every(30), "t", delay=5)  # type: ignore[call-overload]
 
 
 class Alerts(Hook):
