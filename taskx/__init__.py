@@ -7,6 +7,7 @@ cancellation token, and a process that is killed loses nothing.
 from typing import TYPE_CHECKING, Any
 
 from taskx.core.clock import Clock, SystemClock
+from taskx.core.codec import Codec, ZlibCodec
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
@@ -54,6 +55,7 @@ __all__ = [
     "CancelReason",
     "CancelToken",
     "Clock",
+    "Codec",
     "Config",
     "ConfigurationError",
     "Context",
@@ -94,6 +96,7 @@ __all__ = [
     "TaskStatus",
     "TaskxError",
     "UnknownTaskType",
+    "ZlibCodec",
     "chain",
     "every",
     "executor",

@@ -373,6 +373,7 @@ class Queue:
                 next.
             concurrent.futures.CancelledError: … that was cancelled.
             TaskNotFound: … whose record was deleted before its result was read.
+            RepositoryCorrupt: … whose record is damaged.
             concurrent.futures.TimeoutError: … that took too long; it is asked for again next.
             ConfigurationError: an argument is not valid.
             TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``.

@@ -690,6 +690,10 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     """
     _check_edge(stored, wanted.status)
     changes = {k: v for k, v in row_from_task(wanted).items() if k not in _NOT_BY_HAND}
+    if stored.damage:  # what could not be read, and so was not changed, may be read by others
+        for name in ("params", "result"):
+            if getattr(wanted, name) == getattr(stored, name):
+                del changes[name]
     if wanted.status is not stored.status:
         changes.update(_status_change(stored, wanted.status, now))
     # A task that has ended, and no other, has the moment when it did.

@@ -19,6 +19,8 @@ MAX_DEPTH = 90
 DEFAULT_MAX_SIZE = 1024 * 1024
 #: A size for what was checked before.
 NO_LIMIT = 1 << 30
+#: The key of what codecs store, which nobody else's objects may have at their top.
+CODEC_KEY = "taskx:codec"
 
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
@@ -42,6 +44,8 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
     """
     if flaw := _flaw(value, 1):
         raise PayloadError((what + flaw[0])[:500], flaw[1])
+    if isinstance(value, dict) and CODEC_KEY in value:
+        raise PayloadError(f"{what}.{CODEC_KEY}", "is a key that TaskX keeps for itself")
     text = _dumps(value)
     if text.isascii():
         size = len(text)

@@ -22,7 +22,9 @@ from typing import Any, NamedTuple
 
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
+from taskx.core.codec import NO_CODECS, Codecs, Unreadable
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
+from taskx.core.payload import CODEC_KEY
 from taskx.core.retry import RetryPolicy
 
 #: Why a pending task may not start: it may; before its ``run_at``; its parents have not ended; a thread
@@ -109,7 +111,7 @@ _NUMBERS = {
 }
 
 
-def task_from_row(row: Sequence[Any]) -> Task:
+def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
     """The task of a row of the columns :data:`TASK_FIELDS`; what is damaged is named in ``task.damage``."""
     (
         id_, type_, status, params, result, error, progress, message, created_by, created_at,
@@ -122,8 +124,12 @@ def task_from_row(row: Sequence[Any]) -> Task:
         params = payload.loads(params) if params != "{}" else {}
         result = payload.loads(result) if result is not None else None
         attempts = _attempts_from_text(earlier) if earlier else []
+        if type(params) is dict and CODEC_KEY in params:
+            params = codecs.value(params)
         if type(params) is not dict:
             raise ValueError("params are no JSON object")
+        if type(result) is dict and CODEC_KEY in result:
+            result = codecs.value(result)
         # Where one is no text it cannot be joined, where one is no number it cannot be added.
         "".join((id_, type_, error, message, created_by, traceback, owner, worker, stuck_on, log))
         _ = starts + errors + crashes + interruptions + snoozes + priority + progress + duration
@@ -174,9 +180,21 @@ def task_from_row(row: Sequence[Any]) -> Task:
             task.concurrency_key = _text(concurrency_key)
         if checkpoints is not None:
             task.checkpoints = _object_from_text(checkpoints)
+            if CODEC_KEY in task.checkpoints:
+                task.checkpoints = codecs.value(task.checkpoints)
         return task
+    except Unreadable as problem:
+        return _unreadable_task(row, problem)
     except (ValueError, TypeError, RecursionError, OverflowError) as problem:
         return _damaged_task(row, problem)
+
+
+def _unreadable_task(row: Sequence[Any], problem: Exception) -> Task:
+    """All of a row but what codecs made."""
+    sound = {**dict(zip(TASK_FIELDS, row, strict=True)), "params": "{}"}
+    task = task_from_row(tuple({**sound, "result": None, "checkpoints": None}.values()))
+    task.damage = task.damage or f"the stored record is damaged: {problem}"
+    return task
 
 
 def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:

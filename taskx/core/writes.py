@@ -6,7 +6,7 @@ A repository applies them and knows no rules. A guard names columns and what the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
@@ -91,6 +91,13 @@ def traces(write: Insert | Update) -> dict[str, Any]:
     if isinstance(write, Insert):
         return {name: write.row[name] for name in IDENTITY}
     return dict(write.changes)
+
+
+def shows(
+    row: Mapping[str, Any], write: Insert | Update, same: Callable[[str, Any, Any], bool]
+) -> bool:
+    """Whether a row shows that a write took place, where ``same(column, stored, plain)`` compares."""
+    return all(same(name, row[name], value) for name, value in traces(write).items())
 
 
 def matches(row: Mapping[str, Any], guard: Mapping[str, Any]) -> bool:

@@ -58,7 +58,7 @@ class Checkpoints:
     """The checkpoints of one run, several threads of which may store some.
 
     Args:
-        task: the task; its ``checkpoints`` are brought up to what is stored.
+        task: the task, as it was when the run began.
         token: the token of the run, which is fired when it turns out that it has lost its task.
         keeper: what stores them.
     """
@@ -70,6 +70,8 @@ class Checkpoints:
         self._keeper = keeper
         self._lock = threading.Lock()
         self._taken: set[str] = set()
+        #: What this run has stored last, as text.
+        self.stored: str | None = None
         stored = task.checkpoints
         # As texts: what the executor is given is its own to change.
         self._steps = {
@@ -141,4 +143,4 @@ class Checkpoints:
         if not self._keeper.store(self._task, whole, durable=durable, token=token):
             self._token.fire(CancelReason.LEASE_LOST)
             self._token.raise_if_cancelled()
-        self._task.checkpoints = payload.loads(whole)
+        self.stored = whole

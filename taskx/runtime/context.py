@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from copy import copy
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
-from taskx.core import payload
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.model import Task
@@ -52,7 +51,7 @@ class Context:
     __slots__ = (
         *("_alarms", "_copy", "_fetch", "_log", "_task", "_token"),
         *("_message", "_percent", "_unwritten"),
-        *("_checkpoints", "_keeper", "_run_token"),
+        *("_checkpoints", "_keeper", "_run_token", "_stored"),
     )
 
     def __init__(
@@ -75,6 +74,7 @@ class Context:
         self._unwritten = False
         self._keeper = keeper
         self._checkpoints: Checkpoints | None = None
+        self._stored: str | None = None  # the checkpoints that were stored last
 
     @property
     def task(self) -> Task:
@@ -170,6 +170,12 @@ class Context:
     def cursor(self, value: Any) -> None:
         self._kept().set_cursor(value, self._token)
 
+    def shown(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Changes of the record as others see them: with the checkpoints that were stored before."""
+        if self._checkpoints is not None:
+            self._stored = self._checkpoints.stored
+        return changes if self._stored is None else {**changes, "checkpoints": self._stored}
+
     def _kept(self) -> Checkpoints:
         with self._keeper.lock:
             if self._checkpoints is None:
@@ -191,10 +197,9 @@ class Context:
             TaskCancelled: the token fired before the repository was back; they may be stored or not.
             RepositoryError: they cannot be stored.
         """
-        task = self._task
-        if not self._keeper.store(task, text, durable=durable, token=self._run_token):
+        if not self._keeper.store(self._task, text, durable=durable, token=self._run_token):
             return False
-        task.checkpoints = payload.loads(text)
+        self._stored = text
         return True
 
     def remaining(self) -> float | None:

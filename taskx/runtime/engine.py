@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
+import attrs
+
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import Ending
@@ -17,6 +19,7 @@ from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.complaint import Complaint
+from taskx.runtime.failures import error_text
 from taskx.runtime.runner import Run
 from taskx.runtime.starter import Services, Starter
 from taskx.storage.base import Node
@@ -183,15 +186,18 @@ class Engine:
         # One bit for each of the last tasks, so that a single hiccup changes nothing.
         self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
         self.buffer.short = self._lately.bit_count() <= _MOST_LONG
-        now = self.services.clock.now_ms()
-        writes = lifecycle.conclude(run.task, ending, now)
+        self._defer(run, ending)
+        return ending
+
+    def _defer(self, run: Run, ending: Ending) -> None:
+        writes = lifecycle.conclude(run.task, ending, self.services.clock.now_ms())
         key = run.task.concurrency_key
         next_turn = () if key is None else self.services.lines.next_turn(key)
         self.services.ledger.defer(
             [*writes, *next_turn] if next_turn else writes,
             partial(self._concluded, run, ending, writes),
+            partial(self._refused, run, ending) if ending.returned else None,
         )
-        return ending
 
     # --- outcomes
 
@@ -204,6 +210,17 @@ class Engine:
                 self._complaint.make("outcomes wait to be written: %s", error)
                 self._pause(_FIRST_PAUSE)
 
+    def _refused(self, run: Run, ending: Ending, error: BaseException) -> None:
+        """What the executor returned cannot be stored: so the attempt failed."""
+        failed = attrs.evolve(
+            ending,
+            returned=False,
+            result=None,
+            error=f"the result could not be stored: {error_text(error)}",
+        )
+        self._defer(run, failed)
+        self.wake_scheduler()
+
     def _concluded(
         self, run: Run, ending: Ending, writes: Sequence[Update], results: Sequence[bool]
     ) -> None:
@@ -212,7 +229,7 @@ class Engine:
         held = [write for write, holds in zip(writes, results, strict=False) if holds]
         try:  # first: what is told nobody takes for quiet, and no next attempt has begun
             if held and self.hooks.outcomes:
-                self.hooks.tell_concluded(task, ending, held[0].changes)
+                self.hooks.tell_concluded(task, ending, run.context.shown(held[0].changes))
             dependents = self.services.dependents
             if dependents.any and held and held[0].changes["status"] != lifecycle.PENDING:
                 dependents.parent_ended(task.id)

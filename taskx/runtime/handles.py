@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from taskx.core.errors import (
     InvalidTransition,
+    RepositoryCorrupt,
     RepositoryError,
     TaskFailed,
     TaskNotFound,
@@ -38,8 +39,9 @@ class TaskHandle(Future[R]):
     """A task as a ``concurrent.futures.Future``, made by ``submit`` or, anywhere, by ``queue.handle``.
 
     Works with ``wait``, ``as_completed`` and ``asyncio.wrap_future``. ``result()`` returns what the
-    executor returned as JSON gives it back; it raises ``TaskFailed`` for a failed task, and
-    ``concurrent.futures.CancelledError`` for a cancelled one.
+    executor returned as JSON gives it back; it raises ``TaskFailed`` for a failed task,
+    ``concurrent.futures.CancelledError`` for a cancelled one, and ``RepositoryCorrupt`` for one whose
+    record is damaged.
 
     Attributes:
         id: the task's id.
@@ -105,6 +107,8 @@ class TaskHandle(Future[R]):
             return False
         if task is None:
             self._conclude(lambda: self.set_exception(TaskNotFound(self.id)))
+        elif task.status is TaskStatus.COMPLETED and task.damage:
+            self._conclude(lambda: self.set_exception(RepositoryCorrupt(task.damage)))
         elif task.status is TaskStatus.COMPLETED:
             self._conclude(lambda: self.set_result(task.result))
         elif task.status is TaskStatus.FAILED:

@@ -17,6 +17,7 @@ from taskx.core.writes import Write
 from taskx.storage.base import Repository
 
 Callback = Callable[[Sequence[bool]], None]
+Refused = Callable[[BaseException], None]
 
 #: Most entries of one transaction, so that a long queue of them does not become one long lock.
 MAX_BATCH = 256
@@ -25,11 +26,17 @@ MAX_BATCH = 256
 class _Entry:
     """Writes that wait, and what became of them."""
 
-    __slots__ = ("callback", "done", "error", "in_doubt", "results", "writes")
+    __slots__ = ("callback", "done", "error", "in_doubt", "refused", "results", "writes")
 
-    def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
+    def __init__(
+        self,
+        writes: Sequence[Write],
+        callback: Callback | None,
+        refused: Refused | None = None,
+    ) -> None:
         self.writes = writes
         self.callback = callback
+        self.refused = refused
         self.done = False
         self.in_doubt = False
         self.results: Sequence[bool] = ()
@@ -92,9 +99,15 @@ class Ledger:
         with self._leading:
             return self._repository.apply(writes, all_or_nothing=True)
 
-    def defer(self, writes: Sequence[Write], callback: Callback) -> None:
-        """Leave writes to the next commit; ``callback`` is told for each whether its guard held."""
-        self._waiting.append(_Entry(writes, callback))
+    def defer(
+        self, writes: Sequence[Write], callback: Callback, refused: Refused | None = None
+    ) -> None:
+        """Leave writes to the next commit; ``callback`` is told for each whether its guard held.
+
+        If the repository cannot store them, ``refused`` is told why, where it is given; else it is as
+        if no guard had held.
+        """
+        self._waiting.append(_Entry(writes, callback, refused))
 
     def flush(self, *, wait: bool = True) -> bool:
         """Commit what waits; without ``wait``, False if another thread is committing.
@@ -192,7 +205,9 @@ class Ledger:
     def _call_back(self, entries: list[_Entry]) -> None:
         for entry in entries:
             try:
-                if entry.callback is not None:
+                if entry.error is not None and entry.refused is not None:
+                    entry.refused(entry.error)
+                elif entry.callback is not None:
                     entry.callback(entry.results)
             except Exception:  # noqa: BLE001  (one must not keep the next from being called)
                 self._log.exception("what follows a commit failed")

@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import CancelledError
 from contextlib import suppress
 from typing import Any, Protocol, TypedDict
 
@@ -19,7 +18,6 @@ from taskx.core.errors import (
     DuplicateTask,
     InvalidTransition,
     PayloadError,
-    TaskFailed,
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskStatus, check_name
@@ -151,7 +149,9 @@ class Results(Iterator[Any]):
         handle = self._ahead[0]
         try:
             result = handle.result(self._plan.timeout)
-        except (TaskFailed, CancelledError, TaskNotFound) as error:
+        except Exception as error:
+            if not handle.done():  # a time-out, or the repository is away: it is asked for again
+                raise
             self._ahead.popleft()
             if not self._plan.return_exceptions:
                 raise

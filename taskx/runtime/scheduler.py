@@ -201,13 +201,14 @@ class Scheduler:
         writes = []
         for run in list(self._engine.runs.values()):
             if (new := run.context.new_progress()) is not None:
-                told.append((run.task, *new))
+                told.append((run, *new))
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
         if not writes:
             return
         results = self._services.ledger.commit(writes)
         hooks = self._services.hooks
         if hooks.progressed:
-            for (task, *facts), write, held in zip(told, writes, results, strict=True):
+            for (run, *facts), write, held in zip(told, writes, results, strict=True):
                 if held:
-                    hooks.tell_changed(hooks.progressed, task, write.changes, *facts)
+                    changes = run.context.shown(write.changes)
+                    hooks.tell_changed(hooks.progressed, run.task, changes, *facts)

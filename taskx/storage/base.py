@@ -16,6 +16,7 @@ import attrs
 from taskx.core import lifecycle, payload
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.core.codec import Codec, Codecs
 from taskx.core.errors import DuplicateTask, InvalidTransition, PayloadError, TaskNotFound
 from taskx.core.model import (
     TIME_FIELDS,
@@ -118,10 +119,14 @@ class Repository(TaskRepository):
 
     Args:
         clock: what the eight methods stamp records with.
+        codec: what params, results and checkpoints are stored with; of several, the first one writes.
     """
 
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
+    def __init__(
+        self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
+    ) -> None:
         self.clock = clock
+        self.codecs = Codecs(codec)
 
     # --- the primitives
 

@@ -11,6 +11,7 @@ from typing import Any
 import attrs
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.core.codec import Codec
 from taskx.core.lifecycle import FINISHED
 from taskx.core.model import TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import (
@@ -26,7 +27,7 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
+from taskx.core.writes import Delete, Insert, Update, Write, matches, shows
 from taskx.storage.base import Node, Note, Repository
 
 Row = dict[str, Any]
@@ -36,10 +37,16 @@ class MemoryRepository(Repository):
     """Keeps tasks in dicts. Everything holds that TaskX promises, but for outliving the process.
 
     Several queues of one process may share it.
+
+    Args:
+        clock: what the eight methods stamp records with.
+        codec: what params, results and checkpoints are stored with; of several, the first one writes.
     """
 
-    def __init__(self, clock: Clock = SYSTEM_CLOCK) -> None:
-        super().__init__(clock)
+    def __init__(
+        self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
+    ) -> None:
+        super().__init__(clock, codec)
         self._lock = threading.RLock()
         self._rows: dict[str, Row] = {}
         self._sequence = 0
@@ -61,6 +68,7 @@ class MemoryRepository(Repository):
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes at one moment; says for each whether its guard held."""
+        writes = self.codecs.coded(writes)
         with self._lock:
             if all_or_nothing:
                 return self._apply_whole(writes)
@@ -124,7 +132,7 @@ class MemoryRepository(Repository):
         row = self._rows.get(write.id)
         if isinstance(write, Delete):
             return row is None
-        return row is not None and all(row[name] == value for name, value in traces(write).items())
+        return row is not None and shows(row, write, self.codecs.same)
 
     def _index(self, row: Row) -> None:
         for name in UNIQUE:
@@ -194,11 +202,14 @@ class MemoryRepository(Repository):
 
     # --- reading
 
+    def _task(self, row: Row) -> Task:
+        return task_from_row([row[name] for name in TASK_FIELDS], self.codecs)
+
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
         with self._lock:
             rows = [self._rows[task_id] for task_id in task_ids if task_id in self._rows]
-            return {row["id"]: _task(row) for row in rows}
+            return {row["id"]: self._task(row) for row in rows}
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
@@ -209,7 +220,8 @@ class MemoryRepository(Repository):
                 reverse=True,
             )
             return [
-                _task(row) for row in islice(found, filter.offset, filter.offset + filter.limit)
+                self._task(row)
+                for row in islice(found, filter.offset, filter.offset + filter.limit)
             ]
 
     def count(self, filter: TaskFilter) -> int:
@@ -360,10 +372,6 @@ class MemoryRepository(Repository):
         """All recorded nodes."""
         with self._lock:
             return list(self._nodes.values())
-
-
-def _task(row: Row) -> Task:
-    return task_from_row([row[name] for name in TASK_FIELDS])
 
 
 def _rank(row: Row) -> tuple[int, int, str]:

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
 from taskx.storage.base import Repository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 
 
-def open_repository(url: str) -> Repository:
+def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> Repository:
     """The repository that a URL names; it is opened at its first operation.
 
     ``sqlite:///tasks.db`` is a file in the working folder, ``sqlite:////var/lib/tasks.db`` one by its
     absolute path (``?durability=full`` may follow); ``memory://`` keeps tasks in this process.
     ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
+
+    Args:
+        url: its URL.
+        codec: what params, results and checkpoints are stored with; of several, the first one writes.
 
     Raises:
         ConfigurationError: the URL is none of these.
@@ -24,15 +30,14 @@ def open_repository(url: str) -> Repository:
 
     parts = urlsplit(url)
     if parts.scheme == "memory" and url.rstrip("/") in ("memory:", "memory://"):
-        return MemoryRepository()
+        return MemoryRepository(codec=codec)
     if parts.scheme == "sqlite" and not parts.netloc and len(parts.path) > 1:
-        return SQLiteRepository(
-            unquote(parts.path[1:]), **_options(parse_qsl(parts.query, keep_blank_values=True), url)
-        )
+        options = _options(parse_qsl(parts.query, keep_blank_values=True), url)
+        return SQLiteRepository(unquote(parts.path[1:]), codec=codec, **options)
     if parts.scheme in ("mongodb", "mongodb+srv"):
         from taskx.storage.mongo import MongoRepository
 
-        return MongoRepository.from_url(url)
+        return MongoRepository.from_url(url, codec=codec)
     raise ConfigurationError(
         f"{url!r} names no repository; use sqlite:///relative.db, sqlite:////absolute.db, "
         "mongodb://host/database or memory://"

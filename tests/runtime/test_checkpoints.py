@@ -413,21 +413,44 @@ class TestLater:
         assert checkpoints(queue, handle)["steps"]["first"] == 1
 
     def test_hooks_see_them(self, make_queue):
-        seen = []
+        """Each event those that were there; a hook that is slow to look sees none of later."""
+        seen, look = [], threading.Event()
 
         class Look(Hook):
+            def started(self, task):
+                assert look.wait(PATIENCE)
+                seen.append(("started", task.checkpoints))
+
+            def progressed(self, task, progress, message):
+                seen.append(("progressed", task.checkpoints))
+
             def retried(self, task, error, delay):
-                seen.append(task.checkpoints)
+                seen.append(("retried", task.checkpoints))
 
             def finished(self, task):
-                seen.append(task.checkpoints)
+                seen.append(("finished", task.checkpoints))
 
         queue = make_queue(hooks=[Look()])
-        Work(queue).ends = [Retry()]
+
+        @queue.executor(max_attempts=2)
+        def work(ctx):
+            ctx.step("first", lambda: 1)
+            if ctx.task.attempt == 1:
+                raise Retry
+            ctx.cursor = 5
+            ctx.progress(50)
+            eventually(lambda: handle.task().progress == 50)
+
+        handle = queue.submit("work")
         queue.start()
-        queue.submit("work").result(PATIENCE)
+        handle.result(PATIENCE)
+        look.set()
         assert queue.drain(PATIENCE)
-        assert seen == [{"steps": {"first": 1, "second": {"of": [1, None]}}}] * 2
+        one, both = {"steps": {"first": 1}}, {"steps": {"first": 1}, "cursor": 5}
+        assert seen == [
+            *(("started", {}), ("retried", one), ("started", one)),
+            *(("progressed", both), ("finished", both)),
+        ]
 
 
 class TestOutage:

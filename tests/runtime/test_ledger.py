@@ -133,6 +133,23 @@ def test_deferred_bad_write_is_told_and_logged(ledger, repository, caplog):
     assert "that one" in caplog.text
 
 
+def test_deferred_bad_write_is_told_why_where_somebody_asks(ledger, repository):
+    """Instead of that no guard held; what else can be stored is."""
+
+    def refuse(writes):
+        if any(write.id == "bad" for write in writes):
+            raise RepositoryError("that one cannot be stored")
+
+    told, refused = [], []
+    repository.before = refuse
+    ledger.defer([insert("bad")], told.append, refused.append)
+    ledger.defer([insert("good")], told.append, refused.append)
+    ledger.flush()
+    assert told == [[True]]
+    assert [str(error) for error in refused] == ["that one cannot be stored"]
+    assert not ledger
+
+
 def test_callback_that_raises_keeps_no_other_from_being_called(ledger, caplog):
     told = []
     ledger.defer([insert("a")], lambda results: 1 / 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from mongo_server import new_database, shared
 
 from taskx import (
     Clock,
+    Codec,
     DuplicateTask,
     MemoryRepository,
     MongoRepository,
@@ -97,13 +99,38 @@ def thirteen_fields_only() -> TinyRepository:
 class OnMongo(MongoRepository):
     """One with a database of its own, which is dropped when it is closed."""
 
-    def __init__(self, database: Any, folder: Path, clock: Clock = SYSTEM_CLOCK) -> None:
-        super().__init__(database, run_folder=folder / "run", clock=clock)
+    def __init__(
+        self, database: Any, folder: Path, clock: Clock = SYSTEM_CLOCK, codec: Any = None
+    ) -> None:
+        super().__init__(database, run_folder=folder / "run", clock=clock, codec=codec)
         self.database = database
 
     def close(self) -> None:
         super().close()
         self.database.client.drop_database(self.database.name)
+
+
+class Scramble(Codec):
+    """Writes the same text differently each time, as encryption does."""
+
+    def __init__(self, name: str = "scramble") -> None:
+        self.name = name
+
+    def encode(self, data: bytes) -> bytes:
+        key = os.urandom(1)
+        return key + bytes(byte ^ key[0] for byte in data)
+
+    def decode(self, data: bytes) -> bytes:
+        return bytes(byte ^ data[0] for byte in data[1:])
+
+
+def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
+    """A repository of a kind with a codec; another one of the same folder sees the same tasks."""
+    if kind == "sqlite":
+        return SQLiteRepository(folder / "tasks.db", clock=clock, codec=codec)
+    if kind == "memory":
+        return MemoryRepository(clock, codec)
+    return OnMongo(mongomock.MongoClient().db, folder, clock, codec)
 
 
 def on_server(kind: str) -> Callable[[Path, Clock], Repository]:
@@ -118,6 +145,7 @@ MAKERS = {
     "mongomock": lambda folder, clock: OnMongo(mongomock.MongoClient().db, folder, clock),
     "mongo": on_server("standalone"),
     "mongo-set": on_server("set"),
+    "sqlite-coded": lambda folder, clock: coded("sqlite", folder, clock, Scramble()),
     "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
     "adapter-13": lambda folder, clock: EightMethodAdapter(thirteen_fields_only(), clock),
 }

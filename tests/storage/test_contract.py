@@ -7,7 +7,7 @@ from taskx.core.clock import SYSTEM_CLOCK
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.testing import RepositoryContract
 
-from .repositories import MAKERS, TinyRepository, thirteen_fields_only
+from .repositories import MAKERS, Scramble, TinyRepository, coded, thirteen_fields_only
 
 
 class TestMemory(RepositoryContract):
@@ -35,6 +35,18 @@ class TestMongo(RepositoryContract):
     @pytest.fixture
     def repository(self, tmp_path, kind):
         with MAKERS[kind](tmp_path, SYSTEM_CLOCK) as repository:
+            yield repository
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite", "mongomock"])
+class TestCoded(RepositoryContract):
+    """With a codec, all is as without one."""
+
+    guards_moves = True
+
+    @pytest.fixture
+    def repository(self, tmp_path, kind):
+        with coded(kind, tmp_path, SYSTEM_CLOCK, Scramble()) as repository:
             yield repository
 
 

@@ -28,7 +28,9 @@ from .repositories import MAKERS
 
 MONGO = ["mongomock", "mongo", "mongo-set"]
 #: Stores that keep several new tasks in one transaction, or any several writes.
-whole_batches = pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO], indirect=True)
+whole_batches = pytest.mark.parametrize(
+    "store", ["memory", "sqlite", "sqlite-coded", *MONGO], indirect=True
+)
 transactional = pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
 
 

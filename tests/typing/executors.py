@@ -135,6 +135,23 @@ class Incomplete(TaskExecutor):
     type = "incomplete"
 
 
+class Reversed(taskx.Codec):
+    name = "reversed"
+
+    def encode(self, data: bytes) -> bytes:
+        return data[::-1]
+
+    def decode(self, data: bytes) -> bytes:
+        return data[::-1]
+
+
+def coding() -> None:
+    MemoryRepository(codec=Reversed())
+    taskx.SQLiteRepository("tasks.db", codec=[taskx.ZlibCodec(), Reversed()])
+    taskx.open_repository("memory://", codec=Reversed())
+    MemoryRepository(codec=Reversed)  # type: ignore[arg-type]
+
+
 def registering() -> None:
     queue.register_executor(Sync(), max_attempts=2)
     queue.register_executor(later)

@@ -29,6 +29,7 @@ from bson.int64 import Int64
 
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
+from taskx.core.codec import NO_CODECS, Codecs
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Task, TaskStatus
 from taskx.core.record import COLUMNS, DEFAULTS, Stub, task_from_row
 
@@ -176,11 +177,13 @@ def _unescape(key: str) -> str:
 # --- from a document
 
 
-def task_from_document(document: Mapping[str, Any]) -> Task:
+def task_from_document(document: Mapping[str, Any], codecs: Codecs = NO_CODECS) -> Task:
     """The task of a document, whoever wrote it; what is damaged is named in ``task.damage``."""
     row = row_from_document(document)
     odd = row["status"] not in _STATUSES
-    task = task_from_row([{**row, "status": "failed"}[n] if odd else row[n] for n in TASK_FIELDS])
+    if odd:
+        row = {**row, "status": "failed"}
+    task = task_from_row([row[name] for name in TASK_FIELDS], codecs)
     if odd and not task.damage:
         task.damage = f"the stored record is damaged: {row['status']!r:.50} as status"
     return task

@@ -10,10 +10,11 @@ from urllib.parse import parse_qsl, urlencode, urlsplit
 
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
+from taskx.core.codec import Codec, Codecs
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import UNIQUE, Stub
-from taskx.core.writes import Delete, Insert, Update, Write, traces
+from taskx.core.writes import Delete, Insert, Update, Write, shows
 from taskx.storage.base import Node, Note, Repository
 
 if TYPE_CHECKING:
@@ -42,6 +43,7 @@ class MongoRepository(Repository):
         write_concern: a pymongo ``WriteConcern``; majority with journal unless given.
         run_folder: where the lock files of this host's nodes are; a temporary folder unless given.
         clock: what the eight methods stamp records with, and leases are measured by.
+        codec: what params, results and checkpoints are stored with; of several, the first one writes.
 
     Raises:
         ConfigurationError: an argument is not valid, or pymongo is not installed.
@@ -59,8 +61,9 @@ class MongoRepository(Repository):
         write_concern: WriteConcern | None = None,
         run_folder: str | os.PathLike[str] | None = None,
         clock: Clock = SYSTEM_CLOCK,
+        codec: Codec | Iterable[Codec] | None = None,
     ) -> None:
-        super().__init__(clock)
+        super().__init__(clock, codec)
         _require_pymongo()
         if isinstance(database, str) or not hasattr(database, "list_collection_names"):
             raise ConfigurationError(
@@ -78,7 +81,12 @@ class MongoRepository(Repository):
         )
 
     @classmethod
-    def from_url(cls, url: str, clock: Clock = SYSTEM_CLOCK) -> MongoRepository:
+    def from_url(
+        cls,
+        url: str,
+        clock: Clock = SYSTEM_CLOCK,
+        codec: Codec | Iterable[Codec] | None = None,
+    ) -> MongoRepository:
         """The repository that a ``mongodb://`` or ``mongodb+srv://`` URL names.
 
         Besides the driver's options the query may have ``collection``, ``lease_timeout``, ``timeout``,
@@ -90,7 +98,7 @@ class MongoRepository(Repository):
         _require_pymongo()
         rest, options = _split(url)
         made = cls.__new__(cls)
-        Repository.__init__(made, clock)
+        Repository.__init__(made, clock, codec)
         collection = options.pop("collection", "tasks")
         made._set_up(collection, {"url": rest, "write_concern": None}, **options)
         return made
@@ -123,12 +131,12 @@ class MongoRepository(Repository):
         check_number(poll_interval, "poll_interval")
         self._connection = Connection(collection, timeout=timeout, **server)
         self._order = Order(self._connection, self.clock)
-        self._sender = Sender(self._connection, self._order)
+        self._sender = Sender(self._connection, self._order, self.codecs)
         monotonic = self.clock.monotonic
         patience = max(lease_timeout, 2 * timeout)
         self._batches = Batches(self._connection, self._sender, patience, monotonic)
         self._sender.make_way = self._batches.make_way
-        self._tasks = Tasks(self._connection, self._batches, bool(adopt_foreign))
+        self._tasks = Tasks(self._connection, self._batches, bool(adopt_foreign), self.codecs)
         self._notes = Notes(self._connection, self.clock)
         locks = HostLocks(run_folder)
         self._leases = Leases(self._connection, lease_timeout, locks, monotonic)
@@ -194,7 +202,7 @@ class MongoRepository(Repository):
             document["_id"]: row_from_document(document) for document in self._tasks.documents(ids)
         }
         return [
-            _took_place(write, rows.get(write.id)) if known is None else known
+            _took_place(write, rows.get(write.id), self.codecs) if known is None else known
             for write, known in zip(writes, told, strict=True)
         ]
 
@@ -412,10 +420,10 @@ def _columns(write: Insert | Update) -> Mapping[str, Any]:
     return write.row if isinstance(write, Insert) else write.changes
 
 
-def _took_place(write: Write, row: dict[str, Any] | None) -> bool:
+def _took_place(write: Write, row: dict[str, Any] | None, codecs: Codecs) -> bool:
     if isinstance(write, Delete):
         return row is None
-    return row is not None and all(row[name] == value for name, value in traces(write).items())
+    return row is not None and shows(row, write, codecs.same)
 
 
 _repositories: weakref.WeakSet[MongoRepository] = weakref.WeakSet()

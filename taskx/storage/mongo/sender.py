@@ -21,6 +21,7 @@ from bson.int64 import Int64
 from pymongo import InsertOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
 
+from taskx.core.codec import Codecs
 from taskx.core.errors import PayloadError
 from taskx.core.record import DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write, matches
@@ -50,11 +51,13 @@ class Sender:
     Args:
         connection: the way to the server.
         order: where new tasks stand.
+        codecs: how values are stored.
     """
 
-    def __init__(self, connection: Connection, order: Order) -> None:
+    def __init__(self, connection: Connection, order: Order, codecs: Codecs) -> None:
         self._connection = connection
         self._order = order
+        self._codecs = codecs
         #: Of ids that new tasks cannot have, says which are worth another try; with True, see to it.
         self.make_way: Callable[[Sequence[str], bool], Collection[str]] = lambda task_ids, force: ()
         self.renew()
@@ -124,8 +127,11 @@ class Sender:
         remembered = self.mark_of(write)
         op = _Op(write, mark if remembered is None else remembered, again=remembered is not None)
         if isinstance(write, Insert):
-            op.document = new_document(write.row, self._order.next(), op.mark, batch)
-            _refuse_if_too_large(op.document, len(write.row["params"]))
+            row = self._codecs.columns(write.row)
+            op.document = new_document(row, self._order.next(), op.mark, batch)
+            _refuse_if_too_large(op.document, len(row["params"]))
+        elif isinstance(write, Update):
+            op.changes = self._codecs.columns(write.changes)
         return op
 
     def _remember(self, writes: Sequence[Write], marks: Sequence[int]) -> None:
@@ -268,13 +274,14 @@ class Sender:
 class _Op:
     """A write on its way."""
 
-    __slots__ = ("again", "document", "held", "mark", "write")
+    __slots__ = ("again", "changes", "document", "held", "mark", "write")
 
     def __init__(self, write: Write, mark: int, *, again: bool) -> None:
         self.write = write
         self.mark = mark
         self.again = again
         self.document: Document | None = None
+        self.changes: Mapping[str, Any] = {}
         self.held: bool | None = None
 
 
@@ -341,8 +348,8 @@ def _update(op: _Op) -> tuple[Document, Document]:
     found = {**guarded(write.id, write.guard), "taskx.w": {"$nin": [Int64(op.mark)]}}
     changed: Document = {"$push": {"taskx.w": {"$each": [Int64(op.mark)], "$slice": -MARKS}}}
     # In an index of what must be unique a null would stand, too: what is given up is taken off.
-    gone = [name for name in UNIQUE if name in write.changes and write.changes[name] is None]
-    kept = {name: value for name, value in write.changes.items() if name not in gone}
+    gone = [name for name in UNIQUE if name in op.changes and op.changes[name] is None]
+    kept = {name: value for name, value in op.changes.items() if name not in gone}
     if kept:
         changed["$set"] = fields(kept)
     if gone:

@@ -10,6 +10,7 @@ from bson.int64 import Int64
 from pymongo.errors import WriteError
 
 from taskx.core.clock import to_datetime
+from taskx.core.codec import Codecs
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import FOR_PARENTS, FOR_TURN, UNTIL_DUE, Stub
 from taskx.storage.mongo.batches import Batches
@@ -50,9 +51,13 @@ class Tasks:
         connection: the way to the server.
         batches: who knows which tasks are hidden.
         adopt_foreign: whether pending tasks that the original stored are there to run.
+        codecs: how values are stored.
     """
 
-    def __init__(self, connection: Connection, batches: Batches, adopt_foreign: bool) -> None:
+    def __init__(
+        self, connection: Connection, batches: Batches, adopt_foreign: bool, codecs: Codecs
+    ) -> None:
+        self._codecs = codecs
         self._connection = connection
         self._batches = batches
         self._adopt_foreign = adopt_foreign
@@ -96,7 +101,8 @@ class Tasks:
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
         return {
-            document["_id"]: task_from_document(document) for document in self.documents(task_ids)
+            document["_id"]: task_from_document(document, self._codecs)
+            for document in self.documents(task_ids)
         }
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
@@ -111,7 +117,8 @@ class Tasks:
             cursor = tasks.find({**matching(filter), **VISIBLE}).sort(NEWEST_FIRST)
             return list(cursor.skip(filter.offset).limit(min(filter.limit, _MOST_DOCUMENTS)))
 
-        return [task_from_document(document) for document in self._connection.run(read)]
+        documents = self._connection.run(read)
+        return [task_from_document(document, self._codecs) for document in documents]
 
     def count(self, filter: TaskFilter) -> int:
         """How many tasks meet the filter."""

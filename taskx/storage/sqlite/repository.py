@@ -12,10 +12,11 @@ from typing import Any, Literal, TypeVar, get_args
 
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
+from taskx.core.codec import Codec, Codecs
 from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
-from taskx.core.writes import CREATED, Delete, Insert, Update, Write, traces
+from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
 from taskx.storage.base import Node, Note, Repository
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections, translated
@@ -47,6 +48,7 @@ class SQLiteRepository(Repository):
             of the process undoes nothing at any setting.
         busy_timeout: seconds to wait for another process's write before giving up.
         clock: what the eight methods stamp records with.
+        codec: what params, results and checkpoints are stored with; of several, the first one writes.
 
     Raises:
         ConfigurationError: an argument is not valid.
@@ -59,8 +61,9 @@ class SQLiteRepository(Repository):
         *,
         busy_timeout: float = 10.0,
         clock: Clock = SYSTEM_CLOCK,
+        codec: Codec | Iterable[Codec] | None = None,
     ) -> None:
-        super().__init__(clock)
+        super().__init__(clock, codec)
         self.path = os.fspath(path)
         if not isinstance(self.path, str) or not self.path or self.path == ":memory:":
             raise ConfigurationError(
@@ -94,6 +97,7 @@ class SQLiteRepository(Repository):
             RepositoryError: nothing was applied.
         """
         durable = any(write.durable for write in writes)
+        writes = self.codecs.coded(writes)
         if all_or_nothing:
             return self._apply_whole(writes, durable)
         try:
@@ -136,7 +140,8 @@ class SQLiteRepository(Repository):
     def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Say for each write whether it took place."""
         return self._transact(
-            lambda cursor: [_took_place(cursor, write) for write in writes], durable=False
+            lambda cursor: [_took_place(cursor, write, self.codecs) for write in writes],
+            durable=False,
         )
 
     def _transact(self, work: Callable[[sqlite3.Cursor], T], durable: bool) -> T:
@@ -211,7 +216,7 @@ class SQLiteRepository(Repository):
         for some in _chunks(task_ids):
             read = self._rows_near if len(some) <= _FEW else self._rows
             for row in read(statements.select_many(len(some)), some):
-                found[row[0]] = task_from_row(row)
+                found[row[0]] = task_from_row(row, self.codecs)
         return found
 
     def _rows_of(self, columns: str, key: str, values: Sequence[str]) -> Iterator[Any]:
@@ -250,7 +255,7 @@ class SQLiteRepository(Repository):
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
         sql, values = statements.list_tasks(filter)
-        return [task_from_row(row) for row in self._rows(sql, values)]
+        return [task_from_row(row, self.codecs) for row in self._rows(sql, values)]
 
     def count(self, filter: TaskFilter) -> int:
         """How many tasks meet the filter."""
@@ -265,7 +270,7 @@ class SQLiteRepository(Repository):
             rows = _fetch(connection, *statements.list_tasks(filter))
             ((count,),) = _fetch(connection, *statements.count_tasks(filter))
             connection.execute("COMMIT")
-        return [task_from_row(row) for row in rows], int(count)
+        return [task_from_row(row, self.codecs) for row in rows], int(count)
 
     def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
@@ -554,13 +559,13 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     return cursor.rowcount == 1
 
 
-def _took_place(cursor: sqlite3.Cursor, write: Write) -> bool:
+def _took_place(cursor: sqlite3.Cursor, write: Write, codecs: Codecs) -> bool:
     if isinstance(write, Delete):
         return cursor.execute("SELECT 1 FROM tasks WHERE id = ?", (write.id,)).fetchone() is None
     wanted = traces(write)
     sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
     stored = cursor.execute(sql, (write.id,)).fetchone()
-    return stored is not None and tuple(stored) == tuple(wanted.values())
+    return stored is not None and shows(dict(zip(wanted, stored, strict=True)), write, codecs.same)
 
 
 def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
