@@ -179,6 +179,13 @@ class Queue:
                 function by its name.
             grace: seconds that the executor is given after its token has fired; then its child
                 process is killed (default 10).
+            max_concurrency: how many tasks of the type run at once.
+            rate: how many start in a time: ``"100/m"`` (``s``, ``m``, ``h``, ``d``), or a count and
+                seconds.
+            burst: how many may start at once when none did for a while (default: the count of
+                ``rate``).
+            limit_scope: ``"node"`` (default) for limits of each node by itself, ``"global"`` for
+                limits of all nodes together.
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, the function cannot be
@@ -191,6 +198,8 @@ class Queue:
     def _check_executor(self, entry: Registered) -> None:
         if entry.log_level is not None:
             refuse_eight_methods(self.repository, "logs (capture_log)")
+        if entry.options.limit_scope == "global":
+            refuse_eight_methods(self.repository, 'limits of all nodes (limit_scope="global")')
 
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -17,6 +17,7 @@ from taskx.core.model import Task
 from taskx.core.record import Stub
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
+from taskx.runtime.admission import Admission
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.complaint import Complaint
 from taskx.runtime.failures import error_text
@@ -54,7 +55,12 @@ class Engine:
         self.node = node
         self.buffer = buffer
         self.stopping = False
-        self.starter = Starter(services, node.id, buffer)
+        self.admission = Admission(
+            services.registry.limits, services.repository, node.id, services.clock
+        )
+        self.admission.freed = self.look_for_more
+        self.admission.scheduled = lambda: self.wake_scheduler()
+        self.starter = Starter(services, node.id, buffer, self.admission)
         self.runs = self.starter.runs
         #: Whether the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
@@ -239,7 +245,7 @@ class Engine:
                 else:
                     self.services.lines.left(task, held[0].changes)
         finally:
-            self.starter.strike(run)
+            self.starter.strike(run, ran=True)
         if not held:
             log.warning(
                 "task %s (%s): its late outcome was dropped, as another run had taken over",
@@ -278,11 +284,25 @@ class Engine:
         elif changes["owner"]:
             self.starter.rebuffer(task)
 
-    # --- pauses
+    # --- pauses and limits
 
     def takes(self, type: str) -> bool:
-        """Whether it would start a task of this type now."""
+        """Whether it may start tasks of this type at present."""
         return type not in self.services.pauses.known
+
+    def buffers(self, type: str) -> bool:
+        """Whether a task of this type may lie in the buffer whenever it comes."""
+        return type not in self.services.registry.limits and self.takes(type)
+
+    def has_room(self, type: str) -> bool:
+        """Whether a task of this type might start now."""
+        limited = type in self.services.registry.limits
+        return self.takes(type) and (not limited or self.admission.open(type))
+
+    def look_for_more(self) -> None:
+        """Free tasks in the repository may start that could not before."""
+        self.more_stored = True
+        self.wake_scheduler()
 
     def look_for_pauses(self) -> None:
         """See what is paused, and leave to the repository what lies in the buffer and is.
@@ -317,6 +337,8 @@ class Engine:
                 self.more_stored = True
                 raise
             for stub in found:
+                if stub.type in self.services.registry.limits:
+                    self.admission.fetched(stub.type, stub.id)
                 self.buffer.add(stub.id, stub.type, stub.priority, stub.created_at)
             if len(found) == room:
                 self.more_stored = True
@@ -329,19 +351,37 @@ class Engine:
         Beside other nodes they are marked as taken, so that two do not go for the same ones. Alone,
         that write is saved: the start is the guard in any case.
         """
-        services, types = self.services, self.types()
-        known = self.buffered()
-        stubs = [
-            stub
-            for stub in services.repository.ready(types, room + len(known))
-            if stub.id not in known
-        ][:room]
+        services = self.services
+        stubs = self._offered(room)
         if self.alone:
             return stubs
         if not stubs:
             return self._take_over()
         taken = services.ledger.commit([lifecycle.take(stub.id, self.node.id) for stub in stubs])
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
+
+    def _offered(self, room: int, owner: str = "") -> list[Stub]:
+        """The best of the tasks that this node does not hold and may start, at most ``room``.
+
+        Those that no node holds, or those in the buffer of one.
+        """
+        repository, limits = self.services.repository, self.services.registry.limits
+        known, types = self.buffered(), self.types()
+        free = [type for type in types if type not in limits] if limits else types
+        found = _others(repository.ready(free, room + len(known), owner), known, room)
+        if len(free) == len(types):
+            return found
+        for type in types:
+            if type in limits:
+                most, waiting = self.admission.room(type, known)
+                if (most := min(most, room)) > 0:
+                    stubs = repository.ready([type], most + waiting, owner)
+                    some = _others(stubs, known, most)
+                    found += some
+                    if not owner:
+                        self.admission.looked(type, most, len(some))
+        found.sort(key=_best_first)
+        return found[:room]
 
     def _take_over(self) -> list[Stub]:
         """With nothing to do: what is next in line in the buffers of other nodes, one for each idle worker.
@@ -351,14 +391,14 @@ class Engine:
         wanted = self.buffer.workers - len(self.buffer.executing)
         if wanted <= 0 or self.buffer.queue:
             return []
-        services, types = self.services, self.types()
+        services = self.services
         found = [
             (stub, owner)
             for owner in services.repository.owners()
             if owner != self.node.id
-            for stub in services.repository.ready(types, wanted, owner)
+            for stub in self._offered(wanted, owner)
         ]
-        found.sort(key=lambda pair: (-pair[0].priority, pair[0].created_at))
+        found.sort(key=lambda pair: _best_first(pair[0]))
         writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
         taken = services.ledger.commit(writes) if writes else []
         self.more_stored = any(taken)  # look again when these are done
@@ -396,6 +436,11 @@ class Engine:
             *(item.id for item in [*buffer.starting, *self.starter.suspects.waiting]),
         }
 
+    def lose_lease(self) -> None:
+        """Others may take this node for dead, what it runs, and its part of what nodes share."""
+        self.fire_all(CancelReason.LEASE_LOST)
+        self.admission.forget()
+
     def fire_all(self, reason: CancelReason) -> None:
         """Fire the token of every run."""
         for run in list(self.runs.values()):
@@ -420,3 +465,12 @@ class Engine:
     def workers_left(self) -> int:
         """How many worker threads have not ended."""
         return self._left
+
+
+def _others(stubs: Sequence[Stub], known: Collection[str], most: int) -> list[Stub]:
+    """Those that are not known yet, at most so many."""
+    return [stub for stub in stubs if stub.id not in known][:most]
+
+
+def _best_first(stub: Stub) -> tuple[int, int]:
+    return -stub.priority, stub.created_at

@@ -17,6 +17,7 @@ from typing import (
     Protocol,
     TypedDict,
     TypeVar,
+    get_args,
     overload,
 )
 
@@ -26,9 +27,11 @@ from taskx.core.checks import check_int, check_number
 from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
 from taskx.core.model import Task, check_name
 from taskx.core.payload import DEFAULT_MAX_SIZE
+from taskx.core.rate import rate_of
 from taskx.core.retry import RetryPolicy, check_policy
 from taskx.runtime.capture import log_level
 from taskx.runtime.context import Context
+from taskx.runtime.limits import Limit, LimitScope
 from taskx.runtime.middleware import Layer, wrapped
 
 if TYPE_CHECKING:
@@ -75,6 +78,10 @@ class ExecutorOptions(TypedDict, total=False):
     capture_log: bool | int | str | None
     isolation: Isolation | None
     grace: float | None
+    max_concurrency: int | None
+    rate: str | tuple[int, float] | None
+    burst: int | None
+    limit_scope: LimitScope | None
 
 
 @attrs.frozen(kw_only=True)
@@ -93,6 +100,11 @@ class Options:
             thread.
         grace: seconds that an executor is given after its token has fired; then its child process
             is killed.
+        max_concurrency: how many tasks of the type run at once; from 1.
+        rate: how many start in a time: ``"100/m"``, or a count and seconds.
+        burst: how many may start at once when none did for a while; the count of the rate unless given.
+        limit_scope: ``"node"``, so also unless given: each node has these limits for itself;
+            ``"global"``: all nodes on the repository have them together.
     """
 
     max_attempts: int | None = None
@@ -103,6 +115,10 @@ class Options:
     capture_log: bool | int | str | None = None
     isolation: Isolation | None = None
     grace: float | None = None
+    max_concurrency: int | None = None
+    rate: str | tuple[int, float] | None = None
+    burst: int | None = None
+    limit_scope: LimitScope | None = None
 
     def __attrs_post_init__(self) -> None:
         for name in ("max_attempts", "max_crashes"):
@@ -118,6 +134,30 @@ class Options:
             raise ConfigurationError(f'isolation must be "process" or None, not {self.isolation!r}')
         if self.grace is not None:
             check_number(self.grace, "grace")
+        if self.max_concurrency is not None:
+            check_int(self.max_concurrency, "max_concurrency", 1)
+        rate_of(self.rate, self.burst)
+        if self.limit_scope not in (None, *get_args(LimitScope)):
+            known = " or ".join(map(repr, get_args(LimitScope)))
+            raise ConfigurationError(f"limit_scope must be {known}, not {self.limit_scope!r}")
+
+    @property
+    def limit(self) -> Limit | None:
+        """How many run at once and start in a time; None where there is no limit.
+
+        Raises:
+            ConfigurationError: an option belongs to a limit that is not there.
+        """
+        if self.max_concurrency is None and self.rate is None:
+            if self.limit_scope is not None or self.burst is not None:
+                raise ConfigurationError(
+                    "limit_scope and burst are of a limit: give max_concurrency or rate, too"
+                )
+            return None
+        if self.burst is not None and self.rate is None:
+            raise ConfigurationError("burst is of a rate: give one, too")
+        rate = rate_of(self.rate, self.burst)
+        return Limit(self.max_concurrency, rate, self.limit_scope or "node")
 
     @property
     def patience(self) -> float:
@@ -366,6 +406,8 @@ class Registry:
         self._check = check
         self._max_payload_size = max_payload_size
         self._registered: dict[str, Registered] = {}
+        #: The limits of those types that have any.
+        self.limits: dict[str, Limit] = {}
         self._declared: set[str] = set()
 
     @property
@@ -395,12 +437,15 @@ class Registry:
         if entry.type in self._registered:
             raise ConfigurationError(f"type {entry.type!r} has an executor already")
         self._check(entry)
+        limit = entry.options.limit
         invoke = entry.invoke
         if entry.options.isolation is not None:
             from taskx.runtime.isolation import Isolated  # not every program starts processes
 
             invoke = Isolated(executor, entry, self._max_payload_size)
         invoke = wrapped(invoke, self._middleware)
+        if limit is not None:  # first: as soon as it is registered, its tasks are taken
+            self.limits[entry.type] = limit
         self._registered[entry.type] = entry._replace(invoke=invoke)
 
     def declare(self, type: str) -> None:

@@ -148,7 +148,7 @@ class Intake:
         if engine is None or not self._may_buffer(engine, insert):
             self._store(insert)
             self._stored([insert])
-            if engine is not None and engine.takes(insert.row["type"]):
+            if engine is not None and (insert.row["held"] or engine.has_room(insert.row["type"])):
                 self._tell(engine, delayed=bool(insert.row["held"]))
         elif engine.buffer.reserve():
             self._store_and_buffer(engine, insert)
@@ -170,7 +170,7 @@ class Intake:
     def _may_buffer(self, engine: Engine, insert: Insert) -> bool:
         """Whether it may start, and not only after others; else it is left to the repository."""
         held, type_ = insert.row["held"], insert.row["type"]
-        return not held and engine.takes(type_) and not self._spills(engine)
+        return not held and engine.buffers(type_) and not self._spills(engine)
 
     def _spills(self, engine: Engine) -> bool:
         """While earlier tasks lie spilled, later ones spill behind them: order is kept."""
@@ -291,8 +291,10 @@ class Intake:
         engine = self.engine
         runs = self._services.registry.runs
         due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
+        apart: set[str] = set()
         if engine is not None:
-            due = [insert for insert in due if engine.takes(insert.row["type"])]
+            apart = {i.row["type"] for i in due if not engine.buffers(i.row["type"])}
+            due = [insert for insert in due if insert.row["type"] not in apart]
         slots = self._reserve_many(engine, len(due)) if engine is not None else 0
         buffered = due[:slots]
         # Before they are stored: from then on the rest of them may be fetched, and must come after.
@@ -314,7 +316,7 @@ class Intake:
                 self._buffer(engine, insert, turn)
             if len(due) < len(inserts):
                 self._tell(engine, delayed=True)
-            if slots < len(due):
+            if slots < len(due) or any(map(engine.has_room, apart)):
                 self._tell(engine, delayed=False)
         return [insert.id for insert in inserts]
 

@@ -56,9 +56,12 @@ class Lines:
         Nothing where that cannot be told: :meth:`left` makes up for it.
         """
         try:
-            first = self._repository.next_in_line(key)
+            return self._next_turn(key)
         except RepositoryError:
             return ()
+
+    def _next_turn(self, key: str) -> Sequence[Update]:
+        first = self._repository.next_in_line(key)
         return () if first is None else lifecycle.give_turn(first, key)
 
     def advance(self, keys: Iterable[str]) -> None:
@@ -72,7 +75,7 @@ class Lines:
             self._log.warning("whose turn has come is looked at later: %s", error)
 
     def _advance(self, keys: Sequence[str]) -> bool:
-        writes = [write for key in keys for write in self.next_turn(key)]
+        writes = [write for key in keys for write in self._next_turn(key)]
         moved = bool(writes) and any(self._ledger.commit(writes))
         if moved:
             self.moved()

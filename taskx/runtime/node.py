@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from functools import partial
 
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.ids import new_id
@@ -81,9 +80,7 @@ class LocalNode:
             )
         services.repository.join(self.record)
         try:
-            services.repository.watch_lease(
-                self.record.id, partial(self.engine.fire_all, CancelReason.LEASE_LOST)
-            )
+            services.repository.watch_lease(self.record.id, self.engine.lose_lease)
             self._recovery.recover()
             services.pauses.look()
             self.engine.refill()
@@ -233,6 +230,8 @@ class LocalNode:
         try:
             with suppress(RepositoryError):  # whoever runs next looks at all that wait
                 services.dependents.look()
+            with suppress(RepositoryError):  # what nodes share is taken from one that has left
+                self.engine.admission.end()
             with suppress(RepositoryError):  # what it still owns is taken from a node that has left
                 self.engine.release_pending()
             services.repository.leave(self.record.id)

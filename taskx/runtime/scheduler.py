@@ -23,6 +23,8 @@ RECOVER_EVERY = 0.5
 AUDIT_EVERY = 2.0
 _MOST_DUE = 1000
 _LONGEST_BACKOFF = 2.0
+# Seconds that it sleeps at least.
+_SHORTEST = 0.001
 
 
 class Scheduler:
@@ -125,7 +127,10 @@ class Scheduler:
             for due in (self._next_due, self._ticker.next):
                 if due is not None:
                     until_due = (due - self._services.clock.now_ms()) / 1000
-                    timeout = min(timeout, max(0.001, until_due))
+                    timeout = min(timeout, max(_SHORTEST, until_due))
+            if (next_token := self._engine.admission.next_look()) is not None:
+                until_token = next_token - self._services.clock.monotonic()
+                timeout = min(timeout, max(_SHORTEST, until_token))
         self._wake_up.acquire(timeout=timeout)
         self._asleep_long = False
 
@@ -149,6 +154,7 @@ class Scheduler:
             if self._recovery.recover():
                 self._engine.more_stored = True
             self._engine.look_for_pauses()
+            self._engine.admission.tend()
             self._look_around()
         elif self._is_time("poll", POLL) and self._services.repository.changed():
             self._due_known = False
@@ -156,7 +162,8 @@ class Scheduler:
             self._look_around()
             self._services.dependents.look_around()
             self._services.watcher.look()
-        if self._engine.more_stored:
+        if self._engine.more_stored or self._engine.admission.is_time():
+            self._engine.more_stored = True
             self._engine.refill()
         if not self._engine.stopping and self._ticker.tick():
             self._engine.more_stored = True
@@ -179,6 +186,7 @@ class Scheduler:
     def _look_around(self) -> None:
         """See what other processes did: new work, and requests to cancel."""
         self._engine.more_stored = True
+        self._engine.admission.forget()
         for stub in self._services.repository.owned(self._engine.node.id):
             if stub.cancel_requested and (run := self._engine.runs.get(stub.id)):
                 run.token.fire(CancelReason.CANCEL)

@@ -10,6 +10,7 @@ from taskx.core import lifecycle
 from taskx.core.clock import Clock, to_ms
 from taskx.core.model import Task
 from taskx.core.writes import Update
+from taskx.runtime.admission import Admission
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.checkpoints import Keeper
@@ -50,12 +51,14 @@ class Starter:
         services: what it works with.
         node: the id of the node.
         buffer: where it puts back what cannot start now.
+        admission: how many may start of the types that have limits.
     """
 
-    def __init__(self, services: Services, node: str, buffer: Buffer) -> None:
+    def __init__(self, services: Services, node: str, buffer: Buffer, admission: Admission) -> None:
         self._services = services
         self._node = node
         self._buffer = buffer
+        self._admission = admission
         #: Every run from before its start until its outcome is committed, by task id.
         self.runs: dict[str, Run] = {}
         self.suspects = Suspects(self.runs)
@@ -67,6 +70,38 @@ class Starter:
         found = services.repository.get_many([item.id for item in items])
         if paused := services.pauses.known:
             self._turn_away(found, [task for task in found.values() if task.type in paused])
+        if not services.registry.limits:
+            return self._start(items, found)
+        admitted = self._admit(items, found)
+        try:
+            return self._start(items, found)
+        finally:
+            for task_id in admitted:
+                if task_id not in self.runs:
+                    self._admission.over(task_id, ran=False)
+
+    def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
+        """Of tasks with limits, turn away those that must not start now; returns the others."""
+        limits = self._services.registry.limits
+        waiting: dict[str, list[str]] = {}
+        for item in items:
+            task = found.get(item.id)
+            if task is not None and task.type in limits and task.id not in self.runs:
+                waiting.setdefault(task.type, []).append(task.id)
+        if not waiting:
+            return set()
+        admitted = self._admission.admit(waiting)
+        ids = {task_id for some in waiting.values() for task_id in some}
+        try:
+            self._turn_away(found, [found[task_id] for task_id in ids - admitted])
+        except BaseException:
+            for task_id in admitted:
+                self._admission.over(task_id, ran=False)
+            raise
+        return admitted
+
+    def _start(self, items: Sequence[Item], found: dict[str, Task]) -> list[Run]:
+        services = self._services
         startable = self._startable(items, found)
         now = services.clock.now_ms()
         starting: list[tuple[Run, Update]] = []
@@ -176,10 +211,11 @@ class Starter:
         self.runs[task.id] = run
         return run
 
-    def strike(self, run: Run) -> None:
-        """Forget a run that did not start, or is over."""
+    def strike(self, run: Run, *, ran: bool = False) -> None:
+        """Forget a run that was not executed, or is over."""
         if self.runs.get(run.task.id) is run:
             del self.runs[run.task.id]
+            self._admission.over(run.task.id, ran=ran)
         if self._is_suspect(run.task):
             self._suspect_done()
         elif not self.runs:
@@ -210,7 +246,11 @@ class Starter:
                 self._services.watcher.look_if_watched(run.task.id)
 
     def rebuffer(self, task: Task) -> None:
-        """Put a task that is pending again back into the buffer."""
+        """Put a task that is pending again back into the buffer; one with limits is fetched anew."""
+        if task.type in self._services.registry.limits:
+            self.give_up([task.id])
+            self._admission.freed()
+            return
         assert task.created_at is not None  # it comes from the repository
         self._buffer.add(task.id, task.type, task.priority, to_ms(task.created_at))
 

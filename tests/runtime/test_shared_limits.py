@@ -1,0 +1,425 @@
+"""Limits of all nodes together: in one process, in several, and when one of them dies."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+from mongo_server import new_database, shared
+
+from taskx import (
+    MemoryRepository,
+    MongoRepository,
+    Queue,
+    RepositoryUnavailable,
+    SQLiteRepository,
+    TaskFilter,
+    TaskStatus,
+)
+from taskx.core.rate import Rate
+from taskx.runtime import scheduler
+from taskx.runtime.shared_limits import SharedBucket, SharedSlots
+from taskx.storage.base import Node
+from taskx.testing import ManualClock
+
+from .conftest import PATIENCE, eventually
+from .test_limits import Crowd, linger, started_by
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+def nodes(make_queue, count, crowd, worker_num=4, **options):
+    """Started queues on one repository that share a limit."""
+    queues = [make_queue(worker_num=worker_num) for _ in range(count)]
+    for queue in queues:
+        queue.executor("t", limit_scope="global", **options)(crowd)
+        queue.executor("other")(lambda: "other")
+        queue.start()
+    return queues
+
+
+def shares(repository, type="t"):
+    from taskx.runtime.shared_limits import _shares_of
+
+    note = repository.notes("limit/slots/").get(f"limit/slots/{type}")
+    return _shares_of(note.text if note else None)
+
+
+# Nodes of one process
+
+
+def test_so_many_run_at_once_on_all_nodes(make_queue, gate):
+    crowd = Crowd(gate)
+    queues = nodes(make_queue, 3, crowd, max_concurrency=4)
+    for n in range(30):
+        queues[n % 3].submit("t")
+    gate.wait_for(4)
+    assert sum(queue.running for queue in queues) == 4
+    assert queues[0].submit("other").result(PATIENCE) == "other"
+    gate.open()
+    for queue in queues:
+        assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (30, 4)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_in_a_crowd_of_short_tasks_too(make_queue, most):
+    crowd = Crowd(linger)
+    queues = nodes(make_queue, 3, crowd, max_concurrency=most)
+    for n in range(120):
+        queues[n % 3].submit("t")
+    for queue in queues:
+        assert queue.drain(PATIENCE)
+    assert crowd.total == 120
+    assert crowd.most <= most
+
+
+def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, gate):
+    """Also where it had all places before."""
+    queues = nodes(make_queue, 2, Crowd(), max_concurrency=2)
+    for _ in range(10):
+        queues[0].submit("t")
+    assert queues[0].drain(PATIENCE)
+    eventually(lambda: shares(repository) == {})
+
+
+def test_a_node_that_stops_leaves_its_places(make_queue, repository, gate):
+    queue = make_queue(worker_num=2)
+    queue.executor("t", max_concurrency=2, limit_scope="global")(lambda: gate())
+    queue.start()
+    queue.submit("t")
+    gate.wait_for(1)
+    assert sum(shares(repository).values()) >= 1
+    gate.open()
+    queue.stop(PATIENCE)
+    assert shares(repository) == {}
+
+
+def test_places_that_lie_idle_are_given_back(make_queue, repository, gate):
+    """All workers of the node are busy with other tasks; another node goes on."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
+    queue.executor("hold")(lambda: gate())
+    queue.submit("hold")
+    queue.start()
+    gate.wait_for(1)
+    assert queue._node.engine.admission.admit({"t": ["x"]}) == {"x"}
+    queue._node.engine.admission.over("x", ran=True)
+    assert shares(repository) == {queue._node.record.id: 1}
+    crowd = Crowd()
+    [other] = nodes(make_queue, 1, crowd, max_concurrency=1)
+    other.submit("t").result(PATIENCE)
+
+
+def test_a_rate_is_that_of_all_nodes(make_queue, clock):
+    queues = [make_queue(worker_num=2, clock=clock) for _ in range(3)]
+    ran = []
+    for queue in queues:
+        queue.ran = ran
+        queue.executor("t", rate="60/m", burst=5, limit_scope="global")(lambda: ran.append(1))
+        queue.start()
+    for n in range(20):
+        queues[n % 3].submit("t")
+    for queue in queues:
+        assert started_by(queue, 5) == 5
+    clock.advance(3)
+    assert started_by(queues[0], 8) == 8
+    clock.advance(3600)
+    assert started_by(queues[0], 13) == 13
+
+
+def test_it_is_kept_over_a_restart(make_queue, clock):
+    """That of a node is full when the node starts; this one is as it was left."""
+    ran = []
+    for expected in (2, 2, 4):
+        queue = make_queue(worker_num=1, clock=clock)
+        queue.ran = ran
+        queue.executor("t", rate="2/h", limit_scope="global")(lambda: ran.append(1))
+        queue.start()
+        for _ in range(3):
+            queue.submit("t")
+        assert started_by(queue, expected) == expected
+        queue.stop(PATIENCE)
+        if expected == 2 and queue.list_tasks()[1] > 3:
+            clock.advance(3600)
+
+
+def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkeypatch):
+    """Its node keeps its places from task to task."""
+    puts, put = [], repository.put_note
+    monkeypatch.setattr(repository, "put_note", lambda *note: (puts.append(note), put(*note))[1])
+    queue = make_queue(worker_num=2)
+    queue.executor("t", max_concurrency=2, limit_scope="global")(lambda: None)
+    for _ in range(200):
+        queue.submit("t")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert 1 <= len(puts) <= 20
+
+
+# What is shared, by itself
+
+
+class Quarrel(MemoryRepository):
+    """Others get in the way of every other change of a note."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead: set[str] = set()
+        self.chance = random.Random(1)
+
+    def put_note(self, name, text, version):
+        note = self.notes(name).get(name)
+        if note and version and self.chance.random() < 0.5:
+            assert super().put_note(name, note.text, note.version)
+        return super().put_note(name, text, version)
+
+    def nodes(self):
+        return [Node(id=n, name=n, alive=n not in self.dead) for n in "abc"]
+
+
+def test_whatever_nodes_do_they_never_have_more_places_than_there_are():
+    """Seeded: takes, gives, rests, looks, quarrels, deaths and ends in any order."""
+    for seed in range(40):
+        chance, repository = random.Random(seed), Quarrel()
+        most = chance.randrange(1, 5)
+        slots = {n: SharedSlots(repository, n, "t", most) for n in "abc"}
+        taken = dict.fromkeys("abc", 0)
+        full = 0
+        for _ in range(200):
+            name = chance.choice([n for n in "abc" if n not in repository.dead])
+            move = chance.randrange(7)
+            if move <= 2:
+                slots[name].forget()
+                taken[name] += slots[name].take(chance.randrange(1, 4))
+            elif move == 3 and taken[name]:
+                slots[name].give(1)
+                taken[name] -= 1
+            elif move == 4:
+                slots[name].rest(chance.randrange(2))
+            elif move == 5:
+                slots[name].tend()
+            elif move == 6 and len(repository.dead) < 2 and chance.random() < 0.1:
+                repository.dead.add(name)
+                taken[name] = 0  # its process has ended, and what it ran with it
+            assert sum(taken.values()) <= most
+            full += sum(taken.values()) == most
+        assert full, "never were all of them taken"
+
+
+def test_what_the_dead_had_is_free(clock):
+    repository = Quarrel()
+    first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
+    assert first.take(2) == 2
+    assert second.take(3) == 1
+    repository.dead.add("a")
+    assert second.free() == 0
+    assert second.tend()
+    assert (second.free(), second.take(3)) == (2, 2)
+
+
+def test_whose_life_cannot_be_told_keeps_its_places():
+    repository = Quarrel()
+    repository.nodes = lambda: [
+        Node(id="a", name="a", alive=None),
+        Node(id="b", name="b", alive=True),
+    ]
+    first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
+    first.take(3)
+    assert not second.tend()
+    assert second.take(1) == 0
+
+
+def test_a_node_that_was_taken_for_dead_counts_anew():
+    """It took more while another had buried it: it looks before it takes again."""
+    repository = Quarrel()
+    first, second = (SharedSlots(repository, name, "t", 2) for name in "ab")
+    assert first.take(1) == 1
+    repository.dead.add("a")
+    second.take(1)
+    second.tend()
+    assert second.take(1) == 1
+    first.forget()  # as when a lease is lost
+    assert first.take(1) == 0
+
+
+def test_a_change_that_is_in_doubt_is_read_back():
+    repository = Quarrel()
+    slots = SharedSlots(repository, "a", "t", 3)
+    slots.take(1)
+    put = repository.put_note
+
+    def lost(*note):
+        put(*note)
+        raise RepositoryUnavailable("the answer was lost")
+
+    repository.put_note = lost
+    with pytest.raises(RepositoryUnavailable):
+        slots.take(2)
+    repository.put_note = put
+    assert slots.free() == 2
+    assert slots.take(2) == 2
+
+
+class Skewed(ManualClock):
+    """Another host's clock: it goes as the first one, some seconds ahead or behind."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self._clock, self._seconds = clock, seconds
+
+    def now_ms(self):
+        return self._clock.now_ms() + int(self._seconds * 1000)
+
+    def monotonic(self):
+        return self._clock.monotonic() + 12345.0 * (1 + abs(self._seconds))
+
+
+@pytest.mark.parametrize("skew", [0, 0.5, 3600, 1e8])
+def test_over_any_interval_all_nodes_take_at_most_burst_and_rate_times_time(skew):
+    """Whatever their clocks say; but for one burst when a clock that is ahead comes in."""
+    for seed in range(10):
+        chance, repository, clock = random.Random(seed), Quarrel(), ManualClock()
+        rate = Rate(chance.randrange(1, 5), chance.choice([1.0, 7.0]), chance.randrange(1, 6))
+        buckets = [
+            SharedBucket(repository, "t", rate, Skewed(clock, apart)) for apart in (-skew, 0, skew)
+        ]
+        taken: list[tuple[float, int]] = []
+        for _ in range(300):
+            clock.advance(chance.choice([0, 0, 0.1, 1]))
+            bucket = chance.choice(buckets)
+            if chance.random() < 0.7:
+                bucket.forget()
+            got = bucket.take(chance.randrange(1, 4))
+            if got and chance.random() < 0.1:
+                bucket.put_back(1)
+                got -= 1
+            taken.append((clock.monotonic(), got))
+        grace = rate.burst * 2 if skew else 0
+        for first in range(0, len(taken), 7):
+            total = 0
+            for moment, got in taken[first:]:
+                total += got
+                allowed = rate.burst + (moment - taken[first][0] + 0.01) / rate.interval
+                assert total <= allowed + grace
+        whole = (taken[-1][0] - taken[0][0]) / rate.interval
+        assert sum(got for _, got in taken) >= whole / 3  # and they get on
+
+
+def test_a_clock_that_was_set_back_a_year_stops_nobody(clock):
+    repository, rate = Quarrel(), Rate(1, 10.0, 2)
+    bucket = SharedBucket(repository, "t", rate, clock)
+    assert bucket.take(5) == 2
+    clock.set_wall(clock.now().replace(year=2023))
+    for _ in range(5):
+        bucket.forget()
+        assert bucket.take(5) == 0
+        clock.advance(10)
+        assert bucket.tokens() == 1
+        assert bucket.take(5) == 1
+
+
+# Several processes
+
+WORKER = """
+import os, sys
+import pymongo
+from taskx import Config, MongoRepository, Queue, SQLiteRepository
+
+url, path = sys.argv[1:3]
+if url.startswith("mongodb"):
+    database = pymongo.MongoClient(url)[path.rsplit("/", 1)[1]]
+    repository = MongoRepository(database, poll_interval=0.05)
+else:
+    repository = SQLiteRepository(url)
+queue = Queue(repository, Config(worker_num=4))
+
+def note(*words):
+    line = " ".join(map(str, words)) + "\\n"
+    log = os.open(path + ".log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, line.encode())  # one write: lines of several processes come one after the other
+    os.close(log)
+
+@queue.executor("work", max_concurrency=3, limit_scope="global", max_crashes=100)
+def work(ctx, n, seconds=0.0):
+    note("begin", n, os.getpid())
+    ctx.sleep(seconds)
+    note("end", n, os.getpid())
+
+queue.start()
+print("started", flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.fixture(params=["sqlite", "mongo"])
+def place(request, tmp_path, database):
+    """Where the processes meet: what to open it by, a path for their log, and the repository here."""
+    if request.param == "sqlite":
+        with SQLiteRepository(database) as repository:
+            yield str(database), str(database), repository
+        return
+    url = shared("set")
+    made = new_database(url)
+    with MongoRepository(made, poll_interval=0.05) as repository:
+        yield url, str(tmp_path / made.name), repository
+    made.client.drop_database(made.name)
+
+
+def at_once(path, dead=()):
+    """How many were at work at once, at most; what a process that was killed had begun ended then."""
+    now, most = 0, 0
+    with open(path + ".log") as log:
+        for event, _, who in map(str.split, log):
+            if int(who) not in dead:
+                now += 1 if event == "begin" else -1
+                most = max(most, now)
+    return most
+
+
+def test_processes_share_it(spawn, place):
+    """Three of them with four workers each: three tasks at once, and no more."""
+    url, path, repository = place
+    queue = Queue(repository)
+    queue.declare("work")
+    for n in range(60):
+        queue.submit("work", {"n": n, "seconds": 0.01})
+    children = [spawn(WORKER, url, path) for _ in range(3)]
+    for child in children:
+        assert child.read() == "started"
+    eventually(lambda: repository.count(TaskFilter(status="completed")) == 60, 60)
+    assert at_once(path) <= 3
+    for child in children:
+        child.tell()
+        child.ends()
+    eventually(lambda: shares(repository, "work") == {})
+
+
+def test_what_a_killed_process_had_is_free_for_others(spawn, place):
+    """It had all places, and its node is found dead."""
+    url, path, repository = place
+    queue = Queue(repository)
+    queue.declare("work")
+    for n in range(3):
+        queue.submit("work", {"n": n, "seconds": 600.0}, id=str(n))
+    child = spawn(WORKER, url, path)
+    assert child.read() == "started"
+    eventually(lambda: repository.count(TaskFilter(status=TaskStatus.RUNNING)) == 3)
+    other = spawn(WORKER, url, path)
+    assert other.read() == "started"
+    for n in range(3, 9):
+        queue.submit("work", {"n": n}, priority=9)
+    looked = threading.Event()
+    assert not looked.wait(2 * scheduler.RECOVER_EVERY)  # blocks on purpose: it has looked twice
+    assert repository.count(TaskFilter(status="completed")) == 0
+    child.kill()
+    eventually(lambda: repository.count(TaskFilter(status="completed")) == 6)
+    assert at_once(path, dead={child.process.pid}) <= 3
+    for n in range(3):
+        queue.cancel_task(str(n))
+    other.tell()
+    other.ends()
