@@ -640,6 +640,7 @@ def test_a_forked_child_has_the_schedules_of_its_parent(started):
     """As if the queue had not been started, nor stopped."""
     schedule = started.schedule("s", every(60), "remote")
     started.stop()
+    started.repository.close()  # no connection is open while a process forks
     started._renew_after_fork()
     assert schedule.trigger().task().status == "pending"
 
