@@ -9,8 +9,8 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
-from taskx.core.errors import ConfigurationError, TaskNotFound
-from taskx.core.model import Task
+from taskx.core.errors import ConfigurationError, RepositoryCorrupt, TaskNotFound
+from taskx.core.model import Task, TaskStatus
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.checkpoints import Checkpoints, Keeper
 from taskx.storage.base import check_progress
@@ -90,6 +90,7 @@ class Context:
 
         Raises:
             TaskNotFound: one was deleted.
+            RepositoryCorrupt: the record of one that completed is damaged: its result is not to be had.
             RepositoryError: the repository failed.
         """
         ids = self._task.depends_on
@@ -97,6 +98,8 @@ class Context:
         for parent in ids:
             if parent not in found:
                 raise TaskNotFound(parent)
+            if found[parent].damage and found[parent].status is TaskStatus.COMPLETED:
+                raise RepositoryCorrupt(f"parent {parent}: {found[parent].damage}")
         return [found[parent] for parent in ids]
 
     @property

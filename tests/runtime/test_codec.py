@@ -253,6 +253,18 @@ class TestUnknown:
             next(results)
         assert next(results) == "b"
 
+    def test_a_parent_that_cannot_be_read_is_told(self, make_queue, stranger):
+        """A child must not take its result for None."""
+        owner = make_queue(worker_num=1)
+        owner.executor("work")(lambda word: word)
+        owner.start()
+        owner.submit("work", {"word": "a"}, id="parent").result(PATIENCE)
+        stranger.executor("child")(lambda ctx: ctx.parents[0].result)
+        stranger.start()
+        child = stranger.submit("child", depends_on=["parent"])
+        with pytest.raises(TaskFailed, match=r"RepositoryCorrupt: parent parent: .*'scramble'"):
+            child.result(PATIENCE)
+
     def test_after_a_requeue_whoever_knows_it_runs_it(self, make_queue, stranger, repository):
         """What is stored was left as it was."""
         handle = make_queue_and_declare(make_queue, "work").submit("work", {"word": WORD})
