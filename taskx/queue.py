@@ -595,23 +595,23 @@ class Queue:
             RepositoryError: the repository failed; some may have been cancelled.
         """
         ids = [check_name(task_id, "id") for task_id in task_ids]
-        cancelled = cancel_all(self._services, ids)
-        self._never_run(cancelled.never_run)
-        for task_id in cancelled.asked:
-            self._fire(task_id)
-        done = {write.id for write in cancelled.never_run}
-        rest = self.repository.statuses([i for i in ids if i not in done | {*cancelled.asked}])
-        again = 0
+        never_run, settled = 0, set[str]()
+        for cancelled in cancel_all(self._services, ids):
+            self._never_run(cancelled.never_run)
+            for task_id in cancelled.asked:
+                self._fire(task_id)
+            never_run += len(cancelled.never_run)
+            settled.update((write.id for write in cancelled.never_run), cancelled.asked)
+        rest = self.repository.statuses([i for i in ids if i not in settled])
         for task_id, status in rest.items():
             if not TaskStatus(status).finished:  # it moved meanwhile, or was asked before
                 with suppress(InvalidTransition, TaskNotFound):
-                    again += self.cancel_task(task_id)
-        return len(done) + again
+                    never_run += self.cancel_task(task_id)
+        return never_run
 
     def _never_run(self, writes: Sequence[Update]) -> None:
         """Pending tasks were cancelled."""
-        for write in writes:
-            self._forget(write.id)
+        self._forget([write.id for write in writes])
         self._tell_cancelled(writes)
         self._look_at_dependents([write.id for write in writes])
         if writes:
@@ -631,13 +631,18 @@ class Queue:
             if write.id in tasks:
                 hooks.tell_changed(hooks.finished, tasks[write.id], write.changes)
 
+    @property
+    def _has_scheduler(self) -> bool:
+        """Whether there is one that looks after what follows from a change: from the start to the stop."""
+        return self._node is not None and not self._intake.stopped
+
     def _look_at_dependents(self, task_ids: Sequence[str]) -> None:
         dependents = self._services.dependents
-        if not task_ids or (self._node is not None and not dependents.any):
+        if not task_ids or (self._has_scheduler and not dependents.any):
             return
         for task_id in task_ids:
             dependents.parent_ended(task_id)
-        if self._node is None:
+        if not self._has_scheduler:
             try:
                 dependents.look()
             except RepositoryError as error:
@@ -647,7 +652,7 @@ class Queue:
         """Of the tasks that were changed only the ids are known: one may have had the turn of its key."""
         lines = self._services.lines
         lines.look_soon()
-        if self._node is None:
+        if not self._has_scheduler:
             try:
                 lines.look()
             except RepositoryError as error:
@@ -698,15 +703,16 @@ class Queue:
         if not self._services.ledger.commit([lifecycle.delete(check_name(task_id, "id"))])[0]:
             self.get_task_status(task_id)
             raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
-        self._forget(task_id)
+        self._forget([task_id])
         self._look_at_dependents([task_id])
         self._look_at_lines()
 
-    def _forget(self, task_id: str) -> None:
-        """A pending task will not run any more."""
+    def _forget(self, task_ids: Sequence[str]) -> None:
+        """Pending tasks will not run any more."""
         if self._node is not None:
-            self._node.engine.buffer.discard(task_id)
-        self._services.watcher.look_if_watched(task_id)
+            self._node.engine.buffer.discard(task_ids)
+        for task_id in task_ids:
+            self._services.watcher.look_if_watched(task_id)
 
     def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
         """Remove tasks that ended before a moment, a few in each transaction; returns how many.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import queue
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from heapq import heapify
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
@@ -107,25 +107,26 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
                 self._add(item._replace(fetched=True))
             self._wake()
 
-    def discard(self, task_id: str) -> None:
-        """Take out a task that will not run, so that its slot is free."""
+    def discard(self, task_ids: Collection[str]) -> None:
+        """Take out tasks that will not run, so that their slots are free."""
         with self.mutex:
-            if task_id in self.ids:
-                item = next(item for item in self.queue if item.id == task_id)
-                self.queue.remove(item)
-                heapify(self.queue)
-                self._account(item)
+            if not self.ids.isdisjoint(task_ids):
+                gone = set(task_ids)
+                self._take_out(lambda item: item.id in gone)
 
     def sweep(self, gone: Callable[[str], bool]) -> list[Item]:
         """Take out the tasks of certain types; returns them."""
         with self.mutex:
-            out = [item for item in self.queue if gone(item.type)]
-            if out:
-                self.queue[:] = [item for item in self.queue if not gone(item.type)]
-                heapify(self.queue)
-                for item in out:
-                    self._account(item)
-            return out
+            return self._take_out(lambda item: gone(item.type))
+
+    def _take_out(self, gone: Callable[[Item], bool]) -> list[Item]:
+        out = [item for item in self.queue if gone(item)]
+        if out:
+            self.queue[:] = [item for item in self.queue if not gone(item)]
+            heapify(self.queue)
+            for item in out:
+                self._account(item)
+        return out
 
     def _add(self, item: Item) -> None:
         if item.fetched:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from taskx.core import lifecycle
@@ -25,24 +25,25 @@ class Cancelled(NamedTuple):
     asked: Sequence[str]
 
 
-def cancel_all(services: Services, task_ids: Iterable[str]) -> Cancelled:
-    """Cancel tasks, in this order.
+def cancel_all(services: Services, task_ids: Sequence[str]) -> Iterator[Cancelled]:
+    """Cancel tasks, in this order; tells what became of them after each transaction.
 
     Raises:
-        RepositoryError: the repository failed; some may have been cancelled.
+        RepositoryError: the repository failed; what was told before was cancelled.
     """
-    ids = list(task_ids)
+    for start in range(0, len(task_ids), BATCH):
+        yield _cancel_some(services, task_ids[start : start + BATCH])
+
+
+def _cancel_some(services: Services, task_ids: Sequence[str]) -> Cancelled:
+    now = services.clock.now_ms()
+    pairs = [lifecycle.cancel(task_id, now) for task_id in task_ids]
+    results = services.ledger.commit([write for pair in pairs for write in pair])
     never_run: list[Update] = []
     asked: list[str] = []
-    for start in range(0, len(ids), BATCH):
-        now = services.clock.now_ms()
-        pairs = [lifecycle.cancel(task_id, now) for task_id in ids[start : start + BATCH]]
-        results = services.ledger.commit([write for pair in pairs for write in pair])
-        for pair, (gone, told) in zip(
-            pairs, zip(results[::2], results[1::2], strict=True), strict=True
-        ):
-            if gone:
-                never_run.append(pair[0])
-            elif told:
-                asked.append(pair[1].id)
+    for pair, gone, told in zip(pairs, results[::2], results[1::2], strict=True):
+        if gone:
+            never_run.append(pair[0])
+        elif told:
+            asked.append(pair[1].id)
     return Cancelled(never_run, asked)

@@ -104,6 +104,29 @@ class Dependents:
         """A process died that may not have come to look at the dependents of what it ended."""
         self._all_due = True
 
+    @property
+    def looks(self) -> bool:
+        """Whether it is looking, or about to: tasks may be released by that."""
+        return bool(self.ended or self._all_due) or self._looking.locked()
+
+    def overdue(self) -> bool:
+        """Whether a task waits for one that has ended, which is then looked at soon.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        after, more = "", True
+        while more:
+            awaited = self._repository.awaited(after, _PAGE)
+            statuses = self._repository.statuses(awaited)
+            if any(statuses.get(parent) not in _UNFINISHED for parent in awaited):
+                self._all_due = True
+                self.wake()
+                return True
+            more = len(awaited) == _PAGE
+            after = awaited[-1] if awaited else ""
+        return False
+
     # --- looking
 
     def look(self) -> None:

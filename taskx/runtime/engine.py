@@ -420,7 +420,7 @@ class Engine:
             or self.starter.suspects.waiting
             or self.more_stored
             or self.services.ledger
-            or self.services.dependents.ended
+            or self.services.dependents.looks
         )
 
     def wait_quiet(self, timeout: float) -> None:

@@ -200,9 +200,15 @@ class Watcher:
             self._ensure_polling()
 
     def look_if_watched(self, task_id: str) -> None:
-        """Look at a task that just ended, if somebody waits for it."""
+        """Look at a task that just ended, if somebody waits for it.
+
+        What it ended by is committed, so a failure to read is none of that: it is looked at again soon.
+        """
         if task_id in self._handles:
-            self.look([task_id])
+            try:
+                self.look([task_id])
+            except RepositoryError as error:
+                self._log.debug("who waits for task %s is told later: %s", task_id, error)
 
     def look(self, task_ids: Sequence[str] | None = None) -> None:
         """Look at these tasks, or at all that are watched, and resolve what has ended.

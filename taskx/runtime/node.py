@@ -131,12 +131,13 @@ class LocalNode:
         )
 
     def _stored_left(self) -> bool:
-        """Whether the repository has something to run, also where a turn passes from task to task."""
+        """Whether the repository has something to run, also where one task is to follow another."""
         repository, types = self._services.repository, self.engine.types()
         return (
             repository.unfinished(types)
+            or self._services.dependents.overdue()
             or bool(repository.lines(1))
-            or repository.unfinished(types)  # it was given between the two looks
+            or repository.unfinished(types)  # it was let start between the looks
         )
 
     def still_running(self) -> list[str]:

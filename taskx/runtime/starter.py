@@ -65,6 +65,13 @@ class Starter:
 
     def start(self, items: Sequence[Item]) -> list[Run]:
         """Start the tasks among these that can be; the others are somebody else's, or no more."""
+        try:
+            return self._start_allowed(items)
+        finally:
+            if self.suspects.waiting and (next_one := self.suspects.called()):
+                self._buffer.put_back([next_one])
+
+    def _start_allowed(self, items: Sequence[Item]) -> list[Run]:
         services = self._services
         self.suspects.stand_aside()
         found = services.repository.get_many([item.id for item in items])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 
 from taskx.runtime.buffer import Item
 from taskx.runtime.runner import Run
@@ -35,6 +36,14 @@ class Suspects:
             return True
         self.waiting.append(item)
         return False
+
+    def called(self) -> Item | None:
+        """One that waits though nobody has the turn: who was next did not come, or just left."""
+        if self._turn.locked():
+            return None
+        with suppress(IndexError):  # the others were called meanwhile
+            return self.waiting.pop(0)
+        return None
 
     def leave(self) -> Item | None:
         """Its run is over, or never came about; returns who is next."""

@@ -207,6 +207,10 @@ class EightMethodAdapter(MemoryRepository):
                     self._forget_finished(task_id)
         return found
 
+    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of these tasks that exists, by id."""
+        return {task_id: task.status.value for task_id, task in self.get_many(task_ids).items()}
+
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """As the repository lists them."""
         with self._errors():

@@ -7,6 +7,7 @@ builds its guarantees on; it gives the eight in terms of the primitives, so that
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, TypeVar
@@ -109,6 +110,11 @@ class Note(NamedTuple):
 
     text: str
     version: int
+
+
+def new_version() -> int:
+    """The version of a new note: by chance, as a clock may be set back."""
+    return 1 + int.from_bytes(os.urandom(7), "big")
 
 
 R = TypeVar("R", bound="Repository")
@@ -237,6 +243,9 @@ class Repository(TaskRepository):
         """Store a note, or with None remove it, if its version is still that one; else False.
 
         Version 0: if there is none. It survives a power cut.
+
+        Raises:
+            RepositoryError: it was not stored; or, where its ``in_doubt`` is True, may have been.
         """
 
     def shrink(self) -> bool:

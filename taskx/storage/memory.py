@@ -28,7 +28,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Update, Write, matches, shows
-from taskx.storage.base import Node, Note, Repository
+from taskx.storage.base import Node, Note, Repository, new_version
 
 Row = dict[str, Any]
 
@@ -342,7 +342,7 @@ class MemoryRepository(Repository):
             if text is None:
                 self._notes.pop(name, None)
             else:
-                self._notes[name] = Note(text, version + 1 if version else self.clock.now_ms())
+                self._notes[name] = Note(text, version + 1 if version else new_version())
             return True
 
     def changed(self) -> bool:

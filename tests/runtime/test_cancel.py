@@ -49,6 +49,22 @@ def test_pending_task_never_runs(make_queue):
             assert task.status is TaskStatus.CANCELLED
 
 
+@pytest.mark.parametrize("how", ["cancel_task", "delete", "cancel_many"])
+def test_what_is_committed_raises_no_more(started, repository, how):
+    """The repository goes away just after it: who waits for the task is told when it is back."""
+    handle = started.submit("fine", delay=3600)
+    assert not handle.done()  # watched from now on
+
+    def away(writes):
+        repository.down = any(write.id == handle.id for write in writes)
+
+    repository.after = away
+    getattr(started, how)([handle.id] if how == "cancel_many" else handle.id)
+    assert repository.down
+    repository.after, repository.down = lambda writes: None, False
+    eventually(handle.done)
+
+
 def test_pending_task_in_the_buffer(busy, gate):
     queue = busy()
     handle = queue.submit("note", {"n": 1})

@@ -263,10 +263,16 @@ class TestRefused:
     def test_eight_methods_cannot_hold_it(self):
         queue = Queue(TinyRepository())
         queue.executor("fine")(lambda: None)
-        parent = queue.submit("fine")
-        with pytest.raises(ConfigurationError, match="depends_on; nothing was stored"):
-            queue.submit("fine", depends_on=[parent])
-        assert ids(queue) == {parent.id}
+        with queue:
+            parent = queue.submit("fine")
+            parent.result(PATIENCE)  # what has ended is in the repository only
+        queue = Queue(queue.repository.inner)
+        queue.executor("fine")(lambda: None)
+        for parents in ([parent], [queue.submit("fine"), parent]):
+            stored = ids(queue)
+            with pytest.raises(ConfigurationError, match="depends_on; nothing was stored"):
+                queue.submit("fine", depends_on=parents)
+            assert ids(queue) == stored
 
 
 class TestParents:
@@ -306,6 +312,63 @@ class TestParents:
         gate.open()
         child.result(PATIENCE)
         assert started.prune(later) == 2
+
+
+class TestStopped:
+    """A queue that was stopped has no scheduler any more that would look."""
+
+    def test_what_it_cancels_ends_its_children(self, started):
+        parents = [started.submit("fine", delay=3600) for _ in range(3)]
+        children = [started.submit("fine", depends_on=[parent]) for parent in parents]
+        started.stop()
+        parents[0].cancel()
+        started.delete(parents[1].id)
+        started.cancel_many([parents[2].id])
+        assert [child.task().status for child in children] == ["cancelled"] * 3
+
+
+class TestDrained:
+    """``drain`` waits for those whose parents have ended, whoever ended them and whether told or not."""
+
+    @pytest.fixture(autouse=True)
+    def no_slow_looks(self, monkeypatch):
+        monkeypatch.setattr(scheduler, "AUDIT_EVERY", 3600)
+
+    def test_before_the_first_look(self, repository, make_queue, monkeypatch):
+        submitter = make_queue()
+        submitter.executor("fine")(lambda: None)
+        parent = submitter.submit("fine")
+        child = submitter.submit("fine", depends_on=[parent])
+        repository.update_status(parent.id, TaskStatus.RUNNING)
+        repository.update_status(parent.id, TaskStatus.COMPLETED)
+        queue = make_queue()
+        queue.executor("fine")(lambda: None)
+        queue.start()
+        assert queue.drain(PATIENCE)
+        assert child.task().status is TaskStatus.COMPLETED
+
+    def test_where_nobody_was_told(self, started):
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        eventually(lambda: not started._services.dependents.looks)
+        started.repository.update_status(parent.id, TaskStatus.RUNNING)
+        started.repository.update_status(parent.id, TaskStatus.COMPLETED)
+        assert started.drain(PATIENCE)
+        assert child.task().status is TaskStatus.COMPLETED
+
+    def test_not_for_those_whose_parents_may_not_start_yet(self, started, monkeypatch):
+        monkeypatch.setattr(dependents, "_PAGE", 2)
+        for n in range(5):
+            started.submit("fine", {"n": n}, depends_on=[started.submit("fine", delay=3600)])
+        assert started.drain(PATIENCE)
+        assert started.ran == []
+        first = started.repository.awaited("", 1)[0]
+        last = started.repository.awaited("", 5)[-1]
+        for parent in (last, first):
+            started.repository.update_status(parent, TaskStatus.RUNNING)
+            started.repository.update_status(parent, TaskStatus.COMPLETED)
+            assert started.drain(PATIENCE)
+        assert len(started.ran) == 2
 
 
 class TestMadeGood:

@@ -8,14 +8,17 @@ from concurrent import futures
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from storage.repositories import TinyRepository
 
 from taskx import (
     ConfigurationError,
     DuplicateTask,
     Flow,
+    Hook,
     MongoRepository,
     PayloadError,
     Queue,
+    RepositoryUnavailable,
     Task,
     TaskFailed,
     TaskStatus,
@@ -24,6 +27,7 @@ from taskx import (
 )
 from taskx import flows as flows_module
 from taskx.flows import lay_out
+from taskx.runtime import buffer, cancelling
 
 from .conftest import PATIENCE, eventually, ids
 
@@ -249,6 +253,14 @@ class TestStored:
         with pytest.raises(ConfigurationError, match="nested too deep"):
             queue.submit_flow(flow)
 
+    def test_of_one_task_eight_methods_will_do(self):
+        queue = Queue(TinyRepository())
+        queue.executor("say")(lambda text: text)
+        with queue:
+            handle = queue.submit_flow(chain(Task(type="say", params={"text": "a"})))
+            assert handle.result(PATIENCE) == "a"
+            assert (handle.status(), handle.progress()) == (TaskStatus.COMPLETED, 100)
+
     def test_two_large_groups_need_a_task_between_them(self, queue, monkeypatch):
         monkeypatch.setattr(flows_module, "MOST_EDGES", 8)
         three = [Task(type="n") for _ in range(3)]
@@ -273,3 +285,53 @@ class TestCancelMany:
 
     def test_of_nothing(self, queue: Queue):
         assert queue.cancel_many([]) == 0
+
+    def test_the_buffer_is_put_in_order_once_for_each_transaction(self, busy, gate, monkeypatch):
+        """Not for each task: among many thousand, that would take minutes."""
+        queue = busy(buffer_size=1000)
+        monkeypatch.setattr(cancelling, "BATCH", 100)
+        handles = queue.submit_many(Task(type="note", params={"n": n}) for n in range(301))
+        heapified = []
+        heapify = buffer.heapify
+        monkeypatch.setattr(buffer, "heapify", lambda heap: (heapified.append(1), heapify(heap)))
+        assert queue.cancel_many(handle.id for handle in handles[:-1]) == 300
+        assert (queue.buffered, len(heapified)) == (1, 3)
+        gate.open()
+        assert handles[-1].result(PATIENCE) is None
+        assert queue.ran == [300]
+
+    def test_what_follows_from_it_follows_though_the_repository_fails_later(
+        self, make_queue, gate, monkeypatch
+    ):
+        """Each transaction is complete by itself: tokens, hooks and the buffer, too."""
+        monkeypatch.setattr(cancelling, "BATCH", 2)
+        finished = []
+
+        class Listens(Hook):
+            def finished(self, task):
+                finished.append(task.id)
+
+        queue = make_queue(worker_num=1, hooks=[Listens()])
+
+        @queue.executor("hold")
+        def hold(ctx):
+            gate()
+            ctx.token.wait(PATIENCE)
+            ctx.token.raise_if_cancelled()
+
+        queue.start()
+        handles = [queue.submit("hold", id=str(n)) for n in range(4)]
+        gate.wait_for(1)
+        gate.open()
+
+        def fail(writes):
+            if any(write.id == "2" for write in writes):
+                raise RepositoryUnavailable("away")
+
+        queue.repository.before = fail
+        with pytest.raises(RepositoryUnavailable):
+            queue.cancel_many(handle.id for handle in handles)
+        queue.repository.before = lambda writes: None
+        eventually(lambda: sorted(finished) == ["0", "1"])
+        assert [handle.task().status for handle in handles[:2]] == ["cancelled"] * 2
+        assert queue.cancel_many(["2", "3"]) + len(finished) >= 3

@@ -26,9 +26,11 @@ def queue(make_queue):
         ctx.on_cancel(queue.gates[name].set)
         queue.gates[name].wait(PATIENCE)
 
-    def submit(name, crashes=0, **options):
+    queue.executor("other")(wait.function)
+
+    def submit(name, crashes=0, type="wait"):
         queue.gates[name] = threading.Event()
-        task = Task(type="wait", params={"name": name}, id=name, max_crashes=3)
+        task = Task(type=type, params={"name": name}, id=name, max_crashes=3)
         if crashes:  # as a process leaves it that died twice
             queue.repository.create(task)
             [noted] = queue.repository.apply([Update(name, {}, {"crashes": crashes})])
@@ -71,6 +73,27 @@ def test_one_that_may_crash_again_runs_beside_others(queue):
     assert begun(queue, "beside", "suspect")
     queue.hold("later")
     assert begun(queue, "beside", "suspect", "later")
+
+
+@pytest.mark.parametrize("how", ["deleted", "paused"])
+def test_where_the_next_one_does_not_come_the_one_after_it_does(queue, how):
+    """Those with a crash to their name take turns; one that waits for its turn may be gone by then."""
+    queue.start()
+    queue.hold("first", crashes=1)
+    assert begun(queue, "first")
+    for name in ("second", "third"):
+        queue.hold(name, crashes=1, type="other" if name == "second" else "wait")
+        assert eventually(lambda name=name: name in waiting_ids(queue))
+    if how == "deleted":
+        queue.delete("second")
+    else:
+        queue.pause("other")
+    queue.gates["first"].set()
+    assert begun(queue, "first", "third")
+
+
+def waiting_ids(queue):
+    return [item.id for item in queue._node.engine.starter.suspects.waiting]
 
 
 def test_nobody_waits_longer_than_a_minute(queue, monkeypatch):

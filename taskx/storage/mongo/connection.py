@@ -16,9 +16,9 @@ from pymongo.errors import PyMongoError
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, RepositoryUnavailable
 from taskx.storage.mongo.documents import Document, moment_ms
-from taskx.storage.mongo.failures import translated
+from taskx.storage.mongo.failures import may_have_been_sent, translated
 
 T = TypeVar("T")
 
@@ -100,6 +100,16 @@ class Connection:
                 return work()
         except FAILURES as error:
             raise translated(error, self.name) from error
+
+    def write(self, work: Callable[[], T]) -> T:
+        """As :meth:`run`; the error of what may have been written all the same is in doubt."""
+        try:
+            return self.run(work)
+        except RepositoryUnavailable as error:
+            error.in_doubt = isinstance(error.__cause__, Exception) and may_have_been_sent(
+                error.__cause__
+            )
+            raise
 
     def _collection(self, suffix: str) -> Collection[Document]:
         found = self._collections.get(suffix)

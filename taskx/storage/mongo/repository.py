@@ -137,7 +137,7 @@ class MongoRepository(Repository):
         self._batches = Batches(self._connection, self._sender, patience, monotonic)
         self._sender.make_way = self._batches.make_way
         self._tasks = Tasks(self._connection, self._batches, bool(adopt_foreign), self.codecs)
-        self._notes = Notes(self._connection, self.clock)
+        self._notes = Notes(self._connection)
         locks = HostLocks(run_folder)
         self._leases = Leases(self._connection, lease_timeout, locks, monotonic)
         own = self._sender.is_own

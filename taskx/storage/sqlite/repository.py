@@ -17,7 +17,7 @@ from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUna
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
-from taskx.storage.base import Node, Note, Repository
+from taskx.storage.base import Node, Note, Repository, new_version
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.liveness import NodeLocks
@@ -375,7 +375,7 @@ class SQLiteRepository(Repository):
         elif text is None:
             return name not in self.notes(name)
         else:
-            write = (statements.NEW_NOTE, (name, text, self.clock.now_ms()))
+            write = (statements.NEW_NOTE, (name, text, new_version()))
         return self._transact(lambda cursor: cursor.execute(*write).rowcount == 1, durable=True)
 
     # --- nodes

@@ -152,6 +152,8 @@ WRITES = {
     "start": lambda repository: [lifecycle.start(repository.get_by_id("p"), NOW, "n")],
     "conclude": lambda repository: lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
     "delete": lambda repository: [lifecycle.delete("p")],
+    "insert of a key": lambda repository: [insert("new", unique_key="n", unique_scope="ever")],
+    "requeue of a key": lambda repository: [lifecycle.requeue(repository.get_by_id("c"), NOW)],
     "all of them": lambda repository: [
         insert("new"),
         *lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
@@ -170,7 +172,8 @@ class TestAnswersThatAreLost:
 
     @pytest.fixture
     def prepared(self, repository):
-        repository.apply([insert("p")])
+        repository.apply([insert("p"), insert("c", unique_key="k", unique_scope="ever")])
+        repository.apply(lifecycle.cancel("c", NOW))
         run(repository, "r")
         return repository
 
@@ -216,6 +219,7 @@ class TestAnswersThatAreLost:
         """Sent again later, the writes are known again and not done twice."""
         repository = through()
         repository.apply([insert("warm")])
+        repository.init_indexes()
         writes = WRITES[what](repository)
         repository._connection.timeout = 0.3
         proxy.judge = swallowing("answer", b"\0")
@@ -234,13 +238,35 @@ class TestAnswersThatAreLost:
             except RepositoryUnavailable:
                 assert time.monotonic() - began < 30
 
+    @pytest.mark.parametrize("text", ["first", "changed", None])
+    def test_of_a_note_the_error_says_so(self, repository, through, proxy, text):
+        """It is not stored again by itself: a note may have moved on since."""
+        if text != "first":
+            assert repository.put_note("a", "first", 0)
+        version = repository.notes("a")["a"].version if text != "first" else 0
+        lost = through()
+        assert len(lost.notes("a")) == bool(version)
+        lost._connection.timeout = 0.3
+        proxy.judge = swallowing("answer", b"\0")
+        with pytest.raises(RepositoryUnavailable) as caught:
+            lost.put_note("a", text, version)
+        assert caught.value.in_doubt
+        proxy.heal()
+        found = {name: note.text for name, note in repository.notes("a").items()}
+        assert found == ({} if text is None else {"a": text})
+
     def test_an_unreachable_server_leaves_no_doubt(self, make):
         client = pymongo.MongoClient("127.0.0.1", free_port())
         repository = make(client.tasks, timeout=0.5)
         began = time.monotonic()
-        with client, pytest.raises(RepositoryUnavailable) as caught:
-            repository.apply([insert("a")])
-        assert not caught.value.in_doubt
+        with client:
+            for write in (
+                lambda: repository.apply([insert("a")]),
+                lambda: repository.put_note("a", "text", 0),
+            ):
+                with pytest.raises(RepositoryUnavailable) as caught:
+                    write()
+                assert not caught.value.in_doubt
         assert time.monotonic() - began < 10
 
     def test_requests_that_never_arrive_are_made_again(self, prepared, through, proxy):
@@ -253,7 +279,7 @@ class TestAnswersThatAreLost:
         proxy.heal()
         thread.join(30)
         assert outcome == [True]
-        assert repository.count(TaskFilter()) == 3
+        assert repository.count(TaskFilter()) == 4
 
     def test_a_slow_network_changes_nothing(self, prepared, through, proxy):
         repository = through(timeout=20.0)
