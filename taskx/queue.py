@@ -177,8 +177,8 @@ class Queue:
                 and above, or a level, such as ``"WARNING"``.
             isolation: ``"process"``: each attempt in a child process of its own, which imports the
                 function by its name.
-            grace: seconds that the executor is given after its token has fired; then its child
-                process is killed (default 10).
+            grace: seconds that the executor is given after its token has fired (default 10). Then its
+                child process is killed; in a thread it is given up, if it was for a time-out.
             max_concurrency: how many tasks of the type run at once.
             rate: how many start in a time: ``"100/m"`` (``s``, ``m``, ``h``, ``d``), or a count and
                 seconds.
@@ -558,6 +558,11 @@ class Queue:
     def running(self) -> int:
         """How many executors of this queue are at work."""
         return 0 if self._node is None else len(self._node.engine.buffer.executing)
+
+    @property
+    def healthy(self) -> bool:
+        """False while more of this queue's threads are stuck than are replaced (``max_stuck``)."""
+        return self._node is None or self._node.engine.stuck.healthy
 
     # --- changing
 

@@ -60,6 +60,7 @@ class PrometheusHook(Hook):
         self._started = counter("started", "Attempts begun.")
         self._finished = counter("finished", "Tasks completed, failed or cancelled.", "outcome")
         self._retried = counter("retried", "Attempts that raised and are followed by another.")
+        self._stuck = counter("stuck", "Attempts that timed out and whose threads ran on.")
         self._rescued = counter("rescued", "Tasks taken back from processes that had died.")
         self._duration = histogram("duration", "Time that the last attempt of a task took.")
         self._wait = histogram("wait", "Time from when a task could start until it did.")
@@ -102,6 +103,11 @@ class PrometheusHook(Hook):
     def retried(self, task: Task, error: str, delay: float) -> None:
         """Count it."""
         self._retried.labels(task.type).inc()
+        self._look()
+
+    def stuck(self, task: Task) -> None:
+        """Count it."""
+        self._stuck.labels(task.type).inc()
         self._look()
 
     def rescued(self, task: Task) -> None:

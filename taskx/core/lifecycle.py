@@ -25,6 +25,7 @@ from taskx.core.record import (
     Stub,
     attempts_to_text,
     ids_to_text,
+    optional_ms,
     row_from_task,
 )
 from taskx.core.retry import MAX_WAIT
@@ -96,6 +97,7 @@ class Ending:
         traceback: where, as text.
         permanent: True if another attempt would be pointless.
         crashed: True if the child process that ran it died.
+        stuck: True if it is given up while its thread still runs.
         delay: seconds to wait before the next attempt, if there is one.
         snooze: seconds after which it asked to run again; None if it did not.
         reason: why its token had fired; None if it had not.
@@ -113,6 +115,7 @@ class Ending:
     traceback: str = ""
     permanent: bool = False
     crashed: bool = False
+    stuck: bool = False
     delay: float = 0.0
     snooze: float | None = None
     reason: CancelReason | None = None
@@ -330,7 +333,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
 
     One that is gone counts as one that did not complete.
     """
-    guard = {"status": PENDING, "held": FOR_PARENTS}
+    guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS}
     waiting_on = unfinished_parent(child.depends_on, statuses)
     if waiting_on is not None:
         return Update(child.id, guard, {"waiting_on": waiting_on})
@@ -338,6 +341,8 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     if bad is None or child.on_parent_failure == "run":
         run_at = None if child.run_at is None else to_ms(child.run_at)
         held = _until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
+        if child.stuck_on:
+            guard["stuck_on"], held = child.stuck_on, BY_THREAD
         return Update(child.id, guard, {"waiting_on": None, "held": held})
     changes = {
         "status": CANCELLED,
@@ -435,10 +440,24 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         return _crash(task, ending, now)
     spent = task.errors + 1 >= (task.max_attempts or DEFAULT_MAX_ATTEMPTS)
     if spent or ending.permanent:
-        return [_fail(task, ending, now)]
-    again = _put_off(task, ending, now, "retried", ending.delay)
-    again.update(errors=task.errors + 1, error=ending.error, traceback=ending.traceback)
-    return _unless_cancelled(task, again, ending, now)
+        writes = [_fail(task, ending, now)]
+    else:
+        again = _put_off(task, ending, now, "retried", ending.delay)
+        again.update(errors=task.errors + 1, error=ending.error, traceback=ending.traceback)
+        writes = _unless_cancelled(task, again, ending, now)
+    return [_barred(task, write) for write in writes] if ending.stuck else writes
+
+
+def _barred(task: Task, write: Update) -> Update:
+    """An end whose thread runs on, on the task's node: until that ends, the task does not start again.
+
+    Nor does another one of its concurrency key: it keeps its turn.
+    """
+    changes = {**write.changes, "stuck_on": task.owner}
+    changes.pop("turn", None)
+    if changes["status"] == PENDING:
+        changes.update(held=BY_THREAD, owner="")
+    return write._replace(changes=changes)
 
 
 def _put_off(task: Task, ending: Ending, now: int, outcome: str, seconds: float) -> dict[str, Any]:
@@ -603,6 +622,34 @@ def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> li
     return alternatives
 
 
+# --- after the end of a thread that was given up
+
+
+def lift_bar(task: Task, now: int) -> list[Update]:
+    """Let a task start again, as its thread, or the node on which that ran, has ended.
+
+    One that waits for other things goes on waiting for those; one that has ended gives up its turn.
+    """
+    stuck = {"stuck_on": task.stuck_on}
+    pending = {**stuck, "status": PENDING}
+    held = _until_due(optional_ms(task.run_at, "run_at"), now)
+    ended = {"stuck_on": ""} if task.concurrency_key is None else {"stuck_on": "", "turn": None}
+    others = (FREE, UNTIL_DUE, FOR_PARENTS, FOR_TURN)
+    barred = {**pending, "held": BY_THREAD}
+    lifted = [Update(task.id, barred, {"stuck_on": "", "held": held})]
+    if (key := task.concurrency_key) is not None:
+        lifted = [
+            Update(task.id, {**barred, "turn": key}, {"stuck_on": "", "held": held}),
+            Update(task.id, {**barred, "turn": None}, {"stuck_on": "", "held": FOR_TURN}),
+        ]
+    return [
+        *lifted,
+        Update(task.id, {**pending, "held": others}, {"stuck_on": ""}),
+        Update(task.id, {**stuck, "status": RUNNING}, {"stuck_on": ""}),
+        Update(task.id, {**stuck, "status": FINISHED}, ended),
+    ]
+
+
 # --- after the end
 
 
@@ -645,11 +692,15 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
         "earlier_attempts": log,
     }
     changes.update(unique.taken_again(task))
-    if task.concurrency_key is not None:
+    guard: dict[str, Any] = {"status": status, "starts": task.starts}
+    if task.stuck_on:
+        guard["stuck_on"] = task.stuck_on
+        changes["held"] = BY_THREAD
+    elif task.concurrency_key is not None:
         changes.update(held=FOR_TURN, turn=None)
     if waiting_on is not None:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
-    return Update(task.id, {"status": status, "starts": task.starts}, changes, durable=True)
+    return Update(task.id, guard, changes, durable=True)
 
 
 def delete(task_id: str) -> Delete:
@@ -703,6 +754,8 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     if wanted.status is not TaskStatus.PENDING:
         return [Update(stored.id, guard, changes, durable=True)]
     due = {**changes, "held": _until_due(changes["run_at"], now)}
+    if stored.stuck_on:
+        due["held"] = BY_THREAD
     if due["held"]:
         due["owner"] = ""
     # What it waits for beside its time, it goes on waiting for.

@@ -1,4 +1,5 @@
-"""Fires tokens at their deadlines, from a thread that touches nothing but memory.
+"""Fires tokens at their deadlines, and tells when somebody does not heed one, from a thread that touches
+nothing but memory.
 
 Apart from the scheduler, whose calls to the repository may block for seconds.
 """
@@ -7,12 +8,17 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
+from functools import partial
+from math import inf
 
 from taskx.core.clock import Clock
 from taskx.core.token import CancelReason, CancelToken
 
 # Deadlines are on the injected clock, which a test may move: look at it this often, in seconds.
 _LONGEST_WAIT = 0.05
+#: What is called when a token has not been taken away so many seconds after its deadline.
+Overdue = tuple[float, Callable[[], object]]
 
 
 class Alarms:
@@ -21,13 +27,20 @@ class Alarms:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        self._tokens: set[CancelToken] = set()
+        #: What is to be done for each token, and when, the earliest first.
+        self._steps: dict[CancelToken, list[tuple[float, Callable[[], object]]]] = {}
         self._running = False
 
-    def add(self, token: CancelToken) -> None:
-        """Fire ``token`` when its deadline passes."""
+    def add(self, token: CancelToken, overdue: Overdue | None = None) -> None:
+        """Fire ``token`` when its deadline passes; if it is there still some time later, call something."""
+        deadline = -inf if token.deadline is None else token.deadline
+        steps: list[tuple[float, Callable[[], object]]]
+        steps = [(deadline, partial(token.fire, CancelReason.TIMEOUT))]
+        if overdue is not None:
+            seconds, call = overdue
+            steps.append((deadline + seconds, call))
         with self._lock:
-            self._tokens.add(token)
+            self._steps[token] = steps
             start, self._running = not self._running, True
         if start:
             threading.Thread(target=self._run, name="taskx-alarms", daemon=True).start()
@@ -35,20 +48,21 @@ class Alarms:
     def remove(self, token: CancelToken) -> None:
         """Forget a token."""
         with self._lock:
-            self._tokens.discard(token)
+            self._steps.pop(token, None)
 
     def ring(self) -> float | None:
-        """Fire what is due; seconds until the next deadline, None if there is none."""
+        """Do what is due; seconds until the next moment, None if there is none."""
         with self._lock:
-            tokens = list(self._tokens)
+            tokens = list(self._steps.items())
         now = self._clock.monotonic()
         nearest: float | None = None
-        for token in tokens:
-            if token.deadline is None or token.deadline <= now:
-                token.fire(CancelReason.TIMEOUT)
+        for token, steps in tokens:
+            while steps and steps[0][0] <= now:
+                steps.pop(0)[1]()
+            if not steps:
                 self.remove(token)
-            elif nearest is None or token.deadline - now < nearest:
-                nearest = token.deadline - now
+            elif nearest is None or steps[0][0] - now < nearest:
+                nearest = steps[0][0] - now
         return nearest
 
     def _run(self) -> None:
@@ -59,7 +73,7 @@ class Alarms:
                 quiet_since = time.monotonic()
             with self._lock:
                 # Kept for a second, so that short tasks with a deadline do not start a thread each.
-                if not self._tokens and time.monotonic() - quiet_since > 1.0:
+                if not self._steps and time.monotonic() - quiet_since > 1.0:
                     self._running = False
                     return
             time.sleep(_LONGEST_WAIT if nearest is None else min(nearest, _LONGEST_WAIT))

@@ -62,6 +62,7 @@ class Config:
         max_payload_size: the largest params, and the largest result, in bytes of JSON.
         retention: for how long tasks that have ended are kept, by status: a ``timedelta`` or seconds.
             For ever where none is given.
+        max_stuck: worker threads that do not end after their task's time-out and are replaced by others.
 
     Raises:
         ConfigurationError: a value is not valid.
@@ -73,3 +74,4 @@ class Config:
     block_timeout: float | None = attrs.field(default=None, validator=_seconds)
     max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))
     retention: Mapping[TaskStatus, float] = attrs.field(factory=dict, converter=_periods)
+    max_stuck: int = attrs.field(default=10, validator=_whole(0, 10_000))

@@ -23,6 +23,7 @@ from taskx.runtime.complaint import Complaint
 from taskx.runtime.failures import error_text
 from taskx.runtime.runner import Run
 from taskx.runtime.starter import Services, Starter
+from taskx.runtime.stuck import Stuck
 from taskx.storage.base import Node
 
 #: Most tasks started in one transaction, when tasks have lately been short.
@@ -47,9 +48,12 @@ class Engine:
         node: what it is known as in the repository.
         workers: how many threads.
         buffer: where they take ids from.
+        stuck: the attempts that are given up.
     """
 
-    def __init__(self, services: Services, node: Node, workers: int, buffer: Buffer) -> None:
+    def __init__(
+        self, services: Services, node: Node, workers: int, buffer: Buffer, stuck: Stuck
+    ) -> None:
         self.services = services
         self.hooks = services.hooks
         self.node = node
@@ -77,16 +81,14 @@ class Engine:
         self._lingering = threading.Lock()
         self._refilling = threading.Lock()
         self._quiet = threading.Condition()
-        self._left = workers
-        self.threads = [
-            threading.Thread(
-                target=self._work,
-                args=(f"{node.name}/{number}",),
-                name=f"taskx-worker-{number}",
-                daemon=True,
-            )
-            for number in range(1, workers + 1)
-        ]
+        self.stuck = stuck
+        stuck.do_without, stuck.conclude, stuck.freed = self._do_without, self._give_up, self._freed
+        self._left = self._at_work = workers
+        self.threads = [self._worker(number) for number in range(1, workers + 1)]
+
+    def _worker(self, number: int) -> threading.Thread:
+        worker, name = f"{self.node.name}/{number}", f"taskx-worker-{number}"
+        return threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
 
     # --- the workers
 
@@ -100,6 +102,8 @@ class Engine:
                     self._complaint.over()
                     self.execute(run, worker)
                 del run  # a worker that waits must not keep the last task's values alive
+                if self._at_work > self.buffer.workers and self._is_superfluous():
+                    break
             except RepositoryError as error:
                 self._complaint.make("cannot start tasks for now: %s", error)
                 self._pause(pause)
@@ -185,10 +189,17 @@ class Engine:
         if self.hooks.started:
             self.hooks.tell_changed(self.hooks.started, run.task, {})
         executing[run.task.id] = time.monotonic()
+        if run.task.timeout is not None:
+            run.overdue = self.stuck.watch(run, worker)
         try:
             ending = self.services.runner.run(run, worker)
         finally:
-            del executing[run.task.id]
+            decides = run.decided is None or run.decided.acquire(False)
+            if decides:
+                del executing[run.task.id]
+        if not decides:
+            self._come_back(run)
+            return ending
         # One bit for each of the last tasks, so that a single hiccup changes nothing.
         self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
         self.buffer.short = self._lately.bit_count() <= _MOST_LONG
@@ -204,6 +215,53 @@ class Engine:
             partial(self._concluded, run, ending, writes),
             partial(self._refused, run, ending) if ending.returned else None,
         )
+
+    # --- threads that are stuck
+
+    def _do_without(self, run: Run, ident: int) -> None:
+        """The thread that is at a run does not end: another one takes its place, if it is a worker."""
+        self.buffer.executing.pop(run.task.id, None)
+        with self._quiet:
+            if not any(thread.ident == ident for thread in self.threads):
+                return  # it submitted the task, and ran it itself
+            self._at_work -= 1
+            if self.stopping or not self.stuck.healthy:
+                return
+            thread = self._worker(len(self.threads) + 1)
+            try:
+                thread.start()
+            except RuntimeError as error:
+                self.services.log.error("no thread can be had in place of one: %s", error)
+                return
+            self.threads.append(thread)
+            self._left += 1
+            self._at_work += 1
+
+    def _give_up(self, run: Run, ending: Ending) -> None:
+        """An attempt is over while its thread runs on."""
+        self._defer(run, ending)
+        self.wake_scheduler()
+
+    def _come_back(self, run: Run) -> None:
+        """This thread was given up, and is free again."""
+        if threading.current_thread() in self.threads:
+            with self._quiet:
+                self._at_work += 1
+        self.stuck.thread_ended(run)
+        self.wake_scheduler()
+
+    def _is_superfluous(self) -> bool:
+        """Whether there is one worker too many since a stuck one came back: then this one leaves."""
+        with self._quiet:
+            if self._at_work <= self.buffer.workers:
+                return False
+            self._at_work -= 1
+            return True
+
+    def _freed(self) -> None:
+        """Tasks may start again, now or at their time."""
+        self.more_stored = True
+        self.look_for_due()
 
     # --- outcomes
 

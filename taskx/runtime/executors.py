@@ -98,8 +98,8 @@ class Options:
             above, or a level; None and False: do not.
         isolation: ``"process"``: each attempt in a child process of its own; None: in the worker's
             thread.
-        grace: seconds that an executor is given after its token has fired; then its child process
-            is killed.
+        grace: seconds that an executor is given after its token has fired. Then its child process is
+            killed; in a thread it is given up, if it was for a time-out.
         max_concurrency: how many tasks of the type run at once; from 1.
         rate: how many start in a time: ``"100/m"``, or a count and seconds.
         burst: how many may start at once when none did for a while; the count of the rate unless given.

@@ -61,6 +61,9 @@ class Hook:
     def interrupted(self, task: Task) -> None:
         """An attempt was cut short by the stop of the queue; the task is pending again."""
 
+    def stuck(self, task: Task) -> None:
+        """An attempt has timed out, and its thread runs on; what becomes of the task is told next."""
+
     def rescued(self, task: Task) -> None:
         """A task was taken back from a process, or a child process of its own, that had died.
 
@@ -100,6 +103,7 @@ class Hooks:
     retried: Listeners
     snoozed: Listeners
     interrupted: Listeners
+    stuck: Listeners
     rescued: Listeners
     requeued: Listeners
 
@@ -112,7 +116,12 @@ class Hooks:
             setattr(self, event, _listeners(known, event))
         #: Whether any hook is told what attempts end with.
         self.outcomes = bool(
-            self.finished or self.retried or self.snoozed or self.interrupted or self.rescued
+            self.finished
+            or self.retried
+            or self.snoozed
+            or self.interrupted
+            or self.stuck
+            or self.rescued
         )
         self._log = log
         #: Events that no hook was told yet.
@@ -149,6 +158,8 @@ class Hooks:
 
     def tell_concluded(self, task: Task, ending: Ending, changes: Mapping[str, Any]) -> None:
         """An attempt ended, and its record was changed so."""
+        if ending.stuck and self.stuck:
+            self.tell_changed(self.stuck, task, changes)
         if "crashes" in changes:
             self.tell_rescued(task, changes)
         elif changes["status"] != lifecycle.PENDING:

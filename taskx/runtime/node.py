@@ -20,6 +20,7 @@ from taskx.runtime.retention import Retention
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.scheduler import Scheduler
 from taskx.runtime.starter import Services
+from taskx.runtime.stuck import Stuck
 from taskx.runtime.ticker import Ticker
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Node
@@ -54,7 +55,8 @@ class LocalNode:
         )
         fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
         buffer = Buffer(config.buffer_size, fetch_size, config.worker_num)
-        self.engine = Engine(services, self.record, config.worker_num, buffer)
+        stuck = Stuck(services, node_id, config.max_stuck)
+        self.engine = Engine(services, self.record, config.worker_num, buffer, stuck)
         self._recovery = Recovery(self.engine)
         retention = Retention(services, config.retention)
         ticker = Ticker(services)
@@ -142,7 +144,8 @@ class LocalNode:
 
     def still_running(self) -> list[str]:
         """The ids of the tasks whose executor, or whose outcome, is still under way."""
-        return list(self.engine.runs)
+        stuck = (run.task.id for run in list(self.engine.stuck.runs))
+        return list(dict.fromkeys([*self.engine.runs, *stuck]))
 
     # --- stopping
 
@@ -208,7 +211,8 @@ class LocalNode:
         here = 1 if threading.current_thread() in engine.threads else 0
         while (left := deadline - time.monotonic()) > 0:
             # Callers may run tasks, too.
-            if engine.workers_left <= here and (inside_executor() or not engine.runs):
+            others = engine.runs or engine.stuck.runs
+            if engine.workers_left <= here and (inside_executor() or not others):
                 return
             engine.wait_quiet(min(left, _LOOK_EVERY))
 
@@ -219,7 +223,7 @@ class LocalNode:
             self._services.log.warning("outcomes could not be written yet: %s", error)
 
     def _end_later(self) -> None:
-        while self.engine.workers_left or self.engine.runs:
+        while self.engine.workers_left or self.engine.runs or self.engine.stuck.runs:
             self.engine.wait_quiet(_LOOK_EVERY)
         self._end()
 
@@ -231,6 +235,7 @@ class LocalNode:
         try:
             with suppress(RepositoryError):  # whoever runs next looks at all that wait
                 services.dependents.look()
+                self.engine.stuck.lift()
             with suppress(RepositoryError):  # what nodes share is taken from one that has left
                 self.engine.admission.end()
             with suppress(RepositoryError):  # what it still owns is taken from a node that has left

@@ -58,6 +58,7 @@ class Recovery:
 
     def _take_back(self, node: Node) -> int:
         stubs = self._services.repository.owned(node.id)
+        barred = self._services.repository.stuck_on(node.id)
         pending = [stub.id for stub in stubs if stub.status == PENDING]
         running = [stub.id for stub in stubs if stub.status == RUNNING]
         rescues: list[list[Update]] = []
@@ -80,7 +81,7 @@ class Recovery:
         if running:
             self._services.dependents.ended_elsewhere()
             self._services.lines.look_soon()
-        return len(stubs)
+        return len(stubs) + self._engine.stuck.lift_bars((stub.id for stub in barred), node.id)
 
     def _tell_rescued(
         self, tasks: Mapping[str, Task], writes: Sequence[Update], results: Sequence[bool]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import _thread
 import logging
 import os
 import random
@@ -15,7 +16,7 @@ from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
-from taskx.runtime.alarms import Alarms
+from taskx.runtime.alarms import Alarms, Overdue
 from taskx.runtime.capture import Capture, CapturedLogger, capturing
 from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.context import Context, Fetch, log_prefix
@@ -28,7 +29,7 @@ _current = threading.local()
 class Run:
     """One attempt at a task that was started, with the token that tells it to stop."""
 
-    __slots__ = ("capture", "context", "executor", "task", "token")
+    __slots__ = ("capture", "context", "decided", "executor", "overdue", "task", "token")
 
     def __init__(
         self,
@@ -43,6 +44,10 @@ class Run:
         self.task = task
         self.executor = executor
         self.token = CancelToken(None, clock)
+        #: Where it has a time-out: what to call when it does not end then, and a lock that is taken by
+        #: whoever decides how it ends.
+        self.overdue: Overdue | None = None
+        self.decided: _thread.LockType | None = None
         self.capture: Capture | None = None
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)
@@ -85,7 +90,7 @@ class Runner:
         started = self._clock.monotonic()
         if task.timeout is not None:
             token.deadline = started + task.timeout
-            self._alarms.add(token)
+            self._alarms.add(token, run.overdue)
         _current.depth = getattr(_current, "depth", 0) + 1
         try:
             try:
@@ -96,6 +101,29 @@ class Runner:
             _current.depth -= 1
             if task.timeout is not None:
                 self._alarms.remove(token)
+        return self._ending(run, worker, started, ending)
+
+    def give_up(self, run: Run, worker: str, stack: str) -> Ending:
+        """How a run ends whose thread goes on after its time-out.
+
+        Args:
+            run: the run.
+            worker: who runs it.
+            stack: where its thread is.
+        """
+        assert run.task.timeout is not None
+        assert run.token.deadline is not None
+        ending = {
+            "returned": False,
+            "stuck": True,
+            "reason": CancelReason.TIMEOUT,
+            "error": f"timed out after {run.task.timeout:g} s; its thread still runs",
+            "traceback": stack,
+            **_what_next(TimeoutError(), run),
+        }
+        return self._ending(run, worker, run.token.deadline - run.task.timeout, ending)
+
+    def _ending(self, run: Run, worker: str, started: float, ending: dict[str, Any]) -> Ending:
         ending["duration"] = max(0.0, self._clock.monotonic() - started)
         if (told := run.context.latest_progress()) is not None:
             ending["progress"], ending["message"] = told

@@ -141,6 +141,8 @@ class Scheduler:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
         self._services.ledger.flush()
+        if self._engine.stuck.ended:
+            self._engine.stuck.lift()
         if not self._engine.buffer.nudge():
             self._engine.starter.hand_back(
                 self._engine.buffer.clear_ahead(AHEAD_PATIENCE), rebuffer=True
@@ -170,6 +172,7 @@ class Scheduler:
             self._engine.refill()
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
+            self._engine.stuck.audit()
             self._services.dependents.look_slowly()
             self._services.lines.look_slowly()
             self._ticker.look_soon()

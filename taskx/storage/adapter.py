@@ -39,7 +39,7 @@ LEFT_BEHIND = "a process before this one"
 #: from it; the rest is remembered here as long as the task is unfinished.
 ORIGINAL_FIELDS = COLUMNS[: COLUMNS.index("duration") + 1]
 _OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes", "retry")
-_NOT_STORED = frozenset({"owner", *INTERNAL})
+_NOT_STORED = frozenset({"owner", "stuck_on", *INTERNAL})
 _BETWEEN_TASKS = ("unique_key", "depends_on", "concurrency_key")
 _PAGE = 500
 
@@ -182,12 +182,13 @@ class EightMethodAdapter(MemoryRepository):
         row["owner"] = LEFT_BEHIND if row["status"] == RUNNING else ""
         due_later = row["run_at"] is not None and row["run_at"] > self.clock.now_ms()
         row["held"] = UNTIL_DUE if row["status"] == PENDING and due_later else FREE
+        row["stuck_on"] = ""  # threads end with their process
         self._rows[row["id"]] = row
         self._index(row)
 
     def _forget_finished(self, task_id: str) -> None:
         row = self._rows.get(task_id)
-        if row is not None and row["status"] in FINISHED:
+        if row is not None and row["status"] in FINISHED and not row["stuck_on"]:
             del self._rows[task_id]
 
     def _forget(self, task_id: str) -> None:

@@ -121,6 +121,25 @@ class TestWhatIsCounted:
         assert value("task_wait_seconds_count", type="bad") == 2
         assert value("task_wait_seconds_sum", type="bad") == 0
 
+    def test_what_is_stuck(self, make, value, clock):
+        queue = make(worker_num=1)
+        begun, go_on = threading.Event(), threading.Event()
+
+        @queue.executor("deaf", timeout=60, grace=5)
+        def deaf():
+            begun.set()
+            assert go_on.wait(PATIENCE)
+
+        queue.start()
+        queue.submit("deaf")
+        assert begun.wait(PATIENCE)
+        clock.advance(65)
+        assert queue.drain(PATIENCE)
+        assert value("tasks_stuck_total", type="deaf") == 1
+        assert value("tasks_finished_total", type="deaf", outcome="failed") == 1
+        assert value("tasks_running") == 0
+        go_on.set()
+
     def test_rescues(self, make, value, clock):
         queue = make(worker_num=1)
         repository = queue.repository
@@ -218,9 +237,11 @@ class TestTheStore:
 
 
 @pytest.fixture
-def text(make, registry, value):
+def text(make, registry, value, clock):
     """What a scrape gives when all metrics have values."""
     queue = make(worker_num=1)
+    begun, go_on = threading.Event(), threading.Event()
+    queue.executor("deaf", timeout=60)(lambda: begun.set() or go_on.wait(PATIENCE))
     registry.register(StoreCollector(queue))
     queue.executor("bad", max_attempts=2)(lambda: 1 / 0)
     queue.repository.create(Task(id="a", type="fine"))
@@ -229,7 +250,11 @@ def text(make, registry, value):
     queue.start()
     queue.submit("bad")
     queue.submit("fine", delay=1000)
+    queue.submit("deaf")
+    assert begun.wait(PATIENCE)
+    clock.advance(100)
     assert queue.drain(PATIENCE)
+    go_on.set()
     return generate_latest(registry).decode()
 
 
@@ -243,6 +268,7 @@ def test_the_librarys_parser_reads_it(text):
         "taskx_tasks_started": "counter",
         "taskx_tasks_finished": "counter",
         "taskx_tasks_retried": "counter",
+        "taskx_tasks_stuck": "counter",
         "taskx_tasks_rescued": "counter",
         "taskx_task_duration_seconds": "histogram",
         "taskx_task_wait_seconds": "histogram",

@@ -13,7 +13,15 @@ from taskx.core import lifecycle
 from taskx.core.clock import to_datetime
 from taskx.core.lifecycle import Ending
 from taskx.core.model import TASK_FIELDS
-from taskx.core.record import FOR_PARENTS, row_from_task, task_from_row
+from taskx.core.record import (
+    BY_THREAD,
+    FOR_PARENTS,
+    FOR_TURN,
+    FREE,
+    UNTIL_DUE,
+    row_from_task,
+    task_from_row,
+)
 from taskx.core.writes import Delete, Insert, matches
 
 NOW = 1_700_000_000_000
@@ -78,10 +86,12 @@ class TestTable:
         assert reached == {(move.source, move.target) for move in lifecycle.MOVES}
 
     def all_writes(self, task):
-        for returned, permanent, crashed, reason in product(
-            (True, False), (True, False), (True, False), (None, *CancelReason)
+        for returned, permanent, crashed, stuck, reason in product(
+            (True, False), (True, False), (True, False), (True, False), (None, *CancelReason)
         ):
-            ending = Ending(returned=returned, permanent=permanent, crashed=crashed, reason=reason)
+            ending = Ending(
+                returned=returned, permanent=permanent, crashed=crashed, stuck=stuck, reason=reason
+            )
             yield lifecycle.conclude(task, ending, LATER)
         for crashes, stopping in product((0, 1), (True, False)):
             crashed = attrs.evolve(task, crashes=crashes)
@@ -94,6 +104,7 @@ class TestTable:
         yield [lifecycle.progress(task.id, task.starts, 1, "")]
         yield [lifecycle.checkpoint(task, "{}", durable=True)]
         yield [lifecycle.release(task.id)]
+        yield lifecycle.lift_bar(attrs.evolve(task, stuck_on="node"), LATER)
         yield [lifecycle.take(task.id, "n")]
         yield [lifecycle.give_up(task.id, "n")]
         if (start := lifecycle.start(task, LATER, "n")) is not None:
@@ -492,6 +503,120 @@ class TestRescue:
         task = make("running")
         [writes] = lifecycle.rescue([task], LATER, stopping=False)
         assert apply(attrs.evolve(task, **change), *writes) is None
+
+
+def row_after(task: Task, *writes, **held) -> dict:
+    """The row of a task after the one write whose guard holds."""
+    row = {**row_from_task(task), **held}
+    [write] = [write for write in writes if matches(row, write.guard)]
+    return {**row, **write.changes}
+
+
+class TestStuck:
+    """An attempt is given up while its thread, on its node, runs on."""
+
+    GIVEN_UP = Ending(
+        returned=False, stuck=True, reason=CancelReason.TIMEOUT, error="timed out", traceback="tb"
+    )
+
+    def test_failed_it_says_where(self):
+        row = row_after(make("running"), *lifecycle.conclude(make("running"), self.GIVEN_UP, LATER))
+        assert (row["status"], row["stuck_on"], row["owner"]) == ("failed", "node", "")
+        assert (row["error"], row["traceback"]) == ("timed out", "tb")
+
+    @pytest.mark.parametrize("delay", [0.0, 5.0])
+    def test_a_retry_is_barred(self, delay):
+        task = make("running", max_attempts=2)
+        ending = attrs.evolve(self.GIVEN_UP, delay=delay)
+        row = row_after(task, *lifecycle.conclude(task, ending, LATER))
+        assert (row["status"], row["held"], row["stuck_on"]) == ("pending", BY_THREAD, "node")
+        assert (row["owner"], row["errors"]) == ("", 1)
+        assert row["run_at"] == (LATER + 5000 if delay else None)
+
+    def test_cancelled_it_says_where_too(self):
+        task = make("running", max_attempts=2)
+        writes = lifecycle.conclude(task, self.GIVEN_UP, LATER)
+        row = row_after(request_cancel(task), *writes)
+        assert (row["status"], row["stuck_on"]) == ("cancelled", "node")
+
+    def test_other_ends_write_nothing_of_it(self):
+        """So it costs them nothing."""
+        task = make("running", max_attempts=2)
+        for returned, reason in product((True, False), (None, *CancelReason)):
+            ending = Ending(returned=returned, reason=reason)
+            writes = lifecycle.conclude(task, ending, LATER)
+            assert not any("stuck_on" in write.changes for write in writes)
+
+    def test_it_keeps_the_turn_of_its_key(self):
+        task = make("running", concurrency_key="k")
+        [write] = lifecycle.conclude(task, self.GIVEN_UP, LATER)
+        assert "turn" not in write.changes
+        [other] = lifecycle.conclude(task, Ending(returned=False), LATER)
+        assert other.changes["turn"] is None
+
+    @pytest.mark.parametrize(
+        ("fields", "held", "after"),
+        [
+            ({}, BY_THREAD, FREE),
+            ({"run_at": to_datetime(NOW)}, BY_THREAD, FREE),
+            ({"run_at": to_datetime(LATER + 1)}, BY_THREAD, UNTIL_DUE),
+            ({"run_at": to_datetime(LATER + 1)}, UNTIL_DUE, UNTIL_DUE),
+            ({}, FOR_PARENTS, FOR_PARENTS),
+            ({}, FOR_TURN, FOR_TURN),
+        ],
+    )
+    def test_lifted_it_waits_for_what_it_waits_for_beside(self, fields, held, after):
+        task = make("pending", stuck_on="node", **fields)
+        row = row_after(task, *lifecycle.lift_bar(task, LATER), held=held)
+        assert (row["held"], row["stuck_on"], row["status"]) == (after, "", "pending")
+
+    @pytest.mark.parametrize(("turn", "held"), [("k", FREE), (None, FOR_TURN)])
+    def test_lifted_it_goes_on_with_its_turn_or_waits_for_it(self, turn, held):
+        task = make("pending", stuck_on="node", concurrency_key="k")
+        writes = lifecycle.lift_bar(task, LATER)
+        row = row_after(task, *writes, held=BY_THREAD, turn=turn)
+        assert (row["held"], row["stuck_on"], row["turn"]) == (held, "", turn)
+
+    @pytest.mark.parametrize("status", ["running", "completed", "failed", "cancelled"])
+    def test_lifted_after_its_end_it_is_noted(self, status):
+        task = make(status, stuck_on="node", concurrency_key="k")
+        row = row_after(task, *lifecycle.lift_bar(task, LATER), turn="k")
+        assert (row["status"], row["stuck_on"]) == (status, "")
+        assert row["turn"] == ("k" if status == "running" else None)
+
+    def test_only_the_bar_that_was_seen_is_lifted(self):
+        writes = lifecycle.lift_bar(make("failed", stuck_on="node"), LATER)
+        assert apply(make("failed", stuck_on="other"), *writes) is None
+
+    @pytest.mark.parametrize("key", [None, "k"])
+    def test_a_requeue_is_barred(self, key):
+        task = make("failed", stuck_on="node", concurrency_key=key)
+        row = row_after(task, lifecycle.requeue(task, LATER), turn=key)
+        assert (row["held"], row["stuck_on"], row["turn"]) == (BY_THREAD, "node", key)
+        row = row_after(task, lifecycle.requeue(task, LATER, "parent"), turn=key)
+        assert (row["held"], row["waiting_on"], row["turn"]) == (FOR_PARENTS, "parent", key)
+
+    def test_a_requeue_of_what_was_lifted_meanwhile_does_not_hold(self):
+        """It would wait for ever."""
+        write = lifecycle.requeue(make("failed", stuck_on="node"), LATER)
+        assert apply(make("failed"), write) is None
+
+    def test_after_its_parents_it_waits_for_the_thread(self):
+        task = make("pending", stuck_on="node", depends_on=["p"])
+        moved = lifecycle.parents_moved(task, {"p": "completed"}, LATER)
+        row = row_after(task, moved, held=FOR_PARENTS, waiting_on="p")
+        assert (row["held"], row["waiting_on"]) == (BY_THREAD, None)
+        assert not matches(
+            {**row_from_task(task), "held": FOR_PARENTS, "stuck_on": ""}, moved.guard
+        )
+
+    @pytest.mark.parametrize("status", ["pending", "failed"])
+    def test_by_hand_it_is_barred_too(self, status):
+        task = make(status, stuck_on="node")
+        wanted = attrs.evolve(task, status=TaskStatus.PENDING)
+        held = BY_THREAD if status == "pending" else FREE
+        row = row_after(task, *lifecycle.amend(task, wanted, LATER), held=held)
+        assert (row["status"], row["held"], row["stuck_on"]) == ("pending", BY_THREAD, "node")
 
 
 class TestRequeue:

@@ -9,6 +9,7 @@ import attrs
 import pytest
 
 from taskx import (
+    CancelReason,
     ConfigurationError,
     InvalidTransition,
     MemoryRepository,
@@ -1035,3 +1036,67 @@ class TestStuck:
         assert list(store.apply(over)) == [True, True]
         assert (store.stuck_on("node"), store.owners()) == ([], [])
         assert ids(store.ready(["t"], 10)) == ["b"]
+
+    GIVEN_UP = Ending(
+        returned=False, stuck=True, reason=CancelReason.TIMEOUT, error="timed out", traceback="tb"
+    )
+
+    def nothing_starts(self, store, clock):
+        now = clock.now_ms() + 10**9
+        assert (store.ready(["t"], 10), store.due(now, 10), store.next_due()) == ([], [], None)
+        assert store.owned("node") == []
+        assert store.unfinished(["t"]) is False
+        start = lifecycle.start(store.get_by_id("a"), now, "other")
+        assert start is None or list(store.apply([start])) == [False]
+
+    def lift(self, store, clock):
+        task = store.get_by_id("a")
+        assert list(store.apply(lifecycle.lift_bar(task, clock.now_ms()))).count(True) == 1
+        assert (store.stuck_on("node"), store.owners()) == ([], [])
+        assert store.get_by_id("a").stuck_on == ""
+        assert not any(store.apply(lifecycle.lift_bar(task, clock.now_ms())))
+
+    @pytest.mark.parametrize("delay", [0.0, 60.0])
+    def test_a_retry_is_barred_until_that_is_lifted(self, store, run, clock, delay):
+        task = run("a")
+        task.max_attempts = 2
+        ending = attrs.evolve(self.GIVEN_UP, delay=delay)
+        given_up = lifecycle.conclude(task, ending, clock.now_ms())
+        assert list(store.apply(given_up)) == [True, False]
+        self.nothing_starts(store, clock)
+        assert ids(store.stuck_on("node")) == ["a"]
+        self.lift(store, clock)
+        assert ids(store.ready(["t"], 10)) == ([] if delay else ["a"])
+        assert store.next_due() == (clock.now_ms() + 60_000 if delay else None)
+
+    def test_a_requeue_is_barred_until_that_is_lifted(self, store, run, clock):
+        task = run("a")
+        assert list(store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))) == [True]
+        failed = store.get_by_id("a")
+        assert (failed.status, failed.stuck_on, failed.traceback) == ("failed", "node", "tb")
+        requeue = lifecycle.requeue(failed, clock.now_ms())
+        assert list(store.apply([requeue])) == [True]
+        self.nothing_starts(store, clock)
+        self.lift(store, clock)
+        assert ids(store.ready(["t"], 10)) == ["a"]
+
+    def test_lifted_while_it_has_failed_it_is_requeued_as_any_other(self, store, run, clock):
+        task = run("a")
+        store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))
+        early = lifecycle.requeue(store.get_by_id("a"), clock.now_ms())
+        self.lift(store, clock)
+        assert list(store.apply([early])) == [False]  # it would be barred for ever
+        assert list(store.apply([lifecycle.requeue(store.get_by_id("a"), 5)])) == [True]
+        assert ids(store.ready(["t"], 10)) == ["a"]
+
+    @between_tasks
+    def test_it_keeps_its_turn_until_that_is_lifted(self, store, run, add, clock):
+        add("a", concurrency_key="k")
+        assert any(store.apply(lifecycle.give_turn("a", "k")))
+        store.apply([lifecycle.start(store.get_by_id("a"), clock.now_ms(), "node")])
+        add("b", concurrency_key="k")
+        task = store.get_by_id("a")
+        assert list(store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))) == [True]
+        assert not any(store.apply(lifecycle.give_turn("b", "k")))
+        self.lift(store, clock)
+        assert any(store.apply(lifecycle.give_turn("b", "k")))
