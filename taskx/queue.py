@@ -19,7 +19,6 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import (
     ConfigurationError,
-    DuplicateTask,
     InvalidTransition,
     QueueStopped,
     RepositoryError,
@@ -685,10 +684,7 @@ class Queue:
             waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
         write = lifecycle.requeue(task, self._clock.now_ms(), waiting_on)
         if not self._services.ledger.commit([write])[0]:
-            key = task.unique_key
-            holder = self.repository.unique_holders([key]).get(key) if key is not None else None
-            if holder not in (None, task_id):
-                raise DuplicateTask(holder, key)
+            self.repository.refuse_if_key_held(task)
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
         if (hooks := self._services.hooks).requeued:
             hooks.tell_changed(hooks.requeued, task, write.changes)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from graphlib import TopologicalSorter
 
 import attrs
 
@@ -10,7 +11,6 @@ from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.core.writes import Update, Write
 from taskx.runtime.starter import Services
 
 #: Most tasks changed in one transaction.
@@ -32,40 +32,85 @@ def dead(filter: TaskFilter | None) -> TaskFilter:
 
 def requeue_all(services: Services, filter: TaskFilter | None) -> int:
     """Let every dead letter that meets the filter run again; returns how many."""
-    now, hooks = services.clock.now_ms(), services.hooks
+    wanted, until = dead(filter), services.clock.now_ms()
 
-    def tell(task: Task, write: Write) -> None:
-        if hooks.requeued and isinstance(write, Update):
+    def requeue(tasks: Sequence[Task]) -> set[str]:
+        done: set[str] = set()
+        for some in _parents_first(services, wanted, until, tasks):
+            for start in range(0, len(some), BATCH):
+                done |= _requeue(services, some[start : start + BATCH])
+        return done
+
+    return _change_all(services, wanted, until, requeue)
+
+
+def _requeue(services: Services, tasks: Sequence[Task]) -> set[str]:
+    """Let tasks run again, when those of their parents have ended that are under way; returns which."""
+    parents = list({parent: None for task in tasks for parent in task.depends_on})
+    statuses = services.repository.statuses(parents) if parents else {}
+    now = services.clock.now_ms()
+    writes = [
+        lifecycle.requeue(task, now, lifecycle.unfinished_parent(task.depends_on, statuses))
+        for task in tasks
+    ]
+    results = services.ledger.commit(writes)
+    done = [(t, w) for t, w, held in zip(tasks, writes, results, strict=True) if held]
+    if (hooks := services.hooks).requeued:
+        for task, write in done:
             hooks.tell_changed(hooks.requeued, task, write.changes)
+    waiting = {task.id: write.changes.get("waiting_on") for task, write in done}
+    services.dependents.waits({child: on for child, on in waiting.items() if on is not None})
+    return set(waiting)
 
-    return _change_all(services, dead(filter), lambda task: lifecycle.requeue(task, now), tell)
+
+def _parents_first(
+    services: Services, wanted: TaskFilter, until: int, tasks: Sequence[Task]
+) -> Iterator[Sequence[Task]]:
+    """These and the dead letters that they depend on, in an order in which children can wait for those."""
+    known = {task.id: task for task in tasks}
+    ahead = {parent for task in tasks for parent in task.depends_on} - known.keys()
+    while ahead:
+        found = services.repository.get_many([*ahead])
+        more = {i: t for i, t in found.items() if wanted.matches(t) and _ended(t) <= until}
+        known.update(more)
+        ahead = {parent for task in more.values() for parent in task.depends_on} - known.keys()
+    order = TopologicalSorter(
+        {i: [parent for parent in task.depends_on if parent in known] for i, task in known.items()}
+    )
+    order.prepare()
+    while ready := order.get_ready():
+        yield [known[task_id] for task_id in ready]
+        order.done(*ready)
 
 
 def discard_all(services: Services, filter: TaskFilter | None) -> int:
     """Remove every dead letter that meets the filter; returns how many."""
-    return _change_all(services, dead(filter), lifecycle.discard, lambda task, write: None)
+
+    def discard(tasks: Sequence[Task]) -> set[str]:
+        results = services.ledger.commit([lifecycle.discard(task) for task in tasks])
+        return {task.id for task, held in zip(tasks, results, strict=True) if held}
+
+    return _change_all(services, dead(filter), services.clock.now_ms(), discard)
 
 
 def _change_all(
     services: Services,
     filter: TaskFilter,
-    write_for: Callable[[Task], Write],
-    changed: Callable[[Task, Write], None],
+    until: int,
+    change: Callable[[Sequence[Task]], set[str]],
 ) -> int:
-    until, most = services.clock.now_ms(), services.repository.count(filter)
+    """Change all that ended before a moment; ``change`` says which it changed, perhaps others, too."""
+    most = services.repository.count(filter)
     offset = done = 0
     while done < most:
         page = services.repository.list(attrs.evolve(filter, offset=offset, limit=BATCH))
         # One that failed again since is left where it is.
-        writes = [(task, write_for(task)) for task in page if _ended(task) <= until]
-        results = services.ledger.commit([write for _, write in writes]) if writes else ()
-        for (task, write), held in zip(writes, results, strict=True):
-            if held:
-                done += 1
-                changed(task, write)
-            elif task.unique_key is not None:
-                offset += 1  # it stays, as another task holds its key
-        offset += len(page) - len(writes)
+        tasks = [task for task in page if _ended(task) <= until]
+        changed = change(tasks) if tasks else set()
+        done += len(changed)
+        # So is one whose key another task holds.
+        stay = [t for t in tasks if t.id not in changed and t.unique_key is not None]
+        offset += len(page) - len(tasks) + len(stay)
         if len(page) < BATCH:
             break
     return done

@@ -344,12 +344,15 @@ class Repository(TaskRepository):
         Raises:
             TaskNotFound: there is no such task.
             InvalidTransition: its status may not move as asked, or it moved meanwhile.
+            DuplicateTask: it would take a unique key again that another task holds.
             PayloadError: params or result break the JSON rules.
             ConfigurationError: another field holds what it may not.
         """
         task = _storable(task)
         stored = self.get_by_id(task.id)
         if not any(self.apply(lifecycle.amend(stored, task, self.clock.now_ms()))):
+            if task.status is TaskStatus.PENDING:
+                self.refuse_if_key_held(stored)
             raise InvalidTransition(f"task {task.id} moved on while it was being updated")
 
     def update_status(self, task_id: str, status: TaskStatus, message: str = "") -> None:
@@ -358,13 +361,23 @@ class Repository(TaskRepository):
         Raises:
             TaskNotFound: there is no such task.
             InvalidTransition: no move leads there, or it moved meanwhile.
+            DuplicateTask: it would take a unique key again that another task holds.
         """
         stored = self.get_by_id(task_id)
         write = lifecycle.set_status(
             stored, check_status(status), clean_text(message, MAX_MESSAGE), self.clock.now_ms()
         )
         if not self.apply([write])[0]:
+            if status == TaskStatus.PENDING:
+                self.refuse_if_key_held(stored)
             raise InvalidTransition(f"task {task_id} moved on while its status was being set")
+
+    def refuse_if_key_held(self, task: Task) -> None:
+        """``DuplicateTask`` where another task holds the unique key that this one would take again."""
+        key = task.unique_key
+        holder = None if key is None else self.unique_holders([key]).get(key)
+        if holder is not None and holder != task.id:
+            raise DuplicateTask(holder, key)
 
     def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
         """Set progress, clamped to 0 to 100, and message of a running task; of another, nothing.

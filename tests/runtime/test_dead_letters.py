@@ -4,7 +4,15 @@ from __future__ import annotations
 
 import pytest
 
-from taskx import ConfigurationError, Hook, Permanent, QueueStopped, TaskFilter, TaskStatus
+from taskx import (
+    ConfigurationError,
+    Hook,
+    Permanent,
+    QueueStopped,
+    Task,
+    TaskFilter,
+    TaskStatus,
+)
 from taskx.runtime import dead_letters
 from taskx.testing import ManualClock
 
@@ -105,6 +113,59 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, mo
     tasks, total = queue.dead_letters()
     assert total == 5
     assert {task.starts for task in tasks} == {2}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 200])
+def test_children_wait_for_the_parents_that_are_requeued_with_them(
+    make_queue, gate, batch, monkeypatch
+):
+    """Whatever the order in which they are come to, and whatever page they are on."""
+    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    queue = make_queue(worker_num=4)
+    mended, ran = [], []
+
+    @queue.executor("step")
+    def step(ctx, n):
+        if not mended:
+            raise Permanent("not yet")
+        if n < 2:
+            gate()
+        assert all(parent.status == "completed" for parent in ctx.parents)
+        ran.append(n)
+
+    parents = {"0": [], "1": [], "2": ["0", "1"], "3": ["2"], "4": ["0", "3"], "5": ["3", "1"]}
+    queue.submit_many(
+        Task(
+            id=task_id,
+            type="step",
+            params={"n": int(task_id)},
+            depends_on=depends_on,
+            on_parent_failure="fail",
+        )
+        for task_id, depends_on in parents.items()
+    )
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 6
+    mended.append(True)
+    assert queue.requeue_dead_letters() == 6
+    gate.wait_for(2)
+    assert ran == []
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert sorted(ran) == [0, 1, 2, 3, 4, 5]
+    assert ran.index(2) < ran.index(3) < min(ran.index(4), ran.index(5))
+
+
+def test_a_parent_that_does_not_meet_the_filter_is_not_waited_for(make_queue):
+    queue = make_queue()
+    queue.executor("bad")(lambda: 1 / 0)
+    queue.executor("fine")(lambda: "ran")
+    queue.start()
+    child = queue.submit("fine", depends_on=[queue.submit("bad")], on_parent_failure="fail")
+    assert child.exception(PATIENCE)
+    assert queue.requeue_dead_letters(TaskFilter(type="fine")) == 1
+    assert queue.handle(child.id).result(PATIENCE) == "ran"
 
 
 def test_they_are_discarded(queue):

@@ -263,6 +263,21 @@ class TestRequeue:
         assert e.value.task_id == other.id
         assert cancelled.task().status is TaskStatus.CANCELLED
 
+    def test_by_hand_is_refused_too(self, quiet, cancelled):
+        other = quiet.submit("fine", **KEY)
+        task = cancelled.task()
+        task.status = TaskStatus.PENDING
+        for by_hand in (
+            lambda: quiet.repository.update(task),
+            lambda: quiet.repository.update_status(task.id, TaskStatus.PENDING),
+        ):
+            with pytest.raises(DuplicateTask) as e:
+                by_hand()
+            assert (e.value.task_id, e.value.unique_key) == (other.id, "report")
+        other.cancel()
+        quiet.repository.update_status(task.id, TaskStatus.PENDING)
+        assert quiet.repository.unique_holders(["report"]) == {"report": task.id}
+
     def test_of_many_passes_over_those(self, queue):
         queue.executor("bad")(lambda: 1 / 0)
         queue.start()
