@@ -267,6 +267,23 @@ class TestWhen:
         eventually(lambda: handle.task().status is not TaskStatus.RUNNING)
         assert lines(handle.task())[1:] == ["INFO taskx: begins", "INFO taskx: ends"]
 
+    def test_an_attempt_that_is_given_up(self, queue, gate):
+        """What its thread logs later is dropped, as all else that comes of it."""
+
+        @queue.executor(capture_log=True, timeout=0.05, grace=0.0)
+        def talk(ctx):
+            ctx.logger.info("hangs")
+            gate()
+            ctx.logger.info("is back")
+
+        queue.start()
+        handle = queue.submit("talk")
+        with pytest.raises(TaskFailed, match="still runs"):
+            handle.result(PATIENCE)
+        gate.open()
+        eventually(lambda: not handle.task().stuck_on)
+        assert lines(handle.task())[1:] == ["INFO taskx: hangs"]
+
     def test_it_costs_no_write_of_its_own(self, queue, repository):
         queue.executor("talk", capture_log=True)(lambda ctx: ctx.logger.info("said"))
         queue.start()

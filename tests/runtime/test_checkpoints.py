@@ -304,6 +304,27 @@ class TestCancelled:
             assert checkpoints(queue, handle) == {"steps": {"before": 1}}
             assert (handle.task().status, handle.task().starts) == (TaskStatus.PENDING, 2)
 
+    def test_a_thread_that_was_given_up_stores_nothing(self, queue, gate):
+        """Its attempt is over, and another one may have gone on."""
+        reasons = []
+
+        @queue.executor(timeout=0.05, grace=0.0)
+        def slow(ctx):
+            try:
+                ctx.step("late", gate)
+            except TaskCancelled as error:
+                reasons.append(error.reason)
+                raise
+
+        queue.start()
+        handle = queue.submit("slow")
+        with pytest.raises(TaskFailed, match="still runs"):
+            handle.result(PATIENCE)
+        gate.open()
+        eventually(lambda: not handle.task().stuck_on)
+        assert reasons == [CancelReason.TIMEOUT]
+        assert checkpoints(queue, handle) == {}
+
 
 class TestCursor:
     def test_goes_on_where_the_last_attempt_was(self, queue):
