@@ -248,6 +248,7 @@ class Engine:
             with self._quiet:
                 self._at_work += 1
         self.stuck.thread_ended(run)
+        self.admission.over(run.task.id, ran=True)
         self.wake_scheduler()
 
     def _is_superfluous(self) -> bool:

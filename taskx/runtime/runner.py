@@ -29,7 +29,7 @@ _current = threading.local()
 class Run:
     """One attempt at a task that was started, with the token that tells it to stop."""
 
-    __slots__ = ("capture", "context", "decided", "executor", "overdue", "task", "token")
+    __slots__ = ("capture", "context", "decided", "executor", "overdue", "stuck", "task", "token")
 
     def __init__(
         self,
@@ -48,6 +48,8 @@ class Run:
         #: whoever decides how it ends.
         self.overdue: Overdue | None = None
         self.decided: _thread.LockType | None = None
+        #: Whether it was given up while its thread runs on.
+        self.stuck = False
         self.capture: Capture | None = None
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)

@@ -222,7 +222,8 @@ class Starter:
         """Forget a run that was not executed, or is over."""
         if self.runs.get(run.task.id) is run:
             del self.runs[run.task.id]
-            self._admission.over(run.task.id, ran=ran)
+            if not run.stuck:  # it counts as long as its thread runs
+                self._admission.over(run.task.id, ran=ran)
         if self._is_suspect(run.task):
             self._suspect_done()
         elif not self.runs:

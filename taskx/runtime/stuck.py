@@ -93,7 +93,7 @@ class Stuck:
         with self._giving_up:
             if not (run.decided and run.decided.acquire(False)):
                 return  # it has ended meanwhile
-            self._any = True
+            self._any = run.stuck = True
             self.runs.append(run)
             self.do_without(run, ident)
             self.conclude(run, self._services.runner.give_up(run, worker, stack))

@@ -20,6 +20,7 @@ from taskx import (
     SQLiteRepository,
     TaskFailed,
     TaskStatus,
+    executor,
 )
 from taskx.core.writes import Update
 from taskx.runtime.executors import DEFAULT_GRACE, Options
@@ -121,7 +122,7 @@ class TestGivenUp:
         eventually(lambda: not queue.get_task_status("x").stuck_on)
         task = handle.task()
         assert (task.status, task.result, task.progress) == (TaskStatus.FAILED, None, 0)
-        assert "its thread has ended now; what came of it is dropped" in caplog.text
+        eventually(lambda: "its thread has ended now; what came of it is dropped" in caplog.text)
         assert queue._node.engine.runs == {}
 
     def test_what_it_stores_later_is_not_stored(self, make_queue, clock, gate):
@@ -372,6 +373,25 @@ class TestBarred:
         assert queue.handle("next").result(PATIENCE) == "run 1"
         assert queue.begun == ["x", "x", "next"]
 
+    def test_it_counts_for_the_limit_of_its_type(self, make, hang, gate):
+        queue = make()
+        begun = []
+        queue.register_executor(
+            executor("only", timeout=TIMEOUT, grace=GRACE, max_concurrency=1)(
+                lambda name: begun.append(name) or (gate() if name == "x" else name)
+            )
+        )
+        first = queue.submit("only", {"name": "x"})
+        gate.wait_for()
+        queue._clock.advance(TIMEOUT + GRACE)
+        fails(first)
+        second = queue.submit("only", {"name": "y"})
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+        queue._node.engine.refill()
+        assert (begun, second.task().status) == (["x"], TaskStatus.PENDING)
+        gate.open()
+        assert second.result(PATIENCE) == "y"
+
     def test_a_look_that_was_cut_short_is_made_up_for(self, make, hang, gate, monkeypatch):
         queue = make()
         handle = hang(queue, max_attempts=2)
@@ -414,7 +434,9 @@ class TestReplaced:
         assert not [r for r in caplog.records if "more than max_stuck" in r.getMessage()]
         hang(queue, "b")
         eventually(lambda: not queue.healthy)
-        [told] = [r for r in caplog.records if "more than max_stuck=1" in r.getMessage()]
+        [told] = eventually(
+            lambda: [r for r in caplog.records if "more than max_stuck=1" in r.getMessage()]
+        )
         assert told.levelno == logging.ERROR
         assert at_work(queue) == 3  # two of them stuck
         assert queue.submit("fine").result(PATIENCE) == "fine"
