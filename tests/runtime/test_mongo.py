@@ -28,7 +28,7 @@ from taskx import (
 from .conftest import PATIENCE, eventually
 
 PROGRAM = """
-import sys, threading
+import sys, threading, time
 from taskx import Config, MongoRepository, Queue
 import pymongo
 
@@ -56,7 +56,8 @@ def listen(ctx, n=0):
     ctx.sleep(60)
 
 def wait_for_ever():
-    threading.Event().wait()
+    while True:  # a signal that comes just before it would not end one long wait
+        time.sleep(0.05)
 """
 
 
