@@ -1,18 +1,20 @@
 """The nightly report of a small shop, as a workflow: what happens beyond one task and one try.
 
 Three branches deliver their sales over HTTP, from a server that fails now and then. They are fetched side
-by side and merged; then the report is written and sent, once. Killed at any moment and run again, it goes
-on where it was. Run it: ``python examples/workflow.py [FILE]``
+by side and merged; then a chart is drawn, and the report is sent, once. Killed at any moment and run again,
+it goes on where it was. Run it: ``python examples/workflow.py [FILE]``
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 import threading
 import urllib.error
 import urllib.request
 from datetime import timedelta
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
 
@@ -50,18 +52,24 @@ class Branches(BaseHTTPRequestHandler):
         """Say nothing."""
 
 
-server = ThreadingHTTPServer(("127.0.0.1", 0), Branches)
-url = f"http://127.0.0.1:{server.server_port}"
+@cache
+def server() -> ThreadingHTTPServer:
+    return ThreadingHTTPServer(("127.0.0.1", 0), Branches)
+
+
 path = sys.argv[1] if len(sys.argv) > 1 else "workflow.db"
 queue = Queue(
     SQLiteRepository(path), Config(worker_num=4, retention={"completed": timedelta(days=7)})
 )
 
 
-# Retried while the server is down, at most three times, each within five seconds; but a branch that is
-# not there will not be there next time either.
-@queue.executor(timeout=5, retry=RetryPolicy(4, base=0.05, jitter=0.1, retry_on=OSError))
+# Two requests at a time. Retried while the server is down, at most three times, each within five seconds;
+# but a branch that is not there will not be there next time either.
+@queue.executor(
+    timeout=5, retry=RetryPolicy(4, base=0.05, jitter=0.1, retry_on=OSError), max_concurrency=2
+)
 def fetch(ctx, branch: str) -> list[int]:
+    url = f"http://127.0.0.1:{server().server_port}"
     try:
         with urllib.request.urlopen(f"{url}/{branch}", timeout=ctx.remaining()) as response:
             return json.load(response)
@@ -92,12 +100,25 @@ def send(text: str) -> None:
     print("sent", text)
 
 
+# In a child process: a library that takes it down takes nothing else with it. What it logs is kept.
+@queue.executor(isolation="process", timeout=60, capture_log=True)
+def draw(ctx) -> list[str]:
+    [merged] = ctx.parents
+    if ctx.task.crashes == 0:
+        os._exit(1)  # so much for the first try
+    ctx.logger.info("drawing %d bars", len(merged.result))
+    return ["#" * (total // 5) for total in merged.result.values()]
+
+
 def nightly(day: str) -> Flow:
-    """Fetch side by side, then merge, then report."""
+    """Fetch side by side, then merge, then draw and report."""
     fetched = group(*(fetch.task(branch=branch) for branch in SALES))
     # As long as its record is kept, no other task holds this key: so no night is reported twice.
     merged = Task(type="merge", unique_key=f"night {day}", unique_scope="ever")
-    return chain(fetched, merged, report.task(day=day))
+    # One mail at a time, in order, whichever process sends it.
+    sent = report.task(day=day)
+    sent.concurrency_key = "mail"
+    return chain(fetched, merged, group(sent, draw.task()))
 
 
 def run_night(day: str) -> None:
@@ -108,12 +129,14 @@ def run_night(day: str) -> None:
         print("not again:", error.unique_key)
         queue.drain(timeout=60)
         return
-    print("report:", whole.result(timeout=60))
+    sent, chart = whole.result(timeout=60)
+    print("report:", sent)
+    print("chart:", *chart, "|", whole.handles[-1].task().log.split(": ")[-1].strip())
     print(f"{len(whole.ids)} tasks, {whole.progress():.0f} % of them ended, {whole.status()}")
 
 
 def main() -> None:
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    threading.Thread(target=server().serve_forever, daemon=True).start()
     with queue:
         run_night("monday")
         run_night("monday")
@@ -131,8 +154,15 @@ def main() -> None:
         print(
             "mapped:", *queue.map(fetch, [{"branch": branch} for branch in SALES], name="tuesday")
         )
-    server.shutdown()
-    server.server_close()
+
+        # What is paused is accepted, and not started, by any process, until it is resumed.
+        queue.pause("fetch")
+        urgent = queue.submit("fetch", {"branch": "oslo"}, priority=5)
+        print("paused:", urgent.task().status)
+        queue.resume("fetch")
+        print("resumed:", urgent.result(timeout=60))
+    server().shutdown()
+    server().server_close()
 
 
 if __name__ == "__main__":

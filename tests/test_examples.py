@@ -292,7 +292,8 @@ def test_workflow(tmp_path):
     night = [
         "sent monday: berlin 42, lima 7, oslo 15",
         "report: berlin 42, lima 7, oslo 15",
-        "5 tasks, 100 % of them ended, completed",
+        "chart: ######## # ### | drawing 3 bars",
+        "6 tasks, 100 % of them ended, completed",
     ]
     for begins in (night, ["not again: night monday"]):
         command = [*STRICT, EXAMPLES / "workflow.py", "shop.db"]
@@ -305,6 +306,8 @@ def test_workflow(tmp_path):
             "statuses: failed cancelled",
             "dead letters discarded: 1",
             "mapped: [12, 30] [7] [5, 5, 5]",
+            "paused: pending",
+            "resumed: [5, 5, 5]",
         ]
 
 
