@@ -24,6 +24,7 @@ from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.codec import NO_CODECS, Codecs, Unreadable
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
+from taskx.core.order import rank
 from taskx.core.payload import CODEC_KEY
 from taskx.core.retry import RetryPolicy
 
@@ -93,6 +94,10 @@ class Stub(NamedTuple):
     cancel_requested: bool
     type: str
     run_at: int | None
+
+    def rank(self, ageing: int) -> int:
+        """What pending tasks are sorted by: see :func:`taskx.core.order.rank`."""
+        return rank(self.priority, self.created_at, self.run_at, ageing)
 
 
 _STATUS = {status.value: status for status in TaskStatus}

@@ -10,6 +10,8 @@ from heapq import heapify
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
+from taskx.core.order import rank
+
 if TYPE_CHECKING:
     from taskx.runtime.runner import Run
 
@@ -22,9 +24,9 @@ TIED_UP = 0.002
 
 
 class Item(NamedTuple):
-    """A pending task in the buffer; sorts by priority, then age."""
+    """A pending task in the buffer; sorts by priority (or what ageing makes of it), then age."""
 
-    rank: int  # minus the priority
+    rank: int  # the smaller, the sooner
     created_at: int
     order: int
     id: str
@@ -40,8 +42,10 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
     submit fail. Beside the ids lie the tasks that were started ahead, for the next free worker.
     """
 
-    def __init__(self, maxsize: int, fetch_size: int, workers: int) -> None:
+    def __init__(self, maxsize: int, fetch_size: int, workers: int, ageing: int = 0) -> None:
         super().__init__(maxsize)
+        #: Milliseconds of waiting that count as one priority more; 0 for none.
+        self.ageing = ageing
         self.fetch_size = fetch_size
         self.workers = workers
         self.short = False  # whether tasks have lately been so short that waking costs more
@@ -86,7 +90,13 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         return next(self._order)
 
     def add(
-        self, task_id: str, type: str, priority: int, created_at: int, turn: int | None = None
+        self,
+        task_id: str,
+        type: str,
+        priority: int,
+        created_at: int,
+        run_at: int | None,
+        turn: int | None = None,
     ) -> bool:
         """Put in a task: a submitted one, which has its turn, into its reserved slot; a fetched one
         beside those.
@@ -97,7 +107,8 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         fetched = turn is None
         with self.mutex:
             order = next(self._order) if turn is None else turn
-            self._add(Item(-priority, created_at, order, task_id, type, fetched))
+            place = rank(priority, created_at, run_at, self.ageing) if self.ageing else -priority
+            self._add(Item(place, created_at, order, task_id, type, fetched))
             return self._wake()
 
     def put_back(self, items: Iterable[Item]) -> None:

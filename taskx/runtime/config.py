@@ -35,6 +35,11 @@ def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
         check_number(value, attribute.name)
 
 
+def _ageing(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+    if value is not None:
+        check_number(value, attribute.name, minimum=0.001)
+
+
 def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskStatus, float]:
     if not isinstance(given, Mapping):
         raise ConfigurationError(f"retention must map statuses to periods, not {given!r}")
@@ -63,6 +68,8 @@ class Config:
         retention: for how long tasks that have ended are kept, by status: a ``timedelta`` or seconds.
             For ever where none is given.
         max_stuck: worker threads that do not end after their task's time-out and are replaced by others.
+        ageing: seconds of waiting that count as one priority more, so that low priorities are not
+            starved; None: priority alone counts.
 
     Raises:
         ConfigurationError: a value is not valid.
@@ -75,3 +82,4 @@ class Config:
     max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))
     retention: Mapping[TaskStatus, float] = attrs.field(factory=dict, converter=_periods)
     max_stuck: int = attrs.field(default=10, validator=_whole(0, 10_000))
+    ageing: float | None = attrs.field(default=None, validator=_ageing)

@@ -398,7 +398,7 @@ class Engine:
             for stub in found:
                 if stub.type in self.services.registry.limits:
                     self.admission.fetched(stub.type, stub.id)
-                self.buffer.add(stub.id, stub.type, stub.priority, stub.created_at)
+                self.buffer.add(stub.id, stub.type, stub.priority, stub.created_at, stub.run_at)
             if len(found) == room:
                 self.more_stored = True
         finally:
@@ -425,22 +425,25 @@ class Engine:
         Those that no node holds, or those in the buffer of one.
         """
         repository, limits = self.services.repository, self.services.registry.limits
-        known, types = self.buffered(), self.types()
+        known, types, ageing = self.buffered(), self.types(), self.buffer.ageing
         free = [type for type in types if type not in limits] if limits else types
-        found = _others(repository.ready(free, room + len(known), owner), known, room)
+        found = _others(repository.ready(free, room + len(known), owner, ageing), known, room)
         if len(free) == len(types):
             return found
         for type in types:
             if type in limits:
                 most, waiting = self.admission.room(type, known)
                 if (most := min(most, room)) > 0:
-                    stubs = repository.ready([type], most + waiting, owner)
+                    stubs = repository.ready([type], most + waiting, owner, ageing)
                     some = _others(stubs, known, most)
                     found += some
                     if not owner:
                         self.admission.looked(type, most, len(some))
-        found.sort(key=_best_first)
+        found.sort(key=self._best_first)
         return found[:room]
+
+    def _best_first(self, stub: Stub) -> tuple[int, int]:
+        return stub.rank(self.buffer.ageing), stub.created_at
 
     def _take_over(self) -> list[Stub]:
         """With nothing to do: what is next in line in the buffers of other nodes, one for each idle worker.
@@ -457,7 +460,7 @@ class Engine:
             if owner != self.node.id
             for stub in self._offered(wanted, owner)
         ]
-        found.sort(key=lambda pair: _best_first(pair[0]))
+        found.sort(key=lambda pair: self._best_first(pair[0]))
         writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
         taken = services.ledger.commit(writes) if writes else []
         self.more_stored = any(taken)  # look again when these are done
@@ -529,7 +532,3 @@ class Engine:
 def _others(stubs: Sequence[Stub], known: Collection[str], most: int) -> list[Stub]:
     """Those that are not known yet, at most so many."""
     return [stub for stub in stubs if stub.id not in known][:most]
-
-
-def _best_first(stub: Stub) -> tuple[int, int]:
-    return -stub.priority, stub.created_at

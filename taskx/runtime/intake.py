@@ -228,7 +228,9 @@ class Intake:
 
     def _buffer(self, engine: Engine, insert: Insert, turn: int) -> None:
         row = insert.row
-        if not engine.buffer.add(row["id"], row["type"], row["priority"], row["created_at"], turn):
+        if not engine.buffer.add(
+            row["id"], row["type"], row["priority"], row["created_at"], row["run_at"], turn
+        ):
             engine.wake_scheduler()  # it looks after the task if the busy workers do not
 
     def _overflowed(self, engine: Engine, insert: Insert, overflow: str) -> None:

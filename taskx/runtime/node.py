@@ -54,7 +54,8 @@ class LocalNode:
             types=services.registry.types,
         )
         fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
-        buffer = Buffer(config.buffer_size, fetch_size, config.worker_num)
+        ageing = round((config.ageing or 0) * 1000)
+        buffer = Buffer(config.buffer_size, fetch_size, config.worker_num, ageing)
         stuck = Stuck(services, node_id, config.max_stuck)
         self.engine = Engine(services, self.record, config.worker_num, buffer, stuck)
         self._recovery = Recovery(self.engine)

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from taskx.core import lifecycle
 from taskx.core.clock import Clock, to_ms
 from taskx.core.model import Task
+from taskx.core.record import optional_ms
 from taskx.core.writes import Update
 from taskx.runtime.admission import Admission
 from taskx.runtime.alarms import Alarms
@@ -260,7 +261,8 @@ class Starter:
             self._admission.freed()
             return
         assert task.created_at is not None  # it comes from the repository
-        self._buffer.add(task.id, task.type, task.priority, to_ms(task.created_at))
+        run_at = optional_ms(task.run_at, "run_at")
+        self._buffer.add(task.id, task.type, task.priority, to_ms(task.created_at), run_at)
 
     def _suspect_done(self) -> None:
         if next_one := self.suspects.leave():

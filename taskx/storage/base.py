@@ -164,11 +164,14 @@ class Repository(TaskRepository):
         return tasks, max(count, filter.offset + len(tasks)) if tasks else count
 
     @abstractmethod
-    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
         """Pending tasks of these types that may start now, best first.
 
-        Best: highest priority, then earliest stored. Those that no node holds or, with ``owner``,
-        those that wait in that node's buffer.
+        Best: highest priority, then earliest stored; with ``ageing``, so many milliseconds of waiting
+        count as one priority more. Those that no node holds or, with ``owner``, those that wait in that
+        node's buffer.
         """
 
     @abstractmethod

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from typing import Any
 
@@ -234,12 +234,20 @@ class MemoryRepository(Repository):
         with self._lock:
             return self.list(filter), self.count(filter)
 
-    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
         with self._lock:
-            found = [self._ready.get((owner, kind), [])[:limit] for kind in types]
-            ranks = sorted(rank for some in found for rank in some)
-            return [stub_from_row(self._rows[rank[2]]) for rank in ranks[:limit]]
+            ready = [self._ready.get((owner, kind), []) for kind in types]
+            if ageing:
+                ready = [level for some in ready for level in _levels(some)]
+            ranks = sorted(rank for some in ready for rank in some[:limit])
+            if not ageing:
+                return [stub_from_row(self._rows[rank[2]]) for rank in ranks[:limit]]
+            ranks.sort(key=_age)
+            found = [stub_from_row(self._rows[rank[2]]) for rank in ranks]
+            return sorted(found, key=lambda stub: stub.rank(ageing))[:limit]
 
     def due(self, now: int, limit: int) -> Sequence[str]:
         """Ids of held back pending tasks whose time has come."""
@@ -376,6 +384,15 @@ class MemoryRepository(Repository):
 
 def _rank(row: Row) -> tuple[int, int, str]:
     return -row["priority"], row["sequence"], row["id"]
+
+
+def _levels(ranks: list[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
+    """Those of each priority, in order."""
+    start = 0
+    while start < len(ranks):
+        end = bisect.bisect_left(ranks, (ranks[start][0] + 1, 0, ""))
+        yield ranks[start:end]
+        start = end
 
 
 def _age(rank: tuple[int, int, str]) -> int:

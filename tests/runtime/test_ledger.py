@@ -601,11 +601,11 @@ def test_outage_while_a_worker_fetches_more_loses_no_task_that_it_started():
     class FailsOneWorker(MemoryRepository):
         failed = False
 
-        def ready(self, types, limit, owner=""):
+        def ready(self, *asked):
             if not self.failed and threading.current_thread().name.startswith("taskx-worker"):
                 self.failed = True
                 raise RepositoryUnavailable("for a moment")
-            return super().ready(types, limit, owner)
+            return super().ready(*asked)
 
     repository = FailsOneWorker()
     queue = Queue(repository, Config(worker_num=1))

@@ -419,6 +419,22 @@ def test_each_token_starts_one_though_none_ends(make_queue, gate, monkeypatch):
     gate.wait_for(5)
 
 
+def test_the_scheduler_is_told_when_a_token_is_waited_for(rated, clock):
+    """By the start that took the last one, and by a fetch after which there may be more."""
+    admission, told = rated(rate="60/m", burst=2)._node.engine.admission, []
+    admission.scheduled = lambda: told.append(admission.next_look())
+    assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
+    assert told == [clock.monotonic() + 1]
+    clock.advance(1)
+    assert admission.is_time()
+    assert (admission.is_time(), admission.next_look()) == (False, None)
+    assert admission.room("t", ()) == (1, 0)
+    admission.looked("t", 1, 0)  # nothing waits for it
+    assert (len(told), admission.next_look()) == (1, None)
+    admission.looked("t", 1, 1)
+    assert told[1:] == [clock.monotonic() + 1]
+
+
 def test_what_never_ran_gives_its_token_back(rated, clock):
     queue = rated(rate="1/h")
     admission = queue._node.engine.admission
@@ -429,6 +445,37 @@ def test_what_never_ran_gives_its_token_back(rated, clock):
     assert admission.admit({"t": ["y"]}) == {"y"}
     admission.over("y", ran=True)
     assert admission.admit({"t": ["z"]}) == set()
+
+
+def test_a_place_without_a_token_is_free_again(make_queue, clock):
+    """Of two that want to start one had no token."""
+    queue = make_queue(clock=clock)
+    queue.executor("t", rate="1/h", max_concurrency=2)(lambda: None)
+    queue.start()
+    admission = queue._node.engine.admission
+    assert admission.admit({"t": ["x", "y"]}) == {"x"}
+    clock.advance(3600)
+    assert admission.admit({"t": ["y"]}) == {"y"}
+    clock.advance(3600)
+    assert admission.admit({"t": ["z"]}) == set()
+    admission.over("x", ran=True)
+    assert admission.admit({"t": ["z"]}) == {"z"}
+
+
+def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
+    """However often it is filled up."""
+    queue = busy()
+    queue.executor("t", max_concurrency=2)(lambda: None)
+    for _ in range(10):
+        queue.submit("t")
+    engine = queue._node.engine
+    eventually(lambda: len(engine.buffer.ids) == 2)
+    for _ in range(5):
+        engine.more_stored = True
+        engine.refill()
+        assert len(engine.buffer.ids) == 2
+    gate.open()
+    assert queue.drain(PATIENCE)
 
 
 def test_a_rate_and_a_number_at_once(make_queue, clock, gate):

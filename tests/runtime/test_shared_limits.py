@@ -78,8 +78,9 @@ def test_in_a_crowd_of_short_tasks_too(make_queue, most):
     assert crowd.most <= most
 
 
-def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, gate):
-    """Also where it had all places before."""
+def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, monkeypatch):
+    """Not even until the next slow look; and it had all places before."""
+    monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
     queues = nodes(make_queue, 2, Crowd(), max_concurrency=2)
     for _ in range(10):
         queues[0].submit("t")
@@ -245,6 +246,26 @@ def test_a_node_that_was_taken_for_dead_counts_anew():
     assert second.take(1) == 1
     first.forget()  # as when a lease is lost
     assert first.take(1) == 0
+
+
+def test_where_one_of_two_limits_cannot_be_read_the_other_is_left_as_it_was(make_queue, repository):
+    """The repository failed between the two."""
+    queue = make_queue()
+    both = {"max_concurrency": 1, "rate": "9/s", "limit_scope": "global"}
+    queue.executor("t", **both)(lambda: None)
+    queue.start()
+    admission, put = queue._node.engine.admission, repository.put_note
+
+    def fail(name, *note):
+        if "rate" in name:
+            raise RepositoryUnavailable("down for a moment")
+        return put(name, *note)
+
+    repository.put_note = fail
+    with pytest.raises(RepositoryUnavailable):
+        admission.admit({"t": ["x"]})
+    repository.put_note = put
+    assert admission.admit({"t": ["x"]}) == {"x"}
 
 
 def test_a_change_that_is_in_doubt_is_read_back():

@@ -348,6 +348,8 @@ def test_defaults_are_the_originals():
         {"overflow": "drop"},
         {"block_timeout": -1},
         {"max_payload_size": 0},
+        {"ageing": 0},
+        {"ageing": "1"},
     ],
 )
 def test_settings_are_checked(settings):

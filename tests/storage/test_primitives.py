@@ -32,6 +32,10 @@ MONGO = ["mongomock", "mongo", "mongo-set"]
 whole_batches = pytest.mark.parametrize(
     "store", ["memory", "sqlite", "sqlite-coded", *MONGO], indirect=True
 )
+#: Stores that keep more than the thirteen fields of the original.
+keeping_options = pytest.mark.parametrize(
+    "store", [kind for kind in MAKERS if kind != "adapter-13"], indirect=True
+)
 transactional = pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
 
 
@@ -333,6 +337,51 @@ class TestReady:
         assert list(store.apply([lifecycle.take("a", "two", "one")])) == [True]
         assert list(store.apply([lifecycle.take("a", "three", "one")])) == [False]
         assert ids(store.ready(["t"], 10, "two")) == ["a", "c"]
+
+    @keeping_options
+    def test_with_ageing_so_much_waiting_counts_as_one_priority_more(self, store, add, clock):
+        """Ten seconds here; equal ones by when they were stored, whatever their type."""
+        for task_id, priority, type, wait in [
+            ("old", 0, "t", 20),
+            ("higher", 1, "u", 10),
+            ("middle", 1, "t", 0),
+            ("same", 1, "u", 10),
+            ("high", 2, "t", 11),
+            ("new", 0, "t", 0),
+        ]:
+            add(task_id, priority=priority, type=type, now=clock.now_ms())
+            clock.advance(wait)
+        order = ["old", "higher", "middle", "same", "high", "new"]
+        assert ids(store.ready(["t", "u"], 10, ageing=10_000)) == order
+        assert ids(store.ready(["t", "u"], 3, ageing=10_000)) == order[:3]
+        assert ids(store.ready(["u"], 10, ageing=10_000)) == ["higher", "same"]
+        assert ids(store.ready(["t", "u"], 10, ageing=1)) == [
+            "old",
+            "higher",
+            "middle",
+            "same",
+            "high",
+            "new",
+        ]
+        assert ids(store.ready(["t", "u"], 10, ageing=10**9))[0] == "high"
+        assert ids(store.ready([], 10, ageing=1)) == []
+
+    @keeping_options
+    def test_with_ageing_what_was_delayed_waits_since_its_time(self, store, add, clock, now):
+        add("late", run_at=now + 50_000)
+        add("soon", now=now + 20_000)
+        clock.advance(60)
+        store.apply([lifecycle.release("late")])
+        assert ids(store.ready(["t"], 10)) == ["late", "soon"]
+        assert ids(store.ready(["t"], 10, ageing=1000)) == ["soon", "late"]
+
+    @keeping_options
+    def test_with_ageing_many_of_a_high_priority_hide_no_old_one(self, store, clock):
+        store.apply([insert("old", clock)])
+        clock.advance(100)
+        store.apply([insert(f"new {n}", clock, priority=9) for n in range(50)])
+        assert ids(store.ready(["t"], 1)) == ["new 0"]
+        assert ids(store.ready(["t"], 2, ageing=1000)) == ["old", "new 0"]
 
     def test_not_what_runs_or_has_ended(self, store, add, run, now):
         run("a")

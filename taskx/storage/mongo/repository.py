@@ -233,9 +233,11 @@ class MongoRepository(Repository):
         count = self.count(filter)
         return tasks, max(count, end) if tasks else count
 
-    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
-        return self._tasks.ready(types, limit, owner)
+        return self._tasks.ready(types, limit, owner, ageing)
 
     def due(self, now: int, limit: int) -> Sequence[str]:
         """Ids of held back pending tasks whose time has come."""

@@ -135,7 +135,9 @@ class Tasks:
 
     # --- what the runtime asks
 
-    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
         """Pending tasks of these types and this owner, best first."""
         kinds = texts(types, "type")
         if not kinds or limit <= 0:
@@ -143,13 +145,33 @@ class Tasks:
         if self._adopt_foreign and not owner:
             self._adopt(kinds, limit)
 
+        wanted = startable(kinds, text(owner, "owner"))
+        if ageing:
+            return self._by_age(wanted, limit, ageing)
+
         def read() -> list[Document]:
-            cursor = self._connection.tasks.find(
-                startable(kinds, text(owner, "owner")), STUB_FIELDS
-            )
+            cursor = self._connection.tasks.find(wanted, STUB_FIELDS)
             return list(cursor.sort(BEST_FIRST).limit(limit))
 
         return [stub_from_document(document) for document in self._connection.run(read)]
+
+    def _by_age(self, wanted: Document, limit: int, ageing: int) -> Sequence[Stub]:
+        """The first ones of each priority, sorted anew."""
+        fields = {**STUB_FIELDS, "taskx.seq": 1}
+
+        def read() -> list[Document]:
+            tasks = self._connection.tasks
+            found: list[Document] = []
+            for priority in tasks.distinct("taskx.priority", wanted):
+                level = tasks.find({**wanted, "taskx.priority": priority}, fields)
+                found += level.sort(BEST_FIRST).limit(limit)
+            return found
+
+        found = [
+            (stub_from_document(d), d["taskx"].get("seq", 0)) for d in self._connection.run(read)
+        ]
+        found.sort(key=lambda pair: (pair[0].rank(ageing), pair[1]))
+        return [stub for stub, _ in found[:limit]]
 
     def _adopt(self, kinds: Sequence[str], limit: int) -> None:
         """Make pending tasks of the original's ours, each once: from then on they are guarded."""

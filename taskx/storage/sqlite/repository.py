@@ -272,10 +272,26 @@ class SQLiteRepository(Repository):
             connection.execute("COMMIT")
         return [task_from_row(row, self.codecs) for row in rows], int(count)
 
-    def ready(self, types: Iterable[str], limit: int, owner: str = "") -> Sequence[Stub]:
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
+        if ageing:
+            return self._ready_by_age(types, limit, owner, ageing)
         rows = [row for kind in types for row in self._rows(statements.READY, (owner, kind, limit))]
         rows.sort(key=lambda row: (-row[3], row[-1]))
+        return [_stub(row) for row in rows[:limit]]
+
+    def _ready_by_age(
+        self, types: Iterable[str], limit: int, owner: str, ageing: int
+    ) -> Sequence[Stub]:
+        levels = [
+            (owner, kind, priority, limit)
+            for kind in types
+            for (priority,) in self._rows(statements.PRIORITIES, (owner, kind))
+        ]
+        rows = [row for level in levels for row in self._rows(statements.READY_AT, level)]
+        rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
     def due(self, now: int, limit: int) -> Sequence[str]:

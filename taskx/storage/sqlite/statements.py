@@ -24,6 +24,19 @@ READY = (
     "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
+# A step in the index for each priority, however many tasks have it.
+PRIORITIES = (
+    "WITH RECURSIVE steps (priority) AS (SELECT max(priority) FROM tasks WHERE status = 'pending' "
+    "AND held = 0 AND owner = ?1 AND type = ?2 UNION ALL SELECT (SELECT max(priority) FROM tasks "
+    "WHERE status = 'pending' AND held = 0 AND owner = ?1 AND type = ?2 "
+    "AND priority < steps.priority) FROM steps WHERE steps.priority IS NOT NULL) "
+    "SELECT priority FROM steps WHERE priority IS NOT NULL"
+)
+READY_AT = (
+    f"SELECT {_STUB}, seq FROM tasks "
+    "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? AND priority = ? "
+    "ORDER BY seq LIMIT ?"
+)
 # In these words, as the partial index is asked for by them.
 _HELD = "status = 'pending' AND held > 0 AND held = {}"
 DUE = (
