@@ -255,11 +255,7 @@ class Starter:
                 self._services.watcher.look_if_watched(run.task.id)
 
     def rebuffer(self, task: Task) -> None:
-        """Put a task that is pending again back into the buffer; one with limits is fetched anew."""
-        if task.type in self._services.registry.limits:
-            self.give_up([task.id])
-            self._admission.freed()
-            return
+        """Put a task that is pending again back into the buffer."""
         assert task.created_at is not None  # it comes from the repository
         run_at = optional_ms(task.run_at, "run_at")
         self._buffer.add(task.id, task.type, task.priority, to_ms(task.created_at), run_at)

@@ -181,6 +181,34 @@ def test_an_idle_node_takes_no_more_from_a_busy_one_than_it_may(busy, make_queue
     assert crowd.most == 1
 
 
+def test_an_idle_node_leaves_to_a_busy_one_what_it_must_not_start(
+    busy, make_queue, repository, gate
+):
+    queue = busy()
+    for n in range(10):
+        queue.submit("note", {"n": n})
+    helper = make_queue(worker_num=4)
+    helper.executor("note", max_concurrency=1)(lambda n: gate())
+    helper.start()
+    gate.wait_for(1)
+    helper.executor("other")(lambda: None)
+    helper.submit("other").result(PATIENCE)  # a worker of it has looked around once more
+    assert len(repository.ready(["note"], 20, queue._node.record.id)) == 9
+
+
+def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
+    queue = busy()
+    queue.executor("t", max_concurrency=5)(lambda: None)
+    queue.repository.create(Task(id="low", type="note"))
+    queue.repository.create(Task(id="high", type="t", priority=1))
+    queue.repository.create(Task(id="higher", type="note", priority=2))
+    engine = queue._node.engine
+    eventually(lambda: {"low", "high", "higher"} <= engine.buffer.ids)
+    with engine._refilling:  # nobody else fetches them meanwhile
+        engine.starter.give_up([item.id for item in engine.buffer.sweep(lambda type: True)])
+        assert [stub.id for stub in engine._offered(2)] == ["higher", "high"]
+
+
 # However it ends, its place is another's
 
 
