@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
+from zlib import crc32
 
 import attrs
 
@@ -317,11 +318,17 @@ def next_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | No
 
 
 def unfinished_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
-    """The last of its parents that has not ended, which is likely to end last; None if all have."""
-    for parent in reversed(parents):
-        if statuses.get(parent) in (PENDING, RUNNING):
-            return parent
-    return None
+    """One of its parents that has not ended, as if drawn by lot; None if all have.
+
+    So it is seldom that it ends while others have not, whatever their order: of ten thousand parents, some
+    ten times. The lot is the same for all children, and for whoever draws.
+    """
+    left = [parent for parent in parents if statuses.get(parent) in (PENDING, RUNNING)]
+    return max(left, key=_lot, default=None)
+
+
+def _lot(task_id: str) -> int:
+    return crc32(task_id.encode())
 
 
 def _bad_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:

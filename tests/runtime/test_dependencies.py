@@ -19,6 +19,7 @@ from taskx import (
     chain,
     open_repository,
 )
+from taskx.core import lifecycle
 from taskx.runtime import dependents, scheduler
 from taskx.testing import ManualClock
 
@@ -49,6 +50,14 @@ def started(queue, gate):
     return queue
 
 
+@pytest.fixture
+def events_alone(repository, monkeypatch):
+    """Nothing is found by a slow look, or because somebody else changed something."""
+    monkeypatch.setattr(scheduler, "AUDIT_EVERY", 3600)
+    repository.changed = lambda: False
+
+
+@pytest.mark.usefixtures("events_alone")
 class TestReleased:
     def test_when_all_parents_have_completed(self, started, gate):
         parents = [started.submit("hold", {"n": n}) for n in (1, 2)]
@@ -121,6 +130,7 @@ class TestReleased:
         assert [value[0] for value in result[1:]] == list(range(many))
 
 
+@pytest.mark.usefixtures("events_alone")
 class TestParentFails:
     @pytest.fixture(params=["failed", "cancelled", "deleted"])
     def doomed(self, request, started):
@@ -167,6 +177,25 @@ class TestParentFails:
         child = started.submit("alone", depends_on=[parent], on_parent_failure="run")
         end()
         assert child.result(PATIENCE) == "ran"
+
+    def test_they_give_their_keys_up(self, started, doomed):
+        parent, end = doomed
+        child = started.submit("fine", depends_on=[parent], unique_key="k", unique_scope="ever")
+        end()
+        eventually(child.cancelled)
+        assert started.repository.unique_holders(["k"]) == {}
+
+    def test_one_that_is_handed_back_and_was_to_be_cancelled(self, started):
+        """It was started ahead; a cancel came before a worker took it."""
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        repository, starter = started.repository, started._node.engine.starter
+        repository.update_status(parent.id, TaskStatus.RUNNING)
+        run = starter._enlist(parent.task())
+        repository.apply(lifecycle.cancel(parent.id, 1))
+        starter.hand_back([run], rebuffer=False)
+        assert parent.task().status is TaskStatus.CANCELLED
+        eventually(child.cancelled)
 
     def test_it_is_decided_when_all_parents_have_ended(self, started, doomed, gate):
         parent, end = doomed
@@ -314,8 +343,57 @@ class TestParents:
         assert started.prune(later) == 2
 
 
+@pytest.mark.usefixtures("events_alone")
+class TestOthers:
+    """Tasks that another process stored, and of which nobody here was told."""
+
+    @pytest.fixture
+    def family(self, started, make_queue):
+        other = make_queue()
+        other.declare("fine")
+        eventually(lambda: not started._services.dependents.looks)
+        parent = other.submit("fine", delay=3600)
+        child = other.submit("fine", depends_on=[parent])
+        assert not started._services.dependents.any
+        return parent, child
+
+    def test_what_ended_before_they_were_known_is_looked_for(self, started, family):
+        parent, child = family
+        for status in (TaskStatus.RUNNING, TaskStatus.COMPLETED):
+            started.repository.update_status(parent.id, status)
+        started._services.dependents.look_around()
+        eventually(lambda: child.task().status is TaskStatus.COMPLETED)
+
+    def test_from_then_on_ends_are_told(self, started, family):
+        parent, child = family
+        started._services.dependents.look_around()
+        eventually(lambda: not started._services.dependents.looks)
+        started.cancel_task(parent.id)
+        eventually(lambda: child.task().status is TaskStatus.CANCELLED)
+
+    def test_until_there_are_none_any_more(self, started, family):
+        family[1].cancel()
+        started._services.dependents.look_around()
+        assert not started._services.dependents.any
+
+
 class TestStopped:
     """A queue that was stopped has no scheduler any more that would look."""
+
+    def test_what_ended_last_is_looked_at_last(self, started, monkeypatch):
+        """Its outcome was written when the scheduler had ended."""
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        stop = started._node._scheduler.stop
+
+        def late():
+            stop()
+            started.repository.update_status(parent.id, TaskStatus.CANCELLED)
+            started._services.dependents.parent_ended(parent.id)
+
+        monkeypatch.setattr(started._node._scheduler, "stop", late)
+        started.stop()
+        assert child.task().status is TaskStatus.CANCELLED
 
     def test_what_it_cancels_ends_its_children(self, started):
         parents = [started.submit("fine", delay=3600) for _ in range(3)]
@@ -371,6 +449,36 @@ class TestDrained:
         assert len(started.ran) == 2
 
 
+def test_at_the_first_look_all_are_looked_at(repository, make_queue, monkeypatch):
+    """Whoever ran before may not have come to it; nobody tells that anything has changed since."""
+    monkeypatch.setattr(scheduler, "AUDIT_EVERY", 3600)
+    submitter = make_queue()
+    submitter.executor("fine")(lambda: None)
+    parent = submitter.submit("fine")
+    child = submitter.submit("fine", depends_on=[parent])
+    for status in (TaskStatus.RUNNING, TaskStatus.COMPLETED):
+        repository.update_status(parent.id, status)
+    repository.changed = lambda: False
+    queue = make_queue()
+    queue.executor("fine")(lambda: None)
+    queue.start()
+    eventually(lambda: child.task().status is TaskStatus.COMPLETED)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_one_of_many_parents_is_seldom_among_the_first_to_end(step):
+    """Each time that it is, all of them must be looked at again."""
+    parents = [f"00000000-0000-7000-8000-{n:012}" for n in range(1000)]
+    statuses = dict.fromkeys(parents, "running")
+    looked, waiting_on = 0, lifecycle.unfinished_parent(parents, statuses)
+    for parent in parents[::step]:
+        statuses[parent] = "completed"
+        if parent == waiting_on:
+            looked, waiting_on = looked + 1, lifecycle.unfinished_parent(parents, statuses)
+    assert waiting_on is None
+    assert looked < 50
+
+
 class TestMadeGood:
     """What no event told of is found by looking."""
 
@@ -414,6 +522,29 @@ class TestMadeGood:
         repository.before = end_the_parent
         child = started.submit("fine", id="child", depends_on=[parent])
         assert child.result(PATIENCE) == [0, None]
+
+    @pytest.mark.parametrize("how", [TaskStatus.COMPLETED, TaskStatus.CANCELLED])
+    def test_a_parent_that_ends_while_its_child_turns_to_it(self, started, monkeypatch, how):
+        """After its status was read, and before the child is registered with it."""
+        monkeypatch.setattr(dependents.Dependents, "look_slowly", lambda self: False)
+        parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
+        repository = started.repository
+        child = started.submit("fine", depends_on=parents)
+        [first] = repository.awaited("", 9)
+        [other] = {parent.id for parent in parents} - {first}
+
+        def end_the_other(writes):
+            if any(write.id == child.id for write in writes):
+                repository.before = lambda writes: None
+                repository.update_status(other, TaskStatus.RUNNING)
+                repository.update_status(other, how)
+
+        repository.before = end_the_other
+        repository.update_status(first, TaskStatus.RUNNING)
+        repository.update_status(first, TaskStatus.COMPLETED)
+        started._services.dependents.parent_ended(first)
+        eventually(child.done)
+        assert child.task().status is how
 
     def test_an_outage_while_the_children_are_looked_at(self, started, gate):
         parent = started.submit("hold")

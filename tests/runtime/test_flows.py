@@ -212,6 +212,23 @@ class TestHandle:
         assert handle.status() is TaskStatus.CANCELLED
         handle.cancel()
 
+    def test_cancel_begins_at_the_end(self, started, monkeypatch):
+        """Else the end of an earlier task might start a later one before that is cancelled."""
+        handle = started.submit_flow(chain(HOLD, started.say("a"), started.say("b")))
+        asked = []
+        with monkeypatch.context() as patched:
+            patched.setattr(started, "cancel_many", asked.extend)
+            handle.cancel()
+        assert asked == handle.ids[::-1]
+
+    def test_wait_waits_for_all_and_not_for_the_last_one_alone(self, started, gate):
+        handle = started.submit_flow(group(HOLD, started.say("a")))
+        handle.handles[-1].result(PATIENCE)
+        gate.wait_for(1)
+        assert handle.wait(0.01) is False
+        gate.open()
+        assert handle.wait(PATIENCE)
+
     def test_one_that_was_deleted_counts_as_cancelled(self, started):
         handle = started.submit_flow(chain(started.say("a"), started.say("b")))
         handle.result(PATIENCE)

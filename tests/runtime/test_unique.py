@@ -10,6 +10,7 @@ from storage.repositories import TinyRepository
 from taskx import (
     ConfigurationError,
     DuplicateTask,
+    Paused,
     Queue,
     RetryPolicy,
     Task,
@@ -17,6 +18,7 @@ from taskx import (
     TaskStatus,
     open_repository,
 )
+from taskx.runtime import scheduler
 from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids
@@ -161,6 +163,69 @@ class TestConflict:
         quiet.submit("fine", {"n": 3}, **KEY, on_conflict="replace")
         assert first.result(PATIENCE) == 3
 
+    def test_replace_takes_one_that_is_put_off_from_its_node(self, busy, gate):
+        """Else that would be said to hold it when its time has come, and has it no more."""
+        queue = busy()
+        first = queue.submit("note", {"n": 1}, **KEY)
+        assert first.task().owner
+        queue.submit("note", {"n": 2}, **KEY, on_conflict="replace", delay=3600)
+        assert first.task().owner == ""
+        gate.open()
+        assert queue.drain(PATIENCE)
+        assert queue.ran == []
+
+    def test_what_gives_its_key_up_meanwhile_is_not_replaced(self, quiet):
+        """It is pending again when the write comes, but has started since it was read."""
+        first = quiet.submit("fine", {"n": 1}, **KEY, unique_scope="pending")
+        repository = quiet.repository
+
+        def start_and_back(writes):
+            if any(write.id == first.id for write in writes):
+                repository.before = lambda writes: None
+                for status in (TaskStatus.RUNNING, TaskStatus.PENDING):
+                    repository.update_status(first.id, status)
+
+        repository.before = start_and_back
+        second = quiet.submit("fine", {"n": 2}, **KEY, on_conflict="replace")
+        assert second.id != first.id
+        assert (first.task().params, second.task().params) == ({"n": 1}, {"n": 2})
+
+    def test_replace_is_looked_at_at_once(self, make_queue, monkeypatch):
+        """Nobody comes to it by chance: not by a slow look, nor by a change that somebody else made."""
+        monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
+        clock = ManualClock()
+        queue = make_queue(clock=clock)
+        queue.repository.changed = lambda: False
+        queue.executor("fine")(lambda n: n)
+        queue.start()
+        first = queue.submit("fine", {"n": 1}, **KEY, delay=3600)
+        eventually(lambda: queue._node._scheduler._next_due is not None)
+        queue.submit("fine", {"n": 2}, **KEY, on_conflict="replace", delay=10)
+        clock.advance(11)
+        assert first.result(PATIENCE) == 2
+        first = queue.submit("fine", {"n": 3}, **KEY, delay=3600)
+        queue.submit("fine", {"n": 4}, **KEY, on_conflict="replace")
+        assert first.result(PATIENCE) == 4
+
+    def test_what_is_stored_after_all_is_nobodys_where_no_buffer_has_it(
+        self, make_queue, gate, monkeypatch
+    ):
+        """The first try was for the buffer; before the second one the type was paused."""
+        monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
+        clock = ManualClock()
+        queue = make_queue(clock=clock, worker_num=1)
+        queue.executor("hold")(lambda: gate())
+        queue.start()
+        queue.submit("hold", **KEY, unique_scope=1)
+        gate.wait_for(1)
+        clock.advance(2)
+
+        def pause(writes):
+            queue._services.pauses.known = Paused(everything=True)
+
+        queue.repository.after = pause
+        assert queue.submit("hold", **KEY).task().owner == ""
+
     def test_what_runs_is_not_replaced(self, queue, gate):
         queue.executor("hold")(lambda n=0: gate())
         queue.start()
@@ -192,6 +257,9 @@ class TestConflict:
             with pytest.raises(DuplicateTask):
                 quiet.submit("fine", {"n": 3}, unique_key=key, **two, on_conflict="replace")
             assert (same.id, first.task().params) == (first.id, {"n": 2})
+            assert quiet.repository.waiting_for([parent.id]).count(first.id) == (
+                "depends_on" in one
+            )
 
     def test_steps_that_were_done_with_other_params_are_done_again(self, make_queue):
         clock = ManualClock()
