@@ -490,7 +490,7 @@ LEAKS = """
     def left():
         deadline = time.monotonic() + 10
         while threading.active_count() > 1 and time.monotonic() < deadline:
-            time.sleep(0.01)  # those that end when there is nothing left to do
+            time.sleep(0.01)  # those that end when there is nothing left to do  # blocks on purpose
         return threading.active_count(), len(os.listdir("/dev/fd"))
 
     cycle()

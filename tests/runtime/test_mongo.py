@@ -57,7 +57,7 @@ def listen(ctx, n=0):
 
 def wait_for_ever():
     while True:  # a signal that comes just before it would not end one long wait
-        time.sleep(0.05)
+        time.sleep(0.05)  # blocks on purpose
 """
 
 

@@ -63,7 +63,7 @@ def fill():
 
 def wait_for_ever():
     while True:  # a signal that comes just before it would not end one long wait
-        time.sleep(0.05)
+        time.sleep(0.05)  # blocks on purpose
 """
 
 

@@ -62,7 +62,7 @@ def die(ctx, times=10**9):
 
 def wait_for_ever():
     while True:  # a signal that comes just before it would not end one long wait
-        time.sleep(0.05)
+        time.sleep(0.05)  # blocks on purpose
 """
 
 
