@@ -201,7 +201,7 @@ def test_many_go_for_the_same_tasks(campaign):
 
 def close_by_hand(campaign: Campaign, **options: Any) -> None:
     """A run loses its fence while it is under way, and returns all the same."""
-    fill(campaign, kind="stubborn", count=3, params={"seconds": 0.5})
+    fill(campaign, kind="stubborn", count=3, params={"seconds": 1.5})
     runner = campaign.spawn(role="serve", workers=3, **options)
     campaign.wait_for("begin")
     closer = campaign.spawn(role="close")
@@ -244,7 +244,7 @@ def early_end(campaign: Campaign, **options: Any) -> None:
 
 def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
     """Tasks are cancelled that run or have ended."""
-    fill(campaign, kind="stubborn", count=3, params={"seconds": 0.5})
+    fill(campaign, kind="stubborn", count=3, params={"seconds": 1.5})
     runner = campaign.spawn(role="serve", workers=3)
     campaign.wait_for("begin")
     campaign.spawn(role="cancel", **options).wait(30.0)
