@@ -20,10 +20,13 @@ from taskx import (
     open_repository,
 )
 from taskx.core import lifecycle
+from taskx.core.writes import Update
 from taskx.runtime import dependents, scheduler
 from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids
+
+NEVER = float("inf")
 
 
 @pytest.fixture
@@ -53,7 +56,7 @@ def started(queue, gate):
 @pytest.fixture
 def events_alone(repository, monkeypatch):
     """Nothing is found by a slow look, or because somebody else changed something."""
-    monkeypatch.setattr(scheduler, "AUDIT_EVERY", 3600)
+    monkeypatch.setattr(scheduler, "AUDIT_EVERY", NEVER)
     repository.changed = lambda: False
 
 
@@ -377,6 +380,52 @@ class TestOthers:
         assert not started._services.dependents.any
 
 
+@pytest.mark.usefixtures("events_alone")
+class TestRecovered:
+    """What a node lost track of ends with its children, too."""
+
+    @pytest.fixture
+    def family(self, started):
+        parent = started.submit("fine", delay=3600, max_crashes=1)
+        child = started.submit("fine", depends_on=[parent])
+        eventually(lambda: not started._services.dependents.looks)
+
+        def runs_on(node):
+            changes = {"status": "running", "held": 0, "starts": 1, "owner": node}
+            assert started.repository.apply([Update(parent.id, {}, changes)]) == [True]
+
+        return parent, child, runs_on
+
+    def test_what_a_dead_process_ran(self, started, family):
+        parent, child, runs_on = family
+        runs_on("one of which nothing is known")
+        eventually(child.cancelled)
+        assert parent.task().status is TaskStatus.FAILED
+
+    def test_what_nobody_runs_and_was_to_be_cancelled(self, started, family):
+        parent, child, runs_on = family
+        runs_on(started._node.record.id)
+        started.repository.apply(lifecycle.cancel(parent.id, 1))
+        started._node._recovery._hand_back(parent.id)
+        assert parent.task().status is TaskStatus.CANCELLED
+        eventually(child.cancelled)
+
+
+def test_who_decides_late_by_what_was_true_before_decides_nothing(started):
+    """Another one has released the child since; it is pending still, and could be cancelled."""
+    started.stop()
+    repository = started.repository
+    submitter = Queue(repository)
+    submitter.declare("fine")
+    parent = submitter.submit("fine")
+    child = submitter.submit("fine", depends_on=[parent])
+    late = lifecycle.parents_moved(child.task(), {parent.id: "cancelled"}, 1)
+    assert repository.apply(
+        [lifecycle.parents_moved(child.task(), {parent.id: "completed"}, 1), late]
+    ) == [True, False]
+    assert child.task().status is TaskStatus.PENDING
+
+
 class TestStopped:
     """A queue that was stopped has no scheduler any more that would look."""
 
@@ -410,7 +459,7 @@ class TestDrained:
 
     @pytest.fixture(autouse=True)
     def no_slow_looks(self, monkeypatch):
-        monkeypatch.setattr(scheduler, "AUDIT_EVERY", 3600)
+        monkeypatch.setattr(scheduler, "AUDIT_EVERY", NEVER)
 
     def test_before_the_first_look(self, repository, make_queue, monkeypatch):
         submitter = make_queue()
@@ -451,7 +500,7 @@ class TestDrained:
 
 def test_at_the_first_look_all_are_looked_at(repository, make_queue, monkeypatch):
     """Whoever ran before may not have come to it; nobody tells that anything has changed since."""
-    monkeypatch.setattr(scheduler, "AUDIT_EVERY", 3600)
+    monkeypatch.setattr(scheduler, "AUDIT_EVERY", NEVER)
     submitter = make_queue()
     submitter.executor("fine")(lambda: None)
     parent = submitter.submit("fine")
