@@ -8,14 +8,16 @@ costs nothing, and that of a parent no more than the tasks that are registered w
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from taskx.core import lifecycle
 from taskx.core.clock import Clock
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import TaskxError
 from taskx.core.lifecycle import PENDING, RUNNING
 from taskx.core.model import Task
 from taskx.core.writes import Insert
@@ -71,6 +73,7 @@ class Dependents:
         self._lines = lines
         self._lock, self._looking = threading.Lock(), threading.Lock()
         self._additions = 0
+        self._left: Sequence[str] = ()
         self._all_due = True
         self._after = ""
 
@@ -91,7 +94,7 @@ class Dependents:
             statuses = self._repository.statuses([*set(waiting.values())])
             due = [i for i, parent in waiting.items() if statuses.get(parent) not in _UNFINISHED]
             self._decide(due)
-        except RepositoryError as error:
+        except TaskxError as error:  # they are stored: whoever did so must not be told otherwise
             self._all_due = True
             self._log.warning("tasks that wait for others are looked at later: %s", error)
 
@@ -107,7 +110,12 @@ class Dependents:
     @property
     def looks(self) -> bool:
         """Whether it is looking, or about to: tasks may be released by that."""
-        return bool(self.ended or self._all_due) or self._looking.locked()
+        return self.waiting or self._all_due or self._looking.locked()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether there are parents that have ended, or children of such, that it has not come to yet."""
+        return bool(self.ended or self._left)
 
     def overdue(self) -> bool:
         """Whether a task waits for one that has ended, which is then looked at soon.
@@ -129,20 +137,28 @@ class Dependents:
 
     # --- looking
 
-    def look(self) -> None:
+    def look(self, patience: float = math.inf) -> None:
         """Decide the tasks whose parents have ended, as far as that is known.
+
+        Args:
+            patience: seconds after which the rest is left to the next call: where one task ends with
+                another, as in a long chain, it may take long.
 
         Raises:
             RepositoryError: the repository failed; the rest is looked at next time.
         """
-        if not (self.ended or self._all_due):
+        if not (self.waiting or self._all_due):
             return
+        until = time.monotonic() + patience
         with self._looking:
-            while self.ended:
+            while self.waiting:
                 ids = list(self.ended)
-                self._decide(self._repository.waiting_for(ids))
+                found = self._repository.waiting_for(ids) if ids else ()
+                self._left = self._decide([*self._left, *found], until)
                 for _ in ids:  # only now: until then somebody may wait for this to be done
                     self.ended.popleft()
+                if self._left:
+                    return
             if self._all_due:
                 self._all_due = False
                 try:
@@ -188,8 +204,8 @@ class Dependents:
 
     # --- deciding
 
-    def _decide(self, task_ids: Sequence[str]) -> None:
-        """Let tasks come as far as their parents have."""
+    def _decide(self, task_ids: Sequence[str], until: float = math.inf) -> Sequence[str]:
+        """Let tasks come as far as their parents have; returns those that it did not come to in time."""
         todo = deque(task_ids)
         while todo:
             some = [todo.popleft() for _ in range(min(BATCH, len(todo)))]
@@ -199,6 +215,9 @@ class Dependents:
                 if task.status.value == PENDING
             ]
             todo.extend(self._move(children))
+            if time.monotonic() >= until:
+                break
+        return todo
 
     def _move(self, children: Sequence[Task]) -> list[str]:
         """Those that must be looked at again: what they wait for has ended meanwhile, or they have."""

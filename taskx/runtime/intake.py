@@ -157,10 +157,14 @@ class Intake:
 
     def _stored(self, inserts: Sequence[Insert]) -> None:
         """What waits for other tasks waits from now on."""
-        if any("depends_on" in insert.row for insert in inserts):
-            self._services.dependents.added(inserts)
-        if any("concurrency_key" in insert.row for insert in inserts):
-            self._services.lines.joined(inserts)
+        try:
+            if any("depends_on" in insert.row for insert in inserts):
+                self._services.dependents.added(inserts)
+            if any("concurrency_key" in insert.row for insert in inserts):
+                self._services.lines.joined(inserts)
+        except BaseException as error:  # an interrupt: they are stored
+            error.task_id = inserts[0].id  # type: ignore[attr-defined]
+            raise
 
     def refuse_if_stopped(self) -> None:
         """Raise ``QueueStopped`` once the queue was stopped."""

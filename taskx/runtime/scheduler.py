@@ -21,6 +21,8 @@ PROGRESS_EVERY = 0.1
 #: Seconds between looks for dead nodes, and between audits of one's own tasks.
 RECOVER_EVERY = 0.5
 AUDIT_EVERY = 2.0
+#: Seconds that a tick goes on with the dependents of what has ended; the rest is for the next ones.
+DEPENDENTS_PATIENCE = 0.1
 _MOST_DUE = 1000
 _LONGEST_BACKOFF = 2.0
 # Seconds that it sleeps at least.
@@ -118,7 +120,7 @@ class Scheduler:
         elif (
             self._services.ledger
             or self._engine.buffer.needs_care()
-            or self._services.dependents.ended
+            or self._services.dependents.waiting
         ):
             timeout = AHEAD_PATIENCE
         else:
@@ -149,7 +151,7 @@ class Scheduler:
             )
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
-        self._services.dependents.look()
+        self._services.dependents.look(DEPENDENTS_PATIENCE)
         self._services.lines.look()
         self._release_due()
         if self._is_time("recover", RECOVER_EVERY):

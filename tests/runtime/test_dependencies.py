@@ -11,7 +11,9 @@ from taskx import (
     ConfigurationError,
     MemoryRepository,
     MongoRepository,
+    PayloadError,
     Queue,
+    RepositoryUnavailable,
     Task,
     TaskFilter,
     TaskNotFound,
@@ -528,6 +530,66 @@ def test_one_of_many_parents_is_seldom_among_the_first_to_end(step):
     assert looked < 50
 
 
+def test_a_long_chain_that_ends_at_once_holds_the_scheduler_up_only_for_a_moment(
+    queue, monkeypatch
+):
+    """What it does not come to in time it goes on with, and drain waits for that."""
+    waiting = queue._services.dependents
+    queue.declare("t")
+    ids = [f"{n:02}" for n in range(20)]
+    queue.submit_many(
+        Task(id=i, type="t", depends_on=[f"{int(i) - 1:02}"] if i != "00" else []) for i in ids
+    )
+    waiting.look()
+    queue.repository.update_status("00", TaskStatus.CANCELLED)
+    waiting.parent_ended("00")
+    for done in range(2, 20):
+        waiting.look(0.0)
+        assert list(queue.repository.statuses(ids).values()).count("cancelled") == done
+        assert waiting.looks
+    for _ in range(2):
+        waiting.look(0.0)
+    assert not waiting.looks
+    assert {*queue.repository.statuses(ids).values()} == {"cancelled"}
+
+
+def test_who_is_interrupted_while_the_parents_are_looked_at_is_told_the_id(queue, monkeypatch):
+    """The task is stored by then."""
+    queue.declare("t")
+    parent = queue.submit("t")
+    statuses, asked = queue.repository.statuses, []
+
+    def interrupted(ids):
+        asked.append(ids)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return statuses(ids)
+
+    monkeypatch.setattr(queue.repository, "statuses", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        queue.submit("t", depends_on=[parent])
+    assert queue.get_task_status(caught.value.task_id).depends_on == [parent.id]
+
+
+@pytest.mark.parametrize(
+    "error", [RepositoryUnavailable("away"), PayloadError("document", "large")]
+)
+def test_what_is_stored_raises_no_more(started, monkeypatch, error):
+    """Whether its parent has ended meanwhile is found out later."""
+    parent = started.submit("fine", delay=3600)
+    waiting = started._services.dependents
+    decide = waiting._decide
+
+    def fail(*args):
+        monkeypatch.setattr(waiting, "_decide", decide)
+        raise error
+
+    monkeypatch.setattr(waiting, "_decide", fail)
+    child = started.submit("fine", depends_on=[parent])
+    parent.cancel()
+    eventually(child.cancelled)
+
+
 class TestMadeGood:
     """What no event told of is found by looking."""
 
@@ -640,7 +702,7 @@ PROGRAM = """
         return n + sum(parent.result for parent in ctx.parents)
 
     if what == "dies":
-        def die(self, task_ids):
+        def die(self, task_ids, *time_left):
             print("dies", flush=True)
             os.kill(os.getpid(), 9)
         Dependents._decide = die
