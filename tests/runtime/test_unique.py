@@ -331,6 +331,16 @@ class TestRequeue:
         assert e.value.task_id == other.id
         assert cancelled.task().status is TaskStatus.CANCELLED
 
+    @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
+    @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
+    def test_an_end_by_hand_frees_it_as_any_other(self, quiet, status, scope):
+        first = quiet.submit("fine", **KEY, unique_scope=scope)
+        repository = quiet.repository
+        repository.update_status(first.id, TaskStatus.RUNNING)
+        repository.update_status(first.id, TaskStatus(status))
+        held = {} if scope in ("pending", "unfinished") else {"report": first.id}
+        assert repository.unique_holders(["report"]) == held
+
     def test_by_hand_is_refused_too(self, quiet, cancelled):
         other = quiet.submit("fine", **KEY)
         task = cancelled.task()

@@ -9,7 +9,7 @@ from typing import Any
 from taskx.core.clock import to_ms
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, TaskFilter
-from taskx.core.record import FOR_TURN, UNIQUE, UNTIL_DUE
+from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
 
 # Cast, as one damaged record must not keep the others from being sorted.
@@ -68,7 +68,8 @@ OWNERS_OF_READY, OWNERS_OF_RUNNING = (
 OWNERS_OF_STUCK = "SELECT DISTINCT stuck_on FROM tasks WHERE stuck_on <> ''"
 STUCK = f"SELECT {_STUB} FROM tasks WHERE stuck_on = ? AND stuck_on <> ''"
 AWAITED = (
-    "SELECT DISTINCT waiting_on FROM tasks WHERE waiting_on > ? AND waiting_on IS NOT NULL "
+    "SELECT DISTINCT waiting_on FROM tasks INDEXED BY tasks_waiting WHERE waiting_on > ? "
+    f"AND waiting_on IS NOT NULL AND status = 'pending' AND held = {FOR_PARENTS} "
     "ORDER BY waiting_on LIMIT ?"
 )
 _IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"

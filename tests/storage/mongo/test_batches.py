@@ -8,7 +8,7 @@ import time
 import pytest
 from mongo_proxy import swallowing
 
-from taskx import Queue, RepositoryUnavailable, Task, TaskFilter
+from taskx import Queue, RepositoryUnavailable, Task, TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
@@ -102,6 +102,19 @@ class TestASubmitterThatDied:
         handles = queue.submit_many(tasks)
         assert [handle.task().status for handle in handles] == ["pending", "pending"]
         assert store.waiting_for(["p"]) == ["c"]
+
+    def test_a_parent_of_one_that_is_hidden_yet_is_not_pruned(self, store, monkeypatch):
+        """The child may be there the next moment, and ask for the result."""
+        queue = Queue(store)
+        queue.declare("t")
+        queue.submit("t", id="p")
+        for status in ("running", "completed"):
+            store.update_status("p", TaskStatus(status))
+        moment = store.get_by_id("p").completed_at.timestamp() * 1000 + 1000
+        assert [stub.id for stub in store.ended("completed", moment, 9)] == ["p"]
+        monkeypatch.setattr(store._batches, "_reveal", lambda batch: None)
+        queue.submit_many([Task(type="t", depends_on=["p"]), Task(type="t")])
+        assert store.ended("completed", moment, 9) == []
 
     def test_the_hidden_rest_is_cleared_away(self, store, monkeypatch, mock):
         """When it has been seen for long enough, by the looker's own clock; not before."""
