@@ -100,7 +100,7 @@ class SharedSlots:
             unowned = self._most - sum(self._shares.values())
             if wanted <= 0 or unowned <= 0 or self._set_mine(self._mine + min(wanted, unowned)):
                 break
-        got = max(0, min(count, self._mine - self._taken)) if not self._note.stale else 0
+        got = max(0, min(count, self._mine - self._taken))
         self._taken += got
         return got
 

@@ -153,6 +153,21 @@ def test_of_submits_together_each_goes_its_way(make_queue, gate):
     assert (crowd.total, crowd.most) == (5, 1)
 
 
+@pytest.mark.parametrize("together", [True, False])
+def test_what_may_start_is_looked_for_at_once(make_queue, monkeypatch, together):
+    """Not only at the next slow look."""
+    for name in ("RECOVER_EVERY", "AUDIT_EVERY"):
+        monkeypatch.setattr(scheduler, name, 3600)
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1)(lambda: "done")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    tasks = [Task(type="t"), Task(type="t")]
+    handles = queue.submit_many(tasks) if together else [queue.submit(task) for task in tasks]
+    for handle in handles:
+        assert handle.result(PATIENCE) == "done"
+
+
 def test_each_node_has_its_own(make_queue, gate):
     queues = [make_queue(worker_num=4) for _ in range(2)]
     crowd = Crowd(gate)

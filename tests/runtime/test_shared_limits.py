@@ -14,11 +14,13 @@ from taskx import (
     Queue,
     RepositoryUnavailable,
     SQLiteRepository,
+    SystemClock,
     TaskFilter,
     TaskStatus,
 )
 from taskx.core.rate import Rate
 from taskx.runtime import scheduler
+from taskx.runtime.admission import Admission
 from taskx.runtime.shared_limits import SharedBucket, SharedSlots
 from taskx.storage.base import Node
 from taskx.testing import ManualClock
@@ -162,6 +164,41 @@ def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkey
     assert 1 <= len(puts) <= 20
 
 
+@pytest.mark.parametrize("limit", [{"max_concurrency": 1}, {"rate": "1/h"}])
+def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(monkeypatch, limit):
+    """Not only at the slow look; in memory there is always something to look for."""
+    monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
+    with Queue(MemoryRepository()) as queue:
+        queue.executor("t", limit_scope="global", **limit)(lambda: "done")
+        first = Admission(queue._registry.limits, queue.repository, "another", SystemClock())
+        assert first.admit({"t": ["x"]}) == {"x"}
+        handle = queue.submit("t")
+        eventually(lambda: not queue._node.engine.more_stored)
+        assert handle.task().status is TaskStatus.PENDING
+        first.over("x", ran=False)
+        first.end()
+        assert handle.result(PATIENCE) == "done"
+
+
+def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch):
+    """Others may have taken what it had."""
+    monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
+    monkeypatch.setattr(MemoryRepository, "changed", lambda self: False)
+    with Queue(MemoryRepository()) as queue:
+        queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)
+        engine, repository = queue._node.engine, queue.repository
+        assert engine.admission.admit({"t": ["x"]}) == {"x"}
+        engine.admission.over("x", ran=True)
+        eventually(lambda: shares(repository) == {})
+        assert engine.admission.admit({"t": ["x"]}) == {"x"}
+        engine.look_for_more = engine.admission.freed = lambda: None  # it keeps its place
+        engine.admission.over("x", ran=True)
+        [(name, note)] = repository.notes("limit/slots/").items()
+        assert repository.put_note(name, '{"another": 1}', note.version)
+        engine.lose_lease()
+        assert engine.admission.admit({"t": ["y"]}) == set()
+
+
 # What is shared, by itself
 
 
@@ -210,6 +247,22 @@ def test_whatever_nodes_do_they_never_have_more_places_than_there_are():
             assert sum(taken.values()) <= most
             full += sum(taken.values()) == most
         assert full, "never were all of them taken"
+
+
+def test_what_was_not_taken_between_two_looks_is_given_back():
+    """Where nothing is fetched that might tell that there is nothing to take it for."""
+    repository = Quarrel()
+    slots = SharedSlots(repository, "a", "t", 3)
+    slots.take(2)
+    slots.give(1)
+    slots.tend()
+    assert shares(repository) == {"a": 2}
+    slots.tend()
+    assert shares(repository) == {"a": 1}
+    slots.take(1)
+    slots.give(1)
+    slots.tend()
+    assert shares(repository) == {"a": 2}  # it was in use since
 
 
 def test_what_the_dead_had_is_free(clock):
