@@ -154,14 +154,16 @@ def test_of_submits_together_each_goes_its_way(make_queue, gate):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_what_may_start_is_looked_for_at_once(make_queue, monkeypatch, together):
-    """Not only at the next slow look."""
+def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatch, together):
+    """Not only at the next slow look, nor because something else may have changed."""
     for name in ("RECOVER_EVERY", "AUDIT_EVERY"):
         monkeypatch.setattr(scheduler, name, 3600)
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1)(lambda: "done")
     queue.start()
-    assert queue.drain(PATIENCE)
+    eventually(lambda: queue._node._scheduler._last["audit"])  # its first round, which looks at all
+    monkeypatch.setattr(repository, "changed", lambda: False)
+    eventually(lambda: not queue._node.engine.more_stored)
     tasks = [Task(type="t"), Task(type="t")]
     handles = queue.submit_many(tasks) if together else [queue.submit(task) for task in tasks]
     for handle in handles:
