@@ -266,8 +266,9 @@ def test_a_delayed_task_waits_when_its_time_has_come(make_queue):
     assert handle.result(PATIENCE) == "ran"
 
 
-def test_what_the_audit_finds_is_given_up(queue, other, repository):
+def test_what_the_audit_finds_is_given_up(queue, other, repository, monkeypatch):
     """A task that this node is said to hold, and had lost track of."""
+    monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.1)
     queue.start()
     queue.pause("a")
     insert = lifecycle.create(task_id="x", type="a", params="{}", created_by="", now=1)
