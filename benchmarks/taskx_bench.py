@@ -189,7 +189,7 @@ def _result(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
     with queue_on(OnSQLite("process"), folder) as queue:
-        ids = _fill(queue, finished, _DONE)
+        ids = _fill(queue, finished, _DONE, 3)
         done = TaskFilter(status=TaskStatus.COMPLETED)
         newest = TaskFilter(status=TaskStatus.COMPLETED, limit=20)
         figures = {
@@ -202,7 +202,7 @@ def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
 
 def _delayed(plan: Plan, delayed: int, folder: str) -> dict[str, float]:
     with queue_on(OnSQLite("process"), folder) as queue:
-        _fill(queue, delayed, _WAITING)
+        _fill(queue, delayed, _WAITING, 2)
     figures = {"delayed-drain": _drain_beside(plan, folder)}
     with queue_on(OnSQLite("process"), folder) as queue, queue:
         handles = [queue.submit("noop", delay=0.2 + 0.01 * n) for n in range(plan.messages)]
@@ -229,24 +229,24 @@ def _drain_beside(plan: Plan, folder: str) -> float:
 _DONE = (
     "INSERT INTO tasks (id, created_at, started_at, completed_at, type, params, status, result, progress,"
     " duration, max_attempts, max_crashes, starts, worker)"
-    " VALUES (?1, ?2, ?2 + 1, ?2 + 1, 'noop', '{}', 'completed', '1', 100,"
+    " VALUES (?, ?, ? + 1, ? + 1, 'noop', '{}', 'completed', '1', 100,"
     " 0.00001, 1, 3, 1, 'host:1:aaaaaa/1')"
 )
 _WAITING = (
     "INSERT INTO tasks (id, created_at, run_at, type, params, status, max_attempts, max_crashes, held)"
-    " VALUES (?1, ?2, ?2 + 86400000, 'noop', '{}', 'pending', 1, 3, 1)"
+    " VALUES (?, ?, ? + 86400000, 'noop', '{}', 'pending', 1, 3, 1)"
 )
 
 
-def _fill(queue: Queue, count: int, insert: str) -> list[str]:
-    """Write records, as fast as SQLite takes them."""
+def _fill(queue: Queue, count: int, insert: str, times: int) -> list[str]:
+    """Write records, as fast as SQLite takes them; each has so many times."""
     queue.list_tasks()  # makes the file
     ids = [new_id() for _ in range(count)]
     now = time.time_ns() // 1_000_000 - count
     connections = Connections(queue.repository.path, 10.0)  # type: ignore[attr-defined]
     writer = connections.writer()
     writer.execute("BEGIN IMMEDIATE")
-    writer.executemany(insert, ((id_, now + i) for i, id_ in enumerate(ids)))
+    writer.executemany(insert, ((id_, *[now + i] * times) for i, id_ in enumerate(ids)))
     writer.execute("COMMIT")
     connections.close()
     return ids

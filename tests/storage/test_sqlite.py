@@ -377,7 +377,7 @@ class TestStatements:
             (statements.select_many(2, "id", "unique_lock"), ("a", "b"), "tasks_unique"),
             (statements.NEXT_IN_LINE, ("k",), "tasks_in_line"),
             (statements.LINES, (1,), "tasks_in_line tasks_turn"),
-            (statements.PRIORITIES, ("", "t"), "tasks_ready"),
+            (statements.PRIORITIES, ("", "t", "", "t"), "tasks_ready"),
             (statements.STUCK, ("node",), "tasks_stuck"),
             (statements.OWNERS_OF_STUCK, (), "tasks_stuck"),
             (statements.ENDED.format("failed"), (1, 1, 1), "tasks_failed sqlite_autoindex_tasks_1"),

@@ -288,7 +288,7 @@ class SQLiteRepository(Repository):
         levels = [
             (owner, kind, priority, limit)
             for kind in types
-            for (priority,) in self._rows(statements.PRIORITIES, (owner, kind))
+            for (priority,) in self._rows(statements.PRIORITIES, (owner, kind) * 2)
         ]
         rows = [row for level in levels for row in self._rows(statements.READY_AT, level)]
         rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))

@@ -27,8 +27,8 @@ READY = (
 # A step in the index for each priority, however many tasks have it.
 PRIORITIES = (
     "WITH RECURSIVE steps (priority) AS (SELECT max(priority) FROM tasks WHERE status = 'pending' "
-    "AND held = 0 AND owner = ?1 AND type = ?2 UNION ALL SELECT (SELECT max(priority) FROM tasks "
-    "WHERE status = 'pending' AND held = 0 AND owner = ?1 AND type = ?2 "
+    "AND held = 0 AND owner = ? AND type = ? UNION ALL SELECT (SELECT max(priority) FROM tasks "
+    "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? "
     "AND priority < steps.priority) FROM steps WHERE steps.priority IS NOT NULL) "
     "SELECT priority FROM steps WHERE priority IS NOT NULL"
 )
