@@ -406,11 +406,14 @@ class Queue:
     def submit_flow(self, flow: Flow) -> FlowHandle:
         """Submit a chain or group of tasks, all or none; returns one handle for all of them.
 
+        It may be of any size: what the buffer has no room for waits in the repository.
+
         Raises:
-            TaskxError: as :meth:`submit_many` does; nothing was stored, unless it is in doubt.
+            TaskxError: as :meth:`submit_many` does, but for ``QueueFull``; nothing was stored, unless it
+                is in doubt.
         """
         tasks, laid = lay_out(flow)
-        self.submit_many(tasks)
+        self._intake.accept_many(tasks, spill=True)
         return FlowHandle(laid, self)
 
     # --- schedules

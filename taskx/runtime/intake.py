@@ -282,8 +282,12 @@ class Intake:
 
     # --- many
 
-    def accept_many(self, tasks: Iterable[Task]) -> list[str]:
+    def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
         """Store tasks in one transaction, all or none; returns their ids in order.
+
+        Args:
+            tasks: what to store; they are not changed.
+            spill: leave in the repository what the buffer has no room for, whatever ``overflow`` says.
 
         Raises:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
@@ -301,7 +305,8 @@ class Intake:
         if engine is not None:
             apart = {i.row["type"] for i in due if not engine.buffers(i.row["type"])}
             due = [insert for insert in due if insert.row["type"] not in apart]
-        slots = self._reserve_many(engine, len(due)) if engine is not None else 0
+        refuse = self._overflow == "reject" and not spill
+        slots = 0 if engine is None else self._reserve_many(engine, len(due), refuse=refuse)
         buffered = due[:slots]
         # Before they are stored: from then on the rest of them may be fetched, and must come after.
         turns = [engine.buffer.turn() for _ in buffered]  # type: ignore[union-attr]
@@ -332,13 +337,13 @@ class Intake:
             find_parents(self._services.repository, inserts)
         return inserts
 
-    def _reserve_many(self, engine: Engine, wanted: int) -> int:
-        """How many of ``wanted`` tasks go into the buffer; the rest is spilled."""
+    def _reserve_many(self, engine: Engine, wanted: int, *, refuse: bool) -> int:
+        """How many of ``wanted`` tasks go into the buffer; the rest is refused, or spilled."""
         if self._spills(engine):
             return 0
         if engine.buffer.reserve(wanted):
             return wanted
-        if self._overflow == "reject":
+        if refuse:
             self.refuse_if_stopped()
             raise self._full(engine, wanted)
         room = max(0, min(wanted, engine.buffer.maxsize - engine.buffer.submitted))

@@ -247,7 +247,7 @@ class TestStored:
         assert ids(started) == {"x"}
 
     def test_ten_thousand_members(self, make_queue):
-        queue = make_queue(buffer_size=20_000)
+        queue = make_queue()
         many = 200 if isinstance(queue.repository, MongoRepository) else 10_000  # a slow mock
         queue.executor("n")(lambda n: n)
         queue.executor("sum")(lambda ctx: sum(parent.result for parent in ctx.parents))
@@ -256,6 +256,17 @@ class TestStored:
         queue.start()
         assert handle.result(5 * PATIENCE) == sum(range(many))
         assert handle.status() is TaskStatus.COMPLETED
+
+    def test_more_than_the_buffer_has_room_for(self, make_queue, gate):
+        """As a flow is one, and most of it waits by its nature."""
+        queue = make_queue(worker_num=1, buffer_size=2)
+        queue.executor("hold")(lambda n: gate() or n)
+        queue.start()
+        handle = queue.submit_flow(group(*(Task(type="hold", params={"n": n}) for n in range(20))))
+        gate.wait_for(1)
+        assert queue.buffered <= 2
+        gate.open()
+        assert handle.result(PATIENCE) == list(range(20))
 
     @pytest.mark.parametrize("make", [chain, group])
     @pytest.mark.parametrize("steps", [(), ("say",), (len,), (None,)])
