@@ -516,9 +516,9 @@ def life_on(kind, examples):
     return machine.TestCase
 
 
-TestMemoryLife = life_on("memory", 150)
-TestSQLiteLife = life_on("sqlite", 60)
-TestMongoMockLife = life_on("mongomock", 30)
+TestMemoryLife = life_on("memory", 300)
+TestSQLiteLife = life_on("sqlite", 100)
+TestMongoMockLife = life_on("mongomock", 60)
 TestMongoLife = life_on("mongo", 3)
 TestMongoSetLife = life_on("mongo-set", 3)
-TestAdapterLife = life_on("adapter", 50)
+TestAdapterLife = life_on("adapter", 100)
