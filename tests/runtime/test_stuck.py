@@ -584,7 +584,8 @@ class TestProcesses:
     def test_while_it_lives_it_starts_nowhere(self, barred):
         threading.Event().wait(1.2)  # blocks on purpose: two looks for dead nodes lie between
         assert barred.get_task_status("x").starts == 1
-        assert barred.submit("hang").result(PATIENCE) == "elsewhere"
+        barred.executor("here")(lambda: "here")  # which the other process cannot take
+        assert barred.submit("here").result(PATIENCE) == "here"
         barred.program.tell()
         assert barred.handle("x").result(PATIENCE) in ("elsewhere", "never seen")
         task = barred.get_task_status("x")
@@ -606,7 +607,8 @@ class TestProcesses:
             survivor.executor("hang")(lambda: "elsewhere")
             eventually(lambda: survivor.get_task_status("x").status is TaskStatus.FAILED)
             survivor.requeue("x")
-            assert survivor.submit("hang").result(PATIENCE) == "elsewhere"
+            survivor.executor("here")(lambda: "here")  # which the other process cannot take
+            assert survivor.submit("here").result(PATIENCE) == "here"
             assert survivor.get_task_status("x").starts == 1
             program.kill()
             assert survivor.handle("x").result(PATIENCE) == "elsewhere"
