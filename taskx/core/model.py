@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import Enum
 from typing import Any
@@ -134,7 +134,7 @@ class Task:
         earlier_attempts: the ended attempts before the present or last one (bounded); see
             :attr:`attempts`.
         stuck_on: the node on which a thread of an ended attempt still runs; empty for none.
-        checkpoints: what its executor stored on the way, for later attempts.
+        checkpoints: what its executor stored on the way, for later attempts; None for nothing.
         log: what its executor logged, where that is captured.
         damage: what of the stored record could not be read; empty if all is well. Never stored.
     """
@@ -160,7 +160,7 @@ class Task:
     retry: RetryPolicy | None = None
     unique_key: str | None = None
     unique_scope: str | None = None
-    depends_on: list[str] = attrs.field(factory=list)
+    depends_on: Sequence[str] = ()
     on_parent_failure: str | None = None
     concurrency_key: str | None = None
     errors: int = 0
@@ -175,7 +175,7 @@ class Task:
     worker: str = attrs.field(default="", repr=False)
     earlier_attempts: list[Attempt] = attrs.field(factory=list, repr=False)
     stuck_on: str = attrs.field(default="", repr=False)
-    checkpoints: dict[str, Any] = attrs.field(factory=dict, repr=False)
+    checkpoints: dict[str, Any] | None = attrs.field(default=None, repr=False)
     log: str = attrs.field(default="", repr=False)
     damage: str = attrs.field(default="", repr=False, eq=False)
 
@@ -214,6 +214,7 @@ class Task:
         """The task as JSON values: the original's names, times as ISO text, absent ones as None."""
         data = {name: _to_json(getattr(self, name)) for name in TASK_FIELDS}
         data["retry"] = None if self.retry is None else self.retry.to_dict()
+        data["depends_on"] = list(self.depends_on)
         data["earlier_attempts"] = [
             {name: _to_json(value) for name, value in attrs.asdict(attempt, recurse=False).items()}
             for attempt in self.earlier_attempts
@@ -231,6 +232,7 @@ class Task:
         for name in TIME_FIELDS:
             known[name] = _from_iso(known.get(name))
         known["status"] = TaskStatus(known.get("status", "pending"))
+        known["depends_on"] = known.get("depends_on") or ()
         if known.get("retry") is not None:
             known["retry"] = RetryPolicy.from_dict(known["retry"])
         known["earlier_attempts"] = [

@@ -173,8 +173,6 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             owner=owner,
             worker=worker,
             earlier_attempts=attempts,
-            stuck_on=stuck_on,
-            log=log,
         )
         if unique_key is not None:
             task.unique_key, task.unique_scope = _text(unique_key), _text(unique_scope)
@@ -183,10 +181,11 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             task.on_parent_failure = on_parent_failure and _text(on_parent_failure)
         if concurrency_key is not None:
             task.concurrency_key = _text(concurrency_key)
+        if stuck_on or log:
+            task.stuck_on, task.log = stuck_on, log
         if checkpoints is not None:
-            task.checkpoints = _object_from_text(checkpoints)
-            if CODEC_KEY in task.checkpoints:
-                task.checkpoints = codecs.value(task.checkpoints)
+            stored = _object_from_text(checkpoints)
+            task.checkpoints = codecs.value(stored) if CODEC_KEY in stored else stored
         return task
     except Unreadable as problem:
         return _unreadable_task(row, problem)

@@ -83,7 +83,8 @@ class Admission:
         self._sharing = Sharing(repository, node, clock)
         self._lock = threading.RLock()
         self._gates: dict[str, _Gate] = {}
-        self._admitted: dict[str, _Gate] = {}
+        #: By what each task was admitted that has not ended.
+        self.admitted: dict[str, _Gate] = {}
         #: Told that a task of a limited type may start that could not before; that :meth:`next_look` may
         #: be sooner than it was.
         self.freed: Callable[[], None] = lambda: None
@@ -114,7 +115,7 @@ class Admission:
         """
         with self._lock:
             gate = self._gate(type)
-            gate.fetched = {i for i in gate.fetched if i in held and i not in self._admitted}
+            gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
             waiting = len(gate.fetched)
             return max(0, gate.room() - waiting), waiting
 
@@ -159,21 +160,19 @@ class Admission:
                     gate = self._gate(type)
                     gate.fetched.difference_update(task_ids)
                     for task_id in task_ids[: gate.admit(len(task_ids))]:
-                        self._admitted[task_id] = gate
+                        self.admitted[task_id] = gate
                         admitted.add(task_id)
                     self._tell_scheduled(gate)
             except BaseException:
                 for task_id in admitted:
-                    self._admitted.pop(task_id).leave(ran=False)
+                    self.admitted.pop(task_id).leave(ran=False)
                 raise
         return admitted
 
     def over(self, task_id: str, *, ran: bool) -> None:
         """A task that was admitted has ended, or has not been executed."""
-        if not self._admitted:
-            return
         with self._lock:
-            gate = self._admitted.pop(task_id, None)
+            gate = self.admitted.pop(task_id, None)
             if gate is not None:
                 gate.leave(ran=ran)
         if gate is not None:

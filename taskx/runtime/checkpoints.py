@@ -72,7 +72,7 @@ class Checkpoints:
         self._taken: set[str] = set()
         #: What this run has stored last, as text.
         self.stored: str | None = None
-        stored = task.checkpoints
+        stored = task.checkpoints or {}
         # As texts: what the executor is given is its own to change.
         self._steps = {
             name: payload.encode(value, name, payload.NO_LIMIT)

@@ -25,7 +25,7 @@ from taskx.runtime import node
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.channel import Channel
 from taskx.runtime.checkpoints import Keeper
-from taskx.runtime.context import Context
+from taskx.runtime.context import Context, Shared
 from taskx.runtime.executors import (
     Executor,
     Options,
@@ -212,7 +212,7 @@ class _ChildContext(Context):
         log: logging.Logger,
         keeper: Keeper,
     ) -> None:
-        super().__init__(task, token, Alarms(SYSTEM_CLOCK), log, keeper, lambda ids: {})
+        super().__init__(task, token, Shared(Alarms(SYSTEM_CLOCK), log, keeper, lambda ids: {}))
         self._questions = questions
 
     @property

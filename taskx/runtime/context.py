@@ -6,7 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, TaskNotFound
@@ -41,6 +41,22 @@ class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
         return f"{log_prefix(str(extra['task_id']), str(extra['task_type']))}{msg}", kwargs
 
 
+class Shared(NamedTuple):
+    """What all contexts of a queue work with.
+
+    Attributes:
+        alarms: fires tokens at their deadlines.
+        log: what ``ctx.logger`` logs to.
+        keeper: stores checkpoints.
+        fetch: reads tasks.
+    """
+
+    alarms: Alarms
+    log: logging.Logger
+    keeper: Keeper
+    fetch: Fetch
+
+
 class Context:
     """An executor's way to tell its progress, and to hear that it should stop.
 
@@ -49,30 +65,19 @@ class Context:
     """
 
     __slots__ = (
-        *("_alarms", "_copy", "_fetch", "_log", "_task", "_token"),
+        *("_copy", "_shared", "_task", "_token"),
         *("_message", "_percent", "_unwritten"),
-        *("_checkpoints", "_keeper", "_run_token", "_stored"),
+        *("_checkpoints", "_run_token", "_stored"),
     )
 
-    def __init__(
-        self,
-        task: Task,
-        token: CancelToken,
-        alarms: Alarms,
-        log: logging.Logger,
-        keeper: Keeper,
-        fetch: Fetch,
-    ) -> None:
+    def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
         self._task = task
-        self._fetch = fetch
+        self._shared = shared
         self._copy: Task | None = None  # made when it is first asked for: most never do
         self._token = self._run_token = token
-        self._alarms = alarms
-        self._log = log
         self._percent: float | None = None
         self._message = ""
         self._unwritten = False
-        self._keeper = keeper
         self._checkpoints: Checkpoints | None = None
         self._stored: str | None = None  # the checkpoints that were stored last
 
@@ -94,7 +99,7 @@ class Context:
             RepositoryError: the repository failed.
         """
         ids = self._task.depends_on
-        found = self._fetch(ids) if ids else {}
+        found = self._shared.fetch(ids) if ids else {}
         for parent in ids:
             if parent not in found:
                 raise TaskNotFound(parent)
@@ -110,7 +115,9 @@ class Context:
     @property
     def logger(self) -> TaskLogger:
         """A logger that names the task."""
-        return TaskLogger(self._log, {"task_id": self._task.id, "task_type": self._task.type})
+        return TaskLogger(
+            self._shared.log, {"task_id": self._task.id, "task_type": self._task.type}
+        )
 
     def progress(self, percent: float, message: str = "") -> None:
         """Tell how far the task is: percent from 0 to 100 (clamped) and a short text.
@@ -180,15 +187,15 @@ class Context:
         return changes if self._stored is None else {**changes, "checkpoints": self._stored}
 
     def _kept(self) -> Checkpoints:
-        with self._keeper.lock:
+        with self._shared.keeper.lock:
             if self._checkpoints is None:
-                self._checkpoints = Checkpoints(self._task, self._run_token, self._keeper)
+                self._checkpoints = Checkpoints(self._task, self._run_token, self._shared.keeper)
             return self._checkpoints
 
     def checkpoints_refused(self) -> str:
         """Why no checkpoints can be stored; empty where they can."""
         try:
-            self._keeper.check()
+            self._shared.keeper.check()
         except ConfigurationError as error:
             return str(error)
         return ""
@@ -200,7 +207,7 @@ class Context:
             TaskCancelled: the token fired before the repository was back; they may be stored or not.
             RepositoryError: they cannot be stored.
         """
-        if not self._keeper.store(self._task, text, durable=durable, token=self._run_token):
+        if not self._shared.keeper.store(self._task, text, durable=durable, token=self._run_token):
             return False
         self._stored = text
         return True
@@ -243,7 +250,7 @@ class Context:
         """
         outer = self._token
         inner = outer.child(check_number(seconds, "timeout"))
-        self._alarms.add(inner)
+        self._shared.alarms.add(inner)
         self._token = inner
         try:
             yield inner
@@ -253,7 +260,7 @@ class Context:
             raise
         finally:
             self._token = outer
-            self._alarms.remove(inner)
+            self._shared.alarms.remove(inner)
             outer.disown(inner)
 
     @contextmanager

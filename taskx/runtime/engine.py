@@ -213,7 +213,7 @@ class Engine:
         self.services.ledger.defer(
             [*writes, *next_turn] if next_turn else writes,
             partial(self._concluded, run, ending, writes),
-            partial(self._refused, run, ending) if ending.returned else None,
+            partial(self._refused, run, ending) if ending.result is not None else None,
         )
 
     # --- threads that are stuck

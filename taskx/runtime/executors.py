@@ -405,7 +405,8 @@ class Registry:
         self._middleware = middleware
         self._check = check
         self._max_payload_size = max_payload_size
-        self._registered: dict[str, Registered] = {}
+        #: What is known of each type that it runs.
+        self.registered: dict[str, Registered] = {}
         #: The limits of those types that have any.
         self.limits: dict[str, Limit] = {}
         self._declared: set[str] = set()
@@ -413,18 +414,18 @@ class Registry:
     @property
     def types(self) -> tuple[str, ...]:
         """The types that it runs."""
-        return tuple(self._registered)
+        return tuple(self.registered)
 
     @property
     def isolated(self) -> frozenset[str]:
         """The types that it runs in child processes."""
         return frozenset(
-            type for type, entry in self._registered.items() if entry.options.isolation is not None
+            type for type, entry in self.registered.items() if entry.options.isolation is not None
         )
 
     def runs(self, type: str) -> bool:
         """Whether this queue has an executor for the type."""
-        return type in self._registered
+        return type in self.registered
 
     def register(self, executor: TaskExecutor | Executor[Any, Any], options: Options) -> None:
         """Add an executor; options given here win over its own.
@@ -434,7 +435,7 @@ class Registry:
                 process, which could not find it.
         """
         entry = entry_of(executor, options)
-        if entry.type in self._registered:
+        if entry.type in self.registered:
             raise ConfigurationError(f"type {entry.type!r} has an executor already")
         self._check(entry)
         limit = entry.options.limit
@@ -446,7 +447,7 @@ class Registry:
         invoke = wrapped(invoke, self._middleware)
         if limit is not None:  # first: as soon as it is registered, its tasks are taken
             self.limits[entry.type] = limit
-        self._registered[entry.type] = entry._replace(invoke=invoke)
+        self.registered[entry.type] = entry._replace(invoke=invoke)
 
     def declare(self, type: str) -> None:
         """Accept a type whose executor lives in another process."""
@@ -458,9 +459,9 @@ class Registry:
         Raises:
             UnknownTaskType: it is neither registered nor declared.
         """
-        entry = self._registered.get(type)
+        entry = self.registered.get(type)
         if entry is None and type not in self._declared:
-            known = ", ".join(sorted({*self._registered, *self._declared})) or "none"
+            known = ", ".join(sorted({*self.registered, *self._declared})) or "none"
             raise UnknownTaskType(
                 f"no executor is registered for type {type!r} (known: {known}); register one, or "
                 "declare() the type if it runs in another process"

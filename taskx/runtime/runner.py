@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import logging
 import os
 import random
 import threading
@@ -18,8 +17,7 @@ from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms, Overdue
 from taskx.runtime.capture import Capture, CapturedLogger, capturing
-from taskx.runtime.checkpoints import Keeper
-from taskx.runtime.context import Context, Fetch, log_prefix
+from taskx.runtime.context import Context, Shared, log_prefix
 from taskx.runtime.executors import Registered
 from taskx.runtime.failures import ChildDied, ChildKilled, Remote, error_text, is_a, traceback_text
 
@@ -31,16 +29,7 @@ class Run:
 
     __slots__ = ("capture", "context", "decided", "executor", "overdue", "stuck", "task", "token")
 
-    def __init__(
-        self,
-        task: Task,
-        executor: Registered,
-        clock: Clock,
-        alarms: Alarms,
-        log: logging.Logger,
-        keeper: Keeper,
-        fetch: Fetch,
-    ) -> None:
+    def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
         self.task = task
         self.executor = executor
         self.token = CancelToken(None, clock)
@@ -54,8 +43,8 @@ class Run:
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)
             self.capture = Capture(executor.log_level, prefix)
-            log = CapturedLogger(log, self.capture)
-        self.context = Context(task, self.token, alarms, log, keeper, fetch)
+            shared = shared._replace(log=CapturedLogger(shared.log, self.capture))
+        self.context = Context(task, self.token, shared)
 
 
 def _renew_after_fork() -> None:
@@ -103,7 +92,7 @@ class Runner:
             _current.depth -= 1
             if task.timeout is not None:
                 self._alarms.remove(token)
-        return self._ending(run, worker, started, ending)
+        return self._completed(ending, run, worker, started)
 
     def give_up(self, run: Run, worker: str, stack: str) -> Ending:
         """How a run ends whose thread goes on after its time-out.
@@ -115,25 +104,27 @@ class Runner:
         """
         assert run.task.timeout is not None
         assert run.token.deadline is not None
-        ending = {
-            "returned": False,
-            "stuck": True,
-            "reason": CancelReason.TIMEOUT,
-            "error": f"timed out after {run.task.timeout:g} s; its thread still runs",
-            "traceback": stack,
+        ending = Ending(
+            returned=False,
+            stuck=True,
+            reason=CancelReason.TIMEOUT,
+            error=f"timed out after {run.task.timeout:g} s; its thread still runs",
+            traceback=stack,
             **_what_next(TimeoutError(), run),
-        }
-        return self._ending(run, worker, run.token.deadline - run.task.timeout, ending)
+        )
+        return self._completed(ending, run, worker, run.token.deadline - run.task.timeout)
 
-    def _ending(self, run: Run, worker: str, started: float, ending: dict[str, Any]) -> Ending:
-        ending["duration"] = max(0.0, self._clock.monotonic() - started)
+    def _completed(self, ending: Ending, run: Run, worker: str, started: float) -> Ending:
+        """With all that is known whatever the way it ended."""
+        ending.worker = worker
+        ending.duration = max(0.0, self._clock.monotonic() - started)
         if (told := run.context.latest_progress()) is not None:
-            ending["progress"], ending["message"] = told
+            ending.progress, ending.message = told
         if run.capture is not None:
-            ending["log"] = run.capture.text()
-        return Ending(worker=worker, **ending)
+            ending.log = run.capture.text()
+        return ending
 
-    def _call(self, run: Run) -> dict[str, Any]:
+    def _call(self, run: Run) -> Ending:
         if run.token.cancelled:  # cancelled or stopped before a worker had a hand free
             run.token.raise_if_cancelled()
         if run.task.damage:
@@ -144,10 +135,10 @@ class Runner:
             with capturing(run.capture):
                 value = run.executor.invoke(run.context, run.task.params)
         text = None if value is None else payload.encode(value, "result", self._max_payload_size)
-        return {"returned": True, "result": text}
+        return Ending(returned=True, result=text)
 
 
-def _raised(error: BaseException, run: Run) -> dict[str, Any]:
+def _raised(error: BaseException, run: Run) -> Ending:
     reason = run.token.reason
     # Where the submitting thread runs the task (caller_runs), Ctrl-C is meant for the program.
     interrupt = is_a(error, KeyboardInterrupt) and (
@@ -156,15 +147,15 @@ def _raised(error: BaseException, run: Run) -> dict[str, Any]:
     if interrupt:
         reason = CancelReason.STOP
     timed_out = is_a(error, TaskCancelled) and reason is CancelReason.TIMEOUT
-    return {
-        "returned": False,
-        "reason": reason,
-        "error": _timed_out(error, run.task) if timed_out else error_text(error),
-        "traceback": traceback_text(error, skip=2),
-        "crashed": is_a(error, ChildDied),
-        "interrupt": error if interrupt else None,
+    return Ending(
+        returned=False,
+        reason=reason,
+        error=_timed_out(error, run.task) if timed_out else error_text(error),
+        traceback=traceback_text(error, skip=2),
+        crashed=is_a(error, ChildDied),
+        interrupt=error if interrupt else None,
         **_what_next(TimeoutError() if timed_out else error, run),
-    }
+    )
 
 
 def _timed_out(error: BaseException, task: Task) -> str:

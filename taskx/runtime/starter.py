@@ -15,8 +15,9 @@ from taskx.runtime.admission import Admission
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.checkpoints import Keeper
+from taskx.runtime.context import Shared
 from taskx.runtime.dependents import Dependents
-from taskx.runtime.executors import Options, Registry
+from taskx.runtime.executors import Registry
 from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
@@ -63,6 +64,9 @@ class Starter:
         #: Every run from before its start until its outcome is committed, by task id.
         self.runs: dict[str, Run] = {}
         self.suspects = Suspects(self.runs)
+        self._shared = Shared(
+            services.alarms, services.log, services.keeper, services.repository.get_many
+        )
 
     def start(self, items: Sequence[Item]) -> list[Run]:
         """Start the tasks among these that can be; the others are somebody else's, or no more."""
@@ -170,12 +174,8 @@ class Starter:
 
     def _is_suspect(self, task: Task) -> bool:
         """Whether it has crashed, and would take this process with it: no child process runs it."""
-        return task.crashes > 0 and self._options(task).isolation is None
-
-    def _options(self, task: Task) -> Options:
-        executor = self._services.registry.get(task.type)
-        assert executor is not None  # only registered types are taken
-        return executor.options
+        executor = self._services.registry.registered[task.type]
+        return task.crashes > 0 and executor.options.isolation is None
 
     def _alone(self, task: Task) -> list[Task]:
         """A task on its last chance, when nothing else runs: a death that counts must be its own."""
@@ -199,7 +199,7 @@ class Starter:
 
     def _resolve_options(self, task: Task) -> None:
         """Settle what a process that only declared the type left to the executor."""
-        options = self._options(task)
+        options = self._services.registry.registered[task.type].options
         if task.max_attempts is None:
             task.max_attempts = options.attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
         if task.max_crashes is None:
@@ -209,12 +209,8 @@ class Starter:
 
     def _enlist(self, task: Task) -> Run:
         services = self._services
-        executor = services.registry.get(task.type)
-        assert executor is not None  # only registered types are taken
-        fetch = services.repository.get_many
-        run = Run(
-            task, executor, services.clock, services.alarms, services.log, services.keeper, fetch
-        )
+        executor = services.registry.registered[task.type]
+        run = Run(task, executor, services.clock, self._shared)
         # Before the start is committed: who then asks to cancel it finds its token.
         self.runs[task.id] = run
         return run
@@ -223,9 +219,9 @@ class Starter:
         """Forget a run that was not executed, or is over."""
         if self.runs.get(run.task.id) is run:
             del self.runs[run.task.id]
-            if not run.stuck:  # it counts as long as its thread runs
+            if self._admission.admitted and not run.stuck:  # that counts as long as its thread runs
                 self._admission.over(run.task.id, ran=ran)
-        if self._is_suspect(run.task):
+        if run.task.crashes and self._is_suspect(run.task):
             self._suspect_done()
         elif not self.runs:
             self.suspects.tell()

@@ -60,10 +60,10 @@ tasks = st.builds(
     owner=texts,
     worker=texts,
     earlier_attempts=st.lists(attempts, max_size=3),
-    depends_on=st.lists(texts, max_size=3),
+    depends_on=st.just(()) | st.lists(texts, min_size=1, max_size=3),
     concurrency_key=st.none() | texts,
     stuck_on=texts,
-    checkpoints=st.dictionaries(keys, json_values, max_size=3),
+    checkpoints=st.none() | st.dictionaries(keys, json_values, min_size=1, max_size=3),
     log=texts,
 )
 

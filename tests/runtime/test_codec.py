@@ -78,10 +78,10 @@ def test_everybody_sees_plain_values(make_queue):
     assert handle.result(PATIENCE) == {"value": "HUNTER2"}
     assert queue.drain(PATIENCE)
     params, kept = {"word": WORD}, {"steps": {"step": "HUNTER2"}}
-    assert seen == [params, (WORD, params, {}), params, (WORD, params, kept)]
+    assert seen == [params, (WORD, params, None), params, (WORD, params, kept)]
     assert watch.seen == [
-        ("submitted", params, None, {}, ""),
-        ("started", params, None, {}, ""),
+        ("submitted", params, None, None, ""),
+        ("started", params, None, None, ""),
         ("retried", params, None, kept, ""),
         ("started", params, None, kept, ""),
         ("finished", params, {"value": "HUNTER2"}, kept, ""),

@@ -91,7 +91,7 @@ class TestChain:
     def test_one_task_may_stand_in_it_twice(self, started):
         task = started.say("a")
         assert started.submit_flow(chain(task, task)).result(PATIENCE) == "aa"
-        assert (task.id, task.depends_on) == ("", [])
+        assert (task.id, task.depends_on) == ("", ())
 
 
 class TestGroup:

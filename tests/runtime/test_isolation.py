@@ -27,6 +27,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.runtime import isolation
+from taskx.runtime.context import Shared
 from taskx.testing import ManualClock
 
 from . import isolated
@@ -242,7 +243,7 @@ class TestAsInAThread:
         repository.update_status(handle.id, TaskStatus.FAILED)
         (tmp_path / "go").touch()
         eventually(lambda: not queue._node.engine.runs)
-        assert handle.task().checkpoints == {}
+        assert handle.task().checkpoints is None
 
     def test_where_no_checkpoints_can_be_kept_they_are_refused(self, make_queue, tmp_path):
         queue = make_queue(TinyRepository())
@@ -684,7 +685,8 @@ class TestDiesWithItsParent:
         registry.register(isolated.listen, taskx.runtime.executors.Options())
         keeper = SimpleNamespace(check=lambda: None)
         log = logging.getLogger("taskx")
-        ctx = taskx.Context(Task(type="listen"), taskx.CancelToken(), None, log, keeper, None)
+        shared = Shared(None, log, keeper, None)
+        ctx = taskx.Context(Task(type="listen"), taskx.CancelToken(), shared)
         with pytest.raises(KeyboardInterrupt):
             registry.get("listen").invoke(ctx, {})
         assert started[0].returncode == -signal.SIGKILL

@@ -145,7 +145,7 @@ class TestGivenUp:
         fails(handle)
         gate.open()
         assert eventually(lambda: raised) == ["TaskCancelled"]
-        assert handle.task().checkpoints == {}
+        assert handle.task().checkpoints is None
 
     def test_one_that_ends_within_its_grace_is_not(self, make, clock, gate):
         queue = make()

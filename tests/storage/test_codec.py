@@ -202,7 +202,7 @@ class TestRead:
             next(task for task in store.list(TaskFilter()) if task.id == "a"),
             store.get_many(["a"])["a"],
         ):
-            assert (task.params, task.result, task.checkpoints) == ({}, None, {})
+            assert (task.params, task.result, task.checkpoints) == ({}, None, None)
             assert "stored with codec 'scramble', which is not given here" in task.damage
             # The rest is there.
             assert (task.id, task.status, task.starts) == ("a", TaskStatus.COMPLETED, 1)

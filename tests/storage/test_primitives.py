@@ -412,7 +412,7 @@ class TestCheckpoints:
 
     def test_are_read_as_they_were_stored(self, store, run):
         task = run("a")
-        assert task.checkpoints == {}
+        assert task.checkpoints is None
         write = lifecycle.checkpoint(task, self.TEXT, durable=True)
         assert list(store.apply([write])) == [True]
         assert store.get_by_id("a").checkpoints == json.loads(self.TEXT)
@@ -427,7 +427,7 @@ class TestCheckpoints:
             assert list(store.apply([write])) == [False]
         store.apply(lifecycle.conclude(task, Ending(returned=True), now))
         assert list(store.apply([lifecycle.checkpoint(task, "{}", durable=True)])) == [False]
-        assert store.get_by_id("a").checkpoints == {}
+        assert store.get_by_id("a").checkpoints is None
 
     def test_outlast_retries_requeues_and_what_is_written_by_hand(self, store, run, now):
         task = run("a", max_attempts=2)
