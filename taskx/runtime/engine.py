@@ -164,7 +164,7 @@ class Engine:
         self._last_batch = len(items)
         try:
             # Before the start: should this fail, nothing has been started that nobody would run.
-            if self.more_stored and self.buffer.fetched * 2 < self.buffer.fetch_size:
+            if self.more_stored and self.buffer.fetched * 4 < self.buffer.fetch_size:
                 self.refill()
             runs = self.starter.start(items)
             if self.stopping:  # it looked for runs to tell, and could not see these yet
@@ -213,7 +213,6 @@ class Engine:
         self.services.ledger.defer(
             [*writes, *next_turn] if next_turn else writes,
             partial(self._concluded, run, ending, writes),
-            partial(self._refused, run, ending) if ending.result is not None else None,
         )
 
     # --- threads that are stuck
@@ -287,9 +286,17 @@ class Engine:
         self.wake_scheduler()
 
     def _concluded(
-        self, run: Run, ending: Ending, writes: Sequence[Update], results: Sequence[bool]
+        self,
+        run: Run,
+        ending: Ending,
+        writes: Sequence[Update],
+        results: Sequence[bool],
+        error: BaseException | None,
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
+        if error is not None and ending.result is not None:
+            self._refused(run, ending, error)
+            return
         task, log = run.task, self.services.log
         held = [write for write, holds in zip(writes, results, strict=False) if holds]
         try:  # first: what is told nobody takes for quiet, and no next attempt has begun

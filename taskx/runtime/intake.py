@@ -157,11 +157,12 @@ class Intake:
 
     def _stored(self, inserts: Sequence[Insert]) -> None:
         """What waits for other tasks waits from now on."""
+        held = [insert for insert in inserts if insert.row["held"]]
+        if not held:
+            return
         try:
-            if any("depends_on" in insert.row for insert in inserts):
-                self._services.dependents.added(inserts)
-            if any("concurrency_key" in insert.row for insert in inserts):
-                self._services.lines.joined(inserts)
+            self._services.dependents.added(held)
+            self._services.lines.joined(held)
         except BaseException as error:  # an interrupt: they are stored
             error.task_id = inserts[0].id  # type: ignore[attr-defined]
             raise
@@ -387,23 +388,24 @@ class Intake:
         kind = check_name(task.type, "type")
         executor = self._services.registry.get(kind)
         params = payload.encode_params(task.params, self._max_payload_size)
-        retry, max_attempts = check_policy(task.retry), task.max_attempts
+        max_attempts, max_crashes, timeout = task.max_attempts, task.max_crashes, task.timeout
+        retry = check_policy(task.retry)
         if max_attempts is None and retry is not None:
             max_attempts = retry.max_attempts
         if executor is not None:
             if executor.check_params is not None:
                 executor.check_params(task.params)
             options = executor.options
-            max_attempts = _either(max_attempts, options.attempts)
-            max_crashes = _either(task.max_crashes, options.max_crashes)
-            timeout = _either(task.timeout, options.timeout)
+            if max_attempts is None:
+                max_attempts = options.attempts
+            if max_crashes is None:
+                max_crashes = options.max_crashes
+            if timeout is None:
+                timeout = options.timeout
             if priority is None:
                 priority = task.priority or options.priority or 0
-        else:
-            max_crashes = task.max_crashes
-            timeout = task.timeout
-            if priority is None:
-                priority = task.priority
+        elif priority is None:
+            priority = task.priority
         _check_options(max_attempts, max_crashes, timeout, priority)
         now = self._services.clock.now_ms()
         run_at = None if task.run_at is None else _run_at_ms(task.run_at)
@@ -443,10 +445,6 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
     own = RepositoryUnavailable(f"task {task_id}: {error}")
     own.in_doubt, own.task_id = True, task_id
     return own
-
-
-def _either(own: Any, default: Any) -> Any:
-    return default if own is None else own
 
 
 def _run_at_ms(moment: Any) -> int:

@@ -16,8 +16,8 @@ from taskx.core.errors import RepositoryUnavailable, TaskxError
 from taskx.core.writes import Write
 from taskx.storage.base import Repository
 
-Callback = Callable[[Sequence[bool]], None]
-Refused = Callable[[BaseException], None]
+#: Is told for each write whether its guard held; and what the repository refused them for, if it did.
+Callback = Callable[[Sequence[bool], BaseException | None], None]
 
 #: Most entries of one transaction, so that a long queue of them does not become one long lock.
 MAX_BATCH = 256
@@ -26,17 +26,11 @@ MAX_BATCH = 256
 class _Entry:
     """Writes that wait, and what became of them."""
 
-    __slots__ = ("callback", "done", "error", "in_doubt", "refused", "results", "writes")
+    __slots__ = ("callback", "done", "error", "in_doubt", "results", "writes")
 
-    def __init__(
-        self,
-        writes: Sequence[Write],
-        callback: Callback | None,
-        refused: Refused | None = None,
-    ) -> None:
+    def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
         self.writes = writes
         self.callback = callback
-        self.refused = refused
         self.done = False
         self.in_doubt = False
         self.results: Sequence[bool] = ()
@@ -99,15 +93,9 @@ class Ledger:
         with self._leading:
             return self._repository.apply(writes, all_or_nothing=True)
 
-    def defer(
-        self, writes: Sequence[Write], callback: Callback, refused: Refused | None = None
-    ) -> None:
-        """Leave writes to the next commit; ``callback`` is told for each whether its guard held.
-
-        If the repository cannot store them, ``refused`` is told why, where it is given; else it is as
-        if no guard had held.
-        """
-        self._waiting.append(_Entry(writes, callback, refused))
+    def defer(self, writes: Sequence[Write], callback: Callback) -> None:
+        """Leave writes to the next commit; ``callback`` is told what came of them."""
+        self._waiting.append(_Entry(writes, callback))
 
     def flush(self, *, wait: bool = True) -> bool:
         """Commit what waits; without ``wait``, False if another thread is committing.
@@ -120,7 +108,7 @@ class Ledger:
         concluded: list[_Entry] = []
         try:
             # What a thread waits for is left to that thread: it is about to lead.
-            if any(entry.callback or entry.in_doubt for entry in list(self._waiting)):
+            if any(e.callback is not None or e.in_doubt for e in list(self._waiting)):
                 self._lead(concluded)
         finally:
             self._leading.release()
@@ -205,9 +193,7 @@ class Ledger:
     def _call_back(self, entries: list[_Entry]) -> None:
         for entry in entries:
             try:
-                if entry.error is not None and entry.refused is not None:
-                    entry.refused(entry.error)
-                elif entry.callback is not None:
-                    entry.callback(entry.results)
+                if entry.callback is not None:
+                    entry.callback(entry.results, entry.error)
             except Exception:  # noqa: BLE001  (one must not keep the next from being called)
                 self._log.exception("what follows a commit failed")

@@ -564,9 +564,9 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     if isinstance(write, Update):
         cursor.execute(*statements.update((write.id,), write.guard, write.changes))
     elif isinstance(write, Insert):
-        columns = tuple(write.row)
+        columns = CREATED if len(write.row) == len(CREATED) else tuple(write.row)
         cursor.execute(statements.insert_if_new(columns), tuple(write.row.values()))
-        if columns != CREATED and cursor.rowcount == 1 and (parents := write.row.get("depends_on")):
+        if (parents := write.row.get("depends_on")) and cursor.rowcount == 1:
             pairs = [(parent, write.id) for parent in json.loads(parents)]
             cursor.executemany(statements.NEW_PARENT, pairs)
             return True
