@@ -9,32 +9,24 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from taskx.core import lifecycle
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import (
     ConfigurationError,
-    InvalidTransition,
     QueueStopped,
-    RepositoryError,
-    TaskNotFound,
 )
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_name, check_status
 from taskx.core.ticks import Every, Misfire
-from taskx.core.token import CancelReason
 from taskx.core.unique import OnConflict
-from taskx.core.writes import Update
 from taskx.flows import Flow, FlowHandle, lay_out
 from taskx.runtime.alarms import Alarms
-from taskx.runtime.cancelling import cancel_all
 from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.config import Config
-from taskx.runtime.dead_letters import dead, discard_all, requeue_all
+from taskx.runtime.dead_letters import dead, discard_all
 from taskx.runtime.dependents import Dependents
 from taskx.runtime.executors import (
     Executor,
@@ -53,6 +45,7 @@ from taskx.runtime.lines import Lines
 from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
 from taskx.runtime.middleware import Layer, check_middleware
 from taskx.runtime.node import LocalNode
+from taskx.runtime.operations import Operations
 from taskx.runtime.pauses import Paused, Pauses
 from taskx.runtime.retention import prune_all
 from taskx.runtime.runner import Runner, inside_executor
@@ -150,6 +143,7 @@ class Queue:
             self.config.block_timeout,
             self.config.max_payload_size,
         )
+        self._operations = Operations(self._services, self._intake)
         self._schedules = Schedules(self._services, self._intake)
         self._node: LocalNode | None = None
 
@@ -211,12 +205,7 @@ class Queue:
         self._registry.register(executor, Options(**options))
         if isinstance(executor, Executor):
             executor.bind(self)
-        self._look_for_work()
-
-    def _look_for_work(self) -> None:
-        if self._node is not None:
-            self._node.engine.more_stored = True
-            self._node.engine.wake_scheduler()
+        self._intake.look_for_work()
 
     def declare(self, *types: str) -> None:
         """Accept tasks of these types, whose executors are registered in another process."""
@@ -519,10 +508,7 @@ class Queue:
         Raises:
             TaskNotFound: there is none with that id.
         """
-        found = self.repository.get_many([check_name(task_id, "id")])
-        if task_id not in found:
-            raise TaskNotFound(task_id)
-        return found[task_id]
+        return self.repository.get_by_id(task_id)
 
     def list_tasks(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
         """The tasks that meet a filter, newest first, and how many meet it in all."""
@@ -575,22 +561,7 @@ class Queue:
             TaskNotFound: there is none with that id.
             InvalidTransition: it has ended.
         """
-        check_name(task_id, "id")
-        while True:
-            now = self._clock.now_ms()
-            writes = lifecycle.cancel(task_id, now)
-            cancelled, asked = self._services.ledger.commit(writes)
-            if cancelled:
-                self._never_run(writes[:1])
-                return True
-            if not asked:
-                task = self.get_task_status(task_id)
-                if task.status.finished:
-                    raise InvalidTransition(f"task {task_id} is {task.status} already")
-                if task.cancel_requested_at is None:
-                    continue  # it moved between the write and the look
-            self._fire(task_id)
-            return False
+        return self._operations.cancel(check_name(task_id, "id"))
 
     def cancel_many(self, task_ids: Iterable[str]) -> int:
         """Cancel those of these tasks that have not ended, in a few transactions.
@@ -601,73 +572,7 @@ class Queue:
         Raises:
             RepositoryError: the repository failed; some may have been cancelled.
         """
-        ids = [check_name(task_id, "id") for task_id in task_ids]
-        never_run, settled = 0, set[str]()
-        for cancelled in cancel_all(self._services, ids):
-            self._never_run(cancelled.never_run)
-            for task_id in cancelled.asked:
-                self._fire(task_id)
-            never_run += len(cancelled.never_run)
-            settled.update((write.id for write in cancelled.never_run), cancelled.asked)
-        rest = self.repository.statuses([i for i in ids if i not in settled])
-        for task_id, status in rest.items():
-            if not TaskStatus(status).finished:  # it moved meanwhile, or was asked before
-                with suppress(InvalidTransition, TaskNotFound):
-                    never_run += self.cancel_task(task_id)
-        return never_run
-
-    def _never_run(self, writes: Sequence[Update]) -> None:
-        """Pending tasks were cancelled."""
-        self._forget([write.id for write in writes])
-        self._tell_cancelled(writes)
-        self._look_at_dependents([write.id for write in writes])
-        if writes:
-            self._look_at_lines()
-
-    def _tell_cancelled(self, writes: Sequence[Update]) -> None:
-        hooks = self._services.hooks
-        if not (hooks.finished and writes):
-            return
-        try:
-            tasks = self.repository.get_many([write.id for write in writes])
-        except RepositoryError as error:
-            cancelled = ", ".join(write.id for write in writes[:10])
-            self._log.warning("no hook is told that tasks are cancelled: %s: %s", cancelled, error)
-            return
-        for write in writes:
-            if write.id in tasks:
-                hooks.tell_changed(hooks.finished, tasks[write.id], write.changes)
-
-    @property
-    def _has_scheduler(self) -> bool:
-        """Whether there is one that looks after what follows from a change: from the start to the stop."""
-        return self._node is not None and not self._intake.stopped
-
-    def _look_at_dependents(self, task_ids: Sequence[str]) -> None:
-        dependents = self._services.dependents
-        if not task_ids or (self._has_scheduler and not dependents.any):
-            return
-        for task_id in task_ids:
-            dependents.parent_ended(task_id)
-        if not self._has_scheduler:
-            try:
-                dependents.look()
-            except RepositoryError as error:
-                self._log.warning("what waits for cancelled tasks is looked at later: %s", error)
-
-    def _look_at_lines(self) -> None:
-        """Of the tasks that were changed only the ids are known: one may have had the turn of its key."""
-        lines = self._services.lines
-        lines.look_soon()
-        if not self._has_scheduler:
-            try:
-                lines.look()
-            except RepositoryError as error:
-                self._log.warning("whose turn has come is looked at later: %s", error)
-
-    def _fire(self, task_id: str) -> None:
-        if self._node is not None and (run := self._node.engine.runs.get(task_id)) is not None:
-            run.token.fire(CancelReason.CANCEL)
+        return self._operations.cancel_many([check_name(task_id, "id") for task_id in task_ids])
 
     def requeue(self, task_id: str) -> None:
         """Have a failed or cancelled task run again, with its attempts and crashes counted anew.
@@ -678,24 +583,7 @@ class Queue:
             DuplicateTask: another task holds its unique key now.
             QueueStopped: the queue was stopped.
         """
-        if self._intake.stopped:
-            raise QueueStopped("the queue was stopped; nothing was requeued")
-        task = self.get_task_status(task_id)
-        waiting_on = None
-        if task.depends_on:
-            statuses = self.repository.statuses(task.depends_on)
-            waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
-        write = lifecycle.requeue(task, self._clock.now_ms(), waiting_on)
-        if not self._services.ledger.commit([write])[0]:
-            self.repository.refuse_if_key_held(task)
-            raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
-        if (hooks := self._services.hooks).requeued:
-            hooks.tell_changed(hooks.requeued, task, write.changes)
-        if waiting_on is not None:
-            self._services.dependents.waits({task_id: waiting_on})
-        elif task.concurrency_key is not None:
-            self._services.lines.advance([task.concurrency_key])
-        self._look_for_work()
+        self._operations.requeue(task_id)
 
     def delete(self, task_id: str) -> None:
         """Remove the record of a task that is not running.
@@ -704,19 +592,7 @@ class Queue:
             TaskNotFound: there is none with that id.
             InvalidTransition: it is running.
         """
-        if not self._services.ledger.commit([lifecycle.delete(check_name(task_id, "id"))])[0]:
-            self.get_task_status(task_id)
-            raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
-        self._forget([task_id])
-        self._look_at_dependents([task_id])
-        self._look_at_lines()
-
-    def _forget(self, task_ids: Sequence[str]) -> None:
-        """Pending tasks will not run any more."""
-        if self._node is not None:
-            self._node.engine.buffer.discard(task_ids)
-        for task_id in task_ids:
-            self._services.watcher.look_if_watched(task_id)
+        self._operations.delete(check_name(task_id, "id"))
 
     def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
         """Remove tasks that ended before a moment, a few in each transaction; returns how many.
@@ -793,12 +669,7 @@ class Queue:
             ConfigurationError: the filter asks for another status.
             QueueStopped: the queue was stopped.
         """
-        if self._intake.stopped:
-            raise QueueStopped("the queue was stopped; nothing was requeued")
-        requeued = requeue_all(self._services, filter)
-        self._look_at_lines()
-        self._look_for_work()
-        return requeued
+        return self._operations.requeue_dead_letters(filter)
 
     def discard_dead_letters(self, filter: TaskFilter | None = None) -> int:
         """Remove every dead letter that meets a filter; returns how many.

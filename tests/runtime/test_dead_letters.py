@@ -101,7 +101,7 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, mo
     def slow_commit(writes):
         results = commit(writes)
         if "held" in writes[0].changes:
-            queue._look_for_work()
+            queue._intake.look_for_work()
             clock.advance(1)
             assert queue.drain(PATIENCE)
         return results

@@ -27,7 +27,7 @@ from taskx import (
 )
 from taskx import flows as flows_module
 from taskx.flows import lay_out
-from taskx.runtime import buffer, cancelling
+from taskx.runtime import buffer, operations
 
 from .conftest import PATIENCE, eventually, ids
 
@@ -317,7 +317,7 @@ class TestCancelMany:
     def test_the_buffer_is_put_in_order_once_for_each_transaction(self, busy, gate, monkeypatch):
         """Not for each task: among many thousand, that would take minutes."""
         queue = busy(buffer_size=1000)
-        monkeypatch.setattr(cancelling, "BATCH", 100)
+        monkeypatch.setattr(operations, "BATCH", 100)
         handles = queue.submit_many(Task(type="note", params={"n": n}) for n in range(301))
         heapified = []
         heapify = buffer.heapify
@@ -332,7 +332,7 @@ class TestCancelMany:
         self, make_queue, gate, monkeypatch
     ):
         """Each transaction is complete by itself: tokens, hooks and the buffer, too."""
-        monkeypatch.setattr(cancelling, "BATCH", 2)
+        monkeypatch.setattr(operations, "BATCH", 2)
         finished = []
 
         class Listens(Hook):

@@ -316,7 +316,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue))
         again(queue)
-        queue._look_for_work()
+        queue._intake.look_for_work()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         task = queue.get_task_status("x")
         assert (task.status, task.starts) == (TaskStatus.PENDING, 1)
@@ -330,7 +330,7 @@ class TestBarred:
         failed = hang(queue, "y").task()
         failed.status = TaskStatus.PENDING
         queue.repository.update(failed)
-        queue._look_for_work()
+        queue._intake.look_for_work()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert [queue.get_task_status(i).starts for i in "xy"] == [1, 1]
         gate.open()

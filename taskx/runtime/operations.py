@@ -1,0 +1,217 @@
+"""What is done to stored tasks from outside, cancel, requeue and delete, and what follows from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+
+from taskx.core import lifecycle
+from taskx.core.errors import InvalidTransition, QueueStopped, RepositoryError, TaskNotFound
+from taskx.core.model import TaskFilter, TaskStatus
+from taskx.core.token import CancelReason
+from taskx.core.writes import Update
+from taskx.runtime.dead_letters import requeue_all
+from taskx.runtime.intake import Intake
+from taskx.runtime.starter import Services
+
+#: Tasks that are cancelled in one transaction.
+BATCH = 200
+
+
+class Operations:
+    """Changes tasks that are stored, started or not.
+
+    Args:
+        services: what it works with.
+        intake: knows the running node, and whether the queue was stopped.
+    """
+
+    def __init__(self, services: Services, intake: Intake) -> None:
+        self._services = services
+        self._intake = intake
+
+    # --- cancel
+
+    def cancel(self, task_id: str) -> bool:
+        """Cancel a task: True if it never runs, False if it runs and was asked to stop.
+
+        Raises:
+            TaskNotFound: there is none with that id.
+            InvalidTransition: it has ended.
+        """
+        while True:
+            writes = lifecycle.cancel(task_id, self._services.clock.now_ms())
+            cancelled, asked = self._services.ledger.commit(writes)
+            if cancelled:
+                self._never_run(writes[:1])
+                return True
+            if not asked:
+                task = self._services.repository.get_by_id(task_id)
+                if task.status.finished:
+                    raise InvalidTransition(f"task {task_id} is {task.status} already")
+                if task.cancel_requested_at is None:
+                    continue  # it moved between the write and the look
+            self.fire(task_id)
+            return False
+
+    def cancel_many(self, task_ids: Sequence[str]) -> int:
+        """Cancel those of these tasks that have not ended; returns how many of them never run.
+
+        Raises:
+            RepositoryError: the repository failed; some may have been cancelled.
+        """
+        never_run, settled = 0, set[str]()
+        for start in range(0, len(task_ids), BATCH):
+            cancelled, asked = self._cancel_some(task_ids[start : start + BATCH])
+            self._never_run(cancelled)
+            for task_id in asked:
+                self.fire(task_id)
+            never_run += len(cancelled)
+            settled.update((write.id for write in cancelled), asked)
+        rest = self._services.repository.statuses([i for i in task_ids if i not in settled])
+        for task_id, status in rest.items():
+            if not TaskStatus(status).finished:  # it moved meanwhile, or was asked before
+                with suppress(InvalidTransition, TaskNotFound):
+                    never_run += self.cancel(task_id)
+        return never_run
+
+    def _cancel_some(self, task_ids: Sequence[str]) -> tuple[list[Update], list[str]]:
+        """The writes by which tasks were cancelled that were pending; those that were asked to stop."""
+        now = self._services.clock.now_ms()
+        pairs = [lifecycle.cancel(task_id, now) for task_id in task_ids]
+        results = self._services.ledger.commit([write for pair in pairs for write in pair])
+        outcomes = list(zip(pairs, results[::2], results[1::2], strict=True))
+        never_run = [pair[0] for pair, gone, _ in outcomes if gone]
+        asked = [pair[1].id for pair, gone, told in outcomes if told and not gone]
+        return never_run, asked
+
+    def fire(self, task_id: str) -> None:
+        """Fire the token of a task, if it runs in this queue."""
+        engine = self._intake.engine
+        if engine is not None and (run := engine.runs.get(task_id)) is not None:
+            run.token.fire(CancelReason.CANCEL)
+
+    def _never_run(self, writes: Sequence[Update]) -> None:
+        """Pending tasks were cancelled."""
+        if not writes:
+            return
+        task_ids = [write.id for write in writes]
+        self._forget(task_ids)
+        self._tell_cancelled(writes)
+        self._look_at_dependents(task_ids)
+        self._look_at_lines()
+
+    def _tell_cancelled(self, writes: Sequence[Update]) -> None:
+        hooks = self._services.hooks
+        if not hooks.finished:
+            return
+        try:
+            tasks = self._services.repository.get_many([write.id for write in writes])
+        except RepositoryError as error:
+            cancelled = ", ".join(write.id for write in writes[:10])
+            self._services.log.warning(
+                "no hook is told that tasks are cancelled: %s: %s", cancelled, error
+            )
+            return
+        for write in writes:
+            if write.id in tasks:
+                hooks.tell_changed(hooks.finished, tasks[write.id], write.changes)
+
+    # --- requeue, delete
+
+    def requeue(self, task_id: str) -> None:
+        """Have a failed or cancelled task run again, with its attempts and crashes counted anew.
+
+        Raises:
+            TaskNotFound: there is none with that id.
+            InvalidTransition: it is neither failed nor cancelled.
+            DuplicateTask: another task holds its unique key now.
+            QueueStopped: the queue was stopped.
+        """
+        self._refuse_if_stopped()
+        services = self._services
+        task = services.repository.get_by_id(task_id)
+        waiting_on = None
+        if task.depends_on:
+            statuses = services.repository.statuses(task.depends_on)
+            waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
+        write = lifecycle.requeue(task, services.clock.now_ms(), waiting_on)
+        if not services.ledger.commit([write])[0]:
+            services.repository.refuse_if_key_held(task)
+            raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
+        if (hooks := services.hooks).requeued:
+            hooks.tell_changed(hooks.requeued, task, write.changes)
+        if waiting_on is not None:
+            services.dependents.waits({task_id: waiting_on})
+        elif task.concurrency_key is not None:
+            services.lines.advance([task.concurrency_key])
+        self._intake.look_for_work()
+
+    def requeue_dead_letters(self, filter: TaskFilter | None) -> int:
+        """Have every dead letter that meets a filter run again; returns how many.
+
+        Raises:
+            ConfigurationError: the filter asks for another status.
+            QueueStopped: the queue was stopped.
+        """
+        self._refuse_if_stopped()
+        requeued = requeue_all(self._services, filter)
+        self._look_at_lines()
+        self._intake.look_for_work()
+        return requeued
+
+    def _refuse_if_stopped(self) -> None:
+        if self._intake.stopped:
+            raise QueueStopped("the queue was stopped; nothing was requeued")
+
+    def delete(self, task_id: str) -> None:
+        """Remove the record of a task that is not running.
+
+        Raises:
+            TaskNotFound: there is none with that id.
+            InvalidTransition: it is running.
+        """
+        if not self._services.ledger.commit([lifecycle.delete(task_id)])[0]:
+            self._services.repository.get_by_id(task_id)
+            raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
+        self._forget([task_id])
+        self._look_at_dependents([task_id])
+        self._look_at_lines()
+
+    # --- what follows
+
+    def _forget(self, task_ids: Sequence[str]) -> None:
+        """Pending tasks will not run any more."""
+        if self._intake.engine is not None:
+            self._intake.engine.buffer.discard(task_ids)
+        for task_id in task_ids:
+            self._services.watcher.look_if_watched(task_id)
+
+    @property
+    def _has_scheduler(self) -> bool:
+        """Whether there is one that looks after what follows from a change: from the start to the stop."""
+        return self._intake.engine is not None and not self._intake.stopped
+
+    def _look_at_dependents(self, task_ids: Sequence[str]) -> None:
+        dependents = self._services.dependents
+        if self._has_scheduler and not dependents.any:
+            return
+        for task_id in task_ids:
+            dependents.parent_ended(task_id)
+        if not self._has_scheduler:
+            try:
+                dependents.look()
+            except RepositoryError as error:
+                self._services.log.warning(
+                    "what waits for cancelled tasks is looked at later: %s", error
+                )
+
+    def _look_at_lines(self) -> None:
+        """Of the tasks that were changed only the ids are known: one may have had the turn of its key."""
+        lines = self._services.lines
+        lines.look_soon()
+        if not self._has_scheduler:
+            try:
+                lines.look()
+            except RepositoryError as error:
+                self._services.log.warning("whose turn has come is looked at later: %s", error)
