@@ -68,7 +68,7 @@ def main() -> None:
         queue = make_queue(database)
         for schedule in queue.schedules().values():
             print(schedule)
-        nightly, beat = queue.schedules()["nightly"], queue.schedules()["beat"]
+        nightly = queue.schedules()["nightly"]
         print(
             "nightly comes next at",
             ", ".join(f"{tick:%d.%m. %H:%M %Z}" for tick in nightly.next(3)),
@@ -97,7 +97,7 @@ def main() -> None:
         last = ticks(queue, "beat")[-1]
         with queue:
             wait_until(lambda: (queue.schedules()["beat"].last_tick or last) > last)
-            beat.pause()
+            queue.schedules()["beat"].pause()
             found = ticks(queue, "beat")
             print("beat has a task for every tick:", no_gap(found, timedelta(seconds=0.2)))
             print("gauge is still paused:", queue.schedules()["gauge"].paused)

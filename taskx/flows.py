@@ -47,7 +47,11 @@ class Flow:
         return f"<{self.kind} of {len(self.steps)}>"
 
     def then(self, *steps: Step) -> Flow:
-        """A chain of this flow and further steps: they begin when all of it has completed."""
+        """A chain of this flow and further steps: they begin when all of it has completed.
+
+        Raises:
+            ConfigurationError: a step is neither a task nor a flow.
+        """
         before = self.steps if self.kind == "chain" else (self,)
         return Flow("chain", (*before, *steps))
 
@@ -72,7 +76,7 @@ def group(*steps: Step) -> Flow:
 
 @attrs.frozen
 class _Laid:
-    """A step, laid out: the handles of its tasks, in its own shape."""
+    """A step, laid out: the ids of its tasks, in its own shape."""
 
     kind: Literal["task", "chain", "group"]
     parts: tuple[_Laid, ...] = ()
@@ -156,9 +160,10 @@ class FlowHandle:
         steps, in order.
 
         Raises:
-            TaskFailed: a task failed; the first one of those, in the order in which the flow names them.
-            concurrent.futures.CancelledError: none failed, but one was cancelled.
-            TaskNotFound: one was deleted.
+            TaskFailed: a task failed.
+            TaskNotFound: one was deleted. Of the tasks that failed or are gone it is about the first one,
+                in the order in which the flow names them.
+            concurrent.futures.CancelledError: none of these, but one was cancelled.
             concurrent.futures.TimeoutError: they have not ended within ``timeout`` seconds.
         """
         if not self.wait(timeout):
@@ -190,9 +195,13 @@ def lay_out(flow: Flow) -> tuple[list[Task], _Laid]:
     """The tasks of a flow, with ids and parents, and its shape.
 
     Raises:
-        ConfigurationError: too many tasks depend on too many others, flows are nested too deep, or what a
-            task depends on is no list of ids.
+        ConfigurationError: it is no flow, too many tasks depend on too many others, flows are nested too
+            deep, or what a task depends on is no list of ids.
     """
+    if not isinstance(flow, (Task, Flow)):
+        raise ConfigurationError(
+            f"submit_flow takes what chain() and group() make, not {type(flow).__name__}"
+        )
     layout = _Layout()
     try:
         laid, _ = layout.lay(flow, [])

@@ -466,7 +466,8 @@ class Queue:
                 (``"one"``), none (``"skip"``), or one for ``"all"`` that are at most ``misfire_grace`` old.
             misfire_grace: seconds that a tick may be late and still get a task: 10 with ``"skip"``, any
                 number with ``"one"``, to be given with ``"all"``.
-            overlap: with ``"skip"``, a tick gets no task while the task of an earlier one has not ended.
+            overlap: with ``"skip"``, a tick gets no task while that of the last one that got any has not
+                ended.
             created_by: of its tasks; ``schedule:`` and the name unless given.
             priority, timeout, max_attempts, max_crashes, retry, concurrency_key: of its tasks, as for
                 :meth:`submit`.
@@ -617,7 +618,8 @@ class Queue:
         """Have no more tasks of a type started by any process, or with None no task at all.
 
         It holds until :meth:`resume`, over restarts, too. What runs goes on; what is submitted is
-        stored. In this process it holds when the call returns, in others within a second.
+        stored. In this process it holds when the call returns, but for a start that is being written at
+        that moment; in others within a second.
 
         Raises:
             ConfigurationError: the type is no name, or the repository has the eight methods only.

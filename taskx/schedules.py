@@ -22,7 +22,7 @@ _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
 class Schedule:
     """A schedule that is stored, as it was when it was asked for or last changed by this object.
 
-    ``queue.schedule(…)`` makes them, ``queue.schedules()`` lists them. Every method raises
+    ``queue.schedule(…)`` makes them, ``queue.schedules()`` lists them. Every method but :meth:`next` raises
     :class:`ScheduleNotFound` once somebody has removed it.
     """
 
@@ -82,7 +82,7 @@ class Schedule:
 
     @property
     def overlap(self) -> Overlap:
-        """What is done at a tick while the task of an earlier one has not ended."""
+        """What is done at a tick while the task of the last one that got any has not ended."""
         return self._entry.overlap
 
     @property
@@ -158,6 +158,8 @@ def tick_of(task: Task) -> datetime | None:
     None for a task that was made by hand.
     """
     found = _TICK.search(task.id)
-    if found is None:
+    try:
+        moment = datetime.fromisoformat(found[1]) if found else None
+    except ValueError:  # an id that looks like one
         return None
-    return datetime.fromisoformat(found[1]).replace(tzinfo=timezone.utc)
+    return moment and moment.replace(tzinfo=timezone.utc)

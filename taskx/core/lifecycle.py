@@ -7,7 +7,7 @@ one whose guard holds is the move that happened.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 from zlib import crc32
 
 import attrs
@@ -48,6 +48,7 @@ COMPLETED, FAILED, CANCELLED = (
     TaskStatus.FAILED.value,
     TaskStatus.CANCELLED.value,
 )
+UNFINISHED = (PENDING, RUNNING)
 FINISHED = (COMPLETED, FAILED, CANCELLED)
 
 
@@ -83,8 +84,10 @@ MOVES = (
 )
 # Those that somebody may make by hand.
 _EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != "orphan")
-#: What becomes of a task whose parent does not complete; the first one where nobody says.
-ON_PARENT_FAILURE = ("cancel", "fail", "run")
+#: What becomes of a task whose parent failed for good, was cancelled, or is gone; the first one where
+#: nobody says.
+OnParentFailure = Literal["cancel", "fail", "run"]
+ON_PARENT_FAILURE = get_args(OnParentFailure)
 
 
 @attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
@@ -219,12 +222,11 @@ def _rare(
     unique_scope: str | None = None,
     depends_on: Sequence[str] = (),
     on_parent_failure: str | None = None,
-    waiting_on: str | None = None,
     concurrency_key: str | None = None,
 ) -> dict[str, Any]:
     """The columns that few tasks have: those of options that were not given are left out.
 
-    It waits for its parents first, then for its turn, then for its time.
+    It waits for its parents first (see :func:`wait_for`), then for its turn, then for its time.
     """
     more: dict[str, Any] = {}
     if unique_key is not None:
@@ -233,8 +235,6 @@ def _rare(
         more.update(concurrency_key=concurrency_key, held=FOR_TURN)
     if depends_on:
         more.update(depends_on=ids_to_text(depends_on), on_parent_failure=on_parent_failure)
-    if waiting_on is not None:
-        more.update(held=FOR_PARENTS, waiting_on=waiting_on)
     return more
 
 
@@ -306,6 +306,11 @@ def give_turn(task_id: str, key: str) -> list[Update]:
 # --- waiting for parents
 
 
+def wait_for(insert: Insert, parent: str) -> None:
+    """Have a new task wait for the end of a parent before anything else."""
+    insert.row.update(held=FOR_PARENTS, waiting_on=parent)
+
+
 def next_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
     """Of its parents, the one whose end a new task waits for; None where all have completed.
 
@@ -323,7 +328,7 @@ def unfinished_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> st
     So it is seldom that it ends while others have not, whatever their order: of ten thousand parents, some
     ten times. The lot is the same for all children, and for whoever draws.
     """
-    left = [parent for parent in parents if statuses.get(parent) in (PENDING, RUNNING)]
+    left = [parent for parent in parents if statuses.get(parent) in UNFINISHED]
     return max(left, key=_lot, default=None)
 
 
@@ -635,13 +640,13 @@ def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> li
 def lift_bar(task: Task, now: int) -> list[Update]:
     """Let a task start again, as its thread, or the node on which that ran, has ended.
 
-    One that waits for other things goes on waiting for those; one that has ended gives up its turn.
+    One that waits for other things goes on waiting for those, and gives up its turn meanwhile, as does one
+    that has ended.
     """
     stuck = {"stuck_on": task.stuck_on}
     pending = {**stuck, "status": PENDING}
     held = _until_due(optional_ms(task.run_at, "run_at"), now)
-    ended = {"stuck_on": ""} if task.concurrency_key is None else {"stuck_on": "", "turn": None}
-    others = (FREE, UNTIL_DUE, FOR_PARENTS, FOR_TURN)
+    over = {"stuck_on": ""} if task.concurrency_key is None else {"stuck_on": "", "turn": None}
     barred = {**pending, "held": BY_THREAD}
     lifted = [Update(task.id, barred, {"stuck_on": "", "held": held})]
     if (key := task.concurrency_key) is not None:
@@ -651,9 +656,10 @@ def lift_bar(task: Task, now: int) -> list[Update]:
         ]
     return [
         *lifted,
-        Update(task.id, {**pending, "held": others}, {"stuck_on": ""}),
+        Update(task.id, {**pending, "held": (FREE, UNTIL_DUE)}, {"stuck_on": ""}),
+        Update(task.id, {**pending, "held": (FOR_PARENTS, FOR_TURN)}, over),
         Update(task.id, {**stuck, "status": RUNNING}, {"stuck_on": ""}),
-        Update(task.id, {**stuck, "status": FINISHED}, ended),
+        Update(task.id, {**stuck, "status": FINISHED}, over),
     ]
 
 

@@ -8,14 +8,14 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from datetime import datetime, timedelta, tzinfo
+from datetime import datetime, timedelta, timezone, tzinfo
 from itertools import islice, takewhile
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import attrs
 
 from taskx.core.checks import check_number
-from taskx.core.clock import to_datetime
+from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
 
 #: What is done about ticks at which nobody was there.
@@ -30,6 +30,7 @@ BATCH = 100
 
 # Local times know no zone here: it is looked up for each of them.
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
+_LAST = to_ms(datetime.max.replace(tzinfo=timezone.utc))  # the calendar ends
 _DAY, _MILLISECOND = timedelta(days=1), timedelta(milliseconds=1)
 _EVERY_HOUR = frozenset(range(24))
 
@@ -87,7 +88,7 @@ class IntervalTicks:
     def after(self, moment: int) -> Iterator[int]:
         """The ticks later than a moment, in order."""
         tick = moment + self.period - (moment - self.since) % self.period
-        while True:
+        while tick <= _LAST:
             yield tick
             tick += self.period
 
@@ -214,13 +215,6 @@ def check_spec(spec: Any) -> str | Every:
     if next(_local_times(expression, _EPOCH), None) is None:
         raise ConfigurationError(f"cron expression {spec!r} never comes")
     return expression
-
-
-def check_zone(name: Any) -> str:
-    """The name of a time zone that this host knows; ConfigurationError says what is wrong with it."""
-    zone(name)
-    checked: str = name
-    return checked
 
 
 def zone(name: Any) -> tzinfo:

@@ -213,16 +213,15 @@ class Admission:
             with self._lock:
                 self._sharing.forget()
 
-    def tend(self) -> bool:
-        """Look after what is shared; whether there is more room than before.
+    def tend(self) -> None:
+        """Look after what is shared.
 
         Raises:
             RepositoryError: the repository failed; it is done next time.
         """
-        if not self._gates:
-            return False
-        with self._lock:
-            return self._sharing.tend()
+        if self._gates:
+            with self._lock:
+                self._sharing.tend()
 
     def end(self) -> None:
         """The node ends: what it has of what is shared may be others'.

@@ -18,7 +18,7 @@ from typing import Any
 from taskx.core import lifecycle
 from taskx.core.clock import Clock
 from taskx.core.errors import TaskxError
-from taskx.core.lifecycle import PENDING, RUNNING
+from taskx.core.lifecycle import PENDING, UNFINISHED
 from taskx.core.model import Task
 from taskx.core.writes import Insert
 from taskx.runtime.handles import Watcher
@@ -31,7 +31,6 @@ from taskx.storage.base import Repository
 BATCH = 200
 #: Parents that are looked at in each round of a slow look.
 _PAGE = 1000
-_UNFINISHED = (PENDING, RUNNING)
 
 
 class Dependents:
@@ -92,7 +91,7 @@ class Dependents:
             self._additions += 1
         try:
             statuses = self._repository.statuses([*set(waiting.values())])
-            due = [i for i, parent in waiting.items() if statuses.get(parent) not in _UNFINISHED]
+            due = [i for i, parent in waiting.items() if statuses.get(parent) not in UNFINISHED]
             self._decide(due)
         except TaskxError as error:  # they are stored: whoever did so must not be told otherwise
             self._all_due = True
@@ -123,17 +122,23 @@ class Dependents:
         Raises:
             RepositoryError: the repository failed.
         """
-        after, more = "", True
-        while more:
-            awaited = self._repository.awaited(after, _PAGE)
-            statuses = self._repository.statuses(awaited)
-            if any(statuses.get(parent) not in _UNFINISHED for parent in awaited):
-                self._all_due = True
-                self.wake()
-                return True
-            more = len(awaited) == _PAGE
-            after = awaited[-1] if awaited else ""
-        return False
+        gone, after = self._gone("")
+        while after and not gone:
+            gone, after = self._gone(after)
+        if gone:
+            self._all_due = True
+            self.wake()
+        return bool(gone)
+
+    def _gone(self, after: str) -> tuple[Sequence[str], str]:
+        """Those that have ended of the next parents that are waited for; and after which to go on.
+
+        Empty where there are no more.
+        """
+        awaited = self._repository.awaited(after, _PAGE)
+        statuses = self._repository.statuses(awaited)
+        gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
+        return gone, awaited[-1] if len(awaited) == _PAGE else ""
 
     # --- looking
 
@@ -162,15 +167,16 @@ class Dependents:
             if self._all_due:
                 self._all_due = False
                 try:
-                    self._look_at_all()
+                    self._look_at_all(until)
                 except BaseException:
                     self._all_due = True
                     raise
 
-    def _look_at_all(self) -> None:
+    def _look_at_all(self, until: float) -> None:
         self._after = ""
-        while self.look_slowly():
+        while self._look_at_some(until) and not self._left:
             continue
+        self._all_due = self._all_due or bool(self._left)
 
     def look_around(self) -> None:
         """Other processes may have stored tasks that wait: from when there are some, ends are told.
@@ -186,20 +192,27 @@ class Dependents:
                 self._all_due = self._all_due or (some and not self.any)
                 self.any = some
 
-    def look_slowly(self) -> bool:
-        """Look at some of the parents that are waited for, and go on there next time; False at the end.
+    def look_slowly(self, patience: float = math.inf) -> None:
+        """Look at some of the parents that are waited for, and go on there next time.
 
         For what no event told: a process that died just then, a record changed by hand.
+
+        Args:
+            patience: seconds after which what is found is left to :meth:`look`.
 
         Raises:
             RepositoryError: the repository failed.
         """
-        awaited = self._repository.awaited(self._after, _PAGE)
-        statuses = self._repository.statuses(awaited)
-        gone = [parent for parent in awaited if statuses.get(parent) not in _UNFINISHED]
+        until = time.monotonic() + patience
+        with self._looking:
+            self._look_at_some(until)
+
+    def _look_at_some(self, until: float) -> bool:
+        """Look at some parents; False where these were the last ones."""
+        gone, self._after = self._gone(self._after)
         if gone:
-            self._decide(self._repository.waiting_for(gone))
-        self._after = awaited[-1] if len(awaited) == _PAGE else ""
+            found = self._repository.waiting_for(gone)
+            self._left = [*self._left, *self._decide(found, until)]
         return bool(self._after)
 
     # --- deciding
@@ -247,7 +260,7 @@ class Dependents:
             again += [
                 child
                 for child, parent in waiting.items()
-                if now_known.get(parent) not in _UNFINISHED
+                if now_known.get(parent) not in UNFINISHED
             ]
         return again
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, get_args
+from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import attrs
 
@@ -22,6 +22,7 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.core.ids import new_id
+from taskx.core.lifecycle import OnParentFailure
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.record import policy_to_text
 from taskx.core.retry import RetryPolicy, check_policy
@@ -37,9 +38,6 @@ from taskx.runtime.starter import Services
 
 if TYPE_CHECKING:
     from taskx.runtime.handles import TaskHandle
-
-#: What becomes of a task whose parent failed for good, was cancelled, or is gone.
-OnParentFailure = Literal["cancel", "fail", "run"]
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -185,8 +183,7 @@ class Intake:
         if delayed:
             engine.look_for_due()
         else:
-            engine.more_stored = True
-            engine.wake_scheduler()
+            engine.look_for_more()
 
     def put(self, insert: Insert) -> None:
         """Store a task that was prepared before, for whoever has a hand free, whatever is in the buffer.

@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 
 from taskx.core import lifecycle
 from taskx.core.errors import ConfigurationError, TaskNotFound
-from taskx.core.record import FOR_PARENTS
 from taskx.core.writes import Insert
 from taskx.storage.base import Repository
 
@@ -33,7 +32,7 @@ def find_parents(repository: Repository, inserts: Sequence[Insert]) -> None:
             continue
         waiting_on = lifecycle.next_parent(parents[insert.id], statuses)
         if waiting_on is not None:
-            insert.row.update(held=FOR_PARENTS, waiting_on=waiting_on)
+            lifecycle.wait_for(insert, waiting_on)
 
 
 def _refuse_circles(parents: Mapping[str, Sequence[str]]) -> None:

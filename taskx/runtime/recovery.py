@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 
 from taskx.core import lifecycle
@@ -96,7 +97,7 @@ class Recovery:
         first = alternatives[0]
         failed = first.changes["status"] == lifecycle.FAILED
         self._services.log.log(
-            40 if failed else 30,
+            logging.ERROR if failed else logging.WARNING,
             "task %s was running on %s, which died: %s",
             first.id,
             node.name,

@@ -126,7 +126,8 @@ class Scheduler:
         else:
             self._asleep_long = True
             timeout = POLL
-            for due in (self._next_due, self._ticker.next):
+            next_tick = None if self._engine.stopping else self._ticker.next
+            for due in (self._next_due, next_tick):
                 if due is not None:
                     until_due = (due - self._services.clock.now_ms()) / 1000
                     timeout = min(timeout, max(_SHORTEST, until_due))
@@ -164,9 +165,8 @@ class Scheduler:
             self._due_known = False
             self._ticker.look_soon()
             self._look_around()
-            self._services.dependents.look_around()
             self._services.watcher.look()
-        if self._engine.more_stored or self._engine.admission.is_time():
+        if self._engine.admission.is_time() or self._engine.more_stored:
             self._engine.more_stored = True
             self._engine.refill()
         if not self._engine.stopping and self._ticker.tick():
@@ -175,7 +175,7 @@ class Scheduler:
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
             self._engine.stuck.audit()
-            self._services.dependents.look_slowly()
+            self._services.dependents.look_slowly(DEPENDENTS_PATIENCE)
             self._services.lines.look_slowly()
             self._ticker.look_soon()
             self._services.watcher.look()
@@ -189,9 +189,10 @@ class Scheduler:
         return True
 
     def _look_around(self) -> None:
-        """See what other processes did: new work, and requests to cancel."""
+        """See what others on the repository did: new work, and requests to cancel."""
         self._engine.more_stored = True
         self._engine.admission.forget()
+        self._services.dependents.look_around()
         for stub in self._services.repository.owned(self._engine.node.id):
             if stub.cancel_requested and (run := self._engine.runs.get(stub.id)):
                 run.token.fire(CancelReason.CANCEL)

@@ -18,15 +18,16 @@ from taskx.core.ids import new_id
 from taskx.core.model import Task, check_moment, check_name
 from taskx.core.ticks import (
     BATCH,
+    LONGEST,
     MISFIRES,
     Every,
     Misfire,
     Ticks,
     between,
     check_spec,
-    check_zone,
     ticks_of,
     upcoming,
+    zone,
 )
 from taskx.core.writes import Insert
 from taskx.runtime.intake import Intake
@@ -73,7 +74,7 @@ class Entry:
         task: what its tasks are made of: what ``lifecycle.create`` takes.
         misfire: what is done about ticks at which nobody was there.
         grace: milliseconds that a tick may be late; None for any number.
-        overlap: what is done where the task of an earlier tick has not ended.
+        overlap: what is done where the task of the last tick that got one has not ended.
         paused: whether it does not tick at present.
         next: the first tick that is not decided about yet; None if there is none any more.
         last: the last tick that got a task.
@@ -228,6 +229,8 @@ class Schedules:
                 return new
 
     def _template(self, name: str, task: Task, priority: int | None) -> dict[str, Any]:
+        if not isinstance(task, Task):
+            raise ConfigurationError(f"schedule takes a Task or a type, not {type(task).__name__}")
         if task.id or task.run_at is not None:
             raise ConfigurationError("a schedule gives its tasks their id and run_at itself")
         if not task.created_by:
@@ -248,9 +251,9 @@ class Schedules:
             return fresh.declared_again(entry_of(note), now)
         except RepositoryCorrupt as error:
             self._services.log.warning("schedule %r is stored anew: %s", wanted.name, error)
-            return fresh.resumed(now)
+            return attrs.evolve(fresh.resumed(now), paused=_says_paused(note))
 
-    def change(self, name: str, change: Callable[[Entry], Entry]) -> Entry:
+    def _change(self, name: str, change: Callable[[Entry], Entry]) -> Entry:
         """Change a schedule as it is now.
 
         Raises:
@@ -265,12 +268,12 @@ class Schedules:
 
     def pause(self, name: str) -> Entry:
         """Have it tick no more until it is resumed."""
-        return self.change(name, lambda entry: attrs.evolve(entry, paused=True))
+        return self._change(name, lambda entry: attrs.evolve(entry, paused=True))
 
     def resume(self, name: str) -> Entry:
         """Have it tick again; what was missed while it was paused is not made good."""
         now = self._services.clock.now_ms()
-        return self.change(name, lambda entry: entry.resumed(now) if entry.paused else entry)
+        return self._change(name, lambda entry: entry.resumed(now) if entry.paused else entry)
 
     def remove(self, name: str) -> None:
         """Forget a schedule; tasks that it has made stay."""
@@ -324,6 +327,15 @@ def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:
     return first, last
 
 
+def _says_paused(note: Note) -> bool:
+    """Whether a schedule that cannot be read is paused: one of a newer version may be."""
+    try:
+        data = payload.loads(note.text)
+    except ValueError:
+        return False
+    return isinstance(data, dict) and data.get("paused") is True
+
+
 def _batches(ticks: Iterator[int]) -> Iterator[list[int]]:
     while batch := list(islice(ticks, BATCH)):
         yield batch
@@ -346,10 +358,12 @@ def make_entry(
         raise ConfigurationError(f"overlap is 'allow' or 'skip', not {overlap!r}")
     if isinstance(spec, Every) and tz is not None:
         raise ConfigurationError("an interval is the same in every time zone: leave tz out")
+    tz = "UTC" if tz is None else tz
+    zone(tz)  # refused if it is not known
     return Entry(
         name=checked,
         spec=check_spec(spec),
-        tz=check_zone("UTC" if tz is None else tz),
+        tz=tz,
         since=0,
         task={},
         misfire=misfire,
@@ -360,7 +374,12 @@ def make_entry(
 
 def _grace(misfire: Misfire, seconds: Any) -> int | None:
     if seconds is not None:
-        return round(check_number(seconds, "misfire_grace") * 1000)
+        if check_number(seconds, "misfire_grace") > LONGEST:
+            raise ConfigurationError(
+                f"misfire_grace is at most {LONGEST:g} seconds, not {seconds!r}; for any number of them "
+                "leave it out of misfire='one'"
+            )
+        return round(float(seconds) * 1000)
     if misfire == "all":
         raise ConfigurationError(
             "misfire='all' needs misfire_grace: how many seconds late a tick may be to get its task"

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import suppress
 
 from taskx.core.clock import Clock
+from taskx.core.errors import RepositoryError
 from taskx.core.rate import FULL, Rate
 from taskx.runtime.limits import Bucket, Limit, Slots
 from taskx.storage.base import Note, Repository
@@ -117,8 +119,8 @@ class SharedSlots:
             if self._mine <= kept or self._set_mine(kept):
                 break
 
-    def tend(self) -> bool:
-        """Give back what was not taken for a while, and take from the dead; whether that made room.
+    def tend(self) -> None:
+        """Give back what was not taken for a while, and take from the dead.
 
         Raises:
             RepositoryError: the repository failed.
@@ -127,17 +129,18 @@ class SharedSlots:
         if self._idle:
             self.rest(0)
         self._idle = self._mine > self._taken
-        return self._bury()
+        self._bury()
 
-    def _bury(self) -> bool:
+    def _bury(self) -> None:
         others = self._shares.keys() - {self._node}
         if not others:
-            return False
+            return
         # After the note was read: who has a place in it, had joined.
         nodes = self._repository.nodes()
         alive = {node.id for node in nodes if node.alive is not False}
         left = {node: share for node, share in self._shares.items() if node in {*alive, self._node}}
-        return left != self._shares and self._put(left)
+        if left != self._shares:
+            self._put(left)
 
     def leave(self) -> None:
         """The node ends."""
@@ -218,12 +221,13 @@ class SharedBucket:
         return 0
 
     def put_back(self, count: int) -> None:
-        """Put so many back; where others get in the way, they are lost."""
-        for _ in range(_TRIES):
-            if self._note.stale:
-                self._read()
-            if self._mark == FULL or self._put(self._rate.put_back(self._mark, count)):
-                break
+        """Put so many back; where others get in the way, or the repository fails, they are lost."""
+        with suppress(RepositoryError):  # who puts some back has more to undo
+            for _ in range(_TRIES):
+                if self._note.stale:
+                    self._read()
+                if self._mark == FULL or self._put(self._rate.put_back(self._mark, count)):
+                    break
 
     def _put(self, mark: float) -> bool:
         done = self._note.put(repr(mark))
@@ -272,14 +276,14 @@ class Sharing:
         for bucket in self._buckets:
             bucket.forget()
 
-    def tend(self) -> bool:
-        """Look after the slots; whether there is more room than before.
+    def tend(self) -> None:
+        """Look after the slots.
 
         Raises:
             RepositoryError: the repository failed.
         """
-        made = [slots.tend() for slots in self._slots]
-        return any(made)
+        for slots in self._slots:
+            slots.tend()
 
     def leave(self) -> None:
         """The node ends: its slots may be others'.

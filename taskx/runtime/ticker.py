@@ -11,12 +11,14 @@ from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt
 from taskx.core.lifecycle import FINISHED
 from taskx.core.ticks import BATCH, Ticks, decide, latest
-from taskx.runtime.schedules import PREFIX, SKIP_GRACE, Entry, entry_of, store, tick_id
+from taskx.runtime.schedules import PREFIX, Entry, entry_of, store, tick_id
 from taskx.runtime.starter import Services
 from taskx.storage.base import Note
 
 #: Seconds between looks whether another process changed a schedule.
 LOOK_EVERY = 1.0
+# Seconds that a tick may be late without a warning.
+_TOLD_AFTER = 10.0
 
 
 class Read(NamedTuple):
@@ -39,7 +41,7 @@ class Due(NamedTuple):
     Attributes:
         entry: as it is stored.
         ticks: its ticks.
-        since: the first tick that nobody has decided about.
+        since: the first tick that nobody has decided about: ``entry.next``.
         now: what time it is.
     """
 
@@ -119,16 +121,17 @@ class Ticker:
             entry = entry_of(note)
             return Read(note.version, entry, entry.ticks)
         except (RepositoryCorrupt, ConfigurationError) as error:  # other processes may know better
-            self._services.log.warning("%s does not tick in this process: %s", name, error)
+            if known is None or known.entry is not None:  # others change it at each of its ticks
+                self._services.log.warning("%s does not tick in this process: %s", name, error)
             return Read(note.version, None, None)
 
     def _run(self, due: Due, version: int) -> tuple[int | None, bool]:
         """Make the tasks that are due; the next tick, and whether there was a task to make."""
         entry, services = due.entry, self._services
         run, next_ = decide(due.ticks, due.since, due.now, entry.misfire, entry.grace)
-        self._tell_missed(due, len(run))
         if run and entry.overlap == "skip":
             run = self._without_overlap(due, run[0])
+        self._tell_missed(due, len(run))
         made = bool(run) and any(store(services, [entry.insert(tick, due.now) for tick in run]))
         moved = attrs.evolve(entry, next=next_, last=run[-1] if run else entry.last)
         if not services.repository.put_note(PREFIX + entry.name, moved.to_text(), version):
@@ -152,7 +155,7 @@ class Ticker:
         return []
 
     def _tell_missed(self, due: Due, tasks: int) -> None:
-        if due.now - due.since > SKIP_GRACE * 1000:
+        if due.now - due.since > _TOLD_AFTER * 1000:
             self._services.log.warning(
                 "schedule %r: nobody was there at %s; of its ticks until now %d get a task",
                 *(due.entry.name, to_datetime(due.since), tasks),

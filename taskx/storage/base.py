@@ -29,7 +29,7 @@ from taskx.core.model import (
     check_status,
 )
 from taskx.core.payload import clean_text
-from taskx.core.record import FOR_PARENTS, Stub, optional_ms, policy_to_text
+from taskx.core.record import Stub, optional_ms, policy_to_text
 from taskx.core.retry import check_policy
 from taskx.core.writes import Write
 
@@ -328,7 +328,7 @@ class Repository(TaskRepository):
             **lifecycle.between_tasks(task),
         )
         if task.depends_on:  # whether they have ended is looked at by whoever runs
-            insert.row.update(held=FOR_PARENTS, waiting_on=task.depends_on[-1])
+            lifecycle.wait_for(insert, task.depends_on[-1])
         if not self.apply([insert])[0]:
             key = task.unique_key
             holder = None if key is None else self.unique_holders([key]).get(key)

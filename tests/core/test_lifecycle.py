@@ -577,6 +577,13 @@ class TestStuck:
         row = row_after(task, *writes, held=BY_THREAD, turn=turn)
         assert (row["held"], row["stuck_on"], row["turn"]) == (held, "", turn)
 
+    @pytest.mark.parametrize("held", [FOR_PARENTS, FOR_TURN])
+    def test_lifted_while_it_waits_for_others_it_gives_up_its_turn(self, held):
+        """It would keep it from those that come before it."""
+        task = make("pending", stuck_on="node", concurrency_key="k")
+        row = row_after(task, *lifecycle.lift_bar(task, LATER), held=held, turn="k")
+        assert (row["held"], row["stuck_on"], row["turn"]) == (held, "", None)
+
     @pytest.mark.parametrize("status", ["running", "completed", "failed", "cancelled"])
     def test_lifted_after_its_end_it_is_noted(self, status):
         task = make(status, stuck_on="node", concurrency_key="k")

@@ -14,10 +14,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from taskx import PayloadError
-from taskx.core.payload import MAX_DEPTH, clean_text, encode, encode_params, is_encodable, loads
+from taskx.core.payload import (
+    CODEC_KEY,
+    MAX_DEPTH,
+    clean_text,
+    encode,
+    encode_params,
+    is_encodable,
+    loads,
+)
 
 texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
-keys = texts.filter(lambda key: "\0" not in key)
+keys = texts.filter(lambda key: "\0" not in key and key != CODEC_KEY)
 json_values = st.recursive(
     st.none()
     | st.booleans()

@@ -20,12 +20,12 @@ from taskx.core.ticks import (
     IntervalTicks,
     between,
     check_spec,
-    check_zone,
     decide,
     every,
     latest,
     ticks_of,
     upcoming,
+    zone,
 )
 
 MINUTE = 60_000
@@ -283,7 +283,7 @@ def test_the_blanks_of_an_expression_do_not_matter():
 @pytest.mark.parametrize("name", ["Europe/Bonn", "", "Europe", "../zone", "a\0b", 7, None])
 def test_a_zone_that_is_not_known_is_refused(name):
     with pytest.raises(ConfigurationError, match="Europe/Berlin"):
-        check_zone(name)
+        zone(name)
 
 
 def test_the_error_names_the_extra(monkeypatch):
@@ -386,3 +386,9 @@ def test_all_within_a_span_means_each_of_them_once(position, lateness, grace):
         due = decision.next
     first = max(position * 100, now - grace)
     assert run == [tick for tick in range(0, now + 1, 100) if tick >= first]
+
+
+def test_an_interval_ends_with_the_calendar():
+    last = to_ms(datetime.max.replace(tzinfo=timezone.utc))
+    assert list(IntervalTicks(1000, 0).after(last - 2500)) == [last - 1999, last - 999]
+    assert upcoming(IntervalTicks(1000, 0), last) is None

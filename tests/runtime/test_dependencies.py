@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -626,7 +629,7 @@ class TestMadeGood:
 
     def test_a_parent_that_ends_while_its_child_is_stored(self, started, monkeypatch):
         """After its status was read, and before the child is there to be found."""
-        monkeypatch.setattr(dependents.Dependents, "look_slowly", lambda self: False)
+        monkeypatch.setattr(dependents.Dependents, "_look_at_some", lambda self, until: False)
         parent = started.submit("fine", delay=3600)
         repository = started.repository
 
@@ -640,10 +643,24 @@ class TestMadeGood:
         child = started.submit("fine", id="child", depends_on=[parent])
         assert child.result(PATIENCE) == [0, None]
 
+    def test_a_child_that_another_queue_on_the_same_repository_object_stores(
+        self, started, make_queue, gate, monkeypatch
+    ):
+        """Whose writes ring no bell here."""
+        monkeypatch.setattr("taskx.runtime.scheduler.AUDIT_EVERY", float("inf"))
+        parent = started.submit("hold")
+        gate.wait_for(1)
+        other = make_queue()
+        other.declare("fine")
+        child = other.submit("fine", depends_on=[parent])
+        eventually(lambda: started._services.dependents.any)
+        gate.open()
+        assert started.handle(child.id).result(PATIENCE) == [0, 0]
+
     @pytest.mark.parametrize("how", [TaskStatus.COMPLETED, TaskStatus.CANCELLED])
     def test_a_parent_that_ends_while_its_child_turns_to_it(self, started, monkeypatch, how):
         """After its status was read, and before the child is registered with it."""
-        monkeypatch.setattr(dependents.Dependents, "look_slowly", lambda self: False)
+        monkeypatch.setattr(dependents.Dependents, "_look_at_some", lambda self, until: False)
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
         repository = started.repository
         child = started.submit("fine", depends_on=parents)
@@ -760,6 +777,28 @@ def test_several_processes_run_one_graph(url, spawn):
             child.tell()
 
 
+def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
+    """A look has other things to come to; what is left is done by the next ones."""
+    queue = Queue(MemoryRepository())
+    queue.declare("t")
+    tasks = [Task(id=f"{n:04}", type="t") for n in range(1000)]
+    for before, task in pairwise(tasks):
+        task.depends_on = [before.id]
+    queue.submit_many(tasks)
+    repository, waiting = queue.repository, queue._services.dependents
+    waiting.look()
+    repository.update_status("0000", TaskStatus.CANCELLED)
+    waiting.ended_elsewhere()
+    pending, rounds = TaskFilter(status=TaskStatus.PENDING), 0
+    while repository.count(pending):
+        left = repository.count(pending)
+        waiting.look(0.0)
+        assert left - dependents.BATCH <= repository.count(pending) < left
+        assert waiting.looks or not repository.count(pending)
+        rounds += 1
+    assert rounds > 2
+
+
 # Any graph, any outcome
 
 graphs = st.integers(1, 12).flatmap(
@@ -802,7 +841,7 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
             waiting.parent_ended(stub.id)
             waiting.look()
         else:
-            while waiting.look_slowly():
+            while waiting._look_at_some(math.inf):
                 continue
     statuses: list[str] = []
     for n, (parents, policy, outcome) in enumerate(graph):

@@ -274,6 +274,11 @@ class TestStored:
         with pytest.raises(ConfigurationError, match=make.__name__):
             make(*steps)
 
+    @pytest.mark.parametrize("flow", ["say", None, [HOLD]])
+    def test_what_is_no_flow(self, queue, flow):
+        with pytest.raises(ConfigurationError, match="chain"):
+            queue.submit_flow(flow)
+
     def test_flows_nested_too_deep(self, queue):
         flow = chain(HOLD)
         for _ in range(sys.getrecursionlimit()):

@@ -48,6 +48,26 @@ def linger():
 # At once
 
 
+def test_a_token_that_comes_while_there_is_no_room_to_fetch_wakes_nobody_twice(
+    make_queue, clock, monkeypatch
+):
+    queue = make_queue(clock=clock)
+    queue.executor("t", rate="1/s", burst=1)(lambda: None)
+    queue.start()
+    handles = [queue.submit("t") for _ in range(2)]
+    assert handles[0].result(PATIENCE) is None
+    engine = queue._node.engine
+    eventually(engine.admission.next_look)
+    monkeypatch.setattr(engine.buffer, "room_to_fetch", lambda: 0)
+    engine.more_stored = True
+    clock.advance(2)
+    engine.wake_scheduler()
+    eventually(lambda: engine.admission.next_look() is None)
+    monkeypatch.undo()
+    engine.wake_scheduler()
+    assert handles[1].result(PATIENCE) is None
+
+
 def test_so_many_run_at_once_and_no_more(make_queue, gate):
     queue = make_queue(worker_num=8)
     crowd = Crowd(gate)

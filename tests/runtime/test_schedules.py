@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import threading
 from datetime import datetime, timedelta, timezone
 from zoneinfo import ZoneInfo
 
@@ -267,6 +268,37 @@ def test_a_queue_that_is_stopping_does_not_tick(started, clock, gate):
     eventually(lambda: not started.repository.nodes())
 
 
+def test_a_queue_that_is_stopping_is_not_woken_by_ticks_that_it_leaves_alone(started, clock, gate):
+    started.executor("hold")(lambda: gate())
+    started.submit("hold")
+    gate.wait_for(1)
+    started.schedule("s", every(60), "remote")
+    eventually(lambda: ticker(started).next)
+    engine, thread = started._node.engine, started._node._scheduler
+    engine.begin_stop()
+    clock.advance(60)
+    waits = []
+    thread._wake_up = Waits(waits.append)
+    eventually(lambda: len(waits) >= 3)
+    thread._wake_up = threading.Lock()
+    gate.open()
+    assert min(waits[1:]) > 0.01
+
+
+class Waits:
+    """Tells how long the scheduler would wait, and lets it wait for a moment."""
+
+    def __init__(self, tell):
+        self.tell = tell
+
+    def acquire(self, timeout):
+        self.tell(timeout)
+        threading.Event().wait(0.001)
+
+    def release(self):
+        """It is awake."""
+
+
 def test_a_queue_that_is_not_started_does_not_tick(queue, clock):
     queue.schedule("beat", every(30), "remote")
     clock.advance(300)
@@ -384,6 +416,8 @@ def test_another_spec_never_ticks_again_where_the_old_one_did(started, clock):
         (("s", every(5), "remote", {"n": {1}}), {}, PayloadError, r"params\.n"),
         (("s", every(5), "mine", {"m": 1}), {}, PayloadError, "needs n"),
         (("s", every(5), "remote"), {"timeout": 0}, ConfigurationError, "timeout"),
+        (("s", every(5), 5), {}, ConfigurationError, "Task or a type, not int"),
+        (("s", every(5), "remote"), {"misfire_grace": 1e30}, ConfigurationError, "at most"),
         (("s", every(5), Task(type="remote", id="x")), {}, ConfigurationError, "id and run_at"),
         (
             ("s", every(5), Task(type="remote", run_at=NOON)),
@@ -549,6 +583,11 @@ def test_declared_anew_after_it_was_removed_it_makes_no_task_twice(started, cloc
 
 
 # By hand
+
+
+@pytest.mark.parametrize("name", ["a@2024-99-99T00:00:00Z", "a@noon", "a"])
+def test_an_id_that_looks_like_that_of_a_tick_is_that_of_none(name):
+    assert tick_of(Task(type="remote", id=name)) is None
 
 
 def test_triggered_it_runs_now_beside_its_ticks(started, clock):
@@ -851,6 +890,33 @@ def test_a_damaged_schedule_does_not_keep_others_from_ticking(started, clock, ca
     assert list(started.schedules()) == ["broken", "sound"]
     later(started, clock, 60)
     assert "broken@2026-03-27T12:04:00Z" in ids(started)
+
+
+@pytest.mark.parametrize("paused", [True, False])
+def test_one_of_a_newer_version_that_is_declared_over_stays_paused(queue, paused):
+    queue.schedule("s", every(60), "remote")
+    stored = note(queue, "s")
+    newer = {**json.loads(stored.text), "jitter": 5, "paused": paused}
+    queue.repository.put_note(PREFIX + "s", json.dumps(newer), stored.version)
+    assert queue.schedule("s", every(60), "remote").paused is paused
+
+
+def read_version(queue):
+    read = ticker(queue)._read.get(PREFIX + "s")
+    return read and read.version
+
+
+def test_what_others_go_on_ticking_is_complained_of_once(started, clock, caplog):
+    """At each of their ticks it is changed."""
+    started.schedule("s", every(60), "remote")
+    for n in range(3):
+        stored = note(started, "s")
+        newer = {**json.loads(stored.text), "jitter": n}
+        assert started.repository.put_note(PREFIX + "s", json.dumps(newer), stored.version)
+        seen = note(started, "s").version
+        started._node._scheduler.look_for_schedules()
+        eventually(lambda seen=seen: read_version(started) == seen)
+    assert caplog.text.count("schedule/s does not tick in this process") == 1
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from taskx import (
 from taskx.core.rate import Rate
 from taskx.runtime import scheduler
 from taskx.runtime.admission import Admission
+from taskx.runtime.node import LocalNode
 from taskx.runtime.shared_limits import SharedBucket, SharedSlots
 from taskx.storage.base import Node
 from taskx.testing import ManualClock
@@ -100,6 +101,43 @@ def test_a_node_that_stops_leaves_its_places(make_queue, repository, gate):
     gate.open()
     queue.stop(PATIENCE)
     assert shares(repository) == {}
+
+
+@pytest.mark.parametrize("when", ["start", "hand back"])
+def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
+    make_queue, repository, monkeypatch, when
+):
+    """The repository is away in the middle of it."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=50, rate="100/s", limit_scope="global")(lambda: None)
+    handles = [queue.submit("t") for _ in range(5)]
+    node = LocalNode(queue._services, queue.config, lambda: None)
+    node.join()
+    engine = node.engine
+    engine.refill()
+    items = engine.buffer.take(5, block=False)
+
+    def away(*args):
+        monkeypatch.setattr(repository, "put_note", away)
+        raise RepositoryUnavailable("away")
+
+    if when == "start":
+        repository.before = away
+        with pytest.raises(RepositoryUnavailable):
+            engine._start(items)
+    else:
+        engine._start(items)
+        runs = list(engine.runs.values())
+        repository.before = away
+        monkeypatch.setattr(repository, "put_note", away)
+        with pytest.raises(RepositoryUnavailable):
+            engine.starter.hand_back(runs, rebuffer=True)
+    assert (engine.runs, engine.admission.admitted) == ({}, {})
+    repository.before = lambda writes: None
+    monkeypatch.undo()
+    for _ in range(2):
+        node._recovery.audit()
+    assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
 
 
 def test_places_that_lie_idle_are_given_back(make_queue, repository, gate):
@@ -272,7 +310,7 @@ def test_what_the_dead_had_is_free(clock):
     assert second.take(3) == 1
     repository.dead.add("a")
     assert second.free() == 0
-    assert second.tend()
+    second.tend()
     assert (second.free(), second.take(3)) == (2, 2)
 
 
@@ -285,7 +323,7 @@ def test_whose_life_cannot_be_told_keeps_its_places():
     first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
     first.take(3)
     for _ in range(20):  # also when no other change comes in between
-        assert not second.tend()
+        second.tend()
     assert shares(repository) == {"a": 3}
     assert second.take(1) == 0
 

@@ -364,6 +364,27 @@ class TestBarred:
         gate.open()
         assert queue.handle("next").result(PATIENCE) == "run 1"
 
+    def test_requeued_behind_its_parent_it_leaves_its_turn_to_those_before_it(
+        self, make, hang, gate
+    ):
+        queue = make(worker_num=2)
+        bad = [True]
+        queue.executor("parent")(lambda: 1 / 0 if bad.pop() else None)
+        slow = queue.submit("fine", delay=3600)
+        parent = queue.submit("parent", id="parent")
+        earlier = queue.submit("fine", depends_on=[slow], concurrency_key="k")
+        fails(parent)
+        fails(hang(queue, depends_on=["parent"], on_parent_failure="run", concurrency_key="k"))
+        queue.pause("parent")
+        bad.append(False)
+        assert queue.requeue_dead_letters() == 2
+        gate.open()
+        eventually(lambda: not queue.get_task_status("x").stuck_on)
+        queue._clock.advance(3600)
+        assert earlier.result(PATIENCE) == "fine"
+        queue.resume("parent")
+        assert queue.handle("x").result(PATIENCE) == "run 2"
+
     def test_its_line_goes_on_with_its_retry(self, make, hang, gate):
         queue = make()
         handle = hang(queue, concurrency_key="k", max_attempts=2)
