@@ -249,15 +249,15 @@ class Queue:
             unique_scope: how long the task holds it: ``"pending"`` until it first starts,
                 ``"unfinished"`` (unless given) until it has ended, ``"ever"`` as long as its record is
                 kept, or so many seconds from now.
+            on_conflict: where another task holds the unique key: ``"reject"`` (unless given) raises,
+                ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending and of
+                the same type, parents and concurrency key, the params and options of this one, and
+                returns its handle.
             depends_on: tasks, by id or handle, that must have completed before this one starts.
             on_parent_failure: what becomes of it when all of them have ended and one did not complete:
                 ``"cancel"`` (unless given), ``"fail"`` or ``"run"``.
             concurrency_key: tasks with the same key run one at a time, in the order of submission, in
                 whatever process.
-            on_conflict: where another task holds the key: ``"reject"`` (unless given) raises,
-                ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending and of
-                the same type, parents and concurrency key, the params and options of this one, and
-                returns its handle.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.

@@ -8,7 +8,7 @@
     ├── UnknownTaskType (LookupError)     no executor for the type, and it was not declared
     ├── TaskNotFound (LookupError)        no record with that id
     ├── ScheduleNotFound (LookupError)    no schedule of that name
-    ├── DuplicateTask                     a record with that id exists
+    ├── DuplicateTask                     a record with that id, or that unique key, exists
     ├── InvalidTransition                 the task's status does not allow the move
     ├── QueueFull                         the buffer has no room
     ├── QueueStopped                      the queue was stopped

@@ -167,10 +167,10 @@ def create(
         "max_crashes": max_crashes,
         "retry": retry,
         "owner": "",
-        "held": _until_due(run_at, now),
+        "held": until_due(run_at, now),
     }
     if rare:
-        row.update(_rare(row, **rare))
+        row.update(_rare(**rare))
     return Insert(row)
 
 
@@ -184,6 +184,8 @@ def between_tasks(task: Task) -> dict[str, Any]:
     if task.unique_key is not None:
         given["unique_key"] = check_key(task.unique_key, "unique_key")
         given["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
+    elif task.unique_scope is not None:
+        raise ConfigurationError("unique_scope is of a unique_key: give one, too")
     if task.on_parent_failure is not None:
         check_policy(task.on_parent_failure)
     if task.depends_on:
@@ -216,7 +218,6 @@ def check_policy(policy: object) -> None:
 
 
 def _rare(
-    row: dict[str, Any],
     *,
     unique_key: str | None = None,
     unique_scope: str | None = None,
@@ -238,7 +239,8 @@ def _rare(
     return more
 
 
-def _until_due(run_at: int | None, now: int) -> int:
+def until_due(run_at: int | None, now: int) -> int:
+    """Why a pending task that waits for nothing else may not start: its time, or nothing."""
     return UNTIL_DUE if run_at is not None and run_at > now else FREE
 
 
@@ -261,24 +263,23 @@ def give_up(task_id: str, node: str) -> Update:
 
 
 def cancel(task_id: str, now: int) -> list[Update]:
-    """Cancel a task: a pending one at once, a running one by asking for it.
+    """Cancel a task: a pending one at once, a running one by asking for it (the last of the writes).
 
     A pending one gives its unique key up, whatever the scope.
     """
+    gone = {
+        "status": CANCELLED,
+        "completed_at": now,
+        "owner": "",
+        "unique_lock": None,
+        "waiting_on": None,
+    }
+    # Where a thread of an earlier attempt still runs, it keeps the turn: see lift_bar. None: the
+    # original's records say nothing.
+    free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None)}
     return [
-        Update(
-            task_id,
-            {"status": PENDING},
-            {
-                "status": CANCELLED,
-                "completed_at": now,
-                "owner": "",
-                "unique_lock": None,
-                "waiting_on": None,
-                "turn": None,
-            },
-            durable=True,
-        ),
+        Update(task_id, free, {**gone, "turn": None}, durable=True),
+        Update(task_id, {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD)}, gone, durable=True),
         Update(
             task_id,
             {"status": RUNNING, "cancel_requested_at": None},
@@ -352,7 +353,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     bad = _bad_parent(child.depends_on, statuses)
     if bad is None or child.on_parent_failure == "run":
         run_at = None if child.run_at is None else to_ms(child.run_at)
-        held = _until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
+        held = until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
         if child.stuck_on:
             guard["stuck_on"], held = child.stuck_on, BY_THREAD
         return Update(child.id, guard, {"waiting_on": None, "held": held})
@@ -399,7 +400,7 @@ def start(task: Task, now: int, node: str) -> Update | None:
 
 def last_chance(task: Task) -> bool:
     """Whether one more crash would be one too many for a task that has crashed before."""
-    return 0 < task.crashes >= (task.max_crashes or DEFAULT_MAX_CRASHES) - 1
+    return 0 < task.crashes >= _crashes_allowed(task) - 1
 
 
 def mark_started(task: Task, update: Update) -> None:
@@ -645,7 +646,7 @@ def lift_bar(task: Task, now: int) -> list[Update]:
     """
     stuck = {"stuck_on": task.stuck_on}
     pending = {**stuck, "status": PENDING}
-    held = _until_due(optional_ms(task.run_at, "run_at"), now)
+    held = until_due(optional_ms(task.run_at, "run_at"), now)
     over = {"stuck_on": ""} if task.concurrency_key is None else {"stuck_on": "", "turn": None}
     barred = {**pending, "held": BY_THREAD}
     lifted = [Update(task.id, barred, {"stuck_on": "", "held": held})]
@@ -666,12 +667,11 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 # --- after the end
 
 
-def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
+def requeue(task: Task, waiting_on: str | None = None) -> Update:
     """Let a failed or cancelled task run again, with a budget that starts anew.
 
     Args:
         task: as it was read.
-        now: the present, in milliseconds.
         waiting_on: a parent that it waits for first.
 
     Raises:
@@ -766,7 +766,8 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     guard = {"status": stored.status.value, "starts": stored.starts}
     if wanted.status is not TaskStatus.PENDING:
         return [Update(stored.id, guard, changes, durable=True)]
-    due = {**changes, "held": _until_due(changes["run_at"], now)}
+    # A requeued one may have to wait for its turn, whatever its time.
+    due = {**changes, "held": changes.get("held") or until_due(changes["run_at"], now)}
     if stored.stuck_on:
         due["held"] = BY_THREAD
     if due["held"]:
@@ -813,14 +814,15 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}
-        return dict(requeue(stored, now).changes)
+        return dict(requeue(stored).changes)
     changes = {
         "status": status.value,
         "completed_at": now,
         "owner": "",
         "waiting_on": None,
-        "turn": None,
     }
+    if not stored.stuck_on:  # else it keeps it as long as its thread runs
+        changes["turn"] = None
     changes.update(unique.freed_by_end(stored))
     if status is TaskStatus.COMPLETED:
         changes["progress"] = 100

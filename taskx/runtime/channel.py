@@ -58,15 +58,26 @@ class Channel:
         self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0), timeout)
         with self._saying:
             self._send()
-        try:
-            data = self._socket.recv(_CHUNK)
-        except BlockingIOError:
+        data = self._received()
+        if data is None:
             return []
-        except OSError:
-            data = b""
-        if not data:
+        return self._lines(data) if data else None
+
+    def hear_rest(self) -> list[list[Any]] | None:
+        """All that is left to be heard of one who has ended; None for nothing."""
+        messages: list[list[Any]] = []
+        while data := self._received():
+            messages += self._lines(data)
+        return messages or None
+
+    def _received(self) -> bytes | None:
+        """What came; None for nothing yet, empty when the other end is closed."""
+        try:
+            return self._socket.recv(_CHUNK)
+        except BlockingIOError:
             return None
-        return self._lines(data)
+        except OSError:
+            return b""
 
     def _wait(self, events: int, timeout: float | None) -> None:
         poll = select.poll()  # select() knows no high numbers

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from taskx.core import payload
 from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.errors import ConfigurationError, RepositoryError, TaskNotFound
+from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError, TaskNotFound
 from taskx.core.model import Task
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime import node
@@ -163,10 +163,17 @@ class _Questions:
         self.answers: SimpleQueue[list[Any]] = SimpleQueue()
 
     def ask(self, *question: Any) -> Any:
-        """The parent's answer; ``RepositoryError`` if the repository failed it."""
+        """The parent's answer.
+
+        Raises:
+            PayloadError: what was to be stored cannot be.
+            RepositoryError: the repository failed.
+        """
         with self._asking:
             self._channel.say(*question)
-            answer, problem = self.answers.get()
+            answer, problem, path = self.answers.get()
+        if path:
+            raise PayloadError(path, problem)
         if problem:
             raise RepositoryError(problem)
         return answer
@@ -191,7 +198,7 @@ class _ParentKeeps(Keeper):
 
         Raises:
             TaskCancelled: the token fired before the repository was back; they may be stored or not.
-            RepositoryError: they cannot be stored.
+            PayloadError, RepositoryError: they cannot be stored.
         """
         kept = bool(self._questions.ask("checkpoints", text, durable))
         if not kept:

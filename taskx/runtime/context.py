@@ -164,6 +164,7 @@ class Context:
                 task to another one, and nothing was stored.
             ConfigurationError: the name was used before in this attempt; or the repository has eight
                 methods and no place to store this.
+            RepositoryError: it could not be stored.
         """
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
@@ -171,8 +172,14 @@ class Context:
     def cursor(self) -> Any:
         """How far a loop has come: the JSON value that was set last in any attempt; None if none was.
 
-        It is stored when it is set, and then raises ``TaskCancelled`` if the token has fired. A power
-        cut, unlike the death of the process, may undo the last ones.
+        It is stored when it is set. A power cut, unlike the death of the process, may undo the last ones.
+
+        Raises:
+            ConfigurationError: the repository has eight methods and no place to store this.
+            PayloadError: what is set is not JSON, or too large with what is stored already.
+            TaskCancelled: it was set, and the token has fired; or this run has lost its task to another
+                one, and nothing was stored.
+            RepositoryError: what is set could not be stored.
         """
         return self._kept().cursor
 

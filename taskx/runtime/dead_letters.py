@@ -48,9 +48,8 @@ def _requeue(services: Services, tasks: Sequence[Task]) -> set[str]:
     """Let tasks run again, when those of their parents have ended that are under way; returns which."""
     parents = list({parent: None for task in tasks for parent in task.depends_on})
     statuses = services.repository.statuses(parents) if parents else {}
-    now = services.clock.now_ms()
     writes = [
-        lifecycle.requeue(task, now, lifecycle.unfinished_parent(task.depends_on, statuses))
+        lifecycle.requeue(task, lifecycle.unfinished_parent(task.depends_on, statuses))
         for task in tasks
     ]
     results = services.ledger.commit(writes)

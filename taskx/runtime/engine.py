@@ -48,11 +48,11 @@ class Engine:
         node: what it is known as in the repository.
         workers: how many threads.
         buffer: where they take ids from.
-        stuck: the attempts that are given up.
+        max_stuck: how many threads that are stuck are replaced.
     """
 
     def __init__(
-        self, services: Services, node: Node, workers: int, buffer: Buffer, stuck: Stuck
+        self, services: Services, node: Node, workers: int, buffer: Buffer, max_stuck: int
     ) -> None:
         self.services = services
         self.hooks = services.hooks
@@ -81,9 +81,10 @@ class Engine:
         self._lingering = threading.Lock()
         self._refilling = threading.Lock()
         self._quiet = threading.Condition()
-        self.stuck = stuck
-        stuck.do_without, stuck.conclude, stuck.freed = self._do_without, self._give_up, self._freed
-        self._left = self._at_work = workers
+        self.stuck = Stuck(
+            services, node.id, max_stuck, self._do_without, self._give_up, self._freed
+        )
+        self._left = self._at_work = self._named = workers
         self.threads = [self._worker(number) for number in range(1, workers + 1)]
 
     def _worker(self, number: int) -> threading.Thread:
@@ -116,6 +117,7 @@ class Engine:
         finally:  # whatever happens, a stop must not wait for a worker that is gone
             with self._quiet:
                 self._left -= 1
+                self.threads.remove(threading.current_thread())  # its ident may be another's soon
                 self._quiet.notify_all()
 
     def _pause(self, seconds: float) -> None:
@@ -226,7 +228,8 @@ class Engine:
             self._at_work -= 1
             if self.stopping or not self.stuck.healthy:
                 return
-            thread = self._worker(len(self.threads) + 1)
+            self._named += 1
+            thread = self._worker(self._named)
             try:
                 thread.start()
             except RuntimeError as error:
@@ -246,8 +249,8 @@ class Engine:
         if threading.current_thread() in self.threads:
             with self._quiet:
                 self._at_work += 1
+        self.admission.over(run.task.id, ran=True)  # first: from then on its retry may be admitted
         self.stuck.thread_ended(run)
-        self.admission.over(run.task.id, ran=True)
         self.wake_scheduler()
 
     def _is_superfluous(self) -> bool:
@@ -274,16 +277,17 @@ class Engine:
                 self._complaint.make("outcomes wait to be written: %s", error)
                 self._pause(_FIRST_PAUSE)
 
-    def _refused(self, run: Run, ending: Ending, error: BaseException) -> None:
-        """What the executor returned cannot be stored: so the attempt failed."""
-        failed = attrs.evolve(
-            ending,
-            returned=False,
-            result=None,
-            error=f"the result could not be stored: {error_text(error)}",
-        )
-        self._defer(run, failed)
-        self.wake_scheduler()
+    def _lesser(self, ending: Ending, error: BaseException) -> Ending | None:
+        """What is left to be stored of an ending that the repository refused; None for nothing less.
+
+        Where the executor returned something, the attempt failed.
+        """
+        if ending.result is not None:
+            text = f"the result could not be stored: {error_text(error)}"
+            return attrs.evolve(ending, returned=False, result=None, error=text)
+        if ending.traceback or ending.log:
+            return attrs.evolve(ending, traceback="", log="")
+        return None
 
     def _concluded(
         self,
@@ -294,8 +298,9 @@ class Engine:
         error: BaseException | None,
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
-        if error is not None and ending.result is not None:
-            self._refused(run, ending, error)
+        if error is not None and (lesser := self._lesser(ending, error)) is not None:
+            self._defer(run, lesser)
+            self.wake_scheduler()
             return
         task, log = run.task, self.services.log
         held = [write for write, holds in zip(writes, results, strict=False) if holds]
@@ -312,6 +317,12 @@ class Engine:
                     self.services.lines.left(task, held[0].changes)
         finally:
             self.starter.strike(run, ran=True)
+        if error is not None:
+            log.error(
+                "task %s (%s): how it ended could not be stored, so it runs again: %s",
+                *(task.id, task.type, error),
+            )
+            return
         if not held:
             log.warning(
                 "task %s (%s): its late outcome was dropped, as another run had taken over",

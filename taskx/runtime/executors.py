@@ -84,6 +84,22 @@ class ExecutorOptions(TypedDict, total=False):
     limit_scope: LimitScope | None
 
 
+def check_options(
+    max_attempts: int | None, max_crashes: int | None, timeout: float | None, priority: int | None
+) -> None:
+    """``ConfigurationError`` for an option, of an executor or a task, that is not valid."""
+    if max_attempts is not None:
+        check_int(max_attempts, "max_attempts", 1)
+    if max_crashes is not None:
+        check_int(max_crashes, "max_crashes", 1)
+    if timeout is not None and check_number(timeout, "timeout") == 0:
+        raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
+    if priority is not None and (
+        priority or type(priority) is not int
+    ):  # False is no number either
+        check_int(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+
+
 @attrs.frozen(kw_only=True)
 class Options:
     """How tasks are run, unless ``submit`` says otherwise for one of them.
@@ -121,13 +137,7 @@ class Options:
     limit_scope: LimitScope | None = None
 
     def __attrs_post_init__(self) -> None:
-        for name in ("max_attempts", "max_crashes"):
-            if getattr(self, name) is not None:
-                check_int(getattr(self, name), name, 1)
-        if self.timeout is not None and check_number(self.timeout, "timeout") == 0:
-            raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
-        if self.priority is not None:
-            check_int(self.priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
+        check_options(self.max_attempts, self.max_crashes, self.timeout, self.priority)
         check_policy(self.retry)
         log_level(self.capture_log)
         if self.isolation not in (None, "process"):
@@ -366,8 +376,8 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
     Args:
         type: the type of task it runs; the function's name unless given.
         options: how its tasks are run: ``max_attempts``, ``max_crashes``, ``timeout``, ``priority``,
-            ``retry``, ``capture_log``, ``isolation`` and ``grace``, as :meth:`Queue.executor` takes
-            them.
+            ``retry``, ``capture_log``, ``isolation``, ``grace``, ``max_concurrency``, ``rate``, ``burst``
+            and ``limit_scope``, as :meth:`Queue.executor` takes them.
 
     Raises:
         ConfigurationError: an option is not valid, or the function cannot be an executor.

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, TypedDict, get_args
 import attrs
 
 from taskx.core import lifecycle, payload
-from taskx.core.checks import check_int, check_number
+from taskx.core.checks import check_number
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import (
     ConfigurationError,
@@ -31,7 +31,7 @@ from taskx.core.writes import Insert
 from taskx.runtime.buffer import Item
 from taskx.runtime.conflicts import Patience, settle
 from taskx.runtime.engine import Engine
-from taskx.runtime.executors import MAX_PRIORITY
+from taskx.runtime.executors import check_options
 from taskx.runtime.parents import find_parents
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.starter import Services
@@ -403,7 +403,7 @@ class Intake:
                 priority = task.priority or options.priority or 0
         elif priority is None:
             priority = task.priority
-        _check_options(max_attempts, max_crashes, timeout, priority)
+        check_options(max_attempts, max_crashes, timeout, priority)
         now = self._services.clock.now_ms()
         run_at = None if task.run_at is None else _run_at_ms(task.run_at)
         return lifecycle.create(
@@ -451,19 +451,6 @@ def _run_at_ms(moment: Any) -> int:
         raise ConfigurationError(f"run_at: {error}") from None
 
 
-def _check_options(
-    max_attempts: int | None, max_crashes: int | None, timeout: float | None, priority: int
-) -> None:
-    if max_attempts is not None:
-        check_int(max_attempts, "max_attempts", 1)
-    if max_crashes is not None:
-        check_int(max_crashes, "max_crashes", 1)
-    if timeout is not None and check_number(timeout, "timeout") == 0:
-        raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
-    if priority or type(priority) is not int:  # False is no number either
-        check_int(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
-
-
 def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
     """A copy of a task with the options of ``submit`` that were given.
 
@@ -479,6 +466,8 @@ def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
         raise ConfigurationError(
             f"on_conflict must be one of {known}, not {given['on_conflict']!r}"
         )
+    if "on_conflict" in given and task.unique_key is None and "unique_key" not in chosen:
+        raise ConfigurationError("on_conflict is of a unique_key: give one, too")
     if "unique_scope" in chosen:
         chosen["unique_scope"] = scope_to_text(chosen["unique_scope"])
     delay = chosen.pop("delay", None)

@@ -17,7 +17,13 @@ from contextlib import ExitStack, suppress
 from typing import Any, NamedTuple
 
 from taskx.core import payload
-from taskx.core.errors import ConfigurationError, RepositoryError, TaskCancelled, TaskNotFound
+from taskx.core.errors import (
+    ConfigurationError,
+    PayloadError,
+    RepositoryError,
+    TaskCancelled,
+    TaskNotFound,
+)
 from taskx.core.token import CancelReason
 from taskx.runtime.channel import Channel
 from taskx.runtime.context import Context
@@ -267,7 +273,7 @@ class _Attendance:
         messages = channel.hear(self._patience())
         if messages == [] and self._child.ended:
             # A process that the executor started may keep the line open. What was said is there now.
-            messages = channel.hear(0) or None
+            messages = channel.hear_rest()
         if messages is None:
             self._child.kill()
             self._token.raise_if_cancelled()
@@ -298,23 +304,25 @@ class _Attendance:
         elif what == "parents":
             self._child.channel.say("answer", *self._parents())
 
-    def _keep(self, text: str, durable: bool) -> tuple[bool, str]:
-        """Store checkpoints: whether the run still has its task, or why they could not be stored."""
+    def _keep(self, text: str, durable: bool) -> tuple[bool, str, str]:
+        """Store checkpoints: whether the run still has its task; or what kept them from being stored."""
         try:
-            return self._ctx.keep_checkpoints(text, durable=durable), ""
+            return self._ctx.keep_checkpoints(text, durable=durable), "", ""
         except TaskCancelled:
-            return False, ""  # the child hears it, too
+            return False, "", ""  # the child hears it, too
+        except PayloadError as error:
+            return False, error.problem, error.path
         except RepositoryError as error:
-            return False, str(error)
+            return False, str(error), ""
 
-    def _parents(self) -> tuple[list[dict[str, Any]] | str, str]:
+    def _parents(self) -> tuple[list[dict[str, Any]] | str, str, str]:
         """The parents of the task; or the id of one that is gone; or why they could not be read."""
         try:
-            return [parent.to_dict() for parent in self._ctx.parents], ""
+            return [parent.to_dict() for parent in self._ctx.parents], "", ""
         except TaskNotFound as gone:
-            return gone.task_id, ""
+            return gone.task_id, "", ""
         except RepositoryError as error:
-            return "", str(error)
+            return "", str(error), ""
 
     def _raised(self, told: Mapping[str, Any], fired: str | None) -> BaseException:
         if fired is not None:  # by its own clock, which may be a little ahead

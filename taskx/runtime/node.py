@@ -20,7 +20,6 @@ from taskx.runtime.retention import Retention
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.scheduler import Scheduler
 from taskx.runtime.starter import Services
-from taskx.runtime.stuck import Stuck
 from taskx.runtime.ticker import Ticker
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Node
@@ -56,8 +55,7 @@ class LocalNode:
         fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
         ageing = round((config.ageing or 0) * 1000)
         buffer = Buffer(config.buffer_size, fetch_size, config.worker_num, ageing)
-        stuck = Stuck(services, node_id, config.max_stuck)
-        self.engine = Engine(services, self.record, config.worker_num, buffer, stuck)
+        self.engine = Engine(services, self.record, config.worker_num, buffer, config.max_stuck)
         self._recovery = Recovery(self.engine)
         retention = Retention(services, config.retention)
         ticker = Ticker(services)

@@ -41,9 +41,9 @@ class Operations:
         """
         while True:
             writes = lifecycle.cancel(task_id, self._services.clock.now_ms())
-            cancelled, asked = self._services.ledger.commit(writes)
-            if cancelled:
-                self._never_run(writes[:1])
+            *cancelled, asked = self._services.ledger.commit(writes)
+            if any(cancelled):
+                self._never_run([writes[cancelled.index(True)]])
                 return True
             if not asked:
                 task = self._services.repository.get_by_id(task_id)
@@ -78,11 +78,11 @@ class Operations:
     def _cancel_some(self, task_ids: Sequence[str]) -> tuple[list[Update], list[str]]:
         """The writes by which tasks were cancelled that were pending; those that were asked to stop."""
         now = self._services.clock.now_ms()
-        pairs = [lifecycle.cancel(task_id, now) for task_id in task_ids]
-        results = self._services.ledger.commit([write for pair in pairs for write in pair])
-        outcomes = list(zip(pairs, results[::2], results[1::2], strict=True))
-        never_run = [pair[0] for pair, gone, _ in outcomes if gone]
-        asked = [pair[1].id for pair, gone, told in outcomes if told and not gone]
+        writes = [write for task_id in task_ids for write in lifecycle.cancel(task_id, now)]
+        results = self._services.ledger.commit(writes)
+        done = [write for write, held in zip(writes, results, strict=True) if held]
+        never_run = [write for write in done if "status" in write.changes]
+        asked = [write.id for write in done if "status" not in write.changes]
         return never_run, asked
 
     def fire(self, task_id: str) -> None:
@@ -135,7 +135,7 @@ class Operations:
         if task.depends_on:
             statuses = services.repository.statuses(task.depends_on)
             waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
-        write = lifecycle.requeue(task, services.clock.now_ms(), waiting_on)
+        write = lifecycle.requeue(task, waiting_on)
         if not services.ledger.commit([write])[0]:
             services.repository.refuse_if_key_held(task)
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 
 from taskx.core import lifecycle
 from taskx.core.errors import ConfigurationError, TaskNotFound
+from taskx.core.record import ids_from_text
 from taskx.core.writes import Insert
 from taskx.storage.base import Repository
 
@@ -18,7 +18,7 @@ def find_parents(repository: Repository, inserts: Sequence[Insert]) -> None:
         TaskNotFound: a parent is neither stored nor among the new tasks.
         ConfigurationError: they depend on one another in a circle.
     """
-    parents = {i.id: json.loads(i.row["depends_on"]) for i in inserts if "depends_on" in i.row}
+    parents = {i.id: ids_from_text(i.row["depends_on"]) for i in inserts if "depends_on" in i.row}
     new = {insert.id: lifecycle.PENDING for insert in inserts}
     _refuse_circles(parents)
     wanted = {parent for some in parents.values() for parent in some} - new.keys()

@@ -35,9 +35,20 @@ class Stuck:
         services: what it works with.
         node: the id of the node.
         most: so many are replaced by other threads.
+        do_without: go on without the thread of a run, which has that ident.
+        conclude: write how an attempt ended.
+        freed: told that tasks may start again.
     """
 
-    def __init__(self, services: Services, node: str, most: int) -> None:
+    def __init__(
+        self,
+        services: Services,
+        node: str,
+        most: int,
+        do_without: Callable[[Run, int], None],
+        conclude: Callable[[Run, Ending], None],
+        freed: Callable[[], None],
+    ) -> None:
         self._services = services
         self._node = node
         self._most = most
@@ -47,11 +58,9 @@ class Stuck:
         self.runs: list[Run] = []
         self.ended: list[Run] = []
         self._any = False
-        #: Set by the engine: do without the thread of a run; write how an attempt ended; tell that tasks
-        #: may start again.
-        self.do_without: Callable[[Run, int], None] = lambda run, ident: None
-        self.conclude: Callable[[Run, Ending], None] = lambda run, ending: None
-        self.freed: Callable[[], None] = lambda: None
+        self._do_without = do_without
+        self._conclude = conclude
+        self._freed = freed
 
     @property
     def healthy(self) -> bool:
@@ -95,8 +104,8 @@ class Stuck:
                 return  # it has ended meanwhile
             self._any = run.stuck = True
             self.runs.append(run)
-            self.do_without(run, ident)
-            self.conclude(run, self._services.runner.give_up(run, worker, stack))
+            self._do_without(run, ident)
+            self._conclude(run, self._services.runner.give_up(run, worker, stack))
         self._complain(run)
 
     def _complain(self, run: Run) -> None:
@@ -150,7 +159,7 @@ class Stuck:
         now = services.clock.now_ms()
         services.ledger.commit([w for task in tasks for w in lifecycle.lift_bar(task, now)])
         services.lines.advance(t.concurrency_key for t in tasks if t.concurrency_key is not None)
-        self.freed()
+        self._freed()
         return len(tasks)
 
 

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import attrs
 
+from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_datetime
 from taskx.core.errors import (
     ConfigurationError,
@@ -22,7 +23,6 @@ from taskx.core.record import (
     DEFAULTS,
     FREE,
     INTERNAL,
-    UNTIL_DUE,
     Stub,
     row_from_task,
     stub_from_row,
@@ -180,8 +180,8 @@ class EightMethodAdapter(MemoryRepository):
         self._sequence += 1
         row["sequence"] = self._sequence
         row["owner"] = LEFT_BEHIND if row["status"] == RUNNING else ""
-        due_later = row["run_at"] is not None and row["run_at"] > self.clock.now_ms()
-        row["held"] = UNTIL_DUE if row["status"] == PENDING and due_later else FREE
+        now = self.clock.now_ms()
+        row["held"] = lifecycle.until_due(row["run_at"], now) if row["status"] == PENDING else FREE
         row["stuck_on"] = ""  # threads end with their process
         self._rows[row["id"]] = row
         self._index(row)

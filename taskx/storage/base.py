@@ -313,6 +313,7 @@ class Repository(TaskRepository):
         if task.status is not TaskStatus.PENDING:
             raise InvalidTransition(f"a new task is pending, not {task.status}")
         now = self.clock.now_ms()
+        between = lifecycle.between_tasks(task)
         insert = lifecycle.create(
             task_id=task.id,
             type=task.type,
@@ -325,10 +326,10 @@ class Repository(TaskRepository):
             max_attempts=task.max_attempts,
             max_crashes=task.max_crashes,
             retry=policy_to_text(task.retry),
-            **lifecycle.between_tasks(task),
+            **between,
         )
-        if task.depends_on:  # whether they have ended is looked at by whoever runs
-            lifecycle.wait_for(insert, task.depends_on[-1])
+        if parents := between.get("depends_on"):  # whether they have ended is seen by whoever runs
+            lifecycle.wait_for(insert, parents[-1])
         if not self.apply([insert])[0]:
             key = task.unique_key
             holder = None if key is None else self.unique_holders([key]).get(key)

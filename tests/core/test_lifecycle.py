@@ -112,7 +112,7 @@ class TestTable:
         for status in TaskStatus:
             wanted = attrs.evolve(task, status=status)
             for by_hand in (
-                lambda: [lifecycle.requeue(task, LATER)],
+                lambda: [lifecycle.requeue(task)],
                 lambda s=status: [lifecycle.set_status(task, s, "", LATER)],
                 lambda w=wanted: lifecycle.amend(task, w, LATER),
             ):
@@ -387,7 +387,7 @@ class TestAttemptLog:
         [writes] = lifecycle.rescue([task], LATER, stopping=False)
         failed = apply(task, *writes)
         assert [attempt.outcome for attempt in failed.attempts] == ["crashed"]
-        again = apply(failed, lifecycle.requeue(failed, LATER))
+        again = apply(failed, lifecycle.requeue(failed))
         assert [attempt.outcome for attempt in again.attempts] == ["crashed"]
 
 
@@ -598,14 +598,14 @@ class TestStuck:
     @pytest.mark.parametrize("key", [None, "k"])
     def test_a_requeue_is_barred(self, key):
         task = make("failed", stuck_on="node", concurrency_key=key)
-        row = row_after(task, lifecycle.requeue(task, LATER), turn=key)
+        row = row_after(task, lifecycle.requeue(task), turn=key)
         assert (row["held"], row["stuck_on"], row["turn"]) == (BY_THREAD, "node", key)
-        row = row_after(task, lifecycle.requeue(task, LATER, "parent"), turn=key)
+        row = row_after(task, lifecycle.requeue(task, "parent"), turn=key)
         assert (row["held"], row["waiting_on"], row["turn"]) == (FOR_PARENTS, "parent", key)
 
     def test_a_requeue_of_what_was_lifted_meanwhile_does_not_hold(self):
         """It would wait for ever."""
-        write = lifecycle.requeue(make("failed", stuck_on="node"), LATER)
+        write = lifecycle.requeue(make("failed", stuck_on="node"))
         assert apply(make("failed"), write) is None
 
     def test_after_its_parents_it_waits_for_the_thread(self):
@@ -634,7 +634,7 @@ class TestRequeue:
             cancel_requested_at=to_datetime(NOW), progress=50, message="m", priority=4,
             max_attempts=3, timeout=1.0, params={"x": 1},
         )  # fmt: skip
-        update = lifecycle.requeue(task, LATER)
+        update = lifecycle.requeue(task)
         after = apply(task, update)
         assert update.durable
         assert (after.status, after.attempt, after.crashes, after.interruptions) == (
@@ -654,14 +654,14 @@ class TestRequeue:
         )
 
     def test_the_log_is_kept(self):
-        again = apply(task := make("failed", error="broke"), lifecycle.requeue(task, LATER))
+        again = apply(task := make("failed", error="broke"), lifecycle.requeue(task))
         [attempt] = again.attempts
         assert (attempt.outcome, attempt.error) == ("failed", "broke")
 
     @pytest.mark.parametrize("status", ["pending", "running", "completed"])
     def test_no_other(self, status):
         with pytest.raises(InvalidTransition, match=f"is {status}"):
-            lifecycle.requeue(make(status), LATER)
+            lifecycle.requeue(make(status))
 
 
 @pytest.mark.parametrize("status", list(TaskStatus))

@@ -63,8 +63,11 @@ def insert(task_id, clock, *, owner="", **options):
 def add(store, clock):
     """Store a pending task."""
 
-    def add(task_id, **options):
-        assert list(store.apply([insert(task_id, clock, **options)])) == [True]
+    def add(task_id, waiting_on=None, **options):
+        new = insert(task_id, clock, **options)
+        if waiting_on is not None:
+            lifecycle.wait_for(new, waiting_on)
+        assert list(store.apply([new])) == [True]
         return store.get_by_id(task_id)
 
     return add
@@ -391,7 +394,7 @@ class TestReady:
 
     def test_a_stub_says_what_the_buffer_needs(self, store, run, clock, now):
         run("a")
-        store.apply([lifecycle.cancel("a", now)[1]])
+        store.apply([lifecycle.cancel("a", now)[-1]])
         [stub] = store.owned("node")
         assert stub == ("a", "running", 1, 0, now, True, "t", None)
 
@@ -438,7 +441,7 @@ class TestCheckpoints:
         task = store.get_by_id("a")
         assert (task.errors, task.checkpoints) == (1, json.loads(self.TEXT))
         store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now))
-        store.apply([lifecycle.requeue(store.get_by_id("a"), now)])
+        store.apply([lifecycle.requeue(store.get_by_id("a"))])
         task = store.get_by_id("a")
         task.checkpoints = {}
         store.update(task)
@@ -459,7 +462,7 @@ def test_what_attempts_log_is_kept_in_order(store, run, now):
         assert any(store.apply(lifecycle.conclude(task, ending, now)))
         task = store.get_by_id("a")
         if task.status is TaskStatus.FAILED:
-            store.apply([lifecycle.requeue(task, now)])
+            store.apply([lifecycle.requeue(task)])
             task = store.get_by_id("a")
         task.log = "by hand"
         store.update(task)
@@ -619,7 +622,7 @@ class TestByHand:
     def test_a_request_to_cancel_survives(self, store, run, now):
         """The caller read the task before it came."""
         task = run("a")
-        store.apply([lifecycle.cancel("a", now)[1]])
+        store.apply([lifecycle.cancel("a", now)[-1]])
         task.message = "by hand"
         store.update(task)
         stored = store.get_by_id("a")
@@ -829,7 +832,7 @@ class TestEnded:
         self.end(store, run, clock, "b", returned=False, error="broke")
         stubs = store.ended("failed", clock.now_ms() + 1, 10)
         assert sorted(ids(stubs)) == ["a", "b"]
-        store.apply([lifecycle.requeue(store.get_by_id("b"), clock.now_ms())])
+        store.apply([lifecycle.requeue(store.get_by_id("b"))])
         removed = list(store.apply([lifecycle.prune(stub) for stub in stubs]))
         assert removed == [stub.id == "a" for stub in stubs]
         assert set(store.get_many(["a", "b"])) == {"b"}
@@ -1123,7 +1126,7 @@ class TestStuck:
         assert list(store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))) == [True]
         failed = store.get_by_id("a")
         assert (failed.status, failed.stuck_on, failed.traceback) == ("failed", "node", "tb")
-        requeue = lifecycle.requeue(failed, clock.now_ms())
+        requeue = lifecycle.requeue(failed)
         assert list(store.apply([requeue])) == [True]
         self.nothing_starts(store, clock)
         self.lift(store, clock)
@@ -1132,10 +1135,10 @@ class TestStuck:
     def test_lifted_while_it_has_failed_it_is_requeued_as_any_other(self, store, run, clock):
         task = run("a")
         store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))
-        early = lifecycle.requeue(store.get_by_id("a"), clock.now_ms())
+        early = lifecycle.requeue(store.get_by_id("a"))
         self.lift(store, clock)
         assert list(store.apply([early])) == [False]  # it would be barred for ever
-        assert list(store.apply([lifecycle.requeue(store.get_by_id("a"), 5)])) == [True]
+        assert list(store.apply([lifecycle.requeue(store.get_by_id("a"))])) == [True]
         assert ids(store.ready(["t"], 10)) == ["a"]
 
     @between_tasks

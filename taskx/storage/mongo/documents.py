@@ -38,7 +38,7 @@ Document = dict[str, Any]
 #: How many marks of writes a document keeps.
 MARKS = 8
 #: Most characters of the log of earlier attempts; the oldest go first.
-MAX_LOG = 2**21
+MAX_ATTEMPTS = 2**21
 
 ORIGINAL = (
     *("type", "status", "params", "result", "error", "progress", "message", "created_by"),
@@ -115,7 +115,7 @@ def _any_value(text: str | None) -> tuple[Any, str]:
 
 
 def _shortened(log: str) -> str:
-    while len(log) > MAX_LOG:
+    while len(log) > MAX_ATTEMPTS:
         attempts = payload.loads(log)
         if len(attempts) == 1:
             return ""

@@ -150,7 +150,9 @@ class MongoRepository(Repository):
         return f"MongoRepository({self._connection.name!r})"
 
     def init_indexes(self) -> None:
-        """Make the indexes that are not there; the first :meth:`join` does so, too.
+        """Make the indexes that are not there.
+
+        The first :meth:`join` does so, too, and the first write of a unique key or of a turn.
 
         Raises:
             RepositoryError: the server cannot be reached, or refuses.

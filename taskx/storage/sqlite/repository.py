@@ -376,7 +376,7 @@ class SQLiteRepository(Repository):
 
     def notes(self, prefix: str) -> dict[str, Note]:
         """All notes whose name begins so, by name."""
-        rows = self._rows(statements.NOTES, (len(prefix), prefix))
+        rows = self._rows(statements.NOTES, (prefix, f"{prefix}\U0010ffff"))
         return {name: Note(text, version) for name, text, version in rows}
 
     def put_note(self, name: str, text: str | None, version: int) -> bool:

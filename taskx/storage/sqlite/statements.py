@@ -82,7 +82,7 @@ LINES = (
     "(SELECT 1 FROM tasks WHERE turn = keys.key) LIMIT ?"
 )
 NEW_PARENT = "INSERT OR IGNORE INTO parents (parent, child) VALUES (?, ?)"
-NOTES = "SELECT name, text, version FROM notes WHERE substr(name, 1, ?) = ?"
+NOTES = "SELECT name, text, version FROM notes WHERE name >= ? AND name < ?"
 NEW_NOTE = "INSERT INTO notes (name, text, version) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 CHANGED_NOTE = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
 GONE_NOTE = "DELETE FROM notes WHERE name = ? AND version = ?"

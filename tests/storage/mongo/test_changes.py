@@ -57,7 +57,7 @@ def test_what_others_do_is_told_at_once(ours, theirs):
         [insert("a")],
         [lifecycle.take("a", "n")],
         [lifecycle.start(Task(id="a", type="t"), 1, "n")],
-        [lifecycle.cancel("a", 2)[1]],
+        [lifecycle.cancel("a", 2)[-1]],
     ]
     for some in writes:
         assert list(theirs.apply(some)) == [True]

@@ -285,8 +285,8 @@ class TestTheirs:
         assert with_go.count(TaskFilter(created_by="user123")) == 2
 
     def test_cancelled_and_deleted_like_our_own(self, with_go, database):
-        assert with_go.apply(lifecycle.cancel("go-pending", NOW)) == [True, False]
-        assert with_go.apply(lifecycle.cancel("go-running", NOW)) == [False, True]
+        assert with_go.apply(lifecycle.cancel("go-pending", NOW)) == [True, False, False]
+        assert with_go.apply(lifecycle.cancel("go-running", NOW)) == [False, False, True]
         assert decode_as_go(database.tasks.find_one({"_id": "go-pending"}))["status"] == "cancelled"
         with_go.delete("go-pending")
         with_go.delete("go-failed")

@@ -92,7 +92,7 @@ class TestSeveralOfOneTask:
         other = run(repository, "b")
         asked = lifecycle.cancel("a", NOW)
         outcomes = [*lifecycle.conclude(other, FINE, NOW), *lifecycle.conclude(task, FINE, NOW)]
-        assert list(repository.apply([*asked, *outcomes])) == [False, True, True, True]
+        assert list(repository.apply([*asked, *outcomes])) == [False, False, True, True, True]
         task = repository.get_by_id("a")
         assert (task.status, task.result) == (TaskStatus.COMPLETED, 1)
         assert task.cancel_requested_at is not None
@@ -153,7 +153,7 @@ WRITES = {
     "conclude": lambda repository: lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
     "delete": lambda repository: [lifecycle.delete("p")],
     "insert of a key": lambda repository: [insert("new", unique_key="n", unique_scope="ever")],
-    "requeue of a key": lambda repository: [lifecycle.requeue(repository.get_by_id("c"), NOW)],
+    "requeue of a key": lambda repository: [lifecycle.requeue(repository.get_by_id("c"))],
     "all of them": lambda repository: [
         insert("new"),
         *lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
