@@ -30,6 +30,9 @@ from taskx import (
     SQLiteRepository,
 )
 from taskx.storage.base import Repository
+from taskx.testing import ManualClock
+
+from .workers import Workers, on_mongo, on_sqlite
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -120,6 +123,12 @@ MAKERS: dict[str, Callable[[Path], Repository]] = {
     "sqlite": SpySQLite,
     "mongo": lambda path: SpyMongo(),
 }
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """It stands still but for the tests."""
+    return ManualClock()
 
 
 @pytest.fixture
@@ -332,6 +341,13 @@ def spawn() -> Iterator[Callable[..., Child]]:
         child.ends()
         child.process.stdout.close()  # type: ignore[union-attr]
         child.process.stderr.close()  # type: ignore[union-attr]
+
+
+@pytest.fixture(params=[on_sqlite, on_mongo])
+def workers(request: pytest.FixtureRequest, spawn: Any, tmp_path: Path) -> Iterator[Workers]:
+    """Starts worker programs on a repository that several processes share."""
+    with request.param(spawn, tmp_path) as made:
+        yield made
 
 
 def is_intact(database: Path) -> bool:

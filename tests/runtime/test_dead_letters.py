@@ -14,14 +14,8 @@ from taskx import (
     TaskStatus,
 )
 from taskx.runtime import dead_letters
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture

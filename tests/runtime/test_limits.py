@@ -12,14 +12,8 @@ from storage.repositories import TinyRepository
 from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, executor
 from taskx.runtime import scheduler
 from taskx.runtime.admission import Admission
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 class Crowd:

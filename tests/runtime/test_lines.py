@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
-from mongo_server import new_database, shared
 from storage.repositories import TinyRepository
 
 from taskx import (
     ConfigurationError,
     DuplicateTask,
-    MongoRepository,
     Queue,
     RepositoryUnavailable,
     Retry,
-    SQLiteRepository,
     Task,
     TaskFilter,
     TaskStatus,
 )
 from taskx.runtime import scheduler
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 class Track:
@@ -410,58 +399,13 @@ def test_eight_methods_cannot_hold_a_key():
 
 # Several processes
 
-WORKER = """
-import os, sys, threading
-import pymongo
-from taskx import Config, MongoRepository, Queue, SQLiteRepository
-
-url, path = sys.argv[1:3]
-if url.startswith("mongodb"):
-    database = pymongo.MongoClient(url)[path.rsplit("/", 1)[1]]
-    repository = MongoRepository(database, poll_interval=0.05)
-else:
-    repository = SQLiteRepository(url)
-queue = Queue(repository, Config(worker_num=4))
-
-def note(*words):
-    line = " ".join(map(str, words)) + "\\n"
-    log = os.open(path + ".log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(log, line.encode())  # one write: lines of several processes come one after the other
-    os.close(log)
-
+WORK = """
 @queue.executor("work", max_crashes=100)
 def work(ctx, key, n, seconds=0.0):
     note("begin", key, n, os.getpid())
     ctx.sleep(seconds)
     note("end", key, n, os.getpid())
 """
-
-RUN = """
-queue.start()
-print("started", flush=True)
-sys.stdin.readline()
-"""
-
-
-@pytest.fixture(params=["sqlite", "mongo"])
-def place(request, tmp_path, database):
-    """Where the processes meet: what to open it by, a path for their log, and the repository here."""
-    if request.param == "sqlite":
-        with SQLiteRepository(database) as repository:
-            yield str(database), str(database), repository
-        return
-    url = shared("set")
-    made = new_database(url)
-    with MongoRepository(made, poll_interval=0.05) as repository:
-        yield url, str(tmp_path / made.name), repository
-    made.client.drop_database(made.name)
-
-
-def log_of(path):
-    if not os.path.exists(path + ".log"):
-        return []
-    with open(path + ".log") as log:
-        return [line.split() for line in log]
 
 
 def broken_rules(log):
@@ -492,19 +436,17 @@ def test_the_check_of_the_log_finds_what_is_wrong():
 KEYS, EACH = ("a", "b", "c"), 25
 
 
-def test_processes_take_turns(spawn, place):
+def test_processes_take_turns(workers):
     """Three that work and one that submits: of each key one at a time, and in order."""
-    url, path, repository = place
-    children = [spawn(WORKER + RUN, url, path) for _ in range(3)]
-    for child in children:
-        assert child.read() == "started"
+    repository = workers.repository
+    children = workers.start(WORK, 3)
     queue = Queue(repository)
     queue.declare("work")
     for n in range(EACH):
         for key in KEYS:
             queue.submit("work", {"key": key, "n": n}, concurrency_key=key)
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 3 * EACH, 60)
-    log = log_of(path)
+    log = workers.log()
     assert broken_rules(log) == []
     assert len(log) == 2 * 3 * EACH
     assert {task.starts for task in repository.list(TaskFilter())} == {1}
@@ -513,53 +455,46 @@ def test_processes_take_turns(spawn, place):
         child.ends()
 
 
-def test_a_line_goes_on_when_a_process_was_killed_in_its_turn(spawn, place):
+def test_a_line_goes_on_when_a_process_was_killed_in_its_turn(workers):
     """Its task is run again by another one, before the next in line."""
-    url, path, repository = place
-    child = spawn(WORKER + RUN, url, path)
-    assert child.read() == "started"
+    repository = workers.repository
+    [child] = workers.start(WORK)
     queue = Queue(repository)
     queue.declare("work")
     for n in range(4):
         params = {"key": "k", "n": n, "seconds": 0.0 if n else 600.0}
         queue.submit("work", params, concurrency_key="k", id=str(n))
     eventually(lambda: repository.get_by_id("0").status is TaskStatus.RUNNING)
-    eventually(lambda: len(log_of(path)) == 1)
+    eventually(lambda: len(workers.log()) == 1)
     child.kill()
-    other = spawn(WORKER + RUN, url, path)
-    assert other.read() == "started"
-    eventually(lambda: len(log_of(path)) == 2)  # it runs again
+    [other] = workers.start(WORK)
+    eventually(lambda: len(workers.log()) == 2)  # it runs again
     assert queue.cancel_task("0") is False
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 3)
-    log = log_of(path)
+    log = workers.log()
     assert [line[:3] for line in log[:2]] == [["begin", "k", "0"]] * 2
     assert broken_rules([*log[1:2], ["end", "k", "0", "-"], *log[2:]]) == []
     other.tell()
     other.ends()
 
 
-def test_a_process_that_died_between_the_end_and_the_next_turn_holds_up_nobody(spawn, place):
+def test_a_process_that_died_between_the_end_and_the_next_turn_holds_up_nobody(workers):
     """It cannot on SQLite, where both are one transaction; so it is made to end without."""
-    url, path, repository = place
+    repository = workers.repository
     queue = Queue(repository)
     queue.declare("work")
     for n in range(3):  # before it starts: who submits to a line that stands still moves it
         queue.submit("work", {"key": "k", "n": n}, concurrency_key="k", id=str(n))
-    child = spawn(
-        WORKER
-        + """
+    dies = """
 queue._services.lines.next_turn = lambda key: ()
 queue._services.lines.left = lambda task, changes: os._exit(9)
 """
-        + RUN,
-        url,
-        path,
-    )
-    child.process.wait(PATIENCE)
+    child = workers.spawn(WORK + dies)
+    assert child.process.wait(PATIENCE) == 9
     assert repository.get_by_id("0").status is TaskStatus.COMPLETED
     assert repository.lines(10) == ["k"]
-    other = spawn(WORKER + RUN, url, path)
+    [other] = workers.start(WORK)
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 3)
-    assert broken_rules(log_of(path)) == []
+    assert broken_rules(workers.log()) == []
     other.tell()
     other.ends()

@@ -5,16 +5,10 @@ from __future__ import annotations
 import pytest
 
 from taskx import SQLiteRepository, Task
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually
 
 pytestmark = pytest.mark.usefixtures("no_batches")
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 ORDERED = [(5, "a"), (5, "b"), (0, "c"), (0, "d"), (-3, "e"), (-3, "f")]

@@ -12,7 +12,6 @@ import pytest
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.runtime import scheduler
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, ROOT, eventually, is_intact
 
@@ -78,12 +77,6 @@ def repository(database):
     """Here there is only the file."""
     with SQLiteRepository(database) as made:
         yield made
-
-
-@pytest.fixture
-def clock():
-    """A clock that stands still."""
-    return ManualClock()
 
 
 @pytest.fixture

@@ -9,14 +9,8 @@ import pytest
 
 from taskx import Config, ConfigurationError, SQLiteRepository, Task, TaskFilter, TaskStatus
 from taskx.runtime import retention
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture

@@ -6,14 +6,11 @@ import random
 import threading
 
 import pytest
-from mongo_server import new_database, shared
 
 from taskx import (
     MemoryRepository,
-    MongoRepository,
     Queue,
     RepositoryUnavailable,
-    SQLiteRepository,
     SystemClock,
     TaskFilter,
     TaskStatus,
@@ -28,11 +25,6 @@ from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually
 from .test_limits import Crowd, linger, started_by
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 def nodes(make_queue, count, crowd, worker_num=4, **options):
@@ -439,92 +431,51 @@ def test_a_clock_that_was_set_back_a_year_stops_nobody(clock):
 
 # Several processes
 
-WORKER = """
-import os, sys
-import pymongo
-from taskx import Config, MongoRepository, Queue, SQLiteRepository
-
-url, path = sys.argv[1:3]
-if url.startswith("mongodb"):
-    database = pymongo.MongoClient(url)[path.rsplit("/", 1)[1]]
-    repository = MongoRepository(database, poll_interval=0.05)
-else:
-    repository = SQLiteRepository(url)
-queue = Queue(repository, Config(worker_num=4))
-
-def note(*words):
-    line = " ".join(map(str, words)) + "\\n"
-    log = os.open(path + ".log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(log, line.encode())  # one write: lines of several processes come one after the other
-    os.close(log)
-
+WORK = """
 @queue.executor("work", max_concurrency=3, limit_scope="global", max_crashes=100)
 def work(ctx, n, seconds=0.0):
     note("begin", n, os.getpid())
     ctx.sleep(seconds)
     note("end", n, os.getpid())
-
-queue.start()
-print("started", flush=True)
-sys.stdin.readline()
 """
 
 
-@pytest.fixture(params=["sqlite", "mongo"])
-def place(request, tmp_path, database):
-    """Where the processes meet: what to open it by, a path for their log, and the repository here."""
-    if request.param == "sqlite":
-        with SQLiteRepository(database) as repository:
-            yield str(database), str(database), repository
-        return
-    url = shared("set")
-    made = new_database(url)
-    with MongoRepository(made, poll_interval=0.05) as repository:
-        yield url, str(tmp_path / made.name), repository
-    made.client.drop_database(made.name)
-
-
-def at_once(path, dead=()):
+def at_once(log, dead=()):
     """How many were at work at once, at most; what a process that was killed had begun ended then."""
     now, most = 0, 0
-    with open(path + ".log") as log:
-        for event, _, who in map(str.split, log):
-            if int(who) not in dead:
-                now += 1 if event == "begin" else -1
-                most = max(most, now)
+    for event, _, who in log:
+        if int(who) not in dead:
+            now += 1 if event == "begin" else -1
+            most = max(most, now)
     return most
 
 
-def test_processes_share_it(spawn, place):
+def test_processes_share_it(workers):
     """Three of them with four workers each: three tasks at once, and no more."""
-    url, path, repository = place
+    repository = workers.repository
     queue = Queue(repository)
     queue.declare("work")
     for n in range(60):
         queue.submit("work", {"n": n, "seconds": 0.01})
-    children = [spawn(WORKER, url, path) for _ in range(3)]
-    for child in children:
-        assert child.read() == "started"
+    children = workers.start(WORK, 3)
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 60, 60)
-    assert at_once(path) <= 3
+    assert at_once(workers.log()) <= 3
     for child in children:
         child.tell()
         child.ends()
     eventually(lambda: shares(repository, "work") == {})
 
 
-def test_what_a_killed_process_had_is_free_for_others(spawn, place):
+def test_what_a_killed_process_had_is_free_for_others(workers):
     """It had all places, and its node is found dead."""
-    url, path, repository = place
+    repository = workers.repository
     queue = Queue(repository)
     queue.declare("work")
     for n in range(3):
         queue.submit("work", {"n": n, "seconds": 600.0}, id=str(n))
-    child = spawn(WORKER, url, path)
-    assert child.read() == "started"
+    [child] = workers.start(WORK)
     eventually(lambda: repository.count(TaskFilter(status=TaskStatus.RUNNING)) == 3)
-    other = spawn(WORKER, url, path)
-    assert other.read() == "started"
+    [other] = workers.start(WORK)
     for n in range(3, 9):
         queue.submit("work", {"n": n}, priority=9)
     looked = threading.Event()
@@ -532,7 +483,7 @@ def test_what_a_killed_process_had_is_free_for_others(spawn, place):
     assert repository.count(TaskFilter(status="completed")) == 0
     child.kill()
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 6)
-    assert at_once(path, dead={child.process.pid}) <= 3
+    assert at_once(workers.log(), dead={child.process.pid}) <= 3
     for n in range(3):
         queue.cancel_task(str(n))
     other.tell()

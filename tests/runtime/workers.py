@@ -1,0 +1,82 @@
+"""Worker programs: several processes on one repository, which note what they do in one log."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mongo_server import new_database, shared
+
+from taskx import MongoRepository, SQLiteRepository
+from taskx.storage.base import Repository
+
+# Started with where the repository is, and a path beside which the log is.
+_BEGIN = """
+import os, sys
+import pymongo
+from taskx import Config, MongoRepository, Queue, SQLiteRepository
+
+url, path = sys.argv[1:3]
+if url.startswith("mongodb"):
+    database = pymongo.MongoClient(url)[path.rsplit("/", 1)[1]]
+    repository = MongoRepository(database, poll_interval=0.05)
+else:
+    repository = SQLiteRepository(url)
+queue = Queue(repository, Config(worker_num=4))
+
+def note(*words):
+    line = " ".join(map(str, words)) + "\\n"
+    log = os.open(path + ".log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+    os.write(log, line.encode())  # one write: lines of several processes come one after the other
+    os.close(log)
+"""
+
+_RUN = """
+queue.start()
+print("started", flush=True)
+sys.stdin.readline()
+"""
+
+
+class Workers:
+    """Starts workers, each with four threads, on a repository that the test has, too."""
+
+    def __init__(self, spawn: Callable[..., Any], url: str, path: str, repository: Repository):
+        self.repository = repository
+        self._spawn, self._where = spawn, (url, path)
+        self._log = Path(path + ".log")
+
+    def spawn(self, executors: str) -> Any:
+        """One that knows these executors, for which it has ``queue`` and ``note``."""
+        return self._spawn(_BEGIN + executors + _RUN, *self._where)
+
+    def start(self, executors: str, count: int = 1) -> list[Any]:
+        """So many of them, once the queues of all have started."""
+        children = [self.spawn(executors) for _ in range(count)]
+        for child in children:
+            assert child.read() == "started"
+        return children
+
+    def log(self) -> list[list[str]]:
+        """The words of each line that they noted."""
+        if not self._log.exists():
+            return []
+        return [line.split() for line in self._log.read_text().splitlines()]
+
+
+@contextmanager
+def on_sqlite(spawn: Callable[..., Any], folder: Path) -> Iterator[Workers]:
+    path = str(folder / "tasks.db")
+    with SQLiteRepository(path) as repository:
+        yield Workers(spawn, path, path, repository)
+
+
+@contextmanager
+def on_mongo(spawn: Callable[..., Any], folder: Path) -> Iterator[Workers]:
+    url = shared("set")
+    database = new_database(url)
+    with MongoRepository(database, poll_interval=0.05) as repository:
+        yield Workers(spawn, url, str(folder / database.name), repository)
+    database.client.drop_database(database.name)
