@@ -50,6 +50,16 @@ def program(*command: str | Path, **options: Any) -> Iterator[subprocess.Popen[s
                 os.killpg(process.pid, signal.SIGKILL)
 
 
+def run_example(
+    folder: Path, name: str, *args: str, timeout: float = 60
+) -> subprocess.CompletedProcess[str]:
+    """Run an example in a folder, to its good end."""
+    command = [*STRICT, EXAMPLES / name, *args]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=timeout)
+    assert ran.returncode == 0, ran.stderr
+    return ran
+
+
 # checksum.py
 
 
@@ -271,14 +281,9 @@ def test_checksum_draws_a_bar_on_a_terminal(tree, database):
 
 
 def test_sync_assets(tmp_path):
-    ran = subprocess.run(
-        [*STRICT, EXAMPLES / "sync_assets.py"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=30,  # the call that a cancel must reach takes a minute
-    )
-    assert (ran.returncode, ran.stderr) == (0, "")
+    # The call that a cancel must reach takes a minute.
+    ran = run_example(tmp_path, "sync_assets.py", timeout=30)
+    assert ran.stderr == ""
     assert "10%  production/us-east is done" in ran.stdout
     assert "'regions': 9, 'errors': ['staging/eu-west: eu-west is under maintenance']" in ran.stdout
     assert "failed: ProviderError: the account is closed" in ran.stdout
@@ -296,9 +301,7 @@ def test_workflow(tmp_path):
         "6 tasks, 100 % of them ended, completed",
     ]
     for begins in (night, ["not again: night monday"]):
-        command = [*STRICT, EXAMPLES / "workflow.py", "shop.db"]
-        ran = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, timeout=60)
-        assert ran.returncode == 0, ran.stderr
+        ran = run_example(tmp_path, "workflow.py", "shop.db")
         assert ran.stdout.splitlines() == [
             *begins,
             "not again: night monday",
@@ -316,14 +319,7 @@ def test_workflow(tmp_path):
 
 def test_own_repository(tmp_path):
     for total in (10, 20):  # what an earlier run left is still there
-        ran = subprocess.run(
-            [*STRICT, EXAMPLES / "own_repository.py"],
-            capture_output=True,
-            text=True,
-            cwd=tmp_path,
-            timeout=30,
-        )
-        assert ran.returncode == 0, ran.stderr
+        ran = run_example(tmp_path, "own_repository.py", timeout=30)
         assert ran.stdout.splitlines() == [
             "0 2 4 6 8 10 12 14 16 18",
             f"{total} completed tasks in own-repository.json",
@@ -335,14 +331,7 @@ def test_own_repository(tmp_path):
 
 
 def test_schedule(tmp_path):
-    ran = subprocess.run(
-        [*STRICT, EXAMPLES / "schedule.py"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        timeout=60,
-    )
-    assert ran.returncode == 0, ran.stderr
+    ran = run_example(tmp_path, "schedule.py")
     lines = ran.stdout.splitlines()
     assert lines.pop(3).startswith("nightly comes next at ")
     assert lines == [

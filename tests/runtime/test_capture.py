@@ -17,6 +17,7 @@ from taskx import (
     Hook,
     Retry,
     Snooze,
+    Task,
     TaskExecutor,
     TaskFailed,
     TaskStatus,
@@ -316,10 +317,12 @@ class TestWhen:
 
 
 class TestSize:
-    def test_the_last_lines_are_kept(self, queue, log):
+    def told_twice(self, queue, log, count):
+        """What is kept of a task that says so many lines in each of two attempts."""
+
         @queue.executor(capture_log=True, max_attempts=2)
         def talk(ctx):
-            for n in range(2000):
+            for n in range(count):
                 log.info("line %d of attempt %d %s", n, ctx.task.attempt, "x" * 30)
             if ctx.task.attempt == 1:
                 raise Retry
@@ -327,28 +330,19 @@ class TestSize:
         queue.start()
         handle = queue.submit("talk")
         handle.result(PATIENCE)
-        text = handle.task().log
+        return handle.task().log
+
+    def test_the_last_lines_are_kept(self, queue, log):
+        text = self.told_twice(queue, log, 2000)
         assert MAX_LOG - 200 < len(text) <= MAX_LOG
         assert "of attempt 1" not in text
-        assert (
-            f"line 1999 of attempt 2 {'x' * 30}\n" == text[-len("line 1999 of attempt 2 ") - 31 :]
-        )
+        assert text.endswith(f"line 1999 of attempt 2 {'x' * 30}\n")
         first = int(re.search(r"line (\d+)", text)[1])
         assert re.findall(r"line (\d+)", text) == [str(n) for n in range(first, 2000)]
-        lines(handle.task())  # no half line at the beginning
+        lines(Task(log=text))  # no half line at the beginning
 
     def test_of_an_earlier_attempt_what_there_is_room_for(self, queue, log):
-        @queue.executor(capture_log=True, max_attempts=2)
-        def talk(ctx):
-            for n in range(500):
-                log.info("line %d of attempt %d %s", n, ctx.task.attempt, "x" * 30)
-            if ctx.task.attempt == 1:
-                raise Retry
-
-        queue.start()
-        handle = queue.submit("talk")
-        handle.result(PATIENCE)
-        text = handle.task().log
+        text = self.told_twice(queue, log, 500)
         assert len(text) <= MAX_LOG
         assert text.count("of attempt 2") == 500
         assert 50 < text.count("of attempt 1") < 400

@@ -65,6 +65,30 @@ def events_alone(repository, monkeypatch):
     repository.changed = lambda: False
 
 
+def end_by_hand(repository, task_id, status=TaskStatus.COMPLETED):
+    """Have a task run and end so, behind the back of all queues."""
+    repository.update_status(task_id, TaskStatus.RUNNING)
+    repository.update_status(task_id, status)
+
+
+def unreleased(make_queue):
+    """A parent that has completed, and its child, of which no queue was told that it may start."""
+    submitter = make_queue()
+    submitter.declare("fine")
+    parent = submitter.submit("fine")
+    child = submitter.submit("fine", depends_on=[parent])
+    end_by_hand(submitter.repository, parent.id)
+    return parent, child
+
+
+def start_fine(make_queue):
+    """Another queue that runs ``fine``."""
+    queue = make_queue()
+    queue.executor("fine")(lambda: None)
+    queue.start()
+    return queue
+
+
 @pytest.mark.usefixtures("events_alone")
 class TestReleased:
     def test_when_all_parents_have_completed(self, started, gate):
@@ -152,8 +176,7 @@ class TestParentFails:
                 parent.cancel()
             else:
                 task = started.get_task_status(parent.id)
-                started.repository.update_status(task.id, TaskStatus.RUNNING)
-                started.repository.update_status(task.id, TaskStatus.FAILED)
+                end_by_hand(started.repository, task.id, TaskStatus.FAILED)
                 started._services.dependents.parent_ended(task.id)
             return {"failed": "failed", "cancelled": "was cancelled", "deleted": "is gone"}[
                 request.param
@@ -367,8 +390,7 @@ class TestOthers:
 
     def test_what_ended_before_they_were_known_is_looked_for(self, started, family):
         parent, child = family
-        for status in (TaskStatus.RUNNING, TaskStatus.COMPLETED):
-            started.repository.update_status(parent.id, status)
+        end_by_hand(started.repository, parent.id)
         started._services.dependents.look_around()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 
@@ -473,15 +495,8 @@ class TestDrained:
         monkeypatch.setattr(scheduler, "AUDIT_EVERY", NEVER)
 
     def test_before_the_first_look(self, repository, make_queue, monkeypatch):
-        submitter = make_queue()
-        submitter.executor("fine")(lambda: None)
-        parent = submitter.submit("fine")
-        child = submitter.submit("fine", depends_on=[parent])
-        repository.update_status(parent.id, TaskStatus.RUNNING)
-        repository.update_status(parent.id, TaskStatus.COMPLETED)
-        queue = make_queue()
-        queue.executor("fine")(lambda: None)
-        queue.start()
+        _, child = unreleased(make_queue)
+        queue = start_fine(make_queue)
         assert queue.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
 
@@ -489,8 +504,7 @@ class TestDrained:
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
         eventually(lambda: not started._services.dependents.looks)
-        started.repository.update_status(parent.id, TaskStatus.RUNNING)
-        started.repository.update_status(parent.id, TaskStatus.COMPLETED)
+        end_by_hand(started.repository, parent.id)
         assert started.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
 
@@ -503,8 +517,7 @@ class TestDrained:
         first = started.repository.awaited("", 1)[0]
         last = started.repository.awaited("", 5)[-1]
         for ran, parent in enumerate((last, first), 1):
-            started.repository.update_status(parent, TaskStatus.RUNNING)
-            started.repository.update_status(parent, TaskStatus.COMPLETED)
+            end_by_hand(started.repository, parent)
             assert started.drain(PATIENCE)
             assert len(started.ran) == ran
 
@@ -512,16 +525,9 @@ class TestDrained:
 def test_at_the_first_look_all_are_looked_at(repository, make_queue, monkeypatch):
     """Whoever ran before may not have come to it; nobody tells that anything has changed since."""
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", NEVER)
-    submitter = make_queue()
-    submitter.executor("fine")(lambda: None)
-    parent = submitter.submit("fine")
-    child = submitter.submit("fine", depends_on=[parent])
-    for status in (TaskStatus.RUNNING, TaskStatus.COMPLETED):
-        repository.update_status(parent.id, status)
+    _, child = unreleased(make_queue)
     repository.changed = lambda: False
-    queue = make_queue()
-    queue.executor("fine")(lambda: None)
-    queue.start()
+    start_fine(make_queue)
     eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 
 
@@ -608,16 +614,9 @@ class TestMadeGood:
 
     def test_a_process_that_died_between_the_end_and_the_release(self, repository, make_queue):
         """The parent is ended behind the back of everybody; a queue that starts looks at all."""
-        submitter = make_queue()
-        submitter.executor("fine")(lambda: None)
-        parent = submitter.submit("fine")
-        child = submitter.submit("fine", depends_on=[parent])
-        repository.update_status(parent.id, TaskStatus.RUNNING)
-        repository.update_status(parent.id, TaskStatus.COMPLETED)
+        parent, child = unreleased(make_queue)
         assert repository.awaited("", 10) == [parent.id]
-        other = make_queue()
-        other.executor("fine")(lambda: None)
-        other.start()
+        start_fine(make_queue)
         child.result(PATIENCE)
 
     def test_a_record_changed_by_hand(self, started):
@@ -636,8 +635,7 @@ class TestMadeGood:
         def end_the_parent(writes):
             if any(write.id == "child" for write in writes):
                 repository.before = lambda writes: None
-                repository.update_status(parent.id, TaskStatus.RUNNING)
-                repository.update_status(parent.id, TaskStatus.COMPLETED)
+                end_by_hand(repository, parent.id)
 
         repository.before = end_the_parent
         child = started.submit("fine", id="child", depends_on=[parent])
@@ -670,12 +668,10 @@ class TestMadeGood:
         def end_the_other(writes):
             if any(write.id == child.id for write in writes):
                 repository.before = lambda writes: None
-                repository.update_status(other, TaskStatus.RUNNING)
-                repository.update_status(other, how)
+                end_by_hand(repository, other, how)
 
         repository.before = end_the_other
-        repository.update_status(first, TaskStatus.RUNNING)
-        repository.update_status(first, TaskStatus.COMPLETED)
+        end_by_hand(repository, first)
         started._services.dependents.parent_ended(first)
         eventually(child.done)
         assert child.task().status is how
@@ -835,8 +831,7 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
     while ready := repository.ready(["t"], 100):
         stub = random.choice(ready)
         ran.add(stub.id)
-        repository.update_status(stub.id, TaskStatus.RUNNING)
-        repository.update_status(stub.id, TaskStatus(graph[int(stub.id)][2]))
+        end_by_hand(repository, stub.id, TaskStatus(graph[int(stub.id)][2]))
         if told:
             waiting.parent_ended(stub.id)
             waiting.look()

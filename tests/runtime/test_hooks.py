@@ -84,6 +84,20 @@ def wait_told(queue):
     assert queue._services.hooks.wait(PATIENCE)
 
 
+def listen(queue, task_id):
+    """Start the queue, and on it a task that runs until it is told to end."""
+    begun = threading.Event()
+
+    @queue.executor()
+    def listen(ctx):
+        begun.set()
+        ctx.sleep(PATIENCE)
+
+    queue.start()
+    queue.submit("listen", id=task_id)
+    assert begun.wait(PATIENCE)
+
+
 class TestEvents:
     def test_of_a_task_that_completes(self, started, told):
         started.submit("fine", id="a")
@@ -151,32 +165,14 @@ class TestEvents:
         assert cancelled.status is TaskStatus.CANCELLED
 
     def test_of_one_that_is_cancelled_while_it_runs(self, queue, told):
-        begun = threading.Event()
-
-        @queue.executor()
-        def listen(ctx):
-            begun.set()
-            ctx.sleep(60)
-
-        queue.start()
-        queue.submit("listen", id="a")
-        assert begun.wait(PATIENCE)
+        listen(queue, "a")
         assert not queue.cancel_task("a")
         settle(queue)
         assert told.of("a") == ["submitted", "started", "finished"]
         assert told.last("finished").status is TaskStatus.CANCELLED
 
     def test_of_one_that_is_interrupted(self, queue, told):
-        begun = threading.Event()
-
-        @queue.executor()
-        def listen(ctx):
-            begun.set()
-            ctx.sleep(60)
-
-        queue.start()
-        queue.submit("listen", id="a")
-        assert begun.wait(PATIENCE)
+        listen(queue, "a")
         queue.stop(PATIENCE, cancel=True)
         assert told.of("a") == ["submitted", "started", "interrupted"]
         assert told.last("interrupted").interruptions == 1

@@ -17,6 +17,13 @@ MIXED = [ORDERED[n] for n in (2, 4, 0, 3, 1, 5)]
 NAMES = [name for _, name in ORDERED]
 
 
+def noting(queue):
+    """The queue, with an executor ``note`` that notes what it is given."""
+    queue.ran = []
+    queue.executor("note")(lambda n: queue.ran.append(n))
+    return queue
+
+
 def submit(queue, tasks):
     for priority, name in tasks:
         queue.submit("note", {"n": name}, priority=priority)
@@ -61,9 +68,7 @@ def test_between_what_is_buffered_and_what_is_spilled(busy, gate, together):
 
 
 def test_of_what_was_stored_before(make_queue):
-    queue = make_queue(worker_num=1)
-    queue.ran = []
-    queue.executor("note")(lambda n: queue.ran.append(n))
+    queue = noting(make_queue(worker_num=1))
     submit(queue, MIXED)
     queue.start()
     assert queue.drain(PATIENCE)
@@ -71,9 +76,7 @@ def test_of_what_was_stored_before(make_queue):
 
 
 def test_of_what_is_more_than_the_buffer_takes_the_best_is_fetched_first(make_queue):
-    queue = make_queue(worker_num=1)
-    queue.ran = []
-    queue.executor("note")(lambda n: queue.ran.append(n))
+    queue = noting(make_queue(worker_num=1))
     count = 400
     queue.submit_many(Task(type="note", params={"n": n}, priority=n % 4) for n in range(count))
     queue.start()
@@ -108,9 +111,7 @@ def test_of_what_a_dead_process_held(spawn, database, make_queue):
     assert child.read() == "submitted"
     child.kill()
     with SQLiteRepository(database) as repository:
-        queue = make_queue(repository, worker_num=1)
-        queue.ran = []
-        queue.executor("note")(lambda n: queue.ran.append(n))
+        queue = noting(make_queue(repository, worker_num=1))
         queue.start()
         assert queue.drain(PATIENCE)
         assert queue.ran == NAMES
@@ -184,10 +185,8 @@ def test_what_was_delayed_ages_from_its_time_on(busy, gate, clock):
 
 
 def test_of_types_with_limits_too(make_queue, clock):
-    queue = make_queue(worker_num=1, clock=clock, ageing=10)
-    queue.ran = []
+    queue = noting(make_queue(worker_num=1, clock=clock, ageing=10))
     queue.executor("limited", max_concurrency=1)(lambda n: queue.ran.append(n))
-    queue.executor("note")(lambda n: queue.ran.append(n))
     queue.submit("limited", {"n": "low"})
     clock.advance(51)
     submit(queue, [(5, "high")])
@@ -203,9 +202,7 @@ def test_an_idle_node_takes_the_aged_ones_first(busy, make_queue, clock):
     submit(queue, [(0, "low")])
     clock.advance(51)
     submit(queue, [(5, "high")])
-    helper = make_queue(worker_num=1, ageing=10, clock=clock)
-    helper.ran = []
-    helper.executor("note")(lambda n: helper.ran.append(n))
+    helper = noting(make_queue(worker_num=1, ageing=10, clock=clock))
     helper.start()
     eventually(lambda: len(helper.ran) == 2)
     assert helper.ran == ["low", "high"]
