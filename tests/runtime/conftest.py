@@ -55,6 +55,21 @@ def ids(queue: Queue) -> set[str]:
     return {task.id for task in queue.list_tasks()[0]}
 
 
+def whole_round(queue: Queue) -> None:
+    """Wait until its scheduler has gone through all that it does, once from now on."""
+    scheduler, over = queue._node._scheduler, threading.Event()
+    tick = scheduler.tick
+
+    def watched() -> None:
+        tick()
+        over.set()
+
+    scheduler.tick = watched
+    scheduler.wake()
+    assert over.wait(PATIENCE)
+    del scheduler.tick
+
+
 class Spy:
     """Mixed into a repository: keeps what is applied, and fails when told to.
 
@@ -195,6 +210,10 @@ class Gate:
 
     def open(self) -> None:
         self._open.set()
+
+    def close(self) -> None:
+        """Let nobody on who comes from now on."""
+        self._open.clear()
 
 
 @pytest.fixture

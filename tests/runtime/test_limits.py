@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 
 import pytest
 from storage.repositories import TinyRepository
@@ -13,7 +12,7 @@ from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, ex
 from taskx.runtime import scheduler
 from taskx.runtime.admission import Admission
 
-from .conftest import PATIENCE, eventually
+from .conftest import PATIENCE, eventually, whole_round
 
 
 class Crowd:
@@ -372,12 +371,13 @@ def test_with_keys_that_take_turns(make_queue):
 # In a time
 
 
-def started_by(queue, count):
-    """Wait until so many have run and nothing is on its way."""
+def started_by(queue, count, *others):
+    """How many have run when so many have, and when all has been looked through for more, twice."""
     eventually(lambda: len(queue.ran) >= count)
-    quiet = threading.Event()
-    for _ in range(5):
-        quiet.wait(0.02)  # blocks on purpose: if more were to come, they had the time
+    for one in (queue, *others) * 2:
+        one._intake.look_for_work()
+        whole_round(one)
+        eventually(one._node.engine.holds_nothing)
     return len(queue.ran)
 
 
@@ -557,13 +557,23 @@ def test_a_rate_and_a_number_at_once(make_queue, clock, gate):
 
 
 def test_a_type_without_a_limit_pays_nothing(started, monkeypatch):
-    """Nothing is asked, counted or written for it, here not even with another type limited."""
-    asked: Counter[str] = Counter()
-    for name in ("admit", "room", "fetched", "open"):
-        monkeypatch.setattr(Admission, name, lambda *_, name=name: asked.update([name]))
+    """Nothing is asked or counted for it: neither without any limits nor with another type limited."""
+    asked = []
+    for name in ("admit", "room", "looked", "fetched", "open"):
+        method = getattr(Admission, name)
+
+        def noting(self, about, *more, method=method):
+            asked.extend([about] if isinstance(about, str) else about)
+            return method(self, about, *more)
+
+        monkeypatch.setattr(Admission, name, noting)
     for _ in range(5):
         started.submit("fine").result(PATIENCE)
     assert not asked
+    started.executor("limited", max_concurrency=1)(lambda: None)
+    for type in ("fine", "limited") * 5:
+        started.submit(type).result(PATIENCE)
+    assert set(asked) == {"limited"}
 
 
 # What is no limit

@@ -32,7 +32,7 @@ from taskx.core.ticks import BATCH
 from taskx.runtime.schedules import PREFIX
 from taskx.testing import ManualClock
 
-from .conftest import PATIENCE, eventually, ids
+from .conftest import PATIENCE, eventually, ids, whole_round
 
 NOON = datetime(2026, 3, 27, 12, tzinfo=timezone.utc)  # two days before the clocks go forward
 HOUR, DAY = 3600, 86400
@@ -70,6 +70,8 @@ def look(*queues):
     """Have them look, all at once; returns when nothing is due any more, its tasks being stored."""
     for queue in queues:
         queue._node._scheduler.wake()
+    for queue in queues:
+        whole_round(queue)  # also where nothing is due, and nothing must come of it
     eventually(lambda: not any(is_due(s, queues[0]) for s in queues[0].schedules().values()))
 
 
