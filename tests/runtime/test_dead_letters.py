@@ -15,7 +15,7 @@ from taskx import (
 )
 from taskx.runtime import dead_letters
 
-from .conftest import PATIENCE, eventually, ids
+from .conftest import PATIENCE, ids
 
 
 @pytest.fixture
@@ -180,4 +180,4 @@ def test_a_stopped_queue_requeues_none(queue):
     queue.stop()
     with pytest.raises(QueueStopped):
         queue.requeue_dead_letters()
-    eventually(lambda: queue.dead_letters()[1] == 5)
+    assert queue.dead_letters()[1] == 5

@@ -264,13 +264,15 @@ class TestRequeue:
         parent.cancel()
         gate.open()
         eventually(child.cancelled)
-        started.submit("hold")
-        gate._open.clear()
+        gate.close()
         started.requeue(parent.id)
         started.requeue(child.id)
-        assert started.ran == []
+        gate.wait_for(1)
+        started.submit("fine", {"n": 1}).result(PATIENCE)  # the other worker passes the child over
+        assert started.ran == [1]
         gate.open()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
+        assert started.ran == [1, 0]
 
     def test_of_the_child_alone_it_runs_whatever_became_of_the_parent(self, started):
         child = started.submit("bad", depends_on=[started.submit("bad")])

@@ -373,7 +373,7 @@ def test_a_drain_ends_after_the_last_in_line(track, make_queue):
 def test_a_task_without_a_key_asks_nobody(queue, repository, monkeypatch):
     """Not when it is submitted, and not when it ends."""
     asked = []
-    monkeypatch.setattr(type(queue._services.lines), "next_turn", lambda *_: asked.append(1) or ())
+    monkeypatch.setattr(repository, "next_in_line", asked.append)
     queue.executor("t")(lambda: None)
     queue.start()
     queue.submit("t").result(PATIENCE)
