@@ -140,7 +140,7 @@ class TestWhatIsCounted:
         assert value("tasks_running") == 0
         go_on.set()
 
-    def test_rescues(self, make, value, clock):
+    def test_what_is_taken_back_from_a_dead_process(self, make, value, clock):
         queue = make(worker_num=1)
         repository = queue.repository
         repository.create(Task(id="a", type="fine"))

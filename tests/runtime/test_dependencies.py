@@ -256,6 +256,7 @@ class TestParentFails:
         assert child.result(PATIENCE) == [0, "second"]
 
 
+@pytest.mark.usefixtures("events_alone")
 class TestRequeue:
     def test_of_parent_and_child_they_run_in_order(self, started, gate):
         parent = started.submit("hold")

@@ -122,7 +122,8 @@ def test_other_types_do_not_wait_behind_it(make_queue, gate):
 
 
 @pytest.mark.parametrize("overflow", ["reject", "block", "spill", "caller_runs"])
-def test_whatever_a_full_buffer_does_it_does_to_others(busy, gate, overflow):
+def test_a_full_buffer_refuses_holds_up_and_spills_only_others(busy, gate, overflow):
+    """One with a limit waits in the repository anyway."""
     queue = busy(buffer_size=1, overflow=overflow)
     ran = []
     queue.executor("t", max_concurrency=1)(lambda n: ran.append(n))
@@ -341,7 +342,7 @@ def test_what_is_handed_back_leaves_its_place(make_queue):
     assert engine.has_room("t")
 
 
-def test_a_paused_type_with_a_limit(make_queue):
+def test_of_a_paused_type_with_a_limit_none_starts_before_it_is_resumed(make_queue):
     queue = make_queue(worker_num=2)
     crowd = Crowd()
     queue.executor("t", max_concurrency=1)(crowd)
@@ -356,7 +357,7 @@ def test_a_paused_type_with_a_limit(make_queue):
     assert (crowd.total, crowd.most) == (5, 1)
 
 
-def test_with_keys_that_take_turns(make_queue):
+def test_under_a_limit_those_of_a_concurrency_key_stay_in_order(make_queue):
     queue = make_queue(worker_num=4)
     ran = []
     queue.executor("t", max_concurrency=2)(lambda n: ran.append(n))

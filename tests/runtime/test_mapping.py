@@ -151,8 +151,7 @@ class TestFailures:
         assert [result for result in results if isinstance(result, int)] == [1, 4, 16]
         assert [type(results[n]) for n in (0, 3)] == [TaskFailed, TaskFailed]
 
-    def test_so_does_a_cancel(self, queue, square):
-        """Of a task that waits; and so does a deleted record."""
+    def test_a_cancel_or_a_deleted_record_comes_in_its_place(self, queue, square):
         results = queue.map(square.executor, [1, 2, 3], key=str, window=3, timeout=0)
         with pytest.raises(concurrent.futures.TimeoutError):
             next(results)

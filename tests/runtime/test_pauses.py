@@ -13,7 +13,7 @@ from taskx.runtime import scheduler
 from taskx.runtime.engine import MAX_AHEAD, Engine
 from taskx.testing import ManualClock
 
-from .conftest import PATIENCE, eventually
+from .conftest import PATIENCE, eventually, whole_round
 
 
 @pytest.fixture
@@ -139,11 +139,14 @@ def test_every_process_heeds_it_soon(queue, other):
     waits.result(PATIENCE)
 
 
-def test_what_is_resumed_is_looked_for_at_once(queue, other, monkeypatch):
-    """Without waiting for the next slow look."""
+def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeypatch):
+    """Without waiting for the next slow look, or for somebody else to change something."""
     monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
     queue.start()
+    whole_round(queue)  # the first one looks at all
+    monkeypatch.setattr(repository, "changed", lambda: False)
     queue.pause()
+    eventually(lambda: not queue._node.engine.more_stored)
     handle = queue.submit("a")
     queue.resume()
     handle.result(PATIENCE)

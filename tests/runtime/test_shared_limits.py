@@ -12,6 +12,7 @@ from taskx import (
     Queue,
     RepositoryUnavailable,
     SystemClock,
+    Task,
     TaskFilter,
     TaskStatus,
 )
@@ -455,8 +456,8 @@ def test_processes_share_it(workers):
     queue = Queue(repository)
     queue.declare("work")
     children = workers.start(WORK, 3)
-    for n in range(60):
-        queue.submit("work", {"n": n, "seconds": 0.01})
+    params = [{"n": n, "seconds": 0.02} for n in range(60)]
+    queue.submit_many(Task(type="work", params=some) for some in params)
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 60, 60)
     assert at_once(workers.log()) <= 3
     for child in children:
