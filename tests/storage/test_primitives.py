@@ -87,19 +87,19 @@ def run(store, add, clock):
 
 
 def in_threads(work, count):
-    """Do it in so many threads at once, that switch all the time."""
+    """Do it in so many threads at once, that switch all the time; each has a number."""
     failures = []
 
-    def guarded():
+    def guarded(number):
         try:
-            work()
+            work(number)
         except Exception as error:  # noqa: BLE001  (told below)
             failures.append(error)
 
     interval = sys.getswitchinterval()
     sys.setswitchinterval(1e-6)
     try:
-        threads = [threading.Thread(target=guarded) for _ in range(count)]
+        threads = [threading.Thread(target=guarded, args=(n,)) for n in range(count)]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -855,16 +855,7 @@ def race_to_start(store, rounds):
             barrier.wait()
             outcome[thread] = store.apply([start])[0]
 
-    threads = [threading.Thread(target=run, args=(number,)) for number in range(8)]
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    try:
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    in_threads(run, 8)
     winners += map(sum, outcomes)
     return winners
 
@@ -932,7 +923,7 @@ class TestNotes:
         store.put_note("a", "0", 0)
         won = []
 
-        def count():
+        def count(thread):
             for _ in range(20):
                 note = store.notes("a")["a"]
                 if store.put_note("a", str(int(note.text) + 1), note.version):
@@ -988,9 +979,9 @@ class TestUnique:
     def test_one_winner_among_racing_inserts(self, store, clock):
         won = []
 
-        def submit():
+        def submit(thread):
             for key in "abcdefgh":
-                task_id = f"{key}{threading.get_ident()}"
+                task_id = f"{key}{thread}"
                 write = insert(task_id, clock, unique_key=key, unique_scope="ever")
                 won.extend([key] * store.apply([write])[0])
 
