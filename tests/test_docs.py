@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import runpy
 import sqlite3
@@ -9,7 +10,11 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
+from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import attrs
 import docutils.core
@@ -19,6 +24,8 @@ import pytest
 import taskx
 import taskx.queue
 from taskx.core import lifecycle
+from taskx.runtime import scheduler, ticker
+from taskx.runtime.node import LocalNode
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
 
@@ -277,8 +284,8 @@ def test_the_index_has_every_page():
 # The design as built
 
 
-def table(page: Path, title: str) -> list[list[str]]:
-    """The rows of the table with that title, or that first heading."""
+def table(page: Path, title: str, *, head: bool = True) -> list[list[str]]:
+    """The rows of the table with that title, or that first heading; without the head, if it has one."""
     for node in parse(page).findall(docutils.nodes.table):
         rows = [
             [re.sub(r"\s+", " ", entry.astext()) for entry in row.findall(docutils.nodes.entry)]
@@ -286,7 +293,7 @@ def table(page: Path, title: str) -> list[list[str]]:
         ]
         titles = [found.astext() for found in node.findall(docutils.nodes.title)]
         if title in (rows[0][0], *titles):
-            return rows[1:]
+            return rows[1:] if head else rows
     raise AssertionError(f"no table {title!r}")
 
 
@@ -294,6 +301,19 @@ def test_the_table_of_moves_is_the_codes():
     """Every move and no other, in its order."""
     rows = table(ROOT / "docs" / "design.rst", "The moves")
     assert [tuple(row[:3]) for row in rows] == [tuple(move) for move in lifecycle.MOVES]
+
+
+def test_the_table_of_threads_has_each():
+    """Every thread that the code makes has a name, and is in the table by it."""
+    named = set()
+    for path in {*(ROOT / "taskx").rglob("*.py")} - {ROOT / "taskx" / "testing.py"}:
+        text = path.read_text(encoding="utf-8")
+        named.update(re.findall(r'"(taskx-[a-z]+(?:-{number})?)"', text))
+        for call in ast.walk(ast.parse(text)):
+            if isinstance(call, ast.Call) and ast.unparse(call.func).endswith("Thread"):
+                assert "name" in [keyword.arg for keyword in call.keywords], path
+    rows = table(ROOT / "docs" / "design.rst", "taskx-worker-N", head=False)
+    assert {row[0] for row in rows} == {name.replace("{number}", "N") for name in named}
 
 
 def writing(log: list[tuple[str, str]]) -> list[tuple[str, str]]:
@@ -316,19 +336,22 @@ def statement(sql: str) -> str:
     return "READ" if sql == "BEGIN" else word
 
 
-def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
-    """Statements, by step and thread, on all connections."""
-    log: list[tuple[str, str]] = []
+def trace(monkeypatch: pytest.MonkeyPatch, heard: Callable[[str], object]) -> None:
+    """Have every statement of every connection heard."""
     connect = Connections._connect
 
     def traced(self: Connections, *args: str) -> sqlite3.Connection:
         connection = connect(self, *args)
-        connection.set_trace_callback(
-            lambda sql: log.append((threading.current_thread().name, statement(sql)))
-        )
+        connection.set_trace_callback(heard)
         return connection
 
     monkeypatch.setattr(Connections, "_connect", traced)
+
+
+def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
+    """Statements, by step and thread, on all connections."""
+    log: list[tuple[str, str]] = []
+    trace(monkeypatch, lambda sql: log.append((threading.current_thread().name, statement(sql))))
     repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
     done = threading.Event()
     with taskx.Queue(repository, taskx.Config(worker_num=1)) as queue:
@@ -355,3 +378,58 @@ def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
     assert [statement for _, statement in own] == [statement for _, statement in writes]
     assert own[:6] == writes[:6]  # the finish may be written by the scheduler, if it is faster
     assert ("taskx-worker-1", "SELECT") in reads
+
+
+# By what a statement is known that an idle node reads with.
+IDLE = {
+    "data_version": "PRAGMA data_version",
+    "owners": "WITH RECURSIVE owners",
+    "stuck_on": "SELECT DISTINCT stuck_on",
+    "nodes": "FROM nodes",
+    "pauses": "name >= 'pause'",
+    "schedules": "name >= 'schedule/'",
+    "own tasks": "owner = '{node}'",
+    "free tasks": "owner = ''",
+    "waiting_on": "SELECT DISTINCT waiting_on",
+    "concurrency_key": "WITH RECURSIVE keys",
+}
+
+
+def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
+    """Nothing else, and as often, by a clock that the test moves from tick to tick."""
+    log: list[str] = []
+    trace(monkeypatch, log.append)
+    now = time.monotonic()
+    for module in (scheduler, ticker):
+        monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
+    repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
+    queue = taskx.Queue(repository, taskx.Config(worker_num=1))
+    queue.executor("add")(lambda a, b: a + b)
+    node = LocalNode(queue._services, queue.config, lambda: None)
+    node.join()  # its threads are not started: the test ticks
+
+    def pass_time(seconds: int) -> None:
+        nonlocal now
+        until = now + seconds
+        while now < until:
+            now += scheduler.POLL
+            node._scheduler.tick()
+
+    pass_time(4)  # opens what there is to open
+    log.clear()
+    pass_time(40)
+    reads = Counter(log)
+    repository.leave(node.record.id)
+    repository.close()
+
+    seen: Counter[str] = Counter()
+    for sql, count in reads.items():
+        [what] = [w for w, mark in IDLE.items() if mark.format(node=node.record.id) in sql]
+        seen[what] += count
+    each = {"15 times a second": 600, "2 times a second": 80, "every 2 seconds": 20}
+    said: Counter[str] = Counter()
+    for how_often, what in table(ROOT / "docs" / "design.rst", "Reads of an idle node"):
+        for one in what.split(", "):
+            said[one] += each[how_often]
+    seen["owners"] //= 2  # of pending tasks, and of running ones
+    assert seen == {what: pytest.approx(count, rel=0.2) for what, count in said.items()}
