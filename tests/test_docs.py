@@ -205,7 +205,8 @@ def public(cls: type) -> list[str]:
         ("fields of an attempt", [field.name for field in attrs.fields(taskx.Attempt)]),
         ("statuses", [status.value for status in taskx.TaskStatus]),
         ("reasons", [reason.value for reason in taskx.CancelReason]),
-        ("methods of a queue", [n for n in public(taskx.Queue) if n != "watch"]),
+        ("fields of a task", [field.name for field in attrs.fields(taskx.Task)]),
+        ("methods of a queue", public(taskx.Queue)),
         ("options of a schedule", sorted(taskx.queue.ScheduleOptions.__optional_keys__)),
         ("parts of a schedule", public(taskx.Schedule)),
         ("parts of the context", public(taskx.Context)),
@@ -247,6 +248,12 @@ def test_defaults_are_those_of_the_code():
     }
 
 
+def test_the_table_of_executor_options_has_each():
+    """And no other, in the guide."""
+    rows = table(ROOT / "docs" / "guide.rst", "executor option")
+    assert [row[0] for row in rows] == list(taskx.queue.ExecutorOptions.__annotations__)
+
+
 # Links
 
 
@@ -279,6 +286,13 @@ def test_the_index_has_every_page():
     }
     pages = {page.name for page in (ROOT / "docs").glob("*.rst")} - {"index.rst"}
     assert pages <= linked
+
+
+def test_the_index_names_every_example():
+    """None is left to be found by chance."""
+    text = (ROOT / "docs" / "index.rst").read_text()
+    examples = [path for path in (ROOT / "examples").iterdir() if path.name[0] not in "._"]
+    assert [path.name for path in examples if f"``examples/{path.name}" not in text] == []
 
 
 # The design as built
