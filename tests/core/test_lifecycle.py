@@ -584,6 +584,21 @@ class TestStuck:
         row = row_after(task, *lifecycle.lift_bar(task, LATER), held=held, turn="k")
         assert (row["held"], row["stuck_on"], row["turn"]) == (held, "", None)
 
+    @pytest.mark.parametrize(
+        ("held", "turn"),
+        [(FREE, None), (UNTIL_DUE, None), (FOR_TURN, None), (FOR_PARENTS, "k"), (BY_THREAD, "k")],
+    )
+    def test_cancelled_it_keeps_its_turn_as_long_as_its_thread_runs(self, held, turn):
+        task = make("pending", stuck_on="node", concurrency_key="k")
+        row = row_after(task, *lifecycle.cancel(task.id, LATER), held=held, turn="k")
+        assert (row["status"], row["turn"], row["stuck_on"]) == ("cancelled", turn, "node")
+
+    @pytest.mark.parametrize(("stuck_on", "turn"), [("node", "k"), ("", None)])
+    def test_ended_by_hand_it_does_so_too(self, stuck_on, turn):
+        task = make("pending", stuck_on=stuck_on, concurrency_key="k")
+        row = row_after(task, lifecycle.set_status(task, TaskStatus.CANCELLED, "", LATER), turn="k")
+        assert (row["status"], row["turn"]) == ("cancelled", turn)
+
     @pytest.mark.parametrize("status", ["running", "completed", "failed", "cancelled"])
     def test_lifted_after_its_end_it_is_noted(self, status):
         task = make(status, stuck_on="node", concurrency_key="k")
@@ -594,6 +609,13 @@ class TestStuck:
     def test_only_the_bar_that_was_seen_is_lifted(self):
         writes = lifecycle.lift_bar(make("failed", stuck_on="node"), LATER)
         assert apply(make("failed", stuck_on="other"), *writes) is None
+
+    @pytest.mark.parametrize("stuck_on", ["", "node"])
+    def test_written_back_to_pending_by_hand_one_with_a_key_waits_for_its_turn(self, stuck_on):
+        task = make("failed", stuck_on=stuck_on, concurrency_key="k")
+        wanted = attrs.evolve(task, status=TaskStatus.PENDING)
+        row = row_after(task, *lifecycle.amend(task, wanted, LATER), held=FREE)
+        assert row["held"] == (BY_THREAD if stuck_on else FOR_TURN)
 
     @pytest.mark.parametrize("key", [None, "k"])
     def test_a_requeue_is_barred(self, key):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from taskx import (
     CancelReason,
+    PayloadError,
     Permanent,
     Retry,
     Snooze,
@@ -182,6 +183,14 @@ def wait_to_step(ctx, path):
     while not Path(path).exists():
         ctx.token.wait(0.01)
     ctx.step("one", int)
+
+
+@executor("goes_on_without", isolation="process")
+def goes_on_without(ctx):
+    try:
+        return ctx.step("one", int)
+    except PayloadError as error:
+        return [str(error)]
 
 
 class Classic(TaskExecutor):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -20,13 +21,14 @@ from taskx import (
     ConfigurationError,
     Hook,
     MemoryRepository,
+    PayloadError,
     Queue,
     RetryPolicy,
     Task,
     TaskFailed,
     TaskStatus,
 )
-from taskx.runtime import isolation
+from taskx.runtime import channel, isolation
 from taskx.runtime.context import Shared
 from taskx.testing import ManualClock
 
@@ -245,6 +247,17 @@ class TestAsInAThread:
         eventually(lambda: not queue._node.engine.runs)
         assert handle.task().checkpoints is None
 
+    def test_a_checkpoint_that_cannot_be_stored_is_its_own_to_deal_with(self, make, monkeypatch):
+        queue = make(isolated.goes_on_without)
+
+        def store(*args, **options):
+            raise PayloadError("checkpoints", "too large for this one")
+
+        monkeypatch.setattr(queue._services.keeper, "store", store)
+        assert queue.submit("goes_on_without").result(PATIENCE) == [
+            "checkpoints: too large for this one"
+        ]
+
     def test_where_no_checkpoints_can_be_kept_they_are_refused(self, make_queue, tmp_path):
         queue = make_queue(TinyRepository())
         queue.register_executor(isolated.steps, max_attempts=1)
@@ -252,6 +265,19 @@ class TestAsInAThread:
         with pytest.raises(TaskFailed, match=r"ConfigurationError: .*checkpoints"):
             queue.submit("steps", {"path": str(tmp_path / "done")}).result(PATIENCE)
         assert lines(tmp_path / "done") == []
+
+    def test_what_was_said_last_is_heard_to_its_end(self, monkeypatch):
+        """By a child that has ended, though the line may be kept open by a process of its own."""
+        monkeypatch.setattr(channel, "_CHUNK", 1000)
+        ours, theirs = socket.socketpair()
+        hears, says = channel.Channel(ours), channel.Channel(theirs)
+        said = ["returned", "x" * 100_000]
+        says.say(*said)
+        heard = hears.hear_rest()
+        assert heard == [said]
+        assert hears.hear_rest() is None
+        ours.close()
+        theirs.close()
 
     def test_it_is_told_of_its_parents(self, make):
         queue = make(isolated.add, isolated.ask)

@@ -143,15 +143,16 @@ class TestPolicy:
             handle.result(PATIENCE)
         assert handle.task().errors == 1
 
-    def test_a_backoff_that_fails_is_logged_and_the_base_taken(self, queue, clock, caplog):
+    @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
+    def test_a_backoff_that_fails_is_logged_and_the_base_taken(self, queue, clock, caplog, error):
         def broken(attempt):
-            raise ZeroDivisionError
+            raise error
 
         Fails(queue, OSError(), retry=RetryPolicy(backoff=broken, base=30))
         queue.start()
         task = waiting(queue, queue.submit("fails"))
         assert task.run_at == clock.now() + timedelta(seconds=30)
-        assert "ZeroDivisionError" in caplog.text
+        assert error.__name__ in caplog.text
 
     def test_a_task_that_waits_can_be_cancelled(self, queue, clock):
         fails = Fails(queue, OSError(), retry=RetryPolicy(base=10))

@@ -385,6 +385,21 @@ class TestBarred:
         queue.resume("parent")
         assert queue.handle("x").result(PATIENCE) == "run 2"
 
+    @pytest.mark.parametrize("many", [True, False])
+    def test_cancelled_it_leaves_its_turn_when_its_thread_has_ended(self, make, hang, gate, many):
+        queue = make()
+        handle = hang(queue, concurrency_key="k", max_attempts=2)
+        queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
+        if many:
+            assert queue.cancel_many(["x"]) == 1
+        else:
+            assert handle.cancel()
+        queue._services.lines.look_slowly()
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+        assert (handle.cancelled(), queue.get_task_status("next").starts) == (True, 0)
+        gate.open()
+        assert queue.handle("next").result(PATIENCE) == "run 1"
+
     def test_its_line_goes_on_with_its_retry(self, make, hang, gate):
         queue = make()
         handle = hang(queue, concurrency_key="k", max_attempts=2)
@@ -412,6 +427,31 @@ class TestBarred:
         assert (begun, second.task().status) == (["x"], TaskStatus.PENDING)
         gate.open()
         assert second.result(PATIENCE) == "y"
+
+    def test_it_has_left_its_place_before_its_retry_may_take_one(
+        self, make, hang, gate, monkeypatch
+    ):
+        queue = make()
+        begun, engine = [], queue._node.engine
+
+        @queue.executor("only", timeout=TIMEOUT, grace=GRACE, max_concurrency=1, max_attempts=2)
+        def only():
+            begun.append(1)
+            return gate() if len(begun) == 1 else "again"
+
+        handle = queue.submit("only")
+        gate.wait_for()
+        queue._clock.advance(TIMEOUT + GRACE)
+        eventually(lambda: engine.stuck.runs)
+        admitted, ended = [], engine.stuck.thread_ended
+        monkeypatch.setattr(
+            engine.stuck,
+            "thread_ended",
+            lambda run: (admitted.append(dict(engine.admission.admitted)), ended(run)),
+        )
+        gate.open()
+        assert handle.result(PATIENCE) == "again"
+        assert admitted == [{}]
 
     def test_a_look_that_was_cut_short_is_made_up_for(self, make, hang, gate, monkeypatch):
         queue = make()
@@ -446,6 +486,9 @@ class TestReplaced:
         assert (at_work(queue), queue.healthy, queue.running) == (4, True, 0)
         gate.open()
         eventually(lambda: at_work(queue) == 1)
+        assert (
+            len(queue._node.engine.threads) == 1
+        )  # a later thread may have the ident of one of them
         assert queue.submit("fine").result(PATIENCE) == "fine"
 
     def test_no_more_than_max_stuck(self, make, hang, gate, caplog):
@@ -573,15 +616,18 @@ import os, signal, sys, threading
 from taskx import Config, Queue, SQLiteRepository
 
 queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=2))
-released = threading.Event()
+began, released = threading.Event(), threading.Event()
 
 @queue.executor("hang", timeout=0.2, grace=0.2, max_attempts=2)
 def hang():
+    began.set()
     released.wait()
     return "never seen"
 
 queue.start()
-print(queue.submit("hang", id="x").id, flush=True)
+handle = queue.submit("hang", id="x")
+began.wait()  # else the other process might take it
+print(handle.id, flush=True)
 while True:
     if sys.stdin.readline() == "":
         signal.pause()

@@ -106,6 +106,15 @@ class TestScope:
         quiet.submit("fine", **KEY, unique_scope=scope).cancel()
         quiet.submit("fine", **KEY, unique_scope=scope)
 
+    @pytest.mark.parametrize(
+        "option", [{"unique_scope": "ever"}, {"on_conflict": "return"}, {"on_conflict": "reject"}]
+    )
+    def test_without_a_key_what_is_about_it_is_refused(self, quiet, option):
+        """Who gives it believes that there is one task at most."""
+        with pytest.raises(ConfigurationError, match=f"{next(iter(option))} is of a unique_key"):
+            quiet.submit("fine", **option)
+        assert ids(quiet) == set()
+
     @pytest.mark.parametrize("scope", ["always", -1, float("nan"), True, [], "-3"])
     def test_no_other_scope(self, quiet, scope):
         with pytest.raises(ConfigurationError, match="unique_scope"):
