@@ -425,13 +425,17 @@ class TestToken:
         assert queue.submit("listen").result(PATIENCE) == "too slow"
 
     def test_cancelled_before_it_begins_it_starts_no_process(self, make, monkeypatch):
-        monkeypatch.setattr(isolation, "_start", lambda *files: pytest.fail("started"))
+        started, start = [], isolation._start
+        monkeypatch.setattr(
+            isolation, "_start", lambda *files: started.append(files) or start(*files)
+        )
         queue = make(
             isolated.add, middleware=[lambda ctx, task, call_next: (cancel(task), call_next())]
         )
         cancel = lambda task: queue.cancel_task(task.id)  # noqa: E731
         handle = queue.submit("add", {"a": 1})
         eventually(handle.cancelled)
+        assert not started
 
 
 # Killed

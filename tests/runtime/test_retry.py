@@ -18,16 +18,10 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually
 
 STEADY = {"jitter": 0}
-
-
-@pytest.fixture
-def clock():
-    return ManualClock()
 
 
 @pytest.fixture

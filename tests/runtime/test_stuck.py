@@ -24,17 +24,10 @@ from taskx import (
 )
 from taskx.core.writes import Update
 from taskx.runtime.executors import DEFAULT_GRACE, Options
-from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, run_in_thread
 
 TIMEOUT, GRACE = 60.0, 5.0
-
-
-@pytest.fixture
-def clock():
-    """It stands still but for the tests."""
-    return ManualClock()
 
 
 @pytest.fixture
@@ -649,7 +642,8 @@ def barred(spawn, database):
 
 class TestProcesses:
     def test_while_it_lives_it_starts_nowhere(self, barred):
-        threading.Event().wait(1.2)  # blocks on purpose: two looks for dead nodes lie between
+        for _ in range(3):
+            barred._node._recovery.recover()
         assert barred.get_task_status("x").starts == 1
         barred.executor("here")(lambda: "here")  # which the other process cannot take
         assert barred.submit("here").result(PATIENCE) == "here"
