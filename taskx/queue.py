@@ -44,7 +44,7 @@ from taskx.runtime.ledger import Ledger
 from taskx.runtime.lines import Lines
 from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
 from taskx.runtime.middleware import Layer, check_middleware
-from taskx.runtime.node import LocalNode
+from taskx.runtime.node import EXTRA, LocalNode
 from taskx.runtime.operations import Operations
 from taskx.runtime.pauses import Paused, Pauses
 from taskx.runtime.retention import prune_all
@@ -62,8 +62,6 @@ R = TypeVar("R")
 
 #: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
-# Seconds that hooks are given at a stop in any case.
-_LEAST = 1.0
 
 
 class Queue:
@@ -739,7 +737,8 @@ class Queue:
         process ends first, its task counts as interrupted.
 
         Args:
-            timeout: seconds after which it returns in any case.
+            timeout: seconds after which it returns in any case, or a second later where the repository
+                or a hook hangs.
             cancel: do not wait before telling running tasks to stop.
 
         Returns:
@@ -753,7 +752,7 @@ class Queue:
         if self._node is not None:
             stop = self._node.stop if first else self._node.wait_for_end
             still = stop(seconds, cancel=cancel)
-        self._wait_for_hooks(max(_LEAST, deadline - time.monotonic()))
+        self._wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
         return still
 
     def _wait_for_hooks(self, timeout: float) -> None:
@@ -762,16 +761,18 @@ class Queue:
             self._log.warning("stopped with %d event(s) not told to hooks yet", len(hooks.waiting))
 
     def close(self) -> None:
-        """Stop, and close the repository."""
+        """Stop, and close the repository; who waits for a task that has not ended gets ``QueueStopped``."""
         self.stop()
+        self._services.watcher.close()
         self.repository.close()
 
     def __enter__(self) -> Queue:
         self.start()
         return self
 
-    def __exit__(self, *exc_info: object) -> None:
-        self.stop()
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
+        """Stop; after Ctrl-C, or as the program exits, running tasks are told to at once."""
+        self.stop(cancel=kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)))
 
     # --- forks and forgotten stops
 

@@ -21,7 +21,7 @@ from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError, TaskNotFound
 from taskx.core.model import Task
 from taskx.core.token import CancelReason, CancelToken
-from taskx.runtime import node
+from taskx.runtime import intake
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.channel import Channel
 from taskx.runtime.checkpoints import Keeper
@@ -245,9 +245,9 @@ def _find(type: str, module: str, name: str, main: str) -> Registered:
     Raises:
         ConfigurationError: it is not where it was.
     """
-    node.forbidden = (
+    intake.forbidden = (
         f"this is the child process of a task of type {type!r}, which imports {main or module}; "
-        'there, start the queue under: if __name__ == "__main__"'
+        'there, submit and start under: if __name__ == "__main__"'
     )
     try:
         if main:
@@ -256,7 +256,7 @@ def _find(type: str, module: str, name: str, main: str) -> Registered:
             spawn.prepare({"init_main_from_path": main})
         found: Any = importlib.import_module(module)
     finally:
-        node.forbidden = ""
+        intake.forbidden = ""
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):

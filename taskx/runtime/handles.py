@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from taskx.core.errors import (
     InvalidTransition,
+    QueueStopped,
     RepositoryCorrupt,
     RepositoryError,
     TaskFailed,
@@ -126,6 +127,13 @@ class TaskHandle(Future[R]):
         super().cancel()
         super().set_running_or_notify_cancel()
 
+    def conclude_closed(self) -> None:
+        """Resolve the handle as one that nobody looks after any more."""
+        closed = QueueStopped(
+            f"the queue was closed before task {self.id} had ended; another queue's handle tells"
+        )
+        self._conclude(lambda: self.set_exception(closed))
+
     def _conclude(self, conclude: Callable[[], None]) -> None:
         self._activate()
         me = object()
@@ -174,6 +182,7 @@ class Watcher:
         self._handles: dict[str, list[TaskHandle[Any]]] = {}
         self._driven = False
         self._polling = False
+        self._closed = False
 
     @property
     def watching(self) -> bool:
@@ -192,6 +201,17 @@ class Watcher:
             self.look([handle.id])
         finally:
             self._ensure_polling()
+        if self._closed:
+            self.close()
+
+    def close(self) -> None:
+        """Resolve no more: who waits for a task that has not ended is told so."""
+        self._closed = True
+        with self._lock:
+            left = [handle for handles in self._handles.values() for handle in handles]
+            self._handles.clear()
+        for handle in left:
+            handle.conclude_closed()
 
     def drive(self, driven: bool) -> None:
         """Say whether a started queue tells when to look."""
@@ -230,7 +250,7 @@ class Watcher:
 
     def _ensure_polling(self) -> None:
         with self._lock:
-            if self._driven or self._polling or not self._handles:
+            if self._driven or self._polling or self._closed or not self._handles:
                 return
             self._polling = True
         threading.Thread(target=self._poll, name="taskx-watch", daemon=True).start()

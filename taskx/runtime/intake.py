@@ -40,6 +40,10 @@ if TYPE_CHECKING:
     from taskx.runtime.handles import TaskHandle
 
 
+#: Why no queue may be started now in this process, nor given tasks; empty where it may.
+forbidden = ""
+
+
 class ScheduleOptions(TypedDict, total=False):
     """The options of ``submit`` that a schedule may give its tasks: see ``Queue.schedule``."""
 
@@ -166,7 +170,9 @@ class Intake:
             raise
 
     def refuse_if_stopped(self) -> None:
-        """Raise ``QueueStopped`` once the queue was stopped."""
+        """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used."""
+        if forbidden:
+            raise ConfigurationError(forbidden)
         if self.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
 

@@ -8,10 +8,11 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from taskx.core.errors import ConfigurationError, RepositoryError
+from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError
 from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
+from taskx.runtime import intake
 from taskx.runtime.buffer import Buffer
 from taskx.runtime.config import Config
 from taskx.runtime.engine import Engine
@@ -26,10 +27,8 @@ from taskx.storage.base import Node
 
 # Looks for quiet this often even if nothing tells of it, in seconds.
 _LOOK_EVERY = 0.1
-# Seconds that a step of the stop is given in any case; it takes longer only if the repository hangs.
-_LEAST = 1.0
-#: Why no queue may be started now in this process; empty where it may.
-forbidden = ""
+#: Seconds that a stop may take beyond its time-out, where the repository or a hook hangs.
+EXTRA = 1.0
 
 
 class LocalNode:
@@ -70,8 +69,8 @@ class LocalNode:
             ConfigurationError: a child process of an executor imports the program.
             RepositoryError: the repository cannot be used; nothing was started.
         """
-        if forbidden:
-            raise ConfigurationError(forbidden)
+        if intake.forbidden:
+            raise ConfigurationError(intake.forbidden)
         services = self._services
         if isinstance(services.repository, EightMethodAdapter):
             services.log.warning(
@@ -106,12 +105,18 @@ class LocalNode:
     # --- running
 
     def drain(self, timeout: float | None) -> bool:
-        """Wait until nothing is left to run; False if ``timeout`` seconds passed before."""
+        """Wait until nothing is left to run; False if ``timeout`` seconds passed before.
+
+        Raises:
+            QueueStopped: the queue is being stopped.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         services = self._services
         while True:
             if self._nothing_left():
                 return True
+            if self.engine.stopping:
+                raise QueueStopped("the queue was stopped before all was done")
             left = _LOOK_EVERY if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
@@ -174,14 +179,17 @@ class LocalNode:
         return still
 
     def _by(self, deadline: float, step: Callable[[], None]) -> None:
-        """Do a step in which the repository may hang, on a thread that is left behind if it does."""
+        """Do a step in which the repository may hang, on a thread that is left behind if it does.
+
+        All steps together are given :data:`EXTRA` seconds beyond the deadline.
+        """
         thread = threading.Thread(target=step, name="taskx-stop", daemon=True)
         try:
             thread.start()
         except RuntimeError:  # the interpreter is shutting down
             step()
         else:
-            thread.join(max(_LEAST, deadline - time.monotonic()))
+            thread.join(max(0.0, deadline + EXTRA - time.monotonic()))
 
     def wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
         """While another call stops it: wait for that one's end; returns the ids that still run."""

@@ -172,7 +172,7 @@ def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
     yield make
     for queue in made:
         queue.stop(timeout=PATIENCE, cancel=True)
-        queue._services.watcher._handles.clear()  # nobody waits any more for what did not end
+        queue._services.watcher.close()  # nobody waits any more for what did not end
     # Who is at work later, when the repository was closed, opens it again, and nobody closes it.
     eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith(_AT_WORK)])
 

@@ -843,6 +843,18 @@ if __name__ == "__main__":
         print(handle.result(timeout=30), [a.outcome for a in handle.task().attempts])
 """
 
+    def test_one_that_submits_on_import_submits_once(self, script):
+        """In the child it must not, or each task would make another one."""
+        ran = script("""
+handle = where.submit(parent=0)
+with queue:
+    print(handle.exception(timeout=30).error)
+    print(queue.list_tasks()[1])
+""")
+        told, count = ran.stdout.splitlines()
+        assert 'submit and start under: if __name__ == "__main__"' in told, ran.stderr
+        assert count == "1"
+
     def test_a_script(self, script):
         ran = script(self.GUARDED)
         assert (ran.stdout, ran.returncode) == ("__mp_main__ True ['retried', 'completed']\n", 0), (
@@ -863,7 +875,7 @@ queue.stop()
 """
         )
         assert ran.returncode == 0, ran.stderr
-        assert 'start the queue under: if __name__ == "__main__"' in ran.stdout
+        assert 'submit and start under: if __name__ == "__main__"' in ran.stdout
 
     def test_a_program_without_a_file_is_refused(self, script):
         ran = script("", "-c", "import taskx\n" + SCRIPT)

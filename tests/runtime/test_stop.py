@@ -407,6 +407,48 @@ def test_handles_outlive_the_stop(started, make_queue):
     assert waiting() == "by another"
 
 
+def test_who_waits_for_a_task_of_a_closed_queue_is_told(queue, repository, monkeypatch):
+    """And nobody looks after it any more, who would open the repository again."""
+    queue.declare("remote")
+    handle = queue.submit("remote")
+    waiting = run_in_thread(lambda: handle.exception(PATIENCE))
+    eventually(lambda: queue._services.watcher.watching)
+    queue.close()
+    assert isinstance(waiting(), QueueStopped)
+    assert isinstance(queue.handle(handle.id).exception(PATIENCE), QueueStopped)
+    eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
+    repository.close()  # the last look opened it again
+
+
+def test_a_drain_ends_when_another_thread_stops_the_queue(started, gate):
+    started.executor("hold")(lambda: gate())
+    started.submit("hold")
+    gate.wait_for(1)
+    draining = run_in_thread(started.drain)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE))
+    with pytest.raises(QueueStopped):
+        draining()
+    gate.open()
+    assert stopping() == []
+
+
+def test_a_stop_in_which_every_step_hangs_takes_little_longer(started, monkeypatch):
+    for module in ("taskx.queue", "taskx.runtime.node"):
+        monkeypatch.setattr(f"{module}.EXTRA", 0.05)
+    go_on = threading.Event()
+    repository = started.repository
+    for step in ("mark_stopping", "leave"):
+        hung = getattr(repository, step)
+        monkeypatch.setattr(
+            repository, step, lambda node, hung=hung: (go_on.wait(PATIENCE), hung(node))
+        )
+    began = time.monotonic()
+    assert started.stop(0.05) == []
+    assert time.monotonic() - began < 1.5
+    go_on.set()
+    eventually(lambda: not repository.nodes())
+
+
 @pytest.mark.parametrize("timeout", [-1, "1", None, float("inf")])
 def test_timeout_of_stop_is_checked(queue, timeout):
     with pytest.raises(ConfigurationError):
