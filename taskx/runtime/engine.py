@@ -317,18 +317,8 @@ class Engine:
                     self.services.lines.left(task, held[0].changes)
         finally:
             self.starter.strike(run, ran=True)
-        if error is not None:
-            log.error(
-                "task %s (%s): how it ended could not be stored, so it runs again: %s",
-                *(task.id, task.type, error),
-            )
-            return
         if not held:
-            log.warning(
-                "task %s (%s): its late outcome was dropped, as another run had taken over",
-                task.id,
-                task.type,
-            )
+            self._not_concluded(task, error)
             return
         status = held[0].changes["status"]
         if status == lifecycle.FAILED:
@@ -341,6 +331,18 @@ class Engine:
             self._pending_again(task, ending, held[0].changes)
         self.services.watcher.look_if_watched(task.id)
         self._tell_quiet()
+
+    def _not_concluded(self, task: Task, error: BaseException | None) -> None:
+        if error is None:
+            self.services.log.warning(
+                "task %s (%s): its late outcome was dropped, as another run had taken over",
+                *(task.id, task.type),
+            )
+        else:
+            self.services.log.error(
+                "task %s (%s): how it ended could not be stored, so it runs again: %s",
+                *(task.id, task.type, error),
+            )
 
     def _pending_again(self, task: Task, ending: Ending, changes: Mapping[str, Any]) -> None:
         """It runs again: soon, later, or elsewhere."""

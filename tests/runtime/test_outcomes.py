@@ -12,7 +12,14 @@ from datetime import timedelta
 
 import pytest
 
-from taskx import ConfigurationError, InvalidTransition, TaskFailed, TaskNotFound, TaskStatus
+from taskx import (
+    ConfigurationError,
+    InvalidTransition,
+    RepositoryError,
+    TaskFailed,
+    TaskNotFound,
+    TaskStatus,
+)
 
 from .conftest import PATIENCE, eventually
 
@@ -272,6 +279,39 @@ def test_delete(started, gate):
         for look in (handle.task, lambda h=handle: started.delete(h.id)):
             with pytest.raises(TaskNotFound, match=handle.id):
                 look()
+
+
+def test_an_outcome_that_is_refused_is_stored_without_what_may_be_too_much(queue):
+    def refuse(writes):
+        if any(getattr(write, "changes", {}).get("traceback") for write in writes):
+            raise RepositoryError("too large")
+
+    queue.repository.before = refuse
+    queue.executor("work")(lambda: 1 / 0)
+    queue.start()
+    with pytest.raises(TaskFailed, match="ZeroDivisionError"):
+        queue.submit("work").result(PATIENCE)
+    assert queue.list_tasks()[0][0].traceback == ""
+
+
+def test_an_outcome_that_cannot_be_stored_at_all_is_said_to_be_none(queue, caplog):
+    refusals = []
+
+    def refuse(writes):
+        if any(getattr(write, "changes", {}).get("status") == "failed" for write in writes):
+            refusals.append(writes)
+            if len(refusals) <= 2:
+                raise RepositoryError("not this one")
+
+    queue.repository.before = refuse
+    queue.executor("work")(lambda: 1 / 0)
+    queue.start()
+    handle = queue.submit("work")
+    with pytest.raises(TaskFailed, match="ZeroDivisionError"):
+        handle.result(PATIENCE)
+    assert (handle.task().interruptions, handle.task().errors) == (1, 1)
+    assert "could not be stored, so it runs again: not this one" in caplog.text
+    assert "another run had taken over" not in caplog.text
 
 
 def test_deleted_while_it_lies_in_the_buffer_it_never_runs(busy, gate):
