@@ -389,6 +389,10 @@ class TestStatements:
         for step in looks:
             assert any(f"INDEX {name} " in f"{step} " for name in index.split()), step
 
+    def test_of_notes_search_those_whose_names_begin_so(self, plan):
+        [step] = plan(statements.NOTES, ("limit/", "limit0"))
+        assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
+
     def test_of_the_oldest_reads_nothing_but_the_index_and_one_row(self, plan):
         steps = plan(statements.OLDEST_READY, ())
         [scan] = [step for step in steps if step.startswith(("SCAN", "SEARCH tasks USING COV"))]
