@@ -19,7 +19,7 @@ BATCH = 200
 
 
 class Operations:
-    """Changes tasks that are stored, started or not.
+    """Changes tasks that are stored, started or not: as the methods of ``Queue`` with these names say.
 
     Args:
         services: what it works with.
@@ -33,12 +33,7 @@ class Operations:
     # --- cancel
 
     def cancel(self, task_id: str) -> bool:
-        """Cancel a task: True if it never runs, False if it runs and was asked to stop.
-
-        Raises:
-            TaskNotFound: there is none with that id.
-            InvalidTransition: it has ended.
-        """
+        """Cancel a task: True if it never runs, False if it runs and was asked to stop."""
         while True:
             writes = lifecycle.cancel(task_id, self._services.clock.now_ms())
             *cancelled, asked = self._services.ledger.commit(writes)
@@ -55,11 +50,7 @@ class Operations:
             return False
 
     def cancel_many(self, task_ids: Sequence[str]) -> int:
-        """Cancel those of these tasks that have not ended; returns how many of them never run.
-
-        Raises:
-            RepositoryError: the repository failed; some may have been cancelled.
-        """
+        """Cancel those of these tasks that have not ended; returns how many of them never run."""
         never_run, settled = 0, set[str]()
         for start in range(0, len(task_ids), BATCH):
             cancelled, asked = self._cancel_some(task_ids[start : start + BATCH])
@@ -120,14 +111,7 @@ class Operations:
     # --- requeue, delete
 
     def requeue(self, task_id: str) -> None:
-        """Have a failed or cancelled task run again, with its attempts and crashes counted anew.
-
-        Raises:
-            TaskNotFound: there is none with that id.
-            InvalidTransition: it is neither failed nor cancelled.
-            DuplicateTask: another task holds its unique key now.
-            QueueStopped: the queue was stopped.
-        """
+        """Have a failed or cancelled task run again, with its attempts and crashes counted anew."""
         self._refuse_if_stopped()
         services = self._services
         task = services.repository.get_by_id(task_id)
@@ -148,12 +132,7 @@ class Operations:
         self._intake.look_for_work()
 
     def requeue_dead_letters(self, filter: TaskFilter | None) -> int:
-        """Have every dead letter that meets a filter run again; returns how many.
-
-        Raises:
-            ConfigurationError: the filter asks for another status.
-            QueueStopped: the queue was stopped.
-        """
+        """Have every dead letter that meets a filter run again; returns how many."""
         self._refuse_if_stopped()
         requeued = requeue_all(self._services, filter)
         self._look_at_lines()
@@ -165,12 +144,7 @@ class Operations:
             raise QueueStopped("the queue was stopped; nothing was requeued")
 
     def delete(self, task_id: str) -> None:
-        """Remove the record of a task that is not running.
-
-        Raises:
-            TaskNotFound: there is none with that id.
-            InvalidTransition: it is running.
-        """
+        """Remove the record of a task that is not running."""
         if not self._services.ledger.commit([lifecycle.delete(task_id)])[0]:
             self._services.repository.get_by_id(task_id)
             raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
