@@ -12,9 +12,15 @@ def check_number(value: Any, what: str, *, minimum: float = 0.0) -> float:
     """A finite number from ``minimum``; ConfigurationError says what is wrong with it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigurationError(f"{what} must be a number of seconds, not {value!r}")
-    if not math.isfinite(value) or value < minimum:
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ConfigurationError(
+            f"{what} must be a finite number from {minimum:g}; this one is beyond what a float holds"
+        ) from None
+    if not math.isfinite(number) or number < minimum:
         raise ConfigurationError(f"{what} must be a finite number from {minimum:g}, not {value!r}")
-    return float(value)
+    return number
 
 
 def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> int:

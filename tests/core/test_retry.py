@@ -120,6 +120,7 @@ class TestStored:
         ({"retry_on": 5}, "retry_on"),
         ({"retry_on": int}, "retry_on"),
         ({"give_up_on": [""]}, "give_up_on"),
+        ({"base": 10**400}, "base"),
     ],
 )
 def test_what_cannot_work_is_refused(wrong, word):
@@ -127,7 +128,9 @@ def test_what_cannot_work_is_refused(wrong, word):
         RetryPolicy(**wrong)
 
 
-@pytest.mark.parametrize("seconds", [-1, math.nan, math.inf, "5", True])
+@pytest.mark.parametrize(
+    "seconds", [-1, math.nan, math.inf, "5", True, pytest.param(10**5000, id="long")]
+)
 def test_a_wait_must_be_seconds(seconds):
     with pytest.raises(ConfigurationError, match="Retry"):
         Retry(delay=seconds)

@@ -78,6 +78,7 @@ class TestRetention:
             {"gone": 5},
             {"completed": -1},
             {"completed": "7 days"},
+            {"completed": 10**400},
             {"failed": timedelta(days=-1)},
             7,
         ],
