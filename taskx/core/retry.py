@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 import attrs
 
@@ -22,20 +23,55 @@ MAX_WAIT = 3.2e9
 
 
 def _names(given: Any) -> tuple[str, ...]:
-    """Exception classes, or their names, as names."""
-    if isinstance(given, (str, type)) or not isinstance(given, Iterable):
-        given = (given,)
-    return tuple(_name(one) for one in given)
+    """Exception classes, or their names, as names that an error can have."""
+    return tuple(
+        _name_of(one) if isinstance(one, str) else _name(one) for one in _one_or_many(given)
+    )
+
+
+def _stored_names(given: Any) -> tuple[str, ...]:
+    """Names as they were stored: another Python may know other builtins."""
+    return tuple(_name(one) for one in _one_or_many(given))
+
+
+def _one_or_many(given: Any) -> Iterable[Any]:
+    single = isinstance(given, (str, type)) or not isinstance(given, Iterable)
+    return (given,) if single else given
 
 
 def _name(error: Any) -> str:
-    if isinstance(error, type) and issubclass(error, BaseException):
+    if _is_exception(error):
         return full_name(error)
     if isinstance(error, str) and error:
         return error
     raise ConfigurationError(
         f"retry_on and give_up_on take exception classes or their names, not {error!r}"
     )
+
+
+def _name_of(text: str) -> str:
+    """The full name of the class that a text names."""
+    name = _name(text).removeprefix("builtins.")
+    # A class made in a function is named so, too.
+    if not all(part.isidentifier() or part == "<locals>" for part in name.split(".")):
+        raise ConfigurationError(
+            f"retry_on and give_up_on: {text!r} cannot be the name of an exception class, which is "
+            "'module.Class', or of a builtin the name alone"
+        )
+    module, _, attribute = name.rpartition(".")
+    found = getattr(sys.modules.get(module or "builtins"), attribute, None)
+    if _is_exception(found):
+        return full_name(found)
+    if not module:
+        raise ConfigurationError(
+            f"retry_on and give_up_on: {text!r} is no builtin exception class; write that of a "
+            "module as 'module.Class'"
+        )
+    return name
+
+
+def _is_exception(thing: Any) -> TypeGuard[type[BaseException]]:
+    return isinstance(thing, type) and issubclass(thing, BaseException)
 
 
 def full_name(error: type) -> str:
@@ -84,7 +120,8 @@ class RetryPolicy:
             failed together does not come back together.
         retry_on: the only exceptions after which there is another attempt; empty for all. Classes,
             or their names (``"requests.exceptions.Timeout"``, for a builtin ``"OSError"``);
-            subclasses are meant, too. A time-out counts as ``TimeoutError``.
+            subclasses are meant, too. If the module is imported already, any name will do by which
+            it has the class (``"requests.Timeout"``). A time-out counts as ``TimeoutError``.
         give_up_on: exceptions after which there is none; they win over ``retry_on``.
 
     Raises:
@@ -145,10 +182,16 @@ class RetryPolicy:
         Raises:
             ConfigurationError: a value is not valid.
         """
-        return cls(**{name: data[name] for name in _FIELDS if name in data})
+        given = {name: data[name] for name in _FIELDS if name in data}
+        errors = {name: _stored_names(given.pop(name)) for name in _ERRORS if name in given}
+        policy = cls(**given)
+        for name, names in errors.items():
+            object.__setattr__(policy, name, names)  # past the judgement on what somebody writes
+        return policy
 
 
 _FIELDS = tuple(attrs.fields_dict(RetryPolicy))
+_ERRORS = ("retry_on", "give_up_on")
 
 
 def _listed(_: Any, __: Any, value: Any) -> Any:

@@ -3,6 +3,7 @@
 import json
 import math
 
+import attrs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -79,6 +80,25 @@ class TestRetries:
             assert policy.retries(Refused)
             assert not policy.retries(ConnectionError)
 
+    @pytest.mark.parametrize(
+        ("named", "known"),
+        [
+            ("builtins.OSError", "OSError"),
+            ("IOError", "OSError"),
+            ("json.JSONDecodeError", "json.decoder.JSONDecodeError"),
+            ("json.decoder.JSONDecodeError", "json.decoder.JSONDecodeError"),
+            ("json.NoSuchError", "json.NoSuchError"),
+            ("json.loads", "json.loads"),
+            ("not_imported.module.Error", "not_imported.module.Error"),
+        ],
+    )
+    def test_a_name_is_that_by_which_the_error_is_known(self, named, known):
+        policy = RetryPolicy(retry_on=named, give_up_on=[named])
+        assert policy.retry_on == policy.give_up_on == (known,)
+
+    def test_a_name_by_which_a_module_has_an_error_of_another_matches(self):
+        assert RetryPolicy(retry_on="json.JSONDecodeError").retries(json.JSONDecodeError)
+
     def test_to_give_up_wins(self):
         policy = RetryPolicy(retry_on=OSError, give_up_on=(Refused, FileNotFoundError))
         assert policy.retries(ConnectionError)
@@ -95,6 +115,20 @@ class TestStored:
     def test_so_it_does_with_a_task(self, policy):
         data = json.loads(json.dumps(Task(id="a", type="t", retry=policy).to_dict()))
         assert Task.from_dict(data).retry == policy
+
+    def test_names_of_errors_are_taken_as_they_are(self):
+        """Another Python may have other builtins, and a class any name."""
+
+        class Local(Exception):
+            pass
+
+        policy = RetryPolicy(retry_on=[Local, type("an error", (Exception,), {})])
+        assert attrs.evolve(RetryPolicy(retry_on=Local), base=2).retries(Local)
+        assert RetryPolicy.from_dict(policy.to_dict()) == policy
+        stored = {"retry_on": ["ErrorOfALaterPython"], "give_up_on": []}
+        assert RetryPolicy.from_dict(stored).to_dict() == {**RetryPolicy().to_dict(), **stored}
+        with pytest.raises(ConfigurationError, match="retry_on"):
+            RetryPolicy.from_dict({"retry_on": [5]})
 
     def test_names_of_a_later_version_are_ignored(self):
         assert RetryPolicy.from_dict({"max_attempts": 7, "new": 1}) == RetryPolicy(7)
@@ -120,6 +154,11 @@ class TestStored:
         ({"retry_on": 5}, "retry_on"),
         ({"retry_on": int}, "retry_on"),
         ({"give_up_on": [""]}, "give_up_on"),
+        ({"retry_on": "a b"}, "'a b' cannot be the name"),
+        ({"retry_on": ["OSError", "a..b"]}, r"'a\.\.b' cannot be the name"),
+        ({"give_up_on": ["ConectionError"]}, "'ConectionError' is no builtin exception class"),
+        ({"retry_on": "builtins.ConectionError"}, "no builtin exception class"),
+        ({"retry_on": "len"}, "no builtin exception class"),
         ({"base": 10**400}, "base"),
     ],
 )
