@@ -19,7 +19,15 @@ from taskx.core.errors import (
     ConfigurationError,
     QueueStopped,
 )
-from taskx.core.model import Task, TaskFilter, TaskStatus, check_moment, check_name, check_status
+from taskx.core.model import (
+    Task,
+    TaskFilter,
+    TaskStatus,
+    check_key,
+    check_moment,
+    check_name,
+    check_status,
+)
 from taskx.core.ticks import Every, Misfire
 from taskx.core.unique import OnConflict
 from taskx.flows import Flow, FlowHandle, lay_out
@@ -207,8 +215,8 @@ class Queue:
 
     def declare(self, *types: str) -> None:
         """Accept tasks of these types, whose executors are registered in another process."""
-        for type_ in types:
-            self._registry.declare(check_name(type_, "type"))
+        for type_ in [check_key(type_, "type") for type_ in types]:
+            self._registry.declare(type_)
 
     # --- submitting
 
@@ -784,7 +792,7 @@ class Queue:
 
 
 def _type_or_none(type: str | None) -> str | None:
-    return None if type is None else check_name(type, "type")
+    return None if type is None else check_key(type, "type")
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

@@ -54,9 +54,10 @@ def check_name(value: Any, what: str) -> str:
 
 def check_key(value: Any, what: str) -> str:
     """A name that is not empty; ConfigurationError says what is wrong with it."""
-    if not check_name(value, what):
+    text = check_name(value, what)
+    if not text:
         raise ConfigurationError(f"{what} must not be empty")
-    return str(value)
+    return text
 
 
 @attrs.frozen(kw_only=True)

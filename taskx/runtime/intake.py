@@ -23,7 +23,7 @@ from taskx.core.errors import (
 )
 from taskx.core.ids import new_id
 from taskx.core.lifecycle import OnParentFailure
-from taskx.core.model import Task, TaskStatus, check_name
+from taskx.core.model import Task, TaskStatus, check_key, check_name
 from taskx.core.record import policy_to_text
 from taskx.core.retry import RetryPolicy, check_policy
 from taskx.core.unique import OnConflict, UniqueScope, scope_to_text
@@ -389,6 +389,8 @@ class Intake:
                 f"only a pending task can be submitted; this one is {task.status}"
             )
         kind = check_name(task.type, "type")
+        if not kind:
+            raise ConfigurationError("type must not be empty")
         executor = self._services.registry.get(kind)
         params = payload.encode_params(task.params, self._max_payload_size)
         max_attempts, max_crashes, timeout = task.max_attempts, task.max_crashes, task.timeout
@@ -461,9 +463,11 @@ def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
     """A copy of a task with the options of ``submit`` that were given.
 
     Raises:
-        ConfigurationError: both ``run_at`` and ``delay``, or an invalid delay.
+        ConfigurationError: both ``run_at`` and ``delay``, an invalid delay, or an empty id.
     """
     chosen = {name: value for name, value in given.items() if value is not None}
+    if "id" in chosen:  # that of a Task may be empty: one is made then
+        check_key(chosen["id"], "id")
     parents = chosen.get("depends_on")
     if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
         chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]

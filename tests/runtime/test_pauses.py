@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from enum import Enum
 
 import pytest
 from storage.repositories import TinyRepository
@@ -208,7 +209,18 @@ def test_a_name_may_look_like_another(queue):
     assert queue.paused.types == {"a/b", "/", "a*", "pause"}
 
 
-@pytest.mark.parametrize("name", [5, b"a", "a\0", "a" * 256])
+class Kind(str, Enum):
+    REPORT = "report"
+
+
+def test_a_member_of_an_enum_is_its_text(queue):
+    queue.pause(Kind.REPORT)
+    assert queue.paused.types == {"report"}
+    queue.resume(Kind.REPORT)
+    assert not queue.paused
+
+
+@pytest.mark.parametrize("name", ["", 5, b"a", "a\0", "a" * 256])
 def test_what_is_no_type_is_refused(queue, name):
     for call in (queue.pause, queue.resume):
         with pytest.raises(ConfigurationError):

@@ -84,6 +84,7 @@ BAD_OPTIONS = [
     pytest.param({"timeout": 10**400}, id="huge timeout"),
     pytest.param({"delay": 10**400}, id="huge delay"),
     pytest.param({"unique_key": "k", "unique_scope": 10**400}, id="huge scope"),
+    {"id": ""},
     {"run_at": datetime(2030, 1, 1, tzinfo=timezone.utc), "delay": 1},
     {"id": 5},
     {"id": "x" * 256},
@@ -131,6 +132,23 @@ class TestRefused:
     def test_options(self, narrow, options):
         with pytest.raises(ConfigurationError):
             narrow.submit("note", **options)
+
+    def test_empty_id(self, narrow):
+        with pytest.raises(ConfigurationError, match="id must not be empty"):
+            narrow.submit("note", id="")
+
+    def test_empty_type(self, narrow):
+        for submit in (
+            lambda: narrow.submit("", {}),
+            lambda: narrow.submit(Task(params={})),
+            lambda: narrow.submit_many([Task(type="note"), Task()]),
+            lambda: next(narrow.map("", [{}])),
+            lambda: narrow.declare("empty", ""),
+        ):
+            with pytest.raises(ConfigurationError, match="type must not be empty"):
+                submit()
+        with pytest.raises(UnknownTaskType, match="'empty'"):
+            narrow.submit("empty")
 
     def test_misspelt_option(self, narrow):
         with pytest.raises(TypeError, match="prioritty"):
@@ -286,7 +304,7 @@ def test_an_empty_id_is_none(queue):
     """Each of those tasks gets one of its own, by which it is found."""
     queue.declare("note")
     mine = Task(type="note", id="")
-    handles = [queue.submit(mine), queue.submit("note", id=""), *queue.submit_many([mine, mine])]
+    handles = [queue.submit(mine), queue.submit(mine, id=None), *queue.submit_many([mine, mine])]
     assert mine.id == ""
     assert ids(queue) == {handle.task().id for handle in handles}
     assert len(ids(queue) - {""}) == 4
