@@ -23,6 +23,7 @@ from taskx.core.model import (
     Task,
     TaskFilter,
     TaskStatus,
+    check_filter,
     check_key,
     check_moment,
     check_name,
@@ -518,8 +519,12 @@ class Queue:
         return self.repository.get_by_id(task_id)
 
     def list_tasks(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
-        """The tasks that meet a filter, newest first, and how many meet it in all."""
-        return self.repository.page(filter or TaskFilter())
+        """The tasks that meet a filter, newest first, and how many meet it in all.
+
+        Raises:
+            ConfigurationError: the filter is no ``TaskFilter``.
+        """
+        return self.repository.page(check_filter(filter))
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Have a handle resolved when its task ends; handles call this themselves."""
@@ -612,6 +617,8 @@ class Queue:
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository failed; some may have been removed.
         """
+        if before is None:
+            raise ConfigurationError("before must be a datetime, not None")
         check_moment(before, "before")
         wanted = None if status is None else check_status(status)
         if wanted is not None and not wanted.finished:
@@ -664,7 +671,7 @@ class Queue:
         """The failed tasks that meet a filter, newest first, and how many meet it in all.
 
         Raises:
-            ConfigurationError: the filter asks for another status.
+            ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
         """
         return self.list_tasks(dead(filter))
 
@@ -674,7 +681,7 @@ class Queue:
         Those that fail again meanwhile are left alone. Offset and limit of the filter do not count.
 
         Raises:
-            ConfigurationError: the filter asks for another status.
+            ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
             QueueStopped: the queue was stopped.
         """
         return self._operations.requeue_dead_letters(filter)
@@ -685,7 +692,7 @@ class Queue:
         Offset and limit of the filter do not count.
 
         Raises:
-            ConfigurationError: the filter asks for another status.
+            ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
         """
         return discard_all(self._services, filter)
 

@@ -11,6 +11,7 @@ from typing import Any
 from taskx.core import payload
 from taskx.core.checks import check_int
 from taskx.core.clock import to_datetime
+from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task
 from taskx.core.ticks import Every, Misfire, zone
 from taskx.runtime.handles import TaskHandle
@@ -156,7 +157,12 @@ def tick_of(task: Task) -> datetime | None:
     """The tick that a task was made for, in UTC: what it is to be about, however late it runs.
 
     None for a task that was made by hand.
+
+    Raises:
+        ConfigurationError: it is no task.
     """
+    if not isinstance(task, Task):
+        raise ConfigurationError(f"tick_of takes a Task, not {type(task).__name__}")
     found = _TICK.search(task.id)
     try:
         moment = datetime.fromisoformat(found[1]) if found else None

@@ -352,3 +352,14 @@ class TaskFilter:
             and (self.start_date is None or (created is not None and created >= self.start_date))
             and (self.end_date is None or (created is not None and created <= self.end_date))
         )
+
+
+def check_filter(value: Any) -> TaskFilter:
+    """A filter, for None that of all tasks; ConfigurationError says what is wrong with it."""
+    if value is None:
+        return TaskFilter()
+    if not isinstance(value, TaskFilter):
+        raise ConfigurationError(
+            f"filter must be a TaskFilter, such as TaskFilter(type='report'), not {value!r}"
+        )
+    return value

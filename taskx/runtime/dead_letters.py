@@ -10,7 +10,7 @@ import attrs
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import Task, TaskFilter, TaskStatus
+from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
 from taskx.runtime.starter import Services
 
 #: Most tasks changed in one transaction.
@@ -21,13 +21,12 @@ def dead(filter: TaskFilter | None) -> TaskFilter:
     """The filter, of dead letters only.
 
     Raises:
-        ConfigurationError: it asks for another status.
+        ConfigurationError: it is none, or asks for another status.
     """
-    if filter is None:
-        return TaskFilter(status=TaskStatus.FAILED)
-    if filter.status not in (None, TaskStatus.FAILED):
-        raise ConfigurationError(f"dead letters are failed tasks, not {filter.status} ones")
-    return attrs.evolve(filter, status=TaskStatus.FAILED)
+    wanted = check_filter(filter)
+    if wanted.status not in (None, TaskStatus.FAILED):
+        raise ConfigurationError(f"dead letters are failed tasks, not {wanted.status} ones")
+    return attrs.evolve(wanted, status=TaskStatus.FAILED)
 
 
 def requeue_all(services: Services, filter: TaskFilter | None) -> int:

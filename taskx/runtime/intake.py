@@ -23,7 +23,7 @@ from taskx.core.errors import (
 )
 from taskx.core.ids import new_id
 from taskx.core.lifecycle import OnParentFailure
-from taskx.core.model import Task, TaskStatus, check_key, check_name
+from taskx.core.model import Task, TaskStatus, check_key, check_moment, check_name
 from taskx.core.record import policy_to_text
 from taskx.core.retry import RetryPolicy, check_policy
 from taskx.core.unique import OnConflict, UniqueScope, scope_to_text
@@ -452,11 +452,9 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
     return own
 
 
-def _run_at_ms(moment: Any) -> int:
-    try:
-        return to_ms(moment, "run_at")
-    except (ValueError, AttributeError, TypeError) as error:
-        raise ConfigurationError(f"run_at: {error}") from None
+def _run_at_ms(moment: datetime) -> int:
+    check_moment(moment, "run_at")
+    return to_ms(moment)
 
 
 def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:

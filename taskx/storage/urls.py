@@ -28,6 +28,10 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
     """
     from urllib.parse import parse_qsl, unquote, urlsplit  # slow to load, and seldom needed
 
+    if not isinstance(url, str):
+        raise ConfigurationError(
+            f"url must be a str, such as 'sqlite:///tasks.db', not {type(url).__name__}"
+        )
     parts = urlsplit(url)
     if parts.scheme == "memory" and url.rstrip("/") in ("memory:", "memory://"):
         return MemoryRepository(codec=codec)

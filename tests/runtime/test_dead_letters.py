@@ -176,6 +176,15 @@ def test_other_statuses_are_refused(queue):
     assert queue.dead_letters(TaskFilter(status=TaskStatus.FAILED))[1] == 5
 
 
+@pytest.mark.parametrize("filter", ["x", {}, "", TaskStatus.FAILED, TaskFilter])
+def test_what_is_no_filter_is_refused(queue, filter):
+    methods = (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters)
+    for method in (*methods, queue.list_tasks):
+        with pytest.raises(ConfigurationError, match="filter must be a TaskFilter"):
+            method(filter)
+    assert queue.dead_letters()[1] == 5
+
+
 def test_a_stopped_queue_requeues_none(queue):
     queue.stop()
     with pytest.raises(QueueStopped):

@@ -121,6 +121,12 @@ class TestPrune:
         assert queue.prune(clock.now()) == 0
         assert len(ids(queue)) == 2
 
+    def test_a_moment_must_be_given(self, fill):
+        queue = fill()
+        with pytest.raises(ConfigurationError, match="before must be a datetime, not None"):
+            queue.prune(None)
+        assert ids(queue) == {"fine", "wrong", "cancelled"}
+
     @pytest.mark.parametrize(
         ("before", "status"),
         [("naive", None), (5, None), (None, "pending"), (None, "running"), (None, "gone")],

@@ -594,6 +594,12 @@ def test_an_id_that_looks_like_that_of_a_tick_is_that_of_none(name):
     assert tick_of(Task(type="remote", id=name)) is None
 
 
+@pytest.mark.parametrize("thing", ["x", None])
+def test_what_is_no_task_has_no_tick(thing):
+    with pytest.raises(ConfigurationError, match="tick_of takes a Task"):
+        tick_of(thing)
+
+
 def test_triggered_it_runs_now_beside_its_ticks(started, clock):
     started.executor("mine")(lambda n: n)
     schedule = started.schedule("s", every(60), "mine", {"n": 5}, priority=3)

@@ -133,6 +133,21 @@ class TestRefused:
         with pytest.raises(ConfigurationError):
             narrow.submit("note", **options)
 
+    @pytest.mark.parametrize(
+        ("run_at", "problem"),
+        [
+            ("2020", "run_at must be a datetime, not str"),
+            (datetime(2030, 1, 1), "run_at must be an aware datetime, such as .* no time zone"),
+        ],
+    )
+    def test_moments_by_what_is_wrong_with_them(self, narrow, run_at, problem):
+        for submit in (
+            lambda: narrow.submit("note", run_at=run_at),
+            lambda: narrow.submit(Task(type="note", run_at=run_at)),
+        ):
+            with pytest.raises(ConfigurationError, match=f"^{problem}$"):
+                submit()
+
     def test_empty_id(self, narrow):
         with pytest.raises(ConfigurationError, match="id must not be empty"):
             narrow.submit("note", id="")

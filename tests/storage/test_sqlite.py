@@ -121,6 +121,11 @@ class TestOpening:
         with pytest.raises((ConfigurationError, TypeError)):
             SQLiteRepository(path)
 
+    @pytest.mark.parametrize("url", [5, None, b"sqlite:///tasks.db", Path("tasks.db")])
+    def test_what_is_no_url_is_refused(self, url):
+        with pytest.raises(ConfigurationError, match="url must be a str"):
+            open_repository(url)
+
     @pytest.mark.parametrize("options", [{"durability": "none"}, {"busy_timeout": -1}])
     def test_options_are_checked(self, path, options):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
