@@ -11,7 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from datetime import datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
@@ -41,10 +41,10 @@ from taskx.runtime.executors import (
     Executor,
     ExecutorDecorator,
     ExecutorOptions,
-    Options,
     Registered,
     Registry,
     TaskExecutor,
+    options_of,
 )
 from taskx.runtime.handles import TaskHandle, Watcher
 from taskx.runtime.hooks import Hook, Hooks
@@ -106,13 +106,13 @@ class Queue:
         if config is not None and not isinstance(config, Config):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
         self.config = config or Config()
+        self._log = _check_logger(logger)
+        self._clock = _check_clock(clock)
         self.repository = (
             repository
             if isinstance(repository, Repository)
             else EightMethodAdapter(repository, clock)
         )
-        self._log = logger or logging.getLogger("taskx")
-        self._clock = clock
         self._hooks = tuple(hooks)
         self._registry = Registry(
             check_middleware(middleware), self._check_executor, self.config.max_payload_size
@@ -193,7 +193,7 @@ class Queue:
         """
         if callable(type):
             raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
-        return ExecutorDecorator(type, Options(**options), self.register_executor)
+        return ExecutorDecorator(type, options_of(options), self.register_executor)
 
     def _check_executor(self, entry: Registered) -> None:
         if entry.log_level is not None:
@@ -209,7 +209,7 @@ class Queue:
         Raises:
             ConfigurationError: an option is not valid, the type is taken, or it is no executor.
         """
-        self._registry.register(executor, Options(**options))
+        self._registry.register(executor, options_of(options))
         if isinstance(executor, Executor):
             executor.bind(self)
         self._intake.look_for_work()
@@ -800,6 +800,25 @@ class Queue:
 
 def _type_or_none(type: str | None) -> str | None:
     return None if type is None else check_key(type, "type")
+
+
+def _check_clock(clock: Any) -> Clock:
+    parts = (getattr(clock, name, None) for name in ("now_ms", "monotonic"))
+    if isinstance(clock, type) or not all(map(callable, parts)):
+        raise ConfigurationError(
+            f"clock must have now_ms() and monotonic(), as SystemClock() does, not be {clock!r}"
+        )
+    return cast("Clock", clock)
+
+
+def _check_logger(logger: Any) -> logging.Logger:
+    if logger is None:
+        return logging.getLogger("taskx")
+    if not isinstance(logger, (logging.Logger, logging.LoggerAdapter)):
+        raise ConfigurationError(
+            f"logger must be a Logger, such as logging.getLogger('tasks'), not {logger!r}"
+        )
+    return cast("logging.Logger", logger)
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from enum import Enum
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.errors import TaskCancelled
+from taskx.core.errors import ConfigurationError, TaskCancelled
 
 _log = logging.getLogger("taskx")
 
@@ -112,7 +112,12 @@ class CancelToken:
 
         It runs on a thread of its own, neither the one that cancels nor one that others depend on, so
         it may block. What it raises is logged.
+
+        Raises:
+            ConfigurationError: it cannot be called.
         """
+        if not callable(callback):
+            raise ConfigurationError(f"callback must be a function, not {callback!r}")
         self._callbacks.append(callback)
         if self.reason is not None:
             self._run_callbacks()

@@ -241,6 +241,9 @@ class Context:
 
         Returns:
             a function that takes the callback back.
+
+        Raises:
+            ConfigurationError: it cannot be called.
         """
         return self._token.on_cancel(callback)
 

@@ -182,6 +182,13 @@ class Options:
         return self.max_attempts
 
 
+def options_of(given: Mapping[str, Any]) -> Options:
+    """The options that were given; TypeError names those that there are not."""
+    if unknown := given.keys() - ExecutorOptions.__optional_keys__:
+        raise TypeError(f"executor() has no option {', '.join(sorted(unknown))}")
+    return Options(**given)
+
+
 class _Submits(Protocol):
     def submit(self, task: Task, /) -> TaskHandle[Any]: ...
 
@@ -384,7 +391,7 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
     """
     if callable(type):
         raise ConfigurationError("write @executor() or @executor('name'), with parentheses")
-    return ExecutorDecorator(type, Options(**options))
+    return ExecutorDecorator(type, options_of(options))
 
 
 class Registered(NamedTuple):

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from taskx import CancelReason, CancelToken, TaskCancelled
+from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.testing import ManualClock
 
@@ -173,6 +173,17 @@ class TestCallbacks:
         token, done = CancelToken(), threading.Event()
         token.fire(CancelReason.CANCEL)
         token.on_cancel(done.set)
+        assert done.wait(PATIENCE)
+
+    @pytest.mark.parametrize("fired", [False, True])
+    def test_what_cannot_be_called_is_refused_at_once(self, fired):
+        token, done = CancelToken(), threading.Event()
+        if fired:
+            token.fire(CancelReason.CANCEL)
+        with pytest.raises(ConfigurationError, match="callback must be a function, not 5"):
+            token.on_cancel(5)
+        token.on_cancel(done.set)
+        token.fire(CancelReason.CANCEL)
         assert done.wait(PATIENCE)
 
     def test_each_runs_once(self):

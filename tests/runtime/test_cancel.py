@@ -404,6 +404,15 @@ def test_callback_that_hangs_hangs_nobody(started, gate):
     assert late.exception(PATIENCE)
 
 
+def test_what_is_no_callback_fails_the_attempt(started):
+    @started.executor("listen")
+    def listen(ctx):
+        ctx.on_cancel(5)
+
+    with pytest.raises(TaskFailed, match="ConfigurationError: callback must be a function"):
+        started.submit("listen").result(PATIENCE)
+
+
 def test_callback_taken_back_is_not_called(started):
     called = []
 

@@ -219,6 +219,21 @@ def test_options_are_checked(queue, options):
             decorator("x", **options)
 
 
+def test_misspelt_options_are_named(queue):
+    @taskx.executor("mine")
+    def mine():
+        pass
+
+    for call in (
+        lambda **options: queue.executor("x", **options),
+        lambda **options: taskx.executor("x", **options),
+        lambda **options: queue.register_executor(mine, **options),
+    ):
+        with pytest.raises(TypeError, match=r"^executor\(\) has no option graze, limt_scope$"):
+            call(limt_scope="global", graze=1, timeout=5)
+    queue.register_executor(mine)
+
+
 @pytest.mark.parametrize("type", ["", 5, "x" * 256, "a\0b"])
 def test_type_must_be_a_name(queue, type):
     with pytest.raises(ConfigurationError, match="type"):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from datetime import datetime, timedelta, timezone
 
 import attrs
 import pytest
+from storage.repositories import TinyRepository
 
 import taskx
 from taskx import (
@@ -20,6 +22,7 @@ from taskx import (
     QueueFull,
     QueueStopped,
     RepositoryUnavailable,
+    SystemClock,
     Task,
     TaskStatus,
     TaskxError,
@@ -396,6 +399,27 @@ def test_settings_are_checked(settings):
 def test_config_must_be_a_config():
     with pytest.raises(ConfigurationError):
         Queue(MemoryRepository(), {"worker_num": 3})
+
+
+@pytest.mark.parametrize("clock", ["x", None, 5, SystemClock, datetime])
+@pytest.mark.parametrize("repository", [MemoryRepository, TinyRepository])
+def test_clock_must_be_a_clock(repository, clock):
+    with pytest.raises(ConfigurationError, match="clock must have now_ms"):
+        Queue(repository(), clock=clock)
+
+
+@pytest.mark.parametrize("logger", ["x", "", 5, print, logging.Logger])
+def test_logger_must_be_a_logger(logger):
+    with pytest.raises(ConfigurationError, match="logger must be a Logger"):
+        Queue(MemoryRepository(), logger=logger)
+
+
+def test_a_logger_may_be_an_adapter(make_queue, caplog):
+    adapter = logging.LoggerAdapter(logging.getLogger("mine"), {})
+    queue = make_queue(logger=adapter)
+    caplog.set_level("INFO", "mine")
+    queue.start()
+    assert "started" in caplog.text
 
 
 def test_executors_options_are_the_defaults_of_its_tasks(queue):
