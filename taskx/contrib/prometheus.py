@@ -37,24 +37,22 @@ class PrometheusHook(Hook):
         buckets: the upper bounds of both histograms, in seconds.
 
     Raises:
-        ValueError: the registry has these metrics already.
+        ConfigurationError: the registry has these metrics already.
     """
 
     def __init__(
         self, registry: CollectorRegistry = REGISTRY, buckets: Sequence[float] = BUCKETS
     ) -> None:
         def counter(name: str, what: str, *labels: str) -> Counter:
-            return Counter(f"taskx_tasks_{name}", what, ("type", *labels), registry=registry)
+            return Counter(f"taskx_tasks_{name}", what, ("type", *labels), registry=None)
 
         def histogram(name: str, what: str) -> Histogram:
             return Histogram(
-                f"taskx_task_{name}_seconds", what, ("type",), registry=registry, buckets=buckets
+                f"taskx_task_{name}_seconds", what, ("type",), registry=None, buckets=buckets
             )
 
         def gauge(name: str, what: str) -> Gauge:
-            return Gauge(
-                f"taskx_tasks_{name}", what, registry=registry, multiprocess_mode="livesum"
-            )
+            return Gauge(f"taskx_tasks_{name}", what, registry=None, multiprocess_mode="livesum")
 
         self._submitted = counter("submitted", "Tasks stored.")
         self._started = counter("started", "Attempts begun.")
@@ -66,6 +64,12 @@ class PrometheusHook(Hook):
         self._wait = histogram("wait", "Time from when a task could start until it did.")
         self._running = gauge("running", "Executors at work.")
         self._buffered = gauge("buffered", "Submitted tasks that wait in the buffer.")
+        _register(
+            registry,
+            *(self._submitted, self._started, self._finished, self._retried),
+            *(self._stuck, self._rescued, self._duration, self._wait),
+            *(self._running, self._buffered),
+        )
         self._queues: set[Queue] = set()
         self._looking = threading.Lock()
 
@@ -128,6 +132,21 @@ class PrometheusHook(Hook):
             self._buffered.set(sum(queue.buffered for queue in self._queues))
 
 
+def _register(registry: CollectorRegistry, *metrics: Collector) -> None:
+    """Register all or none."""
+    done: list[Collector] = []
+    try:
+        for metric in metrics:
+            registry.register(metric)
+            done.append(metric)
+    except ValueError as error:
+        for metric in done:
+            registry.unregister(metric)
+        raise ConfigurationError(
+            "one PrometheusHook serves all queues of a process: share it, or give another registry"
+        ) from error
+
+
 def _waited(task: Task) -> float | None:
     """Seconds from when an attempt could start until it did."""
     if task.started_at is None:
@@ -146,9 +165,14 @@ class StoreCollector(Collector):
 
     Args:
         queue: a queue on the repository, started or not.
+
+    Raises:
+        ConfigurationError: it is no queue.
     """
 
     def __init__(self, queue: Queue) -> None:
+        if not isinstance(queue, Queue):
+            raise ConfigurationError(f"StoreCollector takes a Queue, not {type(queue).__name__}")
         self._repository = queue.repository
 
     def describe(self) -> Iterator[Metric]:

@@ -9,10 +9,20 @@ import threading
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
-from taskx import Config, Hook, MemoryRepository, Permanent, Queue, Retry, SQLiteRepository, Task
+from taskx import (
+    Config,
+    ConfigurationError,
+    Hook,
+    MemoryRepository,
+    Permanent,
+    Queue,
+    Retry,
+    SQLiteRepository,
+    Task,
+)
 from taskx.contrib.prometheus import BUCKETS, PrometheusHook, StoreCollector
 from taskx.core import lifecycle
 from taskx.testing import ManualClock
@@ -188,8 +198,20 @@ class TestWhatIsCounted:
         assert len(series) <= 3 + len(BUCKETS) + 1
 
     def test_a_registry_takes_one(self, make, registry):
-        with pytest.raises(ValueError, match="Duplicated"):
+        with pytest.raises(ConfigurationError, match="share it, or give another") as caught:
             PrometheusHook(registry)
+        assert "Duplicated" in str(caught.value.__cause__)
+
+    def test_all_are_registered_or_none(self, registry):
+        taken = Gauge("taskx_tasks_running", "Somebody else's.", registry=registry)
+        before = generate_latest(registry)
+        with pytest.raises(ConfigurationError):
+            PrometheusHook(registry)
+        with pytest.raises(ValueError, match="sorted"):
+            PrometheusHook(registry, buckets=[5, 1])
+        assert generate_latest(registry) == before
+        registry.unregister(taken)
+        PrometheusHook(registry)
 
 
 class TestTheStore:
@@ -199,6 +221,11 @@ class TestTheStore:
         queue.declare("t")
         registry.register(StoreCollector(queue))
         return queue
+
+    @pytest.mark.parametrize("thing", ["x", None, MemoryRepository()])
+    def test_what_is_no_queue_is_refused(self, thing):
+        with pytest.raises(ConfigurationError, match="StoreCollector takes a Queue"):
+            StoreCollector(thing)
 
     def test_nothing_waits(self, queue, value):
         assert value("tasks_pending") == 0
