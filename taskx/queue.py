@@ -814,11 +814,11 @@ def _check_clock(clock: Any) -> Clock:
 def _check_logger(logger: Any) -> logging.Logger:
     if logger is None:
         return logging.getLogger("taskx")
-    if not isinstance(logger, (logging.Logger, logging.LoggerAdapter)):
+    if not isinstance(logger, logging.Logger):
         raise ConfigurationError(
             f"logger must be a Logger, such as logging.getLogger('tasks'), not {logger!r}"
         )
-    return cast("logging.Logger", logger)
+    return logger
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

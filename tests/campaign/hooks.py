@@ -252,8 +252,8 @@ def _told_before_commit() -> None:
 
 def _cancel_without_guard() -> None:
     def around(inner: Any, *args: Any) -> Any:
-        pending, asked = inner(*args)
-        return [pending._replace(guard={}), asked]
+        pending, *others = inner(*args)
+        return [pending._replace(guard={}), *others]
 
     wrap(lifecycle, "cancel", around)
 

@@ -408,18 +408,13 @@ def test_clock_must_be_a_clock(repository, clock):
         Queue(repository(), clock=clock)
 
 
-@pytest.mark.parametrize("logger", ["x", "", 5, print, logging.Logger])
+@pytest.mark.parametrize(
+    "logger",
+    ["x", "", 5, print, logging.Logger, logging.LoggerAdapter(logging.getLogger("mine"), {})],
+)
 def test_logger_must_be_a_logger(logger):
     with pytest.raises(ConfigurationError, match="logger must be a Logger"):
         Queue(MemoryRepository(), logger=logger)
-
-
-def test_a_logger_may_be_an_adapter(make_queue, caplog):
-    adapter = logging.LoggerAdapter(logging.getLogger("mine"), {})
-    queue = make_queue(logger=adapter)
-    caplog.set_level("INFO", "mine")
-    queue.start()
-    assert "started" in caplog.text
 
 
 def test_executors_options_are_the_defaults_of_its_tasks(queue):

@@ -8,7 +8,6 @@ import time
 import pytest
 
 from taskx import Task, TaskStatus
-from taskx.core.writes import Update
 from taskx.runtime import suspects
 
 from .conftest import PATIENCE, eventually
@@ -32,9 +31,9 @@ def queue(make_queue):
         queue.gates[name] = threading.Event()
         task = Task(type=type, params={"name": name}, id=name, max_crashes=3)
         if crashes:  # as a process leaves it that died twice
-            queue.repository.create(task)
-            [noted] = queue.repository.apply([Update(name, {}, {"crashes": crashes})])
-            assert noted
+            insert = queue._intake.prepare(task)
+            insert.row["crashes"] = crashes
+            assert list(queue.repository.apply([insert])) == [True]
         else:
             queue.submit(task)
 

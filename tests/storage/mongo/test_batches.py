@@ -62,7 +62,7 @@ class TestASubmitterThatDied:
         assert set().union(*seen(store).values()) == set()
         assert store.owners() == []
         assert not store.unfinished(["t"])
-        assert list(store.apply(lifecycle.cancel("b0", 1))) == [False, False]
+        assert list(store.apply(lifecycle.cancel("b0", 1))) == [False, False, False]
         assert mock.tasks.count_documents({}) == 5
 
     def test_after_the_commit_leaves_all_of_them(self, store, monkeypatch, make, mock):
