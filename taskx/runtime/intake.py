@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypedDict, get_args
 
 import attrs
@@ -307,7 +308,8 @@ class Intake:
         due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
         apart: set[str] = set()
         if engine is not None:
-            apart = {i.row["type"] for i in due if not engine.buffers(i.row["type"])}
+            apart = {type for type in {i.row["type"] for i in due} if not engine.buffers(type)}
+        if apart:
             due = [insert for insert in due if insert.row["type"] not in apart]
         refuse = self._overflow == "reject" and not spill
         slots = 0 if engine is None else self._reserve_many(engine, len(due), refuse=refuse)
@@ -413,8 +415,10 @@ class Intake:
             priority = task.priority
         check_options(max_attempts, max_crashes, timeout, priority)
         now = self._services.clock.now_ms()
+        more = lifecycle.between_tasks(task)
+        create = partial(lifecycle.create, **more) if more else lifecycle.create
         run_at = None if task.run_at is None else _run_at_ms(task.run_at)
-        return lifecycle.create(
+        return create(
             task_id=check_name(task.id, "id") or new_id(),
             type=kind,
             params=params,
@@ -425,8 +429,7 @@ class Intake:
             timeout=timeout,
             max_attempts=max_attempts,
             max_crashes=max_crashes,
-            retry=policy_to_text(retry),
-            **lifecycle.between_tasks(task),
+            retry=None if retry is None else policy_to_text(retry),
         )
 
 

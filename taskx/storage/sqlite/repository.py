@@ -108,11 +108,10 @@ class SQLiteRepository(Repository):
             )
 
     def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
-        alike = {tuple(write.row) if isinstance(write, Insert) else None for write in writes}
-        columns = alike.pop() if len(alike) == 1 else None
+        ordinary = all(isinstance(write, Insert) and _is_ordinary(write) for write in writes)
 
         def work(cursor: sqlite3.Cursor) -> Sequence[bool]:
-            if columns == CREATED:
+            if ordinary:
                 rows = (tuple(write.row.values()) for write in writes)  # type: ignore[union-attr]
                 cursor.executemany(statements.insert(CREATED), rows)
                 return [True] * len(writes)
@@ -564,7 +563,7 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     if isinstance(write, Update):
         cursor.execute(*statements.update((write.id,), write.guard, write.changes))
     elif isinstance(write, Insert):
-        columns = CREATED if len(write.row) == len(CREATED) else tuple(write.row)
+        columns = CREATED if _is_ordinary(write) else tuple(write.row)
         cursor.execute(statements.insert_if_new(columns), tuple(write.row.values()))
         if (parents := write.row.get("depends_on")) and cursor.rowcount == 1:
             pairs = [(parent, write.id) for parent in json.loads(parents)]
@@ -573,6 +572,11 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     else:
         cursor.execute(*statements.delete(write.id, write.guard))
     return cursor.rowcount == 1
+
+
+def _is_ordinary(insert: Insert) -> bool:
+    """Whether it has no columns but those that every creation sets, which come in their order."""
+    return len(insert.row) == len(CREATED)
 
 
 def _took_place(cursor: sqlite3.Cursor, write: Write, codecs: Codecs) -> bool:
