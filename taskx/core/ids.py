@@ -8,7 +8,9 @@ import time
 
 _lock = threading.Lock()
 _last = 0
-_random_state = 0
+_prefix = ""  # the text of what the ids of that millisecond begin with
+_state = 0
+_LOW_48 = (1 << 48) - 1
 
 
 def new_id() -> str:
@@ -17,24 +19,20 @@ def new_id() -> str:
     Layout after RFC 9562, section 5.7; within one millisecond the 74 random bits are counted up
     (its section 6.2, method 2), so that ids made in a tight loop keep their order.
     """
-    global _last, _random_state
+    global _last, _prefix, _state
     with _lock:
         now = time.time_ns() // 1_000_000
         if now > _last:
             _last = now
+            _prefix = f"{now >> 16:08x}-{now & 0xFFFF:04x}-7"
             # The top bit starts clear: room to count up within the millisecond.
-            _random_state = int.from_bytes(os.urandom(10), "big") & ((1 << 73) - 1)
+            _state = int.from_bytes(os.urandom(10), "big") & ((1 << 73) - 1)
         else:
-            _random_state += 1 + (_random_state & 0xFF)
-        value = (
-            (_last << 80)
-            | (0x7 << 76)
-            | ((_random_state >> 62) & 0xFFF) << 64
-            | (0b10 << 62)
-            | (_random_state & ((1 << 62) - 1))
-        )
-    text = f"{value:032x}"
-    return f"{text[:8]}-{text[8:12]}-{text[12:16]}-{text[16:20]}-{text[20:]}"
+            _state += 1 + (_state & 0xFF)
+        prefix, state = _prefix, _state
+    # 12 random bits, the variant's two and 14 more, and 48.
+    variant = 0x8000 | (state >> 48 & 0x3FFF)
+    return f"{prefix}{state >> 62 & 0xFFF:03x}-{variant:04x}-{state & _LOW_48:012x}"
 
 
 def _renew_after_fork() -> None:

@@ -42,6 +42,8 @@ _FINISHED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCE
 
 def check_name(value: Any, what: str) -> str:
     """A text that may serve as id, type or created_by; ConfigurationError says what is wrong with it."""
+    if type(value) is str and value.isascii() and len(value) <= MAX_NAME and "\0" not in value:
+        return value
     if not isinstance(value, str):
         raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
     text = value if type(value) is str else str.__str__(value)

@@ -96,7 +96,7 @@ class SQLiteRepository(Repository):
         Raises:
             RepositoryError: nothing was applied.
         """
-        durable = any(write.durable for write in writes)
+        durable = True in [write.durable for write in writes]
         writes = self.codecs.coded(writes)
         if all_or_nothing:
             return self._apply_whole(writes, durable)
@@ -563,8 +563,9 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     if isinstance(write, Update):
         cursor.execute(*statements.update((write.id,), write.guard, write.changes))
     elif isinstance(write, Insert):
-        columns = CREATED if _is_ordinary(write) else tuple(write.row)
-        cursor.execute(statements.insert_if_new(columns), tuple(write.row.values()))
+        ordinary = _is_ordinary(write)
+        sql = _INSERT_ORDINARY if ordinary else statements.insert_if_new(tuple(write.row))
+        cursor.execute(sql, tuple(write.row.values()))
         if (parents := write.row.get("depends_on")) and cursor.rowcount == 1:
             pairs = [(parent, write.id) for parent in json.loads(parents)]
             cursor.executemany(statements.NEW_PARENT, pairs)
@@ -572,6 +573,9 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     else:
         cursor.execute(*statements.delete(write.id, write.guard))
     return cursor.rowcount == 1
+
+
+_INSERT_ORDINARY = statements.insert_if_new(CREATED)
 
 
 def _is_ordinary(insert: Insert) -> bool:
