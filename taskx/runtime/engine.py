@@ -269,13 +269,12 @@ class Engine:
     # --- outcomes
 
     def _flush(self) -> None:
-        if self.services.ledger:
-            try:
-                if not self.services.ledger.flush(wait=False):
-                    self.wake_scheduler()  # another thread commits, perhaps without the last ones
-            except RepositoryError as error:
-                self._complaint.make("outcomes wait to be written: %s", error)
-                self._pause(_FIRST_PAUSE)
+        try:
+            if not self.services.ledger.flush(wait=False):
+                self.wake_scheduler()  # another thread commits, perhaps without the last ones
+        except RepositoryError as error:
+            self._complaint.make("outcomes wait to be written: %s", error)
+            self._pause(_FIRST_PAUSE)
 
     def _lesser(self, ending: Ending, error: BaseException) -> Ending | None:
         """What is left to be stored of an ending that the repository refused; None for nothing less.

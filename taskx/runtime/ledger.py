@@ -53,8 +53,8 @@ class Ledger:
         self._waiting: deque[_Entry] = deque()
 
     def __bool__(self) -> bool:
-        """Whether writes wait."""
-        return bool(self._waiting)
+        """Whether writes wait that no thread waits for, which would be about to commit them."""
+        return any(e.callback is not None or e.in_doubt for e in list(self._waiting))
 
     def commit(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Commit writes, together with what waits; says for each whether its guard held.
@@ -98,17 +98,18 @@ class Ledger:
         self._waiting.append(_Entry(writes, callback))
 
     def flush(self, *, wait: bool = True) -> bool:
-        """Commit what waits; without ``wait``, False if another thread is committing.
+        """Commit what was deferred; without ``wait``, False if another thread is committing.
 
         Raises:
             RepositoryUnavailable: it waits on.
         """
+        if not self:
+            return True
         if not self._leading.acquire(blocking=wait):
             return False
         concluded: list[_Entry] = []
         try:
-            # What a thread waits for is left to that thread: it is about to lead.
-            if any(e.callback is not None or e.in_doubt for e in list(self._waiting)):
+            if self:
                 self._lead(concluded)
         finally:
             self._leading.release()

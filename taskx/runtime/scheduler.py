@@ -193,8 +193,10 @@ class Scheduler:
         self._engine.more_stored = True
         self._engine.admission.forget()
         self._services.dependents.look_around()
-        for stub in self._services.repository.owned(self._engine.node.id):
-            if stub.cancel_requested and (run := self._engine.runs.get(stub.id)):
+        runs = self._engine.runs
+        running = self._services.repository.get_many(list(runs)) if runs else {}
+        for task in running.values():
+            if task.cancel_requested_at is not None and (run := runs.get(task.id)):
                 run.token.fire(CancelReason.CANCEL)
 
     def _release_due(self) -> None:

@@ -99,7 +99,7 @@ class TestLocked:
         gate.wait_for(2)
         locker.lock()
         submits = [run_in_thread(lambda n=n: queue.submit("hold", {"n": n})) for n in (2, 3)]
-        eventually(lambda: queue._services.ledger)
+        eventually(lambda: queue._services.ledger._waiting)
         gate.open()
         threading.Event().wait(3)  # blocks on purpose
         assert [handle.done() for handle in running] == [False, False]

@@ -98,6 +98,8 @@ def test_flush_does_not_wait_when_told_so(ledger, repository):
     hold = Hold(repository)
     leader = run_in_thread(lambda: ledger.commit([insert("a")]))
     assert hold.reached.wait(PATIENCE)
+    assert ledger.flush(wait=False) is True  # what a thread waits for is that one's
+    ledger.defer([insert("b")], Told())
     assert ledger.flush(wait=False) is False
     hold.go_on.set()
     leader()
