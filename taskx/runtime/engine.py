@@ -158,6 +158,15 @@ class Engine:
             finally:
                 self._lingering.release()
 
+    @property
+    def _low(self) -> float:
+        """Below which share of what may be fetched more is.
+
+        A fetch reads what is there already, too, so it pays to have little; but beside other nodes it
+        may wait for the file, and is begun early.
+        """
+        return 0.25 if self.alone else 0.5
+
     def _ahead(self) -> int:
         return MAX_AHEAD if self.buffer.short else 1
 
@@ -166,7 +175,7 @@ class Engine:
         self._last_batch = len(items)
         try:
             # Before the start: should this fail, nothing has been started that nobody would run.
-            if self.more_stored and self.buffer.fetched * 4 < self.buffer.fetch_size:
+            if self.more_stored and self.buffer.fetched < self.buffer.fetch_size * self._low:
                 self.refill()
             runs = self.starter.start(items)
             if self.stopping:  # it looked for runs to tell, and could not see these yet
