@@ -37,7 +37,7 @@ class _Gate:
             return got
         try:
             tokens = self.bucket.take(got) if got else 0
-        except BaseException:
+        except BaseException:  # an interrupt, too: nobody else knows of these places
             self._give(got)
             raise
         self._give(got - tokens)
@@ -163,7 +163,7 @@ class Admission:
                         self.admitted[task_id] = gate
                         admitted.add(task_id)
                     self._tell_scheduled(gate)
-            except BaseException:
+            except BaseException:  # an interrupt, too: whoever asked will tell of none of them
                 for task_id in admitted:
                     self.admitted.pop(task_id).leave(ran=False)
                 raise

@@ -61,7 +61,7 @@ def main(end: int, paper: int) -> NoReturn:
     work.heed(further)
     work.do()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(Exception):
+        with suppress(Exception):  # the executor may have closed or replaced it
             stream.flush()
     channel.flush()
     os._exit(0)

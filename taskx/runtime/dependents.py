@@ -168,7 +168,7 @@ class Dependents:
                 self._all_due = False
                 try:
                     self._look_at_all(until)
-                except BaseException:
+                except BaseException:  # an interrupt, too: then the next look is at all of them
                     self._all_due = True
                     raise
 

@@ -109,7 +109,7 @@ class Engine:
                 self._complaint.make("cannot start tasks for now: %s", error)
                 self._pause(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            except Exception:
+            except Exception:  # a defect of ours: it costs a task's time, and not a thread
                 self.services.log.exception("a worker stumbled; it goes on")
                 self._pause(pause)
         try:
@@ -159,8 +159,8 @@ class Engine:
                 self._lingering.release()
 
     @property
-    def _low(self) -> float:
-        """Below which share of what may be fetched more is.
+    def _refill_below(self) -> float:
+        """The share of what may be fetched with less than which more is.
 
         A fetch reads what is there already, too, so it pays to have little; but beside other nodes it
         may wait for the file, and is begun early.
@@ -175,7 +175,10 @@ class Engine:
         self._last_batch = len(items)
         try:
             # Before the start: should this fail, nothing has been started that nobody would run.
-            if self.more_stored and self.buffer.fetched < self.buffer.fetch_size * self._low:
+            if (
+                self.more_stored
+                and self.buffer.fetched < self.buffer.fetch_size * self._refill_below
+            ):
                 self.refill()
             runs = self.starter.start(items)
             if self.stopping:  # it looked for runs to tell, and could not see these yet
@@ -184,7 +187,7 @@ class Engine:
             if len(runs) > 1:
                 self.buffer.lay_out(runs[1:])
                 self.wake_scheduler()
-        except BaseException:
+        except BaseException:  # an interrupt, too: nobody else holds these tasks
             self.buffer.put_back(item for item in items if item.id not in self.runs)
             raise
         finally:
@@ -285,18 +288,6 @@ class Engine:
             self._complaint.make("outcomes wait to be written: %s", error)
             self._pause(_FIRST_PAUSE)
 
-    def _lesser(self, ending: Ending, error: BaseException) -> Ending | None:
-        """What is left to be stored of an ending that the repository refused; None for nothing less.
-
-        Where the executor returned something, the attempt failed.
-        """
-        if ending.result is not None:
-            text = f"the result could not be stored: {error_text(error)}"
-            return attrs.evolve(ending, returned=False, result=None, error=text)
-        if ending.traceback or ending.log:
-            return attrs.evolve(ending, traceback="", log="")
-        return None
-
     def _concluded(
         self,
         run: Run,
@@ -306,7 +297,7 @@ class Engine:
         error: BaseException | None,
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
-        if error is not None and (lesser := self._lesser(ending, error)) is not None:
+        if error is not None and (lesser := _lesser(ending, error)) is not None:
             self._defer(run, lesser)
             self.wake_scheduler()
             return
@@ -420,7 +411,7 @@ class Engine:
             self.more_stored = False  # before looking: a spill from now on sets it again
             try:
                 found = self._fetch(room)
-            except BaseException:
+            except BaseException:  # an interrupt, too: nobody else knows that there is more
                 self.more_stored = True
                 raise
             for stub in found:
@@ -560,3 +551,16 @@ class Engine:
 def _others(stubs: Sequence[Stub], known: Collection[str], most: int) -> list[Stub]:
     """Those that are not known yet, at most so many."""
     return [stub for stub in stubs if stub.id not in known][:most]
+
+
+def _lesser(ending: Ending, error: BaseException) -> Ending | None:
+    """What is left to be stored of an ending that the repository refused; None for nothing less.
+
+    Where the executor returned something, the attempt failed.
+    """
+    if ending.result is not None:
+        text = f"the result could not be stored: {error_text(error)}"
+        return attrs.evolve(ending, returned=False, result=None, error=text)
+    if ending.traceback or ending.log:
+        return attrs.evolve(ending, traceback="", log="")
+    return None

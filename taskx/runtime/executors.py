@@ -94,9 +94,8 @@ def check_options(
         check_int(max_crashes, "max_crashes", 1)
     if timeout is not None and check_number(timeout, "timeout") == 0:
         raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
-    if priority is not None and (
-        priority or type(priority) is not int
-    ):  # False is no number either
+    # No call for the usual 0; but False is no number.
+    if priority is not None and (priority or type(priority) is not int):
         check_int(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
 
 

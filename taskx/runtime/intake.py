@@ -230,7 +230,7 @@ class Intake:
         turn = engine.buffer.turn()
         try:
             self._store(insert)
-        except BaseException:
+        except BaseException:  # an interrupt, too: nobody else knows of this slot
             engine.buffer.release()
             raise
         self._buffer(engine, insert, turn)
@@ -320,7 +320,7 @@ class Intake:
             insert.row["owner"] = engine.node.id  # type: ignore[union-attr]
         try:
             self._store_whole(inserts)
-        except BaseException:
+        except BaseException:  # an interrupt, too: nobody else knows of these slots
             if engine is not None and slots:
                 engine.buffer.release(slots)
             raise
@@ -429,7 +429,7 @@ class Intake:
             timeout=timeout,
             max_attempts=max_attempts,
             max_crashes=max_crashes,
-            retry=None if retry is None else policy_to_text(retry),
+            retry=policy_to_text(retry),
         )
 
 

@@ -95,7 +95,7 @@ class Lines:
             self._due = False
             try:
                 self.look_slowly()
-            except BaseException:
+            except BaseException:  # an interrupt, too: then the next look is at all of them
                 self._due = True
                 raise
 

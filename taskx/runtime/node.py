@@ -92,13 +92,13 @@ class LocalNode:
         """Start the threads."""
         services = self._services
         services.watcher.drive(True)
-        for thread in self.engine.threads:
+        for thread in list(self.engine.threads):  # one that ends at once leaves the list
             thread.start()
         self._scheduler.start()
         services.log.info(
             "node %s started: %d workers, types %s",
             self.record.name,
-            len(self.engine.threads),
+            self.engine.buffer.workers,
             ", ".join(self.record.types) or "none",
         )
 

@@ -179,7 +179,7 @@ def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
         if not asked and not _worth_another(error, policy):
             return {"permanent": True}
         return {"delay": policy.delay(run.task.attempt, random.random())}
-    except BaseException:
+    except BaseException:  # a backoff of the user's own; or a class that cannot be looked at
         run.context.logger.exception("the retry policy failed; the task waits %g s", policy.base)
         return {"delay": policy.base}
 

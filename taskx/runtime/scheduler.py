@@ -109,7 +109,7 @@ class Scheduler:
                 failures += 1
                 if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
                     self._services.log.warning("the repository fails the scheduler: %s", error)
-            except Exception:
+            except Exception:  # a defect of ours: without this thread, nothing would be in time
                 failures += 1
                 self._services.log.exception("the scheduler stumbled; it goes on")
             self._sleep(failures)

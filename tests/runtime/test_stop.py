@@ -18,6 +18,7 @@ from taskx import (
     Task,
     TaskStatus,
 )
+from taskx.runtime.node import LocalNode
 from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, SpySQLite, eventually, run_in_thread
@@ -465,3 +466,26 @@ def test_repository_is_left_open_by_stop_and_closed_by_close(started):
     started.close()
     assert handle.task().id == handle.id  # a later operation opens it again
     started.repository.close()
+
+
+def test_stopped_while_it_starts_its_threads_it_ends_all_of_them(make_queue, monkeypatch):
+    """The first one has ended before the second one is started."""
+    queue = make_queue(worker_num=3)
+    begin = LocalNode.begin
+
+    def begun_late(node):
+        first = node.engine.threads[0]
+        start = first.start
+
+        def start_and_end():
+            node.engine.begin_stop()
+            start()
+            first.join(PATIENCE)
+
+        first.start = start_and_end
+        begin(node)
+
+    monkeypatch.setattr(LocalNode, "begin", begun_late)
+    queue.start()
+    assert queue.stop(PATIENCE) == []
+    assert queue._node.engine.workers_left == 0
