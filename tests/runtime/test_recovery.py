@@ -17,7 +17,7 @@ from .conftest import PATIENCE, eventually, is_intact, run_in_thread
 # Started with the file and a script of what to do. Every run of a task is a line in a log file
 # beside the database, so that it can be counted how often each was begun and ended.
 PROGRAM = """
-import os, signal, sys, threading, time
+import itertools, os, signal, sys, threading, time
 import taskx.queue
 from taskx import Config, Queue, SQLiteRepository
 
@@ -38,6 +38,14 @@ def note(*words):
 @queue.executor()
 def work(ctx, n):
     note("ran", n)
+
+runs = itertools.count(1)
+
+@queue.executor()
+def falter(ctx, n):
+    note("ran", n)
+    if next(runs) == 300:  # whatever else this process has begun, done or buffered by then
+        os.kill(os.getpid(), signal.SIGKILL)
 
 @queue.executor()
 def hang(ctx, n=0):
@@ -84,7 +92,8 @@ def runner(make_queue):
     """A queue of this process that knows the same types, and hangs nowhere."""
     queue = make_queue(worker_num=2)
     queue.ran = []
-    queue.executor("work")(lambda n: queue.ran.append(n))
+    for name in ("work", "falter"):
+        queue.executor(name)(lambda n: queue.ran.append(n))
     for name in ("hang", "listen"):
         queue.executor(name)(lambda n=0: queue.ran.append(n))
     queue.executor("die")(lambda times=0: "here it lives")
@@ -129,22 +138,16 @@ wait_for_ever()
 
 def test_killed_again_and_again_nothing_is_lost(run, runner, database):
     submitter = Queue(runner.repository)
-    submitter.declare("work")
+    submitter.declare("falter")
     for n in range(2000):
-        submitter.submit("work", {"n": n}, max_crashes=4)  # one may run at each of three kills
+        submitter.submit("falter", {"n": n}, max_crashes=4)  # one may run at each of three kills
     for _ in range(3):
-        child = run(
-            """
-queue.start()
-print("started", flush=True)
-wait_for_ever()
-"""
-        )
-        assert child.read() == "started"
-        child.kill()
+        child = run("queue.start(); wait_for_ever()")
+        assert child.process.wait(PATIENCE) == -signal.SIGKILL
     runner.start()
     assert runner.drain(60)
     ran = logged(database)
+    assert sum(ran.values()) >= 3 * 300
     for n in runner.ran:
         ran[f"ran {n}"] += 1
     assert len(ran) == 2000
