@@ -221,5 +221,6 @@ def test_server_that_is_stopped_hands_back_what_it_runs(site: Site) -> None:
     eventually(lambda: site.repository.get_by_id(task_id).status == "running")
     assert site.stop() == 0
     task = site.repository.get_by_id(task_id)
-    assert (task.status, task.interruptions, task.crashes) == ("pending", 1, 0)
+    assert (task.status, task.crashes) == ("pending", 0)
+    assert task.interruptions in {1, 2}  # the other worker may take it up before it stops, too
     assert site.repository.nodes() == []
