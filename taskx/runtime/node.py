@@ -140,9 +140,11 @@ class LocalNode:
         """Whether the repository has something to run, also where one task is to follow another."""
         repository, types = self._services.repository, self.engine.types()
         return (
-            repository.unfinished(types)
+            self._scheduler.behind()
+            or repository.unfinished(types)
             or self._services.dependents.overdue()
             or bool(repository.lines(1))
+            or self._scheduler.behind()  # its turn came between the looks, and its time had come
             or repository.unfinished(types)  # it was let start between the looks
         )
 

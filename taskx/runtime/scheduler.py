@@ -99,6 +99,16 @@ class Scheduler:
         self._ticker.look()
         self.wake()
 
+    def behind(self) -> bool:
+        """Whether the time of a task, or of a schedule, has come, and it has not looked after that yet.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        now = self._services.clock.now_ms()
+        due = self._services.repository.next_due()
+        return (due is not None and due <= now) or self._ticker.behind(now)
+
     def _run(self) -> None:
         failures = 0
         while not self._stopped:

@@ -67,15 +67,22 @@ class Ticker:
         self.next: int | None = None
         self._stale = True
         self._look_at = 0.0
+        # How often it was asked to look, and how many of these askings it has heeded.
+        self._asked, self._heeded = 1, 0
         self._read: dict[str, Read] = {}
 
     def look(self) -> None:
         """A schedule was changed in this process: see which is next."""
         self._stale, self._look_at = True, 0.0
+        self._asked += 1
 
     def look_soon(self) -> None:
         """Another process may have changed a schedule."""
         self._stale = True
+
+    def behind(self, now: int) -> bool:
+        """Whether a tick may have come that has not got its task yet, at a moment in milliseconds."""
+        return self._heeded != self._asked or (self.next is not None and self.next <= now)
 
     def tick(self) -> bool:
         """Make the tasks that are due, if any are; whether it made some.
@@ -89,11 +96,14 @@ class Ticker:
             return False
         self._stale = False  # before reading: what is changed from now on sets it again
         self._look_at = time.monotonic() + LOOK_EVERY
+        asked = self._asked
         try:
-            return self._go_through(now)
+            made = self._go_through(now)
         except BaseException:
             self.look()
             raise
+        self._heeded = asked
+        return made
 
     def _go_through(self, now: int) -> bool:
         made = False

@@ -17,6 +17,7 @@ from taskx import (
     RepositoryUnavailable,
     Task,
     TaskStatus,
+    every,
 )
 from taskx.runtime.node import LocalNode
 from taskx.testing import ManualClock
@@ -99,6 +100,40 @@ def test_drain_does_not_wait_for_delayed_tasks(started):
     delayed = started.submit("fine", delay=1000)
     assert started.drain(PATIENCE) is True
     assert delayed.task().status is TaskStatus.PENDING
+
+
+@pytest.fixture
+def by_hand(make_queue, clock):
+    """A queue that runs, whose clock moves by hand, with an executor ``note``."""
+    queue = make_queue(worker_num=2, clock=clock)
+    queue.ran = []
+    queue.executor("note")(lambda n=0: queue.ran.append(n))
+    queue.start()
+    return queue
+
+
+def test_drain_waits_for_tasks_whose_time_has_come(by_hand, clock):
+    """Also where the scheduler has not seen it yet, and where a task waits for its turn as well."""
+    for n in range(6):
+        by_hand.submit("note", {"n": n}, delay=3600, concurrency_key="k")
+    assert by_hand.drain(PATIENCE)
+    assert by_hand.ran == []
+    clock.advance(3600)
+    assert by_hand.drain(PATIENCE)
+    assert by_hand.ran == list(range(6))
+
+
+def test_drain_waits_for_the_ticks_that_have_come(by_hand, clock):
+    """Whenever the schedule was declared; and the next ticks are not waited for."""
+    often = by_hand.schedule("often", every(60), "note")
+    for ticks in range(1, 6):
+        clock.advance(60)
+        assert by_hand.drain(PATIENCE)
+        assert len(by_hand.ran) == ticks
+    often.remove()
+    clock.advance(60)
+    assert by_hand.drain(PATIENCE)
+    assert len(by_hand.ran) == 5
 
 
 def test_drain_refused(queue, make_queue):
