@@ -19,7 +19,15 @@ from taskx.runtime.alarms import Alarms, Overdue
 from taskx.runtime.capture import Capture, CapturedLogger, capturing
 from taskx.runtime.context import Context, Shared, log_prefix
 from taskx.runtime.executors import Registered
-from taskx.runtime.failures import ChildDied, ChildKilled, Remote, error_text, is_a, traceback_text
+from taskx.runtime.failures import (
+    MAX_ERROR,
+    ChildDied,
+    ChildKilled,
+    Remote,
+    error_text,
+    is_a,
+    traceback_text,
+)
 
 _current = threading.local()
 
@@ -146,21 +154,33 @@ def _raised(error: BaseException, run: Run) -> Ending:
     )
     if interrupt:
         reason = CancelReason.STOP
-    timed_out = is_a(error, TaskCancelled) and reason is CancelReason.TIMEOUT
+    crashed = is_a(error, ChildDied)
+    timed_out = reason is CancelReason.TIMEOUT and not crashed
+    # Whatever it surfaces as: a connection that was closed by it raises errors of its own.
+    cause = TimeoutError() if timed_out and not _says_what_next(error) else error
     return Ending(
         returned=False,
         reason=reason,
         error=_timed_out(error, run.task) if timed_out else error_text(error),
         traceback=traceback_text(error, skip=2),
-        crashed=is_a(error, ChildDied),
+        crashed=crashed,
         interrupt=error if interrupt else None,
-        **_what_next(TimeoutError() if timed_out else error, run),
+        **_what_next(cause, run),
     )
 
 
+def _says_what_next(error: BaseException) -> bool:
+    """Whether it says how a task goes on that has timed out; to snooze is no answer to that."""
+    return is_a(error, Permanent) or is_a(error, Retry)
+
+
 def _timed_out(error: BaseException, task: Task) -> str:
-    killed = f"; {error}" if is_a(error, ChildKilled) else ""
-    return f"timed out after {task.timeout:g} s{killed}"
+    text = f"timed out after {task.timeout:g} s"
+    if is_a(error, ChildKilled):
+        return f"{text}; {error}"
+    if is_a(error, TaskCancelled):
+        return text
+    return payload.clean_text(f"{text}: {error_text(error)}", MAX_ERROR)
 
 
 def _what_next(error: BaseException, run: Run) -> dict[str, Any]:

@@ -13,7 +13,11 @@ from taskx import (
     ConfigurationError,
     InvalidTransition,
     PayloadError,
+    Permanent,
     Queue,
+    Retry,
+    RetryPolicy,
+    Snooze,
     TaskCancelled,
     TaskFailed,
     TaskNotFound,
@@ -256,8 +260,33 @@ def test_error_of_its_own_after_the_deadline_is_kept(started):
         ctx.token.wait()
         raise OSError("connection cut off")
 
-    with pytest.raises(TaskFailed, match="OSError: connection cut off"):
+    with pytest.raises(TaskFailed, match=r"timed out after 0\.02 s: OSError: connection cut off"):
         started.submit("slow").result(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("raised", "policy", "attempts"),
+    [
+        (OSError("cut off"), {"retry_on": TimeoutError}, 3),
+        (OSError("cut off"), {"give_up_on": TimeoutError}, 1),
+        (EOFError("cut off"), {"give_up_on": EOFError}, 3),
+        (Snooze(3600), {}, 3),
+        (Retry("again", delay=0), {"give_up_on": TimeoutError}, 3),
+        (Permanent("no use"), {}, 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_whatever_a_time_out_surfaces_as_it_is_one_to_the_policy(started, raised, policy, attempts):
+    """What a connection raises that was closed by it, say. It snoozes no task, either."""
+
+    @started.executor("slow", timeout=0.02)
+    def slow(ctx):
+        ctx.token.wait()
+        raise raised
+
+    handle = started.submit("slow", retry=RetryPolicy(3, base=0, **policy))
+    assert handle.exception(PATIENCE).attempt == attempts
+    assert (handle.task().errors, handle.task().snoozes) == (attempts, 0)
 
 
 def test_return_after_the_deadline_completes(started):
