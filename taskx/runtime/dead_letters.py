@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from graphlib import TopologicalSorter
 
 import attrs
 
 from taskx.core import lifecycle
-from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
 from taskx.runtime.starter import Services
@@ -31,20 +30,20 @@ def dead(filter: TaskFilter | None) -> TaskFilter:
 
 def requeue_all(services: Services, filter: TaskFilter | None) -> int:
     """Let every dead letter that meets the filter run again; returns how many."""
-    wanted, until = dead(filter), services.clock.now_ms()
+    left = _listed(services, dead(filter))
 
-    def requeue(tasks: Sequence[Task]) -> set[str]:
-        done: set[str] = set()
-        for some in _parents_first(services, wanted, until, tasks):
+    def requeue(tasks: Mapping[str, Task]) -> int:
+        done = 0
+        for some in _parents_first(services, left, tasks):
             for start in range(0, len(some), BATCH):
-                done |= _requeue(services, some[start : start + BATCH])
+                done += _requeue(services, some[start : start + BATCH])
         return done
 
-    return _change_all(services, wanted, until, requeue)
+    return _change_all(services, left, requeue)
 
 
-def _requeue(services: Services, tasks: Sequence[Task]) -> set[str]:
-    """Let tasks run again, when those of their parents have ended that are under way; returns which."""
+def _requeue(services: Services, tasks: Sequence[Task]) -> int:
+    """Let tasks run again, when those of their parents have ended that are under way; how many may."""
     parents = list({parent: None for task in tasks for parent in task.depends_on})
     statuses = services.repository.statuses(parents) if parents else {}
     writes = [
@@ -58,20 +57,18 @@ def _requeue(services: Services, tasks: Sequence[Task]) -> set[str]:
             hooks.tell_changed(hooks.requeued, task, write.changes)
     waiting = {task.id: write.changes.get("waiting_on") for task, write in done}
     services.dependents.waits({child: on for child, on in waiting.items() if on is not None})
-    return set(waiting)
+    return len(done)
 
 
 def _parents_first(
-    services: Services, wanted: TaskFilter, until: int, tasks: Sequence[Task]
+    services: Services, left: dict[str, int], tasks: Mapping[str, Task]
 ) -> Iterator[Sequence[Task]]:
     """These and the dead letters that they depend on, in an order in which children can wait for those."""
-    known = {task.id: task for task in tasks}
-    ahead = {parent for task in tasks for parent in task.depends_on} - known.keys()
-    while ahead:
-        found = services.repository.get_many([*ahead])
-        more = {i: t for i, t in found.items() if wanted.matches(t) and _ended(t) <= until}
+    known = dict(tasks)
+    more = tasks
+    while ahead := {parent for task in more.values() for parent in task.depends_on} & left.keys():
+        more = _take(services, left, ahead)
         known.update(more)
-        ahead = {parent for task in more.values() for parent in task.depends_on} - known.keys()
     order = TopologicalSorter(
         {i: [parent for parent in task.depends_on if parent in known] for i, task in known.items()}
     )
@@ -84,35 +81,51 @@ def _parents_first(
 def discard_all(services: Services, filter: TaskFilter | None) -> int:
     """Remove every dead letter that meets the filter; returns how many."""
 
-    def discard(tasks: Sequence[Task]) -> set[str]:
-        results = services.ledger.commit([lifecycle.discard(task) for task in tasks])
-        return {task.id for task, held in zip(tasks, results, strict=True) if held}
+    def discard(tasks: Mapping[str, Task]) -> int:
+        return sum(services.ledger.commit([lifecycle.discard(task) for task in tasks.values()]))
 
-    return _change_all(services, dead(filter), services.clock.now_ms(), discard)
+    return _change_all(services, _listed(services, dead(filter)), discard)
+
+
+def _listed(services: Services, filter: TaskFilter) -> dict[str, int]:
+    """The ids of all tasks that meet a filter, each with how often it had been started.
+
+    All before the first is changed: one that fails again meanwhile is not among them a second time, and is
+    known by its starts. No clock tells it, which may be set back, or be another host's.
+    """
+    found: dict[str, int] = {}
+    offset = 0
+    while True:
+        page = services.repository.list(attrs.evolve(filter, offset=offset, limit=BATCH))
+        found.update((task.id, task.starts) for task in page)
+        if len(page) < BATCH:
+            return found
+        # By the date of the last one, not by how many came before it: those may leave the list.
+        oldest = page[-1].created_at
+        if oldest in (None, filter.end_date) or page[-1].damage:
+            offset += len(page)
+        else:
+            filter, offset = attrs.evolve(filter, end_date=oldest), 0
 
 
 def _change_all(
-    services: Services,
-    filter: TaskFilter,
-    until: int,
-    change: Callable[[Sequence[Task]], set[str]],
+    services: Services, left: dict[str, int], change: Callable[[Mapping[str, Task]], int]
 ) -> int:
-    """Change all that ended before a moment; ``change`` says which it changed, perhaps others, too."""
-    most = services.repository.count(filter)
-    offset = done = 0
-    while done < most:
-        page = services.repository.list(attrs.evolve(filter, offset=offset, limit=BATCH))
-        # One that failed again since is left where it is.
-        tasks = [task for task in page if _ended(task) <= until]
-        changed = change(tasks) if tasks else set()
-        done += len(changed)
-        # So is one whose key another task holds.
-        stay = [t for t in tasks if t.id not in changed and t.unique_key is not None]
-        offset += len(page) - len(tasks) + len(stay)
-        if len(page) < BATCH:
-            break
+    """Change what was listed; ``change`` says how many it changed, and may take others of these, too."""
+    done = 0
+    ids = list(left)
+    for start in range(0, len(ids), BATCH):
+        if tasks := _take(services, left, ids[start : start + BATCH]):
+            done += change(tasks)
     return done
 
 
-def _ended(task: Task) -> int:
-    return 0 if task.completed_at is None else to_ms(task.completed_at)
+def _take(services: Services, left: dict[str, int], task_ids: Collection[str]) -> dict[str, Task]:
+    """Those of what is left that are still as they were listed; none of them is left then."""
+    starts = {task_id: left.pop(task_id) for task_id in task_ids if task_id in left}
+    found = services.repository.get_many([*starts])
+    return {
+        task_id: task
+        for task_id, task in found.items()
+        if task.status is TaskStatus.FAILED and task.starts == starts[task_id]
+    }

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from datetime import timedelta
+
 import pytest
 
 from taskx import (
@@ -86,9 +88,57 @@ def test_hooks_are_told_of_each_that_is_requeued(make_queue):
     assert sorted(told) == [("a", "pending"), ("b", "pending")]
 
 
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+def test_a_clock_that_was_set_back_leaves_none_out(queue, clock, change):
+    """It was, or another host's that is ahead wrote them: what is dead is dead."""
+    clock.set_wall(clock.now() - timedelta(days=1))
+    queue.mended = True
+    assert getattr(queue, change)() == 5
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 0
+
+
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 200])
+def test_however_many_were_created_at_one_moment_each_is_come_to(
+    make_queue, clock, batch, change, monkeypatch
+):
+    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    queue = make_queue(clock=clock)
+    queue.executor("wrong")(lambda: 1 / 0)
+    for name in ("a", "b", "b", "b", "b", "b", "c", "c", "d"):
+        clock.advance(ord(name) - clock.monotonic() % 1000)
+        queue.submit("wrong")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert getattr(queue, change)() == 9
+
+
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_what_leaves_their_list_meanwhile_hides_no_other_one(queue, batch, change, monkeypatch):
+    """Somebody else removes some while they are listed."""
+    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    queue.mended = True
+    list_ = queue.repository.list
+
+    def disturbed(filter):
+        page = list_(filter)
+        monkeypatch.setattr(queue.repository, "list", list_)
+        for task in page:
+            queue.delete(task.id)
+        return page
+
+    monkeypatch.setattr(queue.repository, "list", disturbed)
+    assert getattr(queue, change)() == 5 - batch
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 0
+
+
+@pytest.mark.parametrize("passed", [0, 1])
 @pytest.mark.parametrize("batch", [1, 2, 200])
-def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, monkeypatch):
-    """Else it would go on for ever."""
+def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, passed, monkeypatch):
+    """Else it would go on for ever. So it is where no time passes meanwhile."""
     monkeypatch.setattr(dead_letters, "BATCH", batch)
     commit = queue._services.ledger.commit
 
@@ -96,7 +146,7 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, mo
         results = commit(writes)
         if "held" in writes[0].changes:
             queue._intake.look_for_work()
-            clock.advance(1)
+            clock.advance(passed)
             assert queue.drain(PATIENCE)
         return results
 
