@@ -767,6 +767,10 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     if wanted.status is not TaskStatus.PENDING:
         return [Update(stored.id, guard, changes, durable=True)]
     # A requeued one may have to wait for its turn, whatever its time.
+    if (
+        stored.status is TaskStatus.PENDING
+    ):  # who has read it to start it has read what it was before
+        changes["starts"] = stored.starts + 1
     due = {**changes, "held": changes.get("held") or until_due(changes["run_at"], now)}
     if stored.stuck_on:
         due["held"] = BY_THREAD

@@ -128,7 +128,7 @@ class Task:
         crashes: attempts during which the process died.
         interruptions: attempts cut short by a stop, or by a neighbour's crash.
         snoozes: attempts that asked to run again later (``Snooze``).
-        starts: how often it was started: the fence of its present run.
+        starts: how often it was started, or changed while it was pending: the fence of its present run.
         cancel_requested_at: when a running task was asked to stop; None if it was not.
         dead_letter: True for a task that failed for good: nothing but a requeue runs it again.
         traceback: the last error's traceback.

@@ -31,7 +31,7 @@ PENDING, UNFINISHED, EVER = "pending", "unfinished", "ever"
 _NAMED = (PENDING, UNFINISHED, EVER)
 _REPLACED = (
     *("params", "created_by", "priority", "run_at"),
-    *("timeout", "max_attempts", "max_crashes", "retry"),
+    *("timeout", "max_attempts", "max_crashes", "retry", "unique_scope"),
 )
 
 
@@ -81,17 +81,23 @@ def give_up(holder: Task, now: int) -> Update | None:
 def replace(holder: Task, new: Insert) -> list[Update]:
     """Have the pending task that holds the key of a new one take over its params and options.
 
-    It stands where it stood, and what it waits for beside its time, it goes on waiting for. Nothing if it
+    It is as old as it was, and what it waits for beside its time, it goes on waiting for. Nothing if it
     is not pending, or differs in what cannot be taken over: type, parents, concurrency key.
     """
     if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(created_task(new.row)):
         return []
-    # Steps that an earlier attempt did, it did with other params.
-    changes = {**{name: new.row[name] for name in _REPLACED}, "checkpoints": None}
-    due = {**changes, "held": FREE}
+    # Steps that an earlier attempt did, it did with other params. Who has read the record to start it has
+    # read old params, and finds that ``starts`` has moved on.
+    changes = {name: new.row[name] for name in _REPLACED}
+    changes.update(checkpoints=None, starts=holder.starts + 1)
+    due = {**changes, "held": FREE, "owner": ""}  # fetched anew, to its place by its priority
     if changes["run_at"] is not None and changes["run_at"] > new.row["created_at"]:
-        due.update(held=UNTIL_DUE, owner="")
-    guard = {"status": holder.status.value, "unique_lock": holder.unique_key}
+        due["held"] = UNTIL_DUE
+    guard = {
+        "status": holder.status.value,
+        "unique_lock": holder.unique_key,
+        "starts": holder.starts,
+    }
     return [
         Update(holder.id, {**guard, "held": which}, change, durable=True)
         for which, change in (
@@ -102,4 +108,5 @@ def replace(holder: Task, new: Insert) -> list[Update]:
 
 
 def _fixed(task: Task) -> tuple[object, ...]:
-    return task.type, task.depends_on, task.on_parent_failure, task.concurrency_key
+    policy = task.on_parent_failure or "cancel"
+    return task.type, task.depends_on, policy, task.concurrency_key

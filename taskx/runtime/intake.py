@@ -136,8 +136,14 @@ class Intake:
                 return insert.id
             except DuplicateTask:
                 instead = settle(self._services, insert, on_conflict)
+            except QueueFull:  # what stands for it needs no room
+                if on_conflict == "reject":
+                    raise
+                if (instead := settle(self._services, insert, on_conflict)) is None:
+                    raise
             if instead is not None:
                 if on_conflict == "replace" and self.engine is not None:
+                    self.engine.buffer.discard([instead])
                     self._tell(self.engine, delayed=True)
                     self._tell(self.engine, delayed=False)
                 return instead

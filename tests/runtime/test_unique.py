@@ -12,6 +12,7 @@ from taskx import (
     DuplicateTask,
     Paused,
     Queue,
+    QueueFull,
     RetryPolicy,
     Task,
     TaskFilter,
@@ -198,6 +199,57 @@ class TestConflict:
         second = quiet.submit("fine", {"n": 2}, **KEY, on_conflict="replace")
         assert second.id != first.id
         assert (first.task().params, second.task().params) == ({"n": 1}, {"n": 2})
+
+    def test_what_is_replaced_while_it_is_being_started_runs_as_the_new_one(
+        self, make_queue, repository
+    ):
+        """It was read already, with the old params, when they were replaced."""
+        queue, other = make_queue(worker_num=1), Queue(repository)
+        ran = []
+        for one in (queue, other):
+            one.executor("note")(lambda n: ran.append(n))
+        first = other.submit("note", {"n": 1}, **KEY)
+
+        def replace(writes):
+            if any(write.id == first.id for write in writes):
+                repository.before = lambda writes: None
+                other.submit("note", {"n": 2}, **KEY, on_conflict="replace")
+
+        repository.before = replace
+        queue.start()
+        first.result(PATIENCE)
+        assert ran == [2]
+
+    def test_replace_gives_a_task_in_the_buffer_its_new_place(self, busy, gate, no_batches):
+        queue = busy()
+        queue.submit("note", {"n": 1}, priority=1)
+        first = queue.submit("note", {"n": 2}, **KEY)
+        queue.submit("note", {"n": 3}, **KEY, on_conflict="replace", priority=5)
+        eventually(lambda: first.id in queue._node.engine.buffer.ids)
+        gate.open()
+        assert queue.drain(PATIENCE)
+        assert queue.ran == [3, 1]
+
+    def test_replace_takes_over_the_scope(self, quiet):
+        first = quiet.submit("fine", **KEY)
+        quiet.submit("fine", **KEY, unique_scope="ever", on_conflict="replace")
+        quiet.start()
+        first.result(PATIENCE)
+        with pytest.raises(DuplicateTask):
+            quiet.submit("fine", **KEY)
+
+    def test_a_full_buffer_keeps_nobody_from_the_task_that_is_there(self, busy):
+        queue = busy(buffer_size=1)
+        first = queue.submit("note", {"n": 1}, **KEY, delay=3600)
+        queue.submit("note", {"n": 0})
+        assert queue.submit("note", {"n": 2}, **KEY, on_conflict="return").id == first.id
+        again = queue.submit("note", {"n": 3}, **KEY, on_conflict="replace", delay=3600)
+        assert (again.id, first.task().params) == (first.id, {"n": 3})
+        with pytest.raises(DuplicateTask):
+            queue.submit("hold", **KEY, on_conflict="replace")
+        for conflict in ("reject", "return"):
+            with pytest.raises(QueueFull):
+                queue.submit("note", unique_key="other", on_conflict=conflict)
 
     def test_replace_is_looked_at_at_once(self, make_queue, monkeypatch):
         """Nobody comes to it by chance: not by a slow look, nor by a change that somebody else made."""
