@@ -363,7 +363,7 @@ class Queue:
             executor: an executor, or the type of one.
             items: for each task its params, a dict; or the value of the executor's first parameter.
             key: what an item is known by: a function of the item that gives a text or a whole
-                number. By its params unless given.
+                number, of which ``1`` and ``"1"`` are the same. By its params unless given.
             name: what the map is known by; the type of the executor unless given.
             window: how many tasks are submitted ahead: four for each worker unless given, or as
                 many as the buffer has room for. Where it is full, they wait in the repository.
@@ -379,8 +379,11 @@ class Queue:
             TaskNotFound: … whose record was deleted before its result was read.
             RepositoryCorrupt: … whose record is damaged.
             concurrent.futures.TimeoutError: … that took too long; it is asked for again next.
-            ConfigurationError: an argument is not valid.
-            TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``.
+            PayloadError: … that is not JSON or does not fit the executor.
+            ConfigurationError: an argument is not valid; from the iterator, in the place of an item
+                whose key is not.
+            TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``; it is tried
+                again next.
         """
         if unknown := options.keys() - MapOptions.__optional_keys__:
             raise TypeError(f"map() has no option {', '.join(sorted(unknown))}")

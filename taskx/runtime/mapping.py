@@ -19,6 +19,7 @@ from taskx.core.errors import (
     InvalidTransition,
     PayloadError,
     TaskNotFound,
+    UnknownTaskType,
 )
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.retry import RetryPolicy
@@ -140,17 +141,21 @@ class Results(Iterator[Any]):
         self._owner = owner
         self._accept = accept
         self._item: Any = _NONE
-        self._ahead: deque[TaskHandle[Any]] = deque()
+        #: What is under way, in order; an error stands for an item that is no task.
+        self._ahead: deque[TaskHandle[Any] | Exception] = deque()
 
     def __next__(self) -> Any:
         self._fill()
         if not self._ahead:
             raise StopIteration
-        handle = self._ahead[0]
+        head = self._ahead[0]
         try:
-            result = handle.result(self._plan.timeout)
+            if isinstance(head, Exception):
+                raise head
+            result = head.result(self._plan.timeout)
         except Exception as error:
-            if not handle.done():  # a time-out, or the repository is away: it is asked for again
+            # A time-out, or the repository is away: it is asked for again.
+            if isinstance(head, TaskHandle) and not head.done():
                 raise
             self._ahead.popleft()
             if not self._plan.return_exceptions:
@@ -161,8 +166,19 @@ class Results(Iterator[Any]):
 
     def _fill(self) -> None:
         while len(self._ahead) < self._plan.window and (item := self._next_item()) is not _NONE:
-            self._ahead.append(self._submit(self._plan.task(item)))
+            self._ahead.append(self._started(item))
             self._item = _NONE
+
+    def _started(self, item: Any) -> TaskHandle[Any] | Exception:
+        """The task of an item, or what is wrong with the item and is no better at another try."""
+        try:
+            task = self._plan.task(item)
+        except Exception as error:  # noqa: BLE001  (``key`` is a function of the user's)
+            return error
+        try:
+            return self._submit(task)
+        except (ConfigurationError, PayloadError, UnknownTaskType) as error:
+            return error
 
     def _next_item(self) -> Any:
         """The next one, or the one whose submit failed, so that none is passed over."""
@@ -181,7 +197,7 @@ class Results(Iterator[Any]):
     def _known(self, task: Task) -> TaskHandle[Any]:
         """The task that has this id: of an earlier run, of another process, or of an equal item."""
         for handle in self._ahead:
-            if handle.id == task.id:
+            if isinstance(handle, TaskHandle) and handle.id == task.id:
                 return handle
         stored = self._owner.get_task_status(task.id)
         if stored.type != task.type:

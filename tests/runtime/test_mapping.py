@@ -184,12 +184,29 @@ class TestFailures:
         assert list(results) == [n * n for n in range(1, 10)]
         assert Counter(square.asked) == dict.fromkeys(range(10), 1)
 
-    def test_what_cannot_be_submitted_is_told(self, running, square):
-        results = running.map(square.executor, [1, {"m": 2}, 3], window=1)
+    @pytest.mark.parametrize("window", [1, 9])
+    def test_what_cannot_be_submitted_is_told_in_its_place(self, running, square, window):
+        """Wrong params, a value that is not JSON, a key that cannot be made: the next item is next."""
+
+        def key(item):
+            return item if isinstance(item, int) else f"{item!r:.9}{1 // (item != 'no')}"
+
+        items = [1, {"m": 2}, 3, float("nan"), 4, "no", 5]
+        results = running.map(square.executor, items, key, window=window)
         assert next(results) == 1
-        for _ in range(2):  # nor is it passed over
-            with pytest.raises(PayloadError, match="needs n"):
-                next(results)
+        with pytest.raises(PayloadError, match="needs n"):
+            next(results)
+        assert next(results) == 9
+        with pytest.raises(PayloadError, match="no JSON number"):
+            next(results)
+        assert next(results) == 16
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+        assert list(results) == [25]
+        again = running.map(square.executor, items, key, window=window, return_exceptions=True)
+        assert [type(result).__name__ for result in again] == [
+            *("int", "PayloadError", "int", "PayloadError", "int", "ZeroDivisionError", "int")
+        ]
 
     def test_a_stopped_queue_takes_no_more(self, running, square):
         results = running.map(square.executor, range(10), window=1)
