@@ -14,6 +14,7 @@ from taskx.core.order import rank
 
 if TYPE_CHECKING:
     from taskx.runtime.runner import Run
+    from taskx.storage.base import Stub
 
 
 #: Waiting workers that one start serves at most. What starts together ends together and then waits
@@ -61,6 +62,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         self.closed = False
         self.idle = 0
         self._order = count()
+        self._before = count(-1, -1)
 
     # --- for those who submit
 
@@ -89,6 +91,10 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         """A place in the order of tasks of equal priority and age; later ones come after it."""
         return next(self._order)
 
+    def turn_before(self) -> int:
+        """The place of one that was taken already: before all that are there, those put back included."""
+        return next(self._before)
+
     def add(
         self,
         task_id: str,
@@ -96,20 +102,23 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         priority: int,
         created_at: int,
         run_at: int | None,
-        turn: int | None = None,
+        order: int,
+        fetched: bool = True,
     ) -> bool:
-        """Put in a task: a submitted one, which has its turn, into its reserved slot; a fetched one
-        beside those.
+        """Put in a task: a submitted one into its reserved slot; a fetched one beside those.
 
         Returns:
             False if no worker was woken for it, though some wait.
         """
-        fetched = turn is None
         with self.mutex:
-            order = next(self._order) if turn is None else turn
             place = rank(priority, created_at, run_at, self.ageing) if self.ageing else -priority
             self._add(Item(place, created_at, order, task_id, type, fetched))
             return self._wake()
+
+    def add_fetched(self, stub: Stub) -> None:
+        """Put in a task as the repository lists it."""
+        order = self.turn()
+        self.add(stub.id, stub.type, stub.priority, stub.created_at, stub.run_at, order)
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Put back items that were taken, to where they were in the order."""

@@ -417,7 +417,7 @@ class Engine:
             for stub in found:
                 if stub.type in self.services.registry.limits:
                     self.admission.fetched(stub.type, stub.id)
-                self.buffer.add(stub.id, stub.type, stub.priority, stub.created_at, stub.run_at)
+                self.buffer.add_fetched(stub)
             if len(found) == room:
                 self.more_stored = True
         finally:

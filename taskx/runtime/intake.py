@@ -244,7 +244,7 @@ class Intake:
     def _buffer(self, engine: Engine, insert: Insert, turn: int) -> None:
         row = insert.row
         if not engine.buffer.add(
-            row["id"], row["type"], row["priority"], row["created_at"], row["run_at"], turn
+            row["id"], row["type"], row["priority"], row["created_at"], row["run_at"], turn, False
         ):
             engine.wake_scheduler()  # it looks after the task if the busy workers do not
 

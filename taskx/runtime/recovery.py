@@ -126,7 +126,7 @@ class Recovery:
         for key in lost & self._suspicious:
             stub = stubs[key]
             if stub.status == PENDING:
-                engine.buffer.add(stub.id, stub.type, stub.priority, stub.created_at, stub.run_at)
+                engine.buffer.add_fetched(stub)
             else:
                 self._hand_back(stub.id)
         self._suspicious = lost - self._suspicious

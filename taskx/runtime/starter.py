@@ -236,6 +236,7 @@ class Starter:
         writes = [write for run in runs for write in lifecycle.hand_back(run.task, now)]
         results = self._services.ledger.commit(writes)
         hooks = self._services.hooks
+        pending = []
         for run, handed_back, cancelled, write in zip(
             runs, results[::2], results[1::2], writes[1::2], strict=True
         ):
@@ -245,16 +246,20 @@ class Starter:
                 self._services.dependents.parent_ended(run.task.id)
             if cancelled:
                 self._services.lines.left(run.task, write.changes)
-            if handed_back and rebuffer:
-                self.rebuffer(run.task)
-            elif not handed_back:
+            if handed_back:
+                pending.append(run.task)
+            else:
                 self._services.watcher.look_if_watched(run.task.id)
+        if rebuffer:
+            for task in reversed(pending):  # the first one last: it goes before those put back
+                self.rebuffer(task)
 
     def rebuffer(self, task: Task) -> None:
         """Put a task that is pending again back into the buffer."""
         assert task.created_at is not None  # it comes from the repository
         run_at = optional_ms(task.run_at, "run_at")
-        self._buffer.add(task.id, task.type, task.priority, to_ms(task.created_at), run_at)
+        created_at, turn = to_ms(task.created_at), self._buffer.turn_before()
+        self._buffer.add(task.id, task.type, task.priority, created_at, run_at, turn)
 
     def _suspect_done(self) -> None:
         if next_one := self.suspects.leave():
