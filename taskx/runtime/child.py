@@ -245,6 +245,7 @@ def _find(type: str, module: str, name: str, main: str) -> Registered:
     Raises:
         ConfigurationError: it is not where it was.
     """
+    intake.in_child = True
     intake.forbidden = (
         f"this is the child process of a task of type {type!r}, which imports {main or module}; "
         'there, submit and start under: if __name__ == "__main__"'

@@ -36,6 +36,7 @@ from taskx.runtime.executors import check_options
 from taskx.runtime.parents import find_parents
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.starter import Services
+from taskx.storage.memory import MemoryRepository
 
 if TYPE_CHECKING:
     from taskx.runtime.handles import TaskHandle
@@ -43,6 +44,8 @@ if TYPE_CHECKING:
 
 #: Why no queue may be started now in this process, nor given tasks; empty where it may.
 forbidden = ""
+#: Whether this is the child process of an executor: what its queues keep in memory is lost with it.
+in_child = False
 
 
 class ScheduleOptions(TypedDict, total=False):
@@ -95,6 +98,7 @@ class Intake:
         #: The running node; None as long as the queue has not been started.
         self.engine: Engine | None = None
         self.stopped = False
+        self._lost = in_child and isinstance(services.repository, MemoryRepository)
 
     # --- one task
 
@@ -180,6 +184,11 @@ class Intake:
         """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used."""
         if forbidden:
             raise ConfigurationError(forbidden)
+        if self._lost:
+            raise ConfigurationError(
+                "in the child process of an executor a MemoryRepository is another one, which ends with "
+                "it: use a repository that processes share, SQLiteRepository for one; nothing was stored"
+            )
         if self.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
 

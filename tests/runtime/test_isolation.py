@@ -877,6 +877,33 @@ queue.stop()
         assert ran.returncode == 0, ran.stderr
         assert 'submit and start under: if __name__ == "__main__"' in ran.stdout
 
+    @pytest.mark.parametrize("repository", ["MemoryRepository()", "SQLiteRepository('tasks.db')"])
+    def test_what_its_executor_submits_is_stored_for_the_parent_or_refused(
+        self, script, repository
+    ):
+        """What a child has in memory ends with it."""
+        ran = script(f"""
+shared = taskx.Queue(taskx.{repository})
+shared.executor("after")(lambda: "after")
+
+@shared.executor("first", isolation="process", max_attempts=1)
+def first():
+    return shared.submit("after", id="second").id
+
+if __name__ == "__main__":
+    with shared:
+        handle = first.submit()
+        if handle.exception(timeout=30) is None:
+            print(shared.handle(handle.result()).result(timeout=30))
+        else:
+            print(handle.exception().error, shared.list_tasks()[1])
+""")
+        if "SQLite" in repository:
+            assert ran.stdout == "after\n", ran.stderr
+        else:
+            assert ran.stdout.startswith("ConfigurationError: in the child process"), ran.stderr
+            assert ran.stdout.endswith("nothing was stored 1\n")
+
     def test_a_program_without_a_file_is_refused(self, script):
         ran = script("", "-c", "import taskx\n" + SCRIPT)
         assert "the main module of this program is no file" in ran.stderr
