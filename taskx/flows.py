@@ -12,12 +12,14 @@ import attrs
 from taskx.core.errors import ConfigurationError
 from taskx.core.ids import new_id
 from taskx.core.lifecycle import check_parents
-from taskx.core.model import Task, TaskStatus
+from taskx.core.model import Task, TaskStatus, check_key
 from taskx.runtime.handles import TaskHandle
 from taskx.storage.base import Repository
 
 #: What a flow is made of.
 Step = Union[Task, "Flow"]
+#: A flow that was submitted, as JSON values: a task is its id.
+Shape = Union[str, "dict[str, list[Shape]]"]
 #: Most pairs of a task and one that it depends on, in one flow.
 MOST_EDGES = 1_000_000
 _UNFINISHED = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
@@ -74,22 +76,32 @@ def group(*steps: Step) -> Flow:
     return Flow("group", steps)
 
 
-@attrs.frozen
-class _Laid:
-    """A step, laid out: the ids of its tasks, in its own shape."""
+def _steps(shape: Shape) -> tuple[str, list[Shape]]:
+    """What a shape is, ``"chain"`` or ``"group"`` or empty for a task, and of which steps.
 
-    kind: Literal["task", "chain", "group"]
-    parts: tuple[_Laid, ...] = ()
-    task_id: str = ""
+    Raises:
+        ConfigurationError: it is no shape.
+    """
+    if isinstance(shape, str):
+        return "", []
+    if isinstance(shape, dict) and len(shape) == 1:
+        [(kind, steps)] = shape.items()
+        if kind in ("chain", "group") and isinstance(steps, list) and steps:
+            return kind, steps
+    raise ConfigurationError(
+        "the shape of a flow is a task's id, or an object with a list 'chain' or 'group', not "
+        f"{shape!r:.80}"
+    )
 
-    def ids(self) -> Iterator[str]:
-        """Its tasks, in order."""
-        stack = [self]
-        while stack:
-            step = stack.pop()
-            if step.kind == "task":
-                yield step.task_id
-            stack.extend(reversed(step.parts))
+
+def _ids(shape: Shape) -> Iterator[str]:
+    """The tasks of a shape, in order."""
+    stack = [shape]
+    while stack:
+        step = stack.pop()
+        if isinstance(step, str):
+            yield check_key(step, "id")
+        stack.extend(reversed(_steps(step)[1]))
 
 
 class _Queue(Protocol):
@@ -97,6 +109,7 @@ class _Queue(Protocol):
 
     def handle(self, task_id: str, /) -> TaskHandle[Any]: ...
     def cancel_many(self, task_ids: Sequence[str], /) -> int: ...
+    def requeue_many(self, task_ids: Sequence[str], /) -> int: ...
 
 
 class FlowHandle:
@@ -104,12 +117,14 @@ class FlowHandle:
 
     Attributes:
         ids: the ids of all its tasks, in the order in which the flow names them.
+        shape: what ``queue.flow_handle`` makes such a handle of, in any process: JSON values, in which a
+            task is its id, a chain ``{"chain": [...]}`` and a group ``{"group": [...]}``.
     """
 
-    def __init__(self, laid: _Laid, queue: _Queue) -> None:
-        self._laid = laid
+    def __init__(self, shape: Shape, queue: _Queue) -> None:
+        self.shape = shape
         self._queue = queue
-        self.ids = list(laid.ids())
+        self.ids = list(_ids(shape))
         self._handles = {task_id: queue.handle(task_id) for task_id in self.ids}
 
     def __repr__(self) -> str:
@@ -117,8 +132,20 @@ class FlowHandle:
 
     @property
     def handles(self) -> list[TaskHandle[Any]]:
-        """The handles of all its tasks, in the order in which the flow names them."""
+        """The handles of all its tasks, in the order in which the flow names them.
+
+        One of a task that did not complete, and was requeued since, is another one then.
+        """
+        self._renew()
         return list(self._handles.values())
+
+    def _renew(self) -> None:
+        """Follow anew what has ended otherwise than well, and runs again or has completed since."""
+        ended = [task_id for task_id, handle in self._handles.items() if handle.ended_badly]
+        statuses = self._queue.repository.statuses(ended) if ended else {}
+        for task_id, status in statuses.items():
+            if status not in (TaskStatus.FAILED, TaskStatus.CANCELLED):
+                self._handles[task_id] = self._queue.handle(task_id)
 
     def _statuses(self) -> list[TaskStatus | None]:
         found = self._queue.repository.statuses(self.ids)
@@ -169,29 +196,41 @@ class FlowHandle:
         if not self.wait(timeout):
             raise futures.TimeoutError
         cancelled = False
-        for handle in self.handles:
+        for handle in self._handles.values():
             if handle.cancelled():
                 cancelled = True
             elif (error := handle.exception()) is not None:
                 raise error
         if cancelled:
             raise futures.CancelledError
-        return self._result(self._laid)
+        return self._result(self.shape)
 
-    def _result(self, step: _Laid) -> Any:
-        if step.kind == "task":
-            return self._handles[step.task_id].result()
-        if step.kind == "chain":
-            return self._result(step.parts[-1])
-        return [self._result(part) for part in step.parts]
+    def _result(self, shape: Shape) -> Any:
+        if isinstance(shape, str):
+            return self._handles[shape].result()
+        kind, steps = _steps(shape)
+        if kind == "chain":
+            return self._result(steps[-1])
+        return [self._result(step) for step in steps]
 
     def cancel(self) -> None:
         """Cancel all its tasks that have not ended: those that run are asked to stop."""
         # The last ones first, so that the end of an earlier one does not start a later one.
         self._queue.cancel_many(list(reversed(self.ids)))
 
+    def requeue(self) -> int:
+        """Have those of its tasks run again that failed or were cancelled, in their order.
 
-def lay_out(flow: Flow) -> tuple[list[Task], _Laid]:
+        Returns:
+            how many; what has completed is not among them.
+
+        Raises:
+            QueueStopped: the queue was stopped.
+        """
+        return self._queue.requeue_many(self.ids)
+
+
+def lay_out(flow: Flow) -> tuple[list[Task], Shape]:
     """The tasks of a flow, with ids and parents, and its shape.
 
     Raises:
@@ -204,10 +243,10 @@ def lay_out(flow: Flow) -> tuple[list[Task], _Laid]:
         )
     layout = _Layout()
     try:
-        laid, _ = layout.lay(flow, [])
+        shape, _ = layout.lay(flow, [])
     except RecursionError:
         raise ConfigurationError("flows are nested too deep, one in the other") from None
-    return layout.tasks, laid
+    return layout.tasks, shape
 
 
 class _Layout:
@@ -215,25 +254,25 @@ class _Layout:
         self.tasks: list[Task] = []
         self._edges = 0
 
-    def lay(self, step: Step, parents: list[str]) -> tuple[_Laid, list[str]]:
+    def lay(self, step: Step, parents: list[str]) -> tuple[Shape, list[str]]:
         """The step laid out after its parents, and the tasks that end it."""
         if isinstance(step, Task):
             return self._lay_task(step, parents)
-        parts = []
+        shapes = []
         if step.kind == "chain":
             ends = parents
             for part in step.steps:
-                laid, ends = self.lay(part, ends)
-                parts.append(laid)
+                shape, ends = self.lay(part, ends)
+                shapes.append(shape)
         else:
             ends = []
             for part in step.steps:
-                laid, own = self.lay(part, parents)
-                parts.append(laid)
+                shape, own = self.lay(part, parents)
+                shapes.append(shape)
                 ends += own
-        return _Laid(step.kind, tuple(parts)), ends
+        return {step.kind: shapes}, ends
 
-    def _lay_task(self, task: Task, parents: list[str]) -> tuple[_Laid, list[str]]:
+    def _lay_task(self, task: Task, parents: list[str]) -> tuple[str, list[str]]:
         task_id = task.id or new_id()
         self._edges += len(parents)
         if self._edges > MOST_EDGES:
@@ -243,4 +282,4 @@ class _Layout:
             )
         own = check_parents(task.depends_on)
         self.tasks.append(attrs.evolve(task, id=task_id, depends_on=[*own, *parents]))
-        return _Laid("task", task_id=task_id), [task_id]
+        return task_id, [task_id]

@@ -31,7 +31,7 @@ from taskx.core.model import (
 )
 from taskx.core.ticks import Every, Misfire
 from taskx.core.unique import OnConflict
-from taskx.flows import Flow, FlowHandle, lay_out
+from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.config import Config
@@ -411,9 +411,20 @@ class Queue:
             TaskxError: as :meth:`submit_many` does, but for ``QueueFull``; nothing was stored, unless it
                 is in doubt.
         """
-        tasks, laid = lay_out(flow)
+        tasks, shape = lay_out(flow)
         self._intake.accept_many(tasks, spill=True)
-        return FlowHandle(laid, self)
+        return FlowHandle(shape, self)
+
+    def flow_handle(self, shape: Shape) -> FlowHandle:
+        """A handle on a flow that was submitted before, in whatever process.
+
+        Args:
+            shape: what its first handle had as ``shape``.
+
+        Raises:
+            ConfigurationError: it is none.
+        """
+        return FlowHandle(shape, self)
 
     # --- schedules
 
@@ -599,6 +610,21 @@ class Queue:
             QueueStopped: the queue was stopped.
         """
         self._operations.requeue(task_id)
+
+    def requeue_many(self, task_ids: Iterable[str]) -> int:
+        """Have those of these tasks run again that failed or were cancelled, in a few transactions.
+
+        Those that depend on others of these wait for them again. One whose unique key another task holds
+        now is left alone.
+
+        Returns:
+            how many run again.
+
+        Raises:
+            QueueStopped: the queue was stopped.
+            RepositoryError: the repository failed; some may have been requeued.
+        """
+        return self._operations.requeue_many([check_name(task_id, "id") for task_id in task_ids])
 
     def delete(self, task_id: str) -> None:
         """Remove the record of a task that is not running.

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from taskx.core.order import rank
 
 if TYPE_CHECKING:
+    from taskx.core.record import Stub
     from taskx.runtime.runner import Run
-    from taskx.storage.base import Stub
 
 
 #: Waiting workers that one start serves at most. What starts together ends together and then waits

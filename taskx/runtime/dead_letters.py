@@ -1,8 +1,8 @@
-"""What is done to many dead letters at once."""
+"""What is done to many ended tasks at once."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from graphlib import TopologicalSorter
 
 import attrs
@@ -14,6 +14,7 @@ from taskx.runtime.starter import Services
 
 #: Most tasks changed in one transaction.
 BATCH = 200
+_ENDED_BADLY = (TaskStatus.FAILED, TaskStatus.CANCELLED)
 
 
 def dead(filter: TaskFilter | None) -> TaskFilter:
@@ -33,19 +34,34 @@ def requeue_all(services: Services, filter: TaskFilter | None) -> int:
     left = _listed(services, dead(filter))
 
     def requeue(tasks: Mapping[str, Task]) -> int:
-        done = 0
-        for some in _parents_first(services, left, tasks):
-            for start in range(0, len(some), BATCH):
-                done += _requeue(services, some[start : start + BATCH])
-        return done
+        return _requeue(services, _with_parents(services, left, tasks))
 
     return _change_all(services, left, requeue)
 
 
-def _requeue(services: Services, tasks: Sequence[Task]) -> int:
-    """Let tasks run again, when those of their parents have ended that are under way; how many may."""
+def requeue_these(services: Services, task_ids: Sequence[str]) -> int:
+    """Let those of these tasks run again that failed or were cancelled; returns how many."""
+    known: dict[str, Task] = {}
+    for start in range(0, len(task_ids), BATCH):
+        found = services.repository.get_many(task_ids[start : start + BATCH])
+        known.update((i, task) for i, task in found.items() if task.status in _ENDED_BADLY)
+    return _requeue(services, known)
+
+
+def _requeue(services: Services, known: Mapping[str, Task]) -> int:
+    """Let tasks run again, each when those of its parents have ended that are under way; how many may."""
+    parents = {i: [p for p in task.depends_on if p in known] for i, task in known.items()}
+    order = [known[task_id] for task_id in TopologicalSorter(parents).static_order()]
+    return sum(
+        _requeue_some(services, order[start : start + BATCH])
+        for start in range(0, len(order), BATCH)
+    )
+
+
+def _requeue_some(services: Services, tasks: Sequence[Task]) -> int:
     parents = list({parent: None for task in tasks for parent in task.depends_on})
     statuses = services.repository.statuses(parents) if parents else {}
+    statuses.update((task.id, TaskStatus.PENDING) for task in tasks)  # by the same transaction
     writes = [
         lifecycle.requeue(task, lifecycle.unfinished_parent(task.depends_on, statuses))
         for task in tasks
@@ -60,22 +76,16 @@ def _requeue(services: Services, tasks: Sequence[Task]) -> int:
     return len(done)
 
 
-def _parents_first(
+def _with_parents(
     services: Services, left: dict[str, int], tasks: Mapping[str, Task]
-) -> Iterator[Sequence[Task]]:
-    """These and the dead letters that they depend on, in an order in which children can wait for those."""
+) -> dict[str, Task]:
+    """These and the dead letters that they depend on, which are requeued before them."""
     known = dict(tasks)
     more = tasks
     while ahead := {parent for task in more.values() for parent in task.depends_on} & left.keys():
         more = _take(services, left, ahead)
         known.update(more)
-    order = TopologicalSorter(
-        {i: [parent for parent in task.depends_on if parent in known] for i, task in known.items()}
-    )
-    order.prepare()
-    while ready := order.get_ready():
-        yield [known[task_id] for task_id in ready]
-        order.done(*ready)
+    return known
 
 
 def discard_all(services: Services, filter: TaskFilter | None) -> int:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from concurrent.futures._base import CANCELLED, CANCELLED_AND_NOTIFIED
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from taskx.core.errors import (
@@ -77,6 +78,11 @@ class TaskHandle(Future[R]):
 
     def __repr__(self) -> str:
         return f"<TaskHandle {self.id}>"
+
+    @property
+    def ended_badly(self) -> bool:
+        """Whether it is known already, without a look, that the task did not complete."""
+        return self._exception is not None or self._state in (CANCELLED, CANCELLED_AND_NOTIFIED)
 
     def task(self) -> Task:
         """The task's record as it is now; ``TaskNotFound`` if it was deleted."""

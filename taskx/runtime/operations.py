@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from taskx.core import lifecycle
@@ -10,7 +10,7 @@ from taskx.core.errors import InvalidTransition, QueueStopped, RepositoryError, 
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
-from taskx.runtime.dead_letters import requeue_all
+from taskx.runtime.dead_letters import requeue_all, requeue_these
 from taskx.runtime.intake import Intake
 from taskx.runtime.starter import Services
 
@@ -131,10 +131,17 @@ class Operations:
             services.lines.advance([task.concurrency_key])
         self._intake.look_for_work()
 
+    def requeue_many(self, task_ids: Sequence[str]) -> int:
+        """Have those of these tasks run again that failed or were cancelled; returns how many."""
+        return self._requeue(lambda: requeue_these(self._services, task_ids))
+
     def requeue_dead_letters(self, filter: TaskFilter | None) -> int:
         """Have every dead letter that meets a filter run again; returns how many."""
+        return self._requeue(lambda: requeue_all(self._services, filter))
+
+    def _requeue(self, requeue: Callable[[], int]) -> int:
         self._refuse_if_stopped()
-        requeued = requeue_all(self._services, filter)
+        requeued = requeue()
         self._look_at_lines()
         self._intake.look_for_work()
         return requeued

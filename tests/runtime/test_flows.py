@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from concurrent import futures
 
@@ -14,10 +15,12 @@ from taskx import (
     ConfigurationError,
     DuplicateTask,
     Flow,
+    FlowHandle,
     Hook,
     MongoRepository,
     PayloadError,
     Queue,
+    QueueStopped,
     RepositoryUnavailable,
     Task,
     TaskFailed,
@@ -158,25 +161,33 @@ trees = st.recursive(
 ).filter(lambda tree: tree[0] != "task")
 
 
+class NoQueue:
+    """For handles of which only the ids are asked."""
+
+    def handle(self, task_id):
+        return None
+
+
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
 @given(trees)
 def test_whatever_their_shape(tree):
     """Parents come first, members of a group share theirs, and a step depends on the whole one before."""
     tasks, laid = lay_out(shape(tree))
     position = {task.id: index for index, task in enumerate(tasks)}
-    assert list(laid.ids()) == list(position)
+    assert FlowHandle(laid, NoQueue()).ids == list(position)
     for task in tasks:
         assert all(position[parent] < position[task.id] for parent in task.depends_on)
 
     def check(laid, parents):
         """What ends a step, which begins after these."""
-        if laid.kind == "task":
-            assert tasks[position[laid.task_id]].depends_on == parents
-            return [laid.task_id]
-        if laid.kind == "group":
-            return [end for part in laid.parts for end in check(part, parents)]
-        for part in laid.parts:
-            parents = check(part, parents)
+        if isinstance(laid, str):
+            assert tasks[position[laid]].depends_on == parents
+            return [laid]
+        [(kind, steps)] = laid.items()
+        if kind == "group":
+            return [end for step in steps for end in check(step, parents)]
+        for step in steps:
+            parents = check(step, parents)
         return parents
 
     check(laid, [])
@@ -234,6 +245,92 @@ class TestHandle:
         handle.result(PATIENCE)
         started.delete(handle.ids[0])
         assert (handle.status(), handle.progress()) == (TaskStatus.CANCELLED, 100)
+
+
+NO_SHAPES = [
+    *({}, {"row": ["a"]}, {"chain": []}, {"chain": ["a"], "group": ["b"]}, {"chain": "ab"}),
+    *({"group": [7]}, ["a"], None, "", {"chain": [""]}, {"chain": [{"group": [None]}]}),
+]
+
+
+class TestAgain:
+    """A flow that did not complete, and is gone on with."""
+
+    @pytest.fixture
+    def failing(self, started):
+        """Tells executors of the type ``mend`` whether to fail."""
+        started.failing = {"b"}
+
+        @started.executor("mend")
+        def mend(ctx, text):
+            started.ran.append(text)
+            if text in started.failing:
+                raise ValueError(text)
+            return "".join([*(parent.result for parent in ctx.parents), text])
+
+        return started
+
+    @staticmethod
+    def abc():
+        a, b, c, d = (Task(type="mend", params={"text": text}) for text in "abcd")
+        return chain(a, group(b, c), d)
+
+    def test_requeue_runs_what_did_not_complete_and_the_same_handle_tells(self, failing):
+        handle = failing.submit_flow(self.abc())
+        for _ in range(2):
+            with pytest.raises(TaskFailed, match="ValueError: b"):
+                handle.result(PATIENCE)
+            assert handle.requeue() == 2
+        assert handle.wait(PATIENCE)
+        failing.failing.clear()
+        assert handle.requeue() == 2
+        assert handle.result(PATIENCE) == "abacd"
+        assert (handle.status(), handle.progress()) == (TaskStatus.COMPLETED, 100)
+        assert sorted(failing.ran) == list("abbbbcd")
+        assert handle.requeue() == 0
+
+    def test_after_a_cancel(self, failing, gate):
+        handle = failing.submit_flow(chain(HOLD, failing.say("a"), failing.say("b")))
+        gate.wait_for(1)
+        handle.cancel()
+        gate.open()
+        with pytest.raises(futures.CancelledError):
+            handle.result(PATIENCE)
+        assert handle.requeue() == 3
+        assert handle.result(PATIENCE) == "heldab"
+
+    def test_a_long_one_in_a_few_transactions_whatever_the_order_of_ids(self, make_queue):
+        queue, ran = make_queue(worker_num=2), []
+        queue.executor("n")(lambda n: ran.append(n))
+        tasks = [Task(type="n", params={"n": n}) for n in range(450)]
+        handle = queue.submit_flow(chain(*tasks))
+        handle.cancel()
+        queue.repository.batches.clear()
+        assert queue.requeue_many(reversed([*handle.ids, "nobody"])) == 450
+        assert len(queue.repository.batches) <= 5
+        queue.start()
+        assert handle.wait(PATIENCE)
+        assert ran == list(range(450))
+
+    def test_a_stopped_queue_requeues_nothing(self, started):
+        handle = started.submit_flow(chain(BAD))
+        assert handle.wait(PATIENCE)
+        started.stop()
+        with pytest.raises(QueueStopped):
+            handle.requeue()
+
+    def test_found_again_by_its_shape_in_another_process(self, started, repository):
+        shape = started.submit_flow(
+            chain(started.say("a"), group(started.say("b"), chain(started.say("c"))))
+        ).shape
+        again = Queue(repository).flow_handle(json.loads(json.dumps(shape)))
+        assert again.result(PATIENCE) == ["ab", "ac"]
+        assert (again.shape, len(again.ids)) == (shape, 3)
+
+    @pytest.mark.parametrize("shape", NO_SHAPES)
+    def test_what_is_no_shape_is_refused(self, queue, shape):
+        with pytest.raises(ConfigurationError):
+            queue.flow_handle(shape)
 
 
 class TestStored:
