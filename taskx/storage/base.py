@@ -33,6 +33,8 @@ from taskx.core.record import Stub, optional_ms, policy_to_text
 from taskx.core.retry import check_policy
 from taskx.core.writes import Write
 
+#: Among how many tasks that may start, those stored first, the one is sought that waits longest.
+OLDEST = 1000
 #: Longest progress message, in characters.
 MAX_MESSAGE = 1000
 #: Longest error or traceback that is written by hand, in characters.
@@ -184,10 +186,11 @@ class Repository(TaskRepository):
 
     @abstractmethod
     def oldest_ready(self) -> int | None:
-        """Since when the oldest pending task that may start now has waited, in milliseconds.
+        """Since when the pending task has waited, of those that may start now, that waits longest.
 
-        The oldest: the one that was stored first, of all types and whoever holds it. It waits since it
-        was stored or, if that was later, since its ``run_at``. None if there is none.
+        In milliseconds; None if there is none. Of all types, and whoever holds it. It waits since it was
+        stored or, if that was later, since its ``run_at``. At least the :data:`OLDEST` are looked at that
+        were stored first: so many may be read whatever waits.
         """
 
     @abstractmethod

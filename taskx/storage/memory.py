@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
+from heapq import nsmallest
+from itertools import chain, islice
 from typing import Any
 
 import attrs
@@ -28,7 +29,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Update, Write, matches, shows
-from taskx.storage.base import Node, Note, Repository, new_version
+from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
 
 Row = dict[str, Any]
 
@@ -261,14 +262,11 @@ class MemoryRepository(Repository):
             return self._held[0][0] if self._held else None
 
     def oldest_ready(self) -> int | None:
-        """Since when the oldest pending task that may start now has waited."""
+        """Since when the pending task has waited, of those that may start now, that waits longest."""
         with self._lock:
-            ranks = [min(some, key=_age) for some in self._ready.values() if some]
-            if not ranks:
-                return None
-            row = self._rows[min(ranks, key=_age)[2]]
-            since: int = max(row["created_at"], row["run_at"] or 0)
-            return since
+            ranks = nsmallest(OLDEST, chain.from_iterable(self._ready.values()), key=_age)
+            rows = [self._rows[task_id] for *_, task_id in ranks]
+            return min((max(row["created_at"], row["run_at"] or 0) for row in rows), default=None)
 
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""

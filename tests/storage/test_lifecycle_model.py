@@ -15,6 +15,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from taskx import CancelReason, InvalidTransition, TaskFilter, TaskNotFound, TaskStatus
 from taskx.core import lifecycle
+from taskx.core.clock import to_ms
 from taskx.storage.base import Node
 from taskx.testing import ManualClock
 
@@ -483,8 +484,9 @@ class Life(RuleBasedStateMachine):
             ready = [i for i, r in pending.items() if not r.held and r.owner == owner]
             best_first = sorted(ready, key=lambda i: (-records[i].priority, records[i].order))
             assert [stub.id for stub in self.store.ready(["t", "u"], 9, owner)] == best_first
-        ready = [r for r in pending.values() if not r.held]
-        assert (self.store.oldest_ready() is None) == (not ready)
+        ready = self.store.get_many([i for i, r in pending.items() if not r.held]).values()
+        since = [to_ms(max(task.created_at, task.run_at or task.created_at)) for task in ready]
+        assert self.store.oldest_ready() == min(since, default=None)
         held = sorted((r.run_at, i) for i, r in pending.items() if r.held)
         assert self.store.next_due() == (held[0][0] if held else None)
         assert sorted(self.store.due(now, 9)) == sorted(i for run_at, i in held if run_at <= now)

@@ -527,7 +527,7 @@ class TestDue:
 
 
 class TestOldestReady:
-    """Since when the task that was stored first of those that may start has waited."""
+    """Since when the task has waited, of those that may start, that waits longest."""
 
     def test_nothing_waits(self, store, run, add, now):
         run("a")
@@ -555,6 +555,20 @@ def test_a_delayed_task_waits_since_its_time_came(store, add, clock, now):
     clock.advance(5)
     store.apply([lifecycle.release("a")])
     assert store.oldest_ready() == now + 1000
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO, "adapter"], indirect=True)
+def test_one_whose_time_has_just_come_hides_none_that_waits_longer(store, add, clock, now):
+    """Though it was stored before that one; and so it is of two that were delayed."""
+    add("a", run_at=now + 10_000)
+    add("b", run_at=now + 5000)
+    clock.advance(7)
+    add("c")
+    clock.advance(5)
+    store.apply([lifecycle.release("a")])
+    assert store.oldest_ready() == now + 7000
+    store.apply([lifecycle.release("b")])
+    assert store.oldest_ready() == now + 5000
 
 
 class TestOwners:

@@ -250,7 +250,7 @@ class MongoRepository(Repository):
         return self._tasks.next_due()
 
     def oldest_ready(self) -> int | None:
-        """Since when the oldest pending task that may start now has waited."""
+        """Since when the pending task has waited, of those that may start now, that waits longest."""
         return self._tasks.oldest_ready()
 
     def owned(self, node: str) -> Sequence[Stub]:

@@ -13,6 +13,7 @@ from taskx.core.clock import to_datetime
 from taskx.core.codec import Codecs
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import FOR_PARENTS, FOR_TURN, UNTIL_DUE, Stub
+from taskx.storage.base import OLDEST
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import (
@@ -218,18 +219,19 @@ class Tasks:
         return moment_ms(found[0]["taskx"]["run_at"]) if found else None
 
     def oldest_ready(self) -> int | None:
-        """Since when the oldest pending task that may start now has waited."""
+        """Since when the pending task has waited, of those that may start now, that waits longest."""
 
         def read() -> list[Document]:
             wanted = {"status": "pending", "taskx.held": 0, **VISIBLE}
             cursor = self._connection.tasks.find(wanted, {"created_at": 1, "taskx.run_at": 1})
-            return list(cursor.sort(OLDEST_FIRST).limit(1))
+            return list(cursor.sort(OLDEST_FIRST).limit(OLDEST))
 
-        found = self._connection.run(read)
-        if not found:
-            return None
-        run_at = moment_ms(found[0]["taskx"].get("run_at")) or 0
-        return max(moment_ms(found[0].get("created_at")) or 0, run_at)
+        since = (
+            max(created, moment_ms(document["taskx"].get("run_at")) or 0)
+            for document in self._connection.run(read)
+            if (created := moment_ms(document.get("created_at"))) is not None
+        )
+        return min(since, default=None)
 
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""

@@ -17,7 +17,7 @@ from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUna
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
-from taskx.storage.base import Node, Note, Repository, new_version
+from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.liveness import NodeLocks
@@ -303,9 +303,9 @@ class SQLiteRepository(Repository):
         return None if earliest is None else int(earliest)
 
     def oldest_ready(self) -> int | None:
-        """Since when the oldest pending task that may start now has waited."""
-        rows = self._rows(statements.OLDEST_READY)
-        return int(rows[0][0]) if rows else None
+        """Since when the pending task has waited, of those that may start now, that waits longest."""
+        ((since,),) = self._rows(statements.OLDEST_READY, (OLDEST,))
+        return None if since is None else int(since)
 
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""

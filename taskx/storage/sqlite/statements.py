@@ -44,11 +44,12 @@ DUE = (
 )
 # What is no number is above all numbers, and never due.
 NEXT_DUE = f"SELECT min(run_at) FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at < 1e18"
-# The index alone says which one is the oldest: its entries end in seq.
+# The index alone says which were stored first: its entries end in seq. What is no number is above all
+# numbers.
 OLDEST_READY = (
-    "SELECT max(CAST(created_at AS INTEGER), coalesce(CAST(run_at AS INTEGER), 0)) FROM tasks "
-    "WHERE seq = (SELECT min(seq) FROM tasks INDEXED BY tasks_ready "
-    "WHERE status = 'pending' AND held = 0)"
+    "SELECT CAST(min(max(created_at, coalesce(run_at, 0))) AS INTEGER) FROM tasks "
+    "WHERE seq IN (SELECT seq FROM tasks INDEXED BY tasks_ready "
+    "WHERE status = 'pending' AND held = 0 ORDER BY seq LIMIT ?)"
 )
 OWNED = (
     f"SELECT {_STUB} FROM tasks WHERE status = 'pending' AND held = 0 AND owner = ? AND owner <> '' "
