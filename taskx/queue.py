@@ -19,6 +19,7 @@ from taskx.core.errors import (
     ConfigurationError,
     QueueStopped,
 )
+from taskx.core.log import GuardedLogger
 from taskx.core.model import (
     Task,
     TaskFilter,
@@ -106,7 +107,7 @@ class Queue:
         if config is not None and not isinstance(config, Config):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
         self.config = config or Config()
-        self._log = _check_logger(logger)
+        self._log = GuardedLogger(_check_logger(logger))
         self._clock = _check_clock(clock)
         self.repository = (
             repository

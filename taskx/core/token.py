@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import _thread
-import logging
 import threading
 from collections.abc import Callable
 from enum import Enum
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import ConfigurationError, TaskCancelled
-
-_log = logging.getLogger("taskx")
+from taskx.core.log import log
 
 
 class CancelReason(str, Enum):
@@ -176,4 +174,4 @@ def _call(callback: Callable[[], object]) -> None:
     try:
         callback()
     except BaseException:  # noqa: BLE001  (it has nobody but the log to tell)
-        _log.exception("a cancel callback raised: %r", callback)
+        log.exception("a cancel callback raised: %r", callback)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
 import threading
+
+from taskx.core.log import GuardedLogger
 
 
 class Complaint:
@@ -13,7 +14,7 @@ class Complaint:
         log: where they are logged.
     """
 
-    def __init__(self, log: logging.Logger) -> None:
+    def __init__(self, log: GuardedLogger) -> None:
         self._log = log
         self._lock = threading.Lock()
         self._failures = 0

@@ -7,7 +7,6 @@ costs nothing, and that of a parent no more than the tasks that are registered w
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 import time
@@ -19,6 +18,7 @@ from taskx.core import lifecycle
 from taskx.core.clock import Clock
 from taskx.core.errors import TaskxError
 from taskx.core.lifecycle import PENDING, UNFINISHED
+from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.writes import Insert
 from taskx.runtime.handles import Watcher
@@ -54,7 +54,7 @@ class Dependents:
         watcher: Watcher,
         lines: Lines,
         clock: Clock,
-        log: logging.Logger,
+        log: GuardedLogger,
     ) -> None:
         self._repository = repository
         self._ledger = ledger

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import threading
 import time
@@ -19,6 +18,7 @@ from taskx.core.errors import (
     TaskFailed,
     TaskNotFound,
 )
+from taskx.core.log import GuardedLogger
 from taskx.core.model import Task, TaskStatus
 from taskx.runtime.complaint import Complaint
 from taskx.storage.base import Repository
@@ -181,7 +181,7 @@ class Watcher:
     own as long as there is something to watch.
     """
 
-    def __init__(self, repository: Repository, log: logging.Logger) -> None:
+    def __init__(self, repository: Repository, log: GuardedLogger) -> None:
         self._repository = repository
         self._log = log
         self._lock = threading.Lock()

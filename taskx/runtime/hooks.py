@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import _thread
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +13,7 @@ from typing import Any
 from taskx.core import lifecycle
 from taskx.core.errors import ConfigurationError
 from taskx.core.lifecycle import Ending
+from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import changed_task, created_task
 
@@ -107,7 +107,7 @@ class Hooks:
     rescued: Listeners
     requeued: Listeners
 
-    def __init__(self, hooks: Iterable[Hook], log: logging.Logger) -> None:
+    def __init__(self, hooks: Iterable[Hook], log: GuardedLogger) -> None:
         known = list(hooks)
         for hook in known:
             if not isinstance(hook, Hook):
@@ -252,16 +252,9 @@ class Hooks:
                 try:
                     call(subject, *facts)
                 except BaseException:  # noqa: BLE001  (user code, which hurts nobody here)
-                    self._log_failure(name)
+                    self._log.exception("hook %s failed", name)
         except BaseException:  # noqa: BLE001  (the next event must be told in any case)
-            self._log_failure(name)
-
-    def _log_failure(self, name: str) -> None:
-        try:
             self._log.exception("hook %s failed", name)
-        except BaseException:  # noqa: BLE001  (an error that cannot even be looked at)
-            with suppress(BaseException):
-                self._log.error("hook %s failed, and its error cannot be shown", name)
 
 
 def _listeners(hooks: Iterable[Hook], event: str) -> Listeners:

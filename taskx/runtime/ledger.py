@@ -7,12 +7,12 @@ hand-over between threads; under load, many writers share one.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 
 from taskx.core.errors import RepositoryUnavailable, TaskxError
+from taskx.core.log import GuardedLogger
 from taskx.core.writes import Write
 from taskx.storage.base import Repository
 
@@ -45,7 +45,7 @@ class Ledger:
         log: where a failing callback is reported.
     """
 
-    def __init__(self, repository: Repository, log: logging.Logger) -> None:
+    def __init__(self, repository: Repository, log: GuardedLogger) -> None:
         self._repository = repository
         self._log = log
         self._leading = threading.Lock()

@@ -7,12 +7,12 @@ to the next one at once.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError
+from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import FOR_TURN
 from taskx.core.writes import Insert, Update
@@ -32,7 +32,7 @@ class Lines:
         log: what it says.
     """
 
-    def __init__(self, repository: Repository, ledger: Ledger, log: logging.Logger) -> None:
+    def __init__(self, repository: Repository, ledger: Ledger, log: GuardedLogger) -> None:
         self._repository = repository
         self._ledger = ledger
         self._log = log

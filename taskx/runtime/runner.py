@@ -12,6 +12,7 @@ from taskx.core import payload
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryCorrupt, TaskCancelled
 from taskx.core.lifecycle import Ending
+from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
@@ -200,7 +201,8 @@ def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
             return {"permanent": True}
         return {"delay": policy.delay(run.task.attempt, random.random())}
     except BaseException:  # a backoff of the user's own; or a class that cannot be looked at
-        run.context.logger.exception("the retry policy failed; the task waits %g s", policy.base)
+        log = GuardedLogger(run.context.logger)
+        log.exception("the retry policy failed; the task waits %g s", policy.base)
         return {"delay": policy.base}
 
 

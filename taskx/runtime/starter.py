@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from taskx.core import lifecycle
 from taskx.core.clock import Clock, to_ms
+from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import optional_ms
 from taskx.core.writes import Update
@@ -36,7 +36,7 @@ class Services(NamedTuple):
     ledger: Ledger
     watcher: Watcher
     clock: Clock
-    log: logging.Logger
+    log: GuardedLogger
     alarms: Alarms
     runner: Runner
     hooks: Hooks
@@ -65,7 +65,7 @@ class Starter:
         self.runs: dict[str, Run] = {}
         self.suspects = Suspects(self.runs)
         self._shared = Shared(
-            services.alarms, services.log, services.keeper, services.repository.get_many
+            services.alarms, services.log.logger, services.keeper, services.repository.get_many
         )
 
     def start(self, items: Sequence[Item]) -> list[Run]:

@@ -8,7 +8,6 @@ the first decides.
 
 from __future__ import annotations
 
-import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -18,13 +17,12 @@ from pymongo.errors import DuplicateKeyError
 
 from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
 from taskx.core.ids import new_id
+from taskx.core.log import log
 from taskx.core.writes import Insert, Write
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import batch_of
 from taskx.storage.mongo.filters import HIDDEN
 from taskx.storage.mongo.sender import Sender
-
-_log = logging.getLogger("taskx")
 
 
 class Batches:
@@ -99,7 +97,7 @@ class Batches:
                 lambda: self._connection.tasks.delete_many({"taskx.batch": batch}), timeout=1.0
             )
         except RepositoryError as error:
-            _log.debug("the rest of batch %s is left to be cleared away later: %s", batch, error)
+            log.debug("the rest of batch %s is left to be cleared away later: %s", batch, error)
 
     def _commit(self, batch: str) -> None:
         deadline = time.monotonic() + self._connection.timeout
@@ -118,7 +116,7 @@ class Batches:
         try:
             self._connection.run(lambda: self._reveal(batch))
         except RepositoryError as error:
-            _log.debug("batch %s is committed, and revealed by whoever meets it: %s", batch, error)
+            log.debug("batch %s is committed, and revealed by whoever meets it: %s", batch, error)
 
     def _decide(self, batch: str, committed: bool) -> bool:
         """Commit or abandon a batch; says whether that is what was decided, by whomever."""
@@ -182,4 +180,4 @@ class Batches:
     def _abandon(self, batch: str) -> None:
         if self._decide(batch, False):
             self._connection.tasks.delete_many({"taskx.batch": batch})
-            _log.warning("the rest of batch %s was cleared away: it was never committed", batch)
+            log.warning("the rest of batch %s was cleared away: it was never committed", batch)

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from pymongo import errors
 
+from taskx.core.log import log
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import Document
-
-_log = logging.getLogger("taskx")
 
 #: Seconds that the server holds a question for changes open.
 _AWAIT = 1.0
@@ -113,14 +111,14 @@ class _Watch:
                     pause = _FIRST_PAUSE
                 except errors.PyMongoError as error:
                     if not isinstance(error, (errors.ConnectionFailure, errors.CursorNotFound)):
-                        _log.debug("no change stream, so changes are polled for: %s", error)
+                        log.debug("no change stream, so changes are polled for: %s", error)
                         self._changes._can_watch = False
                         return
                 self.heard = float("-inf")
                 self._stop.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         except TypeError as error:  # a mock of the driver has no streams
-            _log.debug("no change stream, so changes are polled for: %s", error)
+            log.debug("no change stream, so changes are polled for: %s", error)
             self._changes._can_watch = False
         finally:
             self.ended = True

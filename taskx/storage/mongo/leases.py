@@ -15,7 +15,6 @@ On one host the lock of :mod:`taskx.storage.sqlite.liveness` tells sooner.
 
 from __future__ import annotations
 
-import logging
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -23,12 +22,11 @@ from typing import Any
 from pymongo.errors import DuplicateKeyError
 
 from taskx.core.errors import RepositoryError
+from taskx.core.log import log
 from taskx.storage.base import Node
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import Document
 from taskx.storage.mongo.hosts import HostLocks
-
-_log = logging.getLogger("taskx")
 
 #: Beats in a lease, and the part of it that is kept as a margin.
 BEATS, MARGIN = 10, 0.2
@@ -161,7 +159,7 @@ class Leases:
         except RepositoryError as error:
             own.failures += 1
             if own.failures & (own.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
-                _log.warning("node %s cannot show that it lives: %s", own.record["name"], error)
+                log.warning("node %s cannot show that it lives: %s", own.record["name"], error)
         else:
             own.failures = 0
         self._tell(node, own)
@@ -192,11 +190,11 @@ class Leases:
         if not self.lost(node):
             if own.told:
                 own.told = False
-                _log.info("node %s has its lease again", own.record["name"])
+                log.info("node %s has its lease again", own.record["name"])
             return
         if not own.told:
             own.told = True
-            _log.warning(
+            log.warning(
                 "node %s lost its lease: others may run its tasks, so those that run are told to end",
                 own.record["name"],
             )

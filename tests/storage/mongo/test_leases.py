@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import random
 import signal
 import subprocess
@@ -232,6 +233,16 @@ class TestBeingJudged:
         assert not ours.leases.lost("n")
         ours.clock.advance(1)
         assert ours.leases.lost("n")
+
+    def test_it_is_told_though_that_cannot_be_logged(self, ours, monkeypatch):
+        """The thread that beats goes on, too: it is the only one."""
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        logger = logging.getLogger("taskx")
+        monkeypatch.setattr(logger, "filters", [lambda record: 1 / 0])
+        ours.connection.down = True
+        ours.clock.advance(LEASE * 0.8)
+        ours.leases.beat("n")
+        assert ours.told
 
     def test_back_in_time_it_goes_on(self, ours):
         ours.connection.down = True

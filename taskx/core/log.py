@@ -1,0 +1,82 @@
+"""What TaskX logs itself: where that cannot be logged, what it tells of goes on all the same."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+
+class GuardedLogger(logging.Logger):
+    """Logs to another logger; what that raises goes nowhere but to stderr.
+
+    A handler sees to its own errors, if it is written by the book. A filter that raises, or a factory of
+    records, would end the thread that logs, or keep it from what comes after.
+
+    Args:
+        logger: a logger, or an adapter of one.
+
+    Attributes:
+        logger: the same, unguarded.
+    """
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__(logger.name)
+        self.logger = logger
+        # Asked several times for each task, whose lines nobody wants as a rule: it costs no call more.
+        self.isEnabledFor = logger.isEnabledFor  # type: ignore[method-assign]
+
+    def _log(
+        self,
+        level: int,
+        msg: object,
+        args: Any,
+        exc_info: Any = None,
+        extra: Mapping[str, object] | None = None,
+        stack_info: bool = False,
+        stacklevel: int = 1,
+    ) -> None:
+        """Where all methods that log come together."""
+        try:
+            self.logger.log(
+                level,
+                msg,
+                *args,
+                exc_info=exc_info,
+                extra=extra,
+                stack_info=stack_info,
+                stacklevel=stacklevel + 1,
+            )
+        except BaseException as error:
+            if _is_for_the_program(error):
+                raise
+            if exc_info:  # perhaps it is that which raises when it is looked at
+                words = f"{msg} (and its error cannot be shown)"
+                self._log(level, words, args, stacklevel=stacklevel + 1)
+            else:
+                _show(msg, args)
+
+
+def _show(msg: object, args: Any) -> None:
+    """Show on stderr what could not be logged, and why, as handlers do that fail."""
+    if logging.raiseExceptions and sys.stderr is not None:
+        with suppress(BaseException):  # of a class of the user's, too
+            sys.stderr.write(f"could not be logged: {str(msg) % args if args else msg}\n")
+            traceback.print_exc()
+
+
+def _is_for_the_program(error: BaseException) -> bool:
+    """Whether it is to end the program, and does: Ctrl-C, or a handler that exits at a grave error.
+
+    In a thread of ours ``SystemExit`` would end that thread alone, in silence.
+    """
+    ends = not isinstance(error, Exception)
+    return ends and threading.current_thread() is threading.main_thread()
+
+
+#: For what knows no queue, and so not the logger of one.
+log = GuardedLogger(logging.getLogger("taskx"))
