@@ -498,7 +498,8 @@ class Queue:
             ConfigurationError: an argument is not valid, a package is missing, or the repository cannot
                 keep schedules.
             UnknownTaskType: the type is neither registered nor declared.
-            PayloadError: params are not JSON, too large, or do not fit the function.
+            PayloadError: params are not JSON, too large, do not fit the function, or a codec refuses
+                them.
             RepositoryError: it could not be stored.
         """
         if unknown := options.keys() - ScheduleOptions.__optional_keys__:

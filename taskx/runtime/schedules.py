@@ -240,6 +240,7 @@ class Schedules:
                 "a schedule makes many tasks, which can have no unique_key and no depends_on"
             )
         row = self._intake.prepare(task, priority).row
+        self._services.repository.codecs.columns(row)  # refused now, and not at every tick
         return {column: row[column] for column in _OF_TASK if column in row}
 
     def _merged(self, wanted: Entry, note: Note | None) -> Entry:

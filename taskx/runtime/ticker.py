@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
 from typing import NamedTuple
 
 import attrs
 
 from taskx.core.clock import to_datetime
-from taskx.core.errors import ConfigurationError, RepositoryCorrupt
+from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryUnavailable
 from taskx.core.lifecycle import FINISHED
 from taskx.core.ticks import BATCH, Ticks, decide, latest
 from taskx.runtime.schedules import PREFIX, Entry, entry_of, store, tick_id
@@ -19,20 +20,27 @@ from taskx.storage.base import Note
 LOOK_EVERY = 1.0
 # Seconds that a tick may be late without a warning.
 _TOLD_AFTER = 10.0
+# Seconds at most until one whose tasks could not be made is tried again.
+_LONGEST_PAUSE = 60.0
 
 
-class Read(NamedTuple):
+@attrs.define
+class Read:
     """A schedule as its note was read.
 
     Attributes:
         version: that of the note.
         entry: the schedule; None where this process cannot tell when it ticks.
         ticks: its ticks.
+        failures: how often its tasks could not be made since.
+        again_at: when that is tried again, on the monotonic clock.
     """
 
     version: int
     entry: Entry | None
     ticks: Ticks | None
+    failures: int = 0
+    again_at: float = 0.0
 
 
 class Due(NamedTuple):
@@ -110,12 +118,13 @@ class Ticker:
         upcoming: list[int] = []
         notes = self._services.repository.notes(PREFIX)
         self._read = {name: self._known(name, note) for name, note in notes.items()}
-        for version, entry, ticks in self._read.values():
+        for read in self._read.values():
+            entry, ticks = read.entry, read.ticks
             if entry is None or ticks is None or entry.paused or entry.next is None:
                 continue
             next_: int | None = entry.next
             if entry.next <= now:
-                next_, some = self._run(Due(entry, ticks, entry.next, now), version)
+                next_, some = self._try(Due(entry, ticks, entry.next, now), read)
                 made = made or some
             if next_ is not None:
                 upcoming.append(next_)
@@ -135,14 +144,34 @@ class Ticker:
                 self._services.log.warning("%s does not tick in this process: %s", name, error)
             return Read(note.version, None, None)
 
+    def _try(self, due: Due, read: Read) -> tuple[int | None, bool]:
+        """As :meth:`_run`; what fails about one schedule keeps no other from ticking."""
+        clock = self._services.clock
+        if read.again_at <= clock.monotonic():
+            try:
+                return self._run(due, read.version)
+            except RepositoryUnavailable:
+                raise
+            except Exception as error:  # noqa: BLE001  (a codec of the user's, say, that refuses its params)
+                read.failures += 1
+                read.again_at = clock.monotonic() + min(2.0**read.failures, _LONGEST_PAUSE)
+                self._complain(due.entry.name, read.failures, error)
+        return due.now + math.ceil((read.again_at - clock.monotonic()) * 1000), False
+
+    def _complain(self, name: str, failures: int, error: Exception) -> None:
+        if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
+            self._services.log.warning(
+                "schedule %r: its tasks could not be made, which is tried again: %s", name, error
+            )
+
     def _run(self, due: Due, version: int) -> tuple[int | None, bool]:
         """Make the tasks that are due; the next tick, and whether there was a task to make."""
         entry, services = due.entry, self._services
         run, next_ = decide(due.ticks, due.since, due.now, entry.misfire, entry.grace)
         if run and entry.overlap == "skip":
             run = self._without_overlap(due, run[0])
-        self._tell_missed(due, len(run))
         made = bool(run) and any(store(services, [entry.insert(tick, due.now) for tick in run]))
+        self._tell_missed(due, len(run))
         moved = attrs.evolve(entry, next=next_, last=run[-1] if run else entry.last)
         if not services.repository.put_note(PREFIX + entry.name, moved.to_text(), version):
             self.look()  # another node moved it on, or somebody changed it

@@ -6,12 +6,14 @@ import json
 import logging
 import threading
 from datetime import datetime, timedelta, timezone
+from itertools import pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from storage.repositories import MAKERS, TinyRepository
+from storage.repositories import MAKERS, TinyRepository, coded
 
 from taskx import (
+    Codec,
     Config,
     ConfigurationError,
     Hook,
@@ -945,6 +947,102 @@ def test_values_that_this_process_cannot_know_are_told_once(started, clock, capl
         eventually(lambda made=made: [i[:5] for i in ids(started)] == ["sound"] * made)
     assert caplog.text.count("schedule/s does not tick in this process") == 1
     assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+
+class Moody(Codec):
+    """One that refuses what it is told to."""
+
+    name = "moody"
+    refused = b"never"
+
+    def encode(self, data):
+        if self.refused in data:
+            raise ConnectionError("no key server")
+        return data
+
+    def decode(self, data):
+        return data
+
+
+class TestParamsThatTheCodecRefuses:
+    @pytest.fixture
+    def codec(self):
+        return Moody()
+
+    @pytest.fixture(params=["memory", "sqlite", "mongo"])
+    def repository(self, request, tmp_path, clock, codec):
+        with coded(request.param, tmp_path, clock, codec) as made:
+            yield made
+
+    @pytest.fixture
+    def refused(self, make, clock, codec, caplog):
+        """A started queue with two schedules; the codec refuses the params of ``bad`` from now on."""
+        queue = make(retention={"cancelled": 1})
+        queue.schedule("bad", every(60), "remote", {"x": "poison"})
+        queue.schedule("good", every(60), "remote", {"x": "fine"})
+        codec.refused = b"poison"
+        queue.start()
+        clock.advance(60)
+        eventually(lambda: "schedule 'bad': its tasks could not be made" in caplog.text)
+        return queue
+
+    def test_are_refused_when_it_is_declared(self, make, codec):
+        codec.refused = b"poison"
+        queue = make()
+        with pytest.raises(PayloadError, match="params: codec 'moody' failed: ConnectionError"):
+            queue.schedule("bad", every(60), "remote", {"x": "poison"})
+        assert queue.schedules() == {}
+
+    def test_keep_nothing_else_from_being_done(self, refused, clock, caplog):
+        """Neither other schedules, nor what the scheduler does after them."""
+        queue = refused
+        for done in (2, 3, 4):
+            clock.advance(60)
+            eventually(lambda done=done: len(ticks(queue)) == done)
+        assert {task_id[:4] for task_id in ids(queue)} == {"good"}
+        queue.cancel_many(ids(queue))
+        clock.advance(120)  # old enough, and retention looks
+        eventually(lambda: not [i for i in ids(queue) if queue.get_task_status(i).status.finished])
+        assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
+
+    def test_are_tried_again_ever_more_rarely(self, refused, clock, caplog, monkeypatch):
+        queue, tried = refused, []
+        run = ticker(queue)._run
+
+        def watched(due, version):
+            if due.entry.name == "bad":
+                tried.append(clock.monotonic())
+            return run(due, version)
+
+        monkeypatch.setattr(ticker(queue), "_run", watched)
+        for _ in range(600):
+            clock.advance(1)
+            whole_round(queue)
+        pauses = [later - sooner for sooner, later in pairwise(tried)]
+        assert pauses[:4] == [pytest.approx(pause, abs=1.1) for pause in (4, 8, 16, 32)]
+        assert pauses[4:] == [pytest.approx(60, abs=1.1)] * len(pauses[4:])
+        assert 8 < len(tried) < 16
+        assert (
+            caplog.text.count("schedule 'bad'") == 3
+        )  # the 2nd, 4th and 8th time, beside the first
+
+    def test_are_stored_when_it_takes_them(self, refused, clock, codec):
+        """The ticks until then are missed ones."""
+        codec.refused = b"never"
+        clock.advance(180)
+        eventually(lambda: "bad@2026-03-27T12:04:00Z" in ids(refused))
+        clock.advance(60)
+        eventually(lambda: "bad@2026-03-27T12:05:00Z" in ids(refused))
+
+    def test_are_tried_at_once_when_they_are_changed(self, refused, clock):
+        refused.schedule("bad", every(60), "remote", {"x": "better"})
+        eventually(lambda: "bad@2026-03-27T12:01:00Z" in ids(refused))
+
+    def test_are_tried_in_time_though_the_wall_clock_is_set_back(self, refused, clock, codec):
+        clock.set_wall(NOON + timedelta(seconds=60))
+        codec.refused = b"never"
+        clock.advance(5)
+        eventually(lambda: "bad@2026-03-27T12:01:00Z" in ids(refused))
 
 
 # Every repository
