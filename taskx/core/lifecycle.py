@@ -667,11 +667,12 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 # --- after the end
 
 
-def requeue(task: Task, waiting_on: str | None = None) -> Update:
+def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     """Let a failed or cancelled task run again, with a budget that starts anew.
 
     Args:
         task: as it was read.
+        now: since when it waits then.
         waiting_on: a parent that it waits for first.
 
     Raises:
@@ -713,6 +714,8 @@ def requeue(task: Task, waiting_on: str | None = None) -> Update:
         changes.update(held=FOR_TURN, turn=None)
     if waiting_on is not None:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
+    if changes["held"] == FREE:  # else a host whose clock is behind might hold it until then
+        changes["run_at"] = now
     return Update(task.id, guard, changes, durable=True)
 
 
@@ -818,7 +821,7 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}
-        return dict(requeue(stored).changes)
+        return dict(requeue(stored, now).changes)
     changes = {
         "status": status.value,
         "completed_at": now,

@@ -111,7 +111,7 @@ class Task:
         completed_at: when it was completed, failed or cancelled.
         duration: seconds that the last attempt took, by the monotonic clock.
         priority: higher runs first; equal ones in the order of submission.
-        run_at: not before this moment; None for at once.
+        run_at: not before this moment; None for at once. After a requeue, when that was.
         timeout: seconds after which an attempt's token fires; None for never.
         max_attempts: attempts that may raise before the task is failed; None: as the executor says.
         max_crashes: deaths of its process before the task is failed; None: as the executor says.

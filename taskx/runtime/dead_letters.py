@@ -62,8 +62,9 @@ def _requeue_some(services: Services, tasks: Sequence[Task]) -> int:
     parents = list({parent: None for task in tasks for parent in task.depends_on})
     statuses = services.repository.statuses(parents) if parents else {}
     statuses.update((task.id, TaskStatus.PENDING) for task in tasks)  # by the same transaction
+    now = services.clock.now_ms()
     writes = [
-        lifecycle.requeue(task, lifecycle.unfinished_parent(task.depends_on, statuses))
+        lifecycle.requeue(task, now, lifecycle.unfinished_parent(task.depends_on, statuses))
         for task in tasks
     ]
     results = services.ledger.commit(writes)

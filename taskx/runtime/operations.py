@@ -119,7 +119,7 @@ class Operations:
         if task.depends_on:
             statuses = services.repository.statuses(task.depends_on)
             waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
-        write = lifecycle.requeue(task, waiting_on)
+        write = lifecycle.requeue(task, services.clock.now_ms(), waiting_on)
         if not services.ledger.commit([write])[0]:
             services.repository.refuse_if_key_held(task)
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")

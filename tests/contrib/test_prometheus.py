@@ -131,6 +131,24 @@ class TestWhatIsCounted:
         assert value("task_wait_seconds_count", type="bad") == 2
         assert value("task_wait_seconds_sum", type="bad") == 0
 
+    def test_a_requeued_task_waits_since_then(self, make, registry, value, clock):
+        """How long it was dead counts for nothing: no alert goes off."""
+        queue = make(worker_num=1)
+        queue.executor("bad")(lambda: 1 / 0)
+        registry.register(StoreCollector(queue))
+        queue.start()
+        queue.submit("bad")
+        assert queue.drain(PATIENCE)
+        clock.advance(3 * 86_400)
+        queue.pause("bad")
+        assert queue.requeue_dead_letters() == 1
+        clock.advance(5)
+        assert value("oldest_pending_age_seconds") == 5
+        queue.resume("bad")
+        assert queue.drain(PATIENCE)
+        assert value("task_wait_seconds_count", type="bad") == 2
+        assert value("task_wait_seconds_sum", type="bad") == 5
+
     def test_what_is_stuck(self, make, value, clock):
         queue = make(worker_num=1)
         begun, go_on = threading.Event(), threading.Event()

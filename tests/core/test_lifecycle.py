@@ -112,7 +112,7 @@ class TestTable:
         for status in TaskStatus:
             wanted = attrs.evolve(task, status=status)
             for by_hand in (
-                lambda: [lifecycle.requeue(task)],
+                lambda: [lifecycle.requeue(task, LATER)],
                 lambda s=status: [lifecycle.set_status(task, s, "", LATER)],
                 lambda w=wanted: lifecycle.amend(task, w, LATER),
             ):
@@ -387,7 +387,7 @@ class TestAttemptLog:
         [writes] = lifecycle.rescue([task], LATER, stopping=False)
         failed = apply(task, *writes)
         assert [attempt.outcome for attempt in failed.attempts] == ["crashed"]
-        again = apply(failed, lifecycle.requeue(failed))
+        again = apply(failed, lifecycle.requeue(failed, LATER))
         assert [attempt.outcome for attempt in again.attempts] == ["crashed"]
 
 
@@ -620,14 +620,14 @@ class TestStuck:
     @pytest.mark.parametrize("key", [None, "k"])
     def test_a_requeue_is_barred(self, key):
         task = make("failed", stuck_on="node", concurrency_key=key)
-        row = row_after(task, lifecycle.requeue(task), turn=key)
+        row = row_after(task, lifecycle.requeue(task, LATER), turn=key)
         assert (row["held"], row["stuck_on"], row["turn"]) == (BY_THREAD, "node", key)
-        row = row_after(task, lifecycle.requeue(task, "parent"), turn=key)
+        row = row_after(task, lifecycle.requeue(task, LATER, "parent"), turn=key)
         assert (row["held"], row["waiting_on"], row["turn"]) == (FOR_PARENTS, "parent", key)
 
     def test_a_requeue_of_what_was_lifted_meanwhile_does_not_hold(self):
         """It would wait for ever."""
-        write = lifecycle.requeue(make("failed", stuck_on="node"))
+        write = lifecycle.requeue(make("failed", stuck_on="node"), LATER)
         assert apply(make("failed"), write) is None
 
     def test_after_its_parents_it_waits_for_the_thread(self):
@@ -656,7 +656,7 @@ class TestRequeue:
             cancel_requested_at=to_datetime(NOW), progress=50, message="m", priority=4,
             max_attempts=3, timeout=1.0, params={"x": 1},
         )  # fmt: skip
-        update = lifecycle.requeue(task)
+        update = lifecycle.requeue(task, LATER)
         after = apply(task, update)
         assert update.durable
         assert (after.status, after.attempt, after.crashes, after.interruptions) == (
@@ -675,15 +675,31 @@ class TestRequeue:
             {"x": 1},
         )
 
+    @pytest.mark.parametrize("run_at", [None, NOW - 5000, LATER + 5000])
+    def test_it_waits_since_then(self, run_at):
+        """And not since it was stored, or its time came: it was dead since."""
+        task = make("failed", run_at=None if run_at is None else to_datetime(run_at))
+        row = row_after(task, lifecycle.requeue(task, LATER))
+        assert (row["run_at"], row["held"]) == (LATER, FREE)
+
+    @pytest.mark.parametrize("why", ["parent", "key", "thread"])
+    def test_one_that_is_held_has_no_time_to_wait_for_then(self, why):
+        """Whose clock is behind would not let it go until then."""
+        options = {"key": {"concurrency_key": "k"}, "thread": {"stuck_on": "node"}}.get(why, {})
+        task = make("failed", run_at=to_datetime(NOW), **options)
+        update = lifecycle.requeue(task, LATER, "parent" if why == "parent" else None)
+        assert update.changes["held"] != FREE
+        assert update.changes["run_at"] is None
+
     def test_the_log_is_kept(self):
-        again = apply(task := make("failed", error="broke"), lifecycle.requeue(task))
+        again = apply(task := make("failed", error="broke"), lifecycle.requeue(task, LATER))
         [attempt] = again.attempts
         assert (attempt.outcome, attempt.error) == ("failed", "broke")
 
     @pytest.mark.parametrize("status", ["pending", "running", "completed"])
     def test_no_other(self, status):
         with pytest.raises(InvalidTransition, match=f"is {status}"):
-            lifecycle.requeue(make(status))
+            lifecycle.requeue(make(status), LATER)
 
 
 @pytest.mark.parametrize("status", list(TaskStatus))

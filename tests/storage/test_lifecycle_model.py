@@ -74,11 +74,11 @@ class Record:
         self.progress, self.message = 0, ""
         self.log.append(outcome)
 
-    def requeue(self, order):
+    def requeue(self, order, now):
         self.order = order
         if self.started and not self.died:
             self.log.append(self.status)
-        self.status, self.owner, self.held, self.run_at = "pending", "", False, None
+        self.status, self.owner, self.held, self.run_at = "pending", "", False, now
         self.errors = self.crashes = self.interruptions = self.snoozes = self.progress = 0
         self.message = self.error = ""
         self.result = None
@@ -394,11 +394,11 @@ class Life(RuleBasedStateMachine):
             return
         task = self.store.get_by_id(task_id)
         if record.status in ("failed", "cancelled"):
-            assert self.apply(lifecycle.requeue(task)) == [True]
-            record.requeue(self.order_again(record))
+            assert self.apply(lifecycle.requeue(task, self.clock.now_ms())) == [True]
+            record.requeue(self.order_again(record), self.clock.now_ms())
         else:
             with pytest.raises(InvalidTransition):
-                lifecycle.requeue(task)
+                lifecycle.requeue(task, self.clock.now_ms())
 
     def delete(self, draw):
         task_id = draw(ids)
@@ -432,7 +432,7 @@ class Life(RuleBasedStateMachine):
         elif status == "pending" and record.status == "running":
             record.status, record.owner, record.started = "pending", "", False
         elif status == "pending":
-            record.requeue(self.order_again(record))
+            record.requeue(self.order_again(record), self.clock.now_ms())
         else:
             record.end(status)
             record.progress = 100 if status == "completed" else record.progress

@@ -136,7 +136,7 @@ class TestTurns:
         give(store, "a")
         store.apply(lifecycle.cancel("a", now))
         give(store, "b")
-        store.apply([lifecycle.requeue(store.get_by_id("a"))])
+        store.apply([lifecycle.requeue(store.get_by_id("a"), now)])
         assert not give(store, "a")
         assert store.next_in_line("k") == "a"
         store.apply(lifecycle.conclude(run(store, "b", now), ENDINGS["completes"][0], now))
@@ -202,7 +202,7 @@ def some_move(chance: random.Random, store: Repository, now: int, number: int) -
     if kind == 3 and task.status is TaskStatus.RUNNING:
         return lifecycle.conclude(task, chance.choice([*ENDINGS.values()])[0], now)
     if kind == 4 and task.status in (TaskStatus.FAILED, TaskStatus.CANCELLED):
-        return [lifecycle.requeue(task)]
+        return [lifecycle.requeue(task, now)]
     if kind == 5:
         if task.status is TaskStatus.RUNNING:
             return lifecycle.rescue([task], now, stopping=chance.random() < 0.5)[0]

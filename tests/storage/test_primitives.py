@@ -441,7 +441,7 @@ class TestCheckpoints:
         task = store.get_by_id("a")
         assert (task.errors, task.checkpoints) == (1, json.loads(self.TEXT))
         store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now))
-        store.apply([lifecycle.requeue(store.get_by_id("a"))])
+        store.apply([lifecycle.requeue(store.get_by_id("a"), now)])
         task = store.get_by_id("a")
         task.checkpoints = {}
         store.update(task)
@@ -462,7 +462,7 @@ def test_what_attempts_log_is_kept_in_order(store, run, now):
         assert any(store.apply(lifecycle.conclude(task, ending, now)))
         task = store.get_by_id("a")
         if task.status is TaskStatus.FAILED:
-            store.apply([lifecycle.requeue(task)])
+            store.apply([lifecycle.requeue(task, now)])
             task = store.get_by_id("a")
         task.log = "by hand"
         store.update(task)
@@ -569,6 +569,15 @@ def test_one_whose_time_has_just_come_hides_none_that_waits_longer(store, add, c
     assert store.oldest_ready() == now + 7000
     store.apply([lifecycle.release("b")])
     assert store.oldest_ready() == now + 5000
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO, "adapter"], indirect=True)
+def test_a_requeued_task_waits_since_then(store, run, clock, now):
+    task = run("a")
+    assert any(store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now)))
+    clock.advance(86_400)
+    store.apply([lifecycle.requeue(store.get_by_id("a"), clock.now_ms())])
+    assert store.oldest_ready() == clock.now_ms()
 
 
 class TestOwners:
@@ -847,7 +856,7 @@ class TestEnded:
         self.end(store, run, clock, "b", returned=False, error="broke")
         stubs = store.ended("failed", clock.now_ms() + 1, 10)
         assert sorted(ids(stubs)) == ["a", "b"]
-        store.apply([lifecycle.requeue(store.get_by_id("b"))])
+        store.apply([lifecycle.requeue(store.get_by_id("b"), clock.now_ms())])
         removed = list(store.apply([lifecycle.prune(stub) for stub in stubs]))
         assert removed == [stub.id == "a" for stub in stubs]
         assert set(store.get_many(["a", "b"])) == {"b"}
@@ -1132,7 +1141,7 @@ class TestStuck:
         assert list(store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))) == [True]
         failed = store.get_by_id("a")
         assert (failed.status, failed.stuck_on, failed.traceback) == ("failed", "node", "tb")
-        requeue = lifecycle.requeue(failed)
+        requeue = lifecycle.requeue(failed, clock.now_ms())
         assert list(store.apply([requeue])) == [True]
         self.nothing_starts(store, clock)
         self.lift(store, clock)
@@ -1141,10 +1150,12 @@ class TestStuck:
     def test_lifted_while_it_has_failed_it_is_requeued_as_any_other(self, store, run, clock):
         task = run("a")
         store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))
-        early = lifecycle.requeue(store.get_by_id("a"))
+        early = lifecycle.requeue(store.get_by_id("a"), clock.now_ms())
         self.lift(store, clock)
         assert list(store.apply([early])) == [False]  # it would be barred for ever
-        assert list(store.apply([lifecycle.requeue(store.get_by_id("a"))])) == [True]
+        assert list(store.apply([lifecycle.requeue(store.get_by_id("a"), clock.now_ms())])) == [
+            True
+        ]
         assert ids(store.ready(["t"], 10)) == ["a"]
 
     @between_tasks

@@ -153,7 +153,7 @@ WRITES = {
     "conclude": lambda repository: lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
     "delete": lambda repository: [lifecycle.delete("p")],
     "insert of a key": lambda repository: [insert("new", unique_key="n", unique_scope="ever")],
-    "requeue of a key": lambda repository: [lifecycle.requeue(repository.get_by_id("c"))],
+    "requeue of a key": lambda repository: [lifecycle.requeue(repository.get_by_id("c"), NOW)],
     "all of them": lambda repository: [
         insert("new"),
         *lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
