@@ -56,3 +56,13 @@ def to_ms(moment: datetime, what: str = "datetime") -> int:
             f"{moment!r} has no time zone"
         )
     return (moment - _EPOCH) // _MILLISECOND
+
+
+#: The first and the last moment of the calendar; those of time zones may lie beyond.
+FIRST = to_ms(datetime.min.replace(tzinfo=timezone.utc))
+LAST = to_ms(datetime.max.replace(tzinfo=timezone.utc))
+
+
+def within_calendar(ms: int) -> int:
+    """The moment, or the end of the calendar that it lies beyond."""
+    return max(FIRST, min(ms, LAST))

@@ -8,14 +8,14 @@ from __future__ import annotations
 import heapq
 from collections import deque
 from collections.abc import Iterator
-from datetime import datetime, timedelta, timezone, tzinfo
+from datetime import datetime, timedelta, tzinfo
 from itertools import islice, takewhile
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import attrs
 
 from taskx.core.checks import check_number
-from taskx.core.clock import to_datetime, to_ms
+from taskx.core.clock import LAST, to_datetime
 from taskx.core.errors import ConfigurationError
 
 #: What is done about ticks at which nobody was there.
@@ -30,7 +30,6 @@ BATCH = 100
 
 # Local times know no zone here: it is looked up for each of them.
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
-_LAST = to_ms(datetime.max.replace(tzinfo=timezone.utc))  # the calendar ends
 _DAY, _MILLISECOND = timedelta(days=1), timedelta(milliseconds=1)
 _EVERY_HOUR = frozenset(range(24))
 
@@ -88,7 +87,7 @@ class IntervalTicks:
     def after(self, moment: int) -> Iterator[int]:
         """The ticks later than a moment, in order."""
         tick = moment + self.period - (moment - self.since) % self.period
-        while tick <= _LAST:
+        while tick <= LAST:
             yield tick
             tick += self.period
 

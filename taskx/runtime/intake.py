@@ -11,7 +11,7 @@ import attrs
 
 from taskx.core import lifecycle, payload
 from taskx.core.checks import check_number
-from taskx.core.clock import to_datetime, to_ms
+from taskx.core.clock import LAST, to_datetime, to_ms
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
@@ -472,7 +472,9 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
 
 def _run_at_ms(moment: datetime) -> int:
     check_moment(moment, "run_at")
-    return to_ms(moment)
+    if (ms := to_ms(moment)) > LAST:
+        raise ConfigurationError(f"run_at is beyond the calendar, in UTC: {moment}")
+    return ms
 
 
 def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:

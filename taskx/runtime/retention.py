@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from taskx.core import lifecycle
+from taskx.core.clock import within_calendar
 from taskx.core.model import TaskStatus
 from taskx.runtime.starter import Services
 
@@ -12,6 +13,8 @@ from taskx.runtime.starter import Services
 BATCH = 200
 #: Seconds between looks for tasks that are old enough.
 EVERY = 60.0
+# Seconds, of which the calendar has fewer.
+_FOR_EVER = 1e12
 
 
 def prune(services: Services, status: TaskStatus, before: int) -> tuple[int, bool]:
@@ -20,7 +23,7 @@ def prune(services: Services, status: TaskStatus, before: int) -> tuple[int, boo
     Returns:
         how many were removed, and whether there may be more.
     """
-    stubs = services.repository.ended(status.value, before, BATCH)
+    stubs = services.repository.ended(status.value, within_calendar(before), BATCH)
     removed = sum(
         services.ledger.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ()
     )
@@ -64,7 +67,9 @@ class Retention:
         self._next = now + EVERY
         wall, more = self._services.clock.now_ms(), False
         for status, seconds in self._periods.items():
-            removed, some_left = prune(self._services, status, wall - round(seconds * 1000))
+            removed, some_left = prune(
+                self._services, status, wall - round(min(seconds, _FOR_EVER) * 1000)
+            )
             if removed:
                 self._services.log.debug("removed %d old %s tasks", removed, status)
             more = more or some_left

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 
 import pytest
 
 from taskx import Config, ConfigurationError, SQLiteRepository, Task, TaskFilter, TaskStatus
 from taskx.runtime import retention
 
-from .conftest import PATIENCE, eventually, ids
+from .conftest import PATIENCE, eventually, ids, whole_round
 
 
 @pytest.fixture
@@ -50,6 +50,15 @@ class TestRetention:
         eventually(lambda: ids(queue) == {"cancelled"})
         later(queue, clock, 365 * 86400)
         assert ids(queue) == {"cancelled"}
+
+    @pytest.mark.parametrize("period", [timedelta.max, 1e300, 1.7e308, 7e10])
+    def test_longer_than_the_calendar_is_for_ever(self, fill, clock, caplog, period):
+        """And keeps nothing else."""
+        queue = fill(retention={"completed": period, "failed": 3600})
+        clock.advance(365 * 86400)
+        eventually(lambda: ids(queue) == {"fine", "cancelled"})
+        whole_round(queue)
+        assert [r for r in caplog.records if "fails the scheduler" in r.msg or r.exc_info] == []
 
     def test_without_it_nothing_goes(self, fill, clock):
         queue = fill()
@@ -120,6 +129,21 @@ class TestPrune:
         clock.advance(10)
         assert queue.prune(clock.now()) == 0
         assert len(ids(queue)) == 2
+
+    @pytest.mark.parametrize(
+        ("moment", "removed"),
+        [
+            (datetime(1, 1, 1, tzinfo=timezone(timedelta(hours=5))), 0),
+            (datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-5))), 3),
+        ],
+    )
+    def test_a_moment_that_the_calendar_of_utc_has_not(self, fill, moment, removed):
+        """It is that of a time zone, and before all tasks, or after them."""
+        queue = fill()
+        assert queue.list_tasks(TaskFilter(start_date=moment))[1] == 3 - removed
+        assert queue.list_tasks(TaskFilter(end_date=moment))[1] == removed
+        assert queue.prune(moment) == removed
+        assert len(ids(queue)) == 3 - removed
 
     def test_a_moment_must_be_given(self, fill):
         queue = fill()

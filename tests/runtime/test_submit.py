@@ -141,6 +141,10 @@ class TestRefused:
         [
             ("2020", "run_at must be a datetime, not str"),
             (datetime(2030, 1, 1), "run_at must be an aware datetime, such as .* no time zone"),
+            (
+                datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-5))),
+                "run_at is beyond the calendar, in UTC: 9999-12-31 23:00:00-05:00",
+            ),
         ],
     )
     def test_moments_by_what_is_wrong_with_them(self, narrow, run_at, problem):

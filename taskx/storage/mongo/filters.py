@@ -8,7 +8,7 @@ from typing import Any
 
 from pymongo import ASCENDING, DESCENDING
 
-from taskx.core.clock import to_datetime, to_ms
+from taskx.core.clock import to_datetime, to_ms, within_calendar
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter
 from taskx.core.record import DEFAULTS, FREE
@@ -95,7 +95,7 @@ def matching(filter: TaskFilter) -> Document:
 
 
 def _whole_ms(moment: datetime) -> datetime:
-    return to_datetime(to_ms(moment))
+    return to_datetime(within_calendar(to_ms(moment)))
 
 
 def startable(types: list[str], owner: str) -> Document:
