@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
+from taskx.core.log import GuardedLogger, log
 from taskx.runtime.limits import Bucket, Limit, OwnBucket, OwnSlots, Slots
 from taskx.runtime.shared_limits import Sharing
 from taskx.storage.base import Repository
@@ -73,14 +74,20 @@ class Admission:
         repository: where those are kept that all nodes share.
         node: the id of the node.
         clock: the time.
+        log: where it is told what is wrong with what is shared.
     """
 
     def __init__(
-        self, limits: Mapping[str, Limit], repository: Repository, node: str, clock: Clock
+        self,
+        limits: Mapping[str, Limit],
+        repository: Repository,
+        node: str,
+        clock: Clock,
+        log: GuardedLogger = log,
     ) -> None:
         self._limits = limits
         self._clock = clock
-        self._sharing = Sharing(repository, node, clock)
+        self._sharing = Sharing(repository, node, clock, log)
         self._lock = threading.RLock()
         self._gates: dict[str, _Gate] = {}
         #: By what each task was admitted that has not ended.

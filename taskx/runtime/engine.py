@@ -60,7 +60,7 @@ class Engine:
         self.buffer = buffer
         self.stopping = False
         self.admission = Admission(
-            services.registry.limits, services.repository, node.id, services.clock
+            services.registry.limits, services.repository, node.id, services.clock, services.log
         )
         self.admission.freed = self.look_for_more
         self.admission.scheduled = lambda: self.wake_scheduler()

@@ -8,11 +8,13 @@ from it by whoever looks. ``limit/rate/<type>`` has the mark of the type's bucke
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from typing import TypeVar
 
-from taskx.core.clock import Clock
+from taskx.core.clock import LAST, Clock
 from taskx.core.errors import RepositoryError
+from taskx.core.log import GuardedLogger, log
 from taskx.core.rate import FULL, Rate
 from taskx.runtime.limits import Bucket, Limit, Slots
 from taskx.storage.base import Note, Repository
@@ -23,6 +25,8 @@ _TRIES = 50
 # Seconds that the clocks of two hosts, or of one before and after it was set, may be apart.
 _APART = 1.0
 
+T = TypeVar("T")
+
 
 class SharedNote:
     """A note as it was last read.
@@ -30,20 +34,31 @@ class SharedNote:
     Args:
         repository: where it is.
         name: its name.
+        log: where it is told that the note is damaged.
     """
 
-    def __init__(self, repository: Repository, name: str) -> None:
+    def __init__(self, repository: Repository, name: str, log: GuardedLogger) -> None:
         self._repository = repository
         self.name = name
+        self._log = log
+        self._damaged = 0  # the version of which it was told
         self.note: Note | None = None
         #: Whether it may have been changed by others since.
         self.stale = True
 
-    def read(self) -> str | None:
-        """Its text now."""
+    def read(self, parse: Callable[[str | None], T]) -> T:
+        """What its text says now; what is damaged says nothing, as where there is none."""
         self.note = self._repository.notes(self.name).get(self.name)
         self.stale = False
-        return self.note.text if self.note else None
+        if self.note is None:
+            return parse(None)
+        try:
+            return parse(self.note.text)
+        except (ValueError, RecursionError) as error:
+            if self._damaged != self.note.version:
+                self._damaged = self.note.version
+                self._log.warning("%s is damaged, and is begun anew: %s", self.name, error)
+            return parse(None)
 
     def put(self, text: str | None) -> bool:
         """Change it, unless others did since it was read."""
@@ -63,19 +78,22 @@ class SharedSlots:
         node: the node.
         type: the type of task.
         most: how many there are.
+        log: where it is told that the note is damaged.
     """
 
-    def __init__(self, repository: Repository, node: str, type: str, most: int) -> None:
+    def __init__(
+        self, repository: Repository, node: str, type: str, most: int, log: GuardedLogger = log
+    ) -> None:
         self._repository = repository
         self._node = node
         self._most = most
-        self._note = SharedNote(repository, _SLOTS + type)
+        self._note = SharedNote(repository, _SLOTS + type, log)
         self._shares: dict[str, int] = {}
         self._taken = 0
         self._idle = False
 
     def _read(self) -> None:
-        self._shares = _shares_of(self._note.read())
+        self._shares = self._note.read(_shares_of)
 
     def forget(self) -> None:
         """Others may have changed it."""
@@ -120,7 +138,7 @@ class SharedSlots:
                 break
 
     def tend(self) -> None:
-        """Give back what was not taken for a while, and take from the dead.
+        """Give back what was not taken for a while, show what is taken, and take from the dead.
 
         Raises:
             RepositoryError: the repository failed.
@@ -129,6 +147,8 @@ class SharedSlots:
         if self._idle:
             self.rest(0)
         self._idle = self._mine > self._taken
+        if self._mine < self._taken:  # the note was damaged, or others took this node for dead
+            self._set_mine(self._taken)
         self._bury()
 
     def _bury(self) -> None:
@@ -161,8 +181,17 @@ class SharedSlots:
 
 
 def _shares_of(text: str | None) -> dict[str, int]:
-    shares: dict[str, int] = json.loads(text) if text else {}
+    shares = json.loads(text) if text else {}
+    if not isinstance(shares, dict) or not all(type(n) is int and n >= 0 for n in shares.values()):
+        raise ValueError("it does not say how many places each node has")
     return shares
+
+
+def _mark_of(text: str | None) -> float:
+    mark = float(text) if text else FULL
+    if text and not abs(mark) <= LAST / 1000:
+        raise ValueError(f"{mark!r} is no moment")
+    return mark
 
 
 class SharedBucket:
@@ -177,18 +206,20 @@ class SharedBucket:
         type: the type of task.
         rate: how fast tokens come.
         clock: the time.
+        log: where it is told that the note is damaged.
     """
 
-    def __init__(self, repository: Repository, type: str, rate: Rate, clock: Clock) -> None:
+    def __init__(
+        self, repository: Repository, type: str, rate: Rate, clock: Clock, log: GuardedLogger = log
+    ) -> None:
         self._rate = rate
         self._clock = clock
-        self._note = SharedNote(repository, _RATE + type)
+        self._note = SharedNote(repository, _RATE + type, log)
         self._mark = FULL
         self._seen = 0.0  # on the monotonic clock
 
     def _read(self) -> None:
-        text = self._note.read()
-        self._is(float(text) if text else FULL)
+        self._is(self._note.read(_mark_of))
 
     def _is(self, mark: float) -> None:
         if mark != self._mark:
@@ -249,12 +280,14 @@ class Sharing:
         repository: where they are kept.
         node: the node.
         clock: the time.
+        log: where it is told that a note is damaged.
     """
 
-    def __init__(self, repository: Repository, node: str, clock: Clock) -> None:
+    def __init__(self, repository: Repository, node: str, clock: Clock, log: GuardedLogger) -> None:
         self._repository = repository
         self._node = node
         self._clock = clock
+        self._log = log
         self._slots: list[SharedSlots] = []
         self._buckets: list[SharedBucket] = []
 
@@ -262,10 +295,11 @@ class Sharing:
         """The slots and the bucket of a type."""
         slots = bucket = None
         if limit.max_concurrency is not None:
-            slots = SharedSlots(self._repository, self._node, type, limit.max_concurrency)
+            most = limit.max_concurrency
+            slots = SharedSlots(self._repository, self._node, type, most, self._log)
             self._slots.append(slots)
         if limit.rate is not None:
-            bucket = SharedBucket(self._repository, type, limit.rate, self._clock)
+            bucket = SharedBucket(self._repository, type, limit.rate, self._clock, self._log)
             self._buckets.append(bucket)
         return slots, bucket
 

@@ -488,3 +488,88 @@ def test_what_a_killed_process_had_is_free_for_others(workers):
         queue.cancel_task(str(n))
     other.tell()
     other.ends()
+
+
+# Damaged notes
+
+
+NO_SHARES = [
+    "{",
+    "[]",
+    "7",
+    '{"a": "x"}',
+    '{"a": -1}',
+    '{"a": 1.5}',
+    '{"a": true}',
+    "[" * 100_000,
+    "",
+]
+NO_MARKS = ["{", "soon", "nan", "inf", "-inf", "1e300", "-1e300", "9" * 5000, ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "limit"),
+    [
+        ("limit/slots/t", NO_SHARES, {"max_concurrency": 2}),
+        ("limit/rate/t", NO_MARKS, {"rate": "2/h"}),
+    ],
+    ids=["slots", "rate"],
+)
+def test_a_damaged_note_is_begun_anew(make_queue, repository, caplog, name, texts, limit):
+    """At the start of a queue, and under one that runs; it is told once, and the limit holds again."""
+    for text in texts:
+        assert repository.put_note(name, text, 0)
+        queue = make_queue(worker_num=4)
+        queue.executor("t", limit_scope="global", **limit)(lambda: "done")
+        queue.executor("other")(lambda: "other")
+        caplog.clear()
+        queue.start()
+        assert queue.submit("other").result(PATIENCE) == "other"
+        handles = [queue.submit("t") for _ in range(3)]
+        assert [handle.result(PATIENCE) for handle in handles[:2]] == ["done"] * 2
+        if "rate" in limit:
+            assert handles[2].task().status is TaskStatus.PENDING
+            handles[2].cancel()
+        assert queue.drain(PATIENCE)
+        queue.stop(PATIENCE)
+        assert caplog.text.count(f"{name} is damaged, and is begun anew") == (text != "")
+        assert [r for r in caplog.records if r.levelname == "ERROR" or "fails" in r.msg] == []
+        note = repository.notes(name).get(name)
+        assert note is None or repository.put_note(name, None, note.version)
+
+
+def test_what_runs_is_counted_again_after_its_note_was_damaged(make_queue, repository, gate):
+    """Or another node would start as many again."""
+    crowd = Crowd(gate)
+    first, second = nodes(make_queue, 2, crowd, max_concurrency=2)
+    for _ in range(2):
+        first.submit("t")
+    gate.wait_for(2)
+    name = "limit/slots/t"
+    running = sum(shares(repository).values())
+    assert running == 2
+    version = eventually(lambda: damage(repository, name, "{"))
+    eventually(lambda: repository.notes(name)[name].version > version)
+    eventually(lambda: sum(shares(repository).values()) == 2)
+    second.submit("t")
+    gate.open()
+    assert first.drain(PATIENCE)
+    assert second.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (3, 2)
+
+
+def damage(repository, name, text):
+    """Write nonsense over a note; the version that this is, unless it was changed meanwhile."""
+    version = repository.notes(name)[name].version
+    return repository.put_note(name, text, version) and version + 1
+
+
+def test_places_that_others_took_away_are_shown_again_while_they_are_in_use():
+    repository = MemoryRepository()
+    slots = SharedSlots(repository, "a", "t", 2)
+    assert slots.take(2) == 2
+    version = repository.notes("limit/slots/t")["limit/slots/t"].version
+    assert repository.put_note("limit/slots/t", None, version)
+    slots.tend()
+    assert shares(repository) == {"a": 2}
+    assert SharedSlots(repository, "b", "t", 2).take(1) == 0
