@@ -1002,7 +1002,7 @@ class TestParamsThatTheCodecRefuses:
         assert {task_id[:4] for task_id in ids(queue)} == {"good"}
         queue.cancel_many(ids(queue))
         clock.advance(120)  # old enough, and retention looks
-        eventually(lambda: not [i for i in ids(queue) if queue.get_task_status(i).status.finished])
+        eventually(lambda: not any(task.status.finished for task in queue.list_tasks()[0]))
         assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
 
     def test_are_tried_again_ever_more_rarely(self, refused, clock, caplog, monkeypatch):
