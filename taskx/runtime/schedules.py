@@ -78,6 +78,7 @@ class Entry:
         paused: whether it does not tick at present.
         next: the first tick that is not decided about yet; None if there is none any more.
         last: the last tick that got a task.
+        making: the tick whose task is being made, where tasks must not overlap; None for none.
     """
 
     name: str = attrs.field(validator=instance_of(str))
@@ -91,6 +92,7 @@ class Entry:
     paused: bool = attrs.field(default=False, validator=instance_of(bool))
     next: int | None = attrs.field(default=None, validator=_OPTIONAL_INT)
     last: int | None = attrs.field(default=None, validator=_OPTIONAL_INT)
+    making: int | None = attrs.field(default=None, validator=_OPTIONAL_INT)
 
     @property
     def ticks(self) -> Ticks:
@@ -108,7 +110,7 @@ class Entry:
 
     def declared_again(self, old: Entry, now: int) -> Entry:
         """The same, in the place of one that was stored: it ticks on where that one did."""
-        new = attrs.evolve(self, last=old.last)
+        new = attrs.evolve(self, last=old.last, making=old.making)
         if (self.spec, self.tz) != (old.spec, old.tz):
             return attrs.evolve(new.resumed(now), paused=old.paused)
         return attrs.evolve(new, since=old.since, next=old.next, paused=old.paused)

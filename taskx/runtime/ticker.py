@@ -59,11 +59,19 @@ class Due(NamedTuple):
     now: int
 
 
+def _due_at(entry: Entry, now: int) -> int | None:
+    """When there is something to do about a schedule; None for never."""
+    if entry.making is not None:
+        return now
+    return None if entry.paused else entry.next
+
+
 class Ticker:
     """Makes the tasks of the ticks that have come. There is no leader: all nodes do it.
 
     The task is stored first; its id is that of the tick, so it is stored once. Then the schedule is
-    moved on by compare-and-set. Whoever finds that undone does both again.
+    moved on by compare-and-set. Whoever finds that undone does both again. Where tasks must not overlap,
+    the schedule is moved on first, and says so until the task is stored.
 
     Args:
         services: what it works with.
@@ -120,11 +128,11 @@ class Ticker:
         self._read = {name: self._known(name, note) for name, note in notes.items()}
         for read in self._read.values():
             entry, ticks = read.entry, read.ticks
-            if entry is None or ticks is None or entry.paused or entry.next is None:
+            if entry is None or ticks is None:
                 continue
-            next_: int | None = entry.next
-            if entry.next <= now:
-                next_, some = self._try(Due(entry, ticks, entry.next, now), read)
+            next_ = _due_at(entry, now)
+            if next_ is not None and next_ <= now:
+                next_, some = self._try(Due(entry, ticks, next_, now), read)
                 made = made or some
             if next_ is not None:
                 upcoming.append(next_)
@@ -166,16 +174,40 @@ class Ticker:
 
     def _run(self, due: Due, version: int) -> tuple[int | None, bool]:
         """Make the tasks that are due; the next tick, and whether there was a task to make."""
-        entry, services = due.entry, self._services
+        entry = due.entry
+        if entry.making is not None:  # by a node that may have died since
+            return self._make(entry, entry.making, version, due.now)
         run, next_ = decide(due.ticks, due.since, due.now, entry.misfire, entry.grace)
         if run and entry.overlap == "skip":
             run = self._without_overlap(due, run[0])
-        made = bool(run) and any(store(services, [entry.insert(tick, due.now) for tick in run]))
-        self._tell_missed(due, len(run))
         moved = attrs.evolve(entry, next=next_, last=run[-1] if run else entry.last)
-        if not services.repository.put_note(PREFIX + entry.name, moved.to_text(), version):
-            self.look()  # another node moved it on, or somebody changed it
+        if run and entry.overlap == "skip":
+            # First, so that whoever decides about a later tick knows of this one.
+            moved = attrs.evolve(moved, making=run[0])
+            made = self._put(moved, version)
+            if made:
+                next_, made = self._make(moved, run[0], version + 1, due.now)
+        else:
+            inserts = [entry.insert(tick, due.now) for tick in run]
+            made = bool(run) and any(store(self._services, inserts))
+            self._put(moved, version)
+        self._tell_missed(due, len(run))
         return next_, made
+
+    def _make(self, entry: Entry, tick: int, version: int, now: int) -> tuple[int | None, bool]:
+        """Make the task of a tick that was taken up: the next tick, and whether it was there not yet."""
+        made = any(store(self._services, [entry.insert(tick, now)]))
+        done = attrs.evolve(entry, making=None)
+        self._put(done, version)
+        return _due_at(done, now), made
+
+    def _put(self, entry: Entry, version: int) -> bool:
+        """Store a schedule; if another node moved it on, or somebody changed it, look again."""
+        repository = self._services.repository
+        stored = repository.put_note(PREFIX + entry.name, entry.to_text(), version)
+        if not stored:
+            self.look()
+        return stored
 
     def _without_overlap(self, due: Due, tick: int) -> list[int]:
         """The tick, unless the task of an earlier one has not ended."""

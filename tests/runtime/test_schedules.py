@@ -31,7 +31,9 @@ from taskx import (
 )
 from taskx.core.clock import to_ms
 from taskx.core.ticks import BATCH
+from taskx.runtime import ticker as ticker_module
 from taskx.runtime.schedules import PREFIX
+from taskx.runtime.ticker import Ticker
 from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids, whole_round
@@ -82,6 +84,8 @@ def ticker(queue):
 
 
 def is_due(schedule, queue):
+    if schedule._entry.making is not None:
+        return True
     return schedule.next_tick is not None and schedule.next_tick <= queue._clock.now()
 
 
@@ -839,10 +843,13 @@ def test_a_node_that_died_between_task_and_schedule_is_made_good(make, clock, mo
     """Whoever comes next finds the task there, and moves the schedule on."""
     dying = make()
     dying.schedule("s", every(60), "remote", overlap=overlap)
-    version = note(dying, "s").version
+    put_note, stored = type(dying.repository).put_note, []
 
-    def die(*args):
-        raise RepositoryUnavailable("died here")
+    def die(repository, *args):
+        if ids(dying):
+            raise RepositoryUnavailable("died here")
+        stored.append(args)
+        return put_note(repository, *args)
 
     with monkeypatch.context() as patch:
         patch.setattr(type(dying.repository), "put_note", die)
@@ -850,7 +857,7 @@ def test_a_node_that_died_between_task_and_schedule_is_made_good(make, clock, mo
         clock.advance(60)
         eventually(lambda: ticks(dying) == ["27 12:01"])
         dying.stop()
-    assert note(dying, "s").version == version
+    assert len(stored) == (overlap == "skip")
     clock.advance(5)
     other = make()
     other.start()
@@ -858,6 +865,88 @@ def test_a_node_that_died_between_task_and_schedule_is_made_good(make, clock, mo
     assert ticks(other) == ["27 12:01"]
     assert other.schedules()["s"].last_tick == NOON + timedelta(seconds=60)
     assert other.schedules()["s"].next_tick == NOON + timedelta(seconds=120)
+    later(other, clock, 55)
+    assert ticks(other) == ["27 12:01", *(["27 12:02"] if overlap == "allow" else [])]
+    assert not is_due(other.schedules()["s"], other)
+
+
+@pytest.fixture
+def taken_up(make, clock, monkeypatch):
+    """A queue whose ticker died before it stored the task of a tick that it had taken up."""
+    dying = make()
+    dying.schedule("s", every(60), "remote", {"n": 1}, overlap="skip")
+
+    def die(*args):
+        raise RepositoryUnavailable("died here")
+
+    clock.advance(60)
+    with monkeypatch.context() as patch:
+        patch.setattr(ticker_module, "store", die)
+        with pytest.raises(RepositoryUnavailable):
+            Ticker(dying._services).tick()
+    assert ids(dying) == set()
+    clock.advance(5)
+    return dying
+
+
+def test_a_tick_that_a_node_took_up_before_it_died_gets_its_task(taken_up, make, clock):
+    """Where tasks must not overlap the schedule is moved on first; the next tick knows of that task."""
+    other = make()
+    other.start()
+    look(other)
+    assert ticks(other) == ["27 12:01"]
+    assert other.schedules()["s"].last_tick == NOON + timedelta(seconds=60)
+    later(other, clock, 60)
+    assert ticks(other) == ["27 12:01"]
+    other.cancel_task("s@2026-03-27T12:01:00Z")
+    later(other, clock, 60)
+    assert ticks(other) == ["27 12:01", "27 12:03"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda queue: queue.schedules()["s"].pause(),
+        lambda queue: queue.schedule("s", every(60), "remote", {"n": 1}, overlap="allow"),
+        lambda queue: queue.schedule("s", every(3600), "remote", {"n": 1}, overlap="skip"),
+    ],
+    ids=["paused", "lax", "rarer"],
+)
+def test_so_it_does_though_the_schedule_was_changed_meanwhile(taken_up, clock, change):
+    change(taken_up)
+    taken_up.start()
+    look(taken_up)
+    assert ticks(taken_up) == ["27 12:01"]
+
+
+@pytest.mark.parametrize("misfire", ["skip", "one"])
+@pytest.mark.parametrize("at", ["put_note", "apply"])
+def test_nodes_that_decide_about_different_ticks_make_no_two_tasks_at_once(
+    make, clock, monkeypatch, at, misfire
+):
+    """One makes a missed tick good, and the next tick comes for another one before that is stored."""
+    one, other = (make() for _ in range(2))
+    one.schedule("s", every(60), "remote", misfire=misfire, misfire_grace=DAY, overlap="skip")
+    clock.advance(119)
+    write = getattr(one.repository, at)
+
+    def late(*args, **options):
+        monkeypatch.setattr(one.repository, at, write)
+        clock.advance(2)
+        tick_until_done(other)
+        return write(*args, **options)
+
+    monkeypatch.setattr(one.repository, at, late)
+    tick_until_done(one)
+    assert len(ticks(one)) == 1
+    assert not is_due(one.schedules()["s"], one)
+
+
+def tick_until_done(queue):
+    """As often as its schedules are due, as the scheduler would."""
+    ticker = Ticker(queue._services)
+    while ticker.behind(queue._clock.now_ms()):
+        ticker.tick()
 
 
 @pytest.mark.parametrize("misfire", ["skip", "one"])
