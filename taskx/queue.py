@@ -732,11 +732,13 @@ class Queue:
     def start(self) -> None:
         """Start the workers; a second call does nothing.
 
-        Tasks left behind by processes that died are taken up: what they were running, too.
+        Tasks left behind by processes that died are taken up: what they were running, too. Where it
+        raises, nothing was started, and it can be tried again.
 
         Raises:
             QueueStopped: the queue was stopped; make another one.
             RepositoryError: the repository cannot be used.
+            RuntimeError: the system has no more threads.
         """
         with self._state:
             if self._intake.stopped:
@@ -746,9 +748,15 @@ class Queue:
                 node.join()
                 # Before the first thread: what an executor submits or cancels finds its node.
                 self._node, self._intake.engine = node, node.engine
+                try:
+                    node.begin()
+                except BaseException:  # an interrupt, too: it can be started again
+                    self._node = self._intake.engine = None
+                    node.withdraw()
+                    raise
                 if (hooks := self._services.hooks).queue_started:
                     hooks.tell(hooks.queue_started, lambda: self)
-                node.begin()
+                node.go()
 
     def _ended(self) -> None:
         """The last executor has returned, and its outcome is written."""

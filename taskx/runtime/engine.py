@@ -59,6 +59,8 @@ class Engine:
         self.node = node
         self.buffer = buffer
         self.stopping = False
+        #: Set when the workers may run tasks.
+        self.begun = threading.Event()
         self.admission = Admission(
             services.registry.limits, services.repository, node.id, services.clock, services.log
         )
@@ -94,6 +96,7 @@ class Engine:
     # --- the workers
 
     def _work(self, worker: str) -> None:
+        self.begun.wait()
         pause = _FIRST_PAUSE
         while not self.stopping:
             try:
@@ -530,6 +533,7 @@ class Engine:
     def begin_stop(self) -> None:
         """Take nothing more."""
         self.stopping = True
+        self.begun.set()
         ahead = self.buffer.clear_ahead()
         self.buffer.close()
         self.starter.suspects.close()

@@ -89,12 +89,29 @@ class LocalNode:
             raise
 
     def begin(self) -> None:
-        """Start the threads."""
-        services = self._services
-        services.watcher.drive(True)
+        """Start the threads; the workers wait until they may :meth:`go`.
+
+        Raises:
+            RuntimeError: the system has no more threads.
+        """
         for thread in list(self.engine.threads):  # one that ends at once leaves the list
             thread.start()
         self._scheduler.start()
+
+    def withdraw(self) -> None:
+        """Undo :meth:`join` and what has been begun: no task was run."""
+        self.engine.begin_stop()
+        self._scheduler.stop()
+        with suppress(RepositoryError):  # what it still owns is taken from a node that has left
+            self.engine.release_pending()
+        with suppress(RepositoryError):  # it is for the error that was raised before to be told
+            self._services.repository.leave(self.record.id)
+
+    def go(self) -> None:
+        """Let the workers run tasks."""
+        services = self._services
+        services.watcher.drive(True)
+        self.engine.begun.set()
         services.log.info(
             "node %s started: %d workers, types %s",
             self.record.name,

@@ -13,6 +13,7 @@ import mongomock
 import pytest
 
 from taskx import (
+    Hook,
     MongoRepository,
     QueueFull,
     RepositoryUnavailable,
@@ -21,6 +22,7 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
+from taskx.runtime.scheduler import Scheduler
 from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, SpySQLite, eventually, is_intact, run_in_thread
@@ -470,6 +472,89 @@ def test_a_thousand_threads_submit_at_once(make_queue, database):
     assert {task.id for task in queue.repository.list(TaskFilter(limit=2000))} == set(accepted)
     queue.stop()
     queue.repository.close()
+
+
+# A start that fails
+
+
+class Started(Hook):
+    """Counts the starts that it is told of."""
+
+    times = 0
+
+    def queue_started(self, queue):
+        self.times += 1
+
+
+def own_threads():
+    return [t for t in threading.enumerate() if t.name.startswith(("taskx-work", "taskx-sched"))]
+
+
+@pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
+@pytest.mark.parametrize("number", [1, 3, 4], ids=["worker", "last worker", "scheduler"])
+def test_a_start_without_threads_for_it_leaves_nothing_started(
+    make_queue, monkeypatch, number, error
+):
+    """No task was run by then, though one waits; and it can be tried again."""
+    ran, hook = [], Started()
+    queue = make_queue(worker_num=3, hooks=[hook])
+    queue.executor("note")(lambda: ran.append(1))
+    waiting = queue.submit("note")
+    start, starts = threading.Thread.start, []
+
+    def fail(thread):
+        if thread.name.startswith(("taskx-work", "taskx-sched")):
+            starts.append(thread)
+            if len(starts) == number:
+                raise error
+        start(thread)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", fail)
+        with pytest.raises(type(error)):
+            queue.start()
+    eventually(lambda: own_threads() == [])
+    assert (ran, hook.times, queue.repository.nodes()) == ([], 0, [])
+    assert waiting.task().status is TaskStatus.PENDING
+    queue.start()
+    assert waiting.result(PATIENCE) is None
+    assert queue.submit("note").result(PATIENCE) is None
+    assert queue.drain(PATIENCE)
+    assert (len(ran), hook.times) == (2, 1)
+    assert queue.stop(PATIENCE) == []
+
+
+def test_what_was_submitted_to_a_start_that_failed_is_run_by_the_next(make_queue, monkeypatch):
+    queue, handles = make_queue(worker_num=1), []
+    queue.executor("fine")(lambda: "fine")
+
+    def fail(scheduler):
+        handles.append(queue.submit("fine"))
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scheduler, "start", fail)
+        with pytest.raises(RuntimeError):
+            queue.start()
+    queue.start()
+    assert handles[0].result(PATIENCE) == "fine"
+
+
+@pytest.mark.parametrize("step", ["join", "watch_lease", "nodes", "notes", "ready"])
+def test_a_start_whose_repository_fails_can_be_tried_again(make_queue, monkeypatch, step):
+    def fail(*args):
+        raise RepositoryUnavailable("down for a while")
+
+    queue = make_queue(worker_num=1)
+    queue.executor("fine")(lambda: "fine")
+    waiting = queue.submit("fine")
+    with monkeypatch.context() as patch:
+        patch.setattr(queue.repository, step, fail)
+        with pytest.raises(RepositoryUnavailable):
+            queue.start()
+    assert queue.repository.nodes() == []
+    queue.start()
+    assert waiting.result(PATIENCE) == "fine"
 
 
 LEAKS = """
