@@ -1,7 +1,8 @@
-"""Checks of options that are numbers."""
+"""Checks of options: numbers, and functions that are to be called."""
 
 from __future__ import annotations
 
+import inspect
 import math
 from typing import Any
 
@@ -30,3 +31,12 @@ def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> 
             f"{what} must be a whole number from {minimum} to {maximum}, not {value!r}"
         )
     return int(value)
+
+
+def check_plain(function: Any, what: str) -> None:
+    """A function whose body runs when it is called; ConfigurationError says why it would not."""
+    calls = (function, getattr(function, "__call__", None))  # noqa: B004  (an object may have an async one)
+    if any(inspect.iscoroutinefunction(c) or inspect.isasyncgenfunction(c) for c in calls):
+        raise ConfigurationError(f"{what} is async; TaskX runs plain functions")
+    if any(map(inspect.isgeneratorfunction, calls)):
+        raise ConfigurationError(f"{what} is a generator; its body would never run")

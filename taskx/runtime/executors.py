@@ -23,7 +23,7 @@ from typing import (
 
 import attrs
 
-from taskx.core.checks import check_int, check_number
+from taskx.core.checks import check_int, check_number, check_plain
 from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
 from taskx.core.model import Task, check_name
 from taskx.core.payload import DEFAULT_MAX_SIZE
@@ -272,13 +272,7 @@ class Parameters:
         self._type = type
         if not callable(function):
             raise ConfigurationError(f"executor {type!r} must be a function, not {function!r}")
-        call = getattr(function, "__call__", None)  # noqa: B004  (an object may have an async one)
-        if any(map(inspect.iscoroutinefunction, (function, call))) or inspect.isasyncgenfunction(
-            function
-        ):
-            raise ConfigurationError(f"executor {type!r} is async; TaskX runs plain functions")
-        if inspect.isgeneratorfunction(function):
-            raise ConfigurationError(f"executor {type!r} is a generator; its body would never run")
+        check_plain(function, f"executor {type!r}")
         parameters = list(inspect.signature(function).parameters.values())
         self.takes_context = bool(parameters) and _is_context(parameters[0])
         own = parameters[1:] if self.takes_context else parameters
@@ -507,6 +501,7 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
             f"{executor!r} is no executor: give an instance of a TaskExecutor with type and "
             "execute(ctx, task), or a function under @executor(…)"
         )
+    check_plain(executor.execute, f"executor {type_!r}")
     return Registered(
         type=check_name(type_, "type"),
         invoke=_classic(executor),

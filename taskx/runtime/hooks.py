@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from taskx.core import lifecycle
+from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError
 from taskx.core.lifecycle import Ending
 from taskx.core.log import GuardedLogger
@@ -91,7 +92,7 @@ class Hooks:
         log: what their failures are logged to.
 
     Raises:
-        ConfigurationError: one of them is no :class:`Hook`.
+        ConfigurationError: one of them is no :class:`Hook`, or has an event that is async.
     """
 
     queue_started: Listeners
@@ -259,9 +260,12 @@ class Hooks:
 
 def _listeners(hooks: Iterable[Hook], event: str) -> Listeners:
     """The hooks that override an event."""
-    found = ((type(hook).__name__, getattr(hook, event)) for hook in hooks)
-    return tuple(
-        (f"{name}.{event}", method)
+    found = ((f"{type(hook).__name__}.{event}", getattr(hook, event)) for hook in hooks)
+    listeners = tuple(
+        (name, method)
         for name, method in found
         if getattr(method, "__func__", None) is not getattr(Hook, event)
     )
+    for name, method in listeners:
+        check_plain(method, f"hook {name}")
+    return listeners

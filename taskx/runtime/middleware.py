@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any
 
+from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task
 from taskx.runtime.context import Context
@@ -33,7 +34,7 @@ class Middleware:
 
 
 def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """The layers; ConfigurationError if one of them cannot be called, or is a class."""
+    """The layers; ConfigurationError if one of them cannot be called, is a class, or is async."""
     known = tuple(layers)
     for layer in known:
         if not callable(layer) or inspect.isclass(layer):
@@ -41,6 +42,7 @@ def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:
                 "middleware must be instances of Middleware, or functions of (ctx, task, call_next), "
                 f"not {layer!r}"
             )
+        check_plain(layer, f"middleware {layer!r}")
     return known
 
 

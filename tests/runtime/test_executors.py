@@ -297,6 +297,15 @@ def test_class_that_only_looks_like_an_executor(started):
 
 
 def test_what_is_no_executor_is_refused(queue):
+    class Async(TaskExecutor):
+        type = "async"
+
+        async def execute(self, ctx, task):
+            pass
+
+    with pytest.raises(ConfigurationError, match="executor 'async' is async"):
+        queue.register_executor(Async())
+
     class Nameless(TaskExecutor):
         def execute(self, ctx, task):
             pass

@@ -418,6 +418,30 @@ class TestFailures:
         with pytest.raises(ConfigurationError, match="Hook"):
             Queue(MemoryRepository(), hooks=[wrong])
 
+    def test_one_whose_body_would_never_run_is_refused(self):
+        """It would be called, and make a coroutine that nobody awaits."""
+
+        async def told(task):
+            pass
+
+        class Async(Hook):
+            async def finished(self, task):
+                pass
+
+        class Yields(Hook):
+            def retried(self, task, error, delay):
+                yield
+
+        given = Hook()
+        given.started = told
+        for wrong, problem in (
+            (Async(), "hook Async.finished is async"),
+            (Yields(), "hook Yields.retried is a generator"),
+            (given, "hook Hook.started is async"),
+        ):
+            with pytest.raises(ConfigurationError, match=problem):
+                Queue(MemoryRepository(), hooks=[Hook(), wrong])
+
 
 class Blocks(Hook):
     """Hangs when a task is finished, until it is let on."""

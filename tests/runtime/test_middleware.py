@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from functools import partial
 
 import pytest
 
@@ -196,4 +197,38 @@ def test_without_any_an_executor_is_called_as_it_is():
 @pytest.mark.parametrize("wrong", [object(), Middleware, None, "text"])
 def test_what_cannot_wrap_is_refused(wrong):
     with pytest.raises(ConfigurationError, match="middleware"):
+        Queue(MemoryRepository(), middleware=[wrong])
+
+
+async def coroutine(ctx, task, call_next):
+    return call_next()
+
+
+def generator(ctx, task, call_next):
+    yield call_next()
+
+
+class Async(Middleware):
+    async def __call__(self, ctx, task, call_next):
+        return call_next()
+
+
+class Stream(Middleware):
+    async def __call__(self, ctx, task, call_next):
+        yield call_next()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "problem"),
+    [
+        (coroutine, "is async"),
+        (partial(coroutine), "is async"),
+        (Async(), "is async"),
+        (Stream(), "is async"),
+        (generator, "is a generator"),
+    ],
+)
+def test_what_would_not_call_the_executor_is_refused(wrong, problem):
+    """It would be called, and make a coroutine that nobody awaits."""
+    with pytest.raises(ConfigurationError, match=rf"middleware .* {problem}"):
         Queue(MemoryRepository(), middleware=[wrong])
