@@ -24,6 +24,7 @@ from taskx import (
     TaskStatus,
 )
 from taskx.core.writes import Update
+from taskx.runtime.scheduler import PROGRESS_EVERY
 
 from .conftest import PATIENCE, eventually
 
@@ -117,8 +118,11 @@ def test_running_task_hears_it_at_once(started):
     "error", [None, ValueError("while tidying up"), SystemExit(1), KeyboardInterrupt()], ids=repr
 )
 def test_whatever_a_cancelled_executor_raises_it_is_cancelled(started, error):
+    begun = threading.Event()
+
     @started.executor("listen", max_attempts=5)
     def listen(ctx):
+        begun.set()
         try:
             ctx.sleep(PATIENCE)
         except TaskCancelled:
@@ -127,7 +131,7 @@ def test_whatever_a_cancelled_executor_raises_it_is_cancelled(started, error):
             raise error from None
 
     handle = started.submit("listen")
-    eventually(handle.running)
+    assert begun.wait(PATIENCE)
     started.cancel_task(handle.id)
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
@@ -135,28 +139,34 @@ def test_whatever_a_cancelled_executor_raises_it_is_cancelled(started, error):
 
 
 def test_exception_handlers_do_not_swallow_a_cancel(started):
+    begun = threading.Event()
+
     @started.executor("careless")
     def careless(ctx):
+        begun.set()
         try:
             ctx.sleep(PATIENCE)
         except Exception:  # noqa: BLE001  (what careless code does)
             return "swallowed"
 
     handle = started.submit("careless")
-    eventually(handle.running)
+    assert begun.wait(PATIENCE)
     started.cancel_task(handle.id)
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
 
 
 def test_normal_return_completes_a_cancelled_task(started):
+    begun = threading.Event()
+
     @started.executor("thorough")
     def thorough(ctx):
+        begun.set()
         ctx.token.wait(PATIENCE)
         return "done all the same"
 
     handle = started.submit("thorough")
-    eventually(handle.running)
+    assert begun.wait(PATIENCE)
     started.cancel_task(handle.id)
     assert handle.result(PATIENCE) == "done all the same"
     assert handle.task().status is TaskStatus.COMPLETED
@@ -199,7 +209,7 @@ def test_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
     assert other.cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 10  # where the executor sleeps for twice as long
     other.repository.close()
 
 
@@ -370,13 +380,16 @@ def test_deadline_of_the_task_is_not_the_narrower_ones(started):
 
 
 def test_cancel_reaches_into_a_narrower_deadline(started):
+    inside = threading.Event()
+
     @started.executor("slow")
     def slow(ctx):
         with ctx.timeout(PATIENCE):
+            inside.set()
             ctx.sleep(PATIENCE)
 
     handle = started.submit("slow")
-    eventually(handle.running)
+    assert inside.wait(PATIENCE)
     started.cancel_task(handle.id)
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
@@ -443,7 +456,7 @@ def test_what_is_no_callback_fails_the_attempt(started):
 
 
 def test_callback_taken_back_is_not_called(started):
-    called = []
+    called, taken_back = [], threading.Event()
 
     @started.executor("listen")
     def listen(ctx):
@@ -451,10 +464,11 @@ def test_callback_taken_back_is_not_called(started):
         ctx.on_cancel(lambda: called.append("yes"))
         remove()
         remove()
+        taken_back.set()
         ctx.sleep(PATIENCE)
 
     handle = started.submit("listen")
-    eventually(handle.running)
+    assert taken_back.wait(PATIENCE)
     started.cancel_task(handle.id)
     eventually(lambda: called)
     assert called == ["yes"]
@@ -482,8 +496,8 @@ def test_a_million_calls_are_a_few_writes(started):
     began = time.monotonic()
     handle = started.submit("count")
     assert handle.exception(60)
-    tenths = (time.monotonic() - began) * 10
-    assert len(progress_writes(started)) <= tenths + 2
+    rounds = (time.monotonic() - began) / (0.9 * PROGRESS_EVERY)  # the scheduler may be early
+    assert len(progress_writes(started)) <= rounds + 2
     assert (handle.task().progress, handle.task().message) == (99, "counting")
 
 

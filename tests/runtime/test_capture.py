@@ -245,11 +245,11 @@ class TestWhen:
         ]
 
     @pytest.mark.parametrize("how", ["cancel", "timeout", "stop"])
-    def test_an_attempt_that_is_cut_short(self, queue, how):
-        timeout = 0.05 if how == "timeout" else None
+    def test_an_attempt_that_is_cut_short(self, make_queue, clock, how):
+        queue = make_queue(worker_num=2, clock=clock)
         begun = threading.Event()
 
-        @queue.executor(capture_log=True, timeout=timeout)
+        @queue.executor(capture_log=True, timeout=60)
         def talk(ctx):
             ctx.logger.info("begins")
             begun.set()
@@ -263,15 +263,18 @@ class TestWhen:
         assert begun.wait(PATIENCE)
         if how == "cancel":
             handle.cancel()
-        elif how == "stop":
+        elif how == "timeout":
+            clock.advance(60)
+        else:
             queue.stop(PATIENCE, cancel=True)
         eventually(lambda: handle.task().status is not TaskStatus.RUNNING)
         assert lines(handle.task())[1:] == ["INFO taskx: begins", "INFO taskx: ends"]
 
-    def test_an_attempt_that_is_given_up(self, queue, gate):
+    def test_an_attempt_that_is_given_up(self, make_queue, clock, gate):
         """What its thread logs later is dropped, as all else that comes of it."""
+        queue = make_queue(worker_num=2, clock=clock)
 
-        @queue.executor(capture_log=True, timeout=0.05, grace=0.0)
+        @queue.executor(capture_log=True, timeout=60, grace=0.0)
         def talk(ctx):
             ctx.logger.info("hangs")
             gate()
@@ -279,6 +282,8 @@ class TestWhen:
 
         queue.start()
         handle = queue.submit("talk")
+        gate.wait_for()
+        clock.advance(60)
         with pytest.raises(TaskFailed, match="still runs"):
             handle.result(PATIENCE)
         gate.open()

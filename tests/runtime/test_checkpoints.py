@@ -303,11 +303,12 @@ class TestCancelled:
             assert checkpoints(queue, handle) == {"steps": {"before": 1}}
             assert (handle.task().status, handle.task().starts) == (TaskStatus.PENDING, 2)
 
-    def test_a_thread_that_was_given_up_stores_nothing(self, queue, gate):
+    def test_a_thread_that_was_given_up_stores_nothing(self, make_queue, clock, gate):
         """Its attempt is over, and another one may have gone on."""
+        queue = make_queue(worker_num=2, clock=clock)
         reasons = []
 
-        @queue.executor(timeout=0.05, grace=0.0)
+        @queue.executor(timeout=60, grace=0.0)
         def slow(ctx):
             try:
                 ctx.step("late", gate)
@@ -317,6 +318,8 @@ class TestCancelled:
 
         queue.start()
         handle = queue.submit("slow")
+        gate.wait_for()
+        clock.advance(60)
         with pytest.raises(TaskFailed, match="still runs"):
             handle.result(PATIENCE)
         gate.open()
@@ -451,6 +454,7 @@ class TestLater:
                 seen.append(("finished", task.checkpoints))
 
         queue = make_queue(hooks=[Look()])
+        hooks = queue._services.hooks
 
         @queue.executor(max_attempts=2)
         def work(ctx):
@@ -459,7 +463,7 @@ class TestLater:
                 raise Retry
             ctx.cursor = 5
             ctx.progress(50)
-            eventually(lambda: handle.task().progress == 50)
+            eventually(lambda: hooks.progressed in [event[0] for event in list(hooks.waiting)])
 
         handle = queue.submit("work")
         queue.start()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import threading
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -204,31 +205,30 @@ def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, reposit
     """Some rounds of ten threads that submit while the queue is stopped in the middle of it."""
     all_left = []
     for _ in range(5):
-        queue = make_queue(worker_num=2, buffer_size=10_000)
+        queue = make_queue(worker_num=2, buffer_size=1_000_000)
         ran, line = [], threading.Barrier(11)
-        queue.executor("n")(lambda ctx, n, ran=ran: (ctx.token.wait(0.001), ran.append(n))[1])
+        # So long that some are left, however slowly they are submitted.
+        queue.executor("n")(lambda ctx, n, ran=ran: (ctx.token.wait(0.02), ran.append(n))[1])
         queue.start()
 
-        def submit(start, queue=queue, line=line):
+        def submit(first, queue=queue, line=line):
             line.wait(PATIENCE)
             accepted = []
             try:
-                for n in range(start, start + 5000):
+                for n in count(first, 10):
                     queue.submit("n", {"n": n})
                     accepted.append(n)
             except QueueStopped:
                 return accepted
-            raise AssertionError("it was never stopped")
 
         threads = [
-            run_in_thread(lambda start=start, submit=submit: submit(start))
-            for start in range(0, 50_000, 5000)
+            run_in_thread(lambda first=first, submit=submit: submit(first)) for first in range(10)
         ]
         line.wait(PATIENCE)
         eventually(lambda: repository.count(TaskFilter()) > 50)
         assert queue.stop(PATIENCE) == []
         accepted = sorted(n for thread in threads for n in thread())
-        kept = {task.params["n"]: task for task in repository.list(TaskFilter(limit=100_000))}
+        kept = {task.params["n"]: task for task in repository.list(TaskFilter(limit=1_000_000))}
         assert sorted(kept) == accepted
         done = sorted(n for n, task in kept.items() if task.status is TaskStatus.COMPLETED)
         assert done == sorted(ran)

@@ -742,8 +742,10 @@ def test_killed_between_a_parents_end_and_the_childs_release(url, spawn):
         queue.declare("step")
         dying = spawn(PROGRAM, url, "dies")
         assert dying.read() == "ready"
-        parent = queue.submit("step", {"n": 1}, delay=1.0)
+        queue.pause("step")  # so that the parent does not end before the child is there
+        parent = queue.submit("step", {"n": 1})
         child = queue.submit("step", {"n": 10}, depends_on=[parent])
+        queue.resume("step")
         eventually(lambda: dying.process.poll() is not None)
         assert dying.process.returncode == -9
         assert repository.statuses([parent.id, child.id]) == {

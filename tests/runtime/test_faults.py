@@ -111,13 +111,14 @@ class TestLocked:
         assert {handle.task().starts for handle in handles} == {1}
         all_workers_live(queue)
 
-    def test_a_lock_that_lasts_too_long(self, impatient, make_queue, locker, gate):
+    def test_a_lock_that_lasts_too_long(self, impatient, make_queue, clock, locker, gate):
         """Submits are refused and leave nothing; outcomes, time-outs and workers outlive it."""
-        queue = make_queue(impatient, worker_num=2)
-        timed_out = threading.Event()
+        queue = make_queue(impatient, worker_num=2, clock=clock)
+        begun, timed_out = threading.Event(), threading.Event()
 
-        @queue.executor("slow", timeout=0.5)
+        @queue.executor("slow", timeout=60)
         def slow(ctx):
+            begun.set()
             ctx.token.wait(PATIENCE)
             timed_out.set()
             ctx.token.raise_if_cancelled()
@@ -126,12 +127,13 @@ class TestLocked:
         queue.start()
         held, late = queue.submit("hold", {"n": 7}), queue.submit("slow")
         gate.wait_for(1)
-        eventually(late.running)
+        assert begun.wait(PATIENCE)
         waiting = queue.submit("hold", {"n": 8})
         locker.lock()
         for _ in range(2):
             with pytest.raises(RepositoryUnavailable, match=r"locked for 0\.2 s"):
                 queue.submit("hold", {"n": 0}, id="refused")
+        clock.advance(60)
         assert timed_out.wait(PATIENCE)
         gate.open()
         eventually(lambda: len(queue._services.ledger._waiting) >= 2)

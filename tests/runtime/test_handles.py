@@ -273,12 +273,17 @@ def test_two_queues_share_the_work(make_queue, repository):
     if isinstance(repository, SpySQLite):
         others = SpySQLite(repository.path)
     ran: list[tuple[str, int]] = []
+    both = {"a": threading.Event(), "b": threading.Event()}
+
+    def note(name, n):
+        both[name].set()
+        assert all(one.wait(PATIENCE) for one in both.values())  # until the other one is at it, too
+        ran.append((name, n))
+
     queues = []
     for name, on in (("a", repository), ("b", others)):
         queue = make_queue(on, worker_num=2)
-        queue.executor("note")(
-            lambda ctx, n, name=name: (ctx.sleep(0.001), ran.append((name, n)))[0]
-        )
+        queue.executor("note")(lambda n, name=name: note(name, n))
         queues.append(queue)
     handles = [queues[0].submit("note", {"n": n}) for n in range(300)]
     for queue in queues:
@@ -366,6 +371,6 @@ def test_work_in_another_process(database, spawn):
         assert child.read() == "listening"
         assert listening.cancel() is False
         with pytest.raises(CancelledError):
-            listening.result(3)
+            listening.result(PATIENCE)
         child.tell()
         assert child.ends()[1] == ""

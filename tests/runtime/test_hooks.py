@@ -483,6 +483,7 @@ class TestAHookThatHangs:
         queue.submit("t")
         queue.submit("t")
         eventually(lambda: len(queue._services.hooks.waiting) == 1)
+        eventually(lambda: not queue._node.engine.runs)
         assert queue.stop(0.1) == []
         assert "stopped with 1 event(s) not told to hooks yet" in caplog.text
 

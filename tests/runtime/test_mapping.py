@@ -116,7 +116,7 @@ class TestResults:
         results = queue.map(hold, range(10))
         first = concurrent.futures.ThreadPoolExecutor(1).submit(next, results)
         gate.wait_for(4)
-        assert len(ids(queue)) == 5
+        eventually(lambda: len(ids(queue)) == 5)
         gate.open()
         assert [first.result(PATIENCE), *results] == list(range(10))
 

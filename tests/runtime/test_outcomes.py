@@ -464,7 +464,7 @@ def test_waiting_worker_keeps_nothing_of_the_last_task_alive(started, fails):
         for handle in handles:
             handle.exception(PATIENCE)
         del handle, handles
-        eventually(lambda: not any(ref() for ref in made), timeout=5)
+        eventually(lambda: not any(ref() for ref in made))
     finally:
         gc.enable()
     assert len(made) == 4

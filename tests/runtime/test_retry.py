@@ -1,6 +1,7 @@
 """Attempts that follow one another: at once, after a while, or not at all."""
 
 import logging
+import threading
 from datetime import timedelta
 
 import pytest
@@ -124,14 +125,17 @@ class TestPolicy:
         assert (handle.task().errors, handle.task().dead_letter) == (2, True)
 
     def test_a_time_out_counts_as_timeout_error(self, queue, clock):
+        begun = threading.Event()
+
         @queue.executor("slow", timeout=5, retry=RetryPolicy(9, give_up_on=TimeoutError))
         def slow(ctx):
+            begun.set()
             ctx.token.wait(PATIENCE)
             ctx.token.raise_if_cancelled()
 
         queue.start()
         handle = queue.submit("slow")
-        eventually(lambda: handle.task().status is TaskStatus.RUNNING)
+        assert begun.wait(PATIENCE)
         clock.advance(5)
         with pytest.raises(TaskFailed, match="timed out"):
             handle.result(PATIENCE)

@@ -171,7 +171,7 @@ class TestGivenUp:
         handle = queue.submit("hang", id="x", max_attempts=2)
         gate.wait_for()
         clock.advance(TIMEOUT)
-        queue._services.alarms.ring()
+        assert queue.tokens[0].reason == "timeout"
         queue.cancel_task("x")
         clock.advance(GRACE)
         eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
@@ -580,8 +580,9 @@ class TestStop:
         queue = make(buffer_size=1, overflow="caller_runs")
         hold = threading.Event()
         queue.executor("hold")(lambda: hold.wait(PATIENCE))
+        held = []
         for count in (1, 2):  # one runs, one is in the buffer
-            queue.submit("hold")
+            held.append(queue.submit("hold"))
             eventually(lambda: queue.running == 1)
             assert queue.buffered == count - 1
         submit = run_in_thread(lambda: queue.submit("hang", {"name": "x"}, id="x"))
@@ -589,6 +590,8 @@ class TestStop:
         clock.advance(TIMEOUT + GRACE)
         fails(queue.handle("x"))
         hold.set()
+        assert [handle.result(PATIENCE) for handle in held] == [True, True]
+        eventually(lambda: not queue._node.engine.runs)
         assert queue.stop(timeout=0.5) == ["x"]
         [node] = queue.repository.nodes()
         assert queue.repository.get_by_id("x").stuck_on == node.id
@@ -606,13 +609,15 @@ class TestStop:
 # Processes
 
 PROGRAM = """
-import os, signal, sys, threading
+import datetime, os, signal, sys, threading
 from taskx import Config, Queue, SQLiteRepository
+from taskx.testing import ManualClock
 
-queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=2))
+clock = ManualClock(datetime.datetime.now(datetime.timezone.utc))
+queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=2), clock=clock)
 began, released = threading.Event(), threading.Event()
 
-@queue.executor("hang", timeout=0.2, grace=0.2, max_attempts=2)
+@queue.executor("hang", timeout=60, grace=60, max_attempts=2)
 def hang():
     began.set()
     released.wait()
@@ -621,6 +626,7 @@ def hang():
 queue.start()
 handle = queue.submit("hang", id="x")
 began.wait()  # else the other process might take it
+clock.advance(120)
 print(handle.id, flush=True)
 while True:
     if sys.stdin.readline() == "":
