@@ -91,17 +91,18 @@ def test_cancelled_ones_give_their_room_back(busy):
 
 
 def test_running_task_hears_it_at_once(started):
-    heard = threading.Event()
+    begun, heard = threading.Event(), threading.Event()
 
     @started.executor("listen")
     def listen(ctx):
+        begun.set()
         ctx.token.wait(PATIENCE)
         if ctx.token.reason is CancelReason.CANCEL:
             heard.set()
         ctx.token.raise_if_cancelled()
 
     handle = started.submit("listen")
-    eventually(lambda: handle.running())
+    assert begun.wait(PATIENCE)
     began = time.monotonic()
     assert started.cancel_task(handle.id) is False
     assert heard.wait(PATIENCE)
@@ -264,14 +265,31 @@ def test_timeout_is_for_each_attempt_and_spends_it(started):
     assert [a.error for a in handle.task().attempts] == ["timed out after 0.02 s"] * 3
 
 
-def test_error_of_its_own_after_the_deadline_is_kept(started):
-    @started.executor("slow", timeout=0.02)
+@pytest.fixture
+def past_its_deadline(make_queue, clock):
+    """Has a function run as a task whose deadline passes when it has begun; returns its handle."""
+
+    def run(function, **options):
+        queue = make_queue(worker_num=1, clock=clock)
+
+        @queue.executor("slow", timeout=60)
+        def slow(ctx):
+            clock.advance(60)
+            return function(ctx)
+
+        queue.start()
+        return queue.submit("slow", **options)
+
+    return run
+
+
+def test_error_of_its_own_after_the_deadline_is_kept(past_its_deadline):
     def slow(ctx):
         ctx.token.wait()
         raise OSError("connection cut off")
 
-    with pytest.raises(TaskFailed, match=r"timed out after 0\.02 s: OSError: connection cut off"):
-        started.submit("slow").result(PATIENCE)
+    with pytest.raises(TaskFailed, match="timed out after 60 s: OSError: connection cut off"):
+        past_its_deadline(slow).result(PATIENCE)
 
 
 @pytest.mark.parametrize(
@@ -286,22 +304,22 @@ def test_error_of_its_own_after_the_deadline_is_kept(started):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-def test_whatever_a_time_out_surfaces_as_it_is_one_to_the_policy(started, raised, policy, attempts):
+def test_whatever_a_time_out_surfaces_as_it_is_one_to_the_policy(
+    past_its_deadline, raised, policy, attempts
+):
     """What a connection raises that was closed by it, say. It snoozes no task, either."""
 
-    @started.executor("slow", timeout=0.02)
     def slow(ctx):
         ctx.token.wait()
         raise raised
 
-    handle = started.submit("slow", retry=RetryPolicy(3, base=0, **policy))
+    handle = past_its_deadline(slow, retry=RetryPolicy(3, base=0, **policy))
     assert handle.exception(PATIENCE).attempt == attempts
     assert (handle.task().errors, handle.task().snoozes) == (attempts, 0)
 
 
-def test_return_after_the_deadline_completes(started):
-    started.executor("slow", timeout=0.02)(lambda ctx: ctx.token.wait())
-    assert started.submit("slow").result(PATIENCE) is True
+def test_return_after_the_deadline_completes(past_its_deadline):
+    assert past_its_deadline(lambda ctx: ctx.token.wait()).result(PATIENCE) is True
 
 
 def test_timeout_counts_from_the_start_of_the_attempt(busy, gate):
@@ -425,7 +443,7 @@ def test_callbacks_run_on_a_thread_of_their_own(started):
 
 
 def test_callback_that_hangs_hangs_nobody(started, gate):
-    others = []
+    others, begun = [], threading.Event()
 
     @started.executor("listen")
     def listen(ctx):
@@ -433,10 +451,11 @@ def test_callback_that_hangs_hangs_nobody(started, gate):
         ctx.on_cancel(lambda: gate())
         ctx.on_cancel(lambda: others.append(2))
         ctx.on_cancel(lambda: 1 / 0)
+        begun.set()
         ctx.sleep(PATIENCE)
 
     handle = started.submit("listen")
-    eventually(handle.running)
+    assert begun.wait(PATIENCE)
     assert started.cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)

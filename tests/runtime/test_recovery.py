@@ -132,7 +132,7 @@ wait_for_ever()
     for task in tasks:
         assert task.status is TaskStatus.COMPLETED
         if task.type == "work":
-            assert (task.crashes, task.errors, task.starts) == (0, 0, 1)
+            assert (task.crashes, task.errors, len(task.attempts)) == (0, 0, 1)
     assert logged(database)["begun 0"] == 1
 
 
@@ -503,7 +503,7 @@ with queue:
     for child in children:
         assert child.ends(90) == ("", "")
     assert logged(database) == Counter(f"ran {n}" for n in range(1000))
-    assert {(t.starts, t.crashes) for t in runner.list_tasks()[0]} == {(1, 0)}
+    assert {(len(t.attempts), t.crashes) for t in runner.list_tasks()[0]} == {(1, 0)}
 
 
 def test_second_queue_in_the_process_touches_nothing_of_the_firsts(make_queue, gate, repository):

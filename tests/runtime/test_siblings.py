@@ -85,4 +85,5 @@ def test_every_task_runs_once_whoever_runs_it(make_queue, idle):
     assert sorted(first.ran + second.ran) == list(range(500))
     tasks, total = first.list_tasks()
     assert total == 500
-    assert {task.starts for task in tasks} == {1}
+    # Some may have been handed back before they ran, and started twice.
+    assert {len(task.attempts) for task in tasks} == {1}
