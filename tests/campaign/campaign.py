@@ -173,6 +173,14 @@ class Campaign:
     def events(self) -> list[Event]:
         return read(self.side_log)
 
+    def hold(self) -> dict[str, Any]:
+        """What ``held`` tasks are told, so that they end when they are let go."""
+        return {"until": str(self.folder / "let go")}
+
+    def let_go(self) -> None:
+        """Have the tasks end that are held."""
+        Path(self.hold()["until"]).touch()
+
     def wait_for(self, what: str, seconds: float = 20.0, **like: Any) -> Event:
         """The first event of that kind."""
 

@@ -45,7 +45,7 @@ def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch)
     handle = queue.submit("note")
     assert held.reached.wait(20.0)
     assert queue.stop(timeout=0.0) == []
-    assert [node.stopping for node in queue.repository.nodes()] == [True]
+    until(lambda: [node.stopping for node in queue.repository.nodes()] == [True], 20.0, "it stops")
     held.go.set()
     until(lambda: not queue.repository.nodes(), 20.0, "the node leaves")
     task = handle.task()

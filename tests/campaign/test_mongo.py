@@ -89,8 +89,8 @@ def test_killed_at_every_point(campaign):
 
 # The proof proved
 
-#: Short, but with a margin in which even a busy machine has an executor heed its token.
-LEASE = 2.0
+#: Short, but with a margin in which even a busy machine has an executor heed its token, and a beat sent.
+LEASE = 4.0
 
 
 def store(campaign: MongoCampaign, kind: str, **params: Any) -> None:
@@ -105,13 +105,14 @@ def store(campaign: MongoCampaign, kind: str, **params: Any) -> None:
 
 def close_while_it_runs(campaign: MongoCampaign, **options: Any) -> None:
     """A run loses its fence while it is under way, and returns all the same."""
-    store(campaign, "stubborn", seconds=0.6)
+    store(campaign, "held", **campaign.hold())
     runner = campaign.spawn(role="serve", **options)
     task = campaign.wait_for("begin", who=runner.who)
     with campaign.open() as repository:
         campaign.log.tell("close", task.id)
         repository.update_status(task.id, TaskStatus.FAILED, CLOSED_BY_HAND)
         campaign.log.tell("closed", task.id)
+    campaign.let_go()
     campaign.wait_for("end", who=runner.who)
     assert runner.finish(30.0) == 0
 
@@ -135,7 +136,7 @@ def neighbours_elsewhere(campaign: MongoCampaign, **options: Any) -> None:
     second = campaign.spawn(role="serve", lease=LEASE, **options)
     campaign.wait_for("started", who=second.who)
     enough = campaign.beats() + 2 * (BEATS + 2)  # of both nodes
-    until(lambda: took(campaign, second) or campaign.beats() > enough, 20.0, "it is taken or not")
+    until(lambda: took(campaign, second) or campaign.beats() > enough, 40.0, "it is taken or not")
 
 
 def took(campaign: MongoCampaign, child: Child) -> bool:

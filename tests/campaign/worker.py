@@ -58,6 +58,7 @@ class Options:
         seconds: how long ``mix`` goes on before it stops.
         tasks: kinds, options, how many of each and whether they are submitted together, for
             ``submit`` and ``store``.
+        waits: ``drain`` begins when a line arrives on its standard input.
         point, passings: where it kills itself, and at which passing.
         interrupt: where the leader of a commit is interrupted.
         error: by which error.
@@ -80,6 +81,7 @@ class Options:
     overflow: str = "spill"
     durability: str = "accepted"
     tasks: list[dict[str, Any]] = attrs.Factory(list)
+    waits: bool = False
     point: str = ""
     passings: int = 1
     interrupt: str = ""
@@ -101,6 +103,7 @@ class Executors:
         queue.executor("brief", max_crashes=MANY)(self.brief)
         queue.executor("patient", max_crashes=MANY)(self.patient)
         queue.executor("stubborn", max_crashes=MANY)(self.stubborn)
+        queue.executor("held", max_crashes=MANY)(self.held)
         queue.executor("raiser", max_crashes=MANY, max_attempts=3)(self.raiser)
         queue.executor("parent", max_crashes=MANY)(self.parent)
         queue.executor("once", max_crashes=1)(self.brief)
@@ -141,6 +144,13 @@ class Executors:
     def stubborn(self, ctx: Context, seconds: float = 0.2) -> int:
         """Heeds no token."""
         return self.brief(ctx, seconds)
+
+    def held(self, ctx: Context, until: str) -> int:
+        """Heeds no token, and ends when there is a file of that name."""
+        with self._told(ctx):
+            while not os.path.exists(until):
+                threading.Event().wait(0.01)
+            return ctx.task.starts
 
     def raiser(self, ctx: Context, raises: int = 1) -> int:
         """Raises in its first attempts."""
@@ -369,6 +379,9 @@ class Worker:
                 self.submit(kind, **wanted)
 
     def drain(self) -> None:
+        if self.options.waits:
+            self.log.tell("ready")
+            sys.stdin.readline()
         self.start()
         self._run_until_nothing_is_left()
         self.stop(5.0, cancel=False)
