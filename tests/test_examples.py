@@ -9,7 +9,6 @@ import os
 import pty
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -22,6 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
+from ports import free_port
 
 from taskx import Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
 
@@ -410,7 +410,7 @@ def test_flask_runs_a_task(client):
 
 
 def test_flask_shows_progress(client):
-    task_id = submit(client, title="Sales", pages=3)
+    task_id = submit(client, title="Sales", pages=100)
     told = wait_until(lambda: (t := shown(client, task_id))["progress"] and t)
     assert told["status"] == "running"
     assert told["message"].startswith("page ")
@@ -500,11 +500,6 @@ def test_flask_starts_in_a_gunicorn_worker(flask_app, tmp_path):
         queue.stop()
 
 
-def free_port() -> str:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return str(server.getsockname()[1])
-
-
 def answers(url: str) -> str | None:
     """What a server answers; None as long as there is none."""
     try:
@@ -528,7 +523,7 @@ def submitter(database: Path, type: str) -> Iterator[Queue]:
 def test_flask_serves(flask_app, tmp_path, args):
     """One process runs tasks, the one that serves; when it is stopped it hands them back."""
     database, port = tmp_path / "tasks.db", free_port()
-    env = {**os.environ, "TASKX_DATABASE": str(database), "PORT": port}
+    env = {**os.environ, "TASKX_DATABASE": str(database), "PORT": str(port)}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     with program(
         sys.executable, EXAMPLES / "flask_app.py", *args, env=env, cwd=tmp_path, **options
@@ -540,7 +535,7 @@ def test_flask_serves(flask_app, tmp_path, args):
             assert (f":{process.pid}:" in node.name) == (not args)
             queue.submit("report", {"title": "Sales", "pages": 1}).result(timeout=30)
             long = queue.submit("report", {"title": "Long", "pages": 10_000})
-            wait_until(long.running)
+            wait_until(lambda: long.task().message)
             if not args:
                 process.terminate()
                 assert process.wait(timeout=30) == 0

@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import textwrap
@@ -20,6 +19,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
+from ports import free_port
 
 from taskx import SQLiteRepository
 
@@ -43,12 +43,14 @@ class Site:
     Attributes:
         repository: the file that its processes share.
         log: where gunicorn writes.
+        step: how many seconds a step of a report takes.
         master: gunicorn's first process, which serves nothing itself.
     """
 
+    step: float
+
     def __init__(self, folder: Path, *options: str) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            self.address = f"127.0.0.1:{server.getsockname()[1]}"
+        self.address = f"127.0.0.1:{free_port()}"
         self.log = folder / "gunicorn.log"
         self.repository = SQLiteRepository(folder / "tasks.db")
         self.master = subprocess.Popen(
@@ -60,7 +62,7 @@ class Site:
         )
 
     def submit(self, title: str, steps: int) -> str:
-        """Submit a report that takes so many steps of some tenths of a second; returns its id."""
+        """Submit a report that takes so many steps; returns its id."""
         raise NotImplementedError
 
     def status(self, task_id: str) -> str:
@@ -92,6 +94,8 @@ class Site:
 class FlaskSite(Site):
     """``examples/flask_app.py``, as it says there."""
 
+    step = 0.25
+
     def __init__(self, folder: Path, *options: str) -> None:
         super().__init__(
             folder,
@@ -114,6 +118,8 @@ class FlaskSite(Site):
 
 class DjangoSite(Site):
     """``examples/django_project``, changed for ``--preload`` as its ``wsgi.py`` says."""
+
+    step = 0.1
 
     def __init__(self, folder: Path, *options: str) -> None:
         ignored = shutil.ignore_patterns("__pycache__", "*.db*")
@@ -198,7 +204,7 @@ def test_two_workers_share_the_tasks(site: Site) -> None:
 
 def test_killed_worker_loses_nothing(site: Site) -> None:
     """What a worker process ran when it was killed runs again, and gunicorn's new worker joins."""
-    task_id = site.submit("long", 10)
+    task_id = site.submit("long", round(4 / site.step))  # time to find and kill it
 
     def runs() -> str:
         task = site.repository.get_by_id(task_id)
@@ -218,7 +224,7 @@ def test_killed_worker_loses_nothing(site: Site) -> None:
 def test_server_that_is_stopped_hands_back_what_it_runs(site: Site) -> None:
     """And the next one goes on with it."""
     task_id = site.submit("long", 1000)
-    eventually(lambda: site.repository.get_by_id(task_id).status == "running")
+    eventually(lambda: site.repository.get_by_id(task_id).message)
     assert site.stop() == 0
     task = site.repository.get_by_id(task_id)
     assert (task.status, task.crashes) == ("pending", 0)

@@ -9,6 +9,7 @@ import time
 from collections import Counter
 
 import pytest
+from ports import free_port
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.runtime import scheduler
@@ -341,7 +342,7 @@ finally:
 
 
 def test_sigterm_hands_back_and_exits_with_zero(run, repository):
-    child = run(HANDLER.format(kind="listen", timeout=2))
+    child = run(HANDLER.format(kind="listen", timeout=10))  # a fifth of it is to hand back
     assert {child.read(), child.read()} == {"listening", "ready"}
     child.signal(signal.SIGTERM)
     _, err = child.ends()
@@ -403,8 +404,7 @@ def test_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
     pytest.importorskip("flask")
     database = tmp_path / "tasks.db"
     monkeypatch.setenv("TASKX_DATABASE", str(database))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     child = spawn(FLASK, ROOT / "examples", port)
     eventually(lambda: serves(port))
     with SQLiteRepository(database) as repository:
