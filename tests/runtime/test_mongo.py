@@ -162,7 +162,7 @@ class TestOneProcess:
                 queue.submit("work")
             assert sent["insert"] == 400
             queue.start()
-            assert queue.drain(PATIENCE)
+            assert queue.drain(3 * PATIENCE)
             queue.stop(PATIENCE)
         assert sent["update"] + sent["find"] <= 1.5 * 400
 
