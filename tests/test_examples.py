@@ -282,9 +282,9 @@ def test_checksum_draws_a_bar_on_a_terminal(tree, database):
 
 def test_sync_assets(tmp_path):
     # The call that a cancel must reach takes a minute.
-    ran = run_example(tmp_path, "sync_assets.py", timeout=30)
+    ran = run_example(tmp_path, "sync_assets.py", timeout=45)
     assert ran.stderr == ""
-    assert "10%  production/us-east is done" in ran.stdout
+    assert "100%  staging/ap-south is done" in ran.stdout  # a slow machine may miss those before
     assert "'regions': 9, 'errors': ['staging/eu-west: eu-west is under maintenance']" in ran.stdout
     assert "failed: ProviderError: the account is closed" in ran.stdout
     assert "cancelled at 50%" in ran.stdout

@@ -330,9 +330,8 @@ class Worker:
         elif kind == "raiser":
             params["raises"] = rng.randint(1, 3)
         elif kind == "crasher":
-            params["after"] = (
-                0.5  # its neighbours end first: else some, which may crash for ever, never do
-            )
+            # Its neighbours end first: else some of them, which may crash for ever, never would.
+            params["after"] = 0.5
         delay = rng.uniform(0.01, 0.3) if rng.random() < 0.1 else None
         self.submit(kind, "", params, priority=rng.choice((0, 0, 0, 5)), delay=delay)
 
