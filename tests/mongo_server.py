@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import functools
 import os
+import random
 import shutil
 import socket
 import subprocess
@@ -17,11 +18,11 @@ import tempfile
 import threading
 import time
 import uuid
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pymongo
-from ports import free_port
 
 PATIENCE = 30.0
 REAL = os.environ.get("TASKX_TEST_MONGO_URL", "")
@@ -35,6 +36,15 @@ main()
 """
 #: What each kind is told: as MongoDB, it is a replica set of one, or a standalone server.
 OPTIONS = {"set": ["--sync-on-commit"], "standalone": ["--sync-on-commit", "--standalone"]}
+
+
+def free_port() -> int:
+    """A port that the system gives to nobody by itself: it stays free while a server is down."""
+    while True:
+        port = random.randrange(15_000, 30_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Server:

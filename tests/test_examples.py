@@ -21,7 +21,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from ports import free_port
+from mongo_server import free_port
 
 from taskx import Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
 

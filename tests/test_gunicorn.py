@@ -19,7 +19,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 import pytest
-from ports import free_port
+from mongo_server import free_port
 
 from taskx import SQLiteRepository
 

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from ports import free_port
+from mongo_server import free_port
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.runtime import scheduler

@@ -8,8 +8,7 @@ import time
 import pymongo
 import pytest
 from mongo_proxy import swallowing
-from mongo_server import REAL, shared
-from ports import free_port
+from mongo_server import REAL, free_port, shared
 
 from taskx import (
     ConfigurationError,
