@@ -29,7 +29,7 @@ from taskx.core.writes import Update
 from taskx.runtime import dependents, scheduler
 from taskx.testing import ManualClock
 
-from .conftest import PATIENCE, eventually, ids
+from .conftest import PATIENCE, eventually, ids, whole_round
 
 NEVER = float("inf")
 
@@ -382,7 +382,9 @@ class TestOthers:
     """Tasks that another process stored, and of which nobody here was told."""
 
     @pytest.fixture
-    def family(self, started, make_queue):
+    def family(self, started, make_queue, monkeypatch):
+        monkeypatch.setattr(scheduler, "RECOVER_EVERY", NEVER)  # then it looks around by itself
+        whole_round(started)
         other = make_queue()
         other.declare("fine")
         eventually(lambda: not started._services.dependents.looks)

@@ -24,7 +24,7 @@ from taskx.runtime.shared_limits import SharedBucket, SharedSlots
 from taskx.storage.base import Node
 from taskx.testing import ManualClock
 
-from .conftest import PATIENCE, eventually
+from .conftest import PATIENCE, eventually, whole_round
 from .test_limits import Crowd, linger, started_by
 
 
@@ -200,6 +200,7 @@ def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(monke
     monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", **limit)(lambda: "done")
+        whole_round(queue)  # the first one is such a look, and "another" is not known to live
         first = Admission(queue._registry.limits, queue.repository, "another", SystemClock())
         assert first.admit({"t": ["x"]}) == {"x"}
         handle = queue.submit("t")

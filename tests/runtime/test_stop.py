@@ -456,13 +456,17 @@ def test_with_stops_even_when_the_block_raises(queue):
         queue.submit("fine")
 
 
-def test_handles_outlive_the_stop(started, make_queue):
-    handle = started.submit("fine", delay=0.2)
-    started.stop()
+def test_handles_outlive_the_stop(make_queue):
+    clock = ManualClock()
+    queue, again = make_queue(clock=clock), make_queue(clock=clock)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    handle = queue.submit("fine", delay=60)
+    queue.stop()
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
-    again = make_queue()
     again.executor("fine")(lambda: "by another")
     again.start()
+    clock.advance(60)
     assert waiting() == "by another"
 
 
