@@ -132,10 +132,14 @@ def test_a_worker_that_stumbles_goes_on(queue, monkeypatch):
     assert len(threads(queue)) == 3
 
 
-def test_a_task_that_is_stuck_is_given_up(queue, gate):
-    queue.executor("hang", timeout=0.05, grace=0.0)(lambda: gate())
+def test_a_task_that_is_stuck_is_given_up(make_queue, logger, clock, gate, monkeypatch):
+    monkeypatch.setattr(logging, "raiseExceptions", False)
+    queue = make_queue(worker_num=2, logger=logger, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0)(lambda: gate())
     queue.start()
     handle = queue.submit("hang")
+    gate.wait_for()
+    clock.advance(60)
     with pytest.raises(TaskFailed, match="its thread still runs"):
         handle.result(PATIENCE)
     gate.open()
