@@ -590,11 +590,11 @@ class TestCrash:
         ],
     )
     def test_once_its_token_has_fired_it_is_none(self, make, monkeypatch, reason, status, error):
+        monkeypatch.setattr(isolation._Attendance, "_tell_to_stop", lambda self: None)
         queue = make(isolated.listen)
         handle = queue.submit("listen", timeout=900)
         pid = int(eventually(lambda: handle.task().message))
         run = queue._node.engine.runs[handle.id]
-        monkeypatch.setattr(isolation._Attendance, "_tell_to_stop", lambda self: None)
         queue._node.engine.begin_stop()  # it does not run again
         run.token.fire(taskx.CancelReason(reason))
         os.kill(pid, signal.SIGKILL)

@@ -475,7 +475,7 @@ print(failed, queue.drain(60), queue.stop(), flush=True)
     lines = {line: times for line, times in ran.items() if line.startswith("work")}
     assert set(lines.values()) == {1}
     assert {f"work {n}" for n in range(25)} <= set(lines)
-    assert len(lines) == submitted + 25
+    assert len(lines) == submitted + 25, err
     assert is_intact(database)
 
 

@@ -323,10 +323,9 @@ class TestBarred:
         failed = hang(queue, "y").task()
         failed.status = TaskStatus.PENDING
         queue.repository.update(failed)
-        starts = [queue.get_task_status(i).starts for i in "xy"]  # to be changed counts, too
         queue._intake.look_for_work()
         assert queue.submit("fine").result(PATIENCE) == "fine"
-        assert [queue.get_task_status(i).starts for i in "xy"] == starts
+        assert queue.begun == ["x", "y"]
         gate.open()
         assert queue.handle("x").result(PATIENCE) == "run 2"
         assert queue.handle("y").result(PATIENCE) == "run 2"
