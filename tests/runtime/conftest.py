@@ -97,8 +97,13 @@ class Spy:
     def apply(self, writes: Any, *, all_or_nothing: bool = False) -> Any:
         self.check()
         self.before(writes)
-        results = super().apply(writes, all_or_nothing=all_or_nothing)  # type: ignore[misc]
-        self.batches.append(list(writes))
+        batch = list(writes)
+        self.batches.append(batch)  # first: others may see at once what is committed
+        try:
+            results = super().apply(writes, all_or_nothing=all_or_nothing)  # type: ignore[misc]
+        except BaseException:
+            self.batches.remove(batch)
+            raise
         self.after(writes)
         return results
 

@@ -91,16 +91,18 @@ def test_in_a_crowd_of_short_tasks_too(make_queue, most):
     assert crowd.most <= most
 
 
-def test_what_is_counted_at_the_start_is_exact(make_queue, monkeypatch):
+def test_what_is_counted_at_the_start_is_exact(make_queue, gate, monkeypatch):
     """However many are fetched, for a moment's wrong estimate: those too many go back."""
     monkeypatch.setattr(Admission, "room", lambda self, type, held: (10, 0))
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", 3600)
     queue = make_queue(worker_num=8)
-    crowd = Crowd(linger)
+    crowd = Crowd(lambda: (gate(), linger()))
     queue.executor("t", max_concurrency=2)(crowd)
     for _ in range(40):
         queue.submit("t")
     queue.start()
+    gate.wait_for(2)
+    gate.open()
     assert queue.drain(PATIENCE)
     assert (crowd.total, crowd.most) == (40, 2)
 

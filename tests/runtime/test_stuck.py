@@ -25,7 +25,7 @@ from taskx import (
 from taskx.core.writes import Update
 from taskx.runtime.executors import DEFAULT_GRACE, Options
 
-from .conftest import PATIENCE, eventually, run_in_thread
+from .conftest import PATIENCE, eventually, run_in_thread, whole_round
 
 TIMEOUT, GRACE = 60.0, 5.0
 
@@ -266,10 +266,13 @@ class TestBarred:
         assert task.attempts[0].outcome == "retried"
         other = make_queue()
         other.executor("hang")(lambda name: "elsewhere")
+        other.executor("here")(lambda: "here")  # which the first one cannot take
         other.start()
-        assert other.submit("hang", {"name": "y"}).result(PATIENCE) == "elsewhere"
+        assert other.submit("here").result(PATIENCE) == "here"
+        other._intake.look_for_work()
         for _ in range(3):
             other._node._recovery.recover()
+            whole_round(other)
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert handle.task().starts == 1
         gate.open()
