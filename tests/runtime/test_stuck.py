@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -24,6 +26,7 @@ from taskx import (
 )
 from taskx.core.writes import Update
 from taskx.runtime.executors import DEFAULT_GRACE, Options
+from taskx.runtime.stuck import stack_of
 
 from .conftest import PATIENCE, eventually, run_in_thread, whole_round
 
@@ -238,6 +241,23 @@ class TestGivenUp:
             ("stuck", "b", True),
             ("finished", "b", "failed"),
         ]
+
+    @pytest.mark.parametrize("collects", [True, False])
+    def test_no_garbage_is_collected_while_the_threads_are_looked_at(self, monkeypatch, collects):
+        """It could have the whole process stand still; what the program wants of it is kept."""
+        seen = []
+
+        def frames(real=sys._current_frames):
+            seen.append(gc.isenabled())
+            return real()
+
+        monkeypatch.setattr(sys, "_current_frames", frames)
+        (gc.enable if collects else gc.disable)()
+        try:
+            assert "in test_no_garbage_is_collected" in stack_of(threading.get_ident())
+            assert (seen, gc.isenabled()) == ([False], collects)
+        finally:
+            gc.enable()
 
     def test_one_in_a_child_process_has_longer(self, make):
         """Its process is killed, and its thread is free: only what is wrapped around it may hang."""
