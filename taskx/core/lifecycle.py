@@ -769,11 +769,10 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     guard = {"status": stored.status.value, "starts": stored.starts}
     if wanted.status is not TaskStatus.PENDING:
         return [Update(stored.id, guard, changes, durable=True)]
-    # A requeued one may have to wait for its turn, whatever its time.
-    if (
-        stored.status is TaskStatus.PENDING
-    ):  # who has read it to start it has read what it was before
+    if stored.status is TaskStatus.PENDING:
+        # Who has read it to start it has read what it was before, and is not to start that.
         changes["starts"] = stored.starts + 1
+    # A requeued one may have to wait for its turn, whatever its time.
     due = {**changes, "held": changes.get("held") or until_due(changes["run_at"], now)}
     if stored.stuck_on:
         due["held"] = BY_THREAD

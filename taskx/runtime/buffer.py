@@ -103,6 +103,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         created_at: int,
         run_at: int | None,
         order: int,
+        *,
         fetched: bool = True,
     ) -> bool:
         """Put in a task: a submitted one into its reserved slot; a fetched one beside those.

@@ -1,4 +1,4 @@
-"""What is done to many ended tasks at once."""
+"""What is done to many failed or cancelled tasks at once: dead letters, what is left of a flow."""
 
 from __future__ import annotations
 

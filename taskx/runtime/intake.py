@@ -141,9 +141,9 @@ class Intake:
             except DuplicateTask:
                 instead = settle(self._services, insert, on_conflict)
             except QueueFull:  # what stands for it needs no room
-                if on_conflict == "reject":
-                    raise
-                if (instead := settle(self._services, insert, on_conflict)) is None:
+                reject = on_conflict == "reject"
+                instead = None if reject else settle(self._services, insert, on_conflict)
+                if instead is None:
                     raise
             if instead is not None:
                 if on_conflict == "replace" and self.engine is not None:
@@ -253,7 +253,13 @@ class Intake:
     def _buffer(self, engine: Engine, insert: Insert, turn: int) -> None:
         row = insert.row
         if not engine.buffer.add(
-            row["id"], row["type"], row["priority"], row["created_at"], row["run_at"], turn, False
+            row["id"],
+            row["type"],
+            row["priority"],
+            row["created_at"],
+            row["run_at"],
+            turn,
+            fetched=False,
         ):
             engine.wake_scheduler()  # it looks after the task if the busy workers do not
 

@@ -451,6 +451,18 @@ class TestCheckpoints:
 
 
 @whole_batches
+def test_who_read_it_before_it_was_changed_by_hand_does_not_start_it(store, now):
+    """Else it would run with params that it has no more."""
+    store.create(Task(id="a", type="t", params={"n": 1}))
+    read = store.get_by_id("a")
+    store.update(attrs.evolve(read, params={"n": 2}))
+    assert list(store.apply([lifecycle.start(read, now, "node")])) == [False]
+    again = store.get_by_id("a")
+    assert (again.status, again.params) == (TaskStatus.PENDING, {"n": 2})
+    assert list(store.apply([lifecycle.start(again, now, "node")])) == [True]
+
+
+@whole_batches
 def test_what_attempts_log_is_kept_in_order(store, run, now):
     """Also over a requeue and what is written by hand; who logs nothing changes nothing."""
     for number, log in enumerate(("ä\n", "", "two\nthree\n")):
