@@ -439,6 +439,8 @@ class Engine:
         if not stubs:
             return self._take_over()
         taken = services.ledger.commit([lifecycle.take(stub.id, self.node.id) for stub in stubs])
+        if not all(taken):
+            self.look_for_more()  # there may be others, or none for which it has places
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
 
     def _offered(self, room: int, owner: str = "") -> list[Stub]:
@@ -485,7 +487,8 @@ class Engine:
         found.sort(key=lambda pair: self._best_first(pair[0]))
         writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
         taken = services.ledger.commit(writes) if writes else []
-        self.more_stored = any(taken)  # look again when these are done
+        if any(taken):
+            self.more_stored = True  # look again when these are done; whoever set it meanwhile is heard
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]
 
     # --- quiet, and the end

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import math
 import threading
 import time
 from contextlib import suppress
@@ -53,7 +54,7 @@ class Scheduler:
         self._stopped = False
         self._next_due: int | None = None
         self._due_known = False
-        self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), 0.0)
+        self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
         self._thread = threading.Thread(target=self._run, name="taskx-scheduler", daemon=True)
         engine.wake_scheduler = self.wake_from_long_sleep
         engine.look_for_due = self.look_for_due

@@ -16,6 +16,7 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
+from taskx.core import lifecycle
 from taskx.core.rate import Rate
 from taskx.runtime import scheduler
 from taskx.runtime.admission import Admission
@@ -82,6 +83,62 @@ def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, m
         queues[0].submit("t")
     assert queues[0].drain(PATIENCE)
     eventually(lambda: shares(repository) == {})
+
+
+@pytest.fixture
+def idle_engine(make_queue):
+    """Of a node that is not alone, and looks for work when it is told to."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
+    node = LocalNode(queue._services, queue.config, lambda: None)
+    node.join()
+    node.engine.alone = False
+    yield node.engine
+    node.engine.admission.end()
+
+
+def meanwhile(monkeypatch, repository, name, happens):
+    """Have something happen before a method answers, once."""
+    method = getattr(repository, name)
+
+    def call(*args, **options):
+        monkeypatch.undo()
+        happens()
+        return method(*args, **options)
+
+    monkeypatch.setattr(repository, name, call)
+
+
+def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
+    idle_engine, repository, monkeypatch
+):
+    """There is a place from then on, for the next task or to be given back."""
+    meanwhile(monkeypatch, repository, "owners", idle_engine.look_for_more)
+    idle_engine.refill()
+    assert idle_engine.more_stored
+    idle_engine.refill()
+    assert not idle_engine.more_stored
+
+
+def test_who_finds_the_last_task_and_loses_it_to_another_node_gives_the_place_back(
+    idle_engine, make_queue, repository, monkeypatch
+):
+    """At the next look, which comes at once."""
+    submitter = make_queue()
+    submitter.declare("t")
+    task_id = submitter.submit("t").id
+    assert idle_engine.admission.admit({"t": ["before"]}) == {"before"}
+    idle_engine.admission.over("before", ran=True)
+
+    def another_takes_it():
+        assert repository.apply([lifecycle.take(task_id, "another")]) == [True]
+
+    meanwhile(monkeypatch, repository, "apply", another_takes_it)
+    idle_engine.refill()
+    assert shares(repository) == {idle_engine.node.id: 1}
+    assert idle_engine.more_stored
+    idle_engine.refill()
+    assert shares(repository) == {}
 
 
 def test_a_node_that_stops_leaves_its_places(make_queue, repository, gate):
