@@ -608,16 +608,17 @@ def test_stop_hands_back_what_was_started_ahead(make_queue):
 
 
 def test_outage_while_a_worker_fetches_more_loses_no_task_that_it_started():
-    class FailsOneWorker(MemoryRepository):
-        failed = False
+    class FailsUntilAWorkerHasSeenIt(MemoryRepository):
+        asked = failed = False
 
         def ready(self, *asked):
-            if not self.failed and threading.current_thread().name.startswith("taskx-worker"):
-                self.failed = True
+            if self.asked and not self.failed:
+                self.failed = threading.current_thread().name.startswith("taskx-worker")
                 raise RepositoryUnavailable("for a moment")
+            self.asked = True
             return super().ready(*asked)
 
-    repository = FailsOneWorker()
+    repository = FailsUntilAWorkerHasSeenIt()
     queue = Queue(repository, Config(worker_num=1))
     queue.executor("fine")(lambda: "fine")
     queue.submit_many([Task(type="fine") for _ in range(300)])

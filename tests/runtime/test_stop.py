@@ -247,6 +247,7 @@ def test_delayed_tasks_need_no_room(busy, gate):
 
 
 def test_clock_that_is_set_back_and_forth(make_queue):
+    """Each runs, once, and lasts no time; what is submitted after a set back may pass what waits."""
     clock = ManualClock()
     queue = make_queue(MemoryRepository(), clock=clock, worker_num=1)
     ran = []
@@ -261,7 +262,7 @@ def test_clock_that_is_set_back_and_forth(make_queue):
     for handle in handles:
         handle.result(PATIENCE)
         assert handle.task().duration == 0
-    assert ran == list(range(10))
+    assert sorted(ran) == list(range(10))
 
 
 # Stop
