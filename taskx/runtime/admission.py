@@ -29,6 +29,8 @@ class _Gate:
         self._clock = clock
         #: Fetched, and not started yet; what has left the buffer otherwise is in here a while longer.
         self.fetched: set[str] = set()
+        #: Whether more may be stored than was asked for at the last look.
+        self.more = True
         #: When to look for more, on the monotonic clock; None for not before something ends.
         self.look_at: float | None = None
 
@@ -42,7 +44,6 @@ class _Gate:
             self._give(got)
             raise
         self._give(got - tokens)
-        self.look_again(len(self.fetched))
         return tokens
 
     def _give(self, count: int) -> None:
@@ -60,10 +61,13 @@ class _Gate:
         return min(slots, tokens)
 
     def look_again(self, waiting: int) -> None:
-        """Look for more when there is a token beyond those for what waits, if that is not now."""
-        if self.bucket is not None:
-            moment = self.bucket.when(waiting + 1)
-            self.look_at = moment if moment > self._clock.monotonic() else None
+        """Look for more when there is a token beyond those for what waits: that may be now."""
+        if self.bucket is None:
+            return
+        now = self._clock.monotonic()
+        self.look_at = self.bucket.when(waiting + 1)
+        if self.look_at <= now and not (self.more and self.room() > waiting):
+            self.look_at = None
 
 
 class Admission:
@@ -124,14 +128,17 @@ class Admission:
             gate = self._gate(type)
             gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
             waiting = len(gate.fetched)
-            return max(0, gate.room() - waiting), waiting
+            room = max(0, gate.room() - waiting)
+            gate.more = gate.more or not room
+            return room, waiting
 
     def looked(self, type: str, asked: int, found: int) -> None:
         """So many tasks of a type were asked for, and so many found."""
         with self._lock:
             gate = self._gate(type)
             waiting = len(gate.fetched) + found
-            if found == asked:  # there may be more
+            gate.more = found == asked
+            if gate.more:
                 gate.look_again(waiting)
                 self._tell_scheduled(gate)
             elif gate.slots is not None:
@@ -143,12 +150,15 @@ class Admission:
             self._gate(type).fetched.add(task_id)
 
     def open(self, type: str) -> bool:
-        """Whether one may start now, if no other of its type waits; as far as is known."""
+        """Whether one that was stored may start now, if no other of its type waits; as far as is known."""
         with self._lock:
+            gate = self._gate(type)
             try:
-                return self._gate(type).room() > 0
+                is_open = gate.room() > 0
             except RepositoryError:
                 return True
+            gate.more = gate.more or not is_open
+            return is_open
 
     # --- at the start, and at the end
 
@@ -166,9 +176,12 @@ class Admission:
                 for type, task_ids in waiting.items():
                     gate = self._gate(type)
                     gate.fetched.difference_update(task_ids)
-                    for task_id in task_ids[: gate.admit(len(task_ids))]:
+                    got = gate.admit(len(task_ids))
+                    for task_id in task_ids[:got]:
                         self.admitted[task_id] = gate
                         admitted.add(task_id)
+                    gate.more = gate.more or got < len(task_ids)
+                    gate.look_again(len(gate.fetched))
                     self._tell_scheduled(gate)
             except BaseException:  # an interrupt, too: whoever asked will tell of none of them
                 for task_id in admitted:

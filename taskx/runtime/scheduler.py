@@ -51,6 +51,7 @@ class Scheduler:
         self._wake_up = _thread.allocate_lock()
         self._wake_up.acquire()
         self._asleep_long = False
+        self._told = False  # to wake from a long sleep, since the last round began
         self._stopped = False
         self._next_due: int | None = None
         self._due_known = False
@@ -81,6 +82,7 @@ class Scheduler:
 
     def wake_from_long_sleep(self) -> None:
         """Have it tick every few milliseconds from now on, as long as something waits for it."""
+        self._told = True
         if self._asleep_long:
             self._asleep_long = False
             self.wake()
@@ -136,7 +138,7 @@ class Scheduler:
             timeout = AHEAD_PATIENCE
         else:
             self._asleep_long = True
-            timeout = POLL
+            timeout = AHEAD_PATIENCE if self._told else POLL
             next_tick = None if self._engine.stopping else self._ticker.next
             for due in (self._next_due, next_tick):
                 if due is not None:
@@ -154,6 +156,7 @@ class Scheduler:
         Raises:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
+        self._told = False
         self._services.ledger.flush()
         if self._engine.stuck.ended:
             self._engine.stuck.lift()

@@ -481,6 +481,62 @@ def test_each_token_starts_one_though_none_ends(make_queue, gate, monkeypatch):
     gate.wait_for(5)
 
 
+def test_who_frees_a_place_while_the_scheduler_is_at_something_else_is_heard(
+    make_queue, monkeypatch
+):
+    """It does not go to sleep for long then."""
+    monkeypatch.setattr(scheduler, "POLL", 60.0)
+    queue = make_queue()
+    queue.start()
+    engine, sleeper = queue._node.engine, queue._node._scheduler
+    told = threading.Event()
+
+    def tell():
+        if not told.is_set():
+            engine.look_for_more()
+            told.set()
+
+    whole_round(queue)
+    eventually(lambda: sleeper._asleep_long)
+    monkeypatch.setattr(sleeper._retention, "tick", tell)
+    sleeper.wake()
+    assert told.wait(PATIENCE)
+    eventually(lambda: not engine.more_stored)
+
+
+def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
+    """Be it while what was to be found is fetched, or while what waits for one is started."""
+    admission, told = rated(rate="60/m", burst=2)._node.engine.admission, []
+    admission.scheduled = lambda: told.append(admission.next_look())
+    assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
+    clock.advance(1)
+    assert admission.is_time()
+    assert admission.room("t", ()) == (1, 0)
+    clock.advance(1)
+    admission.looked("t", 1, 1)
+    assert told[1:] == [clock.monotonic()]
+    assert admission.is_time()
+    admission.fetched("t", "y")
+    admission.fetched("t", "z")
+    assert admission.room("t", ("y", "z")) == (0, 2)
+    clock.advance(1)  # no more than two, whatever waits for them
+    assert admission.admit({"t": ["y"]}) == {"y"}
+    assert told[2:] == [clock.monotonic() + 1]
+    clock.advance(1)
+    assert admission.admit({"t": ["z"]}) == {"z"}
+    assert told[3:] == [clock.monotonic()]
+
+
+def test_nobody_looks_for_more_when_there_was_none(rated, clock):
+    """At least not at each of so many starts: whoever submits more tells of it."""
+    admission, told = rated(rate="60/m", burst=9)._node.engine.admission, []
+    admission.scheduled = lambda: told.append(admission.next_look())
+    assert admission.room("t", ()) == (9, 0)
+    admission.looked("t", 9, 5)
+    assert admission.admit({"t": ["x"]}) == {"x"}
+    assert (told, admission.next_look()) == ([], None)
+
+
 def test_the_scheduler_is_told_when_a_token_is_waited_for(rated, clock):
     """By the start that took the last one, and by a fetch after which there may be more."""
     admission, told = rated(rate="60/m", burst=2)._node.engine.admission, []

@@ -236,10 +236,11 @@ def test_the_hour_that_local_clocks_repeat_is_two_hours(make_queue):
         assert handle.task().started_at == handle.task().run_at == clock.now()
 
 
-def test_delayed_tasks_need_no_room(busy, gate):
-    queue = busy(buffer_size=1)
-    handles = [queue.submit("note", {"n": n}, delay=0.01) for n in range(20)]
+def test_delayed_tasks_need_no_room(busy, gate, clock):
+    queue = busy(buffer_size=1, clock=clock)
+    handles = [queue.submit("note", {"n": n}, delay=1) for n in range(20)]
     queue.submit_many([Task(type="note", params={"n": n}) for n in (98,)])
+    clock.advance(2)
     gate.open()
     for handle in handles:
         handle.result(PATIENCE)
