@@ -488,7 +488,7 @@ class Engine:
         writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
         taken = services.ledger.commit(writes) if writes else []
         if any(taken):
-            self.more_stored = True  # look again when these are done; whoever set it meanwhile is heard
+            self.more_stored = True  # look again when these are done
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]
 
     # --- quiet, and the end
