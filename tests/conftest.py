@@ -3,6 +3,12 @@
 import signal
 
 import pytest
+from hypothesis import settings
+
+# The same examples at each run, however slow the machine; others with --hypothesis-profile=random.
+settings.register_profile("random", deadline=None)
+settings.register_profile("same", deadline=None, derandomize=True)
+settings.load_profile("same")
 
 # Before anything imports it: its assertions then explain themselves as those of a test do.
 pytest.register_assert_rewrite("taskx.testing")

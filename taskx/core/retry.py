@@ -13,8 +13,9 @@ from taskx.core.errors import ConfigurationError
 
 #: What computes the seconds to wait from the number of the attempt that raised, from 1.
 Backoff = Literal["exponential", "linear", "fixed"] | Callable[[int], float]
+# 2 ** 900 × MAX_WAIT is still a number, and no jitter makes a NaN of it.
 _CURVES: dict[str, Callable[[float, int], float]] = {
-    "exponential": lambda base, attempt: base * 2.0 ** min(attempt - 1, 1000),
+    "exponential": lambda base, attempt: base * 2.0 ** min(attempt - 1, 900),
     "linear": lambda base, attempt: base * attempt,
     "fixed": lambda base, attempt: base,
 }

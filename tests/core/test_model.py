@@ -73,13 +73,13 @@ def read(row):
 
 
 class TestTask:
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(tasks)
     def test_to_json_and_back(self, task):
         data = json.loads(json.dumps(task.to_dict()))
         assert Task.from_dict(data) == task
 
-    @settings(max_examples=100, deadline=None)
+    @settings(max_examples=100)
     @given(tasks)
     def test_to_a_row_and_back(self, task):
         row = row_from_task(task)

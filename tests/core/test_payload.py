@@ -54,12 +54,12 @@ def nested(depth):
 
 
 class TestRoundTrip:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=200)
     @given(json_values)
     def test_every_json_value_comes_back_with_its_types(self, value):
         assert typed(loads(encode(value, "result"))) == typed(value)
 
-    @settings(max_examples=50, deadline=None)
+    @settings(max_examples=50)
     @given(st.dictionaries(keys, json_values, max_size=4))
     def test_params_too(self, params):
         assert typed(loads(encode_params(params))) == typed(params)
@@ -168,7 +168,6 @@ class TestRefusal:
             encode_params(set())
 
 
-@settings(deadline=None)
 @given(st.text(max_size=30), st.integers(1, 20))
 def test_any_text_can_be_made_storable(text, limit):
     cleaned = clean_text(text, 1000)

@@ -5,10 +5,11 @@ import math
 
 import attrs
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from taskx import ConfigurationError, Retry, RetryPolicy, Snooze, Task
+from taskx.core.retry import MAX_WAIT
 
 
 class Refused(ConnectionError):
@@ -48,6 +49,7 @@ class TestDelay:
         assert policy.delay(1, chance) == wait
 
     @given(policies, st.integers(1, 10**9), st.floats(0, 1))
+    @example(RetryPolicy(base=MAX_WAIT, max_delay=0, jitter=1), 10**9, 0.0)
     def test_it_is_never_negative_nor_beyond_the_longest(self, policy, attempt, chance):
         assert 0 <= policy.delay(attempt, chance) <= policy.max_delay
 

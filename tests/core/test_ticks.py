@@ -9,7 +9,7 @@ from itertools import islice, pairwise
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx import ConfigurationError
@@ -169,7 +169,6 @@ def arrivals(tz: str, day: tuple[int, int, int]) -> list[tuple[datetime, int]]:
     return found
 
 
-@settings(deadline=None)
 @given(st.sampled_from(ZONES), st.sampled_from(DAYS), minutes, hours)
 def test_every_local_time_ticks_exactly_once(tz, day, minutes, hours):
     """Found out minute by minute."""
@@ -193,7 +192,6 @@ intervals = st.builds(IntervalTicks, st.integers(100, 10 * DAY), st.integers(0, 
 moments = st.integers(ms(1995, 1, 1), ms(2037, 1, 1))
 
 
-@settings(deadline=None)
 @given(st.one_of(crons, intervals), moments, st.integers(0, 20))
 def test_ticks_rise_and_are_the_same_wherever_one_begins(ticks, moment, position):
     found = list(islice(ticks.after(moment), 21))
@@ -202,7 +200,6 @@ def test_ticks_rise_and_are_the_same_wherever_one_begins(ticks, moment, position
     assert upcoming(ticks, found[position] - 1) == found[position]
 
 
-@settings(deadline=None)
 @given(st.one_of(crons, intervals), moments, st.integers(0, 3 * DAY), st.integers(1, 5))
 def test_the_latest_ticks_of_a_span_are_its_last(ticks, start, length, most):
     span = list(islice(between(ticks, start, start + length), 5000))
@@ -345,7 +342,6 @@ policies = st.one_of(
 )
 
 
-@settings(deadline=None)
 @given(
     st.one_of(crons, intervals),
     moments,

@@ -818,7 +818,7 @@ graphs = st.integers(1, 12).flatmap(
 )
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(graphs, st.randoms(use_true_random=False), st.booleans())
 def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
     """Whatever the order of the ends, and whether events tell of them or only the slow look finds them."""

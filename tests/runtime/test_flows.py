@@ -168,7 +168,7 @@ class NoQueue:
         return None
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.filter_too_much])
+@settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much])
 @given(trees)
 def test_whatever_their_shape(tree):
     """Parents come first, members of a group share theirs, and a step depends on the whole one before."""

@@ -510,17 +510,15 @@ def life_on(kind, examples):
     machine.TestCase.settings = settings(
         max_examples=examples,
         stateful_step_count=50,
-        deadline=None,
-        derandomize=True,
         phases=[Phase.explicit, Phase.generate],  # add Phase.shrink to look into a failure
         suppress_health_check=list(HealthCheck),
     )
     return machine.TestCase
 
 
-TestMemoryLife = life_on("memory", 300)
-TestSQLiteLife = life_on("sqlite", 100)
-TestMongoMockLife = life_on("mongomock", 60)
+TestMemoryLife = life_on("memory", 150)
+TestSQLiteLife = life_on("sqlite", 50)
+TestMongoMockLife = life_on("mongomock", 30)
 TestMongoLife = life_on("mongo", 3)
 TestMongoSetLife = life_on("mongo-set", 3)
-TestAdapterLife = life_on("adapter", 100)
+TestAdapterLife = life_on("adapter", 50)

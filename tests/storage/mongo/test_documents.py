@@ -235,7 +235,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=300, suppress_health_check=[HealthCheck.too_slow])
 @given(value=json_values)
 def test_every_json_value_comes_back_as_it_was(value):
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
