@@ -489,6 +489,12 @@ def in_child(n):
     work.submit(n=n)  # the parent runs it
     sys.exit(7)
 
+def exit_code(process):
+    process.join(25)
+    while process.exitcode is None:  # a start in another thread asked for it, too, and had the answer
+        time.sleep(0.001)
+    return process.exitcode
+
 @queue.executor("forks")
 def forks(ctx):
     pid = os.fork()
@@ -496,12 +502,12 @@ def forks(ctx):
         os._exit(9)
     process = multiprocessing.get_context("fork").Process(target=in_child, args=(1,))
     process.start()
-    process.join(25)
+    code = exit_code(process)
     killed = os.fork()
     if killed == 0:
         wait_for_ever()
     os.kill(killed, signal.SIGKILL)
-    return [os.waitpid(pid, 0)[1] >> 8, process.exitcode, os.waitpid(killed, 0)[1]]
+    return [os.waitpid(pid, 0)[1] >> 8, code, os.waitpid(killed, 0)[1]]
 
 with queue:
     handles = [queue.submit("forks") for _ in range(3)]

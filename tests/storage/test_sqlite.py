@@ -83,6 +83,20 @@ class TestOpening:
         assert repository.count(TaskFilter()) == 0
         assert path.exists()
 
+    def test_it_opens_while_another_process_takes_its_log_away(self, repository, path, monkeypatch):
+        """As the last connection does that closes."""
+        repository.count(TaskFilter())
+        size = os.path.getsize
+
+        def gone(name):
+            if str(name).endswith("-wal"):
+                raise FileNotFoundError(name)
+            return size(name)
+
+        monkeypatch.setattr(os.path, "getsize", gone)
+        with SQLiteRepository(path) as another:
+            assert another.count(TaskFilter()) == 0
+
     def test_the_file_is_ours_and_in_wal_mode(self, repository, connect):
         repository.create(task("a"))
         other = connect()

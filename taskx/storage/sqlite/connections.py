@@ -48,7 +48,10 @@ def translated(error: Exception, path: str, busy_timeout: float) -> TaskxError:
 
 
 def _size(path: str) -> int:
-    return os.path.getsize(path) if os.path.exists(path) else 0
+    try:
+        return os.path.getsize(path)
+    except OSError:  # none; a log goes when another process closes its last connection
+        return 0
 
 
 def _why_not_opened(path: str) -> str:
