@@ -27,7 +27,7 @@ demo: $(VENV)/installed-core ## run the main job: hash the standard library as t
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
 test: $(VENV)/installed-test ## run the tests
-	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 soak: $(VENV)/installed-test ## kill processes a thousand times over, and prove that nothing is lost
 	@$(BIN)/python -m tests.campaign.campaign --kills 1000 $(if $(filter mongo,$(ON)),--mongo) $(ARGS)

@@ -492,7 +492,7 @@ def in_child(n):
 def exit_code(process):
     process.join(25)
     while process.exitcode is None:  # a start in another thread asked for it, too, and had the answer
-        time.sleep(0.001)
+        threading.Event().wait(0.001)
     return process.exitcode
 
 @queue.executor("forks")
