@@ -129,7 +129,7 @@ class Admission:
             gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
             waiting = len(gate.fetched)
             room = max(0, gate.room() - waiting)
-            gate.more = gate.more or not room
+            gate.more |= not room
             return room, waiting
 
     def looked(self, type: str, asked: int, found: int) -> None:
@@ -157,7 +157,7 @@ class Admission:
                 is_open = gate.room() > 0
             except RepositoryError:
                 return True
-            gate.more = gate.more or not is_open
+            gate.more |= not is_open
             return is_open
 
     # --- at the start, and at the end
@@ -180,7 +180,7 @@ class Admission:
                     for task_id in task_ids[:got]:
                         self.admitted[task_id] = gate
                         admitted.add(task_id)
-                    gate.more = gate.more or got < len(task_ids)
+                    gate.more |= got < len(task_ids)
                     gate.look_again(len(gate.fetched))
                     self._tell_scheduled(gate)
             except BaseException:  # an interrupt, too: whoever asked will tell of none of them

@@ -197,9 +197,8 @@ class Life(RuleBasedStateMachine):
     def wait(self, draw):
         self.clock.advance(draw(st.sampled_from([0.001, 1, 5])))
         if isinstance(self.store, MongoRepository):
-            for (
-                node
-            ) in NODES:  # they live, though the thread that shows it goes by the machine's clock
+            # They live, though the thread that shows it goes by the machine's clock.
+            for node in NODES:
                 self.store._leases.beat(node)
 
     def release(self, draw):
