@@ -108,8 +108,18 @@ _VERSION_1 = (
     """,
 )
 
-#: What leads from each schema version to the next; the first entry makes a new file.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1,)
+# Reserved, and neither read nor written yet: ``tags``, a JSON list of texts to filter by, and
+# ``expires_at``, milliseconds after which a task that has not started is cancelled. Null in most rows
+# even then, so that an index on either will be partial.
+_VERSION_2 = (
+    "ALTER TABLE tasks ADD COLUMN error_type TEXT NOT NULL DEFAULT ''",
+    "ALTER TABLE tasks ADD COLUMN tags TEXT",
+    "ALTER TABLE tasks ADD COLUMN expires_at INTEGER",
+)
+
+#: What leads from each schema version to the next; the first entry makes a new file. One that was
+#: released is never edited.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 VERSION = len(MIGRATIONS)
 
 _WHOSE = (
