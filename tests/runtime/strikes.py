@@ -1,0 +1,100 @@
+"""Exceptions that strike a thread at a chosen point, as those of a signal handler do.
+
+CPython runs signal handlers between two instructions of the main thread: after a call, at the start
+of a function, and where a loop begins again. A signal sent at a random moment hits few of these
+points, and never the same ones twice. Here they are counted, and the exception is raised at the n-th.
+"""
+
+from __future__ import annotations
+
+import dis
+import sys
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType
+from typing import Any
+
+
+class Strike(BaseException):
+    """The exception that a signal handler of an application raises."""
+
+
+def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
+    """Call a function, and raise :class:`Strike` at the ``point``-th point, counted from 0.
+
+    Points in the functions that it calls count, too.
+
+    Returns:
+        The exception that struck, even if the function caught it; None if there are fewer points.
+    """
+    tracer = _Tracer(point)
+    before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # Python 3.12 needs it before settrace
+    sys.settrace(tracer.enter)
+    try:
+        call()
+    except Strike:
+        pass
+    finally:
+        sys.settrace(before)
+    return tracer.struck
+
+
+def every_strike(call: Callable[[int], Any], first: int = 0, step: int = 1) -> Iterator[Strike]:
+    """Call a function again and again, and strike each call ``step`` points later than the last.
+
+    Args:
+        call: is given the number of the point; the last call, which is not struck, ends the loop.
+        first: the first point to strike.
+        step: 1 for every point.
+    """
+    point = first
+    while (strike := strike_at(point, lambda: call(point))) is not None:  # noqa: B023  (at once)
+        yield strike
+        point += step
+
+
+class _Tracer:
+    def __init__(self, point: int) -> None:
+        self._left = point
+        self.struck: Strike | None = None
+
+    def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
+        if frame.f_code.co_filename == __file__:
+            return None
+        self._pass(frame)
+        calls = _calls(frame.f_code)
+        called = False
+
+        def trace(frame: FrameType, event: str, argument: Any) -> Any:
+            nonlocal called
+            if event == "opcode":
+                if called:
+                    self._pass(frame)
+                called = frame.f_lasti in calls
+            return trace
+
+        frame.f_trace = trace  # Python 3.13 needs it before the next line
+        frame.f_trace_opcodes, frame.f_trace_lines = True, False
+        return trace
+
+    def _pass(self, frame: FrameType) -> None:
+        if self._left == 0 and self.struck is None:
+            code = frame.f_code
+            self.struck = Strike(f"in {code.co_name} ({code.co_filename}:{frame.f_lineno})")
+            raise self.struck
+        self._left -= 1
+
+
+_known: dict[CodeType, frozenset[int]] = {}
+
+
+def _calls(code: CodeType) -> frozenset[int]:
+    """The places of the instructions after which CPython may run a handler."""
+    if code not in _known:
+        _known[code] = frozenset(
+            instruction.offset
+            for instruction in dis.get_instructions(code)
+            if instruction.opname.startswith("CALL")
+            or instruction.opname in ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
+        )
+    return _known[code]
