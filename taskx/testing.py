@@ -198,6 +198,22 @@ class RepositoryContract:
         repository.update(task)
         assert self.original_fields(repository.get_by_id("a")) == self.original_fields(task)
 
+    def test_the_error_of_a_task_is_kept(self, repository: TaskRepository) -> None:
+        """Its text, its class and its traceback; and who ran the task."""
+        if not self.keeps_every_field:
+            self.skip("keeps the original's thirteen fields only")
+        self.create_running(repository, "a")
+        told: dict[str, Any] = {
+            "error": "Timeout: no answer",
+            "error_type": "requests.exceptions.Timeout",
+            "traceback": "Traceback …",
+            "worker": "host:1:abc/1",
+        }
+        running = repository.get_by_id("a")
+        repository.update(attrs.evolve(running, status=TaskStatus.FAILED, **told))
+        stored = repository.get_by_id("a")
+        assert {name: getattr(stored, name) for name in told} == told
+
     def test_update_changes_no_other_task(self, repository: TaskRepository) -> None:
         """Only the record with that id is replaced."""
         repository.create(self.task("a"))

@@ -98,6 +98,7 @@ class Ending:
         returned: True if the executor returned a value that can be stored.
         result: that value as JSON text; None for None.
         error: what it raised, as text.
+        error_type: the full name of its class; empty if it raised nothing.
         traceback: where, as text.
         permanent: True if another attempt would be pointless.
         crashed: True if the child process that ran it died.
@@ -116,6 +117,7 @@ class Ending:
     returned: bool
     result: str | None = None
     error: str = ""
+    error_type: str = ""
     traceback: str = ""
     permanent: bool = False
     crashed: bool = False
@@ -375,11 +377,12 @@ _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
 # --- running
 
 
-def start(task: Task, now: int, node: str) -> Update | None:
-    """Start a pending task as it was read; None if it cannot start.
+def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
+    """Start a pending task as it was read, on a node of that id; None if it cannot start.
 
     The guard on ``starts`` makes it a compare-and-set, the raised ``starts`` is the fence of the run.
-    A power cut must not undo the start of a task that may never run again after a crash.
+    A power cut must not undo the start of a task that may never run again after a crash. ``worker`` is
+    the node's name: which of its threads will run the task is not known yet.
     """
     if task.status is not TaskStatus.PENDING:
         return None
@@ -388,6 +391,7 @@ def start(task: Task, now: int, node: str) -> Update | None:
         "starts": task.starts + 1,
         "started_at": now,
         "owner": node,
+        "worker": worker,
         "timeout": task.timeout,
         "max_attempts": task.max_attempts,
         "max_crashes": task.max_crashes,
@@ -409,6 +413,7 @@ def mark_started(task: Task, update: Update) -> None:
     task.starts = update.changes["starts"]
     task.started_at = to_datetime(update.changes["started_at"])
     task.owner = update.changes["owner"]
+    task.worker = update.changes["worker"]
 
 
 def _fence(task: Task, **more: Any) -> dict[str, Any]:
@@ -417,9 +422,9 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
 
 def hand_back(task: Task, now: int) -> list[Update]:
     """Undo a start whose executor was never called; its node still holds it."""
-    return _unless_cancelled(
-        task, {"status": PENDING, "started_at": None}, Ending(returned=False), now
-    )
+    worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
+    changes = {"status": PENDING, "started_at": None, "worker": worker}
+    return _unless_cancelled(task, changes, Ending(returned=False, worker=worker), now)
 
 
 def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:
@@ -456,7 +461,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         writes = [_fail(task, ending, now)]
     else:
         again = _put_off(task, ending, now, "retried", ending.delay)
-        again.update(errors=task.errors + 1, error=ending.error, traceback=ending.traceback)
+        again.update(errors=task.errors + 1, **_error(ending))
         writes = _unless_cancelled(task, again, ending, now)
     return [_barred(task, write) for write in writes] if ending.stuck else writes
 
@@ -503,6 +508,18 @@ def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
     return changes
 
 
+_NO_ERROR = {"error": "", "error_type": "", "traceback": ""}
+
+
+def _error(ending: Ending) -> dict[str, str]:
+    """What a record says of the error that an attempt ended with."""
+    return {
+        "error": ending.error,
+        "error_type": ending.error_type,
+        "traceback": ending.traceback,
+    }
+
+
 def _logged(task: Task, ending: Ending) -> str:
     """The lines of the earlier attempts and of this one, below a line that says which it is."""
     lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{ending.log}"
@@ -514,7 +531,7 @@ def _complete(task: Task, ending: Ending, now: int) -> Update:
     changes["result"] = ending.result
     changes["progress"] = 100
     if task.errors:
-        changes.update(error="", traceback="")
+        changes.update(_NO_ERROR)
     return Update(task.id, _fence(task), changes)
 
 
@@ -526,8 +543,7 @@ def _fail(task: Task, ending: Ending, now: int) -> Update:
     changes = _end(task, ending, now, FAILED)
     changes.update(
         errors=task.errors + 1,
-        error=ending.error,
-        traceback=ending.traceback,
+        **_error(ending),
         dead_letter=1,
     )
     return Update(task.id, _fence(task), changes)
@@ -566,8 +582,7 @@ def _archive(task: Task, now: int, outcome: str, ending: Ending) -> str:
         started_at=task.started_at,
         ended_at=to_datetime(now),
         worker=ending.worker,
-        error=ending.error,
-        traceback=ending.traceback,
+        **_error(ending),
     )
     return attempts_to_text([*task.earlier_attempts, attempt][-MAX_KEPT_ATTEMPTS:])
 
@@ -603,7 +618,7 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     ending = Ending(
         returned=False,
         error="the process that ran it died" if crashed else "its process ended while it ran",
-        worker=task.owner,  # which of its threads it was is not known; task.worker ran it before
+        worker=task.worker or task.owner,
     )
     if crashed:
         alternatives = _crash(task, ending, now, owner="")
@@ -624,7 +639,7 @@ def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> li
     if crashes >= limit:
         changes = _end(task, ending, now, FAILED)
         error = f"{ending.error} ({crashes} of max_crashes={limit})"
-        changes.update(error=error, traceback=ending.traceback, dead_letter=1)
+        changes.update(_error(ending), error=error, dead_letter=1)
         changes["earlier_attempts"] = _archive(task, now, "crashed", ending)
     else:
         holder = task.owner if owner is None else owner
@@ -687,8 +702,7 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     changes = {
         "status": PENDING,
         "result": None,
-        "error": "",
-        "traceback": "",
+        **_NO_ERROR,
         "progress": 0,
         "message": "",
         "started_at": None,

@@ -71,8 +71,10 @@ class Attempt:
             ``crashed`` or, while it runs, an empty string.
         started_at: when it began.
         ended_at: when it ended; None while it runs.
-        worker: which thread of which process ran it; the id of the node where that process died.
+        worker: which thread of which process ran it; the process alone if it died.
         error: what went wrong, as text; empty if nothing did.
+        error_type: the full class name of the exception it raised, such as ``ValueError`` or
+            ``requests.exceptions.Timeout``; empty if it raised none.
         traceback: where, as text; empty if there is none.
     """
 
@@ -81,7 +83,11 @@ class Attempt:
     ended_at: datetime | None = None
     worker: str = ""
     error: str = ""
+    error_type: str = ""
     traceback: str = attrs.field(default="", repr=False)
+
+
+_ATTEMPT_FIELDS = tuple(field.name for field in attrs.fields(Attempt))
 
 
 def _task_status(value: Any) -> TaskStatus:
@@ -131,9 +137,10 @@ class Task:
         starts: how often it was started, or changed while it was pending: the fence of its present run.
         cancel_requested_at: when a running task was asked to stop; None if it was not.
         dead_letter: True for a task that failed for good: nothing but a requeue runs it again.
+        error_type: the full class name of the exception behind ``error``, as in :class:`Attempt`.
         traceback: the last error's traceback.
-        owner: the node that holds it; empty for nobody.
-        worker: the thread and process of the last attempt.
+        owner: the id of the node that holds it; empty for nobody.
+        worker: who runs it: host, process and start of the node; after an attempt its thread, too.
         earlier_attempts: the ended attempts before the present or last one (bounded); see
             :attr:`attempts`.
         stuck_on: the node on which a thread of an ended attempt still runs; empty for none.
@@ -173,6 +180,7 @@ class Task:
     starts: int = 0
     cancel_requested_at: datetime | None = None
     dead_letter: bool = False
+    error_type: str = attrs.field(default="", repr=False)
     traceback: str = attrs.field(default="", repr=False)
     owner: str = attrs.field(default="", repr=False)
     worker: str = attrs.field(default="", repr=False)
@@ -210,6 +218,7 @@ class Task:
             ended_at=self.completed_at,
             worker=self.worker,
             error=self.error,
+            error_type=self.error_type,
             traceback=self.traceback,
         )
 
@@ -241,7 +250,7 @@ class Task:
         known["earlier_attempts"] = [
             Attempt(
                 **{
-                    **attempt,
+                    **{name: attempt[name] for name in _ATTEMPT_FIELDS if name in attempt},
                     "started_at": _from_iso(attempt.get("started_at")),
                     "ended_at": _from_iso(attempt.get("ended_at")),
                 }

@@ -69,6 +69,7 @@ DEFAULTS: dict[str, Any] = {
     "starts": 0,
     "cancel_requested_at": None,
     "dead_letter": 0,
+    "error_type": "",
     "traceback": "",
     "owner": "",
     "worker": "",
@@ -102,7 +103,7 @@ class Stub(NamedTuple):
 
 _STATUS = {status.value: status for status in TaskStatus}
 _TEXTS = (
-    *("id", "type", "error", "message", "created_by", "traceback", "owner", "worker"),
+    *("id", "type", "error", "message", "created_by", "error_type", "traceback", "owner", "worker"),
     *("stuck_on", "log"),
 )
 _KEYS = ("unique_key", "unique_scope", "on_parent_failure", "concurrency_key")
@@ -123,7 +124,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
         retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key,
         errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
-        traceback, owner, worker, earlier, stuck_on, checkpoints, log,
+        error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log,
     ) = row  # fmt: skip
     try:
         params = payload.loads(params) if params != "{}" else {}
@@ -136,7 +137,8 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         if type(result) is dict and CODEC_KEY in result:
             result = codecs.value(result)
         # Where one is no text it cannot be joined, where one is no number it cannot be added.
-        "".join((id_, type_, error, message, created_by, traceback, owner, worker, stuck_on, log))
+        "".join((id_, type_, error, message, created_by, error_type, traceback, owner, worker))
+        "".join((stuck_on, log))
         _ = starts + errors + crashes + interruptions + snoozes + priority + progress + duration
         for number in (timeout, max_attempts, max_crashes):
             _ = 0 if number is None else number + 0
@@ -169,6 +171,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
                 None if cancel_requested_at is None else to_datetime(cancel_requested_at)
             ),
             dead_letter=bool(dead_letter),
+            error_type=error_type,
             traceback=traceback,
             owner=owner,
             worker=worker,
@@ -350,6 +353,7 @@ def attempts_to_text(attempts: Sequence[Attempt]) -> str:
                 attempt.worker,
                 attempt.error,
                 attempt.traceback,
+                attempt.error_type,
             ]
             for attempt in attempts
         ],
@@ -359,6 +363,7 @@ def attempts_to_text(attempts: Sequence[Attempt]) -> str:
 
 
 def _attempts_from_text(text: str) -> list[Attempt]:
+    # The first version stored no error_type; a later one may store more, which is left alone here.
     return [
         Attempt(
             outcome=outcome,
@@ -367,8 +372,9 @@ def _attempts_from_text(text: str) -> list[Attempt]:
             worker=worker,
             error=error,
             traceback=traceback,
+            error_type=more[0] if more else "",
         )
-        for outcome, started_at, ended_at, worker, error, traceback in payload.loads(text)
+        for outcome, started_at, ended_at, worker, error, traceback, *more in payload.loads(text)
     ]
 
 

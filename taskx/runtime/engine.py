@@ -20,7 +20,7 @@ from taskx.core.writes import Update
 from taskx.runtime.admission import Admission
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.complaint import Complaint
-from taskx.runtime.failures import error_text
+from taskx.runtime.failures import error_text, error_type
 from taskx.runtime.runner import Run
 from taskx.runtime.starter import Services, Starter
 from taskx.runtime.stuck import Stuck
@@ -66,7 +66,7 @@ class Engine:
         )
         self.admission.freed = self.look_for_more
         self.admission.scheduled = lambda: self.wake_scheduler()
-        self.starter = Starter(services, node.id, buffer, self.admission)
+        self.starter = Starter(services, node, buffer, self.admission)
         self.runs = self.starter.runs
         #: Whether the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
@@ -567,7 +567,8 @@ def _lesser(ending: Ending, error: BaseException) -> Ending | None:
     """
     if ending.result is not None:
         text = f"the result could not be stored: {error_text(error)}"
-        return attrs.evolve(ending, returned=False, result=None, error=text)
+        kind = error_type(error)
+        return attrs.evolve(ending, returned=False, result=None, error=text, error_type=kind)
     if ending.traceback or ending.log:
         return attrs.evolve(ending, traceback="", log="")
     return None

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from taskx.core.errors import TaskCancelled
+from taskx.core.model import MAX_NAME
 from taskx.core.payload import clean_text
-from taskx.core.retry import Permanent, Retry, Snooze, names_of
+from taskx.core.retry import Permanent, Retry, Snooze, full_name, names_of
 from taskx.core.token import CancelReason
 
 #: Longest error text and traceback that a record keeps, in characters.
@@ -41,6 +42,18 @@ def error_text(error: BaseException) -> str:
     except BaseException:  # noqa: BLE001  (user code)
         text = "<its str() raised>"
     return clean_text(f"{name}: {text}" if text else name, MAX_ERROR)
+
+
+def error_type(error: BaseException) -> str:
+    """The full name of an exception's class; empty where a process ended and nothing was raised."""
+    if is_a(error, Remote):
+        return error.names[0] if error.names else ""  # type: ignore[attr-defined]
+    if is_a(error, ChildDied) or is_a(error, ChildKilled):
+        return ""
+    try:
+        return clean_text(full_name(type(error)), MAX_NAME)
+    except BaseException:  # noqa: BLE001  (a metaclass of the user's)
+        return clean_text(_name_of(type(error)), MAX_NAME)
 
 
 def traceback_text(error: BaseException, *, skip: int) -> str:

@@ -134,7 +134,7 @@ class Recovery:
     def _hand_back(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)
         if task is not None and task_id not in self._engine.runs:
-            ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.owner)
+            ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
             now = self._services.clock.now_ms()
             writes = lifecycle.conclude(task, ending, now)
             for write, held in zip(writes, self._services.ledger.commit(writes), strict=True):

@@ -26,6 +26,7 @@ from taskx.runtime.failures import (
     ChildKilled,
     Remote,
     error_text,
+    error_type,
     is_a,
     traceback_text,
 )
@@ -118,6 +119,7 @@ class Runner:
             stuck=True,
             reason=CancelReason.TIMEOUT,
             error=f"timed out after {run.task.timeout:g} s; its thread still runs",
+            error_type=error_type(TimeoutError()),
             traceback=stack,
             **_what_next(TimeoutError(), run),
         )
@@ -163,6 +165,7 @@ def _raised(error: BaseException, run: Run) -> Ending:
         returned=False,
         reason=reason,
         error=_timed_out(error, run.task) if timed_out else error_text(error),
+        error_type=error_type(cause),
         traceback=traceback_text(error, skip=2),
         crashed=crashed,
         interrupt=error if interrupt else None,

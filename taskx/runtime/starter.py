@@ -25,7 +25,7 @@ from taskx.runtime.lines import Lines
 from taskx.runtime.pauses import Pauses
 from taskx.runtime.runner import Run, Runner
 from taskx.runtime.suspects import Suspects
-from taskx.storage.base import Repository
+from taskx.storage.base import Node, Repository
 
 
 class Services(NamedTuple):
@@ -51,14 +51,17 @@ class Starter:
 
     Args:
         services: what it works with.
-        node: the id of the node.
+        node: the node.
         buffer: where it puts back what cannot start now.
         admission: how many may start of the types that have limits.
     """
 
-    def __init__(self, services: Services, node: str, buffer: Buffer, admission: Admission) -> None:
+    def __init__(
+        self, services: Services, node: Node, buffer: Buffer, admission: Admission
+    ) -> None:
         self._services = services
-        self._node = node
+        self._node = node.id
+        self._name = node.name
         self._buffer = buffer
         self._admission = admission
         #: Every run from before its start until its outcome is committed, by task id.
@@ -118,7 +121,7 @@ class Starter:
         now = services.clock.now_ms()
         starting: list[tuple[Run, Update]] = []
         for task in startable:
-            update = lifecycle.start(task, now, self._node)
+            update = lifecycle.start(task, now, self._node, self._name)
             if update is not None and task.id not in self.runs:
                 starting.append((self._enlist(task), update))
             elif self._is_suspect(task):

@@ -20,6 +20,7 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec, Codecs
 from taskx.core.errors import DuplicateTask, InvalidTransition, PayloadError, TaskNotFound
 from taskx.core.model import (
+    MAX_NAME,
     TIME_FIELDS,
     Task,
     TaskFilter,
@@ -429,6 +430,7 @@ def _storable(task: Task) -> Task:
         progress=progress,
         message=message,
         error=clean_text(task.error, MAX_TEXT),
+        error_type=clean_text(task.error_type, MAX_NAME),
         traceback=clean_text(task.traceback, MAX_TEXT),
         worker=clean_text(task.worker, MAX_MESSAGE),
     )

@@ -87,7 +87,7 @@ def test_outcome_outlives_a_lack_of_memory(queue, monkeypatch, after):
         ends = [
             write
             for write in writes
-            if write.id == "a" and "worker" in getattr(write, "changes", ())
+            if write.id == "a" and "completed_at" in getattr(write, "changes", ())
         ]
         if not ends or failed:
             return inner(writes, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from contextlib import suppress
 from itertools import product
 
@@ -244,6 +245,12 @@ class TestConclude:
         assert (attempt.outcome, attempt.error, attempt.worker) == ("retried", "broke", "w")
         assert attempt.ended_at == to_datetime(LATER)
 
+    def test_a_start_that_nobody_executed_leaves_the_worker_of_the_attempt_before(self):
+        task = end(make("running", max_attempts=2), error="broke", worker="w/1")
+        started = apply(task, lifecycle.start(task, LATER, "node", "w"))
+        assert started.worker == "w"
+        assert apply(started, *lifecycle.hand_back(started, LATER)).worker == "w/1"
+
     def test_a_retry_that_waits_is_nobodys_until_it_is_due(self):
         task = make("running", max_attempts=2)
         [write, _] = lifecycle.conclude(
@@ -382,6 +389,13 @@ class TestAttemptLog:
         assert len(task.earlier_attempts) == lifecycle.MAX_KEPT_ATTEMPTS
         assert task.earlier_attempts[0].error == "5"
 
+    def test_one_of_the_first_version_names_no_class_and_one_of_a_later_may_say_more(self):
+        old, new = ["retried", 1, 2, "w", "broke", "tb"], ["retried", 1, 2, "w", "x", "", "E", "?"]
+        row = {**row_from_task(make()), "earlier_attempts": json.dumps([old, new])}
+        task = task_from_row([row[name] for name in TASK_FIELDS])
+        assert not task.damage
+        assert [attempt.error_type for attempt in task.attempts] == ["", "E"]
+
     def test_a_crash_that_ended_the_task_is_there_once(self):
         task = make("running", max_crashes=1)
         [writes] = lifecycle.rescue([task], LATER, stopping=False)
@@ -435,9 +449,9 @@ class TestRescue:
         [attempt] = after.attempts
         assert (attempt.outcome, attempt.error) == ("crashed", "the process that ran it died")
 
-    def test_the_log_names_the_node_that_died_and_not_who_ran_it_before(self):
-        [after] = rescue(make("running", owner="died", worker="earlier/1"))
-        assert after.attempts[-1].worker == "died"
+    def test_the_log_names_the_process_that_died(self):
+        [after] = rescue(make("running", owner="0123", worker="host:7:abc"))
+        assert after.attempts[-1].worker == "host:7:abc"
 
     def test_a_suspect_is_the_culprit_and_spares_its_neighbours(self):
         suspect, neighbour = rescue(make("running", crashes=1), make("running"))

@@ -28,6 +28,7 @@ attempts = st.builds(
     ended_at=maybe,
     worker=texts,
     error=texts,
+    error_type=texts,
     traceback=texts,
 )
 tasks = st.builds(
@@ -56,6 +57,7 @@ tasks = st.builds(
     starts=counts,
     cancel_requested_at=maybe,
     dead_letter=st.booleans(),
+    error_type=texts,
     traceback=texts,
     owner=texts,
     worker=texts,
@@ -109,6 +111,11 @@ class TestTask:
         )
         assert read(row_from_task(task)) == task
         assert Task.from_dict(task.to_dict()) == task
+
+    def test_what_a_later_version_says_of_an_attempt_is_passed_over(self):
+        data = Task(earlier_attempts=[Attempt(error="x")]).to_dict()
+        data["earlier_attempts"][0]["mood"] = "bad"
+        assert Task.from_dict(data).attempts == [Attempt(error="x")]
 
     def test_a_new_row_is_a_new_task(self):
         task = Task(id="a", type="t", created_at=to_datetime(0))

@@ -169,6 +169,8 @@ class TestAsInAThread:
         assert "child.py" not in trace
         assert "isolation.py" not in trace
         assert outcomes(queue, failed.value.task_id) == [("failed", error)]
+        kind = queue.get_task_status(failed.value.task_id).error_type
+        assert kind.rpartition(".")[2] == error.partition(":")[0]
 
     def test_what_it_raises_says_what_follows(self, make, repository):
         queue = make(isolated.fail)

@@ -43,7 +43,7 @@ class Failing(MongoRepository):
         try:
             yield
         except RepositoryUnavailable:
-            self.failed += any("worker" in getattr(write, "changes", ()) for write in writes)
+            self.failed += any("completed_at" in getattr(write, "changes", ()) for write in writes)
             raise
 
 

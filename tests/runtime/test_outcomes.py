@@ -15,7 +15,9 @@ import pytest
 from taskx import (
     ConfigurationError,
     InvalidTransition,
+    Permanent,
     RepositoryError,
+    Retry,
     TaskFailed,
     TaskNotFound,
     TaskStatus,
@@ -130,6 +132,7 @@ def test_whatever_it_raises_is_a_failed_task(started, case):
     task = handles[0].task()
     assert (task.status, task.errors, task.crashes) == (TaskStatus.FAILED, 1, 0)
     assert task.error.startswith(text)
+    assert task.error_type.rpartition(".")[2] == text.partition(":")[0]
     assert len(task.error) <= 4000
     assert len(task.traceback) <= 20_000
     assert task.dead_letter
@@ -189,6 +192,64 @@ def test_attempts_are_retried_at_once_until_spent(started):
     assert all("stubborn" in a.traceback and a.worker for a in task.attempts)
     assert all(a.started_at <= a.ended_at for a in task.attempts)
     assert (task.progress, task.message) == (50, "attempt 3")
+
+
+def test_the_record_names_the_class_of_each_error(started):
+    """As retry policies know it: of a builtin the name, else its module, too."""
+    errors = [OSError("x"), Rude("x"), Retry(delay=0.0), Permanent("x")]
+
+    @started.executor("fickle", max_attempts=9)
+    def fickle(ctx):
+        raise errors[ctx.task.errors]
+
+    handle = started.submit("fickle")
+    with pytest.raises(TaskFailed):
+        handle.result(PATIENCE)
+    task = handle.task()
+    assert [attempt.error_type for attempt in task.attempts] == [
+        "OSError",
+        f"{__name__}.Rude",
+        "taskx.core.retry.Retry",
+        "taskx.core.retry.Permanent",
+    ]
+    assert task.error_type == "taskx.core.retry.Permanent"
+    started.requeue(handle.id)
+    with pytest.raises(TaskFailed):
+        handle.result(PATIENCE)
+    assert handle.task().attempts[3].error_type == "taskx.core.retry.Permanent"
+
+
+def test_a_time_out_is_a_timeout_error_whatever_was_raised(started):
+    @started.executor("late", timeout=0.01)
+    def late(ctx):
+        ctx.token.wait(PATIENCE)
+        raise ConnectionError("closed under it")
+
+    handle = started.submit("late")
+    with pytest.raises(TaskFailed, match="timed out"):
+        handle.result(PATIENCE)
+    assert handle.task().error_type == "TimeoutError"
+
+
+def test_a_success_forgets_the_class_of_the_error_before_it(started):
+    @started.executor("second", max_attempts=2)
+    def second(ctx):
+        if ctx.task.attempt == 1:
+            raise KeyError("x")
+
+    handle = started.submit("second")
+    handle.result(PATIENCE)
+    task = handle.task()
+    assert (task.error_type, task.attempts[0].error_type) == ("", "KeyError")
+
+
+def test_the_record_says_who_runs_a_task_while_it_runs(started, gate):
+    handle = started.executor("hold")(lambda: gate()).submit()
+    gate.wait_for()
+    assert handle.task().worker == started._node.record.name
+    gate.open()
+    handle.result(PATIENCE)
+    assert handle.task().worker.startswith(f"{started._node.record.name}/")
 
 
 def test_a_later_attempt_may_succeed(started):

@@ -129,6 +129,7 @@ wait_for_ever()
         assert (task.interruptions, task.starts, task.attempt) == (0, 2, 1)
         assert [a.outcome for a in task.attempts] == ["crashed", "completed"]
         assert "died" in task.attempts[0].error
+        assert f":{child.process.pid}:" in task.attempts[0].worker
     for task in tasks:
         assert task.status is TaskStatus.COMPLETED
         if task.type == "work":

@@ -115,6 +115,11 @@ _VERSION_2 = (
     "ALTER TABLE tasks ADD COLUMN error_type TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE tasks ADD COLUMN tags TEXT",
     "ALTER TABLE tasks ADD COLUMN expires_at INTEGER",
+    # From now on a start writes the node's name; before, this was who ran the attempt before.
+    """
+    UPDATE tasks SET worker = coalesce((SELECT name FROM nodes WHERE id = tasks.owner), owner)
+    WHERE status = 'running'
+    """,
 )
 
 #: What leads from each schema version to the next; the first entry makes a new file. One that was
