@@ -73,8 +73,8 @@ class Dependents:
         self._lock, self._looking = threading.Lock(), threading.Lock()
         self._additions = 0
         self._left: Sequence[str] = ()
-        self._all_due = True
-        self._after = ""
+        # Whether all parents are to be looked at; whether that is under way, and how far it has come.
+        self._all_due, self._under_way, self._after = True, False, ""
 
     # --- what happens
 
@@ -109,12 +109,12 @@ class Dependents:
     @property
     def looks(self) -> bool:
         """Whether it is looking, or about to: tasks may be released by that."""
-        return self.waiting or self._all_due or self._looking.locked()
+        return self.waiting or self._looking.locked()
 
     @property
     def waiting(self) -> bool:
-        """Whether there are parents that have ended, or children of such, that it has not come to yet."""
-        return bool(self.ended or self._left)
+        """Whether :meth:`look` has not come to all of what is known to be due."""
+        return bool(self.ended or self._left or self._all_due or self._under_way)
 
     def overdue(self) -> bool:
         """Whether a task waits for one that has ended, which is then looked at soon.
@@ -138,7 +138,7 @@ class Dependents:
         awaited = self._repository.awaited(after, _PAGE)
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
-        return gone, awaited[-1] if len(awaited) == _PAGE else ""
+        return gone, awaited[-1] if awaited else ""
 
     # --- looking
 
@@ -152,11 +152,11 @@ class Dependents:
         Raises:
             RepositoryError: the repository failed; the rest is looked at next time.
         """
-        if not (self.waiting or self._all_due):
+        if not self.waiting:
             return
         until = time.monotonic() + patience
         with self._looking:
-            while self.waiting:
+            while self.ended or self._left:
                 ids = list(self.ended)
                 found = self._repository.waiting_for(ids) if ids else ()
                 self._left = self._decide([*self._left, *found], until)
@@ -164,19 +164,16 @@ class Dependents:
                     self.ended.popleft()
                 if self._left:
                     return
-            if self._all_due:
-                self._all_due = False
-                try:
-                    self._look_at_all(until)
-                except BaseException:  # an interrupt, too: then the next look is at all of them
-                    self._all_due = True
-                    raise
+            self._look_at_all(until)
 
     def _look_at_all(self, until: float) -> None:
-        self._after = ""
-        while self._look_at_some(until) and not self._left:
-            continue
-        self._all_due = self._all_due or bool(self._left)
+        """Look at all parents that are waited for, if that is due, from where the last call came to."""
+        if self._all_due and not self._under_way:
+            self._under_way, self._after, self._all_due = True, "", False
+        while self._under_way and not self._left:
+            self._under_way = self._look_at_some(until)
+            if time.monotonic() >= until:
+                break
 
     def look_around(self) -> None:
         """Other processes may have stored tasks that wait: from when there are some, ends are told.

@@ -7,6 +7,8 @@ to the next one at once.
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -38,7 +40,8 @@ class Lines:
         self._log = log
         #: Told that tasks may start, or may be due some time, whose turn has come.
         self.moved: Callable[[], None] = lambda: None
-        self._due = True
+        # Whether all lines are to be looked at; whether that is under way, and how far it has come.
+        self._due, self._under_way, self._after = True, False, ""
 
     def joined(self, inserts: Iterable[Insert]) -> None:
         """Tasks were stored, some of which may wait in line."""
@@ -81,31 +84,54 @@ class Lines:
             self.moved()
         return moved
 
+    @property
+    def waiting(self) -> bool:
+        """Whether :meth:`look` has not come to all lines yet."""
+        return self._due or self._under_way
+
     def look_soon(self) -> None:
         """A turn may have been given up by a task of which only the id is known."""
         self._due = True
 
-    def look(self) -> None:
+    def look(self, patience: float = math.inf) -> None:
         """Look at all lines, if one may stand still.
 
+        Args:
+            patience: seconds after which the rest is left to the next call.
+
         Raises:
-            RepositoryError: the repository failed; the next look is at all of them again.
+            RepositoryError: the repository failed; the next call goes on there.
         """
-        if self._due:
-            self._due = False
-            try:
-                self.look_slowly()
-            except BaseException:  # an interrupt, too: then the next look is at all of them
-                self._due = True
-                raise
+        until = time.monotonic() + patience
+        while self.waiting:
+            if not self._under_way:
+                self._under_way, self._after, self._due = True, "", False
+            self._under_way = self._look_at_some()
+            if time.monotonic() >= until:
+                break
 
     def look_slowly(self) -> None:
-        """Move those lines that stand still, as who gave up the turn died then, or was changed by hand.
+        """Look at some lines, and go on there next time: who gave up a turn may have died just then.
 
         Raises:
             RepositoryError: the repository failed.
         """
-        more = True
-        while more:
-            keys = self._repository.lines(BATCH)
-            more = self._advance(keys) and len(keys) == BATCH
+        self._look_at_some()
+
+    def _look_at_some(self) -> bool:
+        """Move those of the next lines that stand still; False where there are no more."""
+        page = self._repository.lines(self._after, BATCH)
+        self._advance([key for key, stands_still in page.items() if stands_still])
+        self._after = next(reversed(page), "")
+        return bool(page)
+
+    def overdue(self) -> bool:
+        """Whether a line stands still.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        page = self._repository.lines("", BATCH)
+        while page and not any(page.values()):
+            page = self._repository.lines(next(reversed(page)), BATCH)
+        return bool(page)

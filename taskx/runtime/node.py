@@ -160,7 +160,7 @@ class LocalNode:
             self._scheduler.behind()
             or repository.unfinished(types)
             or self._services.dependents.overdue()
-            or bool(repository.lines(1))
+            or self._services.lines.overdue()
             or self._scheduler.behind()  # its turn came between the looks, and its time had come
             or repository.unfinished(types)  # it was let start between the looks
         )

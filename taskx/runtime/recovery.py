@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+import math
+import time
+from collections import deque
+from collections.abc import Sequence
 
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING, RUNNING
@@ -12,6 +15,14 @@ from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.engine import Engine
 from taskx.storage.base import Node
+
+#: Tasks of a dead node's buffer that are given up in one transaction.
+BATCH = 1000
+_WHAT_NOW = {
+    lifecycle.PENDING: "it runs again",
+    lifecycle.FAILED: "failed for good",
+    lifecycle.CANCELLED: "it is cancelled, as was asked for",
+}
 
 
 class Recovery:
@@ -22,15 +33,26 @@ class Recovery:
         self._services = engine.services
         self._suspicious: set[tuple[str, str, int]] = set()
         self._unknown: set[str] = set()
+        # Ids of tasks in the buffers of dead nodes, by node; it leaves when they are given up.
+        self._left: dict[str, deque[str]] = {}
 
     # --- other nodes
 
-    def recover(self) -> int:
+    @property
+    def waiting(self) -> bool:
+        """Whether :meth:`go_on` has something to do."""
+        return bool(self._left)
+
+    def recover(self, patience: float = math.inf) -> int:
         """Take back what dead nodes held; returns how many tasks.
+
+        Args:
+            patience: seconds after which the rest of what waited in their buffers is left to :meth:`go_on`.
 
         Raises:
             RepositoryError: the repository failed; what is left is taken back next time.
         """
+        until = time.monotonic() + patience
         repository = self._services.repository
         # Owners first: a node that joins after this is in the list of nodes below, if it owns any.
         owners = repository.owners()
@@ -39,15 +61,12 @@ class Recovery:
             node.alive is not False and node.id != self._engine.node.id for node in nodes.values()
         )
         recovered = 0
-        for owner in owners:
+        for owner in dict.fromkeys((*owners, *nodes)):
+            if owner in self._left:
+                continue
             node = nodes.get(owner, Node(id=owner, name=owner, alive=False))
             if node.alive is False:
                 recovered += self._take_back(node)
-        for node in nodes.values():
-            if node.alive is False:
-                self._services.dependents.ended_elsewhere()
-                self._services.lines.look_soon()
-                repository.leave(node.id)
             elif node.alive is None and node.id not in self._unknown:
                 self._unknown.add(node.id)
                 self._services.log.warning(
@@ -55,53 +74,68 @@ class Recovery:
                     "its tasks are left alone",
                     node.name,
                 )
-        return recovered
+        return recovered + self._go_on(until)
+
+    def go_on(self, patience: float = math.inf) -> int:
+        """Give up what waited in the buffers of dead nodes, a batch at a time; returns how many tasks.
+
+        Raises:
+            RepositoryError: the repository failed; what is left is given up next time.
+        """
+        return self._go_on(time.monotonic() + patience)
+
+    def _go_on(self, until: float) -> int:
+        given_up = 0
+        for node, pending in list(self._left.items()):
+            while pending:
+                some = [pending[n] for n in range(min(len(pending), BATCH))]
+                self._services.ledger.commit([lifecycle.give_up(i, node) for i in some])
+                given_up += len(some)
+                for _ in some:
+                    pending.popleft()
+                if pending and time.monotonic() >= until:
+                    return given_up
+            self._services.dependents.ended_elsewhere()
+            self._services.lines.look_soon()
+            if node != self._engine.node.id:  # else its record is gone, and it makes another one
+                self._services.repository.leave(node)
+            del self._left[node]
+        return given_up
 
     def _take_back(self, node: Node) -> int:
+        """Rescue what a dead node was running; what waited in its buffer is given up later."""
         stubs = self._services.repository.owned(node.id)
         barred = self._services.repository.stuck_on(node.id)
-        pending = [stub.id for stub in stubs if stub.status == PENDING]
         running = [stub.id for stub in stubs if stub.status == RUNNING]
-        rescues: list[list[Update]] = []
         tasks = list(self._services.repository.get_many(running).values()) if running else []
         if not self._services.repository.is_dead(node.id):
             return 0  # it came back, and may run what was read
         if tasks:
-            now = self._services.clock.now_ms()
-            isolated = self._services.registry.isolated
-            rescues = lifecycle.rescue(tasks, now, stopping=node.stopping, isolated=isolated)
-            for alternatives in rescues:
-                self._log_rescue(node, alternatives)
-        # One transaction: half a rescue would count the other half's neighbours wrongly.
-        writes = [write for alternatives in rescues for write in alternatives]
-        given_up = [lifecycle.give_up(task_id, node.id) for task_id in pending]
-        results = self._services.ledger.commit([*writes, *given_up])
-        self._tell_rescued({task.id: task for task in tasks}, writes, results)
+            self._rescue(node, tasks)
         for task_id in running:
             self._services.watcher.look_if_watched(task_id)
-        if running:
-            self._services.dependents.ended_elsewhere()
-            self._services.lines.look_soon()
-        return len(stubs) + self._engine.stuck.lift_bars((stub.id for stub in barred), node.id)
+        self._left[node.id] = deque(stub.id for stub in stubs if stub.status == PENDING)
+        return len(running) + self._engine.stuck.lift_bars((stub.id for stub in barred), node.id)
 
-    def _tell_rescued(
-        self, tasks: Mapping[str, Task], writes: Sequence[Update], results: Sequence[bool]
-    ) -> None:
-        hooks = self._services.hooks
-        if hooks.rescued or hooks.finished:
-            for write, held in zip(writes, results, strict=False):
-                if held:
-                    hooks.tell_rescued(tasks[write.id], write.changes)
+    def _rescue(self, node: Node, tasks: Sequence[Task]) -> None:
+        now = self._services.clock.now_ms()
+        isolated = self._services.registry.isolated
+        rescues = lifecycle.rescue(list(tasks), now, stopping=node.stopping, isolated=isolated)
+        # One transaction: half a rescue would count the other half's neighbours wrongly.
+        writes = [write for alternatives in rescues for write in alternatives]
+        results = self._services.ledger.commit(writes)
+        by_id = {task.id: task for task in tasks}
+        for write, held in zip(writes, results, strict=True):
+            if held:
+                self._log_rescue(node, write)
+                self._services.hooks.tell_rescued(by_id[write.id], write.changes)
 
-    def _log_rescue(self, node: Node, alternatives: Sequence[Update]) -> None:
-        first = alternatives[0]
-        failed = first.changes["status"] == lifecycle.FAILED
+    def _log_rescue(self, node: Node, write: Update) -> None:
+        status = write.changes["status"]
         self._services.log.log(
-            logging.ERROR if failed else logging.WARNING,
+            logging.ERROR if status == lifecycle.FAILED else logging.WARNING,
             "task %s was running on %s, which died: %s",
-            first.id,
-            node.name,
-            "failed for good" if failed else "it runs again",
+            *(write.id, node.name, _WHAT_NOW[status]),
         )
 
     # --- this node

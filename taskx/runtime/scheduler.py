@@ -22,9 +22,11 @@ PROGRESS_EVERY = 0.1
 #: Seconds between looks for dead nodes, and between audits of one's own tasks.
 RECOVER_EVERY = 0.5
 AUDIT_EVERY = 2.0
-#: Seconds that a tick goes on with the dependents of what has ended; the rest is for the next ones.
-DEPENDENTS_PATIENCE = 0.1
-_MOST_DUE = 1000
+#: Seconds that a round goes on with any one duty: what is left is for the next round, which follows at
+#: once. So however much there is of one, the others wait no longer than a round takes.
+PATIENCE = 0.1
+#: Tasks that are released in one transaction.
+MOST_DUE = 1000
 _LONGEST_BACKOFF = 2.0
 # Seconds that it sleeps at least.
 _SHORTEST = 0.001
@@ -130,11 +132,9 @@ class Scheduler:
     def _sleep(self, failures: int) -> None:
         if failures:
             timeout = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
-        elif (
-            self._services.ledger
-            or self._engine.buffer.needs_care()
-            or self._services.dependents.waiting
-        ):
+        elif self._more_to_do():
+            timeout = _SHORTEST
+        elif self._services.ledger or self._engine.buffer.needs_care():
             timeout = AHEAD_PATIENCE
         else:
             self._asleep_long = True
@@ -150,8 +150,13 @@ class Scheduler:
         self._wake_up.acquire(timeout=timeout)
         self._asleep_long = False
 
+    def _more_to_do(self) -> bool:
+        """Whether a duty was left unfinished for the sake of the others."""
+        services = self._services
+        return services.dependents.waiting or services.lines.waiting or self._recovery.waiting
+
     def tick(self) -> None:
-        """One round of everything that is due.
+        """One round of everything that is due, a while of each.
 
         Raises:
             RepositoryError: the repository failed; what was not done is done in a later round.
@@ -166,11 +171,13 @@ class Scheduler:
             )
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
-        self._services.dependents.look(DEPENDENTS_PATIENCE)
-        self._services.lines.look()
-        self._release_due()
+        self._services.dependents.look(PATIENCE)
+        self._services.lines.look(PATIENCE)
+        self._release_due(PATIENCE)
+        if self._recovery.waiting and self._recovery.go_on(PATIENCE):
+            self._engine.more_stored = True
         if self._is_time("recover", RECOVER_EVERY):
-            if self._recovery.recover():
+            if self._recovery.recover(PATIENCE):
                 self._engine.more_stored = True
             self._engine.look_for_pauses()
             self._engine.admission.tend()
@@ -189,7 +196,7 @@ class Scheduler:
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
             self._engine.stuck.audit()
-            self._services.dependents.look_slowly(DEPENDENTS_PATIENCE)
+            self._services.dependents.look_slowly(PATIENCE)
             self._services.lines.look_slowly()
             self._ticker.look_soon()
             self._services.watcher.look()
@@ -213,18 +220,21 @@ class Scheduler:
             if task.cancel_requested_at is not None and (run := runs.get(task.id)):
                 run.token.fire(CancelReason.CANCEL)
 
-    def _release_due(self) -> None:
+    def _release_due(self, patience: float) -> None:
         services = self._services
+        until = time.monotonic() + patience
         now = services.clock.now_ms()
         if not self._due_known:
             self._due_known = True  # before looking: a task stored from now on clears it again
             self._next_due = services.repository.next_due()
         while self._next_due is not None and self._next_due <= now:
-            ids = services.repository.due(now, _MOST_DUE)
+            ids = services.repository.due(now, MOST_DUE)
             if ids:
                 services.ledger.commit([lifecycle.release(task_id) for task_id in ids])
                 self._engine.more_stored = True
             self._next_due = services.repository.next_due()
+            if time.monotonic() >= until:
+                break
 
     def _write_progress(self) -> None:
         told = []

@@ -223,7 +223,10 @@ class Repository(TaskRepository):
 
     @abstractmethod
     def awaited(self, after: str, limit: int) -> Sequence[str]:
-        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
+        """The ids that waiting tasks wait on, in order, from the one after ``after``.
+
+        At most ``limit``, and fewer only for speed: empty where there are none, and only there.
+        """
 
     @abstractmethod
     def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
@@ -234,8 +237,12 @@ class Repository(TaskRepository):
         """The first task of a concurrency key that waits for its turn."""
 
     @abstractmethod
-    def lines(self, limit: int) -> Sequence[str]:
-        """Concurrency keys with tasks that wait for their turn, and none that has it."""
+    def lines(self, after: str, limit: int) -> dict[str, bool]:
+        """Concurrency keys of tasks that wait for their turn, in order, from the one after ``after``.
+
+        For each, whether it stands still: no task has its turn. At most ``limit``, and fewer only for
+        speed: empty where there are none, and only there.
+        """
 
     @abstractmethod
     def stuck_on(self, node: str) -> Sequence[Stub]:

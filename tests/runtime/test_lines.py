@@ -262,7 +262,7 @@ def test_by_hand_none_starts_beside_another(track, repository):
     repository.update_status("first", TaskStatus.RUNNING)
     repository.update_status("first", TaskStatus.COMPLETED)
     repository.update_status("second", TaskStatus.RUNNING)
-    assert not track.queue.repository.lines(10)
+    assert not track.queue.repository.lines("", 10)
 
 
 # What comes together with it
@@ -492,7 +492,7 @@ queue._services.lines.left = lambda task, changes: os._exit(9)
     child = workers.spawn(WORK + dies)
     assert child.process.wait(PATIENCE) == 9
     assert repository.get_by_id("0").status is TaskStatus.COMPLETED
-    assert repository.lines(10) == ["k"]
+    assert repository.lines("", 10) == {"k": True}
     [other] = workers.start(WORK)
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 3)
     assert broken_rules(workers.log()) == []

@@ -87,12 +87,23 @@ class TestTurns:
 
     def test_a_line_stands_still_when_nobody_has_it(self, store, clock):
         now = clock.now_ms()
-        assert store.lines(10) == []
+        assert store.lines("", 10) == {}
         store.apply([insert(f"{key}{n}", now, key) for n in range(3) for key in "abc"])
-        assert sorted(store.lines(10)) == ["a", "b", "c"]
-        assert len(store.lines(2)) == 2
+        assert store.lines("", 10) == {"a": True, "b": True, "c": True}
         give(store, "b0", "b")
-        assert sorted(store.lines(10)) == ["a", "c"]
+        assert store.lines("", 10) == {"a": True, "b": False, "c": True}
+
+    def test_lines_are_looked_at_page_by_page_whether_they_stand_still_or_not(self, store, clock):
+        now = clock.now_ms()
+        store.apply([insert(f"{key}{n}", now, key) for n in range(3) for key in "cab"])
+        for key in "abc":
+            give(store, f"{key}0", key)
+        pages, after = [], ""
+        while page := store.lines(after, 2):
+            assert len(page) <= 2
+            pages += page
+            after = pages[-1]
+        assert pages == ["a", "b", "c"]
 
     @pytest.mark.parametrize("how", ENDINGS)
     def test_it_is_given_up_by_the_end_and_by_nothing_else(self, store, clock, how):
@@ -118,9 +129,9 @@ class TestTurns:
         store.apply([insert(name, now) for name in "abc"])
         give(store, "a")
         store.apply(lifecycle.cancel("b", now))  # which did not have it
-        assert store.lines(10) == []
+        assert not any(store.lines("", 10).values())
         store.apply(lifecycle.cancel("a", now))
-        assert store.lines(10) == ["k"]
+        assert store.lines("", 10) == {"k": True}
         assert store.next_in_line("k") == "c"
 
     def test_what_is_handed_back_keeps_it(self, store, clock):
@@ -230,7 +241,7 @@ def test_whatever_happens_of_each_key_one_may_start_or_runs(store, clock, seed):
             held = [task for task in of_key if task.id in delayed]
             assert len(at_it) + len(held) <= 1
             waits = store.next_in_line(key) is not None
-            assert (key in store.lines(10)) == (waits and not at_it and not held)
+            assert store.lines("", 10).get(key, False) == (waits and not at_it and not held)
     assert most == 1
 
 

@@ -289,9 +289,9 @@ class MongoRepository(Repository):
         """The first task of a concurrency key that waits for its turn."""
         return self._tasks.next_in_line(key)
 
-    def lines(self, limit: int) -> Sequence[str]:
-        """Concurrency keys with tasks that wait for their turn, and none that has it."""
-        return self._tasks.lines(limit)
+    def lines(self, after: str, limit: int) -> dict[str, bool]:
+        """Concurrency keys of tasks that wait for their turn, and whether each stands still."""
+        return self._tasks.lines(after, limit)
 
     def stuck_on(self, node: str) -> Sequence[Stub]:
         """The tasks that a thread of an ended attempt still runs on a node."""

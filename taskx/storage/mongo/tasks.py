@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from itertools import islice
 from typing import Any
 
 from bson.int64 import Int64
@@ -286,10 +287,19 @@ class Tasks:
     def awaited(self, after: str, limit: int) -> Sequence[str]:
         """The ids that waiting tasks wait on, in order, from the one after ``after``."""
         wanted = held(FOR_PARENTS, waiting_on={"$gt": text(after, "after")})
-        found: list[str] = self._connection.run(
-            lambda: self._connection.tasks.distinct("taskx.waiting_on", wanted)
-        )
-        return sorted(found)[:limit]
+        return self._different("waiting_on", wanted, limit)
+
+    def _different(self, name: str, wanted: Document, limit: int) -> Sequence[str]:
+        """The values that the next ``limit`` documents have of a field of ours, in order.
+
+        Not by ``distinct``, whose answer must fit into one document.
+        """
+        path = f"taskx.{name}"
+
+        def read() -> list[Document]:
+            return list(self._connection.tasks.find(wanted, {path: 1}).sort(path, 1).limit(limit))
+
+        return list(dict.fromkeys(d["taskx"][name] for d in self._connection.run(read)))
 
     def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
         """The tasks that wait on one of these."""
@@ -307,16 +317,15 @@ class Tasks:
         found = self._connection.run(read)
         return found[0]["_id"] if found else None
 
-    def lines(self, limit: int) -> Sequence[str]:
-        """Concurrency keys with tasks that wait for their turn, and none that has it."""
-        keys: list[str] = self._connection.run(
-            lambda: self._connection.tasks.distinct("taskx.concurrency_key", held(FOR_TURN))
-        )
+    def lines(self, after: str, limit: int) -> dict[str, bool]:
+        """Concurrency keys of tasks that wait for their turn, and whether each stands still."""
+        wanted = held(FOR_TURN, concurrency_key={"$gt": text(after, "after")})
+        keys = self._different("concurrency_key", wanted, limit)
         moving = {
             document["taskx"]["turn"]
             for document in self._found_by("taskx.turn", keys, {"taskx.turn": 1})
         }
-        return [key for key in keys if key not in moving][:limit]
+        return {key: key not in moving for key in keys}
 
     def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
         """Tasks of a finished status that ended before a moment."""
@@ -325,16 +334,24 @@ class Tasks:
         wanted = {"status": text(status, "status"), "created_at": moment, "completed_at": moment}
 
         def read() -> list[Document]:
-            tasks = self._connection.tasks
-            unfinished = {"status": {"$in": ["pending", "running"]}}
-            # Hidden ones, too: they may be there the next moment.
-            children = {"taskx.depends_on": {"$gt": ""}, **unfinished}
-            needed = set(tasks.distinct("taskx.depends_on", children))
-            free = {"_id": {"$nin": [*needed]}} if needed else {}
-            found = tasks.find({**wanted, **free, **VISIBLE}, STUB_FIELDS)
-            return list(found.sort(OLDEST_FIRST).limit(limit))
+            cursor = self._connection.tasks.find({**wanted, **VISIBLE}, STUB_FIELDS)
+            found, free = cursor.sort(OLDEST_FIRST), list[Document]()
+            while len(free) < limit and (some := list(islice(found, limit))):
+                needed = self._needed([document["_id"] for document in some])
+                free += [document for document in some if document["_id"] not in needed]
+            return free[:limit]
 
         return [stub_from_document(document) for document in self._connection.run(read)]
+
+    def _needed(self, task_ids: Sequence[str]) -> set[str]:
+        """Those of these tasks that an unfinished task depends on."""
+        # Hidden ones, too: they may be there the next moment.
+        children = {
+            "taskx.depends_on": {"$in": [*task_ids]},
+            "status": {"$in": ["pending", "running"]},
+        }
+        found = self._connection.tasks.find(children, {"taskx.depends_on": 1})
+        return {parent for child in found for parent in child["taskx"]["depends_on"]}
 
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types runs on a node, or is pending and not held back."""

@@ -243,9 +243,9 @@ class SQLiteRepository(Repository):
         rows = self._rows(statements.NEXT_IN_LINE, (key,))
         return rows[0][0] if rows else None
 
-    def lines(self, limit: int) -> Sequence[str]:
-        """Concurrency keys with tasks that wait for their turn, and none that has it."""
-        return [key for (key,) in self._rows(statements.LINES, (limit,))]
+    def lines(self, after: str, limit: int) -> dict[str, bool]:
+        """Concurrency keys of tasks that wait for their turn, and whether each stands still."""
+        return {key: bool(still) for key, still in self._rows(statements.LINES, (after, limit))}
 
     def stuck_on(self, node: str) -> Sequence[Stub]:
         """The tasks that a thread of an ended attempt still runs on a node."""

@@ -77,10 +77,11 @@ _IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"
 NEXT_IN_LINE = f"SELECT id FROM tasks WHERE {_IN_LINE} AND concurrency_key = ? ORDER BY seq LIMIT 1"
 # A step in the index for each key, however many tasks wait for it.
 LINES = (
-    f"WITH RECURSIVE keys (key) AS (SELECT min(concurrency_key) FROM tasks WHERE {_IN_LINE} UNION ALL "
+    f"WITH RECURSIVE keys (key) AS (SELECT min(concurrency_key) FROM tasks WHERE {_IN_LINE} "
+    "AND concurrency_key > ? UNION ALL "
     f"SELECT (SELECT min(concurrency_key) FROM tasks WHERE {_IN_LINE} AND concurrency_key > keys.key) "
-    "FROM keys WHERE keys.key IS NOT NULL) SELECT key FROM keys WHERE key IS NOT NULL AND NOT EXISTS "
-    "(SELECT 1 FROM tasks WHERE turn = keys.key) LIMIT ?"
+    "FROM keys WHERE keys.key IS NOT NULL) SELECT key, NOT EXISTS "
+    "(SELECT 1 FROM tasks WHERE turn = keys.key) FROM keys WHERE key IS NOT NULL LIMIT ?"
 )
 NEW_PARENT = "INSERT OR IGNORE INTO parents (parent, child) VALUES (?, ?)"
 NOTES = "SELECT name, text, version FROM notes WHERE name >= ? AND name < ?"

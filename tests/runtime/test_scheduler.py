@@ -1,0 +1,173 @@
+"""The scheduler: however much there is of one duty, the others are done in time."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from taskx import Config, SQLiteRepository, Task, TaskStatus
+from taskx.core import lifecycle
+from taskx.core.record import UNTIL_DUE
+from taskx.core.writes import Update
+from taskx.runtime import lines as lines_module
+from taskx.runtime import recovery
+from taskx.runtime.node import LocalNode
+from taskx.storage.base import Node
+
+from .conftest import PATIENCE, eventually
+
+MANY = 3000
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """No duty has any time: it does one step in each round."""
+    monkeypatch.setattr("taskx.runtime.scheduler.PATIENCE", 0.0)
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_cancel_does_not_wait_for_all_that_is_due(
+    hurried, monkeypatch, make_queue, repository, clock
+):
+    monkeypatch.setattr("taskx.runtime.scheduler.MOST_DUE", 1)
+    queue, web = make_queue(worker_num=2, clock=clock), make_queue()
+    released, cancelled_after = set(), []
+
+    @queue.executor()
+    def hold(ctx):
+        ctx.token.wait(PATIENCE)
+        cancelled_after.append(len(released))
+
+    queue.declare("remote")
+    due = clock.now() + timedelta(seconds=60)
+    queue.submit_many([Task(type="remote", run_at=due) for _ in range(MANY)])
+    handle = hold.submit()
+    repository.before = lambda writes: released.update(
+        write.id for write in filter(is_release, writes)
+    )
+    queue.start()
+    eventually(lambda: handle.task().status is TaskStatus.RUNNING)
+    clock.advance(60)
+    queue._node._scheduler.wake()
+    eventually(lambda: released)
+    web.cancel_task(handle.id)
+    eventually(lambda: cancelled_after)
+    assert 0 < cancelled_after[0] < MANY
+
+
+def is_release(write):
+    return isinstance(write, Update) and write.guard.get("held") == UNTIL_DUE
+
+
+def test_all_that_is_due_is_released_though_each_round_releases_a_part(
+    hurried, monkeypatch, make_queue, clock
+):
+    monkeypatch.setattr("taskx.runtime.scheduler.MOST_DUE", 10)
+    queue = make_queue(worker_num=2, clock=clock, buffer_size=200)
+    queue.executor("t")(lambda: None)
+    due = clock.now() + timedelta(seconds=60)
+    handles = queue.submit_many([Task(type="t", run_at=due) for _ in range(105)])
+    queue.start()
+    clock.advance(60)
+    for handle in handles:
+        assert handle.result(PATIENCE) is None
+
+
+# Dead nodes
+
+
+@pytest.fixture
+def dead(database):
+    """Makes a node that has died, with tasks in its buffer."""
+    with SQLiteRepository(database) as store:
+
+        def make(tasks):
+            node = Node(id="dead", name="the dead one")
+            store.join(node)
+            store.apply(tasks)
+            store._locks.let_go("dead")
+
+        yield make
+
+
+def waiting(task_id):
+    row = lifecycle.create(task_id=task_id, type="remote", params="{}", created_by="", now=1000)
+    row.row["owner"] = "dead"
+    return row
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_what_waited_in_the_buffer_of_a_dead_node_is_given_up_in_parts(
+    monkeypatch, make_queue, repository, dead
+):
+    monkeypatch.setattr(recovery, "BATCH", 10)
+    queue = make_queue()
+    queue.declare("remote")
+    dead([waiting(f"{n:03}") for n in range(35)])
+    looks = queue_recovery(queue)
+    assert looks.recover(0.0) == 10
+    assert looks.waiting
+    assert [node.id for node in repository.nodes()] == ["dead"]  # until nothing is left
+    assert [looks.go_on(0.0) for _ in range(3)] == [10, 10, 5]
+    assert not looks.waiting
+    assert repository.nodes() == []
+    assert (repository.owners(), len(repository.ready(["remote"], 100))) == ([], 35)
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_a_started_queue_gives_up_all_that_a_dead_node_had(
+    hurried, monkeypatch, make_queue, repository, dead
+):
+    monkeypatch.setattr(recovery, "BATCH", 10)
+    queue = make_queue()
+    queue.declare("remote")
+    queue.start()
+    dead([waiting(f"{n:03}") for n in range(35)])
+    eventually(lambda: "dead" not in repository.owners())
+    eventually(lambda: [node.id for node in repository.nodes()] == [queue._node.record.id])
+
+
+def queue_recovery(queue):
+    return LocalNode(queue._services, Config(), lambda: None)._recovery
+
+
+# Lines and parents
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, make_queue, repository):
+    monkeypatch.setattr(lines_module, "BATCH", 10)
+    queue = make_queue()
+    queue.declare("remote")
+    lines = queue._services.lines
+    monkeypatch.setattr(lines, "joined", lambda inserts: None)  # whoever stored them died then
+    for n in range(35):
+        queue.submit("remote", concurrency_key=f"key {n:02}")
+    lines.look_soon()
+    moved = []
+    while lines.waiting:
+        lines.look(0.0)
+        moved.append(len(repository.ready(["remote"], 100)))
+    assert moved == [10, 20, 30, 35, 35]
+    assert not lines.overdue()
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_line_that_stands_still_is_found_behind_many_that_move(
+    monkeypatch, make_queue, repository
+):
+    monkeypatch.setattr(lines_module, "BATCH", 10)
+    queue = make_queue()
+    queue.declare("remote")
+    for n in range(35):
+        for _ in range(2):
+            queue.submit("remote", concurrency_key=f"key {n:02}")
+    lines = queue._services.lines
+    assert not lines.overdue()
+    last = repository.ready(["remote"], 100)[-1].id
+    assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by one that died then
+    assert lines.overdue()
+    for _ in range(5):
+        lines.look_slowly()
+    assert not lines.overdue()
