@@ -170,9 +170,7 @@ class EightMethodAdapter(MemoryRepository):
         if known is None:
             self._adopt(stored)
         else:
-            self._unindex(known)
-            known.update({name: stored[name] for name in ORIGINAL_FIELDS})
-            self._index(known)
+            self._put(task_id, {**known, **{name: stored[name] for name in ORIGINAL_FIELDS}})
         return self._rows[task_id]
 
     def _adopt(self, row: Row) -> None:
@@ -183,17 +181,25 @@ class EightMethodAdapter(MemoryRepository):
         now = self.clock.now_ms()
         row["held"] = lifecycle.until_due(row["run_at"], now) if row["status"] == PENDING else FREE
         row["stuck_on"] = ""  # threads end with their process
-        self._rows[row["id"]] = row
-        self._index(row)
+        self._put(row["id"], row)
 
     def _forget_finished(self, task_id: str) -> None:
         row = self._rows.get(task_id)
         if row is not None and row["status"] in FINISHED and not row["stuck_on"]:
-            del self._rows[task_id]
+            self._put(task_id, None)
 
     def _forget(self, task_id: str) -> None:
         if task_id in self._rows:
-            self._unindex(self._rows.pop(task_id))
+            self._put(task_id, None)
+
+    def _put(self, task_id: str, row: Row | None) -> None:
+        """Each change is a transaction of its own."""
+        try:
+            super()._put(task_id, row)
+        except BaseException:
+            self._undo(0)
+            raise
+        self._changed.clear()
 
     # --- reading
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import bisect
 import threading
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import nsmallest
-from itertools import chain, islice
+from itertools import chain, islice, takewhile
 from typing import Any
 
 import attrs
@@ -30,8 +30,12 @@ from taskx.core.record import (
 )
 from taskx.core.writes import Delete, Insert, Update, Write, matches, shows
 from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
+from taskx.storage.ordered import SortedItems
 
 Row = dict[str, Any]
+
+# While one transaction is undone.
+_MOST_INTERRUPTS = 100
 
 
 class MemoryRepository(Repository):
@@ -51,17 +55,10 @@ class MemoryRepository(Repository):
         self._lock = threading.RLock()
         self._rows: dict[str, Row] = {}
         self._sequence = 0
-        # Unfinished rows apart, so that the runtime's questions do not cost more as history grows.
-        self._ready: dict[tuple[str, str], list[tuple[int, int, str]]] = {}
-        self._held: list[tuple[int, str]] = []
-        self._owned: dict[str, dict[str, Row]] = {}
-        self._active: dict[str, int] = {}
-        self._waiting: dict[str, set[str]] = {}
-        self._parents: dict[str, int] = {}
-        self._lines: dict[str, list[tuple[int, str]]] = {}
-        # Which row has what no two may have; finished ones, too.
-        self._unique: dict[tuple[str, str], str] = {}
-        self._stuck: dict[str, dict[str, Row]] = {}
+        # By kind and key, the items by which rows are found: see _places.
+        self._indexes: defaultdict[str, dict[Any, SortedItems]] = defaultdict(dict)
+        # The changes of the transaction under way, so that they can be undone.
+        self._changed: list[tuple[str, Row | None, Row | None]] = []
         self._notes: dict[str, Note] = {}
         self._nodes: dict[str, Node] = {}
 
@@ -71,24 +68,28 @@ class MemoryRepository(Repository):
         """Apply guarded writes at one moment; says for each whether its guard held."""
         writes = self.codecs.coded(writes)
         with self._lock:
-            if all_or_nothing:
-                return self._apply_whole(writes)
-            return [self._apply_one(write) for write in writes]
-
-    def _apply_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
-        before = {write.id: dict(self._rows.get(write.id, ())) for write in writes}
-        results = [self._apply_one(write) for write in writes]
-        if not all(results):
-            for task_id, row in before.items():
-                self._restore(task_id, row)
+            start = len(self._changed)  # more than 0 inside a finalizer that writes, too
+            try:
+                results = [self._apply_one(write) for write in writes]
+                if all_or_nothing and not all(results):
+                    self._undo(start)
+                del self._changed[start:]
+            except BaseException:  # an interrupt, too, wherever it strikes
+                self._undo(start)
+                raise
         return results
 
-    def _restore(self, task_id: str, row: Row) -> None:
-        if task_id in self._rows:
-            self._unindex(self._rows.pop(task_id))
-        if row:
-            self._rows[task_id] = row
-            self._index(row)
+    def _undo(self, start: int) -> None:
+        """Take back the changes from that one on; further interrupts do not stop it."""
+        for _ in range(_MOST_INTERRUPTS):
+            try:
+                while len(self._changed) > start:
+                    task_id, before, after = self._changed[-1]
+                    self._switch(task_id, after, before)
+                    self._changed.pop()
+                return
+            except BaseException:  # noqa: BLE001
+                continue
 
     def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Say for each write whether it took place."""
@@ -105,7 +106,7 @@ class MemoryRepository(Repository):
 
     def _unique_free(self, task_id: str, columns: Mapping[str, Any]) -> bool:
         return all(
-            self._unique.get((name, columns[name]), task_id) == task_id
+            next(self._found(name, columns[name]), task_id) == task_id
             for name in UNIQUE
             if columns.get(name) is not None
         )
@@ -118,16 +119,36 @@ class MemoryRepository(Repository):
             given = {**DEFAULTS, **write.row}
             row = {name: given[name] for name in COLUMNS}
             row["sequence"] = self._sequence
-            self._rows[write.id] = row
-            self._index(row)
+            self._put(write.id, row)
         elif isinstance(write, Update):
-            row = self._rows[write.id]
-            self._unindex(row)
-            row.update(write.changes)
-            self._index(row)
+            self._put(write.id, {**self._rows[write.id], **write.changes})
         else:
-            self._unindex(self._rows.pop(write.id))
+            self._put(write.id, None)
         return True
+
+    def _put(self, task_id: str, row: Row | None) -> None:
+        """Have a row in the place of the one with its id; None for none."""
+        before = self._rows.get(task_id)
+        self._changed.append((task_id, before, row))
+        self._switch(task_id, before, row)
+
+    def _switch(self, task_id: str, old: Row | None, new: Row | None) -> None:
+        """Put a row in the place of another one, also where a part of that, or of its reverse, is done."""
+        left, taken = _places(old), _places(new)
+        for kind, key, item in left:
+            items = self._indexes[kind].get(key)
+            if items is not None and (kind, key, item) not in taken:
+                items.discard(item)
+                if not items:
+                    del self._indexes[kind][key]
+        if new is None:
+            self._rows.pop(task_id, None)
+        else:
+            self._rows[task_id] = new
+        for kind, key, item in taken:
+            if key not in self._indexes[kind]:
+                self._indexes[kind][key] = SortedItems()
+            self._indexes[kind][key].add(item)
 
     def _took_place(self, write: Write) -> bool:
         row = self._rows.get(write.id)
@@ -135,71 +156,18 @@ class MemoryRepository(Repository):
             return row is None
         return row is not None and shows(row, write, self.codecs.same)
 
-    def _index(self, row: Row) -> None:
-        for name in UNIQUE:
-            if row[name] is not None:
-                self._unique[name, row[name]] = row["id"]
-        if row["stuck_on"]:
-            self._stuck.setdefault(row["stuck_on"], {})[row["id"]] = row
-        if row["status"] in FINISHED:
-            return
-        if row["depends_on"] is not None:
-            self._count_parents(row, 1)
-        if row["status"] == "running":
-            if row["owner"]:
-                self._owned.setdefault(row["owner"], {})[row["id"]] = row
-                self._count_active(row, 1)
-        elif row["held"] == FREE:
-            if row["owner"]:
-                self._owned.setdefault(row["owner"], {})[row["id"]] = row
-            self._count_active(row, 1)
-            bisect.insort(self._ready.setdefault((row["owner"], row["type"]), []), _rank(row))
-        elif row["held"] == UNTIL_DUE:
-            bisect.insort(self._held, (row["run_at"], row["id"]))
-        elif row["held"] == FOR_PARENTS:
-            self._waiting.setdefault(row["waiting_on"], set()).add(row["id"])
-        elif row["held"] == FOR_TURN:
-            line = self._lines.setdefault(row["concurrency_key"], [])
-            bisect.insort(line, (row["sequence"], row["id"]))
+    def _found(self, kind: str, key: Any) -> Iterator[str]:
+        """The ids that an index has under a key, in order."""
+        return (item[-1] for item in self._indexes[kind].get(key, ()))
 
-    def _unindex(self, row: Row) -> None:
-        for name in UNIQUE:
-            if row[name] is not None:
-                del self._unique[name, row[name]]
-        if row["stuck_on"]:
-            _take_out(self._stuck, row["stuck_on"], row)
-        if row["status"] in FINISHED:
-            return
-        if row["depends_on"] is not None:
-            self._count_parents(row, -1)
-        if row["status"] == "running":
-            if row["owner"]:
-                _take_out(self._owned, row["owner"], row)
-                self._count_active(row, -1)
-        elif row["held"] == FREE:
-            if row["owner"]:
-                _take_out(self._owned, row["owner"], row)
-            self._count_active(row, -1)
-            _remove_sorted(self._ready[row["owner"], row["type"]], _rank(row))
-        elif row["held"] == UNTIL_DUE:
-            _remove_sorted(self._held, (row["run_at"], row["id"]))
-        elif row["held"] == FOR_PARENTS:
-            self._waiting[row["waiting_on"]].remove(row["id"])
-            if not self._waiting[row["waiting_on"]]:
-                del self._waiting[row["waiting_on"]]
-        elif row["held"] == FOR_TURN:
-            _remove_sorted(self._lines[row["concurrency_key"]], (row["sequence"], row["id"]))
-            if not self._lines[row["concurrency_key"]]:
-                del self._lines[row["concurrency_key"]]
-
-    def _count_active(self, row: Row, change: int) -> None:
-        self._active[row["type"]] = self._active.get(row["type"], 0) + change
-
-    def _count_parents(self, row: Row, change: int) -> None:
-        for parent in ids_from_text(row["depends_on"]):
-            self._parents[parent] = self._parents.get(parent, 0) + change
-            if not self._parents[parent]:
-                del self._parents[parent]
+    def _of_node(self, kind: str, node: str) -> Iterator[str]:
+        """The ids of the rows of a kind that a node holds."""
+        return (
+            item[-1]
+            for key, items in self._indexes[kind].items()
+            if key[0] == node
+            for item in items
+        )
 
     # --- reading
 
@@ -215,15 +183,12 @@ class MemoryRepository(Repository):
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
         with self._lock:
-            found = sorted(
-                (row for row in self._rows.values() if _meets(row, filter)),
-                key=lambda row: (row["created_at"], row["sequence"]),
-                reverse=True,
-            )
-            return [
-                self._task(row)
-                for row in islice(found, filter.offset, filter.offset + filter.limit)
-            ]
+            created = self._indexes["created"].get(None)
+            newest: Iterable[Any] = () if created is None else reversed(created)
+            rows = (self._rows[item[-1]] for item in newest)
+            found = (row for row in rows if _meets(row, filter))
+            page = islice(found, filter.offset, filter.offset + filter.limit)
+            return [self._task(row) for row in page]
 
     def count(self, filter: TaskFilter) -> int:
         """How many tasks meet the filter."""
@@ -240,58 +205,70 @@ class MemoryRepository(Repository):
     ) -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
         with self._lock:
-            ready = [self._ready.get((owner, kind), []) for kind in types]
-            if ageing:
-                ready = [level for some in ready for level in _levels(some)]
-            ranks = sorted(rank for some in ready for rank in some[:limit])
+            found: list[Any] = []
+            for kind in types:
+                ranks = self._indexes["ready"].get((owner, kind))
+                if ranks:
+                    found += _oldest_of_each(ranks, limit) if ageing else islice(ranks, limit)
             if not ageing:
-                return [stub_from_row(self._rows[rank[2]]) for rank in ranks[:limit]]
-            ranks.sort(key=_age)
-            found = [stub_from_row(self._rows[rank[2]]) for rank in ranks]
-            return sorted(found, key=lambda stub: stub.rank(ageing))[:limit]
+                return [self._stub(rank) for rank in sorted(found)[:limit]]
+            found.sort(key=_age)
+            stubs = [self._stub(rank) for rank in found]
+            return sorted(stubs, key=lambda stub: stub.rank(ageing))[:limit]
+
+    def _stub(self, item: tuple[Any, ...]) -> Stub:
+        return stub_from_row(self._rows[item[-1]])
 
     def due(self, now: int, limit: int) -> Sequence[str]:
         """Ids of held back pending tasks whose time has come."""
         with self._lock:
-            end = bisect.bisect_left(self._held, (now + 1, ""))
-            return [task_id for _, task_id in self._held[: min(end, limit)]]
+            held = self._indexes["held"].get(None, ())
+            return [i for _, i in islice(takewhile(lambda item: item[0] <= now, held), limit)]
 
     def next_due(self) -> int | None:
         """The earliest ``run_at`` of the held back pending tasks."""
         with self._lock:
-            return self._held[0][0] if self._held else None
+            held = self._indexes["held"].get(None, ())
+            return next((run_at for run_at, _ in held), None)
 
     def oldest_ready(self) -> int | None:
         """Since when the pending task has waited, of those that may start now, that waits longest."""
         with self._lock:
-            ranks = nsmallest(OLDEST, chain.from_iterable(self._ready.values()), key=_age)
-            rows = [self._rows[task_id] for *_, task_id in ranks]
+            ranks = chain.from_iterable(self._indexes["ready"].values())
+            rows = [self._rows[rank[-1]] for rank in nsmallest(OLDEST, ranks, key=_age)]
             return min((max(row["created_at"], row["run_at"] or 0) for row in rows), default=None)
 
     def owned(self, node: str) -> Sequence[Stub]:
         """The pending and running tasks that a node holds."""
         with self._lock:
-            return [stub_from_row(row) for row in self._owned.get(node, {}).values()]
+            both = chain(self._of_node("ready", node), self._of_node("running", node))
+            return [stub_from_row(self._rows[task_id]) for task_id in both if node]
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""
         with self._lock:
-            return list({*self._owned, *self._stuck})
+            keys = chain.from_iterable(
+                self._indexes[kind] for kind in ("ready", "running", "stuck")
+            )
+            return list({key[0] for key in keys if key[0]})
 
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types is running, or pending and not held back."""
+        kinds = set(types)
         with self._lock:
-            return any(self._active.get(kind, 0) for kind in types)
+            running = (key for key in self._indexes["running"] if key[0])
+            return any(kind in kinds for _, kind in chain(running, self._indexes["ready"]))
 
     def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
         """Tasks of a finished status that ended before a moment."""
         with self._lock:
+            parents = self._indexes["children"]
             found = (
                 row
                 for row in self._rows.values()
                 if row["status"] == status
                 and row["completed_at"] < before
-                and row["id"] not in self._parents
+                and row["id"] not in parents
             )
             return [stub_from_row(row) for row in islice(found, limit)]
 
@@ -303,34 +280,35 @@ class MemoryRepository(Repository):
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
         """Which task holds each of these unique keys, by key."""
         with self._lock:
-            holders = {key: self._unique.get(("unique_lock", key)) for key in keys}
-            return {key: task_id for key, task_id in holders.items() if task_id is not None}
+            return {key: task_id for key in keys for task_id in self._found("unique_lock", key)}
 
     def awaited(self, after: str, limit: int) -> Sequence[str]:
         """The ids that waiting tasks wait on, in order, from the one after ``after``."""
         with self._lock:
-            return sorted(parent for parent in self._waiting if parent > after)[:limit]
+            return nsmallest(
+                limit, (parent for parent in self._indexes["waiting"] if parent > after)
+            )
 
     def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
         """The tasks that wait on one of these."""
         with self._lock:
-            return [child for parent in task_ids for child in self._waiting.get(parent, ())]
+            return [child for parent in task_ids for child in self._found("waiting", parent)]
 
     def next_in_line(self, key: str) -> str | None:
         """The first task of a concurrency key that waits for its turn."""
         with self._lock:
-            line = self._lines.get(key)
-            return line[0][1] if line else None
+            return next(self._found("line", key), None)
 
-    def lines(self, limit: int) -> Sequence[str]:
-        """Concurrency keys with tasks that wait for their turn, and none that has it."""
+    def lines(self, after: str, limit: int) -> dict[str, bool]:
+        """Concurrency keys of tasks that wait for their turn, and whether each stands still."""
         with self._lock:
-            return [key for key in self._lines if ("turn", key) not in self._unique][:limit]
+            keys = nsmallest(limit, (key for key in self._indexes["line"] if key > after))
+            return {key: key not in self._indexes["turn"] for key in keys}
 
     def stuck_on(self, node: str) -> Sequence[Stub]:
         """The tasks that a thread of an ended attempt still runs on a node."""
         with self._lock:
-            return [stub_from_row(row) for row in self._stuck.get(node, {}).values()]
+            return [stub_from_row(self._rows[i]) for i in self._of_node("stuck", node)]
 
     # --- notes
 
@@ -380,31 +358,49 @@ class MemoryRepository(Repository):
             return list(self._nodes.values())
 
 
-def _rank(row: Row) -> tuple[int, int, str]:
-    return -row["priority"], row["sequence"], row["id"]
+#: The kind of an index, the key under which it has an item, and that item; its last part is a row's id.
+Place = tuple[str, Any, tuple[Any, ...]]
 
 
-def _levels(ranks: list[tuple[int, int, str]]) -> Iterator[list[tuple[int, int, str]]]:
-    """Those of each priority, in order."""
-    start = 0
-    while start < len(ranks):
-        end = bisect.bisect_left(ranks, (ranks[start][0] + 1, 0, ""))
-        yield ranks[start:end]
-        start = end
+def _places(row: Row | None) -> list[Place]:
+    """By what a row is found, beside its id."""
+    if row is None:
+        return []
+    task_id, sequence = row["id"], row["sequence"]
+    places: list[Place] = [("created", None, (row["created_at"], sequence, task_id))]
+    places += ((name, row[name], (task_id,)) for name in UNIQUE if row[name] is not None)
+    if row["stuck_on"]:
+        places.append(("stuck", (row["stuck_on"],), (task_id,)))
+    if row["status"] in FINISHED:
+        return places
+    if row["depends_on"] is not None:
+        places += (("children", parent, (task_id,)) for parent in ids_from_text(row["depends_on"]))
+    if row["status"] == "running":
+        places.append(("running", (row["owner"], row["type"]), (task_id,)))
+    elif row["held"] == FREE:
+        places.append(("ready", (row["owner"], row["type"]), (-row["priority"], sequence, task_id)))
+    elif row["held"] == UNTIL_DUE:
+        places.append(("held", None, (row["run_at"], task_id)))
+    elif row["held"] == FOR_PARENTS:
+        places.append(("waiting", row["waiting_on"], (task_id,)))
+    elif row["held"] == FOR_TURN:
+        places.append(("line", row["concurrency_key"], (sequence, task_id)))
+    return places
+
+
+def _oldest_of_each(ranks: SortedItems, limit: int) -> Iterator[tuple[int, int, str]]:
+    """The first ones of each priority."""
+    first = next(iter(ranks), None)
+    while first is not None:
+        for rank in islice(ranks.start_at(first), limit):
+            if rank[0] != first[0]:
+                break
+            yield rank
+        first = next(ranks.start_at((first[0] + 1,)), None)
 
 
 def _age(rank: tuple[int, int, str]) -> int:
     return rank[1]
-
-
-def _take_out(rows: dict[str, dict[str, Row]], key: str, row: Row) -> None:
-    del rows[key][row["id"]]
-    if not rows[key]:
-        del rows[key]
-
-
-def _remove_sorted(items: list[Any], item: Any) -> None:
-    del items[bisect.bisect_left(items, item)]
 
 
 def _meets(row: Row, filter: TaskFilter) -> bool:

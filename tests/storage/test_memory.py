@@ -1,0 +1,172 @@
+"""The repository in memory: whole after any interrupt, and as fast with much in it as with little."""
+
+from __future__ import annotations
+
+import sys
+from itertools import count
+from types import FrameType
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskx import MemoryRepository, Task, TaskFilter
+from taskx.core import lifecycle
+from taskx.core.writes import Update, Write
+from taskx.storage import memory, ordered
+
+OURS = (memory.__file__, ordered.__file__)
+EVERYTHING = TaskFilter(limit=10**6)
+
+
+def insert(task_id: str, **more: Any) -> Any:
+    options = {"type": "t", "params": "{}", "created_by": "", "now": 1000, **more}
+    return lifecycle.create(task_id=task_id, **options)
+
+
+def start(store: MemoryRepository, task_id: str) -> Update:
+    update = lifecycle.start(store.get_by_id(task_id), 2000, "node")
+    assert update
+    return update
+
+
+def filled() -> MemoryRepository:
+    store = MemoryRepository()
+    store.apply([insert(task_id) for task_id in "abc"])
+    store.apply([insert("late", run_at=5000), insert("key", unique_key="k", unique_scope="{}")])
+    store.apply([start(store, "a")])
+    return store
+
+
+def complete(store: MemoryRepository) -> list[Write]:
+    return list(lifecycle.conclude(store.get_by_id("a"), lifecycle.Ending(returned=True), 3000))
+
+
+#: What may be under way when the interrupt comes.
+WRITES: dict[str, Any] = {
+    "new tasks": lambda store: [insert("x"), insert("y", run_at=9000), insert("z", priority=3)],
+    "one in line": lambda store: [insert("x", concurrency_key="line")],
+    "a child": lambda store: [insert("x", depends_on=["b"])],
+    "a start": lambda store: [start(store, "b")],
+    "an end": complete,
+    "a release": lambda store: [lifecycle.release("late")],
+    "a cancel": lambda store: lifecycle.cancel("key", 4000),
+    "a deletion": lambda store: [lifecycle.delete("b")],
+    "a mixture": lambda store: [insert("x"), start(store, "c"), lifecycle.delete("key")],
+}
+
+
+def seen(store: MemoryRepository) -> dict[str, Any]:
+    """All that a runtime may ask."""
+    return {
+        "tasks": [task.to_dict() for task in store.list(EVERYTHING)],
+        "ready": [store.ready(["t"], 100, owner) for owner in ("", "node")],
+        "by age": store.ready(["t"], 100, ageing=1000),
+        "due": (store.due(10**6, 100), store.next_due(), store.oldest_ready()),
+        "nodes": (set(store.owners()), store.owned("node"), store.unfinished(["t"])),
+        "keys": (store.unique_holders(["k"]), store.lines("", 100), store.next_in_line("line")),
+        "parents": (store.awaited("", 100), store.waiting_for(["b"]), store.statuses(["b"])),
+        "ended": [store.ended(status, 10**6, 100) for status in lifecycle.FINISHED],
+    }
+
+
+class Interrupt(KeyboardInterrupt):
+    pass
+
+
+def interrupted_at(line: int, store: MemoryRepository, writes: list[Write], whole: bool) -> bool:
+    """Apply writes, with an interrupt at the so-manyeth line; False if there are no so many."""
+    lines = count()
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        if frame.f_code.co_filename not in OURS:
+            return None
+        if event == "line" and next(lines) == line:
+            raise Interrupt
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        store.apply(writes, all_or_nothing=whole)
+    except Interrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["all or nothing", "each for itself"])
+@pytest.mark.parametrize("what", WRITES)
+def test_an_interrupt_leaves_all_of_a_transaction_or_nothing(what, whole):
+    store = filled()
+    before = seen(store)
+    store.apply(WRITES[what](store), all_or_nothing=whole)
+    after = seen(store)
+    outcomes = []
+    for line in count():
+        store = filled()
+        assert seen(store) == before
+        if not interrupted_at(line, store, WRITES[what](store), whole):
+            break
+        outcomes.append(seen(store))
+        assert outcomes[-1] in (before, after)
+    assert len(outcomes) > 20
+    assert outcomes[0] == before
+
+
+def test_what_was_interrupted_is_done_again_as_if_nothing_had_been():
+    store = filled()
+    assert interrupted_at(30, store, WRITES["a mixture"](store), False)
+    assert all(store.apply(WRITES["a mixture"](store)))
+    other = filled()
+    other.apply(WRITES["a mixture"](other))
+    assert seen(store) == seen(other)
+
+
+def test_a_page_of_the_list_reads_no_more_than_that_page(monkeypatch):
+    store, asked, meets = MemoryRepository(), [], memory._meets
+    store.apply([insert(f"{n:04}", now=1000 + n) for n in range(2000)])
+    monkeypatch.setattr(memory, "_meets", lambda row, f: asked.append(row) or meets(row, f))
+    page = store.list(TaskFilter(limit=3, offset=5))
+    assert [task.id for task in page] == ["1994", "1993", "1992"]
+    assert len(asked) <= 9
+
+
+def test_tasks_are_listed_by_creation_whatever_the_order_of_storage():
+    store = MemoryRepository()
+    for number in (2, 3, 1):
+        store.apply([insert(str(number), now=number)])
+    store.create(Task(id="now", type="t"))
+    assert [task.id for task in store.list(EVERYTHING)] == ["now", "3", "2", "1"]
+
+
+# Sorted items
+
+
+@given(st.lists(st.tuples(st.booleans(), st.integers(0, 40))), st.integers(-1, 41))
+def test_sorted_items_are_a_sorted_set(changes, first):
+    items, expected = ordered.SortedItems(), set()
+    for put_in, item in changes:
+        (items.add if put_in else items.discard)(item)
+        (expected.add if put_in else expected.discard)(item)
+    in_order = [item for item in range(50) if item in expected]
+    assert list(items) == in_order
+    assert list(reversed(items)) == in_order[::-1]
+    assert list(items.start_at(first)) == [item for item in in_order if item >= first]
+    assert bool(items) == bool(expected)
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_however_many_there_are_a_change_moves_few(order):
+    """What makes a change dear is the length of the list in which it is made."""
+    items = ordered.SortedItems()
+    for item in range(20_000)[::order]:
+        items.add(item)
+    assert max(map(len, items._blocks)) <= 2 * ordered.BLOCK
+    assert len(items._blocks) <= 20_000 / ordered.BLOCK + 1
+    for item in range(19_990):
+        items.discard(item)
+    assert list(items) == list(range(19_990, 20_000))
+    assert all(items._blocks)
