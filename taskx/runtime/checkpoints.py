@@ -10,6 +10,7 @@ from taskx.core import lifecycle, payload
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable
 from taskx.core.model import Task, check_name
 from taskx.core.token import CancelReason, CancelToken
+from taskx.runtime import forks
 from taskx.runtime.ledger import Ledger
 from taskx.storage.adapter import refuse_eight_methods
 from taskx.storage.base import Repository
@@ -33,6 +34,8 @@ class Keeper:
         self.max_payload_size = max_payload_size
         #: For a run that makes its checkpoints, as several of its threads may be the first to ask.
         self.lock = threading.Lock()
+        #: The process whose runs these are: see :mod:`taskx.runtime.forks`.
+        self.process = forks.generation
 
     def check(self) -> None:
         """Refuse, with a ``ConfigurationError``, where nothing could be stored."""
@@ -86,7 +89,7 @@ class Checkpoints:
         """What the call returned in this attempt or an earlier one, as JSON gives it back.
 
         Raises:
-            ConfigurationError: the name is taken, or none.
+            ConfigurationError: the name is taken, or none; or this is a forked child.
             PayloadError: the value is not JSON, or too large.
             TaskCancelled: the token has fired, or the run has lost its task.
         """
@@ -134,6 +137,11 @@ class Checkpoints:
     def _store(
         self, steps: dict[str, str], cursor: str | None, *, durable: bool, token: CancelToken
     ) -> None:
+        if forks.generation != self._keeper.process:
+            raise ConfigurationError(
+                "a forked child cannot store checkpoints: the task runs in its parent; call ctx.step "
+                "and set ctx.cursor there"
+            )
         named = ",".join(f"{payload.encode(name, 'name')}:{text}" for name, text in steps.items())
         parts = [f'"steps":{{{named}}}'] if steps else []
         if cursor is not None:

@@ -21,7 +21,7 @@ from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError, TaskNotFound
 from taskx.core.model import Task
 from taskx.core.token import CancelReason, CancelToken
-from taskx.runtime import intake
+from taskx.runtime import forks, intake
 from taskx.runtime.alarms import Alarms
 from taskx.runtime.channel import Channel
 from taskx.runtime.checkpoints import Keeper
@@ -147,7 +147,13 @@ class _Work:
         _log_to(self._channel, order["levels"])
         self._token.raise_if_cancelled()
         params = order["task"]["params"] if order["params"] is None else order["params"]
-        value = executor.invoke(self._context, params)
+        before = forks.generation
+        try:
+            value = executor.invoke(self._context, params)
+        except BaseException as error:
+            forks.end_in_child(before, error)
+            raise
+        forks.end_in_child(before)
         if value is None:
             return None
         return payload.encode(value, "result", order["max_payload_size"])
@@ -185,6 +191,7 @@ class _ParentKeeps(Keeper):
     def __init__(self, questions: _Questions, refused: str, max_payload_size: int) -> None:
         self.max_payload_size = max_payload_size
         self.lock = threading.Lock()
+        self.process = forks.generation
         self._questions = questions
         self._refused = refused
 

@@ -163,7 +163,7 @@ class Context:
             TaskCancelled: the token had fired, and ``fn`` was not called; or this run has lost its
                 task to another one, and nothing was stored.
             ConfigurationError: the name was used before in this attempt; or the repository has eight
-                methods and no place to store this.
+                methods and no place to store this; or this is a forked child.
             RepositoryError: it could not be stored.
         """
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]

@@ -17,6 +17,7 @@ from taskx.core.lifecycle import Ending
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import changed_task, created_task
+from taskx.runtime import forks
 
 #: Events that may wait to be told before those who make more of them are held up.
 MOST_WAITING = 10_000
@@ -247,13 +248,16 @@ class Hooks:
         self, listeners: Listeners, make: Callable[[], Any], facts: tuple[Any, ...]
     ) -> None:
         name = listeners[0][0]
+        before = forks.generation
         try:
             subject = make()
             for name, call in listeners:
                 try:
                     call(subject, *facts)
-                except BaseException:  # noqa: BLE001  (user code, which hurts nobody here)
+                except BaseException as error:  # noqa: BLE001  (user code, which hurts nobody here)
+                    forks.end_in_child(before, error)
                     self._log.exception("hook %s failed", name)
+                forks.end_in_child(before)
         except BaseException:  # noqa: BLE001  (the next event must be told in any case)
             self._log.exception("hook %s failed", name)
 

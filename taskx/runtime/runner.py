@@ -16,6 +16,7 @@ from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.token import CancelReason, CancelToken
+from taskx.runtime import forks
 from taskx.runtime.alarms import Alarms, Overdue
 from taskx.runtime.capture import Capture, CapturedLogger, capturing
 from taskx.runtime.context import Context, Shared, log_prefix
@@ -140,11 +141,17 @@ class Runner:
             run.token.raise_if_cancelled()
         if run.task.damage:
             raise RepositoryCorrupt(run.task.damage)
-        if run.capture is None:
-            value = run.executor.invoke(run.context, run.task.params)
-        else:
-            with capturing(run.capture):
+        before = forks.generation
+        try:
+            if run.capture is None:
                 value = run.executor.invoke(run.context, run.task.params)
+            else:
+                with capturing(run.capture):
+                    value = run.executor.invoke(run.context, run.task.params)
+        except BaseException as error:
+            forks.end_in_child(before, error)
+            raise
+        forks.end_in_child(before)
         text = None if value is None else payload.encode(value, "result", self._max_payload_size)
         return Ending(returned=True, result=text)
 

@@ -227,3 +227,14 @@ def replaced():
 
 
 really_replaced, replaced = replaced, add
+
+
+@executor("fork", isolation="process")
+def fork(how):
+    """The status of a child that comes back."""
+    if pid := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    signal.alarm(10)  # if it does not end
+    if how == "raise":
+        raise ValueError("in the child")
+    return "of the child"
