@@ -14,7 +14,7 @@ from typing import Any
 
 from taskx.core import payload
 from taskx.core.checks import check_int
-from taskx.core.errors import ConfigurationError, PayloadError
+from taskx.core.errors import ConfigurationError, PayloadError, is_interrupt
 from taskx.core.model import check_name
 from taskx.core.payload import CODEC_KEY
 from taskx.core.writes import Insert, Update, Write
@@ -28,7 +28,8 @@ _PREFIX = f'{{"{CODEC_KEY}":'
 class Codec(ABC):
     """Turns the params, results and checkpoints of tasks into what is stored, and back.
 
-    Calls come from several threads. What either method raises concerns the one task alone.
+    Calls come from several threads. What either method raises concerns the one task alone,
+    also where it is no ``Exception``, such as the panic of an extension in Rust.
 
     Attributes:
         name: by which a record says what it was written with; it must never mean another one.
@@ -141,7 +142,9 @@ class Codecs:
             if data is None:
                 return text
             stored = base64.b64encode(data).decode()
-        except Exception as error:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             problem = f"codec {codec.name!r} failed: {type(error).__name__}"
             raise PayloadError(column, problem) from error
         return f'{_PREFIX}{payload.encode(codec.name, "name")},"data":"{stored}"}}'
@@ -160,7 +163,9 @@ class Codecs:
             raise Unreadable(f"it was stored with codec {name!r:.50}, which is not given here")
         try:
             return payload.loads(codec.decode(base64.b64decode(stored["data"])).decode())
-        except Exception as error:
+        except BaseException as error:
+            if is_interrupt(error):
+                raise
             raise Unreadable(
                 f"codec {name!r:.50} cannot read it: {type(error).__name__}"
             ) from error

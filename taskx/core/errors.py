@@ -29,6 +29,7 @@ swallow a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`tas
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -176,4 +177,18 @@ class TaskCancelled(BaseException):
         self.reason = reason
 
     def __str__(self) -> str:
+        if not hasattr(self, "reason"):  # of a class whose __init__ does not call ours
+            return super().__str__()
         return f"the task was told to stop: {self.reason}"
+
+
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether an exception is for the program to see: Ctrl-C, or an exit in the main thread.
+
+    Extensions raise other classes that are no ``Exception``, when they panic for example. Such an error is
+    one of what was called, and so is any error in another thread.
+    """
+    kind = type(error)  # as isinstance, which would also ask the object for its __class__
+    return issubclass(kind, (KeyboardInterrupt, SystemExit)) and (
+        threading.current_thread() is threading.main_thread()
+    )

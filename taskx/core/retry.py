@@ -212,7 +212,8 @@ def check_policy(value: Any) -> RetryPolicy | None:
 class Retry(Exception):
     """Raised by an executor: the attempt failed, and another one makes sense, whatever the policy says.
 
-    It spends an attempt; where none is left the task is failed.
+    It spends an attempt; where none is left the task is failed. A derived class whose ``__init__`` does not
+    call this one asks for no delay.
 
     Args:
         reason: what is noted as the error.
@@ -234,6 +235,8 @@ class Permanent(Exception):
 class Snooze(Exception):
     """Raised by an executor: it is too early; the task runs again later, and no attempt is spent.
 
+    One of a derived class whose ``__init__`` does not call this one is an error as any other.
+
     Args:
         seconds: how long to wait.
 
@@ -246,4 +249,6 @@ class Snooze(Exception):
         self.seconds = check_number(seconds, "seconds of Snooze")
 
     def __str__(self) -> str:
+        if not hasattr(self, "seconds"):  # of a class whose __init__ does not call ours
+            return super().__str__()
         return f"again in {self.seconds:g} s"

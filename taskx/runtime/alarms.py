@@ -13,6 +13,8 @@ from functools import partial
 from math import inf
 
 from taskx.core.clock import Clock
+from taskx.core.errors import is_interrupt
+from taskx.core.log import log
 from taskx.core.token import CancelReason, CancelToken
 
 # Deadlines are on the injected clock, which a test may move: look at it this often, in seconds.
@@ -41,9 +43,25 @@ class Alarms:
             steps.append((deadline + seconds, call))
         with self._lock:
             self._steps[token] = steps
-            start, self._running = not self._running, True
-        if start:
+        self.go_on()
+
+    def go_on(self) -> None:
+        """Start the thread if there is something to do and it does not run.
+
+        Where the system has no thread to give, the next call tries again; until then a token fires when
+        somebody asks it.
+        """
+        with self._lock:
+            if self._running or not self._steps:
+                return
+            self._running = True
+        try:
             threading.Thread(target=self._run, name="taskx-alarms", daemon=True).start()
+        except BaseException as error:
+            self._running = False
+            if is_interrupt(error):
+                raise
+            log.error("cannot start the thread that fires time-outs; it is tried again: %s", error)
 
     def remove(self, token: CancelToken) -> None:
         """Forget a token."""
@@ -58,7 +76,7 @@ class Alarms:
         nearest: float | None = None
         for token, steps in tokens:
             while steps and steps[0][0] <= now:
-                steps.pop(0)[1]()
+                _do(steps.pop(0)[1])
             if not steps:
                 self.remove(token)
             elif nearest is None or steps[0][0] - now < nearest:
@@ -77,3 +95,10 @@ class Alarms:
                     self._running = False
                     return
             time.sleep(_LONGEST_WAIT if nearest is None else min(nearest, _LONGEST_WAIT))
+
+
+def _do(step: Callable[[], object]) -> None:
+    try:
+        step()
+    except BaseException:  # noqa: BLE001  (the next token must be fired in any case)
+        log.exception("a time-out could not be told")

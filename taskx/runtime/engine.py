@@ -21,7 +21,7 @@ from taskx.runtime.admission import Admission
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.complaint import Complaint
 from taskx.runtime.failures import error_text, error_type
-from taskx.runtime.runner import Run
+from taskx.runtime.runner import Run, broken
 from taskx.runtime.starter import Services, Starter
 from taskx.runtime.stuck import Stuck
 from taskx.storage.base import Node
@@ -112,7 +112,7 @@ class Engine:
                 self._complaint.make("cannot start tasks for now: %s", error)
                 self._pause(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            except Exception:  # a defect of ours: it costs a task's time, and not a thread
+            except BaseException:  # a defect of ours: it costs a task's time, and not a thread
                 self.services.log.exception("a worker stumbled; it goes on")
                 self._pause(pause)
         try:
@@ -198,33 +198,48 @@ class Engine:
         return runs[0] if runs else None
 
     def execute(self, run: Run, worker: str) -> Ending:
-        """Run the executor and leave its outcome to the ledger."""
+        """Run the executor and leave its outcome to the ledger.
+
+        What escapes, a defect of ours too, fails this attempt alone.
+        """
         executing = self.buffer.executing
+        try:
+            try:
+                ending = self._attempt(run, worker)
+            except BaseException as error:  # noqa: BLE001  (see above)
+                ending = broken(error, worker)
+            if run.decided is not None and not run.decided.acquire(False):
+                self._come_back(run)
+                return ending
+            executing.pop(run.task.id, None)
+            # One bit for each of the last tasks, so that a single hiccup changes nothing.
+            self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
+            self.buffer.short = self._lately.bit_count() <= _MOST_LONG
+            self._defer(run, ending)
+        except BaseException:  # an interrupt: nobody executes it, as the audit then sees
+            executing.pop(run.task.id, None)
+            self.starter.strike(run, ran=True)
+            raise
+        return ending
+
+    def _attempt(self, run: Run, worker: str) -> Ending:
         self.services.log.debug(
             "task %s (%s) begins, attempt %d", run.task.id, run.task.type, run.task.attempt
         )
         if self.hooks.started:
             self.hooks.tell_changed(self.hooks.started, run.task, {})
-        executing[run.task.id] = time.monotonic()
+        self.buffer.executing[run.task.id] = time.monotonic()
         if run.task.timeout is not None:
             run.overdue = self.stuck.watch(run, worker)
-        try:
-            ending = self.services.runner.run(run, worker)
-        finally:
-            decides = run.decided is None or run.decided.acquire(False)
-            if decides:
-                del executing[run.task.id]
-        if not decides:
-            self._come_back(run)
-            return ending
-        # One bit for each of the last tasks, so that a single hiccup changes nothing.
-        self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
-        self.buffer.short = self._lately.bit_count() <= _MOST_LONG
-        self._defer(run, ending)
-        return ending
+        return self.services.runner.run(run, worker)
 
     def _defer(self, run: Run, ending: Ending) -> None:
-        writes = lifecycle.conclude(run.task, ending, self.services.clock.now_ms())
+        now = self.services.clock.now_ms()
+        try:
+            writes = lifecycle.conclude(run.task, ending, now)
+        except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
+            ending = broken(error, ending.worker)
+            writes = lifecycle.conclude(run.task, ending, now)
         key = run.task.concurrency_key
         next_turn = () if key is None else self.services.lines.next_turn(key)
         self.services.ledger.defer(

@@ -11,6 +11,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from taskx.core.checks import check_number
 from taskx.core.errors import TaskCancelled
 from taskx.core.model import MAX_NAME
 from taskx.core.payload import clean_text
@@ -25,6 +26,25 @@ MAX_TRACEBACK = 20_000
 def is_a(error: BaseException, kind: type[BaseException]) -> bool:
     """As ``isinstance``, which also asks the object for its ``__class__``."""
     return issubclass(type(error), kind)
+
+
+def seconds_asked(error: BaseException, attribute: str) -> float | None:
+    """Return the wait that a ``Retry`` or ``Snooze`` asks for in ``attribute``; None if that is no number.
+
+    The class may be a derived one whose ``__init__`` does not call ours.
+    """
+    try:
+        return check_number(getattr(error, attribute), attribute)
+    except BaseException:  # noqa: BLE001  (user code)
+        return None
+
+
+def _reason_told(error: BaseException) -> str | None:
+    """Return why a token fired, if it was a token that raised ``TaskCancelled``."""
+    try:
+        return CancelReason(error.reason).value  # type: ignore[attr-defined]
+    except BaseException:  # noqa: BLE001  (user code)
+        return None
 
 
 _name_of = type.__dict__["__name__"].__get__  # whatever a metaclass says
@@ -129,7 +149,8 @@ class _RemoteSnooze(RemoteError, Snooze):
 class _RemoteCancelled(Remote, TaskCancelled):
     def __init__(self, told: Mapping[str, Any]) -> None:
         Remote.__init__(self, told)
-        self.reason = CancelReason(told["value"])
+        if told["value"] is not None:  # else it was raised by hand, with no reason
+            self.reason = CancelReason(told["value"])
 
 
 _KINDS: dict[str, type[Remote]] = {
@@ -148,15 +169,17 @@ def told_error(error: BaseException, *, skip: int, main: str) -> dict[str, Any]:
         skip: how many of the first frames are the runtime's own.
         main: what the main module of the parent is called here; empty if it was not imported.
     """
-    kind, value = "", None
+    kind = ""
+    value: float | str | None = None
     if is_a(error, Permanent):
         kind = "permanent"
     elif is_a(error, Retry):
-        kind, value = "retry", error.delay  # type: ignore[attr-defined]
+        kind, value = "retry", seconds_asked(error, "delay")
     elif is_a(error, Snooze):
-        kind, value = "snooze", error.seconds  # type: ignore[attr-defined]
+        if (value := seconds_asked(error, "seconds")) is not None:
+            kind = "snooze"
     elif is_a(error, TaskCancelled):
-        kind, value = "cancelled", error.reason.value  # type: ignore[attr-defined]
+        kind, value = "cancelled", _reason_told(error)
     return {
         "kind": kind,
         "value": value,

@@ -23,6 +23,7 @@ from taskx.core.errors import (
     RepositoryError,
     TaskCancelled,
     TaskNotFound,
+    is_interrupt,
 )
 from taskx.core.token import CancelReason
 from taskx.runtime.channel import Channel
@@ -343,6 +344,9 @@ def _log_levels(log: logging.Logger) -> dict[str, int]:
 def _log(log: logging.Logger, record: dict[str, Any]) -> None:
     """Have a record of the child handled as one of this process."""
     logger = log if record["name"] == log.name else logging.getLogger(record["name"])
-    with suppress(Exception):  # a filter of the user's
+    try:
         if logger.isEnabledFor(record["levelno"]):
             logger.handle(logging.makeLogRecord(record))
+    except BaseException as error:  # a filter of the user's
+        if is_interrupt(error):
+            raise

@@ -60,7 +60,7 @@ class Lines:
         """
         try:
             return self._next_turn(key)
-        except RepositoryError:
+        except Exception:  # noqa: BLE001  (how the other task ended must be stored in any case)
             return ()
 
     def _next_turn(self, key: str) -> Sequence[Update]:

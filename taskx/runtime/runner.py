@@ -10,7 +10,7 @@ from typing import Any
 
 from taskx.core import payload
 from taskx.core.clock import Clock
-from taskx.core.errors import RepositoryCorrupt, TaskCancelled
+from taskx.core.errors import RepositoryCorrupt, TaskCancelled, is_interrupt
 from taskx.core.lifecycle import Ending
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
@@ -29,6 +29,7 @@ from taskx.runtime.failures import (
     error_text,
     error_type,
     is_a,
+    seconds_asked,
     traceback_text,
 )
 
@@ -180,6 +181,23 @@ def _raised(error: BaseException, run: Run) -> Ending:
     )
 
 
+def broken(error: BaseException, worker: str) -> Ending:
+    """Return how an attempt ends where an error escaped that nothing was there to take: it failed.
+
+    Nothing of the user's is asked, so that this raises nothing.
+    """
+    interrupt = is_interrupt(error)
+    return Ending(
+        returned=False,
+        reason=CancelReason.STOP if interrupt else None,
+        error=error_text(error),
+        error_type=error_type(error),
+        traceback=traceback_text(error, skip=0),
+        worker=worker,
+        interrupt=error if interrupt else None,
+    )
+
+
 def _says_what_next(error: BaseException) -> bool:
     """Whether it says how a task goes on that has timed out; to snooze is no answer to that."""
     return is_a(error, Permanent) or is_a(error, Retry)
@@ -196,13 +214,13 @@ def _timed_out(error: BaseException, task: Task) -> str:
 
 def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
     """What the error, or else the retry policy, asks for."""
-    if is_a(error, Snooze):
-        return {"snooze": error.seconds}  # type: ignore[attr-defined]
+    if is_a(error, Snooze) and (seconds := seconds_asked(error, "seconds")) is not None:
+        return {"snooze": seconds}
     if is_a(error, Permanent) or run.task.damage:
         return {"permanent": True}
     asked = is_a(error, Retry)
-    if asked and error.delay is not None:  # type: ignore[attr-defined]
-        return {"delay": error.delay}  # type: ignore[attr-defined]
+    if asked and (delay := seconds_asked(error, "delay")) is not None:
+        return {"delay": delay}
     policy = run.task.retry or run.executor.options.retry
     if policy is None:
         return {}

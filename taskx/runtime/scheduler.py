@@ -124,7 +124,7 @@ class Scheduler:
                 failures += 1
                 if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
                     self._services.log.warning("the repository fails the scheduler: %s", error)
-            except Exception:  # a defect of ours: without this thread, nothing would be in time
+            except BaseException:  # a defect of ours: without this thread, nothing would be in time
                 failures += 1
                 self._services.log.exception("the scheduler stumbled; it goes on")
             self._sleep(failures)
@@ -195,6 +195,7 @@ class Scheduler:
             self._engine.refill()
         if self._is_time("audit", AUDIT_EVERY):
             self._recovery.audit()
+            self._services.alarms.go_on()
             self._engine.stuck.audit()
             self._services.dependents.look_slowly(PATIENCE)
             self._services.lines.look_slowly()

@@ -238,3 +238,30 @@ def fork(how):
     if how == "raise":
         raise ValueError("in the child")
     return "of the child"
+
+
+class RetryWithout(Retry):
+    """Its ``__init__`` does not call that of its base."""
+
+    def __init__(self, code):
+        self.code = code
+
+
+class SnoozeWithout(Snooze):
+    def __init__(self, code):
+        self.code = code
+
+
+class CancelledWithout(TaskCancelled):
+    def __init__(self, code):
+        self.code = code
+
+
+@executor("odd", isolation="process")
+def odd(kind):
+    raise {
+        "by hand": lambda: TaskCancelled("enough"),
+        "retry": lambda: RetryWithout(5),
+        "snooze": lambda: SnoozeWithout(5),
+        "cancelled": lambda: CancelledWithout(5),
+    }[kind]()

@@ -103,6 +103,7 @@ with queue:
     print(os.getpid() == int(os.environ.setdefault("SUBMITTER", str(os.getpid()))), flush=True)
     print(handle.result(60), flush=True)
     go_on.set()
+    queue.drain(60)
 """
     )
     out, err = child.ends()

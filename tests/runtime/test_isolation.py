@@ -172,6 +172,23 @@ class TestAsInAThread:
         kind = queue.get_task_status(failed.value.task_id).error_type
         assert kind.rpartition(".")[2] == error.partition(":")[0]
 
+    @pytest.mark.parametrize(
+        ("kind", "error"),
+        [
+            ("by hand", "TaskCancelled: the task was told to stop: enough"),
+            ("cancelled", "CancelledWithout: 5"),
+            ("retry", "RetryWithout: 5"),
+            ("snooze", "SnoozeWithout: 5"),
+        ],
+    )
+    def test_errors_without_the_attributes_of_their_class_are_no_crashes(self, make, kind, error):
+        queue = make(isolated.odd)
+        with pytest.raises(TaskFailed) as failed:
+            queue.submit("odd", {"kind": kind}).result(PATIENCE)
+        assert failed.value.error == error
+        task = queue.get_task_status(failed.value.task_id)
+        assert (task.errors, task.crashes, task.starts) == (1, 0, 1)
+
     def test_what_it_raises_says_what_follows(self, make, repository):
         queue = make(isolated.fail)
         again = queue.submit("fail", {"kind": "retry"}, max_attempts=2)
