@@ -134,7 +134,7 @@ def own_files(database: Path) -> list[str]:
 def start_afresh(database: Path) -> None:
     """Remove the database, unless it is not ours or in use."""
     if database.exists():
-        with SQLiteRepository(database) as repository:
+        with SQLiteRepository(database, create=False) as repository:
             if any(node.alive for node in repository.nodes()):
                 sys.exit(f"checksum: {database} is in use by another process; nothing was removed")
     for path in own_files(database):

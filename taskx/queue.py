@@ -18,6 +18,7 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import (
     ConfigurationError,
     QueueStopped,
+    RepositoryError,
 )
 from taskx.core.log import GuardedLogger
 from taskx.core.model import (
@@ -577,7 +578,16 @@ class Queue:
 
     @property
     def healthy(self) -> bool:
-        """False while more of this queue's threads are stuck than are replaced (``max_stuck``)."""
+        """Whether nothing that only a person can mend keeps this queue from its work.
+
+        False while more threads are stuck than are replaced (``max_stuck``), and after the SQLite file
+        was moved, deleted or replaced. A queue that is not started, as in a process that only submits,
+        has no threads: it is healthy as long as its file is there.
+        """
+        try:
+            self.repository.ensure_there()
+        except RepositoryError:
+            return False
         return self._node is None or self._node.engine.stuck.healthy
 
     # --- changing

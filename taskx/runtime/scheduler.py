@@ -162,6 +162,7 @@ class Scheduler:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
         self._told = False
+        self._services.repository.ensure_there()
         self._services.ledger.flush()
         if self._engine.stuck.ended:
             self._engine.stuck.lift()

@@ -270,6 +270,13 @@ class Repository(TaskRepository):
     def changed(self) -> bool:
         """Whether another process may have changed something since the last call; cheap."""
 
+    def ensure_there(self) -> None:
+        """Raise if what the repository opened is not there any more; cheap, changes and opens nothing.
+
+        Raises:
+            RepositoryError: it is gone; the message says what happened, and what to do.
+        """
+
     @abstractmethod
     def join(self, node: Node) -> None:
         """Record a node, and prove it alive from now on until :meth:`leave` or process death."""

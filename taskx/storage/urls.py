@@ -11,12 +11,15 @@ from taskx.storage.base import Repository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 
+_BOOLEANS = {"true": True, "false": False}
+
 
 def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> Repository:
     """The repository that a URL names; it is opened at its first operation.
 
     ``sqlite:///tasks.db`` is a file in the working folder, ``sqlite:////var/lib/tasks.db`` one by its
-    absolute path (``?durability=full`` may follow); ``memory://`` keeps tasks in this process.
+    absolute path; ``?durability=full&create=false`` may follow, which are the arguments of
+    :class:`SQLiteRepository`. ``memory://`` keeps tasks in this process.
     ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
 
     Args:
@@ -24,7 +27,7 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
         codec: what params, results and checkpoints are stored with; of several, the first one writes.
 
     Raises:
-        ConfigurationError: the URL is none of these.
+        ConfigurationError: the URL is none of these, or has an option that is not valid.
     """
     from urllib.parse import parse_qsl, unquote, urlsplit  # slow to load, and seldom needed
 
@@ -50,6 +53,12 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 
 def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
     options: dict[str, Any] = dict(query)
-    if unknown := options.keys() - {"durability"}:
+    if unknown := options.keys() - {"durability", "create"}:
         raise ConfigurationError(f"{url!r}: unknown option {', '.join(sorted(unknown))}")
+    if "create" in options:
+        if options["create"] not in _BOOLEANS:
+            raise ConfigurationError(
+                f"{url!r}: create must be true or false, not {options['create']!r}"
+            )
+        options["create"] = _BOOLEANS[options["create"]]
     return options

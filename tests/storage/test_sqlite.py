@@ -32,6 +32,7 @@ from taskx.core import lifecycle
 from taskx.core.writes import PRESENT, Update
 from taskx.storage.base import Node
 from taskx.storage.sqlite import schema, statements, turnstile
+from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
 PATIENCE = 60  # seconds that a test waits for another process
@@ -527,6 +528,10 @@ class TestLocks:
             assert repository.changed()
 
 
+def turnstile_of(path):
+    return Turnstile(DatabaseFile(str(path), create=True))
+
+
 class TestTurns:
     """Processes that write without pause take turns."""
 
@@ -589,7 +594,7 @@ class TestTurns:
 
     def test_who_comes_to_a_busy_file_is_let_in(self, path):
         """Who writes without pause looks for others, though it finds the inner lock free every time."""
-        ours, theirs = Turnstile(str(path)), Turnstile(str(path))
+        ours, theirs = turnstile_of(path), turnstile_of(path)
         with contextlib.closing(ours), contextlib.closing(theirs):
             for each in (ours, theirs):
                 each.enter(0)
@@ -604,7 +609,7 @@ class TestTurns:
     @pytest.mark.parametrize(("crowded", "struck"), [(False, 1), (False, 2), (True, 1), (True, 2)])
     def test_an_interrupt_while_waiting_holds_up_nobody(self, path, monkeypatch, crowded, struck):
         """Alone, one lock is tried; after another process was met, two."""
-        ours, theirs = Turnstile(str(path)), Turnstile(str(path))
+        ours, theirs = turnstile_of(path), turnstile_of(path)
         if crowded:
             theirs.enter(0)
             ours.enter(0)  # finds the inner one held, and lets SQLite decide
@@ -633,7 +638,7 @@ class TestTurns:
     def test_without_its_files_it_lets_everybody_through(self, tmp_path):
         """It is for fairness, not for safety."""
         (tmp_path / "file").touch()
-        turnstile = Turnstile(str(tmp_path / "file" / "folder"))
+        turnstile = turnstile_of(tmp_path / "file" / "tasks.db")
         turnstile.enter(0)
         turnstile.leave()
         turnstile.close()

@@ -16,6 +16,7 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.storage.sqlite import schema
+from taskx.storage.sqlite.file import DatabaseFile
 
 #: Versions before lack what the statements rely on.
 MINIMUM_SQLITE = (3, 34, 0)
@@ -60,6 +61,8 @@ def _why_not_opened(path: str) -> str:
         return "it is a folder"
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"
+    if not os.path.exists(path):
+        return "it is missing and cannot be made; no permission, or too many open files"
     return "no permission, or too many open files"
 
 
@@ -69,8 +72,8 @@ class Connections:
     Each is used by one thread at a time. They are opened when first needed.
     """
 
-    def __init__(self, path: str, busy_timeout: float) -> None:
-        self.path = path
+    def __init__(self, file: DatabaseFile, busy_timeout: float) -> None:
+        self.file = file
         self.busy_timeout = busy_timeout
         self._writer: sqlite3.Connection | None = None
         self._idle: list[sqlite3.Connection] = []
@@ -105,7 +108,7 @@ class Connections:
             if connection is not None:
                 self._close_reader(connection)
             if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
-                raise translated(error, self.path, self.busy_timeout) from error
+                raise translated(error, self.file.path, self.busy_timeout) from error
             raise
         self._idle.append(connection)
 
@@ -127,6 +130,11 @@ class Connections:
     def _open_reader(self) -> sqlite3.Connection:
         with self._opening:
             connection = self._connect()
+            try:
+                self.file.check()  # another one may have come in its place just before
+            except BaseException:
+                connection.close()
+                raise
             self._readers.add(connection)
             return connection
 
@@ -166,10 +174,10 @@ class Connections:
         self._idle, self._readers, self._writer = [], set(), None
         self._opening = threading.Lock()
 
-    def _connect(self, mode: str = "rwc") -> sqlite3.Connection:
+    def _connect(self, mode: str = "rw") -> sqlite3.Connection:
         from urllib.parse import quote  # slow to load, and not needed before a file is opened
 
-        path = quote(os.fsencode(os.path.abspath(self.path)))
+        path = quote(os.fsencode(self.file.path))
         connection = sqlite3.connect(
             f"file://{path}?mode={mode}",
             uri=True,
@@ -192,17 +200,24 @@ class Connections:
             raise RepositoryError(
                 f"SQLite {sqlite3.sqlite_version} is too old: TaskX needs 3.34 or later"
             )
+        known = self.file.known
         try:
+            self.file.find()
             self._check_before_touching()
-            connection = self._connect()
+            connection = self._connect("rw" if known or not self.file.create else "rwc")
             try:
+                self.file.opened()
                 self._prepare(connection)
             except BaseException:
                 connection.close()
                 raise
             return connection
-        except sqlite3.Error as error:
-            raise translated(error, self.path, self.busy_timeout) from error
+        except BaseException as error:
+            if not known:
+                self.file.forget()
+            if isinstance(error, sqlite3.Error):
+                raise translated(error, self.file.path, self.busy_timeout) from error
+            raise
 
     def _check_before_touching(self) -> None:
         """Look at an existing file in a way that leaves another program's as it was.
@@ -210,11 +225,12 @@ class Connections:
         The last connection that closes writes what a log holds into the file, unless it is one that
         cannot write; but that one leaves empty files of a log behind where there was none.
         """
-        if _size(self.path) == 0:
+        path = self.file.path
+        if _size(path) == 0:
             return
-        connection = self._connect("ro" if _size(f"{self.path}-wal") else "rw")
+        connection = self._connect("ro" if _size(f"{path}-wal") else "rw")
         try:
-            schema.check(connection, self.path)
+            schema.check(connection, path)
         finally:
             connection.close()
 
@@ -224,13 +240,20 @@ class Connections:
         deadline = time.monotonic() + self.busy_timeout
         while True:
             try:
-                if schema.check(connection, self.path) == 0:
+                if schema.check(connection, self.file.path) == 0:
+                    self._refuse_empty_file()
                     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 connection.execute("PRAGMA journal_mode = WAL").fetchone()
                 connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
-                schema.migrate(connection, self.path)
+                schema.migrate(connection, self.file.path)
                 return
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
+
+    def _refuse_empty_file(self) -> None:
+        if not self.file.create:
+            raise RepositoryUnavailable(
+                f"{self.file.path} is empty, and create=False: check the path; it was not touched"
+            )

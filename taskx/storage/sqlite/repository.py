@@ -20,6 +20,7 @@ from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, tra
 from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections, translated
+from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.liveness import NodeLocks
 from taskx.storage.sqlite.turnstile import Turnstile
 
@@ -29,6 +30,7 @@ T = TypeVar("T")
 _MOST_TOGETHER = 32  # updates in one statement
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _FEW = 32  # rows that may be read while others would write
+_SHORT_WAIT = 0.05  # seconds of waiting that are not worth to be taken off the time-out
 _KEPT_PAGES = 1000  # free pages of 4 KiB that are worth no vacuum
 _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # ids in one SELECT; SQLite's own limit is 32,766
@@ -38,15 +40,18 @@ class SQLiteRepository(Repository):
     """Keeps tasks in one SQLite file, which any number of processes on this host may share.
 
     The file is opened, and made if need be, at the first operation. It is in WAL mode: readers never
-    wait for writers. It must be on a local file system.
+    wait for writers. It must be on a local file system. While it is open it is known by its real path
+    and its inode: every operation raises ``RepositoryUnavailable`` once it is moved, deleted or replaced.
 
     Args:
-        path: the file.
+        path: the file. A relative path is made absolute at once.
         durability: what a power cut may undo. ``"accepted"``: nothing that a caller was told
             (submit, cancel, requeue, delete), at most outcomes of the last moments, which are then
             reached again. ``"full"``: nothing. ``"process"``: commits of the last moments. The death
             of the process undoes nothing at any setting.
         busy_timeout: seconds to wait for another process's write before giving up.
+        create: whether to make the file if there is none. With False an operation then raises
+            ``RepositoryUnavailable``, and nothing is made.
         clock: what the eight methods stamp records with.
         codec: what params, results and checkpoints are stored with; of several, the first one writes.
 
@@ -60,6 +65,7 @@ class SQLiteRepository(Repository):
         durability: Durability = "accepted",
         *,
         busy_timeout: float = 10.0,
+        create: bool = True,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
     ) -> None:
@@ -76,9 +82,12 @@ class SQLiteRepository(Repository):
             )
         self.durability = durability
         check_number(busy_timeout, "busy_timeout")
-        self._connections = Connections(self.path, busy_timeout)
-        self._locks = NodeLocks(self.path)
-        self._turnstile = Turnstile(self._locks.folder)
+        if not isinstance(create, bool):
+            raise ConfigurationError(f"create must be True or False, not {create!r}")
+        self._file = DatabaseFile(self.path, create)
+        self._connections = Connections(self._file, busy_timeout)
+        self._turnstile = Turnstile(self._file)
+        self._joined: set[str] = set()
         self._write_lock = threading.Lock()
         self._forking = False
         self._synchronous = "NORMAL"
@@ -87,6 +96,11 @@ class SQLiteRepository(Repository):
 
     def __repr__(self) -> str:
         return f"SQLiteRepository({self.path!r}, durability={self.durability!r})"
+
+    @property
+    def _locks(self) -> NodeLocks:
+        """To be asked for when the file is open: only then its real path is known."""
+        return NodeLocks(self._file.path)
 
     # --- writing
 
@@ -146,11 +160,12 @@ class SQLiteRepository(Repository):
     def _transact(self, work: Callable[[sqlite3.Cursor], T], durable: bool) -> T:
         with self._write_lock:
             connection = self._connections.writer()
+            self._file.check()
             cursor = connection.cursor()
             try:
-                self._turnstile.enter(self._connections.busy_timeout)
+                left = self._turnstile.enter(self._connections.busy_timeout)
                 self._set_synchronous(cursor, durable)
-                cursor.execute("BEGIN IMMEDIATE")
+                self._begin(cursor, left)
                 result = work(cursor)
                 cursor.execute("COMMIT")
                 return result
@@ -159,10 +174,24 @@ class SQLiteRepository(Repository):
                 if connection.in_transaction:
                     self._roll_back(connection)
                 if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
-                    raise translated(error, self.path, self._connections.busy_timeout) from error
+                    raise translated(
+                        error, self._file.path, self._connections.busy_timeout
+                    ) from error
                 raise
             finally:
                 self._turnstile.leave()
+
+    def _begin(self, cursor: sqlite3.Cursor, left: float) -> None:
+        """Begin a transaction within the seconds that are left of the time-out."""
+        timeout = self._connections.busy_timeout
+        if timeout - left < _SHORT_WAIT:
+            cursor.execute("BEGIN IMMEDIATE")
+            return
+        cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
+        try:
+            cursor.execute("BEGIN IMMEDIATE")
+        finally:
+            cursor.execute(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
@@ -194,7 +223,8 @@ class SQLiteRepository(Repository):
 
         It has the pages that it wrote last in memory; another one reads them anew after each commit.
         """
-        if self._connections.opened and self._write_lock.acquire(blocking=False):
+        self._open()
+        if self._write_lock.acquire(blocking=False):
             try:
                 return self._connections.writer().execute(sql, values).fetchall()
             except sqlite3.Error:
@@ -204,8 +234,10 @@ class SQLiteRepository(Repository):
         return self._rows(sql, values)
 
     def _open(self) -> None:
-        """Have the file made and checked before the first reader sees it."""
-        if not self._connections.opened:
+        """Have the file made and checked before the first reader sees it, and later on still there."""
+        if self._connections.opened:
+            self._file.check()
+        else:
             with self._write_lock:
                 self._connections.writer()
 
@@ -398,8 +430,9 @@ class SQLiteRepository(Repository):
     def join(self, node: Node) -> None:
         """Record a node, and prove it alive until :meth:`leave` or process death."""
         self._open()
-        inode = self._locks.hold(node.id)
-        row = (node.id, node.name, json.dumps(node.types), self._inode(), inode)
+        file = self._file.inode
+        lock = self._locks.hold(node.id)
+        row = (node.id, node.name, json.dumps(node.types), file, lock)
         try:
             self._transact(
                 lambda cursor: cursor.execute(
@@ -410,6 +443,7 @@ class SQLiteRepository(Repository):
         except BaseException:
             self._locks.release(node.id)
             raise
+        self._joined.add(node.id)
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""
@@ -428,19 +462,23 @@ class SQLiteRepository(Repository):
         except BaseException:
             self._locks.let_go(node)  # still on record, it is a dead one from now on
             raise
+        finally:
+            self._joined.discard(node)
         self._locks.release(node)
 
     def nodes(self) -> Sequence[Node]:
-        """All recorded nodes; those of the file that this one is a copy of are dead here."""
+        """All recorded nodes; those of the file that this one is a copy of are dead here.
+
+        But for one that holds its lock beside this file: the copy was put in the original's place.
+        """
         self._open()
-        inode = self._inode()
         nodes = [
             Node(
                 id=node,
                 name=name,
                 types=tuple(json.loads(types)),
                 stopping=bool(stopping),
-                alive=self._locks.alive(node, lock) if file == inode else False,
+                alive=self._alive(node, file, lock),
             )
             for node, name, types, file, lock, stopping in self._rows(
                 "SELECT id, name, types, file, lock, stopping FROM nodes ORDER BY id"
@@ -452,17 +490,31 @@ class SQLiteRepository(Repository):
             nodes = [node for node in nodes if node.alive is not None or node.id in still]
         return nodes
 
-    def _inode(self) -> int:
-        return os.stat(self.path).st_ino
+    def _alive(self, node: str, file: int, lock: int) -> bool | None:
+        alive = self._locks.alive(node, lock)
+        return False if alive is None and file != self._file.inode else alive
+
+    def ensure_there(self) -> None:
+        """Raise if the file was moved, deleted or replaced since it was opened.
+
+        Raises:
+            RepositoryUnavailable: it was; the message says what happened, and what to do.
+        """
+        self._file.check()
 
     # --- opening and closing
 
     def close(self) -> None:
-        """Close the file; a later operation opens it again."""
+        """Close the file; a later operation opens it again.
+
+        It opens what is at the path by then, unless a node of this repository is still at work.
+        """
         with self._write_lock:
             try:
                 self._turnstile.close()
                 self._connections.close()
+                if not self._joined:
+                    self._file.forget()
             except sqlite3.Error as error:
                 raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
             finally:
@@ -485,7 +537,7 @@ class SQLiteRepository(Repository):
         """In a forked child: connections of its own, opened at the next operation."""
         self._write_lock = threading.Lock()
         self._connections.renew_after_fork()
-        self._turnstile.renew_after_fork()
+        self._joined.clear()
         self._synchronous, self._data_version = "NORMAL", -1
 
 

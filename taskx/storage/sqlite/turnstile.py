@@ -12,7 +12,10 @@ from __future__ import annotations
 
 import os
 import time
+import weakref
 from contextlib import suppress
+
+from taskx.storage.sqlite.file import DatabaseFile
 
 try:
     import fcntl
@@ -27,42 +30,56 @@ CROWDED = 1.0
 #: Seconds between two looks for others while none was met.
 LOOK_EVERY = 0.01
 
-_open: set[int] = set()
+#: The names of the two lock files, which are no node's.
+NAMES = ("outer", "inner")
+
+#: The numbers of the open files of each turnstile, by the identity of their list: for forks.
+_open: dict[int, list[int]] = {}
 
 
 class Turnstile:
     """The two locks of one database file; used by one thread at a time.
 
-    Where the files cannot be had, it lets everybody through: it is for fairness, not for safety.
+    Where the lock files cannot be opened, it lets everybody through: it is for fairness, not for safety.
+    They are closed at the latest when the turnstile is garbage collected.
+
+    Args:
+        file: the database; it is open when the turnstile is entered.
     """
 
-    def __init__(self, folder: str) -> None:
-        self._paths = (os.path.join(folder, "outer.lock"), os.path.join(folder, "inner.lock"))
-        self._fds: tuple[int, int] | None = None
+    def __init__(self, file: DatabaseFile) -> None:
+        self._file = file
+        self._fds: list[int] = []
         self._crowded_until = self._look_at = 0.0
+        weakref.finalize(self, _close, self._fds).atexit = False
 
-    def enter(self, timeout: float) -> None:
-        """Wait for one's turn, at most ``timeout`` seconds; past that SQLite's own lock decides."""
-        if fcntl is None or not (fds := self._fds or self._open_files()):
-            return
-        outer, inner = fds
+    def enter(self, timeout: float) -> float:
+        """Wait for one's turn, at most ``timeout`` seconds; return how many of these are left.
+
+        Past them SQLite's own lock decides.
+        """
+        if fcntl is None or not (self._fds or self._open_files()):
+            return timeout
+        outer, inner = self._fds
         now = time.monotonic()
         alone = self._crowded_until <= now < self._look_at
         if alone and _try(inner):
-            return
+            return timeout
         met = alone
         try:
             if not _try(outer):
                 met = True
-                _wait(outer, timeout)
+                _wait(outer, now + timeout)
             if not _try(inner):
                 met = True
-                _wait(inner, timeout)
+                _wait(inner, now + timeout)
         finally:
             fcntl.flock(outer, fcntl.LOCK_UN)
         self._look_at = now + LOOK_EVERY
-        if met:
-            self._crowded_until = now + CROWDED
+        if not met:
+            return timeout
+        self._crowded_until = now + CROWDED
+        return max(0.0, now + timeout - time.monotonic())
 
     def leave(self) -> None:
         """Let the next one through."""
@@ -71,24 +88,32 @@ class Turnstile:
 
     def close(self) -> None:
         """Close the files; entering opens them again."""
-        fds, self._fds = self._fds, None
-        for fd in fds or ():
-            _open.discard(fd)
-            os.close(fd)
+        _close(self._fds)
 
-    def renew_after_fork(self) -> None:
-        """In a forked child, which has closed its copies: open files of its own when needed."""
-        self._fds = None
+    def _open_files(self) -> bool:
+        folder = self._file.folder
+        _open[id(self._fds)] = self._fds
+        try:
+            os.makedirs(folder, exist_ok=True)
+            for name in NAMES:
+                self._fds.append(_open_file(os.path.join(folder, f"{name}.lock")))
+        except OSError:
+            self.close()
+        return bool(self._fds)
 
-    def _open_files(self) -> tuple[int, int] | None:
-        with suppress(OSError):
-            os.makedirs(os.path.dirname(self._paths[0]), exist_ok=True)
-            outer, inner = (
-                os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666) for path in self._paths
-            )
-            _open.update((outer, inner))
-            self._fds = (outer, inner)
-        return self._fds
+
+def _open_file(path: str) -> int:
+    try:
+        return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
+    except PermissionError:  # another user's; to read it is enough to lock it
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+
+
+def _close(fds: list[int]) -> None:
+    _open.pop(id(fds), None)
+    with suppress(IndexError):
+        while True:
+            os.close(fds.pop())
 
 
 def _try(fd: int) -> bool:
@@ -99,9 +124,8 @@ def _try(fd: int) -> bool:
     return True
 
 
-def _wait(fd: int, timeout: float) -> bool:
+def _wait(fd: int, deadline: float) -> bool:
     # Not a blocking flock: that has no time-out, and a stopped process may hold the lock.
-    deadline = time.monotonic() + timeout
     pause = _FIRST_PAUSE
     while time.monotonic() < deadline:
         time.sleep(pause)
@@ -112,9 +136,8 @@ def _wait(fd: int, timeout: float) -> bool:
 
 
 def _close_in_child() -> None:
-    for fd in _open:
-        os.close(fd)
-    _open.clear()
+    for fds in list(_open.values()):
+        _close(fds)
 
 
 if hasattr(os, "register_at_fork"):

@@ -1,0 +1,442 @@
+"""A file is one file: known by its real path and inode from its opening on, and missed when it goes."""
+
+import contextlib
+import gc
+import os
+import sqlite3
+
+import pytest
+
+from taskx import (
+    ConfigurationError,
+    RepositoryError,
+    RepositoryUnavailable,
+    SQLiteRepository,
+    Task,
+    TaskFilter,
+    open_repository,
+)
+from taskx.storage.base import Node
+from taskx.storage.sqlite import turnstile
+from taskx.storage.sqlite.file import DatabaseFile
+from taskx.storage.sqlite.turnstile import Turnstile
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="not a POSIX system")
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture
+def open_at():
+    """Makes repositories, which are closed at the end."""
+    with contextlib.ExitStack() as stack:
+        yield lambda path, **options: stack.enter_context(SQLiteRepository(path, **options))
+
+
+@pytest.fixture
+def repository(open_at, path):
+    """One that is open, with a task."""
+    repository = open_at(path)
+    repository.create(task("a"))
+    return repository
+
+
+def task(task_id):
+    return Task(id=task_id, type="t")
+
+
+def ids(repository):
+    return sorted(task.id for task in repository.list(TaskFilter()))
+
+
+def alive(repository):
+    return {node.id: node.alive for node in repository.nodes()}
+
+
+def files(folder):
+    return {str(file.relative_to(folder)) for file in folder.rglob("*")}
+
+
+def copy_of(path, to):
+    closing = contextlib.closing
+    with closing(sqlite3.connect(path)) as source, closing(sqlite3.connect(to)) as target:
+        source.backup(target)
+    return to
+
+
+def delete(path):
+    path.unlink()
+    return "moved or deleted", None
+
+
+def move(path):
+    path.rename(path.with_name("elsewhere.db"))
+    return "moved or deleted", lambda: path.with_name("elsewhere.db").rename(path)
+
+
+def move_the_folder(path):
+    elsewhere = path.parent.with_name(f"{path.parent.name}-elsewhere")
+    path.parent.rename(elsewhere)
+    return "moved or deleted", lambda: elsewhere.rename(path.parent)
+
+
+def replace(path):
+    """As a restore does that writes a copy and renames it."""
+    kept = path.with_name("kept.db")
+    os.link(path, kept)
+    os.replace(copy_of(path, path.with_name("copy.db")), path)
+    return "replaced by another file", lambda: os.replace(kept, path)
+
+
+def replace_by_a_folder(path):
+    """Whatever it is, it is not the file."""
+    path.rename(path.with_name("elsewhere.db"))
+    path.mkdir()
+    return "replaced by another file", None
+
+
+LOSSES = [delete, move, move_the_folder, replace, replace_by_a_folder]
+
+OPERATIONS = {
+    "create": lambda r: r.create(task("b")),
+    "apply": lambda r: r.apply([]),
+    "settle": lambda r: r.settle([]),
+    "get_by_id": lambda r: r.get_by_id("a"),
+    "list": lambda r: r.list(TaskFilter()),
+    "page": lambda r: r.page(TaskFilter()),
+    "ready": lambda r: r.ready(["t"], 1),
+    "unfinished": lambda r: r.unfinished(["t"]),
+    "changed": lambda r: r.changed(),
+    "shrink": lambda r: r.shrink(),
+    "notes": lambda r: r.notes(""),
+    "put_note": lambda r: r.put_note("n", "text", 0),
+    "join": lambda r: r.join(Node(id="n2", name="two")),
+    "nodes": lambda r: r.nodes(),
+    "mark_stopping": lambda r: r.mark_stopping("n1"),
+    "ensure_there": lambda r: r.ensure_there(),
+}
+
+
+class TestWhichFile:
+    def test_a_relative_path_is_that_of_the_folder_in_which_the_repository_was_made(
+        self, open_at, tmp_path, monkeypatch
+    ):
+        (tmp_path / "first").mkdir()
+        (tmp_path / "second").mkdir()
+        monkeypatch.chdir(tmp_path / "first")
+        repository = open_at("tasks.db")
+        monkeypatch.chdir(tmp_path / "second")
+        repository.create(task("a"))
+        monkeypatch.chdir("/")
+        with repository._connections.reader(), repository._connections.reader():
+            assert ids(repository) == ["a"]
+        repository.join(Node(id="n1", name="one"))
+        assert alive(repository) == {"n1": True}
+        repository.leave("n1")
+        assert (tmp_path / "first" / "tasks.db").exists()
+        assert files(tmp_path / "second") == set()
+
+    def test_a_live_node_is_alive_after_a_chdir_to_a_folder_with_such_a_file(
+        self, open_at, tmp_path, monkeypatch
+    ):
+        monkeypatch.chdir(tmp_path)
+        repository = open_at("tasks.db")
+        repository.join(Node(id="n1", name="one"))
+        (tmp_path / "other").mkdir()
+        monkeypatch.chdir(tmp_path / "other")
+        open_at("tasks.db").create(task("a"))
+        assert alive(repository) == {"n1": True}
+        repository.leave("n1")
+
+    def test_a_relative_path_needs_a_working_folder(self, tmp_path, monkeypatch):
+        (tmp_path / "gone").mkdir()
+        monkeypatch.chdir(tmp_path / "gone")
+        (tmp_path / "gone").rmdir()
+        with pytest.raises(ConfigurationError, match="give an absolute path"):
+            SQLiteRepository("tasks.db")
+        with SQLiteRepository(tmp_path / "tasks.db") as repository:
+            repository.create(task("a"))
+
+    def test_one_file_by_two_symlinks_has_one_folder_of_locks(self, open_at, path, tmp_path):
+        """As a tool makes them that deploys each release into a folder of its own."""
+        links = [tmp_path / "release7.db", tmp_path / "release8.db"]
+        for link in links:
+            link.symlink_to(path)
+        ours, theirs = map(open_at, links)
+        ours.join(Node(id="n1", name="one"))  # makes the file, at the end of the link
+        assert alive(theirs) == {"n1": True}
+        ours._locks.let_go("n1")
+        assert alive(theirs) == {"n1": False}
+        theirs.leave("n1")
+        assert path.exists()
+        assert [name for name in files(tmp_path) if name.endswith("-nodes")] == ["tasks.db-nodes"]
+
+    def test_a_symlink_that_is_turned_elsewhere_leads_nobody_astray(self, open_at, tmp_path):
+        """Neither it nor a symlink to the folder."""
+        for release in ("7", "8"):
+            (tmp_path / release).mkdir()
+        current = tmp_path / "current"
+        current.symlink_to("7")
+        repository = open_at(current / "tasks.db")
+        repository.join(Node(id="n1", name="one"))
+        current.unlink()
+        current.symlink_to("8")
+        open_at(current / "tasks.db").create(task("b"))
+        with repository._connections.reader(), repository._connections.reader():
+            assert ids(repository) == []
+        assert alive(repository) == {"n1": True}
+        repository.leave("n1")
+
+    def test_a_file_that_another_one_replaces_while_it_is_opened_is_refused(
+        self, open_at, path, repository, monkeypatch
+    ):
+        """Then it is not known which of the two SQLite has opened."""
+        copy = copy_of(path, path.with_name("copy.db"))
+        newcomer = open_at(path)
+        connections = newcomer._connections
+        with monkeypatch.context() as patched:
+            patched.setattr(connections, "_check_before_touching", lambda: os.replace(copy, path))
+            with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
+                newcomer.create(task("b"))
+        newcomer.create(task("b"))
+        assert ids(newcomer) == ["a", "b"]
+
+    def test_a_file_that_is_deleted_while_it_is_opened_is_refused(self, open_at, path, monkeypatch):
+        repository = open_at(path)
+        connect = repository._connections._connect
+
+        def connect_and_delete(mode):
+            connection = connect(mode)
+            path.unlink()
+            return connection
+
+        with monkeypatch.context() as patched:
+            patched.setattr(repository._connections, "_connect", connect_and_delete)
+            with pytest.raises(RepositoryUnavailable, match="moved or deleted"):
+                repository.create(task("b"))
+        repository.create(task("b"))
+        assert ids(repository) == ["b"]
+
+    def test_a_new_reader_of_a_file_that_was_just_replaced_is_refused(
+        self, path, repository, monkeypatch
+    ):
+        """After the look before it."""
+        copy = copy_of(path, path.with_name("copy.db"))
+        connect = repository._connections._connect
+
+        def replace_and_connect():
+            os.replace(copy, path)
+            return connect()
+
+        monkeypatch.setattr(repository._connections, "_connect", replace_and_connect)
+        reader = repository._connections.reader
+        with pytest.raises(RepositoryUnavailable, match="replaced by another file"), reader():
+            reader().__enter__()
+
+    def test_a_closed_repository_opens_what_is_there_by_then(self, path, repository):
+        other = copy_of(path, path.with_name("copy.db"))
+        with SQLiteRepository(other) as its_own:
+            its_own.create(task("b"))
+        repository.close()
+        os.replace(other, path)
+        assert ids(repository) == ["a", "b"]
+
+    def test_a_closed_repository_with_a_node_at_work_opens_no_other_file(self, path, repository):
+        repository.join(Node(id="n1", name="one"))
+        repository.close()
+        _, put_back = replace(path)
+        with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
+            repository.nodes()
+        put_back()
+        assert alive(repository) == {"n1": True}
+        repository.leave("n1")
+
+    def test_a_live_node_is_not_dead_in_a_copy_that_took_the_files_place(
+        self, open_at, path, repository
+    ):
+        repository.join(Node(id="n1", name="one"))
+        replace(path)
+        restored = open_at(path)
+        assert alive(restored) == {"n1": True}
+        with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
+            repository.leave("n1")
+        assert alive(restored) == {"n1": False}
+
+
+class TestLoss:
+    @pytest.mark.parametrize("lose", LOSSES)
+    def test_of_the_file_is_told_by_every_operation_until_it_is_back(self, tmp_path, open_at, lose):
+        (tmp_path / "folder").mkdir()
+        path = tmp_path / "folder" / "tasks.db"
+        repository = open_at(path)
+        repository.create(task("a"))
+        repository.join(Node(id="n1", name="one"))
+        words, put_back = lose(path)
+        before = files(tmp_path)
+        for name, operation in OPERATIONS.items():
+            with pytest.raises(RepositoryUnavailable, match=words) as caught:
+                operation(repository)
+            assert str(path) in str(caught.value), name
+            assert "nothing was stored" in str(caught.value), name
+        assert files(tmp_path) == before
+        if put_back is not None:
+            put_back()
+            repository.ensure_there()
+            assert ids(repository) == ["a"]
+            assert alive(repository) == {"n1": True}
+            repository.create(task("b"))
+            repository.leave("n1")
+            with SQLiteRepository(path, create=False) as another:
+                assert ids(another) == ["a", "b"]
+
+    def test_a_folder_that_may_not_be_entered_is_told(self, repository, path, monkeypatch):
+        def refuse(path):
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(os, "stat", refuse)
+        with pytest.raises(RepositoryUnavailable, match=r"cannot be looked at .*permissions"):
+            repository.create(task("b"))
+
+    def test_nothing_is_missed_that_was_not_opened(self, open_at, path):
+        repository = open_at(path)
+        repository.ensure_there()
+        assert not path.exists()
+
+
+class TestCreateFalse:
+    @pytest.mark.parametrize("name", OPERATIONS.keys() - {"ensure_there"})
+    @pytest.mark.parametrize("where", ["tasks.db", "no/such/folder/tasks.db"])
+    def test_an_absent_file_is_an_error_and_nothing_is_made(self, open_at, tmp_path, name, where):
+        repository = open_at(tmp_path / where, create=False)
+        with pytest.raises(RepositoryError, match="there is no file") as caught:
+            OPERATIONS[name](repository)
+        assert str(tmp_path / where) in str(caught.value)
+        assert files(tmp_path) == set()
+
+    def test_an_empty_file_is_an_error_and_stays_empty(self, open_at, tmp_path, path):
+        path.touch()
+        with pytest.raises(RepositoryUnavailable, match=r"tasks\.db is empty"):
+            open_at(path, create=False).count(TaskFilter())
+        assert files(tmp_path) == {"tasks.db"}
+        assert path.stat().st_size == 0
+
+    def test_a_file_is_used_as_soon_as_another_process_has_made_it(self, open_at, path):
+        late = open_at(path, create=False)
+        with pytest.raises(RepositoryUnavailable):
+            late.count(TaskFilter())
+        open_at(path).create(task("a"))
+        assert ids(late) == ["a"]
+        late.create(task("b"))
+        assert ids(late) == ["a", "b"]
+
+    def test_a_link_that_leads_nowhere_is_an_absent_file(self, open_at, tmp_path, path):
+        path.symlink_to(tmp_path / "nowhere.db")
+        with pytest.raises(RepositoryUnavailable, match="there is no file"):
+            open_at(path, create=False).count(TaskFilter())
+        assert files(tmp_path) == {"tasks.db"}
+
+    def test_by_url(self, path):
+        absent = open_repository(f"sqlite:///{path}?create=false")
+        with pytest.raises(RepositoryUnavailable, match="there is no file"):
+            absent.count(TaskFilter())
+        with open_repository(f"sqlite:///{path}?create=true&durability=full") as repository:
+            assert repository.count(TaskFilter()) == 0
+
+    @pytest.mark.parametrize("value", ["", "0", "no", "False"])
+    def test_by_url_it_is_true_or_false(self, value):
+        with pytest.raises(ConfigurationError, match="create must be true or false"):
+            open_repository(f"sqlite:///tasks.db?create={value}")
+
+    @pytest.mark.parametrize("value", [None, 0, "false"])
+    def test_it_is_a_bool(self, path, value):
+        with pytest.raises(ConfigurationError, match="create must be True or False"):
+            SQLiteRepository(path, create=value)
+
+
+def opened_below(folder):
+    """The open files of this process in a folder."""
+    found = []
+    for fd in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):
+            name = os.readlink(f"/proc/self/fd/{fd}")
+            if name.startswith(f"{folder}/"):
+                found.append(name)
+    return sorted(found)
+
+
+needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /proc")
+
+
+class TestTurnstileFiles:
+    @needs_proc
+    @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    def test_a_dropped_repository_leaves_no_file_open(self, tmp_path):
+        for number in range(5):
+            SQLiteRepository(tmp_path / f"{number}.db").create(task("a"))
+        gc.collect()
+        assert opened_below(tmp_path) == []
+
+    @needs_proc
+    def test_what_cannot_be_opened_whole_leaves_no_file_open(self, path, tmp_path):
+        (tmp_path / "tasks.db-nodes" / "inner.lock").mkdir(parents=True)
+        turn = Turnstile(DatabaseFile(str(path), create=True))
+        assert turn.enter(3.0) == 3.0
+        turn.leave()
+        assert opened_below(tmp_path) == []
+
+
+class FakeTime:
+    """Sleeping takes no time, and moves the clock on."""
+
+    now = 100.0
+
+    def monotonic(self):
+        return self.now
+
+    def sleep(self, seconds):
+        self.now += seconds
+
+
+class TestBusyTimeout:
+    """It is counted once: for both locks of the turnstile and for SQLite's own together."""
+
+    @pytest.fixture
+    def clock(self, monkeypatch):
+        clock = FakeTime()
+        monkeypatch.setattr(turnstile, "time", clock)
+        return clock
+
+    @pytest.fixture
+    def turnstiles(self, path):
+        made = [Turnstile(DatabaseFile(str(path), create=True)) for _ in range(2)]
+        yield made
+        for each in made:
+            each.close()
+
+    def test_both_locks_of_the_turnstile_share_it(self, turnstiles, clock):
+        ours, theirs = turnstiles
+        theirs.enter(0)
+        assert turnstile._try(theirs._fds[0])
+        began = clock.now
+        assert ours.enter(10.0) == 0.0
+        assert clock.now - began == pytest.approx(10.0, abs=0.1)
+        assert ours.enter(0.0) == 0.0
+
+    def test_what_is_left_of_it_is_for_sqlite(self, open_at, path, turnstiles, clock):
+        repository = open_at(path, busy_timeout=60.0)
+        repository.create(task("a"))
+        theirs = turnstiles[0]
+        theirs.enter(0)
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(RepositoryUnavailable, match="locked for 60 s"):
+                repository.create(task("b"))  # at once: the 60 s have passed at the turnstile
+        theirs.leave()
+        repository.create(task("c"))
+        assert ids(repository) == ["a", "c"]
+        [(timeout,)] = repository._connections.writer().execute("PRAGMA busy_timeout")
+        assert timeout == 60_000
