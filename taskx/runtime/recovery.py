@@ -70,7 +70,7 @@ class Recovery:
             elif node.alive is None and node.id not in self._unknown:
                 self._unknown.add(node.id)
                 self._services.log.warning(
-                    "whether node %s lives cannot be told, as its lock file is gone; "
+                    "whether node %s lives cannot be told, as its lock file is gone or unreadable; "
                     "its tasks are left alone",
                     node.name,
                 )

@@ -3,7 +3,11 @@
 import contextlib
 import gc
 import os
+import shutil
 import sqlite3
+import tempfile
+import threading
+from pathlib import Path
 
 import pytest
 
@@ -17,9 +21,12 @@ from taskx import (
     open_repository,
 )
 from taskx.storage.base import Node
-from taskx.storage.sqlite import turnstile
+from taskx.storage.sqlite import liveness, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
+from taskx.storage.sqlite.liveness import NodeLocks
 from taskx.storage.sqlite.turnstile import Turnstile
+
+from .test_sqlite import as_unprivileged
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="not a POSIX system")
 
@@ -440,3 +447,162 @@ class TestBusyTimeout:
         assert ids(repository) == ["a", "c"]
         [(timeout,)] = repository._connections.writer().execute("PRAGMA busy_timeout")
         assert timeout == 60_000
+
+
+class TestLocksOfOtherUsers:
+    """As after a start by root, and ``chown www-data tasks.db*``: what lies in the folder is root's."""
+
+    @pytest.fixture
+    def path(self):
+        folder = Path(tempfile.mkdtemp())  # another user may not enter pytest's
+        folder.chmod(0o755)
+        yield folder / "tasks.db"
+        shutil.rmtree(folder)
+
+    @pytest.fixture
+    def locks(self, path):
+        locks = NodeLocks(str(path))
+        yield locks
+        locks.release("n1")
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_tell_whether_a_node_lives(self, locks):
+        inode = locks.hold("n1")
+        os.chmod(locks._path("n1"), 0o444)
+
+        def look(expected):
+            assert locks.alive("n1", inode) is expected
+
+        assert as_unprivileged(look, True) == "nothing was raised"
+        locks.let_go("n1")
+        assert as_unprivileged(look, False) == "nothing was raised"
+
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+    def test_give_turns_to_a_forked_child_too_which_closes_its_copies(self, path):
+        turn = Turnstile(DatabaseFile(str(path), create=True))
+        turn.enter(0)
+        for name in turnstile.NAMES:
+            (path.with_name("tasks.db-nodes") / f"{name}.lock").chmod(0o444)
+
+        def enter():
+            assert turn._fds == []
+            assert turn.enter(0.01) < 0.01  # it is the parent's turn
+            turn.close()
+
+        try:
+            assert as_unprivileged(enter) == "nothing was raised"
+            assert len(turn._fds) == 2
+        finally:
+            turn.close()
+
+
+class TestOrphanedLockFiles:
+    """Those of processes that were killed just before they recorded their node, or after they left."""
+
+    @pytest.fixture
+    def locks(self, repository):
+        return repository._locks
+
+    def left(self, locks):
+        return sorted(locks._named() - set(turnstile.NAMES))
+
+    def test_are_removed_by_the_next_node(self, repository, locks, path):
+        inode = path.stat().st_ino
+        for node in ("killed", "another"):
+            locks.hold(node, inode)
+            locks.let_go(node)
+        Path(locks._path("killed at once")).touch()
+        repository.join(Node(id="n1", name="one"))
+        assert self.left(locks) == ["n1"]
+        repository.leave("n1")
+        assert self.left(locks) == []
+
+    def test_those_of_nodes_on_record_stay(self, repository, locks):
+        """Of a dead one it is the proof of its death."""
+        repository.join(Node(id="dead", name="dead"))
+        locks.let_go("dead")
+        repository.join(Node(id="n1", name="one"))
+        assert alive(repository) == {"dead": False, "n1": True}
+        repository.leave("n1")
+
+    def test_that_of_a_node_that_is_joining_stays(self, repository, locks, path):
+        locks.hold("joining", path.stat().st_ino)
+        repository.join(Node(id="n1", name="one"))
+        assert self.left(locks) == ["joining", "n1"]
+        repository.leave("n1")
+        locks.release("joining")
+
+    def test_that_of_a_node_that_was_recorded_meanwhile_stays(self, locks):
+        locks.hold("quick", 7)
+        locks.let_go("quick")
+        records = iter([set(turnstile.NAMES), {"quick", *turnstile.NAMES}])
+        locks.clear_orphans(7, lambda: next(records))
+        assert self.left(locks) == ["quick"]
+
+    def test_those_of_another_file_stay(self, repository, locks):
+        """Of one that was here before, and may be put back."""
+        locks.hold("elsewhere", 1)
+        locks.let_go("elsewhere")
+        repository.join(Node(id="n1", name="one"))
+        assert self.left(locks) == ["elsewhere", "n1"]
+        repository.leave("n1")
+
+    def test_a_node_that_joins_makes_another_file_if_its_own_was_taken_for_one(
+        self, locks, monkeypatch
+    ):
+        """Between its making and its locking."""
+        opened = os.open
+        removed = []
+
+        def open_and_lose(path, *args):
+            fd = opened(path, *args)
+            if not removed:
+                removed.append(path)
+                os.unlink(path)
+            return fd
+
+        monkeypatch.setattr(os, "open", open_and_lose)
+        inode = locks.hold("n1")
+        assert removed == [locks._path("n1")]
+        assert os.stat(locks._path("n1")).st_ino == inode
+        assert locks.alive("n1", inode) is True
+        locks.release("n1")
+
+    def test_a_node_that_joins_waits_for_who_takes_its_file_for_one(self, locks, monkeypatch):
+        Path(locks._path("n1")).touch()
+        looking = liveness._locked(locks._path("n1"))
+        waits = []
+
+        def wait(seconds):
+            waits.append(seconds)
+            if len(waits) == 3:
+                os.close(looking)
+
+        monkeypatch.setattr(liveness.time, "sleep", wait)
+        inode = locks.hold("n1")
+        assert len(waits) == 3
+        assert locks.alive("n1", inode) is True
+        locks.release("n1")
+
+    def test_no_node_loses_its_file_to_one_who_looks_without_pause(self, locks):
+        recorded: set[str] = set()
+        over = threading.Event()
+
+        def look():
+            while not over.is_set():
+                locks.clear_orphans(7, lambda: {*turnstile.NAMES, *recorded})
+
+        looker = threading.Thread(target=look)
+        looker.start()
+        try:
+            for number in range(100):
+                node = f"n{number}"
+                inode = locks.hold(node, 7)
+                recorded.add(node)
+                assert locks.alive(node, inode) is True
+                recorded.discard(node)
+                locks.release(node)
+        finally:
+            over.set()
+            looker.join()
+        assert self.left(locks) == []

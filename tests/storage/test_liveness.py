@@ -8,6 +8,7 @@ import pytest
 
 from taskx import RepositoryUnavailable, SQLiteRepository
 from taskx.storage.base import Node
+from taskx.storage.sqlite import liveness
 from taskx.storage.sqlite.liveness import NodeLocks
 
 from .test_sqlite import PATIENCE, start_program
@@ -158,7 +159,8 @@ def test_anothers_file_tells_nothing(locks):
     assert locks.alive("n1", inode + 1) is None
 
 
-def test_a_lock_that_cannot_be_had_is_an_error(locks, path):
+def test_a_lock_that_cannot_be_had_is_an_error(locks, path, monkeypatch):
+    monkeypatch.setattr(liveness, "PATIENCE", 0.0)
     locks.hold("n1")
     with pytest.raises(RepositoryUnavailable, match="cannot be locked"):
         NodeLocks(str(path)).hold("n1")

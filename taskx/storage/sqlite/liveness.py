@@ -9,6 +9,8 @@ closes its copies at once, which unlocks nothing.
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from contextlib import suppress
 
 from taskx.core.errors import RepositoryUnavailable
@@ -17,6 +19,11 @@ try:
     import fcntl
 except ImportError:  # not a POSIX system: whether a node lives can't be told there
     fcntl = None  # type: ignore[assignment]
+
+#: Seconds that a new node waits for whoever takes its lock file for an orphan, and holds it to look.
+PATIENCE = 1.0
+#: Most orphaned lock files that are looked at together: each is open meanwhile.
+MOST_ORPHANS = 100
 
 _held: dict[str, int] = {}
 
@@ -30,31 +37,60 @@ class NodeLocks:
     def _path(self, node: str) -> str:
         return os.path.join(self.folder, f"{node}.lock")
 
-    def hold(self, node: str) -> int:
-        """Take a new node's lock, until :meth:`release` or process death; returns its inode."""
+    def hold(self, node: str, file: int = 0) -> int:
+        """Take a new node's lock, until :meth:`release` or process death; return its inode.
+
+        Args:
+            node: the id of the node.
+            file: the inode of the database that it is to be recorded in.
+
+        Raises:
+            RepositoryUnavailable: there can be no lock file, or it is locked.
+        """
         if fcntl is None:
             return 0
         try:
             os.makedirs(self.folder, exist_ok=True)
-            fd = os.open(self._path(node), os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-        except OSError as error:
-            raise RepositoryUnavailable(f"no lock file in {self.folder}: {error}") from error
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(fd)
+            fd = self._new_lock(self._path(node))
+        except BlockingIOError as error:
             raise RepositoryUnavailable(
-                f"{self._path(node)} cannot be locked ({error}); TaskX needs a local file system"
+                f"{self._path(node)} cannot be locked: another process holds the lock; try again"
+            ) from error
+        except OSError as error:
+            raise RepositoryUnavailable(
+                f"no lock file can be made in {self.folder} ({error}): TaskX needs a local file system, "
+                "and a folder that this user may write to"
             ) from error
         _held[node] = fd
+        with suppress(OSError):  # no room: then the record, too, will fail
+            os.write(fd, str(file).encode())
         return os.fstat(fd).st_ino
 
+    def _new_lock(self, path: str) -> int:
+        """Make and lock a file; try again where one who clears orphans away came between."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fd = _locked(path, os.O_CREAT | os.O_RDWR)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+                continue
+            if _is_at(path, fd):
+                return fd
+            os.close(fd)
+
     def alive(self, node: str, inode: int) -> bool | None:
-        """Whether the process of a node lives; None where its lock file is gone or another's."""
+        """Whether the process of a node lives.
+
+        None if that cannot be told: its lock file is gone, or another one, or may not be read.
+        """
         if fcntl is None:
             return None
         try:
-            fd = os.open(self._path(node), os.O_RDWR | os.O_CLOEXEC)
+            # Reading is all that another user may be allowed to do, and all that a shared lock takes.
+            fd = os.open(self._path(node), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
@@ -69,6 +105,42 @@ class NodeLocks:
             os.close(fd)
         return False
 
+    def clear_orphans(self, file: int, recorded: Callable[[], set[str]]) -> None:
+        """Remove the lock files of processes that died just before they recorded a node, or just after.
+
+        Such a lock file is locked by nobody, and no record of the database that it names is about it. A
+        node records itself only while it holds its lock, and makes sure that the file is still there when
+        it has the lock. So whoever holds the lock and finds no record may remove the file.
+
+        Args:
+            file: the inode of the database.
+            recorded: reads the names that have a record, or are no node's.
+        """
+        if fcntl is None:
+            return
+        locked: dict[str, int] = {}
+        try:
+            for node in sorted(self._named() - recorded())[:MOST_ORPHANS]:
+                with suppress(OSError):  # somebody's, or gone meanwhile
+                    locked[node] = _locked(self._path(node))
+            still = recorded() if locked else set()
+            for node in locked.keys() - still:
+                path, fd = self._path(node), locked[node]
+                with suppress(OSError):  # another user's folder
+                    # Nothing is written in it where the process died at once.
+                    if os.read(fd, 32) in (b"", str(file).encode()) and _is_at(path, fd):
+                        os.unlink(path)
+        finally:
+            for fd in locked.values():
+                os.close(fd)
+
+    def _named(self) -> set[str]:
+        """The names that have a lock file."""
+        with suppress(OSError):  # it may not be read
+            parts = map(os.path.splitext, os.listdir(self.folder))
+            return {name for name, extension in parts if extension == ".lock"}
+        return set()
+
     def release(self, node: str) -> None:
         """Give up one's own lock, or clear away a dead node's file."""
         with suppress(OSError):  # gone already: another process cleared it away
@@ -80,6 +152,25 @@ class NodeLocks:
         fd = _held.pop(node, None)
         if fd is not None:
             os.close(fd)
+
+
+def _locked(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file and lock it; ``BlockingIOError`` if somebody holds the lock."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_at(path: str, fd: int) -> bool:
+    """Whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
 
 
 def _drop_in_child() -> None:

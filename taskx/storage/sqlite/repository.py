@@ -8,6 +8,7 @@ import sqlite3
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any, Literal, TypeVar, get_args
 
 from taskx.core.checks import check_number
@@ -18,7 +19,7 @@ from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
 from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
-from taskx.storage.sqlite import statements
+from taskx.storage.sqlite import statements, turnstile
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.liveness import NodeLocks
@@ -431,7 +432,7 @@ class SQLiteRepository(Repository):
         """Record a node, and prove it alive until :meth:`leave` or process death."""
         self._open()
         file = self._file.inode
-        lock = self._locks.hold(node.id)
+        lock = self._locks.hold(node.id, file)
         row = (node.id, node.name, json.dumps(node.types), file, lock)
         try:
             self._transact(
@@ -444,6 +445,11 @@ class SQLiteRepository(Repository):
             self._locks.release(node.id)
             raise
         self._joined.add(node.id)
+        with suppress(RepositoryError):  # the next node does it
+            self._locks.clear_orphans(self._file.inode, self._on_record)
+
+    def _on_record(self) -> set[str]:
+        return {*turnstile.NAMES, *(node for (node,) in self._rows("SELECT id FROM nodes"))}
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""
@@ -486,7 +492,7 @@ class SQLiteRepository(Repository):
         ]
         if any(node.alive is None for node in nodes):
             # One that leaves goes from the record before its lock file goes.
-            still = {node for (node,) in self._rows("SELECT id FROM nodes")}
+            still = self._on_record()
             nodes = [node for node in nodes if node.alive is not None or node.id in still]
         return nodes
 
