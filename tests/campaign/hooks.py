@@ -230,8 +230,8 @@ def _no_fence() -> None:
 
 
 def _no_lock() -> None:
-    def around(inner: Any, self: Any, node: str) -> int:
-        inode: int = inner(self, node)
+    def around(inner: Any, self: Any, node: str, *more: Any) -> int:
+        inode: int = inner(self, node, *more)
         os.close(liveness._held.pop(node))
         return inode
 
