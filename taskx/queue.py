@@ -643,7 +643,7 @@ class Queue:
 
         Raises:
             TaskNotFound: there is none with that id.
-            InvalidTransition: it is running.
+            InvalidTransition: it is running, or a thread of an ended attempt still runs (``stuck_on``).
         """
         self._operations.delete(check_name(task_id, "id"))
 

@@ -733,19 +733,34 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     return Update(task.id, guard, changes, durable=True)
 
 
+# A task goes with what it holds: its turn, and its id. So as long as a thread of it runs, it stays.
+_NO_THREAD = {"stuck_on": ""}
+
+
 def delete(task_id: str) -> Delete:
-    """Remove the record of a task that is not running."""
-    return Delete(task_id, {"status": (PENDING, *FINISHED)})
+    """Remove the record of a task that is not running, and of which no thread runs on."""
+    return Delete(task_id, {"status": (PENDING, *FINISHED), **_NO_THREAD})
+
+
+def not_deleted(task: Task) -> InvalidTransition:
+    """Return the error that says why the guard of :func:`delete` did not hold."""
+    if task.stuck_on:
+        return InvalidTransition(
+            f"a thread of task {task.id} still runs on node {task.stuck_on}; delete the task when that "
+            "thread, or its process, has ended"
+        )
+    return InvalidTransition(f"task {task.id} is running; cancel it before deleting it")
 
 
 def prune(stub: Stub) -> Delete:
     """Remove the record of a task that has ended, unless it was let run again since it was read."""
-    return Delete(stub.id, {"status": stub.status, "starts": stub.starts}, durable=False)
+    guard = {"status": stub.status, "starts": stub.starts, **_NO_THREAD}
+    return Delete(stub.id, guard, durable=False)
 
 
 def discard(task: Task) -> Delete:
     """Remove the record of a dead letter, unless it was let run again since it was read."""
-    return Delete(task.id, {"status": FAILED, "starts": task.starts})
+    return Delete(task.id, {"status": FAILED, "starts": task.starts, **_NO_THREAD})
 
 
 # --- what a user writes to a record by hand

@@ -153,8 +153,7 @@ class Operations:
     def delete(self, task_id: str) -> None:
         """Remove the record of a task that is not running."""
         if not self._services.ledger.commit([lifecycle.delete(task_id)])[0]:
-            self._services.repository.get_by_id(task_id)
-            raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
+            raise lifecycle.not_deleted(self._services.repository.get_by_id(task_id))
         self._forget([task_id])
         self._look_at_dependents([task_id])
         self._look_at_lines()

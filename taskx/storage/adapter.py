@@ -234,7 +234,8 @@ class EightMethodAdapter(MemoryRepository):
         end = to_datetime(before)
         for page in self._pages(TaskFilter(status=TaskStatus(status), end_date=end, limit=_PAGE)):
             over = (t for t in page if t.completed_at is not None and t.completed_at < end)
-            found += (stub_from_row(row_from_task(task)) for task in over)
+            free = (t for t in over if t.id not in self._rows or not self._rows[t.id]["stuck_on"])
+            found += (stub_from_row(row_from_task(task)) for task in free)
             if len(found) >= limit:
                 break
         return found[:limit]

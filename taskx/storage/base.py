@@ -210,7 +210,8 @@ class Repository(TaskRepository):
     def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
         """Tasks of a finished status that ended before a moment, in milliseconds.
 
-        Not those that are parents of an unfinished task, which may ask for their results.
+        Not those that are parents of an unfinished task, which may ask for their results, nor those of
+        which a thread still runs.
         """
 
     @abstractmethod
@@ -416,11 +417,10 @@ class Repository(TaskRepository):
 
         Raises:
             TaskNotFound: there is no such task.
-            InvalidTransition: it is running.
+            InvalidTransition: it is running, or a thread of an ended attempt still runs.
         """
         if not self.apply([lifecycle.delete(check_name(task_id, "id"))])[0]:
-            self.get_by_id(task_id)
-            raise InvalidTransition(f"task {task_id} is running; cancel it before deleting it")
+            raise lifecycle.not_deleted(self.get_by_id(task_id))
 
 
 def _storable(task: Task) -> Task:

@@ -269,6 +269,7 @@ class MemoryRepository(Repository):
                 if row["status"] == status
                 and row["completed_at"] < before
                 and row["id"] not in parents
+                and not row["stuck_on"]
             )
             return [stub_from_row(row) for row in islice(found, limit)]
 

@@ -16,14 +16,17 @@ from taskx import (
     Config,
     ConfigurationError,
     Hook,
+    InvalidTransition,
     MemoryRepository,
     Queue,
     RetryPolicy,
     SQLiteRepository,
     TaskFailed,
+    TaskNotFound,
     TaskStatus,
     executor,
 )
+from taskx.core.clock import to_datetime
 from taskx.core.writes import Update
 from taskx.runtime.executors import DEFAULT_GRACE, Options
 from taskx.runtime.stuck import stack_of
@@ -379,6 +382,42 @@ class TestBarred:
         assert queue.get_task_status("next").starts == 0
         gate.open()
         assert queue.handle("next").result(PATIENCE) == "run 1"
+
+    @pytest.mark.parametrize("how", ["delete", "of the repository", "discard", "prune"])
+    def test_its_record_stays_and_so_does_its_turn(self, make, hang, gate, clock, how):
+        queue = make()
+        fails(hang(queue, concurrency_key="k"))
+        queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
+        old = queue.submit("hang", {"name": "old"}, id="old", delay=3600)
+        old.cancel()
+        clock.advance(1)
+        after = to_datetime(clock.now_ms())
+        remove = {
+            "delete": lambda: queue.delete("x"),
+            "of the repository": lambda: queue.repository.delete("x"),
+            "discard": queue.discard_dead_letters,
+            "prune": lambda: queue.prune(after),
+        }[how]
+        if how in ("discard", "prune"):
+            assert remove() == (how == "prune")  # of the old one
+        else:
+            with pytest.raises(InvalidTransition, match="a thread of task x still runs on node"):
+                remove()
+        queue._services.lines.look_slowly()
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+        assert queue.get_task_status("next").starts == 0
+        gate.open()
+        assert queue.handle("next").result(PATIENCE) == "run 1"
+        remove()
+        with pytest.raises(TaskNotFound):
+            queue.get_task_status("x")
+
+    def test_a_look_for_old_tasks_passes_it_over(self, make, hang, clock, repository):
+        """Else as many of them as are looked for at once would hide all others."""
+        queue = make()
+        fails(hang(queue))
+        clock.advance(1)
+        assert repository.ended("failed", clock.now_ms(), 100) == []
 
     def test_requeued_behind_its_parent_it_leaves_its_turn_to_those_before_it(
         self, make, hang, gate

@@ -332,6 +332,7 @@ class Tasks:
         moment = {"$lt": to_datetime(before)}
         # The index is by status and creation, and a task was created before it ended.
         wanted = {"status": text(status, "status"), "created_at": moment, "completed_at": moment}
+        wanted["taskx.stuck_on"] = {"$in": ["", None]}
 
         def read() -> list[Document]:
             cursor = self._connection.tasks.find({**wanted, **VISIBLE}, STUB_FIELDS)

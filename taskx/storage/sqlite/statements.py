@@ -95,8 +95,8 @@ UNFINISHED_READY = (
 # By the index of that status: a task was created before it ended.
 ENDED = (
     f"SELECT {_STUB} FROM (SELECT * FROM tasks INDEXED BY tasks_{{0}} WHERE status = '{{0}}' "
-    "AND created_at < ? ORDER BY created_at) AS ended WHERE completed_at < ? AND NOT EXISTS "
-    "(SELECT 1 FROM parents JOIN tasks AS child ON child.id = parents.child WHERE "
+    "AND created_at < ? ORDER BY created_at) AS ended WHERE completed_at < ? AND stuck_on = '' "
+    "AND NOT EXISTS (SELECT 1 FROM parents JOIN tasks AS child ON child.id = parents.child WHERE "
     "parents.parent = ended.id AND child.status IN ('pending', 'running')) LIMIT ?"
 )
 FREE_PAGES = (
