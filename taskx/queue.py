@@ -580,9 +580,9 @@ class Queue:
     def healthy(self) -> bool:
         """Whether nothing that only a person can mend keeps this queue from its work.
 
-        False while more threads are stuck than are replaced (``max_stuck``), and after the SQLite file
-        was moved, deleted or replaced. A queue that is not started, as in a process that only submits,
-        has no threads: it is healthy as long as its file is there.
+        False while more threads are stuck than are replaced (``max_stuck``), after the SQLite file was
+        moved, deleted or replaced, and after a newer TaskX has migrated it. A queue that is not started,
+        as in a process that only submits, has no threads: it is healthy as long as its file is there.
         """
         try:
             self.repository.ensure_there()
@@ -811,11 +811,8 @@ class Queue:
         seconds = check_number(timeout, "timeout")
         deadline = time.monotonic() + seconds
         with self._state:
-            first, self._intake.stopped = not self._intake.stopped, True
-        still = []
-        if self._node is not None:
-            stop = self._node.stop if first else self._node.wait_for_end
-            still = stop(seconds, cancel=cancel)
+            self._intake.stopped = True
+        still = [] if self._node is None else self._node.stop(seconds, cancel=cancel)
         self._wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
         return still
 

@@ -162,7 +162,7 @@ class RepositoryCorrupt(RepositoryError):
 
 
 class SchemaMismatch(RepositoryError):
-    """The database belongs to another program, or to a newer version of TaskX; it was not touched."""
+    """The database belongs to another program, or to a newer version of TaskX; nothing was stored."""
 
 
 class TaskCancelled(BaseException):

@@ -31,7 +31,7 @@ from taskx.core.record import (
 )
 from taskx.core.retry import MAX_WAIT
 from taskx.core.token import CancelReason
-from taskx.core.writes import PRESENT, Delete, Insert, Update
+from taskx.core.writes import PRESENT, Delete, Insert, Update, Write
 
 #: Attempts that may raise, where neither task nor executor says otherwise.
 DEFAULT_MAX_ATTEMPTS = 1
@@ -761,6 +761,14 @@ def prune(stub: Stub) -> Delete:
 def discard(task: Task) -> Delete:
     """Remove the record of a dead letter, unless it was let run again since it was read."""
     return Delete(task.id, {"status": FAILED, "starts": task.starts, **_NO_THREAD})
+
+
+# --- what a process may still write whose TaskX does not know the schema any more
+
+
+def lets_go(write: Write) -> bool:
+    """Whether a write begins nothing: it ends what runs, or gives back what is held."""
+    return isinstance(write, Update) and write.changes.get("status") != RUNNING
 
 
 # --- what a user writes to a record by hand

@@ -11,7 +11,7 @@ from typing import Any
 import attrs
 
 from taskx.core import lifecycle
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
 from taskx.core.record import Stub
@@ -77,6 +77,9 @@ class Engine:
         self.wake_scheduler: Callable[[], None] = lambda: None
         self.look_for_due: Callable[[], None] = lambda: None
         self.look_for_schedules: Callable[[], None] = lambda: None
+        #: Why the node is at its end, where its TaskX is too old for the repository; and how it ends then.
+        self.outdated: SchemaMismatch | None = None
+        self.retire: Callable[[SchemaMismatch], None] = lambda why: None
         self._lately = _ALL_LONG  # the first tasks count as long
         self._last_batch = 0
         self._complaint = Complaint(services.log)
@@ -108,6 +111,9 @@ class Engine:
                 del run  # a worker that waits must not keep the last task's values alive
                 if self._at_work > self.buffer.workers and self._is_superfluous():
                     break
+            except SchemaMismatch as error:
+                self.retire(error)
+                self._pause(_LONGEST_PAUSE)
             except RepositoryError as error:
                 self._complaint.make("cannot start tasks for now: %s", error)
                 self._pause(pause)

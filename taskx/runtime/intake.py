@@ -20,6 +20,7 @@ from taskx.core.errors import (
     QueueStopped,
     RepositoryError,
     RepositoryUnavailable,
+    SchemaMismatch,
     TaskxError,
 )
 from taskx.core.ids import new_id
@@ -181,7 +182,10 @@ class Intake:
             raise
 
     def refuse_if_stopped(self) -> None:
-        """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used."""
+        """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used.
+
+        ``SchemaMismatch`` where another process has migrated the file of a running queue.
+        """
         if forbidden:
             raise ConfigurationError(forbidden)
         if self._lost:
@@ -189,6 +193,8 @@ class Intake:
                 "in the child process of an executor a MemoryRepository is another one, which ends with "
                 "it: use a repository that processes share, SQLiteRepository for one; nothing was stored"
             )
+        if self.engine is not None and self.engine.outdated is not None:
+            raise SchemaMismatch(*self.engine.outdated.args)
         if self.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
 

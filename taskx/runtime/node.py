@@ -7,8 +7,9 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
-from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError
+from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError, SchemaMismatch
 from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
@@ -29,6 +30,8 @@ from taskx.storage.base import Node
 _LOOK_EVERY = 0.1
 #: Seconds that a stop may take beyond its time-out, where the repository or a hook hangs.
 EXTRA = 1.0
+#: Seconds that running tasks are given, in all, where another process has migrated the file.
+RETIRE_TIMEOUT = 30.0
 
 
 class LocalNode:
@@ -55,6 +58,9 @@ class LocalNode:
         ageing = round((config.ageing or 0) * 1000)
         buffer = Buffer(config.buffer_size, fetch_size, config.worker_num, ageing)
         self.engine = Engine(services, self.record, config.worker_num, buffer, config.max_stuck)
+        self.engine.retire = self._retire
+        self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
+        self._left = threading.Event()
         self._recovery = Recovery(self.engine)
         retention = Retention(services, config.retention)
         ticker = Ticker(services)
@@ -126,12 +132,15 @@ class LocalNode:
 
         Raises:
             QueueStopped: the queue is being stopped.
+            SchemaMismatch: another process has migrated the file.
         """
         deadline = None if timeout is None else time.monotonic() + timeout
         services = self._services
         while True:
             if self._nothing_left():
                 return True
+            if self.engine.outdated is not None:
+                raise SchemaMismatch(*self.engine.outdated.args)
             if self.engine.stopping:
                 raise QueueStopped("the queue was stopped before all was done")
             left = _LOOK_EVERY if deadline is None else deadline - time.monotonic()
@@ -173,7 +182,12 @@ class LocalNode:
     # --- stopping
 
     def stop(self, timeout: float, *, cancel: bool) -> list[str]:
-        """Take nothing more, wait for the workers, leave; returns the ids that still run."""
+        """Take nothing more, wait for the workers, leave; returns the ids that still run.
+
+        A second call waits for the end of the first.
+        """
+        if not self._stopping.acquire(blocking=False):
+            return self._wait_for_end(timeout, cancel=cancel)
         engine, log = self.engine, self._services.log
         deadline = time.monotonic() + timeout
         self._by(deadline, self._begin_stop)
@@ -210,12 +224,27 @@ class LocalNode:
         else:
             thread.join(max(0.0, deadline + EXTRA - time.monotonic()))
 
-    def wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
-        """While another call stops it: wait for that one's end; returns the ids that still run."""
+    def _wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
         if cancel:
             self.engine.fire_all(CancelReason.STOP)
-        self._wait_for_workers(time.monotonic() + timeout)
-        return self.still_running()
+        deadline = time.monotonic() + timeout
+        self._wait_for_workers(deadline)
+        still = self.still_running()
+        if not (still or inside_executor()):
+            self._left.wait(max(0.0, deadline - time.monotonic()))
+        return still
+
+    def _retire(self, why: SchemaMismatch) -> None:
+        """End the node, as its TaskX is too old for what is in the repository now."""
+        if not self._retiring.acquire(blocking=False):
+            return
+        self.engine.outdated = why
+        self._services.log.error(
+            "node %s takes no more tasks and hands back what it has: %s", self.record.name, why
+        )
+        stop = partial(self.stop, RETIRE_TIMEOUT, cancel=False)
+        with suppress(RuntimeError):  # the interpreter is shutting down, and stops it
+            threading.Thread(target=stop, name="taskx-stop", daemon=True).start()
 
     def _begin_stop(self) -> None:
         try:
@@ -271,4 +300,5 @@ class LocalNode:
             services.log.warning("the end could not be recorded: %s", error)
         services.watcher.drive(False)
         services.log.info("node %s stopped", self.record.name)
+        self._left.set()
         self._ended()

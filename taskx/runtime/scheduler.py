@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 
 from taskx.core import lifecycle
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.token import CancelReason
 from taskx.runtime.engine import AHEAD_PATIENCE, Engine
 from taskx.runtime.recovery import Recovery
@@ -120,6 +120,8 @@ class Scheduler:
             try:
                 self.tick()
                 failures = 0
+            except SchemaMismatch as error:
+                self._engine.retire(error)
             except RepositoryError as error:
                 failures += 1
                 if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
@@ -162,7 +164,10 @@ class Scheduler:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
         self._told = False
-        self._services.repository.ensure_there()
+        try:
+            self._services.repository.ensure_there()
+        except SchemaMismatch as error:  # what ends meanwhile is written all the same
+            self._engine.retire(error)
         self._services.ledger.flush()
         if self._engine.stuck.ended:
             self._engine.stuck.lift()

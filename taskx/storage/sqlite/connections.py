@@ -66,6 +66,24 @@ def _why_not_opened(path: str) -> str:
     return "no permission, or too many open files"
 
 
+class Compiling:
+    """Notes when the writing connection compiles a statement; SQLite asks it for permission then.
+
+    After a change of the schema that is every statement, those that had been compiled before, too. So a
+    write into a file that another process has migrated is noticed for nothing in all other writes.
+
+    Attributes:
+        seen: whether it did since this was last set to False.
+    """
+
+    def __init__(self) -> None:
+        self.seen = False
+
+    def __call__(self, *_: object) -> int:
+        self.seen = True
+        return sqlite3.SQLITE_OK
+
+
 class Connections:
     """The connections of one process to one file: one that writes, and a pool of readers.
 
@@ -79,6 +97,7 @@ class Connections:
         self._idle: list[sqlite3.Connection] = []
         self._readers: set[sqlite3.Connection] = set()  # the idle ones, and those in use
         self._opening = threading.Lock()
+        self.compiling = Compiling()
         # What a forked child inherits all the same is kept here for ever: closing it would drop the
         # locks that the parent holds on the file.
         self._abandoned: list[sqlite3.Connection] = []
@@ -208,6 +227,7 @@ class Connections:
             try:
                 self.file.opened()
                 self._prepare(connection)
+                connection.set_authorizer(self.compiling)
             except BaseException:
                 connection.close()
                 raise

@@ -11,15 +11,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, get_args
 
+from taskx.core import lifecycle
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec, Codecs
-from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
+from taskx.core.errors import (
+    ConfigurationError,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+)
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
 from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
-from taskx.storage.sqlite import statements, turnstile
+from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.liveness import NodeLocks
@@ -93,6 +99,7 @@ class SQLiteRepository(Repository):
         self._forking = False
         self._synchronous = "NORMAL"
         self._data_version = -1
+        self._newer: SchemaMismatch | None = None
         _repositories.add(self)
 
     def __repr__(self) -> str:
@@ -116,10 +123,10 @@ class SQLiteRepository(Repository):
         if all_or_nothing:
             return self._apply_whole(writes, durable)
         try:
-            return self._transact(lambda cursor: _apply_in_groups(cursor, writes), durable)
+            return self._transact(lambda cursor: _apply_in_groups(cursor, writes), durable, writes)
         except _Uneven:
             return self._transact(
-                lambda cursor: [_apply_one(cursor, write) for write in writes], durable
+                lambda cursor: [_apply_one(cursor, write) for write in writes], durable, writes
             )
 
     def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
@@ -156,9 +163,23 @@ class SQLiteRepository(Repository):
         return self._transact(
             lambda cursor: [_took_place(cursor, write, self.codecs) for write in writes],
             durable=False,
+            writes=(),
         )
 
-    def _transact(self, work: Callable[[sqlite3.Cursor], T], durable: bool) -> T:
+    def _transact(
+        self,
+        work: Callable[[sqlite3.Cursor], T],
+        durable: bool,
+        writes: Sequence[Write] | None = None,
+    ) -> T:
+        """Do work in one transaction.
+
+        Args:
+            work: what to do; none of it is committed if it raises.
+            durable: whether a power cut must not undo it.
+            writes: the writes that it applies. Where another process has brought the file to a newer
+                schema, they must all let go of what this one holds; None is refused there.
+        """
         with self._write_lock:
             connection = self._connections.writer()
             self._file.check()
@@ -168,6 +189,10 @@ class SQLiteRepository(Repository):
                 self._set_synchronous(cursor, durable)
                 self._begin(cursor, left)
                 result = work(cursor)
+                if self._connections.compiling.seen:
+                    self._look_at_version(connection)
+                if self._newer is not None and not _let_go(writes):
+                    raise SchemaMismatch(*self._newer.args)
                 cursor.execute("COMMIT")
                 return result
             except BaseException as error:
@@ -193,6 +218,13 @@ class SQLiteRepository(Repository):
             cursor.execute("BEGIN IMMEDIATE")
         finally:
             cursor.execute(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
+
+    def _look_at_version(self, connection: sqlite3.Connection) -> None:
+        try:
+            self._newer = schema.newer(connection, self._file.path)
+        except sqlite3.Error as error:
+            raise translated(error, self._file.path, self._connections.busy_timeout) from error
+        self._connections.compiling.seen = False
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
@@ -398,11 +430,14 @@ class SQLiteRepository(Repository):
         if not self._write_lock.acquire(timeout=0.005):
             return False  # a write is under way; the next call will see
         try:
-            row = self._connections.writer().execute("PRAGMA data_version").fetchone()
+            connection = self._connections.writer()
+            row = connection.execute("PRAGMA data_version").fetchone()
+            if changed := bool(row[0] != self._data_version):
+                self._look_at_version(connection)
+                self._data_version = row[0]
         finally:
             self._write_lock.release()
-        before, self._data_version = self._data_version, row[0]
-        return bool(row[0] != before)
+        return changed
 
     # --- notes
 
@@ -456,6 +491,7 @@ class SQLiteRepository(Repository):
         self._transact(
             lambda cursor: cursor.execute("UPDATE nodes SET stopping = 1 WHERE id = ?", (node,)),
             durable=False,
+            writes=(),
         )
 
     def leave(self, node: str) -> None:
@@ -464,6 +500,7 @@ class SQLiteRepository(Repository):
             self._transact(
                 lambda cursor: cursor.execute("DELETE FROM nodes WHERE id = ?", (node,)),
                 durable=False,
+                writes=(),
             )
         except BaseException:
             self._locks.let_go(node)  # still on record, it is a dead one from now on
@@ -501,12 +538,15 @@ class SQLiteRepository(Repository):
         return False if alive is None and file != self._file.inode else alive
 
     def ensure_there(self) -> None:
-        """Raise if the file was moved, deleted or replaced since it was opened.
+        """Raise if the file was moved, deleted, replaced or migrated since it was opened.
 
         Raises:
-            RepositoryUnavailable: it was; the message says what happened, and what to do.
+            RepositoryUnavailable: it is another one now; the message says what to do.
+            SchemaMismatch: a newer TaskX migrated it; the message says what to do.
         """
         self._file.check()
+        if self._newer is not None:
+            raise SchemaMismatch(*self._newer.args)
 
     # --- opening and closing
 
@@ -524,7 +564,7 @@ class SQLiteRepository(Repository):
             except sqlite3.Error as error:
                 raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
             finally:
-                self._synchronous, self._data_version = "NORMAL", -1
+                self._synchronous, self._data_version, self._newer = "NORMAL", -1, None
 
     def before_fork(self) -> None:
         """Have no transaction and no connection open, so that a forked child inherits none."""
@@ -577,6 +617,10 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=_before_fork, after_in_parent=_after_fork, after_in_child=_renew_all_after_fork
     )
+
+
+def _let_go(writes: Sequence[Write] | None) -> bool:
+    return writes is not None and all(map(lifecycle.lets_go, writes))
 
 
 class _Refused(Exception):

@@ -133,6 +133,17 @@ _WHOSE = (
 )
 
 
+def newer(connection: sqlite3.Connection, path: str) -> SchemaMismatch | None:
+    """What to raise where another process has migrated a file that is open here; None if none has."""
+    ((version,),) = connection.execute("PRAGMA user_version").fetchall()
+    if version <= VERSION:
+        return None
+    return SchemaMismatch(
+        f"another process brought {path} to schema version {version}, and this TaskX knows {VERSION}; "
+        "nothing was stored: restart this program with the newer taskx-queue"
+    )
+
+
 def check(connection: sqlite3.Connection, path: str) -> int:
     """The schema version of a file, 0 for an empty one; changes nothing.
 
@@ -157,7 +168,11 @@ def check(connection: sqlite3.Connection, path: str) -> int:
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> None:
-    """Bring a file up to :data:`VERSION`, in one transaction; several processes may try at once."""
+    """Bring a file up to :data:`VERSION`, in one transaction; several processes may try at once.
+
+    Those that have it open notice by their statements, which SQLite compiles anew after a change of the
+    schema; so there is one in any case.
+    """
     if check(connection, path) == VERSION:
         return
     connection.execute("BEGIN IMMEDIATE")
@@ -165,6 +180,8 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
         for statements in MIGRATIONS[check(connection, path) :]:
             for statement in statements:
                 connection.execute(statement)
+        connection.execute("CREATE TABLE migrated (version)")
+        connection.execute("DROP TABLE migrated")
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
