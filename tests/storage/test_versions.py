@@ -1,0 +1,266 @@
+"""Files of every schema version: what becomes of those of earlier ones."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from taskx import Config, Queue, RepositoryError, SQLiteRepository, TaskFilter, TaskStatus
+from taskx.core.record import DEFAULTS
+from taskx.storage.sqlite import schema
+
+FOLDER = Path(__file__).parent / "versions"
+ROOT = FOLDER.parent.parent.parent
+EARLIER = range(1, schema.VERSION)
+TABLES = ("tasks", "parents", "notes", "nodes")
+PATIENCE = 60  # seconds that a test waits for another process
+
+each_earlier_version = pytest.mark.parametrize("version", EARLIER)
+
+
+def kept(version: int) -> Path:
+    return FOLDER / f"version-{version}.sqlite"
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "tasks.db"
+
+
+@pytest.fixture
+def old(path, version):
+    """A file of that version, as it would be found."""
+    shutil.copyfile(kept(version), path)
+    return path
+
+
+def ask(path: Path, sql: str) -> list[tuple]:
+    with closing(sqlite3.connect(path)) as connection:
+        return connection.execute(sql).fetchall()
+
+
+def schema_of(path: Path) -> list[tuple]:
+    return ask(path, "SELECT type, name, sql FROM sqlite_master ORDER BY type, name")
+
+
+def contents(path: Path) -> dict[str, list[dict]]:
+    """Every column of every row."""
+    with closing(sqlite3.connect(path)) as connection:
+        connection.row_factory = sqlite3.Row
+        return {
+            table: [dict(row) for row in connection.execute(f"SELECT * FROM {table} ORDER BY 1, 2")]
+            for table in TABLES
+        }
+
+
+def version_of(path: Path) -> int:
+    ((version,),) = ask(path, "PRAGMA user_version")
+    return version
+
+
+# The files that are kept
+
+
+@pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
+def test_a_schema_does_not_change_without_a_new_version(version, path):
+    """Each version makes what its file, which was made by its own code, has."""
+    how = "python tests/storage/versions/make.py"
+    assert kept(version).exists(), f"a new version needs a file: {how} {kept(version)}"
+    with closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        for statements in schema.MIGRATIONS[:version]:
+            for statement in statements:
+                connection.execute(statement)
+    assert version_of(kept(version)) == version
+    assert schema_of(path) == schema_of(kept(version)), (
+        f"version {version} of the schema was changed. If it was released, add a version instead; "
+        f"if it was not, make its file anew: {how} {kept(version)}"
+    )
+
+
+@pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
+def test_every_column_of_a_kept_file_holds_something(version):
+    defaults = {**DEFAULTS, "stopping": 0, "tags": None, "expires_at": None}
+    for table, rows in contents(kept(version)).items():
+        assert rows
+        for column in rows[0]:
+            values = {row[column] for row in rows}
+            assert values - {defaults.get(column)}, f"{table}.{column}"
+
+
+# What becomes of those of earlier versions
+
+
+@each_earlier_version
+def test_a_file_of_an_earlier_version_keeps_all_that_it_holds(old):
+    before = contents(old)
+    with SQLiteRepository(old) as repository:
+        tasks = repository.list(TaskFilter())
+    assert version_of(old) == schema.VERSION
+    after = contents(old)
+    names = {node["id"]: node["name"] for node in before["nodes"]}
+    for table in TABLES:
+        assert len(after[table]) == len(before[table])
+        for old_row, new_row in zip(before[table], after[table], strict=True):
+            if old_row.get("status") == "running":
+                old_row["worker"] = names[old_row["owner"]]
+            assert {name: new_row[name] for name in old_row} == old_row
+    assert not [task.damage for task in tasks if task.damage]
+
+
+@each_earlier_version
+def test_a_migrated_file_has_the_schema_of_a_new_one(old, tmp_path):
+    for path in (old, tmp_path / "new.db"):
+        with SQLiteRepository(path) as repository:
+            repository.count(TaskFilter())
+    assert schema_of(old) == schema_of(tmp_path / "new.db")
+
+
+@each_earlier_version
+def test_the_tasks_of_a_file_of_an_earlier_version_run(old):
+    before = {task["id"]: task for task in contents(old)["tasks"]}
+    queue = Queue(SQLiteRepository(old), Config(worker_num=2))
+    ran = []
+    for kind in {task["type"] for task in before.values()} - {"later"}:
+        queue.executor(kind)(lambda ctx, a=0, b=0: ran.append(ctx.task.id))
+    queue.executor("later")(lambda ctx, n=0, tick=False: ran.append(ctx.task.id))
+    with queue:
+        assert queue.drain(PATIENCE)
+        tasks = {task.id: task for task in queue.list_tasks()[0]}
+        schedules = {name: schedule.paused for name, schedule in queue.schedules().items()}
+        paused = queue.paused.types
+    queue.close()
+    for task_id, row in before.items():
+        task = tasks[task_id]
+        assert not task.damage
+        if row["status"] in ("pending", "running") and task_id not in ("paused", "asked to stop"):
+            assert (task.status, ran.count(task_id)) == (TaskStatus.COMPLETED, 1), task_id
+        else:
+            assert task_id not in ran
+    assert tasks["paused"].status is TaskStatus.PENDING
+    assert tasks["asked to stop"].status is TaskStatus.CANCELLED
+    assert schedules == {"rests": True, "ticks": False}
+    assert set(paused) == {"paused"}
+
+
+@each_earlier_version
+def test_what_a_file_of_an_earlier_version_says_is_read(old):
+    with SQLiteRepository(old) as repository:
+        tasks = {task.id: task for task in repository.list(TaskFilter())}
+    assert tasks["completed"].result == 3
+    assert tasks["completed"].checkpoints == {"steps": {"sum": 3}}
+    assert "adds 1 and 2" in tasks["completed"].log
+    assert tasks["second"].result == {"text": "naïve ☃", "list": [1, None, 2.5]}
+    assert [a.outcome for a in tasks["second"].attempts] == ["snoozed", "retried", "completed"]
+    assert [a.error for a in tasks["failed"].attempts] == [
+        "ValueError: attempt 1",
+        "ValueError: attempt 2",
+    ]
+    assert tasks["failed"].retry.max_attempts == 2
+    assert "raise ValueError" in tasks["failed"].traceback
+    assert tasks["child"].depends_on == ["running", "pending"]
+    assert (tasks["crashed"].crashes, tasks["interrupted"].interruptions) == (1, 1)
+    assert tasks["running"].worker.startswith("host:")
+
+
+# A migration that is interrupted, and several at once
+
+
+def old_program(program: str, path: Path, *args: object) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(program), str(path), *map(str, args)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": str(ROOT)},
+    )
+
+
+STEPS = [
+    (version, done) for version in EARLIER for done in range(len(schema.MIGRATIONS[version]) + 1)
+]
+
+
+@pytest.mark.parametrize(("version", "done"), STEPS)
+def test_one_that_is_killed_leaves_the_earlier_version_whole(old, done):
+    """After each of its statements."""
+    program = """
+        import os, signal, sys
+        from taskx import SQLiteRepository, TaskFilter
+        from taskx.storage.sqlite import schema
+
+        class Fatal(tuple):
+            def __iter__(self):
+                yield from self[: int(sys.argv[3])]
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        version = int(sys.argv[2])
+        steps = list(schema.MIGRATIONS)
+        steps[version] = Fatal(steps[version])
+        schema.MIGRATIONS = tuple(steps)
+        SQLiteRepository(sys.argv[1]).count(TaskFilter())
+    """
+    version, before = version_of(old), contents(old)
+    with old_program(program, old, version, done) as child:
+        child.communicate()
+    assert child.returncode == -signal.SIGKILL
+    assert version_of(old) == version
+    assert schema_of(old) == schema_of(kept(version))
+    assert contents(old) == before
+    with SQLiteRepository(old) as repository:
+        assert repository.count(TaskFilter()) == len(before["tasks"])
+    assert version_of(old) == schema.VERSION
+
+
+@pytest.mark.parametrize(("version", "done"), STEPS)
+def test_one_that_fails_leaves_the_earlier_version_whole(old, version, done, monkeypatch):
+    """At each of its statements."""
+    before = contents(old)
+    steps = list(schema.MIGRATIONS)
+    steps[version] = (*steps[version][:done], "CREATE NONSENSE", *steps[version][done:])
+    monkeypatch.setattr(schema, "MIGRATIONS", tuple(steps))
+    with SQLiteRepository(old) as repository, pytest.raises(RepositoryError, match="syntax error"):
+        repository.count(TaskFilter())
+    assert version_of(old) == version
+    assert schema_of(old) == schema_of(kept(version))
+    assert contents(old) == before
+
+
+@each_earlier_version
+def test_of_several_processes_that_open_a_file_at_once_one_migrates_it(old, version):
+    program = """
+        import sys
+        from taskx import SQLiteRepository, TaskFilter
+        from taskx.storage.sqlite import schema
+
+        class Told(tuple):
+            def __iter__(self):
+                print("migrates", flush=True)
+                return super().__iter__()
+
+        version = int(sys.argv[2])
+        steps = list(schema.MIGRATIONS)
+        steps[version] = Told(steps[version])
+        schema.MIGRATIONS = tuple(steps)
+        print("ready", flush=True)
+        sys.stdin.readline()
+        print(SQLiteRepository(sys.argv[1]).count(TaskFilter()), flush=True)
+    """
+    children = [old_program(program, old, version) for _ in range(4)]
+    for child in children:
+        assert child.stdout.readline() == "ready\n"
+    for child in children:
+        child.stdin.write("\n")
+        child.stdin.flush()
+    told = [child.communicate(timeout=PATIENCE)[0].split() for child in children]
+    count = str(len(contents(old)["tasks"]))
+    assert sorted(map(len, told)) == [1, 1, 1, 2]
+    assert all(words[-1] == count for words in told)
+    assert version_of(old) == schema.VERSION
