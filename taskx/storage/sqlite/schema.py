@@ -123,7 +123,8 @@ _VERSION_2 = (
 )
 
 #: What leads from each schema version to the next; the first entry makes a new file. One that was
-#: released is never edited.
+#: released is never edited. A later one adds, and changes the meaning of nothing that is there: a
+#: process of the version before still writes how its tasks end.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 VERSION = len(MIGRATIONS)
 

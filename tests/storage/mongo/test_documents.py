@@ -410,3 +410,22 @@ class TestTheirs:
         assert repository.due(NOW + 10_000, 10) == ["due"]
         database.tasks.update_one({"_id": "free"}, {"$set": {"taskx.priority": "high"}})
         assert [(stub.id, stub.priority) for stub in repository.ready(["t"], 10)] == [("free", 0)]
+
+
+def test_what_a_later_version_stores_beside_is_passed_over_and_stays(repository, database):
+    """Several versions share a collection: fields are added, and no version is stored."""
+    run(repository, "a")
+    attempt = ["retried", NOW, NOW + 1, "w", "broke", "", "ValueError", {"mood": "bad"}]
+    later = {
+        "taskx.mood": {"is": "bad"},
+        "taskx.earlier_attempts": json.dumps([attempt]),
+        "mood": 1,
+    }
+    database.tasks.update_one({"_id": "a"}, {"$set": later})
+    task = repository.get_by_id("a")
+    assert not task.damage
+    assert [attempt.error_type for attempt in task.attempts] == ["ValueError"]
+    task.message = "changed by the version before"
+    repository.update(task)
+    stored = database.tasks.find_one({"_id": "a"})
+    assert (stored["mood"], stored["taskx"]["mood"]) == (1, {"is": "bad"})
