@@ -424,7 +424,7 @@ def test_what_a_later_version_stores_beside_is_passed_over_and_stays(repository,
     database.tasks.update_one({"_id": "a"}, {"$set": later})
     task = repository.get_by_id("a")
     assert not task.damage
-    assert [attempt.error_type for attempt in task.attempts] == ["ValueError"]
+    assert [attempt.error_type for attempt in task.earlier_attempts] == ["ValueError"]
     task.message = "changed by the version before"
     repository.update(task)
     stored = database.tasks.find_one({"_id": "a"})
