@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV ?= .venv
 # Passed on to the program that a target runs:  make test ARGS="-k cancel"
 ARGS ?=
+# What quick leaves out: the kinds of tests that CONTRIBUTING.rst describes.
+QUICK := not (mongo or process or campaign or slow)
 # What the kill campaign runs on, if not a SQLite file:  make soak ON=mongo ARGS="--kills 200"
 ON ?=
 
@@ -18,15 +20,18 @@ INSTALL = echo "Installing $(1) into $(VENV)" && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --use-pep517 --editable "$(1)" && \
 	touch $@
 
-.PHONY: help demo test soak lint format typecheck layers bench build ci clean
+.PHONY: help demo quick test soak lint format typecheck layers bench build ci ci-all clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo: $(VENV)/installed-core ## run the main job: hash the standard library as tasks
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
-test: $(VENV)/installed-test ## run the tests
+quick: $(VENV)/installed-test ## run the tests that take under a minute, on memory and SQLite
+	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "$(QUICK)" $(ARGS)
+
+test: $(VENV)/installed-test ## run all tests
 	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
 soak: $(VENV)/installed-test ## kill processes a thousand times over, and prove that nothing is lost
@@ -54,8 +59,11 @@ bench: $(VENV)/installed-bench ## measure TaskX beside a bare loop and its peers
 build: $(VENV)/installed-dev ## build the sdist and the wheel into dist/
 	@$(BIN)/python -m build --outdir dist .
 
-ci: ## run all that a change must pass
+ci: ## run all that a change must pass, in full on the oldest and the newest Python
 	@.ci/run
+
+ci-all: ## run all that a change must pass, in full on every Python
+	@.ci/run --all
 
 clean: ## remove what make made
 	rm -rf .venv .venv-* build dist *.egg-info

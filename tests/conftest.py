@@ -1,7 +1,10 @@
 """What the whole suite shares."""
 
 import signal
+from collections.abc import Callable
 
+import kinds
+import mongo_server as servers
 import pytest
 from hypothesis import settings
 
@@ -17,3 +20,13 @@ pytest.register_assert_rewrite("taskx.testing")
 # that they start and interrupt.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(kinds)
+
+
+@pytest.fixture
+def mongo_server() -> Callable[[str], str]:
+    """Gives the URL of a shared MongoDB server of a kind, "set" or "standalone"."""
+    return servers.shared

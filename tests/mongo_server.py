@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import pymongo
+from kinds import SERVER_USED
 
 PATIENCE = 30.0
 REAL = os.environ.get("TASKX_TEST_MONGO_URL", "")
@@ -93,11 +94,14 @@ class Server:
             self.process = None
 
 
-@functools.cache
 def shared(kind: str) -> str:
-    """The URL of a server that all tests of this run share."""
-    if REAL:
-        return REAL
+    """The URL of a server that all tests of this process share."""
+    sys.audit(SERVER_USED)
+    return REAL or _started(kind)
+
+
+@functools.cache
+def _started(kind: str) -> str:
     folder = Path(tempfile.mkdtemp(prefix="taskx-mongo-"))
     server = Server(kind, folder)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)

@@ -31,7 +31,7 @@ Table = dict[tuple[str, str, str], str]
 needs_linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="pins to cores and reads /proc"
 )
-pytestmark = needs_linux
+pytestmark = [needs_linux, pytest.mark.process]
 
 
 def benchmark(*args: str) -> str:

@@ -71,6 +71,7 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=by_name)
 # The snippets
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=by_name)
 def test_the_snippets_of_a_page_run(page, tmp_path):
     """Those of a page one after the other, in a process and a folder of their own."""
@@ -93,6 +94,7 @@ def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("page", "lines"),
     [
@@ -106,6 +108,7 @@ def test_snippets_print_what_the_page_says(page, lines, tmp_path):
     assert set(lines) <= set(run_page(ROOT / page, tmp_path).stdout.splitlines())
 
 
+@pytest.mark.process
 def test_a_failing_snippet_is_noticed(tmp_path):
     """Else the tests above would show nothing."""
     page = tmp_path / "page.rst"

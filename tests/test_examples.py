@@ -25,6 +25,8 @@ from mongo_server import free_port
 
 from taskx import Queue, SQLiteRepository, Task, TaskFilter, TaskStatus
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 STRICT = (sys.executable, "-W", "error")
 

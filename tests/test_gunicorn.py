@@ -23,6 +23,8 @@ from mongo_server import free_port
 
 from taskx import SQLiteRepository
 
+pytestmark = pytest.mark.process
+
 EXAMPLES = Path(__file__).parent.parent / "examples"
 PATIENCE = 30.0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import glob
 import importlib.metadata
 import inspect
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 
 import docutils.core
+import kinds
 import pytest
 
 import taskx
@@ -69,6 +71,7 @@ def test_public_name_exists_and_is_documented(name):
         assert value.__doc__, f"taskx.{name} has no docstring"
 
 
+@pytest.mark.process
 def test_import_is_light():
     """Importing loads no optional package, starts no thread and warns of nothing."""
     program = (
@@ -91,11 +94,13 @@ def test_import_is_light():
 # make
 
 
+@pytest.mark.process
 @needs_make
 def test_make_alone_lists_the_targets():
     listed = run_make()
     assert listed.returncode == 0
-    for target in ("demo", "test", "lint", "typecheck", "layers", "bench", "build", "clean"):
+    targets = "demo quick test lint typecheck layers bench build ci ci-all clean"
+    for target in targets.split():
         assert re.search(rf"^make {target} +\w", listed.stdout, re.M), target
 
 
@@ -108,6 +113,7 @@ def python_that(tmp_path: Path, pretends: str) -> Path:
     return shim
 
 
+@pytest.mark.process
 @needs_make
 @pytest.mark.parametrize(
     ("pretends", "found", "advice"),
@@ -127,6 +133,7 @@ def test_unfit_python_gets_one_sentence(tmp_path, pretends, found, advice):
     assert not (tmp_path / "venv").exists()
 
 
+@pytest.mark.process
 @needs_make
 def test_missing_python_gets_one_sentence(tmp_path):
     made = run_make("test", "PYTHON=python3.99", f"VENV={tmp_path}/venv")
@@ -135,6 +142,7 @@ def test_missing_python_gets_one_sentence(tmp_path):
     assert "python3.99 is not on this machine" in sentence
 
 
+@pytest.mark.process
 @needs_make
 def test_make_empties_no_folder_but_its_own(tmp_path):
     keepsake = tmp_path / "keepsake"
@@ -158,12 +166,147 @@ def old_pythons() -> list[str]:
     ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize("python", old_pythons())
 def test_bootstrap_runs_on_an_old_python(tmp_path, python):
     ran = subprocess.run([python, BOOTSTRAP, tmp_path / "venv"], capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr.startswith("TaskX needs Python 3.10 or newer, and ")
     assert len(ran.stderr.splitlines()) == 1
+
+
+# What runs when
+
+
+def setup_cfg() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser()
+    parser.read(ROOT / "setup.cfg")
+    return parser
+
+
+def test_quick_leaves_out_the_kinds_that_are_described():
+    [expression] = re.findall(r"^QUICK := not \((.+)\)$", (ROOT / "Makefile").read_text(), re.M)
+    assert sorted(expression.split(" or ")) == sorted(kinds.KINDS)
+    table = re.findall(r"^``(\w+)``  ", (ROOT / "CONTRIBUTING.rst").read_text(), re.M)
+    assert sorted(table) == sorted(kinds.KINDS)
+
+
+@pytest.mark.process
+def test_a_test_without_the_mark_that_it_needs_fails(tmp_path):
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  mongo\n  process\n  slow\n")
+    (tmp_path / "test_them.py").write_text(
+        f"""
+import os, pytest, subprocess, sys
+
+def program():
+    subprocess.run([sys.executable, "-c", ""])
+
+def fork():
+    if (child := os.fork()) == 0:
+        os._exit(0)
+    os.waitpid(child, 0)
+
+def server():  # one that an earlier test started
+    sys.audit({kinds.SERVER_USED!r})
+
+@pytest.mark.parametrize("do", [program, fork, server])
+def test_unmarked(do):
+    do()
+
+@pytest.mark.slow
+def test_with_another_mark():
+    program()
+
+@pytest.mark.process
+def test_marked():
+    program()
+
+@pytest.mark.parametrize("kind", ["memory", "mongo"])
+def test_by_its_parameter(kind):
+    if kind == "mongo":
+        server()
+
+@pytest.fixture
+def spawn():
+    return program
+
+def test_by_its_fixture(spawn):
+    spawn()
+"""
+    )
+    ran = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "kinds", "-p", "no:cacheprovider"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT / "tests"), "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+    assert re.findall(r"^ERROR \S+::(\S+) - Failed: (.+) with", ran.stdout, re.M) == [
+        ("test_unmarked[program]", "this test starts a program: mark it"),
+        ("test_unmarked[fork]", "this test forks: mark it"),
+        ("test_unmarked[server]", "this test uses a MongoDB server: mark it"),
+        ("test_with_another_mark", "this test starts a program: mark it"),
+    ], ran.stdout
+    assert "8 passed, 4 errors" in ran.stdout
+
+
+def run_ci(tmp_path: Path, pythons: str, *args: str) -> tuple[str, list[str]]:
+    """Run .ci/run with these Pythons and stand-ins for all programs: what it says, what make is told."""
+    programs, log = tmp_path / "bin", tmp_path / "log"
+    programs.mkdir()
+    (programs / "dirname").symlink_to(shutil.which("dirname") or "")
+    found = [
+        tmp_path / "pyenv" / "versions" / f"{python}.9" / "bin" / "python"
+        for python in pythons.split()
+    ]
+    for path in found:
+        path.parent.mkdir(parents=True)
+    for path in [*found, *(programs / name for name in ("git", "promtool", "python3", "strace"))]:
+        path.symlink_to("/bin/true")
+    (programs / "make").write_text(f'#!/bin/sh\necho "$@" >> {log}\n')
+    (programs / "make").chmod(0o755)
+    ran = subprocess.run(
+        [shutil.which("bash") or "bash", ROOT / ".ci" / "run", *args],
+        env={"PATH": str(programs), "PYENV_ROOT": str(tmp_path / "pyenv")},
+        capture_output=True,
+        text=True,
+    )
+    assert ran.returncode == 0, ran.stderr
+    told = re.sub(r"PYTHON=\S+ VENV=\.venv-", "", log.read_text()).replace(" ARGS=", "")
+    return ran.stdout, [line for line in told.splitlines() if line.startswith(("test", "quick"))]
+
+
+@pytest.mark.process
+def test_ci_runs_all_tests_on_the_oldest_and_the_newest_python(tmp_path):
+    said, told = run_ci(tmp_path, "3.10 3.11 3.12 3.13")
+    oldest, *others = told
+    assert oldest.startswith("test 3.10--ignore tests/")
+    assert others == ["quick 3.11", "quick 3.12", "test 3.13"]
+    assert "MISSING" not in said
+
+
+@pytest.mark.process
+def test_ci_all_runs_all_tests_on_every_python(tmp_path):
+    _said, told = run_ci(tmp_path, "3.10 3.11 3.12 3.13", "--all")
+    assert told == ["test 3.10", "test 3.11", "test 3.12", "test 3.13"]
+
+
+@pytest.mark.process
+def test_ci_says_which_python_it_did_not_find(tmp_path):
+    said, told = run_ci(tmp_path, "3.12")
+    assert told == ["test 3.12"]
+    for version in ("3.10", "3.11", "3.13"):
+        assert said.count(f"!!!! PYTHON {version} IS MISSING") == 2  # at once, and in the summary
+
+
+def test_ci_knows_every_python_and_every_file_that_it_names():
+    script = (ROOT / ".ci" / "run").read_text()
+    [pythons], [once] = (
+        re.findall(rf'^{name}="(.+)"$', script, re.M) for name in ("PYTHONS", "ONCE")
+    )
+    classifiers = setup_cfg()["metadata"]["classifiers"]
+    assert pythons.split() == re.findall(r"Python :: (3\.\d+)", classifiers)
+    assert all((ROOT / path).exists() for path in once.split())
 
 
 # Files
@@ -180,6 +323,7 @@ def project_files() -> list[Path]:
     return [path for path in paths if path.is_file() and b"\0" not in path.read_bytes()]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(
     ("what", "pattern"),
     [

@@ -326,6 +326,7 @@ def test_the_librarys_parser_reads_it(text):
     assert all(family.documentation and family.samples for family in families.values())
 
 
+@pytest.mark.process
 @pytest.mark.skipif(
     shutil.which("promtool") is None, reason="PROMTOOL IS MISSING: no metric was checked by it"
 )
@@ -384,6 +385,7 @@ print(generate_latest(registry).decode())
 """
 
 
+@pytest.mark.process
 def test_several_processes_are_added_up_and_the_store_is_not(tmp_path, monkeypatch):
     folder = tmp_path / "metrics"
     folder.mkdir()
@@ -435,6 +437,7 @@ def test_several_processes_are_added_up_and_the_store_is_not(tmp_path, monkeypat
     assert [child.returncode for child in children] == [0, 0]
 
 
+@pytest.mark.process
 def test_without_the_library_the_extra_is_named():
     program = "import sys; sys.modules['prometheus_client'] = None; import taskx.contrib.prometheus"
     ran = subprocess.run(

@@ -47,6 +47,7 @@ class TestIds:
         assert len({task_id for out in made for task_id in out}) == 8000
         assert all(out == sorted(out) for out in made)
 
+    @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_parent_and_child_make_different_ones(self):
         new_id()

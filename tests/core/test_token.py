@@ -276,6 +276,7 @@ class TestChildren:
         assert parent.reason is None
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_token_works_in_a_forked_child():

@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 import mongomock
 import pytest
-from mongo_server import REAL, new_database, shared
+from mongo_server import REAL, new_database
 
 from taskx import (
     Config,
@@ -141,7 +141,7 @@ class SpyMongo(Spy, MongoRepository):
 MAKERS: dict[str, Callable[[Path], Repository]] = {
     "memory": lambda path: SpyMemory(),
     "sqlite": SpySQLite,
-    "mongo": lambda path: SpyMongo(),
+    "mongomock": lambda path: SpyMongo(),
 }
 
 
@@ -156,9 +156,25 @@ def database(tmp_path: Path) -> Path:
     return tmp_path / "tasks.db"
 
 
-@pytest.fixture(params=MAKERS)
-def repository(request: pytest.FixtureRequest, database: Path) -> Iterator[Repository]:
-    made = MAKERS[request.param](database)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that uses ``repository`` on memory and SQLite, or on every store if it is marked so."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "store_kind" in metafunc.fixturenames and "repository" not in named:
+        every = metafunc.definition.get_closest_marker("every_store")
+        metafunc.parametrize("store_kind", MAKERS if every else ["memory", "sqlite"])
+
+
+@pytest.fixture
+def store_kind() -> str:
+    """The kind of repository of a test that does not name one."""
+    return "memory"
+
+
+@pytest.fixture
+def repository(
+    request: pytest.FixtureRequest, store_kind: str, database: Path
+) -> Iterator[Repository]:
+    made = MAKERS[getattr(request, "param", store_kind)](database)
     yield made
     made.close()
 
@@ -189,6 +205,14 @@ _AT_WORK = ("taskx-worker", "taskx-scheduler", "taskx-stop", "taskx-watch")
 def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """No task counts as short: none is started ahead, so that the order of runs is strict."""
     monkeypatch.setattr("taskx.runtime.engine.SHORT", 0.0)
+
+
+@pytest.fixture
+def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slow looks, for what nobody is told of, come every 50 ms: who waits for one waits less."""
+    for name in ("scheduler.AUDIT_EVERY", "scheduler.RECOVER_EVERY", "ticker.LOOK_EVERY"):
+        monkeypatch.setattr(f"taskx.runtime.{name}", 0.05)
+    monkeypatch.setattr("taskx.runtime.handles._LOOK_ANYWAY", 0.05)
 
 
 @pytest.fixture
@@ -280,7 +304,7 @@ def url(request: pytest.FixtureRequest, database: Path) -> Iterator[str]:
     if request.param == "sqlite":
         yield f"sqlite:///{database}"
         return
-    server = shared("standalone")
+    server = request.getfixturevalue("mongo_server")("standalone")
     made = new_database(server)
     yield urlsplit(server)._replace(path=f"/{made.name}").geturl()
     made.client.drop_database(made.name)
@@ -367,10 +391,11 @@ def spawn() -> Iterator[Callable[..., Child]]:
         child.process.stderr.close()  # type: ignore[union-attr]
 
 
-@pytest.fixture(params=[on_sqlite, on_mongo])
+@pytest.fixture(params=["sqlite", "mongo"])
 def workers(request: pytest.FixtureRequest, spawn: Any, tmp_path: Path) -> Iterator[Workers]:
     """Starts worker programs on a repository that several processes share."""
-    with request.param(spawn, tmp_path) as made:
+    make = {"sqlite": on_sqlite, "mongo": on_mongo}[request.param]
+    with make(spawn, tmp_path) as made:
         yield made
 
 

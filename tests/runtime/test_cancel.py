@@ -29,6 +29,7 @@ from taskx.runtime.scheduler import PROGRESS_EVERY
 from .conftest import PATIENCE, eventually
 
 
+@pytest.mark.every_store
 def test_pending_task_never_runs(make_queue):
     """Many rounds, each at another moment of the task's way to a worker."""
     queue = make_queue(worker_num=2, buffer_size=1000)
@@ -54,6 +55,8 @@ def test_pending_task_never_runs(make_queue):
             assert task.status is TaskStatus.CANCELLED
 
 
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.every_store
 @pytest.mark.parametrize("how", ["cancel_task", "delete", "cancel_many"])
 def test_what_is_committed_raises_no_more(started, repository, how):
     """The repository goes away just after it: who waits for the task is told when it is back."""
@@ -90,6 +93,7 @@ def test_cancelled_ones_give_their_room_back(busy):
         queue.cancel_task(queue.submit("note").id)
 
 
+@pytest.mark.every_store
 def test_running_task_hears_it_at_once(started):
     begun, heard = threading.Event(), threading.Event()
 
@@ -186,6 +190,7 @@ def test_cancel_twice(started, gate):
         handle.result(PATIENCE)
 
 
+@pytest.mark.every_store
 def test_finished_and_unknown_tasks_cannot_be_cancelled(started):
     handle = started.submit("fine")
     handle.result(PATIENCE)
@@ -196,6 +201,7 @@ def test_finished_and_unknown_tasks_cannot_be_cancelled(started):
         started.cancel_task("nobody")
 
 
+@pytest.mark.every_store
 def test_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
     """As from another process: a queue that knows the repository only."""
     started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
@@ -214,6 +220,7 @@ def test_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
     other.repository.close()
 
 
+@pytest.mark.every_store
 def test_one_outcome_when_cancel_and_end_race(make_queue):
     queue = make_queue(worker_num=2)
     queue.executor("quick", max_attempts=3)(lambda ctx: ctx.token.raise_if_cancelled())
@@ -236,6 +243,7 @@ def test_one_outcome_when_cancel_and_end_race(make_queue):
 # Time-outs
 
 
+@pytest.mark.every_store
 def test_timeout_fires_the_token_and_fails_the_task(started):
     @started.executor("slow", timeout=0.05)
     def slow(ctx):
@@ -505,6 +513,7 @@ def progress_writes(queue: Queue) -> list[Update]:
     ]
 
 
+@pytest.mark.every_store
 def test_a_million_calls_are_a_few_writes(started):
     @started.executor("count")
     def count(ctx):
@@ -520,6 +529,7 @@ def test_a_million_calls_are_a_few_writes(started):
     assert (handle.task().progress, handle.task().message) == (99, "counting")
 
 
+@pytest.mark.every_store
 def test_progress_is_seen_while_it_runs(started, gate):
     @started.executor("show")
     def show(ctx):
@@ -534,6 +544,7 @@ def test_progress_is_seen_while_it_runs(started, gate):
     assert (handle.task().progress, handle.task().message) == (100, "a third")
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("how", ["fail", "cancel", "complete"])
 def test_last_value_arrives(started, gate, how):
     @started.executor("show")
@@ -589,6 +600,7 @@ def test_what_is_no_progress_is_refused(started):
     assert len(handle.task().message) == 1000
 
 
+@pytest.mark.every_store
 def test_progress_through_the_repository(started):
     """The original's own way."""
     seen = []

@@ -200,6 +200,7 @@ class TestWhat:
         assert text.endswith("WARNING program.part: a surrogate \\ud800\n")
 
 
+@pytest.mark.every_store
 class TestWhen:
     @pytest.mark.parametrize(
         ("end", "status", "outcome"),
@@ -346,6 +347,7 @@ class TestSize:
         assert re.findall(r"line (\d+)", text) == [str(n) for n in range(first, 2000)]
         lines(Task(log=text))  # no half line at the beginning
 
+    @pytest.mark.every_store
     def test_of_an_earlier_attempt_what_there_is_room_for(self, queue, log):
         text = self.told_twice(queue, log, 500)
         assert len(text) <= MAX_LOG
@@ -462,6 +464,7 @@ class TestOthers:
         for task_id in inner:
             assert lines(queue.get_task_status(task_id))[1:] == ["INFO program.part: inner"]
 
+    @pytest.mark.process
     @pytest.mark.filterwarnings(
         "ignore:.*fork:DeprecationWarning"
     )  # of 3.12, where threads are left

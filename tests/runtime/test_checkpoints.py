@@ -69,6 +69,7 @@ class TestStep:
         assert work.values == [(1, {"of": [1, None]})] * 3
         assert checkpoints(queue, handle) == {"steps": {"first": 1, "second": {"of": [1, None]}}}
 
+    @pytest.mark.every_store
     def test_is_stored_before_it_returns(self, queue):
         stored = []
 
@@ -86,6 +87,7 @@ class TestStep:
             {"step 0": 0, "step 1": 1, "step 2": 2},
         ]
 
+    @pytest.mark.every_store
     def test_survives_a_power_cut(self, queue, work, repository):
         """As what a caller was told does; the cursor need not."""
         queue.executor("move")(lambda ctx: setattr(ctx, "cursor", 5))
@@ -95,6 +97,7 @@ class TestStep:
         writes = [w for batch in repository.batches for w in batch if isinstance(w, Update)]
         assert [w.durable for w in writes if "checkpoints" in w.changes] == [True, True, False]
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize("value", [None, False, 0, "", [], {}, "ä\u2028", 1.5])
     def test_gives_back_any_json_value(self, queue, value):
         calls, seen = [], []
@@ -267,6 +270,7 @@ class TestCancelled:
         assert queue.submit("narrow").result(PATIENCE) == "went on"
         assert calls == []
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize("how", ["step", "cursor"])
     @pytest.mark.parametrize("lost", ["taken over", "deleted"])
     def test_a_run_that_lost_its_task_stores_nothing(self, queue, gate, repository, how, lost):
@@ -328,6 +332,7 @@ class TestCancelled:
         assert checkpoints(queue, handle) is None
 
 
+@pytest.mark.every_store
 class TestCursor:
     def test_goes_on_where_the_last_attempt_was(self, queue):
         done = []
@@ -388,6 +393,7 @@ class TestCursor:
         assert checkpoints(queue, handle) == {"cursor": 5}
 
 
+@pytest.mark.every_store
 class TestLater:
     """What comes after an attempt leaves them."""
 
@@ -477,6 +483,7 @@ class TestLater:
         ]
 
 
+@pytest.mark.every_store
 class TestOutage:
     def test_a_step_is_stored_when_the_repository_is_back(self, queue, repository, monkeypatch):
         """And not done again, as the outage is no fault of it."""

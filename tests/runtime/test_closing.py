@@ -159,9 +159,18 @@ KINDS = {
     "abort": in_own(Aborts),
     "shutdown": in_own(ShutsDown),
 }
+#: Those that start a program.
+PROCESSES = ("communicate", "pipe of a process", "wait for a process")
 
 
-@pytest.mark.parametrize("kind", KINDS)
+def kinds(*names):
+    return [
+        pytest.param(name, marks=pytest.mark.process) if name in PROCESSES else name
+        for name in names
+    ]
+
+
+@pytest.mark.parametrize("kind", kinds(*KINDS))
 def test_cancel_wakes(queue, kind):
     blocked = threading.Event()
     queue.executor("block")(lambda ctx: KINDS[kind](ctx, blocked.set))
@@ -176,7 +185,7 @@ def test_cancel_wakes(queue, kind):
     assert time.monotonic() - began < 5
 
 
-@pytest.mark.parametrize("kind", ["recv", "communicate"])
+@pytest.mark.parametrize("kind", kinds("recv", "communicate"))
 def test_deadline_wakes(queue, kind):
     queue.executor("block", timeout=0.1)(lambda ctx: KINDS[kind](ctx, lambda: None))
     queue.start()

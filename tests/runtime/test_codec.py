@@ -25,7 +25,7 @@ from .conftest import PATIENCE, eventually
 WORD = "hunter2"
 
 
-@pytest.fixture(params=["memory", "sqlite", "mongo"])
+@pytest.fixture(params=["memory", "sqlite", "mongomock"])
 def repository(request, tmp_path):
     with coded(request.param, tmp_path, SYSTEM_CLOCK, Scramble()) as made:
         yield made
@@ -153,7 +153,7 @@ class Moody(Codec):
 
 
 class TestEncodingFails:
-    @pytest.fixture(params=["memory", "sqlite", "mongo"])
+    @pytest.fixture(params=["memory", "sqlite", "mongomock"])
     def repository(self, request, tmp_path):
         with coded(request.param, tmp_path, SYSTEM_CLOCK, Moody()) as made:
             yield made

@@ -19,6 +19,8 @@ from taskx.runtime import dead_letters
 
 from .conftest import PATIENCE, ids
 
+pytestmark = pytest.mark.every_store
+
 
 @pytest.fixture
 def queue(make_queue, clock):

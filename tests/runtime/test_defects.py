@@ -18,6 +18,7 @@ from taskx.storage.sqlite import statements
 from .conftest import PATIENCE, eventually, run_in_thread
 
 
+@pytest.mark.every_store
 def test_nothing_runs_before_it_is_stored(queue):
     """Enqueued first, a task could run before its record was there, or without one for ever."""
     ran = []
@@ -48,6 +49,7 @@ def test_nothing_runs_before_it_is_stored(queue):
     assert ran == [1]
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
 def test_the_end_is_one_write_and_forgets_nothing_of_before(queue, how):
     """Not a status first and the result after, and no field that is set back."""
@@ -144,6 +146,7 @@ def test_what_a_caller_sets_beside_the_order_is_not_stored(queue):
     assert (task.errors, task.crashes, task.starts, task.dead_letter) == (0, 0, 0, False)
 
 
+@pytest.mark.every_store
 def test_late_progress_is_ignored(queue):
     """Told by a thread that outlived its attempt, it touches neither the record nor the next one."""
     leaked, second = [], threading.Event()
@@ -173,6 +176,7 @@ def test_late_progress_is_ignored(queue):
     assert (handle.task().progress, handle.task().message) == (100, "second")
 
 
+@pytest.mark.every_store
 def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
     """It goes on, and does not know yet that the task has been started again elsewhere."""
 
@@ -201,6 +205,7 @@ def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
     assert (task.starts, task.progress, task.message) == (2, 10, "from the second")
 
 
+@pytest.mark.every_store
 def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, repository):
     """Some rounds of ten threads that submit while the queue is stopped in the middle of it.
 
@@ -247,6 +252,7 @@ def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, reposit
     assert all_left
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("limit", [1, 2, 100])
 def test_a_list_and_how_many_there_are_agree(queue, monkeypatch, limit):
     """Though one more is stored between the two looks, if there are two."""

@@ -31,6 +31,8 @@ from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids, whole_round
 
+pytestmark = pytest.mark.every_store
+
 NEVER = float("inf")
 
 
@@ -354,6 +356,7 @@ class TestParents:
     def test_none_without(self, started):
         assert started.submit("fine").result(PATIENCE) == [0]
 
+    @pytest.mark.usefixtures("frequent_looks")
     def test_one_that_was_deleted_is_an_error(self, started):
         parent = started.submit("bad")
         assert parent.exception(PATIENCE)
@@ -434,6 +437,7 @@ class TestRecovered:
 
         return parent, child, runs_on
 
+    @pytest.mark.usefixtures("frequent_looks")
     def test_what_a_dead_process_ran(self, started, family):
         parent, child, runs_on = family
         runs_on("one of which nothing is known")
@@ -617,6 +621,7 @@ class TestMadeGood:
     def slow_looks_are_not_that_slow(self, monkeypatch):
         monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.05)
 
+    @pytest.mark.usefixtures("frequent_looks")
     def test_a_process_that_died_between_the_end_and_the_release(self, repository, make_queue):
         """The parent is ended behind the back of everybody; a queue that starts looks at all."""
         parent, child = unreleased(make_queue)
@@ -780,6 +785,7 @@ def test_several_processes_run_one_graph(url, spawn):
             child.tell()
 
 
+@pytest.mark.slow
 def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
     """A look has other things to come to; what is left is done by the next ones."""
     queue = Queue(MemoryRepository())
@@ -818,6 +824,7 @@ graphs = st.integers(1, 12).flatmap(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200)
 @given(graphs, st.randoms(use_true_random=False), st.booleans())
 def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):

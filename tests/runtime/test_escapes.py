@@ -286,7 +286,7 @@ class TestCodecs:
     def codec(self):
         return Flaky()
 
-    @pytest.fixture(params=["memory", "sqlite", "mongo"])
+    @pytest.fixture(params=["memory", "sqlite", "mongomock"])
     def repository(self, request, tmp_path, codec):
         with coded(request.param, tmp_path, SYSTEM_CLOCK, codec) as made:
             yield made

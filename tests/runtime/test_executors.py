@@ -265,6 +265,7 @@ class Sync(TaskExecutor):
         return task.params.get("returns")
 
 
+@pytest.mark.every_store
 def test_class_executor(started):
     started.register_executor(Sync())
     task = started.submit("sync", {"a": 1}, created_by="me")
@@ -317,6 +318,8 @@ def test_what_is_no_executor_is_refused(queue):
         TaskExecutor()
 
 
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.every_store
 def test_executor_registered_while_running_takes_the_backlog(started, make_queue):
     other = make_queue()
     other.declare("late")
@@ -328,6 +331,7 @@ def test_executor_registered_while_running_takes_the_backlog(started, make_queue
 # Results
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize(
     "value", [None, True, 0, -(2**63), 1.5, "ü\0", [1, [2, {"a": None}]], {}, {"a": [1]}]
 )
@@ -336,6 +340,7 @@ def test_any_json_value_is_a_result(started, value):
     assert run(started, "give") == value
 
 
+@pytest.mark.every_store
 def test_tuples_come_back_as_lists(started):
     started.executor("give")(lambda: {"pair": (1, 2)})
     assert run(started, "give") == {"pair": [1, 2]}

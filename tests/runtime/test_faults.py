@@ -25,7 +25,7 @@ from taskx import (
 from taskx.runtime.scheduler import Scheduler
 from taskx.testing import ManualClock
 
-from .conftest import PATIENCE, SpySQLite, eventually, is_intact, run_in_thread
+from .conftest import PATIENCE, SpySQLite, eventually, is_intact, run_in_thread, whole_round
 
 
 @pytest.fixture
@@ -92,6 +92,7 @@ def patient(database):
 
 
 class TestLocked:
+    @pytest.mark.slow
     def test_a_lock_for_seconds_is_waited_for(self, patient, make_queue, locker, gate):
         """Nothing is refused, and what runs meanwhile ends as it would."""
         queue = make_queue(patient, worker_num=2)
@@ -111,6 +112,7 @@ class TestLocked:
         assert {handle.task().starts for handle in handles} == {1}
         all_workers_live(queue)
 
+    @pytest.mark.slow
     def test_a_lock_that_lasts_too_long(self, impatient, make_queue, clock, locker, gate):
         """Submits are refused and leave nothing; outcomes, time-outs and workers outlive it."""
         queue = make_queue(impatient, worker_num=2, clock=clock)
@@ -148,6 +150,7 @@ class TestLocked:
         assert queue.repository.get_many(["refused"]) == {}
         all_workers_live(queue)
 
+    @pytest.mark.slow
     def test_stop_ends_by_its_timeout(self, patient, make_queue, locker, gate):
         """And what it could not write then is written when the lock is given up."""
         queue = make_queue(patient, worker_num=1)
@@ -167,6 +170,7 @@ class TestLocked:
         task = waiting.task()
         assert (task.status, task.owner, task.errors) == (TaskStatus.PENDING, "", 0)
 
+    @pytest.mark.slow
     def test_what_a_stop_could_not_hand_back_is_taken(self, impatient, make_queue, locker, gate):
         """A queue that stopped is a dead node even if it could not say so, and its process lives."""
         queue = make_queue(impatient, worker_num=1)
@@ -408,8 +412,11 @@ def test_clock_that_is_set_during_a_run(make_queue, database, hours):
     queue.repository.close()
 
 
-def test_two_nodes_whose_clocks_are_two_hours_apart(make_queue, database, gate):
+def test_two_nodes_whose_clocks_are_two_hours_apart(make_queue, database, gate, monkeypatch):
     """Neither takes the other for dead, or its tasks for undone."""
+    monkeypatch.setattr(
+        "taskx.runtime.scheduler.RECOVER_EVERY", 0.0
+    )  # each round looks for the dead
     here, there = ManualClock(), ManualClock()
     there.set_wall(here.now() + timedelta(hours=2))
     queues = [make_queue(SpySQLite(database), clock=clock, worker_num=2) for clock in (here, there)]
@@ -426,7 +433,8 @@ def test_two_nodes_whose_clocks_are_two_hours_apart(make_queue, database, gate):
     for _ in range(3):
         for clock in (here, there):
             clock.advance(3600)
-        threading.Event().wait(0.7)  # blocks on purpose: a look for dead nodes lies between
+        for queue in queues:
+            whole_round(queue)
     gate.open()
     for handle in held:
         handle.result(PATIENCE)
@@ -588,6 +596,7 @@ LEAKS = """
 """
 
 
+@pytest.mark.slow
 def test_starting_and_stopping_again_and_again_leaks_nothing(database, spawn):
     """No thread, and no open file more than after the first time: in a process that does nothing else."""
     child = spawn(LEAKS, database)

@@ -62,6 +62,7 @@ def started(queue, gate):
 BAD, HOLD = Task(type="bad"), Task(type="hold")
 
 
+@pytest.mark.every_store
 class TestChain:
     def test_one_after_the_other_each_with_the_results_before_it(self, started):
         handle = started.submit_flow(chain(*map(started.say, "abc")))
@@ -97,6 +98,7 @@ class TestChain:
         assert (task.id, task.depends_on) == ("", ())
 
 
+@pytest.mark.every_store
 class TestGroup:
     def test_results_in_order(self, started):
         handle = started.submit_flow(group(*map(started.say, "abc")))
@@ -210,6 +212,7 @@ class TestHandle:
         handle = queue.submit_flow(chain(Task(type="say", params={"text": "a"})))
         assert (handle.status(), handle.progress()) == (TaskStatus.PENDING, 0)
 
+    @pytest.mark.every_store
     def test_cancel_cancels_all_that_has_not_ended(self, started, gate):
         flow = chain(started.say("a"), HOLD, group(*map(started.say, "bcd")), started.say("e"))
         handle = started.submit_flow(flow)
@@ -240,6 +243,7 @@ class TestHandle:
         gate.open()
         assert handle.wait(PATIENCE)
 
+    @pytest.mark.every_store
     def test_one_that_was_deleted_counts_as_cancelled(self, started):
         handle = started.submit_flow(chain(started.say("a"), started.say("b")))
         handle.result(PATIENCE)
@@ -275,6 +279,7 @@ class TestAgain:
         a, b, c, d = (Task(type="mend", params={"text": text}) for text in "abcd")
         return chain(a, group(b, c), d)
 
+    @pytest.mark.every_store
     def test_requeue_runs_what_did_not_complete_and_the_same_handle_tells(self, failing):
         handle = failing.submit_flow(self.abc())
         for _ in range(2):
@@ -289,6 +294,7 @@ class TestAgain:
         assert sorted(failing.ran) == list("abbbbcd")
         assert handle.requeue() == 0
 
+    @pytest.mark.every_store
     def test_after_a_cancel(self, failing, gate):
         handle = failing.submit_flow(chain(HOLD, failing.say("a"), failing.say("b")))
         gate.wait_for(1)
@@ -299,6 +305,7 @@ class TestAgain:
         assert handle.requeue() == 3
         assert handle.result(PATIENCE) == "heldab"
 
+    @pytest.mark.every_store
     def test_a_long_one_in_a_few_transactions_whatever_the_order_of_ids(
         self, make_queue, monkeypatch
     ):
@@ -322,6 +329,8 @@ class TestAgain:
         with pytest.raises(QueueStopped):
             handle.requeue()
 
+    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.every_store
     def test_found_again_by_its_shape_in_another_process(self, started, repository):
         shape = started.submit_flow(
             chain(started.say("a"), group(started.say("b"), chain(started.say("c"))))
@@ -337,6 +346,7 @@ class TestAgain:
 
 
 class TestStored:
+    @pytest.mark.every_store
     def test_all_or_nothing(self, started):
         started.submit("hold", id="x", delay=3600)
         again = Task(id="x", type="say", params={"text": "x"})
@@ -346,6 +356,8 @@ class TestStored:
             started.submit_flow(chain(started.say("a"), Task(type="say", params={"no": 1})))
         assert ids(started) == {"x"}
 
+    @pytest.mark.slow
+    @pytest.mark.every_store
     def test_ten_thousand_members(self, make_queue):
         queue = make_queue()
         many = 200 if isinstance(queue.repository, MongoRepository) else 10_000  # a slow mock
@@ -402,6 +414,7 @@ class TestStored:
         lay_out(group(*three).then(Task(type="n"), group(*three)))
 
 
+@pytest.mark.every_store
 class TestCancelMany:
     def test_tells_how_many_never_run(self, started, gate):
         running = started.submit("hold")

@@ -176,6 +176,7 @@ with queue:
     assert child.ends() == ("of the child\n", "")
 
 
+@pytest.mark.process
 def test_a_child_of_an_isolated_executor_ends_too(make_queue, capfd):
     """It would say what it returned on the line that its parent has to the queue."""
     queue = make_queue(worker_num=1)

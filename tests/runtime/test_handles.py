@@ -23,6 +23,7 @@ def started(queue):
     return queue
 
 
+@pytest.mark.every_store
 def test_is_a_future(started):
     handle = started.submit("echo", {"value": 1})
     assert isinstance(handle, Future)
@@ -46,6 +47,7 @@ def test_failed(started):
     assert handle.done()
 
 
+@pytest.mark.every_store
 def test_cancelled(busy):
     queue = busy()
     handle = queue.submit("note")
@@ -143,6 +145,7 @@ def test_done_callback_that_hangs_hangs_no_worker(started, gate):
     assert started.submit("echo", {"value": 5}).result(PATIENCE) == 5
 
 
+@pytest.mark.every_store
 def test_resolved_only_when_the_outcome_is_committed(started):
     statuses = []
     handle = started.submit("echo", {"value": 1}, delay=0.05)
@@ -182,6 +185,7 @@ def test_unknown_id(started):
             look()
 
 
+@pytest.mark.every_store
 def test_deleted_while_waited_for(started):
     handle = started.submit("echo", {"value": 1}, delay=1000)
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
@@ -191,6 +195,7 @@ def test_deleted_while_waited_for(started):
         waiting()
 
 
+@pytest.mark.every_store
 def test_repository_that_fails_at_the_first_look(queue):
     """The next look is not for ever."""
     queue.executor("echo")(lambda value: value)
@@ -203,6 +208,7 @@ def test_repository_that_fails_at_the_first_look(queue):
     assert handle.result(PATIENCE) == 1
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_repository_that_fails_at_the_first_look_of_a_queue_not_started(queue, make_queue):
     queue.declare("echo")
     handle = queue.submit("echo", {"value": 1})
@@ -219,6 +225,8 @@ def test_repository_that_fails_at_the_first_look_of_a_queue_not_started(queue, m
 # Without running
 
 
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.every_store
 def test_not_started_queue_stores_for_whoever_runs(make_queue):
     submitter, runner = make_queue(), make_queue(worker_num=1)
     submitter.declare("echo", "other")
@@ -259,6 +267,7 @@ def test_waiting_where_nobody_runs_warns_once(queue, make_queue, caplog):
     assert "'echo'" in warning
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_waiting_where_somebody_runs_does_not_warn(queue, started, make_queue, caplog):
     submitter = make_queue()
     submitter.declare("echo")
@@ -266,6 +275,7 @@ def test_waiting_where_somebody_runs_does_not_warn(queue, started, make_queue, c
     assert not [r for r in caplog.records if r.levelno == logging.WARNING]
 
 
+@pytest.mark.every_store
 def test_two_queues_share_the_work(make_queue, repository):
     from .conftest import SpySQLite
 

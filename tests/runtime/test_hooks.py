@@ -98,6 +98,7 @@ def listen(queue, task_id):
     assert begun.wait(PATIENCE)
 
 
+@pytest.mark.every_store
 class TestEvents:
     def test_of_a_task_that_completes(self, started, told):
         started.submit("fine", id="a")

@@ -35,6 +35,8 @@ from taskx.testing import ManualClock
 from . import isolated
 from .conftest import PATIENCE, ROOT, SpySQLite, eventually
 
+pytestmark = pytest.mark.process
+
 TESTS = ROOT / "tests"
 
 

@@ -106,6 +106,7 @@ def test_flush_does_not_wait_when_told_so(ledger, repository):
     assert ledger.flush(wait=False) is True
 
 
+@pytest.mark.every_store
 def test_bad_write_fails_alone(ledger, repository):
     def refuse(writes):
         if any(write.id == "bad" for write in writes):
@@ -216,6 +217,7 @@ def test_interrupted_submit_carries_the_id(queue):
     assert queue.get_task_status(caught.value.task_id).type == "fine"
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_interrupted_submit_may_be_repeated_and_runs_once(make_queue, when, monkeypatch):
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.1)  # it is the audit that finds the task
@@ -249,6 +251,7 @@ def answer(repository):
     repository.before = repository.after = lambda writes: None
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_submit_in_doubt_carries_the_id_and_may_be_repeated(queue, when):
     queue.executor("fine")(lambda: "fine")
@@ -266,6 +269,7 @@ def test_submit_in_doubt_carries_the_id_and_may_be_repeated(queue, when):
     assert ids(queue) == {task_id}
 
 
+@pytest.mark.every_store
 def test_submit_in_doubt_runs_once(make_queue, monkeypatch):
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.1)  # it is the audit that finds the task
     queue = make_queue(worker_num=1)
@@ -280,6 +284,7 @@ def test_submit_in_doubt_runs_once(make_queue, monkeypatch):
     assert ran == [1]
 
 
+@pytest.mark.every_store
 def test_batch_in_doubt_names_its_first_task(queue):
     queue.executor("fine")(lambda: "fine")
     lose_answers(queue.repository)
@@ -290,6 +295,7 @@ def test_batch_in_doubt_names_its_first_task(queue):
     assert caught.value.task_id in ids(queue)
 
 
+@pytest.mark.every_store
 def test_submits_that_shared_a_commit_are_told_of_their_own_task(queue):
     queue.executor("fine")(lambda: "fine")
     hold = Hold(queue.repository)
@@ -310,6 +316,7 @@ def test_submits_that_shared_a_commit_are_told_of_their_own_task(queue):
     assert told == names
 
 
+@pytest.mark.every_store
 def test_refused_submit_leaves_no_doubt(queue):
     queue.executor("fine")(lambda: "fine")
     queue.repository.down = True
@@ -367,6 +374,7 @@ def test_every_callback_is_called_when_an_outage_begins_between_batches(ledger, 
     assert told == [[True]] * 600
 
 
+@pytest.mark.every_store
 def test_outage_while_tasks_run(queue, gate):
     """Submits fail in bounded time; outcomes wait and are written when the repository is back."""
     queue.executor("hold", max_attempts=2)(lambda n: (gate(), n)[1])
@@ -392,6 +400,7 @@ def test_outage_while_tasks_run(queue, gate):
     assert queue._node.engine.workers_left == 2
 
 
+@pytest.mark.slow
 def test_outage_is_told_ever_more_rarely(make_queue, gate, monkeypatch, caplog):
     """However many workers it keeps from their work; and they pause before they try again."""
     queue = make_queue(worker_num=8, buffer_size=100)
@@ -424,6 +433,7 @@ def test_outage_is_told_anew_after_it_was_over(caplog):
     assert told == [f"failure: {number}" for number in (1, 2, 4, 1, 2)]
 
 
+@pytest.mark.every_store
 def test_outage_at_a_stop_ends_all_the_same(queue, gate):
     queue.executor("hold")(lambda: gate())
     queue.start()
@@ -432,7 +442,7 @@ def test_outage_at_a_stop_ends_all_the_same(queue, gate):
     queue.repository.down = True
     gate.open()
     began = time.monotonic()
-    still = queue.stop(timeout=1)
+    still = queue.stop(timeout=0.2)
     assert time.monotonic() - began < 10
     assert still == [handle.id]
     queue.repository.down = False
@@ -479,6 +489,7 @@ def starts(queue):
     return [count for count in counts if count]
 
 
+@pytest.mark.every_store
 def test_short_tasks_are_started_in_batches(short):
     short.start()
     assert short.drain(PATIENCE)
@@ -499,6 +510,7 @@ def test_long_tasks_are_started_one_by_one(make_queue):
     assert set(starts(queue)) == {1}
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("declared", [False, True])
 def test_tasks_that_must_not_crash_twice_are_started_alone(make_queue, declared):
     queue = make_queue(worker_num=1, buffer_size=1000)
@@ -519,6 +531,7 @@ def test_tasks_that_must_not_crash_twice_are_started_alone(make_queue, declared)
     assert set(starts(queue)) == {1}
 
 
+@pytest.mark.every_store
 @pytest.mark.usefixtures("all_short", "calm")
 def test_started_ahead_and_cancelled_it_never_runs(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1000)
@@ -545,6 +558,7 @@ def test_started_ahead_and_cancelled_it_never_runs(make_queue):
     assert len(ran) == 299
 
 
+@pytest.mark.every_store
 @pytest.mark.usefixtures("all_short")
 def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, calm, clock):
     """To where it was in the order, also among tasks of the same moment."""
@@ -581,6 +595,7 @@ def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, c
         assert (done.starts, done.errors, done.interruptions, len(done.attempts)) == (2, 0, 0, 1)
 
 
+@pytest.mark.every_store
 @pytest.mark.usefixtures("all_short", "calm")
 def test_stop_hands_back_what_was_started_ahead(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1000)

@@ -14,6 +14,8 @@ from taskx.runtime.admission import Admission
 
 from .conftest import PATIENCE, eventually, whole_round
 
+pytestmark = pytest.mark.every_store
+
 
 class Crowd:
     """Counts how many are at work at once."""
@@ -186,6 +188,7 @@ def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatc
         assert handle.result(PATIENCE) == "done"
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_each_node_has_its_own(make_queue, gate):
     queues = [make_queue(worker_num=4) for _ in range(2)]
     crowd = Crowd(gate)
@@ -229,6 +232,7 @@ def test_an_idle_node_leaves_to_a_busy_one_what_it_must_not_start(
     assert len(repository.ready(["note"], 20, queue._node.record.id)) == 9
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
     queue = busy()
     queue.executor("t", max_concurrency=5)(lambda: None)
@@ -280,6 +284,7 @@ def test_however_a_task_ends_the_next_one_starts(make_queue, clock, how):
     assert crowd.most == 1
 
 
+@pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.parametrize("remove", ["cancel_task", "delete"])
 def test_one_that_is_fetched_and_never_starts_leaves_its_place(busy, gate, remove):
     queue = busy()

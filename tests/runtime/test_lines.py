@@ -19,6 +19,8 @@ from taskx.runtime import scheduler
 
 from .conftest import PATIENCE, eventually
 
+pytestmark = pytest.mark.every_store
+
 
 class Track:
     """Where tasks leave their traces: what began and what ended, in order."""
@@ -242,6 +244,7 @@ def test_dead_letters_that_are_requeued_together_take_turns(track, monkeypatch):
     assert track.took_turns(range(5))
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_what_ended_by_hand_lets_the_next_one_go(track, repository):
     """Nobody is told, so it takes the slow look."""
     track.queue.start()

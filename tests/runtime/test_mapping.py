@@ -54,6 +54,7 @@ def running(queue, square):
 
 
 class TestResults:
+    @pytest.mark.every_store
     def test_come_in_the_order_of_the_items(self, running, square):
         assert list(running.map(square.executor, range(50))) == [n * n for n in range(50)]
         assert Counter(square.asked) == dict.fromkeys(range(50), 1)
@@ -216,6 +217,7 @@ class TestFailures:
             next(results)
 
 
+@pytest.mark.every_store
 class TestAgain:
     def test_nothing_that_is_done_runs_again(self, running, square):
         assert list(running.map(square.executor, range(5))) == [0, 1, 4, 9, 16]
@@ -385,6 +387,7 @@ def test_works_on_eight_methods(make_queue):
     assert Counter(square.asked) == {0: 1, 1: 2, 2: 1, 3: 1}
 
 
+@pytest.mark.every_store
 def test_two_queues_share_a_map(make_queue):
     """As two processes would: each gets all the results, and each item runs once."""
     repository = MemoryRepository()

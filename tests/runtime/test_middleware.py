@@ -40,6 +40,7 @@ class Notes(Middleware):
             self.notes.append((self.name, "leaves", task.id, threading.current_thread().name))
 
 
+@pytest.mark.every_store
 def test_the_first_is_outermost_and_all_are_in_the_workers_thread(make_queue):
     notes = []
     layers = [Notes("outer", notes), Notes("inner", notes)]

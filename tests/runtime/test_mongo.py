@@ -13,7 +13,7 @@ from collections import Counter
 import pymongo
 import pytest
 from mongo_proxy import Proxy
-from mongo_server import Server, new_database, shared
+from mongo_server import Server, new_database
 
 from taskx import (
     CancelReason,
@@ -71,9 +71,9 @@ def repository():
 
 
 @pytest.fixture
-def url(request):
+def url(request, mongo_server):
     """A server with change streams, unless a test asks for another or the environment names one."""
-    return shared(getattr(request, "param", "set"))
+    return mongo_server(getattr(request, "param", "set"))
 
 
 # Where the server has none, others' work is looked for once a second.

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import pymongo
 import pytest
 from mongo_proxy import Proxy
-from mongo_server import new_database, shared
+from mongo_server import new_database
 
 from taskx import MemoryRepository, MongoRepository, RepositoryUnavailable
 
@@ -54,8 +54,8 @@ def repository():
 
 
 @pytest.fixture
-def database():
-    made = new_database(shared("standalone"))
+def database(mongo_server):
+    made = new_database(mongo_server("standalone"))
     yield made
     made.client.drop_database(made.name)
 
@@ -155,8 +155,8 @@ ELSEWHERE = """
 
 
 @pytest.fixture
-def elsewhere(spawn, database, tmp_path):
-    child = spawn(ELSEWHERE, shared("standalone"), database.name, tmp_path / "there")
+def elsewhere(spawn, mongo_server, database, tmp_path):
+    child = spawn(ELSEWHERE, mongo_server("standalone"), database.name, tmp_path / "there")
     assert child.read() == "running"
     return child
 

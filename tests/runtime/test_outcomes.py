@@ -147,6 +147,7 @@ def test_endless_recursion_is_a_failed_task(started):
     check_workers(started)
 
 
+@pytest.mark.every_store
 def test_completed_record(started):
     before = started.submit("fine")
     assert before.result(PATIENCE) == "fine"
@@ -170,6 +171,7 @@ def test_duration_is_on_the_monotonic_clock(started):
     assert handle.task().completed_at - handle.task().started_at < timedelta(seconds=PATIENCE)
 
 
+@pytest.mark.every_store
 def test_attempts_are_retried_at_once_until_spent(started):
     seen = []
 
@@ -252,6 +254,7 @@ def test_the_record_says_who_runs_a_task_while_it_runs(started, gate):
     assert handle.task().worker.startswith(f"{started._node.record.name}/")
 
 
+@pytest.mark.every_store
 def test_a_later_attempt_may_succeed(started):
     @started.executor("second", max_attempts=5)
     def second(ctx):
@@ -267,6 +270,7 @@ def test_a_later_attempt_may_succeed(started):
     assert [a.outcome for a in task.attempts] == ["retried", "completed"]
 
 
+@pytest.mark.every_store
 def test_attempt_log_is_bounded(started):
     @started.executor("many", max_attempts=80)
     def many():
@@ -281,6 +285,7 @@ def test_attempt_log_is_bounded(started):
 # Requeue, delete, list, look
 
 
+@pytest.mark.every_store
 def test_requeue_runs_it_again_with_a_fresh_budget(started):
     fail = [True]
 
@@ -300,6 +305,7 @@ def test_requeue_runs_it_again_with_a_fresh_budget(started):
     assert [a.outcome for a in task.attempts] == ["retried", "failed", "completed"]
 
 
+@pytest.mark.every_store
 def test_cancelled_task_can_be_requeued(started, gate):
     started.executor("hold")(lambda: gate())
     holds = [started.submit("hold") for _ in range(2)]
@@ -314,6 +320,7 @@ def test_cancelled_task_can_be_requeued(started, gate):
         hold.result(PATIENCE)
 
 
+@pytest.mark.every_store
 def test_only_failed_and_cancelled_tasks_are_requeued(started, gate):
     started.executor("hold")(lambda: gate())
     running, done = started.submit("hold"), started.submit("fine")
@@ -327,6 +334,7 @@ def test_only_failed_and_cancelled_tasks_are_requeued(started, gate):
         started.requeue("nobody")
 
 
+@pytest.mark.every_store
 def test_delete(started, gate):
     started.executor("hold")(lambda: gate())
     running, done = started.submit("hold"), started.submit("fine")
@@ -342,6 +350,7 @@ def test_delete(started, gate):
                 look()
 
 
+@pytest.mark.every_store
 def test_an_outcome_that_is_refused_is_stored_without_what_may_be_too_much(queue):
     def refuse(writes):
         if any(getattr(write, "changes", {}).get("traceback") for write in writes):
@@ -355,6 +364,8 @@ def test_an_outcome_that_is_refused_is_stored_without_what_may_be_too_much(queue
     assert queue.list_tasks()[0][0].traceback == ""
 
 
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.every_store
 def test_an_outcome_that_cannot_be_stored_at_all_is_said_to_be_none(queue, caplog):
     refusals = []
 
@@ -375,6 +386,7 @@ def test_an_outcome_that_cannot_be_stored_at_all_is_said_to_be_none(queue, caplo
     assert "another run had taken over" not in caplog.text
 
 
+@pytest.mark.every_store
 def test_deleted_while_it_lies_in_the_buffer_it_never_runs(busy, gate):
     queue = busy()
     handle = queue.submit("note", {"n": 1})
@@ -384,6 +396,7 @@ def test_deleted_while_it_lies_in_the_buffer_it_never_runs(busy, gate):
     assert queue.ran == [2]
 
 
+@pytest.mark.every_store
 def test_list_says_how_many_there_are_in_all(queue):
     from taskx import TaskFilter
 
@@ -411,6 +424,7 @@ def test_a_context_is_not_written_to(started):
     assert started.submit("fine").result(PATIENCE) == "fine"
 
 
+@pytest.mark.every_store
 def test_status_of_an_unknown_task(queue):
     with pytest.raises(TaskNotFound, match="'nobody'"):
         queue.get_task_status("nobody")
@@ -436,6 +450,7 @@ def test_what_is_no_id_selects_nothing(queue, hostile):
     assert queue.list_tasks() == ([before], 1)
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("text", ["", "' OR '1'='1", "%", "{}", "$ne", "X"])
 def test_an_id_is_nothing_but_text(queue, text):
     queue.declare("note")

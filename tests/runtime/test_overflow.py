@@ -14,6 +14,7 @@ from .conftest import PATIENCE, eventually, ids, run_in_thread
 OVERFLOWS = ["reject", "block", "spill", "caller_runs"]
 
 
+@pytest.mark.every_store
 def test_reject_is_the_default_and_leaves_no_record(busy):
     queue = busy(buffer_size=2)
     kept = [queue.submit("note", {"n": n}) for n in range(2)]
@@ -66,6 +67,7 @@ def test_stop_sends_a_blocked_submitter_away(busy, gate):
     assert "late" not in ids(queue)
 
 
+@pytest.mark.every_store
 def test_spill_keeps_the_order_and_runs_all(busy, gate, no_batches):
     queue = busy(buffer_size=3, overflow="spill")
     handles = [queue.submit("note", {"n": n}) for n in range(300)]
@@ -96,6 +98,7 @@ def test_spilled_tasks_are_few_bytes_in_memory(busy):
     assert len(engine.buffer.queue) <= 10 + engine.buffer.fetch_size
 
 
+@pytest.mark.every_store
 def test_caller_runs(busy):
     queue = busy(buffer_size=1, overflow="caller_runs")
     here = []
@@ -183,6 +186,7 @@ def test_inside_executors_nothing_deadlocks(make_queue, overflow):
     assert len(accepted) == 20 or overflow == "reject"
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("overflow", OVERFLOWS)
 def test_many_beyond_the_room(busy, gate, overflow, no_batches):
     queue = busy(buffer_size=4, overflow=overflow)
@@ -200,6 +204,7 @@ def test_many_beyond_the_room(busy, gate, overflow, no_batches):
     assert queue.ran == list(range(len(tasks)))
 
 
+@pytest.mark.every_store
 def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository, no_batches):
     """Even if it is fetched before the others are in the buffer."""
     queue = busy(buffer_size=4, overflow="spill")
@@ -218,6 +223,7 @@ def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository
     assert queue.ran == list(range(20))
 
 
+@pytest.mark.every_store
 def test_what_is_fetched_takes_no_submitters_room(make_queue, gate):
     """A backlog in the repository fills the buffer's other part only."""
     queue = make_queue(worker_num=1, buffer_size=3)

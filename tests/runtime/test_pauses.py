@@ -16,6 +16,8 @@ from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, whole_round
 
+pytestmark = pytest.mark.every_store
+
 
 @pytest.fixture
 def other(queue, make_queue):
@@ -123,6 +125,7 @@ def test_what_is_taken_from_the_buffer_in_that_moment_is_passed_over(
         handle.result(PATIENCE)
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_every_process_heeds_it_soon(queue, other):
     """Those that run do at their next look, whoever pauses; one need not be started to pause."""
     other.pause("a")
@@ -228,6 +231,7 @@ def test_what_is_no_type_is_refused(queue, name):
     assert not queue.paused
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_a_sibling_takes_nothing_paused_from_a_full_buffer(busy, make_queue, repository):
     """With nothing to do it takes what waits elsewhere, but not that."""
     queue = busy()

@@ -8,7 +8,7 @@ from taskx import SQLiteRepository, Task
 
 from .conftest import PATIENCE, eventually
 
-pytestmark = pytest.mark.usefixtures("no_batches")
+pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("no_batches")]
 
 
 ORDERED = [(5, "a"), (5, "b"), (0, "c"), (0, "d"), (-3, "e"), (-3, "f")]

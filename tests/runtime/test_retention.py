@@ -12,6 +12,8 @@ from taskx.runtime import retention
 
 from .conftest import PATIENCE, eventually, ids, whole_round
 
+pytestmark = pytest.mark.every_store
+
 
 @pytest.fixture
 def fill(make_queue, clock):
@@ -65,6 +67,7 @@ class TestRetention:
         later(queue, clock, 365 * 86400)
         assert ids(queue) == {"fine", "wrong", "cancelled"}
 
+    @pytest.mark.slow
     def test_many_go_in_small_transactions(self, make_queue, repository, clock):
         """So that nobody who writes meanwhile waits for long."""
         queue = make_queue(clock=clock, retention={"cancelled": 60})
@@ -162,6 +165,7 @@ class TestPrune:
             queue.prune(moment, status)
 
 
+@pytest.mark.slow
 def test_the_file_shrinks_when_most_of_it_is_free(make_queue, database, clock):
     """By incremental vacuum, a little at a time; a part of what is free is kept to be used again."""
     repository = SQLiteRepository(database, durability="process", clock=clock)

@@ -58,6 +58,7 @@ def waiting(queue, handle):
 
 
 class TestPolicy:
+    @pytest.mark.every_store
     def test_of_an_executor_makes_its_tasks_wait_ever_longer(self, queue, clock):
         fails = Fails(queue, *[OSError("down")] * 3, retry=RetryPolicy(4, base=10, **STEADY))
         queue.start()
@@ -73,6 +74,7 @@ class TestPolicy:
         outcomes = [attempt.outcome for attempt in handle.task().attempts]
         assert outcomes == ["retried", "retried", "retried", "completed"]
 
+    @pytest.mark.every_store
     def test_nothing_runs_before_its_time(self, queue, clock):
         fails = Fails(queue, OSError(), retry=RetryPolicy(base=10, **STEADY))
         queue.start()
@@ -105,6 +107,7 @@ class TestPolicy:
         assert queue.submit("fails").result(PATIENCE) == "done"
         assert fails.runs == 3
 
+    @pytest.mark.every_store
     def test_spent_attempts_make_a_dead_letter(self, queue):
         Fails(queue, *[OSError()] * 9, retry=RetryPolicy(3, base=0))
         queue.start()
@@ -152,6 +155,7 @@ class TestPolicy:
         assert task.run_at == clock.now() + timedelta(seconds=30)
         assert error.__name__ in caplog.text
 
+    @pytest.mark.every_store
     def test_a_task_that_waits_can_be_cancelled(self, queue, clock):
         fails = Fails(queue, OSError(), retry=RetryPolicy(base=10))
         queue.start()
@@ -190,6 +194,7 @@ class TestPolicy:
 
 
 class TestRetry:
+    @pytest.mark.every_store
     def test_its_delay_wins_over_the_policy(self, queue, clock):
         Fails(queue, Retry("busy", delay=7), retry=RetryPolicy(base=100))
         queue.start()
@@ -216,6 +221,7 @@ class TestRetry:
             queue.submit("fails").result(PATIENCE)
 
 
+@pytest.mark.every_store
 class TestPermanent:
     def test_it_fails_at_once_whatever_is_left(self, queue):
         Fails(queue, Permanent("no such customer"), retry=RetryPolicy(9))
@@ -235,6 +241,7 @@ class TestPermanent:
         assert queue.handle(handle.id).result(PATIENCE) == "done"
 
 
+@pytest.mark.every_store
 class TestSnooze:
     def test_it_runs_again_later_and_spends_nothing(self, queue, clock):
         fails = Fails(queue, Snooze(60), Snooze(60), OSError("down"))

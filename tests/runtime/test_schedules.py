@@ -38,6 +38,8 @@ from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids, whole_round
 
+pytestmark = pytest.mark.every_store
+
 NOON = datetime(2026, 3, 27, 12, tzinfo=timezone.utc)  # two days before the clocks go forward
 HOUR, DAY = 3600, 86400
 
@@ -322,6 +324,7 @@ def test_a_full_buffer_refuses_no_tick(make_queue, clock, busy):
     assert "beat@2026-03-27T12:00:30Z" in ids(queue)
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_hooks_are_told_by_whoever_stored_the_task(make, clock):
     told = []
 
@@ -1058,7 +1061,7 @@ class TestParamsThatTheCodecRefuses:
     def codec(self):
         return Moody()
 
-    @pytest.fixture(params=["memory", "sqlite", "mongo"])
+    @pytest.fixture(params=["memory", "sqlite", "mongomock"])
     def repository(self, request, tmp_path, clock, codec):
         with coded(request.param, tmp_path, clock, codec) as made:
             yield made

@@ -28,6 +28,8 @@ from taskx.testing import ManualClock
 from .conftest import PATIENCE, eventually, whole_round
 from .test_limits import Crowd, linger, started_by
 
+pytestmark = pytest.mark.every_store
+
 
 def nodes(make_queue, count, crowd, worker_num=4, **options):
     """Started queues on one repository that share a limit."""
@@ -596,6 +598,7 @@ def test_a_damaged_note_is_begun_anew(make_queue, repository, caplog, name, text
         assert note is None or repository.put_note(name, None, note.version)
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_what_runs_is_counted_again_after_its_note_was_damaged(make_queue, repository, gate):
     """Or another node would start as many again."""
     crowd = Crowd(gate)

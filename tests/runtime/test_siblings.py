@@ -8,6 +8,8 @@ from taskx import MongoRepository, Queue, SQLiteRepository
 
 from .conftest import PATIENCE, eventually
 
+pytestmark = pytest.mark.every_store
+
 
 @pytest.fixture
 def other(repository, database):

@@ -69,6 +69,7 @@ def test_construction_does_nothing(tmp_path, make_queue):
 # Drain
 
 
+@pytest.mark.every_store
 def test_drain(busy, gate, no_batches):
     queue = busy()
     for n in range(20):
@@ -97,6 +98,7 @@ def test_drain_waits_for_what_executors_submit(make_queue):
     assert ran == list(range(30, -1, -1))
 
 
+@pytest.mark.every_store
 def test_drain_does_not_wait_for_delayed_tasks(started):
     delayed = started.submit("fine", delay=1000)
     assert started.drain(PATIENCE) is True
@@ -113,6 +115,7 @@ def by_hand(make_queue, clock):
     return queue
 
 
+@pytest.mark.every_store
 def test_drain_waits_for_tasks_whose_time_has_come(by_hand, clock):
     """Also where the scheduler has not seen it yet, and where a task waits for its turn as well."""
     for n in range(6):
@@ -124,6 +127,7 @@ def test_drain_waits_for_tasks_whose_time_has_come(by_hand, clock):
     assert by_hand.ran == list(range(6))
 
 
+@pytest.mark.every_store
 def test_drain_waits_for_the_ticks_that_have_come(by_hand, clock):
     """Whenever the schedule was declared; and the next ticks are not waited for."""
     often = by_hand.schedule("often", every(60), "note")
@@ -165,6 +169,7 @@ def test_priority_and_then_order_of_submission(busy, gate):
     assert queue.ran == [n for _, n in sorted(expected)]
 
 
+@pytest.mark.every_store
 def test_order_of_what_lay_in_the_repository(make_queue, no_batches):
     queue = make_queue(worker_num=1, buffer_size=1)
     ran = []
@@ -179,6 +184,7 @@ def test_order_of_what_lay_in_the_repository(make_queue, no_batches):
     assert ran == [n for _, n in sorted(expected)]
 
 
+@pytest.mark.every_store
 def test_due_exactly_at_its_moment(make_queue, database):
     for repository in (MemoryRepository(), SpySQLite(database)):
         clock = ManualClock()
@@ -202,6 +208,7 @@ def test_due_exactly_at_its_moment(make_queue, database):
         repository.close()
 
 
+@pytest.mark.every_store
 def test_run_at_in_the_past_is_now(started):
     task = started.submit("fine").task()
     handle = started.submit("fine", run_at=task.created_at - timedelta(days=1))
@@ -217,6 +224,7 @@ class SetBack(tzinfo):
     dst = utcoffset
 
 
+@pytest.mark.every_store
 def test_the_hour_that_local_clocks_repeat_is_two_hours(make_queue):
     """Each run_at is the moment that it names, and a delay is of real time."""
     clock = ManualClock(datetime(2024, 10, 26, 23, 30, tzinfo=timezone.utc))
@@ -247,6 +255,7 @@ def test_delayed_tasks_need_no_room(busy, gate, clock):
     assert sorted(queue.ran) == [*range(20), 98]
 
 
+@pytest.mark.every_store
 def test_clock_that_is_set_back_and_forth(make_queue):
     """Each runs, once and in its turn, and lasts no time."""
     clock = ManualClock()
@@ -296,6 +305,7 @@ def test_running_tasks_may_end(started, gate, caplog):
     assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
 
 
+@pytest.mark.every_store
 def test_stop_with_cancel_interrupts(started):
     begun = threading.Event()
 
@@ -336,6 +346,7 @@ def test_whatever_an_interrupted_executor_raises(started, error):
     assert (task.status, task.errors, task.interruptions) == (TaskStatus.PENDING, 0, 1)
 
 
+@pytest.mark.every_store
 def test_interrupted_task_runs_again_elsewhere(started, make_queue):
     handle = listening(started)
     started.stop(PATIENCE, cancel=True)
@@ -346,6 +357,7 @@ def test_interrupted_task_runs_again_elsewhere(started, make_queue):
     assert handle.task().starts == 2
 
 
+@pytest.mark.every_store
 def test_cancelled_before_the_stop_it_is_cancelled(started, gate):
     started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
     handle = started.submit("hold")
@@ -357,6 +369,7 @@ def test_cancelled_before_the_stop_it_is_cancelled(started, gate):
     assert handle.task().status is TaskStatus.CANCELLED
 
 
+@pytest.mark.every_store
 def test_stop_returns_by_its_timeout_and_names_what_runs(started, gate, caplog):
     started.executor("stubborn")(lambda: (gate(), "late, and it counts")[1])
     handle = started.submit("stubborn")
@@ -388,6 +401,7 @@ def test_stop_fires_the_tokens_before_its_timeout(started, monkeypatch):
     assert handle.task().interruptions == 1
 
 
+@pytest.mark.every_store
 def test_buffered_tasks_are_handed_back(busy, gate, caplog, make_queue):
     queue = busy()
     handles = [queue.submit("note", {"n": n}) for n in range(5)]
@@ -459,6 +473,7 @@ def test_with_stops_even_when_the_block_raises(queue):
         queue.submit("fine")
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_handles_outlive_the_stop(make_queue):
     clock = ManualClock()
     queue, again = make_queue(clock=clock), make_queue(clock=clock)
@@ -524,6 +539,7 @@ def test_timeout_of_stop_is_checked(queue, timeout):
         assert queue.submit("fine").result(PATIENCE) == "fine"
 
 
+@pytest.mark.every_store
 def test_repository_is_left_open_by_stop_and_closed_by_close(started):
     handle = started.submit("fine")
     started.stop()

@@ -101,6 +101,7 @@ class TestGivenUp:
         clock.advance(0.1)
         assert fails(handle).error == "timed out after 60 s; its thread still runs"
 
+    @pytest.mark.every_store
     def test_the_record_says_where_its_thread_is(self, make, hang):
         queue = make()
         error = fails(hang(queue))
@@ -114,6 +115,7 @@ class TestGivenUp:
         assert (attempt.outcome, attempt.error) == ("failed", error.error)
         assert attempt.worker == task.worker != ""
 
+    @pytest.mark.every_store
     def test_what_comes_of_it_later_is_dropped(self, make, hang, gate, caplog):
         queue = make()
         handle = hang(queue)
@@ -124,6 +126,7 @@ class TestGivenUp:
         eventually(lambda: "its thread has ended now; what came of it is dropped" in caplog.text)
         assert queue._node.engine.runs == {}
 
+    @pytest.mark.every_store
     def test_what_it_stores_later_is_not_stored(self, make_queue, clock, gate):
         queue = make_queue(worker_num=1, clock=clock)
         raised = []
@@ -171,6 +174,7 @@ class TestGivenUp:
         gate.open()
         handle.result(PATIENCE)
 
+    @pytest.mark.every_store
     def test_cancelled_after_its_time_out_it_is_cancelled(self, make, clock, gate):
         """And, let run again, barred all the same."""
         queue = make()
@@ -280,6 +284,7 @@ def with_options(**options):
 # Not again
 
 
+@pytest.mark.every_store
 class TestBarred:
     def test_a_retry_starts_when_the_thread_has_ended(self, make, hang, make_queue, gate):
         queue = make()
@@ -508,6 +513,7 @@ class TestBarred:
         assert handle.result(PATIENCE) == "again"
         assert admitted == [{}]
 
+    @pytest.mark.usefixtures("frequent_looks")
     def test_a_look_that_was_cut_short_is_made_up_for(self, make, hang, gate, monkeypatch):
         queue = make()
         handle = hang(queue, max_attempts=2)
@@ -637,6 +643,7 @@ class TestStop:
         assert (task.status, task.stuck_on, task.starts) == (TaskStatus.PENDING, "", 1)
         assert [stub.id for stub in repository.ready(["hang"], 9)] == ["x"]
 
+    @pytest.mark.every_store
     def test_the_node_stays_until_a_thread_that_submits_has_ended(self, make, clock, gate):
         queue = make(buffer_size=1, overflow="caller_runs")
         hold = threading.Event()

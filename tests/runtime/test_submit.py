@@ -190,11 +190,13 @@ class TestRefused:
             with pytest.raises(ConfigurationError):
                 narrow.submit(thing)
 
+    @pytest.mark.every_store
     def test_duplicate_id(self, narrow):
         narrow.submit("note", id="kept")
         with pytest.raises(DuplicateTask, match="'kept'"):
             narrow.submit("note", id="kept")
 
+    @pytest.mark.every_store
     def test_repository_that_fails(self, narrow):
         narrow.repository.down = True
         try:
@@ -210,6 +212,7 @@ class TestRefused:
         for word in ("buffer_size=2", "overflow"):
             assert word in str(caught.value)
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize(
         ("middle", "error"),
         [
@@ -225,6 +228,7 @@ class TestRefused:
             narrow.submit_many([Task(type="note", id="twice"), middle])
 
 
+@pytest.mark.every_store
 def test_many_with_a_stored_id_in_the_middle_store_none(queue):
     queue.executor("note")(lambda: None)
     queue.submit("note", id="b")
@@ -255,6 +259,7 @@ def test_queue_that_was_stopped_before_it_was_started_takes_nothing(queue):
         queue.start()
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("started", [True, False])
 def test_of_twenty_threads_with_one_id_one_wins(queue, started):
     ran = []
@@ -282,6 +287,7 @@ def test_of_twenty_threads_with_one_id_one_wins(queue, started):
 # Accepted
 
 
+@pytest.mark.every_store
 def test_record_is_as_told(queue):
     queue.executor("note")(lambda n: None)
     moment = datetime(2040, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=2)))
@@ -308,6 +314,7 @@ def test_record_is_as_told(queue):
     assert (task.started_at, task.completed_at, task.result, task.error) == (None, None, None, "")
 
 
+@pytest.mark.every_store
 def test_delay_is_a_run_at(make_queue):
     queue = make_queue()
     queue.executor("note")(lambda: None)
@@ -315,6 +322,7 @@ def test_delay_is_a_run_at(make_queue):
     assert timedelta(seconds=89) < task.run_at - task.created_at <= timedelta(seconds=90)
 
 
+@pytest.mark.every_store
 def test_ids_are_made_and_sort_by_time(queue):
     queue.executor("note")(lambda: None)
     made = [queue.submit("note").id for _ in range(50)]
@@ -340,6 +348,7 @@ ODD_PARAMS = [
 ]
 
 
+@pytest.mark.every_store
 @pytest.mark.parametrize("params", ODD_PARAMS, ids=lambda params: list(params)[-1][:9])
 def test_odd_params_reach_their_executor_as_they_are(queue, params):
     came = []
@@ -444,6 +453,7 @@ def test_options_at_registration_win_over_the_executors_own(queue):
     assert (task.max_attempts, task.timeout) == (3, 1)
 
 
+@pytest.mark.every_store
 def test_many_are_stored_in_one_transaction_in_their_order(queue):
     ran = []
     queue.executor("n")(lambda n: ran.append(n))
@@ -460,6 +470,7 @@ def test_none_submitted_is_none_stored(queue):
     assert queue.repository.batches == []
 
 
+@pytest.mark.every_store
 def test_a_lone_submit_is_one_transaction_of_one_write(queue):
     queue.executor("note")(lambda: None)
     for _ in range(10):
@@ -472,6 +483,7 @@ def test_every_error_is_one_of_taskx():
         assert issubclass(error, TaskxError)
 
 
+@pytest.mark.every_store
 def test_rejected_and_accepted_are_all(make_queue):
     """A thousand submits from fifty threads on a small buffer."""
     queue = make_queue(worker_num=2, buffer_size=10)

@@ -12,6 +12,8 @@ from taskx.runtime import suspects
 
 from .conftest import PATIENCE, eventually
 
+pytestmark = pytest.mark.every_store
+
 
 @pytest.fixture
 def queue(make_queue):
@@ -74,6 +76,7 @@ def test_one_that_may_crash_again_runs_beside_others(queue):
     assert begun(queue, "beside", "suspect", "later")
 
 
+@pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.parametrize("how", ["deleted", "paused"])
 def test_where_the_next_one_does_not_come_the_one_after_it_does(queue, how):
     """Those with a crash to their name take turns; one that waits for its turn may be gone by then."""
@@ -119,6 +122,7 @@ def test_a_stop_does_not_wait(queue):
     assert queue.get_task_status("last").status is TaskStatus.PENDING
 
 
+@pytest.mark.usefixtures("frequent_looks")
 def test_deleted_while_it_waits_it_lets_the_next_one_through(queue):
     queue.start()
     queue.hold("beside")

@@ -24,6 +24,8 @@ from taskx.testing import ManualClock
 
 from .conftest import PATIENCE, eventually, ids
 
+pytestmark = pytest.mark.every_store
+
 KEY = {"unique_key": "report"}
 
 
@@ -200,6 +202,7 @@ class TestConflict:
         assert second.id != first.id
         assert (first.task().params, second.task().params) == ({"n": 1}, {"n": 2})
 
+    @pytest.mark.usefixtures("frequent_looks")
     def test_what_is_replaced_while_it_is_being_started_runs_as_the_new_one(
         self, make_queue, repository
     ):

@@ -46,7 +46,7 @@ class Shelf:
     def open(self, codec=None):
         if self.kind == "sqlite":
             made = SQLiteRepository(self.folder / "tasks.db", clock=self.clock, codec=codec)
-        elif self.kind == "mongo":
+        elif self.kind == "mongomock":
             made = OnMongo(self.database, self.folder, self.clock, codec)
         else:
             made = MemoryRepository(self.clock, codec)
@@ -56,7 +56,7 @@ class Shelf:
 
     def stored(self, task_id="a"):
         """The stored values, of JSON."""
-        if self.kind == "mongo":
+        if self.kind == "mongomock":
             document = self.database.tasks.find_one({"_id": task_id})
             kept = document["taskx"].get("checkpoints")
             return document["params"], document["result"], kept and json.loads(kept)
@@ -70,7 +70,7 @@ class Shelf:
 
     def change(self, params, task_id="a"):
         """Write other params over those that are stored."""
-        if self.kind == "mongo":
+        if self.kind == "mongomock":
             self.database.tasks.update_one({"_id": task_id}, {"$set": {"params": params}})
         elif self.kind == "memory":
             self.rows[task_id]["params"] = json.dumps(params)
@@ -80,7 +80,7 @@ class Shelf:
                 connection.execute(sql, (json.dumps(params), task_id))
 
 
-@pytest.fixture(params=["memory", "sqlite", "mongo"])
+@pytest.fixture(params=["memory", "sqlite", "mongomock"])
 def shelf(request, tmp_path, clock):
     made = Shelf(request.param, tmp_path, clock)
     yield made

@@ -465,6 +465,7 @@ class TestLocksOfOtherUsers:
         yield locks
         locks.release("n1")
 
+    @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_tell_whether_a_node_lives(self, locks):
         inode = locks.hold("n1")
@@ -477,6 +478,7 @@ class TestLocksOfOtherUsers:
         locks.let_go("n1")
         assert as_unprivileged(look, False) == "nothing was raised"
 
+    @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_give_turns_to_a_forked_child_too_which_closes_its_copies(self, path):
         turn = Turnstile(DatabaseFile(str(path), create=True))

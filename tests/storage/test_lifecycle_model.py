@@ -524,12 +524,12 @@ def life_on(kind, examples):
         phases=[Phase.explicit, Phase.generate],  # add Phase.shrink to look into a failure
         suppress_health_check=list(HealthCheck),
     )
-    return machine.TestCase
+    return pytest.mark.slow(machine.TestCase)
 
 
 TestMemoryLife = life_on("memory", 150)
 TestSQLiteLife = life_on("sqlite", 50)
 TestMongoMockLife = life_on("mongomock", 30)
-TestMongoLife = life_on("mongo", 3)
-TestMongoSetLife = life_on("mongo-set", 3)
+TestMongoLife = pytest.mark.mongo(life_on("mongo", 3))
+TestMongoSetLife = pytest.mark.mongo(life_on("mongo-set", 3))
 TestAdapterLife = life_on("adapter", 50)

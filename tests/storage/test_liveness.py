@@ -74,6 +74,7 @@ def test_a_node_of_this_process_lives_until_it_leaves(repository):
     assert alive(repository) == {}
 
 
+@pytest.mark.process
 def test_a_killed_process_is_dead_at_once(repository, path):
     with start_program(HOLD, path) as child:
         assert child.stdout.readline() == "held\n"
@@ -88,6 +89,7 @@ def test_a_killed_process_is_dead_at_once(repository, path):
     assert not lock_files(path)
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_does_not_keep_its_parent_alive(repository, path):
     with start_program(HOLD_AND_FORK, path) as parent:
@@ -101,6 +103,7 @@ def test_a_forked_child_does_not_keep_its_parent_alive(repository, path):
         os.kill(grandchild, signal.SIGKILL)
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_that_ends_does_not_kill_its_parent(repository):
     repository.join(Node(id="n1", name="one"))

@@ -152,6 +152,7 @@ class TestOpening:
             repository.create(task("a"))
             assert (repository.durability, ids(repository)) == ("full", ["a"])
 
+    @pytest.mark.process
     def test_twelve_processes_at_once(self, tmp_path):
         """Each makes the same new file, switches it to WAL and writes: none fails."""
         program = """
@@ -219,6 +220,7 @@ class TestRefusedFiles:
         with SQLiteRepository(tmp_path / "no" / "tasks.db") as repository:
             self.refused(repository, RepositoryUnavailable, f"there is no folder {tmp_path}/no")
 
+    @pytest.mark.process
     @pytest.mark.parametrize("log", ["none", "closed", "left behind"])
     def test_another_programs_database(self, repository, path, log):
         """Be it with or without a write-ahead log, which a reader might write back."""
@@ -267,6 +269,7 @@ class TestRefusedFiles:
         with pytest.raises(RepositoryCorrupt, match="is damaged"):
             repository.list(TaskFilter())
 
+    @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no other user without fork")
     @pytest.mark.parametrize("folder_mode", [0o555, 0o755])
@@ -397,7 +400,7 @@ class TestStatements:
             (statements.select_many(2, "id", "waiting_on"), ("a", "b"), "tasks_waiting"),
             (statements.select_many(2, "id", "unique_lock"), ("a", "b"), "tasks_unique"),
             (statements.NEXT_IN_LINE, ("k",), "tasks_in_line"),
-            (statements.LINES, (1,), "tasks_in_line tasks_turn"),
+            (statements.LINES, ("", 1), "tasks_in_line tasks_turn"),
             (statements.PRIORITIES, ("", "t", "", "t"), "tasks_ready"),
             (statements.STUCK, ("node",), "tasks_stuck"),
             (statements.OWNERS_OF_STUCK, (), "tasks_stuck"),
@@ -535,6 +538,7 @@ def turnstile_of(path):
 class TestTurns:
     """Processes that write without pause take turns."""
 
+    @pytest.mark.process
     def test_each_gets_its_share_and_waits_for_one_turn(self, path):
         """With transactions so long that the busy handler alone would starve one for seconds."""
         program = """
@@ -685,6 +689,7 @@ class TestDurability:
         repository.apply(writes)
         return {1: "NORMAL", 2: "FULL"}[levels[0]]
 
+    @pytest.mark.process
     @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to see syncs with")
     def test_the_disk_is_really_synced(self, path):
         program = """
@@ -807,6 +812,7 @@ class TestDiskFull:
         assert list(repository.apply(batch)) == [True, True]
         assert ids(repository) == ["a", "big", "small"]
 
+    @pytest.mark.process
     def test_a_file_that_may_not_grow(self, path):
         """A real refusal of the operating system, by a limit on file sizes."""
         program = """
@@ -872,6 +878,7 @@ class TestDamage:
         assert ids(repository) == []
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_has_connections_of_its_own(repository):
@@ -890,6 +897,7 @@ def test_a_forked_child_has_connections_of_its_own(repository):
     assert ids(repository) == ["a", "b", "c"]
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_what_a_forked_child_stores_outlives_the_parents_close(repository, path):
@@ -916,6 +924,7 @@ def test_what_a_forked_child_stores_outlives_the_parents_close(repository, path)
     assert ids(repository) == ["a", "b", "c"]
 
 
+@pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_fork_waits_for_who_writes_and_who_reads(repository):

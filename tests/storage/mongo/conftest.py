@@ -10,16 +10,16 @@ import mongomock
 import pymongo
 import pytest
 from mongo_proxy import Proxy
-from mongo_server import new_database, shared
+from mongo_server import new_database
 
 from taskx import MongoRepository
 from taskx.core import lifecycle
 
 
 @pytest.fixture
-def url() -> str:
+def url(mongo_server: Callable[[str], str]) -> str:
     """Where a server is: a standalone one, which offers least, or the one the environment names."""
-    return shared("standalone")
+    return mongo_server("standalone")
 
 
 @pytest.fixture

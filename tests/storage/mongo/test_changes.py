@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from mongo_server import REAL, new_database, shared
+from mongo_server import REAL, new_database
 
 from taskx import Task
 from taskx.core import lifecycle
@@ -18,11 +18,11 @@ PATIENCE = 20.0
 
 
 @pytest.fixture
-def url():
+def url(mongo_server):
     """A server with change streams: as with MongoDB, a standalone one has none."""
     if REAL:
         pytest.skip("whether it has change streams is not known")
-    return shared("set")
+    return mongo_server("set")
 
 
 def until(condition, timeout=PATIENCE):
@@ -94,11 +94,11 @@ def test_without_a_stream_perhaps_once_in_an_interval(make, mock):
     assert answers.count(True) == 3
 
 
-def test_a_standalone_server_has_none(make):
+def test_a_standalone_server_has_none(mongo_server, make):
     """It is asked once, and not again."""
     if REAL:
         pytest.skip("whether it has change streams is not known")
-    database = new_database(shared("standalone"))
+    database = new_database(mongo_server("standalone"))
     repository = make(database)
     assert repository.changed()
     until(lambda: not repository._changes._can_watch)

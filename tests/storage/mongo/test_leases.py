@@ -350,6 +350,7 @@ sys.stdin.readline()
 """
 
 
+@pytest.mark.process
 class TestOnOneHost:
     """The kernel tells, at once."""
 

@@ -211,6 +211,7 @@ def test_a_forked_child_has_connections_of_its_own(url, database, tmp_path):
 
 
 class TestWithoutPymongo:
+    @pytest.mark.process
     @pytest.mark.parametrize(
         "call", ["taskx.MongoRepository(object())", "taskx.open_repository('mongodb://h/db')"]
     )
@@ -227,6 +228,7 @@ except taskx.ConfigurationError as error:
         ran = run_program(program)
         assert "pip install 'taskx-queue[mongo]'" in ran.stdout, ran.stderr
 
+    @pytest.mark.process
     def test_the_name_is_public_all_the_same(self):
         assert "MongoRepository" in dir(taskx)
         ran = run_program("import sys; sys.modules['pymongo'] = None; from taskx import *")

@@ -8,7 +8,7 @@ import time
 import pymongo
 import pytest
 from mongo_proxy import swallowing
-from mongo_server import REAL, free_port, shared
+from mongo_server import REAL, free_port
 
 from taskx import (
     ConfigurationError,
@@ -28,11 +28,11 @@ FINE = lifecycle.Ending(returned=True, result="1")
 
 
 @pytest.fixture(params=["standalone", "set"])
-def url(request):
+def url(request, mongo_server):
     """A server of each kind: beside a set the driver itself sends again what was lost."""
     if REAL and request.param == "set":
         pytest.skip("there is one real server, which has run the test")
-    return shared(request.param)
+    return mongo_server(request.param)
 
 
 @pytest.fixture

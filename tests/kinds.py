@@ -1,0 +1,121 @@
+"""The kinds of tests that ``make quick`` leaves out.
+
+``conftest.py`` registers this module as a plugin. It marks a test by what the test uses, fails a test
+without the mark that it needs, and tells how many tests of each kind were left out. ``setup.cfg``
+declares the marks.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+#: A test has the first of these that fits when tests are counted.
+KINDS = ("campaign", "mongo", "process", "slow")
+
+#: A test that uses one of these fixtures is of this kind.
+BY_FIXTURE = {"mongo_server": "mongo", "spawn": "process"}
+
+#: A test with one of these parameters is of this kind.
+BY_PARAMETER = dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "set"), "mongo")
+
+#: A test in one of these folders is of this kind.
+TESTS = Path(__file__).parent
+BY_FOLDER = {TESTS / "campaign": "campaign", TESTS / "storage" / "mongo": "mongo"}
+
+#: The audit event of a test that uses a shared server, which an earlier test may have started.
+SERVER_USED = "taskx.tests.server_used"
+
+#: Audit events that a test needs a mark for.
+NEEDS_MARK = {
+    SERVER_USED: "uses a MongoDB server: mark it with @pytest.mark.mongo",
+    "os.fork": "forks: mark it with @pytest.mark.process",
+    "os.forkpty": "forks: mark it with @pytest.mark.process",
+    "os.posix_spawn": "starts a program: mark it with @pytest.mark.process",
+    "os.system": "starts a program: mark it with @pytest.mark.process",
+    "subprocess.Popen": "starts a program: mark it with @pytest.mark.process",
+}
+
+_heard: set[str] = set()
+_left_out: Counter[str] = Counter()
+
+
+def _hear(event: str, args: Any) -> None:
+    if event in NEEDS_MARK:
+        _heard.add(event)
+
+
+sys.addaudithook(_hear)
+
+
+def marks_of(item: pytest.Item) -> Iterator[str]:
+    """Yield the marks that follow from what a test uses and where it is."""
+    for fixture in getattr(item, "fixturenames", ()):
+        if fixture in BY_FIXTURE:
+            yield BY_FIXTURE[fixture]
+    if callspec := getattr(item, "callspec", None):
+        for value in callspec.params.values():
+            if isinstance(value, str) and value in BY_PARAMETER:
+                yield BY_PARAMETER[value]
+    for folder in item.path.parents:
+        if folder in BY_FOLDER:
+            yield BY_FOLDER[folder]
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marks
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in set(marks_of(item)):
+            item.add_marker(mark)
+
+
+# The guard
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup() -> None:
+    _heard.clear()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """Fail a test that lacks the mark it needs, in every run and not only in a quick one."""
+    yield
+    if _heard and not any(map(item.get_closest_marker, KINDS[:-1])):
+        done = "; ".join(f"this test {NEEDS_MARK[event]}" for event in sorted(_heard))
+        pytest.fail(done, pytrace=False)
+
+
+# The count
+
+
+def pytest_deselected(items: list[pytest.Item]) -> None:
+    for item in items:
+        for kind in KINDS:
+            if item.get_closest_marker(kind):
+                _left_out[kind] += 1
+                break
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    if hasattr(session.config, "workeroutput"):  # one of several processes tells the first one
+        session.config.workeroutput["left_out"] = dict(_left_out)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over the count of another process: each of them collects the same tests."""
+    _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}) if not _left_out else {})
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _left_out and terminalreporter.config.option.markexpr:
+        counts = ", ".join(f"{_left_out[kind]} {kind}" for kind in KINDS if _left_out[kind])
+        terminalreporter.write_line(
+            f"left out: {counts}; CONTRIBUTING.rst describes these kinds, make test runs them"
+        )
