@@ -48,7 +48,7 @@ from taskx.storage.urls import open_repository
 if TYPE_CHECKING:
     from taskx.storage.mongo import MongoRepository
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "Attempt",
