@@ -591,17 +591,24 @@ def _archive(task: Task, now: int, outcome: str, ending: Ending) -> str:
 
 
 def rescue(
-    tasks: list[Task], now: int, *, stopping: bool, isolated: Collection[str] = ()
+    tasks: list[Task],
+    now: int,
+    *,
+    stopping: bool,
+    isolated: Collection[str] = (),
+    executing: Collection[str] | None = None,
 ) -> list[list[Update]]:
     """Take back the tasks that ran on a node that died; for each its alternatives.
 
     A node that was stopping interrupted them. Otherwise each counts a crash, but where a suspect (a
     task with a crash to its name) ran among them it is held to be the culprit, and the others were
     interrupted. Tasks of ``isolated`` types ran in child processes, where what they do is no harm to
-    the node: of them nothing is thought as long as any other ran. A task that allows a single crash
-    never starts again, whoever was the culprit.
+    the node: of them nothing is thought as long as any other ran. Nor of those that are not among the
+    ids in ``executing``: no thread was executing them (None: that is not known). A task that allows a
+    single crash never starts again, whoever was the culprit.
     """
-    judged = [task for task in tasks if task.type not in isolated] or tasks
+    ran = [task for task in tasks if executing is None or task.id in executing]
+    judged = [task for task in ran if task.type not in isolated] or ran
     suspects = any(task.crashes for task in judged)
     return [
         _rescue(
@@ -617,7 +624,9 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     crashed = crashed or _crashes_allowed(task) == 1
     ending = Ending(
         returned=False,
-        error="the process that ran it died" if crashed else "its process ended while it ran",
+        error="the process that ran it died"
+        if crashed
+        else "its process ended after it had started",
         worker=task.worker or task.owner,
     )
     if crashed:

@@ -25,6 +25,7 @@ from taskx.runtime.runner import Run, broken
 from taskx.runtime.starter import Services, Starter
 from taskx.runtime.stuck import Stuck
 from taskx.storage.base import Node
+from taskx.storage.began import Began
 
 #: Most tasks started in one transaction, when tasks have lately been short.
 MAX_AHEAD = 32
@@ -59,6 +60,8 @@ class Engine:
         self.node = node
         self.buffer = buffer
         self.stopping = False
+        #: Where it is noted which tasks are begun, if it is.
+        self.began: Began | None = None
         #: Set when the workers may run tasks.
         self.begun = threading.Event()
         self.admission = Admission(
@@ -235,9 +238,15 @@ class Engine:
         if self.hooks.started:
             self.hooks.tell_changed(self.hooks.started, run.task, {})
         self.buffer.executing[run.task.id] = time.monotonic()
-        if run.task.timeout is not None:
-            run.overdue = self.stuck.watch(run, worker)
-        return self.services.runner.run(run, worker)
+        began = self.began
+        cell = 0 if began is None else began.begin(run.task.id, run.task.starts)
+        try:
+            if run.task.timeout is not None:
+                run.overdue = self.stuck.watch(run, worker)
+            return self.services.runner.run(run, worker)
+        finally:
+            if began is not None:
+                began.end(cell)
 
     def _defer(self, run: Run, ending: Ending) -> None:
         now = self.services.clock.now_ms()

@@ -86,6 +86,7 @@ class LocalNode:
             )
         services.repository.join(self.record)
         try:
+            self.engine.began = services.repository.began(self.record.id)
             services.repository.watch_lease(self.record.id, self.engine.lose_lease)
             self._recovery.recover()
             services.pauses.look()

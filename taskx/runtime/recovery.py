@@ -120,7 +120,11 @@ class Recovery:
     def _rescue(self, node: Node, tasks: Sequence[Task]) -> None:
         now = self._services.clock.now_ms()
         isolated = self._services.registry.isolated
-        rescues = lifecycle.rescue(list(tasks), now, stopping=node.stopping, isolated=isolated)
+        began = self._services.repository.began(node.id)
+        executing = {task.id for task in tasks if began is None or (task.id, task.starts) in began}
+        rescues = lifecycle.rescue(
+            list(tasks), now, stopping=node.stopping, isolated=isolated, executing=executing
+        )
         # One transaction: half a rescue would count the other half's neighbours wrongly.
         writes = [write for alternatives in rescues for write in alternatives]
         results = self._services.ledger.commit(writes)

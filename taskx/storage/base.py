@@ -33,6 +33,7 @@ from taskx.core.payload import clean_text
 from taskx.core.record import Stub, optional_ms, policy_to_text
 from taskx.core.retry import check_policy
 from taskx.core.writes import Write
+from taskx.storage.began import Began
 
 #: Among how many tasks that may start, those stored first, the one is sought that waits longest.
 OLDEST = 1000
@@ -292,6 +293,13 @@ class Repository(TaskRepository):
     def is_dead(self, node: str) -> bool:
         """Whether a node that was seen to be dead is so still; asked after its tasks were read."""
         return True
+
+    def began(self, node: str) -> Began | None:
+        """Which tasks the threads of a node began last: a place to note it, or what a dead one noted.
+
+        None where that is kept nowhere, or cannot be told here: it may have been all of them.
+        """
+        return None
 
     @abstractmethod
     def mark_stopping(self, node: str) -> None:

@@ -435,6 +435,23 @@ def counts(task: Task) -> tuple[str, int, int]:
 
 
 class TestRescue:
+    def test_what_no_thread_was_executing_is_interrupted_and_no_suspect(self):
+        suspect, culprit, waited = (
+            make("running", id="suspect", crashes=1),
+            make("running", id="culprit"),
+            make("running", id="waited"),
+        )
+        afterwards = rescue(suspect, culprit, waited, executing={"culprit"})
+        assert [(t.crashes, t.interruptions) for t in afterwards] == [(1, 1), (1, 0), (0, 1)]
+
+    def test_where_no_thread_was_executing_anything_nothing_has_crashed(self):
+        [after] = rescue(make("running"), executing=set())
+        assert (after.crashes, after.interruptions) == (0, 1)
+
+    def test_a_task_that_allows_one_crash_never_runs_again_whether_it_was_executed_or_not(self):
+        [after] = rescue(make("running", max_crashes=1), executing=set())
+        assert (after.status, after.crashes) == (TaskStatus.FAILED, 1)
+
     """What becomes of the tasks that ran on a node that died."""
 
     def test_each_counts_a_crash_where_none_is_suspect(self):

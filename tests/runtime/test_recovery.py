@@ -10,7 +10,7 @@ from collections import Counter
 
 import pytest
 
-from taskx import Config, Queue, SQLiteRepository, TaskStatus
+from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
 
 from .conftest import PATIENCE, eventually, is_intact, run_in_thread
 
@@ -19,7 +19,7 @@ from .conftest import PATIENCE, eventually, is_intact, run_in_thread
 PROGRAM = """
 import itertools, os, signal, sys, threading, time
 import taskx.queue
-from taskx import Config, Queue, SQLiteRepository
+from taskx import Config, Queue, SQLiteRepository, Task
 
 taskx.queue.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
 path = sys.argv[1]
@@ -135,6 +135,36 @@ wait_for_ever()
         if task.type == "work":
             assert (task.crashes, task.errors, len(task.attempts)) == (0, 0, 1)
     assert logged(database)["begun 0"] == 1
+
+
+def test_what_was_started_and_not_executed_yet_has_not_crashed(run, runner, database):
+    child = run(
+        """
+@queue.executor()
+def fall(ctx, n):
+    note("ran", n)
+    if queue._node.engine.buffer.ahead:  # others were started with it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+queue.submit_many([Task(type="fall", params={"n": n}) for n in range(500)])
+queue.start()
+wait_for_ever()
+"""
+    )
+    assert child.process.wait(PATIENCE) == -signal.SIGKILL
+    runner.executor("fall")(lambda n: runner.ran.append(n))
+    executed = logged(database)
+    runner.start()
+    assert runner.drain(60)
+    tasks = runner.repository.list(TaskFilter(limit=1000))
+    assert {task.status for task in tasks} == {TaskStatus.COMPLETED}
+    crashed = [task for task in tasks if task.crashes]
+    assert 1 <= len(crashed) <= 2  # there are two workers
+    assert all(executed[f"ran {task.params['n']}"] for task in crashed)
+    waited = [t for t in tasks if t.interruptions and not executed[f"ran {t.params['n']}"]]
+    assert waited
+    for task in waited:
+        assert [a.outcome for a in task.attempts] == ["interrupted", "completed"]
 
 
 def test_killed_again_and_again_nothing_is_lost(run, runner, database):

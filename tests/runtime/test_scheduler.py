@@ -132,6 +132,27 @@ def queue_recovery(queue):
     return LocalNode(queue._services, Config(), lambda: None)._recovery
 
 
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("crashes", "cancelled", "says"),
+    [
+        (0, False, "it runs again"),
+        (0, True, "it is cancelled, as was asked for"),
+        (2, False, "failed for good"),
+    ],
+)
+def test_the_log_says_what_becomes_of_a_task_whose_process_died(
+    make_queue, repository, dead, caplog, crashes, cancelled, says
+):
+    insert = waiting("victim")
+    insert.row["crashes"] = crashes
+    start = Update("victim", {}, {"status": "running", "starts": 1, "max_crashes": 3})
+    dead([insert, start, *(lifecycle.cancel("victim", 2000) if cancelled else ())])
+    queue_recovery(make_queue()).recover()
+    [line] = [r.getMessage() for r in caplog.records if "which died" in r.getMessage()]
+    assert line == f"task victim was running on the dead one, which died: {says}"
+
+
 # Lines and parents
 
 

@@ -12,6 +12,7 @@ import stat
 import tempfile
 
 from taskx.core.errors import RepositoryUnavailable
+from taskx.storage.began import Began
 from taskx.storage.sqlite.liveness import NodeLocks
 
 
@@ -43,6 +44,13 @@ class HostLocks:
         except OSError:
             return None
         return locks.alive(node, inode) if host == here else None
+
+    def began(self, node: str) -> Began | None:
+        """Which tasks the threads of a node of this host began last."""
+        try:
+            return self._open()[0].began(node)
+        except OSError:
+            return None
 
     def release(self, node: str) -> None:
         """Give up one's own lock, or clear away that of a dead node of this host."""

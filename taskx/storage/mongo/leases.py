@@ -24,6 +24,7 @@ from pymongo.errors import DuplicateKeyError
 from taskx.core.errors import RepositoryError
 from taskx.core.log import log
 from taskx.storage.base import Node
+from taskx.storage.began import Began
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import Document
 from taskx.storage.mongo.hosts import HostLocks
@@ -103,6 +104,10 @@ class Leases:
 
     def _delete(self, wanted: Document) -> None:
         self._connection.run(lambda: self._connection.nodes.delete_one(wanted))
+
+    def began(self, node: str) -> Began | None:
+        """Which tasks the threads of a node began last; None of one on another host."""
+        return self._locks.began(node)
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""

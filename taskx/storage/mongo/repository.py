@@ -16,6 +16,7 @@ from taskx.core.model import Task, TaskFilter
 from taskx.core.record import UNIQUE, Stub
 from taskx.core.writes import Delete, Insert, Update, Write, shows
 from taskx.storage.base import Node, Note, Repository
+from taskx.storage.began import Began
 
 if TYPE_CHECKING:
     from pymongo.database import Database
@@ -320,6 +321,10 @@ class MongoRepository(Repository):
     def watch_lease(self, node: str, lost: Callable[[], object]) -> None:
         """Have ``lost()`` called when this process may no longer run what the node runs."""
         self._leases.watch(node, lost)
+
+    def began(self, node: str) -> Began | None:
+        """Which tasks the threads of a node began last; None of one on another host."""
+        return self._leases.began(node)
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from contextlib import suppress
 
 from taskx.core.errors import RepositoryUnavailable
+from taskx.storage.began import Began
 
 try:
     import fcntl
@@ -141,10 +142,16 @@ class NodeLocks:
             return {name for name, extension in parts if extension == ".lock"}
         return set()
 
+    def began(self, node: str) -> Began | None:
+        """Which tasks the threads of a node began last: to be noted by one of this process's, else read."""
+        path = os.path.join(self.folder, f"{node}.began")
+        return Began.make(path) if node in _held else Began.read(path)
+
     def release(self, node: str) -> None:
-        """Give up one's own lock, or clear away a dead node's file."""
-        with suppress(OSError):  # gone already: another process cleared it away
-            os.unlink(self._path(node))
+        """Give up one's own lock, or clear away a dead node's files."""
+        for name in (self._path(node), os.path.join(self.folder, f"{node}.began")):
+            with suppress(OSError):  # gone already: another process cleared it away
+                os.unlink(name)
         self.let_go(node)
 
     def let_go(self, node: str) -> None:

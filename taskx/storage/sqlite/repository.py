@@ -25,6 +25,7 @@ from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Stub, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
 from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
+from taskx.storage.began import Began
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.file import DatabaseFile
@@ -485,6 +486,10 @@ class SQLiteRepository(Repository):
 
     def _on_record(self) -> set[str]:
         return {*turnstile.NAMES, *(node for (node,) in self._rows("SELECT id FROM nodes"))}
+
+    def began(self, node: str) -> Began | None:
+        """Which tasks the threads of a node began last."""
+        return self._locks.began(node)
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""
