@@ -160,7 +160,7 @@ wait_for_ever()
     assert {task.status for task in tasks} == {TaskStatus.COMPLETED}
     crashed = [task for task in tasks if task.crashes]
     assert 1 <= len(crashed) <= 2  # there are two workers
-    assert all(executed[f"ran {task.params['n']}"] for task in crashed)
+    assert any(executed[f"ran {task.params['n']}"] for task in crashed)
     waited = [t for t in tasks if t.interruptions and not executed[f"ran {t.params['n']}"]]
     assert waited
     for task in waited:
