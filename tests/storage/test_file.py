@@ -243,6 +243,21 @@ class TestWhichFile:
         with pytest.raises(RepositoryUnavailable, match="replaced by another file"), reader():
             reader().__enter__()
 
+    @pytest.mark.parametrize("create", [True, False])
+    def test_a_file_that_is_deleted_before_it_is_opened_again_is_not_made(
+        self, open_at, path, repository, monkeypatch, create
+    ):
+        """Nor one that is not to be made, when it is deleted after the look."""
+        if not create:
+            repository = open_at(path, create=False)
+        else:
+            repository._discard_writer()
+        connections = repository._connections
+        monkeypatch.setattr(connections, "_check_before_touching", path.unlink)
+        with pytest.raises(RepositoryUnavailable, match="cannot be opened: it is missing"):
+            repository.create(task("b"))
+        assert not path.exists()
+
     def test_a_closed_repository_opens_what_is_there_by_then(self, path, repository):
         other = copy_of(path, path.with_name("copy.db"))
         with SQLiteRepository(other) as its_own:
@@ -440,8 +455,15 @@ class TestBusyTimeout:
         theirs.enter(0)
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
+            said = []
+            repository._connections.writer().set_trace_callback(said.append)
             with pytest.raises(RepositoryUnavailable, match="locked for 60 s"):
                 repository.create(task("b"))  # at once: the 60 s have passed at the turnstile
+        begin = said.index("BEGIN IMMEDIATE")
+        assert said[begin - 1 : begin + 2 : 2] == [
+            "PRAGMA busy_timeout = 0",
+            "PRAGMA busy_timeout = 60000",
+        ]
         theirs.leave()
         repository.create(task("c"))
         assert ids(repository) == ["a", "c"]
@@ -548,6 +570,21 @@ class TestOrphanedLockFiles:
         repository.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["elsewhere", "n1"]
         repository.leave("n1")
+
+    def test_that_of_a_node_in_the_place_of_one_stays(self, locks, monkeypatch):
+        """Another process removed the orphan between the opening and the locking."""
+        locked = liveness._locked
+
+        def lock_too_late(path):
+            fd = locked(path)
+            os.unlink(path)
+            Path(path).touch()
+            return fd
+
+        Path(locks._path("n1")).touch()
+        monkeypatch.setattr(liveness, "_locked", lock_too_late)
+        locks.clear_orphans(7, lambda: set(turnstile.NAMES))
+        assert self.left(locks) == ["n1"]
 
     def test_a_node_that_joins_makes_another_file_if_its_own_was_taken_for_one(
         self, locks, monkeypatch
