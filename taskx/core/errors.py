@@ -144,7 +144,10 @@ class RepositoryError(TaskxError):
 
 
 class RepositoryUnavailable(RepositoryError):
-    """The repository cannot be used now (locked too long, disk full, unreachable); try again later.
+    """The repository cannot be used now; try again later.
+
+    It is locked for too long, or unreachable, the disk is full, or the SQLite file is absent, or was moved,
+    deleted or replaced.
 
     Attributes:
         in_doubt: True if a write was sent to a server that did not answer, so that it may have been

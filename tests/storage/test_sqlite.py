@@ -132,7 +132,7 @@ class TestOpening:
                 repository.create(task("a"))
             assert (tmp_path / name).exists()
 
-    @pytest.mark.parametrize("path", ["", ":memory:", b"bytes", None, 5])
+    @pytest.mark.parametrize("path", ["", ":memory:", "nul\0byte", b"bytes", None, 5])
     def test_what_is_no_path_is_refused(self, path):
         with pytest.raises((ConfigurationError, TypeError)):
             SQLiteRepository(path)

@@ -108,7 +108,7 @@ class DatabaseFile:
         except OSError as error:
             raise RepositoryUnavailable(
                 f"{self.path} cannot be looked at ({error}); nothing was stored. "
-                "Check the permissions of its folder"
+                "Check the path, and the permissions of its folder"
             ) from error
         return seen.st_dev, seen.st_ino
 

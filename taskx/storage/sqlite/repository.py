@@ -79,7 +79,7 @@ class SQLiteRepository(Repository):
     ) -> None:
         super().__init__(clock, codec)
         self.path = os.fspath(path)
-        if not isinstance(self.path, str) or not self.path or self.path == ":memory:":
+        if not isinstance(self.path, str) or self.path in ("", ":memory:") or "\0" in self.path:
             raise ConfigurationError(
                 f"SQLiteRepository needs the path of a file, not {path!r}; "
                 "for tasks in memory there is MemoryRepository"
