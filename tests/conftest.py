@@ -26,6 +26,14 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(kinds)
 
 
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Refuse parameters in no order: several processes must collect the same tests."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        if any(isinstance(values, (set, frozenset)) for values in mark.args[1:]):
+            name = metafunc.definition.name
+            pytest.fail(f"{name}: sort the parameters {mark.args[0]}", pytrace=False)
+
+
 @pytest.fixture
 def mongo_server() -> Callable[[str], str]:
     """Gives the URL of a shared MongoDB server of a kind, "set" or "standalone"."""

@@ -329,7 +329,7 @@ class TestLoss:
 
 
 class TestCreateFalse:
-    @pytest.mark.parametrize("name", OPERATIONS.keys() - {"ensure_there"})
+    @pytest.mark.parametrize("name", sorted(OPERATIONS.keys() - {"ensure_there"}))
     @pytest.mark.parametrize("where", ["tasks.db", "no/such/folder/tasks.db"])
     def test_an_absent_file_is_an_error_and_nothing_is_made(self, open_at, tmp_path, name, where):
         repository = open_at(tmp_path / where, create=False)
