@@ -364,10 +364,11 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
         "completed_at": now,
         "error": f"its parent {bad} {_WORDS.get(statuses.get(bad, ''), 'is gone')}",
         "waiting_on": None,
-        "unique_lock": None,
     }
     if child.on_parent_failure == "fail":
-        changes.update(status=FAILED, dead_letter=1)
+        changes.update(status=FAILED, dead_letter=1, **unique.freed_by_end(child))
+    else:
+        changes["unique_lock"] = None  # as of any task that is cancelled before it starts
     return Update(child.id, guard, changes)
 
 
@@ -876,6 +877,8 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
     if not stored.stuck_on:  # else it keeps it as long as its thread runs
         changes["turn"] = None
     changes.update(unique.freed_by_end(stored))
+    if stored.status is TaskStatus.PENDING:  # cancelled: see cancel
+        changes["unique_lock"] = None
     if status is TaskStatus.COMPLETED:
         changes["progress"] = 100
     return changes

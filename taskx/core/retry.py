@@ -118,7 +118,8 @@ class RetryPolicy:
         base: seconds that the wait is made of.
         max_delay: the longest wait, in seconds.
         jitter: a wait is longer or shorter by up to this fraction of itself, by chance, so that what
-            failed together does not come back together.
+            failed together does not come back together. A wait never exceeds ``max_delay``: one that
+            has reached it is shorter by up to this fraction, by chance.
         retry_on: the only exceptions after which there is another attempt; empty for all. Classes,
             or their names (``"requests.exceptions.Timeout"``, for a builtin ``"OSError"``);
             subclasses are meant, too. If the module is imported already, any name will do by which
@@ -161,7 +162,11 @@ class RetryPolicy:
             seconds = check_number(self.backoff(attempt), "what backoff returns")
         else:
             seconds = _CURVES[self.backoff](self.base, attempt)
-        return min(seconds * (1 + self.jitter * (2 * chance - 1)), self.max_delay)
+        # By chance below the longest wait, too: a thousand tasks that all wait for it come back apart.
+        seconds = min(seconds, self.max_delay)
+        shortest = seconds * (1 - self.jitter)
+        longest = min(seconds * (1 + self.jitter), self.max_delay)
+        return min(shortest + chance * (longest - shortest), self.max_delay)
 
     def to_dict(self) -> dict[str, Any]:
         """The policy as JSON values.

@@ -48,6 +48,16 @@ class TestDelay:
         policy = RetryPolicy(backoff="fixed", base=10, jitter=0.25)
         assert policy.delay(1, chance) == wait
 
+    @pytest.mark.parametrize("backoff", ["exponential", "fixed"])
+    def test_the_longest_wait_is_shortened_by_jitter(self, backoff):
+        policy = RetryPolicy(backoff=backoff, base=60, max_delay=60, jitter=0.5)
+        for attempt in (1, 5, 1000):
+            assert [policy.delay(attempt, chance) for chance in (0.0, 0.5, 1.0)] == [30, 45, 60]
+
+    def test_a_wait_just_below_the_longest_keeps_its_place_in_between(self):
+        policy = RetryPolicy(backoff="fixed", base=50, max_delay=60, jitter=0.5)
+        assert [policy.delay(1, chance) for chance in (0.0, 1.0)] == [25, 60]
+
     @given(policies, st.integers(1, 10**9), st.floats(0, 1))
     @example(RetryPolicy(base=MAX_WAIT, max_delay=0, jitter=1), 10**9, 0.0)
     def test_it_is_never_negative_nor_beyond_the_longest(self, policy, attempt, chance):

@@ -104,6 +104,38 @@ class TestScope:
             queue.submit_many([Task(type="fine", **KEY)])
         assert e.value.task_id == second.id
 
+    @pytest.mark.parametrize("scope", ["ever", 3600])
+    @pytest.mark.parametrize("culprit", ["its executor", "its parent"])
+    def test_a_dead_letter_keeps_it_whoever_failed(self, queue, scope, culprit):
+        queue.executor("bad")(lambda: 1 / 0)
+        queue.start()
+        parents = [queue.submit("bad")] if culprit == "its parent" else []
+        first = queue.submit(
+            "bad", **KEY, unique_scope=scope, depends_on=parents, on_parent_failure="fail"
+        )
+        assert first.exception(PATIENCE)
+        with pytest.raises(DuplicateTask) as error:
+            queue.submit("bad", **KEY)
+        assert error.value.task_id == first.id
+        queue.requeue(first.id)  # nobody has taken its key meanwhile
+
+    def test_a_dead_letter_of_its_parent_frees_the_key_of_unfinished_ones(self, queue):
+        queue.executor("bad")(lambda: 1 / 0)
+        queue.start()
+        parent = queue.submit("bad")
+        first = queue.submit("bad", **KEY, depends_on=[parent], on_parent_failure="fail")
+        assert first.exception(PATIENCE)
+        queue.submit("bad", **KEY, delay=3600)
+
+    @pytest.mark.parametrize("by_hand", [True, False])
+    def test_a_pending_task_that_is_cancelled_frees_it(self, quiet, by_hand):
+        first = quiet.submit("fine", **KEY, unique_scope="ever")
+        if by_hand:
+            quiet.repository.update_status(first.id, TaskStatus.CANCELLED)
+        else:
+            first.cancel()
+        quiet.submit("fine", **KEY)
+
     @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
     def test_cancelled_while_it_is_pending_it_gives_it_up(self, quiet, scope):
         quiet.submit("fine", **KEY, unique_scope=scope).cancel()
