@@ -717,9 +717,14 @@ class Queue:
         return self.list_tasks(dead(filter))
 
     def requeue_dead_letters(self, filter: TaskFilter | None = None) -> int:
-        """Have every dead letter that meets a filter run again; returns how many.
+        """Have dead letters run again: all that meet a filter, or the newest ones if it has a limit.
 
-        Those that fail again meanwhile are left alone. Offset and limit of the filter do not count.
+        They are those that :meth:`dead_letters` lists, but for the limit of 100, which applies to lists
+        only: to requeue a few of many, give the filter a limit. Those that fail again meanwhile are left
+        alone.
+
+        Returns:
+            how many run again.
 
         Raises:
             ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
@@ -728,9 +733,12 @@ class Queue:
         return self._operations.requeue_dead_letters(filter)
 
     def discard_dead_letters(self, filter: TaskFilter | None = None) -> int:
-        """Remove every dead letter that meets a filter; returns how many.
+        """Remove dead letters: all that meet a filter, or the newest ones if it has a limit.
 
-        Offset and limit of the filter do not count.
+        They are chosen as by :meth:`requeue_dead_letters`.
+
+        Returns:
+            how many were removed.
 
         Raises:
             ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.

@@ -310,8 +310,12 @@ def _moment(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 _MAX_COUNT = 2**62  # the sum of two still fits into what databases count with
 
 
+class _DefaultLimit(int):
+    """The limit of a filter for which none was given: it is one of lists only."""
+
+
 def _count(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if type(value) is not int or not 0 <= value <= _MAX_COUNT:
+    if type(value) not in (int, _DefaultLimit) or not 0 <= value <= _MAX_COUNT:
         raise ConfigurationError(f"{attribute.name} must be a whole number from 0, not {value!r}")
 
 
@@ -339,7 +343,7 @@ class TaskFilter:
         start_date: tasks created at or after this aware datetime.
         end_date: tasks created before or at this aware datetime.
         offset: how many to pass over.
-        limit: how many at most.
+        limit: how many at most; a list has 100 where it is not given.
 
     Raises:
         ConfigurationError: a naive datetime, a negative offset or limit, an unknown status.
@@ -351,7 +355,12 @@ class TaskFilter:
     start_date: datetime | None = attrs.field(default=None, validator=_moment)
     end_date: datetime | None = attrs.field(default=None, validator=_moment)
     offset: int = attrs.field(default=0, validator=_count)
-    limit: int = attrs.field(default=100, validator=_count)
+    limit: int = attrs.field(default=_DefaultLimit(100), validator=_count)
+
+    @property
+    def limited(self) -> bool:
+        """True if a limit was given."""
+        return type(self.limit) is not _DefaultLimit
 
     def matches(self, task: Task) -> bool:
         """Whether a task meets every condition: for repositories that look at each one in Python."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 from graphlib import TopologicalSorter
+from itertools import islice
 
 import attrs
 
@@ -99,18 +100,19 @@ def discard_all(services: Services, filter: TaskFilter | None) -> int:
 
 
 def _listed(services: Services, filter: TaskFilter) -> dict[str, int]:
-    """The ids of all tasks that meet a filter, each with how often it had been started.
+    """The ids of all tasks that meet a filter, newest first, each with how often it had been started.
 
-    All before the first is changed: one that fails again meanwhile is not among them a second time, and is
+    Its offset counts, and its limit where one was given. All before the first is changed: one that fails again meanwhile is not among them a second time, and is
     known by its starts. No clock tells it, which may be set back, or be another host's.
     """
     found: dict[str, int] = {}
+    first, most = filter.offset, filter.offset + filter.limit if filter.limited else None
     offset = 0
     while True:
         page = services.repository.list(attrs.evolve(filter, offset=offset, limit=BATCH))
         found.update((task.id, task.starts) for task in page)
-        if len(page) < BATCH:
-            return found
+        if len(page) < BATCH or (most is not None and len(found) >= most):
+            return dict(islice(found.items(), first, most))
         # By the date of the last one, not by how many came before it: those may leave the list.
         oldest = page[-1].created_at
         if oldest in (None, filter.end_date) or page[-1].damage:

@@ -221,6 +221,46 @@ def test_they_are_discarded(queue):
     assert queue.dead_letters() == ([], 0)
 
 
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+@pytest.mark.parametrize("batch", [1, 2, 200])
+@pytest.mark.parametrize(
+    ("filter", "left"),
+    [
+        (TaskFilter(limit=1), ["6", "5", "4", "3"]),
+        (TaskFilter(limit=3), ["4", "3"]),
+        (TaskFilter(limit=2, offset=1), ["7", "4", "3"]),
+        (TaskFilter(offset=3), ["7", "6", "5"]),
+        (TaskFilter(type="b", limit=2), ["6", "4", "3"]),
+        (TaskFilter(limit=0), ["7", "6", "5", "4", "3"]),
+        (TaskFilter(limit=100), []),
+        (TaskFilter(), []),
+    ],
+)
+def test_a_limit_and_an_offset_choose_among_them_as_in_a_list(
+    queue, change, batch, filter, left, monkeypatch
+):
+    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    queue.mended = True
+    assert getattr(queue, change)(filter) == 5 - len(left)
+    assert queue.drain(PATIENCE)
+    assert [task.id for task in queue.dead_letters()[0]] == left
+
+
+def test_without_a_limit_more_are_changed_than_a_list_shows(make_queue):
+    queue = make_queue(worker_num=1, overflow="spill")
+    queue.executor("wrong")(lambda: 1 / 0)
+    for _ in range(105):
+        queue.submit("wrong")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert len(queue.dead_letters(TaskFilter(type="wrong"))[0]) == 100
+    assert queue.discard_dead_letters(TaskFilter(type="wrong", limit=100)) == 100
+    assert queue.dead_letters()[1] == 5
+    queue.requeue_dead_letters(TaskFilter(type="wrong"))
+    assert queue.drain(PATIENCE)
+    assert {task.starts for task in queue.dead_letters()[0]} == {2}
+
+
 def test_other_statuses_are_refused(queue):
     for method in (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters):
         with pytest.raises(ConfigurationError, match="completed"):
