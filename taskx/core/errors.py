@@ -140,7 +140,18 @@ class TaskFailed(TaskxError):
 
 
 class RepositoryError(TaskxError):
-    """The repository could not do what was asked; the driver's own error is the ``__cause__``."""
+    """The repository could not do what was asked; the driver's own error is the ``__cause__``.
+
+    Attributes:
+        in_doubt: True if the write may have been carried out all the same, as a server did not answer,
+            or a repository of eight methods failed and could not be read back; False if nothing was
+            changed.
+        task_id: the task whose submit is in doubt (of ``submit_many`` the first; they are all stored
+            or none is): to submit it again stores it, or raises ``DuplicateTask``. Empty otherwise.
+    """
+
+    in_doubt: bool = False
+    task_id: str = ""
 
 
 class RepositoryUnavailable(RepositoryError):
@@ -148,16 +159,7 @@ class RepositoryUnavailable(RepositoryError):
 
     It is locked for too long, or unreachable, the disk is full, or the SQLite file is absent, or was moved,
     deleted or replaced.
-
-    Attributes:
-        in_doubt: True if a write was sent to a server that did not answer, so that it may have been
-            carried out; False if nothing was changed.
-        task_id: the task whose submit is in doubt (of ``submit_many`` the first; they are all stored
-            or none is): to submit it again stores it, or raises ``DuplicateTask``. Empty otherwise.
     """
-
-    in_doubt: bool = False
-    task_id: str = ""
 
 
 class RepositoryCorrupt(RepositoryError):

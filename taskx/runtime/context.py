@@ -147,6 +147,10 @@ class Context:
         self._unwritten = False  # before looking: what is told from now on sets it again
         return self.latest_progress()
 
+    def progress_unwritten(self) -> None:
+        """What :meth:`new_progress` returned could not be stored: it returns it again."""
+        self._unwritten = True
+
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call ``fn`` once for the task, whatever the number of attempts; returns what it returned.
 

@@ -102,7 +102,9 @@ def discard_all(services: Services, filter: TaskFilter | None) -> int:
 def _listed(services: Services, filter: TaskFilter) -> dict[str, int]:
     """The ids of all tasks that meet a filter, newest first, each with how often it had been started.
 
-    Its offset counts, and its limit where one was given. All before the first is changed: one that fails again meanwhile is not among them a second time, and is
+    Its offset counts, and its limit where one was given.
+
+    All before the first is changed: one that fails again meanwhile is not among them a second time, and is
     known by its starts. No clock tells it, which may be set back, or be another host's.
     """
     found: dict[str, int] = {}

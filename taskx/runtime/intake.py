@@ -19,7 +19,6 @@ from taskx.core.errors import (
     QueueFull,
     QueueStopped,
     RepositoryError,
-    RepositoryUnavailable,
     SchemaMismatch,
     TaskxError,
 )
@@ -475,9 +474,9 @@ def _refuse_twins(inserts: Sequence[Insert]) -> None:
 
 def _about(error: TaskxError, task_id: str) -> TaskxError:
     """The error; one of its own where the submit is in doubt, as all in a commit are told the same."""
-    if not isinstance(error, RepositoryUnavailable) or not error.in_doubt:
+    if not isinstance(error, RepositoryError) or not error.in_doubt:
         return error
-    own = RepositoryUnavailable(f"task {task_id}: {error}")
+    own = type(error)(f"task {task_id}: {error}")
     own.in_doubt, own.task_id = True, task_id
     return own
 

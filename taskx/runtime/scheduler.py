@@ -252,7 +252,12 @@ class Scheduler:
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
         if not writes:
             return
-        results = self._services.ledger.commit(writes)
+        try:
+            results = self._services.ledger.commit(writes)
+        except BaseException:
+            for run, *_ in told:
+                run.context.progress_unwritten()
+            raise
         hooks = self._services.hooks
         if hooks.progressed:
             for (run, *facts), write, held in zip(told, writes, results, strict=True):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import TypeVar
 
 import attrs
 
@@ -13,6 +14,7 @@ from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
     RepositoryError,
+    RepositoryUnavailable,
     TaskNotFound,
     TaskxError,
 )
@@ -28,7 +30,7 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Update, Write, matches
+from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
 from taskx.storage.base import Node, Repository, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
@@ -42,6 +44,12 @@ _OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes", "ret
 _NOT_STORED = frozenset({"owner", "stuck_on", *INTERNAL})
 _BETWEEN_TASKS = ("unique_key", "depends_on", "concurrency_key")
 _PAGE = 500
+#: Calls of a method that fails, before its failure is told.
+_TRIES = 2
+#: Most writes that are remembered, should they be sent again.
+_MOST_KNOWN = 1000
+
+E = TypeVar("E", bound=RepositoryError)
 
 EIGHT_METHODS = (
     "create",
@@ -72,81 +80,176 @@ class EightMethodAdapter(MemoryRepository):
             )
         super().__init__(clock)
         self.inner = inner
+        # Writes whose outcome is not known, by task; those that took place, and may be sent again.
+        self._doubts: dict[str, Write] = {}
+        self._known: dict[int, Write] = {}
+        self._stirred = False
 
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes one by one, each in memory and in the repository."""
+        """Apply guarded writes one by one, each in the repository and in memory.
+
+        Where the repository fails, the record is read back, and the write is tried once more if it
+        did not take place. Sent again, a write that took place is known again, and not done twice.
+
+        Raises:
+            RepositoryError: nothing was applied, unless its ``in_doubt`` is True.
+        """
         if all_or_nothing and len(writes) > 1:
             raise ConfigurationError(
                 f"{type(self.inner).__name__} has eight methods and no transaction: several tasks "
                 "cannot be stored all or nothing; submit them one by one"
             )
         with self._lock:
-            return [self._mirror(write) for write in writes]
+            self._read_anew(writes)
+            results: list[bool] = []
+            try:
+                for write in writes:
+                    results.append(self._mirror(write))  # noqa: PERF401  (up to an error)
+            except BaseException as error:
+                self._remember(write for write, done in zip(writes, results, strict=False) if done)
+                if any(results) and isinstance(error, RepositoryError):
+                    raise _doubt(RepositoryError(str(error))) from error  # not all is undone
+                raise
+            finally:
+                for write in writes:
+                    self._forget_finished(write.id)
+            return results
 
     def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Say for each write whether it took place."""
         with self._lock:
+            unfinished = {write.id for write in writes if write.id in self._rows}
             for write in writes:
                 self._refresh(write.id)
-            return super().settle(writes)
+            results = [
+                self._known.pop(id(write), None) is not None
+                or (
+                    self._took_place(write)
+                    if write.id in unfinished
+                    else _shown(write, self._rows.get(write.id))  # the rest of it is forgotten
+                )
+                for write in writes
+            ]
+            for write in writes:
+                self._forget_finished(write.id)
+            return results
+
+    def _read_anew(self, writes: Sequence[Write]) -> None:
+        """Before the first write: what cannot be read now has nothing done by halves."""
+        for task_id in {w.id: None for w in writes if not isinstance(w, Insert)}:
+            self._refresh(task_id)
+        for write in writes:
+            if isinstance(write, Insert) and write.id in self._doubts:
+                self._refresh(write.id)
+
+    def _remember(self, writes: Iterable[Write]) -> None:
+        """Know these again, which took place, should they be sent again."""
+        self._known.update((id(write), write) for write in writes)
+        while len(self._known) > _MOST_KNOWN:
+            del self._known[next(iter(self._known))]
 
     def _mirror(self, write: Write) -> bool:
+        if self._known.pop(id(write), None) is not None:
+            return True
         if isinstance(write, Insert):
-            return self._create(write)
-        row = self._refresh(write.id)
+            self._refuse_between_tasks(write)
+            return self._carry_out(write, {**DEFAULTS, **write.row})
+        row = self._rows.get(write.id)
         if row is None or not matches(row, write.guard):
-            self._forget_finished(write.id)
             return False
-        with self._errors():
-            if isinstance(write, Delete):
+        if isinstance(write, Update):
+            if write.changes.keys() <= _NOT_STORED:
+                return self._apply_one(write)
+            row = {**row, **write.changes}
+        return self._carry_out(write, row)
+
+    def _carry_out(self, write: Write, row: Row) -> bool:
+        """Do a write in the repository, which may fail before or after its effect, and in memory."""
+        for _ in range(_TRIES):
+            # Until memory says the same as the repository: an interrupt may come in between.
+            self._doubts[write.id] = write
+            problem: Exception | None = None
+            try:
+                done = self._send(write, row)
+            except Exception as error:  # noqa: BLE001  (a user's code: what it did is read back)
+                problem = error
+            if problem is None and not (done and _asks_for_options(write)):
+                self._settled(write, done)
+                return done
+            if self._look_back(write, problem):
+                return True
+        assert problem is not None
+        raise self._translated(problem) from problem
+
+    def _send(self, write: Write, row: Row) -> bool:
+        """Call the repository; False if there is such a record already, or no more."""
+        try:
+            if isinstance(write, Insert):
+                self.inner.create(_task(row))
+            elif isinstance(write, Delete):
                 self.inner.delete(write.id)
+            elif write.changes.keys() == {"progress", "message"}:
+                self.inner.update_progress(write.id, row["progress"], row["message"])
             else:
-                self._update(row, write)
-        self._apply_one(write)
-        self._forget_finished(write.id)
+                self.inner.update(_task(row))
+        except (DuplicateTask, TaskNotFound):
+            return False
         return True
 
-    def _create(self, write: Insert) -> bool:
-        row = {**DEFAULTS, **write.row}
+    def _look_back(self, write: Write, problem: Exception | None) -> bool:
+        """Whether a write took place, by what is stored.
+
+        Raises:
+            RepositoryUnavailable: the repository does not say; ``in_doubt`` is True.
+            ConfigurationError: what is stored lacks what the task asked for; it was removed.
+        """
+        for left in reversed(range(_TRIES)):
+            try:
+                return self._resolve(write, self._read(write.id))
+            except RepositoryError as error:
+                if not left:
+                    text = f"{problem or error!r}; whether it was written is not known"
+                    unknown = RepositoryUnavailable(f"{type(self.inner).__name__}: {text}")
+                    raise _doubt(unknown) from problem or error
+        raise AssertionError
+
+    def _resolve(self, write: Write, stored: Row | None) -> bool:
+        """Bring memory up to what is stored after a write whose outcome was unknown."""
+        if took_place := _shown(write, stored):
+            self._refuse_lost_options(write, stored)
+        self._settled(write, took_place)
+        return took_place
+
+    def _settled(self, write: Write, done: bool) -> None:
+        """The outcome of a write is known."""
+        if done:
+            if isinstance(write, Insert):
+                self._forget(write.id)  # it had this id and was deleted behind our back
+            self._apply_one(write)
+        del self._doubts[write.id]
+
+    def _refuse_between_tasks(self, write: Insert) -> None:
         for name in _BETWEEN_TASKS:
-            if row[name] is not None:
+            if write.row.get(name) is not None:
                 raise ConfigurationError(
                     f"{type(self.inner).__name__} has eight methods and nothing that could hold "
                     f"{name}; nothing was stored"
                 )
-        with self._errors():
-            try:
-                self.inner.create(_task(row))
-            except DuplicateTask:
-                return False
-            self._check_options_kept(row)
-        self._forget(write.id)  # it had this id and was deleted behind our back
-        return self._apply_one(write)
 
-    def _check_options_kept(self, row: Row) -> None:
-        asked = [name for name in _OPTIONS if row[name] != DEFAULTS[name]]
-        if not asked:
+    def _refuse_lost_options(self, write: Write, stored: Row | None) -> None:
+        if stored is None or not isinstance(write, Insert):
             return
-        kept = row_from_task(self.inner.get_by_id(row["id"]))
-        lost = [name for name in asked if kept[name] != row[name]]
+        lost = [name for name in _options(write) if stored[name] != write.row[name]]
         if lost:
-            self.inner.delete(row["id"])
+            with self._errors(), suppress(TaskNotFound):
+                self.inner.delete(write.id)
+            self._settled(write, done=False)
             raise ConfigurationError(
                 f"{type(self.inner).__name__} does not keep {', '.join(lost)}: store every field "
                 "of the task, or do without; nothing was stored"
             )
-
-    def _update(self, row: Row, write: Update) -> None:
-        if write.changes.keys() <= _NOT_STORED:
-            return
-        if write.changes.keys() == {"progress", "message"}:
-            self.inner.update_progress(
-                write.id, write.changes["progress"], write.changes["message"]
-            )
-        else:
-            self.inner.update(_task({**row, **write.changes}))
 
     @contextmanager
     def _errors(self) -> Iterator[None]:
@@ -155,17 +258,36 @@ class EightMethodAdapter(MemoryRepository):
         except TaskxError:
             raise
         except Exception as error:
-            raise RepositoryError(f"{type(self.inner).__name__}: {error!r}") from error
+            raise self._translated(error) from error
+
+    def _translated(self, error: Exception) -> TaskxError:
+        """An error of the repository's as one of ours: what is the system's may work later."""
+        if isinstance(error, TaskxError):
+            return error
+        kind = RepositoryUnavailable if isinstance(error, OSError) else RepositoryError
+        return kind(f"{type(self.inner).__name__}: {error!r}")
 
     # --- the row of a task: the original's fields as the repository has them, the rest from here
 
-    def _refresh(self, task_id: str) -> Row | None:
+    def _read(self, task_id: str) -> Row | None:
         with self._errors():
             try:
-                stored = row_from_task(self.inner.get_by_id(task_id))
+                return row_from_task(self.inner.get_by_id(task_id))
             except TaskNotFound:
-                self._forget(task_id)
                 return None
+
+    def _refresh(self, task_id: str) -> Row | None:
+        stored = self._read(task_id)
+        if (doubtful := self._doubts.get(task_id)) is not None:
+            try:
+                if self._resolve(doubtful, stored):
+                    self._remember([doubtful])
+                    self._stirred = True
+            except ConfigurationError:  # whoever submitted it was told that it was in doubt
+                stored = None
+        if stored is None:
+            self._forget(task_id)
+            return None
         known = self._rows.get(task_id)
         if known is None:
             self._adopt(stored)
@@ -248,18 +370,27 @@ class EightMethodAdapter(MemoryRepository):
         )
 
     def changed(self) -> bool:
-        """Never: there is no other process."""
-        return False
+        """Whether a write took place whose outcome was not known; there is no other process."""
+        stirred, self._stirred = self._stirred, False
+        return stirred
 
     # --- starting
 
     def join(self, node: Node) -> None:
         """Read what is unfinished; what runs was left behind, as this is the only process."""
         with self._lock:
-            super().join(node)
             for task in self._unfinished_tasks():
                 if task.id not in self._rows:
                     self._adopt(row_from_task(task))
+            super().join(node)
+
+    def owned(self, node: str) -> Sequence[Stub]:
+        """The pending and running tasks that a node holds; what was in doubt is looked at first."""
+        with self._lock:
+            for task_id in [*self._doubts]:
+                self._refresh(task_id)
+                self._forget_finished(task_id)
+            return super().owned(node)
 
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []
@@ -287,6 +418,34 @@ def refuse_eight_methods(repository: Repository, what: str) -> None:
             f"{type(repository.inner).__name__} has eight methods and no place for {what}: use "
             "SQLiteRepository, MongoRepository or MemoryRepository"
         )
+
+
+def _options(insert: Insert) -> list[str]:
+    """The options that a new task has and that a repository might not keep."""
+    row = {**DEFAULTS, **insert.row}
+    return [name for name in _OPTIONS if row[name] != DEFAULTS[name]]
+
+
+def _asks_for_options(write: Write) -> bool:
+    return isinstance(write, Insert) and bool(_options(write))
+
+
+def _shown(write: Write, stored: Row | None) -> bool:
+    """Whether what is stored shows that a write took place: by what any repository keeps.
+
+    A write that changes nothing of that does not show: done again, it does no harm.
+    """
+    if isinstance(write, Delete):
+        return stored is None
+    if stored is None:
+        return False
+    kept = {name: value for name, value in traces(write).items() if name in ORIGINAL_FIELDS}
+    return bool(kept) and all(stored[name] == value for name, value in kept.items())
+
+
+def _doubt(error: E) -> E:
+    error.in_doubt = True
+    return error
 
 
 def _task(row: Row) -> Task:

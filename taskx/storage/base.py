@@ -49,6 +49,9 @@ class TaskRepository(ABC):
     Such a queue takes itself for the only process on the repository: what it finds running when it
     starts counts as left behind by a process that died. Calls come from several threads. Keep every
     field of the task (``to_dict``/``from_dict`` help); give back copies, not what is stored.
+
+    A method that raises, before or after it has changed something, is called once more if the change is
+    not there. Raise ``RepositoryUnavailable`` or an ``OSError`` for what may work later.
     """
 
     @abstractmethod
@@ -148,7 +151,8 @@ class Repository(TaskRepository):
         guard holds.
 
         Raises:
-            RepositoryError: nothing was applied.
+            RepositoryError: nothing was applied, unless its ``in_doubt`` is True. Sent again then, as the
+                same objects, a write that took place is not done twice.
         """
 
     @abstractmethod
