@@ -196,6 +196,7 @@ def test_attempts_are_retried_at_once_until_spent(started):
     assert (task.progress, task.message) == (50, "attempt 3")
 
 
+@pytest.mark.every_store
 def test_the_record_names_the_class_of_each_error(started):
     """As retry policies know it: of a builtin the name, else its module, too."""
     errors = [OSError("x"), Rude("x"), Retry(delay=0.0), Permanent("x")]
@@ -245,6 +246,7 @@ def test_a_success_forgets_the_class_of_the_error_before_it(started):
     assert (task.error_type, task.attempts[0].error_type) == ("", "KeyError")
 
 
+@pytest.mark.every_store
 def test_the_record_says_who_runs_a_task_while_it_runs(started, gate):
     handle = started.executor("hold")(lambda: gate()).submit()
     gate.wait_for()

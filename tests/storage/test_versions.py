@@ -188,6 +188,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.process
 @pytest.mark.parametrize(("version", "done"), STEPS)
 def test_one_that_is_killed_leaves_the_earlier_version_whole(old, done):
     """After each of its statements."""
@@ -233,6 +234,7 @@ def test_one_that_fails_leaves_the_earlier_version_whole(old, version, done, mon
     assert contents(old) == before
 
 
+@pytest.mark.process
 @each_earlier_version
 def test_of_several_processes_that_open_a_file_at_once_one_migrates_it(old, version):
     program = """
