@@ -40,7 +40,6 @@ class Shelf:
     def __init__(self, kind, folder, clock):
         self.kind, self.folder, self.clock = kind, folder, clock
         self.database = mongomock.MongoClient().db
-        self.rows = {}
         self.opened = []
 
     def open(self, codec=None):
@@ -50,7 +49,8 @@ class Shelf:
             made = OnMongo(self.database, self.folder, self.clock, codec)
         else:
             made = MemoryRepository(self.clock, codec)
-            made._rows = self.rows
+            if self.opened:  # the same memory, read by another codec
+                vars(made).update(vars(self.opened[0]) | {"codecs": made.codecs})
         self.opened.append(made)
         return made
 
@@ -61,7 +61,7 @@ class Shelf:
             kept = document["taskx"].get("checkpoints")
             return document["params"], document["result"], kept and json.loads(kept)
         if self.kind == "memory":
-            texts = [self.rows[task_id][name] for name in COLUMNS]
+            texts = [self.opened[0]._rows[task_id][name] for name in COLUMNS]
         else:
             with closing(sqlite3.connect(self.folder / "tasks.db")) as connection:
                 sql = f"SELECT {', '.join(COLUMNS)} FROM tasks WHERE id = ?"
@@ -73,7 +73,7 @@ class Shelf:
         if self.kind == "mongomock":
             self.database.tasks.update_one({"_id": task_id}, {"$set": {"params": params}})
         elif self.kind == "memory":
-            self.rows[task_id]["params"] = json.dumps(params)
+            self.opened[0]._rows[task_id]["params"] = json.dumps(params)
         else:
             with closing(sqlite3.connect(self.folder / "tasks.db")) as connection, connection:
                 sql = "UPDATE tasks SET params = ? WHERE id = ?"
