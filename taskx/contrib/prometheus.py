@@ -10,6 +10,7 @@ from typing import Any
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.queue import Queue
+from taskx.runtime import intake
 from taskx.runtime.hooks import Hook
 
 try:
@@ -51,9 +52,6 @@ class PrometheusHook(Hook):
                 f"taskx_task_{name}_seconds", what, ("type",), registry=None, buckets=buckets
             )
 
-        def gauge(name: str, what: str) -> Gauge:
-            return Gauge(f"taskx_tasks_{name}", what, registry=None, multiprocess_mode="livesum")
-
         self._submitted = counter("submitted", "Tasks stored.")
         self._started = counter("started", "Attempts begun.")
         self._finished = counter("finished", "Tasks completed, failed or cancelled.", "outcome")
@@ -62,20 +60,24 @@ class PrometheusHook(Hook):
         self._rescued = counter("rescued", "Tasks taken back from processes that had died.")
         self._duration = histogram("duration", "Time that the last attempt of a task took.")
         self._wait = histogram("wait", "Time from when a task could start until it did.")
-        self._running = gauge("running", "Executors at work.")
-        self._buffered = gauge("buffered", "Submitted tasks that wait in the buffer.")
+        # In multiprocess mode a gauge opens a file when it is made, which stays when the process has ended.
+        self._gauges: tuple[Gauge, ...] = () if intake.in_child else _make_gauges()
         _register(
             registry,
             *(self._submitted, self._started, self._finished, self._retried),
             *(self._stuck, self._rescued, self._duration, self._wait),
-            *(self._running, self._buffered),
+            *self._gauges,
         )
+        self._registry = registry
         self._queues: set[Queue] = set()
         self._looking = threading.Lock()
 
     def queue_started(self, queue: Queue) -> None:
         """Its buffer and its executors are looked at from now on."""
         with self._looking:
+            if not self._gauges:
+                self._gauges = _make_gauges()
+                _register(self._registry, *self._gauges)
             self._queues.add(queue)
         self._look()
 
@@ -128,8 +130,21 @@ class PrometheusHook(Hook):
 
     def _look(self) -> None:
         with self._looking:  # with two queues there are two threads, and the later look must win
-            self._running.set(sum(queue.running for queue in self._queues))
-            self._buffered.set(sum(queue.buffered for queue in self._queues))
+            if self._gauges:
+                running, buffered = self._gauges
+                running.set(sum(queue.running for queue in self._queues))
+                buffered.set(sum(queue.buffered for queue in self._queues))
+
+
+def _make_gauges() -> tuple[Gauge, ...]:
+    """Those of a process that may start a queue, unlike the child process of an executor as a rule."""
+    return tuple(
+        Gauge(f"taskx_tasks_{name}", what, registry=None, multiprocess_mode="livesum")
+        for name, what in (
+            ("running", "Executors at work."),
+            ("buffered", "Submitted tasks that wait in the buffer."),
+        )
+    )
 
 
 def _register(registry: CollectorRegistry, *metrics: Collector) -> None:

@@ -282,9 +282,10 @@ class Context:
         """Close ``resource`` at the end of the block, and wake whoever blocks on it on a cancel.
 
         Closing a file descriptor does not wake a thread that reads from it, so each kind is woken in
-        its own way first: a socket by ``shutdown``, an ``sqlite3`` connection by ``interrupt``, a
-        ``Popen`` by ``kill``, an HTTP connection by its socket, anything else by its own
-        ``abort()`` or ``shutdown()``.
+        its own way first: a socket by ``shutdown``, an ``sqlite3`` connection by ``interrupt``, an HTTP
+        connection by its socket, anything else by its own ``abort()`` or ``shutdown()``. A ``Popen`` is
+        killed, with the programs that it has started, which may hold its pipes open; outside of Linux
+        only with those in a process group that it leads.
 
         Raises:
             ConfigurationError: there is no way to wake it.

@@ -25,14 +25,18 @@ from taskx.core.errors import (
     TaskNotFound,
     is_interrupt,
 )
+from taskx.core.ids import new_id
 from taskx.core.token import CancelReason
 from taskx.runtime.channel import Channel
 from taskx.runtime.context import Context
 from taskx.runtime.executors import Executor, Registered, TaskExecutor
 from taskx.runtime.failures import MAX_TRACEBACK, ChildDied, ChildKilled, heard_error, shortened
+from taskx.runtime.processes import kill_family
 
 # Looks whether the token has fired, or the child has ended without a word, this often, in seconds.
 _LOOK = 0.1
+#: The variable of the environment that marks a child and what that starts.
+MARK = "TASKX_CHILD"
 # What the child is started with: where to find modules comes first, this one among them.
 _BOOT = (
     "import json, os, sys; sys.path[:] = json.loads(os.environ.pop('TASKX_CHILD_PATH')); "
@@ -177,7 +181,8 @@ class _Child:
             self.channel = Channel(ours)
             stack.callback(self.channel.close)
             with theirs:
-                self._process = _start(theirs.fileno(), self._last_words.fileno())
+                self._mark = new_id()
+                self._process = _start(self._mark, theirs.fileno(), self._last_words.fileno())
             self._close = stack.pop_all().close
         #: Whether it has said how the executor ended.
         self.done = False
@@ -189,7 +194,8 @@ class _Child:
 
     def kill(self) -> None:
         """Kill it and the processes it has started; returns when it has ended."""
-        with suppress(ProcessLookupError, PermissionError):
+        kill_family(None if self.ended else self._process.pid, self._mark)
+        with suppress(ProcessLookupError, PermissionError):  # what is left where there is no /proc
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
@@ -223,8 +229,15 @@ def _signal_name(number: int) -> str:
         return f"signal {number}"
 
 
-def _start(*files: int) -> subprocess.Popen[bytes]:
+def _start(mark: str, *files: int) -> subprocess.Popen[bytes]:
     from multiprocessing import spawn
+
+    environment = {
+        **os.environ,
+        "TASKX_CHILD_PATH": json.dumps(list(map(os.fspath, sys.path))),
+        # By this all that it starts is known. A child may have children, too: theirs is ours as well.
+        MARK: f"{os.environ.get(MARK, '')} {mark}".strip(),
+    }
 
     # The interpreter, and the options that this one was started with.
     python = spawn.get_command_line()[:-3]
@@ -233,7 +246,7 @@ def _start(*files: int) -> subprocess.Popen[bytes]:
         stdin=subprocess.DEVNULL,
         pass_fds=files,
         start_new_session=True,
-        env={**os.environ, "TASKX_CHILD_PATH": json.dumps(list(map(os.fspath, sys.path)))},
+        env=environment,
     )
 
 

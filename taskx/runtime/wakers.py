@@ -15,6 +15,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.core.errors import ConfigurationError
+from taskx.runtime.processes import kill_family
 
 # A query or a connection that begins just after a wake-up must be woken, too: repeat it, in seconds.
 _REPEAT = 0.05
@@ -43,8 +44,7 @@ class Waker:
         """End the waking, and close the resource."""
         self._closed.set()
         if isinstance(self._resource, subprocess.Popen):
-            if self._resource.poll() is None:
-                self._resource.kill()
+            _kill(self._resource)
             with self._resource:
                 return  # closes its pipes and waits for it
         close = getattr(self._resource, "close", None)
@@ -59,7 +59,7 @@ def _way_to_wake(resource: Any) -> tuple[Callable[[], object], bool]:
     if isinstance(resource, sqlite3.Connection):
         return resource.interrupt, True
     if isinstance(resource, subprocess.Popen):
-        return resource.kill, False
+        return lambda: _kill(resource), False
     for name in ("abort", "shutdown"):
         method = getattr(resource, name, None)
         if callable(method):
@@ -73,6 +73,15 @@ def _way_to_wake(resource: Any) -> tuple[Callable[[], object], bool]:
         "would not. Give it a time-out of ctx.remaining(), or register what does wake it with "
         "ctx.on_cancel(…)"
     )
+
+
+def _kill(program: subprocess.Popen[Any]) -> None:
+    """Kill a program and what it has started, which may hold the other ends of its pipes.
+
+    A shell is killed alone by ``Popen.kill``; whoever reads what its command writes would block on.
+    """
+    if program.poll() is None:
+        kill_family(program.pid)
 
 
 def _shut_down(sock: socket.socket | None) -> None:

@@ -437,6 +437,34 @@ def test_several_processes_are_added_up_and_the_store_is_not(tmp_path, monkeypat
     assert [child.returncode for child in children] == [0, 0]
 
 
+ISOLATED = """
+import sys
+from taskx import Config, Queue, SQLiteRepository
+from taskx.contrib.prometheus import PrometheusHook
+
+queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=1), hooks=[PrometheusHook()])
+
+@queue.executor(isolation="process")
+def work():
+    return 1
+
+if __name__ == "__main__":
+    with queue:
+        assert work.submit().result(60) == 1
+"""
+
+
+@pytest.mark.process
+def test_the_child_process_of_an_executor_leaves_no_file(tmp_path, monkeypatch):
+    folder, program = tmp_path / "metrics", tmp_path / "program.py"
+    folder.mkdir()
+    program.write_text(ISOLATED)
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    subprocess.run([sys.executable, program, tmp_path / "tasks.db"], check=True)
+    assert len({path.stem.rpartition("_")[2] for path in folder.iterdir()}) == 1
+
+
 @pytest.mark.process
 def test_without_the_library_the_extra_is_named():
     program = "import sys; sys.modules['prometheus_client'] = None; import taskx.contrib.prometheus"

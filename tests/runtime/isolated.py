@@ -265,3 +265,30 @@ def odd(kind):
         "snooze": lambda: SnoozeWithout(5),
         "cancelled": lambda: CancelledWithout(5),
     }[kind]()
+
+
+# Starts a program that outlives it, or waits for that, and says which.
+STARTS = """
+import os, signal, subprocess, sys
+how, nothing = sys.argv[1], subprocess.DEVNULL
+pause = [sys.executable, "-c", "import signal; signal.pause()"]
+more = {"env": {}} if how == "no environment" else {}
+program = subprocess.Popen(pause, start_new_session=True, stdout=nothing, stderr=nothing, **more)
+print(program.pid, flush=True)
+if how == "no environment":
+    signal.pause()
+"""
+
+
+@executor("leaves", isolation="process", grace=0.1)
+def leaves(ctx, how, dies=False):
+    """Starts a program by another one, and hangs or dies."""
+    starter = subprocess.Popen([sys.executable, "-c", STARTS, how], stdout=subprocess.PIPE)
+    ctx.progress(1, starter.stdout.readline().decode().strip())
+    if how == "daemon":
+        starter.wait()
+    while ctx._unwritten:
+        time.sleep(0.01)
+    if dies:
+        os._exit(7)
+    time.sleep(FOR_EVER)

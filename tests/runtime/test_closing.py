@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import io
 import os
+import shlex
 import socket
 import sqlite3
 import subprocess
@@ -86,6 +87,32 @@ def in_pipe(ctx, about_to):
         process.stdout.read()
 
 
+def in_shell(ctx, about_to):
+    """What the shell runs holds the pipe, too."""
+    command, pipe = shlex.join(SLEEP) + "; echo", subprocess.PIPE
+    with ctx.closing(subprocess.Popen(command, shell=True, stdout=pipe)) as process:
+        about_to()
+        process.stdout.read()
+
+
+SESSION = """
+import subprocess, sys
+program = subprocess.Popen(sys.argv[1:], start_new_session=True)
+print(program.pid, flush=True)
+program.wait()
+"""
+
+
+def in_a_session_of_its_own(ctx, about_to):
+    """What it runs is in no group or session of its own."""
+    with ctx.closing(
+        subprocess.Popen([sys.executable, "-c", SESSION, *SLEEP], stdout=subprocess.PIPE)
+    ) as process:
+        assert process.stdout.readline()
+        about_to()
+        process.stdout.read()
+
+
 def in_wait(ctx, about_to):
     with ctx.closing(subprocess.Popen(SLEEP)) as process:
         about_to()
@@ -153,6 +180,8 @@ KINDS = {
     "sqlite3": in_query,
     "communicate": in_communicate,
     "pipe of a process": in_pipe,
+    "shell": in_shell,
+    "session": in_a_session_of_its_own,
     "wait for a process": in_wait,
     "http response": in_http,
     "http body": in_http_body,
@@ -160,7 +189,7 @@ KINDS = {
     "shutdown": in_own(ShutsDown),
 }
 #: Those that start a program.
-PROCESSES = ("communicate", "pipe of a process", "wait for a process")
+PROCESSES = ("communicate", "pipe of a process", "shell", "session", "wait for a process")
 
 
 def kinds(*names):

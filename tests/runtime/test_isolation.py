@@ -531,6 +531,24 @@ class TestKilled:
         after = repository.get_by_id(handle.id)
         assert (after.status, after.interruptions, after.crashes) == (TaskStatus.PENDING, 1, 0)
 
+    @pytest.mark.parametrize("how", ["session", "daemon", "no environment"])
+    def test_programs_in_a_session_of_their_own_are_killed_too(self, make, how):
+        """Whether the parent of such a program lives, or it inherits what marks it."""
+        queue = make(isolated.leaves)
+        handle = queue.submit("leaves", {"how": how})
+        pid = eventually(lambda: handle.task().message)
+        assert alive(pid)
+        handle.cancel()
+        eventually(handle.cancelled)
+        eventually(lambda: not alive(pid))
+
+    def test_programs_of_one_that_died_are_killed_too(self, make):
+        queue = make(isolated.leaves)
+        handle = queue.submit("leaves", {"how": "daemon", "dies": True}, max_crashes=1)
+        with pytest.raises(TaskFailed, match="exit code 7"):
+            handle.result(PATIENCE)
+        eventually(lambda: not alive(handle.task().message))
+
     def test_one_that_ends_within_the_grace_is_not_killed(self, make, tmp_path):
         clock = ManualClock()
         queue = make(clock=clock)

@@ -388,6 +388,7 @@ class TestBarred:
         gate.open()
         assert queue.handle("next").result(PATIENCE) == "run 1"
 
+    @pytest.mark.every_store
     @pytest.mark.parametrize("how", ["delete", "of the repository", "discard", "prune"])
     def test_its_record_stays_and_so_does_its_turn(self, make, hang, gate, clock, how):
         queue = make()
@@ -417,6 +418,7 @@ class TestBarred:
         with pytest.raises(TaskNotFound):
             queue.get_task_status("x")
 
+    @pytest.mark.every_store
     def test_a_look_for_old_tasks_passes_it_over(self, make, hang, clock, repository):
         """Else as many of them as are looked for at once would hide all others."""
         queue = make()
