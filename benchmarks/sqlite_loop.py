@@ -12,6 +12,7 @@ from taskx.core.ids import new_id
 from taskx.core.writes import CREATED
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections
+from taskx.storage.sqlite.file import DatabaseFile
 
 Rows = Sequence[Sequence[Any]]
 
@@ -41,7 +42,8 @@ class SQLiteLoop(Loop):
     """A file with TaskX's schema and a connection set up as its writer is."""
 
     def __init__(self, folder: str, durability: str, count: int) -> None:
-        self._connections = Connections(os.path.join(folder, "floor.db"), 10.0)
+        file = DatabaseFile(os.path.join(folder, "floor.db"), create=True)
+        self._connections = Connections(file, 10.0)
         self.cursor: sqlite3.Cursor = self._connections.writer().cursor()
         self.accepting = "NORMAL" if durability == "process" else "FULL"
         self.running = "FULL" if durability == "full" else "NORMAL"

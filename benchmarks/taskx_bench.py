@@ -29,6 +29,7 @@ from benchmarks.stores import OnSQLite, Store
 from taskx import Config, Context, Queue, Task, TaskFilter, TaskStatus
 from taskx.core.ids import new_id
 from taskx.storage.sqlite.connections import Connections
+from taskx.storage.sqlite.file import DatabaseFile
 
 FINISHED = ("finished-drain", "finished-get", "finished-list", "finished-count")
 DELAYED = ("delayed-drain", "delayed-late")
@@ -243,7 +244,8 @@ def _fill(queue: Queue, count: int, insert: str, times: int) -> list[str]:
     queue.list_tasks()  # makes the file
     ids = [new_id() for _ in range(count)]
     now = time.time_ns() // 1_000_000 - count
-    connections = Connections(queue.repository.path, 10.0)  # type: ignore[attr-defined]
+    file = DatabaseFile(queue.repository.path, create=False)  # type: ignore[attr-defined]
+    connections = Connections(file, 10.0)
     writer = connections.writer()
     writer.execute("BEGIN IMMEDIATE")
     writer.executemany(insert, ((id_, *[now + i] * times) for i, id_ in enumerate(ids)))

@@ -299,6 +299,7 @@ class LocalNode:
             services.repository.leave(self.record.id)
         except RepositoryError as error:
             services.log.warning("the end could not be recorded: %s", error)
+        self.engine.began = None  # closes its file now, whenever the engine is collected
         services.watcher.drive(False)
         services.log.info("node %s stopped", self.record.name)
         self._left.set()

@@ -38,6 +38,9 @@ class NodeLocks:
     def _path(self, node: str) -> str:
         return os.path.join(self.folder, f"{node}.lock")
 
+    def _began_path(self, node: str) -> str:
+        return os.path.join(self.folder, f"{node}.began")
+
     def hold(self, node: str, file: int = 0) -> int:
         """Take a new node's lock, until :meth:`release` or process death; return its inode.
 
@@ -126,11 +129,10 @@ class NodeLocks:
                     locked[node] = _locked(self._path(node))
             still = recorded() if locked else set()
             for node in locked.keys() - still:
-                path, fd = self._path(node), locked[node]
-                with suppress(OSError):  # another user's folder
-                    # Nothing is written in it where the process died at once.
-                    if os.read(fd, 32) in (b"", str(file).encode()) and _is_at(path, fd):
-                        os.unlink(path)
+                fd = locked[node]
+                # Nothing is written in it where the process died at once.
+                if os.read(fd, 32) in (b"", str(file).encode()) and _is_at(self._path(node), fd):
+                    self._remove(node)
         finally:
             for fd in locked.values():
                 os.close(fd)
@@ -144,15 +146,19 @@ class NodeLocks:
 
     def began(self, node: str) -> Began | None:
         """Which tasks the threads of a node began last: to be noted by one of this process's, else read."""
-        path = os.path.join(self.folder, f"{node}.began")
+        path = self._began_path(node)
         return Began.make(path) if node in _held else Began.read(path)
 
     def release(self, node: str) -> None:
         """Give up one's own lock, or clear away a dead node's files."""
-        for name in (self._path(node), os.path.join(self.folder, f"{node}.began")):
-            with suppress(OSError):  # gone already: another process cleared it away
-                os.unlink(name)
+        self._remove(node)
         self.let_go(node)
+
+    def _remove(self, node: str) -> None:
+        # The lock file last: as long as it is there, the next node that joins sees what is left.
+        for path in (self._began_path(node), self._path(node)):
+            with suppress(OSError):  # gone already, or in another user's folder
+                os.unlink(path)
 
     def let_go(self, node: str) -> None:
         """Give up one's own lock and leave the file: the node counts as dead."""
