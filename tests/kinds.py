@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from mongo_server import SERVER_USED
 
 #: A test has the first of these that fits when tests are counted.
 KINDS = ("campaign", "mongo", "process", "slow")
@@ -27,9 +28,6 @@ BY_PARAMETER = dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "
 #: A test in one of these folders is of this kind.
 TESTS = Path(__file__).parent
 BY_FOLDER = {TESTS / "campaign": "campaign", TESTS / "storage" / "mongo": "mongo"}
-
-#: The audit event of a test that uses a shared server, which an earlier test may have started.
-SERVER_USED = "taskx.tests.server_used"
 
 #: Audit events that a test needs a mark for.
 NEEDS_MARK = {

@@ -23,9 +23,10 @@ from pathlib import Path
 from typing import Any
 
 import pymongo
-from kinds import SERVER_USED
 
 PATIENCE = 30.0
+#: The audit event of a test that uses a shared server, which an earlier test may have started.
+SERVER_USED = "taskx.tests.server_used"
 REAL = os.environ.get("TASKX_TEST_MONGO_URL", "")
 
 # It ends with the process that started it, however that ends.

@@ -18,6 +18,7 @@ from pathlib import Path
 import docutils.core
 import kinds
 import pytest
+from mongo_server import SERVER_USED
 
 import taskx
 
@@ -207,7 +208,7 @@ def fork():
     os.waitpid(child, 0)
 
 def server():  # one that an earlier test started
-    sys.audit({kinds.SERVER_USED!r})
+    sys.audit({SERVER_USED!r})
 
 @pytest.mark.parametrize("do", [program, fork, server])
 def test_unmarked(do):
