@@ -71,13 +71,13 @@ def after(owner: Any, name: str, strike: Strike) -> None:
 
 
 def _inside_commit(strike: Strike) -> None:
-    def around(inner: Any, self: Any, work: Any, durable: bool) -> Any:
+    def around(inner: Any, self: Any, work: Any, *more: Any, **options: Any) -> Any:
         def work_then_die(cursor: Any) -> Any:
             result = work(cursor)
             strike()
             return result
 
-        return inner(self, work_then_die, durable)
+        return inner(self, work_then_die, *more, **options)
 
     wrap(SQLiteRepository, "_transact", around)
 
