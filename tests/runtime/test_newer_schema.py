@@ -13,17 +13,19 @@ from taskx.storage.sqlite import schema
 
 from .conftest import PATIENCE, SpySQLite, eventually
 
-#: A TaskX whose schema is one version further; the file's path is its argument.
+#: A TaskX whose schema is one version further; its arguments are the file's path and what leads there.
 NEWER = """
 import sys
 from taskx import Queue, SQLiteRepository
 from taskx.storage.sqlite import schema
 
-schema.MIGRATIONS += (("ALTER TABLE tasks ADD COLUMN mood TEXT NOT NULL DEFAULT ''",),)
+schema.MIGRATIONS += ((sys.argv[2],),)
 schema.VERSION += 1
 queue = Queue(SQLiteRepository(sys.argv[1]))
 queue.declare("fine")
 """
+
+NEW_COLUMN = "ALTER TABLE tasks ADD COLUMN mood TEXT NOT NULL DEFAULT ''"
 
 #: A process that runs one task until it is told to end it, and says what happens to it.
 OLDER = """
@@ -100,7 +102,7 @@ def test_a_process_ends_in_order_when_another_one_migrates_its_file(spawn, datab
     """What runs goes on to its end, what waits is free for others, and nothing new is taken."""
     older = spawn(OLDER, database)
     assert older.read() == "holds"
-    newer = spawn(NEWER + "print(queue.submit('fine', id='new').id)", database)
+    newer = spawn(NEWER + "print(queue.submit('fine', id='new').id)", database, NEW_COLUMN)
     assert newer.read() == "new"
     told = older.read()
     assert "takes no more tasks and hands back what it has" in told
@@ -211,6 +213,20 @@ def test_a_process_that_only_submits_is_refused_and_reads_on(repository, migrate
         queue.submit("fine")
     assert handle.task().status is TaskStatus.PENDING
     assert queue.list_tasks()[1] == 1
+
+
+@pytest.mark.parametrize("change", [NEW_COLUMN, "UPDATE notes SET text = text"])
+def test_whatever_a_migration_consists_of_it_is_noticed(spawn, repository, database, change):
+    """One that changes rows only, too."""
+    queue = Queue(repository)
+    queue.declare("fine")
+    for _ in range(3):  # then all statements are compiled
+        queue.submit("fine")
+    newer = spawn(NEWER + "print(queue.list_tasks()[1])", database, change)
+    assert newer.read() == "3"
+    with pytest.raises(SchemaMismatch):
+        queue.submit("fine")
+    assert queue.list_tasks()[1] == 3
 
 
 def test_a_change_of_the_schema_of_the_same_version_changes_nothing(repository, database):
