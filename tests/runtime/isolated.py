@@ -288,7 +288,7 @@ def leaves(ctx, how, dies=False):
     if how == "daemon":
         starter.wait()
     while ctx._unwritten:
-        time.sleep(0.01)
+        time.sleep(0.01)  # blocks on purpose
     if dies:
         os._exit(7)
-    time.sleep(FOR_EVER)
+    time.sleep(FOR_EVER)  # blocks on purpose

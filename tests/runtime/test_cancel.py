@@ -110,7 +110,7 @@ def test_running_task_hears_it_at_once(started):
     began = time.monotonic()
     assert started.cancel_task(handle.id) is False
     assert heard.wait(PATIENCE)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
     task = handle.task()

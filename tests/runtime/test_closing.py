@@ -211,7 +211,7 @@ def test_cancel_wakes(queue, kind):
     assert queue.cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize("kind", kinds("recv", "communicate"))

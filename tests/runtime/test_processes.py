@@ -125,7 +125,7 @@ def test_what_a_dead_process_held_is_noticed_by_its_lock(run, make_survivor, clo
     began = time.monotonic()
     for n in range(2):
         survivor.handle(f"listen{n}").result(PATIENCE)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert survivor.drain(PATIENCE)
     assert sorted(survivor.ran) == sorted([*WORK, "listen 0", "listen 1"])
     assert [survivor.get_task_status(f"listen{n}").crashes for n in range(2)] == [1, 1]

@@ -195,7 +195,7 @@ def test_rescued_within_seconds_by_a_queue_that_runs(run, runner):
     child.kill()
     began = time.monotonic()
     handle.result(PATIENCE)
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 15
     assert handle.task().crashes == 1
 
 
@@ -375,7 +375,7 @@ sys.stdin.readline()
     child.tell()
     began = time.monotonic()
     out, err = child.ends()
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 15
     assert out == ""
     # Silent but for what stop has to say: whose executors did not listen, and what is left.
     lines = err.splitlines()
@@ -394,7 +394,7 @@ def test_script_that_forgets_to_stop_an_idle_queue_is_silent(run):
     child = run("queue.start(); queue.submit('work', {'n': 1}).result(20)")
     began = time.monotonic()
     assert child.ends() == ("", "")
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 15
 
 
 def test_ctrl_c_in_a_with_block(run, runner):

@@ -733,7 +733,7 @@ class TestProcesses:
         barred.program.kill()
         began = time.monotonic()
         assert barred.handle("x").result(PATIENCE) == "elsewhere"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
         task = barred.get_task_status("x")
         assert (task.starts, task.crashes, task.errors, task.stuck_on) == (2, 0, 1, "")
         eventually(lambda: len(barred.repository.nodes()) == 1)
