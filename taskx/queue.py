@@ -9,6 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
@@ -120,6 +121,7 @@ class Queue:
             check_middleware(middleware), self._check_executor, self.config.max_payload_size
         )
         self._state = threading.Lock()
+        self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
 
@@ -214,6 +216,9 @@ class Queue:
         self._registry.register(executor, options_of(options))
         if isinstance(executor, Executor):
             executor.bind(self)
+        if self._node is not None:
+            with suppress(RepositoryError):  # then the scheduler records them
+                self._node.engine.record_types()
         self._intake.look_for_work()
 
     def declare(self, *types: str) -> None:
@@ -848,6 +853,7 @@ class Queue:
     def _renew_after_fork(self) -> None:
         """In a forked child: as if it had not been started; nothing of the parent's is touched."""
         self.repository.renew_after_fork()
+        self._services.watcher.renew_after_fork()
         self._state = threading.Lock()
         self._wire()
 

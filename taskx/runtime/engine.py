@@ -73,6 +73,7 @@ class Engine:
         self.runs = self.starter.runs
         #: Whether the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
+        self._recorded = node.types
         #: Whether no other node is known to live.
         self.alone = False
         #: Set by the scheduler: have it tick often for a while; look when the next task is due, and when
@@ -98,6 +99,17 @@ class Engine:
     def _worker(self, number: int) -> threading.Thread:
         worker, name = f"{self.node.name}/{number}", f"taskx-worker-{number}"
         return threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
+
+    def record_types(self) -> None:
+        """Have the repository know the types that are run, if executors were registered since it was told.
+
+        Raises:
+            RepositoryError: the repository failed; the scheduler does it again.
+        """
+        types = self.services.registry.types
+        if types != self._recorded:
+            self.services.repository.record_types(self.node.id, types)
+            self._recorded = types
 
     # --- the workers
 

@@ -117,7 +117,7 @@ class LocalNode:
     def go(self) -> None:
         """Let the workers run tasks."""
         services = self._services
-        services.watcher.drive(True)
+        services.watcher.drive(self._scheduler.wake)
         self.engine.begun.set()
         services.log.info(
             "node %s started: %d workers, types %s",
@@ -300,7 +300,7 @@ class LocalNode:
         except RepositoryError as error:
             services.log.warning("the end could not be recorded: %s", error)
         self.engine.began = None  # closes its file now, whenever the engine is collected
-        services.watcher.drive(False)
+        services.watcher.drive(None)
         services.log.info("node %s stopped", self.record.name)
         self._left.set()
         self._ended()

@@ -6,7 +6,13 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from taskx.core import lifecycle
-from taskx.core.errors import InvalidTransition, QueueStopped, RepositoryError, TaskNotFound
+from taskx.core.errors import (
+    InvalidTransition,
+    QueueStopped,
+    RepositoryCorrupt,
+    RepositoryError,
+    TaskNotFound,
+)
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
@@ -44,7 +50,9 @@ class Operations:
                 task = self._services.repository.get_by_id(task_id)
                 if task.status.finished:
                     raise InvalidTransition(f"task {task_id} is {task.status} already")
-                if task.cancel_requested_at is None:
+                if task_id not in self._services.repository.asked_to_cancel([task_id]):
+                    if task.damage:  # it may be one that no write ever fits
+                        raise RepositoryCorrupt(f"task {task_id} was not cancelled: {task.damage}")
                     continue  # it moved between the write and the look
             self.fire(task_id)
             return False

@@ -15,6 +15,7 @@ from taskx.runtime.engine import AHEAD_PATIENCE, Engine
 from taskx.runtime.recovery import Recovery
 from taskx.runtime.retention import Retention
 from taskx.runtime.ticker import Ticker
+from taskx.storage.base import Changes
 
 #: Seconds between looks for what other processes changed, and between writes of progress.
 POLL = 0.06
@@ -55,6 +56,7 @@ class Scheduler:
         self._asleep_long = False
         self._told = False  # to wake from a long sleep, since the last round began
         self._stopped = False
+        self._changed = Changes(engine.services.repository)
         self._next_due: int | None = None
         self._due_known = False
         self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
@@ -169,6 +171,7 @@ class Scheduler:
         except SchemaMismatch as error:  # what ends meanwhile is written all the same
             self._engine.retire(error)
         self._services.ledger.flush()
+        self._services.watcher.tell()
         if self._engine.stuck.ended:
             self._engine.stuck.lift()
         if not self._engine.buffer.nudge():
@@ -185,10 +188,11 @@ class Scheduler:
         if self._is_time("recover", RECOVER_EVERY):
             if self._recovery.recover(PATIENCE):
                 self._engine.more_stored = True
+            self._engine.record_types()
             self._engine.look_for_pauses()
             self._engine.admission.tend()
             self._look_around()
-        elif self._is_time("poll", POLL) and self._services.repository.changed():
+        elif self._is_time("poll", POLL) and self._changed():
             self._due_known = False
             self._ticker.look_soon()
             self._look_around()
@@ -222,9 +226,8 @@ class Scheduler:
         self._engine.admission.forget()
         self._services.dependents.look_around()
         runs = self._engine.runs
-        running = self._services.repository.get_many(list(runs)) if runs else {}
-        for task in running.values():
-            if task.cancel_requested_at is not None and (run := runs.get(task.id)):
+        for task_id in self._services.repository.asked_to_cancel(list(runs)) if runs else ():
+            if (run := runs.get(task_id)) is not None:
                 run.token.fire(CancelReason.CANCEL)
 
     def _release_due(self, patience: float) -> None:

@@ -83,7 +83,7 @@ class EightMethodAdapter(MemoryRepository):
         # Writes whose outcome is not known, by task; those that took place, and may be sent again.
         self._doubts: dict[str, Write] = {}
         self._known: dict[int, Write] = {}
-        self._stirred = False
+        self._stirs = 0
 
     # --- writing
 
@@ -282,7 +282,7 @@ class EightMethodAdapter(MemoryRepository):
             try:
                 if self._resolve(doubtful, stored):
                     self._remember([doubtful])
-                    self._stirred = True
+                    self._stirs += 1
             except ConfigurationError:  # whoever submitted it was told that it was in doubt
                 stored = None
         if stored is None:
@@ -369,10 +369,9 @@ class EightMethodAdapter(MemoryRepository):
             "restart; nothing was stored"
         )
 
-    def changed(self) -> bool:
-        """Whether a write took place whose outcome was not known; there is no other process."""
-        stirred, self._stirred = self._stirred, False
-        return stirred
+    def version(self) -> object:
+        """How many writes took place whose outcome was not known; there is no other process."""
+        return self._stirs
 
     # --- starting
 

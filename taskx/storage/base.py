@@ -8,8 +8,9 @@ builds its guarantees on; it gives the eight in terms of the primitives, so that
 from __future__ import annotations
 
 import os
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple, TypeVar
 
 import attrs
@@ -124,6 +125,27 @@ def new_version() -> int:
     return 1 + int.from_bytes(os.urandom(7), "big")
 
 
+class Changes:
+    """Tells one that asks whether others changed something since it last asked; true at first.
+
+    Args:
+        repository: what others may have changed.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._seen: object = None
+
+    def __call__(self) -> bool:
+        """Whether something may have changed since the last call.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        before, self._seen = self._seen, self._repository.version()
+        return bool(self._seen != before)
+
+
 R = TypeVar("R", bound="Repository")
 
 
@@ -140,6 +162,8 @@ class Repository(TaskRepository):
     ) -> None:
         self.clock = clock
         self.codecs = Codecs(codec)
+        #: The queues on this object. If there are several, each must hear of the others' commits.
+        self.queues: weakref.WeakSet[object] = weakref.WeakSet()
 
     # --- the primitives
 
@@ -223,6 +247,11 @@ class Repository(TaskRepository):
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
 
+    def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
+        """Those of these tasks whose cancel was requested."""
+        tasks = self.get_many(task_ids).values()
+        return [task.id for task in tasks if task.cancel_requested_at is not None]
+
     @abstractmethod
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
         """Which task holds each of these unique keys, by key."""
@@ -273,8 +302,11 @@ class Repository(TaskRepository):
         return False
 
     @abstractmethod
-    def changed(self) -> bool:
-        """Whether another process may have changed something since the last call; cheap."""
+    def version(self) -> object:
+        """A value that is another one when others may have changed something; cheap.
+
+        Others are other processes, and other queues in this one. See :class:`Changes`.
+        """
 
     def ensure_there(self) -> None:
         """Raise if what the repository opened is not there any more; cheap, changes and opens nothing.
@@ -286,6 +318,10 @@ class Repository(TaskRepository):
     @abstractmethod
     def join(self, node: Node) -> None:
         """Record a node, and prove it alive from now on until :meth:`leave` or process death."""
+
+    @abstractmethod
+    def record_types(self, node: str, types: Sequence[str]) -> None:
+        """Record the types that a node runs now, in place of those that it joined with."""
 
     def watch_lease(self, node: str, lost: Callable[[], object]) -> None:
         """Have ``lost()`` called when a node of this process may be taken for dead.

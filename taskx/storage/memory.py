@@ -330,9 +330,9 @@ class MemoryRepository(Repository):
                 self._notes[name] = Note(text, version + 1 if version else new_version())
             return True
 
-    def changed(self) -> bool:
-        """Always true: another queue of this process may have changed something."""
-        return True
+    def version(self) -> object:
+        """Always another one: another queue of this process may have changed something."""
+        return object()
 
     def renew_after_fork(self) -> None:
         """The child has its own copy of the tasks; another thread may have held the lock."""
@@ -344,6 +344,12 @@ class MemoryRepository(Repository):
         """Record a node."""
         with self._lock:
             self._nodes[node.id] = attrs.evolve(node, alive=True)
+
+    def record_types(self, node: str, types: Sequence[str]) -> None:
+        """Record the types that a node runs now."""
+        with self._lock:
+            if node in self._nodes:
+                self._nodes[node] = attrs.evolve(self._nodes[node], types=tuple(types))
 
     def mark_stopping(self, node: str) -> None:
         """A node of this process cannot leave anything behind, so nothing to record."""

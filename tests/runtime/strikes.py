@@ -8,6 +8,7 @@ points, and never the same ones twice. Here they are counted, and the exception 
 from __future__ import annotations
 
 import dis
+import itertools
 import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType
@@ -89,12 +90,32 @@ _known: dict[CodeType, frozenset[int]] = {}
 
 
 def _calls(code: CodeType) -> frozenset[int]:
-    """The places of the instructions after which CPython may run a handler."""
+    """The places of the instructions after which CPython may run a handler.
+
+    It runs as a part of that instruction; here it is struck at the next one. So both must have the same
+    ``except`` or ``with`` around them: what follows ``return f()`` in a ``with`` block has it no more.
+    """
     if code not in _known:
+        instructions = list(dis.get_instructions(code))
+        handlers = _handlers(code)
         _known[code] = frozenset(
             instruction.offset
-            for instruction in dis.get_instructions(code)
-            if instruction.opname.startswith("CALL")
-            or instruction.opname in ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
+            for instruction, following in itertools.pairwise(instructions)
+            if (
+                instruction.opname.startswith("CALL")
+                or instruction.opname in ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
+            )
+            and (
+                "JUMP" in instruction.opname
+                or handlers.get(instruction.offset) == handlers.get(following.offset)
+            )
         )
     return _known[code]
+
+
+def _handlers(code: CodeType) -> dict[int, int]:
+    """Where each instruction that may raise is continued, by its place; before Python 3.11 not known."""
+    parse = getattr(dis, "_parse_exception_table", lambda code: ())
+    return {
+        offset: entry.target for entry in parse(code) for offset in range(entry.start, entry.end, 2)
+    }

@@ -116,7 +116,7 @@ OPERATIONS = {
     "page": lambda r: r.page(TaskFilter()),
     "ready": lambda r: r.ready(["t"], 1),
     "unfinished": lambda r: r.unfinished(["t"]),
-    "changed": lambda r: r.changed(),
+    "version": lambda r: r.version(),
     "shrink": lambda r: r.shrink(),
     "notes": lambda r: r.notes(""),
     "put_note": lambda r: r.put_note("n", "text", 0),

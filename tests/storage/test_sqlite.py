@@ -18,6 +18,7 @@ import pytest
 
 from taskx import (
     ConfigurationError,
+    Queue,
     RepositoryCorrupt,
     RepositoryError,
     RepositoryUnavailable,
@@ -30,7 +31,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.writes import PRESENT, Update
-from taskx.storage.base import Node
+from taskx.storage.base import Changes, Node
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
@@ -482,9 +483,11 @@ class TestLocks:
     def test_readers_do_not_wait_for_our_own_writer(self, repository):
         """Not even the first."""
         repository.create(task("a"))
+        changed = Changes(repository)
+        changed()
         with repository._write_lock:
             assert ids(repository) == ["a"]
-            assert repository.changed() is False
+            assert changed() is False
 
     def test_locked_too_long(self, repository, connect):
         """The write fails within ``busy_timeout`` and leaves nothing; the next one works."""
@@ -519,16 +522,61 @@ class TestLocks:
 
     def test_changes_are_those_of_others(self, repository, path, connect):
         """Own commits do not ring."""
+        changed = Changes(repository)
         repository.create(task("a"))
-        repository.changed()
+        assert changed()
         repository.create(task("b"))
-        assert not repository.changed()
+        assert not changed()
         connect().execute("UPDATE tasks SET message = 'other'")
-        assert repository.changed()
-        assert not repository.changed()
+        assert changed()
+        assert not changed()
         with SQLiteRepository(path) as sibling:
             sibling.create(task("c"))
-            assert repository.changed()
+            assert changed()
+
+    def test_each_who_asks_has_a_memory_of_its_own(self, repository, connect):
+        first, second = Changes(repository), Changes(repository)
+        assert first()
+        assert second()
+        repository.create(task("a"))
+        connect().execute("UPDATE tasks SET message = 'other'")
+        assert first()
+        assert second()
+        assert not first()
+        assert not second()
+
+    def test_queues_on_one_repository_hear_of_each_other(self, repository):
+        queue, changed = Queue(repository), Changes(repository)
+        changed()
+        repository.create(task("a"))
+        assert not changed()
+        other = Queue(repository)
+        changed()
+        repository.create(task("b"))
+        assert changed()
+        assert not changed()
+        assert queue.repository is other.repository
+
+    def test_a_new_writing_connection_may_have_missed_something(self, repository):
+        changed = Changes(repository)
+        repository.create(task("a"))
+        changed()
+        repository.close()
+        assert changed()
+        assert not changed()
+
+    def test_an_error_of_the_driver_is_translated_where_changes_are_looked_for(self, repository):
+        class Failing:
+            def execute(self, sql):
+                raise sqlite3.OperationalError("disk I/O error")
+
+        changed = Changes(repository)
+        changed()
+        repository._connections.writer = Failing
+        with pytest.raises(RepositoryUnavailable, match="disk I/O"):
+            changed()
+        del repository._connections.writer
+        assert not changed()
 
 
 def turnstile_of(path):

@@ -19,6 +19,7 @@ _STALE = 3.0
 #: Nobody asked for so long: the thread ends.
 _IDLE = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
+_LEAST_INTERVAL = 0.001
 # Of what a change says only the marks are looked at; the large parts need not travel.
 _LITTLE = [
     {"$project": {f"{where}.{name}": 0 for where in ("fullDocument", "updateDescription.updatedFields")
@@ -27,12 +28,12 @@ _LITTLE = [
 
 
 class Changes:
-    """Answers :meth:`Repository.changed` from memory.
+    """Answers :meth:`Repository.version` from memory.
 
     Args:
         connection: the way to the server.
         poll_interval: seconds between answers of "perhaps", where there is no stream.
-        is_own: whether a mark was left by this process.
+        is_own: whether a mark was left by the one queue here that asks.
         monotonic: what time is measured by.
     """
 
@@ -47,28 +48,25 @@ class Changes:
         self._connection = connection
         self._poll_interval = poll_interval
         self._is_own = is_own
+        self._rings = 0
         self.renew()
 
     def renew(self) -> None:
         """In a forked child: begin anew."""
         self._lock = threading.Lock()
         self._watch: _Watch | None = None
-        self._told = float("-inf")
         self._can_watch = True
 
-    def changed(self) -> bool:
-        """Whether something may have changed since the last call."""
+    def version(self) -> object:
+        """Another value when something may have changed."""
         now = self.monotonic()
         watch = self._ensure_watch(now)
-        if watch is not None and watch.rang.is_set():
-            watch.rang.clear()
-            self._told = now
-            return True
         live = watch is not None and now - watch.heard < _STALE
-        if live or now - self._told < self._poll_interval:
-            return False
-        self._told = now
-        return True
+        return self._rings, None if live else now // max(self._poll_interval, _LEAST_INTERVAL)
+
+    def ring(self) -> None:
+        """Something changed."""
+        self._rings += 1
 
     def _ensure_watch(self, now: float) -> _Watch | None:
         if not self._can_watch:
@@ -80,7 +78,7 @@ class Changes:
             return self._watch
 
     def close(self) -> None:
-        """End the thread; another call of :meth:`changed` starts it again."""
+        """End the thread; another call of :meth:`version` starts it again."""
         with self._lock:
             watch, self._watch = self._watch, None
         if watch is not None:
@@ -92,7 +90,6 @@ class _Watch:
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
-        self.rang = threading.Event()
         self.heard = float("-inf")  # when the server last answered
         self.asked = changes.monotonic()
         self.ended = False
@@ -129,12 +126,12 @@ class _Watch:
     def _listen(self) -> None:
         tasks = self._changes._connection.tasks
         with tasks.watch(_LITTLE, max_await_time_ms=int(_AWAIT * 1000)) as stream:
-            self.rang.set()  # what came before the stream was open
+            self._changes.ring()  # what came before the stream was open
             while not self._over() and stream.alive:
                 change = stream.try_next()
                 self.heard = self._changes.monotonic()
                 if change is not None and not self._is_own(change):
-                    self.rang.set()
+                    self._changes.ring()
 
     def _is_own(self, change: Any) -> bool:
         marks = _marks(change)

@@ -109,12 +109,19 @@ class Leases:
         """Which tasks the threads of a node began last; None of one on another host."""
         return self._locks.began(node)
 
+    def record_types(self, node: str, types: Sequence[str]) -> None:
+        """Record the types that a node runs now."""
+        self._amend(node, "types", list(types))
+
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""
+        self._amend(node, "stopping", True)
+
+    def _amend(self, node: str, name: str, value: Any) -> None:
         if (own := self._own.get(node)) is not None:
-            own.record["stopping"] = True
+            own.record[name] = value
         self._connection.run(
-            lambda: self._connection.nodes.update_one({"_id": node}, {"$set": {"stopping": True}})
+            lambda: self._connection.nodes.update_one({"_id": node}, {"$set": {name: value}})
         )
 
     def lost(self, node: str) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -141,8 +141,7 @@ class MongoRepository(Repository):
         self._notes = Notes(self._connection)
         locks = HostLocks(run_folder)
         self._leases = Leases(self._connection, lease_timeout, locks, monotonic)
-        own = self._sender.is_own
-        self._changes = Changes(self._connection, poll_interval, own, monotonic)
+        self._changes = Changes(self._connection, poll_interval, self._is_own, monotonic)
         self._housekeeping = _Every(lease_timeout / 6, monotonic)
         self._indexed = False
         _repositories.add(self)
@@ -274,6 +273,10 @@ class MongoRepository(Repository):
         """The status of each of these tasks that exists, by id."""
         return self._tasks.statuses(task_ids)
 
+    def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
+        """Those of these tasks whose cancel was requested."""
+        return self._tasks.asked_to_cancel(task_ids)
+
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
         """Which task holds each of these unique keys, by key."""
         return self._tasks.unique_holders(keys)
@@ -306,9 +309,13 @@ class MongoRepository(Repository):
         """Store a note, or remove it, if its version is still that one."""
         return self._notes.put(name, text, version)
 
-    def changed(self) -> bool:
-        """Whether another process may have changed something since the last call; asks nobody."""
-        return self._changes.changed()
+    def _is_own(self, mark: int) -> bool:
+        """Whether the only queue here left a mark: where there are several, each hears of the others."""
+        return len(self.queues) < 2 and self._sender.is_own(mark)
+
+    def version(self) -> object:
+        """Another value when others may have changed something; asks nobody."""
+        return self._changes.version()
 
     # --- nodes
 
@@ -325,6 +332,10 @@ class MongoRepository(Repository):
     def began(self, node: str) -> Began | None:
         """Which tasks the threads of a node began last; None of one on another host."""
         return self._leases.began(node)
+
+    def record_types(self, node: str, types: Sequence[str]) -> None:
+        """Record the types that a node runs now."""
+        self._leases.record_types(node, types)
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""

@@ -278,6 +278,15 @@ class Tasks:
         found = self._with_hidden("_id", task_ids, {"status": 1})
         return {document["_id"]: document["status"] for document in found}
 
+    def asked_to_cancel(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """Those of these tasks whose cancel was requested."""
+        found = self._with_hidden("_id", task_ids, {"taskx.cancel_requested_at": 1})
+        return [
+            document["_id"]
+            for document in found
+            if (document.get("taskx") or {}).get("cancel_requested_at") is not None
+        ]
+
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
         """Which task holds each of these unique keys, by key."""
         path = "taskx.unique_lock"

@@ -7,7 +7,7 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, get_args
 
@@ -99,7 +99,9 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.Lock()
         self._forking = False
         self._synchronous = "NORMAL"
-        self._data_version = -1
+        # Commits of other connections as the writing one counts them, the how many-th of ours that is,
+        # and our own commits.
+        self._others, self._writers, self._commits = -1, 0, 0
         self._newer: SchemaMismatch | None = None
         _repositories.add(self)
 
@@ -195,6 +197,7 @@ class SQLiteRepository(Repository):
                 if self._newer is not None and not _let_go(writes):
                     raise SchemaMismatch(*self._newer.args)
                 cursor.execute("COMMIT")
+                self._commits += 1
                 return result
             except BaseException as error:
                 # A full disk makes SQLite roll back by itself.
@@ -235,7 +238,12 @@ class SQLiteRepository(Repository):
 
     def _discard_writer(self) -> None:
         self._connections.discard_writer()
-        self._synchronous, self._data_version = "NORMAL", -1
+        self._forget_writer()
+
+    def _forget_writer(self) -> None:
+        """The next writing connection begins anew, and counts otherwise."""
+        self._synchronous = "NORMAL"
+        self._writers, self._others = self._writers + 1, -1
 
     def _set_synchronous(self, cursor: sqlite3.Cursor, durable: bool) -> None:
         full = self.durability == "full" or (durable and self.durability == "accepted")
@@ -258,12 +266,17 @@ class SQLiteRepository(Repository):
         It has the pages that it wrote last in memory; another one reads them anew after each commit.
         """
         self._open()
-        if self._write_lock.acquire(blocking=False):
-            try:
+        got: list[bool] = []
+        try:
+            # The lock and the note of it in one step: an exception that a signal handler raises may
+            # come between any two.
+            got.extend(map(self._write_lock.acquire, (False,)))
+            if got == [True]:
                 return self._connections.writer().execute(sql, values).fetchall()
-            except sqlite3.Error:
-                pass  # what it means is told below
-            finally:
+        except sqlite3.Error:
+            pass  # what it means is told below
+        finally:
+            if got == [True]:
                 self._write_lock.release()
         return self._rows(sql, values)
 
@@ -277,20 +290,22 @@ class SQLiteRepository(Repository):
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
-        found = {}
-        for some in _chunks(task_ids):
-            read = self._rows_near if len(some) <= _FEW else self._rows
-            for row in read(statements.select_many(len(some)), some):
-                found[row[0]] = task_from_row(row, self.codecs)
-        return found
+        rows = self._rows_of(statements.TASK, "id", task_ids)
+        return {row[0]: task_from_row(row, self.codecs) for row in rows}
 
     def _rows_of(self, columns: str, key: str, values: Sequence[str]) -> Iterator[Any]:
         for some in _chunks(values):
-            yield from self._rows(statements.select_many(len(some), columns, key), some)
+            read = self._rows_near if len(some) <= _FEW else self._rows
+            yield from read(statements.select_many(len(some), columns, key), some)
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
         return dict(self._rows_of("id, status", "id", task_ids))
+
+    def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
+        """Those of these tasks whose cancel was requested, also where the record is damaged."""
+        asked = dict(self._rows_of("id, cancel_requested_at IS NOT NULL", "id", task_ids))
+        return [task_id for task_id, is_asked in asked.items() if is_asked]
 
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
         """Which task holds each of these unique keys, by key."""
@@ -420,25 +435,30 @@ class SQLiteRepository(Repository):
         self._transact(lambda cursor: cursor.execute(sql).fetchall(), durable=False)
         return bool(spare > few)
 
-    def changed(self) -> bool:
-        """Whether another connection committed since the last call; true at the first.
+    def version(self) -> object:
+        """Which commits there were: of other connections, and of our own where queues share us.
 
-        Reads one counter in memory.
-
-        It is read on the writing connection, so that own commits do not ring it.
+        Reads counters in memory. SQLite's is read on the writing connection, which does not count its
+        own commits.
         """
         self._open()
-        if not self._write_lock.acquire(timeout=0.005):
-            return False  # a write is under way; the next call will see
+        # Where that takes longer a write is under way; the next call will see.
+        if self._write_lock.acquire(timeout=0.005):
+            try:
+                self._others = self._read_data_version()
+            finally:
+                self._write_lock.release()
+        return (self._writers, self._others, self._commits if len(self.queues) > 1 else 0)
+
+    def _read_data_version(self) -> int:
         try:
             connection = self._connections.writer()
-            row = connection.execute("PRAGMA data_version").fetchone()
-            if changed := bool(row[0] != self._data_version):
-                self._look_at_version(connection)
-                self._data_version = row[0]
-        finally:
-            self._write_lock.release()
-        return changed
+            ((others,),) = connection.execute("PRAGMA data_version").fetchall()
+        except sqlite3.Error as error:
+            raise translated(error, self._file.path, self._connections.busy_timeout) from error
+        if others != self._others:
+            self._look_at_version(connection)
+        return int(others)
 
     # --- notes
 
@@ -490,6 +510,14 @@ class SQLiteRepository(Repository):
     def began(self, node: str) -> Began | None:
         """Which tasks the threads of a node began last."""
         return self._locks.began(node)
+
+    def record_types(self, node: str, types: Sequence[str]) -> None:
+        """Record the types that a node runs now."""
+        row = (json.dumps(types), node)
+        self._transact(
+            lambda cursor: cursor.execute("UPDATE nodes SET types = ? WHERE id = ?", row),
+            durable=False,
+        )
 
     def mark_stopping(self, node: str) -> None:
         """Record that a node is stopping."""
@@ -569,7 +597,8 @@ class SQLiteRepository(Repository):
             except sqlite3.Error as error:
                 raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
             finally:
-                self._synchronous, self._data_version, self._newer = "NORMAL", -1, None
+                self._forget_writer()
+                self._newer = None
 
     def before_fork(self) -> None:
         """Have no transaction and no connection open, so that a forked child inherits none."""
@@ -589,7 +618,7 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.Lock()
         self._connections.renew_after_fork()
         self._joined.clear()
-        self._synchronous, self._data_version = "NORMAL", -1
+        self._forget_writer()
 
 
 _repositories: weakref.WeakSet[SQLiteRepository] = weakref.WeakSet()

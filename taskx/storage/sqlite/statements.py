@@ -18,7 +18,7 @@ _STUB = (
     "cancel_requested_at IS NOT NULL, CAST(type AS TEXT), CAST(run_at AS INTEGER)"
 )
 
-_TASK = ", ".join(TASK_FIELDS)
+TASK = ", ".join(TASK_FIELDS)
 READY = (
     f"SELECT {_STUB}, seq FROM tasks "
     "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? "
@@ -107,7 +107,7 @@ UNFINISHED_RUNNING = "SELECT DISTINCT type FROM tasks WHERE status = 'running' A
 
 
 @lru_cache(maxsize=64)
-def select_many(count: int, columns: str = _TASK, key: str = "id") -> str:
+def select_many(count: int, columns: str = TASK, key: str = "id") -> str:
     """Select columns of tasks by ``count`` ids, or values of another indexed column."""
     return f"SELECT {columns} FROM tasks WHERE {key} IN ({', '.join('?' * count)})"
 
@@ -193,7 +193,7 @@ _SOURCES: dict[str | None, str] = {
 def list_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
     """The query for the tasks that meet a filter, and its values."""
     source, values = _meeting(filter)
-    sql = f"SELECT {_TASK} FROM {source} ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
+    sql = f"SELECT {TASK} FROM {source} ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
     return sql, [*values, filter.limit, filter.offset]
 
 

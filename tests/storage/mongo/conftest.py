@@ -14,6 +14,7 @@ from mongo_server import new_database
 
 from taskx import MongoRepository
 from taskx.core import lifecycle
+from taskx.storage.base import Changes
 
 
 @pytest.fixture
@@ -42,6 +43,7 @@ def make(tmp_path: Path) -> Iterator[Callable[..., MongoRepository]]:
 
     def make(database: Any, **options: Any) -> MongoRepository:
         made.append(MongoRepository(database, **{"run_folder": tmp_path / "run", **options}))
+        made[-1].changed = Changes(made[-1])  # for a test to ask
         return made[-1]
 
     yield make

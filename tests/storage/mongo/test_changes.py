@@ -8,7 +8,7 @@ import time
 import pytest
 from mongo_server import REAL, new_database
 
-from taskx import Task
+from taskx import Queue, Task
 from taskx.core import lifecycle
 from taskx.testing import ManualClock
 
@@ -70,11 +70,18 @@ def test_own_writes_do_not_ring(ours, theirs):
     ours.apply([insert(str(number)) for number in range(5)])
     ours.apply([lifecycle.take(str(number), "n") for number in range(5)])
     ours.apply([lifecycle.give_up(str(number), "n") for number in range(5)])
-    watch, told = ours._changes._watch, []
-    ring, watch.rang.set = watch.rang.set, lambda: (told.append(1), ring())
+    told = []
+    ring, ours._changes.ring = ours._changes.ring, lambda: (told.append(1), ring())
     theirs.apply([insert("last")])
     until(ours.changed)
     assert told == [1]
+
+
+def test_queues_on_one_repository_hear_of_each_other(ours):
+    queues = [Queue(ours), Queue(ours)]
+    ours.apply([insert("a")])
+    until(ours.changed)
+    assert len(ours.queues) == len(queues)
 
 
 def test_what_the_original_stores_rings(ours, database):
@@ -103,8 +110,8 @@ def test_a_standalone_server_has_none(mongo_server, make):
     assert repository.changed()
     until(lambda: not repository._changes._can_watch)
     assert repository._changes._watch.ended
-    repository._changes._told -= 5
-    assert repository.changed()
+    repository._changes._poll_interval = 0.0
+    until(repository.changed)
 
 
 def test_a_stream_that_is_silent_is_not_relied_on(through, proxy):

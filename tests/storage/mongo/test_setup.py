@@ -173,7 +173,7 @@ client = pymongo.MongoClient(sys.argv[1])
 repository = MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3])
 repository.join(Node(id="n", name="parent"))
 repository.create(Task(id="parent", type="t"))
-repository.changed()
+repository.version()
 child = os.fork()
 if child == 0:
     repository.create(Task(id="child", type="t"))
