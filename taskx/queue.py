@@ -603,6 +603,7 @@ class Queue:
         Raises:
             TaskNotFound: there is none with that id.
             InvalidTransition: it has ended.
+            RepositoryCorrupt: its record is damaged in such a way that it cannot be cancelled.
         """
         return self._operations.cancel(check_name(task_id, "id"))
 

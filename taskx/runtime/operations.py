@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 
 from taskx.core import lifecycle
 from taskx.core.errors import (
@@ -13,7 +12,7 @@ from taskx.core.errors import (
     RepositoryError,
     TaskNotFound,
 )
-from taskx.core.model import TaskFilter, TaskStatus
+from taskx.core.model import TaskFilter
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.dead_letters import requeue_all, requeue_these
@@ -22,6 +21,8 @@ from taskx.runtime.starter import Services
 
 #: Tasks that are cancelled in one transaction.
 BATCH = 200
+# How often a task is tried to be cancelled that moves between the write and the look.
+_TRIES = 20
 
 
 class Operations:
@@ -40,7 +41,7 @@ class Operations:
 
     def cancel(self, task_id: str) -> bool:
         """Cancel a task: True if it never runs, False if it runs and was asked to stop."""
-        while True:
+        for _ in range(_TRIES):
             writes = lifecycle.cancel(task_id, self._services.clock.now_ms())
             *cancelled, asked = self._services.ledger.commit(writes)
             if any(cancelled):
@@ -51,11 +52,13 @@ class Operations:
                 if task.status.finished:
                     raise InvalidTransition(f"task {task_id} is {task.status} already")
                 if task_id not in self._services.repository.asked_to_cancel([task_id]):
-                    if task.damage:  # it may be one that no write ever fits
-                        raise RepositoryCorrupt(f"task {task_id} was not cancelled: {task.damage}")
                     continue  # it moved between the write and the look
             self.fire(task_id)
             return False
+        raise RepositoryCorrupt(
+            f"task {task_id} was not cancelled: its stored record is damaged, and neither that of a "
+            "task which may start nor that of one which runs; delete() it, or mend it by hand"
+        )
 
     def cancel_many(self, task_ids: Sequence[str]) -> int:
         """Cancel those of these tasks that have not ended; returns how many of them never run."""
@@ -69,9 +72,13 @@ class Operations:
             settled.update((write.id for write in cancelled), asked)
         rest = self._services.repository.statuses([i for i in task_ids if i not in settled])
         for task_id, status in rest.items():
-            if not TaskStatus(status).finished:  # it moved meanwhile, or was asked before
-                with suppress(InvalidTransition, TaskNotFound):
+            if status not in lifecycle.FINISHED:  # it moved meanwhile, or was asked before
+                try:
                     never_run += self.cancel(task_id)
+                except RepositoryCorrupt as error:
+                    self._services.log.warning("%s", error)
+                except (InvalidTransition, TaskNotFound):
+                    continue
         return never_run
 
     def _cancel_some(self, task_ids: Sequence[str]) -> tuple[list[Update], list[str]]:

@@ -14,7 +14,14 @@ from contextlib import suppress
 
 import pytest
 
-from taskx import Queue, QueueStopped, RepositoryUnavailable, TaskHandle, TaskNotFound
+from taskx import (
+    Queue,
+    QueueStopped,
+    RepositoryCorrupt,
+    RepositoryUnavailable,
+    TaskHandle,
+    TaskNotFound,
+)
 
 from .conftest import PATIENCE, eventually, run_in_thread
 from .strikes import Strike, strike_at
@@ -48,11 +55,6 @@ def no_slow_looks(monkeypatch):
     monkeypatch.setattr("taskx.runtime.handles._LOOK_ANYWAY", 1e6)
 
 
-in_one_process = pytest.mark.parametrize(
-    "repository", ["memory", "sqlite"], indirect=True
-)  # a mock of the driver passes through thousands of points
-
-
 # Exceptions that strike
 
 
@@ -82,7 +84,6 @@ def look(way, handle):
         WAYS[way](handle)
 
 
-@in_one_process
 @pytest.mark.parametrize("way", WAYS)
 def test_a_handle_of_an_ended_task_works_after_an_exception_struck(queue, done, way):
     for handle, strike in struck(lambda: queue.handle(done), way):
@@ -90,7 +91,6 @@ def test_a_handle_of_an_ended_task_works_after_an_exception_struck(queue, done, 
         assert wait([handle], 0).done, strike
 
 
-@in_one_process
 @pytest.mark.parametrize("way", WAYS)
 def test_a_handle_resolves_after_an_exception_struck_while_the_task_ran(queue, held, gate, way):
     handles = [handle for handle, _ in struck(lambda: queue.handle(held), way)]
@@ -102,7 +102,6 @@ def test_a_handle_resolves_after_an_exception_struck_while_the_task_ran(queue, h
     assert queue.submit("hold").result(PATIENCE) == "value"  # no worker hangs
 
 
-@in_one_process
 def test_another_thread_is_told_though_an_exception_struck_the_one_that_found_the_end(
     queue, repository, monkeypatch
 ):
@@ -121,7 +120,6 @@ def test_another_thread_is_told_though_an_exception_struck_the_one_that_found_th
     assert point > 20
 
 
-@in_one_process
 def test_the_main_thread_that_cancels_sees_it_at_once_and_others_soon(queue):
     queue.declare("t")
     handle = queue.submit("t")
@@ -325,7 +323,7 @@ def test_who_waits_reads_no_record_before_the_end(queue, read):
     assert set(read) == {handles[7].id}
 
 
-@pytest.mark.parametrize("repository", ["sqlite", "mongo"], indirect=True)
+@pytest.mark.parametrize("repository", ["sqlite", "mongomock"], indirect=True)
 def test_a_look_for_cancels_reads_no_record_of_a_running_task(queue, held, read):
     read.clear()
     queue._node._scheduler._look_around()
@@ -340,11 +338,30 @@ def test_a_running_task_hears_of_a_cancel_though_its_record_is_damaged(queue, re
     )
     queue._node._scheduler._look_around()
     assert run.token.cancelled
+    assert queue.cancel_task(held) is False
+    assert queue.cancel_many([held]) == 0
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_the_cancel_of_a_record_that_no_move_fits_ends(queue, repository, caplog):
+    queue.declare("t")
+    damaged, sound = queue.submit("t").id, queue.submit("t").id
+    repository._transact(
+        lambda cursor: cursor.execute("UPDATE tasks SET held = 'abc' WHERE id = ?", (damaged,)),
+        durable=False,
+        writes=(),
+    )
+    with pytest.raises(RepositoryCorrupt, match=f"{damaged} was not cancelled"):
+        queue.cancel_task(damaged)
+    assert queue.cancel_many([damaged, sound]) == 1
+    assert f"{damaged} was not cancelled" in caplog.text
+    queue.delete(damaged)
 
 
 # Two queues on one repository
 
 
+@pytest.mark.every_store
 def test_queues_that_share_a_repository_hear_of_each_other_at_once(
     make_queue, repository, no_slow_looks
 ):
@@ -399,6 +416,7 @@ def test_a_handle_that_was_looked_at_resolves_in_a_forked_child(spawn, database)
 # Types that are registered late
 
 
+@pytest.mark.every_store
 def test_types_registered_after_the_start_are_on_record(queue, repository, caplog):
     queue.executor("early")(lambda: "value")
     queue.start()

@@ -180,13 +180,18 @@ def _unescape(key: str) -> str:
 def task_from_document(document: Mapping[str, Any], codecs: Codecs = NO_CODECS) -> Task:
     """The task of a document, whoever wrote it; what is damaged is named in ``task.damage``."""
     row = row_from_document(document)
-    odd = row["status"] not in _STATUSES
-    if odd:
-        row = {**row, "status": "failed"}
+    status = known_status(row["status"])
+    odd = row["status"] != status
+    row = {**row, "status": status} if odd else row
     task = task_from_row([row[name] for name in TASK_FIELDS], codecs)
     if odd and not task.damage:
         task.damage = f"the stored record is damaged: {row['status']!r:.50} as status"
     return task
+
+
+def known_status(status: Any) -> str:
+    """The status as a task has it: one that another program made up stands for failed."""
+    return status if status in _STATUSES else "failed"
 
 
 def row_from_document(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from taskx.storage.mongo.documents import (
     STUB_FIELDS,
     Document,
     batch_of,
+    known_status,
     moment_ms,
     ours_of,
     stub_from_document,
@@ -276,7 +277,7 @@ class Tasks:
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
         found = self._with_hidden("_id", task_ids, {"status": 1})
-        return {document["_id"]: document["status"] for document in found}
+        return {document["_id"]: known_status(document["status"]) for document in found}
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Sequence[str]:
         """Those of these tasks whose cancel was requested."""
