@@ -29,7 +29,8 @@ demo: $(VENV)/installed-core ## run the main job: hash the standard library as t
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
 quick: $(VENV)/installed-test ## run the tests that take under a minute, on memory and SQLite
-	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "$(QUICK)" $(ARGS)
+	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "$(QUICK)" \
+		--durations 5 --durations-min 1 $(ARGS)
 
 test: $(VENV)/installed-test ## run all tests
 	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
