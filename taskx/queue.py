@@ -583,11 +583,12 @@ class Queue:
 
     @property
     def healthy(self) -> bool:
-        """Whether nothing that only a person can mend keeps this queue from its work.
+        """Whether this queue can do its work: for a health check.
 
-        False while more threads are stuck than are replaced (``max_stuck``), after the SQLite file was
-        moved, deleted or replaced, and after a newer TaskX has migrated it. A queue that is not started,
-        as in a process that only submits, has no threads: it is healthy as long as its file is there.
+        False while more threads are stuck than are replaced (``max_stuck``), while the SQLite file is
+        moved away, deleted or replaced, and after a newer TaskX has migrated it. It does not tell whether
+        the queue was started: one that only submits has no threads, and is healthy as long as its file
+        is there.
         """
         try:
             self.repository.ensure_there()

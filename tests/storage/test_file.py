@@ -266,6 +266,20 @@ class TestWhichFile:
         os.replace(other, path)
         assert ids(repository) == ["a", "b"]
 
+    def test_who_reads_while_it_is_closed_leaves_no_connection_to_the_old_file(
+        self, path, repository
+    ):
+        other = copy_of(path, path.with_name("copy.db"))
+        with SQLiteRepository(other) as its_own:
+            its_own.create(task("b"))
+        with repository._connections.reader():
+            repository.close()
+            os.replace(other, path)
+            for log in ("tasks.db-wal", "tasks.db-shm"):
+                path.with_name(log).unlink()
+            assert ids(repository) == ["a", "b"]
+        assert ids(repository) == ["a", "b"]
+
     def test_a_closed_repository_with_a_node_at_work_opens_no_other_file(self, path, repository):
         repository.join(Node(id="n1", name="one"))
         repository.close()

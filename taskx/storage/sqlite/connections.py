@@ -116,7 +116,7 @@ class Connections:
     @contextmanager
     def reader(self) -> Iterator[sqlite3.Connection]:
         """A connection to read with, given back afterwards; sqlite3's errors become ours."""
-        connection = None
+        connection, identity = None, self.file.identity
         try:
             try:
                 connection = self._idle.pop()
@@ -129,7 +129,10 @@ class Connections:
             if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
                 raise translated(error, self.file.path, self.busy_timeout) from error
             raise
-        self._idle.append(connection)
+        if self.file.identity == identity:
+            self._idle.append(connection)
+        else:  # all was closed meanwhile, and perhaps another file was opened
+            self._close_reader(connection)
 
     def discard_writer(self) -> None:
         """Have the next write open a new connection; the caller holds the write lock."""

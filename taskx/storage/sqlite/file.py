@@ -23,6 +23,7 @@ class DatabaseFile:
 
     Attributes:
         path: absolute; the real path from the opening on.
+        identity: device and inode of the file that was opened; None if none is.
     """
 
     def __init__(self, path: str, create: bool) -> None:
@@ -34,19 +35,18 @@ class DatabaseFile:
             ) from error
         self.create = create
         self.path = self._given
-        # Device and inode: of the file that was opened; of the one that was there just before.
-        self._identity: tuple[int, int] | None = None
-        self._found: tuple[int, int] | None = None
+        self.identity: tuple[int, int] | None = None
+        self._found: tuple[int, int] | None = None  # what was there just before the opening
 
     @property
     def known(self) -> bool:
         """Whether it was opened, so that no other file will do."""
-        return self._identity is not None
+        return self.identity is not None
 
     @property
     def inode(self) -> int:
         """Its inode number; 0 until it is opened."""
-        return 0 if self._identity is None else self._identity[1]
+        return 0 if self.identity is None else self.identity[1]
 
     @property
     def folder(self) -> str:
@@ -75,8 +75,8 @@ class DatabaseFile:
         Raises:
             RepositoryUnavailable: it is not the file that was found before.
         """
-        self._identity = self._identity or self._found or self._look()
-        if self._identity is None:
+        self.identity = self.identity or self._found or self._look()
+        if self.identity is None:
             raise self._gone()
         self.check()
 
@@ -86,7 +86,7 @@ class DatabaseFile:
         Raises:
             RepositoryUnavailable: it was moved, deleted or replaced.
         """
-        identity = self._identity
+        identity = self.identity
         if identity is None or (seen := self._look()) == identity:
             return
         if seen is None:
@@ -98,7 +98,7 @@ class DatabaseFile:
 
     def forget(self) -> None:
         """Have the next opening settle anew which file is meant."""
-        self.path, self._identity = self._given, None
+        self.path, self.identity = self._given, None
 
     def _look(self) -> tuple[int, int] | None:
         try:
