@@ -78,11 +78,19 @@ class Leases:
         except BaseException:
             self._locks.release(node.id)
             raise
+        try:
+            self._keep_alive(node.id, own)
+        except BaseException:  # no thread to be had: nobody would show that it lives
+            self.leave(node.id)
+            raise
+
+    def _keep_alive(self, node: str, own: _Own) -> None:
         with self._changed:
-            self._own[node.id] = own
+            self._own[node] = own
             if self._thread is None:
-                self._thread = threading.Thread(target=self._run, name="taskx-beat", daemon=True)
-                self._thread.start()
+                thread = threading.Thread(target=self._run, name="taskx-beat", daemon=True)
+                thread.start()
+                self._thread = thread
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
         """Have ``lost()`` called whenever a node of this process has lost its lease."""
@@ -143,7 +151,7 @@ class Leases:
                 nodes = dict(self._own)
             began = self._monotonic()
             for node, own in nodes.items():
-                self.beat(node, own)
+                self._beat_on(node, own)
             with self._changed:
                 wait = self._until_next(began)
                 if self._own:
@@ -155,6 +163,12 @@ class Leases:
         # Wake up at a deadline that comes sooner; one that has passed was told of.
         ends = [end for own in self._own.values() if (end := self._deadline(own)) > now]
         return max(min([next_beat, *ends]) - now, self.interval / 10)
+
+    def _beat_on(self, node: str, own: _Own) -> None:
+        try:
+            self.beat(node, own)
+        except BaseException:  # noqa: BLE001  (without this thread all nodes here would be taken for dead)
+            log.exception("node %s stumbled at its beat; it goes on", node)
 
     def beat(self, node: str, own: _Own | None = None) -> None:
         """Show that a node lives; tell it where that failed for too long."""

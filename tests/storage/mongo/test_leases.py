@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -340,6 +341,44 @@ class TestStarting:
         repository._leases.beat("n")
         assert repository.apply([start]) == [True]
         repository.leave("n")
+
+
+class TestBeating:
+    def test_without_a_thread_to_beat_a_node_does_not_join(self, host, connection, monkeypatch):
+        """The next one to join has one started."""
+        left, start = [1], threading.Thread.start
+
+        def refuse_first(thread):
+            if left:
+                left.clear()
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse_first)
+        made = host()
+        with pytest.raises(RuntimeError):
+            made.leases.join(Node(id="first", name="ours"))
+        assert made.leases.nodes() == []
+        beaten = threading.Event()
+        monkeypatch.setattr(Leases, "beat", lambda *args: beaten.set())
+        made.leases.join(Node(id="second", name="ours"))
+        assert beaten.wait(20)
+        made.leases.leave("second")
+
+    def test_a_beat_that_stumbles_is_not_the_last(self, host, monkeypatch, caplog):
+        made, beaten, left = host(), threading.Event(), [SystemExit("a defect")]
+
+        def beat(self, node, own):
+            made.clock.advance(LEASE)  # the next one is due
+            if left:
+                raise left.pop()
+            beaten.set()
+
+        monkeypatch.setattr(Leases, "beat", beat)
+        made.leases.join(Node(id="n", name="ours"))
+        assert beaten.wait(20)
+        made.leases.leave("n")
+        assert "node n stumbled at its beat; it goes on" in caplog.text
 
 
 NODE = """
