@@ -19,12 +19,14 @@ from taskx import (
     QueueStopped,
     RepositoryCorrupt,
     RepositoryUnavailable,
+    Task,
+    TaskFilter,
     TaskHandle,
     TaskNotFound,
 )
 
 from .conftest import PATIENCE, eventually, run_in_thread
-from .strikes import Strike, strike_at
+from .strikes import Strike, every_strike, strike_at
 
 
 @pytest.fixture
@@ -129,6 +131,18 @@ def test_the_main_thread_that_cancels_sees_it_at_once_and_others_soon(queue):
     assert handle.cancelled()
     with pytest.raises(CancelledError):
         waiting()
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_an_exception_that_strikes_a_read_leaves_no_connection_behind(repository):
+    repository.create(Task(id="a", type="t"))
+    for read in (lambda: repository.list(TaskFilter()), lambda: repository.statuses(["a"])):
+        for strike in every_strike(lambda point, read=read: read()):
+            strike.__traceback__ = strike.__context__ = None  # which have the connection
+            if len(repository._connections._readers) > 1:
+                gc.collect()
+                assert len(repository._connections._readers) <= 1, strike
+            assert not repository._write_lock.locked(), strike
 
 
 def test_the_first_outcome_of_a_handle_stays(queue, done):

@@ -32,7 +32,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.writes import PRESENT, Update
 from taskx.storage.base import Changes, Node
-from taskx.storage.sqlite import schema, statements, turnstile
+from taskx.storage.sqlite import connections, schema, statements, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
@@ -581,6 +581,71 @@ class TestLocks:
 
 def turnstile_of(path):
     return Turnstile(DatabaseFile(str(path), create=True))
+
+
+class TestReaders:
+    """The connections that read are few, and closed when nobody needs them."""
+
+    @pytest.fixture
+    def reader(self, repository):
+        repository.create(task("a"))
+        return repository._connections.reader
+
+    @pytest.fixture
+    def two(self, monkeypatch):
+        monkeypatch.setattr(connections, "MOST_READERS", 2)
+
+    def test_a_thread_beyond_the_bound_waits_for_one(self, two, reader, repository):
+        repository._connections.busy_timeout = PATIENCE
+        read = threading.Event()
+        waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
+        with reader(), reader() as second:
+            waiting.start()
+            while not repository._connections._waiting:
+                assert not read.wait(0.005)
+            assert second in repository._connections._readers
+        assert read.wait(PATIENCE)
+        waiting.join()
+        assert not repository._connections._waiting
+
+    def test_it_gives_up_after_the_busy_timeout(self, two, reader, repository):
+        with (
+            reader(),
+            reader(),
+            pytest.raises(RepositoryUnavailable, match="2 threads were reading"),
+        ):
+            ids(repository)
+        assert ids(repository) == ["a"]
+
+    def test_one_that_broke_makes_room(self, two, reader, repository):
+        for _ in range(3):
+            with pytest.raises(RepositoryError), reader() as connection:
+                connection.execute("SELECT nonsense")
+        with reader(), reader():
+            assert len(repository._connections._readers) == 2
+
+    def test_many_threads_share_the_few(self, two, reader, repository):
+        repository._connections.busy_timeout = PATIENCE
+        found = []
+        threads = [
+            threading.Thread(target=lambda: found.append(ids(repository))) for _ in range(30)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(PATIENCE)
+        assert found == [["a"]] * 30
+        assert len(repository._connections._readers) <= 2
+
+    def test_those_that_nobody_needs_are_closed(self, reader, repository, monkeypatch):
+        with reader(), reader(), reader():
+            pass
+        assert len(repository._connections._readers) == 3
+        monkeypatch.setattr(connections, "IDLE", -1.0)
+        for _ in range(3):
+            ids(repository)
+        assert len(repository._connections._readers) == 0
+        assert ids(repository) == ["a"]
 
 
 class TestTurns:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import _thread
 import os
 import sqlite3
 import threading
 import time
+import weakref
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
@@ -24,6 +27,14 @@ MINIMUM_SQLITE = (3, 34, 0)
 #: on the way of a task; four times SQLite's default makes it a rare one, and pages that are written
 #: again and again are copied once.
 CHECKPOINT_EVERY = 4000
+
+
+#: Connections that read at once; another thread waits for one of them. Each holds two files open.
+MOST_READERS = 16
+#: Seconds after which one that nobody needed is closed.
+IDLE = 10.0
+# Seconds after which a thread that waits for one looks again, though nobody rang.
+_LOOK_AGAIN = 0.05
 
 
 def translated(error: Exception, path: str, busy_timeout: float) -> TaskxError:
@@ -84,25 +95,43 @@ class Compiling:
         return sqlite3.SQLITE_OK
 
 
+class Connection(sqlite3.Connection):
+    """A connection that can be referred to weakly, and is closed when nobody has it any more.
+
+    Attributes:
+        used: when it was given back last, on the monotonic clock.
+    """
+
+    used = 0.0
+
+    def __del__(self) -> None:
+        with suppress(sqlite3.Error):
+            self.close()
+
+
 class Connections:
     """The connections of one process to one file: one that writes, and a pool of readers.
 
-    Each is used by one thread at a time. They are opened when first needed.
+    Each is used by one thread at a time. They are opened when first needed, at most
+    :data:`MOST_READERS` that read; those that nobody needed for :data:`IDLE` seconds are closed.
     """
 
     def __init__(self, file: DatabaseFile, busy_timeout: float) -> None:
         self.file = file
         self.busy_timeout = busy_timeout
-        self._writer: sqlite3.Connection | None = None
-        self._idle: list[sqlite3.Connection] = []
-        self._readers: set[sqlite3.Connection] = set()  # the idle ones, and those in use
+        self._writer: Connection | None = None
+        self._idle: list[Connection] = []
+        # The idle ones, and those in use. Weakly: an exception of a signal handler may strike before one
+        # is given back, which then counts no more.
+        self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()
+        self._waiting: deque[_thread.LockType] = deque()  # bells of threads that wait for one
         self._opening = threading.Lock()
         self.compiling = Compiling()
         # What a forked child inherits all the same is kept here for ever: closing it would drop the
         # locks that the parent holds on the file.
-        self._abandoned: list[sqlite3.Connection] = []
+        self._abandoned: list[Connection] = []
 
-    def writer(self) -> sqlite3.Connection:
+    def writer(self) -> Connection:
         """The writing connection; the caller holds the write lock."""
         if self._writer is None:
             self._writer = self._open_file()
@@ -114,14 +143,18 @@ class Connections:
         return self._writer is not None
 
     @contextmanager
-    def reader(self) -> Iterator[sqlite3.Connection]:
-        """A connection to read with, given back afterwards; sqlite3's errors become ours."""
+    def reader(self) -> Iterator[Connection]:
+        """A connection to read with, given back afterwards; sqlite3's errors become ours.
+
+        Raises:
+            RepositoryUnavailable: all were in use for ``busy_timeout`` seconds.
+        """
         connection, identity = None, self.file.identity
         try:
             try:
                 connection = self._idle.pop()
             except IndexError:
-                connection = self._open_reader()
+                connection = self._another_reader()
             yield connection
         except BaseException as error:
             if connection is not None:
@@ -130,9 +163,49 @@ class Connections:
                 raise translated(error, self.file.path, self.busy_timeout) from error
             raise
         if self.file.identity == identity:
-            self._idle.append(connection)
+            self._give_back(connection)
         else:  # all was closed meanwhile, and perhaps another file was opened
             self._close_reader(connection)
+
+    def _give_back(self, connection: Connection) -> None:
+        connection.used = now = time.monotonic()
+        self._idle.append(connection)
+        if self._waiting:
+            self._ring()
+        try:
+            # The last one is taken first, so the first one is the one that is needed least.
+            if now - self._idle[0].used > IDLE:
+                self._close_reader(self._idle.pop(0))
+        except IndexError:  # another thread took it
+            pass
+
+    def _another_reader(self) -> Connection:
+        """Open a connection to read with or, where there are as many as there may be, wait for one."""
+        deadline = time.monotonic() + self.busy_timeout
+        while True:
+            bell = _thread.allocate_lock()
+            bell.acquire()
+            self._waiting.append(bell)  # first: whoever gives one back from now on rings
+            try:
+                with suppress(IndexError):
+                    return self._idle.pop()
+                with self._opening:
+                    if len(self._readers) < MOST_READERS:
+                        return self._open_reader()
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    raise RepositoryUnavailable(
+                        f"{MOST_READERS} threads were reading {self.file.path} for "
+                        f"{self.busy_timeout:g} s; read less at once, or with a longer busy_timeout"
+                    )
+                bell.acquire(timeout=min(left, _LOOK_AGAIN))
+            finally:
+                with suppress(ValueError):  # it rang
+                    self._waiting.remove(bell)
+
+    def _ring(self) -> None:
+        with suppress(IndexError):  # nobody waits
+            self._waiting.popleft().release()
 
     def discard_writer(self) -> None:
         """Have the next write open a new connection; the caller holds the write lock."""
@@ -149,20 +222,20 @@ class Connections:
         while self._idle:
             self._close_reader(self._idle.pop())
 
-    def _open_reader(self) -> sqlite3.Connection:
-        with self._opening:
-            connection = self._connect()
-            try:
-                self.file.check()  # another one may have come in its place just before
-            except BaseException:
-                connection.close()
-                raise
-            self._readers.add(connection)
-            return connection
+    def _open_reader(self) -> Connection:
+        connection = self._connect()
+        try:
+            self.file.check()  # another one may have come in its place just before
+        except BaseException:
+            connection.close()
+            raise
+        self._readers.add(connection)
+        return connection
 
-    def _close_reader(self, connection: sqlite3.Connection) -> None:
+    def _close_reader(self, connection: Connection) -> None:
         self._readers.discard(connection)
         connection.close()
+        self._ring()
 
     # --- forks
 
@@ -193,10 +266,11 @@ class Connections:
     def renew_after_fork(self) -> None:
         """In a forked child: start over with connections of one's own."""
         self._abandoned += [*self._readers, *([self._writer] if self._writer else [])]
-        self._idle, self._readers, self._writer = [], set(), None
+        self._idle, self._readers, self._writer = [], weakref.WeakSet(), None
+        self._waiting.clear()
         self._opening = threading.Lock()
 
-    def _connect(self, mode: str = "rw") -> sqlite3.Connection:
+    def _connect(self, mode: str = "rw") -> Connection:
         from urllib.parse import quote  # slow to load, and not needed before a file is opened
 
         path = quote(os.fsencode(self.file.path))
@@ -207,6 +281,7 @@ class Connections:
             isolation_level=None,
             check_same_thread=False,
             cached_statements=256,
+            factory=Connection,
         )
         # NORMAL loses nothing at process death in WAL mode. The writer raises it where a power cut
         # must be survived.
@@ -217,7 +292,7 @@ class Connections:
             raise
         return connection
 
-    def _open_file(self) -> sqlite3.Connection:
+    def _open_file(self) -> Connection:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
             raise RepositoryError(
                 f"SQLite {sqlite3.sqlite_version} is too old: TaskX needs 3.34 or later"
