@@ -8,7 +8,7 @@ import sqlite3
 import subprocess
 import sys
 import textwrap
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -255,13 +255,14 @@ def test_of_several_processes_that_open_a_file_at_once_one_migrates_it(old, vers
         sys.stdin.readline()
         print(SQLiteRepository(sys.argv[1]).count(TaskFilter()), flush=True)
     """
-    children = [old_program(program, old, version) for _ in range(4)]
-    for child in children:
-        assert child.stdout.readline() == "ready\n"
-    for child in children:
-        child.stdin.write("\n")
-        child.stdin.flush()
-    told = [child.communicate(timeout=PATIENCE)[0].split() for child in children]
+    with ExitStack() as stack:
+        children = [stack.enter_context(old_program(program, old, version)) for _ in range(4)]
+        for child in children:
+            assert child.stdout.readline() == "ready\n"
+        for child in children:
+            child.stdin.write("\n")
+            child.stdin.flush()
+        told = [child.communicate(timeout=PATIENCE)[0].split() for child in children]
     count = str(len(contents(old)["tasks"]))
     assert sorted(map(len, told)) == [1, 1, 1, 2]
     assert all(words[-1] == count for words in told)
