@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol, Union
 
 import attrs
 
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.ids import new_id
 from taskx.core.lifecycle import check_parents
 from taskx.core.model import Task, TaskStatus, check_key
@@ -148,14 +148,21 @@ class FlowHandle:
                 self._handles[task_id] = self._queue.handle(task_id)
 
     def _statuses(self) -> list[TaskStatus | None]:
-        found = self._queue.repository.statuses(self.ids)
-        return [TaskStatus(found[i]) if i in found else None for i in self.ids]
+        """The statuses of all its tasks, in order; None of one that is gone without having completed."""
+        found: dict[str, TaskStatus | None] = {
+            task_id: TaskStatus(status)
+            for task_id, status in self._queue.repository.statuses(self.ids).items()
+        }
+        if len(found) < len(self._handles):
+            _restore(self.shape, found)
+        return [found.get(task_id) for task_id in self.ids]
 
     def status(self) -> TaskStatus:
         """What all its tasks come to.
 
         Pending until the first one starts, running until the last one has ended; then failed if one
-        failed, else cancelled if one was cancelled (or deleted), else completed.
+        failed, else cancelled if one was cancelled (or deleted), else completed. A deleted step of a chain
+        counts as completed if a later one has.
         """
         statuses = set(self._statuses())
         if statuses <= {TaskStatus.PENDING}:
@@ -188,19 +195,23 @@ class FlowHandle:
 
         Raises:
             TaskFailed: a task failed.
-            TaskNotFound: one was deleted. Of the tasks that failed or are gone it is about the first one,
-                in the order in which the flow names them.
+            TaskNotFound: one was deleted; but not where it was an earlier step of a chain, and a later one
+                has completed. Of the tasks that failed or are gone it is about the first one, in the order
+                in which the flow names them.
             concurrent.futures.CancelledError: none of these, but one was cancelled.
             concurrent.futures.TimeoutError: they have not ended within ``timeout`` seconds.
         """
         if not self.wait(timeout):
             raise futures.TimeoutError
         cancelled = False
-        for handle in self._handles.values():
+        statuses = dict(zip(self.ids, self._statuses(), strict=False))
+        for task_id, handle in self._handles.items():
             if handle.cancelled():
                 cancelled = True
             elif (error := handle.exception()) is not None:
-                raise error
+                gone = isinstance(error, TaskNotFound)
+                if not (gone and statuses[task_id] is TaskStatus.COMPLETED):
+                    raise error
         if cancelled:
             raise futures.CancelledError
         return self._result(self.shape)
@@ -221,6 +232,8 @@ class FlowHandle:
     def requeue(self) -> int:
         """Have those of its tasks run again that failed or were cancelled, in their order.
 
+        Other tasks that failed or were cancelled because of these run again, too.
+
         Returns:
             how many; what has completed is not among them.
 
@@ -228,6 +241,23 @@ class FlowHandle:
             QueueStopped: the queue was stopped.
         """
         return self._queue.requeue_many(self.ids)
+
+
+def _restore(shape: Shape, found: dict[str, TaskStatus | None], later: bool = False) -> bool:
+    """Add tasks that are gone, and that had completed as a later step of a chain has.
+
+    Returns:
+        whether a task of this shape has completed.
+    """
+    if isinstance(shape, str):
+        if later:
+            found.setdefault(shape, TaskStatus.COMPLETED)
+        return found.get(shape) is TaskStatus.COMPLETED
+    kind, steps = _steps(shape)
+    completed = False
+    for step in reversed(steps):
+        completed |= _restore(step, found, later or (kind == "chain" and completed))
+    return completed
 
 
 def lay_out(flow: Flow) -> tuple[list[Task], Shape]:

@@ -23,6 +23,7 @@ from taskx.core.record import (
     FREE,
     INTERNAL,
     UNTIL_DUE,
+    Ended,
     Stub,
     attempts_to_text,
     ids_to_text,
@@ -343,6 +344,10 @@ def _bad_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | No
     return next((parent for parent in parents if statuses.get(parent) != COMPLETED), None)
 
 
+# By this it is known what ended because of a parent, and comes back with it.
+_ITS_PARENT = "its parent "
+
+
 def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     """What becomes of a task that waits for its parents, as far as they have come.
 
@@ -362,7 +367,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     changes = {
         "status": CANCELLED,
         "completed_at": now,
-        "error": f"its parent {bad} {_WORDS.get(statuses.get(bad, ''), 'is gone')}",
+        "error": f"{_ITS_PARENT}{bad} {_WORDS.get(statuses.get(bad, ''), 'is gone')}",
         "waiting_on": None,
     }
     if child.on_parent_failure == "fail":
@@ -373,6 +378,17 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
 
 
 _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
+
+
+def ended_with(child: Task, parents: Collection[str]) -> bool:
+    """Whether a task failed or was cancelled because one of these parents did not complete."""
+    if child.status.value not in (FAILED, CANCELLED) or not child.error.startswith(_ITS_PARENT):
+        return False
+    return any(
+        child.error.startswith(f"{_ITS_PARENT}{parent} ")
+        for parent in child.depends_on
+        if parent in parents
+    )
 
 
 # --- running
@@ -692,6 +708,15 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 # --- after the end
 
 
+def check_requeue(task: Task) -> None:
+    """``InvalidTransition`` for a task that neither failed nor was cancelled."""
+    status = task.status.value
+    if (status, PENDING) not in _EDGES or task.status is TaskStatus.RUNNING:
+        raise InvalidTransition(
+            f"task {task.id} is {status}; only failed and cancelled ones can be requeued"
+        )
+
+
 def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     """Let a failed or cancelled task run again, with a budget that starts anew.
 
@@ -703,11 +728,8 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     Raises:
         InvalidTransition: it is neither.
     """
+    check_requeue(task)
     status = task.status.value
-    if (status, PENDING) not in _EDGES or task.status is TaskStatus.RUNNING:
-        raise InvalidTransition(
-            f"task {task.id} is {status}; only failed and cancelled ones can be requeued"
-        )
     log = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
     changes = {
         "status": PENDING,
@@ -760,6 +782,33 @@ def not_deleted(task: Task) -> InvalidTransition:
             "thread, or its process, has ended"
         )
     return InvalidTransition(f"task {task.id} is running; cancel it before deleting it")
+
+
+def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[Stub]:
+    """Of tasks that have ended, those whose records may go.
+
+    A record stays as long as that of a task which depends on it. While that one has not completed, it may
+    ask for the result; afterwards whoever follows the flow may. It stays, too, as long as it holds a
+    unique key for a number of seconds.
+
+    Args:
+        page: the tasks.
+        needed: those of them that tasks which are not in ``page`` depend on.
+        now: the time, in milliseconds.
+    """
+    kept = {
+        task.stub.id
+        for task in page
+        if unique.held_until(task.unique_lock, task.unique_scope, task.stub.created_at) > now
+    }
+    kept.update(needed)
+    before = -1
+    while len(kept) > before:
+        before = len(kept)
+        for task in page:  # children mostly come before their parents: then once is enough
+            if task.stub.id in kept:
+                kept.update(task.depends_on)
+    return [task.stub for task in page if task.stub.id not in kept]
 
 
 def prune(stub: Stub) -> Delete:

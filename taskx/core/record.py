@@ -101,6 +101,24 @@ class Stub(NamedTuple):
         return rank(self.priority, self.created_at, self.run_at, ageing)
 
 
+class Ended(NamedTuple):
+    """A task that has ended, with what decides whether its record may go.
+
+    Attributes:
+        stub: the task.
+        depends_on: the ids of its parents.
+        unique_lock: the unique key that it holds; None if it holds none.
+        unique_scope: how long it holds the key.
+        place: where the next look goes on, if this is the last task of one.
+    """
+
+    stub: Stub
+    depends_on: Sequence[str]
+    unique_lock: str | None
+    unique_scope: str | None
+    place: Any
+
+
 _STATUS = {status.value: status for status in TaskStatus}
 _TEXTS = (
     *("id", "type", "error", "message", "created_by", "error_type", "traceback", "owner", "worker"),
@@ -330,6 +348,14 @@ def ids_to_text(task_ids: Sequence[str]) -> str | None:
         if task_ids
         else None
     )
+
+
+def parents_from_text(text: Any) -> list[str]:
+    """The ids of a column ``depends_on``; none where it is empty or damaged."""
+    try:
+        return ids_from_text(text) if text else []
+    except (ValueError, TypeError, RecursionError):
+        return []
 
 
 def ids_from_text(text: str) -> list[str]:

@@ -78,6 +78,19 @@ def give_up(holder: Task, now: int) -> Update | None:
     return Update(holder.id, {"unique_lock": holder.unique_key}, {"unique_lock": None})
 
 
+def held_until(lock: str | None, scope: str | None, created_at: int) -> float:
+    """When a key is free that a task which has ended holds for a number of seconds, in milliseconds.
+
+    0 where it holds none, or for as long as its record is kept.
+    """
+    if lock is None or scope is None or scope in _NAMED:
+        return 0
+    try:
+        return created_at + float(scope) * 1000
+    except ValueError:
+        return 0
+
+
 def replace(holder: Task, new: Insert) -> list[Update]:
     """Have the pending task that holds the key of a new one take over its params and options.
 

@@ -31,35 +31,78 @@ def dead(filter: TaskFilter | None) -> TaskFilter:
 
 
 def requeue_all(services: Services, filter: TaskFilter | None) -> int:
-    """Let every dead letter that meets the filter run again; returns how many."""
+    """Let the dead letters that a filter chooses run again, and what ended with them; returns how many."""
     left = _listed(services, dead(filter))
 
     def requeue(tasks: Mapping[str, Task]) -> int:
-        return _requeue(services, _with_parents(services, left, tasks))
+        known, before = dict(tasks), 0
+        while len(known) > before:
+            before = len(known)
+            known = _with_orphans(services, _with_parents(services, left, known))
+        for task_id in known:
+            left.pop(task_id, None)
+        return len(_requeue(services, known))
 
     return _change_all(services, left, requeue)
 
 
 def requeue_these(services: Services, task_ids: Sequence[str]) -> int:
-    """Let those of these tasks run again that failed or were cancelled; returns how many."""
+    """Let those of these tasks run again that failed or were cancelled, and what ended with them.
+
+    Returns:
+        how many run again.
+    """
+    known = _found(services, task_ids, lambda task: task.status in _ENDED_BADLY)
+    return len(_requeue(services, _with_orphans(services, known)))
+
+
+def requeue_one(services: Services, task: Task) -> bool:
+    """Let a task run again, and what ended with it; False if it moved on meanwhile.
+
+    Raises:
+        InvalidTransition: it neither failed nor was cancelled.
+    """
+    lifecycle.check_requeue(task)
+    return task.id in _requeue(services, _with_orphans(services, {task.id: task}))
+
+
+def _found(
+    services: Services, task_ids: Sequence[str], wanted: Callable[[Task], bool]
+) -> dict[str, Task]:
     known: dict[str, Task] = {}
     for start in range(0, len(task_ids), BATCH):
         found = services.repository.get_many(task_ids[start : start + BATCH])
-        known.update((i, task) for i, task in found.items() if task.status in _ENDED_BADLY)
-    return _requeue(services, known)
+        known.update((task_id, task) for task_id, task in found.items() if wanted(task))
+    return known
 
 
-def _requeue(services: Services, known: Mapping[str, Task]) -> int:
-    """Let tasks run again, each when those of its parents have ended that are under way; how many may."""
+def _with_orphans(services: Services, tasks: Mapping[str, Task]) -> dict[str, Task]:
+    """These, and the tasks that ended because these did not complete, or because such a one did not."""
+    known = dict(tasks)
+    more: Mapping[str, Task] = tasks
+    while more:
+        parents = more
+        children = [i for i in services.repository.children([*parents]) if i not in known]
+        more = _found(services, children, lambda child: lifecycle.ended_with(child, parents))  # noqa: B023
+        known.update(more)
+    return known
+
+
+def _requeue(services: Services, known: Mapping[str, Task]) -> set[str]:
+    """Let tasks run again, each when those of its parents have ended that are under way.
+
+    Returns:
+        those that run again.
+    """
     parents = {i: [p for p in task.depends_on if p in known] for i, task in known.items()}
     order = [known[task_id] for task_id in TopologicalSorter(parents).static_order()]
-    return sum(
-        _requeue_some(services, order[start : start + BATCH])
-        for start in range(0, len(order), BATCH)
-    )
+    requeued = set[str]()
+    for start in range(0, len(order), BATCH):
+        requeued |= _requeue_some(services, order[start : start + BATCH])
+    return requeued
 
 
-def _requeue_some(services: Services, tasks: Sequence[Task]) -> int:
+def _requeue_some(services: Services, tasks: Sequence[Task]) -> set[str]:
     parents = list({parent: None for task in tasks for parent in task.depends_on})
     statuses = services.repository.statuses(parents) if parents else {}
     statuses.update((task.id, TaskStatus.PENDING) for task in tasks)  # by the same transaction
@@ -75,7 +118,7 @@ def _requeue_some(services: Services, tasks: Sequence[Task]) -> int:
             hooks.tell_changed(hooks.requeued, task, write.changes)
     waiting = {task.id: write.changes.get("waiting_on") for task, write in done}
     services.dependents.waits({child: on for child, on in waiting.items() if on is not None})
-    return len(done)
+    return {task.id for task, _ in done}
 
 
 def _with_parents(
@@ -91,12 +134,22 @@ def _with_parents(
 
 
 def discard_all(services: Services, filter: TaskFilter | None) -> int:
-    """Remove every dead letter that meets the filter; returns how many."""
+    """Remove the dead letters that a filter chooses and that nobody waits for; returns how many."""
 
     def discard(tasks: Mapping[str, Task]) -> int:
-        return sum(services.ledger.commit([lifecycle.discard(task) for task in tasks.values()]))
+        needed = _asked_for(services, tasks)
+        writes = [lifecycle.discard(task) for i, task in tasks.items() if i not in needed]
+        return sum(services.ledger.commit(writes)) if writes else 0
 
     return _change_all(services, _listed(services, dead(filter)), discard)
+
+
+def _asked_for(services: Services, tasks: Mapping[str, Task]) -> set[str]:
+    """Those of these tasks that an unfinished task depends on, which may ask for them."""
+    statuses = services.repository.statuses(services.repository.children([*tasks]))
+    unfinished = [i for i, status in statuses.items() if status in lifecycle.UNFINISHED]
+    found = _found(services, unfinished, lambda child: True)
+    return {parent for child in found.values() for parent in child.depends_on}
 
 
 def _listed(services: Services, filter: TaskFilter) -> dict[str, int]:

@@ -15,7 +15,7 @@ from taskx.core.errors import (
 from taskx.core.model import TaskFilter
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
-from taskx.runtime.dead_letters import requeue_all, requeue_these
+from taskx.runtime.dead_letters import requeue_all, requeue_one, requeue_these
 from taskx.runtime.intake import Intake
 from taskx.runtime.starter import Services
 
@@ -126,25 +126,12 @@ class Operations:
     # --- requeue, delete
 
     def requeue(self, task_id: str) -> None:
-        """Have a failed or cancelled task run again, with its attempts and crashes counted anew."""
+        """Have a failed or cancelled task run again, and what failed or was cancelled because of it."""
         self._refuse_if_stopped()
-        services = self._services
-        task = services.repository.get_by_id(task_id)
-        waiting_on = None
-        if task.depends_on:
-            statuses = services.repository.statuses(task.depends_on)
-            waiting_on = lifecycle.unfinished_parent(task.depends_on, statuses)
-        write = lifecycle.requeue(task, services.clock.now_ms(), waiting_on)
-        if not services.ledger.commit([write])[0]:
-            services.repository.refuse_if_key_held(task)
+        task = self._services.repository.get_by_id(task_id)
+        if not self._requeue(lambda: requeue_one(self._services, task)):
+            self._services.repository.refuse_if_key_held(task)
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
-        if (hooks := services.hooks).requeued:
-            hooks.tell_changed(hooks.requeued, task, write.changes)
-        if waiting_on is not None:
-            services.dependents.waits({task_id: waiting_on})
-        elif task.concurrency_key is not None:
-            services.lines.advance([task.concurrency_key])
-        self._intake.look_for_work()
 
     def requeue_many(self, task_ids: Sequence[str]) -> int:
         """Have those of these tasks run again that failed or were cancelled; returns how many."""

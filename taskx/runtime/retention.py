@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from taskx.core import lifecycle
 from taskx.core.clock import within_calendar
@@ -15,29 +16,50 @@ BATCH = 200
 EVERY = 60.0
 # Seconds, of which the calendar has fewer.
 _FOR_EVER = 1e12
+# What did not complete depends on what did, more often than the other way round.
+_CHILDREN_FIRST = (TaskStatus.CANCELLED, TaskStatus.FAILED, TaskStatus.COMPLETED)
 
 
-def prune(services: Services, status: TaskStatus, before: int) -> tuple[int, bool]:
-    """Remove a batch of the tasks of a status that ended before a moment, in milliseconds.
+def prune(
+    services: Services, status: TaskStatus, before: int, after: Any = None
+) -> tuple[int, Any]:
+    """Look at a batch of the tasks of a status that ended before a moment, and remove what may go.
+
+    Args:
+        services: what it works with.
+        status: of which tasks.
+        before: the moment, in milliseconds.
+        after: where the look before came to; None to begin with the newest.
 
     Returns:
-        how many were removed, and whether there may be more.
+        how many were removed, and where to go on; None where there are no more.
     """
-    stubs = services.repository.ended(status.value, within_calendar(before), BATCH)
+    repository = services.repository
+    page = repository.ended(status.value, within_calendar(before), BATCH, after)
+    if not page:
+        return 0, None
+    needed = repository.needed([task.stub.id for task in page])
+    stubs = lifecycle.prunable(page, needed, services.clock.now_ms())
     removed = sum(
         services.ledger.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ()
     )
-    return removed, len(stubs) == BATCH
+    return removed, page[-1].place if len(page) == BATCH else None
 
 
 def prune_all(services: Services, before: int, status: TaskStatus | None) -> int:
-    """Remove all that ended before a moment, of one status or of each; returns how many."""
-    removed = 0
-    for kind in lifecycle.FINISHED if status is None else (status,):
-        more = True
-        while more:
-            some, more = prune(services, TaskStatus(kind), before)
-            removed += some
+    """Remove all that ended before a moment, of one status or of each; returns how many.
+
+    Again and again, as what was removed may be all that kept others.
+    """
+    removed, some = 0, 1
+    while some:
+        some = 0
+        for kind in _CHILDREN_FIRST if status is None else (status,):
+            after, begun = None, False
+            while after is not None or not begun:
+                count, after = prune(services, TaskStatus(kind), before, after)
+                some, begun = some + count, True
+        removed += some
     while services.repository.shrink():
         continue
     return removed
@@ -55,6 +77,8 @@ class Retention:
         self._services = services
         self._periods = periods
         self._next = services.clock.monotonic()
+        # Where the look under way goes on, for each status of which it has not seen all.
+        self._left: dict[TaskStatus, Any] = {}
 
     def tick(self) -> None:
         """Remove a batch of each status, and give some space back, if it is time.
@@ -65,13 +89,14 @@ class Retention:
         if not self._periods or (now := self._services.clock.monotonic()) < self._next:
             return
         self._next = now + EVERY
-        wall, more = self._services.clock.now_ms(), False
-        for status, seconds in self._periods.items():
-            removed, some_left = prune(
-                self._services, status, wall - round(min(seconds, _FOR_EVER) * 1000)
-            )
+        wall = self._services.clock.now_ms()
+        looks, self._left = self._left or dict.fromkeys(self._periods), {}
+        for status, after in looks.items():
+            before = wall - round(min(self._periods[status], _FOR_EVER) * 1000)
+            removed, after = prune(self._services, status, before, after)
             if removed:
                 self._services.log.debug("removed %d old %s tasks", removed, status)
-            more = more or some_left
-        if self._services.repository.shrink() or more:
+            if after is not None:
+                self._left[status] = after
+        if self._services.repository.shrink() or self._left:
             self._next = now

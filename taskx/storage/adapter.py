@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import attrs
 
@@ -25,6 +25,7 @@ from taskx.core.record import (
     DEFAULTS,
     FREE,
     INTERNAL,
+    Ended,
     Stub,
     row_from_task,
     stub_from_row,
@@ -350,14 +351,19 @@ class EightMethodAdapter(MemoryRepository):
         with self._errors():
             return self.inner.count(filter)
 
-    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         """Tasks of a finished status that ended before a moment, of those that the repository lists."""
-        found: list[Stub] = []
-        end = to_datetime(before)
-        for page in self._pages(TaskFilter(status=TaskStatus(status), end_date=end, limit=_PAGE)):
-            over = (t for t in page if t.completed_at is not None and t.completed_at < end)
-            free = (t for t in over if t.id not in self._rows or not self._rows[t.id]["stuck_on"])
-            found += (stub_from_row(row_from_task(task)) for task in free)
+        found: list[Ended] = []
+        end, passed = to_datetime(before), after or 0
+        filter = TaskFilter(status=TaskStatus(status), end_date=end, limit=_PAGE)
+        for page in self._pages(filter, passed):
+            for task in page:
+                if task.completed_at is not None and task.completed_at < end and not task.stuck_on:
+                    # Those before it are no longer listed when a look goes on: they are removed.
+                    stub = stub_from_row(row_from_task(task))
+                    found.append(Ended(stub, (), None, None, passed))
+                else:
+                    passed += 1
             if len(found) >= limit:
                 break
         return found[:limit]
@@ -398,9 +404,8 @@ class EightMethodAdapter(MemoryRepository):
                 found += page
         return sorted(found, key=lambda task: row_from_task(task)["created_at"])
 
-    def _pages(self, filter: TaskFilter) -> Iterator[Sequence[Task]]:
+    def _pages(self, filter: TaskFilter, offset: int = 0) -> Iterator[Sequence[Task]]:
         """All that meet a filter, as many at a time as its limit says."""
-        offset = 0
         while True:
             with self._errors():
                 page = self.inner.list(attrs.evolve(filter, offset=offset))

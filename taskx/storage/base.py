@@ -11,7 +11,7 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import attrs
 
@@ -31,7 +31,7 @@ from taskx.core.model import (
     check_status,
 )
 from taskx.core.payload import clean_text
-from taskx.core.record import Stub, optional_ms, policy_to_text
+from taskx.core.record import Ended, Stub, optional_ms, policy_to_text
 from taskx.core.retry import check_policy
 from taskx.core.writes import Write
 from taskx.storage.began import Began
@@ -236,12 +236,20 @@ class Repository(TaskRepository):
         """Whether a task of these types runs on a node, or is pending and not held back."""
 
     @abstractmethod
-    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
-        """Tasks of a finished status that ended before a moment, in milliseconds.
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        """Tasks of a finished status that ended before a moment, in milliseconds, newest first.
 
-        Not those that are parents of an unfinished task, which may ask for their results, nor those of
-        which a thread still runs.
+        Not those of which a thread still runs. With ``after``, the ``place`` of an earlier one, those that
+        come after it.
         """
+
+    @abstractmethod
+    def needed(self, task_ids: Sequence[str]) -> set[str]:
+        """Those of these tasks that a task depends on which is not one of them, and exists."""
+
+    @abstractmethod
+    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that depend on one of these, whatever their status, each once."""
 
     @abstractmethod
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:

@@ -23,8 +23,10 @@ from taskx.core.record import (
     FREE,
     UNIQUE,
     UNTIL_DUE,
+    Ended,
     Stub,
     ids_from_text,
+    parents_from_text,
     stub_from_row,
     task_from_row,
 )
@@ -259,19 +261,34 @@ class MemoryRepository(Repository):
             running = (key for key in self._indexes["running"] if key[0])
             return any(kind in kinds for _, kind in chain(running, self._indexes["ready"]))
 
-    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
-        """Tasks of a finished status that ended before a moment."""
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        """Tasks of a finished status that ended before a moment, newest first."""
         with self._lock:
-            parents = self._indexes["children"]
+            created = self._indexes["created"].get(None)
+            places = () if created is None else created.before(after or (before,))
             found = (
-                row
-                for row in self._rows.values()
-                if row["status"] == status
-                and row["completed_at"] < before
-                and row["id"] not in parents
-                and not row["stuck_on"]
+                (self._rows[place[-1]], place)
+                for place in places
+                if self._rows[place[-1]]["status"] == status
             )
-            return [stub_from_row(row) for row in islice(found, limit)]
+            over = (
+                _ended(row, place)
+                for row, place in found
+                if row["completed_at"] < before and not row["stuck_on"]
+            )
+            return list(islice(over, limit))
+
+    def needed(self, task_ids: Sequence[str]) -> set[str]:
+        """Those of these tasks that a task depends on which is not one of them."""
+        these = set(task_ids)
+        with self._lock:
+            return {i for i in these if any(c not in these for c in self._found("children", i))}
+
+    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that depend on one of these, each once."""
+        with self._lock:
+            found = (child for parent in task_ids for child in self._found("children", parent))
+            return list(dict.fromkeys(found))
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
@@ -378,10 +395,10 @@ def _places(row: Row | None) -> list[Place]:
     places += ((name, row[name], (task_id,)) for name in UNIQUE if row[name] is not None)
     if row["stuck_on"]:
         places.append(("stuck", (row["stuck_on"],), (task_id,)))
-    if row["status"] in FINISHED:
-        return places
     if row["depends_on"] is not None:
         places += (("children", parent, (task_id,)) for parent in ids_from_text(row["depends_on"]))
+    if row["status"] in FINISHED:
+        return places
     if row["status"] == "running":
         places.append(("running", (row["owner"], row["type"]), (task_id,)))
     elif row["held"] == FREE:
@@ -404,6 +421,11 @@ def _oldest_of_each(ranks: SortedItems, limit: int) -> Iterator[tuple[int, int, 
                 break
             yield rank
         first = next(ranks.start_at((first[0] + 1,)), None)
+
+
+def _ended(row: Row, place: tuple[Any, ...]) -> Ended:
+    parents = parents_from_text(row["depends_on"])
+    return Ended(stub_from_row(row), parents, row["unique_lock"], row["unique_scope"], place)
 
 
 def _age(rank: tuple[int, int, str]) -> int:

@@ -42,6 +42,16 @@ class SortedItems:
         rest = chain.from_iterable(blocks[n] for n in range(number + 1, len(blocks)))
         return chain(first[bisect.bisect_left(first, item) :], rest)
 
+    def before(self, item: Any) -> Iterator[Any]:
+        """The items before this one, whether it is there or not, from the last to the first."""
+        blocks = self._blocks
+        number = bisect.bisect_left(blocks, item, key=_last)
+        earlier = chain.from_iterable(reversed(blocks[n]) for n in range(number - 1, -1, -1))
+        if number == len(blocks):
+            return earlier
+        last = blocks[number]
+        return chain(reversed(last[: bisect.bisect_left(last, item)]), earlier)
+
     def add(self, item: Any) -> None:
         """Put in an item, if it is not there."""
         blocks = self._blocks

@@ -14,10 +14,11 @@ from taskx import (
     Task,
     TaskFilter,
     TaskStatus,
+    chain,
 )
 from taskx.runtime import dead_letters
 
-from .conftest import PATIENCE, ids
+from .conftest import PATIENCE, eventually, ids
 
 pytestmark = pytest.mark.every_store
 
@@ -212,6 +213,94 @@ def test_a_parent_that_does_not_meet_the_filter_is_not_waited_for(make_queue):
     assert child.exception(PATIENCE)
     assert queue.requeue_dead_letters(TaskFilter(type="fine")) == 1
     assert queue.handle(child.id).result(PATIENCE) == "ran"
+
+
+class TestFlows:
+    """What was cancelled because of a dead letter comes back with it."""
+
+    @pytest.fixture
+    def started(self, make_queue):
+        queue = make_queue(worker_num=2)
+        queue.mended, queue.ran = [], []
+
+        @queue.executor("step")
+        def step(ctx, n, wrong=False):
+            if wrong and not queue.mended:
+                raise Permanent("not yet")
+            queue.ran.append(n)
+
+        queue.start()
+        return queue
+
+    @staticmethod
+    def step(n, **params):
+        return Task(type="step", params={"n": n, **params})
+
+    @pytest.fixture
+    def flow(self, started):
+        flow = started.submit_flow(chain(*(self.step(n, wrong=n == 1) for n in range(5))))
+        assert started.drain(PATIENCE)
+        assert self.statuses(flow) == ["completed", "failed", *["cancelled"] * 3]
+        started.mended.append(True)
+        return flow
+
+    @staticmethod
+    def statuses(flow):
+        return [handle.task().status.value for handle in flow.handles]
+
+    @pytest.mark.every_store
+    @pytest.mark.parametrize("how", ["all", "those of a filter", "one", "many"])
+    def test_a_chain_goes_on_to_its_end(self, started, flow, how):
+        failed = flow.ids[1]
+        if how == "all":
+            assert started.requeue_dead_letters() == 4
+        elif how == "those of a filter":
+            assert started.requeue_dead_letters(TaskFilter(limit=1)) == 4
+        elif how == "many":
+            assert started.requeue_many([failed]) == 4
+        else:
+            started.requeue(failed)
+        assert started.drain(PATIENCE)
+        assert self.statuses(flow) == ["completed"] * 5
+        assert started.ran == [0, 1, 2, 3, 4]
+
+    @pytest.mark.every_store
+    def test_of_a_step_alone_what_comes_after_it_comes_along(self, started, flow):
+        """It runs though the step before it failed: who requeues it says so."""
+        started.requeue(flow.ids[3])
+        assert started.drain(PATIENCE)
+        assert self.statuses(flow) == ["completed", "failed", "cancelled", *["completed"] * 2]
+
+    def test_with_two_bad_parents_it_comes_with_the_one_it_was_cancelled_for(self, started):
+        tasks = [Task(id=name, type="step", params={"n": 0, "wrong": True}) for name in "ab"]
+        child = Task(id="c", type="step", params={"n": 1}, depends_on=["a", "b"])
+        started.submit_many([*tasks, child])
+        assert started.drain(PATIENCE)
+        started.mended.append(True)
+        started.requeue("b")
+        assert started.drain(PATIENCE)
+        assert statuses(started) == {"a": "failed", "b": "completed", "c": "cancelled"}
+        started.requeue("a")
+        assert started.drain(PATIENCE)
+        assert set(statuses(started).values()) == {"completed"}
+
+    @pytest.mark.every_store
+    def test_it_is_not_discarded_while_an_unfinished_task_depends_on_it(self, started, gate):
+        @started.executor("asks")
+        def asks(ctx):
+            gate()
+            return ctx.parents[0].error
+
+        bad = started.submit(self.step(0, wrong=True))
+        other = started.submit(self.step(1, wrong=True))
+        child = started.submit("asks", depends_on=[bad], on_parent_failure="run")
+        gate.wait_for(1)
+        eventually(other.done)
+        assert started.discard_dead_letters() == 1
+        assert [task.id for task in started.dead_letters()[0]] == [bad.id]
+        gate.open()
+        assert "not yet" in child.result(PATIENCE)
+        assert started.discard_dead_letters() == 1
 
 
 def test_they_are_discarded(queue):

@@ -268,14 +268,25 @@ class TestRequeue:
         gate.open()
         eventually(child.cancelled)
         gate.close()
-        started.requeue(parent.id)
-        started.requeue(child.id)
+        started.requeue(parent.id)  # the child comes along
         gate.wait_for(1)
         started.submit("fine", {"n": 1}).result(PATIENCE)  # the other worker passes the child over
         assert started.ran == [1]
         gate.open()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
         assert started.ran == [1, 0]
+
+    def test_what_the_user_cancelled_does_not_come_along(self, started, gate):
+        parent = started.submit("hold")
+        child = started.submit("fine", depends_on=[parent])
+        gate.wait_for(1)
+        child.cancel()
+        parent.cancel()
+        gate.open()
+        eventually(parent.cancelled)
+        started.requeue(parent.id)
+        eventually(lambda: parent.task().status is TaskStatus.COMPLETED)
+        assert child.task().status is TaskStatus.CANCELLED
 
     def test_of_the_child_alone_it_runs_whatever_became_of_the_parent(self, started):
         child = started.submit("bad", depends_on=[started.submit("bad")])

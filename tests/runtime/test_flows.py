@@ -24,6 +24,7 @@ from taskx import (
     RepositoryUnavailable,
     Task,
     TaskFailed,
+    TaskNotFound,
     TaskStatus,
     chain,
     group,
@@ -245,10 +246,35 @@ class TestHandle:
 
     @pytest.mark.every_store
     def test_one_that_was_deleted_counts_as_cancelled(self, started):
-        handle = started.submit_flow(chain(started.say("a"), started.say("b")))
-        handle.result(PATIENCE)
+        for flow in (chain, group):
+            handle = started.submit_flow(flow(started.say("a"), started.say("b")))
+            handle.result(PATIENCE)
+            started.delete(handle.ids[1])
+            handle = started.flow_handle(handle.shape)
+            assert (handle.status(), handle.progress()) == (TaskStatus.CANCELLED, 100)
+            with pytest.raises(TaskNotFound, match=handle.ids[1]):
+                handle.result(PATIENCE)
+
+    @pytest.mark.every_store
+    def test_one_that_was_deleted_had_completed_if_a_later_step_has(self, started):
+        say = started.say
+        handle = started.submit_flow(chain(say("a"), group(say("b"), say("c")), say("d"), say("e")))
+        assert handle.result(PATIENCE) == "abacde"
+        for task_id in handle.ids[:3]:
+            started.delete(task_id)
+            for again in (handle, started.flow_handle(handle.shape)):
+                assert (again.status(), again.progress()) == (TaskStatus.COMPLETED, 100)
+                assert again.result(PATIENCE) == "abacde"
+
+    def test_what_was_deleted_before_a_step_that_failed_is_said_to_be_gone(self, started):
+        handle = started.submit_flow(chain(started.say("a"), Task(type="bad")))
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
         started.delete(handle.ids[0])
-        assert (handle.status(), handle.progress()) == (TaskStatus.CANCELLED, 100)
+        again = started.flow_handle(handle.shape)
+        assert again.status() is TaskStatus.FAILED
+        with pytest.raises(TaskNotFound, match=handle.ids[0]):
+            again.result(PATIENCE)
 
 
 NO_SHAPES = [

@@ -497,3 +497,19 @@ class TestTheOriginals:
             assert ran == ([7] if adopt else [])
         assert database.tasks.find_one({"_id": "go"})["status"] == "completed"
         database.client.close()
+
+    def test_what_a_dead_process_of_it_ran_can_be_given_up_and_requeued(
+        self, url, name, tmp_path, make_queue
+    ):
+        database = pymongo.MongoClient(url)[name]
+        go = {"type": "work", "status": "running", "params": {"n": 7}}
+        database.tasks.insert_one({"_id": "go", **go})
+        queue = make_queue(MongoRepository(database, run_folder=tmp_path))
+        queue.executor("work")(lambda n: n)
+        queue.start()
+        assert queue.cancel_task("go") is False
+        queue.repository.update_status("go", TaskStatus.FAILED, "its process died")
+        queue.requeue("go")
+        assert queue.handle("go").result(PATIENCE) == 7
+        queue.stop(PATIENCE)
+        database.client.close()

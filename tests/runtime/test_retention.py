@@ -7,7 +7,17 @@ from datetime import datetime, timedelta, timezone
 
 import pytest
 
-from taskx import Config, ConfigurationError, SQLiteRepository, Task, TaskFilter, TaskStatus
+from taskx import (
+    Config,
+    ConfigurationError,
+    DuplicateTask,
+    SQLiteRepository,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    chain,
+    group,
+)
 from taskx.runtime import retention
 
 from .conftest import PATIENCE, eventually, ids, whole_round
@@ -166,6 +176,115 @@ class TestPrune:
 
 
 @pytest.mark.slow
+class TestHistory:
+    """A record outlives what may still be asked of it."""
+
+    @pytest.fixture
+    def queue(self, make_queue, clock, gate):
+        queue = make_queue(worker_num=2, clock=clock)
+        queue.mended = []
+
+        @queue.executor("step")
+        def step(ctx, n=0, wrong=False, hold=False):
+            if wrong and not queue.mended:
+                raise ValueError("wrong")
+            if hold:
+                gate()
+            return n + sum(parent.result for parent in ctx.parents)
+
+        queue.start()
+        return queue
+
+    @staticmethod
+    def step(n, **params):
+        return Task(type="step", params={"n": n, **params})
+
+    def prune(self, queue, clock, status=None):
+        clock.advance(10)
+        return queue.prune(clock.now(), status)
+
+    @pytest.mark.every_store
+    def test_a_flow_that_outlives_the_retention_is_whole(self, queue, clock, gate):
+        steps = [self.step(n, hold=n == 3) for n in range(4)]
+        flow = queue.submit_flow(chain(*steps))
+        gate.wait_for(1)
+        assert self.prune(queue, clock) == 0
+        gate.open()
+        assert flow.result(PATIENCE) == 6
+        assert flow.status() is TaskStatus.COMPLETED
+        assert self.prune(queue, clock) == 4
+
+    @pytest.mark.every_store
+    def test_what_failed_and_what_was_cancelled_with_it_finds_its_parents(self, queue, clock):
+        flow = queue.submit_flow(
+            chain(group(self.step(1), self.step(2)), self.step(4, wrong=True), self.step(8))
+        )
+        queue.drain(PATIENCE)
+        assert self.prune(queue, clock, "completed") == 0
+        assert self.prune(queue, clock, "failed") == 0, "what was cancelled may be requeued"
+        queue.mended.append(True)
+        assert queue.requeue_dead_letters() == 2
+        assert queue.drain(PATIENCE)
+        assert flow.result(PATIENCE) == 15
+
+    @pytest.mark.every_store
+    def test_all_goes_with_the_last_that_depends_on_it(self, queue, clock):
+        queue.submit_flow(chain(self.step(1), self.step(2, wrong=True), self.step(4)))
+        queue.drain(PATIENCE)
+        assert self.prune(queue, clock) == 3
+
+    @pytest.mark.every_store
+    def test_children_that_were_stored_before_their_parents(self, queue, clock):
+        tasks = {"a": ["b"], "b": ["c", "d"], "c": [], "d": []}
+        queue.submit_many(
+            Task(id=i, type="step", depends_on=parents) for i, parents in tasks.items()
+        )
+        assert queue.drain(PATIENCE)
+        assert self.prune(queue, clock, "completed") == 4
+
+    def test_the_unique_key_of_some_seconds_is_held_so_long(self, queue, clock):
+        queue.submit("step", unique_key="k", unique_scope=60).result(PATIENCE)
+        queue.submit("step", unique_key="e", unique_scope="ever").result(PATIENCE)
+        assert self.prune(queue, clock) == 1
+        with pytest.raises(DuplicateTask):
+            queue.submit("step", unique_key="k")
+        queue.submit("step", unique_key="e").result(PATIENCE)
+        clock.advance(50)
+        assert self.prune(queue, clock) == 2
+
+    def test_a_long_chain_goes_in_few_looks(self, make_queue, repository, clock, monkeypatch):
+        monkeypatch.setattr(retention, "BATCH", 20)
+        queue = make_queue(clock=clock)
+        queue.executor("step")(lambda: None)
+        flow = queue.submit_flow(chain(*(Task(type="step") for _ in range(90))))
+        flow.cancel()
+        clock.advance(10)
+        looks, ended = [], repository.ended
+
+        def counted(*args):
+            looks.append(args)
+            return ended(*args)
+
+        monkeypatch.setattr(repository, "ended", counted)
+        assert queue.prune(clock.now(), "cancelled") == 90
+        assert len(looks) <= 5 + 1
+
+    def test_what_must_stay_does_not_hide_what_may_go(self, make_queue, clock, gate, monkeypatch):
+        """However many there are: the next look goes on where this one came to."""
+        monkeypatch.setattr(retention, "BATCH", 2)
+        queue = make_queue(clock=clock, retention={"completed": 60})
+        queue.executor("step")(lambda: None)
+        old = [queue.submit("step", id=f"old{n}") for n in range(3)]
+        kept = [queue.submit("step", id=f"kept{n}") for n in range(7)]
+        queue.submit("step", id="waits", depends_on=kept, delay=3600)
+        queue.start()
+        for handle in (*old, *kept):
+            handle.result(PATIENCE)
+        later(queue, clock, 61)
+        eventually(lambda: not any(task_id.startswith("old") for task_id in ids(queue)))
+        assert ids(queue) == {"waits", *(handle.id for handle in kept)}
+
+
 def test_the_file_shrinks_when_most_of_it_is_free(make_queue, database, clock):
     """By incremental vacuum, a little at a time; a part of what is free is kept to be used again."""
     repository = SQLiteRepository(database, durability="process", clock=clock)

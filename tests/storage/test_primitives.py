@@ -113,6 +113,10 @@ def ids(stubs):
     return [stub.id for stub in stubs]
 
 
+def ids_of_ended(found):
+    return [task.stub.id for task in found]
+
+
 class TestApply:
     def test_each_write_says_whether_its_guard_held(self, store, add, clock):
         add("a")
@@ -818,6 +822,9 @@ class Careless(MemoryRepository):
         return results
 
 
+between_tasks = pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO], indirect=True)
+
+
 class TestEnded:
     """Tasks that ended before a moment, of one status: what retention removes."""
 
@@ -838,7 +845,7 @@ class TestEnded:
             (ended[2], ["a", "b"]),
             (ended[2] + 1, ["a", "b", "c"]),
         ]:
-            assert sorted(ids(store.ended("completed", before, 10))) == names
+            assert sorted(ids_of_ended(store.ended("completed", before, 10))) == names
         assert len(store.ended("completed", ended[2] + 1, 2)) == 2
 
     def test_of_each_status(self, store, run, add, clock):
@@ -848,7 +855,7 @@ class TestEnded:
         store.apply([lifecycle.cancel("cancelled", clock.now_ms())[0]])
         clock.advance(1)
         for status in ("completed", "failed", "cancelled"):
-            assert ids(store.ended(status, clock.now_ms(), 10)) == [status]
+            assert ids_of_ended(store.ended(status, clock.now_ms(), 10)) == [status]
 
     def test_one_that_lasted_long_is_young(self, store, run, clock):
         """It is the end that counts, not when it was created."""
@@ -861,17 +868,53 @@ class TestEnded:
                 store.get_by_id("long"), Ending(returned=True), clock.now_ms() + 1000
             )
         )
-        assert ids(store.ended("completed", before, 10)) == ["short"]
+        assert ids_of_ended(store.ended("completed", before, 10)) == ["short"]
 
     def test_is_removed_unless_it_runs_again(self, store, run, clock):
         self.end(store, run, clock, "a", returned=False, error="broke")
         self.end(store, run, clock, "b", returned=False, error="broke")
-        stubs = store.ended("failed", clock.now_ms() + 1, 10)
+        stubs = [task.stub for task in store.ended("failed", clock.now_ms() + 1, 10)]
         assert sorted(ids(stubs)) == ["a", "b"]
         store.apply([lifecycle.requeue(store.get_by_id("b"), clock.now_ms())])
         removed = list(store.apply([lifecycle.prune(stub) for stub in stubs]))
         assert removed == [stub.id == "a" for stub in stubs]
         assert set(store.get_many(["a", "b"])) == {"b"}
+
+    def test_page_by_page_from_the_newest_on(self, store, run, clock):
+        for name in "abcde":
+            self.end(store, run, clock, name)
+            clock.advance(1)
+        found, after = [], None
+        while page := store.ended("completed", clock.now_ms(), 2, after):
+            found.append(ids_of_ended(page))
+            after = page[-1].place
+            store.apply([lifecycle.prune(task.stub) for task in page])
+        assert found == [["e", "d"], ["c", "b"], ["a"]]
+
+    @between_tasks
+    def test_page_by_page_though_all_are_of_one_moment_and_some_stay(self, store, run, clock):
+        tasks = [run(name) for name in "abcde"]
+        clock.advance(10)
+        for task in tasks:
+            store.apply(lifecycle.conclude(task, Ending(returned=True), clock.now_ms()))
+        clock.advance(1)
+        found, after = [], None
+        while page := store.ended("completed", clock.now_ms(), 2, after):
+            found += ids_of_ended(page)
+            after = page[-1].place
+        assert sorted(found) == list("abcde")
+
+    @between_tasks
+    def test_with_what_decides_whether_it_may_go(self, store, run, clock):
+        run("p")
+        run("a", depends_on=["p"], unique_key="k", unique_scope="60.0")
+        clock.advance(10)
+        task = store.get_by_id("a")
+        store.apply(lifecycle.conclude(task, Ending(returned=True), clock.now_ms()))
+        clock.advance(1)
+        [found] = store.ended("completed", clock.now_ms(), 10)
+        assert [*found.depends_on] == ["p"]
+        assert (found.unique_lock, found.unique_scope) == ("k", "60.0")
 
 
 def race_to_start(store, rounds):
@@ -908,7 +951,6 @@ class TestContention:
 
 
 #: Stores that can say something about several tasks at once.
-between_tasks = pytest.mark.parametrize("store", ["memory", "sqlite", *MONGO], indirect=True)
 
 
 class TestNotes:
@@ -1063,19 +1105,32 @@ class TestParents:
         assert store.statuses([]) == {}
 
     @between_tasks
-    def test_what_a_waiting_task_needs_is_not_offered_for_pruning(self, store, run, add, clock):
-        for parent in ("p", "q"):
-            task = run(parent)
-            add(f"child of {parent}", depends_on=[parent], waiting_on=parent)
-            store.apply(lifecycle.conclude(task, Ending(returned=True), clock.now_ms()))
-        clock.advance(10)
-        assert store.ended("completed", clock.now_ms(), 10) == []
-        store.apply([Update("child of p", {"held": 2}, {"held": 0, "waiting_on": None})])
-        assert store.ended("completed", clock.now_ms(), 10) == [], "it may ask for their results"
-        store.apply(lifecycle.cancel("child of p", clock.now_ms()))
-        assert ids(store.ended("completed", clock.now_ms(), 10)) == ["p"]
-        store.delete("child of q")
-        assert sorted(ids(store.ended("completed", clock.now_ms(), 10))) == ["p", "q"]
+    def test_what_others_depend_on_is_needed_whatever_their_status(self, store, add):
+        add("p")
+        add("q")
+        for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a", "gone"]}.items():
+            add(child, depends_on=parents, waiting_on=parents[0])
+        assert store.needed(["p", "q", "a", "b", "nobody"]) == {"a"}, (
+            "by c: the others go with them"
+        )
+        assert store.needed(["p", "q"]) == {"p", "q"}
+        assert store.needed(["gone"]) == {"gone"}, "a hint for nobody: it is not there"
+        store.apply(lifecycle.cancel("b", 1))
+        assert store.needed(["q"]) == {"q"}
+        store.delete("b")
+        assert store.needed(["q"]) == set()
+
+    @between_tasks
+    def test_the_children_of_some(self, store, add):
+        add("p")
+        for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a"]}.items():
+            add(child, depends_on=parents, waiting_on=parents[0])
+        assert sorted(store.children(["p", "q"])) == ["a", "b"]
+        assert list(store.children(["a", "nobody"])) == ["c"]
+        store.apply(lifecycle.cancel("c", 1))
+        assert list(store.children(["a"])) == ["c"]
+        store.delete("c")
+        assert list(store.children(["a"])) == list(store.children([])) == []
 
 
 class TestLines:

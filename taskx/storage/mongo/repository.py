@@ -13,7 +13,7 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec, Codecs
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter
-from taskx.core.record import UNIQUE, Stub
+from taskx.core.record import UNIQUE, Ended, Stub
 from taskx.core.writes import Delete, Insert, Update, Write, shows
 from taskx.storage.base import Node, Note, Repository
 from taskx.storage.began import Began
@@ -265,9 +265,17 @@ class MongoRepository(Repository):
         """Whether a task of these types runs on a node, or is pending and not held back."""
         return self._tasks.unfinished(types)
 
-    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
-        """Tasks of a finished status that ended before a moment."""
-        return self._tasks.ended(status, before, limit)
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        """Tasks of a finished status that ended before a moment, newest first."""
+        return self._tasks.ended(status, before, limit, after)
+
+    def needed(self, task_ids: Sequence[str]) -> set[str]:
+        """Those of these tasks that a task depends on which is not one of them."""
+        return self._tasks.needed(task_ids)
+
+    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that depend on one of these, each once."""
+        return self._tasks.children(task_ids)
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from itertools import islice
 from typing import Any
 
 from bson.int64 import Int64
@@ -13,7 +12,7 @@ from pymongo.errors import WriteError
 from taskx.core.clock import to_datetime
 from taskx.core.codec import Codecs
 from taskx.core.model import Task, TaskFilter
-from taskx.core.record import FOR_PARENTS, FOR_TURN, UNTIL_DUE, Stub
+from taskx.core.record import FOR_PARENTS, FOR_TURN, UNTIL_DUE, Ended, Stub
 from taskx.storage.base import OLDEST
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.connection import Connection
@@ -45,6 +44,12 @@ from taskx.storage.mongo.order import PER_MS
 
 _MOST_IDS = 1000
 _MOST_DOCUMENTS = 2**31 - 1
+_ENDED_FIELDS = {
+    **STUB_FIELDS,
+    "taskx.depends_on": 1,
+    "taskx.unique_lock": 1,
+    "taskx.unique_scope": 1,
+}
 
 
 class Tasks:
@@ -337,32 +342,44 @@ class Tasks:
         }
         return {key: key not in moving for key in keys}
 
-    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
-        """Tasks of a finished status that ended before a moment."""
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        """Tasks of a finished status that ended before a moment, newest first."""
         moment = {"$lt": to_datetime(before)}
         # The index is by status and creation, and a task was created before it ended.
-        wanted = {"status": text(status, "status"), "created_at": moment, "completed_at": moment}
+        wanted: Document = {"status": text(status, "status")}
+        wanted.update({"created_at": moment, "completed_at": moment})
         wanted["taskx.stuck_on"] = {"$in": ["", None]}
+        if after is not None:
+            created_at, task_id = to_datetime(after[0]), after[1]
+            wanted["created_at"] = {"$lte": created_at}
+            wanted["$or"] = [{"created_at": {"$lt": created_at}}, {"_id": {"$lt": task_id}}]
+        wanted["_id"] = {"$type": "string"}  # what has none is no task
 
         def read() -> list[Document]:
-            cursor = self._connection.tasks.find({**wanted, **VISIBLE}, STUB_FIELDS)
-            found, free = cursor.sort(OLDEST_FIRST), list[Document]()
-            while len(free) < limit and (some := list(islice(found, limit))):
-                needed = self._needed([document["_id"] for document in some])
-                free += [document for document in some if document["_id"] not in needed]
-            return free[:limit]
+            cursor = self._connection.tasks.find({**wanted, **VISIBLE}, _ENDED_FIELDS)
+            return list(cursor.sort(NEWEST_FIRST).limit(limit))
 
-        return [stub_from_document(document) for document in self._connection.run(read)]
+        return [_ended(document) for document in self._connection.run(read)]
 
-    def _needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Those of these tasks that an unfinished task depends on."""
+    def needed(self, task_ids: Sequence[str]) -> set[str]:
+        """Those of these tasks that a task depends on which is not one of them."""
+        ids, path = texts(task_ids, "id"), "taskx.depends_on"
         # Hidden ones, too: they may be there the next moment.
-        children = {
-            "taskx.depends_on": {"$in": [*task_ids]},
-            "status": {"$in": ["pending", "running"]},
-        }
-        found = self._connection.tasks.find(children, {"taskx.depends_on": 1})
-        return {parent for child in found for parent in child["taskx"]["depends_on"]}
+        others = {"_id": {"$nin": ids}}
+
+        def read() -> set[str]:
+            find = self._connection.tasks.find_one
+            if find({path: {"$in": ids}, **others}, {"_id": 1}) is None:
+                return set()
+            # One by one: of one that many depend on, one is enough.
+            return {i for i in ids if find({path: i, **others}, {"_id": 1}) is not None}
+
+        return self._connection.run(read)
+
+    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that depend on one of these, each once."""
+        found = self._found_by("taskx.depends_on", task_ids, {"_id": 1})
+        return list(dict.fromkeys(document["_id"] for document in found))
 
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types runs on a node, or is pending and not held back."""
@@ -376,3 +393,15 @@ class Tasks:
         return self._connection.run(
             lambda: any(tasks.find_one(some, {"_id": 1}) is not None for some in wanted)
         )
+
+
+def _ended(document: Document) -> Ended:
+    stub, ours = stub_from_document(document), document.get("taskx") or {}
+    parents = ours.get("depends_on")
+    return Ended(
+        stub,
+        parents if isinstance(parents, list) else (),
+        ours.get("unique_lock"),
+        ours.get("unique_scope"),
+        (stub.created_at, stub.id),
+    )

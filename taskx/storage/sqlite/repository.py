@@ -22,7 +22,7 @@ from taskx.core.errors import (
     SchemaMismatch,
 )
 from taskx.core.model import Task, TaskFilter
-from taskx.core.record import Stub, task_from_row
+from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
 from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
 from taskx.storage.began import Began
@@ -415,10 +415,27 @@ class SQLiteRepository(Repository):
             connection.execute("COMMIT")
         return found
 
-    def ended(self, status: str, before: int, limit: int) -> Sequence[Stub]:
-        """Tasks of a finished status that ended before a moment, earliest created first."""
-        sql = statements.ENDED.format(status)
-        return [_stub(row) for row in self._rows(sql, (before, before, limit))]
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        """Tasks of a finished status that ended before a moment, newest first."""
+        rows = self._rows(statements.ENDED.format(status), (*(after or (before, 0)), before, limit))
+        return [
+            Ended(_stub(row), parents_from_text(parents), lock, scope, place)
+            for *row, parents, lock, scope, created_at, seq in rows
+            if (place := (created_at, seq))
+        ]
+
+    def needed(self, task_ids: Sequence[str]) -> set[str]:
+        """Those of these tasks that a task depends on which is not one of them."""
+        rows = self._rows(statements.needed(len(task_ids)), task_ids)
+        return {parent for (parent,) in rows}
+
+    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
+        """The tasks that depend on one of these, each once."""
+        found = dict[str, None]()
+        for some in _chunks(task_ids):
+            rows = self._rows(statements.children(len(some)), some)
+            found.update((child, None) for (child,) in rows)
+        return list(found)
 
     def shrink(self) -> bool:
         """Cut a few pages off the file, if a good part of it is free; whether there are more.

@@ -94,10 +94,9 @@ UNFINISHED_READY = (
 )
 # By the index of that status: a task was created before it ended.
 ENDED = (
-    f"SELECT {_STUB} FROM (SELECT * FROM tasks INDEXED BY tasks_{{0}} WHERE status = '{{0}}' "
-    "AND created_at < ? ORDER BY created_at) AS ended WHERE completed_at < ? AND stuck_on = '' "
-    "AND NOT EXISTS (SELECT 1 FROM parents JOIN tasks AS child ON child.id = parents.child WHERE "
-    "parents.parent = ended.id AND child.status IN ('pending', 'running')) LIMIT ?"
+    f"SELECT {_STUB}, depends_on, unique_lock, unique_scope, created_at, seq FROM tasks "
+    "INDEXED BY tasks_{0} WHERE status = '{0}' AND (created_at, seq) < (?, ?) AND completed_at < ? "
+    "AND stuck_on = '' ORDER BY created_at DESC, seq DESC LIMIT ?"
 )
 FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "
@@ -110,6 +109,19 @@ UNFINISHED_RUNNING = "SELECT DISTINCT type FROM tasks WHERE status = 'running' A
 def select_many(count: int, columns: str = TASK, key: str = "id") -> str:
     """Select columns of tasks by ``count`` ids, or values of another indexed column."""
     return f"SELECT {columns} FROM tasks WHERE {key} IN ({', '.join('?' * count)})"
+
+
+@lru_cache(maxsize=64)
+def needed(count: int) -> str:
+    """Select those of ``count`` ids that tasks with other ids depend on."""
+    ids = ", ".join(f"?{n}" for n in range(1, count + 1))
+    return f"SELECT DISTINCT parent FROM parents WHERE parent IN ({ids}) AND child NOT IN ({ids})"
+
+
+@lru_cache(maxsize=64)
+def children(count: int) -> str:
+    """Select the tasks that depend on one of ``count`` ids."""
+    return f"SELECT DISTINCT child FROM parents WHERE parent IN ({', '.join('?' * count)})"
 
 
 @lru_cache(maxsize=64)

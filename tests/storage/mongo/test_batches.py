@@ -111,10 +111,11 @@ class TestASubmitterThatDied:
         for status in ("running", "completed"):
             store.update_status("p", TaskStatus(status))
         moment = store.get_by_id("p").completed_at.timestamp() * 1000 + 1000
-        assert [stub.id for stub in store.ended("completed", moment, 9)] == ["p"]
+        assert [task.stub.id for task in store.ended("completed", moment, 9)] == ["p"]
+        assert store.needed(["p"]) == set()
         monkeypatch.setattr(store._batches, "_reveal", lambda batch: None)
         queue.submit_many([Task(type="t", depends_on=["p"]), Task(type="t")])
-        assert store.ended("completed", moment, 9) == []
+        assert store.needed(["p"]) == {"p"}
 
     def test_the_hidden_rest_is_cleared_away(self, store, monkeypatch, mock):
         """When it has been seen for long enough, by the looker's own clock; not before."""
