@@ -9,7 +9,7 @@ from contextlib import closing
 
 import pytest
 
-from taskx import Queue, RepositoryUnavailable, SQLiteRepository, Task, TaskNotFound
+from taskx import Queue, RepositoryUnavailable, SQLiteRepository, Task, TaskNotFound, every
 from taskx.runtime import scheduler
 
 from .conftest import PATIENCE, eventually, ids
@@ -57,7 +57,7 @@ def refused(queue, words):
         "unique": lambda: queue.submit("fine", id="refused", unique_key="k"),
         "many": lambda: queue.submit_many([Task(type="fine", id="refused"), Task(type="fine")]),
         "map": lambda: next(queue.map("fine", [{}], key=lambda item: "refused")),
-        "schedule": lambda: queue.schedule("refused", "0 3 * * *", "fine"),
+        "schedule": lambda: queue.schedule("refused", every(3600), "fine"),
         "cancel": lambda: queue.cancel_task("held"),
     }
     for way, submit in ways.items():
