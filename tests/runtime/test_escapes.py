@@ -219,14 +219,14 @@ class TestAlarms:
         assert "cannot start the thread that fires time-outs" in caplog.text
 
     def test_the_thread_is_started_when_there_is_one(
-        self, make_queue, no_threads, gate, monkeypatch
+        self, make_queue, no_threads, gate, clock, monkeypatch
     ):
         """By the scheduler, if no further task with a time-out begins."""
         monkeypatch.setattr("taskx.runtime.scheduler.AUDIT_EVERY", 0.05)
-        queue = make_queue(worker_num=1)
+        queue = make_queue(worker_num=1, clock=clock)
         fired = threading.Event()
 
-        @queue.executor("deaf", timeout=0.01)
+        @queue.executor("deaf", timeout=60)
         def deaf(ctx):
             ctx.on_cancel(fired.set)
             gate()
@@ -236,6 +236,7 @@ class TestAlarms:
         handle = queue.submit("deaf")
         gate.wait_for()
         no_threads.clear()
+        clock.advance(60)
         assert fired.wait(PATIENCE)
         gate.open()
         assert handle.result(PATIENCE) is True
