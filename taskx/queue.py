@@ -292,10 +292,16 @@ class Queue:
         elif params is not None:
             raise TypeError("submit(task) takes no params; set task.params")
         if not options or not isinstance(task, Task):
-            return TaskHandle(self._intake.accept(task), self)
-        changed = with_options(task, options, self._clock.now_ms())
-        on_conflict: OnConflict = options.get("on_conflict") or "reject"
-        return TaskHandle(self._intake.accept(changed, options.get("priority"), on_conflict), self)
+            task_id = self._intake.accept(task)
+        else:
+            changed = with_options(task, options, self._clock.now_ms())
+            on_conflict: OnConflict = options.get("on_conflict") or "reject"
+            task_id = self._intake.accept(changed, options.get("priority"), on_conflict)
+        try:
+            return TaskHandle(task_id, self)
+        except BaseException as error:  # an interrupt
+            error.task_id = task_id  # type: ignore[attr-defined]
+            raise
 
     def submit_many(self, tasks: Iterable[Task]) -> list[TaskHandle[Any]]:
         """Submit tasks in one transaction, all or none; returns their handles in order.

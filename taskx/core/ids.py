@@ -6,7 +6,7 @@ import os
 import threading
 import time
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a finalizer that submits may run in the middle of it
 _last = 0
 _prefix = ""  # the text of what the ids of that millisecond begin with
 _state = 0
@@ -37,7 +37,7 @@ def new_id() -> str:
 
 def _renew_after_fork() -> None:
     global _last, _lock
-    _lock = threading.Lock()
+    _lock = threading.RLock()
     _last = 0  # fresh random bits, or parent and child would count up from the same ones
 
 

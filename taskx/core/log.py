@@ -52,7 +52,7 @@ class GuardedLogger(logging.Logger):
                 stacklevel=stacklevel + 1,
             )
         except BaseException as error:
-            if _is_for_the_program(error):
+            if is_for_the_program(error):
                 raise
             if exc_info:  # perhaps it is that which raises when it is looked at
                 words = f"{msg} (and its error cannot be shown)"
@@ -69,7 +69,7 @@ def _show(msg: object, args: Any) -> None:
             traceback.print_exc()
 
 
-def _is_for_the_program(error: BaseException) -> bool:
+def is_for_the_program(error: BaseException) -> bool:
     """Whether it is to end the program, and does: Ctrl-C, or a handler that exits at a grave error.
 
     In a thread of ours ``SystemExit`` would end that thread alone, in silence.

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import queue
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection, Iterable
-from heapq import heapify
+from collections.abc import Callable, Collection, Iterable, Sequence
+from heapq import heapify, heappop, heappush
 from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from taskx.core.order import rank
+from taskx.runtime.bell import Bell
 
 if TYPE_CHECKING:
     from taskx.core.record import Stub
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 MOST_WAITING = 5
 #: Seconds after which a worker's task counts as not short, whatever the others were.
 TIED_UP = 0.002
+#: Seconds after which a thread that waits for room looks for itself: a wake-up may be lost to a signal.
+LOOK_AGAIN = 0.5
+# Items that have left the buffer may make up half of the heap, but for so many.
+_FEW_GONE = 64
 
 
 class Item(NamedTuple):
@@ -35,16 +40,19 @@ class Item(NamedTuple):
     fetched: bool
 
 
-class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
-    """A ``queue.PriorityQueue`` of ids with room for ``maxsize`` submitted tasks.
+class Buffer:
+    """A priority queue of ids with room for ``maxsize`` submitted tasks.
 
     A submit reserves its slot before the record is committed, so that what was accepted always
     fits. What is fetched from the repository has room of its own (``fetch_size``) and never makes a
     submit fail. Beside the ids lie the tasks that were started ahead, for the next free worker.
+
+    Everything here can be done twice without harm, and cut short between any two lines: slots and
+    tasks are known by name, not counted. A heap item that is not known any more is passed over.
     """
 
     def __init__(self, maxsize: int, fetch_size: int, workers: int, ageing: int = 0) -> None:
-        super().__init__(maxsize)
+        self.maxsize = maxsize
         #: Milliseconds of waiting that count as one priority more; 0 for none.
         self.ageing = ageing
         self.fetch_size = fetch_size
@@ -54,38 +62,86 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         #: Since when each task that is being executed has been, on the monotonic clock.
         self.executing: dict[str, float] = {}
         self._taken = self._taken_before = 0
-        self.submitted = 0  # submitted items and reserved slots
-        self.fetched = 0
-        self.ids: set[str] = set()
+        # A finalizer that submits may run in any thread at any time, inside here, too.
+        self._mutex = threading.RLock()
+        self._heap: list[Item] = []
+        self._submitted: dict[str, Item] = {}
+        self._fetched: dict[str, Item] = {}
+        #: The turns of submits that have a slot and are not here yet.
+        self.reserved: set[int] = set()
         self.ahead: deque[Run] = deque()
         self.ahead_since = 0.0
         self.closed = False
         self.idle = 0
+        #: Rung for workers, and for threads that wait for room.
+        self._work, self.room = Bell(), Bell()
         self._order = count()
         self._before = count(-1, -1)
 
+    # --- what is inside
+
+    def __len__(self) -> int:
+        return len(self._submitted) + len(self._fetched)
+
+    def __contains__(self, task_id: str) -> bool:
+        return task_id in self._submitted or task_id in self._fetched
+
+    @property
+    def ids(self) -> set[str]:
+        """The ids of all tasks inside; it costs the more, the more there are."""
+        return {*self._submitted, *self._fetched}
+
+    @property
+    def submitted(self) -> int:
+        """How many slots are taken: by submitted tasks, and by those that are being stored."""
+        return len(self._submitted) + len(self.reserved)
+
+    @property
+    def fetched(self) -> int:
+        """How many tasks were fetched from the repository, or put back."""
+        return len(self._fetched)
+
+    @property
+    def fetched_ids(self) -> list[str]:
+        """The ids of the tasks that were fetched, or put back."""
+        return list(self._fetched)
+
+    @property
+    def entered(self) -> bool:
+        """Whether the calling thread is in the middle of one of these methods."""
+        return self._mutex._is_owned()  # type: ignore[attr-defined, no-any-return]
+
     # --- for those who submit
 
-    def reserve(self, slots: int = 1, timeout: float | None = 0.0) -> bool:
-        """Reserve slots, waiting for room at most ``timeout`` seconds (None: for ever)."""
-        with self.not_full:
-            if self.submitted + slots > self.maxsize and timeout != 0.0:
-                deadline = None if timeout is None else time.monotonic() + timeout
-                while self.submitted + slots > self.maxsize and not self.closed:
-                    left = None if deadline is None else deadline - time.monotonic()
-                    if left is not None and left <= 0:
-                        break
-                    self.not_full.wait(left)
-            if self.closed or self.submitted + slots > self.maxsize:
-                return False
-            self.submitted += slots
-            return True
+    def reserve(self, turns: Sequence[int], timeout: float | None = 0.0) -> bool:
+        """Reserve slots, waiting for room at most ``timeout`` seconds (None: for ever).
 
-    def release(self, slots: int = 1) -> None:
-        """Give reserved slots back."""
-        with self.mutex:
-            self.submitted -= slots
-            self.not_full.notify(slots)
+        Args:
+            turns: a :meth:`turn` for each slot, which it is known by; :meth:`add` or :meth:`release`
+                must follow.
+            timeout: 0 to wait for nothing.
+        """
+        deadline = 0.0 if not timeout else time.monotonic() + timeout
+        while True:
+            with self._mutex:
+                if self.closed:
+                    return False
+                if self.submitted + len(turns) <= self.maxsize:
+                    self.reserved.update(turns)
+                    return True
+                if timeout == 0.0:
+                    return False
+                ear = self.room.listen()
+            left = LOOK_AGAIN if timeout is None else deadline - time.monotonic()
+            if left <= 0:
+                self.room.leave(ear)
+                return False
+            self.room.wait(ear, min(left, LOOK_AGAIN))
+
+    def release(self, turns: Collection[int]) -> None:
+        """Give reserved slots back, those that are left of them."""
+        self.reserved.difference_update(turns)
+        self.room.ring(len(turns))
 
     def turn(self) -> int:
         """A place in the order of tasks of equal priority and age; later ones come after it."""
@@ -106,14 +162,15 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         *,
         fetched: bool = True,
     ) -> bool:
-        """Put in a task: a submitted one into its reserved slot; a fetched one beside those.
+        """Put in a task: a submitted one into the slot that ``order`` reserved; a fetched one beside those.
 
         Returns:
             False if no worker was woken for it, though some wait.
         """
-        with self.mutex:
-            place = rank(priority, created_at, run_at, self.ageing) if self.ageing else -priority
-            self._add(Item(place, created_at, order, task_id, type, fetched))
+        place = rank(priority, created_at, run_at, self.ageing) if self.ageing else -priority
+        item = Item(place, created_at, order, task_id, type, fetched)
+        with self._mutex:
+            self._add(item)
             return self._wake()
 
     def add_fetched(self, stub: Stub) -> None:
@@ -123,37 +180,46 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
 
     def put_back(self, items: Iterable[Item]) -> None:
         """Put back items that were taken, to where they were in the order."""
-        with self.mutex:
+        with self._mutex:
             for item in items:
                 self._add(item._replace(fetched=True))
             self._wake()
 
-    def discard(self, task_ids: Collection[str]) -> None:
+    def discard(self, task_ids: Iterable[str]) -> None:
         """Take out tasks that will not run, so that their slots are free."""
-        with self.mutex:
-            if not self.ids.isdisjoint(task_ids):
-                gone = set(task_ids)
-                self._take_out(lambda item: item.id in gone)
+        with self._mutex:
+            for task_id in task_ids:
+                self._fetched.pop(task_id, None)
+                if self._submitted.pop(task_id, None) is not None:
+                    self.room.ring()
+            self._tidy()
 
     def sweep(self, gone: Callable[[str], bool]) -> list[Item]:
         """Take out the tasks of certain types; returns them."""
-        with self.mutex:
-            return self._take_out(lambda item: gone(item.type))
-
-    def _take_out(self, gone: Callable[[Item], bool]) -> list[Item]:
-        out = [item for item in self.queue if gone(item)]
-        if out:
-            self.queue[:] = [item for item in self.queue if not gone(item)]
-            heapify(self.queue)
-            for item in out:
-                self._account(item)
+        with self._mutex:
+            inside = [*self._submitted.values(), *self._fetched.values()]
+        out = [item for item in inside if gone(item.type)]
+        self.discard([item.id for item in out])
         return out
 
     def _add(self, item: Item) -> None:
-        if item.fetched:
-            self.fetched += 1
-        self.ids.add(item.id)
-        self._put(item)
+        heappush(self._heap, item)  # first: one that is known and in no heap would never run
+        (self._fetched if item.fetched else self._submitted)[item.id] = item
+        self.reserved.discard(item.order)
+
+    def _is_here(self, item: Item) -> bool:
+        return (self._fetched if item.fetched else self._submitted).get(item.id) is item
+
+    def _tidy(self) -> None:
+        """Drop the items that have left from the heap, when they are many."""
+        if len(self._heap) <= 2 * len(self) + _FEW_GONE:
+            return
+        while True:
+            heap = [*self._fetched.values(), *self._submitted.values()]
+            heapify(heap)
+            self._heap = heap
+            if len(heap) >= len(self):
+                return  # else a finalizer submitted before the last assignment
 
     def _wake(self) -> bool:
         """Wake a waiting worker, unless tasks are short and another worker is at it.
@@ -164,7 +230,7 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
             return True
         if self.short and self.workers - self.idle > self._tied_up():
             return False
-        self.not_empty.notify()
+        self._work.ring()
         return True
 
     def _tied_up(self) -> int:
@@ -181,8 +247,8 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         ``ahead`` in all; it must call :meth:`lay_out` or :meth:`put_back` and then
         :meth:`starting_done`. The others wait for what it lays out.
         """
-        with self.mutex:
-            while True:
+        while True:
+            with self._mutex:
                 if self.closed:
                     return None
                 if self.ahead:
@@ -192,64 +258,67 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
                     if self.ahead:
                         self._wake()
                     return run
-                if self.queue and not self.starting:
-                    most = min(max(ahead, 1 + min(self.idle, MOST_WAITING)), len(self.queue))
-                    self.starting = [self._take_one() for _ in range(most)]
-                    return self.starting
+                if not self.starting and (items := self._take_some(ahead)):
+                    self.starting = items
+                    return items
                 if not block:
                     return None
+                ear = self._work.listen()
                 self.idle += 1
-                try:
-                    self.not_empty.wait()
-                finally:
+            try:
+                self._work.wait(ear)
+            finally:
+                with self._mutex:
                     self.idle -= 1
 
-    def _take_one(self) -> Item:
-        item: Item = self._get()
-        self._taken += 1
-        self._account(item)
-        return item
-
-    def _account(self, item: Item) -> None:
-        """An item has left: its room is free."""
-        self.ids.discard(item.id)
-        if item.fetched:
-            self.fetched -= 1
-        else:
-            self.submitted -= 1
-            self.not_full.notify()
+    def _take_some(self, ahead: int) -> list[Item]:
+        most = min(max(ahead, 1 + min(self.idle, MOST_WAITING)), len(self))
+        items: list[Item] = []
+        while len(items) < most and self._heap:
+            item = heappop(self._heap)
+            if not self._is_here(item):
+                continue
+            if item.fetched:
+                del self._fetched[item.id]
+            else:
+                del self._submitted[item.id]
+                if self.room.listening:
+                    self.room.ring()
+            items.append(item)
+        self._taken += len(items)
+        return items
 
     def lay_out(self, runs: list[Run]) -> None:
         """Offer tasks that were started to whichever worker is free."""
-        with self.mutex:
+        with self._mutex:
             self.ahead_since = time.monotonic()
             self.ahead.extend(runs)
             if not self.short:
-                self.not_empty.notify(len(runs))
+                self._work.ring(len(runs))
 
     def starting_done(self) -> None:
         """Let another worker start tasks."""
-        with self.mutex:
+        with self._mutex:
             self.starting = []
-            if self.queue:
+            if len(self):
                 self._wake()
 
     def nudge(self) -> bool:
         """Wake the waiting workers if there is something for them that nobody has taken any of since
         the last call; False if no worker waits."""
-        with self.mutex:
+        with self._mutex:
             if self.idle and self._taken == self._taken_before:
-                self.not_empty.notify(len(self.queue) + len(self.ahead))
+                self._work.ring(len(self) + len(self.ahead))
             self._taken_before = self._taken
             return self.idle > 0
 
     def needs_care(self) -> bool:
         """Whether something lies here that may have to be handed on soon."""
-        return bool(self.ahead or (self.idle and self.queue))
+        return bool(self.ahead or (self.idle and len(self)))
 
     def clear_ahead(self, older_than: float = 0.0) -> list[Run]:
         """Take away all tasks started ahead, if none was taken for ``older_than`` seconds."""
-        with self.mutex:
+        with self._mutex:
             if not self.ahead or time.monotonic() - self.ahead_since < older_than:
                 return []
             runs = list(self.ahead)
@@ -262,13 +331,12 @@ class Buffer(queue.PriorityQueue):  # type: ignore[type-arg]
         """How many more fetched items there is room for."""
         return self.fetch_size - self.fetched
 
-    def close(self) -> list[Item]:
-        """Wake everybody, hand out nothing more; returns what was inside."""
-        with self.mutex:
+    def close(self) -> None:
+        """Wake everybody, and hand out nothing more."""
+        with self._mutex:
             self.closed = True
-            items: list[Item] = list(self.queue)
-            self.queue.clear()
-            self.ids.clear()
-            self.not_empty.notify_all()
-            self.not_full.notify_all()
-            return items
+            self._submitted.clear()
+            self._fetched.clear()
+            self._heap.clear()
+        self._work.ring_all()
+        self.room.ring_all()

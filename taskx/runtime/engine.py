@@ -4,20 +4,27 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import attrs
 
 from taskx.core import lifecycle
-from taskx.core.errors import RepositoryError, SchemaMismatch
+from taskx.core.errors import (
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    TaskxError,
+)
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
 from taskx.core.record import Stub
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.admission import Admission
+from taskx.runtime.bell import Bell
 from taskx.runtime.buffer import Buffer, Item
 from taskx.runtime.complaint import Complaint
 from taskx.runtime.failures import error_text, error_type
@@ -89,7 +96,8 @@ class Engine:
         self._complaint = Complaint(services.log)
         self._lingering = threading.Lock()
         self._refilling = threading.Lock()
-        self._quiet = threading.Condition()
+        self._counting = threading.Lock()
+        self._quiet = Bell()
         self.stuck = Stuck(
             services, node.id, max_stuck, self._do_without, self._give_up, self._freed
         )
@@ -139,10 +147,10 @@ class Engine:
         try:
             self._flush()
         finally:  # whatever happens, a stop must not wait for a worker that is gone
-            with self._quiet:
+            with self._counting:
                 self._left -= 1
                 self.threads.remove(threading.current_thread())  # its ident may be another's soon
-                self._quiet.notify_all()
+            self._quiet.ring_all()
 
     def _pause(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
@@ -173,7 +181,7 @@ class Engine:
             self._last_batch > 1
             and buffer.short
             and not buffer.ahead
-            and len(buffer.queue) < MAX_AHEAD
+            and len(buffer) < MAX_AHEAD
             and not self.services.watcher.watching
             and self._lingering.acquire(blocking=False)
         ):
@@ -218,13 +226,19 @@ class Engine:
             self.buffer.starting_done()
         return runs[0] if runs else None
 
-    def execute(self, run: Run, worker: str) -> Ending:
-        """Run the executor and leave its outcome to the ledger.
+    def execute(
+        self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None
+    ) -> Ending:
+        """Run the executor and leave its outcome to the ledger, or to ``conclude``.
 
         What escapes, a defect of ours too, fails this attempt alone.
         """
         executing = self.buffer.executing
         try:
+            executing[run.task.id] = time.monotonic()
+            if self.runs.get(run.task.id) is not run:  # the audit took it for lost
+                executing.pop(run.task.id, None)
+                return Ending(returned=False)
             try:
                 ending = self._attempt(run, worker)
             except BaseException as error:  # noqa: BLE001  (see above)
@@ -236,7 +250,7 @@ class Engine:
             # One bit for each of the last tasks, so that a single hiccup changes nothing.
             self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
             self.buffer.short = self._lately.bit_count() <= _MOST_LONG
-            self._defer(run, ending)
+            (conclude or self._defer)(run, ending)
         except BaseException:  # an interrupt: nobody executes it, as the audit then sees
             executing.pop(run.task.id, None)
             self.starter.strike(run, ran=True)
@@ -249,7 +263,6 @@ class Engine:
         )
         if self.hooks.started:
             self.hooks.tell_changed(self.hooks.started, run.task, {})
-        self.buffer.executing[run.task.id] = time.monotonic()
         began = self.began
         cell = 0 if began is None else began.begin(run.task.id, run.task.starts)
         try:
@@ -261,6 +274,30 @@ class Engine:
                 began.end(cell)
 
     def _defer(self, run: Run, ending: Ending) -> None:
+        ending, writes, more = self._outcome(run, ending)
+        told = partial(self._concluded, run, ending, writes)
+        self.services.ledger.defer([*writes, *more] if more else writes, told)
+        run.concluded = True
+
+    def conclude(self, run: Run, ending: Ending) -> None:
+        """Commit an outcome now, and do what follows, on a thread that may be interrupted."""
+        ending, writes, more = self._outcome(run, ending)
+        results: Sequence[bool] = ()
+        refused: BaseException | None = None
+        try:
+            results = self.services.ledger.commit([*writes, *more])
+        except RepositoryUnavailable as error:
+            self._defer(run, ending)
+            self.services.log.warning(
+                "task %s: its outcome is written later: %s", run.task.id, error
+            )
+            return
+        except TaskxError as error:
+            refused = error
+        self._concluded(run, ending, writes, results, refused)
+
+    def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
+        """What is to be written of an ending, and what gives the turn of its key to the next task."""
         now = self.services.clock.now_ms()
         try:
             writes = lifecycle.conclude(run.task, ending, now)
@@ -268,33 +305,28 @@ class Engine:
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)
         key = run.task.concurrency_key
-        next_turn = () if key is None else self.services.lines.next_turn(key)
-        self.services.ledger.defer(
-            [*writes, *next_turn] if next_turn else writes,
-            partial(self._concluded, run, ending, writes),
-        )
+        return ending, writes, () if key is None else self.services.lines.next_turn(key)
 
     # --- threads that are stuck
 
     def _do_without(self, run: Run, ident: int) -> None:
         """The thread that is at a run does not end: another one takes its place, if it is a worker."""
         self.buffer.executing.pop(run.task.id, None)
-        with self._quiet:
-            if not any(thread.ident == ident for thread in self.threads):
-                return  # it submitted the task, and ran it itself
-            self._at_work -= 1
-            if self.stopping or not self.stuck.healthy:
-                return
-            self._named += 1
-            thread = self._worker(self._named)
-            try:
+        try:
+            with self._counting:
+                if not any(thread.ident == ident for thread in self.threads):
+                    return  # it submitted the task, and ran it itself
+                self._at_work -= 1
+                if self.stopping or not self.stuck.healthy:
+                    return
+                self._named += 1
+                thread = self._worker(self._named)
                 thread.start()
-            except RuntimeError as error:
-                self.services.log.error("no thread can be had in place of one: %s", error)
-                return
-            self.threads.append(thread)
-            self._left += 1
-            self._at_work += 1
+                self.threads.append(thread)
+                self._left += 1
+                self._at_work += 1
+        except RuntimeError as error:
+            self.services.log.error("no thread can be had in place of one: %s", error)
 
     def _give_up(self, run: Run, ending: Ending) -> None:
         """An attempt is over while its thread runs on."""
@@ -304,7 +336,7 @@ class Engine:
     def _come_back(self, run: Run) -> None:
         """This thread was given up, and is free again."""
         if threading.current_thread() in self.threads:
-            with self._quiet:
+            with self._counting:
                 self._at_work += 1
         self.admission.over(run.task.id, ran=True)  # first: from then on its retry may be admitted
         self.stuck.thread_ended(run)
@@ -312,7 +344,7 @@ class Engine:
 
     def _is_superfluous(self) -> bool:
         """Whether there is one worker too many since a stuck one came back: then this one leaves."""
-        with self._quiet:
+        with self._counting:
             if self._at_work <= self.buffer.workers:
                 return False
             self._at_work -= 1
@@ -491,9 +523,9 @@ class Engine:
         Those that no node holds, or those in the buffer of one.
         """
         repository, limits = self.services.repository, self.services.registry.limits
-        known, types, ageing = self.buffered(), self.types(), self.buffer.ageing
+        known, types, ageing = self.unmarked(), self.types(), self.buffer.ageing
         free = [type for type in types if type not in limits] if limits else types
-        found = _others(repository.ready(free, room + len(known), owner, ageing), known, room)
+        found = self._others(repository.ready(free, room + len(known), owner, ageing), known, room)
         if len(free) == len(types):
             return found
         for type in types:
@@ -501,12 +533,17 @@ class Engine:
                 most, waiting = self.admission.room(type, known)
                 if (most := min(most, room)) > 0:
                     stubs = repository.ready([type], most + waiting, owner, ageing)
-                    some = _others(stubs, known, most)
+                    some = self._others(stubs, known, most)
                     found += some
                     if not owner:
                         self.admission.looked(type, most, len(some))
         found.sort(key=self._best_first)
         return found[:room]
+
+    def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
+        """Those that this node does not hold yet, at most so many."""
+        others = (stub for stub in stubs if stub.id not in known and stub.id not in self.buffer)
+        return list(islice(others, most))
 
     def _best_first(self, stub: Stub) -> tuple[int, int]:
         return stub.rank(self.buffer.ageing), stub.created_at
@@ -517,7 +554,7 @@ class Engine:
         They find it started, or gone, when they come to it.
         """
         wanted = self.buffer.workers - len(self.buffer.executing)
-        if wanted <= 0 or self.buffer.queue:
+        if wanted <= 0 or len(self.buffer):
             return []
         services = self.services
         found = [
@@ -536,15 +573,14 @@ class Engine:
     # --- quiet, and the end
 
     def _tell_quiet(self) -> None:
-        if not self.runs and not self.buffer.queue:
-            with self._quiet:
-                self._quiet.notify_all()
+        if self._quiet.listening and not self.runs and not len(self.buffer):
+            self._quiet.ring_all()
 
     def holds_nothing(self) -> bool:
         """Whether neither buffer nor workers nor ledger have anything left."""
         return not (
             self.runs
-            or self.buffer.queue
+            or len(self.buffer)
             or self.buffer.ahead
             or self.starter.suspects.waiting
             or self.more_stored
@@ -554,15 +590,18 @@ class Engine:
 
     def wait_quiet(self, timeout: float) -> None:
         """Wait until a task ends or a worker leaves, at most ``timeout`` seconds."""
-        with self._quiet:
-            self._quiet.wait(timeout)
+        self._quiet.wait(self._quiet.listen(), timeout)
 
-    def buffered(self) -> set[str]:
-        """The ids of pending tasks that this node holds in memory."""
-        buffer = self.buffer
+    def holds(self, task_id: str) -> bool:
+        """Whether this node holds a pending task in memory."""
+        return task_id in self.buffer or task_id in self.unmarked()
+
+    def unmarked(self) -> set[str]:
+        """The ids of pending tasks in memory that the repository may list as free, and few others."""
+        buffer, suspects = self.buffer, self.starter.suspects
         return {
-            *buffer.ids,
-            *(item.id for item in [*buffer.starting, *self.starter.suspects.waiting]),
+            *buffer.fetched_ids,
+            *(item.id for item in [*buffer.starting, *suspects.waiting]),
         }
 
     def lose_lease(self) -> None:
@@ -595,11 +634,6 @@ class Engine:
     def workers_left(self) -> int:
         """How many worker threads have not ended."""
         return self._left
-
-
-def _others(stubs: Sequence[Stub], known: Collection[str], most: int) -> list[Stub]:
-    """Those that are not known yet, at most so many."""
-    return [stub for stub in stubs if stub.id not in known][:most]
 
 
 def _lesser(ending: Ending, error: BaseException) -> Ending | None:

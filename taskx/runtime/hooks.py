@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
@@ -18,6 +19,7 @@ from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import changed_task, created_task
 from taskx.runtime import forks
+from taskx.runtime.bell import Bell
 
 #: Events that may wait to be told before those who make more of them are held up.
 MOST_WAITING = 10_000
@@ -133,9 +135,9 @@ class Hooks:
         self._telling = False
         self._wake_up = _thread.allocate_lock()
         self._wake_up.acquire()
-        self._starting = threading.Lock()
+        self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
-        self._quiet = threading.Condition()
+        self._quiet = Bell()
 
     # --- what happened
 
@@ -199,8 +201,14 @@ class Hooks:
         """Wait until all has been told; False if not within ``timeout`` seconds, or inside a hook."""
         if self.inside:
             return False
-        with self._quiet:
-            return self._quiet.wait_for(lambda: self.quiet, timeout)
+        deadline = time.monotonic() + timeout
+        while True:
+            ear = self._quiet.listen()
+            left = deadline - time.monotonic()
+            if self.quiet or left <= 0:
+                self._quiet.leave(ear)
+                return self.quiet
+            self._quiet.wait(ear, left)
 
     def let_catch_up(self) -> None:
         """Hold up who makes more events, a little, where the hooks are far behind."""
@@ -220,6 +228,10 @@ class Hooks:
                 return
             except RuntimeError:  # the interpreter is shutting down
                 self._thread = None
+            except BaseException:  # an interrupt: perhaps it began, and perhaps it never will
+                if not thread.is_alive():
+                    self._thread = None
+                raise
         self._tell_all()
 
     def _run(self) -> None:
@@ -241,8 +253,7 @@ class Hooks:
             self._tell_one(*event)
             self.told += 1
         self._telling = False
-        with self._quiet:
-            self._quiet.notify_all()
+        self._quiet.ring_all()
 
     def _tell_one(
         self, listeners: Listeners, make: Callable[[], Any], facts: tuple[Any, ...]

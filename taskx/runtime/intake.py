@@ -36,6 +36,7 @@ from taskx.runtime.executors import check_options
 from taskx.runtime.parents import find_parents
 from taskx.runtime.runner import inside_executor
 from taskx.runtime.starter import Services
+from taskx.storage.base import Reentered
 from taskx.storage.memory import MemoryRepository
 
 if TYPE_CHECKING:
@@ -127,10 +128,42 @@ class Intake:
         insert = self.prepare(task, priority)
         if task.depends_on:
             find_parents(self._services.repository, [insert])
-        if task.unique_key is not None:
-            return self._accept_unique(insert, on_conflict, spill=spill)
-        self._take_in(insert, spill=spill)
-        return insert.id
+        try:
+            if task.unique_key is not None:
+                return self._accept_unique(insert, on_conflict, spill=spill)
+            self._take_in(insert, spill=spill)
+            return insert.id
+        except Reentered:
+            self._take_in_soon([insert])
+            return insert.id
+        except Exception:
+            raise
+        except BaseException as error:
+            # Whether it is stored cannot be said: submitting the same id again tells.
+            error.task_id = insert.id  # type: ignore[attr-defined]
+            raise
+
+    def _take_in_soon(self, inserts: Sequence[Insert]) -> None:
+        """What a finalizer submits in the middle of another write of its thread is left to that one."""
+        for insert in inserts:
+            insert.row["owner"] = ""
+        self._services.ledger.commit_soon(inserts, partial(self._taken_in, inserts))
+
+    def _taken_in(
+        self, inserts: Sequence[Insert], results: Sequence[bool], error: BaseException | None
+    ) -> None:
+        stored = [insert for insert, new in zip(inserts, results, strict=True) if new]
+        for insert in inserts:
+            if insert not in stored:
+                self._services.log.error(
+                    "task %s, submitted by a finalizer, was not stored: %s",
+                    *(insert.id, error or "its id, or its unique key, is taken"),
+                )
+        if self._hooks.submitted:
+            for insert in stored:
+                self._hooks.tell_submitted(insert.row)
+        self._stored(stored)
+        self.look_for_work()
 
     def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
         patience = Patience(insert)
@@ -163,22 +196,15 @@ class Intake:
             self._stored([insert])
             if engine is not None and (insert.row["held"] or engine.has_room(insert.row["type"])):
                 self._tell(engine, delayed=bool(insert.row["held"]))
-        elif engine.buffer.reserve():
-            self._store_and_buffer(engine, insert)
-        else:
+        elif not self._try_to_buffer(engine, insert):
             self._overflowed(engine, insert, "spill" if spill else self._overflow)
 
     def _stored(self, inserts: Sequence[Insert]) -> None:
         """What waits for other tasks waits from now on."""
         held = [insert for insert in inserts if insert.row["held"]]
-        if not held:
-            return
-        try:
+        if held:
             self._services.dependents.added(held)
             self._services.lines.joined(held)
-        except BaseException as error:  # an interrupt: they are stored
-            error.task_id = inserts[0].id  # type: ignore[attr-defined]
-            raise
 
     def refuse_if_stopped(self) -> None:
         """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used.
@@ -219,8 +245,14 @@ class Intake:
             TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
         """
         self.refuse_if_stopped()
-        self._store(insert)
-        self._stored([insert])
+        try:
+            self._store(insert)
+            self._stored([insert])
+        except Exception:
+            raise
+        except BaseException as error:  # an interrupt: perhaps it is stored
+            error.task_id = insert.id  # type: ignore[attr-defined]
+            raise
         self.look_for_work()
 
     def look_for_work(self) -> None:
@@ -239,21 +271,21 @@ class Intake:
             return self._services.ledger.commit([insert])[0]
         except TaskxError as error:
             raise _about(error, insert.id) from error.__cause__
-        except BaseException as error:
-            # Whether it is stored cannot be said: submitting the same id again tells.
-            error.task_id = insert.id  # type: ignore[attr-defined]
-            raise
 
-    def _store_and_buffer(self, engine: Engine, insert: Insert) -> None:
-        row = insert.row
-        row["owner"] = engine.node.id
-        turn = engine.buffer.turn()
+    def _try_to_buffer(self, engine: Engine, insert: Insert, timeout: float | None = 0.0) -> bool:
+        """Store a task and put it into the buffer; False, and nothing is done, if there is no room."""
+        buffer, row = engine.buffer, insert.row
+        slot = (buffer.turn(),)
         try:
+            if not buffer.reserve(slot, timeout):
+                return False
+            row["owner"] = engine.node.id
             self._store(insert)
+            self._buffer(engine, insert, slot[0])
         except BaseException:  # an interrupt, too: nobody else knows of this slot
-            engine.buffer.release()
+            buffer.release(slot)
             raise
-        self._buffer(engine, insert, turn)
+        return True
 
     def _buffer(self, engine: Engine, insert: Insert, turn: int) -> None:
         row = insert.row
@@ -269,20 +301,26 @@ class Intake:
             engine.wake_scheduler()  # it looks after the task if the busy workers do not
 
     def _overflowed(self, engine: Engine, insert: Insert, overflow: str) -> None:
-        if overflow == "block" and not inside_executor():
-            if not engine.buffer.reserve(1, self._block_timeout):
-                self.refuse_if_stopped()
-                raise self._full(engine, 1)
-            self._store_and_buffer(engine, insert)
-        elif overflow == "caller_runs":
-            self._run_here(engine, insert)
-        elif overflow == "reject":
+        if overflow == "reject":
             self.refuse_if_stopped()
             raise self._full(engine, 1)
+        if overflow == "block" and self._may_wait(engine):
+            if not self._try_to_buffer(engine, insert, self._block_timeout):
+                self.refuse_if_stopped()
+                raise self._full(engine, 1)
+        elif overflow == "caller_runs" and not self._is_inside(engine):
+            self._run_here(engine, insert)
         else:
             # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
             self._store(insert)
             self._tell(engine, delayed=False)
+
+    def _may_wait(self, engine: Engine) -> bool:
+        return not (inside_executor() or self._is_inside(engine))
+
+    def _is_inside(self, engine: Engine) -> bool:
+        """Whether this is a finalizer, and its thread holds what the workers need to go on."""
+        return self._services.ledger.entered or engine.buffer.entered
 
     def _full(self, engine: Engine, wanted: int) -> QueueFull:
         buffer = engine.buffer
@@ -302,8 +340,7 @@ class Intake:
                 if engine.stopping:
                     engine.starter.hand_back([run], rebuffer=False)
                     return
-                ending = engine.execute(run, f"{engine.node.name}/caller")
-                self._services.ledger.flush()
+                ending = engine.execute(run, f"{engine.node.name}/caller", conclude=engine.conclude)
                 if ending.interrupt is not None:
                     raise ending.interrupt
         except RepositoryError as error:
@@ -338,30 +375,42 @@ class Intake:
         if apart:
             due = [insert for insert in due if insert.row["type"] not in apart]
         refuse = self._overflow == "reject" and not spill
-        slots = 0 if engine is None else self._reserve_many(engine, len(due), refuse=refuse)
-        buffered = due[:slots]
-        # Before they are stored: from then on the rest of them may be fetched, and must come after.
-        turns = [engine.buffer.turn() for _ in buffered]  # type: ignore[union-attr]
-        for insert in buffered:
-            insert.row["owner"] = engine.node.id  # type: ignore[union-attr]
+        turns: list[int] = []
         try:
+            if engine is not None:
+                # Before they are stored: from then on the rest may be fetched, and must come after.
+                turns += [engine.buffer.turn() for _ in due]
+                del turns[self._reserve_many(engine, turns, refuse=refuse) :]
+            buffered = due[: len(turns)]
+            for insert in buffered:
+                insert.row["owner"] = engine.node.id  # type: ignore[union-attr]
             self._store_whole(inserts)
-        except BaseException:  # an interrupt, too: nobody else knows of these slots
-            if engine is not None and slots:
-                engine.buffer.release(slots)
-            raise
-        if self._hooks.submitted:
-            for insert in inserts:
-                self._hooks.tell_submitted(insert.row)
-        self._stored(inserts)
-        if engine is not None:
-            for insert, turn in zip(buffered, turns, strict=True):
-                self._buffer(engine, insert, turn)
-            if len(due) < len(inserts):
-                self._tell(engine, delayed=True)
-            if slots < len(due) or any(map(engine.has_room, apart)):
-                self._tell(engine, delayed=False)
+            if self._hooks.submitted:
+                for insert in inserts:
+                    self._hooks.tell_submitted(insert.row)
+            self._stored(inserts)
+            if engine is not None:
+                self._buffer_many(engine, buffered, turns)
+                if len(due) < len(inserts):
+                    self._tell(engine, delayed=True)
+                if len(buffered) < len(due) or any(map(engine.has_room, apart)):
+                    self._tell(engine, delayed=False)
+        except BaseException as error:  # an interrupt, too: nobody else knows of these slots
+            if engine is not None:
+                engine.buffer.release(turns)
+            if isinstance(error, Reentered):
+                self._take_in_soon(inserts)
+            elif isinstance(error, Exception):
+                raise
+            else:
+                # All or none of them are stored, and any one of them tells which.
+                error.task_id = inserts[0].id  # type: ignore[attr-defined]
+                raise
         return [insert.id for insert in inserts]
+
+    def _buffer_many(self, engine: Engine, inserts: Sequence[Insert], turns: Sequence[int]) -> None:
+        for insert, turn in zip(inserts, turns, strict=True):
+            self._buffer(engine, insert, turn)
 
     def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
         inserts = [self.prepare(task) for task in tasks]
@@ -369,17 +418,18 @@ class Intake:
             find_parents(self._services.repository, inserts)
         return inserts
 
-    def _reserve_many(self, engine: Engine, wanted: int, *, refuse: bool) -> int:
-        """How many of ``wanted`` tasks go into the buffer; the rest is refused, or spilled."""
+    def _reserve_many(self, engine: Engine, turns: Sequence[int], *, refuse: bool) -> int:
+        """How many of some tasks go into the buffer; the rest is refused, or spilled."""
+        buffer, wanted = engine.buffer, len(turns)
         if self._spills(engine):
             return 0
-        if engine.buffer.reserve(wanted):
+        if buffer.reserve(turns):
             return wanted
         if refuse:
             self.refuse_if_stopped()
             raise self._full(engine, wanted)
-        room = max(0, min(wanted, engine.buffer.maxsize - engine.buffer.submitted))
-        return room if room and engine.buffer.reserve(room) else 0
+        room = max(0, min(wanted, buffer.maxsize - buffer.submitted))
+        return room if room and buffer.reserve(turns[:room]) else 0
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
         keyed = [insert for insert in inserts if "unique_key" in insert.row]
@@ -396,10 +446,6 @@ class Intake:
             results = self._services.ledger.commit_whole(inserts)
         except TaskxError as error:
             raise _about(error, inserts[0].id) from error.__cause__
-        except BaseException as error:
-            # All or none of them are stored, and any one of them tells which.
-            error.task_id = inserts[0].id  # type: ignore[attr-defined]
-            raise
         for insert, stored in zip(inserts, results, strict=True):
             if not stored:
                 settle(self._services, insert, "reject")

@@ -6,14 +6,15 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING, RUNNING
-from taskx.core.model import Task
+from taskx.core.model import Task, TaskStatus
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.engine import Engine
+from taskx.runtime.runner import Run
 from taskx.storage.base import Node
 
 #: Tasks of a dead node's buffer that are given up in one transaction.
@@ -32,6 +33,8 @@ class Recovery:
         self._engine = engine
         self._services = engine.services
         self._suspicious: set[tuple[str, str, int]] = set()
+        self._strays: set[Run] = set()
+        self._reserved: set[int] = set()
         self._unknown: set[str] = set()
         # Ids of tasks in the buffers of dead nodes, by node; it leaves when they are given up.
         self._left: dict[str, deque[str]] = {}
@@ -148,18 +151,20 @@ class Recovery:
         """Find what an interrupt at the wrong moment left behind, seen at two audits in a row.
 
         Pending tasks that this node is said to hold are buffered if they are not; running ones that
-        nobody executes are handed back.
+        no thread executes are handed back. In memory, runs that are over by what the repository says
+        are forgotten, and so are slots of the buffer that nothing was put into.
         """
         engine = self._engine
         stubs = {
             (stub.id, stub.status, stub.starts): stub
             for stub in self._services.repository.owned(engine.node.id)
         }
-        buffered, runs = engine.buffered(), engine.runs
+        buffer, unmarked, runs = engine.buffer, engine.unmarked(), engine.runs
         lost = {
             key
             for key, stub in stubs.items()
-            if stub.id not in runs and (stub.status == RUNNING or stub.id not in buffered)
+            if stub.id not in runs
+            and (stub.status == RUNNING or not (stub.id in buffer or stub.id in unmarked))
         }
         for key in lost & self._suspicious:
             stub = stubs[key]
@@ -168,6 +173,28 @@ class Recovery:
             else:
                 self._hand_back(stub.id)
         self._suspicious = lost - self._suspicious
+        self._audit_runs(stubs)
+        stale, self._reserved = self._reserved & buffer.reserved, set(buffer.reserved)
+        buffer.release(stale)
+
+    def _audit_runs(self, stubs: Collection[tuple[str, str, int]]) -> None:
+        """Of the runs in memory, forget those that are over, and hand back those that no thread is at."""
+        engine = self._engine
+        strays = {run for run in list(engine.runs.values()) if self._is_stray(run, stubs)}
+        for run in strays & self._strays:
+            if _key(run) not in stubs:
+                engine.starter.strike(run)
+            elif engine.starter.claim(run):
+                self._hand_back(run.task.id)
+        self._strays = strays - self._strays
+
+    def _is_stray(self, run: Run, stubs: Collection[tuple[str, str, int]]) -> bool:
+        buffer = self._engine.buffer
+        if run.task.status is not TaskStatus.RUNNING:
+            return False  # it is being started
+        if run.stuck or run.task.id in buffer.executing:
+            return False
+        return _key(run) not in stubs or not (run.concluded or run in list(buffer.ahead))
 
     def _hand_back(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)
@@ -181,3 +208,7 @@ class Recovery:
                     self._services.dependents.ended_elsewhere()
                     self._services.lines.left(task, write.changes)
             self._engine.more_stored = True
+
+
+def _key(run: Run) -> tuple[str, str, int]:
+    return (run.task.id, RUNNING, run.task.starts)

@@ -39,7 +39,10 @@ _current = threading.local()
 class Run:
     """One attempt at a task that was started, with the token that tells it to stop."""
 
-    __slots__ = ("capture", "context", "decided", "executor", "overdue", "stuck", "task", "token")
+    __slots__ = (
+        *("capture", "concluded", "context", "decided", "executor", "overdue"),
+        *("stuck", "task", "token"),
+    )
 
     def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
         self.task = task
@@ -51,6 +54,8 @@ class Run:
         self.decided: _thread.LockType | None = None
         #: Whether it was given up while its thread runs on.
         self.stuck = False
+        #: Whether the ledger has how it ended.
+        self.concluded = False
         self.capture: Capture | None = None
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)

@@ -70,11 +70,14 @@ class Scheduler:
 
     def start(self) -> None:
         """Start the thread."""
+        # A signal strikes the main thread alone: what it commits for others is told by this one.
+        self._services.ledger.leave_to_others = self.wake_from_long_sleep
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread; returns when it has ended, or at once if called on it."""
         self._stopped = True
+        self._services.ledger.leave_to_others = None
         self.wake()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(5.0)

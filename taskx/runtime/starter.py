@@ -120,27 +120,30 @@ class Starter:
         startable = self._startable(items, found)
         now = services.clock.now_ms()
         starting: list[tuple[Run, Update]] = []
-        for task in startable:
-            update = lifecycle.start(task, now, self._node, self._name)
-            if update is not None and task.id not in self.runs:
-                starting.append((self._enlist(task), update))
-            elif self._is_suspect(task):
-                self._suspect_done()
-        if not starting:
-            return []
         try:
+            for task in startable:
+                update = lifecycle.start(task, now, self._node, self._name)
+                if update is not None and task.id not in self.runs:
+                    run = self._make_run(task)
+                    starting.append((run, update))
+                    # Before the start is committed: who then asks to cancel it finds its token.
+                    self.runs[task.id] = run
+                elif self._is_suspect(task):
+                    self._suspect_done()
+            if not starting:
+                return []
             results = services.ledger.commit([update for _, update in starting])
-        except BaseException:
+            runs = []
+            for (run, update), started in zip(starting, results, strict=True):
+                if started:
+                    lifecycle.mark_started(run.task, update)
+                    runs.append(run)
+                else:
+                    self.strike(run)
+        except BaseException:  # an interrupt, too: nobody else knows of these
             for run, _ in starting:
                 self.strike(run)
             raise
-        runs = []
-        for (run, update), started in zip(starting, results, strict=True):
-            if started:
-                lifecycle.mark_started(run.task, update)
-                runs.append(run)
-            else:
-                self.strike(run)
         return runs
 
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
@@ -210,20 +213,32 @@ class Starter:
         if task.timeout is None:
             task.timeout = options.timeout
 
-    def _enlist(self, task: Task) -> Run:
+    def _make_run(self, task: Task) -> Run:
         services = self._services
-        executor = services.registry.registered[task.type]
-        run = Run(task, executor, services.clock, self._shared)
-        # Before the start is committed: who then asks to cancel it finds its token.
-        self.runs[task.id] = run
-        return run
+        return Run(task, services.registry.registered[task.type], services.clock, self._shared)
 
     def strike(self, run: Run, *, ran: bool = False) -> None:
-        """Forget a run that was not executed, or is over."""
+        """Forget a run that was not executed, or is over; a second call does nothing."""
         if self.runs.get(run.task.id) is run:
             del self.runs[run.task.id]
-            if self._admission.admitted and not run.stuck:  # that counts as long as its thread runs
-                self._admission.over(run.task.id, ran=ran)
+            self._struck(run, ran=ran)
+
+    def claim(self, run: Run) -> bool:
+        """Forget a run that no thread is at; False if one has just begun to execute it.
+
+        A thread that begins is known to execute it first, and then looks whether it was forgotten.
+        """
+        if self.runs.pop(run.task.id, None) is None:
+            return False
+        if run.task.id in self._buffer.executing:
+            self.runs[run.task.id] = run
+            return False
+        self._struck(run, ran=False)
+        return True
+
+    def _struck(self, run: Run, *, ran: bool) -> None:
+        if self._admission.admitted and not run.stuck:  # that counts as long as its thread runs
+            self._admission.over(run.task.id, ran=ran)
         if run.task.crashes and self._is_suspect(run.task):
             self._suspect_done()
         elif not self.runs:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 
+from taskx.runtime.bell import Bell
 from taskx.runtime.buffer import Item
 from taskx.runtime.runner import Run
 
@@ -26,7 +27,7 @@ class Suspects:
         self._turn = threading.Lock()
         #: Those that wait for the one that runs.
         self.waiting: list[Item] = []
-        self._changed = threading.Condition()
+        self._changed = Bell()
         self._alone_until: float | None = None
         self._closed = False
 
@@ -64,8 +65,8 @@ class Suspects:
 
     def tell(self) -> None:
         """A run is over."""
-        with self._changed:
-            self._changed.notify_all()
+        if self._changed.listening:
+            self._changed.ring_all()
 
     def close(self) -> None:
         """The node stops: nobody waits any more."""
@@ -74,6 +75,9 @@ class Suspects:
         self.tell()
 
     def _wait(self, condition: Callable[[], bool], until: float) -> None:
-        with self._changed:
-            while not (self._closed or condition()) and (left := until - time.monotonic()) > 0:
-                self._changed.wait(left)
+        while (left := until - time.monotonic()) > 0:
+            ear = self._changed.listen()
+            if self._closed or condition():
+                self._changed.leave(ear)
+                return
+            self._changed.wait(ear, left)

@@ -19,7 +19,13 @@ from taskx.core import lifecycle, payload
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec, Codecs
-from taskx.core.errors import DuplicateTask, InvalidTransition, PayloadError, TaskNotFound
+from taskx.core.errors import (
+    DuplicateTask,
+    InvalidTransition,
+    PayloadError,
+    RepositoryUnavailable,
+    TaskNotFound,
+)
 from taskx.core.model import (
     MAX_NAME,
     TIME_FIELDS,
@@ -149,6 +155,19 @@ class Changes:
 R = TypeVar("R", bound="Repository")
 
 
+class Reentered(RepositoryUnavailable):
+    """The calling thread was in the middle of a write already: a finalizer or the like called.
+
+    Raised instead of waiting for oneself. Nothing was changed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(
+            "called by a finalizer or the like in the middle of another write of this thread; nothing "
+            "was changed. Have another thread do it, or submit a task that does"
+        )
+
+
 class Repository(TaskRepository):
     """A repository with the primitives that the runtime needs; ours all are.
 
@@ -167,6 +186,11 @@ class Repository(TaskRepository):
 
     # --- the primitives
 
+    @property
+    def entered(self) -> bool:
+        """Whether the calling thread holds a lock that :meth:`apply` needs and that it would wait for."""
+        return False
+
     @abstractmethod
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction; says for each whether its guard held.
@@ -175,6 +199,7 @@ class Repository(TaskRepository):
         guard holds.
 
         Raises:
+            Reentered: the calling thread is :attr:`entered`; nothing was applied.
             RepositoryError: nothing was applied, unless its ``in_doubt`` is True. Sent again then, as the
                 same objects, a write that took place is not done twice.
         """

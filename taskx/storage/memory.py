@@ -66,6 +66,11 @@ class MemoryRepository(Repository):
 
     # --- writing
 
+    @property
+    def entered(self) -> bool:
+        """Whether the calling thread is in the middle of one of these methods."""
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes at one moment; says for each whether its guard held."""
         writes = self.codecs.coded(writes)

@@ -8,6 +8,8 @@ points, and never the same ones twice. Here they are counted, and the exception 
 from __future__ import annotations
 
 import dis
+import gc
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +32,7 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
     tracer = _Tracer(point)
     before = sys.gettrace()
     sys._getframe().f_trace_opcodes = True  # Python 3.12 needs it before settrace
+    gc.disable()  # what the collector calls is no part of it
     sys.settrace(tracer.enter)
     try:
         call()
@@ -37,6 +40,7 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
         pass
     finally:
         sys.settrace(before)
+        gc.enable()
     return tracer.struck
 
 
@@ -62,7 +66,8 @@ class _Tracer:
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if frame.f_code.co_filename == __file__:
             return None
-        self._pass(frame)
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR:  # one may just be closed
+            self._pass(frame)
         calls = _calls(frame.f_code)
         called = False
 

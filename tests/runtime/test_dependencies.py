@@ -224,7 +224,8 @@ class TestParentFails:
         child = started.submit("fine", depends_on=[parent])
         repository, starter = started.repository, started._node.engine.starter
         repository.update_status(parent.id, TaskStatus.RUNNING)
-        run = starter._enlist(parent.task())
+        run = starter._make_run(parent.task())
+        starter.runs[parent.id] = run
         repository.apply(lifecycle.cancel(parent.id, 1))
         starter.hand_back([run], rebuffer=False)
         assert parent.task().status is TaskStatus.CANCELLED

@@ -180,7 +180,7 @@ def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatc
     queue.executor("t", max_concurrency=1)(lambda: "done")
     queue.start()
     eventually(lambda: queue._node._scheduler._last["audit"])  # its first round, which looks at all
-    monkeypatch.setattr(repository, "changed", lambda: False)
+    monkeypatch.setattr(repository, "version", lambda: 0)
     eventually(lambda: not queue._node.engine.more_stored)
     tasks = [Task(type="t"), Task(type="t")]
     handles = queue.submit_many(tasks) if together else [queue.submit(task) for task in tasks]

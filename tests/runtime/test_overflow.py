@@ -57,7 +57,7 @@ def test_stop_sends_a_blocked_submitter_away(busy, gate):
     queue = busy(buffer_size=1, overflow="block")
     queue.submit("note")
     blocked = [run_in_thread(lambda: queue.submit("note", id="late")) for _ in range(3)]
-    eventually(lambda: len(queue._node.engine.buffer.not_full._waiters) == 3)
+    eventually(lambda: len(queue._node.engine.buffer.room.listening) == 3)
     stopping = run_in_thread(lambda: queue.stop(PATIENCE))
     for result in blocked:
         with pytest.raises(QueueStopped):
@@ -95,7 +95,7 @@ def test_spilled_tasks_are_few_bytes_in_memory(busy):
         tracemalloc.stop()
     assert queue.list_tasks()[1] == 4201
     assert held / 4000 < 200
-    assert len(engine.buffer.queue) <= 10 + engine.buffer.fetch_size
+    assert len(engine.buffer) <= 10 + engine.buffer.fetch_size
 
 
 @pytest.mark.every_store

@@ -24,7 +24,7 @@ from taskx.core.errors import (
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
-from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
+from taskx.storage.base import OLDEST, Node, Note, Reentered, Repository, new_version
 from taskx.storage.began import Began
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import Connections, translated
@@ -96,7 +96,7 @@ class SQLiteRepository(Repository):
         self._connections = Connections(self._file, busy_timeout)
         self._turnstile = Turnstile(self._file)
         self._joined: set[str] = set()
-        self._write_lock = threading.Lock()
+        self._write_lock = threading.RLock()
         self._forking = False
         self._synchronous = "NORMAL"
         # Commits of other connections as the writing one counts them, the how many-th of ours that is,
@@ -169,6 +169,11 @@ class SQLiteRepository(Repository):
             writes=(),
         )
 
+    @property
+    def entered(self) -> bool:
+        """Whether the calling thread holds the lock of the writing connection."""
+        return self._write_lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
     def _transact(
         self,
         work: Callable[[sqlite3.Cursor], T],
@@ -183,8 +188,12 @@ class SQLiteRepository(Repository):
             writes: the writes that it applies. Where another process has brought the file to a newer
                 schema, they must all let go of what this one holds; None is refused there.
         """
+        if self._write_lock._is_owned():  # type: ignore[attr-defined]
+            raise Reentered
         with self._write_lock:
             connection = self._connections.writer()
+            if connection.in_transaction:  # the last one was struck twice by signals
+                self._roll_back(connection)
             self._file.check()
             cursor = connection.cursor()
             try:
@@ -266,6 +275,8 @@ class SQLiteRepository(Repository):
         It has the pages that it wrote last in memory; another one reads them anew after each commit.
         """
         self._open()
+        if self.entered:
+            return self._rows(sql, values)
         got: list[bool] = []
         try:
             # The lock and the note of it in one step: an exception that a signal handler raises may
@@ -605,6 +616,8 @@ class SQLiteRepository(Repository):
 
         It opens what is at the path by then, unless a node of this repository is still at work.
         """
+        if self.entered:
+            raise Reentered
         with self._write_lock:
             try:
                 self._turnstile.close()
@@ -619,7 +632,8 @@ class SQLiteRepository(Repository):
 
     def before_fork(self) -> None:
         """Have no transaction and no connection open, so that a forked child inherits none."""
-        self._forking = self._write_lock.acquire(timeout=_FORK_PATIENCE)
+        # Not by a thread that is in the middle of a transaction: it would wait for itself, or end it.
+        self._forking = not self.entered and self._write_lock.acquire(timeout=_FORK_PATIENCE)
         if self._forking:
             self._discard_writer()
         self._connections.close_before_fork(_FORK_PATIENCE)
@@ -632,8 +646,9 @@ class SQLiteRepository(Repository):
 
     def renew_after_fork(self) -> None:
         """In a forked child: connections of its own, opened at the next operation."""
-        self._write_lock = threading.Lock()
+        self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
+        self._turnstile.leave = dict
         self._joined.clear()
         self._forget_writer()
 

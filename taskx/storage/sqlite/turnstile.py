@@ -13,7 +13,9 @@ from __future__ import annotations
 import os
 import time
 import weakref
+from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 
 from taskx.storage.sqlite.file import DatabaseFile
 
@@ -51,6 +53,8 @@ class Turnstile:
         self._file = file
         self._fds: list[int] = []
         self._crowded_until = self._look_at = 0.0
+        #: Let the next one through. One call in C: no signal handler comes between.
+        self.leave: Callable[[], object] = dict
         weakref.finalize(self, _close, self._fds).atexit = False
 
     def enter(self, timeout: float) -> float:
@@ -81,22 +85,19 @@ class Turnstile:
         self._crowded_until = now + CROWDED
         return max(0.0, now + timeout - time.monotonic())
 
-    def leave(self) -> None:
-        """Let the next one through."""
-        if self._fds:
-            fcntl.flock(self._fds[1], fcntl.LOCK_UN)
-
     def close(self) -> None:
         """Close the files; entering opens them again."""
+        self.leave = dict
         _close(self._fds)
 
     def _open_files(self) -> bool:
-        folder = self._file.folder
+        folder, self.leave = self._file.folder, dict
         _open[id(self._fds)] = self._fds
         try:
             os.makedirs(folder, exist_ok=True)
             for name in NAMES:
                 self._fds.append(_open_file(os.path.join(folder, f"{name}.lock")))
+            self.leave = partial(fcntl.flock, self._fds[1], fcntl.LOCK_UN)
         except OSError:
             self.close()
         return bool(self._fds)
