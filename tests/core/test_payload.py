@@ -2,11 +2,15 @@
 
 import enum
 import json
+import math
 import re
 from collections import OrderedDict, defaultdict
+from dataclasses import dataclass
 from datetime import date, datetime, timezone
 from decimal import Decimal
+from pathlib import Path
 from types import MappingProxyType
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
@@ -16,6 +20,7 @@ from hypothesis import strategies as st
 from taskx import PayloadError
 from taskx.core.payload import (
     CODEC_KEY,
+    DEFAULT_MAX_SIZE,
     MAX_DEPTH,
     clean_text,
     encode,
@@ -177,3 +182,88 @@ def test_any_text_can_be_made_storable(text, limit):
         cut = clean_text(text, limit)
         assert len(cut) <= limit
         assert cut == text or (cut[:-1] == text[: limit - 1] and cut[-1] == "…")
+
+
+@dataclass
+class Point:
+    x: int
+    y: int
+
+
+class Pair(NamedTuple):
+    x: int
+    y: int
+
+
+class Color(enum.IntEnum):
+    RED = 1
+
+
+class Name(str):
+    pass
+
+
+class Half(float):
+    pass
+
+
+CYCLE: list[Any] = []
+CYCLE.append(CYCLE)
+
+#: The rows of the README's table of what is refused: examples, and where the error says they are.
+REFUSED = {
+    "Params": [],  # a result may be any value: see below
+    "Other types": [
+        *((value, "") for value in (b"x", {1}, date(2026, 1, 1), Decimal(1), uuid4(), object())),
+        (Point(1, 2), ""),
+    ],
+    "Numbers": [(value, "") for value in (math.nan, math.inf, -math.inf, 2**63, -(2**63) - 1)],
+    "Text": [("\ud800", ""), ({"\ud800": 1}, "['\\ud800']")],
+    "Keys": [({1: 1}, "[1]"), ({None: 1}, "[None]"), ({"a\0": 1}, "['a\\x00']")],
+    "Depth": [(nested(MAX_DEPTH), "[0]" * (MAX_DEPTH - 1)), (CYCLE, "[0]" * (MAX_DEPTH - 1))],
+    "Size": [("x" * DEFAULT_MAX_SIZE, None), ("é" * (DEFAULT_MAX_SIZE // 2), None)],
+    "The key taskx:codec": [],
+}
+KEPT = [
+    *(None, True, 2**63 - 1, -(2**63), 0.5, -0.0, 1e308, "text \0 with a NUL", "é𝄞", ""),
+    *([], {}, {"": 1}, {"a.b": 1, "$c": 2}, [1, [2, {"a": []}]], nested(MAX_DEPTH - 1)),
+    *("x" * (DEFAULT_MAX_SIZE - len('{"a":""}')), {"taskx:codec": 1}),
+]
+
+
+class TestReadme:
+    """The README says all that is refused, and nothing that is kept."""
+
+    def test_its_table_has_the_rows_that_are_tested_here(self):
+        text = (Path(__file__).parents[2] / "README.rst").read_text(encoding="utf-8")
+        table = text.partition("Refused are:")[2].split("===\n")[1]
+        rows = re.findall(r"^([A-Z].{0,22}?)  +", table, re.MULTILINE)
+        assert [row.replace("``", "") for row in rows] == list(REFUSED)
+
+    @pytest.mark.parametrize(
+        ("value", "path"), [example for examples in REFUSED.values() for example in examples]
+    )
+    def test_what_it_says_is_refused_is_refused_and_the_error_says_where(self, value, path):
+        for what, encoded in (("params", {"a": value}), ("result", {"a": value})):
+            with pytest.raises(PayloadError) as error:
+                encode(encoded, what)
+            assert error.value.path == (what if path is None else f"{what}.a{path}"[:500])
+
+    @pytest.mark.parametrize("params", [None, [], "text", 5, [("a", 1)]])
+    def test_params_must_be_a_dict(self, params):
+        with pytest.raises(PayloadError, match="must be a dict"):
+            encode_params(params)
+        assert encode_params(MappingProxyType({"a": 1})) == '{"a":1}'
+
+    def test_the_codecs_key_is_refused_at_the_top(self):
+        for what in ("params", "result"):
+            with pytest.raises(PayloadError, match="TaskX keeps for itself"):
+                encode({CODEC_KEY: 1}, what)
+
+    @pytest.mark.parametrize("value", KEPT)
+    def test_all_else_is_kept_as_it_is(self, value):
+        assert loads(encode_params({"a": value})) == {"a": value}
+
+    def test_tuples_and_subclasses_are_kept_as_the_plain_value(self):
+        values = [(1, 2), Pair(1, 2), defaultdict(list, a=1), Color.RED, Name("n"), Half(0.5)]
+        assert loads(encode(values, "result")) == [[1, 2], [1, 2], {"a": 1}, 1, "n", 0.5]
