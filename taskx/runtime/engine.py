@@ -87,7 +87,7 @@ class Engine:
         #: the next schedule ticks.
         self.wake_scheduler: Callable[[], None] = lambda: None
         self.look_for_due: Callable[[], None] = lambda: None
-        self.look_for_schedules: Callable[[], None] = lambda: None
+        self.look_for_schedules: Callable[[str], None] = lambda name: None
         #: Why the node is at its end, where its TaskX is too old for the repository; and how it ends then.
         self.outdated: SchemaMismatch | None = None
         self.retire: Callable[[SchemaMismatch], None] = lambda why: None

@@ -104,9 +104,9 @@ class Scheduler:
         self._engine.more_stored = True
         self.look_for_due()
 
-    def look_for_schedules(self) -> None:
-        """A schedule was changed: look when it ticks, and wake in time."""
-        self._ticker.look()
+    def look_for_schedules(self, name: str | None = None) -> None:
+        """A schedule, of this name if it is known, was changed: look when it ticks, and wake in time."""
+        self._ticker.look(name)
         self.wake()
 
     def behind(self) -> bool:
@@ -203,7 +203,7 @@ class Scheduler:
         if self._engine.admission.is_time() or self._engine.more_stored:
             self._engine.more_stored = True
             self._engine.refill()
-        if not self._engine.stopping and self._ticker.tick():
+        if not self._engine.stopping and self._ticker.tick(PATIENCE):
             self._engine.more_stored = True
             self._engine.refill()
         if self._is_time("audit", AUDIT_EVERY):

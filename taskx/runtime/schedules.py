@@ -282,17 +282,17 @@ class Schedules:
         """Forget a schedule; tasks that it has made stay."""
         while not self._services.repository.put_note(PREFIX + name, None, self._note(name).version):
             continue
-        self._tell()
+        self._tell(name)
 
     def _put(self, entry: Entry, version: int) -> bool:
         stored = self._services.repository.put_note(PREFIX + entry.name, entry.to_text(), version)
         if stored:
-            self._tell()
+            self._tell(entry.name)
         return stored
 
-    def _tell(self) -> None:
+    def _tell(self, name: str) -> None:
         if self._intake.engine is not None:
-            self._intake.engine.look_for_schedules()
+            self._intake.engine.look_for_schedules(name)
 
     # --- tasks out of turn
 

@@ -32,7 +32,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
-from taskx.storage.base import Node, Repository, TaskRepository
+from taskx.storage.base import Node, NoteChange, Repository, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
 #: The owner given to what is found running at start.
@@ -368,7 +368,7 @@ class EightMethodAdapter(MemoryRepository):
                 break
         return found[:limit]
 
-    def put_note(self, name: str, text: str | None, version: int) -> bool:
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Raises: there is no place for it that outlives this process."""
         raise ConfigurationError(
             f"{type(self.inner).__name__} has eight methods and nothing that could keep this over a "

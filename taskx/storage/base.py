@@ -126,6 +126,20 @@ class Note(NamedTuple):
     version: int
 
 
+class NoteChange(NamedTuple):
+    """What a note is to become.
+
+    Attributes:
+        name: its name.
+        text: what to store; None to remove it.
+        version: the one that it must have now; 0 if there must be none.
+    """
+
+    name: str
+    text: str | None
+    version: int
+
+
 def new_version() -> int:
     """The version of a new note: by chance, as a clock may be set back."""
     return 1 + int.from_bytes(os.urandom(7), "big")
@@ -321,14 +335,19 @@ class Repository(TaskRepository):
         """All notes whose name begins so, by name."""
 
     @abstractmethod
-    def put_note(self, name: str, text: str | None, version: int) -> bool:
-        """Store a note, or with None remove it, if its version is still that one; else False.
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Store notes, or with None remove them, each if its version is still that one; says for each.
 
-        Version 0: if there is none. It survives a power cut.
+        Version 0: if there is none. They survive a power cut. Of several, one that was stored by another
+        process with the same text may count as stored.
 
         Raises:
-            RepositoryError: it was not stored; or, where its ``in_doubt`` is True, may have been.
+            RepositoryError: none was stored; or, where its ``in_doubt`` is True, some may have been.
         """
+
+    def put_note(self, name: str, text: str | None, version: int) -> bool:
+        """Store or remove a single note: see :meth:`put_notes`."""
+        return self.put_notes([NoteChange(name, text, version)])[0]
 
     def shrink(self) -> bool:
         """Give a little of the space that nothing uses back to the disk; whether there is more."""

@@ -31,7 +31,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Update, Write, matches, shows
-from taskx.storage.base import OLDEST, Node, Note, Repository, new_version
+from taskx.storage.base import OLDEST, Node, Note, NoteChange, Repository, new_version
 from taskx.storage.ordered import SortedItems
 
 Row = dict[str, Any]
@@ -340,8 +340,11 @@ class MemoryRepository(Repository):
         with self._lock:
             return {name: note for name, note in self._notes.items() if name.startswith(prefix)}
 
-    def put_note(self, name: str, text: str | None, version: int) -> bool:
-        """Store a note, or remove it, if its version is still that one."""
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Store notes, or remove them, each if its version is still that one."""
+        return [self._put_note(*change) for change in changes]
+
+    def _put_note(self, name: str, text: str | None, version: int) -> bool:
         with self._lock:
             stored = self._notes.get(name)
             if version != (0 if stored is None else stored.version):

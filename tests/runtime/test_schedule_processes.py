@@ -130,10 +130,10 @@ queue.start()
 signal.pause()
 """
 BEFORE = "repository.apply = die"
-BETWEEN = "repository.put_note = die"
+BETWEEN = "repository.put_notes = die"
 AFTER = """
-put = repository.put_note
-repository.put_note = lambda *args: put(*args) and die()
+put = repository.put_notes
+repository.put_notes = lambda *args: put(*args) and die()
 """
 
 

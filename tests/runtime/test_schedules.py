@@ -7,6 +7,7 @@ import logging
 import threading
 from datetime import datetime, timedelta, timezone
 from itertools import pairwise
+from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -31,8 +32,9 @@ from taskx import (
 )
 from taskx.core.clock import to_ms
 from taskx.core.ticks import BATCH
+from taskx.core.writes import Insert
 from taskx.runtime import ticker as ticker_module
-from taskx.runtime.schedules import PREFIX
+from taskx.runtime.schedules import PREFIX, store
 from taskx.runtime.ticker import Ticker
 from taskx.testing import ManualClock
 
@@ -249,7 +251,7 @@ def test_what_somebody_changes_in_the_middle_of_a_tick_is_noticed(
 ):
     queue, web = make(), make()
     queue.schedule("s", every(60), "remote")
-    put, once = queue.repository.put_note, [True]
+    put, once = queue.repository.put_notes, [True]
 
     def changed_before(*args):
         if once:
@@ -259,7 +261,7 @@ def test_what_somebody_changes_in_the_middle_of_a_tick_is_noticed(
 
     queue.start()
     eventually(lambda: ticker(queue).next)
-    monkeypatch.setattr(queue.repository, "put_note", changed_before)
+    monkeypatch.setattr(queue.repository, "put_notes", changed_before)
     clock.advance(60)
     eventually(lambda: ticker(queue).next == to_ms(NOON) + 61_000)
     assert ticks(queue) == ["27 12:01"]
@@ -846,16 +848,16 @@ def test_a_node_that_died_between_task_and_schedule_is_made_good(make, clock, mo
     """Whoever comes next finds the task there, and moves the schedule on."""
     dying = make()
     dying.schedule("s", every(60), "remote", overlap=overlap)
-    put_note, stored = type(dying.repository).put_note, []
+    put_notes, stored = type(dying.repository).put_notes, []
 
     def die(repository, *args):
         if ids(dying):
             raise RepositoryUnavailable("died here")
         stored.append(args)
-        return put_note(repository, *args)
+        return put_notes(repository, *args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(type(dying.repository), "put_note", die)
+        patch.setattr(type(dying.repository), "put_notes", die)
         dying.start()
         clock.advance(60)
         eventually(lambda: ticks(dying) == ["27 12:01"])
@@ -923,7 +925,7 @@ def test_so_it_does_though_the_schedule_was_changed_meanwhile(taken_up, clock, c
 
 
 @pytest.mark.parametrize("misfire", ["skip", "one"])
-@pytest.mark.parametrize("at", ["put_note", "apply"])
+@pytest.mark.parametrize("at", ["put_notes", "apply"])
 def test_nodes_that_decide_about_different_ticks_make_no_two_tasks_at_once(
     make, clock, monkeypatch, at, misfire
 ):
@@ -1099,14 +1101,14 @@ class TestParamsThatTheCodecRefuses:
 
     def test_are_tried_again_ever_more_rarely(self, refused, clock, caplog, monkeypatch):
         queue, tried = refused, []
-        run = ticker(queue)._run
+        plan = ticker(queue)._plan
 
-        def watched(due, version):
-            if due.entry.name == "bad":
+        def watched(read, now):
+            if read.entry.name == "bad":
                 tried.append(clock.monotonic())
-            return run(due, version)
+            return plan(read, now)
 
-        monkeypatch.setattr(ticker(queue), "_run", watched)
+        monkeypatch.setattr(ticker(queue), "_plan", watched)
         for _ in range(600):
             clock.advance(1)
             whole_round(queue)
@@ -1196,3 +1198,146 @@ def test_without_schedules_nothing_is_read_for_them_but_seldom(tmp_path, monkeyp
         assert queue.drain(PATIENCE)
         eventually(lambda: PREFIX in looks)
         assert looks.count(PREFIX) < 5
+
+
+# Many
+
+
+@pytest.fixture
+def many(make, clock):
+    """A queue that is not started, with 200 schedules that tick at the same minute."""
+    queue = make()
+    for n in range(200):
+        queue.schedule(f"s{n:03}", every(60), "remote")
+    return queue
+
+
+@pytest.fixture
+def in_tens(monkeypatch):
+    monkeypatch.setattr(ticker_module, "TOGETHER", 10)
+    monkeypatch.setattr(ticker_module, "FEW", 5)
+
+
+def inserts_of(queue):
+    return [[w.id for w in batch if isinstance(w, Insert)] for batch in queue.repository.batches]
+
+
+def test_schedules_that_tick_together_take_few_transactions(many, clock, monkeypatch):
+    puts, put_notes = [], many.repository.put_notes
+    monkeypatch.setattr(many.repository, "put_notes", lambda c: (puts.append(c), put_notes(c))[1])
+    looks = Ticker(many._services)
+    looks.tick()
+    clock.advance(60)
+    many.repository.batches.clear()
+    assert looks.tick()
+    assert len(ids(many)) == 100  # of a page
+    assert many.repository.count(TaskFilter()) == 200
+    assert len(many.repository.batches) == len(puts) == 1
+
+
+def test_a_look_ends_in_time_though_more_tick(in_tens, many, clock):
+    looks = Ticker(many._services)
+    looks.tick()
+    clock.advance(60)
+    for made in range(10, 200, 10):
+        assert looks.tick(0.0)
+        assert many.repository.count(TaskFilter()) == made
+        assert looks.behind(clock.now_ms())
+    looks.tick(0.0)
+    assert many.repository.count(TaskFilter()) == 200
+    assert not looks.tick(0.0)
+    assert not looks.behind(clock.now_ms())
+
+
+def test_two_nodes_take_up_different_ones_of_many(in_tens, make, many, clock):
+    one, other = Ticker(many._services), Ticker(make()._services)
+    for looks in (one, other):
+        looks.tick()
+    clock.advance(60)
+    many.repository.batches.clear()
+
+    def at_the_same_time(writes):
+        many.repository.before = lambda writes: None
+        other.tick(0.0)
+
+    many.repository.before = at_the_same_time
+    one.tick(0.0)
+    first, second = inserts_of(many)
+    assert len(first) == len(second) == 10
+    assert len({*first, *second}) >= 15  # in the same order it would be 10
+
+
+def test_idle_schedules_are_not_read_again_as_others_tick(many, clock, monkeypatch):
+    many.schedule("beat", every(1), "remote")
+    read, notes = [], many.repository.notes
+    monkeypatch.setattr(
+        many.repository, "notes", lambda prefix: (read.append(prefix), notes(prefix))[1]
+    )
+    looks = Ticker(many._services)
+    looks.tick()
+    assert read == [PREFIX]
+    for _ in range(5):
+        clock.advance(1)
+        assert looks.tick()
+    assert read == [PREFIX, *[PREFIX + "beat"] * 5]
+
+
+def test_where_a_look_takes_long_it_is_taken_more_seldom(make, monkeypatch):
+    queue, now, read = make(), [0.0], []
+
+    def slow(prefix):
+        now[0] += 1.0
+        read.append(prefix)
+        return {}
+
+    monkeypatch.setattr(ticker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(queue.repository, "notes", slow)
+    looks = Ticker(queue._services)
+    looks.tick()
+    for _ in range(100):
+        now[0] += 1.0
+        looks.look_soon()
+        looks.tick()
+    assert 2 <= len(read) <= 4
+
+
+@pytest.mark.parametrize("misfire", ["one", "skip"])
+def test_a_tick_that_a_busy_node_comes_late_to_is_not_missed(make, clock, misfire):
+    """As the scheduler has other things to do, too; nobody was away."""
+    queue = make()
+    queue.schedule("s", every(1), "remote", misfire=misfire)
+    looks = Ticker(queue._services)
+    looks.tick()
+    clock.advance(5)
+    looks.tick()
+    assert len(ids(queue)) == 5
+
+
+def test_ticks_while_nobody_looked_for_long_are_missed(make, clock, caplog):
+    queue = make()
+    queue.schedule("s", every(1), "remote")
+    looks = Ticker(queue._services)
+    looks.tick()
+    clock.advance(12)
+    looks.tick()
+    assert len(ids(queue)) == 1
+    assert "nobody was there" in caplog.text
+
+
+def test_one_of_many_that_cannot_be_made_keeps_no_other_from_ticking(many, clock, monkeypatch):
+    looks = Ticker(many._services)
+    looks.tick()
+    clock.advance(60)
+
+    def refuse(services, inserts):
+        if any(insert.id.startswith("s007") for insert in inserts):
+            raise ConnectionError("no key server")
+        return store(services, inserts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ticker_module, "store", refuse)
+        looks.tick()
+    assert many.repository.count(TaskFilter()) == 199
+    clock.advance(3)
+    looks.tick()
+    assert many.repository.count(TaskFilter()) == 200

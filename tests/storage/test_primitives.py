@@ -22,7 +22,7 @@ from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import PRESENT, Delete, Update, matches
-from taskx.storage.base import Node
+from taskx.storage.base import Node, NoteChange
 from taskx.testing import ManualClock
 
 from .repositories import MAKERS
@@ -978,6 +978,23 @@ class TestNotes:
         assert not store.put_note("b", "there is none", version)
         assert store.put_note("b", None, 0)
         assert store.notes("") == {"a": ("one", version)}
+
+    @between_tasks
+    def test_of_several_each_is_put_if_its_version_is_still_that_one(self, store):
+        for name in "abc":
+            assert store.put_note(name, "old", 0)
+        versions = {name: note.version for name, note in store.notes("").items()}
+        assert store.put_note("b", "another's", versions["b"])
+        changes = [NoteChange(name, f"new {name}", versions[name]) for name in "abc"]
+        assert list(store.put_notes(changes)) == [True, False, True]
+        notes = store.notes("")
+        assert [notes[name].text for name in "abc"] == ["new a", "another's", "new c"]
+        assert [notes[name].version - versions[name] for name in "abc"] == [1, 1, 1]
+        again = [NoteChange(name, f"newer {name}", notes[name].version) for name in "ca"]
+        assert list(store.put_notes(again)) == [True, True]
+        mixed = [NoteChange("a", None, notes["a"].version + 1), NoteChange("d", "first", 0)]
+        assert list(store.put_notes(mixed)) == [True, True]
+        assert sorted(store.notes("")) == ["b", "c", "d"]
 
     @between_tasks
     def test_made_again_it_has_no_version_that_it_had_before(self, store, clock):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from bson.int64 import Int64
+from pymongo import UpdateOne
+from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
-from taskx.storage.base import Note, new_version
+from taskx.storage.base import Note, NoteChange, new_version
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.filters import Document, text
 
@@ -26,12 +30,36 @@ class Notes:
         found = self._connection.run(lambda: list(self._connection.notes.find(wanted)))
         return {note["_id"]: Note(note["text"], int(note["version"])) for note in found}
 
-    def put(self, name: str, value: str | None, version: int) -> bool:
-        """Store a note, or with None remove it, if its version is still that one.
+    def put(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Store notes, or with None remove them, each if its version is still that one.
 
         Raises:
             RepositoryUnavailable: nothing was stored, unless its ``in_doubt`` is True.
         """
+        together = len(changes) > 1 and all(value and version for _, value, version in changes)
+        if together and isinstance(self._connection.notes, Collection):  # a mock cannot
+            return self._change(changes)
+        return [self._put(*change) for change in changes]
+
+    def _change(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Change notes in one message to the server, which tells only how many it changed."""
+        orders = [
+            UpdateOne(
+                {"_id": text(name, "name"), "version": Int64(version)},
+                {"$set": {"text": value}, "$inc": {"version": Int64(1)}},
+            )
+            for name, value, version in changes
+        ]
+        notes = self._connection.notes
+        done = self._connection.write(lambda: notes.bulk_write(orders, ordered=False))
+        if done.matched_count == len(changes):
+            return [True] * len(changes)
+        wanted = {"_id": {"$in": [change.name for change in changes]}}
+        found = self._connection.run(lambda: list(notes.find(wanted)))
+        now = {note["_id"]: (note["text"], int(note["version"])) for note in found}
+        return [now.get(name) == (value, version + 1) for name, value, version in changes]
+
+    def _put(self, name: str, value: str | None, version: int) -> bool:
         notes = self._connection.notes
         if not version and value is None:
             return name not in self.notes(name)

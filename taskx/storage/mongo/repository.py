@@ -15,7 +15,7 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import UNIQUE, Ended, Stub
 from taskx.core.writes import Delete, Insert, Update, Write, shows
-from taskx.storage.base import Node, Note, Repository
+from taskx.storage.base import Node, Note, NoteChange, Repository
 from taskx.storage.began import Began
 
 if TYPE_CHECKING:
@@ -313,9 +313,9 @@ class MongoRepository(Repository):
         """All notes whose name begins so, by name."""
         return self._notes.notes(prefix)
 
-    def put_note(self, name: str, text: str | None, version: int) -> bool:
-        """Store a note, or remove it, if its version is still that one."""
-        return self._notes.put(name, text, version)
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Store notes, or remove them, each if its version is still that one."""
+        return self._notes.put(changes)
 
     def _is_own(self, mark: int) -> bool:
         """Whether the only queue here left a mark: where there are several, each hears of the others."""

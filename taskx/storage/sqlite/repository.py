@@ -24,7 +24,15 @@ from taskx.core.errors import (
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
-from taskx.storage.base import OLDEST, Node, Note, Reentered, Repository, new_version
+from taskx.storage.base import (
+    OLDEST,
+    Node,
+    Note,
+    NoteChange,
+    Reentered,
+    Repository,
+    new_version,
+)
 from taskx.storage.began import Began
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import Connections, translated
@@ -495,20 +503,11 @@ class SQLiteRepository(Repository):
         rows = self._rows(statements.NOTES, (prefix, f"{prefix}\U0010ffff"))
         return {name: Note(text, version) for name, text, version in rows}
 
-    def put_note(self, name: str, text: str | None, version: int) -> bool:
-        """Store a note, or remove it, if its version is still that one."""
-        write: tuple[str, tuple[Any, ...]]
-        if version:
-            write = (
-                (statements.GONE_NOTE, (name, version))
-                if text is None
-                else (statements.CHANGED_NOTE, (text, name, version))
-            )
-        elif text is None:
-            return name not in self.notes(name)
-        else:
-            write = (statements.NEW_NOTE, (name, text, new_version()))
-        return self._transact(lambda cursor: cursor.execute(*write).rowcount == 1, durable=True)
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Store notes, or remove them, each if its version is still that one, in one transaction."""
+        return self._transact(
+            lambda cursor: [_put_note(cursor, *change) for change in changes], durable=True
+        )
 
     # --- nodes
 
@@ -740,6 +739,18 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
             return True
     else:
         cursor.execute(*statements.delete(write.id, write.guard))
+    return cursor.rowcount == 1
+
+
+def _put_note(cursor: sqlite3.Cursor, name: str, text: str | None, version: int) -> bool:
+    if text is None and not version:
+        return cursor.execute("SELECT 1 FROM notes WHERE name = ?", (name,)).fetchone() is None
+    if text is None:
+        cursor.execute(statements.GONE_NOTE, (name, version))
+    elif version:
+        cursor.execute(statements.CHANGED_NOTE, (text, name, version))
+    else:
+        cursor.execute(statements.NEW_NOTE, (name, text, new_version()))
     return cursor.rowcount == 1
 
 
