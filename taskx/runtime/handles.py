@@ -544,8 +544,16 @@ class Watcher:
                     self._register(handle)
 
     def _live(self, task_id: str) -> list[TaskHandle[Any]]:
-        refs = list(self._handles.get(task_id, {}).values())
-        return [handle for ref in refs if (handle := ref()) is not None]
+        live = []
+        refs = self._handles.get(task_id, {})
+        for key in list(refs):
+            if (ref := refs.get(key)) is None:
+                continue
+            if (handle := ref()) is not None:
+                live.append(handle)
+            else:  # an exception struck when it should have been dropped
+                self._drop(task_id, key, ref)
+        return live
 
     # --- looking
 
@@ -580,7 +588,7 @@ class Watcher:
         Raises:
             RepositoryError: the repository cannot be read.
         """
-        self._look(list(self._handles))
+        self._look([task_id for task_id in list(self._handles) if self._live(task_id)])
 
     def _look(self, task_ids: Sequence[str]) -> None:
         if task_ids:

@@ -624,6 +624,13 @@ class TestReaders:
         with reader(), reader():
             assert len(repository._connections._readers) == 2
 
+    def test_one_that_an_exception_left_behind_makes_room(self, two, reader, repository):
+        """As one of a signal handler does, when it strikes before the connection is in safe hands."""
+        for _ in range(3):
+            repository._connections._another_reader()
+        with reader(), reader():
+            pass
+
     def test_many_threads_share_the_few(self, two, reader, repository):
         repository._connections.busy_timeout = PATIENCE
         found = []

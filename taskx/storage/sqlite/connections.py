@@ -190,7 +190,7 @@ class Connections:
                 with suppress(IndexError):
                     return self._idle.pop()
                 with self._opening:
-                    if len(self._readers) < MOST_READERS:
+                    if len(list(self._readers)) < MOST_READERS:  # the live ones
                         return self._open_reader()
                 left = deadline - time.monotonic()
                 if left <= 0:
@@ -251,7 +251,7 @@ class Connections:
         """
         self._opening.acquire()
         deadline = time.monotonic() + timeout
-        while self._readers:
+        while list(self._readers):  # the live ones
             try:
                 self._close_reader(self._idle.pop())
             except IndexError:
