@@ -1,6 +1,7 @@
 """What is particular to the SQLite file: how it is opened, shared, filled and damaged."""
 
 import contextlib
+import gc
 import itertools
 import json
 import os
@@ -628,6 +629,7 @@ class TestReaders:
         """As one of a signal handler does, when it strikes before the connection is in safe hands."""
         for _ in range(3):
             repository._connections._another_reader()
+            gc.collect()  # its cache of statements refers to it
         with reader(), reader():
             pass
 

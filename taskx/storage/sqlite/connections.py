@@ -122,7 +122,7 @@ class Connections:
         self._writer: Connection | None = None
         self._idle: list[Connection] = []
         # The idle ones, and those in use. Weakly: an exception of a signal handler may strike before one
-        # is given back, which then counts no more.
+        # is given back, which counts until it is collected.
         self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._waiting: deque[_thread.LockType] = deque()  # bells of threads that wait for one
         self._opening = threading.Lock()
