@@ -64,7 +64,7 @@ def started(queue, gate):
 def events_alone(repository, monkeypatch):
     """Nothing is found by a slow look, or because somebody else changed something."""
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", NEVER)
-    repository.changed = lambda: False
+    repository.version = lambda: 0
 
 
 def end_by_hand(repository, task_id, status=TaskStatus.COMPLETED):
@@ -547,7 +547,7 @@ def test_at_the_first_look_all_are_looked_at(repository, make_queue, monkeypatch
     """Whoever ran before may not have come to it; nobody tells that anything has changed since."""
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", NEVER)
     _, child = unreleased(make_queue)
-    repository.changed = lambda: False
+    repository.version = lambda: 0
     start_fine(make_queue)
     eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 

@@ -148,7 +148,7 @@ def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeyp
     monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
     queue.start()
     whole_round(queue)  # the first one looks at all
-    monkeypatch.setattr(repository, "changed", lambda: False)
+    monkeypatch.setattr(repository, "version", lambda: 0)
     queue.pause()
     eventually(lambda: not queue._node.engine.more_stored)
     handle = queue.submit("a")

@@ -273,7 +273,7 @@ def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(monke
 def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch):
     """Others may have taken what it had."""
     monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
-    monkeypatch.setattr(MemoryRepository, "changed", lambda self: False)
+    monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)
         engine, repository = queue._node.engine, queue.repository

@@ -291,7 +291,7 @@ class TestConflict:
         monkeypatch.setattr(scheduler, "RECOVER_EVERY", 3600)
         clock = ManualClock()
         queue = make_queue(clock=clock)
-        queue.repository.changed = lambda: False
+        queue.repository.version = lambda: 0
         queue.executor("fine")(lambda n: n)
         queue.start()
         first = queue.submit("fine", {"n": 1}, **KEY, delay=3600)
