@@ -285,6 +285,7 @@ class TestHistory:
         assert ids(queue) == {"waits", *(handle.id for handle in kept)}
 
 
+@pytest.mark.slow
 def test_the_file_shrinks_when_most_of_it_is_free(make_queue, database, clock):
     """By incremental vacuum, a little at a time; a part of what is free is kept to be used again."""
     repository = SQLiteRepository(database, durability="process", clock=clock)
