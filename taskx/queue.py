@@ -33,6 +33,7 @@ from taskx.core.model import (
     check_status,
 )
 from taskx.core.ticks import Every, Misfire
+from taskx.core.token import CancelReason
 from taskx.core.unique import OnConflict
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.runtime.alarms import Alarms
@@ -120,7 +121,7 @@ class Queue:
         self._registry = Registry(
             check_middleware(middleware), self._check_executor, self.config.max_payload_size
         )
-        self._state = threading.Lock()
+        self._state, self._starting = threading.Lock(), threading.Lock()
         self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
@@ -779,23 +780,33 @@ class Queue:
             RepositoryError: the repository cannot be used.
             RuntimeError: the system has no more threads.
         """
-        with self._state:
+        with self._starting:
             if self._intake.stopped:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
-            if self._node is None:
-                node = LocalNode(self._services, self.config, self._ended)
-                node.join()
-                # Before the first thread: what an executor submits or cancels finds its node.
+            if self._node is not None:
+                return
+            node = LocalNode(self._services, self.config, self._ended)
+            node.join()
+            try:
+                node.begin()
+                # The workers wait: what an executor submits or cancels finds its node.
+                if not self._publish(node):
+                    raise QueueStopped("the queue was stopped while it started; nothing was run")
+            except BaseException:  # an interrupt, too: it can be started again
+                self._node = self._intake.engine = None
+                node.withdraw()
+                raise
+            if (hooks := self._services.hooks).queue_started:
+                hooks.tell(hooks.queue_started, lambda: self)
+            node.go()
+
+    def _publish(self, node: LocalNode) -> bool:
+        """Have a node found that was begun; False if the queue was stopped meanwhile."""
+        with self._state:
+            if not self._intake.stopped:
                 self._node, self._intake.engine = node, node.engine
-                try:
-                    node.begin()
-                except BaseException:  # an interrupt, too: it can be started again
-                    self._node = self._intake.engine = None
-                    node.withdraw()
-                    raise
-                if (hooks := self._services.hooks).queue_started:
-                    hooks.tell(hooks.queue_started, lambda: self)
-                node.go()
+                node.watch()
+            return not self._intake.stopped
 
     def _ended(self) -> None:
         """The last executor has returned, and its outcome is written."""
@@ -839,11 +850,18 @@ class Queue:
         """
         seconds = check_number(timeout, "timeout")
         deadline = time.monotonic() + seconds
-        with self._state:
+        with self._state:  # held for moments only, and not while a start waits for the repository
             self._intake.stopped = True
         still = [] if self._node is None else self._node.stop(seconds, cancel=cancel)
         self._wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
         return still
+
+    def _tell_to_stop(self) -> None:
+        """Take nothing more, and tell running tasks to stop; waits for nothing."""
+        self._intake.stopped = True
+        if self._node is not None:
+            self._node.engine.stopping = True
+            self._node.engine.fire_all(CancelReason.STOP)
 
     def _wait_for_hooks(self, timeout: float) -> None:
         hooks = self._services.hooks
@@ -870,7 +888,7 @@ class Queue:
         """In a forked child: as if it had not been started; nothing of the parent's is touched."""
         self.repository.renew_after_fork()
         self._services.watcher.renew_after_fork()
-        self._state = threading.Lock()
+        self._state, self._starting = threading.Lock(), threading.Lock()
         self._wire()
 
 
@@ -901,11 +919,16 @@ _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 
 def _stop_forgotten() -> None:
+    deadline = time.monotonic() + EXIT_TIMEOUT
+    running = {q for q in list(_queues) if q._node is not None and not q._intake.stopped}
+    for queue in running:  # first all of them: they end at the same time, not one after the other
+        queue._tell_to_stop()
     for queue in list(_queues):
-        if queue._node is not None and not queue._intake.stopped:
-            queue.stop(timeout=EXIT_TIMEOUT, cancel=True)
+        left = max(0.0, deadline - time.monotonic())
+        if queue in running:
+            queue.stop(timeout=left, cancel=True)
         else:
-            queue._wait_for_hooks(EXIT_TIMEOUT)
+            queue._wait_for_hooks(left)
 
 
 def _renew_all_after_fork() -> None:

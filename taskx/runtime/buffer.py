@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections import deque
@@ -77,6 +78,8 @@ class Buffer:
         self._work, self.room = Bell(), Bell()
         self._order = count()
         self._before = count(-1, -1)
+        # When the last task was submitted, and to when the clock was set back since, if it was.
+        self._latest, self._set_back_to = -math.inf, math.inf
 
     # --- what is inside
 
@@ -167,11 +170,24 @@ class Buffer:
         Returns:
             False if no worker was woken for it, though some wait.
         """
-        place = rank(priority, created_at, run_at, self.ageing) if self.ageing else -priority
-        item = Item(place, created_at, order, task_id, type, fetched)
         with self._mutex:
-            self._add(item)
+            since = self._in_order(created_at, fetched=fetched)
+            place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
+            self._add(Item(place, since, order, task_id, type, fetched))
             return self._wake()
+
+    def _in_order(self, created_at: int, *, fetched: bool) -> int:
+        """The moment by which a task is sorted: no earlier than that of one that was submitted before.
+
+        After the clock was set back, what is stored later has an earlier time; it must not overtake.
+        """
+        if created_at >= self._latest:
+            if not fetched:
+                self._latest, self._set_back_to = created_at, math.inf
+            return created_at
+        if not fetched:
+            self._set_back_to = min(self._set_back_to, created_at)
+        return int(self._latest) if created_at >= self._set_back_to else created_at
 
     def add_fetched(self, stub: Stub) -> None:
         """Put in a task as the repository lists it."""

@@ -109,15 +109,19 @@ class LocalNode:
         """Undo :meth:`join` and what has been begun: no task was run."""
         self.engine.begin_stop()
         self._scheduler.stop()
+        self._services.watcher.drive(None)
         with suppress(RepositoryError):  # what it still owns is taken from a node that has left
             self.engine.release_pending()
         with suppress(RepositoryError):  # it is for the error that was raised before to be told
             self._services.repository.leave(self.record.id)
 
+    def watch(self) -> None:
+        """Have the workers and the scheduler tell who waits for a task, not a thread apart."""
+        self._services.watcher.drive(self._scheduler.wake)
+
     def go(self) -> None:
         """Let the workers run tasks."""
         services = self._services
-        services.watcher.drive(self._scheduler.wake)
         self.engine.begun.set()
         services.log.info(
             "node %s started: %d workers, types %s",
