@@ -141,21 +141,25 @@ class MemoryRepository(Repository):
 
     def _switch(self, task_id: str, old: Row | None, new: Row | None) -> None:
         """Put a row in the place of another one, also where a part of that, or of its reverse, is done."""
-        left, taken = _places(old), _places(new)
-        for kind, key, item in left:
-            items = self._indexes[kind].get(key)
-            if items is not None and (kind, key, item) not in taken:
-                items.discard(item)
-                if not items:
-                    del self._indexes[kind][key]
+        before, after = _places(old), _places(new)
+        for place in before:
+            if place not in after:
+                kind, key, item = place
+                items = self._indexes[kind].get(key)
+                if items is not None:
+                    items.discard(item)
+                    if not items:
+                        del self._indexes[kind][key]
         if new is None:
             self._rows.pop(task_id, None)
         else:
             self._rows[task_id] = new
-        for kind, key, item in taken:
-            if key not in self._indexes[kind]:
-                self._indexes[kind][key] = SortedItems()
-            self._indexes[kind][key].add(item)
+        for place in after:
+            if place not in before:
+                kind, key, item = place
+                if key not in self._indexes[kind]:
+                    self._indexes[kind][key] = SortedItems()
+                self._indexes[kind][key].add(item)
 
     def _took_place(self, write: Write) -> bool:
         row = self._rows.get(write.id)
