@@ -26,7 +26,7 @@ from taskx import SQLiteRepository
 pytestmark = pytest.mark.process
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
-PATIENCE = 30.0
+PATIENCE = 60.0
 
 
 def eventually(look: Callable[[], Any]) -> Any:

@@ -28,7 +28,7 @@ from taskx.core import lifecycle
 from taskx.testing import ManualClock
 
 ROOT = Path(__file__).parent.parent.parent
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.testing import ManualClock
 
-PATIENCE = 30  # seconds that a test waits for what comes at once
+PATIENCE = 60  # seconds that a test waits for what comes at once
 
 
 @pytest.fixture

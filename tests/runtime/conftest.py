@@ -37,7 +37,7 @@ from .workers import Workers, on_mongo, on_sqlite
 ROOT = Path(__file__).parent.parent.parent
 
 #: Longer than anything takes on a loaded machine; nothing waits for it where all is well.
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:

@@ -14,7 +14,7 @@ from taskx.testing import ManualClock
 
 from .conftest import insert
 
-PATIENCE = 20.0
+PATIENCE = 60.0
 
 
 @pytest.fixture
