@@ -86,7 +86,7 @@ class Child:
         """Kill it; the moment before is the last at which it certainly lived."""
         self._log.tell("killed")
         self.process.send_signal(signal.SIGKILL)
-        self.wait(10.0)
+        self.wait(60.0)
 
     def signal(self, number: int) -> None:
         self.process.send_signal(number)
@@ -181,7 +181,7 @@ class Campaign:
         """Have the tasks end that are held."""
         Path(self.hold()["until"]).touch()
 
-    def wait_for(self, what: str, seconds: float = 20.0, **like: Any) -> Event:
+    def wait_for(self, what: str, seconds: float = 60.0, **like: Any) -> Event:
         """The first event of that kind."""
 
         def look() -> Event | None:

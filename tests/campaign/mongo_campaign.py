@@ -124,7 +124,7 @@ class MongoCampaign(Campaign):
         last = self.spawn(role="serve")
         self.wait_for("started", who=last.who)
         until(lambda: self._nodes.count_documents({}) <= 1, 30.0, "dead nodes are forgotten")
-        last.finish(20.0)
+        last.finish(90.0)
 
     def end(self) -> None:
         super().end()

@@ -68,11 +68,12 @@ NAMED: dict[str, tuple[dict[str, Any], Callable[[Outcome], bool]]] = {
     ),
     "after start, before execute": (
         {"passings": 3, "tasks": [{"kind": "brief", "count": 20}], "workers": 1},
-        lambda outcome: counts(outcome, "crashes")[-2:] == [0, 1],
+        # No thread was executing it.
+        lambda outcome: counts(outcome, "crashes")[-1] == 0 < counts(outcome, "interruptions")[-1],
     ),
     "started ahead": (
         {"tasks": [{"kind": "instant", "count": 2000}], "workers": 2, "buffer": 2000},
-        lambda outcome: counts(outcome, "crashes")[-2:] == [1, 1],
+        lambda outcome: counts(outcome, "crashes")[-1] == 0 < counts(outcome, "interruptions")[-1],
     ),
     "after result, before finish": (
         {"passings": 5, "tasks": [{"kind": "instant", "count": 20}], "workers": 1},
@@ -105,7 +106,7 @@ def test_every_point_has_its_test():
 def test_killed(campaign, point):
     options, expected = NAMED[point]
     first = campaign.spawn(**{"role": "submit", "point": point, **options})
-    assert first.wait(30.0) == KILLED
+    assert first.wait(90.0) == KILLED
     campaign.wait_for("dying", note=point)
     outcome = prove(campaign, processes=1)
     assert expected(outcome), summary(outcome)
@@ -122,7 +123,7 @@ def test_a_stopped_node_that_dies_interrupts(campaign):
     first.kill()  # it runs: this one counts
     second = campaign.spawn(role="serve", point="while stopping")
     campaign.wait_for("begin", kind="stubborn", who=second.who)
-    assert second.finish(30.0) == KILLED
+    assert second.finish(90.0) == KILLED
     last = campaign.spawn(role="serve")
     campaign.wait_for("begin", kind="stubborn", who=last.who)
     last.kill()
@@ -139,7 +140,7 @@ def test_leaders_of_commits_are_interrupted(campaign):
             role="submit", workers=3, interrupt=where, error=error, passings=6, tasks=tasks
         )
     for (where, _), child in children.items():
-        assert child.wait(30.0) == 0
+        assert child.wait(90.0) == 0
         campaign.wait_for("interrupt", note=where, who=child.who)
     outcome = prove(campaign, processes=1)
     assert len(outcome.records) == 30 * len(children)
@@ -153,7 +154,7 @@ def test_innocent_neighbours_of_a_crashing_task_are_spared(campaign):
     """It takes its process with it until it is a dead letter; those that run beside it complete."""
     crasher = {"kind": "crasher", "params": {"after": 0.05}, "max_crashes": 3}
     innocents = {"kind": "innocent", "count": 6, "params": {"seconds": 0.1}}
-    campaign.spawn(role="store", tasks=[innocents, crasher, innocents]).wait(30.0)
+    campaign.spawn(role="store", tasks=[innocents, crasher, innocents]).wait(90.0)
     outcome = prove(campaign, processes=2)
     for task in outcome.records.values():
         if task.type == "crasher":
@@ -168,7 +169,7 @@ def crashers_beside_innocents(campaign: Campaign, **options: Any) -> None:
     crashers = {"kind": "crasher", "count": 4, "params": {"after": 0.05}, "max_crashes": 3}
     innocents = {"kind": "innocent", "count": 2, "params": {"seconds": 1.0}}
     tasks = [innocents, crashers, innocents]
-    campaign.spawn(role="store", tasks=tasks, durability="process").wait(30.0)
+    campaign.spawn(role="store", tasks=tasks, durability="process").wait(90.0)
     campaign.drain(processes=1, **options)
 
 
@@ -184,7 +185,7 @@ def test_innocents_are_spared_among_many_crashing_tasks(campaign):
 
 def test_never_again_after_a_crash(campaign):
     once = {"kind": "crasher", "max_crashes": 1, "params": {"after": 0.05}}
-    campaign.spawn(role="store", tasks=[{"kind": "once", "count": 10}, once]).wait(30.0)
+    campaign.spawn(role="store", tasks=[{"kind": "once", "count": 10}, once]).wait(90.0)
     outcome = prove(campaign, processes=1)
     [crasher] = [task for task in outcome.records.values() if task.type == "crasher"]
     assert (crasher.status, crasher.starts, crasher.crashes) == ("failed", 1, 1)
@@ -194,7 +195,7 @@ def test_never_again_after_a_crash(campaign):
 
 
 def fill(campaign: Campaign, **entry: Any) -> None:
-    campaign.spawn(role="store", tasks=[entry], durability="process").wait(30.0)
+    campaign.spawn(role="store", tasks=[entry], durability="process").wait(90.0)
 
 
 def crowd(campaign: Campaign, **options: Any) -> None:
@@ -220,10 +221,10 @@ def close_by_hand(campaign: Campaign, **options: Any) -> None:
     runner = campaign.spawn(role="serve", **options)
     campaign.wait_for("begin")
     closer = campaign.spawn(role="close")
-    assert closer.wait(30.0) == 0
+    assert closer.wait(90.0) == 0
     campaign.let_go()
     campaign.wait_for("end")
-    assert runner.finish(30.0) == 0
+    assert runner.finish(90.0) == 0
 
 
 def test_late_outcome_is_dropped(campaign):
@@ -247,8 +248,8 @@ def live_neighbours(campaign: Campaign, **options: Any) -> None:
     campaign.let_go()
     for task_id in ids:
         campaign.wait_for("end", id=task_id, who=first.who)
-    first.finish(30.0)
-    second.finish(30.0)
+    first.finish(90.0)
+    second.finish(90.0)
 
 
 def test_what_a_live_process_runs_is_left_to_it(campaign):
@@ -260,7 +261,7 @@ def test_what_a_live_process_runs_is_left_to_it(campaign):
 
 def early_end(campaign: Campaign, **options: Any) -> None:
     """A process ends as soon as its tasks are acknowledged."""
-    campaign.spawn(role="store", tasks=[{"kind": "brief", "count": 50}], **options).wait(30.0)
+    campaign.spawn(role="store", tasks=[{"kind": "brief", "count": 50}], **options).wait(90.0)
     campaign.drain(processes=1)
 
 
@@ -269,10 +270,10 @@ def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
     fill(campaign, kind="held", params=campaign.hold())
     runner = campaign.spawn(role="serve")
     campaign.wait_for("begin")
-    campaign.spawn(role="cancel", **options).wait(30.0)
+    campaign.spawn(role="cancel", **options).wait(90.0)
     campaign.let_go()
     campaign.wait_for("end")
-    runner.finish(30.0)
+    runner.finish(90.0)
 
 
 def crash_beside_innocents(campaign: Campaign, **options: Any) -> None:
@@ -280,7 +281,7 @@ def crash_beside_innocents(campaign: Campaign, **options: Any) -> None:
     crasher = {"kind": "crasher", "params": {"after": 0.1}, "max_crashes": 3}
     innocent = {"kind": "innocent", "params": {"seconds": 2.0}}
     tasks = [innocent, crasher, innocent]
-    campaign.spawn(role="store", tasks=tasks, durability="process").wait(30.0)
+    campaign.spawn(role="store", tasks=tasks, durability="process").wait(90.0)
     campaign.drain(processes=1, seconds=30.0, **options)
 
 

@@ -43,7 +43,7 @@ def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch)
     queue.executor("note")(lambda: ran.append(1))
     queue.start()
     handle = queue.submit("note")
-    assert held.reached.wait(20.0)
+    assert held.reached.wait(60.0)
     assert queue.stop(timeout=0.0) == []
     until(lambda: [node.stopping for node in queue.repository.nodes()] == [True], 20.0, "it stops")
     held.go.set()
@@ -68,10 +68,10 @@ def test_task_that_a_caller_starts_at_the_stop_does_not_run(tmp_path, monkeypatc
         wrap(lifecycle, "start", held)
         caller = threading.Thread(target=queue.submit, args=("note",), kwargs={"id": "late"})
         caller.start()
-        assert held.reached.wait(20.0)
+        assert held.reached.wait(60.0)
         queue.stop(timeout=0.0)
         held.go.set()
-        caller.join(20.0)
+        caller.join(60.0)
         assert repository.get_by_id("late").status == "pending"
         assert not ran
         never.set()
@@ -101,6 +101,6 @@ def test_outcome_outlives_a_lack_of_memory(queue, monkeypatch, after):
     monkeypatch.setattr(queue.repository, "apply", queue.repository.apply)
     wrap(queue.repository, "apply", around)
     handle = queue.submit("answer", id="a")
-    assert handle.result(20.0) == 42
+    assert handle.result(60.0) == 42
     assert failed
     assert handle.task().starts == 1

@@ -79,7 +79,7 @@ def test_killed_at_every_point(campaign):
         for point, options in NAMED.items()
     }
     for point, child in children.items():
-        assert child.wait(30.0) == KILLED
+        assert child.wait(90.0) == KILLED
         campaign.wait_for("dying", note=point, who=child.who)
     outcome = prove(campaign, processes=1)
     stored = Counter(task_id.split("-")[0] for task_id in outcome.records)
@@ -114,7 +114,7 @@ def close_while_it_runs(campaign: MongoCampaign, **options: Any) -> None:
         campaign.log.tell("closed", task.id)
     campaign.let_go()
     campaign.wait_for("end", who=runner.who)
-    assert runner.finish(30.0) == 0
+    assert runner.finish(90.0) == 0
 
 
 def cut_off_for_long(campaign: MongoCampaign, **options: Any) -> None:
@@ -159,7 +159,7 @@ def an_answer_is_lost(campaign: MongoCampaign, **options: Any) -> None:
         return True
 
     line.judge = judge
-    assert child.wait(30.0) == 0
+    assert child.wait(90.0) == 0
     assert asked.is_set()
 
 
@@ -168,7 +168,7 @@ def killed_amid_a_batch(campaign: MongoCampaign, **options: Any) -> None:
     child = campaign.spawn(
         role="store", point="inside a commit", passings=4, tasks=tasks, **options
     )
-    child.wait(30.0)
+    child.wait(90.0)
 
 
 #: How each broken part is provoked, and a word of what must be found.
