@@ -406,7 +406,7 @@ class TestStatements:
             (statements.PRIORITIES, ("", "t", "", "t"), "tasks_ready"),
             (statements.STUCK, ("node",), "tasks_stuck"),
             (statements.OWNERS_OF_STUCK, (), "tasks_stuck"),
-            (statements.ENDED.format("failed"), (1, 1, 1), "tasks_failed sqlite_autoindex_tasks_1"),
+            (statements.ENDED.format("failed"), (1, 1, 1, 1), "tasks_failed"),
         ],
     )
     def test_of_what_few_tasks_have_search_an_index_of_those(self, plan, sql, values, index):
