@@ -56,6 +56,7 @@ def in_the_id(queue, monkeypatch, finalize):
         return urandom(size)
 
     monkeypatch.setattr(ids_module.os, "urandom", drawn)
+    monkeypatch.setattr(ids_module, "_last", 0)  # else it draws in the next millisecond only
 
 
 def in_the_repository(queue, monkeypatch, finalize):
