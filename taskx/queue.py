@@ -50,7 +50,7 @@ from taskx.runtime.executors import (
     TaskExecutor,
     options_of,
 )
-from taskx.runtime.handles import TaskHandle, Watcher
+from taskx.runtime.handles import TaskHandle
 from taskx.runtime.hooks import Hook, Hooks
 from taskx.runtime.intake import Intake, ScheduleOptions, SubmitOptions, with_options
 from taskx.runtime.ledger import Ledger
@@ -64,6 +64,7 @@ from taskx.runtime.retention import prune_all
 from taskx.runtime.runner import Runner, inside_executor
 from taskx.runtime.schedules import Entry, Overlap, Schedules, make_entry
 from taskx.runtime.starter import Services
+from taskx.runtime.watcher import Watcher
 from taskx.schedules import Schedule
 from taskx.storage.adapter import EightMethodAdapter, refuse_eight_methods
 from taskx.storage.base import Repository, TaskRepository

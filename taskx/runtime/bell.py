@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import threading
 from collections import deque
 from contextlib import suppress
 
@@ -57,3 +58,32 @@ class Bell:
     def ring_all(self) -> None:
         """Wake all threads that listen."""
         self.ring(len(self.listening))
+
+
+class Signal:
+    """Wakes the one thread that waits for it: an ``Event`` made of a raw lock.
+
+    An exception that strikes in an ``Event`` may leave it locked; then whoever sets it waits for ever.
+    """
+
+    def __init__(self) -> None:
+        self._lock = _thread.allocate_lock()
+        self.clear()
+
+    def clear(self) -> None:
+        """Have the next wait wait."""
+        self._lock.acquire(blocking=False)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Wait until it rings; False if ``timeout`` seconds passed before."""
+        if timeout is None:
+            return self._lock.acquire()
+        return self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+
+    def set(self) -> None:
+        """Ring."""
+        with suppress(RuntimeError):  # it rings already
+            self._lock.release()
+
+    def __call__(self, _: object) -> None:
+        self.set()

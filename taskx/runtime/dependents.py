@@ -21,10 +21,10 @@ from taskx.core.lifecycle import PENDING, UNFINISHED
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.writes import Insert
-from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.lines import Lines
+from taskx.runtime.watcher import Watcher
 from taskx.storage.base import Repository
 
 #: Waiting tasks that are decided in one transaction.

@@ -1,4 +1,4 @@
-"""Handles on tasks, and the watcher that resolves those that somebody looks at.
+"""Handles on tasks: Futures that the watcher resolves.
 
 An exception can strike the main thread between any two steps. So nothing here takes a lock that it could
 leave locked, and nothing is marked as done before it is: a handle has ended once its one attribute
@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import _thread
 import logging
-import math
 import threading
 import time
-import weakref
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
@@ -27,27 +23,19 @@ from taskx.core.errors import (
     InvalidTransition,
     QueueStopped,
     RepositoryCorrupt,
-    RepositoryError,
     TaskFailed,
     TaskNotFound,
 )
-from taskx.core.lifecycle import FINISHED as ENDED
-from taskx.core.log import GuardedLogger
 from taskx.core.model import Task, TaskStatus
-from taskx.runtime.complaint import Complaint
-from taskx.storage.base import Changes, Repository
+from taskx.runtime.bell import Signal
+
+if TYPE_CHECKING:
+    from taskx.runtime.watcher import Watcher
 
 R = TypeVar("R")
 
-# How often a waiter in a process that runs no queue looks for changes, in seconds.
-_POLL = 0.02
-_LOOK_ANYWAY = 1.0
-# Of its time such a process spends at most a tenth on looking.
-_REST = 9
-# Ended tasks that are read at once: a record may be large.
-_MOST_READ = 50
-# Seconds that a close waits for those who wait to be told.
-_CLOSING = 1.0
+#: Seconds after which whoever waits looks for itself: the thread that tells it may be gone.
+LOOK_ANYWAY = 1.0
 
 
 class _Owner(Protocol):
@@ -209,15 +197,15 @@ class TaskHandle(Future[R]):
         return self._outcome
 
     def _sleep(self, timeout: float | None) -> None:
-        bell = _Bell()
+        bell = Signal()
         deadline = None if timeout is None else time.monotonic() + timeout
         self._listen(bell)
         try:
             while self._outcome is None:
-                left = _LOOK_ANYWAY if deadline is None else deadline - time.monotonic()
+                left = LOOK_ANYWAY if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     return
-                if not bell.wait(min(left, _LOOK_ANYWAY)):
+                if not bell.wait(min(left, LOOK_ANYWAY)):
                     self._owner.watch(self)  # renewed: whoever should ring may be gone
         finally:
             self._unlisten(bell)
@@ -376,9 +364,9 @@ class _Waiters:
         self._handle = handle
 
     def append(self, waiter: Any) -> None:
-        if not isinstance(waiter.event, _Bell):
+        if not isinstance(waiter.event, Signal):
             # Nobody sets it yet: of Futures that are none of ours, wait() has the locks.
-            waiter.event = _Bell()
+            waiter.event = Signal()
         if self._handle._state == PENDING:  # else it has been counted among those that have ended
             self._handle._listen(_Waiter(waiter))
 
@@ -427,256 +415,7 @@ def _call_on_a_thread(handle: TaskHandle[Any], callbacks: list[_Callback]) -> No
         call()
 
 
-class _Bell:
-    """An ``Event`` for one thread that waits, made of a raw lock.
-
-    An exception that strikes in an ``Event`` may leave it locked; then whoever sets it waits for ever.
-    """
-
-    def __init__(self) -> None:
-        self._lock = _thread.allocate_lock()
-        self.clear()
-
-    def clear(self) -> None:
-        """Have the next wait wait."""
-        self._lock.acquire(blocking=False)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it rings; False if ``timeout`` seconds passed before."""
-        if timeout is None:
-            return self._lock.acquire()
-        return self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
-
-    def set(self) -> None:
-        """Ring."""
-        with suppress(RuntimeError):  # it rings already
-            self._lock.release()
-
-    def __call__(self, handle: TaskHandle[Any]) -> None:
-        self.set()
-
-
 def _last_attempt(task: Task) -> int:
     """The number of a failed task's last attempt: one that crashed is in no count of errors."""
     crashed = bool(task.attempts) and task.attempts[-1].outcome == "crashed"
     return max(1, task.errors + crashed)
-
-
-class Watcher:
-    """Resolves the handles that somebody looks at, when their tasks have ended.
-
-    In a started queue the workers and the scheduler tell it to look; else it has a thread of its
-    own as long as there is something to watch. It holds handles weakly, but for those with callbacks.
-
-    Args:
-        repository: where the tasks are.
-        log: what it logs to.
-    """
-
-    def __init__(self, repository: Repository, log: GuardedLogger) -> None:
-        self._repository = repository
-        self._log = log
-        # The live handles of each task, by their ids as objects. Changed without a lock, one step of a
-        # dict at a time: a handle may be dropped, and an exception strike, anywhere.
-        self._handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
-        self._ended: deque[str] = deque()  # tasks that ended, whose handles are to be told of it
-        self._wake: Callable[[], object] | None = None
-        self._thread: threading.Thread | None = None
-        self._closed = False
-
-    @property
-    def watching(self) -> bool:
-        """Whether somebody looks at a task that has not ended."""
-        return bool(self._handles)
-
-    def watch(self, handle: TaskHandle[Any]) -> None:
-        """Resolve the handle when its task has ended, at once if it has; may be called again and again.
-
-        Raises:
-            RepositoryError: the repository cannot be read.
-        """
-        new = handle.watched_by is not self
-        if new or handle.has_callbacks:
-            self._register(handle)
-        try:
-            if new:
-                self._look([handle.id])
-                handle.watched_by = self
-        finally:
-            self._ensure_polling()
-        if self._closed:
-            handle.conclude_closed()
-
-    def close(self) -> None:
-        """Resolve no more: who waits for a task that has not ended is told so."""
-        self._closed = True
-        self._ensure_polling()
-        if (thread := self._thread) is not None and thread is not threading.current_thread():
-            thread.join(_CLOSING)
-
-    def drive(self, wake: Callable[[], object] | None) -> None:
-        """Say how to wake the thread of a started queue that tells when to look; None where none is."""
-        self._wake = wake
-        self._ensure_polling()
-
-    # --- the handles
-
-    def _register(self, handle: TaskHandle[Any]) -> None:
-        task_id, key = handle.id, id(handle)
-        ref: Callable[[], TaskHandle[Any] | None]
-        if handle.has_callbacks:
-            ref = lambda: handle  # noqa: E731
-        else:
-            ref = weakref.ref(handle, lambda gone: self._drop(task_id, key, gone))
-        while True:
-            refs = self._handles.setdefault(task_id, {})
-            refs[key] = ref
-            if self._handles.get(task_id) is refs:  # else it was dropped meanwhile
-                return
-
-    def _drop(self, task_id: str, key: int, ref: object = None) -> None:
-        refs = self._handles.get(task_id, {})
-        if ref is None or refs.get(key) is ref:
-            refs.pop(key, None)
-        if not refs:
-            for late in list(self._handles.pop(task_id, {}).values()):  # registered in between
-                if (handle := late()) is not None:
-                    self._register(handle)
-
-    def _live(self, task_id: str) -> list[TaskHandle[Any]]:
-        live = []
-        refs = self._handles.get(task_id, {})
-        for key in list(refs):
-            if (ref := refs.get(key)) is None:
-                continue
-            if (handle := ref()) is not None:
-                live.append(handle)
-            else:  # an exception struck when it should have been dropped
-                self._drop(task_id, key, ref)
-        return live
-
-    # --- looking
-
-    def look_if_watched(self, task_id: str) -> None:
-        """Tell who waits for a task that just ended.
-
-        What it ended by is committed, so a failure to read is none of that: it is looked at again soon.
-        """
-        if task_id in self._handles:
-            try:
-                self._resolve([task_id])
-            except RepositoryError as error:
-                self._log.debug("who waits for task %s is told later: %s", task_id, error)
-
-    def tell(self) -> None:
-        """Tell who waits for the tasks whose end was found on the main thread.
-
-        Raises:
-            RepositoryError: the repository cannot be read; they are told later.
-        """
-        ended = [self._ended.popleft() for _ in range(len(self._ended))]
-        if ended:
-            try:
-                self._resolve(ended)
-            except BaseException:
-                self._ended.extend(ended)
-                raise
-
-    def look(self) -> None:
-        """Look at all tasks that are watched, and resolve what has ended.
-
-        Raises:
-            RepositoryError: the repository cannot be read.
-        """
-        self._look([task_id for task_id in list(self._handles) if self._live(task_id)])
-
-    def _look(self, task_ids: Sequence[str]) -> None:
-        if task_ids:
-            statuses = self._repository.statuses(task_ids)  # and no records, which may be large
-            self._resolve([i for i in task_ids if i not in statuses or statuses[i] in ENDED])
-
-    def _resolve(self, task_ids: Sequence[str]) -> None:
-        """Resolve the handles of tasks that have ended, or were deleted."""
-        for start in range(0, len(task_ids), _MOST_READ):
-            some = task_ids[start : start + _MOST_READ]
-            found = self._repository.get_many(some)
-            for task_id in some:
-                for handle in self._live(task_id):
-                    handle.conclude(found.get(task_id))
-                    if handle.has_ended:
-                        self._tell(handle)
-
-    def _tell(self, handle: TaskHandle[Any]) -> None:
-        """Tell who waits for a handle that has ended, or leave that to another thread."""
-        if handle.listeners and _may_be_struck() and self._has_teller():
-            self._ended.append(handle.id)
-            if (wake := self._wake) is not None:
-                wake()
-        else:
-            self._drop(handle.id, id(handle))
-            handle.tell()
-
-    # --- in a queue that is not started
-
-    def _has_teller(self) -> bool:
-        """Whether a thread goes on telling: the scheduler, or one of our own."""
-        return (self._wake is not None and not self._closed) or self._polls
-
-    @property
-    def _polls(self) -> bool:
-        return (thread := self._thread) is not None and thread.is_alive()
-
-    def _ensure_polling(self) -> None:
-        """Have a thread look, if there is anything to look at and nobody else does."""
-        if self._handles and (self._closed or self._wake is None) and not self._polls:
-            thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
-            self._thread = thread  # first: it goes on only as long as it is that one
-            try:
-                thread.start()
-            except RuntimeError:  # no new thread can be had: whoever waits looks
-                with suppress(RepositoryError):
-                    self._close_all() if self._closed else self.look()
-
-    def _poll(self) -> None:
-        me = threading.current_thread()
-        changed, looked = Changes(self._repository), -math.inf
-        complaint = Complaint(self._log)
-        while self._thread is me and self._handles and (self._closed or self._wake is None):
-            pause = _POLL
-            try:
-                self.tell()
-                if self._closed:
-                    self._close_all()
-                elif changed() or time.monotonic() - looked > _LOOK_ANYWAY:
-                    began = time.monotonic()
-                    self.look()
-                    looked = time.monotonic()
-                    pause = min(max(_POLL, _REST * (looked - began)), _LOOK_ANYWAY)
-                    complaint.over()
-            except RepositoryError as error:
-                complaint.make("cannot see whether tasks have ended: %s", error)
-                pause = _LOOK_ANYWAY
-            except BaseException:  # noqa: BLE001  (without this thread, who waits would wait for ever)
-                self._log.exception("the watcher stumbled; it goes on")
-                pause = _LOOK_ANYWAY
-            time.sleep(pause)
-        if self._thread is me:
-            self._thread = None
-            self._ensure_polling()  # a handle came in between
-
-    def _close_all(self) -> None:
-        for task_id in list(self._handles):
-            for handle in self._live(task_id):
-                handle.conclude_closed()
-                self._tell(handle)
-
-    def renew_after_fork(self) -> None:
-        """In a forked child: nobody waits; the threads that did are the parent's."""
-        for task_id in list(self._handles):
-            for handle in self._live(task_id):
-                handle.forget_listeners()
-
-
-def _may_be_struck() -> bool:
-    """Whether a signal may raise an exception here: between two steps that belong together."""
-    return threading.current_thread() is threading.main_thread()

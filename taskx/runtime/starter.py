@@ -18,13 +18,13 @@ from taskx.runtime.checkpoints import Keeper
 from taskx.runtime.context import Shared
 from taskx.runtime.dependents import Dependents
 from taskx.runtime.executors import Registry
-from taskx.runtime.handles import Watcher
 from taskx.runtime.hooks import Hooks
 from taskx.runtime.ledger import Ledger
 from taskx.runtime.lines import Lines
 from taskx.runtime.pauses import Pauses
 from taskx.runtime.runner import Run, Runner
 from taskx.runtime.suspects import Suspects
+from taskx.runtime.watcher import Watcher
 from taskx.storage.base import Node, Repository
 
 

@@ -212,7 +212,7 @@ def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slow looks, for what nobody is told of, come every 50 ms: who waits for one waits less."""
     for name in ("scheduler.AUDIT_EVERY", "scheduler.RECOVER_EVERY", "ticker.LOOK_EVERY"):
         monkeypatch.setattr(f"taskx.runtime.{name}", 0.05)
-    monkeypatch.setattr("taskx.runtime.handles._LOOK_ANYWAY", 0.05)
+    monkeypatch.setattr("taskx.runtime.handles.LOOK_ANYWAY", 0.05)
 
 
 @pytest.fixture

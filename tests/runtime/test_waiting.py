@@ -52,7 +52,7 @@ def no_slow_looks(monkeypatch):
     """Only what rings is looked at."""
     monkeypatch.setattr("taskx.runtime.scheduler.RECOVER_EVERY", 1e6)
     monkeypatch.setattr("taskx.runtime.scheduler.AUDIT_EVERY", 1e6)
-    monkeypatch.setattr("taskx.runtime.handles._LOOK_ANYWAY", 1e6)
+    monkeypatch.setattr("taskx.runtime.handles.LOOK_ANYWAY", 1e6)
 
 
 # In the callback of a weak reference an exception is told, and goes no further.
@@ -113,7 +113,7 @@ def test_another_thread_is_told_though_an_exception_struck_the_one_that_found_th
     queue, repository, monkeypatch
 ):
     """The main thread finds the end by its own look, and others wait for the same task."""
-    monkeypatch.setattr("taskx.runtime.handles._LOOK_ANYWAY", 0.01)
+    monkeypatch.setattr("taskx.runtime.handles.LOOK_ANYWAY", 0.01)
     queue.declare("t")
     for point in itertools.count(step=5):
         handle = queue.submit("t")
@@ -267,7 +267,7 @@ def test_first_exception(queue, held):
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), Strike("a panic")])
 def test_the_watcher_survives_whatever_a_look_raises(queue, monkeypatch, error):
-    monkeypatch.setattr("taskx.runtime.handles._LOOK_ANYWAY", 0.01)
+    monkeypatch.setattr("taskx.runtime.handles.LOOK_ANYWAY", 0.01)
     queue.declare("t")
     handle, raised = queue.submit("t"), threading.Event()
     version = queue.repository.version
@@ -286,7 +286,7 @@ def test_the_watcher_survives_whatever_a_look_raises(queue, monkeypatch, error):
 
 
 def test_who_waits_looks_where_no_thread_can_be_had(queue, monkeypatch, held, gate):
-    monkeypatch.setattr("taskx.runtime.handles._LOOK_ANYWAY", 0.01)
+    monkeypatch.setattr("taskx.runtime.handles.LOOK_ANYWAY", 0.01)
     web = Queue(queue.repository)
     waiting = run_in_thread(lambda: web.handle(held).result(PATIENCE))
     eventually(lambda: web._services.watcher._polls)
