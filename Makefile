@@ -28,7 +28,7 @@ help: ## list the targets
 demo: $(VENV)/installed-core ## run the main job: hash the standard library as tasks
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
-quick: $(VENV)/installed-test ## run the tests that take under a minute, on memory and SQLite
+quick: $(VENV)/installed-test ## run the quick tests, in under a minute
 	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "$(QUICK)" \
 		--durations 5 --durations-min 1 $(ARGS)
 
@@ -60,10 +60,10 @@ bench: $(VENV)/installed-bench ## measure TaskX beside a bare loop and its peers
 build: $(VENV)/installed-dev ## build the sdist and the wheel into dist/
 	@$(BIN)/python -m build --outdir dist .
 
-ci: ## run all that a change must pass, in full on the oldest and the newest Python
+ci: ## run all that a change must pass: style, types, builds, tests on every Python
 	@.ci/run
 
-ci-all: ## run all that a change must pass, in full on every Python
+ci-all: ## run the same with all tests on every Python: before a release
 	@.ci/run --all
 
 clean: ## remove what make made

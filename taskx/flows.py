@@ -148,7 +148,7 @@ class FlowHandle:
                 self._handles[task_id] = self._queue.handle(task_id)
 
     def _statuses(self) -> list[TaskStatus | None]:
-        """The statuses of all its tasks, in order; None of one that is gone without having completed."""
+        """Return the statuses of all its tasks, in order; None for one deleted before it completed."""
         found: dict[str, TaskStatus | None] = {
             task_id: TaskStatus(status)
             for task_id, status in self._queue.repository.statuses(self.ids).items()
@@ -158,7 +158,7 @@ class FlowHandle:
         return [found.get(task_id) for task_id in self.ids]
 
     def status(self) -> TaskStatus:
-        """What all its tasks come to.
+        """The status of the flow as a whole.
 
         Pending until the first one starts, running until the last one has ended; then failed if one
         failed, else cancelled if one was cancelled (or deleted), else completed. A deleted step of a chain
@@ -244,7 +244,7 @@ class FlowHandle:
 
 
 def _restore(shape: Shape, found: dict[str, TaskStatus | None], later: bool = False) -> bool:
-    """Add tasks that are gone, and that had completed as a later step of a chain has.
+    """Add the deleted steps of a chain that must have completed, because a later step has.
 
     Returns:
         whether a task of this shape has completed.

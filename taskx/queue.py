@@ -591,7 +591,7 @@ class Queue:
 
     @property
     def healthy(self) -> bool:
-        """Whether this queue can do its work: for a health check.
+        """True if this queue can do its work: for a health check.
 
         False while more threads are stuck than are replaced (``max_stuck``), while the SQLite file is
         moved away, deleted or replaced, and after a newer TaskX has migrated it. It does not tell whether
@@ -802,7 +802,7 @@ class Queue:
             node.go()
 
     def _publish(self, node: LocalNode) -> bool:
-        """Have a node found that was begun; False if the queue was stopped meanwhile."""
+        """Make a node that has begun visible to other threads; return False if the queue was stopped."""
         with self._state:
             if not self._intake.stopped:
                 self._node, self._intake.engine = node, node.engine

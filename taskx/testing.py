@@ -199,7 +199,7 @@ class RepositoryContract:
         assert self.original_fields(repository.get_by_id("a")) == self.original_fields(task)
 
     def test_the_error_of_a_task_is_kept(self, repository: TaskRepository) -> None:
-        """Its text, its class and its traceback; and who ran the task."""
+        """The record has its text, its class, its traceback, and the worker."""
         if not self.keeps_every_field:
             self.skip("keeps the original's thirteen fields only")
         self.create_running(repository, "a")

@@ -137,7 +137,7 @@ class PrometheusHook(Hook):
 
 
 def _make_gauges() -> tuple[Gauge, ...]:
-    """Those of a process that may start a queue, unlike the child process of an executor as a rule."""
+    """Make the gauges of a process that starts a queue; the child of an executor needs none."""
     return tuple(
         Gauge(f"taskx_tasks_{name}", what, registry=None, multiprocess_mode="livesum")
         for name, what in (

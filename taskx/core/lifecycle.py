@@ -93,7 +93,7 @@ ON_PARENT_FAILURE = get_args(OnParentFailure)
 
 @attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
 class Ending:
-    """How an attempt ended, as the runner saw it.
+    """The end of an attempt, as the runner saw it.
 
     Attributes:
         returned: True if the executor returned a value that can be stored.
@@ -344,7 +344,7 @@ def _bad_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | No
     return next((parent for parent in parents if statuses.get(parent) != COMPLETED), None)
 
 
-# By this it is known what ended because of a parent, and comes back with it.
+# The error of a task that ended because of a parent begins so; a requeue knows it by that.
 _ITS_PARENT = "its parent "
 
 
@@ -381,7 +381,7 @@ _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
 
 
 def ended_with(child: Task, parents: Collection[str]) -> bool:
-    """Whether a task failed or was cancelled because one of these parents did not complete."""
+    """Return whether a task failed or was cancelled because one of these parents did not complete."""
     if child.status.value not in (FAILED, CANCELLED) or not child.error.startswith(_ITS_PARENT):
         return False
     return any(
@@ -529,7 +529,7 @@ _NO_ERROR = {"error": "", "error_type": "", "traceback": ""}
 
 
 def _error(ending: Ending) -> dict[str, str]:
-    """What a record says of the error that an attempt ended with."""
+    """Return the columns that describe the error of an attempt."""
     return {
         "error": ending.error,
         "error_type": ending.error_type,
@@ -765,7 +765,7 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     return Update(task.id, guard, changes, durable=True)
 
 
-# A task goes with what it holds: its turn, and its id. So as long as a thread of it runs, it stays.
+# With a record its turn and its id are freed. So the record stays while a thread of the task runs.
 _NO_THREAD = {"stuck_on": ""}
 
 
@@ -778,18 +778,18 @@ def not_deleted(task: Task) -> InvalidTransition:
     """Return the error that says why the guard of :func:`delete` did not hold."""
     if task.stuck_on:
         return InvalidTransition(
-            f"a thread of task {task.id} still runs on node {task.stuck_on}; delete the task when that "
-            "thread, or its process, has ended"
+            f"task {task.id} cannot be deleted: a thread of an ended attempt still runs on node "
+            f"{task.stuck_on}; delete it when that thread, or its process, has ended"
         )
     return InvalidTransition(f"task {task.id} is running; cancel it before deleting it")
 
 
 def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[Stub]:
-    """Of tasks that have ended, those whose records may go.
+    """Return the tasks of a page whose records may be removed; all of them have ended.
 
-    A record stays as long as that of a task which depends on it. While that one has not completed, it may
-    ask for the result; afterwards whoever follows the flow may. It stays, too, as long as it holds a
-    unique key for a number of seconds.
+    A record stays as long as the records of the tasks that depend on it: they may ask for its result, and
+    later the program that follows the flow may. It also stays while it holds a unique key for a number
+    of seconds.
 
     Args:
         page: the tasks.
@@ -822,11 +822,11 @@ def discard(task: Task) -> Delete:
     return Delete(task.id, {"status": FAILED, "starts": task.starts, **_NO_THREAD})
 
 
-# --- what a process may still write whose TaskX does not know the schema any more
+# --- writes that are still allowed in a file with a newer schema
 
 
 def lets_go(write: Write) -> bool:
-    """Whether a write begins nothing: it ends what runs, or gives back what is held."""
+    """Return whether a write only ends a run or gives a task back, and begins nothing."""
     return isinstance(write, Update) and write.changes.get("status") != RUNNING
 
 

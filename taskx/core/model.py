@@ -311,7 +311,7 @@ _MAX_COUNT = 2**62  # the sum of two still fits into what databases count with
 
 
 class _DefaultLimit(int):
-    """The limit of a filter for which none was given: it is one of lists only."""
+    """The limit of a filter that was made without one; only lists heed it."""
 
 
 def _count(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -334,7 +334,7 @@ def check_status(value: Any) -> TaskStatus:
 
 @attrs.frozen(kw_only=True)
 class TaskFilter:
-    """Which tasks to list or count; every condition given must hold. Lists are newest first.
+    """Conditions for the tasks to list or count; all that are given must hold. Lists are newest first.
 
     Attributes:
         type: tasks of this type.

@@ -108,7 +108,7 @@ def _fraction(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 @attrs.frozen
 class RetryPolicy:
-    """When a task whose attempt raised runs again.
+    """Rules for running a task again after an attempt raised.
 
     Attributes:
         max_attempts: attempts that may raise before the task is failed, the first one included.
@@ -162,7 +162,7 @@ class RetryPolicy:
             seconds = check_number(self.backoff(attempt), "what backoff returns")
         else:
             seconds = _CURVES[self.backoff](self.base, attempt)
-        # By chance below the longest wait, too: a thousand tasks that all wait for it come back apart.
+        # Jitter shortens the longest wait, too: else a thousand tasks that wait for it come back together.
         seconds = min(seconds, self.max_delay)
         shortest = seconds * (1 - self.jitter)
         longest = min(seconds * (1 + self.jitter), self.max_delay)
@@ -240,7 +240,7 @@ class Permanent(Exception):
 class Snooze(Exception):
     """Raised by an executor: it is too early; the task runs again later, and no attempt is spent.
 
-    One of a derived class whose ``__init__`` does not call this one is an error as any other.
+    An instance of a derived class whose ``__init__`` does not call this one is an ordinary error.
 
     Args:
         seconds: how long to wait.

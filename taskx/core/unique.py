@@ -79,9 +79,9 @@ def give_up(holder: Task, now: int) -> Update | None:
 
 
 def held_until(lock: str | None, scope: str | None, created_at: int) -> float:
-    """When a key is free that a task which has ended holds for a number of seconds, in milliseconds.
+    """Return the time, in milliseconds, until which an ended task holds its unique key.
 
-    0 where it holds none, or for as long as its record is kept.
+    0 if it holds no key, or if the scope is a name: then the key does not keep the record.
     """
     if lock is None or scope is None or scope in _NAMED:
         return 0

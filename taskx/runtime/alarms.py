@@ -61,7 +61,7 @@ class Alarms:
             self._running = False
             if is_interrupt(error):
                 raise
-            log.error("cannot start the thread that fires time-outs; it is tried again: %s", error)
+            log.error("cannot start the thread that fires time-outs (trying again): %s", error)
 
     def remove(self, token: CancelToken) -> None:
         """Forget a token."""

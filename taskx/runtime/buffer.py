@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 MOST_WAITING = 5
 #: Seconds after which a worker's task counts as not short, whatever the others were.
 TIED_UP = 0.002
-#: Seconds after which a thread that waits for room looks for itself: a wake-up may be lost to a signal.
+#: Polling interval, in seconds, of a thread that waits for room: a signal may cost it a wake-up.
 LOOK_AGAIN = 0.5
-# Items that have left the buffer may make up half of the heap, but for so many.
+# The heap is tidied if more than half of it, and more than this many items, have left the buffer.
 _FEW_GONE = 64
 
 
@@ -68,7 +68,7 @@ class Buffer:
         self._heap: list[Item] = []
         self._submitted: dict[str, Item] = {}
         self._fetched: dict[str, Item] = {}
-        #: The turns of submits that have a slot and are not here yet.
+        #: The turns of submits that have a slot and have not put in their task yet.
         self.reserved: set[int] = set()
         self.ahead: deque[Run] = deque()
         self.ahead_since = 0.0
@@ -78,7 +78,7 @@ class Buffer:
         self._work, self.room = Bell(), Bell()
         self._order = count()
         self._before = count(-1, -1)
-        # When the last task was submitted, and to when the clock was set back since, if it was.
+        # The time of the last submit; and the time to which the clock was set back since then, if it was.
         self._latest, self._set_back_to = -math.inf, math.inf
 
     # --- what is inside
@@ -91,17 +91,17 @@ class Buffer:
 
     @property
     def ids(self) -> set[str]:
-        """The ids of all tasks inside; it costs the more, the more there are."""
+        """The ids of all tasks in the buffer. The cost grows with their number."""
         return {*self._submitted, *self._fetched}
 
     @property
     def submitted(self) -> int:
-        """How many slots are taken: by submitted tasks, and by those that are being stored."""
+        """The number of slots that are taken, by submitted tasks and by tasks that are being stored."""
         return len(self._submitted) + len(self.reserved)
 
     @property
     def fetched(self) -> int:
-        """How many tasks were fetched from the repository, or put back."""
+        """The number of tasks that were fetched from the repository, or put back."""
         return len(self._fetched)
 
     @property
@@ -111,7 +111,7 @@ class Buffer:
 
     @property
     def entered(self) -> bool:
-        """Whether the calling thread is in the middle of one of these methods."""
+        """True if the calling thread is inside one of these methods."""
         return self._mutex._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     # --- for those who submit
@@ -142,7 +142,7 @@ class Buffer:
             self.room.wait(ear, min(left, LOOK_AGAIN))
 
     def release(self, turns: Collection[int]) -> None:
-        """Give reserved slots back, those that are left of them."""
+        """Give back the reserved slots that no task has taken."""
         self.reserved.difference_update(turns)
         self.room.ring(len(turns))
 
@@ -177,7 +177,7 @@ class Buffer:
             return self._wake()
 
     def _in_order(self, created_at: int, *, fetched: bool) -> int:
-        """The moment by which a task is sorted: no earlier than that of one that was submitted before.
+        """Return the time by which a task is sorted: never earlier than that of a task submitted before it.
 
         After the clock was set back, what is stored later has an earlier time; it must not overtake.
         """
@@ -219,7 +219,7 @@ class Buffer:
         return out
 
     def _add(self, item: Item) -> None:
-        heappush(self._heap, item)  # first: one that is known and in no heap would never run
+        heappush(self._heap, item)  # first: an id that is known but not in the heap would never run
         (self._fetched if item.fetched else self._submitted)[item.id] = item
         self.reserved.discard(item.order)
 
@@ -227,7 +227,7 @@ class Buffer:
         return (self._fetched if item.fetched else self._submitted).get(item.id) is item
 
     def _tidy(self) -> None:
-        """Drop the items that have left from the heap, when they are many."""
+        """Remove items that have left the buffer from the heap, once they are many."""
         if len(self._heap) <= 2 * len(self) + _FEW_GONE:
             return
         while True:

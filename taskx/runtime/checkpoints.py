@@ -86,7 +86,7 @@ class Checkpoints:
             self._cursor = payload.encode(stored["cursor"], "cursor", payload.NO_LIMIT)
 
     def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
-        """What the call returned in this attempt or an earlier one, as JSON gives it back.
+        """Return what the call returned in this attempt or an earlier one, as JSON gives it back.
 
         Raises:
             ConfigurationError: the name is taken, or none; or this is a forked child.

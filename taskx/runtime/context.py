@@ -148,7 +148,7 @@ class Context:
         return self.latest_progress()
 
     def progress_unwritten(self) -> None:
-        """What :meth:`new_progress` returned could not be stored: it returns it again."""
+        """Have :meth:`new_progress` return the same progress again, as it could not be stored."""
         self._unwritten = True
 
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:

@@ -77,7 +77,7 @@ def _found(
 
 
 def _with_orphans(services: Services, tasks: Mapping[str, Task]) -> dict[str, Task]:
-    """These, and the tasks that ended because these did not complete, or because such a one did not."""
+    """Return these tasks and all that ended because of them, directly or through other tasks."""
     known = dict(tasks)
     more: Mapping[str, Task] = tasks
     while more:
@@ -145,7 +145,7 @@ def discard_all(services: Services, filter: TaskFilter | None) -> int:
 
 
 def _asked_for(services: Services, tasks: Mapping[str, Task]) -> set[str]:
-    """Those of these tasks that an unfinished task depends on, which may ask for them."""
+    """Return the parents of unfinished tasks: an executor may still ask for their results."""
     statuses = services.repository.statuses(services.repository.children([*tasks]))
     unfinished = [i for i, status in statuses.items() if status in lifecycle.UNFINISHED]
     found = _found(services, unfinished, lambda child: True)
@@ -153,9 +153,9 @@ def _asked_for(services: Services, tasks: Mapping[str, Task]) -> set[str]:
 
 
 def _listed(services: Services, filter: TaskFilter) -> dict[str, int]:
-    """The ids of all tasks that meet a filter, newest first, each with how often it had been started.
+    """Return the ids of all tasks that meet a filter, newest first, each with its ``starts``.
 
-    Its offset counts, and its limit where one was given.
+    The filter's offset applies, and its limit if it was given one.
 
     All before the first is changed: one that fails again meanwhile is not among them a second time, and is
     known by its starts. No clock tells it, which may be set back, or be another host's.

@@ -113,7 +113,7 @@ class Dependents:
 
     @property
     def waiting(self) -> bool:
-        """Whether :meth:`look` has not come to all of what is known to be due."""
+        """True if :meth:`look` has left work that is due."""
         return bool(self.ended or self._left or self._all_due or self._under_way)
 
     def overdue(self) -> bool:
@@ -167,7 +167,7 @@ class Dependents:
             self._look_at_all(until)
 
     def _look_at_all(self, until: float) -> None:
-        """Look at all parents that are waited for, if that is due, from where the last call came to."""
+        """Look at all parents that tasks wait for, if that is due; go on where the last call stopped."""
         if self._all_due and not self._under_way:
             self._under_way, self._after, self._all_due = True, "", False
         while self._under_way and not self._left:

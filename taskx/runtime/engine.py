@@ -67,7 +67,7 @@ class Engine:
         self.node = node
         self.buffer = buffer
         self.stopping = False
-        #: Where it is noted which tasks are begun, if it is.
+        #: The notes of the tasks that threads began last, if they are kept.
         self.began: Began | None = None
         #: Set when the workers may run tasks.
         self.begun = threading.Event()
@@ -88,7 +88,7 @@ class Engine:
         self.wake_scheduler: Callable[[], None] = lambda: None
         self.look_for_due: Callable[[], None] = lambda: None
         self.look_for_schedules: Callable[[str], None] = lambda name: None
-        #: Why the node is at its end, where its TaskX is too old for the repository; and how it ends then.
+        #: The error that ends a node whose TaskX is too old for the repository, and what ends it.
         self.outdated: SchemaMismatch | None = None
         self.retire: Callable[[SchemaMismatch], None] = lambda why: None
         self._lately = _ALL_LONG  # the first tasks count as long
@@ -109,7 +109,7 @@ class Engine:
         return threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
 
     def record_types(self) -> None:
-        """Have the repository know the types that are run, if executors were registered since it was told.
+        """Record the types that this node runs, if executors were registered since the last record.
 
         Raises:
             RepositoryError: the repository failed; the scheduler does it again.
@@ -231,7 +231,7 @@ class Engine:
     ) -> Ending:
         """Run the executor and leave its outcome to the ledger, or to ``conclude``.
 
-        What escapes, a defect of ours too, fails this attempt alone.
+        Any error that escapes, even from a defect of TaskX, fails only this attempt.
         """
         executing = self.buffer.executing
         try:
@@ -289,7 +289,9 @@ class Engine:
         except RepositoryUnavailable as error:
             self._defer(run, ending)
             self.services.log.warning(
-                "task %s: its outcome is written later: %s", run.task.id, error
+                "task %s: its outcome could not be written yet (trying again): %s",
+                run.task.id,
+                error,
             )
             return
         except TaskxError as error:
@@ -297,7 +299,7 @@ class Engine:
         self._concluded(run, ending, writes, results, refused)
 
     def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
-        """What is to be written of an ending, and what gives the turn of its key to the next task."""
+        """Return the write for an ending, and the one that gives the turn of its key to the next task."""
         now = self.services.clock.now_ms()
         try:
             writes = lifecycle.conclude(run.task, ending, now)
@@ -326,7 +328,7 @@ class Engine:
                 self._left += 1
                 self._at_work += 1
         except RuntimeError as error:
-            self.services.log.error("no thread can be had in place of one: %s", error)
+            self.services.log.error("cannot start a replacement worker thread: %s", error)
 
     def _give_up(self, run: Run, ending: Ending) -> None:
         """An attempt is over while its thread runs on."""
@@ -541,7 +543,7 @@ class Engine:
         return found[:room]
 
     def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
-        """Those that this node does not hold yet, at most so many."""
+        """Return the first tasks that this node does not hold yet, at most ``most``."""
         others = (stub for stub in stubs if stub.id not in known and stub.id not in self.buffer)
         return list(islice(others, most))
 
@@ -593,11 +595,11 @@ class Engine:
         self._quiet.wait(self._quiet.listen(), timeout)
 
     def holds(self, task_id: str) -> bool:
-        """Whether this node holds a pending task in memory."""
+        """Return whether this node holds a pending task in memory."""
         return task_id in self.buffer or task_id in self.unmarked()
 
     def unmarked(self) -> set[str]:
-        """The ids of pending tasks in memory that the repository may list as free, and few others."""
+        """Return the pending tasks in memory that the repository may list as free, and some more, by id."""
         buffer, suspects = self.buffer, self.starter.suspects
         return {
             *buffer.fetched_ids,

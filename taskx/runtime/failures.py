@@ -65,7 +65,7 @@ def error_text(error: BaseException) -> str:
 
 
 def error_type(error: BaseException) -> str:
-    """The full name of an exception's class; empty where a process ended and nothing was raised."""
+    """Return the full name of an exception's class; empty if a process ended and nothing was raised."""
     if is_a(error, Remote):
         return error.names[0] if error.names else ""  # type: ignore[attr-defined]
     if is_a(error, ChildDied) or is_a(error, ChildKilled):

@@ -1,4 +1,4 @@
-"""Forked children: how code that a fork interrupted knows that it goes on in the child, and ends it there.
+"""Forked children: code that is interrupted by a fork notices that it is in the child, and ends it.
 
 An executor that forks returns twice: in the parent, where its attempt goes on, and perhaps in the child,
 which has a copy of the worker's stack and of all that the worker knows, and owns nothing of it.
@@ -12,8 +12,8 @@ import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-#: How many forks this process is away from the one that imported this module. A number that is compared
-#: costs a tenth of what asking for the process id does.
+#: The number of forks between the process that imported this module and this one. Comparing a number
+#: costs a tenth of asking for the process id.
 generation = 0
 
 

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
-#: Seconds after which whoever waits looks for itself: the thread that tells it may be gone.
+#: Polling interval, in seconds, of a thread that waits: the thread that should wake it may be gone.
 LOOK_ANYWAY = 1.0
 
 
@@ -214,13 +214,13 @@ class TaskHandle(Future[R]):
 
     @property
     def listeners(self) -> list[Listener]:
-        """Who is to be told of the end."""
+        """The listeners to tell when the task has ended."""
         found: list[Listener] = self.__dict__.setdefault("_listeners", [])
         return found
 
     @property
     def has_callbacks(self) -> bool:
-        """Whether callbacks wait, for which the handle is kept."""
+        """True if callbacks wait; the watcher then keeps the handle."""
         return _Callback in map(type, self.listeners)
 
     def _listen(self, listener: Listener) -> None:
@@ -240,7 +240,7 @@ class TaskHandle(Future[R]):
         return True
 
     def forget_listeners(self) -> None:
-        """In a forked child: those who wait are the parent's."""
+        """Drop the listeners in a forked child: they belong to the parent."""
         self.__dict__.pop("_listeners", None)
 
     def tell(self) -> None:
@@ -278,7 +278,7 @@ class TaskHandle(Future[R]):
         return True
 
     def conclude_closed(self) -> None:
-        """Note that nobody looks after the handle any more."""
+        """End the handle with ``QueueStopped``: its queue was closed."""
         closed = QueueStopped(
             f"the queue was closed before task {self.id} had ended; another queue's handle tells"
         )
@@ -315,7 +315,7 @@ class TaskHandle(Future[R]):
 
     @property
     def has_ended(self) -> bool:
-        """Whether the end of the task is known; asks nobody."""
+        """True if the end of the task is known; reads memory only."""
         return self._outcome is not None
 
     @property
@@ -334,10 +334,10 @@ class TaskHandle(Future[R]):
 
 
 class _Stand:
-    """In place of a Future's condition: for a thread that has it the handle's state stands still.
+    """A stand-in for a Future's condition: while a thread has it, the thread sees one state of the handle.
 
-    No lock: ``wait`` and ``as_completed`` leave theirs locked when an exception strikes, and whoever
-    ends the handle would wait for ever.
+    It is no lock. ``wait`` and ``as_completed`` leave a real one locked when an exception strikes, and
+    the thread that ends the handle would then wait for ever.
     """
 
     def __init__(self, handle: TaskHandle[Any]) -> None:
@@ -358,7 +358,7 @@ class _Stand:
 
 
 class _Waiters:
-    """In place of a Future's list of waiters: each becomes a listener."""
+    """A stand-in for a Future's list of waiters; each waiter becomes a listener."""
 
     def __init__(self, handle: TaskHandle[Any]) -> None:
         self._handle = handle

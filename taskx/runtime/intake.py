@@ -144,7 +144,7 @@ class Intake:
             raise
 
     def _take_in_soon(self, inserts: Sequence[Insert]) -> None:
-        """What a finalizer submits in the middle of another write of its thread is left to that one."""
+        """Leave what a finalizer submits inside a write of its own thread to that write."""
         for insert in inserts:
             insert.row["owner"] = ""
         self._services.ledger.commit_soon(inserts, partial(self._taken_in, inserts))
@@ -319,7 +319,7 @@ class Intake:
         return not (inside_executor() or self._is_inside(engine))
 
     def _is_inside(self, engine: Engine) -> bool:
-        """Whether this is a finalizer, and its thread holds what the workers need to go on."""
+        """Return whether this is a finalizer whose thread holds a lock that the workers need."""
         return self._services.ledger.entered or engine.buffer.entered
 
     def _full(self, engine: Engine, wanted: int) -> QueueFull:
@@ -419,7 +419,7 @@ class Intake:
         return inserts
 
     def _reserve_many(self, engine: Engine, turns: Sequence[int], *, refuse: bool) -> int:
-        """How many of some tasks go into the buffer; the rest is refused, or spilled."""
+        """Return how many of some tasks go into the buffer; the rest is refused or spilled."""
         buffer, wanted = engine.buffer, len(turns)
         if self._spills(engine):
             return 0

@@ -46,7 +46,7 @@ class _Entry:
 
 
 class Ledger:
-    """All of a queue's writes go through one of these.
+    """A queue's group commit: all of its writes go through here.
 
     Args:
         repository: what they are applied to.
@@ -72,14 +72,14 @@ class Ledger:
         self.leave_to_others: Callable[[], object] | None = None
 
     def __bool__(self) -> bool:
-        """Whether there is something to do for :meth:`flush`."""
+        """Return True if :meth:`flush` has something to do."""
         return bool(self._untold) or any(
             entry.callback is not None or entry.deserted for entry in list(self._waiting)
         )
 
     @property
     def entered(self) -> bool:
-        """Whether the calling thread is in the middle of a write, and cannot commit another one."""
+        """True if the calling thread is in the middle of a write, and so cannot commit another one."""
         return self._leading._is_owned() or self._repository.entered  # type: ignore[attr-defined]
 
     def commit(self, writes: Sequence[Write]) -> Sequence[bool]:
@@ -196,7 +196,7 @@ class Ledger:
             self._replay([entry for entry in batch if not entry.done], error)
 
     def _read_back(self) -> None:
-        """Learn what became of the writes whose leader was interrupted, perhaps after the COMMIT."""
+        """Read back which writes were committed by a leader that was interrupted."""
         for entry in self._sent:
             if not entry.done:
                 results = self._repository.settle(entry.writes)

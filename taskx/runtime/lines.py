@@ -86,7 +86,7 @@ class Lines:
 
     @property
     def waiting(self) -> bool:
-        """Whether :meth:`look` has not come to all lines yet."""
+        """True if :meth:`look` has not looked at all lines yet."""
         return self._due or self._under_way
 
     def look_soon(self) -> None:
@@ -126,7 +126,7 @@ class Lines:
         return bool(page)
 
     def overdue(self) -> bool:
-        """Whether a line stands still.
+        """Return whether a line stands still.
 
         Raises:
             RepositoryError: the repository failed.

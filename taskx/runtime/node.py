@@ -30,7 +30,7 @@ from taskx.storage.base import Node
 _LOOK_EVERY = 0.1
 #: Seconds that a stop may take beyond its time-out, where the repository or a hook hangs.
 EXTRA = 1.0
-#: Seconds that running tasks are given, in all, where another process has migrated the file.
+#: Time-out, in seconds, of the stop of a node whose file another process has migrated.
 RETIRE_TIMEOUT = 30.0
 
 

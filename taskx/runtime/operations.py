@@ -21,7 +21,7 @@ from taskx.runtime.starter import Services
 
 #: Tasks that are cancelled in one transaction.
 BATCH = 200
-# How often a task is tried to be cancelled that moves between the write and the look.
+# Attempts to cancel a task that moves between the write and the look.
 _TRIES = 20
 
 
@@ -56,8 +56,8 @@ class Operations:
             self.fire(task_id)
             return False
         raise RepositoryCorrupt(
-            f"task {task_id} was not cancelled: its stored record is damaged, and neither that of a "
-            "task which may start nor that of one which runs; delete() it, or mend it by hand"
+            f"task {task_id} cannot be cancelled: its stored record is damaged; remove it with "
+            "delete(), or repair it by hand"
         )
 
     def cancel_many(self, task_ids: Sequence[str]) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-# Looks for those that were started during the last look; what was found starts no more.
+# Further looks find programs that were started during the last one; those found start no more.
 _ROUNDS = 100
 
 

@@ -43,7 +43,7 @@ class Recovery:
 
     @property
     def waiting(self) -> bool:
-        """Whether :meth:`go_on` has something to do."""
+        """True if :meth:`go_on` has something to do."""
         return bool(self._left)
 
     def recover(self, patience: float = math.inf) -> int:
@@ -178,7 +178,7 @@ class Recovery:
         buffer.release(stale)
 
     def _audit_runs(self, stubs: Collection[tuple[str, str, int]]) -> None:
-        """Of the runs in memory, forget those that are over, and hand back those that no thread is at."""
+        """Forget runs in memory that are over, and hand back runs that no thread executes."""
         engine = self._engine
         strays = {run for run in list(engine.runs.values()) if self._is_stray(run, stubs)}
         for run in strays & self._strays:

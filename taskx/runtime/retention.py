@@ -16,7 +16,7 @@ BATCH = 200
 EVERY = 60.0
 # Seconds, of which the calendar has fewer.
 _FOR_EVER = 1e12
-# What did not complete depends on what did, more often than the other way round.
+# Tasks that did not complete usually depend on tasks that did, seldom the other way round.
 _CHILDREN_FIRST = (TaskStatus.CANCELLED, TaskStatus.FAILED, TaskStatus.COMPLETED)
 
 

@@ -23,8 +23,8 @@ PROGRESS_EVERY = 0.1
 #: Seconds between looks for dead nodes, and between audits of one's own tasks.
 RECOVER_EVERY = 0.5
 AUDIT_EVERY = 2.0
-#: Seconds that a round goes on with any one duty: what is left is for the next round, which follows at
-#: once. So however much there is of one, the others wait no longer than a round takes.
+#: Most seconds that a round spends on any one duty. The rest is left to the next round, which follows at
+#: once; so no duty keeps the others waiting for longer than a round.
 PATIENCE = 0.1
 #: Tasks that are released in one transaction.
 MOST_DUE = 1000
@@ -158,7 +158,7 @@ class Scheduler:
         self._asleep_long = False
 
     def _more_to_do(self) -> bool:
-        """Whether a duty was left unfinished for the sake of the others."""
+        """Return whether a duty was cut short for the sake of the others."""
         services = self._services
         return services.dependents.waiting or services.lines.waiting or self._recovery.waiting
 

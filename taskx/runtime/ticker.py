@@ -20,13 +20,13 @@ from taskx.runtime.schedules import PREFIX, Entry, entry_of, store, tick_id
 from taskx.runtime.starter import Services
 from taskx.storage.base import Note, NoteChange
 
-#: Seconds between looks whether another process changed a schedule; and how many times as long as a look
-#: takes, where there are very many.
+#: Polling interval, in seconds, for schedules that another process changed; and, where there are very
+#: many, the multiple of the time that a look takes.
 LOOK_EVERY, LOOK_SELDOM = 1.0, 50.0
 #: Schedules whose ticks are made in one transaction; more than a few are read together.
 TOGETHER, FEW = 200, 20
-#: Milliseconds between two looks that succeed, beyond which nobody was there meanwhile: the process, the
-#: machine or the repository was stopped, or the clock was set.
+#: Most milliseconds between two looks that succeed. After a longer gap the ticks in between were missed:
+#: the process, the machine or the repository was stopped, or the clock was set.
 GAP = 10_000
 # Seconds at most until one whose tasks could not be made is tried again.
 _LONGEST_PAUSE = 60.0
@@ -56,7 +56,7 @@ class Read:
 
 
 class Plan(NamedTuple):
-    """What is to be done about a schedule whose tick has come.
+    """The work to do for a schedule whose tick has come.
 
     Attributes:
         read: the schedule.
@@ -286,7 +286,7 @@ class Ticker:
         return made
 
     def _plan(self, read: Read, now: int) -> Plan | None:
-        """What is to be done about a schedule, if it is due."""
+        """Return the work to do for a schedule; None if it is not due."""
         entry, ticks = read.entry, read.ticks
         if entry is None or ticks is None:
             return None
@@ -303,7 +303,7 @@ class Ticker:
         return Plan(read, attrs.evolve(moved, last=run[-1]) if run else moved, entry.next, run)
 
     def _taken_up(self, plan: Plan) -> Plan:
-        """What is left to do about a schedule when that it is being made is stored."""
+        """Return the rest of a plan, once it is stored that the tick's task is being made."""
         return plan._replace(moved=attrs.evolve(plan.moved, making=None))
 
     def _put(self, plans: Sequence[Plan]) -> Sequence[bool]:
@@ -341,7 +341,7 @@ class Ticker:
         return []
 
     def _was_missed(self, tick: int) -> bool:
-        """Whether nobody was there at a tick; else the scheduler was busy, and it is just late."""
+        """Return whether no scheduler was at work at a tick; otherwise one was only busy, and is late."""
         return tick < self._there_since
 
     def _tell_missed(self, plan: Plan, now: int) -> None:

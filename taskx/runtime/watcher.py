@@ -23,9 +23,9 @@ from taskx.runtime.complaint import Complaint
 from taskx.runtime.handles import TaskHandle
 from taskx.storage.base import Changes, Repository
 
-# How often a waiter in a process that runs no queue looks for changes, in seconds.
+# Polling interval, in seconds, of a process in which no queue is started.
 _POLL = 0.02
-# Of its time such a process spends at most a tenth on looking.
+# Such a process spends at most a tenth of its time on polling.
 _REST = 9
 # Ended tasks that are read at once: a record may be large.
 _MOST_READ = 50
@@ -57,7 +57,7 @@ class Watcher:
 
     @property
     def watching(self) -> bool:
-        """Whether somebody looks at a task that has not ended."""
+        """True if somebody watches a task that has not ended."""
         return bool(self._handles)
 
     def watch(self, handle: TaskHandle[Any]) -> None:
@@ -190,7 +190,7 @@ class Watcher:
     # --- in a queue that is not started
 
     def _has_teller(self) -> bool:
-        """Whether a thread goes on telling: the scheduler, or one of our own."""
+        """Return whether a thread can tell the others: the scheduler, or one of the watcher's own."""
         return (self._wake is not None and not self._closed) or self._polls
 
     @property
@@ -242,12 +242,12 @@ class Watcher:
                 self._tell(handle)
 
     def renew_after_fork(self) -> None:
-        """In a forked child: nobody waits; the threads that did are the parent's."""
+        """Begin anew in a forked child: the threads that waited belong to the parent."""
         for task_id in list(self._handles):
             for handle in self._live(task_id):
                 handle.forget_listeners()
 
 
 def _may_be_struck() -> bool:
-    """Whether a signal may raise an exception here: between two steps that belong together."""
+    """Return whether a signal may raise an exception here, between two steps that belong together."""
     return threading.current_thread() is threading.main_thread()

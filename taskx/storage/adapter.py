@@ -45,9 +45,9 @@ _OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes", "ret
 _NOT_STORED = frozenset({"owner", "stuck_on", *INTERNAL})
 _BETWEEN_TASKS = ("unique_key", "depends_on", "concurrency_key")
 _PAGE = 500
-#: Calls of a method that fails, before its failure is told.
+#: Calls of a failing method before its error is raised.
 _TRIES = 2
-#: Most writes that are remembered, should they be sent again.
+#: Most writes that are remembered to know them again if they are sent again.
 _MOST_KNOWN = 1000
 
 E = TypeVar("E", bound=RepositoryError)
@@ -138,7 +138,7 @@ class EightMethodAdapter(MemoryRepository):
             return results
 
     def _read_anew(self, writes: Sequence[Write]) -> None:
-        """Before the first write: what cannot be read now has nothing done by halves."""
+        """Read the records before the first write: if that fails, nothing has been changed."""
         for task_id in {w.id: None for w in writes if not isinstance(w, Insert)}:
             self._refresh(task_id)
         for write in writes:
@@ -146,7 +146,7 @@ class EightMethodAdapter(MemoryRepository):
                 self._refresh(write.id)
 
     def _remember(self, writes: Iterable[Write]) -> None:
-        """Know these again, which took place, should they be sent again."""
+        """Remember writes that took place, to know them again if they are sent again."""
         self._known.update((id(write), write) for write in writes)
         while len(self._known) > _MOST_KNOWN:
             del self._known[next(iter(self._known))]
@@ -185,7 +185,7 @@ class EightMethodAdapter(MemoryRepository):
         raise self._translated(problem) from problem
 
     def _send(self, write: Write, row: Row) -> bool:
-        """Call the repository; False if there is such a record already, or no more."""
+        """Call the repository; return False if a new record exists already, or an old one is gone."""
         try:
             if isinstance(write, Insert):
                 self.inner.create(_task(row))
@@ -200,7 +200,7 @@ class EightMethodAdapter(MemoryRepository):
         return True
 
     def _look_back(self, write: Write, problem: Exception | None) -> bool:
-        """Whether a write took place, by what is stored.
+        """Read a record back, and return whether a write took place.
 
         Raises:
             RepositoryUnavailable: the repository does not say; ``in_doubt`` is True.
@@ -211,7 +211,9 @@ class EightMethodAdapter(MemoryRepository):
                 return self._resolve(write, self._read(write.id))
             except RepositoryError as error:
                 if not left:
-                    text = f"{problem or error!r}; whether it was written is not known"
+                    text = (
+                        f"{problem or error!r}; the write may have taken place: read the task again"
+                    )
                     unknown = RepositoryUnavailable(f"{type(self.inner).__name__}: {text}")
                     raise _doubt(unknown) from problem or error
         raise AssertionError
@@ -224,7 +226,7 @@ class EightMethodAdapter(MemoryRepository):
         return took_place
 
     def _settled(self, write: Write, done: bool) -> None:
-        """The outcome of a write is known."""
+        """Apply a write in memory if it took place, and end the doubt about it."""
         if done:
             if isinstance(write, Insert):
                 self._forget(write.id)  # it had this id and was deleted behind our back
@@ -262,7 +264,7 @@ class EightMethodAdapter(MemoryRepository):
             raise self._translated(error) from error
 
     def _translated(self, error: Exception) -> TaskxError:
-        """An error of the repository's as one of ours: what is the system's may work later."""
+        """Return an error of the repository as one of ours; an ``OSError`` may pass."""
         if isinstance(error, TaskxError):
             return error
         kind = RepositoryUnavailable if isinstance(error, OSError) else RepositoryError
@@ -376,7 +378,7 @@ class EightMethodAdapter(MemoryRepository):
         )
 
     def version(self) -> object:
-        """How many writes took place whose outcome was not known; there is no other process."""
+        """Return the number of writes in doubt that turned out to be stored; no other process writes."""
         return self._stirs
 
     # --- starting
@@ -435,9 +437,10 @@ def _asks_for_options(write: Write) -> bool:
 
 
 def _shown(write: Write, stored: Row | None) -> bool:
-    """Whether what is stored shows that a write took place: by what any repository keeps.
+    """Return whether a stored record shows that a write took place.
 
-    A write that changes nothing of that does not show: done again, it does no harm.
+    Only the fields that every repository keeps are compared. A write that changes none of them does
+    not show; it can be done again without harm.
     """
     if isinstance(write, Delete):
         return stored is None

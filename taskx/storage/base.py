@@ -127,7 +127,7 @@ class Note(NamedTuple):
 
 
 class NoteChange(NamedTuple):
-    """What a note is to become.
+    """A change of a note, which holds if the note still has a version.
 
     Attributes:
         name: its name.
@@ -157,7 +157,7 @@ class Changes:
         self._seen: object = None
 
     def __call__(self) -> bool:
-        """Whether something may have changed since the last call.
+        """Return whether something may have changed since the last call.
 
         Raises:
             RepositoryError: the repository cannot be read.
@@ -202,7 +202,7 @@ class Repository(TaskRepository):
 
     @property
     def entered(self) -> bool:
-        """Whether the calling thread holds a lock that :meth:`apply` needs and that it would wait for."""
+        """True if the calling thread holds a lock for which :meth:`apply` would wait for ever."""
         return False
 
     @abstractmethod
@@ -278,13 +278,13 @@ class Repository(TaskRepository):
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         """Tasks of a finished status that ended before a moment, in milliseconds, newest first.
 
-        Not those of which a thread still runs. With ``after``, the ``place`` of an earlier one, those that
-        come after it.
+        Tasks of which a thread still runs are left out. ``after`` is the ``place`` of the task where the
+        last call stopped.
         """
 
     @abstractmethod
     def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Those of these tasks that a task depends on which is not one of them, and exists."""
+        """Return the ids of these on which a stored task depends that is not one of these."""
 
     @abstractmethod
     def children(self, task_ids: Sequence[str]) -> Sequence[str]:
@@ -295,7 +295,7 @@ class Repository(TaskRepository):
         """The status of each of these tasks that exists, by id."""
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
-        """Those of these tasks whose cancel was requested."""
+        """Return the ids of these tasks whose cancel was requested."""
         tasks = self.get_many(task_ids).values()
         return [task.id for task in tasks if task.cancel_requested_at is not None]
 
@@ -387,9 +387,9 @@ class Repository(TaskRepository):
         return True
 
     def began(self, node: str) -> Began | None:
-        """Which tasks the threads of a node began last: a place to note it, or what a dead one noted.
+        """Return the tasks that the threads of a node began last: to note them, or to read a dead node's.
 
-        None where that is kept nowhere, or cannot be told here: it may have been all of them.
+        None if they are not kept, or cannot be read here; then it may have executed any of its tasks.
         """
         return None
 

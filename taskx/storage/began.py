@@ -1,4 +1,4 @@
-"""Which tasks the threads of a node began last: what was never executed cannot have killed its process.
+"""The tasks that a node's threads began last: only these can have killed its process.
 
 Each thread that begins a task notes it in a cell of a small file that is mapped into memory, which costs no
 system call, and which the kernel keeps when the process dies. A cell keeps its task until another one is
@@ -12,7 +12,7 @@ import os
 from functools import lru_cache
 from zlib import crc32
 
-#: Tasks that can be noted at the same time, plus one.
+#: Cells of a file: one more than the tasks that can be noted at the same time.
 CELLS = 1024
 _SIZE = 4 * CELLS
 
@@ -30,7 +30,7 @@ class Began:
 
     @classmethod
     def make(cls, path: str) -> Began | None:
-        """Those of a new node; None where they cannot be kept."""
+        """Make the cells of a new node; return None if they cannot be kept."""
         try:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except OSError:
@@ -49,7 +49,7 @@ class Began:
 
     @classmethod
     def read(cls, path: str) -> Began | None:
-        """Those of a dead node; None where they cannot be told, or not all of them."""
+        """Return what a dead node noted; None if that cannot be read, or is not complete."""
         try:
             with open(path, "rb") as file:
                 data = file.read()
@@ -69,7 +69,7 @@ class Began:
         return cell
 
     def end(self, cell: int) -> None:
-        """The thread has come back; another one may take the cell."""
+        """Free a cell: its thread has come back, and another one may take it."""
         if cell:
             self._free.append(cell)
 

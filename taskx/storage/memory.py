@@ -68,7 +68,7 @@ class MemoryRepository(Repository):
 
     @property
     def entered(self) -> bool:
-        """Whether the calling thread is in the middle of one of these methods."""
+        """True if the calling thread is inside one of these methods."""
         return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
@@ -134,13 +134,13 @@ class MemoryRepository(Repository):
         return True
 
     def _put(self, task_id: str, row: Row | None) -> None:
-        """Have a row in the place of the one with its id; None for none."""
+        """Replace the row with an id; None removes it."""
         before = self._rows.get(task_id)
         self._changed.append((task_id, before, row))
         self._switch(task_id, before, row)
 
     def _switch(self, task_id: str, old: Row | None, new: Row | None) -> None:
-        """Put a row in the place of another one, also where a part of that, or of its reverse, is done."""
+        """Replace a row by another one, even if this, or its reverse, has been done in part."""
         before, after = _places(old), _places(new)
         for place in before:
             if place not in after:
@@ -288,7 +288,7 @@ class MemoryRepository(Repository):
             return list(islice(over, limit))
 
     def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Those of these tasks that a task depends on which is not one of them."""
+        """Return the ids of these on which a stored task depends that is not one of these."""
         these = set(task_ids)
         with self._lock:
             return {i for i in these if any(c not in these for c in self._found("children", i))}
@@ -399,7 +399,7 @@ Place = tuple[str, Any, tuple[Any, ...]]
 
 
 def _places(row: Row | None) -> list[Place]:
-    """By what a row is found, beside its id."""
+    """Return the places of a row in the indexes."""
     if row is None:
         return []
     task_id, sequence = row["id"], row["sequence"]
@@ -425,7 +425,7 @@ def _places(row: Row | None) -> list[Place]:
 
 
 def _oldest_of_each(ranks: SortedItems, limit: int) -> Iterator[tuple[int, int, str]]:
-    """The first ones of each priority."""
+    """Return the first ranks of each priority."""
     first = next(iter(ranks), None)
     while first is not None:
         for rank in islice(ranks.start_at(first), limit):

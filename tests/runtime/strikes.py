@@ -119,7 +119,7 @@ def _calls(code: CodeType) -> frozenset[int]:
 
 
 def _handlers(code: CodeType) -> dict[int, int]:
-    """Where each instruction that may raise is continued, by its place; before Python 3.11 not known."""
+    """Map each instruction that may raise to its handler; not known before Python 3.11."""
     parse = getattr(dis, "_parse_exception_table", lambda code: ())
     return {
         offset: entry.target for entry in parse(code) for offset in range(entry.start, entry.end, 2)

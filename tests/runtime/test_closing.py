@@ -88,7 +88,7 @@ def in_pipe(ctx, about_to):
 
 
 def in_shell(ctx, about_to):
-    """What the shell runs holds the pipe, too."""
+    """Run a program by a shell: the program holds the pipe, too."""
     command, pipe = shlex.join(SLEEP) + "; echo", subprocess.PIPE
     with ctx.closing(subprocess.Popen(command, shell=True, stdout=pipe)) as process:
         about_to()
@@ -104,7 +104,7 @@ program.wait()
 
 
 def in_a_session_of_its_own(ctx, about_to):
-    """What it runs is in no group or session of its own."""
+    """Run a shell in a session of its own, which its program shares."""
     with ctx.closing(
         subprocess.Popen([sys.executable, "-c", SESSION, *SLEEP], stdout=subprocess.PIPE)
     ) as process:

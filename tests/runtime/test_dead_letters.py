@@ -216,7 +216,7 @@ def test_a_parent_that_does_not_meet_the_filter_is_not_waited_for(make_queue):
 
 
 class TestFlows:
-    """What was cancelled because of a dead letter comes back with it."""
+    """A requeue takes along what was cancelled because of a dead letter."""
 
     @pytest.fixture
     def started(self, make_queue):

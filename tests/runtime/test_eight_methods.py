@@ -200,7 +200,7 @@ class Story:
         queue.close()
 
     def wait(self):
-        """Until nothing is left to do."""
+        """Wait until nothing is left to do."""
         eventually(lambda: self._drained() and not self.unfinished())
 
     def _drained(self):
@@ -218,7 +218,7 @@ STATUSES = {"flaky": "completed", "bad": "failed", "hold": "cancelled", "dropped
 
 
 def check(story):
-    """That what the caller was told is what is stored and what was run."""
+    """Check that what the caller was told, what is stored and what was run agree."""
     told, repository = story.told, story.repository
     assert story.at_once == []
     for (step, task_id), answer in told.items():
@@ -329,9 +329,7 @@ class TestSubmit:
         queue.start()
         whole_round(queue)
         repository.fail(ALL, times=3, late=late)  # create, and what would say what came of it
-        with pytest.raises(
-            RepositoryUnavailable, match="whether it was written is not known"
-        ) as doubt:
+        with pytest.raises(RepositoryUnavailable, match="the write may have taken place") as doubt:
             queue.submit("fine", id="a", **options)
         assert str(doubt.value).startswith("task a: Hiccups: OSError")
         assert (doubt.value.in_doubt, doubt.value.task_id) == (True, "a")

@@ -1,4 +1,4 @@
-"""What escapes, of an executor, a codec or ourselves, costs one attempt at one task."""
+"""An error that escapes from an executor, a codec or TaskX itself costs one attempt of one task."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from .conftest import PATIENCE, eventually
 
 
 class Panic(BaseException):
-    """As an extension written in Rust raises it."""
+    """An error like the panic of an extension written in Rust."""
 
 
 # What executors raise
@@ -192,7 +192,7 @@ def test_no_thread_of_a_queue_ends_of_a_panic(started, monkeypatch):
 class TestAlarms:
     @pytest.fixture
     def no_threads(self, monkeypatch):
-        """None to be had by the alarms, until the list is cleared."""
+        """Give the alarms no thread until the list is cleared."""
         left, start = [1], threading.Thread.start
 
         def refuse(thread):
@@ -221,7 +221,7 @@ class TestAlarms:
     def test_the_thread_is_started_when_there_is_one(
         self, make_queue, no_threads, gate, clock, monkeypatch
     ):
-        """By the scheduler, if no further task with a time-out begins."""
+        """The scheduler starts it, even if no further task with a time-out begins."""
         monkeypatch.setattr("taskx.runtime.scheduler.AUDIT_EVERY", 0.05)
         queue = make_queue(worker_num=1, clock=clock)
         fired = threading.Event()

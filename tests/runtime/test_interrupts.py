@@ -25,7 +25,7 @@ def log():
 
 @pytest.fixture
 def auditing(monkeypatch):
-    """What was lost is found at once."""
+    """Run the audit without pause, so that it finds lost tasks at once."""
     monkeypatch.setattr("taskx.runtime.scheduler.AUDIT_EVERY", 0.02)
 
 
@@ -47,7 +47,7 @@ def strikes(call, step=1):
 
 
 def check_it_works(queue):
-    """As if nothing had happened: nothing is left over, and other threads get on."""
+    """Check that nothing is left over and that other threads go on."""
     assert queue.drain(PATIENCE)
     engine = queue._node.engine
     assert (dict(engine.runs), queue.buffered, len(engine.buffer)) == ({}, 0, 0)
@@ -56,7 +56,7 @@ def check_it_works(queue):
 
 
 def check_stored(queue, struck):
-    """What is stored was run, and whoever submitted it was told the id."""
+    """Check that what is stored was run, and that the caller was told its id."""
     found = queue.repository.get_many(list(struck))
     assert {task.status for task in found.values()} <= {TaskStatus.COMPLETED}
     for task_id in found:

@@ -533,7 +533,7 @@ class TestKilled:
 
     @pytest.mark.parametrize("how", ["session", "daemon", "no environment"])
     def test_programs_in_a_session_of_their_own_are_killed_too(self, make, how):
-        """Whether the parent of such a program lives, or it inherits what marks it."""
+        """They are found by their parents or, if these have ended, by their environment."""
         queue = make(isolated.leaves)
         handle = queue.submit("leaves", {"how": how})
         pid = eventually(lambda: handle.task().message)

@@ -32,7 +32,7 @@ def move(database):
 
 
 def replace(database):
-    """As a restore does, while the queue runs."""
+    """Replace the file while the queue runs, as a restore does."""
     kept, copy = database.with_name("kept.db"), database.with_name("copy.db")
     os.link(database, kept)
     with closing(sqlite3.connect(database)) as source, closing(sqlite3.connect(copy)) as target:

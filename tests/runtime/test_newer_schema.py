@@ -99,7 +99,7 @@ def rows(database, sql):
 
 
 def test_a_process_ends_in_order_when_another_one_migrates_its_file(spawn, database):
-    """What runs goes on to its end, what waits is free for others, and nothing new is taken."""
+    """Running tasks end, waiting ones are free for others, and nothing new is taken."""
     older = spawn(OLDER, database)
     assert older.read() == "holds"
     newer = spawn(NEWER + "print(queue.submit('fine', id='new').id)", database, NEW_COLUMN)

@@ -198,7 +198,7 @@ def test_attempts_are_retried_at_once_until_spent(started):
 
 @pytest.mark.every_store
 def test_the_record_names_the_class_of_each_error(started):
-    """As retry policies know it: of a builtin the name, else its module, too."""
+    """The name is that of retry policies: with the module, except for builtins."""
     errors = [OSError("x"), Rude("x"), Retry(delay=0.0), Permanent("x")]
 
     @started.executor("fickle", max_attempts=9)

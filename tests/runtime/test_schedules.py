@@ -1303,7 +1303,7 @@ def test_where_a_look_takes_long_it_is_taken_more_seldom(make, monkeypatch):
 
 @pytest.mark.parametrize("misfire", ["one", "skip"])
 def test_a_tick_that_a_busy_node_comes_late_to_is_not_missed(make, clock, misfire):
-    """As the scheduler has other things to do, too; nobody was away."""
+    """The scheduler had other things to do; nobody was away."""
     queue = make()
     queue.schedule("s", every(1), "remote", misfire=misfire)
     looks = Ticker(queue._services)

@@ -407,7 +407,9 @@ class TestBarred:
         if how in ("discard", "prune"):
             assert remove() == (how == "prune")  # of the old one
         else:
-            with pytest.raises(InvalidTransition, match="a thread of task x still runs on node"):
+            with pytest.raises(
+                InvalidTransition, match="task x cannot be deleted: a thread of an ended attempt"
+            ):
                 remove()
         queue._services.lines.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
@@ -607,7 +609,7 @@ class TestReplaced:
 
         monkeypatch.setattr(engine, "_worker", unstartable)
         hang(queue)
-        eventually(lambda: "no thread can be had in place of one" in caplog.text)
+        eventually(lambda: "cannot start a replacement worker thread" in caplog.text)
         gate.open()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert at_work(queue) == 1

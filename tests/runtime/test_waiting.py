@@ -1,4 +1,4 @@
-"""Who waits for a task: what strikes, forks, is dropped or fails meanwhile, and what waiting costs."""
+"""Waiting for a task: exceptions, forks, dropped handles and failures meanwhile, and its cost."""
 
 from __future__ import annotations
 
@@ -235,7 +235,7 @@ def test_a_callback_is_not_called_where_the_first_look_fails(queue):
 
 
 def test_wait_tells_ended_and_open_ones_apart_as_they_end(queue):
-    """However the ends fall between the steps of wait(): none is counted twice, none is missed."""
+    """The ends may fall between any steps of wait(): none is counted twice, none is missed."""
     queue.executor("echo")(lambda: "value")
     queue.start()
     for _ in range(30):

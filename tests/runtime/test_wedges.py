@@ -1,4 +1,4 @@
-"""What must not stop the queue: foreign code in the middle of a write, a start that hangs, an exit."""
+"""Things that must not stop the queue: foreign code inside a write, a start that hangs, an exit."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_finalizer_may_submit_in_the_middle_of_anything(make_queue, place, ove
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_what_a_finalizer_submits_is_stored_before_the_interrupted_submit_returns(queue):
-    """Also where nothing runs that would look after it."""
+    """Nothing else runs that could store it."""
     queue.declare("fine")
     queue.repository.before = once(
         lambda: (

@@ -1,4 +1,4 @@
-"""Which tasks the threads of a node began last, as the next process on the host finds it."""
+"""The tasks that the threads of a node began last, as the next process on the host reads them."""
 
 from __future__ import annotations
 

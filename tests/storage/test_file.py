@@ -45,7 +45,7 @@ def open_at():
 
 @pytest.fixture
 def repository(open_at, path):
-    """One that is open, with a task."""
+    """An open repository with a task."""
     repository = open_at(path)
     repository.create(task("a"))
     return repository
@@ -91,7 +91,7 @@ def move_the_folder(path):
 
 
 def replace(path):
-    """As a restore does that writes a copy and renames it."""
+    """Replace the file by a renamed copy, as a restore does."""
     kept = path.with_name("kept.db")
     os.link(path, kept)
     os.replace(copy_of(path, path.with_name("copy.db")), path)
@@ -99,7 +99,7 @@ def replace(path):
 
 
 def replace_by_a_folder(path):
-    """Whatever it is, it is not the file."""
+    """Put a folder in the file's place: it is not the file either."""
     path.rename(path.with_name("elsewhere.db"))
     path.mkdir()
     return "replaced by another file", None
@@ -168,7 +168,7 @@ class TestWhichFile:
             repository.create(task("a"))
 
     def test_one_file_by_two_symlinks_has_one_folder_of_locks(self, open_at, path, tmp_path):
-        """As a tool makes them that deploys each release into a folder of its own."""
+        """Tools that deploy each release into a folder of its own make such symlinks."""
         links = [tmp_path / "release7.db", tmp_path / "release8.db"]
         for link in links:
             link.symlink_to(path)
@@ -486,7 +486,7 @@ class TestBusyTimeout:
 
 
 class TestLocksOfOtherUsers:
-    """As after a start by root, and ``chown www-data tasks.db*``: what lies in the folder is root's."""
+    """A start by root, then ``chown www-data tasks.db*``: the files in the folder belong to root."""
 
     @pytest.fixture
     def path(self):
@@ -535,7 +535,7 @@ class TestLocksOfOtherUsers:
 
 
 class TestOrphanedLockFiles:
-    """Those of processes that were killed just before they recorded their node, or after they left."""
+    """Lock files of processes that were killed just before they recorded their node, or after they left."""
 
     @pytest.fixture
     def locks(self, repository):
@@ -557,7 +557,7 @@ class TestOrphanedLockFiles:
         assert sorted(os.listdir(locks.folder)) == ["inner.lock", "outer.lock"]
 
     def test_those_of_nodes_on_record_stay(self, repository, locks):
-        """Of a dead one it is the proof of its death."""
+        """The lock file of a dead node proves its death."""
         repository.join(Node(id="dead", name="dead"))
         locks.let_go("dead")
         repository.join(Node(id="n1", name="one"))
@@ -579,7 +579,7 @@ class TestOrphanedLockFiles:
         assert self.left(locks) == ["quick"]
 
     def test_those_of_another_file_stay(self, repository, locks):
-        """Of one that was here before, and may be put back."""
+        """The other file was here before, and may be put back."""
         locks.hold("elsewhere", 1)
         locks.let_go("elsewhere")
         repository.join(Node(id="n1", name="one"))
@@ -604,7 +604,7 @@ class TestOrphanedLockFiles:
     def test_a_node_that_joins_makes_another_file_if_its_own_was_taken_for_one(
         self, locks, monkeypatch
     ):
-        """Between its making and its locking."""
+        """It was removed between the making and the locking."""
         opened = os.open
         removed = []
 

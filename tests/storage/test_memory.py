@@ -58,7 +58,7 @@ WRITES: dict[str, Any] = {
 
 
 def seen(store: MemoryRepository) -> dict[str, Any]:
-    """All that a runtime may ask."""
+    """Return all that a runtime may ask."""
     return {
         "tasks": [task.to_dict() for task in store.list(EVERYTHING)],
         "ready": [store.ready(["t"], 100, owner) for owner in ("", "node")],
@@ -76,7 +76,7 @@ class Interrupt(KeyboardInterrupt):
 
 
 def interrupted_at(line: int, store: MemoryRepository, writes: list[Write], whole: bool) -> bool:
-    """Apply writes, with an interrupt at the so-manyeth line; False if there are no so many."""
+    """Apply writes, with an interrupt at that line; return False if there are fewer lines."""
     lines = count()
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
@@ -160,7 +160,7 @@ def test_sorted_items_are_a_sorted_set(changes, first):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_however_many_there_are_a_change_moves_few(order):
-    """What makes a change dear is the length of the list in which it is made."""
+    """The cost of a change grows with the length of the list in which it is made."""
     items = ordered.SortedItems()
     for item in range(20_000)[::order]:
         items.add(item)

@@ -626,7 +626,7 @@ class TestReaders:
             assert len(repository._connections._readers) == 2
 
     def test_one_that_an_exception_left_behind_makes_room(self, two, reader, repository):
-        """As one of a signal handler does, when it strikes before the connection is in safe hands."""
+        """The exception of a signal handler can strike before the connection is given back."""
         for _ in range(3):
             repository._connections._another_reader()
             gc.collect()  # its cache of statements refers to it

@@ -1,4 +1,4 @@
-"""Files of every schema version: what becomes of those of earlier ones."""
+"""Files of every schema version, and the migration of earlier ones."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ STEPS = [
 @pytest.mark.process
 @pytest.mark.parametrize(("version", "done"), STEPS)
 def test_one_that_is_killed_leaves_the_earlier_version_whole(old, done):
-    """After each of its statements."""
+    """A kill after any of its statements is undone."""
     program = """
         import os, signal, sys
         from taskx import SQLiteRepository, TaskFilter
@@ -222,7 +222,7 @@ def test_one_that_is_killed_leaves_the_earlier_version_whole(old, done):
 
 @pytest.mark.parametrize(("version", "done"), STEPS)
 def test_one_that_fails_leaves_the_earlier_version_whole(old, version, done, monkeypatch):
-    """At each of its statements."""
+    """A failure at any of its statements is undone."""
     before = contents(old)
     steps = list(schema.MIGRATIONS)
     steps[version] = (*steps[version][:done], "CREATE NONSENSE", *steps[version][done:])

@@ -46,7 +46,7 @@ class HostLocks:
         return locks.alive(node, inode) if host == here else None
 
     def began(self, node: str) -> Began | None:
-        """Which tasks the threads of a node of this host began last."""
+        """Return the tasks that the threads of a node on this host began last."""
         try:
             return self._open()[0].began(node)
         except OSError:

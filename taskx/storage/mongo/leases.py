@@ -114,7 +114,7 @@ class Leases:
         self._connection.run(lambda: self._connection.nodes.delete_one(wanted))
 
     def began(self, node: str) -> Began | None:
-        """Which tasks the threads of a node began last; None of one on another host."""
+        """Return the tasks that a node's threads began last; None for a node on another host."""
         return self._locks.began(node)
 
     def record_types(self, node: str, types: Sequence[str]) -> None:

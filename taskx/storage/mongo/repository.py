@@ -270,7 +270,7 @@ class MongoRepository(Repository):
         return self._tasks.ended(status, before, limit, after)
 
     def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Those of these tasks that a task depends on which is not one of them."""
+        """Return the ids of these on which a stored task depends that is not one of these."""
         return self._tasks.needed(task_ids)
 
     def children(self, task_ids: Sequence[str]) -> Sequence[str]:
@@ -282,7 +282,7 @@ class MongoRepository(Repository):
         return self._tasks.statuses(task_ids)
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
-        """Those of these tasks whose cancel was requested."""
+        """Return the ids of these tasks whose cancel was requested."""
         return self._tasks.asked_to_cancel(task_ids)
 
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
@@ -318,11 +318,11 @@ class MongoRepository(Repository):
         return self._notes.put(changes)
 
     def _is_own(self, mark: int) -> bool:
-        """Whether the only queue here left a mark: where there are several, each hears of the others."""
+        """Return whether the only queue here left a mark; of several, each must hear of the others."""
         return len(self.queues) < 2 and self._sender.is_own(mark)
 
     def version(self) -> object:
-        """Another value when others may have changed something; asks nobody."""
+        """Return another value after others may have changed something; sends no request."""
         return self._changes.version()
 
     # --- nodes
@@ -338,7 +338,7 @@ class MongoRepository(Repository):
         self._leases.watch(node, lost)
 
     def began(self, node: str) -> Began | None:
-        """Which tasks the threads of a node began last; None of one on another host."""
+        """Return the tasks that a node's threads began last; None for a node on another host."""
         return self._leases.began(node)
 
     def record_types(self, node: str, types: Sequence[str]) -> None:

@@ -285,7 +285,7 @@ class Tasks:
         return {document["_id"]: known_status(document["status"]) for document in found}
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """Those of these tasks whose cancel was requested."""
+        """Return the ids of these tasks whose cancel was requested."""
         found = self._with_hidden("_id", task_ids, {"taskx.cancel_requested_at": 1})
         return [
             document["_id"]
@@ -362,7 +362,7 @@ class Tasks:
         return [_ended(document) for document in self._connection.run(read)]
 
     def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Those of these tasks that a task depends on which is not one of them."""
+        """Return the ids of these on which a stored task depends that is not one of these."""
         ids, path = texts(task_ids, "id"), "taskx.depends_on"
         # Hidden ones, too: they may be there the next moment.
         others = {"_id": {"$nin": ids}}

@@ -29,11 +29,11 @@ MINIMUM_SQLITE = (3, 34, 0)
 CHECKPOINT_EVERY = 4000
 
 
-#: Connections that read at once; another thread waits for one of them. Each holds two files open.
+#: Most connections that read at once; further threads wait. Each holds two files open.
 MOST_READERS = 16
-#: Seconds after which one that nobody needed is closed.
+#: Seconds after which a connection that was not needed is closed.
 IDLE = 10.0
-# Seconds after which a thread that waits for one looks again, though nobody rang.
+# Polling interval, in seconds, of a thread that waits for a connection: a wake-up may be lost.
 _LOOK_AGAIN = 0.05
 
 
@@ -173,7 +173,7 @@ class Connections:
         if self._waiting:
             self._ring()
         try:
-            # The last one is taken first, so the first one is the one that is needed least.
+            # The one given back last is taken first, so the first one in the list is needed least.
             if now - self._idle[0].used > IDLE:
                 self._close_reader(self._idle.pop(0))
         except IndexError:  # another thread took it
@@ -196,7 +196,7 @@ class Connections:
                 if left <= 0:
                     raise RepositoryUnavailable(
                         f"{MOST_READERS} threads were reading {self.file.path} for "
-                        f"{self.busy_timeout:g} s; read less at once, or with a longer busy_timeout"
+                        f"{self.busy_timeout:g} s; read from fewer threads at once, or raise busy_timeout"
                     )
                 bell.acquire(timeout=min(left, _LOOK_AGAIN))
             finally:

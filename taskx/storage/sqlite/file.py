@@ -40,7 +40,7 @@ class DatabaseFile:
 
     @property
     def known(self) -> bool:
-        """Whether it was opened, so that no other file will do."""
+        """True if the file was opened: from then on no other file is accepted."""
         return self.identity is not None
 
     @property
@@ -97,7 +97,7 @@ class DatabaseFile:
         )
 
     def forget(self) -> None:
-        """Have the next opening settle anew which file is meant."""
+        """Have the next opening find the file anew."""
         self.path, self.identity = self._given, None
 
     def _look(self) -> tuple[int, int] | None:

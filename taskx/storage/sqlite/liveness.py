@@ -21,9 +21,9 @@ try:
 except ImportError:  # not a POSIX system: whether a node lives can't be told there
     fcntl = None  # type: ignore[assignment]
 
-#: Seconds that a new node waits for whoever takes its lock file for an orphan, and holds it to look.
+#: Seconds that a new node waits for a process that holds its lock file to see whether it is orphaned.
 PATIENCE = 1.0
-#: Most orphaned lock files that are looked at together: each is open meanwhile.
+#: Most lock files that are checked together; each is open meanwhile.
 MOST_ORPHANS = 100
 
 _held: dict[str, int] = {}
@@ -86,14 +86,14 @@ class NodeLocks:
             os.close(fd)
 
     def alive(self, node: str, inode: int) -> bool | None:
-        """Whether the process of a node lives.
+        """Return whether the process of a node lives.
 
-        None if that cannot be told: its lock file is gone, or another one, or may not be read.
+        None if that is unknown: its lock file is gone, was replaced, or must not be read.
         """
         if fcntl is None:
             return None
         try:
-            # Reading is all that another user may be allowed to do, and all that a shared lock takes.
+            # Another user may only be allowed to read; that is enough for a shared lock.
             fd = os.open(self._path(node), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
@@ -145,7 +145,7 @@ class NodeLocks:
         return set()
 
     def began(self, node: str) -> Began | None:
-        """Which tasks the threads of a node began last: to be noted by one of this process's, else read."""
+        """Return the tasks that a node's threads began last: writable for a node of this process."""
         path = self._began_path(node)
         return Began.make(path) if node in _held else Began.read(path)
 
@@ -179,7 +179,7 @@ def _locked(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def _is_at(path: str, fd: int) -> bool:
-    """Whether an open file is still the one at a path."""
+    """Return whether an open file is still the one at a path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:

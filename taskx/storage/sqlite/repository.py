@@ -46,7 +46,7 @@ T = TypeVar("T")
 _MOST_TOGETHER = 32  # updates in one statement
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
 _FEW = 32  # rows that may be read while others would write
-_SHORT_WAIT = 0.05  # seconds of waiting that are not worth to be taken off the time-out
+_SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
 _KEPT_PAGES = 1000  # free pages of 4 KiB that are worth no vacuum
 _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # ids in one SELECT; SQLite's own limit is 32,766
@@ -107,8 +107,8 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.RLock()
         self._forking = False
         self._synchronous = "NORMAL"
-        # Commits of other connections as the writing one counts them, the how many-th of ours that is,
-        # and our own commits.
+        # Commits of other connections, as the writing one counts them; the number of writing
+        # connections so far; and our own commits.
         self._others, self._writers, self._commits = -1, 0, 0
         self._newer: SchemaMismatch | None = None
         _repositories.add(self)
@@ -118,7 +118,7 @@ class SQLiteRepository(Repository):
 
     @property
     def _locks(self) -> NodeLocks:
-        """To be asked for when the file is open: only then its real path is known."""
+        """The lock files of the nodes. Open the file first: only then its real path is known."""
         return NodeLocks(self._file.path)
 
     # --- writing
@@ -179,7 +179,7 @@ class SQLiteRepository(Repository):
 
     @property
     def entered(self) -> bool:
-        """Whether the calling thread holds the lock of the writing connection."""
+        """True if the calling thread holds the lock of the writing connection."""
         return self._write_lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     def _transact(
@@ -258,7 +258,7 @@ class SQLiteRepository(Repository):
         self._forget_writer()
 
     def _forget_writer(self) -> None:
-        """The next writing connection begins anew, and counts otherwise."""
+        """Forget the writing connection; the next one counts commits anew."""
         self._synchronous = "NORMAL"
         self._writers, self._others = self._writers + 1, -1
 
@@ -293,7 +293,7 @@ class SQLiteRepository(Repository):
             if got == [True]:
                 return self._connections.writer().execute(sql, values).fetchall()
         except sqlite3.Error:
-            pass  # what it means is told below
+            pass  # handled below
         finally:
             if got == [True]:
                 self._write_lock.release()
@@ -322,7 +322,7 @@ class SQLiteRepository(Repository):
         return dict(self._rows_of("id, status", "id", task_ids))
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
-        """Those of these tasks whose cancel was requested, also where the record is damaged."""
+        """Return the ids of these tasks whose cancel was requested, even if the record is damaged."""
         asked = dict(self._rows_of("id, cancel_requested_at IS NOT NULL", "id", task_ids))
         return [task_id for task_id, is_asked in asked.items() if is_asked]
 
@@ -444,7 +444,7 @@ class SQLiteRepository(Repository):
         ]
 
     def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Those of these tasks that a task depends on which is not one of them."""
+        """Return the ids of these on which a stored task depends that is not one of these."""
         rows = self._rows(statements.needed(len(task_ids)), task_ids)
         return {parent for (parent,) in rows}
 
@@ -472,13 +472,13 @@ class SQLiteRepository(Repository):
         return bool(spare > few)
 
     def version(self) -> object:
-        """Which commits there were: of other connections, and of our own where queues share us.
+        """Return counters of commits: those of other connections, and our own if several queues share us.
 
         Reads counters in memory. SQLite's is read on the writing connection, which does not count its
         own commits.
         """
         self._open()
-        # Where that takes longer a write is under way; the next call will see.
+        # If the lock is taken for longer, a write is under way; the next call reads the counter.
         if self._write_lock.acquire(timeout=0.005):
             try:
                 self._others = self._read_data_version()
@@ -535,7 +535,7 @@ class SQLiteRepository(Repository):
         return {*turnstile.NAMES, *(node for (node,) in self._rows("SELECT id FROM nodes"))}
 
     def began(self, node: str) -> Began | None:
-        """Which tasks the threads of a node began last."""
+        """Return the tasks that the threads of a node began last."""
         return self._locks.began(node)
 
     def record_types(self, node: str, types: Sequence[str]) -> None:
@@ -570,9 +570,9 @@ class SQLiteRepository(Repository):
         self._locks.release(node)
 
     def nodes(self) -> Sequence[Node]:
-        """All recorded nodes; those of the file that this one is a copy of are dead here.
+        """Return all recorded nodes. In a copy of a file, the nodes of the original are dead.
 
-        But for one that holds its lock beside this file: the copy was put in the original's place.
+        A node that holds its lock beside this file lives: the copy was put in the original's place.
         """
         self._open()
         nodes = [
@@ -631,7 +631,7 @@ class SQLiteRepository(Repository):
 
     def before_fork(self) -> None:
         """Have no transaction and no connection open, so that a forked child inherits none."""
-        # Not by a thread that is in the middle of a transaction: it would wait for itself, or end it.
+        # Not on a thread in the middle of a transaction: it would wait for itself, or end it.
         self._forking = not self.entered and self._write_lock.acquire(timeout=_FORK_PATIENCE)
         if self._forking:
             self._discard_writer()

@@ -122,9 +122,9 @@ _VERSION_2 = (
     """,
 )
 
-#: What leads from each schema version to the next; the first entry makes a new file. One that was
-#: released is never edited. A later one adds, and changes the meaning of nothing that is there: a
-#: process of the version before still writes how its tasks end.
+#: The statements that lead from each schema version to the next; the first entry makes a new file. An
+#: entry that was released is never edited. A new entry only adds, and changes no meaning: a process of
+#: the version before still writes how its tasks end.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
 VERSION = len(MIGRATIONS)
 
@@ -135,7 +135,7 @@ _WHOSE = (
 
 
 def newer(connection: sqlite3.Connection, path: str) -> SchemaMismatch | None:
-    """What to raise where another process has migrated a file that is open here; None if none has."""
+    """Return the error for an open file that another process has migrated; None if none has."""
     ((version,),) = connection.execute("PRAGMA user_version").fetchall()
     if version <= VERSION:
         return None

@@ -32,7 +32,7 @@ CROWDED = 1.0
 #: Seconds between two looks for others while none was met.
 LOOK_EVERY = 0.01
 
-#: The names of the two lock files, which are no node's.
+#: The names of the two lock files of the turnstile, which belong to no node.
 NAMES = ("outer", "inner")
 
 #: The numbers of the open files of each turnstile, by the identity of their list: for forks.
@@ -106,7 +106,7 @@ class Turnstile:
 def _open_file(path: str) -> int:
     try:
         return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    except PermissionError:  # another user's; to read it is enough to lock it
+    except PermissionError:  # it belongs to another user; reading is enough to lock it
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 

@@ -86,7 +86,7 @@ def queue_on(path: str, *types: str) -> Queue:
 
 
 def tasks_that_end(path: str) -> None:
-    """Run some to their end, and interrupt one."""
+    """Run some tasks to their end, and interrupt one."""
     queue = queue_on(path, "add", "fail", "give_up", "second", "patient", "limited")
     with queue:
         queue.submit("add", {"a": 1, "b": 2}, id="completed", created_by="user", priority=3)
@@ -103,7 +103,7 @@ def tasks_that_end(path: str) -> None:
 
 
 def tasks_that_wait(path: str) -> None:
-    """Store some that nobody runs yet."""
+    """Store some tasks that nobody runs yet."""
     queue = queue_on(path)
     queue.submit("hang", id="crashed")
     options = {"timeout": 5.0, "max_attempts": 4, "max_crashes": 2, "priority": -1}
@@ -119,7 +119,7 @@ def tasks_that_wait(path: str) -> None:
 
 
 def die(path: str, role: str) -> None:
-    """What a process does that is killed in the middle of it."""
+    """Do the work of a process that is killed in the middle of it."""
     queue = queue_on(path, *(("hang", "deaf") if role == "running" else ("hang",)))
     if role == "running":
         for name in ("running", "asked to stop"):
