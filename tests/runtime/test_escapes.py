@@ -145,14 +145,11 @@ def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
     gate.wait_for()
     queue.submit("fine")
     engine = queue._node.engine
-    defer = engine._defer
 
     def interrupted(run, ending):
-        if threading.current_thread() is threading.main_thread():
-            raise KeyboardInterrupt
-        defer(run, ending)
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(engine, "_defer", interrupted)
+    monkeypatch.setattr(engine, "conclude", interrupted)  # the submitter's thread concludes by it
     with pytest.raises(KeyboardInterrupt):
         queue.submit("fine", id="cut")
     assert list(engine.runs) == [hold.id]
