@@ -292,7 +292,9 @@ class Queue:
         if isinstance(task, str):
             task = Task(type=task, params={} if params is None else params)
         elif params is not None:
-            raise TypeError("submit(task) takes no params; set task.params")
+            raise TypeError(
+                "submit(task) takes no params: set task.params, or call submit(type, params)"
+            )
         if not options or not isinstance(task, Task):
             task_id = self._intake.accept(task)
         else:
@@ -521,7 +523,9 @@ class Queue:
         if isinstance(task, str):
             task = Task(type=task, params={} if params is None else params)
         elif params is not None:
-            raise TypeError("schedule(name, spec, task) takes no params; set task.params")
+            raise TypeError(
+                "schedule(name, spec, task) takes no params: set task.params, or give the type"
+            )
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
         if options and isinstance(task, Task):
             task = with_options(task, options, self._clock.now_ms())

@@ -317,7 +317,8 @@ class Parameters:
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            raise PayloadError("params", f"{self._type!r}: {error}") from None
+            takes = ", ".join(self._signature.parameters) or "nothing"
+            raise PayloadError("params", f"{self._type!r}: {error}; it takes {takes}") from None
         params: dict[str, Any] = {}
         for name, value in bound.arguments.items():
             if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
@@ -446,7 +447,9 @@ class Registry:
         """
         entry = entry_of(executor, options)
         if entry.type in self.registered:
-            raise ConfigurationError(f"type {entry.type!r} has an executor already")
+            raise ConfigurationError(
+                f"type {entry.type!r} has an executor already: make a new queue, or choose another type"
+            )
         self._check(entry)
         limit = entry.options.limit
         invoke = entry.invoke
