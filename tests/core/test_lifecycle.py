@@ -389,7 +389,7 @@ class TestAttemptLog:
         assert len(task.earlier_attempts) == lifecycle.MAX_KEPT_ATTEMPTS
         assert task.earlier_attempts[0].error == "5"
 
-    def test_one_of_the_first_version_names_no_class_and_one_of_a_later_may_say_more(self):
+    def test_attempts_of_an_earlier_and_of_a_later_version_are_read(self):
         old, new = ["retried", 1, 2, "w", "broke", "tb"], ["retried", 1, 2, "w", "x", "", "E", "?"]
         row = {**row_from_task(make()), "earlier_attempts": json.dumps([old, new])}
         task = task_from_row([row[name] for name in TASK_FIELDS])
@@ -435,7 +435,7 @@ def counts(task: Task) -> tuple[str, int, int]:
 
 
 class TestRescue:
-    def test_what_no_thread_was_executing_is_interrupted_and_no_suspect(self):
+    def test_a_task_that_no_thread_executed_is_interrupted_and_not_suspected(self):
         suspect, culprit, waited = (
             make("running", id="suspect", crashes=1),
             make("running", id="culprit"),
@@ -444,7 +444,7 @@ class TestRescue:
         afterwards = rescue(suspect, culprit, waited, executing={"culprit"})
         assert [(t.crashes, t.interruptions) for t in afterwards] == [(1, 1), (1, 0), (0, 1)]
 
-    def test_where_no_thread_was_executing_anything_nothing_has_crashed(self):
+    def test_nothing_has_crashed_if_no_thread_was_executing(self):
         [after] = rescue(make("running"), executing=set())
         assert (after.crashes, after.interruptions) == (0, 1)
 

@@ -112,7 +112,7 @@ class TestTask:
         assert read(row_from_task(task)) == task
         assert Task.from_dict(task.to_dict()) == task
 
-    def test_what_a_later_version_says_of_an_attempt_is_passed_over(self):
+    def test_fields_of_a_later_version_are_ignored(self):
         data = Task(earlier_attempts=[Attempt(error="x")]).to_dict()
         data["earlier_attempts"][0]["mood"] = "bad"
         assert Task.from_dict(data).attempts == [Attempt(error="x")]

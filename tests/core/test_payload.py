@@ -243,7 +243,7 @@ class TestReadme:
     @pytest.mark.parametrize(
         ("value", "path"), [example for examples in REFUSED.values() for example in examples]
     )
-    def test_what_it_says_is_refused_is_refused_and_the_error_says_where(self, value, path):
+    def test_values_that_it_lists_are_refused_and_the_error_names_the_place(self, value, path):
         for what, encoded in (("params", {"a": value}), ("result", {"a": value})):
             with pytest.raises(PayloadError) as error:
                 encode(encoded, what)
@@ -261,7 +261,7 @@ class TestReadme:
                 encode({CODEC_KEY: 1}, what)
 
     @pytest.mark.parametrize("value", KEPT)
-    def test_all_else_is_kept_as_it_is(self, value):
+    def test_all_other_values_are_kept(self, value):
         assert loads(encode_params({"a": value})) == {"a": value}
 
     def test_tuples_and_subclasses_are_kept_as_the_plain_value(self):

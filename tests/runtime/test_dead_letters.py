@@ -265,13 +265,15 @@ class TestFlows:
         assert started.ran == [0, 1, 2, 3, 4]
 
     @pytest.mark.every_store
-    def test_of_a_step_alone_what_comes_after_it_comes_along(self, started, flow):
+    def test_the_requeue_of_one_step_takes_the_later_steps_along(self, started, flow):
         """It runs though the step before it failed: who requeues it says so."""
         started.requeue(flow.ids[3])
         assert started.drain(PATIENCE)
         assert self.statuses(flow) == ["completed", "failed", "cancelled", *["completed"] * 2]
 
-    def test_with_two_bad_parents_it_comes_with_the_one_it_was_cancelled_for(self, started):
+    def test_a_task_with_two_failed_parents_is_requeued_with_the_one_that_its_error_names(
+        self, started
+    ):
         tasks = [Task(id=name, type="step", params={"n": 0, "wrong": True}) for name in "ab"]
         child = Task(id="c", type="step", params={"n": 1}, depends_on=["a", "b"])
         started.submit_many([*tasks, child])

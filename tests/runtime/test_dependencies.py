@@ -277,7 +277,7 @@ class TestRequeue:
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
         assert started.ran == [1, 0]
 
-    def test_what_the_user_cancelled_does_not_come_along(self, started, gate):
+    def test_a_requeue_leaves_alone_what_the_user_cancelled(self, started, gate):
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])
         gate.wait_for(1)

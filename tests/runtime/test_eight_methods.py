@@ -258,7 +258,7 @@ def _quick(monkeypatch):
     monkeypatch.setattr(scheduler, "POLL", 0.01)
 
 
-def test_without_a_failure_all_is_as_it_was_told():
+def test_without_a_failure_the_caller_is_told_the_truth():
     story = Story(Hiccups())
     story.live()
     assert set(story.told.values()) == {True}
@@ -311,7 +311,7 @@ class TestSubmit:
             (MemoryError, RepositoryError),
         ],
     )
-    def test_what_is_refused_is_not_stored(self, queue, repository, error, raised):
+    def test_a_refused_task_is_not_stored(self, queue, repository, error, raised):
         repository.fail("create", times=2, error=error)
         with pytest.raises(raised, match="the disk hiccuped") as refused:
             queue.submit("fine", id="a")
@@ -323,7 +323,7 @@ class TestSubmit:
 
     @pytest.mark.parametrize("late", [False, True])
     @pytest.mark.parametrize("options", [{}, {"priority": 3}, {"delay": 0.01}])
-    def test_what_cannot_be_told_is_in_doubt_and_runs_if_it_is_stored(
+    def test_a_submit_in_doubt_says_so_and_runs_if_it_was_stored(
         self, queue, repository, late, options
     ):
         queue.start()
@@ -371,7 +371,7 @@ class TestApply:
         )
         return list(made)
 
-    def test_what_a_failed_batch_stored_is_known_when_it_is_sent_again(self):
+    def test_writes_of_a_failed_batch_are_not_done_twice(self):
         repository = Hiccups("create", 2, 2)
         adapter = EightMethodAdapter(repository)
         writes = self.writes("a", "b", "c")
@@ -400,7 +400,7 @@ class TestApply:
         assert adapter.apply([start]) == [False]
 
     @pytest.mark.parametrize("late", [False, True])
-    def test_after_an_interrupt_it_is_said_what_took_place(self, late):
+    def test_after_an_interrupt_the_writes_that_took_place_are_known(self, late):
         repository = Hiccups()
         adapter = EightMethodAdapter(repository)
         adapter.apply(self.writes("a", "b"))

@@ -99,7 +99,7 @@ def test_a_retry_that_asks_for_no_delay_waits_as_the_policy_says(make_queue):
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), Panic("a defect"), SystemExit(3)])
-def test_what_escapes_from_the_runner_fails_its_attempt(started, monkeypatch, error):
+def test_an_error_that_escapes_from_the_runner_fails_its_attempt(started, monkeypatch, error):
     started.executor("bad", max_attempts=1)(lambda: None)
     run = Runner.run
 
@@ -159,7 +159,7 @@ def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
     assert queue.get_task_status("cut").interruptions == 1
 
 
-def test_no_thread_of_a_queue_ends_of_a_panic(started, monkeypatch):
+def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
     """Neither a worker that starts tasks nor the scheduler."""
     node = started._node
     left = {"start": 3, "tick": 1}
@@ -200,7 +200,7 @@ class TestAlarms:
         monkeypatch.setattr(threading.Thread, "start", refuse)
         return left
 
-    def test_without_a_thread_a_task_runs_and_is_told_when_it_asks(
+    def test_a_time_out_without_a_thread_is_noticed_when_the_executor_asks(
         self, make_queue, no_threads, caplog
     ):
         queue = make_queue(worker_num=1)
@@ -238,7 +238,7 @@ class TestAlarms:
         gate.open()
         assert handle.result(PATIENCE) is True
 
-    def test_the_next_one_starts_it(self, no_threads):
+    def test_the_next_task_with_a_time_out_starts_the_thread(self, no_threads):
         alarms, tokens = Alarms(SYSTEM_CLOCK), []
         for _ in range(2):
             tokens.append(CancelToken(SYSTEM_CLOCK.monotonic()))
@@ -246,7 +246,7 @@ class TestAlarms:
             no_threads.clear()
         eventually(lambda: [token._reason for token in tokens] == [CancelReason.TIMEOUT] * 2)
 
-    def test_what_raises_keeps_no_other_from_being_told(self):
+    def test_a_token_that_raises_does_not_keep_others_from_firing(self):
         alarms, told = Alarms(ManualClock()), []
 
         def panic():

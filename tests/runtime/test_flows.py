@@ -256,7 +256,7 @@ class TestHandle:
                 handle.result(PATIENCE)
 
     @pytest.mark.every_store
-    def test_one_that_was_deleted_had_completed_if_a_later_step_has(self, started):
+    def test_a_deleted_step_had_completed_if_a_later_step_has(self, started):
         say = started.say
         handle = started.submit_flow(chain(say("a"), group(say("b"), say("c")), say("d"), say("e")))
         assert handle.result(PATIENCE) == "abacde"
@@ -266,7 +266,7 @@ class TestHandle:
                 assert (again.status(), again.progress()) == (TaskStatus.COMPLETED, 100)
                 assert again.result(PATIENCE) == "abacde"
 
-    def test_what_was_deleted_before_a_step_that_failed_is_said_to_be_gone(self, started):
+    def test_a_step_that_was_deleted_before_a_failed_step_is_not_found(self, started):
         handle = started.submit_flow(chain(started.say("a"), Task(type="bad")))
         with pytest.raises(TaskFailed):
             handle.result(PATIENCE)

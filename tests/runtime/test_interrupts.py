@@ -152,9 +152,7 @@ def insert(task_id):
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_whoever_leads_and_is_struck_anywhere_leaves_the_others_work_done_or_queued(
-    repository, log
-):
+def test_a_leader_that_is_struck_anywhere_leaves_the_others_work_done_or_queued(repository, log):
     """Each outcome is told once, by a thread that no signal strikes."""
     ledger = Ledger(repository, log)
     woken: list[int] = []
@@ -209,7 +207,7 @@ def test_a_follower_of_a_leader_that_was_struck_gets_its_result(repository, log)
 # The parts
 
 
-def test_a_bell_that_is_struck_anywhere_wakes_who_listens_at_the_next_ring():
+def test_a_bell_that_is_struck_anywhere_wakes_its_listeners_at_the_next_ring():
     bell = Bell()
 
     def both(point):
@@ -242,7 +240,7 @@ def test_a_slot_is_given_back_wherever_its_submit_is_struck():
         buffer.starting_done()
 
 
-def test_a_full_buffer_has_no_room_for_what_is_put_in_twice():
+def test_a_task_that_is_put_in_twice_takes_one_place_in_a_full_buffer():
     buffer = Buffer(1, 1, 1)
     assert buffer.reserve((buffer.turn(),))
     assert not buffer.reserve((buffer.turn(),))

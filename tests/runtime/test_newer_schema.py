@@ -123,7 +123,7 @@ def test_a_process_ends_in_order_when_another_one_migrates_its_file(spawn, datab
     assert rows(database, pending) == freed
 
 
-def test_it_is_said_once(make_queue, migrate, caplog):
+def test_a_migration_is_logged_once(make_queue, migrate, caplog):
     queue = make_queue(worker_num=2)
     queue.executor("fine")(lambda: "fine")
     with caplog.at_level(logging.WARNING, logger="taskx"):
@@ -192,7 +192,7 @@ def test_drain_says_why_it_ends(make_queue, migrate, gate):
     assert handle.result(PATIENCE) is None
 
 
-def test_what_does_not_end_by_itself_is_interrupted(make_queue, migrate, monkeypatch):
+def test_a_task_that_does_not_end_in_time_is_interrupted(make_queue, migrate, monkeypatch):
     monkeypatch.setattr("taskx.runtime.node.RETIRE_TIMEOUT", 0.2)
     queue = make_queue(worker_num=1)
     handle = queue.executor("wait")(lambda ctx: ctx.sleep(60)).submit()
@@ -216,7 +216,7 @@ def test_a_process_that_only_submits_is_refused_and_reads_on(repository, migrate
 
 
 @pytest.mark.parametrize("change", [NEW_COLUMN, "UPDATE notes SET text = text"])
-def test_whatever_a_migration_consists_of_it_is_noticed(spawn, repository, database, change):
+def test_any_migration_is_noticed(spawn, repository, database, change):
     """One that changes rows only, too."""
     queue = Queue(repository)
     queue.declare("fine")

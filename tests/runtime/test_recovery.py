@@ -137,7 +137,7 @@ wait_for_ever()
     assert logged(database)["begun 0"] == 1
 
 
-def test_what_was_started_and_not_executed_yet_has_not_crashed(run, runner, database):
+def test_a_task_that_was_started_but_not_executed_has_not_crashed(run, runner, database):
     child = run(
         """
 @queue.executor()

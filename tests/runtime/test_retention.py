@@ -215,7 +215,7 @@ class TestHistory:
         assert self.prune(queue, clock) == 4
 
     @pytest.mark.every_store
-    def test_what_failed_and_what_was_cancelled_with_it_finds_its_parents(self, queue, clock):
+    def test_requeued_tasks_find_their_parents_after_the_retention(self, queue, clock):
         flow = queue.submit_flow(
             chain(group(self.step(1), self.step(2)), self.step(4, wrong=True), self.step(8))
         )
@@ -228,13 +228,13 @@ class TestHistory:
         assert flow.result(PATIENCE) == 15
 
     @pytest.mark.every_store
-    def test_all_goes_with_the_last_that_depends_on_it(self, queue, clock):
+    def test_parents_are_removed_with_the_last_task_that_depends_on_them(self, queue, clock):
         queue.submit_flow(chain(self.step(1), self.step(2, wrong=True), self.step(4)))
         queue.drain(PATIENCE)
         assert self.prune(queue, clock) == 3
 
     @pytest.mark.every_store
-    def test_children_that_were_stored_before_their_parents(self, queue, clock):
+    def test_children_that_were_stored_before_their_parents_are_removed_first(self, queue, clock):
         tasks = {"a": ["b"], "b": ["c", "d"], "c": [], "d": []}
         queue.submit_many(
             Task(id=i, type="step", depends_on=parents) for i, parents in tasks.items()
@@ -242,7 +242,7 @@ class TestHistory:
         assert queue.drain(PATIENCE)
         assert self.prune(queue, clock, "completed") == 4
 
-    def test_the_unique_key_of_some_seconds_is_held_so_long(self, queue, clock):
+    def test_a_task_stays_as_long_as_it_holds_its_unique_key(self, queue, clock):
         queue.submit("step", unique_key="k", unique_scope=60).result(PATIENCE)
         queue.submit("step", unique_key="e", unique_scope="ever").result(PATIENCE)
         assert self.prune(queue, clock) == 1
@@ -252,7 +252,7 @@ class TestHistory:
         clock.advance(50)
         assert self.prune(queue, clock) == 2
 
-    def test_a_long_chain_goes_in_few_looks(self, make_queue, repository, clock, monkeypatch):
+    def test_a_long_chain_is_removed_in_few_looks(self, make_queue, repository, clock, monkeypatch):
         monkeypatch.setattr(retention, "BATCH", 20)
         queue = make_queue(clock=clock)
         queue.executor("step")(lambda: None)
@@ -269,7 +269,9 @@ class TestHistory:
         assert queue.prune(clock.now(), "cancelled") == 90
         assert len(looks) <= 5 + 1
 
-    def test_what_must_stay_does_not_hide_what_may_go(self, make_queue, clock, gate, monkeypatch):
+    def test_tasks_that_must_stay_do_not_hide_others_that_can_be_removed(
+        self, make_queue, clock, gate, monkeypatch
+    ):
         """However many there are: the next look goes on where this one came to."""
         monkeypatch.setattr(retention, "BATCH", 2)
         queue = make_queue(clock=clock, retention={"completed": 60})

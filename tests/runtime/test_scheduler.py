@@ -98,9 +98,7 @@ def waiting(task_id):
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_what_waited_in_the_buffer_of_a_dead_node_is_given_up_in_parts(
-    monkeypatch, make_queue, repository, dead
-):
+def test_the_buffer_of_a_dead_node_is_given_up_in_parts(monkeypatch, make_queue, repository, dead):
     monkeypatch.setattr(recovery, "BATCH", 10)
     queue = make_queue()
     queue.declare("remote")

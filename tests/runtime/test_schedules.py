@@ -1282,7 +1282,7 @@ def test_idle_schedules_are_not_read_again_as_others_tick(many, clock, monkeypat
     assert read == [PREFIX, *[PREFIX + "beat"] * 5]
 
 
-def test_where_a_look_takes_long_it_is_taken_more_seldom(make, monkeypatch):
+def test_a_look_that_takes_long_is_taken_less_often(make, monkeypatch):
     queue, now, read = make(), [0.0], []
 
     def slow(prefix):
@@ -1324,7 +1324,9 @@ def test_ticks_while_nobody_looked_for_long_are_missed(make, clock, caplog):
     assert "nobody was there" in caplog.text
 
 
-def test_one_of_many_that_cannot_be_made_keeps_no_other_from_ticking(many, clock, monkeypatch):
+def test_a_schedule_whose_task_cannot_be_made_does_not_keep_others_from_ticking(
+    many, clock, monkeypatch
+):
     looks = Ticker(many._services)
     looks.tick()
     clock.advance(60)

@@ -24,7 +24,7 @@ def test_beyond_the_last_point_nothing_is_struck():
     assert strike_at(10_000, lambda: len("a")) is None
 
 
-def test_a_strike_that_is_caught_is_told_all_the_same():
+def test_a_strike_that_is_caught_is_returned_all_the_same():
     def work(point):
         try:
             len("a")

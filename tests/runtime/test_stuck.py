@@ -390,7 +390,9 @@ class TestBarred:
 
     @pytest.mark.every_store
     @pytest.mark.parametrize("how", ["delete", "of the repository", "discard", "prune"])
-    def test_its_record_stays_and_so_does_its_turn(self, make, hang, gate, clock, how):
+    def test_a_task_with_a_stuck_thread_keeps_its_record_and_its_turn(
+        self, make, hang, gate, clock, how
+    ):
         queue = make()
         fails(hang(queue, concurrency_key="k"))
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
@@ -421,7 +423,7 @@ class TestBarred:
             queue.get_task_status("x")
 
     @pytest.mark.every_store
-    def test_a_look_for_old_tasks_passes_it_over(self, make, hang, clock, repository):
+    def test_retention_passes_over_a_task_with_a_stuck_thread(self, make, hang, clock, repository):
         """Else as many of them as are looked for at once would hide all others."""
         queue = make()
         fails(hang(queue))

@@ -106,7 +106,9 @@ class TestScope:
 
     @pytest.mark.parametrize("scope", ["ever", 3600])
     @pytest.mark.parametrize("culprit", ["its executor", "its parent"])
-    def test_a_dead_letter_keeps_it_whoever_failed(self, queue, scope, culprit):
+    def test_a_dead_letter_keeps_its_unique_key_even_if_its_parent_failed(
+        self, queue, scope, culprit
+    ):
         queue.executor("bad")(lambda: 1 / 0)
         queue.start()
         parents = [queue.submit("bad")] if culprit == "its parent" else []
@@ -128,7 +130,7 @@ class TestScope:
         queue.submit("bad", **KEY, delay=3600)
 
     @pytest.mark.parametrize("by_hand", [True, False])
-    def test_a_pending_task_that_is_cancelled_frees_it(self, quiet, by_hand):
+    def test_a_pending_task_that_is_cancelled_frees_its_unique_key(self, quiet, by_hand):
         first = quiet.submit("fine", **KEY, unique_scope="ever")
         if by_hand:
             quiet.repository.update_status(first.id, TaskStatus.CANCELLED)

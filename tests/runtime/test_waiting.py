@@ -285,7 +285,7 @@ def test_the_watcher_survives_whatever_a_look_raises(queue, monkeypatch, error):
         waiting()
 
 
-def test_who_waits_looks_where_no_thread_can_be_had(queue, monkeypatch, held, gate):
+def test_a_waiting_thread_polls_if_no_thread_can_be_started(queue, monkeypatch, held, gate):
     monkeypatch.setattr("taskx.runtime.handles.LOOK_ANYWAY", 0.01)
     web = Queue(queue.repository)
     waiting = run_in_thread(lambda: web.handle(held).result(PATIENCE))
@@ -304,7 +304,7 @@ def test_who_waits_looks_where_no_thread_can_be_had(queue, monkeypatch, held, ga
     assert waiting() == "value"
 
 
-def test_a_closed_queue_tells_all_who_wait(queue):
+def test_a_closed_queue_tells_all_waiting_threads(queue):
     queue.declare("t")
     handles = [queue.submit("t") for _ in range(3)]
     waiting = [run_in_thread(lambda h=handle: h.exception(PATIENCE)) for handle in handles]
@@ -325,7 +325,7 @@ def read(repository, monkeypatch):
     return ids
 
 
-def test_who_waits_reads_no_record_before_the_end(queue, read):
+def test_waiting_reads_no_record_before_the_end(queue, read):
     queue.declare("t")
     handles = [queue.submit("t") for _ in range(20)]
     assert not any(handle.done() for handle in handles)
@@ -357,7 +357,7 @@ def test_a_running_task_hears_of_a_cancel_though_its_record_is_damaged(queue, re
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_the_cancel_of_a_record_that_no_move_fits_ends(queue, repository, caplog):
+def test_the_cancel_of_a_damaged_record_returns(queue, repository, caplog):
     queue.declare("t")
     damaged, sound = queue.submit("t").id, queue.submit("t").id
     repository._transact(
@@ -365,10 +365,10 @@ def test_the_cancel_of_a_record_that_no_move_fits_ends(queue, repository, caplog
         durable=False,
         writes=(),
     )
-    with pytest.raises(RepositoryCorrupt, match=f"{damaged} was not cancelled"):
+    with pytest.raises(RepositoryCorrupt, match=f"{damaged} cannot be cancelled"):
         queue.cancel_task(damaged)
     assert queue.cancel_many([damaged, sound]) == 1
-    assert f"{damaged} was not cancelled" in caplog.text
+    assert f"{damaged} cannot be cancelled" in caplog.text
     queue.delete(damaged)
 
 

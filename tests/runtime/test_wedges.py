@@ -224,7 +224,7 @@ def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
     assert max(asked) < 2 * engine.buffer.fetch_size
 
 
-def test_a_discarded_task_leaves_the_heap_where_it_is(full):
+def test_a_discarded_task_does_not_rebuild_the_heap(full):
     heap = full._heap
     for n in range(100):
         full.discard([f"x{n}"])
@@ -233,13 +233,13 @@ def test_a_discarded_task_leaves_the_heap_where_it_is(full):
     assert full.take(1, block=False)[0].id == "x100"
 
 
-def test_a_heap_of_what_has_left_is_tidied(full):
+def test_a_heap_full_of_discarded_tasks_is_tidied(full):
     full.discard([f"x{n}" for n in range(999)])
     assert len(full._heap) < 100
     assert [item.id for item in full.take(9, block=False)] == ["x999"]
 
 
-def test_a_clock_that_is_set_back_does_not_turn_the_order():
+def test_a_clock_that_is_set_back_does_not_change_the_order():
     buffer = Buffer(100, 64, 1)
 
     def submit(name, at):

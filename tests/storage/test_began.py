@@ -39,7 +39,7 @@ def test_a_long_task_is_found_however_many_begin_beside_it(path):
     assert ("long", 1) in Began.read(path)
 
 
-def test_where_more_run_than_can_be_noted_nothing_is_told(path):
+def test_nothing_is_known_if_more_tasks_run_than_can_be_noted(path):
     began = Began.make(path)
     cells = [began.begin(f"{n}", 1) for n in range(module.CELLS)]
     assert Began.read(path) is None
@@ -48,7 +48,7 @@ def test_where_more_run_than_can_be_noted_nothing_is_told(path):
     assert Began.read(path) is None  # those that were not noted may run still
 
 
-def test_nothing_is_told_of_another_boot_or_of_a_damaged_file(path, monkeypatch):
+def test_a_file_of_another_boot_or_a_damaged_one_says_nothing(path, monkeypatch):
     began = Began.make(path)
     began.begin("a", 1)
     with monkeypatch.context() as patch:
@@ -60,7 +60,7 @@ def test_nothing_is_told_of_another_boot_or_of_a_damaged_file(path, monkeypatch)
     assert Began.read(path + " that is not there") is None
 
 
-def test_where_there_can_be_no_file_nothing_is_noted(tmp_path, path):
+def test_nothing_is_noted_if_the_file_cannot_be_made(tmp_path, path):
     assert Began.make(str(tmp_path / "no folder" / "node.began")) is None
     Began.make(path)
     assert Began.make(path) is None  # another node's

@@ -197,7 +197,7 @@ class TestWhichFile:
         assert alive(repository) == {"n1": True}
         repository.leave("n1")
 
-    def test_a_file_that_another_one_replaces_while_it_is_opened_is_refused(
+    def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
         self, open_at, path, repository, monkeypatch
     ):
         """Then it is not known which of the two SQLite has opened."""
@@ -266,9 +266,7 @@ class TestWhichFile:
         os.replace(other, path)
         assert ids(repository) == ["a", "b"]
 
-    def test_who_reads_while_it_is_closed_leaves_no_connection_to_the_old_file(
-        self, path, repository
-    ):
+    def test_a_read_during_a_close_leaves_no_connection_to_the_old_file(self, path, repository):
         other = copy_of(path, path.with_name("copy.db"))
         with SQLiteRepository(other) as its_own:
             its_own.create(task("b"))
@@ -304,7 +302,7 @@ class TestWhichFile:
 
 class TestLoss:
     @pytest.mark.parametrize("lose", LOSSES)
-    def test_of_the_file_is_told_by_every_operation_until_it_is_back(self, tmp_path, open_at, lose):
+    def test_every_operation_raises_until_the_file_is_back(self, tmp_path, open_at, lose):
         (tmp_path / "folder").mkdir()
         path = tmp_path / "folder" / "tasks.db"
         repository = open_at(path)
@@ -328,7 +326,7 @@ class TestLoss:
             with SQLiteRepository(path, create=False) as another:
                 assert ids(another) == ["a", "b"]
 
-    def test_a_folder_that_may_not_be_entered_is_told(self, repository, path, monkeypatch):
+    def test_a_folder_that_cannot_be_entered_is_an_error(self, repository, path, monkeypatch):
         def refuse(path):
             raise PermissionError(13, "Permission denied", str(path))
 
@@ -336,7 +334,7 @@ class TestLoss:
         with pytest.raises(RepositoryUnavailable, match=r"cannot be looked at .*permissions"):
             repository.create(task("b"))
 
-    def test_nothing_is_missed_that_was_not_opened(self, open_at, path):
+    def test_a_file_that_was_not_opened_is_not_missed(self, open_at, path):
         repository = open_at(path)
         repository.ensure_there()
         assert not path.exists()
@@ -382,12 +380,12 @@ class TestCreateFalse:
             assert repository.count(TaskFilter()) == 0
 
     @pytest.mark.parametrize("value", ["", "0", "no", "False"])
-    def test_by_url_it_is_true_or_false(self, value):
+    def test_the_option_of_the_url_is_true_or_false(self, value):
         with pytest.raises(ConfigurationError, match="create must be true or false"):
             open_repository(f"sqlite:///tasks.db?create={value}")
 
     @pytest.mark.parametrize("value", [None, 0, "false"])
-    def test_it_is_a_bool(self, path, value):
+    def test_the_argument_is_a_bool(self, path, value):
         with pytest.raises(ConfigurationError, match="create must be True or False"):
             SQLiteRepository(path, create=value)
 
@@ -417,7 +415,7 @@ class TestTurnstileFiles:
         assert opened_below(tmp_path) == []
 
     @needs_proc
-    def test_what_cannot_be_opened_whole_leaves_no_file_open(self, path, tmp_path):
+    def test_a_turnstile_that_cannot_be_opened_leaves_no_file_open(self, path, tmp_path):
         (tmp_path / "tasks.db-nodes" / "inner.lock").mkdir(parents=True)
         turn = Turnstile(DatabaseFile(str(path), create=True))
         assert turn.enter(3.0) == 3.0
@@ -453,7 +451,7 @@ class TestBusyTimeout:
         for each in made:
             each.close()
 
-    def test_both_locks_of_the_turnstile_share_it(self, turnstiles, clock):
+    def test_both_locks_of_the_turnstile_share_the_time_out(self, turnstiles, clock):
         ours, theirs = turnstiles
         theirs.enter(0)
         assert turnstile._try(theirs._fds[0])
@@ -462,7 +460,7 @@ class TestBusyTimeout:
         assert clock.now - began == pytest.approx(10.0, abs=0.1)
         assert ours.enter(0.0) == 0.0
 
-    def test_what_is_left_of_it_is_for_sqlite(self, open_at, path, turnstiles, clock):
+    def test_sqlite_gets_the_rest_of_the_time_out(self, open_at, path, turnstiles, clock):
         repository = open_at(path, busy_timeout=60.0)
         repository.create(task("a"))
         theirs = turnstiles[0]
@@ -556,7 +554,7 @@ class TestOrphanedLockFiles:
         repository.leave("n1")
         assert sorted(os.listdir(locks.folder)) == ["inner.lock", "outer.lock"]
 
-    def test_those_of_nodes_on_record_stay(self, repository, locks):
+    def test_lock_files_of_recorded_nodes_stay(self, repository, locks):
         """The lock file of a dead node proves its death."""
         repository.join(Node(id="dead", name="dead"))
         locks.let_go("dead")
@@ -564,21 +562,21 @@ class TestOrphanedLockFiles:
         assert alive(repository) == {"dead": False, "n1": True}
         repository.leave("n1")
 
-    def test_that_of_a_node_that_is_joining_stays(self, repository, locks, path):
+    def test_the_lock_file_of_a_joining_node_stays(self, repository, locks, path):
         locks.hold("joining", path.stat().st_ino)
         repository.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["joining", "n1"]
         repository.leave("n1")
         locks.release("joining")
 
-    def test_that_of_a_node_that_was_recorded_meanwhile_stays(self, locks):
+    def test_the_lock_file_of_a_node_that_was_just_recorded_stays(self, locks):
         locks.hold("quick", 7)
         locks.let_go("quick")
         records = iter([set(turnstile.NAMES), {"quick", *turnstile.NAMES}])
         locks.clear_orphans(7, lambda: next(records))
         assert self.left(locks) == ["quick"]
 
-    def test_those_of_another_file_stay(self, repository, locks):
+    def test_lock_files_of_another_database_stay(self, repository, locks):
         """The other file was here before, and may be put back."""
         locks.hold("elsewhere", 1)
         locks.let_go("elsewhere")
@@ -586,7 +584,7 @@ class TestOrphanedLockFiles:
         assert self.left(locks) == ["elsewhere", "n1"]
         repository.leave("n1")
 
-    def test_that_of_a_node_in_the_place_of_one_stays(self, locks, monkeypatch):
+    def test_a_new_lock_file_in_the_place_of_an_orphan_stays(self, locks, monkeypatch):
         """Another process removed the orphan between the opening and the locking."""
         locked = liveness._locked
 
@@ -601,7 +599,7 @@ class TestOrphanedLockFiles:
         locks.clear_orphans(7, lambda: set(turnstile.NAMES))
         assert self.left(locks) == ["n1"]
 
-    def test_a_node_that_joins_makes_another_file_if_its_own_was_taken_for_one(
+    def test_a_joining_node_makes_another_lock_file_if_its_own_was_removed(
         self, locks, monkeypatch
     ):
         """It was removed between the making and the locking."""
@@ -622,7 +620,7 @@ class TestOrphanedLockFiles:
         assert locks.alive("n1", inode) is True
         locks.release("n1")
 
-    def test_a_node_that_joins_waits_for_who_takes_its_file_for_one(self, locks, monkeypatch):
+    def test_a_joining_node_waits_for_a_process_that_checks_its_lock_file(self, locks, monkeypatch):
         Path(locks._path("n1")).touch()
         looking = liveness._locked(locks._path("n1"))
         waits = []
@@ -638,7 +636,7 @@ class TestOrphanedLockFiles:
         assert locks.alive("n1", inode) is True
         locks.release("n1")
 
-    def test_no_node_loses_its_file_to_one_who_looks_without_pause(self, locks):
+    def test_no_node_loses_its_lock_file_to_a_check_without_pause(self, locks):
         recorded: set[str] = set()
         over = threading.Event()
 

@@ -116,7 +116,7 @@ def test_an_interrupt_leaves_all_of_a_transaction_or_nothing(what, whole):
     assert outcomes[0] == before
 
 
-def test_what_was_interrupted_is_done_again_as_if_nothing_had_been():
+def test_an_interrupted_transaction_can_be_done_again():
     store = filled()
     assert interrupted_at(30, store, WRITES["a mixture"](store), False)
     assert all(store.apply(WRITES["a mixture"](store)))
@@ -159,7 +159,7 @@ def test_sorted_items_are_a_sorted_set(changes, first):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_however_many_there_are_a_change_moves_few(order):
+def test_a_change_of_a_large_collection_moves_few_items(order):
     """The cost of a change grows with the length of the list in which it is made."""
     items = ordered.SortedItems()
     for item in range(20_000)[::order]:

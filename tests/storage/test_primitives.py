@@ -880,7 +880,7 @@ class TestEnded:
         assert removed == [stub.id == "a" for stub in stubs]
         assert set(store.get_many(["a", "b"])) == {"b"}
 
-    def test_page_by_page_from_the_newest_on(self, store, run, clock):
+    def test_ended_tasks_are_read_page_by_page_from_the_newest_on(self, store, run, clock):
         for name in "abcde":
             self.end(store, run, clock, name)
             clock.advance(1)
@@ -892,7 +892,7 @@ class TestEnded:
         assert found == [["e", "d"], ["c", "b"], ["a"]]
 
     @between_tasks
-    def test_page_by_page_though_all_are_of_one_moment_and_some_stay(self, store, run, clock):
+    def test_pages_go_on_even_if_all_tasks_ended_at_once_and_some_stay(self, store, run, clock):
         tasks = [run(name) for name in "abcde"]
         clock.advance(10)
         for task in tasks:
@@ -905,7 +905,7 @@ class TestEnded:
         assert sorted(found) == list("abcde")
 
     @between_tasks
-    def test_with_what_decides_whether_it_may_go(self, store, run, clock):
+    def test_ended_tasks_have_all_that_pruning_decides_by(self, store, run, clock):
         run("p")
         run("a", depends_on=["p"], unique_key="k", unique_scope="60.0")
         clock.advance(10)
@@ -980,7 +980,7 @@ class TestNotes:
         assert store.notes("") == {"a": ("one", version)}
 
     @between_tasks
-    def test_of_several_each_is_put_if_its_version_is_still_that_one(self, store):
+    def test_each_of_several_notes_is_put_if_its_version_fits(self, store):
         for name in "abc":
             assert store.put_note(name, "old", 0)
         versions = {name: note.version for name, note in store.notes("").items()}
@@ -1122,7 +1122,7 @@ class TestParents:
         assert store.statuses([]) == {}
 
     @between_tasks
-    def test_what_others_depend_on_is_needed_whatever_their_status(self, store, add):
+    def test_a_parent_is_needed_whatever_the_status_of_its_children(self, store, add):
         add("p")
         add("q")
         for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a", "gone"]}.items():
@@ -1138,7 +1138,7 @@ class TestParents:
         assert store.needed(["q"]) == set()
 
     @between_tasks
-    def test_the_children_of_some(self, store, add):
+    def test_children_of_several_tasks_are_listed_once(self, store, add):
         add("p")
         for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a"]}.items():
             add(child, depends_on=parents, waiting_on=parents[0])

@@ -535,7 +535,7 @@ class TestLocks:
             sibling.create(task("c"))
             assert changed()
 
-    def test_each_who_asks_has_a_memory_of_its_own(self, repository, connect):
+    def test_each_reader_of_changes_has_a_memory_of_its_own(self, repository, connect):
         first, second = Changes(repository), Changes(repository)
         assert first()
         assert second()
@@ -596,7 +596,7 @@ class TestReaders:
     def two(self, monkeypatch):
         monkeypatch.setattr(connections, "MOST_READERS", 2)
 
-    def test_a_thread_beyond_the_bound_waits_for_one(self, two, reader, repository):
+    def test_a_thread_beyond_the_bound_waits_for_a_connection(self, two, reader, repository):
         repository._connections.busy_timeout = PATIENCE
         read = threading.Event()
         waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
@@ -618,14 +618,14 @@ class TestReaders:
             ids(repository)
         assert ids(repository) == ["a"]
 
-    def test_one_that_broke_makes_room(self, two, reader, repository):
+    def test_a_broken_connection_makes_room(self, two, reader, repository):
         for _ in range(3):
             with pytest.raises(RepositoryError), reader() as connection:
                 connection.execute("SELECT nonsense")
         with reader(), reader():
             assert len(repository._connections._readers) == 2
 
-    def test_one_that_an_exception_left_behind_makes_room(self, two, reader, repository):
+    def test_a_connection_that_an_exception_left_behind_makes_room(self, two, reader, repository):
         """The exception of a signal handler can strike before the connection is given back."""
         for _ in range(3):
             repository._connections._another_reader()
@@ -633,7 +633,7 @@ class TestReaders:
         with reader(), reader():
             pass
 
-    def test_many_threads_share_the_few(self, two, reader, repository):
+    def test_many_threads_share_few_connections(self, two, reader, repository):
         repository._connections.busy_timeout = PATIENCE
         found = []
         threads = [
@@ -646,7 +646,7 @@ class TestReaders:
         assert found == [["a"]] * 30
         assert len(repository._connections._readers) <= 2
 
-    def test_those_that_nobody_needs_are_closed(self, reader, repository, monkeypatch):
+    def test_connections_that_are_not_needed_are_closed(self, reader, repository, monkeypatch):
         with reader(), reader(), reader():
             pass
         assert len(repository._connections._readers) == 3

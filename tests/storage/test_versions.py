@@ -151,7 +151,7 @@ def test_the_tasks_of_a_file_of_an_earlier_version_run(old):
 
 
 @each_earlier_version
-def test_what_a_file_of_an_earlier_version_says_is_read(old):
+def test_records_of_an_earlier_version_are_read(old):
     with SQLiteRepository(old) as repository:
         tasks = {task.id: task for task in repository.list(TaskFilter())}
     assert tasks["completed"].result == 3
@@ -190,7 +190,7 @@ STEPS = [
 
 @pytest.mark.process
 @pytest.mark.parametrize(("version", "done"), STEPS)
-def test_one_that_is_killed_leaves_the_earlier_version_whole(old, done):
+def test_a_killed_migration_leaves_the_earlier_version_whole(old, done):
     """A kill after any of its statements is undone."""
     program = """
         import os, signal, sys
@@ -221,7 +221,7 @@ def test_one_that_is_killed_leaves_the_earlier_version_whole(old, done):
 
 
 @pytest.mark.parametrize(("version", "done"), STEPS)
-def test_one_that_fails_leaves_the_earlier_version_whole(old, version, done, monkeypatch):
+def test_a_failed_migration_leaves_the_earlier_version_whole(old, version, done, monkeypatch):
     """A failure at any of its statements is undone."""
     before = contents(old)
     steps = list(schema.MIGRATIONS)
@@ -236,7 +236,7 @@ def test_one_that_fails_leaves_the_earlier_version_whole(old, version, done, mon
 
 @pytest.mark.process
 @each_earlier_version
-def test_of_several_processes_that_open_a_file_at_once_one_migrates_it(old, version):
+def test_one_of_several_processes_that_open_a_file_at_once_migrates_it(old, version):
     program = """
         import sys
         from taskx import SQLiteRepository, TaskFilter

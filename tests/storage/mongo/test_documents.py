@@ -412,7 +412,7 @@ class TestTheirs:
         assert [(stub.id, stub.priority) for stub in repository.ready(["t"], 10)] == [("free", 0)]
 
 
-def test_what_a_later_version_stores_beside_is_passed_over_and_stays(repository, database):
+def test_fields_of_a_later_version_are_ignored_and_kept(repository, database):
     """Several versions share a collection: fields are added, and no version is stored."""
     run(repository, "a")
     attempt = ["retried", NOW, NOW + 1, "w", "broke", "", "ValueError", {"mood": "bad"}]

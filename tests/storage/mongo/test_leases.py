@@ -344,7 +344,7 @@ class TestStarting:
 
 
 class TestBeating:
-    def test_without_a_thread_to_beat_a_node_does_not_join(self, host, connection, monkeypatch):
+    def test_a_node_does_not_join_without_a_heartbeat_thread(self, host, connection, monkeypatch):
         """The next one to join has one started."""
         left, start = [1], threading.Thread.start
 
@@ -365,7 +365,7 @@ class TestBeating:
         assert beaten.wait(20)
         made.leases.leave("second")
 
-    def test_a_beat_that_stumbles_is_not_the_last(self, host, monkeypatch, caplog):
+    def test_a_heartbeat_goes_on_after_an_error(self, host, monkeypatch, caplog):
         made, beaten, left = host(), threading.Event(), [SystemExit("a defect")]
 
         def beat(self, node, own):
