@@ -458,7 +458,9 @@ class TestCancelMany:
     def test_of_nothing(self, queue: Queue):
         assert queue.cancel_many([]) == 0
 
-    def test_the_buffer_is_put_in_order_once_for_each_transaction(self, busy, gate, monkeypatch):
+    def test_the_buffer_is_put_in_order_at_most_once_for_each_transaction(
+        self, busy, gate, monkeypatch
+    ):
         """Not for each task: among many thousand, that would take minutes."""
         queue = busy(buffer_size=1000)
         monkeypatch.setattr(operations, "BATCH", 100)
@@ -467,7 +469,8 @@ class TestCancelMany:
         heapify = buffer.heapify
         monkeypatch.setattr(buffer, "heapify", lambda heap: (heapified.append(1), heapify(heap)))
         assert queue.cancel_many(handle.id for handle in handles[:-1]) == 300
-        assert (queue.buffered, len(heapified)) == (1, 3)
+        assert queue.buffered == 1
+        assert 1 <= len(heapified) <= 3
         gate.open()
         assert handles[-1].result(PATIENCE) is None
         assert queue.ran == [300]
