@@ -634,8 +634,8 @@ class Queue:
     def requeue(self, task_id: str) -> None:
         """Have a failed or cancelled task run again, with its attempts and crashes counted anew.
 
-        What failed or was cancelled because of it, such as the rest of a chain, waits for it again. Its
-        own parents are waited for if they have not ended; if they have, it runs whatever became of them.
+        Tasks that failed or were cancelled because of it, such as the rest of a chain, wait for it again.
+        It waits for parents that have not ended; it runs even if parents have failed.
 
         Raises:
             TaskNotFound: there is none with that id.
@@ -648,11 +648,11 @@ class Queue:
     def requeue_many(self, task_ids: Iterable[str]) -> int:
         """Have those of these tasks run again that failed or were cancelled, in a few transactions.
 
-        Those that depend on others of these wait for them again, and so does what failed or was cancelled
-        because of these. One whose unique key another task holds now is left alone.
+        Tasks that depend on others of these wait for them again, and so do tasks that failed or were
+        cancelled because of these. A task whose unique key another task holds now is left alone.
 
         Returns:
-            how many run again; what ended because of these is counted, too.
+            how many run again, including tasks that had ended because of these.
 
         Raises:
             QueueStopped: the queue was stopped.
@@ -672,8 +672,8 @@ class Queue:
     def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
         """Remove tasks that ended before a moment, a few in each transaction; returns how many.
 
-        A task stays as long as one that depends on it is stored, and as long as it holds a unique key for
-        a number of seconds.
+        A task stays while a task that depends on it is stored, and while it holds a unique key for a
+        number of seconds.
 
         Args:
             before: an aware datetime.
@@ -744,13 +744,13 @@ class Queue:
     def requeue_dead_letters(self, filter: TaskFilter | None = None) -> int:
         """Have dead letters run again: all that meet a filter, or the newest ones if it has a limit.
 
-        They are those that :meth:`dead_letters` lists, but for the limit of 100, which applies to lists
-        only: to requeue a few of many, give the filter a limit. Those that fail again meanwhile are left
-        alone. What failed or was cancelled because of these, such as the rest of a chain, runs again after
-        them, whether it meets the filter or not.
+        A filter without a limit means all, although :meth:`dead_letters` lists 100: to requeue a few of
+        many, give the filter a limit. Tasks that fail again in the meantime are left alone. Tasks that
+        failed or were cancelled because of these, such as the rest of a chain, run again after them,
+        whether they meet the filter or not.
 
         Returns:
-            how many run again; what ended because of these is counted, too.
+            how many run again, including tasks that had ended because of these.
 
         Raises:
             ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
@@ -761,8 +761,8 @@ class Queue:
     def discard_dead_letters(self, filter: TaskFilter | None = None) -> int:
         """Remove dead letters: all that meet a filter, or the newest ones if it has a limit.
 
-        They are chosen as by :meth:`requeue_dead_letters`. One that an unfinished task depends on stays,
-        as that may ask for it.
+        They are chosen as by :meth:`requeue_dead_letters`. A dead letter that an unfinished task depends
+        on stays, as that task may ask for it.
 
         Returns:
             how many were removed.

@@ -143,11 +143,11 @@ class RepositoryError(TaskxError):
     """The repository could not do what was asked; the driver's own error is the ``__cause__``.
 
     Attributes:
-        in_doubt: True if the write may have been carried out all the same, as a server did not answer,
-            or a repository of eight methods failed and could not be read back; False if nothing was
-            changed.
-        task_id: the task whose submit is in doubt (of ``submit_many`` the first; they are all stored
-            or none is): to submit it again stores it, or raises ``DuplicateTask``. Empty otherwise.
+        in_doubt: True if the write may have taken place all the same, because a server did not answer, or
+            a repository of eight methods failed and could not be read back. False if nothing was changed.
+        task_id: the id of the task whose submit is in doubt, else empty. Submit the same id again: that
+            stores the task or raises ``DuplicateTask``. For ``submit_many`` it is the first task; all are
+            stored or none.
     """
 
     in_doubt: bool = False
@@ -157,8 +157,8 @@ class RepositoryError(TaskxError):
 class RepositoryUnavailable(RepositoryError):
     """The repository cannot be used now; try again later.
 
-    It is locked for too long, or unreachable, the disk is full, or the SQLite file is absent, or was moved,
-    deleted or replaced.
+    It is locked for too long, or unreachable; or the disk is full; or the SQLite file is absent, or was
+    moved, deleted or replaced.
     """
 
 
@@ -190,8 +190,8 @@ class TaskCancelled(BaseException):
 def is_interrupt(error: BaseException) -> bool:
     """Return whether an exception is for the program to see: Ctrl-C, or an exit in the main thread.
 
-    Extensions raise other classes that are no ``Exception``, when they panic for example. Such an error is
-    one of what was called, and so is any error in another thread.
+    Extensions may raise other classes that are no ``Exception``, such as a panic. Such an error belongs to
+    the code that was called, and so does any error in another thread.
     """
     kind = type(error)  # as isinstance, which would also ask the object for its __class__
     return issubclass(kind, (KeyboardInterrupt, SystemExit)) and (
