@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING, RUNNING
 from taskx.core.model import Task, TaskStatus
+from taskx.core.record import Stub
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.runtime.engine import Engine
@@ -19,6 +19,8 @@ from taskx.storage.base import Node
 
 #: Tasks of a dead node's buffer that are given up in one transaction.
 BATCH = 1000
+#: Tasks of its own, those that run and those next in line, that a node audits at once.
+AUDITED = 500
 _WHAT_NOW = {
     lifecycle.PENDING: "it runs again",
     lifecycle.FAILED: "failed for good",
@@ -36,8 +38,8 @@ class Recovery:
         self._strays: set[Run] = set()
         self._reserved: set[int] = set()
         self._unknown: set[str] = set()
-        # Ids of tasks in the buffers of dead nodes, by node; it leaves when they are given up.
-        self._left: dict[str, deque[str]] = {}
+        # Dead nodes whose buffers are being given up; and how many tasks of each cannot be.
+        self._left: dict[str, int] = {}
 
     # --- other nodes
 
@@ -89,14 +91,12 @@ class Recovery:
 
     def _go_on(self, until: float) -> int:
         given_up = 0
-        for node, pending in list(self._left.items()):
-            while pending:
-                some = [pending[n] for n in range(min(len(pending), BATCH))]
-                self._services.ledger.commit([lifecycle.give_up(i, node) for i in some])
-                given_up += len(some)
-                for _ in some:
-                    pending.popleft()
-                if pending and time.monotonic() >= until:
+        for node in list(self._left):
+            while writes := self._pending(node):
+                results = self._services.ledger.commit(writes)
+                given_up += sum(results)
+                self._left[node] += len(results) - sum(results)
+                if len(writes) == BATCH and time.monotonic() >= until:
                     return given_up
             self._services.dependents.ended_elsewhere()
             self._services.lines.look_soon()
@@ -105,9 +105,18 @@ class Recovery:
             del self._left[node]
         return given_up
 
+    def _pending(self, node: str) -> list[Update]:
+        """What gives up the next of the tasks that wait in the buffer of a dead node."""
+        passed = self._left[node]
+        stubs = self._services.repository.owned(node, passed + BATCH)
+        pending = [stub.id for stub in stubs if stub.status == PENDING]
+        return [lifecycle.give_up(task_id, node) for task_id in pending[passed:]]
+
     def _take_back(self, node: Node) -> int:
         """Rescue what a dead node was running; what waited in its buffer is given up later."""
-        stubs = self._services.repository.owned(node.id)
+        stubs = self._services.repository.owned(node.id, BATCH)
+        if stubs and stubs[-1].status == RUNNING:  # there may be more of these
+            stubs = self._services.repository.owned(node.id)
         barred = self._services.repository.stuck_on(node.id)
         running = [stub.id for stub in stubs if stub.status == RUNNING]
         tasks = list(self._services.repository.get_many(running).values()) if running else []
@@ -117,7 +126,7 @@ class Recovery:
             self._rescue(node, tasks)
         for task_id in running:
             self._services.watcher.look_if_watched(task_id)
-        self._left[node.id] = deque(stub.id for stub in stubs if stub.status == PENDING)
+        self._left[node.id] = 0
         return len(running) + self._engine.stuck.lift_bars((stub.id for stub in barred), node.id)
 
     def _rescue(self, node: Node, tasks: Sequence[Task]) -> None:
@@ -153,19 +162,16 @@ class Recovery:
         Pending tasks that this node is said to hold are buffered if they are not; running ones that
         no thread executes are handed back. In memory, runs that are over by what the repository says
         are forgotten, and so are slots of the buffer that nothing was put into.
+
+        Of a large buffer, that is done with the tasks that are next in line.
         """
         engine = self._engine
+        limit = AUDITED + len(engine.runs)
         stubs = {
             (stub.id, stub.status, stub.starts): stub
-            for stub in self._services.repository.owned(engine.node.id)
+            for stub in self._services.repository.owned(engine.node.id, limit)
         }
-        buffer, unmarked, runs = engine.buffer, engine.unmarked(), engine.runs
-        lost = {
-            key
-            for key, stub in stubs.items()
-            if stub.id not in runs
-            and (stub.status == RUNNING or not (stub.id in buffer or stub.id in unmarked))
-        }
+        lost = self._lost(stubs.values())
         for key in lost & self._suspicious:
             stub = stubs[key]
             if stub.status == PENDING:
@@ -174,8 +180,19 @@ class Recovery:
                 self._hand_back(stub.id)
         self._suspicious = lost - self._suspicious
         self._audit_runs(stubs)
-        stale, self._reserved = self._reserved & buffer.reserved, set(buffer.reserved)
-        buffer.release(stale)
+        reserved = engine.buffer.reserved
+        stale, self._reserved = self._reserved & reserved, set(reserved)
+        engine.buffer.release(stale)
+
+    def _lost(self, stubs: Iterable[Stub]) -> set[tuple[str, str, int]]:
+        """Those of this node's tasks that it knows nothing of."""
+        buffer, unmarked, runs = self._engine.buffer, self._engine.unmarked(), self._engine.runs
+        return {
+            (stub.id, stub.status, stub.starts)
+            for stub in stubs
+            if stub.id not in runs
+            and (stub.status == RUNNING or not (stub.id in buffer or stub.id in unmarked))
+        }
 
     def _audit_runs(self, stubs: Collection[tuple[str, str, int]]) -> None:
         """Forget runs in memory that are over, and hand back runs that no thread executes."""

@@ -27,6 +27,9 @@ from taskx.runtime.suspects import Suspects
 from taskx.runtime.watcher import Watcher
 from taskx.storage.base import Node, Repository
 
+#: Pending tasks that are given up in one transaction.
+BATCH = 1000
+
 
 class Services(NamedTuple):
     """What the parts of a queue share."""
@@ -174,9 +177,9 @@ class Starter:
 
     def give_up(self, task_ids: Sequence[str]) -> None:
         """Leave pending tasks to the repository that this node was to run."""
-        if task_ids:
-            writes = [lifecycle.give_up(task_id, self._node) for task_id in task_ids]
-            self._services.ledger.commit(writes)
+        for start in range(0, len(task_ids), BATCH):
+            some = task_ids[start : start + BATCH]
+            self._services.ledger.commit([lifecycle.give_up(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:
         """Whether it has crashed, and would take this process with it: no child process runs it."""

@@ -391,13 +391,13 @@ class EightMethodAdapter(MemoryRepository):
                     self._adopt(row_from_task(task))
             super().join(node)
 
-    def owned(self, node: str) -> Sequence[Stub]:
-        """The pending and running tasks that a node holds; what was in doubt is looked at first."""
+    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
+        """The tasks that a node holds; what was in doubt is looked at first."""
         with self._lock:
             for task_id in [*self._doubts]:
                 self._refresh(task_id)
                 self._forget_finished(task_id)
-            return super().owned(node)
+            return super().owned(node, limit)
 
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []

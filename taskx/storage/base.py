@@ -263,8 +263,8 @@ class Repository(TaskRepository):
         """
 
     @abstractmethod
-    def owned(self, node: str) -> Sequence[Stub]:
-        """The pending and running tasks that a node holds."""
+    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
+        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
 
     @abstractmethod
     def owners(self) -> Sequence[str]:

@@ -249,11 +249,11 @@ class MemoryRepository(Repository):
             rows = [self._rows[rank[-1]] for rank in nsmallest(OLDEST, ranks, key=_age)]
             return min((max(row["created_at"], row["run_at"] or 0) for row in rows), default=None)
 
-    def owned(self, node: str) -> Sequence[Stub]:
-        """The pending and running tasks that a node holds."""
+    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
+        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
         with self._lock:
-            both = chain(self._of_node("ready", node), self._of_node("running", node))
-            return [stub_from_row(self._rows[task_id]) for task_id in both if node]
+            both = chain(self._of_node("running", node), self._of_node("ready", node))
+            return [stub_from_row(self._rows[task_id]) for task_id in islice(both, limit) if node]
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""

@@ -13,6 +13,7 @@ from taskx.core.writes import Update
 from taskx.runtime import lines as lines_module
 from taskx.runtime import recovery
 from taskx.runtime.node import LocalNode
+from taskx.runtime.recovery import Recovery
 from taskx.storage.base import Node
 
 from .conftest import PATIENCE, eventually
@@ -111,6 +112,83 @@ def test_the_buffer_of_a_dead_node_is_given_up_in_parts(monkeypatch, make_queue,
     assert not looks.waiting
     assert repository.nodes() == []
     assert (repository.owners(), len(repository.ready(["remote"], 100))) == ([], 35)
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_a_task_of_a_dead_node_that_cannot_be_given_up_does_not_hold_up_the_others(
+    monkeypatch, make_queue, repository, dead
+):
+    monkeypatch.setattr(recovery, "BATCH", 2)
+    queue = make_queue()
+    queue.declare("remote")
+    dead([waiting(f"{n}") for n in range(6)])
+    apply = repository.apply
+
+    def but_for_some(writes, **options):
+        refused = {"0", "1", "3"}
+        results = iter(apply([write for write in writes if write.id not in refused], **options))
+        return [write.id not in refused and next(results) for write in writes]
+
+    monkeypatch.setattr(repository, "apply", but_for_some)
+    assert queue_recovery(queue).recover() == 3
+    assert [stub.id for stub in repository.owned("dead")] == ["0", "1", "3"]
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_all_that_a_dead_node_ran_is_taken_back_however_much_that_is(
+    monkeypatch, make_queue, repository, dead
+):
+    monkeypatch.setattr(recovery, "BATCH", 2)
+    queue = make_queue()
+    queue.declare("remote")
+    dead([waiting(f"{n}") for n in range(5)])
+    found = repository.get_many(["0", "1", "2"])
+    assert all(repository.apply([lifecycle.start(task, 2000, "dead") for task in found.values()]))
+    assert queue_recovery(queue).recover() == 5
+    assert [task.crashes for task in repository.get_many(list("01234")).values()] == [1] * 3 + [
+        0
+    ] * 2
+
+
+class TestAudit:
+    """A node looks for tasks of its own that it lost track of."""
+
+    @pytest.fixture
+    def audits(self, busy, monkeypatch):
+        """Audits a queue whose only worker is busy, two tasks in its buffer at a time."""
+        monkeypatch.setattr(recovery, "AUDITED", 2)
+        queue = busy(buffer_size=100)
+        monkeypatch.setattr(queue._node._recovery, "audit", lambda: None)  # the scheduler's
+        return queue, Recovery(queue._node.engine)
+
+    @pytest.mark.every_store
+    def test_it_reads_no_more_of_a_large_buffer_than_is_next_in_line(self, audits, monkeypatch):
+        queue, mine = audits
+        queue.submit_many([Task(type="note") for _ in range(20)])
+        read, owned = [], queue.repository.owned
+
+        def counted(*args):
+            found = owned(*args)
+            read.append(len(found))
+            return found
+
+        monkeypatch.setattr(queue.repository, "owned", counted)
+        mine.audit()
+        assert read == [3]  # the one that runs, too
+
+    def test_a_lost_task_is_found_when_it_is_next_in_line(self, audits, gate):
+        queue, mine = audits
+        handles = [queue.submit("note", {"n": n}) for n in range(5)]
+        queue._node.engine.buffer.discard([handles[4].id])
+        mine.audit()
+        mine.audit()
+        assert queue.buffered == 4
+        gate.open()
+        assert [handle.result(PATIENCE) for handle in handles[:4]] == [None] * 4
+        mine.audit()
+        mine.audit()
+        assert handles[4].result(PATIENCE) is None
+        assert queue.ran == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)

@@ -610,6 +610,15 @@ class TestOwners:
         assert list(store.owners()) == []
         assert ids(store.owned("two")) == []
 
+    def test_what_runs_comes_first_where_only_some_are_asked_for(self, store, add, run):
+        for name in "abc":
+            add(name, owner="one")
+        run("d", node="one")
+        run("e", node="one")
+        assert {s.id for s in store.owned("one", 2)} == {"d", "e"}
+        assert [s.status for s in store.owned("one", 4)] == ["running"] * 2 + ["pending"] * 2
+        assert {s.id for s in store.owned("one")} == set("abcde")
+
     def test_nobody_is_no_owner(self, store, add):
         add("a")
         assert list(store.owners()) == []

@@ -253,9 +253,9 @@ class MongoRepository(Repository):
         """Since when the pending task has waited, of those that may start now, that waits longest."""
         return self._tasks.oldest_ready()
 
-    def owned(self, node: str) -> Sequence[Stub]:
-        """The pending and running tasks that a node holds."""
-        return self._tasks.owned(node)
+    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
+        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
+        return self._tasks.owned(node, limit)
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""

@@ -240,13 +240,21 @@ class Tasks:
         )
         return min(since, default=None)
 
-    def owned(self, node: str) -> Sequence[Stub]:
-        """The pending and running tasks that a node holds."""
+    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
+        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
         wanted = {"taskx.owner": text(node, "node"), **VISIBLE}
         if not node:
             return []
-        found = self._connection.run(lambda: list(self._connection.tasks.find(wanted, STUB_FIELDS)))
-        return [stub_from_document(document) for document in found]
+
+        def read() -> list[Document]:
+            find = self._connection.tasks.find
+            found = list(find({**wanted, "status": "running"}, STUB_FIELDS).limit(limit or 0))
+            if limit is None or (left := limit - len(found)) > 0:
+                rest = {**wanted, "status": {"$ne": "running"}}
+                found += find(rest, STUB_FIELDS).limit(0 if limit is None else left)
+            return found
+
+        return [stub_from_document(document) for document in self._connection.run(read)]
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks, or on which one is stuck."""

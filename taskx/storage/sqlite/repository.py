@@ -407,9 +407,10 @@ class SQLiteRepository(Repository):
         ((since,),) = self._rows(statements.OLDEST_READY, (OLDEST,))
         return None if since is None else int(since)
 
-    def owned(self, node: str) -> Sequence[Stub]:
-        """The pending and running tasks that a node holds."""
-        return [_stub(row) for row in self._rows(statements.OWNED, (node, node))]
+    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
+        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
+        most = -1 if limit is None else limit
+        return [_stub(row) for row in self._rows(statements.OWNED, (node, node, most))]
 
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks."""

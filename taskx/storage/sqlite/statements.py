@@ -51,9 +51,11 @@ OLDEST_READY = (
     "WHERE seq IN (SELECT seq FROM tasks INDEXED BY tasks_ready "
     "WHERE status = 'pending' AND held = 0 ORDER BY seq LIMIT ?)"
 )
+# SQLite goes through the parts of a UNION ALL one after the other, and stops at the limit.
 OWNED = (
+    f"SELECT {_STUB} FROM tasks WHERE status = 'running' AND owner = ? AND owner <> '' UNION ALL "
     f"SELECT {_STUB} FROM tasks WHERE status = 'pending' AND held = 0 AND owner = ? AND owner <> '' "
-    f"UNION ALL SELECT {_STUB} FROM tasks WHERE status = 'running' AND owner = ? AND owner <> ''"
+    "LIMIT ?"
 )
 # A step in the index for each owner, however many tasks each has.
 _OWNERS_OF = (
