@@ -194,6 +194,9 @@ def is_interrupt(error: BaseException) -> bool:
     the code that was called, and so does any error in another thread.
     """
     kind = type(error)  # as isinstance, which would also ask the object for its __class__
-    return issubclass(kind, (KeyboardInterrupt, SystemExit)) and (
-        threading.current_thread() is threading.main_thread()
-    )
+    return issubclass(kind, (KeyboardInterrupt, SystemExit)) and on_main_thread()
+
+
+def on_main_thread() -> bool:
+    """Return whether the calling thread is the one that signal handlers, and what they raise, strike."""
+    return threading.current_thread() is threading.main_thread()

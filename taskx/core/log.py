@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
-import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
+
+from taskx.core.errors import on_main_thread
 
 
 class GuardedLogger(logging.Logger):
@@ -74,8 +75,7 @@ def is_for_the_program(error: BaseException) -> bool:
 
     In a thread of ours ``SystemExit`` would end that thread alone, in silence.
     """
-    ends = not isinstance(error, Exception)
-    return ends and threading.current_thread() is threading.main_thread()
+    return not isinstance(error, Exception) and on_main_thread()
 
 
 #: For what knows no queue, and so not the logger of one.

@@ -32,7 +32,7 @@ class Bell:
     def wait(self, ear: _thread.LockType, timeout: float | None = None) -> None:
         """Wait for a ring since :meth:`listen`, at most ``timeout`` seconds (None: for ever)."""
         try:
-            ear.acquire(timeout=-1 if timeout is None else max(0.0, timeout))
+            ear.acquire(timeout=-1 if timeout is None else _bounded(timeout))
         finally:
             self.leave(ear)
 
@@ -75,15 +75,21 @@ class Signal:
         self._lock.acquire(blocking=False)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it rings; False if ``timeout`` seconds passed before."""
+        """Wait until it rings, which ends with that; False if ``timeout`` seconds passed before."""
         if timeout is None:
             return self._lock.acquire()
-        return self._lock.acquire(timeout=min(max(timeout, 0.0), threading.TIMEOUT_MAX))
+        return self._lock.acquire(timeout=_bounded(timeout))
 
     def set(self) -> None:
         """Ring."""
-        with suppress(RuntimeError):  # it rings already
-            self._lock.release()
+        if self._lock.locked():
+            with suppress(RuntimeError):  # another thread rang meanwhile
+                self._lock.release()
 
     def __call__(self, _: object) -> None:
         self.set()
+
+
+def _bounded(timeout: float) -> float:
+    """The time-out, within what a lock takes."""
+    return min(max(timeout, 0.0), threading.TIMEOUT_MAX)

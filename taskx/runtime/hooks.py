@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import _thread
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -19,7 +17,7 @@ from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import changed_task, created_task
 from taskx.runtime import forks
-from taskx.runtime.bell import Bell
+from taskx.runtime.bell import Bell, Signal
 
 #: Events that may wait to be told before those who make more of them are held up.
 MOST_WAITING = 10_000
@@ -133,8 +131,7 @@ class Hooks:
         #: How many hooks were told so far.
         self.told = 0
         self._telling = False
-        self._wake_up = _thread.allocate_lock()
-        self._wake_up.acquire()
+        self._wake_up = Signal()
         self._starting = threading.RLock()
         self._thread: threading.Thread | None = None
         self._quiet = Bell()
@@ -146,9 +143,8 @@ class Hooks:
         self.waiting.append((listeners, make, facts))
         if self._thread is None:
             self._start()
-        elif self._wake_up.locked():
-            with suppress(RuntimeError):  # another one woke it meanwhile
-                self._wake_up.release()
+        else:
+            self._wake_up.set()
 
     def tell_submitted(self, row: Mapping[str, Any]) -> None:
         """A new record was stored."""
@@ -237,7 +233,7 @@ class Hooks:
     def _run(self) -> None:
         while True:
             self._tell_all()
-            if not self._wake_up.acquire(timeout=_KEEP):
+            if not self._wake_up.wait(_KEEP):
                 break
         self._thread = None
         if self.waiting:  # told between the wait and the line above

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from taskx.core.errors import RepositoryUnavailable, TaskxError
+from taskx.core.errors import RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write
 from taskx.storage.base import Reentered, Repository
@@ -258,7 +258,7 @@ class Ledger:
             with suppress(TaskxError), self._leading:  # what fails waits on
                 while not late.done:
                     self._lead()
-        if self.leave_to_others is not None and _on_main_thread():
+        if self.leave_to_others is not None and on_main_thread():
             if self._untold:
                 self.leave_to_others()
             return
@@ -290,7 +290,3 @@ class Ledger:
                 "a write was refused by the repository: %s", entry.error, exc_info=entry.error
             )
         entry.callback(entry.results, entry.error)
-
-
-def _on_main_thread() -> bool:
-    return threading.current_thread() is threading.main_thread()

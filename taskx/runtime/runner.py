@@ -10,7 +10,7 @@ from typing import Any
 
 from taskx.core import payload
 from taskx.core.clock import Clock
-from taskx.core.errors import RepositoryCorrupt, TaskCancelled, is_interrupt
+from taskx.core.errors import RepositoryCorrupt, TaskCancelled, is_interrupt, on_main_thread
 from taskx.core.lifecycle import Ending
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
@@ -54,7 +54,7 @@ class Run:
         self.decided: _thread.LockType | None = None
         #: Whether it was given up while its thread runs on.
         self.stuck = False
-        #: Whether the ledger has how it ended.
+        #: Whether its executor has returned, and its thread sees to its outcome.
         self.concluded = False
         self.capture: Capture | None = None
         if executor.log_level is not None:
@@ -165,9 +165,7 @@ class Runner:
 def _raised(error: BaseException, run: Run) -> Ending:
     reason = run.token.reason
     # Where the submitting thread runs the task (caller_runs), Ctrl-C is meant for the program.
-    interrupt = is_a(error, KeyboardInterrupt) and (
-        threading.current_thread() is threading.main_thread()
-    )
+    interrupt = is_a(error, KeyboardInterrupt) and on_main_thread()
     if interrupt:
         reason = CancelReason.STOP
     crashed = is_a(error, ChildDied)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import _thread
 import math
 import threading
 import time
-from contextlib import suppress
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.token import CancelReason
+from taskx.runtime.bell import Signal
 from taskx.runtime.engine import AHEAD_PATIENCE, Engine
 from taskx.runtime.recovery import Recovery
 from taskx.runtime.retention import Retention
@@ -51,8 +50,7 @@ class Scheduler:
         self._recovery = recovery
         self._retention = retention
         self._ticker = ticker
-        self._wake_up = _thread.allocate_lock()
-        self._wake_up.acquire()
+        self._wake_up = Signal()
         self._asleep_long = False
         self._told = False  # to wake from a long sleep, since the last round began
         self._stopped = False
@@ -84,8 +82,7 @@ class Scheduler:
 
     def wake(self) -> None:
         """Have the next tick now."""
-        with suppress(RuntimeError):  # it was told already
-            self._wake_up.release()
+        self._wake_up.set()
 
     def wake_from_long_sleep(self) -> None:
         """Have it tick every few milliseconds from now on, as long as something waits for it."""
@@ -154,7 +151,7 @@ class Scheduler:
             if (next_token := self._engine.admission.next_look()) is not None:
                 until_token = next_token - self._services.clock.monotonic()
                 timeout = min(timeout, max(_SHORTEST, until_token))
-        self._wake_up.acquire(timeout=timeout)
+        self._wake_up.wait(timeout)
         self._asleep_long = False
 
     def _more_to_do(self) -> bool:
@@ -207,14 +204,18 @@ class Scheduler:
             self._engine.more_stored = True
             self._engine.refill()
         if self._is_time("audit", AUDIT_EVERY):
-            self._recovery.audit()
-            self._services.alarms.go_on()
-            self._engine.stuck.audit()
-            self._services.dependents.look_slowly(PATIENCE)
-            self._services.lines.look_slowly()
-            self._ticker.look_soon()
-            self._services.watcher.look()
+            self._audit()
         self._retention.tick()
+
+    def _audit(self) -> None:
+        """Look for what no event told of."""
+        self._recovery.audit()
+        self._services.alarms.go_on()
+        self._engine.stuck.audit()
+        self._services.dependents.look_slowly(PATIENCE)
+        self._services.lines.look_slowly()
+        self._ticker.look_soon()
+        self._services.watcher.look()
 
     def _is_time(self, what: str, interval: float) -> bool:
         now = time.monotonic()

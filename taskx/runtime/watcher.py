@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import FINISHED as ENDED
 from taskx.core.log import GuardedLogger
 from taskx.runtime import handles
@@ -178,8 +178,11 @@ class Watcher:
                         self._tell(handle)
 
     def _tell(self, handle: TaskHandle[Any]) -> None:
-        """Tell who waits for a handle that has ended, or leave that to another thread."""
-        if handle.listeners and _may_be_struck() and self._has_teller():
+        """Tell who waits for a handle that has ended, or leave that to another thread.
+
+        On the main thread, an exception may strike between two steps that belong together.
+        """
+        if handle.listeners and on_main_thread() and self._has_teller():
             self._ended.append(handle.id)
             if (wake := self._wake) is not None:
                 wake()
@@ -246,8 +249,3 @@ class Watcher:
         for task_id in list(self._handles):
             for handle in self._live(task_id):
                 handle.forget_listeners()
-
-
-def _may_be_struck() -> bool:
-    """Return whether a signal may raise an exception here, between two steps that belong together."""
-    return threading.current_thread() is threading.main_thread()
