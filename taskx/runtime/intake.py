@@ -367,50 +367,54 @@ class Intake:
         if not inserts:
             return []
         engine = self.engine
-        runs = self._services.registry.runs
-        due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
-        apart: set[str] = set()
-        if engine is not None:
-            apart = {type for type in {i.row["type"] for i in due} if not engine.buffers(type)}
-        if apart:
-            due = [insert for insert in due if insert.row["type"] not in apart]
-        refuse = self._overflow == "reject" and not spill
-        turns: list[int] = []
         try:
-            if engine is not None:
-                # Before they are stored: from then on the rest may be fetched, and must come after.
-                turns += [engine.buffer.turn() for _ in due]
-                del turns[self._reserve_many(engine, turns, refuse=refuse) :]
-            buffered = due[: len(turns)]
-            for insert in buffered:
-                insert.row["owner"] = engine.node.id  # type: ignore[union-attr]
-            self._store_whole(inserts)
-            if self._hooks.submitted:
-                for insert in inserts:
-                    self._hooks.tell_submitted(insert.row)
-            self._stored(inserts)
-            if engine is not None:
-                self._buffer_many(engine, buffered, turns)
-                if len(due) < len(inserts):
-                    self._tell(engine, delayed=True)
-                if len(buffered) < len(due) or any(map(engine.has_room, apart)):
-                    self._tell(engine, delayed=False)
-        except BaseException as error:  # an interrupt, too: nobody else knows of these slots
-            if engine is not None:
-                engine.buffer.release(turns)
-            if isinstance(error, Reentered):
-                self._take_in_soon(inserts)
-            elif isinstance(error, Exception):
-                raise
+            if engine is None:
+                self._store_many(inserts)
             else:
-                # All or none of them are stored, and any one of them tells which.
-                error.task_id = inserts[0].id  # type: ignore[attr-defined]
-                raise
+                refuse = self._overflow == "reject" and not spill
+                self._store_and_buffer_many(engine, inserts, refuse=refuse)
+        except Reentered:
+            self._take_in_soon(inserts)
+        except Exception:
+            raise
+        except BaseException as error:
+            # All or none of them are stored, and any one of them tells which.
+            error.task_id = inserts[0].id  # type: ignore[attr-defined]
+            raise
         return [insert.id for insert in inserts]
 
-    def _buffer_many(self, engine: Engine, inserts: Sequence[Insert], turns: Sequence[int]) -> None:
-        for insert, turn in zip(inserts, turns, strict=True):
-            self._buffer(engine, insert, turn)
+    def _store_and_buffer_many(
+        self, engine: Engine, inserts: Sequence[Insert], *, refuse: bool
+    ) -> None:
+        buffer, runs = engine.buffer, self._services.registry.runs
+        due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
+        apart = {type for type in {i.row["type"] for i in due} if not engine.buffers(type)}
+        due = [insert for insert in due if insert.row["type"] not in apart]
+        turns: list[int] = []
+        try:
+            # Before they are stored: from then on the rest may be fetched, and must come after.
+            turns += [buffer.turn() for _ in due]
+            del turns[self._reserve_many(engine, turns, refuse=refuse) :]
+            buffered = due[: len(turns)]
+            for insert in buffered:
+                insert.row["owner"] = engine.node.id
+            self._store_many(inserts)
+            for insert, turn in zip(buffered, turns, strict=True):
+                self._buffer(engine, insert, turn)
+        except BaseException:  # an interrupt, too: nobody else knows of these slots
+            buffer.release(turns)
+            raise
+        if len(due) < len(inserts):
+            self._tell(engine, delayed=True)
+        if len(buffered) < len(due) or any(map(engine.has_room, apart)):
+            self._tell(engine, delayed=False)
+
+    def _store_many(self, inserts: Sequence[Insert]) -> None:
+        self._store_whole(inserts)
+        if self._hooks.submitted:
+            for insert in inserts:
+                self._hooks.tell_submitted(insert.row)
+        self._stored(inserts)
 
     def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
         inserts = [self.prepare(task) for task in tasks]
