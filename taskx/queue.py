@@ -76,6 +76,8 @@ R = TypeVar("R")
 
 #: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
+# Half of what the system can wait for: deadlines and extra time come on top.
+_LONGEST_STOP = threading.TIMEOUT_MAX / 2
 
 
 class Queue:
@@ -791,8 +793,8 @@ class Queue:
             if self._node is not None:
                 return
             node = LocalNode(self._services, self.config, self._ended)
-            node.join()
             try:
+                node.join()
                 node.begin()
                 # The workers wait: what an executor submits or cancels finds its node.
                 if not self._publish(node):
@@ -853,7 +855,7 @@ class Queue:
         Returns:
             the ids of the tasks that still run.
         """
-        seconds = check_number(timeout, "timeout")
+        seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
         deadline = time.monotonic() + seconds
         with self._state:  # held for moments only, and not while a start waits for the repository
             self._intake.stopped = True

@@ -246,6 +246,7 @@ class Engine:
             if run.decided is not None and not run.decided.acquire(False):
                 self._come_back(run)
                 return ending
+            run.concluded = True  # first: from then on no audit takes it for lost
             executing.pop(run.task.id, None)
             # One bit for each of the last tasks, so that a single hiccup changes nothing.
             self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
@@ -277,7 +278,6 @@ class Engine:
         ending, writes, more = self._outcome(run, ending)
         told = partial(self._concluded, run, ending, writes)
         self.services.ledger.defer([*writes, *more] if more else writes, told)
-        run.concluded = True
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows, on a thread that may be interrupted."""

@@ -20,7 +20,7 @@ from taskx.runtime.engine import Engine
 from taskx.runtime.recovery import Recovery
 from taskx.runtime.retention import Retention
 from taskx.runtime.runner import inside_executor
-from taskx.runtime.scheduler import Scheduler
+from taskx.runtime.scheduler import PATIENCE, Scheduler
 from taskx.runtime.starter import Services
 from taskx.runtime.ticker import Ticker
 from taskx.storage.adapter import EightMethodAdapter
@@ -60,6 +60,8 @@ class LocalNode:
         self.engine = Engine(services, self.record, config.worker_num, buffer, config.max_stuck)
         self.engine.retire = self._retire
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
+        self._ending = threading.Lock()
+        self._on_record = False  # or perhaps, while it joins
         self._left = threading.Event()
         self._recovery = Recovery(self.engine)
         retention = Retention(services, config.retention)
@@ -69,11 +71,11 @@ class LocalNode:
     # --- starting
 
     def join(self) -> None:
-        """Join the repository and take up what dead processes left.
+        """Join the repository and take up what dead processes left; after an error, :meth:`withdraw`.
 
         Raises:
             ConfigurationError: a child process of an executor imports the program.
-            RepositoryError: the repository cannot be used; nothing was started.
+            RepositoryError: the repository cannot be used.
         """
         if intake.forbidden:
             raise ConfigurationError(intake.forbidden)
@@ -84,16 +86,17 @@ class LocalNode:
                 "it, and tasks found running for left behind by a dead one",
                 type(services.repository.inner).__name__,
             )
-        services.repository.join(self.record)
+        self._on_record = True  # before it is: an interrupt may strike at once
         try:
-            self.engine.began = services.repository.began(self.record.id)
-            services.repository.watch_lease(self.record.id, self.engine.lose_lease)
-            self._recovery.recover()
-            services.pauses.look()
-            self.engine.refill()
-        except BaseException:
-            services.repository.leave(self.record.id)
+            services.repository.join(self.record)
+        except RepositoryError:
+            self._on_record = False
             raise
+        self.engine.began = services.repository.began(self.record.id)
+        services.repository.watch_lease(self.record.id, self.engine.lose_lease)
+        self._recovery.recover(PATIENCE)
+        services.pauses.look()
+        self.engine.refill()
 
     def begin(self) -> None:
         """Start the threads; the workers wait until they may :meth:`go`.
@@ -110,6 +113,8 @@ class LocalNode:
         self.engine.begin_stop()
         self._scheduler.stop()
         self._services.watcher.drive(None)
+        if not self._on_record:
+            return
         with suppress(RepositoryError):  # what it still owns is taken from a node that has left
             self.engine.release_pending()
         with suppress(RepositoryError):  # it is for the error that was raised before to be told
@@ -193,6 +198,13 @@ class LocalNode:
         """
         if not self._stopping.acquire(blocking=False):
             return self._wait_for_end(timeout, cancel=cancel)
+        try:
+            return self._stop(timeout, cancel=cancel)
+        except BaseException:  # an interrupt: the next call begins anew
+            self._stopping.release()
+            raise
+
+    def _stop(self, timeout: float, *, cancel: bool) -> list[str]:
         engine, log = self.engine, self._services.log
         deadline = time.monotonic() + timeout
         self._by(deadline, self._begin_stop)
@@ -289,6 +301,11 @@ class LocalNode:
 
     def _end(self) -> None:
         """The last executor has returned: write what waits, and leave."""
+        with self._ending:  # after an interrupted stop, another one may be at it
+            if not self._left.is_set():
+                self._leave()
+
+    def _leave(self) -> None:
         self._scheduler.stop()
         services = self._services
         self._write_outcomes()

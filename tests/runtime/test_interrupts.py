@@ -7,12 +7,13 @@ import threading
 
 import pytest
 
-from taskx import Hook, QueueFull, RepositoryError, Task, TaskStatus
+from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
 from taskx.core import lifecycle
 from taskx.core.log import GuardedLogger
 from taskx.runtime.bell import Bell
 from taskx.runtime.buffer import Buffer
 from taskx.runtime.ledger import Ledger
+from taskx.runtime.recovery import Recovery
 
 from .conftest import PATIENCE, Waiting, eventually, run_in_thread
 from .strikes import every_strike, strike_at
@@ -255,6 +256,39 @@ def test_slots_that_were_lost_are_found(started, auditing):
     assert started.submit("fine").result(PATIENCE) == "fine"
 
 
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_start_that_is_struck_as_soon_as_it_is_on_record_leaves_no_node(queue, monkeypatch):
+    queue.executor("fine")(lambda: "fine")
+    join = queue.repository.join
+
+    def struck(node):
+        join(node)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue.repository, "join", struck)
+    with pytest.raises(KeyboardInterrupt):
+        queue.start()
+    assert queue.repository.nodes() == []
+    monkeypatch.setattr(queue.repository, "join", join)
+    queue.start()
+    check_it_works(queue)
+
+
+def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monkeypatch):
+    """One that does not answer would be waited for each time."""
+    asked = []
+
+    def away(*args, **options):
+        asked.append(1)
+        raise RepositoryUnavailable("away")
+
+    for name in ("join", "leave", "owned", "apply"):
+        monkeypatch.setattr(queue.repository, name, away)
+    with pytest.raises(RepositoryUnavailable):
+        queue.start()
+    assert asked == [1]
+
+
 # What memory says, and what the repository says
 
 
@@ -297,6 +331,27 @@ def test_a_run_that_the_audit_took_for_lost_is_not_executed(started):
     engine.execute(run, "late")
     assert called == []
     assert engine.buffer.executing == {}
+
+
+def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, monkeypatch):
+    """However long that takes: its executor would be called a second time."""
+    engine, going_on = started._node.engine, threading.Event()
+    at_it, outcome = threading.Event(), engine._outcome
+
+    def slow(run, ending):
+        at_it.set()
+        assert going_on.wait(PATIENCE)
+        return outcome(run, ending)
+
+    monkeypatch.setattr(engine, "_outcome", slow)
+    handle = started.submit("fine")
+    assert at_it.wait(PATIENCE)
+    audits = Recovery(engine)
+    audits.audit()
+    audits.audit()
+    going_on.set()
+    assert handle.result(PATIENCE) == "fine"
+    assert handle.task().interruptions == 0
 
 
 def test_a_run_that_just_begins_is_not_taken_for_lost(started):

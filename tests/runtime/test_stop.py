@@ -13,6 +13,7 @@ import pytest
 from taskx import (
     CancelReason,
     ConfigurationError,
+    Hook,
     MemoryRepository,
     QueueStopped,
     RepositoryUnavailable,
@@ -537,6 +538,46 @@ def test_timeout_of_stop_is_checked(queue, timeout):
     queue.executor("fine")(lambda: "fine")
     with queue:
         assert queue.submit("fine").result(PATIENCE) == "fine"
+
+
+def test_a_stop_may_be_given_more_time_than_the_system_can_wait(started):
+    assert started.submit("fine").result(1e10) == "fine"
+    assert started.stop(1e300) == []
+    assert started.repository.nodes() == []
+
+
+def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeypatch):
+    told = []
+    stopped = type("Stopped", (Hook,), {"queue_stopped": lambda self, queue: told.append(queue)})
+    queue = make_queue(hooks=[stopped()])
+    queue.executor("hold")(lambda: gate())
+    queue.start()
+    handle = queue.submit("hold")
+    gate.wait_for(1)
+    node = queue._node
+    wait = node._wait_for_workers
+    monkeypatch.setattr(node, "_wait_for_workers", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        queue.stop(PATIENCE)
+    monkeypatch.setattr(node, "_wait_for_workers", wait)
+    assert len(queue.repository.nodes()) == 1
+    gate.open()
+    assert queue.stop(PATIENCE) == []
+    assert handle.result(PATIENCE) is None
+    assert (queue.repository.nodes(), told) == ([], [queue])
+
+
+def test_a_node_ends_once_though_two_stops_come_to_its_end(started):
+    node = started._node
+    assert started.stop(PATIENCE) == []
+    ended = []
+    node._ended = lambda: ended.append(1)
+    node._end()
+    assert ended == []
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
 
 
 @pytest.mark.every_store
