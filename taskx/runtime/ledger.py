@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
-from taskx.core.errors import RepositoryUnavailable, TaskxError, on_main_thread
+from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write
 from taskx.storage.base import Reentered, Repository
@@ -99,11 +99,12 @@ class Ledger:
                 try:
                     while not entry.done:
                         self._lead()
-                except TaskxError:
-                    if not (entry.done or entry in self._sent):
-                        self._waiting.remove(entry)  # it lay behind others and was not tried
-                        entry.done = True
-                    raise
+                except TaskxError as error:
+                    if entry.done or entry in self._sent:
+                        raise
+                    self._waiting.remove(entry)  # it lay behind others and was not tried
+                    entry.done = True
+                    raise _not_tried(error) from error.__cause__
         except BaseException:
             entry.deserted = not entry.done  # an interrupt: whoever leads next sees to it
             raise
@@ -290,3 +291,9 @@ class Ledger:
                 "a write was refused by the repository: %s", entry.error, exc_info=entry.error
             )
         entry.callback(entry.results, entry.error)
+
+
+def _not_tried(error: TaskxError) -> TaskxError:
+    """Return an error as that of writes which were not sent: they are not in doubt."""
+    doubtful = isinstance(error, RepositoryError) and error.in_doubt
+    return type(error)(*error.args) if doubtful else error

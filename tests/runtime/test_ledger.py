@@ -270,6 +270,27 @@ def test_submit_in_doubt_carries_the_id_and_may_be_repeated(queue, when):
 
 
 @pytest.mark.every_store
+def test_what_was_not_tried_is_not_in_doubt(ledger, repository, monkeypatch):
+    """Though the write before it, in whose transaction it had no room, is."""
+    monkeypatch.setattr("taskx.runtime.ledger.MAX_BATCH", 1)
+    told = Told()
+    ledger.defer([insert("before")], told)
+
+    def doubt(writes):
+        error = RepositoryUnavailable("no answer")
+        error.in_doubt = True
+        raise error
+
+    repository.before = doubt
+    with pytest.raises(RepositoryUnavailable, match="no answer") as caught:
+        ledger.commit([insert("behind")])
+    assert not caught.value.in_doubt
+    repository.before = lambda writes: None
+    assert ledger.flush()
+    assert told == [[True]]
+    assert repository.get_many(["before", "behind"]).keys() == {"before"}
+
+
 def test_submit_in_doubt_runs_once(make_queue, monkeypatch):
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.1)  # it is the audit that finds the task
     queue = make_queue(worker_num=1)
