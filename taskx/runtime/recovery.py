@@ -106,7 +106,7 @@ class Recovery:
         return given_up
 
     def _pending(self, node: str) -> list[Update]:
-        """What gives up the next of the tasks that wait in the buffer of a dead node."""
+        """Return the writes that give up the next tasks in the buffer of a dead node."""
         passed = self._left[node]
         stubs = self._services.repository.owned(node, passed + BATCH)
         pending = [stub.id for stub in stubs if stub.status == PENDING]
@@ -185,7 +185,7 @@ class Recovery:
         engine.buffer.release(stale)
 
     def _lost(self, stubs: Iterable[Stub]) -> set[tuple[str, str, int]]:
-        """Those of this node's tasks that it knows nothing of."""
+        """Return the tasks of this node that are in the repository and not in memory."""
         buffer, unmarked, runs = self._engine.buffer, self._engine.unmarked(), self._engine.runs
         return {
             (stub.id, stub.status, stub.starts)
