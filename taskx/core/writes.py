@@ -104,12 +104,11 @@ def matches(row: Mapping[str, Any], guard: Mapping[str, Any]) -> bool:
     """Whether a row satisfies a guard: the meaning of guards, for repositories that test them in Python."""
     for column, wanted in guard.items():
         value = row[column]
+        if value == wanted:
+            continue
         if wanted is PRESENT:
             if value is None:
                 return False
-        elif isinstance(wanted, tuple):
-            if value not in wanted:
-                return False
-        elif value != wanted:
+        elif not isinstance(wanted, tuple) or value not in wanted:
             return False
     return True

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from heapq import nsmallest
 from itertools import chain, islice, takewhile
+from operator import itemgetter
 from typing import Any
 
 import attrs
@@ -16,7 +17,6 @@ from taskx.core.codec import Codec
 from taskx.core.lifecycle import FINISHED
 from taskx.core.model import TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import (
-    COLUMNS,
     DEFAULTS,
     FOR_PARENTS,
     FOR_TURN,
@@ -34,7 +34,11 @@ from taskx.core.writes import Delete, Insert, Update, Write, matches, shows
 from taskx.storage.base import OLDEST, Node, Note, NoteChange, Repository, new_version
 from taskx.storage.ordered import SortedItems
 
+#: The columns of a task, its ``sequence`` in the order of submission, and its ``places``: the items of
+#: the indexes that lead to it.
 Row = dict[str, Any]
+
+_fields = itemgetter(*TASK_FIELDS)
 
 # While one transaction is undone.
 _MOST_INTERRUPTS = 100
@@ -112,21 +116,18 @@ class MemoryRepository(Repository):
         return isinstance(write, Delete) or self._unique_free(write.id, write.changes)
 
     def _unique_free(self, task_id: str, columns: Mapping[str, Any]) -> bool:
-        return all(
-            next(self._found(name, columns[name]), task_id) == task_id
-            for name in UNIQUE
-            if columns.get(name) is not None
-        )
+        for name in UNIQUE:
+            value = columns.get(name)
+            if value is not None and next(self._found(name, value), task_id) != task_id:
+                return False
+        return True
 
     def _apply_one(self, write: Write) -> bool:
         if not self._holds(write):
             return False
         if isinstance(write, Insert):
             self._sequence += 1
-            given = {**DEFAULTS, **write.row}
-            row = {name: given[name] for name in COLUMNS}
-            row["sequence"] = self._sequence
-            self._put(write.id, row)
+            self._put(write.id, {**DEFAULTS, **write.row, "sequence": self._sequence})
         elif isinstance(write, Update):
             self._put(write.id, {**self._rows[write.id], **write.changes})
         else:
@@ -136,12 +137,15 @@ class MemoryRepository(Repository):
     def _put(self, task_id: str, row: Row | None) -> None:
         """Replace the row with an id; None removes it."""
         before = self._rows.get(task_id)
+        if row is not None:
+            row["places"] = _places(row)
         self._changed.append((task_id, before, row))
         self._switch(task_id, before, row)
 
     def _switch(self, task_id: str, old: Row | None, new: Row | None) -> None:
         """Replace a row by another one, even if this, or its reverse, has been done in part."""
-        before, after = _places(old), _places(new)
+        before = () if old is None else old["places"]
+        after = () if new is None else new["places"]
         for place in before:
             if place not in after:
                 kind, key, item = place
@@ -157,9 +161,10 @@ class MemoryRepository(Repository):
         for place in after:
             if place not in before:
                 kind, key, item = place
-                if key not in self._indexes[kind]:
-                    self._indexes[kind][key] = SortedItems()
-                self._indexes[kind][key].add(item)
+                index = self._indexes[kind]
+                if key not in index:
+                    index[key] = SortedItems()
+                index[key].add(item)
 
     def _took_place(self, write: Write) -> bool:
         row = self._rows.get(write.id)
@@ -183,7 +188,7 @@ class MemoryRepository(Repository):
     # --- reading
 
     def _task(self, row: Row) -> Task:
-        return task_from_row([row[name] for name in TASK_FIELDS], self.codecs)
+        return task_from_row(_fields(row), self.codecs)
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
@@ -398,13 +403,14 @@ class MemoryRepository(Repository):
 Place = tuple[str, Any, tuple[Any, ...]]
 
 
-def _places(row: Row | None) -> list[Place]:
+def _places(row: Row) -> list[Place]:
     """Return the places of a row in the indexes."""
-    if row is None:
-        return []
     task_id, sequence = row["id"], row["sequence"]
     places: list[Place] = [("created", None, (row["created_at"], sequence, task_id))]
-    places += ((name, row[name], (task_id,)) for name in UNIQUE if row[name] is not None)
+    if row["unique_lock"] is not None:
+        places.append(("unique_lock", row["unique_lock"], (task_id,)))
+    if row["turn"] is not None:
+        places.append(("turn", row["turn"], (task_id,)))
     if row["stuck_on"]:
         places.append(("stuck", (row["stuck_on"],), (task_id,)))
     if row["depends_on"] is not None:

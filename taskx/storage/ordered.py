@@ -20,6 +20,8 @@ class SortedItems:
     one twice is no harm.
     """
 
+    __slots__ = ("_blocks",)
+
     def __init__(self) -> None:
         self._blocks: list[list[Any]] = []
 
@@ -32,10 +34,18 @@ class SortedItems:
     def __reversed__(self) -> Iterator[Any]:
         return chain.from_iterable(map(reversed, reversed(self._blocks)))
 
+    def _block_of(self, item: Any) -> int:
+        """Return the number of the first block that ends with this item or a later one."""
+        blocks = self._blocks
+        if not blocks or item <= blocks[0][-1]:  # most changes are at one of the two ends
+            return 0
+        if item > blocks[-1][-1]:
+            return len(blocks)
+        return bisect.bisect_left(blocks, item, key=_last)
+
     def start_at(self, item: Any) -> Iterator[Any]:
         """The items from this one on, whether it is there or not."""
-        blocks = self._blocks
-        number = bisect.bisect_left(blocks, item, key=_last)
+        blocks, number = self._blocks, self._block_of(item)
         if number == len(blocks):
             return iter(())
         first = blocks[number]
@@ -44,8 +54,7 @@ class SortedItems:
 
     def before(self, item: Any) -> Iterator[Any]:
         """The items before this one, whether it is there or not, from the last to the first."""
-        blocks = self._blocks
-        number = bisect.bisect_left(blocks, item, key=_last)
+        blocks, number = self._blocks, self._block_of(item)
         earlier = chain.from_iterable(reversed(blocks[n]) for n in range(number - 1, -1, -1))
         if number == len(blocks):
             return earlier
@@ -58,7 +67,7 @@ class SortedItems:
         if not blocks:
             blocks.append([item])
             return
-        number = min(bisect.bisect_left(blocks, item, key=_last), len(blocks) - 1)
+        number = min(self._block_of(item), len(blocks) - 1)
         block = blocks[number]
         place = bisect.bisect_left(block, item)
         if place < len(block) and block[place] == item:
@@ -69,8 +78,7 @@ class SortedItems:
 
     def discard(self, item: Any) -> None:
         """Take out an item, if it is there."""
-        blocks = self._blocks
-        number = bisect.bisect_left(blocks, item, key=_last)
+        blocks, number = self._blocks, self._block_of(item)
         if number == len(blocks):
             return
         block = blocks[number]
