@@ -125,6 +125,8 @@ def test_a_migrated_file_has_the_schema_of_a_new_one(old, tmp_path):
 
 @each_earlier_version
 def test_the_tasks_of_a_file_of_an_earlier_version_run(old):
+    with closing(sqlite3.connect(old)) as connection, connection:
+        connection.execute("UPDATE tasks SET timeout = ?", (PATIENCE,))  # some are very short
     before = {task["id"]: task for task in contents(old)["tasks"]}
     queue = Queue(SQLiteRepository(old), Config(worker_num=2))
     ran = []
