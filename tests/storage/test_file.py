@@ -299,6 +299,16 @@ class TestWhichFile:
             repository.leave("n1")
         assert alive(restored) == {"n1": False}
 
+    def test_who_reads_just_after_it_was_closed_leaves_no_connection(
+        self, path, repository, tmp_path
+    ):
+        """It looked whether the file is there just before."""
+        repository.close()
+        with repository._connections.reader() as connection:
+            assert connection.execute("SELECT count(*) FROM tasks").fetchall() == [(1,)]
+        assert not list(repository._connections._readers)
+        assert repository._connections._idle == []
+
 
 class TestLoss:
     @pytest.mark.parametrize("lose", LOSSES)
@@ -413,6 +423,28 @@ class TestTurnstileFiles:
             SQLiteRepository(tmp_path / f"{number}.db").create(task("a"))
         gc.collect()
         assert opened_below(tmp_path) == []
+
+    @needs_proc
+    def test_an_interrupt_between_the_two_opens_both_the_next_time(
+        self, path, tmp_path, monkeypatch
+    ):
+        turn = Turnstile(DatabaseFile(str(path), create=True))
+        opened = turnstile._open_file
+
+        def open_file(path):
+            if path.endswith("inner.lock"):
+                raise KeyboardInterrupt
+            return opened(path)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(turnstile, "_open_file", open_file)
+            with pytest.raises(KeyboardInterrupt):
+                turn.enter(3.0)
+        assert opened_below(tmp_path) == []
+        turn.enter(3.0)
+        turn.leave()
+        assert len(opened_below(tmp_path)) == 2
+        turn.close()
 
     @needs_proc
     def test_a_turnstile_that_cannot_be_opened_leaves_no_file_open(self, path, tmp_path):

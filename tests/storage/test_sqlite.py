@@ -1,11 +1,14 @@
 """What is particular to the SQLite file: how it is opened, shared, filled and damaged."""
 
+import collections
 import contextlib
+import ctypes
 import gc
 import itertools
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +16,8 @@ import tempfile
 import textwrap
 import threading
 import time
+from functools import partial
+from operator import methodcaller
 from pathlib import Path
 
 import pytest
@@ -646,6 +651,23 @@ class TestReaders:
         assert found == [["a"]] * 30
         assert len(repository._connections._readers) <= 2
 
+    def test_a_finalizer_that_reads_while_one_is_opened_gets_another_one(
+        self, repository, monkeypatch
+    ):
+        repository.create(task("a"))
+        connect, found = repository._connections._connect, []
+
+        def collect_and_connect():
+            monkeypatch.setattr(repository._connections, "_connect", connect)
+            found.append(ids(repository))
+            return connect()
+
+        monkeypatch.setattr(repository._connections, "_connect", collect_and_connect)
+        thread = threading.Thread(target=lambda: found.append(ids(repository)), daemon=True)
+        thread.start()
+        thread.join(PATIENCE)
+        assert found == [["a"], ["a"]]
+
     def test_connections_that_are_not_needed_are_closed(self, reader, repository, monkeypatch):
         with reader(), reader(), reader():
             pass
@@ -907,6 +929,17 @@ class TestInterrupts:
         assert list(repository.settle(writes)) == [stored, stored]
         assert ids(repository) == (["a", "b"] if stored else ["a"])
         assert list(repository.apply(writes)) == [not stored, not stored]
+
+    def test_one_while_a_statement_is_compiled_is_kept(self, repository):
+        """SQLite calls back then, and would take an exception for a refusal."""
+        repository.create(task("a"))
+        execute = repository._connections.writer().execute
+        # One step in C: the signal is noted, and nobody looks before the statement is compiled.
+        steps = [partial(ctypes.PyDLL(None)["raise"], signal.SIGINT), partial(execute, "SELECT 77")]
+        done = collections.deque[object](maxlen=2)
+        with pytest.raises(KeyboardInterrupt):
+            done.extend(map(methodcaller("__call__"), steps))
+        assert [cursor.fetchall() for cursor in list(done)[1:]] == [[(77,)]]
 
     def test_one_while_reading_loses_no_connection(self, repository):
         repository.create(task("a"))

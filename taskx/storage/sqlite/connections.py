@@ -11,6 +11,7 @@ import weakref
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import partial
 
 from taskx.core.errors import (
     RepositoryCorrupt,
@@ -78,21 +79,32 @@ def _why_not_opened(path: str) -> str:
 
 
 class Compiling:
-    """Notes when the writing connection compiles a statement; SQLite asks it for permission then.
+    """Notes when the writing connection compiles a statement.
 
-    After a change of the schema that is every statement, those that had been compiled before, too. So a
-    write into a file that another process has migrated is noticed for nothing in all other writes.
+    After a change of the schema SQLite compiles every statement again. So a write into a file that
+    another process has migrated is noticed, at no cost for all other writes.
 
     Attributes:
-        seen: whether it did since this was last set to False.
+        authorizer: the callback that SQLite asks for permission when it compiles; permits everything.
     """
 
     def __init__(self) -> None:
-        self.seen = False
+        self._noted: dict[str, int] = {}
+        # The first argument, 0 or SQLITE_OK, is returned, as all have the same key; and to get the key
+        # makes the note. Without a line of Python, in which an interrupt might strike: SQLite would
+        # swallow it, and say "not authorized".
+        self.authorizer = partial(
+            min, sqlite3.SQLITE_OK, key=partial(self._noted.setdefault, "seen")
+        )
 
-    def __call__(self, *_: object) -> int:
-        self.seen = True
-        return sqlite3.SQLITE_OK
+    @property
+    def seen(self) -> bool:
+        """Whether a statement was compiled since the last call of :meth:`forget`."""
+        return bool(self._noted)
+
+    def forget(self) -> None:
+        """Wait for the next statement that is compiled."""
+        self._noted.clear()
 
 
 class Connection(sqlite3.Connection):
@@ -125,7 +137,7 @@ class Connections:
         # is given back, which counts until it is collected.
         self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()
         self._waiting: deque[_thread.LockType] = deque()  # bells of threads that wait for one
-        self._opening = threading.Lock()
+        self._opening = threading.RLock()  # a finalizer may read while its thread opens one
         self.compiling = Compiling()
         # What a forked child inherits all the same is kept here for ever: closing it would drop the
         # locks that the parent holds on the file.
@@ -162,9 +174,9 @@ class Connections:
             if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
                 raise translated(error, self.file.path, self.busy_timeout) from error
             raise
-        if self.file.identity == identity:
+        if identity is not None and self.file.identity == identity:
             self._give_back(connection)
-        else:  # all was closed meanwhile, and perhaps another file was opened
+        else:  # all was closed before or meanwhile, and perhaps another file was opened
             self._close_reader(connection)
 
     def _give_back(self, connection: Connection) -> None:
@@ -268,7 +280,7 @@ class Connections:
         self._abandoned += [*self._readers, *([self._writer] if self._writer else [])]
         self._idle, self._readers, self._writer = [], weakref.WeakSet(), None
         self._waiting.clear()
-        self._opening = threading.Lock()
+        self._opening = threading.RLock()
 
     def _connect(self, mode: str = "rw") -> Connection:
         from urllib.parse import quote  # slow to load, and not needed before a file is opened
@@ -305,7 +317,7 @@ class Connections:
             try:
                 self.file.opened()
                 self._prepare(connection)
-                connection.set_authorizer(self.compiling)
+                connection.set_authorizer(self.compiling.authorizer)
             except BaseException:
                 connection.close()
                 raise

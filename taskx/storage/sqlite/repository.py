@@ -245,7 +245,7 @@ class SQLiteRepository(Repository):
             self._newer = schema.newer(connection, self._file.path)
         except sqlite3.Error as error:
             raise translated(error, self._file.path, self._connections.busy_timeout) from error
-        self._connections.compiling.seen = False
+        self._connections.compiling.forget()
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
@@ -285,17 +285,14 @@ class SQLiteRepository(Repository):
         self._open()
         if self.entered:
             return self._rows(sql, values)
-        got: list[bool] = []
         try:
-            # The lock and the note of it in one step: an exception that a signal handler raises may
-            # come between any two.
-            got.extend(map(self._write_lock.acquire, (False,)))
-            if got == [True]:
+            if self._write_lock.acquire(False):
                 return self._connections.writer().execute(sql, values).fetchall()
         except sqlite3.Error:
-            pass  # handled below
+            pass  # the other connection meets it again, and says what it means
         finally:
-            if got == [True]:
+            # The lock itself is asked: an exception of a signal handler may come after any step.
+            if self.entered:
                 self._write_lock.release()
         return self._rows(sql, values)
 

@@ -98,8 +98,10 @@ class Turnstile:
             for name in NAMES:
                 self._fds.append(_open_file(os.path.join(folder, f"{name}.lock")))
             self.leave = partial(fcntl.flock, self._fds[1], fcntl.LOCK_UN)
-        except OSError:
+        except BaseException as error:  # an interrupt, too: one lock without the other is no use
             self.close()
+            if not isinstance(error, OSError):
+                raise
         return bool(self._fds)
 
 
