@@ -386,8 +386,8 @@ class TestStatements:
     @pytest.mark.parametrize(
         ("name", "values", "index"),
         [
-            ("OWNED", ("n", "n"), "tasks_ready (owner=?)"),
-            ("OWNED", ("n", "n"), "tasks_running (owner=?)"),
+            ("OWNED", ("n", "n", 9), "tasks_ready (owner=?)"),
+            ("OWNED", ("n", "n", 9), "tasks_running (owner=?)"),
             ("OWNERS_OF_READY", (), "tasks_ready (owner>?)"),
             ("OWNERS_OF_RUNNING", (), "tasks_running (owner>?)"),
             ("UNFINISHED_READY", ("t",), "tasks_ready (owner=? AND type=?)"),
