@@ -13,8 +13,7 @@ from functools import partial
 from math import inf
 
 from taskx.core.clock import Clock
-from taskx.core.errors import is_interrupt
-from taskx.core.log import log
+from taskx.core.log import is_for_the_program, log
 from taskx.core.token import CancelReason, CancelToken
 
 # Deadlines are on the injected clock, which a test may move: look at it this often, in seconds.
@@ -51,15 +50,15 @@ class Alarms:
         Where the system has no thread to give, the next call tries again; until then a token fires when
         somebody asks it.
         """
-        with self._lock:
-            if self._running or not self._steps:
-                return
-            self._running = True
         try:
+            with self._lock:
+                if self._running or not self._steps:
+                    return
+                self._running = True
             threading.Thread(target=self._run, name="taskx-alarms", daemon=True).start()
         except BaseException as error:
-            self._running = False
-            if is_interrupt(error):
+            self._running = False  # if it runs after all, a second one does no harm
+            if is_for_the_program(error):
                 raise
             log.error("cannot start the thread that fires time-outs (trying again): %s", error)
 

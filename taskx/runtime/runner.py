@@ -96,11 +96,11 @@ class Runner:
         """Call the executor; whatever it does, this returns how it ended."""
         task, token = run.task, run.token
         started = self._clock.monotonic()
-        if task.timeout is not None:
-            token.deadline = started + task.timeout
-            self._alarms.add(token, run.overdue)
         _current.depth = getattr(_current, "depth", 0) + 1
         try:
+            if task.timeout is not None:
+                token.deadline = started + task.timeout
+                self._alarms.add(token, run.overdue)
             try:
                 ending = self._call(run)
             except BaseException as error:  # noqa: BLE001  (a task hurts only itself)

@@ -19,7 +19,7 @@ from taskx import (
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.token import CancelReason, CancelToken
 from taskx.runtime.alarms import Alarms
-from taskx.runtime.runner import Runner
+from taskx.runtime.runner import Runner, inside_executor
 from taskx.testing import ManualClock
 
 from . import isolated
@@ -257,6 +257,57 @@ class TestAlarms:
             alarms.add(CancelToken(None), (0.0, call))
         alarms.ring()
         assert told == [1]
+
+    def test_an_interrupt_while_the_thread_is_started_leaves_the_next_one_to_start_it(self):
+        alarms = Alarms(SYSTEM_CLOCK)
+        lock = alarms._lock
+        alarms._lock = LeftWithAnInterrupt(lock, after=2)
+        first, second = CancelToken(SYSTEM_CLOCK.monotonic()), CancelToken(SYSTEM_CLOCK.monotonic())
+        with pytest.raises(KeyboardInterrupt):
+            alarms.add(first)
+        alarms._lock = lock
+        alarms.add(second)
+        eventually(lambda: (first._reason, second._reason) == (CancelReason.TIMEOUT,) * 2)
+
+    def test_an_interrupt_while_a_time_out_is_set_takes_it_away_again(
+        self, make_queue, gate, monkeypatch
+    ):
+        """It would have a task given up that no thread executes."""
+        queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
+        queue.executor("hold")(lambda: gate())
+        queue.executor("timed", timeout=3600)(lambda: None)
+        queue.start()
+        queue.submit("hold")
+        gate.wait_for()
+        queue.submit("hold")
+        alarms = queue._services.alarms
+        add = alarms.add
+
+        def interrupted(*args):
+            add(*args)
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(alarms, "add", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            queue.submit("timed")
+        assert alarms._steps == {}
+        assert not inside_executor()
+
+
+class LeftWithAnInterrupt:
+    """A lock of which one ``with`` block, counted from 1, ends with Ctrl-C."""
+
+    def __init__(self, lock, after):
+        self._lock, self._left = lock, after
+
+    def __enter__(self):
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info):
+        self._lock.release()
+        self._left -= 1
+        if self._left == 0:
+            raise KeyboardInterrupt
 
 
 # Codecs
