@@ -100,11 +100,12 @@ class Ledger:
                     while not entry.done:
                         self._lead()
                 except TaskxError as error:
-                    if entry.done or entry in self._sent:
+                    if entry in self._sent:
                         raise
-                    self._waiting.remove(entry)  # it lay behind others and was not tried
-                    entry.done = True
-                    raise _not_tried(error) from error.__cause__
+                    if not entry.done:  # else the error may be that of writes after its own
+                        self._waiting.remove(entry)  # it lay behind others and was not tried
+                        entry.done = True
+                        raise _not_tried(error) from error.__cause__
         except BaseException:
             entry.deserted = not entry.done  # an interrupt: whoever leads next sees to it
             raise
@@ -232,6 +233,8 @@ class Ledger:
             try:
                 self._apply([entry])
             except RepositoryUnavailable as unavailable:
+                if isinstance(error, RepositoryError) and error.in_doubt:
+                    unavailable.in_doubt = True  # the batch may have stored what is not sent again
                 self._fail(entries, unavailable)
             except MemoryError:
                 raise

@@ -291,6 +291,44 @@ def test_what_was_not_tried_is_not_in_doubt(ledger, repository, monkeypatch):
     assert repository.get_many(["before", "behind"]).keys() == {"before"}
 
 
+def test_a_write_that_was_stored_is_not_refused_for_the_one_behind_it(
+    ledger, repository, monkeypatch
+):
+    """The two shared a batch that failed, and were then sent one by one."""
+    monkeypatch.setattr("taskx.runtime.ledger.MAX_BATCH", 1)
+    told = Told()
+    ledger.defer([insert("before")], Told())
+
+    def fail(writes):
+        task_ids = [write.id for write in writes]
+        if task_ids == ["before"]:
+            monkeypatch.setattr("taskx.runtime.ledger.MAX_BATCH", 10)
+            ledger.defer([insert("behind")], told)
+        elif "behind" in task_ids:
+            raise (RepositoryError if "own" in task_ids else RepositoryUnavailable)("no answer")
+
+    repository.before = fail
+    assert ledger.commit([insert("own")]) == [True]
+    repository.before = lambda writes: None
+    assert ledger.flush()
+    assert told == [[True]]
+
+
+def test_a_write_is_in_doubt_if_its_batch_was_and_it_is_not_sent_again(ledger, repository):
+    ledger.defer([insert("before")], Told())
+
+    def fail(writes):
+        doubtful = len(writes) > 1
+        error = (RepositoryError if doubtful else RepositoryUnavailable)("no answer")
+        error.in_doubt = doubtful
+        raise error
+
+    repository.before = fail
+    with pytest.raises(RepositoryUnavailable) as caught:
+        ledger.commit([insert("own")])
+    assert caught.value.in_doubt
+
+
 def test_submit_in_doubt_runs_once(make_queue, monkeypatch):
     monkeypatch.setattr(scheduler, "AUDIT_EVERY", 0.1)  # it is the audit that finds the task
     queue = make_queue(worker_num=1)
