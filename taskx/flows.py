@@ -202,7 +202,7 @@ class FlowHandle:
             concurrent.futures.TimeoutError: they have not ended within ``timeout`` seconds.
         """
         if not self.wait(timeout):
-            raise futures.TimeoutError
+            raise futures.TimeoutError(f"not all tasks of the flow have ended within {timeout:g} s")
         cancelled = False
         statuses = dict(zip(self.ids, self._statuses(), strict=False))
         for task_id, handle in self._handles.items():
@@ -213,7 +213,7 @@ class FlowHandle:
                 if not (gone and statuses[task_id] is TaskStatus.COMPLETED):
                     raise error
         if cancelled:
-            raise futures.CancelledError
+            raise futures.CancelledError("a task of the flow was cancelled")
         return self._result(self.shape)
 
     def _result(self, shape: Shape) -> Any:

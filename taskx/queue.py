@@ -290,7 +290,9 @@ class Queue:
                 to submit its ``task_id`` again tells.
         """
         if options and (unknown := options.keys() - SubmitOptions.__optional_keys__):
-            raise TypeError(f"submit() has no option {', '.join(sorted(unknown))}")
+            raise TypeError(
+                f"submit() has no option {', '.join(sorted(unknown))}; params are given as a dict"
+            )
         if isinstance(task, str):
             task = Task(type=task, params={} if params is None else params)
         elif params is not None:

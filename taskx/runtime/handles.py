@@ -147,7 +147,7 @@ class TaskHandle(Future[R]):
         outcome = self._wait(timeout)
         try:
             if outcome.state != FINISHED:
-                raise CancelledError
+                raise CancelledError(f"task {self.id} was cancelled")
             if outcome.exception is not None:
                 raise outcome.exception
             result: R = outcome.result
@@ -165,7 +165,7 @@ class TaskHandle(Future[R]):
         """
         outcome = self._wait(timeout)
         if outcome.state != FINISHED:
-            raise CancelledError
+            raise CancelledError(f"task {self.id} was cancelled")
         return outcome.exception
 
     def add_done_callback(self, fn: Callable[[Future[R]], object]) -> None:
@@ -193,7 +193,7 @@ class TaskHandle(Future[R]):
         if self._outcome is None:
             self._sleep(timeout)
         if self._outcome is None:
-            raise TimeoutError
+            raise TimeoutError(f"task {self.id} has not ended within {timeout:g} s")
         return self._outcome
 
     def _sleep(self, timeout: float | None) -> None:

@@ -73,6 +73,11 @@ class EightMethodAdapter(MemoryRepository):
     """
 
     def __init__(self, inner: TaskRepository, clock: Clock = SYSTEM_CLOCK) -> None:
+        if isinstance(inner, type):
+            raise ConfigurationError(
+                f"Queue needs a repository, not the class {inner.__name__}: make one, "
+                f"as in Queue({inner.__name__}(...))"
+            )
         missing = [name for name in EIGHT_METHODS if not callable(getattr(inner, name, None))]
         if missing:
             raise ConfigurationError(

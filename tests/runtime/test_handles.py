@@ -68,7 +68,7 @@ def test_cancel_of_a_running_task_asks_it(started, gate):
     assert handle.cancel() is False
     assert not handle.done()
     gate.open()
-    with pytest.raises(CancelledError):
+    with pytest.raises(CancelledError, match=f"task {handle.id} was cancelled"):
         handle.result(PATIENCE)
     assert handle.cancelled()
     assert not handle.running()
@@ -76,7 +76,7 @@ def test_cancel_of_a_running_task_asks_it(started, gate):
 
 def test_result_gives_up(busy):
     handle = busy().submit("note")
-    with pytest.raises(concurrent.futures.TimeoutError):
+    with pytest.raises(concurrent.futures.TimeoutError, match=f"{handle.id} has .* within 0.01 s"):
         handle.result(timeout=0.01)
     with pytest.raises(concurrent.futures.TimeoutError):
         handle.exception(timeout=0)

@@ -363,3 +363,40 @@ def test_a_run_that_just_begins_is_not_taken_for_lost(started):
     assert not engine.starter.claim(run)
     assert engine.runs.pop(handle.id) is run
     del engine.buffer.executing[handle.id]
+
+
+STEPS = [("_by", 3), ("_wait_for_workers", 2), ("_tell_left_pending", 1)]
+
+
+@pytest.mark.parametrize(
+    ("step", "nth"), [(step, nth) for step, times in STEPS for nth in range(times)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stop_that_is_interrupted_is_done_by_the_next_one(
+    make_queue, gate, monkeypatch, step, nth, first
+):
+    """As ``with queue:`` does after Ctrl-C in a ``stop``. It need not wait for its time-out."""
+    queue = make_queue(worker_num=1)
+    held = queue.executor("hold")(lambda: gate() or "held").submit()
+    queue.start()
+    gate.wait_for()
+    node, calls = queue._node, []
+    do = getattr(node, step)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == nth + 1:
+            if not first:
+                do(*args)
+            raise KeyboardInterrupt
+        return do(*args)
+
+    monkeypatch.setattr(node, step, interrupted)
+    run_in_thread(lambda: (eventually(lambda: node.engine.stopping), gate.open()))
+    with pytest.raises(KeyboardInterrupt):
+        queue.stop(PATIENCE)
+    gate.open()
+    assert queue.stop(PATIENCE) == []
+    assert node._left.is_set()
+    assert not queue.repository.nodes()
+    assert held.result(PATIENCE) == "held"

@@ -22,6 +22,7 @@ from taskx import (
     QueueFull,
     QueueStopped,
     RepositoryUnavailable,
+    SQLiteRepository,
     SystemClock,
     Task,
     TaskStatus,
@@ -135,6 +136,10 @@ class TestRefused:
     def test_options(self, narrow, options):
         with pytest.raises(ConfigurationError):
             narrow.submit("note", **options)
+
+    def test_params_that_are_given_as_options(self, narrow):
+        with pytest.raises(TypeError, match="no option number; params are given as a dict"):
+            narrow.submit("strict", number=1)
 
     @pytest.mark.parametrize(
         ("run_at", "problem"),
@@ -412,6 +417,11 @@ def test_settings_are_checked(settings):
 def test_config_must_be_a_config():
     with pytest.raises(ConfigurationError):
         Queue(MemoryRepository(), {"worker_num": 3})
+
+
+def test_a_class_of_repositories_is_no_repository():
+    with pytest.raises(ConfigurationError, match=r"not the class SQLiteRepository: make one"):
+        Queue(SQLiteRepository)
 
 
 @pytest.mark.parametrize("clock", ["x", None, 5, SystemClock, datetime])

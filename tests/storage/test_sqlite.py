@@ -141,7 +141,7 @@ class TestOpening:
 
     @pytest.mark.parametrize("path", ["", ":memory:", "nul\0byte", b"bytes", None, 5])
     def test_what_is_no_path_is_refused(self, path):
-        with pytest.raises((ConfigurationError, TypeError)):
+        with pytest.raises(ConfigurationError, match="needs the path of a file, not "):
             SQLiteRepository(path)
 
     @pytest.mark.parametrize("url", [5, None, b"sqlite:///tasks.db", Path("tasks.db")])

@@ -86,7 +86,7 @@ class SQLiteRepository(Repository):
         codec: Codec | Iterable[Codec] | None = None,
     ) -> None:
         super().__init__(clock, codec)
-        self.path = os.fspath(path)
+        self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(self.path, str) or self.path in ("", ":memory:") or "\0" in self.path:
             raise ConfigurationError(
                 f"SQLiteRepository needs the path of a file, not {path!r}; "
