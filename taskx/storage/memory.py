@@ -81,7 +81,8 @@ class MemoryRepository(Repository):
         with self._lock:
             start = len(self._changed)  # more than 0 inside a finalizer that writes, too
             try:
-                results = [self._apply_one(write) for write in writes]
+                # No comprehension: in Python 3.13 an interrupt inside one can pass by the handler below.
+                results = list(map(self._apply_one, writes))
                 if all_or_nothing and not all(results):
                     self._undo(start)
                 del self._changed[start:]
