@@ -285,14 +285,17 @@ class SQLiteRepository(Repository):
         self._open()
         if self.entered:
             return self._rows(sql, values)
+        got: list[bool] = []
         try:
-            if self._write_lock.acquire(False):
+            # The lock and the note of it in one step: the exception of a signal handler may come between
+            # any two, in `finally` after each call but the last, too.
+            got.extend(map(self._write_lock.acquire, (False,)))
+            if got == [True]:
                 return self._connections.writer().execute(sql, values).fetchall()
         except sqlite3.Error:
             pass  # the other connection meets it again, and says what it means
         finally:
-            # The lock itself is asked: an exception of a signal handler may come after any step.
-            if self.entered:
+            if got == [True]:
                 self._write_lock.release()
         return self._rows(sql, values)
 
