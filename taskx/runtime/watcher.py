@@ -82,7 +82,9 @@ class Watcher:
         """Resolve no more: who waits for a task that has not ended is told so."""
         self._closed = True
         self._ensure_polling()
-        if (thread := self._thread) is not None and thread is not threading.current_thread():
+        thread = self._thread
+        # One that is not alive yet, as another thread is about to start it, will see that all is closed.
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(_CLOSING)
 
     def drive(self, wake: Callable[[], object] | None) -> None:

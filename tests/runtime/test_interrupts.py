@@ -6,6 +6,7 @@ import logging
 import threading
 
 import pytest
+from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
 from taskx.core import lifecycle
@@ -16,7 +17,6 @@ from taskx.runtime.ledger import Ledger
 from taskx.runtime.recovery import Recovery
 
 from .conftest import PATIENCE, Waiting, eventually, run_in_thread
-from .strikes import every_strike, strike_at
 
 
 @pytest.fixture

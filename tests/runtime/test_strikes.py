@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 
-from .strikes import Strike, every_strike, strike_at
+from strikes import Strike, every_strike, strike_at
 
 
 def test_it_strikes_once_at_each_point():

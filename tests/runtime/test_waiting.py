@@ -13,6 +13,7 @@ from concurrent.futures import CancelledError, TimeoutError, as_completed, wait
 from contextlib import suppress
 
 import pytest
+from strikes import Strike, strike_at
 
 from taskx import (
     Queue,
@@ -24,7 +25,6 @@ from taskx import (
 )
 
 from .conftest import PATIENCE, eventually, run_in_thread
-from .strikes import Strike, strike_at
 
 
 @pytest.fixture
@@ -459,3 +459,9 @@ def test_a_handle_is_a_future_of_its_own(queue):
     handle = TaskHandle("id", queue)
     assert isinstance(handle, concurrent.futures.Future)
     assert vars(handle) == {"id": "id", "_owner": queue}
+
+
+def test_a_close_does_not_wait_for_a_thread_that_is_about_to_be_started(queue):
+    """Another thread has just made the one that looks for ended tasks."""
+    queue._services.watcher._thread = threading.Thread(name="taskx-watch")
+    queue.close()

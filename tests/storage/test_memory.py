@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import sys
-from itertools import count
-from types import FrameType
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from strikes import strike_at
 
 from taskx import MemoryRepository, Task, TaskFilter
 from taskx.core import lifecycle
 from taskx.core.writes import Update, Write
 from taskx.storage import memory, ordered
 
-OURS = (memory.__file__, ordered.__file__)
 EVERYTHING = TaskFilter(limit=10**6)
 
 
@@ -71,30 +68,12 @@ def seen(store: MemoryRepository) -> dict[str, Any]:
     }
 
 
-class Interrupt(KeyboardInterrupt):
-    pass
-
-
-def interrupted_at(line: int, store: MemoryRepository, writes: list[Write], whole: bool) -> bool:
-    """Apply writes, with an interrupt at that line; return False if there are fewer lines."""
-    lines = count()
-
-    def trace(frame: FrameType, event: str, argument: object) -> Any:
-        if frame.f_code.co_filename not in OURS:
-            return None
-        if event == "line" and next(lines) == line:
-            raise Interrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        store.apply(writes, all_or_nothing=whole)
-    except Interrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
+def struck(point: int, what: str, whole: bool) -> MemoryRepository | None:
+    """Strike an ``apply`` at that point; return what it was called on, None if it has fewer points."""
+    store = filled()
+    writes = WRITES[what](store)
+    strike = strike_at(point, lambda: store.apply(writes, all_or_nothing=whole))
+    return None if strike is None else store
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["all or nothing", "each for itself"])
@@ -105,20 +84,15 @@ def test_an_interrupt_leaves_all_of_a_transaction_or_nothing(what, whole):
     store.apply(WRITES[what](store), all_or_nothing=whole)
     after = seen(store)
     outcomes = []
-    for line in count():
-        store = filled()
-        assert seen(store) == before
-        if not interrupted_at(line, store, WRITES[what](store), whole):
-            break
+    while (store := struck(len(outcomes), what, whole)) is not None:
         outcomes.append(seen(store))
-        assert outcomes[-1] in (before, after)
+        assert outcomes[-1] in (before, after), len(outcomes)
     assert len(outcomes) > 20
     assert outcomes[0] == before
 
 
 def test_an_interrupted_transaction_can_be_done_again():
-    store = filled()
-    assert interrupted_at(30, store, WRITES["a mixture"](store), False)
+    store = struck(30, "a mixture", whole=False)
     assert all(store.apply(WRITES["a mixture"](store)))
     other = filled()
     other.apply(WRITES["a mixture"](other))

@@ -116,8 +116,12 @@ def select_many(count: int, columns: str = TASK, key: str = "id") -> str:
 @lru_cache(maxsize=64)
 def needed(count: int) -> str:
     """Select those of ``count`` ids that tasks with other ids depend on."""
-    ids = ", ".join(f"?{n}" for n in range(1, count + 1))
-    return f"SELECT DISTINCT parent FROM parents WHERE parent IN ({ids}) AND child NOT IN ({ids})"
+    # Not "?1": to Python 3.12 that is a name, and names are deprecated where values have none.
+    ids = ", ".join(["(?)"] * count)
+    return (
+        f"WITH given (id) AS (VALUES {ids}) SELECT DISTINCT parent FROM parents "
+        "WHERE parent IN given AND child NOT IN given"
+    )
 
 
 @lru_cache(maxsize=64)
