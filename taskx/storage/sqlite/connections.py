@@ -237,7 +237,7 @@ class Connections:
     def _open_reader(self) -> Connection:
         connection = self._connect()
         try:
-            self.file.check()  # another one may have come in its place just before
+            self.file.check_now()  # another one may have come in its place just before
         except BaseException:
             connection.close()
             raise
@@ -316,7 +316,8 @@ class Connections:
             connection = self._connect("rw" if known or not self.file.create else "rwc")
             try:
                 self.file.opened()
-                self._prepare(connection)
+                if self._prepare(connection):
+                    connection = self._anew(connection)
                 connection.set_authorizer(self.compiling.authorizer)
             except BaseException:
                 connection.close()
@@ -344,7 +345,8 @@ class Connections:
         finally:
             connection.close()
 
-    def _prepare(self, connection: sqlite3.Connection) -> None:
+    def _prepare(self, connection: sqlite3.Connection) -> bool:
+        """Bring the file up to date; True if the connection has changed the schema."""
         # The switch to WAL answers "locked" at once where another process is switching, too: the
         # busy handler is not asked.
         deadline = time.monotonic() + self.busy_timeout
@@ -355,12 +357,25 @@ class Connections:
                     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
                 connection.execute("PRAGMA journal_mode = WAL").fetchone()
                 connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
-                schema.migrate(connection, self.file.path)
-                return
+                return schema.migrate(connection, self.file.path)
             except sqlite3.OperationalError as error:
                 if "locked" not in str(error) or time.monotonic() > deadline:
                     raise
                 time.sleep(0.005)
+
+    def _anew(self, connection: Connection) -> Connection:
+        """Replace a connection that has changed the schema: its statements are slower from then on."""
+        fresh = self._connect()
+        try:
+            fresh.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
+            schema.check(
+                fresh, self.file.path
+            )  # opens the log, which closing the other would remove
+        except BaseException:
+            fresh.close()
+            raise
+        connection.close()
+        return fresh
 
     def _refuse_empty_file(self) -> None:
         if not self.file.create:

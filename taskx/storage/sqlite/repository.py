@@ -283,7 +283,7 @@ class SQLiteRepository(Repository):
         It has the pages that it wrote last in memory; another one reads them anew after each commit.
         """
         self._open()
-        if self.entered:
+        if self._write_lock._is_owned():  # type: ignore[attr-defined]
             return self._rows(sql, values)
         got: list[bool] = []
         try:
@@ -309,8 +309,12 @@ class SQLiteRepository(Repository):
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
-        rows = self._rows_of(statements.TASK, "id", task_ids)
-        return {row[0]: task_from_row(row, self.codecs) for row in rows}
+        found = {}
+        for some in _chunks(task_ids):
+            read = self._rows_near if len(some) <= _FEW else self._rows
+            for row in read(statements.select_many(len(some)), some):
+                found[row[0]] = task_from_row(row, self.codecs)
+        return found
 
     def _rows_of(self, columns: str, key: str, values: Sequence[str]) -> Iterator[Any]:
         for some in _chunks(values):
@@ -605,7 +609,7 @@ class SQLiteRepository(Repository):
             RepositoryUnavailable: it is another one now; the message says what to do.
             SchemaMismatch: a newer TaskX migrated it; the message says what to do.
         """
-        self._file.check()
+        self._file.check_now()
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)
 

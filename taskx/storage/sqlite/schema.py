@@ -168,14 +168,17 @@ def check(connection: sqlite3.Connection, path: str) -> int:
     return 0
 
 
-def migrate(connection: sqlite3.Connection, path: str) -> None:
+def migrate(connection: sqlite3.Connection, path: str) -> bool:
     """Bring a file up to :data:`VERSION`, in one transaction; several processes may try at once.
+
+    Returns:
+        False if it was up to date.
 
     Those that have it open notice by their statements, which SQLite compiles anew after a change of the
     schema; so there is one in any case.
     """
     if check(connection, path) == VERSION:
-        return
+        return False
     connection.execute("BEGIN IMMEDIATE")
     try:
         for statements in MIGRATIONS[check(connection, path) :]:
@@ -186,6 +189,7 @@ def migrate(connection: sqlite3.Connection, path: str) -> None:
         connection.execute(f"PRAGMA application_id = {APPLICATION_ID}")
         connection.execute(f"PRAGMA user_version = {VERSION}")
         connection.execute("COMMIT")
+        return True
     except BaseException:
         if connection.in_transaction:
             connection.execute("ROLLBACK")
