@@ -289,10 +289,10 @@ def test_a_queue_that_is_stopping_is_not_woken_by_ticks_that_it_leaves_alone(sta
     engine, thread = started._node.engine, started._node._scheduler
     engine.begin_stop()
     clock.advance(60)
-    waits = []
+    waits, signal = [], thread._wake_up
     thread._wake_up = Waits(waits.append)
     eventually(lambda: len(waits) >= 3)
-    thread._wake_up = threading.Lock()
+    thread._wake_up = signal
     gate.open()
     assert min(waits[1:]) > 0.01
 
@@ -303,11 +303,11 @@ class Waits:
     def __init__(self, tell):
         self.tell = tell
 
-    def acquire(self, timeout):
+    def wait(self, timeout):
         self.tell(timeout)
         threading.Event().wait(0.001)
 
-    def release(self):
+    def set(self):
         """It is awake."""
 
 
