@@ -85,7 +85,8 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
     """Fail a test that lacks the mark it needs, in every run and not only in a quick one."""
     yield
     if _heard and not any(map(item.get_closest_marker, KINDS[:-1])):
-        done = "; ".join(f"this test {NEEDS_MARK[event]}" for event in sorted(_heard))
+        # Each once: where it can, subprocess.Popen calls os.posix_spawn from Python 3.13 on.
+        done = "; ".join(sorted({f"this test {NEEDS_MARK[event]}" for event in _heard}))
         pytest.fail(done, pytrace=False)
 
 
