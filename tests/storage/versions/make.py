@@ -182,7 +182,8 @@ def wait_until(path: str, condition: str) -> None:
 
 def neutral(path: str) -> None:
     """Leave no trace of the machine in a file, and all of it in that file."""
-    folders = [os.path.dirname(os.path.abspath(file)) for file in (__file__, taskx.__file__)]
+    files = (__file__, taskx.__file__, threading.__file__)
+    folders = [os.path.dirname(os.path.abspath(file)) for file in files]
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
 
         def shortened(text: str) -> str:
@@ -190,6 +191,7 @@ def neutral(path: str) -> None:
                 text = text.replace(folder, os.path.basename(folder))
             return text
 
+        connection.execute("PRAGMA secure_delete = ON")  # nor in what is free of it
         connection.create_function("neutral", 1, shortened)
         connection.execute(
             "UPDATE tasks SET traceback = neutral(traceback), "
