@@ -29,7 +29,7 @@ demo: $(VENV)/installed-core ## run the main job: hash the standard library as t
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
 quick: $(VENV)/installed-test ## run the quick tests, in under a minute
-	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal -m "$(QUICK)" \
+	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m "$(QUICK)" \
 		--durations 5 --durations-min 1 $(ARGS)
 
 test: $(VENV)/installed-test ## run all tests

@@ -265,6 +265,7 @@ def test_without_a_failure_the_caller_is_told_the_truth():
     check(story)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("late", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize(
     ("method", "times", "step"),
