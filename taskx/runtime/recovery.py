@@ -20,7 +20,7 @@ from taskx.storage.base import Node
 #: Tasks of a dead node's buffer that are given up in one transaction.
 BATCH = 1000
 #: Tasks of its own, those that run and those next in line, that a node audits at once.
-AUDITED = 500
+AUDITED = 5000
 _WHAT_NOW = {
     lifecycle.PENDING: "it runs again",
     lifecycle.FAILED: "failed for good",

@@ -15,12 +15,6 @@ from taskx.runtime import scheduler
 from .conftest import PATIENCE, eventually, ids
 
 
-@pytest.fixture(autouse=True)
-def seen_at_once(monkeypatch):
-    """The file is looked for at each operation, however soon after the last."""
-    monkeypatch.setattr("taskx.storage.sqlite.file.LOOK_EVERY", 0.0)
-
-
 @pytest.fixture
 def repository(database):
     """What queues are made on that are given no other; here all are."""

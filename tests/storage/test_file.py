@@ -31,12 +31,6 @@ from .test_sqlite import as_unprivileged
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="not a POSIX system")
 
 
-@pytest.fixture(autouse=True)
-def seen_at_once(monkeypatch):
-    """The file is looked for at each operation, however soon after the last."""
-    monkeypatch.setattr("taskx.storage.sqlite.file.LOOK_EVERY", 0.0)
-
-
 @pytest.fixture
 def path(tmp_path):
     return tmp_path / "tasks.db"

@@ -237,7 +237,7 @@ class Connections:
     def _open_reader(self) -> Connection:
         connection = self._connect()
         try:
-            self.file.check_now()  # another one may have come in its place just before
+            self.file.check()  # another one may have come in its place just before
         except BaseException:
             connection.close()
             raise

@@ -3,13 +3,8 @@
 from __future__ import annotations
 
 import os
-import time
 
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable
-
-#: Seconds in which the file is not looked for again, as a look costs as much as the rest of an empty
-#: transaction. What is stored in a file that goes in that time goes with it, as if stored just before.
-LOOK_EVERY = 0.005
 
 
 class DatabaseFile:
@@ -42,7 +37,6 @@ class DatabaseFile:
         self.path = self._given
         self.identity: tuple[int, int] | None = None
         self._found: tuple[int, int] | None = None  # what was there just before the opening
-        self._looked = 0.0
 
     @property
     def known(self) -> bool:
@@ -66,7 +60,7 @@ class DatabaseFile:
             RepositoryUnavailable: the file is gone, or there is none and none may be made.
         """
         if self.known:
-            self.check_now()
+            self.check()
             return
         self.path = os.path.realpath(self._given)
         self._found = self._look()
@@ -84,35 +78,27 @@ class DatabaseFile:
         self.identity = self.identity or self._found or self._look()
         if self.identity is None:
             raise self._gone()
-        self.check_now()
+        self.check()
 
     def check(self) -> None:
-        """As :meth:`check_now`, at most every :data:`LOOK_EVERY` seconds."""
-        if time.monotonic() - self._looked >= LOOK_EVERY:
-            self.check_now()
-
-    def check_now(self) -> None:
         """Make sure that the file is still where it was opened; do nothing before that.
 
         Raises:
             RepositoryUnavailable: it was moved, deleted or replaced.
         """
-        if self.identity is None:
+        identity = self.identity
+        if identity is None or (seen := self._look()) == identity:
             return
-        now = time.monotonic()
-        seen = self._look()
         if seen is None:
             raise self._gone()
-        if seen != self.identity:
-            raise RepositoryUnavailable(
-                f"{self.path} was replaced by another file while it was in use; nothing was stored. "
-                "Restart this program to use the new file, or put the old one back"
-            )
-        self._looked = now
+        raise RepositoryUnavailable(
+            f"{self.path} was replaced by another file while it was in use; nothing was stored. "
+            "Restart this program to use the new file, or put the old one back"
+        )
 
     def forget(self) -> None:
         """Have the next opening find the file anew."""
-        self.path, self.identity, self._looked = self._given, None, 0.0
+        self.path, self.identity = self._given, None
 
     def _look(self) -> tuple[int, int] | None:
         try:

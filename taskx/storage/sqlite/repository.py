@@ -609,7 +609,7 @@ class SQLiteRepository(Repository):
             RepositoryUnavailable: it is another one now; the message says what to do.
             SchemaMismatch: a newer TaskX migrated it; the message says what to do.
         """
-        self._file.check_now()
+        self._file.check()
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)
 
