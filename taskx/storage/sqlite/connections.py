@@ -99,7 +99,7 @@ class Compiling:
 
     @property
     def seen(self) -> bool:
-        """Whether a statement was compiled since the last call of :meth:`forget`."""
+        """True if a statement was compiled since the last call of :meth:`forget`."""
         return bool(self._noted)
 
     def forget(self) -> None:
