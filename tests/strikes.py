@@ -106,16 +106,21 @@ def _calls(code: CodeType) -> frozenset[int]:
         _known[code] = frozenset(
             instruction.offset
             for instruction, following in itertools.pairwise(instructions)
-            if (
-                instruction.opname.startswith("CALL")
-                or instruction.opname in ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
-            )
-            and (
-                "JUMP" in instruction.opname
-                or handlers.get(instruction.offset) == handlers.get(following.offset)
+            if instruction.opname in _JUMPS_BACK
+            or (
+                _is_call(instruction.opname)
+                and handlers.get(instruction.offset) == handlers.get(following.offset)
             )
         )
     return _known[code]
+
+
+_JUMPS_BACK = ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
+
+
+def _is_call(opname: str) -> bool:
+    """Tell whether an instruction calls; an intrinsic works inside the interpreter."""
+    return opname.startswith("CALL") and "INTRINSIC" not in opname
 
 
 def _handlers(code: CodeType) -> dict[int, int]:
