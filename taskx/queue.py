@@ -14,6 +14,12 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
+from taskx.common.config import Config
+from taskx.common.handles import TaskHandle
+from taskx.common.hooks import Hook, Hooks
+from taskx.common.ledger import Ledger
+from taskx.common.pauses import Paused, Pauses
+from taskx.common.watcher import Watcher
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.errors import (
@@ -35,13 +41,9 @@ from taskx.core.model import (
 from taskx.core.ticks import Every, Misfire
 from taskx.core.token import CancelReason
 from taskx.core.unique import OnConflict
-from taskx.flows import Flow, FlowHandle, Shape, lay_out
-from taskx.runtime.alarms import Alarms
-from taskx.runtime.checkpoints import Keeper
-from taskx.runtime.config import Config
-from taskx.runtime.dead_letters import dead, discard_all
-from taskx.runtime.dependents import Dependents
-from taskx.runtime.executors import (
+from taskx.executing.alarms import Alarms
+from taskx.executing.checkpoints import Keeper
+from taskx.executing.executors import (
     Executor,
     ExecutorDecorator,
     ExecutorOptions,
@@ -50,24 +52,22 @@ from taskx.runtime.executors import (
     TaskExecutor,
     options_of,
 )
-from taskx.runtime.handles import TaskHandle
-from taskx.runtime.hooks import Hook, Hooks
-from taskx.runtime.intake import Intake, ScheduleOptions, SubmitOptions, with_options
-from taskx.runtime.ledger import Ledger
-from taskx.runtime.lines import Lines
-from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
-from taskx.runtime.middleware import Layer, check_middleware
-from taskx.runtime.node import EXTRA, LocalNode
-from taskx.runtime.operations import Operations
-from taskx.runtime.pauses import Paused, Pauses
-from taskx.runtime.retention import prune_all
-from taskx.runtime.runner import Runner, inside_executor
-from taskx.runtime.schedules import Entry, Overlap, Schedules, make_entry
-from taskx.runtime.starter import Services
-from taskx.runtime.watcher import Watcher
-from taskx.schedules import Schedule
+from taskx.executing.middleware import Layer, check_middleware
+from taskx.executing.runner import Runner, inside_executor
+from taskx.flows import Flow, FlowHandle, Shape, lay_out
+from taskx.ordering.dependents import Dependents
+from taskx.ordering.turns import Turns
+from taskx.running.starter import Services
+from taskx.schedules.schedule import Schedule
+from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
 from taskx.storage.adapter import EightMethodAdapter, refuse_eight_methods
 from taskx.storage.base import Repository, TaskRepository
+from taskx.submitting.dead_letters import dead, discard_all
+from taskx.submitting.intake import Intake, ScheduleOptions, SubmitOptions, with_options
+from taskx.submitting.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
+from taskx.submitting.operations import Operations
+from taskx.upkeep.node import EXTRA, LocalNode
+from taskx.upkeep.retention import prune_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -134,7 +134,7 @@ class Queue:
         ledger = Ledger(self.repository, self._log)
         watcher = Watcher(self.repository, self._log)
         hooks = Hooks(self._hooks, self._log)
-        lines = Lines(self.repository, ledger, self._log)
+        lines = Turns(self.repository, ledger, self._log)
         self._services = Services(
             repository=self.repository,
             registry=self._registry,
@@ -221,8 +221,8 @@ class Queue:
         if isinstance(executor, Executor):
             executor.bind(self)
         if self._node is not None:
-            with suppress(RepositoryError):  # then the scheduler records them
-                self._node.engine.record_types()
+            with suppress(RepositoryError):  # then the housekeeper records them
+                self._node.pool.record_types()
         self._intake.look_for_work()
 
     def declare(self, *types: str) -> None:
@@ -590,12 +590,12 @@ class Queue:
     @property
     def buffered(self) -> int:
         """How many submitted tasks wait in this queue's buffer, of ``buffer_size``."""
-        return 0 if self._node is None else self._node.engine.buffer.submitted
+        return 0 if self._node is None else self._node.pool.buffer.submitted
 
     @property
     def running(self) -> int:
         """How many executors of this queue are at work."""
-        return 0 if self._node is None else len(self._node.engine.buffer.executing)
+        return 0 if self._node is None else len(self._node.pool.buffer.executing)
 
     @property
     def healthy(self) -> bool:
@@ -610,7 +610,7 @@ class Queue:
             self.repository.ensure_there()
         except RepositoryError:
             return False
-        return self._node is None or self._node.engine.stuck.healthy
+        return self._node is None or self._node.pool.stuck.healthy
 
     # --- changing
 
@@ -723,8 +723,8 @@ class Queue:
 
     def _look_for_pauses(self) -> None:
         if self._node is not None:
-            self._node.engine.look_for_pauses()
-            self._node.engine.wake_scheduler()
+            self._node.pool.look_for_pauses()
+            self._node.pool.wake_housekeeper()
 
     @property
     def paused(self) -> Paused:
@@ -802,7 +802,7 @@ class Queue:
                 if not self._publish(node):
                     raise QueueStopped("the queue was stopped while it started; nothing was run")
             except BaseException:  # an interrupt, too: it can be started again
-                self._node = self._intake.engine = None
+                self._node = self._intake.pool = None
                 node.withdraw()
                 raise
             if (hooks := self._services.hooks).queue_started:
@@ -813,7 +813,7 @@ class Queue:
         """Make a node that has begun visible to other threads; return False if the queue was stopped."""
         with self._state:
             if not self._intake.stopped:
-                self._node, self._intake.engine = node, node.engine
+                self._node, self._intake.pool = node, node.pool
                 node.watch()
             return not self._intake.stopped
 
@@ -869,8 +869,8 @@ class Queue:
         """Take nothing more, and tell running tasks to stop; waits for nothing."""
         self._intake.stopped = True
         if self._node is not None:
-            self._node.engine.stopping = True
-            self._node.engine.fire_all(CancelReason.STOP)
+            self._node.pool.stopping = True
+            self._node.pool.fire_all(CancelReason.STOP)
 
     def _wait_for_hooks(self, timeout: float) -> None:
         hooks = self._services.hooks

@@ -24,10 +24,11 @@ import pytest
 import taskx
 import taskx.queue
 from taskx.core import lifecycle
-from taskx.runtime import scheduler, ticker
-from taskx.runtime.node import LocalNode
+from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
+from taskx.upkeep import housekeeper
+from taskx.upkeep.node import LocalNode
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
@@ -393,7 +394,7 @@ def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
     ]
     writes = [entry for entry in said if entry[1] != "SELECT"]
     assert [statement for _, statement in own] == [statement for _, statement in writes]
-    assert own[:6] == writes[:6]  # the finish may be written by the scheduler, if it is faster
+    assert own[:6] == writes[:6]  # the finish may be written by the housekeeper, if it is faster
     assert ("taskx-worker-1", "SELECT") in reads
 
 
@@ -417,7 +418,7 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     log: list[str] = []
     trace(monkeypatch, log.append)
     now = time.monotonic()
-    for module in (scheduler, ticker):
+    for module in (housekeeper, ticker):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
     queue = taskx.Queue(repository, taskx.Config(worker_num=1))
@@ -429,8 +430,8 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
         nonlocal now
         until = now + seconds
         while now < until:
-            now += scheduler.POLL
-            node._scheduler.tick()
+            now += housekeeper.POLL
+            node._housekeeper.tick()
 
     pass_time(4)  # opens what there is to open
     log.clear()

@@ -7,11 +7,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from taskx.common import permission
+from taskx.common.hooks import Hook
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.queue import Queue
-from taskx.runtime import intake
-from taskx.runtime.hooks import Hook
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -61,7 +61,7 @@ class PrometheusHook(Hook):
         self._duration = histogram("duration", "Time that the last attempt of a task took.")
         self._wait = histogram("wait", "Time from when a task could start until it did.")
         # In multiprocess mode a gauge opens a file when it is made, which stays when the process has ended.
-        self._gauges: tuple[Gauge, ...] = () if intake.in_child else _make_gauges()
+        self._gauges: tuple[Gauge, ...] = () if permission.in_child else _make_gauges()
         _register(
             registry,
             *(self._submitted, self._started, self._finished, self._retried),

@@ -16,18 +16,18 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
-from taskx.runtime.buffer import Buffer
-from taskx.runtime.engine import Engine
-from taskx.runtime.intake import Intake
-from taskx.runtime.ledger import Ledger
-from taskx.runtime.node import LocalNode
-from taskx.runtime.runner import Runner
-from taskx.runtime.starter import Starter
-from taskx.runtime.suspects import Suspects
+from taskx.executing.runner import Runner
+from taskx.running.buffer import Buffer
+from taskx.running.pool import WorkerPool
+from taskx.running.starter import Starter
+from taskx.running.suspects import Suspects
 from taskx.storage.sqlite import liveness
 from taskx.storage.sqlite.repository import SQLiteRepository
+from taskx.submitting.intake import Intake
+from taskx.upkeep.node import LocalNode
 
 from .sidelog import SideLog
 
@@ -211,7 +211,7 @@ def dawdle(seed: int, longest: float) -> None:
 
 def ignore_owners() -> None:
     """Have every node believe that it is alone: then all go for the same tasks, as they may."""
-    Engine.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+    WorkerPool.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
 
 
 # Broken parts: with any of them the campaign must fail

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pymongo
 
 from taskx import CancelReason, MongoRepository, RepositoryUnavailable
-from taskx.runtime.engine import Engine
+from taskx.running.pool import WorkerPool
 from taskx.storage.base import Repository
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.leases import Leases
@@ -79,9 +79,9 @@ class OnMongo(Store):
         )
 
     def prepare(self, log: SideLog) -> None:
-        def fire(inner: Any, self: Engine, reason: CancelReason) -> None:
+        def fire(inner: Any, self: WorkerPool, reason: CancelReason) -> None:
             if reason is CancelReason.LEASE_LOST:
                 log.tell("lease lost")
             inner(self, reason)
 
-        wrap(Engine, "fire_all", fire)
+        wrap(WorkerPool, "fire_all", fire)

@@ -110,7 +110,7 @@ class TestWhatIsCounted:
         queue.submit("fine", delay=delay)
         clock.advance(50)
         queue.start()
-        queue._node._scheduler.tick()
+        queue._node._housekeeper.tick()
         assert queue.drain(PATIENCE)
         assert value("task_wait_seconds_sum", type="fine") == wait
         assert value("task_wait_seconds_count", type="fine") == 1

@@ -378,7 +378,7 @@ class TestStatements:
             ("NEXT_DUE", (), "tasks_held"),
         ],
     )
-    def test_of_the_scheduler_search_an_index(self, plan, name, values, index):
+    def test_of_the_housekeeper_search_an_index(self, plan, name, values, index):
         [step] = plan(getattr(statements, name), values)
         assert step.startswith("SEARCH tasks USING")
         assert f"INDEX {index}" in step

@@ -31,7 +31,7 @@ from taskx.storage.mongo.hosts import HostLocks
 
 #: Beats in a lease, and the part of it that is kept as a margin.
 BEATS, MARGIN = 10, 0.2
-#: Seconds between looks that a scheduler makes anyway: a closer interval cannot be expected.
+#: Seconds between looks that a housekeeper makes anyway: a closer interval cannot be expected.
 _LOOKS_EVERY = 0.5
 
 

@@ -97,7 +97,7 @@ def silent(connection):
 
 
 def watch(host, seconds, every=0.5):
-    """Look for so long, as a scheduler does; returns what was seen last."""
+    """Look for so long, as a housekeeper does; returns what was seen last."""
     for _ in range(round(seconds / every)):
         host.clock.advance(every)
         seen = host.alive("n")
