@@ -679,7 +679,7 @@ class TestCrash:
 PROGRAM = """
 import signal, sys
 sys.path.insert(0, sys.argv[2])
-from runtime import isolated
+from executing import isolated
 from taskx import Config, Queue, SQLiteRepository
 
 def say(word):
