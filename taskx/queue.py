@@ -62,10 +62,12 @@ from taskx.schedules.schedule import Schedule
 from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
 from taskx.storage.adapter import EightMethodAdapter, refuse_eight_methods
 from taskx.storage.base import Repository, TaskRepository
+from taskx.submitting.creation import with_options
 from taskx.submitting.dead_letters import dead, discard_all
-from taskx.submitting.intake import Intake, ScheduleOptions, SubmitOptions, with_options
+from taskx.submitting.intake import Intake
 from taskx.submitting.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
 from taskx.submitting.operations import Operations
+from taskx.submitting.options import ScheduleOptions, SubmitOptions
 from taskx.upkeep.node import EXTRA, LocalNode
 from taskx.upkeep.retention import prune_all
 
@@ -156,7 +158,6 @@ class Queue:
             self._services,
             self.config.overflow,
             self.config.block_timeout,
-            self.config.max_payload_size,
         )
         self._operations = Operations(self._services, self._intake)
         self._schedules = Schedules(self._services, self._intake)

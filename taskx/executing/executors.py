@@ -404,7 +404,7 @@ class Registry:
     Args:
         middleware: what is wrapped around every execution, the first one outermost.
         check: refuses what the queue cannot do, before an executor is added.
-        max_payload_size: the largest result, in bytes of JSON.
+        max_payload_size: the largest params, and the largest result, in bytes of JSON.
     """
 
     def __init__(
@@ -415,7 +415,8 @@ class Registry:
     ) -> None:
         self._middleware = middleware
         self._check = check
-        self._max_payload_size = max_payload_size
+        #: The largest params, and the largest result, in bytes of JSON.
+        self.max_payload_size = max_payload_size
         #: What is known of each type that it runs.
         self.registered: dict[str, Registered] = {}
         #: The limits of those types that have any.
@@ -458,7 +459,7 @@ class Registry:
                 Isolated,  # not every program starts processes
             )
 
-            invoke = Isolated(executor, entry, self._max_payload_size)
+            invoke = Isolated(executor, entry, self.max_payload_size)
         invoke = wrapped(invoke, self._middleware)
         if limit is not None:  # first: as soon as it is registered, its tasks are taken
             self.limits[entry.type] = limit

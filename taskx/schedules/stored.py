@@ -32,6 +32,7 @@ from taskx.core.ticks import (
 from taskx.core.writes import Insert
 from taskx.running.starter import Services
 from taskx.storage.base import Note
+from taskx.submitting.creation import prepare
 from taskx.submitting.intake import Intake
 
 #: What the names of the notes begin with that schedules are kept in.
@@ -241,7 +242,7 @@ class Schedules:
             raise ConfigurationError(
                 "a schedule makes many tasks, which can have no unique_key and no depends_on"
             )
-        row = self._intake.prepare(task, priority).row
+        row = prepare(self._services, task, priority).row
         self._services.repository.codecs.columns(row)  # refused now, and not at every tick
         return {column: row[column] for column in _OF_TASK if column in row}
 

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime, timedelta
+from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypedDict, get_args
-
-import attrs
 
 from taskx.common import permission
-from taskx.core import lifecycle, payload
-from taskx.core.checks import check_number
-from taskx.core.clock import LAST, to_datetime, to_ms
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
-    InvalidTransition,
     QueueFull,
     QueueStopped,
     RepositoryError,
     SchemaMismatch,
     TaskxError,
 )
-from taskx.core.ids import new_id
-from taskx.core.lifecycle import OnParentFailure
-from taskx.core.model import Task, TaskStatus, check_key, check_moment, check_name
-from taskx.core.record import policy_to_text
-from taskx.core.retry import RetryPolicy, check_policy
-from taskx.core.unique import OnConflict, UniqueScope, scope_to_text
+from taskx.core.model import Task
+from taskx.core.unique import OnConflict
 from taskx.core.writes import Insert
-from taskx.executing.executors import check_options
 from taskx.executing.runner import inside_executor
 from taskx.ordering.parents import find_parents
 from taskx.running.buffer import Item
@@ -39,34 +26,7 @@ from taskx.running.starter import Services
 from taskx.storage.base import Reentered
 from taskx.storage.memory import MemoryRepository
 from taskx.submitting.conflicts import Patience, settle
-
-if TYPE_CHECKING:
-    from taskx.common.handles import TaskHandle
-
-
-class ScheduleOptions(TypedDict, total=False):
-    """The options of ``submit`` that a schedule may give its tasks: see ``Queue.schedule``."""
-
-    created_by: str | None
-    priority: int | None
-    timeout: float | None
-    max_attempts: int | None
-    max_crashes: int | None
-    retry: RetryPolicy | None
-    concurrency_key: str | None
-
-
-class SubmitOptions(ScheduleOptions, total=False):
-    """The options of ``submit``, each of which may be left out or None: see ``Queue.submit``."""
-
-    id: str | None
-    run_at: datetime | None
-    delay: float | None
-    unique_key: str | None
-    unique_scope: UniqueScope | None
-    on_conflict: OnConflict | None
-    depends_on: Sequence[str | TaskHandle[Any]] | None
-    on_parent_failure: OnParentFailure | None
+from taskx.submitting.creation import prepare
 
 
 class Intake:
@@ -76,7 +36,6 @@ class Intake:
         services: what it works with.
         overflow: what a full buffer does.
         block_timeout: seconds that ``block`` waits for room; None for ever.
-        max_payload_size: the largest params, in bytes of JSON.
     """
 
     def __init__(
@@ -84,13 +43,11 @@ class Intake:
         services: Services,
         overflow: str,
         block_timeout: float | None,
-        max_payload_size: int,
     ) -> None:
         self._services = services
         self._hooks = services.hooks
         self._overflow = overflow
         self._block_timeout = block_timeout
-        self._max_payload_size = max_payload_size
         #: The running node; None as long as the queue has not been started.
         self.pool: WorkerPool | None = None
         self.stopped = False
@@ -120,7 +77,7 @@ class Intake:
         self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        insert = self.prepare(task, priority)
+        insert = prepare(self._services, task, priority)
         if task.depends_on:
             find_parents(self._services.repository, [insert])
         try:
@@ -411,7 +368,7 @@ class Intake:
         self._stored(inserts)
 
     def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
-        inserts = [self.prepare(task) for task in tasks]
+        inserts = [prepare(self._services, task) for task in tasks]
         if any("depends_on" in insert.row for insert in inserts):
             find_parents(self._services.repository, inserts)
         return inserts
@@ -450,58 +407,6 @@ class Intake:
                 return False  # its key is free by now
         return True
 
-    # --- checks
-
-    def prepare(self, task: Task, priority: int | None = None) -> Insert:
-        """The record of a task, or the error that says what is wrong with it."""
-        if not isinstance(task, Task):
-            raise ConfigurationError(f"submit takes a Task or a type, not {type(task).__name__}")
-        if task.status is not TaskStatus.PENDING:
-            raise InvalidTransition(
-                f"only a pending task can be submitted; this one is {task.status}"
-            )
-        kind = check_name(task.type, "type")
-        if not kind:
-            raise ConfigurationError("type must not be empty")
-        executor = self._services.registry.get(kind)
-        params = payload.encode_params(task.params, self._max_payload_size)
-        max_attempts, max_crashes, timeout = task.max_attempts, task.max_crashes, task.timeout
-        retry = check_policy(task.retry)
-        if max_attempts is None and retry is not None:
-            max_attempts = retry.max_attempts
-        if executor is not None:
-            if executor.check_params is not None:
-                executor.check_params(task.params)
-            options = executor.options
-            if max_attempts is None:
-                max_attempts = options.attempts
-            if max_crashes is None:
-                max_crashes = options.max_crashes
-            if timeout is None:
-                timeout = options.timeout
-            if priority is None:
-                priority = task.priority or options.priority or 0
-        elif priority is None:
-            priority = task.priority
-        check_options(max_attempts, max_crashes, timeout, priority)
-        now = self._services.clock.now_ms()
-        more = lifecycle.between_tasks(task)
-        create = partial(lifecycle.create, **more) if more else lifecycle.create
-        run_at = None if task.run_at is None else _run_at_ms(task.run_at)
-        return create(
-            task_id=check_name(task.id, "id") or new_id(),
-            type=kind,
-            params=params,
-            created_by=check_name(task.created_by, "created_by"),
-            now=now,
-            priority=priority,
-            run_at=run_at,
-            timeout=timeout,
-            max_attempts=max_attempts,
-            max_crashes=max_crashes,
-            retry=policy_to_text(retry),
-        )
-
 
 def _refuse_twins(inserts: Sequence[Insert]) -> None:
     """New tasks that stand in one another's way, and not in that of any that is stored."""
@@ -523,45 +428,3 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
     own = type(error)(f"task {task_id}: {error}")
     own.in_doubt, own.task_id = True, task_id
     return own
-
-
-def _run_at_ms(moment: datetime) -> int:
-    check_moment(moment, "run_at")
-    if (ms := to_ms(moment)) > LAST:
-        raise ConfigurationError(f"run_at is beyond the calendar, in UTC: {moment}")
-    return ms
-
-
-def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
-    """A copy of a task with the options of ``submit`` that were given.
-
-    Raises:
-        ConfigurationError: both ``run_at`` and ``delay``, an invalid delay, or an empty id.
-    """
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if "id" in chosen:  # that of a Task may be empty: one is made then
-        check_key(chosen["id"], "id")
-    parents = chosen.get("depends_on")
-    if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
-        chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
-    if chosen.pop("on_conflict", "reject") not in get_args(OnConflict):
-        known = ", ".join(map(repr, get_args(OnConflict)))
-        raise ConfigurationError(
-            f"on_conflict must be one of {known}, not {given['on_conflict']!r}"
-        )
-    if "on_conflict" in given and task.unique_key is None and "unique_key" not in chosen:
-        raise ConfigurationError("on_conflict is of a unique_key: give one, too")
-    if "unique_scope" in chosen:
-        chosen["unique_scope"] = scope_to_text(chosen["unique_scope"])
-    delay = chosen.pop("delay", None)
-    if delay is not None:
-        if "run_at" in chosen:
-            raise ConfigurationError("give run_at or delay, not both")
-        seconds = check_number(delay, "delay")
-        try:
-            chosen["run_at"] = to_datetime(now_ms) + timedelta(seconds=seconds)
-        except OverflowError:
-            raise ConfigurationError(
-                f"delay of {seconds:g} seconds is beyond the calendar"
-            ) from None
-    return attrs.evolve(task, **chosen) if chosen else task

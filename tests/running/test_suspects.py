@@ -10,6 +10,7 @@ from helpers import PATIENCE, eventually
 
 from taskx import Task, TaskStatus
 from taskx.running import suspects
+from taskx.submitting.creation import prepare
 
 pytestmark = pytest.mark.every_store
 
@@ -32,7 +33,7 @@ def queue(make_queue):
         queue.gates[name] = threading.Event()
         task = Task(type=type, params={"name": name}, id=name, max_crashes=3)
         if crashes:  # as a process leaves it that died twice
-            insert = queue._intake.prepare(task)
+            insert = prepare(queue._services, task)
             insert.row["crashes"] = crashes
             assert list(queue.repository.apply([insert])) == [True]
         else:
