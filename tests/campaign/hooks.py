@@ -70,18 +70,6 @@ def after(owner: Any, name: str, strike: Strike) -> None:
 # Points at which the process dies
 
 
-def _inside_commit(strike: Strike) -> None:
-    def around(inner: Any, self: Any, work: Any, *more: Any, **options: Any) -> Any:
-        def work_then_die(cursor: Any) -> Any:
-            result = work(cursor)
-            strike()
-            return result
-
-        return inner(self, work_then_die, *more, **options)
-
-    wrap(SQLiteRepository, "_transact", around)
-
-
 COMMON_POINTS: Points = {
     "after commit, before buffer": lambda strike: before(Intake, "_buffer", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
@@ -92,8 +80,8 @@ COMMON_POINTS: Points = {
 }
 KILL_POINTS: Points = {
     **COMMON_POINTS,
-    "inside a commit": _inside_commit,
-    "after a commit": lambda strike: after(SQLiteRepository, "_transact", strike),
+    "inside a commit": lambda strike: before(SQLiteRepository, "_refuse_if_newer", strike),
+    "after a commit": lambda strike: after(SQLiteRepository, "apply", strike),
     "before leaving": lambda strike: before(SQLiteRepository, "leave", strike),
 }
 

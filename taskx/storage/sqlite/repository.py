@@ -133,8 +133,31 @@ class SQLiteRepository(Repository):
         writes = self.codecs.coded(writes)
         if all_or_nothing:
             return self._apply_whole(writes, durable)
+        if self._write_lock._is_owned():  # type: ignore[attr-defined]
+            raise Reentered
+        script = _script(writes)
+        results: list[bool] = []
         try:
-            return self._transact(lambda cursor: _apply_in_groups(cursor, writes), durable, writes)
+            with self._write_lock:
+                connection = self._ready_writer()
+                try:
+                    cursor = self._begin(connection, durable)
+                    for sql, values, together, parents in script:
+                        held = cursor.execute(sql, values).rowcount
+                        if 0 < held < together:
+                            raise _Uneven
+                        if parents and held:
+                            cursor.executemany(statements.NEW_PARENT, parents)
+                        results += [held > 0] * together
+                    self._refuse_if_newer(connection, writes)
+                    cursor.execute("COMMIT")
+                    self._commits += 1
+                    return results
+                except BaseException as error:
+                    self._undo(connection, error)
+                    raise
+                finally:
+                    self._turnstile.leave()
         except _Uneven:
             return self._transact(
                 lambda cursor: [_apply_one(cursor, write) for write in writes], durable, writes
@@ -199,46 +222,59 @@ class SQLiteRepository(Repository):
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
         with self._write_lock:
-            connection = self._connections.writer()
-            if connection.in_transaction:  # the last one was struck twice by signals
-                self._roll_back(connection)
-            self._file.check()
-            cursor = connection.cursor()
+            connection = self._ready_writer()
             try:
-                left = self._turnstile.enter(self._connections.busy_timeout)
-                self._set_synchronous(cursor, durable)
-                self._begin(cursor, left)
+                cursor = self._begin(connection, durable)
                 result = work(cursor)
-                if self._connections.compiling.seen:
-                    self._look_at_version(connection)
-                if self._newer is not None and not _let_go(writes):
-                    raise SchemaMismatch(*self._newer.args)
+                self._refuse_if_newer(connection, writes)
                 cursor.execute("COMMIT")
                 self._commits += 1
                 return result
             except BaseException as error:
-                # A full disk makes SQLite roll back by itself.
-                if connection.in_transaction:
-                    self._roll_back(connection)
-                if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
-                    raise translated(
-                        error, self._file.path, self._connections.busy_timeout
-                    ) from error
+                self._undo(connection, error)
                 raise
             finally:
                 self._turnstile.leave()
 
-    def _begin(self, cursor: sqlite3.Cursor, left: float) -> None:
-        """Begin a transaction within the seconds that are left of the time-out."""
+    def _ready_writer(self) -> sqlite3.Connection:
+        connection = self._connections.writer()
+        if connection.in_transaction:  # the last one was struck twice by signals
+            self._roll_back(connection)
+        self._file.check()
+        return connection
+
+    def _begin(self, connection: sqlite3.Connection, durable: bool) -> sqlite3.Cursor:
+        """Begin a transaction within the time-out, once it is this process's turn."""
         timeout = self._connections.busy_timeout
+        cursor = connection.cursor()
+        left = self._turnstile.enter(timeout)
+        self._set_synchronous(cursor, durable)
         if timeout - left < _SHORT_WAIT:
             cursor.execute("BEGIN IMMEDIATE")
-            return
+            return cursor
         cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
         try:
             cursor.execute("BEGIN IMMEDIATE")
         finally:
             cursor.execute(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
+        return cursor
+
+    def _undo(self, connection: sqlite3.Connection, error: BaseException) -> None:
+        """Roll back; raise our error for one of SQLite's."""
+        # A full disk makes SQLite roll back by itself.
+        if connection.in_transaction:
+            self._roll_back(connection)
+        if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
+            timeout = self._connections.busy_timeout
+            raise translated(error, self._file.path, timeout) from error
+
+    def _refuse_if_newer(
+        self, connection: sqlite3.Connection, writes: Sequence[Write] | None
+    ) -> None:
+        if self._connections.compiling.seen:
+            self._look_at_version(connection)
+        if self._newer is not None and not _let_go(writes):
+            raise SchemaMismatch(*self._newer.args)
 
     def _look_at_version(self, connection: sqlite3.Connection) -> None:
         try:
@@ -699,24 +735,27 @@ class _Refused(Exception):
         self.results = results
 
 
+#: SQL, its values, how many writes it does, and the parents of a task that it stores, in pairs with that.
+_Statement = tuple[str, Sequence[Any], int, Sequence[tuple[str, str]]]
+
+
 class _Uneven(Exception):
     """Of several updates in one statement some held and some did not: which, it does not tell."""
 
 
-def _apply_in_groups(cursor: sqlite3.Cursor, writes: Sequence[Write]) -> Sequence[bool]:
-    """Apply writes in order; neighbours that differ in nothing but the id, such as starts, together."""
-    results: list[bool] = []
-    while (position := len(results)) < len(writes):
-        group = _alike(writes, position)
-        if len(group) == 1:
-            results.append(_apply_one(cursor, writes[position]))
-            continue
-        first = writes[position]
-        cursor.execute(*statements.update(group, first.guard, first.changes))  # type: ignore[union-attr]
-        if 0 < cursor.rowcount < len(group):
-            raise _Uneven
-        results += [cursor.rowcount > 0] * len(group)
-    return results
+def _script(writes: Sequence[Write]) -> list[_Statement]:
+    """The statements of writes, in order; of neighbours that differ in nothing but the id, one for all."""
+    script: list[_Statement] = []
+    position = 0
+    while position < len(writes):
+        write, group = writes[position], _alike(writes, position)
+        if len(group) > 1:
+            sql, values = statements.update(group, write.guard, write.changes)  # type: ignore[union-attr]
+            script.append((sql, values, len(group), ()))
+        else:
+            script.append(_statement(write))
+        position += len(group)
+    return script
 
 
 def _alike(writes: Sequence[Write], position: int) -> list[str]:
@@ -731,20 +770,24 @@ def _alike(writes: Sequence[Write], position: int) -> list[str]:
     return group
 
 
-def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
+def _statement(write: Write) -> _Statement:
     if isinstance(write, Update):
-        cursor.execute(*statements.update((write.id,), write.guard, write.changes))
-    elif isinstance(write, Insert):
-        ordinary = _is_ordinary(write)
-        sql = _INSERT_ORDINARY if ordinary else statements.insert_if_new(tuple(write.row))
-        cursor.execute(sql, tuple(write.row.values()))
-        if (parents := write.row.get("depends_on")) and cursor.rowcount == 1:
-            pairs = [(parent, write.id) for parent in json.loads(parents)]
-            cursor.executemany(statements.NEW_PARENT, pairs)
-            return True
-    else:
-        cursor.execute(*statements.delete(write.id, write.guard))
-    return cursor.rowcount == 1
+        return *statements.update((write.id,), write.guard, write.changes), 1, ()
+    if isinstance(write, Delete):
+        return *statements.delete(write.id, write.guard), 1, ()
+    if _is_ordinary(write):
+        return _INSERT_ORDINARY, tuple(write.row.values()), 1, ()
+    parents = json.loads(write.row.get("depends_on") or "[]")
+    pairs = [(parent, write.id) for parent in parents]
+    return statements.insert_if_new(tuple(write.row)), tuple(write.row.values()), 1, pairs
+
+
+def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
+    sql, values, _, parents = _statement(write)
+    held = cursor.execute(sql, values).rowcount == 1
+    if parents and held:
+        cursor.executemany(statements.NEW_PARENT, parents)
+    return held
 
 
 def _put_note(cursor: sqlite3.Cursor, name: str, text: str | None, version: int) -> bool:
