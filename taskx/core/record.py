@@ -101,6 +101,19 @@ class Stub(NamedTuple):
         return rank(self.priority, self.created_at, self.run_at, ageing)
 
 
+#: The columns from which a stub is made, in order.
+STUB = (
+    "id",
+    "status",
+    "starts",
+    "priority",
+    "created_at",
+    "cancel_requested_at",
+    "type",
+    "run_at",
+)
+
+
 class Ended(NamedTuple):
     """A task that has ended, with what decides whether its record may go.
 
@@ -326,6 +339,25 @@ def stub_from_row(row: Mapping[str, Any]) -> Stub:
         row["type"],
         row["run_at"],
     )
+
+
+def stub_from_values(values: Sequence[Any]) -> Stub:
+    """The stub of the columns :data:`STUB`, whatever of them is damaged."""
+    id_, status, starts, priority, created_at, asked_at, type_, run_at = values
+    return Stub(
+        id_,
+        status,
+        _number(starts),
+        _number(priority),
+        _number(created_at),
+        asked_at is not None,
+        _as_text(type_),
+        None if run_at is None else _number(run_at),
+    )
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
 
 
 def policy_to_text(policy: RetryPolicy | None) -> str | None:

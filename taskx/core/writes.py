@@ -94,9 +94,14 @@ def traces(write: Insert | Update) -> dict[str, Any]:
 
 
 def shows(
-    row: Mapping[str, Any], write: Insert | Update, same: Callable[[str, Any, Any], bool]
+    row: Mapping[str, Any] | None, write: Write, same: Callable[[str, Any, Any], bool]
 ) -> bool:
-    """Whether a row shows that a write took place, where ``same(column, stored, plain)`` compares."""
+    """Whether a row, or that there is none, shows that a write took place.
+
+    ``same(column, stored, plain)`` compares.
+    """
+    if row is None or isinstance(write, Delete):
+        return row is None and isinstance(write, Delete)
     return all(same(name, row[name], value) for name, value in traces(write).items())
 
 

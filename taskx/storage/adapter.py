@@ -31,7 +31,7 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
+from taskx.core.writes import Delete, Insert, Update, Write, matches, shows, traces
 from taskx.storage.base import Node, NoteChange, Repository, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
@@ -132,7 +132,7 @@ class EightMethodAdapter(MemoryRepository):
             results = [
                 self._known.pop(id(write), None) is not None
                 or (
-                    self._took_place(write)
+                    shows(self._rows.get(write.id), write, self.codecs.same)
                     if write.id in unfinished
                     else _shown(write, self._rows.get(write.id))  # the rest of it is forgotten
                 )

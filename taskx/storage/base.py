@@ -10,8 +10,8 @@ from __future__ import annotations
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import attrs
 
@@ -28,6 +28,7 @@ from taskx.core.errors import (
 )
 from taskx.core.model import (
     MAX_NAME,
+    TASK_FIELDS,
     TIME_FIELDS,
     Task,
     TaskFilter,
@@ -37,13 +38,57 @@ from taskx.core.model import (
     check_status,
 )
 from taskx.core.payload import clean_text
-from taskx.core.record import Ended, Stub, optional_ms, policy_to_text
+from taskx.core.record import (
+    COLUMNS,
+    STUB,
+    Ended,
+    Stub,
+    optional_ms,
+    policy_to_text,
+    stub_from_values,
+    task_from_row,
+)
 from taskx.core.retry import check_policy
-from taskx.core.writes import Write
+from taskx.core.writes import Write, shows
 from taskx.storage.began import Began
+
+#: The columns of a row by whose value rows are found, all through an index:
+#:
+#: ``id``, ``unique_lock``, ``turn``
+#:     in one row at most.
+#: ``waiting_on``
+#:     of the tasks that wait for their parents.
+#: ``parent``
+#:     of pairs of a task and one of its parents, which have the fields ``parent`` and ``id`` and no other.
+#:     They may be there before the task is.
+#: ``line``
+#:     the ``concurrency_key`` of the tasks that wait for its turn. Rows come in the order in which they
+#:     get it.
+#: ``running_on``, ``buffered_on``
+#:     the ``owner``, if there is one, of the running tasks; and of the pending ones that may start.
+#: ``stuck_on``
+#:     not empty.
+Lookup = Literal[
+    "id",
+    "unique_lock",
+    "turn",
+    "waiting_on",
+    "parent",
+    "line",
+    "running_on",
+    "buffered_on",
+    "stuck_on",
+]
+#: The columns whose values can be listed: some of those, and
+#:
+#: ``ready_type``
+#:     the ``type`` of the pending tasks that may start.
+Listed = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on", "ready_type"]
 
 #: Among how many tasks that may start, those stored first, the one is sought that waits longest.
 OLDEST = 1000
+# Rows that are read at a time.
+_PAGE = 1000
 #: Longest progress message, in characters.
 MAX_MESSAGE = 1000
 #: Longest error or traceback that is written by hand, in characters.
@@ -218,21 +263,49 @@ class Repository(TaskRepository):
                 same objects, a write that took place is not done twice.
         """
 
-    @abstractmethod
+    def find(
+        self,
+        column: Lookup,
+        values: Sequence[str],
+        fields: tuple[str, ...],
+        limit: int | None = None,
+    ) -> Sequence[tuple[Any, ...]]:
+        """Rows that have one of these values in a lookup column: of each the fields asked for.
+
+        They hold what is stored, however damaged: coded values stay coded. In any order, but for
+        ``line``; at most ``limit``.
+        """
+        raise NotImplementedError
+
+    def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
+        """The values that a column has, in order, each once, from the one after ``after``.
+
+        At most ``limit``, and fewer only for speed: empty where there are none, and only there.
+        """
+        raise NotImplementedError
+
     def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Say for each write whether it took place, after ``apply`` was cut short by an interrupt."""
+        found = self.find("id", [write.id for write in writes], COLUMNS)
+        rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in found}
+        return [shows(rows.get(write.id), write, self.codecs.same) for write in writes]
 
-    @abstractmethod
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
+        found = self.find("id", task_ids, TASK_FIELDS)
+        return {row[0]: task_from_row(row, self.codecs) for row in found}
 
     def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
         """The tasks that meet the filter, newest first, and how many meet it in all.
 
-        Both of one moment, where the repository can tell; else such as do not contradict each other.
+        A page that is not full says itself where the list ends: the two do not contradict each other.
         """
-        tasks, count = self.list(filter), self.count(filter)
-        return tasks, max(count, filter.offset + len(tasks)) if tasks else count
+        tasks = self.list(filter)
+        end = filter.offset + len(tasks)
+        if len(tasks) < filter.limit and (tasks or not filter.offset):
+            return tasks, end
+        count = self.count(filter)
+        return tasks, max(count, end) if tasks else count
 
     @abstractmethod
     def ready(
@@ -246,14 +319,16 @@ class Repository(TaskRepository):
         """
 
     @abstractmethod
-    def due(self, now: int, limit: int) -> Sequence[str]:
-        """Ids of held back pending tasks whose ``run_at`` has come, earliest first."""
+    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
+        """The held back pending tasks whose ``run_at`` has come by then, earliest first.
 
-    @abstractmethod
+        Of each its id and its ``run_at``, in milliseconds; with None those of any ``run_at``.
+        """
+
     def next_due(self) -> int | None:
         """The earliest ``run_at`` of the held back pending tasks, in milliseconds."""
+        return next((run_at for _, run_at in self.due(None, 1)), None)
 
-    @abstractmethod
     def oldest_ready(self) -> int | None:
         """Since when the pending task has waited, of those that may start now, that waits longest.
 
@@ -261,18 +336,43 @@ class Repository(TaskRepository):
         stored or, if that was later, since its ``run_at``. At least the :data:`OLDEST` are looked at that
         were stored first: so many may be read whatever waits.
         """
+        types = list(self._every("ready_type"))
+        owners = ("", *self._every("buffered_on")) if types else ()
+        found = (stub for owner in owners for stub in self.ready(types, OLDEST, owner, 1))
+        return min((max(stub.created_at, stub.run_at or 0) for stub in found), default=None)
 
-    @abstractmethod
+    def _every(self, column: Listed) -> Iterator[str]:
+        after = ""
+        while page := self.distinct(column, after, _PAGE):
+            yield from page
+            after = page[-1]
+
     def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
         """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
+        found = list(self.find("running_on", [node], STUB, limit))
+        if limit is None or len(found) < limit:
+            left = None if limit is None else limit - len(found)
+            found += self.find("buffered_on", [node], STUB, left)
+        return [stub_from_values(row) for row in found]
 
-    @abstractmethod
     def owners(self) -> Sequence[str]:
         """The ids of all nodes that hold tasks, or on which one is stuck."""
+        columns: tuple[Listed, ...] = ("buffered_on", "running_on", "stuck_on")
+        return [*{owner: None for column in columns for owner in self._every(column)}]
 
-    @abstractmethod
     def unfinished(self, types: Iterable[str]) -> bool:
         """Whether a task of these types runs on a node, or is pending and not held back."""
+        kinds = set(types)
+        owners = ("", *self._every("buffered_on"))
+        # Ready ones twice, as a task may move from the one to the other between two looks.
+        return (
+            any(self.ready(kinds, 1, owner) for owner in owners)
+            or any(
+                kind in kinds
+                for (kind,) in self.find("running_on", [*self._every("running_on")], ("type",))
+            )
+            or any(self.ready(kinds, 1, owner) for owner in owners)
+        )
 
     @abstractmethod
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
@@ -282,53 +382,62 @@ class Repository(TaskRepository):
         last call stopped.
         """
 
-    @abstractmethod
     def needed(self, task_ids: Sequence[str]) -> set[str]:
         """Return the ids of these on which a stored task depends that is not one of these."""
+        these = set(task_ids)
+        pairs = self.find("parent", task_ids, ("parent", "id"), _PAGE)
+        if (
+            len(pairs) == _PAGE
+        ):  # of one that many depend on, one more than there are here is enough
+            most = len(these) + 1
+            pairs = [
+                pair
+                for task_id in task_ids
+                for pair in self.find("parent", [task_id], ("parent", "id"), most)
+            ]
+        return {parent for parent, child in pairs if child not in these}
 
-    @abstractmethod
     def children(self, task_ids: Sequence[str]) -> Sequence[str]:
         """The tasks that depend on one of these, whatever their status, each once."""
+        return [*dict.fromkeys(child for (child,) in self.find("parent", task_ids, ("id",)))]
 
-    @abstractmethod
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
+        return dict(self.find("id", task_ids, ("id", "status")))
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
         """Return the ids of these tasks whose cancel was requested."""
-        tasks = self.get_many(task_ids).values()
-        return [task.id for task in tasks if task.cancel_requested_at is not None]
+        found = self.find("id", task_ids, ("id", "cancel_requested_at"))
+        return [task_id for task_id, asked_at in found if asked_at is not None]
 
-    @abstractmethod
     def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
         """Which task holds each of these unique keys, by key."""
+        return dict(self.find("unique_lock", keys, ("unique_lock", "id")))
 
-    @abstractmethod
     def awaited(self, after: str, limit: int) -> Sequence[str]:
-        """The ids that waiting tasks wait on, in order, from the one after ``after``.
+        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
+        return self.distinct("waiting_on", after, limit)
 
-        At most ``limit``, and fewer only for speed: empty where there are none, and only there.
-        """
-
-    @abstractmethod
     def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
         """The tasks that wait on one of these."""
+        return [child for (child,) in self.find("waiting_on", task_ids, ("id",))]
 
-    @abstractmethod
     def next_in_line(self, key: str) -> str | None:
         """The first task of a concurrency key that waits for its turn."""
+        return next((task_id for (task_id,) in self.find("line", [key], ("id",), 1)), None)
 
-    @abstractmethod
     def lines(self, after: str, limit: int) -> dict[str, bool]:
         """Concurrency keys of tasks that wait for their turn, in order, from the one after ``after``.
 
-        For each, whether it stands still: no task has its turn. At most ``limit``, and fewer only for
-        speed: empty where there are none, and only there.
+        For each, whether it stands still: no task has its turn.
         """
+        keys = self.distinct("line", after, limit)
+        moving = {key for (key,) in self.find("turn", keys, ("turn",))}
+        return {key: key not in moving for key in keys}
 
-    @abstractmethod
     def stuck_on(self, node: str) -> Sequence[Stub]:
         """The tasks, whatever their status, that a thread of an ended attempt still runs on a node."""
+        return [stub_from_values(row) for row in self.find("stuck_on", [node], STUB)]
 
     @abstractmethod
     def notes(self, prefix: str) -> dict[str, Note]:

@@ -242,7 +242,7 @@ class Housekeeper:
             self._due_known = True  # before looking: a task stored from now on clears it again
             self._next_due = services.repository.next_due()
         while self._next_due is not None and self._next_due <= now:
-            ids = services.repository.due(now, MOST_DUE)
+            ids = [task_id for task_id, _ in services.repository.due(now, MOST_DUE)]
             if ids:
                 services.ledger.commit([lifecycle.release(task_id) for task_id in ids])
                 self._pool.more_stored = True

@@ -110,7 +110,9 @@ LOSSES = [delete, move, move_the_folder, replace, replace_by_a_folder]
 OPERATIONS = {
     "create": lambda r: r.create(task("b")),
     "apply": lambda r: r.apply([]),
-    "settle": lambda r: r.settle([]),
+    "find": lambda r: r.find("id", ["a"], ("id",)),
+    "distinct": lambda r: r.distinct("line", "", 1),
+    "due": lambda r: r.due(None, 1),
     "get_by_id": lambda r: r.get_by_id("a"),
     "list": lambda r: r.list(TaskFilter()),
     "page": lambda r: r.page(TaskFilter()),

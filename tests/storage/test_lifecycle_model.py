@@ -500,7 +500,9 @@ class Life(RuleBasedStateMachine):
         assert self.store.oldest_ready() == min(since, default=None)
         held = sorted((r.run_at, i) for i, r in pending.items() if r.held)
         assert self.store.next_due() == (held[0][0] if held else None)
-        assert sorted(self.store.due(now, 9)) == sorted(i for run_at, i in held if run_at <= now)
+        assert sorted(dict(self.store.due(now, 9))) == sorted(
+            i for run_at, i in held if run_at <= now
+        )
         unfinished = {i: r for i, r in records.items() if r.status not in FINISHED}
         assert set(self.store.owners()) == {r.owner for r in unfinished.values()} - {""}
         for kind in ("t", "u"):

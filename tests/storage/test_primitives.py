@@ -498,9 +498,10 @@ class TestDue:
         assert ids(store.ready(["t"], 10)) == []
         assert store.next_due() == now + 1000
         assert list(store.due(now + 999, 10)) == []
-        assert list(store.due(now + 1000, 10)) == ["b"]
-        assert list(store.due(now + 2000, 10)) == ["b", "a"]
-        assert list(store.due(now + 2000, 1)) == ["b"]
+        assert list(store.due(now + 1000, 10)) == [("b", now + 1000)]
+        assert list(store.due(now + 2000, 10)) == [("b", now + 1000), ("a", now + 2000)]
+        assert list(store.due(None, 10)) == list(store.due(now + 2000, 10))
+        assert list(store.due(now + 2000, 1)) == [("b", now + 1000)]
         assert list(store.due(now + 2000, 0)) == []
 
     def test_a_held_task_does_not_start(self, store, add, now):

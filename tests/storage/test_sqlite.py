@@ -36,6 +36,7 @@ from taskx import (
     open_repository,
 )
 from taskx.core import lifecycle
+from taskx.core.record import STUB
 from taskx.core.writes import PRESENT, Update
 from taskx.storage.base import Changes, Node
 from taskx.storage.sqlite import connections, schema, statements, turnstile
@@ -375,7 +376,6 @@ class TestStatements:
             ("READY", ("", "t", 5), "tasks_ready"),
             ("READY_AT", ("", "t", 0, 5), "tasks_ready"),
             ("DUE", (0, 5), "tasks_held"),
-            ("NEXT_DUE", (), "tasks_held"),
         ],
     )
     def test_of_the_housekeeper_search_an_index(self, plan, name, values, index):
@@ -383,54 +383,65 @@ class TestStatements:
         assert step.startswith("SEARCH tasks USING")
         assert f"INDEX {index}" in step
 
+    @pytest.mark.parametrize("count", [1, 2])
     @pytest.mark.parametrize(
-        ("name", "values", "index"),
+        ("column", "index"),
         [
-            ("OWNED", ("n", "n", 9), "tasks_ready (owner=?)"),
-            ("OWNED", ("n", "n", 9), "tasks_running (owner=?)"),
-            ("OWNERS_OF_READY", (), "tasks_ready (owner>?)"),
-            ("OWNERS_OF_RUNNING", (), "tasks_running (owner>?)"),
-            ("UNFINISHED_READY", ("t",), "tasks_ready (owner=? AND type=?)"),
-            ("UNFINISHED_RUNNING", (), "tasks_running"),
+            ("id", "sqlite_autoindex_tasks_1 (id=?)"),
+            ("unique_lock", "tasks_unique (unique_lock=?)"),
+            ("turn", "tasks_turn (turn=?)"),
+            ("waiting_on", "tasks_waiting (waiting_on=?)"),
+            ("line", "tasks_in_line (concurrency_key=?)"),
+            ("running_on", "tasks_running (owner=?)"),
+            ("buffered_on", "tasks_ready (owner=?)"),
+            ("stuck_on", "tasks_stuck (stuck_on=?)"),
         ],
     )
-    def test_of_what_nodes_hold_look_at_nothing_else(self, plan, name, values, index):
-        steps = plan(getattr(statements, name), values)
-        looks = [step for step in steps if " tasks " in f"{step} "]
-        assert all("INDEX tasks_ready" in step or "INDEX tasks_running" in step for step in looks)
-        assert any(index in step for step in looks), steps
+    def test_by_a_lookup_column_search_its_index(self, plan, column, index, count):
+        for limited in (False, True):
+            sql = statements.find(column, count, STUB, limited)
+            search, *rest = plan(sql, ["x"] * count + [9] * limited)
+            assert search == f"SEARCH tasks USING INDEX {index}"
+            assert not rest or (column, count) == ("line", 2)
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_by_a_parent_search_the_pairs(self, plan, count):
+        sql = statements.find("parent", count, ("parent", "id"), False)
+        assert plan(sql, ["x"] * count) == ["SEARCH parents USING PRIMARY KEY (parent=?)"]
 
     @pytest.mark.parametrize(
-        ("sql", "values", "index"),
+        ("column", "index"),
         [
-            (statements.AWAITED, ("", 1), "tasks_waiting"),
-            (statements.select_many(2, "id", "waiting_on"), ("a", "b"), "tasks_waiting"),
-            (statements.select_many(2, "id", "unique_lock"), ("a", "b"), "tasks_unique"),
-            (statements.NEXT_IN_LINE, ("k",), "tasks_in_line"),
-            (statements.LINES, ("", 1), "tasks_in_line tasks_turn"),
-            (statements.PRIORITIES, ("", "t", "", "t"), "tasks_ready"),
-            (statements.STUCK, ("node",), "tasks_stuck"),
-            (statements.OWNERS_OF_STUCK, (), "tasks_stuck"),
-            (statements.ENDED.format("failed"), (1, 1, 1, 1), "tasks_failed"),
+            ("waiting_on", "tasks_waiting"),
+            ("line", "tasks_in_line"),
+            ("running_on", "tasks_running"),
+            ("buffered_on", "tasks_ready"),
+            ("stuck_on", "tasks_stuck"),
         ],
     )
-    def test_of_what_few_tasks_have_search_an_index_of_those(self, plan, sql, values, index):
-        looks = [step for step in plan(sql, values) if "TEMP" not in step and "tasks" in step]
-        assert looks
-        for step in looks:
-            assert any(f"INDEX {name} " in f"{step} " for name in index.split()), step
+    def test_of_the_values_of_a_column_search_its_index(self, plan, column, index):
+        steps = [step for step in plan(statements.DISTINCT[column], ("", 1)) if " tasks " in step]
+        assert steps
+        assert all(step.startswith("SEARCH tasks USING") for step in steps)
+        assert all(f" INDEX {index} (" in step for step in steps), steps
+
+    def test_of_the_types_that_are_ready_read_the_index_alone(self, plan):
+        scan, _ = plan(statements.DISTINCT["ready_type"], ("", 1))
+        assert scan == "SCAN tasks USING COVERING INDEX tasks_ready"
+
+    def test_of_each_priority_take_a_step(self, plan):
+        steps = plan(statements.PRIORITIES, ("", "t", "", "t"))
+        assert all("INDEX tasks_ready (" in step for step in steps if " tasks " in step)
+
+    def test_of_what_ended_search_the_index_of_that_status(self, plan):
+        [step] = plan(statements.ENDED.format("failed"), (1, 1, 1, 1))
+        assert "INDEX tasks_failed (" in step
 
     def test_of_notes_search_those_whose_names_begin_so(self, plan):
         [step] = plan(statements.NOTES, ("limit/", "limit0"))
         assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
 
-    def test_of_the_oldest_reads_nothing_but_the_index_and_so_many_rows(self, plan):
-        steps = plan(statements.OLDEST_READY, (1000,))
-        [scan] = [step for step in steps if step.startswith(("SCAN", "SEARCH tasks USING COV"))]
-        assert "COVERING INDEX tasks_ready" in scan
-        assert any("INTEGER PRIMARY KEY (rowid=?)" in step for step in steps)
-
-    def test_by_id_search_it(self, plan):
+    def test_of_a_write_search_its_id(self, plan):
         writes = [
             statements.update(("a",), {"status": "pending"}, {"message": ""}),
             statements.update(
@@ -438,7 +449,7 @@ class TestStatements:
             ),
             statements.delete("a", {"status": ("pending",)}),
         ]
-        for sql, values in [*writes, (statements.select_many(3), ("a", "b", "c"))]:
+        for sql, values in writes:
             [step] = plan(sql, values)
             assert step.startswith("SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id=?)")
 

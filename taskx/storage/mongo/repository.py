@@ -241,13 +241,9 @@ class MongoRepository(Repository):
         """Pending tasks of these types and this owner that may start now, best first."""
         return self._tasks.ready(types, limit, owner, ageing)
 
-    def due(self, now: int, limit: int) -> Sequence[str]:
-        """Ids of held back pending tasks whose time has come."""
-        return self._tasks.due(now, limit)
-
-    def next_due(self) -> int | None:
-        """The earliest ``run_at`` of the held back pending tasks."""
-        return self._tasks.next_due()
+    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
+        """The held back pending tasks whose time has come by then, earliest first."""
+        return self._tasks.due(before, limit)
 
     def oldest_ready(self) -> int | None:
         """Since when the pending task has waited, of those that may start now, that waits longest."""

@@ -200,30 +200,21 @@ class Tasks:
 
         self._connection.run(adopt)
 
-    def due(self, now: int, limit: int) -> Sequence[str]:
-        """Ids of held back pending tasks whose time has come, earliest first."""
+    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
+        """The held back pending tasks whose time has come by then, earliest first."""
         if limit <= 0:
             return []
+        moment = {"$type": "date"} if before is None else {"$lte": to_datetime(before)}
 
         def read() -> list[Document]:
             cursor = self._connection.tasks.find(
-                held(UNTIL_DUE, run_at={"$lte": to_datetime(now)}), {"_id": 1}
+                held(UNTIL_DUE, run_at=moment), {"taskx.run_at": 1}
             )
             return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(limit))
 
-        return [document["_id"] for document in self._connection.run(read)]
-
-    def next_due(self) -> int | None:
-        """The earliest ``run_at`` of the held back pending tasks."""
-
-        def read() -> list[Document]:
-            cursor = self._connection.tasks.find(
-                held(UNTIL_DUE, run_at={"$type": "date"}), {"taskx.run_at": 1}
-            )
-            return list(cursor.sort([("taskx.run_at", 1), ("_id", 1)]).limit(1))
-
-        found = self._connection.run(read)
-        return moment_ms(found[0]["taskx"]["run_at"]) if found else None
+        return [
+            (d["_id"], moment_ms(d["taskx"]["run_at"]) or 0) for d in self._connection.run(read)
+        ]
 
     def oldest_ready(self) -> int | None:
         """Since when the pending task has waited, of those that may start now, that waits longest."""

@@ -7,14 +7,14 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, get_args
 
 from taskx.core import lifecycle
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.codec import Codec, Codecs
+from taskx.core.codec import Codec
 from taskx.core.errors import (
     ConfigurationError,
     RepositoryError,
@@ -23,9 +23,10 @@ from taskx.core.errors import (
 )
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
-from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
+from taskx.core.writes import CREATED, Delete, Insert, Update, Write
 from taskx.storage.base import (
-    OLDEST,
+    Listed,
+    Lookup,
     Node,
     Note,
     NoteChange,
@@ -49,7 +50,9 @@ _FEW = 32  # rows that may be read while others would write
 _SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
 _KEPT_PAGES = 1000  # free pages of 4 KiB that are worth no vacuum
 _PAGES_AT_ONCE = 200
-_MOST_VARIABLES = 500  # ids in one SELECT; SQLite's own limit is 32,766
+_MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
+_NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # of which a value has few rows
+_ANY_TIME = 2**63 - 1  # what is no number is above all numbers, and never due
 
 
 class SQLiteRepository(Repository):
@@ -191,14 +194,6 @@ class SQLiteRepository(Repository):
             if all(results):  # it was no id that was refused
                 raise
             return results
-
-    def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Say for each write whether it took place."""
-        return self._transact(
-            lambda cursor: [_took_place(cursor, write, self.codecs) for write in writes],
-            durable=False,
-            writes=(),
-        )
 
     @property
     def entered(self) -> bool:
@@ -343,53 +338,25 @@ class SQLiteRepository(Repository):
             with self._write_lock:
                 self._connections.writer()
 
-    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        """The tasks with these ids that exist, by id."""
-        found = {}
-        for some in _chunks(task_ids):
-            read = self._rows_near if len(some) <= _FEW else self._rows
-            for row in read(statements.select_many(len(some)), some):
-                found[row[0]] = task_from_row(row, self.codecs)
+    def find(
+        self,
+        column: Lookup,
+        values: Sequence[str],
+        fields: tuple[str, ...],
+        limit: int | None = None,
+    ) -> Sequence[tuple[Any, ...]]:
+        """Rows that have one of these values in a lookup column."""
+        found: list[tuple[Any, ...]] = []
+        for start in range(0, len(values), _MOST_VARIABLES):
+            some = values[start : start + _MOST_VARIABLES]
+            read = self._rows_near if column in _NEAR and len(some) <= _FEW else self._rows
+            sql = statements.find(column, len(some), fields, limit is not None)
+            found += read(sql, some if limit is None else [*some, limit - len(found)])
         return found
 
-    def _rows_of(self, columns: str, key: str, values: Sequence[str]) -> Iterator[Any]:
-        for some in _chunks(values):
-            read = self._rows_near if len(some) <= _FEW else self._rows
-            yield from read(statements.select_many(len(some), columns, key), some)
-
-    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """The status of each of these tasks that exists, by id."""
-        return dict(self._rows_of("id, status", "id", task_ids))
-
-    def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
-        """Return the ids of these tasks whose cancel was requested, even if the record is damaged."""
-        asked = dict(self._rows_of("id, cancel_requested_at IS NOT NULL", "id", task_ids))
-        return [task_id for task_id, is_asked in asked.items() if is_asked]
-
-    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
-        """Which task holds each of these unique keys, by key."""
-        return dict(self._rows_of("unique_lock, id", "unique_lock", keys))
-
-    def awaited(self, after: str, limit: int) -> Sequence[str]:
-        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
-        return [parent for (parent,) in self._rows(statements.AWAITED, (after, limit))]
-
-    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that wait on one of these."""
-        return [child for (child,) in self._rows_of("id", "waiting_on", task_ids)]
-
-    def next_in_line(self, key: str) -> str | None:
-        """The first task of a concurrency key that waits for its turn."""
-        rows = self._rows(statements.NEXT_IN_LINE, (key,))
-        return rows[0][0] if rows else None
-
-    def lines(self, after: str, limit: int) -> dict[str, bool]:
-        """Concurrency keys of tasks that wait for their turn, and whether each stands still."""
-        return {key: bool(still) for key, still in self._rows(statements.LINES, (after, limit))}
-
-    def stuck_on(self, node: str) -> Sequence[Stub]:
-        """The tasks that a thread of an ended attempt still runs on a node."""
-        return [_stub(row) for row in self._rows(statements.STUCK, (node,))]
+    def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
+        """The values that a column has, in order, from the one after ``after``."""
+        return [value for (value,) in self._rows(statements.DISTINCT[column], (after, limit))]
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
@@ -400,16 +367,6 @@ class SQLiteRepository(Repository):
         """How many tasks meet the filter."""
         ((count,),) = self._rows(*statements.count_tasks(filter))
         return int(count)
-
-    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
-        """The tasks that meet the filter, and how many do in all, as one transaction sees them."""
-        self._open()
-        with self._connections.reader() as connection:
-            connection.execute("BEGIN")
-            rows = _fetch(connection, *statements.list_tasks(filter))
-            ((count,),) = _fetch(connection, *statements.count_tasks(filter))
-            connection.execute("COMMIT")
-        return [task_from_row(row, self.codecs) for row in rows], int(count)
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -433,47 +390,9 @@ class SQLiteRepository(Repository):
         rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
-    def due(self, now: int, limit: int) -> Sequence[str]:
-        """Ids of held back pending tasks whose time has come."""
-        return [task_id for (task_id,) in self._rows(statements.DUE, (now, limit))]
-
-    def next_due(self) -> int | None:
-        """The earliest ``run_at`` of the held back pending tasks."""
-        ((earliest,),) = self._rows(statements.NEXT_DUE)
-        return None if earliest is None else int(earliest)
-
-    def oldest_ready(self) -> int | None:
-        """Since when the pending task has waited, of those that may start now, that waits longest."""
-        ((since,),) = self._rows(statements.OLDEST_READY, (OLDEST,))
-        return None if since is None else int(since)
-
-    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
-        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
-        most = -1 if limit is None else limit
-        return [_stub(row) for row in self._rows(statements.OWNED, (node, node, most))]
-
-    def owners(self) -> Sequence[str]:
-        """The ids of all nodes that hold tasks."""
-        queries = (
-            statements.OWNERS_OF_READY,
-            statements.OWNERS_OF_RUNNING,
-            statements.OWNERS_OF_STUCK,
-        )
-        return list({owner for query in queries for (owner,) in self._rows(query)})
-
-    def unfinished(self, types: Iterable[str]) -> bool:
-        """Whether a task of these types runs on a node, or is pending and not held back."""
-        kinds = list(types)
-        self._open()
-        with self._connections.reader() as connection:
-            connection.execute("BEGIN")  # one snapshot: a task that starts meanwhile is in it once
-            running = {kind for (kind,) in connection.execute(statements.UNFINISHED_RUNNING)}
-            found = not running.isdisjoint(kinds) or any(
-                connection.execute(statements.UNFINISHED_READY, (kind,)).fetchone()
-                for kind in kinds
-            )
-            connection.execute("COMMIT")
-        return found
+    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
+        """The held back pending tasks whose time has come by then, earliest first."""
+        return self._rows(statements.DUE, (_ANY_TIME if before is None else before, limit))
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         """Tasks of a finished status that ended before a moment, newest first."""
@@ -483,19 +402,6 @@ class SQLiteRepository(Repository):
             for *row, parents, lock, scope, created_at, seq in rows
             if (place := (created_at, seq))
         ]
-
-    def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Return the ids of these on which a stored task depends that is not one of these."""
-        rows = self._rows(statements.needed(len(task_ids)), task_ids)
-        return {parent for (parent,) in rows}
-
-    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that depend on one of these, each once."""
-        found = dict[str, None]()
-        for some in _chunks(task_ids):
-            rows = self._rows(statements.children(len(some)), some)
-            found.update((child, None) for (child,) in rows)
-        return list(found)
 
     def shrink(self) -> bool:
         """Cut a few pages off the file, if a good part of it is free; whether there are more.
@@ -808,20 +714,6 @@ _INSERT_ORDINARY = statements.insert_if_new(CREATED)
 def _is_ordinary(insert: Insert) -> bool:
     """Whether it has no columns but those that every creation sets, which come in their order."""
     return len(insert.row) == len(CREATED)
-
-
-def _took_place(cursor: sqlite3.Cursor, write: Write, codecs: Codecs) -> bool:
-    if isinstance(write, Delete):
-        return cursor.execute("SELECT 1 FROM tasks WHERE id = ?", (write.id,)).fetchone() is None
-    wanted = traces(write)
-    sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
-    stored = cursor.execute(sql, (write.id,)).fetchone()
-    return stored is not None and shows(dict(zip(wanted, stored, strict=True)), write, codecs.same)
-
-
-def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), _MOST_VARIABLES):
-        yield values[start : start + _MOST_VARIABLES]
 
 
 def _fetch(connection: sqlite3.Connection, sql: str, values: Sequence[Any]) -> list[Any]:

@@ -407,7 +407,7 @@ class TestTheirs:
         change = {"$set": {"taskx.run_at": run_at}} if run_at else {"$unset": {"taskx.run_at": 1}}
         database.tasks.update_one({"_id": "lost"}, change)
         assert repository.next_due() == NOW + 2000
-        assert repository.due(NOW + 10_000, 10) == ["due"]
+        assert [task_id for task_id, _ in repository.due(NOW + 10_000, 10)] == ["due"]
         database.tasks.update_one({"_id": "free"}, {"$set": {"taskx.priority": "high"}})
         assert [(stub.id, stub.priority) for stub in repository.ready(["t"], 10)] == [("free", 0)]
 
