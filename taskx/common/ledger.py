@@ -1,13 +1,14 @@
 """Group commit: many threads' writes in few transactions, without a writer thread.
 
-The thread that finds the ledger free leads: it commits all writes that wait, those of others included,
-and a follower that gets the lock next finds its own done. Alone, that is one small transaction and no
-hand-over between threads; under load, many writers share one.
+The thread that finds the ledger free, and nothing waiting, applies its writes: one small transaction
+and no hand-over between threads. Otherwise its writes join those that wait, and whoever gets the lock
+leads: it commits all of them, and a follower that gets the lock next finds its own done.
 
 The exception of a signal handler may strike a leader between any two lines. So the leader does one
 thing at a time, each in an order that lets its successor go on from there: an entry stays in line until
 it has an outcome, and is put among those to be told before it leaves the line. What was sent to the
-repository and has no outcome yet is read back first.
+repository and has no outcome yet is read back first; a thread that was struck while it applied its own
+writes alone puts them in line for that.
 """
 
 from __future__ import annotations
@@ -92,6 +93,33 @@ class Ledger:
         # A leader may wait for what this thread holds of the repository.
         if self._leading._is_owned() or self._repository.entered:  # type: ignore[attr-defined]
             raise Reentered
+        alone: list[bool] = []
+        try:
+            if not self._waiting:
+                # The lock and the note of it in one step: an interrupt may come between any two.
+                alone.extend(map(self._leading.acquire, (False,)))
+                if alone == [True] and not self._waiting:
+                    return self._repository.apply(writes)
+        except BaseException as error:
+            doubtful = isinstance(error, MemoryError) or not isinstance(error, Exception)
+            if alone == [True] and doubtful:
+                self._leave_to_successor(writes)
+            raise
+        finally:
+            if alone == [True]:
+                self._leading.release()
+            if self._untold or self._late is not None:
+                self._finish()
+        return self._commit_with_others(writes)
+
+    def _leave_to_successor(self, writes: Sequence[Write]) -> None:
+        """Put writes in line that an interrupt struck: perhaps they were committed."""
+        entry = _Entry(writes, None)
+        entry.deserted = True
+        self._sent = (entry,)
+        self._waiting.append(entry)
+
+    def _commit_with_others(self, writes: Sequence[Write]) -> Sequence[bool]:
         entry = _Entry(writes, None)
         try:
             self._waiting.append(entry)
@@ -177,25 +205,21 @@ class Ledger:
         """Commit one batch."""
         batch = [self._waiting[i] for i in range(min(len(self._waiting), MAX_BATCH))]
         try:
-            self._commit_batch(batch)
-        finally:
-            for entry in batch:
-                if entry.done:
-                    if entry.callback is not None:
-                        self._untold.append(entry)
-                    self._waiting.remove(entry)
-
-    def _commit_batch(self, batch: list[_Entry]) -> None:
-        try:
             if self._sent:
                 self._read_back()
-            self._apply([entry for entry in batch if not entry.done])
+            self._send([entry for entry in batch if not entry.done])
         except (Reentered, MemoryError):
             raise  # no fault of the writes
         except RepositoryUnavailable as error:
             self._fail(batch, error)
         except Exception as error:  # noqa: BLE001  (told to whoever waits for it)
             self._replay([entry for entry in batch if not entry.done], error)
+        finally:
+            for entry in batch:
+                if entry.done:
+                    if entry.callback is not None:
+                        self._untold.append(entry)
+                    self._waiting.remove(entry)
 
     def _read_back(self) -> None:
         """Read back which writes were committed by a leader that was interrupted."""
@@ -206,7 +230,7 @@ class Ledger:
                     entry.results, entry.done = results, True
         self._sent = ()
 
-    def _apply(self, entries: list[_Entry]) -> None:
+    def _send(self, entries: list[_Entry]) -> None:
         if not entries:
             return
         self._sent = entries
@@ -231,7 +255,7 @@ class Ledger:
             return
         for entry in entries:
             try:
-                self._apply([entry])
+                self._send([entry])
             except RepositoryUnavailable as unavailable:
                 if isinstance(error, RepositoryError) and error.in_doubt:
                     unavailable.in_doubt = True  # the batch may have stored what is not sent again
