@@ -60,7 +60,7 @@ from taskx.ordering.turns import Turns
 from taskx.running.starter import Services
 from taskx.schedules.schedule import Schedule
 from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
-from taskx.storage.adapter import EightMethodAdapter, refuse_eight_methods
+from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository, TaskRepository
 from taskx.submitting.creation import with_options
 from taskx.submitting.dead_letters import dead, discard_all
@@ -206,9 +206,9 @@ class Queue:
 
     def _check_executor(self, entry: Registered) -> None:
         if entry.log_level is not None:
-            refuse_eight_methods(self.repository, "logs (capture_log)")
+            self.repository.require("logs (capture_log)")
         if entry.options.limit_scope == "global":
-            refuse_eight_methods(self.repository, 'limits of all nodes (limit_scope="global")')
+            self.repository.require('limits of all nodes (limit_scope="global")')
 
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]

@@ -12,7 +12,6 @@ from taskx.core import lifecycle, payload
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable
 from taskx.core.model import Task, check_name
 from taskx.core.token import CancelReason, CancelToken
-from taskx.storage.adapter import refuse_eight_methods
 from taskx.storage.base import Repository
 
 # Seconds between two tries to store, while the repository is away.
@@ -39,7 +38,7 @@ class Keeper:
 
     def check(self) -> None:
         """Refuse, with a ``ConfigurationError``, where nothing could be stored."""
-        refuse_eight_methods(self._repository, "checkpoints")
+        self._repository.require("checkpoints")
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
         """Store the checkpoints of a run; False if it has lost its task. Waits out an outage.

@@ -32,7 +32,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Update, Write, matches, shows, traces
-from taskx.storage.base import Node, NoteChange, Repository, TaskRepository
+from taskx.storage.base import Node, NoteChange, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
 #: The owner given to what is found running at start.
@@ -86,6 +86,7 @@ class EightMethodAdapter(MemoryRepository):
             )
         super().__init__(clock)
         self.inner = inner
+        self.shortcoming = f"{type(inner).__name__} has eight methods"
         # Writes whose outcome is not known, by task; those that took place, and may be sent again.
         self._doubts: dict[str, Write] = {}
         self._known: dict[int, Write] = {}
@@ -104,8 +105,8 @@ class EightMethodAdapter(MemoryRepository):
         """
         if all_or_nothing and len(writes) > 1:
             raise ConfigurationError(
-                f"{type(self.inner).__name__} has eight methods and no transaction: several tasks "
-                "cannot be stored all or nothing; submit them one by one"
+                f"{self.shortcoming} and no transaction: several tasks cannot be stored all or nothing; "
+                "submit them one by one"
             )
         with self._lock:
             self._read_anew(writes)
@@ -242,8 +243,7 @@ class EightMethodAdapter(MemoryRepository):
         for name in _BETWEEN_TASKS:
             if write.row.get(name) is not None:
                 raise ConfigurationError(
-                    f"{type(self.inner).__name__} has eight methods and nothing that could hold "
-                    f"{name}; nothing was stored"
+                    f"{self.shortcoming} and nothing that could hold {name}; nothing was stored"
                 )
 
     def _refuse_lost_options(self, write: Write, stored: Row | None) -> None:
@@ -378,8 +378,7 @@ class EightMethodAdapter(MemoryRepository):
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Raises: there is no place for it that outlives this process."""
         raise ConfigurationError(
-            f"{type(self.inner).__name__} has eight methods and nothing that could keep this over a "
-            "restart; nothing was stored"
+            f"{self.shortcoming} and nothing that could keep this over a restart; nothing was stored"
         )
 
     def version(self) -> object:
@@ -420,15 +419,6 @@ class EightMethodAdapter(MemoryRepository):
             offset += len(page)
             if len(page) < filter.limit:
                 break
-
-
-def refuse_eight_methods(repository: Repository, what: str) -> None:
-    """Refuse, with a ``ConfigurationError``, what a repository of eight methods has no place for."""
-    if isinstance(repository, EightMethodAdapter):
-        raise ConfigurationError(
-            f"{type(repository.inner).__name__} has eight methods and no place for {what}: use "
-            "SQLiteRepository, MongoRepository or MemoryRepository"
-        )
 
 
 def _options(insert: Insert) -> list[str]:

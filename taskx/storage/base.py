@@ -20,6 +20,7 @@ from taskx.core.checks import check_int, check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec, Codecs
 from taskx.core.errors import (
+    ConfigurationError,
     DuplicateTask,
     InvalidTransition,
     PayloadError,
@@ -43,7 +44,6 @@ from taskx.core.record import (
     STUB,
     Ended,
     Stub,
-    known_status,
     optional_ms,
     policy_to_text,
     stub_from_values,
@@ -244,6 +244,18 @@ class Repository(TaskRepository):
         #: The queues on this object. If there are several, each must hear of the others' commits.
         self.queues: weakref.WeakSet[object] = weakref.WeakSet()
 
+    #: Why it holds no more than tasks by themselves, as an error says it; empty if it holds all that a
+    #: queue stores: notes, checkpoints, logs, unique keys, parents, turns, several new tasks at once.
+    shortcoming = ""
+
+    def require(self, what: str) -> None:
+        """Refuse, with a ``ConfigurationError``, what a :attr:`shortcoming` leaves no place for."""
+        if self.shortcoming:
+            raise ConfigurationError(
+                f"{self.shortcoming} and no place for {what}: use SQLiteRepository, MongoRepository or "
+                "MemoryRepository"
+            )
+
     # --- the primitives
 
     @property
@@ -404,8 +416,7 @@ class Repository(TaskRepository):
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
-        found = self.find("id", task_ids, ("id", "status"))
-        return {task_id: known_status(status) for task_id, status in found}
+        return dict(self.find("id", task_ids, ("id", "status")))
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
         """Return the ids of these tasks whose cancel was requested."""

@@ -20,7 +20,6 @@ from taskx.running.buffer import Buffer
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Services
 from taskx.schedules.ticker import Ticker
-from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Node
 from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
 from taskx.upkeep.recovery import Recovery
@@ -79,11 +78,11 @@ class LocalNode:
         """
         permission.refuse_if_forbidden()
         services = self._services
-        if isinstance(services.repository, EightMethodAdapter):
+        if services.repository.shortcoming:
             services.log.warning(
-                "%s has the eight methods only: this queue takes itself for the only process on "
-                "it, and tasks found running for left behind by a dead one",
-                type(services.repository.inner).__name__,
+                "%s only: this queue takes itself for the only process on it, and tasks found running "
+                "for left behind by a dead one",
+                services.repository.shortcoming,
             )
         self._on_record = True  # before it is: an interrupt may strike at once
         try:
