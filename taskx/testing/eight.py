@@ -1,81 +1,21 @@
-"""What helps to test code that uses TaskX: a clock by hand, and the contract of a repository.
-
-``RepositoryContract`` needs pytest; the rest, and TaskX itself, do not.
-"""
+"""The contract of the eight methods."""
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from typing import Any
 
 import attrs
 
-from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import DuplicateTask, InvalidTransition, TaskNotFound
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.core.retry import RetryPolicy
 from taskx.storage.base import TaskRepository
-
-__all__ = ["ManualClock", "RepositoryContract"]
-
-
-class ManualClock:
-    """A clock that stands still until a test moves it.
-
-    Hand it to ``Queue`` or to a repository. The wall clock, which records are stamped with, and the
-    monotonic one, which durations and deadlines are measured by, go forward together with
-    :meth:`advance`; :meth:`set_wall` moves the wall clock alone, as an administrator or NTP would.
-
-    .. code-block:: python
-
-        clock = ManualClock()
-        repository = MemoryRepository(clock=clock)
-        clock.advance(60)
-        clock.set_wall(clock.now() - timedelta(days=1))
-
-    Args:
-        start: where the wall clock begins, an aware datetime; 2024-01-01 UTC unless given.
-    """
-
-    def __init__(self, start: datetime = datetime(2024, 1, 1, tzinfo=timezone.utc)) -> None:
-        self._lock = threading.Lock()
-        self._wall = float(to_ms(start, "start"))
-        self._monotonic = 1000.0
-
-    def now_ms(self) -> int:
-        """Milliseconds since 1970-01-01 UTC."""
-        return int(self._wall)
-
-    def now(self) -> datetime:
-        """The wall clock as an aware datetime."""
-        return to_datetime(self.now_ms())
-
-    def monotonic(self) -> float:
-        """Seconds on the clock that never goes back."""
-        return self._monotonic
-
-    def advance(self, seconds: float) -> None:
-        """Let time pass, on both clocks.
-
-        Raises:
-            ValueError: ``seconds`` is negative; to set the wall clock back there is :meth:`set_wall`.
-        """
-        if seconds < 0:
-            raise ValueError(f"time cannot pass backwards ({seconds:g} s); use set_wall")
-        with self._lock:
-            self._wall += seconds * 1000
-            self._monotonic += seconds
-
-    def set_wall(self, moment: datetime) -> None:
-        """Set the wall clock, forward or back; the monotonic one does not notice."""
-        with self._lock:
-            self._wall = float(to_ms(moment, "moment"))
+from taskx.testing.contract import Contract
 
 
-class RepositoryContract:
+class RepositoryContract(Contract):
     """What every repository must do, as tests for yours.
 
     Inherit it in a test module, give it a fixture ``repository`` that makes an empty one, and run
@@ -467,43 +407,7 @@ class RepositoryContract:
         data = task.to_dict()
         return {name: data[name] for name in list(data)[:13]}
 
-    def in_threads(self, work: Callable[[int], object], count: int = 4) -> list[object]:
-        """What ``work`` returned or raised in each of some threads that begin together."""
-        outcomes: list[object] = [None] * count
-        barrier = threading.Barrier(count)
-
-        def run(number: int) -> None:
-            barrier.wait()
-            try:
-                outcomes[number] = work(number)
-            except Exception as error:  # noqa: BLE001  (what was raised is the outcome)
-                outcomes[number] = error
-
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return outcomes
-
-    @contextmanager
-    def raises(self, expected: type[BaseException]) -> Iterator[None]:
-        """Fail unless the block raises that error."""
-        try:
-            yield
-        except expected:
-            return
-        raise AssertionError(f"{expected.__name__} was not raised")
-
     def only_where_moves_are_guarded(self) -> None:
         """Skip the test for a repository that stores what it is told."""
         if not self.guards_moves:
             self.skip("stores what it is told")
-
-    def skip(self, reason: str) -> None:
-        """Skip the running test."""
-        try:
-            import pytest
-        except ImportError:
-            raise ImportError("RepositoryContract is for pytest: pip install pytest") from None
-        pytest.skip(reason)

@@ -1,0 +1,280 @@
+"""What the runtime asks of a repository by its primitives, the same on every repository."""
+
+import attrs
+import pytest
+
+from taskx import TaskFilter, TaskStatus
+from taskx.core import lifecycle
+from taskx.core.lifecycle import Ending
+from taskx.core.writes import Delete, Update
+from taskx.storage.base import Node
+
+from .repositories import MONGO, add_if_kept, between_tasks, ids, insert, keeping_time
+
+
+class TestSettle:
+    """After an interrupt, whether a write took place is read back."""
+
+    def test_what_took_place(self, store, add, clock, now):
+        task = add("a")
+        writes = [
+            insert("b", clock, params='{"x":1}', owner="node"),
+            lifecycle.start(task, now, "node"),
+            Delete("c", {}),
+        ]
+        add("c")
+        assert list(store.settle(writes)) == [False, False, False]
+        store.apply(writes)
+        assert list(store.settle(writes)) == [True, True, True]
+
+    def test_an_insert_is_known_again_after_it_moved_on(self, store, add, clock, now):
+        """Or a submission that was stored, and taken up by another process, would seem a duplicate."""
+        write = insert("a", clock, owner="node", max_attempts=None)
+        store.apply([write])
+        store.apply([lifecycle.give_up("a", "node")])
+        task = attrs.evolve(store.get_by_id("a"), max_attempts=3, timeout=5.0)
+        store.apply([lifecycle.start(task, now, "other")])
+        assert list(store.settle([write])) == [True]
+
+    def test_another_ones_insert_is_not_taken_for_it(self, store, add, clock):
+        add("a")
+        clock.advance(1)
+        assert list(store.settle([insert("a", clock)])) == [False]
+
+    def test_another_nodes_start_is_not_taken_for_it(self, store, add, now):
+        task = add("a")
+        ours, theirs = (lifecycle.start(task, now, node) for node in ("ours", "theirs"))
+        store.apply([theirs])
+        assert list(store.settle([ours, theirs])) in ([False, True], [False, True])
+
+
+class TestGetMany:
+    def test_those_that_exist_by_id(self, store, add):
+        add("a")
+        add("b")
+        found = store.get_many(["b", "x", "a", "b"])
+        assert {task_id: task.id for task_id, task in found.items()} == {"a": "a", "b": "b"}
+        assert store.get_many([]) == {}
+
+    def test_a_thousand_and_more(self, store, clock):
+        names = [f"task-{number}" for number in range(1201)]
+        store.apply([insert(name, clock) for name in names])
+        assert sorted(store.get_many([*names, "missing"])) == sorted(names)
+
+
+class TestOldestReady:
+    """Since when the task has waited, of those that may start, that waits longest."""
+
+    def test_nothing_waits(self, store, run, add, now):
+        run("a")
+        add("b")
+        store.apply([lifecycle.cancel("b", now)[0]])
+        assert store.oldest_ready() is None
+
+    def test_whatever_its_type_priority_and_owner(self, store, add, clock, now):
+        add("a", type="u", owner="node")
+        clock.advance(1)
+        add_if_kept(add, "b", priority=5)
+        clock.advance(1)
+        add("c")
+        assert store.oldest_ready() == now
+        store.apply([lifecycle.cancel("a", clock.now_ms())[0]])
+        assert store.oldest_ready() == now + 1000
+        store.apply([lifecycle.cancel("b", clock.now_ms())[0]])
+        assert store.oldest_ready() == now + 2000
+
+
+@keeping_time
+def test_a_delayed_task_waits_since_its_time_came(store, add, clock, now):
+    add("a", run_at=now + 1000)
+    assert store.oldest_ready() is None
+    clock.advance(5)
+    store.apply([lifecycle.release("a")])
+    assert store.oldest_ready() == now + 1000
+
+
+@keeping_time
+def test_one_whose_time_has_just_come_hides_none_that_waits_longer(store, add, clock, now):
+    """Though it was stored before that one; and so it is of two that were delayed."""
+    add("a", run_at=now + 10_000)
+    add("b", run_at=now + 5000)
+    clock.advance(7)
+    add("c")
+    clock.advance(5)
+    store.apply([lifecycle.release("a")])
+    assert store.oldest_ready() == now + 7000
+    store.apply([lifecycle.release("b")])
+    assert store.oldest_ready() == now + 5000
+
+
+@keeping_time
+def test_a_requeued_task_waits_since_then(store, run, clock, now):
+    task = run("a")
+    assert any(store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now)))
+    clock.advance(86_400)
+    store.apply([lifecycle.requeue(store.get_by_id("a"), clock.now_ms())])
+    assert store.oldest_ready() == clock.now_ms()
+
+
+class TestOwners:
+    """Which node holds what."""
+
+    def test_pending_and_running_until_they_end(self, store, add, run, now):
+        add("a", owner="one")
+        task = run("b", node="two")
+        assert sorted(store.owners()) == ["one", "two"]
+        assert [(s.id, s.status) for s in store.owned("one")] == [("a", "pending")]
+        assert [(s.id, s.status) for s in store.owned("two")] == [("b", "running")]
+        store.apply(lifecycle.conclude(task, lifecycle.Ending(returned=True), now))
+        store.apply([lifecycle.cancel("a", now)[0]])
+        assert list(store.owners()) == []
+        assert ids(store.owned("two")) == []
+
+    def test_what_runs_comes_first_where_only_some_are_asked_for(self, store, add, run):
+        for name in "abc":
+            add(name, owner="one")
+        run("d", node="one")
+        run("e", node="one")
+        assert {s.id for s in store.owned("one", 2)} == {"d", "e"}
+        assert [s.status for s in store.owned("one", 4)] == ["running"] * 2 + ["pending"] * 2
+        assert {s.id for s in store.owned("one")} == set("abcde")
+
+    def test_nobody_is_no_owner(self, store, add):
+        add("a")
+        assert list(store.owners()) == []
+        assert ids(store.owned("")) == []
+        assert ids(store.owned("' OR 1=1 --")) == []
+
+
+class TestUnfinished:
+    """Whether there is anything left to wait for."""
+
+    def test_pending_or_running_of_these_types(self, store, add, run, now):
+        assert not store.unfinished(["t", "u"])
+        task = run("a")
+        assert store.unfinished(["u", "t"])
+        assert not store.unfinished(["u"])
+        assert not store.unfinished([])
+        store.apply(lifecycle.conclude(task, lifecycle.Ending(returned=True), now))
+        assert not store.unfinished(["t"])
+        add("b", owner="node")
+        assert store.unfinished(["t"])
+
+    @keeping_time
+    def test_held_back_is_not_waited_for(self, store, add, now):
+        add("a", run_at=now + 1)
+        assert not store.unfinished(["t"])
+
+
+class TestNodes:
+    def test_joined_until_it_leaves(self, store):
+        node = Node(id="n1", name="host process 1", types=("t", "u"))
+        store.join(node)
+        assert list(store.nodes()) == [attrs.evolve(node, alive=True)]
+        store.leave("n1")
+        assert list(store.nodes()) == []
+        store.leave("n1")
+
+    @pytest.mark.parametrize("store", ["sqlite", *MONGO], indirect=True)
+    def test_stopping_is_recorded(self, store):
+        """Where a node can outlive its process."""
+        store.join(Node(id="n1", name="one"))
+        store.join(Node(id="n2", name="two"))
+        store.mark_stopping("n1")
+        store.mark_stopping("unknown")
+        assert {node.id: node.stopping for node in store.nodes()} == {"n1": True, "n2": False}
+
+
+class TestParents:
+    @between_tasks
+    def test_a_child_is_found_by_the_parent_it_waits_on(self, store, add, clock):
+        add("p")
+        add("q")
+        add("c", depends_on=["p", "q"], waiting_on="q")
+        add("d", depends_on=["p"], waiting_on="p", on_parent_failure="run")
+        assert store.get_by_id("d").depends_on == ["p"]
+        assert store.get_by_id("d").on_parent_failure == "run"
+        assert store.awaited("", 10) == ["p", "q"]
+        assert store.awaited("p", 10) == ["q"]
+        assert store.awaited("", 1) == ["p"]
+        assert store.waiting_for(["q", "nobody"]) == ["c"]
+        assert ids(store.ready(["t"], 10)) == ["p", "q"]
+        assert store.count(TaskFilter(status=TaskStatus.PENDING)) == 4
+        moved = Update("c", {"waiting_on": "q", "held": 2}, {"waiting_on": "p"})
+        freed = Update("d", {"waiting_on": "p", "held": 2}, {"waiting_on": None, "held": 0})
+        assert list(store.apply([moved, freed])) == [True, True]
+        assert (store.awaited("", 10), store.waiting_for(["p"])) == (["p"], ["c"])
+        assert ids(store.ready(["t"], 10)) == ["p", "q", "d"]
+
+    @between_tasks
+    def test_the_status_of_many(self, store, add, run):
+        add("a")
+        run("b")
+        assert store.statuses(["b", "nobody", "a"]) == {"a": "pending", "b": "running"}
+        assert store.statuses([]) == {}
+
+    @between_tasks
+    def test_a_parent_is_needed_whatever_the_status_of_its_children(self, store, add):
+        add("p")
+        add("q")
+        for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a", "gone"]}.items():
+            add(child, depends_on=parents, waiting_on=parents[0])
+        assert store.needed(["p", "q", "a", "b", "nobody"]) == {"a"}, (
+            "by c: the others go with them"
+        )
+        assert store.needed(["p", "q"]) == {"p", "q"}
+        assert store.needed(["gone"]) == {"gone"}, "a hint for nobody: it is not there"
+        store.apply(lifecycle.cancel("b", 1))
+        assert store.needed(["q"]) == {"q"}
+        store.delete("b")
+        assert store.needed(["q"]) == set()
+
+    @between_tasks
+    def test_children_of_several_tasks_are_listed_once(self, store, add):
+        add("p")
+        for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a"]}.items():
+            add(child, depends_on=parents, waiting_on=parents[0])
+        assert sorted(store.children(["p", "q"])) == ["a", "b"]
+        assert list(store.children(["a", "nobody"])) == ["c"]
+        store.apply(lifecycle.cancel("c", 1))
+        assert list(store.children(["a"])) == ["c"]
+        store.delete("c")
+        assert list(store.children(["a"])) == list(store.children([])) == []
+
+
+class TestLines:
+    @between_tasks
+    def test_first_come_first_in_line(self, store, add):
+        for task_id in "cab":
+            add(task_id, concurrency_key="k")
+        add("x", concurrency_key="other")
+        assert store.next_in_line("k") == "c"
+        assert store.next_in_line("nobody") is None
+        assert store.lines("", 10) == {"k": True, "other": True}
+        assert store.ready(["t"], 10) == []
+        turn = Update("c", {"held": 4}, {"held": 0, "turn": "k"})
+        assert list(store.apply([turn])) == [True]
+        assert (store.next_in_line("k"), store.lines("", 10)) == ("a", {"k": False, "other": True})
+        assert ids(store.ready(["t"], 10)) == ["c"]
+        store.delete("c")
+        assert store.lines("", 10) == {"k": True, "other": True}
+        assert store.lines("k", 10) == {"other": True}
+
+
+@between_tasks
+def test_stuck_tasks_are_found_by_node_whatever_their_status(store, run, clock):
+    for task_id, status in (("a", "failed"), ("b", "pending")):
+        run(task_id)
+        changes = {"status": status, "owner": "", "stuck_on": "node", "held": 3}
+        if status == "failed":
+            changes["completed_at"] = clock.now_ms()
+        assert list(store.apply([Update(task_id, {}, changes)])) == [True]
+    assert sorted(ids(store.stuck_on("node"))) == ["a", "b"]
+    assert store.stuck_on("other") == []
+    assert store.owners() == ["node"]
+    assert (store.owned("node"), store.ready(["t"], 10)) == ([], [])
+    assert store.get_by_id("a").stuck_on == "node"
+    over = [Update(i, {"stuck_on": "node"}, {"stuck_on": "", "held": 0}) for i in "ab"]
+    assert list(store.apply(over)) == [True, True]
+    assert (store.stuck_on("node"), store.owners()) == ([], [])
+    assert ids(store.ready(["t"], 10)) == ["b"]
