@@ -234,16 +234,24 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             stored = _object_from_text(checkpoints)
             task.checkpoints = codecs.value(stored) if CODEC_KEY in stored else stored
         return task
-    except Unreadable as problem:
-        return _unreadable_task(row, problem)
+    except Unreadable as problem:  # all but what codecs made
+        return _salvaged_task(row, problem, params="{}", result=None, checkpoints=None)
+    except KeyError as problem:
+        if known_status(status) == status:
+            return _damaged_task(row, problem)
+        return _salvaged_task(row, f"{status!r:.50} as status", status=known_status(status))
     except (ValueError, TypeError, RecursionError, OverflowError) as problem:
         return _damaged_task(row, problem)
 
 
-def _unreadable_task(row: Sequence[Any], problem: Exception) -> Task:
-    """All of a row but what codecs made."""
-    sound = {**dict(zip(TASK_FIELDS, row, strict=True)), "params": "{}"}
-    task = task_from_row(tuple({**sound, "result": None, "checkpoints": None}.values()))
+def known_status(status: Any) -> str:
+    """The status as a task has it: one that another program made up stands for failed."""
+    return status if status in tuple(_STATUS) else "failed"
+
+
+def _salvaged_task(row: Sequence[Any], problem: object, **instead: Any) -> Task:
+    """All of a row but some columns, which hold something else instead."""
+    task = task_from_row(tuple({**dict(zip(TASK_FIELDS, row, strict=True)), **instead}.values()))
     task.damage = task.damage or f"the stored record is damaged: {problem}"
     return task
 
@@ -260,9 +268,11 @@ def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     )
     sound.update((name, _as_text(stored[name])) for name in _TEXTS)
     sound.update((name, _time_or_none(stored[name])) for name in TIME_FIELDS)
+    sound["status"] = known_status(stored["status"])
     if sound["created_at"] is None:
         sound["created_at"] = 0
-    odd = [name for name in (*_TEXTS, *_NUMBERS, *TIME_FIELDS) if sound[name] != stored[name]]
+    checked = (*_TEXTS, *_NUMBERS, *TIME_FIELDS, "status")
+    odd = [name for name in checked if sound[name] != stored[name]]
     task = task_from_row(tuple(sound.values()))
     told = f"{stored[odd[0]]!r:.50} as {odd[0]}" if odd else problem
     task.damage = f"the stored record is damaged: {told}"

@@ -44,6 +44,7 @@ from taskx.core.record import (
     STUB,
     Ended,
     Stub,
+    known_status,
     optional_ms,
     policy_to_text,
     stub_from_values,
@@ -416,7 +417,8 @@ class Repository(TaskRepository):
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
-        return dict(self.find("id", task_ids, ("id", "status")))
+        found = self.find("id", task_ids, ("id", "status"))
+        return {task_id: known_status(status) for task_id, status in found}
 
     def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
         """Return the ids of these tasks whose cancel was requested."""

@@ -13,16 +13,12 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter
 from taskx.core.record import DEFAULTS, FREE
 from taskx.core.writes import PRESENT
-from taskx.storage.mongo.documents import PATHS, fields, plain
-
-Document = dict[str, Any]
+from taskx.storage.mongo.documents import PATHS, Document, fields, plain
 
 #: Not part of a batch that is still hidden.
 VISIBLE: Document = {"taskx.batch": None}
 #: Part of one; in these words, as the index is asked for by them.
 HIDDEN: Document = {"taskx.batch": {"$gt": ""}}
-#: Held by some node.
-OWNED: Document = {"taskx.owner": {"$gt": ""}, **VISIBLE}
 
 NEWEST_FIRST = [("created_at", DESCENDING), ("_id", DESCENDING)]
 OLDEST_FIRST = [(name, ASCENDING) for name, _ in NEWEST_FIRST]

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any
 
 from pymongo import ASCENDING, IndexModel
-from pymongo.collection import Collection
 from pymongo.errors import OperationFailure
 
 from taskx.core.record import FOR_TURN, UNIQUE, UNTIL_DUE
@@ -36,10 +35,8 @@ def _make(connection: Connection, index: IndexModel) -> None:
     options = dict(index.document)
     keys = _keys(index)
     del options["key"]
-    if options.get("unique") and not isinstance(connection.tasks, Collection):
-        options["sparse"] = (
-            True  # a mock of the driver forgets the filter for what is there already
-        )
+    if options.get("unique") and not connection.is_real:
+        options["sparse"] = True  # a mock forgets the filter for what is there already
     try:
         connection.tasks.create_index(keys, **options)
     except OperationFailure as error:

@@ -10,13 +10,13 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
+import attrs
 import bson
 import pymongo
-import pymongo.collection
 from bson.int64 import Int64
 from pymongo import InsertOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
@@ -25,6 +25,7 @@ from taskx.core.codec import Codecs
 from taskx.core.errors import PayloadError
 from taskx.core.record import DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write, matches
+from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.connection import FAILURES, Connection
 from taskx.storage.mongo.documents import MARKS, PATHS, Document, fields, new_document
 from taskx.storage.mongo.failures import (
@@ -51,15 +52,17 @@ class Sender:
     Args:
         connection: the way to the server.
         order: where new tasks stand.
+        batches: what may be in the way of a new task, and come to nothing.
         codecs: how values are stored.
     """
 
-    def __init__(self, connection: Connection, order: Order, codecs: Codecs) -> None:
+    def __init__(
+        self, connection: Connection, order: Order, batches: Batches, codecs: Codecs
+    ) -> None:
         self._connection = connection
         self._order = order
+        self._batches = batches
         self._codecs = codecs
-        #: Of ids that new tasks cannot have, says which are worth another try; with True, see to it.
-        self.make_way: Callable[[Sequence[str], bool], Collection[str]] = lambda task_ids, force: ()
         self.renew()
 
     def renew(self) -> None:
@@ -74,8 +77,7 @@ class Sender:
         """Whether this object left that mark."""
         return mark >> 32 == self._prefix
 
-    def new_mark(self) -> int:
-        """A mark that nobody has used."""
+    def _new_mark(self) -> int:
         with self._lock:
             self._count = (self._count + 1) & 0xFFFFFFFF
             return self._prefix << 32 | self._count
@@ -117,15 +119,15 @@ class Sender:
         """A mark for each write: two of one task never have the same, or one would pass for the other."""
         marks = [0] * len(writes)
         for position in range(max(map(len, by_task), default=0)):
-            mark = self.new_mark()
+            mark = self._new_mark()
             for indexes in by_task:
                 if position < len(indexes):
                     marks[indexes[position]] = mark
         return marks
 
     def _op(self, write: Write, mark: int, batch: str) -> _Op:
-        remembered = self.mark_of(write)
-        op = _Op(write, mark if remembered is None else remembered, again=remembered is not None)
+        known = self._unknown.get(id(write))
+        op = _Op(write, mark if known is None else known[1], again=known is not None)
         if isinstance(write, Insert):
             row = self._codecs.columns(write.row)
             op.document = new_document(row, self._order.next(), op.mark, batch)
@@ -146,11 +148,6 @@ class Sender:
             with self._lock:
                 for write in writes:
                     self._unknown.pop(id(write), None)
-
-    def mark_of(self, write: Write) -> int | None:
-        """The mark of a write of unknown outcome."""
-        remembered = self._unknown.get(id(write))
-        return None if remembered is None else remembered[1]
 
     # --- one round
 
@@ -184,7 +181,8 @@ class Sender:
         requests = [op for op in ops if not isinstance(op.write, Delete)]
         refused = self._write(requests) if requests else []
         refused = [op for op in refused if not self._lacks_what_is_unique(op)]
-        again = self.make_way([op.write.id for op in refused], force) if refused else ()
+        ids = [op.write.id for op in refused]
+        again = self._batches.make_way(ids, force) if ids else ()
         return [op for op in refused if op.write.id in again]
 
     def _lacks_what_is_unique(self, op: _Op) -> bool:
@@ -230,7 +228,7 @@ class Sender:
         tasks = self._connection.tasks
         documents = [op.document for op in inserts if op.document is not None]
         changes = [_update(op) for op in updates]
-        if not isinstance(tasks, pymongo.collection.Collection):
+        if not self._connection.is_real:
             return _write_one_by_one(tasks, documents, changes)
         requests: list[InsertOne[Document] | UpdateOne] = [
             *map(InsertOne, documents),
@@ -259,30 +257,17 @@ class Sender:
         for op in ops:
             op.held = op.mark in found.get(op.write.id, ())
 
-    # --- looking back
 
-    def took_place(self, writes: Sequence[Write]) -> list[bool | None]:
-        """Of writes of unknown outcome, whether they took place; None of others, and of deletes."""
-        marks = [None if isinstance(w, Delete) else self.mark_of(w) for w in writes]
-        ops = [_Op(w, m, again=True) for w, m in zip(writes, marks, strict=True) if m is not None]
-        if ops:
-            self._connection.run(lambda: self._look_for_marks(ops))
-        told = {id(op.write): op.held for op in ops}
-        return [told.get(id(write)) for write in writes]
-
-
+@attrs.define(eq=False)
 class _Op:
     """A write on its way."""
 
-    __slots__ = ("again", "changes", "document", "held", "mark", "write")
-
-    def __init__(self, write: Write, mark: int, *, again: bool) -> None:
-        self.write = write
-        self.mark = mark
-        self.again = again
-        self.document: Document | None = None
-        self.changes: Mapping[str, Any] = {}
-        self.held: bool | None = None
+    write: Write
+    mark: int
+    again: bool
+    document: Document | None = None
+    changes: Mapping[str, Any] = {}
+    held: bool | None = None
 
 
 # --- what needs no server

@@ -72,7 +72,7 @@ class TestASubmitterThatDied:
             lambda other: other.get_many(IDS[:1]),
             lambda other: other.list(TaskFilter(limit=1)),
             lambda other: other.count(TaskFilter()),
-            lambda other: other.nodes(),
+            lambda other: other.ready(["t"], 1),
             lambda other: other.statuses(IDS[:1]),
             lambda other: other.unique_holders(["key b0"]),
         ):
@@ -121,7 +121,7 @@ class TestASubmitterThatDied:
         """When it has been seen for long enough, by the looker's own clock; not before."""
         die_at(monkeypatch, store, "_commit")
         now = [100.0]
-        patient = Batches(store._connection, store._sender, 10.0, lambda: now[0])
+        patient = Batches(store._connection, 10.0, lambda: now[0])
         patient.look_after()
         now[0] += 9.9
         patient.look_after()
@@ -136,7 +136,7 @@ class TestASubmitterThatDied:
         commit = store._batches._commit
 
         def late(batch):
-            Batches(store._connection, store._sender, 0.0, time.monotonic).look_after()
+            Batches(store._connection, 0.0, time.monotonic).look_after()
             commit(batch)
 
         monkeypatch.setattr(store._batches, "_commit", late)
@@ -177,8 +177,9 @@ class TestASubmitterThatDied:
             assert asked.wait(20.0)
             commit(batch)
 
-        make_way = other._sender.make_way
-        other._sender.make_way = lambda *args: (make_way(*args), asked.set())[0]
+        make_way = other._batches.make_way
+        answered = lambda *args: (make_way(*args), asked.set())[0]  # noqa: E731
+        monkeypatch.setattr(other._batches, "make_way", answered)
         monkeypatch.setattr(store._batches, "_commit", slow)
         monkeypatch.setattr(sender, "_MOMENT", 20.0)
         writes = [insert(task_id) for task_id in IDS]
@@ -200,7 +201,7 @@ class TestASubmitterThatDied:
 
     def test_nothing_is_abandoned_that_was_committed(self, store, monkeypatch, mock):
         die_at(monkeypatch, store, "_reveal")
-        Batches(store._connection, store._sender, 0.0, time.monotonic).look_after()
+        Batches(store._connection, 0.0, time.monotonic).look_after()
         assert all(found == set(IDS) for found in seen(store).values())
 
 

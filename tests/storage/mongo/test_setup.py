@@ -151,10 +151,9 @@ class TestIndexes:
         for name in ("status", "type", "created_by"):
             assert made[f"taskx_{name}"]["key"] == [(name, 1), *newest_first]
 
-    def test_the_first_node_makes_them(self, repository, database):
-        repository.join(Node(id="n", name="n"))
+    def test_the_first_node_that_looks_for_tasks_makes_them(self, repository, database):
+        repository.ready(["t"], 1)
         assert "taskx_due" in database.tasks.index_information()
-        repository.leave("n")
 
     def test_those_of_the_original_stay(self, repository, database):
         database.tasks.create_index("status")

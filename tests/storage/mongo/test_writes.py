@@ -302,6 +302,61 @@ class TestAnswersThatAreLost:
         assert list(repository.apply(WRITES["all of them"](repository))) == HELD["all of them"]
 
 
+class TestAnInterrupt:
+    """Of ``apply`` itself: what took place is known again when the same objects are sent again."""
+
+    @pytest.fixture
+    def store(self, repository):
+        repository.apply([insert("p"), insert("c", unique_key="k", unique_scope="ever")])
+        repository.apply(lifecycle.cancel("c", NOW))
+        run(repository, "r")
+        return repository
+
+    @pytest.mark.parametrize("what", WRITES)
+    @pytest.mark.parametrize("sent", [True, False], ids=["after it was sent", "before"])
+    def test_what_is_sent_again_is_done_once(self, store, monkeypatch, what, sent):
+        writes = WRITES[what](store)
+        send = store._sender._send_once
+
+        def interrupted(ops, **options):
+            if sent:
+                send(ops, **options)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._sender, "_send_once", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.apply(writes)
+        between = store.find("id", [write.id for write in writes], ("id", "status", "starts"))
+        assert list(store.apply(writes)) == HELD.get(what, [True] * len(writes))
+        after = store.find("id", [write.id for write in writes], ("id", "status", "starts"))
+        assert (sorted(after) == sorted(between)) is sent
+
+    def test_though_its_guard_still_holds(self, store, monkeypatch):
+        """And others are sent beside it: its mark says that it took place."""
+        said = Update("r", {}, {"message": "said"})
+        send = store._sender._send
+
+        def interrupted(ops):
+            send(ops)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._sender, "_send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.apply([said])
+        other = Update("r", {"message": "said"}, {"message": "said since"})
+        assert list(store.apply([other])) == [True]
+        assert list(store.apply([said, other])) == [True, False]
+        assert store.get_by_id("r").message == "said since"
+
+
+class TestAnInterruptBesideAMock(TestAnInterrupt):
+    @pytest.fixture
+    def repository(self, make, mock):
+        return make(mock)
+
+
 class TestRefusals:
     def test_too_large_for_a_document(self, repository):
         """16 MiB, whatever max_payload_size says; its neighbours can be stored."""
@@ -348,7 +403,8 @@ class TestRefusals:
             lambda: repository.owned(hostile),
             lambda: repository.ready([hostile], 5),
             lambda: repository.ready(["t"], 5, hostile),
-            lambda: repository.unfinished([hostile]),
+            lambda: repository.find("parent", [hostile], ("id",)),
+            lambda: repository.distinct("line", hostile, 5),
             lambda: TaskFilter(type=hostile if hostile is not None else 1),
             lambda: TaskFilter(created_by=hostile if hostile is not None else 1),
         ]
