@@ -135,7 +135,7 @@ class Dependents:
 
         Empty where there are no more.
         """
-        awaited = self._repository.awaited(after, _PAGE)
+        awaited = self._repository.distinct("waiting_on", after, _PAGE)
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
         return gone, awaited[-1] if awaited else ""
@@ -158,7 +158,7 @@ class Dependents:
         with self._looking:
             while self.ended or self._left:
                 ids = list(self.ended)
-                found = self._repository.waiting_for(ids) if ids else ()
+                found = self._waiting_for(ids)
                 self._left = self._decide([*self._left, *found], until)
                 for _ in ids:  # only now: until then somebody may wait for this to be done
                     self.ended.popleft()
@@ -182,7 +182,7 @@ class Dependents:
             RepositoryError: the repository failed.
         """
         additions = self._additions
-        some = bool(self._repository.awaited("", 1))
+        some = bool(self._repository.distinct("waiting_on", "", 1))
         with self._lock:
             if additions == self._additions:
                 # What ended before it was known that somebody waits, nobody was told of.
@@ -208,9 +208,13 @@ class Dependents:
         """Look at some parents; False where these were the last ones."""
         gone, self._after = self._gone(self._after)
         if gone:
-            found = self._repository.waiting_for(gone)
+            found = self._waiting_for(gone)
             self._left = [*self._left, *self._decide(found, until)]
         return bool(self._after)
+
+    def _waiting_for(self, parents: Sequence[str]) -> list[str]:
+        """The tasks that wait for one of these."""
+        return [child for (child,) in self._repository.find("waiting_on", parents, ("id",))]
 
     # --- deciding
 
@@ -251,7 +255,7 @@ class Dependents:
             self._lines.advance(
                 child.concurrency_key for child in children if child.concurrency_key is not None
             )
-        again = list(self._repository.waiting_for(ended)) if ended else []
+        again = self._waiting_for(ended)
         if waiting:
             now_known = self._repository.statuses([*set(waiting.values())])
             again += [

@@ -64,8 +64,8 @@ class Turns:
             return ()
 
     def _next_turn(self, key: str) -> Sequence[Update]:
-        first = self._repository.next_in_line(key)
-        return () if first is None else lifecycle.give_turn(first, key)
+        first = self._repository.find("line", [key], ("id",), 1)
+        return [write for (task_id,) in first for write in lifecycle.give_turn(task_id, key)]
 
     def advance(self, keys: Iterable[str]) -> None:
         """Give the turn of each of these keys to the first in line, unless another task has it."""
@@ -120,10 +120,10 @@ class Turns:
 
     def _look_at_some(self) -> bool:
         """Move those of the next lines that stand still; False where there are no more."""
-        page = self._repository.lines(self._after, BATCH)
-        self._advance([key for key, stands_still in page.items() if stands_still])
-        self._after = next(reversed(page), "")
-        return bool(page)
+        still, after = self._still(self._after)
+        self._advance(still)
+        self._after = after
+        return bool(after)
 
     def overdue(self) -> bool:
         """Return whether a line stands still.
@@ -131,7 +131,16 @@ class Turns:
         Raises:
             RepositoryError: the repository failed.
         """
-        page = self._repository.lines("", BATCH)
-        while page and not any(page.values()):
-            page = self._repository.lines(next(reversed(page)), BATCH)
-        return bool(page)
+        still, after = self._still("")
+        while after and not still:
+            still, after = self._still(after)
+        return bool(still)
+
+    def _still(self, after: str) -> tuple[Sequence[str], str]:
+        """The keys of the next lines that stand still, as nobody has the turn; and where to go on.
+
+        Empty where there are no more.
+        """
+        keys = self._repository.distinct("line", after, BATCH)
+        moving = {key for (key,) in self._repository.find("turn", keys, ("turn",))}
+        return [key for key in keys if key not in moving], keys[-1] if keys else ""

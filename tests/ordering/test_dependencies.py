@@ -216,7 +216,7 @@ class TestParentFails:
         child = started.submit("fine", depends_on=[parent], unique_key="k", unique_scope="ever")
         end()
         eventually(child.cancelled)
-        assert started.repository.unique_holders(["k"]) == {}
+        assert started.repository.find("unique_lock", ["k"], ("id",)) == []
 
     def test_one_that_is_handed_back_and_was_to_be_cancelled(self, started):
         """It was started ahead; a cancel came before a worker took it."""
@@ -237,7 +237,7 @@ class TestParentFails:
         child = started.submit("fine", depends_on=[other, parent])
         end()
         gate.wait_for(1)
-        eventually(lambda: started.repository.awaited("", 10) == [other.id])
+        eventually(lambda: started.repository.distinct("waiting_on", "", 10) == [other.id])
         assert child.task().status is TaskStatus.PENDING
         gate.open()
         eventually(child.cancelled)
@@ -373,7 +373,7 @@ class TestParents:
         parent = started.submit("bad")
         assert parent.exception(PATIENCE)
         child = started.submit("fine", depends_on=[parent], on_parent_failure="run", delay=3600)
-        eventually(lambda: started.repository.next_due() is not None)
+        eventually(lambda: started.repository.due(None, 1))
         started.delete(parent.id)
         task = child.task()
         task.run_at = None
@@ -424,8 +424,8 @@ class TestOthers:
     @pytest.mark.parametrize("how", [TaskStatus.RUNNING, TaskStatus.CANCELLED])
     def test_one_that_is_moved_by_hand_waits_no_more(self, started, family, how):
         started.repository.update_status(family[1].id, how)
-        assert started.repository.waiting_for([family[0].id]) == []
-        assert started.repository.awaited("", 9) == []
+        assert started.repository.find("waiting_on", [family[0].id], ("id",)) == []
+        assert started.repository.distinct("waiting_on", "", 9) == []
 
     def test_until_there_are_none_any_more(self, started, family):
         family[1].cancel()
@@ -535,8 +535,8 @@ class TestDrained:
             started.submit("fine", {"n": n}, depends_on=[started.submit("fine", delay=3600)])
         assert started.drain(PATIENCE)
         assert started.ran == []
-        first = started.repository.awaited("", 1)[0]
-        last = started.repository.awaited("", 5)[-1]
+        first = started.repository.distinct("waiting_on", "", 1)[0]
+        last = started.repository.distinct("waiting_on", "", 5)[-1]
         for ran, parent in enumerate((last, first), 1):
             end_by_hand(started.repository, parent)
             assert started.drain(PATIENCE)
@@ -637,7 +637,7 @@ class TestMadeGood:
     def test_a_process_that_died_between_the_end_and_the_release(self, repository, make_queue):
         """The parent is ended behind the back of everybody; a queue that starts looks at all."""
         parent, child = unreleased(make_queue)
-        assert repository.awaited("", 10) == [parent.id]
+        assert repository.distinct("waiting_on", "", 10) == [parent.id]
         start_fine(make_queue)
         child.result(PATIENCE)
 
@@ -684,7 +684,7 @@ class TestMadeGood:
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
         repository = started.repository
         child = started.submit("fine", depends_on=parents)
-        [first] = repository.awaited("", 9)
+        [first] = repository.distinct("waiting_on", "", 9)
         [other] = {parent.id for parent in parents} - {first}
 
         def end_the_other(writes):
@@ -702,20 +702,20 @@ class TestMadeGood:
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])
         gate.wait_for(1)
-        repository, waiting_for = started.repository, started.repository.waiting_for
+        repository, find = started.repository, started.repository.find
         fails = [True, True]
 
-        def failing(task_ids):
-            if fails:
+        def failing(column, *args):
+            if column == "waiting_on" and fails:
                 fails.pop()
                 repository.down = True
                 try:
                     repository.check()
                 finally:
                     repository.down = False
-            return waiting_for(task_ids)
+            return find(column, *args)
 
-        repository.waiting_for = failing
+        repository.find = failing
         gate.open()
         assert child.result(PATIENCE) == [0, 0]
         assert not fails
@@ -872,4 +872,4 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
     assert repository.statuses([f"{n:02}" for n in range(len(graph))]) == {
         f"{n:02}": status for n, status in enumerate(statuses)
     }
-    assert repository.awaited("", 10) == []
+    assert repository.distinct("waiting_on", "", 10) == []

@@ -47,7 +47,7 @@ def track(make_queue, clock):
 
 def held_up(queue, n):
     """A task that runs until its gate opens has the turn; others wait in line."""
-    return queue.repository.next_in_line("k") == str(n)
+    return queue.repository.find("line", ["k"], ("id",), 1) == [(str(n),)]
 
 
 # One at a time, in order
@@ -264,7 +264,7 @@ def test_by_hand_none_starts_beside_another(track, repository):
     repository.update_status("first", TaskStatus.RUNNING)
     repository.update_status("first", TaskStatus.COMPLETED)
     repository.update_status("second", TaskStatus.RUNNING)
-    assert not track.queue.repository.lines("", 10)
+    assert not track.queue.repository.distinct("line", "", 10)
 
 
 # What comes together with it
@@ -333,15 +333,15 @@ def test_a_line_whose_repository_failed_goes_on(track, repository, gate, monkeyp
     track.queue.submit("hold", concurrency_key="k")
     gate.wait_for(1)
     track.submit(0)
-    look, fails = repository.next_in_line, [True] * failures
+    look, fails = repository.find, [True] * failures
 
-    def shaky(key):
-        if fails:
+    def shaky(column, *args):
+        if column == "line" and fails:
             fails.pop()
             raise RepositoryUnavailable("down for a moment")
-        return look(key)
+        return look(column, *args)
 
-    monkeypatch.setattr(repository, "next_in_line", shaky)
+    monkeypatch.setattr(repository, "find", shaky)
     gate.open()
     eventually(lambda: track.took_turns([0]))
     assert not fails
@@ -349,11 +349,14 @@ def test_a_line_whose_repository_failed_goes_on(track, repository, gate, monkeyp
 
 def test_a_submit_into_a_failing_line_is_accepted(track, repository, monkeypatch):
     """The task is stored; whose turn it is shows later."""
+    look = repository.find
 
-    def fail(key):
-        raise RepositoryUnavailable("down for a moment")
+    def shaky(column, *args):
+        if column == "line":
+            raise RepositoryUnavailable("down for a moment")
+        return look(column, *args)
 
-    monkeypatch.setattr(repository, "next_in_line", fail)
+    monkeypatch.setattr(repository, "find", shaky)
     track.submit(0)
     monkeypatch.undo()
     track.queue.start()
@@ -374,13 +377,19 @@ def test_a_drain_ends_after_the_last_in_line(track, make_queue):
 
 def test_a_task_without_a_key_asks_nobody(queue, repository, monkeypatch):
     """Not when it is submitted, and not when it ends."""
-    asked = []
-    monkeypatch.setattr(repository, "next_in_line", asked.append)
+    asked, find = [], repository.find
+
+    def counted(column, *args):
+        asked.append(column)
+        return find(column, *args)
+
+    monkeypatch.setattr(repository, "find", counted)
     queue.executor("t")(lambda: None)
     queue.start()
     queue.submit("t").result(PATIENCE)
     queue.submit_many([Task(type="t")])[0].result(PATIENCE)
-    assert asked == []
+    assert "id" in asked
+    assert "line" not in asked
 
 
 @pytest.mark.parametrize("key", ["", 5, "a\0", "k" * 256, "\ud800"])
@@ -494,7 +503,8 @@ queue._services.lines.left = lambda task, changes: os._exit(9)
     child = workers.spawn(WORK + dies)
     assert child.process.wait(PATIENCE) == 9
     assert repository.get_by_id("0").status is TaskStatus.COMPLETED
-    assert repository.lines("", 10) == {"k": True}
+    assert repository.distinct("line", "", 10) == ["k"]
+    assert repository.find("turn", ["k"], ("id",)) == []
     [other] = workers.start(WORK)
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 3)
     assert broken_rules(workers.log()) == []
