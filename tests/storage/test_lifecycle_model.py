@@ -140,13 +140,6 @@ class Life(RuleBasedStateMachine):
         alive = record and record.status == "running" and record.starts == run.starts
         return record if alive else None
 
-    def order_again(self, record):
-        """A requeued task keeps its place, but where eight methods do not say when it was stored."""
-        if self.kind != "adapter":
-            return record.order
-        self.created += 1
-        return self.created
-
     @rule(data=st.data())
     def move(self, data):
         """One of the moves that may do something now, those on the main road more often.
@@ -406,7 +399,7 @@ class Life(RuleBasedStateMachine):
         task = self.store.get_by_id(task_id)
         if record.status in ("failed", "cancelled"):
             assert self.apply(lifecycle.requeue(task, self.clock.now_ms())) == [True]
-            record.requeue(self.order_again(record), self.clock.now_ms())
+            record.requeue(record.order, self.clock.now_ms())
         else:
             with pytest.raises(InvalidTransition):
                 lifecycle.requeue(task, self.clock.now_ms())
@@ -443,7 +436,7 @@ class Life(RuleBasedStateMachine):
         elif status == "pending" and record.status == "running":
             record.status, record.owner, record.started = "pending", "", False
         elif status == "pending":
-            record.requeue(self.order_again(record), self.clock.now_ms())
+            record.requeue(record.order, self.clock.now_ms())
         else:
             record.end(status)
             record.progress = 100 if status == "completed" else record.progress
