@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from pymongo import ASCENDING, IndexModel
@@ -24,7 +25,7 @@ def make_indexes(connection: Connection) -> None:
     for index in _indexes():
         name, keys = index.document["name"], _keys(index)
         if name not in there or list(there[name]["key"]) != keys:
-            connection.run(lambda index=index: _make(connection, index))  # type: ignore[misc]
+            connection.run(partial(_make, connection, index))
 
 
 def _keys(index: IndexModel) -> list[tuple[str, int]]:

@@ -43,7 +43,6 @@ from taskx.storage.mongo.filters import (
     VISIBLE,
     held,
     matching,
-    startable,
     text,
     texts,
 )
@@ -70,7 +69,8 @@ class _Where(NamedTuple):
     reveals: bool = False
 
 
-_LOOKUPS = {
+#: All lookup columns.
+LOOKUPS = {
     "id": _Where("_id", {}, reveals=True),
     "unique_lock": _Where("taskx.unique_lock", {}, reveals=True),
     "turn": _Where("taskx.turn", VISIBLE),
@@ -141,7 +141,7 @@ class Tasks(Repository):
     def _rows(
         self, column: Lookup, values: Sequence[str], fields: tuple[str, ...], limit: int
     ) -> list[tuple[Any, ...]]:
-        where = _LOOKUPS[column]
+        where = LOOKUPS[column]
         wanted = {**where.of, where.path: {"$in": values}}
         if column == "parent":
             return _pairs(self._read(wanted, ("depends_on",), limit), {*values}, fields)
@@ -171,7 +171,7 @@ class Tasks(Repository):
 
         Not by the server's ``distinct``, whose answer must fit into one document.
         """
-        path, of, _ = _LOOKUPS[column]
+        path, of, _ = LOOKUPS[column]
         name = path.removeprefix("taskx.")
         wanted = {**of, path: {"$gt": text(after, "after")}}
         found = self._read(wanted, (name,), limit, [(path, 1)])
@@ -217,7 +217,7 @@ class Tasks(Repository):
             return []
         if not owner:
             self._prepare(kinds, limit)
-        wanted = startable(kinds, text(owner, "owner"))
+        wanted = {**held(FREE, owner=text(owner, "owner")), "type": {"$in": kinds}}
         if ageing:
             return self._ready_by_age(wanted, limit, ageing)
         found = self._read(wanted, STUB, limit, BEST_FIRST)

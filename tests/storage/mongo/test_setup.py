@@ -22,6 +22,7 @@ from taskx import (
     open_repository,
 )
 from taskx.storage.base import Node
+from taskx.storage.mongo.tasks import LOOKUPS
 from taskx.testing import ManualClock
 
 from .conftest import CommandCount, insert
@@ -151,6 +152,23 @@ class TestIndexes:
         for name in ("status", "type", "created_by"):
             assert made[f"taskx_{name}"]["key"] == [(name, 1), *newest_first]
 
+    @pytest.mark.parametrize("column", LOOKUPS)
+    def test_every_lookup_column_has_one_that_its_conditions_permit(
+        self, repository, database, column
+    ):
+        """It begins with the column, and what it leaves out is not asked for: values are never empty."""
+        if column == "id":
+            return
+        repository.init_indexes()
+        where = LOOKUPS[column]
+        asked = {**where.of, where.path: {"$gt": ""}}
+        made = [dict(index, key=list(index["key"])) for index in database.tasks.list_indexes()]
+        assert any(
+            index["key"][0] == where.path
+            and index.get("partialFilterExpression", {}).items() <= asked.items()
+            for index in made
+        )
+
     def test_the_first_node_that_looks_for_tasks_makes_them(self, repository, database):
         repository.ready(["t"], 1)
         assert "taskx_due" in database.tasks.index_information()
@@ -168,6 +186,7 @@ warnings.simplefilter("error")
 import pymongo
 from taskx import MongoRepository, Task, TaskFilter
 from taskx.storage.base import Node
+from taskx.storage.mongo.tasks import LOOKUPS
 client = pymongo.MongoClient(sys.argv[1])
 repository = MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3])
 repository.join(Node(id="n", name="parent"))
