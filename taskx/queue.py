@@ -596,7 +596,7 @@ class Queue:
     @property
     def running(self) -> int:
         """How many executors of this queue are at work."""
-        return 0 if self._node is None else len(self._node.pool.buffer.executing)
+        return 0 if self._node is None else len(self._node.pool.runs.executing)
 
     @property
     def healthy(self) -> bool:

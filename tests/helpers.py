@@ -206,7 +206,7 @@ _AT_WORK = ("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch")
 @pytest.fixture
 def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """No task counts as short: none is started ahead, so that the order of runs is strict."""
-    monkeypatch.setattr("taskx.running.pool.SHORT", 0.0)
+    monkeypatch.setattr("taskx.running.ahead.SHORT", 0.0)
 
 
 @pytest.fixture

@@ -206,6 +206,7 @@ class Executor(Generic[P, R]):
         self.function = function
         self.options = options
         self._parameters = Parameters(type, function)
+        self.takes_context = self._parameters.takes_context
         self._queue: _Submits | None = None
         update_wrapper(self, function)  # type: ignore[arg-type]
 
@@ -241,12 +242,6 @@ class Executor(Generic[P, R]):
     def check_params(self, params: Mapping[str, Any]) -> None:
         """Refuse params that do not fit the function with a ``PayloadError``."""
         self._parameters.check(params)
-
-    def invoke(self, ctx: Context, params: Mapping[str, Any]) -> R:
-        """Run the function for a task of these params."""
-        if self._parameters.takes_context:
-            return self.function(ctx, **params)
-        return self.function(**params)
 
 
 class PlainExecutor(Executor[P, R]):
@@ -392,7 +387,9 @@ class Registered(NamedTuple):
     """A type that this queue runs."""
 
     type: str
-    invoke: Callable[[Context, Mapping[str, Any]], Any]
+    #: Called with the context, if it takes that, and the params as keyword arguments.
+    function: Callable[..., Any]
+    takes_context: bool
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
     log_level: int | None
@@ -453,17 +450,19 @@ class Registry:
             )
         self._check(entry)
         limit = entry.options.limit
-        invoke = entry.invoke
+        function, takes_context = entry.function, entry.takes_context
         if entry.options.isolation is not None:
             from taskx.executing.process.isolation import (
                 Isolated,  # not every program starts processes
             )
 
-            invoke = Isolated(executor, entry, self.max_payload_size)
-        invoke = wrapped(invoke, self._middleware)
+            function, takes_context = Isolated(executor, entry, self.max_payload_size), True
+        if self._middleware:
+            function = wrapped(function, self._middleware, takes_context=takes_context)
+            takes_context = True
         if limit is not None:  # first: as soon as it is registered, its tasks are taken
             self.limits[entry.type] = limit
-        self.registered[entry.type] = entry._replace(invoke=invoke)
+        self.registered[entry.type] = entry._replace(function=function, takes_context=takes_context)
 
     def declare(self, type: str) -> None:
         """Accept a type whose executor lives in another process."""
@@ -496,7 +495,8 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         options = attrs.evolve(executor.options, **given)
         return Registered(
             type=executor.type,
-            invoke=executor.invoke,
+            function=executor.function,
+            takes_context=executor.takes_context,
             check_params=executor.check_params,
             options=options,
             log_level=log_level(options.capture_log),
@@ -510,17 +510,18 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     check_plain(executor.execute, f"executor {type_!r}")
     return Registered(
         type=check_name(type_, "type"),
-        invoke=_classic(executor),
+        function=_classic(executor),
+        takes_context=True,
         check_params=None,
         options=options,
         log_level=log_level(options.capture_log),
     )
 
 
-def _classic(executor: TaskExecutor) -> Callable[[Context, Mapping[str, Any]], Any]:
-    def invoke(ctx: Context, _: Mapping[str, Any]) -> Any:
+def _classic(executor: TaskExecutor) -> Callable[..., Any]:
+    def execute(ctx: Context, /, **_: Any) -> Any:
         task = ctx.task
         returned = executor.execute(ctx, task)
         return task.result if returned is None else returned
 
-    return invoke
+    return execute

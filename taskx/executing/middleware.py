@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task
 from taskx.executing.context import Context
 
-Invoke = Callable[[Context, Mapping[str, Any]], Any]
 #: What ``Queue(..., middleware=[...])`` takes: an instance of :class:`Middleware`, or a function.
 Layer = Callable[[Context, Task, Callable[[], Any]], Any]
 
@@ -46,15 +45,20 @@ def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:
     return known
 
 
-def wrapped(invoke: Invoke, layers: Iterable[Layer]) -> Invoke:
-    """An executor's call with layers around it, the first one outermost."""
-    for layer in reversed(tuple(layers)):
-        invoke = _around(layer, invoke)
-    return invoke
+def wrapped(
+    function: Callable[..., Any], layers: Sequence[Layer], *, takes_context: bool
+) -> Callable[..., Any]:
+    """Return a function that takes the context, and calls another one with layers around it."""
+
+    def call(ctx: Context, /, **_: Any) -> Any:
+        params = ctx.task.params  # itself, as a layer may change what is in it
+        call_next = partial(_call, function, (ctx,) if takes_context else (), params)
+        for layer in reversed(layers):
+            call_next = partial(layer, ctx, ctx.task, call_next)
+        return call_next()
+
+    return call
 
 
-def _around(layer: Layer, inner: Invoke) -> Invoke:
-    def invoke(ctx: Context, params: Mapping[str, Any]) -> Any:
-        return layer(ctx, ctx.task, partial(inner, ctx, params))
-
-    return invoke
+def _call(function: Callable[..., Any], given: tuple[Context, ...], params: dict[str, Any]) -> Any:
+    return function(*given, **params)

@@ -6,7 +6,7 @@ import _thread
 import os
 import random
 import threading
-from typing import Any
+from typing import Any, Literal
 
 from taskx.common import forks
 from taskx.core import payload
@@ -33,6 +33,11 @@ from taskx.executing.failures import (
     traceback_text,
 )
 
+#: How far a run is: no worker has it yet, or has just taken it; it lies there for any worker; a thread
+#: calls its executor; that has returned, and its outcome is on its way; it was given up, and its thread
+#: runs on.
+State = Literal["starting", "ahead", "executing", "concluding", "stuck"]
+
 _current = threading.local()
 
 
@@ -40,8 +45,8 @@ class Run:
     """One attempt at a task that was started, with the token that tells it to stop."""
 
     __slots__ = (
-        *("capture", "concluded", "context", "decided", "executor", "overdue"),
-        *("stuck", "task", "token"),
+        *("capture", "context", "decided", "executor", "overdue", "since", "state"),
+        *("task", "token"),
     )
 
     def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
@@ -52,10 +57,9 @@ class Run:
         #: whoever decides how it ends.
         self.overdue: Overdue | None = None
         self.decided: _thread.LockType | None = None
-        #: Whether it was given up while its thread runs on.
-        self.stuck = False
-        #: Whether its executor has returned, and its thread sees to its outcome.
-        self.concluded = False
+        #: How far it is; and since when it has been executing, on the monotonic clock.
+        self.state: State = "starting"
+        self.since = 0.0
         self.capture: Capture | None = None
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)
@@ -94,17 +98,32 @@ class Runner:
 
     def run(self, run: Run, worker: str) -> Ending:
         """Call the executor; whatever it does, this returns how it ended."""
-        task, token = run.task, run.token
+        task, token, executor = run.task, run.token, run.executor
         started = self._clock.monotonic()
+        before = forks.generation
         _current.depth = getattr(_current, "depth", 0) + 1
         try:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
                 self._alarms.add(token, run.overdue)
-            try:
-                ending = self._call(run)
-            except BaseException as error:  # noqa: BLE001  (a task hurts only itself)
-                ending = _raised(error, run)
+            if token.cancelled:  # cancelled or stopped before a worker had a hand free
+                token.raise_if_cancelled()
+            if task.damage:
+                raise RepositoryCorrupt(task.damage)
+            given = (run.context,) if executor.takes_context else ()
+            if run.capture is None:
+                value = executor.function(*given, **task.params)
+            else:
+                with capturing(run.capture):
+                    value = executor.function(*given, **task.params)
+            forks.end_in_child(before)
+            text = (
+                None if value is None else payload.encode(value, "result", self._max_payload_size)
+            )
+            ending = Ending(returned=True, result=text)
+        except BaseException as error:  # noqa: BLE001  (a task hurts only itself)
+            forks.end_in_child(before, error)
+            ending = _raised(error, run)
         finally:
             _current.depth -= 1
             if task.timeout is not None:
@@ -142,25 +161,6 @@ class Runner:
             ending.log = run.capture.text()
         return ending
 
-    def _call(self, run: Run) -> Ending:
-        if run.token.cancelled:  # cancelled or stopped before a worker had a hand free
-            run.token.raise_if_cancelled()
-        if run.task.damage:
-            raise RepositoryCorrupt(run.task.damage)
-        before = forks.generation
-        try:
-            if run.capture is None:
-                value = run.executor.invoke(run.context, run.task.params)
-            else:
-                with capturing(run.capture):
-                    value = run.executor.invoke(run.context, run.task.params)
-        except BaseException as error:
-            forks.end_in_child(before, error)
-            raise
-        forks.end_in_child(before)
-        text = None if value is None else payload.encode(value, "result", self._max_payload_size)
-        return Ending(returned=True, result=text)
-
 
 def _raised(error: BaseException, run: Run) -> Ending:
     reason = run.token.reason
@@ -177,7 +177,7 @@ def _raised(error: BaseException, run: Run) -> Ending:
         reason=reason,
         error=_timed_out(error, run.task) if timed_out else error_text(error),
         error_type=error_type(cause),
-        traceback=traceback_text(error, skip=2),
+        traceback=traceback_text(error, skip=1),
         crashed=crashed,
         interrupt=error if interrupt else None,
         **_what_next(cause, run),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
@@ -16,14 +15,8 @@ from taskx.core.order import rank
 
 if TYPE_CHECKING:
     from taskx.core.record import Stub
-    from taskx.executing.runner import Run
 
 
-#: Waiting workers that one start serves at most. What starts together ends together and then waits
-#: together, again and again: in small portions, the workers drift apart and find their way clear.
-MOST_WAITING = 5
-#: Seconds after which a worker's task counts as not short, whatever the others were.
-TIED_UP = 0.002
 #: Polling interval, in seconds, of a thread that waits for room: a signal may cost it a wake-up.
 LOOK_AGAIN = 0.5
 # The heap is tidied if more than half of it, and more than this many items, have left the buffer.
@@ -46,23 +39,27 @@ class Buffer:
 
     A submit reserves its slot before the record is committed, so that what was accepted always
     fits. What is fetched from the repository has room of its own (``fetch_size``) and never makes a
-    submit fail. Beside the ids lie the tasks that were started ahead, for the next free worker.
+    submit fail.
 
     Everything here can be done twice without harm, and cut short between any two lines: slots and
     tasks are known by name, not counted. A heap item that is not known any more is passed over.
+
+    Args:
+        maxsize: how many submitted tasks there is room for.
+        fetch_size: how many fetched ones there is room for.
+        wake: called when something was put in; False if no worker was woken for it, though some wait.
+        ageing: milliseconds of waiting that count as one priority more; 0 for none.
     """
 
-    def __init__(self, maxsize: int, fetch_size: int, workers: int, ageing: int = 0) -> None:
+    def __init__(
+        self, maxsize: int, fetch_size: int, wake: Callable[[], bool], ageing: int = 0
+    ) -> None:
         self.maxsize = maxsize
-        #: Milliseconds of waiting that count as one priority more; 0 for none.
         self.ageing = ageing
         self.fetch_size = fetch_size
-        self.workers = workers
-        self.short = False  # whether tasks have lately been so short that waking costs more
+        self._wake = wake
+        #: What a worker has taken and starts, or puts back.
         self.starting: list[Item] = []
-        #: Since when each task that is being executed has been, on the monotonic clock.
-        self.executing: dict[str, float] = {}
-        self._taken = self._taken_before = 0
         # A finalizer that submits may run in any thread at any time, inside here, too.
         self._mutex = threading.RLock()
         self._heap: list[Item] = []
@@ -70,12 +67,9 @@ class Buffer:
         self._fetched: dict[str, Item] = {}
         #: The turns of submits that have a slot and have not put in their task yet.
         self.reserved: set[int] = set()
-        self.ahead: deque[Run] = deque()
-        self.ahead_since = 0.0
         self.closed = False
-        self.idle = 0
-        #: Rung for workers, and for threads that wait for room.
-        self._work, self.room = Bell(), Bell()
+        #: Rung for threads that wait for room.
+        self.room = Bell()
         self._order = count()
         self._before = count(-1, -1)
         # The time of the last submit; and the time to which the clock was set back since then, if it was.
@@ -237,109 +231,41 @@ class Buffer:
             if len(heap) >= len(self):
                 return  # else a finalizer submitted before the last assignment
 
-    def _wake(self) -> bool:
-        """Wake a waiting worker, unless tasks are short and another worker is at it.
-
-        To wake a thread, and to have two of them want the interpreter, costs more than a short task.
-        """
-        if not self.idle:
-            return True
-        if self.short and self.workers - self.idle > self._tied_up():
-            return False
-        self._work.ring()
-        return True
-
-    def _tied_up(self) -> int:
-        """How many workers are at a task that is not short after all."""
-        limit = time.monotonic() - TIED_UP
-        return sum(began < limit for began in list(self.executing.values()))
-
     # --- for the workers
 
-    def take(self, ahead: int, *, block: bool) -> Run | list[Item] | None:
-        """A task started ahead, or items to start; None: nothing now, or closed while waiting.
+    def take(self, most: int) -> list[Item]:
+        """Take the next tasks, at most ``most``, to start them; none while another worker starts some.
 
-        One worker at a time is given items, one for itself, one for each of a few that wait, and up to
-        ``ahead`` in all; it must call :meth:`lay_out` or :meth:`put_back` and then
-        :meth:`starting_done`. The others wait for what it lays out.
+        The worker calls :meth:`started` when it has started them or put them back.
         """
-        while True:
-            with self._mutex:
-                if self.closed:
-                    return None
-                if self.ahead:
-                    self._taken += 1
-                    self.ahead_since = time.monotonic()
-                    run = self.ahead.popleft()
-                    if self.ahead:
-                        self._wake()
-                    return run
-                if not self.starting and (items := self._take_some(ahead)):
-                    self.starting = items
-                    return items
-                if not block:
-                    return None
-                ear = self._work.listen()
-                self.idle += 1
-            try:
-                self._work.wait(ear)
-            finally:
-                with self._mutex:
-                    self.idle -= 1
-
-    def _take_some(self, ahead: int) -> list[Item]:
-        most = min(max(ahead, 1 + min(self.idle, MOST_WAITING)), len(self))
-        items: list[Item] = []
-        while len(items) < most and self._heap:
-            item = heappop(self._heap)
-            if not self._is_here(item):
-                continue
-            if item.fetched:
-                del self._fetched[item.id]
-            else:
-                del self._submitted[item.id]
-                if self.room.listening:
-                    self.room.ring()
-            items.append(item)
-        self._taken += len(items)
-        return items
-
-    def lay_out(self, runs: list[Run]) -> None:
-        """Offer tasks that were started to whichever worker is free."""
         with self._mutex:
-            self.ahead_since = time.monotonic()
-            self.ahead.extend(runs)
-            if not self.short:
-                self._work.ring(len(runs))
+            if self.starting or self.closed:
+                return []
+            items: list[Item] = []
+            while len(items) < most and self._heap:
+                item = heappop(self._heap)
+                if not self._is_here(item):
+                    continue
+                if item.fetched:
+                    del self._fetched[item.id]
+                else:
+                    del self._submitted[item.id]
+                    if self.room.listening:
+                        self.room.ring()
+                items.append(item)
+            self.starting = items
+            return items
 
-    def starting_done(self) -> None:
-        """Let another worker start tasks."""
+    def started(self) -> None:
+        """Let another worker take tasks."""
         with self._mutex:
             self.starting = []
             if len(self):
                 self._wake()
 
-    def nudge(self) -> bool:
-        """Wake the waiting workers if there is something for them that nobody has taken any of since
-        the last call; False if no worker waits."""
-        with self._mutex:
-            if self.idle and self._taken == self._taken_before:
-                self._work.ring(len(self) + len(self.ahead))
-            self._taken_before = self._taken
-            return self.idle > 0
-
-    def needs_care(self) -> bool:
-        """Whether something lies here that may have to be handed on soon."""
-        return bool(self.ahead or (self.idle and len(self)))
-
-    def clear_ahead(self, older_than: float = 0.0) -> list[Run]:
-        """Take away all tasks started ahead, if none was taken for ``older_than`` seconds."""
-        with self._mutex:
-            if not self.ahead or time.monotonic() - self.ahead_since < older_than:
-                return []
-            runs = list(self.ahead)
-            self.ahead.clear()
-            return runs
+    def has_next(self) -> bool:
+        """Whether :meth:`take` would give a worker anything; once closed, it need not wait for it."""
+        return self.closed or (not self.starting and len(self) > 0)
 
     # --- for the housekeeper
 
@@ -348,11 +274,10 @@ class Buffer:
         return self.fetch_size - self.fetched
 
     def close(self) -> None:
-        """Wake everybody, and hand out nothing more."""
+        """Wake who waits for room, and hand out nothing more."""
         with self._mutex:
             self.closed = True
             self._submitted.clear()
             self._fetched.clear()
             self._heap.clear()
-        self._work.ring_all()
         self.room.ring_all()

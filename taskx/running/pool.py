@@ -13,6 +13,7 @@ import attrs
 
 from taskx.common.bell import Bell
 from taskx.common.complaint import Complaint
+from taskx.common.config import Config
 from taskx.core import lifecycle
 from taskx.core.errors import (
     RepositoryError,
@@ -28,22 +29,14 @@ from taskx.core.writes import Update
 from taskx.executing.failures import error_text, error_type
 from taskx.executing.runner import Run, broken
 from taskx.limiting.admission import Admission
+from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer, Item
+from taskx.running.runs import Runs
 from taskx.running.starter import Services, Starter
 from taskx.running.stuck import Stuck
 from taskx.storage.base import Node
 from taskx.storage.began import Began
 
-#: Most tasks started in one transaction, when tasks have lately been short.
-MAX_AHEAD = 32
-#: Tasks are short below this many seconds.
-SHORT = 0.0002
-#: Seconds that a worker lets short tasks gather when they come one upon the other.
-LINGER = 0.002
-#: Seconds that a task started ahead waits for a free worker before it is handed back.
-AHEAD_PATIENCE = 0.005
-# Tasks are short while at most so many of the last sixteen were not.
-_ALL_LONG, _MOST_LONG = 0xFFFF, 2
 # Seconds a worker waits after the repository failed it, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
@@ -54,18 +47,20 @@ class WorkerPool:
     Args:
         services: what it works with.
         node: what it is known as in the repository.
-        workers: how many threads.
-        buffer: where they take ids from.
-        max_stuck: how many threads that are stuck are replaced.
+        config: how many threads, and how large a buffer.
     """
 
-    def __init__(
-        self, services: Services, node: Node, workers: int, buffer: Buffer, max_stuck: int
-    ) -> None:
+    def __init__(self, services: Services, node: Node, config: Config) -> None:
         self.services = services
         self.hooks = services.hooks
         self.node = node
-        self.buffer = buffer
+        #: Every task in flight: see there.
+        self.runs = Runs()
+        workers = config.worker_num
+        self.ahead = Ahead(workers, self.runs)
+        fetch_size = max(64, 4 * workers, min(config.buffer_size, 256))
+        ageing = round((config.ageing or 0) * 1000)
+        self.buffer = Buffer(config.buffer_size, fetch_size, self.ahead.wake, ageing)
         self.stopping = False
         #: The notes of the tasks that threads began last, if they are kept.
         self.began: Began | None = None
@@ -76,8 +71,7 @@ class WorkerPool:
         )
         self.admission.freed = self.look_for_more
         self.admission.scheduled = lambda: self.wake_housekeeper()
-        self.starter = Starter(services, node, buffer, self.admission)
-        self.runs = self.starter.runs
+        self.starter = Starter(services, node, self.buffer, self.runs, self.admission)
         #: Whether the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
         self._recorded = node.types
@@ -91,22 +85,19 @@ class WorkerPool:
         #: The error that ends a node whose TaskX is too old for the repository, and what ends it.
         self.outdated: SchemaMismatch | None = None
         self.retire: Callable[[SchemaMismatch], None] = lambda why: None
-        self._lately = _ALL_LONG  # the first tasks count as long
-        self._last_batch = 0
         self._complaint = Complaint(services.log)
-        self._lingering = threading.Lock()
         self._refilling = threading.Lock()
         self._counting = threading.Lock()
         self._quiet = Bell()
         self.stuck = Stuck(
-            services, node.id, max_stuck, self._do_without, self._give_up, self._freed
+            services, node.id, config.max_stuck, self._do_without, self._give_up, self._freed
         )
         self._left = self._at_work = self._named = workers
         self.threads = [self._worker(number) for number in range(1, workers + 1)]
 
     def _worker(self, number: int) -> threading.Thread:
         worker, name = f"{self.node.name}/{number}", f"taskx-worker-{number}"
-        return threading.Thread(target=self._work, args=(worker,), name=name, daemon=True)
+        return threading.Thread(target=self._live, args=(worker,), name=name, daemon=True)
 
     def record_types(self) -> None:
         """Record the types that this node runs, if executors were registered since the last record.
@@ -121,31 +112,31 @@ class WorkerPool:
 
     # --- the workers
 
-    def _work(self, worker: str) -> None:
+    def _live(self, worker: str) -> None:
+        """Work; whatever goes wrong costs a task's time, and not the thread."""
         self.begun.wait()
-        pause = _FIRST_PAUSE
-        while not self.stopping:
+        pause, going = _FIRST_PAUSE, True
+        while going:
+            began = time.monotonic()
             try:
-                run = self._next_run()
-                pause = _FIRST_PAUSE
-                if run is not None:
-                    self._complaint.over()
-                    self.execute(run, worker)
-                del run  # a worker that waits must not keep the last task's values alive
-                if self._at_work > self.buffer.workers and self._is_superfluous():
-                    break
+                self._work(worker)
+                going = False
             except SchemaMismatch as error:
                 self.retire(error)
                 self._pause(_LONGEST_PAUSE)
             except RepositoryError as error:
-                self._complaint.make("cannot start tasks for now: %s", error)
+                self._complaint.make("the repository fails the workers (trying again): %s", error)
+                if time.monotonic() - began > _LONGEST_PAUSE:  # it has worked meanwhile
+                    pause = _FIRST_PAUSE
                 self._pause(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-            except BaseException:  # a defect of ours: it costs a task's time, and not a thread
+            except BaseException:  # a defect of ours
                 self.services.log.exception("a worker stumbled; it goes on")
-                self._pause(pause)
+                self._pause(_FIRST_PAUSE)
         try:
-            self._flush()
+            self.services.ledger.flush(wait=False)
+        except RepositoryError as error:
+            self._complaint.make("outcomes wait to be written: %s", error)
         finally:  # whatever happens, a stop must not wait for a worker that is gone
             with self._counting:
                 self._left -= 1
@@ -157,73 +148,62 @@ class WorkerPool:
         while not self.stopping and (left := deadline - time.monotonic()) > 0:
             time.sleep(min(left, 0.1))
 
-    def _next_run(self) -> Run | None:
-        """Take or start the next task; None when there may be another to look for, or at the stop."""
-        if self.hooks.waiting:
-            self.hooks.let_catch_up()
-        self._let_gather()
-        taken = self.buffer.take(self._ahead(), block=False)
-        if taken is None:
-            self._flush()
-            if self.more_stored:
-                self.refill()
-            self._tell_quiet()
-            taken = self.buffer.take(self._ahead(), block=True)
-        return self._start(taken) if isinstance(taken, list) else taken
+    def _work(self, worker: str) -> None:
+        """Take, start and execute one task after the other, until the stop."""
+        buffer, ahead = self.buffer, self.ahead
+        while not self.stopping:
+            if self.hooks.waiting:
+                self.hooks.let_catch_up()
+            if not self.services.watcher.watching:
+                ahead.let_gather(len(buffer))
+            run, items = ahead.take(), None
+            if run is None and (items := buffer.take(ahead.portion)):
+                run = self._start(items)
+            if run is not None:
+                self._complaint.over()
+                self.execute(run, worker)
+                del run  # a worker that waits must not keep the last task's values alive
+            elif not items:
+                if not self.services.ledger.flush(wait=False):
+                    self.wake_housekeeper()  # another thread commits, perhaps without the last ones
+                if self.more_stored:
+                    self.refill()
+                self._tell_quiet()
+                ahead.wait(self._need_not_wait)
+            if self._at_work > ahead.workers and self._is_superfluous():
+                return
 
-    def _let_gather(self) -> None:
-        """While short tasks come one upon the other and nobody waits for any, let a few gather.
+    def _need_not_wait(self) -> bool:
+        return bool(self.ahead.runs) or self.buffer.has_next()
 
-        One transaction then starts more of them, and the submitter is not held up by so many.
-        """
-        buffer = self.buffer
-        if (
-            self._last_batch > 1
-            and buffer.short
-            and not buffer.ahead
-            and len(buffer) < MAX_AHEAD
-            and not self.services.watcher.watching
-            and self._lingering.acquire(blocking=False)
-        ):
-            try:
-                time.sleep(LINGER)
-            finally:
-                self._lingering.release()
-
-    @property
-    def _refill_below(self) -> float:
-        """The share of what may be fetched with less than which more is.
+    def _refill_if_low(self) -> None:
+        """Fetch more if little is left of what was fetched.
 
         A fetch reads what is there already, too, so it pays to have little; but beside other nodes it
         may wait for the file, and is begun early.
         """
-        return 0.25 if self.alone else 0.5
-
-    def _ahead(self) -> int:
-        return MAX_AHEAD if self.buffer.short else 1
+        share = 0.25 if self.alone else 0.5
+        if self.more_stored and self.buffer.fetched < self.buffer.fetch_size * share:
+            self.refill()
 
     def _start(self, items: list[Item]) -> Run | None:
         """Start tasks in one transaction; returns one of them and lays the others out."""
-        self._last_batch = len(items)
+        self.ahead.last_batch = len(items)
         try:
             # Before the start: should this fail, nothing has been started that nobody would run.
-            if (
-                self.more_stored
-                and self.buffer.fetched < self.buffer.fetch_size * self._refill_below
-            ):
-                self.refill()
+            self._refill_if_low()
             runs = self.starter.start(items)
             if self.stopping:  # it looked for runs to tell, and could not see these yet
                 self.starter.hand_back(runs, rebuffer=False)
                 return None
             if len(runs) > 1:
-                self.buffer.lay_out(runs[1:])
+                self.ahead.lay_out(runs[1:])
                 self.wake_housekeeper()
         except BaseException:  # an interrupt, too: nobody else holds these tasks
             self.buffer.put_back(item for item in items if item.id not in self.runs)
             raise
         finally:
-            self.buffer.starting_done()
+            self.buffer.started()
         return runs[0] if runs else None
 
     def execute(
@@ -233,11 +213,9 @@ class WorkerPool:
 
         Any error that escapes, even from a defect of TaskX, fails only this attempt.
         """
-        executing = self.buffer.executing
         try:
-            executing[run.task.id] = time.monotonic()
+            run.since, run.state = time.monotonic(), "executing"
             if self.runs.get(run.task.id) is not run:  # the audit took it for lost
-                executing.pop(run.task.id, None)
                 return Ending(returned=False)
             try:
                 ending = self._attempt(run, worker)
@@ -246,14 +224,11 @@ class WorkerPool:
             if run.decided is not None and not run.decided.acquire(False):
                 self._come_back(run)
                 return ending
-            run.concluded = True  # first: from then on no audit takes it for lost
-            executing.pop(run.task.id, None)
-            # One bit for each of the last tasks, so that a single hiccup changes nothing.
-            self._lately = (self._lately << 1 | (ending.duration >= SHORT)) & _ALL_LONG
-            self.buffer.short = self._lately.bit_count() <= _MOST_LONG
+            run.state = "concluding"  # first: from then on no audit takes it for lost
+            self.ahead.note(ending.duration)
             (conclude or self._defer)(run, ending)
         except BaseException:  # an interrupt: nobody executes it, as the audit then sees
-            executing.pop(run.task.id, None)
+            run.state = "starting"
             self.starter.strike(run, ran=True)
             raise
         return ending
@@ -313,7 +288,6 @@ class WorkerPool:
 
     def _do_without(self, run: Run, ident: int) -> None:
         """The thread that is at a run does not end: another one takes its place, if it is a worker."""
-        self.buffer.executing.pop(run.task.id, None)
         try:
             with self._counting:
                 if not any(thread.ident == ident for thread in self.threads):
@@ -347,7 +321,7 @@ class WorkerPool:
     def _is_superfluous(self) -> bool:
         """Whether there is one worker too many since a stuck one came back: then this one leaves."""
         with self._counting:
-            if self._at_work <= self.buffer.workers:
+            if self._at_work <= self.ahead.workers:
                 return False
             self._at_work -= 1
             return True
@@ -358,14 +332,6 @@ class WorkerPool:
         self.look_for_due()
 
     # --- outcomes
-
-    def _flush(self) -> None:
-        try:
-            if not self.services.ledger.flush(wait=False):
-                self.wake_housekeeper()  # another thread commits, perhaps without the last ones
-        except RepositoryError as error:
-            self._complaint.make("outcomes wait to be written: %s", error)
-            self._pause(_FIRST_PAUSE)
 
     def _concluded(
         self,
@@ -555,7 +521,7 @@ class WorkerPool:
 
         They find it started, or gone, when they come to it.
         """
-        wanted = self.buffer.workers - len(self.buffer.executing)
+        wanted = self.ahead.workers - len(self.runs.executing)
         if wanted <= 0 or len(self.buffer):
             return []
         services = self.services
@@ -583,7 +549,7 @@ class WorkerPool:
         return not (
             self.runs
             or len(self.buffer)
-            or self.buffer.ahead
+            or self.ahead.runs
             or self.starter.suspects.waiting
             or self.more_stored
             or self.services.ledger
@@ -620,8 +586,9 @@ class WorkerPool:
         """Take nothing more."""
         self.stopping = True
         self.begun.set()
-        ahead = self.buffer.clear_ahead()
+        ahead = self.ahead.clear()
         self.buffer.close()
+        self.ahead.wake_all()
         self.starter.suspects.close()
         self.starter.hand_back(ahead, rebuffer=False)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 from taskx.common.hooks import Hooks
@@ -24,6 +24,7 @@ from taskx.limiting.admission import Admission
 from taskx.ordering.dependents import Dependents
 from taskx.ordering.turns import Turns
 from taskx.running.buffer import Buffer, Item
+from taskx.running.runs import Runs
 from taskx.running.suspects import Suspects
 from taskx.storage.base import Node, Repository
 
@@ -56,19 +57,24 @@ class Starter:
         services: what it works with.
         node: the node.
         buffer: where it puts back what cannot start now.
+        runs: those of the node.
         admission: how many may start of the types that have limits.
     """
 
     def __init__(
-        self, services: Services, node: Node, buffer: Buffer, admission: Admission
+        self,
+        services: Services,
+        node: Node,
+        buffer: Buffer,
+        runs: Runs,
+        admission: Admission,
     ) -> None:
         self._services = services
         self._node = node.id
         self._name = node.name
         self._buffer = buffer
         self._admission = admission
-        #: Every run from before its start until its outcome is committed, by task id.
-        self.runs: dict[str, Run] = {}
+        self.runs = runs
         self.suspects = Suspects(self.runs)
         self._shared = Shared(
             services.alarms, services.log.logger, services.keeper, services.repository.get_many
@@ -76,27 +82,45 @@ class Starter:
 
     def start(self, items: Sequence[Item]) -> list[Run]:
         """Start the tasks among these that can be; the others are somebody else's, or no more."""
+        services, runs = self._services, self.runs
+        starting: list[tuple[Run, Update]] = []
+        admitted: Collection[str] = ()
         try:
-            return self._start_allowed(items)
+            self.suspects.stand_aside()
+            found = services.repository.get_many([item.id for item in items])
+            if paused := services.pauses.known:
+                self._turn_away(found, [task for task in found.values() if task.type in paused])
+            if services.registry.limits:
+                admitted = self._admit(items, found)
+            tasks = self._startable(items, found)
+            now = services.clock.now_ms()
+            for task in tasks:
+                update = lifecycle.start(task, now, self._node, self._name)
+                if update is not None and task.id not in runs:
+                    run = self._make_run(task)
+                    starting.append((run, update))
+                    # Before the start is committed: who then asks to cancel it finds its token.
+                    runs[task.id] = run
+                elif self._is_suspect(task):
+                    self._suspect_done()
+            writes = [update for _, update in starting]
+            results = services.ledger.commit(writes) if writes else ()
+            for (run, update), started in zip(starting, results, strict=True):
+                if started:
+                    lifecycle.mark_started(run.task, update)
+                else:
+                    self.strike(run)
+        except BaseException:  # an interrupt, too: nobody else knows of these
+            for run, _ in starting:
+                self.strike(run)
+            raise
         finally:
             if self.suspects.waiting and (next_one := self.suspects.called()):
                 self._buffer.put_back([next_one])
-
-    def _start_allowed(self, items: Sequence[Item]) -> list[Run]:
-        services = self._services
-        self.suspects.stand_aside()
-        found = services.repository.get_many([item.id for item in items])
-        if paused := services.pauses.known:
-            self._turn_away(found, [task for task in found.values() if task.type in paused])
-        if not services.registry.limits:
-            return self._start(items, found)
-        admitted = self._admit(items, found)
-        try:
-            return self._start(items, found)
-        finally:
             for task_id in admitted:
-                if task_id not in self.runs:
+                if task_id not in runs:
                     self._admission.over(task_id, ran=False)
+        return [run for (run, _), started in zip(starting, results, strict=True) if started]
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
         """Of tasks with limits, turn away those that must not start now; returns the others."""
@@ -118,37 +142,6 @@ class Starter:
             raise
         return admitted
 
-    def _start(self, items: Sequence[Item], found: dict[str, Task]) -> list[Run]:
-        services = self._services
-        startable = self._startable(items, found)
-        now = services.clock.now_ms()
-        starting: list[tuple[Run, Update]] = []
-        try:
-            for task in startable:
-                update = lifecycle.start(task, now, self._node, self._name)
-                if update is not None and task.id not in self.runs:
-                    run = self._make_run(task)
-                    starting.append((run, update))
-                    # Before the start is committed: who then asks to cancel it finds its token.
-                    self.runs[task.id] = run
-                elif self._is_suspect(task):
-                    self._suspect_done()
-            if not starting:
-                return []
-            results = services.ledger.commit([update for _, update in starting])
-            runs = []
-            for (run, update), started in zip(starting, results, strict=True):
-                if started:
-                    lifecycle.mark_started(run.task, update)
-                    runs.append(run)
-                else:
-                    self.strike(run)
-        except BaseException:  # an interrupt, too: nobody else knows of these
-            for run, _ in starting:
-                self.strike(run)
-            raise
-        return runs
-
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
         """The tasks to start now, in order; the rest goes back into the buffer.
 
@@ -162,11 +155,15 @@ class Starter:
             self._resolve_options(task)
             if not task.crashes and task.max_crashes != 1:
                 chosen.append(task)
-            elif chosen:
+                continue
+            if chosen:
                 self._buffer.put_back([item])
-            elif not (suspect := self._is_suspect(task)) or self.suspects.admit(item):
-                self._buffer.put_back(items[position + 1 :])
-                return self._alone(task) if suspect and lifecycle.last_chance(task) else [task]
+                continue
+            suspect = self._is_suspect(task)
+            if suspect and not self.suspects.admit(item):
+                continue  # it waits for its turn
+            self._buffer.put_back(items[position + 1 :])
+            return self._alone(task) if suspect and lifecycle.last_chance(task) else [task]
         return chosen
 
     def _turn_away(self, found: dict[str, Task], tasks: Sequence[Task]) -> None:
@@ -222,25 +219,20 @@ class Starter:
 
     def strike(self, run: Run, *, ran: bool = False) -> None:
         """Forget a run that was not executed, or is over; a second call does nothing."""
-        if self.runs.get(run.task.id) is run:
-            del self.runs[run.task.id]
+        if self.runs.forget(run):
             self._struck(run, ran=ran)
 
     def claim(self, run: Run) -> bool:
-        """Forget a run that no thread is at; False if one has just begun to execute it.
-
-        A thread that begins is known to execute it first, and then looks whether it was forgotten.
-        """
-        if self.runs.pop(run.task.id, None) is None:
-            return False
-        if run.task.id in self._buffer.executing:
-            self.runs[run.task.id] = run
-            return False
-        self._struck(run, ran=False)
-        return True
+        """Forget a run that no thread is at; False if one has just begun to execute it."""
+        claimed = self.runs.claim(run)
+        if claimed:
+            self._struck(run, ran=False)
+        return claimed
 
     def _struck(self, run: Run, *, ran: bool) -> None:
-        if self._admission.admitted and not run.stuck:  # that counts as long as its thread runs
+        if (
+            self._admission.admitted and run.state != "stuck"
+        ):  # that counts as long as its thread runs
             self._admission.over(run.task.id, ran=ran)
         if run.task.crashes and self._is_suspect(run.task):
             self._suspect_done()

@@ -104,7 +104,7 @@ class Stuck:
         with self._giving_up:
             if not (run.decided and run.decided.acquire(False)):
                 return  # it has ended meanwhile
-            self._any = run.stuck = True
+            self._any, run.state = True, "stuck"
             self.runs.append(run)
             self._do_without(run, ident)
             self._conclude(run, self._services.runner.give_up(run, worker, stack))

@@ -10,7 +10,8 @@ from taskx.common.bell import Signal
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.token import CancelReason
-from taskx.running.pool import AHEAD_PATIENCE, WorkerPool
+from taskx.running import ahead
+from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
 from taskx.storage.base import Changes
 from taskx.upkeep.recovery import Recovery
@@ -138,11 +139,11 @@ class Housekeeper:
             timeout = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
         elif self._more_to_do():
             timeout = _SHORTEST
-        elif self._services.ledger or self._pool.buffer.needs_care():
-            timeout = AHEAD_PATIENCE
+        elif self._services.ledger or self._pool.ahead.needs_care(len(self._pool.buffer)):
+            timeout = ahead.PATIENCE
         else:
             self._asleep_long = True
-            timeout = AHEAD_PATIENCE if self._told else POLL
+            timeout = ahead.PATIENCE if self._told else POLL
             next_tick = None if self._pool.stopping else self._ticker.next
             for due in (self._next_due, next_tick):
                 if due is not None:
@@ -174,10 +175,8 @@ class Housekeeper:
         self._services.watcher.tell()
         if self._pool.stuck.ended:
             self._pool.stuck.lift()
-        if not self._pool.buffer.nudge():
-            self._pool.starter.hand_back(
-                self._pool.buffer.clear_ahead(AHEAD_PATIENCE), rebuffer=True
-            )
+        if not self._pool.ahead.nudge(len(self._pool.buffer)):
+            self._pool.starter.hand_back(self._pool.ahead.clear(ahead.PATIENCE), rebuffer=True)
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._services.dependents.look(PATIENCE)

@@ -16,7 +16,6 @@ from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
 from taskx.executing.runner import inside_executor
-from taskx.running.buffer import Buffer
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Services
 from taskx.schedules.ticker import Ticker
@@ -53,10 +52,7 @@ class LocalNode:
             name=f"{gethostname()}:{os.getpid()}:{node_id[-6:]}",
             types=services.registry.types,
         )
-        fetch_size = max(64, 4 * config.worker_num, min(config.buffer_size, 256))
-        ageing = round((config.ageing or 0) * 1000)
-        buffer = Buffer(config.buffer_size, fetch_size, config.worker_num, ageing)
-        self.pool = WorkerPool(services, self.record, config.worker_num, buffer, config.max_stuck)
+        self.pool = WorkerPool(services, self.record, config)
         self.pool.retire = self._retire
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
         self._ending = threading.Lock()
@@ -129,7 +125,7 @@ class LocalNode:
         services.log.info(
             "node %s started: %d workers, types %s",
             self.record.name,
-            self.pool.buffer.workers,
+            self.pool.ahead.workers,
             ", ".join(self.record.types) or "none",
         )
 

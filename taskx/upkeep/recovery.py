@@ -206,12 +206,11 @@ class Recovery:
         self._strays = strays - self._strays
 
     def _is_stray(self, run: Run, stubs: Collection[tuple[str, str, int]]) -> bool:
-        buffer = self._pool.buffer
         if run.task.status is not TaskStatus.RUNNING:
             return False  # it is being started
-        if run.stuck or run.task.id in buffer.executing:
+        if run.state in ("executing", "stuck"):
             return False
-        return _key(run) not in stubs or not (run.concluded or run in list(buffer.ahead))
+        return _key(run) not in stubs or run.state == "starting"
 
     def _hand_back(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)

@@ -20,7 +20,7 @@ from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.executing.runner import Runner
-from taskx.running.buffer import Buffer
+from taskx.running.ahead import Ahead
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter
 from taskx.running.suspects import Suspects
@@ -74,7 +74,7 @@ COMMON_POINTS: Points = {
     "after commit, before buffer": lambda strike: before(Intake, "_buffer", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
     # Before: what lies there may have been taken, and have ended, when the strike comes.
-    "started ahead": lambda strike: before(Buffer, "lay_out", strike),
+    "started ahead": lambda strike: before(Ahead, "lay_out", strike),
     "after result, before finish": lambda strike: after(Runner, "run", strike),
     "while stopping": lambda strike: after(LocalNode, "_begin_stop", strike),
 }

@@ -24,8 +24,7 @@ from taskx.common.complaint import Complaint
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
-from taskx.running.buffer import Buffer
-from taskx.running.pool import MAX_AHEAD
+from taskx.running.ahead import MAX_AHEAD, Ahead
 from taskx.upkeep import housekeeper
 
 
@@ -513,18 +512,18 @@ def test_outage_at_a_stop_ends_all_the_same(queue, gate):
 @pytest.fixture
 def all_short(monkeypatch):
     """Every task counts as short, however slow the machine is; but for the first ones, which are long."""
-    monkeypatch.setattr("taskx.running.pool.SHORT", float("inf"))
+    monkeypatch.setattr("taskx.running.ahead.SHORT", float("inf"))
 
 
 @pytest.fixture
 def calm(monkeypatch):
     """Only while it is set is anything handed back: a stall of the machine hands nothing back."""
-    clear_ahead, calm = Buffer.clear_ahead, threading.Event()
+    clear, calm = Ahead.clear, threading.Event()
 
-    def clear_in_the_calm(buffer, older_than=0.0):
-        return clear_ahead(buffer, older_than) if calm.is_set() or not older_than else []
+    def clear_in_the_calm(ahead, older_than=0.0):
+        return clear(ahead, older_than) if calm.is_set() or not older_than else []
 
-    monkeypatch.setattr(Buffer, "clear_ahead", clear_in_the_calm)
+    monkeypatch.setattr(Ahead, "clear", clear_in_the_calm)
     return calm
 
 
@@ -599,7 +598,7 @@ def test_started_ahead_and_cancelled_it_never_runs(make_queue):
     def n(n):
         assert ready.wait(PATIENCE)
         ran.append(n)
-        ahead = list(queue._node.pool.buffer.ahead)
+        ahead = list(queue._node.pool.ahead.runs)
         if ahead and not cancelled:
             cancelled.append(ahead[-1].task.id)
             assert queue.cancel_task(cancelled[0]) is False  # it counts as running
@@ -628,7 +627,7 @@ def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, c
     def n(n):
         assert ready.wait(PATIENCE)
         ran.append(n)
-        ahead = [run.task.id for run in queue._node.pool.buffer.ahead]
+        ahead = [run.task.id for run in queue._node.pool.ahead.runs]
         if ahead and not hung:
             hung.extend(ahead)
             gate()
@@ -639,7 +638,7 @@ def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, c
     ready.set()
     gate.wait_for(1)
     calm.set()
-    eventually(lambda: not queue._node.pool.buffer.ahead)
+    eventually(lambda: not queue._node.pool.ahead.runs)
     calm.clear()
     tasks = [queue.get_task_status(task_id) for task_id in hung]
     eventually(
@@ -663,7 +662,7 @@ def test_stop_hands_back_what_was_started_ahead(make_queue):
     def n(n):
         assert ready.wait(PATIENCE)
         ran.append(n)
-        if queue._node.pool.buffer.ahead and stopping == []:
+        if queue._node.pool.ahead.runs and stopping == []:
             stopping.append(run_in_thread(lambda: queue.stop(PATIENCE)))
             eventually(lambda: queue._node.pool.stopping)
 

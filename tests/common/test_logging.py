@@ -117,12 +117,12 @@ def test_a_worker_that_stumbles_goes_on(queue, monkeypatch):
     queue.start()
     pool, stumbled = queue._node.pool, threading.Semaphore(0)
 
-    def stumble():
+    def stumble(*args):
         stumbled.release()
         raise RuntimeError("a defect")
 
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "_next_run", stumble)
+        patch.setattr(pool.ahead, "take", stumble)
         patch.setattr(queue._node._housekeeper, "tick", stumble)
         queue.submit("fine")  # wakes a worker
         for _ in range(10):

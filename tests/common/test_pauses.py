@@ -11,7 +11,8 @@ from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, Paused, Queue, SQLiteRepository, Task, TaskStatus
 from taskx.core import lifecycle
-from taskx.running.pool import MAX_AHEAD, WorkerPool
+from taskx.running.ahead import MAX_AHEAD
+from taskx.running.pool import WorkerPool
 from taskx.testing import ManualClock
 from taskx.upkeep import housekeeper
 

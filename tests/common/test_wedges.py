@@ -199,7 +199,7 @@ def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch
 
 @pytest.fixture
 def full():
-    buffer = Buffer(1000, 64, 1)
+    buffer = Buffer(1000, 64, lambda: True)
     for n in range(1000):
         turn = buffer.turn()
         assert buffer.reserve((turn,))
@@ -229,17 +229,17 @@ def test_a_discarded_task_does_not_rebuild_the_heap(full):
         full.discard([f"x{n}"])
     assert full._heap is heap
     assert (len(full), full.submitted) == (900, 900)
-    assert full.take(1, block=False)[0].id == "x100"
+    assert full.take(1)[0].id == "x100"
 
 
 def test_a_heap_full_of_discarded_tasks_is_tidied(full):
     full.discard([f"x{n}" for n in range(999)])
     assert len(full._heap) < 100
-    assert [item.id for item in full.take(9, block=False)] == ["x999"]
+    assert [item.id for item in full.take(9)] == ["x999"]
 
 
 def test_a_clock_that_is_set_back_does_not_change_the_order():
-    buffer = Buffer(100, 64, 1)
+    buffer = Buffer(100, 64, lambda: True)
 
     def submit(name, at):
         turn = buffer.turn()
@@ -252,5 +252,5 @@ def test_a_clock_that_is_set_back_does_not_change_the_order():
     buffer.add("old", "t", 0, 500, None, buffer.turn())  # from the repository, stored long before
     buffer.add("d", "t", 0, 1002, None, buffer.turn())  # spilled after that
     submit("e", 6000)  # it has caught up
-    taken = [item.id for item in buffer.take(9, block=False)]
+    taken = [item.id for item in buffer.take(9)]
     assert taken == ["old", "a", "b", "c", "d", "e"]

@@ -771,7 +771,7 @@ class TestDiesWithItsParent:
         shared = Shared(None, log, keeper, None)
         ctx = taskx.Context(Task(type="listen"), taskx.CancelToken(), shared)
         with pytest.raises(KeyboardInterrupt):
-            registry.get("listen").invoke(ctx, {})
+            registry.get("listen").function(ctx)
         assert started[0].returncode == -signal.SIGKILL
 
 

@@ -191,7 +191,7 @@ def test_without_any_an_executor_is_called_as_it_is():
     registry = Registry()
     made = make_executor(lambda: None, "t", Options())
     registry.register(made, Options())
-    assert registry.get("t").invoke == made.invoke
+    assert registry.get("t").function is made.function
 
 
 @pytest.mark.parametrize("wrong", [object(), Middleware, None, "text"])

@@ -167,7 +167,7 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     node.join()
     pool = node.pool
     pool.refill()
-    items = pool.buffer.take(5, block=False)
+    items = pool.buffer.take(5)
 
     def away(*args):
         monkeypatch.setattr(repository, "put_note", away)

@@ -97,7 +97,7 @@ def test_the_task_that_ran_meanwhile_ends_well_when_the_file_is_back(held, datab
     put_back = lose(database)
     refused(held, "nothing was stored")
     gate.open()
-    eventually(lambda: not held._node.pool.buffer.executing)
+    eventually(lambda: not held._node.pool.runs.executing)
     put_back()
     assert held.healthy
     assert held.handle("held").result(PATIENCE) == "held"
@@ -155,7 +155,7 @@ def test_the_log_tells_of_it_ever_more_rarely_and_shows_no_traceback(
 def test_a_stop_ends_and_names_what_could_not_be_written(held, database, gate, caplog):
     delete(database)
     gate.open()
-    eventually(lambda: not held._node.pool.buffer.executing)
+    eventually(lambda: not held._node.pool.runs.executing)
     assert held.stop(timeout=0.1) == ["held"]
     assert "outcomes could not be written yet" in caplog.text
     assert not database.exists()

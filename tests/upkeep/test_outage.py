@@ -105,7 +105,7 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
         on_mongo.submit("end", {"how": "never"}, id="refused")
     assert time.monotonic() - began < 10
     gate.open()
-    eventually(lambda: not on_mongo._node.pool.buffer.executing)
+    eventually(lambda: not on_mongo._node.pool.runs.executing)
     eventually(lambda: on_mongo.repository.failed >= 2)
     proxy.heal()
     connection.timeout = patience

@@ -147,9 +147,10 @@ class _Work:
         _log_to(self._channel, order["levels"])
         self._token.raise_if_cancelled()
         params = order["task"]["params"] if order["params"] is None else order["params"]
+        given = (self._context,) if executor.takes_context else ()
         before = forks.generation
         try:
-            value = executor.invoke(self._context, params)
+            value = executor.function(*given, **params)
         except BaseException as error:
             forks.end_in_child(before, error)
             raise

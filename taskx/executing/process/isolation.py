@@ -128,7 +128,7 @@ class Isolated:
         self._grace = entry.options.patience
         self._max_payload_size = max_payload_size
 
-    def __call__(self, ctx: Context, params: Mapping[str, Any]) -> Any:
+    def __call__(self, ctx: Context, /, **params: Any) -> Any:
         """Run the executor in a child process of its own.
 
         Raises:
@@ -143,7 +143,7 @@ class Isolated:
             "address": self._address,
             "main": self._main,
             "task": ctx.task.to_dict(),
-            "params": None if ctx.task.params is params else params,
+            "params": None if ctx.task.params == params else params,
             "max_payload_size": self._max_payload_size,
             "left": ctx.remaining(),
             "asked_at": time.monotonic(),

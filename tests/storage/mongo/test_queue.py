@@ -415,7 +415,7 @@ class TestAnOutage:
                 self.fail_in_time(lambda: queue.submit("work", {"n": 1}))
                 self.fail_in_time(lambda: queue.submit_many([Task(type="work")] * 2))
                 gate.open()
-                eventually(lambda: "x" not in queue._node.pool.buffer.executing)
+                eventually(lambda: not queue._node.pool.runs.executing)
                 back()
                 again = eventually(lambda: submitted(queue, "work"))
                 assert eventually(lambda: outcome(handle)) == "done"
