@@ -324,7 +324,8 @@ def test_the_table_of_moves_is_the_codes():
 def test_the_table_of_threads_has_each():
     """Every thread that the code makes has a name, and is in the table by it."""
     named = set()
-    for path in {*(ROOT / "taskx").rglob("*.py")} - {ROOT / "taskx" / "testing.py"}:
+    ours = {*(ROOT / "taskx").rglob("*.py")} - {*(ROOT / "taskx" / "testing").iterdir()}
+    for path in ours:
         text = path.read_text(encoding="utf-8")
         named.update(re.findall(r'"(taskx-[a-z]+(?:-{number})?)"', text))
         for call in ast.walk(ast.parse(text)):
