@@ -60,6 +60,7 @@ from taskx.ordering.turns import Turns
 from taskx.running.starter import Services
 from taskx.schedules.schedule import Schedule
 from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
+from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository, TaskRepository
 from taskx.submitting.creation import with_options
@@ -563,7 +564,7 @@ class Queue:
         Raises:
             ConfigurationError: the filter is no ``TaskFilter``.
         """
-        return self.repository.page(check_filter(filter))
+        return queries.page(self.repository, check_filter(filter))
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Have a handle resolved when its task ends; handles call this themselves."""

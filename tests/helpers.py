@@ -14,7 +14,7 @@ import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,7 @@ from taskx import (
     RepositoryUnavailable,
     SQLiteRepository,
 )
-from taskx.storage.base import Repository
+from taskx.storage.base import Lookup, Repository
 from taskx.testing import ManualClock
 
 ROOT = Path(__file__).parent.parent
@@ -430,3 +430,41 @@ def run_in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
         return value
 
     return result
+
+
+# --- looks into a repository
+
+
+def those_with(repository: Repository, column: Lookup, *values: str) -> list[str]:
+    """The ids of the rows that have one of these values in a lookup column."""
+    return [task_id for (task_id,) in repository.find(column, values, ("id",))]
+
+
+def held_on(repository: Repository, node: str) -> list[str]:
+    """The ids of the tasks that a node holds, the running ones first."""
+    return [
+        *those_with(repository, "running_on", node),
+        *those_with(repository, "buffered_on", node),
+    ]
+
+
+def earliest_due(repository: Repository) -> int | None:
+    """The earliest ``run_at`` of the tasks that are held back until theirs."""
+    return next((run_at for _, run_at in repository.due(None, 1)), None)
+
+
+def key_holders(repository: Repository, keys: Sequence[str]) -> dict[str, str]:
+    """Which task holds each of these unique keys."""
+    return dict(repository.find("unique_lock", keys, ("unique_lock", "id")))
+
+
+def first_in_line(repository: Repository, key: str) -> str | None:
+    """The task that gets the turn of a key next."""
+    return next((task_id for (task_id,) in repository.find("line", [key], ("id",), 1)), None)
+
+
+def lines(repository: Repository, after: str = "", limit: int = 10) -> dict[str, bool]:
+    """The keys of the lines in which tasks wait, and whether nobody has the turn."""
+    keys = repository.distinct("line", after, limit)
+    turns = dict(repository.find("turn", keys, ("turn", "id")))
+    return {key: key not in turns for key in keys}

@@ -34,6 +34,7 @@ from taskx.running.buffer import Buffer, Item
 from taskx.running.runs import Runs
 from taskx.running.starter import Services, Starter
 from taskx.running.stuck import Stuck
+from taskx.storage import queries
 from taskx.storage.base import Node
 from taskx.storage.began import Began
 
@@ -527,7 +528,7 @@ class WorkerPool:
         services = self.services
         found = [
             (stub, owner)
-            for owner in services.repository.owners()
+            for owner in queries.owners(services.repository)
             if owner != self.node.id
             for stub in self._offered(wanted, owner)
         ]
@@ -594,8 +595,8 @@ class WorkerPool:
 
     def release_pending(self) -> int:
         """Give up the pending tasks that this node holds, for whoever runs; returns how many."""
-        owned = self.services.repository.owned(self.node.id)
-        pending = [stub.id for stub in owned if stub.status == lifecycle.PENDING]
+        found = self.services.repository.find("buffered_on", [self.node.id], ("id",))
+        pending = [task_id for (task_id,) in found]
         self.starter.give_up(pending)
         return len(pending)
 

@@ -142,8 +142,8 @@ class Stuck:
             RepositoryError: the repository failed; it is tried again.
         """
         if self._any:
-            stubs = self._services.repository.stuck_on(self._node)
-            self.lift_bars((stub.id for stub in stubs), self._node)
+            found = self._services.repository.find("stuck_on", [self._node], ("id",))
+            self.lift_bars((task_id for (task_id,) in found), self._node)
 
     def lift_bars(self, task_ids: Iterable[str], node: str) -> int:
         """Let tasks start again that ran on a node; returns how many.

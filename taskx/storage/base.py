@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import attrs
@@ -41,13 +41,11 @@ from taskx.core.model import (
 from taskx.core.payload import clean_text
 from taskx.core.record import (
     COLUMNS,
-    STUB,
     Ended,
     Stub,
     known_status,
     optional_ms,
     policy_to_text,
-    stub_from_values,
     task_from_row,
 )
 from taskx.core.retry import check_policy
@@ -87,10 +85,6 @@ Lookup = Literal[
 #:     the ``type`` of the pending tasks that may start.
 Listed = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on", "ready_type"]
 
-#: Among how many tasks that may start, those stored first, the one is sought that waits longest.
-OLDEST = 1000
-# Rows that are read at a time.
-_PAGE = 1000
 #: Longest progress message, in characters.
 MAX_MESSAGE = 1000
 #: Longest error or traceback that is written by hand, in characters.
@@ -309,18 +303,6 @@ class Repository(TaskRepository):
         found = self.find("id", task_ids, TASK_FIELDS)
         return {row[0]: task_from_row(row, self.codecs) for row in found}
 
-    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
-        """The tasks that meet the filter, newest first, and how many meet it in all.
-
-        A page that is not full says itself where the list ends: the two do not contradict each other.
-        """
-        tasks = self.list(filter)
-        end = filter.offset + len(tasks)
-        if len(tasks) < filter.limit and (tasks or not filter.offset):
-            return tasks, end
-        count = self.count(filter)
-        return tasks, max(count, end) if tasks else count
-
     @abstractmethod
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -339,55 +321,6 @@ class Repository(TaskRepository):
         Of each its id and its ``run_at``, in milliseconds; with None those of any ``run_at``.
         """
 
-    def next_due(self) -> int | None:
-        """The earliest ``run_at`` of the held back pending tasks, in milliseconds."""
-        return next((run_at for _, run_at in self.due(None, 1)), None)
-
-    def oldest_ready(self) -> int | None:
-        """Since when the pending task has waited, of those that may start now, that waits longest.
-
-        In milliseconds; None if there is none. Of all types, and whoever holds it. It waits since it was
-        stored or, if that was later, since its ``run_at``. At least the :data:`OLDEST` are looked at that
-        were stored first: so many may be read whatever waits.
-        """
-        types = list(self._every("ready_type"))
-        owners = ("", *self._every("buffered_on")) if types else ()
-        found = (stub for owner in owners for stub in self.ready(types, OLDEST, owner, 1))
-        return min((max(stub.created_at, stub.run_at or 0) for stub in found), default=None)
-
-    def _every(self, column: Listed) -> Iterator[str]:
-        after = ""
-        while page := self.distinct(column, after, _PAGE):
-            yield from page
-            after = page[-1]
-
-    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
-        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
-        found = list(self.find("running_on", [node], STUB, limit))
-        if limit is None or len(found) < limit:
-            left = None if limit is None else limit - len(found)
-            found += self.find("buffered_on", [node], STUB, left)
-        return [stub_from_values(row) for row in found]
-
-    def owners(self) -> Sequence[str]:
-        """The ids of all nodes that hold tasks, or on which one is stuck."""
-        columns: tuple[Listed, ...] = ("buffered_on", "running_on", "stuck_on")
-        return [*{owner: None for column in columns for owner in self._every(column)}]
-
-    def unfinished(self, types: Iterable[str]) -> bool:
-        """Whether a task of these types runs on a node, or is pending and not held back."""
-        kinds = set(types)
-        owners = ("", *self._every("buffered_on"))
-        # Ready ones twice, as a task may move from the one to the other between two looks.
-        return (
-            any(self.ready(kinds, 1, owner) for owner in owners)
-            or any(
-                kind in kinds
-                for (kind,) in self.find("running_on", [*self._every("running_on")], ("type",))
-            )
-            or any(self.ready(kinds, 1, owner) for owner in owners)
-        )
-
     @abstractmethod
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         """Tasks of a finished status that ended before a moment, in milliseconds, newest first.
@@ -396,63 +329,10 @@ class Repository(TaskRepository):
         last call stopped.
         """
 
-    def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Return the ids of these on which a stored task depends that is not one of these."""
-        these = set(task_ids)
-        pairs = self.find("parent", task_ids, ("parent", "id"), _PAGE)
-        if (
-            len(pairs) == _PAGE
-        ):  # of one that many depend on, one more than there are here is enough
-            most = len(these) + 1
-            pairs = [
-                pair
-                for task_id in task_ids
-                for pair in self.find("parent", [task_id], ("parent", "id"), most)
-            ]
-        return {parent for parent, child in pairs if child not in these}
-
-    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that depend on one of these, whatever their status, each once."""
-        return [*dict.fromkeys(child for (child,) in self.find("parent", task_ids, ("id",)))]
-
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
         """The status of each of these tasks that exists, by id."""
         found = self.find("id", task_ids, ("id", "status"))
         return {task_id: known_status(status) for task_id, status in found}
-
-    def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
-        """Return the ids of these tasks whose cancel was requested."""
-        found = self.find("id", task_ids, ("id", "cancel_requested_at"))
-        return [task_id for task_id, asked_at in found if asked_at is not None]
-
-    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
-        """Which task holds each of these unique keys, by key."""
-        return dict(self.find("unique_lock", keys, ("unique_lock", "id")))
-
-    def awaited(self, after: str, limit: int) -> Sequence[str]:
-        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
-        return self.distinct("waiting_on", after, limit)
-
-    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that wait on one of these."""
-        return [child for (child,) in self.find("waiting_on", task_ids, ("id",))]
-
-    def next_in_line(self, key: str) -> str | None:
-        """The first task of a concurrency key that waits for its turn."""
-        return next((task_id for (task_id,) in self.find("line", [key], ("id",), 1)), None)
-
-    def lines(self, after: str, limit: int) -> dict[str, bool]:
-        """Concurrency keys of tasks that wait for their turn, in order, from the one after ``after``.
-
-        For each, whether it stands still: no task has its turn.
-        """
-        keys = self.distinct("line", after, limit)
-        moving = {key for (key,) in self.find("turn", keys, ("turn",))}
-        return {key: key not in moving for key in keys}
-
-    def stuck_on(self, node: str) -> Sequence[Stub]:
-        """The tasks, whatever their status, that a thread of an ended attempt still runs on a node."""
-        return [stub_from_values(row) for row in self.find("stuck_on", [node], STUB)]
 
     @abstractmethod
     def notes(self, prefix: str) -> dict[str, Note]:
@@ -574,9 +454,8 @@ class Repository(TaskRepository):
         if parents := between.get("depends_on"):  # whether they have ended is seen by whoever runs
             lifecycle.wait_for(insert, parents[-1])
         if not self.apply([insert])[0]:
-            key = task.unique_key
-            holder = None if key is None else self.unique_holders([key]).get(key)
-            raise DuplicateTask(holder or task.id, key if holder else None)
+            holder = self._holder(task.unique_key)
+            raise DuplicateTask(holder or task.id, task.unique_key if holder else None)
 
     def get_by_id(self, task_id: str) -> Task:
         """The task with that id; ``TaskNotFound`` if there is none."""
@@ -621,10 +500,14 @@ class Repository(TaskRepository):
 
     def refuse_if_key_held(self, task: Task) -> None:
         """``DuplicateTask`` where another task holds the unique key that this one would take again."""
-        key = task.unique_key
-        holder = None if key is None else self.unique_holders([key]).get(key)
+        holder = self._holder(task.unique_key)
         if holder is not None and holder != task.id:
-            raise DuplicateTask(holder, key)
+            raise DuplicateTask(holder, task.unique_key)
+
+    def _holder(self, key: str | None) -> str | None:
+        """The task that holds a unique key."""
+        found = () if key is None else self.find("unique_lock", [key], ("id",))
+        return next((task_id for (task_id,) in found), None)
 
     def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
         """Set progress, clamped to 0 to 100, and message of a running task; of another, nothing.

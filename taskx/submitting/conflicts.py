@@ -25,9 +25,9 @@ def settle(services: Services, insert: Insert, on_conflict: unique.OnConflict) -
     if key is None or insert.id in repository.statuses([insert.id]):
         raise DuplicateTask(insert.id)
     for _ in range(_TRIES):
-        holder_id = repository.unique_holders([key]).get(key)
-        holder = repository.get_many([holder_id]).get(holder_id) if holder_id else None
-        if holder is None:
+        found = repository.find("unique_lock", [key], ("id",))
+        holders = repository.get_many([task_id for (task_id,) in found])
+        if (holder := next(iter(holders.values()), None)) is None:
             return None
         if (given_up := unique.give_up(holder, services.clock.now_ms())) is not None:
             services.ledger.commit([given_up])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from graphlib import TopologicalSorter
 from itertools import islice
 
@@ -12,6 +12,7 @@ from taskx.core import lifecycle
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
 from taskx.running.starter import Services
+from taskx.storage.base import Repository
 
 #: Most tasks changed in one transaction.
 BATCH = 200
@@ -82,10 +83,16 @@ def _with_orphans(services: Services, tasks: Mapping[str, Task]) -> dict[str, Ta
     more: Mapping[str, Task] = tasks
     while more:
         parents = more
-        children = [i for i in services.repository.children([*parents]) if i not in known]
-        more = _found(services, children, lambda child: lifecycle.ended_with(child, parents))  # noqa: B023
+        more_ids = [i for i in children(services.repository, parents) if i not in known]
+        more = _found(services, more_ids, lambda child: lifecycle.ended_with(child, parents))  # noqa: B023
         known.update(more)
     return known
+
+
+def children(repository: Repository, task_ids: Iterable[str]) -> list[str]:
+    """The tasks that depend on one of these, whatever their status, each once."""
+    found = repository.find("parent", [*task_ids], ("id",))
+    return [*dict.fromkeys(task_id for (task_id,) in found)]
 
 
 def _requeue(services: Services, known: Mapping[str, Task]) -> set[str]:
@@ -146,7 +153,7 @@ def discard_all(services: Services, filter: TaskFilter | None) -> int:
 
 def _asked_for(services: Services, tasks: Mapping[str, Task]) -> set[str]:
     """Return the parents of unfinished tasks: an executor may still ask for their results."""
-    statuses = services.repository.statuses(services.repository.children([*tasks]))
+    statuses = services.repository.statuses(children(services.repository, tasks))
     unfinished = [i for i, status in statuses.items() if status in lifecycle.UNFINISHED]
     found = _found(services, unfinished, lambda child: True)
     return {parent for child in found.values() for parent in child.depends_on}

@@ -16,6 +16,7 @@ from taskx.core.model import TaskFilter
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.running.starter import Services
+from taskx.storage import queries
 from taskx.submitting.dead_letters import requeue_all, requeue_one, requeue_these
 from taskx.submitting.intake import Intake
 
@@ -51,7 +52,7 @@ class Operations:
                 task = self._services.repository.get_by_id(task_id)
                 if task.status.finished:
                     raise InvalidTransition(f"task {task_id} is {task.status} already")
-                if task_id not in self._services.repository.asked_to_cancel([task_id]):
+                if not queries.asked_to_cancel(self._services.repository, [task_id]):
                     continue  # it moved between the write and the look
             self.fire(task_id)
             return False

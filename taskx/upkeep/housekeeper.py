@@ -13,6 +13,7 @@ from taskx.core.token import CancelReason
 from taskx.running import ahead
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
+from taskx.storage import queries
 from taskx.storage.base import Changes
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
@@ -114,8 +115,7 @@ class Housekeeper:
             RepositoryError: the repository failed.
         """
         now = self._services.clock.now_ms()
-        due = self._services.repository.next_due()
-        return (due is not None and due <= now) or self._ticker.behind(now)
+        return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
 
     def _run(self) -> None:
         failures = 0
@@ -229,7 +229,7 @@ class Housekeeper:
         self._pool.admission.forget()
         self._services.dependents.look_around()
         runs = self._pool.runs
-        for task_id in self._services.repository.asked_to_cancel(list(runs)) if runs else ():
+        for task_id in queries.asked_to_cancel(self._services.repository, list(runs)):
             if (run := runs.get(task_id)) is not None:
                 run.token.fire(CancelReason.CANCEL)
 
@@ -239,15 +239,18 @@ class Housekeeper:
         now = services.clock.now_ms()
         if not self._due_known:
             self._due_known = True  # before looking: a task stored from now on clears it again
-            self._next_due = services.repository.next_due()
+            self._next_due = self._earliest_due()
         while self._next_due is not None and self._next_due <= now:
             ids = [task_id for task_id, _ in services.repository.due(now, MOST_DUE)]
             if ids:
                 services.ledger.commit([lifecycle.release(task_id) for task_id in ids])
                 self._pool.more_stored = True
-            self._next_due = services.repository.next_due()
+            self._next_due = self._earliest_due()
             if time.monotonic() >= until:
                 break
+
+    def _earliest_due(self) -> int | None:
+        return next((run_at for _, run_at in self._services.repository.due(None, 1)), None)
 
     def _write_progress(self) -> None:
         told = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 
@@ -19,7 +19,8 @@ from taskx.executing.runner import inside_executor
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Services
 from taskx.schedules.ticker import Ticker
-from taskx.storage.base import Node
+from taskx.storage import queries
+from taskx.storage.base import Node, Repository
 from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
@@ -168,14 +169,14 @@ class LocalNode:
 
     def _stored_left(self) -> bool:
         """Whether the repository has something to run, also where one task is to follow another."""
-        repository, types = self._services.repository, self.pool.types()
+        repository, types = self._services.repository, set(self.pool.types())
         return (
             self._housekeeper.behind()
-            or repository.unfinished(types)
+            or unfinished(repository, types)
             or self._services.dependents.overdue()
             or self._services.lines.overdue()
             or self._housekeeper.behind()  # its turn came between the looks, and its time had come
-            or repository.unfinished(types)  # it was let start between the looks
+            or unfinished(repository, types)  # it was let start between the looks
         )
 
     def still_running(self) -> list[str]:
@@ -319,3 +320,19 @@ class LocalNode:
         services.log.info("node %s stopped", self.record.name)
         self._left.set()
         self._ended()
+
+
+def unfinished(repository: Repository, types: Collection[str]) -> bool:
+    """Whether a task of these types runs on a node, or is pending and not held back."""
+    # It may move from the one to the other between two looks.
+    return _ready(repository, types) or _running(repository, types) or _ready(repository, types)
+
+
+def _ready(repository: Repository, types: Collection[str]) -> bool:
+    free = repository.ready(types, 1)
+    return bool(free) or any(kind in types for kind in queries.every(repository, "ready_type"))
+
+
+def _running(repository: Repository, types: Collection[str]) -> bool:
+    nodes = [*queries.every(repository, "running_on")]
+    return any(kind in types for (kind,) in repository.find("running_on", nodes, ("type",)))

@@ -10,11 +10,12 @@ from collections.abc import Collection, Iterable, Sequence
 from taskx.core import lifecycle
 from taskx.core.lifecycle import PENDING, RUNNING
 from taskx.core.model import Task, TaskStatus
-from taskx.core.record import Stub
+from taskx.core.record import STUB, Stub, stub_from_values
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.executing.runner import Run
 from taskx.running.pool import WorkerPool
+from taskx.storage import queries
 from taskx.storage.base import Node
 
 #: Tasks of a dead node's buffer that are given up in one transaction.
@@ -60,7 +61,7 @@ class Recovery:
         until = time.monotonic() + patience
         repository = self._services.repository
         # Owners first: a node that joins after this is in the list of nodes below, if it owns any.
-        owners = repository.owners()
+        owners = queries.owners(repository)
         nodes = {node.id: node for node in repository.nodes()}
         self._pool.alone = not any(
             node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
@@ -108,18 +109,15 @@ class Recovery:
     def _pending(self, node: str) -> list[Update]:
         """Return the writes that give up the next tasks in the buffer of a dead node."""
         passed = self._left[node]
-        stubs = self._services.repository.owned(node, passed + BATCH)
-        pending = [stub.id for stub in stubs if stub.status == PENDING]
-        return [lifecycle.give_up(task_id, node) for task_id in pending[passed:]]
+        found = self._services.repository.find("buffered_on", [node], ("id",), passed + BATCH)
+        return [lifecycle.give_up(task_id, node) for (task_id,) in found[passed:]]
 
     def _take_back(self, node: Node) -> int:
         """Rescue what a dead node was running; what waited in its buffer is given up later."""
-        stubs = self._services.repository.owned(node.id, BATCH)
-        if stubs and stubs[-1].status == RUNNING:  # there may be more of these
-            stubs = self._services.repository.owned(node.id)
-        barred = self._services.repository.stuck_on(node.id)
-        running = [stub.id for stub in stubs if stub.status == RUNNING]
-        tasks = list(self._services.repository.get_many(running).values()) if running else []
+        find = self._services.repository.find
+        running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
+        barred = [task_id for (task_id,) in find("stuck_on", [node.id], ("id",))]
+        tasks = list(self._services.repository.get_many(running).values())
         if not self._services.repository.is_dead(node.id):
             return 0  # it came back, and may run what was read
         if tasks:
@@ -127,7 +125,7 @@ class Recovery:
         for task_id in running:
             self._services.watcher.look_if_watched(task_id)
         self._left[node.id] = 0
-        return len(running) + self._pool.stuck.lift_bars((stub.id for stub in barred), node.id)
+        return len(running) + self._pool.stuck.lift_bars(barred, node.id)
 
     def _rescue(self, node: Node, tasks: Sequence[Task]) -> None:
         now = self._services.clock.now_ms()
@@ -166,11 +164,9 @@ class Recovery:
         Of a large buffer, that is done with the tasks that are next in line.
         """
         pool = self._pool
-        limit = AUDITED + len(pool.runs)
-        stubs = {
-            (stub.id, stub.status, stub.starts): stub
-            for stub in self._services.repository.owned(pool.node.id, limit)
-        }
+        find, mine = self._services.repository.find, [pool.node.id]
+        found = [*find("running_on", mine, STUB), *find("buffered_on", mine, STUB, AUDITED)]
+        stubs = {(stub.id, stub.status, stub.starts): stub for stub in map(stub_from_values, found)}
         lost = self._lost(stubs.values())
         for key in lost & self._suspicious:
             stub = stubs[key]

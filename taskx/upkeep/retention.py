@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from taskx.core import lifecycle
 from taskx.core.clock import within_calendar
 from taskx.core.model import TaskStatus
 from taskx.running.starter import Services
+from taskx.storage.base import Repository
 
 #: Most tasks removed in one transaction: others who write wait some milliseconds for it.
 BATCH = 200
 #: Seconds between looks for tasks that are old enough.
 EVERY = 60.0
+# Dependents that are read at a time.
+_MOST_PAIRS = 1000
 # Seconds, of which the calendar has fewer.
 _FOR_EVER = 1e12
 # Tasks that did not complete usually depend on tasks that did, seldom the other way round.
@@ -38,12 +41,27 @@ def prune(
     page = repository.ended(status.value, within_calendar(before), BATCH, after)
     if not page:
         return 0, None
-    needed = repository.needed([task.stub.id for task in page])
-    stubs = lifecycle.prunable(page, needed, services.clock.now_ms())
+    kept = needed(repository, [task.stub.id for task in page])
+    stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
     removed = sum(
         services.ledger.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ()
     )
     return removed, page[-1].place if len(page) == BATCH else None
+
+
+def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
+    """Those of these tasks on which a stored task depends that is not one of these."""
+    these, pairs = set(task_ids), ("parent", "id")
+    found = repository.find("parent", task_ids, pairs, _MOST_PAIRS)
+    if (
+        len(found) == _MOST_PAIRS
+    ):  # of one that many depend on, one more than there are here will do
+        found = [
+            pair
+            for task_id in task_ids
+            for pair in repository.find("parent", [task_id], pairs, len(these) + 1)
+        ]
+    return {parent for parent, child in found if child not in these}
 
 
 def prune_all(services: Services, before: int, status: TaskStatus | None) -> int:

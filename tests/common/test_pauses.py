@@ -6,7 +6,7 @@ import threading
 from enum import Enum
 
 import pytest
-from helpers import PATIENCE, eventually, whole_round
+from helpers import PATIENCE, earliest_due, eventually, whole_round
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, Paused, Queue, SQLiteRepository, Task, TaskStatus
@@ -278,7 +278,7 @@ def test_a_delayed_task_waits_when_its_time_has_come(make_queue):
     handle = queue.submit("a", delay=10)
     queue.pause("a")
     clock.advance(11)
-    eventually(lambda: queue.repository.next_due() is None)
+    eventually(lambda: earliest_due(queue.repository) is None)
     assert queue.drain(PATIENCE)
     assert pending(handle)
     queue.resume("a")

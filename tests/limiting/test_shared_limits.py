@@ -115,7 +115,7 @@ def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
     idle_engine, repository, monkeypatch
 ):
     """There is a place from then on, for the next task or to be given back."""
-    meanwhile(monkeypatch, repository, "owners", idle_engine.look_for_more)
+    meanwhile(monkeypatch, repository, "distinct", idle_engine.look_for_more)
     idle_engine.refill()
     assert idle_engine.more_stored
     idle_engine.refill()

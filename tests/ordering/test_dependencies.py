@@ -6,7 +6,7 @@ import math
 from itertools import pairwise
 
 import pytest
-from helpers import PATIENCE, eventually, ids, whole_round
+from helpers import PATIENCE, earliest_due, eventually, ids, whole_round
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage.repositories import TinyRepository
@@ -125,7 +125,7 @@ class TestReleased:
         child = queue.submit("fine", depends_on=[parent], delay=10)
         clock.advance(1)
         parent.result(PATIENCE)
-        eventually(lambda: queue.repository.next_due() is not None)
+        eventually(lambda: earliest_due(queue.repository) is not None)
         assert child.task().status is TaskStatus.PENDING
         clock.advance(9)
         child.result(PATIENCE)

@@ -10,7 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, eventually, run_in_thread, whole_round
+from helpers import PATIENCE, earliest_due, eventually, run_in_thread, whole_round
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -31,6 +31,7 @@ from taskx.core.clock import to_datetime
 from taskx.core.writes import Update
 from taskx.executing.executors import DEFAULT_GRACE, Options
 from taskx.running.stuck import stack_of
+from taskx.storage.queries import owners
 
 TIMEOUT, GRACE = 60.0, 5.0
 
@@ -314,7 +315,7 @@ class TestBarred:
         gate.open()
         eventually(lambda: not handle.task().stuck_on)
         assert (handle.task().status, handle.task().run_at) == (TaskStatus.PENDING, run_at)
-        assert queue.repository.next_due() is not None
+        assert earliest_due(queue.repository) is not None
         clock.advance(3600)
         assert handle.result(PATIENCE) == "run 2"
 
@@ -537,7 +538,7 @@ class TestBarred:
         gate.open()
         assert queue.handle("x").result(PATIENCE) == "run 2"
         assert queue.drain(PATIENCE)
-        assert queue.repository.owners() == []
+        assert owners(queue.repository) == []
 
 
 # Replaced

@@ -1,10 +1,13 @@
 """A user's repository of eight methods, which was there before."""
 
 import pytest
+from helpers import held_on
 
 from taskx import ConfigurationError, Task, TaskFilter, TaskStatus
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Node
+from taskx.storage.queries import owners
+from taskx.upkeep.node import unfinished
 
 from .repositories import MAKERS, ids, insert
 
@@ -22,9 +25,9 @@ def test_what_ran_before_this_process_was_left_behind(store, clock):
     assert store.get_by_id("b").status is TaskStatus.RUNNING
     store.join(Node(id="n", name="n"))
     assert ids(store.ready(["t"], 10)) == ["a"]
-    [owner] = store.owners()
+    [owner] = owners(store)
     assert owner not in {node.id for node in store.nodes()}
-    assert ids(store.owned(owner)) == ["b"]
+    assert held_on(store, owner) == ["b"]
 
 
 def test_unfinished_tasks_are_read_in_pages(store, clock):
@@ -41,7 +44,7 @@ def test_ended_without_a_time_it_has_ended_all_the_same(store, add):
     store.inner.update_status("a", TaskStatus.CANCELLED, "")
     assert store.get_by_id("a").status is TaskStatus.CANCELLED
     assert ids(store.ready(["t"], 10)) == []
-    assert not store.unfinished(["t"])
+    assert not unfinished(store, ["t"])
 
 
 def test_deleted_behind_its_back(store, add, clock):
@@ -49,7 +52,7 @@ def test_deleted_behind_its_back(store, add, clock):
     add("a", owner="node")
     store.inner.delete("a")
     add("a")
-    assert ids(store.owned("node")) == []
+    assert held_on(store, "node") == []
     assert ids(store.ready(["t"], 10)) == ["a"]
     store.inner.delete("a")
     assert store.get_many(["a"]) == {}

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from helpers import earliest_due, held_on
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -21,9 +22,11 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
+from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.storage.base import Node
+from taskx.storage.queries import owners
 from taskx.testing import ManualClock
 
 from .repositories import MAKERS
@@ -341,7 +344,7 @@ class Life(RuleBasedStateMachine):
     def die(self, draw):
         """A node dies, another one takes back what it held."""
         node, stopping = draw(nodes), draw(st.booleans())
-        owned = {stub.id: stub.status for stub in self.store.owned(node)}
+        owned = self.store.statuses(held_on(self.store, node))
         assert owned == {i: r.status for i, r in self.model.items() if r.owner == node}
         running = [task_id for task_id in owned if owned[task_id] == "running"]
         tasks = list(self.store.get_many(running).values())
@@ -490,16 +493,16 @@ class Life(RuleBasedStateMachine):
             assert [stub.id for stub in self.store.ready(["t", "u"], 9, owner)] == best_first
         ready = self.store.get_many([i for i, r in pending.items() if not r.held]).values()
         since = [to_ms(max(task.created_at, task.run_at or task.created_at)) for task in ready]
-        assert self.store.oldest_ready() == min(since, default=None)
+        assert oldest_ready(self.store) == min(since, default=None)
         held = sorted((r.run_at, i) for i, r in pending.items() if r.held)
-        assert self.store.next_due() == (held[0][0] if held else None)
+        assert earliest_due(self.store) == (held[0][0] if held else None)
         assert sorted(dict(self.store.due(now, 9))) == sorted(
             i for run_at, i in held if run_at <= now
         )
         unfinished = {i: r for i, r in records.items() if r.status not in FINISHED}
-        assert set(self.store.owners()) == {r.owner for r in unfinished.values()} - {""}
+        assert set(owners(self.store)) == {r.owner for r in unfinished.values()} - {""}
         for kind in ("t", "u"):
-            assert self.store.unfinished([kind]) == any(
+            assert unfinished(self.store, [kind]) == any(
                 bool(r.owner) if r.status == "running" else not r.held
                 for i, r in unfinished.items()
                 if TYPES[i] == kind

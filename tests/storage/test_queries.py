@@ -2,12 +2,18 @@
 
 import attrs
 import pytest
+from helpers import first_in_line, held_on, lines, those_with
 
 from taskx import TaskFilter, TaskStatus
+from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
 from taskx.storage.base import Node
+from taskx.storage.queries import owners
+from taskx.submitting.dead_letters import children
+from taskx.upkeep.node import unfinished
+from taskx.upkeep.retention import needed
 
 from .repositories import MONGO, add_if_kept, between_tasks, ids, insert, keeping_time
 
@@ -69,7 +75,7 @@ class TestOldestReady:
         run("a")
         add("b")
         store.apply([lifecycle.cancel("b", now)[0]])
-        assert store.oldest_ready() is None
+        assert oldest_ready(store) is None
 
     def test_whatever_its_type_priority_and_owner(self, store, add, clock, now):
         add("a", type="u", owner="node")
@@ -77,20 +83,20 @@ class TestOldestReady:
         add_if_kept(add, "b", priority=5)
         clock.advance(1)
         add("c")
-        assert store.oldest_ready() == now
+        assert oldest_ready(store) == now
         store.apply([lifecycle.cancel("a", clock.now_ms())[0]])
-        assert store.oldest_ready() == now + 1000
+        assert oldest_ready(store) == now + 1000
         store.apply([lifecycle.cancel("b", clock.now_ms())[0]])
-        assert store.oldest_ready() == now + 2000
+        assert oldest_ready(store) == now + 2000
 
 
 @keeping_time
 def test_a_delayed_task_waits_since_its_time_came(store, add, clock, now):
     add("a", run_at=now + 1000)
-    assert store.oldest_ready() is None
+    assert oldest_ready(store) is None
     clock.advance(5)
     store.apply([lifecycle.release("a")])
-    assert store.oldest_ready() == now + 1000
+    assert oldest_ready(store) == now + 1000
 
 
 @keeping_time
@@ -102,9 +108,9 @@ def test_one_whose_time_has_just_come_hides_none_that_waits_longer(store, add, c
     add("c")
     clock.advance(5)
     store.apply([lifecycle.release("a")])
-    assert store.oldest_ready() == now + 7000
+    assert oldest_ready(store) == now + 7000
     store.apply([lifecycle.release("b")])
-    assert store.oldest_ready() == now + 5000
+    assert oldest_ready(store) == now + 5000
 
 
 @keeping_time
@@ -113,7 +119,7 @@ def test_a_requeued_task_waits_since_then(store, run, clock, now):
     assert any(store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now)))
     clock.advance(86_400)
     store.apply([lifecycle.requeue(store.get_by_id("a"), clock.now_ms())])
-    assert store.oldest_ready() == clock.now_ms()
+    assert oldest_ready(store) == clock.now_ms()
 
 
 class TestOwners:
@@ -122,48 +128,39 @@ class TestOwners:
     def test_pending_and_running_until_they_end(self, store, add, run, now):
         add("a", owner="one")
         task = run("b", node="two")
-        assert sorted(store.owners()) == ["one", "two"]
-        assert [(s.id, s.status) for s in store.owned("one")] == [("a", "pending")]
-        assert [(s.id, s.status) for s in store.owned("two")] == [("b", "running")]
+        assert sorted(owners(store)) == ["one", "two"]
+        assert those_with(store, "buffered_on", "one", "two") == ["a"]
+        assert those_with(store, "running_on", "one", "two") == ["b"]
         store.apply(lifecycle.conclude(task, lifecycle.Ending(returned=True), now))
         store.apply([lifecycle.cancel("a", now)[0]])
-        assert list(store.owners()) == []
-        assert ids(store.owned("two")) == []
-
-    def test_what_runs_comes_first_where_only_some_are_asked_for(self, store, add, run):
-        for name in "abc":
-            add(name, owner="one")
-        run("d", node="one")
-        run("e", node="one")
-        assert {s.id for s in store.owned("one", 2)} == {"d", "e"}
-        assert [s.status for s in store.owned("one", 4)] == ["running"] * 2 + ["pending"] * 2
-        assert {s.id for s in store.owned("one")} == set("abcde")
+        assert list(owners(store)) == []
+        assert held_on(store, "two") == []
 
     def test_nobody_is_no_owner(self, store, add):
         add("a")
-        assert list(store.owners()) == []
-        assert ids(store.owned("")) == []
-        assert ids(store.owned("' OR 1=1 --")) == []
+        assert list(owners(store)) == []
+        assert held_on(store, "") == []
+        assert held_on(store, "' OR 1=1 --") == []
 
 
 class TestUnfinished:
     """Whether there is anything left to wait for."""
 
     def test_pending_or_running_of_these_types(self, store, add, run, now):
-        assert not store.unfinished(["t", "u"])
+        assert not unfinished(store, ["t", "u"])
         task = run("a")
-        assert store.unfinished(["u", "t"])
-        assert not store.unfinished(["u"])
-        assert not store.unfinished([])
+        assert unfinished(store, ["u", "t"])
+        assert not unfinished(store, ["u"])
+        assert not unfinished(store, [])
         store.apply(lifecycle.conclude(task, lifecycle.Ending(returned=True), now))
-        assert not store.unfinished(["t"])
+        assert not unfinished(store, ["t"])
         add("b", owner="node")
-        assert store.unfinished(["t"])
+        assert unfinished(store, ["t"])
 
     @keeping_time
     def test_held_back_is_not_waited_for(self, store, add, now):
         add("a", run_at=now + 1)
-        assert not store.unfinished(["t"])
+        assert not unfinished(store, ["t"])
 
 
 class TestNodes:
@@ -194,16 +191,19 @@ class TestParents:
         add("d", depends_on=["p"], waiting_on="p", on_parent_failure="run")
         assert store.get_by_id("d").depends_on == ["p"]
         assert store.get_by_id("d").on_parent_failure == "run"
-        assert store.awaited("", 10) == ["p", "q"]
-        assert store.awaited("p", 10) == ["q"]
-        assert store.awaited("", 1) == ["p"]
-        assert store.waiting_for(["q", "nobody"]) == ["c"]
+        assert store.distinct("waiting_on", "", 10) == ["p", "q"]
+        assert store.distinct("waiting_on", "p", 10) == ["q"]
+        assert store.distinct("waiting_on", "", 1) == ["p"]
+        assert those_with(store, "waiting_on", "q", "nobody") == ["c"]
         assert ids(store.ready(["t"], 10)) == ["p", "q"]
         assert store.count(TaskFilter(status=TaskStatus.PENDING)) == 4
         moved = Update("c", {"waiting_on": "q", "held": 2}, {"waiting_on": "p"})
         freed = Update("d", {"waiting_on": "p", "held": 2}, {"waiting_on": None, "held": 0})
         assert list(store.apply([moved, freed])) == [True, True]
-        assert (store.awaited("", 10), store.waiting_for(["p"])) == (["p"], ["c"])
+        assert (store.distinct("waiting_on", "", 10), those_with(store, "waiting_on", "p")) == (
+            ["p"],
+            ["c"],
+        )
         assert ids(store.ready(["t"], 10)) == ["p", "q", "d"]
 
     @between_tasks
@@ -219,27 +219,27 @@ class TestParents:
         add("q")
         for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a", "gone"]}.items():
             add(child, depends_on=parents, waiting_on=parents[0])
-        assert store.needed(["p", "q", "a", "b", "nobody"]) == {"a"}, (
+        assert needed(store, ["p", "q", "a", "b", "nobody"]) == {"a"}, (
             "by c: the others go with them"
         )
-        assert store.needed(["p", "q"]) == {"p", "q"}
-        assert store.needed(["gone"]) == {"gone"}, "a hint for nobody: it is not there"
+        assert needed(store, ["p", "q"]) == {"p", "q"}
+        assert needed(store, ["gone"]) == {"gone"}, "a hint for nobody: it is not there"
         store.apply(lifecycle.cancel("b", 1))
-        assert store.needed(["q"]) == {"q"}
+        assert needed(store, ["q"]) == {"q"}
         store.delete("b")
-        assert store.needed(["q"]) == set()
+        assert needed(store, ["q"]) == set()
 
     @between_tasks
     def test_children_of_several_tasks_are_listed_once(self, store, add):
         add("p")
         for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a"]}.items():
             add(child, depends_on=parents, waiting_on=parents[0])
-        assert sorted(store.children(["p", "q"])) == ["a", "b"]
-        assert list(store.children(["a", "nobody"])) == ["c"]
+        assert sorted(children(store, ["p", "q"])) == ["a", "b"]
+        assert list(children(store, ["a", "nobody"])) == ["c"]
         store.apply(lifecycle.cancel("c", 1))
-        assert list(store.children(["a"])) == ["c"]
+        assert list(children(store, ["a"])) == ["c"]
         store.delete("c")
-        assert list(store.children(["a"])) == list(store.children([])) == []
+        assert list(children(store, ["a"])) == list(children(store, [])) == []
 
 
 class TestLines:
@@ -248,17 +248,20 @@ class TestLines:
         for task_id in "cab":
             add(task_id, concurrency_key="k")
         add("x", concurrency_key="other")
-        assert store.next_in_line("k") == "c"
-        assert store.next_in_line("nobody") is None
-        assert store.lines("", 10) == {"k": True, "other": True}
+        assert first_in_line(store, "k") == "c"
+        assert first_in_line(store, "nobody") is None
+        assert lines(store, "", 10) == {"k": True, "other": True}
         assert store.ready(["t"], 10) == []
         turn = Update("c", {"held": 4}, {"held": 0, "turn": "k"})
         assert list(store.apply([turn])) == [True]
-        assert (store.next_in_line("k"), store.lines("", 10)) == ("a", {"k": False, "other": True})
+        assert (first_in_line(store, "k"), lines(store, "", 10)) == (
+            "a",
+            {"k": False, "other": True},
+        )
         assert ids(store.ready(["t"], 10)) == ["c"]
         store.delete("c")
-        assert store.lines("", 10) == {"k": True, "other": True}
-        assert store.lines("k", 10) == {"other": True}
+        assert lines(store, "", 10) == {"k": True, "other": True}
+        assert lines(store, "k", 10) == {"other": True}
 
 
 @between_tasks
@@ -269,12 +272,12 @@ def test_stuck_tasks_are_found_by_node_whatever_their_status(store, run, clock):
         if status == "failed":
             changes["completed_at"] = clock.now_ms()
         assert list(store.apply([Update(task_id, {}, changes)])) == [True]
-    assert sorted(ids(store.stuck_on("node"))) == ["a", "b"]
-    assert store.stuck_on("other") == []
-    assert store.owners() == ["node"]
-    assert (store.owned("node"), store.ready(["t"], 10)) == ([], [])
+    assert sorted(those_with(store, "stuck_on", "node")) == ["a", "b"]
+    assert those_with(store, "stuck_on", "other") == []
+    assert owners(store) == ["node"]
+    assert (held_on(store, "node"), store.ready(["t"], 10)) == ([], [])
     assert store.get_by_id("a").stuck_on == "node"
     over = [Update(i, {"stuck_on": "node"}, {"stuck_on": "", "held": 0}) for i in "ab"]
     assert list(store.apply(over)) == [True, True]
-    assert (store.stuck_on("node"), store.owners()) == ([], [])
+    assert (those_with(store, "stuck_on", "node"), owners(store)) == ([], [])
     assert ids(store.ready(["t"], 10)) == ["b"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually, ids
+from helpers import PATIENCE, eventually, ids, key_holders, those_with
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -354,7 +354,7 @@ class TestConflict:
             with pytest.raises(DuplicateTask):
                 quiet.submit("fine", {"n": 3}, unique_key=key, **two, on_conflict="replace")
             assert (same.id, first.task().params) == (first.id, {"n": 2})
-            assert quiet.repository.waiting_for([parent.id]).count(first.id) == (
+            assert those_with(quiet.repository, "waiting_on", parent.id).count(first.id) == (
                 "depends_on" in one
             )
 
@@ -436,7 +436,7 @@ class TestRequeue:
         repository.update_status(first.id, TaskStatus.RUNNING)
         repository.update_status(first.id, TaskStatus(status))
         held = {} if scope in ("pending", "unfinished") else {"report": first.id}
-        assert repository.unique_holders(["report"]) == held
+        assert key_holders(repository, ["report"]) == held
 
     def test_by_hand_is_refused_too(self, quiet, cancelled):
         other = quiet.submit("fine", **KEY)
@@ -451,7 +451,7 @@ class TestRequeue:
             assert (e.value.task_id, e.value.unique_key) == (other.id, "report")
         other.cancel()
         quiet.repository.update_status(task.id, TaskStatus.PENDING)
-        assert quiet.repository.unique_holders(["report"]) == {"report": task.id}
+        assert key_holders(quiet.repository, ["report"]) == {"report": task.id}
 
     def test_of_many_passes_over_those(self, queue):
         queue.executor("bad")(lambda: 1 / 0)
@@ -527,4 +527,4 @@ def test_one_winner_among_processes(url, spawn, scope):
     with open_repository(url) as repository:
         keys = [f"key {number}" for number in range(50)]
         assert repository.count(TaskFilter()) == 50
-        assert sorted(repository.unique_holders(keys)) == sorted(keys)
+        assert sorted(key_holders(repository, keys)) == sorted(keys)

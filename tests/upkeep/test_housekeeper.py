@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, held_on
 
 from taskx import Config, SQLiteRepository, Task, TaskStatus
 from taskx.core import lifecycle
@@ -13,6 +13,7 @@ from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
 from taskx.ordering import turns as lines_module
 from taskx.storage.base import Node
+from taskx.storage.queries import owners
 from taskx.upkeep import recovery
 from taskx.upkeep.node import LocalNode
 from taskx.upkeep.recovery import Recovery
@@ -110,7 +111,7 @@ def test_the_buffer_of_a_dead_node_is_given_up_in_parts(monkeypatch, make_queue,
     assert [looks.go_on(0.0) for _ in range(3)] == [10, 10, 5]
     assert not looks.waiting
     assert repository.nodes() == []
-    assert (repository.owners(), len(repository.ready(["remote"], 100))) == ([], 35)
+    assert (owners(repository), len(repository.ready(["remote"], 100))) == ([], 35)
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
@@ -130,7 +131,7 @@ def test_a_task_of_a_dead_node_that_cannot_be_given_up_does_not_hold_up_the_othe
 
     monkeypatch.setattr(repository, "apply", but_for_some)
     assert queue_recovery(queue).recover() == 3
-    assert [stub.id for stub in repository.owned("dead")] == ["0", "1", "3"]
+    assert held_on(repository, "dead") == ["0", "1", "3"]
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
@@ -164,16 +165,16 @@ class TestAudit:
     def test_it_reads_no_more_of_a_large_buffer_than_is_next_in_line(self, audits, monkeypatch):
         queue, mine = audits
         queue.submit_many([Task(type="note") for _ in range(20)])
-        read, owned = [], queue.repository.owned
+        read, find = {}, queue.repository.find
 
-        def counted(*args):
-            found = owned(*args)
-            read.append(len(found))
+        def counted(column, *args):
+            found = find(column, *args)
+            read[column] = len(found)
             return found
 
-        monkeypatch.setattr(queue.repository, "owned", counted)
+        monkeypatch.setattr(queue.repository, "find", counted)
         mine.audit()
-        assert read == [3]  # the one that runs, too
+        assert read == {"running_on": 1, "buffered_on": 2}
 
     def test_a_lost_task_is_found_when_it_is_next_in_line(self, audits, gate):
         queue, mine = audits
@@ -199,7 +200,7 @@ def test_a_started_queue_gives_up_all_that_a_dead_node_had(
     queue.declare("remote")
     queue.start()
     dead([waiting(f"{n:03}") for n in range(35)])
-    eventually(lambda: "dead" not in repository.owners())
+    eventually(lambda: "dead" not in owners(repository))
     eventually(lambda: [node.id for node in repository.nodes()] == [queue._node.record.id])
 
 

@@ -9,7 +9,7 @@ import time
 from collections import Counter
 
 import pytest
-from helpers import PATIENCE, ROOT, eventually, is_intact
+from helpers import PATIENCE, ROOT, eventually, held_on, is_intact
 from mongo_server import free_port
 
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
@@ -135,10 +135,10 @@ def test_one_look_takes_back_all_that_a_dead_process_held(run, survivor):
     child = run("fill(); say('filled'); wait_for_ever()")
     assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
     [node] = survivor.repository.nodes()
-    assert len(survivor.repository.owned(node.id)) >= 2
+    assert len(held_on(survivor.repository, node.id)) >= 2
     child.kill()
     survivor.start()  # its first look is over when this returns
-    assert survivor.repository.owned(node.id) == []
+    assert held_on(survivor.repository, node.id) == []
     assert node.id not in [node.id for node in survivor.repository.nodes()]
 
 

@@ -7,6 +7,7 @@ import time
 
 import pymongo
 import pytest
+from helpers import held_on
 from mongo_proxy import swallowing
 from mongo_server import REAL, free_port
 
@@ -144,7 +145,7 @@ class TestManyAtOnce:
             thread.join()
         assert sorted(task_id for mine in won.values() for task_id in mine) == sorted(ids)
         for node, mine in won.items():
-            assert sorted(stub.id for stub in repository.owned(node)) == sorted(mine)
+            assert sorted(held_on(repository, node)) == sorted(mine)
 
 
 WRITES = {
@@ -400,7 +401,7 @@ class TestRefusals:
             lambda: repository.update_progress(hostile, 5),
             lambda: repository.apply([Update(hostile, {}, {"message": "changed"})]),
             lambda: repository.apply(lifecycle.cancel(hostile, NOW)),
-            lambda: repository.owned(hostile),
+            lambda: held_on(repository, hostile),
             lambda: repository.ready([hostile], 5),
             lambda: repository.ready(["t"], 5, hostile),
             lambda: repository.find("parent", [hostile], ("id",)),
