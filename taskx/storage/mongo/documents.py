@@ -64,7 +64,7 @@ _MOST_SECONDS = 2**62
 def new_document(row: Mapping[str, Any], seq: int, mark: int, batch: str = "") -> Document:
     """The document of a new task."""
     document: Document = {"_id": row["id"], "taskx": {}}
-    for path, value in fields({**DEFAULTS, **row}).items():
+    for path, value in {**_DEFAULT_FIELDS, **fields(row)}.items():
         if path.startswith("taskx."):
             if value is not None:
                 document["taskx"][path[6:]] = value
@@ -101,6 +101,10 @@ def plain(name: str, value: Any) -> Any:
     if value is not None and name in TIME_FIELDS:
         return to_datetime(value)
     return value
+
+
+def _whole(seconds: float) -> int:
+    return int(min(seconds, _MOST_SECONDS))
 
 
 def _object(text: str) -> tuple[Any, str]:
@@ -179,6 +183,10 @@ def _unescape(key: str) -> str:
     return "".join((*parts, key[position:]))
 
 
+#: What a new document has besides: its params are its own.
+_DEFAULT_FIELDS = fields(DEFAULTS)
+
+
 # --- from a document
 
 
@@ -249,10 +257,6 @@ def _duration(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
     if isinstance(seconds, float) and isfinite(seconds) and _whole(seconds) == whole:
         return seconds
     return float(whole or 0) if whole is None or isinstance(whole, int) else _from_bson(whole)
-
-
-def _whole(seconds: float) -> int:
-    return int(min(seconds, _MOST_SECONDS))
 
 
 def _depends_on(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
