@@ -218,10 +218,17 @@ class WorkerPool:
             run.since, run.state = time.monotonic(), "executing"
             if self.runs.get(run.task.id) is not run:  # the audit took it for lost
                 return Ending(returned=False)
+            began, cell = self.began, 0
             try:
-                ending = self._attempt(run, worker)
+                self._tell_begins(run, worker)
+                if began is not None:
+                    cell = began.begin(run.task.id, run.task.starts)
+                ending = self.services.runner.run(run, worker)
             except BaseException as error:  # noqa: BLE001  (see above)
                 ending = broken(error, worker)
+            finally:
+                if began is not None:
+                    began.end(cell)
             if run.decided is not None and not run.decided.acquire(False):
                 self._come_back(run)
                 return ending
@@ -234,21 +241,13 @@ class WorkerPool:
             raise
         return ending
 
-    def _attempt(self, run: Run, worker: str) -> Ending:
-        self.services.log.debug(
-            "task %s (%s) begins, attempt %d", run.task.id, run.task.type, run.task.attempt
-        )
+    def _tell_begins(self, run: Run, worker: str) -> None:
+        task = run.task
+        self.services.log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
         if self.hooks.started:
-            self.hooks.tell_changed(self.hooks.started, run.task, {})
-        began = self.began
-        cell = 0 if began is None else began.begin(run.task.id, run.task.starts)
-        try:
-            if run.task.timeout is not None:
-                run.overdue = self.stuck.watch(run, worker)
-            return self.services.runner.run(run, worker)
-        finally:
-            if began is not None:
-                began.end(cell)
+            self.hooks.tell_changed(self.hooks.started, task, {})
+        if task.timeout is not None:
+            run.overdue = self.stuck.watch(run, worker)
 
     def _defer(self, run: Run, ending: Ending) -> None:
         ending, writes, more = self._outcome(run, ending)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from operator import itemgetter
+from typing import Any
 
 from taskx.common import permission
 from taskx.core.errors import (
@@ -27,6 +29,11 @@ from taskx.storage.base import Reentered
 from taskx.storage.memory import MemoryRepository
 from taskx.submitting.conflicts import Patience, settle
 from taskx.submitting.creation import prepare
+
+#: What of a row the buffer sorts by and gives to a worker.
+_place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
+    "id", "type", "priority", "created_at", "run_at"
+)
 
 
 class Intake:
@@ -83,11 +90,15 @@ class Intake:
         try:
             if task.unique_key is not None:
                 return self._accept_unique(insert, on_conflict, spill=spill)
-            self._take_in(insert, spill=spill)
+            pool = self._pool_for(insert)
+            if pool is None or not self._take_in(pool, insert):
+                self._store_outside(pool, insert, spill=spill)
             return insert.id
         except Reentered:
             self._take_in_soon([insert])
             return insert.id
+        except TaskxError as error:
+            raise _about(error, insert.id) from error.__cause__
         except Exception:
             raise
         except BaseException as error:
@@ -121,7 +132,9 @@ class Intake:
         patience = Patience(insert)
         while True:
             try:
-                self._take_in(insert, spill=spill)
+                pool = self._pool_for(insert)
+                if pool is None or not self._take_in(pool, insert):
+                    self._store_outside(pool, insert, spill=spill)
                 return insert.id
             except DuplicateTask:
                 instead = settle(self._services, insert, on_conflict)
@@ -139,17 +152,47 @@ class Intake:
             insert.row["owner"] = ""
             patience.wait()
 
-    def _take_in(self, insert: Insert, *, spill: bool) -> None:
-        pool = self.pool
-        if pool is not None and not self._services.registry.runs(insert.row["type"]):
-            pool = None  # declared: another process runs it
-        if pool is None or not self._may_buffer(pool, insert):
-            self._store(insert)
-            self._stored([insert])
-            if pool is not None and (insert.row["held"] or pool.has_room(insert.row["type"])):
-                self._tell(pool, delayed=bool(insert.row["held"]))
-        elif not self._try_to_buffer(pool, insert):
+    def _pool_for(self, insert: Insert) -> WorkerPool | None:
+        """The pool whose buffer it goes into; None if it may not start yet, or not here, or not in turn."""
+        pool, type_ = self.pool, insert.row["type"]
+        if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
+            return None
+        return pool if pool.buffers(type_) and not self._spills(pool) else None
+
+    def _take_in(self, pool: WorkerPool, insert: Insert, timeout: float | None = 0.0) -> bool:
+        """Reserve a slot in the buffer, store the task, and put its id there.
+
+        Returns:
+            False, and nothing is done, if there is no room within ``timeout`` seconds.
+        """
+        buffer, row = pool.buffer, insert.row
+        slot = (buffer.turn(),)
+        try:
+            if not buffer.reserve(slot, timeout):
+                return False
+            row["owner"] = pool.node.id
+            self._note_stored(insert, self._services.ledger.commit([insert]))
+            if not buffer.add(*_place(row), slot[0], fetched=False):
+                pool.wake_housekeeper()  # it looks after the task if the busy workers do not
+        except BaseException:  # an interrupt, too: nobody else knows of this slot
+            buffer.release(slot)
+            raise
+        return True
+
+    def _store_outside(self, pool: WorkerPool | None, insert: Insert, *, spill: bool) -> None:
+        """Store a task that does not go into the buffer, or for which that has no room."""
+        if pool is not None:
             self._overflowed(pool, insert, "spill" if spill else self._overflow)
+            return
+        self._store(insert)
+        self._stored([insert])
+        held, type_, pool = insert.row["held"], insert.row["type"], self.pool
+        if (
+            pool is not None
+            and self._services.registry.runs(type_)
+            and (held or pool.has_room(type_))
+        ):
+            self._tell(pool, delayed=bool(held))
 
     def _stored(self, inserts: Sequence[Insert]) -> None:
         """What waits for other tasks waits from now on."""
@@ -174,11 +217,6 @@ class Intake:
         if self.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
 
-    def _may_buffer(self, pool: WorkerPool, insert: Insert) -> bool:
-        """Whether it may start, and not only after others; else it is left to the repository."""
-        held, type_ = insert.row["held"], insert.row["type"]
-        return not held and pool.buffers(type_) and not self._spills(pool)
-
     def _spills(self, pool: WorkerPool) -> bool:
         """While earlier tasks lie spilled, later ones spill behind them: order is kept."""
         return pool.more_stored and self._overflow == "spill"
@@ -199,6 +237,8 @@ class Intake:
         try:
             self._store(insert)
             self._stored([insert])
+        except TaskxError as error:
+            raise _about(error, insert.id) from error.__cause__
         except Exception:
             raise
         except BaseException as error:  # an interrupt: perhaps it is stored
@@ -212,51 +252,20 @@ class Intake:
             self._tell(self.pool, delayed=False)
 
     def _store(self, insert: Insert) -> None:
-        if not self._commit(insert):
+        self._note_stored(insert, self._services.ledger.commit([insert]))
+
+    def _note_stored(self, insert: Insert, stored: Sequence[bool]) -> None:
+        if not stored[0]:
             raise DuplicateTask(insert.id)
         if self._hooks.submitted:
             self._hooks.tell_submitted(insert.row)
-
-    def _commit(self, insert: Insert) -> bool:
-        try:
-            return self._services.ledger.commit([insert])[0]
-        except TaskxError as error:
-            raise _about(error, insert.id) from error.__cause__
-
-    def _try_to_buffer(self, pool: WorkerPool, insert: Insert, timeout: float | None = 0.0) -> bool:
-        """Store a task and put it into the buffer; False, and nothing is done, if there is no room."""
-        buffer, row = pool.buffer, insert.row
-        slot = (buffer.turn(),)
-        try:
-            if not buffer.reserve(slot, timeout):
-                return False
-            row["owner"] = pool.node.id
-            self._store(insert)
-            self._buffer(pool, insert, slot[0])
-        except BaseException:  # an interrupt, too: nobody else knows of this slot
-            buffer.release(slot)
-            raise
-        return True
-
-    def _buffer(self, pool: WorkerPool, insert: Insert, turn: int) -> None:
-        row = insert.row
-        if not pool.buffer.add(
-            row["id"],
-            row["type"],
-            row["priority"],
-            row["created_at"],
-            row["run_at"],
-            turn,
-            fetched=False,
-        ):
-            pool.wake_housekeeper()  # it looks after the task if the busy workers do not
 
     def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
         if overflow == "reject":
             self.refuse_if_stopped()
             raise self._full(pool, 1)
         if overflow == "block" and self._may_wait(pool):
-            if not self._try_to_buffer(pool, insert, self._block_timeout):
+            if not self._take_in(pool, insert, self._block_timeout):
                 self.refuse_if_stopped()
                 raise self._full(pool, 1)
         elif overflow == "caller_runs" and not self._is_inside(pool):
@@ -351,7 +360,8 @@ class Intake:
                 insert.row["owner"] = pool.node.id
             self._store_many(inserts)
             for insert, turn in zip(buffered, turns, strict=True):
-                self._buffer(pool, insert, turn)
+                if not buffer.add(*_place(insert.row), turn, fetched=False):
+                    pool.wake_housekeeper()
         except BaseException:  # an interrupt, too: nobody else knows of these slots
             buffer.release(turns)
             raise

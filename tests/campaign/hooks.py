@@ -21,12 +21,12 @@ from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.executing.runner import Runner
 from taskx.running.ahead import Ahead
+from taskx.running.buffer import Buffer
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter
 from taskx.running.suspects import Suspects
 from taskx.storage.sqlite import liveness
 from taskx.storage.sqlite.repository import SQLiteRepository
-from taskx.submitting.intake import Intake
 from taskx.upkeep.node import LocalNode
 
 from .sidelog import SideLog
@@ -71,7 +71,7 @@ def after(owner: Any, name: str, strike: Strike) -> None:
 
 
 COMMON_POINTS: Points = {
-    "after commit, before buffer": lambda strike: before(Intake, "_buffer", strike),
+    "after commit, before buffer": lambda strike: before(Buffer, "add", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
     # Before: what lies there may have been taken, and have ended, when the strike comes.
     "started ahead": lambda strike: before(Ahead, "lay_out", strike),
@@ -194,7 +194,7 @@ def dawdle(seed: int, longest: float) -> None:
     before(Ledger, "commit", pause)
     before(Ledger, "defer", pause)
     before(Runner, "run", pause)
-    before(Intake, "_buffer", pause)
+    before(Buffer, "add", pause)
 
 
 def ignore_owners() -> None:
