@@ -112,6 +112,7 @@ class ThirdRepository(Repository):
             # SQLite syncs every commit unless told otherwise: what a caller was told must survive a power
             # cut. A faster store syncs only the writes that are marked ``durable``.
             connection.execute("BEGIN IMMEDIATE")
+            # One for others asks first whose file it is, and which version of the tables it has.
             if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                 for statement in SCHEMA:
                     connection.execute(statement)
@@ -132,12 +133,14 @@ class ThirdRepository(Repository):
                 self._connection = None
 
     def renew_after_fork(self) -> None:
-        """Leave the parent's connection alone: to close it would drop the parent's locks."""
+        """Leave the parent's connection alone, and take none of its locks over.
+
+        A child that runs on for long must not inherit a transaction either: see ``before_fork`` of
+        :class:`taskx.SQLiteRepository`.
+        """
         _inherited.append(self._connection)
-        self._lock, self._connection = (
-            threading.RLock(),
-            None,
-        )  # another thread may have held the lock
+        self._connection = None
+        self._lock = threading.RLock()  # another thread may have held the old one
 
     # --- writing
 
@@ -231,14 +234,13 @@ class ThirdRepository(Repository):
     ) -> Sequence[Stub]:
         """Pending tasks of these types and this owner that may start now, best first."""
         # As Stub.rank says it, which a store that sorts in Python would call.
-        rank = (
-            "max(created_at, coalesce(run_at, 0)) - priority * ?" if ageing else "-priority + 0 * ?"
-        )
+        waiting_since = "max(created_at, coalesce(run_at, 0))" if ageing else "0"
         kinds = list(types)
         places = ", ".join("?" * len(kinds))
         rows = self._rows(
-            f"{_READY} AND owner = ? AND type IN ({places}) ORDER BY {rank}, seq LIMIT ?",
-            (owner, *kinds, ageing, limit),
+            f"{_READY} AND owner = ? AND type IN ({places}) "
+            f"ORDER BY {waiting_since} - priority * ?, seq LIMIT ?",
+            (owner, *kinds, ageing or 1, limit),
         )
         return list(map(stub_from_row, rows))
 
@@ -297,7 +299,7 @@ class ThirdRepository(Repository):
     def version(self) -> object:
         """SQLite counts the commits of other connections; own ones count if several queues share us."""
         ((others,),) = self._query("PRAGMA data_version")
-        return others, self._commits if len(self.queues) > 1 else 0
+        return self._connection, others, self._commits if len(self.queues) > 1 else 0
 
 
 #: Connections of a parent process, kept from the garbage collector, which would close them.
@@ -343,15 +345,17 @@ def _insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> bool:
 
 def _put_note(connection: sqlite3.Connection, change: NoteChange) -> bool:
     name, text, version = change
-    if text is None and not version:  # none is to be there, and none is
+    values: tuple[Any, ...] = (name, version)
+    if text is None and not version:  # there must be none
         return not connection.execute("SELECT 1 FROM notes WHERE name = ?", (name,)).fetchone()
     if text is None:
-        sql, values = "DELETE FROM notes WHERE name = ? AND version = ?", (name, version)
+        sql = "DELETE FROM notes WHERE name = ? AND version = ?"
     elif version:
         sql = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
         values = (text, name, version)
     else:  # by chance: whoever read an earlier note of that name must not take this one for it
-        sql, values = "INSERT OR IGNORE INTO notes VALUES (?, ?, ?)", (name, text, new_version())
+        sql = "INSERT OR IGNORE INTO notes VALUES (?, ?, ?)"
+        values = (name, text, new_version())
     return connection.execute(sql, values).rowcount == 1
 
 
