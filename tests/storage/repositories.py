@@ -139,14 +139,16 @@ def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
         return SQLiteRepository(folder / "tasks.db", clock=clock, codec=codec)
     if kind == "memory":
         return MemoryRepository(clock, codec)
+    if kind == "third":
+        return Third(folder / "third.db", clock, codec)
     return OnMongo(mongomock.MongoClient().db, folder, clock, codec)
 
 
 class Third(ThirdRepository):
     """One whose nodes share this process."""
 
-    def __init__(self, path: Path, clock: Clock) -> None:
-        super().__init__(path, clock)
+    def __init__(self, path: Path, clock: Clock, codec: Any = None) -> None:
+        super().__init__(path, clock, codec)
         self._nodes: dict[str, Node] = {}
 
     def join(self, node: Node) -> None:

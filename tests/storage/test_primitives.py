@@ -10,7 +10,7 @@ from taskx.core.writes import PRESENT, Update, matches
 from taskx.storage.base import Note
 from taskx.testing import PrimitivesContract
 
-from .repositories import MAKERS, MONGO, again, insert, losing_answers
+from .repositories import MAKERS, MONGO, Scramble, again, coded, insert, losing_answers
 
 
 class OnKind(PrimitivesContract):
@@ -29,6 +29,16 @@ class OnKind(PrimitivesContract):
 @pytest.mark.parametrize("kind", [kind for kind in MAKERS if kind != "adapter-13"])
 class TestEach(OnKind):
     pass
+
+
+@pytest.mark.parametrize("kind", ["memory", "mongomock", "third"])
+class TestCoded(OnKind):
+    """With a codec, all is as without one."""
+
+    @pytest.fixture
+    def repository(self, tmp_path, kind):
+        with coded(kind, tmp_path, SYSTEM_CLOCK, Scramble()) as repository:
+            yield repository
 
 
 @pytest.mark.parametrize("kind", ["adapter-13"])
