@@ -24,7 +24,6 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     ScheduleNotFound,
     SchemaMismatch,
-    TaskCancelled,
     TaskFailed,
     TaskNotFound,
     TaskxError,
@@ -33,7 +32,7 @@ from taskx.core.errors import (
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
-from taskx.core.token import CancelReason, CancelToken
+from taskx.core.token import CancelReason, CancelToken, TaskCancelled
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, TaskExecutor, executor
 from taskx.executing.middleware import Middleware

@@ -24,16 +24,13 @@
     TaskCancelled (BaseException)         what a token raises inside an executor
 
 ``TaskCancelled`` stands outside the tree on purpose: ``except Exception`` in user code must not
-swallow a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.core.retry`.
+swallow a cancellation; it is in :mod:`taskx.core.token`. ``Retry``, ``Permanent`` and ``Snooze`` are in
+:mod:`taskx.core.retry`.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from taskx.core.token import CancelReason
 
 
 class TaskxError(Exception):
@@ -168,23 +165,6 @@ class RepositoryCorrupt(RepositoryError):
 
 class SchemaMismatch(RepositoryError):
     """The database belongs to another program, or to a newer version of TaskX; nothing was stored."""
-
-
-class TaskCancelled(BaseException):
-    """Raised inside an executor by its token. Let it pass: the reason decides how the task ends.
-
-    Attributes:
-        reason: why the token fired.
-    """
-
-    def __init__(self, reason: CancelReason) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        if not hasattr(self, "reason"):  # of a class whose __init__ does not call ours
-            return super().__str__()
-        return f"the task was told to stop: {self.reason}"
 
 
 def is_interrupt(error: BaseException) -> bool:

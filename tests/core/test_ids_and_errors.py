@@ -11,7 +11,7 @@ import pytest
 
 import taskx
 from taskx import CancelReason, TaskCancelled, TaskxError
-from taskx.core import errors, ids, retry
+from taskx.core import errors, ids, retry, token
 from taskx.core.ids import new_id
 
 
@@ -67,7 +67,7 @@ class TestIds:
 def error_classes():
     return [
         value
-        for module in (errors, retry)
+        for module in (errors, retry, token)
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, BaseException)
