@@ -38,21 +38,26 @@ from taskx.core.model import (
     check_name,
     check_status,
 )
+from taskx.core.options import (
+    ExecutorOptions,
+    MapOptions,
+    OnConflict,
+    ScheduleOptions,
+    SubmitOptions,
+    options_of,
+)
 from taskx.core.ticks import Every, Misfire
 from taskx.core.token import CancelReason
-from taskx.core.unique import OnConflict
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.executors import (
     Executor,
     ExecutorDecorator,
-    ExecutorOptions,
     Registered,
-    Registry,
     TaskExecutor,
-    options_of,
 )
 from taskx.executing.middleware import Layer, check_middleware
+from taskx.executing.registry import Registry
 from taskx.executing.runner import Runner, inside_executor
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.ordering.dependents import Dependents
@@ -66,9 +71,8 @@ from taskx.storage.base import Repository, TaskRepository
 from taskx.submitting.creation import with_options
 from taskx.submitting.dead_letters import dead, discard_all
 from taskx.submitting.intake import Intake
-from taskx.submitting.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
+from taskx.submitting.mapping import AHEAD_PER_WORKER, Plan, Results
 from taskx.submitting.operations import Operations
-from taskx.submitting.options import ScheduleOptions, SubmitOptions
 from taskx.upkeep.node import EXTRA, LocalNode
 from taskx.upkeep.retention import prune_all
 

@@ -23,7 +23,7 @@ import pytest
 
 import taskx
 import taskx.queue
-from taskx.core import lifecycle
+from taskx.core import lifecycle, options
 from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
@@ -203,15 +203,15 @@ def public(cls: type) -> list[str]:
     [
         ("public names", taskx.__all__),
         ("settings", [field.name for field in attrs.fields(taskx.Config)]),
-        ("options of submit", sorted(taskx.queue.SubmitOptions.__optional_keys__)),
-        ("options of an executor", sorted(taskx.queue.ExecutorOptions.__optional_keys__)),
+        ("options of submit", sorted(options.SubmitOptions.__optional_keys__)),
+        ("options of an executor", sorted(options.ExecutorOptions.__optional_keys__)),
         ("fields of a filter", [field.name for field in attrs.fields(taskx.TaskFilter)]),
         ("fields of an attempt", [field.name for field in attrs.fields(taskx.Attempt)]),
         ("statuses", [status.value for status in taskx.TaskStatus]),
         ("reasons", [reason.value for reason in taskx.CancelReason]),
         ("fields of a task", [field.name for field in attrs.fields(taskx.Task)]),
         ("methods of a queue", public(taskx.Queue)),
-        ("options of a schedule", sorted(taskx.queue.ScheduleOptions.__optional_keys__)),
+        ("options of a schedule", sorted(options.ScheduleOptions.__optional_keys__)),
         ("parts of a schedule", public(taskx.Schedule)),
         ("parts of the context", public(taskx.Context)),
         ("methods of a repository", public(taskx.TaskRepository)),
@@ -255,7 +255,23 @@ def test_defaults_are_those_of_the_code():
 def test_the_table_of_executor_options_has_each():
     """And no other, in the guide."""
     rows = table(ROOT / "docs" / "guide.rst", "executor option")
-    assert [row[0] for row in rows] == list(taskx.queue.ExecutorOptions.__annotations__)
+    assert [row[0] for row in rows] == [field.name for field in attrs.fields(options.Options)]
+
+
+@pytest.mark.parametrize(
+    ("method", "known"),
+    [
+        (taskx.Queue.executor, options.ExecutorOptions),
+        (taskx.Queue.submit, options.SubmitOptions),
+        (taskx.Queue.schedule, options.ScheduleOptions),
+        (taskx.Queue.map, options.MapOptions),
+    ],
+)
+def test_a_method_says_what_each_of_its_options_is(method, known):
+    missing = [
+        name for name in known.__annotations__ if not re.search(rf"\b{name}\b", method.__doc__)
+    ]
+    assert not missing
 
 
 # Links

@@ -6,18 +6,20 @@ one whose guard holds is the move that happened.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import attrs
 
 from taskx.core import unique
 from taskx.core.clock import to_datetime, to_ms
-from taskx.core.errors import ConfigurationError, InvalidTransition
-from taskx.core.model import Attempt, Task, TaskStatus, check_key
+from taskx.core.errors import InvalidTransition
+from taskx.core.model import Attempt, Task, TaskStatus
+from taskx.core.options import CHECKS, UNLESS_SAID
 from taskx.core.record import (
     BY_THREAD,
+    DEFAULTS,
     FOR_PARENTS,
     FOR_TURN,
     FREE,
@@ -26,18 +28,15 @@ from taskx.core.record import (
     Ended,
     Stub,
     attempts_to_text,
+    created_task,
     ids_to_text,
     optional_ms,
     row_from_task,
 )
 from taskx.core.retry import MAX_WAIT
 from taskx.core.token import CancelReason
-from taskx.core.writes import PRESENT, Delete, Insert, Update, Write
+from taskx.core.writes import CREATED, PRESENT, Delete, Insert, Update, Write
 
-#: Attempts that may raise, where neither task nor executor says otherwise.
-DEFAULT_MAX_ATTEMPTS = 1
-#: Deaths of its process that a task survives plus one, where nobody says otherwise.
-DEFAULT_MAX_CRASHES = 3
 #: Ended attempts that a record keeps; the oldest are dropped first.
 MAX_KEPT_ATTEMPTS = 50
 #: Characters of what executors logged that a record keeps; the earliest lines go first.
@@ -85,10 +84,6 @@ MOVES = (
 )
 # Those that somebody may make by hand.
 _EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != "orphan")
-#: What becomes of a task whose parent failed for good, was cancelled, or is gone; the first one where
-#: nobody says.
-OnParentFailure = Literal["cancel", "fail", "run"]
-ON_PARENT_FAILURE = get_args(OnParentFailure)
 
 
 @attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
@@ -137,109 +132,31 @@ class Ending:
 # --- from nothing, and before the start
 
 
-def create(
-    *,
-    task_id: str,
-    type: str,
-    params: str,
-    created_by: str,
-    now: int,
-    priority: int = 0,
-    run_at: int | None = None,
-    timeout: float | None = None,
-    max_attempts: int | None = None,
-    max_crashes: int | None = None,
-    retry: str | None = None,
-    **rare: Any,
-) -> Insert:
-    """Store a new pending task; ``params`` and ``retry`` are JSON text, times are milliseconds.
+def create(*, task_id: str, now: int, **columns: Any) -> Insert:
+    """Store a new pending task: see :func:`created`."""
+    return created({**columns, "id": task_id, "created_at": now})
 
-    ``rare`` is of ``unique_key`` and ``unique_scope``, ``depends_on`` and ``on_parent_failure``, and
-    ``concurrency_key`` what the task has.
+
+def created(columns: Mapping[str, Any]) -> Insert:
+    """Store a new pending task; ``columns`` has its id, type, params, and what is not as in ``DEFAULTS``.
+
+    They are given as rows keep them: JSON text, milliseconds; but ``depends_on`` as a list. The task waits
+    for its parents first (see :func:`wait_for`), then for its turn, then for its time.
     """
-    row: dict[str, Any] = {
-        "id": task_id,
-        "type": type,
-        "params": params,
-        "created_by": created_by,
-        "created_at": now,
-        "priority": priority,
-        "run_at": run_at,
-        "timeout": timeout,
-        "max_attempts": max_attempts,
-        "max_crashes": max_crashes,
-        "retry": retry,
-        "owner": "",
-        "held": until_due(run_at, now),
-    }
-    if rare:
-        row.update(_rare(**rare))
+    row = {**_NEW, **columns}
+    if row["run_at"] is not None:
+        row["held"] = until_due(row["run_at"], row["created_at"])
+    if len(row) > len(_NEW):  # few have more
+        if "unique_key" in row:
+            row["unique_lock"] = row["unique_key"]
+        if "concurrency_key" in row:
+            row["held"] = FOR_TURN
+        if "depends_on" in row:
+            row["depends_on"] = ids_to_text(row["depends_on"])
     return Insert(row)
 
 
-def between_tasks(task: Task) -> dict[str, Any]:
-    """The options about other tasks that a task has, as :func:`create` takes them; most have none.
-
-    Raises:
-        ConfigurationError: one is not valid.
-    """
-    given: dict[str, Any] = {}
-    if task.unique_key is not None:
-        given["unique_key"] = check_key(task.unique_key, "unique_key")
-        given["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
-    elif task.unique_scope is not None:
-        raise ConfigurationError("unique_scope is of a unique_key: give one, too")
-    if task.on_parent_failure is not None:
-        check_policy(task.on_parent_failure)
-    if task.depends_on:
-        given["depends_on"] = check_parents(task.depends_on, task.id)
-        given["on_parent_failure"] = task.on_parent_failure
-    if task.concurrency_key is not None:
-        given["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
-    return given
-
-
-def check_parents(parents: Any, task_id: str = "") -> list[str]:
-    """The ids of tasks that one depends on, each once.
-
-    Raises:
-        ConfigurationError: they are no list of ids, or its own is among them.
-    """
-    if not isinstance(parents, Iterable) or isinstance(parents, (str, bytes, Mapping)):
-        raise ConfigurationError(f"depends_on must be a list of tasks, not {parents!r:.80}")
-    ids = list(dict.fromkeys(check_key(parent, "depends_on") for parent in parents))
-    if task_id and task_id in ids:
-        raise ConfigurationError(f"task {task_id} cannot depend on itself")
-    return ids
-
-
-def check_policy(policy: object) -> None:
-    """``ConfigurationError`` for what is no ``on_parent_failure``."""
-    if policy not in ON_PARENT_FAILURE:
-        known = ", ".join(map(repr, ON_PARENT_FAILURE))
-        raise ConfigurationError(f"on_parent_failure must be one of {known}, not {policy!r}")
-
-
-def _rare(
-    *,
-    unique_key: str | None = None,
-    unique_scope: str | None = None,
-    depends_on: Sequence[str] = (),
-    on_parent_failure: str | None = None,
-    concurrency_key: str | None = None,
-) -> dict[str, Any]:
-    """The columns that few tasks have: those of options that were not given are left out.
-
-    It waits for its parents first (see :func:`wait_for`), then for its turn, then for its time.
-    """
-    more: dict[str, Any] = {}
-    if unique_key is not None:
-        more.update(unique_key=unique_key, unique_scope=unique_scope, unique_lock=unique_key)
-    if concurrency_key is not None:
-        more.update(concurrency_key=concurrency_key, held=FOR_TURN)
-    if depends_on:
-        more.update(depends_on=ids_to_text(depends_on), on_parent_failure=on_parent_failure)
-    return more
+_NEW: dict[str, Any] = {name: DEFAULTS.get(name) for name in CREATED}
 
 
 def until_due(run_at: int | None, now: int) -> int:
@@ -290,6 +207,43 @@ def cancel(task_id: str, now: int) -> list[Update]:
             durable=True,
         ),
     ]
+
+
+def replace(holder: Task, new: Insert) -> list[Update]:
+    """Have the pending task that holds the key of a new one take over its params and options.
+
+    It is as old as it was, and what it waits for beside its time, it goes on waiting for. Nothing if it
+    is not pending, or differs in what cannot be taken over: type, parents, concurrency key.
+    """
+    if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(created_task(new.row)):
+        return []
+    # Steps that an earlier attempt did, it did with other params. Who has read the record to start it has
+    # read old params, and finds that ``starts`` has moved on.
+    changes = {name: new.row[name] for name in _REPLACED}
+    changes.update(checkpoints=None, starts=holder.starts + 1)
+    due = {**changes, "held": FREE, "owner": ""}  # fetched anew, to its place by its priority
+    if changes["run_at"] is not None and changes["run_at"] > new.row["created_at"]:
+        due["held"] = UNTIL_DUE
+    guard = {
+        "status": holder.status.value,
+        "unique_lock": holder.unique_key,
+        "starts": holder.starts,
+    }
+    return [
+        Update(holder.id, {**guard, "held": which}, change, durable=True)
+        for which, change in (
+            ((FREE, UNTIL_DUE), due),
+            ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
+        )
+    ]
+
+
+def _fixed(task: Task) -> tuple[object, ...]:
+    policy = task.on_parent_failure or "cancel"
+    return task.type, task.depends_on, policy, task.concurrency_key
+
+
+_REPLACED = ("params", "created_by", *CHECKS, "unique_scope")
 
 
 # --- waiting in line
@@ -473,7 +427,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
         return _unless_cancelled(task, back, ending, now)
     if ending.crashed and ending.reason is None:
         return _crash(task, ending, now)
-    spent = task.errors + 1 >= (task.max_attempts or DEFAULT_MAX_ATTEMPTS)
+    spent = task.errors + 1 >= (task.max_attempts or UNLESS_SAID["max_attempts"])
     if spent or ending.permanent:
         writes = [_fail(task, ending, now)]
     else:
@@ -656,7 +610,7 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
 
 
 def _crashes_allowed(task: Task) -> int:
-    return task.max_crashes or DEFAULT_MAX_CRASHES
+    return task.max_crashes or UNLESS_SAID["max_crashes"]
 
 
 def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> list[Update]:

@@ -20,6 +20,8 @@ from copy import copy
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import attrs
+
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.codec import NO_CODECS, Codecs, Unreadable
@@ -39,44 +41,18 @@ COLUMNS: tuple[str, ...] = (*TASK_FIELDS, *INTERNAL)
 #: Those that no two rows have the same value in, but for None.
 UNIQUE = ("unique_lock", "turn")
 
-#: What a column holds in a task that was just created.
+#: What a column holds in a task that was just created, where its creation says nothing.
 DEFAULTS: dict[str, Any] = {
+    **{
+        field.name: field.default
+        for field in attrs.fields(Task)
+        if field.name in TASK_FIELDS and field.name not in ("id", "type", "created_at")
+    },
     "status": "pending",
     "params": "{}",
-    "result": None,
-    "error": "",
-    "progress": 0,
-    "message": "",
-    "created_by": "",
-    "started_at": None,
-    "completed_at": None,
-    "duration": 0.0,
-    "priority": 0,
-    "run_at": None,
-    "timeout": None,
-    "max_attempts": None,
-    "max_crashes": None,
-    "retry": None,
-    "unique_key": None,
-    "unique_scope": None,
     "depends_on": None,
-    "on_parent_failure": None,
-    "concurrency_key": None,
-    "errors": 0,
-    "crashes": 0,
-    "interruptions": 0,
-    "snoozes": 0,
-    "starts": 0,
-    "cancel_requested_at": None,
     "dead_letter": 0,
-    "error_type": "",
-    "traceback": "",
-    "owner": "",
-    "worker": "",
     "earlier_attempts": "",
-    "stuck_on": "",
-    "checkpoints": None,
-    "log": "",
     "held": FREE,
     "waiting_on": None,
     "unique_lock": None,
@@ -133,19 +109,10 @@ class Ended(NamedTuple):
 
 
 _STATUS = {status.value: status for status in TaskStatus}
-_TEXTS = (
-    *("id", "type", "error", "message", "created_by", "error_type", "traceback", "owner", "worker"),
-    *("stuck_on", "log"),
-)
-_KEYS = ("unique_key", "unique_scope", "on_parent_failure", "concurrency_key")
-_NUMBERS = {
-    name: DEFAULTS[name]
-    for name in (
-        *("starts", "errors", "crashes", "interruptions", "snoozes", "priority", "progress"),
-        "duration",
-        *("timeout", "max_attempts", "max_crashes"),
-    )
-}
+_KINDS = {field.name: str(field.type) for field in attrs.fields(Task) if field.name in TASK_FIELDS}
+_TEXTS = [name for name, kind in _KINDS.items() if kind == "str"]
+_KEYS = [name for name, kind in _KINDS.items() if kind == "str | None"]
+_NUMBERS = [name for name, kind in _KINDS.items() if kind.split(" | ")[0] in ("int", "float")]
 
 
 def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
@@ -262,9 +229,7 @@ def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
     sound.update(dict.fromkeys((*_KEYS, "depends_on", "checkpoints")))
     sound.update(
-        (name, default)
-        for name, default in _NUMBERS.items()
-        if type(stored[name]) not in (int, float)
+        (name, DEFAULTS[name]) for name in _NUMBERS if type(stored[name]) not in (int, float)
     )
     sound.update((name, _as_text(stored[name])) for name in _TEXTS)
     sound.update((name, _time_or_none(stored[name])) for name in TIME_FIELDS)

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
+from taskx.core.options import CHECKS
+
 
 class _Present(Enum):
     PRESENT = "present"
@@ -61,23 +63,7 @@ class Delete(NamedTuple):
 Write = Insert | Update | Delete
 
 #: The columns that every creation sets.
-CREATED = (
-    "id",
-    "type",
-    "params",
-    "created_by",
-    "created_at",
-    "priority",
-    "run_at",
-    "timeout",
-    "max_attempts",
-    "max_crashes",
-    "retry",
-    "owner",
-    "held",
-)
-
-
+CREATED = ("id", "type", "params", "created_by", "created_at", *CHECKS, "owner", "held")
 #: The columns of an insert by which it is known again: those that no move changes.
 IDENTITY = ("type", "created_by", "created_at")
 

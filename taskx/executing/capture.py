@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from taskx.core import payload
-from taskx.core.errors import ConfigurationError
 from taskx.core.lifecycle import MAX_LOG
 
 #: Longest line that is kept, in characters.
@@ -24,24 +23,6 @@ MAX_LINE = MAX_LOG // 8
 _formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
 _formatter.converter = time.gmtime
 _formatter.default_time_format, _formatter.default_msec_format = "%Y-%m-%dT%H:%M:%S", "%s.%03dZ"
-
-
-def log_level(value: bool | int | str | None) -> int | None:
-    """From which level on ``capture_log`` has lines kept; None for none.
-
-    Raises:
-        ConfigurationError: it is no level.
-    """
-    if value is None or value is False:
-        return None
-    if value is True:
-        return logging.INFO
-    level = logging.getLevelName(value.upper()) if isinstance(value, str) else value
-    if not isinstance(level, int):
-        raise ConfigurationError(
-            f"capture_log must be True, or a level such as 'WARNING', not {value!r}"
-        )
-    return level
 
 
 class Capture:

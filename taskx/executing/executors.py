@@ -4,35 +4,25 @@ from __future__ import annotations
 
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import update_wrapper
 from typing import (
     TYPE_CHECKING,
     Any,
     Concatenate,
     Generic,
-    Literal,
     NamedTuple,
     ParamSpec,
     Protocol,
-    TypedDict,
     TypeVar,
-    get_args,
     overload,
 )
 
-import attrs
-
-from taskx.core.checks import check_int, check_number, check_plain
-from taskx.core.errors import ConfigurationError, PayloadError, UnknownTaskType
+from taskx.core.checks import check_plain
+from taskx.core.errors import ConfigurationError, PayloadError
 from taskx.core.model import Task, check_name
-from taskx.core.payload import DEFAULT_MAX_SIZE
-from taskx.core.rate import rate_of
-from taskx.core.retry import RetryPolicy, check_policy
-from taskx.executing.capture import log_level
+from taskx.core.options import SETTLED, UNLESS_SAID, ExecutorOptions, Options, log_level, options_of
 from taskx.executing.context import Context
-from taskx.executing.middleware import Layer, wrapped
-from taskx.limiting.limits import Limit, LimitScope
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
@@ -41,12 +31,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 R = TypeVar("R")
-
-MAX_PRIORITY = 1_000_000
-#: Seconds that an executor is given after its token has fired, where nobody says otherwise.
-DEFAULT_GRACE = 10.0
-#: Where an executor runs, if not in the worker's thread.
-Isolation = Literal["process"]
 
 
 class TaskExecutor(ABC):
@@ -65,127 +49,6 @@ class TaskExecutor(ABC):
         ``task`` is this run's copy: of what is done to it only ``task.result`` counts, and a value
         that is returned wins over that. To raise is to fail the attempt.
         """
-
-
-class ExecutorOptions(TypedDict, total=False):
-    """The options of an executor, each of which may be left out or None: see :class:`Options`."""
-
-    max_attempts: int | None
-    max_crashes: int | None
-    timeout: float | None
-    priority: int | None
-    retry: RetryPolicy | None
-    capture_log: bool | int | str | None
-    isolation: Isolation | None
-    grace: float | None
-    max_concurrency: int | None
-    rate: str | tuple[int, float] | None
-    burst: int | None
-    limit_scope: LimitScope | None
-
-
-def check_options(
-    max_attempts: int | None, max_crashes: int | None, timeout: float | None, priority: int | None
-) -> None:
-    """``ConfigurationError`` for an option, of an executor or a task, that is not valid."""
-    if max_attempts is not None:
-        check_int(max_attempts, "max_attempts", 1)
-    if max_crashes is not None:
-        check_int(max_crashes, "max_crashes", 1)
-    if timeout is not None and check_number(timeout, "timeout") == 0:
-        raise ConfigurationError("timeout must be above 0 seconds; None means no time-out")
-    # No call for the usual 0; but False is no number.
-    if priority is not None and (priority or type(priority) is not int):
-        check_int(priority, "priority", -MAX_PRIORITY, MAX_PRIORITY)
-
-
-@attrs.frozen(kw_only=True)
-class Options:
-    """How tasks are run, unless ``submit`` says otherwise for one of them.
-
-    Attributes:
-        max_attempts: attempts that may raise before the task is failed; from 1.
-        max_crashes: deaths of the process before the task is failed; from 1.
-        timeout: seconds after which an attempt's token fires.
-        priority: higher runs first.
-        retry: when an attempt that raised is followed by another; None: at once.
-        capture_log: keep what the executor logs with the record: True for what is of level INFO and
-            above, or a level; None and False: do not.
-        isolation: ``"process"``: each attempt in a child process of its own; None: in the worker's
-            thread.
-        grace: seconds that an executor is given after its token has fired. Then its child process is
-            killed; in a thread it is given up, if it was for a time-out.
-        max_concurrency: how many tasks of the type run at once; from 1.
-        rate: how many start in a time: ``"100/m"``, or a count and seconds.
-        burst: how many may start at once when none did for a while; the count of the rate unless given.
-        limit_scope: ``"node"``, so also unless given: each node has these limits for itself;
-            ``"global"``: all nodes on the repository have them together.
-    """
-
-    max_attempts: int | None = None
-    max_crashes: int | None = None
-    timeout: float | None = None
-    priority: int | None = None
-    retry: RetryPolicy | None = None
-    capture_log: bool | int | str | None = None
-    isolation: Isolation | None = None
-    grace: float | None = None
-    max_concurrency: int | None = None
-    rate: str | tuple[int, float] | None = None
-    burst: int | None = None
-    limit_scope: LimitScope | None = None
-
-    def __attrs_post_init__(self) -> None:
-        check_options(self.max_attempts, self.max_crashes, self.timeout, self.priority)
-        check_policy(self.retry)
-        log_level(self.capture_log)
-        if self.isolation not in (None, "process"):
-            raise ConfigurationError(f'isolation must be "process" or None, not {self.isolation!r}')
-        if self.grace is not None:
-            check_number(self.grace, "grace")
-        if self.max_concurrency is not None:
-            check_int(self.max_concurrency, "max_concurrency", 1)
-        rate_of(self.rate, self.burst)
-        if self.limit_scope not in (None, *get_args(LimitScope)):
-            known = " or ".join(map(repr, get_args(LimitScope)))
-            raise ConfigurationError(f"limit_scope must be {known}, not {self.limit_scope!r}")
-
-    @property
-    def limit(self) -> Limit | None:
-        """How many run at once and start in a time; None where there is no limit.
-
-        Raises:
-            ConfigurationError: an option belongs to a limit that is not there.
-        """
-        if self.max_concurrency is None and self.rate is None:
-            if self.limit_scope is not None or self.burst is not None:
-                raise ConfigurationError(
-                    "limit_scope and burst are of a limit: give max_concurrency or rate, too"
-                )
-            return None
-        if self.burst is not None and self.rate is None:
-            raise ConfigurationError("burst is of a rate: give one, too")
-        rate = rate_of(self.rate, self.burst)
-        return Limit(self.max_concurrency, rate, self.limit_scope or "node")
-
-    @property
-    def patience(self) -> float:
-        """Seconds that an executor is given after its token has fired."""
-        return DEFAULT_GRACE if self.grace is None else self.grace
-
-    @property
-    def attempts(self) -> int | None:
-        """Attempts that may raise: as said, or as the retry policy says."""
-        if self.max_attempts is None and self.retry is not None:
-            return self.retry.max_attempts
-        return self.max_attempts
-
-
-def options_of(given: Mapping[str, Any]) -> Options:
-    """The options that were given; TypeError names those that there are not."""
-    if unknown := given.keys() - ExecutorOptions.__optional_keys__:
-        raise TypeError(f"executor() has no option {', '.join(sorted(unknown))}")
-    return Options(**given)
 
 
 class _Submits(Protocol):
@@ -384,104 +247,31 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
 
 
 class Registered(NamedTuple):
-    """A type that this queue runs."""
+    """A type that this queue runs.
+
+    Attributes:
+        type: the type.
+        function: called with the context, if it takes that, and the params as keyword arguments.
+        takes_context: whether it does.
+        check_params: refuses params that do not fit; None where nothing is known of them.
+        options: how its tasks are run.
+        settled: what tasks are given that say nothing themselves.
+        log_level: from which level on what the executor logs is kept; None for none.
+    """
 
     type: str
-    #: Called with the context, if it takes that, and the params as keyword arguments.
     function: Callable[..., Any]
     takes_context: bool
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
+    settled: Mapping[str, Any]
     log_level: int | None
 
-
-class Registry:
-    """The types that a queue runs or, where they were only declared, accepts.
-
-    Args:
-        middleware: what is wrapped around every execution, the first one outermost.
-        check: refuses what the queue cannot do, before an executor is added.
-        max_payload_size: the largest params, and the largest result, in bytes of JSON.
-    """
-
-    def __init__(
-        self,
-        middleware: Sequence[Layer] = (),
-        check: Callable[[Registered], object] = lambda entry: None,
-        max_payload_size: int = DEFAULT_MAX_SIZE,
-    ) -> None:
-        self._middleware = middleware
-        self._check = check
-        #: The largest params, and the largest result, in bytes of JSON.
-        self.max_payload_size = max_payload_size
-        #: What is known of each type that it runs.
-        self.registered: dict[str, Registered] = {}
-        #: The limits of those types that have any.
-        self.limits: dict[str, Limit] = {}
-        self._declared: set[str] = set()
-
-    @property
-    def types(self) -> tuple[str, ...]:
-        """The types that it runs."""
-        return tuple(self.registered)
-
-    @property
-    def isolated(self) -> frozenset[str]:
-        """The types that it runs in child processes."""
-        return frozenset(
-            type for type, entry in self.registered.items() if entry.options.isolation is not None
-        )
-
-    def runs(self, type: str) -> bool:
-        """Whether this queue has an executor for the type."""
-        return type in self.registered
-
-    def register(self, executor: TaskExecutor | Executor[Any, Any], options: Options) -> None:
-        """Add an executor; options given here win over its own.
-
-        Raises:
-            ConfigurationError: its type is taken, it is no executor, or it is to run in a child
-                process, which could not find it.
-        """
-        entry = entry_of(executor, options)
-        if entry.type in self.registered:
-            raise ConfigurationError(
-                f"type {entry.type!r} has an executor already: make a new queue, or choose another type"
-            )
-        self._check(entry)
-        limit = entry.options.limit
-        function, takes_context = entry.function, entry.takes_context
-        if entry.options.isolation is not None:
-            from taskx.executing.process.isolation import (
-                Isolated,  # not every program starts processes
-            )
-
-            function, takes_context = Isolated(executor, entry, self.max_payload_size), True
-        if self._middleware:
-            function = wrapped(function, self._middleware, takes_context=takes_context)
-            takes_context = True
-        if limit is not None:  # first: as soon as it is registered, its tasks are taken
-            self.limits[entry.type] = limit
-        self.registered[entry.type] = entry._replace(function=function, takes_context=takes_context)
-
-    def declare(self, type: str) -> None:
-        """Accept a type whose executor lives in another process."""
-        self._declared.add(type)
-
-    def get(self, type: str) -> Registered | None:
-        """The executor of a type; None if it is only declared.
-
-        Raises:
-            UnknownTaskType: it is neither registered nor declared.
-        """
-        entry = self.registered.get(type)
-        if entry is None and type not in self._declared:
-            known = ", ".join(sorted({*self.registered, *self._declared})) or "none"
-            raise UnknownTaskType(
-                f"no executor is registered for type {type!r} (known: {known}); register one, or "
-                "declare() the type if it runs in another process"
-            )
-        return entry
+    def settle(self, task: Task) -> None:
+        """Give a task, before it starts, what neither it nor its submit said."""
+        for name in SETTLED:
+            if getattr(task, name) is None:
+                setattr(task, name, self.settled.get(name, UNLESS_SAID.get(name)))
 
 
 def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
@@ -490,17 +280,18 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     Raises:
         ConfigurationError: it is no executor.
     """
+    check_params: Callable[[Mapping[str, Any]], None] | None = None
     if isinstance(executor, Executor):
-        given = {k: v for k, v in attrs.asdict(options, recurse=False).items() if v is not None}
-        options = attrs.evolve(executor.options, **given)
-        return Registered(
-            type=executor.type,
-            function=executor.function,
-            takes_context=executor.takes_context,
-            check_params=executor.check_params,
-            options=options,
-            log_level=log_level(options.capture_log),
-        )
+        options = executor.options.overridden(options)
+        type, function, takes_context = executor.type, executor.function, executor.takes_context
+        check_params = executor.check_params
+    else:
+        type, function, takes_context = _type_of(executor), _classic(executor), True
+    level = log_level(options.capture_log)
+    return Registered(type, function, takes_context, check_params, options, options.settled, level)
+
+
+def _type_of(executor: Any) -> str:
     type_ = getattr(executor, "type", None)
     if inspect.isclass(executor) or not callable(getattr(executor, "execute", None)) or not type_:
         raise ConfigurationError(
@@ -508,14 +299,7 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
             "execute(ctx, task), or a function under @executor(…)"
         )
     check_plain(executor.execute, f"executor {type_!r}")
-    return Registered(
-        type=check_name(type_, "type"),
-        function=_classic(executor),
-        takes_context=True,
-        check_params=None,
-        options=options,
-        log_level=log_level(options.capture_log),
-    )
+    return check_name(type_, "type")
 
 
 def _classic(executor: TaskExecutor) -> Callable[..., Any]:

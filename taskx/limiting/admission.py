@@ -13,7 +13,8 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.log import GuardedLogger, log
-from taskx.limiting.limits import Bucket, Limit, OwnBucket, OwnSlots, Slots
+from taskx.core.rate import Limit
+from taskx.limiting.limits import Bucket, OwnBucket, OwnSlots, Slots
 from taskx.limiting.shared import Sharing
 from taskx.storage.base import Repository
 

@@ -2,27 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
 from taskx.core.clock import Clock
 from taskx.core.rate import FULL, Rate
-
-#: For each node by itself, or for all of them together.
-LimitScope = Literal["node", "global"]
-
-
-class Limit(NamedTuple):
-    """The limits of a type.
-
-    Attributes:
-        max_concurrency: how many run at once; None for any number.
-        rate: how many start in a time; None for any number.
-        scope: who shares them.
-    """
-
-    max_concurrency: int | None
-    rate: Rate | None
-    scope: LimitScope
 
 
 class Slots(Protocol):

@@ -15,8 +15,8 @@ from typing import TypeVar
 from taskx.core.clock import LAST, Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.log import GuardedLogger, log
-from taskx.core.rate import FULL, Rate
-from taskx.limiting.limits import Bucket, Limit, Slots
+from taskx.core.rate import FULL, Limit, Rate
+from taskx.limiting.limits import Bucket, Slots
 from taskx.storage.base import Note, Repository
 
 _SLOTS, _RATE = "limit/slots/", "limit/rate/"

@@ -18,7 +18,7 @@ from taskx.core.writes import Update
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.context import Shared
-from taskx.executing.executors import Registry
+from taskx.executing.registry import Registry
 from taskx.executing.runner import Run, Runner
 from taskx.limiting.admission import Admission
 from taskx.ordering.dependents import Dependents
@@ -205,13 +205,7 @@ class Starter:
 
     def _resolve_options(self, task: Task) -> None:
         """Settle what a process that only declared the type left to the executor."""
-        options = self._services.registry.registered[task.type].options
-        if task.max_attempts is None:
-            task.max_attempts = options.attempts or lifecycle.DEFAULT_MAX_ATTEMPTS
-        if task.max_crashes is None:
-            task.max_crashes = options.max_crashes or lifecycle.DEFAULT_MAX_CRASHES
-        if task.timeout is None:
-            task.timeout = options.timeout
+        self._services.registry.registered[task.type].settle(task)
 
     def _make_run(self, task: Task) -> Run:
         services = self._services

@@ -16,6 +16,7 @@ from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
 from taskx.core.ids import new_id
 from taskx.core.model import Task, check_moment, check_name
+from taskx.core.options import ScheduleOptions
 from taskx.core.ticks import (
     BATCH,
     LONGEST,
@@ -47,19 +48,7 @@ Overlap = Literal["allow", "skip"]
 OVERLAPS = get_args(Overlap)
 
 # The columns of a task that its schedule decides.
-_OF_TASK = (
-    *(
-        "type",
-        "params",
-        "created_by",
-        "priority",
-        "timeout",
-        "max_attempts",
-        "max_crashes",
-        "retry",
-    ),
-    "concurrency_key",
-)
+_OF_TASK = frozenset(("type", "params", *ScheduleOptions.__optional_keys__))
 _OPTIONAL_INT = optional(instance_of(int))
 
 
@@ -139,6 +128,8 @@ def entry_of(note: Note) -> Entry:
         if type(data["spec"]) is not str:
             data["spec"] = Every(data["spec"])
         entry = Entry(**data)
+        if not {"type", "params", "created_by"} <= entry.task.keys() <= _OF_TASK:
+            raise ValueError(f"no task has {sorted(entry.task)}")
         lifecycle.create(task_id="", now=0, **entry.task)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RepositoryCorrupt(
@@ -244,7 +235,7 @@ class Schedules:
             )
         row = prepare(self._services, task, priority).row
         self._services.repository.codecs.columns(row)  # refused now, and not at every tick
-        return {column: row[column] for column in _OF_TASK if column in row}
+        return {column: value for column, value in row.items() if column in _OF_TASK}
 
     def _merged(self, wanted: Entry, note: Note | None) -> Entry:
         now = self._services.clock.now_ms()

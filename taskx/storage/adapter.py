@@ -20,6 +20,7 @@ from taskx.core.errors import (
 )
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, Task, TaskFilter, TaskStatus
+from taskx.core.options import CHECKS
 from taskx.core.record import (
     COLUMNS,
     DEFAULTS,
@@ -40,7 +41,6 @@ LEFT_BEHIND = "a process before this one"
 #: The fields of the original's task: all that an eight-method repository must keep. They are read
 #: from it; the rest is remembered here until the task has ended.
 ORIGINAL_FIELDS = COLUMNS[: COLUMNS.index("duration") + 1]
-_OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes", "retry")
 _NOT_STORED = frozenset({"owner", "stuck_on", *INTERNAL})
 _BETWEEN_TASKS = ("unique_key", "depends_on", "concurrency_key")
 _PAGE = 500
@@ -407,7 +407,7 @@ class EightMethodAdapter(MemoryRepository):
 def _options(insert: Insert) -> list[str]:
     """The options that a new task has and that a repository might not keep."""
     row = {**DEFAULTS, **insert.row}
-    return [name for name in _OPTIONS if row[name] != DEFAULTS[name]]
+    return [name for name in CHECKS if row[name] != DEFAULTS[name]]
 
 
 def _asks_for_options(write: Write) -> bool:

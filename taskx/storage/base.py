@@ -15,10 +15,11 @@ from typing import Any, Literal, NamedTuple, TypeVar
 
 import attrs
 
-from taskx.core import lifecycle, payload
-from taskx.core.checks import check_int, check_number
+from taskx.core import lifecycle
+from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec, Codecs
+from taskx.core.creation import new_record
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
@@ -38,17 +39,16 @@ from taskx.core.model import (
     check_name,
     check_status,
 )
+from taskx.core.options import CHECKS, checked
 from taskx.core.payload import clean_text
 from taskx.core.record import (
     COLUMNS,
     Ended,
     Stub,
     known_status,
-    optional_ms,
-    policy_to_text,
+    parents_from_text,
     task_from_row,
 )
-from taskx.core.retry import check_policy
 from taskx.core.writes import Write, shows
 from taskx.storage.began import Began
 
@@ -433,25 +433,10 @@ class Repository(TaskRepository):
             ConfigurationError: another field holds what it may not.
         """
         task = _storable(task)
-        if task.status is not TaskStatus.PENDING:
-            raise InvalidTransition(f"a new task is pending, not {task.status}")
         now = self.clock.now_ms()
-        between = lifecycle.between_tasks(task)
-        insert = lifecycle.create(
-            task_id=task.id,
-            type=task.type,
-            params=payload.encode_params(task.params),
-            created_by=task.created_by,
-            now=now if task.created_at is None else to_ms(task.created_at, "created_at"),
-            priority=task.priority,
-            run_at=optional_ms(task.run_at, "run_at"),
-            timeout=task.timeout,
-            max_attempts=task.max_attempts,
-            max_crashes=task.max_crashes,
-            retry=policy_to_text(task.retry),
-            **between,
-        )
-        if parents := between.get("depends_on"):  # whether they have ended is seen by whoever runs
+        insert = new_record(task, now if task.created_at is None else to_ms(task.created_at))
+        # Whether they have ended is seen by whoever runs.
+        if parents := parents_from_text(insert.row.get("depends_on")):
             lifecycle.wait_for(insert, parents[-1])
         if not self.apply([insert])[0]:
             holder = self._holder(task.unique_key)
@@ -534,14 +519,8 @@ def _storable(task: Task) -> Task:
     """The task with every value such as a database can hold; the caller's own stays as it is."""
     for what in ("id", "type", "created_by"):
         check_name(getattr(task, what), what)
-    check_int(task.priority, "priority", -(2**31))
+    checked(task, CHECKS)
     check_number(task.duration, "duration")
-    if task.timeout is not None:
-        check_number(task.timeout, "timeout")
-    for what in ("max_attempts", "max_crashes"):
-        if getattr(task, what) is not None:
-            check_int(getattr(task, what), what, 1)
-    check_policy(task.retry)
     for what in TIME_FIELDS:
         check_moment(getattr(task, what), what)
     progress, message = check_progress(task.progress, task.message)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 
-from taskx.core import unique
+from taskx.core import lifecycle, unique
 from taskx.core.errors import DuplicateTask, RepositoryUnavailable
+from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
 from taskx.running.starter import Services
 
@@ -13,7 +14,7 @@ from taskx.running.starter import Services
 _TRIES, _PAUSE = 100, 0.01
 
 
-def settle(services: Services, insert: Insert, on_conflict: unique.OnConflict) -> str | None:
+def settle(services: Services, insert: Insert, on_conflict: OnConflict) -> str | None:
     """The id of the task that stands for the new one; None if it can be stored now.
 
     Raises:
@@ -34,7 +35,7 @@ def settle(services: Services, insert: Insert, on_conflict: unique.OnConflict) -
             return None
         if on_conflict == "return":
             return holder.id
-        writes = unique.replace(holder, insert) if on_conflict == "replace" else []
+        writes = lifecycle.replace(holder, insert) if on_conflict == "replace" else []
         if not writes:
             raise DuplicateTask(holder.id, key)
         if any(services.ledger.commit(writes)):

@@ -18,7 +18,7 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.core.model import Task
-from taskx.core.unique import OnConflict
+from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
 from taskx.executing.runner import inside_executor
 from taskx.ordering.parents import find_parents

@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol
 
 import attrs
 
@@ -23,22 +23,11 @@ from taskx.core.errors import (
     UnknownTaskType,
 )
 from taskx.core.model import Task, TaskStatus, check_name
-from taskx.core.retry import RetryPolicy
 from taskx.executing.executors import Executor
 
 #: Tasks that lie ahead for each worker, unless the caller says otherwise.
 AHEAD_PER_WORKER = 4
 _NONE = object()
-
-
-class MapOptions(TypedDict, total=False):
-    """The options of ``map`` that are those of ``submit``: they count for tasks that are new."""
-
-    created_by: str | None
-    priority: int | None
-    max_attempts: int | None
-    max_crashes: int | None
-    retry: RetryPolicy | None
 
 
 class _Owner(Protocol):

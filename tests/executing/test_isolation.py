@@ -29,8 +29,10 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
+from taskx.core.options import Options
 from taskx.executing.context import Shared
 from taskx.executing.process import channel, isolation
+from taskx.executing.registry import Registry
 from taskx.testing import ManualClock
 
 from . import isolated
@@ -764,8 +766,8 @@ class TestDiesWithItsParent:
             isolation, "_start", lambda *files: started.append(start(*files)) or started[0]
         )
         monkeypatch.setattr(isolation._Attendance, "_hear", interrupted)
-        registry = taskx.executing.executors.Registry()
-        registry.register(isolated.listen, taskx.executing.executors.Options())
+        registry = Registry()
+        registry.register(isolated.listen, Options())
         keeper = SimpleNamespace(check=lambda: None)
         log = logging.getLogger("taskx")
         shared = Shared(None, log, keeper, None)

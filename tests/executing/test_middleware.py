@@ -21,7 +21,9 @@ from taskx import (
     TaskFailed,
     TaskStatus,
 )
-from taskx.executing.executors import Options, Registry, make_executor
+from taskx.core.options import Options
+from taskx.executing.executors import make_executor
+from taskx.executing.registry import Registry
 
 
 class Notes(Middleware):

@@ -28,8 +28,8 @@ from taskx import (
     executor,
 )
 from taskx.core.clock import to_datetime
+from taskx.core.options import DEFAULT_GRACE, Options
 from taskx.core.writes import Update
-from taskx.executing.executors import DEFAULT_GRACE, Options
 from taskx.running.stuck import stack_of
 from taskx.storage.queries import owners
 

@@ -1,0 +1,80 @@
+"""How a new task becomes a record: every check, and the one way there is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from taskx.core import lifecycle, payload, unique
+from taskx.core.clock import to_ms
+from taskx.core.errors import ConfigurationError, InvalidTransition
+from taskx.core.ids import new_id
+from taskx.core.model import Task, TaskStatus, check_key, check_name
+from taskx.core.options import CHECKS, OnParentFailure, checked, one_of
+from taskx.core.record import policy_to_text
+from taskx.core.writes import Insert
+
+_check_failure_policy = one_of(OnParentFailure)
+
+
+def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -> Insert:
+    """Store a task as a new one.
+
+    Args:
+        task: what to store; it is not changed. Where its id is empty, one is made.
+        now: the moment of its creation, in milliseconds.
+        max_size: the largest params, in bytes of JSON.
+
+    Raises:
+        InvalidTransition: it is not pending.
+        PayloadError: its params break the JSON rules, or are too large.
+        ConfigurationError: another field holds what it may not.
+    """
+    if task.status is not TaskStatus.PENDING:
+        raise InvalidTransition(f"a new task is pending; this one is {task.status}")
+    columns = {
+        "id": check_name(task.id, "id") or new_id(),
+        "type": check_key(task.type, "type"),
+        "params": payload.encode_params(task.params, max_size),
+        "created_by": check_name(task.created_by, "created_by"),
+        "created_at": now,
+        **checked(task, CHECKS),
+        **_between_tasks(task),
+    }
+    if task.retry is not None:
+        columns.setdefault("max_attempts", task.retry.max_attempts)
+        columns["retry"] = policy_to_text(task.retry)
+    if task.run_at is not None:
+        columns["run_at"] = to_ms(task.run_at)
+    return lifecycle.created(columns)
+
+
+def _between_tasks(task: Task) -> dict[str, Any]:
+    """The columns about other tasks; most tasks have none."""
+    said: dict[str, Any] = {}
+    if task.unique_key is not None:
+        said["unique_key"] = check_key(task.unique_key, "unique_key")
+        said["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
+    elif task.unique_scope is not None:
+        raise ConfigurationError("unique_scope is of a unique_key: give one, too")
+    if task.on_parent_failure is not None:
+        _check_failure_policy(task.on_parent_failure, "on_parent_failure")
+    if task.depends_on and (parents := check_parents(task.depends_on, task.id)):
+        said.update(depends_on=parents, on_parent_failure=task.on_parent_failure)
+    if task.concurrency_key is not None:
+        said["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
+    return said
+
+
+def check_parents(parents: Any, task_id: str = "") -> list[str]:
+    """The ids of tasks that one depends on, each once.
+
+    Raises:
+        ConfigurationError: they are no list of ids, or its own is among them.
+    """
+    if not isinstance(parents, Iterable) or isinstance(parents, (str, bytes, Mapping)):
+        raise ConfigurationError(f"depends_on must be a list of tasks, not {parents!r:.80}")
+    ids = list(dict.fromkeys(check_key(parent, "depends_on") for parent in parents))
+    if task_id and task_id in ids:
+        raise ConfigurationError(f"task {task_id} cannot depend on itself")
+    return ids
