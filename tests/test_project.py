@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import glob
+import graphlib
 import importlib.metadata
 import inspect
 import json
@@ -90,6 +91,32 @@ def test_import_is_light():
     unwanted |= {"prometheus_client"}
     assert not unwanted.intersection(modules)
     assert threads == 1
+
+
+# Imports
+
+
+def imports(path: Path) -> set[str]:
+    """The modules that one imports, wherever in it: in functions and for type checkers, too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            # What is imported from a package may be a module of it.
+            found.update({node.module, *(f"{node.module}.{alias.name}" for alias in node.names)})
+    return found
+
+
+def test_no_module_imports_itself_in_the_end():
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "taskx").rglob("*.py")
+    }
+    graph = {name: imports(path) & paths.keys() - {name} for name, path in paths.items()}
+    with pytest.raises(graphlib.CycleError):  # it is seen
+        graphlib.TopologicalSorter({**graph, "taskx.core.errors": {"taskx.queue"}}).prepare()
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 # make

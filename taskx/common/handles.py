@@ -29,9 +29,6 @@ from taskx.core.errors import (
 )
 from taskx.core.model import Task, TaskStatus
 
-if TYPE_CHECKING:
-    from taskx.common.watcher import Watcher
-
 R = TypeVar("R")
 
 #: Polling interval, in seconds, of a thread that waits: the thread that should wake it may be gone.
@@ -71,7 +68,7 @@ class TaskHandle(Future[R]):
     _outcome: _Outcome | None = None
     #: The watcher that has registered the handle and looked at its task since; in a forked child the
     #: queue has another one.
-    watched_by: Watcher | None = None
+    watched_by: object = None
 
     def __init__(self, task_id: str, owner: _Owner) -> None:
         # Not super().__init__(): its condition costs more than the rest of a submit.
