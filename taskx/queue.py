@@ -14,6 +14,7 @@ from datetime import datetime
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
 
+from taskx.common.agenda import Agenda
 from taskx.common.config import Config
 from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook, Hooks
@@ -60,9 +61,9 @@ from taskx.executing.middleware import Layer, check_middleware
 from taskx.executing.registry import Registry
 from taskx.executing.runner import Runner, inside_executor
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
-from taskx.ordering.dependents import Dependents
-from taskx.ordering.turns import Turns
-from taskx.running.starter import Services
+from taskx.moving.consequences import Consequences
+from taskx.moving.services import Services
+from taskx.running.state import State
 from taskx.schedules.schedule import Schedule
 from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
 from taskx.storage import queries
@@ -131,17 +132,19 @@ class Queue:
         self._registry = Registry(
             check_middleware(middleware), self._check_executor, self.config.max_payload_size
         )
-        self._state, self._starting = threading.Lock(), threading.Lock()
         self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
 
     def _wire(self) -> None:
-        alarms = Alarms(self._clock)
-        ledger = Ledger(self.repository, self._log)
-        watcher = Watcher(self.repository, self._log)
+        self._state, self._changing, self._starting = State(), threading.Lock(), threading.Lock()
+        agenda, alarms = Agenda(), Alarms(self._clock)
+        ledger = Ledger(self.repository, self._log, agenda)
+        watcher = Watcher(self.repository, self._log, agenda)
         hooks = Hooks(self._hooks, self._log)
-        lines = Turns(self.repository, ledger, self._log)
+        consequences = Consequences(
+            *(self.repository, ledger, hooks, watcher, agenda, self._state, self._clock, self._log)
+        )
         self._services = Services(
             repository=self.repository,
             registry=self._registry,
@@ -153,23 +156,24 @@ class Queue:
             runner=Runner(self._clock, alarms, self.config.max_payload_size),
             hooks=hooks,
             keeper=Keeper(self.repository, ledger, self.config.max_payload_size),
-            dependents=Dependents(
-                self.repository, ledger, hooks, watcher, lines, self._clock, self._log
-            ),
             pauses=Pauses(self.repository),
-            lines=lines,
+            agenda=agenda,
+            turns=consequences.turns,
+            dependents=consequences.dependents,
+            consequences=consequences,
         )
         self._intake = Intake(
             self._services,
+            self._state,
             self.config.overflow,
             self.config.block_timeout,
         )
-        self._operations = Operations(self._services, self._intake)
+        self._operations = Operations(self._services, self._state)
         self._schedules = Schedules(self._services, self._intake)
         self._node: LocalNode | None = None
 
     def __repr__(self) -> str:
-        state = "stopped" if self._intake.stopped else "started" if self._node else "not started"
+        state = "stopped" if self._state.stopped else "started" if self._node else "not started"
         return f"<Queue on {self.repository!r}, {state}>"
 
     # --- executors
@@ -229,7 +233,7 @@ class Queue:
         if self._node is not None:
             with suppress(RepositoryError):  # then the housekeeper records them
                 self._node.pool.record_types()
-        self._intake.look_for_work()
+        self._services.agenda.look_for_more()
 
     def declare(self, *types: str) -> None:
         """Accept tasks of these types, whose executors are registered in another process."""
@@ -730,7 +734,7 @@ class Queue:
     def _look_for_pauses(self) -> None:
         if self._node is not None:
             self._node.pool.look_for_pauses()
-            self._node.pool.wake_housekeeper()
+            self._services.agenda.wake_from_long_sleep()
 
     @property
     def paused(self) -> Paused:
@@ -796,7 +800,7 @@ class Queue:
             RuntimeError: the system has no more threads.
         """
         with self._starting:
-            if self._intake.stopped:
+            if self._state.stopped:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
             if self._node is not None:
                 return
@@ -808,7 +812,7 @@ class Queue:
                 if not self._publish(node):
                     raise QueueStopped("the queue was stopped while it started; nothing was run")
             except BaseException:  # an interrupt, too: it can be started again
-                self._node = self._intake.pool = None
+                self._node = self._state.pool = None
                 node.withdraw()
                 raise
             if (hooks := self._services.hooks).queue_started:
@@ -817,11 +821,10 @@ class Queue:
 
     def _publish(self, node: LocalNode) -> bool:
         """Make a node that has begun visible to other threads; return False if the queue was stopped."""
-        with self._state:
-            if not self._intake.stopped:
-                self._node, self._intake.pool = node, node.pool
-                node.watch()
-            return not self._intake.stopped
+        with self._changing:
+            if not self._state.stopped:
+                self._node, self._state.pool = node, node.pool
+            return not self._state.stopped
 
     def _ended(self) -> None:
         """The last executor has returned, and its outcome is written."""
@@ -841,7 +844,7 @@ class Queue:
         """
         if inside_executor() or self._services.hooks.inside:
             raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
-        if self._intake.stopped:
+        if self._state.stopped:
             raise QueueStopped("the queue was stopped; nothing is run any more")
         if self._node is None:
             raise ConfigurationError("drain() waits for the workers of a started queue: start() it")
@@ -865,15 +868,17 @@ class Queue:
         """
         seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
         deadline = time.monotonic() + seconds
-        with self._state:  # held for moments only, and not while a start waits for the repository
-            self._intake.stopped = True
+        with (
+            self._changing
+        ):  # held for moments only, and not while a start waits for the repository
+            self._state.stopped = True
         still = [] if self._node is None else self._node.stop(seconds, cancel=cancel)
         self._wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
         return still
 
     def _tell_to_stop(self) -> None:
         """Take nothing more, and tell running tasks to stop; waits for nothing."""
-        self._intake.stopped = True
+        self._state.stopped = True
         if self._node is not None:
             self._node.pool.stopping = True
             self._node.pool.fire_all(CancelReason.STOP)
@@ -903,7 +908,6 @@ class Queue:
         """In a forked child: as if it had not been started; nothing of the parent's is touched."""
         self.repository.renew_after_fork()
         self._services.watcher.renew_after_fork()
-        self._state, self._starting = threading.Lock(), threading.Lock()
         self._wire()
 
 
@@ -935,7 +939,7 @@ _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
 
 def _stop_forgotten() -> None:
     deadline = time.monotonic() + EXIT_TIMEOUT
-    running = {q for q in list(_queues) if q._node is not None and not q._intake.stopped}
+    running = {q for q in list(_queues) if q._node is not None and not q._state.stopped}
     for queue in running:  # first all of them: they end at the same time, not one after the other
         queue._tell_to_stop()
     for queue in list(_queues):

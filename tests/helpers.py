@@ -67,7 +67,7 @@ def whole_round(queue: Queue) -> None:
         over.set()
 
     housekeeper.tick = watched
-    housekeeper.wake()
+    queue._services.agenda.wake()
     assert over.wait(PATIENCE)
     del housekeeper.tick
 

@@ -5,19 +5,15 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
-from functools import partial
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from taskx.common import forks
 from taskx.common.bell import Bell, Signal
-from taskx.core import lifecycle
 from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError
-from taskx.core.lifecycle import Ending
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
-from taskx.core.record import changed_task, created_task
 
 #: Events that may wait to be told before those who make more of them are held up.
 MOST_WAITING = 10_000
@@ -80,6 +76,7 @@ class Hook:
 Listeners = tuple[tuple[str, Callable[..., object]], ...]
 
 _EVENTS = tuple(name for name in vars(Hook) if not name.startswith("_"))
+_OF_MOVES = set(_EVENTS) - {"queue_started", "queue_stopped", "submitted", "started"}
 
 
 class Hooks:
@@ -116,15 +113,8 @@ class Hooks:
                 raise ConfigurationError(f"hooks must be instances of Hook, not {hook!r}")
         for event in _EVENTS:
             setattr(self, event, _listeners(known, event))
-        #: Whether any hook is told what attempts end with.
-        self.outcomes = bool(
-            self.finished
-            or self.retried
-            or self.snoozed
-            or self.interrupted
-            or self.stuck
-            or self.rescued
-        )
+        #: Whether any hook is told of moves of tasks.
+        self.moves = any(getattr(self, event) for event in _OF_MOVES)
         self._log = log
         #: Events that no hook was told yet.
         self.waiting: deque[tuple[Listeners, Callable[[], Any], tuple[Any, ...]]] = deque()
@@ -145,41 +135,6 @@ class Hooks:
             self._start()
         else:
             self._wake_up.set()
-
-    def tell_submitted(self, row: Mapping[str, Any]) -> None:
-        """A new record was stored."""
-        self.tell(self.submitted, partial(created_task, row))
-
-    def tell_changed(
-        self, listeners: Listeners, task: Task, changes: Mapping[str, Any], *facts: Any
-    ) -> None:
-        """A record was changed so."""
-        self.tell(listeners, partial(changed_task, task, changes), *facts)
-
-    def tell_concluded(self, task: Task, ending: Ending, changes: Mapping[str, Any]) -> None:
-        """An attempt ended, and its record was changed so."""
-        if ending.stuck and self.stuck:
-            self.tell_changed(self.stuck, task, changes)
-        if "crashes" in changes:
-            self.tell_rescued(task, changes)
-        elif changes["status"] != lifecycle.PENDING:
-            if self.finished:
-                self.tell_changed(self.finished, task, changes)
-        elif "snoozes" in changes:
-            if self.snoozed:
-                self.tell_changed(self.snoozed, task, changes, ending.snooze)
-        elif "errors" in changes:
-            if self.retried:
-                self.tell_changed(self.retried, task, changes, ending.error, ending.delay)
-        elif self.interrupted:
-            self.tell_changed(self.interrupted, task, changes)
-
-    def tell_rescued(self, task: Task, changes: Mapping[str, Any]) -> None:
-        """A task was taken back from a dead node or child process, and its record was changed so."""
-        if self.rescued:
-            self.tell_changed(self.rescued, task, changes)
-        if self.finished and changes["status"] != lifecycle.PENDING:
-            self.tell_changed(self.finished, task, changes)
 
     # --- for those who wait
 

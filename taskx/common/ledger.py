@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 
+from taskx.common.agenda import Agenda
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write
@@ -52,15 +53,14 @@ class Ledger:
     Args:
         repository: what they are applied to.
         log: where a failing callback is reported.
-
-    Attributes:
-        leave_to_others: called on the main thread, if set, instead of the callbacks of what it has
-            committed for others. A thread that cannot be interrupted must call :meth:`flush` soon.
+        agenda: tells whether there is a housekeeper, to which the main thread leaves the callbacks of what
+            it has committed for others.
     """
 
-    def __init__(self, repository: Repository, log: GuardedLogger) -> None:
+    def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
         self._repository = repository
         self._log = log
+        self._agenda = agenda
         # It knows its owner, so that a thread that is inside already does not wait for itself.
         self._leading = threading.RLock()
         # Only the leader removes from it; a write leaves it when its outcome is known, not before.
@@ -70,7 +70,6 @@ class Ledger:
         self._untold: deque[_Entry] = deque()
         # The last entry that was taken in from inside; the thread commits it before it goes on.
         self._late: _Entry | None = None
-        self.leave_to_others: Callable[[], object] | None = None
 
     def __bool__(self) -> bool:
         """Return True if :meth:`flush` has something to do."""
@@ -286,9 +285,9 @@ class Ledger:
             with suppress(TaskxError), self._leading:  # what fails waits on
                 while not late.done:
                     self._lead()
-        if self.leave_to_others is not None and on_main_thread():
+        if self._agenda.attended and on_main_thread():  # where an exception may strike
             if self._untold:
-                self.leave_to_others()
+                self._agenda.wake_from_long_sleep()
             return
         self._tell()
 

@@ -16,6 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.common import handles
+from taskx.common.agenda import Agenda
 from taskx.common.complaint import Complaint
 from taskx.common.handles import TaskHandle
 from taskx.core.errors import RepositoryError, on_main_thread
@@ -42,23 +43,24 @@ class Watcher:
     Args:
         repository: where the tasks are.
         log: what it logs to.
+        agenda: tells whether there is a housekeeper, and wakes it.
     """
 
-    def __init__(self, repository: Repository, log: GuardedLogger) -> None:
+    def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
         self._repository = repository
         self._log = log
-        # The live handles of each task, by their ids as objects. Changed without a lock, one step of a
-        # dict at a time: a handle may be dropped, and an exception strike, anywhere.
-        self._handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
+        self._agenda = agenda
+        #: The live handles of each task, by their ids as objects. Changed without a lock, one step of a
+        #: dict at a time: a handle may be dropped, and an exception strike, anywhere.
+        self.handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
         self._ended: deque[str] = deque()  # tasks that ended, whose handles are to be told of it
-        self._wake: Callable[[], object] | None = None
         self._thread: threading.Thread | None = None
         self._closed = False
 
     @property
     def watching(self) -> bool:
         """True if somebody watches a task that has not ended."""
-        return bool(self._handles)
+        return bool(self.handles)
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve the handle when its task has ended, at once if it has; may be called again and again.
@@ -74,23 +76,18 @@ class Watcher:
                 self._look([handle.id])
                 handle.watched_by = self
         finally:
-            self._ensure_polling()
+            self.ensure_polling()
         if self._closed:
             handle.conclude_closed()
 
     def close(self) -> None:
         """Resolve no more: who waits for a task that has not ended is told so."""
         self._closed = True
-        self._ensure_polling()
+        self.ensure_polling()
         thread = self._thread
         # One that is not alive yet, as another thread is about to start it, will see that all is closed.
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(_CLOSING)
-
-    def drive(self, wake: Callable[[], object] | None) -> None:
-        """Say how to wake the thread of a started queue that tells when to look; None where none is."""
-        self._wake = wake
-        self._ensure_polling()
 
     # --- the handles
 
@@ -102,23 +99,23 @@ class Watcher:
         else:
             ref = weakref.ref(handle, lambda gone: self._drop(task_id, key, gone))
         while True:
-            refs = self._handles.setdefault(task_id, {})
+            refs = self.handles.setdefault(task_id, {})
             refs[key] = ref
-            if self._handles.get(task_id) is refs:  # else it was dropped meanwhile
+            if self.handles.get(task_id) is refs:  # else it was dropped meanwhile
                 return
 
     def _drop(self, task_id: str, key: int, ref: object = None) -> None:
-        refs = self._handles.get(task_id, {})
+        refs = self.handles.get(task_id, {})
         if ref is None or refs.get(key) is ref:
             refs.pop(key, None)
         if not refs:
-            for late in list(self._handles.pop(task_id, {}).values()):  # registered in between
+            for late in list(self.handles.pop(task_id, {}).values()):  # registered in between
                 if (handle := late()) is not None:
                     self._register(handle)
 
     def _live(self, task_id: str) -> list[TaskHandle[Any]]:
         live = []
-        refs = self._handles.get(task_id, {})
+        refs = self.handles.get(task_id, {})
         for key in list(refs):
             if (ref := refs.get(key)) is None:
                 continue
@@ -130,16 +127,15 @@ class Watcher:
 
     # --- looking
 
-    def look_if_watched(self, task_id: str) -> None:
+    def look_at(self, task_id: str) -> None:
         """Tell who waits for a task that just ended.
 
         What it ended by is committed, so a failure to read is none of that: it is looked at again soon.
         """
-        if task_id in self._handles:
-            try:
-                self._resolve([task_id])
-            except RepositoryError as error:
-                self._log.debug("who waits for task %s is told later: %s", task_id, error)
+        try:
+            self._resolve([task_id])
+        except RepositoryError as error:
+            self._log.debug("who waits for task %s is told later: %s", task_id, error)
 
     def tell(self) -> None:
         """Tell who waits for the tasks whose end was found on the main thread.
@@ -161,7 +157,7 @@ class Watcher:
         Raises:
             RepositoryError: the repository cannot be read.
         """
-        self._look([task_id for task_id in list(self._handles) if self._live(task_id)])
+        self._look([task_id for task_id in list(self.handles) if self._live(task_id)])
 
     def _look(self, task_ids: Sequence[str]) -> None:
         if task_ids:
@@ -186,8 +182,7 @@ class Watcher:
         """
         if handle.listeners and on_main_thread() and self._has_teller():
             self._ended.append(handle.id)
-            if (wake := self._wake) is not None:
-                wake()
+            self._agenda.wake()
         else:
             self._drop(handle.id, id(handle))
             handle.tell()
@@ -196,15 +191,15 @@ class Watcher:
 
     def _has_teller(self) -> bool:
         """Return whether a thread can tell the others: the housekeeper, or one of the watcher's own."""
-        return (self._wake is not None and not self._closed) or self._polls
+        return (self._agenda.attended and not self._closed) or self._polls
 
     @property
     def _polls(self) -> bool:
         return (thread := self._thread) is not None and thread.is_alive()
 
-    def _ensure_polling(self) -> None:
+    def ensure_polling(self) -> None:
         """Have a thread look, if there is anything to look at and nobody else does."""
-        if self._handles and (self._closed or self._wake is None) and not self._polls:
+        if self.handles and (self._closed or not self._agenda.attended) and not self._polls:
             thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
             self._thread = thread  # first: it goes on only as long as it is that one
             try:
@@ -217,7 +212,7 @@ class Watcher:
         me = threading.current_thread()
         changed, looked = Changes(self._repository), -math.inf
         complaint = Complaint(self._log)
-        while self._thread is me and self._handles and (self._closed or self._wake is None):
+        while self._thread is me and self.handles and (self._closed or not self._agenda.attended):
             pause = _POLL
             try:
                 self.tell()
@@ -238,16 +233,16 @@ class Watcher:
             time.sleep(pause)
         if self._thread is me:
             self._thread = None
-            self._ensure_polling()  # a handle came in between
+            self.ensure_polling()  # a handle came in between
 
     def _close_all(self) -> None:
-        for task_id in list(self._handles):
+        for task_id in list(self.handles):
             for handle in self._live(task_id):
                 handle.conclude_closed()
                 self._tell(handle)
 
     def renew_after_fork(self) -> None:
         """Begin anew in a forked child: the threads that waited belong to the parent."""
-        for task_id in list(self._handles):
+        for task_id in list(self.handles):
             for handle in self._live(task_id):
                 handle.forget_listeners()

@@ -72,6 +72,7 @@ MOVES = (
     Move("hand back", RUNNING, PENDING),
     Move("crash", RUNNING, PENDING),
     Move("crash", RUNNING, FAILED),
+    Move("crash", RUNNING, CANCELLED),
     Move("rescue", RUNNING, PENDING),
     Move("rescue", RUNNING, FAILED),
     Move("rescue", RUNNING, CANCELLED),
@@ -166,7 +167,8 @@ def until_due(run_at: int | None, now: int) -> int:
 
 def release(task_id: str) -> Update:
     """Let a pending task start that was held back until now."""
-    return Update(task_id, {"status": PENDING, "held": UNTIL_DUE}, {"held": FREE})
+    guard = {"status": PENDING, "held": UNTIL_DUE}
+    return Update(task_id, guard, {"held": FREE}, move="release")
 
 
 def take(task_id: str, node: str, owner: str = "") -> Update:
@@ -174,12 +176,13 @@ def take(task_id: str, node: str, owner: str = "") -> Update:
 
     One that is held back is nobody's.
     """
-    return Update(task_id, {"status": PENDING, "held": FREE, "owner": owner}, {"owner": node})
+    guard = {"status": PENDING, "held": FREE, "owner": owner}
+    return Update(task_id, guard, {"owner": node}, move="take")
 
 
 def give_up(task_id: str, node: str) -> Update:
     """Note that ``node`` no longer holds a pending task."""
-    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""})
+    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="give up")
 
 
 def cancel(task_id: str, now: int) -> list[Update]:
@@ -197,15 +200,12 @@ def cancel(task_id: str, now: int) -> list[Update]:
     # Where a thread of an earlier attempt still runs, it keeps the turn: see lift_bar. None: the
     # original's records say nothing.
     free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None)}
+    barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD)}
+    runs, asked = {"status": RUNNING, "cancel_requested_at": None}, {"cancel_requested_at": now}
     return [
-        Update(task_id, free, {**gone, "turn": None}, durable=True),
-        Update(task_id, {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD)}, gone, durable=True),
-        Update(
-            task_id,
-            {"status": RUNNING, "cancel_requested_at": None},
-            {"cancel_requested_at": now},
-            durable=True,
-        ),
+        Update(task_id, free, {**gone, "turn": None}, durable=True, move="cancel"),
+        Update(task_id, barred, gone, durable=True, move="cancel"),
+        Update(task_id, runs, asked, durable=True, move="request cancel"),
     ]
 
 
@@ -230,7 +230,7 @@ def replace(holder: Task, new: Insert) -> list[Update]:
         "starts": holder.starts,
     }
     return [
-        Update(holder.id, {**guard, "held": which}, change, durable=True)
+        Update(holder.id, {**guard, "held": which}, change, durable=True, move="replace")
         for which, change in (
             ((FREE, UNTIL_DUE), due),
             ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
@@ -256,8 +256,8 @@ def give_turn(task_id: str, key: str) -> list[Update]:
     """
     guard = {"status": PENDING, "held": FOR_TURN}
     return [
-        Update(task_id, {**guard, "run_at": None}, {"held": FREE, "turn": key}),
-        Update(task_id, {**guard, "run_at": PRESENT}, {"held": UNTIL_DUE, "turn": key}),
+        Update(task_id, {**guard, "run_at": when}, {"held": held, "turn": key}, move="give turn")
+        for when, held in ((None, FREE), (PRESENT, UNTIL_DUE))
     ]
 
 
@@ -310,14 +310,15 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS}
     waiting_on = unfinished_parent(child.depends_on, statuses)
     if waiting_on is not None:
-        return Update(child.id, guard, {"waiting_on": waiting_on})
+        return Update(child.id, guard, {"waiting_on": waiting_on}, move="parents moved")
     bad = _bad_parent(child.depends_on, statuses)
     if bad is None or child.on_parent_failure == "run":
         run_at = None if child.run_at is None else to_ms(child.run_at)
         held = until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
         if child.stuck_on:
             guard["stuck_on"], held = child.stuck_on, BY_THREAD
-        return Update(child.id, guard, {"waiting_on": None, "held": held})
+        free = {"waiting_on": None, "held": held}
+        return Update(child.id, guard, free, move="parents moved")
     changes = {
         "status": CANCELLED,
         "completed_at": now,
@@ -328,7 +329,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
         changes.update(status=FAILED, dead_letter=1, **unique.freed_by_end(child))
     else:
         changes["unique_lock"] = None  # as of any task that is cancelled before it starts
-    return Update(child.id, guard, changes)
+    return Update(child.id, guard, changes, move="orphan")
 
 
 _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
@@ -370,7 +371,7 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
     if task.unique_key is not None:
         changes.update(unique.freed_by_start(task))
     guard = {"status": PENDING, "starts": task.starts, "held": FREE}
-    return Update(task.id, guard, changes, durable=task.max_crashes == 1)
+    return Update(task.id, guard, changes, task.max_crashes == 1, "start")
 
 
 def last_chance(task: Task) -> bool:
@@ -395,7 +396,8 @@ def hand_back(task: Task, now: int) -> list[Update]:
     """Undo a start whose executor was never called; its node still holds it."""
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
     changes = {"status": PENDING, "started_at": None, "worker": worker}
-    return _unless_cancelled(task, changes, Ending(returned=False, worker=worker), now)
+    ending = Ending(returned=False, worker=worker)
+    return _unless_cancelled(task, changes, ending, now, "hand back")
 
 
 def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:
@@ -403,12 +405,12 @@ def progress(task_id: str, starts: int | None, percent: int, message: str) -> Up
     guard: dict[str, Any] = {"status": RUNNING}
     if starts is not None:
         guard["starts"] = starts
-    return Update(task_id, guard, {"progress": percent, "message": message})
+    return Update(task_id, guard, {"progress": percent, "message": message}, move="progress")
 
 
 def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
     """Note what a run has done so far, for later attempts; as JSON text."""
-    return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable=durable)
+    return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable, "checkpoint")
 
 
 def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
@@ -420,11 +422,11 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):
         back = _back_to_pending(task, ending, now, "interrupted", owner="")
         back["interruptions"] = task.interruptions + 1
-        return _unless_cancelled(task, back, ending, now)
+        return _unless_cancelled(task, back, ending, now, "interrupt")
     if ending.snooze is not None and ending.reason is None:
         back = _put_off(task, ending, now, "snoozed", ending.snooze)
         back["snoozes"] = task.snoozes + 1
-        return _unless_cancelled(task, back, ending, now)
+        return _unless_cancelled(task, back, ending, now, "snooze")
     if ending.crashed and ending.reason is None:
         return _crash(task, ending, now)
     spent = task.errors + 1 >= (task.max_attempts or UNLESS_SAID["max_attempts"])
@@ -433,7 +435,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     else:
         again = _put_off(task, ending, now, "retried", ending.delay)
         again.update(errors=task.errors + 1, **_error(ending))
-        writes = _unless_cancelled(task, again, ending, now)
+        writes = _unless_cancelled(task, again, ending, now, "retry")
     return [_barred(task, write) for write in writes] if ending.stuck else writes
 
 
@@ -503,11 +505,12 @@ def _complete(task: Task, ending: Ending, now: int) -> Update:
     changes["progress"] = 100
     if task.errors:
         changes.update(_NO_ERROR)
-    return Update(task.id, _fence(task), changes)
+    return Update(task.id, _fence(task), changes, False, "complete")
 
 
 def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
-    return Update(task.id, _fence(task, **guard), _end(task, ending, now, CANCELLED))
+    changes = _end(task, ending, now, CANCELLED)
+    return Update(task.id, _fence(task, **guard), changes, move="cancelled")
 
 
 def _fail(task: Task, ending: Ending, now: int) -> Update:
@@ -517,7 +520,7 @@ def _fail(task: Task, ending: Ending, now: int) -> Update:
         **_error(ending),
         dead_letter=1,
     )
-    return Update(task.id, _fence(task), changes)
+    return Update(task.id, _fence(task), changes, move="fail")
 
 
 def _back_to_pending(
@@ -538,11 +541,11 @@ def _back_to_pending(
 
 
 def _unless_cancelled(
-    task: Task, changes: dict[str, Any], ending: Ending, now: int
+    task: Task, changes: dict[str, Any], ending: Ending, now: int, move: str
 ) -> list[Update]:
     """The move, or the end as cancelled where a cancel was asked for while the attempt ran."""
     return [
-        Update(task.id, _fence(task, cancel_requested_at=None), changes),
+        Update(task.id, _fence(task, cancel_requested_at=None), changes, move=move),
         _cancelled(task, ending, now, cancel_requested_at=PRESENT),
     ]
 
@@ -605,8 +608,11 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     else:
         changes = _back_to_pending(task, ending, now, "interrupted", owner="")
         changes["interruptions"] = task.interruptions + 1
-        alternatives = _unless_cancelled(task, changes, ending, now)
-    return [update._replace(guard={**update.guard, "owner": task.owner}) for update in alternatives]
+        alternatives = _unless_cancelled(task, changes, ending, now, "rescue")
+    return [
+        update._replace(guard={**update.guard, "owner": task.owner}, move="rescue")
+        for update in alternatives
+    ]
 
 
 def _crashes_allowed(task: Task) -> int:
@@ -624,10 +630,10 @@ def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> li
     else:
         holder = task.owner if owner is None else owner
         changes = _back_to_pending(task, ending, now, "crashed", owner=holder)
-    alternatives = _unless_cancelled(task, changes, ending, now)
+    alternatives = _unless_cancelled(task, changes, ending, now, "crash")
     for update in alternatives:
         update.changes["crashes"] = crashes  # type: ignore[index]
-    return alternatives
+    return [update._replace(move="crash") for update in alternatives]
 
 
 # --- after the end of a thread that was given up
@@ -644,19 +650,20 @@ def lift_bar(task: Task, now: int) -> list[Update]:
     held = until_due(optional_ms(task.run_at, "run_at"), now)
     over = {"stuck_on": ""} if task.concurrency_key is None else {"stuck_on": "", "turn": None}
     barred = {**pending, "held": BY_THREAD}
-    lifted = [Update(task.id, barred, {"stuck_on": "", "held": held})]
+    lifted: list[tuple[dict[str, Any], dict[str, Any]]] = [(barred, {"stuck_on": "", "held": held})]
     if (key := task.concurrency_key) is not None:
         lifted = [
-            Update(task.id, {**barred, "turn": key}, {"stuck_on": "", "held": held}),
-            Update(task.id, {**barred, "turn": None}, {"stuck_on": "", "held": FOR_TURN}),
+            ({**barred, "turn": key}, {"stuck_on": "", "held": held}),
+            ({**barred, "turn": None}, {"stuck_on": "", "held": FOR_TURN}),
         ]
-    return [
+    alternatives = [
         *lifted,
-        Update(task.id, {**pending, "held": (FREE, UNTIL_DUE)}, {"stuck_on": ""}),
-        Update(task.id, {**pending, "held": (FOR_PARENTS, FOR_TURN)}, over),
-        Update(task.id, {**stuck, "status": RUNNING}, {"stuck_on": ""}),
-        Update(task.id, {**stuck, "status": FINISHED}, over),
+        ({**pending, "held": (FREE, UNTIL_DUE)}, {"stuck_on": ""}),
+        ({**pending, "held": (FOR_PARENTS, FOR_TURN)}, over),
+        ({**stuck, "status": RUNNING}, {"stuck_on": ""}),
+        ({**stuck, "status": FINISHED}, over),
     ]
+    return [Update(task.id, guard, changes, move="lift bar") for guard, changes in alternatives]
 
 
 # --- after the end
@@ -716,7 +723,7 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
     if changes["held"] == FREE:  # else a host whose clock is behind might hold it until then
         changes["run_at"] = now
-    return Update(task.id, guard, changes, durable=True)
+    return Update(task.id, guard, changes, durable=True, move="requeue")
 
 
 # With a record its turn and its id are freed. So the record stays while a thread of the task runs.
@@ -725,7 +732,7 @@ _NO_THREAD = {"stuck_on": ""}
 
 def delete(task_id: str) -> Delete:
     """Remove the record of a task that is not running, and of which no thread runs on."""
-    return Delete(task_id, {"status": (PENDING, *FINISHED), **_NO_THREAD})
+    return Delete(task_id, {"status": (PENDING, *FINISHED), **_NO_THREAD}, move="delete")
 
 
 def not_deleted(task: Task) -> InvalidTransition:
@@ -768,12 +775,13 @@ def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[S
 def prune(stub: Stub) -> Delete:
     """Remove the record of a task that has ended, unless it was let run again since it was read."""
     guard = {"status": stub.status, "starts": stub.starts, **_NO_THREAD}
-    return Delete(stub.id, guard, durable=False)
+    return Delete(stub.id, guard, durable=False, move="prune")
 
 
 def discard(task: Task) -> Delete:
     """Remove the record of a dead letter, unless it was let run again since it was read."""
-    return Delete(task.id, {"status": FAILED, "starts": task.starts, **_NO_THREAD})
+    guard = {"status": FAILED, "starts": task.starts, **_NO_THREAD}
+    return Delete(task.id, guard, move="discard")
 
 
 # --- writes that are still allowed in a file with a newer schema
@@ -818,7 +826,7 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
         changes["completed_at"] = to_ms(wanted.completed_at, "completed_at")
     guard = {"status": stored.status.value, "starts": stored.starts}
     if wanted.status is not TaskStatus.PENDING:
-        return [Update(stored.id, guard, changes, durable=True)]
+        return [Update(stored.id, guard, changes, durable=True, move="by hand")]
     if stored.status is TaskStatus.PENDING:
         # Who has read it to start it has read what it was before, and is not to start that.
         changes["starts"] = stored.starts + 1
@@ -830,10 +838,11 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
         due["owner"] = ""
     # What it waits for beside its time, it goes on waiting for.
     return [
-        Update(stored.id, {**guard, "held": (FREE, UNTIL_DUE)}, due, durable=True),
-        Update(
-            stored.id, {**guard, "held": (FOR_PARENTS, BY_THREAD, FOR_TURN)}, changes, durable=True
-        ),
+        Update(stored.id, {**guard, "held": held}, values, durable=True, move="by hand")
+        for held, values in (
+            ((FREE, UNTIL_DUE), due),
+            ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
+        )
     ]
 
 
@@ -847,7 +856,7 @@ def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Upda
     changes = _status_change(stored, status, now) if status is not stored.status else {}
     changes["message"] = message
     guard = {"status": stored.status.value, "starts": stored.starts}
-    return Update(stored.id, guard, changes, durable=True)
+    return Update(stored.id, guard, changes, durable=True, move="by hand")
 
 
 def _check_edge(stored: Task, status: TaskStatus) -> None:

@@ -66,7 +66,8 @@ def _show(msg: object, args: Any) -> None:
     """Show on stderr what could not be logged, and why, as handlers do that fail."""
     if logging.raiseExceptions and sys.stderr is not None:
         with suppress(BaseException):  # of a class of the user's, too
-            sys.stderr.write(f"could not be logged: {str(msg) % args if args else msg}\n")
+            record = logging.LogRecord("", 0, "", 0, msg, args, None)
+            sys.stderr.write(f"could not be logged: {record.getMessage()}\n")
             traceback.print_exc()
 
 

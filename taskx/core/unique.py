@@ -57,7 +57,8 @@ def give_up(holder: Task, now: int) -> Update | None:
         return None
     if now < to_ms(holder.created_at) + float(holder.unique_scope) * 1000:
         return None
-    return Update(holder.id, {"unique_lock": holder.unique_key}, {"unique_lock": None})
+    guard = {"unique_lock": holder.unique_key}
+    return Update(holder.id, guard, {"unique_lock": None}, move="free key")
 
 
 def held_until(lock: str | None, scope: str | None, created_at: int) -> float:

@@ -37,19 +37,31 @@ class Insert(NamedTuple):
         id_: str = self.row["id"]
         return id_
 
+    @property
+    def move(self) -> str:
+        """The name of the move: see :class:`Update`."""
+        return "create"
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The columns that it sets."""
+        return self.row
+
 
 class Update(NamedTuple):
     """Change columns of the record with that id, if its guard holds.
 
     It holds not either where another record has the value that it would give a unique column.
 
-    ``durable`` marks what a caller was told, so that a power cut must not undo it.
+    ``durable`` marks what a caller was told, so that a power cut must not undo it. ``move`` names the move
+    that it makes, for those who must do what follows; to a repository it says nothing.
     """
 
     id: str
     guard: Mapping[str, Any]
     changes: Mapping[str, Any]
     durable: bool = False
+    move: str = ""
 
 
 class Delete(NamedTuple):
@@ -58,6 +70,12 @@ class Delete(NamedTuple):
     id: str
     guard: Mapping[str, Any]
     durable: bool = True
+    move: str = ""
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The columns that it sets: none."""
+        return {}
 
 
 Write = Insert | Update | Delete

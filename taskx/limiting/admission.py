@@ -79,6 +79,8 @@ class Admission:
         repository: where those are kept that all nodes share.
         node: the id of the node.
         clock: the time.
+        freed: called when a task of a limited type may start that could not before.
+        scheduled: called when :meth:`next_look` may be sooner than it was.
         log: where it is told what is wrong with what is shared.
     """
 
@@ -88,19 +90,19 @@ class Admission:
         repository: Repository,
         node: str,
         clock: Clock,
+        freed: Callable[[], None],
+        scheduled: Callable[[], None],
         log: GuardedLogger = log,
     ) -> None:
         self._limits = limits
         self._clock = clock
+        self._freed = freed
+        self._scheduled = scheduled
         self._sharing = Sharing(repository, node, clock, log)
         self._lock = threading.RLock()
         self._gates: dict[str, _Gate] = {}
         #: By what each task was admitted that has not ended.
         self.admitted: dict[str, _Gate] = {}
-        #: Told that a task of a limited type may start that could not before; that :meth:`next_look` may
-        #: be sooner than it was.
-        self.freed: Callable[[], None] = lambda: None
-        self.scheduled: Callable[[], None] = lambda: None
 
     def _gate(self, type: str) -> _Gate:
         gate = self._gates.get(type)
@@ -197,13 +199,13 @@ class Admission:
             if gate is not None:
                 gate.leave(ran=ran)
         if gate is not None:
-            self.freed()
+            self._freed()
 
     # --- time
 
     def _tell_scheduled(self, gate: _Gate) -> None:
         if gate.look_at is not None:
-            self.scheduled()
+            self._scheduled()
 
     def next_look(self) -> float | None:
         """When tasks may start whose token has come by then, on the monotonic clock."""

@@ -11,20 +11,16 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
 
-from taskx.common.hooks import Hooks
-from taskx.common.ledger import Ledger
-from taskx.common.watcher import Watcher
+from taskx.common.agenda import Agenda
 from taskx.core import lifecycle
 from taskx.core.clock import Clock
 from taskx.core.errors import TaskxError
 from taskx.core.lifecycle import PENDING, UNFINISHED
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
-from taskx.core.writes import Insert
-from taskx.ordering.turns import Turns
+from taskx.core.writes import Update
 from taskx.storage.base import Repository
 
 #: Waiting tasks that are decided in one transaction.
@@ -33,15 +29,17 @@ BATCH = 200
 _PAGE = 1000
 
 
+#: Commits moves of these tasks, and does what follows.
+Commit = Callable[[Sequence[Update], Mapping[str, Task]], object]
+
+
 class Dependents:
     """Looks after the tasks that wait for their parents.
 
     Args:
         repository: where they are.
-        ledger: what commits.
-        hooks: who is told of those that end with a parent.
-        watcher: who resolves handles.
-        lines: where those go on waiting that have a concurrency key.
+        commit: commits what becomes of them.
+        agenda: where the housekeeper is told to :meth:`look`.
         clock: the time.
         log: what it says.
     """
@@ -49,58 +47,49 @@ class Dependents:
     def __init__(
         self,
         repository: Repository,
-        ledger: Ledger,
-        hooks: Hooks,
-        watcher: Watcher,
-        lines: Turns,
+        commit: Commit,
+        agenda: Agenda,
         clock: Clock,
         log: GuardedLogger,
     ) -> None:
         self._repository = repository
-        self._ledger = ledger
-        self._hooks = hooks
-        self._watcher = watcher
+        self._commit = commit
+        self._agenda = agenda
         self._clock = clock
         self._log = log
         #: Whether a task may be waiting for another one: as long as not, ends need not be told.
         self.any = False
         #: Parents that have ended, and whose dependents were not looked at yet.
         self.ended: deque[str] = deque()
-        #: Told that there is something in ``ended``, and that tasks were released.
-        self.wake: Callable[[], None] = lambda: None
-        self.released: Callable[[], None] = lambda: None
-        self._lines = lines
+        # Tasks whose parents may have ended.
+        self._due: deque[str] = deque()
         self._lock, self._looking = threading.Lock(), threading.Lock()
         self._additions = 0
-        self._left: Sequence[str] = ()
         # Whether all parents are to be looked at; whether that is under way, and how far it has come.
         self._all_due, self._under_way, self._after = True, False, ""
 
     # --- what happens
 
-    def added(self, inserts: Iterable[Insert]) -> None:
-        """Tasks were stored, some of which may wait."""
-        self.waits({i.id: i.row["waiting_on"] for i in inserts if i.row.get("waiting_on")})
-
     def waits(self, waiting: Mapping[str, str]) -> None:
-        """Tasks wait from now on, each for that parent; if it has ended meanwhile, they are decided."""
-        if not waiting:
-            return
+        """Tasks wait from now on, each for that parent; if it has ended meanwhile, they are due."""
         with self._lock:
             self.any = True
             self._additions += 1
         try:
             statuses = self._repository.statuses([*set(waiting.values())])
-            due = [i for i, parent in waiting.items() if statuses.get(parent) not in UNFINISHED]
-            self._decide(due)
         except TaskxError as error:  # they are stored: whoever did so must not be told otherwise
             self._all_due = True
             self._log.warning("tasks that wait for others are looked at later: %s", error)
+            return
+        due = [i for i, parent in waiting.items() if statuses.get(parent) not in UNFINISHED]
+        if due:
+            self._due.extend(due)
+            self._agenda.wake_from_long_sleep()
 
     def parent_ended(self, task_id: str) -> None:
         """A task has ended that may have dependents; its write is committed."""
         self.ended.append(task_id)
-        self.wake()
+        self._agenda.wake_from_long_sleep()
 
     def ended_elsewhere(self) -> None:
         """A process died that may not have come to look at the dependents of what it ended."""
@@ -114,7 +103,12 @@ class Dependents:
     @property
     def waiting(self) -> bool:
         """True if :meth:`look` has left work that is due."""
-        return bool(self.ended or self._left or self._all_due or self._under_way)
+        return self.told or self._all_due or self._under_way
+
+    @property
+    def told(self) -> bool:
+        """Whether it was told of something that it has not looked at yet."""
+        return bool(self.ended or self._due)
 
     def overdue(self) -> bool:
         """Whether a task waits for one that has ended, which is then looked at soon.
@@ -127,7 +121,7 @@ class Dependents:
             gone, after = self._gone(after)
         if gone:
             self._all_due = True
-            self.wake()
+            self._agenda.wake_from_long_sleep()
         return bool(gone)
 
     def _gone(self, after: str) -> tuple[Sequence[str], str]:
@@ -156,13 +150,13 @@ class Dependents:
             return
         until = time.monotonic() + patience
         with self._looking:
-            while self.ended or self._left:
-                ids = list(self.ended)
-                found = self._waiting_for(ids)
-                self._left = self._decide([*self._left, *found], until)
-                for _ in ids:  # only now: until then somebody may wait for this to be done
-                    self.ended.popleft()
-                if self._left:
+            while self.told:
+                ids, due = list(self.ended), list(self._due)
+                self._due.extend(self._decide([*due, *self._waiting_for(ids)], until))
+                for told, done in ((self.ended, ids), (self._due, due)):
+                    for _ in done:  # only now: until then somebody may wait for this to be done
+                        told.popleft()
+                if self.told and time.monotonic() >= until:
                     return
             self._look_at_all(until)
 
@@ -170,7 +164,7 @@ class Dependents:
         """Look at all parents that tasks wait for, if that is due; go on where the last call stopped."""
         if self._all_due and not self._under_way:
             self._under_way, self._after, self._all_due = True, "", False
-        while self._under_way and not self._left:
+        while self._under_way and not self._due:
             self._under_way = self._look_at_some(until)
             if time.monotonic() >= until:
                 break
@@ -208,8 +202,7 @@ class Dependents:
         """Look at some parents; False where these were the last ones."""
         gone, self._after = self._gone(self._after)
         if gone:
-            found = self._waiting_for(gone)
-            self._left = [*self._left, *self._decide(found, until)]
+            self._due.extend(self._decide(self._waiting_for(gone), until))
         return bool(self._after)
 
     def _waiting_for(self, parents: Sequence[str]) -> list[str]:
@@ -223,52 +216,16 @@ class Dependents:
         todo = deque(task_ids)
         while todo:
             some = [todo.popleft() for _ in range(min(BATCH, len(todo)))]
-            children = [
-                task
-                for task in self._repository.get_many(some).values()
-                if task.status.value == PENDING
-            ]
-            todo.extend(self._move(children))
+            found = self._repository.get_many(some)
+            if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
+                self._move(children)
             if time.monotonic() >= until:
                 break
         return todo
 
-    def _move(self, children: Sequence[Task]) -> list[str]:
-        """Those that must be looked at again: what they wait for has ended meanwhile, or they have."""
-        parents = list({parent: None for child in children for parent in child.depends_on})
-        statuses = self._repository.statuses(parents)
+    def _move(self, children: Mapping[str, Task]) -> None:
+        parents = {parent: None for child in children.values() for parent in child.depends_on}
+        statuses = self._repository.statuses([*parents])
         now = self._clock.now_ms()
-        writes = [lifecycle.parents_moved(child, statuses, now) for child in children]
-        results = self._ledger.commit(writes) if writes else ()
-        waiting: dict[str, str] = {}
-        ended: list[str] = []
-        for child, write, held in zip(children, writes, results, strict=True):
-            if not held:
-                continue
-            if "status" in write.changes:
-                ended.append(child.id)
-                self._tell_ended(child, write.changes)
-            elif write.changes["waiting_on"] is not None:
-                waiting[child.id] = write.changes["waiting_on"]
-        if sum(results) > len(ended) + len(waiting):
-            self.released()
-            self._lines.advance(
-                child.concurrency_key for child in children if child.concurrency_key is not None
-            )
-        again = self._waiting_for(ended)
-        if waiting:
-            now_known = self._repository.statuses([*set(waiting.values())])
-            again += [
-                child
-                for child, parent in waiting.items()
-                if now_known.get(parent) not in UNFINISHED
-            ]
-        return again
-
-    def _tell_ended(self, child: Task, changes: Mapping[str, Any]) -> None:
-        self._log.warning(
-            "task %s (%s) is %s: %s", child.id, child.type, changes["status"], changes["error"]
-        )
-        if self._hooks.finished:
-            self._hooks.tell_changed(self._hooks.finished, child, changes)
-        self._watcher.look_if_watched(child.id)
+        moves = [lifecycle.parents_moved(child, statuses, now) for child in children.values()]
+        self._commit(moves, children)

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
 
-from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError
 from taskx.core.log import GuardedLogger
-from taskx.core.model import Task
-from taskx.core.record import FOR_TURN
-from taskx.core.writes import Insert, Update
+from taskx.core.writes import Update
 from taskx.storage.base import Repository
 
 #: Keys that are looked after in one transaction.
@@ -30,33 +26,26 @@ class Turns:
 
     Args:
         repository: where they wait.
-        ledger: what commits.
+        commit: commits moves, and does what follows; says for each whether it took place.
         log: what it says.
     """
 
-    def __init__(self, repository: Repository, ledger: Ledger, log: GuardedLogger) -> None:
+    def __init__(
+        self,
+        repository: Repository,
+        commit: Callable[[Sequence[Update]], Sequence[bool]],
+        log: GuardedLogger,
+    ) -> None:
         self._repository = repository
-        self._ledger = ledger
+        self._commit = commit
         self._log = log
-        #: Told that tasks may start, or may be due some time, whose turn has come.
-        self.moved: Callable[[], None] = lambda: None
         # Whether all lines are to be looked at; whether that is under way, and how far it has come.
         self._due, self._under_way, self._after = True, False, ""
-
-    def joined(self, inserts: Iterable[Insert]) -> None:
-        """Tasks were stored, some of which may wait in line."""
-        rows = [insert.row for insert in inserts]
-        self.advance(row["concurrency_key"] for row in rows if row["held"] == FOR_TURN)
-
-    def left(self, task: Task, changes: Mapping[str, Any]) -> None:
-        """A task was changed; where that ended it, the next one's turn has come."""
-        if task.concurrency_key is not None and "turn" in changes:
-            self.advance([task.concurrency_key])
 
     def next_turn(self, key: str) -> Sequence[Update]:
         """What gives the turn to the first in line, in the transaction in which another task ends.
 
-        Nothing where that cannot be told: :meth:`left` makes up for it.
+        Nothing where that cannot be told: :meth:`advance` makes up for it.
         """
         try:
             return self._next_turn(key)
@@ -77,12 +66,9 @@ class Turns:
             self._due = True
             self._log.warning("whose turn has come is looked at later: %s", error)
 
-    def _advance(self, keys: Sequence[str]) -> bool:
-        writes = [write for key in keys for write in self._next_turn(key)]
-        moved = bool(writes) and any(self._ledger.commit(writes))
-        if moved:
-            self.moved()
-        return moved
+    def _advance(self, keys: Sequence[str]) -> None:
+        if writes := [write for key in keys for write in self._next_turn(key)]:
+            self._commit(writes)
 
     @property
     def waiting(self) -> bool:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import islice
-from typing import Any
+from itertools import compress, islice
 
 import attrs
 
@@ -29,10 +28,11 @@ from taskx.core.writes import Update
 from taskx.executing.failures import error_text, error_type
 from taskx.executing.runner import Run, broken
 from taskx.limiting.admission import Admission
+from taskx.moving.services import Services
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer, Item
 from taskx.running.runs import Runs
-from taskx.running.starter import Services, Starter
+from taskx.running.starter import Starter
 from taskx.running.stuck import Stuck
 from taskx.storage import queries
 from taskx.storage.base import Node
@@ -49,10 +49,18 @@ class WorkerPool:
         services: what it works with.
         node: what it is known as in the repository.
         config: how many threads, and how large a buffer.
+        retire: ends the node, as its TaskX is too old for the repository.
     """
 
-    def __init__(self, services: Services, node: Node, config: Config) -> None:
+    def __init__(
+        self,
+        services: Services,
+        node: Node,
+        config: Config,
+        retire: Callable[[SchemaMismatch], None],
+    ) -> None:
         self.services = services
+        self.agenda = services.agenda
         self.hooks = services.hooks
         self.node = node
         #: Every task in flight: see there.
@@ -68,31 +76,27 @@ class WorkerPool:
         #: Set when the workers may run tasks.
         self.begun = threading.Event()
         self.admission = Admission(
-            services.registry.limits, services.repository, node.id, services.clock, services.log
+            services.registry.limits,
+            services.repository,
+            node.id,
+            services.clock,
+            self.agenda.look_for_more,
+            self.agenda.wake_from_long_sleep,
+            services.log,
         )
-        self.admission.freed = self.look_for_more
-        self.admission.scheduled = lambda: self.wake_housekeeper()
         self.starter = Starter(services, node, self.buffer, self.runs, self.admission)
-        #: Whether the repository may hold free tasks that would fit into the buffer.
-        self.more_stored = True
+        self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
         self._recorded = node.types
         #: Whether no other node is known to live.
         self.alone = False
-        #: Set by the housekeeper: have it tick often for a while; look when the next task is due, and when
-        #: the next schedule ticks.
-        self.wake_housekeeper: Callable[[], None] = lambda: None
-        self.look_for_due: Callable[[], None] = lambda: None
-        self.look_for_schedules: Callable[[str], None] = lambda name: None
         #: The error that ends a node whose TaskX is too old for the repository, and what ends it.
         self.outdated: SchemaMismatch | None = None
-        self.retire: Callable[[SchemaMismatch], None] = lambda why: None
+        self.retire = retire
         self._complaint = Complaint(services.log)
         self._refilling = threading.Lock()
         self._counting = threading.Lock()
         self._quiet = Bell()
-        self.stuck = Stuck(
-            services, node.id, config.max_stuck, self._do_without, self._give_up, self._freed
-        )
+        self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._give_up)
         self._left = self._at_work = self._named = workers
         self.threads = [self._worker(number) for number in range(1, workers + 1)]
 
@@ -166,8 +170,9 @@ class WorkerPool:
                 del run  # a worker that waits must not keep the last task's values alive
             elif not items:
                 if not self.services.ledger.flush(wait=False):
-                    self.wake_housekeeper()  # another thread commits, perhaps without the last ones
-                if self.more_stored:
+                    # Another thread commits, perhaps without the last ones.
+                    self.agenda.wake_from_long_sleep()
+                if self.agenda.more_stored:
                     self.refill()
                 self._tell_quiet()
                 ahead.wait(self._need_not_wait)
@@ -184,7 +189,7 @@ class WorkerPool:
         may wait for the file, and is begun early.
         """
         share = 0.25 if self.alone else 0.5
-        if self.more_stored and self.buffer.fetched < self.buffer.fetch_size * share:
+        if self.agenda.more_stored and self.buffer.fetched < self.buffer.fetch_size * share:
             self.refill()
 
     def _start(self, items: list[Item]) -> Run | None:
@@ -199,7 +204,7 @@ class WorkerPool:
                 return None
             if len(runs) > 1:
                 self.ahead.lay_out(runs[1:])
-                self.wake_housekeeper()
+                self.agenda.wake_from_long_sleep()
         except BaseException:  # an interrupt, too: nobody else holds these tasks
             self.buffer.put_back(item for item in items if item.id not in self.runs)
             raise
@@ -245,14 +250,14 @@ class WorkerPool:
         task = run.task
         self.services.log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
         if self.hooks.started:
-            self.hooks.tell_changed(self.hooks.started, task, {})
+            self.services.consequences.begun(task)
         if task.timeout is not None:
             run.overdue = self.stuck.watch(run, worker)
 
     def _defer(self, run: Run, ending: Ending) -> None:
         ending, writes, more = self._outcome(run, ending)
-        told = partial(self._concluded, run, ending, writes)
-        self.services.ledger.defer([*writes, *more] if more else writes, told)
+        writes = [*writes, *more] if more else writes
+        self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
 
     def conclude(self, run: Run, ending: Ending) -> None:
         """Commit an outcome now, and do what follows, on a thread that may be interrupted."""
@@ -260,7 +265,7 @@ class WorkerPool:
         results: Sequence[bool] = ()
         refused: BaseException | None = None
         try:
-            results = self.services.ledger.commit([*writes, *more])
+            results = self.services.ledger.commit(writes := [*writes, *more])
         except RepositoryUnavailable as error:
             self._defer(run, ending)
             self.services.log.warning(
@@ -282,7 +287,7 @@ class WorkerPool:
             ending = broken(error, ending.worker)
             writes = lifecycle.conclude(run.task, ending, now)
         key = run.task.concurrency_key
-        return ending, writes, () if key is None else self.services.lines.next_turn(key)
+        return ending, writes, () if key is None else self.services.turns.next_turn(key)
 
     # --- threads that are stuck
 
@@ -307,7 +312,7 @@ class WorkerPool:
     def _give_up(self, run: Run, ending: Ending) -> None:
         """An attempt is over while its thread runs on."""
         self._defer(run, ending)
-        self.wake_housekeeper()
+        self.agenda.wake_from_long_sleep()
 
     def _come_back(self, run: Run) -> None:
         """This thread was given up, and is free again."""
@@ -316,7 +321,7 @@ class WorkerPool:
                 self._at_work += 1
         self.admission.over(run.task.id, ran=True)  # first: from then on its retry may be admitted
         self.stuck.thread_ended(run)
-        self.wake_housekeeper()
+        self.agenda.wake_from_long_sleep()
 
     def _is_superfluous(self) -> bool:
         """Whether there is one worker too many since a stuck one came back: then this one leaves."""
@@ -325,11 +330,6 @@ class WorkerPool:
                 return False
             self._at_work -= 1
             return True
-
-    def _freed(self) -> None:
-        """Tasks may start again, now or at their time."""
-        self.more_stored = True
-        self.look_for_due()
 
     # --- outcomes
 
@@ -344,37 +344,15 @@ class WorkerPool:
         """An outcome is committed, or was dropped because the run had lost its fence."""
         if error is not None and (lesser := _lesser(ending, error)) is not None:
             self._defer(run, lesser)
-            self.wake_housekeeper()
+            self.agenda.wake_from_long_sleep()
             return
-        task, log = run.task, self.services.log
-        held = [write for write, holds in zip(writes, results, strict=False) if holds]
-        try:  # first: what is told nobody takes for quiet, and no next attempt has begun
-            if held and self.hooks.outcomes:
-                self.hooks.tell_concluded(task, ending, run.context.shown(held[0].changes))
-            dependents = self.services.dependents
-            if dependents.any and held and held[0].changes["status"] != lifecycle.PENDING:
-                dependents.parent_ended(task.id)
-            if task.concurrency_key is not None and held:
-                if any(results[len(writes) :]):
-                    self.services.lines.moved()
-                else:
-                    self.services.lines.left(task, held[0].changes)
-        finally:
-            self.starter.strike(run, ran=True)
-        if not held:
-            self._not_concluded(task, error)
-            return
-        status = held[0].changes["status"]
-        if status == lifecycle.FAILED:
-            log.error(
-                "task %s (%s) failed: %s\n%s", task.id, task.type, ending.error, ending.traceback
-            )
-        elif status != lifecycle.PENDING:
-            log.debug("task %s (%s) %s", task.id, task.type, status)
-        else:
-            self._pending_again(task, ending, held[0].changes)
-        self.services.watcher.look_if_watched(task.id)
-        self._tell_quiet()
+        held = [*compress(writes, results)]
+        tasks = {run.task.id: run.task}
+        self.services.consequences.follow(held, tasks, ending, run, self.starter.strike)
+        if not (held and held[0].id == run.task.id):
+            self._not_concluded(run.task, error)
+        if self._quiet.listening:
+            self._tell_quiet()
 
     def _not_concluded(self, task: Task, error: BaseException | None) -> None:
         if error is None:
@@ -387,25 +365,6 @@ class WorkerPool:
                 "task %s (%s): how it ended could not be stored, so it runs again: %s",
                 *(task.id, task.type, error),
             )
-
-    def _pending_again(self, task: Task, ending: Ending, changes: Mapping[str, Any]) -> None:
-        """It runs again: soon, later, or elsewhere."""
-        log, task_id, type_ = self.services.log, task.id, task.type
-        if "snoozes" in changes:
-            log.info("task %s (%s) asked to run again in %g s", task_id, type_, ending.snooze)
-        elif "errors" in changes:
-            log.warning(
-                "task %s (%s) is retried in %g s after attempt %d: %s",
-                *(task_id, type_, ending.delay, task.attempt, ending.error),
-            )
-        elif "crashes" in changes:
-            log.warning("task %s (%s) crashed, it runs again: %s", task_id, type_, ending.error)
-        else:
-            log.info("task %s (%s) was interrupted and is pending again", task_id, type_)
-        if changes.get("held"):
-            self.look_for_due()
-        elif changes["owner"]:
-            self.starter.rebuffer(task)
 
     # --- pauses and limits
 
@@ -422,11 +381,6 @@ class WorkerPool:
         limited = type in self.services.registry.limits
         return self.takes(type) and (not limited or self.admission.open(type))
 
-    def look_for_more(self) -> None:
-        """Free tasks in the repository may start that could not before."""
-        self.more_stored = True
-        self.wake_housekeeper()
-
     def look_for_pauses(self) -> None:
         """See what is paused, and leave to the repository what lies in the buffer and is.
 
@@ -434,7 +388,7 @@ class WorkerPool:
             RepositoryError: the repository failed; what is in the buffer is passed over all the same.
         """
         if self.services.pauses.look():
-            self.more_stored = True  # what is paused no longer
+            self.agenda.more_stored = True  # what is paused no longer
             paused = self.services.pauses.known
             swept = self.buffer.sweep(lambda type: type in paused)
             self.starter.give_up([item.id for item in swept])
@@ -453,18 +407,18 @@ class WorkerPool:
             room = self.buffer.room_to_fetch()
             if room <= 0 or self.stopping:
                 return
-            self.more_stored = False  # before looking: a spill from now on sets it again
+            self.agenda.more_stored = False  # before looking: a spill from now on sets it again
             try:
                 found = self._fetch(room)
             except BaseException:  # an interrupt, too: nobody else knows that there is more
-                self.more_stored = True
+                self.agenda.more_stored = True
                 raise
             for stub in found:
                 if stub.type in self.services.registry.limits:
                     self.admission.fetched(stub.type, stub.id)
                 self.buffer.add_fetched(stub)
             if len(found) == room:
-                self.more_stored = True
+                self.agenda.more_stored = True
         finally:
             self._refilling.release()
 
@@ -482,7 +436,7 @@ class WorkerPool:
             return self._take_over()
         taken = services.ledger.commit([lifecycle.take(stub.id, self.node.id) for stub in stubs])
         if not all(taken):
-            self.look_for_more()  # there may be others, or none for which it has places
+            self.agenda.look_for_more()  # there may be others, or none for which it has places
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
 
     def _offered(self, room: int, owner: str = "") -> list[Stub]:
@@ -535,7 +489,7 @@ class WorkerPool:
         writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
         taken = services.ledger.commit(writes) if writes else []
         if any(taken):
-            self.more_stored = True  # look again when these are done
+            self.agenda.more_stored = True  # look again when these are done
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]
 
     # --- quiet, and the end
@@ -551,7 +505,7 @@ class WorkerPool:
             or len(self.buffer)
             or self.ahead.runs
             or self.starter.suspects.waiting
-            or self.more_stored
+            or self.agenda.more_stored
             or self.services.ledger
             or self.services.dependents.looks
         )
@@ -581,6 +535,11 @@ class WorkerPool:
         """Fire the token of every run."""
         for run in list(self.runs.values()):
             run.token.fire(reason)
+
+    def fire(self, task_id: str) -> None:
+        """Fire the token of a task whose cancel was asked for, if it runs here."""
+        if (run := self.runs.get(task_id)) is not None:
+            run.token.fire(CancelReason.CANCEL)
 
     def begin_stop(self) -> None:
         """Take nothing more."""

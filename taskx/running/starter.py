@@ -3,51 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from typing import NamedTuple
 
-from taskx.common.hooks import Hooks
-from taskx.common.ledger import Ledger
-from taskx.common.pauses import Pauses
-from taskx.common.watcher import Watcher
 from taskx.core import lifecycle
-from taskx.core.clock import Clock, to_ms
-from taskx.core.log import GuardedLogger
+from taskx.core.clock import to_ms
 from taskx.core.model import Task
 from taskx.core.record import optional_ms
 from taskx.core.writes import Update
-from taskx.executing.alarms import Alarms
-from taskx.executing.checkpoints import Keeper
 from taskx.executing.context import Shared
-from taskx.executing.registry import Registry
-from taskx.executing.runner import Run, Runner
+from taskx.executing.runner import Run
 from taskx.limiting.admission import Admission
-from taskx.ordering.dependents import Dependents
-from taskx.ordering.turns import Turns
+from taskx.moving.services import Services
 from taskx.running.buffer import Buffer, Item
 from taskx.running.runs import Runs
 from taskx.running.suspects import Suspects
-from taskx.storage.base import Node, Repository
+from taskx.storage.base import Node
 
 #: Pending tasks that are given up in one transaction.
 BATCH = 1000
-
-
-class Services(NamedTuple):
-    """What the parts of a queue share."""
-
-    repository: Repository
-    registry: Registry
-    ledger: Ledger
-    watcher: Watcher
-    clock: Clock
-    log: GuardedLogger
-    alarms: Alarms
-    runner: Runner
-    hooks: Hooks
-    keeper: Keeper
-    dependents: Dependents
-    pauses: Pauses
-    lines: Turns
 
 
 class Starter:
@@ -211,7 +183,7 @@ class Starter:
         services = self._services
         return Run(task, services.registry.registered[task.type], services.clock, self._shared)
 
-    def strike(self, run: Run, *, ran: bool = False) -> None:
+    def strike(self, run: Run, ran: bool = False) -> None:
         """Forget a run that was not executed, or is over; a second call does nothing."""
         if self.runs.forget(run):
             self._struck(run, ran=ran)
@@ -241,23 +213,13 @@ class Starter:
         for run in runs:
             self.strike(run)  # first: should the commit fail, the audit finds them
         writes = [write for run in runs for write in lifecycle.hand_back(run.task, now)]
-        results = self._services.ledger.commit(writes)
-        hooks = self._services.hooks
-        pending = []
-        for run, handed_back, cancelled, write in zip(
-            runs, results[::2], results[1::2], writes[1::2], strict=True
-        ):
-            if cancelled and hooks.finished:
-                hooks.tell_changed(hooks.finished, run.task, write.changes)
-            if cancelled and self._services.dependents.any:
-                self._services.dependents.parent_ended(run.task.id)
-            if cancelled:
-                self._services.lines.left(run.task, write.changes)
-            if handed_back:
-                pending.append(run.task)
-            else:
-                self._services.watcher.look_if_watched(run.task.id)
+        results = self._services.consequences.commit(
+            writes, {run.task.id: run.task for run in runs}
+        )
         if rebuffer:
+            pending = [
+                run.task for run, handed_back in zip(runs, results[::2], strict=True) if handed_back
+            ]
             for task in reversed(pending):  # the first one last: it goes before those put back
                 self.rebuffer(task)
 

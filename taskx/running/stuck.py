@@ -24,7 +24,7 @@ from taskx.executing import runner
 from taskx.executing.alarms import Overdue
 from taskx.executing.failures import shortened
 from taskx.executing.runner import Run
-from taskx.running.starter import Services
+from taskx.moving.services import Services
 
 # Seconds that one in a child process has beyond its grace: then that is killed, and the thread is free.
 _TO_KILL = 10.0
@@ -39,7 +39,6 @@ class Stuck:
         most: so many are replaced by other threads.
         do_without: go on without the thread of a run, which has that ident.
         conclude: write how an attempt ended.
-        freed: told that tasks may start again.
     """
 
     def __init__(
@@ -49,7 +48,6 @@ class Stuck:
         most: int,
         do_without: Callable[[Run, int], None],
         conclude: Callable[[Run, Ending], None],
-        freed: Callable[[], None],
     ) -> None:
         self._services = services
         self._node = node
@@ -62,7 +60,6 @@ class Stuck:
         self._any = False
         self._do_without = do_without
         self._conclude = conclude
-        self._freed = freed
 
     @property
     def healthy(self) -> bool:
@@ -155,13 +152,11 @@ class Stuck:
         running = {run.task.id for run in list(self.runs)}
         wanted = [task_id for task_id in dict.fromkeys(task_ids) if task_id not in running]
         found = services.repository.get_many(wanted) if wanted else {}
-        tasks = [task for task in found.values() if task.stuck_on == node]
-        if not tasks:
-            return 0
-        now = services.clock.now_ms()
-        services.ledger.commit([w for task in tasks for w in lifecycle.lift_bar(task, now)])
-        services.lines.advance(t.concurrency_key for t in tasks if t.concurrency_key is not None)
-        self._freed()
+        tasks = {i: task for i, task in found.items() if task.stuck_on == node}
+        if tasks:
+            now = services.clock.now_ms()
+            writes = [w for task in tasks.values() for w in lifecycle.lift_bar(task, now)]
+            services.consequences.commit(writes, tasks)
         return len(tasks)
 
 

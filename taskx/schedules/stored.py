@@ -31,7 +31,7 @@ from taskx.core.ticks import (
     zone,
 )
 from taskx.core.writes import Insert
-from taskx.running.starter import Services
+from taskx.moving.services import Services
 from taskx.storage.base import Note
 from taskx.submitting.creation import prepare
 from taskx.submitting.intake import Intake
@@ -144,16 +144,12 @@ def tick_id(name: str, tick: int) -> str:
     return f"{name}@{moment.isoformat(timespec='milliseconds' if tick % 1000 else 'seconds')}Z"
 
 
-def store(services: Services, inserts: Sequence[Insert]) -> Sequence[bool]:
-    """Store tasks of schedules, each for itself; says which were not there yet."""
+def store(services: Services, inserts: Sequence[Insert]) -> bool:
+    """Store tasks of schedules, each for itself; returns whether any was not there yet."""
     results = services.ledger.commit(inserts)
-    if any("concurrency_key" in insert.row for insert in inserts):
-        services.lines.joined(inserts)
-    if services.hooks.submitted:
-        for insert, stored in zip(inserts, results, strict=True):
-            if stored:
-                services.hooks.tell_submitted(insert.row)
-    return results
+    services.consequences.created([i for i, new in zip(inserts, results, strict=True) if new])
+    services.agenda.look_for_more()
+    return any(results)
 
 
 class Schedules:
@@ -161,7 +157,7 @@ class Schedules:
 
     Args:
         services: what it works with.
-        intake: what checks the tasks, and knows the node.
+        intake: what checks the tasks, and stores some.
     """
 
     def __init__(self, services: Services, intake: Intake) -> None:
@@ -283,8 +279,7 @@ class Schedules:
         return stored
 
     def _tell(self, name: str) -> None:
-        if self._intake.pool is not None:
-            self._intake.pool.look_for_schedules(name)
+        self._services.agenda.look_for_schedule(name)
 
     # --- tasks out of turn
 
@@ -304,7 +299,6 @@ class Schedules:
         for ticks in _batches(between(entry.ticks, *_span(start, end, now))):
             inserts = [entry.insert(tick, now) for tick in ticks]
             store(self._services, inserts)
-            self._intake.look_for_work()
             ids += [insert.id for insert in inserts]
         return ids
 

@@ -6,7 +6,6 @@ import heapq
 import math
 import random
 import time
-from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -16,7 +15,7 @@ from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryUnavailable
 from taskx.core.lifecycle import FINISHED
 from taskx.core.ticks import BATCH, Ticks, decide, latest
-from taskx.running.starter import Services
+from taskx.moving.services import Services
 from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
 from taskx.storage.base import Note, NoteChange
 
@@ -93,8 +92,8 @@ class Ticker:
         self._look_at = 0.0
         # How often it was asked to look, and how many of these askings it has heeded.
         self._asked, self._heeded = 1, 0
-        # Names of notes that were changed in this process, or by another one that came first.
-        self._told: deque[str] = deque()
+        # Names of schedules that were changed in this process, or by another one that came first.
+        self._told = services.agenda.schedules
         self._read: dict[str, Read] = {}
         self._all_read_at = -math.inf
         # When each schedule is due, a lot, and the name of its note; outdated entries are passed over.
@@ -106,11 +105,11 @@ class Ticker:
         return self._next[0][0] if self._next else None
 
     def look(self, name: str | None = None) -> None:
-        """A schedule, of this name if it is known, was changed in this process: see when it ticks."""
+        """A schedule, of this name if it is known, was changed: see when it ticks."""
         if name is None:
             self._stale, self._look_at = True, 0.0
         else:
-            self._told.append(PREFIX + name)
+            self._told.append(name)
         self._asked += 1
 
     def look_soon(self) -> None:
@@ -119,7 +118,8 @@ class Ticker:
 
     def behind(self, now: int) -> bool:
         """Whether a tick may have come that has not got its task yet, at a moment in milliseconds."""
-        return self._heeded != self._asked or (self.next is not None and self.next <= now)
+        asked = self._told or self._heeded != self._asked
+        return bool(asked) or (self.next is not None and self.next <= now)
 
     def tick(self, patience: float = math.inf) -> bool:
         """Make the tasks that are due, if any are; whether it made some.
@@ -162,7 +162,7 @@ class Ticker:
             self._stale = False  # before reading: what is changed from now on sets it again
             self._read_all()
         while self._told:
-            self._read_one(self._told[0])
+            self._read_one(PREFIX + self._told[0])
             self._told.popleft()
 
     def _read_all(self) -> None:
@@ -278,7 +278,7 @@ class Ticker:
         held = dict(zip((p.read.name for p in first), self._put(first), strict=True))
         going = [self._taken_up(plan) for plan in plans if held.get(plan.read.name, True)]
         inserts = [p.moved.insert(tick, now) for p in going for tick in p.run]
-        made = bool(inserts) and any(store(self._services, inserts))
+        made = bool(inserts) and store(self._services, inserts)
         self._put(going)
         self._seen = now
         for plan in going:

@@ -8,7 +8,7 @@ from taskx.core import lifecycle, unique
 from taskx.core.errors import DuplicateTask, RepositoryUnavailable
 from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
-from taskx.running.starter import Services
+from taskx.moving.services import Services
 
 # A key whose holder does not show belongs to one that is just being stored, or is given up this moment.
 _TRIES, _PAUSE = 100, 0.01
@@ -31,14 +31,14 @@ def settle(services: Services, insert: Insert, on_conflict: OnConflict) -> str |
         if (holder := next(iter(holders.values()), None)) is None:
             return None
         if (given_up := unique.give_up(holder, services.clock.now_ms())) is not None:
-            services.ledger.commit([given_up])
+            services.consequences.commit([given_up])
             return None
         if on_conflict == "return":
             return holder.id
         writes = lifecycle.replace(holder, insert) if on_conflict == "replace" else []
         if not writes:
             raise DuplicateTask(holder.id, key)
-        if any(services.ledger.commit(writes)):
+        if any(services.consequences.commit(writes, {holder.id: holder})):
             return holder.id
     raise _busy(key)
 

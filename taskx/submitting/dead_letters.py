@@ -11,7 +11,7 @@ import attrs
 from taskx.core import lifecycle
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
-from taskx.running.starter import Services
+from taskx.moving.services import Services
 from taskx.storage.base import Repository
 
 #: Most tasks changed in one transaction.
@@ -106,6 +106,7 @@ def _requeue(services: Services, known: Mapping[str, Task]) -> set[str]:
     requeued = set[str]()
     for start in range(0, len(order), BATCH):
         requeued |= _requeue_some(services, order[start : start + BATCH])
+    services.consequences.look_if_alone()
     return requeued
 
 
@@ -118,14 +119,8 @@ def _requeue_some(services: Services, tasks: Sequence[Task]) -> set[str]:
         lifecycle.requeue(task, now, lifecycle.unfinished_parent(task.depends_on, statuses))
         for task in tasks
     ]
-    results = services.ledger.commit(writes)
-    done = [(t, w) for t, w, held in zip(tasks, writes, results, strict=True) if held]
-    if (hooks := services.hooks).requeued:
-        for task, write in done:
-            hooks.tell_changed(hooks.requeued, task, write.changes)
-    waiting = {task.id: write.changes.get("waiting_on") for task, write in done}
-    services.dependents.waits({child: on for child, on in waiting.items() if on is not None})
-    return {task.id for task, _ in done}
+    results = services.consequences.commit(writes, {task.id: task for task in tasks})
+    return {task.id for task, held in zip(tasks, results, strict=True) if held}
 
 
 def _with_parents(
@@ -146,7 +141,7 @@ def discard_all(services: Services, filter: TaskFilter | None) -> int:
     def discard(tasks: Mapping[str, Task]) -> int:
         needed = _asked_for(services, tasks)
         writes = [lifecycle.discard(task) for i, task in tasks.items() if i not in needed]
-        return sum(services.ledger.commit(writes)) if writes else 0
+        return sum(services.consequences.commit(writes)) if writes else 0
 
     return _change_all(services, _listed(services, dead(filter)), discard)
 

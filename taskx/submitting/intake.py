@@ -21,10 +21,11 @@ from taskx.core.model import Task
 from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
 from taskx.executing.runner import inside_executor
+from taskx.moving.services import Services
 from taskx.ordering.parents import find_parents
 from taskx.running.buffer import Item
 from taskx.running.pool import WorkerPool
-from taskx.running.starter import Services
+from taskx.running.state import State
 from taskx.storage.base import Reentered
 from taskx.storage.memory import MemoryRepository
 from taskx.submitting.conflicts import Patience, settle
@@ -41,6 +42,7 @@ class Intake:
 
     Args:
         services: what it works with.
+        state: whether the queue is started, and whether it was stopped.
         overflow: what a full buffer does.
         block_timeout: seconds that ``block`` waits for room; None for ever.
     """
@@ -48,16 +50,15 @@ class Intake:
     def __init__(
         self,
         services: Services,
+        state: State,
         overflow: str,
         block_timeout: float | None,
     ) -> None:
         self._services = services
+        self._state = state
         self._hooks = services.hooks
         self._overflow = overflow
         self._block_timeout = block_timeout
-        #: The running node; None as long as the queue has not been started.
-        self.pool: WorkerPool | None = None
-        self.stopped = False
         self._lost = permission.in_child and isinstance(services.repository, MemoryRepository)
 
     # --- one task
@@ -122,11 +123,8 @@ class Intake:
                     "task %s, submitted by a finalizer, was not stored: %s",
                     *(insert.id, error or "its id, or its unique key, is taken"),
                 )
-        if self._hooks.submitted:
-            for insert in stored:
-                self._hooks.tell_submitted(insert.row)
-        self._stored(stored)
-        self.look_for_work()
+        self._services.consequences.created(stored)
+        self._services.agenda.look_for_more()
 
     def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
         patience = Patience(insert)
@@ -144,20 +142,16 @@ class Intake:
                 if instead is None:
                     raise
             if instead is not None:
-                if on_conflict == "replace" and self.pool is not None:
-                    self.pool.buffer.discard([instead])
-                    self._tell(self.pool, delayed=True)
-                    self._tell(self.pool, delayed=False)
                 return instead
             insert.row["owner"] = ""
             patience.wait()
 
     def _pool_for(self, insert: Insert) -> WorkerPool | None:
         """The pool whose buffer it goes into; None if it may not start yet, or not here, or not in turn."""
-        pool, type_ = self.pool, insert.row["type"]
+        pool, type_ = self._state.pool, insert.row["type"]
         if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
             return None
-        return pool if pool.buffers(type_) and not self._spills(pool) else None
+        return pool if pool.buffers(type_) and not self._spills else None
 
     def _take_in(self, pool: WorkerPool, insert: Insert, timeout: float | None = 0.0) -> bool:
         """Reserve a slot in the buffer, store the task, and put its id there.
@@ -173,7 +167,7 @@ class Intake:
             row["owner"] = pool.node.id
             self._note_stored(insert, self._services.ledger.commit([insert]))
             if not buffer.add(*_place(row), slot[0], fetched=False):
-                pool.wake_housekeeper()  # it looks after the task if the busy workers do not
+                pool.agenda.wake_from_long_sleep()  # it looks after it if the busy workers do not
         except BaseException:  # an interrupt, too: nobody else knows of this slot
             buffer.release(slot)
             raise
@@ -185,21 +179,14 @@ class Intake:
             self._overflowed(pool, insert, "spill" if spill else self._overflow)
             return
         self._store(insert)
-        self._stored([insert])
-        held, type_, pool = insert.row["held"], insert.row["type"], self.pool
+        type_, pool = insert.row["type"], self._state.pool
         if (
             pool is not None
+            and not insert.row["held"]
             and self._services.registry.runs(type_)
-            and (held or pool.has_room(type_))
+            and pool.has_room(type_)
         ):
-            self._tell(pool, delayed=bool(held))
-
-    def _stored(self, inserts: Sequence[Insert]) -> None:
-        """What waits for other tasks waits from now on."""
-        held = [insert for insert in inserts if insert.row["held"]]
-        if held:
-            self._services.dependents.added(held)
-            self._services.lines.joined(held)
+            self._services.agenda.look_for_more()
 
     def refuse_if_stopped(self) -> None:
         """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used.
@@ -212,20 +199,15 @@ class Intake:
                 "in the child process of an executor a MemoryRepository is another one, which ends with "
                 "it: use a repository that processes share, SQLiteRepository for one; nothing was stored"
             )
-        if self.pool is not None and self.pool.outdated is not None:
-            raise SchemaMismatch(*self.pool.outdated.args)
-        if self.stopped:
+        if (pool := self._state.pool) is not None and pool.outdated is not None:
+            raise SchemaMismatch(*pool.outdated.args)
+        if self._state.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
 
-    def _spills(self, pool: WorkerPool) -> bool:
+    @property
+    def _spills(self) -> bool:
         """While earlier tasks lie spilled, later ones spill behind them: order is kept."""
-        return pool.more_stored and self._overflow == "spill"
-
-    def _tell(self, pool: WorkerPool, *, delayed: bool) -> None:
-        if delayed:
-            pool.look_for_due()
-        else:
-            pool.look_for_more()
+        return self._overflow == "spill" and self._services.agenda.more_stored
 
     def put(self, insert: Insert) -> None:
         """Store a task that was prepared before, for whoever has a hand free, whatever is in the buffer.
@@ -236,7 +218,6 @@ class Intake:
         self.refuse_if_stopped()
         try:
             self._store(insert)
-            self._stored([insert])
         except TaskxError as error:
             raise _about(error, insert.id) from error.__cause__
         except Exception:
@@ -244,12 +225,7 @@ class Intake:
         except BaseException as error:  # an interrupt: perhaps it is stored
             error.task_id = insert.id  # type: ignore[attr-defined]
             raise
-        self.look_for_work()
-
-    def look_for_work(self) -> None:
-        """Tasks were stored otherwise: have those fetched that this node runs."""
-        if self.pool is not None:
-            self._tell(self.pool, delayed=False)
+        self._services.agenda.look_for_more()
 
     def _store(self, insert: Insert) -> None:
         self._note_stored(insert, self._services.ledger.commit([insert]))
@@ -257,8 +233,7 @@ class Intake:
     def _note_stored(self, insert: Insert, stored: Sequence[bool]) -> None:
         if not stored[0]:
             raise DuplicateTask(insert.id)
-        if self._hooks.submitted:
-            self._hooks.tell_submitted(insert.row)
+        self._services.consequences.created((insert,))
 
     def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
         if overflow == "reject":
@@ -273,7 +248,7 @@ class Intake:
         else:
             # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
             self._store(insert)
-            self._tell(pool, delayed=False)
+            self._services.agenda.look_for_more()
 
     def _may_wait(self, pool: WorkerPool) -> bool:
         return not (inside_executor() or self._is_inside(pool))
@@ -326,10 +301,10 @@ class Intake:
         inserts = self._prepare_many(tasks)
         if not inserts:
             return []
-        pool = self.pool
+        pool = self._state.pool
         try:
             if pool is None:
-                self._store_many(inserts)
+                self._store_whole(inserts)
             else:
                 refuse = self._overflow == "reject" and not spill
                 self._store_and_buffer_many(pool, inserts, refuse=refuse)
@@ -358,24 +333,15 @@ class Intake:
             buffered = due[: len(turns)]
             for insert in buffered:
                 insert.row["owner"] = pool.node.id
-            self._store_many(inserts)
+            self._store_whole(inserts)
             for insert, turn in zip(buffered, turns, strict=True):
                 if not buffer.add(*_place(insert.row), turn, fetched=False):
-                    pool.wake_housekeeper()
+                    pool.agenda.wake_from_long_sleep()
         except BaseException:  # an interrupt, too: nobody else knows of these slots
             buffer.release(turns)
             raise
-        if len(due) < len(inserts):
-            self._tell(pool, delayed=True)
         if len(buffered) < len(due) or any(map(pool.has_room, apart)):
-            self._tell(pool, delayed=False)
-
-    def _store_many(self, inserts: Sequence[Insert]) -> None:
-        self._store_whole(inserts)
-        if self._hooks.submitted:
-            for insert in inserts:
-                self._hooks.tell_submitted(insert.row)
-        self._stored(inserts)
+            self._services.agenda.look_for_more()
 
     def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
         inserts = [prepare(self._services, task) for task in tasks]
@@ -386,7 +352,7 @@ class Intake:
     def _reserve_many(self, pool: WorkerPool, turns: Sequence[int], *, refuse: bool) -> int:
         """Return how many of some tasks go into the buffer; the rest is refused or spilled."""
         buffer, wanted = pool.buffer, len(turns)
-        if self._spills(pool):
+        if self._spills:
             return 0
         if buffer.reserve(turns):
             return wanted
@@ -404,6 +370,7 @@ class Intake:
         while not self._try_to_store(inserts):
             assert patience is not None  # an id that is taken raises
             patience.wait()
+        self._services.consequences.created(inserts)
 
     def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
         """Store all; False where a unique key was held that is free now."""

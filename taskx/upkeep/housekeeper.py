@@ -6,10 +6,9 @@ import math
 import threading
 import time
 
-from taskx.common.bell import Signal
+from taskx.common.complaint import Complaint
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
-from taskx.core.token import CancelReason
 from taskx.running import ahead
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
@@ -52,61 +51,28 @@ class Housekeeper:
         self._recovery = recovery
         self._retention = retention
         self._ticker = ticker
-        self._wake_up = Signal()
-        self._asleep_long = False
-        self._told = False  # to wake from a long sleep, since the last round began
+        self._agenda = pool.services.agenda
+        self._complaint = Complaint(pool.services.log)
         self._stopped = False
         self._changed = Changes(pool.services.repository)
         self._next_due: int | None = None
-        self._due_known = False
         self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
         self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
-        pool.wake_housekeeper = self.wake_from_long_sleep
-        pool.look_for_due = self.look_for_due
-        pool.services.dependents.wake = self.wake_from_long_sleep
-        pool.services.dependents.released = self._tasks_released
-        pool.services.lines.moved = self._tasks_released
-        pool.look_for_schedules = self.look_for_schedules
 
     def start(self) -> None:
         """Start the thread."""
         # A signal strikes the main thread alone: what it commits for others is told by this one.
-        self._services.ledger.leave_to_others = self.wake_from_long_sleep
+        self._agenda.attended = True
         self._thread.start()
 
     def stop(self) -> None:
         """End the thread; returns when it has ended, or at once if called on it."""
         self._stopped = True
-        self._services.ledger.leave_to_others = None
-        self.wake()
+        self._agenda.attended = False
+        self._agenda.wake()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
             self._thread.join(5.0)
-
-    def wake(self) -> None:
-        """Have the next tick now."""
-        self._wake_up.set()
-
-    def wake_from_long_sleep(self) -> None:
-        """Have it tick every few milliseconds from now on, as long as something waits for it."""
-        self._told = True
-        if self._asleep_long:
-            self._asleep_long = False
-            self.wake()
-
-    def look_for_due(self) -> None:
-        """A delayed task was stored: look when it is due, and wake in time."""
-        self._due_known = False
-        self.wake()
-
-    def _tasks_released(self) -> None:
-        """Tasks that waited for others may start, or may be due some time."""
-        self._pool.more_stored = True
-        self.look_for_due()
-
-    def look_for_schedules(self, name: str | None = None) -> None:
-        """A schedule, of this name if it is known, was changed: look when it ticks, and wake in time."""
-        self._ticker.look(name)
-        self.wake()
+        self._services.watcher.ensure_polling()
 
     def behind(self) -> bool:
         """Whether the time of a task, or of a schedule, has come, and it has not looked after that yet.
@@ -123,12 +89,12 @@ class Housekeeper:
             try:
                 self.tick()
                 failures = 0
+                self._complaint.over()
             except SchemaMismatch as error:
                 self._pool.retire(error)
             except RepositoryError as error:
                 failures += 1
-                if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
-                    self._services.log.warning("the repository fails the housekeeper: %s", error)
+                self._complaint.make("the repository fails the housekeeper: %s", error)
             except BaseException:  # a defect of ours: without this thread, nothing would be in time
                 failures += 1
                 self._services.log.exception("the housekeeper stumbled; it goes on")
@@ -136,29 +102,29 @@ class Housekeeper:
 
     def _sleep(self, failures: int) -> None:
         if failures:
-            timeout = min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF)
+            self._agenda.sleep(min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF))
         elif self._more_to_do():
-            timeout = _SHORTEST
+            self._agenda.sleep(_SHORTEST)
         elif self._services.ledger or self._pool.ahead.needs_care(len(self._pool.buffer)):
-            timeout = ahead.PATIENCE
+            self._agenda.sleep(ahead.PATIENCE)
         else:
-            self._asleep_long = True
-            timeout = ahead.PATIENCE if self._told else POLL
-            next_tick = None if self._pool.stopping else self._ticker.next
-            for due in (self._next_due, next_tick):
-                if due is not None:
-                    until_due = (due - self._services.clock.now_ms()) / 1000
-                    timeout = min(timeout, max(_SHORTEST, until_due))
-            if (next_token := self._pool.admission.next_look()) is not None:
-                until_token = next_token - self._services.clock.monotonic()
-                timeout = min(timeout, max(_SHORTEST, until_token))
-        self._wake_up.wait(timeout)
-        self._asleep_long = False
+            self._agenda.sleep_long(self._until_next, ahead.PATIENCE)
+
+    def _until_next(self) -> float:
+        """Return how many seconds nothing is due."""
+        timeout, clock = POLL, self._services.clock
+        next_tick = None if self._pool.stopping else self._ticker.next
+        for due in (self._next_due, next_tick):
+            if due is not None:
+                timeout = min(timeout, (due - clock.now_ms()) / 1000)
+        if (next_token := self._pool.admission.next_look()) is not None:
+            timeout = min(timeout, next_token - clock.monotonic())
+        return max(_SHORTEST, timeout)
 
     def _more_to_do(self) -> bool:
         """Return whether a duty was cut short for the sake of the others."""
         services = self._services
-        return services.dependents.waiting or services.lines.waiting or self._recovery.waiting
+        return services.dependents.waiting or services.turns.waiting or self._recovery.waiting
 
     def tick(self) -> None:
         """One round of everything that is due, a while of each.
@@ -166,7 +132,7 @@ class Housekeeper:
         Raises:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
-        self._told = False
+        self._agenda.begin_round()
         try:
             self._services.repository.ensure_there()
         except SchemaMismatch as error:  # what ends meanwhile is written all the same
@@ -180,27 +146,26 @@ class Housekeeper:
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._services.dependents.look(PATIENCE)
-        self._services.lines.look(PATIENCE)
+        self._services.turns.look(PATIENCE)
         self._release_due(PATIENCE)
         if self._recovery.waiting and self._recovery.go_on(PATIENCE):
-            self._pool.more_stored = True
+            self._agenda.more_stored = True
         if self._is_time("recover", RECOVER_EVERY):
-            if self._recovery.recover(PATIENCE):
-                self._pool.more_stored = True
+            self._recovery.recover(PATIENCE)
             self._pool.record_types()
             self._pool.look_for_pauses()
             self._pool.admission.tend()
             self._look_around()
         elif self._is_time("poll", POLL) and self._changed():
-            self._due_known = False
+            self._agenda.due_known = False
             self._ticker.look_soon()
             self._look_around()
             self._services.watcher.look()
-        if self._pool.admission.is_time() or self._pool.more_stored:
-            self._pool.more_stored = True
+        if self._pool.admission.is_time() or self._agenda.more_stored:
+            self._agenda.more_stored = True
             self._pool.refill()
         if not self._pool.stopping and self._ticker.tick(PATIENCE):
-            self._pool.more_stored = True
+            self._agenda.more_stored = True
             self._pool.refill()
         if self._is_time("audit", AUDIT_EVERY):
             self._audit()
@@ -212,7 +177,7 @@ class Housekeeper:
         self._services.alarms.go_on()
         self._pool.stuck.audit()
         self._services.dependents.look_slowly(PATIENCE)
-        self._services.lines.look_slowly()
+        self._services.turns.look_slowly()
         self._ticker.look_soon()
         self._services.watcher.look()
 
@@ -225,26 +190,24 @@ class Housekeeper:
 
     def _look_around(self) -> None:
         """See what others on the repository did: new work, and requests to cancel."""
-        self._pool.more_stored = True
+        self._agenda.more_stored = True
         self._pool.admission.forget()
         self._services.dependents.look_around()
         runs = self._pool.runs
         for task_id in queries.asked_to_cancel(self._services.repository, list(runs)):
-            if (run := runs.get(task_id)) is not None:
-                run.token.fire(CancelReason.CANCEL)
+            self._pool.fire(task_id)
 
     def _release_due(self, patience: float) -> None:
         services = self._services
         until = time.monotonic() + patience
         now = services.clock.now_ms()
-        if not self._due_known:
-            self._due_known = True  # before looking: a task stored from now on clears it again
+        if not self._agenda.due_known:
+            self._agenda.due_known = True  # first: a task stored from now on clears it again
             self._next_due = self._earliest_due()
         while self._next_due is not None and self._next_due <= now:
             ids = [task_id for task_id, _ in services.repository.due(now, MOST_DUE)]
             if ids:
-                services.ledger.commit([lifecycle.release(task_id) for task_id in ids])
-                self._pool.more_stored = True
+                services.consequences.commit([lifecycle.release(task_id) for task_id in ids])
             self._next_due = self._earliest_due()
             if time.monotonic() >= until:
                 break
@@ -253,23 +216,19 @@ class Housekeeper:
         return next((run_at for _, run_at in self._services.repository.due(None, 1)), None)
 
     def _write_progress(self) -> None:
-        told = []
-        writes = []
+        runs, writes = [], []
         for run in list(self._pool.runs.values()):
             if (new := run.context.new_progress()) is not None:
-                told.append((run, *new))
+                runs.append(run)
                 writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
         if not writes:
             return
         try:
             results = self._services.ledger.commit(writes)
         except BaseException:
-            for run, *_ in told:
+            for run in runs:
                 run.context.progress_unwritten()
             raise
-        hooks = self._services.hooks
-        if hooks.progressed:
-            for (run, *facts), write, held in zip(told, writes, results, strict=True):
-                if held:
-                    changes = run.context.shown(write.changes)
-                    hooks.tell_changed(hooks.progressed, run.task, changes, *facts)
+        for run, write, held in zip(runs, writes, results, strict=True):
+            if held:
+                self._services.consequences.follow([write], {run.task.id: run.task}, run=run)

@@ -16,8 +16,8 @@ from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
 from taskx.executing.runner import inside_executor
+from taskx.moving.services import Services
 from taskx.running.pool import WorkerPool
-from taskx.running.starter import Services
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Node, Repository
@@ -53,8 +53,7 @@ class LocalNode:
             name=f"{gethostname()}:{os.getpid()}:{node_id[-6:]}",
             types=services.registry.types,
         )
-        self.pool = WorkerPool(services, self.record, config)
-        self.pool.retire = self._retire
+        self.pool = WorkerPool(services, self.record, config, self._retire)
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
         self._ending = threading.Lock()
         self._on_record = False  # or perhaps, while it joins
@@ -107,17 +106,12 @@ class LocalNode:
         """Undo :meth:`join` and what has been begun: no task was run."""
         self.pool.begin_stop()
         self._housekeeper.stop()
-        self._services.watcher.drive(None)
         if not self._on_record:
             return
         with suppress(RepositoryError):  # what it still owns is taken from a node that has left
             self.pool.release_pending()
         with suppress(RepositoryError):  # it is for the error that was raised before to be told
             self._services.repository.leave(self.record.id)
-
-    def watch(self) -> None:
-        """Have the workers and the housekeeper tell who waits for a task, not a thread apart."""
-        self._services.watcher.drive(self._housekeeper.wake)
 
     def go(self) -> None:
         """Let the workers run tasks."""
@@ -174,7 +168,7 @@ class LocalNode:
             self._housekeeper.behind()
             or unfinished(repository, types)
             or self._services.dependents.overdue()
-            or self._services.lines.overdue()
+            or self._services.turns.overdue()
             or self._housekeeper.behind()  # its turn came between the looks, and its time had come
             or unfinished(repository, types)  # it was let start between the looks
         )
@@ -316,7 +310,6 @@ class LocalNode:
         except RepositoryError as error:
             services.log.warning("the end could not be recorded: %s", error)
         self.pool.began = None  # closes its file now, whenever the pool is collected
-        services.watcher.drive(None)
         services.log.info("node %s stopped", self.record.name)
         self._left.set()
         self._ended()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -22,11 +21,6 @@ from taskx.storage.base import Node
 BATCH = 1000
 #: Tasks of its own, those that run and those next in line, that a node audits at once.
 AUDITED = 5000
-_WHAT_NOW = {
-    lifecycle.PENDING: "it runs again",
-    lifecycle.FAILED: "failed for good",
-    lifecycle.CANCELLED: "it is cancelled, as was asked for",
-}
 
 
 class Recovery:
@@ -100,7 +94,7 @@ class Recovery:
                 if len(writes) == BATCH and time.monotonic() >= until:
                     return given_up
             self._services.dependents.ended_elsewhere()
-            self._services.lines.look_soon()
+            self._services.turns.look_soon()
             if node != self._pool.node.id:  # else its record is gone, and it makes another one
                 self._services.repository.leave(node)
             del self._left[node]
@@ -122,8 +116,6 @@ class Recovery:
             return 0  # it came back, and may run what was read
         if tasks:
             self._rescue(node, tasks)
-        for task_id in running:
-            self._services.watcher.look_if_watched(task_id)
         self._left[node.id] = 0
         return len(running) + self._pool.stuck.lift_bars(barred, node.id)
 
@@ -137,20 +129,7 @@ class Recovery:
         )
         # One transaction: half a rescue would count the other half's neighbours wrongly.
         writes = [write for alternatives in rescues for write in alternatives]
-        results = self._services.ledger.commit(writes)
-        by_id = {task.id: task for task in tasks}
-        for write, held in zip(writes, results, strict=True):
-            if held:
-                self._log_rescue(node, write)
-                self._services.hooks.tell_rescued(by_id[write.id], write.changes)
-
-    def _log_rescue(self, node: Node, write: Update) -> None:
-        status = write.changes["status"]
-        self._services.log.log(
-            logging.ERROR if status == lifecycle.FAILED else logging.WARNING,
-            "task %s was running on %s, which died: %s",
-            *(write.id, node.name, _WHAT_NOW[status]),
-        )
+        self._services.consequences.commit(writes, {task.id: task for task in tasks})
 
     # --- this node
 
@@ -212,14 +191,8 @@ class Recovery:
         task = self._services.repository.get_many([task_id]).get(task_id)
         if task is not None and task_id not in self._pool.runs:
             ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
-            now = self._services.clock.now_ms()
-            writes = lifecycle.conclude(task, ending, now)
-            for write, held in zip(writes, self._services.ledger.commit(writes), strict=True):
-                if held:
-                    self._services.hooks.tell_concluded(task, ending, write.changes)
-                    self._services.dependents.ended_elsewhere()
-                    self._services.lines.left(task, write.changes)
-            self._pool.more_stored = True
+            writes = lifecycle.conclude(task, ending, self._services.clock.now_ms())
+            self._services.consequences.commit(writes, {task_id: task})
 
 
 def _key(run: Run) -> tuple[str, str, int]:

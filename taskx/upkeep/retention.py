@@ -8,7 +8,7 @@ from typing import Any
 from taskx.core import lifecycle
 from taskx.core.clock import within_calendar
 from taskx.core.model import TaskStatus
-from taskx.running.starter import Services
+from taskx.moving.services import Services
 from taskx.storage.base import Repository
 
 #: Most tasks removed in one transaction: others who write wait some milliseconds for it.
@@ -44,7 +44,7 @@ def prune(
     kept = needed(repository, [task.stub.id for task in page])
     stubs = lifecycle.prunable(page, kept, services.clock.now_ms())
     removed = sum(
-        services.ledger.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ()
+        services.consequences.commit([lifecycle.prune(stub) for stub in stubs]) if stubs else ()
     )
     return removed, page[-1].place if len(page) == BATCH else None
 

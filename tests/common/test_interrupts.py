@@ -10,6 +10,7 @@ from helpers import PATIENCE, Waiting, eventually, run_in_thread
 from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
+from taskx.common.agenda import Agenda
 from taskx.common.bell import Bell
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
@@ -154,9 +155,9 @@ def insert(task_id):
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_a_leader_that_is_struck_anywhere_leaves_the_others_work_done_or_queued(repository, log):
     """Each outcome is told once, by a thread that no signal strikes."""
-    ledger = Ledger(repository, log)
-    woken: list[int] = []
-    ledger.leave_to_others = lambda: woken.append(1)
+    agenda = Agenda()
+    agenda.attended = True
+    ledger = Ledger(repository, log, agenda)
     told = []
 
     def lead(point):
@@ -179,11 +180,11 @@ def test_a_leader_that_is_struck_anywhere_leaves_the_others_work_done_or_queued(
         points += 1
         assert not ledger._leading._is_owned()
     assert points > 10
-    assert woken
+    assert agenda._told  # whoever attends to it is to tell them
 
 
 def test_a_follower_of_a_leader_that_was_struck_gets_its_result(repository, log):
-    ledger = Ledger(repository, log)
+    ledger = Ledger(repository, log, Agenda())
     reached, go_on = threading.Event(), threading.Event()
 
     def hold(writes):
@@ -281,7 +282,7 @@ def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monke
         asked.append(1)
         raise RepositoryUnavailable("away")
 
-    for name in ("join", "leave", "owned", "apply"):
+    for name in ("join", "leave", "find", "apply"):
         monkeypatch.setattr(queue.repository, name, away)
     with pytest.raises(RepositoryUnavailable):
         queue.start()

@@ -20,6 +20,7 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
+from taskx.common.agenda import Agenda
 from taskx.common.complaint import Complaint
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
@@ -34,7 +35,7 @@ def insert(task_id):
 
 @pytest.fixture
 def ledger(repository):
-    return Ledger(repository, logging.getLogger("taskx"))
+    return Ledger(repository, logging.getLogger("taskx"), Agenda())
 
 
 class Told(list):

@@ -150,7 +150,7 @@ def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeyp
     whole_round(queue)  # the first one looks at all
     monkeypatch.setattr(repository, "version", lambda: 0)
     queue.pause()
-    eventually(lambda: not queue._node.pool.more_stored)
+    eventually(lambda: not queue._node.pool.agenda.more_stored)
     handle = queue.submit("a")
     queue.resume()
     handle.result(PATIENCE)

@@ -217,7 +217,7 @@ def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
         "ready",
         lambda types, limit, *more: asked.append(limit) or ready(types, limit, *more),
     )
-    pool.more_stored = True
+    pool.agenda.more_stored = True
     pool.refill()
     assert asked
     assert max(asked) < 2 * pool.buffer.fetch_size

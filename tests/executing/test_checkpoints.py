@@ -514,7 +514,7 @@ class TestOutage:
         queue.start()
         handle = queue.submit("work")
         gate.wait_for()
-        queue._operations.fire(handle.id)  # the request itself could not be written either
+        queue._node.pool.fire(handle.id)  # the request itself could not be written either
         gate.open()
         eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
         assert checkpoints(queue, handle) is None

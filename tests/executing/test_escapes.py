@@ -176,7 +176,7 @@ def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
     starter, housekeeper = node.pool.starter, node._housekeeper
     monkeypatch.setattr(starter, "start", panics_first("start", starter.start))
     monkeypatch.setattr(housekeeper, "tick", panics_first("tick", housekeeper.tick))
-    housekeeper.wake()
+    started._services.agenda.wake()
     assert started.submit("fine").result(PATIENCE) == "fine"
     eventually(lambda: left == {"start": 0, "tick": 0})
     assert started.submit("fine", delay=0.01).result(PATIENCE) == "fine"

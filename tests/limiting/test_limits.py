@@ -53,12 +53,12 @@ def test_a_token_that_comes_while_there_is_no_room_to_fetch_wakes_nobody_twice(
     pool = queue._node.pool
     eventually(pool.admission.next_look)
     monkeypatch.setattr(pool.buffer, "room_to_fetch", lambda: 0)
-    pool.more_stored = True
+    pool.agenda.more_stored = True
     clock.advance(2)
-    pool.wake_housekeeper()
+    pool.agenda.wake_from_long_sleep()
     eventually(lambda: pool.admission.next_look() is None)
     monkeypatch.undo()
-    pool.wake_housekeeper()
+    pool.agenda.wake_from_long_sleep()
     assert handles[1].result(PATIENCE) is None
 
 
@@ -182,7 +182,7 @@ def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatc
         lambda: queue._node._housekeeper._last["audit"]
     )  # its first round, which looks at all
     monkeypatch.setattr(repository, "version", lambda: 0)
-    eventually(lambda: not queue._node.pool.more_stored)
+    eventually(lambda: not queue._node.pool.agenda.more_stored)
     tasks = [Task(type="t"), Task(type="t")]
     handles = queue.submit_many(tasks) if together else [queue.submit(task) for task in tasks]
     for handle in handles:
@@ -384,7 +384,7 @@ def started_by(queue, count, *others):
     """How many have run when so many have, and when all has been looked through for more, twice."""
     eventually(lambda: len(queue.ran) >= count)
     for one in (queue, *others) * 2:
-        one._intake.look_for_work()
+        one._services.agenda.look_for_more()
         whole_round(one)
         eventually(one._node.pool.holds_nothing)
     return len(queue.ran)
@@ -499,21 +499,21 @@ def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
 
     def tell():
         if not told.is_set():
-            pool.look_for_more()
+            pool.agenda.look_for_more()
             told.set()
 
     whole_round(queue)
-    eventually(lambda: sleeper._asleep_long)
+    eventually(lambda: pool.agenda._asleep_long)
     monkeypatch.setattr(sleeper._retention, "tick", tell)
-    sleeper.wake()
+    pool.agenda.wake()
     assert told.wait(PATIENCE)
-    eventually(lambda: not pool.more_stored)
+    eventually(lambda: not pool.agenda.more_stored)
 
 
 def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
     """Be it while what was to be found is fetched, or while what waits for one is started."""
     admission, told = rated(rate="60/m", burst=2)._node.pool.admission, []
-    admission.scheduled = lambda: told.append(admission.next_look())
+    admission._scheduled = lambda: told.append(admission.next_look())
     assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
     clock.advance(1)
     assert admission.is_time()
@@ -536,7 +536,7 @@ def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
 def test_nobody_looks_for_more_when_there_was_none(rated, clock):
     """At least not at each of so many starts: whoever submits more tells of it."""
     admission, told = rated(rate="60/m", burst=9)._node.pool.admission, []
-    admission.scheduled = lambda: told.append(admission.next_look())
+    admission._scheduled = lambda: told.append(admission.next_look())
     assert admission.room("t", ()) == (9, 0)
     admission.looked("t", 9, 5)
     assert admission.admit({"t": ["x"]}) == {"x"}
@@ -546,7 +546,7 @@ def test_nobody_looks_for_more_when_there_was_none(rated, clock):
 def test_the_housekeeper_is_told_when_a_token_is_waited_for(rated, clock):
     """By the start that took the last one, and by a fetch after which there may be more."""
     admission, told = rated(rate="60/m", burst=2)._node.pool.admission, []
-    admission.scheduled = lambda: told.append(admission.next_look())
+    admission._scheduled = lambda: told.append(admission.next_look())
     assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
     assert told == [clock.monotonic() + 1]
     clock.advance(1)
@@ -595,7 +595,7 @@ def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
     pool = queue._node.pool
     eventually(lambda: len(pool.buffer.ids) == 2)
     for _ in range(5):
-        pool.more_stored = True
+        pool.agenda.more_stored = True
         pool.refill()
         assert len(pool.buffer.ids) == 2
     gate.open()

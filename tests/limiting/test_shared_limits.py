@@ -115,11 +115,11 @@ def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
     idle_engine, repository, monkeypatch
 ):
     """There is a place from then on, for the next task or to be given back."""
-    meanwhile(monkeypatch, repository, "distinct", idle_engine.look_for_more)
+    meanwhile(monkeypatch, repository, "distinct", idle_engine.agenda.look_for_more)
     idle_engine.refill()
-    assert idle_engine.more_stored
+    assert idle_engine.agenda.more_stored
     idle_engine.refill()
-    assert not idle_engine.more_stored
+    assert not idle_engine.agenda.more_stored
 
 
 def test_who_finds_the_last_task_and_loses_it_to_another_node_gives_the_place_back(
@@ -138,7 +138,7 @@ def test_who_finds_the_last_task_and_loses_it_to_another_node_gives_the_place_ba
     meanwhile(monkeypatch, repository, "apply", another_takes_it)
     idle_engine.refill()
     assert shares(repository) == {idle_engine.node.id: 1}
-    assert idle_engine.more_stored
+    assert idle_engine.agenda.more_stored
     idle_engine.refill()
     assert shares(repository) == {}
 
@@ -260,10 +260,17 @@ def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(monke
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", **limit)(lambda: "done")
         whole_round(queue)  # the first one is such a look, and "another" is not known to live
-        first = Admission(queue._registry.limits, queue.repository, "another", SystemClock())
+        first = Admission(
+            queue._registry.limits,
+            queue.repository,
+            "another",
+            SystemClock(),
+            freed=lambda: None,
+            scheduled=lambda: None,
+        )
         assert first.admit({"t": ["x"]}) == {"x"}
         handle = queue.submit("t")
-        eventually(lambda: not queue._node.pool.more_stored)
+        eventually(lambda: not queue._node.pool.agenda.more_stored)
         assert handle.task().status is TaskStatus.PENDING
         first.over("x", ran=False)
         first.end()
@@ -281,7 +288,7 @@ def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch):
         pool.admission.over("x", ran=True)
         eventually(lambda: shares(repository) == {})
         assert pool.admission.admit({"t": ["x"]}) == {"x"}
-        pool.look_for_more = pool.admission.freed = lambda: None  # it keeps its place
+        pool.admission._freed = lambda: None  # it keeps its place
         pool.admission.over("x", ran=True)
         [(name, note)] = repository.notes("limit/slots/").items()
         assert repository.put_note(name, '{"another": 1}', note.version)

@@ -613,15 +613,17 @@ def test_who_is_interrupted_while_the_parents_are_looked_at_is_told_the_id(queue
 def test_what_is_stored_raises_no_more(started, monkeypatch, error):
     """Whether its parent has ended meanwhile is found out later."""
     parent = started.submit("fine", delay=3600)
-    waiting = started._services.dependents
-    decide = waiting._decide
+    statuses, asked = started.repository.statuses, []
 
-    def fail(*args):
-        monkeypatch.setattr(waiting, "_decide", decide)
-        raise error
+    def fail(ids):
+        asked.append(ids)
+        if len(asked) == 2:  # the first look is that for the parent, before the task is stored
+            raise error
+        return statuses(ids)
 
-    monkeypatch.setattr(waiting, "_decide", fail)
+    monkeypatch.setattr(started.repository, "statuses", fail)
     child = started.submit("fine", depends_on=[parent])
+    assert len(asked) >= 2
     parent.cancel()
     eventually(child.cancelled)
 

@@ -497,8 +497,8 @@ def test_a_process_that_died_between_the_end_and_the_next_turn_holds_up_nobody(w
     for n in range(3):  # before it starts: who submits to a line that stands still moves it
         queue.submit("work", {"key": "k", "n": n}, concurrency_key="k", id=str(n))
     dies = """
-queue._services.lines.next_turn = lambda key: ()
-queue._services.lines.left = lambda task, changes: os._exit(9)
+queue._services.turns.next_turn = lambda key: ()
+queue._services.turns.advance = lambda keys: os._exit(9)
 """
     child = workers.spawn(WORK + dies)
     assert child.process.wait(PATIENCE) == 9

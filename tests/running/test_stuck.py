@@ -297,7 +297,7 @@ class TestBarred:
         other.executor("here")(lambda: "here")  # which the first one cannot take
         other.start()
         assert other.submit("here").result(PATIENCE) == "here"
-        other._intake.look_for_work()
+        other._services.agenda.look_for_more()
         for _ in range(3):
             other._node._recovery.recover()
             whole_round(other)
@@ -340,7 +340,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue))
         again(queue)
-        queue._intake.look_for_work()
+        queue._services.agenda.look_for_more()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         task = queue.get_task_status("x")
         assert (task.status, task.starts) == (TaskStatus.PENDING, 1)
@@ -354,7 +354,7 @@ class TestBarred:
         failed = hang(queue, "y").task()
         failed.status = TaskStatus.PENDING
         queue.repository.update(failed)
-        queue._intake.look_for_work()
+        queue._services.agenda.look_for_more()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.begun == ["x", "y"]
         gate.open()
@@ -382,7 +382,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue, concurrency_key="k"))
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
-        queue._services.lines.look_slowly()
+        queue._services.turns.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -413,7 +413,7 @@ class TestBarred:
                 InvalidTransition, match="task x cannot be deleted: a thread of an ended attempt"
             ):
                 remove()
-        queue._services.lines.look_slowly()
+        queue._services.turns.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -460,7 +460,7 @@ class TestBarred:
             assert queue.cancel_many(["x"]) == 1
         else:
             assert handle.cancel()
-        queue._services.lines.look_slowly()
+        queue._services.turns.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert (handle.cancelled(), queue.get_task_status("next").starts) == (True, 0)
         gate.open()

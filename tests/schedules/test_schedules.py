@@ -76,7 +76,7 @@ def started(queue):
 def look(*queues):
     """Have them look, all at once; returns when nothing is due any more, its tasks being stored."""
     for queue in queues:
-        queue._node._housekeeper.wake()
+        queue._services.agenda.wake()
     for queue in queues:
         whole_round(queue)  # also where nothing is due, and nothing must come of it
     eventually(lambda: not any(is_due(s, queues[0]) for s in queues[0].schedules().values()))
@@ -285,13 +285,13 @@ def test_a_queue_that_is_stopping_is_not_woken_by_ticks_that_it_leaves_alone(sta
     gate.wait_for(1)
     started.schedule("s", every(60), "remote")
     eventually(lambda: ticker(started).next)
-    pool, thread = started._node.pool, started._node._housekeeper
-    pool.begin_stop()
+    agenda = started._services.agenda
+    started._node.pool.begin_stop()
     clock.advance(60)
-    waits, signal = [], thread._wake_up
-    thread._wake_up = Waits(waits.append)
+    waits, signal = [], agenda._bell
+    agenda._bell = Waits(waits.append)
     eventually(lambda: len(waits) >= 3)
-    thread._wake_up = signal
+    agenda._bell = signal
     gate.open()
     assert min(waits[1:]) > 0.01
 
@@ -1019,7 +1019,8 @@ def test_what_others_go_on_ticking_is_complained_of_once(started, clock, caplog)
         newer = {**json.loads(stored.text), "jitter": n}
         assert started.repository.put_note(PREFIX + "s", json.dumps(newer), stored.version)
         seen = note(started, "s").version
-        started._node._housekeeper.look_for_schedules()
+        ticker(started).look()
+        started._services.agenda.wake()
         eventually(lambda seen=seen: read_version(started) == seen)
     assert caplog.text.count("schedule/s does not tick in this process") == 1
 

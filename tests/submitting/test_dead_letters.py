@@ -147,7 +147,7 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, pa
     def slow_commit(writes):
         results = commit(writes)
         if "held" in writes[0].changes:
-            queue._intake.look_for_work()
+            queue._services.agenda.look_for_more()
             clock.advance(passed)
             assert queue.drain(PATIENCE)
         return results

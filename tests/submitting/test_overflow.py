@@ -212,7 +212,7 @@ def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository
 
     def fetch(writes):
         repository.after = lambda writes: None
-        pool.more_stored = True
+        pool.agenda.more_stored = True
         pool.refill()
 
     repository.after = fetch

@@ -50,7 +50,7 @@ def test_a_cancel_does_not_wait_for_all_that_is_due(
     queue.start()
     eventually(lambda: handle.task().status is TaskStatus.RUNNING)
     clock.advance(60)
-    queue._node._housekeeper.wake()
+    queue._services.agenda.wake()
     eventually(lambda: released)
     web.cancel_task(handle.id)
     eventually(lambda: cancelled_after)
@@ -222,7 +222,8 @@ def test_the_log_says_what_becomes_of_a_task_whose_process_died(
 ):
     insert = waiting("victim")
     insert.row["crashes"] = crashes
-    start = Update("victim", {}, {"status": "running", "starts": 1, "max_crashes": 3})
+    ran = {"status": "running", "starts": 1, "max_crashes": 3, "worker": "the dead one"}
+    start = Update("victim", {}, ran)
     dead([insert, start, *(lifecycle.cancel("victim", 2000) if cancelled else ())])
     queue_recovery(make_queue()).recover()
     [line] = [r.getMessage() for r in caplog.records if "which died" in r.getMessage()]
@@ -237,8 +238,8 @@ def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, make_queue, repo
     monkeypatch.setattr(lines_module, "BATCH", 10)
     queue = make_queue()
     queue.declare("remote")
-    lines = queue._services.lines
-    monkeypatch.setattr(lines, "joined", lambda inserts: None)  # whoever stored them died then
+    lines = queue._services.turns
+    monkeypatch.setattr(lines, "advance", lambda keys: None)  # whoever stored them died then
     for n in range(35):
         queue.submit("remote", concurrency_key=f"key {n:02}")
     lines.look_soon()
@@ -260,7 +261,7 @@ def test_a_line_that_stands_still_is_found_behind_many_that_move(
     for n in range(35):
         for _ in range(2):
             queue.submit("remote", concurrency_key=f"key {n:02}")
-    lines = queue._services.lines
+    lines = queue._services.turns
     assert not lines.overdue()
     last = repository.ready(["remote"], 100)[-1].id
     assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by one that died then
