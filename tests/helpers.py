@@ -109,13 +109,9 @@ class Spy:
         self.after(writes)
         return results
 
-    def settle(self, writes: Any) -> Any:
+    def find(self, *args: Any) -> Any:
         self.check()
-        return super().settle(writes)  # type: ignore[misc]
-
-    def get_many(self, task_ids: Any) -> Any:
-        self.check()
-        return super().get_many(task_ids)  # type: ignore[misc]
+        return super().find(*args)  # type: ignore[misc]
 
 
 class SpyMemory(Spy, MemoryRepository):

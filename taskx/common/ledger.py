@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
 from taskx.common.agenda import Agenda
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write
+from taskx.storage import queries
 from taskx.storage.base import Reentered, Repository
 
 #: Is told for each write whether its guard held; and what the repository refused them for, if it did.
@@ -34,7 +35,7 @@ MAX_BATCH = 256
 class _Entry:
     """Writes that wait, and what became of them."""
 
-    __slots__ = ("callback", "deserted", "done", "error", "results", "told", "writes")
+    __slots__ = ("callback", "deserted", "done", "error", "known", "results", "told", "writes")
 
     def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
         self.writes = writes
@@ -43,6 +44,8 @@ class _Entry:
         self.told = False
         #: Whether the thread that waited for it was interrupted.
         self.deserted = False
+        #: The writes, by ``id``, that were read back after an interrupt and have taken place.
+        self.known: Collection[int] = ()
         self.results: Sequence[bool] = ()
         self.error: BaseException | None = None
 
@@ -221,12 +224,18 @@ class Ledger:
                     self._waiting.remove(entry)
 
     def _read_back(self) -> None:
-        """Read back which writes were committed by a leader that was interrupted."""
-        for entry in self._sent:
-            if not entry.done:
-                results = self._repository.settle(entry.writes)
-                if any(results):
-                    entry.results, entry.done = results, True
+        """Read back what a leader sent that was interrupted; what does not show is sent again.
+
+        As the same objects: a repository that may have done a part of them knows that part again.
+        """
+        entries = [entry for entry in self._sent if not entry.done]
+        writes = [write for entry in entries for write in entry.writes]
+        shown = queries.shown(self._repository, writes)
+        known = {id(write) for write, is_shown in zip(writes, shown, strict=True) if is_shown}
+        for entry in entries:
+            entry.known = known.union(entry.known)
+            if all(id(write) in entry.known for write in entry.writes):
+                entry.results, entry.done = [True] * len(entry.writes), True
         self._sent = ()
 
     def _send(self, entries: list[_Entry]) -> None:
@@ -234,17 +243,19 @@ class Ledger:
             return
         self._sent = entries
         try:
-            results = self._repository.apply([write for entry in entries for write in entry.writes])
+            results = iter(
+                self._repository.apply(
+                    [w for entry in entries for w in entry.writes if id(w) not in entry.known]
+                )
+            )
         except MemoryError:
             raise  # perhaps after the COMMIT
         except Exception:
             self._sent = ()  # nothing was applied
             raise
-        position = 0
         for entry in entries:
-            end = position + len(entry.writes)
-            entry.results, entry.done = results[position:end], True
-            position = end
+            entry.results = [id(write) in entry.known or next(results) for write in entry.writes]
+            entry.done = True
         self._sent = ()
 
     def _replay(self, entries: list[_Entry], error: Exception) -> None:

@@ -42,14 +42,13 @@ from taskx.core.model import (
 from taskx.core.options import CHECKS, checked
 from taskx.core.payload import clean_text
 from taskx.core.record import (
-    COLUMNS,
     Ended,
     Stub,
     known_status,
     parents_from_text,
     task_from_row,
 )
-from taskx.core.writes import Write, shows
+from taskx.core.writes import Write
 from taskx.storage.began import Began
 
 #: The columns of a row by whose value rows are found, all through an index:
@@ -291,12 +290,6 @@ class Repository(TaskRepository):
         At most ``limit``, and fewer only for speed: empty where there are none, and only there.
         """
         raise NotImplementedError
-
-    def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Say for each write whether it took place, after ``apply`` was cut short by an interrupt."""
-        found = self.find("id", [write.id for write in writes], COLUMNS)
-        rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in found}
-        return [shows(rows.get(write.id), write, self.codecs.same) for write in writes]
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""

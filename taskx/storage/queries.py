@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Sequence
 
 from taskx.core.model import Task, TaskFilter
+from taskx.core.record import COLUMNS
+from taskx.core.writes import Write, shows
 from taskx.storage.base import Listed, Repository
 
 # Values that are read at a time.
@@ -29,6 +31,13 @@ def asked_to_cancel(repository: Repository, task_ids: Sequence[str]) -> Collecti
     """The ids of these tasks whose cancel was requested, even if their records are damaged."""
     found = repository.find("id", task_ids, ("id", "cancel_requested_at"))
     return [task_id for task_id, asked_at in found if asked_at is not None]
+
+
+def shown(repository: Repository, writes: Sequence[Write]) -> Sequence[bool]:
+    """Say for each write whether the record shows that it took place."""
+    found = repository.find("id", [*{write.id: None for write in writes}], COLUMNS)
+    rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in found}
+    return [shows(rows.get(write.id), write, repository.codecs.same) for write in writes]
 
 
 def page(repository: Repository, filter: TaskFilter) -> tuple[Sequence[Task], int]:

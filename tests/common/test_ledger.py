@@ -208,6 +208,28 @@ def test_followers_of_an_interrupted_leader_learn_their_outcome(ledger, reposito
     assert all(outcome[0] for outcome in outcomes)
 
 
+def test_what_does_not_show_after_an_interrupt_is_sent_again(ledger, repository, monkeypatch):
+    """Where a repository was struck in the middle of a batch; what shows is not sent twice."""
+    told, apply, sent = Told(), repository.apply, []
+
+    def in_part(writes, **options):
+        apply(writes[:1])
+        monkeypatch.setattr(repository, "apply", rest)
+        raise KeyboardInterrupt
+
+    def rest(writes, **options):
+        sent.append([write.id for write in writes])
+        return apply(writes, **options)
+
+    ledger.defer([insert("a"), insert("b")], told)
+    monkeypatch.setattr(repository, "apply", in_part)
+    with pytest.raises(KeyboardInterrupt):
+        ledger.flush()
+    assert ledger.commit([insert("c")]) == [True]
+    assert told == [[True, True]]
+    assert sent == [["b", "c"]]
+
+
 def test_interrupted_submit_carries_the_id(queue):
     queue.executor("fine")(lambda: "fine")
     Interrupt(queue.repository, "after")

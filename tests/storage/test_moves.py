@@ -18,7 +18,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
-from taskx.storage.queries import owners
+from taskx.storage.queries import owners, shown
 from taskx.upkeep.node import unfinished
 
 from .repositories import between_tasks, ids, keeping_time, whole_batches
@@ -36,7 +36,7 @@ class TestCheckpoints:
         write = lifecycle.checkpoint(task, self.TEXT, durable=True)
         assert list(store.apply([write])) == [True]
         assert store.get_by_id("a").checkpoints == json.loads(self.TEXT)
-        assert list(store.settle([write])) == [True]
+        assert list(shown(store, [write])) == [True]
 
     def test_are_fenced(self, store, add, run, clock, now):
         """Neither an earlier run nor one that has ended stores any."""

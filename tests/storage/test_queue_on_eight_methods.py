@@ -23,6 +23,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.storage.adapter import EIGHT_METHODS, ORIGINAL_FIELDS, EightMethodAdapter
+from taskx.storage.queries import shown
 from taskx.upkeep import housekeeper
 
 ALL = "all"
@@ -408,7 +409,7 @@ class TestApply:
         repository.fail("update", first=2, late=late, error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt):
             adapter.apply(starts)
-        assert adapter.settle(starts) == [True, late]
+        assert shown(adapter, starts) == [True, late]
         assert [adapter.get_by_id(name).owner for name in "ab"] == ["node", "node" if late else ""]
 
     def test_alternatives_are_read_once(self):

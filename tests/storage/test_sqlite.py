@@ -39,6 +39,7 @@ from taskx.core import lifecycle
 from taskx.core.record import STUB
 from taskx.core.writes import PRESENT, Update
 from taskx.storage.base import Changes, Node
+from taskx.storage.queries import shown
 from taskx.storage.sqlite import connections, schema, statements, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
@@ -916,7 +917,7 @@ class InterruptingCursor:
 
 
 class TestInterrupts:
-    """An interrupt in the middle of ``apply``: ``settle`` says what took place."""
+    """An interrupt in the middle of ``apply``: the record shows what took place."""
 
     @pytest.mark.parametrize(
         ("when", "statement", "stored"),
@@ -929,7 +930,7 @@ class TestInterrupts:
             ("after", "COMMIT", True),
         ],
     )
-    def test_settle_tells_the_truth(self, repository, when, statement, stored):
+    def test_the_record_tells_the_truth(self, repository, when, statement, stored):
         repository.create(task("a"))
         writes = [insert("b"), lifecycle.start(repository.get_by_id("a"), 5, "node")]
         real = repository._connections.writer()
@@ -937,9 +938,19 @@ class TestInterrupts:
         with pytest.raises(KeyboardInterrupt):
             repository.apply(writes)
         repository._connections._writer = real
-        assert list(repository.settle(writes)) == [stored, stored]
+        assert list(shown(repository, writes)) == [stored, stored]
         assert ids(repository) == (["a", "b"] if stored else ["a"])
         assert list(repository.apply(writes)) == [not stored, not stored]
+
+    def test_what_it_left_open_is_not_read(self, repository):
+        """It is undone by the next write."""
+        repository.create(task("a"))
+        writer = repository._connections.writer()
+        writer.execute("BEGIN")
+        writer.execute("UPDATE tasks SET status = 'running'")
+        assert repository.statuses(["a"]) == {"a": "pending"}
+        repository.create(task("b"))
+        assert repository.statuses(["a", "b"]) == {"a": "pending", "b": "pending"}
 
     def test_one_while_a_statement_is_compiled_is_kept(self, repository):
         """SQLite calls back then, and would take an exception for a refusal."""
@@ -972,7 +983,7 @@ class TestDiskFull:
             with pytest.raises(RepositoryUnavailable, match="no room on the disk"):
                 repository.apply(batch)
             assert ids(repository) == ["a"]
-            assert list(repository.settle(batch)) == [False, False]
+            assert list(shown(repository, batch)) == [False, False]
         repository.update_status("a", TaskStatus.RUNNING, "small writes go on")
         writer.execute("PRAGMA max_page_count = 1000000")
         assert list(repository.apply(batch)) == [True, True]

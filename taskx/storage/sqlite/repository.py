@@ -321,8 +321,9 @@ class SQLiteRepository(Repository):
             # The lock and the note of it in one step: the exception of a signal handler may come between
             # any two, in `finally` after each call but the last, too.
             got.extend(map(self._write_lock.acquire, (False,)))
-            if got == [True]:
-                return self._connections.writer().execute(sql, values).fetchall()
+            # Not what a transaction has written that an interrupt cut short: it is undone.
+            if got == [True] and not (writer := self._connections.writer()).in_transaction:
+                return writer.execute(sql, values).fetchall()
         except sqlite3.Error:
             pass  # the other connection meets it again, and says what it means
         finally:

@@ -21,6 +21,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.writes import Update
+from taskx.storage.queries import shown
 
 from .conftest import CommandCount, insert, run
 
@@ -249,7 +250,7 @@ class TestAnswersThatAreLost:
         expected = HELD.get(what, [True] * len(writes))
         while True:
             try:
-                assert list(repository.settle(writes[:1])) == [True]
+                assert list(shown(repository, writes[:1])) == [True]
                 assert list(repository.apply(writes)) == expected
                 break
             except RepositoryUnavailable:
