@@ -11,8 +11,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from taskx.common.agenda import Agenda
 from taskx.common.config import Config
@@ -22,27 +21,24 @@ from taskx.common.ledger import Ledger
 from taskx.common.pauses import Paused, Pauses
 from taskx.common.watcher import Watcher
 from taskx.core.checks import check_number
-from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import (
     ConfigurationError,
     QueueStopped,
     RepositoryError,
 )
-from taskx.core.log import GuardedLogger
+from taskx.core.log import GuardedLogger, check_logger
 from taskx.core.model import (
     Task,
     TaskFilter,
     TaskStatus,
     check_filter,
     check_key,
-    check_moment,
     check_name,
-    check_status,
 )
 from taskx.core.options import (
     ExecutorOptions,
     MapOptions,
-    OnConflict,
     ScheduleOptions,
     SubmitOptions,
     options_of,
@@ -54,7 +50,6 @@ from taskx.executing.checkpoints import Keeper
 from taskx.executing.executors import (
     Executor,
     ExecutorDecorator,
-    Registered,
     TaskExecutor,
 )
 from taskx.executing.middleware import Layer, check_middleware
@@ -69,10 +64,10 @@ from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
 from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository, TaskRepository
-from taskx.submitting.creation import with_options
+from taskx.submitting.creation import task_of
 from taskx.submitting.dead_letters import dead, discard_all
 from taskx.submitting.intake import Intake
-from taskx.submitting.mapping import AHEAD_PER_WORKER, Plan, Results
+from taskx.submitting.mapping import Plan, Results, ahead
 from taskx.submitting.operations import Operations
 from taskx.upkeep.node import EXTRA, LocalNode
 from taskx.upkeep.retention import prune_all
@@ -121,8 +116,8 @@ class Queue:
         if config is not None and not isinstance(config, Config):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
         self.config = config or Config()
-        self._log = GuardedLogger(_check_logger(logger))
-        self._clock = _check_clock(clock)
+        self._log = GuardedLogger(check_logger(logger))
+        self._clock = check_clock(clock)
         self.repository = (
             repository
             if isinstance(repository, Repository)
@@ -130,7 +125,7 @@ class Queue:
         )
         self._hooks = tuple(hooks)
         self._registry = Registry(
-            check_middleware(middleware), self._check_executor, self.config.max_payload_size
+            check_middleware(middleware), self.repository.require, self.config.max_payload_size
         )
         self.repository.queues.add(self)
         self._wire()
@@ -213,12 +208,6 @@ class Queue:
             raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
         return ExecutorDecorator(type, options_of(options), self.register_executor)
 
-    def _check_executor(self, entry: Registered) -> None:
-        if entry.log_level is not None:
-            self.repository.require("logs (capture_log)")
-        if entry.options.limit_scope == "global":
-            self.repository.require('limits of all nodes (limit_scope="global")')
-
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]
     ) -> None:
@@ -299,22 +288,10 @@ class Queue:
             RepositoryError: it could not be stored; or, where its ``in_doubt`` is True, may have been:
                 to submit its ``task_id`` again tells.
         """
-        if options and (unknown := options.keys() - SubmitOptions.__optional_keys__):
-            raise TypeError(
-                f"submit() has no option {', '.join(sorted(unknown))}; params are given as a dict"
-            )
-        if isinstance(task, str):
-            task = Task(type=task, params={} if params is None else params)
-        elif params is not None:
-            raise TypeError(
-                "submit(task) takes no params: set task.params, or call submit(type, params)"
-            )
-        if not options or not isinstance(task, Task):
-            task_id = self._intake.accept(task)
-        else:
-            changed = with_options(task, options, self._clock.now_ms())
-            on_conflict: OnConflict = options.get("on_conflict") or "reject"
-            task_id = self._intake.accept(changed, options.get("priority"), on_conflict)
+        wanted = task_of(task, params, options, SubmitOptions, "submit", self._clock)
+        task_id = self._intake.accept(
+            wanted, options.get("priority"), options.get("on_conflict") or "reject"
+        )
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt
@@ -416,22 +393,16 @@ class Queue:
             TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``; it is tried
                 again next.
         """
-        if unknown := options.keys() - MapOptions.__optional_keys__:
-            raise TypeError(f"map() has no option {', '.join(sorted(unknown))}")
-        workers, room = self.config.worker_num, self.config.buffer_size
         plan = Plan(
             executor=executor,
             key=key,
             name=name,
-            window=min(AHEAD_PER_WORKER * workers, workers + room) if window is None else window,
+            window=ahead(self.config) if window is None else window,
             timeout=timeout,
             return_exceptions=return_exceptions,
+            options=options,
         )
-        return Results(plan, items, self, partial(self._accept_mapped, options))
-
-    def _accept_mapped(self, options: dict[str, Any], task: Task) -> str:
-        task = with_options(task, options, self._clock.now_ms())
-        return self._intake.accept(task, options.get("priority"), spill=True)
+        return Results(plan, items, self, self._intake, self._clock)
 
     def submit_flow(self, flow: Flow) -> FlowHandle:
         """Submit a chain or group of tasks, all or none; returns one handle for all of them.
@@ -532,18 +503,9 @@ class Queue:
                 them.
             RepositoryError: it could not be stored.
         """
-        if unknown := options.keys() - ScheduleOptions.__optional_keys__:
-            raise TypeError(f"schedule() has no option {', '.join(sorted(unknown))}")
-        if isinstance(task, str):
-            task = Task(type=task, params={} if params is None else params)
-        elif params is not None:
-            raise TypeError(
-                "schedule(name, spec, task) takes no params: set task.params, or give the type"
-            )
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
-        if options and isinstance(task, Task):
-            task = with_options(task, options, self._clock.now_ms())
-        return self._in_hand(self._schedules.declare(entry, task, options.get("priority")))
+        wanted = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
+        return self._in_hand(self._schedules.declare(entry, wanted, options.get("priority")))
 
     def schedules(self) -> dict[str, Schedule]:
         """The schedules in the repository, by name, whichever process declared them."""
@@ -577,25 +539,8 @@ class Queue:
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Have a handle resolved when its task ends; handles call this themselves."""
         self._services.watcher.watch(handle)
-        self._warn_if_nobody_runs(handle.id)
-
-    def _warn_if_nobody_runs(self, task_id: str) -> None:
-        if self._node is not None or self._warned_alone:
-            return
-        self._warned_alone = True
-        task = self.repository.get_many([task_id]).get(task_id)
-        if task is None or task.status.finished:
-            return
-        nodes = [node for node in self.repository.nodes() if node.alive is not False]
-        if not any(task.type in node.types for node in nodes):
-            self._log.warning(
-                "waiting for task %s, but this queue is not started and no running one has an "
-                "executor for type %r",
-                task_id,
-                task.type,
-            )
-
-    _warned_alone = False
+        if self._node is None:
+            self._services.watcher.warn_if_nobody_runs(handle.id)
 
     @property
     def buffered(self) -> int:
@@ -697,13 +642,7 @@ class Queue:
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository failed; some may have been removed.
         """
-        if before is None:
-            raise ConfigurationError("before must be a datetime, not None")
-        check_moment(before, "before")
-        wanted = None if status is None else check_status(status)
-        if wanted is not None and not wanted.finished:
-            raise ConfigurationError(f"only tasks that have ended can be pruned, not {wanted} ones")
-        return prune_all(self._services, to_ms(before), wanted)
+        return prune_all(self._services, before, status)
 
     # --- pausing
 
@@ -718,7 +657,7 @@ class Queue:
             ConfigurationError: the type is no name, or the repository has the eight methods only.
             RepositoryError: the repository failed.
         """
-        self._services.pauses.set(_type_or_none(type))
+        self._services.pauses.set(type)
         self._look_for_pauses()
 
     def resume(self, type: str | None = None) -> None:
@@ -728,7 +667,7 @@ class Queue:
             ConfigurationError: the type is no name.
             RepositoryError: the repository failed.
         """
-        self._services.pauses.lift(_type_or_none(type))
+        self._services.pauses.lift(type)
         self._look_for_pauses()
 
     def _look_for_pauses(self) -> None:
@@ -909,29 +848,6 @@ class Queue:
         self.repository.renew_after_fork()
         self._services.watcher.renew_after_fork()
         self._wire()
-
-
-def _type_or_none(type: str | None) -> str | None:
-    return None if type is None else check_key(type, "type")
-
-
-def _check_clock(clock: Any) -> Clock:
-    parts = (getattr(clock, name, None) for name in ("now_ms", "monotonic"))
-    if isinstance(clock, type) or not all(map(callable, parts)):
-        raise ConfigurationError(
-            f"clock must have now_ms() and monotonic(), as SystemClock() does, not be {clock!r}"
-        )
-    return cast("Clock", clock)
-
-
-def _check_logger(logger: Any) -> logging.Logger:
-    if logger is None:
-        return logging.getLogger("taskx")
-    if not isinstance(logger, logging.Logger):
-        raise ConfigurationError(
-            f"logger must be a Logger, such as logging.getLogger('tasks'), not {logger!r}"
-        )
-    return logger
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

@@ -6,6 +6,7 @@ import threading
 
 import attrs
 
+from taskx.core.model import check_key
 from taskx.storage.base import Repository
 
 _NOTE = "pause"
@@ -60,7 +61,7 @@ class Pauses:
         """Pause a type, or with None everything.
 
         Raises:
-            ConfigurationError: the repository cannot keep it.
+            ConfigurationError: the repository cannot keep it, or the type is no name.
         """
         self._repository.put_note(_name(type), "", 0)  # if there is one, it is paused already
 
@@ -73,4 +74,4 @@ class Pauses:
 
 
 def _name(type: str | None) -> str:
-    return _NOTE if type is None else f"{_NOTE}/{type}"
+    return _NOTE if type is None else f"{_NOTE}/{check_key(type, 'type')}"

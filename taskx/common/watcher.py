@@ -55,7 +55,7 @@ class Watcher:
         self.handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
         self._ended: deque[str] = deque()  # tasks that ended, whose handles are to be told of it
         self._thread: threading.Thread | None = None
-        self._closed = False
+        self._closed = self._warned = False
 
     @property
     def watching(self) -> bool:
@@ -79,6 +79,26 @@ class Watcher:
             self.ensure_polling()
         if self._closed:
             handle.conclude_closed()
+
+    def warn_if_nobody_runs(self, task_id: str) -> None:
+        """Say once that somebody waits, in a queue that is not started, for what no node can run.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        if self._warned:
+            return
+        self._warned = True
+        task = self._repository.get_many([task_id]).get(task_id)
+        if task is None or task.status.finished:
+            return
+        nodes = [node for node in self._repository.nodes() if node.alive is not False]
+        if not any(task.type in node.types for node in nodes):
+            self._log.warning(
+                "waiting for task %s, but this queue is not started and no running one has an "
+                "executor for type %r",
+                *(task_id, task.type),
+            )
 
     def close(self) -> None:
         """Resolve no more: who waits for a task that has not ended is told so."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from taskx.core.errors import on_main_thread
+from taskx.core.errors import ConfigurationError, on_main_thread
 
 
 class GuardedLogger(logging.Logger):
@@ -81,3 +81,14 @@ def is_for_the_program(error: BaseException) -> bool:
 
 #: For what knows no queue, and so not the logger of one.
 log = GuardedLogger(logging.getLogger("taskx"))
+
+
+def check_logger(logger: Any) -> logging.Logger:
+    """A logger, or ours for None; ConfigurationError says what is wrong with it."""
+    if logger is None:
+        return logging.getLogger("taskx")
+    if not isinstance(logger, logging.Logger):
+        raise ConfigurationError(
+            f"logger must be a Logger, such as logging.getLogger('tasks'), not {logger!r}"
+        )
+    return logger

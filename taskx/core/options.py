@@ -93,10 +93,10 @@ class ExecutorOptions(RunOptions, total=False):
     limit_scope: LimitScope | None
 
 
-def refuse_unknown(given: Mapping[str, Any], known: Any, what: str) -> None:
+def refuse_unknown(given: Mapping[str, Any], known: Any, what: str, hint: str = "") -> None:
     """Raise ``TypeError`` for options that a ``TypedDict`` does not have."""
     if unknown := given.keys() - known.__optional_keys__:
-        raise TypeError(f"{what}() has no option {', '.join(sorted(unknown))}")
+        raise TypeError(f"{what}() has no option {', '.join(sorted(unknown))}{hint}")
 
 
 # --- what each must be

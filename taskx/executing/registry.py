@@ -18,18 +18,18 @@ class Registry:
 
     Args:
         middleware: what is wrapped around every execution, the first one outermost.
-        check: refuses what the queue cannot do, before an executor is added.
+        require: refuses what the repository cannot do, given in words.
         max_payload_size: the largest params, and the largest result, in bytes of JSON.
     """
 
     def __init__(
         self,
         middleware: Sequence[Layer] = (),
-        check: Callable[[Registered], object] = lambda entry: None,
+        require: Callable[[str], object] = lambda what: None,
         max_payload_size: int = DEFAULT_MAX_SIZE,
     ) -> None:
         self._middleware = middleware
-        self._check = check
+        self._require = require
         #: The largest params, and the largest result, in bytes of JSON.
         self.max_payload_size = max_payload_size
         #: What is known of each type that it runs.
@@ -66,7 +66,10 @@ class Registry:
             raise ConfigurationError(
                 f"type {entry.type!r} has an executor already: make a new queue, or choose another type"
             )
-        self._check(entry)
+        if entry.log_level is not None:
+            self._require("logs (capture_log)")
+        if entry.options.limit_scope == "global":
+            self._require('limits of all nodes (limit_scope="global")')
         limit = entry.options.limit
         function, takes_context = entry.function, entry.takes_context
         if entry.options.isolation is not None:

@@ -9,11 +9,11 @@ from typing import Any
 import attrs
 
 from taskx.core.checks import check_number
-from taskx.core.clock import to_datetime
+from taskx.core.clock import Clock, to_datetime
 from taskx.core.creation import new_record
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, check_key
-from taskx.core.options import OnConflict, one_of
+from taskx.core.options import OnConflict, one_of, refuse_unknown
 from taskx.core.unique import scope_to_text
 from taskx.core.writes import Insert
 from taskx.moving.services import Services
@@ -43,7 +43,27 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
     return insert
 
 
-def with_options(task: Task, given: dict[str, Any], now_ms: int) -> Task:
+def task_of(
+    task: Task | str, params: Any, options: Mapping[str, Any], known: Any, what: str, clock: Clock
+) -> Task:
+    """The task that is meant by a task, or by a type and params; with options, which are of ``known``.
+
+    Raises:
+        TypeError: there is no such option in the call of ``what``, or both a task and params.
+        ConfigurationError: an option is not valid.
+    """
+    if options:
+        refuse_unknown(options, known, what, "; params are given as a dict")
+    if isinstance(task, str):
+        task = Task(type=task, params={} if params is None else params)
+    elif params is not None:
+        raise TypeError(f"{what}() of a task takes no params: set task.params, or give a type")
+    if not options or not isinstance(task, Task):  # who stores it says what it is not
+        return task
+    return _with_options(task, options, clock.now_ms())
+
+
+def _with_options(task: Task, given: Mapping[str, Any], now_ms: int) -> Task:
     """A copy of a task with the options of ``submit`` that were given.
 
     Raises:

@@ -11,9 +11,11 @@ from typing import Any, Protocol
 
 import attrs
 
+from taskx.common.config import Config
 from taskx.common.handles import TaskHandle
 from taskx.core import payload
 from taskx.core.checks import check_int, check_number
+from taskx.core.clock import Clock
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
@@ -23,11 +25,20 @@ from taskx.core.errors import (
     UnknownTaskType,
 )
 from taskx.core.model import Task, TaskStatus, check_name
+from taskx.core.options import MapOptions, refuse_unknown
 from taskx.executing.executors import Executor
+from taskx.submitting.creation import task_of
+from taskx.submitting.intake import Intake
 
-#: Tasks that lie ahead for each worker, unless the caller says otherwise.
-AHEAD_PER_WORKER = 4
+# Tasks that lie ahead for each worker, unless the caller says otherwise.
+_AHEAD_PER_WORKER = 4
 _NONE = object()
+
+
+def ahead(config: Config) -> int:
+    """How many tasks are submitted ahead, unless the caller says otherwise."""
+    workers = config.worker_num
+    return min(_AHEAD_PER_WORKER * workers, workers + config.buffer_size)
 
 
 class _Owner(Protocol):
@@ -47,8 +58,10 @@ class Plan:
         window: how many tasks are submitted ahead of the result that is asked for.
         timeout: seconds that the next result is waited for; None for ever.
         return_exceptions: give what a failed item raised in its place, and go on.
+        options: those of ``submit``, for tasks that are new.
 
     Raises:
+        TypeError: there is no such option.
         ConfigurationError: a value is not valid.
     """
 
@@ -58,8 +71,10 @@ class Plan:
     window: int
     timeout: float | None
     return_exceptions: bool
+    options: Mapping[str, Any]
 
     def __attrs_post_init__(self) -> None:
+        refuse_unknown(self.options, MapOptions, "map")
         if not isinstance(self.executor, (Executor, str)):
             raise ConfigurationError(
                 f"map takes an executor made by @executor(…), or a type, not {self.executor!r}"
@@ -119,16 +134,18 @@ class Results(Iterator[Any]):
         plan: what is mapped.
         items: over what.
         owner: the queue.
-        accept: stores a task, whatever room the buffer has; returns its id.
+        intake: takes its new tasks in.
+        clock: what moments are told by.
     """
 
     def __init__(
-        self, plan: Plan, items: Iterable[Any], owner: _Owner, accept: Callable[[Task], str]
+        self, plan: Plan, items: Iterable[Any], owner: _Owner, intake: Intake, clock: Clock
     ) -> None:
         self._plan = plan
         self._items = iter(items)
         self._owner = owner
-        self._accept = accept
+        self._intake = intake
+        self._clock = clock
         self._item: Any = _NONE
         #: What is under way, in order; an error stands for an item that is no task.
         self._ahead: deque[TaskHandle[Any] | Exception] = deque()
@@ -178,10 +195,15 @@ class Results(Iterator[Any]):
     def _submit(self, task: Task) -> TaskHandle[Any]:
         while True:
             try:
-                return self._owner.handle(self._accept(task))
+                return self._owner.handle(self._accept(task, self._plan.options))
             except DuplicateTask:
                 with suppress(TaskNotFound):  # it was deleted since, so it is free now
                     return self._known(task)
+
+    def _accept(self, task: Task, options: Mapping[str, Any]) -> str:
+        """Store a task, whatever room the buffer has; returns its id."""
+        task = task_of(task, None, options, MapOptions, "map", self._clock)
+        return self._intake.accept(task, options.get("priority"), spill=True)
 
     def _known(self, task: Task) -> TaskHandle[Any]:
         """The task that has this id: of an earlier run, of another process, or of an equal item."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from taskx.core import lifecycle
-from taskx.core.clock import within_calendar
-from taskx.core.model import TaskStatus
+from taskx.core.clock import to_ms, within_calendar
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import TaskStatus, check_moment, check_status
 from taskx.moving.services import Services
 from taskx.storage.base import Repository
 
@@ -64,18 +66,27 @@ def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
     return {parent for parent, child in found if child not in these}
 
 
-def prune_all(services: Services, before: int, status: TaskStatus | None) -> int:
+def prune_all(services: Services, before: datetime, status: TaskStatus | str | None) -> int:
     """Remove all that ended before a moment, of one status or of each; returns how many.
 
     Again and again, as what was removed may be all that kept others.
+
+    Raises:
+        ConfigurationError: the moment is no aware datetime, or no task ends in that status.
     """
+    if before is None:
+        raise ConfigurationError("before must be a datetime, not None")
+    check_moment(before, "before")
+    wanted = None if status is None else check_status(status)
+    if wanted is not None and not wanted.finished:
+        raise ConfigurationError(f"only tasks that have ended can be pruned, not {wanted} ones")
     removed, some = 0, 1
     while some:
         some = 0
-        for kind in _CHILDREN_FIRST if status is None else (status,):
+        for kind in _CHILDREN_FIRST if wanted is None else (wanted,):
             after, begun = None, False
             while after is not None or not begun:
-                count, after = prune(services, TaskStatus(kind), before, after)
+                count, after = prune(services, kind, to_ms(before), after)
                 some, begun = some + count, True
         removed += some
     while services.repository.shrink():
