@@ -49,8 +49,8 @@ def _marks_not_looked_at() -> None:
 
 
 def _batches_in_pieces() -> None:
-    def insert(inner: Any, self: Batches, writes: Any) -> list[bool]:
-        return [self._sender.apply([write])[0] for write in writes]
+    def insert(inner: Any, self: Batches, writes: Any, store: Any) -> list[bool]:
+        return [store([write], "")[0] for write in writes]
 
     wrap(Batches, "insert", insert)
 
