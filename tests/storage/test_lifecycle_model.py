@@ -28,6 +28,7 @@ from taskx.core.clock import to_ms
 from taskx.storage.base import Node
 from taskx.storage.queries import owners
 from taskx.testing import ManualClock
+from taskx.upkeep.node import unfinished
 
 from .repositories import MAKERS
 
@@ -499,12 +500,12 @@ class Life(RuleBasedStateMachine):
         assert sorted(dict(self.store.due(now, 9))) == sorted(
             i for run_at, i in held if run_at <= now
         )
-        unfinished = {i: r for i, r in records.items() if r.status not in FINISHED}
-        assert set(owners(self.store)) == {r.owner for r in unfinished.values()} - {""}
+        left = {i: r for i, r in records.items() if r.status not in FINISHED}
+        assert set(owners(self.store)) == {r.owner for r in left.values()} - {""}
         for kind in ("t", "u"):
             assert unfinished(self.store, [kind]) == any(
                 bool(r.owner) if r.status == "running" else not r.held
-                for i, r in unfinished.items()
+                for i, r in left.items()
                 if TYPES[i] == kind
             )
         for status in TaskStatus:
