@@ -49,8 +49,7 @@ class Ahead:
         #: Whether tasks have lately been so short that to wake a thread costs more.
         self.short = False
         self._lately = _ALL_LONG  # the first tasks count as long
-        #: How many tasks the last start was for.
-        self.last_batch = 0
+        self._last_batch = 0
         self._lingering = threading.Lock()
 
     # --- how many to start
@@ -75,8 +74,7 @@ class Ahead:
             waiting: how many are in the buffer.
         """
         if (
-            self.last_batch > 1
-            and self.short
+            self._last_batch > 1
             and not self.runs
             and waiting < MAX_AHEAD
             and self._lingering.acquire(blocking=False)
@@ -85,6 +83,10 @@ class Ahead:
                 time.sleep(LINGER)
             finally:
                 self._lingering.release()
+
+    def begin(self, count: int) -> None:
+        """Note that a worker begins to start so many tasks."""
+        self._last_batch, self._taken = count, True
 
     # --- what was started
 
@@ -125,11 +127,12 @@ class Ahead:
         ear = self._work.listen()
         self._waiting.add(ear)  # first: who brings something from now on wakes it
         try:
-            if not ready():
+            if ready():
+                self._work.leave(ear)
+            else:
                 self._work.wait(ear)
         finally:
             self._waiting.discard(ear)
-            self._work.leave(ear)
 
     def wake(self) -> bool:
         """Wake a waiting worker, unless tasks are short and another worker is at it.

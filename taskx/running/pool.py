@@ -159,7 +159,7 @@ class WorkerPool:
         while not self.stopping:
             if self.hooks.waiting:
                 self.hooks.let_catch_up()
-            if not self.services.watcher.watching:
+            if ahead.short and not self.services.watcher.watching:
                 ahead.let_gather(len(buffer))
             run, items = ahead.take(), None
             if run is None and (items := buffer.take(ahead.portion)):
@@ -194,7 +194,7 @@ class WorkerPool:
 
     def _start(self, items: list[Item]) -> Run | None:
         """Start tasks in one transaction; returns one of them and lays the others out."""
-        self.ahead.last_batch = len(items)
+        self.ahead.begin(len(items))
         try:
             # Before the start: should this fail, nothing has been started that nobody would run.
             self._refill_if_low()

@@ -124,7 +124,8 @@ class Starter:
             task = found.get(item.id)
             if task is None:
                 continue
-            self._resolve_options(task)
+            # What a process that only declared the type left to the executor.
+            self._services.registry.registered[task.type].settle(task)
             if not task.crashes and task.max_crashes != 1:
                 chosen.append(task)
                 continue
@@ -171,13 +172,9 @@ class Starter:
             raise
         if task.id not in found:
             self._suspect_done()
-            return []
-        self._resolve_options(found[task.id])
-        return [found[task.id]]
-
-    def _resolve_options(self, task: Task) -> None:
-        """Settle what a process that only declared the type left to the executor."""
-        self._services.registry.registered[task.type].settle(task)
+        for again in found.values():
+            services.registry.registered[again.type].settle(again)
+        return list(found.values())
 
     def _make_run(self, task: Task) -> Run:
         services = self._services
@@ -190,15 +187,13 @@ class Starter:
 
     def claim(self, run: Run) -> bool:
         """Forget a run that no thread is at; False if one has just begun to execute it."""
-        claimed = self.runs.claim(run)
-        if claimed:
+        if claimed := self.runs.claim(run):
             self._struck(run, ran=False)
         return claimed
 
     def _struck(self, run: Run, *, ran: bool) -> None:
-        if (
-            self._admission.admitted and run.state != "stuck"
-        ):  # that counts as long as its thread runs
+        # One that is stuck counts as long as its thread runs.
+        if self._admission.admitted and run.state != "stuck":
             self._admission.over(run.task.id, ran=ran)
         if run.task.crashes and self._is_suspect(run.task):
             self._suspect_done()

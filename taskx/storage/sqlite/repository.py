@@ -167,33 +167,25 @@ class SQLiteRepository(Repository):
             )
 
     def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
-        ordinary = all(isinstance(write, Insert) and _is_ordinary(write) for write in writes)
+        def together(cursor: sqlite3.Cursor) -> Sequence[bool]:
+            rows = (tuple(write.row.values()) for write in writes)  # type: ignore[union-attr]
+            if cursor.executemany(_INSERT_ORDINARY, rows).rowcount < len(writes):
+                raise _Uneven
+            return [True] * len(writes)
 
-        def work(cursor: sqlite3.Cursor) -> Sequence[bool]:
-            if ordinary:
-                rows = (tuple(write.row.values()) for write in writes)  # type: ignore[union-attr]
-                cursor.executemany(statements.insert(CREATED), rows)
-                return [True] * len(writes)
+        def singly(cursor: sqlite3.Cursor) -> Sequence[bool]:
             results = [_apply_one(cursor, write) for write in writes]
             if not all(results):
                 raise _Refused(results)
             return results
 
         try:
-            return self._transact(work, durable)
+            if all(isinstance(write, Insert) and _is_ordinary(write) for write in writes):
+                with suppress(_Uneven):
+                    return self._transact(together, durable)
+            return self._transact(singly, durable)
         except _Refused as refused:
             return refused.results
-        except RepositoryError as error:
-            if not isinstance(error.__cause__, sqlite3.IntegrityError):
-                raise
-            taken = set(self.get_many([write.id for write in writes]))
-            results = []
-            for write in writes:
-                results.append(write.id not in taken)
-                taken.add(write.id)
-            if all(results):  # it was no id that was refused
-                raise
-            return results
 
     @property
     def entered(self) -> bool:

@@ -114,15 +114,10 @@ def find(column: Lookup, count: int, fields: tuple[str, ...], limited: bool) -> 
 
 
 @lru_cache(maxsize=64)
-def insert(columns: tuple[str, ...]) -> str:
-    """An ``INSERT`` of these columns."""
-    return f"INSERT INTO tasks ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
-
-
-@lru_cache(maxsize=64)
 def insert_if_new(columns: tuple[str, ...]) -> str:
     """An ``INSERT`` of these columns that does nothing where what must be unique is taken."""
-    return f"{insert(columns)} ON CONFLICT DO NOTHING"
+    places = ", ".join("?" * len(columns))
+    return f"INSERT INTO tasks ({', '.join(columns)}) VALUES ({places}) ON CONFLICT DO NOTHING"
 
 
 _shapes: dict[tuple[Any, ...], str] = {}
