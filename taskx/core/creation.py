@@ -1,19 +1,37 @@
-"""How a new task becomes a record: every check, and the one way there is."""
+"""How a new task becomes a record: every check, and the one way there is.
+
+What is changed of a record by hand is checked here, too.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import attrs
+
 from taskx.core import lifecycle, payload, unique
+from taskx.core.checks import check_number
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError, InvalidTransition
 from taskx.core.ids import new_id
-from taskx.core.model import Task, TaskStatus, check_key, check_name
+from taskx.core.model import (
+    MAX_NAME,
+    TIME_FIELDS,
+    Task,
+    TaskStatus,
+    check_key,
+    check_moment,
+    check_name,
+    check_status,
+)
 from taskx.core.options import CHECKS, OnParentFailure, checked, one_of
-from taskx.core.record import policy_to_text
+from taskx.core.payload import clean_text
+from taskx.core.record import MAX_MESSAGE, check_progress, policy_to_text
 from taskx.core.writes import Insert
 
+#: Longest error or traceback that is written by hand, in characters.
+MAX_TEXT = 100_000
 _check_failure_policy = one_of(OnParentFailure)
 
 
@@ -78,3 +96,29 @@ def check_parents(parents: Any, task_id: str = "") -> list[str]:
     if task_id and task_id in ids:
         raise ConfigurationError(f"task {task_id} cannot depend on itself")
     return ids
+
+
+def storable(task: Task) -> Task:
+    """The task with every value such as a database can hold; the caller's own stays as it is.
+
+    Raises:
+        PayloadError: its progress is no number, or its message no text.
+        ConfigurationError: another field holds what it may not.
+    """
+    for what in ("id", "type", "created_by"):
+        check_name(getattr(task, what), what)
+    checked(task, CHECKS)
+    check_number(task.duration, "duration")
+    for what in TIME_FIELDS:
+        check_moment(getattr(task, what), what)
+    progress, message = check_progress(task.progress, task.message)
+    return attrs.evolve(
+        task,
+        status=check_status(task.status),
+        progress=progress,
+        message=message,
+        error=clean_text(task.error, MAX_TEXT),
+        error_type=clean_text(task.error_type, MAX_NAME),
+        traceback=clean_text(task.traceback, MAX_TEXT),
+        worker=clean_text(task.worker, MAX_MESSAGE),
+    )

@@ -25,9 +25,10 @@ import attrs
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.codec import NO_CODECS, Codecs, Unreadable
+from taskx.core.errors import PayloadError
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.core.order import rank
-from taskx.core.payload import CODEC_KEY
+from taskx.core.payload import CODEC_KEY, clean_text
 from taskx.core.retry import RetryPolicy
 
 #: Why a pending task may not start: it may; before its ``run_at``; its parents have not ended; a thread
@@ -40,6 +41,9 @@ INTERNAL = ("held", "waiting_on", "unique_lock", "turn")
 COLUMNS: tuple[str, ...] = (*TASK_FIELDS, *INTERNAL)
 #: Those that no two rows have the same value in, but for None.
 UNIQUE = ("unique_lock", "turn")
+
+#: Longest progress message, in characters.
+MAX_MESSAGE = 1000
 
 #: What a column holds in a task that was just created, where its creation says nothing.
 DEFAULTS: dict[str, Any] = {
@@ -333,6 +337,19 @@ def stub_from_values(values: Sequence[Any]) -> Stub:
 
 def _number(value: Any) -> int:
     return value if isinstance(value, int) else 0
+
+
+def check_progress(percent: float, message: str) -> tuple[int, str]:
+    """Progress as it is stored: a whole percentage from 0 to 100 and a bounded text.
+
+    Raises:
+        PayloadError: the percentage is no number, or the message no text.
+    """
+    if isinstance(percent, bool) or not isinstance(percent, (int, float)) or percent != percent:
+        raise PayloadError("progress", f"must be a number from 0 to 100, not {percent!r}")
+    if not isinstance(message, str):
+        raise PayloadError("message", f"must be a str, not {type(message).__name__}")
+    return int(min(max(percent, 0), 100)), clean_text(message, MAX_MESSAGE)
 
 
 def policy_to_text(policy: RetryPolicy | None) -> str | None:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, TaskNotFound
 from taskx.core.model import Task, TaskStatus
+from taskx.core.record import check_progress
 from taskx.core.token import CancelReason, CancelToken
 from taskx.executing.checkpoints import Checkpoints, Keeper
-from taskx.storage.base import check_progress
 
 if TYPE_CHECKING:
     from taskx.executing.alarms import Alarms

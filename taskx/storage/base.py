@@ -16,34 +16,30 @@ from typing import Any, Literal, NamedTuple, TypeVar
 import attrs
 
 from taskx.core import lifecycle
-from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec, Codecs
-from taskx.core.creation import new_record
+from taskx.core.creation import new_record, storable
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
     InvalidTransition,
-    PayloadError,
     RepositoryUnavailable,
     TaskNotFound,
 )
 from taskx.core.model import (
-    MAX_NAME,
     TASK_FIELDS,
-    TIME_FIELDS,
     Task,
     TaskFilter,
     TaskStatus,
-    check_moment,
     check_name,
     check_status,
 )
-from taskx.core.options import CHECKS, checked
 from taskx.core.payload import clean_text
 from taskx.core.record import (
+    MAX_MESSAGE,
     Ended,
     Stub,
+    check_progress,
     known_status,
     parents_from_text,
     task_from_row,
@@ -83,11 +79,6 @@ Lookup = Literal[
 #: ``ready_type``
 #:     the ``type`` of the pending tasks that may start.
 Listed = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on", "ready_type"]
-
-#: Longest progress message, in characters.
-MAX_MESSAGE = 1000
-#: Longest error or traceback that is written by hand, in characters.
-MAX_TEXT = 100_000
 
 
 class TaskRepository(ABC):
@@ -270,6 +261,7 @@ class Repository(TaskRepository):
                 same objects, a write that took place is not done twice.
         """
 
+    @abstractmethod
     def find(
         self,
         column: Lookup,
@@ -282,14 +274,13 @@ class Repository(TaskRepository):
         They hold what is stored, however damaged: coded values stay coded. In any order, but for
         ``line``; at most ``limit``.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
         """The values that a column has, in order, each once, from the one after ``after``.
 
         At most ``limit``, and fewer only for speed: empty where there are none, and only there.
         """
-        raise NotImplementedError
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
         """The tasks with these ids that exist, by id."""
@@ -425,7 +416,7 @@ class Repository(TaskRepository):
             PayloadError: its params break the JSON rules.
             ConfigurationError: another field holds what it may not.
         """
-        task = _storable(task)
+        task = storable(task)
         now = self.clock.now_ms()
         insert = new_record(task, now if task.created_at is None else to_ms(task.created_at))
         # Whether they have ended is seen by whoever runs.
@@ -452,7 +443,7 @@ class Repository(TaskRepository):
             PayloadError: params or result break the JSON rules.
             ConfigurationError: another field holds what it may not.
         """
-        task = _storable(task)
+        task = storable(task)
         stored = self.get_by_id(task.id)
         if not any(self.apply(lifecycle.amend(stored, task, self.clock.now_ms()))):
             if task.status is TaskStatus.PENDING:
@@ -506,37 +497,3 @@ class Repository(TaskRepository):
         """
         if not self.apply([lifecycle.delete(check_name(task_id, "id"))])[0]:
             raise lifecycle.not_deleted(self.get_by_id(task_id))
-
-
-def _storable(task: Task) -> Task:
-    """The task with every value such as a database can hold; the caller's own stays as it is."""
-    for what in ("id", "type", "created_by"):
-        check_name(getattr(task, what), what)
-    checked(task, CHECKS)
-    check_number(task.duration, "duration")
-    for what in TIME_FIELDS:
-        check_moment(getattr(task, what), what)
-    progress, message = check_progress(task.progress, task.message)
-    return attrs.evolve(
-        task,
-        status=check_status(task.status),
-        progress=progress,
-        message=message,
-        error=clean_text(task.error, MAX_TEXT),
-        error_type=clean_text(task.error_type, MAX_NAME),
-        traceback=clean_text(task.traceback, MAX_TEXT),
-        worker=clean_text(task.worker, MAX_MESSAGE),
-    )
-
-
-def check_progress(percent: float, message: str) -> tuple[int, str]:
-    """Progress as it is stored: a whole percentage from 0 to 100 and a bounded text.
-
-    Raises:
-        PayloadError: the percentage is no number, or the message no text.
-    """
-    if isinstance(percent, bool) or not isinstance(percent, (int, float)) or percent != percent:
-        raise PayloadError("progress", f"must be a number from 0 to 100, not {percent!r}")
-    if not isinstance(message, str):
-        raise PayloadError("message", f"must be a str, not {type(message).__name__}")
-    return int(min(max(percent, 0), 100)), clean_text(message, MAX_MESSAGE)
