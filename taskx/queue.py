@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
@@ -20,11 +17,9 @@ from taskx.common.hooks import Hook, Hooks
 from taskx.common.ledger import Ledger
 from taskx.common.pauses import Paused, Pauses
 from taskx.common.watcher import Watcher
-from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import (
     ConfigurationError,
-    QueueStopped,
     RepositoryError,
 )
 from taskx.core.log import GuardedLogger, check_logger
@@ -44,7 +39,6 @@ from taskx.core.options import (
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
-from taskx.core.token import CancelReason
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.executors import (
@@ -54,7 +48,7 @@ from taskx.executing.executors import (
 )
 from taskx.executing.middleware import Layer, check_middleware
 from taskx.executing.registry import Registry
-from taskx.executing.runner import Runner, inside_executor
+from taskx.executing.runner import Runner
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.moving.consequences import Consequences
 from taskx.moving.services import Services
@@ -69,18 +63,14 @@ from taskx.submitting.dead_letters import dead, discard_all
 from taskx.submitting.intake import Intake
 from taskx.submitting.mapping import Plan, Results, ahead
 from taskx.submitting.operations import Operations
-from taskx.upkeep.node import EXTRA, LocalNode
+from taskx.upkeep.lifetime import Lifetime
+from taskx.upkeep.node import LocalNode
 from taskx.upkeep.retention import prune_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
 R = TypeVar("R")
-
-#: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
-EXIT_TIMEOUT = 5.0
-# Half of what the system can wait for: deadlines and extra time come on top.
-_LONGEST_STOP = threading.TIMEOUT_MAX / 2
 
 
 class Queue:
@@ -132,13 +122,12 @@ class Queue:
         _queues.add(self)
 
     def _wire(self) -> None:
-        self._state, self._changing, self._starting = State(), threading.Lock(), threading.Lock()
-        agenda, alarms = Agenda(), Alarms(self._clock)
+        state, agenda, alarms = State(), Agenda(), Alarms(self._clock)
         ledger = Ledger(self.repository, self._log, agenda)
         watcher = Watcher(self.repository, self._log, agenda)
         hooks = Hooks(self._hooks, self._log)
         consequences = Consequences(
-            *(self.repository, ledger, hooks, watcher, agenda, self._state, self._clock, self._log)
+            *(self.repository, ledger, hooks, watcher, agenda, state, self._clock, self._log)
         )
         self._services = Services(
             repository=self.repository,
@@ -159,17 +148,16 @@ class Queue:
         )
         self._intake = Intake(
             self._services,
-            self._state,
+            state,
             self.config.overflow,
             self.config.block_timeout,
         )
-        self._operations = Operations(self._services, self._state)
+        self._operations = Operations(self._services, state)
         self._schedules = Schedules(self._services, self._intake)
-        self._node: LocalNode | None = None
+        self._life = Lifetime(self._services, self.config, state, self)
 
     def __repr__(self) -> str:
-        state = "stopped" if self._state.stopped else "started" if self._node else "not started"
-        return f"<Queue on {self.repository!r}, {state}>"
+        return f"<Queue on {self.repository!r}, {self._life.name}>"
 
     # --- executors
 
@@ -561,11 +549,7 @@ class Queue:
         the queue was started: one that only submits has no threads, and is healthy as long as its file
         is there.
         """
-        try:
-            self.repository.ensure_there()
-        except RepositoryError:
-            return False
-        return self._node is None or self._node.pool.stuck.healthy
+        return self._life.healthy
 
     # --- changing
 
@@ -738,37 +722,7 @@ class Queue:
             RepositoryError: the repository cannot be used.
             RuntimeError: the system has no more threads.
         """
-        with self._starting:
-            if self._state.stopped:
-                raise QueueStopped("a stopped queue cannot be started again; make another one")
-            if self._node is not None:
-                return
-            node = LocalNode(self._services, self.config, self._ended)
-            try:
-                node.join()
-                node.begin()
-                # The workers wait: what an executor submits or cancels finds its node.
-                if not self._publish(node):
-                    raise QueueStopped("the queue was stopped while it started; nothing was run")
-            except BaseException:  # an interrupt, too: it can be started again
-                self._node = self._state.pool = None
-                node.withdraw()
-                raise
-            if (hooks := self._services.hooks).queue_started:
-                hooks.tell(hooks.queue_started, lambda: self)
-            node.go()
-
-    def _publish(self, node: LocalNode) -> bool:
-        """Make a node that has begun visible to other threads; return False if the queue was stopped."""
-        with self._changing:
-            if not self._state.stopped:
-                self._node, self._state.pool = node, node.pool
-            return not self._state.stopped
-
-    def _ended(self) -> None:
-        """The last executor has returned, and its outcome is written."""
-        if (hooks := self._services.hooks).queue_stopped:
-            hooks.tell(hooks.queue_stopped, lambda: self)
+        self._life.start()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to run: False if ``timeout`` seconds passed before.
@@ -781,13 +735,7 @@ class Queue:
                 started.
             QueueStopped: the queue was stopped.
         """
-        if inside_executor() or self._services.hooks.inside:
-            raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
-        if self._state.stopped:
-            raise QueueStopped("the queue was stopped; nothing is run any more")
-        if self._node is None:
-            raise ConfigurationError("drain() waits for the workers of a started queue: start() it")
-        return self._node.drain(None if timeout is None else check_number(timeout, "timeout"))
+        return self._life.drain(timeout)
 
     def stop(self, timeout: float = 30.0, cancel: bool = False) -> list[str]:
         """Stop: take no more tasks, let running ones end, hand back what does not.
@@ -805,27 +753,7 @@ class Queue:
         Returns:
             the ids of the tasks that still run.
         """
-        seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
-        deadline = time.monotonic() + seconds
-        with (
-            self._changing
-        ):  # held for moments only, and not while a start waits for the repository
-            self._state.stopped = True
-        still = [] if self._node is None else self._node.stop(seconds, cancel=cancel)
-        self._wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
-        return still
-
-    def _tell_to_stop(self) -> None:
-        """Take nothing more, and tell running tasks to stop; waits for nothing."""
-        self._state.stopped = True
-        if self._node is not None:
-            self._node.pool.stopping = True
-            self._node.pool.fire_all(CancelReason.STOP)
-
-    def _wait_for_hooks(self, timeout: float) -> None:
-        hooks = self._services.hooks
-        if not (hooks.quiet or hooks.inside or hooks.wait(timeout)):
-            self._log.warning("stopped with %d event(s) not told to hooks yet", len(hooks.waiting))
+        return self._life.stop(timeout, cancel=cancel)
 
     def close(self) -> None:
         """Stop, and close the repository; who waits for a task that has not ended gets ``QueueStopped``."""
@@ -841,29 +769,21 @@ class Queue:
         """Stop; after Ctrl-C, or as the program exits, running tasks are told to at once."""
         self.stop(cancel=kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)))
 
-    # --- forks and forgotten stops
+    # --- forks
 
     def _renew_after_fork(self) -> None:
         """In a forked child: as if it had not been started; nothing of the parent's is touched."""
         self.repository.renew_after_fork()
         self._services.watcher.renew_after_fork()
+        self._life.forget()
         self._wire()
+
+    @property
+    def _node(self) -> LocalNode | None:
+        return self._life.node
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
-
-
-def _stop_forgotten() -> None:
-    deadline = time.monotonic() + EXIT_TIMEOUT
-    running = {q for q in list(_queues) if q._node is not None and not q._state.stopped}
-    for queue in running:  # first all of them: they end at the same time, not one after the other
-        queue._tell_to_stop()
-    for queue in list(_queues):
-        left = max(0.0, deadline - time.monotonic())
-        if queue in running:
-            queue.stop(timeout=left, cancel=True)
-        else:
-            queue._wait_for_hooks(left)
 
 
 def _renew_all_after_fork() -> None:
@@ -871,6 +791,5 @@ def _renew_all_after_fork() -> None:
         queue._renew_after_fork()
 
 
-atexit.register(_stop_forgotten)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_all_after_fork)

@@ -477,7 +477,7 @@ class TestAHookThatHangs:
         assert blocks.finished_ones == 20
 
     def test_does_not_keep_a_stop_from_ending(self, only_memory, blocks, caplog, monkeypatch):
-        monkeypatch.setattr("taskx.queue.EXTRA", 0.01)
+        monkeypatch.setattr("taskx.upkeep.lifetime.EXTRA", 0.01)
         queue = only_memory(blocks)
         queue.start()
         queue.submit("t")
@@ -639,7 +639,7 @@ queue.submit("t", id="child" if pid == 0 else "parent")
 if pid:
     os.waitpid(pid, 0)
 else:
-    queue._wait_for_hooks(20)
+    queue._life.wait_for_hooks(20)
     os._exit(0)
 """
         said, errors = spawn(FORKS + program, database).ends()

@@ -7,11 +7,11 @@ import logging
 import pytest
 from helpers import PATIENCE, Waiting, eventually, run_in_thread
 
-from taskx import Queue, QueueStopped, Task, TaskStatus
-from taskx import queue as queue_module
+from taskx import QueueStopped, Task, TaskStatus
 from taskx.core import ids as ids_module
 from taskx.running import buffer as buffer_module
 from taskx.running.buffer import Buffer
+from taskx.upkeep import lifetime
 
 
 def once(function):
@@ -176,18 +176,18 @@ def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch
     for queue in queues:
         queue.start()
         Waiting(queue, gate).fill(1)
-    monkeypatch.setattr(queue_module, "_queues", set(queues))
-    monkeypatch.setattr(queue_module, "EXIT_TIMEOUT", 0.5)
+    monkeypatch.setattr(lifetime, "_lives", {queue._life for queue in queues})
+    monkeypatch.setattr(lifetime, "EXIT_TIMEOUT", 0.5)
     given: list[float] = []
-    stop = Queue.stop
+    stop = lifetime.Lifetime.stop
 
-    def watched(queue, timeout, cancel):
+    def watched(life, timeout, *, cancel):
         given.append(timeout)
         assert all(q._node.pool.stopping for q in queues)
-        return stop(queue, timeout, cancel)
+        return stop(life, timeout, cancel=cancel)
 
-    monkeypatch.setattr(Queue, "stop", watched)
-    queue_module._stop_forgotten()
+    monkeypatch.setattr(lifetime.Lifetime, "stop", watched)
+    lifetime.stop_forgotten()
     assert len(given) == 3
     assert given[0] > 0.3
     assert given[1:] == [0.0, 0.0]
