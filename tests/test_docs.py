@@ -420,7 +420,7 @@ IDLE = {
     "data_version": "PRAGMA data_version",
     "owners": "(SELECT min(owner)",
     "stuck_on": "(SELECT min(stuck_on)",
-    "nodes": "FROM nodes",
+    "nodes": "name >= 'node/'",
     "pauses": "name >= 'pause'",
     "schedules": "name >= 'schedule/'",
     "own tasks": "owner = '{node}'",
@@ -454,7 +454,7 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     log.clear()
     pass_time(40)
     reads = Counter(log)
-    repository.leave(node.record.id)
+    repository.liveness.leave(node.record.id)
     repository.close()
 
     seen: Counter[str] = Counter()

@@ -80,6 +80,33 @@ class Delete(NamedTuple):
 
 Write = Insert | Update | Delete
 
+
+class Note(NamedTuple):
+    """A short text kept under a name.
+
+    Attributes:
+        text: what was stored.
+        version: rises with every change; never 0, and never one that an earlier note of its name had.
+    """
+
+    text: str
+    version: int
+
+
+class NoteChange(NamedTuple):
+    """A change of a note, which holds if the note still has a version.
+
+    Attributes:
+        name: its name.
+        text: what to store; None to remove it.
+        version: the one that it must have now; 0 if there must be none.
+    """
+
+    name: str
+    text: str | None
+    version: int
+
+
 #: The columns that every creation sets.
 CREATED = ("id", "type", "params", "created_by", "created_at", *CHECKS, "owner", "held")
 #: The columns of an insert by which it is known again: those that no move changes.

@@ -16,8 +16,9 @@ from taskx.core.clock import LAST, Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.log import GuardedLogger, log
 from taskx.core.rate import FULL, Limit, Rate
+from taskx.core.writes import Note
 from taskx.limiting.limits import Bucket, Slots
-from taskx.storage.base import Note, Repository
+from taskx.storage.base import Repository
 
 _SLOTS, _RATE = "limit/slots/", "limit/rate/"
 #: How often a change is tried that others get in the way of.
@@ -156,7 +157,7 @@ class SharedSlots:
         if not others:
             return
         # After the note was read: who has a place in it, had joined.
-        nodes = self._repository.nodes()
+        nodes = self._repository.liveness.nodes()
         alive = {node.id for node in nodes if node.alive is not False}
         left = {node: share for node, share in self._shares.items() if node in {*alive, self._node}}
         if left != self._shares:

@@ -28,6 +28,8 @@ from taskx.core.writes import Update
 from taskx.executing.failures import error_text, error_type
 from taskx.executing.runner import Run, broken
 from taskx.limiting.admission import Admission
+from taskx.liveness.base import Node
+from taskx.liveness.began import Began
 from taskx.moving.services import Services
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer, Item
@@ -35,8 +37,6 @@ from taskx.running.runs import Runs
 from taskx.running.starter import Starter
 from taskx.running.stuck import Stuck
 from taskx.storage import queries
-from taskx.storage.base import Node
-from taskx.storage.began import Began
 
 # Seconds a worker waits after the repository failed it, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
@@ -112,7 +112,7 @@ class WorkerPool:
         """
         types = self.services.registry.types
         if types != self._recorded:
-            self.services.repository.record_types(self.node.id, types)
+            self.services.repository.liveness.record_types(self.node.id, types)
             self._recorded = types
 
     # --- the workers

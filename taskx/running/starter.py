@@ -12,11 +12,11 @@ from taskx.core.writes import Update
 from taskx.executing.context import Shared
 from taskx.executing.runner import Run
 from taskx.limiting.admission import Admission
+from taskx.liveness.base import Node
 from taskx.moving.services import Services
 from taskx.running.buffer import Buffer, Item
 from taskx.running.runs import Runs
 from taskx.running.suspects import Suspects
-from taskx.storage.base import Node
 
 #: Pending tasks that are given up in one transaction.
 BATCH = 1000

@@ -30,9 +30,8 @@ from taskx.core.ticks import (
     upcoming,
     zone,
 )
-from taskx.core.writes import Insert
+from taskx.core.writes import Insert, Note
 from taskx.moving.services import Services
-from taskx.storage.base import Note
 from taskx.submitting.creation import prepare
 from taskx.submitting.intake import Intake
 

@@ -15,9 +15,9 @@ from taskx.core.clock import to_datetime
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryUnavailable
 from taskx.core.lifecycle import FINISHED
 from taskx.core.ticks import BATCH, Ticks, decide, latest
+from taskx.core.writes import Note, NoteChange
 from taskx.moving.services import Services
 from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
-from taskx.storage.base import Note, NoteChange
 
 #: Polling interval, in seconds, for schedules that another process changed; and, where there are very
 #: many, the multiple of the time that a look takes.

@@ -31,8 +31,8 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
-from taskx.storage.base import Lookup, Node, NoteChange, TaskRepository
+from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
+from taskx.storage.base import Lookup, TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
 #: The owner given to what is found running at start.
@@ -378,13 +378,12 @@ class EightMethodAdapter(MemoryRepository):
 
     # --- starting
 
-    def join(self, node: Node) -> None:
+    def prepare(self) -> None:
         """Read what is unfinished; what runs was left behind, as this is the only process."""
         with self._lock:
             for task in self._unfinished_tasks():
                 if task.id not in self._rows:
                     self._adopt(row_from_task(task))
-            super().join(node)
 
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []

@@ -10,10 +10,9 @@ from __future__ import annotations
 import os
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
-
-import attrs
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeVar
 
 from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
@@ -44,8 +43,10 @@ from taskx.core.record import (
     parents_from_text,
     task_from_row,
 )
-from taskx.core.writes import Write
-from taskx.storage.began import Began
+from taskx.core.writes import Note, NoteChange, Write
+from taskx.liveness.base import InProcess, Liveness
+from taskx.liveness.leases import LEASE, Leases
+from taskx.liveness.locks import HostLocks
 
 #: The columns of a row by whose value rows are found, all through an index:
 #:
@@ -123,52 +124,6 @@ class TaskRepository(ABC):
     @abstractmethod
     def delete(self, task_id: str) -> None:
         """Remove the task; ``TaskNotFound`` if there is none."""
-
-
-@attrs.frozen(kw_only=True)
-class Node:
-    """One started queue in one process, as the repository knows it.
-
-    Attributes:
-        id: unique for every start.
-        name: for people: host, process and start.
-        types: the task types it runs.
-        stopping: True once it was asked to stop.
-        alive: True while its process lives, False once it is known to be dead, None where neither
-            can be told.
-    """
-
-    id: str
-    name: str
-    types: tuple[str, ...] = ()
-    stopping: bool = False
-    alive: bool | None = None
-
-
-class Note(NamedTuple):
-    """A short text kept under a name.
-
-    Attributes:
-        text: what was stored.
-        version: rises with every change; never 0, and never one that an earlier note of its name had.
-    """
-
-    text: str
-    version: int
-
-
-class NoteChange(NamedTuple):
-    """A change of a note, which holds if the note still has a version.
-
-    Attributes:
-        name: its name.
-        text: what to store; None to remove it.
-        version: the one that it must have now; 0 if there must be none.
-    """
-
-    name: str
-    text: str | None
-    version: int
 
 
 def new_version() -> int:
@@ -355,43 +310,38 @@ class Repository(TaskRepository):
             RepositoryError: it is gone; the message says what happened, and what to do.
         """
 
-    @abstractmethod
-    def join(self, node: Node) -> None:
-        """Record a node, and prove it alive from now on until :meth:`leave` or process death."""
+    def within(self, seconds: float) -> AbstractContextManager[object]:
+        """Have the operations inside raise ``RepositoryUnavailable`` after so long, if the store can."""
+        return nullcontext()
 
-    @abstractmethod
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node runs now, in place of those that it joined with."""
+    # --- nodes
 
-    def watch_lease(self, node: str, lost: Callable[[], object]) -> None:
-        """Have ``lost()`` called when a node of this process may be taken for dead.
+    #: Whether other processes see the same tasks.
+    shared = True
+    #: Seconds after which a node that shows no life is dead, where leases tell.
+    lease_timeout = LEASE
+    #: Where this host's nodes have their lock files then; a temporary folder unless given.
+    run_folder: str | None = None
 
-        That is before others may take over what it runs. Where only the death of the process lets
-        them, it is never called.
+    @property
+    def liveness(self) -> Liveness:
+        """The nodes on this repository, and which of them live."""
+        made: Liveness | None = vars(self).get("_liveness")
+        return made or vars(self).setdefault("_liveness", self._make_liveness())
+
+    def _make_liveness(self) -> Liveness:
+        """Choose what tells which nodes live: leases, unless all nodes are in this process."""
+        if not self.shared:
+            return InProcess(self)
+        locks = HostLocks(self.run_folder)
+        return Leases(self, self.lease_timeout, locks, self.clock.monotonic)
+
+    def prepare(self) -> None:
+        """Get ready for a node, which is about to join.
+
+        Raises:
+            RepositoryError: none may join.
         """
-
-    def is_dead(self, node: str) -> bool:
-        """Whether a node that was seen to be dead is so still; asked after its tasks were read."""
-        return True
-
-    def began(self, node: str) -> Began | None:
-        """Return the tasks that the threads of a node began last: to note them, or to read a dead node's.
-
-        None if they are not kept, or cannot be read here; then it may have executed any of its tasks.
-        """
-        return None
-
-    @abstractmethod
-    def mark_stopping(self, node: str) -> None:
-        """Record that a node is stopping: what it still runs when it ends was interrupted."""
-
-    @abstractmethod
-    def leave(self, node: str) -> None:
-        """Forget a node that holds nothing any more: one's own, or a dead one."""
-
-    @abstractmethod
-    def nodes(self) -> Sequence[Node]:
-        """All recorded nodes."""
 
     def renew_after_fork(self) -> None:
         """In a forked child: drop what belongs to the parent, without touching it."""

@@ -11,8 +11,6 @@ from itertools import islice, takewhile
 from operator import itemgetter
 from typing import Any
 
-import attrs
-
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec
 from taskx.core.lifecycle import FINISHED
@@ -31,8 +29,8 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Update, Write, matches
-from taskx.storage.base import Listed, Lookup, Node, Note, NoteChange, Repository, new_version
+from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
+from taskx.storage.base import Listed, Lookup, Repository, new_version
 from taskx.storage.ordered import SortedItems
 
 #: The columns of a task, its ``sequence`` in the order of submission, and its ``places``: the items of
@@ -53,6 +51,8 @@ class MemoryRepository(Repository):
         codec: what params, results and checkpoints are stored with; of several, the first one writes.
     """
 
+    shared = False
+
     def __init__(
         self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
     ) -> None:
@@ -65,7 +65,6 @@ class MemoryRepository(Repository):
         # The changes of the transaction under way, so that they can be undone.
         self._changed: list[tuple[str, Row | None, Row | None]] = []
         self._notes: dict[str, Note] = {}
-        self._nodes: dict[str, Node] = {}
 
     # --- writing
 
@@ -292,32 +291,6 @@ class MemoryRepository(Repository):
     def renew_after_fork(self) -> None:
         """The child has its own copy of the tasks; another thread may have held the lock."""
         self._lock = threading.RLock()
-
-    # --- nodes: they share this process, so that none of them can be dead
-
-    def join(self, node: Node) -> None:
-        """Record a node."""
-        with self._lock:
-            self._nodes[node.id] = attrs.evolve(node, alive=True)
-
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node runs now."""
-        with self._lock:
-            if node in self._nodes:
-                self._nodes[node] = attrs.evolve(self._nodes[node], types=tuple(types))
-
-    def mark_stopping(self, node: str) -> None:
-        """A node of this process cannot leave anything behind, so nothing to record."""
-
-    def leave(self, node: str) -> None:
-        """Forget a node."""
-        with self._lock:
-            self._nodes.pop(node, None)
-
-    def nodes(self) -> Sequence[Node]:
-        """All recorded nodes."""
-        with self._lock:
-            return list(self._nodes.values())
 
 
 @lru_cache(maxsize=64)

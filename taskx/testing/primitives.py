@@ -27,8 +27,8 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.retry import RetryPolicy
-from taskx.core.writes import CREATED, PRESENT, Delete, Insert, Update, Write
-from taskx.storage.base import Listed, Lookup, NoteChange, Repository
+from taskx.core.writes import CREATED, PRESENT, Delete, Insert, NoteChange, Update, Write
+from taskx.storage.base import Listed, Lookup, Repository
 from taskx.testing.contract import Contract
 
 #: Values that mean something in a query language, and nothing here.

@@ -16,11 +16,12 @@ from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.core.token import CancelReason
 from taskx.executing.runner import inside_executor
+from taskx.liveness.base import Node
 from taskx.moving.services import Services
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
-from taskx.storage.base import Node, Repository
+from taskx.storage.base import Repository
 from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
@@ -82,12 +83,14 @@ class LocalNode:
             )
         self._on_record = True  # before it is: an interrupt may strike at once
         try:
-            services.repository.join(self.record)
+            services.repository.prepare()
+            services.repository.liveness.join(self.record)
         except RepositoryError:
             self._on_record = False
             raise
-        self.pool.began = services.repository.began(self.record.id)
-        services.repository.watch_lease(self.record.id, self.pool.lose_lease)
+        liveness = services.repository.liveness
+        self.pool.began = liveness.began(self.record.id)
+        liveness.watch(self.record.id, self.pool.lose_lease)
         self._recovery.recover(PATIENCE)
         services.pauses.look()
         self.pool.refill()
@@ -111,7 +114,7 @@ class LocalNode:
         with suppress(RepositoryError):  # what it still owns is taken from a node that has left
             self.pool.release_pending()
         with suppress(RepositoryError):  # it is for the error that was raised before to be told
-            self._services.repository.leave(self.record.id)
+            self._services.repository.liveness.leave(self.record.id)
 
     def go(self) -> None:
         """Let the workers run tasks."""
@@ -255,7 +258,7 @@ class LocalNode:
     def _begin_stop(self) -> None:
         try:
             self.pool.begin_stop()
-            self._services.repository.mark_stopping(self.record.id)
+            self._services.repository.liveness.mark_stopping(self.record.id)
             self.pool.release_pending()
         except RepositoryError as error:
             self._services.log.warning("the stop could not be recorded: %s", error)
@@ -306,7 +309,7 @@ class LocalNode:
                 self.pool.admission.end()
             with suppress(RepositoryError):  # what it still owns is taken from a node that has left
                 self.pool.release_pending()
-            services.repository.leave(self.record.id)
+            services.repository.liveness.leave(self.record.id)
         except RepositoryError as error:
             services.log.warning("the end could not be recorded: %s", error)
         self.pool.began = None  # closes its file now, whenever the pool is collected

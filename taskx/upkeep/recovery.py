@@ -13,9 +13,9 @@ from taskx.core.record import STUB, Stub, stub_from_values
 from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.executing.runner import Run
+from taskx.liveness.base import Node
 from taskx.running.pool import WorkerPool
 from taskx.storage import queries
-from taskx.storage.base import Node
 
 #: Tasks of a dead node's buffer that are given up in one transaction.
 BATCH = 1000
@@ -56,7 +56,7 @@ class Recovery:
         repository = self._services.repository
         # Owners first: a node that joins after this is in the list of nodes below, if it owns any.
         owners = queries.owners(repository)
-        nodes = {node.id: node for node in repository.nodes()}
+        nodes = {node.id: node for node in repository.liveness.nodes()}
         self._pool.alone = not any(
             node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
         )
@@ -96,7 +96,7 @@ class Recovery:
             self._services.dependents.ended_elsewhere()
             self._services.turns.look_soon()
             if node != self._pool.node.id:  # else its record is gone, and it makes another one
-                self._services.repository.leave(node)
+                self._services.repository.liveness.leave(node)
             del self._left[node]
         return given_up
 
@@ -112,7 +112,7 @@ class Recovery:
         running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
         barred = [task_id for (task_id,) in find("stuck_on", [node.id], ("id",))]
         tasks = list(self._services.repository.get_many(running).values())
-        if not self._services.repository.is_dead(node.id):
+        if not self._services.repository.liveness.is_dead(node.id):
             return 0  # it came back, and may run what was read
         if tasks:
             self._rescue(node, tasks)
@@ -122,7 +122,7 @@ class Recovery:
     def _rescue(self, node: Node, tasks: Sequence[Task]) -> None:
         now = self._services.clock.now_ms()
         isolated = self._services.registry.isolated
-        began = self._services.repository.began(node.id)
+        began = self._services.repository.liveness.began(node.id)
         executing = {task.id for task in tasks if began is None or (task.id, task.starts) in began}
         rescues = lifecycle.rescue(
             list(tasks), now, stopping=node.stopping, isolated=isolated, executing=executing

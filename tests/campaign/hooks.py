@@ -20,12 +20,13 @@ from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.executing.runner import Runner
+from taskx.liveness import locks
+from taskx.liveness.kernel import KernelLocks
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter
 from taskx.running.suspects import Suspects
-from taskx.storage.sqlite import liveness
 from taskx.storage.sqlite.repository import SQLiteRepository
 from taskx.upkeep.node import LocalNode
 
@@ -82,7 +83,7 @@ KILL_POINTS: Points = {
     **COMMON_POINTS,
     "inside a commit": lambda strike: before(SQLiteRepository, "_refuse_if_newer", strike),
     "after a commit": lambda strike: after(SQLiteRepository, "apply", strike),
-    "before leaving": lambda strike: before(SQLiteRepository, "leave", strike),
+    "before leaving": lambda strike: before(KernelLocks, "leave", strike),
 }
 
 
@@ -220,10 +221,10 @@ def _no_fence() -> None:
 def _no_lock() -> None:
     def around(inner: Any, self: Any, node: str, *more: Any) -> int:
         inode: int = inner(self, node, *more)
-        os.close(liveness._held.pop(node))
+        os.close(locks._held.pop(node))
         return inode
 
-    wrap(liveness.NodeLocks, "hold", around)
+    wrap(locks.NodeLocks, "hold", around)
 
 
 def _told_before_commit() -> None:

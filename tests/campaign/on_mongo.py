@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pymongo
 
 from taskx import CancelReason, MongoRepository, RepositoryUnavailable
+from taskx.liveness.leases import Leases
 from taskx.running.pool import WorkerPool
 from taskx.storage.base import Repository
 from taskx.storage.mongo.batches import Batches
-from taskx.storage.mongo.leases import Leases
 from taskx.storage.mongo.sender import Sender
 
 from . import hooks
@@ -30,14 +30,12 @@ KILL_POINTS: hooks.Points = {
     "after a commit": lambda strike: after(MongoRepository, "apply", strike),
     "before a batch is committed": lambda strike: before(Batches, "_commit", strike),
     "before a batch is shown": lambda strike: before(Batches, "_reveal", strike),
-    "before leaving": lambda strike: before(MongoRepository, "leave", strike),
+    "before leaving": lambda strike: before(Leases, "leave", strike),
 }
 
 
 def _beats_not_looked_at() -> None:
-    wrap(
-        Leases, "_judge", lambda inner, self, record, asked: self._mark_dead({"_id": record["_id"]})
-    )
+    wrap(Leases, "_lives_yet", lambda inner, self, name, notes, asked: False)
 
 
 def _lost_lease_ignored() -> None:

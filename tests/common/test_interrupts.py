@@ -259,17 +259,17 @@ def test_slots_that_were_lost_are_found(started, auditing):
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_a_start_that_is_struck_as_soon_as_it_is_on_record_leaves_no_node(queue, monkeypatch):
     queue.executor("fine")(lambda: "fine")
-    join = queue.repository.join
+    join = queue.repository.liveness.join
 
     def struck(node):
         join(node)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(queue.repository, "join", struck)
+    monkeypatch.setattr(queue.repository.liveness, "join", struck)
     with pytest.raises(KeyboardInterrupt):
         queue.start()
-    assert queue.repository.nodes() == []
-    monkeypatch.setattr(queue.repository, "join", join)
+    assert queue.repository.liveness.nodes() == []
+    monkeypatch.setattr(queue.repository.liveness, "join", join)
     queue.start()
     check_it_works(queue)
 
@@ -282,7 +282,9 @@ def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monke
         asked.append(1)
         raise RepositoryUnavailable("away")
 
-    for name in ("join", "leave", "find", "apply"):
+    for name in ("join", "leave", "apply"):
+        monkeypatch.setattr(queue.repository.liveness, name, away)
+    for name in ("find", "apply"):
         monkeypatch.setattr(queue.repository, name, away)
     with pytest.raises(RepositoryUnavailable):
         queue.start()
@@ -397,5 +399,5 @@ def test_a_stop_that_is_interrupted_is_done_by_the_next_one(
     gate.open()
     assert queue.stop(PATIENCE) == []
     assert node._left.is_set()
-    assert not queue.repository.nodes()
+    assert not queue.repository.liveness.nodes()
     assert held.result(PATIENCE) == "held"

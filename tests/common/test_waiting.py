@@ -434,7 +434,7 @@ def test_types_registered_after_the_start_are_on_record(queue, repository, caplo
     queue.executor("early")(lambda: "value")
     queue.start()
     queue.executor("late")(lambda: "value")
-    assert [node.types for node in repository.nodes()] == [("early", "late")]
+    assert [node.types for node in repository.liveness.nodes()] == [("early", "late")]
     web = Queue(repository)
     web.declare("late")
     assert web.submit("late").result(PATIENCE) == "value"
@@ -443,15 +443,16 @@ def test_types_registered_after_the_start_are_on_record(queue, repository, caplo
 
 def test_types_that_could_not_be_recorded_are_recorded_later(queue, repository, monkeypatch):
     queue.start()
-    record = repository.record_types
+    liveness = repository.liveness
+    record = liveness.record_types
 
     def failing(node, types):
-        monkeypatch.setattr(repository, "record_types", record)
+        monkeypatch.setattr(liveness, "record_types", record)
         raise RepositoryUnavailable("away")
 
-    monkeypatch.setattr(repository, "record_types", failing)
+    monkeypatch.setattr(liveness, "record_types", failing)
     queue.executor("late")(lambda: "value")
-    eventually(lambda: [node.types for node in repository.nodes()] == [("late",)])
+    eventually(lambda: [node.types for node in repository.liveness.nodes()] == [("late",)])
 
 
 def test_a_handle_is_a_future_of_its_own(queue):

@@ -154,20 +154,20 @@ def test_a_log_handler_may_submit_when_an_outcome_is_refused(make_queue, reposit
 def test_a_stop_ends_in_time_while_a_start_waits_for_the_repository(queue, monkeypatch, gate):
     queue.executor("fine")(lambda: "fine")
     repository = queue.repository
-    join = repository.join
+    join = repository.liveness.join
 
     def hang(node):
         gate()
         join(node)
 
-    monkeypatch.setattr(repository, "join", hang)
+    monkeypatch.setattr(repository.liveness, "join", hang)
     starting = run_in_thread(queue.start)
     gate.wait_for(1)
     assert run_in_thread(lambda: queue.stop(timeout=0.1))() == []
     gate.open()
     with pytest.raises(QueueStopped):
         starting()
-    assert repository.nodes() == []
+    assert repository.liveness.nodes() == []
 
 
 def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch, gate):

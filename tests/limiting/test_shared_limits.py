@@ -21,7 +21,7 @@ from taskx.core import lifecycle
 from taskx.core.rate import Rate
 from taskx.limiting.admission import Admission
 from taskx.limiting.shared import SharedBucket, SharedSlots
-from taskx.storage.base import Node
+from taskx.liveness.base import Node
 from taskx.testing import ManualClock
 from taskx.upkeep import housekeeper
 from taskx.upkeep.node import LocalNode
@@ -306,6 +306,7 @@ class Quarrel(MemoryRepository):
         super().__init__()
         self.dead: set[str] = set()
         self.chance = random.Random(1)
+        self.liveness.nodes = self.nodes
 
     def put_note(self, name, text, version):
         note = self.notes(name).get(name)
@@ -375,7 +376,7 @@ def test_what_the_dead_had_is_free(clock):
 
 def test_whose_life_cannot_be_told_keeps_its_places():
     repository = Quarrel()
-    repository.nodes = lambda: [
+    repository.liveness.nodes = lambda: [
         Node(id="a", name="a", alive=None),
         Node(id="b", name="b", alive=True),
     ]

@@ -641,10 +641,10 @@ class TestStop:
         node = queue._node.record.id
         hang(queue, max_attempts=2)
         assert queue.stop(timeout=0.2) == ["x"]
-        assert [known.id for known in repository.nodes()] == [node]
+        assert [known.id for known in repository.liveness.nodes()] == [node]
         assert repository.get_by_id("x").stuck_on == node
         gate.open()
-        eventually(lambda: not repository.nodes())
+        eventually(lambda: not repository.liveness.nodes())
         task = repository.get_by_id("x")
         assert (task.status, task.stuck_on, task.starts) == (TaskStatus.PENDING, "", 1)
         assert [stub.id for stub in repository.ready(["hang"], 9)] == ["x"]
@@ -667,11 +667,11 @@ class TestStop:
         assert [handle.result(PATIENCE) for handle in held] == [True, True]
         eventually(lambda: not queue._node.pool.runs)
         assert queue.stop(timeout=0.5) == ["x"]
-        [node] = queue.repository.nodes()
+        [node] = queue.repository.liveness.nodes()
         assert queue.repository.get_by_id("x").stuck_on == node.id
         gate.open()
         submit()
-        eventually(lambda: not queue.repository.nodes())
+        eventually(lambda: not queue.repository.liveness.nodes())
         assert queue.repository.get_by_id("x").stuck_on == ""
 
     def test_drain_does_not_wait_for_it(self, make, hang):
@@ -740,7 +740,7 @@ class TestProcesses:
         assert time.monotonic() - began < 15
         task = barred.get_task_status("x")
         assert (task.starts, task.crashes, task.errors, task.stuck_on) == (2, 0, 1, "")
-        eventually(lambda: len(barred.repository.nodes()) == 1)
+        eventually(lambda: len(barred.repository.liveness.nodes()) == 1)
 
     def test_a_requeue_from_elsewhere_waits_too(self, spawn, database):
         program = spawn(PROGRAM.replace("max_attempts=2", "max_attempts=1"), database)

@@ -10,7 +10,6 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
-import attrs
 import mongomock
 import pytest
 from mongo_server import new_database, shared
@@ -34,7 +33,7 @@ from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.writes import Insert
 from taskx.storage.adapter import ORIGINAL_FIELDS, EightMethodAdapter
-from taskx.storage.base import Node, Repository
+from taskx.storage.base import Repository
 
 from .third import ThirdRepository
 
@@ -140,31 +139,8 @@ def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
     if kind == "memory":
         return MemoryRepository(clock, codec)
     if kind == "third":
-        return Third(folder / "third.db", clock, codec)
+        return ThirdRepository(folder / "third.db", clock, codec)
     return OnMongo(mongomock.MongoClient().db, folder, clock, codec)
-
-
-class Third(ThirdRepository):
-    """One whose nodes share this process."""
-
-    def __init__(self, path: Path, clock: Clock, codec: Any = None) -> None:
-        super().__init__(path, clock, codec)
-        self._nodes: dict[str, Node] = {}
-
-    def join(self, node: Node) -> None:
-        self._nodes[node.id] = attrs.evolve(node, alive=True)
-
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        self._nodes[node] = attrs.evolve(self._nodes[node], types=tuple(types))
-
-    def mark_stopping(self, node: str) -> None:
-        pass
-
-    def leave(self, node: str) -> None:
-        self._nodes.pop(node, None)
-
-    def nodes(self) -> Sequence[Node]:
-        return list(self._nodes.values())
 
 
 def on_server(kind: str) -> Callable[[Path, Clock], Repository]:
@@ -180,7 +156,7 @@ MAKERS = {
     "mongo": on_server("standalone"),
     "mongo-set": on_server("set"),
     "sqlite-coded": lambda folder, clock: coded("sqlite", folder, clock, Scramble()),
-    "third": lambda folder, clock: Third(folder / "third.db", clock),
+    "third": lambda folder, clock: ThirdRepository(folder / "third.db", clock),
     "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
     "adapter-13": lambda folder, clock: EightMethodAdapter(thirteen_fields_only(), clock),
 }
@@ -206,7 +182,7 @@ def again(repository: Repository) -> Repository | None:
     if isinstance(repository, SQLiteRepository):
         made = SQLiteRepository(repository.path, clock=repository.clock)
     elif isinstance(repository, ThirdRepository):
-        made = Third(repository.path, repository.clock)
+        made = ThirdRepository(repository.path, repository.clock)
     elif isinstance(repository, OnMongo):
         run, clock = repository.folder / "run", repository.clock
         made = MongoRepository(repository.database, run_folder=run, clock=clock)

@@ -5,7 +5,6 @@ from helpers import held_on
 
 from taskx import ConfigurationError, Task, TaskFilter, TaskStatus
 from taskx.storage.adapter import EightMethodAdapter
-from taskx.storage.base import Node
 from taskx.storage.queries import owners
 from taskx.upkeep.node import unfinished
 
@@ -23,10 +22,10 @@ def test_what_ran_before_this_process_was_left_behind(store, clock):
     store.inner.create(Task(id="b", type="t", created_at=clock.now()))
     store.inner.update_status("b", TaskStatus.RUNNING, "")
     assert store.get_by_id("b").status is TaskStatus.RUNNING
-    store.join(Node(id="n", name="n"))
+    store.prepare()
     assert ids(store.ready(["t"], 10)) == ["a"]
     [owner] = owners(store)
-    assert owner not in {node.id for node in store.nodes()}
+    assert owner not in {node.id for node in store.liveness.nodes()}
     assert held_on(store, owner) == ["b"]
 
 
@@ -34,7 +33,7 @@ def test_unfinished_tasks_are_read_in_pages(store, clock):
     for number in range(1003):
         store.inner.create(Task(id=f"{number:04}", type="t", created_at=clock.now()))
         clock.advance(0.001)
-    store.join(Node(id="n", name="n"))
+    store.prepare()
     assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
 
 

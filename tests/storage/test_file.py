@@ -20,10 +20,11 @@ from taskx import (
     TaskFilter,
     open_repository,
 )
-from taskx.storage.base import Node
-from taskx.storage.sqlite import liveness, turnstile
+from taskx.liveness import locks as module
+from taskx.liveness.base import Node
+from taskx.liveness.locks import NodeLocks
+from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.liveness import NodeLocks
 from taskx.storage.sqlite.turnstile import Turnstile
 
 from .test_sqlite import as_unprivileged
@@ -60,7 +61,7 @@ def ids(repository):
 
 
 def alive(repository):
-    return {node.id: node.alive for node in repository.nodes()}
+    return {node.id: node.alive for node in repository.liveness.nodes()}
 
 
 def files(folder):
@@ -120,9 +121,8 @@ OPERATIONS = {
     "shrink": lambda r: r.shrink(),
     "notes": lambda r: r.notes(""),
     "put_note": lambda r: r.put_note("n", "text", 0),
-    "join": lambda r: r.join(Node(id="n2", name="two")),
-    "nodes": lambda r: r.nodes(),
-    "mark_stopping": lambda r: r.mark_stopping("n1"),
+    "join": lambda r: r.liveness.join(Node(id="n2", name="two")),
+    "nodes": lambda r: r.liveness.nodes(),
     "ensure_there": lambda r: r.ensure_there(),
 }
 
@@ -140,9 +140,9 @@ class TestWhichFile:
         monkeypatch.chdir("/")
         with repository._connections.reader(), repository._connections.reader():
             assert ids(repository) == ["a"]
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
         assert (tmp_path / "first" / "tasks.db").exists()
         assert files(tmp_path / "second") == set()
 
@@ -151,12 +151,12 @@ class TestWhichFile:
     ):
         monkeypatch.chdir(tmp_path)
         repository = open_at("tasks.db")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         (tmp_path / "other").mkdir()
         monkeypatch.chdir(tmp_path / "other")
         open_at("tasks.db").create(task("a"))
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_relative_path_needs_a_working_folder(self, tmp_path, monkeypatch):
         (tmp_path / "gone").mkdir()
@@ -173,11 +173,11 @@ class TestWhichFile:
         for link in links:
             link.symlink_to(path)
         ours, theirs = map(open_at, links)
-        ours.join(Node(id="n1", name="one"))  # makes the file, at the end of the link
+        ours.liveness.join(Node(id="n1", name="one"))  # makes the file, at the end of the link
         assert alive(theirs) == {"n1": True}
-        ours._locks.let_go("n1")
+        ours.liveness._locks.let_go("n1")
         assert alive(theirs) == {"n1": False}
-        theirs.leave("n1")
+        theirs.liveness.leave("n1")
         assert path.exists()
         assert [name for name in files(tmp_path) if name.endswith("-nodes")] == ["tasks.db-nodes"]
 
@@ -188,14 +188,14 @@ class TestWhichFile:
         current = tmp_path / "current"
         current.symlink_to("7")
         repository = open_at(current / "tasks.db")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         current.unlink()
         current.symlink_to("8")
         open_at(current / "tasks.db").create(task("b"))
         with repository._connections.reader(), repository._connections.reader():
             assert ids(repository) == []
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
         self, open_at, path, repository, monkeypatch
@@ -279,24 +279,24 @@ class TestWhichFile:
         assert ids(repository) == ["a", "b"]
 
     def test_a_closed_repository_with_a_node_at_work_opens_no_other_file(self, path, repository):
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         repository.close()
         _, put_back = replace(path)
         with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
-            repository.nodes()
+            repository.liveness.nodes()
         put_back()
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_live_node_is_not_dead_in_a_copy_that_took_the_files_place(
         self, open_at, path, repository
     ):
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         replace(path)
         restored = open_at(path)
         assert alive(restored) == {"n1": True}
         with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
-            repository.leave("n1")
+            repository.liveness.leave("n1")
         assert alive(restored) == {"n1": False}
 
     def test_who_reads_just_after_it_was_closed_leaves_no_connection(
@@ -317,7 +317,7 @@ class TestLoss:
         path = tmp_path / "folder" / "tasks.db"
         repository = open_at(path)
         repository.create(task("a"))
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         words, put_back = lose(path)
         before = files(tmp_path)
         for name, operation in OPERATIONS.items():
@@ -332,7 +332,7 @@ class TestLoss:
             assert ids(repository) == ["a"]
             assert alive(repository) == {"n1": True}
             repository.create(task("b"))
-            repository.leave("n1")
+            repository.liveness.leave("n1")
             with SQLiteRepository(path, create=False) as another:
                 assert ids(another) == ["a", "b"]
 
@@ -527,7 +527,7 @@ class TestLocksOfOtherUsers:
 
     @pytest.fixture
     def locks(self, path):
-        locks = NodeLocks(str(path))
+        locks = NodeLocks(f"{path}-nodes")
         yield locks
         locks.release("n1")
 
@@ -569,7 +569,7 @@ class TestOrphanedLockFiles:
 
     @pytest.fixture
     def locks(self, repository):
-        return repository._locks
+        return repository.liveness._locks
 
     def left(self, locks):
         return sorted(locks._named() - set(turnstile.NAMES))
@@ -581,24 +581,24 @@ class TestOrphanedLockFiles:
             locks.let_go(node)
         Path(locks._path("killed at once")).touch()
         Path(locks._began_path("killed")).touch()  # it was killed while it left
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["n1"]
-        repository.leave("n1")
+        repository.liveness.leave("n1")
         assert sorted(os.listdir(locks.folder)) == ["inner.lock", "outer.lock"]
 
     def test_lock_files_of_recorded_nodes_stay(self, repository, locks):
         """The lock file of a dead node proves its death."""
-        repository.join(Node(id="dead", name="dead"))
+        repository.liveness.join(Node(id="dead", name="dead"))
         locks.let_go("dead")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert alive(repository) == {"dead": False, "n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_the_lock_file_of_a_joining_node_stays(self, repository, locks, path):
         locks.hold("joining", path.stat().st_ino)
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["joining", "n1"]
-        repository.leave("n1")
+        repository.liveness.leave("n1")
         locks.release("joining")
 
     def test_the_lock_file_of_a_node_that_was_just_recorded_stays(self, locks):
@@ -612,13 +612,13 @@ class TestOrphanedLockFiles:
         """The other file was here before, and may be put back."""
         locks.hold("elsewhere", 1)
         locks.let_go("elsewhere")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["elsewhere", "n1"]
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_new_lock_file_in_the_place_of_an_orphan_stays(self, locks, monkeypatch):
         """Another process removed the orphan between the opening and the locking."""
-        locked = liveness._locked
+        locked = module._locked
 
         def lock_too_late(path):
             fd = locked(path)
@@ -627,7 +627,7 @@ class TestOrphanedLockFiles:
             return fd
 
         Path(locks._path("n1")).touch()
-        monkeypatch.setattr(liveness, "_locked", lock_too_late)
+        monkeypatch.setattr(module, "_locked", lock_too_late)
         locks.clear_orphans(7, lambda: set(turnstile.NAMES))
         assert self.left(locks) == ["n1"]
 
@@ -654,7 +654,7 @@ class TestOrphanedLockFiles:
 
     def test_a_joining_node_waits_for_a_process_that_checks_its_lock_file(self, locks, monkeypatch):
         Path(locks._path("n1")).touch()
-        looking = liveness._locked(locks._path("n1"))
+        looking = module._locked(locks._path("n1"))
         waits = []
 
         def wait(seconds):
@@ -662,7 +662,7 @@ class TestOrphanedLockFiles:
             if len(waits) == 3:
                 os.close(looking)
 
-        monkeypatch.setattr(liveness.time, "sleep", wait)
+        monkeypatch.setattr(module.time, "sleep", wait)
         inode = locks.hold("n1")
         assert len(waits) == 3
         assert locks.alive("n1", inode) is True

@@ -25,7 +25,7 @@ from taskx import (
 from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
-from taskx.storage.base import Node
+from taskx.liveness.base import Node
 from taskx.storage.queries import owners
 from taskx.testing import ManualClock
 from taskx.upkeep.node import unfinished
@@ -118,7 +118,7 @@ class Life(RuleBasedStateMachine):
         if self.kind == "sqlite":
             self.store.durability = "process"
         for node in NODES:
-            self.store.join(Node(id=node, name=node))
+            self.store.liveness.join(Node(id=node, name=node))
         self.model: dict[str, Record] = {}
         self.seen = {}  # tasks as they were last read, perhaps long ago
         self.runs = []  # and runs that were started, perhaps ended long ago
@@ -127,7 +127,7 @@ class Life(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "store"):
             for node in NODES:
-                self.store.leave(node)
+                self.store.liveness.leave(node)
             self.store.close()
             shutil.rmtree(self.folder)
 
@@ -196,7 +196,7 @@ class Life(RuleBasedStateMachine):
         if isinstance(self.store, MongoRepository):
             # They live, though the thread that shows it goes by the machine's clock.
             for node in NODES:
-                self.store._leases.beat(node)
+                self.store.liveness.beat(node)
 
     def release(self, draw):
         task_id = draw(ids)

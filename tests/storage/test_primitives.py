@@ -6,8 +6,7 @@ import pytest
 
 from taskx import ConfigurationError, MemoryRepository, TaskFilter
 from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.writes import PRESENT, Update, matches
-from taskx.storage.base import Note
+from taskx.core.writes import PRESENT, Note, Update, matches
 from taskx.testing import PrimitivesContract
 
 from .repositories import MAKERS, MONGO, Scramble, again, coded, insert, losing_answers

@@ -1,7 +1,6 @@
 """What the runtime asks of a repository by its primitives, the same on every repository."""
 
 import attrs
-import pytest
 from helpers import first_in_line, held_on, lines, those_with
 
 from taskx import TaskFilter, TaskStatus
@@ -9,13 +8,12 @@ from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
-from taskx.storage.base import Node
 from taskx.storage.queries import owners, shown
 from taskx.submitting.dead_letters import children
 from taskx.upkeep.node import unfinished
 from taskx.upkeep.retention import needed
 
-from .repositories import MONGO, add_if_kept, between_tasks, ids, insert, keeping_time
+from .repositories import add_if_kept, between_tasks, ids, insert, keeping_time
 
 
 class TestSettle:
@@ -161,25 +159,6 @@ class TestUnfinished:
     def test_held_back_is_not_waited_for(self, store, add, now):
         add("a", run_at=now + 1)
         assert not unfinished(store, ["t"])
-
-
-class TestNodes:
-    def test_joined_until_it_leaves(self, store):
-        node = Node(id="n1", name="host process 1", types=("t", "u"))
-        store.join(node)
-        assert list(store.nodes()) == [attrs.evolve(node, alive=True)]
-        store.leave("n1")
-        assert list(store.nodes()) == []
-        store.leave("n1")
-
-    @pytest.mark.parametrize("store", ["sqlite", *MONGO], indirect=True)
-    def test_stopping_is_recorded(self, store):
-        """Where a node can outlive its process."""
-        store.join(Node(id="n1", name="one"))
-        store.join(Node(id="n2", name="two"))
-        store.mark_stopping("n1")
-        store.mark_stopping("unknown")
-        assert {node.id: node.stopping for node in store.nodes()} == {"n1": True, "n2": False}
 
 
 class TestParents:

@@ -38,7 +38,8 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.record import STUB
 from taskx.core.writes import PRESENT, Update
-from taskx.storage.base import Changes, Node
+from taskx.liveness.base import Node
+from taskx.storage.base import Changes
 from taskx.storage.queries import shown
 from taskx.storage.sqlite import connections, schema, statements, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
@@ -209,7 +210,7 @@ class TestRefusedFiles:
         for operation in (
             lambda: repository.create(task("a")),
             lambda: repository.get_by_id("a"),
-            lambda: repository.join(Node(id="n", name="n")),
+            lambda: repository.liveness.join(Node(id="n", name="n")),
         ):
             with pytest.raises(error, match=match) as caught:
                 operation()

@@ -32,8 +32,8 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Write, matches
-from taskx.storage.base import Note, NoteChange, Reentered, Repository, new_version
+from taskx.core.writes import Delete, Insert, Note, NoteChange, Write, matches
+from taskx.storage.base import Reentered, Repository, new_version
 
 T = TypeVar("T")
 

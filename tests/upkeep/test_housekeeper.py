@@ -11,8 +11,8 @@ from taskx import Config, SQLiteRepository, Task, TaskStatus
 from taskx.core import lifecycle
 from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
+from taskx.liveness.base import Node
 from taskx.ordering import turns as lines_module
-from taskx.storage.base import Node
 from taskx.storage.queries import owners
 from taskx.upkeep import recovery
 from taskx.upkeep.node import LocalNode
@@ -85,9 +85,9 @@ def dead(database):
 
         def make(tasks):
             node = Node(id="dead", name="the dead one")
-            store.join(node)
+            store.liveness.join(node)
             store.apply(tasks)
-            store._locks.let_go("dead")
+            store.liveness._locks.let_go("dead")
 
         yield make
 
@@ -107,10 +107,10 @@ def test_the_buffer_of_a_dead_node_is_given_up_in_parts(monkeypatch, make_queue,
     looks = queue_recovery(queue)
     assert looks.recover(0.0) == 10
     assert looks.waiting
-    assert [node.id for node in repository.nodes()] == ["dead"]  # until nothing is left
+    assert [node.id for node in repository.liveness.nodes()] == ["dead"]  # until nothing is left
     assert [looks.go_on(0.0) for _ in range(3)] == [10, 10, 5]
     assert not looks.waiting
-    assert repository.nodes() == []
+    assert repository.liveness.nodes() == []
     assert (owners(repository), len(repository.ready(["remote"], 100))) == ([], 35)
 
 
@@ -201,7 +201,7 @@ def test_a_started_queue_gives_up_all_that_a_dead_node_had(
     queue.start()
     dead([waiting(f"{n:03}") for n in range(35)])
     eventually(lambda: "dead" not in owners(repository))
-    eventually(lambda: [node.id for node in repository.nodes()] == [queue._node.record.id])
+    eventually(lambda: [node.id for node in repository.liveness.nodes()] == [queue._node.record.id])
 
 
 def queue_recovery(queue):

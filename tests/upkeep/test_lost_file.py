@@ -124,7 +124,7 @@ def test_a_task_that_runs_is_not_run_again_from_a_copy_in_the_files_place(
     gate.open()
     held.stop(timeout=0)
     eventually(lambda: not held._node.pool.workers_left)
-    held.repository._locks.let_go(held._node.record.id)  # as the end of its process would
+    held.repository.liveness._locks.let_go(held._node.record.id)  # as the end of its process would
     assert restored.handle("held").result(PATIENCE) == "again"
 
 

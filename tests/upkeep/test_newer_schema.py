@@ -118,7 +118,7 @@ def test_a_process_ends_in_order_when_another_one_migrates_its_file(spawn, datab
     assert rows(database, "SELECT status, result FROM tasks WHERE id = 'first'") == [
         ("completed", '"held"')
     ]
-    assert rows(database, "SELECT count(*) FROM nodes") == [(0,)]
+    assert rows(database, "SELECT count(*) FROM notes WHERE name LIKE 'node/%'") == [(0,)]
     assert rows(database, pending) == freed
 
 

@@ -134,12 +134,12 @@ def test_one_look_takes_back_all_that_a_dead_process_held(run, survivor):
     """It need not be seen twice, nor be dead for some time; so a rescue takes one look."""
     child = run("fill(); say('filled'); wait_for_ever()")
     assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
-    [node] = survivor.repository.nodes()
+    [node] = survivor.repository.liveness.nodes()
     assert len(held_on(survivor.repository, node.id)) >= 2
     child.kill()
     survivor.start()  # its first look is over when this returns
     assert held_on(survivor.repository, node.id) == []
-    assert node.id not in [node.id for node in survivor.repository.nodes()]
+    assert node.id not in [node.id for node in survivor.repository.liveness.nodes()]
 
 
 def test_looks_are_often_enough_for_what_is_promised():
@@ -349,7 +349,7 @@ def test_sigterm_hands_back_and_exits_with_zero(run, repository):
     task = repository.get_by_id("x")
     assert (task.status, task.interruptions, task.errors) == (TaskStatus.PENDING, 1, 0)
     assert repository.count(TaskFilter(status="pending")) == 41
-    assert repository.nodes() == []
+    assert repository.liveness.nodes() == []
 
 
 def test_second_sigterm_ends_a_stop_that_waits(run, repository):
@@ -357,7 +357,7 @@ def test_second_sigterm_ends_a_stop_that_waits(run, repository):
     child = run(HANDLER.format(kind="hang", timeout=60))
     assert {child.read(), child.read()} == {"hanging", "ready"}
     child.signal(signal.SIGTERM)
-    eventually(lambda: [node.stopping for node in repository.nodes()] == [True])
+    eventually(lambda: [node.stopping for node in repository.liveness.nodes()] == [True])
     assert child.process.poll() is None
     child.signal(signal.SIGTERM)
     began = time.monotonic()
@@ -413,7 +413,7 @@ def test_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
         while child.read() != "running":  # its server speaks, too
             pass
         child.signal(signal.SIGTERM)
-        eventually(lambda: [node.stopping for node in repository.nodes()] == [True])
+        eventually(lambda: [node.stopping for node in repository.liveness.nodes()] == [True])
         assert child.process.poll() is None
         child.signal(signal.SIGTERM)
         began = time.monotonic()
@@ -421,7 +421,7 @@ def test_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
         assert time.monotonic() - began < 15
         assert child.process.returncode == 0
         assert repository.get_by_id("x").status is TaskStatus.RUNNING
-        assert [node.alive for node in repository.nodes()] == [False]
+        assert [node.alive for node in repository.liveness.nodes()] == [False]
 
 
 # Forks
@@ -558,4 +558,4 @@ with queue:
         tasks = repository.list(TaskFilter())
         assert {(task.status, task.starts) for task in tasks} == {(TaskStatus.COMPLETED, 1)}
         assert len(tasks) == 12
-        assert repository.nodes() == []
+        assert repository.liveness.nodes() == []

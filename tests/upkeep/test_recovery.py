@@ -329,7 +329,7 @@ queue.start()
 queue.submit("hang", id="x")
 sys.stdin.readline()
 print(queue.stop(timeout=0.1), flush=True)
-while not all(node.stopping for node in queue.repository.nodes()):  # it may be late with that
+while not all(node.stopping for node in queue.repository.liveness.nodes()):  # it may be late with that
     time.sleep(0.01)  # blocks on purpose
 os._exit(0)
 """

@@ -383,7 +383,7 @@ def test_stop_returns_by_its_timeout_and_names_what_runs(started, gate, caplog):
     assert started.stop(timeout=0.2) == [handle.id]
     gate.open()
     assert started.handle(handle.id).result(PATIENCE) == "late, and it counts"
-    eventually(lambda: started.repository.nodes() == [])
+    eventually(lambda: started.repository.liveness.nodes() == [])
     assert started.stop() == []
 
 
@@ -450,7 +450,7 @@ def test_stop_by_an_executor(started):
     handle = started.submit("last")
     assert handle.result(PATIENCE) == "bye"
     assert returned == [[handle.id]]
-    eventually(lambda: started.repository.nodes() == [])
+    eventually(lambda: started.repository.liveness.nodes() == [])
     assert handle.task().status is TaskStatus.COMPLETED
 
 
@@ -519,15 +519,15 @@ def test_a_stop_in_which_every_step_hangs_takes_little_longer(started, monkeypat
     go_on = threading.Event()
     repository = started.repository
     for step in ("mark_stopping", "leave"):
-        hung = getattr(repository, step)
+        hung = getattr(repository.liveness, step)
         monkeypatch.setattr(
-            repository, step, lambda node, hung=hung: (go_on.wait(PATIENCE), hung(node))
+            repository.liveness, step, lambda node, hung=hung: (go_on.wait(PATIENCE), hung(node))
         )
     began = time.monotonic()
     assert started.stop(0.05) == []
     assert time.monotonic() - began < 10  # where each step would take a minute
     go_on.set()
-    eventually(lambda: not repository.nodes())
+    eventually(lambda: not repository.liveness.nodes())
 
 
 @pytest.mark.parametrize("timeout", [-1, "1", None, float("inf")])
@@ -542,7 +542,7 @@ def test_timeout_of_stop_is_checked(queue, timeout):
 def test_a_stop_may_be_given_more_time_than_the_system_can_wait(started):
     assert started.submit("fine").result(1e10) == "fine"
     assert started.stop(1e300) == []
-    assert started.repository.nodes() == []
+    assert started.repository.liveness.nodes() == []
 
 
 def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeypatch):
@@ -559,11 +559,11 @@ def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeyp
     with pytest.raises(KeyboardInterrupt):
         queue.stop(PATIENCE)
     monkeypatch.setattr(node, "_wait_for_workers", wait)
-    assert len(queue.repository.nodes()) == 1
+    assert len(queue.repository.liveness.nodes()) == 1
     gate.open()
     assert queue.stop(PATIENCE) == []
     assert handle.result(PATIENCE) is None
-    assert (queue.repository.nodes(), told) == ([], [queue])
+    assert (queue.repository.liveness.nodes(), told) == ([], [queue])
 
 
 def test_a_node_ends_once_though_two_stops_come_to_its_end(started):

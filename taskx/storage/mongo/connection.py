@@ -16,7 +16,7 @@ from pymongo.errors import PyMongoError
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from taskx.core.errors import ConfigurationError, RepositoryUnavailable
+from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
 from taskx.storage.mongo.documents import Document, moment_ms
 from taskx.storage.mongo.failures import may_have_been_sent, translated
 
@@ -81,11 +81,6 @@ class Connection:
         return self._collection("")
 
     @property
-    def nodes(self) -> Collection[Document]:
-        """The nodes that run."""
-        return self._collection(".nodes")
-
-    @property
     def batches(self) -> Collection[Document]:
         """Which batches of tasks were committed, or abandoned."""
         return self._collection(".batches")
@@ -146,6 +141,19 @@ class Connection:
         if self._write_concern is None and client.write_concern.document:
             self._write_concern = client.write_concern
         return client.get_default_database()
+
+    def refuse_earlier_nodes(self) -> None:
+        """Make sure that no earlier TaskX is at work, which has its nodes in a collection of their own.
+
+        Raises:
+            SchemaMismatch: there may be one.
+        """
+        earlier = self._collection(".nodes")
+        if self.run(lambda: earlier.find_one({})) is not None:
+            raise SchemaMismatch(
+                f"{earlier.name} has nodes of an earlier TaskX, which would take those of this one for "
+                f"dead: stop all its processes, drop the collection {earlier.name}, and start again"
+            )
 
     def server_ms(self, timeout: float) -> int | None:
         """The server's clock, in milliseconds; None where it does not tell.

@@ -8,7 +8,8 @@ from bson.int64 import Int64
 from pymongo import UpdateOne
 from pymongo.errors import DuplicateKeyError
 
-from taskx.storage.base import Note, NoteChange, Repository, new_version
+from taskx.core.writes import Note, NoteChange
+from taskx.storage.base import Repository, new_version
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import Document
 from taskx.storage.mongo.filters import text

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
+import pymongo
 from pymongo.database import Database
 from pymongo.write_concern import WriteConcern
 
@@ -16,14 +18,10 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
 from taskx.core.record import UNIQUE
-from taskx.core.writes import Delete, Insert, Update, Write
-from taskx.storage.base import Node
-from taskx.storage.began import Began
+from taskx.core.writes import Delete, Insert, Write
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Url
-from taskx.storage.mongo.hosts import HostLocks
-from taskx.storage.mongo.leases import Leases
 from taskx.storage.mongo.notes import Notes
 from taskx.storage.mongo.order import Order
 from taskx.storage.mongo.sender import Sender
@@ -40,8 +38,8 @@ class MongoRepository(Tasks, Notes):
 
     Args:
         database: a pymongo ``Database``.
-        collection: the collection of the tasks; ``{collection}.nodes``, ``{collection}.batches`` and
-            ``{collection}.notes`` are used beside it.
+        collection: the collection of the tasks; ``{collection}.batches`` and ``{collection}.notes``
+            are used beside it.
         lease_timeout: seconds after which a node that shows no life is dead, and its tasks are run
             elsewhere. The same for all processes on the collection.
         timeout: seconds that an operation may take before it raises ``RepositoryUnavailable``.
@@ -91,8 +89,8 @@ class MongoRepository(Tasks, Notes):
         self._sender = Sender(connection, self._order, self._batches, self.codecs)
         self._adopt_foreign = bool(adopt_foreign)
         self._changes = Changes(connection, poll_interval, self._is_own, monotonic)
-        locks = HostLocks(None if run_folder is None else os.fspath(run_folder))
-        self._leases = Leases(connection, lease_timeout, locks, monotonic)
+        self.lease_timeout = lease_timeout
+        self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
         _repositories.add(self)
 
@@ -133,21 +131,7 @@ class MongoRepository(Tasks, Notes):
             self.init_indexes()
         if all_or_nothing and len(writes) > 1:
             return self._batches.insert(writes, self._sender.apply)
-        refused = [self._needs_lost_lease(write) for write in writes]
-        if not any(refused):
-            return self._sender.apply(writes)
-        allowed = [write for write, no in zip(writes, refused, strict=True) if not no]
-        held = iter(self._sender.apply(allowed))
-        return [False if no else next(held) for no in refused]
-
-    def _needs_lost_lease(self, write: Write) -> bool:
-        """Whether a node that may be taken for dead would take a task, or start one."""
-        if not isinstance(write, Update):
-            return False
-        owner = write.changes.get("owner")
-        if not owner or write.guard.get("status") != "pending":
-            return False
-        return self._leases.lost(owner)
+        return self._sender.apply(writes)
 
     # --- what others do
 
@@ -159,41 +143,15 @@ class MongoRepository(Tasks, Notes):
         """Return another value after others may have changed something; sends no request."""
         return self._changes.version()
 
-    # --- nodes
-
-    def join(self, node: Node) -> None:
-        """Record a node, and prove it alive until :meth:`leave` or process death."""
-        self._leases.join(node)
-
-    def watch_lease(self, node: str, lost: Callable[[], object]) -> None:
-        """Have ``lost()`` called when this process may no longer run what the node runs."""
-        self._leases.watch(node, lost)
-
-    def began(self, node: str) -> Began | None:
-        """Return the tasks that a node's threads began last; None for a node on another host."""
-        return self._leases.began(node)
-
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node runs now."""
-        self._leases.record_types(node, types)
-
-    def mark_stopping(self, node: str) -> None:
-        """Record that a node is stopping."""
-        self._leases.mark_stopping(node)
-
-    def leave(self, node: str) -> None:
-        """Forget a node that holds nothing any more."""
-        self._leases.leave(node)
-
-    def nodes(self) -> Sequence[Node]:
-        """All recorded nodes."""
-        return self._leases.nodes()
-
-    def is_dead(self, node: str) -> bool:
-        """Whether a node that was seen to be dead is still not back."""
-        return self._leases.is_dead(node)
-
     # --- opening and closing
+
+    def within(self, seconds: float) -> AbstractContextManager[object]:
+        """Have the operations inside raise after so many seconds."""
+        return pymongo.timeout(seconds)
+
+    def prepare(self) -> None:
+        """Raise where there may be nodes of an earlier TaskX, which are no notes."""
+        self._connection.refuse_earlier_nodes()
 
     def close(self) -> None:
         """Close what it opened itself; a later operation opens it again."""
@@ -203,7 +161,7 @@ class MongoRepository(Tasks, Notes):
     def renew_after_fork(self) -> None:
         """In a forked child: connections of its own, and no nodes."""
         self._connection.renew_after_fork()
-        for part in (self._order, self._sender, self._batches, self._leases, self._changes):
+        for part in (self._order, self._sender, self._batches, self._changes):
             part.renew()
 
 

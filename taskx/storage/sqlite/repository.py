@@ -17,28 +17,26 @@ from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import (
     ConfigurationError,
-    RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
 )
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
-from taskx.core.writes import CREATED, Delete, Insert, Update, Write
-from taskx.storage.base import (
-    Listed,
-    Lookup,
-    Node,
+from taskx.core.writes import (
+    CREATED,
+    Delete,
+    Insert,
     Note,
     NoteChange,
-    Reentered,
-    Repository,
-    new_version,
+    Update,
+    Write,
 )
-from taskx.storage.began import Began
+from taskx.liveness.base import PREFIX
+from taskx.liveness.kernel import KernelLocks
+from taskx.storage.base import Listed, Lookup, Reentered, Repository, new_version
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.liveness import NodeLocks
 from taskx.storage.sqlite.turnstile import Turnstile
 
 Durability = Literal["accepted", "full", "process"]
@@ -106,7 +104,6 @@ class SQLiteRepository(Repository):
         self._file = DatabaseFile(self.path, create)
         self._connections = Connections(self._file, busy_timeout)
         self._turnstile = Turnstile(self._file)
-        self._joined: set[str] = set()
         self._write_lock = threading.RLock()
         self._forking = False
         self._synchronous = "NORMAL"
@@ -118,11 +115,6 @@ class SQLiteRepository(Repository):
 
     def __repr__(self) -> str:
         return f"SQLiteRepository({self.path!r}, durability={self.durability!r})"
-
-    @property
-    def _locks(self) -> NodeLocks:
-        """The lock files of the nodes. Open the file first: only then its real path is known."""
-        return NodeLocks(self._file.path)
 
     # --- writing
 
@@ -445,97 +437,18 @@ class SQLiteRepository(Repository):
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Store notes, or remove them, each if its version is still that one, in one transaction."""
+        # After a power cut all nodes are dead. One that is outdated still says that it stops, and leaves.
+        nodes = all(change.name.startswith(PREFIX) for change in changes)
+        on_record = nodes and all(change.version for change in changes)
         return self._transact(
-            lambda cursor: [_put_note(cursor, *change) for change in changes], durable=True
+            lambda cursor: [_put_note(cursor, *change) for change in changes],
+            durable=not nodes,
+            writes=() if on_record else None,
         )
 
-    # --- nodes
-
-    def join(self, node: Node) -> None:
-        """Record a node, and prove it alive until :meth:`leave` or process death."""
-        self._open()
-        file = self._file.inode
-        lock = self._locks.hold(node.id, file)
-        row = (node.id, node.name, json.dumps(node.types), file, lock)
-        try:
-            self._transact(
-                lambda cursor: cursor.execute(
-                    "INSERT INTO nodes (id, name, types, file, lock) VALUES (?, ?, ?, ?, ?)", row
-                ),
-                durable=False,
-            )
-        except BaseException:
-            self._locks.release(node.id)
-            raise
-        self._joined.add(node.id)
-        with suppress(RepositoryError):  # the next node does it
-            self._locks.clear_orphans(self._file.inode, self._on_record)
-
-    def _on_record(self) -> set[str]:
-        return {*turnstile.NAMES, *(node for (node,) in self._rows("SELECT id FROM nodes"))}
-
-    def began(self, node: str) -> Began | None:
-        """Return the tasks that the threads of a node began last."""
-        return self._locks.began(node)
-
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node runs now."""
-        row = (json.dumps(types), node)
-        self._transact(
-            lambda cursor: cursor.execute("UPDATE nodes SET types = ? WHERE id = ?", row),
-            durable=False,
-        )
-
-    def mark_stopping(self, node: str) -> None:
-        """Record that a node is stopping."""
-        self._transact(
-            lambda cursor: cursor.execute("UPDATE nodes SET stopping = 1 WHERE id = ?", (node,)),
-            durable=False,
-            writes=(),
-        )
-
-    def leave(self, node: str) -> None:
-        """Forget a node that holds nothing any more."""
-        try:
-            self._transact(
-                lambda cursor: cursor.execute("DELETE FROM nodes WHERE id = ?", (node,)),
-                durable=False,
-                writes=(),
-            )
-        except BaseException:
-            self._locks.let_go(node)  # still on record, it is a dead one from now on
-            raise
-        finally:
-            self._joined.discard(node)
-        self._locks.release(node)
-
-    def nodes(self) -> Sequence[Node]:
-        """Return all recorded nodes. In a copy of a file, the nodes of the original are dead.
-
-        A node that holds its lock beside this file lives: the copy was put in the original's place.
-        """
-        self._open()
-        nodes = [
-            Node(
-                id=node,
-                name=name,
-                types=tuple(json.loads(types)),
-                stopping=bool(stopping),
-                alive=self._alive(node, file, lock),
-            )
-            for node, name, types, file, lock, stopping in self._rows(
-                "SELECT id, name, types, file, lock, stopping FROM nodes ORDER BY id"
-            )
-        ]
-        if any(node.alive is None for node in nodes):
-            # One that leaves goes from the record before its lock file goes.
-            still = self._on_record()
-            nodes = [node for node in nodes if node.alive is not None or node.id in still]
-        return nodes
-
-    def _alive(self, node: str, file: int, lock: int) -> bool | None:
-        alive = self._locks.alive(node, lock)
-        return False if alive is None and file != self._file.inode else alive
+    def _make_liveness(self) -> KernelLocks:
+        """The kernel tells, as all processes are on one host."""
+        return KernelLocks(self, self._file, turnstile.NAMES)
 
     def ensure_there(self) -> None:
         """Raise if the file was moved, deleted, replaced or migrated since it was opened.
@@ -561,7 +474,7 @@ class SQLiteRepository(Repository):
             try:
                 self._turnstile.close()
                 self._connections.close()
-                if not self._joined:
+                if not self.liveness.at_work:
                     self._file.forget()
             except sqlite3.Error as error:
                 raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
@@ -588,7 +501,6 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
-        self._joined.clear()
         self._forget_writer()
 
 

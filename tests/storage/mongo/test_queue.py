@@ -138,7 +138,7 @@ class TestOneProcess:
         assert [handle.result(PATIENCE) for handle in handles] == [None] * 25
         assert queue.list_tasks(TaskFilter(status="completed"))[1] == 25
         assert queue.stop(PATIENCE) == []
-        assert list(queue.repository.nodes()) == []
+        assert list(queue.repository.liveness.nodes()) == []
 
     def test_trips_of_a_task_under_load(self, url, name, make_queue):
         """Start and finish share theirs with other tasks."""
@@ -239,7 +239,7 @@ class TestTwoProcesses:
         assert queue.handle("x").result(PATIENCE) is None
         assert queue.drain(PATIENCE)
         assert queue.get_task_status("x").crashes == 1
-        eventually(lambda: len(queue.repository.nodes()) == 1)
+        eventually(lambda: len(queue.repository.liveness.nodes()) == 1)
 
     def test_stopped_on_the_same_host_it_is_left_alone(self, run, on_mongo):
         """For who shares the host it lives, however long its beat stands still."""
@@ -251,7 +251,7 @@ class TestTwoProcesses:
         deadline = time.monotonic() + 2.5
         eventually(
             lambda: (
-                seen.append([n.alive for n in queue.repository.nodes()])
+                seen.append([n.alive for n in queue.repository.liveness.nodes()])
                 or time.monotonic() > deadline
             )
         )
@@ -362,7 +362,7 @@ class TestAHostThatIsCutOff:
         assert other.get_task_status("x").result == "mine"
         handle = eventually(lambda: submitted(queue, "work"))
         assert handle.result(PATIENCE) is None
-        assert [node.alive for node in other.repository.nodes()] == [True]
+        assert [node.alive for node in other.repository.liveness.nodes()] == [True]
 
 
 def submitted(queue, kind):

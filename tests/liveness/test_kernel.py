@@ -5,22 +5,21 @@ import shutil
 import signal
 
 import pytest
+from storage.test_sqlite import PATIENCE, start_program
 
 from taskx import RepositoryUnavailable, SQLiteRepository
-from taskx.storage.base import Node
-from taskx.storage.sqlite import liveness
-from taskx.storage.sqlite.liveness import NodeLocks
-
-from .test_sqlite import PATIENCE, start_program
+from taskx.liveness import locks as module
+from taskx.liveness.base import Node
+from taskx.liveness.locks import NodeLocks
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="not a POSIX system")
 
 HOLD = """
     import sys
     from taskx import SQLiteRepository
-    from taskx.storage.base import Node
+    from taskx.liveness.base import Node
     repository = SQLiteRepository(sys.argv[1])
-    repository.join(Node(id="n1", name="child"))
+    repository.liveness.join(Node(id="n1", name="child"))
     print("held", flush=True)
     sys.stdin.readline()
 """
@@ -29,9 +28,9 @@ HOLD = """
 HOLD_AND_FORK = """
     import os, sys
     from taskx import SQLiteRepository
-    from taskx.storage.base import Node
+    from taskx.liveness.base import Node
     repository = SQLiteRepository(sys.argv[1])
-    repository.join(Node(id="n1", name="child"))
+    repository.liveness.join(Node(id="n1", name="child"))
     word = str(os.fork() or "forked")
     os.write(1, f"{word}\\n".encode())
     sys.stdin.readline()
@@ -51,7 +50,7 @@ def repository(path):
 
 @pytest.fixture
 def locks(path):
-    locks = NodeLocks(str(path))
+    locks = NodeLocks(f"{path}-nodes")
     yield locks
     locks.release("n1")
 
@@ -62,15 +61,15 @@ def lock_files(path):
 
 
 def alive(repository):
-    return {node.id: node.alive for node in repository.nodes()}
+    return {node.id: node.alive for node in repository.liveness.nodes()}
 
 
 def test_a_node_of_this_process_lives_until_it_leaves(repository):
-    repository.join(Node(id="n1", name="one"))
+    repository.liveness.join(Node(id="n1", name="one"))
     assert alive(repository) == {"n1": True}
     repository.close()
     assert alive(repository) == {"n1": True}, "closing the file gives up no lock"
-    repository.leave("n1")
+    repository.liveness.leave("n1")
     assert alive(repository) == {}
 
 
@@ -84,7 +83,7 @@ def test_a_killed_process_is_dead_at_once(repository, path):
         child.kill()
         child.wait(PATIENCE)
         assert alive(repository) == {"n1": False}
-    repository.leave("n1")
+    repository.liveness.leave("n1")
     assert alive(repository) == {}
     assert not lock_files(path)
 
@@ -106,24 +105,24 @@ def test_a_forked_child_does_not_keep_its_parent_alive(repository, path):
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_a_forked_child_that_ends_does_not_kill_its_parent(repository):
-    repository.join(Node(id="n1", name="one"))
+    repository.liveness.join(Node(id="n1", name="one"))
     if (child := os.fork()) == 0:
         os._exit(0)
     os.waitpid(child, 0)
     assert alive(repository) == {"n1": True}
-    repository.leave("n1")
+    repository.liveness.leave("n1")
 
 
 def test_nodes_of_the_original_are_dead_in_a_copy(repository, path):
     """What they ran is taken back there, though they live on beside the original."""
-    repository.join(Node(id="n1", name="one"))
+    repository.liveness.join(Node(id="n1", name="one"))
     repository.close()
     copy = path.with_name("copy.db")
     shutil.copy(path, copy)
     with SQLiteRepository(copy) as copied:
         assert alive(copied) == {"n1": False}
     assert alive(repository) == {"n1": True}
-    repository.leave("n1")
+    repository.liveness.leave("n1")
 
 
 def test_a_new_file_has_no_nodes(repository):
@@ -137,12 +136,12 @@ def test_looking_does_not_kill(locks):
 
 def test_a_node_that_leaves_while_one_looks_is_not_there(path, repository, monkeypatch):
     """Its record was read before it left, its lock file was gone after."""
-    repository.join(Node(id="n1", name="one"))
+    repository.liveness.join(Node(id="n1", name="one"))
     look = NodeLocks.alive
 
     def leave_and_look(locks, node, inode):
         with SQLiteRepository(path) as its_own:
-            its_own.leave("n1")
+            its_own.liveness.leave("n1")
         return look(locks, node, inode)
 
     monkeypatch.setattr(NodeLocks, "alive", leave_and_look)
@@ -163,22 +162,22 @@ def test_anothers_file_tells_nothing(locks):
 
 
 def test_a_lock_that_cannot_be_had_is_an_error(locks, path, monkeypatch):
-    monkeypatch.setattr(liveness, "PATIENCE", 0.0)
+    monkeypatch.setattr(module, "PATIENCE", 0.0)
     locks.hold("n1")
     with pytest.raises(RepositoryUnavailable, match="cannot be locked"):
-        NodeLocks(str(path)).hold("n1")
+        NodeLocks(f"{path}-nodes").hold("n1")
     os.makedirs(path.parent / "file")
     (path.parent / "file" / "x.db-nodes").touch()
     with pytest.raises(RepositoryUnavailable, match="no lock file"):
-        NodeLocks(str(path.parent / "file" / "x.db")).hold("n1")
+        NodeLocks(str(path.parent / "file" / "x.db-nodes")).hold("n1")
 
 
 def test_a_node_that_could_not_be_recorded_holds_no_lock(repository, path):
-    repository.join(Node(id="n1", name="one"))
-    repository.leave("n1")
+    repository.liveness.join(Node(id="n1", name="one"))
+    repository.liveness.leave("n1")
     path.unlink()
     path.mkdir()
     repository.close()
     with pytest.raises(RepositoryUnavailable):
-        repository.join(Node(id="n2", name="two"))
+        repository.liveness.join(Node(id="n2", name="two"))
     assert not lock_files(path)

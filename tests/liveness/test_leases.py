@@ -2,50 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import signal
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 
 import pytest
+from storage.mongo.conftest import insert
+from storage.repositories import MAKERS
 
 from taskx import RepositoryUnavailable
 from taskx.core import lifecycle
-from taskx.storage.base import Node
-from taskx.storage.mongo.hosts import HostLocks
-from taskx.storage.mongo.leases import Leases
+from taskx.core.writes import NoteChange
+from taskx.liveness.base import PREFIX, Node
+from taskx.liveness.leases import Leases
+from taskx.liveness.locks import HostLocks
 from taskx.testing import ManualClock
-
-from .conftest import insert
 
 LEASE = 30.0
 
 
 class Broken:
-    """A connection that can be cut."""
+    """A way to the notes that can be cut."""
 
-    def __init__(self, connection):
-        self._connection = connection
+    def __init__(self, store):
+        self._store = store
         self.down = False
 
-    @property
-    def nodes(self):
-        return self._connection.nodes
-
-    def run(self, work, timeout=None):
+    def _up(self):
         if self.down:
             raise RepositoryUnavailable("cut off")
-        return work()
+        return self._store
+
+    def apply(self, writes):
+        return self._up().apply(writes)
+
+    def notes(self, prefix):
+        return self._up().notes(prefix)
+
+    def put_notes(self, changes):
+        return self._up().put_notes(changes)
+
+    def within(self, seconds):
+        return nullcontext()
 
 
 class Host:
     """A host of its own: its clock, its folder for locks, its connection."""
 
-    def __init__(self, connection, folder):
+    def __init__(self, store, folder):
         self.clock = ManualClock()
-        self.connection = Broken(connection)
+        self.connection = Broken(store)
         self.folder = folder
         self.restart()
 
@@ -57,41 +68,50 @@ class Host:
         return {seen.id: seen.alive for seen in self.leases.nodes()}.get(node)
 
 
-@pytest.fixture
-def connection(make, mock):
-    return make(mock)._connection
+@pytest.fixture(params=["memory", "sqlite", "third", "mongomock", "mongo"])
+def store(request, tmp_path, clock):
+    """Any repository whose notes several hosts could share."""
+    with MAKERS[request.param](tmp_path, clock) as repository:
+        yield repository
 
 
 @pytest.fixture
-def host(connection, tmp_path):
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+def host(store, tmp_path):
     made = []
 
     def host():
-        made.append(Host(connection, tmp_path / f"host{len(made)}"))
+        made.append(Host(store, tmp_path / f"host{len(made)}"))
         return made[-1]
 
     return host
 
 
+def note_of(store, node="n"):
+    return store.notes(PREFIX).get(PREFIX + node)
+
+
+def put(store, text, version, node="n"):
+    return store.put_notes([NoteChange(PREFIX + node, text, version)])[0]
+
+
 @pytest.fixture
-def silent(connection):
-    """The record of a node on a host that is not seen from here, and how to have it beat."""
-    record = {
-        "_id": "n",
-        "name": "there",
-        "types": [],
-        "stopping": False,
-        "host": "there",
-        "lock": 7,
-        "beat": 5,
-        "still": 0,
-        "dead": 0,
-    }
-    connection.nodes.insert_one(record)
+def silent(store):
+    """The note of a node on a host that is not seen from here, and how to have it beat."""
+    facts = {"name": "there", "types": [], "stopping": False, "host": "there", "lock": 7}
+    put(store, json.dumps(facts), 0)
+    at = note_of(store)
 
     def beat():
-        changed = {"$inc": {"beat": 1}, "$set": {"still": 0}}
-        return connection.nodes.update_one({"_id": "n", "dead": 0}, changed).matched_count == 1
+        nonlocal at
+        if not put(store, at.text, at.version):
+            return False
+        at = note_of(store)
+        return True
 
     return beat
 
@@ -105,12 +125,12 @@ def watch(host, seconds, every=0.5):
 
 
 class TestJudging:
-    def test_dead_after_a_whole_lease_without_a_beat(self, host, silent, connection):
+    def test_dead_after_a_whole_lease_without_a_beat(self, host, silent, store):
         observer = host()
         assert observer.alive("n") is True
         assert watch(observer, LEASE - 0.5) is True
         assert watch(observer, 0.5) is False
-        assert connection.nodes.find_one({"_id": "n"})["dead"] == 1
+        assert json.loads(note_of(store).text)["dead"] is True
         assert not silent(), "no beat revives it"
 
     def test_a_node_that_beats_is_never_dead(self, host, silent):
@@ -171,7 +191,7 @@ class TestJudging:
         observer.clock.advance(0.5)
         mark = observer.leases._mark_dead
         monkeypatch.setattr(
-            observer.leases, "_mark_dead", lambda unchanged: silent() and mark(unchanged)
+            observer.leases, "_mark_dead", lambda *unchanged: silent() and mark(*unchanged)
         )
         assert observer.alive("n") is True
 
@@ -183,16 +203,42 @@ class TestJudging:
         assert watch(observer, LEASE - 0.5) is True
         assert watch(observer, 0.5) is False
 
-    def test_one_that_is_dead_can_be_forgotten_and_no_other(self, host, silent, connection):
+    def test_one_that_is_dead_can_be_forgotten_and_no_other(self, host, silent, store):
         observer = host()
         observer.leases.leave("n")
-        assert connection.nodes.find_one({"_id": "n"}) is not None
+        assert note_of(store) is not None
         assert not observer.leases.is_dead("n")
         watch(observer, LEASE + 0.5)
         assert observer.leases.is_dead("n")
         observer.leases.leave("n")
-        assert connection.nodes.find_one({"_id": "n"}) is None
+        assert store.notes(PREFIX) == {}, "nor is there a count of it"
         assert observer.leases.is_dead("n")
+
+    def test_a_count_that_came_too_late_is_removed(self, host, silent, store):
+        """Its writer read the beat before the node left."""
+        observer = host()
+        watch(observer, 5)
+        assert put(store, None, note_of(store).version)
+        assert set(store.notes(PREFIX)) == {f"{PREFIX}n/still"}
+        assert observer.alive("n") is None
+        assert store.notes(PREFIX) == {}
+
+    def test_a_beat_is_one_write_however_many_look(self, host, monkeypatch, store):
+        """Nobody else writes the note of a node that lives."""
+        monkeypatch.setattr(Leases, "_run", lambda self: None)
+        ours, observers, puts = host(), [host() for _ in range(3)], []
+        ours.leases.join(Node(id="n", name="ours"))
+        ours.leases.beat("n")
+        sent = ours.connection.put_notes
+        monkeypatch.setattr(
+            ours.connection, "put_notes", lambda changes: puts.append(changes) or sent(changes)
+        )
+        for beats in range(1, 10):
+            for observer in observers:
+                assert watch(observer, 3) is True
+            ours.leases.beat("n")
+            assert len(puts) == beats
+        ours.leases.leave("n")
 
 
 @pytest.fixture
@@ -219,21 +265,21 @@ class TestBeingJudged:
         assert ours.leases.lost("n")
 
     def test_an_acknowledged_beat_counts_from_when_it_was_sent(self, ours, monkeypatch):
-        nodes = ours.connection.nodes
+        sent = ours.connection.put_notes
 
-        class Slow:
-            def update_one(self, *args):
-                done = nodes.update_one(*args)
-                ours.clock.advance(10)
-                return done
+        def slow(changes):
+            done = sent(changes)
+            ours.clock.advance(10)
+            return done
 
-        monkeypatch.setattr(Broken, "nodes", Slow())
         ours.leases.beat("n")
-        monkeypatch.undo()
+        monkeypatch.setattr(ours.connection, "put_notes", slow)
+        ours.leases.beat("n")
         ours.clock.advance(LEASE * 0.8 - 10.5)
         assert not ours.leases.lost("n")
         ours.clock.advance(1)
         assert ours.leases.lost("n")
+        monkeypatch.undo()
 
     def test_it_is_told_though_that_cannot_be_logged(self, ours, monkeypatch):
         """The thread that beats goes on, too: it is the only one."""
@@ -254,13 +300,11 @@ class TestBeingJudged:
         ours.leases.beat("n")
         assert not ours.leases.lost("n")
 
-    def test_taken_for_dead_it_waits_until_it_is_forgotten(
-        self, ours, host, connection, monkeypatch
-    ):
+    def test_taken_for_dead_it_waits_until_it_is_forgotten(self, ours, host, store, monkeypatch):
         """Or what it starts anew would be taken from it, too."""
         other = host()
         watch(other, LEASE + 1)
-        connection.nodes.update_one({"_id": "n"}, {"$set": {"dead": 1}})
+        assert other.leases._mark_dead(f"{PREFIX}n", note_of(store))
         ours.leases.beat("n")
         assert ours.leases.lost("n")
         ours.clock.advance(1000)
@@ -271,37 +315,64 @@ class TestBeingJudged:
         assert not ours.leases.lost("n")
         assert other.alive("n") is True
 
-    def test_it_joins_though_its_record_is_sent_twice(self, connection, host, monkeypatch):
-        """As the driver does when the first answer was lost."""
-        monkeypatch.setattr(Leases, "_run", lambda self: None)
-        nodes = connection.nodes
+    @pytest.mark.parametrize("answer", [RepositoryUnavailable("reset"), False])
+    def test_a_beat_whose_answer_was_lost_is_known_again(self, ours, monkeypatch, answer):
+        """As where the driver sends it twice, and the second one is refused."""
+        sent, lost = ours.connection.put_notes, [True]
 
-        class Twice:
-            def __getattr__(self, name):
-                return getattr(nodes, name)
+        def put_notes(changes):
+            done = sent(changes)
+            if not lost:
+                return done
+            lost.clear()
+            if answer:
+                raise answer
+            return [answer]
 
-            def insert_one(self, record):
-                nodes.insert_one(dict(record))
-                nodes.insert_one(record)
-
-        monkeypatch.setattr(Broken, "nodes", Twice())
-        ours = host()
-        ours.leases.join(Node(id="n", name="ours"))
-        nodes.delete_one({"_id": "n"})
-        ours.clock.advance(LEASE)
-        for _ in range(2):  # the second one meets what the first one left
+        monkeypatch.setattr(ours.connection, "put_notes", put_notes)
+        for _ in range(2):
+            ours.clock.advance(LEASE * 0.7)
             ours.leases.beat("n")
+            ours.leases.beat("n")
+            assert not ours.leases.lost("n")
+
+    def test_it_joins_though_its_note_is_sent_twice(self, host, monkeypatch, store):
+        monkeypatch.setattr(Leases, "_run", lambda self: None)
+        ours = host()
+        sent, twice = ours.connection.put_notes, [True]
+
+        def put_notes(changes):
+            if twice and twice.pop():
+                sent(changes)
+            return sent(changes)
+
+        monkeypatch.setattr(ours.connection, "put_notes", put_notes)
+        ours.leases.join(Node(id="n", name="ours"))
         assert not ours.leases.lost("n")
         ours.leases.leave("n")
-        assert nodes.count_documents({}) == 0
+        assert store.notes(PREFIX) == {}
 
-    def test_whatever_the_network_does_it_is_told_first(self, connection, tmp_path, monkeypatch):
+    def test_what_it_says_of_itself_outlives_its_record(self, ours, host, store):
+        ours.leases.record_types("n", ["t"])
+        assert put(store, None, note_of(store).version)
+        ours.leases.mark_stopping("n")
+        [node] = host().leases.nodes()
+        assert (node.types, node.stopping) == (("t",), True)
+
+    def test_a_beat_under_way_does_not_record_it_again_when_it_has_left(self, ours, store):
+        own = ours.leases._own["n"]
+        ours.leases.leave("n")
+        ours.leases.beat("n", own)
+        assert store.notes(PREFIX) == {}
+
+    @pytest.mark.parametrize("store", ["memory", "mongomock"], indirect=True)
+    def test_whatever_the_network_does_it_is_told_first(self, store, tmp_path, monkeypatch):
         """Random outages, random looks: the mark never comes before the word."""
         monkeypatch.setattr(Leases, "_run", lambda self: None)
         for seed in range(30):
             chance = random.Random(seed)
             clock = ManualClock()
-            here, there = (Host(connection, tmp_path / name) for name in ("here", "there"))
+            here, there = (Host(store, tmp_path / name) for name in ("here", "there"))
             for one in (here, there):
                 one.clock = clock
                 one.restart()
@@ -321,30 +392,27 @@ class TestBeingJudged:
                     there.leases.leave(node)
             here.connection.down = False
             here.leases.leave(node)
-            connection.nodes.delete_many({})
+            for name, note in store.notes(PREFIX).items():
+                store.put_notes([NoteChange(name, None, note.version)])
             if seed == 0:
                 assert marked
 
 
 class TestStarting:
-    def test_without_a_lease_nothing_is_started_or_taken(self, make, mock, monkeypatch):
+    def test_without_a_lease_nothing_is_started_or_taken(self, ours, store):
         """The rest of the batch is written."""
-        monkeypatch.setattr(Leases, "_run", lambda self: None)
-        clock = ManualClock()
-        repository = make(mock, clock=clock)
-        repository.join(Node(id="n", name="ours"))
-        repository.apply([insert("a"), insert("b")])
-        start = lifecycle.start(repository.get_by_id("a"), 1, "n")
-        clock.advance(LEASE)
+        apply = ours.leases.apply
+        apply([insert("a"), insert("b")])
+        start = lifecycle.start(store.get_by_id("a"), 1, "n")
+        ours.clock.advance(LEASE)
         writes = [start, insert("c"), lifecycle.take("b", "n"), lifecycle.take("b", "other")]
-        assert repository.apply(writes) == [False, True, False, True]
-        repository._leases.beat("n")
-        assert repository.apply([start]) == [True]
-        repository.leave("n")
+        assert apply(writes) == [False, True, False, True]
+        ours.leases.beat("n")
+        assert apply([start]) == [True]
 
 
 class TestBeating:
-    def test_a_node_does_not_join_without_a_heartbeat_thread(self, host, connection, monkeypatch):
+    def test_a_node_does_not_join_without_a_heartbeat_thread(self, host, monkeypatch):
         """The next one to join has one started."""
         left, start = [1], threading.Thread.start
 
@@ -382,8 +450,8 @@ class TestBeating:
 
 
 NODE = """
-import sys, mongomock, pymongo
-from taskx.storage.mongo.hosts import HostLocks
+import sys
+from taskx.liveness.locks import HostLocks
 print(*HostLocks(sys.argv[1]).hold("n"), flush=True)
 sys.stdin.readline()
 """
@@ -428,27 +496,19 @@ class TestOnOneHost:
         elif what == "file":
             inode += 1
         elif what == "nothing":
-            (tmp_path / "run" / "mongo-nodes" / "n.lock").unlink()
+            (tmp_path / "run" / "nodes" / "n.lock").unlink()
         elif what == "no lock":
             host, inode = "", 0
         assert HostLocks(str(folder)).alive("n", host, inode) is None
 
-    def test_dead_at_once_for_who_shares_the_host(self, process, connection, tmp_path):
+    def test_dead_at_once_for_who_shares_the_host(self, process, store, tmp_path):
         child, host, inode = process
-        record = {
-            "_id": "n",
-            "name": "n",
-            "types": [],
-            "stopping": True,
-            "host": host,
-            "lock": inode,
-            "beat": 0,
-            "still": 0,
-            "dead": 0,
-        }
-        connection.nodes.insert_one(record)
-        near = Leases(connection, LEASE, HostLocks(str(tmp_path / "run")), ManualClock().monotonic)
-        far = Leases(connection, LEASE, HostLocks(str(tmp_path / "far")), ManualClock().monotonic)
+        facts = {"name": "n", "types": [], "stopping": True, "host": host, "lock": inode}
+        put(store, json.dumps(facts), 0)
+        near, far = (
+            Leases(store, LEASE, HostLocks(str(tmp_path / name)), ManualClock().monotonic)
+            for name in ("run", "far")
+        )
         assert [node.alive for node in (*near.nodes(), *far.nodes())] == [True, True]
         child.kill()
         child.wait(20)

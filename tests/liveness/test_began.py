@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 
 from taskx import SQLiteRepository
-from taskx.storage import began as module
-from taskx.storage.base import Node
-from taskx.storage.began import Began
-from taskx.storage.mongo.hosts import HostLocks
+from taskx.liveness import began as module
+from taskx.liveness.base import Node
+from taskx.liveness.began import Began
+from taskx.liveness.locks import HostLocks
 
 
 @pytest.fixture
@@ -68,17 +68,17 @@ def test_nothing_is_noted_if_the_file_cannot_be_made(tmp_path, path):
 
 def test_the_file_of_a_node_is_made_by_its_process_and_removed_with_it(tmp_path):
     with SQLiteRepository(tmp_path / "tasks.db") as store, SQLiteRepository(store.path) as other:
-        assert store.began("node") is None
-        store.join(Node(id="node", name="node"))
-        store.began("node").begin("a", 1)
-        store._locks.let_go("node")  # it dies
-        assert ("a", 1) in other.began("node")
-        other.leave("node")
-        assert other.began("node") is None
+        assert store.liveness.began("node") is None
+        store.liveness.join(Node(id="node", name="node"))
+        store.liveness.began("node").begin("a", 1)
+        store.liveness._locks.let_go("node")  # it dies
+        assert ("a", 1) in other.liveness.began("node")
+        other.liveness.leave("node")
+        assert other.liveness.began("node") is None
         assert list((tmp_path / "tasks.db-nodes").glob("node*")) == []
 
 
-def test_nodes_of_one_host_find_it_on_mongodb_too(tmp_path):
+def test_nodes_of_one_host_find_it_beside_leases_too(tmp_path):
     locks, others = HostLocks(str(tmp_path)), HostLocks(str(tmp_path))
     locks.hold("node")
     locks.began("node").begin("a", 1)

@@ -1,20 +1,21 @@
-"""Which nodes live: each holds a lock that the kernel releases when its process dies.
+"""Locks that the kernel releases when the process of a node dies.
 
 Never an age, never a host name or process id: a stopped or overloaded process still holds its lock,
-and a dead one does not. The locks are ``flock`` locks on one small file per node, in a folder beside
-the database. A lock belongs to the open file description, which a forked child shares; so a child
-closes its copies at once, which unlocks nothing.
+and a dead one does not. The locks are ``flock`` locks on one small file per node, in a folder. A lock
+belongs to the open file description, which a forked child shares; so a child closes its copies at once,
+which unlocks nothing.
 """
 
 from __future__ import annotations
 
 import os
+import stat
 import time
 from collections.abc import Callable
 from contextlib import suppress
 
 from taskx.core.errors import RepositoryUnavailable
-from taskx.storage.began import Began
+from taskx.liveness.began import Began
 
 try:
     import fcntl
@@ -30,10 +31,10 @@ _held: dict[str, int] = {}
 
 
 class NodeLocks:
-    """The lock files of the nodes on one database file."""
+    """The lock files of nodes in one folder."""
 
-    def __init__(self, database: str) -> None:
-        self.folder = f"{os.path.abspath(database)}-nodes"
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
 
     def _path(self, node: str) -> str:
         return os.path.join(self.folder, f"{node}.lock")
@@ -167,6 +168,60 @@ class NodeLocks:
             os.close(fd)
 
 
+class HostLocks:
+    """The lock files of this user's nodes on this host, where nodes may be on several.
+
+    A node's record says which folder on which boot of which machine its lock file is in. Where that is
+    another one (another host, another container) nothing is told.
+
+    Args:
+        folder: where they are; a folder of this user's among the temporary ones unless given.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._given = folder
+        self._opened: tuple[NodeLocks, str] | None = None
+
+    def hold(self, node: str) -> tuple[str, int]:
+        """Take a new node's lock; says which host this is, and the lock's inode. Empty where it can't."""
+        try:
+            locks, host = self._open()
+            return host, locks.hold(node)
+        except (OSError, RepositoryUnavailable):
+            return "", 0
+
+    def alive(self, node: str, host: str, inode: int) -> bool | None:
+        """Whether the process of a node lives; None where that cannot be told here."""
+        if not inode:
+            return None
+        try:
+            locks, here = self._open()
+        except OSError:
+            return None
+        return locks.alive(node, inode) if host == here else None
+
+    def began(self, node: str) -> Began | None:
+        """Return the tasks that the threads of a node on this host began last."""
+        try:
+            return self._open()[0].began(node)
+        except OSError:
+            return None
+
+    def release(self, node: str) -> None:
+        """Give up one's own lock, or clear away that of a dead node of this host."""
+        if self._opened is not None:
+            self._opened[0].release(node)
+
+    def _open(self) -> tuple[NodeLocks, str]:
+        if self._opened is None:
+            base = os.path.abspath(self._given) if self._given else _private_folder()
+            locks = NodeLocks(os.path.join(base, "nodes"))
+            os.makedirs(locks.folder, exist_ok=True)
+            seen = os.stat(locks.folder)
+            self._opened = locks, f"{_boot_id()} {seen.st_dev} {seen.st_ino}"
+        return self._opened
+
+
 def _locked(path: str, flags: int = os.O_RDONLY) -> int:
     """Open a file and lock it; ``BlockingIOError`` if somebody holds the lock."""
     fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
@@ -184,6 +239,32 @@ def _is_at(path: str, fd: int) -> bool:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
         return False
+
+
+def _private_folder() -> str:
+    """A folder that only this user can write to.
+
+    Raises:
+        OSError: another user's folder is in its place.
+    """
+    import tempfile  # not needed where the lock files are beside a file
+
+    folder = os.path.join(tempfile.gettempdir(), f"taskx-{os.getuid()}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    seen = os.lstat(folder)
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o022:
+        raise OSError(f"{folder} is not this user's alone")
+    return folder
+
+
+def _boot_id() -> str:
+    """Which boot of which machine this is.
+
+    Raises:
+        OSError: the system does not say (it is no Linux); then nothing can be told.
+    """
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
 
 
 def _drop_in_child() -> None:
