@@ -71,7 +71,8 @@ class Operations:
             done = [w for w, held in zip(writes, self._commit(writes), strict=True) if held]
             never_run += sum("status" in write.changes for write in done)
             settled.update(write.id for write in done)
-        rest = self._services.repository.statuses([i for i in task_ids if i not in settled])
+        left = [task_id for task_id in task_ids if task_id not in settled]
+        rest = self._services.repository.statuses(left) if left else {}
         for task_id, status in rest.items():
             if status not in lifecycle.FINISHED:  # it moved meanwhile, or was asked before
                 try:
