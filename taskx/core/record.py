@@ -139,21 +139,9 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         if type(result) is dict and CODEC_KEY in result:
             result = codecs.value(result)
         # Where one is no text it cannot be joined, where one is no number it cannot be added.
-        "".join(
-            (
-                id_,
-                type_,
-                error,
-                message,
-                created_by,
-                error_type,
-                traceback,
-                owner,
-                worker,
-                stuck_on,
-                log,
-            )
-        )
+        "".join((
+            id_, type_, error, message, created_by, error_type, traceback, owner, worker, stuck_on, log,
+        ))  # fmt: skip
         _ = starts + errors + crashes + interruptions + snoozes + priority + progress + duration
         for number in (timeout, max_attempts, max_crashes):
             _ = 0 if number is None else number + 0
