@@ -27,7 +27,6 @@ from taskx.running.buffer import Item
 from taskx.running.pool import WorkerPool
 from taskx.running.state import State
 from taskx.storage.base import Reentered
-from taskx.storage.memory import MemoryRepository
 from taskx.submitting.conflicts import Patience, settle
 from taskx.submitting.creation import prepare
 
@@ -59,7 +58,7 @@ class Intake:
         self._hooks = services.hooks
         self._overflow = overflow
         self._block_timeout = block_timeout
-        self._lost = permission.in_child and isinstance(services.repository, MemoryRepository)
+        self._lost = permission.in_child and not services.repository.shared
 
     # --- one task
 
