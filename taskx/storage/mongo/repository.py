@@ -22,6 +22,7 @@ from taskx.core.writes import Delete, Insert, Write
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Url
+from taskx.storage.mongo.indexes import make_indexes
 from taskx.storage.mongo.notes import Notes
 from taskx.storage.mongo.order import Order
 from taskx.storage.mongo.sender import Sender
@@ -115,6 +116,17 @@ class MongoRepository(Tasks, Notes):
     def __repr__(self) -> str:
         return f"MongoRepository({self._connection.name!r})"
 
+    def init_indexes(self) -> None:
+        """Make the indexes that are not there.
+
+        The first node to join does so, too, and the first write of a unique key or of a turn.
+
+        Raises:
+            RepositoryError: the server cannot be reached, or refuses.
+        """
+        make_indexes(self._connection)
+        self._indexed = True
+
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
@@ -150,8 +162,10 @@ class MongoRepository(Tasks, Notes):
         return pymongo.timeout(seconds)
 
     def prepare(self) -> None:
-        """Raise where there may be nodes of an earlier TaskX, which are no notes."""
+        """Make the indexes; raise where there may be nodes of an earlier TaskX, which are no notes."""
         self._connection.refuse_earlier_nodes()
+        if not self._indexed:
+            self.init_indexes()
 
     def close(self) -> None:
         """Close what it opened itself; a later operation opens it again."""

@@ -46,7 +46,6 @@ from taskx.storage.mongo.filters import (
     text,
     texts,
 )
-from taskx.storage.mongo.indexes import make_indexes
 from taskx.storage.mongo.order import PER_MS
 
 _MOST_VALUES = 1000
@@ -90,18 +89,6 @@ class Tasks(Repository):
     _connection: Connection
     _batches: Batches
     _adopt_foreign: bool
-    _indexed: bool
-
-    def init_indexes(self) -> None:
-        """Make the indexes that are not there.
-
-        The first node that looks for tasks does so, too, and the first write of a unique key or of a turn.
-
-        Raises:
-            RepositoryError: the server cannot be reached, or refuses.
-        """
-        make_indexes(self._connection)
-        self._indexed = True
 
     def _read(
         self,
@@ -236,8 +223,6 @@ class Tasks(Repository):
 
     def _prepare(self, kinds: Sequence[str], limit: int) -> None:
         """See to what keeps tasks from being found."""
-        if not self._indexed:
-            self.init_indexes()
         self._batches.look_after_sometimes()
         if self._adopt_foreign:
             self._connection.run(lambda: self._adopt(kinds, limit))

@@ -171,8 +171,8 @@ class TestIndexes:
             for index in made
         )
 
-    def test_the_first_node_that_looks_for_tasks_makes_them(self, repository, database):
-        repository.ready(["t"], 1)
+    def test_the_first_node_makes_them(self, repository, database):
+        repository.prepare()
         assert "taskx_due" in database.tasks.index_information()
 
     def test_those_of_the_original_stay(self, repository, database):
