@@ -39,7 +39,7 @@ from taskx.executing.middleware import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
 from taskx.queue import Queue
 from taskx.schedules.schedule import Schedule, tick_of
-from taskx.storage.base import TaskRepository
+from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository

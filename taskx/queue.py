@@ -57,7 +57,8 @@ from taskx.schedules.schedule import Schedule
 from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
 from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
-from taskx.storage.base import Repository, TaskRepository
+from taskx.storage.base import Repository
+from taskx.storage.eight import TaskRepository
 from taskx.submitting.creation import task_of
 from taskx.submitting.dead_letters import dead, discard_all
 from taskx.submitting.intake import Intake

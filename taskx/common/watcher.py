@@ -22,7 +22,8 @@ from taskx.common.handles import TaskHandle
 from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import FINISHED as ENDED
 from taskx.core.log import GuardedLogger
-from taskx.storage.base import Changes, Repository
+from taskx.storage.base import Repository
+from taskx.storage.queries import Changes
 
 # Polling interval, in seconds, of a process in which no queue is started.
 _POLL = 0.02

@@ -32,7 +32,8 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
-from taskx.storage.base import Lookup, TaskRepository
+from taskx.storage.base import Lookup
+from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
 #: The owner given to what is found running at start.

@@ -51,3 +51,24 @@ def page(repository: Repository, filter: TaskFilter) -> tuple[Sequence[Task], in
         return tasks, end
     count = repository.count(filter)
     return tasks, max(count, end) if tasks else count
+
+
+class Changes:
+    """Tells one that asks whether others changed something since it last asked; true at first.
+
+    Args:
+        repository: what others may have changed.
+    """
+
+    def __init__(self, repository: Repository) -> None:
+        self._repository = repository
+        self._seen: object = None
+
+    def __call__(self) -> bool:
+        """Return whether something may have changed since the last call.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        before, self._seen = self._seen, self._repository.version()
+        return bool(self._seen != before)

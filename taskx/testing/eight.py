@@ -11,7 +11,7 @@ import attrs
 from taskx.core.errors import DuplicateTask, InvalidTransition, TaskNotFound
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.core.retry import RetryPolicy
-from taskx.storage.base import TaskRepository
+from taskx.storage.eight import TaskRepository
 from taskx.testing.contract import Contract
 
 

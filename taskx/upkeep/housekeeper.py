@@ -13,7 +13,7 @@ from taskx.running import ahead
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
-from taskx.storage.base import Changes
+from taskx.storage.queries import Changes
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
 

@@ -39,8 +39,7 @@ from taskx.core import lifecycle
 from taskx.core.record import STUB
 from taskx.core.writes import PRESENT, Update
 from taskx.liveness.base import Node
-from taskx.storage.base import Changes
-from taskx.storage.queries import shown
+from taskx.storage.queries import Changes, shown
 from taskx.storage.sqlite import connections, schema, statements, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
