@@ -17,8 +17,8 @@ from typing import Any
 
 from taskx.common import handles
 from taskx.common.agenda import Agenda
-from taskx.common.complaint import Complaint
 from taskx.common.handles import TaskHandle
+from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import FINISHED as ENDED
 from taskx.core.log import GuardedLogger

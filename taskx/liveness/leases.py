@@ -21,6 +21,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError
 from taskx.core.log import log
 from taskx.core.writes import Note, Update, Write
@@ -47,7 +48,7 @@ class _Leased(Own):
         self.acknowledged = acknowledged
         self.dead = False
         self.told = False
-        self.failures = 0
+        self.complaint = Complaint(log)
         self.tell: Callable[[], Any] = lambda: None
 
 
@@ -198,11 +199,10 @@ class Leases(Recorded[_Leased]):
             with self._store.within(max(timeout, 0.01)):
                 own.dead = not self._write(node, own)
         except RepositoryError as error:
-            own.failures += 1
-            if own.failures & (own.failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
-                log.warning("node %s cannot show that it lives: %s", own.facts["name"], error)
+            name = own.facts["name"]
+            own.complaint.make("node %s cannot show that it lives: %s", name, error)
         else:
-            own.failures = 0
+            own.complaint.over()
             if not own.dead:
                 own.acknowledged = sent
         self._tell(node, own)

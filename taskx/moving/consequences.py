@@ -26,7 +26,7 @@ from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING,
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
-from taskx.core.writes import Delete, Insert, Update
+from taskx.core.writes import Delete, Insert, Update, Write
 from taskx.executing.runner import Run
 from taskx.ordering.dependents import Dependents
 from taskx.ordering.turns import Turns
@@ -41,14 +41,6 @@ class _Node(Protocol):
     def rebuffer(self, task: Task) -> None: ...
 
 
-def _take_out(node: _Node, task_id: str) -> None:
-    node.discard([task_id])
-
-
-def _fire(node: _Node, task_id: str) -> None:
-    node.fire(task_id)
-
-
 @attrs.frozen
 class Follows:
     """What follows from a move.
@@ -59,7 +51,8 @@ class Follows:
         ends: True if the task has ended or is gone: hooks hear that it is finished; who waits for it, what
             depends on it and the next one of its concurrency key hear of it, too.
         may_start: True if the task may start, now or when what it is held for has come.
-        in_node: what the node of this process does about it.
+        leaves: True if it leaves the buffer of this process.
+        fires: True if its token fires, where it runs in this process.
         level: how important the line in the log is.
         words: the line in the log, with places for :func:`_facts`.
     """
@@ -68,7 +61,8 @@ class Follows:
     facts: tuple[str, ...] = ()
     ends: bool = False
     may_start: bool = False
-    in_node: Callable[[_Node, str], None] | None = None
+    leaves: bool = False
+    fires: bool = False
     level: int = logging.DEBUG
     words: str = ""
 
@@ -84,8 +78,7 @@ _ORPHANED = Follows(
     ends=True, level=logging.WARNING, words="task %(id)s (%(type)s) is %(status)s: %(error)s"
 )
 _DIED = "task %(id)s was running on %(node)s, which died: "
-_RESCUED = f"{_DIED}it runs again"
-_LOST = f"{_DIED}failed for good"
+_RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}failed for good"
 _GIVEN_UP = f"{_DIED}it is cancelled, as was asked for"
 
 #: What follows from each move, by its name and the status that it leads to, None where it changes none. The
@@ -133,8 +126,8 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     ("rescue", PENDING): Follows("rescued", may_start=True, level=logging.WARNING, words=_RESCUED),
     ("rescue", FAILED): Follows("rescued", ends=True, level=logging.ERROR, words=_LOST),
     ("rescue", CANCELLED): Follows("rescued", ends=True, level=logging.WARNING, words=_GIVEN_UP),
-    ("cancel", CANCELLED): Follows(ends=True, in_node=_take_out),
-    ("request cancel", None): Follows(in_node=_fire),
+    ("cancel", CANCELLED): Follows(ends=True, leaves=True),
+    ("request cancel", None): Follows(fires=True),
     ("orphan", CANCELLED): _ORPHANED,
     ("orphan", FAILED): _ORPHANED,
     ("parents moved", None): Follows(may_start=True),
@@ -143,12 +136,12 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     ("lift bar", None): Follows(may_start=True),
     ("requeue", PENDING): Follows("requeued", may_start=True),
     # It is fetched anew, to its place by its new priority.
-    ("replace", None): Follows(may_start=True, in_node=_take_out),
+    ("replace", None): Follows(may_start=True, leaves=True),
     # A node takes what it can start, and gives up what it cannot.
     ("take", None): NOTHING,
     ("give up", None): NOTHING,
     ("free key", None): NOTHING,
-    ("delete", None): Follows(ends=True, in_node=_take_out),
+    ("delete", None): Follows(ends=True, leaves=True),
     # They had ended, and nobody needs them any more.
     ("prune", None): NOTHING,
     ("discard", None): NOTHING,
@@ -282,8 +275,10 @@ class Consequences:
                 log.log(follows.level, follows.words, facts)
             if follows.ends and write.id in watched:
                 self._watcher.look_at(write.id)
-            if follows.in_node and (node := self._state.pool) is not None:
-                follows.in_node(node, write.id)
+            if follows.leaves and (node := self._state.pool) is not None:
+                node.discard([write.id])
+            if follows.fires and (node := self._state.pool) is not None:
+                node.fire(write.id)
             may_start = may_start or follows.may_start
         if may_start:
             self._may_start(writes, tasks)
@@ -320,9 +315,7 @@ class Consequences:
                 given.add(turn)
         self.turns.advance(key for key in keys if key is not None and key not in given)
 
-    def _may_start(
-        self, writes: Sequence[Insert | Update | Delete], tasks: Mapping[str, Task]
-    ) -> None:
+    def _may_start(self, writes: Sequence[Write], tasks: Mapping[str, Task]) -> None:
         """Have pending tasks start as soon as what they are held for has come."""
         waiting: dict[str, str] = {}
         keys: list[str] = []
@@ -364,15 +357,10 @@ _UNCHANGED = object()
 
 def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dict[str, Any]:
     """What lines in the log and hooks are told of a move."""
-    facts = {
-        "id": task.id,
-        "type": task.type,
-        "attempt": task.attempt,
-        "node": task.worker or task.owner,
-    }
+    node = task.worker or task.owner
+    facts = {"id": task.id, "type": task.type, "attempt": task.attempt, "node": node}
     if ending is not None:
-        facts.update(error=ending.error, traceback=ending.traceback)
-        facts.update(delay=ending.delay, snooze=ending.snooze)
-    told = ("status", "error", "traceback", "progress", "message")
-    facts.update((name, changes[name]) for name in told if name in changes)
-    return facts
+        told = ("error", "traceback", "delay", "snooze")
+        facts.update((name, getattr(ending, name)) for name in told)
+    changed = ("status", "error", "traceback", "progress", "message")
+    return {**facts, **{name: changes[name] for name in changed if name in changes}}

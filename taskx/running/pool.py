@@ -11,9 +11,9 @@ from itertools import compress, islice
 import attrs
 
 from taskx.common.bell import Bell
-from taskx.common.complaint import Complaint
 from taskx.common.config import Config
 from taskx.core import lifecycle
+from taskx.core.complaint import Complaint
 from taskx.core.errors import (
     RepositoryError,
     RepositoryUnavailable,

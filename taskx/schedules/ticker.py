@@ -12,6 +12,7 @@ from typing import NamedTuple
 import attrs
 
 from taskx.core.clock import to_datetime
+from taskx.core.complaint import is_told
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryUnavailable
 from taskx.core.lifecycle import FINISHED
 from taskx.core.ticks import BATCH, Ticks, decide, latest
@@ -261,12 +262,10 @@ class Ticker:
         pause = min(2.0**read.failures, _LONGEST_PAUSE)
         read.again_at = self._services.clock.monotonic() + pause
         self._expect(read)
-        self._complain(read.name[len(PREFIX) :], read.failures, error)
-
-    def _complain(self, name: str, failures: int, error: Exception) -> None:
-        if failures & (failures - 1) == 0:  # the 1st, 2nd, 4th, 8th …
+        if is_told(read.failures):
             self._services.log.warning(
-                "schedule %r: its tasks could not be made, which is tried again: %s", name, error
+                "schedule %r: its tasks could not be made, which is tried again: %s",
+                *(read.name[len(PREFIX) :], error),
             )
 
     def _run(self, due: Sequence[Read]) -> bool:

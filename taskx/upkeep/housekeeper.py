@@ -6,8 +6,8 @@ import math
 import threading
 import time
 
-from taskx.common.complaint import Complaint
 from taskx.core import lifecycle
+from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.running import ahead
 from taskx.running.pool import WorkerPool

@@ -21,9 +21,9 @@ from taskx import (
     TaskStatus,
 )
 from taskx.common.agenda import Agenda
-from taskx.common.complaint import Complaint
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
+from taskx.core.complaint import Complaint
 from taskx.core.writes import Insert
 from taskx.running.ahead import MAX_AHEAD, Ahead
 from taskx.upkeep import housekeeper

@@ -7,8 +7,13 @@ import threading
 from taskx.core.log import GuardedLogger
 
 
+def is_told(failures: int) -> bool:
+    """Return whether so many failures in a row are told of: the 1st, 2nd, 4th, 8th … is."""
+    return failures & (failures - 1) == 0
+
+
 class Complaint:
-    """Failures in a row, of whoever meets them; the 1st, 2nd, 4th, 8th … is logged.
+    """Failures in a row, of whoever meets them; some are logged, as :func:`is_told` says.
 
     Args:
         log: where they are logged.
@@ -19,13 +24,13 @@ class Complaint:
         self._lock = threading.Lock()
         self._failures = 0
 
-    def make(self, words: str, error: Exception) -> None:
-        """Count a failure, and log it if it is its turn; ``words`` has a place for the error."""
+    def make(self, words: str, *what: object) -> None:
+        """Count a failure, and log it if it is its turn; ``words`` has a place for each of ``what``."""
         with self._lock:
             self._failures += 1
             failures = self._failures
-        if failures & (failures - 1) == 0:
-            self._log.warning(words, error)
+        if is_told(failures):
+            self._log.warning(words, *what)
 
     def over(self) -> None:
         """It works again."""
