@@ -6,6 +6,7 @@ What is changed of a record by hand is checked here, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import attrs
@@ -56,15 +57,21 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
         "params": payload.encode_params(task.params, max_size),
         "created_by": check_name(task.created_by, "created_by"),
         "created_at": now,
-        **checked(task, CHECKS),
         **_between_tasks(task),
     }
+    said = _options(task)
+    if said != _NOTHING or type(said[0]) is not int:  # most tasks have none
+        columns.update(checked(task, CHECKS))
     if task.retry is not None:
         columns.setdefault("max_attempts", task.retry.max_attempts)
         columns["retry"] = policy_to_text(task.retry)
     if task.run_at is not None:
         columns["run_at"] = to_ms(task.run_at)
     return lifecycle.created(columns)
+
+
+_options = attrgetter(*CHECKS)
+_NOTHING = _options(Task())
 
 
 def _between_tasks(task: Task) -> dict[str, Any]:
