@@ -45,7 +45,7 @@ class Run:
     """One attempt at a task that was started, with the token that tells it to stop."""
 
     __slots__ = (
-        *("capture", "context", "decided", "executor", "overdue", "since", "state"),
+        *("capture", "context", "decided", "executor", "overdue", "state"),
         *("task", "token"),
     )
 
@@ -57,9 +57,8 @@ class Run:
         #: whoever decides how it ends.
         self.overdue: Overdue | None = None
         self.decided: _thread.LockType | None = None
-        #: How far it is; and since when it has been executing, on the monotonic clock.
+        #: How far it is.
         self.state: State = "starting"
-        self.since = 0.0
         self.capture: Capture | None = None
         if executor.log_level is not None:
             prefix = log_prefix(task.id, task.type)

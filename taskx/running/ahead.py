@@ -6,7 +6,7 @@ import _thread
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from taskx.common.bell import Bell
@@ -34,16 +34,17 @@ class Ahead:
 
     Args:
         workers: how many threads.
-        runs: all runs of the node, by task id.
     """
 
-    def __init__(self, workers: int, runs: Mapping[str, Run]) -> None:
+    def __init__(self, workers: int) -> None:
         self.workers = workers
-        self._in_flight = runs
         #: What was started and no worker has taken yet, in order; each is in the state ``ahead``.
         self.runs: deque[Run] = deque()
-        self._since = 0.0
-        self._taken = False
+        #: Since when each worker has been at its run. They are counted at each submit, so it is apart
+        #: from the states of all runs.
+        self.at_work: dict[Run, float] = {}
+        # When a run was laid out or taken last; whether anything was taken since the last nudge.
+        self._since, self._taken = 0.0, False
         self._waiting: set[_thread.LockType] = set()
         self._work = Bell()
         #: Whether tasks have lately been so short that to wake a thread costs more.
@@ -54,8 +55,9 @@ class Ahead:
 
     # --- how many to start
 
-    def note(self, duration: float) -> None:
-        """Note how long a task took."""
+    def ended(self, run: Run, duration: float) -> None:
+        """Note that a worker is free again, and how long its task took."""
+        self.at_work.pop(run, None)
         # One bit for each of the last tasks, so that a single hiccup changes nothing.
         self._lately = (self._lately << 1 | (duration >= SHORT)) & _ALL_LONG
         self.short = self._lately.bit_count() <= _MOST_LONG
@@ -123,16 +125,17 @@ class Ahead:
     # --- workers that wait
 
     def wait(self, ready: Callable[[], object]) -> None:
-        """Wait until there may be something for this worker, unless ``ready`` says that there is."""
-        ear = self._work.listen()
-        self._waiting.add(ear)  # first: who brings something from now on wakes it
-        try:
-            if ready():
-                self._work.leave(ear)
-            else:
+        """Wait until ``ready`` says that there is something for this worker."""
+        while True:
+            ear = self._work.listen()
+            self._waiting.add(ear)  # first: who brings something from now on wakes it
+            try:
+                if ready():
+                    self._work.leave(ear)
+                    return
                 self._work.wait(ear)
-        finally:
-            self._waiting.discard(ear)
+            finally:
+                self._waiting.discard(ear)
 
     def wake(self) -> bool:
         """Wake a waiting worker, unless tasks are short and another worker is at it.
@@ -149,15 +152,14 @@ class Ahead:
         self._work.ring()
         return True
 
-    def wake_all(self) -> None:
-        """Wake every worker that waits."""
-        self._work.ring_all()
-
     def _tied_up(self) -> int:
         """How many workers are at a task that is not short after all."""
         limit = time.monotonic() - TIED_UP
-        runs = list(self._in_flight.values())
-        return sum(run.state == "executing" and run.since < limit for run in runs)
+        return sum(began < limit for began in list(self.at_work.values()))
+
+    def wake_all(self) -> None:
+        """Wake every worker that waits."""
+        self._work.ring_all()
 
     def nudge(self, waiting: int) -> bool:
         """Wake the waiting workers if there is something for them that nobody has taken any of since

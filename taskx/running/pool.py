@@ -66,7 +66,7 @@ class WorkerPool:
         #: Every task in flight: see there.
         self.runs = Runs()
         workers = config.worker_num
-        self.ahead = Ahead(workers, self.runs)
+        self.ahead = Ahead(workers)
         fetch_size = max(64, 4 * workers, min(config.buffer_size, 256))
         ageing = round((config.ageing or 0) * 1000)
         self.buffer = Buffer(config.buffer_size, fetch_size, self.ahead.wake, ageing)
@@ -175,11 +175,12 @@ class WorkerPool:
                 if self.agenda.more_stored:
                     self.refill()
                 self._tell_quiet()
-                ahead.wait(self._need_not_wait)
+                ahead.wait(self._has_next)
             if self._at_work > ahead.workers and self._is_superfluous():
                 return
 
-    def _need_not_wait(self) -> bool:
+    def _has_next(self) -> bool:
+        """Whether there is something for a worker, or the node stops."""
         return bool(self.ahead.runs) or self.buffer.has_next()
 
     def _refill_if_low(self) -> None:
@@ -220,8 +221,9 @@ class WorkerPool:
         Any error that escapes, even from a defect of TaskX, fails only this attempt.
         """
         try:
-            run.since, run.state = time.monotonic(), "executing"
+            run.state, self.ahead.at_work[run] = "executing", time.monotonic()
             if self.runs.get(run.task.id) is not run:  # the audit took it for lost
+                self.ahead.at_work.pop(run, None)
                 return Ending(returned=False)
             began, cell = self.began, 0
             try:
@@ -238,10 +240,11 @@ class WorkerPool:
                 self._come_back(run)
                 return ending
             run.state = "concluding"  # first: from then on no audit takes it for lost
-            self.ahead.note(ending.duration)
+            self.ahead.ended(run, ending.duration)
             (conclude or self._defer)(run, ending)
         except BaseException:  # an interrupt: nobody executes it, as the audit then sees
             run.state = "starting"
+            self.ahead.at_work.pop(run, None)
             self.starter.strike(run, ran=True)
             raise
         return ending
@@ -293,6 +296,7 @@ class WorkerPool:
 
     def _do_without(self, run: Run, ident: int) -> None:
         """The thread that is at a run does not end: another one takes its place, if it is a worker."""
+        self.ahead.at_work.pop(run, None)
         try:
             with self._counting:
                 if not any(thread.ident == ident for thread in self.threads):
