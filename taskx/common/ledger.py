@@ -62,7 +62,7 @@ class Ledger:
 
     def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
         self._repository = repository
-        self._liveness = repository.liveness
+        self._target = repository.liveness.applies
         self._log = log
         self._agenda = agenda
         # It knows its owner, so that a thread that is inside already does not wait for itself.
@@ -102,7 +102,7 @@ class Ledger:
                 # The lock and the note of it in one step: an interrupt may come between any two.
                 alone.extend(map(self._leading.acquire, (False,)))
                 if alone == [True] and not self._waiting:
-                    return self._liveness.apply(writes)
+                    return self._target.apply(writes)
         except BaseException as error:
             doubtful = isinstance(error, MemoryError) or not isinstance(error, Exception)
             if alone == [True] and doubtful:
@@ -245,7 +245,7 @@ class Ledger:
         self._sent = entries
         try:
             results = iter(
-                self._liveness.apply(
+                self._target.apply(
                     [w for entry in entries for w in entry.writes if id(w) not in entry.known]
                 )
             )

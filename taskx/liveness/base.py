@@ -40,11 +40,15 @@ class Node:
     alive: bool | None = None
 
 
-class Store(Protocol):
-    """What liveness needs of a repository."""
+class Applies(Protocol):
+    """What a queue's writes are given to."""
 
     def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Apply guarded writes; says for each whether its guard held."""
+
+
+class Store(Applies, Protocol):
+    """What liveness needs of a repository."""
 
     def notes(self, prefix: str) -> dict[str, Note]:
         """All notes whose name begins so, by name."""
@@ -110,9 +114,10 @@ class Liveness(ABC):
         """
         return None
 
-    def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Apply writes as the repository does; but a node that may be taken for dead starts nothing."""
-        return self._store.apply(writes)
+    @property
+    def applies(self) -> Applies:
+        """What applies writes: the repository, unless a node that may be taken for dead starts nothing."""
+        return self._store
 
 
 class InProcess(Liveness):

@@ -25,7 +25,7 @@ from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError
 from taskx.core.log import log
 from taskx.core.writes import Note, Update, Write
-from taskx.liveness.base import PREFIX, Node, Own, Recorded, Store, described, says_dead
+from taskx.liveness.base import PREFIX, Applies, Node, Own, Recorded, Store, described, says_dead
 from taskx.liveness.began import Began
 from taskx.liveness.locks import HostLocks
 
@@ -131,6 +131,11 @@ class Leases(Recorded[_Leased]):
     def began(self, node: str) -> Began | None:
         """Return the tasks that a node's threads began last; None for a node on another host."""
         return self._locks.began(node)
+
+    @property
+    def applies(self) -> Applies:
+        """What applies writes."""
+        return self
 
     def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Apply writes, but none by which a node that lost its lease would take a task or start one."""

@@ -282,7 +282,7 @@ def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monke
         asked.append(1)
         raise RepositoryUnavailable("away")
 
-    for name in ("join", "leave", "apply"):
+    for name in ("join", "leave"):
         monkeypatch.setattr(queue.repository.liveness, name, away)
     for name in ("find", "apply"):
         monkeypatch.setattr(queue.repository, name, away)
