@@ -60,7 +60,10 @@ class Store(Applies, Protocol):
         """Have what is done inside raise after so many seconds, where the store can."""
 
 
-class Liveness(ABC):
+OwnT = TypeVar("OwnT")
+
+
+class Liveness(ABC, Generic[OwnT]):
     """The nodes on a repository, and which of them live.
 
     Args:
@@ -69,11 +72,12 @@ class Liveness(ABC):
 
     def __init__(self, store: Store) -> None:
         self._store = store
+        self._own: dict[str, OwnT] = {}
 
     @property
-    @abstractmethod
     def at_work(self) -> bool:
         """Whether a node of this process is on record."""
+        return bool(self._own)
 
     @abstractmethod
     def join(self, node: Node) -> None:
@@ -120,37 +124,28 @@ class Liveness(ABC):
         return self._store
 
 
-class InProcess(Liveness):
+class InProcess(Liveness[Node]):
     """Nodes that share one process, so that none of them can be dead."""
-
-    def __init__(self, store: Store) -> None:
-        super().__init__(store)
-        self._nodes: dict[str, Node] = {}
-
-    @property
-    def at_work(self) -> bool:
-        """Whether a node is on record."""
-        return bool(self._nodes)
 
     def join(self, node: Node) -> None:
         """Record a node."""
-        self._nodes[node.id] = attrs.evolve(node, alive=True)
+        self._own[node.id] = attrs.evolve(node, alive=True)
 
     def record_types(self, node: str, types: Sequence[str]) -> None:
         """Record the types that a node runs now."""
-        if node in self._nodes:
-            self._nodes[node] = attrs.evolve(self._nodes[node], types=tuple(types))
+        if node in self._own:
+            self._own[node] = attrs.evolve(self._own[node], types=tuple(types))
 
     def mark_stopping(self, node: str) -> None:
         """A node of this process cannot leave anything behind, so nothing to record."""
 
     def leave(self, node: str) -> None:
         """Forget a node."""
-        self._nodes.pop(node, None)
+        self._own.pop(node, None)
 
     def nodes(self) -> Sequence[Node]:
         """All recorded nodes."""
-        return list(self._nodes.values())
+        return list(self._own.values())
 
 
 class Own:
@@ -178,21 +173,15 @@ class Own:
         self.making = threading.Lock()
 
 
-OwnT = TypeVar("OwnT", bound=Own)
+RecordT = TypeVar("RecordT", bound=Own)
 
 
-class Recorded(Liveness, Generic[OwnT]):
+class Recorded(Liveness[RecordT]):
     """Nodes that are notes, each written by its own process."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
-        self._own: dict[str, OwnT] = {}
         _all.add(self)
-
-    @property
-    def at_work(self) -> bool:
-        """Whether a node of this process is on record."""
-        return bool(self._own)
 
     def renew(self) -> None:
         """In a forked child: it has no nodes."""
@@ -211,7 +200,7 @@ class Recorded(Liveness, Generic[OwnT]):
             own.facts[name] = value
             self._write(node, own)
 
-    def _write(self, node: str, own: OwnT) -> bool:
+    def _write(self, node: str, own: RecordT) -> bool:
         """Write the note of a node of this process, anew if it is gone; False if it is marked as dead."""
         name = PREFIX + node
         while not own.left:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from typing import Any, Protocol
+from typing import Any
 
 from taskx.core.errors import RepositoryError
 from taskx.liveness.base import PREFIX, Node, Own, Recorded, Store, described
@@ -13,40 +13,30 @@ from taskx.liveness.began import Began
 from taskx.liveness.locks import NodeLocks
 
 
-class Place(Protocol):
-    """The file that nodes share: which one it is, and the folder of lock files beside it."""
-
-    @property
-    def folder(self) -> str:
-        """The folder."""
-
-    @property
-    def inode(self) -> int:
-        """The file's inode number."""
-
-
 class KernelLocks(Recorded[Own]):
     """Nodes that live as long as their processes hold their locks.
 
     Args:
         store: the repository. To read notes opens its file; only then the place is known.
-        place: where the lock files are.
+        place: returns the folder of lock files, and the inode number of the file that nodes share.
         others: names of lock files that are no node's.
     """
 
-    def __init__(self, store: Store, place: Place, others: Collection[str] = ()) -> None:
+    def __init__(
+        self, store: Store, place: Callable[[], tuple[str, int]], others: Collection[str]
+    ) -> None:
         super().__init__(store)
         self._place = place
         self._others = others
 
     @property
     def _locks(self) -> NodeLocks:
-        return NodeLocks(self._place.folder)
+        return NodeLocks(self._place()[0])
 
     def join(self, node: Node) -> None:
         """Record a node, and prove it alive until :meth:`leave` or process death."""
         self._on_record()
-        file = self._place.inode
+        _, file = self._place()
         own = Own(node, {"file": file, "lock": self._locks.hold(node.id, file)})
         try:
             self._write(node.id, own)
@@ -88,7 +78,7 @@ class KernelLocks(Recorded[Own]):
 
     def _alive(self, name: str, facts: dict[str, Any]) -> bool | None:
         alive = self._locks.alive(name.removeprefix(PREFIX), facts["lock"])
-        return False if alive is None and facts["file"] != self._place.inode else alive
+        return False if alive is None and facts["file"] != self._place()[1] else alive
 
     def _on_record(self) -> set[str]:
         return {name.removeprefix(PREFIX) for name in self._store.notes(PREFIX)}

@@ -21,6 +21,8 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import attrs
+
 from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError
 from taskx.core.log import log
@@ -52,14 +54,14 @@ class _Leased(Own):
         self.tell: Callable[[], Any] = lambda: None
 
 
+@attrs.define
 class _Look:
     """How long this process has seen a beat of another node stand still."""
 
-    def __init__(self, beat: int, still: int) -> None:
-        self.beat = beat
-        self.still = still
-        self.counted = 0.0
-        self.at: float | None = None
+    beat: int
+    still: int
+    counted: float = 0.0
+    at: float | None = None
 
 
 class Leases(Recorded[_Leased]):

@@ -228,12 +228,12 @@ class Repository(ByMoves):
             )
 
     @property
-    def liveness(self) -> Liveness:
+    def liveness(self) -> Liveness[Any]:
         """The nodes on this repository, and which of them live."""
-        made: Liveness | None = vars(self).get("_liveness")
+        made: Liveness[Any] | None = vars(self).get("_liveness")
         return made or vars(self).setdefault("_liveness", self._make_liveness())
 
-    def _make_liveness(self) -> Liveness:
+    def _make_liveness(self) -> Liveness[Any]:
         """Choose what tells which nodes live: leases, unless all nodes are in this process."""
         if not self.shared:
             return InProcess(self)

@@ -97,6 +97,8 @@ class ThirdRepository(Repository):
     ) -> None:
         super().__init__(clock, codec)
         self.path = os.path.abspath(path)  # a later chdir changes nothing
+        # Its processes are on one host: locks beside the file tell them at once who has died.
+        self.run_folder = f"{self.path}-nodes"
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._commits = 0

@@ -448,7 +448,8 @@ class SQLiteRepository(Repository):
 
     def _make_liveness(self) -> KernelLocks:
         """The kernel tells, as all processes are on one host."""
-        return KernelLocks(self, self._file, turnstile.NAMES)
+        place = lambda: (self._file.folder, self._file.inode)  # noqa: E731
+        return KernelLocks(self, place, turnstile.NAMES)
 
     def ensure_there(self) -> None:
         """Raise if the file was moved, deleted, replaced or migrated since it was opened.
