@@ -113,6 +113,7 @@ class Ended(NamedTuple):
 
 
 _STATUS = {status.value: status for status in TaskStatus}
+_STATUSES = tuple(_STATUS)  # not hashed: a damaged one may be anything
 _KINDS = {field.name: str(field.type) for field in attrs.fields(Task) if field.name in TASK_FIELDS}
 _TEXTS = [name for name, kind in _KINDS.items() if kind == "str"]
 _KEYS = [name for name, kind in _KINDS.items() if kind == "str | None"]
@@ -205,7 +206,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
 
 def known_status(status: Any) -> str:
     """The status as a task has it: one that another program made up stands for failed."""
-    return status if status in tuple(_STATUS) else "failed"
+    return status if status in _STATUSES else "failed"
 
 
 def _salvaged_task(row: Sequence[Any], problem: object, **instead: Any) -> Task:

@@ -181,7 +181,8 @@ class MemoryRepository(Repository):
                 rows = ({"id": i, column: v} for v in values for i in self._found(column, v))
             else:
                 rows = (self._rows[i] for v in values for i in self._having(column, v))
-            return list(map(_picker(fields), rows if limit is None else islice(rows, limit)))
+            pick = _task_fields if fields is TASK_FIELDS else _picker(fields)
+            return list(map(pick, rows if limit is None else islice(rows, limit)))
 
     def _having(self, column: Lookup, value: str) -> Iterator[str]:
         """The ids of the rows that have a value in a lookup column."""
@@ -202,7 +203,7 @@ class MemoryRepository(Repository):
             return nsmallest(limit, (value for value in values if value > after))
 
     def _task(self, row: Row) -> Task:
-        return task_from_row(_picker(TASK_FIELDS)(row), self.codecs)
+        return task_from_row(_task_fields(row), self.codecs)
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
@@ -291,6 +292,9 @@ class MemoryRepository(Repository):
     def renew_after_fork(self) -> None:
         """The child has its own copy of the tasks; another thread may have held the lock."""
         self._lock = threading.RLock()
+
+
+_task_fields = itemgetter(*TASK_FIELDS)
 
 
 @lru_cache(maxsize=64)
