@@ -146,28 +146,25 @@ class Dependents:
         Raises:
             RepositoryError: the repository failed; the rest is looked at next time.
         """
-        if not self.waiting:
-            return
         until = time.monotonic() + patience
-        with self._looking:
-            while self.told:
-                ids, due = list(self.ended), list(self._due)
-                self._due.extend(self._decide([*due, *self._waiting_for(ids)], until))
-                for told, done in ((self.ended, ids), (self._due, due)):
-                    for _ in done:  # only now: until then somebody may wait for this to be done
-                        told.popleft()
-                if self.told and time.monotonic() >= until:
-                    return
-            self._look_at_all(until)
+        while self.waiting:
+            with self._looking:
+                self._look_at_told(until) if self.told else self._look_at_all(until)
+            if time.monotonic() >= until:
+                return
+
+    def _look_at_told(self, until: float) -> None:
+        ids, due = list(self.ended), list(self._due)
+        self._due.extend(self._decide([*due, *self._waiting_for(ids)], until))
+        for told, done in ((self.ended, ids), (self._due, due)):
+            for _ in done:  # only now: until then somebody may wait for this to be done
+                told.popleft()
 
     def _look_at_all(self, until: float) -> None:
-        """Look at all parents that tasks wait for, if that is due; go on where the last call stopped."""
-        if self._all_due and not self._under_way:
+        """Look at some of all parents that tasks wait for; go on where the last call stopped."""
+        if not self._under_way:
             self._under_way, self._after, self._all_due = True, "", False
-        while self._under_way and not self._due:
-            self._under_way = self._look_at_some(until)
-            if time.monotonic() >= until:
-                break
+        self._under_way = self._look_at_some(until)
 
     def look_around(self) -> None:
         """Other processes may have stored tasks that wait: from when there are some, ends are told.

@@ -866,6 +866,7 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
         else:
             while waiting._look_at_some(math.inf):
                 continue
+            waiting.look()  # at what ended by that
     statuses: list[str] = []
     for n, (parents, policy, outcome) in enumerate(graph):
         runs = policy == "run" or all(statuses[p] == "completed" for p in parents)
