@@ -47,6 +47,8 @@ class MongoCampaign(Campaign):
         self._client: Any = pymongo.MongoClient(url, heartbeatFrequencyMS=500)
         self._name = name
         self._notes = self._client[name]["tasks.notes"]
+        self._seen: dict[str, int] = {}
+        self._beats = 0
         self._port: int = pymongo.uri_parser.parse_uri(url)["nodelist"][0][1]
         self.lines: dict[str, Proxy] = {}
 
@@ -62,8 +64,11 @@ class MongoCampaign(Campaign):
         return child
 
     def beats(self) -> int:
-        """How often all nodes have shown that they live."""
-        return sum(note["version"] for note in self._notes.find(NODES))
+        """How often all nodes were seen to show that they live; a new note begins with any version."""
+        before, self._seen = self._seen, {n["_id"]: n["version"] for n in self._notes.find(NODES)}
+        risen = (version - before.get(name, version) for name, version in self._seen.items())
+        self._beats += sum(count for count in risen if 0 < count < 1000)
+        return self._beats
 
     def open(self) -> Repository:
         return MongoRepository(self._client[self._name], run_folder=self.folder / "nowhere")
