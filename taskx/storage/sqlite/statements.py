@@ -51,12 +51,28 @@ _IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"
 
 def _steps(name: str, which: str) -> str:
     """Values of a column of an index, a step for each, however many tasks have it."""
-    least = f"SELECT min({name}) FROM tasks WHERE {which} AND {name}"
     return (
-        f"WITH RECURSIVE steps (value) AS ({least} > ? UNION ALL SELECT ({least} > steps.value) "
+        f"WITH RECURSIVE {_each(f'SELECT min({name}) FROM tasks WHERE {which} AND {name} > {{}}')}"
+    )
+
+
+def _each(least: str) -> str:
+    return (
+        f"steps (value) AS ({least.format('?')} UNION ALL SELECT ({least.format('steps.value')}) "
         "FROM steps WHERE steps.value IS NOT NULL) "
         "SELECT value FROM steps WHERE value IS NOT NULL LIMIT ?"
     )
+
+
+# The index is by owner first: so a step for each type of each owner.
+_READY_TYPES = (
+    f"WITH RECURSIVE owners (owner) AS (SELECT min(owner) FROM tasks WHERE {_READY} UNION ALL SELECT "
+    f"(SELECT min(owner) FROM tasks WHERE {_READY} AND owner > owners.owner) FROM owners "
+    "WHERE owners.owner IS NOT NULL), "
+) + _each(
+    "SELECT min(kind) FROM (SELECT (SELECT min(type) FROM tasks "
+    f"WHERE {_READY} AND tasks.owner = owners.owner AND type > {{}}) AS kind FROM owners)"
+)
 
 
 #: The values of a column after one.
@@ -69,10 +85,7 @@ DISTINCT: dict[Listed, str] = {
     "running_on": _steps("owner", _RUNNING),
     "buffered_on": _steps("owner", _READY),
     "stuck_on": _steps("stuck_on", "stuck_on <> ''"),
-    "ready_type": (
-        f"SELECT DISTINCT type FROM tasks INDEXED BY tasks_ready WHERE {_READY} AND type > ? "
-        "ORDER BY type LIMIT ?"
-    ),
+    "ready_type": _READY_TYPES,
 }
 #: How rows are found by a column: the table, the conditions, the expression that has one of the values,
 #: and the order.
