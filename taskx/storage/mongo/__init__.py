@@ -1,4 +1,7 @@
-"""The repository on a MongoDB collection; needs pymongo, the extra ``mongo``."""
+"""The repository on a MongoDB collection; needs pymongo, the extra ``mongo``.
+
+Only ``MongoRepository`` is used from outside.
+"""
 
 from typing import Any
 
