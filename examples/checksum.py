@@ -135,7 +135,7 @@ def start_afresh(database: Path) -> None:
     """Remove the database, unless it is not ours or in use."""
     if database.exists():
         with SQLiteRepository(database, create=False) as repository:
-            if any(node.alive for node in repository.liveness.nodes()):
+            if any(node.alive for node in repository.nodes()):
                 sys.exit(f"checksum: {database} is in use by another process; nothing was removed")
     for path in own_files(database):
         Path(path).unlink(missing_ok=True)

@@ -13,6 +13,7 @@ from taskx.common.pauses import Paused
 from taskx.core.clock import Clock, SystemClock
 from taskx.core.codec import Codec, ZlibCodec
 from taskx.core.errors import (
+    CancelReason,
     ConfigurationError,
     DuplicateTask,
     InvalidTransition,
@@ -24,6 +25,7 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     ScheduleNotFound,
     SchemaMismatch,
+    TaskCancelled,
     TaskFailed,
     TaskNotFound,
     TaskxError,
@@ -32,7 +34,7 @@ from taskx.core.errors import (
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
-from taskx.core.token import CancelReason, CancelToken, TaskCancelled
+from taskx.core.token import CancelToken
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, TaskExecutor, executor
 from taskx.executing.middleware import Middleware

@@ -93,7 +93,7 @@ class Watcher:
         task = self._repository.get_many([task_id]).get(task_id)
         if task is None or task.status.finished:
             return
-        nodes = [node for node in self._repository.liveness.nodes() if node.alive is not False]
+        nodes = [node for node in self._repository.nodes() if node.alive is not False]
         if not any(task.type in node.types for node in nodes):
             self._log.warning(
                 "waiting for task %s, but this queue is not started and no running one has an "

@@ -218,7 +218,7 @@ class StoreCollector(Collector):
         try:
             pending = repository.count(TaskFilter(status=TaskStatus.PENDING))
             since = oldest_ready(repository)
-            nodes = sum(node.alive is not False for node in repository.liveness.nodes())
+            nodes = sum(node.alive is not False for node in repository.nodes())
         except RepositoryError as error:
             _log.warning("the repository's metrics are left out: %s", error)
             return iter(())

@@ -12,7 +12,7 @@ from typing import Any
 import attrs
 
 from taskx.core import lifecycle, payload, unique
-from taskx.core.checks import check_number
+from taskx.core.checks import check_int, check_number
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError, InvalidTransition
 from taskx.core.ids import new_id
@@ -105,6 +105,11 @@ def check_parents(parents: Any, task_id: str = "") -> list[str]:
     return ids
 
 
+# A record may hold what no submit takes: that must not keep it from being changed.
+_BY_HAND = {name: check for name, check in CHECKS.items() if name != "priority"}
+_BY_HAND["timeout"] = check_number
+
+
 def storable(task: Task) -> Task:
     """The task with every value such as a database can hold; the caller's own stays as it is.
 
@@ -114,7 +119,8 @@ def storable(task: Task) -> Task:
     """
     for what in ("id", "type", "created_by"):
         check_name(getattr(task, what), what)
-    checked(task, CHECKS)
+    check_int(task.priority, "priority", -(2**31))
+    checked(task, _BY_HAND)
     check_number(task.duration, "duration")
     for what in TIME_FIELDS:
         check_moment(getattr(task, what), what)

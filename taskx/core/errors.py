@@ -24,13 +24,14 @@
     TaskCancelled (BaseException)         what a token raises inside an executor
 
 ``TaskCancelled`` stands outside the tree on purpose: ``except Exception`` in user code must not
-swallow a cancellation; it is in :mod:`taskx.core.token`. ``Retry``, ``Permanent`` and ``Snooze`` are in
+swallow a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in
 :mod:`taskx.core.retry`.
 """
 
 from __future__ import annotations
 
 import threading
+from enum import Enum
 
 
 class TaskxError(Exception):
@@ -180,3 +181,32 @@ def is_interrupt(error: BaseException) -> bool:
 def on_main_thread() -> bool:
     """Return whether the calling thread is the one that signal handlers, and what they raise, strike."""
     return threading.current_thread() is threading.main_thread()
+
+
+class CancelReason(str, Enum):
+    """Why a token fired."""
+
+    CANCEL = "cancel"  #: somebody cancelled the task
+    TIMEOUT = "timeout"  #: its deadline passed
+    STOP = "stop"  #: the queue is stopping; the task is handed back
+    LEASE_LOST = "lease lost"  #: this process may no longer run it
+
+    def __str__(self) -> str:
+        return self.value
+
+
+class TaskCancelled(BaseException):
+    """Raised inside an executor by its token. Let it pass: the reason decides how the task ends.
+
+    Attributes:
+        reason: why the token fired.
+    """
+
+    def __init__(self, reason: CancelReason) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+    def __str__(self) -> str:
+        if not hasattr(self, "reason"):  # of a class whose __init__ does not call ours
+            return super().__str__()
+        return f"the task was told to stop: {self.reason}"

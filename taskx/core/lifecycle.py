@@ -14,7 +14,7 @@ import attrs
 
 from taskx.core import unique
 from taskx.core.clock import to_datetime, to_ms
-from taskx.core.errors import InvalidTransition
+from taskx.core.errors import CancelReason, InvalidTransition
 from taskx.core.model import Attempt, Task, TaskStatus
 from taskx.core.options import CHECKS, UNLESS_SAID
 from taskx.core.record import (
@@ -34,7 +34,6 @@ from taskx.core.record import (
     row_from_task,
 )
 from taskx.core.retry import MAX_WAIT
-from taskx.core.token import CancelReason
 from taskx.core.writes import CREATED, PRESENT, Delete, Insert, Update, Write
 
 #: Ended attempts that a record keeps; the oldest are dropped first.

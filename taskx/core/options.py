@@ -145,13 +145,11 @@ def log_level(value: Any, what: str = "capture_log") -> int | None:
 def one_of(literal: Any) -> Check:
     """A check whether a value is one of a ``Literal``."""
     known = get_args(literal)
-    names = ", ".join(map(repr, known))
+    names = ", ".join(map(repr, known)) + " or None"
 
     def check(value: Any, what: str) -> None:
         if value not in known:
-            raise ConfigurationError(
-                f"{what} must be {'one of ' * (len(known) > 1)}{names}, not {value!r}"
-            )
+            raise ConfigurationError(f"{what} must be {names}, not {value!r}")
 
     return check
 

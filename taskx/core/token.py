@@ -5,40 +5,10 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
-from enum import Enum
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import CancelReason, ConfigurationError, TaskCancelled
 from taskx.core.log import log
-
-
-class CancelReason(str, Enum):
-    """Why a token fired."""
-
-    CANCEL = "cancel"  #: somebody cancelled the task
-    TIMEOUT = "timeout"  #: its deadline passed
-    STOP = "stop"  #: the queue is stopping; the task is handed back
-    LEASE_LOST = "lease lost"  #: this process may no longer run it
-
-    def __str__(self) -> str:
-        return self.value
-
-
-class TaskCancelled(BaseException):
-    """Raised inside an executor by its token. Let it pass: the reason decides how the task ends.
-
-    Attributes:
-        reason: why the token fired.
-    """
-
-    def __init__(self, reason: CancelReason) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-    def __str__(self) -> str:
-        if not hasattr(self, "reason"):  # of a class whose __init__ does not call ours
-            return super().__str__()
-        return f"the task was told to stop: {self.reason}"
 
 
 class CancelToken:

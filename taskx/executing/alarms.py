@@ -13,8 +13,9 @@ from functools import partial
 from math import inf
 
 from taskx.core.clock import Clock
+from taskx.core.errors import CancelReason
 from taskx.core.log import is_for_the_program, log
-from taskx.core.token import CancelReason, CancelToken
+from taskx.core.token import CancelToken
 
 # Deadlines are on the injected clock, which a test may move: look at it this often, in seconds.
 _LONGEST_WAIT = 0.05

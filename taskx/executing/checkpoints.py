@@ -9,9 +9,9 @@ from typing import Any
 from taskx.common import forks
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle, payload
-from taskx.core.errors import ConfigurationError, RepositoryUnavailable
+from taskx.core.errors import CancelReason, ConfigurationError, RepositoryUnavailable
 from taskx.core.model import Task, check_name
-from taskx.core.token import CancelReason, CancelToken
+from taskx.core.token import CancelToken
 from taskx.storage.base import Repository
 
 # Seconds between two tries to store, while the repository is away.

@@ -9,10 +9,10 @@ from copy import copy
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
-from taskx.core.errors import ConfigurationError, RepositoryCorrupt, TaskNotFound
+from taskx.core.errors import CancelReason, ConfigurationError, RepositoryCorrupt, TaskNotFound
 from taskx.core.model import Task, TaskStatus
 from taskx.core.record import check_progress
-from taskx.core.token import CancelReason, CancelToken
+from taskx.core.token import CancelToken
 from taskx.executing.checkpoints import Checkpoints, Keeper
 
 if TYPE_CHECKING:

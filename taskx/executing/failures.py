@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from taskx.core.checks import check_number
+from taskx.core.errors import CancelReason, TaskCancelled
 from taskx.core.model import MAX_NAME
 from taskx.core.payload import clean_text
 from taskx.core.retry import Permanent, Retry, Snooze, full_name, names_of
-from taskx.core.token import CancelReason, TaskCancelled
 
 #: Longest error text and traceback that a record keeps, in characters.
 MAX_ERROR = 4_000

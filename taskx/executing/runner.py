@@ -11,12 +11,18 @@ from typing import Any, Literal
 from taskx.common import forks
 from taskx.core import payload
 from taskx.core.clock import Clock
-from taskx.core.errors import RepositoryCorrupt, is_interrupt, on_main_thread
+from taskx.core.errors import (
+    CancelReason,
+    RepositoryCorrupt,
+    TaskCancelled,
+    is_interrupt,
+    on_main_thread,
+)
 from taskx.core.lifecycle import Ending
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
-from taskx.core.token import CancelReason, CancelToken, TaskCancelled
+from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms, Overdue
 from taskx.executing.capture import Capture, CapturedLogger, capturing
 from taskx.executing.context import Context, Shared, log_prefix

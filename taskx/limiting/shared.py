@@ -157,7 +157,7 @@ class SharedSlots:
         if not others:
             return
         # After the note was read: who has a place in it, had joined.
-        nodes = self._repository.liveness.nodes()
+        nodes = self._repository.nodes()
         alive = {node.id for node in nodes if node.alive is not False}
         left = {node: share for node, share in self._shares.items() if node in {*alive, self._node}}
         if left != self._shares:

@@ -15,6 +15,7 @@ from taskx.common.config import Config
 from taskx.core import lifecycle
 from taskx.core.complaint import Complaint
 from taskx.core.errors import (
+    CancelReason,
     RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
@@ -23,7 +24,6 @@ from taskx.core.errors import (
 from taskx.core.lifecycle import Ending
 from taskx.core.model import Task
 from taskx.core.record import Stub
-from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.executing.failures import error_text, error_type
 from taskx.executing.runner import Run, broken

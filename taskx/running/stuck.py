@@ -18,8 +18,8 @@ from types import FrameType
 from typing import Any
 
 from taskx.core import lifecycle
+from taskx.core.errors import CancelReason
 from taskx.core.lifecycle import Ending
-from taskx.core.token import CancelReason
 from taskx.executing import runner
 from taskx.executing.alarms import Overdue
 from taskx.executing.failures import shortened

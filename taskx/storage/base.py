@@ -15,7 +15,7 @@ from taskx.core.errors import ConfigurationError, RepositoryUnavailable
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub
 from taskx.core.writes import Note, NoteChange, Write
-from taskx.liveness.base import InProcess, Liveness
+from taskx.liveness.base import InProcess, Liveness, Node
 from taskx.liveness.leases import LEASE, Leases
 from taskx.liveness.locks import HostLocks
 from taskx.storage.eight import ByMoves
@@ -232,6 +232,10 @@ class Repository(ByMoves):
         """The nodes on this repository, and which of them live."""
         made: Liveness[Any] | None = vars(self).get("_liveness")
         return made or vars(self).setdefault("_liveness", self._make_liveness())
+
+    def nodes(self) -> Sequence[Node]:
+        """The nodes that are started on this repository, or have died and were not seen to yet."""
+        return self.liveness.nodes()
 
     def _make_liveness(self) -> Liveness[Any]:
         """Choose what tells which nodes live: leases, unless all nodes are in this process."""

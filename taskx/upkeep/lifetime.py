@@ -10,8 +10,7 @@ from typing import Any
 
 from taskx.common.config import Config
 from taskx.core.checks import check_number
-from taskx.core.errors import ConfigurationError, QueueStopped, RepositoryError
-from taskx.core.token import CancelReason
+from taskx.core.errors import CancelReason, ConfigurationError, QueueStopped, RepositoryError
 from taskx.executing.runner import inside_executor
 from taskx.moving.services import Services
 from taskx.running.state import State

@@ -11,10 +11,9 @@ from functools import partial
 
 from taskx.common import permission
 from taskx.common.config import Config
-from taskx.core.errors import QueueStopped, RepositoryError, SchemaMismatch
+from taskx.core.errors import CancelReason, QueueStopped, RepositoryError, SchemaMismatch
 from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
-from taskx.core.token import CancelReason
 from taskx.executing.runner import inside_executor
 from taskx.liveness.base import Node
 from taskx.moving.services import Services

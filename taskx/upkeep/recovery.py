@@ -7,10 +7,10 @@ import time
 from collections.abc import Collection, Iterable, Sequence
 
 from taskx.core import lifecycle
+from taskx.core.errors import CancelReason
 from taskx.core.lifecycle import PENDING, RUNNING
 from taskx.core.model import Task, TaskStatus
 from taskx.core.record import STUB, Stub, stub_from_values
-from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.executing.runner import Run
 from taskx.liveness.base import Node
@@ -56,7 +56,7 @@ class Recovery:
         repository = self._services.repository
         # Owners first: a node that joins after this is in the list of nodes below, if it owns any.
         owners = queries.owners(repository)
-        nodes = {node.id: node for node in repository.liveness.nodes()}
+        nodes = {node.id: node for node in repository.nodes()}
         self._pool.alone = not any(
             node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
         )

@@ -130,3 +130,11 @@ class TestErrors:
 
     def test_a_cancellation_passes_an_except_exception(self):
         assert not issubclass(TaskCancelled, (Exception, TaskxError))
+
+
+def test_records_go_on_naming_a_cancellation_alike():
+    """The full name of its class is stored in ``error_type``."""
+    assert (
+        f"{TaskCancelled.__module__}.{TaskCancelled.__qualname__}"
+        == "taskx.core.errors.TaskCancelled"
+    )

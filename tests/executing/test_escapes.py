@@ -18,7 +18,8 @@ from taskx import (
     TaskStatus,
 )
 from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.token import CancelReason, CancelToken
+from taskx.core.errors import CancelReason
+from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms
 from taskx.executing.runner import Runner, inside_executor
 from taskx.testing import ManualClock

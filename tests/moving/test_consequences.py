@@ -18,8 +18,8 @@ from taskx import Hook, Retry, Snooze
 from taskx.common.agenda import Agenda
 from taskx.common.hooks import Hooks
 from taskx.core import lifecycle
+from taskx.core.errors import CancelReason
 from taskx.core.log import GuardedLogger
-from taskx.core.token import CancelReason
 from taskx.executing.failures import ChildDied
 from taskx.moving.consequences import FOLLOWS, NOTHING, Consequences
 from taskx.ordering.dependents import Dependents

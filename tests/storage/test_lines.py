@@ -12,8 +12,8 @@ from helpers import earliest_due, first_in_line, lines
 from taskx import InvalidTransition, MongoRepository, TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.core.clock import to_datetime
+from taskx.core.errors import CancelReason
 from taskx.core.record import FREE
-from taskx.core.token import CancelReason
 from taskx.core.writes import Update
 from taskx.storage.base import Repository
 

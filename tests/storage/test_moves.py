@@ -283,6 +283,7 @@ class TestByHand:
             ("priority", "high", ConfigurationError),
             ("created_by", "\ud800", ConfigurationError),
             ("timeout", float("inf"), ConfigurationError),
+            ("priority", None, ConfigurationError),
             ("max_attempts", 0, ConfigurationError),
             ("max_crashes", 1.5, ConfigurationError),
             ("duration", "long", ConfigurationError),
@@ -301,6 +302,14 @@ class TestByHand:
                 store.create(attrs.evolve(task, id="b", **{field: value}))
         assert store.get_by_id("a") == task
         assert store.count(TaskFilter()) == 1
+
+    def test_a_record_that_no_submit_would_make_can_be_changed(self, store, add):
+        """Earlier versions took such options, from ``create``."""
+        task = attrs.evolve(add("a"), priority=2_000_000, timeout=0)
+        store.update(task)
+        assert store.get_by_id("a").priority == 2_000_000
+        store.update(attrs.evolve(task, message="later"))
+        assert store.get_by_id("a").message == "later"
 
     def test_text_is_made_storable(self, store, run):
         task = run("a")

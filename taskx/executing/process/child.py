@@ -19,10 +19,16 @@ from typing import Any, NoReturn
 from taskx.common import forks, permission
 from taskx.core import payload
 from taskx.core.clock import SYSTEM_CLOCK
-from taskx.core.errors import ConfigurationError, PayloadError, RepositoryError, TaskNotFound
+from taskx.core.errors import (
+    CancelReason,
+    ConfigurationError,
+    PayloadError,
+    RepositoryError,
+    TaskNotFound,
+)
 from taskx.core.model import Task
 from taskx.core.options import Options
-from taskx.core.token import CancelReason, CancelToken
+from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.context import Context, Shared

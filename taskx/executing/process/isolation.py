@@ -18,14 +18,15 @@ from typing import Any, NamedTuple
 
 from taskx.core import payload
 from taskx.core.errors import (
+    CancelReason,
     ConfigurationError,
     PayloadError,
     RepositoryError,
+    TaskCancelled,
     TaskNotFound,
     is_interrupt,
 )
 from taskx.core.ids import new_id
-from taskx.core.token import CancelReason, TaskCancelled
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, Registered, TaskExecutor
 from taskx.executing.failures import MAX_TRACEBACK, ChildDied, ChildKilled, heard_error, shortened
