@@ -131,8 +131,8 @@ class Ledger:
                     while not entry.done:
                         self._lead()
                 except TaskxError as error:
-                    if entry in self._sent:
-                        raise
+                    if entry in self._sent:  # whether it took place could not be read back
+                        raise _in_doubt(error) from error.__cause__
                     if not entry.done:  # else the error may be that of writes after its own
                         self._waiting.remove(entry)  # it lay behind others and was not tried
                         entry.done = True
@@ -329,6 +329,13 @@ class Ledger:
                 "a write was refused by the repository: %s", entry.error, exc_info=entry.error
             )
         entry.callback(entry.results, entry.error)
+
+
+def _in_doubt(error: TaskxError) -> TaskxError:
+    """Return an error as that of writes which an interrupt struck: they may be applied yet."""
+    if isinstance(error, RepositoryError):
+        error.in_doubt = True
+    return error
 
 
 def _not_tried(error: TaskxError) -> TaskxError:

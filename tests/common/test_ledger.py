@@ -208,6 +208,33 @@ def test_followers_of_an_interrupted_leader_learn_their_outcome(ledger, reposito
     assert all(outcome[0] for outcome in outcomes)
 
 
+def test_a_write_is_in_doubt_if_it_cannot_be_read_back(ledger, repository, monkeypatch):
+    """Its leader was interrupted: whoever waits for it must not be told that nothing was stored."""
+    hold = Hold(repository)
+    first = run_in_thread(lambda: ledger.commit([insert("first")]))
+    assert hold.reached.wait(PATIENCE)
+    both = [run_in_thread(lambda name=name: ledger.commit([insert(name)])) for name in "ab"]
+    eventually(lambda: len(ledger._waiting) == 2)
+    Interrupt(repository, "before")
+
+    def unreadable(*args):
+        raise RepositoryUnavailable("no answer")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(repository, "find", unreadable)
+        hold.go_on.set()
+        assert first() == [True]
+        errors = []
+        for result in both:
+            with pytest.raises((KeyboardInterrupt, RepositoryUnavailable)) as caught:
+                result()
+            errors.append(caught.value)
+    [told] = [error for error in errors if isinstance(error, RepositoryUnavailable)]
+    assert told.in_doubt
+    assert ledger.flush()
+    assert set(repository.get_many(["a", "b"])) == {"a", "b"}
+
+
 def test_what_does_not_show_after_an_interrupt_is_sent_again(ledger, repository, monkeypatch):
     """Where a repository was struck in the middle of a batch; what shows is not sent twice."""
     told, apply, sent = Told(), repository.apply, []
