@@ -43,14 +43,17 @@ def shown(repository: Repository, writes: Sequence[Write]) -> Sequence[bool]:
 def page(repository: Repository, filter: TaskFilter) -> tuple[Sequence[Task], int]:
     """The tasks that meet the filter, newest first, and how many meet it in all.
 
-    A page that is not full says itself where the list ends: the two do not contradict each other.
+    The two do not contradict each other, whatever is stored or deleted between two looks. A page that is
+    not full says itself where the list ends; one that is empty, that it ends before.
     """
     tasks = repository.list(filter)
     end = filter.offset + len(tasks)
     if len(tasks) < filter.limit and (tasks or not filter.offset):
         return tasks, end
     count = repository.count(filter)
-    return tasks, max(count, end) if tasks else count
+    if tasks:
+        return tasks, max(count, end)
+    return tasks, min(count, end) if filter.limit else count
 
 
 class Changes:

@@ -1,6 +1,7 @@
 """What the runtime asks of a repository by its primitives, the same on every repository."""
 
 import attrs
+import pytest
 from helpers import first_in_line, held_on, lines, those_with
 
 from taskx import TaskFilter, TaskStatus
@@ -8,7 +9,7 @@ from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
-from taskx.storage.queries import owners, shown
+from taskx.storage.queries import owners, page, shown
 from taskx.submitting.dead_letters import children
 from taskx.upkeep.node import unfinished
 from taskx.upkeep.retention import needed
@@ -50,6 +51,34 @@ class TestSettle:
         ours, theirs = (lifecycle.start(task, now, node) for node in ("ours", "theirs"))
         store.apply([theirs])
         assert list(shown(store, [ours, theirs])) in ([False, True], [False, True])
+
+
+class TestPage:
+    """A list and how many there are, though others write between the two looks."""
+
+    @pytest.mark.parametrize(
+        ("offset", "limit", "total"), [(0, 2, 2), (1, 1, 2), (2, 1, 0), (0, 0, 0)]
+    )
+    def test_if_tasks_are_deleted(self, store, add, monkeypatch, offset, limit, total):
+        self.assert_total(store, add, monkeypatch, offset, limit, total, lambda: delete_all(store))
+
+    @pytest.mark.parametrize(
+        ("offset", "limit", "total"), [(0, 3, 2), (1, 2, 2), (2, 1, 2), (9, 1, 3)]
+    )
+    def test_if_one_more_is_stored(self, store, add, monkeypatch, offset, limit, total):
+        self.assert_total(store, add, monkeypatch, offset, limit, total, lambda: add("c"))
+
+    def assert_total(self, store, add, monkeypatch, offset, limit, total, meanwhile):
+        add("a")
+        add("b")
+        look = store.list
+        monkeypatch.setattr(store, "list", lambda filter: (look(filter), meanwhile())[0])
+        tasks, counted = page(store, TaskFilter(offset=offset, limit=limit))
+        assert (len(tasks), counted) == (min(limit, max(0, 2 - offset)), total)
+
+
+def delete_all(store):
+    store.apply([Delete("a", {}), Delete("b", {})])
 
 
 class TestGetMany:
