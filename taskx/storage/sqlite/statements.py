@@ -49,11 +49,10 @@ _WAITING = f"waiting_on IS NOT NULL AND status = 'pending' AND held = {FOR_PAREN
 _IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"
 
 
-def _steps(name: str, which: str) -> str:
+def _steps(name: str, which: str, tasks: str = "tasks") -> str:
     """Values of a column of an index, a step for each, however many tasks have it."""
-    return (
-        f"WITH RECURSIVE {_each(f'SELECT min({name}) FROM tasks WHERE {which} AND {name} > {{}}')}"
-    )
+    least = f"SELECT min({name}) FROM {tasks} WHERE {which} AND {name} > {{}}"
+    return f"WITH RECURSIVE {_each(least)}"
 
 
 def _each(least: str) -> str:
@@ -77,10 +76,7 @@ _READY_TYPES = (
 
 #: The values of a column after one.
 DISTINCT: dict[Listed, str] = {
-    "waiting_on": (
-        "SELECT DISTINCT waiting_on FROM tasks INDEXED BY tasks_waiting "
-        f"WHERE waiting_on > ? AND {_WAITING} ORDER BY waiting_on LIMIT ?"
-    ),
+    "waiting_on": _steps("waiting_on", _WAITING, "tasks INDEXED BY tasks_waiting"),
     "line": _steps("concurrency_key", _IN_LINE),
     "running_on": _steps("owner", _RUNNING),
     "buffered_on": _steps("owner", _READY),
