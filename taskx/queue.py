@@ -391,7 +391,7 @@ class Queue:
             return_exceptions=return_exceptions,
             options=options,
         )
-        return Results(plan, items, self, self._intake, self._clock)
+        return Results(plan, items, self, lambda: self._intake, self._clock)
 
     def submit_flow(self, flow: Flow) -> FlowHandle:
         """Submit a chain or group of tasks, all or none; returns one handle for all of them.

@@ -63,7 +63,10 @@ class Dependents:
         self.ended: deque[str] = deque()
         # Tasks whose parents may have ended.
         self._due: deque[str] = deque()
-        self._lock, self._looking = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
+        # It knows its owner: a log handler, or a callback of a handle, that is told what comes of a look
+        # may cancel a task, and must not wait for itself.
+        self._looking, self._deciding = threading.RLock(), False
         self._additions = 0
         # Whether all parents are to be looked at; whether that is under way, and how far it has come.
         self._all_due, self._under_way, self._after = True, False, ""
@@ -98,7 +101,7 @@ class Dependents:
     @property
     def looks(self) -> bool:
         """Whether it is looking, or about to: tasks may be released by that."""
-        return self.waiting or self._looking.locked()
+        return self.waiting or self._deciding
 
     @property
     def waiting(self) -> bool:
@@ -147,6 +150,8 @@ class Dependents:
             RepositoryError: the repository failed; the rest is looked at next time.
         """
         until = time.monotonic() + patience
+        if self._looking._is_owned():  # type: ignore[attr-defined]
+            return  # it goes on with this
         while self.waiting:
             with self._looking:
                 self._look_at_told(until) if self.told else self._look_at_all(until)
@@ -210,14 +215,17 @@ class Dependents:
 
     def _decide(self, task_ids: Sequence[str], until: float = math.inf) -> Sequence[str]:
         """Let tasks come as far as their parents have; returns those that it did not come to in time."""
-        todo = deque(task_ids)
-        while todo:
-            some = [todo.popleft() for _ in range(min(BATCH, len(todo)))]
-            found = self._repository.get_many(some)
-            if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
-                self._move(children)
-            if time.monotonic() >= until:
-                break
+        todo, self._deciding = deque(task_ids), True
+        try:
+            while todo:
+                some = [todo.popleft() for _ in range(min(BATCH, len(todo)))]
+                found = self._repository.get_many(some)
+                if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
+                    self._move(children)
+                if time.monotonic() >= until:
+                    break
+        finally:
+            self._deciding = False
         return todo
 
     def _move(self, children: Mapping[str, Task]) -> None:

@@ -195,8 +195,8 @@ class WorkerPool:
 
     def _start(self, items: list[Item]) -> Run | None:
         """Start tasks in one transaction; returns one of them and lays the others out."""
-        self.ahead.begin(len(items))
         try:
+            self.ahead.begin(len(items))
             # Before the start: should this fail, nothing has been started that nobody would run.
             self._refill_if_low()
             runs = self.starter.start(items)

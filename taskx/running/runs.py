@@ -21,17 +21,14 @@ class Runs(dict[str, Run]):
 
     def forget(self, run: Run) -> bool:
         """Forget a run; False if it was forgotten before."""
-        if self.get(run.task.id) is not run:
-            return False
-        del self[run.task.id]
-        return True
+        return self.get(run.task.id) is run and self.pop(run.task.id, None) is not None
 
     def claim(self, run: Run) -> bool:
         """Forget a run that no thread is at; False if one has just begun to execute it.
 
         A thread that begins says so first, and then looks whether it was forgotten.
         """
-        if self.pop(run.task.id, None) is None:
+        if not self.forget(run):
             return False
         if run.state == "executing":
             self[run.task.id] = run

@@ -134,12 +134,17 @@ class Results(Iterator[Any]):
         plan: what is mapped.
         items: over what.
         owner: the queue.
-        intake: takes its new tasks in.
+        intake: gives what takes its new tasks in: in a forked child, not what did so before.
         clock: what moments are told by.
     """
 
     def __init__(
-        self, plan: Plan, items: Iterable[Any], owner: _Owner, intake: Intake, clock: Clock
+        self,
+        plan: Plan,
+        items: Iterable[Any],
+        owner: _Owner,
+        intake: Callable[[], Intake],
+        clock: Clock,
     ) -> None:
         self._plan = plan
         self._items = iter(items)
@@ -203,7 +208,7 @@ class Results(Iterator[Any]):
     def _accept(self, task: Task, options: Mapping[str, Any]) -> str:
         """Store a task, whatever room the buffer has; returns its id."""
         task = task_of(task, None, options, MapOptions, "map", self._clock)
-        return self._intake.accept(task, options.get("priority"), spill=True)
+        return self._intake().accept(task, options.get("priority"), spill=True)
 
     def _known(self, task: Task) -> TaskHandle[Any]:
         """The task that has this id: of an earlier run, of another process, or of an equal item."""

@@ -61,6 +61,7 @@ class Housekeeper:
 
     def start(self) -> None:
         """Start the thread."""
+        self._agenda.due_known = False  # by this one, whatever one knew whose start failed
         # A signal strikes the main thread alone: what it commits for others is told by this one.
         self._agenda.attended = True
         self._thread.start()
@@ -203,7 +204,11 @@ class Housekeeper:
         now = services.clock.now_ms()
         if not self._agenda.due_known:
             self._agenda.due_known = True  # first: a task stored from now on clears it again
-            self._next_due = self._earliest_due()
+            try:
+                self._next_due = self._earliest_due()
+            except BaseException:
+                self._agenda.due_known = False
+                raise
         while self._next_due is not None and self._next_due <= now:
             ids = [task_id for task_id, _ in services.repository.due(now, MOST_DUE)]
             if ids:

@@ -72,6 +72,7 @@ class Lifetime:
             if self._state.stopped:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
             if self.node is not None:
+                self.node.pool.begun.set()  # an interrupt may have struck the start before it did
                 return
             node = LocalNode(self._services, self._config, self._ended)
             try:

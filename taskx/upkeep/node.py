@@ -303,6 +303,7 @@ class LocalNode:
         try:
             with suppress(RepositoryError):  # whoever runs next looks at all that wait
                 services.dependents.look()
+                services.turns.look()
                 self.pool.stuck.lift()
             with suppress(RepositoryError):  # what nodes share is taken from one that has left
                 self.pool.admission.end()

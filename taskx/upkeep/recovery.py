@@ -185,7 +185,10 @@ class Recovery:
             return False  # it is being started
         if run.state in ("executing", "stuck"):
             return False
-        return _key(run) not in stubs or run.state == "starting"
+        if _key(run) not in stubs:
+            return True
+        # Where a thread was cut short that laid it out, or took it, it lies nowhere.
+        return run.state != "concluding" and run not in list(self._pool.ahead.runs)
 
     def _hand_back(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)

@@ -14,6 +14,7 @@ from taskx.common.agenda import Agenda
 from taskx.common.bell import Bell
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
+from taskx.core.clock import to_ms
 from taskx.core.log import GuardedLogger
 from taskx.running.buffer import Buffer
 from taskx.upkeep.recovery import Recovery
@@ -354,6 +355,31 @@ def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, mon
     going_on.set()
     assert handle.result(PATIENCE) == "fine"
     assert handle.task().interruptions == 0
+
+
+def test_who_claims_a_run_that_is_over_leaves_the_next_run_of_its_task_alone(started):
+    """It would be handed back while its executor is at it."""
+    pool = started._node.pool
+    handle = started.submit("fine", delay=3600)
+    over, later = (pool.starter._make_run(handle.task()) for _ in range(2))
+    pool.runs[handle.id] = later
+    assert not pool.starter.claim(over)
+    assert pool.runs.pop(handle.id) is later
+
+
+def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(started, auditing):
+    """As where memory ran out between two lines."""
+    pool = started._node.pool
+    handle = started.submit("fine", id="x", delay=3600)
+    started.repository.apply([lifecycle.release("x")])
+    (run,) = (pool.starter._make_run(task) for task in started.repository.get_many(["x"]).values())
+    update = lifecycle.start(run.task, to_ms(run.task.run_at), pool.node.id)
+    pool.runs["x"] = run
+    assert started.repository.apply([update]) == [True]
+    lifecycle.mark_started(run.task, update)
+    run.state = "ahead"
+    assert handle.result(PATIENCE) == "fine"
+    check_it_works(started)
 
 
 def test_a_run_that_just_begins_is_not_taken_for_lost(started):

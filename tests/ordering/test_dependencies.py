@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from itertools import pairwise
 
 import pytest
-from helpers import PATIENCE, earliest_due, eventually, ids, whole_round
+from helpers import PATIENCE, earliest_due, eventually, ids, run_in_thread, whole_round
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage.repositories import TinyRepository
@@ -876,3 +877,23 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
         f"{n:02}": status for n, status in enumerate(statuses)
     }
     assert repository.distinct("waiting_on", "", 10) == []
+
+
+def test_who_is_told_what_comes_of_a_look_may_cancel_a_task(queue):
+    """A log handler, say: it is called in the middle of the look of a queue that is not started."""
+    queue.declare("t")
+    first, other = queue.submit("t"), queue.submit("t")
+    children = [queue.submit("t", depends_on=[parent]) for parent in (first, other)]
+
+    class Cancels(logging.Handler):
+        def emit(self, record):
+            if children[0].id in record.getMessage():
+                queue.cancel_task(other.id)
+
+    logger, handler = logging.getLogger("taskx"), Cancels()
+    logger.addHandler(handler)
+    try:
+        assert run_in_thread(first.cancel)()
+    finally:
+        logger.removeHandler(handler)
+    assert {child.task().status for child in children} == {TaskStatus.CANCELLED}

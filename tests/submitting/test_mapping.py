@@ -442,3 +442,28 @@ def test_a_process_that_is_killed_goes_on_where_it_was(spawn, database):
     assert set(ran) == set(range(40))
     assert {n for n, times in ran.items() if times > 1} <= set(range(20, 26))  # the window
     assert ran[20] == 2
+
+
+IN_A_CHILD = """
+import os, sys, warnings
+from taskx import Config, Queue, SQLiteRepository
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
+queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=1))
+queue.executor("twice")(lambda n: 2 * n)
+queue.start()
+results = queue.map("twice", ({"n": n} for n in range(10)), window=1)
+assert next(results) == 0
+pool = queue._node.pool
+if (child := os.fork()) == 0:
+    results._fill()
+    os._exit(len(queue.list_tasks()[0]) + len(pool.buffer))
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+queue.stop()
+print(code)
+"""
+
+
+def test_a_map_that_goes_on_in_a_forked_child_leaves_its_tasks_to_whoever_runs(spawn, database):
+    """What took in the tasks before belongs to the parent, with its buffer."""
+    assert spawn(IN_A_CHILD, database).ends()[0] == "2\n"

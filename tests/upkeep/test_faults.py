@@ -25,6 +25,8 @@ from taskx import (
 )
 from taskx.testing import ManualClock
 from taskx.upkeep.housekeeper import Housekeeper
+from taskx.upkeep.lifetime import Lifetime
+from taskx.upkeep.node import LocalNode
 
 
 @pytest.fixture
@@ -547,6 +549,61 @@ def test_what_was_submitted_to_a_start_that_failed_is_run_by_the_next(make_queue
             queue.start()
     queue.start()
     assert handles[0].result(PATIENCE) == "fine"
+
+
+def test_a_start_that_is_interrupted_as_it_is_done_is_done_by_the_next(make_queue, monkeypatch):
+    queue = make_queue(worker_num=1)
+    queue.executor("fine")(lambda: "fine")
+
+    def strike(node):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalNode, "go", strike)
+        with pytest.raises(KeyboardInterrupt):
+            queue.start()
+    queue.start()
+    assert queue.submit("fine").result(PATIENCE) == "fine"
+
+
+def test_what_is_due_after_a_start_that_was_interrupted_is_run_by_the_next(
+    make_queue, clock, monkeypatch
+):
+    """The next housekeeper does not know what the first one had seen."""
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("fine")(lambda: "fine")
+    waiting = queue.submit("fine", delay=60)
+
+    def strike(life, node):
+        eventually(lambda: node._housekeeper._next_due)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Lifetime, "_publish", strike)
+        with pytest.raises(KeyboardInterrupt):
+            queue.start()
+    queue.start()
+    clock.advance(61)
+    assert waiting.result(PATIENCE) == "fine"
+
+
+def test_what_is_due_is_looked_at_again_where_the_repository_failed(make_queue, monkeypatch):
+    """Nothing else tells of it, in a process that is alone."""
+    queue = make_queue(worker_num=1)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    whole_round(queue)
+    due, failed = queue.repository.due, []
+
+    def fail(now, limit):
+        if now is None and not failed:
+            failed.append(1)
+            raise RepositoryUnavailable("down for a moment")
+        return due(now, limit)
+
+    monkeypatch.setattr(queue.repository, "due", fail)
+    assert queue.submit("fine", delay=0.05).result(PATIENCE) == "fine"
+    assert failed
 
 
 @pytest.mark.parametrize("step", ["prepare", "join", "watch", "nodes", "notes", "ready"])
