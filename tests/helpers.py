@@ -33,8 +33,13 @@ from taskx import (
     RepositoryUnavailable,
     SQLiteRepository,
 )
+from taskx.moving.services import Services
+from taskx.running.pool import WorkerPool
 from taskx.storage.base import Lookup, Repository
+from taskx.storage.sqlite.connections import Connections
 from taskx.testing import ManualClock
+from taskx.upkeep.housekeeper import Housekeeper
+from taskx.upkeep.node import LocalNode
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,9 +62,35 @@ def ids(queue: Queue) -> set[str]:
     return {task.id for task in queue.list_tasks()[0]}
 
 
+# --- the doors to what is inside: tests come to it by these alone
+
+
+def services_of(queue: Queue) -> Services:
+    """What the parts of a queue share, whether it was started or not."""
+    return queue._services
+
+
+def node_of(queue: Queue) -> LocalNode:
+    """What a queue is to others while it runs tasks; None if it does not."""
+    return queue._node  # type: ignore[return-value]
+
+
+def pool_of(queue: Queue) -> WorkerPool:
+    """The workers of a started queue, and what they have in hand."""
+    return node_of(queue).pool
+
+
+def housekeeper_of(queue: Queue) -> Housekeeper:
+    return node_of(queue)._housekeeper
+
+
+def connections_of(repository: SQLiteRepository) -> Connections:
+    return repository._connections
+
+
 def whole_round(queue: Queue) -> None:
     """Wait until its housekeeper has gone through all that it does, once from now on."""
-    housekeeper, over = queue._node._housekeeper, threading.Event()
+    housekeeper, over = housekeeper_of(queue), threading.Event()
     tick = housekeeper.tick
 
     def watched() -> None:
@@ -67,7 +98,7 @@ def whole_round(queue: Queue) -> None:
         over.set()
 
     housekeeper.tick = watched
-    queue._services.agenda.wake()
+    services_of(queue).agenda.wake()
     assert over.wait(PATIENCE)
     del housekeeper.tick
 
@@ -191,7 +222,7 @@ def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
     yield make
     for queue in made:
         queue.stop(timeout=PATIENCE, cancel=True)
-        queue._services.watcher.close()  # nobody waits any more for what did not end
+        services_of(queue).watcher.close()  # nobody waits any more for what did not end
     # Who is at work later, when the repository was closed, opens it again, and nobody closes it.
     eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith(_AT_WORK)])
 

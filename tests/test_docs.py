@@ -21,6 +21,7 @@ import attrs
 import docutils.core
 import docutils.nodes
 import pytest
+from helpers import services_of
 
 import taskx
 import taskx.queue
@@ -457,7 +458,7 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
     queue = taskx.Queue(repository, taskx.Config(worker_num=1))
     queue.executor("add")(lambda a, b: a + b)
-    node = LocalNode(queue._services, queue.config, lambda: None)
+    node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()  # its threads are not started: the test ticks
 
     def pass_time(seconds: int) -> None:

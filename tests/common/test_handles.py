@@ -9,7 +9,7 @@ import threading
 from concurrent.futures import CancelledError, Future, as_completed, wait
 
 import pytest
-from helpers import PATIENCE, eventually, run_in_thread
+from helpers import PATIENCE, eventually, run_in_thread, services_of
 
 from taskx import Queue, SQLiteRepository, TaskFailed, TaskHandle, TaskNotFound, TaskStatus
 
@@ -157,9 +157,9 @@ def test_resolved_only_when_the_outcome_is_committed(started):
 def test_a_handle_that_nobody_looks_at_costs_nothing(started):
     handle = started.submit("echo", {"value": 1})
     assert vars(handle).keys() == {"id", "_owner"}
-    assert not started._services.watcher.watching
+    assert not services_of(started).watcher.watching
     handle.result(PATIENCE)
-    assert not started._services.watcher.watching
+    assert not services_of(started).watcher.watching
 
 
 def test_many_threads_wait_for_one_task(started, gate):
@@ -187,7 +187,7 @@ def test_unknown_id(started):
 def test_deleted_while_waited_for(started):
     handle = started.submit("echo", {"value": 1}, delay=1000)
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
-    eventually(lambda: started._services.watcher.watching)
+    eventually(lambda: services_of(started).watcher.watching)
     started.delete(handle.id)
     with pytest.raises(TaskNotFound, match=handle.id):
         waiting()

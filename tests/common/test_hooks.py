@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 from executing.test_outcomes import ERRORS
-from helpers import PATIENCE, Waiting, eventually
+from helpers import PATIENCE, Waiting, eventually, pool_of, services_of
 
 from taskx import (
     ConfigurationError,
@@ -80,7 +80,7 @@ def settle(queue):
 
 def wait_told(queue):
     """Wait until all is told."""
-    assert queue._services.hooks.wait(PATIENCE)
+    assert services_of(queue).hooks.wait(PATIENCE)
 
 
 def listen(queue, task_id):
@@ -248,7 +248,7 @@ class TestEvents:
         queue.start()
         queue.submit("late", id="a")
         settle(queue)
-        eventually(queue._node.pool.holds_nothing)
+        eventually(pool_of(queue).holds_nothing)
         wait_told(queue)
         assert told.of("a") == ["submitted", "started"]
 
@@ -283,7 +283,7 @@ class TestEvents:
         queue.start()
         queue.submit("t", id="first").result(PATIENCE)
         queue.stop(PATIENCE)
-        starter, repository = queue._node.pool.starter, queue.repository
+        starter, repository = pool_of(queue).starter, queue.repository
         repository.create(Task(id="a", type="t"))
         [run] = starter.start([Item(0, 0, 0, "a", "fine", True)])
         repository.apply(lifecycle.cancel("a", queue._clock.now_ms()))
@@ -348,7 +348,7 @@ class TestWhatItCosts:
             queue.executor("bad", max_attempts=2)(lambda: 1 / 0)
             queue.submit("bad")
             assert queue.drain(PATIENCE)
-        assert queue._services.hooks._thread is None
+        assert services_of(queue).hooks._thread is None
 
     @pytest.mark.parametrize("event", EVENTS)
     def test_what_nobody_overrides_has_no_listeners(self, event):
@@ -361,7 +361,7 @@ class TestWhatItCosts:
         monkeypatch.setattr(hooks_module, "_KEEP", 0.0)
         queue = only_memory(told)
         queue.submit("t", id="a")
-        eventually(lambda: queue._services.hooks._thread is None)
+        eventually(lambda: services_of(queue).hooks._thread is None)
         queue.submit("t", id="b")
         wait_told(queue)
         assert told.events == [("submitted", "a"), ("submitted", "b")]
@@ -482,8 +482,8 @@ class TestAHookThatHangs:
         queue.start()
         queue.submit("t")
         queue.submit("t")
-        eventually(lambda: len(queue._services.hooks.waiting) == 1)
-        eventually(lambda: not queue._node.pool.runs)
+        eventually(lambda: len(services_of(queue).hooks.waiting) == 1)
+        eventually(lambda: not pool_of(queue).runs)
         assert queue.stop(0.1) == []
         assert "stopped with 1 event(s) not told to hooks yet" in caplog.text
 
@@ -503,7 +503,7 @@ class TestAHookThatHangs:
         for _ in range(7):
             assert queue.submit("t").result(PATIENCE) is None
         assert blocks.hangs.wait(PATIENCE)
-        eventually(lambda: len(queue._services.hooks.waiting) == 6)
+        eventually(lambda: len(services_of(queue).hooks.waiting) == 6)
         assert queue.submit("t").result(PATIENCE) is None
         assert hooks_module.LONGEST_HOLD in held
 

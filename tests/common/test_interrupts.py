@@ -6,7 +6,7 @@ import logging
 import threading
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, run_in_thread
+from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, run_in_thread, services_of
 from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
@@ -51,9 +51,9 @@ def strikes(call, step=1):
 def check_it_works(queue):
     """Check that nothing is left over and that other threads go on."""
     assert queue.drain(PATIENCE)
-    pool = queue._node.pool
+    pool = pool_of(queue)
     assert (dict(pool.runs), queue.buffered, len(pool.buffer)) == ({}, 0, 0)
-    assert not queue._services.ledger
+    assert not services_of(queue).ledger
     assert run_in_thread(lambda: queue.submit("fine").result(PATIENCE))() == "fine"
 
 
@@ -140,7 +140,7 @@ def test_other_calls_that_are_struck_anywhere_leave_nothing_behind(started, what
     call = {
         "drain": lambda point: started.drain(0.001),
         "list_tasks": lambda point: started.list_tasks(),
-        "wait_quiet": lambda point: started._node.pool.wait_quiet(0.001),
+        "wait_quiet": lambda point: pool_of(started).wait_quiet(0.001),
     }[what]
     assert len(strikes(call, step=3)) > 2
     check_it_works(started)
@@ -249,7 +249,7 @@ def test_a_task_that_is_put_in_twice_takes_one_place_in_a_full_buffer():
 
 
 def test_slots_that_were_lost_are_found(started, auditing):
-    buffer = started._node.pool.buffer
+    buffer = pool_of(started).buffer
     assert buffer.reserve([buffer.turn() for _ in range(buffer.maxsize)])
     with pytest.raises(QueueFull):
         started.submit("fine")
@@ -298,7 +298,7 @@ def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monke
 def test_a_run_that_is_over_by_the_record_is_forgotten(started, auditing):
     handle = started.submit("fine")
     handle.result(PATIENCE)
-    pool = started._node.pool
+    pool = pool_of(started)
     pool.runs[handle.id] = pool.starter._make_run(handle.task())
     pool.runs[handle.id].task.status = TaskStatus.RUNNING
     eventually(lambda: not pool.runs)
@@ -306,7 +306,7 @@ def test_a_run_that_is_over_by_the_record_is_forgotten(started, auditing):
 
 
 def test_a_run_that_no_thread_executes_is_handed_back_and_runs(started, auditing):
-    pool, starter = started._node.pool, started._node.pool.starter
+    pool, starter = pool_of(started), pool_of(started).starter
     started.executor("held", max_attempts=1)(lambda: "ran")
     repository = started.repository
     with_run = lifecycle.create(task_id="x", type="fine", params="{}", created_by="", now=1)
@@ -324,7 +324,7 @@ def test_a_run_that_no_thread_executes_is_handed_back_and_runs(started, auditing
 
 def test_a_run_that_the_audit_took_for_lost_is_not_executed(started):
     """The thread that had it comes too late: the task is pending again."""
-    pool = started._node.pool
+    pool = pool_of(started)
     called = []
     started.executor("late")(lambda: called.append(1))
     handle = started.submit("late", delay=3600)
@@ -338,7 +338,7 @@ def test_a_run_that_the_audit_took_for_lost_is_not_executed(started):
 
 def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, monkeypatch):
     """However long that takes: its executor would be called a second time."""
-    pool, going_on = started._node.pool, threading.Event()
+    pool, going_on = pool_of(started), threading.Event()
     at_it, outcome = threading.Event(), pool._outcome
 
     def slow(run, ending):
@@ -383,7 +383,7 @@ def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(star
 
 
 def test_a_run_that_just_begins_is_not_taken_for_lost(started):
-    pool = started._node.pool
+    pool = pool_of(started)
     handle = started.submit("fine", delay=3600)
     run = pool.starter._make_run(handle.task())
     pool.runs[handle.id] = run
@@ -407,7 +407,7 @@ def test_a_stop_that_is_interrupted_is_done_by_the_next_one(
     held = queue.executor("hold")(lambda: gate() or "held").submit()
     queue.start()
     gate.wait_for()
-    node, calls = queue._node, []
+    node, calls = node_of(queue), []
     do = getattr(node, step)
 
     def interrupted(*args):

@@ -7,7 +7,7 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, ids, run_in_thread
+from helpers import PATIENCE, eventually, ids, pool_of, run_in_thread, services_of
 
 from taskx import (
     Config,
@@ -410,7 +410,7 @@ def test_submits_that_shared_a_commit_are_told_of_their_own_task(queue):
     assert hold.reached.wait(PATIENCE)
     names = ["a", "b", "c"]
     submits = [run_in_thread(lambda name=name: queue.submit("fine", id=name)) for name in names]
-    eventually(lambda: len(queue._services.ledger._waiting) == 3)
+    eventually(lambda: len(services_of(queue).ledger._waiting) == 3)
     queue.repository.after = lambda writes: lose_answers(queue.repository)
     hold.go_on.set()
     first()
@@ -496,7 +496,7 @@ def test_outage_while_tasks_run(queue, gate):
     with pytest.raises(RepositoryUnavailable):
         queue.submit("fine", id="refused")
     assert time.monotonic() - began < 10
-    eventually(lambda: bool(queue._services.ledger))
+    eventually(lambda: bool(services_of(queue).ledger))
     threading.Event().wait(0.3)
     queue.repository.down = False
     assert [h.result(PATIENCE) for h in handles] == [0, 1]
@@ -504,7 +504,7 @@ def test_outage_while_tasks_run(queue, gate):
     assert {h.task().starts for h in handles} == {1}
     assert queue.submit("fine").result(PATIENCE) == "fine"
     assert queue.repository.get_many(["refused"]) == {}
-    assert queue._node.pool.workers_left == 2
+    assert pool_of(queue).workers_left == 2
 
 
 @pytest.mark.slow
@@ -648,7 +648,7 @@ def test_started_ahead_and_cancelled_it_never_runs(make_queue):
     def n(n):
         assert ready.wait(PATIENCE)
         ran.append(n)
-        ahead = list(queue._node.pool.ahead.runs)
+        ahead = list(pool_of(queue).ahead.runs)
         if ahead and not cancelled:
             cancelled.append(ahead[-1].task.id)
             assert queue.cancel_task(cancelled[0]) is False  # it counts as running
@@ -677,7 +677,7 @@ def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, c
     def n(n):
         assert ready.wait(PATIENCE)
         ran.append(n)
-        ahead = [run.task.id for run in queue._node.pool.ahead.runs]
+        ahead = [run.task.id for run in pool_of(queue).ahead.runs]
         if ahead and not hung:
             hung.extend(ahead)
             gate()
@@ -688,7 +688,7 @@ def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, c
     ready.set()
     gate.wait_for(1)
     calm.set()
-    eventually(lambda: not queue._node.pool.ahead.runs)
+    eventually(lambda: not pool_of(queue).ahead.runs)
     calm.clear()
     tasks = [queue.get_task_status(task_id) for task_id in hung]
     eventually(
@@ -712,9 +712,9 @@ def test_stop_hands_back_what_was_started_ahead(make_queue):
     def n(n):
         assert ready.wait(PATIENCE)
         ran.append(n)
-        if queue._node.pool.ahead.runs and stopping == []:
+        if pool_of(queue).ahead.runs and stopping == []:
             stopping.append(run_in_thread(lambda: queue.stop(PATIENCE)))
-            eventually(lambda: queue._node.pool.stopping)
+            eventually(lambda: pool_of(queue).stopping)
 
     stopping: list = []
     handles = [queue.submit("n", {"n": number}) for number in range(300)]

@@ -6,7 +6,7 @@ import logging
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, housekeeper_of, node_of, pool_of
 
 from taskx import RetryPolicy, Task, TaskFailed, TaskStatus, every
 
@@ -48,7 +48,7 @@ def queue(make_queue, logger, monkeypatch):
 
 def threads(queue):
     """Those of a started queue that have not ended."""
-    node = queue._node
+    node = node_of(queue)
     return [t for t in (*node.pool.threads, node._housekeeper._thread) if t.is_alive()]
 
 
@@ -115,7 +115,7 @@ def test_the_housekeeper_goes_on(make_queue, logger, clock, monkeypatch):
 def test_a_worker_that_stumbles_goes_on(queue, monkeypatch):
     """A defect of ours: who complains about it must not be ended by that."""
     queue.start()
-    pool, stumbled = queue._node.pool, threading.Semaphore(0)
+    pool, stumbled = pool_of(queue), threading.Semaphore(0)
 
     def stumble(*args):
         stumbled.release()
@@ -123,7 +123,7 @@ def test_a_worker_that_stumbles_goes_on(queue, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(pool.ahead, "take", stumble)
-        patch.setattr(queue._node._housekeeper, "tick", stumble)
+        patch.setattr(housekeeper_of(queue), "tick", stumble)
         queue.submit("fine")  # wakes a worker
         for _ in range(10):
             assert stumbled.acquire(timeout=PATIENCE)

@@ -6,7 +6,7 @@ import threading
 from enum import Enum
 
 import pytest
-from helpers import PATIENCE, earliest_due, eventually, whole_round
+from helpers import PATIENCE, earliest_due, eventually, node_of, pool_of, whole_round
 from storage.repositories import TinyRepository
 
 from taskx import ConfigurationError, Paused, Queue, SQLiteRepository, Task, TaskStatus
@@ -36,7 +36,7 @@ def pending(handle):
 
 def looks(queue):
     """Wait until its housekeeper has looked what is paused, at least once from now on."""
-    looked, pool = threading.Event(), queue._node.pool
+    looked, pool = threading.Event(), pool_of(queue)
     look = pool.look_for_pauses
 
     def watched():
@@ -150,7 +150,7 @@ def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeyp
     whole_round(queue)  # the first one looks at all
     monkeypatch.setattr(repository, "version", lambda: 0)
     queue.pause()
-    eventually(lambda: not queue._node.pool.agenda.more_stored)
+    eventually(lambda: not pool_of(queue).agenda.more_stored)
     handle = queue.submit("a")
     queue.resume()
     handle.result(PATIENCE)
@@ -291,7 +291,7 @@ def test_what_the_audit_finds_is_given_up(queue, other, repository, monkeypatch)
     queue.start()
     queue.pause("a")
     insert = lifecycle.create(task_id="x", type="a", params="{}", created_by="", now=1)
-    insert.row["owner"] = queue._node.record.id
+    insert.row["owner"] = node_of(queue).record.id
     assert repository.apply([insert]) == [True]
     eventually(lambda: repository.get_by_id("x").owner == "")
     assert queue.ran == []
@@ -357,7 +357,7 @@ def test_nothing_paused_is_started_after_the_call(make_queue, everything):
     for n in range(300):
         queue.submit("a", {"n": n})
     queue.pause(None if everything else "a")
-    gone_on = len(queue._node.pool.runs) + MAX_AHEAD  # what was started by then, or just about
+    gone_on = len(pool_of(queue).runs) + MAX_AHEAD  # what was started by then, or just about
     seen = len(began)
     assert queue.drain(PATIENCE)
     assert len(began) <= seen + gone_on

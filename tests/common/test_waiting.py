@@ -13,7 +13,7 @@ from concurrent.futures import CancelledError, TimeoutError, as_completed, wait
 from contextlib import suppress
 
 import pytest
-from helpers import PATIENCE, eventually, run_in_thread
+from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
 from strikes import Strike, strike_at
 
 from taskx import (
@@ -154,19 +154,19 @@ def test_a_handle_that_is_dropped_is_gone(queue):
     assert not handle.done()
     for _ in range(20):
         assert not queue.handle(handle.id).done()
-    assert len(queue._services.watcher._live(handle.id)) == 1
+    assert len(services_of(queue).watcher._live(handle.id)) == 1
     gone = weakref.ref(handle)
     task_id = handle.id
     del handle
     gc.collect()
     assert gone() is None
-    assert not queue._services.watcher.watching
+    assert not services_of(queue).watcher.watching
     eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
     assert not queue.handle(task_id).done()
 
 
 def test_a_handle_that_could_not_be_dropped_as_it_died_is_dropped_by_the_next_look(queue):
-    watcher, gone = queue._services.watcher, weakref.ref(queue.handle("a"))
+    watcher, gone = services_of(queue).watcher, weakref.ref(queue.handle("a"))
     watcher.handles["a"] = {1: gone}
     watcher.look()
     assert not watcher.watching
@@ -177,7 +177,7 @@ def test_a_handle_that_timed_out_is_not_kept(queue):
     with pytest.raises(TimeoutError):
         queue.submit("t").result(0)
     gc.collect()
-    assert not queue._services.watcher.watching
+    assert not services_of(queue).watcher.watching
 
 
 def test_a_handle_with_a_callback_is_kept_until_it_was_called(queue, held, gate):
@@ -186,7 +186,7 @@ def test_a_handle_with_a_callback_is_kept_until_it_was_called(queue, held, gate)
     gc.collect()
     gate.open()
     assert called.wait(PATIENCE)
-    eventually(lambda: not queue._services.watcher.watching)
+    eventually(lambda: not services_of(queue).watcher.watching)
 
 
 def test_a_handle_that_asyncio_waits_for_is_kept(queue, held, gate):
@@ -288,7 +288,7 @@ def test_a_waiting_thread_polls_if_no_thread_can_be_started(queue, monkeypatch, 
     monkeypatch.setattr("taskx.common.handles.LOOK_ANYWAY", 0.01)
     web = Queue(queue.repository)
     waiting = run_in_thread(lambda: web.handle(held).result(PATIENCE))
-    eventually(lambda: web._services.watcher._polls)
+    eventually(lambda: services_of(web).watcher._polls)
 
     def start(thread):
         raise RuntimeError("can't start new thread")
@@ -329,7 +329,7 @@ def test_waiting_reads_no_record_before_the_end(queue, read):
     handles = [queue.submit("t") for _ in range(20)]
     assert not any(handle.done() for handle in handles)
     read.clear()  # one, to see whether anybody has its type
-    queue._services.watcher.look()
+    services_of(queue).watcher.look()
     assert not read
     queue.cancel_task(handles[7].id)
     eventually(handles[7].done)
@@ -339,17 +339,17 @@ def test_waiting_reads_no_record_before_the_end(queue, read):
 @pytest.mark.parametrize("repository", ["sqlite", "mongomock"], indirect=True)
 def test_a_look_for_cancels_reads_no_record_of_a_running_task(queue, held, read):
     read.clear()
-    queue._node._housekeeper._look_around()
+    housekeeper_of(queue)._look_around()
     assert held not in read
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_a_running_task_hears_of_a_cancel_though_its_record_is_damaged(queue, repository, held):
-    run = queue._node.pool.runs[held]
+    run = pool_of(queue).runs[held]
     repository._transact(
         lambda cursor: cursor.execute("UPDATE tasks SET cancel_requested_at = 'abc'"), durable=False
     )
-    queue._node._housekeeper._look_around()
+    housekeeper_of(queue)._look_around()
     assert run.token.cancelled
     assert queue.cancel_task(held) is False
     assert queue.cancel_many([held]) == 0
@@ -463,5 +463,5 @@ def test_a_handle_is_a_future_of_its_own(queue):
 
 def test_a_close_does_not_wait_for_a_thread_that_is_about_to_be_started(queue):
     """Another thread has just made the one that looks for ended tasks."""
-    queue._services.watcher._thread = threading.Thread(name="taskx-watch")
+    services_of(queue).watcher._thread = threading.Thread(name="taskx-watch")
     queue.close()

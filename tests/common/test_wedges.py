@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 import pytest
-from helpers import PATIENCE, Waiting, eventually, run_in_thread
+from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
 
 from taskx import QueueStopped, Task, TaskStatus
 from taskx.core import ids as ids_module
@@ -183,7 +183,7 @@ def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch
 
     def watched(life, timeout, *, cancel):
         given.append(timeout)
-        assert all(q._node.pool.stopping for q in queues)
+        assert all(pool_of(q).stopping for q in queues)
         return stop(life, timeout, cancel=cancel)
 
     monkeypatch.setattr(lifetime.Lifetime, "stop", watched)
@@ -210,7 +210,7 @@ def full():
 def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
     queue = busy(buffer_size=2000)
     queue.submit_many([Task(type="note") for _ in range(1900)])
-    pool, asked = queue._node.pool, []
+    pool, asked = pool_of(queue), []
     ready = queue.repository.ready
     monkeypatch.setattr(
         queue.repository,

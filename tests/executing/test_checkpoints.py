@@ -6,7 +6,7 @@ import json
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually, run_in_thread
+from helpers import PATIENCE, eventually, pool_of, run_in_thread, services_of
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -459,7 +459,7 @@ class TestLater:
                 seen.append(("finished", task.checkpoints))
 
         queue = make_queue(hooks=[Look()])
-        hooks = queue._services.hooks
+        hooks = services_of(queue).hooks
 
         @queue.executor(max_attempts=2)
         def work(ctx):
@@ -514,7 +514,7 @@ class TestOutage:
         queue.start()
         handle = queue.submit("work")
         gate.wait_for()
-        queue._node.pool.fire(handle.id)  # the request itself could not be written either
+        pool_of(queue).fire(handle.id)  # the request itself could not be written either
         gate.open()
         eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
         assert checkpoints(queue, handle) is None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, node_of, pool_of, services_of
 from storage.repositories import coded
 
 from taskx import (
@@ -145,7 +145,7 @@ def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
     hold = queue.submit("hold")
     gate.wait_for()
     queue.submit("fine")
-    pool = queue._node.pool
+    pool = pool_of(queue)
 
     def interrupted(run, ending):
         raise KeyboardInterrupt
@@ -162,7 +162,7 @@ def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
 
 def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
     """Neither a worker that starts tasks nor the housekeeper."""
-    node = started._node
+    node = node_of(started)
     left = {"start": 3, "tick": 1}
 
     def panics_first(name, method):
@@ -177,7 +177,7 @@ def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
     starter, housekeeper = node.pool.starter, node._housekeeper
     monkeypatch.setattr(starter, "start", panics_first("start", starter.start))
     monkeypatch.setattr(housekeeper, "tick", panics_first("tick", housekeeper.tick))
-    started._services.agenda.wake()
+    services_of(started).agenda.wake()
     assert started.submit("fine").result(PATIENCE) == "fine"
     eventually(lambda: left == {"start": 0, "tick": 0})
     assert started.submit("fine", delay=0.01).result(PATIENCE) == "fine"
@@ -281,7 +281,7 @@ class TestAlarms:
         queue.submit("hold")
         gate.wait_for()
         queue.submit("hold")
-        alarms = queue._services.alarms
+        alarms = services_of(queue).alarms
         add = alarms.add
 
         def interrupted(*args):

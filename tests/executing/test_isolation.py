@@ -14,7 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, ROOT, SpySQLite, eventually
+from helpers import PATIENCE, ROOT, SpySQLite, eventually, node_of, pool_of, services_of
 from storage.repositories import TinyRepository
 
 import taskx
@@ -121,7 +121,7 @@ class TestAsInAThread:
             name: after.to_dict()[name] for name in same
         }
         assert Task.from_dict(given).retry == RetryPolicy(7)
-        assert (given["status"], given["owner"]) == ("running", queue._node.record.id)
+        assert (given["status"], given["owner"]) == ("running", node_of(queue).record.id)
 
     def test_params_and_results_are_the_same_json(self, make):
         queue = make(isolated.add, isolated.give)
@@ -279,7 +279,7 @@ class TestAsInAThread:
         eventually(lambda: handle.task().message)
         repository.update_status(handle.id, TaskStatus.FAILED)
         (tmp_path / "go").touch()
-        eventually(lambda: not queue._node.pool.runs)
+        eventually(lambda: not pool_of(queue).runs)
         assert handle.task().checkpoints is None
 
     def test_a_checkpoint_that_cannot_be_stored_is_its_own_to_deal_with(self, make, monkeypatch):
@@ -288,7 +288,7 @@ class TestAsInAThread:
         def store(*args, **options):
             raise PayloadError("checkpoints", "too large for this one")
 
-        monkeypatch.setattr(queue._services.keeper, "store", store)
+        monkeypatch.setattr(services_of(queue).keeper, "store", store)
         assert queue.submit("goes_on_without").result(PATIENCE) == [
             "checkpoints: too large for this one"
         ]
@@ -620,7 +620,7 @@ class TestCrash:
         with pytest.raises(TaskFailed):
             queue.submit("die", {"how": "exit"}).result(PATIENCE)
         assert time.monotonic() - began < PATIENCE
-        assert queue._node.pool.starter.suspects.admit(None)  # nobody has left his turn taken
+        assert pool_of(queue).starter.suspects.admit(None)  # nobody has left his turn taken
 
     @pytest.mark.parametrize(
         ("reason", "status", "error"),
@@ -635,8 +635,8 @@ class TestCrash:
         queue = make(isolated.listen)
         handle = queue.submit("listen", timeout=900)
         pid = int(eventually(lambda: handle.task().message))
-        run = queue._node.pool.runs[handle.id]
-        queue._node.pool.begin_stop()  # it does not run again
+        run = pool_of(queue).runs[handle.id]
+        pool_of(queue).begin_stop()  # it does not run again
         run.token.fire(taskx.CancelReason(reason))
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: handle.task().status != "running")

@@ -11,7 +11,7 @@ import weakref
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, node_of
 
 from taskx import (
     ConfigurationError,
@@ -249,10 +249,10 @@ def test_a_success_forgets_the_class_of_the_error_before_it(started):
 def test_the_record_says_who_runs_a_task_while_it_runs(started, gate):
     handle = started.executor("hold")(lambda: gate()).submit()
     gate.wait_for()
-    assert handle.task().worker == started._node.record.name
+    assert handle.task().worker == node_of(started).record.name
     gate.open()
     handle.result(PATIENCE)
-    assert handle.task().worker.startswith(f"{started._node.record.name}/")
+    assert handle.task().worker.startswith(f"{node_of(started).record.name}/")
 
 
 @pytest.mark.every_store

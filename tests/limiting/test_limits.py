@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually, whole_round
+from helpers import PATIENCE, eventually, housekeeper_of, node_of, pool_of, services_of, whole_round
 from storage.repositories import TinyRepository
 
 from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, executor
@@ -50,7 +50,7 @@ def test_a_token_that_comes_while_there_is_no_room_to_fetch_wakes_nobody_twice(
     queue.start()
     handles = [queue.submit("t") for _ in range(2)]
     assert handles[0].result(PATIENCE) is None
-    pool = queue._node.pool
+    pool = pool_of(queue)
     eventually(pool.admission.next_look)
     monkeypatch.setattr(pool.buffer, "room_to_fetch", lambda: 0)
     pool.agenda.more_stored = True
@@ -178,11 +178,9 @@ def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatc
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1)(lambda: "done")
     queue.start()
-    eventually(
-        lambda: queue._node._housekeeper._last["audit"]
-    )  # its first round, which looks at all
+    eventually(lambda: housekeeper_of(queue)._last["audit"])  # its first round, which looks at all
     monkeypatch.setattr(repository, "version", lambda: 0)
-    eventually(lambda: not queue._node.pool.agenda.more_stored)
+    eventually(lambda: not pool_of(queue).agenda.more_stored)
     tasks = [Task(type="t"), Task(type="t")]
     handles = queue.submit_many(tasks) if together else [queue.submit(task) for task in tasks]
     for handle in handles:
@@ -230,7 +228,7 @@ def test_an_idle_node_leaves_to_a_busy_one_what_it_must_not_start(
     gate.wait_for(1)
     helper.executor("other")(lambda: None)
     helper.submit("other").result(PATIENCE)  # a worker of it has looked around once more
-    assert len(repository.ready(["note"], 20, queue._node.record.id)) == 9
+    assert len(repository.ready(["note"], 20, node_of(queue).record.id)) == 9
 
 
 @pytest.mark.usefixtures("frequent_looks")
@@ -240,7 +238,7 @@ def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
     queue.repository.create(Task(id="low", type="note"))
     queue.repository.create(Task(id="high", type="t", priority=1))
     queue.repository.create(Task(id="higher", type="note", priority=2))
-    pool = queue._node.pool
+    pool = pool_of(queue)
     eventually(lambda: {"low", "high", "higher"} <= pool.buffer.ids)
     with pool._refilling:  # nobody else fetches them meanwhile
         pool.starter.give_up([item.id for item in pool.buffer.sweep(lambda type: True)])
@@ -292,7 +290,7 @@ def test_one_that_is_fetched_and_never_starts_leaves_its_place(busy, gate, remov
     ran = []
     queue.executor("t", max_concurrency=1)(lambda n: ran.append(n))
     queue.submit("t", {"n": 0}, id="first")
-    eventually(lambda: "first" in queue._node.pool.buffer.ids)
+    eventually(lambda: "first" in pool_of(queue).buffer.ids)
     queue.submit("t", {"n": 1})
     getattr(queue, remove)("first")
     gate.open()
@@ -306,7 +304,7 @@ def test_one_that_another_node_started_leaves_its_place(busy, gate, repository):
     ran = []
     queue.executor("t", max_concurrency=1, rate=(1, 3600.0))(lambda n: ran.append(n))
     queue.submit("t", {"n": 0}, id="first")
-    eventually(lambda: "first" in queue._node.pool.buffer.ids)
+    eventually(lambda: "first" in pool_of(queue).buffer.ids)
     queue.submit("t", {"n": 1})
     repository.update_status("first", TaskStatus.RUNNING)
     gate.open()
@@ -343,7 +341,7 @@ def test_what_is_handed_back_leaves_its_place(make_queue):
     queue.submit("t", id="x")
     queue.start()
     assert queue.drain(PATIENCE)
-    pool = queue._node.pool
+    pool = pool_of(queue)
     assert pool.admission.admit({"t": ["y"]}) == {"y"}
     assert not pool.has_room("t")
     pool.admission.over("y", ran=False)
@@ -384,9 +382,9 @@ def started_by(queue, count, *others):
     """How many have run when so many have, and when all has been looked through for more, twice."""
     eventually(lambda: len(queue.ran) >= count)
     for one in (queue, *others) * 2:
-        one._services.agenda.look_for_more()
+        services_of(one).agenda.look_for_more()
         whole_round(one)
-        eventually(one._node.pool.holds_nothing)
+        eventually(pool_of(one).holds_nothing)
     return len(queue.ran)
 
 
@@ -456,7 +454,7 @@ def test_each_attempt_counts(make_queue, clock):
     handle = queue.submit("t")
     eventually(lambda: len(attempts) == 2)
     for n in (3, 4, 5):
-        eventually(lambda n=n: queue._node.pool.admission.next_look() is not None)
+        eventually(lambda n=n: pool_of(queue).admission.next_look() is not None)
         assert len(attempts) == n - 1
         clock.advance(30)
         eventually(lambda n=n: len(attempts) == n)
@@ -494,7 +492,7 @@ def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
     monkeypatch.setattr(housekeeper, "POLL", 60.0)
     queue = make_queue()
     queue.start()
-    pool, sleeper = queue._node.pool, queue._node._housekeeper
+    pool, sleeper = pool_of(queue), housekeeper_of(queue)
     told = threading.Event()
 
     def tell():
@@ -512,7 +510,7 @@ def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
 
 def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
     """Be it while what was to be found is fetched, or while what waits for one is started."""
-    admission, told = rated(rate="60/m", burst=2)._node.pool.admission, []
+    admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
     admission._scheduled = lambda: told.append(admission.next_look())
     assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
     clock.advance(1)
@@ -535,7 +533,7 @@ def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
 
 def test_nobody_looks_for_more_when_there_was_none(rated, clock):
     """At least not at each of so many starts: whoever submits more tells of it."""
-    admission, told = rated(rate="60/m", burst=9)._node.pool.admission, []
+    admission, told = pool_of(rated(rate="60/m", burst=9)).admission, []
     admission._scheduled = lambda: told.append(admission.next_look())
     assert admission.room("t", ()) == (9, 0)
     admission.looked("t", 9, 5)
@@ -545,7 +543,7 @@ def test_nobody_looks_for_more_when_there_was_none(rated, clock):
 
 def test_the_housekeeper_is_told_when_a_token_is_waited_for(rated, clock):
     """By the start that took the last one, and by a fetch after which there may be more."""
-    admission, told = rated(rate="60/m", burst=2)._node.pool.admission, []
+    admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
     admission._scheduled = lambda: told.append(admission.next_look())
     assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
     assert told == [clock.monotonic() + 1]
@@ -561,7 +559,7 @@ def test_the_housekeeper_is_told_when_a_token_is_waited_for(rated, clock):
 
 def test_what_never_ran_gives_its_token_back(rated, clock):
     queue = rated(rate="1/h")
-    admission = queue._node.pool.admission
+    admission = pool_of(queue).admission
     assert admission.admit({"t": ["x", "y"]}) == {"x"}
     assert admission.admit({"t": ["y"]}) == set()
     admission.over("x", ran=False)
@@ -576,7 +574,7 @@ def test_a_place_without_a_token_is_free_again(make_queue, clock):
     queue = make_queue(clock=clock)
     queue.executor("t", rate="1/h", max_concurrency=2)(lambda: None)
     queue.start()
-    admission = queue._node.pool.admission
+    admission = pool_of(queue).admission
     assert admission.admit({"t": ["x", "y"]}) == {"x"}
     clock.advance(3600)
     assert admission.admit({"t": ["y"]}) == {"y"}
@@ -592,7 +590,7 @@ def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
     queue.executor("t", max_concurrency=2)(lambda: None)
     for _ in range(10):
         queue.submit("t")
-    pool = queue._node.pool
+    pool = pool_of(queue)
     eventually(lambda: len(pool.buffer.ids) == 2)
     for _ in range(5):
         pool.agenda.more_stored = True

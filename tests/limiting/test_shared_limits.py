@@ -6,7 +6,7 @@ import random
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually, whole_round
+from helpers import PATIENCE, eventually, node_of, pool_of, services_of, whole_round
 
 from taskx import (
     MemoryRepository,
@@ -92,7 +92,7 @@ def idle_engine(make_queue):
     """Of a node that is not alone, and looks for work when it is told to."""
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
-    node = LocalNode(queue._services, queue.config, lambda: None)
+    node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
     node.pool.alone = False
     yield node.pool
@@ -163,7 +163,7 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=50, rate="100/s", limit_scope="global")(lambda: None)
     handles = [queue.submit("t") for _ in range(5)]
-    node = LocalNode(queue._services, queue.config, lambda: None)
+    node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
     pool = node.pool
     pool.refill()
@@ -200,9 +200,9 @@ def test_places_that_lie_idle_are_given_back(make_queue, repository, gate):
     queue.submit("hold")
     queue.start()
     gate.wait_for(1)
-    assert queue._node.pool.admission.admit({"t": ["x"]}) == {"x"}
-    queue._node.pool.admission.over("x", ran=True)
-    assert shares(repository) == {queue._node.record.id: 1}
+    assert pool_of(queue).admission.admit({"t": ["x"]}) == {"x"}
+    pool_of(queue).admission.over("x", ran=True)
+    assert shares(repository) == {node_of(queue).record.id: 1}
     crowd = Crowd()
     [other] = nodes(make_queue, 1, crowd, max_concurrency=1)
     other.submit("t").result(PATIENCE)
@@ -270,7 +270,7 @@ def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(monke
         )
         assert first.admit({"t": ["x"]}) == {"x"}
         handle = queue.submit("t")
-        eventually(lambda: not queue._node.pool.agenda.more_stored)
+        eventually(lambda: not pool_of(queue).agenda.more_stored)
         assert handle.task().status is TaskStatus.PENDING
         first.over("x", ran=False)
         first.end()
@@ -283,7 +283,7 @@ def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch):
     monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)
-        pool, repository = queue._node.pool, queue.repository
+        pool, repository = pool_of(queue), queue.repository
         assert pool.admission.admit({"t": ["x"]}) == {"x"}
         pool.admission.over("x", ran=True)
         eventually(lambda: shares(repository) == {})
@@ -407,7 +407,7 @@ def test_where_one_of_two_limits_cannot_be_read_the_other_is_left_as_it_was(make
     both = {"max_concurrency": 1, "rate": "9/s", "limit_scope": "global"}
     queue.executor("t", **both)(lambda: None)
     queue.start()
-    admission, put = queue._node.pool.admission, repository.put_note
+    admission, put = pool_of(queue).admission, repository.put_note
 
     def fail(name, *note):
         if "rate" in name:

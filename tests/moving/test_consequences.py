@@ -11,7 +11,7 @@ from datetime import datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, pool_of, services_of
 
 import taskx
 from taskx import Hook, Retry, Snooze
@@ -250,7 +250,7 @@ def ears(monkeypatch, caplog):
 def test_exactly_those_hear_of_a_move_who_must(ears, make_queue, repository, gate, monkeypatch):
     ears.watch(repository)
     queue = make_queue(worker_num=2, hooks=[Listener()])
-    monkeypatch.setattr(queue._services.consequences, "_watcher", Everybody(ears))
+    monkeypatch.setattr(services_of(queue).consequences, "_watcher", Everybody(ears))
     Life(queue, ears, gate, make_queue).live()
     assert {key(write) for write in ears.applied.values()} == FOLLOWS.keys()
     for write_id, write in ears.applied.items():
@@ -336,7 +336,7 @@ class Life:
         for own in (True, False):
             interrupted = self.submit("heeds", own)
             assert self.asked.acquire(timeout=PATIENCE)
-            self.queue._node.pool.runs[interrupted].token.fire(CancelReason.STOP)
+            pool_of(self.queue).runs[interrupted].token.fire(CancelReason.STOP)
             assert self.asked.acquire(timeout=PATIENCE)  # it runs again
             self.queue.cancel_task(interrupted)
             self.until(CANCELLED, interrupted)
@@ -364,7 +364,7 @@ class Life:
         eventually(lambda: not self.repository.get_by_id(stuck).stuck_on)
 
     def hands(self):
-        pool = self.queue._node.pool
+        pool = pool_of(self.queue)
         task = self.repository.get_by_id(self.submit("heeds", False))
         assert self.asked.acquire(timeout=PATIENCE)
         other = self.submit("heeds", False)

@@ -7,7 +7,18 @@ import math
 from itertools import pairwise
 
 import pytest
-from helpers import PATIENCE, earliest_due, eventually, ids, run_in_thread, whole_round
+from helpers import (
+    PATIENCE,
+    earliest_due,
+    eventually,
+    housekeeper_of,
+    ids,
+    node_of,
+    pool_of,
+    run_in_thread,
+    services_of,
+    whole_round,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from storage.repositories import TinyRepository
@@ -180,7 +191,7 @@ class TestParentFails:
             else:
                 task = started.get_task_status(parent.id)
                 end_by_hand(started.repository, task.id, TaskStatus.FAILED)
-                started._services.dependents.parent_ended(task.id)
+                services_of(started).dependents.parent_ended(task.id)
             return {"failed": "failed", "cancelled": "was cancelled", "deleted": "is gone"}[
                 request.param
             ]
@@ -223,7 +234,7 @@ class TestParentFails:
         """It was started ahead; a cancel came before a worker took it."""
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
-        repository, starter = started.repository, started._node.pool.starter
+        repository, starter = started.repository, pool_of(started).starter
         repository.update_status(parent.id, TaskStatus.RUNNING)
         run = starter._make_run(parent.task())
         starter.runs[parent.id] = run
@@ -403,22 +414,22 @@ class TestOthers:
         whole_round(started)
         other = make_queue()
         other.declare("fine")
-        eventually(lambda: not started._services.dependents.looks)
+        eventually(lambda: not services_of(started).dependents.looks)
         parent = other.submit("fine", delay=3600)
         child = other.submit("fine", depends_on=[parent])
-        assert not started._services.dependents.any
+        assert not services_of(started).dependents.any
         return parent, child
 
     def test_what_ended_before_they_were_known_is_looked_for(self, started, family):
         parent, child = family
         end_by_hand(started.repository, parent.id)
-        started._services.dependents.look_around()
+        services_of(started).dependents.look_around()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 
     def test_from_then_on_ends_are_told(self, started, family):
         parent, child = family
-        started._services.dependents.look_around()
-        eventually(lambda: not started._services.dependents.looks)
+        services_of(started).dependents.look_around()
+        eventually(lambda: not services_of(started).dependents.looks)
         started.cancel_task(parent.id)
         eventually(lambda: child.task().status is TaskStatus.CANCELLED)
 
@@ -430,8 +441,8 @@ class TestOthers:
 
     def test_until_there_are_none_any_more(self, started, family):
         family[1].cancel()
-        started._services.dependents.look_around()
-        assert not started._services.dependents.any
+        services_of(started).dependents.look_around()
+        assert not services_of(started).dependents.any
 
 
 @pytest.mark.usefixtures("events_alone")
@@ -442,7 +453,7 @@ class TestRecovered:
     def family(self, started):
         parent = started.submit("fine", delay=3600, max_crashes=1)
         child = started.submit("fine", depends_on=[parent])
-        eventually(lambda: not started._services.dependents.looks)
+        eventually(lambda: not services_of(started).dependents.looks)
 
         def runs_on(node):
             changes = {"status": "running", "held": 0, "starts": 1, "owner": node}
@@ -459,9 +470,9 @@ class TestRecovered:
 
     def test_what_nobody_runs_and_was_to_be_cancelled(self, started, family):
         parent, child, runs_on = family
-        runs_on(started._node.record.id)
+        runs_on(node_of(started).record.id)
         started.repository.apply(lifecycle.cancel(parent.id, 1))
-        started._node._recovery._hand_back(parent.id)
+        node_of(started)._recovery._hand_back(parent.id)
         assert parent.task().status is TaskStatus.CANCELLED
         eventually(child.cancelled)
 
@@ -488,14 +499,14 @@ class TestStopped:
         """Its outcome was written when the housekeeper had ended."""
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
-        stop = started._node._housekeeper.stop
+        stop = housekeeper_of(started).stop
 
         def late():
             stop()
             started.repository.update_status(parent.id, TaskStatus.CANCELLED)
-            started._services.dependents.parent_ended(parent.id)
+            services_of(started).dependents.parent_ended(parent.id)
 
-        monkeypatch.setattr(started._node._housekeeper, "stop", late)
+        monkeypatch.setattr(housekeeper_of(started), "stop", late)
         started.stop()
         assert child.task().status is TaskStatus.CANCELLED
 
@@ -525,7 +536,7 @@ class TestDrained:
     def test_where_nobody_was_told(self, started):
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
-        eventually(lambda: not started._services.dependents.looks)
+        eventually(lambda: not services_of(started).dependents.looks)
         end_by_hand(started.repository, parent.id)
         assert started.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
@@ -571,7 +582,7 @@ def test_a_long_chain_that_ends_at_once_holds_the_housekeeper_up_only_for_a_mome
     queue, monkeypatch
 ):
     """What it does not come to in time it goes on with, and drain waits for that."""
-    waiting = queue._services.dependents
+    waiting = services_of(queue).dependents
     queue.declare("t")
     ids = [f"{n:02}" for n in range(20)]
     queue.submit_many(
@@ -676,7 +687,7 @@ class TestMadeGood:
         other = make_queue()
         other.declare("fine")
         child = other.submit("fine", depends_on=[parent])
-        eventually(lambda: started._services.dependents.any)
+        eventually(lambda: services_of(started).dependents.any)
         gate.open()
         assert started.handle(child.id).result(PATIENCE) == [0, 0]
 
@@ -697,7 +708,7 @@ class TestMadeGood:
 
         repository.before = end_the_other
         end_by_hand(repository, first)
-        started._services.dependents.parent_ended(first)
+        services_of(started).dependents.parent_ended(first)
         eventually(child.done)
         assert child.task().status is how
 
@@ -809,7 +820,7 @@ def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
     for before, task in pairwise(tasks):
         task.depends_on = [before.id]
     queue.submit_many(tasks)
-    repository, waiting = queue.repository, queue._services.dependents
+    repository, waiting = queue.repository, services_of(queue).dependents
     waiting.look()
     repository.update_status("0000", TaskStatus.CANCELLED)
     waiting.ended_elsewhere()
@@ -846,7 +857,7 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
     """Whatever the order of the ends, and whether events tell of them or only the slow look finds them."""
     queue = Queue(MemoryRepository())
     queue.declare("t")
-    repository, waiting = queue.repository, queue._services.dependents
+    repository, waiting = queue.repository, services_of(queue).dependents
     queue.submit_many(
         Task(
             id=f"{n:02}",

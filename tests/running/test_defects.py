@@ -8,7 +8,7 @@ from itertools import count
 from pathlib import Path
 
 import pytest
-from helpers import PATIENCE, eventually, run_in_thread
+from helpers import PATIENCE, eventually, pool_of, run_in_thread
 
 import taskx
 from taskx import QueueStopped, RepositoryError, Task, TaskFilter, TaskStatus
@@ -35,13 +35,13 @@ def test_nothing_runs_before_it_is_stored(queue):
     queue.repository.before = hold
     refused = run_in_thread(lambda: queue.submit("note", id="x"))
     assert reached.wait(PATIENCE)
-    assert not queue._node.pool.buffer.ids
+    assert not pool_of(queue).buffer.ids
     assert ran == []
     go_on.set()
     with pytest.raises(RepositoryError, match="no room"):
         refused()
     assert queue.repository.get_many(["x"]) == {}
-    assert not queue._node.pool.buffer.ids
+    assert not pool_of(queue).buffer.ids
     allowed.append(True)
     assert queue.submit("note", id="y").result(PATIENCE) is None
     assert ran == [1]

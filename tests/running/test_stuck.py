@@ -10,7 +10,16 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, earliest_due, eventually, run_in_thread, whole_round
+from helpers import (
+    PATIENCE,
+    earliest_due,
+    eventually,
+    node_of,
+    pool_of,
+    run_in_thread,
+    services_of,
+    whole_round,
+)
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -81,7 +90,7 @@ def fails(handle):
 
 
 def at_work(queue):
-    return sum(thread.is_alive() for thread in queue._node.pool.threads)
+    return sum(thread.is_alive() for thread in pool_of(queue).threads)
 
 
 # Given up
@@ -93,10 +102,10 @@ class TestGivenUp:
         handle = queue.submit("hang")
         gate.wait_for()
         clock.advance(TIMEOUT)
-        queue._services.alarms.ring()
+        services_of(queue).alarms.ring()
         assert queue.tokens[0].reason == "timeout"
         clock.advance(GRACE - 0.1)
-        queue._services.alarms.ring()
+        services_of(queue).alarms.ring()
         assert handle.task().status is TaskStatus.RUNNING
         clock.advance(0.1)
         assert fails(handle).error == "timed out after 60 s; its thread still runs"
@@ -106,7 +115,7 @@ class TestGivenUp:
         queue = make()
         error = fails(hang(queue))
         task = queue.get_task_status("x")
-        assert (task.dead_letter, task.errors, task.stuck_on) == (True, 1, queue._node.record.id)
+        assert (task.dead_letter, task.errors, task.stuck_on) == (True, 1, node_of(queue).record.id)
         assert task.duration == TIMEOUT + GRACE
         assert "in hang\n    gate()" in error.remote_traceback
         assert "helpers.py" in error.remote_traceback
@@ -124,7 +133,7 @@ class TestGivenUp:
         task = handle.task()
         assert (task.status, task.result, task.progress) == (TaskStatus.FAILED, None, 0)
         eventually(lambda: "its thread has ended now; what came of it is dropped" in caplog.text)
-        assert queue._node.pool.runs == {}
+        assert pool_of(queue).runs == {}
 
     @pytest.mark.every_store
     def test_what_it_stores_later_is_not_stored(self, make_queue, clock, gate):
@@ -154,12 +163,12 @@ class TestGivenUp:
         handle = queue.submit("hang")
         gate.wait_for()
         clock.advance(TIMEOUT)
-        queue._services.alarms.ring()
+        services_of(queue).alarms.ring()
         gate.open()
         assert handle.result(PATIENCE) == "run 1"
         clock.advance(GRACE)
-        queue._services.alarms.ring()
-        assert (handle.task().stuck_on, queue._node.pool.stuck.runs) == ("", [])
+        services_of(queue).alarms.ring()
+        assert (handle.task().stuck_on, pool_of(queue).stuck.runs) == ("", [])
 
     def test_one_that_was_cancelled_is_not(self, make, clock, gate):
         """Its thread is left alone until it ends."""
@@ -168,7 +177,7 @@ class TestGivenUp:
         gate.wait_for()
         assert handle.cancel() is False
         clock.advance(TIMEOUT + GRACE)
-        queue._services.alarms.ring()
+        services_of(queue).alarms.ring()
         eventually(lambda: not any(t.name == "taskx-stuck" for t in threading.enumerate()))
         assert handle.task().status is TaskStatus.RUNNING
         gate.open()
@@ -196,9 +205,9 @@ class TestGivenUp:
         gate.wait_for()
         queue.repository.down = True
         clock.advance(TIMEOUT + GRACE)
-        eventually(lambda: queue._node.pool.stuck.runs)
+        eventually(lambda: pool_of(queue).stuck.runs)
         gate.open()
-        eventually(lambda: queue._node.pool.stuck.ended)
+        eventually(lambda: pool_of(queue).stuck.ended)
         queue.repository.down = False
         assert "still runs" in fails(handle).error
         eventually(lambda: not handle.task().stuck_on)
@@ -215,7 +224,7 @@ class TestGivenUp:
         gate.wait_for()
         clock.advance(TIMEOUT + GRACE)
         fails(queue.handle("x"))
-        assert (len(queue._node.pool.threads), queue.running) == (1, 1)
+        assert (len(pool_of(queue).threads), queue.running) == (1, 1)
         hold.set()
         assert waits.result(PATIENCE)
         assert at_work(queue) == 1
@@ -270,7 +279,7 @@ class TestGivenUp:
         """Its process is killed, and its thread is free: only what is wrapped around it may hang."""
         queue = make()
         in_thread, in_process = (
-            queue._node.pool.stuck.watch(with_options(isolation=isolation), "worker")[0]
+            pool_of(queue).stuck.watch(with_options(isolation=isolation), "worker")[0]
             for isolation in (None, "process")
         )
         assert in_thread == DEFAULT_GRACE < in_process - 5
@@ -297,9 +306,9 @@ class TestBarred:
         other.executor("here")(lambda: "here")  # which the first one cannot take
         other.start()
         assert other.submit("here").result(PATIENCE) == "here"
-        other._services.agenda.look_for_more()
+        services_of(other).agenda.look_for_more()
         for _ in range(3):
-            other._node._recovery.recover()
+            node_of(other)._recovery.recover()
             whole_round(other)
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert handle.task().starts == 1
@@ -340,7 +349,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue))
         again(queue)
-        queue._services.agenda.look_for_more()
+        services_of(queue).agenda.look_for_more()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         task = queue.get_task_status("x")
         assert (task.status, task.starts) == (TaskStatus.PENDING, 1)
@@ -354,7 +363,7 @@ class TestBarred:
         failed = hang(queue, "y").task()
         failed.status = TaskStatus.PENDING
         queue.repository.update(failed)
-        queue._services.agenda.look_for_more()
+        services_of(queue).agenda.look_for_more()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.begun == ["x", "y"]
         gate.open()
@@ -372,7 +381,7 @@ class TestBarred:
         queue.requeue("x")
         queue.resume("parent")
         parent.result(PATIENCE)
-        queue._services.dependents.look_slowly()
+        services_of(queue).dependents.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("x").starts == 1
         gate.open()
@@ -382,7 +391,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue, concurrency_key="k"))
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
-        queue._services.turns.look_slowly()
+        services_of(queue).turns.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -413,7 +422,7 @@ class TestBarred:
                 InvalidTransition, match="task x cannot be deleted: a thread of an ended attempt"
             ):
                 remove()
-        queue._services.turns.look_slowly()
+        services_of(queue).turns.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -460,7 +469,7 @@ class TestBarred:
             assert queue.cancel_many(["x"]) == 1
         else:
             assert handle.cancel()
-        queue._services.turns.look_slowly()
+        services_of(queue).turns.look_slowly()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert (handle.cancelled(), queue.get_task_status("next").starts) == (True, 0)
         gate.open()
@@ -489,7 +498,7 @@ class TestBarred:
         fails(first)
         second = queue.submit("only", {"name": "y"})
         assert queue.submit("fine").result(PATIENCE) == "fine"
-        queue._node.pool.refill()
+        pool_of(queue).refill()
         assert (begun, second.task().status) == (["x"], TaskStatus.PENDING)
         gate.open()
         assert second.result(PATIENCE) == "y"
@@ -498,7 +507,7 @@ class TestBarred:
         self, make, hang, gate, monkeypatch
     ):
         queue = make()
-        begun, pool = [], queue._node.pool
+        begun, pool = [], pool_of(queue)
 
         @queue.executor("only", timeout=TIMEOUT, grace=GRACE, max_concurrency=1, max_attempts=2)
         def only():
@@ -523,7 +532,7 @@ class TestBarred:
     def test_a_look_that_was_cut_short_is_made_up_for(self, make, hang, gate, monkeypatch):
         queue = make()
         handle = hang(queue, max_attempts=2)
-        stuck = queue._node.pool.stuck
+        stuck = pool_of(queue).stuck
         monkeypatch.setattr(stuck, "lift", stuck.ended.clear)
         gate.open()
         eventually(lambda: not stuck.runs)
@@ -553,9 +562,7 @@ class TestReplaced:
         assert (at_work(queue), queue.healthy, queue.running) == (4, True, 0)
         gate.open()
         eventually(lambda: at_work(queue) == 1)
-        assert (
-            len(queue._node.pool.threads) == 1
-        )  # a later thread may have the ident of one of them
+        assert len(pool_of(queue).threads) == 1  # a later thread may have the ident of one of them
         assert queue.submit("fine").result(PATIENCE) == "fine"
 
     def test_no_more_than_max_stuck(self, make, hang, gate, caplog):
@@ -597,7 +604,7 @@ class TestReplaced:
 
     def test_where_no_thread_can_be_had_it_is_said(self, make, hang, gate, caplog, monkeypatch):
         queue = make()
-        pool = queue._node.pool
+        pool = pool_of(queue)
         worker = pool._worker
 
         def unstartable(number):
@@ -618,7 +625,7 @@ class TestReplaced:
 
     def test_a_suspect_that_is_stuck_lets_the_next_one_through(self, make, hang, gate):
         queue = make(worker_num=2)
-        suspects = queue._node.pool.starter.suspects
+        suspects = pool_of(queue).starter.suspects
 
         queue.pause("hang")
         queue.submit("hang", {"name": "x"}, id="x", max_crashes=5)
@@ -638,7 +645,7 @@ class TestReplaced:
 class TestStop:
     def test_it_is_named_among_what_still_runs(self, make, hang, gate, repository):
         queue = make()
-        node = queue._node.record.id
+        node = node_of(queue).record.id
         hang(queue, max_attempts=2)
         assert queue.stop(timeout=0.2) == ["x"]
         assert [known.id for known in repository.liveness.nodes()] == [node]
@@ -665,7 +672,7 @@ class TestStop:
         fails(queue.handle("x"))
         hold.set()
         assert [handle.result(PATIENCE) for handle in held] == [True, True]
-        eventually(lambda: not queue._node.pool.runs)
+        eventually(lambda: not pool_of(queue).runs)
         assert queue.stop(timeout=0.5) == ["x"]
         [node] = queue.repository.liveness.nodes()
         assert queue.repository.get_by_id("x").stuck_on == node.id
@@ -724,7 +731,7 @@ def barred(spawn, database):
 class TestProcesses:
     def test_while_it_lives_it_starts_nowhere(self, barred):
         for _ in range(3):
-            barred._node._recovery.recover()
+            node_of(barred)._recovery.recover()
         assert barred.get_task_status("x").starts == 1
         barred.executor("here")(lambda: "here")  # which the other process cannot take
         assert barred.submit("here").result(PATIENCE) == "here"

@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, pool_of, services_of
 
 from taskx import Task, TaskStatus
 from taskx.running import suspects
@@ -33,7 +33,7 @@ def queue(make_queue):
         queue.gates[name] = threading.Event()
         task = Task(type=type, params={"name": name}, id=name, max_crashes=3)
         if crashes:  # as a process leaves it that died twice
-            insert = prepare(queue._services, task)
+            insert = prepare(services_of(queue), task)
             insert.row["crashes"] = crashes
             assert list(queue.repository.apply([insert])) == [True]
         else:
@@ -54,12 +54,12 @@ def test_it_waits_for_others_and_they_for_it(queue):
     queue.hold("beside")
     assert begun(queue, "beside")
     queue.hold("last", crashes=2)
-    assert eventually(lambda: queue._node.pool.buffer.starting)
+    assert eventually(lambda: pool_of(queue).buffer.starting)
     queue.hold("later")
     queue.gates["beside"].set()
     assert begun(queue, "beside", "last")
-    assert eventually(lambda: queue._node.pool.buffer.starting)  # a worker stands aside with it
-    assert set(queue._node.pool.runs) == {"last"}
+    assert eventually(lambda: pool_of(queue).buffer.starting)  # a worker stands aside with it
+    assert set(pool_of(queue).runs) == {"last"}
     queue.gates["last"].set()
     assert begun(queue, "beside", "last", "later")
     queue.gates["later"].set()
@@ -95,7 +95,7 @@ def test_where_the_next_one_does_not_come_the_one_after_it_does(queue, how):
 
 
 def waiting_ids(queue):
-    return [item.id for item in queue._node.pool.starter.suspects.waiting]
+    return [item.id for item in pool_of(queue).starter.suspects.waiting]
 
 
 def test_nobody_waits_longer_than_a_minute(queue, monkeypatch):
@@ -115,7 +115,7 @@ def test_a_stop_does_not_wait(queue):
     queue.hold("beside")
     assert begun(queue, "beside")
     queue.hold("last", crashes=2)
-    assert eventually(lambda: queue._node.pool.buffer.starting)
+    assert eventually(lambda: pool_of(queue).buffer.starting)
     began = time.monotonic()
     assert queue.stop(timeout=PATIENCE, cancel=True) == []
     assert time.monotonic() - began < suspects.ALONE / 2
@@ -128,7 +128,7 @@ def test_deleted_while_it_waits_it_lets_the_next_one_through(queue):
     queue.hold("beside")
     assert begun(queue, "beside")
     queue.hold("last", crashes=2)
-    assert eventually(lambda: queue._node.pool.buffer.starting)
+    assert eventually(lambda: pool_of(queue).buffer.starting)
     queue.hold("next", crashes=1)
     queue.delete("last")
     queue.gates["beside"].set()

@@ -16,7 +16,7 @@ from types import CodeType, FrameType
 from typing import Any
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of
 
 import taskx
 from taskx import Config, Queue, SQLiteRepository
@@ -115,10 +115,10 @@ def way(tmp_path_factory):
         threading.setprofile(None)
     for _ in range(3):  # statements are compiled, and the file is looked at
         queue.submit("fine").result(PATIENCE)
-    pool = queue._node.pool
+    pool = pool_of(queue)
     # Nobody but this thread and the worker has a hand in it.
-    queue._node._housekeeper.tick = lambda: None
-    eventually(lambda: pool.ahead._waiting and not queue._services.ledger)
+    housekeeper_of(queue).tick = lambda: None
+    eventually(lambda: pool.ahead._waiting and not services_of(queue).ledger)
     apply, left = queue.repository.apply, ["the outcome", "the start", "the record"]
 
     def commit(writes, **options):
@@ -142,7 +142,7 @@ def way(tmp_path_factory):
         gc.enable()
         submitted.set()
     assert committed.wait(PATIENCE)
-    del queue._node._housekeeper.tick
+    del housekeeper_of(queue).tick
     queue.close()
     return recorder
 

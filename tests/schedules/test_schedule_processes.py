@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import pymongo
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, housekeeper_of
 from mongo_server import new_database, shared
 
 from taskx import MongoRepository, SQLiteRepository, TaskFilter, TaskStatus, every, tick_of
@@ -117,9 +117,9 @@ def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, monkey
         monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", float("inf"))
     queue = make_queue()
     queue.start()
-    eventually(lambda: queue._node._housekeeper._ticker._look_at)  # it has looked
+    eventually(lambda: housekeeper_of(queue)._ticker._look_at)  # it has looked
     assert run("queue.schedule('s', every(3600), 'work')").ends()[1] == ""
-    eventually(lambda: queue._node._housekeeper._ticker.next)
+    eventually(lambda: housekeeper_of(queue)._ticker.next)
 
 
 DYING = """

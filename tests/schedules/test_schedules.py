@@ -11,7 +11,7 @@ from types import SimpleNamespace
 from zoneinfo import ZoneInfo
 
 import pytest
-from helpers import PATIENCE, eventually, ids, whole_round
+from helpers import PATIENCE, eventually, housekeeper_of, ids, pool_of, services_of, whole_round
 from storage.repositories import MAKERS, TinyRepository, coded
 
 from taskx import (
@@ -76,14 +76,14 @@ def started(queue):
 def look(*queues):
     """Have them look, all at once; returns when nothing is due any more, its tasks being stored."""
     for queue in queues:
-        queue._services.agenda.wake()
+        services_of(queue).agenda.wake()
     for queue in queues:
         whole_round(queue)  # also where nothing is due, and nothing must come of it
     eventually(lambda: not any(is_due(s, queues[0]) for s in queues[0].schedules().values()))
 
 
 def ticker(queue):
-    return queue._node._housekeeper._ticker
+    return housekeeper_of(queue)._ticker
 
 
 def is_due(schedule, queue):
@@ -273,7 +273,7 @@ def test_a_queue_that_is_stopping_does_not_tick(started, clock, gate):
     gate.wait_for()
     assert started.stop(timeout=0.1) == [held.id]
     clock.advance(60)
-    started._node._housekeeper.tick()
+    housekeeper_of(started).tick()
     assert ids(started) == {"held"}
     gate.open()
     eventually(lambda: not started.repository.liveness.nodes())
@@ -285,8 +285,8 @@ def test_a_queue_that_is_stopping_is_not_woken_by_ticks_that_it_leaves_alone(sta
     gate.wait_for(1)
     started.schedule("s", every(60), "remote")
     eventually(lambda: ticker(started).next)
-    agenda = started._services.agenda
-    started._node.pool.begin_stop()
+    agenda = services_of(started).agenda
+    pool_of(started).begin_stop()
     clock.advance(60)
     waits, signal = [], agenda._bell
     agenda._bell = Waits(waits.append)
@@ -564,7 +564,7 @@ def test_a_schedule_of_another_queue_is_noticed(make, clock, monkeypatch):
     monkeypatch.setattr("taskx.schedules.ticker.LOOK_EVERY", 0.05)
     ticking, web = make(), make()
     ticking.start()
-    eventually(lambda: ticking._node._housekeeper._last["audit"])  # it has looked, and found none
+    eventually(lambda: housekeeper_of(ticking)._last["audit"])  # it has looked, and found none
     web.schedule("beat", every(60), "remote")
     clock.advance(60)
     eventually(lambda: ids(web) == {"beat@2026-03-27T12:01:00Z"})
@@ -887,7 +887,7 @@ def taken_up(make, clock, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(ticker_module, "store", die)
         with pytest.raises(RepositoryUnavailable):
-            Ticker(dying._services).tick()
+            Ticker(services_of(dying)).tick()
     assert ids(dying) == set()
     clock.advance(5)
     return dying
@@ -948,7 +948,7 @@ def test_nodes_that_decide_about_different_ticks_make_no_two_tasks_at_once(
 
 def tick_until_done(queue):
     """As often as its schedules are due, as the housekeeper would."""
-    ticker = Ticker(queue._services)
+    ticker = Ticker(services_of(queue))
     while ticker.behind(queue._clock.now_ms()):
         ticker.tick()
 
@@ -1020,7 +1020,7 @@ def test_what_others_go_on_ticking_is_complained_of_once(started, clock, caplog)
         assert started.repository.put_note(PREFIX + "s", json.dumps(newer), stored.version)
         seen = note(started, "s").version
         ticker(started).look()
-        started._services.agenda.wake()
+        services_of(started).agenda.wake()
         eventually(lambda seen=seen: read_version(started) == seen)
     assert caplog.text.count("schedule/s does not tick in this process") == 1
 
@@ -1225,7 +1225,7 @@ def inserts_of(queue):
 def test_schedules_that_tick_together_take_few_transactions(many, clock, monkeypatch):
     puts, put_notes = [], many.repository.put_notes
     monkeypatch.setattr(many.repository, "put_notes", lambda c: (puts.append(c), put_notes(c))[1])
-    looks = Ticker(many._services)
+    looks = Ticker(services_of(many))
     looks.tick()
     clock.advance(60)
     many.repository.batches.clear()
@@ -1236,7 +1236,7 @@ def test_schedules_that_tick_together_take_few_transactions(many, clock, monkeyp
 
 
 def test_a_look_ends_in_time_though_more_tick(in_tens, many, clock):
-    looks = Ticker(many._services)
+    looks = Ticker(services_of(many))
     looks.tick()
     clock.advance(60)
     for made in range(10, 200, 10):
@@ -1250,7 +1250,7 @@ def test_a_look_ends_in_time_though_more_tick(in_tens, many, clock):
 
 
 def test_two_nodes_take_up_different_ones_of_many(in_tens, make, many, clock):
-    one, other = Ticker(many._services), Ticker(make()._services)
+    one, other = Ticker(services_of(many)), Ticker(services_of(make()))
     for looks in (one, other):
         looks.tick()
     clock.advance(60)
@@ -1273,7 +1273,7 @@ def test_idle_schedules_are_not_read_again_as_others_tick(many, clock, monkeypat
     monkeypatch.setattr(
         many.repository, "notes", lambda prefix: (read.append(prefix), notes(prefix))[1]
     )
-    looks = Ticker(many._services)
+    looks = Ticker(services_of(many))
     looks.tick()
     assert read == [PREFIX]
     for _ in range(5):
@@ -1292,7 +1292,7 @@ def test_a_look_that_takes_long_is_taken_less_often(make, monkeypatch):
 
     monkeypatch.setattr(ticker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(queue.repository, "notes", slow)
-    looks = Ticker(queue._services)
+    looks = Ticker(services_of(queue))
     looks.tick()
     for _ in range(100):
         now[0] += 1.0
@@ -1306,7 +1306,7 @@ def test_a_tick_that_a_busy_node_comes_late_to_is_not_missed(make, clock, misfir
     """The housekeeper had other things to do; nobody was away."""
     queue = make()
     queue.schedule("s", every(1), "remote", misfire=misfire)
-    looks = Ticker(queue._services)
+    looks = Ticker(services_of(queue))
     looks.tick()
     clock.advance(5)
     looks.tick()
@@ -1316,7 +1316,7 @@ def test_a_tick_that_a_busy_node_comes_late_to_is_not_missed(make, clock, misfir
 def test_ticks_while_nobody_looked_for_long_are_missed(make, clock, caplog):
     queue = make()
     queue.schedule("s", every(1), "remote")
-    looks = Ticker(queue._services)
+    looks = Ticker(services_of(queue))
     looks.tick()
     clock.advance(12)
     looks.tick()
@@ -1327,7 +1327,7 @@ def test_ticks_while_nobody_looked_for_long_are_missed(make, clock, caplog):
 def test_a_schedule_whose_task_cannot_be_made_does_not_keep_others_from_ticking(
     many, clock, monkeypatch
 ):
-    looks = Ticker(many._services)
+    looks = Ticker(services_of(many))
     looks.tick()
     clock.advance(60)
 

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers import connections_of
 
 from taskx import (
     ConfigurationError,
@@ -138,7 +139,7 @@ class TestWhichFile:
         monkeypatch.chdir(tmp_path / "second")
         repository.create(task("a"))
         monkeypatch.chdir("/")
-        with repository._connections.reader(), repository._connections.reader():
+        with connections_of(repository).reader(), connections_of(repository).reader():
             assert ids(repository) == ["a"]
         repository.liveness.join(Node(id="n1", name="one"))
         assert alive(repository) == {"n1": True}
@@ -192,7 +193,7 @@ class TestWhichFile:
         current.unlink()
         current.symlink_to("8")
         open_at(current / "tasks.db").create(task("b"))
-        with repository._connections.reader(), repository._connections.reader():
+        with connections_of(repository).reader(), connections_of(repository).reader():
             assert ids(repository) == []
         assert alive(repository) == {"n1": True}
         repository.liveness.leave("n1")
@@ -203,7 +204,7 @@ class TestWhichFile:
         """Then it is not known which of the two SQLite has opened."""
         copy = copy_of(path, path.with_name("copy.db"))
         newcomer = open_at(path)
-        connections = newcomer._connections
+        connections = connections_of(newcomer)
         with monkeypatch.context() as patched:
             patched.setattr(connections, "_check_before_touching", lambda: os.replace(copy, path))
             with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
@@ -213,7 +214,7 @@ class TestWhichFile:
 
     def test_a_file_that_is_deleted_while_it_is_opened_is_refused(self, open_at, path, monkeypatch):
         repository = open_at(path)
-        connect = repository._connections._connect
+        connect = connections_of(repository)._connect
 
         def connect_and_delete(mode):
             connection = connect(mode)
@@ -221,7 +222,7 @@ class TestWhichFile:
             return connection
 
         with monkeypatch.context() as patched:
-            patched.setattr(repository._connections, "_connect", connect_and_delete)
+            patched.setattr(connections_of(repository), "_connect", connect_and_delete)
             with pytest.raises(RepositoryUnavailable, match="moved or deleted"):
                 repository.create(task("b"))
         repository.create(task("b"))
@@ -232,14 +233,14 @@ class TestWhichFile:
     ):
         """After the look before it."""
         copy = copy_of(path, path.with_name("copy.db"))
-        connect = repository._connections._connect
+        connect = connections_of(repository)._connect
 
         def replace_and_connect():
             os.replace(copy, path)
             return connect()
 
-        monkeypatch.setattr(repository._connections, "_connect", replace_and_connect)
-        reader = repository._connections.reader
+        monkeypatch.setattr(connections_of(repository), "_connect", replace_and_connect)
+        reader = connections_of(repository).reader
         with pytest.raises(RepositoryUnavailable, match="replaced by another file"), reader():
             reader().__enter__()
 
@@ -252,7 +253,7 @@ class TestWhichFile:
             repository = open_at(path, create=False)
         else:
             repository._discard_writer()
-        connections = repository._connections
+        connections = connections_of(repository)
         monkeypatch.setattr(connections, "_check_before_touching", path.unlink)
         with pytest.raises(RepositoryUnavailable, match="cannot be opened: it is missing"):
             repository.create(task("b"))
@@ -270,7 +271,7 @@ class TestWhichFile:
         other = copy_of(path, path.with_name("copy.db"))
         with SQLiteRepository(other) as its_own:
             its_own.create(task("b"))
-        with repository._connections.reader():
+        with connections_of(repository).reader():
             repository.close()
             os.replace(other, path)
             for log in ("tasks.db-wal", "tasks.db-shm"):
@@ -304,10 +305,10 @@ class TestWhichFile:
     ):
         """It looked whether the file is there just before."""
         repository.close()
-        with repository._connections.reader() as connection:
+        with connections_of(repository).reader() as connection:
             assert connection.execute("SELECT count(*) FROM tasks").fetchall() == [(1,)]
-        assert not list(repository._connections._readers)
-        assert repository._connections._idle == []
+        assert not list(connections_of(repository)._readers)
+        assert connections_of(repository)._idle == []
 
 
 class TestLoss:
@@ -500,7 +501,7 @@ class TestBusyTimeout:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             said = []
-            repository._connections.writer().set_trace_callback(said.append)
+            connections_of(repository).writer().set_trace_callback(said.append)
             with pytest.raises(RepositoryUnavailable, match="locked for 60 s"):
                 repository.create(task("b"))  # at once: the 60 s have passed at the turnstile
         begin = said.index("BEGIN IMMEDIATE")
@@ -511,7 +512,7 @@ class TestBusyTimeout:
         theirs.leave()
         repository.create(task("c"))
         assert ids(repository) == ["a", "c"]
-        [(timeout,)] = repository._connections.writer().execute("PRAGMA busy_timeout")
+        [(timeout,)] = connections_of(repository).writer().execute("PRAGMA busy_timeout")
         assert timeout == 60_000
 
 

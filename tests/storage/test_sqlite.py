@@ -21,6 +21,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import pytest
+from helpers import connections_of
 
 from taskx import (
     ConfigurationError,
@@ -590,10 +591,10 @@ class TestLocks:
 
         changed = Changes(repository)
         changed()
-        repository._connections.writer = Failing
+        connections_of(repository).writer = Failing
         with pytest.raises(RepositoryUnavailable, match="disk I/O"):
             changed()
-        del repository._connections.writer
+        del connections_of(repository).writer
         assert not changed()
 
 
@@ -607,24 +608,24 @@ class TestReaders:
     @pytest.fixture
     def reader(self, repository):
         repository.create(task("a"))
-        return repository._connections.reader
+        return connections_of(repository).reader
 
     @pytest.fixture
     def two(self, monkeypatch):
         monkeypatch.setattr(connections, "MOST_READERS", 2)
 
     def test_a_thread_beyond_the_bound_waits_for_a_connection(self, two, reader, repository):
-        repository._connections.busy_timeout = PATIENCE
+        connections_of(repository).busy_timeout = PATIENCE
         read = threading.Event()
         waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
         with reader(), reader() as second:
             waiting.start()
-            while not repository._connections._waiting:
+            while not connections_of(repository)._waiting:
                 assert not read.wait(0.005)
-            assert second in repository._connections._readers
+            assert second in connections_of(repository)._readers
         assert read.wait(PATIENCE)
         waiting.join()
-        assert not repository._connections._waiting
+        assert not connections_of(repository)._waiting
 
     def test_it_gives_up_after_the_busy_timeout(self, two, reader, repository):
         with (
@@ -640,18 +641,18 @@ class TestReaders:
             with pytest.raises(RepositoryError), reader() as connection:
                 connection.execute("SELECT nonsense")
         with reader(), reader():
-            assert len(repository._connections._readers) == 2
+            assert len(connections_of(repository)._readers) == 2
 
     def test_a_connection_that_an_exception_left_behind_makes_room(self, two, reader, repository):
         """The exception of a signal handler can strike before the connection is given back."""
         for _ in range(3):
-            repository._connections._another_reader()
+            connections_of(repository)._another_reader()
             gc.collect()  # its cache of statements refers to it
         with reader(), reader():
             pass
 
     def test_many_threads_share_few_connections(self, two, reader, repository):
-        repository._connections.busy_timeout = PATIENCE
+        connections_of(repository).busy_timeout = PATIENCE
         found = []
         threads = [
             threading.Thread(target=lambda: found.append(ids(repository))) for _ in range(30)
@@ -661,20 +662,20 @@ class TestReaders:
         for thread in threads:
             thread.join(PATIENCE)
         assert found == [["a"]] * 30
-        assert len(repository._connections._readers) <= 2
+        assert len(connections_of(repository)._readers) <= 2
 
     def test_a_finalizer_that_reads_while_one_is_opened_gets_another_one(
         self, repository, monkeypatch
     ):
         repository.create(task("a"))
-        connect, found = repository._connections._connect, []
+        connect, found = connections_of(repository)._connect, []
 
         def collect_and_connect():
-            monkeypatch.setattr(repository._connections, "_connect", connect)
+            monkeypatch.setattr(connections_of(repository), "_connect", connect)
             found.append(ids(repository))
             return connect()
 
-        monkeypatch.setattr(repository._connections, "_connect", collect_and_connect)
+        monkeypatch.setattr(connections_of(repository), "_connect", collect_and_connect)
         thread = threading.Thread(target=lambda: found.append(ids(repository)), daemon=True)
         thread.start()
         thread.join(PATIENCE)
@@ -683,11 +684,11 @@ class TestReaders:
     def test_connections_that_are_not_needed_are_closed(self, reader, repository, monkeypatch):
         with reader(), reader(), reader():
             pass
-        assert len(repository._connections._readers) == 3
+        assert len(connections_of(repository)._readers) == 3
         monkeypatch.setattr(connections, "IDLE", -1.0)
         for _ in range(3):
             ids(repository)
-        assert len(repository._connections._readers) == 0
+        assert len(connections_of(repository)._readers) == 0
         assert ids(repository) == ["a"]
 
 
@@ -833,7 +834,7 @@ class TestDurability:
 
     def level_at_commit(self, repository, writes):
         """``synchronous`` on the writing connection while its transaction was open."""
-        connection = repository._connections.writer()
+        connection = connections_of(repository).writer()
         levels = []
 
         def trace(sql):
@@ -876,12 +877,12 @@ class TestDurability:
     def test_an_interrupt_while_it_is_set_leaves_it_safe(self, repository):
         """What was lowered is raised again, even if nobody could note that it was lowered."""
         repository.create(task("a"))
-        real = repository._connections.writer()
+        real = connections_of(repository).writer()
         interrupting = Interrupting(real, "after", "PRAGMA synchronous")
-        repository._connections._writer = interrupting
+        connections_of(repository)._writer = interrupting
         with pytest.raises(KeyboardInterrupt):
             repository.apply([self.FLEETING])
-        repository._connections._writer = real
+        connections_of(repository)._writer = real
         assert self.level_at_commit(repository, [self.DURABLE]) == "FULL"
 
 
@@ -933,11 +934,11 @@ class TestInterrupts:
     def test_the_record_tells_the_truth(self, repository, when, statement, stored):
         repository.create(task("a"))
         writes = [insert("b"), lifecycle.start(repository.get_by_id("a"), 5, "node")]
-        real = repository._connections.writer()
-        repository._connections._writer = Interrupting(real, when, statement)
+        real = connections_of(repository).writer()
+        connections_of(repository)._writer = Interrupting(real, when, statement)
         with pytest.raises(KeyboardInterrupt):
             repository.apply(writes)
-        repository._connections._writer = real
+        connections_of(repository)._writer = real
         assert list(shown(repository, writes)) == [stored, stored]
         assert ids(repository) == (["a", "b"] if stored else ["a"])
         assert list(repository.apply(writes)) == [not stored, not stored]
@@ -945,7 +946,7 @@ class TestInterrupts:
     def test_what_it_left_open_is_not_read(self, repository):
         """It is undone by the next write."""
         repository.create(task("a"))
-        writer = repository._connections.writer()
+        writer = connections_of(repository).writer()
         writer.execute("BEGIN")
         writer.execute("UPDATE tasks SET status = 'running'")
         assert repository.statuses(["a"]) == {"a": "pending"}
@@ -955,7 +956,7 @@ class TestInterrupts:
     def test_one_while_a_statement_is_compiled_is_kept(self, repository):
         """SQLite calls back then, and would take an exception for a refusal."""
         repository.create(task("a"))
-        execute = repository._connections.writer().execute
+        execute = connections_of(repository).writer().execute
         # One step in C: the signal is noted, and nobody looks before the statement is compiled.
         steps = [partial(ctypes.PyDLL(None)["raise"], signal.SIGINT), partial(execute, "SELECT 77")]
         done = collections.deque[object](maxlen=2)
@@ -965,7 +966,7 @@ class TestInterrupts:
 
     def test_one_while_reading_loses_no_connection(self, repository):
         repository.create(task("a"))
-        with pytest.raises(KeyboardInterrupt), repository._connections.reader():
+        with pytest.raises(KeyboardInterrupt), connections_of(repository).reader():
             raise KeyboardInterrupt
         assert ids(repository) == ["a"]
 
@@ -975,7 +976,7 @@ class TestDiskFull:
 
     def test_nothing_is_half_stored(self, repository):
         repository.create(task("a"))
-        writer = repository._connections.writer()
+        writer = connections_of(repository).writer()
         (pages,) = writer.execute("PRAGMA page_count").fetchone()
         writer.execute(f"PRAGMA max_page_count = {pages + 2}")
         batch = [insert("small"), insert("big", params='{"x":"%s"}' % ("y" * 50_000))]
@@ -1110,7 +1111,7 @@ def test_a_fork_waits_for_who_writes_and_who_reads(repository):
     reading, read, go_on = threading.Event(), threading.Event(), threading.Event()
 
     def read_long():
-        with repository._connections.reader() as connection:
+        with connections_of(repository).reader() as connection:
             rows = connection.execute("SELECT id FROM tasks")
             reading.set()
             go_on.wait(PATIENCE)
@@ -1125,7 +1126,7 @@ def test_a_fork_waits_for_who_writes_and_who_reads(repository):
         status = 1
         with contextlib.suppress(BaseException):
             repository.create(task("b"))
-            status = 0 if read.is_set() and not repository._connections._abandoned else 2
+            status = 0 if read.is_set() and not connections_of(repository)._abandoned else 2
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     reader.join(PATIENCE)

@@ -7,7 +7,7 @@ import time
 from concurrent.futures import CancelledError
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, pool_of
 
 from taskx import (
     CancelReason,
@@ -443,7 +443,7 @@ def test_callbacks_run_on_a_thread_of_their_own(started):
     eventually(lambda: "executor" in where)
     started.cancel_task(handle.id)
     assert called.wait(PATIENCE)
-    pool = started._node.pool
+    pool = pool_of(started)
     assert where["callback"] is not threading.current_thread()
     assert where["callback"] not in pool.threads
     assert where["callback"].name != "taskx-housekeeper"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, ids
+from helpers import PATIENCE, eventually, ids, services_of
 
 from taskx import (
     ConfigurationError,
@@ -142,17 +142,17 @@ def test_what_leaves_their_list_meanwhile_hides_no_other_one(queue, batch, chang
 def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, passed, monkeypatch):
     """Else it would go on for ever. So it is where no time passes meanwhile."""
     monkeypatch.setattr(dead_letters, "BATCH", batch)
-    commit = queue._services.ledger.commit
+    commit = services_of(queue).ledger.commit
 
     def slow_commit(writes):
         results = commit(writes)
         if "held" in writes[0].changes:
-            queue._services.agenda.look_for_more()
+            services_of(queue).agenda.look_for_more()
             clock.advance(passed)
             assert queue.drain(PATIENCE)
         return results
 
-    monkeypatch.setattr(queue._services.ledger, "commit", slow_commit)
+    monkeypatch.setattr(services_of(queue).ledger, "commit", slow_commit)
     assert queue.requeue_dead_letters() == 5
     monkeypatch.undo()
     assert queue.drain(PATIENCE)

@@ -6,7 +6,7 @@ import threading
 import tracemalloc
 
 import pytest
-from helpers import PATIENCE, eventually, ids, run_in_thread
+from helpers import PATIENCE, eventually, ids, pool_of, run_in_thread
 
 from taskx import QueueFull, QueueStopped, Task, TaskStatus
 
@@ -56,7 +56,7 @@ def test_stop_sends_a_blocked_submitter_away(busy, gate):
     queue = busy(buffer_size=1, overflow="block")
     queue.submit("note")
     blocked = [run_in_thread(lambda: queue.submit("note", id="late")) for _ in range(3)]
-    eventually(lambda: len(queue._node.pool.buffer.room.listening) == 3)
+    eventually(lambda: len(pool_of(queue).buffer.room.listening) == 3)
     stopping = run_in_thread(lambda: queue.stop(PATIENCE))
     for result in blocked:
         with pytest.raises(QueueStopped):
@@ -80,7 +80,7 @@ def test_spilled_tasks_are_few_bytes_in_memory(busy):
     queue = busy(buffer_size=10, overflow="spill")
     tasks = [Task(type="note", params={"n": n}) for n in range(200)]
     queue.submit_many(tasks)
-    pool = queue._node.pool
+    pool = pool_of(queue)
     if queue.repository.in_memory:
         pytest.skip("that repository is memory itself")
     tracemalloc.start()
@@ -150,7 +150,7 @@ def test_stop_gives_what_a_caller_runs_its_time(busy, gate):
     assert begun.wait(PATIENCE)
     gate.open()
     stopping = run_in_thread(lambda: queue.stop(PATIENCE))
-    eventually(lambda: queue._node.pool.workers_left == 0)
+    eventually(lambda: pool_of(queue).workers_left == 0)
     go_on.set()
     assert stopping() == []
     assert caller().task().status is TaskStatus.COMPLETED
@@ -207,7 +207,7 @@ def test_many_beyond_the_room(busy, gate, overflow, no_batches):
 def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository, no_batches):
     """Even if it is fetched before the others are in the buffer."""
     queue = busy(buffer_size=4, overflow="spill")
-    pool = queue._node.pool
+    pool = pool_of(queue)
     eventually(lambda: pool.alone)
 
     def fetch(writes):

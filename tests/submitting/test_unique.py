@@ -5,7 +5,16 @@ from __future__ import annotations
 import threading
 
 import pytest
-from helpers import PATIENCE, eventually, ids, key_holders, those_with
+from helpers import (
+    PATIENCE,
+    eventually,
+    housekeeper_of,
+    ids,
+    key_holders,
+    pool_of,
+    services_of,
+    those_with,
+)
 from storage.repositories import TinyRepository
 
 from taskx import (
@@ -261,7 +270,7 @@ class TestConflict:
         queue.submit("note", {"n": 1}, priority=1)
         first = queue.submit("note", {"n": 2}, **KEY)
         queue.submit("note", {"n": 3}, **KEY, on_conflict="replace", priority=5)
-        eventually(lambda: first.id in queue._node.pool.buffer.ids)
+        eventually(lambda: first.id in pool_of(queue).buffer.ids)
         gate.open()
         assert queue.drain(PATIENCE)
         assert queue.ran == [3, 1]
@@ -296,7 +305,7 @@ class TestConflict:
         queue.executor("fine")(lambda n: n)
         queue.start()
         first = queue.submit("fine", {"n": 1}, **KEY, delay=3600)
-        eventually(lambda: queue._node._housekeeper._next_due is not None)
+        eventually(lambda: housekeeper_of(queue)._next_due is not None)
         queue.submit("fine", {"n": 2}, **KEY, on_conflict="replace", delay=10)
         clock.advance(11)
         assert first.result(PATIENCE) == 2
@@ -318,7 +327,7 @@ class TestConflict:
         clock.advance(2)
 
         def pause(writes):
-            queue._services.pauses.known = Paused(everything=True)
+            services_of(queue).pauses.known = Paused(everything=True)
 
         queue.repository.after = pause
         assert queue.submit("hold", **KEY).task().owner == ""

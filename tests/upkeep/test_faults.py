@@ -11,7 +11,16 @@ from datetime import timedelta
 
 import mongomock
 import pytest
-from helpers import PATIENCE, SpySQLite, eventually, is_intact, run_in_thread, whole_round
+from helpers import (
+    PATIENCE,
+    SpySQLite,
+    eventually,
+    is_intact,
+    pool_of,
+    run_in_thread,
+    services_of,
+    whole_round,
+)
 
 from taskx import (
     Hook,
@@ -103,7 +112,7 @@ class TestLocked:
         gate.wait_for(2)
         locker.lock()
         submits = [run_in_thread(lambda n=n: queue.submit("hold", {"n": n})) for n in (2, 3)]
-        eventually(lambda: queue._services.ledger._waiting)
+        eventually(lambda: services_of(queue).ledger._waiting)
         gate.open()
         threading.Event().wait(3)  # blocks on purpose
         assert [handle.done() for handle in running] == [False, False]
@@ -139,7 +148,7 @@ class TestLocked:
         clock.advance(60)
         assert timed_out.wait(PATIENCE)
         gate.open()
-        eventually(lambda: len(queue._services.ledger._waiting) >= 2)
+        eventually(lambda: len(services_of(queue).ledger._waiting) >= 2)
         threading.Event().wait(
             1
         )  # blocks on purpose: several times as long as is waited for a lock
@@ -181,9 +190,9 @@ class TestLocked:
         gate.wait_for(1)
         gate.open()
         first.result(PATIENCE)
-        eventually(queue._node.pool.holds_nothing)
+        eventually(pool_of(queue).holds_nothing)
         left = queue.submit("hold", delay=3600)
-        node = queue._node.pool.node.id
+        node = pool_of(queue).node.id
         with closing(sqlite3.connect(impatient.path, isolation_level=None)) as other:
             other.execute(
                 "UPDATE tasks SET owner = ?, held = 0 WHERE id = ?", (node, left.id)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, held_on
+from helpers import PATIENCE, eventually, held_on, node_of, pool_of, services_of
 
 from taskx import Config, SQLiteRepository, Task, TaskStatus
 from taskx.core import lifecycle
@@ -50,7 +50,7 @@ def test_a_cancel_does_not_wait_for_all_that_is_due(
     queue.start()
     eventually(lambda: handle.task().status is TaskStatus.RUNNING)
     clock.advance(60)
-    queue._services.agenda.wake()
+    services_of(queue).agenda.wake()
     eventually(lambda: released)
     web.cancel_task(handle.id)
     eventually(lambda: cancelled_after)
@@ -158,8 +158,8 @@ class TestAudit:
         """Audits a queue whose only worker is busy, two tasks in its buffer at a time."""
         monkeypatch.setattr(recovery, "AUDITED", 2)
         queue = busy(buffer_size=100)
-        monkeypatch.setattr(queue._node._recovery, "audit", lambda: None)  # the housekeeper's
-        return queue, Recovery(queue._node.pool)
+        monkeypatch.setattr(node_of(queue)._recovery, "audit", lambda: None)  # the housekeeper's
+        return queue, Recovery(pool_of(queue))
 
     @pytest.mark.every_store
     def test_it_reads_no_more_of_a_large_buffer_than_is_next_in_line(self, audits, monkeypatch):
@@ -179,7 +179,7 @@ class TestAudit:
     def test_a_lost_task_is_found_when_it_is_next_in_line(self, audits, gate):
         queue, mine = audits
         handles = [queue.submit("note", {"n": n}) for n in range(5)]
-        queue._node.pool.buffer.discard([handles[4].id])
+        pool_of(queue).buffer.discard([handles[4].id])
         mine.audit()
         mine.audit()
         assert queue.buffered == 4
@@ -201,11 +201,13 @@ def test_a_started_queue_gives_up_all_that_a_dead_node_had(
     queue.start()
     dead([waiting(f"{n:03}") for n in range(35)])
     eventually(lambda: "dead" not in owners(repository))
-    eventually(lambda: [node.id for node in repository.liveness.nodes()] == [queue._node.record.id])
+    eventually(
+        lambda: [node.id for node in repository.liveness.nodes()] == [node_of(queue).record.id]
+    )
 
 
 def queue_recovery(queue):
-    return LocalNode(queue._services, Config(), lambda: None)._recovery
+    return LocalNode(services_of(queue), Config(), lambda: None)._recovery
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
@@ -238,7 +240,7 @@ def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, make_queue, repo
     monkeypatch.setattr(lines_module, "BATCH", 10)
     queue = make_queue()
     queue.declare("remote")
-    lines = queue._services.turns
+    lines = services_of(queue).turns
     monkeypatch.setattr(lines, "advance", lambda keys: None)  # whoever stored them died then
     for n in range(35):
         queue.submit("remote", concurrency_key=f"key {n:02}")
@@ -261,7 +263,7 @@ def test_a_line_that_stands_still_is_found_behind_many_that_move(
     for n in range(35):
         for _ in range(2):
             queue.submit("remote", concurrency_key=f"key {n:02}")
-    lines = queue._services.turns
+    lines = services_of(queue).turns
     assert not lines.overdue()
     last = repository.ready(["remote"], 100)[-1].id
     assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by one that died then

@@ -8,7 +8,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from helpers import PATIENCE, eventually, ids
+from helpers import PATIENCE, eventually, housekeeper_of, ids, node_of, pool_of
 
 from taskx import Queue, RepositoryUnavailable, SQLiteRepository, Task, TaskNotFound, every
 from taskx.upkeep import housekeeper
@@ -97,7 +97,7 @@ def test_the_task_that_ran_meanwhile_ends_well_when_the_file_is_back(held, datab
     put_back = lose(database)
     refused(held, "nothing was stored")
     gate.open()
-    eventually(lambda: not held._node.pool.runs.executing)
+    eventually(lambda: not pool_of(held).runs.executing)
     put_back()
     assert held.healthy
     assert held.handle("held").result(PATIENCE) == "held"
@@ -118,13 +118,15 @@ def test_a_task_that_runs_is_not_run_again_from_a_copy_in_the_files_place(
     restored.executor("hold")(lambda: "again")
     restored.start()
     assert restored.submit("fine").result(PATIENCE) == "fine"
-    restored._node._recovery.recover()
+    node_of(restored)._recovery.recover()
     task = restored.get_task_status("held")
     assert (task.status, task.starts, task.crashes) == ("running", 1, 0)
     gate.open()
     held.stop(timeout=0)
-    eventually(lambda: not held._node.pool.workers_left)
-    held.repository.liveness._locks.let_go(held._node.record.id)  # as the end of its process would
+    eventually(lambda: not pool_of(held).workers_left)
+    held.repository.liveness._locks.let_go(
+        node_of(held).record.id
+    )  # as the end of its process would
     assert restored.handle("held").result(PATIENCE) == "again"
 
 
@@ -134,13 +136,13 @@ def test_the_log_tells_of_it_ever_more_rarely_and_shows_no_traceback(
     lose, words = loss
     monkeypatch.setattr(housekeeper, "_LONGEST_BACKOFF", 0.001)
     rounds = []
-    tick = held._node._housekeeper.tick
+    tick = housekeeper_of(held).tick
 
     def counted():
         rounds.append(1)
         tick()
 
-    monkeypatch.setattr(held._node._housekeeper, "tick", counted)
+    monkeypatch.setattr(housekeeper_of(held), "tick", counted)
     with caplog.at_level(logging.INFO, "taskx"):
         lose(database)
         del rounds[:]
@@ -155,7 +157,7 @@ def test_the_log_tells_of_it_ever_more_rarely_and_shows_no_traceback(
 def test_a_stop_ends_and_names_what_could_not_be_written(held, database, gate, caplog):
     delete(database)
     gate.open()
-    eventually(lambda: not held._node.pool.runs.executing)
+    eventually(lambda: not pool_of(held).runs.executing)
     assert held.stop(timeout=0.1) == ["held"]
     assert "outcomes could not be written yet" in caplog.text
     assert not database.exists()

@@ -7,7 +7,7 @@ import sqlite3
 from contextlib import closing
 
 import pytest
-from helpers import PATIENCE, SpySQLite, eventually
+from helpers import PATIENCE, SpySQLite, connections_of, eventually, node_of
 
 from taskx import Queue, SchemaMismatch, Task, TaskFilter, TaskStatus
 from taskx.storage.sqlite import schema
@@ -129,7 +129,7 @@ def test_a_migration_is_logged_once(make_queue, migrate, caplog):
         queue.start()
         queue.submit("fine").result(PATIENCE)
         migrate()
-        assert eventually(lambda: queue._node._left.is_set())
+        assert eventually(lambda: node_of(queue)._left.is_set())
         queue.stop()
     told = [record.levelname for record in caplog.records if "schema" in record.getMessage()]
     assert told == ["ERROR"]
@@ -173,7 +173,7 @@ def test_a_task_is_not_started_in_a_migrated_file(make_queue, migrate, repositor
 
     repository.before = before
     queue.submit("fine", {"n": 1}, id="a")
-    assert eventually(lambda: queue._node._left.is_set())
+    assert eventually(lambda: node_of(queue)._left.is_set())
     assert not ran
     task = repository.get_by_id("a")
     assert (task.status, task.owner, task.starts) == (TaskStatus.PENDING, "", 0)
@@ -198,7 +198,7 @@ def test_a_task_that_does_not_end_in_time_is_interrupted(make_queue, migrate, mo
     queue.start()
     eventually(lambda: handle.task().status is TaskStatus.RUNNING)
     migrate()
-    assert eventually(lambda: queue._node._left.is_set())
+    assert eventually(lambda: node_of(queue)._left.is_set())
     task = handle.task()
     assert (task.status, task.interruptions, task.owner) == (TaskStatus.PENDING, 1, "")
 
@@ -243,7 +243,7 @@ def test_a_change_of_the_schema_of_the_same_version_changes_nothing(repository, 
 def test_no_statement_asks_for_the_version_as_long_as_nobody_changes_it(repository):
     repository.create(new_task("first"))
     seen = []
-    writer = repository._connections.writer()
+    writer = connections_of(repository).writer()
     repository.create(new_task("second"))
     writer.set_trace_callback(seen.append)
     repository.create(new_task("third"))

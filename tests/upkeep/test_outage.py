@@ -7,7 +7,7 @@ import time
 
 import pymongo
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, pool_of, services_of
 from mongo_proxy import Proxy
 from mongo_server import new_database
 
@@ -95,11 +95,11 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
         on_mongo.submit("end", {"how": "never"}, id="refused")
     assert time.monotonic() - began < 10
     gate.open()
-    eventually(lambda: not on_mongo._node.pool.runs.executing)
+    eventually(lambda: not pool_of(on_mongo).runs.executing)
     eventually(lambda: on_mongo.repository.failed >= 2)
     proxy.heal()
     connection.timeout = patience
-    eventually(lambda: not on_mongo._services.ledger)
+    eventually(lambda: not services_of(on_mongo).ledger)
     assert handles[0].result(PATIENCE) == "completed"
     assert handles[1].exception(PATIENCE).error == "ValueError: as it was"
     assert eventually(handles[2].cancelled)

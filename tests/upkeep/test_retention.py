@@ -6,7 +6,7 @@ import os
 from datetime import datetime, timedelta, timezone
 
 import pytest
-from helpers import PATIENCE, eventually, ids, whole_round
+from helpers import PATIENCE, connections_of, eventually, housekeeper_of, ids, whole_round
 
 from taskx import (
     Config,
@@ -46,7 +46,7 @@ def fill(make_queue, clock):
 def later(queue, clock, seconds):
     """Let time pass, and the housekeeper look."""
     clock.advance(seconds)
-    queue._node._housekeeper.tick()
+    housekeeper_of(queue).tick()
 
 
 class TestRetention:
@@ -308,5 +308,5 @@ def test_the_file_shrinks_when_most_of_it_is_free(make_queue, database, clock):
 def size(repository):
     """Bytes of the file, when what was committed has been copied into it."""
     with repository._write_lock:
-        repository._connections.writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        connections_of(repository).writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return os.path.getsize(repository.path)

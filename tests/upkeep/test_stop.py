@@ -9,7 +9,7 @@ from datetime import datetime, timedelta, timezone, tzinfo
 from types import SimpleNamespace
 
 import pytest
-from helpers import PATIENCE, SpySQLite, eventually, run_in_thread
+from helpers import PATIENCE, SpySQLite, eventually, node_of, pool_of, run_in_thread, services_of
 
 from taskx import (
     CancelReason,
@@ -298,7 +298,7 @@ def test_running_tasks_may_end(started, gate, caplog):
     handle = started.submit("hold")
     gate.wait_for(1)
     stopping = run_in_thread(lambda: started.stop(PATIENCE))
-    eventually(lambda: started._node.pool.stopping)
+    eventually(lambda: pool_of(started).stopping)
     gate.open()
     assert stopping() == []
     assert (handle.task().status, handle.task().result) == (TaskStatus.COMPLETED, "None")
@@ -394,7 +394,7 @@ def test_stop_fires_the_tokens_before_its_timeout(started, monkeypatch):
     handle = listening(started)
     monkeypatch.setattr("taskx.upkeep.node.time", clock)
     stopping = run_in_thread(lambda: started.stop(timeout=5 * PATIENCE))
-    eventually(lambda: started._node.pool.stopping)
+    eventually(lambda: pool_of(started).stopping)
     assert handle.task().interruptions == 0
     ahead[0] = 4 * PATIENCE
     assert stopping() == []
@@ -406,7 +406,7 @@ def test_buffered_tasks_are_handed_back(busy, gate, caplog, make_queue):
     queue = busy()
     handles = [queue.submit("note", {"n": n}) for n in range(5)]
     stopping = run_in_thread(lambda: queue.stop(PATIENCE))
-    eventually(lambda: queue._node.pool.stopping)
+    eventually(lambda: pool_of(queue).stopping)
     gate.open()
     assert stopping() == []
     tasks = [h.task() for h in handles]
@@ -433,7 +433,7 @@ def test_stop_from_many_threads(started):
 def test_second_stop_may_be_more_impatient(started):
     handle = listening(started)
     first = run_in_thread(lambda: started.stop(timeout=10 * PATIENCE))
-    eventually(lambda: started._node.pool.stopping)
+    eventually(lambda: pool_of(started).stopping)
     assert started.stop(timeout=PATIENCE, cancel=True) == []
     assert first() == []
     assert handle.task().interruptions == 1
@@ -459,7 +459,7 @@ def test_submit_by_an_executor_during_the_stop(started, gate):
     handle = started.submit("hold")
     gate.wait_for(1)
     stopping = run_in_thread(lambda: started.stop(PATIENCE))
-    eventually(lambda: started._node.pool.stopping)
+    eventually(lambda: pool_of(started).stopping)
     gate.open()
     stopping()
     assert handle.task().error.startswith("QueueStopped")
@@ -493,7 +493,7 @@ def test_who_waits_for_a_task_of_a_closed_queue_is_told(queue, repository, monke
     queue.declare("remote")
     handle = queue.submit("remote")
     waiting = run_in_thread(lambda: handle.exception(PATIENCE))
-    eventually(lambda: queue._services.watcher.watching)
+    eventually(lambda: services_of(queue).watcher.watching)
     queue.close()
     assert isinstance(waiting(), QueueStopped)
     assert isinstance(queue.handle(handle.id).exception(PATIENCE), QueueStopped)
@@ -553,7 +553,7 @@ def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeyp
     queue.start()
     handle = queue.submit("hold")
     gate.wait_for(1)
-    node = queue._node
+    node = node_of(queue)
     wait = node._wait_for_workers
     monkeypatch.setattr(node, "_wait_for_workers", interrupt)
     with pytest.raises(KeyboardInterrupt):
@@ -567,7 +567,7 @@ def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeyp
 
 
 def test_a_node_ends_once_though_two_stops_come_to_its_end(started):
-    node = started._node
+    node = node_of(started)
     assert started.stop(PATIENCE) == []
     ended = []
     node._ended = lambda: ended.append(1)
@@ -609,4 +609,4 @@ def test_stopped_while_it_starts_its_threads_it_ends_all_of_them(make_queue, mon
     monkeypatch.setattr(LocalNode, "begin", begun_late)
     queue.start()
     assert queue.stop(PATIENCE) == []
-    assert queue._node.pool.workers_left == 0
+    assert pool_of(queue).workers_left == 0

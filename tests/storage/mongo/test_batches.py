@@ -6,7 +6,7 @@ import threading
 import time
 
 import pytest
-from helpers import held_on, key_holders, those_with
+from helpers import held_on, key_holders, services_of, those_with
 from mongo_proxy import swallowing
 
 from taskx import Queue, RepositoryUnavailable, Task, TaskFilter, TaskStatus
@@ -100,7 +100,7 @@ class TestASubmitterThatDied:
             one = {"_id": "c", "taskx.batch": batch}
             mock.tasks.update_one(one, {"$unset": {"taskx.batch": ""}})
             monkeypatch.setattr(store._batches, "_reveal", reveal)
-            onlooker._services.dependents.look()
+            services_of(onlooker).dependents.look()
 
         monkeypatch.setattr(store._batches, "_reveal", half)
         handles = queue.submit_many(tasks)

@@ -12,7 +12,7 @@ from collections import Counter
 
 import pymongo
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, pool_of
 from mongo_proxy import Proxy
 from mongo_server import Server, new_database
 
@@ -357,7 +357,7 @@ class TestAHostThatIsCutOff:
             queue.go_on.set()
             proxy.heal()
             eventually(lambda: "its late outcome was dropped" in caplog.text)
-        assert not queue._node.pool.runs
+        assert not pool_of(queue).runs
         assert "lost its lease" in caplog.text
         assert other.get_task_status("x").result == "mine"
         handle = eventually(lambda: submitted(queue, "work"))
@@ -415,7 +415,7 @@ class TestAnOutage:
                 self.fail_in_time(lambda: queue.submit("work", {"n": 1}))
                 self.fail_in_time(lambda: queue.submit_many([Task(type="work")] * 2))
                 gate.open()
-                eventually(lambda: not queue._node.pool.runs.executing)
+                eventually(lambda: not pool_of(queue).runs.executing)
                 back()
                 again = eventually(lambda: submitted(queue, "work"))
                 assert eventually(lambda: outcome(handle)) == "done"
