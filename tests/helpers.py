@@ -236,13 +236,49 @@ def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("taskx.running.ahead.SHORT", 0.0)
 
 
+_SECONDS = {
+    "audit": "upkeep.housekeeper.AUDIT_EVERY",
+    "recover": "upkeep.housekeeper.RECOVER_EVERY",
+    "progress": "upkeep.housekeeper.PROGRESS_EVERY",
+    "poll": "upkeep.housekeeper.POLL",
+    "schedules": "schedules.ticker.LOOK_EVERY",
+    "handles": "common.handles.LOOK_ANYWAY",
+}
+_BATCHES = {
+    "dead_letters": "submitting.dead_letters.BATCH",
+    "operations": "submitting.operations.BATCH",
+    "recovery": "upkeep.recovery.BATCH",
+    "retention": "upkeep.retention.BATCH",
+    "turns": "ordering.turns.BATCH",
+}
+
+
 @pytest.fixture
-def frequent_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+def look_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the seconds between looks of a kind: ``look_every(audit=0.05)``."""
+
+    def set_to(**seconds: float) -> None:
+        for kind, value in seconds.items():
+            monkeypatch.setattr(f"taskx.{_SECONDS[kind]}", value)
+
+    return set_to
+
+
+@pytest.fixture
+def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets how many tasks a part looks at, or changes, at once: ``in_batches(recovery=2)``."""
+
+    def set_to(**sizes: int) -> None:
+        for part, size in sizes.items():
+            monkeypatch.setattr(f"taskx.{_BATCHES[part]}", size)
+
+    return set_to
+
+
+@pytest.fixture
+def frequent_looks(look_every: Callable[..., None]) -> None:
     """The slow looks, for what nobody is told of, come every 50 ms: who waits for one waits less."""
-    for name in ("AUDIT_EVERY", "RECOVER_EVERY"):
-        monkeypatch.setattr(f"taskx.upkeep.housekeeper.{name}", 0.05)
-    monkeypatch.setattr("taskx.schedules.ticker.LOOK_EVERY", 0.05)
-    monkeypatch.setattr("taskx.common.handles.LOOK_ANYWAY", 0.05)
+    look_every(audit=0.05, recover=0.05, schedules=0.05, handles=0.05)
 
 
 @pytest.fixture

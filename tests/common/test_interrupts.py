@@ -26,9 +26,9 @@ def log():
 
 
 @pytest.fixture
-def auditing(monkeypatch):
+def auditing(look_every):
     """Run the audit without pause, so that it finds lost tasks at once."""
-    monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", 0.02)
+    look_every(audit=0.02)
 
 
 def strikes(call, step=1):

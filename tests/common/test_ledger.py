@@ -26,7 +26,6 @@ from taskx.core import lifecycle
 from taskx.core.complaint import Complaint
 from taskx.core.writes import Insert
 from taskx.running.ahead import MAX_AHEAD, Ahead
-from taskx.upkeep import housekeeper
 
 
 def insert(task_id):
@@ -267,8 +266,8 @@ def test_interrupted_submit_carries_the_id(queue):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_submit_may_be_repeated_and_runs_once(make_queue, when, monkeypatch):
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 0.1)  # it is the audit that finds the task
+def test_interrupted_submit_may_be_repeated_and_runs_once(make_queue, when, look_every):
+    look_every(audit=0.1)  # it is the audit that finds the task
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))
@@ -377,8 +376,8 @@ def test_a_write_is_in_doubt_if_its_batch_was_and_it_is_not_sent_again(ledger, r
     assert caught.value.in_doubt
 
 
-def test_submit_in_doubt_runs_once(make_queue, monkeypatch):
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 0.1)  # it is the audit that finds the task
+def test_submit_in_doubt_runs_once(make_queue, look_every):
+    look_every(audit=0.1)  # it is the audit that finds the task
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))

@@ -14,7 +14,6 @@ from taskx.core import lifecycle
 from taskx.running.ahead import MAX_AHEAD
 from taskx.running.pool import WorkerPool
 from taskx.testing import ManualClock
-from taskx.upkeep import housekeeper
 
 pytestmark = pytest.mark.every_store
 
@@ -107,10 +106,10 @@ def test_what_lies_in_the_buffer_makes_room_at_once(busy, gate, repository):
 
 
 def test_what_is_taken_from_the_buffer_in_that_moment_is_passed_over(
-    queue, other, repository, monkeypatch
+    queue, other, repository, monkeypatch, look_every
 ):
     """The pause came between the look at what is paused and the look into the buffer."""
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 3600)  # nobody finds by chance what it holds
+    look_every(audit=3600)  # nobody finds by chance what it holds
     queue.start()
     queue.pause("a")
     with monkeypatch.context() as blind:
@@ -143,9 +142,9 @@ def test_every_process_heeds_it_soon(queue, other):
     waits.result(PATIENCE)
 
 
-def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeypatch):
+def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeypatch, look_every):
     """Without waiting for the next slow look, or for somebody else to change something."""
-    monkeypatch.setattr(housekeeper, "RECOVER_EVERY", 3600)
+    look_every(recover=3600)
     queue.start()
     whole_round(queue)  # the first one looks at all
     monkeypatch.setattr(repository, "version", lambda: 0)
@@ -285,9 +284,9 @@ def test_a_delayed_task_waits_when_its_time_has_come(make_queue):
     assert handle.result(PATIENCE) == "ran"
 
 
-def test_what_the_audit_finds_is_given_up(queue, other, repository, monkeypatch):
+def test_what_the_audit_finds_is_given_up(queue, other, repository, look_every):
     """A task that this node is said to hold, and had lost track of."""
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 0.1)
+    look_every(audit=0.1)
     queue.start()
     queue.pause("a")
     insert = lifecycle.create(task_id="x", type="a", params="{}", created_by="", now=1)

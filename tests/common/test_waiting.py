@@ -47,11 +47,11 @@ def held(queue, gate):
 
 
 @pytest.fixture
-def no_slow_looks(monkeypatch):
+def no_slow_looks(look_every):
     """Only what rings is looked at."""
-    monkeypatch.setattr("taskx.upkeep.housekeeper.RECOVER_EVERY", 1e6)
-    monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", 1e6)
-    monkeypatch.setattr("taskx.common.handles.LOOK_ANYWAY", 1e6)
+    look_every(recover=1000000.0)
+    look_every(audit=1000000.0)
+    look_every(handles=1000000.0)
 
 
 # In the callback of a weak reference an exception is told, and goes no further.
@@ -109,10 +109,10 @@ def test_a_handle_resolves_after_an_exception_struck_while_the_task_ran(queue, h
 
 @strikes
 def test_another_thread_is_told_though_an_exception_struck_the_one_that_found_the_end(
-    queue, repository, monkeypatch
+    queue, repository, look_every
 ):
     """The main thread finds the end by its own look, and others wait for the same task."""
-    monkeypatch.setattr("taskx.common.handles.LOOK_ANYWAY", 0.01)
+    look_every(handles=0.01)
     queue.declare("t")
     for point in itertools.count(step=5):
         handle = queue.submit("t")
@@ -265,8 +265,8 @@ def test_first_exception(queue, held):
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), Strike("a panic")])
-def test_the_watcher_survives_whatever_a_look_raises(queue, monkeypatch, error):
-    monkeypatch.setattr("taskx.common.handles.LOOK_ANYWAY", 0.01)
+def test_the_watcher_survives_whatever_a_look_raises(queue, monkeypatch, look_every, error):
+    look_every(handles=0.01)
     queue.declare("t")
     handle, raised = queue.submit("t"), threading.Event()
     version = queue.repository.version
@@ -284,8 +284,10 @@ def test_the_watcher_survives_whatever_a_look_raises(queue, monkeypatch, error):
         waiting()
 
 
-def test_a_waiting_thread_polls_if_no_thread_can_be_started(queue, monkeypatch, held, gate):
-    monkeypatch.setattr("taskx.common.handles.LOOK_ANYWAY", 0.01)
+def test_a_waiting_thread_polls_if_no_thread_can_be_started(
+    queue, monkeypatch, look_every, held, gate
+):
+    look_every(handles=0.01)
     web = Queue(queue.repository)
     waiting = run_in_thread(lambda: web.handle(held).result(PATIENCE))
     eventually(lambda: services_of(web).watcher._polls)

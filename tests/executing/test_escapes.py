@@ -134,10 +134,10 @@ def test_an_outcome_that_cannot_be_made_into_writes_fails_its_attempt(started, m
 
 
 def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
-    make_queue, gate, monkeypatch
+    make_queue, gate, monkeypatch, look_every
 ):
     """Ctrl-C in the thread that submits, and runs the task itself: the audit hands the task back."""
-    monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", 0.05)
+    look_every(audit=0.05)
     queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
     queue.executor("hold")(lambda: gate())
     queue.executor("fine")(lambda: "fine")
@@ -217,10 +217,10 @@ class TestAlarms:
         assert "cannot start the thread that fires time-outs" in caplog.text
 
     def test_the_thread_is_started_when_there_is_one(
-        self, make_queue, no_threads, gate, clock, monkeypatch
+        self, make_queue, no_threads, gate, clock, look_every
     ):
         """The housekeeper starts it, even if no further task with a time-out begins."""
-        monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", 0.05)
+        look_every(audit=0.05)
         queue = make_queue(worker_num=1, clock=clock)
         fired = threading.Event()
 

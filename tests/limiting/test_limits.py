@@ -92,10 +92,10 @@ def test_in_a_crowd_of_short_tasks_too(make_queue, most):
     assert crowd.most <= most
 
 
-def test_what_is_counted_at_the_start_is_exact(make_queue, gate, monkeypatch):
+def test_what_is_counted_at_the_start_is_exact(make_queue, gate, monkeypatch, look_every):
     """However many are fetched, for a moment's wrong estimate: those too many go back."""
     monkeypatch.setattr(Admission, "room", lambda self, type, held: (10, 0))
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 3600)
+    look_every(audit=3600)
     queue = make_queue(worker_num=8)
     crowd = Crowd(lambda: (gate(), linger()))
     queue.executor("t", max_concurrency=2)(crowd)
@@ -461,9 +461,9 @@ def test_each_attempt_counts(make_queue, clock):
     eventually(lambda: handle.task().status is TaskStatus.FAILED)
 
 
-def test_in_real_time_a_fast_rate_is_kept_and_reached(make_queue, monkeypatch):
+def test_in_real_time_a_fast_rate_is_kept_and_reached(make_queue, look_every):
     """The housekeeper wakes for each token: by its own rhythm this would take minutes."""
-    monkeypatch.setattr(housekeeper, "POLL", 10.0)
+    look_every(poll=10.0)
     queue = make_queue(worker_num=2)
     queue.executor("t", rate=(100, 1.0), burst=1)(lambda: None)
     for _ in range(60):
@@ -474,9 +474,9 @@ def test_in_real_time_a_fast_rate_is_kept_and_reached(make_queue, monkeypatch):
     assert time.monotonic() - began >= 0.58
 
 
-def test_each_token_starts_one_though_none_ends(make_queue, gate, monkeypatch):
+def test_each_token_starts_one_though_none_ends(make_queue, gate, look_every):
     """What runs for long is not waited for, nor is the housekeeper's own rhythm."""
-    monkeypatch.setattr(housekeeper, "POLL", 60.0)
+    look_every(poll=60.0)
     queue = make_queue(worker_num=5)
     queue.executor("t", rate=(50, 1.0), burst=1)(lambda: gate())
     for _ in range(5):
@@ -486,10 +486,10 @@ def test_each_token_starts_one_though_none_ends(make_queue, gate, monkeypatch):
 
 
 def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
-    make_queue, monkeypatch
+    make_queue, monkeypatch, look_every
 ):
     """It does not go to sleep for long then."""
-    monkeypatch.setattr(housekeeper, "POLL", 60.0)
+    look_every(poll=60.0)
     queue = make_queue()
     queue.start()
     pool, sleeper = pool_of(queue), housekeeper_of(queue)

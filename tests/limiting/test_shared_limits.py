@@ -77,9 +77,9 @@ def test_in_a_crowd_of_short_tasks_too(make_queue, most):
     assert crowd.most <= most
 
 
-def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, monkeypatch):
+def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, look_every):
     """Not even until the next slow look; and it had all places before."""
-    monkeypatch.setattr(housekeeper, "RECOVER_EVERY", 3600)
+    look_every(recover=3600)
     queues = nodes(make_queue, 2, Crowd(), max_concurrency=2)
     for _ in range(10):
         queues[0].submit("t")
@@ -254,9 +254,9 @@ def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkey
 
 
 @pytest.mark.parametrize("limit", [{"max_concurrency": 1}, {"rate": "1/h"}])
-def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(monkeypatch, limit):
+def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(look_every, limit):
     """Not only at the slow look; in memory there is always something to look for."""
-    monkeypatch.setattr(housekeeper, "RECOVER_EVERY", 3600)
+    look_every(recover=3600)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", **limit)(lambda: "done")
         whole_round(queue)  # the first one is such a look, and "another" is not known to live
@@ -277,9 +277,9 @@ def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(monke
         assert handle.result(PATIENCE) == "done"
 
 
-def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch):
+def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch, look_every):
     """Others may have taken what it had."""
-    monkeypatch.setattr(housekeeper, "RECOVER_EVERY", 3600)
+    look_every(recover=3600)
     monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)

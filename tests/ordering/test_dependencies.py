@@ -41,7 +41,6 @@ from taskx.core import lifecycle
 from taskx.core.writes import Update
 from taskx.ordering import dependents
 from taskx.testing import ManualClock
-from taskx.upkeep import housekeeper
 
 pytestmark = pytest.mark.every_store
 
@@ -73,9 +72,9 @@ def started(queue, gate):
 
 
 @pytest.fixture
-def events_alone(repository, monkeypatch):
+def events_alone(repository, look_every):
     """Nothing is found by a slow look, or because somebody else changed something."""
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", NEVER)
+    look_every(audit=NEVER)
     repository.version = lambda: 0
 
 
@@ -409,8 +408,8 @@ class TestOthers:
     """Tasks that another process stored, and of which nobody here was told."""
 
     @pytest.fixture
-    def family(self, started, make_queue, monkeypatch):
-        monkeypatch.setattr(housekeeper, "RECOVER_EVERY", NEVER)  # then it looks around by itself
+    def family(self, started, make_queue, look_every):
+        look_every(recover=NEVER)  # then it looks around by itself
         whole_round(started)
         other = make_queue()
         other.declare("fine")
@@ -524,8 +523,8 @@ class TestDrained:
     """``drain`` waits for those whose parents have ended, whoever ended them and whether told or not."""
 
     @pytest.fixture(autouse=True)
-    def no_slow_looks(self, monkeypatch):
-        monkeypatch.setattr(housekeeper, "AUDIT_EVERY", NEVER)
+    def no_slow_looks(self, look_every):
+        look_every(audit=NEVER)
 
     def test_before_the_first_look(self, repository, make_queue, monkeypatch):
         _, child = unreleased(make_queue)
@@ -555,9 +554,9 @@ class TestDrained:
             assert len(started.ran) == ran
 
 
-def test_at_the_first_look_all_are_looked_at(repository, make_queue, monkeypatch):
+def test_at_the_first_look_all_are_looked_at(repository, make_queue, look_every):
     """Whoever ran before may not have come to it; nobody tells that anything has changed since."""
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", NEVER)
+    look_every(audit=NEVER)
     _, child = unreleased(make_queue)
     repository.version = lambda: 0
     start_fine(make_queue)
@@ -644,8 +643,8 @@ class TestMadeGood:
     """What no event told of is found by looking."""
 
     @pytest.fixture(autouse=True)
-    def slow_looks_are_not_that_slow(self, monkeypatch):
-        monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 0.05)
+    def slow_looks_are_not_that_slow(self, look_every):
+        look_every(audit=0.05)
 
     @pytest.mark.usefixtures("frequent_looks")
     def test_a_process_that_died_between_the_end_and_the_release(self, repository, make_queue):
@@ -678,10 +677,10 @@ class TestMadeGood:
         assert child.result(PATIENCE) == [0, None]
 
     def test_a_child_that_another_queue_on_the_same_repository_object_stores(
-        self, started, make_queue, gate, monkeypatch
+        self, started, make_queue, gate, look_every
     ):
         """Whose writes ring no bell here."""
-        monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", float("inf"))
+        look_every(audit=float("inf"))
         parent = started.submit("hold")
         gate.wait_for(1)
         other = make_queue()

@@ -33,7 +33,6 @@ from taskx import (
 from taskx import flows as flows_module
 from taskx.flows import lay_out
 from taskx.running import buffer
-from taskx.submitting import dead_letters, operations
 
 
 @pytest.fixture
@@ -333,9 +332,9 @@ class TestAgain:
 
     @pytest.mark.every_store
     def test_a_long_one_in_a_few_transactions_whatever_the_order_of_ids(
-        self, make_queue, monkeypatch
+        self, make_queue, in_batches
     ):
-        monkeypatch.setattr(dead_letters, "BATCH", 20)
+        in_batches(dead_letters=20)
         queue, ran = make_queue(worker_num=2), []
         queue.executor("n")(lambda n: ran.append(n))
         tasks = [Task(type="n", params={"n": n}) for n in range(50)]
@@ -459,11 +458,11 @@ class TestCancelMany:
         assert queue.cancel_many([]) == 0
 
     def test_the_buffer_is_put_in_order_at_most_once_for_each_transaction(
-        self, busy, gate, monkeypatch
+        self, busy, gate, monkeypatch, in_batches
     ):
         """Not for each task: among many thousand, that would take minutes."""
         queue = busy(buffer_size=1000)
-        monkeypatch.setattr(operations, "BATCH", 100)
+        in_batches(operations=100)
         handles = queue.submit_many(Task(type="note", params={"n": n}) for n in range(301))
         heapified = []
         heapify = buffer.heapify
@@ -476,10 +475,10 @@ class TestCancelMany:
         assert queue.ran == [300]
 
     def test_what_follows_from_it_follows_though_the_repository_fails_later(
-        self, make_queue, gate, monkeypatch
+        self, make_queue, gate, in_batches
     ):
         """Each transaction is complete by itself: tokens, hooks and the buffer, too."""
-        monkeypatch.setattr(operations, "BATCH", 2)
+        in_batches(operations=2)
         finished = []
 
         class Listens(Hook):

@@ -16,7 +16,6 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.upkeep import housekeeper
 
 pytestmark = pytest.mark.every_store
 
@@ -171,8 +170,8 @@ def test_a_cancel_lets_the_next_one_go(track, clock, started):
     eventually(lambda: track.took_turns(["last"]))
 
 
-def test_many_cancels_let_the_next_one_go(track, monkeypatch):
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 3600)  # the slow look makes good for nothing
+def test_many_cancels_let_the_next_one_go(track, look_every):
+    look_every(audit=3600)  # the slow look makes good for nothing
     track.queue.start()
     handles = [track.submit(n, delay=60) for n in range(3)]
     track.submit("last")
@@ -190,8 +189,8 @@ def test_a_running_one_that_is_cancelled_lets_the_next_one_go(track):
     eventually(lambda: track.took_turns(["next"]))
 
 
-def test_a_record_that_is_removed_lets_the_next_one_go(track, monkeypatch):
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 3600)
+def test_a_record_that_is_removed_lets_the_next_one_go(track, look_every):
+    look_every(audit=3600)
     track.queue.start()
     track.submit("first", delay=60)
     track.submit("next")
@@ -215,16 +214,16 @@ def test_one_that_is_requeued_stands_in_line_again(track, gate):
     assert track.took_turns([1, 2])
 
 
-def test_a_lone_one_that_is_requeued_runs(track, monkeypatch):
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 3600)
+def test_a_lone_one_that_is_requeued_runs(track, look_every):
+    look_every(audit=3600)
     track.queue.start()
     assert track.submit(1, delay=60).cancel()
     track.queue.requeue("1")
     eventually(lambda: track.took_turns([1]))
 
 
-def test_dead_letters_that_are_requeued_together_take_turns(track, monkeypatch):
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 3600)
+def test_dead_letters_that_are_requeued_together_take_turns(track, look_every):
+    look_every(audit=3600)
     broken = [True]
 
     @track.queue.executor("maybe")
@@ -325,9 +324,11 @@ def test_a_paused_type_stops_its_lines(track):
 
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
-def test_a_line_whose_repository_failed_goes_on(track, repository, gate, monkeypatch, failures):
+def test_a_line_whose_repository_failed_goes_on(
+    track, repository, gate, monkeypatch, look_every, failures
+):
     """It was down when a task had ended and the next one was looked for, once or again and again."""
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 3600)
+    look_every(audit=3600)
     track.queue.executor("hold")(lambda: gate())
     track.queue.start()
     track.queue.submit("hold", concurrency_key="k")

@@ -111,10 +111,10 @@ def test_every_tick_is_one_task_whoever_dies(run, repository, make_queue, place)
     assert {task_id for task_id, times in runs.items() if times > 1} <= crashed
 
 
-def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, monkeypatch):
+def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, look_every):
     """At once, but by the audit where the server tells of changes: it tells of those of tasks only."""
     if place[1] != shared("set"):
-        monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", float("inf"))
+        look_every(audit=float("inf"))
     queue = make_queue()
     queue.start()
     eventually(lambda: housekeeper_of(queue)._ticker._look_at)  # it has looked

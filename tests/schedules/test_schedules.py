@@ -190,9 +190,9 @@ def test_an_executor_knows_its_tick(started, clock):
     assert tick_of(started.submit("tell", id="by hand@home").task()) is None
 
 
-def test_the_thread_wakes_in_time_by_itself(make_queue, monkeypatch):
+def test_the_thread_wakes_in_time_by_itself(make_queue, look_every):
     """On the clock of the machine, and not because it looks at something else."""
-    monkeypatch.setattr("taskx.upkeep.housekeeper.POLL", 2 * PATIENCE)
+    look_every(poll=2 * PATIENCE)
     queue = make_queue(worker_num=1)
     late: list[float] = []
 
@@ -559,9 +559,9 @@ def test_what_another_queue_changes_holds_at_the_next_tick(make, clock):
     assert ticking.get_task_status("c@2026-03-27T12:01:00Z").params == {"n": 2}
 
 
-def test_a_schedule_of_another_queue_is_noticed(make, clock, monkeypatch):
-    monkeypatch.setattr("taskx.upkeep.housekeeper.AUDIT_EVERY", 0.05)
-    monkeypatch.setattr("taskx.schedules.ticker.LOOK_EVERY", 0.05)
+def test_a_schedule_of_another_queue_is_noticed(make, clock, look_every):
+    look_every(audit=0.05)
+    look_every(schedules=0.05)
     ticking, web = make(), make()
     ticking.start()
     eventually(lambda: housekeeper_of(ticking)._last["audit"])  # it has looked, and found none

@@ -24,7 +24,6 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.storage.adapter import EIGHT_METHODS, ORIGINAL_FIELDS, EightMethodAdapter
 from taskx.storage.queries import shown
-from taskx.upkeep import housekeeper
 
 ALL = "all"
 
@@ -252,10 +251,10 @@ def check(story):
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch):
-    monkeypatch.setattr(housekeeper, "AUDIT_EVERY", 0.05)
-    monkeypatch.setattr(housekeeper, "PROGRESS_EVERY", 0.01)
-    monkeypatch.setattr(housekeeper, "POLL", 0.01)
+def _quick(look_every):
+    look_every(audit=0.05)
+    look_every(progress=0.01)
+    look_every(poll=0.01)
 
 
 def test_without_a_failure_the_caller_is_told_the_truth():

@@ -17,7 +17,6 @@ from taskx import (
     TaskStatus,
     chain,
 )
-from taskx.submitting import dead_letters
 
 pytestmark = pytest.mark.every_store
 
@@ -103,9 +102,9 @@ def test_a_clock_that_was_set_back_leaves_none_out(queue, clock, change):
 @pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 200])
 def test_however_many_were_created_at_one_moment_each_is_come_to(
-    make_queue, clock, batch, change, monkeypatch
+    make_queue, clock, batch, change, in_batches
 ):
-    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    in_batches(dead_letters=batch)
     queue = make_queue(clock=clock)
     queue.executor("wrong")(lambda: 1 / 0)
     for name in ("a", "b", "b", "b", "b", "b", "c", "c", "d"):
@@ -118,9 +117,11 @@ def test_however_many_were_created_at_one_moment_each_is_come_to(
 
 @pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_what_leaves_their_list_meanwhile_hides_no_other_one(queue, batch, change, monkeypatch):
+def test_what_leaves_their_list_meanwhile_hides_no_other_one(
+    queue, batch, change, monkeypatch, in_batches
+):
     """Somebody else removes some while they are listed."""
-    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    in_batches(dead_letters=batch)
     queue.mended = True
     list_ = queue.repository.list
 
@@ -139,9 +140,11 @@ def test_what_leaves_their_list_meanwhile_hides_no_other_one(queue, batch, chang
 
 @pytest.mark.parametrize("passed", [0, 1])
 @pytest.mark.parametrize("batch", [1, 2, 200])
-def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, passed, monkeypatch):
+def test_one_that_fails_again_meanwhile_is_requeued_once(
+    queue, clock, batch, passed, monkeypatch, in_batches
+):
     """Else it would go on for ever. So it is where no time passes meanwhile."""
-    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    in_batches(dead_letters=batch)
     commit = services_of(queue).ledger.commit
 
     def slow_commit(writes):
@@ -163,10 +166,10 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(queue, clock, batch, pa
 
 @pytest.mark.parametrize("batch", [1, 3, 200])
 def test_children_wait_for_the_parents_that_are_requeued_with_them(
-    make_queue, gate, batch, monkeypatch
+    make_queue, gate, batch, in_batches
 ):
     """Whatever the order in which they are come to, and whatever page they are on."""
-    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    in_batches(dead_letters=batch)
     queue = make_queue(worker_num=4)
     mended, ran = [], []
 
@@ -327,9 +330,9 @@ def test_they_are_discarded(queue):
     ],
 )
 def test_a_limit_and_an_offset_choose_among_them_as_in_a_list(
-    queue, change, batch, filter, left, monkeypatch
+    queue, change, batch, filter, left, in_batches
 ):
-    monkeypatch.setattr(dead_letters, "BATCH", batch)
+    in_batches(dead_letters=batch)
     queue.mended = True
     assert getattr(queue, change)(filter) == 5 - len(left)
     assert queue.drain(PATIENCE)

@@ -30,7 +30,6 @@ from taskx import (
     open_repository,
 )
 from taskx.testing import ManualClock
-from taskx.upkeep import housekeeper
 
 pytestmark = pytest.mark.every_store
 
@@ -296,9 +295,9 @@ class TestConflict:
             with pytest.raises(QueueFull):
                 queue.submit("note", unique_key="other", on_conflict=conflict)
 
-    def test_replace_is_looked_at_at_once(self, make_queue, monkeypatch):
+    def test_replace_is_looked_at_at_once(self, make_queue, look_every):
         """Nobody comes to it by chance: not by a slow look, nor by a change that somebody else made."""
-        monkeypatch.setattr(housekeeper, "RECOVER_EVERY", 3600)
+        look_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock)
         queue.repository.version = lambda: 0
@@ -314,10 +313,10 @@ class TestConflict:
         assert first.result(PATIENCE) == 4
 
     def test_what_is_stored_after_all_is_nobodys_where_no_buffer_has_it(
-        self, make_queue, gate, monkeypatch
+        self, make_queue, gate, look_every
     ):
         """The first try was for the buffer; before the second one the type was paused."""
-        monkeypatch.setattr(housekeeper, "RECOVER_EVERY", 3600)
+        look_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock, worker_num=1)
         queue.executor("hold")(lambda: gate())

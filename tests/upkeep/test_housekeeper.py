@@ -12,7 +12,6 @@ from taskx.core import lifecycle
 from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
 from taskx.liveness.base import Node
-from taskx.ordering import turns as lines_module
 from taskx.storage.queries import owners
 from taskx.upkeep import recovery
 from taskx.upkeep.node import LocalNode
@@ -99,8 +98,8 @@ def waiting(task_id):
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_the_buffer_of_a_dead_node_is_given_up_in_parts(monkeypatch, make_queue, repository, dead):
-    monkeypatch.setattr(recovery, "BATCH", 10)
+def test_the_buffer_of_a_dead_node_is_given_up_in_parts(in_batches, make_queue, repository, dead):
+    in_batches(recovery=10)
     queue = make_queue()
     queue.declare("remote")
     dead([waiting(f"{n:03}") for n in range(35)])
@@ -116,9 +115,9 @@ def test_the_buffer_of_a_dead_node_is_given_up_in_parts(monkeypatch, make_queue,
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_a_task_of_a_dead_node_that_cannot_be_given_up_does_not_hold_up_the_others(
-    monkeypatch, make_queue, repository, dead
+    monkeypatch, in_batches, make_queue, repository, dead
 ):
-    monkeypatch.setattr(recovery, "BATCH", 2)
+    in_batches(recovery=2)
     queue = make_queue()
     queue.declare("remote")
     dead([waiting(f"{n}") for n in range(6)])
@@ -136,9 +135,9 @@ def test_a_task_of_a_dead_node_that_cannot_be_given_up_does_not_hold_up_the_othe
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_all_that_a_dead_node_ran_is_taken_back_however_much_that_is(
-    monkeypatch, make_queue, repository, dead
+    in_batches, make_queue, repository, dead
 ):
-    monkeypatch.setattr(recovery, "BATCH", 2)
+    in_batches(recovery=2)
     queue = make_queue()
     queue.declare("remote")
     dead([waiting(f"{n}") for n in range(5)])
@@ -193,9 +192,9 @@ class TestAudit:
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 def test_a_started_queue_gives_up_all_that_a_dead_node_had(
-    hurried, monkeypatch, make_queue, repository, dead
+    hurried, in_batches, make_queue, repository, dead
 ):
-    monkeypatch.setattr(recovery, "BATCH", 10)
+    in_batches(recovery=10)
     queue = make_queue()
     queue.declare("remote")
     queue.start()
@@ -236,8 +235,8 @@ def test_the_log_says_what_becomes_of_a_task_whose_process_died(
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, make_queue, repository):
-    monkeypatch.setattr(lines_module, "BATCH", 10)
+def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, in_batches, make_queue, repository):
+    in_batches(turns=10)
     queue = make_queue()
     queue.declare("remote")
     lines = services_of(queue).turns
@@ -255,9 +254,9 @@ def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, make_queue, repo
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_a_line_that_stands_still_is_found_behind_many_that_move(
-    monkeypatch, make_queue, repository
+    in_batches, make_queue, repository
 ):
-    monkeypatch.setattr(lines_module, "BATCH", 10)
+    in_batches(turns=10)
     queue = make_queue()
     queue.declare("remote")
     for n in range(35):

@@ -251,8 +251,10 @@ class TestHistory:
         clock.advance(50)
         assert self.prune(queue, clock) == 2
 
-    def test_a_long_chain_is_removed_in_few_looks(self, make_queue, repository, clock, monkeypatch):
-        monkeypatch.setattr(retention, "BATCH", 20)
+    def test_a_long_chain_is_removed_in_few_looks(
+        self, make_queue, repository, clock, monkeypatch, in_batches
+    ):
+        in_batches(retention=20)
         queue = make_queue(clock=clock)
         queue.executor("step")(lambda: None)
         flow = queue.submit_flow(chain(*(Task(type="step") for _ in range(90))))
@@ -269,10 +271,10 @@ class TestHistory:
         assert len(looks) <= 5 + 1
 
     def test_tasks_that_must_stay_do_not_hide_others_that_can_be_removed(
-        self, make_queue, clock, gate, monkeypatch
+        self, make_queue, clock, gate, in_batches
     ):
         """However many there are: the next look goes on where this one came to."""
-        monkeypatch.setattr(retention, "BATCH", 2)
+        in_batches(retention=2)
         queue = make_queue(clock=clock, retention={"completed": 60})
         queue.executor("step")(lambda: None)
         old = [queue.submit("step", id=f"old{n}") for n in range(3)]
