@@ -443,7 +443,7 @@ IDLE = {
     "schedules": "name >= 'schedule/'",
     "own tasks": "owner = '{node}'",
     "free tasks": "owner = ''",
-    "waiting_on": "SELECT DISTINCT waiting_on",
+    "waiting_on": "(SELECT min(waiting_on)",
     "concurrency_key": "(SELECT min(concurrency_key)",
 }
 
