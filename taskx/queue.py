@@ -210,7 +210,7 @@ class Queue:
             executor.bind(self)
         if self._node is not None:
             with suppress(RepositoryError):  # then the housekeeper records them
-                self._node.pool.record_types()
+                self._node.engine.record_types()
         self._services.agenda.look_for_more()
 
     def declare(self, *types: str) -> None:
@@ -534,12 +534,12 @@ class Queue:
     @property
     def buffered(self) -> int:
         """How many submitted tasks wait in this queue's buffer, of ``buffer_size``."""
-        return 0 if self._node is None else self._node.pool.buffer.submitted
+        return 0 if self._node is None else self._node.engine.buffer.submitted
 
     @property
     def running(self) -> int:
         """How many executors of this queue are at work."""
-        return 0 if self._node is None else len(self._node.pool.runs.executing)
+        return 0 if self._node is None else len(self._node.engine.runs.executing)
 
     @property
     def healthy(self) -> bool:
@@ -657,7 +657,7 @@ class Queue:
 
     def _look_for_pauses(self) -> None:
         if self._node is not None:
-            self._node.pool.look_for_pauses()
+            self._node.engine.look_for_pauses()
             self._services.agenda.wake_from_long_sleep()
 
     @property

@@ -77,7 +77,7 @@ def node_of(queue: Queue) -> LocalNode:
 
 def pool_of(queue: Queue) -> WorkerPool:
     """The workers of a started queue, and what they have in hand."""
-    return node_of(queue).pool
+    return node_of(queue).engine
 
 
 def housekeeper_of(queue: Queue) -> Housekeeper:

@@ -51,9 +51,11 @@ class Watcher:
         self._repository = repository
         self._log = log
         self._agenda = agenda
-        #: The live handles of each task, by their ids as objects. Changed without a lock, one step of a
-        #: dict at a time: a handle may be dropped, and an exception strike, anywhere.
-        self.handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
+        # The live handles of each task, by their ids as objects. Changed without a lock, one step of a
+        # dict at a time: a handle may be dropped, and an exception strike, anywhere.
+        self._handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
+        #: The ids of the tasks that somebody watches.
+        self.watched = self._handles.keys()
         self._ended: deque[str] = deque()  # tasks that ended, whose handles are to be told of it
         self._thread: threading.Thread | None = None
         self._closed = self._warned = False
@@ -61,7 +63,7 @@ class Watcher:
     @property
     def watching(self) -> bool:
         """True if somebody watches a task that has not ended."""
-        return bool(self.handles)
+        return bool(self._handles)
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve the handle when its task has ended, at once if it has; may be called again and again.
@@ -120,23 +122,23 @@ class Watcher:
         else:
             ref = weakref.ref(handle, lambda gone: self._drop(task_id, key, gone))
         while True:
-            refs = self.handles.setdefault(task_id, {})
+            refs = self._handles.setdefault(task_id, {})
             refs[key] = ref
-            if self.handles.get(task_id) is refs:  # else it was dropped meanwhile
+            if self._handles.get(task_id) is refs:  # else it was dropped meanwhile
                 return
 
     def _drop(self, task_id: str, key: int, ref: object = None) -> None:
-        refs = self.handles.get(task_id, {})
+        refs = self._handles.get(task_id, {})
         if ref is None or refs.get(key) is ref:
             refs.pop(key, None)
         if not refs:
-            for late in list(self.handles.pop(task_id, {}).values()):  # registered in between
+            for late in list(self._handles.pop(task_id, {}).values()):  # registered in between
                 if (handle := late()) is not None:
                     self._register(handle)
 
     def _live(self, task_id: str) -> list[TaskHandle[Any]]:
         live = []
-        refs = self.handles.get(task_id, {})
+        refs = self._handles.get(task_id, {})
         for key in list(refs):
             if (ref := refs.get(key)) is None:
                 continue
@@ -178,7 +180,7 @@ class Watcher:
         Raises:
             RepositoryError: the repository cannot be read.
         """
-        self._look([task_id for task_id in list(self.handles) if self._live(task_id)])
+        self._look([task_id for task_id in list(self._handles) if self._live(task_id)])
 
     def _look(self, task_ids: Sequence[str]) -> None:
         if task_ids:
@@ -220,7 +222,7 @@ class Watcher:
 
     def ensure_polling(self) -> None:
         """Have a thread look, if there is anything to look at and nobody else does."""
-        if self.handles and (self._closed or not self._agenda.attended) and not self._polls:
+        if self._handles and (self._closed or not self._agenda.attended) and not self._polls:
             thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
             self._thread = thread  # first: it goes on only as long as it is that one
             try:
@@ -233,7 +235,7 @@ class Watcher:
         me = threading.current_thread()
         changed, looked = Changes(self._repository), -math.inf
         complaint = Complaint(self._log)
-        while self._thread is me and self.handles and (self._closed or not self._agenda.attended):
+        while self._thread is me and self._handles and (self._closed or not self._agenda.attended):
             pause = _POLL
             try:
                 self.tell()
@@ -257,13 +259,13 @@ class Watcher:
             self.ensure_polling()  # a handle came in between
 
     def _close_all(self) -> None:
-        for task_id in list(self.handles):
+        for task_id in list(self._handles):
             for handle in self._live(task_id):
                 handle.conclude_closed()
                 self._tell(handle)
 
     def renew_after_fork(self) -> None:
         """Begin anew in a forked child: the threads that waited belong to the parent."""
-        for task_id in list(self.handles):
+        for task_id in list(self._handles):
             for handle in self._live(task_id):
                 handle.forget_listeners()

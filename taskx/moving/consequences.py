@@ -150,7 +150,7 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
 
 class _State(Protocol):
     @property
-    def pool(self) -> _Node | None: ...
+    def engine(self) -> _Node | None: ...
 
 
 class Consequences:
@@ -267,7 +267,7 @@ class Consequences:
         finally:
             if over is not None and run is not None:
                 over(run, True)
-        log, watched, may_start = self._log, self._watcher.handles, False
+        log, watched, may_start = self._log, self._watcher.watched, False
         for write in writes:
             follows = FOLLOWS[write.move, write.changes.get("status")]
             if follows.words and log.isEnabledFor(follows.level) and write.id in tasks:
@@ -275,9 +275,9 @@ class Consequences:
                 log.log(follows.level, follows.words, facts)
             if follows.ends and write.id in watched:
                 self._watcher.look_at(write.id)
-            if follows.leaves and (node := self._state.pool) is not None:
+            if follows.leaves and (node := self._state.engine) is not None:
                 node.discard([write.id])
-            if follows.fires and (node := self._state.pool) is not None:
+            if follows.fires and (node := self._state.engine) is not None:
                 node.fire(write.id)
             may_start = may_start or follows.may_start
         if may_start:
@@ -332,8 +332,8 @@ class Consequences:
                 keys.append(str(key))
             elif held == UNTIL_DUE:
                 self._agenda.look_for_due()
-            elif held == FREE and changes.get("owner") and self._state.pool is not None:
-                self._state.pool.rebuffer(tasks[write.id])
+            elif held == FREE and changes.get("owner") and self._state.engine is not None:
+                self._state.engine.rebuffer(tasks[write.id])
             elif held == FREE:
                 self._agenda.look_for_more()
         if waiting:

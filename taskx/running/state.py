@@ -10,5 +10,5 @@ class State:
 
     def __init__(self) -> None:
         #: What runs tasks; None as long as the queue has not been started.
-        self.pool: WorkerPool | None = None
+        self.engine: WorkerPool | None = None
         self.stopped = False

@@ -147,7 +147,7 @@ class Intake:
 
     def _pool_for(self, insert: Insert) -> WorkerPool | None:
         """The pool whose buffer it goes into; None if it may not start yet, or not here, or not in turn."""
-        pool, type_ = self._state.pool, insert.row["type"]
+        pool, type_ = self._state.engine, insert.row["type"]
         if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
             return None
         return pool if pool.buffers(type_) and not self._spills else None
@@ -178,7 +178,7 @@ class Intake:
             self._overflowed(pool, insert, "spill" if spill else self._overflow)
             return
         self._store(insert)
-        type_, pool = insert.row["type"], self._state.pool
+        type_, pool = insert.row["type"], self._state.engine
         if (
             pool is not None
             and not insert.row["held"]
@@ -198,7 +198,7 @@ class Intake:
                 "in the child process of an executor a MemoryRepository is another one, which ends with "
                 "it: use a repository that processes share, SQLiteRepository for one; nothing was stored"
             )
-        if (pool := self._state.pool) is not None and pool.outdated is not None:
+        if (pool := self._state.engine) is not None and pool.outdated is not None:
             raise SchemaMismatch(*pool.outdated.args)
         if self._state.stopped:
             raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
@@ -300,7 +300,7 @@ class Intake:
         inserts = self._prepare_many(tasks)
         if not inserts:
             return []
-        pool = self._state.pool
+        pool = self._state.engine
         try:
             if pool is None:
                 self._store_whole(inserts)

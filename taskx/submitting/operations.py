@@ -52,8 +52,8 @@ class Operations:
             if task.status.finished:
                 raise InvalidTransition(f"task {task_id} is {task.status} already")
             if queries.asked_to_cancel(self._services.repository, [task_id]):
-                if self._state.pool is not None:
-                    self._state.pool.fire(task_id)
+                if self._state.engine is not None:
+                    self._state.engine.fire(task_id)
                 return False
             # else it moved between the write and the look
         raise RepositoryCorrupt(

@@ -58,7 +58,7 @@ class Lifetime:
             self._services.repository.ensure_there()
         except RepositoryError:
             return False
-        return self.node is None or self.node.pool.stuck.healthy
+        return self.node is None or self.node.engine.stuck.healthy
 
     def start(self) -> None:
         """Start the workers; a second call does nothing.
@@ -72,7 +72,7 @@ class Lifetime:
             if self._state.stopped:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
             if self.node is not None:
-                self.node.pool.begun.set()  # an interrupt may have struck the start before it did
+                self.node.engine.begun.set()  # an interrupt may have struck the start before it did
                 return
             node = LocalNode(self._services, self._config, self._ended)
             try:
@@ -82,7 +82,7 @@ class Lifetime:
                 if not self._publish(node):
                     raise QueueStopped("the queue was stopped while it started; nothing was run")
             except BaseException:  # an interrupt, too: it can be started again
-                self.node = self._state.pool = None
+                self.node = self._state.engine = None
                 node.withdraw()
                 raise
             if (hooks := self._services.hooks).queue_started:
@@ -93,7 +93,7 @@ class Lifetime:
         """Make a node that has begun visible to other threads; return False if the queue was stopped."""
         with self._changing:
             if not self._state.stopped:
-                self.node, self._state.pool = node, node.pool
+                self.node, self._state.engine = node, node.engine
             return not self._state.stopped
 
     def _ended(self) -> None:
@@ -131,8 +131,8 @@ class Lifetime:
         """Take nothing more, and tell running tasks to stop; waits for nothing."""
         self._state.stopped = True
         if self.node is not None:
-            self.node.pool.stopping = True
-            self.node.pool.fire_all(CancelReason.STOP)
+            self.node.engine.stopping = True
+            self.node.engine.fire_all(CancelReason.STOP)
 
     def wait_for_hooks(self, timeout: float) -> None:
         """Wait until hooks have been told everything, and complain if they have not."""

@@ -53,15 +53,15 @@ class LocalNode:
             name=f"{gethostname()}:{os.getpid()}:{node_id[-6:]}",
             types=services.registry.types,
         )
-        self.pool = WorkerPool(services, self.record, config, self._retire)
+        self.engine = WorkerPool(services, self.record, config, self._retire)
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
         self._ending = threading.Lock()
         self._on_record = False  # or perhaps, while it joins
         self._left = threading.Event()
-        self._recovery = Recovery(self.pool)
+        self._recovery = Recovery(self.engine)
         retention = Retention(services, config.retention)
         ticker = Ticker(services)
-        self._housekeeper = Housekeeper(self.pool, self._recovery, retention, ticker)
+        self._housekeeper = Housekeeper(self.engine, self._recovery, retention, ticker)
 
     # --- starting
 
@@ -88,11 +88,11 @@ class LocalNode:
             self._on_record = False
             raise
         liveness = services.repository.liveness
-        self.pool.began = liveness.began(self.record.id)
-        liveness.watch(self.record.id, self.pool.lose_lease)
+        self.engine.began = liveness.began(self.record.id)
+        liveness.watch(self.record.id, self.engine.lose_lease)
         self._recovery.recover(PATIENCE)
         services.pauses.look()
-        self.pool.refill()
+        self.engine.refill()
 
     def begin(self) -> None:
         """Start the threads; the workers wait until they may :meth:`go`.
@@ -100,29 +100,29 @@ class LocalNode:
         Raises:
             RuntimeError: the system has no more threads.
         """
-        for thread in list(self.pool.threads):  # one that ends at once leaves the list
+        for thread in list(self.engine.threads):  # one that ends at once leaves the list
             thread.start()
         self._housekeeper.start()
 
     def withdraw(self) -> None:
         """Undo :meth:`join` and what has been begun: no task was run."""
-        self.pool.begin_stop()
+        self.engine.begin_stop()
         self._housekeeper.stop()
         if not self._on_record:
             return
         with suppress(RepositoryError):  # what it still owns is taken from a node that has left
-            self.pool.release_pending()
+            self.engine.release_pending()
         with suppress(RepositoryError):  # it is for the error that was raised before to be told
             self._services.repository.liveness.leave(self.record.id)
 
     def go(self) -> None:
         """Let the workers run tasks."""
         services = self._services
-        self.pool.begun.set()
+        self.engine.begun.set()
         services.log.info(
             "node %s started: %d workers, types %s",
             self.record.name,
-            self.pool.ahead.workers,
+            self.engine.ahead.workers,
             ", ".join(self.record.types) or "none",
         )
 
@@ -140,15 +140,15 @@ class LocalNode:
         while True:
             if self._nothing_left():
                 return True
-            if self.pool.outdated is not None:
-                raise SchemaMismatch(*self.pool.outdated.args)
-            if self.pool.stopping:
+            if self.engine.outdated is not None:
+                raise SchemaMismatch(*self.engine.outdated.args)
+            if self.engine.stopping:
                 raise QueueStopped("the queue was stopped before all was done")
             left = _LOOK_EVERY if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
             if services.hooks.quiet:
-                self.pool.wait_quiet(min(left, _LOOK_EVERY))
+                self.engine.wait_quiet(min(left, _LOOK_EVERY))
             else:
                 services.hooks.wait(min(left, _LOOK_EVERY))
 
@@ -157,7 +157,7 @@ class LocalNode:
         services = self._services
         told = services.hooks.told
         return (
-            self.pool.holds_nothing()
+            self.engine.holds_nothing()
             and not self._stored_left()
             and services.hooks.quiet
             and services.hooks.told == told
@@ -165,7 +165,7 @@ class LocalNode:
 
     def _stored_left(self) -> bool:
         """Whether the repository has something to run, also where one task is to follow another."""
-        repository, types = self._services.repository, set(self.pool.types())
+        repository, types = self._services.repository, set(self.engine.types())
         return (
             self._housekeeper.behind()
             or unfinished(repository, types)
@@ -177,8 +177,8 @@ class LocalNode:
 
     def still_running(self) -> list[str]:
         """The ids of the tasks whose executor, or whose outcome, is still under way."""
-        stuck = (run.task.id for run in list(self.pool.stuck.runs))
-        return list(dict.fromkeys([*self.pool.runs, *stuck]))
+        stuck = (run.task.id for run in list(self.engine.stuck.runs))
+        return list(dict.fromkeys([*self.engine.runs, *stuck]))
 
     # --- stopping
 
@@ -196,7 +196,7 @@ class LocalNode:
             raise
 
     def _stop(self, timeout: float, *, cancel: bool) -> list[str]:
-        pool, log = self.pool, self._services.log
+        pool, log = self.engine, self._services.log
         deadline = time.monotonic() + timeout
         self._by(deadline, self._begin_stop)
         if not cancel:
@@ -234,7 +234,7 @@ class LocalNode:
 
     def _wait_for_end(self, timeout: float, *, cancel: bool) -> list[str]:
         if cancel:
-            self.pool.fire_all(CancelReason.STOP)
+            self.engine.fire_all(CancelReason.STOP)
         deadline = time.monotonic() + timeout
         self._wait_for_workers(deadline)
         still = self.still_running()
@@ -246,7 +246,7 @@ class LocalNode:
         """End the node, as its TaskX is too old for what is in the repository now."""
         if not self._retiring.acquire(blocking=False):
             return
-        self.pool.outdated = why
+        self.engine.outdated = why
         self._services.log.error(
             "node %s takes no more tasks and hands back what it has: %s", self.record.name, why
         )
@@ -256,9 +256,9 @@ class LocalNode:
 
     def _begin_stop(self) -> None:
         try:
-            self.pool.begin_stop()
+            self.engine.begin_stop()
             self._services.repository.liveness.mark_stopping(self.record.id)
-            self.pool.release_pending()
+            self.engine.release_pending()
         except RepositoryError as error:
             self._services.log.warning("the stop could not be recorded: %s", error)
 
@@ -270,7 +270,7 @@ class LocalNode:
 
     def _wait_for_workers(self, deadline: float) -> None:
         # A stop that an executor asks for cannot wait for that executor.
-        pool = self.pool
+        pool = self.engine
         here = 1 if threading.current_thread() in pool.threads else 0
         while (left := deadline - time.monotonic()) > 0:
             # Callers may run tasks, too.
@@ -286,8 +286,8 @@ class LocalNode:
             self._services.log.warning("outcomes could not be written yet: %s", error)
 
     def _end_later(self) -> None:
-        while self.pool.workers_left or self.pool.runs or self.pool.stuck.runs:
-            self.pool.wait_quiet(_LOOK_EVERY)
+        while self.engine.workers_left or self.engine.runs or self.engine.stuck.runs:
+            self.engine.wait_quiet(_LOOK_EVERY)
         self._end()
 
     def _end(self) -> None:
@@ -304,15 +304,15 @@ class LocalNode:
             with suppress(RepositoryError):  # whoever runs next looks at all that wait
                 services.dependents.look()
                 services.turns.look()
-                self.pool.stuck.lift()
+                self.engine.stuck.lift()
             with suppress(RepositoryError):  # what nodes share is taken from one that has left
-                self.pool.admission.end()
+                self.engine.admission.end()
             with suppress(RepositoryError):  # what it still owns is taken from a node that has left
-                self.pool.release_pending()
+                self.engine.release_pending()
             services.repository.liveness.leave(self.record.id)
         except RepositoryError as error:
             services.log.warning("the end could not be recorded: %s", error)
-        self.pool.began = None  # closes its file now, whenever the pool is collected
+        self.engine.began = None  # closes its file now, whenever the pool is collected
         services.log.info("node %s stopped", self.record.name)
         self._left.set()
         self._ended()

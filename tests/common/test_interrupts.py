@@ -359,7 +359,7 @@ def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, mon
 
 def test_who_claims_a_run_that_is_over_leaves_the_next_run_of_its_task_alone(started):
     """It would be handed back while its executor is at it."""
-    pool = started._node.pool
+    pool = started._node.engine
     handle = started.submit("fine", delay=3600)
     over, later = (pool.starter._make_run(handle.task()) for _ in range(2))
     pool.runs[handle.id] = later
@@ -369,7 +369,7 @@ def test_who_claims_a_run_that_is_over_leaves_the_next_run_of_its_task_alone(sta
 
 def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(started, auditing):
     """As where memory ran out between two lines."""
-    pool = started._node.pool
+    pool = started._node.engine
     handle = started.submit("fine", id="x", delay=3600)
     started.repository.apply([lifecycle.release("x")])
     (run,) = (pool.starter._make_run(task) for task in started.repository.get_many(["x"]).values())
@@ -419,7 +419,7 @@ def test_a_stop_that_is_interrupted_is_done_by_the_next_one(
         return do(*args)
 
     monkeypatch.setattr(node, step, interrupted)
-    run_in_thread(lambda: (eventually(lambda: node.pool.stopping), gate.open()))
+    run_in_thread(lambda: (eventually(lambda: node.engine.stopping), gate.open()))
     with pytest.raises(KeyboardInterrupt):
         queue.stop(PATIENCE)
     gate.open()

@@ -167,7 +167,7 @@ def test_a_handle_that_is_dropped_is_gone(queue):
 
 def test_a_handle_that_could_not_be_dropped_as_it_died_is_dropped_by_the_next_look(queue):
     watcher, gone = services_of(queue).watcher, weakref.ref(queue.handle("a"))
-    watcher.handles["a"] = {1: gone}
+    watcher._handles["a"] = {1: gone}
     watcher.look()
     assert not watcher.watching
 

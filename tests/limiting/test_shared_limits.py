@@ -94,9 +94,9 @@ def idle_engine(make_queue):
     queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
     node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
-    node.pool.alone = False
-    yield node.pool
-    node.pool.admission.end()
+    node.engine.alone = False
+    yield node.engine
+    node.engine.admission.end()
 
 
 def meanwhile(monkeypatch, repository, name, happens):
@@ -165,7 +165,7 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     handles = [queue.submit("t") for _ in range(5)]
     node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
-    pool = node.pool
+    pool = node.engine
     pool.refill()
     items = pool.buffer.take(5)
 

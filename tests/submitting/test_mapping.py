@@ -454,7 +454,7 @@ queue.executor("twice")(lambda n: 2 * n)
 queue.start()
 results = queue.map("twice", ({"n": n} for n in range(10)), window=1)
 assert next(results) == 0
-pool = queue._node.pool
+pool = queue._node.engine
 if (child := os.fork()) == 0:
     results._fill()
     os._exit(len(queue.list_tasks()[0]) + len(pool.buffer))

@@ -595,11 +595,11 @@ def test_stopped_while_it_starts_its_threads_it_ends_all_of_them(make_queue, mon
     begin = LocalNode.begin
 
     def begun_late(node):
-        first = node.pool.threads[0]
+        first = node.engine.threads[0]
         start = first.start
 
         def start_and_end():
-            node.pool.begin_stop()
+            node.engine.begin_stop()
             start()
             first.join(PATIENCE)
 
