@@ -219,11 +219,11 @@ class Ears:
 
 
 class Everybody:
-    """A stand-in for the watcher, and for its handles: somebody waits for each task."""
+    """A stand-in for the watcher, and for what it watches: somebody waits for each task."""
 
     def __init__(self, ears):
         self._ears = ears
-        self.handles = self
+        self.watched = self
 
     def __contains__(self, task_id):
         return True
