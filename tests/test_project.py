@@ -390,3 +390,23 @@ def test_documentation_is_valid_rst(path):
     docutils.core.publish_doctree(
         path.read_text(encoding="utf-8"), source_path=str(path), settings_overrides=settings
     )
+
+
+def test_nothing_is_pickled_or_evaluated():
+    """In the whole package: no module that runs what it reads, and no call of what runs text."""
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
+    package = Path(taskx.__file__).parent
+    files = list(package.rglob("*.py"))
+    assert len(files) > 30
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {(node.module or "").partition(".")[0]}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), file
+                continue
+            else:
+                continue
+            assert not names & forbidden, file

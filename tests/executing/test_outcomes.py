@@ -11,7 +11,7 @@ import weakref
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, node_of
+from helpers import PATIENCE, eventually, node_of, run_in_thread
 
 from taskx import (
     ConfigurationError,
@@ -20,9 +20,11 @@ from taskx import (
     RepositoryError,
     Retry,
     TaskFailed,
+    TaskFilter,
     TaskNotFound,
     TaskStatus,
 )
+from taskx.core.writes import Insert
 
 
 class Unprintable(Exception):
@@ -555,3 +557,67 @@ def test_threads_end_with_their_queue(make_queue):
         with queue:
             queue.submit("fine", timeout=5).result(PATIENCE)
     eventually(lambda: threading.active_count() <= before)
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
+def test_the_end_is_one_write_and_forgets_nothing_of_before(queue, how):
+    """Not a status first and the result after, and no field that is set back."""
+
+    @queue.executor("end")
+    def end(ctx, how):
+        queue.repository.update_progress(ctx.task.id, 30, "half way")
+        if how == "failed":
+            raise ValueError("no")
+        if how == "cancelled":
+            queue.cancel_task(ctx.task.id)
+            ctx.token.raise_if_cancelled()
+        return {"n": 1}
+
+    queue.start()
+    handle = queue.submit("end", {"how": how}, created_by="user123")
+    eventually(handle.done)
+    task = handle.task()
+    assert (task.status, task.created_by, task.message) == (how, "user123", "half way")
+    assert (task.progress, task.params) == (100 if how == "completed" else 30, {"how": how})
+    assert task.created_at <= task.started_at <= task.completed_at
+    ends = [
+        write
+        for batch in queue.repository.batches
+        for write in batch
+        if not isinstance(write, Insert) and write.changes.get("status") == how
+    ]
+    assert len([write for write in ends if "duration" in write.changes]) == 1
+    assert "completed_at" in ends[-1].changes
+    if how == "completed":
+        assert ends[-1].changes["result"] == '{"n":1}'
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_a_list_and_how_many_there_are_agree(queue, monkeypatch, limit):
+    """Though one more is stored between the two looks."""
+    queue.declare("note")
+    queue.submit("note")
+    coming = []
+
+    def one_more_after(look):
+        def looks(*args):
+            seen = look(*args)
+            stored = threading.Event()
+            coming.append(run_in_thread(lambda: (queue.submit("note"), stored.set())))
+            stored.wait(PATIENCE)
+            return seen
+
+        return looks
+
+    monkeypatch.setattr(queue.repository, "list", one_more_after(queue.repository.list))
+    tasks, total = queue.list_tasks(TaskFilter(limit=limit))
+    assert len(tasks) == 1
+    assert total == 1 or (limit == 1 and total == 2)  # then it is on the next page
+    assert coming
+    for come in coming:
+        come()
+    monkeypatch.undo()
+    tasks, total = queue.list_tasks(TaskFilter(limit=limit))
+    assert (len(tasks), total) == (min(limit, 1 + len(coming)), 1 + len(coming))

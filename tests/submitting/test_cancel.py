@@ -24,7 +24,7 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
-from taskx.core.writes import Update
+from taskx.core.writes import Insert, Update
 from taskx.upkeep.housekeeper import PROGRESS_EVERY
 
 
@@ -618,3 +618,62 @@ def test_progress_through_the_repository(started):
     assert handle.exception(PATIENCE)
     assert (handle.task().progress, handle.task().message) == (60, "by hand")
     assert seen == [60, 60]
+
+
+@pytest.mark.every_store
+def test_late_progress_is_ignored(queue):
+    """Told by a thread that outlived its attempt, it touches neither the record nor the next one."""
+    leaked, second = [], threading.Event()
+
+    @queue.executor("leak", max_attempts=2)
+    def leak(ctx):
+        leaked.append(ctx)
+        if ctx.task.attempt == 1:
+            raise ValueError
+        ctx.progress(20, "second")
+        second.set()
+        leaked[0].progress(90, "from the first")
+        eventually(lambda: handle.task().message == "second")
+        leaked[0].progress(91, "from the first")
+        threading.Event().wait(0.3)  # blocks on purpose: progress is written thrice meanwhile
+        seen.append((handle.task().progress, handle.task().message))
+
+    seen = []
+    handle = queue.submit("leak")
+    queue.start()
+    assert second.wait(PATIENCE)
+    handle.result(PATIENCE)
+    assert seen == [(20, "second")]
+    for ctx in leaked:
+        ctx.progress(10, "late")
+    queue.submit("leak", id="other").result(PATIENCE)
+    assert (handle.task().progress, handle.task().message) == (100, "second")
+
+
+@pytest.mark.every_store
+def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
+    """It goes on, and does not know yet that the task has been started again elsewhere."""
+
+    @queue.executor("work")
+    def work(ctx):
+        if ctx.task.starts == 1:
+            gate()
+            ctx.progress(90, "from the first")
+            assert tried.wait(PATIENCE)
+
+    tried = threading.Event()
+
+    def look(writes):
+        if any(not isinstance(w, Insert) and w.changes.get("progress") == 90 for w in writes):
+            tried.set()
+
+    queue.repository.after = look
+    queue.start()
+    handle = queue.submit("work")
+    gate.wait_for(1)
+    again = {"starts": 2, "progress": 10, "message": "from the second"}
+    queue.repository.apply([Update(handle.id, {}, again)])
+    gate.open()
+    assert tried.wait(PATIENCE)
+    task = handle.task()
+    assert (task.starts, task.progress, task.message) == (2, 10, "from the second")

@@ -8,7 +8,7 @@ from datetime import datetime, timedelta, timezone
 
 import attrs
 import pytest
-from helpers import PATIENCE, ids, run_in_thread
+from helpers import PATIENCE, eventually, ids, pool_of, run_in_thread
 from storage.repositories import TinyRepository
 
 import taskx
@@ -22,6 +22,7 @@ from taskx import (
     Queue,
     QueueFull,
     QueueStopped,
+    RepositoryError,
     RepositoryUnavailable,
     SQLiteRepository,
     SystemClock,
@@ -30,6 +31,8 @@ from taskx import (
     TaskxError,
     UnknownTaskType,
 )
+from taskx.core.clock import to_datetime
+from taskx.core.writes import Insert
 
 
 @pytest.fixture
@@ -515,3 +518,97 @@ def test_rejected_and_accepted_are_all(make_queue):
     assert queue.drain(PATIENCE)
     assert sorted(ran) == sorted(accepted)
     assert queue.list_tasks()[1] == len(accepted)
+
+
+@pytest.mark.every_store
+def test_nothing_runs_before_it_is_stored(queue):
+    """Enqueued first, a task could run before its record was there, or without one for ever."""
+    ran = []
+    queue.executor("note")(lambda: ran.append(1))
+    queue.start()
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(writes):
+        if any(isinstance(write, Insert) for write in writes):
+            reached.set()
+            assert go_on.wait(PATIENCE)
+            if not allowed:
+                raise RepositoryError("no room for this one")
+
+    allowed = []
+    queue.repository.before = hold
+    refused = run_in_thread(lambda: queue.submit("note", id="x"))
+    assert reached.wait(PATIENCE)
+    assert not pool_of(queue).buffer.ids
+    assert ran == []
+    go_on.set()
+    with pytest.raises(RepositoryError, match="no room"):
+        refused()
+    assert queue.repository.get_many(["x"]) == {}
+    assert not pool_of(queue).buffer.ids
+    allowed.append(True)
+    assert queue.submit("note", id="y").result(PATIENCE) is None
+    assert ran == [1]
+
+
+def test_a_store_that_hangs_holds_up_only_who_needs_it(queue, gate):
+    """While one submit hangs: others register, look, report progress; what runs goes on."""
+    seen = []
+
+    @queue.executor("work")
+    def work(ctx):
+        gate()
+        ctx.progress(50, "half way")
+        seen.append(ctx.task.id)
+
+    queue.start()
+    running = queue.submit("work")
+    gate.wait_for(1)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hang(writes):
+        queue.repository.before = lambda writes: None
+        reached.set()
+        assert go_on.wait(3 * PATIENCE)
+
+    queue.repository.before = hang
+    hanging = run_in_thread(lambda: queue.submit("work", id="slow"))
+    try:
+        assert reached.wait(PATIENCE)
+        other = run_in_thread(lambda: queue.executor("other")(lambda: None))
+        assert other() is not None
+        assert queue.get_task_status(running.id).status is TaskStatus.RUNNING
+        assert [task.id for task in queue.list_tasks()[0]] == [running.id]
+        gate.open()
+        eventually(lambda: seen == [running.id])
+    finally:
+        go_on.set()
+    assert hanging().result(PATIENCE) is None
+    assert running.result(PATIENCE) is None
+
+
+def test_what_a_caller_sets_beside_the_order_is_not_stored(queue):
+    """A result, times, counts and progress are the queue's to set."""
+    queue.declare("note")
+    long_ago = to_datetime(0)
+    mine = Task(
+        type="note",
+        result={"n": 1},
+        error="x",
+        progress=70,
+        message="x",
+        created_at=long_ago,
+        started_at=long_ago,
+        completed_at=long_ago,
+        duration=9.0,
+        errors=4,
+        crashes=4,
+        starts=4,
+        owner="x",
+        dead_letter=True,
+    )
+    task = queue.submit(mine).task()
+    assert task.created_at > long_ago
+    assert (task.started_at, task.completed_at, task.result, task.duration) == (None, None, None, 0)
+    assert (task.error, task.progress, task.message, task.owner) == ("", 0, "", "")
+    assert (task.errors, task.crashes, task.starts, task.dead_letter) == (0, 0, 0, False)

@@ -6,6 +6,7 @@ import logging
 import threading
 import time
 from datetime import datetime, timedelta, timezone, tzinfo
+from itertools import count
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +20,7 @@ from taskx import (
     QueueStopped,
     RepositoryUnavailable,
     Task,
+    TaskFilter,
     TaskStatus,
     every,
 )
@@ -610,3 +612,50 @@ def test_stopped_while_it_starts_its_threads_it_ends_all_of_them(make_queue, mon
     queue.start()
     assert queue.stop(PATIENCE) == []
     assert pool_of(queue).workers_left == 0
+
+
+@pytest.mark.every_store
+def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, repository):
+    """Some rounds of ten threads that submit while the queue is stopped in the middle of it.
+
+    What is kept and did not run does with whoever comes next.
+    """
+    all_left = []
+    for _ in range(5):
+        queue = make_queue(worker_num=2, buffer_size=1_000_000)
+        ran, line = [], threading.Barrier(11)
+        # So long that some are left, however slowly they are submitted.
+        queue.executor("n")(lambda ctx, n, ran=ran: (ctx.token.wait(0.02), ran.append(n))[1])
+        queue.start()
+
+        def submit(first, queue=queue, line=line):
+            line.wait(PATIENCE)
+            accepted = []
+            try:
+                for n in count(first, 10):
+                    queue.submit("n", {"n": n})
+                    accepted.append(n)
+            except QueueStopped:
+                return accepted
+
+        threads = [
+            run_in_thread(lambda first=first, submit=submit: submit(first)) for first in range(10)
+        ]
+        line.wait(PATIENCE)
+        eventually(lambda: repository.count(TaskFilter()) > 50)
+        assert queue.stop(PATIENCE) == []
+        accepted = sorted(n for thread in threads for n in thread())
+        kept = {task.params["n"]: task for task in repository.list(TaskFilter(limit=1_000_000))}
+        assert sorted(kept) == accepted
+        done = sorted(n for n, task in kept.items() if task.status is TaskStatus.COMPLETED)
+        assert done == sorted(ran)
+        left = [task for task in kept.values() if task.status is not TaskStatus.COMPLETED]
+        assert {task.status for task in left} <= {TaskStatus.PENDING}
+        all_left += left
+        with make_queue() as another:
+            another.executor("n")(lambda n: n)
+            assert another.drain(PATIENCE)
+        assert repository.count(TaskFilter(status="completed")) == len(kept)
+        for task in kept.values():
+            repository.delete(task.id)
+    assert all_left
