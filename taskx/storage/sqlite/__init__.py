@@ -1,7 +1,4 @@
-"""Tasks in one SQLite file, for any number of processes on one host.
-
-Only ``SQLiteRepository`` is used from outside.
-"""
+"""Tasks in one SQLite file, for any number of processes on one host."""
 
 from taskx.storage.sqlite.repository import SQLiteRepository
 

@@ -144,8 +144,7 @@ def crash(path: str) -> None:
     wait_until(path, "SELECT progress = 30 FROM tasks WHERE id = 'crashed'")
     end(first)
     stopping = begin(path, "stopping")
-    stops = "name LIKE 'node/%' AND text LIKE '%\"stopping\": true%'"
-    wait_until(path, f"SELECT count(*) = 1 FROM notes WHERE {stops}")
+    wait_until(path, "SELECT count(*) = 1 FROM nodes WHERE stopping = 1")
     running = begin(path, "running")
     wait_until(path, "SELECT count(*) = 4 FROM tasks WHERE progress = 30")
     wait_until(path, "SELECT count(*) = 1 FROM tasks WHERE stuck_on <> ''")
@@ -198,9 +197,7 @@ def neutral(path: str) -> None:
             "UPDATE tasks SET traceback = neutral(traceback), "
             "earlier_attempts = neutral(earlier_attempts)"
         )
-        connection.execute(  # no copy has the number of the original
-            "UPDATE notes SET text = json_set(text, '$.file', 1) WHERE name LIKE 'node/%'"
-        )
+        connection.execute("UPDATE nodes SET file = 1")  # no copy has the number of the original
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
