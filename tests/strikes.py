@@ -91,6 +91,7 @@ class _Tracer:
         self._left -= 1
 
 
+_JUMPS_BACK = ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
 _known: dict[CodeType, frozenset[int]] = {}
 
 
@@ -113,9 +114,6 @@ def _calls(code: CodeType) -> frozenset[int]:
             )
         )
     return _known[code]
-
-
-_JUMPS_BACK = ("JUMP_BACKWARD", "JUMP_ABSOLUTE")
 
 
 def _is_call(opname: str) -> bool:
