@@ -9,6 +9,7 @@ from typing import Any
 
 from benchmarks.loops import Loop, created, started_and_finished
 from taskx.core.ids import new_id
+from taskx.core.model import TASK_FIELDS
 from taskx.core.writes import CREATED
 from taskx.storage.sqlite import statements
 from taskx.storage.sqlite.connections import Connections
@@ -25,9 +26,8 @@ class Statements:
         self.starting, self.starts = self._update(start, ids)
         self.finishing, self.finishes = self._update(finish, ids)
         self.inserting = statements.insert_if_new(CREATED)
-        self.inserting_many = statements.insert(CREATED)
         self.inserts = [tuple(created(id_).row.values()) for id_ in ids]
-        self.selecting = statements.select_many(1)
+        self.selecting = statements.find("id", 1, TASK_FIELDS, False)
         self.selects = [(id_,) for id_ in ids]
 
     @staticmethod
@@ -70,7 +70,7 @@ class SQLiteLoop(Loop):
         """All tasks, one commit."""
         self.synchronous(self.accepting)
         self.cursor.execute("BEGIN IMMEDIATE")
-        self.cursor.executemany(self.statements.inserting_many, self.statements.inserts)
+        self.cursor.executemany(self.statements.inserting, self.statements.inserts)
         self.cursor.execute("COMMIT")
 
     def start_and_finish(self) -> None:

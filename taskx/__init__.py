@@ -6,9 +6,14 @@ cancellation token, and a process that is killed loses nothing.
 
 from typing import TYPE_CHECKING, Any
 
+from taskx.common.config import Config
+from taskx.common.handles import TaskHandle
+from taskx.common.hooks import Hook
+from taskx.common.pauses import Paused
 from taskx.core.clock import Clock, SystemClock
 from taskx.core.codec import Codec, ZlibCodec
 from taskx.core.errors import (
+    CancelReason,
     ConfigurationError,
     DuplicateTask,
     InvalidTransition,
@@ -29,18 +34,14 @@ from taskx.core.errors import (
 from taskx.core.model import Attempt, Task, TaskFilter, TaskStatus
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
-from taskx.core.token import CancelReason, CancelToken
+from taskx.core.token import CancelToken
+from taskx.executing.context import Context
+from taskx.executing.executors import Executor, TaskExecutor, executor
+from taskx.executing.middleware import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
 from taskx.queue import Queue
-from taskx.runtime.config import Config
-from taskx.runtime.context import Context
-from taskx.runtime.executors import Executor, TaskExecutor, executor
-from taskx.runtime.handles import TaskHandle
-from taskx.runtime.hooks import Hook
-from taskx.runtime.middleware import Middleware
-from taskx.runtime.pauses import Paused
-from taskx.schedules import Schedule, tick_of
-from taskx.storage.base import TaskRepository
+from taskx.schedules.schedule import Schedule, tick_of
+from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
 from taskx.storage.sqlite import SQLiteRepository
 from taskx.storage.urls import open_repository

@@ -9,11 +9,11 @@ from typing import Any, Literal, Protocol, Union
 
 import attrs
 
+from taskx.common.handles import TaskHandle
+from taskx.core.creation import check_parents
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.ids import new_id
-from taskx.core.lifecycle import check_parents
 from taskx.core.model import Task, TaskStatus, check_key
-from taskx.runtime.handles import TaskHandle
 from taskx.storage.base import Repository
 
 #: What a flow is made of.

@@ -2,82 +2,76 @@
 
 from __future__ import annotations
 
-import atexit
 import logging
 import os
-import threading
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from datetime import datetime
-from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast, overload
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from taskx.core.checks import check_number
-from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.common.agenda import Agenda
+from taskx.common.config import Config
+from taskx.common.handles import TaskHandle
+from taskx.common.hooks import Hook, Hooks
+from taskx.common.ledger import Ledger
+from taskx.common.pauses import Paused, Pauses
+from taskx.common.watcher import Watcher
+from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import (
     ConfigurationError,
-    QueueStopped,
     RepositoryError,
 )
-from taskx.core.log import GuardedLogger
+from taskx.core.log import GuardedLogger, check_logger
 from taskx.core.model import (
     Task,
     TaskFilter,
     TaskStatus,
     check_filter,
     check_key,
-    check_moment,
     check_name,
-    check_status,
 )
-from taskx.core.ticks import Every, Misfire
-from taskx.core.token import CancelReason
-from taskx.core.unique import OnConflict
-from taskx.flows import Flow, FlowHandle, Shape, lay_out
-from taskx.runtime.alarms import Alarms
-from taskx.runtime.checkpoints import Keeper
-from taskx.runtime.config import Config
-from taskx.runtime.dead_letters import dead, discard_all
-from taskx.runtime.dependents import Dependents
-from taskx.runtime.executors import (
-    Executor,
-    ExecutorDecorator,
+from taskx.core.options import (
     ExecutorOptions,
-    Registered,
-    Registry,
-    TaskExecutor,
+    MapOptions,
+    ScheduleOptions,
+    SubmitOptions,
     options_of,
 )
-from taskx.runtime.handles import TaskHandle
-from taskx.runtime.hooks import Hook, Hooks
-from taskx.runtime.intake import Intake, ScheduleOptions, SubmitOptions, with_options
-from taskx.runtime.ledger import Ledger
-from taskx.runtime.lines import Lines
-from taskx.runtime.mapping import AHEAD_PER_WORKER, MapOptions, Plan, Results
-from taskx.runtime.middleware import Layer, check_middleware
-from taskx.runtime.node import EXTRA, LocalNode
-from taskx.runtime.operations import Operations
-from taskx.runtime.pauses import Paused, Pauses
-from taskx.runtime.retention import prune_all
-from taskx.runtime.runner import Runner, inside_executor
-from taskx.runtime.schedules import Entry, Overlap, Schedules, make_entry
-from taskx.runtime.starter import Services
-from taskx.runtime.watcher import Watcher
-from taskx.schedules import Schedule
-from taskx.storage.adapter import EightMethodAdapter, refuse_eight_methods
-from taskx.storage.base import Repository, TaskRepository
+from taskx.core.ticks import Every, Misfire
+from taskx.executing.alarms import Alarms
+from taskx.executing.checkpoints import Keeper
+from taskx.executing.executors import (
+    Executor,
+    ExecutorDecorator,
+    TaskExecutor,
+)
+from taskx.executing.middleware import Layer, check_middleware
+from taskx.executing.registry import Registry
+from taskx.executing.runner import Runner
+from taskx.flows import Flow, FlowHandle, Shape, lay_out
+from taskx.moving.consequences import Consequences
+from taskx.moving.services import Services
+from taskx.running.state import State
+from taskx.schedules.schedule import Schedule
+from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
+from taskx.storage import queries
+from taskx.storage.adapter import EightMethodAdapter
+from taskx.storage.base import Repository
+from taskx.storage.eight import TaskRepository
+from taskx.submitting.creation import task_of
+from taskx.submitting.dead_letters import dead, discard_all
+from taskx.submitting.intake import Intake
+from taskx.submitting.mapping import Plan, Results, ahead
+from taskx.submitting.operations import Operations
+from taskx.upkeep.lifetime import Lifetime
+from taskx.upkeep.node import LocalNode
+from taskx.upkeep.retention import prune_all
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
 
 R = TypeVar("R")
-
-#: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
-EXIT_TIMEOUT = 5.0
-# Half of what the system can wait for: deadlines and extra time come on top.
-_LONGEST_STOP = threading.TIMEOUT_MAX / 2
 
 
 class Queue:
@@ -113,8 +107,8 @@ class Queue:
         if config is not None and not isinstance(config, Config):
             raise ConfigurationError(f"config must be a Config, not {type(config).__name__}")
         self.config = config or Config()
-        self._log = GuardedLogger(_check_logger(logger))
-        self._clock = _check_clock(clock)
+        self._log = GuardedLogger(check_logger(logger))
+        self._clock = check_clock(clock)
         self.repository = (
             repository
             if isinstance(repository, Repository)
@@ -122,19 +116,20 @@ class Queue:
         )
         self._hooks = tuple(hooks)
         self._registry = Registry(
-            check_middleware(middleware), self._check_executor, self.config.max_payload_size
+            check_middleware(middleware), self.repository.require, self.config.max_payload_size
         )
-        self._state, self._starting = threading.Lock(), threading.Lock()
         self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
 
     def _wire(self) -> None:
-        alarms = Alarms(self._clock)
-        ledger = Ledger(self.repository, self._log)
-        watcher = Watcher(self.repository, self._log)
+        state, agenda, alarms = State(), Agenda(), Alarms(self._clock)
+        ledger = Ledger(self.repository, self._log, agenda)
+        watcher = Watcher(self.repository, self._log, agenda)
         hooks = Hooks(self._hooks, self._log)
-        lines = Lines(self.repository, ledger, self._log)
+        consequences = Consequences(
+            *(self.repository, ledger, hooks, watcher, agenda, state, self._clock, self._log)
+        )
         self._services = Services(
             repository=self.repository,
             registry=self._registry,
@@ -146,25 +141,24 @@ class Queue:
             runner=Runner(self._clock, alarms, self.config.max_payload_size),
             hooks=hooks,
             keeper=Keeper(self.repository, ledger, self.config.max_payload_size),
-            dependents=Dependents(
-                self.repository, ledger, hooks, watcher, lines, self._clock, self._log
-            ),
             pauses=Pauses(self.repository),
-            lines=lines,
+            agenda=agenda,
+            turns=consequences.turns,
+            dependents=consequences.dependents,
+            consequences=consequences,
         )
         self._intake = Intake(
             self._services,
+            state,
             self.config.overflow,
             self.config.block_timeout,
-            self.config.max_payload_size,
         )
-        self._operations = Operations(self._services, self._intake)
+        self._operations = Operations(self._services, state)
         self._schedules = Schedules(self._services, self._intake)
-        self._node: LocalNode | None = None
+        self._life = Lifetime(self._services, self.config, state, self)
 
     def __repr__(self) -> str:
-        state = "stopped" if self._intake.stopped else "started" if self._node else "not started"
-        return f"<Queue on {self.repository!r}, {state}>"
+        return f"<Queue on {self.repository!r}, {self._life.name}>"
 
     # --- executors
 
@@ -203,12 +197,6 @@ class Queue:
             raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
         return ExecutorDecorator(type, options_of(options), self.register_executor)
 
-    def _check_executor(self, entry: Registered) -> None:
-        if entry.log_level is not None:
-            refuse_eight_methods(self.repository, "logs (capture_log)")
-        if entry.options.limit_scope == "global":
-            refuse_eight_methods(self.repository, 'limits of all nodes (limit_scope="global")')
-
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]
     ) -> None:
@@ -221,9 +209,9 @@ class Queue:
         if isinstance(executor, Executor):
             executor.bind(self)
         if self._node is not None:
-            with suppress(RepositoryError):  # then the scheduler records them
+            with suppress(RepositoryError):  # then the housekeeper records them
                 self._node.engine.record_types()
-        self._intake.look_for_work()
+        self._services.agenda.look_for_more()
 
     def declare(self, *types: str) -> None:
         """Accept tasks of these types, whose executors are registered in another process."""
@@ -289,22 +277,10 @@ class Queue:
             RepositoryError: it could not be stored; or, where its ``in_doubt`` is True, may have been:
                 to submit its ``task_id`` again tells.
         """
-        if options and (unknown := options.keys() - SubmitOptions.__optional_keys__):
-            raise TypeError(
-                f"submit() has no option {', '.join(sorted(unknown))}; params are given as a dict"
-            )
-        if isinstance(task, str):
-            task = Task(type=task, params={} if params is None else params)
-        elif params is not None:
-            raise TypeError(
-                "submit(task) takes no params: set task.params, or call submit(type, params)"
-            )
-        if not options or not isinstance(task, Task):
-            task_id = self._intake.accept(task)
-        else:
-            changed = with_options(task, options, self._clock.now_ms())
-            on_conflict: OnConflict = options.get("on_conflict") or "reject"
-            task_id = self._intake.accept(changed, options.get("priority"), on_conflict)
+        wanted = task_of(task, params, options, SubmitOptions, "submit", self._clock)
+        task_id = self._intake.accept(
+            wanted, options.get("priority"), options.get("on_conflict") or "reject"
+        )
         try:
             return TaskHandle(task_id, self)
         except BaseException as error:  # an interrupt
@@ -406,22 +382,16 @@ class Queue:
             TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``; it is tried
                 again next.
         """
-        if unknown := options.keys() - MapOptions.__optional_keys__:
-            raise TypeError(f"map() has no option {', '.join(sorted(unknown))}")
-        workers, room = self.config.worker_num, self.config.buffer_size
         plan = Plan(
             executor=executor,
             key=key,
             name=name,
-            window=min(AHEAD_PER_WORKER * workers, workers + room) if window is None else window,
+            window=ahead(self.config) if window is None else window,
             timeout=timeout,
             return_exceptions=return_exceptions,
+            options=options,
         )
-        return Results(plan, items, self, partial(self._accept_mapped, options))
-
-    def _accept_mapped(self, options: dict[str, Any], task: Task) -> str:
-        task = with_options(task, options, self._clock.now_ms())
-        return self._intake.accept(task, options.get("priority"), spill=True)
+        return Results(plan, items, self, lambda: self._intake, self._clock)
 
     def submit_flow(self, flow: Flow) -> FlowHandle:
         """Submit a chain or group of tasks, all or none; returns one handle for all of them.
@@ -522,18 +492,9 @@ class Queue:
                 them.
             RepositoryError: it could not be stored.
         """
-        if unknown := options.keys() - ScheduleOptions.__optional_keys__:
-            raise TypeError(f"schedule() has no option {', '.join(sorted(unknown))}")
-        if isinstance(task, str):
-            task = Task(type=task, params={} if params is None else params)
-        elif params is not None:
-            raise TypeError(
-                "schedule(name, spec, task) takes no params: set task.params, or give the type"
-            )
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
-        if options and isinstance(task, Task):
-            task = with_options(task, options, self._clock.now_ms())
-        return self._in_hand(self._schedules.declare(entry, task, options.get("priority")))
+        wanted = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
+        return self._in_hand(self._schedules.declare(entry, wanted, options.get("priority")))
 
     def schedules(self) -> dict[str, Schedule]:
         """The schedules in the repository, by name, whichever process declared them."""
@@ -562,30 +523,13 @@ class Queue:
         Raises:
             ConfigurationError: the filter is no ``TaskFilter``.
         """
-        return self.repository.page(check_filter(filter))
+        return queries.page(self.repository, check_filter(filter))
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Have a handle resolved when its task ends; handles call this themselves."""
         self._services.watcher.watch(handle)
-        self._warn_if_nobody_runs(handle.id)
-
-    def _warn_if_nobody_runs(self, task_id: str) -> None:
-        if self._node is not None or self._warned_alone:
-            return
-        self._warned_alone = True
-        task = self.repository.get_many([task_id]).get(task_id)
-        if task is None or task.status.finished:
-            return
-        nodes = [node for node in self.repository.nodes() if node.alive is not False]
-        if not any(task.type in node.types for node in nodes):
-            self._log.warning(
-                "waiting for task %s, but this queue is not started and no running one has an "
-                "executor for type %r",
-                task_id,
-                task.type,
-            )
-
-    _warned_alone = False
+        if self._node is None:
+            self._services.watcher.warn_if_nobody_runs(handle.id)
 
     @property
     def buffered(self) -> int:
@@ -595,7 +539,7 @@ class Queue:
     @property
     def running(self) -> int:
         """How many executors of this queue are at work."""
-        return 0 if self._node is None else len(self._node.engine.buffer.executing)
+        return 0 if self._node is None else len(self._node.engine.runs.executing)
 
     @property
     def healthy(self) -> bool:
@@ -606,11 +550,7 @@ class Queue:
         the queue was started: one that only submits has no threads, and is healthy as long as its file
         is there.
         """
-        try:
-            self.repository.ensure_there()
-        except RepositoryError:
-            return False
-        return self._node is None or self._node.engine.stuck.healthy
+        return self._life.healthy
 
     # --- changing
 
@@ -687,13 +627,7 @@ class Queue:
             ConfigurationError: an argument is not valid.
             RepositoryError: the repository failed; some may have been removed.
         """
-        if before is None:
-            raise ConfigurationError("before must be a datetime, not None")
-        check_moment(before, "before")
-        wanted = None if status is None else check_status(status)
-        if wanted is not None and not wanted.finished:
-            raise ConfigurationError(f"only tasks that have ended can be pruned, not {wanted} ones")
-        return prune_all(self._services, to_ms(before), wanted)
+        return prune_all(self._services, before, status)
 
     # --- pausing
 
@@ -708,7 +642,7 @@ class Queue:
             ConfigurationError: the type is no name, or the repository has the eight methods only.
             RepositoryError: the repository failed.
         """
-        self._services.pauses.set(_type_or_none(type))
+        self._services.pauses.set(type)
         self._look_for_pauses()
 
     def resume(self, type: str | None = None) -> None:
@@ -718,13 +652,13 @@ class Queue:
             ConfigurationError: the type is no name.
             RepositoryError: the repository failed.
         """
-        self._services.pauses.lift(_type_or_none(type))
+        self._services.pauses.lift(type)
         self._look_for_pauses()
 
     def _look_for_pauses(self) -> None:
         if self._node is not None:
             self._node.engine.look_for_pauses()
-            self._node.engine.wake_scheduler()
+            self._services.agenda.wake_from_long_sleep()
 
     @property
     def paused(self) -> Paused:
@@ -789,38 +723,7 @@ class Queue:
             RepositoryError: the repository cannot be used.
             RuntimeError: the system has no more threads.
         """
-        with self._starting:
-            if self._intake.stopped:
-                raise QueueStopped("a stopped queue cannot be started again; make another one")
-            if self._node is not None:
-                return
-            node = LocalNode(self._services, self.config, self._ended)
-            try:
-                node.join()
-                node.begin()
-                # The workers wait: what an executor submits or cancels finds its node.
-                if not self._publish(node):
-                    raise QueueStopped("the queue was stopped while it started; nothing was run")
-            except BaseException:  # an interrupt, too: it can be started again
-                self._node = self._intake.engine = None
-                node.withdraw()
-                raise
-            if (hooks := self._services.hooks).queue_started:
-                hooks.tell(hooks.queue_started, lambda: self)
-            node.go()
-
-    def _publish(self, node: LocalNode) -> bool:
-        """Make a node that has begun visible to other threads; return False if the queue was stopped."""
-        with self._state:
-            if not self._intake.stopped:
-                self._node, self._intake.engine = node, node.engine
-                node.watch()
-            return not self._intake.stopped
-
-    def _ended(self) -> None:
-        """The last executor has returned, and its outcome is written."""
-        if (hooks := self._services.hooks).queue_stopped:
-            hooks.tell(hooks.queue_stopped, lambda: self)
+        self._life.start()
 
     def drain(self, timeout: float | None = None) -> bool:
         """Wait until nothing is left to run: False if ``timeout`` seconds passed before.
@@ -833,13 +736,7 @@ class Queue:
                 started.
             QueueStopped: the queue was stopped.
         """
-        if inside_executor() or self._services.hooks.inside:
-            raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
-        if self._intake.stopped:
-            raise QueueStopped("the queue was stopped; nothing is run any more")
-        if self._node is None:
-            raise ConfigurationError("drain() waits for the workers of a started queue: start() it")
-        return self._node.drain(None if timeout is None else check_number(timeout, "timeout"))
+        return self._life.drain(timeout)
 
     def stop(self, timeout: float = 30.0, cancel: bool = False) -> list[str]:
         """Stop: take no more tasks, let running ones end, hand back what does not.
@@ -857,25 +754,7 @@ class Queue:
         Returns:
             the ids of the tasks that still run.
         """
-        seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
-        deadline = time.monotonic() + seconds
-        with self._state:  # held for moments only, and not while a start waits for the repository
-            self._intake.stopped = True
-        still = [] if self._node is None else self._node.stop(seconds, cancel=cancel)
-        self._wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
-        return still
-
-    def _tell_to_stop(self) -> None:
-        """Take nothing more, and tell running tasks to stop; waits for nothing."""
-        self._intake.stopped = True
-        if self._node is not None:
-            self._node.engine.stopping = True
-            self._node.engine.fire_all(CancelReason.STOP)
-
-    def _wait_for_hooks(self, timeout: float) -> None:
-        hooks = self._services.hooks
-        if not (hooks.quiet or hooks.inside or hooks.wait(timeout)):
-            self._log.warning("stopped with %d event(s) not told to hooks yet", len(hooks.waiting))
+        return self._life.stop(timeout, cancel=cancel)
 
     def close(self) -> None:
         """Stop, and close the repository; who waits for a task that has not ended gets ``QueueStopped``."""
@@ -891,53 +770,21 @@ class Queue:
         """Stop; after Ctrl-C, or as the program exits, running tasks are told to at once."""
         self.stop(cancel=kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)))
 
-    # --- forks and forgotten stops
+    # --- forks
 
     def _renew_after_fork(self) -> None:
         """In a forked child: as if it had not been started; nothing of the parent's is touched."""
         self.repository.renew_after_fork()
         self._services.watcher.renew_after_fork()
-        self._state, self._starting = threading.Lock(), threading.Lock()
+        self._life.forget()
         self._wire()
 
-
-def _type_or_none(type: str | None) -> str | None:
-    return None if type is None else check_key(type, "type")
-
-
-def _check_clock(clock: Any) -> Clock:
-    parts = (getattr(clock, name, None) for name in ("now_ms", "monotonic"))
-    if isinstance(clock, type) or not all(map(callable, parts)):
-        raise ConfigurationError(
-            f"clock must have now_ms() and monotonic(), as SystemClock() does, not be {clock!r}"
-        )
-    return cast("Clock", clock)
-
-
-def _check_logger(logger: Any) -> logging.Logger:
-    if logger is None:
-        return logging.getLogger("taskx")
-    if not isinstance(logger, logging.Logger):
-        raise ConfigurationError(
-            f"logger must be a Logger, such as logging.getLogger('tasks'), not {logger!r}"
-        )
-    return logger
+    @property
+    def _node(self) -> LocalNode | None:
+        return self._life.node
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()
-
-
-def _stop_forgotten() -> None:
-    deadline = time.monotonic() + EXIT_TIMEOUT
-    running = {q for q in list(_queues) if q._node is not None and not q._intake.stopped}
-    for queue in running:  # first all of them: they end at the same time, not one after the other
-        queue._tell_to_stop()
-    for queue in list(_queues):
-        left = max(0.0, deadline - time.monotonic())
-        if queue in running:
-            queue.stop(timeout=left, cancel=True)
-        else:
-            queue._wait_for_hooks(left)
 
 
 def _renew_all_after_fork() -> None:
@@ -945,6 +792,5 @@ def _renew_all_after_fork() -> None:
         queue._renew_after_fork()
 
 
-atexit.register(_stop_forgotten)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_renew_all_after_fork)

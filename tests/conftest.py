@@ -13,8 +13,8 @@ settings.register_profile("random", deadline=None)
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
 
-# Before anything imports it: its assertions then explain themselves as those of a test do.
-pytest.register_assert_rewrite("taskx.testing")
+# Before anything imports them: their assertions then explain themselves as those of a test do.
+pytest.register_assert_rewrite("taskx.testing", "helpers")
 
 # Where a shell started the tests in the background, they ignore Ctrl-C, and so would all programs
 # that they start and interrupt.
@@ -24,6 +24,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(kinds)
+    config.pluginmanager.import_plugin("helpers")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

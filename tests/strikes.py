@@ -27,7 +27,8 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
     Points in the functions that it calls count, too.
 
     Returns:
-        The exception that struck, even if the function caught it; None if there are fewer points.
+        The exception that struck, even if the function caught it; None if there are fewer points. It
+        has no traceback: that would keep alive what the frames hold, such as connections.
     """
     tracer = _Tracer(point)
     before = sys.gettrace()
@@ -41,6 +42,8 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
     finally:
         sys.settrace(before)
         gc.enable()
+    if tracer.struck is not None:
+        tracer.struck.__traceback__ = tracer.struck.__context__ = None
     return tracer.struck
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import re
 import runpy
 import sqlite3
@@ -20,14 +21,16 @@ import attrs
 import docutils.core
 import docutils.nodes
 import pytest
+from helpers import services_of
 
 import taskx
 import taskx.queue
-from taskx.core import lifecycle
-from taskx.runtime import scheduler, ticker
-from taskx.runtime.node import LocalNode
+from taskx.core import lifecycle, options
+from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
+from taskx.upkeep import housekeeper
+from taskx.upkeep.node import LocalNode
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
@@ -202,21 +205,20 @@ def public(cls: type) -> list[str]:
     [
         ("public names", taskx.__all__),
         ("settings", [field.name for field in attrs.fields(taskx.Config)]),
-        ("options of submit", sorted(taskx.queue.SubmitOptions.__optional_keys__)),
-        ("options of an executor", sorted(taskx.queue.ExecutorOptions.__optional_keys__)),
+        ("options of submit", sorted(options.SubmitOptions.__optional_keys__)),
+        ("options of an executor", sorted(options.ExecutorOptions.__optional_keys__)),
         ("fields of a filter", [field.name for field in attrs.fields(taskx.TaskFilter)]),
         ("fields of an attempt", [field.name for field in attrs.fields(taskx.Attempt)]),
         ("statuses", [status.value for status in taskx.TaskStatus]),
         ("reasons", [reason.value for reason in taskx.CancelReason]),
         ("fields of a task", [field.name for field in attrs.fields(taskx.Task)]),
         ("methods of a queue", public(taskx.Queue)),
-        ("options of a schedule", sorted(taskx.queue.ScheduleOptions.__optional_keys__)),
+        ("options of a schedule", sorted(options.ScheduleOptions.__optional_keys__)),
         ("parts of a schedule", public(taskx.Schedule)),
         ("parts of the context", public(taskx.Context)),
         ("methods of a repository", public(taskx.TaskRepository)),
         ("durability", ["accepted", "full", "process"]),
         ("overflow", ["reject", "block", "spill", "caller_runs"]),
-        ("modules", [p.stem for p in ROOT.glob("taskx/[!_]*/[!_]*.py")]),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -229,6 +231,23 @@ def test_everything_public_is_documented(what, names, code):
     wanted = set(names) - (internal if what == "parts of the context" else set())
     missing = [name for name in wanted if not re.search(rf"(?<!\w){re.escape(name)}(?!\w)", code)]
     assert not missing, what
+
+
+def test_the_table_of_packages_is_in_their_order():
+    """As ``setup.cfg`` has it, by which imports are checked."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    layers = config["importlinter:contract:layers"]["layers"]
+    rows = table(ROOT / "docs" / "design.rst", "package")
+    assert re.findall(r"\w+", " ".join(row[0] for row in rows)) == re.findall(r"\w+", layers)
+
+
+def test_each_package_and_module_says_what_it_holds():
+    """A package also says who uses it, or what may be touched."""
+    for file in (ROOT / "taskx").rglob("*.py"):
+        said = ast.get_docstring(ast.parse(file.read_text())) or ""
+        paragraphs = 2 if file.name == "__init__.py" and file.parent.name != "taskx" else 1
+        assert len(said.split("\n\n")) >= paragraphs, file
 
 
 def test_the_guide_has_all_errors():
@@ -254,7 +273,23 @@ def test_defaults_are_those_of_the_code():
 def test_the_table_of_executor_options_has_each():
     """And no other, in the guide."""
     rows = table(ROOT / "docs" / "guide.rst", "executor option")
-    assert [row[0] for row in rows] == list(taskx.queue.ExecutorOptions.__annotations__)
+    assert [row[0] for row in rows] == [field.name for field in attrs.fields(options.Options)]
+
+
+@pytest.mark.parametrize(
+    ("method", "known"),
+    [
+        (taskx.Queue.executor, options.ExecutorOptions),
+        (taskx.Queue.submit, options.SubmitOptions),
+        (taskx.Queue.schedule, options.ScheduleOptions),
+        (taskx.Queue.map, options.MapOptions),
+    ],
+)
+def test_a_method_says_what_each_of_its_options_is(method, known):
+    missing = [
+        name for name in known.__annotations__ if not re.search(rf"\b{name}\b", method.__doc__)
+    ]
+    assert not missing
 
 
 # Links
@@ -323,7 +358,8 @@ def test_the_table_of_moves_is_the_codes():
 def test_the_table_of_threads_has_each():
     """Every thread that the code makes has a name, and is in the table by it."""
     named = set()
-    for path in {*(ROOT / "taskx").rglob("*.py")} - {ROOT / "taskx" / "testing.py"}:
+    ours = {*(ROOT / "taskx").rglob("*.py")} - {*(ROOT / "taskx" / "testing").iterdir()}
+    for path in ours:
         text = path.read_text(encoding="utf-8")
         named.update(re.findall(r'"(taskx-[a-z]+(?:-{number})?)"', text))
         for call in ast.walk(ast.parse(text)):
@@ -393,22 +429,22 @@ def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
     ]
     writes = [entry for entry in said if entry[1] != "SELECT"]
     assert [statement for _, statement in own] == [statement for _, statement in writes]
-    assert own[:6] == writes[:6]  # the finish may be written by the scheduler, if it is faster
+    assert own[:6] == writes[:6]  # the finish may be written by the housekeeper, if it is faster
     assert ("taskx-worker-1", "SELECT") in reads
 
 
 # By what a statement is known that an idle node reads with.
 IDLE = {
     "data_version": "PRAGMA data_version",
-    "owners": "WITH RECURSIVE owners",
-    "stuck_on": "SELECT DISTINCT stuck_on",
-    "nodes": "FROM nodes",
+    "owners": "(SELECT min(owner)",
+    "stuck_on": "(SELECT min(stuck_on)",
+    "nodes": "name >= 'node/'",
     "pauses": "name >= 'pause'",
     "schedules": "name >= 'schedule/'",
     "own tasks": "owner = '{node}'",
     "free tasks": "owner = ''",
-    "waiting_on": "SELECT DISTINCT waiting_on",
-    "concurrency_key": "WITH RECURSIVE keys",
+    "waiting_on": "(SELECT min(waiting_on)",
+    "concurrency_key": "(SELECT min(concurrency_key)",
 }
 
 
@@ -417,26 +453,26 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     log: list[str] = []
     trace(monkeypatch, log.append)
     now = time.monotonic()
-    for module in (scheduler, ticker):
+    for module in (housekeeper, ticker):
         monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now))
     repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
     queue = taskx.Queue(repository, taskx.Config(worker_num=1))
     queue.executor("add")(lambda a, b: a + b)
-    node = LocalNode(queue._services, queue.config, lambda: None)
+    node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()  # its threads are not started: the test ticks
 
     def pass_time(seconds: int) -> None:
         nonlocal now
         until = now + seconds
         while now < until:
-            now += scheduler.POLL
-            node._scheduler.tick()
+            now += housekeeper.POLL
+            node._housekeeper.tick()
 
     pass_time(4)  # opens what there is to open
     log.clear()
     pass_time(40)
     reads = Counter(log)
-    repository.leave(node.record.id)
+    repository.liveness.leave(node.record.id)
     repository.close()
 
     seen: Counter[str] = Counter()
@@ -448,5 +484,6 @@ def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
     for how_often, what in table(ROOT / "docs" / "design.rst", "Reads of an idle node"):
         for one in what.split(", "):
             said[one] += each[how_often]
-    seen["owners"] //= 2  # of pending tasks, and of running ones
+    for one in ("owners", "own tasks"):  # of pending tasks, and of running ones
+        seen[one] //= 2
     assert seen == {what: pytest.approx(count, rel=0.2) for what, count in said.items()}

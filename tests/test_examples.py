@@ -241,7 +241,7 @@ def test_checksum_goes_on_after(tree, database, signum, code):
         assert handed_back.status is TaskStatus.PENDING
         assert (handed_back.interruptions, handed_back.crashes, handed_back.errors) == (1, 0, 0)
         with SQLiteRepository(database) as repository:
-            assert not repository.nodes()
+            assert not repository.liveness.nodes()
 
     (tree / "huge").write_bytes(b"not so huge")
     again = run_checksum(tree, "--db", database)
@@ -494,10 +494,10 @@ def test_flask_starts_in_a_gunicorn_worker(flask_app, tmp_path):
     queue = flask_app.queue_of(app)
     with queue.repository:
         task_id = submit(app.test_client(), title="Waits", pages=1)
-        assert not queue.repository.nodes()
+        assert not queue.repository.liveness.nodes()
         flask_app.post_worker_init(SimpleNamespace(wsgi=app))
         queue.start()
-        assert len(queue.repository.nodes()) == 1
+        assert len(queue.repository.liveness.nodes()) == 1
         queue.handle(task_id).result(timeout=30)
         queue.stop()
 
@@ -532,7 +532,7 @@ def test_flask_serves(flask_app, tmp_path, args):
     ) as process:
         wait_until(lambda: answers(f"http://127.0.0.1:{port}/"))
         with submitter(database, "report") as queue:
-            [node] = queue.repository.nodes()
+            [node] = queue.repository.liveness.nodes()
             assert node.alive
             assert (f":{process.pid}:" in node.name) == (not args)
             queue.submit("report", {"title": "Sales", "pages": 1}).result(timeout=30)
@@ -593,7 +593,7 @@ def test_django_runserver_starts_one_queue(project):
     ) as process:
         wait_until(lambda: answers(f"http://{address}/"))
         with submitter(project / "tasks.db", "build_report") as queue:
-            [node] = queue.repository.nodes()
+            [node] = queue.repository.liveness.nodes()
             assert f":{process.pid}:" not in node.name
             handle = queue.submit("build_report", {"title": "Sales", "rows": 1})
             assert handle.result(timeout=30) == {"report": 1}

@@ -85,7 +85,7 @@ class Site:
 
     def nodes(self) -> list[str]:
         """The names of the nodes that live: host, process and start."""
-        return [node.name for node in self.repository.nodes() if node.alive]
+        return [node.name for node in self.repository.liveness.nodes() if node.alive]
 
     def stop(self) -> int:
         """End the server as its operator would; returns its exit code."""
@@ -213,7 +213,7 @@ def test_killed_worker_loses_nothing(site: Site) -> None:
         return task.owner if task.status == "running" else ""
 
     owner = eventually(runs)
-    [name] = [node.name for node in site.repository.nodes() if node.id == owner]
+    [name] = [node.name for node in site.repository.liveness.nodes() if node.id == owner]
     os.kill(int(name.split(":")[1]), signal.SIGKILL)
 
     eventually(lambda: completed(site, [task_id]))
@@ -231,4 +231,4 @@ def test_server_that_is_stopped_hands_back_what_it_runs(site: Site) -> None:
     task = site.repository.get_by_id(task_id)
     assert (task.status, task.crashes) == ("pending", 0)
     assert task.interruptions in {1, 2}  # the other worker may take it up before it stops, too
-    assert site.repository.nodes() == []
+    assert site.repository.liveness.nodes() == []

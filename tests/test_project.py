@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import configparser
 import glob
+import graphlib
 import importlib.metadata
 import inspect
 import json
@@ -13,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import docutils.core
@@ -90,6 +92,32 @@ def test_import_is_light():
     unwanted |= {"prometheus_client"}
     assert not unwanted.intersection(modules)
     assert threads == 1
+
+
+# Imports
+
+
+def imports(path: Path, modules: Iterable[str]) -> set[str]:
+    """Those of the modules that one imports, wherever in it: in functions and for type checkers, too."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found.update(name if name in modules else str(node.module) for name in named)
+    return found.intersection(modules)
+
+
+def test_no_module_imports_itself_in_the_end():
+    paths = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
+        for path in (ROOT / "taskx").rglob("*.py")
+    }
+    graph = {name: imports(path, paths) for name, path in paths.items()}
+    with pytest.raises(graphlib.CycleError):  # it is seen
+        graphlib.TopologicalSorter({**graph, "taskx.core.errors": {"taskx.queue"}}).prepare()
+    graphlib.TopologicalSorter(graph).prepare()
 
 
 # make
@@ -362,3 +390,23 @@ def test_documentation_is_valid_rst(path):
     docutils.core.publish_doctree(
         path.read_text(encoding="utf-8"), source_path=str(path), settings_overrides=settings
     )
+
+
+def test_nothing_is_pickled_or_evaluated():
+    """In the whole package: no module that runs what it reads, and no call of what runs text."""
+    forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
+    package = Path(taskx.__file__).parent
+    files = list(package.rglob("*.py"))
+    assert len(files) > 30
+    for file in files:
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                names = {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names = {(node.module or "").partition(".")[0]}
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+                assert node.func.id not in ("eval", "exec", "compile", "__import__"), file
+                continue
+            else:
+                continue
+            assert not names & forbidden, file

@@ -9,7 +9,7 @@ from bson.int64 import Int64
 from benchmarks.loops import Loop, created, started_and_finished
 from taskx.core.ids import new_id
 from taskx.core.writes import Update
-from taskx.storage.mongo.connection import Connection
+from taskx.storage.mongo.connection import Connection, Url
 from taskx.storage.mongo.documents import MARKS, fields, new_document
 from taskx.storage.mongo.filters import guarded
 from taskx.storage.mongo.indexes import make_indexes
@@ -30,7 +30,7 @@ class MongoLoop(Loop):
     def __init__(self, url: str, count: int, *, at_once: bool = False) -> None:
         self.count = count
         self._at_once = at_once
-        self._connection = Connection("tasks", url=url, timeout=_TIMEOUT, write_concern=None)
+        self._connection = Connection("tasks", Url(url), timeout=_TIMEOUT, write_concern=None)
         make_indexes(self._connection)
         self._tasks = self._connection.tasks
         self._ids = [new_id() for _ in range(count)]

@@ -7,11 +7,13 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from taskx.common import permission
+from taskx.common.hooks import Hook
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.queue import Queue
-from taskx.runtime import intake
-from taskx.runtime.hooks import Hook
+from taskx.storage import queries
+from taskx.storage.base import Repository
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -24,6 +26,9 @@ except ImportError:
 
 #: Upper bounds of the histograms, in seconds: from a call in memory to a task of an hour.
 BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
+
+#: Among about how many tasks the one is sought that waits longest.
+OLDEST = 1000
 
 _log = logging.getLogger("taskx")
 
@@ -61,7 +66,7 @@ class PrometheusHook(Hook):
         self._duration = histogram("duration", "Time that the last attempt of a task took.")
         self._wait = histogram("wait", "Time from when a task could start until it did.")
         # In multiprocess mode a gauge opens a file when it is made, which stays when the process has ended.
-        self._gauges: tuple[Gauge, ...] = () if intake.in_child else _make_gauges()
+        self._gauges: tuple[Gauge, ...] = () if permission.in_child else _make_gauges()
         _register(
             registry,
             *(self._submitted, self._started, self._finished, self._retried),
@@ -171,6 +176,19 @@ def _waited(task: Task) -> float | None:
     return max(0.0, (task.started_at - max(known, default=task.started_at)).total_seconds())
 
 
+def oldest_ready(repository: Repository) -> int | None:
+    """Since when the pending task has waited, of those that may start now, that waits longest.
+
+    In milliseconds; None if there is none. It waits since it was stored or, if that was later, since its
+    ``run_at``. Of each type those are looked at that were stored first.
+    """
+    types = [*queries.every(repository, "ready_type")]
+    owners = ["", *queries.every(repository, "buffered_on")]
+    most = max(1, OLDEST // max(1, len(types)))
+    found = (stub for owner in owners for stub in repository.ready(types, most, owner, ageing=1))
+    return min((max(stub.created_at, stub.run_at or 0) for stub in found), default=None)
+
+
 class StoreCollector(Collector):
     """Looks into a queue's repository at every scrape: what waits, for how long, and who runs.
 
@@ -199,7 +217,7 @@ class StoreCollector(Collector):
         repository = self._repository
         try:
             pending = repository.count(TaskFilter(status=TaskStatus.PENDING))
-            since = repository.oldest_ready()
+            since = oldest_ready(repository)
             nodes = sum(node.alive is not False for node in repository.nodes())
         except RepositoryError as error:
             _log.warning("the repository's metrics are left out: %s", error)

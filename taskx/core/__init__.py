@@ -1,1 +1,4 @@
-"""The bottom layer: what a task is, how it lives, and the rules that need no thread and no store."""
+"""What a task is, how it lives, and the rules that need no thread and no store.
+
+Every package may use it. ``lifecycle`` is the only module that knows the moves.
+"""

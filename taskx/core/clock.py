@@ -5,7 +5,9 @@ from __future__ import annotations
 import time
 from datetime import datetime, timedelta, timezone
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol, cast
+
+from taskx.core.errors import ConfigurationError
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MILLISECOND = timedelta(milliseconds=1)
@@ -36,6 +38,16 @@ class SystemClock:
 
 
 SYSTEM_CLOCK = SystemClock()
+
+
+def check_clock(clock: Any) -> Clock:
+    """What time can be read from; ConfigurationError says what is wrong with it."""
+    parts = (getattr(clock, name, None) for name in ("now_ms", "monotonic"))
+    if isinstance(clock, type) or not all(map(callable, parts)):
+        raise ConfigurationError(
+            f"clock must have now_ms() and monotonic(), as SystemClock() does, not be {clock!r}"
+        )
+    return cast("Clock", clock)
 
 
 @lru_cache(maxsize=1024)  # tasks that come or start together share their moments

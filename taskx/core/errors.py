@@ -24,16 +24,14 @@
     TaskCancelled (BaseException)         what a token raises inside an executor
 
 ``TaskCancelled`` stands outside the tree on purpose: ``except Exception`` in user code must not
-swallow a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.core.retry`.
+swallow a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in
+:mod:`taskx.core.retry`.
 """
 
 from __future__ import annotations
 
 import threading
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from taskx.core.token import CancelReason
+from enum import Enum
 
 
 class TaskxError(Exception):
@@ -170,6 +168,33 @@ class SchemaMismatch(RepositoryError):
     """The database belongs to another program, or to a newer version of TaskX; nothing was stored."""
 
 
+def is_interrupt(error: BaseException) -> bool:
+    """Return whether an exception is for the program to see: Ctrl-C, or an exit in the main thread.
+
+    Extensions may raise other classes that are no ``Exception``, such as a panic. Such an error belongs to
+    the code that was called, and so does any error in another thread.
+    """
+    kind = type(error)  # as isinstance, which would also ask the object for its __class__
+    return issubclass(kind, (KeyboardInterrupt, SystemExit)) and on_main_thread()
+
+
+def on_main_thread() -> bool:
+    """Return whether the calling thread is the one that signal handlers, and what they raise, strike."""
+    return threading.current_thread() is threading.main_thread()
+
+
+class CancelReason(str, Enum):
+    """Why a token fired."""
+
+    CANCEL = "cancel"  #: somebody cancelled the task
+    TIMEOUT = "timeout"  #: its deadline passed
+    STOP = "stop"  #: the queue is stopping; the task is handed back
+    LEASE_LOST = "lease lost"  #: this process may no longer run it
+
+    def __str__(self) -> str:
+        return self.value
+
+
 class TaskCancelled(BaseException):
     """Raised inside an executor by its token. Let it pass: the reason decides how the task ends.
 
@@ -185,18 +210,3 @@ class TaskCancelled(BaseException):
         if not hasattr(self, "reason"):  # of a class whose __init__ does not call ours
             return super().__str__()
         return f"the task was told to stop: {self.reason}"
-
-
-def is_interrupt(error: BaseException) -> bool:
-    """Return whether an exception is for the program to see: Ctrl-C, or an exit in the main thread.
-
-    Extensions may raise other classes that are no ``Exception``, such as a panic. Such an error belongs to
-    the code that was called, and so does any error in another thread.
-    """
-    kind = type(error)  # as isinstance, which would also ask the object for its __class__
-    return issubclass(kind, (KeyboardInterrupt, SystemExit)) and on_main_thread()
-
-
-def on_main_thread() -> bool:
-    """Return whether the calling thread is the one that signal handlers, and what they raise, strike."""
-    return threading.current_thread() is threading.main_thread()

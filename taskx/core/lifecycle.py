@@ -6,18 +6,20 @@ one whose guard holds is the move that happened.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 from zlib import crc32
 
 import attrs
 
 from taskx.core import unique
 from taskx.core.clock import to_datetime, to_ms
-from taskx.core.errors import ConfigurationError, InvalidTransition
-from taskx.core.model import Attempt, Task, TaskStatus, check_key
+from taskx.core.errors import CancelReason, InvalidTransition
+from taskx.core.model import Attempt, Task, TaskStatus
+from taskx.core.options import CHECKS, UNLESS_SAID
 from taskx.core.record import (
     BY_THREAD,
+    DEFAULTS,
     FOR_PARENTS,
     FOR_TURN,
     FREE,
@@ -26,18 +28,14 @@ from taskx.core.record import (
     Ended,
     Stub,
     attempts_to_text,
+    created_task,
     ids_to_text,
     optional_ms,
     row_from_task,
 )
 from taskx.core.retry import MAX_WAIT
-from taskx.core.token import CancelReason
-from taskx.core.writes import PRESENT, Delete, Insert, Update, Write
+from taskx.core.writes import CREATED, PRESENT, Delete, Insert, Update, Write
 
-#: Attempts that may raise, where neither task nor executor says otherwise.
-DEFAULT_MAX_ATTEMPTS = 1
-#: Deaths of its process that a task survives plus one, where nobody says otherwise.
-DEFAULT_MAX_CRASHES = 3
 #: Ended attempts that a record keeps; the oldest are dropped first.
 MAX_KEPT_ATTEMPTS = 50
 #: Characters of what executors logged that a record keeps; the earliest lines go first.
@@ -73,6 +71,7 @@ MOVES = (
     Move("hand back", RUNNING, PENDING),
     Move("crash", RUNNING, PENDING),
     Move("crash", RUNNING, FAILED),
+    Move("crash", RUNNING, CANCELLED),
     Move("rescue", RUNNING, PENDING),
     Move("rescue", RUNNING, FAILED),
     Move("rescue", RUNNING, CANCELLED),
@@ -85,10 +84,6 @@ MOVES = (
 )
 # Those that somebody may make by hand.
 _EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != "orphan")
-#: What becomes of a task whose parent failed for good, was cancelled, or is gone; the first one where
-#: nobody says.
-OnParentFailure = Literal["cancel", "fail", "run"]
-ON_PARENT_FAILURE = get_args(OnParentFailure)
 
 
 @attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
@@ -137,109 +132,31 @@ class Ending:
 # --- from nothing, and before the start
 
 
-def create(
-    *,
-    task_id: str,
-    type: str,
-    params: str,
-    created_by: str,
-    now: int,
-    priority: int = 0,
-    run_at: int | None = None,
-    timeout: float | None = None,
-    max_attempts: int | None = None,
-    max_crashes: int | None = None,
-    retry: str | None = None,
-    **rare: Any,
-) -> Insert:
-    """Store a new pending task; ``params`` and ``retry`` are JSON text, times are milliseconds.
+def create(*, task_id: str, now: int, **columns: Any) -> Insert:
+    """Store a new pending task: see :func:`created`."""
+    return created({**columns, "id": task_id, "created_at": now})
 
-    ``rare`` is of ``unique_key`` and ``unique_scope``, ``depends_on`` and ``on_parent_failure``, and
-    ``concurrency_key`` what the task has.
+
+def created(columns: Mapping[str, Any]) -> Insert:
+    """Store a new pending task; ``columns`` has its id, type, params, and what is not as in ``DEFAULTS``.
+
+    They are given as rows keep them: JSON text, milliseconds; but ``depends_on`` as a list. The task waits
+    for its parents first (see :func:`wait_for`), then for its turn, then for its time.
     """
-    row: dict[str, Any] = {
-        "id": task_id,
-        "type": type,
-        "params": params,
-        "created_by": created_by,
-        "created_at": now,
-        "priority": priority,
-        "run_at": run_at,
-        "timeout": timeout,
-        "max_attempts": max_attempts,
-        "max_crashes": max_crashes,
-        "retry": retry,
-        "owner": "",
-        "held": until_due(run_at, now),
-    }
-    if rare:
-        row.update(_rare(**rare))
+    row = {**_NEW, **columns}
+    if row["run_at"] is not None:
+        row["held"] = until_due(row["run_at"], row["created_at"])
+    if len(row) > len(_NEW):  # few have more
+        if "unique_key" in row:
+            row["unique_lock"] = row["unique_key"]
+        if "concurrency_key" in row:
+            row["held"] = FOR_TURN
+        if "depends_on" in row:
+            row["depends_on"] = ids_to_text(row["depends_on"])
     return Insert(row)
 
 
-def between_tasks(task: Task) -> dict[str, Any]:
-    """The options about other tasks that a task has, as :func:`create` takes them; most have none.
-
-    Raises:
-        ConfigurationError: one is not valid.
-    """
-    given: dict[str, Any] = {}
-    if task.unique_key is not None:
-        given["unique_key"] = check_key(task.unique_key, "unique_key")
-        given["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
-    elif task.unique_scope is not None:
-        raise ConfigurationError("unique_scope is of a unique_key: give one, too")
-    if task.on_parent_failure is not None:
-        check_policy(task.on_parent_failure)
-    if task.depends_on:
-        given["depends_on"] = check_parents(task.depends_on, task.id)
-        given["on_parent_failure"] = task.on_parent_failure
-    if task.concurrency_key is not None:
-        given["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
-    return given
-
-
-def check_parents(parents: Any, task_id: str = "") -> list[str]:
-    """The ids of tasks that one depends on, each once.
-
-    Raises:
-        ConfigurationError: they are no list of ids, or its own is among them.
-    """
-    if not isinstance(parents, Iterable) or isinstance(parents, (str, bytes, Mapping)):
-        raise ConfigurationError(f"depends_on must be a list of tasks, not {parents!r:.80}")
-    ids = list(dict.fromkeys(check_key(parent, "depends_on") for parent in parents))
-    if task_id and task_id in ids:
-        raise ConfigurationError(f"task {task_id} cannot depend on itself")
-    return ids
-
-
-def check_policy(policy: object) -> None:
-    """``ConfigurationError`` for what is no ``on_parent_failure``."""
-    if policy not in ON_PARENT_FAILURE:
-        known = ", ".join(map(repr, ON_PARENT_FAILURE))
-        raise ConfigurationError(f"on_parent_failure must be one of {known}, not {policy!r}")
-
-
-def _rare(
-    *,
-    unique_key: str | None = None,
-    unique_scope: str | None = None,
-    depends_on: Sequence[str] = (),
-    on_parent_failure: str | None = None,
-    concurrency_key: str | None = None,
-) -> dict[str, Any]:
-    """The columns that few tasks have: those of options that were not given are left out.
-
-    It waits for its parents first (see :func:`wait_for`), then for its turn, then for its time.
-    """
-    more: dict[str, Any] = {}
-    if unique_key is not None:
-        more.update(unique_key=unique_key, unique_scope=unique_scope, unique_lock=unique_key)
-    if concurrency_key is not None:
-        more.update(concurrency_key=concurrency_key, held=FOR_TURN)
-    if depends_on:
-        more.update(depends_on=ids_to_text(depends_on), on_parent_failure=on_parent_failure)
-    return more
+_NEW: dict[str, Any] = {name: DEFAULTS.get(name) for name in CREATED}
 
 
 def until_due(run_at: int | None, now: int) -> int:
@@ -249,7 +166,8 @@ def until_due(run_at: int | None, now: int) -> int:
 
 def release(task_id: str) -> Update:
     """Let a pending task start that was held back until now."""
-    return Update(task_id, {"status": PENDING, "held": UNTIL_DUE}, {"held": FREE})
+    guard = {"status": PENDING, "held": UNTIL_DUE}
+    return Update(task_id, guard, {"held": FREE}, move="release")
 
 
 def take(task_id: str, node: str, owner: str = "") -> Update:
@@ -257,12 +175,13 @@ def take(task_id: str, node: str, owner: str = "") -> Update:
 
     One that is held back is nobody's.
     """
-    return Update(task_id, {"status": PENDING, "held": FREE, "owner": owner}, {"owner": node})
+    guard = {"status": PENDING, "held": FREE, "owner": owner}
+    return Update(task_id, guard, {"owner": node}, move="take")
 
 
 def give_up(task_id: str, node: str) -> Update:
     """Note that ``node`` no longer holds a pending task."""
-    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""})
+    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="give up")
 
 
 def cancel(task_id: str, now: int) -> list[Update]:
@@ -280,16 +199,50 @@ def cancel(task_id: str, now: int) -> list[Update]:
     # Where a thread of an earlier attempt still runs, it keeps the turn: see lift_bar. None: the
     # original's records say nothing.
     free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None)}
+    barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD)}
+    runs, asked = {"status": RUNNING, "cancel_requested_at": None}, {"cancel_requested_at": now}
     return [
-        Update(task_id, free, {**gone, "turn": None}, durable=True),
-        Update(task_id, {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD)}, gone, durable=True),
-        Update(
-            task_id,
-            {"status": RUNNING, "cancel_requested_at": None},
-            {"cancel_requested_at": now},
-            durable=True,
-        ),
+        Update(task_id, free, {**gone, "turn": None}, durable=True, move="cancel"),
+        Update(task_id, barred, gone, durable=True, move="cancel"),
+        Update(task_id, runs, asked, durable=True, move="request cancel"),
     ]
+
+
+def replace(holder: Task, new: Insert) -> list[Update]:
+    """Have the pending task that holds the key of a new one take over its params and options.
+
+    It is as old as it was, and what it waits for beside its time, it goes on waiting for. Nothing if it
+    is not pending, or differs in what cannot be taken over: type, parents, concurrency key.
+    """
+    if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(created_task(new.row)):
+        return []
+    # Steps that an earlier attempt did, it did with other params. Who has read the record to start it has
+    # read old params, and finds that ``starts`` has moved on.
+    changes = {name: new.row[name] for name in _REPLACED}
+    changes.update(checkpoints=None, starts=holder.starts + 1)
+    due = {**changes, "held": FREE, "owner": ""}  # fetched anew, to its place by its priority
+    if changes["run_at"] is not None and changes["run_at"] > new.row["created_at"]:
+        due["held"] = UNTIL_DUE
+    guard = {
+        "status": holder.status.value,
+        "unique_lock": holder.unique_key,
+        "starts": holder.starts,
+    }
+    return [
+        Update(holder.id, {**guard, "held": which}, change, durable=True, move="replace")
+        for which, change in (
+            ((FREE, UNTIL_DUE), due),
+            ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
+        )
+    ]
+
+
+def _fixed(task: Task) -> tuple[object, ...]:
+    policy = task.on_parent_failure or "cancel"
+    return task.type, task.depends_on, policy, task.concurrency_key
+
+
+_REPLACED = ("params", "created_by", *CHECKS, "unique_scope")
 
 
 # --- waiting in line
@@ -302,8 +255,8 @@ def give_turn(task_id: str, key: str) -> list[Update]:
     """
     guard = {"status": PENDING, "held": FOR_TURN}
     return [
-        Update(task_id, {**guard, "run_at": None}, {"held": FREE, "turn": key}),
-        Update(task_id, {**guard, "run_at": PRESENT}, {"held": UNTIL_DUE, "turn": key}),
+        Update(task_id, {**guard, "run_at": when}, {"held": held, "turn": key}, move="give turn")
+        for when, held in ((None, FREE), (PRESENT, UNTIL_DUE))
     ]
 
 
@@ -356,14 +309,15 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS}
     waiting_on = unfinished_parent(child.depends_on, statuses)
     if waiting_on is not None:
-        return Update(child.id, guard, {"waiting_on": waiting_on})
+        return Update(child.id, guard, {"waiting_on": waiting_on}, move="parents moved")
     bad = _bad_parent(child.depends_on, statuses)
     if bad is None or child.on_parent_failure == "run":
         run_at = None if child.run_at is None else to_ms(child.run_at)
         held = until_due(run_at, now) if child.concurrency_key is None else FOR_TURN
         if child.stuck_on:
             guard["stuck_on"], held = child.stuck_on, BY_THREAD
-        return Update(child.id, guard, {"waiting_on": None, "held": held})
+        free = {"waiting_on": None, "held": held}
+        return Update(child.id, guard, free, move="parents moved")
     changes = {
         "status": CANCELLED,
         "completed_at": now,
@@ -374,7 +328,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
         changes.update(status=FAILED, dead_letter=1, **unique.freed_by_end(child))
     else:
         changes["unique_lock"] = None  # as of any task that is cancelled before it starts
-    return Update(child.id, guard, changes)
+    return Update(child.id, guard, changes, move="orphan")
 
 
 _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
@@ -416,7 +370,7 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
     if task.unique_key is not None:
         changes.update(unique.freed_by_start(task))
     guard = {"status": PENDING, "starts": task.starts, "held": FREE}
-    return Update(task.id, guard, changes, durable=task.max_crashes == 1)
+    return Update(task.id, guard, changes, task.max_crashes == 1, "start")
 
 
 def last_chance(task: Task) -> bool:
@@ -441,7 +395,8 @@ def hand_back(task: Task, now: int) -> list[Update]:
     """Undo a start whose executor was never called; its node still holds it."""
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
     changes = {"status": PENDING, "started_at": None, "worker": worker}
-    return _unless_cancelled(task, changes, Ending(returned=False, worker=worker), now)
+    ending = Ending(returned=False, worker=worker)
+    return _unless_cancelled(task, changes, ending, now, "hand back")
 
 
 def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:
@@ -449,12 +404,12 @@ def progress(task_id: str, starts: int | None, percent: int, message: str) -> Up
     guard: dict[str, Any] = {"status": RUNNING}
     if starts is not None:
         guard["starts"] = starts
-    return Update(task_id, guard, {"progress": percent, "message": message})
+    return Update(task_id, guard, {"progress": percent, "message": message}, move="progress")
 
 
 def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
     """Note what a run has done so far, for later attempts; as JSON text."""
-    return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable=durable)
+    return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable, "checkpoint")
 
 
 def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
@@ -466,20 +421,20 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):
         back = _back_to_pending(task, ending, now, "interrupted", owner="")
         back["interruptions"] = task.interruptions + 1
-        return _unless_cancelled(task, back, ending, now)
+        return _unless_cancelled(task, back, ending, now, "interrupt")
     if ending.snooze is not None and ending.reason is None:
         back = _put_off(task, ending, now, "snoozed", ending.snooze)
         back["snoozes"] = task.snoozes + 1
-        return _unless_cancelled(task, back, ending, now)
+        return _unless_cancelled(task, back, ending, now, "snooze")
     if ending.crashed and ending.reason is None:
         return _crash(task, ending, now)
-    spent = task.errors + 1 >= (task.max_attempts or DEFAULT_MAX_ATTEMPTS)
+    spent = task.errors + 1 >= (task.max_attempts or UNLESS_SAID["max_attempts"])
     if spent or ending.permanent:
         writes = [_fail(task, ending, now)]
     else:
         again = _put_off(task, ending, now, "retried", ending.delay)
         again.update(errors=task.errors + 1, **_error(ending))
-        writes = _unless_cancelled(task, again, ending, now)
+        writes = _unless_cancelled(task, again, ending, now, "retry")
     return [_barred(task, write) for write in writes] if ending.stuck else writes
 
 
@@ -549,11 +504,12 @@ def _complete(task: Task, ending: Ending, now: int) -> Update:
     changes["progress"] = 100
     if task.errors:
         changes.update(_NO_ERROR)
-    return Update(task.id, _fence(task), changes)
+    return Update(task.id, _fence(task), changes, False, "complete")
 
 
 def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
-    return Update(task.id, _fence(task, **guard), _end(task, ending, now, CANCELLED))
+    changes = _end(task, ending, now, CANCELLED)
+    return Update(task.id, _fence(task, **guard), changes, move="cancelled")
 
 
 def _fail(task: Task, ending: Ending, now: int) -> Update:
@@ -563,7 +519,7 @@ def _fail(task: Task, ending: Ending, now: int) -> Update:
         **_error(ending),
         dead_letter=1,
     )
-    return Update(task.id, _fence(task), changes)
+    return Update(task.id, _fence(task), changes, move="fail")
 
 
 def _back_to_pending(
@@ -584,11 +540,11 @@ def _back_to_pending(
 
 
 def _unless_cancelled(
-    task: Task, changes: dict[str, Any], ending: Ending, now: int
+    task: Task, changes: dict[str, Any], ending: Ending, now: int, move: str
 ) -> list[Update]:
     """The move, or the end as cancelled where a cancel was asked for while the attempt ran."""
     return [
-        Update(task.id, _fence(task, cancel_requested_at=None), changes),
+        Update(task.id, _fence(task, cancel_requested_at=None), changes, move=move),
         _cancelled(task, ending, now, cancel_requested_at=PRESENT),
     ]
 
@@ -651,12 +607,15 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     else:
         changes = _back_to_pending(task, ending, now, "interrupted", owner="")
         changes["interruptions"] = task.interruptions + 1
-        alternatives = _unless_cancelled(task, changes, ending, now)
-    return [update._replace(guard={**update.guard, "owner": task.owner}) for update in alternatives]
+        alternatives = _unless_cancelled(task, changes, ending, now, "rescue")
+    return [
+        update._replace(guard={**update.guard, "owner": task.owner}, move="rescue")
+        for update in alternatives
+    ]
 
 
 def _crashes_allowed(task: Task) -> int:
-    return task.max_crashes or DEFAULT_MAX_CRASHES
+    return task.max_crashes or UNLESS_SAID["max_crashes"]
 
 
 def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> list[Update]:
@@ -670,10 +629,10 @@ def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> li
     else:
         holder = task.owner if owner is None else owner
         changes = _back_to_pending(task, ending, now, "crashed", owner=holder)
-    alternatives = _unless_cancelled(task, changes, ending, now)
+    alternatives = _unless_cancelled(task, changes, ending, now, "crash")
     for update in alternatives:
         update.changes["crashes"] = crashes  # type: ignore[index]
-    return alternatives
+    return [update._replace(move="crash") for update in alternatives]
 
 
 # --- after the end of a thread that was given up
@@ -690,19 +649,20 @@ def lift_bar(task: Task, now: int) -> list[Update]:
     held = until_due(optional_ms(task.run_at, "run_at"), now)
     over = {"stuck_on": ""} if task.concurrency_key is None else {"stuck_on": "", "turn": None}
     barred = {**pending, "held": BY_THREAD}
-    lifted = [Update(task.id, barred, {"stuck_on": "", "held": held})]
+    lifted: list[tuple[dict[str, Any], dict[str, Any]]] = [(barred, {"stuck_on": "", "held": held})]
     if (key := task.concurrency_key) is not None:
         lifted = [
-            Update(task.id, {**barred, "turn": key}, {"stuck_on": "", "held": held}),
-            Update(task.id, {**barred, "turn": None}, {"stuck_on": "", "held": FOR_TURN}),
+            ({**barred, "turn": key}, {"stuck_on": "", "held": held}),
+            ({**barred, "turn": None}, {"stuck_on": "", "held": FOR_TURN}),
         ]
-    return [
+    alternatives = [
         *lifted,
-        Update(task.id, {**pending, "held": (FREE, UNTIL_DUE)}, {"stuck_on": ""}),
-        Update(task.id, {**pending, "held": (FOR_PARENTS, FOR_TURN)}, over),
-        Update(task.id, {**stuck, "status": RUNNING}, {"stuck_on": ""}),
-        Update(task.id, {**stuck, "status": FINISHED}, over),
+        ({**pending, "held": (FREE, UNTIL_DUE)}, {"stuck_on": ""}),
+        ({**pending, "held": (FOR_PARENTS, FOR_TURN)}, over),
+        ({**stuck, "status": RUNNING}, {"stuck_on": ""}),
+        ({**stuck, "status": FINISHED}, over),
     ]
+    return [Update(task.id, guard, changes, move="lift bar") for guard, changes in alternatives]
 
 
 # --- after the end
@@ -762,7 +722,7 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
     if changes["held"] == FREE:  # else a host whose clock is behind might hold it until then
         changes["run_at"] = now
-    return Update(task.id, guard, changes, durable=True)
+    return Update(task.id, guard, changes, durable=True, move="requeue")
 
 
 # With a record its turn and its id are freed. So the record stays while a thread of the task runs.
@@ -771,7 +731,7 @@ _NO_THREAD = {"stuck_on": ""}
 
 def delete(task_id: str) -> Delete:
     """Remove the record of a task that is not running, and of which no thread runs on."""
-    return Delete(task_id, {"status": (PENDING, *FINISHED), **_NO_THREAD})
+    return Delete(task_id, {"status": (PENDING, *FINISHED), **_NO_THREAD}, move="delete")
 
 
 def not_deleted(task: Task) -> InvalidTransition:
@@ -814,12 +774,13 @@ def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[S
 def prune(stub: Stub) -> Delete:
     """Remove the record of a task that has ended, unless it was let run again since it was read."""
     guard = {"status": stub.status, "starts": stub.starts, **_NO_THREAD}
-    return Delete(stub.id, guard, durable=False)
+    return Delete(stub.id, guard, durable=False, move="prune")
 
 
 def discard(task: Task) -> Delete:
     """Remove the record of a dead letter, unless it was let run again since it was read."""
-    return Delete(task.id, {"status": FAILED, "starts": task.starts, **_NO_THREAD})
+    guard = {"status": FAILED, "starts": task.starts, **_NO_THREAD}
+    return Delete(task.id, guard, move="discard")
 
 
 # --- writes that are still allowed in a file with a newer schema
@@ -864,7 +825,7 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
         changes["completed_at"] = to_ms(wanted.completed_at, "completed_at")
     guard = {"status": stored.status.value, "starts": stored.starts}
     if wanted.status is not TaskStatus.PENDING:
-        return [Update(stored.id, guard, changes, durable=True)]
+        return [Update(stored.id, guard, changes, durable=True, move="by hand")]
     if stored.status is TaskStatus.PENDING:
         # Who has read it to start it has read what it was before, and is not to start that.
         changes["starts"] = stored.starts + 1
@@ -876,10 +837,11 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
         due["owner"] = ""
     # What it waits for beside its time, it goes on waiting for.
     return [
-        Update(stored.id, {**guard, "held": (FREE, UNTIL_DUE)}, due, durable=True),
-        Update(
-            stored.id, {**guard, "held": (FOR_PARENTS, BY_THREAD, FOR_TURN)}, changes, durable=True
-        ),
+        Update(stored.id, {**guard, "held": held}, values, durable=True, move="by hand")
+        for held, values in (
+            ((FREE, UNTIL_DUE), due),
+            ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
+        )
     ]
 
 
@@ -893,7 +855,7 @@ def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Upda
     changes = _status_change(stored, status, now) if status is not stored.status else {}
     changes["message"] = message
     guard = {"status": stored.status.value, "starts": stored.starts}
-    return Update(stored.id, guard, changes, durable=True)
+    return Update(stored.id, guard, changes, durable=True, move="by hand")
 
 
 def _check_edge(stored: Task, status: TaskStatus) -> None:

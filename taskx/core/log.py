@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from taskx.core.errors import on_main_thread
+from taskx.core.errors import ConfigurationError, on_main_thread
 
 
 class GuardedLogger(logging.Logger):
@@ -66,7 +66,8 @@ def _show(msg: object, args: Any) -> None:
     """Show on stderr what could not be logged, and why, as handlers do that fail."""
     if logging.raiseExceptions and sys.stderr is not None:
         with suppress(BaseException):  # of a class of the user's, too
-            sys.stderr.write(f"could not be logged: {str(msg) % args if args else msg}\n")
+            record = logging.LogRecord("", 0, "", 0, msg, args, None)
+            sys.stderr.write(f"could not be logged: {record.getMessage()}\n")
             traceback.print_exc()
 
 
@@ -80,3 +81,14 @@ def is_for_the_program(error: BaseException) -> bool:
 
 #: For what knows no queue, and so not the logger of one.
 log = GuardedLogger(logging.getLogger("taskx"))
+
+
+def check_logger(logger: Any) -> logging.Logger:
+    """A logger, or ours for None; ConfigurationError says what is wrong with it."""
+    if logger is None:
+        return logging.getLogger("taskx")
+    if not isinstance(logger, logging.Logger):
+        raise ConfigurationError(
+            f"logger must be a Logger, such as logging.getLogger('tasks'), not {logger!r}"
+        )
+    return logger

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import attrs
 
@@ -22,6 +22,8 @@ _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 # Seconds: a moment which is a token's but for the rounding of the clock is that token's.
 _ROUNDING = 1e-6
 
+#: For each node by itself, or for all of them together.
+LimitScope = Literal["node", "global"]
 #: An empty bucket has been full for ever.
 FULL = float("-inf")
 
@@ -63,6 +65,20 @@ class Rate:
     def when(self, mark: float, count: int) -> float:
         """From when on so many may be taken; of more than ``burst``, as many as that."""
         return mark - (self.burst - min(count, self.burst)) * self.interval
+
+
+class Limit(NamedTuple):
+    """The limits of a type.
+
+    Attributes:
+        max_concurrency: how many run at once; None for any number.
+        rate: how many start in a time; None for any number.
+        scope: who shares them.
+    """
+
+    max_concurrency: int | None
+    rate: Rate | None
+    scope: LimitScope
 
 
 def rate_of(given: Any, burst: int | None) -> Rate | None:

@@ -20,12 +20,15 @@ from copy import copy
 from datetime import datetime
 from typing import Any, NamedTuple
 
+import attrs
+
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.codec import NO_CODECS, Codecs, Unreadable
+from taskx.core.errors import PayloadError
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.core.order import rank
-from taskx.core.payload import CODEC_KEY
+from taskx.core.payload import CODEC_KEY, clean_text
 from taskx.core.retry import RetryPolicy
 
 #: Why a pending task may not start: it may; before its ``run_at``; its parents have not ended; a thread
@@ -39,44 +42,21 @@ COLUMNS: tuple[str, ...] = (*TASK_FIELDS, *INTERNAL)
 #: Those that no two rows have the same value in, but for None.
 UNIQUE = ("unique_lock", "turn")
 
-#: What a column holds in a task that was just created.
+#: Longest progress message, in characters.
+MAX_MESSAGE = 1000
+
+#: What a column holds in a task that was just created, where its creation says nothing.
 DEFAULTS: dict[str, Any] = {
+    **{
+        field.name: field.default
+        for field in attrs.fields(Task)
+        if field.name in TASK_FIELDS and field.name not in ("id", "type", "created_at")
+    },
     "status": "pending",
     "params": "{}",
-    "result": None,
-    "error": "",
-    "progress": 0,
-    "message": "",
-    "created_by": "",
-    "started_at": None,
-    "completed_at": None,
-    "duration": 0.0,
-    "priority": 0,
-    "run_at": None,
-    "timeout": None,
-    "max_attempts": None,
-    "max_crashes": None,
-    "retry": None,
-    "unique_key": None,
-    "unique_scope": None,
     "depends_on": None,
-    "on_parent_failure": None,
-    "concurrency_key": None,
-    "errors": 0,
-    "crashes": 0,
-    "interruptions": 0,
-    "snoozes": 0,
-    "starts": 0,
-    "cancel_requested_at": None,
     "dead_letter": 0,
-    "error_type": "",
-    "traceback": "",
-    "owner": "",
-    "worker": "",
     "earlier_attempts": "",
-    "stuck_on": "",
-    "checkpoints": None,
-    "log": "",
     "held": FREE,
     "waiting_on": None,
     "unique_lock": None,
@@ -101,6 +81,19 @@ class Stub(NamedTuple):
         return rank(self.priority, self.created_at, self.run_at, ageing)
 
 
+#: The columns from which a stub is made, in order.
+STUB = (
+    "id",
+    "status",
+    "starts",
+    "priority",
+    "created_at",
+    "cancel_requested_at",
+    "type",
+    "run_at",
+)
+
+
 class Ended(NamedTuple):
     """A task that has ended, with what decides whether its record may go.
 
@@ -120,19 +113,11 @@ class Ended(NamedTuple):
 
 
 _STATUS = {status.value: status for status in TaskStatus}
-_TEXTS = (
-    *("id", "type", "error", "message", "created_by", "error_type", "traceback", "owner", "worker"),
-    *("stuck_on", "log"),
-)
-_KEYS = ("unique_key", "unique_scope", "on_parent_failure", "concurrency_key")
-_NUMBERS = {
-    name: DEFAULTS[name]
-    for name in (
-        *("starts", "errors", "crashes", "interruptions", "snoozes", "priority", "progress"),
-        "duration",
-        *("timeout", "max_attempts", "max_crashes"),
-    )
-}
+_STATUSES = tuple(_STATUS)  # not hashed: a damaged one may be anything
+_KINDS = {field.name: str(field.type) for field in attrs.fields(Task) if field.name in TASK_FIELDS}
+_TEXTS = [name for name, kind in _KINDS.items() if kind == "str"]
+_KEYS = [name for name, kind in _KINDS.items() if kind == "str | None"]
+_NUMBERS = [name for name, kind in _KINDS.items() if kind.split(" | ")[0] in ("int", "float")]
 
 
 def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
@@ -155,21 +140,9 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         if type(result) is dict and CODEC_KEY in result:
             result = codecs.value(result)
         # Where one is no text it cannot be joined, where one is no number it cannot be added.
-        "".join(
-            (
-                id_,
-                type_,
-                error,
-                message,
-                created_by,
-                error_type,
-                traceback,
-                owner,
-                worker,
-                stuck_on,
-                log,
-            )
-        )
+        "".join((
+            id_, type_, error, message, created_by, error_type, traceback, owner, worker, stuck_on, log,
+        ))  # fmt: skip
         _ = starts + errors + crashes + interruptions + snoozes + priority + progress + duration
         for number in (timeout, max_attempts, max_crashes):
             _ = 0 if number is None else number + 0
@@ -221,16 +194,24 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             stored = _object_from_text(checkpoints)
             task.checkpoints = codecs.value(stored) if CODEC_KEY in stored else stored
         return task
-    except Unreadable as problem:
-        return _unreadable_task(row, problem)
+    except Unreadable as problem:  # all but what codecs made
+        return _salvaged_task(row, problem, params="{}", result=None, checkpoints=None)
+    except KeyError as problem:
+        if known_status(status) == status:
+            return _damaged_task(row, problem)
+        return _salvaged_task(row, f"{status!r:.50} as status", status=known_status(status))
     except (ValueError, TypeError, RecursionError, OverflowError) as problem:
         return _damaged_task(row, problem)
 
 
-def _unreadable_task(row: Sequence[Any], problem: Exception) -> Task:
-    """All of a row but what codecs made."""
-    sound = {**dict(zip(TASK_FIELDS, row, strict=True)), "params": "{}"}
-    task = task_from_row(tuple({**sound, "result": None, "checkpoints": None}.values()))
+def known_status(status: Any) -> str:
+    """The status as a task has it: one that another program made up stands for failed."""
+    return status if status in _STATUSES else "failed"
+
+
+def _salvaged_task(row: Sequence[Any], problem: object, **instead: Any) -> Task:
+    """All of a row but some columns, which hold something else instead."""
+    task = task_from_row(tuple({**dict(zip(TASK_FIELDS, row, strict=True)), **instead}.values()))
     task.damage = task.damage or f"the stored record is damaged: {problem}"
     return task
 
@@ -241,15 +222,15 @@ def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
     sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
     sound.update(dict.fromkeys((*_KEYS, "depends_on", "checkpoints")))
     sound.update(
-        (name, default)
-        for name, default in _NUMBERS.items()
-        if type(stored[name]) not in (int, float)
+        (name, DEFAULTS[name]) for name in _NUMBERS if type(stored[name]) not in (int, float)
     )
     sound.update((name, _as_text(stored[name])) for name in _TEXTS)
     sound.update((name, _time_or_none(stored[name])) for name in TIME_FIELDS)
+    sound["status"] = known_status(stored["status"])
     if sound["created_at"] is None:
         sound["created_at"] = 0
-    odd = [name for name in (*_TEXTS, *_NUMBERS, *TIME_FIELDS) if sound[name] != stored[name]]
+    checked = (*_TEXTS, *_NUMBERS, *TIME_FIELDS, "status")
+    odd = [name for name in checked if sound[name] != stored[name]]
     task = task_from_row(tuple(sound.values()))
     told = f"{stored[odd[0]]!r:.50} as {odd[0]}" if odd else problem
     task.damage = f"the stored record is damaged: {told}"
@@ -326,6 +307,38 @@ def stub_from_row(row: Mapping[str, Any]) -> Stub:
         row["type"],
         row["run_at"],
     )
+
+
+def stub_from_values(values: Sequence[Any]) -> Stub:
+    """The stub of the columns :data:`STUB`, whatever of them is damaged."""
+    id_, status, starts, priority, created_at, asked_at, type_, run_at = values
+    return Stub(
+        id_,
+        status,
+        _number(starts),
+        _number(priority),
+        _number(created_at),
+        asked_at is not None,
+        _as_text(type_),
+        None if run_at is None else _number(run_at),
+    )
+
+
+def _number(value: Any) -> int:
+    return value if isinstance(value, int) else 0
+
+
+def check_progress(percent: float, message: str) -> tuple[int, str]:
+    """Progress as it is stored: a whole percentage from 0 to 100 and a bounded text.
+
+    Raises:
+        PayloadError: the percentage is no number, or the message no text.
+    """
+    if isinstance(percent, bool) or not isinstance(percent, (int, float)) or percent != percent:
+        raise PayloadError("progress", f"must be a number from 0 to 100, not {percent!r}")
+    if not isinstance(message, str):
+        raise PayloadError("message", f"must be a str, not {type(message).__name__}")
+    return int(min(max(percent, 0), 100)), clean_text(message, MAX_MESSAGE)
 
 
 def policy_to_text(policy: RetryPolicy | None) -> str | None:

@@ -5,23 +5,10 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
-from enum import Enum
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.errors import ConfigurationError, TaskCancelled
+from taskx.core.errors import CancelReason, ConfigurationError, TaskCancelled
 from taskx.core.log import log
-
-
-class CancelReason(str, Enum):
-    """Why a token fired."""
-
-    CANCEL = "cancel"  #: somebody cancelled the task
-    TIMEOUT = "timeout"  #: its deadline passed
-    STOP = "stop"  #: the queue is stopping; the task is handed back
-    LEASE_LOST = "lease lost"  #: this process may no longer run it
-
-    def __str__(self) -> str:
-        return self.value
 
 
 class CancelToken:

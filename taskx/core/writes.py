@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Any, NamedTuple
 
+from taskx.core.options import CHECKS
+
 
 class _Present(Enum):
     PRESENT = "present"
@@ -35,19 +37,31 @@ class Insert(NamedTuple):
         id_: str = self.row["id"]
         return id_
 
+    @property
+    def move(self) -> str:
+        """The name of the move: see :class:`Update`."""
+        return "create"
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The columns that it sets."""
+        return self.row
+
 
 class Update(NamedTuple):
     """Change columns of the record with that id, if its guard holds.
 
     It holds not either where another record has the value that it would give a unique column.
 
-    ``durable`` marks what a caller was told, so that a power cut must not undo it.
+    ``durable`` marks what a caller was told, so that a power cut must not undo it. ``move`` names the move
+    that it makes, for those who must do what follows; to a repository it says nothing.
     """
 
     id: str
     guard: Mapping[str, Any]
     changes: Mapping[str, Any]
     durable: bool = False
+    move: str = ""
 
 
 class Delete(NamedTuple):
@@ -56,28 +70,45 @@ class Delete(NamedTuple):
     id: str
     guard: Mapping[str, Any]
     durable: bool = True
+    move: str = ""
+
+    @property
+    def changes(self) -> Mapping[str, Any]:
+        """The columns that it sets: none."""
+        return {}
 
 
 Write = Insert | Update | Delete
 
+
+class Note(NamedTuple):
+    """A short text kept under a name.
+
+    Attributes:
+        text: what was stored.
+        version: rises with every change; never 0, and never one that an earlier note of its name had.
+    """
+
+    text: str
+    version: int
+
+
+class NoteChange(NamedTuple):
+    """A change of a note, which holds if the note still has a version.
+
+    Attributes:
+        name: its name.
+        text: what to store; None to remove it.
+        version: the one that it must have now; 0 if there must be none.
+    """
+
+    name: str
+    text: str | None
+    version: int
+
+
 #: The columns that every creation sets.
-CREATED = (
-    "id",
-    "type",
-    "params",
-    "created_by",
-    "created_at",
-    "priority",
-    "run_at",
-    "timeout",
-    "max_attempts",
-    "max_crashes",
-    "retry",
-    "owner",
-    "held",
-)
-
-
+CREATED = ("id", "type", "params", "created_by", "created_at", *CHECKS, "owner", "held")
 #: The columns of an insert by which it is known again: those that no move changes.
 IDENTITY = ("type", "created_by", "created_at")
 
@@ -94,9 +125,14 @@ def traces(write: Insert | Update) -> dict[str, Any]:
 
 
 def shows(
-    row: Mapping[str, Any], write: Insert | Update, same: Callable[[str, Any, Any], bool]
+    row: Mapping[str, Any] | None, write: Write, same: Callable[[str, Any, Any], bool]
 ) -> bool:
-    """Whether a row shows that a write took place, where ``same(column, stored, plain)`` compares."""
+    """Whether a row, or that there is none, shows that a write took place.
+
+    ``same(column, stored, plain)`` compares.
+    """
+    if row is None or isinstance(write, Delete):
+        return row is None and isinstance(write, Delete)
     return all(same(name, row[name], value) for name, value in traces(write).items())
 
 

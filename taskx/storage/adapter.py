@@ -20,34 +20,34 @@ from taskx.core.errors import (
 )
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, Task, TaskFilter, TaskStatus
+from taskx.core.options import CHECKS
 from taskx.core.record import (
     COLUMNS,
     DEFAULTS,
     FREE,
     INTERNAL,
     Ended,
-    Stub,
     row_from_task,
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Update, Write, matches, traces
-from taskx.storage.base import Node, NoteChange, Repository, TaskRepository
+from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
+from taskx.storage.base import Lookup
+from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
 #: The owner given to what is found running at start.
 LEFT_BEHIND = "a process before this one"
 
 #: The fields of the original's task: all that an eight-method repository must keep. They are read
-#: from it; the rest is remembered here as long as the task is unfinished.
+#: from it; the rest is remembered here until the task has ended.
 ORIGINAL_FIELDS = COLUMNS[: COLUMNS.index("duration") + 1]
-_OPTIONS = ("priority", "run_at", "timeout", "max_attempts", "max_crashes", "retry")
 _NOT_STORED = frozenset({"owner", "stuck_on", *INTERNAL})
 _BETWEEN_TASKS = ("unique_key", "depends_on", "concurrency_key")
 _PAGE = 500
 #: Calls of a failing method before its error is raised.
 _TRIES = 2
-#: Most writes that are remembered to know them again if they are sent again.
+#: Most writes that are remembered to know them again if they are sent again, and most ended tasks.
 _MOST_KNOWN = 1000
 
 E = TypeVar("E", bound=RepositoryError)
@@ -86,9 +86,12 @@ class EightMethodAdapter(MemoryRepository):
             )
         super().__init__(clock)
         self.inner = inner
+        self.shortcoming = f"{type(inner).__name__} has eight methods"
         # Writes whose outcome is not known, by task; those that took place, and may be sent again.
         self._doubts: dict[str, Write] = {}
         self._known: dict[int, Write] = {}
+        # The tasks of the rows here that have ended, in that order.
+        self._ended: dict[str, None] = {}
         self._stirs = 0
 
     # --- writing
@@ -104,8 +107,8 @@ class EightMethodAdapter(MemoryRepository):
         """
         if all_or_nothing and len(writes) > 1:
             raise ConfigurationError(
-                f"{type(self.inner).__name__} has eight methods and no transaction: several tasks "
-                "cannot be stored all or nothing; submit them one by one"
+                f"{self.shortcoming} and no transaction: several tasks cannot be stored all or nothing; "
+                "submit them one by one"
             )
         with self._lock:
             self._read_anew(writes)
@@ -119,27 +122,7 @@ class EightMethodAdapter(MemoryRepository):
                     raise _doubt(RepositoryError(str(error))) from error  # not all is undone
                 raise
             finally:
-                for write in writes:
-                    self._forget_finished(write.id)
-            return results
-
-    def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Say for each write whether it took place."""
-        with self._lock:
-            unfinished = {write.id for write in writes if write.id in self._rows}
-            for write in writes:
-                self._refresh(write.id)
-            results = [
-                self._known.pop(id(write), None) is not None
-                or (
-                    self._took_place(write)
-                    if write.id in unfinished
-                    else _shown(write, self._rows.get(write.id))  # the rest of it is forgotten
-                )
-                for write in writes
-            ]
-            for write in writes:
-                self._forget_finished(write.id)
+                self._forget_ended()
             return results
 
     def _read_anew(self, writes: Sequence[Write]) -> None:
@@ -242,8 +225,7 @@ class EightMethodAdapter(MemoryRepository):
         for name in _BETWEEN_TASKS:
             if write.row.get(name) is not None:
                 raise ConfigurationError(
-                    f"{type(self.inner).__name__} has eight methods and nothing that could hold "
-                    f"{name}; nothing was stored"
+                    f"{self.shortcoming} and nothing that could hold {name}; nothing was stored"
                 )
 
     def _refuse_lost_options(self, write: Write, stored: Row | None) -> None:
@@ -313,10 +295,14 @@ class EightMethodAdapter(MemoryRepository):
         row["stuck_on"] = ""  # threads end with their process
         self._put(row["id"], row)
 
-    def _forget_finished(self, task_id: str) -> None:
-        row = self._rows.get(task_id)
-        if row is not None and row["status"] in FINISHED and not row["stuck_on"]:
-            self._put(task_id, None)
+    def _forget_ended(self) -> None:
+        """Forget what has ended but for the last of it, as it may be asked whether a write took place."""
+        while len(self._ended) > _MOST_KNOWN:
+            task_id = next(iter(self._ended))
+            row = self._rows.get(task_id)
+            if row is not None and not row["stuck_on"]:
+                self._put(task_id, None)
+            self._ended.pop(task_id, None)
 
     def _forget(self, task_id: str) -> None:
         if task_id in self._rows:
@@ -324,6 +310,9 @@ class EightMethodAdapter(MemoryRepository):
 
     def _put(self, task_id: str, row: Row | None) -> None:
         """Each change is a transaction of its own."""
+        self._ended.pop(task_id, None)
+        if row is not None and row["status"] in FINISHED:
+            self._ended[task_id] = None
         try:
             super()._put(task_id, row)
         except BaseException:
@@ -333,20 +322,23 @@ class EightMethodAdapter(MemoryRepository):
 
     # --- reading
 
-    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        """The tasks with these ids that exist, by id."""
-        found = {}
-        with self._lock:
-            for task_id in task_ids:
-                row = self._refresh(task_id)
-                if row is not None:
-                    found[task_id] = _task(row)
-                    self._forget_finished(task_id)
-        return found
+    def find(
+        self,
+        column: Lookup,
+        values: Sequence[str],
+        fields: tuple[str, ...],
+        limit: int | None = None,
+    ) -> Sequence[tuple[Any, ...]]:
+        """Rows as the repository has them now, found by their id; by other columns, as memory knows them.
 
-    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """The status of each of these tasks that exists, by id."""
-        return {task_id: task.status.value for task_id, task in self.get_many(task_ids).items()}
+        What was in doubt is looked at first.
+        """
+        with self._lock:
+            for task_id in values if column == "id" else [*self._doubts]:
+                self._refresh(task_id)
+            found = super().find(column, values, fields, limit)
+            self._forget_ended()
+            return found
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """As the repository lists them."""
@@ -367,7 +359,7 @@ class EightMethodAdapter(MemoryRepository):
             for task in page:
                 if task.completed_at is not None and task.completed_at < end and not task.stuck_on:
                     # Those before it are no longer listed when a look goes on: they are removed.
-                    stub = stub_from_row(row_from_task(task))
+                    stub = stub_from_row(self._rows.get(task.id) or row_from_task(task))
                     found.append(Ended(stub, (), None, None, passed))
                 else:
                     passed += 1
@@ -378,8 +370,7 @@ class EightMethodAdapter(MemoryRepository):
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Raises: there is no place for it that outlives this process."""
         raise ConfigurationError(
-            f"{type(self.inner).__name__} has eight methods and nothing that could keep this over a "
-            "restart; nothing was stored"
+            f"{self.shortcoming} and nothing that could keep this over a restart; nothing was stored"
         )
 
     def version(self) -> object:
@@ -388,21 +379,12 @@ class EightMethodAdapter(MemoryRepository):
 
     # --- starting
 
-    def join(self, node: Node) -> None:
+    def prepare(self) -> None:
         """Read what is unfinished; what runs was left behind, as this is the only process."""
         with self._lock:
             for task in self._unfinished_tasks():
                 if task.id not in self._rows:
                     self._adopt(row_from_task(task))
-            super().join(node)
-
-    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
-        """The tasks that a node holds; what was in doubt is looked at first."""
-        with self._lock:
-            for task_id in [*self._doubts]:
-                self._refresh(task_id)
-                self._forget_finished(task_id)
-            return super().owned(node, limit)
 
     def _unfinished_tasks(self) -> Sequence[Task]:
         found: list[Task] = []
@@ -422,19 +404,10 @@ class EightMethodAdapter(MemoryRepository):
                 break
 
 
-def refuse_eight_methods(repository: Repository, what: str) -> None:
-    """Refuse, with a ``ConfigurationError``, what a repository of eight methods has no place for."""
-    if isinstance(repository, EightMethodAdapter):
-        raise ConfigurationError(
-            f"{type(repository.inner).__name__} has eight methods and no place for {what}: use "
-            "SQLiteRepository, MongoRepository or MemoryRepository"
-        )
-
-
 def _options(insert: Insert) -> list[str]:
     """The options that a new task has and that a repository might not keep."""
     row = {**DEFAULTS, **insert.row}
-    return [name for name in _OPTIONS if row[name] != DEFAULTS[name]]
+    return [name for name in CHECKS if row[name] != DEFAULTS[name]]
 
 
 def _asks_for_options(write: Write) -> bool:

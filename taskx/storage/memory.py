@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from heapq import nsmallest
-from itertools import chain, islice, takewhile
+from itertools import islice, takewhile
 from operator import itemgetter
 from typing import Any
-
-import attrs
 
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec
@@ -30,15 +29,13 @@ from taskx.core.record import (
     stub_from_row,
     task_from_row,
 )
-from taskx.core.writes import Delete, Insert, Update, Write, matches, shows
-from taskx.storage.base import OLDEST, Node, Note, NoteChange, Repository, new_version
+from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
+from taskx.storage.base import Listed, Lookup, Repository, new_version
 from taskx.storage.ordered import SortedItems
 
 #: The columns of a task, its ``sequence`` in the order of submission, and its ``places``: the items of
 #: the indexes that lead to it.
 Row = dict[str, Any]
-
-_fields = itemgetter(*TASK_FIELDS)
 
 # While one transaction is undone.
 _MOST_INTERRUPTS = 100
@@ -54,6 +51,8 @@ class MemoryRepository(Repository):
         codec: what params, results and checkpoints are stored with; of several, the first one writes.
     """
 
+    shared = False
+
     def __init__(
         self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
     ) -> None:
@@ -66,7 +65,6 @@ class MemoryRepository(Repository):
         # The changes of the transaction under way, so that they can be undone.
         self._changed: list[tuple[str, Row | None, Row | None]] = []
         self._notes: dict[str, Note] = {}
-        self._nodes: dict[str, Node] = {}
 
     # --- writing
 
@@ -102,11 +100,6 @@ class MemoryRepository(Repository):
                 return
             except BaseException:  # noqa: BLE001
                 continue
-
-    def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Say for each write whether it took place."""
-        with self._lock:
-            return [self._took_place(write) for write in writes]
 
     def _holds(self, write: Write) -> bool:
         row = self._rows.get(write.id)
@@ -167,35 +160,50 @@ class MemoryRepository(Repository):
                     index[key] = SortedItems()
                 index[key].add(item)
 
-    def _took_place(self, write: Write) -> bool:
-        row = self._rows.get(write.id)
-        if isinstance(write, Delete):
-            return row is None
-        return row is not None and shows(row, write, self.codecs.same)
-
     def _found(self, kind: str, key: Any) -> Iterator[str]:
         """The ids that an index has under a key, in order."""
         return (item[-1] for item in self._indexes[kind].get(key, ()))
 
-    def _of_node(self, kind: str, node: str) -> Iterator[str]:
-        """The ids of the rows of a kind that a node holds."""
-        return (
-            item[-1]
-            for key, items in self._indexes[kind].items()
-            if key[0] == node
-            for item in items
-        )
-
     # --- reading
 
-    def _task(self, row: Row) -> Task:
-        return task_from_row(_fields(row), self.codecs)
-
-    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        """The tasks with these ids that exist, by id."""
+    def find(
+        self,
+        column: Lookup,
+        values: Sequence[str],
+        fields: tuple[str, ...],
+        limit: int | None = None,
+    ) -> Sequence[tuple[Any, ...]]:
+        """Rows that have one of these values in a lookup column, as of one moment."""
         with self._lock:
-            rows = [self._rows[task_id] for task_id in task_ids if task_id in self._rows]
-            return {row["id"]: self._task(row) for row in rows}
+            if column == "id":
+                rows: Iterable[Row] = [self._rows[i] for i in values if i in self._rows]
+            elif column == "parent":
+                rows = ({"id": i, column: v} for v in values for i in self._found(column, v))
+            else:
+                rows = (self._rows[i] for v in values for i in self._having(column, v))
+            pick = _task_fields if fields is TASK_FIELDS else _picker(fields)
+            return list(map(pick, rows if limit is None else islice(rows, limit)))
+
+    def _having(self, column: Lookup, value: str) -> Iterator[str]:
+        """The ids of the rows that have a value in a lookup column."""
+        if column != "buffered_on":
+            return self._found(column, value)
+        ready = (key for key in self._indexes["ready"] if key[0] == value != "")
+        return (task_id for key in ready for task_id in self._found("ready", key))
+
+    def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
+        """The values that a column has, in order, from the one after ``after``."""
+        with self._lock:
+            if column == "buffered_on":
+                values: Iterable[str] = {owner for owner, _ in self._indexes["ready"]}
+            elif column == "ready_type":
+                values = {kind for _, kind in self._indexes["ready"]}
+            else:
+                values = self._indexes[column]
+            return nsmallest(limit, (value for value in values if value > after))
+
+    def _task(self, row: Row) -> Task:
+        return task_from_row(_task_fields(row), self.codecs)
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
@@ -211,11 +219,6 @@ class MemoryRepository(Repository):
         """How many tasks meet the filter."""
         with self._lock:
             return sum(_meets(row, filter) for row in self._rows.values())
-
-    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
-        """The tasks that meet the filter, and how many do in all."""
-        with self._lock:
-            return self.list(filter), self.count(filter)
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -236,45 +239,12 @@ class MemoryRepository(Repository):
     def _stub(self, item: tuple[Any, ...]) -> Stub:
         return stub_from_row(self._rows[item[-1]])
 
-    def due(self, now: int, limit: int) -> Sequence[str]:
-        """Ids of held back pending tasks whose time has come."""
+    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
+        """The held back pending tasks whose time has come by then, earliest first."""
         with self._lock:
             held = self._indexes["held"].get(None, ())
-            return [i for _, i in islice(takewhile(lambda item: item[0] <= now, held), limit)]
-
-    def next_due(self) -> int | None:
-        """The earliest ``run_at`` of the held back pending tasks."""
-        with self._lock:
-            held = self._indexes["held"].get(None, ())
-            return next((run_at for run_at, _ in held), None)
-
-    def oldest_ready(self) -> int | None:
-        """Since when the pending task has waited, of those that may start now, that waits longest."""
-        with self._lock:
-            ranks = chain.from_iterable(self._indexes["ready"].values())
-            rows = [self._rows[rank[-1]] for rank in nsmallest(OLDEST, ranks, key=_age)]
-            return min((max(row["created_at"], row["run_at"] or 0) for row in rows), default=None)
-
-    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
-        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
-        with self._lock:
-            both = chain(self._of_node("running", node), self._of_node("ready", node))
-            return [stub_from_row(self._rows[task_id]) for task_id in islice(both, limit) if node]
-
-    def owners(self) -> Sequence[str]:
-        """The ids of all nodes that hold tasks."""
-        with self._lock:
-            keys = chain.from_iterable(
-                self._indexes[kind] for kind in ("ready", "running", "stuck")
-            )
-            return list({key[0] for key in keys if key[0]})
-
-    def unfinished(self, types: Iterable[str]) -> bool:
-        """Whether a task of these types is running, or pending and not held back."""
-        kinds = set(types)
-        with self._lock:
-            running = (key for key in self._indexes["running"] if key[0])
-            return any(kind in kinds for _, kind in chain(running, self._indexes["ready"]))
+            due = takewhile(lambda item: before is None or item[0] <= before, held)
+            return [(task_id, run_at) for run_at, task_id in islice(due, limit)]
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         """Tasks of a finished status that ended before a moment, newest first."""
@@ -292,56 +262,6 @@ class MemoryRepository(Repository):
                 if row["completed_at"] < before and not row["stuck_on"]
             )
             return list(islice(over, limit))
-
-    def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Return the ids of these on which a stored task depends that is not one of these."""
-        these = set(task_ids)
-        with self._lock:
-            return {i for i in these if any(c not in these for c in self._found("children", i))}
-
-    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that depend on one of these, each once."""
-        with self._lock:
-            found = (child for parent in task_ids for child in self._found("children", parent))
-            return list(dict.fromkeys(found))
-
-    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """The status of each of these tasks that exists, by id."""
-        with self._lock:
-            return {i: self._rows[i]["status"] for i in task_ids if i in self._rows}
-
-    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
-        """Which task holds each of these unique keys, by key."""
-        with self._lock:
-            return {key: task_id for key in keys for task_id in self._found("unique_lock", key)}
-
-    def awaited(self, after: str, limit: int) -> Sequence[str]:
-        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
-        with self._lock:
-            return nsmallest(
-                limit, (parent for parent in self._indexes["waiting"] if parent > after)
-            )
-
-    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that wait on one of these."""
-        with self._lock:
-            return [child for parent in task_ids for child in self._found("waiting", parent)]
-
-    def next_in_line(self, key: str) -> str | None:
-        """The first task of a concurrency key that waits for its turn."""
-        with self._lock:
-            return next(self._found("line", key), None)
-
-    def lines(self, after: str, limit: int) -> dict[str, bool]:
-        """Concurrency keys of tasks that wait for their turn, and whether each stands still."""
-        with self._lock:
-            keys = nsmallest(limit, (key for key in self._indexes["line"] if key > after))
-            return {key: key not in self._indexes["turn"] for key in keys}
-
-    def stuck_on(self, node: str) -> Sequence[Stub]:
-        """The tasks that a thread of an ended attempt still runs on a node."""
-        with self._lock:
-            return [stub_from_row(self._rows[i]) for i in self._of_node("stuck", node)]
 
     # --- notes
 
@@ -373,31 +293,17 @@ class MemoryRepository(Repository):
         """The child has its own copy of the tasks; another thread may have held the lock."""
         self._lock = threading.RLock()
 
-    # --- nodes: they share this process, so that none of them can be dead
 
-    def join(self, node: Node) -> None:
-        """Record a node."""
-        with self._lock:
-            self._nodes[node.id] = attrs.evolve(node, alive=True)
+_task_fields = itemgetter(*TASK_FIELDS)
 
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node runs now."""
-        with self._lock:
-            if node in self._nodes:
-                self._nodes[node] = attrs.evolve(self._nodes[node], types=tuple(types))
 
-    def mark_stopping(self, node: str) -> None:
-        """A node of this process cannot leave anything behind, so nothing to record."""
-
-    def leave(self, node: str) -> None:
-        """Forget a node."""
-        with self._lock:
-            self._nodes.pop(node, None)
-
-    def nodes(self) -> Sequence[Node]:
-        """All recorded nodes."""
-        with self._lock:
-            return list(self._nodes.values())
+@lru_cache(maxsize=64)
+def _picker(fields: tuple[str, ...]) -> Callable[[Row], tuple[Any, ...]]:
+    """What takes these fields out of a row."""
+    if len(fields) > 1:
+        return itemgetter(*fields)
+    (name,) = fields
+    return lambda row: (row[name],)
 
 
 #: The kind of an index, the key under which it has an item, and that item; its last part is a row's id.
@@ -413,19 +319,20 @@ def _places(row: Row) -> list[Place]:
     if row["turn"] is not None:
         places.append(("turn", row["turn"], (task_id,)))
     if row["stuck_on"]:
-        places.append(("stuck", (row["stuck_on"],), (task_id,)))
+        places.append(("stuck_on", row["stuck_on"], (task_id,)))
     if row["depends_on"] is not None:
-        places += (("children", parent, (task_id,)) for parent in ids_from_text(row["depends_on"]))
+        places += (("parent", parent, (task_id,)) for parent in ids_from_text(row["depends_on"]))
     if row["status"] in FINISHED:
         return places
     if row["status"] == "running":
-        places.append(("running", (row["owner"], row["type"]), (task_id,)))
+        if row["owner"]:
+            places.append(("running_on", row["owner"], (task_id,)))
     elif row["held"] == FREE:
         places.append(("ready", (row["owner"], row["type"]), (-row["priority"], sequence, task_id)))
     elif row["held"] == UNTIL_DUE:
         places.append(("held", None, (row["run_at"], task_id)))
     elif row["held"] == FOR_PARENTS:
-        places.append(("waiting", row["waiting_on"], (task_id,)))
+        places.append(("waiting_on", row["waiting_on"], (task_id,)))
     elif row["held"] == FOR_TURN:
         places.append(("line", row["concurrency_key"], (sequence, task_id)))
     return places

@@ -281,7 +281,7 @@ class Campaign:
         self.end()
         with self.open() as repository:
             found = repository.list(TaskFilter(limit=MANY))
-            nodes = [node.name for node in repository.nodes()]
+            nodes = [node.name for node in repository.liveness.nodes()]
         records = {task.id: task for task in found}
         events = self.events()
         violations = verify(records, events)

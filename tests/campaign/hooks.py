@@ -16,18 +16,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
+from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.writes import Insert
-from taskx.runtime.buffer import Buffer
-from taskx.runtime.engine import Engine
-from taskx.runtime.intake import Intake
-from taskx.runtime.ledger import Ledger
-from taskx.runtime.node import LocalNode
-from taskx.runtime.runner import Runner
-from taskx.runtime.starter import Starter
-from taskx.runtime.suspects import Suspects
-from taskx.storage.sqlite import liveness
+from taskx.executing.runner import Runner
+from taskx.liveness import locks
+from taskx.liveness.kernel import KernelLocks
+from taskx.running.ahead import Ahead
+from taskx.running.buffer import Buffer
+from taskx.running.pool import WorkerPool
+from taskx.running.starter import Starter
+from taskx.running.suspects import Suspects
 from taskx.storage.sqlite.repository import SQLiteRepository
+from taskx.upkeep.node import LocalNode
 
 from .sidelog import SideLog
 
@@ -70,31 +71,19 @@ def after(owner: Any, name: str, strike: Strike) -> None:
 # Points at which the process dies
 
 
-def _inside_commit(strike: Strike) -> None:
-    def around(inner: Any, self: Any, work: Any, *more: Any, **options: Any) -> Any:
-        def work_then_die(cursor: Any) -> Any:
-            result = work(cursor)
-            strike()
-            return result
-
-        return inner(self, work_then_die, *more, **options)
-
-    wrap(SQLiteRepository, "_transact", around)
-
-
 COMMON_POINTS: Points = {
-    "after commit, before buffer": lambda strike: before(Intake, "_buffer", strike),
+    "after commit, before buffer": lambda strike: before(Buffer, "add", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
     # Before: what lies there may have been taken, and have ended, when the strike comes.
-    "started ahead": lambda strike: before(Buffer, "lay_out", strike),
+    "started ahead": lambda strike: before(Ahead, "lay_out", strike),
     "after result, before finish": lambda strike: after(Runner, "run", strike),
     "while stopping": lambda strike: after(LocalNode, "_begin_stop", strike),
 }
 KILL_POINTS: Points = {
     **COMMON_POINTS,
-    "inside a commit": _inside_commit,
-    "after a commit": lambda strike: after(SQLiteRepository, "_transact", strike),
-    "before leaving": lambda strike: before(SQLiteRepository, "leave", strike),
+    "inside a commit": lambda strike: before(SQLiteRepository, "_refuse_if_newer", strike),
+    "after a commit": lambda strike: after(SQLiteRepository, "apply", strike),
+    "before leaving": lambda strike: before(KernelLocks, "leave", strike),
 }
 
 
@@ -206,12 +195,12 @@ def dawdle(seed: int, longest: float) -> None:
     before(Ledger, "commit", pause)
     before(Ledger, "defer", pause)
     before(Runner, "run", pause)
-    before(Intake, "_buffer", pause)
+    before(Buffer, "add", pause)
 
 
 def ignore_owners() -> None:
     """Have every node believe that it is alone: then all go for the same tasks, as they may."""
-    Engine.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+    WorkerPool.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
 
 
 # Broken parts: with any of them the campaign must fail
@@ -232,10 +221,10 @@ def _no_fence() -> None:
 def _no_lock() -> None:
     def around(inner: Any, self: Any, node: str, *more: Any) -> int:
         inode: int = inner(self, node, *more)
-        os.close(liveness._held.pop(node))
+        os.close(locks._held.pop(node))
         return inode
 
-    wrap(liveness.NodeLocks, "hold", around)
+    wrap(locks.NodeLocks, "hold", around)
 
 
 def _told_before_commit() -> None:

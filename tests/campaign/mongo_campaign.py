@@ -19,6 +19,8 @@ from .campaign import Campaign, Child, until
 NAME = "campaign"
 #: What befalls a line.
 DISTURBANCES = ("reset", "cut", "delay", "swallow asks", "swallow answers")
+#: The notes that are nodes.
+NODES = {"_id": {"$regex": "^node/[^/]*$"}}
 _never = threading.Event()
 
 
@@ -44,7 +46,9 @@ class MongoCampaign(Campaign):
         self.server = server
         self._client: Any = pymongo.MongoClient(url, heartbeatFrequencyMS=500)
         self._name = name
-        self._nodes = self._client[name]["tasks.nodes"]
+        self._notes = self._client[name]["tasks.notes"]
+        self._seen: dict[str, int] = {}
+        self._beats = 0
         self._port: int = pymongo.uri_parser.parse_uri(url)["nodelist"][0][1]
         self.lines: dict[str, Proxy] = {}
 
@@ -60,8 +64,11 @@ class MongoCampaign(Campaign):
         return child
 
     def beats(self) -> int:
-        """How often all nodes have shown that they live."""
-        return sum(node["beat"] for node in self._nodes.find())
+        """How often all nodes were seen to show that they live; a new note begins with any version."""
+        before, self._seen = self._seen, {n["_id"]: n["version"] for n in self._notes.find(NODES)}
+        risen = (version - before.get(name, version) for name, version in self._seen.items())
+        self._beats += sum(count for count in risen if 0 < count < 1000)
+        return self._beats
 
     def open(self) -> Repository:
         return MongoRepository(self._client[self._name], run_folder=self.folder / "nowhere")
@@ -119,11 +126,11 @@ class MongoCampaign(Campaign):
 
     def let_nodes_be_forgotten(self) -> None:
         """A dead node that holds nothing is forgotten when its lease has run out."""
-        if not self._nodes.count_documents({}):
+        if not self._notes.count_documents(NODES):
             return
         last = self.spawn(role="serve")
         self.wait_for("started", who=last.who)
-        until(lambda: self._nodes.count_documents({}) <= 1, 30.0, "dead nodes are forgotten")
+        until(lambda: self._notes.count_documents(NODES) <= 1, 30.0, "dead nodes are forgotten")
         last.finish(90.0)
 
     def end(self) -> None:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 import pymongo
 
 from taskx import CancelReason, MongoRepository, RepositoryUnavailable
-from taskx.runtime.engine import Engine
+from taskx.liveness.leases import Leases
+from taskx.running.pool import WorkerPool
 from taskx.storage.base import Repository
 from taskx.storage.mongo.batches import Batches
-from taskx.storage.mongo.leases import Leases
 from taskx.storage.mongo.sender import Sender
 
 from . import hooks
@@ -30,14 +30,12 @@ KILL_POINTS: hooks.Points = {
     "after a commit": lambda strike: after(MongoRepository, "apply", strike),
     "before a batch is committed": lambda strike: before(Batches, "_commit", strike),
     "before a batch is shown": lambda strike: before(Batches, "_reveal", strike),
-    "before leaving": lambda strike: before(MongoRepository, "leave", strike),
+    "before leaving": lambda strike: before(Leases, "leave", strike),
 }
 
 
 def _beats_not_looked_at() -> None:
-    wrap(
-        Leases, "_judge", lambda inner, self, record, asked: self._mark_dead({"_id": record["_id"]})
-    )
+    wrap(Leases, "_lives_yet", lambda inner, self, name, notes, asked: False)
 
 
 def _lost_lease_ignored() -> None:
@@ -49,8 +47,8 @@ def _marks_not_looked_at() -> None:
 
 
 def _batches_in_pieces() -> None:
-    def insert(inner: Any, self: Batches, writes: Any) -> list[bool]:
-        return [self._sender.apply([write])[0] for write in writes]
+    def insert(inner: Any, self: Batches, writes: Any, store: Any) -> list[bool]:
+        return [store([write], "")[0] for write in writes]
 
     wrap(Batches, "insert", insert)
 
@@ -79,9 +77,9 @@ class OnMongo(Store):
         )
 
     def prepare(self, log: SideLog) -> None:
-        def fire(inner: Any, self: Engine, reason: CancelReason) -> None:
+        def fire(inner: Any, self: WorkerPool, reason: CancelReason) -> None:
             if reason is CancelReason.LEASE_LOST:
                 log.tell("lease lost")
             inner(self, reason)
 
-        wrap(Engine, "fire_all", fire)
+        wrap(WorkerPool, "fire_all", fire)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from taskx import TaskFilter, TaskStatus
-from taskx.runtime.scheduler import RECOVER_EVERY
+from taskx.upkeep.housekeeper import RECOVER_EVERY
 
 from . import hooks
 from .campaign import Campaign, Outcome, summary, until

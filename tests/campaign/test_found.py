@@ -45,9 +45,13 @@ def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch)
     handle = queue.submit("note")
     assert held.reached.wait(60.0)
     assert queue.stop(timeout=0.0) == []
-    until(lambda: [node.stopping for node in queue.repository.nodes()] == [True], 20.0, "it stops")
+    until(
+        lambda: [node.stopping for node in queue.repository.liveness.nodes()] == [True],
+        20.0,
+        "it stops",
+    )
     held.go.set()
-    until(lambda: not queue.repository.nodes(), 20.0, "the node leaves")
+    until(lambda: not queue.repository.liveness.nodes(), 20.0, "the node leaves")
     task = handle.task()
     assert (task.status, task.owner, task.errors, task.crashes) == ("pending", "", 0, 0)
     assert not ran
@@ -75,7 +79,7 @@ def test_task_that_a_caller_starts_at_the_stop_does_not_run(tmp_path, monkeypatc
         assert repository.get_by_id("late").status == "pending"
         assert not ran
         never.set()
-        until(lambda: not repository.nodes(), 20.0, "the node leaves")
+        until(lambda: not repository.liveness.nodes(), 20.0, "the node leaves")
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the commit", "after the commit"])

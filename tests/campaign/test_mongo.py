@@ -13,7 +13,7 @@ import pytest
 from mongo_server import REAL, shared
 
 from taskx import Queue, TaskStatus
-from taskx.storage.mongo.leases import BEATS
+from taskx.liveness.leases import BEATS
 
 from . import hooks, on_mongo
 from .campaign import Child, until

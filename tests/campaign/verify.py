@@ -8,7 +8,7 @@ from datetime import datetime
 import attrs
 
 from taskx import Task, TaskStatus
-from taskx.core.lifecycle import DEFAULT_MAX_CRASHES
+from taskx.core.options import UNLESS_SAID
 
 from .sidelog import Event
 from .worker import CLOSED_BY_HAND
@@ -336,7 +336,7 @@ def _failed(story: Story, record: Task, history: History) -> Iterator[str]:
     if record.status is not TaskStatus.FAILED or story.by_hand(record):
         return
     spent = record.errors >= (record.max_attempts or 1)
-    limit = record.max_crashes or DEFAULT_MAX_CRASHES
+    limit = record.max_crashes or UNLESS_SAID["max_crashes"]
     crashed = record.crashes >= limit
     if not record.dead_letter or not (spent or crashed):
         yield f"failed without reason: {record.errors} errors, {record.crashes} crashes"

@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers import housekeeper_of, services_of
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -66,7 +67,7 @@ def value(registry):
 
 
 def wait_told(queue):
-    assert queue._services.hooks.wait(PATIENCE)
+    assert services_of(queue).hooks.wait(PATIENCE)
 
 
 class TestWhatIsCounted:
@@ -110,7 +111,7 @@ class TestWhatIsCounted:
         queue.submit("fine", delay=delay)
         clock.advance(50)
         queue.start()
-        queue._node._scheduler.tick()
+        housekeeper_of(queue).tick()
         assert queue.drain(PATIENCE)
         assert value("task_wait_seconds_sum", type="fine") == wait
         assert value("task_wait_seconds_count", type="fine") == 1

@@ -11,7 +11,7 @@ import pytest
 
 import taskx
 from taskx import CancelReason, TaskCancelled, TaskxError
-from taskx.core import errors, ids, retry
+from taskx.core import errors, ids, retry, token
 from taskx.core.ids import new_id
 
 
@@ -67,7 +67,7 @@ class TestIds:
 def error_classes():
     return [
         value
-        for module in (errors, retry)
+        for module in (errors, retry, token)
         for value in vars(module).values()
         if inspect.isclass(value)
         and issubclass(value, BaseException)
@@ -130,3 +130,11 @@ class TestErrors:
 
     def test_a_cancellation_passes_an_except_exception(self):
         assert not issubclass(TaskCancelled, (Exception, TaskxError))
+
+
+def test_records_go_on_naming_a_cancellation_alike():
+    """The full name of its class is stored in ``error_type``."""
+    assert (
+        f"{TaskCancelled.__module__}.{TaskCancelled.__qualname__}"
+        == "taskx.core.errors.TaskCancelled"
+    )

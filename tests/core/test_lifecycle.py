@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from contextlib import suppress
 from itertools import product
+from typing import get_args
 
 import attrs
 import pytest
@@ -14,6 +15,7 @@ from taskx.core import lifecycle
 from taskx.core.clock import to_datetime
 from taskx.core.lifecycle import Ending
 from taskx.core.model import TASK_FIELDS
+from taskx.core.options import OnParentFailure
 from taskx.core.record import (
     BY_THREAD,
     FOR_PARENTS,
@@ -99,7 +101,7 @@ class TestTable:
             yield lifecycle.rescue([crashed], LATER, stopping=stopping)[0]
         yield lifecycle.cancel(task.id, LATER)
         yield lifecycle.hand_back(task, LATER)
-        for policy in lifecycle.ON_PARENT_FAILURE:
+        for policy in get_args(OnParentFailure):
             child = attrs.evolve(task, on_parent_failure=policy)
             yield [lifecycle.parents_moved(child, {"p": "failed"}, LATER)]
         yield [lifecycle.progress(task.id, task.starts, 1, "")]

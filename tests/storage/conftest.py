@@ -2,9 +2,10 @@
 
 import pytest
 
+from taskx.core import lifecycle
 from taskx.testing import ManualClock
 
-from .repositories import MAKERS
+from .repositories import MAKERS, insert
 
 
 @pytest.fixture
@@ -17,3 +18,34 @@ def store(request, tmp_path, clock):
     """An empty repository of each kind that the runtime can drive."""
     with MAKERS[request.param](tmp_path, clock) as repository:
         yield repository
+
+
+@pytest.fixture
+def now(clock):
+    return clock.now_ms()
+
+
+@pytest.fixture
+def add(store, clock):
+    """Store a pending task."""
+
+    def add(task_id, waiting_on=None, **options):
+        new = insert(task_id, clock, **options)
+        if waiting_on is not None:
+            lifecycle.wait_for(new, waiting_on)
+        assert list(store.apply([new])) == [True]
+        return store.get_by_id(task_id)
+
+    return add
+
+
+@pytest.fixture
+def run(store, add, clock):
+    """Store a task and start it."""
+
+    def run(task_id, node="node", **options):
+        start = lifecycle.start(add(task_id, **options), clock.now_ms(), node)
+        assert list(store.apply([start])) == [True]
+        return store.get_by_id(task_id)
+
+    return run

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import mongomock
+import pytest
 from mongo_server import new_database, shared
 
 from taskx import (
     Clock,
     Codec,
+    ConfigurationError,
     DuplicateTask,
     MemoryRepository,
     MongoRepository,
+    RepositoryUnavailable,
     SQLiteRepository,
     Task,
     TaskFilter,
@@ -25,9 +29,13 @@ from taskx import (
     TaskRepository,
     TaskStatus,
 )
+from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK
+from taskx.core.writes import Insert
 from taskx.storage.adapter import ORIGINAL_FIELDS, EightMethodAdapter
 from taskx.storage.base import Repository
+
+from .third import ThirdRepository
 
 
 class TinyRepository(TaskRepository):
@@ -103,7 +111,7 @@ class OnMongo(MongoRepository):
         self, database: Any, folder: Path, clock: Clock = SYSTEM_CLOCK, codec: Any = None
     ) -> None:
         super().__init__(database, run_folder=folder / "run", clock=clock, codec=codec)
-        self.database = database
+        self.database, self.folder = database, folder
 
     def close(self) -> None:
         super().close()
@@ -130,6 +138,8 @@ def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
         return SQLiteRepository(folder / "tasks.db", clock=clock, codec=codec)
     if kind == "memory":
         return MemoryRepository(clock, codec)
+    if kind == "third":
+        return ThirdRepository(folder / "third.db", clock, codec)
     return OnMongo(mongomock.MongoClient().db, folder, clock, codec)
 
 
@@ -146,6 +156,101 @@ MAKERS = {
     "mongo": on_server("standalone"),
     "mongo-set": on_server("set"),
     "sqlite-coded": lambda folder, clock: coded("sqlite", folder, clock, Scramble()),
+    "third": lambda folder, clock: ThirdRepository(folder / "third.db", clock),
     "adapter": lambda folder, clock: EightMethodAdapter(TinyRepository(), clock),
     "adapter-13": lambda folder, clock: EightMethodAdapter(thirteen_fields_only(), clock),
 }
+
+MONGO = ["mongomock", "mongo", "mongo-set"]
+
+
+def on_kinds(*without: str) -> Any:
+    """A test of all kinds but these."""
+    kinds = [kind for kind in MAKERS if kind not in without]
+    return pytest.mark.parametrize("store", kinds, indirect=True)
+
+
+#: Stores that keep a task's time, that keep several tasks at once, or several in one transaction.
+keeping_time = on_kinds("adapter-13", "sqlite-coded")
+whole_batches = on_kinds("adapter", "adapter-13")
+between_tasks = on_kinds("adapter", "adapter-13", "sqlite-coded")
+
+
+def again(repository: Repository) -> Repository | None:
+    """Another object on the same data, as another process makes one."""
+    made: Repository
+    if isinstance(repository, SQLiteRepository):
+        made = SQLiteRepository(repository.path, clock=repository.clock)
+    elif isinstance(repository, ThirdRepository):
+        made = ThirdRepository(repository.path, repository.clock)
+    elif isinstance(repository, OnMongo):
+        run, clock = repository.folder / "run", repository.clock
+        made = MongoRepository(repository.database, run_folder=run, clock=clock)
+    else:
+        return None
+    made.codecs = repository.codecs
+    return made
+
+
+def losing_answers(repository: Repository) -> AbstractContextManager[object] | None:
+    """Have writes take place and then fail, where a repository can be in doubt."""
+    if isinstance(repository, MongoRepository):
+        return _lost_by_the_network(repository)
+    if isinstance(repository, EightMethodAdapter):
+        return _lost_by_methods(repository.inner)
+    return None
+
+
+@contextmanager
+def _lost_by_the_network(repository: MongoRepository) -> Iterator[None]:
+    sender = repository._sender
+    send = sender._send
+
+    def lose(operations: Sequence[Any]) -> Any:
+        send(operations)
+        error = RepositoryUnavailable("the answer was lost")
+        error.in_doubt = True
+        raise error
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sender, "_send", lose)
+        yield
+
+
+@contextmanager
+def _lost_by_methods(inner: TaskRepository) -> Iterator[None]:
+    def lost(method: Callable[..., object]) -> Callable[..., object]:
+        def lose(*args: object) -> None:
+            method(*args)
+            patch.setattr(inner, "get_by_id", fail)
+            raise OSError("the answer was lost")
+
+        return lose
+
+    def fail(task_id: str) -> None:
+        raise OSError("not now")
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create", "update", "delete"):
+            patch.setattr(inner, name, lost(getattr(inner, name)))
+        yield
+
+
+def insert(task_id: str, clock: Clock, *, owner: str = "", **options: Any) -> Insert:
+    """A new task."""
+    given = {"type": "t", "params": "{}", "created_by": "", "now": clock.now_ms(), **options}
+    write = lifecycle.create(task_id=task_id, **given)
+    write.row["owner"] = owner
+    return write
+
+
+def ids(stubs: Iterable[Any]) -> list[str]:
+    return [stub.id for stub in stubs]
+
+
+def add_if_kept(add: Callable[..., Task], task_id: str, **options: Any) -> None:
+    """Store a task with options, without them where the repository does not keep them."""
+    try:
+        add(task_id, **options)
+    except ConfigurationError:
+        add(task_id)

@@ -27,6 +27,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.codec import Codecs, Unreadable
 from taskx.core.lifecycle import Ending
+from taskx.storage.queries import shown
 
 from .repositories import OnMongo, Scramble
 
@@ -166,11 +167,11 @@ class TestStored:
         kept = lifecycle.checkpoint(task, '{"cursor":1}', durable=True)
         other = lifecycle.checkpoint(task, '{"cursor":2}', durable=True)
         store.apply([kept])
-        assert list(store.settle([insert, kept, other])) == [True, True, False]
+        assert list(shown(store, [insert, kept, other])) == [True, True, False]
         done = lifecycle.conclude(task, Ending(returned=True, result="[5]"), 7)
         other = lifecycle.conclude(task, Ending(returned=True, result="[6]"), 7)
         store.apply(done)
-        assert list(store.settle([*done, *other])) == [True, False]
+        assert list(shown(store, [*done, *other])) == [True, False]
 
     def test_without_one_all_is_stored_plain(self, shelf):
         task = write(shelf.open(), SECRET)

@@ -10,6 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from helpers import connections_of
 
 from taskx import (
     ConfigurationError,
@@ -20,10 +21,11 @@ from taskx import (
     TaskFilter,
     open_repository,
 )
-from taskx.storage.base import Node
-from taskx.storage.sqlite import liveness, turnstile
+from taskx.liveness import locks as module
+from taskx.liveness.base import Node
+from taskx.liveness.locks import NodeLocks
+from taskx.storage.sqlite import turnstile
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.liveness import NodeLocks
 from taskx.storage.sqlite.turnstile import Turnstile
 
 from .test_sqlite import as_unprivileged
@@ -60,7 +62,7 @@ def ids(repository):
 
 
 def alive(repository):
-    return {node.id: node.alive for node in repository.nodes()}
+    return {node.id: node.alive for node in repository.liveness.nodes()}
 
 
 def files(folder):
@@ -110,19 +112,18 @@ LOSSES = [delete, move, move_the_folder, replace, replace_by_a_folder]
 OPERATIONS = {
     "create": lambda r: r.create(task("b")),
     "apply": lambda r: r.apply([]),
-    "settle": lambda r: r.settle([]),
+    "find": lambda r: r.find("id", ["a"], ("id",)),
+    "distinct": lambda r: r.distinct("line", "", 1),
+    "due": lambda r: r.due(None, 1),
     "get_by_id": lambda r: r.get_by_id("a"),
     "list": lambda r: r.list(TaskFilter()),
-    "page": lambda r: r.page(TaskFilter()),
     "ready": lambda r: r.ready(["t"], 1),
-    "unfinished": lambda r: r.unfinished(["t"]),
     "version": lambda r: r.version(),
     "shrink": lambda r: r.shrink(),
     "notes": lambda r: r.notes(""),
     "put_note": lambda r: r.put_note("n", "text", 0),
-    "join": lambda r: r.join(Node(id="n2", name="two")),
-    "nodes": lambda r: r.nodes(),
-    "mark_stopping": lambda r: r.mark_stopping("n1"),
+    "join": lambda r: r.liveness.join(Node(id="n2", name="two")),
+    "nodes": lambda r: r.liveness.nodes(),
     "ensure_there": lambda r: r.ensure_there(),
 }
 
@@ -138,11 +139,11 @@ class TestWhichFile:
         monkeypatch.chdir(tmp_path / "second")
         repository.create(task("a"))
         monkeypatch.chdir("/")
-        with repository._connections.reader(), repository._connections.reader():
+        with connections_of(repository).reader(), connections_of(repository).reader():
             assert ids(repository) == ["a"]
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
         assert (tmp_path / "first" / "tasks.db").exists()
         assert files(tmp_path / "second") == set()
 
@@ -151,12 +152,12 @@ class TestWhichFile:
     ):
         monkeypatch.chdir(tmp_path)
         repository = open_at("tasks.db")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         (tmp_path / "other").mkdir()
         monkeypatch.chdir(tmp_path / "other")
         open_at("tasks.db").create(task("a"))
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_relative_path_needs_a_working_folder(self, tmp_path, monkeypatch):
         (tmp_path / "gone").mkdir()
@@ -173,11 +174,11 @@ class TestWhichFile:
         for link in links:
             link.symlink_to(path)
         ours, theirs = map(open_at, links)
-        ours.join(Node(id="n1", name="one"))  # makes the file, at the end of the link
+        ours.liveness.join(Node(id="n1", name="one"))  # makes the file, at the end of the link
         assert alive(theirs) == {"n1": True}
-        ours._locks.let_go("n1")
+        ours.liveness._locks.let_go("n1")
         assert alive(theirs) == {"n1": False}
-        theirs.leave("n1")
+        theirs.liveness.leave("n1")
         assert path.exists()
         assert [name for name in files(tmp_path) if name.endswith("-nodes")] == ["tasks.db-nodes"]
 
@@ -188,14 +189,14 @@ class TestWhichFile:
         current = tmp_path / "current"
         current.symlink_to("7")
         repository = open_at(current / "tasks.db")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         current.unlink()
         current.symlink_to("8")
         open_at(current / "tasks.db").create(task("b"))
-        with repository._connections.reader(), repository._connections.reader():
+        with connections_of(repository).reader(), connections_of(repository).reader():
             assert ids(repository) == []
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
         self, open_at, path, repository, monkeypatch
@@ -203,7 +204,7 @@ class TestWhichFile:
         """Then it is not known which of the two SQLite has opened."""
         copy = copy_of(path, path.with_name("copy.db"))
         newcomer = open_at(path)
-        connections = newcomer._connections
+        connections = connections_of(newcomer)
         with monkeypatch.context() as patched:
             patched.setattr(connections, "_check_before_touching", lambda: os.replace(copy, path))
             with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
@@ -213,7 +214,7 @@ class TestWhichFile:
 
     def test_a_file_that_is_deleted_while_it_is_opened_is_refused(self, open_at, path, monkeypatch):
         repository = open_at(path)
-        connect = repository._connections._connect
+        connect = connections_of(repository)._connect
 
         def connect_and_delete(mode):
             connection = connect(mode)
@@ -221,7 +222,7 @@ class TestWhichFile:
             return connection
 
         with monkeypatch.context() as patched:
-            patched.setattr(repository._connections, "_connect", connect_and_delete)
+            patched.setattr(connections_of(repository), "_connect", connect_and_delete)
             with pytest.raises(RepositoryUnavailable, match="moved or deleted"):
                 repository.create(task("b"))
         repository.create(task("b"))
@@ -232,14 +233,14 @@ class TestWhichFile:
     ):
         """After the look before it."""
         copy = copy_of(path, path.with_name("copy.db"))
-        connect = repository._connections._connect
+        connect = connections_of(repository)._connect
 
         def replace_and_connect():
             os.replace(copy, path)
             return connect()
 
-        monkeypatch.setattr(repository._connections, "_connect", replace_and_connect)
-        reader = repository._connections.reader
+        monkeypatch.setattr(connections_of(repository), "_connect", replace_and_connect)
+        reader = connections_of(repository).reader
         with pytest.raises(RepositoryUnavailable, match="replaced by another file"), reader():
             reader().__enter__()
 
@@ -252,7 +253,7 @@ class TestWhichFile:
             repository = open_at(path, create=False)
         else:
             repository._discard_writer()
-        connections = repository._connections
+        connections = connections_of(repository)
         monkeypatch.setattr(connections, "_check_before_touching", path.unlink)
         with pytest.raises(RepositoryUnavailable, match="cannot be opened: it is missing"):
             repository.create(task("b"))
@@ -270,7 +271,7 @@ class TestWhichFile:
         other = copy_of(path, path.with_name("copy.db"))
         with SQLiteRepository(other) as its_own:
             its_own.create(task("b"))
-        with repository._connections.reader():
+        with connections_of(repository).reader():
             repository.close()
             os.replace(other, path)
             for log in ("tasks.db-wal", "tasks.db-shm"):
@@ -279,24 +280,24 @@ class TestWhichFile:
         assert ids(repository) == ["a", "b"]
 
     def test_a_closed_repository_with_a_node_at_work_opens_no_other_file(self, path, repository):
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         repository.close()
         _, put_back = replace(path)
         with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
-            repository.nodes()
+            repository.liveness.nodes()
         put_back()
         assert alive(repository) == {"n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_live_node_is_not_dead_in_a_copy_that_took_the_files_place(
         self, open_at, path, repository
     ):
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         replace(path)
         restored = open_at(path)
         assert alive(restored) == {"n1": True}
         with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
-            repository.leave("n1")
+            repository.liveness.leave("n1")
         assert alive(restored) == {"n1": False}
 
     def test_who_reads_just_after_it_was_closed_leaves_no_connection(
@@ -304,10 +305,10 @@ class TestWhichFile:
     ):
         """It looked whether the file is there just before."""
         repository.close()
-        with repository._connections.reader() as connection:
+        with connections_of(repository).reader() as connection:
             assert connection.execute("SELECT count(*) FROM tasks").fetchall() == [(1,)]
-        assert not list(repository._connections._readers)
-        assert repository._connections._idle == []
+        assert not list(connections_of(repository)._readers)
+        assert connections_of(repository)._idle == []
 
 
 class TestLoss:
@@ -317,7 +318,7 @@ class TestLoss:
         path = tmp_path / "folder" / "tasks.db"
         repository = open_at(path)
         repository.create(task("a"))
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         words, put_back = lose(path)
         before = files(tmp_path)
         for name, operation in OPERATIONS.items():
@@ -332,7 +333,7 @@ class TestLoss:
             assert ids(repository) == ["a"]
             assert alive(repository) == {"n1": True}
             repository.create(task("b"))
-            repository.leave("n1")
+            repository.liveness.leave("n1")
             with SQLiteRepository(path, create=False) as another:
                 assert ids(another) == ["a", "b"]
 
@@ -500,7 +501,7 @@ class TestBusyTimeout:
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
             said = []
-            repository._connections.writer().set_trace_callback(said.append)
+            connections_of(repository).writer().set_trace_callback(said.append)
             with pytest.raises(RepositoryUnavailable, match="locked for 60 s"):
                 repository.create(task("b"))  # at once: the 60 s have passed at the turnstile
         begin = said.index("BEGIN IMMEDIATE")
@@ -511,7 +512,7 @@ class TestBusyTimeout:
         theirs.leave()
         repository.create(task("c"))
         assert ids(repository) == ["a", "c"]
-        [(timeout,)] = repository._connections.writer().execute("PRAGMA busy_timeout")
+        [(timeout,)] = connections_of(repository).writer().execute("PRAGMA busy_timeout")
         assert timeout == 60_000
 
 
@@ -527,7 +528,7 @@ class TestLocksOfOtherUsers:
 
     @pytest.fixture
     def locks(self, path):
-        locks = NodeLocks(str(path))
+        locks = NodeLocks(f"{path}-nodes")
         yield locks
         locks.release("n1")
 
@@ -569,7 +570,7 @@ class TestOrphanedLockFiles:
 
     @pytest.fixture
     def locks(self, repository):
-        return repository._locks
+        return repository.liveness._locks
 
     def left(self, locks):
         return sorted(locks._named() - set(turnstile.NAMES))
@@ -581,24 +582,24 @@ class TestOrphanedLockFiles:
             locks.let_go(node)
         Path(locks._path("killed at once")).touch()
         Path(locks._began_path("killed")).touch()  # it was killed while it left
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["n1"]
-        repository.leave("n1")
+        repository.liveness.leave("n1")
         assert sorted(os.listdir(locks.folder)) == ["inner.lock", "outer.lock"]
 
     def test_lock_files_of_recorded_nodes_stay(self, repository, locks):
         """The lock file of a dead node proves its death."""
-        repository.join(Node(id="dead", name="dead"))
+        repository.liveness.join(Node(id="dead", name="dead"))
         locks.let_go("dead")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert alive(repository) == {"dead": False, "n1": True}
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_the_lock_file_of_a_joining_node_stays(self, repository, locks, path):
         locks.hold("joining", path.stat().st_ino)
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["joining", "n1"]
-        repository.leave("n1")
+        repository.liveness.leave("n1")
         locks.release("joining")
 
     def test_the_lock_file_of_a_node_that_was_just_recorded_stays(self, locks):
@@ -612,13 +613,13 @@ class TestOrphanedLockFiles:
         """The other file was here before, and may be put back."""
         locks.hold("elsewhere", 1)
         locks.let_go("elsewhere")
-        repository.join(Node(id="n1", name="one"))
+        repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["elsewhere", "n1"]
-        repository.leave("n1")
+        repository.liveness.leave("n1")
 
     def test_a_new_lock_file_in_the_place_of_an_orphan_stays(self, locks, monkeypatch):
         """Another process removed the orphan between the opening and the locking."""
-        locked = liveness._locked
+        locked = module._locked
 
         def lock_too_late(path):
             fd = locked(path)
@@ -627,7 +628,7 @@ class TestOrphanedLockFiles:
             return fd
 
         Path(locks._path("n1")).touch()
-        monkeypatch.setattr(liveness, "_locked", lock_too_late)
+        monkeypatch.setattr(module, "_locked", lock_too_late)
         locks.clear_orphans(7, lambda: set(turnstile.NAMES))
         assert self.left(locks) == ["n1"]
 
@@ -654,7 +655,7 @@ class TestOrphanedLockFiles:
 
     def test_a_joining_node_waits_for_a_process_that_checks_its_lock_file(self, locks, monkeypatch):
         Path(locks._path("n1")).touch()
-        looking = liveness._locked(locks._path("n1"))
+        looking = module._locked(locks._path("n1"))
         waits = []
 
         def wait(seconds):
@@ -662,7 +663,7 @@ class TestOrphanedLockFiles:
             if len(waits) == 3:
                 os.close(looking)
 
-        monkeypatch.setattr(liveness.time, "sleep", wait)
+        monkeypatch.setattr(module.time, "sleep", wait)
         inode = locks.hold("n1")
         assert len(waits) == 3
         assert locks.alive("n1", inode) is True

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
+from helpers import earliest_due, held_on
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
@@ -21,10 +22,13 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
+from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
-from taskx.storage.base import Node
+from taskx.liveness.base import Node
+from taskx.storage.queries import owners
 from taskx.testing import ManualClock
+from taskx.upkeep.node import unfinished
 
 from .repositories import MAKERS
 
@@ -114,7 +118,7 @@ class Life(RuleBasedStateMachine):
         if self.kind == "sqlite":
             self.store.durability = "process"
         for node in NODES:
-            self.store.join(Node(id=node, name=node))
+            self.store.liveness.join(Node(id=node, name=node))
         self.model: dict[str, Record] = {}
         self.seen = {}  # tasks as they were last read, perhaps long ago
         self.runs = []  # and runs that were started, perhaps ended long ago
@@ -123,7 +127,7 @@ class Life(RuleBasedStateMachine):
     def teardown(self):
         if hasattr(self, "store"):
             for node in NODES:
-                self.store.leave(node)
+                self.store.liveness.leave(node)
             self.store.close()
             shutil.rmtree(self.folder)
 
@@ -139,13 +143,6 @@ class Life(RuleBasedStateMachine):
         record = self.model.get(run.id)
         alive = record and record.status == "running" and record.starts == run.starts
         return record if alive else None
-
-    def order_again(self, record):
-        """A requeued task keeps its place, but where eight methods do not say when it was stored."""
-        if self.kind != "adapter":
-            return record.order
-        self.created += 1
-        return self.created
 
     @rule(data=st.data())
     def move(self, data):
@@ -199,7 +196,7 @@ class Life(RuleBasedStateMachine):
         if isinstance(self.store, MongoRepository):
             # They live, though the thread that shows it goes by the machine's clock.
             for node in NODES:
-                self.store._leases.beat(node)
+                self.store.liveness.beat(node)
 
     def release(self, draw):
         task_id = draw(ids)
@@ -348,7 +345,7 @@ class Life(RuleBasedStateMachine):
     def die(self, draw):
         """A node dies, another one takes back what it held."""
         node, stopping = draw(nodes), draw(st.booleans())
-        owned = {stub.id: stub.status for stub in self.store.owned(node)}
+        owned = self.store.statuses(held_on(self.store, node))
         assert owned == {i: r.status for i, r in self.model.items() if r.owner == node}
         running = [task_id for task_id in owned if owned[task_id] == "running"]
         tasks = list(self.store.get_many(running).values())
@@ -406,7 +403,7 @@ class Life(RuleBasedStateMachine):
         task = self.store.get_by_id(task_id)
         if record.status in ("failed", "cancelled"):
             assert self.apply(lifecycle.requeue(task, self.clock.now_ms())) == [True]
-            record.requeue(self.order_again(record), self.clock.now_ms())
+            record.requeue(record.order, self.clock.now_ms())
         else:
             with pytest.raises(InvalidTransition):
                 lifecycle.requeue(task, self.clock.now_ms())
@@ -443,7 +440,7 @@ class Life(RuleBasedStateMachine):
         elif status == "pending" and record.status == "running":
             record.status, record.owner, record.started = "pending", "", False
         elif status == "pending":
-            record.requeue(self.order_again(record), self.clock.now_ms())
+            record.requeue(record.order, self.clock.now_ms())
         else:
             record.end(status)
             record.progress = 100 if status == "completed" else record.progress
@@ -497,16 +494,18 @@ class Life(RuleBasedStateMachine):
             assert [stub.id for stub in self.store.ready(["t", "u"], 9, owner)] == best_first
         ready = self.store.get_many([i for i, r in pending.items() if not r.held]).values()
         since = [to_ms(max(task.created_at, task.run_at or task.created_at)) for task in ready]
-        assert self.store.oldest_ready() == min(since, default=None)
+        assert oldest_ready(self.store) == min(since, default=None)
         held = sorted((r.run_at, i) for i, r in pending.items() if r.held)
-        assert self.store.next_due() == (held[0][0] if held else None)
-        assert sorted(self.store.due(now, 9)) == sorted(i for run_at, i in held if run_at <= now)
-        unfinished = {i: r for i, r in records.items() if r.status not in FINISHED}
-        assert set(self.store.owners()) == {r.owner for r in unfinished.values()} - {""}
+        assert earliest_due(self.store) == (held[0][0] if held else None)
+        assert sorted(dict(self.store.due(now, 9))) == sorted(
+            i for run_at, i in held if run_at <= now
+        )
+        left = {i: r for i, r in records.items() if r.status not in FINISHED}
+        assert set(owners(self.store)) == {r.owner for r in left.values()} - {""}
         for kind in ("t", "u"):
-            assert self.store.unfinished([kind]) == any(
+            assert unfinished(self.store, [kind]) == any(
                 bool(r.owner) if r.status == "running" else not r.held
-                for i, r in unfinished.items()
+                for i, r in left.items()
                 if TYPES[i] == kind
             )
         for status in TaskStatus:

@@ -5,14 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from helpers import earliest_due, first_in_line, held_on, key_holders, lines, those_with
 from hypothesis import given
 from hypothesis import strategies as st
 from strikes import strike_at
 
 from taskx import MemoryRepository, Task, TaskFilter
+from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.writes import Update, Write
 from taskx.storage import memory, ordered
+from taskx.storage.queries import owners
+from taskx.upkeep.node import unfinished
 
 EVERYTHING = TaskFilter(limit=10**6)
 
@@ -60,10 +64,14 @@ def seen(store: MemoryRepository) -> dict[str, Any]:
         "tasks": [task.to_dict() for task in store.list(EVERYTHING)],
         "ready": [store.ready(["t"], 100, owner) for owner in ("", "node")],
         "by age": store.ready(["t"], 100, ageing=1000),
-        "due": (store.due(10**6, 100), store.next_due(), store.oldest_ready()),
-        "nodes": (set(store.owners()), store.owned("node"), store.unfinished(["t"])),
-        "keys": (store.unique_holders(["k"]), store.lines("", 100), store.next_in_line("line")),
-        "parents": (store.awaited("", 100), store.waiting_for(["b"]), store.statuses(["b"])),
+        "due": (store.due(10**6, 100), earliest_due(store), oldest_ready(store)),
+        "nodes": (set(owners(store)), held_on(store, "node"), unfinished(store, ["t"])),
+        "keys": (key_holders(store, ["k"]), lines(store, "", 100), first_in_line(store, "line")),
+        "parents": (
+            store.distinct("waiting_on", "", 100),
+            those_with(store, "waiting_on", "b"),
+            store.statuses(["b"]),
+        ),
         "ended": [store.ended(status, 10**6, 100) for status in lifecycle.FINISHED],
     }
 

@@ -21,6 +21,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import pytest
+from helpers import connections_of
 
 from taskx import (
     ConfigurationError,
@@ -36,8 +37,10 @@ from taskx import (
     open_repository,
 )
 from taskx.core import lifecycle
+from taskx.core.record import STUB
 from taskx.core.writes import PRESENT, Update
-from taskx.storage.base import Changes, Node
+from taskx.liveness.base import Node
+from taskx.storage.queries import Changes, shown
 from taskx.storage.sqlite import connections, schema, statements, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
@@ -207,7 +210,7 @@ class TestRefusedFiles:
         for operation in (
             lambda: repository.create(task("a")),
             lambda: repository.get_by_id("a"),
-            lambda: repository.join(Node(id="n", name="n")),
+            lambda: repository.liveness.join(Node(id="n", name="n")),
         ):
             with pytest.raises(error, match=match) as caught:
                 operation()
@@ -375,62 +378,72 @@ class TestStatements:
             ("READY", ("", "t", 5), "tasks_ready"),
             ("READY_AT", ("", "t", 0, 5), "tasks_ready"),
             ("DUE", (0, 5), "tasks_held"),
-            ("NEXT_DUE", (), "tasks_held"),
         ],
     )
-    def test_of_the_scheduler_search_an_index(self, plan, name, values, index):
+    def test_of_the_housekeeper_search_an_index(self, plan, name, values, index):
         [step] = plan(getattr(statements, name), values)
         assert step.startswith("SEARCH tasks USING")
         assert f"INDEX {index}" in step
 
+    @pytest.mark.parametrize("count", [1, 2])
     @pytest.mark.parametrize(
-        ("name", "values", "index"),
+        ("column", "index"),
         [
-            ("OWNED", ("n", "n", 9), "tasks_ready (owner=?)"),
-            ("OWNED", ("n", "n", 9), "tasks_running (owner=?)"),
-            ("OWNERS_OF_READY", (), "tasks_ready (owner>?)"),
-            ("OWNERS_OF_RUNNING", (), "tasks_running (owner>?)"),
-            ("UNFINISHED_READY", ("t",), "tasks_ready (owner=? AND type=?)"),
-            ("UNFINISHED_RUNNING", (), "tasks_running"),
+            ("id", "sqlite_autoindex_tasks_1 (id=?)"),
+            ("unique_lock", "tasks_unique (unique_lock=?)"),
+            ("turn", "tasks_turn (turn=?)"),
+            ("waiting_on", "tasks_waiting (waiting_on=?)"),
+            ("line", "tasks_in_line (concurrency_key=?)"),
+            ("running_on", "tasks_running (owner=?)"),
+            ("buffered_on", "tasks_ready (owner=?)"),
+            ("stuck_on", "tasks_stuck (stuck_on=?)"),
         ],
     )
-    def test_of_what_nodes_hold_look_at_nothing_else(self, plan, name, values, index):
-        steps = plan(getattr(statements, name), values)
-        looks = [step for step in steps if " tasks " in f"{step} "]
-        assert all("INDEX tasks_ready" in step or "INDEX tasks_running" in step for step in looks)
-        assert any(index in step for step in looks), steps
+    def test_by_a_lookup_column_search_its_index(self, plan, column, index, count):
+        for limited in (False, True):
+            sql = statements.find(column, count, STUB, limited)
+            search, *rest = plan(sql, ["x"] * count + [9] * limited)
+            assert search == f"SEARCH tasks USING INDEX {index}"
+            assert not rest or (column, count) == ("line", 2)
+
+    @pytest.mark.parametrize("count", [1, 2])
+    def test_by_a_parent_search_the_pairs(self, plan, count):
+        sql = statements.find("parent", count, ("parent", "id"), False)
+        assert plan(sql, ["x"] * count) == ["SEARCH parents USING PRIMARY KEY (parent=?)"]
 
     @pytest.mark.parametrize(
-        ("sql", "values", "index"),
+        ("column", "index"),
         [
-            (statements.AWAITED, ("", 1), "tasks_waiting"),
-            (statements.select_many(2, "id", "waiting_on"), ("a", "b"), "tasks_waiting"),
-            (statements.select_many(2, "id", "unique_lock"), ("a", "b"), "tasks_unique"),
-            (statements.NEXT_IN_LINE, ("k",), "tasks_in_line"),
-            (statements.LINES, ("", 1), "tasks_in_line tasks_turn"),
-            (statements.PRIORITIES, ("", "t", "", "t"), "tasks_ready"),
-            (statements.STUCK, ("node",), "tasks_stuck"),
-            (statements.OWNERS_OF_STUCK, (), "tasks_stuck"),
-            (statements.ENDED.format("failed"), (1, 1, 1, 1), "tasks_failed"),
+            ("waiting_on", "tasks_waiting"),
+            ("line", "tasks_in_line"),
+            ("running_on", "tasks_running"),
+            ("buffered_on", "tasks_ready"),
+            ("stuck_on", "tasks_stuck"),
+            ("ready_type", "tasks_ready"),
         ],
     )
-    def test_of_what_few_tasks_have_search_an_index_of_those(self, plan, sql, values, index):
-        looks = [step for step in plan(sql, values) if "TEMP" not in step and "tasks" in step]
-        assert looks
-        for step in looks:
-            assert any(f"INDEX {name} " in f"{step} " for name in index.split()), step
+    def test_of_the_values_of_a_column_search_its_index(self, plan, column, index):
+        """With a step for each value, however many rows have it."""
+        whole = plan(statements.DISTINCT[column], ("", 1))
+        assert "RECURSIVE STEP" in whole
+        steps = [step for step in whole if " tasks " in step]
+        assert steps
+        assert all(step.startswith("SEARCH tasks USING") for step in steps)
+        assert all(f" INDEX {index} " in f"{step} " for step in steps), steps
+
+    def test_of_each_priority_take_a_step(self, plan):
+        steps = plan(statements.PRIORITIES, ("", "t", "", "t"))
+        assert all("INDEX tasks_ready (" in step for step in steps if " tasks " in step)
+
+    def test_of_what_ended_search_the_index_of_that_status(self, plan):
+        [step] = plan(statements.ENDED.format("failed"), (1, 1, 1, 1))
+        assert "INDEX tasks_failed (" in step
 
     def test_of_notes_search_those_whose_names_begin_so(self, plan):
         [step] = plan(statements.NOTES, ("limit/", "limit0"))
         assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
 
-    def test_of_the_oldest_reads_nothing_but_the_index_and_so_many_rows(self, plan):
-        steps = plan(statements.OLDEST_READY, (1000,))
-        [scan] = [step for step in steps if step.startswith(("SCAN", "SEARCH tasks USING COV"))]
-        assert "COVERING INDEX tasks_ready" in scan
-        assert any("INTEGER PRIMARY KEY (rowid=?)" in step for step in steps)
-
-    def test_by_id_search_it(self, plan):
+    def test_of_a_write_search_its_id(self, plan):
         writes = [
             statements.update(("a",), {"status": "pending"}, {"message": ""}),
             statements.update(
@@ -438,7 +451,7 @@ class TestStatements:
             ),
             statements.delete("a", {"status": ("pending",)}),
         ]
-        for sql, values in [*writes, (statements.select_many(3), ("a", "b", "c"))]:
+        for sql, values in writes:
             [step] = plan(sql, values)
             assert step.startswith("SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id=?)")
 
@@ -578,10 +591,10 @@ class TestLocks:
 
         changed = Changes(repository)
         changed()
-        repository._connections.writer = Failing
+        connections_of(repository).writer = Failing
         with pytest.raises(RepositoryUnavailable, match="disk I/O"):
             changed()
-        del repository._connections.writer
+        del connections_of(repository).writer
         assert not changed()
 
 
@@ -595,24 +608,24 @@ class TestReaders:
     @pytest.fixture
     def reader(self, repository):
         repository.create(task("a"))
-        return repository._connections.reader
+        return connections_of(repository).reader
 
     @pytest.fixture
     def two(self, monkeypatch):
         monkeypatch.setattr(connections, "MOST_READERS", 2)
 
     def test_a_thread_beyond_the_bound_waits_for_a_connection(self, two, reader, repository):
-        repository._connections.busy_timeout = PATIENCE
+        connections_of(repository).busy_timeout = PATIENCE
         read = threading.Event()
         waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
         with reader(), reader() as second:
             waiting.start()
-            while not repository._connections._waiting:
+            while not connections_of(repository)._waiting:
                 assert not read.wait(0.005)
-            assert second in repository._connections._readers
+            assert second in connections_of(repository)._readers
         assert read.wait(PATIENCE)
         waiting.join()
-        assert not repository._connections._waiting
+        assert not connections_of(repository)._waiting
 
     def test_it_gives_up_after_the_busy_timeout(self, two, reader, repository):
         with (
@@ -628,18 +641,18 @@ class TestReaders:
             with pytest.raises(RepositoryError), reader() as connection:
                 connection.execute("SELECT nonsense")
         with reader(), reader():
-            assert len(repository._connections._readers) == 2
+            assert len(connections_of(repository)._readers) == 2
 
     def test_a_connection_that_an_exception_left_behind_makes_room(self, two, reader, repository):
         """The exception of a signal handler can strike before the connection is given back."""
         for _ in range(3):
-            repository._connections._another_reader()
+            connections_of(repository)._another_reader()
             gc.collect()  # its cache of statements refers to it
         with reader(), reader():
             pass
 
     def test_many_threads_share_few_connections(self, two, reader, repository):
-        repository._connections.busy_timeout = PATIENCE
+        connections_of(repository).busy_timeout = PATIENCE
         found = []
         threads = [
             threading.Thread(target=lambda: found.append(ids(repository))) for _ in range(30)
@@ -649,20 +662,20 @@ class TestReaders:
         for thread in threads:
             thread.join(PATIENCE)
         assert found == [["a"]] * 30
-        assert len(repository._connections._readers) <= 2
+        assert len(connections_of(repository)._readers) <= 2
 
     def test_a_finalizer_that_reads_while_one_is_opened_gets_another_one(
         self, repository, monkeypatch
     ):
         repository.create(task("a"))
-        connect, found = repository._connections._connect, []
+        connect, found = connections_of(repository)._connect, []
 
         def collect_and_connect():
-            monkeypatch.setattr(repository._connections, "_connect", connect)
+            monkeypatch.setattr(connections_of(repository), "_connect", connect)
             found.append(ids(repository))
             return connect()
 
-        monkeypatch.setattr(repository._connections, "_connect", collect_and_connect)
+        monkeypatch.setattr(connections_of(repository), "_connect", collect_and_connect)
         thread = threading.Thread(target=lambda: found.append(ids(repository)), daemon=True)
         thread.start()
         thread.join(PATIENCE)
@@ -671,11 +684,11 @@ class TestReaders:
     def test_connections_that_are_not_needed_are_closed(self, reader, repository, monkeypatch):
         with reader(), reader(), reader():
             pass
-        assert len(repository._connections._readers) == 3
+        assert len(connections_of(repository)._readers) == 3
         monkeypatch.setattr(connections, "IDLE", -1.0)
         for _ in range(3):
             ids(repository)
-        assert len(repository._connections._readers) == 0
+        assert len(connections_of(repository)._readers) == 0
         assert ids(repository) == ["a"]
 
 
@@ -821,7 +834,7 @@ class TestDurability:
 
     def level_at_commit(self, repository, writes):
         """``synchronous`` on the writing connection while its transaction was open."""
-        connection = repository._connections.writer()
+        connection = connections_of(repository).writer()
         levels = []
 
         def trace(sql):
@@ -864,12 +877,12 @@ class TestDurability:
     def test_an_interrupt_while_it_is_set_leaves_it_safe(self, repository):
         """What was lowered is raised again, even if nobody could note that it was lowered."""
         repository.create(task("a"))
-        real = repository._connections.writer()
+        real = connections_of(repository).writer()
         interrupting = Interrupting(real, "after", "PRAGMA synchronous")
-        repository._connections._writer = interrupting
+        connections_of(repository)._writer = interrupting
         with pytest.raises(KeyboardInterrupt):
             repository.apply([self.FLEETING])
-        repository._connections._writer = real
+        connections_of(repository)._writer = real
         assert self.level_at_commit(repository, [self.DURABLE]) == "FULL"
 
 
@@ -905,7 +918,7 @@ class InterruptingCursor:
 
 
 class TestInterrupts:
-    """An interrupt in the middle of ``apply``: ``settle`` says what took place."""
+    """An interrupt in the middle of ``apply``: the record shows what took place."""
 
     @pytest.mark.parametrize(
         ("when", "statement", "stored"),
@@ -918,22 +931,32 @@ class TestInterrupts:
             ("after", "COMMIT", True),
         ],
     )
-    def test_settle_tells_the_truth(self, repository, when, statement, stored):
+    def test_the_record_tells_the_truth(self, repository, when, statement, stored):
         repository.create(task("a"))
         writes = [insert("b"), lifecycle.start(repository.get_by_id("a"), 5, "node")]
-        real = repository._connections.writer()
-        repository._connections._writer = Interrupting(real, when, statement)
+        real = connections_of(repository).writer()
+        connections_of(repository)._writer = Interrupting(real, when, statement)
         with pytest.raises(KeyboardInterrupt):
             repository.apply(writes)
-        repository._connections._writer = real
-        assert list(repository.settle(writes)) == [stored, stored]
+        connections_of(repository)._writer = real
+        assert list(shown(repository, writes)) == [stored, stored]
         assert ids(repository) == (["a", "b"] if stored else ["a"])
         assert list(repository.apply(writes)) == [not stored, not stored]
+
+    def test_what_it_left_open_is_not_read(self, repository):
+        """It is undone by the next write."""
+        repository.create(task("a"))
+        writer = connections_of(repository).writer()
+        writer.execute("BEGIN")
+        writer.execute("UPDATE tasks SET status = 'running'")
+        assert repository.statuses(["a"]) == {"a": "pending"}
+        repository.create(task("b"))
+        assert repository.statuses(["a", "b"]) == {"a": "pending", "b": "pending"}
 
     def test_one_while_a_statement_is_compiled_is_kept(self, repository):
         """SQLite calls back then, and would take an exception for a refusal."""
         repository.create(task("a"))
-        execute = repository._connections.writer().execute
+        execute = connections_of(repository).writer().execute
         # One step in C: the signal is noted, and nobody looks before the statement is compiled.
         steps = [partial(ctypes.PyDLL(None)["raise"], signal.SIGINT), partial(execute, "SELECT 77")]
         done = collections.deque[object](maxlen=2)
@@ -943,7 +966,7 @@ class TestInterrupts:
 
     def test_one_while_reading_loses_no_connection(self, repository):
         repository.create(task("a"))
-        with pytest.raises(KeyboardInterrupt), repository._connections.reader():
+        with pytest.raises(KeyboardInterrupt), connections_of(repository).reader():
             raise KeyboardInterrupt
         assert ids(repository) == ["a"]
 
@@ -953,7 +976,7 @@ class TestDiskFull:
 
     def test_nothing_is_half_stored(self, repository):
         repository.create(task("a"))
-        writer = repository._connections.writer()
+        writer = connections_of(repository).writer()
         (pages,) = writer.execute("PRAGMA page_count").fetchone()
         writer.execute(f"PRAGMA max_page_count = {pages + 2}")
         batch = [insert("small"), insert("big", params='{"x":"%s"}' % ("y" * 50_000))]
@@ -961,7 +984,7 @@ class TestDiskFull:
             with pytest.raises(RepositoryUnavailable, match="no room on the disk"):
                 repository.apply(batch)
             assert ids(repository) == ["a"]
-            assert list(repository.settle(batch)) == [False, False]
+            assert list(shown(repository, batch)) == [False, False]
         repository.update_status("a", TaskStatus.RUNNING, "small writes go on")
         writer.execute("PRAGMA max_page_count = 1000000")
         assert list(repository.apply(batch)) == [True, True]
@@ -1088,7 +1111,7 @@ def test_a_fork_waits_for_who_writes_and_who_reads(repository):
     reading, read, go_on = threading.Event(), threading.Event(), threading.Event()
 
     def read_long():
-        with repository._connections.reader() as connection:
+        with connections_of(repository).reader() as connection:
             rows = connection.execute("SELECT id FROM tasks")
             reading.set()
             go_on.wait(PATIENCE)
@@ -1103,7 +1126,7 @@ def test_a_fork_waits_for_who_writes_and_who_reads(repository):
         status = 1
         with contextlib.suppress(BaseException):
             repository.create(task("b"))
-            status = 0 if read.is_set() and not repository._connections._abandoned else 2
+            status = 0 if read.is_set() and not connections_of(repository)._abandoned else 2
         os._exit(status)
     assert os.waitpid(child, 0)[1] == 0
     reader.join(PATIENCE)

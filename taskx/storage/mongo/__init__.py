@@ -1,5 +1,27 @@
-"""The repository on a MongoDB collection; needs pymongo, the extra ``mongo``."""
+"""The repository on a MongoDB collection; needs pymongo, the extra ``mongo``.
 
-from taskx.storage.mongo.repository import MongoRepository
+Only ``MongoRepository`` is used from outside.
+"""
+
+from typing import Any
+
+from taskx.core.errors import ConfigurationError
+
+try:
+    from taskx.storage.mongo.repository import MongoRepository
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] not in ("pymongo", "bson"):
+        raise
+
+    class MongoRepository:  # type: ignore[no-redef]
+        """Says what it lacks."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            raise ConfigurationError(
+                "MongoRepository needs pymongo: pip install 'taskx-queue[mongo]'"
+            )
+
+        from_url = __init__
+
 
 __all__ = ["MongoRepository"]

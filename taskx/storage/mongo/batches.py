@@ -11,6 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from pymongo.errors import DuplicateKeyError
@@ -22,7 +23,6 @@ from taskx.core.writes import Insert, Write
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import batch_of
 from taskx.storage.mongo.filters import HIDDEN
-from taskx.storage.mongo.sender import Sender
 
 
 class Batches:
@@ -30,21 +30,15 @@ class Batches:
 
     Args:
         connection: the way to the server.
-        sender: what stores the tasks.
         patience: seconds that a batch may stay hidden before it counts as left behind.
         monotonic: what that is measured by.
     """
 
     def __init__(
-        self,
-        connection: Connection,
-        sender: Sender,
-        patience: float,
-        monotonic: Callable[[], float],
+        self, connection: Connection, patience: float, monotonic: Callable[[], float]
     ) -> None:
         self._monotonic = monotonic
         self._connection = connection
-        self._sender = sender
         self._patience = patience
         self.renew()
 
@@ -52,11 +46,18 @@ class Batches:
         """Begin anew, in a forked child."""
         self._lock = threading.Lock()
         self._seen: dict[str, float] = {}
+        self._next_look = float("-inf")
 
     # --- storing
 
-    def insert(self, writes: Sequence[Write]) -> list[bool]:
+    def insert(
+        self, writes: Sequence[Write], store: Callable[[Sequence[Write], str], list[bool]]
+    ) -> list[bool]:
         """Store new tasks, all or none; says of each whether its id was free.
+
+        Args:
+            writes: the tasks.
+            store: what stores them, hidden in the batch that it is given.
 
         Raises:
             ConfigurationError: a write is no insert.
@@ -71,7 +72,7 @@ class Batches:
             return self._refused(ids)
         batch = new_id()
         try:
-            results = self._sender.apply(writes, batch)
+            results = store(writes, batch)
             if not all(results):
                 self._discard(batch)
                 return results
@@ -163,6 +164,13 @@ class Batches:
         found: list[str] = self._connection.tasks.distinct("taskx.batch", HIDDEN)
         return found
 
+    def look_after_sometimes(self) -> None:
+        """Do as :meth:`look_after`, if it is time."""
+        now = self._monotonic()
+        if now >= self._next_look:
+            self._next_look = now + self._patience / 6
+            self.look_after()
+
     def look_after(self) -> None:
         """Reveal what was committed, and clear away what was left behind too long ago.
 
@@ -175,7 +183,7 @@ class Batches:
             old = [batch for batch, since in self._seen.items() if now - since >= self._patience]
         self._connection.run(lambda: self.reveal_committed(hidden))
         for batch in old:
-            self._connection.run(lambda batch=batch: self._abandon(batch))  # type: ignore[misc]
+            self._connection.run(partial(self._abandon, batch))
 
     def _abandon(self, batch: str) -> None:
         if self._decide(batch, False):

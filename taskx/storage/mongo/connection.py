@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import pymongo
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -16,7 +16,7 @@ from pymongo.errors import PyMongoError
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from taskx.core.errors import ConfigurationError, RepositoryUnavailable
+from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
 from taskx.storage.mongo.documents import Document, moment_ms
 from taskx.storage.mongo.failures import may_have_been_sent, translated
 
@@ -35,23 +35,31 @@ _SAFE = WriteConcern(w="majority", j=True)
 _mock_turns = threading.RLock()
 
 
+class Url(NamedTuple):
+    """A URL for the driver."""
+
+    text: str
+
+
 class Connection:
-    """Three collections of one database: the tasks, the nodes, the batches under way.
+    """The collections of one database.
 
     Args:
         name: the collection of the tasks; the others are called after it.
-        database: where it is; None where a URL says so.
-        url: what to connect to, at first use; its client belongs to this object.
+        where: the database; or the URL to connect to at first use, by a client of one's own.
         timeout: seconds that an operation may take, all retries included.
         write_concern: None for majority with journal, or as the URL says.
+
+    Attributes:
+        is_real: whether the driver is pymongo; a mock of it lacks this and that.
+        turns: entered to use the collections: a mock trips over itself in several threads.
     """
 
     def __init__(
         self,
         name: str,
+        where: Database[Document] | Url,
         *,
-        database: Database[Document] | None = None,
-        url: str = "",
         timeout: float,
         write_concern: WriteConcern | None,
     ) -> None:
@@ -59,25 +67,18 @@ class Connection:
             raise ConfigurationError("write_concern must be acknowledged: w=0 tells no outcome")
         self.name = name
         self.timeout = timeout
-        self._given = database
-        self._url = url
+        self._where = where
         self._write_concern = write_concern
         self._database: Database[Document] | None = None
         self._collections: dict[str, Collection[Document]] = {}
         self._lock = threading.Lock()
-        #: Entered to use the collections: a mock of the driver trips over itself in several threads.
-        real = database is None or isinstance(database, Database)
-        self.turns: AbstractContextManager[object] = nullcontext() if real else _mock_turns
+        self.is_real = isinstance(where, (Database, Url))
+        self.turns: AbstractContextManager[object] = nullcontext() if self.is_real else _mock_turns
 
     @property
     def tasks(self) -> Collection[Document]:
         """The tasks."""
         return self._collection("")
-
-    @property
-    def nodes(self) -> Collection[Document]:
-        """The nodes that run."""
-        return self._collection(".nodes")
 
     @property
     def batches(self) -> Collection[Document]:
@@ -119,27 +120,40 @@ class Connection:
         return found
 
     def _open(self, name: str) -> Collection[Document]:
-        database = self._database
-        if database is None:
-            database = self._database = self._given if self._given is not None else self._connect()
-        if not isinstance(database, Database):
-            return database[name]  # a mock of the driver knows no options
-        concern = self._write_concern or _SAFE
-        return database.get_collection(
+        if self._database is None:
+            self._database = (
+                self._connect(self._where) if isinstance(self._where, Url) else self._where
+            )
+        if not self.is_real:
+            return self._database[name]  # a mock knows no options
+        return self._database.get_collection(
             name,
             codec_options=_CODEC,
             read_preference=ReadPreference.PRIMARY,
-            write_concern=concern,
+            write_concern=self._write_concern or _SAFE,
         )
 
-    def _connect(self) -> Database[Document]:
+    def _connect(self, url: Url) -> Database[Document]:
         try:
-            client: pymongo.MongoClient[Document] = pymongo.MongoClient(self._url, connect=False)
+            client: pymongo.MongoClient[Document] = pymongo.MongoClient(url.text, connect=False)
         except (PyMongoError, ValueError) as error:
             raise ConfigurationError(f"MongoDB URL: {error}") from error
         if self._write_concern is None and client.write_concern.document:
             self._write_concern = client.write_concern
         return client.get_default_database()
+
+    def refuse_earlier_nodes(self) -> None:
+        """Make sure that no earlier TaskX is at work, which has its nodes in a collection of their own.
+
+        Raises:
+            SchemaMismatch: there may be one.
+        """
+        earlier = self._collection(".nodes")
+        if self.run(lambda: earlier.find_one({})) is not None:
+            raise SchemaMismatch(
+                f"{earlier.name} has nodes of an earlier TaskX, which would take those of this one for "
+                f"dead: stop all its processes, drop the collection {earlier.name}, and start again"
+            )
 
     def server_ms(self, timeout: float) -> int | None:
         """The server's clock, in milliseconds; None where it does not tell.
@@ -147,18 +161,18 @@ class Connection:
         Raises:
             RepositoryError: it could not be asked.
         """
-        database = self.tasks.database
-        if not isinstance(database, Database):
+        if not self.is_real:
             return None
-        hello = lambda: database.client.admin.command("hello", codec_options=_CODEC)  # noqa: E731
-        return moment_ms(self.run(hello, timeout).get("localTime"))
+        admin = self.tasks.database.client.admin
+        told = self.run(lambda: admin.command("hello", codec_options=_CODEC), timeout)
+        return moment_ms(told.get("localTime"))
 
     def close(self) -> None:
         """Close the client if it is one of its own; the next operation opens another."""
         with self._lock:
             database, self._database = self._database, None
             self._collections = {}
-        if database is not None and self._given is None:
+        if database is not None and isinstance(self._where, Url):
             with pymongo.timeout(1.0):  # it says goodbye to a server that may be away
                 database.client.close()
 
@@ -167,6 +181,7 @@ class Connection:
         self._lock = threading.Lock()
         self._collections = {}
         self._database = None
-        duplicate = getattr(getattr(self._given, "client", None), "_duplicate", None)
-        if isinstance(self._given, Database) and duplicate is not None:
-            self._given = duplicate(connect=False).get_database(self._given.name)
+        if isinstance(self._where, Database):
+            duplicate = getattr(self._where.client, "_duplicate", None)  # which is not public
+            if duplicate is not None:
+                self._where = duplicate(connect=False).get_database(self._where.name)

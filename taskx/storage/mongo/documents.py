@@ -20,8 +20,9 @@ The thirteen fields of the original have its names and types; all else is in the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import datetime, timezone
+from math import isfinite
 from typing import Any
 
 from bson.datetime_ms import DatetimeMS
@@ -30,8 +31,8 @@ from bson.int64 import Int64
 from taskx.core import payload
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.codec import NO_CODECS, Codecs
-from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Task, TaskStatus
-from taskx.core.record import COLUMNS, DEFAULTS, Stub, task_from_row
+from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Task
+from taskx.core.record import COLUMNS, DEFAULTS, task_from_row
 
 Document = dict[str, Any]
 
@@ -40,16 +41,20 @@ MARKS = 8
 #: Most characters of the log of earlier attempts; the oldest go first.
 MAX_ATTEMPTS = 2**21
 
-ORIGINAL = (
-    *("type", "status", "params", "result", "error", "progress", "message", "created_by"),
-    *("created_at", "started_at", "completed_at", "duration"),
+#: The columns that are fields of the original's, all but ``id``.
+ORIGINAL = frozenset(
+    (
+        *("type", "status", "params", "result", "error", "progress", "message", "created_by"),
+        *("created_at", "started_at", "completed_at", "duration"),
+    )
 )
-#: Where each column is in a document.
+#: Where each column is in a document; and ``seq``, which is none.
 PATHS: dict[str, str] = {
-    name: name if name in ORIGINAL else f"taskx.{name}" for name in COLUMNS if name != "id"
+    name: name if name in ORIGINAL else f"taskx.{name}" for name in (*COLUMNS, "seq")
 } | {"id": "_id"}
 
-_STATUSES = frozenset(TaskStatus)
+# Those that two fields tell.
+_IN_TWO = frozenset(("params", "result", "duration"))
 _MOST_SECONDS = 2**62
 
 
@@ -59,7 +64,7 @@ _MOST_SECONDS = 2**62
 def new_document(row: Mapping[str, Any], seq: int, mark: int, batch: str = "") -> Document:
     """The document of a new task."""
     document: Document = {"_id": row["id"], "taskx": {}}
-    for path, value in fields({**DEFAULTS, **row}).items():
+    for path, value in {**_DEFAULT_FIELDS, **fields(row)}.items():
         if path.startswith("taskx."):
             if value is not None:
                 document["taskx"][path[6:]] = value
@@ -80,7 +85,7 @@ def fields(columns: Mapping[str, Any]) -> Document:
         elif name == "result":
             changed["result"], changed["taskx.result_as"] = _any_value(value)
         elif name == "duration":
-            changed["duration"] = Int64(min(value, _MOST_SECONDS))
+            changed["duration"] = Int64(_whole(value))
             changed["taskx.seconds"] = float(value)
         elif name == "earlier_attempts":
             changed[PATHS[name]] = _shortened(value)
@@ -96,6 +101,10 @@ def plain(name: str, value: Any) -> Any:
     if value is not None and name in TIME_FIELDS:
         return to_datetime(value)
     return value
+
+
+def _whole(seconds: float) -> int:
+    return int(min(seconds, _MOST_SECONDS))
 
 
 def _object(text: str) -> tuple[Any, str]:
@@ -174,42 +183,38 @@ def _unescape(key: str) -> str:
     return "".join((*parts, key[position:]))
 
 
+#: What a new document has besides: its params are its own.
+_DEFAULT_FIELDS = fields(DEFAULTS)
+
+
 # --- from a document
+
+
+def shown(columns: Iterable[str]) -> list[str] | None:
+    """The fields that hold these columns, and whether it is hidden; None for all there are."""
+    if not _IN_TWO.isdisjoint(columns):
+        return None
+    return ["taskx.batch", *(PATHS[name] for name in columns)]
 
 
 def task_from_document(document: Mapping[str, Any], codecs: Codecs = NO_CODECS) -> Task:
     """The task of a document, whoever wrote it; what is damaged is named in ``task.damage``."""
-    row = row_from_document(document)
-    status = known_status(row["status"])
-    odd = row["status"] != status
-    row = {**row, "status": status} if odd else row
-    task = task_from_row([row[name] for name in TASK_FIELDS], codecs)
-    if odd and not task.damage:
-        task.damage = f"the stored record is damaged: {row['status']!r:.50} as status"
-    return task
+    return task_from_row([*row_from_document(document, TASK_FIELDS).values()], codecs)
 
 
-def known_status(status: Any) -> str:
-    """The status as a task has it: one that another program made up stands for failed."""
-    return status if status in _STATUSES else "failed"
-
-
-def row_from_document(document: Mapping[str, Any]) -> dict[str, Any]:
-    """The columns of a document; absent ones take their defaults."""
+def row_from_document(
+    document: Mapping[str, Any], columns: Sequence[str] = COLUMNS
+) -> dict[str, Any]:
+    """Columns of a document, in the order asked for; absent ones take their defaults."""
     ours = ours_of(document)
-    row: dict[str, Any] = {"id": _from_bson(document["_id"])}
-    for name in COLUMNS[1:]:
+    row: dict[str, Any] = {}
+    for name in columns:
+        special = _SPECIAL.get(name)
+        if special is not None:
+            row[name] = special(document, ours)
+            continue
         value = (document if name in ORIGINAL else ours).get(name)
         row[name] = DEFAULTS.get(name) if value is None else _from_bson(value)
-    row["params"] = _text(document.get("params") or {}, ours.get("params_as"))
-    result = document.get("result")
-    row["result"] = None if result is None else _text(result, ours.get("result_as"))
-    row["duration"] = _duration(row["duration"], ours.get("seconds"))
-    if isinstance(row["depends_on"], list):
-        row["depends_on"] = _text(row["depends_on"], "")
-    row["dead_letter"] = int(bool(row["dead_letter"]))
-    row["type"] = row["type"] or ""
-    row["created_at"] = row["created_at"] or 0
     return row
 
 
@@ -223,41 +228,6 @@ def batch_of(document: Mapping[str, Any]) -> str:
     """The batch that a document is hidden in, or nothing."""
     ours = document.get("taskx")
     return ours.get("batch") or "" if isinstance(ours, dict) else ""
-
-
-def stub_from_document(document: Mapping[str, Any]) -> Stub:
-    """The stub of a document that was read with :data:`STUB_FIELDS`."""
-    ours = ours_of(document)
-    return Stub(
-        document["_id"],
-        document["status"],
-        ours.get("starts", 0),
-        _priority(ours.get("priority", 0)),
-        moment_ms(document.get("created_at")) or 0,
-        ours.get("cancel_requested_at") is not None,
-        _kind(document.get("type")),
-        moment_ms(ours.get("run_at")),
-    )
-
-
-def _kind(value: Any) -> str:
-    return value if isinstance(value, str) else ""
-
-
-def _priority(value: Any) -> Any:
-    """That of a damaged document is none; the task tells of the damage."""
-    return value if isinstance(value, (int, float)) and value == value else 0
-
-
-STUB_FIELDS = {
-    "status": 1,
-    "created_at": 1,
-    "taskx.starts": 1,
-    "taskx.priority": 1,
-    "taskx.cancel_requested_at": 1,
-    "type": 1,
-    "taskx.run_at": 1,
-}
 
 
 def moment_ms(value: Any) -> int | None:
@@ -276,11 +246,35 @@ def _from_bson(value: Any) -> Any:
     return value if moment is None else moment
 
 
-def _duration(whole: Any, seconds: Any) -> Any:
+def _result(document: Mapping[str, Any], ours: Mapping[str, Any]) -> str | bytes | None:
+    result = document.get("result")
+    return None if result is None else _text(result, ours.get("result_as"))
+
+
+def _duration(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
     """The exact one, unless somebody else wrote the whole seconds since."""
-    if isinstance(seconds, float) and min(int(seconds), _MOST_SECONDS) == whole:
+    whole, seconds = document.get("duration"), ours.get("seconds")
+    if isinstance(seconds, float) and isfinite(seconds) and _whole(seconds) == whole:
         return seconds
-    return float(whole) if isinstance(whole, int) else whole
+    return float(whole or 0) if whole is None or isinstance(whole, int) else _from_bson(whole)
+
+
+def _depends_on(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
+    parents = ours.get("depends_on")
+    return _text(parents, "") if isinstance(parents, list) else _from_bson(parents)
+
+
+#: What columns hold that are not as they are stored, by document and sub-document.
+_SPECIAL: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Any]] = {
+    "id": lambda document, ours: _from_bson(document["_id"]),
+    "type": lambda document, ours: _from_bson(document.get("type")) or "",
+    "params": lambda document, ours: _text(document.get("params") or {}, ours.get("params_as")),
+    "result": _result,
+    "created_at": lambda document, ours: _from_bson(document.get("created_at")) or 0,
+    "duration": _duration,
+    "depends_on": _depends_on,
+    "dead_letter": lambda document, ours: int(bool(ours.get("dead_letter"))),
+}
 
 
 def _text_or_bytes(text: str) -> str | bytes:

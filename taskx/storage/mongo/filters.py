@@ -11,18 +11,14 @@ from pymongo import ASCENDING, DESCENDING
 from taskx.core.clock import to_datetime, to_ms, within_calendar
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter
-from taskx.core.record import DEFAULTS, FREE
+from taskx.core.record import DEFAULTS
 from taskx.core.writes import PRESENT
-from taskx.storage.mongo.documents import PATHS, fields, plain
-
-Document = dict[str, Any]
+from taskx.storage.mongo.documents import PATHS, Document, fields, plain
 
 #: Not part of a batch that is still hidden.
 VISIBLE: Document = {"taskx.batch": None}
 #: Part of one; in these words, as the index is asked for by them.
 HIDDEN: Document = {"taskx.batch": {"$gt": ""}}
-#: Held by some node.
-OWNED: Document = {"taskx.owner": {"$gt": ""}, **VISIBLE}
 
 NEWEST_FIRST = [("created_at", DESCENDING), ("_id", DESCENDING)]
 OLDEST_FIRST = [(name, ASCENDING) for name, _ in NEWEST_FIRST]
@@ -98,17 +94,6 @@ def _whole_ms(moment: datetime) -> datetime:
     return to_datetime(within_calendar(to_ms(moment)))
 
 
-def startable(types: list[str], owner: str) -> Document:
-    """Pending tasks of these types that may start, and that this node holds; none where empty."""
-    return {
-        "status": "pending",
-        "type": {"$in": types},
-        "taskx.owner": owner,
-        "taskx.held": FREE,
-        **VISIBLE,
-    }
-
-
 #: Pending tasks that the original stored and nobody adopted. What has no text as its id is no task.
 FOREIGN: Document = {
     "status": "pending",
@@ -119,6 +104,6 @@ FOREIGN: Document = {
 
 
 def held(why: int, **more: Any) -> Document:
-    """Pending tasks that are held back for that reason, with further conditions on our fields."""
+    """Pending tasks that are held back for that reason, if any; with further conditions on our fields."""
     wanted = {f"taskx.{name}": condition for name, condition in more.items()}
     return {"status": "pending", "taskx.held": why, **wanted, **VISIBLE}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from pymongo import ASCENDING, IndexModel
-from pymongo.collection import Collection
 from pymongo.errors import OperationFailure
 
 from taskx.core.record import FOR_TURN, UNIQUE, UNTIL_DUE
@@ -25,7 +25,7 @@ def make_indexes(connection: Connection) -> None:
     for index in _indexes():
         name, keys = index.document["name"], _keys(index)
         if name not in there or list(there[name]["key"]) != keys:
-            connection.run(lambda index=index: _make(connection, index))  # type: ignore[misc]
+            connection.run(partial(_make, connection, index))
 
 
 def _keys(index: IndexModel) -> list[tuple[str, int]]:
@@ -36,10 +36,8 @@ def _make(connection: Connection, index: IndexModel) -> None:
     options = dict(index.document)
     keys = _keys(index)
     del options["key"]
-    if options.get("unique") and not isinstance(connection.tasks, Collection):
-        options["sparse"] = (
-            True  # a mock of the driver forgets the filter for what is there already
-        )
+    if options.get("unique") and not connection.is_real:
+        options["sparse"] = True  # a mock forgets the filter for what is there already
     try:
         connection.tasks.create_index(keys, **options)
     except OperationFailure as error:

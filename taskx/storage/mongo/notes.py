@@ -6,23 +6,19 @@ from collections.abc import Sequence
 
 from bson.int64 import Int64
 from pymongo import UpdateOne
-from pymongo.collection import Collection
 from pymongo.errors import DuplicateKeyError
 
-from taskx.storage.base import Note, NoteChange, new_version
+from taskx.core.writes import Note, NoteChange
+from taskx.storage.base import Repository, new_version
 from taskx.storage.mongo.connection import Connection
-from taskx.storage.mongo.filters import Document, text
+from taskx.storage.mongo.documents import Document
+from taskx.storage.mongo.filters import text
 
 
-class Notes:
-    """Reads and writes notes.
+class Notes(Repository):
+    """Reads and writes notes."""
 
-    Args:
-        connection: the way to the server.
-    """
-
-    def __init__(self, connection: Connection) -> None:
-        self._connection = connection
+    _connection: Connection
 
     def notes(self, prefix: str) -> dict[str, Note]:
         """All notes whose name begins so, by name."""
@@ -30,18 +26,18 @@ class Notes:
         found = self._connection.run(lambda: list(self._connection.notes.find(wanted)))
         return {note["_id"]: Note(note["text"], int(note["version"])) for note in found}
 
-    def put(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Store notes, or with None remove them, each if its version is still that one.
 
         Raises:
             RepositoryUnavailable: nothing was stored, unless its ``in_doubt`` is True.
         """
         together = len(changes) > 1 and all(value and version for _, value, version in changes)
-        if together and isinstance(self._connection.notes, Collection):  # a mock cannot
-            return self._change(changes)
+        if together and self._connection.is_real:  # a mock cannot
+            return self._change_all(changes)
         return [self._put(*change) for change in changes]
 
-    def _change(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+    def _change_all(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Change notes in one message to the server, which tells only how many it changed."""
         orders = [
             UpdateOne(

@@ -10,13 +10,14 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
+from itertools import count
 from typing import Any
 
+import attrs
 import bson
 import pymongo
-import pymongo.collection
 from bson.int64 import Int64
 from pymongo import InsertOne, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError
@@ -25,6 +26,7 @@ from taskx.core.codec import Codecs
 from taskx.core.errors import PayloadError
 from taskx.core.record import DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write, matches
+from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.connection import FAILURES, Connection
 from taskx.storage.mongo.documents import MARKS, PATHS, Document, fields, new_document
 from taskx.storage.mongo.failures import (
@@ -51,34 +53,30 @@ class Sender:
     Args:
         connection: the way to the server.
         order: where new tasks stand.
+        batches: what may be in the way of a new task, and come to nothing.
         codecs: how values are stored.
     """
 
-    def __init__(self, connection: Connection, order: Order, codecs: Codecs) -> None:
+    def __init__(
+        self, connection: Connection, order: Order, batches: Batches, codecs: Codecs
+    ) -> None:
         self._connection = connection
         self._order = order
+        self._batches = batches
         self._codecs = codecs
-        #: Of ids that new tasks cannot have, says which are worth another try; with True, see to it.
-        self.make_way: Callable[[Sequence[str], bool], Collection[str]] = lambda task_ids, force: ()
         self.renew()
 
     def renew(self) -> None:
         """Begin anew, in a forked child: with marks of its own."""
         self._lock = threading.Lock()
         self._prefix = int.from_bytes(os.urandom(4), "big") >> 1
-        self._count = 0
+        self._marks = count(self._prefix << 32)
         # By identity, and with the write, so that it stays the only one of that identity.
         self._unknown: dict[int, tuple[Write, int]] = {}
 
     def is_own(self, mark: int) -> bool:
         """Whether this object left that mark."""
         return mark >> 32 == self._prefix
-
-    def new_mark(self) -> int:
-        """A mark that nobody has used."""
-        with self._lock:
-            self._count = (self._count + 1) & 0xFFFFFFFF
-            return self._prefix << 32 | self._count
 
     # --- rounds: in each, one write per document
 
@@ -98,7 +96,8 @@ class Sender:
         waiting: dict[str, list[int]] = {}
         for index, write in enumerate(writes):
             waiting.setdefault(text(write.id, "id"), []).append(index)
-        marks = self._marks(writes, waiting.values())
+        # Two of one task never have the same, or one would pass for the other.
+        marks = [next(self._marks) for _ in writes]
         known: dict[str, Mapping[str, Any] | None] = {}
         try:
             while due := _next_round(writes, waiting, known):
@@ -113,25 +112,15 @@ class Sender:
         self._forget(writes)
         return results
 
-    def _marks(self, writes: Sequence[Write], by_task: Collection[Sequence[int]]) -> list[int]:
-        """A mark for each write: two of one task never have the same, or one would pass for the other."""
-        marks = [0] * len(writes)
-        for position in range(max(map(len, by_task), default=0)):
-            mark = self.new_mark()
-            for indexes in by_task:
-                if position < len(indexes):
-                    marks[indexes[position]] = mark
-        return marks
-
     def _op(self, write: Write, mark: int, batch: str) -> _Op:
-        remembered = self.mark_of(write)
-        op = _Op(write, mark if remembered is None else remembered, again=remembered is not None)
+        known = self._unknown.get(id(write))
+        op = _Op(write, mark if known is None else known[1], again=known is not None)
         if isinstance(write, Insert):
             row = self._codecs.columns(write.row)
             op.document = new_document(row, self._order.next(), op.mark, batch)
             _refuse_if_too_large(op.document, len(row["params"]))
         elif isinstance(write, Update):
-            op.changes = self._codecs.columns(write.changes)
+            op.update = _update(write, self._codecs.columns(write.changes), op.mark)
         return op
 
     def _remember(self, writes: Sequence[Write], marks: Sequence[int]) -> None:
@@ -146,11 +135,6 @@ class Sender:
             with self._lock:
                 for write in writes:
                     self._unknown.pop(id(write), None)
-
-    def mark_of(self, write: Write) -> int | None:
-        """The mark of a write of unknown outcome."""
-        remembered = self._unknown.get(id(write))
-        return None if remembered is None else remembered[1]
 
     # --- one round
 
@@ -174,7 +158,7 @@ class Sender:
                     op.again = sent
             if due:
                 time.sleep(_PAUSE)
-        return [bool(op.held) for op in ops]
+        return [op.held for op in ops]
 
     def _send_once(self, ops: Sequence[_Op], *, force: bool) -> list[_Op]:
         """Send all; returns what a batch that may come to nothing was in the way of."""
@@ -184,7 +168,8 @@ class Sender:
         requests = [op for op in ops if not isinstance(op.write, Delete)]
         refused = self._write(requests) if requests else []
         refused = [op for op in refused if not self._lacks_what_is_unique(op)]
-        again = self.make_way([op.write.id for op in refused], force) if refused else ()
+        ids = [op.write.id for op in refused]
+        again = self._batches.make_way(ids, force) if ids else ()
         return [op for op in refused if op.write.id in again]
 
     def _lacks_what_is_unique(self, op: _Op) -> bool:
@@ -211,15 +196,14 @@ class Sender:
     def _write(self, ops: Sequence[_Op]) -> list[_Op]:
         """Send inserts and updates; returns the inserts whose id was taken."""
         inserts = [op for op in ops if op.document is not None]
-        updates = [op for op in ops if op.document is None]
+        updates = [op for op in ops if op.update is not None]
         matched, refused = self._bulk_write(inserts, updates)
         for index, op in enumerate(inserts):
             op.held = index not in refused
         for op in updates:
             op.held = matched == len(updates)
         # Or they held when it was sent before, perhaps by the driver.
-        unclear = [op for op in ops if not op.held]
-        if unclear:
+        if unclear := [op for op in ops if not op.held]:
             self._look_for_marks(unclear)
         return [op for op in inserts if not op.held]
 
@@ -229,8 +213,8 @@ class Sender:
         """How many updates found their document, and which inserts met one of their id."""
         tasks = self._connection.tasks
         documents = [op.document for op in inserts if op.document is not None]
-        changes = [_update(op) for op in updates]
-        if not isinstance(tasks, pymongo.collection.Collection):
+        changes = [op.update for op in updates if op.update is not None]
+        if not self._connection.is_real:
             return _write_one_by_one(tasks, documents, changes)
         requests: list[InsertOne[Document] | UpdateOne] = [
             *map(InsertOne, documents),
@@ -247,10 +231,9 @@ class Sender:
             return details["nMatched"], {failure["index"] for failure in failures}
 
     def _look_for_marks(self, ops: Sequence[_Op]) -> None:
-        marks = sorted({op.mark for op in ops})
         wanted = {
             "_id": {"$in": [op.write.id for op in ops]},
-            "taskx.w": {"$in": [Int64(mark) for mark in marks]},
+            "taskx.w": {"$in": [Int64(op.mark) for op in ops]},
         }
         found = {
             document["_id"]: document["taskx"]["w"]
@@ -259,30 +242,17 @@ class Sender:
         for op in ops:
             op.held = op.mark in found.get(op.write.id, ())
 
-    # --- looking back
 
-    def took_place(self, writes: Sequence[Write]) -> list[bool | None]:
-        """Of writes of unknown outcome, whether they took place; None of others, and of deletes."""
-        marks = [None if isinstance(w, Delete) else self.mark_of(w) for w in writes]
-        ops = [_Op(w, m, again=True) for w, m in zip(writes, marks, strict=True) if m is not None]
-        if ops:
-            self._connection.run(lambda: self._look_for_marks(ops))
-        told = {id(op.write): op.held for op in ops}
-        return [told.get(id(write)) for write in writes]
-
-
+@attrs.define(eq=False)
 class _Op:
     """A write on its way."""
 
-    __slots__ = ("again", "changes", "document", "held", "mark", "write")
-
-    def __init__(self, write: Write, mark: int, *, again: bool) -> None:
-        self.write = write
-        self.mark = mark
-        self.again = again
-        self.document: Document | None = None
-        self.changes: Mapping[str, Any] = {}
-        self.held: bool | None = None
+    write: Write
+    mark: int
+    again: bool
+    document: Document | None = None
+    update: tuple[Document, Document] | None = None
+    held: bool = False
 
 
 # --- what needs no server
@@ -340,16 +310,14 @@ def _refuse_if_too_large(document: Document, about: int) -> None:
         raise PayloadError("params", f"{size:,} bytes as BSON, more than MongoDB's {MOST_BYTES:,}")
 
 
-def _update(op: _Op) -> tuple[Document, Document]:
+def _update(write: Update, changes: Mapping[str, Any], mark: int) -> tuple[Document, Document]:
     """The filter and the changes of an update."""
-    write = op.write
-    assert isinstance(write, Update)  # inserts have a document, deletes go alone
     # Whoever sends it again, this object or the driver: it passes over what bears its mark.
-    found = {**guarded(write.id, write.guard), "taskx.w": {"$nin": [Int64(op.mark)]}}
-    changed: Document = {"$push": {"taskx.w": {"$each": [Int64(op.mark)], "$slice": -MARKS}}}
+    found = {**guarded(write.id, write.guard), "taskx.w": {"$nin": [Int64(mark)]}}
+    changed: Document = {"$push": {"taskx.w": {"$each": [Int64(mark)], "$slice": -MARKS}}}
     # In an index of what must be unique a null would stand, too: what is given up is taken off.
-    gone = [name for name in UNIQUE if name in op.changes and op.changes[name] is None]
-    kept = {name: value for name, value in op.changes.items() if name not in gone}
+    gone = [name for name in UNIQUE if name in changes and changes[name] is None]
+    kept = {name: value for name, value in changes.items() if name not in gone}
     if kept:
         changed["$set"] = fields(kept)
     if gone:

@@ -7,37 +7,36 @@ import os
 import sqlite3
 import threading
 import weakref
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, get_args
 
 from taskx.core import lifecycle
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
-from taskx.core.codec import Codec, Codecs
+from taskx.core.codec import Codec
 from taskx.core.errors import (
     ConfigurationError,
-    RepositoryError,
     RepositoryUnavailable,
     SchemaMismatch,
 )
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
-from taskx.core.writes import CREATED, Delete, Insert, Update, Write, shows, traces
-from taskx.storage.base import (
-    OLDEST,
-    Node,
+from taskx.core.writes import (
+    CREATED,
+    Delete,
+    Insert,
     Note,
     NoteChange,
-    Reentered,
-    Repository,
-    new_version,
+    Update,
+    Write,
 )
-from taskx.storage.began import Began
+from taskx.liveness.base import PREFIX
+from taskx.liveness.kernel import KernelLocks
+from taskx.storage.base import Listed, Lookup, Reentered, Repository, new_version
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import Connections, translated
 from taskx.storage.sqlite.file import DatabaseFile
-from taskx.storage.sqlite.liveness import NodeLocks
 from taskx.storage.sqlite.turnstile import Turnstile
 
 Durability = Literal["accepted", "full", "process"]
@@ -49,7 +48,9 @@ _FEW = 32  # rows that may be read while others would write
 _SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
 _KEPT_PAGES = 1000  # free pages of 4 KiB that are worth no vacuum
 _PAGES_AT_ONCE = 200
-_MOST_VARIABLES = 500  # ids in one SELECT; SQLite's own limit is 32,766
+_MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
+_NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # of which a value has few rows
+_ANY_TIME = 2**63 - 1  # what is no number is above all numbers, and never due
 
 
 class SQLiteRepository(Repository):
@@ -103,7 +104,6 @@ class SQLiteRepository(Repository):
         self._file = DatabaseFile(self.path, create)
         self._connections = Connections(self._file, busy_timeout)
         self._turnstile = Turnstile(self._file)
-        self._joined: set[str] = set()
         self._write_lock = threading.RLock()
         self._forking = False
         self._synchronous = "NORMAL"
@@ -115,11 +115,6 @@ class SQLiteRepository(Repository):
 
     def __repr__(self) -> str:
         return f"SQLiteRepository({self.path!r}, durability={self.durability!r})"
-
-    @property
-    def _locks(self) -> NodeLocks:
-        """The lock files of the nodes. Open the file first: only then its real path is known."""
-        return NodeLocks(self._file.path)
 
     # --- writing
 
@@ -133,49 +128,56 @@ class SQLiteRepository(Repository):
         writes = self.codecs.coded(writes)
         if all_or_nothing:
             return self._apply_whole(writes, durable)
+        if self._write_lock._is_owned():  # type: ignore[attr-defined]
+            raise Reentered
+        script = _script(writes)
+        results: list[bool] = []
         try:
-            return self._transact(lambda cursor: _apply_in_groups(cursor, writes), durable, writes)
+            with self._write_lock:
+                connection = self._ready_writer()
+                try:
+                    cursor = self._begin(connection, durable)
+                    for sql, values, together, parents in script:
+                        held = cursor.execute(sql, values).rowcount
+                        if 0 < held < together:
+                            raise _Uneven
+                        if parents and held:
+                            cursor.executemany(statements.NEW_PARENT, parents)
+                        results += [held > 0] * together
+                    self._refuse_if_newer(connection, writes)
+                    cursor.execute("COMMIT")
+                    self._commits += 1
+                    return results
+                except BaseException as error:
+                    self._undo(connection, error)
+                    raise
+                finally:
+                    self._turnstile.leave()
         except _Uneven:
             return self._transact(
                 lambda cursor: [_apply_one(cursor, write) for write in writes], durable, writes
             )
 
     def _apply_whole(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
-        ordinary = all(isinstance(write, Insert) and _is_ordinary(write) for write in writes)
+        def together(cursor: sqlite3.Cursor) -> Sequence[bool]:
+            rows = (tuple(write.row.values()) for write in writes)  # type: ignore[union-attr]
+            if cursor.executemany(_INSERT_ORDINARY, rows).rowcount < len(writes):
+                raise _Uneven
+            return [True] * len(writes)
 
-        def work(cursor: sqlite3.Cursor) -> Sequence[bool]:
-            if ordinary:
-                rows = (tuple(write.row.values()) for write in writes)  # type: ignore[union-attr]
-                cursor.executemany(statements.insert(CREATED), rows)
-                return [True] * len(writes)
+        def singly(cursor: sqlite3.Cursor) -> Sequence[bool]:
             results = [_apply_one(cursor, write) for write in writes]
             if not all(results):
                 raise _Refused(results)
             return results
 
         try:
-            return self._transact(work, durable)
+            if all(isinstance(write, Insert) and _is_ordinary(write) for write in writes):
+                with suppress(_Uneven):
+                    return self._transact(together, durable)
+            return self._transact(singly, durable)
         except _Refused as refused:
             return refused.results
-        except RepositoryError as error:
-            if not isinstance(error.__cause__, sqlite3.IntegrityError):
-                raise
-            taken = set(self.get_many([write.id for write in writes]))
-            results = []
-            for write in writes:
-                results.append(write.id not in taken)
-                taken.add(write.id)
-            if all(results):  # it was no id that was refused
-                raise
-            return results
-
-    def settle(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Say for each write whether it took place."""
-        return self._transact(
-            lambda cursor: [_took_place(cursor, write, self.codecs) for write in writes],
-            durable=False,
-            writes=(),
-        )
 
     @property
     def entered(self) -> bool:
@@ -199,46 +201,59 @@ class SQLiteRepository(Repository):
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
         with self._write_lock:
-            connection = self._connections.writer()
-            if connection.in_transaction:  # the last one was struck twice by signals
-                self._roll_back(connection)
-            self._file.check()
-            cursor = connection.cursor()
+            connection = self._ready_writer()
             try:
-                left = self._turnstile.enter(self._connections.busy_timeout)
-                self._set_synchronous(cursor, durable)
-                self._begin(cursor, left)
+                cursor = self._begin(connection, durable)
                 result = work(cursor)
-                if self._connections.compiling.seen:
-                    self._look_at_version(connection)
-                if self._newer is not None and not _let_go(writes):
-                    raise SchemaMismatch(*self._newer.args)
+                self._refuse_if_newer(connection, writes)
                 cursor.execute("COMMIT")
                 self._commits += 1
                 return result
             except BaseException as error:
-                # A full disk makes SQLite roll back by itself.
-                if connection.in_transaction:
-                    self._roll_back(connection)
-                if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
-                    raise translated(
-                        error, self._file.path, self._connections.busy_timeout
-                    ) from error
+                self._undo(connection, error)
                 raise
             finally:
                 self._turnstile.leave()
 
-    def _begin(self, cursor: sqlite3.Cursor, left: float) -> None:
-        """Begin a transaction within the seconds that are left of the time-out."""
+    def _ready_writer(self) -> sqlite3.Connection:
+        connection = self._connections.writer()
+        if connection.in_transaction:  # the last one was struck twice by signals
+            self._roll_back(connection)
+        self._file.check()
+        return connection
+
+    def _begin(self, connection: sqlite3.Connection, durable: bool) -> sqlite3.Cursor:
+        """Begin a transaction within the time-out, once it is this process's turn."""
         timeout = self._connections.busy_timeout
+        cursor = connection.cursor()
+        left = self._turnstile.enter(timeout)
+        self._set_synchronous(cursor, durable)
         if timeout - left < _SHORT_WAIT:
             cursor.execute("BEGIN IMMEDIATE")
-            return
+            return cursor
         cursor.execute(f"PRAGMA busy_timeout = {left * 1000:.0f}")
         try:
             cursor.execute("BEGIN IMMEDIATE")
         finally:
             cursor.execute(f"PRAGMA busy_timeout = {timeout * 1000:.0f}")
+        return cursor
+
+    def _undo(self, connection: sqlite3.Connection, error: BaseException) -> None:
+        """Roll back; raise our error for one of SQLite's."""
+        # A full disk makes SQLite roll back by itself.
+        if connection.in_transaction:
+            self._roll_back(connection)
+        if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
+            timeout = self._connections.busy_timeout
+            raise translated(error, self._file.path, timeout) from error
+
+    def _refuse_if_newer(
+        self, connection: sqlite3.Connection, writes: Sequence[Write] | None
+    ) -> None:
+        if self._connections.compiling.seen:
+            self._look_at_version(connection)
+        if self._newer is not None and not _let_go(writes):
+            raise SchemaMismatch(*self._newer.args)
 
     def _look_at_version(self, connection: sqlite3.Connection) -> None:
         try:
@@ -290,8 +305,9 @@ class SQLiteRepository(Repository):
             # The lock and the note of it in one step: the exception of a signal handler may come between
             # any two, in `finally` after each call but the last, too.
             got.extend(map(self._write_lock.acquire, (False,)))
-            if got == [True]:
-                return self._connections.writer().execute(sql, values).fetchall()
+            # Not what a transaction has written that an interrupt cut short: it is undone.
+            if got == [True] and not (writer := self._connections.writer()).in_transaction:
+                return writer.execute(sql, values).fetchall()
         except sqlite3.Error:
             pass  # the other connection meets it again, and says what it means
         finally:
@@ -307,53 +323,25 @@ class SQLiteRepository(Repository):
             with self._write_lock:
                 self._connections.writer()
 
-    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        """The tasks with these ids that exist, by id."""
-        found = {}
-        for some in _chunks(task_ids):
-            read = self._rows_near if len(some) <= _FEW else self._rows
-            for row in read(statements.select_many(len(some)), some):
-                found[row[0]] = task_from_row(row, self.codecs)
+    def find(
+        self,
+        column: Lookup,
+        values: Sequence[str],
+        fields: tuple[str, ...],
+        limit: int | None = None,
+    ) -> Sequence[tuple[Any, ...]]:
+        """Rows that have one of these values in a lookup column."""
+        found: list[tuple[Any, ...]] = []
+        for start in range(0, len(values), _MOST_VARIABLES):
+            some = values[start : start + _MOST_VARIABLES]
+            read = self._rows_near if column in _NEAR and len(some) <= _FEW else self._rows
+            sql = statements.find(column, len(some), fields, limit is not None)
+            found += read(sql, some if limit is None else [*some, limit - len(found)])
         return found
 
-    def _rows_of(self, columns: str, key: str, values: Sequence[str]) -> Iterator[Any]:
-        for some in _chunks(values):
-            read = self._rows_near if len(some) <= _FEW else self._rows
-            yield from read(statements.select_many(len(some), columns, key), some)
-
-    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """The status of each of these tasks that exists, by id."""
-        return dict(self._rows_of("id, status", "id", task_ids))
-
-    def asked_to_cancel(self, task_ids: Sequence[str]) -> Collection[str]:
-        """Return the ids of these tasks whose cancel was requested, even if the record is damaged."""
-        asked = dict(self._rows_of("id, cancel_requested_at IS NOT NULL", "id", task_ids))
-        return [task_id for task_id, is_asked in asked.items() if is_asked]
-
-    def unique_holders(self, keys: Sequence[str]) -> dict[str, str]:
-        """Which task holds each of these unique keys, by key."""
-        return dict(self._rows_of("unique_lock, id", "unique_lock", keys))
-
-    def awaited(self, after: str, limit: int) -> Sequence[str]:
-        """The ids that waiting tasks wait on, in order, from the one after ``after``."""
-        return [parent for (parent,) in self._rows(statements.AWAITED, (after, limit))]
-
-    def waiting_for(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that wait on one of these."""
-        return [child for (child,) in self._rows_of("id", "waiting_on", task_ids)]
-
-    def next_in_line(self, key: str) -> str | None:
-        """The first task of a concurrency key that waits for its turn."""
-        rows = self._rows(statements.NEXT_IN_LINE, (key,))
-        return rows[0][0] if rows else None
-
-    def lines(self, after: str, limit: int) -> dict[str, bool]:
-        """Concurrency keys of tasks that wait for their turn, and whether each stands still."""
-        return {key: bool(still) for key, still in self._rows(statements.LINES, (after, limit))}
-
-    def stuck_on(self, node: str) -> Sequence[Stub]:
-        """The tasks that a thread of an ended attempt still runs on a node."""
-        return [_stub(row) for row in self._rows(statements.STUCK, (node,))]
+    def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
+        """The values that a column has, in order, from the one after ``after``."""
+        return [value for (value,) in self._rows(statements.DISTINCT[column], (after, limit))]
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         """The tasks that meet the filter, newest first."""
@@ -364,16 +352,6 @@ class SQLiteRepository(Repository):
         """How many tasks meet the filter."""
         ((count,),) = self._rows(*statements.count_tasks(filter))
         return int(count)
-
-    def page(self, filter: TaskFilter) -> tuple[Sequence[Task], int]:
-        """The tasks that meet the filter, and how many do in all, as one transaction sees them."""
-        self._open()
-        with self._connections.reader() as connection:
-            connection.execute("BEGIN")
-            rows = _fetch(connection, *statements.list_tasks(filter))
-            ((count,),) = _fetch(connection, *statements.count_tasks(filter))
-            connection.execute("COMMIT")
-        return [task_from_row(row, self.codecs) for row in rows], int(count)
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -397,47 +375,9 @@ class SQLiteRepository(Repository):
         rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
-    def due(self, now: int, limit: int) -> Sequence[str]:
-        """Ids of held back pending tasks whose time has come."""
-        return [task_id for (task_id,) in self._rows(statements.DUE, (now, limit))]
-
-    def next_due(self) -> int | None:
-        """The earliest ``run_at`` of the held back pending tasks."""
-        ((earliest,),) = self._rows(statements.NEXT_DUE)
-        return None if earliest is None else int(earliest)
-
-    def oldest_ready(self) -> int | None:
-        """Since when the pending task has waited, of those that may start now, that waits longest."""
-        ((since,),) = self._rows(statements.OLDEST_READY, (OLDEST,))
-        return None if since is None else int(since)
-
-    def owned(self, node: str, limit: int | None = None) -> Sequence[Stub]:
-        """The running tasks that a node holds, and then the pending ones; at most ``limit``."""
-        most = -1 if limit is None else limit
-        return [_stub(row) for row in self._rows(statements.OWNED, (node, node, most))]
-
-    def owners(self) -> Sequence[str]:
-        """The ids of all nodes that hold tasks."""
-        queries = (
-            statements.OWNERS_OF_READY,
-            statements.OWNERS_OF_RUNNING,
-            statements.OWNERS_OF_STUCK,
-        )
-        return list({owner for query in queries for (owner,) in self._rows(query)})
-
-    def unfinished(self, types: Iterable[str]) -> bool:
-        """Whether a task of these types runs on a node, or is pending and not held back."""
-        kinds = list(types)
-        self._open()
-        with self._connections.reader() as connection:
-            connection.execute("BEGIN")  # one snapshot: a task that starts meanwhile is in it once
-            running = {kind for (kind,) in connection.execute(statements.UNFINISHED_RUNNING)}
-            found = not running.isdisjoint(kinds) or any(
-                connection.execute(statements.UNFINISHED_READY, (kind,)).fetchone()
-                for kind in kinds
-            )
-            connection.execute("COMMIT")
-        return found
+    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
+        """The held back pending tasks whose time has come by then, earliest first."""
+        return self._rows(statements.DUE, (_ANY_TIME if before is None else before, limit))
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         """Tasks of a finished status that ended before a moment, newest first."""
@@ -447,19 +387,6 @@ class SQLiteRepository(Repository):
             for *row, parents, lock, scope, created_at, seq in rows
             if (place := (created_at, seq))
         ]
-
-    def needed(self, task_ids: Sequence[str]) -> set[str]:
-        """Return the ids of these on which a stored task depends that is not one of these."""
-        rows = self._rows(statements.needed(len(task_ids)), task_ids)
-        return {parent for (parent,) in rows}
-
-    def children(self, task_ids: Sequence[str]) -> Sequence[str]:
-        """The tasks that depend on one of these, each once."""
-        found = dict[str, None]()
-        for some in _chunks(task_ids):
-            rows = self._rows(statements.children(len(some)), some)
-            found.update((child, None) for (child,) in rows)
-        return list(found)
 
     def shrink(self) -> bool:
         """Cut a few pages off the file, if a good part of it is free; whether there are more.
@@ -510,97 +437,19 @@ class SQLiteRepository(Repository):
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Store notes, or remove them, each if its version is still that one, in one transaction."""
+        # After a power cut all nodes are dead. One that is outdated still says that it stops, and leaves.
+        nodes = all(change.name.startswith(PREFIX) for change in changes)
+        on_record = nodes and all(change.version for change in changes)
         return self._transact(
-            lambda cursor: [_put_note(cursor, *change) for change in changes], durable=True
+            lambda cursor: [_put_note(cursor, *change) for change in changes],
+            durable=not nodes,
+            writes=() if on_record else None,
         )
 
-    # --- nodes
-
-    def join(self, node: Node) -> None:
-        """Record a node, and prove it alive until :meth:`leave` or process death."""
-        self._open()
-        file = self._file.inode
-        lock = self._locks.hold(node.id, file)
-        row = (node.id, node.name, json.dumps(node.types), file, lock)
-        try:
-            self._transact(
-                lambda cursor: cursor.execute(
-                    "INSERT INTO nodes (id, name, types, file, lock) VALUES (?, ?, ?, ?, ?)", row
-                ),
-                durable=False,
-            )
-        except BaseException:
-            self._locks.release(node.id)
-            raise
-        self._joined.add(node.id)
-        with suppress(RepositoryError):  # the next node does it
-            self._locks.clear_orphans(self._file.inode, self._on_record)
-
-    def _on_record(self) -> set[str]:
-        return {*turnstile.NAMES, *(node for (node,) in self._rows("SELECT id FROM nodes"))}
-
-    def began(self, node: str) -> Began | None:
-        """Return the tasks that the threads of a node began last."""
-        return self._locks.began(node)
-
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node runs now."""
-        row = (json.dumps(types), node)
-        self._transact(
-            lambda cursor: cursor.execute("UPDATE nodes SET types = ? WHERE id = ?", row),
-            durable=False,
-        )
-
-    def mark_stopping(self, node: str) -> None:
-        """Record that a node is stopping."""
-        self._transact(
-            lambda cursor: cursor.execute("UPDATE nodes SET stopping = 1 WHERE id = ?", (node,)),
-            durable=False,
-            writes=(),
-        )
-
-    def leave(self, node: str) -> None:
-        """Forget a node that holds nothing any more."""
-        try:
-            self._transact(
-                lambda cursor: cursor.execute("DELETE FROM nodes WHERE id = ?", (node,)),
-                durable=False,
-                writes=(),
-            )
-        except BaseException:
-            self._locks.let_go(node)  # still on record, it is a dead one from now on
-            raise
-        finally:
-            self._joined.discard(node)
-        self._locks.release(node)
-
-    def nodes(self) -> Sequence[Node]:
-        """Return all recorded nodes. In a copy of a file, the nodes of the original are dead.
-
-        A node that holds its lock beside this file lives: the copy was put in the original's place.
-        """
-        self._open()
-        nodes = [
-            Node(
-                id=node,
-                name=name,
-                types=tuple(json.loads(types)),
-                stopping=bool(stopping),
-                alive=self._alive(node, file, lock),
-            )
-            for node, name, types, file, lock, stopping in self._rows(
-                "SELECT id, name, types, file, lock, stopping FROM nodes ORDER BY id"
-            )
-        ]
-        if any(node.alive is None for node in nodes):
-            # One that leaves goes from the record before its lock file goes.
-            still = self._on_record()
-            nodes = [node for node in nodes if node.alive is not None or node.id in still]
-        return nodes
-
-    def _alive(self, node: str, file: int, lock: int) -> bool | None:
-        alive = self._locks.alive(node, lock)
-        return False if alive is None and file != self._file.inode else alive
+    def _make_liveness(self) -> KernelLocks:
+        """The kernel tells, as all processes are on one host."""
+        place = lambda: (self._file.folder, self._file.inode)  # noqa: E731
+        return KernelLocks(self, place, turnstile.NAMES)
 
     def ensure_there(self) -> None:
         """Raise if the file was moved, deleted, replaced or migrated since it was opened.
@@ -626,7 +475,7 @@ class SQLiteRepository(Repository):
             try:
                 self._turnstile.close()
                 self._connections.close()
-                if not self._joined:
+                if not self.liveness.at_work:
                     self._file.forget()
             except sqlite3.Error as error:
                 raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
@@ -653,7 +502,6 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
-        self._joined.clear()
         self._forget_writer()
 
 
@@ -699,24 +547,27 @@ class _Refused(Exception):
         self.results = results
 
 
+#: SQL, its values, how many writes it does, and the parents of a task that it stores, in pairs with that.
+_Statement = tuple[str, Sequence[Any], int, Sequence[tuple[str, str]]]
+
+
 class _Uneven(Exception):
     """Of several updates in one statement some held and some did not: which, it does not tell."""
 
 
-def _apply_in_groups(cursor: sqlite3.Cursor, writes: Sequence[Write]) -> Sequence[bool]:
-    """Apply writes in order; neighbours that differ in nothing but the id, such as starts, together."""
-    results: list[bool] = []
-    while (position := len(results)) < len(writes):
-        group = _alike(writes, position)
-        if len(group) == 1:
-            results.append(_apply_one(cursor, writes[position]))
-            continue
-        first = writes[position]
-        cursor.execute(*statements.update(group, first.guard, first.changes))  # type: ignore[union-attr]
-        if 0 < cursor.rowcount < len(group):
-            raise _Uneven
-        results += [cursor.rowcount > 0] * len(group)
-    return results
+def _script(writes: Sequence[Write]) -> list[_Statement]:
+    """The statements of writes, in order; of neighbours that differ in nothing but the id, one for all."""
+    script: list[_Statement] = []
+    position = 0
+    while position < len(writes):
+        write, group = writes[position], _alike(writes, position)
+        if len(group) > 1:
+            sql, values = statements.update(group, write.guard, write.changes)  # type: ignore[union-attr]
+            script.append((sql, values, len(group), ()))
+        else:
+            script.append(_statement(write))
+        position += len(group)
+    return script
 
 
 def _alike(writes: Sequence[Write], position: int) -> list[str]:
@@ -731,20 +582,24 @@ def _alike(writes: Sequence[Write], position: int) -> list[str]:
     return group
 
 
-def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
+def _statement(write: Write) -> _Statement:
     if isinstance(write, Update):
-        cursor.execute(*statements.update((write.id,), write.guard, write.changes))
-    elif isinstance(write, Insert):
-        ordinary = _is_ordinary(write)
-        sql = _INSERT_ORDINARY if ordinary else statements.insert_if_new(tuple(write.row))
-        cursor.execute(sql, tuple(write.row.values()))
-        if (parents := write.row.get("depends_on")) and cursor.rowcount == 1:
-            pairs = [(parent, write.id) for parent in json.loads(parents)]
-            cursor.executemany(statements.NEW_PARENT, pairs)
-            return True
-    else:
-        cursor.execute(*statements.delete(write.id, write.guard))
-    return cursor.rowcount == 1
+        return *statements.update((write.id,), write.guard, write.changes), 1, ()
+    if isinstance(write, Delete):
+        return *statements.delete(write.id, write.guard), 1, ()
+    if _is_ordinary(write):
+        return _INSERT_ORDINARY, tuple(write.row.values()), 1, ()
+    parents = json.loads(write.row.get("depends_on") or "[]")
+    pairs = [(parent, write.id) for parent in parents]
+    return statements.insert_if_new(tuple(write.row)), tuple(write.row.values()), 1, pairs
+
+
+def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
+    sql, values, _, parents = _statement(write)
+    held = cursor.execute(sql, values).rowcount == 1
+    if parents and held:
+        cursor.executemany(statements.NEW_PARENT, parents)
+    return held
 
 
 def _put_note(cursor: sqlite3.Cursor, name: str, text: str | None, version: int) -> bool:
@@ -765,20 +620,6 @@ _INSERT_ORDINARY = statements.insert_if_new(CREATED)
 def _is_ordinary(insert: Insert) -> bool:
     """Whether it has no columns but those that every creation sets, which come in their order."""
     return len(insert.row) == len(CREATED)
-
-
-def _took_place(cursor: sqlite3.Cursor, write: Write, codecs: Codecs) -> bool:
-    if isinstance(write, Delete):
-        return cursor.execute("SELECT 1 FROM tasks WHERE id = ?", (write.id,)).fetchone() is None
-    wanted = traces(write)
-    sql = f"SELECT {', '.join(wanted)} FROM tasks WHERE id = ?"
-    stored = cursor.execute(sql, (write.id,)).fetchone()
-    return stored is not None and shows(dict(zip(wanted, stored, strict=True)), write, codecs.same)
-
-
-def _chunks(values: Sequence[str]) -> Iterator[Sequence[str]]:
-    for start in range(0, len(values), _MOST_VARIABLES):
-        yield values[start : start + _MOST_VARIABLES]
 
 
 def _fetch(connection: sqlite3.Connection, sql: str, values: Sequence[Any]) -> list[Any]:

@@ -122,10 +122,23 @@ _VERSION_2 = (
     """,
 )
 
+# A node is a note, and its name says that it is one.
+_VERSION_3 = (
+    """
+    INSERT INTO notes (name, text, version)
+    SELECT 'node/' || id, json_object(
+        'name', name, 'types', json(types),
+        'stopping', json(CASE stopping WHEN 0 THEN 'false' ELSE 'true' END),
+        'file', file, 'lock', lock
+    ), 1 FROM nodes
+    """,
+    "DROP TABLE nodes",
+)
+
 #: The statements that lead from each schema version to the next; the first entry makes a new file. An
-#: entry that was released is never edited. A new entry only adds, and changes no meaning: a process of
-#: the version before still writes how its tasks end.
-MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2)
+#: entry that was released is never edited. A new entry adds, and changes nothing that tasks are in: a
+#: process of the version before still writes how its tasks end.
+MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 VERSION = len(MIGRATIONS)
 
 _WHOSE = (

@@ -11,6 +11,7 @@ from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, TaskFilter
 from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
+from taskx.storage.base import Listed, Lookup
 
 # Cast, as one damaged record must not keep the others from being sorted.
 _STUB = (
@@ -40,60 +41,66 @@ READY_AT = (
 # In these words, as the partial index is asked for by them.
 _HELD = "status = 'pending' AND held > 0 AND held = {}"
 DUE = (
-    f"SELECT id FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? ORDER BY run_at LIMIT ?"
-)
-# What is no number is above all numbers, and never due.
-NEXT_DUE = f"SELECT min(run_at) FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at < 1e18"
-# The index alone says which were stored first: its entries end in seq. What is no number is above all
-# numbers.
-OLDEST_READY = (
-    "SELECT CAST(min(max(created_at, coalesce(run_at, 0))) AS INTEGER) FROM tasks "
-    "WHERE seq IN (SELECT seq FROM tasks INDEXED BY tasks_ready "
-    "WHERE status = 'pending' AND held = 0 ORDER BY seq LIMIT ?)"
-)
-# SQLite goes through the parts of a UNION ALL one after the other, and stops at the limit.
-OWNED = (
-    f"SELECT {_STUB} FROM tasks WHERE status = 'running' AND owner = ? AND owner <> '' UNION ALL "
-    f"SELECT {_STUB} FROM tasks WHERE status = 'pending' AND held = 0 AND owner = ? AND owner <> '' "
-    "LIMIT ?"
-)
-# A step in the index for each owner, however many tasks each has.
-_OWNERS_OF = (
-    "WITH RECURSIVE owners (owner) AS (SELECT min(owner) FROM tasks WHERE {0} UNION ALL "
-    "SELECT (SELECT min(owner) FROM tasks WHERE {0} AND owner > owners.owner) FROM owners "
-    "WHERE owners.owner IS NOT NULL) "
+    f"SELECT id, run_at FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? "
+    "ORDER BY run_at LIMIT ?"
 )
 _READY, _RUNNING = "status = 'pending' AND held = 0", "status = 'running'"
-OWNERS_OF_READY, OWNERS_OF_RUNNING = (
-    f"{_OWNERS_OF.format(which)} SELECT owner FROM owners WHERE owner <> ''"
-    for which in (_READY, _RUNNING)
-)
-OWNERS_OF_STUCK = "SELECT DISTINCT stuck_on FROM tasks WHERE stuck_on <> ''"
-STUCK = f"SELECT {_STUB} FROM tasks WHERE stuck_on = ? AND stuck_on <> ''"
-AWAITED = (
-    "SELECT DISTINCT waiting_on FROM tasks INDEXED BY tasks_waiting WHERE waiting_on > ? "
-    f"AND waiting_on IS NOT NULL AND status = 'pending' AND held = {FOR_PARENTS} "
-    "ORDER BY waiting_on LIMIT ?"
-)
+_WAITING = f"waiting_on IS NOT NULL AND status = 'pending' AND held = {FOR_PARENTS}"
 _IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"
-NEXT_IN_LINE = f"SELECT id FROM tasks WHERE {_IN_LINE} AND concurrency_key = ? ORDER BY seq LIMIT 1"
-# A step in the index for each key, however many tasks wait for it.
-LINES = (
-    f"WITH RECURSIVE keys (key) AS (SELECT min(concurrency_key) FROM tasks WHERE {_IN_LINE} "
-    "AND concurrency_key > ? UNION ALL "
-    f"SELECT (SELECT min(concurrency_key) FROM tasks WHERE {_IN_LINE} AND concurrency_key > keys.key) "
-    "FROM keys WHERE keys.key IS NOT NULL) SELECT key, NOT EXISTS "
-    "(SELECT 1 FROM tasks WHERE turn = keys.key) FROM keys WHERE key IS NOT NULL LIMIT ?"
+
+
+def _steps(name: str, which: str, tasks: str = "tasks") -> str:
+    """Values of a column of an index, a step for each, however many tasks have it."""
+    least = f"SELECT min({name}) FROM {tasks} WHERE {which} AND {name} > {{}}"
+    return f"WITH RECURSIVE {_each(least)}"
+
+
+def _each(least: str) -> str:
+    return (
+        f"steps (value) AS ({least.format('?')} UNION ALL SELECT ({least.format('steps.value')}) "
+        "FROM steps WHERE steps.value IS NOT NULL) "
+        "SELECT value FROM steps WHERE value IS NOT NULL LIMIT ?"
+    )
+
+
+# The index is by owner first: so a step for each type of each owner.
+_READY_TYPES = (
+    f"WITH RECURSIVE owners (owner) AS (SELECT min(owner) FROM tasks WHERE {_READY} UNION ALL SELECT "
+    f"(SELECT min(owner) FROM tasks WHERE {_READY} AND owner > owners.owner) FROM owners "
+    "WHERE owners.owner IS NOT NULL), "
+) + _each(
+    "SELECT min(kind) FROM (SELECT (SELECT min(type) FROM tasks "
+    f"WHERE {_READY} AND tasks.owner = owners.owner AND type > {{}}) AS kind FROM owners)"
 )
+
+
+#: The values of a column after one.
+DISTINCT: dict[Listed, str] = {
+    "waiting_on": _steps("waiting_on", _WAITING, "tasks INDEXED BY tasks_waiting"),
+    "line": _steps("concurrency_key", _IN_LINE),
+    "running_on": _steps("owner", _RUNNING),
+    "buffered_on": _steps("owner", _READY),
+    "stuck_on": _steps("stuck_on", "stuck_on <> ''"),
+    "ready_type": _READY_TYPES,
+}
+#: How rows are found by a column: the table, the conditions, the expression that has one of the values,
+#: and the order.
+_FIND: dict[Lookup, tuple[str, str, str, str]] = {
+    "id": ("tasks", "", "id", ""),
+    "unique_lock": ("tasks", "", "unique_lock", ""),
+    "turn": ("tasks", "", "turn", ""),
+    "waiting_on": ("tasks", "", "waiting_on", ""),
+    "parent": ("(SELECT parent, child AS id FROM parents)", "", "parent", ""),
+    "line": ("tasks", f"{_IN_LINE} AND ", "concurrency_key", " ORDER BY seq"),
+    "running_on": ("tasks", f"{_RUNNING} AND owner <> '' AND ", "owner", ""),
+    "buffered_on": ("tasks", f"{_READY} AND owner <> '' AND ", "owner", ""),
+    "stuck_on": ("tasks", "stuck_on <> '' AND ", "stuck_on", ""),
+}
 NEW_PARENT = "INSERT OR IGNORE INTO parents (parent, child) VALUES (?, ?)"
 NOTES = "SELECT name, text, version FROM notes WHERE name >= ? AND name < ?"
 NEW_NOTE = "INSERT INTO notes (name, text, version) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 CHANGED_NOTE = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
 GONE_NOTE = "DELETE FROM notes WHERE name = ? AND version = ?"
-UNFINISHED_READY = (
-    f"{_OWNERS_OF.format(_READY)} SELECT 1 FROM owners CROSS JOIN tasks ON tasks.owner = owners.owner "
-    f"AND {_READY} AND type = ? LIMIT 1"
-)
 # By the index of that status: a task was created before it ended.
 ENDED = (
     f"SELECT {_STUB}, depends_on, unique_lock, unique_scope, created_at, seq FROM tasks "
@@ -104,42 +111,22 @@ FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "
     "(SELECT page_count FROM pragma_page_count)"
 )
-UNFINISHED_RUNNING = "SELECT DISTINCT type FROM tasks WHERE status = 'running' AND owner <> ''"
 
 
-@lru_cache(maxsize=64)
-def select_many(count: int, columns: str = TASK, key: str = "id") -> str:
-    """Select columns of tasks by ``count`` ids, or values of another indexed column."""
-    return f"SELECT {columns} FROM tasks WHERE {key} IN ({', '.join('?' * count)})"
-
-
-@lru_cache(maxsize=64)
-def needed(count: int) -> str:
-    """Select those of ``count`` ids that tasks with other ids depend on."""
-    # Not "?1": to Python 3.12 that is a name, and names are deprecated where values have none.
-    ids = ", ".join(["(?)"] * count)
-    return (
-        f"WITH given (id) AS (VALUES {ids}) SELECT DISTINCT parent FROM parents "
-        "WHERE parent IN given AND child NOT IN given"
-    )
-
-
-@lru_cache(maxsize=64)
-def children(count: int) -> str:
-    """Select the tasks that depend on one of ``count`` ids."""
-    return f"SELECT DISTINCT child FROM parents WHERE parent IN ({', '.join('?' * count)})"
-
-
-@lru_cache(maxsize=64)
-def insert(columns: tuple[str, ...]) -> str:
-    """An ``INSERT`` of these columns."""
-    return f"INSERT INTO tasks ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})"
+@lru_cache(maxsize=256)
+def find(column: Lookup, count: int, fields: tuple[str, ...], limited: bool) -> str:
+    """Select fields of the rows that have one of ``count`` values in a lookup column."""
+    table, conditions, key, order = _FIND[column]
+    values = "= ?" if count == 1 else f"IN ({', '.join('?' * count)})"
+    sql = f"SELECT {', '.join(fields)} FROM {table} WHERE {conditions}{key} {values}{order}"
+    return f"{sql} LIMIT ?" if limited else sql
 
 
 @lru_cache(maxsize=64)
 def insert_if_new(columns: tuple[str, ...]) -> str:
     """An ``INSERT`` of these columns that does nothing where what must be unique is taken."""
-    return f"{insert(columns)} ON CONFLICT DO NOTHING"
+    places = ", ".join("?" * len(columns))
+    return f"INSERT INTO tasks ({', '.join(columns)}) VALUES ({places}) ON CONFLICT DO NOTHING"
 
 
 _shapes: dict[tuple[Any, ...], str] = {}

@@ -14,7 +14,7 @@ from mongo_server import new_database
 
 from taskx import MongoRepository
 from taskx.core import lifecycle
-from taskx.storage.base import Changes
+from taskx.storage.queries import Changes
 
 
 @pytest.fixture

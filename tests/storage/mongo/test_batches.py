@@ -6,12 +6,16 @@ import threading
 import time
 
 import pytest
+from helpers import held_on, key_holders, services_of, those_with
 from mongo_proxy import swallowing
 
 from taskx import Queue, RepositoryUnavailable, Task, TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
+from taskx.storage.queries import owners
+from taskx.upkeep.node import unfinished
+from taskx.upkeep.retention import needed
 
 from .conftest import insert
 
@@ -48,9 +52,9 @@ def seen(store):
     ways = {
         "list": {task.id for task in store.list(TaskFilter())},
         "get_many": set(store.get_many(IDS)),
-        "owned": {stub.id for stub in store.owned("n")},
+        "owned": set(held_on(store, "n")),
         "statuses": set(store.statuses(IDS)),
-        "keys": set(store.unique_holders([f"key {task_id}" for task_id in IDS]).values()),
+        "keys": set(key_holders(store, [f"key {task_id}" for task_id in IDS]).values()),
     }
     assert store.count(TaskFilter()) == len(ways["list"])
     return ways
@@ -60,8 +64,8 @@ class TestASubmitterThatDied:
     def test_before_the_commit_leaves_nothing_visible(self, store, monkeypatch, mock):
         die_at(monkeypatch, store, "_commit")
         assert set().union(*seen(store).values()) == set()
-        assert store.owners() == []
-        assert not store.unfinished(["t"])
+        assert owners(store) == []
+        assert not unfinished(store, ["t"])
         assert list(store.apply(lifecycle.cancel("b0", 1))) == [False, False, False]
         assert mock.tasks.count_documents({}) == 5
 
@@ -72,9 +76,9 @@ class TestASubmitterThatDied:
             lambda other: other.get_many(IDS[:1]),
             lambda other: other.list(TaskFilter(limit=1)),
             lambda other: other.count(TaskFilter()),
-            lambda other: other.nodes(),
+            lambda other: other.ready(["t"], 1),
             lambda other: other.statuses(IDS[:1]),
-            lambda other: other.unique_holders(["key b0"]),
+            lambda other: key_holders(other, ["key b0"]),
         ):
             mock.tasks.update_many({}, {"$set": {"taskx.batch": "again"}})
             mock["tasks.batches"].insert_one({"_id": "again", "committed": True})
@@ -96,12 +100,12 @@ class TestASubmitterThatDied:
             one = {"_id": "c", "taskx.batch": batch}
             mock.tasks.update_one(one, {"$unset": {"taskx.batch": ""}})
             monkeypatch.setattr(store._batches, "_reveal", reveal)
-            onlooker._services.dependents.look()
+            services_of(onlooker).dependents.look()
 
         monkeypatch.setattr(store._batches, "_reveal", half)
         handles = queue.submit_many(tasks)
         assert [handle.task().status for handle in handles] == ["pending", "pending"]
-        assert store.waiting_for(["p"]) == ["c"]
+        assert those_with(store, "waiting_on", "p") == ["c"]
 
     def test_a_parent_of_one_that_is_hidden_yet_is_not_pruned(self, store, monkeypatch):
         """The child may be there the next moment, and ask for the result."""
@@ -112,16 +116,16 @@ class TestASubmitterThatDied:
             store.update_status("p", TaskStatus(status))
         moment = store.get_by_id("p").completed_at.timestamp() * 1000 + 1000
         assert [task.stub.id for task in store.ended("completed", moment, 9)] == ["p"]
-        assert store.needed(["p"]) == set()
+        assert needed(store, ["p"]) == set()
         monkeypatch.setattr(store._batches, "_reveal", lambda batch: None)
         queue.submit_many([Task(type="t", depends_on=["p"]), Task(type="t")])
-        assert store.needed(["p"]) == {"p"}
+        assert needed(store, ["p"]) == {"p"}
 
     def test_the_hidden_rest_is_cleared_away(self, store, monkeypatch, mock):
         """When it has been seen for long enough, by the looker's own clock; not before."""
         die_at(monkeypatch, store, "_commit")
         now = [100.0]
-        patient = Batches(store._connection, store._sender, 10.0, lambda: now[0])
+        patient = Batches(store._connection, 10.0, lambda: now[0])
         patient.look_after()
         now[0] += 9.9
         patient.look_after()
@@ -136,7 +140,7 @@ class TestASubmitterThatDied:
         commit = store._batches._commit
 
         def late(batch):
-            Batches(store._connection, store._sender, 0.0, time.monotonic).look_after()
+            Batches(store._connection, 0.0, time.monotonic).look_after()
             commit(batch)
 
         monkeypatch.setattr(store._batches, "_commit", late)
@@ -177,8 +181,9 @@ class TestASubmitterThatDied:
             assert asked.wait(20.0)
             commit(batch)
 
-        make_way = other._sender.make_way
-        other._sender.make_way = lambda *args: (make_way(*args), asked.set())[0]
+        make_way = other._batches.make_way
+        answered = lambda *args: (make_way(*args), asked.set())[0]  # noqa: E731
+        monkeypatch.setattr(other._batches, "make_way", answered)
         monkeypatch.setattr(store._batches, "_commit", slow)
         monkeypatch.setattr(sender, "_MOMENT", 20.0)
         writes = [insert(task_id) for task_id in IDS]
@@ -200,7 +205,7 @@ class TestASubmitterThatDied:
 
     def test_nothing_is_abandoned_that_was_committed(self, store, monkeypatch, mock):
         die_at(monkeypatch, store, "_reveal")
-        Batches(store._connection, store._sender, 0.0, time.monotonic).look_after()
+        Batches(store._connection, 0.0, time.monotonic).look_after()
         assert all(found == set(IDS) for found in seen(store).values())
 
 

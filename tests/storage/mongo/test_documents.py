@@ -9,12 +9,15 @@ import pytest
 from bson import ObjectId, decode, encode
 from bson.decimal128 import Decimal128
 from bson.int64 import Int64
+from helpers import earliest_due, held_on
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from taskx import InvalidTransition, Task, TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.storage.mongo import documents
+from taskx.storage.queries import owners
+from taskx.upkeep.node import unfinished
 
 from .conftest import insert, run
 
@@ -304,14 +307,14 @@ class TestTheirs:
         """It may hold them in its channel."""
         task = with_go.get_by_id("go-pending")
         assert with_go.ready(["sync"], 10) == []
-        assert not with_go.unfinished(["sync"])
+        assert not unfinished(with_go, ["sync"])
         assert list(with_go.apply([lifecycle.start(task, NOW, "node")])) == [False]
-        assert with_go.owners() == []
+        assert owners(with_go) == []
 
     def test_adopted_they_run_once(self, make, database):
         database.tasks.insert_many([dict(document) for document in GO])
         ones = [make(database, adopt_foreign=True) for _ in range(2)]
-        assert ones[0].unfinished(["sync"])
+        assert unfinished(ones[0], ["sync"])
         for one in ones:
             assert [stub.id for stub in one.ready(["sync"], 10)] == ["go-pending"]
         starts = [
@@ -322,7 +325,7 @@ class TestTheirs:
             True,
             False,
         ]
-        assert [stub.id for stub in ones[1].owned("node 0")] == ["go-pending"]
+        assert held_on(ones[1], "node 0") == ["go-pending"]
         assert decode_as_go(database.tasks.find_one({"_id": "go-pending"}))["status"] == "running"
         assert ones[0].ready(["other"], 10) == []
 
@@ -406,8 +409,8 @@ class TestTheirs:
         repository.apply([insert("free")])
         change = {"$set": {"taskx.run_at": run_at}} if run_at else {"$unset": {"taskx.run_at": 1}}
         database.tasks.update_one({"_id": "lost"}, change)
-        assert repository.next_due() == NOW + 2000
-        assert repository.due(NOW + 10_000, 10) == ["due"]
+        assert earliest_due(repository) == NOW + 2000
+        assert [task_id for task_id, _ in repository.due(NOW + 10_000, 10)] == ["due"]
         database.tasks.update_one({"_id": "free"}, {"$set": {"taskx.priority": "high"}})
         assert [(stub.id, stub.priority) for stub in repository.ready(["t"], 10)] == [("free", 0)]
 

@@ -16,12 +16,15 @@ import taskx
 from taskx import (
     ConfigurationError,
     MongoRepository,
+    Queue,
     RepositoryError,
+    SchemaMismatch,
     Task,
     TaskFilter,
     open_repository,
 )
-from taskx.storage.base import Node
+from taskx.liveness.base import Node
+from taskx.storage.mongo.tasks import LOOKUPS
 from taskx.testing import ManualClock
 
 from .conftest import CommandCount, insert
@@ -62,7 +65,7 @@ class TestUrls:
         ) as repository:
             repository.apply([insert("a")])
             assert database.jobs.count_documents({}) == 1
-            assert repository._leases._lease == 5.0
+            assert repository.lease_timeout == 5.0
 
     def test_a_closed_one_opens_again(self, url, database):
         repository = open_repository(f"{url}/{database.name}")
@@ -107,7 +110,7 @@ class TestWriteConcern:
     def test_majority_and_journal_whatever_the_database_says(self, url, database, make):
         weak = database.client.get_database(database.name, write_concern=WriteConcern(w=1))
         repository = make(weak)
-        for collection in ("tasks", "nodes", "batches"):
+        for collection in ("tasks", "notes", "batches"):
             concern = getattr(repository._connection, collection).write_concern
             assert concern.document == {"w": "majority", "j": True}
 
@@ -127,8 +130,8 @@ class TestWriteConcern:
             repository = make(client[database.name])
             repository.apply([insert("a")])
             repository.delete("a")
-            repository.join(Node(id="n", name="n"))
-            repository.leave("n")
+            repository.liveness.join(Node(id="n", name="n"))
+            repository.liveness.leave("n")
         assert len(sent) >= 4
         assert all(concern == {"w": "majority", "j": True} for concern in sent)
 
@@ -151,10 +154,26 @@ class TestIndexes:
         for name in ("status", "type", "created_by"):
             assert made[f"taskx_{name}"]["key"] == [(name, 1), *newest_first]
 
+    @pytest.mark.parametrize("column", LOOKUPS)
+    def test_every_lookup_column_has_one_that_its_conditions_permit(
+        self, repository, database, column
+    ):
+        """It begins with the column, and what it leaves out is not asked for: values are never empty."""
+        if column == "id":
+            return
+        repository.init_indexes()
+        where = LOOKUPS[column]
+        asked = {**where.of, where.path: {"$gt": ""}}
+        made = [dict(index, key=list(index["key"])) for index in database.tasks.list_indexes()]
+        assert any(
+            index["key"][0] == where.path
+            and index.get("partialFilterExpression", {}).items() <= asked.items()
+            for index in made
+        )
+
     def test_the_first_node_makes_them(self, repository, database):
-        repository.join(Node(id="n", name="n"))
+        repository.prepare()
         assert "taskx_due" in database.tasks.index_information()
-        repository.leave("n")
 
     def test_those_of_the_original_stay(self, repository, database):
         database.tasks.create_index("status")
@@ -168,27 +187,27 @@ import os, sys, threading, warnings
 warnings.simplefilter("error")
 import pymongo
 from taskx import MongoRepository, Task, TaskFilter
-from taskx.storage.base import Node
+from taskx.liveness.base import Node
 client = pymongo.MongoClient(sys.argv[1])
 repository = MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3])
-repository.join(Node(id="n", name="parent"))
+repository.liveness.join(Node(id="n", name="parent"))
 repository.create(Task(id="parent", type="t"))
 repository.version()
 child = os.fork()
 if child == 0:
     repository.create(Task(id="child", type="t"))
     assert repository.count(TaskFilter()) == 2
-    assert [node.alive for node in repository.nodes()] == [True]
-    assert not repository._leases._own and repository._leases._thread is None
-    repository.join(Node(id="c", name="child"))
-    repository.leave("c")
+    assert [node.alive for node in repository.liveness.nodes()] == [True]
+    assert not repository.liveness._own and repository.liveness._thread is None
+    repository.liveness.join(Node(id="c", name="child"))
+    repository.liveness.leave("c")
     repository.close()
     os._exit(0)
 assert os.waitpid(child, 0)[1] == 0
 repository.create(Task(id="after", type="t"))
 assert repository.count(TaskFilter()) == 3
-assert [node.name for node in repository.nodes()] == ["parent"]
-repository.leave("n")
+assert [node.name for node in repository.liveness.nodes()] == ["parent"]
+repository.liveness.leave("n")
 repository.close()
 client.close()
 print("fine")
@@ -245,13 +264,25 @@ def test_errors_of_the_driver_never_get_out_bare(repository, database, monkeypat
     assert isinstance(caught.value.__cause__, pymongo.errors.OperationFailure)
 
 
+def test_nodes_of_an_earlier_taskx_are_told_of_and_nothing_starts(mock, make):
+    """Each version would take the nodes of the other for dead."""
+    mock["tasks.nodes"].insert_one({"_id": "n", "name": "earlier", "dead": 0})
+    queue = Queue(make(mock))
+    with pytest.raises(SchemaMismatch, match="drop the collection"):
+        queue.start()
+    assert list(queue.repository.liveness.nodes()) == []
+    mock.drop_collection("tasks.nodes")
+    queue.start()
+    assert queue.stop() == []
+
+
 def test_two_collections_of_one_database_know_nothing_of_each_other(make, database):
     one, two = make(database), make(database, collection="others")
     one.apply([insert("a")])
-    one.join(Node(id="n", name="n"))
+    one.liveness.join(Node(id="n", name="n"))
     assert two.count(TaskFilter()) == 0
-    assert list(two.nodes()) == []
-    one.leave("n")
+    assert list(two.liveness.nodes()) == []
+    one.liveness.leave("n")
 
 
 def test_hosts_with_wrong_clocks_agree_on_the_order(mock, make, monkeypatch):

@@ -7,6 +7,7 @@ import time
 
 import pymongo
 import pytest
+from helpers import held_on
 from mongo_proxy import swallowing
 from mongo_server import REAL, free_port
 
@@ -20,6 +21,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.writes import Update
+from taskx.storage.queries import shown
 
 from .conftest import CommandCount, insert, run
 
@@ -144,7 +146,7 @@ class TestManyAtOnce:
             thread.join()
         assert sorted(task_id for mine in won.values() for task_id in mine) == sorted(ids)
         for node, mine in won.items():
-            assert sorted(stub.id for stub in repository.owned(node)) == sorted(mine)
+            assert sorted(held_on(repository, node)) == sorted(mine)
 
 
 WRITES = {
@@ -248,7 +250,7 @@ class TestAnswersThatAreLost:
         expected = HELD.get(what, [True] * len(writes))
         while True:
             try:
-                assert list(repository.settle(writes[:1])) == [True]
+                assert list(shown(repository, writes[:1])) == [True]
                 assert list(repository.apply(writes)) == expected
                 break
             except RepositoryUnavailable:
@@ -302,6 +304,61 @@ class TestAnswersThatAreLost:
         assert list(repository.apply(WRITES["all of them"](repository))) == HELD["all of them"]
 
 
+class TestAnInterrupt:
+    """Of ``apply`` itself: what took place is known again when the same objects are sent again."""
+
+    @pytest.fixture
+    def store(self, repository):
+        repository.apply([insert("p"), insert("c", unique_key="k", unique_scope="ever")])
+        repository.apply(lifecycle.cancel("c", NOW))
+        run(repository, "r")
+        return repository
+
+    @pytest.mark.parametrize("what", WRITES)
+    @pytest.mark.parametrize("sent", [True, False], ids=["after it was sent", "before"])
+    def test_what_is_sent_again_is_done_once(self, store, monkeypatch, what, sent):
+        writes = WRITES[what](store)
+        send = store._sender._send_once
+
+        def interrupted(ops, **options):
+            if sent:
+                send(ops, **options)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._sender, "_send_once", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.apply(writes)
+        between = store.find("id", [write.id for write in writes], ("id", "status", "starts"))
+        assert list(store.apply(writes)) == HELD.get(what, [True] * len(writes))
+        after = store.find("id", [write.id for write in writes], ("id", "status", "starts"))
+        assert (sorted(after) == sorted(between)) is sent
+
+    def test_though_its_guard_still_holds(self, store, monkeypatch):
+        """And others are sent beside it: its mark says that it took place."""
+        said = Update("r", {}, {"message": "said"})
+        send = store._sender._send
+
+        def interrupted(ops):
+            send(ops)
+            raise KeyboardInterrupt
+
+        with monkeypatch.context() as patch:
+            patch.setattr(store._sender, "_send", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                store.apply([said])
+        other = Update("r", {"message": "said"}, {"message": "said since"})
+        assert list(store.apply([other])) == [True]
+        assert list(store.apply([said, other])) == [True, False]
+        assert store.get_by_id("r").message == "said since"
+
+
+class TestAnInterruptBesideAMock(TestAnInterrupt):
+    @pytest.fixture
+    def repository(self, make, mock):
+        return make(mock)
+
+
 class TestRefusals:
     def test_too_large_for_a_document(self, repository):
         """16 MiB, whatever max_payload_size says; its neighbours can be stored."""
@@ -345,10 +402,11 @@ class TestRefusals:
             lambda: repository.update_progress(hostile, 5),
             lambda: repository.apply([Update(hostile, {}, {"message": "changed"})]),
             lambda: repository.apply(lifecycle.cancel(hostile, NOW)),
-            lambda: repository.owned(hostile),
+            lambda: held_on(repository, hostile),
             lambda: repository.ready([hostile], 5),
             lambda: repository.ready(["t"], 5, hostile),
-            lambda: repository.unfinished([hostile]),
+            lambda: repository.find("parent", [hostile], ("id",)),
+            lambda: repository.distinct("line", hostile, 5),
             lambda: TaskFilter(type=hostile if hostile is not None else 1),
             lambda: TaskFilter(created_by=hostile if hostile is not None else 1),
         ]

@@ -144,7 +144,8 @@ def crash(path: str) -> None:
     wait_until(path, "SELECT progress = 30 FROM tasks WHERE id = 'crashed'")
     end(first)
     stopping = begin(path, "stopping")
-    wait_until(path, "SELECT count(*) = 1 FROM nodes WHERE stopping = 1")
+    stops = "name LIKE 'node/%' AND text LIKE '%\"stopping\": true%'"
+    wait_until(path, f"SELECT count(*) = 1 FROM notes WHERE {stops}")
     running = begin(path, "running")
     wait_until(path, "SELECT count(*) = 4 FROM tasks WHERE progress = 30")
     wait_until(path, "SELECT count(*) = 1 FROM tasks WHERE stuck_on <> ''")
@@ -197,7 +198,9 @@ def neutral(path: str) -> None:
             "UPDATE tasks SET traceback = neutral(traceback), "
             "earlier_attempts = neutral(earlier_attempts)"
         )
-        connection.execute("UPDATE nodes SET file = 1")  # no copy has the number of the original
+        connection.execute(  # no copy has the number of the original
+            "UPDATE notes SET text = json_set(text, '$.file', 1) WHERE name LIKE 'node/%'"
+        )
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 

@@ -1,0 +1,4 @@
+"""What every part of a queue works with: group commit, hooks, handles, pauses, waiting threads.
+
+It knows the storage and nothing of workers or executors. Any package above may use it.
+"""

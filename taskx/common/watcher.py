@@ -1,0 +1,271 @@
+"""The watcher, which resolves the handles that somebody looks at when their tasks have ended.
+
+Like a handle it takes no lock that an exception in the main thread could leave locked, and marks nothing
+as done before it is. What was cut short is done again by whoever looks next.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+import weakref
+from collections import deque
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+from taskx.common import handles
+from taskx.common.agenda import Agenda
+from taskx.common.handles import TaskHandle
+from taskx.core.complaint import Complaint
+from taskx.core.errors import RepositoryError, on_main_thread
+from taskx.core.lifecycle import FINISHED as ENDED
+from taskx.core.log import GuardedLogger
+from taskx.storage.base import Repository
+from taskx.storage.queries import Changes
+
+# Polling interval, in seconds, of a process in which no queue is started.
+_POLL = 0.02
+# Such a process spends at most a tenth of its time on polling.
+_REST = 9
+# Ended tasks that are read at once: a record may be large.
+_MOST_READ = 50
+# Seconds that a close waits for those who wait to be told.
+_CLOSING = 1.0
+
+
+class Watcher:
+    """Resolves the handles that somebody looks at, when their tasks have ended.
+
+    In a started queue the workers and the housekeeper tell it to look; else it has a thread of its
+    own as long as there is something to watch. It holds handles weakly, but for those with callbacks.
+
+    Args:
+        repository: where the tasks are.
+        log: what it logs to.
+        agenda: tells whether there is a housekeeper, and wakes it.
+    """
+
+    def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
+        self._repository = repository
+        self._log = log
+        self._agenda = agenda
+        # The live handles of each task, by their ids as objects. Changed without a lock, one step of a
+        # dict at a time: a handle may be dropped, and an exception strike, anywhere.
+        self._handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
+        #: The ids of the tasks that somebody watches.
+        self.watched = self._handles.keys()
+        self._ended: deque[str] = deque()  # tasks that ended, whose handles are to be told of it
+        self._thread: threading.Thread | None = None
+        self._closed = self._warned = False
+
+    @property
+    def watching(self) -> bool:
+        """True if somebody watches a task that has not ended."""
+        return bool(self._handles)
+
+    def watch(self, handle: TaskHandle[Any]) -> None:
+        """Resolve the handle when its task has ended, at once if it has; may be called again and again.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        new = handle.watched_by is not self
+        if new or handle.has_callbacks:
+            self._register(handle)
+        try:
+            if new:
+                self._look([handle.id])
+                handle.watched_by = self
+        finally:
+            self.ensure_polling()
+        if self._closed:
+            handle.conclude_closed()
+
+    def warn_if_nobody_runs(self, task_id: str) -> None:
+        """Say once that somebody waits, in a queue that is not started, for what no node can run.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        if self._warned:
+            return
+        self._warned = True
+        task = self._repository.get_many([task_id]).get(task_id)
+        if task is None or task.status.finished:
+            return
+        nodes = [node for node in self._repository.nodes() if node.alive is not False]
+        if not any(task.type in node.types for node in nodes):
+            self._log.warning(
+                "waiting for task %s, but this queue is not started and no running one has an "
+                "executor for type %r",
+                *(task_id, task.type),
+            )
+
+    def close(self) -> None:
+        """Resolve no more: who waits for a task that has not ended is told so."""
+        self._closed = True
+        self.ensure_polling()
+        thread = self._thread
+        # One that is not alive yet, as another thread is about to start it, will see that all is closed.
+        if thread is not None and thread.is_alive() and thread is not threading.current_thread():
+            thread.join(_CLOSING)
+
+    # --- the handles
+
+    def _register(self, handle: TaskHandle[Any]) -> None:
+        task_id, key = handle.id, id(handle)
+        ref: Callable[[], TaskHandle[Any] | None]
+        if handle.has_callbacks:
+            ref = lambda: handle  # noqa: E731
+        else:
+            ref = weakref.ref(handle, lambda gone: self._drop(task_id, key, gone))
+        while True:
+            refs = self._handles.setdefault(task_id, {})
+            refs[key] = ref
+            if self._handles.get(task_id) is refs:  # else it was dropped meanwhile
+                return
+
+    def _drop(self, task_id: str, key: int, ref: object = None) -> None:
+        refs = self._handles.get(task_id, {})
+        if ref is None or refs.get(key) is ref:
+            refs.pop(key, None)
+        if not refs:
+            for late in list(self._handles.pop(task_id, {}).values()):  # registered in between
+                if (handle := late()) is not None:
+                    self._register(handle)
+
+    def _live(self, task_id: str) -> list[TaskHandle[Any]]:
+        live = []
+        refs = self._handles.get(task_id, {})
+        for key in list(refs):
+            if (ref := refs.get(key)) is None:
+                continue
+            if (handle := ref()) is not None:
+                live.append(handle)
+            else:  # an exception struck when it should have been dropped
+                self._drop(task_id, key, ref)
+        return live
+
+    # --- looking
+
+    def look_at(self, task_id: str) -> None:
+        """Tell who waits for a task that just ended.
+
+        What it ended by is committed, so a failure to read is none of that: it is looked at again soon.
+        """
+        try:
+            self._resolve([task_id])
+        except RepositoryError as error:
+            self._log.debug("who waits for task %s is told later: %s", task_id, error)
+
+    def tell(self) -> None:
+        """Tell who waits for the tasks whose end was found on the main thread.
+
+        Raises:
+            RepositoryError: the repository cannot be read; they are told later.
+        """
+        ended = [self._ended.popleft() for _ in range(len(self._ended))]
+        if ended:
+            try:
+                self._resolve(ended)
+            except BaseException:
+                self._ended.extend(ended)
+                raise
+
+    def look(self) -> None:
+        """Look at all tasks that are watched, and resolve what has ended.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        self._look([task_id for task_id in list(self._handles) if self._live(task_id)])
+
+    def _look(self, task_ids: Sequence[str]) -> None:
+        if task_ids:
+            statuses = self._repository.statuses(task_ids)  # and no records, which may be large
+            self._resolve([i for i in task_ids if i not in statuses or statuses[i] in ENDED])
+
+    def _resolve(self, task_ids: Sequence[str]) -> None:
+        """Resolve the handles of tasks that have ended, or were deleted."""
+        for start in range(0, len(task_ids), _MOST_READ):
+            some = task_ids[start : start + _MOST_READ]
+            found = self._repository.get_many(some)
+            for task_id in some:
+                for handle in self._live(task_id):
+                    handle.conclude(found.get(task_id))
+                    if handle.has_ended:
+                        self._tell(handle)
+
+    def _tell(self, handle: TaskHandle[Any]) -> None:
+        """Tell who waits for a handle that has ended, or leave that to another thread.
+
+        On the main thread, an exception may strike between two steps that belong together.
+        """
+        if handle.listeners and on_main_thread() and self._has_teller():
+            self._ended.append(handle.id)
+            self._agenda.wake()
+        else:
+            self._drop(handle.id, id(handle))
+            handle.tell()
+
+    # --- in a queue that is not started
+
+    def _has_teller(self) -> bool:
+        """Return whether a thread can tell the others: the housekeeper, or one of the watcher's own."""
+        return (self._agenda.attended and not self._closed) or self._polls
+
+    @property
+    def _polls(self) -> bool:
+        return (thread := self._thread) is not None and thread.is_alive()
+
+    def ensure_polling(self) -> None:
+        """Have a thread look, if there is anything to look at and nobody else does."""
+        if self._handles and (self._closed or not self._agenda.attended) and not self._polls:
+            thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
+            self._thread = thread  # first: it goes on only as long as it is that one
+            try:
+                thread.start()
+            except RuntimeError:  # no new thread can be had: whoever waits looks
+                with suppress(RepositoryError):
+                    self._close_all() if self._closed else self.look()
+
+    def _poll(self) -> None:
+        me = threading.current_thread()
+        changed, looked = Changes(self._repository), -math.inf
+        complaint = Complaint(self._log)
+        while self._thread is me and self._handles and (self._closed or not self._agenda.attended):
+            pause = _POLL
+            try:
+                self.tell()
+                if self._closed:
+                    self._close_all()
+                elif changed() or time.monotonic() - looked > handles.LOOK_ANYWAY:
+                    began = time.monotonic()
+                    self.look()
+                    looked = time.monotonic()
+                    pause = min(max(_POLL, _REST * (looked - began)), handles.LOOK_ANYWAY)
+                    complaint.over()
+            except RepositoryError as error:
+                complaint.make("cannot see whether tasks have ended: %s", error)
+                pause = handles.LOOK_ANYWAY
+            except BaseException:  # noqa: BLE001  (without this thread, who waits would wait for ever)
+                self._log.exception("the watcher stumbled; it goes on")
+                pause = handles.LOOK_ANYWAY
+            time.sleep(pause)
+        if self._thread is me:
+            self._thread = None
+            self.ensure_polling()  # a handle came in between
+
+    def _close_all(self) -> None:
+        for task_id in list(self._handles):
+            for handle in self._live(task_id):
+                handle.conclude_closed()
+                self._tell(handle)
+
+    def renew_after_fork(self) -> None:
+        """Begin anew in a forked child: the threads that waited belong to the parent."""
+        for task_id in list(self._handles):
+            for handle in self._live(task_id):
+                handle.forget_listeners()

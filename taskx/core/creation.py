@@ -1,0 +1,137 @@
+"""How a new task becomes a record: every check, and the one way there is.
+
+What is changed of a record by hand is checked here, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from operator import attrgetter
+from typing import Any
+
+import attrs
+
+from taskx.core import lifecycle, payload, unique
+from taskx.core.checks import check_int, check_number
+from taskx.core.clock import to_ms
+from taskx.core.errors import ConfigurationError, InvalidTransition
+from taskx.core.ids import new_id
+from taskx.core.model import (
+    MAX_NAME,
+    TIME_FIELDS,
+    Task,
+    TaskStatus,
+    check_key,
+    check_moment,
+    check_name,
+    check_status,
+)
+from taskx.core.options import CHECKS, OnParentFailure, checked, one_of
+from taskx.core.payload import clean_text
+from taskx.core.record import MAX_MESSAGE, check_progress, policy_to_text
+from taskx.core.writes import Insert
+
+#: Longest error or traceback that is written by hand, in characters.
+MAX_TEXT = 100_000
+_check_failure_policy = one_of(OnParentFailure)
+
+
+def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -> Insert:
+    """Store a task as a new one.
+
+    Args:
+        task: what to store; it is not changed. Where its id is empty, one is made.
+        now: the moment of its creation, in milliseconds.
+        max_size: the largest params, in bytes of JSON.
+
+    Raises:
+        InvalidTransition: it is not pending.
+        PayloadError: its params break the JSON rules, or are too large.
+        ConfigurationError: another field holds what it may not.
+    """
+    if task.status is not TaskStatus.PENDING:
+        raise InvalidTransition(f"a new task is pending; this one is {task.status}")
+    columns = {
+        "id": check_name(task.id, "id") or new_id(),
+        "type": check_key(task.type, "type"),
+        "params": payload.encode_params(task.params, max_size),
+        "created_by": check_name(task.created_by, "created_by"),
+        "created_at": now,
+        **_between_tasks(task),
+    }
+    said = _options(task)
+    if said != _NOTHING or type(said[0]) is not int:  # most tasks have none
+        columns.update(checked(task, CHECKS))
+    if task.retry is not None:
+        columns.setdefault("max_attempts", task.retry.max_attempts)
+        columns["retry"] = policy_to_text(task.retry)
+    if task.run_at is not None:
+        columns["run_at"] = to_ms(task.run_at)
+    return lifecycle.created(columns)
+
+
+_options = attrgetter(*CHECKS)
+_NOTHING = _options(Task())
+
+
+def _between_tasks(task: Task) -> dict[str, Any]:
+    """The columns about other tasks; most tasks have none."""
+    said: dict[str, Any] = {}
+    if task.unique_key is not None:
+        said["unique_key"] = check_key(task.unique_key, "unique_key")
+        said["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
+    elif task.unique_scope is not None:
+        raise ConfigurationError("unique_scope is of a unique_key: give one, too")
+    if task.on_parent_failure is not None:
+        _check_failure_policy(task.on_parent_failure, "on_parent_failure")
+    if task.depends_on and (parents := check_parents(task.depends_on, task.id)):
+        said.update(depends_on=parents, on_parent_failure=task.on_parent_failure)
+    if task.concurrency_key is not None:
+        said["concurrency_key"] = check_key(task.concurrency_key, "concurrency_key")
+    return said
+
+
+def check_parents(parents: Any, task_id: str = "") -> list[str]:
+    """The ids of tasks that one depends on, each once.
+
+    Raises:
+        ConfigurationError: they are no list of ids, or its own is among them.
+    """
+    if not isinstance(parents, Iterable) or isinstance(parents, (str, bytes, Mapping)):
+        raise ConfigurationError(f"depends_on must be a list of tasks, not {parents!r:.80}")
+    ids = list(dict.fromkeys(check_key(parent, "depends_on") for parent in parents))
+    if task_id and task_id in ids:
+        raise ConfigurationError(f"task {task_id} cannot depend on itself")
+    return ids
+
+
+# A record may hold what no submit takes: that must not keep it from being changed.
+_BY_HAND = {name: check for name, check in CHECKS.items() if name != "priority"}
+_BY_HAND["timeout"] = check_number
+
+
+def storable(task: Task) -> Task:
+    """The task with every value such as a database can hold; the caller's own stays as it is.
+
+    Raises:
+        PayloadError: its progress is no number, or its message no text.
+        ConfigurationError: another field holds what it may not.
+    """
+    for what in ("id", "type", "created_by"):
+        check_name(getattr(task, what), what)
+    check_int(task.priority, "priority", -(2**31))
+    checked(task, _BY_HAND)
+    check_number(task.duration, "duration")
+    for what in TIME_FIELDS:
+        check_moment(getattr(task, what), what)
+    progress, message = check_progress(task.progress, task.message)
+    return attrs.evolve(
+        task,
+        status=check_status(task.status),
+        progress=progress,
+        message=message,
+        error=clean_text(task.error, MAX_TEXT),
+        error_type=clean_text(task.error_type, MAX_NAME),
+        traceback=clean_text(task.traceback, MAX_TEXT),
+        worker=clean_text(task.worker, MAX_MESSAGE),
+    )

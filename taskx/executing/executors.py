@@ -1,0 +1,311 @@
+"""Executors: the code for a type of task, as a class or as a function, and their registry."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from functools import update_wrapper
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Concatenate,
+    Generic,
+    NamedTuple,
+    ParamSpec,
+    Protocol,
+    TypeVar,
+    overload,
+)
+
+from taskx.core.checks import check_plain
+from taskx.core.errors import ConfigurationError, PayloadError
+from taskx.core.model import Task, check_name
+from taskx.core.options import SETTLED, UNLESS_SAID, ExecutorOptions, Options, log_level, options_of
+from taskx.executing.context import Context
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
+
+    from taskx.common.handles import TaskHandle
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class TaskExecutor(ABC):
+    """An executor as a class: set ``type``, implement :meth:`execute`.
+
+    Attributes:
+        type: the type of task it runs.
+    """
+
+    type: str
+
+    @abstractmethod
+    def execute(self, ctx: Context, task: Task) -> Any:
+        """Run the task.
+
+        ``task`` is this run's copy: of what is done to it only ``task.result`` counts, and a value
+        that is returned wins over that. To raise is to fail the attempt.
+        """
+
+
+class _Submits(Protocol):
+    def submit(self, task: Task, /) -> TaskHandle[Any]: ...
+
+
+class Executor(Generic[P, R]):
+    """An executor made of a function: still callable as that function, and submittable.
+
+    Attributes:
+        type: the type of task it runs.
+        function: the function itself.
+        options: how its tasks are run.
+    """
+
+    def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
+        self.type = type
+        self.function = function
+        self.options = options
+        self._parameters = Parameters(type, function)
+        self.takes_context = self._parameters.takes_context
+        self._queue: _Submits | None = None
+        update_wrapper(self, function)  # type: ignore[arg-type]
+
+    def __repr__(self) -> str:
+        return f"<Executor {self.type!r}>"
+
+    def bind(self, queue: _Submits) -> None:
+        """Note the queue that :meth:`submit` submits to: the last one it was registered with."""
+        self._queue = queue
+
+    def task(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """A task of these params, to be changed and submitted.
+
+        Raises:
+            PayloadError: a parameter is missing, or unknown.
+        """
+        return Task(type=self.type, params=self._parameters.bind(args, kwargs))
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
+        """Submit a task of these params to the queue the executor is registered with.
+
+        Raises:
+            ConfigurationError: it is registered with none.
+            PayloadError: a parameter is missing, unknown or not JSON; and what ``Queue.submit`` raises.
+        """
+        if self._queue is None:
+            raise ConfigurationError(
+                f"executor {self.type!r} is not registered with a queue: "
+                "call queue.register_executor(…) first"
+            )
+        return self._queue.submit(self.task(*args, **kwargs))
+
+    def check_params(self, params: Mapping[str, Any]) -> None:
+        """Refuse params that do not fit the function with a ``PayloadError``."""
+        self._parameters.check(params)
+
+
+class PlainExecutor(Executor[P, R]):
+    """An executor whose function takes its params alone."""
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function."""
+        return self.function(*args, **kwargs)
+
+
+class ContextExecutor(Executor[P, R]):
+    """An executor whose function takes a :class:`Context` first."""
+
+    def __call__(self, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> R:
+        """Call the function."""
+        return self.function(ctx, *args, **kwargs)
+
+
+class Parameters:
+    """The params that a function takes."""
+
+    def __init__(self, type: str, function: Callable[..., Any]) -> None:
+        self._type = type
+        if not callable(function):
+            raise ConfigurationError(f"executor {type!r} must be a function, not {function!r}")
+        check_plain(function, f"executor {type!r}")
+        parameters = list(inspect.signature(function).parameters.values())
+        self.takes_context = bool(parameters) and _is_context(parameters[0])
+        own = parameters[1:] if self.takes_context else parameters
+        self._check_kinds(own)
+        self._signature = inspect.Signature(own)
+        self._open = any(p.kind is p.VAR_KEYWORD for p in own)
+        # Nothing may arrive under the context's name, by ``**kwargs`` neither.
+        self._reserved = {"ctx", *(p.name for p in parameters[: self.takes_context])}
+        named = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        self._known = frozenset(p.name for p in named)
+        self._required = frozenset(p.name for p in named if p.default is p.empty)
+
+    def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+                raise ConfigurationError(
+                    f"executor {self._type!r}: params arrive as keyword arguments, "
+                    f"which {parameter} cannot take"
+                )
+            if parameter.name == "ctx":
+                raise ConfigurationError(
+                    f"executor {self._type!r}: ctx must be the first parameter; "
+                    "no task parameter may bear that name"
+                )
+
+    def check(self, params: Mapping[str, Any]) -> None:
+        """Refuse params that do not fit with a ``PayloadError``."""
+        given = params.keys()
+        if self._required <= given and (
+            given <= self._known or (self._open and self._reserved.isdisjoint(given))
+        ):
+            return
+        if missing := sorted(self._required - given):
+            raise PayloadError("params", f"{self._type!r} needs {', '.join(missing)}")
+        extra = given & self._reserved if self._open else given - self._known
+        unknown = ", ".join(sorted(map(repr, extra)))
+        known = ", ".join(sorted(self._known)) or "none"
+        raise PayloadError("params", f"{self._type!r} takes no {unknown}; it takes {known}")
+
+    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Arguments as params; ``PayloadError`` where they do not fit."""
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            takes = ", ".join(self._signature.parameters) or "nothing"
+            raise PayloadError("params", f"{self._type!r}: {error}; it takes {takes}") from None
+        params: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                params.update(value)
+            else:
+                params[name] = value
+        return params
+
+
+def _is_context(parameter: inspect.Parameter) -> bool:
+    annotation = parameter.annotation
+    if isinstance(annotation, str):
+        annotation = Context if annotation.rpartition(".")[2] == "Context" else None
+    return parameter.name == "ctx" or annotation is Context
+
+
+def make_executor(
+    function: Callable[..., Any], type: str | None, options: Options
+) -> PlainExecutor[Any, Any] | ContextExecutor[Any, Any]:
+    """The executor of a function, of the kind that its first parameter asks for."""
+    name = check_name(getattr(function, "__name__", "") if type is None else type, "type")
+    if not name:
+        raise ConfigurationError(f"the type of {function!r} must be given: executor('name')")
+    kind = ContextExecutor if Parameters(name, function).takes_context else PlainExecutor
+    return kind(name, function, options)
+
+
+class ExecutorDecorator:
+    """What ``executor(…)`` returns: makes an executor of the function below it."""
+
+    def __init__(
+        self,
+        type: str | None,
+        options: Options,
+        register: Callable[[Executor[Any, Any]], object] | None = None,
+    ) -> None:
+        self._type = type
+        self._options = options
+        self._register = register
+
+    @overload
+    def __call__(self, function: Callable[Concatenate[Context, P], R]) -> ContextExecutor[P, R]: ...
+    @overload
+    def __call__(self, function: Callable[P, R]) -> PlainExecutor[P, R]: ...
+    def __call__(self, function: Callable[..., Any]) -> Any:
+        """Make and, on a queue, register the executor."""
+        made = make_executor(function, self._type, self._options)
+        if self._register is not None:
+            self._register(made)
+        return made
+
+
+def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> ExecutorDecorator:
+    """Make an executor of the function below, to be registered with a queue later.
+
+    Args:
+        type: the type of task it runs; the function's name unless given.
+        options: how its tasks are run: ``max_attempts``, ``max_crashes``, ``timeout``, ``priority``,
+            ``retry``, ``capture_log``, ``isolation``, ``grace``, ``max_concurrency``, ``rate``, ``burst``
+            and ``limit_scope``, as :meth:`Queue.executor` takes them.
+
+    Raises:
+        ConfigurationError: an option is not valid, or the function cannot be an executor.
+    """
+    if callable(type):
+        raise ConfigurationError("write @executor() or @executor('name'), with parentheses")
+    return ExecutorDecorator(type, options_of(options))
+
+
+class Registered(NamedTuple):
+    """A type that this queue runs.
+
+    Attributes:
+        type: the type.
+        function: called with the context, if it takes that, and the params as keyword arguments.
+        takes_context: whether it does.
+        check_params: refuses params that do not fit; None where nothing is known of them.
+        options: how its tasks are run.
+        settled: what tasks are given that say nothing themselves.
+        log_level: from which level on what the executor logs is kept; None for none.
+    """
+
+    type: str
+    function: Callable[..., Any]
+    takes_context: bool
+    check_params: Callable[[Mapping[str, Any]], None] | None
+    options: Options
+    settled: Mapping[str, Any]
+    log_level: int | None
+
+    def settle(self, task: Task) -> None:
+        """Give a task, before it starts, what neither it nor its submit said."""
+        for name in SETTLED:
+            if getattr(task, name) is None:
+                setattr(task, name, self.settled.get(name, UNLESS_SAID.get(name)))
+
+
+def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
+    """What a queue keeps of an executor; options given here win over its own.
+
+    Raises:
+        ConfigurationError: it is no executor.
+    """
+    check_params: Callable[[Mapping[str, Any]], None] | None = None
+    if isinstance(executor, Executor):
+        options = executor.options.overridden(options)
+        type, function, takes_context = executor.type, executor.function, executor.takes_context
+        check_params = executor.check_params
+    else:
+        type, function, takes_context = _type_of(executor), _classic(executor), True
+    level = log_level(options.capture_log)
+    return Registered(type, function, takes_context, check_params, options, options.settled, level)
+
+
+def _type_of(executor: Any) -> str:
+    type_ = getattr(executor, "type", None)
+    if inspect.isclass(executor) or not callable(getattr(executor, "execute", None)) or not type_:
+        raise ConfigurationError(
+            f"{executor!r} is no executor: give an instance of a TaskExecutor with type and "
+            "execute(ctx, task), or a function under @executor(…)"
+        )
+    check_plain(executor.execute, f"executor {type_!r}")
+    return check_name(type_, "type")
+
+
+def _classic(executor: TaskExecutor) -> Callable[..., Any]:
+    def execute(ctx: Context, /, **_: Any) -> Any:
+        task = ctx.task
+        returned = executor.execute(ctx, task)
+        return task.result if returned is None else returned
+
+    return execute

@@ -1,0 +1,321 @@
+"""Executors in child processes: what runs in the child, from its start to its end."""
+
+from __future__ import annotations
+
+import ctypes
+import faulthandler
+import importlib
+import inspect
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from contextlib import suppress
+from queue import SimpleQueue
+from typing import Any, NoReturn
+
+from taskx.common import forks, permission
+from taskx.core import payload
+from taskx.core.clock import SYSTEM_CLOCK
+from taskx.core.errors import (
+    CancelReason,
+    ConfigurationError,
+    PayloadError,
+    RepositoryError,
+    TaskNotFound,
+)
+from taskx.core.model import Task
+from taskx.core.options import Options
+from taskx.core.token import CancelToken
+from taskx.executing.alarms import Alarms
+from taskx.executing.checkpoints import Keeper
+from taskx.executing.context import Context, Shared
+from taskx.executing.executors import (
+    Executor,
+    Registered,
+    entry_of,
+    make_executor,
+)
+from taskx.executing.failures import told_error
+from taskx.executing.process.channel import Channel
+
+# Progress is told this often, in seconds.
+_TELL_EVERY = 0.1
+_PR_SET_PDEATHSIG = 1
+
+
+def main(end: int, paper: int) -> NoReturn:
+    """Run one task for the parent at the other end of the line, and exit.
+
+    Args:
+        end: the number of this end of the line.
+        paper: the number of the file for what can be said when a fatal signal strikes.
+    """
+    for number in (end, paper):
+        os.set_inheritable(number, False)
+    faulthandler.enable(paper, all_threads=False)
+    channel = Channel(socket.socket(fileno=end))
+    (order,), *further = _first_messages(channel)
+    _die_with(order["parent"])
+    for meant_for_parent in (signal.SIGINT, signal.SIGTERM):
+        # Not SIG_IGN, which programs that are started here would inherit.
+        signal.signal(meant_for_parent, lambda *_: None)
+    sys.argv = order["argv"]
+    work = _Work(channel, order)
+    work.heed(further)
+    work.do()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(Exception):  # the executor may have closed or replaced it
+            stream.flush()
+    channel.flush()
+    os._exit(0)
+
+
+def _first_messages(channel: Channel) -> list[list[Any]]:
+    """An order, and what may follow it already."""
+    messages: list[list[Any]] | None = []
+    while messages == []:
+        messages = channel.hear(60.0)
+    return messages or _end_all()
+
+
+def _die_with(parent: int) -> None:
+    """Have the kernel kill this process when the thread that started it has ended, where it can."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != parent:  # it has ended already
+        _end_all()
+
+
+def _end_all() -> NoReturn:
+    """End this process, and those that it started, at once."""
+    if os.getpgrp() == os.getpid():
+        os.killpg(0, signal.SIGKILL)
+    os._exit(1)
+
+
+class _Work:
+    """The one task that a child runs.
+
+    Args:
+        channel: the line to the parent.
+        order: what to run, and how.
+    """
+
+    def __init__(self, channel: Channel, order: dict[str, Any]) -> None:
+        self._channel = channel
+        self._order = order
+        log = logging.getLogger(order["logger"])
+        self._token = CancelToken(_deadline(order), SYSTEM_CLOCK)
+        self._questions = _Questions(channel)
+        self._context = _ChildContext(
+            self._questions,
+            Task.from_dict(order["task"]),
+            self._token,
+            log,
+            _ParentKeeps(self._questions, order["no_checkpoints"], order["max_payload_size"]),
+        )
+
+    def do(self) -> None:
+        """Run it, and tell the parent how it ended."""
+        threading.Thread(target=self._listen, name="taskx-parent", daemon=True).start()
+        try:
+            message: list[Any] = ["returned", self._call()]
+        except BaseException as error:  # noqa: BLE001  (told to the parent)
+            reason = self._token.reason
+            told = told_error(error, skip=2, main=self._order["main"])
+            message = ["raised", told, reason and reason.value]
+        if (progress := self._context.latest_progress()) is not None:
+            self._channel.say("progress", *progress)
+        self._channel.say(*message)
+
+    def heed(self, messages: list[list[Any]]) -> None:
+        """Hear what the parent says: to stop, and why; or the answer to a question."""
+        for what, *facts in messages:
+            if what == "stop":
+                self._token.fire(CancelReason(*facts))
+            elif what == "answer":
+                self._questions.answers.put(facts)
+
+    def _listen(self) -> None:
+        """Hear when to stop, tell the progress; end with the parent."""
+        while (messages := self._channel.hear(_TELL_EVERY)) is not None:
+            self.heed(messages)
+            if (told := self._context.new_progress()) is not None:
+                self._channel.say("progress", *told)
+        _end_all()
+
+    def _call(self) -> str | None:
+        order = self._order
+        executor = _find(order["type"], *order["address"])
+        _log_to(self._channel, order["levels"])
+        self._token.raise_if_cancelled()
+        params = order["task"]["params"] if order["params"] is None else order["params"]
+        given = (self._context,) if executor.takes_context else ()
+        before = forks.generation
+        try:
+            value = executor.function(*given, **params)
+        except BaseException as error:
+            forks.end_in_child(before, error)
+            raise
+        forks.end_in_child(before)
+        if value is None:
+            return None
+        return payload.encode(value, "result", order["max_payload_size"])
+
+
+class _Questions:
+    """What a child asks its parent, one thing at a time, from any of its threads."""
+
+    def __init__(self, channel: Channel) -> None:
+        self._channel = channel
+        self._asking = threading.Lock()
+        #: What the parent says.
+        self.answers: SimpleQueue[list[Any]] = SimpleQueue()
+
+    def ask(self, *question: Any) -> Any:
+        """The parent's answer.
+
+        Raises:
+            PayloadError: what was to be stored cannot be.
+            RepositoryError: the repository failed.
+        """
+        with self._asking:
+            self._channel.say(*question)
+            answer, problem, path = self.answers.get()
+        if path:
+            raise PayloadError(path, problem)
+        if problem:
+            raise RepositoryError(problem)
+        return answer
+
+
+class _ParentKeeps(Keeper):
+    """Has the parent store checkpoints."""
+
+    def __init__(self, questions: _Questions, refused: str, max_payload_size: int) -> None:
+        self.max_payload_size = max_payload_size
+        self.lock = threading.Lock()
+        self.process = forks.generation
+        self._questions = questions
+        self._refused = refused
+
+    def check(self) -> None:
+        """Refuse, with a ``ConfigurationError``, where nothing could be stored."""
+        if self._refused:
+            raise ConfigurationError(self._refused)
+
+    def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
+        """Store the checkpoints of the run; False if it has lost its task.
+
+        Raises:
+            TaskCancelled: the token fired before the repository was back; they may be stored or not.
+            PayloadError, RepositoryError: they cannot be stored.
+        """
+        kept = bool(self._questions.ask("checkpoints", text, durable))
+        if not kept:
+            token.raise_if_cancelled()
+        return kept
+
+
+class _ChildContext(Context):
+    """A context whose tasks the parent reads."""
+
+    __slots__ = ("_questions",)
+
+    def __init__(
+        self,
+        questions: _Questions,
+        task: Task,
+        token: CancelToken,
+        log: logging.Logger,
+        keeper: Keeper,
+    ) -> None:
+        super().__init__(task, token, Shared(Alarms(SYSTEM_CLOCK), log, keeper, lambda ids: {}))
+        self._questions = questions
+
+    @property
+    def parents(self) -> list[Task]:
+        """The tasks that this one depends on."""
+        found = self._questions.ask("parents")
+        if isinstance(found, str):
+            raise TaskNotFound(found)
+        return [Task.from_dict(parent) for parent in found]
+
+
+def _deadline(order: dict[str, Any]) -> float | None:
+    if order["left"] is None:
+        return None
+    # The monotonic clock is that of the machine, so what the start of this process took is known.
+    deadline: float = order["asked_at"] + order["left"]
+    return deadline
+
+
+def _find(type: str, module: str, name: str, main: str) -> Registered:
+    """Import the executor.
+
+    Raises:
+        ConfigurationError: it is not where it was.
+    """
+    permission.in_child = True
+    permission.forbidden = (
+        f"this is the child process of a task of type {type!r}, which imports {main or module}; "
+        'there, submit and start under: if __name__ == "__main__"'
+    )
+    try:
+        if main:
+            from multiprocessing import spawn
+
+            spawn.prepare({"init_main_from_path": main})
+        found: Any = importlib.import_module(module)
+    finally:
+        permission.forbidden = ""
+    for part in name.split("."):
+        found = getattr(found, part, None)
+    if not callable(found):
+        raise ConfigurationError(f"{module} has no {name}, which is the executor of {type!r}")
+    if inspect.isclass(found):
+        found = found()
+    elif not isinstance(found, Executor):
+        found = make_executor(found, type, Options())
+    return entry_of(found, Options())
+
+
+def _log_to(channel: Channel, levels: dict[str, int]) -> None:
+    """Leave it to the parent what becomes of log records; what was set up on import does not count."""
+    handler = _ToParent(channel)
+    for name in list(logging.root.manager.loggerDict):
+        logger = logging.getLogger(name)
+        logger.handlers, logger.propagate = [], True
+    logging.root.handlers = [handler]
+    for name, level in levels.items():
+        logging.getLogger(name).setLevel(level)
+
+
+class _ToParent(logging.Handler):
+    """Tells the parent log records."""
+
+    def __init__(self, channel: Channel) -> None:
+        super().__init__()
+        self._channel = channel
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Tell one, its text complete, with what of ``extra`` is a plain value."""
+        try:
+            told = {
+                name: value
+                for name, value in vars(record).items()
+                if value is None or isinstance(value, (str, int, float))
+            }
+            told.update(msg=record.getMessage(), args=None, exc_info=None)
+            if record.exc_info and not record.exc_text:
+                told["exc_text"] = _formatter.formatException(record.exc_info)
+            self._channel.say("log", told)
+            self._channel.flush()
+        except Exception:  # as every handler does  # noqa: BLE001
+            self.handleError(record)
+
+
+_formatter = logging.Formatter()

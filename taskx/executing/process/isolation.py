@@ -1,0 +1,365 @@
+"""Executors in child processes: the parent's side, which starts a child, attends to it, and kills it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
+from typing import Any, NamedTuple
+
+from taskx.core import payload
+from taskx.core.errors import (
+    CancelReason,
+    ConfigurationError,
+    PayloadError,
+    RepositoryError,
+    TaskCancelled,
+    TaskNotFound,
+    is_interrupt,
+)
+from taskx.core.ids import new_id
+from taskx.executing.context import Context
+from taskx.executing.executors import Executor, Registered, TaskExecutor
+from taskx.executing.failures import MAX_TRACEBACK, ChildDied, ChildKilled, heard_error, shortened
+from taskx.executing.process.channel import Channel
+from taskx.executing.process.processes import kill_family
+
+# Looks whether the token has fired, or the child has ended without a word, this often, in seconds.
+_LOOK = 0.1
+#: The variable of the environment that marks a child and what that starts.
+MARK = "TASKX_CHILD"
+# What the child is started with: where to find modules comes first, this one among them.
+_BOOT = (
+    "import json, os, sys; sys.path[:] = json.loads(os.environ.pop('TASKX_CHILD_PATH')); "
+    "from taskx.executing.process.child import main; main(*map(int, sys.argv[1:]))"
+)
+
+
+class Address(NamedTuple):
+    """Where a child process finds an executor.
+
+    Attributes:
+        module: the module to import.
+        name: its name in there, with dots where it is inside a class.
+        main: where the program's main module is to be loaded from first; empty if it is not needed.
+    """
+
+    module: str
+    name: str
+    main: str = ""
+
+
+def code_of(executor: Executor[Any, Any] | TaskExecutor) -> Any:
+    """The function, or the class, that an executor was made of."""
+    return executor.function if isinstance(executor, Executor) else executor.__class__
+
+
+def address_of(type: str, executor: Executor[Any, Any] | TaskExecutor) -> Address:
+    """Where a child process finds the function, or the class, of an executor.
+
+    Raises:
+        ConfigurationError: it could not find it, or not make it.
+    """
+    found = code_of(executor)
+    module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
+    if getattr(sys, "frozen", False):
+        raise _refusal(type, "a frozen program cannot be started as an interpreter")
+    if not name or "<" in name or inspect.ismethod(found) or module not in sys.modules:
+        raise _refusal(type, f"{found!r} is not at the top level of a module that can be imported")
+    if inspect.isclass(found) and _needs_arguments(found):
+        raise _refusal(type, f"{name} cannot be made without arguments")
+    if module not in ("__main__", "__mp_main__"):
+        return Address(module, name)
+    main = sys.modules[module]
+    if (spec := getattr(main, "__spec__", None)) is not None:  # python -m
+        return Address(spec.name, name)
+    if (file := getattr(main, "__file__", None)) is None or not os.path.exists(file):
+        raise _refusal(
+            type, "the main module of this program is no file that could be loaded again"
+        )
+    return Address("__main__", name, os.path.abspath(file))
+
+
+def _refusal(type: str, why: str) -> ConfigurationError:
+    return ConfigurationError(
+        f'executor {type!r} cannot have isolation="process", as its child process imports it: {why}'
+    )
+
+
+def _needs_arguments(cls: Callable[..., Any]) -> bool:
+    return any(
+        p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+        for p in inspect.signature(cls).parameters.values()
+    )
+
+
+class Isolated:
+    """What is called in the parent instead of an executor: it has a child process run that.
+
+    Args:
+        executor: the executor.
+        entry: what the queue keeps of it.
+        max_payload_size: the largest result, in bytes of JSON.
+
+    Raises:
+        ConfigurationError: a child process could not find it.
+    """
+
+    def __init__(
+        self, executor: Executor[Any, Any] | TaskExecutor, entry: Registered, max_payload_size: int
+    ) -> None:
+        self._type = entry.type
+        self._executor = executor
+        self._code = code_of(executor)
+        self._address = address_of(entry.type, executor)
+        # What the main module is called in the child, if that is the one which it imports.
+        self._main = ("__mp_main__" if self._address.main else self._address.module) * (
+            self._code.__module__ == "__main__"
+        )
+        self._grace = entry.options.patience
+        self._max_payload_size = max_payload_size
+
+    def __call__(self, ctx: Context, /, **params: Any) -> Any:
+        """Run the executor in a child process of its own.
+
+        Raises:
+            BaseException: what the executor raised, as :class:`taskx.executing.failures.Remote`.
+            ChildDied: its process ended by itself.
+            ChildKilled: the process did not end within ``grace`` seconds after the token had fired.
+            ConfigurationError: what its module has under its name by now is something else.
+        """
+        self._check_name()
+        order = {
+            "type": self._type,
+            "address": self._address,
+            "main": self._main,
+            "task": ctx.task.to_dict(),
+            "params": None if ctx.task.params == params else params,
+            "max_payload_size": self._max_payload_size,
+            "left": ctx.remaining(),
+            "asked_at": time.monotonic(),
+            "no_checkpoints": ctx.checkpoints_refused(),
+            "parent": os.getpid(),
+            "argv": sys.argv,
+            "logger": ctx.logger.logger.name,
+            "levels": _log_levels(ctx.logger.logger),
+        }
+        child = _Child()
+        try:
+            return _Attendance(ctx, child, self._grace).run(order)
+        finally:
+            child.end()
+
+    def _check_name(self) -> None:
+        """Refuse to have something else run; when it was registered its name may not have been bound."""
+        module, name = self._code.__module__, self._code.__qualname__
+        found: Any = sys.modules.get(module)
+        for part in name.split("."):
+            found = getattr(found, part, None)
+        if found is not self._executor and found is not self._code:
+            raise ConfigurationError(
+                f"the executor of {self._type!r} cannot be imported: {module}.{name} is another object"
+            )
+
+
+class _Child:
+    """A child process, in a session of its own: a Ctrl-C is meant for the parent, which tells it."""
+
+    def __init__(self) -> None:
+        with ExitStack() as stack:
+            self._last_words = stack.enter_context(tempfile.TemporaryFile())
+            ours, theirs = socket.socketpair()
+            self.channel = Channel(ours)
+            stack.callback(self.channel.close)
+            with theirs:
+                self._mark = new_id()
+                self._process = _start(self._mark, theirs.fileno(), self._last_words.fileno())
+            self._close = stack.pop_all().close
+        #: Whether it has said how the executor ended.
+        self.done = False
+
+    @property
+    def ended(self) -> bool:
+        """Whether the process is no more."""
+        return self._process.poll() is not None
+
+    def kill(self) -> None:
+        """Kill it and the processes it has started; returns when it has ended."""
+        kill_family(None if self.ended else self._process.pid, self._mark)
+        with suppress(ProcessLookupError, PermissionError):  # what is left where there is no /proc
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def end(self) -> None:
+        """It is needed no more: what the executor left running in the background goes on, if it is done."""
+        if not self.done:
+            self.kill()
+        elif not self.ended:
+            self._process.kill()
+            self._process.wait()
+        self._close()
+
+    def post_mortem(self) -> ChildDied:
+        """Why, and where, it ended by itself."""
+        self._last_words.seek(0)
+        words = self._last_words.read(2 * MAX_TRACEBACK).decode(errors="replace")
+        return ChildDied(self._cause_of_death(), shortened(words))
+
+    def _cause_of_death(self) -> str:
+        code = self._process.returncode
+        if code >= 0:
+            return f"its process ended with exit code {code}"
+        perhaps = ", for want of memory perhaps" if code == -signal.SIGKILL else ""
+        return f"its process was killed by {_signal_name(-code)}{perhaps}"
+
+
+def _signal_name(number: int) -> str:
+    try:
+        return signal.Signals(number).name
+    except ValueError:  # one of those for real time
+        return f"signal {number}"
+
+
+def _start(mark: str, *files: int) -> subprocess.Popen[bytes]:
+    from multiprocessing import spawn
+
+    environment = {
+        **os.environ,
+        "TASKX_CHILD_PATH": json.dumps(list(map(os.fspath, sys.path))),
+        # By this all that it starts is known. A child may have children, too: theirs is ours as well.
+        MARK: f"{os.environ.get(MARK, '')} {mark}".strip(),
+    }
+
+    # The interpreter, and the options that this one was started with.
+    python = spawn.get_command_line()[:-3]
+    return subprocess.Popen(
+        [*python, "-c", _BOOT, *map(str, files)],
+        stdin=subprocess.DEVNULL,
+        pass_fds=files,
+        start_new_session=True,
+        env=environment,
+    )
+
+
+class _Attendance:
+    """The wait of a worker for a child process."""
+
+    def __init__(self, ctx: Context, child: _Child, grace: float) -> None:
+        self._ctx = ctx
+        self._token = ctx.token
+        self._child = child
+        self._grace = grace
+        self._kill_at: float | None = None
+
+    def run(self, order: Mapping[str, Any]) -> Any:
+        """Give an order, and return or raise what comes of it."""
+        self._child.channel.say(order)
+        remove = self._token.on_cancel(self._tell_to_stop)
+        try:
+            while True:
+                for what, *facts in self._hear():
+                    if what == "returned":
+                        self._child.done = True
+                        return None if facts[0] is None else payload.loads(facts[0])
+                    if what == "raised":
+                        self._child.done = True
+                        raise self._raised(*facts)
+                    self._note(what, *facts)
+                self._kill_if_it_is_time()
+        finally:
+            remove()
+
+    def _tell_to_stop(self) -> None:
+        assert self._token.reason is not None
+        self._child.channel.say("stop", self._token.reason.value)
+
+    def _hear(self) -> list[list[Any]]:
+        channel = self._child.channel
+        messages = channel.hear(self._patience())
+        if messages == [] and self._child.ended:
+            # A process that the executor started may keep the line open. What was said is there now.
+            messages = channel.hear_rest()
+        if messages is None:
+            self._child.kill()
+            self._token.raise_if_cancelled()
+            raise self._child.post_mortem()
+        return messages
+
+    def _patience(self) -> float:
+        if self._kill_at is None:
+            return _LOOK
+        return max(0.0, min(_LOOK, self._kill_at - time.monotonic()))
+
+    def _kill_if_it_is_time(self) -> None:
+        if (reason := self._token.reason) is None:
+            return
+        if self._kill_at is None:
+            self._kill_at = time.monotonic() + self._grace
+        if time.monotonic() >= self._kill_at:
+            self._child.kill()
+            raise ChildKilled(reason, self._grace)
+
+    def _note(self, what: str, *facts: Any) -> None:
+        if what == "progress":
+            self._ctx.progress(*facts)
+        elif what == "log":
+            _log(self._ctx.logger.logger, *facts)
+        elif what == "checkpoints":
+            self._child.channel.say("answer", *self._keep(*facts))
+        elif what == "parents":
+            self._child.channel.say("answer", *self._parents())
+
+    def _keep(self, text: str, durable: bool) -> tuple[bool, str, str]:
+        """Store checkpoints: whether the run still has its task; or what kept them from being stored."""
+        try:
+            return self._ctx.keep_checkpoints(text, durable=durable), "", ""
+        except TaskCancelled:
+            return False, "", ""  # the child hears it, too
+        except PayloadError as error:
+            return False, error.problem, error.path
+        except RepositoryError as error:
+            return False, str(error), ""
+
+    def _parents(self) -> tuple[list[dict[str, Any]] | str, str, str]:
+        """The parents of the task; or the id of one that is gone; or why they could not be read."""
+        try:
+            return [parent.to_dict() for parent in self._ctx.parents], "", ""
+        except TaskNotFound as gone:
+            return gone.task_id, "", ""
+        except RepositoryError as error:
+            return "", str(error), ""
+
+    def _raised(self, told: Mapping[str, Any], fired: str | None) -> BaseException:
+        if fired is not None:  # by its own clock, which may be a little ahead
+            self._token.fire(CancelReason(fired))
+        return heard_error(told)
+
+
+def _log_levels(log: logging.Logger) -> dict[str, int]:
+    """The levels of all loggers, so that a child makes the records that are wanted here."""
+    known = {
+        name: logger.level
+        for name, logger in list(logging.root.manager.loggerDict.items())
+        if isinstance(logger, logging.Logger) and logger.level
+    }
+    return {**known, "root": logging.root.level, log.name: max(1, log.getEffectiveLevel())}
+
+
+def _log(log: logging.Logger, record: dict[str, Any]) -> None:
+    """Have a record of the child handled as one of this process."""
+    logger = log if record["name"] == log.name else logging.getLogger(record["name"])
+    try:
+        if logger.isEnabledFor(record["levelno"]):
+            logger.handle(logging.makeLogRecord(record))
+    except BaseException as error:  # a filter of the user's
+        if is_interrupt(error):
+            raise

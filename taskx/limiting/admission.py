@@ -1,0 +1,256 @@
+"""What may start of the types that have limits.
+
+A task of such a type is never in anybody's way: it is left in the repository until it may start, is fetched
+then, and counted when it starts. What is counted at the fetch is an estimate, which keeps the buffer free
+of what cannot start; what is counted at the start is exact.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+
+from taskx.core.clock import Clock
+from taskx.core.errors import RepositoryError
+from taskx.core.log import GuardedLogger, log
+from taskx.core.rate import Limit
+from taskx.limiting.limits import Bucket, OwnBucket, OwnSlots, Slots
+from taskx.limiting.shared import Sharing
+from taskx.storage.base import Repository
+
+_ENDLESS = 1 << 31
+
+
+class _Gate:
+    """What may start of one type."""
+
+    def __init__(self, slots: Slots | None, bucket: Bucket | None, clock: Clock) -> None:
+        self.slots = slots
+        self.bucket = bucket
+        self._clock = clock
+        #: Fetched, and not started yet; what has left the buffer otherwise is in here a while longer.
+        self.fetched: set[str] = set()
+        #: Whether more may be stored than was asked for at the last look.
+        self.more = True
+        #: When to look for more, on the monotonic clock; None for not before something ends.
+        self.look_at: float | None = None
+
+    def admit(self, count: int) -> int:
+        got = count if self.slots is None else self.slots.take(count)
+        if self.bucket is None:
+            return got
+        try:
+            tokens = self.bucket.take(got) if got else 0
+        except BaseException:  # an interrupt, too: nobody else knows of these places
+            self._give(got)
+            raise
+        self._give(got - tokens)
+        return tokens
+
+    def _give(self, count: int) -> None:
+        if self.slots is not None and count:
+            self.slots.give(count)
+
+    def leave(self, *, ran: bool) -> None:
+        self._give(1)
+        if self.bucket is not None and not ran:
+            self.bucket.put_back(1)
+
+    def room(self) -> int:
+        slots = _ENDLESS if self.slots is None else self.slots.free()
+        tokens = _ENDLESS if self.bucket is None else self.bucket.tokens()
+        return min(slots, tokens)
+
+    def look_again(self, waiting: int) -> None:
+        """Look for more when there is a token beyond those for what waits: that may be now."""
+        if self.bucket is None:
+            return
+        now = self._clock.monotonic()
+        self.look_at = self.bucket.when(waiting + 1)
+        if self.look_at <= now and not (self.more and self.room() > waiting):
+            self.look_at = None
+
+
+class Admission:
+    """What a node may start of the types that have limits.
+
+    Args:
+        limits: those of each type; types may be added.
+        repository: where those are kept that all nodes share.
+        node: the id of the node.
+        clock: the time.
+        freed: called when a task of a limited type may start that could not before.
+        scheduled: called when :meth:`next_look` may be sooner than it was.
+        log: where it is told what is wrong with what is shared.
+    """
+
+    def __init__(
+        self,
+        limits: Mapping[str, Limit],
+        repository: Repository,
+        node: str,
+        clock: Clock,
+        freed: Callable[[], None],
+        scheduled: Callable[[], None],
+        log: GuardedLogger = log,
+    ) -> None:
+        self._limits = limits
+        self._clock = clock
+        self._freed = freed
+        self._scheduled = scheduled
+        self._sharing = Sharing(repository, node, clock, log)
+        self._lock = threading.RLock()
+        self._gates: dict[str, _Gate] = {}
+        #: By what each task was admitted that has not ended.
+        self.admitted: dict[str, _Gate] = {}
+
+    def _gate(self, type: str) -> _Gate:
+        gate = self._gates.get(type)
+        if gate is None:
+            slots, bucket = self._parts(type, self._limits[type])
+            gate = self._gates[type] = _Gate(slots, bucket, self._clock)
+        return gate
+
+    def _parts(self, type: str, limit: Limit) -> tuple[Slots | None, Bucket | None]:
+        if limit.scope == "global":
+            return self._sharing.share(type, limit)
+        slots = None if limit.max_concurrency is None else OwnSlots(limit.max_concurrency)
+        bucket = None if limit.rate is None else OwnBucket(limit.rate, self._clock)
+        return slots, bucket
+
+    # --- at the fetch
+
+    def room(self, type: str, held: Collection[str]) -> tuple[int, int]:
+        """How many tasks of a type to fetch; and how many of it wait in the buffer.
+
+        Args:
+            type: the type.
+            held: the ids of all tasks that wait there.
+        """
+        with self._lock:
+            gate = self._gate(type)
+            gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
+            waiting = len(gate.fetched)
+            room = max(0, gate.room() - waiting)
+            gate.more |= not room
+            return room, waiting
+
+    def looked(self, type: str, asked: int, found: int) -> None:
+        """So many tasks of a type were asked for, and so many found."""
+        with self._lock:
+            gate = self._gate(type)
+            waiting = len(gate.fetched) + found
+            gate.more = found == asked
+            if gate.more:
+                gate.look_again(waiting)
+                self._tell_scheduled(gate)
+            elif gate.slots is not None:
+                gate.slots.rest(waiting)
+
+    def fetched(self, type: str, task_id: str) -> None:
+        """A task goes into the buffer."""
+        with self._lock:
+            self._gate(type).fetched.add(task_id)
+
+    def open(self, type: str) -> bool:
+        """Whether one that was stored may start now, if no other of its type waits; as far as is known."""
+        with self._lock:
+            gate = self._gate(type)
+            try:
+                is_open = gate.room() > 0
+            except RepositoryError:
+                return True
+            gate.more |= not is_open
+            return is_open
+
+    # --- at the start, and at the end
+
+    def admit(self, waiting: Mapping[str, Sequence[str]]) -> set[str]:
+        """Of tasks that are about to start, by type and in order, those that may.
+
+        Each must be told of by :meth:`over`.
+
+        Raises:
+            RepositoryError: the repository failed; none may.
+        """
+        admitted: set[str] = set()
+        with self._lock:
+            try:
+                for type, task_ids in waiting.items():
+                    gate = self._gate(type)
+                    gate.fetched.difference_update(task_ids)
+                    got = gate.admit(len(task_ids))
+                    for task_id in task_ids[:got]:
+                        self.admitted[task_id] = gate
+                        admitted.add(task_id)
+                    gate.more |= got < len(task_ids)
+                    gate.look_again(len(gate.fetched))
+                    self._tell_scheduled(gate)
+            except BaseException:  # an interrupt, too: whoever asked will tell of none of them
+                for task_id in admitted:
+                    self.admitted.pop(task_id).leave(ran=False)
+                raise
+        return admitted
+
+    def over(self, task_id: str, *, ran: bool) -> None:
+        """A task that was admitted has ended, or has not been executed."""
+        with self._lock:
+            gate = self.admitted.pop(task_id, None)
+            if gate is not None:
+                gate.leave(ran=ran)
+        if gate is not None:
+            self._freed()
+
+    # --- time
+
+    def _tell_scheduled(self, gate: _Gate) -> None:
+        if gate.look_at is not None:
+            self._scheduled()
+
+    def next_look(self) -> float | None:
+        """When tasks may start whose token has come by then, on the monotonic clock."""
+        if not self._gates:
+            return None
+        return min(
+            (gate.look_at for gate in list(self._gates.values()) if gate.look_at is not None),
+            default=None,
+        )
+
+    def is_time(self) -> bool:
+        """Whether such a moment has come since the last call."""
+        moment = self.next_look()
+        if moment is None or moment > self._clock.monotonic():
+            return False
+        with self._lock:
+            now = self._clock.monotonic()
+            for gate in self._gates.values():
+                if gate.look_at is not None and gate.look_at <= now:
+                    gate.look_at = None
+        return True
+
+    # --- what all nodes share
+
+    def forget(self) -> None:
+        """What others share with this node may have changed."""
+        if self._gates:
+            with self._lock:
+                self._sharing.forget()
+
+    def tend(self) -> None:
+        """Look after what is shared.
+
+        Raises:
+            RepositoryError: the repository failed; it is done next time.
+        """
+        if self._gates:
+            with self._lock:
+                self._sharing.tend()
+
+    def end(self) -> None:
+        """The node ends: what it has of what is shared may be others'.
+
+        Raises:
+            RepositoryError: the repository failed; others see that it has ended.
+        """
+        with self._lock:
+            self._sharing.leave()

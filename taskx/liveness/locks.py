@@ -1,0 +1,277 @@
+"""Locks that the kernel releases when the process of a node dies.
+
+Never an age, never a host name or process id: a stopped or overloaded process still holds its lock,
+and a dead one does not. The locks are ``flock`` locks on one small file per node, in a folder. A lock
+belongs to the open file description, which a forked child shares; so a child closes its copies at once,
+which unlocks nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Callable
+from contextlib import suppress
+
+from taskx.core.errors import RepositoryUnavailable
+from taskx.liveness.began import Began
+
+try:
+    import fcntl
+except ImportError:  # not a POSIX system: whether a node lives can't be told there
+    fcntl = None  # type: ignore[assignment]
+
+#: Seconds that a new node waits for a process that holds its lock file to see whether it is orphaned.
+PATIENCE = 1.0
+#: Most lock files that are checked together; each is open meanwhile.
+MOST_ORPHANS = 100
+
+_held: dict[str, int] = {}
+
+
+class NodeLocks:
+    """The lock files of nodes in one folder."""
+
+    def __init__(self, folder: str) -> None:
+        self.folder = folder
+
+    def _path(self, node: str) -> str:
+        return os.path.join(self.folder, f"{node}.lock")
+
+    def _began_path(self, node: str) -> str:
+        return os.path.join(self.folder, f"{node}.began")
+
+    def hold(self, node: str, file: int = 0) -> int:
+        """Take a new node's lock, until :meth:`release` or process death; return its inode.
+
+        Args:
+            node: the id of the node.
+            file: the inode of the database that it is to be recorded in.
+
+        Raises:
+            RepositoryUnavailable: there can be no lock file, or it is locked.
+        """
+        if fcntl is None:
+            return 0
+        try:
+            os.makedirs(self.folder, exist_ok=True)
+            fd = self._new_lock(self._path(node))
+        except BlockingIOError as error:
+            raise RepositoryUnavailable(
+                f"{self._path(node)} cannot be locked: another process holds the lock; try again"
+            ) from error
+        except OSError as error:
+            raise RepositoryUnavailable(
+                f"no lock file can be made in {self.folder} ({error}): TaskX needs a local file system, "
+                "and a folder that this user may write to"
+            ) from error
+        _held[node] = fd
+        with suppress(OSError):  # no room: then the record, too, will fail
+            os.write(fd, str(file).encode())
+        return os.fstat(fd).st_ino
+
+    def _new_lock(self, path: str) -> int:
+        """Make and lock a file; try again where one who clears orphans away came between."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                fd = _locked(path, os.O_CREAT | os.O_RDWR)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.001)
+                continue
+            if _is_at(path, fd):
+                return fd
+            os.close(fd)
+
+    def alive(self, node: str, inode: int) -> bool | None:
+        """Return whether the process of a node lives.
+
+        None if that is unknown: its lock file is gone, was replaced, or must not be read.
+        """
+        if fcntl is None:
+            return None
+        try:
+            # Another user may only be allowed to read; that is enough for a shared lock.
+            fd = os.open(self._path(node), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            if os.fstat(fd).st_ino != inode:
+                return None
+            fcntl.flock(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return None
+        finally:
+            os.close(fd)
+        return False
+
+    def clear_orphans(self, file: int, recorded: Callable[[], set[str]]) -> None:
+        """Remove the lock files of processes that died just before they recorded a node, or just after.
+
+        Such a lock file is locked by nobody, and no record of the database that it names is about it. A
+        node records itself only while it holds its lock, and makes sure that the file is still there when
+        it has the lock. So whoever holds the lock and finds no record may remove the file.
+
+        Args:
+            file: the inode of the database.
+            recorded: reads the names that have a record, or are no node's.
+        """
+        if fcntl is None:
+            return
+        locked: dict[str, int] = {}
+        try:
+            for node in sorted(self._named() - recorded())[:MOST_ORPHANS]:
+                with suppress(OSError):  # somebody's, or gone meanwhile
+                    locked[node] = _locked(self._path(node))
+            still = recorded() if locked else set()
+            for node in locked.keys() - still:
+                fd = locked[node]
+                # Nothing is written in it where the process died at once.
+                if os.read(fd, 32) in (b"", str(file).encode()) and _is_at(self._path(node), fd):
+                    self._remove(node)
+        finally:
+            for fd in locked.values():
+                os.close(fd)
+
+    def _named(self) -> set[str]:
+        """The names that have a lock file."""
+        with suppress(OSError):  # it may not be read
+            parts = map(os.path.splitext, os.listdir(self.folder))
+            return {name for name, extension in parts if extension == ".lock"}
+        return set()
+
+    def began(self, node: str) -> Began | None:
+        """Return the tasks that a node's threads began last: writable for a node of this process."""
+        path = self._began_path(node)
+        return Began.make(path) if node in _held else Began.read(path)
+
+    def release(self, node: str) -> None:
+        """Give up one's own lock, or clear away a dead node's files."""
+        self._remove(node)
+        self.let_go(node)
+
+    def _remove(self, node: str) -> None:
+        # The lock file last: as long as it is there, the next node that joins sees what is left.
+        for path in (self._began_path(node), self._path(node)):
+            with suppress(OSError):  # gone already, or in another user's folder
+                os.unlink(path)
+
+    def let_go(self, node: str) -> None:
+        """Give up one's own lock and leave the file: the node counts as dead."""
+        fd = _held.pop(node, None)
+        if fd is not None:
+            os.close(fd)
+
+
+class HostLocks:
+    """The lock files of this user's nodes on this host, where nodes may be on several.
+
+    A node's record says which folder on which boot of which machine its lock file is in. Where that is
+    another one (another host, another container) nothing is told.
+
+    Args:
+        folder: where they are; a folder of this user's among the temporary ones unless given.
+    """
+
+    def __init__(self, folder: str | None) -> None:
+        self._given = folder
+        self._opened: tuple[NodeLocks, str] | None = None
+
+    def hold(self, node: str) -> tuple[str, int]:
+        """Take a new node's lock; says which host this is, and the lock's inode. Empty where it can't."""
+        try:
+            locks, host = self._open()
+            return host, locks.hold(node)
+        except (OSError, RepositoryUnavailable):
+            return "", 0
+
+    def alive(self, node: str, host: str, inode: int) -> bool | None:
+        """Whether the process of a node lives; None where that cannot be told here."""
+        if not inode:
+            return None
+        try:
+            locks, here = self._open()
+        except OSError:
+            return None
+        return locks.alive(node, inode) if host == here else None
+
+    def began(self, node: str) -> Began | None:
+        """Return the tasks that the threads of a node on this host began last."""
+        try:
+            return self._open()[0].began(node)
+        except OSError:
+            return None
+
+    def release(self, node: str) -> None:
+        """Give up one's own lock, or clear away that of a dead node of this host."""
+        if self._opened is not None:
+            self._opened[0].release(node)
+
+    def _open(self) -> tuple[NodeLocks, str]:
+        if self._opened is None:
+            base = os.path.abspath(self._given) if self._given else _private_folder()
+            locks = NodeLocks(os.path.join(base, "nodes"))
+            os.makedirs(locks.folder, exist_ok=True)
+            seen = os.stat(locks.folder)
+            self._opened = locks, f"{_boot_id()} {seen.st_dev} {seen.st_ino}"
+        return self._opened
+
+
+def _locked(path: str, flags: int = os.O_RDONLY) -> int:
+    """Open a file and lock it; ``BlockingIOError`` if somebody holds the lock."""
+    fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _is_at(path: str, fd: int) -> bool:
+    """Return whether an open file is still the one at a path."""
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(fd))
+    except FileNotFoundError:
+        return False
+
+
+def _private_folder() -> str:
+    """A folder that only this user can write to.
+
+    Raises:
+        OSError: another user's folder is in its place.
+    """
+    import tempfile  # not needed where the lock files are beside a file
+
+    folder = os.path.join(tempfile.gettempdir(), f"taskx-{os.getuid()}")
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    seen = os.lstat(folder)
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o022:
+        raise OSError(f"{folder} is not this user's alone")
+    return folder
+
+
+def _boot_id() -> str:
+    """Which boot of which machine this is.
+
+    Raises:
+        OSError: the system does not say (it is no Linux); then nothing can be told.
+    """
+    with open("/proc/sys/kernel/random/boot_id") as file:
+        return file.read().strip()
+
+
+def _drop_in_child() -> None:
+    for fd in _held.values():
+        os.close(fd)
+    _held.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_drop_in_child)

@@ -1,0 +1,366 @@
+"""What follows when a task moves, in one place: who must hear of which move.
+
+Whoever makes a move commits it by :meth:`Consequences.commit`. Where it is committed otherwise, he calls
+:meth:`~Consequences.created` or :meth:`~Consequences.follow` once it is.
+
+All that follows can be done twice, and an interrupt may cut it short: the slow looks of the housekeeper
+find what was missed.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import attrs
+
+from taskx.common.agenda import Agenda
+from taskx.common.hooks import Hooks
+from taskx.common.ledger import Ledger
+from taskx.common.watcher import Watcher
+from taskx.core.clock import Clock
+from taskx.core.errors import RepositoryError
+from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, Ending
+from taskx.core.log import GuardedLogger
+from taskx.core.model import Task
+from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
+from taskx.core.writes import Delete, Insert, Update, Write
+from taskx.executing.runner import Run
+from taskx.ordering.dependents import Dependents
+from taskx.ordering.turns import Turns
+from taskx.storage.base import Repository
+
+
+class _Node(Protocol):
+    """What a started node has to do with the moves of tasks."""
+
+    def discard(self, task_ids: Iterable[str]) -> None: ...
+    def fire(self, task_id: str) -> None: ...
+    def rebuffer(self, task: Task) -> None: ...
+
+
+@attrs.frozen
+class Follows:
+    """What follows from a move.
+
+    Attributes:
+        event: what hooks are told of it, beside ``finished``.
+        facts: what they are told beside the task; of :func:`_facts`.
+        ends: True if the task has ended or is gone: hooks hear that it is finished; who waits for it, what
+            depends on it and the next one of its concurrency key hear of it, too.
+        may_start: True if the task may start, now or when what it is held for has come.
+        leaves: True if it leaves the buffer of this process.
+        fires: True if its token fires, where it runs in this process.
+        level: how important the line in the log is.
+        words: the line in the log, with places for :func:`_facts`.
+    """
+
+    event: str = ""
+    facts: tuple[str, ...] = ()
+    ends: bool = False
+    may_start: bool = False
+    leaves: bool = False
+    fires: bool = False
+    level: int = logging.DEBUG
+    words: str = ""
+
+
+NOTHING = Follows()
+_ENDED = Follows(ends=True, words="task %(id)s (%(type)s) %(status)s")
+_FAILED = Follows(
+    ends=True,
+    level=logging.ERROR,
+    words="task %(id)s (%(type)s) failed: %(error)s\n%(traceback)s",
+)
+_ORPHANED = Follows(
+    ends=True, level=logging.WARNING, words="task %(id)s (%(type)s) is %(status)s: %(error)s"
+)
+_DIED = "task %(id)s was running on %(node)s, which died: "
+_RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}failed for good"
+_GIVEN_UP = f"{_DIED}it is cancelled, as was asked for"
+
+#: What follows from each move, by its name and the status that it leads to, None where it changes none. The
+#: limits hear that a run is over from whoever forgets the run: see :meth:`Consequences.follow`.
+FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
+    # Whoever stores a task that is not held back puts it into the buffer, or looks for more.
+    ("create", None): Follows("submitted", may_start=True),
+    # Hooks are told when a thread begins to execute it: see Consequences.begun.
+    ("start", RUNNING): NOTHING,
+    ("progress", None): Follows("progressed", ("progress", "message")),
+    ("checkpoint", None): NOTHING,
+    ("complete", COMPLETED): _ENDED,
+    ("fail", FAILED): _FAILED,
+    ("retry", PENDING): Follows(
+        "retried",
+        ("error", "delay"),
+        may_start=True,
+        level=logging.WARNING,
+        words="task %(id)s (%(type)s) is retried in %(delay)g s after attempt %(attempt)d: %(error)s",
+    ),
+    ("snooze", PENDING): Follows(
+        "snoozed",
+        ("snooze",),
+        may_start=True,
+        level=logging.INFO,
+        words="task %(id)s (%(type)s) asked to run again in %(snooze)g s",
+    ),
+    ("interrupt", PENDING): Follows(
+        "interrupted",
+        may_start=True,
+        level=logging.INFO,
+        words="task %(id)s (%(type)s) was interrupted and is pending again",
+    ),
+    # Its node still holds it, and has not executed it.
+    ("hand back", PENDING): NOTHING,
+    ("cancelled", CANCELLED): _ENDED,
+    ("crash", PENDING): Follows(
+        "rescued",
+        may_start=True,
+        level=logging.WARNING,
+        words="task %(id)s (%(type)s) crashed, it runs again: %(error)s",
+    ),
+    ("crash", FAILED): attrs.evolve(_FAILED, event="rescued"),
+    ("crash", CANCELLED): attrs.evolve(_ENDED, event="rescued"),
+    ("rescue", PENDING): Follows("rescued", may_start=True, level=logging.WARNING, words=_RESCUED),
+    ("rescue", FAILED): Follows("rescued", ends=True, level=logging.ERROR, words=_LOST),
+    ("rescue", CANCELLED): Follows("rescued", ends=True, level=logging.WARNING, words=_GIVEN_UP),
+    ("cancel", CANCELLED): Follows(ends=True, leaves=True),
+    ("request cancel", None): Follows(fires=True),
+    ("orphan", CANCELLED): _ORPHANED,
+    ("orphan", FAILED): _ORPHANED,
+    ("parents moved", None): Follows(may_start=True),
+    ("give turn", None): Follows(may_start=True),
+    ("release", None): Follows(may_start=True),
+    ("lift bar", None): Follows(may_start=True),
+    ("requeue", PENDING): Follows("requeued", may_start=True),
+    # It is fetched anew, to its place by its new priority.
+    ("replace", None): Follows(may_start=True, leaves=True),
+    # A node takes what it can start, and gives up what it cannot.
+    ("take", None): NOTHING,
+    ("give up", None): NOTHING,
+    ("free key", None): NOTHING,
+    ("delete", None): Follows(ends=True, leaves=True),
+    # They had ended, and nobody needs them any more.
+    ("prune", None): NOTHING,
+    ("discard", None): NOTHING,
+}
+
+
+class _State(Protocol):
+    @property
+    def engine(self) -> _Node | None: ...
+
+
+class Consequences:
+    """Commits moves, and does what follows from them.
+
+    Args:
+        repository: where the tasks are.
+        ledger: what commits.
+        hooks: who is told of moves.
+        watcher: who resolves handles.
+        agenda: where the housekeeper is told what to look at.
+        state: knows the started node.
+        clock: the time.
+        log: what it says.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        ledger: Ledger,
+        hooks: Hooks,
+        watcher: Watcher,
+        agenda: Agenda,
+        state: _State,
+        clock: Clock,
+        log: GuardedLogger,
+    ) -> None:
+        self._repository = repository
+        self._ledger = ledger
+        self._hooks = hooks
+        self._watcher = watcher
+        self._agenda = agenda
+        self._state = state
+        self._log = log
+        self.turns = Turns(repository, self.commit, log)
+        self.dependents = Dependents(repository, self.commit, agenda, clock, log)
+
+    def commit(
+        self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
+    ) -> Sequence[bool]:
+        """Commit moves, and do what follows from those that took place; says for each whether it did.
+
+        Args:
+            writes: the moves.
+            tasks: the tasks as they were read, by id; None if they were not.
+
+        Raises:
+            RepositoryError: none of them was applied.
+        """
+        results = self._ledger.commit(writes)
+        if done := [write for write, held in zip(writes, results, strict=True) if held]:
+            known = self._to_be_told(done) if tasks is None else tasks
+            self.follow(done, known)
+        return results
+
+    def _to_be_told(self, writes: Sequence[Update | Delete]) -> Mapping[str, Task]:
+        """Read the tasks of which only the ids are known, where hooks are told that they are finished."""
+        ids = [w.id for w in writes if FOLLOWS[w.move, w.changes.get("status")].ends]
+        if not (ids and self._hooks.finished):
+            return {}
+        try:
+            return self._repository.get_many(ids)
+        except RepositoryError as error:
+            some = ", ".join(ids[:10])
+            self._log.warning("no hook is told that tasks are finished: %s: %s", some, error)
+            return {}
+
+    def created(self, inserts: Sequence[Insert]) -> None:
+        """Do what follows when tasks were stored."""
+        if listeners := self._hooks.submitted:
+            for insert in inserts:
+                self._hooks.tell(listeners, partial(created_task, insert.row))
+        if held := [insert for insert in inserts if insert.row["held"]]:
+            self._may_start(held, {})
+            if self.dependents.told:
+                self.look_if_alone()
+
+    def begun(self, task: Task) -> None:
+        """Tell hooks that a thread begins to execute a task."""
+        if listeners := self._hooks.started:
+            self._hooks.tell(listeners, partial(changed_task, task, {}))
+
+    def follow(
+        self,
+        writes: Sequence[Update | Delete],
+        tasks: Mapping[str, Task],
+        ending: Ending | None = None,
+        run: Run | None = None,
+        over: Callable[[Run, bool], object] | None = None,
+    ) -> None:
+        """Do what follows from moves that took place.
+
+        Args:
+            writes: the moves.
+            tasks: the tasks as they were read, by id, as far as they were.
+            ending: how the attempt ended, where one did.
+            run: the run whose moves they are, where it is one of this process.
+            over: forgets the run. It comes between what nobody may overlook who sees that nothing runs, or
+                begins the next attempt, and what lets the task start again.
+        """
+        try:
+            turns = False
+            for write in writes:
+                changes = write.changes
+                follows = FOLLOWS[write.move, changes.get("status")]
+                if self._hooks.moves and write.id in tasks:
+                    self._tell_hooks(follows, tasks[write.id], changes, ending, run)
+                if follows.ends and (self.dependents.any or not self._agenda.attended):
+                    self.dependents.parent_ended(write.id)
+                if "turn" in changes or write.move == "delete":
+                    turns = True
+            if turns:
+                self._leave_turns(writes, tasks)
+        finally:
+            if over is not None and run is not None:
+                over(run, True)
+        log, watched, may_start = self._log, self._watcher.watched, False
+        for write in writes:
+            follows = FOLLOWS[write.move, write.changes.get("status")]
+            if follows.words and log.isEnabledFor(follows.level) and write.id in tasks:
+                facts = _facts(tasks[write.id], write.changes, ending)
+                log.log(follows.level, follows.words, facts)
+            if follows.ends and write.id in watched:
+                self._watcher.look_at(write.id)
+            if follows.leaves and (node := self._state.engine) is not None:
+                node.discard([write.id])
+            if follows.fires and (node := self._state.engine) is not None:
+                node.fire(write.id)
+            may_start = may_start or follows.may_start
+        if may_start:
+            self._may_start(writes, tasks)
+
+    def _tell_hooks(
+        self,
+        follows: Follows,
+        task: Task,
+        changes: Mapping[str, Any],
+        ending: Ending | None,
+        run: Run | None,
+    ) -> None:
+        hooks = self._hooks
+        shown = changes if run is None else run.context.shown(changes)
+        make = partial(changed_task, task, shown)
+        if ending is not None and ending.stuck and hooks.stuck:
+            hooks.tell(hooks.stuck, make)
+        if follows.event and (listeners := getattr(hooks, follows.event)):
+            facts = _facts(task, changes, ending) if follows.facts else {}
+            hooks.tell(listeners, make, *(facts[name] for name in follows.facts))
+        if follows.ends and hooks.finished:
+            hooks.tell(hooks.finished, make)
+
+    def _leave_turns(self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task]) -> None:
+        """Give the turns that were given up to the next ones, unless that is among these moves."""
+        keys, given = [], set()
+        for write in writes:
+            turn = write.changes.get("turn", _UNCHANGED)
+            if turn is None and (task := tasks.get(write.id)) is not None:
+                keys.append(task.concurrency_key)
+            elif turn is None or write.move == "delete":
+                self.turns.look_soon()  # only the id of the task is known
+            else:
+                given.add(turn)
+        self.turns.advance(key for key in keys if key is not None and key not in given)
+
+    def _may_start(self, writes: Sequence[Write], tasks: Mapping[str, Task]) -> None:
+        """Have pending tasks start as soon as what they are held for has come."""
+        waiting: dict[str, str] = {}
+        keys: list[str] = []
+        for write in writes:
+            changes = write.changes
+            held = changes.get("held", FREE)
+            if not FOLLOWS[write.move, changes.get("status")].may_start:
+                continue
+            if (parent := changes.get("waiting_on")) is not None:
+                waiting[write.id] = parent
+            elif held == FOR_TURN:
+                known = tasks.get(write.id)
+                key = changes.get("concurrency_key") if known is None else known.concurrency_key
+                keys.append(str(key))
+            elif held == UNTIL_DUE:
+                self._agenda.look_for_due()
+            elif held == FREE and changes.get("owner") and self._state.engine is not None:
+                self._state.engine.rebuffer(tasks[write.id])
+            elif held == FREE:
+                self._agenda.look_for_more()
+        if waiting:
+            self.dependents.waits(waiting)
+        if keys:
+            self.turns.advance(keys)
+
+    def look_if_alone(self) -> None:
+        """Look after dependents and turns now, where no housekeeper does soon."""
+        if self._agenda.attended:
+            return
+        try:
+            self.dependents.look()
+            self.turns.look()
+        except RepositoryError as error:
+            self._log.warning("what waits for other tasks is looked at later: %s", error)
+
+
+_UNCHANGED = object()
+
+
+def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dict[str, Any]:
+    """What lines in the log and hooks are told of a move."""
+    node = task.worker or task.owner
+    facts = {"id": task.id, "type": task.type, "attempt": task.attempt, "node": node}
+    if ending is not None:
+        told = ("error", "traceback", "delay", "snooze")
+        facts.update((name, getattr(ending, name)) for name in told)
+    changed = ("status", "error", "traceback", "progress", "message")
+    return {**facts, **{name: changes[name] for name in changed if name in changes}}

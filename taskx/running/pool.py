@@ -1,0 +1,582 @@
+"""A started queue: the node, its worker threads, and the way of a task from buffer to outcome."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import compress, islice
+
+import attrs
+
+from taskx.common.bell import Bell
+from taskx.common.config import Config
+from taskx.core import lifecycle
+from taskx.core.complaint import Complaint
+from taskx.core.errors import (
+    CancelReason,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    TaskxError,
+)
+from taskx.core.lifecycle import Ending
+from taskx.core.model import Task
+from taskx.core.record import Stub
+from taskx.core.writes import Update
+from taskx.executing.failures import error_text, error_type
+from taskx.executing.runner import Run, broken
+from taskx.limiting.admission import Admission
+from taskx.liveness.base import Node
+from taskx.liveness.began import Began
+from taskx.moving.services import Services
+from taskx.running.ahead import Ahead
+from taskx.running.buffer import Buffer, Item
+from taskx.running.runs import Runs
+from taskx.running.starter import Starter
+from taskx.running.stuck import Stuck
+from taskx.storage import queries
+
+# Seconds a worker waits after the repository failed it, doubled up to the second.
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
+
+
+class WorkerPool:
+    """Runs tasks: threads that take ids from the buffer, start, execute and conclude them.
+
+    Args:
+        services: what it works with.
+        node: what it is known as in the repository.
+        config: how many threads, and how large a buffer.
+        retire: ends the node, as its TaskX is too old for the repository.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        node: Node,
+        config: Config,
+        retire: Callable[[SchemaMismatch], None],
+    ) -> None:
+        self.services = services
+        self.agenda = services.agenda
+        self.hooks = services.hooks
+        self.node = node
+        #: Every task in flight: see there.
+        self.runs = Runs()
+        workers = config.worker_num
+        self.ahead = Ahead(workers)
+        fetch_size = max(64, 4 * workers, min(config.buffer_size, 256))
+        ageing = round((config.ageing or 0) * 1000)
+        self.buffer = Buffer(config.buffer_size, fetch_size, self.ahead.wake, ageing)
+        self.stopping = False
+        #: The notes of the tasks that threads began last, if they are kept.
+        self.began: Began | None = None
+        #: Set when the workers may run tasks.
+        self.begun = threading.Event()
+        self.admission = Admission(
+            services.registry.limits,
+            services.repository,
+            node.id,
+            services.clock,
+            self.agenda.look_for_more,
+            self.agenda.wake_from_long_sleep,
+            services.log,
+        )
+        self.starter = Starter(services, node, self.buffer, self.runs, self.admission)
+        self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
+        self._recorded = node.types
+        #: Whether no other node is known to live.
+        self.alone = False
+        #: The error that ends a node whose TaskX is too old for the repository, and what ends it.
+        self.outdated: SchemaMismatch | None = None
+        self.retire = retire
+        self._complaint = Complaint(services.log)
+        self._refilling = threading.Lock()
+        self._counting = threading.Lock()
+        self._quiet = Bell()
+        self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._give_up)
+        self._left = self._at_work = self._named = workers
+        self.threads = [self._worker(number) for number in range(1, workers + 1)]
+
+    def _worker(self, number: int) -> threading.Thread:
+        worker, name = f"{self.node.name}/{number}", f"taskx-worker-{number}"
+        return threading.Thread(target=self._live, args=(worker,), name=name, daemon=True)
+
+    def record_types(self) -> None:
+        """Record the types that this node runs, if executors were registered since the last record.
+
+        Raises:
+            RepositoryError: the repository failed; the housekeeper does it again.
+        """
+        types = self.services.registry.types
+        if types != self._recorded:
+            self.services.repository.liveness.record_types(self.node.id, types)
+            self._recorded = types
+
+    # --- the workers
+
+    def _live(self, worker: str) -> None:
+        """Work; whatever goes wrong costs a task's time, and not the thread."""
+        self.begun.wait()
+        pause, going = _FIRST_PAUSE, True
+        while going:
+            began = time.monotonic()
+            try:
+                self._work(worker)
+                going = False
+            except SchemaMismatch as error:
+                self.retire(error)
+                self._pause(_LONGEST_PAUSE)
+            except RepositoryError as error:
+                self._complaint.make("the repository fails the workers (trying again): %s", error)
+                if time.monotonic() - began > _LONGEST_PAUSE:  # it has worked meanwhile
+                    pause = _FIRST_PAUSE
+                self._pause(pause)
+                pause = min(2 * pause, _LONGEST_PAUSE)
+            except BaseException:  # a defect of ours
+                self.services.log.exception("a worker stumbled; it goes on")
+                self._pause(_FIRST_PAUSE)
+        try:
+            self.services.ledger.flush(wait=False)
+        except RepositoryError as error:
+            self._complaint.make("outcomes wait to be written: %s", error)
+        finally:  # whatever happens, a stop must not wait for a worker that is gone
+            with self._counting:
+                self._left -= 1
+                self.threads.remove(threading.current_thread())  # its ident may be another's soon
+            self._quiet.ring_all()
+
+    def _pause(self, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not self.stopping and (left := deadline - time.monotonic()) > 0:
+            time.sleep(min(left, 0.1))
+
+    def _work(self, worker: str) -> None:
+        """Take, start and execute one task after the other, until the stop."""
+        buffer, ahead = self.buffer, self.ahead
+        while not self.stopping:
+            if self.hooks.waiting:
+                self.hooks.let_catch_up()
+            if ahead.short and not self.services.watcher.watching:
+                ahead.let_gather(len(buffer))
+            run, items = ahead.take(), None
+            if run is None and (items := buffer.take(ahead.portion)):
+                run = self._start(items)
+            if run is not None:
+                self._complaint.over()
+                self.execute(run, worker)
+                del run  # a worker that waits must not keep the last task's values alive
+            elif not items:
+                if not self.services.ledger.flush(wait=False):
+                    # Another thread commits, perhaps without the last ones.
+                    self.agenda.wake_from_long_sleep()
+                if self.agenda.more_stored:
+                    self.refill()
+                self._tell_quiet()
+                ahead.wait(self._has_next)
+            if self._at_work > ahead.workers and self._is_superfluous():
+                return
+
+    def _has_next(self) -> bool:
+        """Whether there is something for a worker, or the node stops."""
+        return bool(self.ahead.runs) or self.buffer.has_next()
+
+    def _refill_if_low(self) -> None:
+        """Fetch more if little is left of what was fetched.
+
+        A fetch reads what is there already, too, so it pays to have little; but beside other nodes it
+        may wait for the file, and is begun early.
+        """
+        share = 0.25 if self.alone else 0.5
+        if self.agenda.more_stored and self.buffer.fetched < self.buffer.fetch_size * share:
+            self.refill()
+
+    def _start(self, items: list[Item]) -> Run | None:
+        """Start tasks in one transaction; returns one of them and lays the others out."""
+        try:
+            self.ahead.begin(len(items))
+            # Before the start: should this fail, nothing has been started that nobody would run.
+            self._refill_if_low()
+            runs = self.starter.start(items)
+            if self.stopping:  # it looked for runs to tell, and could not see these yet
+                self.starter.hand_back(runs, rebuffer=False)
+                return None
+            if len(runs) > 1:
+                self.ahead.lay_out(runs[1:])
+                self.agenda.wake_from_long_sleep()
+        except BaseException:  # an interrupt, too: nobody else holds these tasks
+            self.buffer.put_back(item for item in items if item.id not in self.runs)
+            raise
+        finally:
+            self.buffer.started()
+        return runs[0] if runs else None
+
+    def execute(
+        self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None
+    ) -> Ending:
+        """Run the executor and leave its outcome to the ledger, or to ``conclude``.
+
+        Any error that escapes, even from a defect of TaskX, fails only this attempt.
+        """
+        try:
+            run.state, self.ahead.at_work[run] = "executing", time.monotonic()
+            if self.runs.get(run.task.id) is not run:  # the audit took it for lost
+                self.ahead.at_work.pop(run, None)
+                return Ending(returned=False)
+            began, cell = self.began, 0
+            try:
+                self._tell_begins(run, worker)
+                if began is not None:
+                    cell = began.begin(run.task.id, run.task.starts)
+                ending = self.services.runner.run(run, worker)
+            except BaseException as error:  # noqa: BLE001  (see above)
+                ending = broken(error, worker)
+            finally:
+                if began is not None:
+                    began.end(cell)
+            if run.decided is not None and not run.decided.acquire(False):
+                self._come_back(run)
+                return ending
+            run.state = "concluding"  # first: from then on no audit takes it for lost
+            self.ahead.ended(run, ending.duration)
+            (conclude or self._defer)(run, ending)
+        except BaseException:  # an interrupt: nobody executes it, as the audit then sees
+            run.state = "starting"
+            self.ahead.at_work.pop(run, None)
+            self.starter.strike(run, ran=True)
+            raise
+        return ending
+
+    def _tell_begins(self, run: Run, worker: str) -> None:
+        task = run.task
+        self.services.log.debug("task %s (%s) begins, attempt %d", task.id, task.type, task.attempt)
+        if self.hooks.started:
+            self.services.consequences.begun(task)
+        if task.timeout is not None:
+            run.overdue = self.stuck.watch(run, worker)
+
+    def _defer(self, run: Run, ending: Ending) -> None:
+        ending, writes, more = self._outcome(run, ending)
+        writes = [*writes, *more] if more else writes
+        self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
+
+    def conclude(self, run: Run, ending: Ending) -> None:
+        """Commit an outcome now, and do what follows, on a thread that may be interrupted."""
+        ending, writes, more = self._outcome(run, ending)
+        results: Sequence[bool] = ()
+        refused: BaseException | None = None
+        try:
+            results = self.services.ledger.commit(writes := [*writes, *more])
+        except RepositoryUnavailable as error:
+            self._defer(run, ending)
+            self.services.log.warning(
+                "task %s: its outcome could not be written yet (trying again): %s",
+                run.task.id,
+                error,
+            )
+            return
+        except TaskxError as error:
+            refused = error
+        self._concluded(run, ending, writes, results, refused)
+
+    def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
+        """Return the write for an ending, and the one that gives the turn of its key to the next task."""
+        now = self.services.clock.now_ms()
+        try:
+            writes = lifecycle.conclude(run.task, ending, now)
+        except Exception as error:  # noqa: BLE001  (a defect of ours: it fails this attempt alone)
+            ending = broken(error, ending.worker)
+            writes = lifecycle.conclude(run.task, ending, now)
+        key = run.task.concurrency_key
+        return ending, writes, () if key is None else self.services.turns.next_turn(key)
+
+    # --- threads that are stuck
+
+    def _do_without(self, run: Run, ident: int) -> None:
+        """The thread that is at a run does not end: another one takes its place, if it is a worker."""
+        self.ahead.at_work.pop(run, None)
+        try:
+            with self._counting:
+                if not any(thread.ident == ident for thread in self.threads):
+                    return  # it submitted the task, and ran it itself
+                self._at_work -= 1
+                if self.stopping or not self.stuck.healthy:
+                    return
+                self._named += 1
+                thread = self._worker(self._named)
+                thread.start()
+                self.threads.append(thread)
+                self._left += 1
+                self._at_work += 1
+        except RuntimeError as error:
+            self.services.log.error("cannot start a replacement worker thread: %s", error)
+
+    def _give_up(self, run: Run, ending: Ending) -> None:
+        """An attempt is over while its thread runs on."""
+        self._defer(run, ending)
+        self.agenda.wake_from_long_sleep()
+
+    def _come_back(self, run: Run) -> None:
+        """This thread was given up, and is free again."""
+        if threading.current_thread() in self.threads:
+            with self._counting:
+                self._at_work += 1
+        self.admission.over(run.task.id, ran=True)  # first: from then on its retry may be admitted
+        self.stuck.thread_ended(run)
+        self.agenda.wake_from_long_sleep()
+
+    def _is_superfluous(self) -> bool:
+        """Whether there is one worker too many since a stuck one came back: then this one leaves."""
+        with self._counting:
+            if self._at_work <= self.ahead.workers:
+                return False
+            self._at_work -= 1
+            return True
+
+    # --- outcomes
+
+    def _concluded(
+        self,
+        run: Run,
+        ending: Ending,
+        writes: Sequence[Update],
+        results: Sequence[bool],
+        error: BaseException | None,
+    ) -> None:
+        """An outcome is committed, or was dropped because the run had lost its fence."""
+        if error is not None and (lesser := _lesser(ending, error)) is not None:
+            self._defer(run, lesser)
+            self.agenda.wake_from_long_sleep()
+            return
+        held = [*compress(writes, results)]
+        tasks = {run.task.id: run.task}
+        self.services.consequences.follow(held, tasks, ending, run, self.starter.strike)
+        if not (held and held[0].id == run.task.id):
+            self._not_concluded(run.task, error)
+        if self._quiet.listening:
+            self._tell_quiet()
+
+    def _not_concluded(self, task: Task, error: BaseException | None) -> None:
+        if error is None:
+            self.services.log.warning(
+                "task %s (%s): its late outcome was dropped, as another run had taken over",
+                *(task.id, task.type),
+            )
+        else:
+            self.services.log.error(
+                "task %s (%s): how it ended could not be stored, so it runs again: %s",
+                *(task.id, task.type, error),
+            )
+
+    # --- pauses and limits
+
+    def takes(self, type: str) -> bool:
+        """Whether it may start tasks of this type at present."""
+        return type not in self.services.pauses.known
+
+    def buffers(self, type: str) -> bool:
+        """Whether a task of this type may lie in the buffer whenever it comes."""
+        return type not in self.services.registry.limits and self.takes(type)
+
+    def has_room(self, type: str) -> bool:
+        """Whether a task of this type might start now."""
+        limited = type in self.services.registry.limits
+        return self.takes(type) and (not limited or self.admission.open(type))
+
+    def look_for_pauses(self) -> None:
+        """See what is paused, and leave to the repository what lies in the buffer and is.
+
+        Raises:
+            RepositoryError: the repository failed; what is in the buffer is passed over all the same.
+        """
+        if self.services.pauses.look():
+            self.agenda.more_stored = True  # what is paused no longer
+            paused = self.services.pauses.known
+            swept = self.buffer.sweep(lambda type: type in paused)
+            self.starter.give_up([item.id for item in swept])
+
+    # --- from the repository into the buffer
+
+    def types(self) -> list[str]:
+        """The types that it runs and that are not paused."""
+        return [type for type in self.services.registry.types if self.takes(type)]
+
+    def refill(self) -> None:
+        """Fetch free tasks from the repository as far as there is room."""
+        if not self._refilling.acquire(blocking=False):
+            return
+        try:
+            room = self.buffer.room_to_fetch()
+            if room <= 0 or self.stopping:
+                return
+            self.agenda.more_stored = False  # before looking: a spill from now on sets it again
+            try:
+                found = self._fetch(room)
+            except BaseException:  # an interrupt, too: nobody else knows that there is more
+                self.agenda.more_stored = True
+                raise
+            for stub in found:
+                if stub.type in self.services.registry.limits:
+                    self.admission.fetched(stub.type, stub.id)
+                self.buffer.add_fetched(stub)
+            if len(found) == room:
+                self.agenda.more_stored = True
+        finally:
+            self._refilling.release()
+
+    def _fetch(self, room: int) -> list[Stub]:
+        """Free tasks that this node does not hold yet.
+
+        Beside other nodes they are marked as taken, so that two do not go for the same ones. Alone,
+        that write is saved: the start is the guard in any case.
+        """
+        services = self.services
+        stubs = self._offered(room)
+        if self.alone:
+            return stubs
+        if not stubs:
+            return self._take_over()
+        taken = services.ledger.commit([lifecycle.take(stub.id, self.node.id) for stub in stubs])
+        if not all(taken):
+            self.agenda.look_for_more()  # there may be others, or none for which it has places
+        return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
+
+    def _offered(self, room: int, owner: str = "") -> list[Stub]:
+        """The best of the tasks that this node does not hold and may start, at most ``room``.
+
+        Those that no node holds, or those in the buffer of one.
+        """
+        repository, limits = self.services.repository, self.services.registry.limits
+        known, types, ageing = self.unmarked(), self.types(), self.buffer.ageing
+        free = [type for type in types if type not in limits] if limits else types
+        found = self._others(repository.ready(free, room + len(known), owner, ageing), known, room)
+        if len(free) == len(types):
+            return found
+        for type in types:
+            if type in limits:
+                most, waiting = self.admission.room(type, known)
+                if (most := min(most, room)) > 0:
+                    stubs = repository.ready([type], most + waiting, owner, ageing)
+                    some = self._others(stubs, known, most)
+                    found += some
+                    if not owner:
+                        self.admission.looked(type, most, len(some))
+        found.sort(key=self._best_first)
+        return found[:room]
+
+    def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
+        """Return the first tasks that this node does not hold yet, at most ``most``."""
+        others = (stub for stub in stubs if stub.id not in known and stub.id not in self.buffer)
+        return list(islice(others, most))
+
+    def _best_first(self, stub: Stub) -> tuple[int, int]:
+        return stub.rank(self.buffer.ageing), stub.created_at
+
+    def _take_over(self) -> list[Stub]:
+        """With nothing to do: what is next in line in the buffers of other nodes, one for each idle worker.
+
+        They find it started, or gone, when they come to it.
+        """
+        wanted = self.ahead.workers - len(self.runs.executing)
+        if wanted <= 0 or len(self.buffer):
+            return []
+        services = self.services
+        found = [
+            (stub, owner)
+            for owner in queries.owners(services.repository)
+            if owner != self.node.id
+            for stub in self._offered(wanted, owner)
+        ]
+        found.sort(key=lambda pair: self._best_first(pair[0]))
+        writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
+        taken = services.ledger.commit(writes) if writes else []
+        if any(taken):
+            self.agenda.more_stored = True  # look again when these are done
+        return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]
+
+    # --- quiet, and the end
+
+    def _tell_quiet(self) -> None:
+        if self._quiet.listening and not self.runs and not len(self.buffer):
+            self._quiet.ring_all()
+
+    def holds_nothing(self) -> bool:
+        """Whether neither buffer nor workers nor ledger have anything left."""
+        return not (
+            self.runs
+            or len(self.buffer)
+            or self.ahead.runs
+            or self.starter.suspects.waiting
+            or self.agenda.more_stored
+            or self.services.ledger
+            or self.services.dependents.looks
+        )
+
+    def wait_quiet(self, timeout: float) -> None:
+        """Wait until a task ends or a worker leaves, at most ``timeout`` seconds."""
+        self._quiet.wait(self._quiet.listen(), timeout)
+
+    def holds(self, task_id: str) -> bool:
+        """Return whether this node holds a pending task in memory."""
+        return task_id in self.buffer or task_id in self.unmarked()
+
+    def unmarked(self) -> set[str]:
+        """Return the pending tasks in memory that the repository may list as free, and some more, by id."""
+        buffer, suspects = self.buffer, self.starter.suspects
+        return {
+            *buffer.fetched_ids,
+            *(item.id for item in [*buffer.starting, *suspects.waiting]),
+        }
+
+    def lose_lease(self) -> None:
+        """Others may take this node for dead, what it runs, and its part of what nodes share."""
+        self.fire_all(CancelReason.LEASE_LOST)
+        self.admission.forget()
+
+    def fire_all(self, reason: CancelReason) -> None:
+        """Fire the token of every run."""
+        for run in list(self.runs.values()):
+            run.token.fire(reason)
+
+    def fire(self, task_id: str) -> None:
+        """Fire the token of a task whose cancel was asked for, if it runs here."""
+        if (run := self.runs.get(task_id)) is not None:
+            run.token.fire(CancelReason.CANCEL)
+
+    def begin_stop(self) -> None:
+        """Take nothing more."""
+        self.stopping = True
+        self.begun.set()
+        ahead = self.ahead.clear()
+        self.buffer.close()
+        self.ahead.wake_all()
+        self.starter.suspects.close()
+        self.starter.hand_back(ahead, rebuffer=False)
+
+    def release_pending(self) -> int:
+        """Give up the pending tasks that this node holds, for whoever runs; returns how many."""
+        found = self.services.repository.find("buffered_on", [self.node.id], ("id",))
+        pending = [task_id for (task_id,) in found]
+        self.starter.give_up(pending)
+        return len(pending)
+
+    @property
+    def workers_left(self) -> int:
+        """How many worker threads have not ended."""
+        return self._left
+
+
+def _lesser(ending: Ending, error: BaseException) -> Ending | None:
+    """What is left to be stored of an ending that the repository refused; None for nothing less.
+
+    Where the executor returned something, the attempt failed.
+    """
+    if ending.result is not None:
+        text = f"the result could not be stored: {error_text(error)}"
+        kind = error_type(error)
+        return attrs.evolve(ending, returned=False, result=None, error=text, error_type=kind)
+    if ending.traceback or ending.log:
+        return attrs.evolve(ending, traceback="", log="")
+    return None

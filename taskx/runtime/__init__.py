@@ -1,1 +1,0 @@
-"""What runs tasks: executors, buffer, workers, scheduler, and the ledger through which they write."""

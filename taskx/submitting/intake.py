@@ -1,0 +1,406 @@
+"""How a task gets in: checked, stored, and put where a worker finds it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from operator import itemgetter
+from typing import Any
+
+from taskx.common import permission
+from taskx.core.errors import (
+    ConfigurationError,
+    DuplicateTask,
+    QueueFull,
+    QueueStopped,
+    RepositoryError,
+    SchemaMismatch,
+    TaskxError,
+)
+from taskx.core.model import Task
+from taskx.core.options import OnConflict
+from taskx.core.writes import Insert
+from taskx.executing.runner import inside_executor
+from taskx.moving.services import Services
+from taskx.ordering.parents import find_parents
+from taskx.running.buffer import Item
+from taskx.running.pool import WorkerPool
+from taskx.running.state import State
+from taskx.storage.base import Reentered
+from taskx.submitting.conflicts import Patience, settle
+from taskx.submitting.creation import prepare
+
+#: What of a row the buffer sorts by and gives to a worker.
+_place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
+    "id", "type", "priority", "created_at", "run_at"
+)
+
+
+class Intake:
+    """Takes tasks in for a queue.
+
+    Args:
+        services: what it works with.
+        state: whether the queue is started, and whether it was stopped.
+        overflow: what a full buffer does.
+        block_timeout: seconds that ``block`` waits for room; None for ever.
+    """
+
+    def __init__(
+        self,
+        services: Services,
+        state: State,
+        overflow: str,
+        block_timeout: float | None,
+    ) -> None:
+        self._services = services
+        self._state = state
+        self._hooks = services.hooks
+        self._overflow = overflow
+        self._block_timeout = block_timeout
+        self._lost = permission.in_child and not services.repository.shared
+
+    # --- one task
+
+    def accept(
+        self,
+        task: Task,
+        priority: int | None = None,
+        on_conflict: OnConflict = "reject",
+        *,
+        spill: bool = False,
+    ) -> str:
+        """Store a task and see to it that it runs; returns its id, or that of the one that stands for it.
+
+        Args:
+            task: what to store; it is not changed.
+            priority: wins over the task's and the executor's own, zero included.
+            on_conflict: what to do where another task holds its unique key.
+            spill: leave it in the repository if the buffer is full, whatever ``overflow`` says.
+
+        Raises:
+            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
+        """
+        self.refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
+        insert = prepare(self._services, task, priority)
+        if task.depends_on:
+            find_parents(self._services.repository, [insert])
+        try:
+            if task.unique_key is not None:
+                return self._accept_unique(insert, on_conflict, spill=spill)
+            pool = self._pool_for(insert)
+            if pool is None or not self._take_in(pool, insert):
+                self._store_outside(pool, insert, spill=spill)
+            return insert.id
+        except Reentered:
+            self._take_in_soon([insert])
+            return insert.id
+        except TaskxError as error:
+            raise _about(error, insert.id) from error.__cause__
+        except Exception:
+            raise
+        except BaseException as error:
+            # Whether it is stored cannot be said: submitting the same id again tells.
+            error.task_id = insert.id  # type: ignore[attr-defined]
+            raise
+
+    def _take_in_soon(self, inserts: Sequence[Insert]) -> None:
+        """Leave what a finalizer submits inside a write of its own thread to that write."""
+        for insert in inserts:
+            insert.row["owner"] = ""
+        self._services.ledger.commit_soon(inserts, partial(self._taken_in, inserts))
+
+    def _taken_in(
+        self, inserts: Sequence[Insert], results: Sequence[bool], error: BaseException | None
+    ) -> None:
+        stored = [insert for insert, new in zip(inserts, results, strict=True) if new]
+        for insert in inserts:
+            if insert not in stored:
+                self._services.log.error(
+                    "task %s, submitted by a finalizer, was not stored: %s",
+                    *(insert.id, error or "its id, or its unique key, is taken"),
+                )
+        self._services.consequences.created(stored)
+        self._services.agenda.look_for_more()
+
+    def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
+        patience = Patience(insert)
+        while True:
+            try:
+                pool = self._pool_for(insert)
+                if pool is None or not self._take_in(pool, insert):
+                    self._store_outside(pool, insert, spill=spill)
+                return insert.id
+            except DuplicateTask:
+                instead = settle(self._services, insert, on_conflict)
+            except QueueFull:  # what stands for it needs no room
+                reject = on_conflict == "reject"
+                instead = None if reject else settle(self._services, insert, on_conflict)
+                if instead is None:
+                    raise
+            if instead is not None:
+                return instead
+            insert.row["owner"] = ""
+            patience.wait()
+
+    def _pool_for(self, insert: Insert) -> WorkerPool | None:
+        """The pool whose buffer it goes into; None if it may not start yet, or not here, or not in turn."""
+        pool, type_ = self._state.engine, insert.row["type"]
+        if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
+            return None
+        return pool if pool.buffers(type_) and not self._spills else None
+
+    def _take_in(self, pool: WorkerPool, insert: Insert, timeout: float | None = 0.0) -> bool:
+        """Reserve a slot in the buffer, store the task, and put its id there.
+
+        Returns:
+            False, and nothing is done, if there is no room within ``timeout`` seconds.
+        """
+        buffer, row = pool.buffer, insert.row
+        slot = (buffer.turn(),)
+        try:
+            if not buffer.reserve(slot, timeout):
+                return False
+            row["owner"] = pool.node.id
+            self._note_stored(insert, self._services.ledger.commit([insert]))
+            if not buffer.add(*_place(row), slot[0], fetched=False):
+                pool.agenda.wake_from_long_sleep()  # it looks after it if the busy workers do not
+        except BaseException:  # an interrupt, too: nobody else knows of this slot
+            buffer.release(slot)
+            raise
+        return True
+
+    def _store_outside(self, pool: WorkerPool | None, insert: Insert, *, spill: bool) -> None:
+        """Store a task that does not go into the buffer, or for which that has no room."""
+        if pool is not None:
+            self._overflowed(pool, insert, "spill" if spill else self._overflow)
+            return
+        self._store(insert)
+        type_, pool = insert.row["type"], self._state.engine
+        if (
+            pool is not None
+            and not insert.row["held"]
+            and self._services.registry.runs(type_)
+            and pool.has_room(type_)
+        ):
+            self._services.agenda.look_for_more()
+
+    def refuse_if_stopped(self) -> None:
+        """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used.
+
+        ``SchemaMismatch`` where another process has migrated the file of a running queue.
+        """
+        permission.refuse_if_forbidden()
+        if self._lost:
+            raise ConfigurationError(
+                "in the child process of an executor a MemoryRepository is another one, which ends with "
+                "it: use a repository that processes share, SQLiteRepository for one; nothing was stored"
+            )
+        if (pool := self._state.engine) is not None and pool.outdated is not None:
+            raise SchemaMismatch(*pool.outdated.args)
+        if self._state.stopped:
+            raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
+
+    @property
+    def _spills(self) -> bool:
+        """While earlier tasks lie spilled, later ones spill behind them: order is kept."""
+        return self._overflow == "spill" and self._services.agenda.more_stored
+
+    def put(self, insert: Insert) -> None:
+        """Store a task that was prepared before, for whoever has a hand free, whatever is in the buffer.
+
+        Raises:
+            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
+        """
+        self.refuse_if_stopped()
+        try:
+            self._store(insert)
+        except TaskxError as error:
+            raise _about(error, insert.id) from error.__cause__
+        except Exception:
+            raise
+        except BaseException as error:  # an interrupt: perhaps it is stored
+            error.task_id = insert.id  # type: ignore[attr-defined]
+            raise
+        self._services.agenda.look_for_more()
+
+    def _store(self, insert: Insert) -> None:
+        self._note_stored(insert, self._services.ledger.commit([insert]))
+
+    def _note_stored(self, insert: Insert, stored: Sequence[bool]) -> None:
+        if not stored[0]:
+            raise DuplicateTask(insert.id)
+        self._services.consequences.created((insert,))
+
+    def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
+        if overflow == "reject":
+            self.refuse_if_stopped()
+            raise self._full(pool, 1)
+        if overflow == "block" and self._may_wait(pool):
+            if not self._take_in(pool, insert, self._block_timeout):
+                self.refuse_if_stopped()
+                raise self._full(pool, 1)
+        elif overflow == "caller_runs" and not self._is_inside(pool):
+            self._run_here(pool, insert)
+        else:
+            # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
+            self._store(insert)
+            self._services.agenda.look_for_more()
+
+    def _may_wait(self, pool: WorkerPool) -> bool:
+        return not (inside_executor() or self._is_inside(pool))
+
+    def _is_inside(self, pool: WorkerPool) -> bool:
+        """Return whether this is a finalizer whose thread holds a lock that the workers need."""
+        return self._services.ledger.entered or pool.buffer.entered
+
+    def _full(self, pool: WorkerPool, wanted: int) -> QueueFull:
+        buffer = pool.buffer
+        return QueueFull(
+            f"the buffer holds {buffer.submitted} of buffer_size={buffer.maxsize} tasks and has no "
+            f"room for {wanted} more (overflow={self._overflow!r}); nothing was stored. Try later, "
+            "raise buffer_size, or set overflow to 'block', 'spill' or 'caller_runs'"
+        )
+
+    def _run_here(self, pool: WorkerPool, insert: Insert) -> None:
+        row = insert.row
+        row["owner"] = pool.node.id
+        self._store(insert)
+        item = Item(-row["priority"], row["created_at"], 0, row["id"], row["type"], True)
+        try:
+            for run in pool.starter.start([item]):
+                if pool.stopping:
+                    pool.starter.hand_back([run], rebuffer=False)
+                    return
+                ending = pool.execute(run, f"{pool.node.name}/caller", conclude=pool.conclude)
+                if ending.interrupt is not None:
+                    raise ending.interrupt
+        except RepositoryError as error:
+            # It was accepted all the same: the audit finds a start that was not made, and the
+            # housekeeper writes an outcome that was not written.
+            self._services.log.warning("task %s is left to the workers: %s", item.id, error)
+
+    # --- many
+
+    def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
+        """Store tasks in one transaction, all or none; returns their ids in order.
+
+        Args:
+            tasks: what to store; they are not changed.
+            spill: leave in the repository what the buffer has no room for, whatever ``overflow`` says.
+
+        Raises:
+            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
+        """
+        self.refuse_if_stopped()
+        if self._hooks.waiting:
+            self._hooks.let_catch_up()
+        inserts = self._prepare_many(tasks)
+        if not inserts:
+            return []
+        pool = self._state.engine
+        try:
+            if pool is None:
+                self._store_whole(inserts)
+            else:
+                refuse = self._overflow == "reject" and not spill
+                self._store_and_buffer_many(pool, inserts, refuse=refuse)
+        except Reentered:
+            self._take_in_soon(inserts)
+        except Exception:
+            raise
+        except BaseException as error:
+            # All or none of them are stored, and any one of them tells which.
+            error.task_id = inserts[0].id  # type: ignore[attr-defined]
+            raise
+        return [insert.id for insert in inserts]
+
+    def _store_and_buffer_many(
+        self, pool: WorkerPool, inserts: Sequence[Insert], *, refuse: bool
+    ) -> None:
+        buffer, runs = pool.buffer, self._services.registry.runs
+        due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
+        apart = {type for type in {i.row["type"] for i in due} if not pool.buffers(type)}
+        due = [insert for insert in due if insert.row["type"] not in apart]
+        turns: list[int] = []
+        try:
+            # Before they are stored: from then on the rest may be fetched, and must come after.
+            turns += [buffer.turn() for _ in due]
+            del turns[self._reserve_many(pool, turns, refuse=refuse) :]
+            buffered = due[: len(turns)]
+            for insert in buffered:
+                insert.row["owner"] = pool.node.id
+            self._store_whole(inserts)
+            for insert, turn in zip(buffered, turns, strict=True):
+                if not buffer.add(*_place(insert.row), turn, fetched=False):
+                    pool.agenda.wake_from_long_sleep()
+        except BaseException:  # an interrupt, too: nobody else knows of these slots
+            buffer.release(turns)
+            raise
+        if len(buffered) < len(due) or any(map(pool.has_room, apart)):
+            self._services.agenda.look_for_more()
+
+    def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
+        inserts = [prepare(self._services, task) for task in tasks]
+        if any("depends_on" in insert.row for insert in inserts):
+            find_parents(self._services.repository, inserts)
+        return inserts
+
+    def _reserve_many(self, pool: WorkerPool, turns: Sequence[int], *, refuse: bool) -> int:
+        """Return how many of some tasks go into the buffer; the rest is refused or spilled."""
+        buffer, wanted = pool.buffer, len(turns)
+        if self._spills:
+            return 0
+        if buffer.reserve(turns):
+            return wanted
+        if refuse:
+            self.refuse_if_stopped()
+            raise self._full(pool, wanted)
+        room = max(0, min(wanted, buffer.maxsize - buffer.submitted))
+        return room if room and buffer.reserve(turns[:room]) else 0
+
+    def _store_whole(self, inserts: Sequence[Insert]) -> None:
+        keyed = [insert for insert in inserts if "unique_key" in insert.row]
+        if keyed:
+            _refuse_twins(inserts)
+        patience = Patience(keyed[0]) if keyed else None
+        while not self._try_to_store(inserts):
+            assert patience is not None  # an id that is taken raises
+            patience.wait()
+        self._services.consequences.created(inserts)
+
+    def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
+        """Store all; False where a unique key was held that is free now."""
+        try:
+            results = self._services.ledger.commit_whole(inserts)
+        except TaskxError as error:
+            raise _about(error, inserts[0].id) from error.__cause__
+        for insert, stored in zip(inserts, results, strict=True):
+            if not stored:
+                settle(self._services, insert, "reject")
+                return False  # its key is free by now
+        return True
+
+
+def _refuse_twins(inserts: Sequence[Insert]) -> None:
+    """New tasks that stand in one another's way, and not in that of any that is stored."""
+    ids: set[str] = set()
+    holders: dict[str, str] = {}
+    for insert in inserts:
+        if insert.id in ids:
+            raise DuplicateTask(insert.id)
+        ids.add(insert.id)
+        key = insert.row.get("unique_key")
+        if key is not None and holders.setdefault(key, insert.id) != insert.id:
+            raise DuplicateTask(holders[key], key)
+
+
+def _about(error: TaskxError, task_id: str) -> TaskxError:
+    """The error; one of its own where the submit is in doubt, as all in a commit are told the same."""
+    if not isinstance(error, RepositoryError) or not error.in_doubt:
+        return error
+    own = type(error)(f"task {task_id}: {error}")
+    own.in_doubt, own.task_id = True, task_id
+    return own

@@ -1,0 +1,239 @@
+"""The one thread that looks after time, other processes, and what nobody else has a hand free for."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+
+from taskx.core import lifecycle
+from taskx.core.complaint import Complaint
+from taskx.core.errors import RepositoryError, SchemaMismatch
+from taskx.running import ahead
+from taskx.running.pool import WorkerPool
+from taskx.schedules.ticker import Ticker
+from taskx.storage import queries
+from taskx.storage.queries import Changes
+from taskx.upkeep.recovery import Recovery
+from taskx.upkeep.retention import Retention
+
+#: Seconds between looks for what other processes changed, and between writes of progress.
+POLL = 0.06
+PROGRESS_EVERY = 0.1
+#: Seconds between looks for dead nodes, and between audits of one's own tasks.
+RECOVER_EVERY = 0.5
+AUDIT_EVERY = 2.0
+#: Most seconds that a round spends on any one duty. The rest is left to the next round, which follows at
+#: once; so no duty keeps the others waiting for longer than a round.
+PATIENCE = 0.1
+#: Tasks that are released in one transaction.
+MOST_DUE = 1000
+_LONGEST_BACKOFF = 2.0
+# Seconds that it sleeps at least.
+_SHORTEST = 0.001
+
+
+class Housekeeper:
+    """Calls :meth:`tick` again and again; all that it does can be done twice without harm.
+
+    Args:
+        pool: what it keeps going.
+        recovery: what it lets look for dead nodes.
+        retention: what it lets remove old tasks.
+        ticker: what it lets make the tasks of schedules.
+    """
+
+    def __init__(
+        self, pool: WorkerPool, recovery: Recovery, retention: Retention, ticker: Ticker
+    ) -> None:
+        self._pool = pool
+        self._services = pool.services
+        self._recovery = recovery
+        self._retention = retention
+        self._ticker = ticker
+        self._agenda = pool.services.agenda
+        self._complaint = Complaint(pool.services.log)
+        self._stopped = False
+        self._changed = Changes(pool.services.repository)
+        self._next_due: int | None = None
+        self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
+        self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._agenda.due_known = False  # by this one, whatever one knew whose start failed
+        # A signal strikes the main thread alone: what it commits for others is told by this one.
+        self._agenda.attended = True
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End the thread; returns when it has ended, or at once if called on it."""
+        self._stopped = True
+        self._agenda.attended = False
+        self._agenda.wake()
+        if self._thread is not threading.current_thread() and self._thread.is_alive():
+            self._thread.join(5.0)
+        self._services.watcher.ensure_polling()
+
+    def behind(self) -> bool:
+        """Whether the time of a task, or of a schedule, has come, and it has not looked after that yet.
+
+        Raises:
+            RepositoryError: the repository failed.
+        """
+        now = self._services.clock.now_ms()
+        return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
+
+    def _run(self) -> None:
+        failures = 0
+        while not self._stopped:
+            try:
+                self.tick()
+                failures = 0
+                self._complaint.over()
+            except SchemaMismatch as error:
+                self._pool.retire(error)
+            except RepositoryError as error:
+                failures += 1
+                self._complaint.make("the repository fails the housekeeper: %s", error)
+            except BaseException:  # a defect of ours: without this thread, nothing would be in time
+                failures += 1
+                self._services.log.exception("the housekeeper stumbled; it goes on")
+            self._sleep(failures)
+
+    def _sleep(self, failures: int) -> None:
+        if failures:
+            self._agenda.sleep(min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF))
+        elif self._more_to_do():
+            self._agenda.sleep(_SHORTEST)
+        elif self._services.ledger or self._pool.ahead.needs_care(len(self._pool.buffer)):
+            self._agenda.sleep(ahead.PATIENCE)
+        else:
+            self._agenda.sleep_long(self._until_next, ahead.PATIENCE)
+
+    def _until_next(self) -> float:
+        """Return how many seconds nothing is due."""
+        timeout, clock = POLL, self._services.clock
+        next_tick = None if self._pool.stopping else self._ticker.next
+        for due in (self._next_due, next_tick):
+            if due is not None:
+                timeout = min(timeout, (due - clock.now_ms()) / 1000)
+        if (next_token := self._pool.admission.next_look()) is not None:
+            timeout = min(timeout, next_token - clock.monotonic())
+        return max(_SHORTEST, timeout)
+
+    def _more_to_do(self) -> bool:
+        """Return whether a duty was cut short for the sake of the others."""
+        services = self._services
+        return services.dependents.waiting or services.turns.waiting or self._recovery.waiting
+
+    def tick(self) -> None:
+        """One round of everything that is due, a while of each.
+
+        Raises:
+            RepositoryError: the repository failed; what was not done is done in a later round.
+        """
+        self._agenda.begin_round()
+        try:
+            self._services.repository.ensure_there()
+        except SchemaMismatch as error:  # what ends meanwhile is written all the same
+            self._pool.retire(error)
+        self._services.ledger.flush()
+        self._services.watcher.tell()
+        if self._pool.stuck.ended:
+            self._pool.stuck.lift()
+        if not self._pool.ahead.nudge(len(self._pool.buffer)):
+            self._pool.starter.hand_back(self._pool.ahead.clear(ahead.PATIENCE), rebuffer=True)
+        if self._is_time("progress", PROGRESS_EVERY):
+            self._write_progress()
+        self._services.dependents.look(PATIENCE)
+        self._services.turns.look(PATIENCE)
+        self._release_due(PATIENCE)
+        if self._recovery.waiting and self._recovery.go_on(PATIENCE):
+            self._agenda.more_stored = True
+        if self._is_time("recover", RECOVER_EVERY):
+            self._recovery.recover(PATIENCE)
+            self._pool.record_types()
+            self._pool.look_for_pauses()
+            self._pool.admission.tend()
+            self._look_around()
+        elif self._is_time("poll", POLL) and self._changed():
+            self._agenda.due_known = False
+            self._ticker.look_soon()
+            self._look_around()
+            self._services.watcher.look()
+        if self._pool.admission.is_time() or self._agenda.more_stored:
+            self._agenda.more_stored = True
+            self._pool.refill()
+        if not self._pool.stopping and self._ticker.tick(PATIENCE):
+            self._agenda.more_stored = True
+            self._pool.refill()
+        if self._is_time("audit", AUDIT_EVERY):
+            self._audit()
+        self._retention.tick()
+
+    def _audit(self) -> None:
+        """Look for what no event told of."""
+        self._recovery.audit()
+        self._services.alarms.go_on()
+        self._pool.stuck.audit()
+        self._services.dependents.look_slowly(PATIENCE)
+        self._services.turns.look_slowly()
+        self._ticker.look_soon()
+        self._services.watcher.look()
+
+    def _is_time(self, what: str, interval: float) -> bool:
+        now = time.monotonic()
+        if now - self._last[what] < interval * 0.9:
+            return False
+        self._last[what] = now
+        return True
+
+    def _look_around(self) -> None:
+        """See what others on the repository did: new work, and requests to cancel."""
+        self._agenda.more_stored = True
+        self._pool.admission.forget()
+        self._services.dependents.look_around()
+        runs = self._pool.runs
+        for task_id in queries.asked_to_cancel(self._services.repository, list(runs)):
+            self._pool.fire(task_id)
+
+    def _release_due(self, patience: float) -> None:
+        services = self._services
+        until = time.monotonic() + patience
+        now = services.clock.now_ms()
+        if not self._agenda.due_known:
+            self._agenda.due_known = True  # first: a task stored from now on clears it again
+            try:
+                self._next_due = self._earliest_due()
+            except BaseException:
+                self._agenda.due_known = False
+                raise
+        while self._next_due is not None and self._next_due <= now:
+            ids = [task_id for task_id, _ in services.repository.due(now, MOST_DUE)]
+            if ids:
+                services.consequences.commit([lifecycle.release(task_id) for task_id in ids])
+            self._next_due = self._earliest_due()
+            if time.monotonic() >= until:
+                break
+
+    def _earliest_due(self) -> int | None:
+        return next((run_at for _, run_at in self._services.repository.due(None, 1)), None)
+
+    def _write_progress(self) -> None:
+        runs, writes = [], []
+        for run in list(self._pool.runs.values()):
+            if (new := run.context.new_progress()) is not None:
+                runs.append(run)
+                writes.append(lifecycle.progress(run.task.id, run.task.starts, *new))
+        if not writes:
+            return
+        try:
+            results = self._services.ledger.commit(writes)
+        except BaseException:
+            for run in runs:
+                run.context.progress_unwritten()
+            raise
+        for run, write, held in zip(runs, writes, results, strict=True):
+            if held:
+                self._services.consequences.follow([write], {run.task.id: run.task}, run=run)

@@ -1,0 +1,671 @@
+"""Hooks are told what happened, once and in order, and can hurt nothing."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+
+import pytest
+from executing.test_outcomes import ERRORS
+from helpers import PATIENCE, Waiting, eventually, pool_of, services_of
+
+from taskx import (
+    ConfigurationError,
+    Hook,
+    MemoryRepository,
+    Queue,
+    RepositoryUnavailable,
+    Retry,
+    Snooze,
+    SQLiteRepository,
+    Task,
+    TaskStatus,
+)
+from taskx.common import hooks as hooks_module
+from taskx.common.hooks import Hooks
+from taskx.core import lifecycle
+from taskx.running.buffer import Item
+from taskx.testing import ManualClock
+
+EVENTS = [name for name in vars(Hook) if not name.startswith("_")]
+
+
+class Told(Hook):
+    """Notes all that it is told, as (event, id, facts), and by which threads."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple] = []
+        self.tasks: list[Task] = []
+        self.threads: set[str] = set()
+
+    def of(self, task_id: str) -> list[str]:
+        """The events of a task."""
+        return [event for event, id_, *_ in self.events if id_ == task_id]
+
+    def last(self, event: str) -> Task:
+        """The task of the last such event."""
+        [*_, index] = [i for i, told in enumerate(self.events) if told[0] == event]
+        return self.tasks[index]
+
+
+def _note(event):
+    def note(self, subject, *facts):
+        self.events.append((event, getattr(subject, "id", subject), *facts))
+        self.tasks.append(subject)
+        self.threads.add(threading.current_thread().name)
+
+    return note
+
+
+for _event in EVENTS:
+    setattr(Told, _event, _note(_event))
+
+
+@pytest.fixture
+def told():
+    return Told()
+
+
+@pytest.fixture
+def queue(make_queue, told):
+    """A queue of two workers that tells, not started."""
+    return make_queue(worker_num=2, hooks=[told])
+
+
+def settle(queue):
+    """Wait until all is run and told."""
+    assert queue.drain(PATIENCE)
+
+
+def wait_told(queue):
+    """Wait until all is told."""
+    assert services_of(queue).hooks.wait(PATIENCE)
+
+
+def listen(queue, task_id):
+    """Start the queue, and on it a task that runs until it is told to end."""
+    begun = threading.Event()
+
+    @queue.executor()
+    def listen(ctx):
+        begun.set()
+        ctx.sleep(PATIENCE)
+
+    queue.start()
+    queue.submit("listen", id=task_id)
+    assert begun.wait(PATIENCE)
+
+
+@pytest.mark.every_store
+class TestEvents:
+    def test_of_a_task_that_completes(self, started, told):
+        started.submit("fine", id="a")
+        settle(started)
+        assert told.of("a") == ["submitted", "started", "finished"]
+        submitted, running, finished = told.tasks[1:4]
+        assert (submitted.status, submitted.type, submitted.starts) == ("pending", "fine", 0)
+        assert (running.status, running.starts) == ("running", 1)
+        assert running.started_at is not None
+        assert finished == started.get_task_status("a")
+        assert (finished.status, finished.result, finished.progress) == ("completed", "fine", 100)
+
+    def test_of_one_that_fails(self, started, told):
+        started.executor("bad")(lambda: 1 / 0)
+        started.submit("bad", id="a")
+        settle(started)
+        assert told.of("a") == ["submitted", "started", "finished"]
+        task = told.last("finished")
+        assert task == started.get_task_status("a")
+        assert (task.status, task.dead_letter) == (TaskStatus.FAILED, True)
+        assert "ZeroDivisionError" in task.error
+
+    def test_of_one_that_is_retried_and_snoozes(self, make_queue, told):
+        clock = ManualClock()
+        queue = make_queue(clock=clock, hooks=[told])
+        errors = [Retry("one", delay=0), Retry("two", delay=60), Snooze(30)]
+
+        @queue.executor("moody", max_attempts=3)
+        def moody():
+            if errors:
+                raise errors.pop(0)
+
+        queue.start()
+        queue.submit("moody", id="a")
+        for events, seconds in ((5, 60), (7, 30)):
+            eventually(lambda n=events: len(told.of("a")) == n)
+            clock.advance(seconds)
+        eventually(lambda: "finished" in told.of("a"))
+        assert [e for e in told.events if e[1] == "a"] == [
+            ("submitted", "a"),
+            ("started", "a"),
+            ("retried", "a", "Retry: one", 0),
+            ("started", "a"),
+            ("retried", "a", "Retry: two", 60),
+            ("started", "a"),
+            ("snoozed", "a", 30),
+            ("started", "a"),
+            ("finished", "a"),
+        ]
+        snoozed = told.last("snoozed")
+        assert (snoozed.status, snoozed.errors, snoozed.snoozes) == (TaskStatus.PENDING, 2, 1)
+        assert snoozed.run_at is not None
+        assert [a.outcome for a in snoozed.attempts] == ["retried", "retried", "snoozed"]
+
+    def test_of_one_that_is_cancelled_before_it_runs(self, queue, told):
+        """In a queue that is not started, too."""
+        queue.declare("t")
+        queue.submit("t", {"n": 1}, id="a")
+        assert queue.cancel_task("a")
+        cancelled = queue.get_task_status("a")
+        queue.delete("a")
+        wait_told(queue)
+        assert told.of("a") == ["submitted", "finished"]
+        assert told.last("finished") == cancelled
+        assert cancelled.status is TaskStatus.CANCELLED
+
+    def test_of_one_that_is_cancelled_while_it_runs(self, queue, told):
+        listen(queue, "a")
+        assert not queue.cancel_task("a")
+        settle(queue)
+        assert told.of("a") == ["submitted", "started", "finished"]
+        assert told.last("finished").status is TaskStatus.CANCELLED
+
+    def test_of_one_that_is_interrupted(self, queue, told):
+        listen(queue, "a")
+        queue.stop(PATIENCE, cancel=True)
+        assert told.of("a") == ["submitted", "started", "interrupted"]
+        assert told.last("interrupted").interruptions == 1
+
+    def test_of_one_that_is_requeued(self, started, told):
+        started.executor("bad")(lambda: 1 / 0)
+        started.submit("bad", id="a")
+        settle(started)
+        started.requeue("a")
+        settle(started)
+        again = ["requeued", "started", "finished"]
+        assert told.of("a") == ["submitted", "started", "finished", *again]
+        task = told.last("requeued")
+        assert (task.status, task.error, task.completed_at) == (TaskStatus.PENDING, "", None)
+
+    def test_of_progress(self, queue, told):
+        @queue.executor()
+        def walk(ctx):
+            ctx.progress(40, "nearly half")
+            eventually(lambda: "progressed" in told.of("a"))
+
+        queue.start()
+        queue.submit("walk", id="a")
+        settle(queue)
+        assert told.of("a") == ["submitted", "started", "progressed", "finished"]
+        assert ("progressed", "a", 40, "nearly half") in told.events
+        task = told.last("progressed")
+        assert (task.status, task.progress, task.message) == ("running", 40, "nearly half")
+
+    def test_of_what_is_delayed_spilled_or_stored_together(self, make_queue, repository, told):
+        queue = make_queue(worker_num=1, buffer_size=1, overflow="spill", hooks=[told])
+        queue.executor("t")(lambda: None)
+        queue.start()
+        for n in range(20):
+            queue.submit("t", id=f"s{n}")
+        queue.submit("t", id="later", delay=0.001)
+        queue.submit_many([Task(type="t", id=f"m{n}") for n in range(20)])
+        eventually(lambda: told.of("later")[-1:] == ["finished"])
+        settle(queue)
+        ids = [f"{kind}{n}" for kind in "sm" for n in range(20)]
+        for task_id in [*ids, "later"]:
+            assert sorted(told.of(task_id)) == ["finished", "started", "submitted"]
+
+    def test_of_one_that_the_caller_runs(self, make_queue, gate, told):
+        queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs", hooks=[told])
+        queue.executor("note")(lambda: None)
+        queue.start()
+        Waiting(queue, gate).fill(1)
+        queue.submit("note", id="buffered")
+        queue.submit("note", id="here")
+        wait_told(queue)
+        assert told.of("here") == ["submitted", "started", "finished"]
+        assert told.of("buffered") == ["submitted"]
+
+    def test_what_was_refused_is_none(self, queue, repository, told):
+        queue.declare("t")
+        queue.submit("t", id="a")
+        repository.down = True
+        with pytest.raises(RepositoryUnavailable):
+            queue.submit("t", id="b")
+        repository.down = False
+        for refused in (lambda: queue.submit("t", id="a"), lambda: queue.submit("?", id="c")):
+            with pytest.raises(Exception, match=r"exists|registered"):
+                refused()
+        wait_told(queue)
+        assert told.events == [("submitted", "a")]
+
+    def test_a_late_outcome_that_is_dropped_is_none(self, queue, repository, told):
+        @queue.executor()
+        def late(ctx):
+            repository.update_status(ctx.task.id, TaskStatus.CANCELLED)
+
+        queue.start()
+        queue.submit("late", id="a")
+        settle(queue)
+        eventually(pool_of(queue).holds_nothing)
+        wait_told(queue)
+        assert told.of("a") == ["submitted", "started"]
+
+    @pytest.mark.parametrize(
+        ("max_crashes", "asked", "events", "status"),
+        [
+            (2, False, ["rescued", "started", "finished"], "pending"),
+            (1, False, ["rescued", "finished"], "failed"),
+            (2, True, ["rescued", "finished"], "cancelled"),
+        ],
+    )
+    def test_of_one_whose_process_died(
+        self, queue, repository, told, max_crashes, asked, events, status
+    ):
+        queue.executor("t")(lambda: None)
+        now = queue._clock.now_ms()
+        repository.create(Task(id="a", type="t", max_crashes=max_crashes))
+        start = lifecycle.start(repository.get_by_id("a"), now, "a node that died")
+        assert list(repository.apply([start])) == [True]
+        if asked:
+            repository.apply(lifecycle.cancel("a", now))
+        queue.start()
+        settle(queue)
+        assert told.of("a") == events
+        rescued = told.tasks[[event for event, *_ in told.events].index("rescued")]
+        assert (rescued.status, rescued.crashes) == (status, 1)
+
+    def test_of_one_that_was_started_ahead_and_cancelled(self, make_queue, told):
+        """The worker that might have run it is told nothing of it."""
+        queue = make_queue(worker_num=1, hooks=[told])
+        queue.executor("t")(lambda: None)
+        queue.start()
+        queue.submit("t", id="first").result(PATIENCE)
+        queue.stop(PATIENCE)
+        starter, repository = pool_of(queue).starter, queue.repository
+        repository.create(Task(id="a", type="t"))
+        [run] = starter.start([Item(0, 0, 0, "a", "fine", True)])
+        repository.apply(lifecycle.cancel("a", queue._clock.now_ms()))
+        starter.hand_back([run], rebuffer=False)
+        wait_told(queue)
+        assert told.of("a") == ["finished"]
+        assert told.last("finished").status is TaskStatus.CANCELLED
+
+    def test_of_the_queue(self, queue, told):
+        queue.executor("t")(lambda: None)
+        queue.submit("t", id="a")
+        queue.start()
+        queue.stop(PATIENCE)
+        events = [told[0] for told in told.events]
+        assert events[-1] == "queue_stopped"
+        assert events.count("queue_started") == events.count("queue_stopped") == 1
+        assert {subject for event, subject, *_ in told.events if "queue" in event} == {queue}
+
+    def test_of_many_each_once_and_in_order(self, make_queue, told):
+        """Also where tasks are started ahead, and outcomes are committed by whoever comes."""
+        queue = make_queue(worker_num=4, buffer_size=500, hooks=[told])
+        queue.executor("t")(lambda: None)
+        queue.start()
+        ids = [queue.submit("t").id for _ in range(500)]
+        settle(queue)
+        assert Counter(told.events[1:]) == Counter(
+            (event, id_) for id_ in ids for event in ("submitted", "started", "finished")
+        )
+        for id_ in ids[::29]:
+            assert told.of(id_) == ["submitted", "started", "finished"]
+        assert told.threads == {"taskx-hooks"}
+
+
+@pytest.fixture
+def only_memory():
+    """For what has nothing to do with the repository."""
+    made: list[Queue] = []
+
+    def make(*hooks: Hook, **options) -> Queue:
+        made.append(Queue(MemoryRepository(), hooks=hooks, **options))
+        made[-1].executor("t")(lambda: None)
+        return made[-1]
+
+    yield make
+    for queue in made:
+        queue.stop(PATIENCE, cancel=True)
+
+
+class TestWhatItCosts:
+    def test_no_hook_no_thread_and_nothing_told(self, only_memory, monkeypatch):
+        def never(*args):
+            raise AssertionError("told, though nobody listens")
+
+        monkeypatch.setattr(Hooks, "tell", never)
+
+        class Deaf(Hook):
+            """Overrides nothing."""
+
+        queue = only_memory(Deaf())
+        with queue:
+            queue.submit("t").result(PATIENCE)
+            queue.executor("bad", max_attempts=2)(lambda: 1 / 0)
+            queue.submit("bad")
+            assert queue.drain(PATIENCE)
+        assert services_of(queue).hooks._thread is None
+
+    @pytest.mark.parametrize("event", EVENTS)
+    def test_what_nobody_overrides_has_no_listeners(self, event):
+        hook = type("One", (Hook,), {event: lambda self, *_: None})()
+        hooks = Hooks([hook, Hook()], logging.getLogger("taskx"))
+        assert [name for name in EVENTS if getattr(hooks, name)] == [event]
+        assert getattr(hooks, event)[0][0] == f"One.{event}"
+
+    def test_the_thread_ends_when_there_is_nothing_to_tell(self, only_memory, told, monkeypatch):
+        monkeypatch.setattr(hooks_module, "_KEEP", 0.0)
+        queue = only_memory(told)
+        queue.submit("t", id="a")
+        eventually(lambda: services_of(queue).hooks._thread is None)
+        queue.submit("t", id="b")
+        wait_told(queue)
+        assert told.events == [("submitted", "a"), ("submitted", "b")]
+
+
+class Fails(Hook):
+    """Raises whenever a task is told of."""
+
+    def __init__(self, error: BaseException) -> None:
+        self.error = error
+
+    def submitted(self, task):
+        raise self.error
+
+    started = finished = submitted
+
+
+class TestFailures:
+    @pytest.mark.parametrize(
+        "case",
+        ["exception", "exit", "interrupt", "base", "unprintable", "no name", "no attributes"],
+    )
+    def test_are_logged_and_hurt_nothing(self, case, only_memory, told, caplog):
+        queue = only_memory(Fails(ERRORS[case][0]), told)
+        queue.start()
+        assert queue.submit("t", id="a").result(PATIENCE) is None
+        assert queue.drain(PATIENCE)
+        assert told.of("a") == ["submitted", "started", "finished"]
+        messages = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+        for event in ("submitted", "started", "finished"):
+            assert [m for m in messages if m.startswith(f"hook Fails.{event} failed")]
+        assert queue.submit("t").result(PATIENCE) is None
+
+    def test_are_logged_once_each_with_their_traceback(self, only_memory, caplog):
+        queue = only_memory(Fails(ValueError("bad")))
+        queue.submit("t")
+        queue.submit("t")
+        wait_told(queue)
+        records = [r for r in caplog.records if "hook" in r.getMessage()]
+        assert [r.getMessage() for r in records] == ["hook Fails.submitted failed"] * 2
+        assert "raise self.error" in caplog.text
+
+    def test_a_cancel_whose_record_cannot_be_read_is_a_cancel(self, make_queue, told, caplog):
+        queue = make_queue(hooks=[told])
+        queue.declare("t")
+        queue.submit("t", id="a")
+        queue.repository.after = lambda writes: setattr(queue.repository, "down", True)
+        assert queue.cancel_task("a")
+        queue.repository.after, queue.repository.down = (lambda writes: None), False
+        assert "no hook is told that tasks are finished: a:" in caplog.text
+
+    @pytest.mark.parametrize("wrong", [object(), Hook, None, "Hook"])
+    def test_what_is_no_hook_is_refused(self, wrong):
+        with pytest.raises(ConfigurationError, match="Hook"):
+            Queue(MemoryRepository(), hooks=[wrong])
+
+    def test_one_whose_body_would_never_run_is_refused(self):
+        """It would be called, and make a coroutine that nobody awaits."""
+
+        async def told(task):
+            pass
+
+        class Async(Hook):
+            async def finished(self, task):
+                pass
+
+        class Yields(Hook):
+            def retried(self, task, error, delay):
+                yield
+
+        given = Hook()
+        given.started = told
+        for wrong, problem in (
+            (Async(), "hook Async.finished is async"),
+            (Yields(), "hook Yields.retried is a generator"),
+            (given, "hook Hook.started is async"),
+        ):
+            with pytest.raises(ConfigurationError, match=problem):
+                Queue(MemoryRepository(), hooks=[Hook(), wrong])
+
+
+class Blocks(Hook):
+    """Hangs when a task is finished, until it is let on."""
+
+    def __init__(self) -> None:
+        self.hangs = threading.Event()
+        self.go_on = threading.Event()
+        self.finished_ones = 0
+
+    def finished(self, task):
+        self.hangs.set()
+        assert self.go_on.wait(PATIENCE)
+        self.finished_ones += 1
+
+
+@pytest.fixture
+def blocks():
+    hook = Blocks()
+    yield hook
+    hook.go_on.set()
+
+
+class TestAHookThatHangs:
+    def test_holds_up_neither_tasks_nor_submits(self, only_memory, blocks):
+        queue = only_memory(blocks)
+        queue.start()
+        for _ in range(20):
+            assert queue.submit("t").result(PATIENCE) is None
+        assert blocks.hangs.wait(PATIENCE)
+        assert not queue.drain(0.01)
+        blocks.go_on.set()
+        assert queue.drain(PATIENCE)
+        assert blocks.finished_ones == 20
+
+    def test_does_not_keep_a_stop_from_ending(self, only_memory, blocks, caplog, monkeypatch):
+        monkeypatch.setattr("taskx.upkeep.lifetime.EXTRA", 0.01)
+        queue = only_memory(blocks)
+        queue.start()
+        queue.submit("t")
+        queue.submit("t")
+        eventually(lambda: len(services_of(queue).hooks.waiting) == 1)
+        eventually(lambda: not pool_of(queue).runs)
+        assert queue.stop(0.1) == []
+        assert "stopped with 1 event(s) not told to hooks yet" in caplog.text
+
+    def test_far_behind_it_holds_others_up_a_little(self, only_memory, blocks, monkeypatch):
+        """So that what waits to be told does not fill the memory."""
+        held = []
+        wait = Hooks.wait
+
+        def waits(self, timeout):
+            held.append(timeout)
+            return wait(self, 0.0 if timeout == hooks_module.LONGEST_HOLD else timeout)
+
+        monkeypatch.setattr(hooks_module, "MOST_WAITING", 5)
+        monkeypatch.setattr(Hooks, "wait", waits)
+        queue = only_memory(blocks)
+        queue.start()
+        for _ in range(7):
+            assert queue.submit("t").result(PATIENCE) is None
+        assert blocks.hangs.wait(PATIENCE)
+        eventually(lambda: len(services_of(queue).hooks.waiting) == 6)
+        assert queue.submit("t").result(PATIENCE) is None
+        assert hooks_module.LONGEST_HOLD in held
+
+
+class TestInsideAHook:
+    def test_more_can_be_submitted_and_drain_waits_for_that(self, make_queue):
+        class Chain(Hook):
+            queue: Queue
+
+            def finished(self, task):
+                if task.params["n"]:
+                    self.queue.submit("count", {"n": task.params["n"] - 1})
+
+        chain = Chain()
+        queue = chain.queue = make_queue(hooks=[chain])
+        seen = []
+        queue.executor("count")(lambda n: seen.append(n))
+        queue.start()
+        queue.submit("count", {"n": 30})
+        assert queue.drain(PATIENCE)
+        assert seen == list(range(30, -1, -1))
+
+    def test_nothing_waits_for_itself(self, only_memory):
+        said = []
+
+        class Stops(Hook):
+            def finished(self, task):
+                try:
+                    queue.drain()
+                except ConfigurationError as error:
+                    said.append(str(error))
+                said.append(queue.stop(PATIENCE))
+
+        queue = only_memory(Stops())
+        queue.start()
+        queue.submit("t")
+        eventually(lambda: len(said) == 2)
+        assert "hook would wait for itself" in said[0]
+        assert said[1] == []
+
+
+def test_what_was_told_is_a_copy(only_memory, told):
+    class Rewrites(Hook):
+        def started(self, task):
+            task.type = task.id = "other"
+            task.earlier_attempts.append("?")
+
+    queue = only_memory(Rewrites(), told)
+    queue.start()
+    assert queue.submit("t", id="a").result(PATIENCE) is None
+    assert queue.drain(PATIENCE)
+    assert queue.get_task_status("a").attempts[0].outcome == "completed"
+    assert told.of("a") == ["submitted", "finished"]  # it was told of the other's copy between
+
+
+def test_a_delayed_task_as_it_was_submitted(only_memory, told):
+    queue = only_memory(told)
+    queue.submit("t", {}, id="a", delay=60, created_by="me", priority=3)
+    wait_told(queue)
+    [task] = told.tasks
+    assert task == queue.get_task_status("a")
+    assert task.run_at > task.created_at
+
+
+FORKS = """
+import os, sys
+from taskx import Hook, Queue, SQLiteRepository
+
+def say(*words):
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # in one piece, whichever thread says it
+    sys.stdout.flush()
+
+class Says(Hook):
+    def submitted(self, task):
+        say(os.getpid() == parent, "submitted", task.id)
+
+parent = os.getpid()
+queue = Queue(SQLiteRepository(sys.argv[1]), hooks=[Says()])
+queue.executor("t")(lambda: None)
+"""
+
+
+class TestProcesses:
+    @pytest.fixture
+    def repository(self, database):
+        with SQLiteRepository(database) as made:
+            yield made
+
+    def test_each_is_told_what_it_did_itself(self, spawn, database, make_queue, told):
+        child = spawn(FORKS + "queue.submit('t', id='a'); sys.stdin.readline()", database)
+        assert child.read() == "True submitted a"
+        queue = make_queue(hooks=[told])
+        queue.executor("t")(lambda: None)
+        queue.start()
+        settle(queue)
+        child.tell()
+        assert child.ends() == ("", "")
+        assert told.of("a") == ["started", "finished"]
+
+    def test_a_script_that_ends_tells_all_first(self, spawn, database):
+        child = spawn(FORKS + "[queue.submit('t', id=str(n)) for n in range(100)]", database)
+        said, errors = child.ends()
+        assert said.splitlines() == [f"True submitted {n}" for n in range(100)]
+        assert errors == ""
+
+    def test_a_rescue_is_told_by_who_did_it(self, spawn, database, make_queue, told):
+        program = """
+@queue.executor()
+def hang():
+    say("hanging")
+    sys.stdin.readline()
+
+queue.start()
+queue.submit("hang", id="a")
+sys.stdin.readline()
+"""
+        child = spawn(FORKS + program, database)
+        assert sorted([child.read(), child.read()]) == ["True submitted a", "hanging"]
+        queue = make_queue(hooks=[told])
+        queue.executor("hang")(lambda: None)
+        queue.start()
+        child.kill()
+        eventually(lambda: told.of("a") == ["rescued", "started", "finished"])
+        assert told.last("rescued").crashes == 1
+
+    def test_a_forked_child_has_events_of_its_own(self, spawn, database):
+        program = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
+queue.submit("t", id="before")
+pid = os.fork()
+queue.submit("t", id="child" if pid == 0 else "parent")
+if pid:
+    os.waitpid(pid, 0)
+else:
+    queue._life.wait_for_hooks(20)
+    os._exit(0)
+"""
+        said, errors = spawn(FORKS + program, database).ends()
+        assert sorted(said.splitlines()) == [
+            "False submitted child",
+            "True submitted before",
+            "True submitted parent",
+        ]
+        assert errors == ""
+
+
+def test_the_contract_of_sqlite_holds_with_a_hook_that_asks(tmp_path):
+    """A hook is called outside of all locks: it may use the queue as it likes."""
+    seen = []
+
+    class Asks(Hook):
+        def finished(self, task):
+            seen.append(queue.get_task_status(task.id).status)
+            queue.delete(task.id)
+
+    with SQLiteRepository(tmp_path / "tasks.db") as repository:
+        queue = Queue(repository, hooks=[Asks()])
+        queue.executor("t")(lambda: None)
+        with queue:
+            for _ in range(10):
+                queue.submit("t")
+            assert queue.drain(PATIENCE)
+            assert queue.list_tasks()[1] == 0
+    assert seen == [TaskStatus.COMPLETED] * 10

@@ -1,0 +1,436 @@
+"""An exception of a signal handler in the main thread: whatever it cuts short, the queue goes on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+import pytest
+from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, run_in_thread, services_of
+from strikes import every_strike, strike_at
+
+from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
+from taskx.common.agenda import Agenda
+from taskx.common.bell import Bell
+from taskx.common.ledger import Ledger
+from taskx.core import lifecycle
+from taskx.core.clock import to_ms
+from taskx.core.log import GuardedLogger
+from taskx.running.buffer import Buffer
+from taskx.upkeep.recovery import Recovery
+
+
+@pytest.fixture
+def log():
+    return GuardedLogger(logging.getLogger("taskx"))
+
+
+@pytest.fixture
+def auditing(look_every):
+    """Run the audit without pause, so that it finds lost tasks at once."""
+    look_every(audit=0.02)
+
+
+def strikes(call, step=1, settled=lambda: True):
+    """Strike a call at every point, each time when all is settled that was struck before.
+
+    SQLite asks Python code about a statement that is new. An exception that strikes there is lost, as
+    in any such callback, and the statement fails.
+    """
+
+    def guarded(point):
+        try:
+            call(point)
+        except RepositoryError as error:
+            if "not authorized" not in str(error):
+                raise
+
+    struck = []
+    for strike in every_strike(guarded, step=step):
+        struck.append(strike)
+        eventually(settled)
+    return struck
+
+
+def check_it_works(queue):
+    """Check that nothing is left over and that other threads go on."""
+    assert queue.drain(PATIENCE)
+    pool = pool_of(queue)
+    assert (dict(pool.runs), queue.buffered, len(pool.buffer)) == ({}, 0, 0)
+    assert not services_of(queue).ledger
+    assert run_in_thread(lambda: queue.submit("fine").result(PATIENCE))() == "fine"
+
+
+def check_stored(queue, struck):
+    """Check that what is stored was run, and that the caller was told its id."""
+    found = queue.repository.get_many(list(struck))
+    assert {task.status for task in found.values()} <= {TaskStatus.COMPLETED}
+    for task_id in found:
+        assert getattr(struck[task_id], "task_id", None) == task_id, str(struck[task_id])
+
+
+STRIKES = {
+    "plain": {},
+    "to a full buffer": {"buffer_size": 1, "overflow": "spill"},
+    "that wait for room": {"buffer_size": 1, "overflow": "block"},
+    "told to hooks": {"hooks": [type("Told", (Hook,), {"submitted": lambda self, task: None})()]},
+}
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+@pytest.mark.parametrize("kind", STRIKES)
+def test_a_submit_that_is_struck_anywhere_leaves_nothing_behind(make_queue, kind, auditing):
+    queue = make_queue(worker_num=2, **STRIKES[kind])
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    queue.submit("fine").result(PATIENCE)
+    struck = {
+        f"x{point}": strike
+        for point, strike in enumerate(strikes(lambda point: queue.submit("fine", id=f"x{point}")))
+    }
+    assert len(struck) > 50
+    check_it_works(queue)
+    # Where it has returned already, or the exception was lost, no exception can carry the id.
+    last = ("in __init__", "in submit", "in __call__", __file__)
+    check_stored(queue, {i: s for i, s in struck.items() if not any(w in str(s) for w in last)})
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_many_that_are_struck_anywhere_are_all_stored_or_none(make_queue, auditing):
+    queue = make_queue(worker_num=2, buffer_size=3, overflow="spill")
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+
+    def submit(point):
+        queue.submit_many([Task(type="fine", id=f"{point}-{n}") for n in range(3)])
+
+    points = len(strikes(submit, step=3))
+    check_it_works(queue)
+    for point in range(points * 3):
+        names = [f"{point}-{n}" for n in range(3)]
+        assert len(queue.repository.get_many(names)) in (0, 3)
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_task_that_its_submitter_runs_and_that_is_struck_anywhere_runs_again(
+    make_queue, gate, auditing
+):
+    queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    Waiting(queue, gate).fill(1)
+    queue.submit("fine")
+    struck = strikes(lambda point: queue.submit("fine", id=f"x{point}"), step=3)
+    assert len(struck) > 50
+    gate.open()
+    check_it_works(queue)
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_cancel_that_is_struck_anywhere_leaves_nothing_behind(make_queue, gate, auditing):
+    queue = make_queue(worker_num=1, buffer_size=600)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    Waiting(queue, gate).fill(1)
+    queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(500)])
+    agenda, ledger = queue._services.agenda, queue._services.ledger
+    # Else each cancel makes good what the last one left, is the longer for it, and is struck in that.
+    settled = lambda: not ledger or agenda.wake()  # noqa: E731
+    struck = strikes(lambda point: queue.cancel_task(f"x{point}"), settled=settled)
+    assert len(struck) > 20
+    gate.open()
+    check_it_works(queue)
+
+
+@pytest.mark.parametrize("what", ["drain", "list_tasks", "wait_quiet"])
+def test_other_calls_that_are_struck_anywhere_leave_nothing_behind(started, what, auditing):
+    call = {
+        "drain": lambda point: started.drain(0.001),
+        "list_tasks": lambda point: started.list_tasks(),
+        "wait_quiet": lambda point: pool_of(started).wait_quiet(0.001),
+    }[what]
+    assert len(strikes(call, step=3)) > 2
+    check_it_works(started)
+
+
+# Whoever works for others
+
+
+def insert(task_id):
+    return lifecycle.create(task_id=task_id, type="t", params="{}", created_by="", now=1)
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_leader_that_is_struck_anywhere_leaves_the_others_work_done_or_queued(repository, log):
+    """Each outcome is told once, by a thread that no signal strikes."""
+    agenda = Agenda()
+    agenda.attended = True
+    ledger = Ledger(repository, log, agenda)
+    told = []
+
+    def lead(point):
+        for n in range(3):
+            name = f"{point}-{n}"
+            ledger.defer(
+                [insert(name)], lambda results, error, name=name: told.append((name, *results))
+            )
+        ledger.commit([insert(f"{point}-mine")])
+
+    points = 0
+    for strike in every_strike(lead):
+        if ledger:
+            run_in_thread(ledger.flush)()
+        deferred = {f"{points}-{n}" for n in range(3)} & set(
+            repository.get_many([f"{points}-{n}" for n in range(3)])
+        )
+        assert sorted(told) == [(name, True) for name in sorted(deferred)], strike
+        told.clear()
+        points += 1
+        assert not ledger._leading._is_owned()
+    assert points > 10
+    assert agenda._told  # whoever attends to it is to tell them
+
+
+def test_a_follower_of_a_leader_that_was_struck_gets_its_result(repository, log):
+    ledger = Ledger(repository, log, Agenda())
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(writes):
+        repository.before = lambda writes: None
+        reached.set()
+        assert go_on.wait(PATIENCE)
+
+    for point in range(0, 60, 3):
+        repository.before = hold
+        first = run_in_thread(lambda point=point: ledger.commit([insert(f"{point}-first")]))
+        assert reached.wait(PATIENCE)
+        second = run_in_thread(lambda point=point: ledger.commit([insert(f"{point}-second")]))
+        eventually(lambda: len(ledger._waiting) == 1)
+        go_on.set()
+        strike_at(point, lambda point=point: ledger.commit([insert(f"{point}-third")]))
+        assert (first(), second()) == ([True], [True])
+        reached.clear()
+        go_on.clear()
+
+
+# The parts
+
+
+def test_a_bell_that_is_struck_anywhere_wakes_its_listeners_at_the_next_ring():
+    bell = Bell()
+
+    def both(point):
+        bell.wait(bell.listen(), 0.0)
+        bell.ring()
+
+    for _ in every_strike(both):
+        woken = run_in_thread(lambda: bell.wait(bell.listen(), PATIENCE))
+        eventually(lambda: bell.listening)
+        eventually(lambda: bell.ring_all() or not bell.listening)
+        woken()
+
+
+def test_a_slot_is_given_back_wherever_its_submit_is_struck():
+    buffer = Buffer(2, 2, lambda: True)
+
+    def use(point):
+        slot = (buffer.turn(),)
+        try:
+            assert buffer.reserve(slot)
+            buffer.add(f"x{point}", "t", 0, 1, None, slot[0], fetched=False)
+        except BaseException:
+            buffer.release(slot)
+            raise
+
+    for strike in every_strike(use):
+        inside = len(buffer)
+        assert buffer.submitted == inside, strike
+        assert len(buffer.take(9)) == inside, strike
+        buffer.started()
+
+
+def test_a_task_that_is_put_in_twice_takes_one_place_in_a_full_buffer():
+    buffer = Buffer(1, 1, lambda: True)
+    assert buffer.reserve((buffer.turn(),))
+    assert not buffer.reserve((buffer.turn(),))
+
+
+def test_slots_that_were_lost_are_found(started, auditing):
+    buffer = pool_of(started).buffer
+    assert buffer.reserve([buffer.turn() for _ in range(buffer.maxsize)])
+    with pytest.raises(QueueFull):
+        started.submit("fine")
+    eventually(lambda: not buffer.reserved)
+    assert started.submit("fine").result(PATIENCE) == "fine"
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_start_that_is_struck_as_soon_as_it_is_on_record_leaves_no_node(queue, monkeypatch):
+    queue.executor("fine")(lambda: "fine")
+    join = queue.repository.liveness.join
+
+    def struck(node):
+        join(node)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(queue.repository.liveness, "join", struck)
+    with pytest.raises(KeyboardInterrupt):
+        queue.start()
+    assert queue.repository.liveness.nodes() == []
+    monkeypatch.setattr(queue.repository.liveness, "join", join)
+    queue.start()
+    check_it_works(queue)
+
+
+def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monkeypatch):
+    """One that does not answer would be waited for each time."""
+    asked = []
+
+    def away(*args, **options):
+        asked.append(1)
+        raise RepositoryUnavailable("away")
+
+    for name in ("join", "leave"):
+        monkeypatch.setattr(queue.repository.liveness, name, away)
+    for name in ("find", "apply"):
+        monkeypatch.setattr(queue.repository, name, away)
+    with pytest.raises(RepositoryUnavailable):
+        queue.start()
+    assert asked == [1]
+
+
+# What memory says, and what the repository says
+
+
+def test_a_run_that_is_over_by_the_record_is_forgotten(started, auditing):
+    handle = started.submit("fine")
+    handle.result(PATIENCE)
+    pool = pool_of(started)
+    pool.runs[handle.id] = pool.starter._make_run(handle.task())
+    pool.runs[handle.id].task.status = TaskStatus.RUNNING
+    eventually(lambda: not pool.runs)
+    check_it_works(started)
+
+
+def test_a_run_that_no_thread_executes_is_handed_back_and_runs(started, auditing):
+    pool, starter = pool_of(started), pool_of(started).starter
+    started.executor("held", max_attempts=1)(lambda: "ran")
+    repository = started.repository
+    with_run = lifecycle.create(task_id="x", type="fine", params="{}", created_by="", now=1)
+    repository.apply([with_run._replace(row={**with_run.row, "owner": pool.node.id})])
+    (task,) = repository.get_many(["x"]).values()
+    run = starter._make_run(task)
+    pool.runs["x"] = run
+    update = lifecycle.start(task, 2, pool.node.id)
+    assert repository.apply([update]) == [True]
+    lifecycle.mark_started(task, update)
+    eventually(lambda: started.get_task_status("x").status is TaskStatus.COMPLETED)
+    assert started.get_task_status("x").interruptions == 1
+    check_it_works(started)
+
+
+def test_a_run_that_the_audit_took_for_lost_is_not_executed(started):
+    """The thread that had it comes too late: the task is pending again."""
+    pool = pool_of(started)
+    called = []
+    started.executor("late")(lambda: called.append(1))
+    handle = started.submit("late", delay=3600)
+    run = pool.starter._make_run(handle.task())
+    pool.runs[handle.id] = run
+    assert pool.starter.claim(run)
+    pool.execute(run, "late")
+    assert called == []
+    assert pool.runs.executing == []
+
+
+def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, monkeypatch):
+    """However long that takes: its executor would be called a second time."""
+    pool, going_on = pool_of(started), threading.Event()
+    at_it, outcome = threading.Event(), pool._outcome
+
+    def slow(run, ending):
+        at_it.set()
+        assert going_on.wait(PATIENCE)
+        return outcome(run, ending)
+
+    monkeypatch.setattr(pool, "_outcome", slow)
+    handle = started.submit("fine")
+    assert at_it.wait(PATIENCE)
+    audits = Recovery(pool)
+    audits.audit()
+    audits.audit()
+    going_on.set()
+    assert handle.result(PATIENCE) == "fine"
+    assert handle.task().interruptions == 0
+
+
+def test_who_claims_a_run_that_is_over_leaves_the_next_run_of_its_task_alone(started):
+    """It would be handed back while its executor is at it."""
+    pool = started._node.engine
+    handle = started.submit("fine", delay=3600)
+    over, later = (pool.starter._make_run(handle.task()) for _ in range(2))
+    pool.runs[handle.id] = later
+    assert not pool.starter.claim(over)
+    assert pool.runs.pop(handle.id) is later
+
+
+def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(started, auditing):
+    """As where memory ran out between two lines."""
+    pool = started._node.engine
+    handle = started.submit("fine", id="x", delay=3600)
+    started.repository.apply([lifecycle.release("x")])
+    (run,) = (pool.starter._make_run(task) for task in started.repository.get_many(["x"]).values())
+    update = lifecycle.start(run.task, to_ms(run.task.run_at), pool.node.id)
+    pool.runs["x"] = run
+    assert started.repository.apply([update]) == [True]
+    lifecycle.mark_started(run.task, update)
+    run.state = "ahead"
+    assert handle.result(PATIENCE) == "fine"
+    check_it_works(started)
+
+
+def test_a_run_that_just_begins_is_not_taken_for_lost(started):
+    pool = pool_of(started)
+    handle = started.submit("fine", delay=3600)
+    run = pool.starter._make_run(handle.task())
+    pool.runs[handle.id] = run
+    run.state = "executing"
+    assert not pool.starter.claim(run)
+    assert pool.runs.pop(handle.id) is run
+
+
+STEPS = [("_by", 3), ("_wait_for_workers", 2), ("_tell_left_pending", 1)]
+
+
+@pytest.mark.parametrize(
+    ("step", "nth"), [(step, nth) for step, times in STEPS for nth in range(times)]
+)
+@pytest.mark.parametrize("first", [True, False])
+def test_a_stop_that_is_interrupted_is_done_by_the_next_one(
+    make_queue, gate, monkeypatch, step, nth, first
+):
+    """As ``with queue:`` does after Ctrl-C in a ``stop``. It need not wait for its time-out."""
+    queue = make_queue(worker_num=1)
+    held = queue.executor("hold")(lambda: gate() or "held").submit()
+    queue.start()
+    gate.wait_for()
+    node, calls = node_of(queue), []
+    do = getattr(node, step)
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == nth + 1:
+            if not first:
+                do(*args)
+            raise KeyboardInterrupt
+        return do(*args)
+
+    monkeypatch.setattr(node, step, interrupted)
+    run_in_thread(lambda: (eventually(lambda: node.engine.stopping), gate.open()))
+    with pytest.raises(KeyboardInterrupt):
+        queue.stop(PATIENCE)
+    gate.open()
+    assert queue.stop(PATIENCE) == []
+    assert node._left.is_set()
+    assert not queue.repository.liveness.nodes()
+    assert held.result(PATIENCE) == "held"

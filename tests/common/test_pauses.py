@@ -1,0 +1,364 @@
+"""What is paused is not started by anybody, is not in anybody's way, and is not forgotten."""
+
+from __future__ import annotations
+
+import threading
+from enum import Enum
+
+import pytest
+from helpers import PATIENCE, earliest_due, eventually, node_of, pool_of, whole_round
+from storage.repositories import TinyRepository
+
+from taskx import ConfigurationError, Paused, Queue, SQLiteRepository, Task, TaskStatus
+from taskx.core import lifecycle
+from taskx.running.ahead import MAX_AHEAD
+from taskx.running.pool import WorkerPool
+from taskx.testing import ManualClock
+
+pytestmark = pytest.mark.every_store
+
+
+@pytest.fixture
+def other(queue, make_queue):
+    """Another queue on the same records, of one worker, not started; both know ``a`` and ``b``."""
+    made = make_queue(worker_num=1)
+    for one in (queue, made):
+        one.ran = []
+        for name in "ab":
+            one.executor(name)(lambda n=0, name=name, one=one: one.ran.append(f"{name}{n}"))
+    return made
+
+
+def pending(handle):
+    return handle.task().status is TaskStatus.PENDING
+
+
+def looks(queue):
+    """Wait until its housekeeper has looked what is paused, at least once from now on."""
+    looked, pool = threading.Event(), pool_of(queue)
+    look = pool.look_for_pauses
+
+    def watched():
+        look()
+        looked.set()
+
+    pool.look_for_pauses = watched
+    assert looked.wait(PATIENCE)
+    pool.look_for_pauses = look
+
+
+def test_a_paused_type_waits_and_the_others_run(queue, other):
+    queue.start()
+    queue.pause("a")
+    waits = queue.submit("a")
+    for n in range(3):
+        queue.submit("b", {"n": n}).result(PATIENCE)
+    assert queue.ran == ["b0", "b1", "b2"]
+    assert pending(waits)
+    queue.resume("a")
+    waits.result(PATIENCE)
+
+
+def test_a_paused_queue_starts_nothing_and_takes_everything(queue, other):
+    queue.start()
+    queue.pause()
+    handles = [queue.submit("ab"[n % 2], {"n": n}) for n in range(500)]  # five buffers full
+    assert (queue.buffered, queue.drain(PATIENCE)) == (0, True)
+    assert queue.ran == []
+    queue.resume()
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert len(queue.ran) == 500
+
+
+def test_what_runs_goes_on(queue, gate):
+    queue.executor("a")(lambda: (gate(), "done")[1])
+    queue.start()
+    runs = queue.submit("a")
+    gate.wait_for(1)
+    queue.pause("a")
+    waits = queue.submit("a")
+    gate.open()
+    assert runs.result(PATIENCE) == "done"
+    assert queue.drain(PATIENCE)
+    assert pending(waits)
+
+
+def test_what_lies_in_the_buffer_makes_room_at_once(busy, gate, repository):
+    """No worker is free to pass it over; another queue may have it when it is resumed."""
+    queue = busy(buffer_size=2)
+    queue.executor("b")(lambda: queue.ran.append("b"))
+    for n in range(2):
+        queue.submit("note", {"n": n})
+    assert queue.buffered == 2
+    queue.pause("note")
+    assert queue.buffered == 0
+    assert len(repository.ready(["note"], 10)) == 2
+    queue.submit("b")
+    queue.submit("b")
+    queue.submit("note", {"n": 2})  # accepted though the buffer is full: it takes no room there
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == ["b", "b"]
+    queue.resume("note")
+    assert queue.drain(PATIENCE)
+    assert queue.ran == ["b", "b", 0, 1, 2]
+
+
+def test_what_is_taken_from_the_buffer_in_that_moment_is_passed_over(
+    queue, other, repository, monkeypatch, look_every
+):
+    """The pause came between the look at what is paused and the look into the buffer."""
+    look_every(audit=3600)  # nobody finds by chance what it holds
+    queue.start()
+    queue.pause("a")
+    with monkeypatch.context() as blind:
+        blind.setattr(WorkerPool, "takes", lambda *_: True)
+        handles = [queue.submit("a", {"n": n}) for n in range(3)]
+    queue.submit("b").result(PATIENCE)
+    eventually(lambda: len(repository.ready(["a"], 10)) == 3)
+    assert queue.ran == ["b0"]
+    assert queue.drain(PATIENCE)
+    queue.resume("a")
+    for handle in handles:
+        handle.result(PATIENCE)
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_every_process_heeds_it_soon(queue, other):
+    """Those that run do at their next look, whoever pauses; one need not be started to pause."""
+    other.pause("a")
+    queue.start()  # it finds it paused
+    queue.submit("a")
+    queue.submit("b").result(PATIENCE)
+    other.resume("a")
+    eventually(lambda: queue.ran == ["b0", "a0"])
+    other.pause()
+    looks(queue)
+    waits = queue.submit("b")
+    assert queue.drain(PATIENCE)
+    assert pending(waits)
+    other.resume()
+    waits.result(PATIENCE)
+
+
+def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeypatch, look_every):
+    """Without waiting for the next slow look, or for somebody else to change something."""
+    look_every(recover=3600)
+    queue.start()
+    whole_round(queue)  # the first one looks at all
+    monkeypatch.setattr(repository, "version", lambda: 0)
+    queue.pause()
+    eventually(lambda: not pool_of(queue).agenda.more_stored)
+    handle = queue.submit("a")
+    queue.resume()
+    handle.result(PATIENCE)
+
+
+def test_a_resume_holds_though_others_pause_and_resume_meanwhile(queue, repository, monkeypatch):
+    """They changed the note between the look at it and its removal."""
+    queue.pause("a")
+    put = repository.put_note
+
+    def disturbed(name, text, version):
+        monkeypatch.setattr(repository, "put_note", put)
+        assert put(name, "", version)
+        return put(name, text, version)
+
+    monkeypatch.setattr(repository, "put_note", disturbed)
+    queue.resume("a")
+    assert not queue.paused
+
+
+def test_it_is_kept_over_a_restart(make_queue):
+    first = make_queue()
+    first.pause("a")
+    first.close()
+    second = make_queue()
+    ran = []
+    second.executor("a")(lambda: ran.append("a"))
+    second.submit("a")
+    second.start()
+    assert second.drain(PATIENCE)
+    assert ran == []
+    second.resume("a")
+    assert second.drain(PATIENCE)
+    assert ran == ["a"]
+
+
+def test_what_is_paused_is_told(queue, other):
+    assert not queue.paused
+    queue.pause("a")
+    queue.pause("a")
+    assert queue.paused == Paused(types=frozenset({"a"})) == other.paused
+    assert ("a" in queue.paused, "b" in queue.paused) == (True, False)
+    queue.pause()
+    assert queue.paused == Paused(everything=True, types=frozenset({"a"}))
+    assert "b" in queue.paused
+    other.resume()
+    assert queue.paused.types == {"a"}  # by its own name it was paused, and is
+    assert not queue.paused.everything
+    other.resume("a")
+    other.resume("a")
+    assert not queue.paused
+
+
+def test_a_name_may_look_like_another(queue):
+    """As the beginning of another, or as a path."""
+    for name in ("a", "a/b", "/", "a*", "pause"):
+        queue.pause(name)
+    queue.resume("a")
+    assert queue.paused.types == {"a/b", "/", "a*", "pause"}
+
+
+class Kind(str, Enum):
+    REPORT = "report"
+
+
+def test_a_member_of_an_enum_is_its_text(queue):
+    queue.pause(Kind.REPORT)
+    assert queue.paused.types == {"report"}
+    queue.resume(Kind.REPORT)
+    assert not queue.paused
+
+
+@pytest.mark.parametrize("name", ["", 5, b"a", "a\0", "a" * 256])
+def test_what_is_no_type_is_refused(queue, name):
+    for call in (queue.pause, queue.resume):
+        with pytest.raises(ConfigurationError):
+            call(name)
+    assert not queue.paused
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_a_sibling_takes_nothing_paused_from_a_full_buffer(busy, make_queue, repository):
+    """With nothing to do it takes what waits elsewhere, but not that."""
+    queue = busy()
+    queue.submit("note", {"n": "paused"})
+    repository.put_note("pause/note", "", 0)  # behind the back of the busy one
+    helper = make_queue(worker_num=1)
+    ran = []
+    helper.executor("note")(lambda n: ran.append(n))
+    helper.executor("fine")(lambda: "fine")
+    helper.start()
+    helper.submit("fine").result(PATIENCE)
+    looks(helper)
+    assert ran == []
+
+
+def test_a_retry_waits_too(queue, gate):
+    """The pause came while its first attempt ran."""
+    attempts = []
+
+    @queue.executor("a", max_attempts=2)
+    def fails(ctx):
+        attempts.append(ctx.task.attempt)
+        if ctx.task.attempt == 1:
+            gate()
+            raise ValueError("once more")
+
+    queue.start()
+    handle = queue.submit("a")
+    gate.wait_for(1)
+    queue.pause("a")
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert attempts == [1]
+    queue.resume("a")
+    handle.result(PATIENCE)
+    assert attempts == [1, 2]
+
+
+def test_a_delayed_task_waits_when_its_time_has_come(make_queue):
+    clock = ManualClock()
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("a")(lambda: "ran")
+    queue.start()
+    handle = queue.submit("a", delay=10)
+    queue.pause("a")
+    clock.advance(11)
+    eventually(lambda: earliest_due(queue.repository) is None)
+    assert queue.drain(PATIENCE)
+    assert pending(handle)
+    queue.resume("a")
+    assert handle.result(PATIENCE) == "ran"
+
+
+def test_what_the_audit_finds_is_given_up(queue, other, repository, look_every):
+    """A task that this node is said to hold, and had lost track of."""
+    look_every(audit=0.1)
+    queue.start()
+    queue.pause("a")
+    insert = lifecycle.create(task_id="x", type="a", params="{}", created_by="", now=1)
+    insert.row["owner"] = node_of(queue).record.id
+    assert repository.apply([insert]) == [True]
+    eventually(lambda: repository.get_by_id("x").owner == "")
+    assert queue.ran == []
+
+
+def test_many_at_once_are_stored(busy):
+    """Those that are paused take no room of the others."""
+    queue = busy(buffer_size=2)
+    queue.executor("b")(lambda: None)
+    queue.pause("note")
+    assert len(queue.submit_many(Task(type=type) for type in ["note"] * 5 + ["b"] * 2)) == 7
+    assert queue.buffered == 2
+
+
+def test_eight_methods_cannot_keep_it():
+    with Queue(TinyRepository()) as queue:
+        for type in (None, "a"):
+            with pytest.raises(ConfigurationError, match="eight methods"):
+                queue.pause(type)
+            queue.resume(type)
+        assert not queue.paused
+
+
+def test_workers_of_other_processes_heed_it(spawn, database):
+    """And a process that only submits may pause, and resume."""
+    child = spawn(
+        """
+        import sys, threading
+        from taskx import Queue, SQLiteRepository
+        queue = Queue(SQLiteRepository(sys.argv[1]))
+        for name in "ab":
+            queue.executor(name)(lambda name=name: print(name, flush=True))
+        queue.start()
+        print("started", flush=True)
+        while "a" not in queue._services.pauses.known:
+            threading.Event().wait(0.01)
+        print("heeds", flush=True)
+        sys.stdin.readline()
+        """,
+        database,
+    )
+    assert child.read() == "started"
+    with SQLiteRepository(database) as repository:
+        web = Queue(repository)
+        web.declare("a", "b")
+        web.pause("a")
+        assert child.read() == "heeds"
+        waits = web.submit("a")
+        web.submit("b")
+        assert child.read() == "b"
+        assert pending(waits)
+        web.resume("a")
+        assert child.read() == "a"
+
+
+@pytest.mark.parametrize("everything", [True, False])
+def test_nothing_paused_is_started_after_the_call(make_queue, everything):
+    """However many wait, and however busy the workers are."""
+    queue = make_queue(worker_num=2, buffer_size=1000)
+    began = []
+    queue.executor("a")(lambda n: began.append(n))
+    queue.start()
+    for n in range(300):
+        queue.submit("a", {"n": n})
+    queue.pause(None if everything else "a")
+    gone_on = len(pool_of(queue).runs) + MAX_AHEAD  # what was started by then, or just about
+    seen = len(began)
+    assert queue.drain(PATIENCE)
+    assert len(began) <= seen + gone_on
+    queue.resume(None if everything else "a")
+    eventually(lambda: len(began) == 300)

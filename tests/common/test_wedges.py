@@ -1,0 +1,256 @@
+"""Things that must not stop the queue: foreign code inside a write, a start that hangs, an exit."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread
+
+from taskx import QueueStopped, Task, TaskStatus
+from taskx.core import ids as ids_module
+from taskx.running import buffer as buffer_module
+from taskx.running.buffer import Buffer
+from taskx.upkeep import lifetime
+
+
+def once(function):
+    """Call it the first time only: a finalizer runs once."""
+    calls = []
+
+    def call(*args):
+        if not calls:
+            calls.append(1)
+            function()
+
+    return call
+
+
+# A finalizer, which the garbage collector calls in the middle of anything
+
+
+def in_the_ledger(queue, monkeypatch, finalize):
+    queue.repository.before = once(finalize)
+
+
+def after_the_commit(queue, monkeypatch, finalize):
+    queue.repository.after = once(finalize)
+
+
+def in_the_buffer(queue, monkeypatch, finalize):
+    push, finalizer = buffer_module.heappush, once(finalize)
+
+    def pushed(heap, item):
+        finalizer()
+        push(heap, item)
+
+    monkeypatch.setattr(buffer_module, "heappush", pushed)
+
+
+def in_the_id(queue, monkeypatch, finalize):
+    urandom, finalizer = ids_module.os.urandom, once(finalize)
+
+    def drawn(size):
+        finalizer()
+        return urandom(size)
+
+    monkeypatch.setattr(ids_module.os, "urandom", drawn)
+    monkeypatch.setattr(ids_module, "_last", 0)  # else it draws in the next millisecond only
+
+
+def in_the_repository(queue, monkeypatch, finalize):
+    queue.repository.get_many = within_lock(queue.repository, once(finalize))
+
+
+def within_lock(repository, finalizer):
+    get_many = repository.get_many
+    lock = getattr(repository, "_write_lock", None) or repository._lock
+
+    def read(task_ids):
+        with lock:
+            finalizer()
+        return get_many(task_ids)
+
+    return read
+
+
+PLACES = [in_the_ledger, after_the_commit, in_the_buffer, in_the_id, in_the_repository]
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("overflow", ["reject", "block", "caller_runs"])
+def test_a_finalizer_may_submit_in_the_middle_of_anything(make_queue, place, overflow, monkeypatch):
+    queue = make_queue(worker_num=2, overflow=overflow)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    place(queue, monkeypatch, lambda: queue.submit("fine", id="late"))
+    run_in_thread(lambda: [queue.submit("fine") for _ in range(3)])()
+    eventually(lambda: "late" in queue.repository.statuses(["late"]))
+    assert run_in_thread(lambda: queue.drain(PATIENCE))()
+    assert queue.get_task_status("late").status is TaskStatus.COMPLETED
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_what_a_finalizer_submits_is_stored_before_the_interrupted_submit_returns(queue):
+    """Nothing else runs that could store it."""
+    queue.declare("fine")
+    queue.repository.before = once(
+        lambda: (
+            queue.submit("fine", id="late"),
+            queue.submit_many([Task(type="fine", id="many")]),
+        )
+    )
+    run_in_thread(lambda: queue.submit("fine", id="outer"))()
+    assert queue.repository.get_many(["outer", "late", "many"]).keys() == {"outer", "late", "many"}
+
+
+def test_a_finalizer_that_gives_an_id_twice_is_told_of_in_the_log(queue, caplog):
+    queue.declare("fine")
+    queue.submit("fine", id="there")
+    queue.repository.before = once(lambda: queue.submit("fine", id="there"))
+    run_in_thread(lambda: queue.submit("fine"))()
+    assert "task there, submitted by a finalizer, was not stored" in caplog.text
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_log_handler_may_submit_when_an_outcome_is_refused(make_queue, repository):
+    logger = logging.getLogger("taskx.alerts")
+    logger.propagate = False
+    queue = make_queue(worker_num=2, logger=logger)
+    mails = []
+    queue.executor("mail")(lambda text: mails.append(text))
+    queue.executor("odd")(lambda: "odd")
+
+    class Alert(logging.Handler):
+        def emit(self, record):
+            if record.levelno >= logging.ERROR:
+                queue.submit("mail", {"text": record.getMessage()[:20]})
+
+    alert = Alert()
+    logger.addHandler(alert)
+
+    def refuse(writes):
+        if any(dict(getattr(write, "changes", {})).get("result") == '"odd"' for write in writes):
+            raise ValueError("cannot be stored")
+
+    repository.before = refuse
+    try:
+        queue.start()
+        handle = queue.submit("odd")
+        eventually(lambda: mails)
+        assert (
+            run_in_thread(lambda: queue.submit("mail", {"text": "later"}).result(PATIENCE))()
+            is None
+        )
+        eventually(lambda: handle.task().status is TaskStatus.FAILED)
+    finally:
+        logger.removeHandler(alert)
+
+
+# A stop
+
+
+def test_a_stop_ends_in_time_while_a_start_waits_for_the_repository(queue, monkeypatch, gate):
+    queue.executor("fine")(lambda: "fine")
+    repository = queue.repository
+    join = repository.liveness.join
+
+    def hang(node):
+        gate()
+        join(node)
+
+    monkeypatch.setattr(repository.liveness, "join", hang)
+    starting = run_in_thread(queue.start)
+    gate.wait_for(1)
+    assert run_in_thread(lambda: queue.stop(timeout=0.1))() == []
+    gate.open()
+    with pytest.raises(QueueStopped):
+        starting()
+    assert repository.liveness.nodes() == []
+
+
+def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch, gate):
+    """Each has a task that does not look at its token: the exit waits for all of them once."""
+    queues = [make_queue(worker_num=1) for _ in range(3)]
+    for queue in queues:
+        queue.start()
+        Waiting(queue, gate).fill(1)
+    monkeypatch.setattr(lifetime, "_lives", {queue._life for queue in queues})
+    monkeypatch.setattr(lifetime, "EXIT_TIMEOUT", 0.5)
+    given: list[float] = []
+    stop = lifetime.Lifetime.stop
+
+    def watched(life, timeout, *, cancel):
+        given.append(timeout)
+        assert all(pool_of(q).stopping for q in queues)
+        return stop(life, timeout, cancel=cancel)
+
+    monkeypatch.setattr(lifetime.Lifetime, "stop", watched)
+    lifetime.stop_forgotten()
+    assert len(given) == 3
+    assert given[0] > 0.3
+    assert given[1:] == [0.0, 0.0]
+    monkeypatch.undo()
+
+
+# A large buffer
+
+
+@pytest.fixture
+def full():
+    buffer = Buffer(1000, 64, lambda: True)
+    for n in range(1000):
+        turn = buffer.turn()
+        assert buffer.reserve((turn,))
+        buffer.add(f"x{n}", "t", 0, n, None, turn, fetched=False)
+    return buffer
+
+
+def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
+    queue = busy(buffer_size=2000)
+    queue.submit_many([Task(type="note") for _ in range(1900)])
+    pool, asked = pool_of(queue), []
+    ready = queue.repository.ready
+    monkeypatch.setattr(
+        queue.repository,
+        "ready",
+        lambda types, limit, *more: asked.append(limit) or ready(types, limit, *more),
+    )
+    pool.agenda.more_stored = True
+    pool.refill()
+    assert asked
+    assert max(asked) < 2 * pool.buffer.fetch_size
+
+
+def test_a_discarded_task_does_not_rebuild_the_heap(full):
+    heap = full._heap
+    for n in range(100):
+        full.discard([f"x{n}"])
+    assert full._heap is heap
+    assert (len(full), full.submitted) == (900, 900)
+    assert full.take(1)[0].id == "x100"
+
+
+def test_a_heap_full_of_discarded_tasks_is_tidied(full):
+    full.discard([f"x{n}" for n in range(999)])
+    assert len(full._heap) < 100
+    assert [item.id for item in full.take(9)] == ["x999"]
+
+
+def test_a_clock_that_is_set_back_does_not_change_the_order():
+    buffer = Buffer(100, 64, lambda: True)
+
+    def submit(name, at):
+        turn = buffer.turn()
+        assert buffer.reserve((turn,))
+        buffer.add(name, "t", 0, at, None, turn, fetched=False)
+
+    submit("a", 5000)
+    submit("b", 1000)  # set back
+    submit("c", 1001)
+    buffer.add("old", "t", 0, 500, None, buffer.turn())  # from the repository, stored long before
+    buffer.add("d", "t", 0, 1002, None, buffer.turn())  # spilled after that
+    submit("e", 6000)  # it has caught up
+    taken = [item.id for item in buffer.take(9)]
+    assert taken == ["old", "a", "b", "c", "d", "e"]

@@ -1,0 +1,580 @@
+"""What an executor stores on its way: done once, whatever the number of attempts."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+from helpers import PATIENCE, eventually, pool_of, run_in_thread, services_of
+from storage.repositories import TinyRepository
+
+from taskx import (
+    CancelReason,
+    ConfigurationError,
+    Hook,
+    PayloadError,
+    RepositoryUnavailable,
+    Retry,
+    Snooze,
+    TaskCancelled,
+    TaskFailed,
+    TaskStatus,
+)
+from taskx.core.writes import Delete, Update
+
+
+class Work:
+    """An executor whose steps are counted, and which does what it is told after each attempt's steps."""
+
+    def __init__(self, queue, **options):
+        self.calls = []
+        self.values = []
+        self.ends = []
+        queue.executor("work", **{"max_attempts": 9, **options})(self.run)
+
+    def do(self, name, value):
+        self.calls.append(name)
+        return value
+
+    def run(self, ctx):
+        first = ctx.step("first", self.do, "first", 1)
+        second = ctx.step("second", self.do, name="second", value={"of": [first, None]})
+        self.values.append((first, second))
+        if self.ends:
+            raise self.ends.pop(0)
+        return second
+
+
+@pytest.fixture
+def work(queue):
+    return Work(queue)
+
+
+def checkpoints(queue, handle):
+    return queue.get_task_status(handle.id).checkpoints
+
+
+class TestStep:
+    @pytest.mark.parametrize(
+        "end", [Retry("again"), Retry(delay=0.01), Snooze(0.01), OSError("down")]
+    )
+    def test_is_called_once_whatever_the_number_of_attempts(self, queue, work, end):
+        work.ends = [end, end]
+        queue.start()
+        handle = queue.submit("work")
+        assert handle.result(PATIENCE) == {"of": [1, None]}
+        assert work.calls == ["first", "second"]
+        assert work.values == [(1, {"of": [1, None]})] * 3
+        assert checkpoints(queue, handle) == {"steps": {"first": 1, "second": {"of": [1, None]}}}
+
+    @pytest.mark.every_store
+    def test_is_stored_before_it_returns(self, queue):
+        stored = []
+
+        @queue.executor()
+        def look(ctx):
+            for n in range(3):
+                ctx.step(f"step {n}", lambda n=n: n)
+                stored.append(queue.get_task_status(ctx.task.id).checkpoints["steps"])
+
+        queue.start()
+        queue.submit("look").result(PATIENCE)
+        assert stored == [
+            {"step 0": 0},
+            {"step 0": 0, "step 1": 1},
+            {"step 0": 0, "step 1": 1, "step 2": 2},
+        ]
+
+    @pytest.mark.every_store
+    def test_survives_a_power_cut(self, queue, work, repository):
+        """As what a caller was told does; the cursor need not."""
+        queue.executor("move")(lambda ctx: setattr(ctx, "cursor", 5))
+        queue.start()
+        queue.submit("work").result(PATIENCE)
+        queue.submit("move").result(PATIENCE)
+        writes = [w for batch in repository.batches for w in batch if isinstance(w, Update)]
+        assert [w.durable for w in writes if "checkpoints" in w.changes] == [True, True, False]
+
+    @pytest.mark.every_store
+    @pytest.mark.parametrize("value", [None, False, 0, "", [], {}, "ä\u2028", 1.5])
+    def test_gives_back_any_json_value(self, queue, value):
+        calls, seen = [], []
+
+        @queue.executor(max_attempts=2)
+        def once(ctx):
+            seen.append(ctx.step("value", lambda: calls.append(1) or value))
+            assert ctx.task.attempt == 2
+
+        queue.start()
+        queue.submit("once").result(PATIENCE)
+        assert seen == [value, value]
+        assert calls == [1]
+
+    def test_gives_the_same_in_every_attempt(self, queue):
+        """As JSON gives it back, and a value of its own to each."""
+        seen = []
+
+        @queue.executor(max_attempts=3)
+        def once(ctx):
+            value = ctx.step("pair", lambda: (1, {"n": [2]}))
+            seen.append(json.dumps(value))
+            value[1]["n"].append(3)
+            ctx.step("other", lambda: None)
+            assert ctx.task.attempt == 3
+
+        queue.start()
+        queue.submit("once").result(PATIENCE)
+        assert seen == ['[1, {"n": [2]}]'] * 3
+
+    def test_that_raises_is_called_again(self, queue):
+        """In the next attempt, or in this one."""
+        calls = []
+
+        def shaky():
+            calls.append(1)
+            if len(calls) < 4:
+                raise OSError("not yet")
+            return len(calls)
+
+        @queue.executor(max_attempts=2)
+        def patient(ctx):
+            with pytest.raises(OSError, match="not yet"):
+                ctx.step("shaky", shaky)
+            return ctx.step("shaky", shaky)
+
+        queue.start()
+        handle = queue.submit("patient")
+        assert handle.result(PATIENCE) == 4
+        assert checkpoints(queue, handle) == {"steps": {"shaky": 4}}
+
+    def test_has_a_name_of_its_own(self, queue):
+        """Also where the value is there from an earlier attempt."""
+
+        @queue.executor(max_attempts=2)
+        def twice(ctx):
+            ctx.step("same", int)
+            with pytest.raises(ConfigurationError, match="'same' was called before"):
+                ctx.step("same", int)
+            assert ctx.task.attempt == 2
+
+        queue.start()
+        queue.submit("twice").result(PATIENCE)
+
+    @pytest.mark.parametrize("name", ["", "x" * 256, "a\0b", None, 5])
+    def test_has_a_name_that_can_be_stored(self, queue, name):
+        @queue.executor()
+        def named(ctx):
+            ctx.step(name, pytest.fail, "it was called")
+
+        queue.start()
+        with pytest.raises(TaskFailed, match="ConfigurationError"):
+            queue.submit("named").result(PATIENCE)
+
+    @pytest.mark.parametrize(
+        ("value", "path"),
+        [
+            ({"a": [1, {2}]}, "step 'it'.a[1]"),
+            (float("nan"), "step 'it'"),
+            ("x" * 2000, "step 'it'"),
+        ],
+    )
+    def test_of_what_is_no_json_is_refused(self, make_queue, value, path):
+        queue = make_queue(max_payload_size=1000)
+        seen = []
+
+        @queue.executor()
+        def odd(ctx):
+            with pytest.raises(PayloadError) as caught:
+                ctx.step("it", lambda: value)
+            seen.append(caught.value.path)
+
+        queue.start()
+        handle = queue.submit("odd")
+        handle.result(PATIENCE)
+        assert seen == [path]
+        assert checkpoints(queue, handle) is None
+
+    def test_what_all_of_them_take_is_limited(self, make_queue):
+        queue = make_queue(max_payload_size=1000)
+
+        @queue.executor()
+        def greedy(ctx):
+            for n in range(10):
+                ctx.step(f"step {n}", lambda: "ä" * 60)
+
+        queue.start()
+        handle = queue.submit("greedy")
+        with pytest.raises(TaskFailed, match=r"checkpoints: 1,\d+ bytes as JSON, more than"):
+            handle.result(PATIENCE)
+        assert sorted(checkpoints(queue, handle)["steps"]) == [f"step {n}" for n in range(7)]
+
+    def test_can_be_called_by_several_threads(self, queue):
+        """None of what they store is lost."""
+
+        @queue.executor()
+        def wide(ctx):
+            go = threading.Barrier(8)
+
+            def part(n):
+                go.wait(PATIENCE)
+                return [ctx.step(f"{n}.{m}", lambda: n) for m in range(5)]
+
+            return [wait() for wait in [run_in_thread(lambda n=n: part(n)) for n in range(8)]]
+
+        queue.start()
+        handle = queue.submit("wide")
+        assert handle.result(PATIENCE) == [[n] * 5 for n in range(8)]
+        assert checkpoints(queue, handle) == {
+            "steps": {f"{n}.{m}": n for n in range(8) for m in range(5)}
+        }
+
+    def test_can_hold_others(self, queue):
+        queue.executor("outer")(lambda ctx: ctx.step("out", lambda: ctx.step("in", lambda: 1) + 1))
+        queue.start()
+        handle = queue.submit("outer")
+        assert handle.result(PATIENCE) == 2
+        assert checkpoints(queue, handle) == {"steps": {"in": 1, "out": 2}}
+
+
+class TestCancelled:
+    def test_no_step_begins_once_the_token_has_fired(self, queue, gate):
+        calls = []
+
+        @queue.executor()
+        def late(ctx):
+            calls.append("first")
+            ctx.step("first", gate)
+            ctx.step("second", calls.append, "second")
+
+        queue.start()
+        handle = queue.submit("late")
+        gate.wait_for()
+        handle.cancel()
+        gate.open()
+        eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
+        assert calls == ["first"]
+        assert checkpoints(queue, handle) == {"steps": {"first": None}}  # it was done
+
+    def test_a_narrower_deadline_counts(self, queue):
+        calls = []
+
+        @queue.executor()
+        def narrow(ctx):
+            with pytest.raises(TimeoutError), ctx.timeout(0):
+                ctx.step("late", calls.append, 1)
+            return ctx.step("after", lambda: "went on")
+
+        queue.start()
+        assert queue.submit("narrow").result(PATIENCE) == "went on"
+        assert calls == []
+
+    @pytest.mark.every_store
+    @pytest.mark.parametrize("how", ["step", "cursor"])
+    @pytest.mark.parametrize("lost", ["taken over", "deleted"])
+    def test_a_run_that_lost_its_task_stores_nothing(self, queue, gate, repository, how, lost):
+        """It is told so, and ends without effect."""
+        reasons = []
+
+        @queue.executor()
+        def slow(ctx):
+            ctx.step("before", lambda: 1)
+            try:
+                if how == "step":
+                    ctx.step("after", gate)
+                else:
+                    gate()
+                    ctx.cursor = 7
+            except TaskCancelled as error:
+                reasons.append((error.reason, ctx.token.reason))
+                raise
+
+        queue.start()
+        handle = queue.submit("slow")
+        gate.wait_for()
+        task = handle.task()
+        if lost == "deleted":
+            assert repository.apply([Delete(task.id, {"starts": 1})])[0]
+        else:
+            later = {"status": "pending", "starts": 2, "owner": "", "held": 1, "run_at": 2**42}
+            assert repository.apply([Update(task.id, {"starts": 1}, later)])[0]
+        gate.open()
+        eventually(lambda: reasons)
+        assert queue.drain(PATIENCE)
+        assert reasons == [(CancelReason.LEASE_LOST, CancelReason.LEASE_LOST)]
+        if lost == "taken over":
+            assert checkpoints(queue, handle) == {"steps": {"before": 1}}
+            assert (handle.task().status, handle.task().starts) == (TaskStatus.PENDING, 2)
+
+    def test_a_thread_that_was_given_up_stores_nothing(self, make_queue, clock, gate):
+        """Its attempt is over, and another one may have gone on."""
+        queue = make_queue(worker_num=2, clock=clock)
+        reasons = []
+
+        @queue.executor(timeout=60, grace=0.0)
+        def slow(ctx):
+            try:
+                ctx.step("late", gate)
+            except TaskCancelled as error:
+                reasons.append(error.reason)
+                raise
+
+        queue.start()
+        handle = queue.submit("slow")
+        gate.wait_for()
+        clock.advance(60)
+        with pytest.raises(TaskFailed, match="still runs"):
+            handle.result(PATIENCE)
+        gate.open()
+        eventually(lambda: not handle.task().stuck_on)
+        assert reasons == [CancelReason.TIMEOUT]
+        assert checkpoints(queue, handle) is None
+
+
+@pytest.mark.every_store
+class TestCursor:
+    def test_goes_on_where_the_last_attempt_was(self, queue):
+        done = []
+
+        @queue.executor(max_attempts=9)
+        def walk(ctx):
+            for n in range(ctx.cursor or 0, 10):
+                if n in (3, 7) and done.count("broken") < n // 3:
+                    done.append("broken")
+                    raise OSError(n)
+                done.append(n)
+                ctx.cursor = n + 1
+            return ctx.cursor
+
+        queue.start()
+        handle = queue.submit("walk")
+        assert handle.result(PATIENCE) == 10
+        assert [n for n in done if n != "broken"] == list(range(10))
+        assert checkpoints(queue, handle) == {"cursor": 10}
+
+    def test_is_stored_when_it_is_set(self, queue):
+        seen = []
+
+        @queue.executor()
+        def look(ctx):
+            seen.append(ctx.cursor)
+            for value in (1, {"page": "x"}, None, (2,)):
+                ctx.cursor = value
+                seen.append(queue.get_task_status(ctx.task.id).checkpoints.get("cursor"))
+            ctx.step("a", lambda: 1)
+            seen.append(ctx.cursor)
+
+        queue.start()
+        handle = queue.submit("look")
+        handle.result(PATIENCE)
+        assert seen == [None, 1, {"page": "x"}, None, [2], [2]]
+        assert checkpoints(queue, handle) == {"steps": {"a": 1}, "cursor": [2]}
+
+    def test_of_what_is_no_json_is_refused(self, queue):
+        @queue.executor()
+        def odd(ctx):
+            ctx.cursor = 1
+            with pytest.raises(PayloadError, match=r"cursor\.a: set is not JSON"):
+                ctx.cursor = {"a": set()}
+            return ctx.cursor
+
+        queue.start()
+        assert queue.submit("odd").result(PATIENCE) == 1
+
+    def test_is_stored_before_it_tells_of_a_cancel(self, queue, gate):
+        queue.executor("move")(lambda ctx: gate() or setattr(ctx, "cursor", 5) or "returned")
+        queue.start()
+        handle = queue.submit("move")
+        gate.wait_for()
+        handle.cancel()
+        gate.open()
+        eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
+        assert checkpoints(queue, handle) == {"cursor": 5}
+
+
+@pytest.mark.every_store
+class TestLater:
+    """What comes after an attempt leaves them."""
+
+    def test_a_stop_and_another_queue(self, make_queue, gate, repository):
+        calls = []
+
+        def executor(ctx):
+            ctx.step("once", calls.append, 1)
+            if len(calls) == 1 and ctx.task.interruptions == 0:
+                gate()
+                ctx.sleep(PATIENCE)
+            return "done"
+
+        first, second = make_queue(worker_num=1), make_queue(worker_num=1)
+        for queue in (first, second):
+            queue.executor("work")(executor)
+        first.start()
+        handle = second.submit("work")
+        gate.wait_for()
+        stopping = run_in_thread(lambda: first.stop(PATIENCE, cancel=True))
+        gate.open()
+        assert stopping() == []
+        second.start()
+        assert handle.result(PATIENCE) == "done"
+        assert (calls, handle.task().interruptions) == ([1], 1)
+
+    def test_a_requeue(self, queue, work):
+        work.ends = [ValueError("broken")]
+        queue.start()
+        handle = queue.submit("work", max_attempts=1)
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        queue.requeue(handle.id)
+        assert queue.handle(handle.id).result(PATIENCE) == {"of": [1, None]}
+        assert work.calls == ["first", "second"]
+
+    def test_an_update_by_hand(self, queue, work, repository):
+        work.ends = [ValueError("broken")]
+        queue.start()
+        handle = queue.submit("work", max_attempts=1)
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        task = handle.task()
+        task.checkpoints, task.status = None, TaskStatus.PENDING
+        repository.update(task)
+        assert checkpoints(queue, handle)["steps"]["first"] == 1
+
+    def test_hooks_see_them(self, make_queue):
+        """Each event those that were there; a hook that is slow to look sees none of later."""
+        seen, look = [], threading.Event()
+
+        class Look(Hook):
+            def started(self, task):
+                assert look.wait(PATIENCE)
+                seen.append(("started", task.checkpoints))
+
+            def progressed(self, task, progress, message):
+                seen.append(("progressed", task.checkpoints))
+
+            def retried(self, task, error, delay):
+                seen.append(("retried", task.checkpoints))
+
+            def finished(self, task):
+                seen.append(("finished", task.checkpoints))
+
+        queue = make_queue(hooks=[Look()])
+        hooks = services_of(queue).hooks
+
+        @queue.executor(max_attempts=2)
+        def work(ctx):
+            ctx.step("first", lambda: 1)
+            if ctx.task.attempt == 1:
+                raise Retry
+            ctx.cursor = 5
+            ctx.progress(50)
+            eventually(lambda: hooks.progressed in [event[0] for event in list(hooks.waiting)])
+
+        handle = queue.submit("work")
+        queue.start()
+        handle.result(PATIENCE)
+        look.set()
+        assert queue.drain(PATIENCE)
+        one, both = {"steps": {"first": 1}}, {"steps": {"first": 1}, "cursor": 5}
+        assert seen == [
+            *(("started", None), ("retried", one), ("started", one)),
+            *(("progressed", both), ("finished", both)),
+        ]
+
+
+@pytest.mark.every_store
+class TestOutage:
+    def test_a_step_is_stored_when_the_repository_is_back(self, queue, repository, monkeypatch):
+        """And not done again, as the outage is no fault of it."""
+        monkeypatch.setattr("taskx.executing.checkpoints._PAUSE", 0.001)
+        calls, failures = [], []
+
+        def fail_a_few_times(writes):
+            if any("checkpoints" in getattr(write, "changes", ()) for write in writes):
+                failures.append(1)
+                if len(failures) < 4:
+                    raise RepositoryUnavailable("away")
+
+        repository.before = fail_a_few_times
+        queue.executor("work")(lambda ctx: ctx.step("once", lambda: calls.append(1) or "stored"))
+        queue.start()
+        handle = queue.submit("work")
+        assert handle.result(PATIENCE) == "stored"
+        assert (calls, len(failures)) == ([1], 4)
+        assert checkpoints(queue, handle) == {"steps": {"once": "stored"}}
+
+    def test_whoever_waits_for_it_hears_of_a_cancel(self, queue, repository, gate):
+        def away(writes):
+            if any("checkpoints" in getattr(write, "changes", ()) for write in writes):
+                gate()
+                raise RepositoryUnavailable("away")
+
+        repository.before = away
+        queue.executor("work")(lambda ctx: ctx.step("once", int))
+        queue.start()
+        handle = queue.submit("work")
+        gate.wait_for()
+        pool_of(queue).fire(handle.id)  # the request itself could not be written either
+        gate.open()
+        eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
+        assert checkpoints(queue, handle) is None
+
+
+def test_eight_methods_have_no_place_for_them(make_queue):
+    """It is told before anything is done."""
+    queue = make_queue(TinyRepository(), worker_num=1)
+
+    @queue.executor()
+    def work(ctx, how: str):
+        if how == "step":
+            ctx.step("once", pytest.fail, "it was called")
+        elif how == "set":
+            ctx.cursor = 5
+        return ctx.cursor
+
+    queue.start()
+    for how in ("step", "set", "get"):
+        with pytest.raises(TaskFailed, match="TinyRepository has eight methods and no place for"):
+            queue.submit("work", {"how": how}).result(PATIENCE)
+
+
+KILLED = """
+import sys, threading
+from taskx import Config, Queue, SQLiteRepository
+
+path = sys.argv[1]
+queue = Queue(SQLiteRepository(path), Config(worker_num=1))
+
+def note(word):
+    with open(path + ".log", "a") as log:
+        log.write(word + "\\n")
+    return word.upper()
+
+@queue.executor()
+def work(ctx):
+    words = [ctx.step("a", note, "a"), ctx.step("b", note, "b")]
+    for n in range(ctx.cursor or 0, 5):
+        if n == 3 and ctx.task.crashes == 0:
+            print("three", flush=True)
+            threading.Event().wait()
+        note(str(n))
+        ctx.cursor = n + 1
+    return [*words, ctx.step("c", note, "c")]
+
+with queue:
+    if not queue.list_tasks()[1]:
+        queue.submit("work", id="it")
+    print(queue.handle("it").result(60), flush=True)
+"""
+
+
+def test_a_process_that_is_killed_goes_on_where_it_was(spawn, database):
+    """Between two steps, in the middle of a loop."""
+    child = spawn(KILLED, database)
+    assert child.read() == "three"
+    child.kill()
+    child = spawn(KILLED, database)
+    assert child.read() == "['A', 'B', 'C']"
+    child.ends()
+    log = (database.parent / "tasks.db.log").read_text().split()
+    assert log == ["a", "b", "0", "1", "2", "3", "4", "c"]

@@ -1,0 +1,401 @@
+"""Executors: functions and classes, what they are given, and what counts of what they do."""
+
+from __future__ import annotations
+
+import functools
+
+import attrs
+import pytest
+from helpers import PATIENCE
+
+import taskx
+from taskx import (
+    ConfigurationError,
+    Context,
+    PayloadError,
+    Queue,
+    Task,
+    TaskExecutor,
+    TaskFailed,
+    TaskStatus,
+)
+from taskx.core.options import ExecutorOptions, Options
+
+
+@pytest.fixture
+def started(queue):
+    queue.start()
+    return queue
+
+
+def run(queue: Queue, type: str, **params):
+    return queue.submit(type, params).result(PATIENCE)
+
+
+# Functions
+
+
+def test_params_arrive_as_keywords(started):
+    @started.executor("add")
+    def add(a, b=2, *, c=3):
+        return [a, b, c]
+
+    assert run(started, "add", a=1) == [1, 2, 3]
+    assert run(started, "add", c=9, a=1) == [1, 2, 9]
+
+
+def test_keyword_arguments_take_the_rest(started):
+    @started.executor("rest")
+    def rest(a, **more):
+        return more
+
+    assert run(started, "rest", a=1, b=2, c=3) == {"b": 2, "c": 3}
+
+
+def test_context_comes_first_by_name(started):
+    @started.executor("named")
+    def named(ctx, a):
+        return [type(ctx).__name__, ctx.task.id, a]
+
+    handle = started.submit("named", {"a": 1})
+    assert handle.result(PATIENCE) == ["Context", handle.id, 1]
+
+
+def test_context_comes_first_by_annotation(started):
+    @started.executor("annotated")
+    def annotated(context: Context, a):
+        return [context.task.type, a]
+
+    @started.executor("quoted")
+    def quoted(context: taskx.Context, a):  # a string, by this file's __future__ import
+        return [context.task.type, a]
+
+    assert run(started, "annotated", a=1) == ["annotated", 1]
+    assert run(started, "quoted", a=1) == ["quoted", 1]
+
+
+def test_function_stays_callable(queue):
+    @queue.executor("add")
+    def add(a, b=2):
+        """Adds."""
+        return a + b
+
+    @queue.executor("named")
+    def named(ctx, a):
+        return [ctx, a]
+
+    assert add(1) == 3
+    assert add(1, b=5) == 6
+    assert named("a context", 1) == ["a context", 1]
+    assert (add.__name__, add.__doc__, add.type) == ("add", "Adds.", "add")
+
+
+def test_type_is_the_functions_name_unless_told(queue):
+    @queue.executor()
+    def fetch():
+        pass
+
+    assert fetch.type == "fetch"
+    assert queue.submit("fetch").task().type == "fetch"
+
+
+def test_executor_submits_and_makes_tasks(started):
+    @started.executor("add")
+    def add(ctx, a, b=2):
+        return a + b
+
+    assert add.submit(1).result(PATIENCE) == 3
+    assert add.submit(1, b=5).result(PATIENCE) == 6
+    task = add.task(7)
+    assert (task.type, task.params, task.status) == ("add", {"a": 7}, TaskStatus.PENDING)
+    for wrong in (lambda: add.submit(), lambda: add.task(1, c=2), lambda: add.task(1, 2, 3)):
+        with pytest.raises(PayloadError, match="add"):
+            wrong()
+
+
+def test_executor_without_a_queue_is_registered_later(started):
+    @taskx.executor("later", priority=3)
+    def later(a):
+        return a
+
+    with pytest.raises(ConfigurationError, match="register"):
+        later.submit(1)
+    started.register_executor(later)
+    handle = later.submit(1)
+    assert handle.result(PATIENCE) == 1
+    assert handle.task().priority == 3
+
+
+def test_decorated_function_is_seen_through(started):
+    def twice(function):
+        @functools.wraps(function)
+        def wrapper(*args, **kwargs):
+            return 2 * function(*args, **kwargs)
+
+        return wrapper
+
+    @started.executor("number")
+    @twice
+    def number(ctx, a):
+        return a
+
+    assert run(started, "number", a=4) == 8
+    with pytest.raises(PayloadError):
+        started.submit("number", {"b": 1})
+
+
+def test_bound_methods_and_partials_are_functions(started):
+    class Service:
+        def fetch(self, ctx, url):
+            return [ctx.task.type, url]
+
+    started.executor("method")(Service().fetch)
+    started.executor("partial")(functools.partial(lambda a, b: a + b, b=1))
+    assert run(started, "method", url="x") == ["method", "x"]
+    assert run(started, "partial", a=1) == 2
+
+
+async def coroutine():
+    pass
+
+
+async def stream():
+    yield 1
+
+
+def generator():
+    yield 1
+
+
+def spread(*args):
+    pass
+
+
+def positional(a, /):
+    pass
+
+
+def ctx_second(a, ctx):
+    pass
+
+
+def ctx_keyword(a, *, ctx):
+    pass
+
+
+REFUSED = [coroutine, stream, generator, spread, positional, ctx_second, ctx_keyword, "text", None]
+
+
+@pytest.mark.parametrize("function", REFUSED)
+def test_function_that_cannot_be_an_executor_is_refused(queue, function):
+    with pytest.raises(ConfigurationError):
+        queue.executor("refused")(function)
+    with pytest.raises(ConfigurationError):
+        taskx.executor("refused")(function)
+    with pytest.raises(LookupError):
+        queue.submit("refused")
+
+
+def test_parentheses_forgotten(queue):
+    for decorator in (queue.executor, taskx.executor):
+        with pytest.raises(ConfigurationError, match="parentheses"):
+            decorator(positional)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"max_attempts": 0},
+        {"max_crashes": True},
+        {"timeout": 0},
+        {"timeout": -1},
+        {"priority": 0.5},
+    ],
+)
+def test_options_are_checked(queue, options):
+    for decorator in (queue.executor, taskx.executor):
+        with pytest.raises(ConfigurationError, match=next(iter(options))):
+            decorator("x", **options)
+
+
+def test_misspelt_options_are_named(queue):
+    @taskx.executor("mine")
+    def mine():
+        pass
+
+    for call in (
+        lambda **options: queue.executor("x", **options),
+        lambda **options: taskx.executor("x", **options),
+        lambda **options: queue.register_executor(mine, **options),
+    ):
+        with pytest.raises(TypeError, match=r"^executor\(\) has no option graze, limt_scope$"):
+            call(limt_scope="global", graze=1, timeout=5)
+    queue.register_executor(mine)
+
+
+@pytest.mark.parametrize("type", ["", 5, "x" * 256, "a\0b"])
+def test_type_must_be_a_name(queue, type):
+    with pytest.raises(ConfigurationError, match="type"):
+        queue.executor(type)(lambda: None)
+
+
+def test_a_type_has_one_executor(queue):
+    queue.executor("x")(lambda: None)
+    with pytest.raises(ConfigurationError, match="'x' has an executor already"):
+        queue.executor("x")(lambda: None)
+
+
+# Classes
+
+
+class Sync(TaskExecutor):
+    type = "sync"
+
+    def execute(self, ctx, task):
+        task.progress = 3
+        task.error = "not to be seen"
+        task.status = TaskStatus.FAILED
+        task.id = "another"
+        task.created_by = "somebody else"
+        task.started_at = task.timeout = None
+        task.starts = task.errors = task.max_attempts = 99
+        task.params["grown"] = True
+        task.result = {"by": "attribute", "params": len(task.params)}
+        return task.params.get("returns")
+
+
+@pytest.mark.every_store
+def test_class_executor(started):
+    started.register_executor(Sync())
+    task = started.submit("sync", {"a": 1}, created_by="me")
+    assert task.result(PATIENCE) == {"by": "attribute", "params": 2}
+    record = task.task()
+    assert record.status is TaskStatus.COMPLETED
+    assert (record.progress, record.error, record.created_by) == (100, "", "me")
+    assert (record.starts, record.errors, record.max_attempts) == (1, 0, 1)
+    assert record.created_at <= record.started_at <= record.completed_at
+    assert record.params == {"a": 1}
+
+
+@pytest.mark.parametrize("value", [False, 0, "", [], {"x": 1}])
+def test_returned_value_wins_over_the_attribute(started, value):
+    started.register_executor(Sync())
+    assert run(started, "sync", returns=value) == value
+
+
+def test_class_that_only_looks_like_an_executor(started):
+    class Duck:
+        type = "duck"
+
+        def execute(self, ctx, task):
+            return [ctx.task.id == task.id, task.params["n"]]
+
+    started.register_executor(Duck(), max_attempts=2)
+    handle = started.submit("duck", {"n": 1})
+    assert handle.result(PATIENCE) == [True, 1]
+    assert handle.task().max_attempts == 2
+
+
+def test_what_is_no_executor_is_refused(queue):
+    class Async(TaskExecutor):
+        type = "async"
+
+        async def execute(self, ctx, task):
+            pass
+
+    with pytest.raises(ConfigurationError, match="executor 'async' is async"):
+        queue.register_executor(Async())
+
+    class Nameless(TaskExecutor):
+        def execute(self, ctx, task):
+            pass
+
+    for thing in (Sync, Nameless(), object(), None, lambda: None, "sync"):
+        with pytest.raises(ConfigurationError):
+            queue.register_executor(thing)
+    with pytest.raises(TypeError, match="abstract"):
+        TaskExecutor()
+
+
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.every_store
+def test_executor_registered_while_running_takes_the_backlog(started, make_queue):
+    other = make_queue()
+    other.declare("late")
+    handle = other.submit("late")
+    started.executor("late")(lambda: "at last")
+    assert handle.result(PATIENCE) == "at last"
+
+
+# Results
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize(
+    "value", [None, True, 0, -(2**63), 1.5, "ü\0", [1, [2, {"a": None}]], {}, {"a": [1]}]
+)
+def test_any_json_value_is_a_result(started, value):
+    started.executor("give")(lambda: value)
+    assert run(started, "give") == value
+
+
+@pytest.mark.every_store
+def test_tuples_come_back_as_lists(started):
+    started.executor("give")(lambda: {"pair": (1, 2)})
+    assert run(started, "give") == {"pair": [1, 2]}
+
+
+def cycle():
+    value: list = []
+    value.append({"again": value})
+    return value
+
+
+def deep():
+    value: list = []
+    for _ in range(100_000):
+        value = [value]
+    return value
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    [
+        (lambda: {"when": object()}, "PayloadError: result.when: object is not JSON"),
+        (lambda: [1, float("inf")], "PayloadError: result[1]: inf is no JSON number"),
+        (lambda: {"x": float("nan")}, "PayloadError: result.x: nan is no JSON number"),
+        (lambda: {1, 2}, "PayloadError: result: set is not JSON"),
+        (lambda: b"x", "PayloadError: result: bytes is not JSON"),
+        (lambda: "\udfff", "PayloadError: result: a lone surrogate"),
+        (lambda: "x" * (1 << 20), "PayloadError: result: 1,048,578 bytes as JSON"),
+        (deep, "PayloadError: result["),
+        (cycle, "PayloadError: result[0].again[0].again"),
+    ],
+)
+def test_result_that_is_not_json_fails_the_task(started, make, text):
+    started.executor("give")(make)
+    handle = started.submit("give")
+    with pytest.raises(TaskFailed):
+        handle.result(PATIENCE)
+    assert handle.task().error.startswith(text[:60])
+    assert started.submit("give").exception(PATIENCE)  # and the workers go on
+
+
+def test_task_is_a_copy_for_each_attempt(started):
+    seen = []
+
+    @started.executor("twice", max_attempts=2)
+    def twice(ctx, items):
+        seen.append(list(items))
+        items.append("changed")
+        ctx.task.params["more"] = 1
+        if len(seen) == 1:
+            raise ValueError
+
+    started.submit(Task(type="twice", params={"items": []})).result(PATIENCE)
+    assert seen == [[], []]
+
+
+def test_type_checkers_know_the_options_that_there_are():
+    seen = {name: hint.__forward_arg__ for name, hint in ExecutorOptions.__annotations__.items()}
+    assert seen == {field.name: field.type for field in attrs.fields(Options)}

@@ -1,0 +1,964 @@
+"""Executors in child processes: as in a thread, but that they can be killed, and may die."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from helpers import PATIENCE, ROOT, SpySQLite, eventually, node_of, pool_of, services_of
+from storage.repositories import TinyRepository
+
+import taskx
+from taskx import (
+    ConfigurationError,
+    Hook,
+    MemoryRepository,
+    PayloadError,
+    Queue,
+    RetryPolicy,
+    Task,
+    TaskFailed,
+    TaskStatus,
+)
+from taskx.core.options import Options
+from taskx.executing.context import Shared
+from taskx.executing.process import channel, isolation
+from taskx.executing.registry import Registry
+from taskx.testing import ManualClock
+
+from . import isolated
+
+pytestmark = pytest.mark.process
+
+TESTS = ROOT / "tests"
+
+
+@pytest.fixture
+def repository(database):
+    """One will do: what is written is for the tests of the life cycle."""
+    with SpySQLite(database) as made:
+        yield made
+
+
+@pytest.fixture
+def make(make_queue):
+    """Makes a queue that runs these executors."""
+
+    def make(*executors, **options):
+        queue = make_queue(worker_num=2, **options)
+        for executor in executors:
+            queue.register_executor(executor)
+        queue.start()
+        return queue
+
+    return make
+
+
+def alive(pid):
+    """Whether a process has not ended; one that nobody has waited for yet has."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def busy(pid):
+    """Hundredths of a second that a process has computed."""
+    return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
+
+
+def open_files(but):
+    """How many files this process has open, but for that database: of which it keeps as many
+    connections as threads have read at once."""
+    count = 0
+    for number in os.listdir("/proc/self/fd"):
+        try:
+            count += not os.readlink(f"/proc/self/fd/{number}").startswith(str(but))
+        except FileNotFoundError:  # closed meanwhile
+            continue
+    return count
+
+
+def lines(path):
+    return path.read_text().splitlines() if path.exists() else []
+
+
+def outcomes(queue, task_id):
+    task = queue.get_task_status(task_id)
+    return [(attempt.outcome, attempt.error) for attempt in task.attempts]
+
+
+# As in a thread
+
+
+class TestAsInAThread:
+    def test_it_runs_in_the_main_thread_of_a_child_of_its_own(self, make, capfd):
+        queue = make(isolated.who)
+        first, second = (queue.submit("who", timeout=500).result(PATIENCE) for _ in range(2))
+        assert first["pid"] != second["pid"] != os.getpid()
+        assert first["parent"] == second["parent"] == os.getpid()
+        assert (first["states"], second["states"]) == (1, 1)
+        assert first["main thread"]
+        assert 400 < first["remaining"] < 500
+        assert capfd.readouterr().out == 2 * "on the stdout of the child\n"
+
+    def test_it_is_given_its_task(self, make):
+        queue = make(isolated.who)
+        task = Task(id="☃", type="who", created_by="me", max_attempts=3, retry=RetryPolicy(7))
+        given = queue.submit(task, timeout=90).result(PATIENCE)["task"]
+        after = queue.get_task_status("☃")
+        same = ("id", "type", "created_by", "max_attempts", "timeout", "starts")
+        assert {name: given[name] for name in same} == {
+            name: after.to_dict()[name] for name in same
+        }
+        assert Task.from_dict(given).retry == RetryPolicy(7)
+        assert (given["status"], given["owner"]) == ("running", node_of(queue).record.id)
+
+    def test_params_and_results_are_the_same_json(self, make):
+        queue = make(isolated.add, isolated.give)
+        words = ["a\nb", "☃", "\x00"]
+        assert queue.submit("add", {"a": words, "b": [None]}).result(PATIENCE) == [*words, None]
+        assert queue.submit("give", {"kind": "tuple"}).result(PATIENCE) == [1, "☃"]
+
+    def test_more_than_a_pipe_holds_goes_over(self, make):
+        queue = make(isolated.add, max_payload_size=20_000_000)
+        text = "☃" * 2_000_000
+        assert queue.submit("add", {"a": text, "b": "!"}).result(PATIENCE) == text + "!"
+
+    @pytest.mark.parametrize(
+        ("kind", "error"),
+        [
+            ("nan", "PayloadError: result: nan is no JSON number"),
+            ("set", "PayloadError: result: set is not JSON"),
+            ("large", "PayloadError: result: 3,002 bytes as JSON, more than max_payload_size (99)"),
+        ],
+    )
+    def test_results_that_cannot_be_stored_are_refused(self, make, kind, error):
+        queue = make(isolated.give, max_payload_size=99)
+        with pytest.raises(TaskFailed) as failed:
+            queue.submit("give", {"kind": kind}).result(PATIENCE)
+        assert failed.value.error == error
+
+    def test_params_that_do_not_fit_are_refused_at_submit(self, make):
+        with pytest.raises(taskx.PayloadError, match="'add' takes no 'c'"):
+            make(isolated.add).submit("add", {"a": 1, "c": 2})
+
+    @pytest.mark.parametrize(
+        ("kind", "error"),
+        [
+            ("own", "OwnError: bad ☃"),
+            ("key", "KeyError: 'name'"),
+            ("exit", "SystemExit: 3"),
+            ("memory", "MemoryError"),
+            ("cancelled", "TaskCancelled: the task was told to stop: cancel"),
+        ],
+    )
+    def test_errors_have_their_text_and_the_traceback_of_the_child(self, make, kind, error):
+        queue = make(isolated.fail)
+        with pytest.raises(TaskFailed) as failed:
+            queue.submit("fail", {"kind": kind}).result(PATIENCE)
+        assert failed.value.error == error
+        trace = failed.value.remote_traceback
+        assert "isolated.py" in trace
+        assert trace.rstrip().splitlines()[-1].endswith(error)
+        assert "child.py" not in trace
+        assert "isolation.py" not in trace
+        assert outcomes(queue, failed.value.task_id) == [("failed", error)]
+        kind = queue.get_task_status(failed.value.task_id).error_type
+        assert kind.rpartition(".")[2] == error.partition(":")[0]
+
+    @pytest.mark.parametrize(
+        ("kind", "error"),
+        [
+            ("by hand", "TaskCancelled: the task was told to stop: enough"),
+            ("cancelled", "CancelledWithout: 5"),
+            ("retry", "RetryWithout: 5"),
+            ("snooze", "SnoozeWithout: 5"),
+        ],
+    )
+    def test_errors_without_the_attributes_of_their_class_are_no_crashes(self, make, kind, error):
+        queue = make(isolated.odd)
+        with pytest.raises(TaskFailed) as failed:
+            queue.submit("odd", {"kind": kind}).result(PATIENCE)
+        assert failed.value.error == error
+        task = queue.get_task_status(failed.value.task_id)
+        assert (task.errors, task.crashes, task.starts) == (1, 0, 1)
+
+    def test_what_it_raises_says_what_follows(self, make, repository):
+        queue = make(isolated.fail)
+        again = queue.submit("fail", {"kind": "retry"}, max_attempts=2)
+        with pytest.raises(TaskFailed, match="OwnRetry: again"):
+            again.result(PATIENCE)
+        assert [outcome for outcome, _ in outcomes(queue, again.id)] == ["retried", "failed"]
+        [retried] = [
+            write.changes
+            for batch in repository.batches
+            for write in batch
+            if getattr(write, "changes", {}).get("held")
+        ]
+        assert retried["run_at"] > 0
+        never = queue.submit("fail", {"kind": "permanent"}, max_attempts=5)
+        with pytest.raises(TaskFailed, match="Permanent: never"):
+            never.result(PATIENCE)
+        assert len(outcomes(queue, never.id)) == 1
+        later = queue.submit("fail", {"kind": "snooze"})
+        assert eventually(lambda: later.task().snoozes)
+        assert (later.task().status, later.task().errors) == (TaskStatus.PENDING, 0)
+
+    @pytest.mark.parametrize(
+        ("named", "attempts"),
+        [(f"{isolated.__name__}.OwnError", 2), (Exception, 2), (OSError, 1)],
+    )
+    def test_retry_policies_know_the_class_of_the_error(self, make, named, attempts):
+        queue = make(isolated.fail)
+        policy = RetryPolicy(2, base=0, retry_on=[named])
+        handle = queue.submit("fail", {"kind": "own"}, retry=policy)
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        assert handle.task().errors == attempts
+
+    def test_progress_is_seen_while_it_runs(self, make, tmp_path):
+        queue = make(isolated.walk)
+        handle = queue.submit("walk", {"path": str(tmp_path / "step")})
+        for step in (1, 2, 3):
+            eventually(
+                lambda step=step: (
+                    (handle.task().progress, handle.task().message) == (step * 10, f"step {step}")
+                )
+            )
+            (tmp_path / f"step{step}").touch()
+        handle.result(PATIENCE)
+        assert (handle.task().progress, handle.task().message) == (100, "the last")
+
+    def test_what_it_logs_is_logged_here(self, make, caplog, monkeypatch):
+        queue = make(isolated.log)
+        own = []
+        monkeypatch.setattr(logging.getLogger("app.own"), "filters", [own.append])
+        with caplog.at_level(logging.INFO):
+            logging.getLogger("app.quiet").setLevel(logging.ERROR)
+            handle = queue.submit("log")
+            handle.result(PATIENCE)
+        told = [record for record in caplog.records if record.filename == "isolated.py"]
+        assert [(record.name, record.levelname, record.getMessage()) for record in told] == [
+            ("taskx", "INFO", f"[log {handle.id}] from the context: 1"),
+            ("app.part", "WARNING", "from the module"),
+            ("taskx", "ERROR", f"[log {handle.id}] with an error"),
+        ]
+        assert (told[0].task_id, told[0].more) == (handle.id, 5)
+        assert "OwnError: logged" in told[2].exc_text
+        assert [record.getMessage() for record in own] == ["from one with handlers of its own"]
+
+    def test_a_logger_of_ones_own_gets_what_the_context_logs(self, make):
+        told = []
+        logger = logging.Logger("own", logging.INFO)  # noqa: LOG001
+        logger.addFilter(lambda record: told.append(record.getMessage()))
+        queue = make(isolated.log, logger=logger)
+        handle = queue.submit("log")
+        handle.result(PATIENCE)
+        assert f"[log {handle.id}] from the context: 1" in told
+
+    def test_steps_are_done_once_and_the_cursor_is_kept(self, make, tmp_path):
+        queue = make(isolated.steps)
+        handle = queue.submit("steps", {"path": str(tmp_path / "done")})
+        assert handle.result(PATIENCE) == [None, [1, {"a": "☃"}], {"at": 7}]
+        assert lines(tmp_path / "done") == ["first"]
+        assert handle.task().errors == 1
+
+    def test_a_step_of_a_run_that_lost_its_task_is_not_stored(self, make, tmp_path, repository):
+        queue = make(isolated.wait_to_step)
+        handle = queue.submit("wait_to_step", {"path": str(tmp_path / "go")})
+        eventually(lambda: handle.task().message)
+        repository.update_status(handle.id, TaskStatus.FAILED)
+        (tmp_path / "go").touch()
+        eventually(lambda: not pool_of(queue).runs)
+        assert handle.task().checkpoints is None
+
+    def test_a_checkpoint_that_cannot_be_stored_is_its_own_to_deal_with(self, make, monkeypatch):
+        queue = make(isolated.goes_on_without)
+
+        def store(*args, **options):
+            raise PayloadError("checkpoints", "too large for this one")
+
+        monkeypatch.setattr(services_of(queue).keeper, "store", store)
+        assert queue.submit("goes_on_without").result(PATIENCE) == [
+            "checkpoints: too large for this one"
+        ]
+
+    def test_where_no_checkpoints_can_be_kept_they_are_refused(self, make_queue, tmp_path):
+        queue = make_queue(TinyRepository())
+        queue.register_executor(isolated.steps, max_attempts=1)
+        queue.start()
+        with pytest.raises(TaskFailed, match=r"ConfigurationError: .*checkpoints"):
+            queue.submit("steps", {"path": str(tmp_path / "done")}).result(PATIENCE)
+        assert lines(tmp_path / "done") == []
+
+    def test_what_was_said_last_is_heard_to_its_end(self, monkeypatch):
+        """By a child that has ended, though the line may be kept open by a process of its own."""
+        monkeypatch.setattr(channel, "_CHUNK", 1000)
+        ours, theirs = socket.socketpair()
+        hears, says = channel.Channel(ours), channel.Channel(theirs)
+        said = ["returned", "x" * 100_000]
+        says.say(*said)
+        heard = hears.hear_rest()
+        assert heard == [said]
+        assert hears.hear_rest() is None
+        ours.close()
+        theirs.close()
+
+    def test_it_is_told_of_its_parents(self, make):
+        queue = make(isolated.add, isolated.ask)
+        queue.submit("add", {"a": 1}, id="one")
+        queue.submit("add", {"a": 2}, id="two")
+        asked = queue.submit("ask", depends_on=["two", "one"])
+        assert asked.result(PATIENCE) == [["two", 2, "completed"], ["one", 1, "completed"]]
+        assert queue.submit("ask").result(PATIENCE) == []
+
+    def test_a_parent_that_is_gone_is_not_found(self, make):
+        clock = ManualClock()
+        queue = make(isolated.ask, clock=clock)
+        queue.executor("parent")(lambda: 1)
+        queue.submit("parent", id="one").result(PATIENCE)
+        asked = queue.submit("ask", depends_on=["one"], delay=60)
+        queue.delete("one")
+        clock.advance(60)
+        with pytest.raises(TaskFailed, match="TaskNotFound: no task with id 'one'"):
+            asked.result(PATIENCE)
+
+    def test_what_it_logs_is_kept_where_that_is_asked_for(self, make):
+        queue = make()
+        queue.register_executor(isolated.log, capture_log=True)
+        handle = queue.submit("log")
+        handle.result(PATIENCE)
+        kept = handle.task().log
+        assert [line.partition(" ")[2] for line in kept.splitlines()[1:4]] == [
+            "INFO taskx: from the context: 1",
+            "WARNING app.part: from the module",
+            "ERROR taskx: with an error",
+        ]
+        assert "OwnError: logged" in kept
+
+    def test_a_class_runs_there_too(self, make):
+        queue = make()
+        queue.register_executor(isolated.Classic(), isolation="process")
+        queue.register_executor(isolated.Holder.Inner(), isolation="process")
+        result = queue.submit("classic", {"n": 5}).result(PATIENCE)
+        assert result["n"] == 5
+        assert result["pid"] != os.getpid()
+        assert queue.submit("inner").result(PATIENCE) == "inner"
+
+    def test_a_plain_function_of_a_module_will_do(self, make):
+        queue = make()
+        queue.register_executor(taskx.executor("plain", isolation="process")(isolated.plain))
+        assert queue.submit("plain", {"word": "x"}).result(PATIENCE) == "X"
+
+    def test_to_call_it_starts_no_process(self):
+        assert isolated.add(1, b=2) == 3
+
+    def test_middleware_is_wrapped_around_it_here(self, make):
+        seen = []
+
+        def layer(ctx, task, call_next):
+            seen.append((os.getpid(), threading.current_thread().name, task.id))
+            try:
+                return [call_next()]
+            except isolated.Permanent as error:
+                seen.append(str(error))
+                return "caught"
+
+        queue = make(isolated.add, isolated.fail, middleware=[layer])
+        handle = queue.submit("add", {"a": 1})
+        assert handle.result(PATIENCE) == [1]
+        [(pid, thread, task_id)] = seen
+        assert (pid, task_id) == (os.getpid(), handle.id)
+        assert thread.startswith("taskx-worker")
+        assert queue.submit("fail", {"kind": "permanent"}).result(PATIENCE) == "caught"
+        assert seen[-1] == "Permanent: never"
+
+    def test_the_thread_that_submits_may_run_it(self, make, gate):
+        queue = make(isolated.add, buffer_size=1, overflow="caller_runs")
+        queue.executor("hold")(lambda: gate())
+        for _ in range(2):
+            queue.submit("hold")
+            gate.wait_for()
+        queue.submit("hold")
+        assert queue.submit("add", {"a": 1}).result(0) == 1
+
+
+# The token
+
+
+class TestToken:
+    def test_a_cancel_is_heard(self, make, tmp_path):
+        queue = make(isolated.listen)
+        handle = queue.submit("listen", {"path": str(tmp_path / "heard")})
+        pid = eventually(lambda: handle.task().message)
+        handle.cancel()
+        eventually(handle.cancelled)
+        assert lines(tmp_path / "heard") == ["cancel cancel True"]
+        assert not alive(pid)
+
+    def test_a_cancel_from_another_process_is_heard(self, run, tmp_path, make_queue):
+        program = run("queue.start(); say('started'); signal.pause()")
+        other = make_queue()
+        other.declare("listen")
+        handle = other.submit("listen", {"path": str(tmp_path / "heard")})
+        assert program.read() == "started"
+        eventually(lambda: handle.task().message)
+        assert other.cancel_task(handle.id) is False
+        eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
+        assert lines(tmp_path / "heard") == ["cancel cancel True"]
+
+    def test_a_timeout_is_heard(self, make, tmp_path):
+        """By the clock of the queue."""
+        clock = ManualClock()
+        queue = make(isolated.listen, clock=clock)
+        handle = queue.submit("listen", {"path": str(tmp_path / "heard")}, timeout=3600)
+        eventually(lambda: handle.task().message)
+        clock.advance(3600)
+        with pytest.raises(TaskFailed) as failed:
+            handle.result(PATIENCE)
+        assert failed.value.error == "timed out after 3600 s"
+        assert "isolated.py" in failed.value.remote_traceback
+        assert lines(tmp_path / "heard") == ["timeout timeout True"]
+
+    def test_its_own_clock_may_be_a_little_ahead(self, make):
+        """That of the queue stands still."""
+        queue = make(isolated.listen, clock=ManualClock())
+        with pytest.raises(TaskFailed) as failed:
+            queue.submit("listen", timeout=0.5).result(PATIENCE)
+        assert failed.value.error == "timed out after 0.5 s"
+
+    def test_a_stop_hands_it_back(self, make, tmp_path, repository):
+        queue = make(isolated.listen)
+        handle = queue.submit("listen", {"path": str(tmp_path / "heard")})
+        eventually(lambda: handle.task().message)
+        assert queue.stop(PATIENCE, cancel=True) == []
+        assert lines(tmp_path / "heard") == ["stop stop True"]
+        after = repository.get_by_id(handle.id)
+        assert (after.status, after.interruptions, after.errors) == (TaskStatus.PENDING, 1, 0)
+
+    def test_a_narrower_deadline_inside(self, make):
+        queue = make(isolated.listen)
+        assert queue.submit("listen", {"inner": True}).result(PATIENCE) == "inner"
+
+    def test_a_narrower_deadline_around_it(self, make):
+        def layer(ctx, task, call_next):
+            try:
+                with ctx.timeout(0.5):
+                    return call_next()
+            except TimeoutError:
+                return "too slow"
+
+        queue = make(isolated.listen, middleware=[layer])
+        assert queue.submit("listen").result(PATIENCE) == "too slow"
+
+    def test_cancelled_before_it_begins_it_starts_no_process(self, make, monkeypatch):
+        started, start = [], isolation._start
+        monkeypatch.setattr(
+            isolation, "_start", lambda *files: started.append(files) or start(*files)
+        )
+        queue = make(
+            isolated.add, middleware=[lambda ctx, task, call_next: (cancel(task), call_next())]
+        )
+        cancel = lambda task: queue.cancel_task(task.id)  # noqa: E731
+        handle = queue.submit("add", {"a": 1})
+        eventually(handle.cancelled)
+        assert not started
+
+
+# Killed
+
+
+class TestKilled:
+    """``ignore`` never looks at its token, and keeps the interpreter to itself."""
+
+    @pytest.fixture
+    def pids(self, make):
+        """Has it run; returns its handle, and the ids of its process and of one that it started."""
+
+        def start(queue, **options):
+            handle = queue.submit("ignore", **options)
+            return handle, eventually(lambda: handle.task().message).split()
+
+        return start
+
+    def test_a_timeout_kills_it_after_the_grace(self, make, pids):
+        clock = ManualClock()
+        queue = make(isolated.ignore, clock=clock)
+        handle, running = pids(queue, timeout=3600)
+        began = time.monotonic()
+        clock.advance(3600)
+        with pytest.raises(TaskFailed) as failed:
+            handle.result(PATIENCE)
+        assert time.monotonic() - began >= 0.2
+        assert failed.value.error == (
+            "timed out after 3600 s; its process did not end within 0.2 s and was killed"
+        )
+        eventually(lambda: not any(map(alive, running)))
+
+    def test_a_timeout_may_be_retried(self, make, tmp_path):
+        clock = ManualClock()
+        queue = make(isolated.ignore, clock=clock)
+        path = tmp_path / "pids"
+        handle = queue.submit("ignore", {"path": str(path)}, timeout=3600, max_attempts=2)
+        for attempt in (1, 2):
+            eventually(lambda attempt=attempt: len(set(lines(path))) == attempt)
+            clock.advance(3600)
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        assert [outcome for outcome, _ in outcomes(queue, handle.id)] == ["retried", "failed"]
+
+    def test_a_cancel_kills_it_after_the_grace(self, make, pids):
+        queue = make(isolated.ignore)
+        handle, running = pids(queue)
+        handle.cancel()
+        eventually(handle.cancelled)
+        eventually(lambda: not any(map(alive, running)))
+        assert handle.task().crashes == 0
+
+    def test_a_stop_kills_it_after_the_grace_and_hands_it_back(self, make, pids, repository):
+        queue = make(isolated.ignore)
+        handle, running = pids(queue)
+        assert queue.stop(PATIENCE, cancel=True) == []
+        eventually(lambda: not any(map(alive, running)))
+        after = repository.get_by_id(handle.id)
+        assert (after.status, after.interruptions, after.crashes) == (TaskStatus.PENDING, 1, 0)
+
+    @pytest.mark.parametrize("how", ["session", "daemon", "no environment"])
+    def test_programs_in_a_session_of_their_own_are_killed_too(self, make, how):
+        """They are found by their parents or, if these have ended, by their environment."""
+        queue = make(isolated.leaves)
+        handle = queue.submit("leaves", {"how": how})
+        pid = eventually(lambda: handle.task().message)
+        assert alive(pid)
+        handle.cancel()
+        eventually(handle.cancelled)
+        eventually(lambda: not alive(pid))
+
+    def test_programs_of_one_that_died_are_killed_too(self, make):
+        queue = make(isolated.leaves)
+        handle = queue.submit("leaves", {"how": "daemon", "dies": True}, max_crashes=1)
+        with pytest.raises(TaskFailed, match="exit code 7"):
+            handle.result(PATIENCE)
+        eventually(lambda: not alive(handle.task().message))
+
+    def test_one_that_ends_within_the_grace_is_not_killed(self, make, tmp_path):
+        clock = ManualClock()
+        queue = make(clock=clock)
+        queue.register_executor(isolated.listen, grace=PATIENCE)
+        heard = str(tmp_path / "heard")
+        handle = queue.submit("listen", {"path": heard, "linger": 0.5}, timeout=3600)
+        eventually(lambda: handle.task().message)
+        clock.advance(3600)
+        with pytest.raises(TaskFailed) as failed:
+            handle.result(PATIENCE)
+        assert failed.value.error == "timed out after 3600 s"
+        assert lines(tmp_path / "heard") == ["timeout timeout True"]
+
+
+# Dead
+
+
+class TestCrash:
+    @pytest.mark.parametrize(
+        ("how", "error"),
+        [
+            ("segfault", "its process was killed by SIGSEGV"),
+            ("exit", "its process ended with exit code 7"),
+            ("fork", "its process ended with exit code 7"),
+            ("kill", "its process was killed by SIGKILL, for want of memory perhaps"),
+        ],
+    )
+    def test_it_is_a_crash_of_that_task_only(self, make, gate, how, error):
+        """It runs again until its last crash; what runs beside it knows nothing of it."""
+        queue = make(isolated.die)
+        beside = queue.executor("hold")(lambda: gate()).submit()
+        gate.wait_for()
+        handle = queue.submit("die", {"how": how}, max_crashes=2)
+        with pytest.raises(TaskFailed) as failed:
+            handle.result(PATIENCE)
+        assert failed.value.error == f"{error} (2 of max_crashes=2)"
+        task = handle.task()
+        assert (task.crashes, task.errors, task.interruptions, task.dead_letter) == (2, 0, 0, True)
+        assert outcomes(queue, handle.id) == [("crashed", error)] * 2
+        assert all(attempt.worker == task.worker for attempt in task.attempts)
+        gate.open()
+        beside.result(PATIENCE)
+        assert (beside.task().crashes, beside.task().starts) == (0, 1)
+
+    def test_it_says_where_it_was(self, make):
+        queue = make(isolated.die)
+        with pytest.raises(TaskFailed) as failed:
+            queue.submit("die", {"how": "segfault"}, max_crashes=1).result(PATIENCE)
+        assert "Segmentation fault" in failed.value.remote_traceback
+        assert 'isolated.py", line' in failed.value.remote_traceback
+
+    def test_the_next_attempt_may_do_better(self, make):
+        queue = make(isolated.die)
+        handle = queue.submit("die", {"how": "once"})
+        assert handle.result(PATIENCE) == "second time"
+        task = handle.task()
+        assert [attempt.outcome for attempt in task.attempts] == ["crashed", "completed"]
+        assert (task.crashes, task.attempt, task.error) == (1, 1, "")
+
+    def test_it_runs_on_its_last_chance_beside_others(self, make, gate):
+        """It cannot take them with it, so nobody waits: unlike one that runs in a thread."""
+        queue = make(isolated.die)
+        queue.executor("hold")(lambda: gate())
+        queue.submit("hold")
+        gate.wait_for()
+        began = time.monotonic()
+        with pytest.raises(TaskFailed):
+            queue.submit("die", {"how": "exit"}).result(PATIENCE)
+        assert time.monotonic() - began < PATIENCE
+        assert pool_of(queue).starter.suspects.admit(None)  # nobody has left his turn taken
+
+    @pytest.mark.parametrize(
+        ("reason", "status", "error"),
+        [
+            ("cancel", "cancelled", ""),
+            ("timeout", "failed", "timed out after 900 s"),
+            ("stop", "pending", ""),
+        ],
+    )
+    def test_once_its_token_has_fired_it_is_none(self, make, monkeypatch, reason, status, error):
+        monkeypatch.setattr(isolation._Attendance, "_tell_to_stop", lambda self: None)
+        queue = make(isolated.listen)
+        handle = queue.submit("listen", timeout=900)
+        pid = int(eventually(lambda: handle.task().message))
+        run = pool_of(queue).runs[handle.id]
+        pool_of(queue).begin_stop()  # it does not run again
+        run.token.fire(taskx.CancelReason(reason))
+        os.kill(pid, signal.SIGKILL)
+        eventually(lambda: handle.task().status != "running")
+        task = handle.task()
+        assert (task.status.value, task.error, task.crashes) == (status, error, 0)
+
+    def test_hooks_are_told(self, make):
+        told = []
+
+        class Told(Hook):
+            def rescued(self, task):
+                told.append(("rescued", task.status.value, task.crashes))
+
+            def finished(self, task):
+                told.append(("finished", task.status.value, task.crashes))
+
+            def interrupted(self, task):
+                told.append("interrupted")
+
+        queue = make(isolated.die, hooks=[Told()])
+        queue.submit("die", {"how": "exit"}, max_crashes=2)
+        assert queue.drain(PATIENCE)
+        assert told == [
+            ("rescued", "pending", 1),
+            ("rescued", "failed", 2),
+            ("finished", "failed", 2),
+        ]
+
+    def test_no_file_is_left_open(self, make, database):
+        queue = make(isolated.add, isolated.die)
+        queue.submit("add", {"a": 1}).result(PATIENCE)
+        before = open_files(but=database)
+        for _ in range(3):
+            queue.submit("add", {"a": 1}).result(PATIENCE)
+        with pytest.raises(TaskFailed):
+            queue.submit("die", {"how": "exit"}).result(PATIENCE)
+        eventually(lambda: open_files(but=database) <= before)
+
+
+# With the parent
+
+PROGRAM = """
+import signal, sys
+sys.path.insert(0, sys.argv[2])
+from executing import isolated
+from taskx import Config, Queue, SQLiteRepository
+
+def say(word):
+    print(word, flush=True)
+
+queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=2))
+queue.register_executor(isolated.listen)
+queue.register_executor(isolated.ignore)
+"""
+
+
+@pytest.fixture
+def run(spawn, database):
+    """Starts a program that has a queue, with more lines."""
+    return lambda more: spawn(PROGRAM + more, database, TESTS)
+
+
+class TestDiesWithItsParent:
+    @pytest.mark.parametrize("type", ["listen", "ignore"])
+    def test_killed_it_leaves_no_child_that_runs_on(self, run, make_queue, type):
+        """Not even one that lets no other thread of its own run."""
+        program = run(f"queue.start(); queue.submit({type!r}, id='x'); signal.pause()")
+        survivor = make_queue()
+        survivor.executor(type)(lambda ctx, **params: "again")
+        pid, *programs = eventually(lambda: message(survivor, "x")).split()
+        assert alive(pid)
+        if programs:  # it has taken the interpreter's lock, and keeps it
+            before = busy(pid)
+            eventually(lambda: busy(pid) > before + 30)
+        program.kill()
+        for started in programs:  # what it started itself is not ours
+            os.kill(int(started), signal.SIGKILL)
+        eventually(lambda: not alive(pid))
+        survivor.start()
+        assert survivor.handle("x").result(PATIENCE) == "again"
+        assert survivor.get_task_status("x").crashes == 1
+
+    def test_where_the_kernel_does_not_end_it_the_line_does(self, make, monkeypatch):
+        """The line is cut, though the parent lives."""
+        queue = make(isolated.listen)
+        cut = []
+        hear = isolation._Attendance._hear
+
+        def hear_or_cut(self):
+            if cut == ["now"]:
+                cut[:] = [self._child]
+                self._child.channel.close()
+            if cut:
+                self._child._process.wait(PATIENCE)
+                raise ConnectionError("cut")
+            return hear(self)
+
+        monkeypatch.setattr(isolation._Attendance, "_hear", hear_or_cut)
+        handle = queue.submit("listen")
+        eventually(lambda: handle.task().message)
+        cut.append("now")
+        with pytest.raises(TaskFailed, match="cut"):
+            handle.result(PATIENCE)
+        assert cut[0]._process.returncode == -signal.SIGKILL
+
+    def test_a_ctrl_c_and_a_sigterm_are_the_parents(self, make, tmp_path):
+        queue = make(isolated.walk)
+        handle = queue.submit("walk", {"path": str(tmp_path / "step")})
+        [pid] = map(int, eventually(lambda: lines(tmp_path / "steppid")))
+        assert os.getpgid(pid) != os.getpgrp()
+        os.kill(pid, signal.SIGINT)
+        os.kill(pid, signal.SIGTERM)
+        for step in (1, 2, 3):
+            (tmp_path / f"step{step}").touch()
+        handle.result(PATIENCE)
+        assert lines(tmp_path / "steppid") == [str(pid)]
+
+    def test_an_interrupt_of_the_parent_ends_it(self, monkeypatch):
+        """Where the main thread runs the task."""
+        started = []
+        start = isolation._start
+
+        def interrupted(self):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(
+            isolation, "_start", lambda *files: started.append(start(*files)) or started[0]
+        )
+        monkeypatch.setattr(isolation._Attendance, "_hear", interrupted)
+        registry = Registry()
+        registry.register(isolated.listen, Options())
+        keeper = SimpleNamespace(check=lambda: None)
+        log = logging.getLogger("taskx")
+        shared = Shared(None, log, keeper, None)
+        ctx = taskx.Context(Task(type="listen"), taskx.CancelToken(), shared)
+        with pytest.raises(KeyboardInterrupt):
+            registry.get("listen").function(ctx)
+        assert started[0].returncode == -signal.SIGKILL
+
+
+def message(queue, task_id):
+    found = queue.repository.get_many([task_id])
+    return found[task_id].message if found else ""
+
+
+# What can be found
+
+
+class TestFound:
+    @pytest.fixture
+    def queue(self):
+        return Queue(MemoryRepository())
+
+    def test_options_are_checked(self, queue):
+        with pytest.raises(ConfigurationError, match="isolation must be"):
+            queue.executor("x", isolation="thread")
+        for grace in (-1, float("inf"), "5"):
+            with pytest.raises(ConfigurationError, match="grace"):
+                queue.executor("x", grace=grace)
+        queue.executor("x", isolation=None, grace=0)(lambda: 1)
+
+    def test_what_cannot_be_found_by_name_is_refused(self, queue):
+        def inner():
+            return 1
+
+        class Inner(isolated.Classic):
+            pass
+
+        refused = "isolation=.process., as its child process imports it"
+        for function in (inner, lambda: 1, print_name, isolated.Classic().execute, Callable()):
+            with pytest.raises(ConfigurationError, match=refused):
+                queue.executor("x", isolation="process")(function)
+        with pytest.raises(ConfigurationError, match=refused):
+            queue.register_executor(Inner(), isolation="process")
+        with pytest.raises(ConfigurationError, match="Needy cannot be made without arguments"):
+            queue.register_executor(isolated.Needy("x"), isolation="process")
+        assert queue._registry.types == ()
+
+    def test_a_module_that_is_none_is_refused(self, queue):
+        namespace = {"__name__": "nowhere"}
+        exec("def f(): pass", namespace)
+        with pytest.raises(ConfigurationError, match="not at the top level of a module"):
+            queue.executor(isolation="process")(namespace["f"])
+
+    def test_another_object_of_that_name_is_not_run(self, make):
+        queue = make()
+        made = taskx.executor("replaced", isolation="process")(isolated.really_replaced)
+        queue.register_executor(made)
+        with pytest.raises(TaskFailed, match=r"ConfigurationError: .*isolated.replaced is another"):
+            queue.submit("replaced").result(PATIENCE)
+
+    def test_one_that_is_gone_in_the_child_fails_its_task(self, make, monkeypatch):
+        monkeypatch.setattr(isolated, "vanishing", vanishing, raising=False)
+        monkeypatch.setattr(vanishing, "__module__", isolated.__name__)
+        queue = make()
+        queue.executor("vanishing", isolation="process")(vanishing)
+        with pytest.raises(TaskFailed, match="isolated has no vanishing"):
+            queue.submit("vanishing").result(PATIENCE)
+
+
+def vanishing():
+    return 1
+
+
+def print_name(word):
+    return word
+
+
+print_name.__qualname__ = "Some.<locals>.print_name"
+
+
+class Callable:
+    def __call__(self):
+        return 1
+
+
+SCRIPT = """
+import os
+from taskx import Config, Queue, SQLiteRepository
+
+queue = Queue(SQLiteRepository("tasks.db"), Config(worker_num=1))
+
+class OwnError(Exception):
+    pass
+
+@queue.executor(isolation="process", retry=taskx.RetryPolicy(2, base=0, retry_on=OwnError))
+def where(parent):
+    if os.getpid() == parent:
+        return "here"
+    if not os.path.exists("tried"):
+        open("tried", "w").close()
+        raise OwnError("once")
+    return f"{__name__} {globals()['__file__'] is not None}"
+"""
+
+
+class TestMainModule:
+    """The executors of a script are those of its file."""
+
+    @pytest.fixture
+    def script(self, tmp_path):
+        def run(tail, *command):
+            (tmp_path / "script.py").write_text("import taskx\n" + SCRIPT + tail)
+            return subprocess.run(
+                [sys.executable, *(command or ("script.py",))],
+                cwd=tmp_path,
+                env={**os.environ, "PYTHONPATH": str(ROOT)},
+                capture_output=True,
+                text=True,
+                timeout=60,
+            )
+
+        return run
+
+    GUARDED = """
+if __name__ == "__main__":
+    with queue:
+        handle = where.submit(parent=os.getpid())
+        print(handle.result(timeout=30), [a.outcome for a in handle.task().attempts])
+"""
+
+    def test_one_that_submits_on_import_submits_once(self, script):
+        """In the child it must not, or each task would make another one."""
+        ran = script("""
+handle = where.submit(parent=0)
+with queue:
+    print(handle.exception(timeout=30).error)
+    print(queue.list_tasks()[1])
+""")
+        told, count = ran.stdout.splitlines()
+        assert 'submit and start under: if __name__ == "__main__"' in told, ran.stderr
+        assert count == "1"
+
+    def test_a_script(self, script):
+        ran = script(self.GUARDED)
+        assert (ran.stdout, ran.returncode) == ("__mp_main__ True ['retried', 'completed']\n", 0), (
+            ran.stderr
+        )
+
+    def test_a_module_that_is_run(self, script):
+        ran = script(self.GUARDED, "-m", "script")
+        assert ran.stdout.startswith("script True"), ran.stderr
+
+    def test_a_script_that_starts_its_queue_unasked_is_told_how_to_do_it(self, script):
+        ran = script(
+            """
+queue.start()
+handle = queue.submit("where", {"parent": os.getpid()})
+print(handle.exception(timeout=30).error)
+queue.stop()
+"""
+        )
+        assert ran.returncode == 0, ran.stderr
+        assert 'submit and start under: if __name__ == "__main__"' in ran.stdout
+
+    @pytest.mark.parametrize("repository", ["MemoryRepository()", "SQLiteRepository('tasks.db')"])
+    def test_what_its_executor_submits_is_stored_for_the_parent_or_refused(
+        self, script, repository
+    ):
+        """What a child has in memory ends with it."""
+        ran = script(f"""
+shared = taskx.Queue(taskx.{repository})
+shared.executor("after")(lambda: "after")
+
+@shared.executor("first", isolation="process", max_attempts=1)
+def first():
+    return shared.submit("after", id="second").id
+
+if __name__ == "__main__":
+    with shared:
+        handle = first.submit()
+        if handle.exception(timeout=30) is None:
+            print(shared.handle(handle.result()).result(timeout=30))
+        else:
+            print(handle.exception().error, shared.list_tasks()[1])
+""")
+        if "SQLite" in repository:
+            assert ran.stdout == "after\n", ran.stderr
+        else:
+            assert ran.stdout.startswith("ConfigurationError: in the child process"), ran.stderr
+            assert ran.stdout.endswith("nothing was stored 1\n")
+
+    def test_a_program_without_a_file_is_refused(self, script):
+        ran = script("", "-c", "import taskx\n" + SCRIPT)
+        assert "the main module of this program is no file" in ran.stderr

@@ -1,0 +1,623 @@
+"""How attempts end, what the record says of it, and that nobody else is hurt."""
+
+from __future__ import annotations
+
+import builtins
+import gc
+import logging
+import sys
+import threading
+import weakref
+from datetime import timedelta
+
+import pytest
+from helpers import PATIENCE, eventually, node_of, run_in_thread
+
+from taskx import (
+    ConfigurationError,
+    InvalidTransition,
+    Permanent,
+    RepositoryError,
+    Retry,
+    TaskFailed,
+    TaskFilter,
+    TaskNotFound,
+    TaskStatus,
+)
+from taskx.core.writes import Insert
+
+
+class Unprintable(Exception):
+    def __str__(self):
+        raise RuntimeError("no words")
+
+    __repr__ = __str__
+
+
+class Rude(BaseException):
+    pass
+
+
+def recurse(n=0):
+    return recurse(n + 1)
+
+
+class UnusualStr(Exception):
+    def __str__(self):
+        return 5  # type: ignore[return-value]
+
+
+class Text(str):
+    """A text that nobody can do anything with."""
+
+    def fail(self, *args):
+        raise RuntimeError("no use")
+
+    __format__ = __len__ = __bool__ = __eq__ = __getitem__ = encode = isascii = fail
+    __hash__ = str.__hash__
+
+
+class OwnKindOfStr(Exception):
+    def __str__(self):
+        return Text("x")
+
+
+class Nameless(type):
+    @property
+    def __name__(cls):
+        raise SystemExit
+
+
+class OfNoName(Exception, metaclass=Nameless):
+    pass
+
+
+class OfNoClass(Exception):
+    @property
+    def __class__(self):
+        raise SystemExit
+
+
+class Secretive(Exception):
+    def __getattribute__(self, name):
+        raise SystemExit
+
+
+ERRORS = {
+    "exception": (ValueError("bad value"), "ValueError: bad value"),
+    "no text": (ValueError(), "ValueError"),
+    "exit": (SystemExit(3), "SystemExit: 3"),
+    "interrupt": (KeyboardInterrupt(), "KeyboardInterrupt"),
+    "generator exit": (GeneratorExit(), "GeneratorExit"),
+    "memory": (MemoryError(), "MemoryError"),
+    "stop iteration": (StopIteration(1), "StopIteration: 1"),
+    "base": (Rude("x"), "Rude: x"),
+    "unprintable": (Unprintable(), "Unprintable: <its str() raised>"),
+    "no str": (UnusualStr(), "UnusualStr: <its str() raised>"),
+    "own kind of str": (OwnKindOfStr(), "OwnKindOfStr: x"),
+    "no name": (OfNoName("x"), "OfNoName: x"),
+    "no class": (OfNoClass("x"), "OfNoClass: x"),
+    "no attributes": (Secretive("x"), "Secretive: x"),
+    "surrogates": (ValueError("a\ud800b"), "ValueError: a\\ud800b"),
+    "nul": (ValueError("a\0b"), "ValueError: a\0b"),
+    "ten megabytes": (ValueError("y" * 10_000_000), "ValueError: yyyy"),
+}
+if sys.version_info >= (3, 11):
+    Group = builtins.ExceptionGroup
+    group = Group("several", [ValueError(1), Group("inner", [KeyError(2)])])
+    ERRORS["group"] = (group, "ExceptionGroup: several (2 sub-exceptions)")
+
+
+def check_workers(queue):
+    """All workers live: as many tasks as there are of them meet in one place."""
+    line = threading.Barrier(queue.config.worker_num)
+    queue.executor("meet")(lambda: line.wait(PATIENCE) * 0)
+    for handle in [queue.submit("meet") for _ in range(queue.config.worker_num)]:
+        assert handle.result(PATIENCE) == 0
+
+
+@pytest.mark.parametrize("case", ERRORS)
+def test_whatever_it_raises_is_a_failed_task(started, case):
+    error, text = ERRORS[case]
+
+    @started.executor("raise")
+    def raise_():
+        raise error
+
+    handles = [started.submit("raise") for _ in range(3)]
+    for handle in handles:
+        with pytest.raises(TaskFailed) as caught:
+            handle.result(PATIENCE)
+        assert caught.value.error.startswith(text)
+        assert caught.value.attempt == 1
+    task = handles[0].task()
+    assert (task.status, task.errors, task.crashes) == (TaskStatus.FAILED, 1, 0)
+    assert task.error.startswith(text)
+    assert task.error_type.rpartition(".")[2] == text.partition(":")[0]
+    assert len(task.error) <= 4000
+    assert len(task.traceback) <= 20_000
+    assert task.dead_letter
+    assert "raise error" in task.traceback or "could not be formatted" in task.traceback
+    check_workers(started)
+
+
+def test_endless_recursion_is_a_failed_task(started):
+    started.executor("recurse")(lambda: recurse())
+    with pytest.raises(TaskFailed, match="RecursionError"):
+        started.submit("recurse").result(PATIENCE)
+    check_workers(started)
+
+
+@pytest.mark.every_store
+def test_completed_record(started):
+    before = started.submit("fine")
+    assert before.result(PATIENCE) == "fine"
+    task = before.task()
+    assert task.status is TaskStatus.COMPLETED
+    assert (task.progress, task.result, task.error, task.traceback) == (100, "fine", "", "")
+    assert task.created_at <= task.started_at <= task.completed_at
+    assert 0 <= task.duration < PATIENCE
+    assert (task.starts, task.errors, task.crashes, task.interruptions) == (1, 0, 0, 0)
+    assert task.owner == ""
+    [attempt] = task.attempts
+    assert (attempt.outcome, attempt.worker) == ("completed", task.worker)
+    assert attempt.worker
+
+
+def test_duration_is_on_the_monotonic_clock(started):
+    started.executor("rest")(lambda ctx: ctx.sleep(0.05))
+    handle = started.submit("rest")
+    handle.result(PATIENCE)
+    assert 0.05 <= handle.task().duration < PATIENCE
+    assert handle.task().completed_at - handle.task().started_at < timedelta(seconds=PATIENCE)
+
+
+@pytest.mark.every_store
+def test_attempts_are_retried_at_once_until_spent(started):
+    seen = []
+
+    @started.executor("stubborn", max_attempts=3)
+    def stubborn(ctx):
+        seen.append(ctx.task.attempt)
+        ctx.progress(50, f"attempt {ctx.task.attempt}")
+        raise ValueError(f"attempt {ctx.task.attempt}")
+
+    handle = started.submit("stubborn")
+    with pytest.raises(TaskFailed, match="attempt 3") as caught:
+        handle.result(PATIENCE)
+    assert seen == [1, 2, 3]
+    assert caught.value.attempt == 3
+    task = handle.task()
+    assert (task.status, task.errors, task.starts) == (TaskStatus.FAILED, 3, 3)
+    assert task.dead_letter
+    assert [a.outcome for a in task.attempts] == ["retried", "retried", "failed"]
+    assert [a.error for a in task.attempts] == [f"ValueError: attempt {n}" for n in (1, 2, 3)]
+    assert all("stubborn" in a.traceback and a.worker for a in task.attempts)
+    assert all(a.started_at <= a.ended_at for a in task.attempts)
+    assert (task.progress, task.message) == (50, "attempt 3")
+
+
+@pytest.mark.every_store
+def test_the_record_names_the_class_of_each_error(started):
+    """The name is that of retry policies: with the module, except for builtins."""
+    errors = [OSError("x"), Rude("x"), Retry(delay=0.0), Permanent("x")]
+
+    @started.executor("fickle", max_attempts=9)
+    def fickle(ctx):
+        raise errors[ctx.task.errors]
+
+    handle = started.submit("fickle")
+    with pytest.raises(TaskFailed):
+        handle.result(PATIENCE)
+    task = handle.task()
+    assert [attempt.error_type for attempt in task.attempts] == [
+        "OSError",
+        f"{__name__}.Rude",
+        "taskx.core.retry.Retry",
+        "taskx.core.retry.Permanent",
+    ]
+    assert task.error_type == "taskx.core.retry.Permanent"
+    started.requeue(handle.id)
+    with pytest.raises(TaskFailed):
+        handle.result(PATIENCE)
+    assert handle.task().attempts[3].error_type == "taskx.core.retry.Permanent"
+
+
+def test_a_time_out_is_a_timeout_error_whatever_was_raised(started):
+    @started.executor("late", timeout=0.01)
+    def late(ctx):
+        ctx.token.wait(PATIENCE)
+        raise ConnectionError("closed under it")
+
+    handle = started.submit("late")
+    with pytest.raises(TaskFailed, match="timed out"):
+        handle.result(PATIENCE)
+    assert handle.task().error_type == "TimeoutError"
+
+
+def test_a_success_forgets_the_class_of_the_error_before_it(started):
+    @started.executor("second", max_attempts=2)
+    def second(ctx):
+        if ctx.task.attempt == 1:
+            raise KeyError("x")
+
+    handle = started.submit("second")
+    handle.result(PATIENCE)
+    task = handle.task()
+    assert (task.error_type, task.attempts[0].error_type) == ("", "KeyError")
+
+
+@pytest.mark.every_store
+def test_the_record_says_who_runs_a_task_while_it_runs(started, gate):
+    handle = started.executor("hold")(lambda: gate()).submit()
+    gate.wait_for()
+    assert handle.task().worker == node_of(started).record.name
+    gate.open()
+    handle.result(PATIENCE)
+    assert handle.task().worker.startswith(f"{node_of(started).record.name}/")
+
+
+@pytest.mark.every_store
+def test_a_later_attempt_may_succeed(started):
+    @started.executor("second", max_attempts=5)
+    def second(ctx):
+        if ctx.task.attempt < 2:
+            raise ValueError("not yet")
+        return ctx.task.attempt
+
+    handle = started.submit("second")
+    assert handle.result(PATIENCE) == 2
+    task = handle.task()
+    assert (task.status, task.errors, task.error) == (TaskStatus.COMPLETED, 1, "")
+    assert not task.dead_letter
+    assert [a.outcome for a in task.attempts] == ["retried", "completed"]
+
+
+@pytest.mark.every_store
+def test_attempt_log_is_bounded(started):
+    @started.executor("many", max_attempts=80)
+    def many():
+        raise ValueError
+
+    handle = started.submit("many")
+    assert handle.exception(PATIENCE)
+    assert handle.task().errors == 80
+    assert 50 <= len(handle.task().attempts) <= 51
+
+
+# Requeue, delete, list, look
+
+
+@pytest.mark.every_store
+def test_requeue_runs_it_again_with_a_fresh_budget(started):
+    fail = [True]
+
+    @started.executor("switch", max_attempts=2)
+    def switch(ctx):
+        if fail[0]:
+            raise ValueError("off")
+        return ctx.task.attempt
+
+    handle = started.submit("switch")
+    assert handle.exception(PATIENCE)
+    fail[0] = False
+    started.requeue(handle.id)
+    assert started.handle(handle.id).result(PATIENCE) == 1
+    task = handle.task()
+    assert (task.errors, task.starts, task.dead_letter) == (0, 3, False)
+    assert [a.outcome for a in task.attempts] == ["retried", "failed", "completed"]
+
+
+@pytest.mark.every_store
+def test_cancelled_task_can_be_requeued(started, gate):
+    started.executor("hold")(lambda: gate())
+    holds = [started.submit("hold") for _ in range(2)]
+    gate.wait_for(2)
+    handle = started.submit("fine")
+    started.cancel_task(handle.id)
+    started.requeue(handle.id)
+    assert handle.task().status is TaskStatus.PENDING
+    gate.open()
+    assert started.handle(handle.id).result(PATIENCE) == "fine"
+    for hold in holds:
+        hold.result(PATIENCE)
+
+
+@pytest.mark.every_store
+def test_only_failed_and_cancelled_tasks_are_requeued(started, gate):
+    started.executor("hold")(lambda: gate())
+    running, done = started.submit("hold"), started.submit("fine")
+    gate.wait_for(1)
+    done.result(PATIENCE)
+    delayed = started.submit("fine", delay=100)
+    for handle, status in ((running, "running"), (done, "completed"), (delayed, "pending")):
+        with pytest.raises(InvalidTransition, match=status):
+            started.requeue(handle.id)
+    with pytest.raises(TaskNotFound):
+        started.requeue("nobody")
+
+
+@pytest.mark.every_store
+def test_delete(started, gate):
+    started.executor("hold")(lambda: gate())
+    running, done = started.submit("hold"), started.submit("fine")
+    gate.wait_for(1)
+    done.result(PATIENCE)
+    waiting = started.submit("fine", delay=100)
+    with pytest.raises(InvalidTransition, match="running"):
+        started.delete(running.id)
+    for handle in (done, waiting):
+        started.delete(handle.id)
+        for look in (handle.task, lambda h=handle: started.delete(h.id)):
+            with pytest.raises(TaskNotFound, match=handle.id):
+                look()
+
+
+@pytest.mark.every_store
+def test_an_outcome_that_is_refused_is_stored_without_what_may_be_too_much(queue):
+    def refuse(writes):
+        if any(getattr(write, "changes", {}).get("traceback") for write in writes):
+            raise RepositoryError("too large")
+
+    queue.repository.before = refuse
+    queue.executor("work")(lambda: 1 / 0)
+    queue.start()
+    with pytest.raises(TaskFailed, match="ZeroDivisionError"):
+        queue.submit("work").result(PATIENCE)
+    assert queue.list_tasks()[0][0].traceback == ""
+
+
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.every_store
+def test_an_outcome_that_cannot_be_stored_at_all_is_said_to_be_none(queue, caplog):
+    refusals = []
+
+    def refuse(writes):
+        if any(getattr(write, "changes", {}).get("status") == "failed" for write in writes):
+            refusals.append(writes)
+            if len(refusals) <= 2:
+                raise RepositoryError("not this one")
+
+    queue.repository.before = refuse
+    queue.executor("work")(lambda: 1 / 0)
+    queue.start()
+    handle = queue.submit("work")
+    with pytest.raises(TaskFailed, match="ZeroDivisionError"):
+        handle.result(PATIENCE)
+    assert (handle.task().interruptions, handle.task().errors) == (1, 1)
+    assert "could not be stored, so it runs again: not this one" in caplog.text
+    assert "another run had taken over" not in caplog.text
+
+
+@pytest.mark.every_store
+def test_deleted_while_it_lies_in_the_buffer_it_never_runs(busy, gate):
+    queue = busy()
+    handle = queue.submit("note", {"n": 1})
+    queue.delete(handle.id)
+    gate.open()
+    queue.submit("note", {"n": 2}).result(PATIENCE)
+    assert queue.ran == [2]
+
+
+@pytest.mark.every_store
+def test_list_says_how_many_there_are_in_all(queue):
+    from taskx import TaskFilter
+
+    queue.executor("fine")(lambda: None)
+    for n in range(5):
+        queue.submit("fine", id=f"t{n}", created_by=f"user{n % 2}")
+    tasks, total = queue.list_tasks(TaskFilter(created_by="user0", limit=2))
+    assert ([task.id for task in tasks], total) == (["t4", "t2"], 3)
+    tasks, total = queue.list_tasks()
+    assert (len(tasks), total) == (5, 5)
+
+
+def test_a_context_is_not_written_to(started):
+    """A message set by hand, of whatever kind, is an error of that task and hurts nobody."""
+
+    @started.executor("by_hand")
+    def by_hand(ctx):
+        ctx.progress(5, "told")
+        ctx.message = 5
+
+    handle = started.submit("by_hand")
+    with pytest.raises(TaskFailed, match="AttributeError"):
+        handle.result(PATIENCE)
+    assert (handle.task().progress, handle.task().message) == (5, "told")
+    assert started.submit("fine").result(PATIENCE) == "fine"
+
+
+@pytest.mark.every_store
+def test_status_of_an_unknown_task(queue):
+    with pytest.raises(TaskNotFound, match="'nobody'"):
+        queue.get_task_status("nobody")
+
+
+@pytest.mark.parametrize(
+    "hostile", [{"$ne": ""}, {"$gt": ""}, ["x"], b"x", 1, None, "x\0", "\ud800"]
+)
+def test_what_is_no_id_selects_nothing(queue, hostile):
+    """Least of all an operator: no task is read, changed, or removed by one."""
+    queue.declare("note")
+    queue.submit("note", id="x")
+    before = queue.get_task_status("x")
+    for call in (
+        queue.get_task_status,
+        queue.cancel_task,
+        queue.requeue,
+        queue.delete,
+        queue.handle,
+    ):
+        with pytest.raises(ConfigurationError, match="id"):
+            call(hostile)
+    assert queue.list_tasks() == ([before], 1)
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("text", ["", "' OR '1'='1", "%", "{}", "$ne", "X"])
+def test_an_id_is_nothing_but_text(queue, text):
+    queue.declare("note")
+    queue.submit("note", id="x")
+    before = queue.get_task_status("x")
+    for call in (queue.get_task_status, queue.cancel_task, queue.requeue, queue.delete):
+        with pytest.raises(TaskNotFound):
+            call(text)
+    assert queue.list_tasks() == ([before], 1)
+
+
+# What is logged
+
+
+@pytest.fixture
+def log(caplog):
+    caplog.set_level(logging.INFO, "taskx")
+    return lambda level: [r.getMessage() for r in caplog.records if r.levelno == level]
+
+
+def test_failure_is_an_error_with_its_traceback(started, log):
+    @started.executor("broken", max_attempts=2)
+    def broken():
+        raise ValueError("look here")
+
+    handle = started.submit("broken")
+    assert handle.exception(PATIENCE)
+    [error] = eventually(lambda: log(logging.ERROR))
+    assert handle.id in error
+    assert "ValueError: look here" in error
+    assert "Traceback" in error
+    assert "in broken" in error
+    [warning] = log(logging.WARNING)
+    assert handle.id in warning
+    assert "attempt 1: ValueError: look here" in warning
+
+
+def test_start_and_stop_are_told_and_tasks_are_not(queue, log):
+    queue.executor("fine")(lambda: None)
+    with queue:
+        queue.submit("fine").result(PATIENCE)
+    started, stopped = log(logging.INFO)
+    assert "started: 2 workers, types fine" in started
+    assert "stopped" in stopped
+    assert log(logging.WARNING) == log(logging.ERROR) == []
+
+
+def test_own_logger(make_queue, caplog):
+    queue = make_queue(logger=logging.getLogger("mine"))
+
+    @queue.executor("say")
+    def say(ctx):
+        ctx.logger.warning("told %d", 5, extra={"also": 1})
+        raise ValueError
+
+    with queue:
+        handle = queue.submit("say")
+        assert handle.exception(PATIENCE)
+    assert {r.name for r in caplog.records} == {"mine"}
+    [said] = [r for r in caplog.records if "told" in r.getMessage()]
+    assert said.getMessage() == f"[say {handle.id}] told 5"
+    assert (said.task_id, said.task_type, said.also) == (handle.id, "say", 1)
+
+
+# Nothing is kept
+
+
+class Thing:
+    pass
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_waiting_worker_keeps_nothing_of_the_last_task_alive(started, fails):
+    made = []
+
+    @started.executor("make")
+    def make(ctx):
+        thing = Thing()
+        made.append(weakref.ref(thing))
+        ctx.task.params["thing"] = thing
+        if fails:
+            raise ValueError(thing)
+
+    gc.disable()
+    try:
+        handles = [started.submit("make") for _ in range(4)]
+        for handle in handles:
+            handle.exception(PATIENCE)
+        del handle, handles
+        eventually(lambda: not any(ref() for ref in made))
+    finally:
+        gc.enable()
+    assert len(made) == 4
+
+
+def test_threads_end_with_their_queue(make_queue):
+    before = threading.active_count()
+    for _ in range(3):
+        queue = make_queue(worker_num=4)
+        queue.executor("fine")(lambda: None)
+        with queue:
+            queue.submit("fine", timeout=5).result(PATIENCE)
+    eventually(lambda: threading.active_count() <= before)
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
+def test_the_end_is_one_write_and_forgets_nothing_of_before(queue, how):
+    """Not a status first and the result after, and no field that is set back."""
+
+    @queue.executor("end")
+    def end(ctx, how):
+        queue.repository.update_progress(ctx.task.id, 30, "half way")
+        if how == "failed":
+            raise ValueError("no")
+        if how == "cancelled":
+            queue.cancel_task(ctx.task.id)
+            ctx.token.raise_if_cancelled()
+        return {"n": 1}
+
+    queue.start()
+    handle = queue.submit("end", {"how": how}, created_by="user123")
+    eventually(handle.done)
+    task = handle.task()
+    assert (task.status, task.created_by, task.message) == (how, "user123", "half way")
+    assert (task.progress, task.params) == (100 if how == "completed" else 30, {"how": how})
+    assert task.created_at <= task.started_at <= task.completed_at
+    ends = [
+        write
+        for batch in queue.repository.batches
+        for write in batch
+        if not isinstance(write, Insert) and write.changes.get("status") == how
+    ]
+    assert len([write for write in ends if "duration" in write.changes]) == 1
+    assert "completed_at" in ends[-1].changes
+    if how == "completed":
+        assert ends[-1].changes["result"] == '{"n":1}'
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("limit", [1, 2, 100])
+def test_a_list_and_how_many_there_are_agree(queue, monkeypatch, limit):
+    """Though one more is stored between the two looks."""
+    queue.declare("note")
+    queue.submit("note")
+    coming = []
+
+    def one_more_after(look):
+        def looks(*args):
+            seen = look(*args)
+            stored = threading.Event()
+            coming.append(run_in_thread(lambda: (queue.submit("note"), stored.set())))
+            stored.wait(PATIENCE)
+            return seen
+
+        return looks
+
+    monkeypatch.setattr(queue.repository, "list", one_more_after(queue.repository.list))
+    tasks, total = queue.list_tasks(TaskFilter(limit=limit))
+    assert len(tasks) == 1
+    assert total == 1 or (limit == 1 and total == 2)  # then it is on the next page
+    assert coming
+    for come in coming:
+        come()
+    monkeypatch.undo()
+    tasks, total = queue.list_tasks(TaskFilter(limit=limit))
+    assert (len(tasks), total) == (min(limit, 1 + len(coming)), 1 + len(coming))

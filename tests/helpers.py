@@ -1,0 +1,533 @@
+"""What tests of queues share: repositories, queues that end, waits that end.
+
+``conftest.py`` registers this module as a plugin, for its fixtures.
+"""
+
+from __future__ import annotations
+
+import os
+import queue as queues
+import signal
+import sqlite3
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import mongomock
+import pytest
+from mongo_server import REAL, new_database
+from workers import Workers, on_mongo, on_sqlite
+
+from taskx import (
+    Config,
+    MemoryRepository,
+    MongoRepository,
+    Queue,
+    RepositoryUnavailable,
+    SQLiteRepository,
+)
+from taskx.moving.services import Services
+from taskx.running.pool import WorkerPool
+from taskx.storage.base import Lookup, Repository
+from taskx.storage.sqlite.connections import Connections
+from taskx.testing import ManualClock
+from taskx.upkeep.housekeeper import Housekeeper
+from taskx.upkeep.node import LocalNode
+
+ROOT = Path(__file__).parent.parent
+
+#: Longer than anything takes on a loaded machine; nothing waits for it where all is well.
+PATIENCE = 60.0
+
+
+def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
+    """Ask until the answer is true, and return it; fail after ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    pause = threading.Event()
+    while not (answer := condition()):
+        if time.monotonic() > deadline:
+            pytest.fail(f"{condition} was not true within {timeout:g} s", pytrace=True)
+        pause.wait(0.005)
+    return answer
+
+
+def ids(queue: Queue) -> set[str]:
+    return {task.id for task in queue.list_tasks()[0]}
+
+
+# --- the doors to what is inside: tests come to it by these alone
+
+
+def services_of(queue: Queue) -> Services:
+    """What the parts of a queue share, whether it was started or not."""
+    return queue._services
+
+
+def node_of(queue: Queue) -> LocalNode:
+    """What a queue is to others while it runs tasks; None if it does not."""
+    return queue._node  # type: ignore[return-value]
+
+
+def pool_of(queue: Queue) -> WorkerPool:
+    """The workers of a started queue, and what they have in hand."""
+    return node_of(queue).engine
+
+
+def housekeeper_of(queue: Queue) -> Housekeeper:
+    return node_of(queue)._housekeeper
+
+
+def connections_of(repository: SQLiteRepository) -> Connections:
+    return repository._connections
+
+
+def whole_round(queue: Queue) -> None:
+    """Wait until its housekeeper has gone through all that it does, once from now on."""
+    housekeeper, over = housekeeper_of(queue), threading.Event()
+    tick = housekeeper.tick
+
+    def watched() -> None:
+        tick()
+        over.set()
+
+    housekeeper.tick = watched
+    services_of(queue).agenda.wake()
+    assert over.wait(PATIENCE)
+    del housekeeper.tick
+
+
+class Spy:
+    """Mixed into a repository: keeps what is applied, and fails when told to.
+
+    Attributes:
+        batches: the writes of every transaction that was committed.
+        before: called with the writes before they are applied.
+        after: called with the writes after they are committed.
+        down: while true, the repository is unavailable.
+        in_memory: whether the tasks are in this process's own memory.
+    """
+
+    in_memory = False
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.batches: list[list[Any]] = []
+        self.before: Callable[[list[Any]], object] = lambda writes: None
+        self.after: Callable[[list[Any]], object] = lambda writes: None
+        self.down = False
+
+    def check(self) -> None:
+        if self.down:
+            raise RepositoryUnavailable("down for a while")
+
+    def apply(self, writes: Any, *, all_or_nothing: bool = False) -> Any:
+        self.check()
+        self.before(writes)
+        batch = list(writes)
+        self.batches.append(batch)  # first: others may see at once what is committed
+        try:
+            results = super().apply(writes, all_or_nothing=all_or_nothing)  # type: ignore[misc]
+        except BaseException:
+            self.batches.remove(batch)
+            raise
+        self.after(writes)
+        return results
+
+    def find(self, *args: Any) -> Any:
+        self.check()
+        return super().find(*args)  # type: ignore[misc]
+
+
+class SpyMemory(Spy, MemoryRepository):
+    in_memory = True
+
+
+class SpySQLite(Spy, SQLiteRepository):
+    pass
+
+
+class SpyMongo(Spy, MongoRepository):
+    """On a mock of the driver, or on the real server that the environment names."""
+
+    def __init__(self) -> None:
+        self.database = new_database(REAL) if REAL else mongomock.MongoClient().db
+        super().__init__(self.database)
+        self.in_memory = not REAL
+
+    def close(self) -> None:
+        super().close()
+        if not self.in_memory:
+            self.database.client.drop_database(self.database.name)
+
+
+MAKERS: dict[str, Callable[[Path], Repository]] = {
+    "memory": lambda path: SpyMemory(),
+    "sqlite": SpySQLite,
+    "mongomock": lambda path: SpyMongo(),
+}
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    """It stands still but for the tests."""
+    return ManualClock()
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    return tmp_path / "tasks.db"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test that uses ``repository`` on memory and SQLite, or on every store if it is marked so."""
+    named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
+    if "store_kind" in metafunc.fixturenames and "repository" not in named:
+        every = metafunc.definition.get_closest_marker("every_store")
+        metafunc.parametrize("store_kind", MAKERS if every else ["memory", "sqlite"])
+
+
+@pytest.fixture
+def store_kind() -> str:
+    """The kind of repository of a test that does not name one."""
+    return "memory"
+
+
+@pytest.fixture
+def repository(
+    request: pytest.FixtureRequest, store_kind: str, database: Path
+) -> Iterator[Repository]:
+    made = MAKERS[getattr(request, "param", store_kind)](database)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
+    """Makes queues, with the options of ``Config`` and ``Queue``, and stops them at the end."""
+    made: list[Queue] = []
+
+    def make(on: Any = None, *, logger: Any = None, **options: Any) -> Queue:
+        names = options.keys() & {"clock", "hooks", "middleware"}
+        more = {name: options.pop(name) for name in names}
+        made.append(Queue(on or repository, Config(**options), logger, **more))
+        return made[-1]
+
+    yield make
+    for queue in made:
+        queue.stop(timeout=PATIENCE, cancel=True)
+        services_of(queue).watcher.close()  # nobody waits any more for what did not end
+    # Who is at work later, when the repository was closed, opens it again, and nobody closes it.
+    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith(_AT_WORK)])
+
+
+_AT_WORK = ("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch")
+
+
+@pytest.fixture
+def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No task counts as short: none is started ahead, so that the order of runs is strict."""
+    monkeypatch.setattr("taskx.running.ahead.SHORT", 0.0)
+
+
+_SECONDS = {
+    "audit": "upkeep.housekeeper.AUDIT_EVERY",
+    "recover": "upkeep.housekeeper.RECOVER_EVERY",
+    "progress": "upkeep.housekeeper.PROGRESS_EVERY",
+    "poll": "upkeep.housekeeper.POLL",
+    "schedules": "schedules.ticker.LOOK_EVERY",
+    "handles": "common.handles.LOOK_ANYWAY",
+}
+_BATCHES = {
+    "dead_letters": "submitting.dead_letters.BATCH",
+    "operations": "submitting.operations.BATCH",
+    "recovery": "upkeep.recovery.BATCH",
+    "retention": "upkeep.retention.BATCH",
+    "turns": "ordering.turns.BATCH",
+}
+
+
+@pytest.fixture
+def look_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets the seconds between looks of a kind: ``look_every(audit=0.05)``."""
+
+    def set_to(**seconds: float) -> None:
+        for kind, value in seconds.items():
+            monkeypatch.setattr(f"taskx.{_SECONDS[kind]}", value)
+
+    return set_to
+
+
+@pytest.fixture
+def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Sets how many tasks a part looks at, or changes, at once: ``in_batches(recovery=2)``."""
+
+    def set_to(**sizes: int) -> None:
+        for part, size in sizes.items():
+            monkeypatch.setattr(f"taskx.{_BATCHES[part]}", size)
+
+    return set_to
+
+
+@pytest.fixture
+def frequent_looks(look_every: Callable[..., None]) -> None:
+    """The slow looks, for what nobody is told of, come every 50 ms: who waits for one waits less."""
+    look_every(audit=0.05, recover=0.05, schedules=0.05, handles=0.05)
+
+
+@pytest.fixture
+def queue(make_queue: Callable[..., Queue]) -> Queue:
+    """A queue of two workers, not started."""
+    return make_queue(worker_num=2)
+
+
+class Gate:
+    """A place in an executor where it waits to be let on."""
+
+    def __init__(self) -> None:
+        self._arrived = threading.Semaphore(0)
+        self._open = threading.Event()
+
+    def __call__(self) -> None:
+        self._arrived.release()
+        assert self._open.wait(PATIENCE)
+
+    def wait_for(self, tasks: int = 1) -> None:
+        """Wait until so many more executors have come to the gate."""
+        for _ in range(tasks):
+            assert self._arrived.acquire(timeout=PATIENCE)
+
+    def open(self) -> None:
+        self._open.set()
+
+    def close(self) -> None:
+        """Let nobody on who comes from now on."""
+        self._open.clear()
+
+
+@pytest.fixture
+def started(queue):
+    """A queue that runs, with an executor ``fine``."""
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    return queue
+
+
+@pytest.fixture
+def gate(make_queue: Any) -> Iterator[Gate]:
+    """Opened at the end in any case, before the queues are stopped."""
+    made = Gate()
+    yield made
+    made.open()
+
+
+class Waiting:
+    """Registers an executor ``hold`` that waits at the gate, and fills the workers with it."""
+
+    def __init__(self, queue: Queue, gate: Gate) -> None:
+        self.gate = gate
+        self.queue = queue
+        queue.executor("hold")(self._hold)
+
+    def _hold(self) -> None:
+        self.gate()
+
+    def fill(self, workers: int) -> list[Any]:
+        handles = []
+        for _ in range(workers):
+            handles.append(self.queue.submit("hold"))
+            self.gate.wait_for(1)
+        return handles
+
+
+@pytest.fixture
+def busy(make_queue: Any, gate: Gate) -> Callable[..., Queue]:
+    """Makes a started queue whose only worker is busy until the gate opens; it knows ``note``."""
+
+    def make(**config: Any) -> Queue:
+        queue = make_queue(worker_num=1, **config)
+        queue.ran = []
+        queue.executor("note")(lambda n=0: queue.ran.append(n))
+        queue.start()
+        Waiting(queue, gate).fill(1)
+        return queue
+
+    return make
+
+
+# Other processes
+
+
+@pytest.fixture(params=["sqlite", "mongo"])
+def url(request: pytest.FixtureRequest, database: Path) -> Iterator[str]:
+    """Names an empty repository that several processes can share."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{database}"
+        return
+    server = request.getfixturevalue("mongo_server")("standalone")
+    made = new_database(server)
+    yield urlsplit(server)._replace(path=f"/{made.name}").geturl()
+    made.client.drop_database(made.name)
+
+
+class Child:
+    """A Python program in a process of its own."""
+
+    def __init__(self, program: str, *args: object) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", textwrap.dedent(program), *map(str, args)],
+            env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            stdin=subprocess.PIPE,
+            text=True,
+        )
+        self._lines: queues.SimpleQueue[str] = queues.SimpleQueue()
+        self._errors: list[str] = []
+        self._readers = [
+            threading.Thread(target=self._read_lines, daemon=True),
+            threading.Thread(target=self._read_errors, daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def _read_lines(self) -> None:
+        for line in self.process.stdout:  # type: ignore[union-attr]
+            self._lines.put(line)
+        self._lines.put("")
+
+    def _read_errors(self) -> None:
+        self._errors.append(self.process.stderr.read())  # type: ignore[union-attr]
+
+    def read(self) -> str:
+        """The next line that it prints."""
+        try:
+            line = self._lines.get(timeout=PATIENCE)
+        except queues.Empty:
+            pytest.fail("the child is silent")
+        if not line:
+            pytest.fail(f"the child ended: {self.ends()[1]}")
+        return line.strip()
+
+    def tell(self) -> None:
+        """Let it go on, where it reads a line."""
+        self.process.stdin.write("\n")  # type: ignore[union-attr]
+        self.process.stdin.flush()  # type: ignore[union-attr]
+
+    def kill(self) -> None:
+        self.signal(signal.SIGKILL)
+        self.process.wait(PATIENCE)
+
+    def signal(self, number: int) -> None:
+        self.process.send_signal(number)
+
+    def ends(self, timeout: float = PATIENCE) -> tuple[str, str]:
+        """What it says until it ends, and all its errors."""
+        self.process.stdin.close()  # type: ignore[union-attr]
+        self.process.wait(timeout)
+        for reader in self._readers:
+            reader.join(PATIENCE)
+        lines = []
+        while not self._lines.empty():
+            lines.append(self._lines.get())
+        return "".join(lines), "".join(self._errors)
+
+
+@pytest.fixture
+def spawn() -> Iterator[Callable[..., Child]]:
+    """Starts programs, and ends those that are left over."""
+    children: list[Child] = []
+
+    def start(program: str, *args: object) -> Child:
+        children.append(Child(program, *args))
+        return children[-1]
+
+    yield start
+    for child in children:
+        if child.process.poll() is None:
+            child.process.kill()
+        child.ends()
+        child.process.stdout.close()  # type: ignore[union-attr]
+        child.process.stderr.close()  # type: ignore[union-attr]
+
+
+@pytest.fixture(params=["sqlite", "mongo"])
+def workers(request: pytest.FixtureRequest, spawn: Any, tmp_path: Path) -> Iterator[Workers]:
+    """Starts worker programs on a repository that several processes share."""
+    make = {"sqlite": on_sqlite, "mongo": on_mongo}[request.param]
+    with make(spawn, tmp_path) as made:
+        yield made
+
+
+def is_intact(database: Path) -> bool:
+    """Whether SQLite finds nothing wrong with a file."""
+    with closing(sqlite3.connect(database)) as connection:
+        return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
+
+
+def run_in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Call it in a thread; what comes back waits for its value, or raises what it raised."""
+    outcome: list[Any] = []
+
+    def run() -> None:
+        try:
+            outcome.append((True, function()))
+        except BaseException as error:  # noqa: BLE001  (handed to the test)
+            outcome.append((False, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+
+    def result() -> Any:
+        thread.join(PATIENCE)
+        assert outcome, "the thread hangs"
+        fine, value = outcome[0]
+        if not fine:
+            raise value
+        return value
+
+    return result
+
+
+# --- looks into a repository
+
+
+def those_with(repository: Repository, column: Lookup, *values: str) -> list[str]:
+    """The ids of the rows that have one of these values in a lookup column."""
+    return [task_id for (task_id,) in repository.find(column, values, ("id",))]
+
+
+def held_on(repository: Repository, node: str) -> list[str]:
+    """The ids of the tasks that a node holds, the running ones first."""
+    return [
+        *those_with(repository, "running_on", node),
+        *those_with(repository, "buffered_on", node),
+    ]
+
+
+def earliest_due(repository: Repository) -> int | None:
+    """The earliest ``run_at`` of the tasks that are held back until theirs."""
+    return next((run_at for _, run_at in repository.due(None, 1)), None)
+
+
+def key_holders(repository: Repository, keys: Sequence[str]) -> dict[str, str]:
+    """Which task holds each of these unique keys."""
+    return dict(repository.find("unique_lock", keys, ("unique_lock", "id")))
+
+
+def first_in_line(repository: Repository, key: str) -> str | None:
+    """The task that gets the turn of a key next."""
+    return next((task_id for (task_id,) in repository.find("line", [key], ("id",), 1)), None)
+
+
+def lines(repository: Repository, after: str = "", limit: int = 10) -> dict[str, bool]:
+    """The keys of the lines in which tasks wait, and whether nobody has the turn."""
+    keys = repository.distinct("line", after, limit)
+    turns = dict(repository.find("turn", keys, ("turn", "id")))
+    return {key: key not in turns for key in keys}

@@ -1,0 +1,691 @@
+"""Limits of a type: how many run at once and how many start in a time, and nobody else is in the way."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from helpers import PATIENCE, eventually, housekeeper_of, node_of, pool_of, services_of, whole_round
+from storage.repositories import TinyRepository
+
+from taskx import Config, ConfigurationError, Queue, Retry, Task, TaskStatus, executor
+from taskx.limiting.admission import Admission
+from taskx.upkeep import housekeeper
+
+pytestmark = pytest.mark.every_store
+
+
+class Crowd:
+    """Counts how many are at work at once."""
+
+    def __init__(self, gate=None) -> None:
+        self.now = self.most = self.total = 0
+        self._lock = threading.Lock()
+        self._gate = gate or (lambda: None)
+
+    def __call__(self, n=0):
+        with self._lock:
+            self.now += 1
+            self.total += 1
+            self.most = max(self.most, self.now)
+        self._gate()
+        with self._lock:
+            self.now -= 1
+
+
+def linger():
+    """Give other threads the time to come in beside, if they may."""
+    time.sleep(0.0005)  # blocks on purpose
+
+
+# At once
+
+
+def test_a_token_that_comes_while_there_is_no_room_to_fetch_wakes_nobody_twice(
+    make_queue, clock, monkeypatch
+):
+    queue = make_queue(clock=clock)
+    queue.executor("t", rate="1/s", burst=1)(lambda: None)
+    queue.start()
+    handles = [queue.submit("t") for _ in range(2)]
+    assert handles[0].result(PATIENCE) is None
+    pool = pool_of(queue)
+    eventually(pool.admission.next_look)
+    monkeypatch.setattr(pool.buffer, "room_to_fetch", lambda: 0)
+    pool.agenda.more_stored = True
+    clock.advance(2)
+    pool.agenda.wake_from_long_sleep()
+    eventually(lambda: pool.admission.next_look() is None)
+    monkeypatch.undo()
+    pool.agenda.wake_from_long_sleep()
+    assert handles[1].result(PATIENCE) is None
+
+
+def test_so_many_run_at_once_and_no_more(make_queue, gate):
+    queue = make_queue(worker_num=8)
+    crowd = Crowd(gate)
+    queue.executor("t", max_concurrency=3)(crowd)
+    queue.start()
+    for _ in range(20):
+        queue.submit("t")
+    gate.wait_for(3)
+    assert queue.running == 3
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (20, 3)
+
+
+@pytest.mark.parametrize("most", [1, 2, 5])
+def test_in_a_crowd_of_short_tasks_too(make_queue, most):
+    """Which are started ahead, many in one transaction."""
+    queue = make_queue(worker_num=8)
+    crowd, other = Crowd(linger), Crowd()
+    queue.executor("t", max_concurrency=most)(crowd)
+    queue.executor("other")(other)
+    queue.start()
+    for n in range(150):
+        queue.submit("t", {"n": n})
+        queue.submit("other") if n % 2 else None
+    assert queue.drain(PATIENCE)
+    assert (crowd.total, other.total) == (150, 75)
+    assert crowd.most <= most
+
+
+def test_what_is_counted_at_the_start_is_exact(make_queue, gate, monkeypatch, look_every):
+    """However many are fetched, for a moment's wrong estimate: those too many go back."""
+    monkeypatch.setattr(Admission, "room", lambda self, type, held: (10, 0))
+    look_every(audit=3600)
+    queue = make_queue(worker_num=8)
+    crowd = Crowd(lambda: (gate(), linger()))
+    queue.executor("t", max_concurrency=2)(crowd)
+    for _ in range(40):
+        queue.submit("t")
+    queue.start()
+    gate.wait_for(2)
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (40, 2)
+
+
+def test_other_types_do_not_wait_behind_it(make_queue, gate):
+    """Though many of it came first, and are of a higher priority, and all workers but one are free."""
+    queue = make_queue(worker_num=2, buffer_size=5)
+    queue.executor("slow", max_concurrency=1, priority=9)(lambda: gate())
+    queue.executor("fast")(lambda: "fast")
+    queue.start()
+    for _ in range(300):  # the buffer has room for five
+        queue.submit("slow")
+    gate.wait_for(1)
+    for _ in range(10):
+        assert queue.submit("fast").result(PATIENCE) == "fast"
+    assert queue.buffered == 0
+    queue.pause("slow")
+    gate.open()
+
+
+@pytest.mark.parametrize("overflow", ["reject", "block", "spill", "caller_runs"])
+def test_a_full_buffer_refuses_holds_up_and_spills_only_others(busy, gate, overflow):
+    """One with a limit waits in the repository anyway."""
+    queue = busy(buffer_size=1, overflow=overflow)
+    ran = []
+    queue.executor("t", max_concurrency=1)(lambda n: ran.append(n))
+    queue.submit("note")
+    for n in range(5):
+        queue.submit("t", {"n": n})
+    assert ran == []
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert ran == [0, 1, 2, 3, 4]
+
+
+def test_of_one_type_in_order_and_of_all_by_priority(make_queue, gate):
+    queue = make_queue(worker_num=1)
+    ran = []
+    queue.executor("t", max_concurrency=2)(lambda n: ran.append(n))
+    queue.executor("other")(lambda n: ran.append(n))
+    queue.submit_many(
+        [
+            *(Task(type="t", params={"n": n}, priority=1) for n in range(4)),
+            Task(type="other", params={"n": "high"}, priority=2),
+            Task(type="other", params={"n": "low"}),
+        ]
+    )
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert ran[0] == "high"
+    assert [n for n in ran if isinstance(n, int)] == [0, 1, 2, 3]
+
+
+def test_of_submits_together_each_goes_its_way(make_queue, gate):
+    queue = make_queue(worker_num=3, buffer_size=2)
+    crowd = Crowd(gate)
+    queue.executor("t", max_concurrency=1)(crowd)
+    queue.executor("other")(lambda: None)
+    queue.start()
+    queue.submit_many(Task(type=type) for type in ["t"] * 5 + ["other"] * 2)
+    gate.wait_for(1)
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (5, 1)
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatch, together):
+    """Not only at the next slow look, nor because something else may have changed."""
+    for name in ("RECOVER_EVERY", "AUDIT_EVERY"):
+        monkeypatch.setattr(housekeeper, name, 3600)
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1)(lambda: "done")
+    queue.start()
+    eventually(lambda: housekeeper_of(queue)._last["audit"])  # its first round, which looks at all
+    monkeypatch.setattr(repository, "version", lambda: 0)
+    eventually(lambda: not pool_of(queue).agenda.more_stored)
+    tasks = [Task(type="t"), Task(type="t")]
+    handles = queue.submit_many(tasks) if together else [queue.submit(task) for task in tasks]
+    for handle in handles:
+        assert handle.result(PATIENCE) == "done"
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_each_node_has_its_own(make_queue, gate):
+    queues = [make_queue(worker_num=4) for _ in range(2)]
+    crowd = Crowd(gate)
+    for queue in queues:
+        queue.executor("t", max_concurrency=2)(crowd)
+        queue.start()
+    for _ in range(10):
+        queues[0].submit("t")
+    gate.wait_for(4)
+    assert [queue.running for queue in queues] == [2, 2]
+    gate.open()
+    assert queues[0].drain(PATIENCE)
+    assert crowd.most == 4
+
+
+def test_an_idle_node_takes_no_more_from_a_busy_one_than_it_may(busy, make_queue, repository, gate):
+    """What lies in the buffer of a node without the limit is not started here beyond it."""
+    queue = busy()
+    for n in range(10):
+        queue.submit("note", {"n": n})
+    helper = make_queue(worker_num=4)
+    crowd = Crowd(linger)
+    helper.executor("note", max_concurrency=1)(crowd)
+    helper.start()
+    eventually(lambda: crowd.total == 10)
+    assert crowd.most == 1
+
+
+def test_an_idle_node_leaves_to_a_busy_one_what_it_must_not_start(
+    busy, make_queue, repository, gate
+):
+    queue = busy()
+    for n in range(10):
+        queue.submit("note", {"n": n})
+    helper = make_queue(worker_num=4)
+    helper.executor("note", max_concurrency=1)(lambda n: gate())
+    helper.start()
+    gate.wait_for(1)
+    helper.executor("other")(lambda: None)
+    helper.submit("other").result(PATIENCE)  # a worker of it has looked around once more
+    assert len(repository.ready(["note"], 20, node_of(queue).record.id)) == 9
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
+    queue = busy()
+    queue.executor("t", max_concurrency=5)(lambda: None)
+    queue.repository.create(Task(id="low", type="note"))
+    queue.repository.create(Task(id="high", type="t", priority=1))
+    queue.repository.create(Task(id="higher", type="note", priority=2))
+    pool = pool_of(queue)
+    eventually(lambda: {"low", "high", "higher"} <= pool.buffer.ids)
+    with pool._refilling:  # nobody else fetches them meanwhile
+        pool.starter.give_up([item.id for item in pool.buffer.sweep(lambda type: True)])
+        assert [stub.id for stub in pool._offered(2)] == ["higher", "high"]
+
+
+# However it ends, its place is another's
+
+
+@pytest.mark.parametrize("how", ["raises", "retries", "retries later", "is cancelled", "snoozes"])
+def test_however_a_task_ends_the_next_one_starts(make_queue, clock, how):
+    queue = make_queue(worker_num=3, clock=clock)
+    crowd = Crowd(linger)
+
+    @queue.executor("t", max_concurrency=1, max_attempts=2)
+    def t(ctx, n):
+        crowd()
+        if n or ctx.task.starts > 1:
+            return
+        if how == "is cancelled":
+            ctx.sleep(PATIENCE)
+        elif how == "retries":
+            raise ValueError("at once")
+        elif how == "retries later":
+            raise Retry(delay=60)
+        elif how == "snoozes":
+            from taskx import Snooze
+
+            raise Snooze(60)
+        else:
+            raise SystemExit("broken")
+
+    queue.start()
+    first, second = (queue.submit("t", {"n": n}) for n in (0, 1))
+    if how == "is cancelled":
+        eventually(lambda: queue.running == 1)
+        first.cancel()
+    second.result(PATIENCE)
+    clock.advance(61)
+    eventually(lambda: first.task().status.finished)
+    assert queue.drain(PATIENCE)
+    assert crowd.most == 1
+
+
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.parametrize("remove", ["cancel_task", "delete"])
+def test_one_that_is_fetched_and_never_starts_leaves_its_place(busy, gate, remove):
+    queue = busy()
+    ran = []
+    queue.executor("t", max_concurrency=1)(lambda n: ran.append(n))
+    queue.submit("t", {"n": 0}, id="first")
+    eventually(lambda: "first" in pool_of(queue).buffer.ids)
+    queue.submit("t", {"n": 1})
+    getattr(queue, remove)("first")
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert ran == [1]
+
+
+def test_one_that_another_node_started_leaves_its_place(busy, gate, repository):
+    """It was fetched here, and found gone."""
+    queue = busy()
+    ran = []
+    queue.executor("t", max_concurrency=1, rate=(1, 3600.0))(lambda n: ran.append(n))
+    queue.submit("t", {"n": 0}, id="first")
+    eventually(lambda: "first" in pool_of(queue).buffer.ids)
+    queue.submit("t", {"n": 1})
+    repository.update_status("first", TaskStatus.RUNNING)
+    gate.open()
+    eventually(lambda: ran == [1])
+
+
+def test_a_failing_repository_leaves_no_place_taken(make_queue, repository):
+    """It failed when the start was to be written."""
+    queue = make_queue(worker_num=2)
+    crowd = Crowd()
+    queue.executor("t", max_concurrency=1)(crowd)
+    failed = []
+
+    def fail(writes):
+        if len(failed) < 3 and any(
+            getattr(w, "changes", {}).get("status") == "running" for w in writes
+        ):
+            failed.append(True)
+            raise OSError("as if the disk were gone")
+
+    repository.before = fail
+    queue.start()
+    for _ in range(5):
+        queue.submit("t")
+    assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most, len(failed)) == (5, 1, 3)
+
+
+def test_what_is_handed_back_leaves_its_place(make_queue):
+    """As what was started ahead and found no free hand."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1)(lambda: None)
+    queue.executor("other")(lambda: None)
+    queue.submit("t", id="x")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    pool = pool_of(queue)
+    assert pool.admission.admit({"t": ["y"]}) == {"y"}
+    assert not pool.has_room("t")
+    pool.admission.over("y", ran=False)
+    assert pool.has_room("t")
+
+
+def test_of_a_paused_type_with_a_limit_none_starts_before_it_is_resumed(make_queue):
+    queue = make_queue(worker_num=2)
+    crowd = Crowd()
+    queue.executor("t", max_concurrency=1)(crowd)
+    queue.start()
+    queue.pause("t")
+    for _ in range(5):
+        queue.submit("t")
+    assert queue.drain(PATIENCE)
+    assert crowd.total == 0
+    queue.resume("t")
+    assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (5, 1)
+
+
+def test_under_a_limit_those_of_a_concurrency_key_stay_in_order(make_queue):
+    queue = make_queue(worker_num=4)
+    ran = []
+    queue.executor("t", max_concurrency=2)(lambda n: ran.append(n))
+    queue.start()
+    for n in range(20):
+        queue.submit("t", {"n": n}, concurrency_key=f"k{n % 2}")
+    assert queue.drain(PATIENCE)
+    assert [n for n in ran if n % 2] == list(range(1, 20, 2))
+    assert [n for n in ran if not n % 2] == list(range(0, 20, 2))
+
+
+# In a time
+
+
+def started_by(queue, count, *others):
+    """How many have run when so many have, and when all has been looked through for more, twice."""
+    eventually(lambda: len(queue.ran) >= count)
+    for one in (queue, *others) * 2:
+        services_of(one).agenda.look_for_more()
+        whole_round(one)
+        eventually(pool_of(one).holds_nothing)
+    return len(queue.ran)
+
+
+@pytest.fixture
+def rated(make_queue, clock):
+    """Makes a started queue with an executor ``t`` of that rate."""
+
+    def make(**options):
+        queue = make_queue(worker_num=3, clock=clock)
+        queue.ran = []
+        queue.executor("t", **options)(lambda: queue.ran.append(clock.monotonic()))
+        queue.executor("other")(lambda: "other")
+        queue.start()
+        return queue
+
+    return make
+
+
+def test_a_burst_and_then_one_by_one(rated, clock):
+    queue = rated(rate="60/m", burst=4)
+    for _ in range(10):
+        queue.submit("t")
+    assert started_by(queue, 4) == 4
+    assert queue.submit("other").result(PATIENCE) == "other"
+    clock.advance(0.9)
+    assert started_by(queue, 4) == 4
+    clock.advance(0.1)
+    assert started_by(queue, 5) == 5
+    clock.advance(2.5)
+    assert started_by(queue, 7) == 7
+    clock.advance(3600)
+    assert started_by(queue, 10) == 10
+    clock.advance(3600)
+    for _ in range(6):
+        queue.submit("t")
+    assert started_by(queue, 14) == 14  # a rest fills the bucket, and no more
+
+
+def test_a_burst_is_the_count_unless_given(rated):
+    queue = rated(rate=(3, 3600.0))
+    for _ in range(10):
+        queue.submit("t")
+    assert started_by(queue, 3) == 3
+
+
+def test_it_goes_on_with_nothing_but_time(rated, clock):
+    """No submit, no end of a task and no other process wakes anybody."""
+    queue = rated(rate="1/s")
+    for _ in range(5):
+        queue.submit("t")
+    for n in range(1, 6):
+        assert started_by(queue, n) == n
+        clock.advance(1)
+    assert queue.drain(PATIENCE)
+
+
+def test_each_attempt_counts(make_queue, clock):
+    queue = make_queue(worker_num=1, clock=clock)
+    attempts = []
+
+    @queue.executor("t", rate="2/m", max_attempts=5)
+    def t(ctx):
+        attempts.append(ctx.task.attempt)
+        raise ValueError("broken")
+
+    queue.start()
+    handle = queue.submit("t")
+    eventually(lambda: len(attempts) == 2)
+    for n in (3, 4, 5):
+        eventually(lambda n=n: pool_of(queue).admission.next_look() is not None)
+        assert len(attempts) == n - 1
+        clock.advance(30)
+        eventually(lambda n=n: len(attempts) == n)
+    eventually(lambda: handle.task().status is TaskStatus.FAILED)
+
+
+def test_in_real_time_a_fast_rate_is_kept_and_reached(make_queue, look_every):
+    """The housekeeper wakes for each token: by its own rhythm this would take minutes."""
+    look_every(poll=10.0)
+    queue = make_queue(worker_num=2)
+    queue.executor("t", rate=(100, 1.0), burst=1)(lambda: None)
+    for _ in range(60):
+        queue.submit("t")
+    began = time.monotonic()
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert time.monotonic() - began >= 0.58
+
+
+def test_each_token_starts_one_though_none_ends(make_queue, gate, look_every):
+    """What runs for long is not waited for, nor is the housekeeper's own rhythm."""
+    look_every(poll=60.0)
+    queue = make_queue(worker_num=5)
+    queue.executor("t", rate=(50, 1.0), burst=1)(lambda: gate())
+    for _ in range(5):
+        queue.submit("t")
+    queue.start()
+    gate.wait_for(5)
+
+
+def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
+    make_queue, monkeypatch, look_every
+):
+    """It does not go to sleep for long then."""
+    look_every(poll=60.0)
+    queue = make_queue()
+    queue.start()
+    pool, sleeper = pool_of(queue), housekeeper_of(queue)
+    told = threading.Event()
+
+    def tell():
+        if not told.is_set():
+            pool.agenda.look_for_more()
+            told.set()
+
+    whole_round(queue)
+    eventually(lambda: pool.agenda._asleep_long)
+    monkeypatch.setattr(sleeper._retention, "tick", tell)
+    pool.agenda.wake()
+    assert told.wait(PATIENCE)
+    eventually(lambda: not pool.agenda.more_stored)
+
+
+def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
+    """Be it while what was to be found is fetched, or while what waits for one is started."""
+    admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
+    admission._scheduled = lambda: told.append(admission.next_look())
+    assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
+    clock.advance(1)
+    assert admission.is_time()
+    assert admission.room("t", ()) == (1, 0)
+    clock.advance(1)
+    admission.looked("t", 1, 1)
+    assert told[1:] == [clock.monotonic()]
+    assert admission.is_time()
+    admission.fetched("t", "y")
+    admission.fetched("t", "z")
+    assert admission.room("t", ("y", "z")) == (0, 2)
+    clock.advance(1)  # no more than two, whatever waits for them
+    assert admission.admit({"t": ["y"]}) == {"y"}
+    assert told[2:] == [clock.monotonic() + 1]
+    clock.advance(1)
+    assert admission.admit({"t": ["z"]}) == {"z"}
+    assert told[3:] == [clock.monotonic()]
+
+
+def test_nobody_looks_for_more_when_there_was_none(rated, clock):
+    """At least not at each of so many starts: whoever submits more tells of it."""
+    admission, told = pool_of(rated(rate="60/m", burst=9)).admission, []
+    admission._scheduled = lambda: told.append(admission.next_look())
+    assert admission.room("t", ()) == (9, 0)
+    admission.looked("t", 9, 5)
+    assert admission.admit({"t": ["x"]}) == {"x"}
+    assert (told, admission.next_look()) == ([], None)
+
+
+def test_the_housekeeper_is_told_when_a_token_is_waited_for(rated, clock):
+    """By the start that took the last one, and by a fetch after which there may be more."""
+    admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
+    admission._scheduled = lambda: told.append(admission.next_look())
+    assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
+    assert told == [clock.monotonic() + 1]
+    clock.advance(1)
+    assert admission.is_time()
+    assert (admission.is_time(), admission.next_look()) == (False, None)
+    assert admission.room("t", ()) == (1, 0)
+    admission.looked("t", 1, 0)  # nothing waits for it
+    assert (len(told), admission.next_look()) == (1, None)
+    admission.looked("t", 1, 1)
+    assert told[1:] == [clock.monotonic() + 1]
+
+
+def test_what_never_ran_gives_its_token_back(rated, clock):
+    queue = rated(rate="1/h")
+    admission = pool_of(queue).admission
+    assert admission.admit({"t": ["x", "y"]}) == {"x"}
+    assert admission.admit({"t": ["y"]}) == set()
+    admission.over("x", ran=False)
+    admission.over("x", ran=False)  # told twice, it counts once
+    assert admission.admit({"t": ["y"]}) == {"y"}
+    admission.over("y", ran=True)
+    assert admission.admit({"t": ["z"]}) == set()
+
+
+def test_a_place_without_a_token_is_free_again(make_queue, clock):
+    """Of two that want to start one had no token."""
+    queue = make_queue(clock=clock)
+    queue.executor("t", rate="1/h", max_concurrency=2)(lambda: None)
+    queue.start()
+    admission = pool_of(queue).admission
+    assert admission.admit({"t": ["x", "y"]}) == {"x"}
+    clock.advance(3600)
+    assert admission.admit({"t": ["y"]}) == {"y"}
+    clock.advance(3600)
+    assert admission.admit({"t": ["z"]}) == set()
+    admission.over("x", ran=True)
+    assert admission.admit({"t": ["z"]}) == {"z"}
+
+
+def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
+    """However often it is filled up."""
+    queue = busy()
+    queue.executor("t", max_concurrency=2)(lambda: None)
+    for _ in range(10):
+        queue.submit("t")
+    pool = pool_of(queue)
+    eventually(lambda: len(pool.buffer.ids) == 2)
+    for _ in range(5):
+        pool.agenda.more_stored = True
+        pool.refill()
+        assert len(pool.buffer.ids) == 2
+    gate.open()
+    assert queue.drain(PATIENCE)
+
+
+def test_a_rate_and_a_number_at_once(make_queue, clock, gate):
+    queue = make_queue(worker_num=8, clock=clock)
+    crowd = Crowd(gate)
+    queue.executor("t", rate="5/m", max_concurrency=2)(crowd)
+    queue.start()
+    for _ in range(10):
+        queue.submit("t")
+    gate.wait_for(2)
+    assert crowd.most == 2
+    gate.open()
+    eventually(lambda: crowd.total == 5)
+    clock.advance(60)
+    assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (10, 2)
+
+
+# What it costs those without
+
+
+def test_a_type_without_a_limit_pays_nothing(started, monkeypatch):
+    """Nothing is asked or counted for it: neither without any limits nor with another type limited."""
+    asked = []
+    for name in ("admit", "room", "looked", "fetched", "open"):
+        method = getattr(Admission, name)
+
+        def noting(self, about, *more, method=method):
+            asked.extend([about] if isinstance(about, str) else about)
+            return method(self, about, *more)
+
+        monkeypatch.setattr(Admission, name, noting)
+    for _ in range(5):
+        started.submit("fine").result(PATIENCE)
+    assert not asked
+    started.executor("limited", max_concurrency=1)(lambda: None)
+    for type in ("fine", "limited") * 5:
+        started.submit(type).result(PATIENCE)
+    assert set(asked) == {"limited"}
+
+
+# What is no limit
+
+
+@pytest.mark.parametrize(
+    ("options", "about"),
+    [
+        ({"max_concurrency": 0}, "max_concurrency"),
+        ({"max_concurrency": 1.5}, "max_concurrency"),
+        ({"max_concurrency": True}, "max_concurrency"),
+        ({"rate": "fast"}, "rate"),
+        ({"rate": "1/s", "burst": 0}, "burst"),
+        ({"burst": 2}, "burst"),
+        ({"max_concurrency": 1, "burst": 2}, "burst"),
+        ({"limit_scope": "global"}, "limit_scope"),
+        ({"max_concurrency": 1, "limit_scope": "host"}, "limit_scope"),
+    ],
+)
+def test_what_is_none_is_refused(queue, options, about):
+    with pytest.raises(ConfigurationError, match=about):
+        queue.executor("t", **options)(lambda: None)
+    queue.executor("t")(lambda: None)  # nothing was left behind
+
+
+def test_options_at_registration_win(queue):
+    @executor("t", rate="1/s", max_concurrency=5)
+    def t():
+        pass
+
+    queue.register_executor(t, max_concurrency=2, burst=7, limit_scope="global")
+    limit = queue._registry.limits["t"]
+    assert (limit.max_concurrency, limit.rate.burst, limit.scope) == (2, 7, "global")
+
+
+def test_eight_methods_keep_limits_of_a_node():
+    crowd = Crowd(linger)
+    with Queue(TinyRepository(), Config(worker_num=4)) as queue:
+        queue.executor("t", max_concurrency=2)(crowd)
+        for _ in range(30):
+            queue.submit("t")
+        assert queue.drain(PATIENCE)
+    assert crowd.total == 30
+    assert crowd.most <= 2
+
+
+@pytest.mark.parametrize("options", [{"max_concurrency": 1}, {"rate": "1/s"}])
+def test_eight_methods_cannot_keep_limits_of_all_nodes(options):
+    queue = Queue(TinyRepository())
+    with pytest.raises(ConfigurationError, match="limit_scope"):
+        queue.executor("t", limit_scope="global", **options)(lambda: None)
+    queue.executor("t", **options)(lambda: None)

@@ -1,0 +1,644 @@
+"""Limits of all nodes together: in one process, in several, and when one of them dies."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+from helpers import PATIENCE, eventually, node_of, pool_of, services_of, whole_round
+
+from taskx import (
+    MemoryRepository,
+    Queue,
+    RepositoryUnavailable,
+    SystemClock,
+    Task,
+    TaskFilter,
+    TaskStatus,
+)
+from taskx.core import lifecycle
+from taskx.core.rate import Rate
+from taskx.limiting.admission import Admission
+from taskx.limiting.shared import SharedBucket, SharedSlots
+from taskx.liveness.base import Node
+from taskx.testing import ManualClock
+from taskx.upkeep import housekeeper
+from taskx.upkeep.node import LocalNode
+
+from .test_limits import Crowd, linger, started_by
+
+pytestmark = pytest.mark.every_store
+
+
+def nodes(make_queue, count, crowd, worker_num=4, **options):
+    """Started queues on one repository that share a limit."""
+    queues = [make_queue(worker_num=worker_num) for _ in range(count)]
+    for queue in queues:
+        queue.executor("t", limit_scope="global", **options)(crowd)
+        queue.executor("other")(lambda: "other")
+        queue.start()
+    return queues
+
+
+def shares(repository, type="t"):
+    from taskx.limiting.shared import _shares_of
+
+    note = repository.notes("limit/slots/").get(f"limit/slots/{type}")
+    return _shares_of(note.text if note else None)
+
+
+# Nodes of one process
+
+
+def test_so_many_run_at_once_on_all_nodes(make_queue, gate):
+    crowd = Crowd(gate)
+    queues = nodes(make_queue, 3, crowd, max_concurrency=4)
+    for n in range(30):
+        queues[n % 3].submit("t")
+    gate.wait_for(4)
+    assert sum(queue.running for queue in queues) == 4
+    assert queues[0].submit("other").result(PATIENCE) == "other"
+    gate.open()
+    for queue in queues:
+        assert queue.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (30, 4)
+
+
+@pytest.mark.parametrize("most", [1, 3])
+def test_in_a_crowd_of_short_tasks_too(make_queue, most):
+    crowd = Crowd(linger)
+    queues = nodes(make_queue, 3, crowd, max_concurrency=most)
+    for n in range(120):
+        queues[n % 3].submit("t")
+    for queue in queues:
+        assert queue.drain(PATIENCE)
+    assert crowd.total == 120
+    assert crowd.most <= most
+
+
+def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, look_every):
+    """Not even until the next slow look; and it had all places before."""
+    look_every(recover=3600)
+    queues = nodes(make_queue, 2, Crowd(), max_concurrency=2)
+    for _ in range(10):
+        queues[0].submit("t")
+    assert queues[0].drain(PATIENCE)
+    eventually(lambda: shares(repository) == {})
+
+
+@pytest.fixture
+def idle_engine(make_queue):
+    """Of a node that is not alone, and looks for work when it is told to."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
+    node = LocalNode(services_of(queue), queue.config, lambda: None)
+    node.join()
+    node.engine.alone = False
+    yield node.engine
+    node.engine.admission.end()
+
+
+def meanwhile(monkeypatch, repository, name, happens):
+    """Have something happen before a method answers, once."""
+    method = getattr(repository, name)
+
+    def call(*args, **options):
+        monkeypatch.undo()
+        happens()
+        return method(*args, **options)
+
+    monkeypatch.setattr(repository, name, call)
+
+
+def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
+    idle_engine, repository, monkeypatch
+):
+    """There is a place from then on, for the next task or to be given back."""
+    meanwhile(monkeypatch, repository, "distinct", idle_engine.agenda.look_for_more)
+    idle_engine.refill()
+    assert idle_engine.agenda.more_stored
+    idle_engine.refill()
+    assert not idle_engine.agenda.more_stored
+
+
+def test_who_finds_the_last_task_and_loses_it_to_another_node_gives_the_place_back(
+    idle_engine, make_queue, repository, monkeypatch
+):
+    """At the next look, which comes at once."""
+    submitter = make_queue()
+    submitter.declare("t")
+    task_id = submitter.submit("t").id
+    assert idle_engine.admission.admit({"t": ["before"]}) == {"before"}
+    idle_engine.admission.over("before", ran=True)
+
+    def another_takes_it():
+        assert repository.apply([lifecycle.take(task_id, "another")]) == [True]
+
+    meanwhile(monkeypatch, repository, "apply", another_takes_it)
+    idle_engine.refill()
+    assert shares(repository) == {idle_engine.node.id: 1}
+    assert idle_engine.agenda.more_stored
+    idle_engine.refill()
+    assert shares(repository) == {}
+
+
+def test_a_node_that_stops_leaves_its_places(make_queue, repository, gate):
+    queue = make_queue(worker_num=2)
+    queue.executor("t", max_concurrency=2, limit_scope="global")(lambda: gate())
+    queue.start()
+    queue.submit("t")
+    gate.wait_for(1)
+    assert sum(shares(repository).values()) >= 1
+    gate.open()
+    queue.stop(PATIENCE)
+    assert shares(repository) == {}
+
+
+@pytest.mark.parametrize("when", ["start", "hand back"])
+def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
+    make_queue, repository, monkeypatch, when
+):
+    """The repository is away in the middle of it."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=50, rate="100/s", limit_scope="global")(lambda: None)
+    handles = [queue.submit("t") for _ in range(5)]
+    node = LocalNode(services_of(queue), queue.config, lambda: None)
+    node.join()
+    pool = node.engine
+    pool.refill()
+    items = pool.buffer.take(5)
+
+    def away(*args):
+        monkeypatch.setattr(repository, "put_note", away)
+        raise RepositoryUnavailable("away")
+
+    if when == "start":
+        repository.before = away
+        with pytest.raises(RepositoryUnavailable):
+            pool._start(items)
+    else:
+        pool._start(items)
+        runs = list(pool.runs.values())
+        repository.before = away
+        monkeypatch.setattr(repository, "put_note", away)
+        with pytest.raises(RepositoryUnavailable):
+            pool.starter.hand_back(runs, rebuffer=True)
+    assert (pool.runs, pool.admission.admitted) == ({}, {})
+    repository.before = lambda writes: None
+    monkeypatch.undo()
+    for _ in range(2):
+        node._recovery.audit()
+    assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
+
+
+def test_places_that_lie_idle_are_given_back(make_queue, repository, gate):
+    """All workers of the node are busy with other tasks; another node goes on."""
+    queue = make_queue(worker_num=1)
+    queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
+    queue.executor("hold")(lambda: gate())
+    queue.submit("hold")
+    queue.start()
+    gate.wait_for(1)
+    assert pool_of(queue).admission.admit({"t": ["x"]}) == {"x"}
+    pool_of(queue).admission.over("x", ran=True)
+    assert shares(repository) == {node_of(queue).record.id: 1}
+    crowd = Crowd()
+    [other] = nodes(make_queue, 1, crowd, max_concurrency=1)
+    other.submit("t").result(PATIENCE)
+
+
+def test_a_rate_is_that_of_all_nodes(make_queue, clock):
+    queues = [make_queue(worker_num=2, clock=clock) for _ in range(3)]
+    ran = []
+    for queue in queues:
+        queue.ran = ran
+        queue.executor("t", rate="60/m", burst=5, limit_scope="global")(lambda: ran.append(1))
+        queue.start()
+    for n in range(20):
+        queues[n % 3].submit("t")
+    assert started_by(queues[0], 5, *queues[1:]) == 5
+    clock.advance(3)
+    assert started_by(queues[0], 8, *queues[1:]) == 8
+    clock.advance(3600)
+    assert started_by(queues[0], 13, *queues[1:]) == 13
+
+
+def test_it_is_kept_over_a_restart(make_queue, clock):
+    """That of a node is full when the node starts; this one is as it was left."""
+    ran = []
+    for expected in (2, 2, 4):
+        queue = make_queue(worker_num=1, clock=clock)
+        queue.ran = ran
+        queue.executor("t", rate="2/h", limit_scope="global")(lambda: ran.append(1))
+        queue.start()
+        for _ in range(3):
+            queue.submit("t")
+        assert started_by(queue, expected) == expected
+        queue.stop(PATIENCE)
+        if expected == 2 and queue.list_tasks()[1] > 3:
+            clock.advance(3600)
+
+
+def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkeypatch):
+    """Its node keeps its places from task to task."""
+    puts, put = [], repository.put_note
+    monkeypatch.setattr(repository, "put_note", lambda *note: (puts.append(note), put(*note))[1])
+    queue = make_queue(worker_num=2)
+    queue.executor("t", max_concurrency=2, limit_scope="global")(lambda: None)
+    for _ in range(200):
+        queue.submit("t")
+    queue.start()
+    assert queue.drain(3 * PATIENCE)
+    assert 1 <= len(puts) <= 20
+
+
+@pytest.mark.parametrize("limit", [{"max_concurrency": 1}, {"rate": "1/h"}])
+def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(look_every, limit):
+    """Not only at the slow look; in memory there is always something to look for."""
+    look_every(recover=3600)
+    with Queue(MemoryRepository()) as queue:
+        queue.executor("t", limit_scope="global", **limit)(lambda: "done")
+        whole_round(queue)  # the first one is such a look, and "another" is not known to live
+        first = Admission(
+            queue._registry.limits,
+            queue.repository,
+            "another",
+            SystemClock(),
+            freed=lambda: None,
+            scheduled=lambda: None,
+        )
+        assert first.admit({"t": ["x"]}) == {"x"}
+        handle = queue.submit("t")
+        eventually(lambda: not pool_of(queue).agenda.more_stored)
+        assert handle.task().status is TaskStatus.PENDING
+        first.over("x", ran=False)
+        first.end()
+        assert handle.result(PATIENCE) == "done"
+
+
+def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch, look_every):
+    """Others may have taken what it had."""
+    look_every(recover=3600)
+    monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
+    with Queue(MemoryRepository()) as queue:
+        queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)
+        pool, repository = pool_of(queue), queue.repository
+        assert pool.admission.admit({"t": ["x"]}) == {"x"}
+        pool.admission.over("x", ran=True)
+        eventually(lambda: shares(repository) == {})
+        assert pool.admission.admit({"t": ["x"]}) == {"x"}
+        pool.admission._freed = lambda: None  # it keeps its place
+        pool.admission.over("x", ran=True)
+        [(name, note)] = repository.notes("limit/slots/").items()
+        assert repository.put_note(name, '{"another": 1}', note.version)
+        pool.lose_lease()
+        assert pool.admission.admit({"t": ["y"]}) == set()
+
+
+# What is shared, by itself
+
+
+class Quarrel(MemoryRepository):
+    """Others get in the way of every other change of a note."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dead: set[str] = set()
+        self.chance = random.Random(1)
+        self.liveness.nodes = self.nodes
+
+    def put_note(self, name, text, version):
+        note = self.notes(name).get(name)
+        if note and version and self.chance.random() < 0.5:
+            assert super().put_note(name, note.text, note.version)
+        return super().put_note(name, text, version)
+
+    def nodes(self):
+        return [Node(id=n, name=n, alive=n not in self.dead) for n in "abc"]
+
+
+def test_whatever_nodes_do_they_never_have_more_places_than_there_are():
+    """Seeded: takes, gives, rests, looks, quarrels, deaths and ends in any order."""
+    for seed in range(40):
+        chance, repository = random.Random(seed), Quarrel()
+        most = chance.randrange(1, 5)
+        slots = {n: SharedSlots(repository, n, "t", most) for n in "abc"}
+        taken = dict.fromkeys("abc", 0)
+        full = 0
+        for _ in range(200):
+            name = chance.choice([n for n in "abc" if n not in repository.dead])
+            move = chance.randrange(7)
+            if move <= 2:
+                slots[name].forget()
+                taken[name] += slots[name].take(chance.randrange(1, 4))
+            elif move == 3 and taken[name]:
+                slots[name].give(1)
+                taken[name] -= 1
+            elif move == 4:
+                slots[name].rest(chance.randrange(2))
+            elif move == 5:
+                slots[name].tend()
+            elif move == 6 and len(repository.dead) < 2 and chance.random() < 0.1:
+                repository.dead.add(name)
+                taken[name] = 0  # its process has ended, and what it ran with it
+            assert sum(taken.values()) <= most
+            full += sum(taken.values()) == most
+        assert full, "never were all of them taken"
+
+
+def test_what_was_not_taken_between_two_looks_is_given_back():
+    """Where nothing is fetched that might tell that there is nothing to take it for."""
+    repository = Quarrel()
+    slots = SharedSlots(repository, "a", "t", 3)
+    slots.take(2)
+    slots.give(1)
+    slots.tend()
+    assert shares(repository) == {"a": 2}
+    slots.tend()
+    assert shares(repository) == {"a": 1}
+    slots.take(1)
+    slots.give(1)
+    slots.tend()
+    assert shares(repository) == {"a": 2}  # it was in use since
+
+
+def test_what_the_dead_had_is_free(clock):
+    repository = Quarrel()
+    first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
+    assert first.take(2) == 2
+    assert second.take(3) == 1
+    repository.dead.add("a")
+    assert second.free() == 0
+    second.tend()
+    assert (second.free(), second.take(3)) == (2, 2)
+
+
+def test_whose_life_cannot_be_told_keeps_its_places():
+    repository = Quarrel()
+    repository.liveness.nodes = lambda: [
+        Node(id="a", name="a", alive=None),
+        Node(id="b", name="b", alive=True),
+    ]
+    first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
+    first.take(3)
+    for _ in range(20):  # also when no other change comes in between
+        second.tend()
+    assert shares(repository) == {"a": 3}
+    assert second.take(1) == 0
+
+
+def test_a_node_that_was_taken_for_dead_counts_anew():
+    """It took more while another had buried it: it looks before it takes again."""
+    repository = Quarrel()
+    first, second = (SharedSlots(repository, name, "t", 2) for name in "ab")
+    assert first.take(1) == 1
+    repository.dead.add("a")
+    second.take(1)
+    second.tend()
+    assert second.take(1) == 1
+    first.forget()  # as when a lease is lost
+    assert first.take(1) == 0
+
+
+def test_where_one_of_two_limits_cannot_be_read_the_other_is_left_as_it_was(make_queue, repository):
+    """The repository failed between the two."""
+    queue = make_queue()
+    both = {"max_concurrency": 1, "rate": "9/s", "limit_scope": "global"}
+    queue.executor("t", **both)(lambda: None)
+    queue.start()
+    admission, put = pool_of(queue).admission, repository.put_note
+
+    def fail(name, *note):
+        if "rate" in name:
+            raise RepositoryUnavailable("down for a moment")
+        return put(name, *note)
+
+    repository.put_note = fail
+    with pytest.raises(RepositoryUnavailable):
+        admission.admit({"t": ["x"]})
+    repository.put_note = put
+    assert admission.admit({"t": ["x"]}) == {"x"}
+
+
+def test_a_change_that_is_in_doubt_is_read_back():
+    repository = Quarrel()
+    slots = SharedSlots(repository, "a", "t", 3)
+    slots.take(1)
+    put = repository.put_note
+
+    def lost(*note):
+        put(*note)
+        raise RepositoryUnavailable("the answer was lost")
+
+    repository.put_note = lost
+    with pytest.raises(RepositoryUnavailable):
+        slots.take(2)
+    repository.put_note = put
+    assert slots.free() == 2
+    assert slots.take(2) == 2
+
+
+class Skewed(ManualClock):
+    """Another host's clock: it goes as the first one, some seconds ahead or behind."""
+
+    def __init__(self, clock, seconds):
+        super().__init__()
+        self._clock, self._seconds = clock, seconds
+
+    def now_ms(self):
+        return self._clock.now_ms() + int(self._seconds * 1000)
+
+    def monotonic(self):
+        return self._clock.monotonic() + 12345.0 * (1 + abs(self._seconds))
+
+
+@pytest.mark.parametrize("skew", [0, 0.5, 3600, 1e8])
+def test_over_any_interval_all_nodes_take_at_most_burst_and_rate_times_time(skew):
+    """Whatever their clocks say; but for one burst when a clock that is ahead comes in."""
+    for seed in range(10):
+        chance, repository, clock = random.Random(seed), Quarrel(), ManualClock()
+        rate = Rate(chance.randrange(1, 5), chance.choice([1.0, 7.0]), chance.randrange(1, 6))
+        buckets = [
+            SharedBucket(repository, "t", rate, Skewed(clock, apart)) for apart in (-skew, 0, skew)
+        ]
+        taken: list[tuple[float, int]] = []
+        for _ in range(300):
+            clock.advance(chance.choice([0, 0, 0.1, 1]))
+            bucket = chance.choice(buckets)
+            if chance.random() < 0.7:
+                bucket.forget()
+            got = bucket.take(chance.randrange(1, 4))
+            if got and chance.random() < 0.1:
+                bucket.put_back(1)
+                got -= 1
+            taken.append((clock.monotonic(), got))
+        grace = rate.burst * 2 if skew else 0
+        for first in range(0, len(taken), 7):
+            total = 0
+            for moment, got in taken[first:]:
+                total += got
+                allowed = rate.burst + (moment - taken[first][0] + 0.01) / rate.interval
+                assert total <= allowed + grace
+        whole = (taken[-1][0] - taken[0][0]) / rate.interval
+        assert sum(got for _, got in taken) >= whole / 3  # and they get on
+
+
+def test_a_clock_that_was_set_back_a_year_stops_nobody(clock):
+    repository, rate = Quarrel(), Rate(1, 10.0, 2)
+    bucket = SharedBucket(repository, "t", rate, clock)
+    assert bucket.take(5) == 2
+    clock.set_wall(clock.now().replace(year=2023))
+    for _ in range(5):
+        bucket.forget()
+        assert bucket.take(5) == 0
+        clock.advance(10)
+        assert bucket.tokens() == 1
+        assert bucket.take(5) == 1
+
+
+# Several processes
+
+WORK = """
+@queue.executor("work", max_concurrency=3, limit_scope="global", max_crashes=100)
+def work(ctx, n, seconds=0.0):
+    note("begin", n, os.getpid())
+    ctx.sleep(seconds)
+    note("end", n, os.getpid())
+"""
+
+
+def at_once(log, dead=()):
+    """How many were at work at once, at most; what a process that was killed had begun ended then."""
+    now, most = 0, 0
+    for event, _, who in log:
+        if int(who) not in dead:
+            now += 1 if event == "begin" else -1
+            most = max(most, now)
+    return most
+
+
+def test_processes_share_it(workers):
+    """Three of them with four workers each: three tasks at once, and no more."""
+    repository = workers.repository
+    queue = Queue(repository)
+    queue.declare("work")
+    children = workers.start(WORK, 3)
+    params = [{"n": n, "seconds": 0.02} for n in range(60)]
+    queue.submit_many(Task(type="work", params=some) for some in params)
+    eventually(lambda: repository.count(TaskFilter(status="completed")) == 60, 60)
+    assert at_once(workers.log()) <= 3
+    for child in children:
+        child.tell()
+        child.ends()
+    eventually(lambda: shares(repository, "work") == {})
+
+
+def test_what_a_killed_process_had_is_free_for_others(workers):
+    """It had all places, and its node is found dead."""
+    repository = workers.repository
+    queue = Queue(repository)
+    queue.declare("work")
+    for n in range(3):
+        queue.submit("work", {"n": n, "seconds": 600.0}, id=str(n))
+    [child] = workers.start(WORK)
+    eventually(lambda: repository.count(TaskFilter(status=TaskStatus.RUNNING)) == 3)
+    [other] = workers.start(WORK)
+    for n in range(3, 9):
+        queue.submit("work", {"n": n}, priority=9)
+    looked = threading.Event()
+    assert not looked.wait(2 * housekeeper.RECOVER_EVERY)  # blocks on purpose: it has looked twice
+    assert repository.count(TaskFilter(status="completed")) == 0
+    child.kill()
+    eventually(lambda: repository.count(TaskFilter(status="completed")) == 6)
+    assert at_once(workers.log(), dead={child.process.pid}) <= 3
+    for n in range(3):
+        queue.cancel_task(str(n))
+    other.tell()
+    other.ends()
+
+
+# Damaged notes
+
+
+NO_SHARES = [
+    "{",
+    "[]",
+    "7",
+    '{"a": "x"}',
+    '{"a": -1}',
+    '{"a": 1.5}',
+    '{"a": true}',
+    "[" * 100_000,
+    "",
+]
+NO_MARKS = ["{", "soon", "nan", "inf", "-inf", "1e300", "-1e300", "9" * 5000, ""]
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "limit"),
+    [
+        ("limit/slots/t", NO_SHARES, {"max_concurrency": 2}),
+        ("limit/rate/t", NO_MARKS, {"rate": "2/h"}),
+    ],
+    ids=["slots", "rate"],
+)
+def test_a_damaged_note_is_begun_anew(make_queue, repository, caplog, name, texts, limit):
+    """At the start of a queue, and under one that runs; it is told once, and the limit holds again."""
+    for text in texts:
+        assert repository.put_note(name, text, 0)
+        queue = make_queue(worker_num=4)
+        queue.executor("t", limit_scope="global", **limit)(lambda: "done")
+        queue.executor("other")(lambda: "other")
+        caplog.clear()
+        queue.start()
+        assert queue.submit("other").result(PATIENCE) == "other"
+        handles = [queue.submit("t") for _ in range(3)]
+        assert [handle.result(PATIENCE) for handle in handles[:2]] == ["done"] * 2
+        if "rate" in limit:
+            assert handles[2].task().status is TaskStatus.PENDING
+            handles[2].cancel()
+        assert queue.drain(PATIENCE)
+        queue.stop(PATIENCE)
+        assert caplog.text.count(f"{name} is damaged, and is begun anew") == (text != "")
+        assert [r for r in caplog.records if r.levelname == "ERROR" or "fails" in r.msg] == []
+        note = repository.notes(name).get(name)
+        assert note is None or repository.put_note(name, None, note.version)
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_what_runs_is_counted_again_after_its_note_was_damaged(make_queue, repository, gate):
+    """Or another node would start as many again."""
+    crowd = Crowd(gate)
+    first, second = nodes(make_queue, 2, crowd, max_concurrency=2)
+    for _ in range(2):
+        first.submit("t")
+    gate.wait_for(2)
+    name = "limit/slots/t"
+    running = sum(shares(repository).values())
+    assert running == 2
+    version = eventually(lambda: damage(repository, name, "{"))
+    eventually(lambda: repository.notes(name)[name].version > version)
+    eventually(lambda: sum(shares(repository).values()) == 2)
+    second.submit("t")
+    gate.open()
+    assert first.drain(PATIENCE)
+    assert second.drain(PATIENCE)
+    assert (crowd.total, crowd.most) == (3, 2)
+
+
+def damage(repository, name, text):
+    """Write nonsense over a note; the version that this is, unless it was changed meanwhile."""
+    version = repository.notes(name)[name].version
+    return repository.put_note(name, text, version) and version + 1
+
+
+def test_places_that_others_took_away_are_shown_again_while_they_are_in_use():
+    repository = MemoryRepository()
+    slots = SharedSlots(repository, "a", "t", 2)
+    assert slots.take(2) == 2
+    version = repository.notes("limit/slots/t")["limit/slots/t"].version
+    assert repository.put_note("limit/slots/t", None, version)
+    slots.tend()
+    assert shares(repository) == {"a": 2}
+    assert SharedSlots(repository, "b", "t", 2).take(1) == 0

@@ -1,0 +1,526 @@
+"""Who lives: leases that observers judge, and locks where nodes share a host."""
+
+from __future__ import annotations
+
+import json
+import logging
+import random
+import signal
+import subprocess
+import sys
+import threading
+from contextlib import nullcontext
+
+import pytest
+from storage.mongo.conftest import insert
+from storage.repositories import MAKERS
+
+from taskx import RepositoryUnavailable
+from taskx.core import lifecycle
+from taskx.core.writes import NoteChange
+from taskx.liveness.base import PREFIX, Node
+from taskx.liveness.leases import Leases
+from taskx.liveness.locks import HostLocks
+from taskx.testing import ManualClock
+
+LEASE = 30.0
+
+
+class Broken:
+    """A way to the notes that can be cut."""
+
+    def __init__(self, store):
+        self._store = store
+        self.down = False
+
+    def _up(self):
+        if self.down:
+            raise RepositoryUnavailable("cut off")
+        return self._store
+
+    def apply(self, writes):
+        return self._up().apply(writes)
+
+    def notes(self, prefix):
+        return self._up().notes(prefix)
+
+    def put_notes(self, changes):
+        return self._up().put_notes(changes)
+
+    def within(self, seconds):
+        return nullcontext()
+
+
+class Host:
+    """A host of its own: its clock, its folder for locks, its connection."""
+
+    def __init__(self, store, folder):
+        self.clock = ManualClock()
+        self.connection = Broken(store)
+        self.folder = folder
+        self.restart()
+
+    def restart(self):
+        locks = HostLocks(str(self.folder))
+        self.leases = Leases(self.connection, LEASE, locks, self.clock.monotonic)
+
+    def alive(self, node):
+        return {seen.id: seen.alive for seen in self.leases.nodes()}.get(node)
+
+
+@pytest.fixture(params=["memory", "sqlite", "third", "mongomock", "mongo"])
+def store(request, tmp_path, clock):
+    """Any repository whose notes several hosts could share."""
+    with MAKERS[request.param](tmp_path, clock) as repository:
+        yield repository
+
+
+@pytest.fixture
+def clock():
+    return ManualClock()
+
+
+@pytest.fixture
+def host(store, tmp_path):
+    made = []
+
+    def host():
+        made.append(Host(store, tmp_path / f"host{len(made)}"))
+        return made[-1]
+
+    return host
+
+
+def note_of(store, node="n"):
+    return store.notes(PREFIX).get(PREFIX + node)
+
+
+def put(store, text, version, node="n"):
+    return store.put_notes([NoteChange(PREFIX + node, text, version)])[0]
+
+
+@pytest.fixture
+def silent(store):
+    """The note of a node on a host that is not seen from here, and how to have it beat."""
+    facts = {"name": "there", "types": [], "stopping": False, "host": "there", "lock": 7}
+    put(store, json.dumps(facts), 0)
+    at = note_of(store)
+
+    def beat():
+        nonlocal at
+        if not put(store, at.text, at.version):
+            return False
+        at = note_of(store)
+        return True
+
+    return beat
+
+
+def watch(host, seconds, every=0.5):
+    """Look for so long, as a housekeeper does; returns what was seen last."""
+    for _ in range(round(seconds / every)):
+        host.clock.advance(every)
+        seen = host.alive("n")
+    return seen
+
+
+class TestJudging:
+    def test_dead_after_a_whole_lease_without_a_beat(self, host, silent, store):
+        observer = host()
+        assert observer.alive("n") is True
+        assert watch(observer, LEASE - 0.5) is True
+        assert watch(observer, 0.5) is False
+        assert json.loads(note_of(store).text)["dead"] is True
+        assert not silent(), "no beat revives it"
+
+    def test_a_node_that_beats_is_never_dead(self, host, silent):
+        observer = host()
+        for _ in range(20):
+            assert watch(observer, LEASE - 1) is True
+            assert silent()
+
+    def test_a_server_that_was_away_ages_nobody(self, host, silent):
+        """Looks that failed, and gaps between looks, are not counted."""
+        observer = host()
+        watch(observer, 10)
+        observer.connection.down = True
+        for _ in range(100):
+            observer.clock.advance(0.5)
+            with pytest.raises(RepositoryUnavailable):
+                observer.alive("n")
+        observer.connection.down = False
+        assert watch(observer, LEASE - 11) is True
+        observer.clock.advance(1000)  # it slept
+        assert observer.alive("n") is True
+        assert watch(observer, 2) is False
+
+    def test_a_server_that_comes_and_goes_ages_nobody(self, host, silent):
+        """However close together: between two looks there was one that failed."""
+        observer = host()
+        for number in range(200):
+            observer.clock.advance(0.5)
+            observer.connection.down = number % 2 == 1
+            if observer.connection.down:
+                with pytest.raises(RepositoryUnavailable):
+                    observer.alive("n")
+            else:
+                assert observer.alive("n") is True
+
+    def test_observers_that_restart_often_get_there(self, host, silent):
+        """What was counted stands on the node's record."""
+        observer, spent = host(), 0.0
+        while watch(observer, 4) is True:
+            observer.restart()
+            spent += 4
+            assert spent < 3 * LEASE
+        assert spent >= LEASE - 4
+
+    def test_many_observers_do_not_count_twice(self, host, silent):
+        observers = [host() for _ in range(5)]
+        for _ in range(round((LEASE - 1) / 0.5)):
+            for observer in observers:
+                observer.clock.advance(0.5)
+                assert observer.alive("n") is True
+        assert any(watch(observer, 5) is False for observer in observers)
+
+    def test_a_beat_at_the_last_moment_is_a_life(self, host, silent, monkeypatch):
+        """Between the look and the mark: the mark is a compare-and-set."""
+        observer = host()
+        observer.alive("n")
+        watch(observer, LEASE - 0.5)
+        observer.clock.advance(0.5)
+        mark = observer.leases._mark_dead
+        monkeypatch.setattr(
+            observer.leases, "_mark_dead", lambda *unchanged: silent() and mark(*unchanged)
+        )
+        assert observer.alive("n") is True
+
+    @pytest.mark.parametrize("hours", [-1, 1])
+    def test_wall_clocks_mean_nothing(self, host, silent, hours):
+        observer = host()
+        observer.alive("n")
+        observer.clock._wall += hours * 3_600_000
+        assert watch(observer, LEASE - 0.5) is True
+        assert watch(observer, 0.5) is False
+
+    def test_one_that_is_dead_can_be_forgotten_and_no_other(self, host, silent, store):
+        observer = host()
+        observer.leases.leave("n")
+        assert note_of(store) is not None
+        assert not observer.leases.is_dead("n")
+        watch(observer, LEASE + 0.5)
+        assert observer.leases.is_dead("n")
+        observer.leases.leave("n")
+        assert store.notes(PREFIX) == {}, "nor is there a count of it"
+        assert observer.leases.is_dead("n")
+
+    def test_a_count_that_came_too_late_is_removed(self, host, silent, store):
+        """Its writer read the beat before the node left."""
+        observer = host()
+        watch(observer, 5)
+        assert put(store, None, note_of(store).version)
+        assert set(store.notes(PREFIX)) == {f"{PREFIX}n/still"}
+        assert observer.alive("n") is None
+        assert store.notes(PREFIX) == {}
+
+    def test_a_beat_is_one_write_however_many_look(self, host, monkeypatch, store):
+        """Nobody else writes the note of a node that lives."""
+        monkeypatch.setattr(Leases, "_run", lambda self: None)
+        ours, observers, puts = host(), [host() for _ in range(3)], []
+        ours.leases.join(Node(id="n", name="ours"))
+        ours.leases.beat("n")
+        sent = ours.connection.put_notes
+        monkeypatch.setattr(
+            ours.connection, "put_notes", lambda changes: puts.append(changes) or sent(changes)
+        )
+        for beats in range(1, 10):
+            for observer in observers:
+                assert watch(observer, 3) is True
+            ours.leases.beat("n")
+            assert len(puts) == beats
+        ours.leases.leave("n")
+
+
+@pytest.fixture
+def ours(host, monkeypatch):
+    """A host with a node that beats when it is told to."""
+    monkeypatch.setattr(Leases, "_run", lambda self: None)
+    made = host()
+    made.leases.join(Node(id="n", name="ours"))
+    made.told = []
+    made.leases.watch("n", lambda: made.told.append(made.clock.monotonic()))
+    yield made
+    made.connection.down = False
+    made.leases.leave("n")
+
+
+class TestBeingJudged:
+    def test_it_is_told_before_others_may_take_over(self, ours):
+        joined = ours.clock.monotonic()
+        ours.connection.down = True
+        for _ in range(round(LEASE)):
+            ours.clock.advance(1)
+            ours.leases.beat("n")
+        assert ours.told[0] - joined == pytest.approx(LEASE * 0.8, abs=1)
+        assert ours.leases.lost("n")
+
+    def test_an_acknowledged_beat_counts_from_when_it_was_sent(self, ours, monkeypatch):
+        sent = ours.connection.put_notes
+
+        def slow(changes):
+            done = sent(changes)
+            ours.clock.advance(10)
+            return done
+
+        ours.leases.beat("n")
+        monkeypatch.setattr(ours.connection, "put_notes", slow)
+        ours.leases.beat("n")
+        ours.clock.advance(LEASE * 0.8 - 10.5)
+        assert not ours.leases.lost("n")
+        ours.clock.advance(1)
+        assert ours.leases.lost("n")
+        monkeypatch.undo()
+
+    def test_it_is_told_though_that_cannot_be_logged(self, ours, monkeypatch):
+        """The thread that beats goes on, too: it is the only one."""
+        monkeypatch.setattr(logging, "raiseExceptions", False)
+        logger = logging.getLogger("taskx")
+        monkeypatch.setattr(logger, "filters", [lambda record: 1 / 0])
+        ours.connection.down = True
+        ours.clock.advance(LEASE * 0.8)
+        ours.leases.beat("n")
+        assert ours.told
+
+    def test_back_in_time_it_goes_on(self, ours):
+        ours.connection.down = True
+        ours.clock.advance(LEASE * 0.8)
+        ours.leases.beat("n")
+        assert ours.told
+        ours.connection.down = False
+        ours.leases.beat("n")
+        assert not ours.leases.lost("n")
+
+    def test_taken_for_dead_it_waits_until_it_is_forgotten(self, ours, host, store, monkeypatch):
+        """Or what it starts anew would be taken from it, too."""
+        other = host()
+        watch(other, LEASE + 1)
+        assert other.leases._mark_dead(f"{PREFIX}n", note_of(store))
+        ours.leases.beat("n")
+        assert ours.leases.lost("n")
+        ours.clock.advance(1000)
+        ours.leases.beat("n")
+        assert ours.leases.lost("n")
+        other.leases.leave("n")
+        ours.leases.beat("n")
+        assert not ours.leases.lost("n")
+        assert other.alive("n") is True
+
+    @pytest.mark.parametrize("answer", [RepositoryUnavailable("reset"), False])
+    def test_a_beat_whose_answer_was_lost_is_known_again(self, ours, monkeypatch, answer):
+        """As where the driver sends it twice, and the second one is refused."""
+        sent, lost = ours.connection.put_notes, [True]
+
+        def put_notes(changes):
+            done = sent(changes)
+            if not lost:
+                return done
+            lost.clear()
+            if answer:
+                raise answer
+            return [answer]
+
+        monkeypatch.setattr(ours.connection, "put_notes", put_notes)
+        for _ in range(2):
+            ours.clock.advance(LEASE * 0.7)
+            ours.leases.beat("n")
+            ours.leases.beat("n")
+            assert not ours.leases.lost("n")
+
+    def test_it_joins_though_its_note_is_sent_twice(self, host, monkeypatch, store):
+        monkeypatch.setattr(Leases, "_run", lambda self: None)
+        ours = host()
+        sent, twice = ours.connection.put_notes, [True]
+
+        def put_notes(changes):
+            if twice and twice.pop():
+                sent(changes)
+            return sent(changes)
+
+        monkeypatch.setattr(ours.connection, "put_notes", put_notes)
+        ours.leases.join(Node(id="n", name="ours"))
+        assert not ours.leases.lost("n")
+        ours.leases.leave("n")
+        assert store.notes(PREFIX) == {}
+
+    def test_what_it_says_of_itself_outlives_its_record(self, ours, host, store):
+        ours.leases.record_types("n", ["t"])
+        assert put(store, None, note_of(store).version)
+        ours.leases.mark_stopping("n")
+        [node] = host().leases.nodes()
+        assert (node.types, node.stopping) == (("t",), True)
+
+    def test_a_beat_under_way_does_not_record_it_again_when_it_has_left(self, ours, store):
+        own = ours.leases._own["n"]
+        ours.leases.leave("n")
+        ours.leases.beat("n", own)
+        assert store.notes(PREFIX) == {}
+
+    @pytest.mark.parametrize("store", ["memory", "mongomock"], indirect=True)
+    def test_whatever_the_network_does_it_is_told_first(self, store, tmp_path, monkeypatch):
+        """Random outages, random looks: the mark never comes before the word."""
+        monkeypatch.setattr(Leases, "_run", lambda self: None)
+        for seed in range(30):
+            chance = random.Random(seed)
+            clock = ManualClock()
+            here, there = (Host(store, tmp_path / name) for name in ("here", "there"))
+            for one in (here, there):
+                one.clock = clock
+                one.restart()
+            node, told = f"n{seed}", []
+            here.leases.join(Node(id=node, name="n"))
+            here.leases.watch(node, lambda told=told: told.append(True))
+            marked = 0
+            for _ in range(400):
+                clock.advance(0.5)
+                here.connection.down = chance.random() < 0.97
+                there.connection.down = chance.random() < 0.1
+                told.clear()
+                here.leases.beat(node)
+                if not there.connection.down and there.alive(node) is False:
+                    assert told, f"seed {seed}: taken for dead without a word"
+                    marked += 1
+                    there.leases.leave(node)
+            here.connection.down = False
+            here.leases.leave(node)
+            for name, note in store.notes(PREFIX).items():
+                store.put_notes([NoteChange(name, None, note.version)])
+            if seed == 0:
+                assert marked
+
+
+class TestStarting:
+    def test_without_a_lease_nothing_is_started_or_taken(self, ours, store):
+        """The rest of the batch is written."""
+        apply = ours.leases.apply
+        apply([insert("a"), insert("b")])
+        start = lifecycle.start(store.get_by_id("a"), 1, "n")
+        ours.clock.advance(LEASE)
+        writes = [start, insert("c"), lifecycle.take("b", "n"), lifecycle.take("b", "other")]
+        assert apply(writes) == [False, True, False, True]
+        ours.leases.beat("n")
+        assert apply([start]) == [True]
+
+
+class TestBeating:
+    def test_a_node_does_not_join_without_a_heartbeat_thread(self, host, monkeypatch):
+        """The next one to join has one started."""
+        left, start = [1], threading.Thread.start
+
+        def refuse_first(thread):
+            if left:
+                left.clear()
+                raise RuntimeError("can't start new thread")
+            start(thread)
+
+        monkeypatch.setattr(threading.Thread, "start", refuse_first)
+        made = host()
+        with pytest.raises(RuntimeError):
+            made.leases.join(Node(id="first", name="ours"))
+        assert made.leases.nodes() == []
+        beaten = threading.Event()
+        monkeypatch.setattr(Leases, "beat", lambda *args: beaten.set())
+        made.leases.join(Node(id="second", name="ours"))
+        assert beaten.wait(20)
+        made.leases.leave("second")
+
+    def test_a_heartbeat_goes_on_after_an_error(self, host, monkeypatch, caplog):
+        made, beaten, left = host(), threading.Event(), [SystemExit("a defect")]
+
+        def beat(self, node, own):
+            made.clock.advance(LEASE)  # the next one is due
+            if left:
+                raise left.pop()
+            beaten.set()
+
+        monkeypatch.setattr(Leases, "beat", beat)
+        made.leases.join(Node(id="n", name="ours"))
+        assert beaten.wait(20)
+        made.leases.leave("n")
+        assert "node n stumbled at its beat; it goes on" in caplog.text
+
+
+NODE = """
+import sys
+from taskx.liveness.locks import HostLocks
+print(*HostLocks(sys.argv[1]).hold("n"), flush=True)
+sys.stdin.readline()
+"""
+
+
+@pytest.mark.process
+class TestOnOneHost:
+    """The kernel tells, at once."""
+
+    @pytest.fixture
+    def process(self, tmp_path):
+        child = subprocess.Popen(
+            [sys.executable, "-c", NODE, str(tmp_path / "run")],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        *host, inode = child.stdout.readline().split()
+        yield child, " ".join(host), int(inode)
+        child.kill()
+        child.communicate()
+
+    def test_alive_until_its_process_dies(self, process, tmp_path):
+        child, host, inode = process
+        locks = HostLocks(str(tmp_path / "run"))
+        assert locks.alive("n", host, inode) is True
+        child.send_signal(signal.SIGSTOP)
+        assert locks.alive("n", host, inode) is True
+        child.kill()
+        child.wait(20)
+        assert locks.alive("n", host, inode) is False
+
+    @pytest.mark.parametrize("what", ["folder", "machine", "file", "nothing", "no lock"])
+    def test_where_it_cannot_be_seen_nothing_is_said(self, process, tmp_path, what):
+        """Another container with the same host name, another machine, a file that was cleared away."""
+        child, host, inode = process
+        child.kill()
+        child.wait(20)
+        folder = tmp_path / ("elsewhere" if what == "folder" else "run")
+        if what == "machine":
+            host = "another-boot " + " ".join(host.split()[1:])
+        elif what == "file":
+            inode += 1
+        elif what == "nothing":
+            (tmp_path / "run" / "nodes" / "n.lock").unlink()
+        elif what == "no lock":
+            host, inode = "", 0
+        assert HostLocks(str(folder)).alive("n", host, inode) is None
+
+    def test_dead_at_once_for_who_shares_the_host(self, process, store, tmp_path):
+        child, host, inode = process
+        facts = {"name": "n", "types": [], "stopping": True, "host": host, "lock": inode}
+        put(store, json.dumps(facts), 0)
+        near, far = (
+            Leases(store, LEASE, HostLocks(str(tmp_path / name)), ManualClock().monotonic)
+            for name in ("run", "far")
+        )
+        assert [node.alive for node in (*near.nodes(), *far.nodes())] == [True, True]
+        child.kill()
+        child.wait(20)
+        assert [node.alive for node in far.nodes()] == [True]
+        assert [(node.alive, node.stopping) for node in near.nodes()] == [(False, True)]
+        assert [node.alive for node in far.nodes()] == [False]
+
+    def test_a_folder_of_another_user_is_not_trusted(self, monkeypatch, tmp_path):
+        monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+        locks = HostLocks(None)
+        assert locks.hold("n")[1] != 0
+        locks.release("n")
+        [folder] = tmp_path.iterdir()
+        folder.chmod(0o777)
+        assert HostLocks(None).hold("n") == ("", 0)

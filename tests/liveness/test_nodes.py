@@ -1,0 +1,54 @@
+"""Nodes on every repository."""
+
+from __future__ import annotations
+
+import attrs
+import pytest
+from storage.repositories import MAKERS
+
+from taskx.liveness.base import Node
+from taskx.testing import ManualClock
+
+KINDS = [*MAKERS]
+
+
+@pytest.fixture(params=KINDS)
+def liveness(request, tmp_path):
+    with MAKERS[request.param](tmp_path, ManualClock()) as repository:
+        yield repository.liveness
+
+
+def test_joined_until_it_leaves(liveness):
+    node = Node(id="n1", name="host process 1", types=("t", "u"))
+    liveness.join(node)
+    assert liveness.at_work
+    assert list(liveness.nodes()) == [attrs.evolve(node, alive=True)]
+    liveness.leave("n1")
+    assert list(liveness.nodes()) == []
+    assert not liveness.at_work
+    liveness.leave("n1")
+
+
+def test_types_are_recorded(liveness):
+    liveness.join(Node(id="n1", name="one", types=("t",)))
+    liveness.record_types("n1", ["t", "u"])
+    liveness.record_types("unknown", ["t"])
+    assert [node.types for node in liveness.nodes()] == [("t", "u")]
+    liveness.leave("n1")
+
+
+@pytest.mark.parametrize(
+    "liveness",
+    [kind for kind in KINDS if kind.startswith(("sqlite", "mongo", "third"))],
+    indirect=True,
+)
+def test_stopping_is_recorded(liveness):
+    """Where a node can outlive its process."""
+    for node in ("n1", "n10"):
+        liveness.join(Node(id=node, name="one"))
+    liveness.mark_stopping("n1")
+    liveness.mark_stopping("unknown")
+    assert {node.id: node.stopping for node in liveness.nodes()} == {"n1": True, "n10": False}
+    liveness.leave("n1")
+    assert [node.id for node in liveness.nodes()] == ["n10"]
+    liveness.leave("n10")

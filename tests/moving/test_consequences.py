@@ -1,0 +1,441 @@
+"""Whatever moves a task, those hear of it who must, and nobody else."""
+
+from __future__ import annotations
+
+import ast
+import itertools
+import logging
+import threading
+from collections import defaultdict
+from datetime import datetime, timedelta, timezone
+from pathlib import Path
+
+import pytest
+from helpers import PATIENCE, eventually, pool_of, services_of
+
+import taskx
+from taskx import Hook, Retry, Snooze
+from taskx.common.agenda import Agenda
+from taskx.common.hooks import Hooks
+from taskx.core import lifecycle
+from taskx.core.errors import CancelReason
+from taskx.core.log import GuardedLogger
+from taskx.executing.failures import ChildDied
+from taskx.moving.consequences import FOLLOWS, NOTHING, Consequences
+from taskx.ordering.dependents import Dependents
+from taskx.ordering.turns import Turns
+from taskx.running.buffer import Buffer
+from taskx.running.pool import WorkerPool
+from taskx.running.starter import Starter
+
+PACKAGE = Path(taskx.__file__).parent
+PENDING, RUNNING, COMPLETED = "pending", "running", "completed"
+FAILED, CANCELLED = "failed", "cancelled"
+
+ENDED = {"hook finished", "dependents", "turns", "handles"}
+OVER = {"limits", "log"}
+#: Who hears of each move.
+HEARD = {
+    ("create", None): {"hook submitted", "waiting", "turns", "due"},
+    ("start", RUNNING): set(),
+    ("progress", None): {"hook progressed"},
+    ("checkpoint", None): set(),
+    ("complete", COMPLETED): ENDED | OVER,
+    ("fail", FAILED): {"hook stuck"} | ENDED | OVER,  # some whose thread runs on
+    ("retry", PENDING): {"hook stuck", "hook retried", "buffer", "due"} | OVER,
+    ("snooze", PENDING): {"hook snoozed", "due"} | OVER,
+    ("interrupt", PENDING): {"hook interrupted", "more"} | OVER,
+    ("hand back", PENDING): set(),
+    ("cancelled", CANCELLED): ENDED | OVER,
+    ("crash", PENDING): {"hook rescued", "buffer"} | OVER,
+    ("crash", FAILED): {"hook rescued"} | ENDED | OVER,
+    ("crash", CANCELLED): {"hook rescued"} | ENDED | OVER,
+    ("rescue", PENDING): {"hook rescued", "more", "log"},
+    ("rescue", FAILED): {"hook rescued", "log"} | ENDED,
+    ("rescue", CANCELLED): {"hook rescued", "log"} | ENDED,
+    ("cancel", CANCELLED): {"out of the buffer"} | ENDED,
+    ("request cancel", None): {"token"},
+    ("orphan", CANCELLED): {"log"} | ENDED - {"turns"},
+    ("orphan", FAILED): {"log"} | ENDED - {"turns"},
+    ("parents moved", None): {"waiting", "turns", "more"},
+    ("give turn", None): {"more", "due"},
+    ("release", None): {"more"},
+    ("lift bar", None): {"more", "turns"},
+    ("requeue", PENDING): {"hook requeued", "more", "turns"},
+    ("replace", None): {"out of the buffer", "more"},
+    ("take", None): set(),
+    ("give up", None): set(),
+    ("free key", None): set(),
+    ("delete", None): {"out of the buffer"} | ENDED - {"hook finished"},
+    ("prune", None): set(),
+    ("discard", None): set(),
+}
+
+
+def key(write):
+    return write.move, write.changes.get("status")
+
+
+def test_each_move_has_a_row():
+    assert {(move.name, move.target) for move in lifecycle.MOVES} <= FOLLOWS.keys()
+    assert HEARD.keys() == FOLLOWS.keys()
+    for (_, status), follows in FOLLOWS.items():
+        assert follows.ends or status not in lifecycle.FINISHED
+
+
+def calls(path, *names):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Call) and getattr(node.func, "id", "") in names:
+            yield node
+
+
+def test_each_write_of_the_core_names_a_move_that_has_a_row():
+    named = {name for name, _ in FOLLOWS} | {"by hand"}
+    found = set()
+    for path in (PACKAGE / "core").glob("*.py"):
+        for call in calls(path, "Update", "Delete"):
+            given = [word.value for word in call.keywords if word.arg == "move"]
+            most = 5 if call.func.id == "Update" else 4
+            [move] = given or call.args[most - 1 : most]
+            found.add(move.value if isinstance(move, ast.Constant) else "retry")
+    assert found <= named
+    for path in PACKAGE.rglob("*.py"):
+        if path.parent.name not in ("core", "testing"):
+            assert not [*calls(path, "Update", "Delete")], path
+
+
+#: Who may call those that hear of moves; and who may commit writes without what follows: of starts and of
+#: pending tasks that change hands nothing does, and who stores new tasks says so afterwards.
+TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.look_at", "hooks.tell")
+COMMITS = {
+    "moving/consequences.py": "commit",
+    "executing/checkpoints.py": "commit",
+    "running/pool.py": "commit defer",
+    "running/starter.py": "commit",
+    "schedules/stored.py": "commit",
+    "submitting/intake.py": "commit commit_whole commit_soon",
+    "upkeep/housekeeper.py": "commit",
+    "upkeep/recovery.py": "commit",
+}
+
+
+def test_nobody_goes_round_the_table():
+    commits = defaultdict(set)
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).as_posix()
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Attribute):
+                continue
+            of = ast.unparse(node.value)
+            if f"{of}.{node.attr}".endswith(TOLD):  # of the queue itself, hooks hear by itself
+                assert name in ("moving/consequences.py", "upkeep/lifetime.py")
+            if of.endswith("ledger") and node.attr.startswith(("commit", "defer")):
+                commits[name].add(node.attr)
+    assert {name: " ".join(sorted(found)) for name, found in commits.items()} == {
+        name: " ".join(sorted(found.split())) for name, found in COMMITS.items()
+    }
+
+
+class Ears:
+    """Notes who hears of something while what follows from a move is done, by the move."""
+
+    def __init__(self, monkeypatch):
+        self.heard = defaultdict(set)
+        self.followed = {}
+        self.applied = {}
+        self._local = threading.local()
+        self._patch = monkeypatch.setattr
+        follow, created = Consequences.follow, Consequences.created
+
+        def follows(consequences, writes, *args, **options):
+            self.followed.update((id(write), write) for write in writes)
+            keys = {key(write) for write in writes}
+            move = keys.pop() if len(keys) == 1 else None  # else who hears of which?
+            self._during(move, follow, consequences, writes, *args, **options)
+
+        def creates(consequences, inserts):
+            self.followed.update((id(insert), insert) for insert in inserts)
+            self._during(("create", None), created, consequences, inserts)
+
+        self._patch(Consequences, "follow", follows)
+        self._patch(Consequences, "created", creates)
+        self.listen(Dependents, "parent_ended", "dependents")
+        self.listen(Dependents, "waits", "waiting")
+        self.listen(Turns, "advance", "turns")
+        self.listen(Turns, "look_soon", "turns")
+        self.listen(Agenda, "look_for_more", "more")
+        self.listen(Agenda, "look_for_due", "due")
+        self.listen(Starter, "strike", "limits")
+        self.listen(Starter, "rebuffer", "buffer")
+        self.listen(Buffer, "discard", "out of the buffer")
+        self.listen(WorkerPool, "fire", "token")
+        self.listen(GuardedLogger, "log", "log")
+        self.listen_to_hooks()
+
+    def _during(self, move, call, *args, **options):
+        outer = getattr(self._local, "move", None)
+        self._local.move = move
+        try:
+            call(*args, **options)
+        finally:
+            self._local.move = outer
+
+    def hear(self, name):
+        if (move := getattr(self._local, "move", None)) is not None:
+            self.heard[move].add(name)
+
+    def listen(self, owner, method, name):
+        """Note that a method is called."""
+        call = getattr(owner, method)
+
+        def heard(*args, **options):
+            if name != "turns" or method != "advance" or (args := (args[0], [*args[1]]))[1]:
+                self.hear(name)
+            return call(*args, **options)
+
+        self._patch(owner, method, heard)
+
+    def listen_to_hooks(self):
+        tell = Hooks.tell
+
+        def heard(hooks, listeners, *args):
+            self.hear(f"hook {listeners[0][0].rpartition('.')[2]}")
+            tell(hooks, listeners, *args)
+
+        self._patch(Hooks, "tell", heard)
+
+    def watch(self, repository):
+        """Note what is applied, but by ``elsewhere``: as if another process had."""
+        self.elsewhere = apply = repository.apply
+
+        def applied(writes, **options):
+            results = apply(writes, **options)
+            for write, held in zip(writes, results, strict=True):
+                if held:
+                    self.applied[id(write)] = write
+            return results
+
+        self._patch(repository, "apply", applied)
+
+
+class Everybody:
+    """A stand-in for the watcher, and for what it watches: somebody waits for each task."""
+
+    def __init__(self, ears):
+        self._ears = ears
+        self.watched = self
+
+    def __contains__(self, task_id):
+        return True
+
+    def look_at(self, task_id):
+        self._ears.hear("handles")
+
+
+class Listener(Hook):
+    """Overrides every event."""
+
+
+for event in [name for name in vars(Hook) if not name.startswith("_")]:
+    setattr(Listener, event, lambda self, *args: None)
+
+
+@pytest.fixture
+def ears(monkeypatch, caplog):
+    caplog.set_level(logging.DEBUG, "taskx")
+    return Ears(monkeypatch)
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_exactly_those_hear_of_a_move_who_must(ears, make_queue, repository, gate, monkeypatch):
+    ears.watch(repository)
+    queue = make_queue(worker_num=2, hooks=[Listener()])
+    monkeypatch.setattr(services_of(queue).consequences, "_watcher", Everybody(ears))
+    Life(queue, ears, gate, make_queue).live()
+    assert {key(write) for write in ears.applied.values()} == FOLLOWS.keys()
+    for write_id, write in ears.applied.items():
+        assert FOLLOWS[key(write)] == NOTHING or write_id in ears.followed, write
+    assert {move: ears.heard.get(move, set()) for move in FOLLOWS} == HEARD
+
+
+class Life:
+    """Has a queue make every move that there is; most tasks have a concurrency key of their own."""
+
+    def __init__(self, queue, ears, gate, make_queue):
+        self.queue, self.ears, self.gate, self.make_queue = queue, ears, gate, make_queue
+        self.repository = queue.repository
+        self.tries = defaultdict(int)
+        self.keys = itertools.count()
+        self.asked = threading.Semaphore(0)
+        queue.declare("remote")
+        for name, options in {
+            "fine": {},
+            "wrong": {},
+            "again": {"max_attempts": 3},
+            "nap": {},
+            "died": {},
+            "heeds": {},
+            "tells": {},
+            "hangs": {"grace": 0.01, "timeout": 0.05, "max_attempts": 2},
+        }.items():
+            queue.executor(name, **options)(getattr(self, f"_{name}"))
+
+    def live(self):
+        self.submit("remote", id="awaited")
+        self.submit("remote", depends_on=["awaited"])  # so that ends are told
+        self.queue.start()
+        for part in (
+            self.ends,
+            self.waits,
+            self.cancels,
+            self.dies,
+            self.hands,
+            self.keeps,
+            self.goes,
+        ):
+            part()
+
+    def submit(self, type, own=True, **options):
+        if own:
+            options["concurrency_key"] = f"its own {next(self.keys)}"
+        return self.queue.submit(type, {}, **options).id
+
+    def until(self, status, task_id):
+        eventually(lambda: self.repository.statuses([task_id]).get(task_id) == status)
+        return task_id
+
+    def ends(self):
+        for own in (True, False):
+            self.until(COMPLETED, self.submit("fine", own))
+            self.until(FAILED, self.submit("wrong", own))
+            self.until(COMPLETED, self.submit("again", own))
+            self.until(COMPLETED, self.submit("nap", own))
+            self.until(COMPLETED, self.submit("fine", own, delay=0.05))
+        self.until(COMPLETED, self.submit("tells"))
+
+    def waits(self):
+        parents = ["one", "another"]
+        first = lifecycle.unfinished_parent(parents, dict.fromkeys(parents, PENDING))
+        parents.sort(key=[first].count)
+        for parent, seconds in zip(parents, (0.3, 0.1), strict=True):
+            self.submit("fine", id=parent, delay=seconds)
+        for own in (True, False):
+            last = self.submit("fine", own, depends_on=parents)
+        self.until(COMPLETED, last)
+        for policy, status in (("cancel", CANCELLED), ("fail", FAILED)):
+            parent = self.submit("remote")
+            child = self.submit("remote", depends_on=[parent], on_parent_failure=policy)
+            self.queue.cancel_task(parent)
+            self.until(status, child)
+
+    def cancels(self):
+        running = self.submit("heeds")
+        assert self.asked.acquire(timeout=PATIENCE)
+        self.queue.cancel_task(running)
+        self.until(CANCELLED, running)
+        for own in (True, False):
+            interrupted = self.submit("heeds", own)
+            assert self.asked.acquire(timeout=PATIENCE)
+            pool_of(self.queue).runs[interrupted].token.fire(CancelReason.STOP)
+            assert self.asked.acquire(timeout=PATIENCE)  # it runs again
+            self.queue.cancel_task(interrupted)
+            self.until(CANCELLED, interrupted)
+
+    def dies(self):
+        self.until(COMPLETED, self.submit("died", id="once"))
+        self.until(FAILED, self.submit("died", max_crashes=1))
+        self.until(CANCELLED, self.submit("died", id="unheard"))
+        for status, options in ((PENDING, {}), (FAILED, {"max_crashes": 1}), (CANCELLED, {})):
+            task = self.repository.get_by_id(self.submit("remote", **options))
+            self.ears.elsewhere([lifecycle.start(task, 1, "a dead node")])
+            if status == CANCELLED:
+                self.ears.elsewhere(lifecycle.cancel(task.id, 1)[-1:])
+            self.until(status, task.id)
+        for own in (True, False):
+            stuck = self.submit("hangs", own)
+            self.gate.wait_for()
+            eventually(lambda stuck=stuck: self.repository.get_by_id(stuck).errors)
+            self.gate.open()
+            self.until(COMPLETED, stuck)
+            self.gate.close()
+        stuck = self.submit("hangs", max_attempts=1)
+        self.until(FAILED, stuck)
+        self.gate.open()
+        eventually(lambda: not self.repository.get_by_id(stuck).stuck_on)
+
+    def hands(self):
+        pool = pool_of(self.queue)
+        task = self.repository.get_by_id(self.submit("heeds", False))
+        assert self.asked.acquire(timeout=PATIENCE)
+        other = self.submit("heeds", False)
+        assert self.asked.acquire(timeout=PATIENCE)  # all workers are at work
+        waiting = self.submit("fine", False)
+        runs = pool.starter.start(pool.buffer.take(1))
+        pool.buffer.started()
+        pool.starter.hand_back(runs, rebuffer=True)
+        self.queue.pause("fine")
+        for running in (task.id, other):
+            self.queue.cancel_task(running)
+        self.queue.resume("fine")
+        self.until(COMPLETED, waiting)
+        self.make_queue().start()  # with nothing that it could run
+        web = self.make_queue()
+        web.declare("fine")
+        self.until(COMPLETED, web.submit("fine").id)
+
+    def keeps(self):
+        unique = {"unique_key": "one", "own": False}
+        held = self.submit("remote", **unique)
+        assert self.submit("remote", on_conflict="replace", **unique) == held
+        short = {"unique_key": "short", "unique_scope": 0.001, "on_conflict": "return"}
+        first = self.submit("remote", **short)
+        eventually(lambda: self.submit("remote", **short) != first)
+
+    def goes(self):
+        for own in (True, False):
+            again = self.until(FAILED, self.submit("wrong", own))
+            self.queue.requeue(again)
+            eventually(lambda again=again: self.repository.get_by_id(again).starts == 2)
+            self.until(FAILED, again)
+        self.queue.delete(self.submit("remote"))
+        assert self.queue.discard_dead_letters()
+        assert self.queue.prune(datetime.now(timezone.utc) + timedelta(days=1))
+
+    # --- executors
+
+    def _fine(self):
+        pass
+
+    def _wrong(self):
+        raise ValueError("wrong")
+
+    def _again(self, ctx):
+        self.tries[ctx.task.id] += 1
+        if self.tries[ctx.task.id] < 3:
+            raise Retry(delay=0.01 * (self.tries[ctx.task.id] - 1))
+
+    def _nap(self, ctx):
+        self.tries[ctx.task.id] += 1
+        if self.tries[ctx.task.id] == 1:
+            raise Snooze(0.01)
+
+    def _died(self, ctx):
+        self.tries[ctx.task.id] += 1
+        if ctx.task.id == "unheard":  # of a cancel that another process has asked for
+            self.ears.elsewhere(lifecycle.cancel(ctx.task.id, 1)[-1:])
+        if ctx.task.id != "once" or self.tries[ctx.task.id] == 1:
+            raise ChildDied("killed", "")
+
+    def _heeds(self, ctx):
+        self.asked.release()
+        assert ctx.token.wait(PATIENCE)
+        ctx.token.raise_if_cancelled()
+
+    def _tells(self, ctx):
+        ctx.cursor = 1
+        ctx.progress(50, "half")
+        eventually(lambda: self.ears.heard["progress", None])
+
+    def _hangs(self, ctx):
+        if not ctx.task.errors:
+            self.gate()

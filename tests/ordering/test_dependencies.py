@@ -1,0 +1,909 @@
+"""Tasks that depend on others: they wait, and go with what becomes of those."""
+
+from __future__ import annotations
+
+import logging
+import math
+from itertools import pairwise
+
+import pytest
+from helpers import (
+    PATIENCE,
+    earliest_due,
+    eventually,
+    housekeeper_of,
+    ids,
+    node_of,
+    pool_of,
+    run_in_thread,
+    services_of,
+    whole_round,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from storage.repositories import TinyRepository
+
+from taskx import (
+    ConfigurationError,
+    MemoryRepository,
+    MongoRepository,
+    PayloadError,
+    Queue,
+    RepositoryUnavailable,
+    Task,
+    TaskFilter,
+    TaskNotFound,
+    TaskStatus,
+    chain,
+    open_repository,
+)
+from taskx.core import lifecycle
+from taskx.core.writes import Update
+from taskx.ordering import dependents
+from taskx.testing import ManualClock
+
+pytestmark = pytest.mark.every_store
+
+NEVER = float("inf")
+
+
+@pytest.fixture
+def started(queue, gate):
+    """A queue that runs ``fine``, which gives its number back, ``bad``, and ``hold``, which waits."""
+    queue.ran = []
+
+    @queue.executor("fine")
+    def fine(ctx, n=0):
+        queue.ran.append(n)
+        return [n, *(parent.result for parent in ctx.parents)]
+
+    @queue.executor("bad")
+    def bad(ctx):
+        raise ValueError("bad")
+
+    @queue.executor("hold")
+    def hold(ctx, n=0):
+        gate()
+        ctx.token.raise_if_cancelled()
+        return n
+
+    queue.start()
+    return queue
+
+
+@pytest.fixture
+def events_alone(repository, look_every):
+    """Nothing is found by a slow look, or because somebody else changed something."""
+    look_every(audit=NEVER)
+    repository.version = lambda: 0
+
+
+def end_by_hand(repository, task_id, status=TaskStatus.COMPLETED):
+    """Have a task run and end so, behind the back of all queues."""
+    repository.update_status(task_id, TaskStatus.RUNNING)
+    repository.update_status(task_id, status)
+
+
+def unreleased(make_queue):
+    """A parent that has completed, and its child, of which no queue was told that it may start."""
+    submitter = make_queue()
+    submitter.declare("fine")
+    parent = submitter.submit("fine")
+    child = submitter.submit("fine", depends_on=[parent])
+    end_by_hand(submitter.repository, parent.id)
+    return parent, child
+
+
+def start_fine(make_queue):
+    """Another queue that runs ``fine``."""
+    queue = make_queue()
+    queue.executor("fine")(lambda: None)
+    queue.start()
+    return queue
+
+
+@pytest.mark.usefixtures("events_alone")
+class TestReleased:
+    def test_when_all_parents_have_completed(self, started, gate):
+        parents = [started.submit("hold", {"n": n}) for n in (1, 2)]
+        child = started.submit("fine", depends_on=parents)
+        gate.wait_for(2)
+        assert (child.task().status, started.ran) == (TaskStatus.PENDING, [])
+        assert child.task().depends_on == [parent.id for parent in parents]
+        gate.open()
+        assert child.result(PATIENCE) == [0, 1, 2]
+
+    def test_one_after_the_other(self, started, gate):
+        first = last = started.submit("hold")
+        for n in range(1, 10):
+            last = started.submit("fine", {"n": n}, depends_on=[last])
+        gate.open()
+        assert last.result(PATIENCE)[0] == 9
+        assert started.ran == list(range(1, 10))
+        assert first.done()
+
+    def test_parents_that_have_completed_are_not_waited_for(self, started):
+        parent = started.submit("fine", {"n": 1})
+        parent.result(PATIENCE)
+        assert started.submit("fine", depends_on=[parent.id]).result(PATIENCE) == [0, [1]]
+
+    def test_then_its_own_time_is_waited_for(self, make_queue, gate):
+        clock = ManualClock()
+        queue = make_queue(clock=clock)
+        queue.executor("fine")(lambda: None)
+        queue.start()
+        parent = queue.submit("fine", delay=1)
+        child = queue.submit("fine", depends_on=[parent], delay=10)
+        clock.advance(1)
+        parent.result(PATIENCE)
+        eventually(lambda: earliest_due(queue.repository) is not None)
+        assert child.task().status is TaskStatus.PENDING
+        clock.advance(9)
+        child.result(PATIENCE)
+
+    def test_drain_waits_for_those_whose_parents_run(self, started, gate):
+        last = started.submit("hold")
+        for n in range(30):
+            last = started.submit("fine", {"n": n}, depends_on=[last])
+        gate.open()
+        assert started.drain(PATIENCE)
+        assert last.task().status is TaskStatus.COMPLETED
+
+    def test_a_waiting_one_takes_no_room_in_the_buffer(self, make_queue, gate):
+        queue = make_queue(worker_num=1, buffer_size=1)
+        queue.executor("hold")(lambda: gate())
+        queue.start()
+        parent = queue.submit("hold")
+        gate.wait_for(1)
+        children = [queue.submit("hold", depends_on=[parent]) for _ in range(5)]
+        queue.submit("hold")
+        gate.open()
+        for child in children:
+            child.result(PATIENCE)
+
+    def test_a_thousand_children_of_one_and_one_child_of_a_thousand(self, started, gate):
+        many = 100 if isinstance(started.repository, MongoRepository) else 1000  # a slow mock
+        root = started.submit("hold")
+        tasks = [
+            Task(id=f"t{n}", type="fine", params={"n": n}, depends_on=[root.id])
+            for n in range(many)
+        ]
+        join = Task(id="join", type="fine", depends_on=[task.id for task in tasks])
+        handles = started.submit_many([*tasks, join])
+        gate.open()
+        result = handles[-1].result(3 * PATIENCE)
+        assert [value[0] for value in result[1:]] == list(range(many))
+
+
+@pytest.mark.usefixtures("events_alone")
+class TestParentFails:
+    @pytest.fixture(params=["failed", "cancelled", "deleted"])
+    def doomed(self, request, started):
+        """A parent that will not complete, and a function that has it end so."""
+        parent = started.submit("bad", delay=3600)
+
+        def end():
+            if request.param == "deleted":
+                started.delete(parent.id)
+            elif request.param == "cancelled":
+                parent.cancel()
+            else:
+                task = started.get_task_status(parent.id)
+                end_by_hand(started.repository, task.id, TaskStatus.FAILED)
+                services_of(started).dependents.parent_ended(task.id)
+            return {"failed": "failed", "cancelled": "was cancelled", "deleted": "is gone"}[
+                request.param
+            ]
+
+        return parent, end
+
+    def test_its_children_are_cancelled_and_theirs(self, started, doomed):
+        parent, end = doomed
+        child = started.submit("fine", depends_on=[parent])
+        grandchild = started.submit("fine", depends_on=[child], on_parent_failure="cancel")
+        how = end()
+        eventually(grandchild.cancelled)
+        assert child.task().error == f"its parent {parent.id} {how}"
+        assert grandchild.task().error == f"its parent {child.id} was cancelled"
+        assert started.ran == []
+        assert child.task().completed_at is not None
+
+    def test_or_they_fail(self, started, doomed):
+        parent, end = doomed
+        child = started.submit("fine", depends_on=[parent], on_parent_failure="fail")
+        end()
+        assert f"its parent {parent.id}" in str(child.exception(PATIENCE))
+        assert (child.task().dead_letter, child.task().starts) == (True, 0)
+
+    def test_or_they_run(self, started, doomed):
+        parent, end = doomed
+        started.executor("alone")(lambda: "ran")
+        child = started.submit("alone", depends_on=[parent], on_parent_failure="run")
+        end()
+        assert child.result(PATIENCE) == "ran"
+
+    def test_they_give_their_keys_up(self, started, doomed):
+        parent, end = doomed
+        child = started.submit("fine", depends_on=[parent], unique_key="k", unique_scope="ever")
+        end()
+        eventually(child.cancelled)
+        assert started.repository.find("unique_lock", ["k"], ("id",)) == []
+
+    def test_one_that_is_handed_back_and_was_to_be_cancelled(self, started):
+        """It was started ahead; a cancel came before a worker took it."""
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        repository, starter = started.repository, pool_of(started).starter
+        repository.update_status(parent.id, TaskStatus.RUNNING)
+        run = starter._make_run(parent.task())
+        starter.runs[parent.id] = run
+        repository.apply(lifecycle.cancel(parent.id, 1))
+        starter.hand_back([run], rebuffer=False)
+        assert parent.task().status is TaskStatus.CANCELLED
+        eventually(child.cancelled)
+
+    def test_it_is_decided_when_all_parents_have_ended(self, started, doomed, gate):
+        parent, end = doomed
+        other = started.submit("hold")
+        child = started.submit("fine", depends_on=[other, parent])
+        end()
+        gate.wait_for(1)
+        eventually(lambda: started.repository.distinct("waiting_on", "", 10) == [other.id])
+        assert child.task().status is TaskStatus.PENDING
+        gate.open()
+        eventually(child.cancelled)
+
+    def test_one_that_failed_before_counts_too(self, started):
+        parent = started.submit("bad")
+        assert parent.exception(PATIENCE)
+        child = started.submit("fine", depends_on=[parent])
+        eventually(child.cancelled)
+
+    def test_a_retry_is_no_failure(self, started):
+        @started.executor("second", max_attempts=2)
+        def second(ctx):
+            if ctx.task.attempt == 1:
+                raise ValueError("first")
+            return "second"
+
+        child = started.submit("fine", depends_on=[started.submit("second")])
+        assert child.result(PATIENCE) == [0, "second"]
+
+
+@pytest.mark.usefixtures("events_alone")
+class TestRequeue:
+    def test_of_parent_and_child_they_run_in_order(self, started, gate):
+        parent = started.submit("hold")
+        child = started.submit("fine", depends_on=[parent])
+        gate.wait_for(1)
+        parent.cancel()
+        gate.open()
+        eventually(child.cancelled)
+        gate.close()
+        started.requeue(parent.id)  # the child comes along
+        gate.wait_for(1)
+        started.submit("fine", {"n": 1}).result(PATIENCE)  # the other worker passes the child over
+        assert started.ran == [1]
+        gate.open()
+        eventually(lambda: child.task().status is TaskStatus.COMPLETED)
+        assert started.ran == [1, 0]
+
+    def test_a_requeue_leaves_alone_what_the_user_cancelled(self, started, gate):
+        parent = started.submit("hold")
+        child = started.submit("fine", depends_on=[parent])
+        gate.wait_for(1)
+        child.cancel()
+        parent.cancel()
+        gate.open()
+        eventually(parent.cancelled)
+        started.requeue(parent.id)
+        eventually(lambda: parent.task().status is TaskStatus.COMPLETED)
+        assert child.task().status is TaskStatus.CANCELLED
+
+    def test_of_the_child_alone_it_runs_whatever_became_of_the_parent(self, started):
+        child = started.submit("bad", depends_on=[started.submit("bad")])
+        eventually(child.cancelled)
+        started.requeue(child.id)
+        eventually(lambda: child.task().status is TaskStatus.FAILED)
+
+
+class TestRefused:
+    @pytest.fixture(autouse=True)
+    def nothing_is_stored(self, started):
+        yield
+        assert ids(started) == set()
+
+    def test_a_parent_that_is_not_there(self, started):
+        with pytest.raises(TaskNotFound, match="nobody"):
+            started.submit("fine", depends_on=["nobody"])
+
+    def test_itself(self, started):
+        with pytest.raises(ConfigurationError, match="itself"):
+            started.submit("fine", id="a", depends_on=["a"])
+
+    def test_a_circle(self, started):
+        edges = {"a": ["b", "d"], "b": ["c"], "c": ["a"], "d": []}
+        tasks = [Task(id=i, type="fine", depends_on=parents) for i, parents in edges.items()]
+        with pytest.raises(ConfigurationError, match="circle: a on b on c on a"):
+            started.submit_many(tasks)
+
+    @pytest.mark.parametrize(
+        "parents",
+        ["abc", b"a", 5, True, {"a": 1}, [""], [5], [None], ["x" * 256], lambda q: q.handle("a")],
+    )
+    def test_what_is_no_list_of_ids(self, started, parents):
+        if callable(parents):
+            parents = parents(started)  # one by itself
+        with pytest.raises(ConfigurationError, match="depends_on"):
+            started.submit("fine", depends_on=parents)
+        task = Task(type="fine", depends_on=parents)
+        with pytest.raises(ConfigurationError, match="depends_on"):
+            started.submit(task)
+        with pytest.raises(ConfigurationError, match="depends_on"):
+            started.submit_flow(chain(task))
+
+    def test_another_policy(self, started):
+        with pytest.raises(ConfigurationError, match="on_parent_failure"):
+            started.submit("fine", depends_on=["a"], on_parent_failure="ignore")
+        with pytest.raises(ConfigurationError, match="on_parent_failure"):
+            started.submit("fine", depends_on=[], on_parent_failure="ignore")
+
+    def test_eight_methods_cannot_hold_it(self):
+        queue = Queue(TinyRepository())
+        queue.executor("fine")(lambda: None)
+        with queue:
+            parent = queue.submit("fine")
+            parent.result(PATIENCE)  # what has ended is in the repository only
+        queue = Queue(queue.repository.inner)
+        queue.executor("fine")(lambda: None)
+        for parents in ([parent], [queue.submit("fine"), parent]):
+            stored = ids(queue)
+            with pytest.raises(ConfigurationError, match="depends_on; nothing was stored"):
+                queue.submit("fine", depends_on=parents)
+            assert ids(queue) == stored
+
+
+class TestParents:
+    def test_in_the_order_given_whole_records(self, started):
+        parents = [started.submit("fine", {"n": n}) for n in (3, 1, 2)]
+
+        @started.executor("look")
+        def look(ctx):
+            return [[parent.id, parent.status, parent.result] for parent in ctx.parents]
+
+        child = started.submit("look", depends_on=parents)
+        assert child.result(PATIENCE) == [
+            [parent.id, "completed", [n]] for parent, n in zip(parents, (3, 1, 2), strict=True)
+        ]
+
+    def test_none_without(self, started):
+        assert started.submit("fine").result(PATIENCE) == [0]
+
+    @pytest.mark.usefixtures("frequent_looks")
+    def test_one_that_was_deleted_is_an_error(self, started):
+        parent = started.submit("bad")
+        assert parent.exception(PATIENCE)
+        child = started.submit("fine", depends_on=[parent], on_parent_failure="run", delay=3600)
+        eventually(lambda: started.repository.due(None, 1))
+        started.delete(parent.id)
+        task = child.task()
+        task.run_at = None
+        started.repository.update(task)
+        assert "TaskNotFound" in str(child.exception(PATIENCE))
+
+    def test_pruning_keeps_what_an_unfinished_child_may_ask_for(self, started, gate):
+        parent = started.submit("fine")
+        parent.result(PATIENCE)
+        child = started.submit("hold", depends_on=[parent])
+        gate.wait_for(1)
+        later = parent.task().completed_at.replace(year=parent.task().completed_at.year + 1)
+        assert started.prune(later) == 0
+        gate.open()
+        child.result(PATIENCE)
+        assert started.prune(later) == 2
+
+
+@pytest.mark.usefixtures("events_alone")
+class TestOthers:
+    """Tasks that another process stored, and of which nobody here was told."""
+
+    @pytest.fixture
+    def family(self, started, make_queue, look_every):
+        look_every(recover=NEVER)  # then it looks around by itself
+        whole_round(started)
+        other = make_queue()
+        other.declare("fine")
+        eventually(lambda: not services_of(started).dependents.looks)
+        parent = other.submit("fine", delay=3600)
+        child = other.submit("fine", depends_on=[parent])
+        assert not services_of(started).dependents.any
+        return parent, child
+
+    def test_what_ended_before_they_were_known_is_looked_for(self, started, family):
+        parent, child = family
+        end_by_hand(started.repository, parent.id)
+        services_of(started).dependents.look_around()
+        eventually(lambda: child.task().status is TaskStatus.COMPLETED)
+
+    def test_from_then_on_ends_are_told(self, started, family):
+        parent, child = family
+        services_of(started).dependents.look_around()
+        eventually(lambda: not services_of(started).dependents.looks)
+        started.cancel_task(parent.id)
+        eventually(lambda: child.task().status is TaskStatus.CANCELLED)
+
+    @pytest.mark.parametrize("how", [TaskStatus.RUNNING, TaskStatus.CANCELLED])
+    def test_one_that_is_moved_by_hand_waits_no_more(self, started, family, how):
+        started.repository.update_status(family[1].id, how)
+        assert started.repository.find("waiting_on", [family[0].id], ("id",)) == []
+        assert started.repository.distinct("waiting_on", "", 9) == []
+
+    def test_until_there_are_none_any_more(self, started, family):
+        family[1].cancel()
+        services_of(started).dependents.look_around()
+        assert not services_of(started).dependents.any
+
+
+@pytest.mark.usefixtures("events_alone")
+class TestRecovered:
+    """What a node lost track of ends with its children, too."""
+
+    @pytest.fixture
+    def family(self, started):
+        parent = started.submit("fine", delay=3600, max_crashes=1)
+        child = started.submit("fine", depends_on=[parent])
+        eventually(lambda: not services_of(started).dependents.looks)
+
+        def runs_on(node):
+            changes = {"status": "running", "held": 0, "starts": 1, "owner": node}
+            assert started.repository.apply([Update(parent.id, {}, changes)]) == [True]
+
+        return parent, child, runs_on
+
+    @pytest.mark.usefixtures("frequent_looks")
+    def test_what_a_dead_process_ran(self, started, family):
+        parent, child, runs_on = family
+        runs_on("one of which nothing is known")
+        eventually(child.cancelled)
+        assert parent.task().status is TaskStatus.FAILED
+
+    def test_what_nobody_runs_and_was_to_be_cancelled(self, started, family):
+        parent, child, runs_on = family
+        runs_on(node_of(started).record.id)
+        started.repository.apply(lifecycle.cancel(parent.id, 1))
+        node_of(started)._recovery._hand_back(parent.id)
+        assert parent.task().status is TaskStatus.CANCELLED
+        eventually(child.cancelled)
+
+
+def test_who_decides_late_by_what_was_true_before_decides_nothing(started):
+    """Another one has released the child since; it is pending still, and could be cancelled."""
+    started.stop()
+    repository = started.repository
+    submitter = Queue(repository)
+    submitter.declare("fine")
+    parent = submitter.submit("fine")
+    child = submitter.submit("fine", depends_on=[parent])
+    late = lifecycle.parents_moved(child.task(), {parent.id: "cancelled"}, 1)
+    assert repository.apply(
+        [lifecycle.parents_moved(child.task(), {parent.id: "completed"}, 1), late]
+    ) == [True, False]
+    assert child.task().status is TaskStatus.PENDING
+
+
+class TestStopped:
+    """A queue that was stopped has no housekeeper any more that would look."""
+
+    def test_what_ended_last_is_looked_at_last(self, started, monkeypatch):
+        """Its outcome was written when the housekeeper had ended."""
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        stop = housekeeper_of(started).stop
+
+        def late():
+            stop()
+            started.repository.update_status(parent.id, TaskStatus.CANCELLED)
+            services_of(started).dependents.parent_ended(parent.id)
+
+        monkeypatch.setattr(housekeeper_of(started), "stop", late)
+        started.stop()
+        assert child.task().status is TaskStatus.CANCELLED
+
+    def test_what_it_cancels_ends_its_children(self, started):
+        parents = [started.submit("fine", delay=3600) for _ in range(3)]
+        children = [started.submit("fine", depends_on=[parent]) for parent in parents]
+        started.stop()
+        parents[0].cancel()
+        started.delete(parents[1].id)
+        started.cancel_many([parents[2].id])
+        assert [child.task().status for child in children] == ["cancelled"] * 3
+
+
+class TestDrained:
+    """``drain`` waits for those whose parents have ended, whoever ended them and whether told or not."""
+
+    @pytest.fixture(autouse=True)
+    def no_slow_looks(self, look_every):
+        look_every(audit=NEVER)
+
+    def test_before_the_first_look(self, repository, make_queue, monkeypatch):
+        _, child = unreleased(make_queue)
+        queue = start_fine(make_queue)
+        assert queue.drain(PATIENCE)
+        assert child.task().status is TaskStatus.COMPLETED
+
+    def test_where_nobody_was_told(self, started):
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        eventually(lambda: not services_of(started).dependents.looks)
+        end_by_hand(started.repository, parent.id)
+        assert started.drain(PATIENCE)
+        assert child.task().status is TaskStatus.COMPLETED
+
+    def test_not_for_those_whose_parents_may_not_start_yet(self, started, monkeypatch):
+        monkeypatch.setattr(dependents, "_PAGE", 2)
+        for n in range(5):
+            started.submit("fine", {"n": n}, depends_on=[started.submit("fine", delay=3600)])
+        assert started.drain(PATIENCE)
+        assert started.ran == []
+        first = started.repository.distinct("waiting_on", "", 1)[0]
+        last = started.repository.distinct("waiting_on", "", 5)[-1]
+        for ran, parent in enumerate((last, first), 1):
+            end_by_hand(started.repository, parent)
+            assert started.drain(PATIENCE)
+            assert len(started.ran) == ran
+
+
+def test_at_the_first_look_all_are_looked_at(repository, make_queue, look_every):
+    """Whoever ran before may not have come to it; nobody tells that anything has changed since."""
+    look_every(audit=NEVER)
+    _, child = unreleased(make_queue)
+    repository.version = lambda: 0
+    start_fine(make_queue)
+    eventually(lambda: child.task().status is TaskStatus.COMPLETED)
+
+
+@pytest.mark.parametrize("step", [1, -1])
+def test_one_of_many_parents_is_seldom_among_the_first_to_end(step):
+    """Each time that it is, all of them must be looked at again."""
+    parents = [f"00000000-0000-7000-8000-{n:012}" for n in range(1000)]
+    statuses = dict.fromkeys(parents, "running")
+    looked, waiting_on = 0, lifecycle.unfinished_parent(parents, statuses)
+    for parent in parents[::step]:
+        statuses[parent] = "completed"
+        if parent == waiting_on:
+            looked, waiting_on = looked + 1, lifecycle.unfinished_parent(parents, statuses)
+    assert waiting_on is None
+    assert looked < 50
+
+
+def test_a_long_chain_that_ends_at_once_holds_the_housekeeper_up_only_for_a_moment(
+    queue, monkeypatch
+):
+    """What it does not come to in time it goes on with, and drain waits for that."""
+    waiting = services_of(queue).dependents
+    queue.declare("t")
+    ids = [f"{n:02}" for n in range(20)]
+    queue.submit_many(
+        Task(id=i, type="t", depends_on=[f"{int(i) - 1:02}"] if i != "00" else []) for i in ids
+    )
+    waiting.look()
+    queue.repository.update_status("00", TaskStatus.CANCELLED)
+    waiting.parent_ended("00")
+    for done in range(2, 20):
+        waiting.look(0.0)
+        assert list(queue.repository.statuses(ids).values()).count("cancelled") == done
+        assert waiting.looks
+    for _ in range(2):
+        waiting.look(0.0)
+    assert not waiting.looks
+    assert {*queue.repository.statuses(ids).values()} == {"cancelled"}
+
+
+def test_who_is_interrupted_while_the_parents_are_looked_at_is_told_the_id(queue, monkeypatch):
+    """The task is stored by then."""
+    queue.declare("t")
+    parent = queue.submit("t")
+    statuses, asked = queue.repository.statuses, []
+
+    def interrupted(ids):
+        asked.append(ids)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return statuses(ids)
+
+    monkeypatch.setattr(queue.repository, "statuses", interrupted)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        queue.submit("t", depends_on=[parent])
+    assert queue.get_task_status(caught.value.task_id).depends_on == [parent.id]
+
+
+@pytest.mark.parametrize(
+    "error", [RepositoryUnavailable("away"), PayloadError("document", "large")]
+)
+def test_what_is_stored_raises_no_more(started, monkeypatch, error):
+    """Whether its parent has ended meanwhile is found out later."""
+    parent = started.submit("fine", delay=3600)
+    statuses, asked = started.repository.statuses, []
+
+    def fail(ids):
+        asked.append(ids)
+        if len(asked) == 2:  # the first look is that for the parent, before the task is stored
+            raise error
+        return statuses(ids)
+
+    monkeypatch.setattr(started.repository, "statuses", fail)
+    child = started.submit("fine", depends_on=[parent])
+    assert len(asked) >= 2
+    parent.cancel()
+    eventually(child.cancelled)
+
+
+class TestMadeGood:
+    """What no event told of is found by looking."""
+
+    @pytest.fixture(autouse=True)
+    def slow_looks_are_not_that_slow(self, look_every):
+        look_every(audit=0.05)
+
+    @pytest.mark.usefixtures("frequent_looks")
+    def test_a_process_that_died_between_the_end_and_the_release(self, repository, make_queue):
+        """The parent is ended behind the back of everybody; a queue that starts looks at all."""
+        parent, child = unreleased(make_queue)
+        assert repository.distinct("waiting_on", "", 10) == [parent.id]
+        start_fine(make_queue)
+        child.result(PATIENCE)
+
+    def test_a_record_changed_by_hand(self, started):
+        """By the slow look."""
+        parent = started.submit("fine", delay=3600)
+        child = started.submit("fine", depends_on=[parent])
+        started.repository.update_status(parent.id, TaskStatus.CANCELLED)
+        eventually(child.cancelled)
+
+    def test_a_parent_that_ends_while_its_child_is_stored(self, started, monkeypatch):
+        """After its status was read, and before the child is there to be found."""
+        monkeypatch.setattr(dependents.Dependents, "_look_at_some", lambda self, until: False)
+        parent = started.submit("fine", delay=3600)
+        repository = started.repository
+
+        def end_the_parent(writes):
+            if any(write.id == "child" for write in writes):
+                repository.before = lambda writes: None
+                end_by_hand(repository, parent.id)
+
+        repository.before = end_the_parent
+        child = started.submit("fine", id="child", depends_on=[parent])
+        assert child.result(PATIENCE) == [0, None]
+
+    def test_a_child_that_another_queue_on_the_same_repository_object_stores(
+        self, started, make_queue, gate, look_every
+    ):
+        """Whose writes ring no bell here."""
+        look_every(audit=float("inf"))
+        parent = started.submit("hold")
+        gate.wait_for(1)
+        other = make_queue()
+        other.declare("fine")
+        child = other.submit("fine", depends_on=[parent])
+        eventually(lambda: services_of(started).dependents.any)
+        gate.open()
+        assert started.handle(child.id).result(PATIENCE) == [0, 0]
+
+    @pytest.mark.parametrize("how", [TaskStatus.COMPLETED, TaskStatus.CANCELLED])
+    def test_a_parent_that_ends_while_its_child_turns_to_it(self, started, monkeypatch, how):
+        """After its status was read, and before the child is registered with it."""
+        monkeypatch.setattr(dependents.Dependents, "_look_at_some", lambda self, until: False)
+        parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
+        repository = started.repository
+        child = started.submit("fine", depends_on=parents)
+        [first] = repository.distinct("waiting_on", "", 9)
+        [other] = {parent.id for parent in parents} - {first}
+
+        def end_the_other(writes):
+            if any(write.id == child.id for write in writes):
+                repository.before = lambda writes: None
+                end_by_hand(repository, other, how)
+
+        repository.before = end_the_other
+        end_by_hand(repository, first)
+        services_of(started).dependents.parent_ended(first)
+        eventually(child.done)
+        assert child.task().status is how
+
+    def test_an_outage_while_the_children_are_looked_at(self, started, gate):
+        parent = started.submit("hold")
+        child = started.submit("fine", depends_on=[parent])
+        gate.wait_for(1)
+        repository, find = started.repository, started.repository.find
+        fails = [True, True]
+
+        def failing(column, *args):
+            if column == "waiting_on" and fails:
+                fails.pop()
+                repository.down = True
+                try:
+                    repository.check()
+                finally:
+                    repository.down = False
+            return find(column, *args)
+
+        repository.find = failing
+        gate.open()
+        assert child.result(PATIENCE) == [0, 0]
+        assert not fails
+
+    def test_many_are_looked_at_page_by_page(self, started, monkeypatch):
+        monkeypatch.setattr(dependents, "_PAGE", 3)
+        parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(10)]
+        children = [started.submit("fine", depends_on=[parent]) for parent in parents]
+        for parent in parents:
+            started.repository.update_status(parent.id, TaskStatus.CANCELLED)
+        for child in children:
+            eventually(child.cancelled)
+
+
+PROGRAM = """
+    import os, sys, threading
+    from taskx import Config, Queue, open_repository
+    from taskx.ordering.dependents import Dependents
+
+    queue = Queue(open_repository(sys.argv[1]), Config(worker_num=2))
+    what = sys.argv[2]
+
+    @queue.executor("step")
+    def step(ctx, n):
+        return n + sum(parent.result for parent in ctx.parents)
+
+    if what == "dies":
+        def die(self, task_ids, *time_left):
+            print("dies", flush=True)
+            os.kill(os.getpid(), 9)
+        Dependents._decide = die
+    queue.start()
+    print("ready", flush=True)
+    input()
+    queue.stop()
+"""
+
+
+def test_killed_between_a_parents_end_and_the_childs_release(url, spawn):
+    """Another process that runs already finds it."""
+    with open_repository(url) as repository:
+        queue = Queue(repository)
+        queue.declare("step")
+        dying = spawn(PROGRAM, url, "dies")
+        assert dying.read() == "ready"
+        queue.pause("step")  # so that the parent does not end before the child is there
+        parent = queue.submit("step", {"n": 1})
+        child = queue.submit("step", {"n": 10}, depends_on=[parent])
+        queue.resume("step")
+        eventually(lambda: dying.process.poll() is not None)
+        assert dying.process.returncode == -9
+        assert repository.statuses([parent.id, child.id]) == {
+            parent.id: "completed",
+            child.id: "pending",
+        }
+        other = spawn(PROGRAM, url, "lives")
+        assert other.read() == "ready"
+        assert child.result(PATIENCE) == 11
+        other.tell()
+
+
+def test_several_processes_run_one_graph(url, spawn):
+    """A triangle of tasks, each of which adds up those before it."""
+    with open_repository(url) as repository:
+        queue = Queue(repository)
+        queue.declare("step")
+        children = [spawn(PROGRAM, url, "lives") for _ in range(3)]
+        for child in children:
+            assert child.read() == "ready"
+        handles = []
+        for _ in range(20):
+            handles.append(queue.submit("step", {"n": 1}, depends_on=handles[-3:]))
+        expected: list[int] = []
+        for _ in range(20):
+            expected.append(1 + sum(expected[-3:]))
+        assert handles[-1].result(PATIENCE) == expected[-1]
+        assert repository.count(TaskFilter(status=TaskStatus.COMPLETED)) == 20
+        for child in children:
+            child.tell()
+
+
+@pytest.mark.slow
+def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
+    """A look has other things to come to; what is left is done by the next ones."""
+    queue = Queue(MemoryRepository())
+    queue.declare("t")
+    tasks = [Task(id=f"{n:04}", type="t") for n in range(1000)]
+    for before, task in pairwise(tasks):
+        task.depends_on = [before.id]
+    queue.submit_many(tasks)
+    repository, waiting = queue.repository, services_of(queue).dependents
+    waiting.look()
+    repository.update_status("0000", TaskStatus.CANCELLED)
+    waiting.ended_elsewhere()
+    pending, rounds = TaskFilter(status=TaskStatus.PENDING), 0
+    while repository.count(pending):
+        left = repository.count(pending)
+        waiting.look(0.0)
+        assert left - dependents.BATCH <= repository.count(pending) < left
+        assert waiting.looks or not repository.count(pending)
+        rounds += 1
+    assert rounds > 2
+
+
+# Any graph, any outcome
+
+graphs = st.integers(1, 12).flatmap(
+    lambda size: st.tuples(
+        *(
+            st.tuples(
+                st.sets(st.integers(0, max(0, n - 1)), max_size=3) if n else st.just(set()),
+                st.sampled_from([None, "cancel", "fail", "run"]),
+                st.sampled_from(["completed", "completed", "failed", "cancelled"]),
+            )
+            for n in range(size)
+        )
+    )
+)
+
+
+@pytest.mark.slow
+@settings(max_examples=200)
+@given(graphs, st.randoms(use_true_random=False), st.booleans())
+def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
+    """Whatever the order of the ends, and whether events tell of them or only the slow look finds them."""
+    queue = Queue(MemoryRepository())
+    queue.declare("t")
+    repository, waiting = queue.repository, services_of(queue).dependents
+    queue.submit_many(
+        Task(
+            id=f"{n:02}",
+            type="t",
+            depends_on=[f"{p:02}" for p in parents],
+            on_parent_failure=policy,
+        )
+        for n, (parents, policy, _) in enumerate(graph)
+    )
+    ran = set()
+    while ready := repository.ready(["t"], 100):
+        stub = random.choice(ready)
+        ran.add(stub.id)
+        end_by_hand(repository, stub.id, TaskStatus(graph[int(stub.id)][2]))
+        if told:
+            waiting.parent_ended(stub.id)
+            waiting.look()
+        else:
+            while waiting._look_at_some(math.inf):
+                continue
+            waiting.look()  # at what ended by that
+    statuses: list[str] = []
+    for n, (parents, policy, outcome) in enumerate(graph):
+        runs = policy == "run" or all(statuses[p] == "completed" for p in parents)
+        assert (f"{n:02}" in ran) == runs
+        statuses.append(outcome if runs else "failed" if policy == "fail" else "cancelled")
+    assert repository.statuses([f"{n:02}" for n in range(len(graph))]) == {
+        f"{n:02}": status for n, status in enumerate(statuses)
+    }
+    assert repository.distinct("waiting_on", "", 10) == []
+
+
+def test_who_is_told_what_comes_of_a_look_may_cancel_a_task(queue):
+    """A log handler, say: it is called in the middle of the look of a queue that is not started."""
+    queue.declare("t")
+    first, other = queue.submit("t"), queue.submit("t")
+    children = [queue.submit("t", depends_on=[parent]) for parent in (first, other)]
+
+    class Cancels(logging.Handler):
+        def emit(self, record):
+            if children[0].id in record.getMessage():
+                queue.cancel_task(other.id)
+
+    logger, handler = logging.getLogger("taskx"), Cancels()
+    logger.addHandler(handler)
+    try:
+        assert run_in_thread(first.cancel)()
+    finally:
+        logger.removeHandler(handler)
+    assert {child.task().status for child in children} == {TaskStatus.CANCELLED}

@@ -1,0 +1,511 @@
+"""Chains and groups: submitted together, followed as one."""
+
+from __future__ import annotations
+
+import json
+import sys
+from concurrent import futures
+
+import pytest
+from helpers import PATIENCE, eventually, ids
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from storage.repositories import TinyRepository
+
+from taskx import (
+    ConfigurationError,
+    DuplicateTask,
+    Flow,
+    FlowHandle,
+    Hook,
+    MongoRepository,
+    PayloadError,
+    Queue,
+    QueueStopped,
+    RepositoryUnavailable,
+    Task,
+    TaskFailed,
+    TaskNotFound,
+    TaskStatus,
+    chain,
+    group,
+)
+from taskx import flows as flows_module
+from taskx.flows import lay_out
+from taskx.running import buffer
+
+
+@pytest.fixture
+def started(queue, gate):
+    queue.ran = []
+
+    @queue.executor("say")
+    def say(ctx, text):
+        queue.ran.append(text)
+        return "".join([*(parent.result for parent in ctx.parents), text])
+
+    @queue.executor("bad")
+    def bad():
+        raise ValueError("bad")
+
+    @queue.executor("hold")
+    def hold(ctx):
+        gate()
+        ctx.token.raise_if_cancelled()
+        return "held"
+
+    queue.say = lambda text: say.task(text=text)
+    queue.start()
+    return queue
+
+
+BAD, HOLD = Task(type="bad"), Task(type="hold")
+
+
+@pytest.mark.every_store
+class TestChain:
+    def test_one_after_the_other_each_with_the_results_before_it(self, started):
+        handle = started.submit_flow(chain(*map(started.say, "abc")))
+        assert handle.result(PATIENCE) == "abc"
+        assert started.ran == ["a", "b", "c"]
+        assert (handle.status(), handle.progress()) == (TaskStatus.COMPLETED, 100)
+
+    def test_a_failure_cancels_what_comes_after(self, started):
+        handle = started.submit_flow(
+            chain(started.say("a"), BAD, started.say("b"), started.say("c"))
+        )
+        with pytest.raises(TaskFailed, match="bad"):
+            handle.result(PATIENCE)
+        assert [h.task().status for h in handle.handles] == [
+            *("completed", "failed", "cancelled", "cancelled")
+        ]
+        assert (handle.status(), handle.progress()) == (TaskStatus.FAILED, 100)
+        assert started.ran == ["a"]
+
+    def test_it_may_be_made_step_by_step(self, started):
+        """However long it grows by that."""
+        flow = chain(started.say("a"))
+        for letter in "bc":
+            flow = flow.then(started.say(letter))
+        assert started.submit_flow(flow).result(PATIENCE) == "abc"
+        for _ in range(2000):
+            flow = flow.then(HOLD)
+        assert len(lay_out(flow)[0]) == 2003
+
+    def test_one_task_may_stand_in_it_twice(self, started):
+        task = started.say("a")
+        assert started.submit_flow(chain(task, task)).result(PATIENCE) == "aa"
+        assert (task.id, task.depends_on) == ("", ())
+
+
+@pytest.mark.every_store
+class TestGroup:
+    def test_results_in_order(self, started):
+        handle = started.submit_flow(group(*map(started.say, "abc")))
+        assert handle.result(PATIENCE) == ["a", "b", "c"]
+
+    def test_then_comes_what_finds_all_of_them(self, started):
+        handle = started.submit_flow(group(*map(started.say, "abc")).then(started.say("!")))
+        assert handle.result(PATIENCE) == "abc!"
+        assert [h.task().params["text"] for h in handle.handles] == ["a", "b", "c", "!"]
+
+    def test_one_that_fails_fails_it_and_the_others_run(self, started):
+        handle = started.submit_flow(
+            group(started.say("a"), BAD, started.say("b")).then(started.say("c"))
+        )
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        assert handle.status() is TaskStatus.FAILED
+        assert sorted(started.ran) == ["a", "b"]
+        assert handle.handles[-1].cancelled()
+
+    def test_one_that_is_cancelled_cancels_it(self, started, gate):
+        handle = started.submit_flow(group(HOLD, started.say("a")))
+        gate.wait_for(1)
+        handle.handles[0].cancel()
+        gate.open()
+        with pytest.raises(futures.CancelledError):
+            handle.result(PATIENCE)
+        assert handle.status() is TaskStatus.CANCELLED
+
+
+class TestNested:
+    def test_flows_in_flows(self, started):
+        say = started.say
+        flow = chain(
+            say("a"),
+            group(say("b"), chain(say("c"), say("d")), group(say("e"), say("f"))),
+            say("g"),
+        )
+        handle = started.submit_flow(group(flow, say("h")))
+        assert handle.result(PATIENCE) == ["abacdaeafg", "h"]
+        assert len(handle.ids) == 8
+
+    def test_a_group_at_the_end_gives_a_list(self, started):
+        say = started.say
+        handle = started.submit_flow(chain(say("a"), group(say("b"), group(say("c"), say("d")))))
+        assert handle.result(PATIENCE) == ["ab", ["ac", "ad"]]
+
+
+def shape(tree) -> Flow | Task:
+    kind, parts = tree
+    if kind == "task":
+        return Task(type="t", params={"n": parts})
+    return Flow(kind, [shape(part) for part in parts])
+
+
+trees = st.recursive(
+    st.tuples(st.just("task"), st.integers()),
+    lambda inner: st.tuples(
+        st.sampled_from(["chain", "group"]), st.lists(inner, min_size=1, max_size=4)
+    ),
+    max_leaves=25,
+).filter(lambda tree: tree[0] != "task")
+
+
+class NoQueue:
+    """For handles of which only the ids are asked."""
+
+    def handle(self, task_id):
+        return None
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much])
+@given(trees)
+def test_whatever_their_shape(tree):
+    """Parents come first, members of a group share theirs, and a step depends on the whole one before."""
+    tasks, laid = lay_out(shape(tree))
+    position = {task.id: index for index, task in enumerate(tasks)}
+    assert FlowHandle(laid, NoQueue()).ids == list(position)
+    for task in tasks:
+        assert all(position[parent] < position[task.id] for parent in task.depends_on)
+
+    def check(laid, parents):
+        """What ends a step, which begins after these."""
+        if isinstance(laid, str):
+            assert tasks[position[laid]].depends_on == parents
+            return [laid]
+        [(kind, steps)] = laid.items()
+        if kind == "group":
+            return [end for step in steps for end in check(step, parents)]
+        for step in steps:
+            parents = check(step, parents)
+        return parents
+
+    check(laid, [])
+
+
+class TestHandle:
+    def test_status_and_progress_on_the_way(self, started, gate):
+        handle = started.submit_flow(chain(started.say("a"), HOLD, started.say("b")))
+        gate.wait_for(1)
+        assert handle.status() is TaskStatus.RUNNING
+        assert round(handle.progress()) == 33
+        assert handle.wait(0.01) is False
+        with pytest.raises(futures.TimeoutError):
+            handle.result(0.01)
+        gate.open()
+        assert handle.wait(PATIENCE)
+
+    def test_pending_before_the_first_has_started(self, queue):
+        queue.executor("say")(lambda text: text)
+        handle = queue.submit_flow(chain(Task(type="say", params={"text": "a"})))
+        assert (handle.status(), handle.progress()) == (TaskStatus.PENDING, 0)
+
+    @pytest.mark.every_store
+    def test_cancel_cancels_all_that_has_not_ended(self, started, gate):
+        flow = chain(started.say("a"), HOLD, group(*map(started.say, "bcd")), started.say("e"))
+        handle = started.submit_flow(flow)
+        gate.wait_for(1)
+        handle.cancel()
+        gate.open()
+        with pytest.raises(futures.CancelledError):
+            handle.result(PATIENCE)
+        assert [h.task().status.value for h in handle.handles] == ["completed", *["cancelled"] * 5]
+        assert started.ran == ["a"]
+        assert handle.status() is TaskStatus.CANCELLED
+        handle.cancel()
+
+    def test_cancel_begins_at_the_end(self, started, monkeypatch):
+        """Else the end of an earlier task might start a later one before that is cancelled."""
+        handle = started.submit_flow(chain(HOLD, started.say("a"), started.say("b")))
+        asked = []
+        with monkeypatch.context() as patched:
+            patched.setattr(started, "cancel_many", asked.extend)
+            handle.cancel()
+        assert asked == handle.ids[::-1]
+
+    def test_wait_waits_for_all_and_not_for_the_last_one_alone(self, started, gate):
+        handle = started.submit_flow(group(HOLD, started.say("a")))
+        handle.handles[-1].result(PATIENCE)
+        gate.wait_for(1)
+        assert handle.wait(0.01) is False
+        gate.open()
+        assert handle.wait(PATIENCE)
+
+    @pytest.mark.every_store
+    def test_one_that_was_deleted_counts_as_cancelled(self, started):
+        for flow in (chain, group):
+            handle = started.submit_flow(flow(started.say("a"), started.say("b")))
+            handle.result(PATIENCE)
+            started.delete(handle.ids[1])
+            handle = started.flow_handle(handle.shape)
+            assert (handle.status(), handle.progress()) == (TaskStatus.CANCELLED, 100)
+            with pytest.raises(TaskNotFound, match=handle.ids[1]):
+                handle.result(PATIENCE)
+
+    @pytest.mark.every_store
+    def test_a_deleted_step_had_completed_if_a_later_step_has(self, started):
+        say = started.say
+        handle = started.submit_flow(chain(say("a"), group(say("b"), say("c")), say("d"), say("e")))
+        assert handle.result(PATIENCE) == "abacde"
+        for task_id in handle.ids[:3]:
+            started.delete(task_id)
+            for again in (handle, started.flow_handle(handle.shape)):
+                assert (again.status(), again.progress()) == (TaskStatus.COMPLETED, 100)
+                assert again.result(PATIENCE) == "abacde"
+
+    def test_a_step_that_was_deleted_before_a_failed_step_is_not_found(self, started):
+        handle = started.submit_flow(chain(started.say("a"), Task(type="bad")))
+        with pytest.raises(TaskFailed):
+            handle.result(PATIENCE)
+        started.delete(handle.ids[0])
+        again = started.flow_handle(handle.shape)
+        assert again.status() is TaskStatus.FAILED
+        with pytest.raises(TaskNotFound, match=handle.ids[0]):
+            again.result(PATIENCE)
+
+
+NO_SHAPES = [
+    *({}, {"row": ["a"]}, {"chain": []}, {"chain": ["a"], "group": ["b"]}, {"chain": "ab"}),
+    *({"group": [7]}, ["a"], None, "", {"chain": [""]}, {"chain": [{"group": [None]}]}),
+]
+
+
+class TestAgain:
+    """A flow that did not complete, and is gone on with."""
+
+    @pytest.fixture
+    def failing(self, started):
+        """Tells executors of the type ``mend`` whether to fail."""
+        started.failing = {"b"}
+
+        @started.executor("mend")
+        def mend(ctx, text):
+            started.ran.append(text)
+            if text in started.failing:
+                raise ValueError(text)
+            return "".join([*(parent.result for parent in ctx.parents), text])
+
+        return started
+
+    @staticmethod
+    def abc():
+        a, b, c, d = (Task(type="mend", params={"text": text}) for text in "abcd")
+        return chain(a, group(b, c), d)
+
+    @pytest.mark.every_store
+    def test_requeue_runs_what_did_not_complete_and_the_same_handle_tells(self, failing):
+        handle = failing.submit_flow(self.abc())
+        for _ in range(2):
+            with pytest.raises(TaskFailed, match="ValueError: b"):
+                handle.result(PATIENCE)
+            assert handle.requeue() == 2
+        assert handle.wait(PATIENCE)
+        failing.failing.clear()
+        assert handle.requeue() == 2
+        assert handle.result(PATIENCE) == "abacd"
+        assert (handle.status(), handle.progress()) == (TaskStatus.COMPLETED, 100)
+        assert sorted(failing.ran) == list("abbbbcd")
+        assert handle.requeue() == 0
+
+    @pytest.mark.every_store
+    def test_after_a_cancel(self, failing, gate):
+        handle = failing.submit_flow(chain(HOLD, failing.say("a"), failing.say("b")))
+        gate.wait_for(1)
+        handle.cancel()
+        gate.open()
+        with pytest.raises(futures.CancelledError):
+            handle.result(PATIENCE)
+        assert handle.requeue() == 3
+        assert handle.result(PATIENCE) == "heldab"
+
+    @pytest.mark.every_store
+    def test_a_long_one_in_a_few_transactions_whatever_the_order_of_ids(
+        self, make_queue, in_batches
+    ):
+        in_batches(dead_letters=20)
+        queue, ran = make_queue(worker_num=2), []
+        queue.executor("n")(lambda n: ran.append(n))
+        tasks = [Task(type="n", params={"n": n}) for n in range(50)]
+        handle = queue.submit_flow(chain(*tasks))
+        handle.cancel()
+        queue.repository.batches.clear()
+        assert queue.requeue_many(reversed([*handle.ids, "nobody"])) == 50
+        assert len(queue.repository.batches) <= 5
+        queue.start()
+        assert handle.wait(PATIENCE)
+        assert ran == list(range(50))
+
+    def test_a_stopped_queue_requeues_nothing(self, started):
+        handle = started.submit_flow(chain(BAD))
+        assert handle.wait(PATIENCE)
+        started.stop()
+        with pytest.raises(QueueStopped):
+            handle.requeue()
+
+    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.every_store
+    def test_found_again_by_its_shape_in_another_process(self, started, repository):
+        shape = started.submit_flow(
+            chain(started.say("a"), group(started.say("b"), chain(started.say("c"))))
+        ).shape
+        again = Queue(repository).flow_handle(json.loads(json.dumps(shape)))
+        assert again.result(PATIENCE) == ["ab", "ac"]
+        assert (again.shape, len(again.ids)) == (shape, 3)
+
+    @pytest.mark.parametrize("shape", NO_SHAPES)
+    def test_what_is_no_shape_is_refused(self, queue, shape):
+        with pytest.raises(ConfigurationError):
+            queue.flow_handle(shape)
+
+
+class TestStored:
+    @pytest.mark.every_store
+    def test_all_or_nothing(self, started):
+        started.submit("hold", id="x", delay=3600)
+        again = Task(id="x", type="say", params={"text": "x"})
+        with pytest.raises(DuplicateTask):
+            started.submit_flow(group(started.say("a"), again))
+        with pytest.raises(PayloadError):
+            started.submit_flow(chain(started.say("a"), Task(type="say", params={"no": 1})))
+        assert ids(started) == {"x"}
+
+    @pytest.mark.slow
+    @pytest.mark.every_store
+    def test_ten_thousand_members(self, make_queue):
+        queue = make_queue()
+        many = 200 if isinstance(queue.repository, MongoRepository) else 10_000  # a slow mock
+        queue.executor("n")(lambda n: n)
+        queue.executor("sum")(lambda ctx: sum(parent.result for parent in ctx.parents))
+        members = [Task(type="n", params={"n": n}) for n in range(many)]
+        handle = queue.submit_flow(group(*members).then(Task(type="sum")))
+        queue.start()
+        assert handle.result(5 * PATIENCE) == sum(range(many))
+        assert handle.status() is TaskStatus.COMPLETED
+
+    def test_more_than_the_buffer_has_room_for(self, make_queue, gate):
+        """As a flow is one, and most of it waits by its nature."""
+        queue = make_queue(worker_num=1, buffer_size=2)
+        queue.executor("hold")(lambda n: gate() or n)
+        queue.start()
+        handle = queue.submit_flow(group(*(Task(type="hold", params={"n": n}) for n in range(20))))
+        gate.wait_for(1)
+        assert queue.buffered <= 2
+        gate.open()
+        assert handle.result(PATIENCE) == list(range(20))
+
+    @pytest.mark.parametrize("make", [chain, group])
+    @pytest.mark.parametrize("steps", [(), ("say",), (len,), (None,)])
+    def test_of_what_they_cannot_be_made(self, make, steps):
+        with pytest.raises(ConfigurationError, match=make.__name__):
+            make(*steps)
+
+    @pytest.mark.parametrize("flow", ["say", None, [HOLD]])
+    def test_what_is_no_flow(self, queue, flow):
+        with pytest.raises(ConfigurationError, match="chain"):
+            queue.submit_flow(flow)
+
+    def test_flows_nested_too_deep(self, queue):
+        flow = chain(HOLD)
+        for _ in range(sys.getrecursionlimit()):
+            flow = chain(flow)
+        with pytest.raises(ConfigurationError, match="nested too deep"):
+            queue.submit_flow(flow)
+
+    def test_of_one_task_eight_methods_will_do(self):
+        queue = Queue(TinyRepository())
+        queue.executor("say")(lambda text: text)
+        with queue:
+            handle = queue.submit_flow(chain(Task(type="say", params={"text": "a"})))
+            assert handle.result(PATIENCE) == "a"
+            assert (handle.status(), handle.progress()) == (TaskStatus.COMPLETED, 100)
+
+    def test_two_large_groups_need_a_task_between_them(self, queue, monkeypatch):
+        monkeypatch.setattr(flows_module, "MOST_EDGES", 8)
+        three = [Task(type="n") for _ in range(3)]
+        with pytest.raises(ConfigurationError, match="between two large groups"):
+            lay_out(group(*three).then(group(*three)))
+        lay_out(group(*three).then(Task(type="n"), group(*three)))
+
+
+@pytest.mark.every_store
+class TestCancelMany:
+    def test_tells_how_many_never_run(self, started, gate):
+        running = started.submit("hold")
+        done = started.submit("say", {"text": "a"})
+        done.result(PATIENCE)
+        gate.wait_for(1)
+        pending = [started.submit("hold", delay=3600) for _ in range(3)]
+        wanted = [h.id for h in [running, done, *pending]]
+        assert started.cancel_many([*wanted, "nobody"]) == 3
+        gate.open()
+        eventually(running.cancelled)
+        assert {h.task().status for h in pending} == {TaskStatus.CANCELLED}
+        assert done.task().status is TaskStatus.COMPLETED
+
+    def test_of_nothing(self, queue: Queue):
+        assert queue.cancel_many([]) == 0
+
+    def test_the_buffer_is_put_in_order_at_most_once_for_each_transaction(
+        self, busy, gate, monkeypatch, in_batches
+    ):
+        """Not for each task: among many thousand, that would take minutes."""
+        queue = busy(buffer_size=1000)
+        in_batches(operations=100)
+        handles = queue.submit_many(Task(type="note", params={"n": n}) for n in range(301))
+        heapified = []
+        heapify = buffer.heapify
+        monkeypatch.setattr(buffer, "heapify", lambda heap: (heapified.append(1), heapify(heap)))
+        assert queue.cancel_many(handle.id for handle in handles[:-1]) == 300
+        assert queue.buffered == 1
+        assert 1 <= len(heapified) <= 3
+        gate.open()
+        assert handles[-1].result(PATIENCE) is None
+        assert queue.ran == [300]
+
+    def test_what_follows_from_it_follows_though_the_repository_fails_later(
+        self, make_queue, gate, in_batches
+    ):
+        """Each transaction is complete by itself: tokens, hooks and the buffer, too."""
+        in_batches(operations=2)
+        finished = []
+
+        class Listens(Hook):
+            def finished(self, task):
+                finished.append(task.id)
+
+        queue = make_queue(worker_num=1, hooks=[Listens()])
+
+        @queue.executor("hold")
+        def hold(ctx):
+            gate()
+            ctx.token.wait(PATIENCE)
+            ctx.token.raise_if_cancelled()
+
+        queue.start()
+        handles = [queue.submit("hold", id=str(n)) for n in range(4)]
+        gate.wait_for(1)
+        gate.open()
+
+        def fail(writes):
+            if any(write.id == "2" for write in writes):
+                raise RepositoryUnavailable("away")
+
+        queue.repository.before = fail
+        with pytest.raises(RepositoryUnavailable):
+            queue.cancel_many(handle.id for handle in handles)
+        queue.repository.before = lambda writes: None
+        eventually(lambda: sorted(finished) == ["0", "1"])
+        assert [handle.task().status for handle in handles[:2]] == ["cancelled"] * 2
+        assert queue.cancel_many(["2", "3"]) + len(finished) >= 3

@@ -1,0 +1,90 @@
+"""Two nodes on one repository: the one with nothing to do helps the one whose buffer is full."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import PATIENCE, eventually
+
+from taskx import MongoRepository, Queue, SQLiteRepository
+
+pytestmark = pytest.mark.every_store
+
+
+@pytest.fixture
+def other(repository, database):
+    """The repository as another process has it."""
+    if isinstance(repository, SQLiteRepository):
+        made = SQLiteRepository(database)
+    elif isinstance(repository, MongoRepository):
+        made = MongoRepository(repository.database)
+    else:
+        yield repository
+        return
+    with made:
+        yield made
+
+
+@pytest.fixture
+def idle(make_queue, other):
+    """Makes a queue on the same records, which notes what it runs."""
+    made = []
+
+    def make(type="note", **config) -> Queue:
+        queue = make_queue(other, **config)
+        queue.ran = []
+        queue.executor(type)(lambda n: queue.ran.append(n))
+        made.append(queue)
+        return queue
+
+    yield make
+    for queue in made:  # before their repository is closed
+        queue.stop(PATIENCE, cancel=True)
+
+
+def test_what_waits_in_a_busy_buffer_is_run_by_an_idle_node(busy, idle, gate):
+    queue = busy()
+    for name in range(10):
+        queue.submit("note", {"n": name})
+    helper = idle(worker_num=1)
+    helper.start()
+    assert eventually(lambda: len(helper.ran) == 10)
+    assert helper.ran == list(range(10))  # what is next in line, first
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == []  # it finds them gone
+
+
+def test_higher_priorities_come_first(busy, idle):
+    queue = busy()
+    for name, priority in [("low", 0), ("high", 5), ("middle", 3)]:
+        queue.submit("note", {"n": name}, priority=priority)
+    helper = idle(worker_num=1)
+    helper.start()
+    assert eventually(lambda: len(helper.ran) == 3)
+    assert helper.ran == ["high", "middle", "low"]
+
+
+def test_of_a_type_it_cannot_run_it_takes_nothing(busy, idle, gate):
+    queue = busy()
+    queue.submit("note", {"n": "mine"})
+    helper = idle("else", worker_num=1)
+    helper.start()
+    helper.submit("else", {"n": "its own"}).result(PATIENCE)
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == ["mine"]
+
+
+def test_every_task_runs_once_whoever_runs_it(make_queue, idle):
+    first, second = idle(worker_num=2, buffer_size=500), idle(worker_num=2)
+    first.start()
+    second.start()
+    for name in range(500):
+        first.submit("note", {"n": name})
+    assert first.drain(PATIENCE)
+    assert second.drain(PATIENCE)
+    assert sorted(first.ran + second.ran) == list(range(500))
+    tasks, total = first.list_tasks()
+    assert total == 500
+    # Some may have been handed back before they ran, and started twice.
+    assert {len(task.attempts) for task in tasks} == {1}

@@ -1,0 +1,135 @@
+"""A task on its last chance runs with nothing beside it, so that a death which counts is its own."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+from helpers import PATIENCE, eventually, pool_of, services_of
+
+from taskx import Task, TaskStatus
+from taskx.running import suspects
+from taskx.submitting.creation import prepare
+
+pytestmark = pytest.mark.every_store
+
+
+@pytest.fixture
+def queue(make_queue):
+    """Notes what begins; ``free`` lets one of them go on."""
+    queue = make_queue(worker_num=3)
+    queue.begun, queue.gates = [], {}
+
+    @queue.executor("wait")
+    def wait(ctx, name):
+        queue.begun.append(name)
+        ctx.on_cancel(queue.gates[name].set)
+        queue.gates[name].wait(PATIENCE)
+
+    queue.executor("other")(wait.function)
+
+    def submit(name, crashes=0, type="wait"):
+        queue.gates[name] = threading.Event()
+        task = Task(type=type, params={"name": name}, id=name, max_crashes=3)
+        if crashes:  # as a process leaves it that died twice
+            insert = prepare(services_of(queue), task)
+            insert.row["crashes"] = crashes
+            assert list(queue.repository.apply([insert])) == [True]
+        else:
+            queue.submit(task)
+
+    queue.hold = submit
+    yield queue
+    for gate in queue.gates.values():
+        gate.set()
+
+
+def begun(queue, *names):
+    return eventually(lambda: set(queue.begun) == set(names))
+
+
+def test_it_waits_for_others_and_they_for_it(queue):
+    queue.start()
+    queue.hold("beside")
+    assert begun(queue, "beside")
+    queue.hold("last", crashes=2)
+    assert eventually(lambda: pool_of(queue).buffer.starting)
+    queue.hold("later")
+    queue.gates["beside"].set()
+    assert begun(queue, "beside", "last")
+    assert eventually(lambda: pool_of(queue).buffer.starting)  # a worker stands aside with it
+    assert set(pool_of(queue).runs) == {"last"}
+    queue.gates["last"].set()
+    assert begun(queue, "beside", "last", "later")
+    queue.gates["later"].set()
+    assert queue.drain(PATIENCE)
+
+
+def test_one_that_may_crash_again_runs_beside_others(queue):
+    queue.start()
+    queue.hold("beside")
+    assert begun(queue, "beside")
+    queue.hold("suspect", crashes=1)
+    assert begun(queue, "beside", "suspect")
+    queue.hold("later")
+    assert begun(queue, "beside", "suspect", "later")
+
+
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.parametrize("how", ["deleted", "paused"])
+def test_where_the_next_one_does_not_come_the_one_after_it_does(queue, how):
+    """Those with a crash to their name take turns; one that waits for its turn may be gone by then."""
+    queue.start()
+    queue.hold("first", crashes=1)
+    assert begun(queue, "first")
+    for name in ("second", "third"):
+        queue.hold(name, crashes=1, type="other" if name == "second" else "wait")
+        assert eventually(lambda name=name: name in waiting_ids(queue))
+    if how == "deleted":
+        queue.delete("second")
+    else:
+        queue.pause("other")
+    queue.gates["first"].set()
+    assert begun(queue, "first", "third")
+
+
+def waiting_ids(queue):
+    return [item.id for item in pool_of(queue).starter.suspects.waiting]
+
+
+def test_nobody_waits_longer_than_a_minute(queue, monkeypatch):
+    assert suspects.ALONE == 60
+    monkeypatch.setattr(suspects, "ALONE", 0.2)
+    queue.start()
+    queue.hold("beside")
+    assert begun(queue, "beside")
+    queue.hold("last", crashes=2)
+    assert begun(queue, "beside", "last")
+    queue.hold("later")
+    assert begun(queue, "beside", "last", "later")
+
+
+def test_a_stop_does_not_wait(queue):
+    queue.start()
+    queue.hold("beside")
+    assert begun(queue, "beside")
+    queue.hold("last", crashes=2)
+    assert eventually(lambda: pool_of(queue).buffer.starting)
+    began = time.monotonic()
+    assert queue.stop(timeout=PATIENCE, cancel=True) == []
+    assert time.monotonic() - began < suspects.ALONE / 2
+    assert queue.get_task_status("last").status is TaskStatus.PENDING
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_deleted_while_it_waits_it_lets_the_next_one_through(queue):
+    queue.start()
+    queue.hold("beside")
+    assert begun(queue, "beside")
+    queue.hold("last", crashes=2)
+    assert eventually(lambda: pool_of(queue).buffer.starting)
+    queue.hold("next", crashes=1)
+    queue.delete("last")
+    queue.gates["beside"].set()
+    assert begun(queue, "beside", "next")

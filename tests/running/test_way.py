@@ -1,0 +1,185 @@
+"""The way of a task, as ``docs/design.rst`` shows it, is what happens; and it is not longer than it may be.
+
+A step is a call from one of our functions into another that carries the task on. All other functions of
+ours that are called meanwhile only compute, check or tell; the page names them.
+"""
+
+from __future__ import annotations
+
+import gc
+import inspect
+import re
+import sys
+import threading
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+from helpers import PATIENCE, eventually, housekeeper_of, pool_of, services_of
+
+import taskx
+from taskx import Config, Queue, SQLiteRepository
+
+PAGE = Path(__file__).parents[2] / "docs" / "design.rst"
+OURS = Path(taskx.__file__).parent
+MOST_STEPS, MOST_FILES, MOST_STEPS_BACK = 12, 8, 6
+_STEP = re.compile(r"^\d+\. ``([\w.]+)`` → ``([\w.]+)`` \(``([\w/.]+)``\)", re.MULTILINE)
+
+
+class Page:
+    """What the page says of the way."""
+
+    def __init__(self) -> None:
+        section = PAGE.read_text("utf-8").split("The way of a task\n")[1].split("\nPauses\n")[0]
+        there, back, helpers = re.split(r"\n(?:And back|Helpers)\.", section)
+        self.there = _STEP.findall(there)
+        self.back = _STEP.findall(back)
+        self.helpers = set(re.findall(r"``([\w.]+)``", helpers.split("\n\n")[0]))
+
+
+class Recorder:
+    """Notes which of our functions call which, as the profile function of some threads."""
+
+    def __init__(self) -> None:
+        self.names = _names()
+        #: Of which threads calls are noted.
+        self.threads: set[int | None] = set()
+        #: Who called whom; what came of it, when it returns.
+        self.calls: list[list[Any]] = []
+        self._open: dict[FrameType, list[Any]] = {}
+
+    def __call__(self, frame: FrameType, event: str, value: object) -> None:
+        if threading.get_ident() not in self.threads or frame.f_code not in self.names:
+            return
+        if event == "call":
+            call = [self._caller(frame), self.names[frame.f_code], None]
+            self._open[frame] = call
+            self.calls.append(call)
+        elif event == "return" and (call := self._open.pop(frame, [])):
+            call[2] = value
+
+    def _caller(self, frame: FrameType) -> str:
+        caller = frame.f_back
+        while caller is not None and caller.f_code not in self.names:
+            caller = caller.f_back
+        return "" if caller is None else self.names[caller.f_code]
+
+    def __str__(self) -> str:
+        return "\n".join(f"{caller} → {called}" for caller, called, _ in self.calls)
+
+
+def _names() -> dict[CodeType, str]:
+    """Our functions, by their code: as ``function`` or ``Class.function``."""
+    names: dict[CodeType, str] = {}
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "taskx":
+            _note_functions(module, names)
+    return names
+
+
+def _note_functions(owner: Any, names: dict[CodeType, str]) -> None:
+    for made in list(vars(owner).values()):
+        for part in (
+            made,
+            *(getattr(made, name, None) for name in ("fget", "__func__", "__wrapped__")),
+        ):
+            if inspect.isfunction(part) and Path(part.__code__.co_filename).is_relative_to(OURS):
+                names[part.__code__] = part.__qualname__
+        if inspect.isclass(made) and made.__module__.startswith("taskx") and made is not owner:
+            _note_functions(made, names)
+
+
+@pytest.fixture(scope="module")
+def page():
+    return Page()
+
+
+@pytest.fixture(scope="module")
+def way(tmp_path_factory):
+    """One plain submit from its call to its committed outcome: the calls of our functions."""
+    path = tmp_path_factory.mktemp("way") / "tasks.db"
+    queue = Queue(SQLiteRepository(path, durability="process"), Config(worker_num=1))
+    recorder = Recorder()
+    submitted, committed = threading.Event(), threading.Event()
+
+    @queue.executor("fine")
+    def fine():
+        if recorder.threads:
+            recorder.calls.append(["", "", None])
+
+    threading.setprofile(recorder)
+    try:
+        queue.start()
+    finally:
+        threading.setprofile(None)
+    for _ in range(3):  # statements are compiled, and the file is looked at
+        queue.submit("fine").result(PATIENCE)
+    pool = pool_of(queue)
+    # Nobody but this thread and the worker has a hand in it.
+    housekeeper_of(queue).tick = lambda: None
+    eventually(lambda: pool.ahead._waiting and not services_of(queue).ledger)
+    apply, left = queue.repository.apply, ["the outcome", "the start", "the record"]
+
+    def commit(writes, **options):
+        last = left.pop() == "the outcome"
+        if last:
+            assert submitted.wait(PATIENCE)  # all that the other thread calls is noted
+        results = apply(writes, **options)
+        if last:
+            recorder.threads = set()
+            committed.set()
+        return results
+
+    queue.repository.apply = commit
+    gc.disable()  # what the collector calls is no part of it
+    sys.setprofile(recorder)
+    recorder.threads = {threading.get_ident(), *(thread.ident for thread in pool.threads)}
+    try:
+        queue.submit("fine")
+    finally:
+        sys.setprofile(None)
+        gc.enable()
+        submitted.set()
+    assert committed.wait(PATIENCE)
+    del housekeeper_of(queue).tick
+    queue.close()
+    return recorder
+
+
+def steps(way, page):
+    """The calls of functions that are steps, but for those that came back with nothing."""
+    functions = {called for _, called, _ in [*page.there, *page.back]} | {""}
+    return [
+        (caller, called)
+        for caller, called, value in way.calls
+        if called in functions and value != []
+    ]
+
+
+def test_it_is_what_the_page_says(way, page):
+    there = [(caller, called) for caller, called, _ in page.there]
+    back = [(caller, called) for caller, called, _ in page.back]
+    assert steps(way, page) == [*there, ("", ""), *back], str(way)
+
+
+def test_it_is_no_longer_than_it_may_be(page):
+    assert 1 < len(page.there) <= MOST_STEPS
+    assert 1 < len(page.back) <= MOST_STEPS_BACK
+    files = {"queue.py", *(file for _, _, file in [*page.there, *page.back])}
+    assert len(files) <= MOST_FILES
+
+
+def test_each_step_is_in_the_file_that_the_page_names(way, page):
+    files = {name: Path(code.co_filename) for code, name in way.names.items()}
+    for _, called, file in [*page.there, *page.back]:
+        assert files[called] == OURS / file
+
+
+def test_whatever_else_is_called_on_the_way_is_named_there(way, page):
+    called = {called for _, called, _ in way.calls} - {""}
+    named = {called for _, called, _ in [*page.there, *page.back]}
+    helpers = called - named
+    listed = ", ".join(f"``{name}``" for name in sorted(helpers))
+    assert helpers <= page.helpers, listed
+    assert page.helpers <= set(way.names.values())  # none is named that is gone

@@ -1,0 +1,170 @@
+"""Schedules with several processes on one repository, which are killed: every tick is exactly one task."""
+
+from __future__ import annotations
+
+import signal
+from collections import Counter
+from datetime import timedelta
+
+import pymongo
+import pytest
+from helpers import PATIENCE, eventually, housekeeper_of
+from mongo_server import new_database, shared
+
+from taskx import MongoRepository, SQLiteRepository, TaskFilter, TaskStatus, every, tick_of
+
+# Started with where the repository is, a file to note runs in, and a script of what to do.
+PROGRAM = """
+import os, signal, sys
+from taskx import Config, MongoRepository, Queue, SQLiteRepository, every, tick_of
+import pymongo
+
+kind, place, name, log = sys.argv[1:5]
+if kind == "sqlite":
+    repository = SQLiteRepository(place)
+else:
+    repository = MongoRepository(pymongo.MongoClient(place)[name], run_folder=log + ".run")
+queue = Queue(repository, Config(worker_num=2))
+
+@queue.executor()
+def work(ctx):
+    with open(log, "a") as file:
+        file.write(ctx.task.id + "\\n")
+
+def run():
+    queue.schedule("beat", every(0.1), "work", misfire="all", misfire_grace=600)
+    queue.start()
+    print("runs", flush=True)
+    sys.stdin.readline()
+    queue.stop()
+
+def die(*args, **options):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.fixture(params=["sqlite", "standalone", "set"])
+def place(request, tmp_path):
+    """Where the repository is: what programs are told."""
+    if request.param == "sqlite":
+        yield ("sqlite", tmp_path / "tasks.db", "-", tmp_path / "log")
+    else:
+        url = shared(request.param)
+        database = new_database(url)
+        yield ("mongo", url, database.name, tmp_path / "log")
+        database.client.drop_database(database.name)
+
+
+@pytest.fixture
+def repository(place):
+    kind, at, name, log = place
+    if kind == "sqlite":
+        with SQLiteRepository(at) as made:
+            yield made
+    else:
+        client = pymongo.MongoClient(at)
+        with client, MongoRepository(client[name], run_folder=f"{log}.run") as made:
+            yield made
+
+
+@pytest.fixture
+def run(spawn, place):
+    """Starts the program with more lines."""
+    return lambda more: spawn(PROGRAM + more, *place)
+
+
+TEN_TICKS = timedelta(seconds=1)
+
+
+def test_every_tick_is_one_task_whoever_dies(run, repository, make_queue, place):
+    """Four processes declare the same schedule; two are killed and one of them starts again."""
+    queue = make_queue()
+    queue.declare("work")
+    children = [run("run()") for _ in range(4)]
+    for child in children:
+        assert child.read() == "runs"
+    for victim in children[:2]:
+        begun = queue.schedules()["beat"].next_tick
+        eventually(lambda begun=begun: queue.schedules()["beat"].next_tick > begun + TEN_TICKS)
+        victim.kill()
+    children = [*children[2:], run("run()")]
+    assert children[-1].read() == "runs"
+    begun = queue.schedules()["beat"].next_tick
+    eventually(lambda: queue.schedules()["beat"].next_tick > begun + TEN_TICKS)
+    queue.schedules()["beat"].pause()
+    eventually(lambda: queue.list_tasks(TaskFilter(status=TaskStatus.PENDING))[1] == 0)
+    for child in children:
+        child.tell()
+        child.ends()
+    queue.executor("work")(lambda: None)  # what a child was killed over
+    queue.start()
+    assert queue.drain(PATIENCE)
+
+    tasks, total = queue.list_tasks(TaskFilter(limit=10_000))
+    found = sorted(tick_of(task) for task in tasks)
+    assert total == len(found) > 30
+    assert found == [found[0] + n * timedelta(seconds=0.1) for n in range(total)]
+    assert queue.schedules()["beat"].last_tick in found
+    with open(place[-1]) as log:
+        runs = Counter(log.read().split())
+    crashed = {task.id for task in tasks if task.crashes or task.interruptions}
+    assert {task_id for task_id, times in runs.items() if times > 1} <= crashed
+
+
+def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, look_every):
+    """At once, but by the audit where the server tells of changes: it tells of those of tasks only."""
+    if place[1] != shared("set"):
+        look_every(audit=float("inf"))
+    queue = make_queue()
+    queue.start()
+    eventually(lambda: housekeeper_of(queue)._ticker._look_at)  # it has looked
+    assert run("queue.schedule('s', every(3600), 'work')").ends()[1] == ""
+    eventually(lambda: housekeeper_of(queue)._ticker.next)
+
+
+DYING = """
+put = repository.put_notes
+
+def of_schedules(changes):  # those of nodes are notes, too
+    return any(change.name.startswith("schedule/") for change in changes)
+
+queue.schedule("beat", every(0.5), "work", misfire="one")
+{patch}
+queue.start()
+signal.pause()
+"""
+BEFORE = "repository.apply = die"
+BETWEEN = """
+repository.put_notes = lambda changes: die() if of_schedules(changes) else put(changes)
+"""
+AFTER = """
+repository.put_notes = lambda changes: (put(changes), of_schedules(changes) and die())[0]
+"""
+
+
+@pytest.mark.parametrize(
+    "patch", [BEFORE, BETWEEN, AFTER], ids=["before the task", "before the schedule", "after both"]
+)
+def test_a_process_that_is_killed_in_the_middle_of_a_tick(run, repository, make_queue, patch):
+    """Whether its task was stored or not, whoever starts next makes it one."""
+    queue = make_queue(worker_num=1)
+    ran = []
+    queue.executor("work")(lambda ctx: ran.append(ctx.task.id))
+    child = run(DYING.format(patch=patch))
+    assert child.process.wait(PATIENCE) == -signal.SIGKILL
+    [stored] = queue.schedules().values()
+    before = {task.id for task in queue.list_tasks()[0]}
+    assert len(before) == (patch != BEFORE)
+    assert (stored.last_tick is not None) == (patch == AFTER)
+    queue.schedule("beat", every(0.5), "work", misfire="all", misfire_grace=3600)
+    first = stored.next_tick
+    queue.start()
+    eventually(lambda: queue.schedules()["beat"].next_tick > first)
+    queue.schedules()["beat"].pause()
+    assert queue.drain(PATIENCE)
+    ticks = sorted(tick_of(task) for task in queue.list_tasks(TaskFilter(limit=10_000))[0])
+    begin = ticks[0]
+    assert ticks == [begin + n * timedelta(seconds=0.5) for n in range(len(ticks))]
+    assert first in ticks
+    assert set(ran) == {task.id for task in queue.list_tasks(TaskFilter(limit=10_000))[0]}
+    assert len(ran) == len(set(ran))

@@ -1,0 +1,514 @@
+"""Queues on MongoDB: processes that share a collection, hosts that fall silent, servers that go and come.
+
+The rest of the runtime's tests runs on a mock of the driver; these need a connection, or processes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+
+import pymongo
+import pytest
+from helpers import PATIENCE, eventually, pool_of
+from mongo_proxy import Proxy
+from mongo_server import Server, new_database
+
+from taskx import (
+    CancelReason,
+    MemoryRepository,
+    MongoRepository,
+    RepositoryUnavailable,
+    Task,
+    TaskFilter,
+    TaskStatus,
+)
+
+#: Seconds of a lease that is waited for; a process of a busy machine may stand still for the half of it.
+LEASE = 4.0
+
+PROGRAM = """
+import sys, threading, time
+from taskx import Config, MongoRepository, Queue
+import pymongo
+
+url, name, folder, lease = sys.argv[1:5]
+database = pymongo.MongoClient(url)[name]
+repository = MongoRepository(database, run_folder=folder, lease_timeout=float(lease))
+queue = Queue(repository, Config(worker_num=2, buffer_size=5, overflow="spill"))
+
+def say(word):
+    sys.stdout.write(word + "\\n")
+    sys.stdout.flush()
+
+@queue.executor()
+def work(ctx, n):
+    pass
+
+@queue.executor()
+def hang(ctx, n=0):
+    say("hanging")
+    threading.Event().wait()
+
+@queue.executor()
+def listen(ctx, n=0):
+    say("listening")
+    ctx.sleep(60)
+
+def wait_for_ever():
+    while True:  # a signal that comes just before it would not end one long wait
+        time.sleep(0.05)  # blocks on purpose
+"""
+
+
+@pytest.fixture
+def repository():
+    """What queues are made on that are given no other; here all are."""
+    return MemoryRepository()
+
+
+@pytest.fixture
+def url(request, mongo_server):
+    """A server with change streams, unless a test asks for another or the environment names one."""
+    return mongo_server(getattr(request, "param", "set"))
+
+
+# Where the server has none, others' work is looked for once a second.
+without_streams = pytest.mark.parametrize("url", ["standalone"], indirect=True)
+
+
+@pytest.fixture
+def name(url):
+    database = new_database(url)
+    yield database.name
+    database.client.drop_database(database.name)
+
+
+@pytest.fixture
+def proxy(url):
+    """On the line between a client and the server."""
+    made = Proxy(pymongo.uri_parser.parse_uri(url)["nodelist"][0][1])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def on_mongo(url, name, tmp_path, make_queue, proxy):
+    """Makes queues on the collection, each with a client of its own."""
+    clients = []
+
+    def on_mongo(at=None, folder="here", lease=30.0, timeout=10.0, **config):
+        client = pymongo.MongoClient(at or url, directConnection=True, heartbeatFrequencyMS=500)
+        clients.append(client)
+        repository = MongoRepository(
+            client[name], run_folder=tmp_path / folder, lease_timeout=lease, timeout=timeout
+        )
+        queue = make_queue(repository, **{"worker_num": 2, **config})
+        queue.ran = []
+        for kind in ("work", "hang", "listen"):
+            queue.executor(kind)(lambda n=0: queue.ran.append(n))
+        return queue
+
+    yield on_mongo
+    proxy.heal()  # a client says goodbye to the server
+    for client in clients:
+        client.close()
+
+
+@pytest.fixture
+def run(spawn, url, name, tmp_path):
+    """Starts the program with more lines, on a host that this one shares or does not."""
+
+    def run(more, folder="here", lease=30.0):
+        return spawn(PROGRAM + more, url, name, tmp_path / folder, lease)
+
+    return run
+
+
+class TestOneProcess:
+    def test_submit_run_result_spill_drain_stop(self, on_mongo):
+        queue = on_mongo(buffer_size=5, overflow="spill")
+        handles = [queue.submit("work", {"n": n}) for n in range(5)]
+        queue.start()
+        handles += queue.submit_many([Task(type="work", params={"n": n}) for n in range(5, 25)])
+        assert queue.drain(PATIENCE)
+        assert sorted(queue.ran) == list(range(25))
+        assert [handle.result(PATIENCE) for handle in handles] == [None] * 25
+        assert queue.list_tasks(TaskFilter(status="completed"))[1] == 25
+        assert queue.stop(PATIENCE) == []
+        assert list(queue.repository.liveness.nodes()) == []
+
+    def test_trips_of_a_task_under_load(self, url, name, make_queue):
+        """Start and finish share theirs with other tasks."""
+        sent = Counter()
+
+        class Listener(pymongo.monitoring.CommandListener):
+            def started(self, event):
+                sent[event.command_name] += 1
+
+            def succeeded(self, event):
+                pass
+
+            def failed(self, event):
+                pass
+
+        with pymongo.MongoClient(url, event_listeners=[Listener()]) as client:
+            queue = make_queue(MongoRepository(client[name]), worker_num=4, buffer_size=400)
+            queue.executor("work")(lambda: None)
+            for _ in range(400):
+                queue.submit("work")
+            assert sent["insert"] == 400
+            queue.start()
+            assert queue.drain(3 * PATIENCE)
+            queue.stop(PATIENCE)
+        assert sent["update"] + sent["find"] <= 1.5 * 400
+
+
+class TestTwoProcesses:
+    def test_share_the_work(self, run, on_mongo):
+        child = run("queue.start(); say('started'); wait_for_ever()")
+        assert child.read() == "started"
+        queue = on_mongo(buffer_size=200)
+        for n in range(60):
+            queue.submit("work", {"n": n})
+        queue.start()
+        assert queue.drain(PATIENCE)
+        tasks, total = queue.list_tasks()
+        assert total == 60
+        found = {(task.status, len(task.attempts)) for task in tasks}
+        assert found == {(TaskStatus.COMPLETED, 1)}
+
+    @without_streams
+    def test_share_the_work_without_streams(self, run, on_mongo):
+        self.test_share_the_work(run, on_mongo)
+
+    @without_streams
+    def test_cancel_reaches_a_running_task_without_streams(self, run, on_mongo):
+        self.test_cancel_reaches_a_running_task_of_another(run, on_mongo)
+
+    def test_cancel_reaches_a_running_task_of_another(self, run, on_mongo):
+        child = run("queue.start(); queue.submit('listen', id='x'); wait_for_ever()")
+        assert child.read() == "listening"
+        queue = on_mongo()
+        assert queue.cancel_task("x") is False
+        assert eventually(lambda: queue.get_task_status("x").status.finished)
+        assert queue.get_task_status("x").status is TaskStatus.CANCELLED
+
+    def test_cancel_of_a_pending_task_of_another(self, run, on_mongo):
+        child = run(
+            "queue.start(); queue.submit('hang'); queue.submit('hang');"
+            "queue.submit('work', {'n': 1}, id='x'); say('sent'); wait_for_ever()"
+        )
+        assert sorted(child.read() for _ in range(3)) == ["hanging", "hanging", "sent"]
+        queue = on_mongo()
+        assert queue.cancel_task("x") is True
+        assert queue.get_task_status("x").starts == 0
+
+    def test_new_work_is_seen_at_once(self, run, on_mongo):
+        child = run("queue.start(); say('started'); wait_for_ever()")
+        assert child.read() == "started"
+        queue = on_mongo()
+        queue.submit("work", {"n": 1}).result(PATIENCE)
+
+    def test_killed_it_is_rescued_at_once_on_the_same_host(self, run, on_mongo):
+        """The lease would take ten minutes."""
+        child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()", lease=600)
+        assert child.read() == "hanging"
+        queue = on_mongo(lease=600)
+        queue.start()
+        child.kill()
+        assert queue.handle("x").result(PATIENCE) is None
+        task = queue.get_task_status("x")
+        assert (task.crashes, task.starts, task.errors) == (1, 2, 0)
+        assert [attempt.outcome for attempt in task.attempts] == ["crashed", "completed"]
+
+    def test_killed_on_another_host_it_is_rescued_by_its_lease(self, run, on_mongo):
+        child = run(
+            "queue.start(); queue.submit('hang', id='x');"
+            "[queue.submit('work', {'n': n}) for n in range(5)]; wait_for_ever()",
+            folder="there",
+            lease=LEASE,
+        )
+        assert child.read() == "hanging"
+        queue = on_mongo(lease=LEASE)
+        queue.start()
+        assert not queue.handle("x").done()
+        child.kill()
+        assert queue.handle("x").result(PATIENCE) is None
+        assert queue.drain(PATIENCE)
+        assert queue.get_task_status("x").crashes == 1
+        eventually(lambda: len(queue.repository.liveness.nodes()) == 1)
+
+    def test_stopped_on_the_same_host_it_is_left_alone(self, run, on_mongo):
+        """For who shares the host it lives, however long its beat stands still."""
+        child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()", lease=1)
+        assert child.read() == "hanging"
+        child.signal(19)
+        queue = on_mongo(lease=1)
+        seen = []
+        deadline = time.monotonic() + 2.5
+        eventually(
+            lambda: (
+                seen.append([n.alive for n in queue.repository.liveness.nodes()])
+                or time.monotonic() > deadline
+            )
+        )
+        assert all(alive == [True] for alive in seen)
+        child.signal(18)
+
+    def test_stop_hands_back_what_runs(self, run, on_mongo):
+        child = run(
+            "queue.start(); queue.submit('listen', id='x'); sys.stdin.readline();"
+            "queue.stop(20, cancel=True); say('stopped')"
+        )
+        assert child.read() == "listening"
+        child.tell()
+        assert child.read() == "stopped"
+        queue = on_mongo()
+        task = queue.get_task_status("x")
+        assert (task.status, task.interruptions, task.crashes) == (TaskStatus.PENDING, 1, 0)
+        queue.start()
+        assert queue.handle("x").result(PATIENCE) is None
+
+    def test_batches_of_a_killed_submitter_are_there_or_not(self, run, on_mongo, url, name):
+        """All of them or none of them, whenever it is killed."""
+        child = run(
+            """
+from taskx import Task
+number = 0
+print("submitting", flush=True)
+while True:
+    queue.submit_many(
+        [Task(id=f"{number}-{i}", type="work", params={"n": 0}) for i in range(4)]
+    )
+    number += 1
+"""
+        )
+        assert child.read() == "submitting"
+        queue = on_mongo()
+        eventually(lambda: queue.list_tasks()[1] >= 8)
+        child.kill()
+        tasks, total = queue.list_tasks(TaskFilter(limit=10_000))
+        batches = Counter(task.id.split("-")[0] for task in tasks)
+        assert total == len(tasks)
+        assert set(batches.values()) == {4}
+
+
+@pytest.fixture
+def cut_off(on_mongo, proxy):
+    """A queue whose host's line can be cut, with a task that listens; and the line."""
+    queue = on_mongo(f"mongodb://127.0.0.1:{proxy.port}", "there", lease=LEASE)
+    queue.heard, queue.begun, queue.go_on = [], threading.Event(), threading.Event()
+
+    @queue.executor("heed")
+    def heed(ctx):
+        queue.begun.set()
+        ctx.token.wait(PATIENCE)
+        queue.heard.append(ctx.token.reason)
+        ctx.raise_if_cancelled()
+
+    @queue.executor("ignore")
+    def ignore():
+        queue.begun.set()
+        assert queue.go_on.wait(PATIENCE)
+        return "late"
+
+    yield queue, proxy
+    queue.go_on.set()
+    proxy.heal()
+    queue.stop(PATIENCE, cancel=True)
+
+
+class TestAHostThatIsCutOff:
+    @pytest.fixture
+    def other(self, on_mongo):
+        """A queue on a host that is not."""
+        made = on_mongo(lease=LEASE)
+        made.seen = []
+        return made
+
+    def begin(self, queue, other, kind):
+        """Have the one that will be cut off run a task, and the other one look on."""
+        queue.start()
+        queue.submit(kind, id="x")
+        assert queue.begun.wait(PATIENCE)
+        other.executor(kind)(lambda: other.seen.append(list(queue.heard)) or "mine")
+        other.start()
+        queue.repository._connection.timeout = 1.0
+
+    def test_its_tokens_fire_before_others_take_over(self, cut_off, other):
+        queue, proxy = cut_off
+        self.begin(queue, other, "heed")
+        proxy.cut(refuse=True)
+        assert other.handle("x").result(PATIENCE) == "mine"
+        assert other.seen == [[CancelReason.LEASE_LOST]]
+        assert other.get_task_status("x").starts == 2
+
+    def test_it_comes_back_and_works_on(self, cut_off, other, caplog):
+        """What it did with a task that was taken from it is dropped, and said to be."""
+        queue, proxy = cut_off
+        self.begin(queue, other, "ignore")
+        with caplog.at_level(logging.WARNING, "taskx"):
+            proxy.cut(refuse=True)
+            assert other.handle("x").result(PATIENCE) == "mine"
+            other.stop(PATIENCE)
+            queue.go_on.set()
+            proxy.heal()
+            eventually(lambda: "its late outcome was dropped" in caplog.text)
+        assert not pool_of(queue).runs
+        assert "lost its lease" in caplog.text
+        assert other.get_task_status("x").result == "mine"
+        handle = eventually(lambda: submitted(queue, "work"))
+        assert handle.result(PATIENCE) is None
+        assert [node.alive for node in other.repository.liveness.nodes()] == [True]
+
+
+def submitted(queue, kind):
+    """The handle of a task, as soon as one can be submitted."""
+    try:
+        return queue.submit(kind)
+    except RepositoryUnavailable:
+        return None
+
+
+def outcome(handle):
+    """The result of a task as text, as soon as the repository can be asked for it."""
+    try:
+        return str(handle.result(PATIENCE)).lower()
+    except RepositoryUnavailable:
+        return None
+
+
+class TestAnOutage:
+    """Shorter than the lease, or of the server itself: nothing is lost, nothing runs twice."""
+
+    TIMEOUT = 3.0
+
+    @pytest.fixture
+    def gated(self, on_mongo, gate):
+        def gated(at):
+            queue = on_mongo(at, timeout=self.TIMEOUT)
+            queue.times = []
+
+            @queue.executor("gated")
+            def gated():
+                queue.times.append(1)
+                gate()
+                return "done"
+
+            queue.start()
+            handle = queue.submit("gated", id="x")
+            gate.wait_for(1)
+            return queue, handle
+
+        return gated
+
+    @pytest.fixture
+    def outlive(self, gate, caplog):
+        """Submits fail, in time; the task that runs goes on, and its outcome is written in the end."""
+
+        def outlive(queue, handle, back):
+            spent, since = time.process_time(), time.monotonic()
+            with caplog.at_level(logging.INFO, "taskx"):
+                self.fail_in_time(lambda: queue.submit("work", {"n": 1}))
+                self.fail_in_time(lambda: queue.submit_many([Task(type="work")] * 2))
+                gate.open()
+                eventually(lambda: not pool_of(queue).runs.executing)
+                back()
+                again = eventually(lambda: submitted(queue, "work"))
+                assert eventually(lambda: outcome(handle)) == "done"
+                assert eventually(lambda: outcome(again)) == "none"
+            busy = (time.process_time() - spent) / (time.monotonic() - since)
+            assert busy < 0.5, "no busy loop"
+            assert len(caplog.records) < 40, "no flood of messages"
+            assert queue.times == [1]
+            assert queue.get_task_status("x").starts == 1
+
+        return outlive
+
+    def fail_in_time(self, submit):
+        """Behind one that was under way, it has a time-out of its own, and one second to clear up."""
+        began = time.monotonic()
+        with pytest.raises(RepositoryUnavailable):
+            submit()
+        assert time.monotonic() - began < 2 * self.TIMEOUT + 1 + 2  # for a slow machine
+
+    def test_of_the_network(self, proxy, gated, outlive):
+        queue, handle = gated(f"mongodb://127.0.0.1:{proxy.port}")
+        proxy.cut(refuse=True)
+        outlive(queue, handle, proxy.heal)
+        queue.stop(PATIENCE)
+
+    def test_of_a_network_that_swallows_all(self, proxy, gated, outlive):
+        queue, handle = gated(f"mongodb://127.0.0.1:{proxy.port}")
+        proxy.judge = lambda direction, piece: False
+        outlive(queue, handle, proxy.heal)
+        queue.stop(PATIENCE)
+
+    @pytest.mark.parametrize("kind", ["standalone", "set"])
+    def test_of_a_server_that_is_killed_and_started_again(
+        self, kind, tmp_path, make_queue, gate, outlive
+    ):
+        folder = tmp_path / "server"
+        folder.mkdir()
+        server = Server(kind, folder).start()
+        client = pymongo.MongoClient(server.url, directConnection=True, heartbeatFrequencyMS=500)
+        repository = MongoRepository(
+            client.tasks, run_folder=tmp_path / "run", timeout=self.TIMEOUT
+        )
+        queue = make_queue(repository, worker_num=2)
+        queue.times = []
+        queue.executor("work")(lambda n=0: None)
+
+        @queue.executor("gated")
+        def gated():
+            queue.times.append(1)
+            gate()
+            return "done"
+
+        queue.start()
+        handle = queue.submit("gated", id="x")
+        gate.wait_for(1)
+        delayed = [queue.submit("work", {"n": n}, delay=0.1) for n in range(20)]
+        server.kill()
+        outlive(queue, handle, server.start)
+        assert [each.result(PATIENCE) for each in delayed] == [None] * 20
+        queue.stop(PATIENCE)
+        client.close()
+        server.kill()
+
+
+class TestTheOriginals:
+    def test_its_tasks_run_where_they_are_adopted(self, url, name, tmp_path, make_queue):
+        database = pymongo.MongoClient(url)[name]
+        go = {"type": "work", "status": "pending", "params": {"n": 7}}
+        database.tasks.insert_one({"_id": "go", **go})
+        ran = []
+        for adopt in (False, True):
+            repository = MongoRepository(database, run_folder=tmp_path, adopt_foreign=adopt)
+            queue = make_queue(repository, worker_num=2)
+            queue.executor("work")(lambda n: ran.append(n))
+            queue.start()
+            assert queue.drain(PATIENCE)
+            queue.stop(PATIENCE)
+            assert ran == ([7] if adopt else [])
+        assert database.tasks.find_one({"_id": "go"})["status"] == "completed"
+        database.client.close()
+
+    def test_what_a_dead_process_of_it_ran_can_be_given_up_and_requeued(
+        self, url, name, tmp_path, make_queue
+    ):
+        database = pymongo.MongoClient(url)[name]
+        go = {"type": "work", "status": "running", "params": {"n": 7}}
+        database.tasks.insert_one({"_id": "go", **go})
+        queue = make_queue(MongoRepository(database, run_folder=tmp_path))
+        queue.executor("work")(lambda n: n)
+        queue.start()
+        assert queue.cancel_task("go") is False
+        queue.repository.update_status("go", TaskStatus.FAILED, "its process died")
+        queue.requeue("go")
+        assert queue.handle("go").result(PATIENCE) == 7
+        queue.stop(PATIENCE)
+        database.client.close()

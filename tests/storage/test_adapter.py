@@ -1,0 +1,90 @@
+"""A user's repository of eight methods, which was there before."""
+
+import pytest
+from helpers import held_on
+
+from taskx import ConfigurationError, Task, TaskFilter, TaskStatus
+from taskx.storage.adapter import EightMethodAdapter
+from taskx.storage.queries import owners
+from taskx.upkeep.node import unfinished
+
+from .repositories import MAKERS, ids, insert
+
+
+@pytest.fixture(params=["adapter", "adapter-13"])
+def store(request, tmp_path, clock):
+    return MAKERS[request.param](tmp_path, clock)
+
+
+def test_what_ran_before_this_process_was_left_behind(store, clock):
+    """Even if it was looked at before the queue started."""
+    store.inner.create(Task(id="a", type="t", created_at=clock.now()))
+    store.inner.create(Task(id="b", type="t", created_at=clock.now()))
+    store.inner.update_status("b", TaskStatus.RUNNING, "")
+    assert store.get_by_id("b").status is TaskStatus.RUNNING
+    store.prepare()
+    assert ids(store.ready(["t"], 10)) == ["a"]
+    [owner] = owners(store)
+    assert owner not in {node.id for node in store.liveness.nodes()}
+    assert held_on(store, owner) == ["b"]
+
+
+def test_unfinished_tasks_are_read_in_pages(store, clock):
+    for number in range(1003):
+        store.inner.create(Task(id=f"{number:04}", type="t", created_at=clock.now()))
+        clock.advance(0.001)
+    store.prepare()
+    assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
+
+
+def test_ended_without_a_time_it_has_ended_all_the_same(store, add):
+    """A user's ``update_status`` need not set ``completed_at``."""
+    add("a")
+    store.inner.update_status("a", TaskStatus.CANCELLED, "")
+    assert store.get_by_id("a").status is TaskStatus.CANCELLED
+    assert ids(store.ready(["t"], 10)) == []
+    assert not unfinished(store, ["t"])
+
+
+def test_deleted_behind_its_back(store, add, clock):
+    """The id may be used again, once."""
+    add("a", owner="node")
+    store.inner.delete("a")
+    add("a")
+    assert held_on(store, "node") == []
+    assert ids(store.ready(["t"], 10)) == ["a"]
+    store.inner.delete("a")
+    assert store.get_many(["a"]) == {}
+    assert ids(store.ready(["t"], 10)) == []
+
+
+@pytest.mark.parametrize("option", ["priority", "timeout", "max_attempts", "max_crashes"])
+def test_an_option_that_is_not_kept_is_refused(tmp_path, clock, option):
+    store = MAKERS["adapter-13"](tmp_path, clock)
+    with pytest.raises(ConfigurationError, match=f"does not keep {option}"):
+        store.apply([insert("a", clock, **{option: 7})])
+    assert store.count(TaskFilter()) == 0
+
+
+def test_less_than_eight_methods_are_refused():
+    class Seven:
+        create = get_by_id = update = update_status = update_progress = list = count = print
+
+    with pytest.raises(ConfigurationError, match="lacks delete"):
+        EightMethodAdapter(Seven())
+
+
+def test_eight_methods_have_no_transaction(store, clock):
+    with pytest.raises(ConfigurationError, match="TinyRepository"):
+        store.apply([insert("a", clock), insert("b", clock)], all_or_nothing=True)
+    assert store.count(TaskFilter()) == 0
+    assert list(store.apply([insert("a", clock)], all_or_nothing=True)) == [True]
+
+
+@pytest.mark.parametrize(
+    "option", [{"unique_key": "k"}, {"depends_on": ["a"]}, {"concurrency_key": "k"}]
+)
+def test_eight_methods_cannot_hold_it(store, clock, option):
+    with pytest.raises(ConfigurationError, match=f"{next(iter(option))}; nothing was stored"):
+        store.apply([insert("b", clock, **option)])
+    assert store.get_many(["b"]) == {}

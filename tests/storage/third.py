@@ -1,0 +1,392 @@
+"""A repository on the primitives alone, over plain :mod:`sqlite3`: the example for authors.
+
+It is written to be read, not to be fast: one connection, one lock, and rows that are tested in Python.
+Everything else comes from :class:`taskx.storage.base.Repository`: the eight methods, the rules of a
+task's life, and leases by which processes know that others are alive. Comments say where you must think
+when your store is another one.
+"""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
+from typing import Any, TypeVar
+
+from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.core.codec import Codec
+from taskx.core.errors import PayloadError, RepositoryError, RepositoryUnavailable
+from taskx.core.model import TASK_FIELDS, Task, TaskFilter
+from taskx.core.record import (
+    COLUMNS,
+    DEFAULTS,
+    FOR_PARENTS,
+    FOR_TURN,
+    FREE,
+    UNTIL_DUE,
+    Ended,
+    Stub,
+    parents_from_text,
+    stub_from_row,
+    task_from_row,
+)
+from taskx.core.writes import Delete, Insert, Note, NoteChange, Write, matches
+from taskx.storage.base import Reentered, Repository, new_version
+
+T = TypeVar("T")
+
+# A column of SQLite without a type keeps what it is given, as it is: text, whole numbers, floats and None
+# are all that rows hold. ``seq`` is the order of submission, which many answers are sorted by.
+SCHEMA = (
+    f"CREATE TABLE tasks (seq INTEGER PRIMARY KEY AUTOINCREMENT, {', '.join(COLUMNS)})",
+    # The two unique columns and the id: the store itself must refuse the second one, whatever process it
+    # comes from. None may be there many times, as NULL may in SQL.
+    "CREATE UNIQUE INDEX by_id ON tasks (id)",
+    "CREATE UNIQUE INDEX by_lock ON tasks (unique_lock)",
+    "CREATE UNIQUE INDEX by_turn ON tasks (turn)",
+    # One index for each question that is asked often. They hold unfinished tasks only, so that a million
+    # finished ones cost nothing.
+    f"CREATE INDEX ready ON tasks (owner, type) WHERE status = 'pending' AND held = {FREE}",
+    f"CREATE INDEX due ON tasks (run_at) WHERE status = 'pending' AND held = {UNTIL_DUE}",
+    f"CREATE INDEX line ON tasks (concurrency_key) WHERE status = 'pending' AND held = {FOR_TURN}",
+    "CREATE INDEX waiting ON tasks (waiting_on) WHERE waiting_on IS NOT NULL",
+    "CREATE INDEX running ON tasks (owner) WHERE status = 'running'",
+    "CREATE INDEX stuck ON tasks (stuck_on) WHERE stuck_on <> ''",
+    "CREATE INDEX ended ON tasks (status, completed_at, seq) WHERE completed_at IS NOT NULL",
+    "CREATE INDEX created ON tasks (created_at, seq)",
+    # ``depends_on`` is a list in a column; children are looked up by their parents.
+    "CREATE TABLE parents (parent, id, PRIMARY KEY (parent, id)) WITHOUT ROWID",
+    "CREATE INDEX parents_of ON parents (id)",
+    "CREATE TABLE notes (name PRIMARY KEY, text, version) WITHOUT ROWID",
+)
+
+_READY = f"status = 'pending' AND held = {FREE}"
+#: For each lookup column: the table, the column in it, and which of the rows it means.
+LOOKUPS = {
+    "id": ("tasks", "id", "1"),
+    "unique_lock": ("tasks", "unique_lock", "1"),
+    "turn": ("tasks", "turn", "1"),
+    "parent": ("parents", "parent", "1"),
+    "waiting_on": ("tasks", "waiting_on", f"status = 'pending' AND held = {FOR_PARENTS}"),
+    "line": ("tasks", "concurrency_key", f"status = 'pending' AND held = {FOR_TURN}"),
+    "running_on": ("tasks", "owner", "status = 'running' AND owner <> ''"),
+    "buffered_on": ("tasks", "owner", f"{_READY} AND owner <> ''"),
+    "stuck_on": ("tasks", "stuck_on", "stuck_on <> ''"),
+    "ready_type": ("tasks", "type", _READY),
+}
+#: Values in one query: SQLite has a limit.
+MOST_VALUES = 500
+
+
+class ThirdRepository(Repository):
+    """Keeps tasks in a SQLite file with tables of its own; any number of processes may share it.
+
+    Args:
+        path: the file; it is made at the first operation.
+        clock: what the eight methods stamp records with.
+        codec: what params, results and checkpoints are stored with.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        clock: Clock = SYSTEM_CLOCK,
+        codec: Codec | Iterable[Codec] | None = None,
+    ) -> None:
+        super().__init__(clock, codec)
+        self.path = os.path.abspath(path)  # a later chdir changes nothing
+        # Its processes are on one host: locks beside the file tell them at once who has died.
+        self.run_folder = f"{self.path}-nodes"
+        self._lock = threading.RLock()
+        self._connection: sqlite3.Connection | None = None
+        self._commits = 0
+
+    # --- opening and closing: construction does no IO, and what was closed opens again
+
+    def _opened(self) -> sqlite3.Connection:
+        if self._connection is None:
+            # Autocommit: a transaction begins where we say BEGIN, and nowhere else.
+            connection = sqlite3.connect(
+                self.path, timeout=10.0, isolation_level=None, check_same_thread=False
+            )
+            # SQLite syncs every commit unless told otherwise: what a caller was told must survive a power
+            # cut. A faster store syncs only the writes that are marked ``durable``.
+            connection.execute("BEGIN IMMEDIATE")
+            # One for others asks first whose file it is, and which version of the tables it has.
+            if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                for statement in SCHEMA:
+                    connection.execute(statement)
+            connection.execute("COMMIT")
+            self._connection = connection
+        return self._connection
+
+    def ensure_there(self) -> None:
+        """Raise if the file is gone."""
+        if self._connection is not None and not os.path.exists(self.path):
+            raise RepositoryUnavailable(f"{self.path} is gone: restart the program")
+
+    def close(self) -> None:
+        """Close the file."""
+        with self._lock:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def renew_after_fork(self) -> None:
+        """Leave the parent's connection alone, and take none of its locks over.
+
+        A child that runs on for long must not inherit a transaction either: see ``before_fork`` of
+        :class:`taskx.SQLiteRepository`.
+        """
+        _inherited.append(self._connection)
+        self._connection = None
+        self._lock = threading.RLock()  # another thread may have held the old one
+
+    # --- writing
+
+    @property
+    def entered(self) -> bool:
+        """True inside a call: a finalizer that writes would deadlock or join our transaction."""
+        return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
+
+    def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do work in one transaction, of which nothing is left if it raises."""
+        if self.entered:
+            raise Reentered
+        with self._lock:
+            try:
+                connection = self._opened()
+                if connection.in_transaction:  # two interrupts in a row struck the last one
+                    connection.execute("ROLLBACK")
+                # IMMEDIATE: what is read in it stays true until it commits, in other processes, too.
+                connection.execute("BEGIN IMMEDIATE")
+                try:
+                    result = work(connection)
+                    if connection.in_transaction:
+                        connection.execute("COMMIT")
+                finally:
+                    if connection.in_transaction:
+                        connection.execute("ROLLBACK")
+            except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
+                # SQLite says for certain that nothing was committed. A store on a network often cannot:
+                # it sets ``in_doubt`` on the error, and knows the same objects again when they come again.
+                raise _translated(error, self.path) from error
+            self._commits += 1
+            return result
+
+    def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
+        """Apply guarded writes in one transaction; says for each whether its guard held."""
+        coded = self.codecs.coded(writes)
+
+        def work(connection: sqlite3.Connection) -> Sequence[bool]:
+            results = [_apply_one(connection, write) for write in coded]
+            if all_or_nothing and not all(results):
+                connection.execute("ROLLBACK")
+            return results
+
+        return self._transact(work)
+
+    def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
+        """Store notes, or remove them, each if its version is still that one."""
+        return self._transact(
+            lambda connection: [_put_note(connection, change) for change in changes]
+        )
+
+    # --- reading: each answer is one statement, and so of one moment
+
+    def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
+        with self._lock:
+            try:
+                return self._opened().execute(sql, values).fetchall()
+            except sqlite3.Error as error:
+                raise _translated(error, self.path) from error
+
+    def _rows(self, where: str, values: Sequence[Any]) -> Iterator[dict[str, Any]]:
+        """The rows that meet a condition, by column; ``seq`` among them."""
+        names = ("seq", *COLUMNS)
+        for row in self._query(f"SELECT {', '.join(names)} FROM tasks WHERE {where}", values):
+            yield dict(zip(names, row, strict=True))
+
+    def find(
+        self, column: str, values: Sequence[str], fields: Sequence[str], limit: int | None = None
+    ) -> list[tuple[Any, ...]]:
+        """Fields of the rows that have one of these values in a lookup column, in order of submission."""
+        table, name, which = LOOKUPS[column]
+        order = "seq" if table == "tasks" else "parent, id"
+        found: list[tuple[Any, ...]] = []
+        for some in _chunks(values):
+            places = ", ".join("?" * len(some))
+            found += self._query(
+                f"SELECT {', '.join(fields)} FROM {table} WHERE {name} IN ({places}) AND {which} "
+                f"ORDER BY {order} LIMIT ?",
+                (*some, -1 if limit is None else limit - len(found)),
+            )
+        return found
+
+    def distinct(self, column: str, after: str, limit: int) -> list[str]:
+        """The values after one that a lookup column has now, in order."""
+        table, name, which = LOOKUPS[column]
+        sql = f"SELECT DISTINCT {name} FROM {table} WHERE {name} > ? AND {which} ORDER BY 1 LIMIT ?"
+        return [value for (value,) in self._query(sql, (after, limit))]
+
+    def ready(
+        self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
+    ) -> Sequence[Stub]:
+        """Pending tasks of these types and this owner that may start now, best first."""
+        # As Stub.rank says it, which a store that sorts in Python would call.
+        waiting_since = "max(created_at, coalesce(run_at, 0))" if ageing else "0"
+        kinds = list(types)
+        places = ", ".join("?" * len(kinds))
+        rows = self._rows(
+            f"{_READY} AND owner = ? AND type IN ({places}) "
+            f"ORDER BY {waiting_since} - priority * ?, seq LIMIT ?",
+            (owner, *kinds, ageing or 1, limit),
+        )
+        return list(map(stub_from_row, rows))
+
+    def due(self, before: int | None, limit: int) -> list[tuple[str, int]]:
+        """Ids and times of the pending tasks that are held until their time, earliest first."""
+        latest = "" if before is None else f"AND run_at <= {before:d} "
+        return self._query(
+            f"SELECT id, run_at FROM tasks WHERE status = 'pending' AND held = {UNTIL_DUE} {latest}"
+            "ORDER BY run_at, seq LIMIT ?",
+            (limit,),
+        )
+
+    def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
+        """Tasks of a finished status that ended before a moment, newest first."""
+        rows = self._rows(
+            "status = ? AND completed_at IS NOT NULL AND (completed_at, seq) < (?, ?) "
+            "AND stuck_on = '' ORDER BY completed_at DESC, seq DESC LIMIT ?",
+            # A place is whatever leads back to the same point, however many went meanwhile.
+            (status, *(after or (before, 0)), limit),
+        )
+        return [
+            Ended(
+                stub_from_row(row),
+                parents_from_text(row["depends_on"]),
+                row["unique_lock"],
+                row["unique_scope"],
+                (row["completed_at"], row["seq"]),
+            )
+            for row in rows
+        ]
+
+    def list(self, filter: TaskFilter) -> Sequence[Task]:
+        """The tasks that meet the filter, newest first."""
+        where, values = _condition(filter)
+        rows = self._query(
+            f"SELECT {', '.join(TASK_FIELDS)} FROM tasks WHERE {where} "
+            "ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?",
+            (*values, filter.limit, filter.offset),
+        )
+        return [task_from_row(row, self.codecs) for row in rows]
+
+    def count(self, filter: TaskFilter) -> int:
+        """How many tasks meet the filter."""
+        where, values = _condition(filter)
+        ((count,),) = self._query(f"SELECT count(*) FROM tasks WHERE {where}", values)
+        return int(count)
+
+    def notes(self, prefix: str) -> dict[str, Note]:
+        """All notes whose name begins so, by name."""
+        rows = self._query(
+            "SELECT name, text, version FROM notes WHERE name >= ? AND substr(name, 1, ?) = ?",
+            (prefix, len(prefix), prefix),
+        )
+        return {name: Note(text, version) for name, text, version in rows}
+
+    def version(self) -> object:
+        """SQLite counts the commits of other connections; own ones count if several queues share us."""
+        ((others,),) = self._query("PRAGMA data_version")
+        return self._connection, others, self._commits if len(self.queues) > 1 else 0
+
+
+#: Connections of a parent process, kept from the garbage collector, which would close them.
+_inherited: list[sqlite3.Connection | None] = []
+
+
+def _apply_one(connection: sqlite3.Connection, write: Write) -> bool:
+    """Apply one write; the transaction has the store to itself, so that a row may be tested here.
+
+    A store without such a transaction must test and change in one step: ``UPDATE ... WHERE`` with the
+    guard, or a compare-and-set of the document.
+    """
+    if isinstance(write, Insert):
+        return _insert(connection, {**DEFAULTS, **write.row})
+    cursor = connection.execute(f"SELECT {', '.join(COLUMNS)} FROM tasks WHERE id = ?", (write.id,))
+    stored = cursor.fetchone()
+    if stored is None or not matches(dict(zip(COLUMNS, stored, strict=True)), write.guard):
+        return False
+    if isinstance(write, Delete):
+        connection.execute("DELETE FROM parents WHERE id = ?", (write.id,))
+        connection.execute("DELETE FROM tasks WHERE id = ?", (write.id,))
+        return True
+    settings = ", ".join(f"{name} = ?" for name in write.changes)
+    try:
+        connection.execute(
+            f"UPDATE tasks SET {settings} WHERE id = ?", (*write.changes.values(), write.id)
+        )
+    except sqlite3.IntegrityError:  # another row has the value of a unique column
+        return False
+    return True
+
+
+def _insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> bool:
+    sql = f"INSERT INTO tasks ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
+    try:
+        connection.execute(sql, tuple(row.values()))
+    except sqlite3.IntegrityError:  # the id, or the value of a unique column
+        return False
+    pairs = [(parent, row["id"]) for parent in parents_from_text(row["depends_on"])]
+    connection.executemany("INSERT OR IGNORE INTO parents VALUES (?, ?)", pairs)
+    return True
+
+
+def _put_note(connection: sqlite3.Connection, change: NoteChange) -> bool:
+    name, text, version = change
+    values: tuple[Any, ...] = (name, version)
+    if text is None and not version:  # there must be none
+        return not connection.execute("SELECT 1 FROM notes WHERE name = ?", (name,)).fetchone()
+    if text is None:
+        sql = "DELETE FROM notes WHERE name = ? AND version = ?"
+    elif version:
+        sql = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
+        values = (text, name, version)
+    else:  # by chance: whoever read an earlier note of that name must not take this one for it
+        sql = "INSERT OR IGNORE INTO notes VALUES (?, ?, ?)"
+        values = (name, text, new_version())
+    return connection.execute(sql, values).rowcount == 1
+
+
+def _condition(filter: TaskFilter) -> tuple[str, list[Any]]:
+    """The condition of a filter in SQL, and its values."""
+    wanted = {
+        "type = ?": filter.type,
+        "status = ?": None if filter.status is None else filter.status.value,
+        "created_by = ?": filter.created_by,
+        "created_at >= ?": None if filter.start_date is None else to_ms(filter.start_date),
+        "created_at <= ?": None if filter.end_date is None else to_ms(filter.end_date),
+    }
+    given = {sql: value for sql, value in wanted.items() if value is not None}
+    return " AND ".join(given) or "1", list(given.values())
+
+
+def _chunks(values: Sequence[str]) -> Iterator[tuple[str, ...]]:
+    """The values, so many at a time."""
+    left = iter(values)
+    while some := tuple(islice(left, MOST_VALUES)):
+        yield some
+
+
+def _translated(error: Exception, path: str) -> Exception:
+    """The error of ours for one of the driver's, which never crosses the boundary bare."""
+    if isinstance(
+        error, sqlite3.OperationalError
+    ):  # locked for too long, disk full: later, perhaps
+        return RepositoryUnavailable(f"{path}: {error}")
+    if isinstance(error, sqlite3.Error):
+        return RepositoryError(f"{path}: {error}")
+    return PayloadError("row", f"SQLite cannot keep it: {error}")

@@ -1,0 +1,679 @@
+"""Cancel, time-outs and progress: what reaches an executor, when, and what becomes of the task."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import CancelledError
+
+import pytest
+from helpers import PATIENCE, eventually, pool_of
+
+from taskx import (
+    CancelReason,
+    ConfigurationError,
+    InvalidTransition,
+    PayloadError,
+    Permanent,
+    Queue,
+    Retry,
+    RetryPolicy,
+    Snooze,
+    TaskCancelled,
+    TaskFailed,
+    TaskNotFound,
+    TaskStatus,
+)
+from taskx.core.writes import Insert, Update
+from taskx.upkeep.housekeeper import PROGRESS_EVERY
+
+
+@pytest.mark.every_store
+def test_pending_task_never_runs(make_queue):
+    """Many rounds, each at another moment of the task's way to a worker."""
+    queue = make_queue(worker_num=2, buffer_size=1000)
+    ran = set()
+    queue.executor("note")(lambda n: ran.add(n))
+    queue.start()
+    cancelled = set()
+    for n in range(400):
+        handle = queue.submit("note", {"n": n})
+        for _ in range(n % 40):
+            pass
+        try:
+            if queue.cancel_task(handle.id):
+                cancelled.add(n)
+                assert n not in ran
+        except InvalidTransition:
+            assert n in ran
+    assert queue.drain(PATIENCE)
+    assert not cancelled & ran
+    for task in queue.list_tasks()[0]:
+        n = task.params["n"]
+        if n in cancelled:
+            assert task.status is TaskStatus.CANCELLED
+
+
+@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.every_store
+@pytest.mark.parametrize("how", ["cancel_task", "delete", "cancel_many"])
+def test_what_is_committed_raises_no_more(started, repository, how):
+    """The repository goes away just after it: who waits for the task is told when it is back."""
+    handle = started.submit("fine", delay=3600)
+    assert not handle.done()  # watched from now on
+
+    def away(writes):
+        repository.down = any(write.id == handle.id for write in writes)
+
+    repository.after = away
+    getattr(started, how)([handle.id] if how == "cancel_many" else handle.id)
+    assert repository.down
+    repository.after, repository.down = lambda writes: None, False
+    eventually(handle.done)
+
+
+def test_pending_task_in_the_buffer(busy, gate):
+    queue = busy()
+    handle = queue.submit("note", {"n": 1})
+    assert queue.cancel_task(handle.id) is True
+    task = handle.task()
+    assert (task.status, task.starts) == (TaskStatus.CANCELLED, 0)
+    assert task.completed_at is not None
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == []
+    with pytest.raises(CancelledError):
+        handle.result(0)
+
+
+def test_cancelled_ones_give_their_room_back(busy):
+    queue = busy(buffer_size=2)
+    for _ in range(10):
+        queue.cancel_task(queue.submit("note").id)
+
+
+@pytest.mark.every_store
+def test_running_task_hears_it_at_once(started):
+    begun, heard = threading.Event(), threading.Event()
+
+    @started.executor("listen")
+    def listen(ctx):
+        begun.set()
+        ctx.token.wait(PATIENCE)
+        if ctx.token.reason is CancelReason.CANCEL:
+            heard.set()
+        ctx.token.raise_if_cancelled()
+
+    handle = started.submit("listen")
+    assert begun.wait(PATIENCE)
+    began = time.monotonic()
+    assert started.cancel_task(handle.id) is False
+    assert heard.wait(PATIENCE)
+    assert time.monotonic() - began < 15
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+    task = handle.task()
+    assert task.status is TaskStatus.CANCELLED
+    assert task.cancel_requested_at is not None
+    assert (task.errors, task.error, task.owner) == (0, "", "")
+
+
+@pytest.mark.parametrize(
+    "error", [None, ValueError("while tidying up"), SystemExit(1), KeyboardInterrupt()], ids=repr
+)
+def test_whatever_a_cancelled_executor_raises_it_is_cancelled(started, error):
+    begun = threading.Event()
+
+    @started.executor("listen", max_attempts=5)
+    def listen(ctx):
+        begun.set()
+        try:
+            ctx.sleep(PATIENCE)
+        except TaskCancelled:
+            if error is None:
+                raise
+            raise error from None
+
+    handle = started.submit("listen")
+    assert begun.wait(PATIENCE)
+    started.cancel_task(handle.id)
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+    assert (handle.task().status, handle.task().starts) == (TaskStatus.CANCELLED, 1)
+
+
+def test_exception_handlers_do_not_swallow_a_cancel(started):
+    begun = threading.Event()
+
+    @started.executor("careless")
+    def careless(ctx):
+        begun.set()
+        try:
+            ctx.sleep(PATIENCE)
+        except Exception:  # noqa: BLE001  (what careless code does)
+            return "swallowed"
+
+    handle = started.submit("careless")
+    assert begun.wait(PATIENCE)
+    started.cancel_task(handle.id)
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+
+
+def test_normal_return_completes_a_cancelled_task(started):
+    begun = threading.Event()
+
+    @started.executor("thorough")
+    def thorough(ctx):
+        begun.set()
+        ctx.token.wait(PATIENCE)
+        return "done all the same"
+
+    handle = started.submit("thorough")
+    assert begun.wait(PATIENCE)
+    started.cancel_task(handle.id)
+    assert handle.result(PATIENCE) == "done all the same"
+    assert handle.task().status is TaskStatus.COMPLETED
+
+
+def test_cancel_twice(started, gate):
+    started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
+    handle = started.submit("hold")
+    gate.wait_for(1)
+    assert started.cancel_task(handle.id) is False
+    asked = handle.task().cancel_requested_at
+    assert started.cancel_task(handle.id) is False
+    assert handle.task().cancel_requested_at == asked
+    gate.open()
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+
+
+@pytest.mark.every_store
+def test_finished_and_unknown_tasks_cannot_be_cancelled(started):
+    handle = started.submit("fine")
+    handle.result(PATIENCE)
+    with pytest.raises(InvalidTransition, match="completed"):
+        started.cancel_task(handle.id)
+    assert handle.cancel() is False
+    with pytest.raises(TaskNotFound):
+        started.cancel_task("nobody")
+
+
+@pytest.mark.every_store
+def test_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
+    """As from another process: a queue that knows the repository only."""
+    started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
+    handle = started.submit("listen")
+    eventually(handle.running)
+    other = make_queue()
+    if type(started.repository).__name__ == "SpySQLite":
+        from helpers import SpySQLite
+
+        other = make_queue(SpySQLite(started.repository.path))
+    began = time.monotonic()
+    assert other.cancel_task(handle.id) is False
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+    assert time.monotonic() - began < 10  # where the executor sleeps for a minute
+    other.repository.close()
+
+
+@pytest.mark.every_store
+def test_one_outcome_when_cancel_and_end_race(make_queue):
+    queue = make_queue(worker_num=2)
+    queue.executor("quick", max_attempts=3)(lambda ctx: ctx.token.raise_if_cancelled())
+    queue.start()
+    for _ in range(200):
+        handle = queue.submit("quick")
+        try:
+            never_ran = queue.cancel_task(handle.id)
+        except InvalidTransition:
+            never_ran = False
+        try:
+            handle.result(PATIENCE)
+            status = TaskStatus.COMPLETED
+            assert not never_ran
+        except CancelledError:
+            status = TaskStatus.CANCELLED
+        assert handle.task().status is status
+
+
+# Time-outs
+
+
+@pytest.mark.every_store
+def test_timeout_fires_the_token_and_fails_the_task(started):
+    @started.executor("slow", timeout=0.05)
+    def slow(ctx):
+        ctx.token.wait()
+        assert ctx.token.reason is CancelReason.TIMEOUT
+        ctx.token.raise_if_cancelled()
+
+    handle = started.submit("slow")
+    with pytest.raises(TaskFailed, match=r"timed out after 0\.05 s"):
+        handle.result(PATIENCE)
+    task = handle.task()
+    assert (task.status, task.errors, task.error) == (
+        TaskStatus.FAILED,
+        1,
+        "timed out after 0.05 s",
+    )
+    assert task.duration >= 0.05
+
+
+def test_timeout_is_for_each_attempt_and_spends_it(started):
+    @started.executor("slow", timeout=0.02, max_attempts=3)
+    def slow(ctx):
+        ctx.sleep(PATIENCE)
+
+    handle = started.submit("slow")
+    assert handle.exception(PATIENCE).attempt == 3
+    assert [a.error for a in handle.task().attempts] == ["timed out after 0.02 s"] * 3
+
+
+@pytest.fixture
+def past_its_deadline(make_queue, clock):
+    """Has a function run as a task whose deadline passes when it has begun; returns its handle."""
+
+    def run(function, **options):
+        queue = make_queue(worker_num=1, clock=clock)
+
+        @queue.executor("slow", timeout=60)
+        def slow(ctx):
+            clock.advance(60)
+            return function(ctx)
+
+        queue.start()
+        return queue.submit("slow", **options)
+
+    return run
+
+
+def test_error_of_its_own_after_the_deadline_is_kept(past_its_deadline):
+    def slow(ctx):
+        ctx.token.wait()
+        raise OSError("connection cut off")
+
+    with pytest.raises(TaskFailed, match="timed out after 60 s: OSError: connection cut off"):
+        past_its_deadline(slow).result(PATIENCE)
+
+
+@pytest.mark.parametrize(
+    ("raised", "policy", "attempts"),
+    [
+        (OSError("cut off"), {"retry_on": TimeoutError}, 3),
+        (OSError("cut off"), {"give_up_on": TimeoutError}, 1),
+        (EOFError("cut off"), {"give_up_on": EOFError}, 3),
+        (Snooze(3600), {}, 3),
+        (Retry("again", delay=0), {"give_up_on": TimeoutError}, 3),
+        (Permanent("no use"), {}, 1),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
+)
+def test_whatever_a_time_out_surfaces_as_it_is_one_to_the_policy(
+    past_its_deadline, raised, policy, attempts
+):
+    """What a connection raises that was closed by it, say. It snoozes no task, either."""
+
+    def slow(ctx):
+        ctx.token.wait()
+        raise raised
+
+    handle = past_its_deadline(slow, retry=RetryPolicy(3, base=0, **policy))
+    assert handle.exception(PATIENCE).attempt == attempts
+    assert (handle.task().errors, handle.task().snoozes) == (attempts, 0)
+
+
+def test_return_after_the_deadline_completes(past_its_deadline):
+    assert past_its_deadline(lambda ctx: ctx.token.wait()).result(PATIENCE) is True
+
+
+def test_timeout_counts_from_the_start_of_the_attempt(busy, gate):
+    queue = busy()
+    queue.executor("look")(lambda ctx: ctx.remaining())
+    handle = queue.submit("look", timeout=100)
+    gate.open()
+    assert 90 < handle.result(PATIENCE) <= 100
+
+
+def test_remaining(started):
+    @started.executor("look")
+    def look(ctx):
+        if ctx.task.timeout is None:
+            return ctx.remaining()
+        before = ctx.remaining()
+        assert 0 < ctx.remaining() <= before <= ctx.task.timeout
+        ctx.token.wait()
+        return ctx.remaining()
+
+    assert started.submit("look").result(PATIENCE) is None
+    with pytest.raises(TaskFailed, match="timed out"):
+        started.submit("look", timeout=0.05).result(PATIENCE)
+
+
+def test_narrower_deadline(started):
+    @started.executor("parts")
+    def parts(ctx):
+        outer = ctx.token
+
+        def part():
+            with ctx.timeout(0.02) as inner:
+                assert ctx.token is inner
+                assert 0 < inner.remaining() == pytest.approx(ctx.remaining(), abs=0.02)
+                ctx.sleep(PATIENCE)
+
+        with pytest.raises(TimeoutError, match=r"0\.02 s") as caught:
+            part()
+        assert isinstance(caught.value.__cause__, TaskCancelled)
+        assert ctx.token is outer
+        assert not outer.cancelled
+        assert ctx.remaining() is None
+        with ctx.timeout(PATIENCE):
+            pass
+        with pytest.raises(KeyError), ctx.timeout(PATIENCE):
+            raise KeyError
+        with pytest.raises(ConfigurationError), ctx.timeout(-1):
+            pass
+        return "goes on"
+
+    assert started.submit("parts").result(PATIENCE) == "goes on"
+
+
+def test_nested_deadlines(started):
+    @started.executor("nested")
+    def nested(ctx):
+        with ctx.timeout(PATIENCE):
+            with pytest.raises(TimeoutError), ctx.timeout(0.02):
+                ctx.sleep(PATIENCE)
+            assert 1 < ctx.remaining() <= PATIENCE
+        with pytest.raises(TimeoutError), ctx.timeout(0.02), ctx.timeout(PATIENCE):
+            ctx.sleep(PATIENCE)
+        return "goes on"
+
+    assert started.submit("nested").result(PATIENCE) == "goes on"
+
+
+def test_deadline_of_the_task_is_not_the_narrower_ones(started):
+    @started.executor("slow", timeout=0.05)
+    def slow(ctx):
+        with ctx.timeout(PATIENCE):
+            ctx.sleep(PATIENCE)
+
+    with pytest.raises(TaskFailed, match=r"timed out after 0\.05 s"):
+        started.submit("slow").result(PATIENCE)
+
+
+def test_cancel_reaches_into_a_narrower_deadline(started):
+    inside = threading.Event()
+
+    @started.executor("slow")
+    def slow(ctx):
+        with ctx.timeout(PATIENCE):
+            inside.set()
+            ctx.sleep(PATIENCE)
+
+    handle = started.submit("slow")
+    assert inside.wait(PATIENCE)
+    started.cancel_task(handle.id)
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+
+
+# Callbacks
+
+
+def test_callbacks_run_on_a_thread_of_their_own(started):
+    where = {}
+    called = threading.Event()
+
+    @started.executor("listen")
+    def listen(ctx):
+        where["executor"] = threading.current_thread()
+
+        def callback():
+            where["callback"] = threading.current_thread()
+            called.set()
+
+        ctx.on_cancel(callback)
+        assert called.wait(PATIENCE)
+        ctx.token.raise_if_cancelled()
+
+    handle = started.submit("listen")
+    eventually(lambda: "executor" in where)
+    started.cancel_task(handle.id)
+    assert called.wait(PATIENCE)
+    pool = pool_of(started)
+    assert where["callback"] is not threading.current_thread()
+    assert where["callback"] not in pool.threads
+    assert where["callback"].name != "taskx-housekeeper"
+
+
+def test_callback_that_hangs_hangs_nobody(started, gate):
+    others, begun = [], threading.Event()
+
+    @started.executor("listen")
+    def listen(ctx):
+        ctx.on_cancel(lambda: others.append(1))
+        ctx.on_cancel(lambda: gate())
+        ctx.on_cancel(lambda: others.append(2))
+        ctx.on_cancel(lambda: 1 / 0)
+        begun.set()
+        ctx.sleep(PATIENCE)
+
+    handle = started.submit("listen")
+    assert begun.wait(PATIENCE)
+    assert started.cancel_task(handle.id) is False
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+    eventually(lambda: sorted(others) == [1, 2])
+    assert started.submit("fine").result(PATIENCE) == "fine"
+    late = started.submit("listen", timeout=0.01)  # neither do deadlines wait for callbacks
+    assert late.exception(PATIENCE)
+
+
+def test_what_is_no_callback_fails_the_attempt(started):
+    @started.executor("listen")
+    def listen(ctx):
+        ctx.on_cancel(5)
+
+    with pytest.raises(TaskFailed, match="ConfigurationError: callback must be a function"):
+        started.submit("listen").result(PATIENCE)
+
+
+def test_callback_taken_back_is_not_called(started):
+    called, taken_back = [], threading.Event()
+
+    @started.executor("listen")
+    def listen(ctx):
+        remove = ctx.on_cancel(lambda: called.append("no"))
+        ctx.on_cancel(lambda: called.append("yes"))
+        remove()
+        remove()
+        taken_back.set()
+        ctx.sleep(PATIENCE)
+
+    handle = started.submit("listen")
+    assert taken_back.wait(PATIENCE)
+    started.cancel_task(handle.id)
+    eventually(lambda: called)
+    assert called == ["yes"]
+
+
+# Progress
+
+
+def progress_writes(queue: Queue) -> list[Update]:
+    return [
+        write
+        for batch in queue.repository.batches
+        for write in batch
+        if isinstance(write, Update) and set(write.changes) == {"progress", "message"}
+    ]
+
+
+@pytest.mark.every_store
+def test_a_million_calls_are_a_few_writes(started):
+    @started.executor("count")
+    def count(ctx):
+        for n in range(1_000_000):
+            ctx.progress(n // 10_000, "counting")
+        raise ValueError
+
+    began = time.monotonic()
+    handle = started.submit("count")
+    assert handle.exception(60)
+    rounds = (time.monotonic() - began) / (0.9 * PROGRESS_EVERY)  # the housekeeper may be early
+    assert len(progress_writes(started)) <= rounds + 2
+    assert (handle.task().progress, handle.task().message) == (99, "counting")
+
+
+@pytest.mark.every_store
+def test_progress_is_seen_while_it_runs(started, gate):
+    @started.executor("show")
+    def show(ctx):
+        ctx.progress(30, "a third")
+        gate()
+
+    handle = started.submit("show")
+    eventually(lambda: handle.task().progress == 30)
+    assert handle.task().message == "a third"
+    gate.open()
+    handle.result(PATIENCE)
+    assert (handle.task().progress, handle.task().message) == (100, "a third")
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("how", ["fail", "cancel", "complete"])
+def test_last_value_arrives(started, gate, how):
+    @started.executor("show")
+    def show(ctx):
+        gate()
+        ctx.progress(41, "before")
+        ctx.progress(42, "the last")
+        if how == "fail":
+            raise ValueError
+        if how == "cancel":
+            ctx.sleep(PATIENCE)
+
+    handle = started.submit("show")
+    gate.wait_for(1)
+    if how == "cancel":
+        started.cancel_task(handle.id)
+    gate.open()
+    eventually(handle.done)
+    task = handle.task()
+    assert (task.progress, task.message) == (100 if how == "complete" else 42, "the last")
+
+
+@pytest.mark.parametrize(
+    ("told", "kept"),
+    [(-5, 0), (0, 0), (42.9, 42), (1000, 100), (float("inf"), 100), (float("-inf"), 0)],
+)
+def test_progress_is_clamped(started, told, kept):
+    @started.executor("show")
+    def show(ctx):
+        ctx.progress(told)
+        raise ValueError
+
+    handle = started.submit("show")
+    assert handle.exception(PATIENCE)
+    assert handle.task().progress == kept
+
+
+def test_what_is_no_progress_is_refused(started):
+    @started.executor("show")
+    def show(ctx):
+        for wrong in (float("nan"), "50", None, True, 1j):
+            with pytest.raises(PayloadError, match="progress"):
+                ctx.progress(wrong)
+        with pytest.raises(PayloadError, match="message"):
+            ctx.progress(1, 5)
+        ctx.progress(7, "x" * 5000 + "\ud800")
+        raise ValueError
+
+    handle = started.submit("show")
+    assert handle.exception(PATIENCE)
+    assert handle.task().error == "ValueError"
+    assert handle.task().progress == 7
+    assert len(handle.task().message) == 1000
+
+
+@pytest.mark.every_store
+def test_progress_through_the_repository(started):
+    """The original's own way."""
+    seen = []
+
+    @started.executor("classic")
+    def classic(ctx, fail):
+        started.repository.update_progress(ctx.task.id, 60, "by hand")
+        seen.append(started.get_task_status(ctx.task.id).progress)
+        if fail:
+            raise ValueError
+
+    handle = started.submit("classic", {"fail": False})
+    handle.result(PATIENCE)
+    assert (handle.task().progress, handle.task().message) == (100, "by hand")
+    handle = started.submit("classic", {"fail": True})
+    assert handle.exception(PATIENCE)
+    assert (handle.task().progress, handle.task().message) == (60, "by hand")
+    assert seen == [60, 60]
+
+
+@pytest.mark.every_store
+def test_late_progress_is_ignored(queue):
+    """Told by a thread that outlived its attempt, it touches neither the record nor the next one."""
+    leaked, second = [], threading.Event()
+
+    @queue.executor("leak", max_attempts=2)
+    def leak(ctx):
+        leaked.append(ctx)
+        if ctx.task.attempt == 1:
+            raise ValueError
+        ctx.progress(20, "second")
+        second.set()
+        leaked[0].progress(90, "from the first")
+        eventually(lambda: handle.task().message == "second")
+        leaked[0].progress(91, "from the first")
+        threading.Event().wait(0.3)  # blocks on purpose: progress is written thrice meanwhile
+        seen.append((handle.task().progress, handle.task().message))
+
+    seen = []
+    handle = queue.submit("leak")
+    queue.start()
+    assert second.wait(PATIENCE)
+    handle.result(PATIENCE)
+    assert seen == [(20, "second")]
+    for ctx in leaked:
+        ctx.progress(10, "late")
+    queue.submit("leak", id="other").result(PATIENCE)
+    assert (handle.task().progress, handle.task().message) == (100, "second")
+
+
+@pytest.mark.every_store
+def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
+    """It goes on, and does not know yet that the task has been started again elsewhere."""
+
+    @queue.executor("work")
+    def work(ctx):
+        if ctx.task.starts == 1:
+            gate()
+            ctx.progress(90, "from the first")
+            assert tried.wait(PATIENCE)
+
+    tried = threading.Event()
+
+    def look(writes):
+        if any(not isinstance(w, Insert) and w.changes.get("progress") == 90 for w in writes):
+            tried.set()
+
+    queue.repository.after = look
+    queue.start()
+    handle = queue.submit("work")
+    gate.wait_for(1)
+    again = {"starts": 2, "progress": 10, "message": "from the second"}
+    queue.repository.apply([Update(handle.id, {}, again)])
+    gate.open()
+    assert tried.wait(PATIENCE)
+    task = handle.task()
+    assert (task.starts, task.progress, task.message) == (2, 10, "from the second")

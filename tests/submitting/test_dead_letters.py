@@ -1,0 +1,377 @@
+"""Failed for good: to list, to requeue, to discard."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from helpers import PATIENCE, eventually, ids, services_of
+
+from taskx import (
+    ConfigurationError,
+    Hook,
+    Permanent,
+    QueueStopped,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    chain,
+)
+
+pytestmark = pytest.mark.every_store
+
+
+@pytest.fixture
+def queue(make_queue, clock):
+    """One that has run eight tasks, of which five failed, and cancelled another."""
+    queue = make_queue(worker_num=2, clock=clock)
+    queue.mended = False
+
+    def work(n):
+        if not queue.mended and n >= 3:
+            raise Permanent(f"{n} is too much")
+
+    queue.executor("a")(work)
+    queue.executor("b")(work)
+    queue.submit("a", {"n": 0}, id="cancelled")
+    queue.cancel_task("cancelled")
+    for n in range(8):
+        queue.submit("ab"[n % 2], {"n": n}, id=str(n), created_by="odd" if n % 2 else "even")
+        clock.advance(1)
+    queue.start()
+    assert queue.drain(PATIENCE)
+    clock.advance(1)
+    return queue
+
+
+def statuses(queue):
+    return {task.id: task.status.value for task in queue.list_tasks()[0]}
+
+
+def test_they_are_listed_newest_first_and_counted(queue):
+    tasks, total = queue.dead_letters()
+    assert ([task.id for task in tasks], total) == (["7", "6", "5", "4", "3"], 5)
+    assert all(task.dead_letter and "too much" in task.error for task in tasks)
+    tasks, total = queue.dead_letters(TaskFilter(type="a", limit=1))
+    assert ([task.id for task in tasks], total) == (["6"], 2)
+
+
+def test_all_are_requeued(queue):
+    queue.mended = True
+    assert queue.requeue_dead_letters() == 5
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 0
+    assert set(statuses(queue).values()) == {"completed", "cancelled"}
+
+
+def test_those_that_meet_a_filter_are_requeued(queue):
+    queue.mended = True
+    assert queue.requeue_dead_letters(TaskFilter(created_by="odd")) == 3
+    assert queue.drain(PATIENCE)
+    assert [task.id for task in queue.dead_letters()[0]] == ["6", "4"]
+
+
+def test_hooks_are_told_of_each_that_is_requeued(make_queue):
+    told = []
+
+    class Note(Hook):
+        def requeued(self, task):
+            told.append((task.id, task.status.value))
+
+    queue = make_queue(hooks=[Note()])
+    queue.executor("wrong")(lambda: 1 / 0)
+    queue.start()
+    for name in "ab":
+        queue.submit("wrong", id=name)
+    assert queue.drain(PATIENCE)
+    assert queue.requeue_dead_letters() == 2
+    queue.stop()
+    assert sorted(told) == [("a", "pending"), ("b", "pending")]
+
+
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+def test_a_clock_that_was_set_back_leaves_none_out(queue, clock, change):
+    """It was, or another host's that is ahead wrote them: what is dead is dead."""
+    clock.set_wall(clock.now() - timedelta(days=1))
+    queue.mended = True
+    assert getattr(queue, change)() == 5
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 0
+
+
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+@pytest.mark.parametrize("batch", [1, 2, 3, 200])
+def test_however_many_were_created_at_one_moment_each_is_come_to(
+    make_queue, clock, batch, change, in_batches
+):
+    in_batches(dead_letters=batch)
+    queue = make_queue(clock=clock)
+    queue.executor("wrong")(lambda: 1 / 0)
+    for name in ("a", "b", "b", "b", "b", "b", "c", "c", "d"):
+        clock.advance(ord(name) - clock.monotonic() % 1000)
+        queue.submit("wrong")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert getattr(queue, change)() == 9
+
+
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_what_leaves_their_list_meanwhile_hides_no_other_one(
+    queue, batch, change, monkeypatch, in_batches
+):
+    """Somebody else removes some while they are listed."""
+    in_batches(dead_letters=batch)
+    queue.mended = True
+    list_ = queue.repository.list
+
+    def disturbed(filter):
+        page = list_(filter)
+        monkeypatch.setattr(queue.repository, "list", list_)
+        for task in page:
+            queue.delete(task.id)
+        return page
+
+    monkeypatch.setattr(queue.repository, "list", disturbed)
+    assert getattr(queue, change)() == 5 - batch
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 0
+
+
+@pytest.mark.parametrize("passed", [0, 1])
+@pytest.mark.parametrize("batch", [1, 2, 200])
+def test_one_that_fails_again_meanwhile_is_requeued_once(
+    queue, clock, batch, passed, monkeypatch, in_batches
+):
+    """Else it would go on for ever. So it is where no time passes meanwhile."""
+    in_batches(dead_letters=batch)
+    commit = services_of(queue).ledger.commit
+
+    def slow_commit(writes):
+        results = commit(writes)
+        if "held" in writes[0].changes:
+            services_of(queue).agenda.look_for_more()
+            clock.advance(passed)
+            assert queue.drain(PATIENCE)
+        return results
+
+    monkeypatch.setattr(services_of(queue).ledger, "commit", slow_commit)
+    assert queue.requeue_dead_letters() == 5
+    monkeypatch.undo()
+    assert queue.drain(PATIENCE)
+    tasks, total = queue.dead_letters()
+    assert total == 5
+    assert {task.starts for task in tasks} == {2}
+
+
+@pytest.mark.parametrize("batch", [1, 3, 200])
+def test_children_wait_for_the_parents_that_are_requeued_with_them(
+    make_queue, gate, batch, in_batches
+):
+    """Whatever the order in which they are come to, and whatever page they are on."""
+    in_batches(dead_letters=batch)
+    queue = make_queue(worker_num=4)
+    mended, ran = [], []
+
+    @queue.executor("step")
+    def step(ctx, n):
+        if not mended:
+            raise Permanent("not yet")
+        if n < 2:
+            gate()
+        assert all(parent.status == "completed" for parent in ctx.parents)
+        ran.append(n)
+
+    parents = {"0": [], "1": [], "2": ["0", "1"], "3": ["2"], "4": ["0", "3"], "5": ["3", "1"]}
+    queue.submit_many(
+        Task(
+            id=task_id,
+            type="step",
+            params={"n": int(task_id)},
+            depends_on=depends_on,
+            on_parent_failure="fail",
+        )
+        for task_id, depends_on in parents.items()
+    )
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert queue.dead_letters()[1] == 6
+    mended.append(True)
+    assert queue.requeue_dead_letters() == 6
+    gate.wait_for(2)
+    assert ran == []
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert sorted(ran) == [0, 1, 2, 3, 4, 5]
+    assert ran.index(2) < ran.index(3) < min(ran.index(4), ran.index(5))
+
+
+def test_a_parent_that_does_not_meet_the_filter_is_not_waited_for(make_queue):
+    queue = make_queue()
+    queue.executor("bad")(lambda: 1 / 0)
+    queue.executor("fine")(lambda: "ran")
+    queue.start()
+    child = queue.submit("fine", depends_on=[queue.submit("bad")], on_parent_failure="fail")
+    assert child.exception(PATIENCE)
+    assert queue.requeue_dead_letters(TaskFilter(type="fine")) == 1
+    assert queue.handle(child.id).result(PATIENCE) == "ran"
+
+
+class TestFlows:
+    """A requeue takes along what was cancelled because of a dead letter."""
+
+    @pytest.fixture
+    def started(self, make_queue):
+        queue = make_queue(worker_num=2)
+        queue.mended, queue.ran = [], []
+
+        @queue.executor("step")
+        def step(ctx, n, wrong=False):
+            if wrong and not queue.mended:
+                raise Permanent("not yet")
+            queue.ran.append(n)
+
+        queue.start()
+        return queue
+
+    @staticmethod
+    def step(n, **params):
+        return Task(type="step", params={"n": n, **params})
+
+    @pytest.fixture
+    def flow(self, started):
+        flow = started.submit_flow(chain(*(self.step(n, wrong=n == 1) for n in range(5))))
+        assert started.drain(PATIENCE)
+        assert self.statuses(flow) == ["completed", "failed", *["cancelled"] * 3]
+        started.mended.append(True)
+        return flow
+
+    @staticmethod
+    def statuses(flow):
+        return [handle.task().status.value for handle in flow.handles]
+
+    @pytest.mark.every_store
+    @pytest.mark.parametrize("how", ["all", "those of a filter", "one", "many"])
+    def test_a_chain_goes_on_to_its_end(self, started, flow, how):
+        failed = flow.ids[1]
+        if how == "all":
+            assert started.requeue_dead_letters() == 4
+        elif how == "those of a filter":
+            assert started.requeue_dead_letters(TaskFilter(limit=1)) == 4
+        elif how == "many":
+            assert started.requeue_many([failed]) == 4
+        else:
+            started.requeue(failed)
+        assert started.drain(PATIENCE)
+        assert self.statuses(flow) == ["completed"] * 5
+        assert started.ran == [0, 1, 2, 3, 4]
+
+    @pytest.mark.every_store
+    def test_the_requeue_of_one_step_takes_the_later_steps_along(self, started, flow):
+        """It runs though the step before it failed: who requeues it says so."""
+        started.requeue(flow.ids[3])
+        assert started.drain(PATIENCE)
+        assert self.statuses(flow) == ["completed", "failed", "cancelled", *["completed"] * 2]
+
+    def test_a_task_with_two_failed_parents_is_requeued_with_the_one_that_its_error_names(
+        self, started
+    ):
+        tasks = [Task(id=name, type="step", params={"n": 0, "wrong": True}) for name in "ab"]
+        child = Task(id="c", type="step", params={"n": 1}, depends_on=["a", "b"])
+        started.submit_many([*tasks, child])
+        assert started.drain(PATIENCE)
+        started.mended.append(True)
+        started.requeue("b")
+        assert started.drain(PATIENCE)
+        assert statuses(started) == {"a": "failed", "b": "completed", "c": "cancelled"}
+        started.requeue("a")
+        assert started.drain(PATIENCE)
+        assert set(statuses(started).values()) == {"completed"}
+
+    @pytest.mark.every_store
+    def test_it_is_not_discarded_while_an_unfinished_task_depends_on_it(self, started, gate):
+        @started.executor("asks")
+        def asks(ctx):
+            gate()
+            return ctx.parents[0].error
+
+        bad = started.submit(self.step(0, wrong=True))
+        other = started.submit(self.step(1, wrong=True))
+        child = started.submit("asks", depends_on=[bad], on_parent_failure="run")
+        gate.wait_for(1)
+        eventually(other.done)
+        assert started.discard_dead_letters() == 1
+        assert [task.id for task in started.dead_letters()[0]] == [bad.id]
+        gate.open()
+        assert "not yet" in child.result(PATIENCE)
+        assert started.discard_dead_letters() == 1
+
+
+def test_they_are_discarded(queue):
+    assert queue.discard_dead_letters(TaskFilter(type="b")) == 3
+    assert ids(queue) == {"cancelled", "0", "1", "2", "4", "6"}
+    assert queue.discard_dead_letters() == 2
+    assert queue.dead_letters() == ([], 0)
+
+
+@pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
+@pytest.mark.parametrize("batch", [1, 2, 200])
+@pytest.mark.parametrize(
+    ("filter", "left"),
+    [
+        (TaskFilter(limit=1), ["6", "5", "4", "3"]),
+        (TaskFilter(limit=3), ["4", "3"]),
+        (TaskFilter(limit=2, offset=1), ["7", "4", "3"]),
+        (TaskFilter(offset=3), ["7", "6", "5"]),
+        (TaskFilter(type="b", limit=2), ["6", "4", "3"]),
+        (TaskFilter(limit=0), ["7", "6", "5", "4", "3"]),
+        (TaskFilter(limit=100), []),
+        (TaskFilter(), []),
+    ],
+)
+def test_a_limit_and_an_offset_choose_among_them_as_in_a_list(
+    queue, change, batch, filter, left, in_batches
+):
+    in_batches(dead_letters=batch)
+    queue.mended = True
+    assert getattr(queue, change)(filter) == 5 - len(left)
+    assert queue.drain(PATIENCE)
+    assert [task.id for task in queue.dead_letters()[0]] == left
+
+
+def test_without_a_limit_more_are_changed_than_a_list_shows(make_queue):
+    queue = make_queue(worker_num=1, overflow="spill")
+    queue.executor("wrong")(lambda: 1 / 0)
+    for _ in range(105):
+        queue.submit("wrong")
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert len(queue.dead_letters(TaskFilter(type="wrong"))[0]) == 100
+    assert queue.discard_dead_letters(TaskFilter(type="wrong", limit=100)) == 100
+    assert queue.dead_letters()[1] == 5
+    queue.requeue_dead_letters(TaskFilter(type="wrong"))
+    assert queue.drain(PATIENCE)
+    assert {task.starts for task in queue.dead_letters()[0]} == {2}
+
+
+def test_other_statuses_are_refused(queue):
+    for method in (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters):
+        with pytest.raises(ConfigurationError, match="completed"):
+            method(TaskFilter(status=TaskStatus.COMPLETED))
+    assert queue.dead_letters(TaskFilter(status=TaskStatus.FAILED))[1] == 5
+
+
+@pytest.mark.parametrize("filter", ["x", {}, "", TaskStatus.FAILED, TaskFilter])
+def test_what_is_no_filter_is_refused(queue, filter):
+    methods = (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters)
+    for method in (*methods, queue.list_tasks):
+        with pytest.raises(ConfigurationError, match="filter must be a TaskFilter"):
+            method(filter)
+    assert queue.dead_letters()[1] == 5
+
+
+def test_a_stopped_queue_requeues_none(queue):
+    queue.stop()
+    with pytest.raises(QueueStopped):
+        queue.requeue_dead_letters()
+    assert queue.dead_letters()[1] == 5

@@ -1,0 +1,469 @@
+"""A map over items: in order, a few at a time, and none of it twice when it is run again."""
+
+from __future__ import annotations
+
+import concurrent.futures
+from collections import Counter
+from concurrent.futures import CancelledError
+
+import pytest
+from helpers import PATIENCE, eventually, ids
+from storage.repositories import TinyRepository
+
+from taskx import (
+    ConfigurationError,
+    MemoryRepository,
+    PayloadError,
+    QueueStopped,
+    RepositoryUnavailable,
+    RetryPolicy,
+    TaskFailed,
+    TaskNotFound,
+    TaskStatus,
+    UnknownTaskType,
+    executor,
+)
+from taskx.submitting.mapping import digest
+
+
+class Square:
+    """An executor that notes what it is asked, and fails for what it was told to."""
+
+    def __init__(self, queue):
+        self.asked = []
+        self.failing = set()
+        self.executor = queue.executor("square", max_attempts=1)(self.run)
+
+    def run(self, n: int, plus: int = 0) -> int:
+        self.asked.append(n)
+        if n in self.failing:
+            raise ValueError(f"no {n}")
+        return n * n + plus
+
+
+@pytest.fixture
+def square(queue):
+    return Square(queue)
+
+
+@pytest.fixture
+def running(queue, square):
+    queue.start()
+    return queue
+
+
+class TestResults:
+    @pytest.mark.every_store
+    def test_come_in_the_order_of_the_items(self, running, square):
+        assert list(running.map(square.executor, range(50))) == [n * n for n in range(50)]
+        assert Counter(square.asked) == dict.fromkeys(range(50), 1)
+
+    def test_items_are_params_or_the_first_parameter(self, running, square):
+        items = [2, {"n": 3}, {"n": 4, "plus": 1}]
+        assert list(running.map(square.executor, items)) == [4, 9, 17]
+
+    def test_of_a_type_by_its_name(self, running, square):
+        assert list(running.map("square", [{"n": 3}, {"n": 4}])) == [9, 16]
+        with pytest.raises(PayloadError, match="every item must be a dict"):
+            next(running.map("square", [3]))
+
+    def test_no_items_no_results(self, running, square):
+        assert list(running.map(square.executor, [])) == []
+        assert ids(running) == set()
+
+    def test_nothing_is_submitted_before_the_first_is_asked_for(self, running, square):
+        results = running.map(square.executor, [1])
+        assert ids(running) == set()
+        assert next(results) == 1
+        assert len(ids(running)) == 1
+
+    def test_equal_items_are_one_task(self, running, square):
+        assert list(running.map(square.executor, [1, 2, {"n": 1}, 2])) == [1, 4, 1, 4]
+        assert sorted(square.asked) == [1, 2]
+
+    def test_equal_items_under_way_share_their_failure(self, running, square):
+        """Also where the first one has failed before the second comes."""
+        square.failing = {1}
+
+        def items():
+            yield 1
+            eventually(lambda: running.dead_letters()[1])
+            yield 1
+
+        results = running.map(square.executor, items(), window=2, return_exceptions=True)
+        assert [result.error for result in results] == ["ValueError: no 1"] * 2
+        assert square.asked == [1]
+
+    def test_the_iterator_of_items_is_read_no_further_than_the_window(self, running, square):
+        read = []
+        items = (read.append(n) or n for n in range(1000))
+        results = running.map(square.executor, items, window=7)
+        for number in range(20):
+            next(results)
+            assert len(read) == number + 7
+
+    def test_what_is_abandoned_submits_no_more_and_runs_on(self, running, square):
+        results = running.map(square.executor, range(100), window=5)
+        next(results)
+        del results
+        assert running.drain(PATIENCE)
+        assert sorted(square.asked) == [0, 1, 2, 3, 4]
+
+    def test_the_window_has_work_for_every_worker(self, make_queue, gate):
+        queue = make_queue(worker_num=4, buffer_size=1)
+        hold = queue.executor("hold")(lambda n: gate() or n)
+        queue.start()
+        results = queue.map(hold, range(10))
+        first = concurrent.futures.ThreadPoolExecutor(1).submit(next, results)
+        gate.wait_for(4)
+        eventually(lambda: len(ids(queue)) == 5)
+        gate.open()
+        assert [first.result(PATIENCE), *results] == list(range(10))
+
+
+class TestFullBuffer:
+    @pytest.mark.parametrize("overflow", ["reject", "block", "spill", "caller_runs"])
+    def test_never_refuses_a_map(self, busy, gate, overflow):
+        """What finds no room waits in the repository; the thread that maps runs none of it."""
+        queue = busy(buffer_size=1, overflow=overflow)
+        results = queue.map("note", [{"n": n} for n in range(10)], window=6, timeout=0)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            next(results)
+        assert len(queue.list_tasks()[0]) == 1 + 6
+        assert queue.ran == []
+        gate.open()
+        assert list(queue.map("note", [{"n": n} for n in range(10)])) == [None] * 10
+        assert sorted(queue.ran) == list(range(10))
+
+
+class TestFailures:
+    def test_an_error_comes_in_its_place_and_the_next_item_is_next(self, running, square):
+        square.failing = {2}
+        results = running.map(square.executor, range(5))
+        assert [next(results), next(results)] == [0, 1]
+        with pytest.raises(TaskFailed, match="no 2"):
+            next(results)
+        assert list(results) == [9, 16]
+
+    def test_errors_can_be_returned(self, running, square):
+        square.failing = {0, 3}
+        results = list(running.map(square.executor, range(5), return_exceptions=True))
+        assert [result for result in results if isinstance(result, int)] == [1, 4, 16]
+        assert [type(results[n]) for n in (0, 3)] == [TaskFailed, TaskFailed]
+
+    def test_a_cancel_or_a_deleted_record_comes_in_its_place(self, queue, square):
+        results = queue.map(square.executor, [1, 2, 3], key=str, window=3, timeout=0)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            next(results)
+        queue.cancel_task("square:1")
+        queue.delete("square:2")
+        with pytest.raises(CancelledError):
+            next(results)
+        with pytest.raises(TaskNotFound):
+            next(results)
+        queue.start()
+        assert queue.handle("square:3").result(PATIENCE) == 9
+        assert next(results) == 9
+
+    def test_a_time_out_passes_over_nothing(self, queue, square):
+        results = queue.map(square.executor, range(3), timeout=0.01)
+        for _ in range(2):
+            with pytest.raises(concurrent.futures.TimeoutError):
+                next(results)
+        queue.start()
+        assert queue.drain(PATIENCE)
+        assert list(results) == [0, 1, 4]
+
+    def test_an_outage_passes_over_nothing(self, running, square):
+        results = running.map(square.executor, range(10), window=2)
+        assert next(results) == 0
+        running.repository.down = True
+        with pytest.raises(RepositoryUnavailable):
+            next(results)
+        running.repository.down = False
+        assert list(results) == [n * n for n in range(1, 10)]
+        assert Counter(square.asked) == dict.fromkeys(range(10), 1)
+
+    @pytest.mark.parametrize("window", [1, 9])
+    def test_what_cannot_be_submitted_is_told_in_its_place(self, running, square, window):
+        """Wrong params, a value that is not JSON, a key that cannot be made: the next item is next."""
+
+        def key(item):
+            return item if isinstance(item, int) else f"{item!r:.9}{1 // (item != 'no')}"
+
+        items = [1, {"m": 2}, 3, float("nan"), 4, "no", 5]
+        results = running.map(square.executor, items, key, window=window)
+        assert next(results) == 1
+        with pytest.raises(PayloadError, match="needs n"):
+            next(results)
+        assert next(results) == 9
+        with pytest.raises(PayloadError, match="no JSON number"):
+            next(results)
+        assert next(results) == 16
+        with pytest.raises(ZeroDivisionError):
+            next(results)
+        assert list(results) == [25]
+        again = running.map(square.executor, items, key, window=window, return_exceptions=True)
+        assert [type(result).__name__ for result in again] == [
+            *("int", "PayloadError", "int", "PayloadError", "int", "ZeroDivisionError", "int")
+        ]
+
+    def test_a_stopped_queue_takes_no_more(self, running, square):
+        results = running.map(square.executor, range(10), window=1)
+        assert next(results) == 0
+        running.stop()
+        with pytest.raises(QueueStopped):
+            next(results)
+
+
+@pytest.mark.every_store
+class TestAgain:
+    def test_nothing_that_is_done_runs_again(self, running, square):
+        assert list(running.map(square.executor, range(5))) == [0, 1, 4, 9, 16]
+        assert list(running.map(square.executor, range(7))) == [0, 1, 4, 9, 16, 25, 36]
+        assert Counter(square.asked) == dict.fromkeys(range(7), 1)
+
+    def test_what_failed_runs_again(self, running, square):
+        square.failing = {1, 3}
+        failed = list(running.map(square.executor, range(5), return_exceptions=True))
+        square.failing = {3}
+        results = running.map(square.executor, range(5), return_exceptions=True)
+        assert [str(result) if isinstance(result, int) else "" for result in results] == [
+            *("0", "1", "4", "", "16")
+        ]
+        assert Counter(square.asked) == {0: 1, 1: 2, 2: 1, 3: 2, 4: 1}
+        assert running.get_task_status(failed[3].task_id).starts == 2
+
+    def test_what_was_cancelled_runs_again(self, queue, square):
+        queue.submit("square", {"n": 4}, id="square:4")
+        queue.cancel_task("square:4")
+        queue.start()
+        assert list(queue.map(square.executor, [4], key=str)) == [16]
+        assert square.asked == [4]
+
+    def test_what_is_under_way_is_waited_for(self, queue, square):
+        """Here nothing has started, as if another process had to do it."""
+        queue.submit("square", {"n": 4}, id="square:4")
+        results = queue.map(square.executor, [4], key=str, timeout=0.01)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            next(results)
+        queue.start()
+        assert queue.drain(PATIENCE)
+        assert next(results) == 16
+        assert square.asked == [4]
+
+    def test_a_requeue_by_another_process_is_as_good(self, running, square, monkeypatch):
+        """Both find the task failed, and one is faster."""
+        square.failing = {1}
+        [failed] = running.map(square.executor, [1], return_exceptions=True)
+        square.failing = set()
+        requeue = running.requeue
+
+        def twice(task_id):
+            requeue(task_id)
+            requeue(task_id)
+
+        monkeypatch.setattr(running, "requeue", twice)
+        assert list(running.map(square.executor, [1])) == [1]
+        assert running.get_task_status(failed.task_id).starts == 2
+
+    def test_what_is_deleted_meanwhile_is_submitted_again(self, queue, square, monkeypatch):
+        handle = queue.submit("square", {"n": 4}, id="square:4")
+        look = queue.get_task_status
+
+        def delete_first(task_id):
+            monkeypatch.setattr(queue, "get_task_status", look)
+            queue.delete(task_id)
+            return look(task_id)
+
+        monkeypatch.setattr(queue, "get_task_status", delete_first)
+        results = queue.map(square.executor, [4], key=str, timeout=0.01)
+        with pytest.raises(concurrent.futures.TimeoutError):
+            next(results)
+        assert handle.task().status is TaskStatus.PENDING
+        queue.start()
+        assert queue.drain(PATIENCE)
+        assert next(results) == 16
+
+    def test_another_map_has_another_name(self, running, square):
+        assert list(running.map(square.executor, [1, 2])) == [1, 4]
+        assert list(running.map(square.executor, [1, 2], name="monday")) == [1, 4]
+        assert square.asked.count(1) == 2
+
+    def test_a_task_of_another_type_is_none_of_the_map(self, running, square):
+        cube = running.executor("cube")(lambda n: n**3)
+        assert list(running.map(square.executor, [2], str, name="powers")) == [4]
+        with pytest.raises(ConfigurationError, match=r"powers:2 is of type 'square'.*a name"):
+            next(running.map(cube, [2], str, name="powers"))
+
+
+class TestKeys:
+    def test_are_made_of_the_params(self, running, square):
+        """They are stored: what they are made of must not change with a new version."""
+        list(running.map(square.executor, [{"n": 7, "plus": 1}]))
+        assert ids(running) == {"square:974f0ef61bddc04afde404638468a49d"}
+        assert digest({"plus": 1, "n": 7}) == "974f0ef61bddc04afde404638468a49d"
+        assert digest({"n": "7", "plus": 1}) != digest({"n": 7, "plus": 1})
+        assert digest({"a": (1, "ä")}) == digest({"a": [1, "ä"]})
+
+    def test_can_be_chosen(self, running, square):
+        list(running.map(square.executor, [7, {"n": 8}], key=lambda i: i if i == 7 else "eight"))
+        assert ids(running) == {"square:7", "square:eight"}
+
+    @pytest.mark.parametrize("key", [None, "", 1.5, True, ["a"]])
+    def test_are_texts_or_whole_numbers(self, running, square, key):
+        with pytest.raises(ConfigurationError, match="key must give"):
+            next(running.map(square.executor, [7], key=lambda _: key))
+        assert ids(running) == set()
+
+    def test_are_not_too_long(self, running, square):
+        with pytest.raises(ConfigurationError, match="more than 255"):
+            next(running.map(square.executor, [7], key=lambda _: "x" * 250))
+
+
+class TestOptions:
+    def test_are_those_of_submit(self, queue, square):
+        retry = RetryPolicy(9)
+        results = queue.map(
+            *(square.executor, [1]),
+            created_by="me",
+            priority=0,
+            max_attempts=4,
+            max_crashes=2,
+            retry=retry,
+            timeout=0,
+        )
+        with pytest.raises(concurrent.futures.TimeoutError):
+            next(results)
+        [task] = queue.list_tasks()[0]
+        assert (task.created_by, task.priority, task.max_attempts) == ("me", 0, 4)
+        assert (task.max_crashes, task.retry) == (2, retry)
+
+    def test_priority_zero_wins_over_the_executors(self, queue):
+        urgent = queue.executor("urgent", priority=9)(lambda n: n)
+        for priority in (None, 0):
+            results = queue.map(urgent, [1], name=f"p{priority}", priority=priority, timeout=0)
+            with pytest.raises(concurrent.futures.TimeoutError):
+                next(results)
+        assert [task.priority for task in queue.list_tasks()[0]] == [0, 9]
+
+    @pytest.mark.parametrize(
+        "options",
+        [
+            {"window": 0},
+            {"window": 1.5},
+            {"timeout": -1},
+            {"key": "id"},
+            {"name": 5},
+        ],
+    )
+    def test_wrong_ones_are_refused_at_the_call(self, queue, square, options):
+        with pytest.raises(ConfigurationError, match=next(iter(options))):
+            queue.map(square.executor, [1], **options)
+
+    def test_unknown_ones_are_refused_at_the_call(self, queue, square):
+        with pytest.raises(TypeError, match="no option delay"):
+            queue.map(square.executor, [1], delay=5)
+
+    def test_a_plain_function_is_no_executor(self, queue):
+        with pytest.raises(ConfigurationError, match="map takes an executor"):
+            queue.map(abs, [1])
+
+    def test_an_unknown_executor_is_told_of(self, queue):
+        with pytest.raises(UnknownTaskType):
+            next(queue.map(executor("stranger")(lambda n: n), [1]))
+
+
+def test_works_on_eight_methods(make_queue):
+    queue = make_queue(TinyRepository(), worker_num=2)
+    square = Square(queue)
+    square.failing = {1}
+    queue.start()
+    results = list(queue.map(square.executor, range(4), return_exceptions=True))
+    assert results[2:] == [4, 9]
+    square.failing = set()
+    assert list(queue.map(square.executor, range(4))) == [0, 1, 4, 9]
+    assert Counter(square.asked) == {0: 1, 1: 2, 2: 1, 3: 1}
+
+
+@pytest.mark.every_store
+def test_two_queues_share_a_map(make_queue):
+    """As two processes would: each gets all the results, and each item runs once."""
+    repository = MemoryRepository()
+    queues = [make_queue(repository, worker_num=2) for _ in range(2)]
+    squares = [Square(queue) for queue in queues]
+    for queue in queues:
+        queue.start()
+    maps = [
+        queue.map(square.executor, range(30)) for queue, square in zip(queues, squares, strict=True)
+    ]
+    for n, pair in enumerate(zip(*maps, strict=True)):
+        assert pair == (n * n, n * n)
+    assert Counter(squares[0].asked + squares[1].asked) == dict.fromkeys(range(30), 1)
+
+
+MAPS = """
+import sys, threading
+from taskx import Config, Queue, SQLiteRepository
+
+path = sys.argv[1]
+queue = Queue(SQLiteRepository(path), Config(worker_num=2, buffer_size=4))
+
+def say(word):
+    sys.stdout.write(f"{word}\\n")  # in one piece, whichever thread says it
+    sys.stdout.flush()
+
+@queue.executor()
+def work(n: int) -> int:
+    with open(path + ".log", "a") as log:
+        log.write(f"{n}\\n")
+    if n == 20 and sys.argv[2] == "hang":
+        say("at 20")
+        threading.Event().wait()
+    return n * n
+
+with queue:
+    for result in queue.map(work, range(40)):
+        say(result)
+"""
+
+
+def test_a_process_that_is_killed_goes_on_where_it_was(spawn, database):
+    """Results that were given are given again, and nothing runs again but what was under way."""
+    child = spawn(MAPS, database, "hang")
+    said = [child.read()]
+    while "at 20" not in said or str(19 * 19) not in said:
+        said.append(child.read())
+    child.kill()
+    child = spawn(MAPS, database, "go on")
+    assert [child.read() for _ in range(40)] == [str(n * n) for n in range(40)]
+    assert child.ends()[0] == ""
+    ran = Counter(map(int, (database.parent / "tasks.db.log").read_text().split()))
+    assert set(ran) == set(range(40))
+    assert {n for n, times in ran.items() if times > 1} <= set(range(20, 26))  # the window
+    assert ran[20] == 2
+
+
+IN_A_CHILD = """
+import os, sys, warnings
+from taskx import Config, Queue, SQLiteRepository
+
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
+queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=1))
+queue.executor("twice")(lambda n: 2 * n)
+queue.start()
+results = queue.map("twice", ({"n": n} for n in range(10)), window=1)
+assert next(results) == 0
+pool = queue._node.engine
+if (child := os.fork()) == 0:
+    results._fill()
+    os._exit(len(queue.list_tasks()[0]) + len(pool.buffer))
+code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+queue.stop()
+print(code)
+"""
+
+
+def test_a_map_that_goes_on_in_a_forked_child_leaves_its_tasks_to_whoever_runs(spawn, database):
+    """What took in the tasks before belongs to the parent, with its buffer."""
+    assert spawn(IN_A_CHILD, database).ends()[0] == "2\n"

@@ -1,0 +1,243 @@
+"""A full buffer: reject, block, spill or run in the caller; each inside an executor, too."""
+
+from __future__ import annotations
+
+import threading
+import tracemalloc
+
+import pytest
+from helpers import PATIENCE, eventually, ids, pool_of, run_in_thread
+
+from taskx import QueueFull, QueueStopped, Task, TaskStatus
+
+OVERFLOWS = ["reject", "block", "spill", "caller_runs"]
+
+
+@pytest.mark.every_store
+def test_reject_is_the_default_and_leaves_no_record(busy):
+    queue = busy(buffer_size=2)
+    kept = [queue.submit("note", {"n": n}) for n in range(2)]
+    before = ids(queue)
+    with pytest.raises(QueueFull, match=r"holds 2 of buffer_size=2.*overflow='reject'"):
+        queue.submit("note")
+    assert ids(queue) == before
+    assert not any(handle.done() for handle in kept)
+
+
+def test_room_is_back_when_a_worker_has_taken_one(busy, gate):
+    queue = busy(buffer_size=1)
+    queue.submit("note", {"n": 1})
+    gate.open()
+    assert queue.drain(PATIENCE)
+    queue.submit("note", {"n": 2}).result(PATIENCE)
+    assert queue.ran == [1, 2]
+
+
+def test_block_waits_for_room(busy, gate):
+    queue = busy(buffer_size=1, overflow="block")
+    queue.submit("note", {"n": 1})
+    second = run_in_thread(lambda: queue.submit("note", {"n": 2}))
+    assert len(ids(queue)) == 2
+    gate.open()
+    second().result(PATIENCE)
+    assert queue.ran == [1, 2]
+
+
+def test_block_gives_up_after_its_timeout(busy):
+    queue = busy(buffer_size=1, overflow="block", block_timeout=0.05)
+    queue.submit("note")
+    before = ids(queue)
+    with pytest.raises(QueueFull, match="block"):
+        queue.submit("note")
+    assert ids(queue) == before
+
+
+def test_stop_sends_a_blocked_submitter_away(busy, gate):
+    queue = busy(buffer_size=1, overflow="block")
+    queue.submit("note")
+    blocked = [run_in_thread(lambda: queue.submit("note", id="late")) for _ in range(3)]
+    eventually(lambda: len(pool_of(queue).buffer.room.listening) == 3)
+    stopping = run_in_thread(lambda: queue.stop(PATIENCE))
+    for result in blocked:
+        with pytest.raises(QueueStopped):
+            result()
+    gate.open()
+    stopping()
+    assert "late" not in ids(queue)
+
+
+@pytest.mark.every_store
+def test_spill_keeps_the_order_and_runs_all(busy, gate, no_batches):
+    queue = busy(buffer_size=3, overflow="spill")
+    handles = [queue.submit("note", {"n": n}) for n in range(300)]
+    gate.open()
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert queue.ran == list(range(300))
+
+
+def test_spilled_tasks_are_few_bytes_in_memory(busy):
+    queue = busy(buffer_size=10, overflow="spill")
+    tasks = [Task(type="note", params={"n": n}) for n in range(200)]
+    queue.submit_many(tasks)
+    pool = pool_of(queue)
+    if queue.repository.in_memory:
+        pytest.skip("that repository is memory itself")
+    tracemalloc.start()
+    try:
+        before = tracemalloc.get_traced_memory()[0]
+        for _ in range(20):
+            queue.submit_many(tasks)
+            queue.repository.batches.clear()
+        held = tracemalloc.get_traced_memory()[0] - before
+    finally:
+        tracemalloc.stop()
+    assert queue.list_tasks()[1] == 4201
+    assert held / 4000 < 200
+    assert len(pool.buffer) <= 10 + pool.buffer.fetch_size
+
+
+@pytest.mark.every_store
+def test_caller_runs(busy):
+    queue = busy(buffer_size=1, overflow="caller_runs")
+    here = []
+    queue.executor("here")(lambda: here.append(threading.current_thread()))
+    queue.submit("note")
+    handle = queue.submit("here")
+    assert here == [threading.current_thread()]
+    assert handle.task().status is TaskStatus.COMPLETED
+    assert handle.result(0) is None
+
+
+def test_what_a_caller_runs_may_fail_like_any_task(busy):
+    queue = busy(buffer_size=1, overflow="caller_runs")
+
+    @queue.executor("fail")
+    def fail():
+        raise SystemExit("not the submitter's")
+
+    queue.submit("note")
+    assert queue.submit("fail").task().error == "SystemExit: not the submitter's"
+
+
+def test_ctrl_c_in_the_main_thread_is_the_callers(busy):
+    queue = busy(buffer_size=1, overflow="caller_runs")
+
+    @queue.executor("interrupted")
+    def interrupted():
+        raise KeyboardInterrupt
+
+    queue.submit("note")
+    with pytest.raises(KeyboardInterrupt):
+        queue.submit("interrupted", id="x")
+    task = queue.get_task_status("x")
+    assert (task.status, task.errors, task.interruptions) == (TaskStatus.PENDING, 0, 1)
+
+
+def test_stop_gives_what_a_caller_runs_its_time(busy, gate):
+    """The time that running tasks have at a stop is not the workers' alone."""
+    queue = busy(buffer_size=1, overflow="caller_runs")
+    begun, go_on = threading.Event(), threading.Event()
+
+    @queue.executor("here")
+    def here(ctx):
+        begun.set()
+        go_on.wait(PATIENCE)
+        ctx.token.raise_if_cancelled()
+
+    queue.submit("note")
+    caller = run_in_thread(lambda: queue.submit("here"))
+    assert begun.wait(PATIENCE)
+    gate.open()
+    stopping = run_in_thread(lambda: queue.stop(PATIENCE))
+    eventually(lambda: pool_of(queue).workers_left == 0)
+    go_on.set()
+    assert stopping() == []
+    assert caller().task().status is TaskStatus.COMPLETED
+
+
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_inside_executors_nothing_deadlocks(make_queue, overflow):
+    """All workers submit more than there is room for, at the same time."""
+    queue = make_queue(worker_num=2, buffer_size=2, overflow=overflow)
+    line = threading.Barrier(2)
+    ran = []
+
+    queue.executor("leaf")(lambda n: ran.append(n))
+
+    @queue.executor("parent")
+    def parent(start):
+        line.wait(PATIENCE)
+        accepted = []
+        for n in range(start, start + 10):
+            try:
+                queue.submit("leaf", {"n": n})
+                accepted.append(n)
+            except QueueFull:
+                assert overflow == "reject"
+        return accepted
+
+    queue.start()
+    parents = [queue.submit("parent", {"start": start}) for start in (0, 100)]
+    accepted = [n for handle in parents for n in handle.result(PATIENCE)]
+    assert queue.drain(PATIENCE)
+    assert sorted(ran) == sorted(accepted)
+    assert len(accepted) == 20 or overflow == "reject"
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("overflow", OVERFLOWS)
+def test_many_beyond_the_room(busy, gate, overflow, no_batches):
+    queue = busy(buffer_size=4, overflow=overflow)
+    tasks = [Task(type="note", params={"n": n}) for n in range(20)]
+    before = ids(queue)
+    if overflow == "reject":
+        with pytest.raises(QueueFull, match="20 more"):
+            queue.submit_many(tasks)
+        assert ids(queue) == before
+        tasks = tasks[:4]
+    handles = queue.submit_many(tasks)
+    gate.open()
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert queue.ran == list(range(len(tasks)))
+
+
+@pytest.mark.every_store
+def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository, no_batches):
+    """Even if it is fetched before the others are in the buffer."""
+    queue = busy(buffer_size=4, overflow="spill")
+    pool = pool_of(queue)
+    eventually(lambda: pool.alone)
+
+    def fetch(writes):
+        repository.after = lambda writes: None
+        pool.agenda.more_stored = True
+        pool.refill()
+
+    repository.after = fetch
+    queue.submit_many([Task(type="note", params={"n": n}) for n in range(20)])
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == list(range(20))
+
+
+@pytest.mark.every_store
+def test_what_is_fetched_takes_no_submitters_room(make_queue, gate):
+    """A backlog in the repository fills the buffer's other part only."""
+    queue = make_queue(worker_num=1, buffer_size=3)
+    ran = []
+    queue.executor("note")(lambda n: ran.append(n))
+    queue.executor("hold", priority=9)(lambda: gate())
+    queue.submit("hold")
+    for n in range(200):
+        queue.submit("note", {"n": n})
+    queue.start()
+    gate.wait_for(1)
+    for n in range(200, 203):
+        queue.submit("note", {"n": n})
+    with pytest.raises(QueueFull):
+        queue.submit("note", {"n": 203})
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert sorted(ran) == list(range(203))

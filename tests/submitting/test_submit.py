@@ -1,0 +1,614 @@
+"""Submitting: what is accepted is stored as told, what is refused leaves nothing behind."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from datetime import datetime, timedelta, timezone
+
+import attrs
+import pytest
+from helpers import PATIENCE, eventually, ids, pool_of, run_in_thread
+from storage.repositories import TinyRepository
+
+import taskx
+from taskx import (
+    Config,
+    ConfigurationError,
+    DuplicateTask,
+    InvalidTransition,
+    MemoryRepository,
+    PayloadError,
+    Queue,
+    QueueFull,
+    QueueStopped,
+    RepositoryError,
+    RepositoryUnavailable,
+    SQLiteRepository,
+    SystemClock,
+    Task,
+    TaskStatus,
+    TaskxError,
+    UnknownTaskType,
+)
+from taskx.core.clock import to_datetime
+from taskx.core.writes import Insert
+
+
+@pytest.fixture
+def narrow(busy):
+    """A started queue with room for two, its one worker busy; ``strict`` takes a number and a text."""
+    queue = busy(buffer_size=2, max_payload_size=1000)
+
+    @queue.executor("strict")
+    def strict(ctx, number, text="", **more):
+        return number
+
+    @queue.executor("closed")
+    def closed(number):
+        return number
+
+    return queue
+
+
+cycle: list = []
+cycle.append(cycle)
+
+BAD_PARAMS = {
+    "not a dict": (["number"], "params"),
+    "missing": ({"text": "x"}, "number"),
+    "nan": ({"number": [1, float("nan")]}, r"params.number\[1\]"),
+    "object": ({"number": {"deep": object()}}, r"params.number.deep: object is not JSON"),
+    "key": ({"number": {1: 2}}, r"params.number\[1\]"),
+    "cycle": ({"number": cycle}, "cycle"),
+    "surrogate": ({"number": "\ud800"}, r"params.number: a lone surrogate"),
+    "64 bits": ({"number": 2**63}, r"params.number: an integer beyond 64 bits"),
+    "bytes": ({"number": b"x"}, r"params.number: bytes"),
+    "too large": ({"number": "x" * 1001}, "max_payload_size"),
+}
+
+BAD_OPTIONS = [
+    {"timeout": -1},
+    {"timeout": 0},
+    {"timeout": float("nan")},
+    {"timeout": "5"},
+    {"timeout": True},
+    {"priority": True},
+    {"priority": False},
+    {"priority": 1.5},
+    {"priority": 10**9},
+    {"max_attempts": 0},
+    {"max_attempts": True},
+    {"max_attempts": 2.0},
+    {"max_crashes": 0},
+    {"delay": -1},
+    {"delay": float("inf")},
+    {"delay": 1e300},
+    {"delay": "soon"},
+    {"run_at": datetime(2030, 1, 1)},
+    {"run_at": "2030-01-01T00:00:00Z"},
+    pytest.param({"timeout": 10**400}, id="huge timeout"),
+    pytest.param({"delay": 10**400}, id="huge delay"),
+    pytest.param({"unique_key": "k", "unique_scope": 10**400}, id="huge scope"),
+    {"id": ""},
+    {"run_at": datetime(2030, 1, 1, tzinfo=timezone.utc), "delay": 1},
+    {"id": 5},
+    {"id": "x" * 256},
+    {"id": "a\0b"},
+    {"id": {"$ne": ""}},
+    {"created_by": 5},
+    {"created_by": "\ud800"},
+]
+
+
+class TestRefused:
+    """Every kind of error: no record, and the slot in the buffer is free again."""
+
+    @pytest.fixture(autouse=True)
+    def nothing_is_left(self, narrow):
+        before = ids(narrow)
+        yield
+        assert ids(narrow) - {"kept"} == before
+        room = 1 if "kept" in ids(narrow) else 2
+        for _ in range(room):
+            narrow.submit("note")
+        with pytest.raises(QueueFull):
+            narrow.submit("note")
+
+    def test_unknown_type(self, narrow):
+        with pytest.raises(UnknownTaskType, match=r"'nobody'.*note"):
+            narrow.submit("nobody")
+
+    @pytest.mark.parametrize("case", BAD_PARAMS)
+    def test_params(self, narrow, case):
+        params, path = BAD_PARAMS[case]
+        with pytest.raises(PayloadError, match=path):
+            narrow.submit("strict", params)
+
+    def test_params_that_the_function_does_not_take(self, narrow):
+        with pytest.raises(PayloadError, match=r"takes no 'nummer'; it takes number"):
+            narrow.submit("closed", {"number": 1, "nummer": 2})
+
+    @pytest.mark.parametrize("kind", ["strict", "closed"])
+    def test_ctx_as_a_param(self, narrow, kind):
+        with pytest.raises(PayloadError, match="ctx"):
+            narrow.submit(kind, {"number": 1, "ctx": 2})
+
+    @pytest.mark.parametrize("options", BAD_OPTIONS, ids=repr)
+    def test_options(self, narrow, options):
+        with pytest.raises(ConfigurationError):
+            narrow.submit("note", **options)
+
+    def test_params_that_are_given_as_options(self, narrow):
+        with pytest.raises(TypeError, match="no option number; params are given as a dict"):
+            narrow.submit("strict", number=1)
+
+    @pytest.mark.parametrize(
+        ("run_at", "problem"),
+        [
+            ("2020", "run_at must be a datetime, not str"),
+            (datetime(2030, 1, 1), "run_at must be an aware datetime, such as .* no time zone"),
+            (
+                datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-5))),
+                "run_at is beyond the calendar, in UTC: 9999-12-31 23:00:00-05:00",
+            ),
+        ],
+    )
+    def test_moments_by_what_is_wrong_with_them(self, narrow, run_at, problem):
+        for submit in (
+            lambda: narrow.submit("note", run_at=run_at),
+            lambda: narrow.submit(Task(type="note", run_at=run_at)),
+        ):
+            with pytest.raises(ConfigurationError, match=f"^{problem}$"):
+                submit()
+
+    def test_empty_id(self, narrow):
+        with pytest.raises(ConfigurationError, match="id must not be empty"):
+            narrow.submit("note", id="")
+
+    def test_empty_type(self, narrow):
+        for submit in (
+            lambda: narrow.submit("", {}),
+            lambda: narrow.submit(Task(params={})),
+            lambda: narrow.submit_many([Task(type="note"), Task()]),
+            lambda: next(narrow.map("", [{}])),
+            lambda: narrow.declare("empty", ""),
+        ):
+            with pytest.raises(ConfigurationError, match="type must not be empty"):
+                submit()
+        with pytest.raises(UnknownTaskType, match="'empty'"):
+            narrow.submit("empty")
+
+    def test_misspelt_option(self, narrow):
+        with pytest.raises(TypeError, match="prioritty"):
+            narrow.submit("note", prioritty=5)
+
+    def test_params_beside_a_task(self, narrow):
+        with pytest.raises(TypeError, match="params"):
+            narrow.submit(Task(type="note"), {"n": 1})
+
+    @pytest.mark.parametrize("status", [s for s in TaskStatus if s is not TaskStatus.PENDING])
+    def test_task_that_is_not_pending(self, narrow, status):
+        with pytest.raises(InvalidTransition, match=status.value):
+            narrow.submit(Task(type="note", status=status))
+
+    def test_what_is_no_task(self, narrow):
+        for thing in (None, 5, {"type": "note"}):
+            with pytest.raises(ConfigurationError):
+                narrow.submit(thing)
+
+    @pytest.mark.every_store
+    def test_duplicate_id(self, narrow):
+        narrow.submit("note", id="kept")
+        with pytest.raises(DuplicateTask, match="'kept'"):
+            narrow.submit("note", id="kept")
+
+    @pytest.mark.every_store
+    def test_repository_that_fails(self, narrow):
+        narrow.repository.down = True
+        try:
+            with pytest.raises(RepositoryUnavailable):
+                narrow.submit("note")
+        finally:
+            narrow.repository.down = False
+
+    def test_full_buffer(self, narrow):
+        narrow.submit("note", id="kept")
+        with pytest.raises(QueueFull) as caught:
+            narrow.submit_many([Task(type="note"), Task(type="note")])
+        for word in ("buffer_size=2", "overflow"):
+            assert word in str(caught.value)
+
+    @pytest.mark.every_store
+    @pytest.mark.parametrize(
+        ("middle", "error"),
+        [
+            (Task(type="note", id="twice"), DuplicateTask),
+            (Task(type="nobody"), UnknownTaskType),
+            (Task(type="note", params={"n": object()}), PayloadError),
+            (Task(type="note", status=TaskStatus.COMPLETED), InvalidTransition),
+            (Task(type="note", timeout=-1), ConfigurationError),
+        ],
+    )
+    def test_one_bad_task_among_many(self, narrow, middle, error):
+        with pytest.raises(error):
+            narrow.submit_many([Task(type="note", id="twice"), middle])
+
+
+@pytest.mark.every_store
+def test_many_with_a_stored_id_in_the_middle_store_none(queue):
+    queue.executor("note")(lambda: None)
+    queue.submit("note", id="b")
+    with pytest.raises(DuplicateTask, match="'b'"):
+        queue.submit_many([Task(type="note", id=name) for name in "abc"])
+    assert ids(queue) == {"b"}
+
+
+def test_stopped_queue_takes_nothing(queue):
+    queue.executor("note")(lambda: None)
+    queue.start()
+    queue.stop()
+    for submit in (
+        lambda: queue.submit("note"),
+        lambda: queue.submit_many([Task(type="note")]),
+    ):
+        with pytest.raises(QueueStopped):
+            submit()
+    assert ids(queue) == set()
+
+
+def test_queue_that_was_stopped_before_it_was_started_takes_nothing(queue):
+    queue.executor("note")(lambda: None)
+    queue.stop()
+    with pytest.raises(QueueStopped):
+        queue.submit("note")
+    with pytest.raises(QueueStopped):
+        queue.start()
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("started", [True, False])
+def test_of_twenty_threads_with_one_id_one_wins(queue, started):
+    ran = []
+    queue.executor("note")(lambda who: ran.append(who))
+    if started:
+        queue.start()
+    line = threading.Barrier(20)
+
+    def submit(who):
+        line.wait(PATIENCE)
+        try:
+            return queue.submit("note", {"who": who}, id="the one").id
+        except DuplicateTask:
+            return None
+
+    results = [run_in_thread(lambda who=who: submit(who)) for who in range(20)]
+    won = [who for who, result in enumerate(results) if result() is not None]
+    assert len(won) == 1
+    assert queue.get_task_status("the one").params == {"who": won[0]}
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert ran == won
+
+
+# Accepted
+
+
+@pytest.mark.every_store
+def test_record_is_as_told(queue):
+    queue.executor("note")(lambda n: None)
+    moment = datetime(2040, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=2)))
+    before = datetime.now(timezone.utc) - timedelta(milliseconds=1)
+    handle = queue.submit(
+        "note",
+        {"n": [1, 2.5, "ü", None, {"a": True}]},
+        id="mine",
+        created_by="user123",
+        priority=-7,
+        run_at=moment,
+        timeout=2.5,
+        max_attempts=4,
+        max_crashes=2,
+    )
+    assert handle.id == "mine"
+    task = handle.task()
+    assert task.status is TaskStatus.PENDING
+    assert task.params == {"n": [1, 2.5, "ü", None, {"a": True}]}
+    assert (task.created_by, task.priority, task.timeout) == ("user123", -7, 2.5)
+    assert (task.max_attempts, task.max_crashes) == (4, 2)
+    assert task.run_at == moment.replace(microsecond=678000)
+    assert before <= task.created_at <= datetime.now(timezone.utc)
+    assert (task.started_at, task.completed_at, task.result, task.error) == (None, None, None, "")
+
+
+@pytest.mark.every_store
+def test_delay_is_a_run_at(make_queue):
+    queue = make_queue()
+    queue.executor("note")(lambda: None)
+    task = queue.submit("note", delay=90).task()
+    assert timedelta(seconds=89) < task.run_at - task.created_at <= timedelta(seconds=90)
+
+
+@pytest.mark.every_store
+def test_ids_are_made_and_sort_by_time(queue):
+    queue.executor("note")(lambda: None)
+    made = [queue.submit("note").id for _ in range(50)]
+    assert made == sorted(made)
+    assert len(set(made)) == 50
+
+
+def test_an_empty_id_is_none(queue):
+    """Each of those tasks gets one of its own, by which it is found."""
+    queue.declare("note")
+    mine = Task(type="note", id="")
+    handles = [queue.submit(mine), queue.submit(mine, id=None), *queue.submit_many([mine, mine])]
+    assert mine.id == ""
+    assert ids(queue) == {handle.task().id for handle in handles}
+    assert len(ids(queue) - {""}) == 4
+
+
+ODD_PARAMS = [
+    {"": 1, "$set": {"a.b": "~", "~": [None, {}]}, "x" * 300: []},
+    {"numbers": [2**63 - 1, -(2**63), 2**53 + 1, 0.1, -0.0, 5e-324, 1.7976931348623157e308, True]},
+    {"text": "\0\x7f\u2028'\"\\ %s {} \N{PILE OF POO}"},
+    {"huge": "x" * 1_000_000},
+]
+
+
+@pytest.mark.every_store
+@pytest.mark.parametrize("params", ODD_PARAMS, ids=lambda params: list(params)[-1][:9])
+def test_odd_params_reach_their_executor_as_they_are(queue, params):
+    came = []
+    queue.executor("odd")(lambda **params: came.append(params))
+    with queue:
+        handle = queue.submit("odd", params)
+        handle.result(PATIENCE)
+    assert repr(came) == repr([params])  # 1, 1.0 and True are not the same here
+    assert repr(handle.task().params) == repr(params)
+
+
+def test_callers_task_is_never_changed(queue):
+    @queue.executor("grow")
+    def grow(items):
+        items.append("grown")
+        return items
+
+    params = {"items": []}
+    mine = Task(type="grow", params=params)
+    copy = attrs.evolve(mine, params={"items": []})
+    with queue:
+        first = queue.submit(mine)
+        second = queue.submit(mine, created_by="x", priority=3)
+        [third] = queue.submit_many([mine])
+        assert [h.result(PATIENCE) for h in (first, second, third)] == [["grown"]] * 3
+    assert mine == copy
+    assert params == {"items": []}
+
+
+def test_params_are_kept_as_they_were_when_submitted(queue):
+    queue.executor("echo")(lambda items: items)
+    params = {"items": [1]}
+    handle = queue.submit("echo", params)
+    params["items"].append(2)
+    assert handle.task().params == {"items": [1]}
+
+
+def test_defaults_are_the_originals():
+    assert (Config().worker_num, Config().buffer_size) == (5, 100)
+    assert Config().overflow == "reject"
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"worker_num": 0},
+        {"worker_num": True},
+        {"buffer_size": 0},
+        {"overflow": "drop"},
+        {"block_timeout": -1},
+        {"max_payload_size": 0},
+        {"ageing": 0},
+        {"ageing": "1"},
+    ],
+)
+def test_settings_are_checked(settings):
+    with pytest.raises(ConfigurationError, match=next(iter(settings))):
+        Config(**settings)
+
+
+def test_config_must_be_a_config():
+    with pytest.raises(ConfigurationError):
+        Queue(MemoryRepository(), {"worker_num": 3})
+
+
+def test_a_class_of_repositories_is_no_repository():
+    with pytest.raises(ConfigurationError, match=r"not the class SQLiteRepository: make one"):
+        Queue(SQLiteRepository)
+
+
+@pytest.mark.parametrize("clock", ["x", None, 5, SystemClock, datetime])
+@pytest.mark.parametrize("repository", [MemoryRepository, TinyRepository])
+def test_clock_must_be_a_clock(repository, clock):
+    with pytest.raises(ConfigurationError, match="clock must have now_ms"):
+        Queue(repository(), clock=clock)
+
+
+@pytest.mark.parametrize(
+    "logger",
+    ["x", "", 5, print, logging.Logger, logging.LoggerAdapter(logging.getLogger("mine"), {})],
+)
+def test_logger_must_be_a_logger(logger):
+    with pytest.raises(ConfigurationError, match="logger must be a Logger"):
+        Queue(MemoryRepository(), logger=logger)
+
+
+def test_executors_options_are_the_defaults_of_its_tasks(queue):
+    @queue.executor("set", max_attempts=3, max_crashes=2, timeout=9, priority=4)
+    def set_():
+        pass
+
+    plain = queue.submit("set").task()
+    assert (plain.max_attempts, plain.max_crashes, plain.timeout, plain.priority) == (3, 2, 9, 4)
+    own = queue.submit("set", max_attempts=1, max_crashes=1, timeout=1, priority=0).task()
+    assert (own.max_attempts, own.max_crashes, own.timeout, own.priority) == (1, 1, 1, 0)
+    task = queue.submit(Task(type="set", timeout=2, priority=5)).task()
+    assert (task.max_attempts, task.timeout, task.priority) == (3, 2, 5)
+
+
+def test_options_at_registration_win_over_the_executors_own(queue):
+    @taskx.executor("set", max_attempts=3, timeout=9)
+    def set_():
+        pass
+
+    queue.register_executor(set_, timeout=1)
+    task = queue.submit("set").task()
+    assert (task.max_attempts, task.timeout) == (3, 1)
+
+
+@pytest.mark.every_store
+def test_many_are_stored_in_one_transaction_in_their_order(queue):
+    ran = []
+    queue.executor("n")(lambda n: ran.append(n))
+    handles = queue.submit_many(Task(type="n", params={"n": n}) for n in range(50))
+    assert [len(batch) for batch in queue.repository.batches] == [50]
+    with queue:
+        for handle in handles:
+            handle.result(PATIENCE)
+    assert sorted(ran) == list(range(50))
+
+
+def test_none_submitted_is_none_stored(queue):
+    assert queue.submit_many([]) == []
+    assert queue.repository.batches == []
+
+
+@pytest.mark.every_store
+def test_a_lone_submit_is_one_transaction_of_one_write(queue):
+    queue.executor("note")(lambda: None)
+    for _ in range(10):
+        queue.submit("note")
+    assert [len(batch) for batch in queue.repository.batches] == [1] * 10
+
+
+def test_every_error_is_one_of_taskx():
+    for error in (UnknownTaskType, DuplicateTask, QueueFull, QueueStopped, PayloadError):
+        assert issubclass(error, TaskxError)
+
+
+@pytest.mark.every_store
+def test_rejected_and_accepted_are_all(make_queue):
+    """A thousand submits from fifty threads on a small buffer."""
+    queue = make_queue(worker_num=2, buffer_size=10)
+    ran = []
+    queue.executor("n")(lambda n: ran.append(n))
+    queue.start()
+
+    def submit(start):
+        accepted = []
+        for n in range(start, start + 20):
+            try:
+                queue.submit("n", {"n": n})
+                accepted.append(n)
+            except QueueFull:
+                pass
+        return accepted
+
+    threads = [run_in_thread(lambda start=start: submit(start)) for start in range(0, 1000, 20)]
+    accepted = [n for result in threads for n in result()]
+    assert queue.drain(PATIENCE)
+    assert sorted(ran) == sorted(accepted)
+    assert queue.list_tasks()[1] == len(accepted)
+
+
+@pytest.mark.every_store
+def test_nothing_runs_before_it_is_stored(queue):
+    """Enqueued first, a task could run before its record was there, or without one for ever."""
+    ran = []
+    queue.executor("note")(lambda: ran.append(1))
+    queue.start()
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hold(writes):
+        if any(isinstance(write, Insert) for write in writes):
+            reached.set()
+            assert go_on.wait(PATIENCE)
+            if not allowed:
+                raise RepositoryError("no room for this one")
+
+    allowed = []
+    queue.repository.before = hold
+    refused = run_in_thread(lambda: queue.submit("note", id="x"))
+    assert reached.wait(PATIENCE)
+    assert not pool_of(queue).buffer.ids
+    assert ran == []
+    go_on.set()
+    with pytest.raises(RepositoryError, match="no room"):
+        refused()
+    assert queue.repository.get_many(["x"]) == {}
+    assert not pool_of(queue).buffer.ids
+    allowed.append(True)
+    assert queue.submit("note", id="y").result(PATIENCE) is None
+    assert ran == [1]
+
+
+def test_a_store_that_hangs_holds_up_only_who_needs_it(queue, gate):
+    """While one submit hangs: others register, look, report progress; what runs goes on."""
+    seen = []
+
+    @queue.executor("work")
+    def work(ctx):
+        gate()
+        ctx.progress(50, "half way")
+        seen.append(ctx.task.id)
+
+    queue.start()
+    running = queue.submit("work")
+    gate.wait_for(1)
+    reached, go_on = threading.Event(), threading.Event()
+
+    def hang(writes):
+        queue.repository.before = lambda writes: None
+        reached.set()
+        assert go_on.wait(3 * PATIENCE)
+
+    queue.repository.before = hang
+    hanging = run_in_thread(lambda: queue.submit("work", id="slow"))
+    try:
+        assert reached.wait(PATIENCE)
+        other = run_in_thread(lambda: queue.executor("other")(lambda: None))
+        assert other() is not None
+        assert queue.get_task_status(running.id).status is TaskStatus.RUNNING
+        assert [task.id for task in queue.list_tasks()[0]] == [running.id]
+        gate.open()
+        eventually(lambda: seen == [running.id])
+    finally:
+        go_on.set()
+    assert hanging().result(PATIENCE) is None
+    assert running.result(PATIENCE) is None
+
+
+def test_what_a_caller_sets_beside_the_order_is_not_stored(queue):
+    """A result, times, counts and progress are the queue's to set."""
+    queue.declare("note")
+    long_ago = to_datetime(0)
+    mine = Task(
+        type="note",
+        result={"n": 1},
+        error="x",
+        progress=70,
+        message="x",
+        created_at=long_ago,
+        started_at=long_ago,
+        completed_at=long_ago,
+        duration=9.0,
+        errors=4,
+        crashes=4,
+        starts=4,
+        owner="x",
+        dead_letter=True,
+    )
+    task = queue.submit(mine).task()
+    assert task.created_at > long_ago
+    assert (task.started_at, task.completed_at, task.result, task.duration) == (None, None, None, 0)
+    assert (task.error, task.progress, task.message, task.owner) == ("", 0, "", "")
+    assert (task.errors, task.crashes, task.starts, task.dead_letter) == (0, 0, 0, False)

@@ -1,0 +1,272 @@
+"""The housekeeper: however much there is of one duty, the others are done in time."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from helpers import PATIENCE, eventually, held_on, node_of, pool_of, services_of
+
+from taskx import Config, SQLiteRepository, Task, TaskStatus
+from taskx.core import lifecycle
+from taskx.core.record import UNTIL_DUE
+from taskx.core.writes import Update
+from taskx.liveness.base import Node
+from taskx.storage.queries import owners
+from taskx.upkeep import recovery
+from taskx.upkeep.node import LocalNode
+from taskx.upkeep.recovery import Recovery
+
+MANY = 3000
+
+
+@pytest.fixture
+def hurried(monkeypatch):
+    """No duty has any time: it does one step in each round."""
+    monkeypatch.setattr("taskx.upkeep.housekeeper.PATIENCE", 0.0)
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_cancel_does_not_wait_for_all_that_is_due(
+    hurried, monkeypatch, make_queue, repository, clock
+):
+    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 1)
+    queue, web = make_queue(worker_num=2, clock=clock), make_queue()
+    released, cancelled_after = set(), []
+
+    @queue.executor()
+    def hold(ctx):
+        ctx.token.wait(PATIENCE)
+        cancelled_after.append(len(released))
+
+    queue.declare("remote")
+    due = clock.now() + timedelta(seconds=60)
+    queue.submit_many([Task(type="remote", run_at=due) for _ in range(MANY)])
+    handle = hold.submit()
+    repository.before = lambda writes: released.update(
+        write.id for write in filter(is_release, writes)
+    )
+    queue.start()
+    eventually(lambda: handle.task().status is TaskStatus.RUNNING)
+    clock.advance(60)
+    services_of(queue).agenda.wake()
+    eventually(lambda: released)
+    web.cancel_task(handle.id)
+    eventually(lambda: cancelled_after)
+    assert 0 < cancelled_after[0] < MANY
+
+
+def is_release(write):
+    return isinstance(write, Update) and write.guard.get("held") == UNTIL_DUE
+
+
+def test_all_that_is_due_is_released_though_each_round_releases_a_part(
+    hurried, monkeypatch, make_queue, clock
+):
+    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
+    queue = make_queue(worker_num=2, clock=clock, buffer_size=200)
+    queue.executor("t")(lambda: None)
+    due = clock.now() + timedelta(seconds=60)
+    handles = queue.submit_many([Task(type="t", run_at=due) for _ in range(105)])
+    queue.start()
+    clock.advance(60)
+    for handle in handles:
+        assert handle.result(PATIENCE) is None
+
+
+# Dead nodes
+
+
+@pytest.fixture
+def dead(database):
+    """Makes a node that has died, with tasks in its buffer."""
+    with SQLiteRepository(database) as store:
+
+        def make(tasks):
+            node = Node(id="dead", name="the dead one")
+            store.liveness.join(node)
+            store.apply(tasks)
+            store.liveness._locks.let_go("dead")
+
+        yield make
+
+
+def waiting(task_id):
+    row = lifecycle.create(task_id=task_id, type="remote", params="{}", created_by="", now=1000)
+    row.row["owner"] = "dead"
+    return row
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_the_buffer_of_a_dead_node_is_given_up_in_parts(in_batches, make_queue, repository, dead):
+    in_batches(recovery=10)
+    queue = make_queue()
+    queue.declare("remote")
+    dead([waiting(f"{n:03}") for n in range(35)])
+    looks = queue_recovery(queue)
+    assert looks.recover(0.0) == 10
+    assert looks.waiting
+    assert [node.id for node in repository.liveness.nodes()] == ["dead"]  # until nothing is left
+    assert [looks.go_on(0.0) for _ in range(3)] == [10, 10, 5]
+    assert not looks.waiting
+    assert repository.liveness.nodes() == []
+    assert (owners(repository), len(repository.ready(["remote"], 100))) == ([], 35)
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_a_task_of_a_dead_node_that_cannot_be_given_up_does_not_hold_up_the_others(
+    monkeypatch, in_batches, make_queue, repository, dead
+):
+    in_batches(recovery=2)
+    queue = make_queue()
+    queue.declare("remote")
+    dead([waiting(f"{n}") for n in range(6)])
+    apply = repository.apply
+
+    def but_for_some(writes, **options):
+        refused = {"0", "1", "3"}
+        results = iter(apply([write for write in writes if write.id not in refused], **options))
+        return [write.id not in refused and next(results) for write in writes]
+
+    monkeypatch.setattr(repository, "apply", but_for_some)
+    assert queue_recovery(queue).recover() == 3
+    assert held_on(repository, "dead") == ["0", "1", "3"]
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_all_that_a_dead_node_ran_is_taken_back_however_much_that_is(
+    in_batches, make_queue, repository, dead
+):
+    in_batches(recovery=2)
+    queue = make_queue()
+    queue.declare("remote")
+    dead([waiting(f"{n}") for n in range(5)])
+    found = repository.get_many(["0", "1", "2"])
+    assert all(repository.apply([lifecycle.start(task, 2000, "dead") for task in found.values()]))
+    assert queue_recovery(queue).recover() == 5
+    assert [task.crashes for task in repository.get_many(list("01234")).values()] == [1] * 3 + [
+        0
+    ] * 2
+
+
+class TestAudit:
+    """A node looks for tasks of its own that it lost track of."""
+
+    @pytest.fixture
+    def audits(self, busy, monkeypatch):
+        """Audits a queue whose only worker is busy, two tasks in its buffer at a time."""
+        monkeypatch.setattr(recovery, "AUDITED", 2)
+        queue = busy(buffer_size=100)
+        monkeypatch.setattr(node_of(queue)._recovery, "audit", lambda: None)  # the housekeeper's
+        return queue, Recovery(pool_of(queue))
+
+    @pytest.mark.every_store
+    def test_it_reads_no_more_of_a_large_buffer_than_is_next_in_line(self, audits, monkeypatch):
+        queue, mine = audits
+        queue.submit_many([Task(type="note") for _ in range(20)])
+        read, find = {}, queue.repository.find
+
+        def counted(column, *args):
+            found = find(column, *args)
+            read[column] = len(found)
+            return found
+
+        monkeypatch.setattr(queue.repository, "find", counted)
+        mine.audit()
+        assert read == {"running_on": 1, "buffered_on": 2}
+
+    def test_a_lost_task_is_found_when_it_is_next_in_line(self, audits, gate):
+        queue, mine = audits
+        handles = [queue.submit("note", {"n": n}) for n in range(5)]
+        pool_of(queue).buffer.discard([handles[4].id])
+        mine.audit()
+        mine.audit()
+        assert queue.buffered == 4
+        gate.open()
+        assert [handle.result(PATIENCE) for handle in handles[:4]] == [None] * 4
+        mine.audit()
+        mine.audit()
+        assert handles[4].result(PATIENCE) is None
+        assert queue.ran == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+def test_a_started_queue_gives_up_all_that_a_dead_node_had(
+    hurried, in_batches, make_queue, repository, dead
+):
+    in_batches(recovery=10)
+    queue = make_queue()
+    queue.declare("remote")
+    queue.start()
+    dead([waiting(f"{n:03}") for n in range(35)])
+    eventually(lambda: "dead" not in owners(repository))
+    eventually(
+        lambda: [node.id for node in repository.liveness.nodes()] == [node_of(queue).record.id]
+    )
+
+
+def queue_recovery(queue):
+    return LocalNode(services_of(queue), Config(), lambda: None)._recovery
+
+
+@pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
+@pytest.mark.parametrize(
+    ("crashes", "cancelled", "says"),
+    [
+        (0, False, "it runs again"),
+        (0, True, "it is cancelled, as was asked for"),
+        (2, False, "failed for good"),
+    ],
+)
+def test_the_log_says_what_becomes_of_a_task_whose_process_died(
+    make_queue, repository, dead, caplog, crashes, cancelled, says
+):
+    insert = waiting("victim")
+    insert.row["crashes"] = crashes
+    ran = {"status": "running", "starts": 1, "max_crashes": 3, "worker": "the dead one"}
+    start = Update("victim", {}, ran)
+    dead([insert, start, *(lifecycle.cancel("victim", 2000) if cancelled else ())])
+    queue_recovery(make_queue()).recover()
+    [line] = [r.getMessage() for r in caplog.records if "which died" in r.getMessage()]
+    assert line == f"task victim was running on the dead one, which died: {says}"
+
+
+# Turns and parents
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, in_batches, make_queue, repository):
+    in_batches(turns=10)
+    queue = make_queue()
+    queue.declare("remote")
+    lines = services_of(queue).turns
+    monkeypatch.setattr(lines, "advance", lambda keys: None)  # whoever stored them died then
+    for n in range(35):
+        queue.submit("remote", concurrency_key=f"key {n:02}")
+    lines.look_soon()
+    moved = []
+    while lines.waiting:
+        lines.look(0.0)
+        moved.append(len(repository.ready(["remote"], 100)))
+    assert moved == [10, 20, 30, 35, 35]
+    assert not lines.overdue()
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_a_line_that_stands_still_is_found_behind_many_that_move(
+    in_batches, make_queue, repository
+):
+    in_batches(turns=10)
+    queue = make_queue()
+    queue.declare("remote")
+    for n in range(35):
+        for _ in range(2):
+            queue.submit("remote", concurrency_key=f"key {n:02}")
+    lines = services_of(queue).turns
+    assert not lines.overdue()
+    last = repository.ready(["remote"], 100)[-1].id
+    assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by one that died then
+    assert lines.overdue()
+    for _ in range(5):
+        lines.look_slowly()
+    assert not lines.overdue()

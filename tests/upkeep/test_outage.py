@@ -1,0 +1,190 @@
+"""A MongoDB that is away for longer than anybody waits, and a host that is: what is kept, who goes on."""
+
+from __future__ import annotations
+
+import signal
+import time
+
+import pymongo
+import pytest
+from helpers import PATIENCE, eventually, pool_of, services_of
+from mongo_proxy import Proxy
+from mongo_server import new_database
+
+from taskx import MemoryRepository, MongoRepository, RepositoryUnavailable
+
+#: What becomes of requests during the outage.
+OUTAGES = {
+    "refused": lambda proxy: proxy.cut(refuse=True),
+    "swallowed": lambda proxy: setattr(proxy, "judge", lambda direction, piece: False),
+    "carried out, and not answered": lambda proxy: setattr(
+        proxy, "judge", lambda direction, piece: direction == "ask"
+    ),
+}
+
+
+class Failing(MongoRepository):
+    """Counts the attempts to write outcomes that failed."""
+
+    failed = 0
+
+    def apply(self, writes, **options):
+        try:
+            return super().apply(writes, **options)
+        except RepositoryUnavailable:
+            self.failed += any("completed_at" in getattr(write, "changes", ()) for write in writes)
+            raise
+
+
+@pytest.fixture
+def repository():
+    """What queues are made on that are given no other; here all are."""
+    return MemoryRepository()
+
+
+@pytest.fixture
+def database(mongo_server):
+    made = new_database(mongo_server("standalone"))
+    yield made
+    made.client.drop_database(made.name)
+
+
+@pytest.fixture
+def proxy(database):
+    made = Proxy(database.client.address[1])
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def on_mongo(database, proxy, tmp_path, make_queue):
+    """A queue on the collection, whose requests go through the proxy."""
+    client = pymongo.MongoClient(
+        f"mongodb://127.0.0.1:{proxy.port}/?directConnection=true", heartbeatFrequencyMS=500
+    )
+    queue = make_queue(Failing(client[database.name], run_folder=tmp_path), worker_num=3)
+    yield queue
+    proxy.heal()
+    queue.stop(PATIENCE, cancel=True)
+    client.close()
+
+
+@pytest.mark.parametrize("how", OUTAGES)
+def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
+    """Completed, failed and cancelled ones, though more than one attempt to write them fails."""
+    ran = []
+
+    @on_mongo.executor("end")
+    def end(ctx, how):
+        ran.append(how)
+        gate()
+        if how == "failed":
+            raise ValueError("as it was")
+        ctx.token.raise_if_cancelled()
+        return how
+
+    on_mongo.start()
+    handles = [on_mongo.submit("end", {"how": how}) for how in ("completed", "failed", "cancelled")]
+    gate.wait_for(3)
+    on_mongo.cancel_task(handles[2].id)
+    connection = on_mongo.repository._connection
+    patience, connection.timeout = connection.timeout, 0.3  # a slow machine needs more without one
+    OUTAGES[how](proxy)
+    began = time.monotonic()
+    with pytest.raises(RepositoryUnavailable):
+        on_mongo.submit("end", {"how": "never"}, id="refused")
+    assert time.monotonic() - began < 10
+    gate.open()
+    eventually(lambda: not pool_of(on_mongo).runs.executing)
+    eventually(lambda: on_mongo.repository.failed >= 2)
+    proxy.heal()
+    connection.timeout = patience
+    eventually(lambda: not services_of(on_mongo).ledger)
+    assert handles[0].result(PATIENCE) == "completed"
+    assert handles[1].exception(PATIENCE).error == "ValueError: as it was"
+    assert eventually(handles[2].cancelled)
+    tasks = [handle.task() for handle in handles]
+    assert [task.status for task in tasks] == ["completed", "failed", "cancelled"]
+    assert {(task.starts, task.crashes, task.interruptions) for task in tasks} == {(1, 0, 0)}
+    # Whether the one that was refused is there is in doubt where requests were carried out.
+    assert [ran.count(task.status) for task in tasks] == [1, 1, 1]
+    on_mongo.executor("fine")(lambda: "fine")
+    assert on_mongo.submit("fine").result(PATIENCE) == "fine"
+
+
+# A process on another host, as its folder for locks is another one: only its lease tells of it.
+ELSEWHERE = """
+    import sys, threading
+    import pymongo
+    from taskx import Config, MongoRepository, Queue
+
+    client = pymongo.MongoClient(sys.argv[1])
+    queue = Queue(
+        MongoRepository(client[sys.argv[2]], run_folder=sys.argv[3], lease_timeout=3.0),
+        Config(worker_num=1),
+    )
+
+    ended = threading.Event()
+
+    @queue.executor("long")
+    def long():
+        print("running", flush=True)
+        sys.stdin.readline()
+        ended.set()
+        return "there"
+
+    queue.start()
+    queue.submit("long", id="x")
+    while queue._node.engine.runs or not ended.is_set():
+        queue._node.engine.wait_quiet(0.05)
+    print("over", flush=True)
+    sys.stdin.readline()
+    queue.stop()
+"""
+
+
+@pytest.fixture
+def elsewhere(spawn, mongo_server, database, tmp_path):
+    child = spawn(ELSEWHERE, mongo_server("standalone"), database.name, tmp_path / "there")
+    assert child.read() == "running"
+    return child
+
+
+@pytest.fixture
+def here(database, tmp_path, make_queue, gate):
+    """A queue on this host, which looks on."""
+    repository = MongoRepository(database, run_folder=tmp_path / "here", lease_timeout=3.0)
+    queue = make_queue(repository, worker_num=1)
+    queue.executor("long")(lambda: (gate(), "here")[1])
+    queue.start()
+    return queue
+
+
+def test_a_task_may_last_for_many_leases(elsewhere, here):
+    """Its node beats, so nobody else runs it."""
+    deadline = time.monotonic() + 6.5
+    eventually(lambda: time.monotonic() > deadline)  # blocks on purpose: more than two leases
+    assert here.get_task_status("x").starts == 1
+    elsewhere.tell()
+    assert here.handle("x").result(PATIENCE) == "there"
+    task = here.get_task_status("x")
+    assert (task.starts, task.crashes, task.interruptions) == (1, 0, 0)
+    elsewhere.tell()
+    elsewhere.ends()
+
+
+def test_who_slept_through_its_lease_changes_nothing_when_it_wakes(elsewhere, here, gate):
+    """Not even while the task that was taken from it runs again."""
+    elsewhere.signal(signal.SIGSTOP)
+    gate.wait_for(1)
+    before = here.get_task_status("x")
+    assert (before.status, before.starts, before.crashes) == ("running", 2, 1)
+    elsewhere.signal(signal.SIGCONT)
+    elsewhere.tell()
+    assert elsewhere.read() == "over"  # its run has ended, and what became of it was dropped
+    assert here.get_task_status("x") == before
+    gate.open()
+    assert here.handle("x").result(PATIENCE) == "here"
+    elsewhere.tell()
+    _, errors = elsewhere.ends()
+    assert "its late outcome was dropped" in errors

@@ -1,0 +1,557 @@
+"""Processes that die, are stopped, fork, or forget to stop: real ones, on one SQLite file."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+import time
+from collections import Counter
+
+import pytest
+from helpers import PATIENCE, eventually, is_intact, run_in_thread
+
+from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
+
+# Started with the file and a script of what to do. Every run of a task is a line in a log file
+# beside the database, so that it can be counted how often each was begun and ended.
+PROGRAM = """
+import itertools, os, signal, sys, threading, time
+import taskx.upkeep.lifetime
+from taskx import Config, Queue, SQLiteRepository, Task
+
+taskx.upkeep.lifetime.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
+path = sys.argv[1]
+queue = Queue(
+    SQLiteRepository(path), Config(worker_num=2, buffer_size=5, overflow="spill")
+)
+
+def say(word):
+    sys.stdout.write(word + "\\n")  # in one piece, whichever thread says it
+    sys.stdout.flush()
+
+def note(*words):
+    with open(path + ".log", "a") as log:
+        log.write(" ".join(map(str, words)) + "\\n")
+
+@queue.executor()
+def work(ctx, n):
+    note("ran", n)
+
+runs = itertools.count(1)
+
+@queue.executor()
+def falter(ctx, n):
+    note("ran", n)
+    if next(runs) == 300:  # whatever else this process has begun, done or buffered by then
+        os.kill(os.getpid(), signal.SIGKILL)
+
+@queue.executor()
+def hang(ctx, n=0):
+    note("begun", n)
+    say("hanging")
+    threading.Event().wait()
+
+@queue.executor()
+def listen(ctx, n=0):
+    note("begun", n)
+    say("listening")
+    ctx.sleep(60)
+
+@queue.executor()
+def die(ctx, times=10**9):
+    note("dying")
+    if ctx.task.crashes < times:
+        say("dying")
+        sys.stdin.readline()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return ctx.task.crashes
+
+def wait_for_ever():
+    while True:  # a signal that comes just before it would not end one long wait
+        time.sleep(0.05)  # blocks on purpose
+"""
+
+
+@pytest.fixture
+def run(spawn, database):
+    """Starts the program with more lines; it has the database's path as its argument."""
+    return lambda more: spawn(PROGRAM + more, database)
+
+
+@pytest.fixture
+def repository(database):
+    """Here there is only the file."""
+    with SQLiteRepository(database) as made:
+        yield made
+
+
+@pytest.fixture
+def runner(make_queue):
+    """A queue of this process that knows the same types, and hangs nowhere."""
+    queue = make_queue(worker_num=2)
+    queue.ran = []
+    for name in ("work", "falter"):
+        queue.executor(name)(lambda n: queue.ran.append(n))
+    for name in ("hang", "listen"):
+        queue.executor(name)(lambda n=0: queue.ran.append(n))
+    queue.executor("die")(lambda times=0: "here it lives")
+    return queue
+
+
+def logged(database):
+    return Counter((database.parent / (database.name + ".log")).read_text().splitlines())
+
+
+def test_killed_with_tasks_running_buffered_and_spilled(run, runner, database):
+    child = run(
+        """
+for n in range(2):
+    queue.submit("hang", {"n": n}, id=f"hang{n}")
+queue.start()
+for n in range(300):
+    queue.submit("work", {"n": n}, id=f"work{n}")
+say("submitted")
+wait_for_ever()
+"""
+    )
+    assert sorted([child.read(), child.read(), child.read()]) == ["hanging", "hanging", "submitted"]
+    child.kill()
+    runner.start()
+    assert runner.drain(60)
+    tasks, total = runner.list_tasks()
+    assert total == 302
+    assert sorted(runner.ran) == sorted([*range(300), 0, 1])
+    for n in range(2):
+        task = runner.get_task_status(f"hang{n}")
+        assert (task.status, task.crashes, task.errors) == (TaskStatus.COMPLETED, 1, 0)
+        assert (task.interruptions, task.starts, task.attempt) == (0, 2, 1)
+        assert [a.outcome for a in task.attempts] == ["crashed", "completed"]
+        assert "died" in task.attempts[0].error
+        assert f":{child.process.pid}:" in task.attempts[0].worker
+    for task in tasks:
+        assert task.status is TaskStatus.COMPLETED
+        if task.type == "work":
+            assert (task.crashes, task.errors, len(task.attempts)) == (0, 0, 1)
+    assert logged(database)["begun 0"] == 1
+
+
+def test_a_task_that_was_started_but_not_executed_has_not_crashed(run, runner, database):
+    child = run(
+        """
+@queue.executor()
+def fall(ctx, n):
+    note("ran", n)
+    if queue._node.engine.ahead.runs:  # others were started with it
+        os.kill(os.getpid(), signal.SIGKILL)
+
+queue.submit_many([Task(type="fall", params={"n": n}) for n in range(500)])
+queue.start()
+wait_for_ever()
+"""
+    )
+    assert child.process.wait(PATIENCE) == -signal.SIGKILL
+    runner.executor("fall")(lambda n: runner.ran.append(n))
+    executed = logged(database)
+    runner.start()
+    assert runner.drain(60)
+    tasks = runner.repository.list(TaskFilter(limit=1000))
+    assert {task.status for task in tasks} == {TaskStatus.COMPLETED}
+    crashed = [task for task in tasks if task.crashes]
+    assert 1 <= len(crashed) <= 2  # there are two workers
+    assert any(executed[f"ran {task.params['n']}"] for task in crashed)
+    waited = [t for t in tasks if t.interruptions and not executed[f"ran {t.params['n']}"]]
+    assert waited
+    for task in waited:
+        assert [a.outcome for a in task.attempts] == ["interrupted", "completed"]
+
+
+def test_killed_again_and_again_nothing_is_lost(run, runner, database):
+    submitter = Queue(runner.repository)
+    submitter.declare("falter")
+    for n in range(2000):
+        submitter.submit("falter", {"n": n}, max_crashes=4)  # one may run at each of three kills
+    for _ in range(3):
+        child = run("queue.start(); wait_for_ever()")
+        assert child.process.wait(PATIENCE) == -signal.SIGKILL
+    runner.start()
+    assert runner.drain(60)
+    ran = logged(database)
+    assert sum(ran.values()) >= 3 * 300
+    for n in runner.ran:
+        ran[f"ran {n}"] += 1
+    assert len(ran) == 2000
+    assert sum(ran.values()) <= 2000 + 3 * 100  # what ran at a kill, or was just done, again
+    assert is_intact(database)
+
+
+def test_rescued_within_seconds_by_a_queue_that_runs(run, runner):
+    child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()")
+    assert child.read() == "hanging"
+    runner.start()
+    handle = runner.handle("x")
+    assert not handle.done()
+    child.kill()
+    began = time.monotonic()
+    handle.result(PATIENCE)
+    assert time.monotonic() - began < 15
+    assert handle.task().crashes == 1
+
+
+def test_max_crashes_of_one_is_never_again(run, runner, caplog):
+    child = run("queue.start(); queue.submit('hang', id='x', max_crashes=1); wait_for_ever()")
+    assert child.read() == "hanging"
+    child.kill()
+    runner.start()
+    assert runner.drain(PATIENCE)
+    task = runner.get_task_status("x")
+    assert (task.status, task.crashes, task.errors, task.starts) == (TaskStatus.FAILED, 1, 0, 1)
+    assert task.dead_letter
+    assert "died" in task.error
+    assert "max_crashes=1" in task.error
+    assert [a.outcome for a in task.attempts] == ["crashed"]
+    assert runner.ran == []
+    assert [r for r in caplog.records if r.levelno == logging.ERROR and "x" in r.getMessage()]
+
+
+def test_third_crash_makes_a_dead_letter(run, runner, database):
+    submitter = Queue(runner.repository)
+    submitter.declare("die")
+    handle = submitter.submit("die", id="killer")
+    for _ in range(3):
+        child = run("queue.start(); wait_for_ever()")
+        assert child.read() == "dying"
+        child.tell()
+        child.process.wait(PATIENCE)
+    runner.start()
+    assert runner.drain(PATIENCE)
+    task = handle.task()
+    assert (task.status, task.crashes, task.dead_letter) == (TaskStatus.FAILED, 3, True)
+    assert logged(database)["dying"] == 3
+
+
+def test_neighbours_of_a_killer_are_spared(run, runner):
+    """Both are suspects after the first crash: from then on they run one at a time."""
+    submitter = Queue(runner.repository)
+    submitter.declare("die", "listen")
+    killer = submitter.submit("die", id="killer")
+    innocent = submitter.submit("listen", id="innocent")
+    child = run("queue.start(); wait_for_ever()")
+    assert {child.read(), child.read()} == {"dying", "listening"}
+    for deaths in (1, 2, 3):
+        child.tell()
+        child.process.wait(PATIENCE)
+        child = run("queue.start(); wait_for_ever()")
+        if deaths < 3:
+            assert child.read() == "dying"  # it is the older one
+            assert (killer.task().crashes, innocent.task().crashes) == (deaths, 1)
+            assert innocent.task().status is TaskStatus.PENDING
+    assert child.read() == "listening"
+    assert (killer.task().status, killer.task().crashes) == (TaskStatus.FAILED, 3)
+    assert (innocent.task().status, innocent.task().crashes) == (TaskStatus.RUNNING, 1)
+    innocent.cancel()
+    assert eventually(innocent.cancelled)
+
+
+def test_who_runs_beside_a_suspect_is_interrupted(run, runner):
+    submitter = Queue(runner.repository)
+    submitter.declare("die", "listen")
+    submitter.submit("die", id="killer")
+    child = run("queue.start(); wait_for_ever()")
+    assert child.read() == "dying"
+    child.tell()
+    child.process.wait(PATIENCE)
+    last = submitter.submit("listen")
+    child = run("queue.start(); wait_for_ever()")
+    assert {child.read(), child.read()} == {"dying", "listening"}
+    child.tell()
+    child.process.wait(PATIENCE)
+    runner.start()
+    assert runner.drain(PATIENCE)
+    task = last.task()
+    assert (task.status, task.crashes, task.interruptions) == (TaskStatus.COMPLETED, 0, 1)
+    assert submitter.get_task_status("killer").crashes == 2
+
+
+def test_suspects_run_one_at_a_time(run, runner, make_queue):
+    child = run(
+        """
+for n in range(2):
+    queue.submit("hang", {"n": n})
+queue.start()
+wait_for_ever()
+"""
+    )
+    assert [child.read(), child.read()] == ["hanging"] * 2
+    child.kill()
+    queue = make_queue(worker_num=4)
+    running, most = [], []
+
+    @queue.executor("hang")
+    def hang(ctx, n):
+        running.append(n)
+        most.append(len(running))
+        ctx.sleep(0.1)
+        running.remove(n)
+
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert most == [1, 1]
+    assert {t.crashes for t in queue.list_tasks()[0]} == {1}
+
+
+def test_stopped_process_is_not_a_dead_one(run, runner, database):
+    child = run(
+        """
+queue.start()
+queue.submit("listen", {"n": 5}, id="x")
+wait_for_ever()
+"""
+    )
+    assert child.read() == "listening"
+    child.signal(signal.SIGSTOP)
+    runner.start()
+    handle = runner.handle("x")
+    threading.Event().wait(1.5)  # thrice as long as between looks for dead nodes
+    task = handle.task()
+    assert (task.status, task.starts, task.crashes) == (TaskStatus.RUNNING, 1, 0)
+    child.signal(signal.SIGCONT)
+    handle.cancel()
+    assert eventually(handle.cancelled)
+    assert runner.ran == []
+    assert logged(database)["begun 5"] == 1
+
+
+def test_process_that_ends_while_stopping_interrupted_its_task(run, runner):
+    child = run(
+        """
+queue.start()
+queue.submit("hang", id="x")
+sys.stdin.readline()
+print(queue.stop(timeout=0.1), flush=True)
+while not all(node.stopping for node in queue.repository.liveness.nodes()):  # it may be late with that
+    time.sleep(0.01)  # blocks on purpose
+os._exit(0)
+"""
+    )
+    assert child.read() == "hanging"
+    child.tell()
+    assert child.read() == "['x']"
+    child.process.wait(PATIENCE)
+    runner.start()
+    runner.handle("x").result(PATIENCE)
+    task = runner.get_task_status("x")
+    assert (task.crashes, task.interruptions, task.errors) == (0, 1, 0)
+    assert [a.outcome for a in task.attempts] == ["interrupted", "completed"]
+
+
+def test_cancel_asked_for_before_the_crash_holds_after_it(run, runner):
+    child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()")
+    assert child.read() == "hanging"
+    canceller = Queue(runner.repository)
+    assert canceller.cancel_task("x") is False
+    child.kill()
+    runner.start()
+    assert runner.drain(PATIENCE)
+    assert runner.get_task_status("x").status is TaskStatus.CANCELLED
+    assert runner.ran == []
+
+
+@pytest.mark.parametrize("task", ["listen", "hang"])
+def test_script_that_forgets_to_stop(run, runner, task):
+    child = run(
+        f"""
+if {task!r} == "listen":  # it ends by itself, as soon as the machine lets it
+    taskx.upkeep.lifetime.EXIT_TIMEOUT = 20.0
+queue.start()
+handles = [queue.submit({task!r}, {{"n": n}}) for n in range(2)]
+queue.submit_many(queue_task for queue_task in [work.task(n) for n in range(20)])
+sys.stdin.readline()
+"""
+    )
+    word = {"listen": "listening", "hang": "hanging"}[task]
+    assert [child.read(), child.read()] == [word] * 2
+    child.tell()
+    began = time.monotonic()
+    out, err = child.ends()
+    assert time.monotonic() - began < 15
+    assert out == ""
+    # Silent but for what stop has to say: whose executors did not listen, and what is left.
+    lines = err.splitlines()
+    assert all(line.startswith("stopped with ") for line in lines), err
+    assert len(lines) == (2 if task == "hang" else 1)
+    assert child.process.returncode == 0
+    runner.start()
+    assert runner.drain(PATIENCE)
+    assert sorted(runner.ran) == sorted([*range(20), 0, 1])
+    tasks = runner.list_tasks()[0]
+    assert {(t.crashes, t.errors) for t in tasks} == {(0, 0)}
+    assert {t.interruptions for t in tasks if t.type == task} == {1}
+
+
+def test_script_that_forgets_to_stop_an_idle_queue_is_silent(run):
+    child = run("queue.start(); queue.submit('work', {'n': 1}).result(20)")
+    began = time.monotonic()
+    assert child.ends() == ("", "")
+    assert time.monotonic() - began < 15
+
+
+def test_ctrl_c_in_a_with_block(run, runner):
+    child = run(
+        """
+try:
+    with queue:
+        queue.submit("listen", id="x")
+        wait_for_ever()
+except KeyboardInterrupt:
+    print("interrupted", flush=True)
+"""
+    )
+    assert child.read() == "listening"
+    child.signal(signal.SIGINT)
+    began = time.monotonic()
+    assert child.read() == "interrupted"
+    assert (
+        time.monotonic() - began < 10
+    )  # what runs is not given the four fifths of a stop's time-out
+    assert child.ends()[1].count("Traceback") == 0
+    task = runner.get_task_status("x")
+    assert (task.status, task.interruptions) == (TaskStatus.PENDING, 1)
+
+
+FORK = """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
+
+queue.start()
+queue.submit("listen", id="parents")
+work.submit(0).result(20)
+pid = os.fork()
+if pid == 0:
+    status = 1
+    try:
+        handle = work.submit(1)                      # stored, for whoever runs
+        assert handle.result(20) is None             # by the parent, as this queue is not started
+        assert "not started" in repr(queue)
+        assert queue.get_task_status("parents").status == "running"
+        queue.start()                                # and a node of its own
+        with queue:
+            work.submit(2).result(20)
+        status = 0
+    except BaseException:
+        import traceback
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+assert os.waitpid(pid, 0)[1] == 0
+work.submit(3).result(20)
+task = queue.get_task_status("parents")
+assert (task.status, task.crashes, task.starts) == ("running", 0, 1), task
+queue.cancel_task("parents")
+queue.drain(20)
+queue.stop()
+print(queue.get_task_status("parents").status, flush=True)
+"""
+
+
+def test_fork_after_the_start(run, database):
+    child = run(FORK)
+    assert child.read() == "listening"
+    out, err = child.ends(60)
+    assert (out, err) == ("cancelled\n", "")
+    ran = logged(database)
+    assert {n: ran[f"ran {n}"] for n in range(4)} == dict.fromkeys(range(4), 1)
+    assert is_intact(database)
+
+
+def test_forked_child_that_exits_takes_nothing_down(run):
+    child = run(
+        """
+import warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+queue.start()
+queue.submit("listen", id="x")
+
+for _ in range(3):
+    pid = os.fork()
+    if pid == 0:
+        sys.exit(0)  # with its exit handlers
+    assert os.waitpid(pid, 0)[1] == 0
+    work.submit(1).result(20)
+task = queue.get_task_status("x")
+say(f"{task.status} {task.interruptions}")
+queue.cancel_task("x")
+queue.stop()
+"""
+    )
+    words = {child.read(), child.read()}
+    assert words == {"listening", "running 0"}
+    assert child.ends()[1] == ""
+
+
+def test_multiprocessing_works_on_the_same_file(run):
+    child = run(
+        """
+import multiprocessing, warnings
+warnings.simplefilter("ignore", DeprecationWarning)
+
+def submit(start):
+    for n in range(start, start + 20):
+        work.submit(n).result(20)
+
+if __name__ == "__main__":
+    with queue:
+        context = multiprocessing.get_context("fork")
+        children = [context.Process(target=submit, args=(start,)) for start in (0, 100)]
+        for one in children:
+            one.start()
+        for one in children:
+            one.join(30)
+        print([one.exitcode for one in children], queue.list_tasks()[1], flush=True)
+"""
+    )
+    assert child.read() == "[0, 0] 40"
+    assert child.ends()[1] == ""
+
+
+def test_two_processes_share_the_work_and_each_task_runs_once(run, runner, database):
+    children = [
+        run(
+            """
+print("ready", flush=True)
+sys.stdin.readline()
+with queue:
+    queue.drain(60)
+"""
+        )
+        for _ in range(2)
+    ]
+    for child in children:
+        assert child.read() == "ready"
+    submitter = Queue(runner.repository, Config())
+    submitter.declare("work")
+    for n in range(1000):
+        submitter.submit("work", {"n": n})
+    for child in children:
+        child.tell()
+    for child in children:
+        assert child.ends(90) == ("", "")
+    assert logged(database) == Counter(f"ran {n}" for n in range(1000))
+    assert {(len(t.attempts), t.crashes) for t in runner.list_tasks()[0]} == {(1, 0)}
+
+
+def test_second_queue_in_the_process_touches_nothing_of_the_firsts(make_queue, gate, repository):
+    first, second = make_queue(worker_num=1), make_queue(worker_num=1)
+    for queue in (first, second):
+        queue.executor("hold")(lambda: gate())
+    first.start()
+    handle = first.submit("hold")
+    gate.wait_for(1)
+    second.start()
+    threading.Event().wait(0.7)  # a look for dead nodes lies between
+    assert (handle.task().starts, handle.task().status) == (1, TaskStatus.RUNNING)
+    second.stop()
+    stopping = run_in_thread(lambda: first.stop(PATIENCE))
+    gate.open()
+    stopping()
+    assert handle.task().status is TaskStatus.COMPLETED

@@ -1,0 +1,661 @@
+"""Starting, draining, stopping, and when tasks are due."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import datetime, timedelta, timezone, tzinfo
+from itertools import count
+from types import SimpleNamespace
+
+import pytest
+from helpers import PATIENCE, SpySQLite, eventually, node_of, pool_of, run_in_thread, services_of
+
+from taskx import (
+    CancelReason,
+    ConfigurationError,
+    Hook,
+    MemoryRepository,
+    QueueStopped,
+    RepositoryUnavailable,
+    Task,
+    TaskFilter,
+    TaskStatus,
+    every,
+)
+from taskx.testing import ManualClock
+from taskx.upkeep.node import LocalNode
+
+# Start
+
+
+#: Threads that the one on MongoDB has of its own.
+OF_THE_REPOSITORY = ("taskx-beat", "taskx-changes")
+
+
+def test_start_twice_is_start_once(queue):
+    queue.executor("fine")(lambda: "fine")
+    before = set(threading.enumerate())
+    queue.start()
+    queue.start()
+    with queue:
+        names = [thread.name for thread in set(threading.enumerate()) - before]
+        started = sorted(name for name in names if name not in OF_THE_REPOSITORY)
+        assert started == ["taskx-housekeeper", "taskx-worker-1", "taskx-worker-2"]
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+    with pytest.raises(QueueStopped, match="another"):
+        queue.start()
+
+
+def test_start_that_fails_leaves_nothing_behind(make_queue, tmp_path):
+    queue = make_queue(SpySQLite(tmp_path / "missing" / "tasks.db"))
+    before = threading.active_count()
+    with pytest.raises(RepositoryUnavailable):
+        queue.start()
+    assert threading.active_count() <= before
+    (tmp_path / "missing").mkdir()
+    queue.executor("fine")(lambda: "fine")
+    with queue:
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+    queue.close()
+
+
+def test_construction_does_nothing(tmp_path, make_queue):
+    before = threading.active_count()
+    make_queue(SpySQLite(tmp_path / "tasks.db"))
+    assert threading.active_count() <= before
+    assert list(tmp_path.iterdir()) == []
+
+
+# Drain
+
+
+@pytest.mark.every_store
+def test_drain(busy, gate, no_batches):
+    queue = busy()
+    for n in range(20):
+        queue.submit("note", {"n": n})
+    assert queue.drain(0.05) is False
+    assert queue.ran == []
+    gate.open()
+    assert queue.drain(PATIENCE) is True
+    assert queue.ran == list(range(20))
+    assert queue.drain() is True
+
+
+def test_drain_waits_for_what_executors_submit(make_queue):
+    queue = make_queue(worker_num=2)
+    ran = []
+
+    @queue.executor("chain")
+    def chain(ctx, left):
+        ran.append(left)
+        if left:
+            queue.submit("chain", {"left": left - 1})
+
+    queue.start()
+    queue.submit("chain", {"left": 30})
+    assert queue.drain(PATIENCE)
+    assert ran == list(range(30, -1, -1))
+
+
+@pytest.mark.every_store
+def test_drain_does_not_wait_for_delayed_tasks(started):
+    delayed = started.submit("fine", delay=1000)
+    assert started.drain(PATIENCE) is True
+    assert delayed.task().status is TaskStatus.PENDING
+
+
+@pytest.fixture
+def by_hand(make_queue, clock):
+    """A queue that runs, whose clock moves by hand, with an executor ``note``."""
+    queue = make_queue(worker_num=2, clock=clock)
+    queue.ran = []
+    queue.executor("note")(lambda n=0: queue.ran.append(n))
+    queue.start()
+    return queue
+
+
+@pytest.mark.every_store
+def test_drain_waits_for_tasks_whose_time_has_come(by_hand, clock):
+    """Also where the housekeeper has not seen it yet, and where a task waits for its turn as well."""
+    for n in range(6):
+        by_hand.submit("note", {"n": n}, delay=3600, concurrency_key="k")
+    assert by_hand.drain(PATIENCE)
+    assert by_hand.ran == []
+    clock.advance(3600)
+    assert by_hand.drain(PATIENCE)
+    assert by_hand.ran == list(range(6))
+
+
+@pytest.mark.every_store
+def test_drain_waits_for_the_ticks_that_have_come(by_hand, clock):
+    """Whenever the schedule was declared; and the next ticks are not waited for."""
+    often = by_hand.schedule("often", every(60), "note")
+    for ticks in range(1, 6):
+        clock.advance(60)
+        assert by_hand.drain(PATIENCE)
+        assert len(by_hand.ran) == ticks
+    often.remove()
+    clock.advance(60)
+    assert by_hand.drain(PATIENCE)
+    assert len(by_hand.ran) == 5
+
+
+def test_drain_refused(queue, make_queue):
+    with pytest.raises(ConfigurationError, match="start"):
+        queue.drain()
+    queue.executor("drains")(lambda: queue.drain())
+    queue.start()
+    for timeout in (-1, "1", float("nan")):
+        with pytest.raises(ConfigurationError):
+            queue.drain(timeout)
+    assert "inside an executor" in queue.submit("drains").exception(PATIENCE).error
+    queue.stop()
+    with pytest.raises(QueueStopped):
+        queue.drain()
+
+
+# Order and time
+
+
+def test_priority_and_then_order_of_submission(busy, gate):
+    queue = busy()
+    expected = []
+    for n, priority in enumerate([0, 5, -5, 0, 5, 1, -5, 0]):
+        queue.submit("note", {"n": n}, priority=priority)
+        expected.append((-priority, n))
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == [n for _, n in sorted(expected)]
+
+
+@pytest.mark.every_store
+def test_order_of_what_lay_in_the_repository(make_queue, no_batches):
+    queue = make_queue(worker_num=1, buffer_size=1)
+    ran = []
+    queue.executor("note")(lambda n: ran.append(n))
+    expected = []
+    for n in range(300):
+        priority = n % 3
+        queue.submit("note", {"n": n}, priority=priority)
+        expected.append((-priority, n))
+    queue.start()
+    assert queue.drain(PATIENCE)
+    assert ran == [n for _, n in sorted(expected)]
+
+
+@pytest.mark.every_store
+def test_due_exactly_at_its_moment(make_queue, database):
+    for repository in (MemoryRepository(), SpySQLite(database)):
+        clock = ManualClock()
+        queue = make_queue(repository, clock=clock, worker_num=1)
+        queue.executor("fine")(lambda: "fine")
+        queue.start()
+        handle = queue.submit("fine", delay=10)
+        at = queue.submit("fine", run_at=clock.now() + timedelta(seconds=10, milliseconds=1))
+        clock.advance(9.999)
+        assert queue.drain(PATIENCE)
+        assert not handle.done()
+        threading.Event().wait(0.2)  # longer than the housekeeper sleeps
+        assert handle.task().status is TaskStatus.PENDING
+        clock.advance(0.001)
+        assert handle.result(PATIENCE) == "fine"
+        assert handle.task().started_at == handle.task().run_at
+        assert at.task().status is TaskStatus.PENDING
+        clock.advance(0.001)
+        assert at.result(PATIENCE) == "fine"
+        queue.stop()
+        repository.close()
+
+
+@pytest.mark.every_store
+def test_run_at_in_the_past_is_now(started):
+    task = started.submit("fine").task()
+    handle = started.submit("fine", run_at=task.created_at - timedelta(days=1))
+    assert handle.result(PATIENCE) == "fine"
+
+
+class SetBack(tzinfo):
+    """A zone at whose three o'clock it is two o'clock again."""
+
+    def utcoffset(self, moment):
+        return timedelta(hours=1 if moment.fold else 2)
+
+    dst = utcoffset
+
+
+@pytest.mark.every_store
+def test_the_hour_that_local_clocks_repeat_is_two_hours(make_queue):
+    """Each run_at is the moment that it names, and a delay is of real time."""
+    clock = ManualClock(datetime(2024, 10, 26, 23, 30, tzinfo=timezone.utc))
+    queue = make_queue(MemoryRepository(clock), clock=clock, worker_num=1)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    local = datetime(2024, 10, 27, 2, 30, tzinfo=SetBack())
+    handles = [
+        queue.submit("fine", run_at=local),
+        queue.submit("fine", run_at=local.replace(fold=1)),
+        queue.submit("fine", delay=3 * 3600),
+    ]
+    for number, handle in enumerate(handles):
+        assert [other.done() for other in handles[number:]] == [False] * (3 - number)
+        clock.advance(3600)
+        assert handle.result(PATIENCE) == "fine"
+        assert handle.task().started_at == handle.task().run_at == clock.now()
+
+
+def test_delayed_tasks_need_no_room(busy, gate, clock):
+    queue = busy(buffer_size=1, clock=clock)
+    handles = [queue.submit("note", {"n": n}, delay=1) for n in range(20)]
+    queue.submit_many([Task(type="note", params={"n": n}) for n in (98,)])
+    clock.advance(2)
+    gate.open()
+    for handle in handles:
+        handle.result(PATIENCE)
+    assert sorted(queue.ran) == [*range(20), 98]
+
+
+@pytest.mark.every_store
+def test_clock_that_is_set_back_and_forth(make_queue):
+    """Each runs, once and in its turn, and lasts no time."""
+    clock = ManualClock()
+    queue = make_queue(MemoryRepository(), clock=clock, worker_num=1)
+    ran = []
+
+    @queue.executor("jump")
+    def jump(n):
+        ran.append(n)
+        clock.set_wall(clock.now() + timedelta(hours=-1 if n % 2 else 1))
+
+    # Before the first jump: what is submitted after a set back may pass what waits.
+    handles = [queue.submit("jump", {"n": n}) for n in range(10)]
+    queue.start()
+    for handle in handles:
+        handle.result(PATIENCE)
+        assert handle.task().duration == 0
+    assert ran == list(range(10))
+
+
+# Stop
+
+
+def listening(queue):
+    """A task whose executor has begun, and sleeps until it is told to end."""
+    begun = threading.Event()
+
+    @queue.executor("listen")
+    def listen(ctx):
+        begun.set()
+        ctx.sleep(5 * PATIENCE)
+
+    handle = queue.submit("listen")
+    assert begun.wait(PATIENCE)
+    return handle
+
+
+def test_running_tasks_may_end(started, gate, caplog):
+    started.executor("hold")(lambda ctx: (gate(), str(ctx.token.reason))[1])
+    handle = started.submit("hold")
+    gate.wait_for(1)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE))
+    eventually(lambda: pool_of(started).stopping)
+    gate.open()
+    assert stopping() == []
+    assert (handle.task().status, handle.task().result) == (TaskStatus.COMPLETED, "None")
+    assert not [r for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+@pytest.mark.every_store
+def test_stop_with_cancel_interrupts(started):
+    begun = threading.Event()
+
+    @started.executor("listen", max_attempts=1)
+    def listen(ctx):
+        begun.set()
+        ctx.progress(50, "half way")
+        ctx.token.wait(PATIENCE)
+        assert ctx.token.reason is CancelReason.STOP
+        ctx.token.raise_if_cancelled()
+
+    handle = started.submit("listen")
+    assert begun.wait(PATIENCE)
+    assert started.stop(PATIENCE, cancel=True) == []
+    task = handle.task()
+    assert task.status is TaskStatus.PENDING
+    assert (task.errors, task.interruptions, task.crashes) == (0, 1, 0)
+    assert (task.owner, task.error, task.progress, task.started_at) == ("", "", 0, None)
+    assert task.attempt == 1
+    [attempt] = task.attempts
+    assert attempt.outcome == "interrupted"
+
+
+@pytest.mark.parametrize("error", [ValueError("while tidying up"), SystemExit()], ids=repr)
+def test_whatever_an_interrupted_executor_raises(started, error):
+    begun = threading.Event()
+
+    @started.executor("listen")
+    def listen(ctx):
+        begun.set()
+        ctx.token.wait(PATIENCE)
+        raise error
+
+    handle = started.submit("listen")
+    assert begun.wait(PATIENCE)
+    started.stop(PATIENCE, cancel=True)
+    task = handle.task()
+    assert (task.status, task.errors, task.interruptions) == (TaskStatus.PENDING, 0, 1)
+
+
+@pytest.mark.every_store
+def test_interrupted_task_runs_again_elsewhere(started, make_queue):
+    handle = listening(started)
+    started.stop(PATIENCE, cancel=True)
+    again = make_queue()
+    again.executor("listen")(lambda ctx: ctx.task.attempt)
+    again.start()
+    assert again.handle(handle.id).result(PATIENCE) == 1
+    assert handle.task().starts == 2
+
+
+@pytest.mark.every_store
+def test_cancelled_before_the_stop_it_is_cancelled(started, gate):
+    started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
+    handle = started.submit("hold")
+    gate.wait_for(1)
+    started.cancel_task(handle.id)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE, cancel=True))
+    gate.open()
+    stopping()
+    assert handle.task().status is TaskStatus.CANCELLED
+
+
+@pytest.mark.every_store
+def test_stop_returns_by_its_timeout_and_names_what_runs(started, gate, caplog):
+    started.executor("stubborn")(lambda: (gate(), "late, and it counts")[1])
+    handle = started.submit("stubborn")
+    gate.wait_for(1)
+    began = time.monotonic()
+    assert started.stop(timeout=0.2) == [handle.id]
+    assert time.monotonic() - began < 10
+    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert handle.id in warning
+    assert handle.task().status is TaskStatus.RUNNING
+    assert started.stop(timeout=0.2) == [handle.id]
+    gate.open()
+    assert started.handle(handle.id).result(PATIENCE) == "late, and it counts"
+    eventually(lambda: started.repository.liveness.nodes() == [])
+    assert started.stop() == []
+
+
+def test_stop_fires_the_tokens_before_its_timeout(started, monkeypatch):
+    """When four fifths of it have passed; what hears it has the rest to end."""
+    ahead = [0.0]
+    clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
+    handle = listening(started)
+    monkeypatch.setattr("taskx.upkeep.node.time", clock)
+    stopping = run_in_thread(lambda: started.stop(timeout=5 * PATIENCE))
+    eventually(lambda: pool_of(started).stopping)
+    assert handle.task().interruptions == 0
+    ahead[0] = 4 * PATIENCE
+    assert stopping() == []
+    assert handle.task().interruptions == 1
+
+
+@pytest.mark.every_store
+def test_buffered_tasks_are_handed_back(busy, gate, caplog, make_queue):
+    queue = busy()
+    handles = [queue.submit("note", {"n": n}) for n in range(5)]
+    stopping = run_in_thread(lambda: queue.stop(PATIENCE))
+    eventually(lambda: pool_of(queue).stopping)
+    gate.open()
+    assert stopping() == []
+    tasks = [h.task() for h in handles]
+    assert {(t.status, t.owner, t.starts) for t in tasks} == {(TaskStatus.PENDING, "", 0)}
+    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert "5 task(s) left pending" in warning
+    again = make_queue()
+    again.executor("note")(lambda n: n)
+    again.start()
+    assert [again.handle(h.id).result(PATIENCE) for h in handles] == list(range(5))
+
+
+def test_stop_is_idempotent(queue):
+    assert queue.stop() == []
+    assert queue.stop() == []
+
+
+def test_stop_from_many_threads(started):
+    started.submit("fine")
+    for result in [run_in_thread(lambda: started.stop(PATIENCE)) for _ in range(5)]:
+        assert result() == []
+
+
+def test_second_stop_may_be_more_impatient(started):
+    handle = listening(started)
+    first = run_in_thread(lambda: started.stop(timeout=10 * PATIENCE))
+    eventually(lambda: pool_of(started).stopping)
+    assert started.stop(timeout=PATIENCE, cancel=True) == []
+    assert first() == []
+    assert handle.task().interruptions == 1
+
+
+def test_stop_by_an_executor(started):
+    returned = []
+
+    @started.executor("last")
+    def last():
+        returned.append(started.stop(PATIENCE))
+        return "bye"
+
+    handle = started.submit("last")
+    assert handle.result(PATIENCE) == "bye"
+    assert returned == [[handle.id]]
+    eventually(lambda: started.repository.liveness.nodes() == [])
+    assert handle.task().status is TaskStatus.COMPLETED
+
+
+def test_submit_by_an_executor_during_the_stop(started, gate):
+    started.executor("hold")(lambda: (gate(), started.submit("fine"))[0])
+    handle = started.submit("hold")
+    gate.wait_for(1)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE))
+    eventually(lambda: pool_of(started).stopping)
+    gate.open()
+    stopping()
+    assert handle.task().error.startswith("QueueStopped")
+
+
+def test_with_stops_even_when_the_block_raises(queue):
+    queue.executor("fine")(lambda: "fine")
+    with pytest.raises(KeyError), queue:
+        raise KeyError
+    with pytest.raises(QueueStopped):
+        queue.submit("fine")
+
+
+@pytest.mark.usefixtures("frequent_looks")
+def test_handles_outlive_the_stop(make_queue):
+    clock = ManualClock()
+    queue, again = make_queue(clock=clock), make_queue(clock=clock)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    handle = queue.submit("fine", delay=60)
+    queue.stop()
+    waiting = run_in_thread(lambda: handle.result(PATIENCE))
+    again.executor("fine")(lambda: "by another")
+    again.start()
+    clock.advance(60)
+    assert waiting() == "by another"
+
+
+def test_who_waits_for_a_task_of_a_closed_queue_is_told(queue, repository, monkeypatch):
+    """And nobody looks after it any more, who would open the repository again."""
+    queue.declare("remote")
+    handle = queue.submit("remote")
+    waiting = run_in_thread(lambda: handle.exception(PATIENCE))
+    eventually(lambda: services_of(queue).watcher.watching)
+    queue.close()
+    assert isinstance(waiting(), QueueStopped)
+    assert isinstance(queue.handle(handle.id).exception(PATIENCE), QueueStopped)
+    eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
+    repository.close()  # the last look opened it again
+
+
+def test_a_drain_ends_when_another_thread_stops_the_queue(started, gate):
+    started.executor("hold")(lambda: gate())
+    started.submit("hold")
+    gate.wait_for(1)
+    draining = run_in_thread(started.drain)
+    stopping = run_in_thread(lambda: started.stop(PATIENCE))
+    with pytest.raises(QueueStopped):
+        draining()
+    gate.open()
+    assert stopping() == []
+
+
+def test_a_stop_in_which_every_step_hangs_takes_little_longer(started, monkeypatch):
+    for module in ("taskx.upkeep.lifetime", "taskx.upkeep.node"):
+        monkeypatch.setattr(f"{module}.EXTRA", 0.05)
+    go_on = threading.Event()
+    repository = started.repository
+    for step in ("mark_stopping", "leave"):
+        hung = getattr(repository.liveness, step)
+        monkeypatch.setattr(
+            repository.liveness, step, lambda node, hung=hung: (go_on.wait(PATIENCE), hung(node))
+        )
+    began = time.monotonic()
+    assert started.stop(0.05) == []
+    assert time.monotonic() - began < 10  # where each step would take a minute
+    go_on.set()
+    eventually(lambda: not repository.liveness.nodes())
+
+
+@pytest.mark.parametrize("timeout", [-1, "1", None, float("inf")])
+def test_timeout_of_stop_is_checked(queue, timeout):
+    with pytest.raises(ConfigurationError):
+        queue.stop(timeout)
+    queue.executor("fine")(lambda: "fine")
+    with queue:
+        assert queue.submit("fine").result(PATIENCE) == "fine"
+
+
+def test_a_stop_may_be_given_more_time_than_the_system_can_wait(started):
+    assert started.submit("fine").result(1e10) == "fine"
+    assert started.stop(1e300) == []
+    assert started.repository.liveness.nodes() == []
+
+
+def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeypatch):
+    told = []
+    stopped = type("Stopped", (Hook,), {"queue_stopped": lambda self, queue: told.append(queue)})
+    queue = make_queue(hooks=[stopped()])
+    queue.executor("hold")(lambda: gate())
+    queue.start()
+    handle = queue.submit("hold")
+    gate.wait_for(1)
+    node = node_of(queue)
+    wait = node._wait_for_workers
+    monkeypatch.setattr(node, "_wait_for_workers", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        queue.stop(PATIENCE)
+    monkeypatch.setattr(node, "_wait_for_workers", wait)
+    assert len(queue.repository.liveness.nodes()) == 1
+    gate.open()
+    assert queue.stop(PATIENCE) == []
+    assert handle.result(PATIENCE) is None
+    assert (queue.repository.liveness.nodes(), told) == ([], [queue])
+
+
+def test_a_node_ends_once_though_two_stops_come_to_its_end(started):
+    node = node_of(started)
+    assert started.stop(PATIENCE) == []
+    ended = []
+    node._ended = lambda: ended.append(1)
+    node._end()
+    assert ended == []
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.every_store
+def test_repository_is_left_open_by_stop_and_closed_by_close(started):
+    handle = started.submit("fine")
+    started.stop()
+    assert handle.task().id == handle.id
+    started.close()
+    assert handle.task().id == handle.id  # a later operation opens it again
+    started.repository.close()
+
+
+def test_stopped_while_it_starts_its_threads_it_ends_all_of_them(make_queue, monkeypatch):
+    """The first one has ended before the second one is started."""
+    queue = make_queue(worker_num=3)
+    begin = LocalNode.begin
+
+    def begun_late(node):
+        first = node.engine.threads[0]
+        start = first.start
+
+        def start_and_end():
+            node.engine.begin_stop()
+            start()
+            first.join(PATIENCE)
+
+        first.start = start_and_end
+        begin(node)
+
+    monkeypatch.setattr(LocalNode, "begin", begun_late)
+    queue.start()
+    assert queue.stop(PATIENCE) == []
+    assert pool_of(queue).workers_left == 0
+
+
+@pytest.mark.every_store
+def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, repository):
+    """Some rounds of ten threads that submit while the queue is stopped in the middle of it.
+
+    What is kept and did not run does with whoever comes next.
+    """
+    all_left = []
+    for _ in range(5):
+        queue = make_queue(worker_num=2, buffer_size=1_000_000)
+        ran, line = [], threading.Barrier(11)
+        # So long that some are left, however slowly they are submitted.
+        queue.executor("n")(lambda ctx, n, ran=ran: (ctx.token.wait(0.02), ran.append(n))[1])
+        queue.start()
+
+        def submit(first, queue=queue, line=line):
+            line.wait(PATIENCE)
+            accepted = []
+            try:
+                for n in count(first, 10):
+                    queue.submit("n", {"n": n})
+                    accepted.append(n)
+            except QueueStopped:
+                return accepted
+
+        threads = [
+            run_in_thread(lambda first=first, submit=submit: submit(first)) for first in range(10)
+        ]
+        line.wait(PATIENCE)
+        eventually(lambda: repository.count(TaskFilter()) > 50)
+        assert queue.stop(PATIENCE) == []
+        accepted = sorted(n for thread in threads for n in thread())
+        kept = {task.params["n"]: task for task in repository.list(TaskFilter(limit=1_000_000))}
+        assert sorted(kept) == accepted
+        done = sorted(n for n, task in kept.items() if task.status is TaskStatus.COMPLETED)
+        assert done == sorted(ran)
+        left = [task for task in kept.values() if task.status is not TaskStatus.COMPLETED]
+        assert {task.status for task in left} <= {TaskStatus.PENDING}
+        all_left += left
+        with make_queue() as another:
+            another.executor("n")(lambda n: n)
+            assert another.drain(PATIENCE)
+        assert repository.count(TaskFilter(status="completed")) == len(kept)
+        for task in kept.values():
+            repository.delete(task.id)
+    assert all_left
