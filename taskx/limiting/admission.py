@@ -8,23 +8,79 @@ of what cannot start; what is counted at the start is exact.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.log import GuardedLogger, log
-from taskx.core.rate import Limit
-from taskx.limiting.limits import Bucket, OwnBucket, OwnSlots, Slots
-from taskx.limiting.shared import Sharing
+from taskx.core.rate import FULL, Limit, Rate
+from taskx.limiting.shared import SharedBucket, SharedSlots
 from taskx.storage.base import Repository
 
 _ENDLESS = 1 << 31
 
 
+class OwnSlots:
+    """Places for running tasks, of one node."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._taken = 0
+
+    def free(self) -> int:
+        """How many are free."""
+        return self._most - self._taken
+
+    def take(self, count: int) -> int:
+        """Take so many, or as many as are free; returns how many."""
+        got = min(count, self.free())
+        self._taken += got
+        return got
+
+    def give(self, count: int) -> None:
+        """Give so many back that were taken."""
+        self._taken -= count
+
+    def rest(self, wanted: int) -> None:
+        """There are tasks for no more than so many beside those that were taken: they stay its own."""
+
+
+class OwnBucket:
+    """Tokens of one node, one of which each start takes; all are there when the node starts."""
+
+    def __init__(self, rate: Rate, clock: Clock) -> None:
+        self._rate = rate
+        self._clock = clock
+        self._mark = FULL
+
+    def tokens(self) -> int:
+        """How many there are."""
+        return self._rate.tokens(self._mark, self._clock.monotonic())
+
+    def take(self, count: int) -> int:
+        """Take so many, or as many as there are; returns how many."""
+        now = self._clock.monotonic()
+        got = min(count, self._rate.tokens(self._mark, now))
+        self._mark = self._rate.take(self._mark, now, got)
+        return got
+
+    def put_back(self, count: int) -> None:
+        """Put so many back that were taken, and not used."""
+        self._mark = self._rate.put_back(self._mark, count)
+
+    def when(self, count: int) -> float:
+        """From when on there are so many, on the monotonic clock."""
+        return self._rate.when(self._mark, count)
+
+
+_Slots = OwnSlots | SharedSlots
+_Bucket = OwnBucket | SharedBucket
+
+
 class _Gate:
     """What may start of one type."""
 
-    def __init__(self, slots: Slots | None, bucket: Bucket | None, clock: Clock) -> None:
+    def __init__(self, slots: _Slots | None, bucket: _Bucket | None, clock: Clock) -> None:
         self.slots = slots
         self.bucket = bucket
         self._clock = clock
@@ -95,10 +151,12 @@ class Admission:
         log: GuardedLogger = log,
     ) -> None:
         self._limits = limits
+        self._repository = repository
+        self._node = node
         self._clock = clock
         self._freed = freed
         self._scheduled = scheduled
-        self._sharing = Sharing(repository, node, clock, log)
+        self._log = log
         self._lock = threading.RLock()
         self._gates: dict[str, _Gate] = {}
         #: By what each task was admitted that has not ended.
@@ -111,11 +169,19 @@ class Admission:
             gate = self._gates[type] = _Gate(slots, bucket, self._clock)
         return gate
 
-    def _parts(self, type: str, limit: Limit) -> tuple[Slots | None, Bucket | None]:
+    def _parts(self, type: str, limit: Limit) -> tuple[_Slots | None, _Bucket | None]:
+        most, rate, clock = limit.max_concurrency, limit.rate, self._clock
+        slots: _Slots | None = None
+        bucket: _Bucket | None = None
         if limit.scope == "global":
-            return self._sharing.share(type, limit)
-        slots = None if limit.max_concurrency is None else OwnSlots(limit.max_concurrency)
-        bucket = None if limit.rate is None else OwnBucket(limit.rate, self._clock)
+            repository, node, log = self._repository, self._node, self._log
+            if most is not None:
+                slots = SharedSlots(repository, node, type, most, log)
+            if rate is not None:
+                bucket = SharedBucket(repository, type, rate, clock, log)
+        else:
+            slots = None if most is None else OwnSlots(most)
+            bucket = None if rate is None else OwnBucket(rate, clock)
         return slots, bucket
 
     # --- at the fetch
@@ -230,11 +296,18 @@ class Admission:
 
     # --- what all nodes share
 
+    def _shared(self) -> Iterator[SharedSlots | SharedBucket]:
+        for gate in list(self._gates.values()):  # a log handler may submit what adds one
+            for part in (gate.slots, gate.bucket):
+                if isinstance(part, (SharedSlots, SharedBucket)):
+                    yield part
+
     def forget(self) -> None:
         """What others share with this node may have changed."""
         if self._gates:
             with self._lock:
-                self._sharing.forget()
+                for part in self._shared():
+                    part.forget()
 
     def tend(self) -> None:
         """Look after what is shared.
@@ -244,7 +317,8 @@ class Admission:
         """
         if self._gates:
             with self._lock:
-                self._sharing.tend()
+                for part in self._shared():
+                    part.tend()
 
     def end(self) -> None:
         """The node ends: what it has of what is shared may be others'.
@@ -253,4 +327,5 @@ class Admission:
             RepositoryError: the repository failed; others see that it has ended.
         """
         with self._lock:
-            self._sharing.leave()
+            for part in self._shared():
+                part.leave()

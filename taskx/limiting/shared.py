@@ -8,16 +8,16 @@ from it by whoever looks. ``limit/rate/<type>`` has the mark of the type's bucke
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from contextlib import suppress
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from taskx.core.clock import LAST, Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.log import GuardedLogger, log
-from taskx.core.rate import FULL, Limit, Rate
+from taskx.core.rate import FULL, Rate
 from taskx.core.writes import Note
-from taskx.limiting.limits import Bucket, Slots
 from taskx.storage.base import Repository
 
 _SLOTS, _RATE = "limit/slots/", "limit/rate/"
@@ -29,49 +29,77 @@ _APART = 1.0
 T = TypeVar("T")
 
 
-class SharedNote:
-    """A note as it was last read.
+class _Shared(ABC, Generic[T]):
+    """A limit in a note, as it was last read.
 
     Args:
-        repository: where it is.
+        repository: where the note is.
         name: its name.
         log: where it is told that the note is damaged.
     """
 
     def __init__(self, repository: Repository, name: str, log: GuardedLogger) -> None:
         self._repository = repository
-        self.name = name
+        self._name = name
         self._log = log
         self._damaged = 0  # the version of which it was told
-        self.note: Note | None = None
-        #: Whether it may have been changed by others since.
-        self.stale = True
+        self._note: Note | None = None
+        self._stale = True  # others may have changed it since
 
-    def read(self, parse: Callable[[str | None], T]) -> T:
-        """What its text says now; what is damaged says nothing, as where there is none."""
-        self.note = self._repository.notes(self.name).get(self.name)
-        self.stale = False
-        if self.note is None:
-            return parse(None)
+    @abstractmethod
+    def _parse(self, text: str | None) -> T:
+        """Return what a text says; raise ``ValueError`` if it is damaged. None: there is no note."""
+
+    @abstractmethod
+    def _is(self, value: T) -> None:
+        """Note what the note says now."""
+
+    def forget(self) -> None:
+        """Others may have changed it."""
+        self._stale = True
+
+    def _look(self) -> None:
+        if self._stale:
+            self._read()
+
+    def _read(self) -> None:
+        """Read the note; what is damaged says nothing, as where there is none."""
+        self._note = self._repository.notes(self._name).get(self._name)
+        self._stale = False
         try:
-            return parse(self.note.text)
+            value = self._parse(self._note.text if self._note else None)
         except (ValueError, RecursionError) as error:
-            if self._damaged != self.note.version:
-                self._damaged = self.note.version
-                self._log.warning("%s is damaged, and is begun anew: %s", self.name, error)
-            return parse(None)
+            value = self._parse(None)
+            if self._note and self._damaged != self._note.version:
+                self._damaged = self._note.version
+                self._log.warning("%s is damaged, and is begun anew: %s", self._name, error)
+        self._is(value)
 
-    def put(self, text: str | None) -> bool:
-        """Change it, unless others did since it was read."""
-        self.stale = True  # should this be cut short, it is not known what was put
-        version = self.note.version if self.note else 0
-        done = self._repository.put_note(self.name, text, version)
+    def _put(self, text: str | None, value: T) -> bool:
+        """Change the note, unless others did since it was read."""
+        self._stale = True  # should this be cut short, it is not known what was put
+        version = self._note.version if self._note else 0
+        done = self._repository.put_note(self._name, text, version)
         if done and version and text is not None:
-            self.note, self.stale = Note(text, version + 1), False
+            self._note = Note(text, version + 1)
+            self._is(value)
+            self._stale = False
+        else:  # it is a new one, or gone, or another's
+            self._read()
         return done
 
+    def tend(self) -> None:
+        """Look after what this node has of it.
 
-class SharedSlots:
+        Raises:
+            RepositoryError: the repository failed.
+        """
+
+    def leave(self) -> None:
+        """The node ends: what it has of it may be others'."""
+
+
+class SharedSlots(_Shared[Mapping[str, int]]):
     """The places of all nodes, of which one node has some.
 
     Args:
@@ -85,25 +113,22 @@ class SharedSlots:
     def __init__(
         self, repository: Repository, node: str, type: str, most: int, log: GuardedLogger = log
     ) -> None:
-        self._repository = repository
+        super().__init__(repository, _SLOTS + type, log)
         self._node = node
         self._most = most
-        self._note = SharedNote(repository, _SLOTS + type, log)
-        self._shares: dict[str, int] = {}
+        self._shares: Mapping[str, int] = {}
         self._taken = 0
         self._idle = False
 
-    def _read(self) -> None:
-        self._shares = self._note.read(_shares_of)
+    def _parse(self, text: str | None) -> Mapping[str, int]:
+        return _shares_of(text)
 
-    def forget(self) -> None:
-        """Others may have changed it."""
-        self._note.stale = True
+    def _is(self, value: Mapping[str, int]) -> None:
+        self._shares = value
 
     def free(self) -> int:
         """How many places this node has left or could get, as far as is known."""
-        if self._note.stale:
-            self._read()
+        self._look()
         others = sum(self._shares.values()) - self._mine
         return max(0, self._most - others - self._taken)
 
@@ -115,8 +140,7 @@ class SharedSlots:
         """Take so many, or as many as are free: of the node's own, then of those that nobody has."""
         self._idle = False
         for _ in range(_TRIES):
-            if self._note.stale:
-                self._read()
+            self._look()
             wanted = self._taken + count - self._mine
             unowned = self._most - sum(self._shares.values())
             if wanted <= 0 or unowned <= 0 or self._set_mine(self._mine + min(wanted, unowned)):
@@ -132,53 +156,40 @@ class SharedSlots:
     def rest(self, wanted: int) -> None:
         """There are tasks for no more than so many at present: the rest may be others'."""
         for _ in range(_TRIES):
-            if self._note.stale:
-                self._read()
+            self._look()
             kept = self._taken + wanted
             if self._mine <= kept or self._set_mine(kept):
                 break
 
     def tend(self) -> None:
-        """Give back what was not taken for a while, show what is taken, and take from the dead.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
+        """Give back what was not taken for a while, show what is taken, and take from the dead."""
         self._read()
         if self._idle:
             self.rest(0)
         self._idle = self._mine > self._taken
         if self._mine < self._taken:  # the note was damaged, or others took this node for dead
             self._set_mine(self._taken)
-        self._bury()
+        if self._shares.keys() - {self._node}:
+            self._bury()
 
     def _bury(self) -> None:
-        others = self._shares.keys() - {self._node}
-        if not others:
-            return
         # After the note was read: who has a place in it, had joined.
         nodes = self._repository.nodes()
-        alive = {node.id for node in nodes if node.alive is not False}
-        left = {node: share for node, share in self._shares.items() if node in {*alive, self._node}}
+        alive = {self._node, *(node.id for node in nodes if node.alive is not False)}
+        left = {node: share for node, share in self._shares.items() if node in alive}
         if left != self._shares:
-            self._put(left)
+            self._share_out(left)
 
     def leave(self) -> None:
-        """The node ends."""
         self._taken = 0
         self.rest(0)
 
     def _set_mine(self, count: int) -> bool:
-        return self._put({**self._shares, self._node: count})
+        return self._share_out({**self._shares, self._node: count})
 
-    def _put(self, shares: Mapping[str, int]) -> bool:
+    def _share_out(self, shares: Mapping[str, int]) -> bool:
         left = {node: share for node, share in shares.items() if share > 0}
-        done = self._note.put(json.dumps(left) if left else None)
-        if done:
-            self._shares = left
-            if self._note.stale:  # it is a new one, or gone
-                self._read()
-        return done
+        return self._put(json.dumps(left) if left else None, left)
 
 
 def _shares_of(text: str | None) -> dict[str, int]:
@@ -188,14 +199,7 @@ def _shares_of(text: str | None) -> dict[str, int]:
     return shares
 
 
-def _mark_of(text: str | None) -> float:
-    mark = float(text) if text else FULL
-    if text and not abs(mark) <= LAST / 1000:
-        raise ValueError(f"{mark!r} is no moment")
-    return mark
-
-
-class SharedBucket:
+class SharedBucket(_Shared[float]):
     """The tokens of all nodes.
 
     The mark is by the wall clock of whoever wrote it. Where that is ahead of the clock here, by more than a
@@ -213,22 +217,21 @@ class SharedBucket:
     def __init__(
         self, repository: Repository, type: str, rate: Rate, clock: Clock, log: GuardedLogger = log
     ) -> None:
+        super().__init__(repository, _RATE + type, log)
         self._rate = rate
         self._clock = clock
-        self._note = SharedNote(repository, _RATE + type, log)
         self._mark = FULL
         self._seen = 0.0  # on the monotonic clock
 
-    def _read(self) -> None:
-        self._is(self._note.read(_mark_of))
+    def _parse(self, text: str | None) -> float:
+        mark = float(text) if text else FULL
+        if text and not abs(mark) <= LAST / 1000:
+            raise ValueError(f"{mark!r} is no moment")
+        return mark
 
-    def _is(self, mark: float) -> None:
-        if mark != self._mark:
-            self._mark, self._seen = mark, self._clock.monotonic()
-
-    def forget(self) -> None:
-        """Others may have changed it."""
-        self._note.stale = True
+    def _is(self, value: float) -> None:
+        if value != self._mark:
+            self._mark, self._seen = value, self._clock.monotonic()
 
     def _now(self) -> float:
         """The present, by a clock that the mark is not ahead of."""
@@ -240,15 +243,14 @@ class SharedBucket:
 
     def tokens(self) -> int:
         """How many there are, as far as is known."""
-        if self._note.stale:
-            self._read()
+        self._look()
         return self._rate.tokens(self._mark, self._now())
 
     def take(self, count: int) -> int:
         """Take so many, or as many as there are."""
         for _ in range(_TRIES):
             got = min(count, self.tokens())
-            if not got or self._put(self._rate.take(self._mark, self._now(), got)):
+            if not got or self._set(self._rate.take(self._mark, self._now(), got)):
                 return got
         return 0
 
@@ -256,75 +258,13 @@ class SharedBucket:
         """Put so many back; where others get in the way, or the repository fails, they are lost."""
         with suppress(RepositoryError):  # who puts some back has more to undo
             for _ in range(_TRIES):
-                if self._note.stale:
-                    self._read()
-                if self._mark == FULL or self._put(self._rate.put_back(self._mark, count)):
+                self._look()
+                if self._mark == FULL or self._set(self._rate.put_back(self._mark, count)):
                     break
 
-    def _put(self, mark: float) -> bool:
-        done = self._note.put(repr(mark))
-        if self._note.note is None or self._note.stale:
-            self._read()
-        else:
-            self._is(mark)
-        return done
+    def _set(self, mark: float) -> bool:
+        return self._put(repr(mark), mark)
 
     def when(self, count: int) -> float:
         """From when on there are so many, as far as is known."""
         return self._clock.monotonic() + self._rate.when(self._mark, count) - self._now()
-
-
-class Sharing:
-    """Makes and tends the shared limits of a node.
-
-    Args:
-        repository: where they are kept.
-        node: the node.
-        clock: the time.
-        log: where it is told that a note is damaged.
-    """
-
-    def __init__(self, repository: Repository, node: str, clock: Clock, log: GuardedLogger) -> None:
-        self._repository = repository
-        self._node = node
-        self._clock = clock
-        self._log = log
-        self._slots: list[SharedSlots] = []
-        self._buckets: list[SharedBucket] = []
-
-    def share(self, type: str, limit: Limit) -> tuple[Slots | None, Bucket | None]:
-        """The slots and the bucket of a type."""
-        slots = bucket = None
-        if limit.max_concurrency is not None:
-            most = limit.max_concurrency
-            slots = SharedSlots(self._repository, self._node, type, most, self._log)
-            self._slots.append(slots)
-        if limit.rate is not None:
-            bucket = SharedBucket(self._repository, type, limit.rate, self._clock, self._log)
-            self._buckets.append(bucket)
-        return slots, bucket
-
-    def forget(self) -> None:
-        """Others may have changed something."""
-        for slots in self._slots:
-            slots.forget()
-        for bucket in self._buckets:
-            bucket.forget()
-
-    def tend(self) -> None:
-        """Look after the slots.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
-        for slots in self._slots:
-            slots.tend()
-
-    def leave(self) -> None:
-        """The node ends: its slots may be others'.
-
-        Raises:
-            RepositoryError: the repository failed; others see that it has ended.
-        """
-        for slots in self._slots:
-            slots.leave()
