@@ -7,13 +7,9 @@ import threading
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from taskx import ConfigurationError, Hook, Queue, RepositoryError, Task, TaskFilter, TaskStatus
 from taskx.common import permission
-from taskx.common.hooks import Hook
-from taskx.core.errors import ConfigurationError, RepositoryError
-from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.queue import Queue
-from taskx.storage import queries
-from taskx.storage.base import Repository
+from taskx.storage.queries import oldest_ready
 
 try:
     from prometheus_client import REGISTRY, CollectorRegistry, Counter, Gauge, Histogram, Metric
@@ -24,11 +20,10 @@ except ImportError:
         "taskx.contrib.prometheus needs prometheus-client: pip install 'taskx-queue[prometheus]'"
     ) from None
 
+__all__ = ["BUCKETS", "PrometheusHook", "StoreCollector"]
+
 #: Upper bounds of the histograms, in seconds: from a call in memory to a task of an hour.
 BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
-
-#: Among about how many tasks the one is sought that waits longest.
-OLDEST = 1000
 
 _log = logging.getLogger("taskx")
 
@@ -78,7 +73,6 @@ class PrometheusHook(Hook):
         self._looking = threading.Lock()
 
     def queue_started(self, queue: Queue) -> None:
-        """Its buffer and its executors are looked at from now on."""
         with self._looking:
             if not self._gauges:
                 self._gauges = _make_gauges()
@@ -87,50 +81,41 @@ class PrometheusHook(Hook):
         self._look()
 
     def queue_stopped(self, queue: Queue) -> None:
-        """It is looked at no more."""
         with self._looking:
             self._queues.discard(queue)
         self._look()
 
     def submitted(self, task: Task) -> None:
-        """Count it."""
         self._submitted.labels(task.type).inc()
         self._look()
 
     def started(self, task: Task) -> None:
-        """Count it, and how long it waited."""
         self._started.labels(task.type).inc()
         if (waited := _waited(task)) is not None:
             self._wait.labels(task.type).observe(waited)
         self._look()
 
     def finished(self, task: Task) -> None:
-        """Count it, and how long it took, if it ran."""
         self._finished.labels(task.type, task.status.value).inc()
         if task.duration:
             self._duration.labels(task.type).observe(task.duration)
         self._look()
 
     def retried(self, task: Task, error: str, delay: float) -> None:
-        """Count it."""
         self._retried.labels(task.type).inc()
         self._look()
 
     def stuck(self, task: Task) -> None:
-        """Count it."""
         self._stuck.labels(task.type).inc()
         self._look()
 
     def rescued(self, task: Task) -> None:
-        """Count it."""
         self._rescued.labels(task.type).inc()
 
     def snoozed(self, task: Task, delay: float) -> None:
-        """Its executor has returned."""
         self._look()
 
     def interrupted(self, task: Task) -> None:
-        """Its executor has returned."""
         self._look()
 
     def _look(self) -> None:
@@ -176,19 +161,6 @@ def _waited(task: Task) -> float | None:
     return max(0.0, (task.started_at - max(known, default=task.started_at)).total_seconds())
 
 
-def oldest_ready(repository: Repository) -> int | None:
-    """Since when the pending task has waited, of those that may start now, that waits longest.
-
-    In milliseconds; None if there is none. It waits since it was stored or, if that was later, since its
-    ``run_at``. Of each type those are looked at that were stored first.
-    """
-    types = [*queries.every(repository, "ready_type")]
-    owners = ["", *queries.every(repository, "buffered_on")]
-    most = max(1, OLDEST // max(1, len(types)))
-    found = (stub for owner in owners for stub in repository.ready(types, most, owner, ageing=1))
-    return min((max(stub.created_at, stub.run_at or 0) for stub in found), default=None)
-
-
 class StoreCollector(Collector):
     """Looks into a queue's repository at every scrape: what waits, for how long, and who runs.
 
@@ -209,11 +181,10 @@ class StoreCollector(Collector):
         self._repository = queue.repository
 
     def describe(self) -> Iterator[Metric]:
-        """The metrics without values, so that to register it reads nothing."""
+        # Without values, so that to register it reads nothing.
         return self._metrics(None, None, None)
 
     def collect(self) -> Iterator[Metric]:
-        """The metrics as they are now."""
         repository = self._repository
         try:
             pending = repository.count(TaskFilter(status=TaskStatus.PENDING))

@@ -11,6 +11,8 @@ from taskx.storage.base import Listed, Repository
 
 # Values that are read at a time.
 _PAGE = 1000
+# Tasks, about, among which the one is sought that waits longest.
+_OLDEST = 1000
 
 
 def every(repository: Repository, column: Listed) -> Iterator[str]:
@@ -25,6 +27,19 @@ def owners(repository: Repository) -> Sequence[str]:
     """The ids of all nodes that hold tasks, or on which one is stuck."""
     columns: tuple[Listed, ...] = ("buffered_on", "running_on", "stuck_on")
     return [*{owner: None for column in columns for owner in every(repository, column)}]
+
+
+def oldest_ready(repository: Repository) -> int | None:
+    """Return since when the task waits that waits longest of all that may start now, in milliseconds.
+
+    None if no task may start. A task waits since it was stored or, if that was later, since its ``run_at``.
+    Of each type, only the tasks that were stored first are looked at.
+    """
+    types = [*every(repository, "ready_type")]
+    holders = ["", *every(repository, "buffered_on")]
+    most = max(1, _OLDEST // max(1, len(types)))
+    found = (stub for owner in holders for stub in repository.ready(types, most, owner, ageing=1))
+    return min((max(stub.created_at, stub.run_at or 0) for stub in found), default=None)
 
 
 def asked_to_cancel(repository: Repository, task_ids: Sequence[str]) -> Collection[str]:

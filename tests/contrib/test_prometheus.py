@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import shutil
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from helpers import housekeeper_of, services_of
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+import taskx
 from taskx import (
     Config,
     ConfigurationError,
@@ -24,6 +26,7 @@ from taskx import (
     SQLiteRepository,
     Task,
 )
+from taskx.contrib import prometheus
 from taskx.contrib.prometheus import BUCKETS, PrometheusHook, StoreCollector
 from taskx.core import lifecycle
 from taskx.testing import ManualClock
@@ -474,3 +477,22 @@ def test_without_the_library_the_extra_is_named():
     )
     assert "ConfigurationError" in ran.stderr
     assert "pip install 'taskx-queue[prometheus]'" in ran.stderr
+
+
+def test_a_skin_imports_what_is_public_and_what_its_package_names():
+    """The docstring of ``taskx.contrib`` names the internals."""
+    allowed = {f"taskx.{name}" for name in taskx.__all__}
+    allowed |= {"taskx.common.permission", "taskx.storage.queries.oldest_ready"}
+    tree = ast.parse(Path(prometheus.__file__).read_text("utf-8"))
+    froms = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)]
+    imported = {f"{node.module}.{alias.name}" for node in froms for alias in node.names}
+    assert {name for name in imported if name.startswith("taskx")} <= allowed
+
+
+def test_a_skin_says_which_of_its_names_are_public():
+    own = {
+        name
+        for name, value in vars(prometheus).items()
+        if getattr(value, "__module__", "") == prometheus.__name__ and not name.startswith("_")
+    }
+    assert {"BUCKETS", *own} == set(prometheus.__all__)

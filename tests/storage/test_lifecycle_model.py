@@ -22,11 +22,10 @@ from taskx import (
     TaskNotFound,
     TaskStatus,
 )
-from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.liveness.base import Node
-from taskx.storage.queries import owners
+from taskx.storage.queries import oldest_ready, owners
 from taskx.testing import ManualClock
 from taskx.upkeep.node import unfinished
 

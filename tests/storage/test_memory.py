@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 from strikes import strike_at
 
 from taskx import MemoryRepository, Task, TaskFilter
-from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.writes import Update, Write
 from taskx.storage import memory, ordered
-from taskx.storage.queries import owners
+from taskx.storage.queries import oldest_ready, owners
 from taskx.upkeep.node import unfinished
 
 EVERYTHING = TaskFilter(limit=10**6)

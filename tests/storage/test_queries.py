@@ -5,11 +5,10 @@ import pytest
 from helpers import first_in_line, held_on, lines, those_with
 
 from taskx import TaskFilter, TaskStatus
-from taskx.contrib.prometheus import oldest_ready
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
-from taskx.storage.queries import owners, page, shown
+from taskx.storage.queries import oldest_ready, owners, page, shown
 from taskx.submitting.dead_letters import children
 from taskx.upkeep.node import unfinished
 from taskx.upkeep.retention import needed
