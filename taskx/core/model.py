@@ -103,7 +103,7 @@ class Task:
     original TaskX; the rest are ours.
 
     Attributes:
-        id: unique; ``submit`` makes one where it is empty.
+        id: unique; ``submit`` and ``create`` make one where it is empty.
         type: which executor runs it.
         status: see :class:`TaskStatus`.
         params: what the executor is given; a JSON object.

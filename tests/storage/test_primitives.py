@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from taskx import ConfigurationError, MemoryRepository, TaskFilter
+from taskx import ConfigurationError, MemoryRepository, Task, TaskFilter
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.core.writes import PRESENT, Note, Update, matches
 from taskx.testing import PrimitivesContract
@@ -56,6 +56,12 @@ def test_a_store_with_transactions_has_all_or_nothing_of_any_writes(store, add, 
     assert not all(store.apply(writes, all_or_nothing=True))
     assert store.get_by_id("a").message == ""
     assert store.count(TaskFilter()) == 1
+
+
+def test_create_makes_an_id_where_the_task_has_none(store):
+    store.create(Task(type="t"))
+    store.create(Task(type="t"))
+    assert len({task.id for task in store.list(TaskFilter())} - {""}) == 2
 
 
 @pytest.mark.parametrize("store", MONGO, indirect=True)
