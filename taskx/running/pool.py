@@ -223,6 +223,7 @@ class WorkerPool:
         try:
             run.state, self.ahead.at_work[run] = "executing", time.monotonic()
             if self.runs.get(run.task.id) is not run:  # the audit took it for lost
+                run.state = "starting"  # no thread is at it, should the audit have put it back
                 self.ahead.at_work.pop(run, None)
                 return Ending(returned=False)
             began, cell = self.began, 0

@@ -83,6 +83,18 @@ SOUND: dict[str, tuple[list[Line], list[Task]]] = {
         ],
         [completed(2, interruptions=1)],
     ),
+    "returned before a stop that was interrupted, and its outcome not stored": (
+        [
+            *ACCEPTED,
+            begin(),
+            end(),
+            line("p1", "stop"),
+            line("p1", "stopped", note="unknown"),
+            begin(2, "p2"),
+            end(2, "p2"),
+        ],
+        [completed(2, interruptions=1)],
+    ),
     "taken over from one that had lost its lease": (
         [
             *ACCEPTED,

@@ -158,10 +158,12 @@ class History:
         return process.killed or named or self.may_be_taken_over(run)
 
     def may_be_interrupted(self, run: Run) -> bool:
-        """Whether its process may have died, or stopped a queue, before it ended."""
-        process = self.processes[run.who]
-        stopped = any(stop < run.ended for stop in process.stops)
-        return process.killed or stopped or self.may_be_taken_over(run)
+        """Whether its process stopped a queue before it ended, or ended before its outcome was stored.
+
+        What ends with its process, and no thread was at any more, is an interruption, and not a crash.
+        """
+        stopped = any(stop < run.ended for stop in self.processes[run.who].stops)
+        return stopped or self.may_be_lost(run)
 
 
 def verify(records: Mapping[str, Task], events: Sequence[Event]) -> list[str]:

@@ -343,6 +343,24 @@ def test_a_run_that_the_audit_took_for_lost_is_not_executed(started):
     assert pool.runs.executing == []
 
 
+def test_a_run_is_claimed_by_the_audit_or_executed_whichever_looks_first(started, monkeypatch):
+    """A thread that comes between the audit's two looks finds the run forgotten, and leaves it alone."""
+    pool = pool_of(started)
+    handle = started.submit("fine", delay=3600)
+    run = pool.starter._make_run(handle.task())
+    pool.runs[handle.id] = run
+    forget = pool.runs.forget
+
+    def then_a_thread_comes(run):
+        assert forget(run)
+        assert not pool.execute(run, "late").returned
+        return True
+
+    monkeypatch.setattr(pool.runs, "forget", then_a_thread_comes)
+    assert pool.starter.claim(run)
+    assert not pool.runs
+
+
 def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, monkeypatch):
     """However long that takes: its executor would be called a second time."""
     pool, going_on = pool_of(started), threading.Event()
