@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import timedelta
 
 import pytest
@@ -164,11 +165,12 @@ class TestAudit:
     def test_it_reads_no_more_of_a_large_buffer_than_is_next_in_line(self, audits, monkeypatch):
         queue, mine = audits
         queue.submit_many([Task(type="note") for _ in range(20)])
-        read, find = {}, queue.repository.find
+        read, find, this = {}, queue.repository.find, threading.get_ident()
 
         def counted(column, *args):
             found = find(column, *args)
-            read[column] = len(found)
+            if threading.get_ident() == this:  # the housekeeper reads, too
+                read[column] = len(found)
             return found
 
         monkeypatch.setattr(queue.repository, "find", counted)
