@@ -10,13 +10,10 @@ from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
-from taskx.common.agenda import Agenda
 from taskx.common.config import Config
 from taskx.common.handles import TaskHandle
-from taskx.common.hooks import Hook, Hooks
-from taskx.common.ledger import Ledger
-from taskx.common.pauses import Paused, Pauses
-from taskx.common.watcher import Watcher
+from taskx.common.hooks import Hook
+from taskx.common.pauses import Paused
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import (
     ConfigurationError,
@@ -39,8 +36,6 @@ from taskx.core.options import (
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
-from taskx.executing.alarms import Alarms
-from taskx.executing.checkpoints import Keeper
 from taskx.executing.executors import (
     Executor,
     ExecutorDecorator,
@@ -48,10 +43,8 @@ from taskx.executing.executors import (
 )
 from taskx.executing.middleware import Layer, check_middleware
 from taskx.executing.registry import Registry
-from taskx.executing.runner import Runner
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
-from taskx.moving.consequences import Consequences
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.running.state import State
 from taskx.schedules.schedule import Schedule
 from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
@@ -123,29 +116,9 @@ class Queue:
         _queues.add(self)
 
     def _wire(self) -> None:
-        state, agenda, alarms = State(), Agenda(), Alarms(self._clock)
-        ledger = Ledger(self.repository, self._log, agenda)
-        watcher = Watcher(self.repository, self._log, agenda)
-        hooks = Hooks(self._hooks, self._log)
-        consequences = Consequences(
-            *(self.repository, ledger, hooks, watcher, agenda, state, self._clock, self._log)
-        )
+        state = State()
         self._services = Services(
-            repository=self.repository,
-            registry=self._registry,
-            ledger=ledger,
-            watcher=watcher,
-            clock=self._clock,
-            log=self._log,
-            alarms=alarms,
-            runner=Runner(self._clock, alarms, self.config.max_payload_size),
-            hooks=hooks,
-            keeper=Keeper(self.repository, ledger, self.config.max_payload_size),
-            pauses=Pauses(self.repository),
-            agenda=agenda,
-            turns=consequences.turns,
-            dependents=consequences.dependents,
-            consequences=consequences,
+            *(self.repository, self._registry, self._hooks, state, self._clock, self._log)
         )
         self._intake = Intake(
             self._services,

@@ -33,7 +33,7 @@ from taskx import (
     RepositoryUnavailable,
     SQLiteRepository,
 )
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.running.pool import WorkerPool
 from taskx.storage.base import Lookup, Repository
 from taskx.storage.sqlite.connections import Connections

@@ -30,7 +30,7 @@ from taskx.executing.runner import Run, broken
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.liveness.began import Began
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer, Item
 from taskx.running.runs import Runs

@@ -13,7 +13,7 @@ from taskx.executing.context import Shared
 from taskx.executing.runner import Run
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.running.buffer import Buffer, Item
 from taskx.running.runs import Runs
 from taskx.running.suspects import Suspects

@@ -24,7 +24,7 @@ from taskx.executing import runner
 from taskx.executing.alarms import Overdue
 from taskx.executing.failures import shortened
 from taskx.executing.runner import Run
-from taskx.moving.services import Services
+from taskx.moving import Services
 
 # Seconds that one in a child process has beyond its grace: then that is killed, and the thread is free.
 _TO_KILL = 10.0

@@ -31,7 +31,7 @@ from taskx.core.ticks import (
     zone,
 )
 from taskx.core.writes import Insert, Note
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.submitting.creation import prepare
 from taskx.submitting.intake import Intake
 

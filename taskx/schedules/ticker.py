@@ -17,7 +17,7 @@ from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryU
 from taskx.core.lifecycle import FINISHED
 from taskx.core.ticks import BATCH, Ticks, decide, latest
 from taskx.core.writes import Note, NoteChange
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
 
 #: Polling interval, in seconds, for schedules that another process changed; and, where there are very

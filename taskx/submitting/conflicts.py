@@ -8,7 +8,7 @@ from taskx.core import lifecycle, unique
 from taskx.core.errors import DuplicateTask, RepositoryUnavailable
 from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
-from taskx.moving.services import Services
+from taskx.moving import Services
 
 # A key whose holder does not show belongs to one that is just being stored, or is given up this moment.
 _TRIES, _PAUSE = 100, 0.01

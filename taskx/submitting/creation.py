@@ -16,7 +16,7 @@ from taskx.core.model import Task, check_key
 from taskx.core.options import OnConflict, one_of, refuse_unknown
 from taskx.core.unique import scope_to_text
 from taskx.core.writes import Insert
-from taskx.moving.services import Services
+from taskx.moving import Services
 
 _check_on_conflict = one_of(OnConflict)
 

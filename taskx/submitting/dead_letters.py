@@ -11,7 +11,7 @@ import attrs
 from taskx.core import lifecycle
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.storage.base import Repository
 
 #: Most tasks changed in one transaction.

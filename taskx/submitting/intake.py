@@ -21,7 +21,7 @@ from taskx.core.model import Task
 from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
 from taskx.executing.runner import inside_executor
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.ordering.parents import find_parents
 from taskx.running.buffer import Item
 from taskx.running.pool import WorkerPool

@@ -8,7 +8,7 @@ from taskx.core import lifecycle
 from taskx.core.errors import InvalidTransition, QueueStopped, RepositoryCorrupt, TaskNotFound
 from taskx.core.model import TaskFilter
 from taskx.core.writes import Delete, Update
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.running.state import State
 from taskx.storage import queries
 from taskx.submitting.dead_letters import requeue_all, requeue_one, requeue_these

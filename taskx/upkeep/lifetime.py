@@ -12,7 +12,7 @@ from taskx.common.config import Config
 from taskx.core.checks import check_number
 from taskx.core.errors import CancelReason, ConfigurationError, QueueStopped, RepositoryError
 from taskx.executing.runner import inside_executor
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.running.state import State
 from taskx.upkeep.node import EXTRA, LocalNode
 

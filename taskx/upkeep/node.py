@@ -16,7 +16,7 @@ from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.executing.runner import inside_executor
 from taskx.liveness.base import Node
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries

@@ -10,7 +10,7 @@ from taskx.core import lifecycle
 from taskx.core.clock import to_ms, within_calendar
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskStatus, check_moment, check_status
-from taskx.moving.services import Services
+from taskx.moving import Services
 from taskx.storage.base import Repository
 
 #: Most tasks removed in one transaction: others who write wait some milliseconds for it.

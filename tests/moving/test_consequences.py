@@ -21,7 +21,7 @@ from taskx.core import lifecycle
 from taskx.core.errors import CancelReason
 from taskx.core.log import GuardedLogger
 from taskx.executing.failures import ChildDied
-from taskx.moving.consequences import FOLLOWS, NOTHING, Consequences
+from taskx.moving import FOLLOWS, NOTHING, Consequences
 from taskx.ordering.dependents import Dependents
 from taskx.ordering.turns import Turns
 from taskx.running.buffer import Buffer
@@ -108,7 +108,7 @@ def test_each_write_of_the_core_names_a_move_that_has_a_row():
 #: pending tasks that change hands nothing does, and who stores new tasks says so afterwards.
 TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.look_at", "hooks.tell")
 COMMITS = {
-    "moving/consequences.py": "commit",
+    "moving.py": "commit",
     "executing/checkpoints.py": "commit",
     "running/pool.py": "commit defer",
     "running/starter.py": "commit",
@@ -128,7 +128,7 @@ def test_nobody_goes_round_the_table():
                 continue
             of = ast.unparse(node.value)
             if f"{of}.{node.attr}".endswith(TOLD):  # of the queue itself, hooks hear by itself
-                assert name in ("moving/consequences.py", "upkeep/lifetime.py")
+                assert name in ("moving.py", "upkeep/lifetime.py")
             if of.endswith("ledger") and node.attr.startswith(("commit", "defer")):
                 commits[name].add(node.attr)
     assert {name: " ".join(sorted(found)) for name, found in commits.items()} == {

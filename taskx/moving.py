@@ -1,4 +1,4 @@
-"""What follows when a task moves, in one place: who must hear of which move.
+"""What follows when a task moves, in one table, and the services that the parts of a queue share.
 
 Whoever makes a move commits it by :meth:`Consequences.commit`. Where it is committed otherwise, he calls
 :meth:`~Consequences.created` or :meth:`~Consequences.follow` once it is.
@@ -17,8 +17,9 @@ from typing import Any, Protocol
 import attrs
 
 from taskx.common.agenda import Agenda
-from taskx.common.hooks import Hooks
+from taskx.common.hooks import Hook, Hooks
 from taskx.common.ledger import Ledger
+from taskx.common.pauses import Pauses
 from taskx.common.watcher import Watcher
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
@@ -27,7 +28,10 @@ from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
 from taskx.core.writes import Delete, Insert, Update, Write
-from taskx.executing.runner import Run
+from taskx.executing.alarms import Alarms
+from taskx.executing.checkpoints import Keeper
+from taskx.executing.registry import Registry
+from taskx.executing.runner import Run, Runner
 from taskx.ordering.dependents import Dependents
 from taskx.ordering.turns import Turns
 from taskx.storage.base import Repository
@@ -148,6 +152,10 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
 }
 
 
+def _row(write: Write) -> Follows:
+    return FOLLOWS[write.move, write.changes.get("status")]
+
+
 class _State(Protocol):
     @property
     def engine(self) -> _Node | None: ...
@@ -208,7 +216,7 @@ class Consequences:
 
     def _to_be_told(self, writes: Sequence[Update | Delete]) -> Mapping[str, Task]:
         """Read the tasks of which only the ids are known, where hooks are told that they are finished."""
-        ids = [w.id for w in writes if FOLLOWS[w.move, w.changes.get("status")].ends]
+        ids = [write.id for write in writes if _row(write).ends]
         if not (ids and self._hooks.finished):
             return {}
         try:
@@ -252,15 +260,13 @@ class Consequences:
                 begins the next attempt, and what lets the task start again.
         """
         try:
-            turns = False
-            for write in writes:
-                changes = write.changes
-                follows = FOLLOWS[write.move, changes.get("status")]
+            turns, rows = False, [(write, _row(write)) for write in writes]
+            for write, follows in rows:
                 if self._hooks.moves and write.id in tasks:
-                    self._tell_hooks(follows, tasks[write.id], changes, ending, run)
+                    self._tell_hooks(follows, tasks[write.id], write.changes, ending, run)
                 if follows.ends and (self.dependents.any or not self._agenda.attended):
                     self.dependents.parent_ended(write.id)
-                if "turn" in changes or write.move == "delete":
+                if "turn" in write.changes or write.move == "delete":
                     turns = True
             if turns:
                 self._leave_turns(writes, tasks)
@@ -268,8 +274,7 @@ class Consequences:
             if over is not None and run is not None:
                 over(run, True)
         log, watched, may_start = self._log, self._watcher.watched, False
-        for write in writes:
-            follows = FOLLOWS[write.move, write.changes.get("status")]
+        for write, follows in rows:
             if follows.words and log.isEnabledFor(follows.level) and write.id in tasks:
                 facts = _facts(tasks[write.id], write.changes, ending)
                 log.log(follows.level, follows.words, facts)
@@ -322,7 +327,7 @@ class Consequences:
         for write in writes:
             changes = write.changes
             held = changes.get("held", FREE)
-            if not FOLLOWS[write.move, changes.get("status")].may_start:
+            if not _row(write).may_start:
                 continue
             if (parent := changes.get("waiting_on")) is not None:
                 waiting[write.id] = parent
@@ -364,3 +369,42 @@ def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dic
         facts.update((name, getattr(ending, name)) for name in told)
     changed = ("status", "error", "traceback", "progress", "message")
     return {**facts, **{name: changes[name] for name in changed if name in changes}}
+
+
+class Services:
+    """The parts that the other parts of a queue share.
+
+    Args:
+        repository: where the tasks are.
+        registry: the types that the queue runs.
+        hooks: who is told what happens.
+        state: knows the started node.
+        clock: the time.
+        log: what they say.
+    """
+
+    def __init__(
+        self,
+        repository: Repository,
+        registry: Registry,
+        hooks: Iterable[Hook],
+        state: _State,
+        clock: Clock,
+        log: GuardedLogger,
+    ) -> None:
+        self.repository = repository
+        self.registry = registry
+        self.clock = clock
+        self.log = log
+        self.agenda = Agenda()
+        self.alarms = Alarms(clock)
+        self.hooks = Hooks(hooks, log)
+        self.ledger = Ledger(repository, log, self.agenda)
+        self.watcher = Watcher(repository, log, self.agenda)
+        self.pauses = Pauses(repository)
+        self.runner = Runner(clock, self.alarms, registry.max_payload_size)
+        self.keeper = Keeper(repository, self.ledger, registry.max_payload_size)
+        self.consequences = Consequences(
+            *(repository, self.ledger, self.hooks, self.watcher, self.agenda, state, clock, log)
+        )
+        self.turns, self.dependents = self.consequences.turns, self.consequences.dependents
