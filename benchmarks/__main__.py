@@ -9,24 +9,31 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from benchmarks import report, suites
+from benchmarks import against, report, suites
 from benchmarks.harness import measure
 from benchmarks.suites import Suite
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Run what the options say."""
+    argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
     if options.rounds is None:
-        options.rounds = 2 if options.quick else 3
+        options.rounds = 7 if options.against else 2 if options.quick else 3
     if not sys.platform.startswith("linux"):
         sys.exit("the benchmark reads /proc and pins threads to cores: it needs Linux")
     logging.getLogger("taskx").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _end)
     with suites.chosen(options) as suite:
+        if options.cell is not None:
+            against.print_cell(suite.cells[options.cell])
+            return
+        if options.against is not None:
+            _compare(options, argv, suite)
+            return
         runs = [_measured(options, suite)]
         if options.pin:
             with _one_core():
@@ -78,7 +85,15 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         help="measure on a MongoDB server: that one, the one that TASKX_TEST_MONGO_URL names, "
         "or a small one that is started",
     )
+    parser.add_argument(
+        "--against",
+        metavar="REF",
+        help="TaskX alone, beside that of an earlier commit, in turns: 7 rounds unless told",
+    )
+    parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)  # in a child of --against
     options = parser.parse_args(argv)
+    if options.against is not None and (options.update or options.mongo is not None):
+        parser.error("--against only prints, and measures on SQLite")
     if options.pin and options.mongo is not None:
         parser.error("--pin would leave the MongoDB server on all cores")
     return options
@@ -100,6 +115,18 @@ def _measured(options: argparse.Namespace, suite: Suite) -> str:
     )
     print(f"\n{text}")
     return text
+
+
+def _compare(options: argparse.Namespace, argv: Sequence[str], suite: Suite) -> None:
+    """Print how this tree compares with an earlier one; with ``--pin`` on a single core alone."""
+    began = time.perf_counter()
+    with _one_core() if options.pin else nullcontext():
+        table = against.rows(options.against, argv, suite.cells, options.rounds)
+        took = time.perf_counter() - began
+        machine = report.machine(suite.store, {})
+    print(f"\n{machine}; {options.rounds} rounds in {took:.0f} s.\n")
+    shown = report.as_rst if options.rst else report.as_text
+    print(shown(table, against.HEADER))
 
 
 @contextmanager

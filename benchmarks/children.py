@@ -21,19 +21,27 @@ class ChildFailed(Exception):
     """A child ended with an error, or did not do what it should in time."""
 
 
-def environment(**more: str) -> dict[str, str]:
-    """What children are started with: they find this package wherever they run."""
-    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+def environment(tree: str | None = None, **more: str) -> dict[str, str]:
+    """What children are started with: they find this package wherever they run.
+
+    Args:
+        tree: where they find TaskX; where this process does, unless given.
+        more: variables beside those of this process.
+    """
+    path = os.pathsep.join(filter(None, (tree, os.environ.get("PYTHONPATH"), str(ROOT))))
     return {**os.environ, "PYTHONPATH": path, **more}
 
 
 @contextmanager
-def _started(args: tuple[str, ...], **options: Any) -> Iterator[subprocess.Popen[str]]:
+def _started(
+    args: tuple[str, ...], tree: str | None = None, **options: Any
+) -> Iterator[subprocess.Popen[str]]:
     """A Python program; at the end of the block it and all that it started are killed."""
     # A session of its own: Ctrl-C strikes the benchmark alone, and a kill reaches grandchildren.
     process = subprocess.Popen(
         [sys.executable, *args],
-        env=environment(),
+        cwd=tree,  # where Python looks first
+        env=environment(tree),
         text=True,
         start_new_session=True,
         **options,
@@ -50,8 +58,8 @@ def _started(args: tuple[str, ...], **options: Any) -> Iterator[subprocess.Popen
                     pipe.close()
 
 
-def run(*args: str, seconds: float = PATIENCE) -> str:
-    """Run a Python program to its end; returns what it printed.
+def run(*args: str, seconds: float = PATIENCE, tree: str | None = None) -> str:
+    """Run a Python program to its end, with the TaskX of that tree; returns what it printed.
 
     Raises:
         ChildFailed: it ended with an error, or not within ``seconds``.
@@ -59,7 +67,7 @@ def run(*args: str, seconds: float = PATIENCE) -> str:
     theirs, ours = os.pipe()
     try:
         with _started(
-            args, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+            args, tree, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.PIPE
         ) as process:
             printed, complaints = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:

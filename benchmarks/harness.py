@@ -156,7 +156,7 @@ def measure(cells: Sequence[Cell], rounds: int, *, progress: bool) -> dict[Key, 
 def _tried(cell: Cell) -> Mapping[str, float]:
     """What the cell yields; a rival that fails yields nothing, and is complained of."""
     try:
-        return _run(cell)
+        return run_cell(cell)
     except ChildFailed as error:
         if not cell.rival:
             raise
@@ -164,7 +164,8 @@ def _tried(cell: Cell) -> Mapping[str, float]:
         return {}
 
 
-def _run(cell: Cell) -> Mapping[str, float]:
+def run_cell(cell: Cell) -> Mapping[str, float]:
+    """What the cell yields, in a fresh folder."""
     gc.collect()
     with tempfile.TemporaryDirectory(prefix="taskx-bench-", ignore_cleanup_errors=True) as folder:
         return cell.run(folder)

@@ -206,13 +206,13 @@ def machine(store: str, versions: Mapping[str, str | None]) -> str:
     found = [f"{name} {version or MISSING}" for name, version in sorted(versions.items())]
     return (
         f"{cores} core{'s' if cores > 1 else ''}, {platform.system()} {platform.machine()}, "
-        f"Python {platform.python_version()}, {store}; {', '.join(found)}"
+        f"Python {platform.python_version()}, {store}{'; ' if found else ''}{', '.join(found)}"
     )
 
 
-def as_text(table: Sequence[Row]) -> str:
+def as_text(table: Sequence[Row], header: Row = HEADER) -> str:
     """Columns for a terminal."""
-    shown, previous = [HEADER], ""
+    shown, previous = [header], ""
     for row in table:
         shown.append(row if row[0] != previous else ("", *row[1:]))
         previous = row[0]
@@ -220,11 +220,11 @@ def as_text(table: Sequence[Row]) -> str:
     return "\n".join(_line(row, widths) for row in shown)
 
 
-def as_rst(table: Sequence[Row]) -> str:
+def as_rst(table: Sequence[Row], header: Row = HEADER) -> str:
     """A simple table of reStructuredText."""
-    widths = _widths([HEADER, *table])
+    widths = _widths([header, *table])
     rule = "  ".join("=" * width for width in widths)
-    lines = [rule, _line(HEADER, widths), rule, *(_line(row, widths) for row in table), rule]
+    lines = [rule, _line(header, widths), rule, *(_line(row, widths) for row in table), rule]
     return "\n".join(lines)
 
 

@@ -31,6 +31,9 @@ Table = dict[tuple[str, str, str], str]
 needs_linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="pins to cores and reads /proc"
 )
+needs_git = pytest.mark.skipif(
+    not (ROOT / ".git").exists(), reason="compares with a commit: this is no git checkout"
+)
 pytestmark = [needs_linux, pytest.mark.process]
 
 
@@ -119,6 +122,31 @@ def test_rival_that_fails_stands_in_the_table(monkeypatch, capsys):
     assert report.rows(found) == [("drain a backlog", "Rival", "full", "FAILED", "", "", "")]
     assert report.complaints(found) == ["Rival (FAILED)"]
     assert "its server would not start" in capsys.readouterr().err
+
+
+@needs_git
+def test_this_tree_is_measured_beside_an_earlier_one():
+    """Of the same code the counts are the same."""
+    printed = benchmark(
+        "--rst", "--against", "HEAD", "--tasks", "20", "--only", "cost-submit-writes"
+    )
+    [table] = tables(printed)
+    found = [row[2:] for row in table if row[:2] == ["a submit: writes", "TaskX"]]
+    same = ["1.00", "1.00", "1.00", "1.00 … 1.00"]
+    assert sorted(found) == [["accepted", *same], ["process", *same]]
+
+
+@needs_git
+def test_the_package_of_an_earlier_commit_is_what_is_measured(tmp_path):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT)
+        from benchmarks import against, children
+    against.unpack("HEAD", str(tmp_path))
+    where = "import benchmarks.harness, taskx; print(taskx.__file__)"
+    found = children.run("-c", where, tree=str(tmp_path)).strip()
+    assert found == str(tmp_path / "taskx" / "__init__.py")
+    with pytest.raises(SystemExit, match=r"--against nowhere: .*nowhere"):
+        against.unpack("nowhere", str(tmp_path))
 
 
 def test_figures_of_several_processes():
