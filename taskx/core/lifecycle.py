@@ -41,12 +41,7 @@ MAX_KEPT_ATTEMPTS = 50
 #: Characters of what executors logged that a record keeps; the earliest lines go first.
 MAX_LOG = 64 * 1024
 
-PENDING, RUNNING = TaskStatus.PENDING.value, TaskStatus.RUNNING.value
-COMPLETED, FAILED, CANCELLED = (
-    TaskStatus.COMPLETED.value,
-    TaskStatus.FAILED.value,
-    TaskStatus.CANCELLED.value,
-)
+PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = (status.value for status in TaskStatus)
 UNFINISHED = (PENDING, RUNNING)
 FINISHED = (COMPLETED, FAILED, CANCELLED)
 
@@ -88,45 +83,25 @@ _EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != 
 
 @attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
 class Ending:
-    """The end of an attempt, as the runner saw it.
+    """The end of an attempt, as the runner saw it."""
 
-    Attributes:
-        returned: True if the executor returned a value that can be stored.
-        result: that value as JSON text; None for None.
-        error: what it raised, as text.
-        error_type: the full name of its class; empty if it raised nothing.
-        traceback: where, as text.
-        permanent: True if another attempt would be pointless.
-        crashed: True if the child process that ran it died.
-        stuck: True if it is given up while its thread still runs.
-        delay: seconds to wait before the next attempt, if there is one.
-        snooze: seconds after which it asked to run again; None if it did not.
-        reason: why its token had fired; None if it had not.
-        duration: seconds it took.
-        worker: who ran it.
-        progress: the last progress it told; None if it told none.
-        message: the last message it told.
-        log: the lines it logged, where they are kept.
-        interrupt: the Ctrl-C that ended it, where it ran in the main thread.
-    """
-
-    returned: bool
-    result: str | None = None
-    error: str = ""
-    error_type: str = ""
-    traceback: str = ""
-    permanent: bool = False
-    crashed: bool = False
-    stuck: bool = False
-    delay: float = 0.0
-    snooze: float | None = None
-    reason: CancelReason | None = None
-    duration: float = 0.0
-    worker: str = ""
-    progress: int | None = None
-    message: str = ""
-    log: str = ""
-    interrupt: BaseException | None = None
+    returned: bool  #: the executor returned a value that can be stored
+    result: str | None = None  #: that value as JSON text; None for None
+    error: str = ""  #: what it raised, as text
+    error_type: str = ""  #: the full name of its class; empty if it raised nothing
+    traceback: str = ""  #: where, as text
+    permanent: bool = False  #: another attempt would be pointless
+    crashed: bool = False  #: the child process that ran it died
+    stuck: bool = False  #: it is given up while its thread still runs
+    delay: float = 0.0  #: seconds to wait before the next attempt, if there is one
+    snooze: float | None = None  #: seconds after which it asked to run again
+    reason: CancelReason | None = None  #: why its token had fired; None if it had not
+    duration: float = 0.0  #: seconds it took
+    worker: str = ""  #: who ran it
+    progress: int | None = None  #: the last progress it told; None if it told none
+    message: str = ""  #: the last message it told
+    log: str = ""  #: the lines it logged, where they are kept
+    interrupt: BaseException | None = None  #: the Ctrl-C that ended it, in the main thread
 
 
 # --- from nothing, and before the start
@@ -189,13 +164,8 @@ def cancel(task_id: str, now: int) -> list[Update]:
 
     A pending one gives its unique key up, whatever the scope.
     """
-    gone = {
-        "status": CANCELLED,
-        "completed_at": now,
-        "owner": "",
-        "unique_lock": None,
-        "waiting_on": None,
-    }
+    gone = {"status": CANCELLED, "completed_at": now, "owner": ""}
+    gone.update(unique_lock=None, waiting_on=None)
     # Where a thread of an earlier attempt still runs, it keeps the turn: see lift_bar. None: the
     # original's records say nothing.
     free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None)}
@@ -223,16 +193,19 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     due = {**changes, "held": FREE, "owner": ""}  # fetched anew, to its place by its priority
     if changes["run_at"] is not None and changes["run_at"] > new.row["created_at"]:
         due["held"] = UNTIL_DUE
-    guard = {
-        "status": holder.status.value,
-        "unique_lock": holder.unique_key,
-        "starts": holder.starts,
-    }
+    guard = {"status": PENDING, "unique_lock": holder.unique_key, "starts": holder.starts}
+    return _pending_changed(holder.id, guard, due, changes, "replace")
+
+
+def _pending_changed(
+    task_id: str, guard: dict[str, Any], due: dict[str, Any], waiting: dict[str, Any], move: str
+) -> list[Update]:
+    """Change a pending task; what it waits for beside its time, it goes on waiting for."""
     return [
-        Update(holder.id, {**guard, "held": which}, change, durable=True, move="replace")
-        for which, change in (
+        Update(task_id, {**guard, "held": held}, changes, durable=True, move=move)
+        for held, changes in (
             ((FREE, UNTIL_DUE), due),
-            ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
+            ((FOR_PARENTS, BY_THREAD, FOR_TURN), waiting),
         )
     ]
 
@@ -286,11 +259,7 @@ def unfinished_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> st
     ten times. The lot is the same for all children, and for whoever draws.
     """
     left = [parent for parent in parents if statuses.get(parent) in UNFINISHED]
-    return max(left, key=_lot, default=None)
-
-
-def _lot(task_id: str) -> int:
-    return crc32(task_id.encode())
+    return max(left, key=lambda parent: crc32(parent.encode()), default=None)
 
 
 def _bad_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
@@ -336,13 +305,8 @@ _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
 
 def ended_with(child: Task, parents: Collection[str]) -> bool:
     """Return whether a task failed or was cancelled because one of these parents did not complete."""
-    if child.status.value not in (FAILED, CANCELLED) or not child.error.startswith(_ITS_PARENT):
-        return False
-    return any(
-        child.error.startswith(f"{_ITS_PARENT}{parent} ")
-        for parent in child.depends_on
-        if parent in parents
-    )
+    theirs = tuple(f"{_ITS_PARENT}{parent} " for parent in child.depends_on if parent in parents)
+    return child.status.value in (FAILED, CANCELLED) and child.error.startswith(theirs)
 
 
 # --- running
@@ -419,22 +383,19 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     if ending.reason is CancelReason.CANCEL:
         return [_cancelled(task, ending, now)]
     if ending.reason in (CancelReason.STOP, CancelReason.LEASE_LOST):
-        back = _back_to_pending(task, ending, now, "interrupted", owner="")
-        back["interruptions"] = task.interruptions + 1
-        return _unless_cancelled(task, back, ending, now, "interrupt")
+        return _interrupt(task, ending, now)
     if ending.snooze is not None and ending.reason is None:
-        back = _put_off(task, ending, now, "snoozed", ending.snooze)
-        back["snoozes"] = task.snoozes + 1
-        return _unless_cancelled(task, back, ending, now, "snooze")
+        counted = {"snoozes": task.snoozes + 1, **_put_off(task, ending.snooze, now)}
+        return _again(task, ending, now, "snooze", "snoozed", counted)
     if ending.crashed and ending.reason is None:
-        return _crash(task, ending, now)
-    spent = task.errors + 1 >= (task.max_attempts or UNLESS_SAID["max_attempts"])
-    if spent or ending.permanent:
-        writes = [_fail(task, ending, now)]
+        return _crash(task, ending, now, owner=task.owner)
+    counted = {"errors": task.errors + 1, **_error(ending)}
+    if ending.permanent or counted["errors"] >= (task.max_attempts or UNLESS_SAID["max_attempts"]):
+        changes = {**_end(task, ending, now, FAILED), **counted, "dead_letter": 1}
+        writes = [Update(task.id, _fence(task), changes, move="fail")]
     else:
-        again = _put_off(task, ending, now, "retried", ending.delay)
-        again.update(errors=task.errors + 1, **_error(ending))
-        writes = _unless_cancelled(task, again, ending, now, "retry")
+        counted.update(_put_off(task, ending.delay, now))
+        writes = _again(task, ending, now, "retry", "retried", counted)
     return [_barred(task, write) for write in writes] if ending.stuck else writes
 
 
@@ -450,14 +411,12 @@ def _barred(task: Task, write: Update) -> Update:
     return write._replace(changes=changes)
 
 
-def _put_off(task: Task, ending: Ending, now: int, outcome: str, seconds: float) -> dict[str, Any]:
-    """Pending again after so many seconds: nobody's until then; with none to wait, its node's."""
+def _put_off(task: Task, seconds: float, now: int) -> dict[str, Any]:
+    """Let a task wait for some seconds: nobody's until then; with none to wait, its node's."""
     wait = round(min(seconds, MAX_WAIT) * 1000)
     if wait <= 0:
-        return _back_to_pending(task, ending, now, outcome, owner=task.owner)
-    back = _back_to_pending(task, ending, now, outcome, owner="")
-    back.update(held=UNTIL_DUE, run_at=now + wait)
-    return back
+        return {"owner": task.owner}
+    return {"held": UNTIL_DUE, "run_at": now + wait}
 
 
 def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
@@ -484,12 +443,7 @@ _NO_ERROR = {"error": "", "error_type": "", "traceback": ""}
 
 
 def _error(ending: Ending) -> dict[str, str]:
-    """Return the columns that describe the error of an attempt."""
-    return {
-        "error": ending.error,
-        "error_type": ending.error_type,
-        "traceback": ending.traceback,
-    }
+    return {name: getattr(ending, name) for name in _NO_ERROR}
 
 
 def _logged(task: Task, ending: Ending) -> str:
@@ -512,31 +466,28 @@ def _cancelled(task: Task, ending: Ending, now: int, **guard: Any) -> Update:
     return Update(task.id, _fence(task, **guard), changes, move="cancelled")
 
 
-def _fail(task: Task, ending: Ending, now: int) -> Update:
-    changes = _end(task, ending, now, FAILED)
-    changes.update(
-        errors=task.errors + 1,
-        **_error(ending),
-        dead_letter=1,
-    )
-    return Update(task.id, _fence(task), changes, move="fail")
+def _interrupt(task: Task, ending: Ending, now: int) -> list[Update]:
+    counted = {"interruptions": task.interruptions + 1}
+    return _again(task, ending, now, "interrupt", "interrupted", counted)
 
 
-def _back_to_pending(
-    task: Task, ending: Ending, now: int, outcome: str, *, owner: str
-) -> dict[str, Any]:
+def _again(
+    task: Task, ending: Ending, now: int, move: str, outcome: str, counted: Mapping[str, Any]
+) -> list[Update]:
+    """Pending again, and nobody's unless ``counted`` says otherwise; or cancelled."""
     changes = {
         "status": PENDING,
         "started_at": None,
         "progress": 0,
         "message": "",
-        "owner": owner,
+        "owner": "",
         "worker": ending.worker,
         "earlier_attempts": _archive(task, now, outcome, ending),
+        **counted,
     }
     if ending.log:
         changes["log"] = _logged(task, ending)
-    return changes
+    return _unless_cancelled(task, changes, ending, now, move)
 
 
 def _unless_cancelled(
@@ -595,22 +546,12 @@ def rescue(
 
 def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
     crashed = crashed or _crashes_allowed(task) == 1
-    ending = Ending(
-        returned=False,
-        error="the process that ran it died"
-        if crashed
-        else "its process ended after it had started",
-        worker=task.worker or task.owner,
-    )
-    if crashed:
-        alternatives = _crash(task, ending, now, owner="")
-    else:
-        changes = _back_to_pending(task, ending, now, "interrupted", owner="")
-        changes["interruptions"] = task.interruptions + 1
-        alternatives = _unless_cancelled(task, changes, ending, now, "rescue")
+    error = "the process that ran it died" if crashed else "its process ended after it had started"
+    ending = Ending(returned=False, error=error, worker=task.worker or task.owner)
+    writes = _crash(task, ending, now, owner="") if crashed else _interrupt(task, ending, now)
     return [
-        update._replace(guard={**update.guard, "owner": task.owner}, move="rescue")
-        for update in alternatives
+        write._replace(guard={**write.guard, "owner": task.owner}, move="rescue")
+        for write in writes
     ]
 
 
@@ -618,21 +559,21 @@ def _crashes_allowed(task: Task) -> int:
     return task.max_crashes or UNLESS_SAID["max_crashes"]
 
 
-def _crash(task: Task, ending: Ending, now: int, owner: str | None = None) -> list[Update]:
-    """The process died that ran it: pending again, and of the same node unless another is given."""
+def _crash(task: Task, ending: Ending, now: int, *, owner: str) -> list[Update]:
+    """The process died that ran it: pending again, and of that node, or a dead letter."""
     limit, crashes = _crashes_allowed(task), task.crashes + 1
     if crashes >= limit:
         changes = _end(task, ending, now, FAILED)
         error = f"{ending.error} ({crashes} of max_crashes={limit})"
         changes.update(_error(ending), error=error, dead_letter=1)
         changes["earlier_attempts"] = _archive(task, now, "crashed", ending)
+        writes = _unless_cancelled(task, changes, ending, now, "crash")
     else:
-        holder = task.owner if owner is None else owner
-        changes = _back_to_pending(task, ending, now, "crashed", owner=holder)
-    alternatives = _unless_cancelled(task, changes, ending, now, "crash")
-    for update in alternatives:
-        update.changes["crashes"] = crashes  # type: ignore[index]
-    return [update._replace(move="crash") for update in alternatives]
+        writes = _again(task, ending, now, "crash", "crashed", {"owner": owner})
+    return [
+        write._replace(changes={**write.changes, "crashes": crashes}, move="crash")
+        for write in writes
+    ]
 
 
 # --- after the end of a thread that was given up
@@ -644,25 +585,26 @@ def lift_bar(task: Task, now: int) -> list[Update]:
     One that waits for other things goes on waiting for those, and gives up its turn meanwhile, as does one
     that has ended.
     """
-    stuck = {"stuck_on": task.stuck_on}
-    pending = {**stuck, "status": PENDING}
     held = until_due(optional_ms(task.run_at, "run_at"), now)
-    over = {"stuck_on": ""} if task.concurrency_key is None else {"stuck_on": "", "turn": None}
-    barred = {**pending, "held": BY_THREAD}
-    lifted: list[tuple[dict[str, Any], dict[str, Any]]] = [(barred, {"stuck_on": "", "held": held})]
+    barred = {"status": PENDING, "held": BY_THREAD}
+    over: dict[str, Any] = {}
+    lifted: list[tuple[dict[str, Any], dict[str, Any]]] = [(barred, {"held": held})]
     if (key := task.concurrency_key) is not None:
-        lifted = [
-            ({**barred, "turn": key}, {"stuck_on": "", "held": held}),
-            ({**barred, "turn": None}, {"stuck_on": "", "held": FOR_TURN}),
-        ]
+        over = {"turn": None}
+        lifted = [({**barred, "turn": key}, {"held": held})]
+        lifted.append(({**barred, "turn": None}, {"held": FOR_TURN}))
     alternatives = [
         *lifted,
-        ({**pending, "held": (FREE, UNTIL_DUE)}, {"stuck_on": ""}),
-        ({**pending, "held": (FOR_PARENTS, FOR_TURN)}, over),
-        ({**stuck, "status": RUNNING}, {"stuck_on": ""}),
-        ({**stuck, "status": FINISHED}, over),
+        ({"status": PENDING, "held": (FREE, UNTIL_DUE)}, {}),
+        ({"status": PENDING, "held": (FOR_PARENTS, FOR_TURN)}, over),
+        ({"status": RUNNING}, {}),
+        ({"status": FINISHED}, over),
     ]
-    return [Update(task.id, guard, changes, move="lift bar") for guard, changes in alternatives]
+    stuck, free = {"stuck_on": task.stuck_on}, {"stuck_on": ""}
+    return [
+        Update(task.id, {**stuck, **guard}, {**free, **changes}, move="lift bar")
+        for guard, changes in alternatives
+    ]
 
 
 # --- after the end
@@ -670,49 +612,25 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 
 def check_requeue(task: Task) -> None:
     """``InvalidTransition`` for a task that neither failed nor was cancelled."""
-    status = task.status.value
-    if (status, PENDING) not in _EDGES or task.status is TaskStatus.RUNNING:
+    if task.status.value not in (FAILED, CANCELLED):
         raise InvalidTransition(
-            f"task {task.id} is {status}; only failed and cancelled ones can be requeued"
+            f"task {task.id} is {task.status}; only failed and cancelled ones can be requeued"
         )
 
 
 def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     """Let a failed or cancelled task run again, with a budget that starts anew.
 
-    Args:
-        task: as it was read.
-        now: since when it waits then.
-        waiting_on: a parent that it waits for first.
+    It waits since ``now``, first for ``waiting_on`` if that is a parent.
 
     Raises:
         InvalidTransition: it is neither.
     """
     check_requeue(task)
-    status = task.status.value
-    log = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
-    changes = {
-        "status": PENDING,
-        "result": None,
-        **_NO_ERROR,
-        "progress": 0,
-        "message": "",
-        "started_at": None,
-        "completed_at": None,
-        "duration": 0.0,
-        "run_at": None,
-        "errors": 0,
-        "crashes": 0,
-        "interruptions": 0,
-        "snoozes": 0,
-        "cancel_requested_at": None,
-        "dead_letter": 0,
-        "owner": "",
-        "held": FREE,
-        "earlier_attempts": log,
-    }
+    changes = {name: DEFAULTS[name] for name in _AS_NEW}
+    changes["earlier_attempts"] = attempts_to_text(task.attempts[-MAX_KEPT_ATTEMPTS:])
     changes.update(unique.taken_again(task))
-    guard: dict[str, Any] = {"status": status, "starts": task.starts}
+    guard: dict[str, Any] = {"status": task.status.value, "starts": task.starts}
     if task.stuck_on:
         guard["stuck_on"] = task.stuck_on
         changes["held"] = BY_THREAD
@@ -724,6 +642,13 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
         changes["run_at"] = now
     return Update(task.id, guard, changes, durable=True, move="requeue")
 
+
+# Columns that a requeue sets to what they are in a new task.
+_AS_NEW = (
+    *("status", "result", "error", "error_type", "traceback", "progress", "message"),
+    *("started_at", "completed_at", "duration", "run_at", "cancel_requested_at", "dead_letter"),
+    *("errors", "crashes", "interruptions", "snoozes", "owner", "held"),
+)
 
 # With a record its turn and its id are freed. So the record stays while a thread of the task runs.
 _NO_THREAD = {"stuck_on": ""}
@@ -749,12 +674,7 @@ def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[S
 
     A record stays as long as the records of the tasks that depend on it: they may ask for its result, and
     later the program that follows the flow may. It also stays while it holds a unique key for a number
-    of seconds.
-
-    Args:
-        page: the tasks.
-        needed: those of them that tasks which are not in ``page`` depend on.
-        now: the time, in milliseconds.
+    of seconds. ``needed`` has the ids of those that tasks which are not in ``page`` depend on.
     """
     kept = {
         task.stub.id
@@ -835,14 +755,7 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
         due["held"] = BY_THREAD
     if due["held"]:
         due["owner"] = ""
-    # What it waits for beside its time, it goes on waiting for.
-    return [
-        Update(stored.id, {**guard, "held": held}, values, durable=True, move="by hand")
-        for held, values in (
-            ((FREE, UNTIL_DUE), due),
-            ((FOR_PARENTS, BY_THREAD, FOR_TURN), changes),
-        )
-    ]
+    return _pending_changed(stored.id, guard, due, changes, "by hand")
 
 
 def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Update:
@@ -879,12 +792,7 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
         if stored.status is TaskStatus.RUNNING:
             return {"status": PENDING, "started_at": None, "owner": ""}
         return dict(requeue(stored, now).changes)
-    changes = {
-        "status": status.value,
-        "completed_at": now,
-        "owner": "",
-        "waiting_on": None,
-    }
+    changes = {"status": status.value, "completed_at": now, "owner": "", "waiting_on": None}
     if not stored.stuck_on:  # else it keeps it as long as its thread runs
         changes["turn"] = None
     changes.update(unique.freed_by_end(stored))
