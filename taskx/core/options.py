@@ -164,10 +164,9 @@ CHECKS: Mapping[str, Check] = {
     "max_crashes": _count,
     "retry": lambda value, _: check_policy(value),
 }
-#: Those that are settled when a task starts, as its executor says, where the task says nothing.
-SETTLED = ("timeout", "max_attempts", "max_crashes")
-#: What they are where its executor says nothing either.
-UNLESS_SAID = {"max_attempts": 1, "max_crashes": 3}
+#: Those that are settled when a task starts, as its executor says, where the task says nothing; and what
+#: they are where its executor says nothing either.
+UNLESS_SAID: Mapping[str, Any] = {"timeout": None, "max_attempts": 1, "max_crashes": 3}
 
 
 def checked(holder: object, checks: Mapping[str, Check]) -> dict[str, Any]:
@@ -209,7 +208,7 @@ class Options:
     @property
     def settled(self) -> dict[str, Any]:
         """What its tasks are given that say nothing themselves."""
-        said = {name: getattr(self, name) for name in SETTLED}
+        said = {name: getattr(self, name) for name in UNLESS_SAID}
         if self.max_attempts is None and self.retry is not None:
             said["max_attempts"] = self.retry.max_attempts
         return {name: value for name, value in said.items() if value is not None}

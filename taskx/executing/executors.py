@@ -1,4 +1,4 @@
-"""Executors: the code for a type of task, as a class or as a function, and their registry."""
+"""Executors: the code for a type of task, as a class or as a function."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from typing import (
 from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError, PayloadError
 from taskx.core.model import Task, check_name
-from taskx.core.options import SETTLED, UNLESS_SAID, ExecutorOptions, Options, log_level, options_of
+from taskx.core.options import UNLESS_SAID, ExecutorOptions, Options, log_level, options_of
 from taskx.executing.context import Context
 
 if TYPE_CHECKING:
@@ -64,14 +64,37 @@ class Executor(Generic[P, R]):
         options: how its tasks are run.
     """
 
+    #: Whether the function takes the context before its params.
+    takes_context: bool
+
     def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
         self.type = type
         self.function = function
         self.options = options
-        self._parameters = Parameters(type, function)
-        self.takes_context = self._parameters.takes_context
         self._queue: _Submits | None = None
+        own = list(inspect.signature(function).parameters.values())
+        # Nothing may arrive under the context's name, by ``**kwargs`` neither.
+        self._reserved = {"ctx", own.pop(0).name} if self.takes_context else {"ctx"}
+        self._check_kinds(own)
+        self._signature = inspect.Signature(own)
+        named = [p for p in own if p.kind is not p.VAR_KEYWORD]
+        self._open = len(named) < len(own)
+        self._known = frozenset(p.name for p in named)
+        self._required = frozenset(p.name for p in named if p.default is p.empty)
         update_wrapper(self, function)  # type: ignore[arg-type]
+
+    def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
+        for parameter in parameters:
+            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
+                raise ConfigurationError(
+                    f"executor {self.type!r}: params arrive as keyword arguments, "
+                    f"which {parameter} cannot take"
+                )
+            if parameter.name == "ctx":
+                raise ConfigurationError(
+                    f"executor {self.type!r}: ctx must be the first parameter; "
+                    "no task parameter may bear that name"
+                )
 
     def __repr__(self) -> str:
         return f"<Executor {self.type!r}>"
@@ -86,7 +109,18 @@ class Executor(Generic[P, R]):
         Raises:
             PayloadError: a parameter is missing, or unknown.
         """
-        return Task(type=self.type, params=self._parameters.bind(args, kwargs))
+        try:
+            bound = self._signature.bind(*args, **kwargs)
+        except TypeError as error:
+            takes = ", ".join(self._signature.parameters) or "nothing"
+            raise PayloadError("params", f"{self.type!r}: {error}; it takes {takes}") from None
+        params: dict[str, Any] = {}
+        for name, value in bound.arguments.items():
+            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+                params.update(value)
+            else:
+                params[name] = value
+        return Task(type=self.type, params=params)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
         """Submit a task of these params to the queue the executor is registered with.
@@ -104,11 +138,23 @@ class Executor(Generic[P, R]):
 
     def check_params(self, params: Mapping[str, Any]) -> None:
         """Refuse params that do not fit the function with a ``PayloadError``."""
-        self._parameters.check(params)
+        given = params.keys()
+        if self._required <= given and (
+            given <= self._known or (self._open and self._reserved.isdisjoint(given))
+        ):
+            return
+        if missing := sorted(self._required - given):
+            raise PayloadError("params", f"{self.type!r} needs {', '.join(missing)}")
+        extra = given & self._reserved if self._open else given - self._known
+        unknown = ", ".join(sorted(map(repr, extra)))
+        known = ", ".join(sorted(self._known)) or "none"
+        raise PayloadError("params", f"{self.type!r} takes no {unknown}; it takes {known}")
 
 
 class PlainExecutor(Executor[P, R]):
     """An executor whose function takes its params alone."""
+
+    takes_context = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function."""
@@ -118,72 +164,11 @@ class PlainExecutor(Executor[P, R]):
 class ContextExecutor(Executor[P, R]):
     """An executor whose function takes a :class:`Context` first."""
 
+    takes_context = True
+
     def __call__(self, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> R:
         """Call the function."""
         return self.function(ctx, *args, **kwargs)
-
-
-class Parameters:
-    """The params that a function takes."""
-
-    def __init__(self, type: str, function: Callable[..., Any]) -> None:
-        self._type = type
-        if not callable(function):
-            raise ConfigurationError(f"executor {type!r} must be a function, not {function!r}")
-        check_plain(function, f"executor {type!r}")
-        parameters = list(inspect.signature(function).parameters.values())
-        self.takes_context = bool(parameters) and _is_context(parameters[0])
-        own = parameters[1:] if self.takes_context else parameters
-        self._check_kinds(own)
-        self._signature = inspect.Signature(own)
-        self._open = any(p.kind is p.VAR_KEYWORD for p in own)
-        # Nothing may arrive under the context's name, by ``**kwargs`` neither.
-        self._reserved = {"ctx", *(p.name for p in parameters[: self.takes_context])}
-        named = [p for p in own if p.kind is not p.VAR_KEYWORD]
-        self._known = frozenset(p.name for p in named)
-        self._required = frozenset(p.name for p in named if p.default is p.empty)
-
-    def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
-        for parameter in parameters:
-            if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
-                raise ConfigurationError(
-                    f"executor {self._type!r}: params arrive as keyword arguments, "
-                    f"which {parameter} cannot take"
-                )
-            if parameter.name == "ctx":
-                raise ConfigurationError(
-                    f"executor {self._type!r}: ctx must be the first parameter; "
-                    "no task parameter may bear that name"
-                )
-
-    def check(self, params: Mapping[str, Any]) -> None:
-        """Refuse params that do not fit with a ``PayloadError``."""
-        given = params.keys()
-        if self._required <= given and (
-            given <= self._known or (self._open and self._reserved.isdisjoint(given))
-        ):
-            return
-        if missing := sorted(self._required - given):
-            raise PayloadError("params", f"{self._type!r} needs {', '.join(missing)}")
-        extra = given & self._reserved if self._open else given - self._known
-        unknown = ", ".join(sorted(map(repr, extra)))
-        known = ", ".join(sorted(self._known)) or "none"
-        raise PayloadError("params", f"{self._type!r} takes no {unknown}; it takes {known}")
-
-    def bind(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Arguments as params; ``PayloadError`` where they do not fit."""
-        try:
-            bound = self._signature.bind(*args, **kwargs)
-        except TypeError as error:
-            takes = ", ".join(self._signature.parameters) or "nothing"
-            raise PayloadError("params", f"{self._type!r}: {error}; it takes {takes}") from None
-        params: dict[str, Any] = {}
-        for name, value in bound.arguments.items():
-            if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
-                params.update(value)
-            else:
-                params[name] = value
-        return params
 
 
 def _is_context(parameter: inspect.Parameter) -> bool:
@@ -200,7 +185,11 @@ def make_executor(
     name = check_name(getattr(function, "__name__", "") if type is None else type, "type")
     if not name:
         raise ConfigurationError(f"the type of {function!r} must be given: executor('name')")
-    kind = ContextExecutor if Parameters(name, function).takes_context else PlainExecutor
+    if not callable(function):
+        raise ConfigurationError(f"executor {name!r} must be a function, not {function!r}")
+    check_plain(function, f"executor {name!r}")
+    first = next(iter(inspect.signature(function).parameters.values()), None)
+    kind = PlainExecutor if first is None or not _is_context(first) else ContextExecutor
     return kind(name, function, options)
 
 
@@ -247,31 +236,29 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
 
 
 class Registered(NamedTuple):
-    """A type that this queue runs.
-
-    Attributes:
-        type: the type.
-        function: called with the context, if it takes that, and the params as keyword arguments.
-        takes_context: whether it does.
-        check_params: refuses params that do not fit; None where nothing is known of them.
-        options: how its tasks are run.
-        settled: what tasks are given that say nothing themselves.
-        log_level: from which level on what the executor logs is kept; None for none.
-    """
+    """A type that this queue runs."""
 
     type: str
-    function: Callable[..., Any]
+    function: Callable[
+        ..., Any
+    ]  #: called with the context, if it takes that, and the params by name
     takes_context: bool
+    #: Refuses params that do not fit; None where nothing is known of them.
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
-    settled: Mapping[str, Any]
-    log_level: int | None
+    settled: Mapping[str, Any]  #: what a task is stored with that says nothing itself
+    at_start: tuple[Any, ...]  #: the same or what applies unless said, in that order
+    log_level: int | None  #: from which level on what the executor logs is kept; None for none
 
     def settle(self, task: Task) -> None:
         """Give a task, before it starts, what neither it nor its submit said."""
-        for name in SETTLED:
-            if getattr(task, name) is None:
-                setattr(task, name, self.settled.get(name, UNLESS_SAID.get(name)))
+        timeout, max_attempts, max_crashes = self.at_start
+        if task.timeout is None:
+            task.timeout = timeout
+        if task.max_attempts is None:
+            task.max_attempts = max_attempts
+        if task.max_crashes is None:
+            task.max_crashes = max_crashes
 
 
 def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
@@ -287,8 +274,17 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         check_params = executor.check_params
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
-    level = log_level(options.capture_log)
-    return Registered(type, function, takes_context, check_params, options, options.settled, level)
+    settled = options.settled
+    return Registered(
+        type=type,
+        function=function,
+        takes_context=takes_context,
+        check_params=check_params,
+        options=options,
+        settled=settled,
+        at_start=tuple({**UNLESS_SAID, **settled}.values()),
+        log_level=log_level(options.capture_log),
+    )
 
 
 def _type_of(executor: Any) -> str:
