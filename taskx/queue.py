@@ -53,10 +53,9 @@ from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
 from taskx.submitting.creation import task_of
-from taskx.submitting.dead_letters import dead, discard_all
 from taskx.submitting.intake import Intake
-from taskx.submitting.mapping import Plan, Results, ahead
-from taskx.submitting.operations import Operations
+from taskx.submitting.mapping import Results, ahead
+from taskx.submitting.operations import Operations, dead
 from taskx.upkeep.lifetime import Lifetime
 from taskx.upkeep.node import LocalNode
 from taskx.upkeep.retention import prune_all
@@ -355,16 +354,19 @@ class Queue:
             TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``; it is tried
                 again next.
         """
-        plan = Plan(
+        return Results(
             executor=executor,
+            items=iter(items),
             key=key,
             name=name,
             window=ahead(self.config) if window is None else window,
             timeout=timeout,
             return_exceptions=return_exceptions,
             options=options,
+            owner=self,
+            intake=lambda: self._intake,
+            clock=self._clock,
         )
-        return Results(plan, items, self, lambda: self._intake, self._clock)
 
     def submit_flow(self, flow: Flow) -> FlowHandle:
         """Submit a chain or group of tasks, all or none; returns one handle for all of them.
@@ -681,7 +683,7 @@ class Queue:
         Raises:
             ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
         """
-        return discard_all(self._services, filter)
+        return self._operations.discard_dead_letters(filter)
 
     # --- starting and stopping
 

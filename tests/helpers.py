@@ -245,7 +245,6 @@ _SECONDS = {
     "handles": "common.handles.LOOK_ANYWAY",
 }
 _BATCHES = {
-    "dead_letters": "submitting.dead_letters.BATCH",
     "operations": "submitting.operations.BATCH",
     "recovery": "upkeep.recovery.BATCH",
     "retention": "upkeep.retention.BATCH",

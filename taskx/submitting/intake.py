@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from operator import itemgetter
-from typing import Any
+from typing import Any, NoReturn
 
 from taskx.common import permission
+from taskx.core import lifecycle, unique
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
     QueueFull,
     QueueStopped,
     RepositoryError,
+    RepositoryUnavailable,
     SchemaMismatch,
     TaskxError,
 )
@@ -27,13 +30,14 @@ from taskx.running.buffer import Item
 from taskx.running.pool import WorkerPool
 from taskx.running.state import State
 from taskx.storage.base import Reentered
-from taskx.submitting.conflicts import Patience, settle
 from taskx.submitting.creation import prepare
 
 #: What of a row the buffer sorts by and gives to a worker.
 _place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
     "id", "type", "priority", "created_at", "run_at"
 )
+# A key whose holder does not show belongs to one that is just being stored, or is given up this moment.
+_TRIES, _PAUSE = 100, 0.01
 
 
 class Intake:
@@ -126,24 +130,52 @@ class Intake:
         self._services.agenda.look_for_more()
 
     def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
-        patience = Patience(insert)
-        while True:
+        for tried in range(_TRIES):
+            _pause(tried)
             try:
                 pool = self._pool_for(insert)
                 if pool is None or not self._take_in(pool, insert):
                     self._store_outside(pool, insert, spill=spill)
                 return insert.id
             except DuplicateTask:
-                instead = settle(self._services, insert, on_conflict)
+                instead = self._settle(insert, on_conflict)
             except QueueFull:  # what stands for it needs no room
                 reject = on_conflict == "reject"
-                instead = None if reject else settle(self._services, insert, on_conflict)
+                instead = None if reject else self._settle(insert, on_conflict)
                 if instead is None:
                     raise
             if instead is not None:
                 return instead
             insert.row["owner"] = ""
-            patience.wait()
+        raise _busy(insert.row["unique_lock"])
+
+    def _settle(self, insert: Insert, on_conflict: OnConflict) -> str | None:
+        """Return the id of the task that stands for a new one; None if that can be stored now.
+
+        Raises:
+            DuplicateTask: its id is taken, or its key is held and ``on_conflict`` has no answer to that.
+            RepositoryUnavailable: the key is held by a task that is not there yet.
+        """
+        key = insert.row.get("unique_lock")
+        repository, consequences = self._services.repository, self._services.consequences
+        if key is None or insert.id in repository.statuses([insert.id]):
+            raise DuplicateTask(insert.id)
+        for _ in range(_TRIES):
+            found = repository.find("unique_lock", [key], ("id",))
+            holders = repository.get_many([task_id for (task_id,) in found])
+            if (holder := next(iter(holders.values()), None)) is None:
+                return None
+            if (given_up := unique.give_up(holder, self._services.clock.now_ms())) is not None:
+                consequences.commit([given_up])
+                return None
+            if on_conflict == "return":
+                return holder.id
+            writes = lifecycle.replace(holder, insert) if on_conflict == "replace" else []
+            if not writes:
+                raise DuplicateTask(holder.id, key)
+            if any(consequences.commit(writes, {holder.id: holder})):
+                return holder.id
+        raise _busy(key)
 
     def _pool_for(self, insert: Insert) -> WorkerPool | None:
         """The pool whose buffer it goes into; None if it may not start yet, or not here, or not in turn."""
@@ -236,29 +268,23 @@ class Intake:
 
     def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
         if overflow == "reject":
-            self.refuse_if_stopped()
-            raise self._full(pool, 1)
-        if overflow == "block" and self._may_wait(pool):
+            self._refuse(pool, 1)
+        # A finalizer cannot wait for the workers: its thread may hold a lock that they need.
+        inside = self._services.ledger.entered or pool.buffer.entered
+        if overflow == "block" and not (inside or inside_executor()):
             if not self._take_in(pool, insert, self._block_timeout):
-                self.refuse_if_stopped()
-                raise self._full(pool, 1)
-        elif overflow == "caller_runs" and not self._is_inside(pool):
+                self._refuse(pool, 1)
+        elif overflow == "caller_runs" and not inside:
             self._run_here(pool, insert)
         else:
             # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
             self._store(insert)
             self._services.agenda.look_for_more()
 
-    def _may_wait(self, pool: WorkerPool) -> bool:
-        return not (inside_executor() or self._is_inside(pool))
-
-    def _is_inside(self, pool: WorkerPool) -> bool:
-        """Return whether this is a finalizer whose thread holds a lock that the workers need."""
-        return self._services.ledger.entered or pool.buffer.entered
-
-    def _full(self, pool: WorkerPool, wanted: int) -> QueueFull:
+    def _refuse(self, pool: WorkerPool, wanted: int) -> NoReturn:
+        self.refuse_if_stopped()
         buffer = pool.buffer
-        return QueueFull(
+        raise QueueFull(
             f"the buffer holds {buffer.submitted} of buffer_size={buffer.maxsize} tasks and has no "
             f"room for {wanted} more (overflow={self._overflow!r}); nothing was stored. Try later, "
             "raise buffer_size, or set overflow to 'block', 'spill' or 'caller_runs'"
@@ -297,9 +323,11 @@ class Intake:
         self.refuse_if_stopped()
         if self._hooks.waiting:
             self._hooks.let_catch_up()
-        inserts = self._prepare_many(tasks)
+        inserts = [prepare(self._services, task) for task in tasks]
         if not inserts:
             return []
+        if any("depends_on" in insert.row for insert in inserts):
+            find_parents(self._services.repository, inserts)
         pool = self._state.engine
         try:
             if pool is None:
@@ -342,12 +370,6 @@ class Intake:
         if len(buffered) < len(due) or any(map(pool.has_room, apart)):
             self._services.agenda.look_for_more()
 
-    def _prepare_many(self, tasks: Iterable[Task]) -> list[Insert]:
-        inserts = [prepare(self._services, task) for task in tasks]
-        if any("depends_on" in insert.row for insert in inserts):
-            find_parents(self._services.repository, inserts)
-        return inserts
-
     def _reserve_many(self, pool: WorkerPool, turns: Sequence[int], *, refuse: bool) -> int:
         """Return how many of some tasks go into the buffer; the rest is refused or spilled."""
         buffer, wanted = pool.buffer, len(turns)
@@ -356,8 +378,7 @@ class Intake:
         if buffer.reserve(turns):
             return wanted
         if refuse:
-            self.refuse_if_stopped()
-            raise self._full(pool, wanted)
+            self._refuse(pool, wanted)
         room = max(0, min(wanted, buffer.maxsize - buffer.submitted))
         return room if room and buffer.reserve(turns[:room]) else 0
 
@@ -365,11 +386,12 @@ class Intake:
         keyed = [insert for insert in inserts if "unique_key" in insert.row]
         if keyed:
             _refuse_twins(inserts)
-        patience = Patience(keyed[0]) if keyed else None
-        while not self._try_to_store(inserts):
-            assert patience is not None  # an id that is taken raises
-            patience.wait()
-        self._services.consequences.created(inserts)
+        for tried in range(_TRIES):
+            _pause(tried)
+            if self._try_to_store(inserts):
+                self._services.consequences.created(inserts)
+                return
+        raise _busy(keyed[0].row["unique_lock"])  # an id that is taken raised before
 
     def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
         """Store all; False where a unique key was held that is free now."""
@@ -379,9 +401,21 @@ class Intake:
             raise _about(error, inserts[0].id) from error.__cause__
         for insert, stored in zip(inserts, results, strict=True):
             if not stored:
-                settle(self._services, insert, "reject")
+                self._settle(insert, "reject")
                 return False  # its key is free by now
         return True
+
+
+def _pause(tried: int) -> None:
+    """Wait a moment before a further try: the unique key passes from hand to hand."""
+    if tried > 2:
+        time.sleep(_PAUSE)
+
+
+def _busy(key: str) -> RepositoryUnavailable:
+    return RepositoryUnavailable(
+        f"the unique key {key!r} is held by a task that is just being stored; try again"
+    )
 
 
 def _refuse_twins(inserts: Sequence[Insert]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from typing import Any, Protocol
 
@@ -47,18 +47,27 @@ class _Owner(Protocol):
     def handle(self, task_id: str, /) -> TaskHandle[Any]: ...
 
 
-@attrs.frozen(kw_only=True)
-class Plan:
-    """What is mapped over the items, and how they are told apart.
+def digest(params: dict[str, Any]) -> str:
+    """What params are known by, whatever the order of their keys: part of stored ids.
+
+    Raises:
+        PayloadError: they break the JSON rules.
+    """
+    value = payload.loads(payload.encode_params(params, payload.NO_LIMIT))
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+@attrs.define(kw_only=True, eq=False, repr=False)
+class Results(Iterator[Any]):
+    """The results of a map, in the order of its items; each ``next`` submits what the window has room for.
+
+    Its other attributes are the arguments of ``Queue.map``.
 
     Attributes:
-        executor: the executor, or its type.
-        key: what an item is known by, a text or a number; by its params unless given.
-        name: what the map is known by; the type of the executor unless given.
-        window: how many tasks are submitted ahead of the result that is asked for.
-        timeout: seconds that the next result is waited for; None for ever.
-        return_exceptions: give what a failed item raised in its place, and go on.
-        options: those of ``submit``, for tasks that are new.
+        owner: the queue.
+        intake: gives what takes its new tasks in: in a forked child, not what did so before.
+        clock: what moments are told by.
 
     Raises:
         TypeError: there is no such option.
@@ -66,12 +75,19 @@ class Plan:
     """
 
     executor: Executor[Any, Any] | str
+    items: Iterator[Any]
     key: Callable[[Any], str | int] | None
     name: str
     window: int
     timeout: float | None
     return_exceptions: bool
     options: Mapping[str, Any]
+    owner: _Owner
+    intake: Callable[[], Intake]
+    clock: Clock
+    _item: Any = attrs.field(init=False, default=_NONE)
+    #: What is under way, in order; an error stands for an item that is no task.
+    _ahead: deque[TaskHandle[Any] | Exception] = attrs.field(init=False, factory=deque)
 
     def __attrs_post_init__(self) -> None:
         refuse_unknown(self.options, MapOptions, "map")
@@ -86,75 +102,6 @@ class Plan:
         if self.timeout is not None:
             check_number(self.timeout, "timeout")
 
-    def task(self, item: Any) -> Task:
-        """The task of an item: a dict is its params, any other value that of the first parameter.
-
-        Raises:
-            PayloadError: it does not fit the executor.
-            ConfigurationError: ``key`` gives neither a text nor a number.
-        """
-        if isinstance(item, Mapping):
-            task = Task(type=self.type, params=dict(item))
-        elif isinstance(self.executor, Executor):
-            task = self.executor.task(item)
-        else:
-            raise PayloadError("params", "of a type by its name, every item must be a dict")
-        task.id = f"{self.name or self.type}:{self._key(item, task.params)}"
-        return task
-
-    @property
-    def type(self) -> str:
-        """The type of the tasks."""
-        return self.executor if isinstance(self.executor, str) else self.executor.type
-
-    def _key(self, item: Any, params: dict[str, Any]) -> str | int:
-        if self.key is None:
-            return digest(params)
-        key = self.key(item)
-        if type(key) is not int and (not isinstance(key, str) or not key):
-            raise ConfigurationError(f"key must give a text or a whole number, not {key!r}")
-        return key
-
-
-def digest(params: dict[str, Any]) -> str:
-    """What params are known by, whatever the order of their keys: part of stored ids.
-
-    Raises:
-        PayloadError: they break the JSON rules.
-    """
-    value = payload.loads(payload.encode_params(params, payload.NO_LIMIT))
-    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
-
-
-class Results(Iterator[Any]):
-    """The results of a map, in the order of its items; each ``next`` submits what the window has room for.
-
-    Args:
-        plan: what is mapped.
-        items: over what.
-        owner: the queue.
-        intake: gives what takes its new tasks in: in a forked child, not what did so before.
-        clock: what moments are told by.
-    """
-
-    def __init__(
-        self,
-        plan: Plan,
-        items: Iterable[Any],
-        owner: _Owner,
-        intake: Callable[[], Intake],
-        clock: Clock,
-    ) -> None:
-        self._plan = plan
-        self._items = iter(items)
-        self._owner = owner
-        self._intake = intake
-        self._clock = clock
-        self._item: Any = _NONE
-        #: What is under way, in order; an error stands for an item that is no task.
-        self._ahead: deque[TaskHandle[Any] | Exception] = deque()
-
     def __next__(self) -> Any:
         self._fill()
         if not self._ahead:
@@ -163,27 +110,31 @@ class Results(Iterator[Any]):
         try:
             if isinstance(head, Exception):
                 raise head
-            result = head.result(self._plan.timeout)
+            result = head.result(self.timeout)
         except Exception as error:
             # A time-out, or the repository is away: it is asked for again.
             if isinstance(head, TaskHandle) and not head.done():
                 raise
             self._ahead.popleft()
-            if not self._plan.return_exceptions:
+            if not self.return_exceptions:
                 raise
             return error
         self._ahead.popleft()
         return result
 
     def _fill(self) -> None:
-        while len(self._ahead) < self._plan.window and (item := self._next_item()) is not _NONE:
-            self._ahead.append(self._started(item))
+        while len(self._ahead) < self.window:
+            if self._item is _NONE:  # else its submit failed: no item is passed over
+                self._item = next(self.items, _NONE)
+            if self._item is _NONE:
+                return
+            self._ahead.append(self._started(self._item))
             self._item = _NONE
 
     def _started(self, item: Any) -> TaskHandle[Any] | Exception:
         """The task of an item, or what is wrong with the item and is no better at another try."""
         try:
-            task = self._plan.task(item)
+            task = self._task(item)
         except Exception as error:  # noqa: BLE001  (``key`` is a function of the user's)
             return error
         try:
@@ -191,40 +142,51 @@ class Results(Iterator[Any]):
         except (ConfigurationError, PayloadError, UnknownTaskType) as error:
             return error
 
-    def _next_item(self) -> Any:
-        """The next one, or the one whose submit failed, so that none is passed over."""
-        if self._item is _NONE:
-            self._item = next(self._items, _NONE)
-        return self._item
+    def _task(self, item: Any) -> Task:
+        """The task of an item: a dict is its params, any other value that of the first parameter.
+
+        Raises:
+            PayloadError: it does not fit the executor.
+            ConfigurationError: ``key`` gives neither a text nor a number.
+        """
+        type_ = self.executor if isinstance(self.executor, str) else self.executor.type
+        if isinstance(item, Mapping):
+            task = Task(type=type_, params=dict(item))
+        elif isinstance(self.executor, Executor):
+            task = self.executor.task(item)
+        else:
+            raise PayloadError("params", "of a type by its name, every item must be a dict")
+        key = digest(task.params) if self.key is None else self.key(item)
+        if type(key) is not int and (not isinstance(key, str) or not key):
+            raise ConfigurationError(f"key must give a text or a whole number, not {key!r}")
+        task.id = f"{self.name or type_}:{key}"
+        return task
 
     def _submit(self, task: Task) -> TaskHandle[Any]:
+        task = task_of(task, None, self.options, MapOptions, "map", self.clock)
         while True:
             try:
-                return self._owner.handle(self._accept(task, self._plan.options))
+                self.intake().accept(task, self.options.get("priority"), spill=True)
+                return self.owner.handle(task.id)
             except DuplicateTask:
                 with suppress(TaskNotFound):  # it was deleted since, so it is free now
                     return self._known(task)
-
-    def _accept(self, task: Task, options: Mapping[str, Any]) -> str:
-        """Store a task, whatever room the buffer has; returns its id."""
-        task = task_of(task, None, options, MapOptions, "map", self._clock)
-        return self._intake().accept(task, options.get("priority"), spill=True)
 
     def _known(self, task: Task) -> TaskHandle[Any]:
         """The task that has this id: of an earlier run, of another process, or of an equal item."""
         for handle in self._ahead:
             if isinstance(handle, TaskHandle) and handle.id == task.id:
                 return handle
-        stored = self._owner.get_task_status(task.id)
+        stored = self.owner.get_task_status(task.id)
         if stored.type != task.type:
             raise ConfigurationError(
                 f"task {task.id} is of type {stored.type!r} and none of this map: give it a name "
                 "of its own"
             )
-        handle = self._owner.handle(task.id)
+        handle = self.owner.handle(task.id)
         if stored.status is TaskStatus.COMPLETED:
             handle.conclude(stored)
         elif stored.status.finished:
             with suppress(InvalidTransition):  # another process was faster
-                self._owner.requeue(task.id)
+                self.owner.requeue(task.id)
         return handle

@@ -1,26 +1,54 @@
-"""What is done to stored tasks from outside: cancel, requeue and delete."""
+"""What is done to stored tasks from outside: cancel, requeue, delete, and what becomes of dead letters."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from graphlib import TopologicalSorter
+from itertools import islice
+
+import attrs
 
 from taskx.core import lifecycle
-from taskx.core.errors import InvalidTransition, QueueStopped, RepositoryCorrupt, TaskNotFound
-from taskx.core.model import TaskFilter
+from taskx.core.errors import (
+    ConfigurationError,
+    InvalidTransition,
+    QueueStopped,
+    RepositoryCorrupt,
+    TaskNotFound,
+)
+from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
 from taskx.core.writes import Delete, Update
 from taskx.moving import Services
 from taskx.running.state import State
 from taskx.storage import queries
-from taskx.submitting.dead_letters import requeue_all, requeue_one, requeue_these
+from taskx.storage.base import Repository
 
-#: Tasks that are cancelled in one transaction.
+#: Most tasks changed in one transaction.
 BATCH = 200
 # Attempts to cancel a task that moves between the write and the look.
 _TRIES = 20
 
 
+def dead(filter: TaskFilter | None) -> TaskFilter:
+    """The filter, of dead letters only.
+
+    Raises:
+        ConfigurationError: it is none, or asks for another status.
+    """
+    wanted = check_filter(filter)
+    if wanted.status not in (None, TaskStatus.FAILED):
+        raise ConfigurationError(f"dead letters are failed tasks, not {wanted.status} ones")
+    return attrs.evolve(wanted, status=TaskStatus.FAILED)
+
+
+def children(repository: Repository, task_ids: Iterable[str]) -> list[str]:
+    """The tasks that depend on one of these, whatever their status, each once."""
+    found = repository.find("parent", [*task_ids], ("id",))
+    return [*dict.fromkeys(task_id for (task_id,) in found)]
+
+
 class Operations:
-    """Changes tasks that are stored, started or not: as the methods of ``Queue`` with these names say.
+    """Changes stored tasks, whether the queue is started or not, as the methods of ``Queue`` say.
 
     Args:
         services: what it works with.
@@ -29,14 +57,11 @@ class Operations:
 
     def __init__(self, services: Services, state: State) -> None:
         self._services = services
+        self._repository = services.repository
+        self._consequences = services.consequences
         self._state = state
 
-    def _commit(self, writes: Sequence[Update | Delete]) -> Sequence[bool]:
-        results = self._services.consequences.commit(writes)
-        self._services.consequences.look_if_alone()
-        return results
-
-    # --- cancel
+    # --- cancel, delete
 
     def cancel(self, task_id: str) -> bool:
         """Cancel a task: True if it never runs, False if it runs and was asked to stop."""
@@ -48,10 +73,10 @@ class Operations:
                 return True
             if asked:
                 return False
-            task = self._services.repository.get_by_id(task_id)
+            task = self._repository.get_by_id(task_id)
             if task.status.finished:
                 raise InvalidTransition(f"task {task_id} is {task.status} already")
-            if queries.asked_to_cancel(self._services.repository, [task_id]):
+            if queries.asked_to_cancel(self._repository, [task_id]):
                 if self._state.engine is not None:
                     self._state.engine.fire(task_id)
                 return False
@@ -72,7 +97,7 @@ class Operations:
             never_run += sum("status" in write.changes for write in done)
             settled.update(write.id for write in done)
         left = [task_id for task_id in task_ids if task_id not in settled]
-        rest = self._services.repository.statuses(left) if left else {}
+        rest = self._repository.statuses(left) if left else {}
         for task_id, status in rest.items():
             if status not in lifecycle.FINISHED:  # it moved meanwhile, or was asked before
                 try:
@@ -83,31 +108,164 @@ class Operations:
                     continue
         return never_run
 
-    # --- requeue, delete
+    def delete(self, task_id: str) -> None:
+        """Remove the record of a task that is not running."""
+        if not self._commit([lifecycle.delete(task_id)])[0]:
+            raise lifecycle.not_deleted(self._repository.get_by_id(task_id))
+
+    def _commit(self, writes: Sequence[Update | Delete]) -> Sequence[bool]:
+        results = self._consequences.commit(writes)
+        self._consequences.look_if_alone()
+        return results
+
+    # --- requeue
 
     def requeue(self, task_id: str) -> None:
         """Have a failed or cancelled task run again, and what failed or was cancelled because of it."""
         self._refuse_if_stopped()
-        task = self._services.repository.get_by_id(task_id)
-        if not requeue_one(self._services, task):
-            self._services.repository.refuse_if_key_held(task)
+        task = self._repository.get_by_id(task_id)
+        lifecycle.check_requeue(task)
+        if task_id not in self._requeue(self._with_orphans({task_id: task})):
+            self._repository.refuse_if_key_held(task)
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
 
     def requeue_many(self, task_ids: Sequence[str]) -> int:
-        """Have those of these tasks run again that failed or were cancelled; returns how many."""
+        """Have those of these tasks run again that failed or were cancelled, and what ended with them."""
         self._refuse_if_stopped()
-        return requeue_these(self._services, task_ids)
+        ended_badly = (TaskStatus.FAILED, TaskStatus.CANCELLED)
+        known = self._found(task_ids, lambda task: task.status in ended_badly)
+        return len(self._requeue(self._with_orphans(known)))
 
     def requeue_dead_letters(self, filter: TaskFilter | None) -> int:
-        """Have every dead letter that meets a filter run again; returns how many."""
+        """Have the dead letters run again that a filter chooses, and what ended with them."""
         self._refuse_if_stopped()
-        return requeue_all(self._services, filter)
+        left = self._listed(dead(filter))
+
+        def requeue(tasks: Mapping[str, Task]) -> int:
+            known, before = dict(tasks), 0
+            while len(known) > before:
+                before = len(known)
+                known = self._with_orphans(self._with_parents(left, known))
+            for task_id in known:
+                left.pop(task_id, None)
+            return len(self._requeue(known))
+
+        return self._change_all(left, requeue)
 
     def _refuse_if_stopped(self) -> None:
         if self._state.stopped:
             raise QueueStopped("the queue was stopped; nothing was requeued")
 
-    def delete(self, task_id: str) -> None:
-        """Remove the record of a task that is not running."""
-        if not self._commit([lifecycle.delete(task_id)])[0]:
-            raise lifecycle.not_deleted(self._services.repository.get_by_id(task_id))
+    def _found(self, task_ids: Sequence[str], wanted: Callable[[Task], bool]) -> dict[str, Task]:
+        known: dict[str, Task] = {}
+        for start in range(0, len(task_ids), BATCH):
+            found = self._repository.get_many(task_ids[start : start + BATCH])
+            known.update((task_id, task) for task_id, task in found.items() if wanted(task))
+        return known
+
+    def _with_orphans(self, tasks: Mapping[str, Task]) -> dict[str, Task]:
+        """Return these tasks and all that ended because of them, directly or through other tasks."""
+        known = dict(tasks)
+        more: Mapping[str, Task] = tasks
+        while more:
+            parents = more
+            more_ids = [i for i in children(self._repository, parents) if i not in known]
+            more = self._found(more_ids, lambda child: lifecycle.ended_with(child, parents))  # noqa: B023
+            known.update(more)
+        return known
+
+    def _with_parents(self, left: dict[str, int], tasks: Mapping[str, Task]) -> dict[str, Task]:
+        """These and the dead letters that they depend on, which are requeued before them."""
+        known = dict(tasks)
+        more = tasks
+        while ahead := {p for task in more.values() for p in task.depends_on} & left.keys():
+            more = self._take(left, ahead)
+            known.update(more)
+        return known
+
+    def _requeue(self, known: Mapping[str, Task]) -> set[str]:
+        """Have tasks run again, each when those of its parents have ended that are under way.
+
+        Returns:
+            those that run again.
+        """
+        parents = {i: [p for p in task.depends_on if p in known] for i, task in known.items()}
+        order = [known[task_id] for task_id in TopologicalSorter(parents).static_order()]
+        requeued = set[str]()
+        for start in range(0, len(order), BATCH):
+            requeued |= self._requeue_some(order[start : start + BATCH])
+        self._consequences.look_if_alone()
+        return requeued
+
+    def _requeue_some(self, tasks: Sequence[Task]) -> set[str]:
+        parents = list({parent: None for task in tasks for parent in task.depends_on})
+        statuses = self._repository.statuses(parents) if parents else {}
+        statuses.update((task.id, TaskStatus.PENDING) for task in tasks)  # by the same transaction
+        now = self._services.clock.now_ms()
+        writes = [
+            lifecycle.requeue(task, now, lifecycle.unfinished_parent(task.depends_on, statuses))
+            for task in tasks
+        ]
+        results = self._consequences.commit(writes, {task.id: task for task in tasks})
+        return {task.id for task, held in zip(tasks, results, strict=True) if held}
+
+    # --- dead letters
+
+    def discard_dead_letters(self, filter: TaskFilter | None) -> int:
+        """Remove the dead letters that a filter chooses and that nobody waits for; returns how many."""
+
+        def discard(tasks: Mapping[str, Task]) -> int:
+            needed = self._asked_for(tasks)
+            writes = [lifecycle.discard(task) for i, task in tasks.items() if i not in needed]
+            return sum(self._consequences.commit(writes)) if writes else 0
+
+        return self._change_all(self._listed(dead(filter)), discard)
+
+    def _asked_for(self, tasks: Mapping[str, Task]) -> set[str]:
+        """Return the parents of unfinished tasks: an executor may still ask for their results."""
+        statuses = self._repository.statuses(children(self._repository, tasks))
+        unfinished = [i for i, status in statuses.items() if status in lifecycle.UNFINISHED]
+        found = self._found(unfinished, lambda child: True)
+        return {parent for child in found.values() for parent in child.depends_on}
+
+    def _listed(self, filter: TaskFilter) -> dict[str, int]:
+        """Return the ids of all tasks that meet a filter, newest first, each with its ``starts``.
+
+        The filter's offset applies, and its limit if it was given one.
+
+        All before the first is changed: one that fails again meanwhile is not among them a second time, and
+        is known by its starts. No clock tells it, which may be set back, or be another host's.
+        """
+        found: dict[str, int] = {}
+        first, most = filter.offset, filter.offset + filter.limit if filter.limited else None
+        offset = 0
+        while True:
+            page = self._repository.list(attrs.evolve(filter, offset=offset, limit=BATCH))
+            found.update((task.id, task.starts) for task in page)
+            if len(page) < BATCH or (most is not None and len(found) >= most):
+                return dict(islice(found.items(), first, most))
+            # By the date of the last one, not by how many came before it: those may leave the list.
+            oldest = page[-1].created_at
+            if oldest in (None, filter.end_date) or page[-1].damage:
+                offset += len(page)
+            else:
+                filter, offset = attrs.evolve(filter, end_date=oldest), 0
+
+    def _change_all(self, left: dict[str, int], change: Callable[[Mapping[str, Task]], int]) -> int:
+        """Change what was listed; ``change`` says how many it changed, and may take more of these."""
+        done = 0
+        ids = list(left)
+        for start in range(0, len(ids), BATCH):
+            if tasks := self._take(left, ids[start : start + BATCH]):
+                done += change(tasks)
+        return done
+
+    def _take(self, left: dict[str, int], task_ids: Collection[str]) -> dict[str, Task]:
+        """Those of what is left that are still as they were listed; none of them is left then."""
+        starts = {task_id: left.pop(task_id) for task_id in task_ids if task_id in left}
+        found = self._repository.get_many([*starts])
+        return {
+            task_id: task
+            for task_id, task in found.items()
+            if task.status is TaskStatus.FAILED and task.starts == starts[task_id]
+        }

@@ -334,7 +334,7 @@ class TestAgain:
     def test_a_long_one_in_a_few_transactions_whatever_the_order_of_ids(
         self, make_queue, in_batches
     ):
-        in_batches(dead_letters=20)
+        in_batches(operations=20)
         queue, ran = make_queue(worker_num=2), []
         queue.executor("n")(lambda n: ran.append(n))
         tasks = [Task(type="n", params={"n": n}) for n in range(50)]

@@ -9,7 +9,7 @@ from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
 from taskx.storage.queries import oldest_ready, owners, page, shown
-from taskx.submitting.dead_letters import children
+from taskx.submitting.operations import children
 from taskx.upkeep.node import unfinished
 from taskx.upkeep.retention import needed
 

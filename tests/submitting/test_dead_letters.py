@@ -104,7 +104,7 @@ def test_a_clock_that_was_set_back_leaves_none_out(queue, clock, change):
 def test_however_many_were_created_at_one_moment_each_is_come_to(
     make_queue, clock, batch, change, in_batches
 ):
-    in_batches(dead_letters=batch)
+    in_batches(operations=batch)
     queue = make_queue(clock=clock)
     queue.executor("wrong")(lambda: 1 / 0)
     for name in ("a", "b", "b", "b", "b", "b", "c", "c", "d"):
@@ -121,7 +121,7 @@ def test_what_leaves_their_list_meanwhile_hides_no_other_one(
     queue, batch, change, monkeypatch, in_batches
 ):
     """Somebody else removes some while they are listed."""
-    in_batches(dead_letters=batch)
+    in_batches(operations=batch)
     queue.mended = True
     list_ = queue.repository.list
 
@@ -144,7 +144,7 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(
     queue, clock, batch, passed, monkeypatch, in_batches
 ):
     """Else it would go on for ever. So it is where no time passes meanwhile."""
-    in_batches(dead_letters=batch)
+    in_batches(operations=batch)
     commit = services_of(queue).ledger.commit
 
     def slow_commit(writes):
@@ -169,7 +169,7 @@ def test_children_wait_for_the_parents_that_are_requeued_with_them(
     make_queue, gate, batch, in_batches
 ):
     """Whatever the order in which they are come to, and whatever page they are on."""
-    in_batches(dead_letters=batch)
+    in_batches(operations=batch)
     queue = make_queue(worker_num=4)
     mended, ran = [], []
 
@@ -332,7 +332,7 @@ def test_they_are_discarded(queue):
 def test_a_limit_and_an_offset_choose_among_them_as_in_a_list(
     queue, change, batch, filter, left, in_batches
 ):
-    in_batches(dead_letters=batch)
+    in_batches(operations=batch)
     queue.mended = True
     assert getattr(queue, change)(filter) == 5 - len(left)
     assert queue.drain(PATIENCE)
