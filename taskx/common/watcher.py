@@ -18,10 +18,9 @@ from typing import Any
 from taskx.common import handles
 from taskx.common.agenda import Agenda
 from taskx.common.handles import TaskHandle
-from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import FINISHED as ENDED
-from taskx.core.log import GuardedLogger
+from taskx.core.log import Complaint, GuardedLogger
 from taskx.storage.base import Repository
 from taskx.storage.queries import Changes
 

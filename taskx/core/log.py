@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import threading
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
@@ -81,6 +82,34 @@ def is_for_the_program(error: BaseException) -> bool:
 
 #: For what knows no queue, and so not the logger of one.
 log = GuardedLogger(logging.getLogger("taskx"))
+
+
+def is_told(failures: int) -> bool:
+    """Return whether so many failures in a row are told of: the 1st, 2nd, 4th, 8th … is."""
+    return failures & (failures - 1) == 0
+
+
+class Complaint:
+    """Failures in a row, of whoever meets them, logged ever more rarely: see :func:`is_told`."""
+
+    def __init__(self, log: GuardedLogger) -> None:
+        self._log = log
+        self._lock = threading.Lock()
+        self._failures = 0
+
+    def make(self, words: str, *what: object) -> None:
+        """Count a failure, and log it if it is its turn; ``words`` has a place for each of ``what``."""
+        with self._lock:
+            self._failures += 1
+            failures = self._failures
+        if is_told(failures):
+            self._log.warning(words, *what)
+
+    def over(self) -> None:
+        """It works again."""
+        if self._failures:
+            with self._lock:
+                self._failures = 0
 
 
 def check_logger(logger: Any) -> logging.Logger:

@@ -27,7 +27,6 @@ from taskx.core.clock import to_datetime, to_ms
 from taskx.core.codec import NO_CODECS, Codecs, Unreadable
 from taskx.core.errors import PayloadError
 from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
-from taskx.core.order import rank
 from taskx.core.payload import CODEC_KEY, clean_text
 from taskx.core.retry import RetryPolicy
 
@@ -77,8 +76,20 @@ class Stub(NamedTuple):
     run_at: int | None
 
     def rank(self, ageing: int) -> int:
-        """What pending tasks are sorted by: see :func:`taskx.core.order.rank`."""
+        """What pending tasks are sorted by: see :func:`rank`."""
         return rank(self.priority, self.created_at, self.run_at, ageing)
+
+
+def rank(priority: int, created_at: int, run_at: int | None, ageing: int) -> int:
+    """What tasks are sorted by, the smaller the sooner; equal ones go by when they were stored.
+
+    By priority alone or, with ``ageing`` (milliseconds of waiting that count as one priority more), by the
+    moment at which a task of priority 0 would have begun to wait that comes at the same time: so the order
+    of two tasks never changes, however long they wait. ``run_at`` is its time, if it had to wait for one.
+    """
+    if not ageing:
+        return -priority
+    return max(created_at, run_at or 0) - priority * ageing
 
 
 #: The columns from which a stub is made, in order.

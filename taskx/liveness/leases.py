@@ -23,9 +23,8 @@ from typing import Any
 
 import attrs
 
-from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError
-from taskx.core.log import log
+from taskx.core.log import Complaint, log
 from taskx.core.writes import Note, Update, Write
 from taskx.liveness.base import PREFIX, Applies, Node, Own, Recorded, Store, described, says_dead
 from taskx.liveness.began import Began

@@ -11,7 +11,7 @@ from itertools import count
 from typing import TYPE_CHECKING, NamedTuple
 
 from taskx.common.bell import Bell
-from taskx.core.order import rank
+from taskx.core.record import rank
 
 if TYPE_CHECKING:
     from taskx.core.record import Stub

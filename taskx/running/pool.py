@@ -13,7 +13,6 @@ import attrs
 from taskx.common.bell import Bell
 from taskx.common.config import Config
 from taskx.core import lifecycle
-from taskx.core.complaint import Complaint
 from taskx.core.errors import (
     CancelReason,
     RepositoryError,
@@ -22,6 +21,7 @@ from taskx.core.errors import (
     TaskxError,
 )
 from taskx.core.lifecycle import Ending
+from taskx.core.log import Complaint
 from taskx.core.model import Task
 from taskx.core.record import Stub
 from taskx.core.writes import Update

@@ -12,9 +12,9 @@ from typing import NamedTuple
 import attrs
 
 from taskx.core.clock import to_datetime
-from taskx.core.complaint import is_told
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryUnavailable
 from taskx.core.lifecycle import FINISHED
+from taskx.core.log import is_told
 from taskx.core.ticks import BATCH, Ticks, decide, latest
 from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services

@@ -7,8 +7,8 @@ import threading
 import time
 
 from taskx.core import lifecycle
-from taskx.core.complaint import Complaint
 from taskx.core.errors import RepositoryError, SchemaMismatch
+from taskx.core.log import Complaint
 from taskx.running import ahead
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker

@@ -23,7 +23,7 @@ from taskx import (
 from taskx.common.agenda import Agenda
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
-from taskx.core.complaint import Complaint
+from taskx.core.log import Complaint
 from taskx.core.writes import Insert
 from taskx.running.ahead import MAX_AHEAD, Ahead
 
