@@ -56,8 +56,7 @@ from taskx.submitting.creation import task_of
 from taskx.submitting.intake import Intake
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, dead
-from taskx.upkeep.lifetime import Lifetime
-from taskx.upkeep.node import LocalNode
+from taskx.upkeep.node import Lifetime, LocalNode
 from taskx.upkeep.retention import prune_all
 
 if TYPE_CHECKING:

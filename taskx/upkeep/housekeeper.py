@@ -5,14 +5,17 @@ from __future__ import annotations
 import math
 import threading
 import time
+from collections.abc import Collection, Mapping
 
 from taskx.core import lifecycle
 from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.log import Complaint
+from taskx.core.model import TaskStatus
 from taskx.running import ahead
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
+from taskx.storage.base import Repository
 from taskx.storage.queries import Changes
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
@@ -38,19 +41,16 @@ class Housekeeper:
 
     Args:
         pool: what it keeps going.
-        recovery: what it lets look for dead nodes.
-        retention: what it lets remove old tasks.
-        ticker: what it lets make the tasks of schedules.
+        retention: seconds for which tasks that ended in a status are kept; for ever where none is given.
     """
 
-    def __init__(
-        self, pool: WorkerPool, recovery: Recovery, retention: Retention, ticker: Ticker
-    ) -> None:
+    def __init__(self, pool: WorkerPool, retention: Mapping[TaskStatus, float]) -> None:
         self._pool = pool
         self._services = pool.services
-        self._recovery = recovery
-        self._retention = retention
-        self._ticker = ticker
+        #: What looks for dead nodes.
+        self.recovery = Recovery(pool)
+        self._retention = Retention(pool.services, retention)
+        self._ticker = Ticker(pool.services)
         self._agenda = pool.services.agenda
         self._complaint = Complaint(pool.services.log)
         self._stopped = False
@@ -75,14 +75,22 @@ class Housekeeper:
             self._thread.join(5.0)
         self._services.watcher.ensure_polling()
 
-    def behind(self) -> bool:
-        """Whether the time of a task, or of a schedule, has come, and it has not looked after that yet.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
+    def _behind(self) -> bool:
+        """Whether the time of a task, or of a schedule, has come, and it has not looked after that yet."""
         now = self._services.clock.now_ms()
         return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
+
+    def stored_left(self) -> bool:
+        """Whether the repository has something to run, also where one task is to follow another."""
+        repository, types = self._services.repository, set(self._pool.types())
+        return (
+            self._behind()
+            or unfinished(repository, types)
+            or self._services.dependents.overdue()
+            or self._services.turns.overdue()
+            or self._behind()  # its turn came between the looks, and its time had come
+            or unfinished(repository, types)  # it was let start between the looks
+        )
 
     def _run(self) -> None:
         failures = 0
@@ -125,7 +133,7 @@ class Housekeeper:
     def _more_to_do(self) -> bool:
         """Return whether a duty was cut short for the sake of the others."""
         services = self._services
-        return services.dependents.waiting or services.turns.waiting or self._recovery.waiting
+        return services.dependents.waiting or services.turns.waiting or self.recovery.waiting
 
     def tick(self) -> None:
         """One round of everything that is due, a while of each.
@@ -149,10 +157,10 @@ class Housekeeper:
         self._services.dependents.look(PATIENCE)
         self._services.turns.look(PATIENCE)
         self._release_due(PATIENCE)
-        if self._recovery.waiting and self._recovery.go_on(PATIENCE):
+        if self.recovery.waiting and self.recovery.go_on(PATIENCE):
             self._agenda.more_stored = True
         if self._is_time("recover", RECOVER_EVERY):
-            self._recovery.recover(PATIENCE)
+            self.recovery.recover(PATIENCE)
             self._pool.record_types()
             self._pool.look_for_pauses()
             self._pool.admission.tend()
@@ -174,7 +182,7 @@ class Housekeeper:
 
     def _audit(self) -> None:
         """Look for what no event told of."""
-        self._recovery.audit()
+        self.recovery.audit()
         self._services.alarms.go_on()
         self._pool.stuck.audit()
         self._services.dependents.look_slowly(PATIENCE)
@@ -237,3 +245,19 @@ class Housekeeper:
         for run, write, held in zip(runs, writes, results, strict=True):
             if held:
                 self._services.consequences.follow([write], {run.task.id: run.task}, run=run)
+
+
+def unfinished(repository: Repository, types: Collection[str]) -> bool:
+    """Whether a task of these types runs on a node, or is pending and not held back."""
+    # It may move from the one to the other between two looks.
+    return _ready(repository, types) or _running(repository, types) or _ready(repository, types)
+
+
+def _ready(repository: Repository, types: Collection[str]) -> bool:
+    free = repository.ready(types, 1)
+    return bool(free) or any(kind in types for kind in queries.every(repository, "ready_type"))
+
+
+def _running(repository: Repository, types: Collection[str]) -> bool:
+    nodes = [*queries.every(repository, "running_on")]
+    return any(kind in types for (kind,) in repository.find("running_on", nodes, ("type",)))

@@ -1,29 +1,35 @@
-"""A node: one started queue in one process, from its start to its end."""
+"""A started queue: a node from its start to its end, also where nobody stops it."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
-from collections.abc import Callable, Collection
+import weakref
+from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
+from typing import Any
 
 from taskx.common import permission
 from taskx.common.config import Config
-from taskx.core.errors import CancelReason, QueueStopped, RepositoryError, SchemaMismatch
+from taskx.core.checks import check_number
+from taskx.core.errors import (
+    CancelReason,
+    ConfigurationError,
+    QueueStopped,
+    RepositoryError,
+    SchemaMismatch,
+)
 from taskx.core.ids import new_id
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.executing.runner import inside_executor
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
-from taskx.schedules.ticker import Ticker
-from taskx.storage import queries
-from taskx.storage.base import Repository
+from taskx.running.state import State
 from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
-from taskx.upkeep.recovery import Recovery
-from taskx.upkeep.retention import Retention
 
 # Looks for quiet this often even if nothing tells of it, in seconds.
 _LOOK_EVERY = 0.1
@@ -31,6 +37,10 @@ _LOOK_EVERY = 0.1
 EXTRA = 1.0
 #: Time-out, in seconds, of the stop of a node whose file another process has migrated.
 RETIRE_TIMEOUT = 30.0
+#: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
+EXIT_TIMEOUT = 5.0
+# Half of what the system can wait for: deadlines and extra time come on top.
+_LONGEST_STOP = threading.TIMEOUT_MAX / 2
 
 
 class LocalNode:
@@ -58,10 +68,7 @@ class LocalNode:
         self._ending = threading.Lock()
         self._on_record = False  # or perhaps, while it joins
         self._left = threading.Event()
-        self._recovery = Recovery(self.engine)
-        retention = Retention(services, config.retention)
-        ticker = Ticker(services)
-        self._housekeeper = Housekeeper(self.engine, self._recovery, retention, ticker)
+        self._housekeeper = Housekeeper(self.engine, config.retention)
 
     # --- starting
 
@@ -90,7 +97,7 @@ class LocalNode:
         liveness = services.repository.liveness
         self.engine.began = liveness.began(self.record.id)
         liveness.watch(self.record.id, self.engine.lose_lease)
-        self._recovery.recover(PATIENCE)
+        self._housekeeper.recovery.recover(PATIENCE)
         services.pauses.look()
         self.engine.refill()
 
@@ -158,21 +165,9 @@ class LocalNode:
         told = services.hooks.told
         return (
             self.engine.holds_nothing()
-            and not self._stored_left()
+            and not self._housekeeper.stored_left()
             and services.hooks.quiet
             and services.hooks.told == told
-        )
-
-    def _stored_left(self) -> bool:
-        """Whether the repository has something to run, also where one task is to follow another."""
-        repository, types = self._services.repository, set(self.engine.types())
-        return (
-            self._housekeeper.behind()
-            or unfinished(repository, types)
-            or self._services.dependents.overdue()
-            or self._services.turns.overdue()
-            or self._housekeeper.behind()  # its turn came between the looks, and its time had come
-            or unfinished(repository, types)  # it was let start between the looks
         )
 
     def still_running(self) -> list[str]:
@@ -292,43 +287,166 @@ class LocalNode:
 
     def _end(self) -> None:
         """The last executor has returned: write what waits, and leave."""
-        with self._ending:  # after an interrupted stop, another one may be at it
-            if not self._left.is_set():
-                self._leave()
-
-    def _leave(self) -> None:
-        self._housekeeper.stop()
         services = self._services
-        self._write_outcomes()
+        with self._ending:  # after an interrupted stop, another one may be at it
+            if self._left.is_set():
+                return
+            self._housekeeper.stop()
+            self._write_outcomes()
+            try:
+                with suppress(RepositoryError):  # whoever runs next looks at all that wait
+                    services.dependents.look()
+                    services.turns.look()
+                    self.engine.stuck.lift()
+                with suppress(RepositoryError):  # what nodes share is taken from one that has left
+                    self.engine.admission.end()
+                with suppress(RepositoryError):  # what it still owns is taken from it then, too
+                    self.engine.release_pending()
+                services.repository.liveness.leave(self.record.id)
+            except RepositoryError as error:
+                services.log.warning("the end could not be recorded: %s", error)
+            self.engine.began = None  # closes its file now, whenever the pool is collected
+            services.log.info("node %s stopped", self.record.name)
+            self._left.set()
+            self._ended()
+
+
+class Lifetime:
+    """Starts and stops a queue.
+
+    Args:
+        services: what the queue works with.
+        config: how it works.
+        state: how far it is, as its parts see it.
+        queue: the queue, which hooks are told of.
+    """
+
+    def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
+        self._services = services
+        self._config = config
+        self._state = state
+        self._queue = queue
+        self._changing, self._starting = threading.Lock(), threading.Lock()
+        #: The node; None as long as the queue has not been started.
+        self.node: LocalNode | None = None
+        _lives.add(self)
+
+    def forget(self) -> None:
+        """In a forked child: stop nothing at its exit that is the parent's."""
+        _lives.discard(self)
+
+    @property
+    def name(self) -> str:
+        """How far it is, in a word or two."""
+        return "stopped" if self._state.stopped else "started" if self.node else "not started"
+
+    @property
+    def healthy(self) -> bool:
+        """Whether the queue can do its work."""
         try:
-            with suppress(RepositoryError):  # whoever runs next looks at all that wait
-                services.dependents.look()
-                services.turns.look()
-                self.engine.stuck.lift()
-            with suppress(RepositoryError):  # what nodes share is taken from one that has left
-                self.engine.admission.end()
-            with suppress(RepositoryError):  # what it still owns is taken from a node that has left
-                self.engine.release_pending()
-            services.repository.liveness.leave(self.record.id)
-        except RepositoryError as error:
-            services.log.warning("the end could not be recorded: %s", error)
-        self.engine.began = None  # closes its file now, whenever the pool is collected
-        services.log.info("node %s stopped", self.record.name)
-        self._left.set()
-        self._ended()
+            self._services.repository.ensure_there()
+        except RepositoryError:
+            return False
+        return self.node is None or self.node.engine.stuck.healthy
+
+    def start(self) -> None:
+        """Start the workers; a second call does nothing.
+
+        Raises:
+            QueueStopped: the queue was stopped.
+            RepositoryError: the repository cannot be used.
+            RuntimeError: the system has no more threads.
+        """
+        with self._starting:
+            if self._state.stopped:
+                raise QueueStopped("a stopped queue cannot be started again; make another one")
+            if self.node is not None:
+                self.node.engine.begun.set()  # an interrupt may have struck the start before it did
+                return
+            node = LocalNode(self._services, self._config, self._ended)
+            try:
+                node.join()
+                node.begin()
+                # The workers wait: what an executor submits or cancels finds its node.
+                if not self._publish(node):
+                    raise QueueStopped("the queue was stopped while it started; nothing was run")
+            except BaseException:  # an interrupt, too: it can be started again
+                self.node = self._state.engine = None
+                node.withdraw()
+                raise
+            if (hooks := self._services.hooks).queue_started:
+                hooks.tell(hooks.queue_started, lambda: self._queue)
+            node.go()
+
+    def _publish(self, node: LocalNode) -> bool:
+        """Make a node that has begun visible to other threads; return False if the queue was stopped."""
+        with self._changing:
+            if not self._state.stopped:
+                self.node, self._state.engine = node, node.engine
+            return not self._state.stopped
+
+    def _ended(self) -> None:
+        """The last executor has returned, and its outcome is written."""
+        if (hooks := self._services.hooks).queue_stopped:
+            hooks.tell(hooks.queue_stopped, lambda: self._queue)
+
+    def drain(self, timeout: float | None) -> bool:
+        """Wait until nothing is left to run; False if ``timeout`` seconds passed before.
+
+        Raises:
+            ConfigurationError: it would wait for itself, or for nothing.
+            QueueStopped: the queue was stopped.
+        """
+        if inside_executor() or self._services.hooks.inside:
+            raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
+        if self._state.stopped:
+            raise QueueStopped("the queue was stopped; nothing is run any more")
+        if self.node is None:
+            raise ConfigurationError("drain() waits for the workers of a started queue: start() it")
+        return self.node.drain(None if timeout is None else check_number(timeout, "timeout"))
+
+    def stop(self, timeout: float, *, cancel: bool) -> list[str]:
+        """Take nothing more, wait for the workers and hooks; returns the ids that still run."""
+        seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
+        deadline = time.monotonic() + seconds
+        # Held for moments only, and not while a start waits for the repository.
+        with self._changing:
+            self._state.stopped = True
+        still = [] if self.node is None else self.node.stop(seconds, cancel=cancel)
+        self.wait_for_hooks(max(0.0, deadline + EXTRA - time.monotonic()))
+        return still
+
+    def tell_to_stop(self) -> None:
+        """Take nothing more, and tell running tasks to stop; waits for nothing."""
+        self._state.stopped = True
+        if self.node is not None:
+            self.node.engine.stopping = True
+            self.node.engine.fire_all(CancelReason.STOP)
+
+    def wait_for_hooks(self, timeout: float) -> None:
+        """Wait until hooks have been told everything, and complain if they have not."""
+        hooks = self._services.hooks
+        if not (hooks.quiet or hooks.inside or hooks.wait(timeout)):
+            self._services.log.warning(
+                "stopped with %d event(s) not told to hooks yet", len(hooks.waiting)
+            )
 
 
-def unfinished(repository: Repository, types: Collection[str]) -> bool:
-    """Whether a task of these types runs on a node, or is pending and not held back."""
-    # It may move from the one to the other between two looks.
-    return _ready(repository, types) or _running(repository, types) or _ready(repository, types)
+_lives: weakref.WeakSet[Lifetime] = weakref.WeakSet()
 
 
-def _ready(repository: Repository, types: Collection[str]) -> bool:
-    free = repository.ready(types, 1)
-    return bool(free) or any(kind in types for kind in queries.every(repository, "ready_type"))
+def stop_forgotten() -> None:
+    """Stop the queues that nobody stopped, as the interpreter exits."""
+    deadline = time.monotonic() + EXIT_TIMEOUT
+    running = {life for life in list(_lives) if life.name == "started"}
+    for life in running:  # first all of them: they end at the same time, not one after the other
+        life.tell_to_stop()
+    for life in list(_lives):
+        left = max(0.0, deadline - time.monotonic())
+        if life in running:
+            life.stop(left, cancel=True)
+        else:
+            life.wait_for_hooks(left)
 
 
-def _running(repository: Repository, types: Collection[str]) -> bool:
-    nodes = [*queries.every(repository, "running_on")]
-    return any(kind in types for (kind,) in repository.find("running_on", nodes, ("type",)))
+atexit.register(stop_forgotten)

@@ -477,7 +477,7 @@ class TestAHookThatHangs:
         assert blocks.finished_ones == 20
 
     def test_does_not_keep_a_stop_from_ending(self, only_memory, blocks, caplog, monkeypatch):
-        monkeypatch.setattr("taskx.upkeep.lifetime.EXTRA", 0.01)
+        monkeypatch.setattr("taskx.upkeep.node.EXTRA", 0.01)
         queue = only_memory(blocks)
         queue.start()
         queue.submit("t")

@@ -11,7 +11,7 @@ from taskx import QueueStopped, Task, TaskStatus
 from taskx.core import ids as ids_module
 from taskx.running import buffer as buffer_module
 from taskx.running.buffer import Buffer
-from taskx.upkeep import lifetime
+from taskx.upkeep import node
 
 
 def once(function):
@@ -176,18 +176,18 @@ def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch
     for queue in queues:
         queue.start()
         Waiting(queue, gate).fill(1)
-    monkeypatch.setattr(lifetime, "_lives", {queue._life for queue in queues})
-    monkeypatch.setattr(lifetime, "EXIT_TIMEOUT", 0.5)
+    monkeypatch.setattr(node, "_lives", {queue._life for queue in queues})
+    monkeypatch.setattr(node, "EXIT_TIMEOUT", 0.5)
     given: list[float] = []
-    stop = lifetime.Lifetime.stop
+    stop = node.Lifetime.stop
 
     def watched(life, timeout, *, cancel):
         given.append(timeout)
         assert all(pool_of(q).stopping for q in queues)
         return stop(life, timeout, cancel=cancel)
 
-    monkeypatch.setattr(lifetime.Lifetime, "stop", watched)
-    lifetime.stop_forgotten()
+    monkeypatch.setattr(node.Lifetime, "stop", watched)
+    node.stop_forgotten()
     assert len(given) == 3
     assert given[0] > 0.3
     assert given[1:] == [0.0, 0.0]

@@ -188,7 +188,7 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     repository.before = lambda writes: None
     monkeypatch.undo()
     for _ in range(2):
-        node._recovery.audit()
+        node._housekeeper.recovery.audit()
     assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
 
 

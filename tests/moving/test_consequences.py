@@ -128,7 +128,7 @@ def test_nobody_goes_round_the_table():
                 continue
             of = ast.unparse(node.value)
             if f"{of}.{node.attr}".endswith(TOLD):  # of the queue itself, hooks hear by itself
-                assert name in ("moving.py", "upkeep/lifetime.py")
+                assert name in ("moving.py", "upkeep/node.py")
             if of.endswith("ledger") and node.attr.startswith(("commit", "defer")):
                 commits[name].add(node.attr)
     assert {name: " ".join(sorted(found)) for name, found in commits.items()} == {

@@ -471,7 +471,7 @@ class TestRecovered:
         parent, child, runs_on = family
         runs_on(node_of(started).record.id)
         started.repository.apply(lifecycle.cancel(parent.id, 1))
-        node_of(started)._recovery._hand_back(parent.id)
+        housekeeper_of(started).recovery._hand_back(parent.id)
         assert parent.task().status is TaskStatus.CANCELLED
         eventually(child.cancelled)
 

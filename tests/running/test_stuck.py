@@ -14,6 +14,7 @@ from helpers import (
     PATIENCE,
     earliest_due,
     eventually,
+    housekeeper_of,
     node_of,
     pool_of,
     run_in_thread,
@@ -308,7 +309,7 @@ class TestBarred:
         assert other.submit("here").result(PATIENCE) == "here"
         services_of(other).agenda.look_for_more()
         for _ in range(3):
-            node_of(other)._recovery.recover()
+            housekeeper_of(other).recovery.recover()
             whole_round(other)
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert handle.task().starts == 1
@@ -731,7 +732,7 @@ def barred(spawn, database):
 class TestProcesses:
     def test_while_it_lives_it_starts_nowhere(self, barred):
         for _ in range(3):
-            node_of(barred)._recovery.recover()
+            housekeeper_of(barred).recovery.recover()
         assert barred.get_task_status("x").starts == 1
         barred.executor("here")(lambda: "here")  # which the other process cannot take
         assert barred.submit("here").result(PATIENCE) == "here"

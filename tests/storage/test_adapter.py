@@ -6,7 +6,7 @@ from helpers import held_on
 from taskx import ConfigurationError, Task, TaskFilter, TaskStatus
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.queries import owners
-from taskx.upkeep.node import unfinished
+from taskx.upkeep.housekeeper import unfinished
 
 from .repositories import MAKERS, ids, insert
 

@@ -27,7 +27,7 @@ from taskx.core.clock import to_ms
 from taskx.liveness.base import Node
 from taskx.storage.queries import oldest_ready, owners
 from taskx.testing import ManualClock
-from taskx.upkeep.node import unfinished
+from taskx.upkeep.housekeeper import unfinished
 
 from .repositories import MAKERS
 

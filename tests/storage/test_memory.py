@@ -15,7 +15,7 @@ from taskx.core import lifecycle
 from taskx.core.writes import Update, Write
 from taskx.storage import memory, ordered
 from taskx.storage.queries import oldest_ready, owners
-from taskx.upkeep.node import unfinished
+from taskx.upkeep.housekeeper import unfinished
 
 EVERYTHING = TaskFilter(limit=10**6)
 

@@ -19,7 +19,7 @@ from taskx import (
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.storage.queries import owners, shown
-from taskx.upkeep.node import unfinished
+from taskx.upkeep.housekeeper import unfinished
 
 from .repositories import between_tasks, ids, keeping_time, whole_batches
 

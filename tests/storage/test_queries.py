@@ -10,7 +10,7 @@ from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
 from taskx.storage.queries import oldest_ready, owners, page, shown
 from taskx.submitting.operations import children
-from taskx.upkeep.node import unfinished
+from taskx.upkeep.housekeeper import unfinished
 from taskx.upkeep.retention import needed
 
 from .repositories import add_if_kept, between_tasks, ids, insert, keeping_time

@@ -34,8 +34,7 @@ from taskx import (
 )
 from taskx.testing import ManualClock
 from taskx.upkeep.housekeeper import Housekeeper
-from taskx.upkeep.lifetime import Lifetime
-from taskx.upkeep.node import LocalNode
+from taskx.upkeep.node import Lifetime, LocalNode
 
 
 @pytest.fixture

@@ -6,7 +6,15 @@ import threading
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually, held_on, node_of, pool_of, services_of
+from helpers import (
+    PATIENCE,
+    eventually,
+    held_on,
+    housekeeper_of,
+    node_of,
+    pool_of,
+    services_of,
+)
 
 from taskx import Config, SQLiteRepository, Task, TaskStatus
 from taskx.core import lifecycle
@@ -158,7 +166,7 @@ class TestAudit:
         """Audits a queue whose only worker is busy, two tasks in its buffer at a time."""
         monkeypatch.setattr(recovery, "AUDITED", 2)
         queue = busy(buffer_size=100)
-        monkeypatch.setattr(node_of(queue)._recovery, "audit", lambda: None)  # the housekeeper's
+        monkeypatch.setattr(housekeeper_of(queue).recovery, "audit", lambda: None)
         return queue, Recovery(pool_of(queue))
 
     @pytest.mark.every_store
@@ -208,7 +216,7 @@ def test_a_started_queue_gives_up_all_that_a_dead_node_had(
 
 
 def queue_recovery(queue):
-    return LocalNode(services_of(queue), Config(), lambda: None)._recovery
+    return LocalNode(services_of(queue), Config(), lambda: None)._housekeeper.recovery
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)

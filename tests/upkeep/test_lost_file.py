@@ -118,7 +118,7 @@ def test_a_task_that_runs_is_not_run_again_from_a_copy_in_the_files_place(
     restored.executor("hold")(lambda: "again")
     restored.start()
     assert restored.submit("fine").result(PATIENCE) == "fine"
-    node_of(restored)._recovery.recover()
+    housekeeper_of(restored).recovery.recover()
     task = restored.get_task_status("held")
     assert (task.status, task.starts, task.crashes) == ("running", 1, 0)
     gate.open()

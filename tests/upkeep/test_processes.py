@@ -19,10 +19,10 @@ from taskx.upkeep import housekeeper
 # log file beside the database.
 PROGRAM = """
 import os, signal, sys, threading, time, warnings
-import taskx.upkeep.lifetime
+import taskx.upkeep.node
 from taskx import Config, Queue, SQLiteRepository, executor
 
-taskx.upkeep.lifetime.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
+taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
 path = sys.argv[1]
 queue = Queue(

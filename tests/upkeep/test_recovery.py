@@ -17,10 +17,10 @@ from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
 # beside the database, so that it can be counted how often each was begun and ended.
 PROGRAM = """
 import itertools, os, signal, sys, threading, time
-import taskx.upkeep.lifetime
+import taskx.upkeep.node
 from taskx import Config, Queue, SQLiteRepository, Task
 
-taskx.upkeep.lifetime.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
+taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
 path = sys.argv[1]
 queue = Queue(
     SQLiteRepository(path), Config(worker_num=2, buffer_size=5, overflow="spill")
@@ -362,7 +362,7 @@ def test_script_that_forgets_to_stop(run, runner, task):
     child = run(
         f"""
 if {task!r} == "listen":  # it ends by itself, as soon as the machine lets it
-    taskx.upkeep.lifetime.EXIT_TIMEOUT = 20.0
+    taskx.upkeep.node.EXIT_TIMEOUT = 20.0
 queue.start()
 handles = [queue.submit({task!r}, {{"n": n}}) for n in range(2)]
 queue.submit_many(queue_task for queue_task in [work.task(n) for n in range(20)])

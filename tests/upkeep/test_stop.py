@@ -516,8 +516,7 @@ def test_a_drain_ends_when_another_thread_stops_the_queue(started, gate):
 
 
 def test_a_stop_in_which_every_step_hangs_takes_little_longer(started, monkeypatch):
-    for module in ("taskx.upkeep.lifetime", "taskx.upkeep.node"):
-        monkeypatch.setattr(f"{module}.EXTRA", 0.05)
+    monkeypatch.setattr("taskx.upkeep.node.EXTRA", 0.05)
     go_on = threading.Event()
     repository = started.repository
     for step in ("mark_stopping", "leave"):

@@ -14,7 +14,7 @@ from taskx.core import lifecycle
 from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.queries import owners
-from taskx.upkeep.node import unfinished
+from taskx.upkeep.housekeeper import unfinished
 from taskx.upkeep.retention import needed
 
 from .conftest import insert

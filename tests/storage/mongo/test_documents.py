@@ -17,7 +17,7 @@ from taskx import InvalidTransition, Task, TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.storage.mongo import documents
 from taskx.storage.queries import owners
-from taskx.upkeep.node import unfinished
+from taskx.upkeep.housekeeper import unfinished
 
 from .conftest import insert, run
 
