@@ -15,19 +15,9 @@ from taskx.common.handles import TaskHandle
 from taskx.common.hooks import Hook
 from taskx.common.pauses import Paused
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
-from taskx.core.errors import (
-    ConfigurationError,
-    RepositoryError,
-)
+from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.log import GuardedLogger, check_logger
-from taskx.core.model import (
-    Task,
-    TaskFilter,
-    TaskStatus,
-    check_filter,
-    check_key,
-    check_name,
-)
+from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter, check_key, check_name
 from taskx.core.options import (
     ExecutorOptions,
     MapOptions,
@@ -36,18 +26,14 @@ from taskx.core.options import (
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
-from taskx.executing.executors import (
-    Executor,
-    ExecutorDecorator,
-    TaskExecutor,
-)
+from taskx.executing.executors import Executor, ExecutorDecorator, TaskExecutor
 from taskx.executing.middleware import Layer, check_middleware
 from taskx.executing.registry import Registry
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.moving import Services
 from taskx.running.state import State
-from taskx.schedules.schedule import Schedule
-from taskx.schedules.stored import Entry, Overlap, Schedules, make_entry
+from taskx.schedules.schedule import Schedule, Schedules
+from taskx.schedules.stored import Overlap, make_entry
 from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
@@ -109,6 +95,7 @@ class Queue:
         self._registry = Registry(
             check_middleware(middleware), self.repository.require, self.config.max_payload_size
         )
+        self._schedules = Schedules(self.handle)
         self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
@@ -118,14 +105,9 @@ class Queue:
         self._services = Services(
             *(self.repository, self._registry, self._hooks, state, self._clock, self._log)
         )
-        self._intake = Intake(
-            self._services,
-            state,
-            self.config.overflow,
-            self.config.block_timeout,
-        )
+        self._intake = Intake(self._services, state, self.config)
         self._operations = Operations(self._services, state)
-        self._schedules = Schedules(self._services, self._intake)
+        self._schedules.wire(self._services, self._intake)
         self._life = Lifetime(self._services, self.config, state, self)
 
     def __repr__(self) -> str:
@@ -468,14 +450,11 @@ class Queue:
         """
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
         wanted = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
-        return self._in_hand(self._schedules.declare(entry, wanted, options.get("priority")))
+        return self._schedules.declare(entry, wanted, options.get("priority"))
 
     def schedules(self) -> dict[str, Schedule]:
         """The schedules in the repository, by name, whichever process declared them."""
-        return {name: self._in_hand(entry) for name, entry in self._schedules.all().items()}
-
-    def _in_hand(self, entry: Entry) -> Schedule:
-        return Schedule(entry, lambda: self._schedules, self.handle)
+        return self._schedules.all()
 
     # --- looking
 

@@ -1,4 +1,4 @@
-"""A schedule, as a program holds it in its hand."""
+"""A schedule, as a program holds it in its hand, and all that are in a repository."""
 
 from __future__ import annotations
 
@@ -8,14 +8,21 @@ from datetime import datetime, timezone
 from itertools import islice
 from typing import Any
 
+import attrs
+
 from taskx.common.handles import TaskHandle
-from taskx.core import payload
+from taskx.core import lifecycle, payload
 from taskx.core.checks import check_int
-from taskx.core.clock import to_datetime
-from taskx.core.errors import ConfigurationError
-from taskx.core.model import Task
-from taskx.core.ticks import Every, Misfire, zone
-from taskx.schedules.stored import Entry, Overlap, Schedules
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
+from taskx.core.ids import new_id
+from taskx.core.model import Task, check_moment
+from taskx.core.ticks import BATCH, Every, Misfire, between, zone
+from taskx.core.writes import Note
+from taskx.moving import Services
+from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, store
+from taskx.submitting.creation import prepare
+from taskx.submitting.intake import Intake
 
 _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
 
@@ -27,15 +34,9 @@ class Schedule:
     :class:`ScheduleNotFound` once somebody has removed it.
     """
 
-    def __init__(
-        self,
-        entry: Entry,
-        schedules: Callable[[], Schedules],
-        handle: Callable[[str], TaskHandle[Any]],
-    ) -> None:
+    def __init__(self, entry: Entry, schedules: Schedules) -> None:
         self._entry = entry
-        self._schedules = schedules  # asked for each time: a forked child has others
-        self._handle = handle
+        self._schedules = schedules
 
     def __repr__(self) -> str:
         paused = ", paused" if self.paused else ""
@@ -107,23 +108,29 @@ class Schedule:
         Raises:
             ConfigurationError: this is no whole number from 1, or the host does not know the zone.
         """
-        ticks = islice(self._schedules().upcoming(self._entry), check_int(count, "count", 1))
+        now, coming = self._schedules.now(), self._entry.next
+        ticks = self._entry.ticks.after(now if coming is None else max(now, coming - 1))
         local = zone(self.tz)
-        return [to_datetime(tick).astimezone(local) for tick in ticks]
+        found = islice(ticks, check_int(count, "count", 1))
+        return [to_datetime(tick).astimezone(local) for tick in found]
 
     # --- what can be done to it
 
     def pause(self) -> None:
         """Have it tick no more until :meth:`resume`, over restarts and declarations, too."""
-        self._entry = self._schedules().pause(self.name)
+        self._entry = self._schedules.change(
+            self.name, lambda entry, now: attrs.evolve(entry, paused=True)
+        )
 
     def resume(self) -> None:
         """Have it tick again; ticks that it was paused for get no task."""
-        self._entry = self._schedules().resume(self.name)
+        self._entry = self._schedules.change(
+            self.name, lambda entry, now: entry.resumed(now) if entry.paused else entry
+        )
 
     def remove(self) -> None:
         """Forget it. Tasks that it has made stay."""
-        self._schedules().remove(self.name)
+        self._schedules.remove(self.name)
 
     def trigger(self) -> TaskHandle[Any]:
         """Make a task of it now, beside those of its ticks.
@@ -131,7 +138,7 @@ class Schedule:
         Raises:
             QueueStopped: the queue was stopped.
         """
-        return self._handle(self._schedules().trigger(self.name))
+        return self._schedules.trigger(self.name)
 
     def backfill(self, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
         """Make the task of each tick of a span in the past, both ends included.
@@ -145,8 +152,156 @@ class Schedule:
             ConfigurationError: a moment is naive, or the span is none or ends in the future.
             QueueStopped: the queue was stopped.
         """
-        ids = self._schedules().backfill(self.name, start, end)
-        return [self._handle(task_id) for task_id in ids]
+        return self._schedules.backfill(self.name, start, end)
+
+
+class Schedules:
+    """The schedules of a repository.
+
+    Args:
+        handle: makes a handle on a task.
+    """
+
+    def __init__(self, handle: Callable[[str], TaskHandle[Any]]) -> None:
+        self._handle = handle
+
+    def wire(self, services: Services, intake: Intake) -> None:
+        """Work with these from now on; a forked child has others than its parent."""
+        self._services = services
+        self._intake = intake
+
+    def now(self) -> int:
+        """The time, in milliseconds."""
+        return self._services.clock.now_ms()
+
+    def all(self) -> dict[str, Schedule]:
+        """Every schedule that can be read, by its name, in the order of names."""
+        notes = self._services.repository.notes(PREFIX)
+        found = {}
+        for note_name in sorted(notes):
+            try:
+                entry = entry_of(notes[note_name])
+            except RepositoryCorrupt as error:
+                self._services.log.warning("%s is left out: %s", note_name, error)
+            else:
+                found[entry.name] = Schedule(entry, self)
+        return found
+
+    def _note(self, name: str) -> Note:
+        note = self._services.repository.notes(PREFIX + name).get(PREFIX + name)
+        if note is None:
+            raise ScheduleNotFound(name)
+        return note
+
+    def declare(self, entry: Entry, task: Task, priority: int | None) -> Schedule:
+        """Store a schedule, or what is different about one of that name that is stored.
+
+        Args:
+            entry: what it is to be, but for its task.
+            task: what its tasks are to be like.
+            priority: wins over the task's and the executor's own.
+        """
+        wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority))
+        note_name = PREFIX + entry.name
+        while True:
+            note = self._services.repository.notes(note_name).get(note_name)
+            new = self._merged(wanted, note)
+            unchanged = note is not None and new.to_text() == note.text
+            if unchanged or self._put(new, 0 if note is None else note.version):
+                return Schedule(new, self)
+
+    def _template(self, name: str, task: Task, priority: int | None) -> dict[str, Any]:
+        if not isinstance(task, Task):
+            raise ConfigurationError(f"schedule takes a Task or a type, not {type(task).__name__}")
+        if task.id or task.run_at is not None:
+            raise ConfigurationError("a schedule gives its tasks their id and run_at itself")
+        if not task.created_by:
+            task = attrs.evolve(task, created_by=f"schedule:{name}")
+        if task.unique_key is not None or task.depends_on:
+            raise ConfigurationError(
+                "a schedule makes many tasks, which can have no unique_key and no depends_on"
+            )
+        row = prepare(self._services, task, priority).row
+        self._services.repository.codecs.columns(row)  # refused now, and not at every tick
+        return {column: value for column, value in row.items() if column in OF_TASK}
+
+    def _merged(self, wanted: Entry, note: Note | None) -> Entry:
+        now = self.now()
+        fresh = attrs.evolve(wanted, since=now)
+        if note is None:
+            return fresh.resumed(now)
+        try:
+            return fresh.declared_again(entry_of(note), now)
+        except RepositoryCorrupt as error:
+            self._services.log.warning("schedule %r is stored anew: %s", wanted.name, error)
+            return attrs.evolve(fresh.resumed(now), paused=_says_paused(note))
+
+    def change(self, name: str, change: Callable[[Entry, int], Entry]) -> Entry:
+        """Change a schedule as it is now; ``change`` is given the time, too.
+
+        Raises:
+            ScheduleNotFound: there is none of that name.
+        """
+        while True:
+            note = self._note(name)
+            old = entry_of(note)
+            new = change(old, self.now())
+            if new == old or self._put(new, note.version):
+                return new
+
+    def remove(self, name: str) -> None:
+        """Forget a schedule; tasks that it has made stay."""
+        while not self._services.repository.put_note(PREFIX + name, None, self._note(name).version):
+            continue
+        self._services.agenda.look_for_schedule(name)
+
+    def _put(self, entry: Entry, version: int) -> bool:
+        stored = self._services.repository.put_note(PREFIX + entry.name, entry.to_text(), version)
+        if stored:
+            self._services.agenda.look_for_schedule(entry.name)
+        return stored
+
+    def trigger(self, name: str) -> TaskHandle[Any]:
+        """Make a task of it now, beside those of its ticks."""
+        task = entry_of(self._note(name)).task
+        insert = lifecycle.create(task_id=new_id(), now=self.now(), **task)
+        self._intake.put(insert)
+        return self._handle(insert.id)
+
+    def backfill(self, name: str, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
+        """Make the tasks of all ticks of a span, unless they are there; returns the handles of all."""
+        self._intake.refuse_if_stopped()
+        entry = entry_of(self._note(name))
+        now = self.now()
+        ticks = between(entry.ticks, *_span(start, end, now))
+        handles: list[TaskHandle[Any]] = []
+        while some := list(islice(ticks, BATCH)):
+            inserts = [entry.insert(tick, now) for tick in some]
+            store(self._services, inserts)
+            handles += [self._handle(insert.id) for insert in inserts]
+        return handles
+
+
+def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:
+    for moment, what in ((start, "start"), (end, "end")):
+        if moment is None:
+            raise ConfigurationError(f"{what} must be a datetime, not None")
+        check_moment(moment, what)
+    first, last = to_ms(start), to_ms(end)
+    if not first <= last <= now:
+        raise ConfigurationError(
+            f"a span to fill ends after it starts, and not in the future: {start} to {end} does not"
+        )
+    return first, last
+
+
+def _says_paused(note: Note) -> bool:
+    """Whether a schedule that cannot be read is paused: one of a newer version may be."""
+    try:
+        data = payload.loads(note.text)
+    except ValueError:
+        return False
+    return isinstance(data, dict) and data.get("paused") is True
 
 
 def _moment(ms: int | None) -> datetime | None:

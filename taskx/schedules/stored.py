@@ -1,10 +1,8 @@
-"""Schedules as they are stored, and what is done to one of them."""
+"""Schedules as they are stored, and the tasks of their ticks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
-from itertools import islice
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
 import attrs
@@ -12,19 +10,16 @@ from attrs.validators import in_, instance_of, optional
 
 from taskx.core import lifecycle, payload
 from taskx.core.checks import check_number
-from taskx.core.clock import to_datetime, to_ms
-from taskx.core.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
-from taskx.core.ids import new_id
-from taskx.core.model import Task, check_moment, check_name
+from taskx.core.clock import to_datetime
+from taskx.core.errors import ConfigurationError, RepositoryCorrupt
+from taskx.core.model import check_name
 from taskx.core.options import ScheduleOptions
 from taskx.core.ticks import (
-    BATCH,
     LONGEST,
     MISFIRES,
     Every,
     Misfire,
     Ticks,
-    between,
     check_spec,
     ticks_of,
     upcoming,
@@ -32,8 +27,6 @@ from taskx.core.ticks import (
 )
 from taskx.core.writes import Insert, Note
 from taskx.moving import Services
-from taskx.submitting.creation import prepare
-from taskx.submitting.intake import Intake
 
 #: What the names of the notes begin with that schedules are kept in.
 PREFIX = "schedule/"
@@ -46,8 +39,8 @@ SKIP_GRACE = 10.0
 Overlap = Literal["allow", "skip"]
 OVERLAPS = get_args(Overlap)
 
-# The columns of a task that its schedule decides.
-_OF_TASK = frozenset(("type", "params", *ScheduleOptions.__optional_keys__))
+#: The columns of a task that its schedule decides.
+OF_TASK = frozenset(("type", "params", *ScheduleOptions.__optional_keys__))
 _OPTIONAL_INT = optional(instance_of(int))
 
 
@@ -56,14 +49,10 @@ class Entry:
     """A schedule as it is stored.
 
     Attributes:
-        name: unique in a repository.
-        spec: a cron expression, or an interval.
-        tz: in whose local time an expression is read.
+        name, spec, tz, misfire, overlap: as ``Queue.schedule`` takes them.
         since: from when an interval is counted, in milliseconds, as all moments here.
         task: what its tasks are made of: what ``lifecycle.create`` takes.
-        misfire: what is done about ticks at which nobody was there.
         grace: milliseconds that a tick may be late; None for any number.
-        overlap: what is done where the task of the last tick that got one has not ended.
         paused: whether it does not tick at present.
         next: the first tick that is not decided about yet; None if there is none any more.
         last: the last tick that got a task.
@@ -127,7 +116,7 @@ def entry_of(note: Note) -> Entry:
         if type(data["spec"]) is not str:
             data["spec"] = Every(data["spec"])
         entry = Entry(**data)
-        if not {"type", "params", "created_by"} <= entry.task.keys() <= _OF_TASK:
+        if not {"type", "params", "created_by"} <= entry.task.keys() <= OF_TASK:
             raise ValueError(f"no task has {sorted(entry.task)}")
         lifecycle.create(task_id="", now=0, **entry.task)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
@@ -149,184 +138,6 @@ def store(services: Services, inserts: Sequence[Insert]) -> bool:
     services.consequences.created([i for i, new in zip(inserts, results, strict=True) if new])
     services.agenda.look_for_more()
     return any(results)
-
-
-class Schedules:
-    """The schedules of a repository.
-
-    Args:
-        services: what it works with.
-        intake: what checks the tasks, and stores some.
-    """
-
-    def __init__(self, services: Services, intake: Intake) -> None:
-        self._services = services
-        self._intake = intake
-
-    # --- looking
-
-    def all(self) -> dict[str, Entry]:
-        """Every schedule that can be read, by its name, in the order of names."""
-        notes = self._services.repository.notes(PREFIX)
-        found = {}
-        for note_name in sorted(notes):
-            try:
-                entry = entry_of(notes[note_name])
-            except RepositoryCorrupt as error:
-                self._services.log.warning("%s is left out: %s", note_name, error)
-            else:
-                found[entry.name] = entry
-        return found
-
-    def get(self, name: str) -> Entry:
-        """A schedule as it is now.
-
-        Raises:
-            ScheduleNotFound: there is none of that name.
-        """
-        return entry_of(self._note(name))
-
-    def _note(self, name: str) -> Note:
-        note = self._services.repository.notes(PREFIX + name).get(PREFIX + name)
-        if note is None:
-            raise ScheduleNotFound(name)
-        return note
-
-    def upcoming(self, entry: Entry) -> Iterator[int]:
-        """The ticks that are yet to come, as if it were not paused."""
-        now = self._services.clock.now_ms()
-        return entry.ticks.after(now if entry.next is None else max(now, entry.next - 1))
-
-    # --- changing
-
-    def declare(self, entry: Entry, task: Task, priority: int | None) -> Entry:
-        """Store a schedule, or what is different about one of that name that is stored.
-
-        Args:
-            entry: what it is to be, but for its task.
-            task: what its tasks are to be like.
-            priority: wins over the task's and the executor's own.
-        """
-        wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority))
-        note_name = PREFIX + entry.name
-        while True:
-            note = self._services.repository.notes(note_name).get(note_name)
-            new = self._merged(wanted, note)
-            if note is not None and new.to_text() == note.text:
-                return new
-            if self._put(new, 0 if note is None else note.version):
-                return new
-
-    def _template(self, name: str, task: Task, priority: int | None) -> dict[str, Any]:
-        if not isinstance(task, Task):
-            raise ConfigurationError(f"schedule takes a Task or a type, not {type(task).__name__}")
-        if task.id or task.run_at is not None:
-            raise ConfigurationError("a schedule gives its tasks their id and run_at itself")
-        if not task.created_by:
-            task = attrs.evolve(task, created_by=f"schedule:{name}")
-        if task.unique_key is not None or task.depends_on:
-            raise ConfigurationError(
-                "a schedule makes many tasks, which can have no unique_key and no depends_on"
-            )
-        row = prepare(self._services, task, priority).row
-        self._services.repository.codecs.columns(row)  # refused now, and not at every tick
-        return {column: value for column, value in row.items() if column in _OF_TASK}
-
-    def _merged(self, wanted: Entry, note: Note | None) -> Entry:
-        now = self._services.clock.now_ms()
-        fresh = attrs.evolve(wanted, since=now)
-        if note is None:
-            return fresh.resumed(now)
-        try:
-            return fresh.declared_again(entry_of(note), now)
-        except RepositoryCorrupt as error:
-            self._services.log.warning("schedule %r is stored anew: %s", wanted.name, error)
-            return attrs.evolve(fresh.resumed(now), paused=_says_paused(note))
-
-    def _change(self, name: str, change: Callable[[Entry], Entry]) -> Entry:
-        """Change a schedule as it is now.
-
-        Raises:
-            ScheduleNotFound: there is none of that name.
-        """
-        while True:
-            note = self._note(name)
-            old = entry_of(note)
-            new = change(old)
-            if new == old or self._put(new, note.version):
-                return new
-
-    def pause(self, name: str) -> Entry:
-        """Have it tick no more until it is resumed."""
-        return self._change(name, lambda entry: attrs.evolve(entry, paused=True))
-
-    def resume(self, name: str) -> Entry:
-        """Have it tick again; what was missed while it was paused is not made good."""
-        now = self._services.clock.now_ms()
-        return self._change(name, lambda entry: entry.resumed(now) if entry.paused else entry)
-
-    def remove(self, name: str) -> None:
-        """Forget a schedule; tasks that it has made stay."""
-        while not self._services.repository.put_note(PREFIX + name, None, self._note(name).version):
-            continue
-        self._tell(name)
-
-    def _put(self, entry: Entry, version: int) -> bool:
-        stored = self._services.repository.put_note(PREFIX + entry.name, entry.to_text(), version)
-        if stored:
-            self._tell(entry.name)
-        return stored
-
-    def _tell(self, name: str) -> None:
-        self._services.agenda.look_for_schedule(name)
-
-    # --- tasks out of turn
-
-    def trigger(self, name: str) -> str:
-        """Make a task of it now, beside those of its ticks; returns its id."""
-        task = self.get(name).task
-        insert = lifecycle.create(task_id=new_id(), now=self._services.clock.now_ms(), **task)
-        self._intake.put(insert)
-        return insert.id
-
-    def backfill(self, name: str, start: datetime, end: datetime) -> list[str]:
-        """Make the tasks of all ticks of a span, unless they are there; returns all ids, in order."""
-        self._intake.refuse_if_stopped()
-        entry = self.get(name)
-        now = self._services.clock.now_ms()
-        ids: list[str] = []
-        for ticks in _batches(between(entry.ticks, *_span(start, end, now))):
-            inserts = [entry.insert(tick, now) for tick in ticks]
-            store(self._services, inserts)
-            ids += [insert.id for insert in inserts]
-        return ids
-
-
-def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:
-    for moment, what in ((start, "start"), (end, "end")):
-        if moment is None:
-            raise ConfigurationError(f"{what} must be a datetime, not None")
-        check_moment(moment, what)
-    first, last = to_ms(start), to_ms(end)
-    if not first <= last <= now:
-        raise ConfigurationError(
-            f"a span to fill ends after it starts, and not in the future: {start} to {end} does not"
-        )
-    return first, last
-
-
-def _says_paused(note: Note) -> bool:
-    """Whether a schedule that cannot be read is paused: one of a newer version may be."""
-    try:
-        data = payload.loads(note.text)
-    except ValueError:
-        return False
-    return isinstance(data, dict) and data.get("paused") is True
-
-
-def _batches(ticks: Iterator[int]) -> Iterator[list[int]]:
-    while batch := list(islice(ticks, BATCH)):
-        yield batch
 
 
 def make_entry(

@@ -37,10 +37,8 @@ class Read:
     """A schedule as its note was read.
 
     Attributes:
-        name: that of the note.
-        version: that of the note.
-        entry: the schedule; None where this process cannot tell when it ticks.
-        ticks: its ticks.
+        name, version: those of the note.
+        entry, ticks: the schedule and its ticks; None where this process cannot tell when it ticks.
         failures: how often its tasks could not be made since.
         again_at: when that is tried again, on the monotonic clock.
         due: when there is something to do about it, in milliseconds; None for never.
@@ -204,17 +202,17 @@ class Ticker:
     def _expect(self, read: Read) -> None:
         """Note when there is something to do about a schedule."""
         entry = read.entry
+        clock = self._services.clock
         if entry is None:
             read.due = None
         elif entry.making is not None:
-            read.due = self._services.clock.now_ms()
+            read.due = clock.now_ms()
         else:
             read.due = None if entry.paused else entry.next
-        if read.due is not None and read.failures:
-            clock = self._services.clock
-            pause = math.ceil((read.again_at - clock.monotonic()) * 1000)
-            read.due = max(read.due, clock.now_ms() + pause)
         if read.due is not None:
+            if read.failures:
+                pause = math.ceil((read.again_at - clock.monotonic()) * 1000)
+                read.due = max(read.due, clock.now_ms() + pause)
             heapq.heappush(self._next, (read.due, random.random(), read.name))
 
     def _take_due(self, since: float) -> list[Read]:
@@ -225,8 +223,9 @@ class Ticker:
         """
         names = self._due_names()
         if len(names) < FEW:
-            read = filter(None, map(self._read_one, names))
-            return [one for one in read if self._is_due(one)]
+            read = [*filter(None, map(self._read_one, names))]
+            now = self._services.clock.now_ms()
+            return [one for one in read if one.due is not None and one.due <= now]
         if self._all_read_at < since:
             self._read_all()  # what others have done, paused or changed
             names = self._due_names()
@@ -239,9 +238,6 @@ class Ticker:
             if (read := self._read.get(name)) is not None and read.due == due:
                 names[name] = None
         return list(names)
-
-    def _is_due(self, read: Read) -> bool:
-        return read.due is not None and read.due <= self._services.clock.now_ms()
 
     # --- making
 
@@ -275,7 +271,11 @@ class Ticker:
         # Those that must not overlap first: so that whoever decides about a later tick knows of this one.
         first = [plan for plan in plans if plan.moved.making is not None and plan.run]
         held = dict(zip((p.read.name for p in first), self._put(first), strict=True))
-        going = [self._taken_up(plan) for plan in plans if held.get(plan.read.name, True)]
+        going = [
+            plan._replace(moved=attrs.evolve(plan.moved, making=None))
+            for plan in plans
+            if held.get(plan.read.name, True)
+        ]
         inserts = [p.moved.insert(tick, now) for p in going for tick in p.run]
         made = bool(inserts) and store(self._services, inserts)
         self._put(going)
@@ -300,10 +300,6 @@ class Ticker:
             run = self._without_overlap(read, entry.next, now, run[0])
             moved = attrs.evolve(moved, making=run[0] if run else None)
         return Plan(read, attrs.evolve(moved, last=run[-1]) if run else moved, entry.next, run)
-
-    def _taken_up(self, plan: Plan) -> Plan:
-        """Return the rest of a plan, once it is stored that the tick's task is being made."""
-        return plan._replace(moved=attrs.evolve(plan.moved, making=None))
 
     def _put(self, plans: Sequence[Plan]) -> Sequence[bool]:
         """Store schedules; if another node moved one on, or somebody changed it, look again."""

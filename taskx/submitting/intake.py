@@ -9,6 +9,7 @@ from operator import itemgetter
 from typing import Any, NoReturn
 
 from taskx.common import permission
+from taskx.common.config import Config
 from taskx.core import lifecycle, unique
 from taskx.core.errors import (
     ConfigurationError,
@@ -46,22 +47,15 @@ class Intake:
     Args:
         services: what it works with.
         state: whether the queue is started, and whether it was stopped.
-        overflow: what a full buffer does.
-        block_timeout: seconds that ``block`` waits for room; None for ever.
+        config: what a full buffer does.
     """
 
-    def __init__(
-        self,
-        services: Services,
-        state: State,
-        overflow: str,
-        block_timeout: float | None,
-    ) -> None:
+    def __init__(self, services: Services, state: State, config: Config) -> None:
         self._services = services
         self._state = state
         self._hooks = services.hooks
-        self._overflow = overflow
-        self._block_timeout = block_timeout
+        self._overflow = config.overflow
+        self._block_timeout = config.block_timeout
         self._lost = permission.in_child and not services.repository.shared
 
     # --- one task
