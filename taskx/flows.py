@@ -136,16 +136,12 @@ class FlowHandle:
 
         One of a task that did not complete, and was requeued since, is another one then.
         """
-        self._renew()
-        return list(self._handles.values())
-
-    def _renew(self) -> None:
-        """Follow anew what has ended otherwise than well, and runs again or has completed since."""
         ended = [task_id for task_id, handle in self._handles.items() if handle.ended_badly]
         statuses = self._queue.repository.statuses(ended) if ended else {}
         for task_id, status in statuses.items():
             if status not in (TaskStatus.FAILED, TaskStatus.CANCELLED):
                 self._handles[task_id] = self._queue.handle(task_id)
+        return list(self._handles.values())
 
     def _statuses(self) -> list[TaskStatus | None]:
         """Return the statuses of all its tasks, in order; None for one deleted before it completed."""
@@ -288,17 +284,14 @@ class _Layout:
         """The step laid out after its parents, and the tasks that end it."""
         if isinstance(step, Task):
             return self._lay_task(step, parents)
-        shapes = []
-        if step.kind == "chain":
-            ends = parents
-            for part in step.steps:
-                shape, ends = self.lay(part, ends)
-                shapes.append(shape)
-        else:
-            ends = []
-            for part in step.steps:
-                shape, own = self.lay(part, parents)
-                shapes.append(shape)
+        shapes: list[Shape] = []
+        ends: list[str] = []
+        for part in step.steps:
+            shape, own = self.lay(part, parents)
+            shapes.append(shape)
+            if step.kind == "chain":
+                parents = ends = own
+            else:
                 ends += own
         return {step.kind: shapes}, ends
 

@@ -87,10 +87,8 @@ class Ticker:
         self._services = services
         # Since when it has looked without a gap, and when it did last, in milliseconds.
         self._there_since, self._seen = 0, -GAP
-        self._stale = True
-        self._look_at = 0.0
-        # How often it was asked to look, and how many of these askings it has heeded.
-        self._asked, self._heeded = 1, 0
+        # Whether one may have been changed, and when to look at that, on the monotonic clock; 0: at once.
+        self._stale, self._look_at = True, 0.0
         # Names of schedules that were changed in this process, or by another one that came first.
         self._told = services.agenda.schedules
         self._read: dict[str, Read] = {}
@@ -103,13 +101,9 @@ class Ticker:
         """The next tick of all schedules, in milliseconds; None if there is none."""
         return self._next[0][0] if self._next else None
 
-    def look(self, name: str | None = None) -> None:
-        """A schedule, of this name if it is known, was changed: see when it ticks."""
-        if name is None:
-            self._stale, self._look_at = True, 0.0
-        else:
-            self._told.append(name)
-        self._asked += 1
+    def look(self) -> None:
+        """A schedule may have been changed: look at all of them in the next round."""
+        self._stale, self._look_at = True, 0.0
 
     def look_soon(self) -> None:
         """Another process may have changed a schedule."""
@@ -117,8 +111,8 @@ class Ticker:
 
     def behind(self, now: int) -> bool:
         """Whether a tick may have come that has not got its task yet, at a moment in milliseconds."""
-        asked = self._told or self._heeded != self._asked
-        return bool(asked) or (self.next is not None and self.next <= now)
+        at_once = self._stale and not self._look_at
+        return bool(self._told) or at_once or (self.next is not None and self.next <= now)
 
     def tick(self, patience: float = math.inf) -> bool:
         """Make the tasks that are due, if any are; whether it made some.
@@ -129,8 +123,7 @@ class Ticker:
         Raises:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
-        began = time.monotonic()
-        asked, made = self._asked, False
+        began, made = time.monotonic(), False
         self._now()
         try:
             self._look_again()
@@ -141,7 +134,7 @@ class Ticker:
         except BaseException:
             self.look()
             raise
-        self._heeded, self._seen = asked, self._now()
+        self._seen = self._now()
         return made
 
     def _now(self) -> int:
@@ -156,7 +149,7 @@ class Ticker:
     def _look_again(self) -> None:
         """Read what was changed, or may have been."""
         if len(self._told) > FEW:
-            self._stale, self._look_at = True, 0.0
+            self.look()
         if self._stale and time.monotonic() >= self._look_at:
             self._stale = False  # before reading: what is changed from now on sets it again
             self._read_all()
@@ -314,7 +307,7 @@ class Ticker:
                 if plan.moved.making is None:
                     self._expect(read)
             else:
-                self.look(plan.read.name[len(PREFIX) :])
+                self._told.append(plan.read.name[len(PREFIX) :])
         return results
 
     def _without_overlap(self, read: Read, since: int, now: int, tick: int) -> list[int]:
