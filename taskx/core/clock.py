@@ -29,11 +29,9 @@ class SystemClock:
     """The machine's own clocks."""
 
     def now_ms(self) -> int:
-        """Milliseconds since 1970-01-01 UTC."""
         return time.time_ns() // 1_000_000
 
     def monotonic(self) -> float:
-        """``time.monotonic()``."""
         return time.monotonic()
 
 

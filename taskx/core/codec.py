@@ -64,14 +64,13 @@ class ZlibCodec(Codec):
         self._level = check_int(level, "level", 1, 9)
 
     def encode(self, data: bytes) -> bytes | None:
-        """The compressed text, or None where that would save nothing."""
         if len(data) < self._min_size:
             return None
         packed = zlib.compress(data, self._level)
-        return packed if len(packed) * 4 // 3 < len(data) else None  # it is stored as base64
+        # It is stored as base64; and as it is where that would save nothing.
+        return packed if len(packed) * 4 // 3 < len(data) else None
 
     def decode(self, data: bytes) -> bytes:
-        """The text."""
         return zlib.decompress(data)
 
 
@@ -105,11 +104,7 @@ class Codecs:
     # --- writing
 
     def coded(self, writes: Sequence[Write]) -> Sequence[Write]:
-        """The writes as they are to be stored.
-
-        Raises:
-            PayloadError: the codec failed.
-        """
+        """The writes as they are to be stored; ``PayloadError`` if the codec failed."""
         return writes if self._writer is None else [self._coded_write(write) for write in writes]
 
     def _coded_write(self, write: Write) -> Write:
@@ -120,11 +115,7 @@ class Codecs:
         return write
 
     def columns(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Columns of a row as they are to be stored.
-
-        Raises:
-            PayloadError: the codec failed.
-        """
+        """Columns of a row as they are to be stored; ``PayloadError`` if the codec failed."""
         if self._writer is None:
             return columns
         changed = {

@@ -47,25 +47,16 @@ def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
     if isinstance(value, dict) and CODEC_KEY in value:
         raise PayloadError(f"{what}.{CODEC_KEY}", "is a key that TaskX keeps for itself")
     text = _dumps(value)
-    if text.isascii():
-        size = len(text)
-    else:
-        try:
-            size = len(text.encode())
-        except UnicodeEncodeError:
-            raise PayloadError(
-                _surrogate_path(value, what), "a lone surrogate is no text"
-            ) from None
-    _check_size(size, what, max_size)
+    try:
+        check_size(text, what, max_size)
+    except UnicodeEncodeError:
+        raise PayloadError(_surrogate_path(value, what), "a lone surrogate is no text") from None
     return text
 
 
 def check_size(text: str, what: str, max_size: int) -> None:
     """Refuse JSON text that is too large with a ``PayloadError``."""
-    _check_size(len(text) if text.isascii() else len(text.encode()), what, max_size)
-
-
-def _check_size(size: int, what: str, max_size: int) -> None:
+    size = len(text) if text.isascii() else len(text.encode())
     if size > max_size:
         raise PayloadError(
             what, f"{size:,} bytes as JSON, more than max_payload_size ({max_size:,})"

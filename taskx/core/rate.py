@@ -30,13 +30,7 @@ FULL = float("-inf")
 
 @attrs.frozen
 class Rate:
-    """So many in so many seconds, and so many at once.
-
-    Attributes:
-        count: how many.
-        seconds: in how many seconds.
-        burst: how many at once, when there were none for a while.
-    """
+    """So many in so many seconds, and so many at once when there were none for a while."""
 
     count: int
     seconds: float
@@ -63,22 +57,16 @@ class Rate:
         return mark - count * self.interval
 
     def when(self, mark: float, count: int) -> float:
-        """From when on so many may be taken; of more than ``burst``, as many as that."""
+        """The time at which so many may be taken, at most ``burst``."""
         return mark - (self.burst - min(count, self.burst)) * self.interval
 
 
 class Limit(NamedTuple):
-    """The limits of a type.
+    """The limits of a type."""
 
-    Attributes:
-        max_concurrency: how many run at once; None for any number.
-        rate: how many start in a time; None for any number.
-        scope: who shares them.
-    """
-
-    max_concurrency: int | None
-    rate: Rate | None
-    scope: LimitScope
+    max_concurrency: int | None  #: how many run at once; None for any number
+    rate: Rate | None  #: how many start in a time; None for any number
+    scope: LimitScope  #: who shares them
 
 
 def rate_of(given: Any, burst: int | None) -> Rate | None:

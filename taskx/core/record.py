@@ -94,33 +94,19 @@ def rank(priority: int, created_at: int, run_at: int | None, ageing: int) -> int
 
 #: The columns from which a stub is made, in order.
 STUB = (
-    "id",
-    "status",
-    "starts",
-    "priority",
-    "created_at",
-    "cancel_requested_at",
-    "type",
-    "run_at",
+    *("id", "status", "starts", "priority", "created_at"),
+    *("cancel_requested_at", "type", "run_at"),
 )
 
 
 class Ended(NamedTuple):
-    """A task that has ended, with what decides whether its record may go.
-
-    Attributes:
-        stub: the task.
-        depends_on: the ids of its parents.
-        unique_lock: the unique key that it holds; None if it holds none.
-        unique_scope: how long it holds the key.
-        place: where the next look goes on, if this is the last task of one.
-    """
+    """A task that has ended, with what decides whether its record may go."""
 
     stub: Stub
-    depends_on: Sequence[str]
-    unique_lock: str | None
-    unique_scope: str | None
-    place: Any
+    depends_on: Sequence[str]  #: the ids of its parents
+    unique_lock: str | None  #: the unique key that it holds; None if it holds none
+    unique_scope: str | None  #: how long it holds the key
+    place: Any  #: where the next look goes on, if this is the last task of one
 
 
 _STATUS = {status.value: status for status in TaskStatus}
@@ -207,11 +193,9 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         return task
     except Unreadable as problem:  # all but what codecs made
         return _salvaged_task(row, problem, params="{}", result=None, checkpoints=None)
-    except KeyError as problem:
-        if known_status(status) == status:
-            return _damaged_task(row, problem)
-        return _salvaged_task(row, f"{status!r:.50} as status", status=known_status(status))
-    except (ValueError, TypeError, RecursionError, OverflowError) as problem:
+    except (KeyError, ValueError, TypeError, RecursionError, OverflowError) as problem:
+        if isinstance(problem, KeyError) and known_status(status) != status:
+            return _salvaged_task(row, f"{status!r:.50} as status", status=known_status(status))
         return _damaged_task(row, problem)
 
 
@@ -273,9 +257,8 @@ def row_from_task(task: Task) -> dict[str, Any]:
     row["result"] = None if task.result is None else payload.encode(task.result, "result")
     row["retry"] = policy_to_text(task.retry)
     row["depends_on"] = ids_to_text(task.depends_on)
-    row["checkpoints"] = (
-        payload.encode(task.checkpoints, "checkpoints") if task.checkpoints else None
-    )
+    noted = task.checkpoints
+    row["checkpoints"] = payload.encode(noted, "checkpoints") if noted else None
     row["earlier_attempts"] = attempts_to_text(task.earlier_attempts)
     row["dead_letter"] = int(task.dead_letter)
     for name in TIME_FIELDS:
@@ -380,11 +363,9 @@ def _text(value: Any) -> str:
 
 def ids_to_text(task_ids: Sequence[str]) -> str | None:
     """Ids as JSON text, None for none."""
-    return (
-        payload.encode(list(task_ids), "depends_on", max_size=payload.NO_LIMIT)
-        if task_ids
-        else None
-    )
+    if not task_ids:
+        return None
+    return payload.encode(list(task_ids), "depends_on", max_size=payload.NO_LIMIT)
 
 
 def parents_from_text(text: Any) -> list[str]:

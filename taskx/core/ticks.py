@@ -31,7 +31,7 @@ BATCH = 100
 # Local times know no zone here: it is looked up for each of them.
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 _DAY, _MILLISECOND = timedelta(days=1), timedelta(milliseconds=1)
-_EVERY_HOUR = frozenset(range(24))
+_EVERY_HOUR = set(range(24))
 
 
 def _interval(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
@@ -43,11 +43,7 @@ def _interval(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 
 @attrs.frozen
 class Every:
-    """An interval between ticks.
-
-    Attributes:
-        seconds: how long it is.
-    """
+    """An interval between ticks."""
 
     seconds: float = attrs.field(validator=_interval)
 
@@ -74,18 +70,12 @@ class Ticks(Protocol):
 
 @attrs.frozen
 class IntervalTicks:
-    """The ticks of an interval.
+    """The ticks of an interval."""
 
-    Attributes:
-        period: milliseconds between two of them.
-        since: a moment from which they are counted, in both directions.
-    """
-
-    period: int
-    since: int
+    period: int  #: milliseconds between two of them
+    since: int  #: a moment from which they are counted, in both directions
 
     def after(self, moment: int) -> Iterator[int]:
-        """The ticks later than a moment, in order."""
         tick = moment + self.period - (moment - self.since) % self.period
         while tick <= LAST:
             yield tick
@@ -99,17 +89,12 @@ class CronTicks:
     A local time that does not exist, as clocks are set forward, ticks once at the shift; one that
     exists twice ticks the first time. An expression for every hour of the day names no hour: it goes
     by elapsed time, so that clocks that are set back do not silence it for an hour.
-
-    Attributes:
-        expression: five fields.
-        zone: the time zone.
     """
 
-    expression: str
+    expression: str  #: five fields
     zone: tzinfo
 
     def after(self, moment: int) -> Iterator[int]:
-        """The ticks later than a moment, in order."""
         try:
             for tick in self._all_from(moment):
                 if tick > moment:
@@ -120,9 +105,10 @@ class CronTicks:
 
     def _all_from(self, moment: int) -> Iterator[int]:
         """Ticks in order, some of them twice, from a little before a moment."""
-        names_hours = _cron_hours(self.expression) != _EVERY_HOUR
+        cron = _cron(self.expression, self._local_before(moment))
+        names_hours = set(cron.hours) != _EVERY_HOUR
         waiting: list[int] = []
-        for local in _local_times(self.expression, self._local_before(moment)):
+        for local in cron:
             first, second = self._utc(local, 0), self._utc(local, 1)
             if first > second:  # clocks pass over it
                 if names_hours:
@@ -181,15 +167,6 @@ def _cron(expression: str, start: datetime) -> Any:
         ) from None
 
 
-def _cron_hours(expression: str) -> frozenset[int]:
-    return frozenset(_cron(expression, _EPOCH).hours)
-
-
-def _local_times(expression: str, start: datetime) -> Iterator[datetime]:
-    times: Iterator[datetime] = _cron(expression, start)
-    return times
-
-
 # --- what was asked for
 
 
@@ -211,7 +188,7 @@ def check_spec(spec: Any) -> str | Every:
             f"cron expression {spec!r} has {fields} fields and not five: minute, hour, "
             "day of the month, month, day of the week, as in '0 3 * * *'"
         )
-    if next(_local_times(expression, _EPOCH), None) is None:
+    if next(_cron(expression, _EPOCH), None) is None:
         raise ConfigurationError(f"cron expression {spec!r} never comes")
     return expression
 
@@ -236,12 +213,7 @@ def zone(name: Any) -> tzinfo:
 
 
 def ticks_of(spec: str | Every, tz: str, since: int) -> Ticks:
-    """The ticks of a spec.
-
-    Args:
-        spec: a cron expression, or an interval.
-        tz: the name of the zone in whose local time an expression is read.
-        since: the moment from which an interval is counted.
+    """The ticks of a spec: an expression read in the local time of ``tz``, or an interval from ``since``.
 
     Raises:
         ConfigurationError: this host does not know the zone, or lacks a package.
@@ -280,15 +252,10 @@ def latest(ticks: Ticks, start: int, end: int, most: int = 1) -> list[int]:
 
 
 class Decision(NamedTuple):
-    """What becomes of the ticks that are due.
+    """What becomes of the ticks that are due."""
 
-    Attributes:
-        run: those for which there is to be a task, in order.
-        next: the first tick that is not decided about yet; None if there is none any more.
-    """
-
-    run: list[int]
-    next: int | None
+    run: list[int]  #: those for which there is to be a task, in order
+    next: int | None  #: the first tick that is not decided about yet; None if there is none
 
 
 def decide(

@@ -51,7 +51,7 @@ class Insert(NamedTuple):
 class Update(NamedTuple):
     """Change columns of the record with that id, if its guard holds.
 
-    It holds not either where another record has the value that it would give a unique column.
+    The guard also fails if another record has the value that this would give a unique column.
 
     ``durable`` marks what a caller was told, so that a power cut must not undo it. ``move`` names the move
     that it makes, for those who must do what follows; to a repository it says nothing.
@@ -82,29 +82,18 @@ Write = Insert | Update | Delete
 
 
 class Note(NamedTuple):
-    """A short text kept under a name.
-
-    Attributes:
-        text: what was stored.
-        version: rises with every change; never 0, and never one that an earlier note of its name had.
-    """
+    """A short text kept under a name."""
 
     text: str
-    version: int
+    version: int  #: rises with every change; never 0, nor what an earlier note of its name had
 
 
 class NoteChange(NamedTuple):
-    """A change of a note, which holds if the note still has a version.
-
-    Attributes:
-        name: its name.
-        text: what to store; None to remove it.
-        version: the one that it must have now; 0 if there must be none.
-    """
+    """A change of a note, which holds if the note still has a version."""
 
     name: str
-    text: str | None
-    version: int
+    text: str | None  #: what to store; None to remove it
+    version: int  #: the one that it must have now; 0 if there must be none
 
 
 #: The columns that every creation sets.
