@@ -26,11 +26,9 @@ _formatter.default_time_format, _formatter.default_msec_format = "%Y-%m-%dT%H:%M
 
 
 class Capture:
-    """The last lines that a run logged, at most :data:`MAX_LOG` characters.
+    """The last lines that a run logged of at least a level, at most :data:`MAX_LOG` characters.
 
-    Args:
-        level: of at least this level.
-        prefix: what ``ctx.logger`` begins its lines with, and a record need not say.
+    ``prefix`` is what ``ctx.logger`` begins its lines with, and a record need not say.
     """
 
     def __init__(self, level: int, prefix: str) -> None:
@@ -73,11 +71,9 @@ class CapturedLogger(logging.Logger):
         self._capture = capture
 
     def isEnabledFor(self, level: int) -> bool:  # noqa: N802  (logging's name)
-        """Whether somebody wants lines of this level."""
         return level >= self._capture.level or self._logger.isEnabledFor(level)
 
     def callHandlers(self, record: logging.LogRecord) -> None:  # noqa: N802  (logging's name)
-        """Keep a record, and hand it on."""
         self._capture.add(record)
         record.taskx_kept = True
         if self._logger.isEnabledFor(record.levelno):

@@ -19,13 +19,7 @@ _PAUSE = 0.2
 
 
 class Keeper:
-    """Stores the checkpoints of all runs of a queue.
-
-    Args:
-        repository: where they are stored.
-        ledger: by which they are.
-        max_payload_size: the most that a task may have, in bytes of JSON.
-    """
+    """Stores the checkpoints of all runs of a queue: of each at most ``max_payload_size`` bytes of JSON."""
 
     def __init__(self, repository: Repository, ledger: Ledger, max_payload_size: int) -> None:
         self._repository = repository
@@ -59,10 +53,7 @@ class Keeper:
 class Checkpoints:
     """The checkpoints of one run, several threads of which may store some.
 
-    Args:
-        task: the task, as it was when the run began.
-        token: the token of the run, which is fired when it turns out that it has lost its task.
-        keeper: what stores them.
+    ``task`` is as it was when the run began; ``token`` is fired when it turns out that the run has lost it.
     """
 
     def __init__(self, task: Task, token: CancelToken, keeper: Keeper) -> None:

@@ -35,26 +35,18 @@ class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
     ) -> tuple[Any, MutableMapping[str, Any]]:
-        """Add the task to a record."""
         extra = dict(self.extra or {})
         kwargs["extra"] = {**extra, **(kwargs.get("extra") or {})}
         return f"{log_prefix(str(extra['task_id']), str(extra['task_type']))}{msg}", kwargs
 
 
 class Shared(NamedTuple):
-    """What all contexts of a queue work with.
+    """What all contexts of a queue work with."""
 
-    Attributes:
-        alarms: fires tokens at their deadlines.
-        log: what ``ctx.logger`` logs to.
-        keeper: stores checkpoints.
-        fetch: reads tasks.
-    """
-
-    alarms: Alarms
-    log: logging.Logger
-    keeper: Keeper
-    fetch: Fetch
+    alarms: Alarms  #: fires tokens at their deadlines
+    log: logging.Logger  #: what ``ctx.logger`` logs to
+    keeper: Keeper  #: stores checkpoints
+    fetch: Fetch  #: reads tasks
 
 
 class Context:
@@ -115,9 +107,8 @@ class Context:
     @property
     def logger(self) -> TaskLogger:
         """A logger that names the task."""
-        return TaskLogger(
-            self._shared.log, {"task_id": self._task.id, "task_type": self._task.type}
-        )
+        extra = {"task_id": self._task.id, "task_type": self._task.type}
+        return TaskLogger(self._shared.log, extra)
 
     def progress(self, percent: float, message: str = "") -> None:
         """Tell how far the task is: percent from 0 to 100 (clamped) and a short text.

@@ -267,24 +267,15 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     Raises:
         ConfigurationError: it is no executor.
     """
-    check_params: Callable[[Mapping[str, Any]], None] | None = None
+    check: Callable[[Mapping[str, Any]], None] | None = None
     if isinstance(executor, Executor):
-        options = executor.options.overridden(options)
+        options, check = executor.options.overridden(options), executor.check_params
         type, function, takes_context = executor.type, executor.function, executor.takes_context
-        check_params = executor.check_params
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
-    settled = options.settled
-    return Registered(
-        type=type,
-        function=function,
-        takes_context=takes_context,
-        check_params=check_params,
-        options=options,
-        settled=settled,
-        at_start=tuple({**UNLESS_SAID, **settled}.values()),
-        log_level=log_level(options.capture_log),
-    )
+    settled, level = options.settled, log_level(options.capture_log)
+    at_start = tuple({**UNLESS_SAID, **settled}.values())
+    return Registered(type, function, takes_context, check, options, settled, at_start, level)
 
 
 def _type_of(executor: Any) -> str:

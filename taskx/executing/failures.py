@@ -22,9 +22,9 @@ MAX_ERROR = 4_000
 MAX_TRACEBACK = 20_000
 
 
-def is_a(error: BaseException, kind: type[BaseException]) -> bool:
+def is_a(error: BaseException, *kinds: type[BaseException]) -> bool:
     """As ``isinstance``, which also asks the object for its ``__class__``."""
-    return issubclass(type(error), kind)
+    return issubclass(type(error), kinds)
 
 
 def seconds_asked(error: BaseException, attribute: str) -> float | None:
@@ -53,7 +53,7 @@ def error_text(error: BaseException) -> str:
     """An exception as text that can be stored, even where its own ``str`` raises or is huge."""
     if is_a(error, Remote):
         return error.text  # type: ignore[attr-defined, no-any-return]
-    if is_a(error, ChildDied) or is_a(error, ChildKilled):
+    if is_a(error, ChildDied, ChildKilled):
         return str(error)
     name = _name_of(type(error))
     try:
@@ -67,7 +67,7 @@ def error_type(error: BaseException) -> str:
     """Return the full name of an exception's class; empty if a process ended and nothing was raised."""
     if is_a(error, Remote):
         return error.names[0] if error.names else ""  # type: ignore[attr-defined]
-    if is_a(error, ChildDied) or is_a(error, ChildKilled):
+    if is_a(error, ChildDied, ChildKilled):
         return ""
     try:
         return clean_text(full_name(type(error)), MAX_NAME)
@@ -76,13 +76,8 @@ def error_type(error: BaseException) -> str:
 
 
 def traceback_text(error: BaseException, *, skip: int) -> str:
-    """Where an exception was raised, as text that can be stored.
-
-    Args:
-        error: the exception.
-        skip: how many of the first frames are the runtime's own; the user's code is what matters.
-    """
-    if is_a(error, Remote) or is_a(error, ChildDied):
+    """Where an exception was raised, as text that can be stored; without the runtime's ``skip`` frames."""
+    if is_a(error, Remote, ChildDied):
         return error.trace  # type: ignore[attr-defined, no-any-return]
     try:
         frames = error.__traceback__
@@ -107,18 +102,13 @@ def shortened(text: str) -> str:
 
 
 class Remote(BaseException):
-    """What an executor raised in its child process, with the text and traceback from there.
-
-    Attributes:
-        text: the error as text.
-        trace: its traceback as text.
-        names: the full names of its class and of the bases of that.
-    """
+    """What an executor raised in its child process, with the text and traceback from there."""
 
     def __init__(self, told: Mapping[str, Any]) -> None:
         BaseException.__init__(self, told["text"])
         self.text: str = told["text"]
         self.trace: str = told["trace"]
+        #: The full names of its class and of the bases of that.
         self.names: Sequence[str] = told["names"]
 
     def __str__(self) -> str:
@@ -163,10 +153,8 @@ _KINDS: dict[str, type[Remote]] = {
 def told_error(error: BaseException, *, skip: int, main: str) -> dict[str, Any]:
     """An exception as JSON values, for :func:`heard_error` in the parent process.
 
-    Args:
-        error: the exception.
-        skip: how many of the first frames are the runtime's own.
-        main: what the main module of the parent is called here; empty if it was not imported.
+    ``skip`` is as in :func:`traceback_text`; ``main`` is what the main module of the parent is called here,
+    empty if it was not imported.
     """
     kind = ""
     value: float | str | None = None
@@ -203,15 +191,11 @@ def heard_error(told: Mapping[str, Any]) -> BaseException:
 
 
 class ChildDied(Exception):
-    """The child process of an executor ended by itself before the executor did.
-
-    Attributes:
-        trace: where its threads were, as far as the process could still say it.
-    """
+    """The child process of an executor ended by itself before the executor did."""
 
     def __init__(self, cause: str, trace: str) -> None:
         super().__init__(cause)
-        self.trace = trace
+        self.trace = trace  #: where its threads were, as far as the process could still say it
 
 
 class ChildKilled(TaskCancelled):

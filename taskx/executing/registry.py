@@ -30,7 +30,6 @@ class Registry:
     ) -> None:
         self._middleware = middleware
         self._require = require
-        #: The largest params, and the largest result, in bytes of JSON.
         self.max_payload_size = max_payload_size
         #: What is known of each type that it runs.
         self.registered: dict[str, Registered] = {}

@@ -50,10 +50,7 @@ _current = threading.local()
 class Run:
     """One attempt at a task that was started, with the token that tells it to stop."""
 
-    __slots__ = (
-        *("capture", "context", "decided", "executor", "overdue", "state"),
-        *("task", "token"),
-    )
+    __slots__ = ("capture", "context", "decided", "executor", "overdue", "state", "task", "token")
 
     def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
         self.task = task
@@ -63,12 +60,10 @@ class Run:
         #: whoever decides how it ends.
         self.overdue: Overdue | None = None
         self.decided: _thread.LockType | None = None
-        #: How far it is.
         self.state: State = "starting"
         self.capture: Capture | None = None
         if executor.log_level is not None:
-            prefix = log_prefix(task.id, task.type)
-            self.capture = Capture(executor.log_level, prefix)
+            self.capture = Capture(executor.log_level, log_prefix(task.id, task.type))
             shared = shared._replace(log=CapturedLogger(shared.log, self.capture))
         self.context = Context(task, self.token, shared)
 
@@ -88,13 +83,7 @@ def inside_executor() -> bool:
 
 
 class Runner:
-    """Runs executors and says how they ended.
-
-    Args:
-        clock: what durations and deadlines are measured by.
-        alarms: who fires tokens at their deadlines.
-        max_payload_size: the largest result, in bytes of JSON.
-    """
+    """Runs executors and says how they ended; a result has at most ``max_payload_size`` bytes of JSON."""
 
     def __init__(self, clock: Clock, alarms: Alarms, max_payload_size: int) -> None:
         self._clock = clock
@@ -136,13 +125,7 @@ class Runner:
         return self._completed(ending, run, worker, started)
 
     def give_up(self, run: Run, worker: str, stack: str) -> Ending:
-        """How a run ends whose thread goes on after its time-out.
-
-        Args:
-            run: the run.
-            worker: who runs it.
-            stack: where its thread is.
-        """
+        """How a run ends whose thread goes on after its time-out; ``stack`` says where that is."""
         assert run.task.timeout is not None
         assert run.token.deadline is not None
         ending = Ending(
@@ -176,7 +159,8 @@ def _raised(error: BaseException, run: Run) -> Ending:
     crashed = is_a(error, ChildDied)
     timed_out = reason is CancelReason.TIMEOUT and not crashed
     # Whatever it surfaces as: a connection that was closed by it raises errors of its own.
-    cause = TimeoutError() if timed_out and not _says_what_next(error) else error
+    # To snooze is no answer to a time-out.
+    cause = TimeoutError() if timed_out and not is_a(error, Permanent, Retry) else error
     return Ending(
         returned=False,
         reason=reason,
@@ -204,11 +188,6 @@ def broken(error: BaseException, worker: str) -> Ending:
         worker=worker,
         interrupt=error if interrupt else None,
     )
-
-
-def _says_what_next(error: BaseException) -> bool:
-    """Whether it says how a task goes on that has timed out; to snooze is no answer to that."""
-    return is_a(error, Permanent) or is_a(error, Retry)
 
 
 def _timed_out(error: BaseException, task: Task) -> str:

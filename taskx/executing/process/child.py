@@ -12,6 +12,7 @@ import signal
 import socket
 import sys
 import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, NoReturn
@@ -32,12 +33,7 @@ from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.context import Context, Shared
-from taskx.executing.executors import (
-    Executor,
-    Registered,
-    entry_of,
-    make_executor,
-)
+from taskx.executing.executors import Executor, Registered, entry_of, make_executor
 from taskx.executing.failures import told_error
 from taskx.executing.process.channel import Channel
 
@@ -49,9 +45,7 @@ _PR_SET_PDEATHSIG = 1
 def main(end: int, paper: int) -> NoReturn:
     """Run one task for the parent at the other end of the line, and exit.
 
-    Args:
-        end: the number of this end of the line.
-        paper: the number of the file for what can be said when a fatal signal strikes.
+    The files of these numbers are this end, and one for what can be said when a fatal signal strikes.
     """
     for number in (end, paper):
         os.set_inheritable(number, False)
@@ -97,26 +91,19 @@ def _end_all() -> NoReturn:
 
 
 class _Work:
-    """The one task that a child runs.
-
-    Args:
-        channel: the line to the parent.
-        order: what to run, and how.
-    """
+    """The one task that a child runs; the order says what, and how."""
 
     def __init__(self, channel: Channel, order: dict[str, Any]) -> None:
         self._channel = channel
         self._order = order
+        # The monotonic clock is that of the machine, so what the start of this process took is known.
+        deadline = None if order["left"] is None else order["asked_at"] + order["left"]
+        self._token = CancelToken(deadline, SYSTEM_CLOCK)
+        self._questions = questions = _Questions(channel)
+        keeper = _ParentKeeps(questions, order["no_checkpoints"], order["max_payload_size"])
         log = logging.getLogger(order["logger"])
-        self._token = CancelToken(_deadline(order), SYSTEM_CLOCK)
-        self._questions = _Questions(channel)
-        self._context = _ChildContext(
-            self._questions,
-            Task.from_dict(order["task"]),
-            self._token,
-            log,
-            _ParentKeeps(self._questions, order["no_checkpoints"], order["max_payload_size"]),
-        )
+        shared = Shared(Alarms(SYSTEM_CLOCK), log, keeper, questions.parents)
+        self._context = Context(Task.from_dict(order["task"]), self._token, shared)
 
     def do(self) -> None:
         """Run it, and tell the parent how it ended."""
@@ -191,6 +178,13 @@ class _Questions:
             raise RepositoryError(problem)
         return answer
 
+    def parents(self, _: Sequence[str]) -> dict[str, Task]:
+        """The parents of the task, by their ids, which the parent process knows."""
+        found = self.ask("parents")
+        if isinstance(found, str):
+            raise TaskNotFound(found)
+        return {parent["id"]: Task.from_dict(parent) for parent in found}
+
 
 class _ParentKeeps(Keeper):
     """Has the parent store checkpoints."""
@@ -203,62 +197,18 @@ class _ParentKeeps(Keeper):
         self._refused = refused
 
     def check(self) -> None:
-        """Refuse, with a ``ConfigurationError``, where nothing could be stored."""
         if self._refused:
             raise ConfigurationError(self._refused)
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
-        """Store the checkpoints of the run; False if it has lost its task.
-
-        Raises:
-            TaskCancelled: the token fired before the repository was back; they may be stored or not.
-            PayloadError, RepositoryError: they cannot be stored.
-        """
         kept = bool(self._questions.ask("checkpoints", text, durable))
         if not kept:
             token.raise_if_cancelled()
         return kept
 
 
-class _ChildContext(Context):
-    """A context whose tasks the parent reads."""
-
-    __slots__ = ("_questions",)
-
-    def __init__(
-        self,
-        questions: _Questions,
-        task: Task,
-        token: CancelToken,
-        log: logging.Logger,
-        keeper: Keeper,
-    ) -> None:
-        super().__init__(task, token, Shared(Alarms(SYSTEM_CLOCK), log, keeper, lambda ids: {}))
-        self._questions = questions
-
-    @property
-    def parents(self) -> list[Task]:
-        """The tasks that this one depends on."""
-        found = self._questions.ask("parents")
-        if isinstance(found, str):
-            raise TaskNotFound(found)
-        return [Task.from_dict(parent) for parent in found]
-
-
-def _deadline(order: dict[str, Any]) -> float | None:
-    if order["left"] is None:
-        return None
-    # The monotonic clock is that of the machine, so what the start of this process took is known.
-    deadline: float = order["asked_at"] + order["left"]
-    return deadline
-
-
 def _find(type: str, module: str, name: str, main: str) -> Registered:
-    """Import the executor.
-
-    Raises:
-        ConfigurationError: it is not where it was.
-    """
+    """Import the executor; ``ConfigurationError`` if it is not where it was."""
     permission.in_child = True
     permission.forbidden = (
         f"this is the child process of a task of type {type!r}, which imports {main or module}; "

@@ -45,17 +45,11 @@ _BOOT = (
 
 
 class Address(NamedTuple):
-    """Where a child process finds an executor.
+    """Where a child process finds an executor."""
 
-    Attributes:
-        module: the module to import.
-        name: its name in there, with dots where it is inside a class.
-        main: where the program's main module is to be loaded from first; empty if it is not needed.
-    """
-
-    module: str
-    name: str
-    main: str = ""
+    module: str  #: the module to import
+    name: str  #: its name in there, with dots where it is inside a class
+    main: str = ""  #: the file of the program's main module, if that is to be loaded first
 
 
 def code_of(executor: Executor[Any, Any] | TaskExecutor) -> Any:
@@ -104,11 +98,6 @@ def _needs_arguments(cls: Callable[..., Any]) -> bool:
 
 class Isolated:
     """What is called in the parent instead of an executor: it has a child process run that.
-
-    Args:
-        executor: the executor.
-        entry: what the queue keeps of it.
-        max_payload_size: the largest result, in bytes of JSON.
 
     Raises:
         ConfigurationError: a child process could not find it.
@@ -284,7 +273,8 @@ class _Attendance:
 
     def _hear(self) -> list[list[Any]]:
         channel = self._child.channel
-        messages = channel.hear(self._patience())
+        left = _LOOK if self._kill_at is None else self._kill_at - time.monotonic()
+        messages = channel.hear(max(0.0, min(_LOOK, left)))
         if messages == [] and self._child.ended:
             # A process that the executor started may keep the line open. What was said is there now.
             messages = channel.hear_rest()
@@ -293,11 +283,6 @@ class _Attendance:
             self._token.raise_if_cancelled()
             raise self._child.post_mortem()
         return messages
-
-    def _patience(self) -> float:
-        if self._kill_at is None:
-            return _LOOK
-        return max(0.0, min(_LOOK, self._kill_at - time.monotonic()))
 
     def _kill_if_it_is_time(self) -> None:
         if (reason := self._token.reason) is None:

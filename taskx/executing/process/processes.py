@@ -22,7 +22,7 @@ def kill_family(root: int | None, mark: str = "") -> None:
 
     Args:
         root: the id of the process, which nobody has waited for yet; None if somebody has.
-        mark: a text that the environment of all of them holds, and no other's; empty if there is none.
+        mark: a text that only their environments hold; empty if there is none.
     """
     found: set[int] = set()
     for _ in range(_ROUNDS):
@@ -57,7 +57,7 @@ def _family(root: int | None, mark: bytes) -> set[int]:
         process.pid
         for process in processes
         if (root is not None and root in (process.pid, process.group, process.session))
-        or (mark and mark in _environment(process.pid))
+        or (mark and mark in _read(f"/proc/{process.pid}/environ"))
     }
     children: dict[int, list[int]] = {}
     for process in processes:
@@ -84,10 +84,6 @@ def _processes() -> list[_Process]:
         if state not in (b"Z", b"X"):
             found.append(_Process(pid, *map(int, ids)))
     return found
-
-
-def _environment(pid: int) -> bytes:
-    return _read(f"/proc/{pid}/environ")
 
 
 def _read(path: str) -> bytes:
