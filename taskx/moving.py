@@ -16,7 +16,7 @@ from typing import Any, Protocol
 
 import attrs
 
-from taskx.common.agenda import Agenda
+from taskx.common.bell import Agenda
 from taskx.common.hooks import Hook, Hooks
 from taskx.common.ledger import Ledger
 from taskx.common.pauses import Pauses
@@ -32,8 +32,7 @@ from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
 from taskx.executing.registry import Registry
 from taskx.executing.runner import Run, Runner
-from taskx.ordering.dependents import Dependents
-from taskx.ordering.turns import Turns
+from taskx.ordering import Dependents, Turns
 from taskx.storage.base import Repository
 
 

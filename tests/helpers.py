@@ -248,7 +248,7 @@ _BATCHES = {
     "operations": "submitting.operations.BATCH",
     "recovery": "upkeep.recovery.BATCH",
     "retention": "upkeep.retention.BATCH",
-    "turns": "ordering.turns.BATCH",
+    "turns": "ordering.BATCH",
 }
 
 

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
-from taskx.common.agenda import Agenda
+from taskx.common.bell import Agenda
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.common import handles
-from taskx.common.agenda import Agenda
+from taskx.common.bell import Agenda
 from taskx.common.handles import TaskHandle
 from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import FINISHED as ENDED

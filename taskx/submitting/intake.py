@@ -26,7 +26,7 @@ from taskx.core.options import OnConflict
 from taskx.core.writes import Insert
 from taskx.executing.runner import inside_executor
 from taskx.moving import Services
-from taskx.ordering.parents import find_parents
+from taskx.ordering import find_parents
 from taskx.running.buffer import Item
 from taskx.running.pool import WorkerPool
 from taskx.running.state import State

@@ -10,8 +10,7 @@ from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, run_in_thre
 from strikes import every_strike, strike_at
 
 from taskx import Hook, QueueFull, RepositoryError, RepositoryUnavailable, Task, TaskStatus
-from taskx.common.agenda import Agenda
-from taskx.common.bell import Bell
+from taskx.common.bell import Agenda, Bell
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
@@ -392,15 +391,19 @@ def test_who_claims_a_run_that_is_over_leaves_the_next_run_of_its_task_alone(sta
     assert pool.runs.pop(handle.id) is later
 
 
-def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(started, auditing):
+def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(
+    started, auditing, monkeypatch
+):
     """As where memory ran out between two lines."""
     pool = started._node.engine
     handle = started.submit("fine", id="x", delay=3600)
-    started.repository.apply([lifecycle.release("x")])
-    (run,) = (pool.starter._make_run(task) for task in started.repository.get_many(["x"]).values())
-    update = lifecycle.start(run.task, to_ms(run.task.run_at), pool.node.id)
-    pool.runs["x"] = run
-    assert started.repository.apply([update]) == [True]
+    with monkeypatch.context() as patch:
+        patch.setattr(pool, "refill", lambda: None)  # nobody else starts it
+        started.repository.apply([lifecycle.release("x")])
+        run = pool.starter._make_run(handle.task())
+        update = lifecycle.start(run.task, to_ms(run.task.run_at), pool.node.id)
+        pool.runs["x"] = run
+        assert started.repository.apply([update]) == [True]
     lifecycle.mark_started(run.task, update)
     run.state = "ahead"
     assert handle.result(PATIENCE) == "fine"

@@ -20,7 +20,7 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.common.agenda import Agenda
+from taskx.common.bell import Agenda
 from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.log import Complaint

@@ -15,15 +15,14 @@ from helpers import PATIENCE, eventually, pool_of, services_of
 
 import taskx
 from taskx import Hook, Retry, Snooze
-from taskx.common.agenda import Agenda
+from taskx.common.bell import Agenda
 from taskx.common.hooks import Hooks
 from taskx.core import lifecycle
 from taskx.core.errors import CancelReason
 from taskx.core.log import GuardedLogger
 from taskx.executing.failures import ChildDied
 from taskx.moving import FOLLOWS, NOTHING, Consequences
-from taskx.ordering.dependents import Dependents
-from taskx.ordering.turns import Turns
+from taskx.ordering import Dependents, Turns
 from taskx.running.buffer import Buffer
 from taskx.running.pool import WorkerPool
 from taskx.running.starter import Starter

@@ -36,10 +36,10 @@ from taskx import (
     TaskStatus,
     chain,
     open_repository,
+    ordering,
 )
 from taskx.core import lifecycle
 from taskx.core.writes import Update
-from taskx.ordering import dependents
 from taskx.testing import ManualClock
 
 pytestmark = pytest.mark.every_store
@@ -541,7 +541,7 @@ class TestDrained:
         assert child.task().status is TaskStatus.COMPLETED
 
     def test_not_for_those_whose_parents_may_not_start_yet(self, started, monkeypatch):
-        monkeypatch.setattr(dependents, "_PAGE", 2)
+        monkeypatch.setattr(ordering, "_PAGE", 2)
         for n in range(5):
             started.submit("fine", {"n": n}, depends_on=[started.submit("fine", delay=3600)])
         assert started.drain(PATIENCE)
@@ -663,7 +663,7 @@ class TestMadeGood:
 
     def test_a_parent_that_ends_while_its_child_is_stored(self, started, monkeypatch):
         """After its status was read, and before the child is there to be found."""
-        monkeypatch.setattr(dependents.Dependents, "_look_at_some", lambda self, until: False)
+        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self, until: False)
         parent = started.submit("fine", delay=3600)
         repository = started.repository
 
@@ -693,7 +693,7 @@ class TestMadeGood:
     @pytest.mark.parametrize("how", [TaskStatus.COMPLETED, TaskStatus.CANCELLED])
     def test_a_parent_that_ends_while_its_child_turns_to_it(self, started, monkeypatch, how):
         """After its status was read, and before the child is registered with it."""
-        monkeypatch.setattr(dependents.Dependents, "_look_at_some", lambda self, until: False)
+        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self, until: False)
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
         repository = started.repository
         child = started.submit("fine", depends_on=parents)
@@ -734,7 +734,7 @@ class TestMadeGood:
         assert not fails
 
     def test_many_are_looked_at_page_by_page(self, started, monkeypatch):
-        monkeypatch.setattr(dependents, "_PAGE", 3)
+        monkeypatch.setattr(ordering, "_PAGE", 3)
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(10)]
         children = [started.submit("fine", depends_on=[parent]) for parent in parents]
         for parent in parents:
@@ -746,7 +746,7 @@ class TestMadeGood:
 PROGRAM = """
     import os, sys, threading
     from taskx import Config, Queue, open_repository
-    from taskx.ordering.dependents import Dependents
+    from taskx.ordering import Dependents
 
     queue = Queue(open_repository(sys.argv[1]), Config(worker_num=2))
     what = sys.argv[2]
@@ -827,7 +827,7 @@ def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
     while repository.count(pending):
         left = repository.count(pending)
         waiting.look(0.0)
-        assert left - dependents.BATCH <= repository.count(pending) < left
+        assert left - ordering.BATCH <= repository.count(pending) < left
         assert waiting.looks or not repository.count(pending)
         rounds += 1
     assert rounds > 2
