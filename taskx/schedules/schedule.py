@@ -130,7 +130,9 @@ class Schedule:
 
     def remove(self) -> None:
         """Forget it. Tasks that it has made stay."""
-        self._schedules.remove(self.name)
+        schedules = self._schedules
+        while not schedules.put(self.name, None, schedules.note(self.name).version):
+            continue
 
     def trigger(self) -> TaskHandle[Any]:
         """Make a task of it now, beside those of its ticks.
@@ -138,7 +140,11 @@ class Schedule:
         Raises:
             QueueStopped: the queue was stopped.
         """
-        return self._schedules.trigger(self.name)
+        schedules = self._schedules
+        task = entry_of(schedules.note(self.name)).task
+        insert = lifecycle.create(task_id=new_id(), now=schedules.now(), **task)
+        schedules.intake.put(insert)
+        return schedules.handle(insert.id)
 
     def backfill(self, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
         """Make the task of each tick of a span in the past, both ends included.
@@ -152,7 +158,16 @@ class Schedule:
             ConfigurationError: a moment is naive, or the span is none or ends in the future.
             QueueStopped: the queue was stopped.
         """
-        return self._schedules.backfill(self.name, start, end)
+        schedules = self._schedules
+        schedules.intake.refuse_if_stopped()
+        entry, now = entry_of(schedules.note(self.name)), schedules.now()
+        ticks = between(entry.ticks, *_span(start, end, now))
+        handles: list[TaskHandle[Any]] = []
+        while some := list(islice(ticks, BATCH)):
+            inserts = [entry.insert(tick, now) for tick in some]
+            store(schedules.services, inserts)
+            handles += [schedules.handle(insert.id) for insert in inserts]
+        return handles
 
 
 class Schedules:
@@ -163,32 +178,33 @@ class Schedules:
     """
 
     def __init__(self, handle: Callable[[str], TaskHandle[Any]]) -> None:
-        self._handle = handle
+        self.handle = handle
 
     def wire(self, services: Services, intake: Intake) -> None:
         """Work with these from now on; a forked child has others than its parent."""
-        self._services = services
-        self._intake = intake
+        self.services = services
+        self.intake = intake
 
     def now(self) -> int:
         """The time, in milliseconds."""
-        return self._services.clock.now_ms()
+        return self.services.clock.now_ms()
 
     def all(self) -> dict[str, Schedule]:
         """Every schedule that can be read, by its name, in the order of names."""
-        notes = self._services.repository.notes(PREFIX)
+        notes = self.services.repository.notes(PREFIX)
         found = {}
         for note_name in sorted(notes):
             try:
                 entry = entry_of(notes[note_name])
             except RepositoryCorrupt as error:
-                self._services.log.warning("%s is left out: %s", note_name, error)
+                self.services.log.warning("%s is left out: %s", note_name, error)
             else:
                 found[entry.name] = Schedule(entry, self)
         return found
 
-    def _note(self, name: str) -> Note:
-        note = self._services.repository.notes(PREFIX + name).get(PREFIX + name)
+    def note(self, name: str) -> Note:
+        """The note of a schedule; ``ScheduleNotFound`` if there is none of that name."""
+        note = self.services.repository.notes(PREFIX + name).get(PREFIX + name)
         if note is None:
             raise ScheduleNotFound(name)
         return note
@@ -204,10 +220,10 @@ class Schedules:
         wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority))
         note_name = PREFIX + entry.name
         while True:
-            note = self._services.repository.notes(note_name).get(note_name)
+            note = self.services.repository.notes(note_name).get(note_name)
             new = self._merged(wanted, note)
             unchanged = note is not None and new.to_text() == note.text
-            if unchanged or self._put(new, 0 if note is None else note.version):
+            if unchanged or self.put(entry.name, new, 0 if note is None else note.version):
                 return Schedule(new, self)
 
     def _template(self, name: str, task: Task, priority: int | None) -> dict[str, Any]:
@@ -221,8 +237,8 @@ class Schedules:
             raise ConfigurationError(
                 "a schedule makes many tasks, which can have no unique_key and no depends_on"
             )
-        row = prepare(self._services, task, priority).row
-        self._services.repository.codecs.columns(row)  # refused now, and not at every tick
+        row = prepare(self.services, task, priority).row
+        self.services.repository.codecs.columns(row)  # refused now, and not at every tick
         return {column: value for column, value in row.items() if column in OF_TASK}
 
     def _merged(self, wanted: Entry, note: Note | None) -> Entry:
@@ -233,7 +249,7 @@ class Schedules:
         try:
             return fresh.declared_again(entry_of(note), now)
         except RepositoryCorrupt as error:
-            self._services.log.warning("schedule %r is stored anew: %s", wanted.name, error)
+            self.services.log.warning("schedule %r is stored anew: %s", wanted.name, error)
             return attrs.evolve(fresh.resumed(now), paused=_says_paused(note))
 
     def change(self, name: str, change: Callable[[Entry, int], Entry]) -> Entry:
@@ -243,43 +259,19 @@ class Schedules:
             ScheduleNotFound: there is none of that name.
         """
         while True:
-            note = self._note(name)
+            note = self.note(name)
             old = entry_of(note)
             new = change(old, self.now())
-            if new == old or self._put(new, note.version):
+            if new == old or self.put(name, new, note.version):
                 return new
 
-    def remove(self, name: str) -> None:
-        """Forget a schedule; tasks that it has made stay."""
-        while not self._services.repository.put_note(PREFIX + name, None, self._note(name).version):
-            continue
-        self._services.agenda.look_for_schedule(name)
-
-    def _put(self, entry: Entry, version: int) -> bool:
-        stored = self._services.repository.put_note(PREFIX + entry.name, entry.to_text(), version)
+    def put(self, name: str, entry: Entry | None, version: int) -> bool:
+        """Store a schedule, or remove it with None; False if its note has another version by now."""
+        text = None if entry is None else entry.to_text()
+        stored = self.services.repository.put_note(PREFIX + name, text, version)
         if stored:
-            self._services.agenda.look_for_schedule(entry.name)
+            self.services.agenda.look_for_schedule(name)
         return stored
-
-    def trigger(self, name: str) -> TaskHandle[Any]:
-        """Make a task of it now, beside those of its ticks."""
-        task = entry_of(self._note(name)).task
-        insert = lifecycle.create(task_id=new_id(), now=self.now(), **task)
-        self._intake.put(insert)
-        return self._handle(insert.id)
-
-    def backfill(self, name: str, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
-        """Make the tasks of all ticks of a span, unless they are there; returns the handles of all."""
-        self._intake.refuse_if_stopped()
-        entry = entry_of(self._note(name))
-        now = self.now()
-        ticks = between(entry.ticks, *_span(start, end, now))
-        handles: list[TaskHandle[Any]] = []
-        while some := list(islice(ticks, BATCH)):
-            inserts = [entry.insert(tick, now) for tick in some]
-            store(self._services, inserts)
-            handles += [self._handle(insert.id) for insert in inserts]
-        return handles
 
 
 def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:

@@ -22,7 +22,7 @@ _check_on_conflict = one_of(OnConflict)
 
 
 def prepare(services: Services, task: Task, priority: int | None = None) -> Insert:
-    """Store a task, with what its executor says where it says nothing; or raise what is wrong with it.
+    """Make the record of a task, with what its executor says where it says nothing; raise what is wrong.
 
     A ``priority`` that was given wins over the executor's own, zero included.
     """
