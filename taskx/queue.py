@@ -38,8 +38,7 @@ from taskx.storage import queries
 from taskx.storage.adapter import EightMethodAdapter
 from taskx.storage.base import Repository
 from taskx.storage.eight import TaskRepository
-from taskx.submitting.creation import task_of
-from taskx.submitting.intake import Intake
+from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, dead
 from taskx.upkeep.node import Lifetime, LocalNode

@@ -21,8 +21,7 @@ from taskx.core.ticks import BATCH, Every, Misfire, between, zone
 from taskx.core.writes import Note
 from taskx.moving import Services
 from taskx.schedules.stored import OF_TASK, PREFIX, Entry, Overlap, entry_of, store
-from taskx.submitting.creation import prepare
-from taskx.submitting.intake import Intake
+from taskx.submitting.intake import Intake, prepare
 
 _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
 

@@ -27,8 +27,7 @@ from taskx.core.errors import (
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.options import MapOptions, refuse_unknown
 from taskx.executing.executors import Executor
-from taskx.submitting.creation import task_of
-from taskx.submitting.intake import Intake
+from taskx.submitting.intake import Intake, task_of
 
 # Tasks that lie ahead for each worker, unless the caller says otherwise.
 _AHEAD_PER_WORKER = 4

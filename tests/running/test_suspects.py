@@ -10,7 +10,7 @@ from helpers import PATIENCE, eventually, pool_of, services_of
 
 from taskx import Task, TaskStatus
 from taskx.running import suspects
-from taskx.submitting.creation import prepare
+from taskx.submitting.intake import prepare
 
 pytestmark = pytest.mark.every_store
 
