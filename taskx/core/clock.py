@@ -55,11 +55,7 @@ def to_datetime(ms: int) -> datetime:
 
 
 def to_ms(moment: datetime, what: str = "datetime") -> int:
-    """The millisecond count of an aware datetime (finer parts are cut off).
-
-    Raises:
-        ValueError: the datetime is naive, so that it names no moment.
-    """
+    """The millisecond count of a datetime, finer parts cut off; ``ValueError`` if it has no time zone."""
     if moment.tzinfo is None or moment.utcoffset() is None:
         raise ValueError(
             f"{what} must be an aware datetime, such as datetime.now(timezone.utc); "

@@ -79,14 +79,7 @@ class Unreadable(ValueError):
 
 
 class Codecs:
-    """The codecs of a repository: the first one writes, all of them read.
-
-    Args:
-        given: one, several, or None.
-
-    Raises:
-        ConfigurationError: one is no codec, or two have the same name.
-    """
+    """The codecs of a repository: the first one writes, all of them read."""
 
     def __init__(self, given: Codec | Iterable[Codec] | None = None) -> None:
         several = isinstance(given, Iterable) and not isinstance(given, str)
@@ -143,11 +136,7 @@ class Codecs:
     # --- reading
 
     def value(self, stored: Mapping[str, Any]) -> Any:
-        """The value of an object that a codec made.
-
-        Raises:
-            Unreadable: it is damaged, or its codec is not known here.
-        """
+        """The value of an object that a codec made; ``Unreadable`` if damaged, or of an unknown codec."""
         name = stored[CODEC_KEY]
         codec = self._by_name.get(name) if isinstance(name, str) else None
         if codec is None:

@@ -37,12 +37,7 @@ _check_failure_policy = one_of(OnParentFailure)
 
 
 def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -> Insert:
-    """Store a task as a new one.
-
-    Args:
-        task: what to store; it is not changed. Where its id is empty, one is made.
-        now: the moment of its creation, in milliseconds.
-        max_size: the largest params, in bytes of JSON.
+    """Store a task, which is not changed, as a new one; where its id is empty, one is made.
 
     Raises:
         InvalidTransition: it is not pending.
@@ -92,11 +87,7 @@ def _between_tasks(task: Task) -> dict[str, Any]:
 
 
 def check_parents(parents: Any, task_id: str = "") -> list[str]:
-    """The ids of tasks that one depends on, each once.
-
-    Raises:
-        ConfigurationError: they are no list of ids, or its own is among them.
-    """
+    """The ids of tasks that one depends on, each once; ConfigurationError says what is wrong with them."""
     if not isinstance(parents, Iterable) or isinstance(parents, (str, bytes, Mapping)):
         raise ConfigurationError(f"depends_on must be a list of tasks, not {parents!r:.80}")
     ids = list(dict.fromkeys(check_key(parent, "depends_on") for parent in parents))

@@ -190,9 +190,8 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     # read old params, and finds that ``starts`` has moved on.
     changes = {name: new.row[name] for name in _REPLACED}
     changes.update(checkpoints=None, starts=holder.starts + 1)
-    due = {**changes, "held": FREE, "owner": ""}  # fetched anew, to its place by its priority
-    if changes["run_at"] is not None and changes["run_at"] > new.row["created_at"]:
-        due["held"] = UNTIL_DUE
+    # Nobody's: it is fetched anew, to its place by its priority.
+    due = {**changes, "held": until_due(changes["run_at"], new.row["created_at"]), "owner": ""}
     guard = {"status": PENDING, "unique_lock": holder.unique_key, "starts": holder.starts}
     return _pending_changed(holder.id, guard, due, changes, "replace")
 
@@ -621,10 +620,7 @@ def check_requeue(task: Task) -> None:
 def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
     """Let a failed or cancelled task run again, with a budget that starts anew.
 
-    It waits since ``now``, first for ``waiting_on`` if that is a parent.
-
-    Raises:
-        InvalidTransition: it is neither.
+    It waits since ``now``, first for ``waiting_on`` if that is a parent. Raises as :func:`check_requeue`.
     """
     check_requeue(task)
     changes = {name: DEFAULTS[name] for name in _AS_NEW}
@@ -759,11 +755,7 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
 
 
 def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Update:
-    """Move a record to a status by hand.
-
-    Raises:
-        InvalidTransition: no move leads there.
-    """
+    """Move a record to a status by hand; ``InvalidTransition`` if no move leads there."""
     _check_edge(stored, status)
     changes = _status_change(stored, status, now) if status is not stored.status else {}
     changes["message"] = message

@@ -6,7 +6,6 @@ import logging
 import sys
 import threading
 import traceback
-from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
@@ -14,49 +13,28 @@ from taskx.core.errors import ConfigurationError, on_main_thread
 
 
 class GuardedLogger(logging.Logger):
-    """Logs to another logger; what that raises goes nowhere but to stderr.
+    """Logs to another logger, or to an adapter of one; what that raises goes nowhere but to stderr.
 
     A handler sees to its own errors, if it is written by the book. A filter that raises, or a factory of
     records, would end the thread that logs, or keep it from what comes after.
-
-    Args:
-        logger: a logger, or an adapter of one.
-
-    Attributes:
-        logger: the same, unguarded.
     """
 
     def __init__(self, logger: Any) -> None:
         super().__init__(logger.name)
-        self.logger = logger
+        self.logger = logger  #: the same, unguarded
         # Asked several times for each task, whose lines nobody wants as a rule: it costs no call more.
         self.isEnabledFor = logger.isEnabledFor  # type: ignore[method-assign]
 
-    def _log(
-        self,
-        level: int,
-        msg: object,
-        args: Any,
-        exc_info: Any = None,
-        extra: Mapping[str, object] | None = None,
-        stack_info: bool = False,
-        stacklevel: int = 1,
+    def _log(  # type: ignore[override]
+        self, level: int, msg: object, args: Any, *, stacklevel: int = 1, **more: Any
     ) -> None:
         """Where all methods that log come together."""
         try:
-            self.logger.log(
-                level,
-                msg,
-                *args,
-                exc_info=exc_info,
-                extra=extra,
-                stack_info=stack_info,
-                stacklevel=stacklevel + 1,
-            )
+            self.logger.log(level, msg, *args, stacklevel=stacklevel + 1, **more)
         except BaseException as error:
             if is_for_the_program(error):
                 raise
-            if exc_info:  # perhaps it is that which raises when it is looked at
+            if more.get("exc_info"):  # perhaps it is that which raises when it is looked at
                 words = f"{msg} (and its error cannot be shown)"
                 self._log(level, words, args, stacklevel=stacklevel + 1)
             else:

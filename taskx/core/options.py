@@ -125,11 +125,7 @@ def _timeout(value: Any, what: str) -> None:
 
 
 def log_level(value: Any, what: str = "capture_log") -> int | None:
-    """From which level on an executor has lines kept; None for none.
-
-    Raises:
-        ConfigurationError: it is no level.
-    """
+    """From which level on an executor has lines kept, None for none; ConfigurationError for no level."""
     if value is None or value is False:
         return None
     if value is True:
@@ -170,11 +166,7 @@ UNLESS_SAID: Mapping[str, Any] = {"timeout": None, "max_attempts": 1, "max_crash
 
 
 def checked(holder: object, checks: Mapping[str, Check]) -> dict[str, Any]:
-    """The options that somebody has, without those that are None.
-
-    Raises:
-        ConfigurationError: one is not valid.
-    """
+    """The options that somebody has, without those that are None; ConfigurationError for an invalid one."""
     said = {}
     for name, check in checks.items():
         value = getattr(holder, name)
@@ -217,8 +209,7 @@ class Options:
     def limit(self) -> Limit | None:
         """How many run at once and start in a time; None where there is no limit.
 
-        Raises:
-            ConfigurationError: an option belongs to a limit that is not there.
+        ``ConfigurationError`` if an option belongs to a limit that is not there.
         """
         if self.max_concurrency is None and self.rate is None:
             if self.limit_scope is not None or self.burst is not None:

@@ -32,15 +32,10 @@ loads = json.JSONDecoder().decode
 
 
 def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
-    """The JSON text of a value.
-
-    Args:
-        value: what to encode; it is not changed.
-        what: how the error names its root, such as ``"params"``.
-        max_size: the most bytes that the text may take as UTF-8.
+    """The JSON text of a value, of at most ``max_size`` bytes as UTF-8.
 
     Raises:
-        PayloadError: it breaks a rule; the error names the path of the offending value.
+        PayloadError: it breaks a rule; the error names the path of the offending value, from ``what`` on.
     """
     if flaw := _flaw(value, 1):
         raise PayloadError((what + flaw[0])[:500], flaw[1])
@@ -64,11 +59,7 @@ def check_size(text: str, what: str, max_size: int) -> None:
 
 
 def encode_params(params: Any, max_size: int = DEFAULT_MAX_SIZE) -> str:
-    """The JSON text of a task's params, which must be an object (a mapping with string keys).
-
-    Raises:
-        PayloadError: see :func:`encode`.
-    """
+    """The JSON text of a task's params, which must be a mapping with string keys; as :func:`encode`."""
     if type(params) is not dict:
         if not isinstance(params, Mapping):
             raise PayloadError("params", f"must be a dict, not {type(params).__name__}")

@@ -70,14 +70,9 @@ class Limit(NamedTuple):
 
 
 def rate_of(given: Any, burst: int | None) -> Rate | None:
-    """The rate that an executor's options say; None for none.
+    """The rate that an executor's options say, None for none; ConfigurationError says what is wrong.
 
-    Args:
-        given: ``"100/m"`` (``s``, ``m``, ``h`` or ``d``), or a pair of a count and seconds.
-        burst: how many at once; ``count`` unless given.
-
-    Raises:
-        ConfigurationError: it is none.
+    It is ``"100/m"`` (``s``, ``m``, ``h`` or ``d``), or a pair of a count and seconds.
     """
     if burst is not None:
         check_int(burst, "burst", 1, MAX_COUNT)

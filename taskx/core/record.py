@@ -246,11 +246,7 @@ def _time_or_none(ms: Any) -> int | None:
 
 
 def row_from_task(task: Task) -> dict[str, Any]:
-    """The row of a task, by column and in their order.
-
-    Raises:
-        PayloadError: its params or result break the JSON rules.
-    """
+    """The row of a task, in the order of columns; PayloadError if params or result break the JSON rules."""
     row: dict[str, Any] = {name: getattr(task, name) for name in TASK_FIELDS}
     row["status"] = task.status.value
     row["params"] = payload.encode_params(task.params)
@@ -323,11 +319,7 @@ def _number(value: Any) -> int:
 
 
 def check_progress(percent: float, message: str) -> tuple[int, str]:
-    """Progress as it is stored: a whole percentage from 0 to 100 and a bounded text.
-
-    Raises:
-        PayloadError: the percentage is no number, or the message no text.
-    """
+    """Progress as it is stored, a whole percentage from 0 to 100 and a bounded text; or PayloadError."""
     if isinstance(percent, bool) or not isinstance(percent, (int, float)) or percent != percent:
         raise PayloadError("progress", f"must be a number from 0 to 100, not {percent!r}")
     if not isinstance(message, str):
@@ -336,11 +328,7 @@ def check_progress(percent: float, message: str) -> tuple[int, str]:
 
 
 def policy_to_text(policy: RetryPolicy | None) -> str | None:
-    """A retry policy as JSON text, None for None.
-
-    Raises:
-        ConfigurationError: it holds a function.
-    """
+    """A retry policy as JSON text, None for None; ConfigurationError if it holds a function."""
     return None if policy is None else payload.encode(policy.to_dict(), "retry")
 
 

@@ -171,11 +171,7 @@ def _cron(expression: str, start: datetime) -> Any:
 
 
 def check_spec(spec: Any) -> str | Every:
-    """A cron expression, its blanks made single ones, or an interval.
-
-    Raises:
-        ConfigurationError: it is neither, never ticks, or needs a package that is not installed.
-    """
+    """A cron expression, its blanks made single ones, or an interval; ConfigurationError says why not."""
     if isinstance(spec, Every):
         return spec
     if not isinstance(spec, str):
@@ -194,11 +190,7 @@ def check_spec(spec: Any) -> str | Every:
 
 
 def zone(name: Any) -> tzinfo:
-    """The time zone of a name.
-
-    Raises:
-        ConfigurationError: this host knows none of that name.
-    """
+    """The time zone of a name; ConfigurationError if this host knows none."""
     from zoneinfo import ZoneInfo  # not needed by a program without schedules
 
     if not isinstance(name, str):

@@ -74,23 +74,19 @@ class CancelToken:
 
     def wait(self, timeout: float | None = None) -> bool:
         """Block until the token fires, at most ``timeout`` seconds; True if it has fired."""
-        limit = self._until_deadline(timeout)
+        limit = threading.TIMEOUT_MAX if timeout is None else max(0.0, timeout)
+        if self.deadline is not None:
+            limit = min(limit, max(0.0, self.deadline - self._clock.monotonic()))
         waiter = _thread.allocate_lock()
         waiter.acquire()
         self._waiters.append(waiter)
         try:
             if self.reason is None:
-                waiter.acquire(timeout=-1 if limit is None else min(limit, threading.TIMEOUT_MAX))
+                waiter.acquire(timeout=min(limit, threading.TIMEOUT_MAX))
         finally:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
         return self.cancelled
-
-    def _until_deadline(self, timeout: float | None) -> float | None:
-        limits = [] if timeout is None else [max(0.0, timeout)]
-        if self.deadline is not None:
-            limits.append(max(0.0, self.deadline - self._clock.monotonic()))
-        return min(limits) if limits else None
 
     def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
         """Have ``callback()`` called when the token fires, at once if it has; returns a remover.

@@ -18,11 +18,7 @@ _NAMED = (PENDING, UNFINISHED, EVER)
 
 
 def scope_to_text(scope: object) -> str:
-    """A scope as records keep it.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
+    """A scope as records keep it; ConfigurationError if it is none."""
     if scope in _NAMED:
         return str(scope)
     if isinstance(scope, str):

@@ -223,9 +223,7 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
 
     Args:
         type: the type of task it runs; the function's name unless given.
-        options: how its tasks are run: ``max_attempts``, ``max_crashes``, ``timeout``, ``priority``,
-            ``retry``, ``capture_log``, ``isolation``, ``grace``, ``max_concurrency``, ``rate``, ``burst``
-            and ``limit_scope``, as :meth:`Queue.executor` takes them.
+        options: how its tasks are run, as :meth:`Queue.executor` takes them.
 
     Raises:
         ConfigurationError: an option is not valid, or the function cannot be an executor.
@@ -262,11 +260,7 @@ class Registered(NamedTuple):
 
 
 def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
-    """What a queue keeps of an executor; options given here win over its own.
-
-    Raises:
-        ConfigurationError: it is no executor.
-    """
+    """What a queue keeps of an executor, or ConfigurationError; options given here win over its own."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     if isinstance(executor, Executor):
         options, check = executor.options.overridden(options), executor.check_params

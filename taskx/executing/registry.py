@@ -56,9 +56,7 @@ class Registry:
     def register(self, executor: TaskExecutor | Executor[Any, Any], options: Options) -> None:
         """Add an executor; options given here win over its own.
 
-        Raises:
-            ConfigurationError: its type is taken, it is no executor, or it is to run in a child
-                process, which could not find it.
+        ``ConfigurationError`` if its type is taken, it is none, or a child process could not find it.
         """
         entry = entry_of(executor, options)
         if entry.type in self.registered:
@@ -88,11 +86,7 @@ class Registry:
         self._declared.add(type)
 
     def get(self, type: str) -> Registered | None:
-        """The executor of a type; None if it is only declared.
-
-        Raises:
-            UnknownTaskType: it is neither registered nor declared.
-        """
+        """The executor of a type, None if it is only declared; UnknownTaskType if it is neither."""
         entry = self.registered.get(type)
         if entry is None and type not in self._declared:
             known = ", ".join(sorted({*self.registered, *self._declared})) or "none"

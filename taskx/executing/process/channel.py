@@ -16,9 +16,6 @@ class Channel:
 
     It never blocks but in :meth:`hear` and :meth:`flush`: a partner that does not listen holds up
     nobody. Any thread may say something; one hears.
-
-    Args:
-        end: the socket, which is its own from now on.
     """
 
     def __init__(self, end: socket.socket) -> None:

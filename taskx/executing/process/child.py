@@ -163,12 +163,7 @@ class _Questions:
         self.answers: SimpleQueue[list[Any]] = SimpleQueue()
 
     def ask(self, *question: Any) -> Any:
-        """The parent's answer.
-
-        Raises:
-            PayloadError: what was to be stored cannot be.
-            RepositoryError: the repository failed.
-        """
+        """The parent's answer; PayloadError or RepositoryError if it could not do what was asked."""
         with self._asking:
             self._channel.say(*question)
             answer, problem, path = self.answers.get()

@@ -58,11 +58,7 @@ def code_of(executor: Executor[Any, Any] | TaskExecutor) -> Any:
 
 
 def address_of(type: str, executor: Executor[Any, Any] | TaskExecutor) -> Address:
-    """Where a child process finds the function, or the class, of an executor.
-
-    Raises:
-        ConfigurationError: it could not find it, or not make it.
-    """
+    """Where a child process finds an executor's function or class; ConfigurationError if it could not."""
     found = code_of(executor)
     module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
     if getattr(sys, "frozen", False):
@@ -97,11 +93,7 @@ def _needs_arguments(cls: Callable[..., Any]) -> bool:
 
 
 class Isolated:
-    """What is called in the parent instead of an executor: it has a child process run that.
-
-    Raises:
-        ConfigurationError: a child process could not find it.
-    """
+    """What is called in the parent instead of an executor: it has a child process run that."""
 
     def __init__(
         self, executor: Executor[Any, Any] | TaskExecutor, entry: Registered, max_payload_size: int
