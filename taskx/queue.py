@@ -609,7 +609,7 @@ class Queue:
 
     def _look_for_pauses(self) -> None:
         if self._node is not None:
-            self._node.engine.look_for_pauses()
+            self._node.engine.fetcher.look_for_pauses()
             self._services.agenda.wake_from_long_sleep()
 
     @property

@@ -270,8 +270,8 @@ class Buffer:
     # --- for the housekeeper
 
     def room_to_fetch(self) -> int:
-        """How many more fetched items there is room for."""
-        return self.fetch_size - self.fetched
+        """How many more fetched items there is room for; none once it is closed."""
+        return 0 if self.closed else self.fetch_size - self.fetched
 
     def close(self) -> None:
         """Wake who waits for room, and hand out nothing more."""

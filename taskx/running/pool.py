@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import compress, islice
+from itertools import compress
 
 import attrs
 
@@ -23,7 +23,6 @@ from taskx.core.errors import (
 from taskx.core.lifecycle import Ending
 from taskx.core.log import Complaint
 from taskx.core.model import Task
-from taskx.core.record import Stub
 from taskx.core.writes import Update
 from taskx.executing.failures import error_text, error_type
 from taskx.executing.runner import Run, broken
@@ -31,12 +30,12 @@ from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.liveness.began import Began
 from taskx.moving import Services
-from taskx.running.ahead import Ahead
+from taskx.running.ahead import PATIENCE, Ahead
 from taskx.running.buffer import Buffer, Item
+from taskx.running.fetcher import Fetcher
 from taskx.running.runs import Runs
 from taskx.running.starter import Starter
 from taskx.running.stuck import Stuck
-from taskx.storage import queries
 
 # Seconds a worker waits after the repository failed it, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
@@ -85,15 +84,15 @@ class WorkerPool:
             services.log,
         )
         self.starter = Starter(services, node, self.buffer, self.runs, self.admission)
+        self.fetcher = Fetcher(
+            services, node.id, workers, self.buffer, self.runs, self.starter, self.admission
+        )
         self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
         self._recorded = node.types
-        #: Whether no other node is known to live.
-        self.alone = False
         #: The error that ends a node whose TaskX is too old for the repository, and what ends it.
         self.outdated: SchemaMismatch | None = None
         self.retire = retire
         self._complaint = Complaint(services.log)
-        self._refilling = threading.Lock()
         self._counting = threading.Lock()
         self._quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._give_up)
@@ -173,7 +172,7 @@ class WorkerPool:
                     # Another thread commits, perhaps without the last ones.
                     self.agenda.wake_from_long_sleep()
                 if self.agenda.more_stored:
-                    self.refill()
+                    self.fetcher.refill()
                 self._tell_quiet()
                 ahead.wait(self._has_next)
             if self._at_work > ahead.workers and self._is_superfluous():
@@ -183,22 +182,12 @@ class WorkerPool:
         """Whether there is something for a worker, or the node stops."""
         return bool(self.ahead.runs) or self.buffer.has_next()
 
-    def _refill_if_low(self) -> None:
-        """Fetch more if little is left of what was fetched.
-
-        A fetch reads what is there already, too, so it pays to have little; but beside other nodes it
-        may wait for the file, and is begun early.
-        """
-        share = 0.25 if self.alone else 0.5
-        if self.agenda.more_stored and self.buffer.fetched < self.buffer.fetch_size * share:
-            self.refill()
-
     def _start(self, items: list[Item]) -> Run | None:
         """Start tasks in one transaction; returns one of them and lays the others out."""
         try:
             self.ahead.begin(len(items))
             # Before the start: should this fail, nothing has been started that nobody would run.
-            self._refill_if_low()
+            self.fetcher.refill_if_low()
             runs = self.starter.start(items)
             if self.stopping:  # it looked for runs to tell, and could not see these yet
                 self.starter.hand_back(runs, rebuffer=False)
@@ -371,131 +360,17 @@ class WorkerPool:
                 *(task.id, task.type, error),
             )
 
-    # --- pauses and limits
+    # --- for the housekeeper
 
-    def takes(self, type: str) -> bool:
-        """Whether it may start tasks of this type at present."""
-        return type not in self.services.pauses.known
+    def hand_on(self) -> None:
+        """Wake a worker for what lies here; hand back what was started and no worker is free for."""
+        if not self.ahead.nudge(len(self.buffer)):
+            self.starter.hand_back(self.ahead.clear(PATIENCE), rebuffer=True)
 
-    def buffers(self, type: str) -> bool:
-        """Whether a task of this type may lie in the buffer whenever it comes."""
-        return type not in self.services.registry.limits and self.takes(type)
-
-    def has_room(self, type: str) -> bool:
-        """Whether a task of this type might start now."""
-        limited = type in self.services.registry.limits
-        return self.takes(type) and (not limited or self.admission.open(type))
-
-    def look_for_pauses(self) -> None:
-        """See what is paused, and leave to the repository what lies in the buffer and is.
-
-        Raises:
-            RepositoryError: the repository failed; what is in the buffer is passed over all the same.
-        """
-        if self.services.pauses.look():
-            self.agenda.more_stored = True  # what is paused no longer
-            paused = self.services.pauses.known
-            swept = self.buffer.sweep(lambda type: type in paused)
-            self.starter.give_up([item.id for item in swept])
-
-    # --- from the repository into the buffer
-
-    def types(self) -> list[str]:
-        """The types that it runs and that are not paused."""
-        return [type for type in self.services.registry.types if self.takes(type)]
-
-    def refill(self) -> None:
-        """Fetch free tasks from the repository as far as there is room."""
-        if not self._refilling.acquire(blocking=False):
-            return
-        try:
-            room = self.buffer.room_to_fetch()
-            if room <= 0 or self.stopping:
-                return
-            self.agenda.more_stored = False  # before looking: a spill from now on sets it again
-            try:
-                found = self._fetch(room)
-            except BaseException:  # an interrupt, too: nobody else knows that there is more
-                self.agenda.more_stored = True
-                raise
-            for stub in found:
-                if stub.type in self.services.registry.limits:
-                    self.admission.fetched(stub.type, stub.id)
-                self.buffer.add_fetched(stub)
-            if len(found) == room:
-                self.agenda.more_stored = True
-        finally:
-            self._refilling.release()
-
-    def _fetch(self, room: int) -> list[Stub]:
-        """Free tasks that this node does not hold yet.
-
-        Beside other nodes they are marked as taken, so that two do not go for the same ones. Alone,
-        that write is saved: the start is the guard in any case.
-        """
-        services = self.services
-        stubs = self._offered(room)
-        if self.alone:
-            return stubs
-        if not stubs:
-            return self._take_over()
-        taken = services.ledger.commit([lifecycle.take(stub.id, self.node.id) for stub in stubs])
-        if not all(taken):
-            self.agenda.look_for_more()  # there may be others, or none for which it has places
-        return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
-
-    def _offered(self, room: int, owner: str = "") -> list[Stub]:
-        """The best of the tasks that this node does not hold and may start, at most ``room``.
-
-        Those that no node holds, or those in the buffer of one.
-        """
-        repository, limits = self.services.repository, self.services.registry.limits
-        known, types, ageing = self.unmarked(), self.types(), self.buffer.ageing
-        free = [type for type in types if type not in limits] if limits else types
-        found = self._others(repository.ready(free, room + len(known), owner, ageing), known, room)
-        if len(free) == len(types):
-            return found
-        for type in types:
-            if type in limits:
-                most, waiting = self.admission.room(type, known)
-                if (most := min(most, room)) > 0:
-                    stubs = repository.ready([type], most + waiting, owner, ageing)
-                    some = self._others(stubs, known, most)
-                    found += some
-                    if not owner:
-                        self.admission.looked(type, most, len(some))
-        found.sort(key=self._best_first)
-        return found[:room]
-
-    def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
-        """Return the first tasks that this node does not hold yet, at most ``most``."""
-        others = (stub for stub in stubs if stub.id not in known and stub.id not in self.buffer)
-        return list(islice(others, most))
-
-    def _best_first(self, stub: Stub) -> tuple[int, int]:
-        return stub.rank(self.buffer.ageing), stub.created_at
-
-    def _take_over(self) -> list[Stub]:
-        """With nothing to do: what is next in line in the buffers of other nodes, one for each idle worker.
-
-        They find it started, or gone, when they come to it.
-        """
-        wanted = self.ahead.workers - len(self.runs.executing)
-        if wanted <= 0 or len(self.buffer):
-            return []
-        services = self.services
-        found = [
-            (stub, owner)
-            for owner in queries.owners(services.repository)
-            if owner != self.node.id
-            for stub in self._offered(wanted, owner)
-        ]
-        found.sort(key=lambda pair: self._best_first(pair[0]))
-        writes = [lifecycle.take(stub.id, self.node.id, owner) for stub, owner in found[:wanted]]
-        taken = services.ledger.commit(writes) if writes else []
-        if any(taken):
-            self.agenda.more_stored = True  # look again when these are done
-        return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]
+    @property
+    def needs_care(self) -> bool:
+        """True if something may have to be handed on soon."""
+        return self.ahead.needs_care(len(self.buffer))
 
     # --- quiet, and the end
 
@@ -521,15 +396,7 @@ class WorkerPool:
 
     def holds(self, task_id: str) -> bool:
         """Return whether this node holds a pending task in memory."""
-        return task_id in self.buffer or task_id in self.unmarked()
-
-    def unmarked(self) -> set[str]:
-        """Return the pending tasks in memory that the repository may list as free, and some more, by id."""
-        buffer, suspects = self.buffer, self.starter.suspects
-        return {
-            *buffer.fetched_ids,
-            *(item.id for item in [*buffer.starting, *suspects.waiting]),
-        }
+        return task_id in self.buffer or task_id in self.fetcher.unmarked()
 
     def lose_lease(self) -> None:
         """Others may take this node for dead, what it runs, and its part of what nodes share."""

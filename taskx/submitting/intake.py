@@ -182,7 +182,7 @@ class Intake:
         pool, type_ = self._state.engine, insert.row["type"]
         if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
             return None
-        return pool if pool.buffers(type_) and not self._spills else None
+        return pool if pool.fetcher.buffers(type_) and not self._spills else None
 
     def _take_in(self, pool: WorkerPool, insert: Insert, timeout: float | None = 0.0) -> bool:
         """Reserve a slot in the buffer, store the task, and put its id there.
@@ -215,7 +215,7 @@ class Intake:
             pool is not None
             and not insert.row["held"]
             and self._services.registry.runs(type_)
-            and pool.has_room(type_)
+            and pool.fetcher.has_room(type_)
         ):
             self._services.agenda.look_for_more()
 
@@ -350,7 +350,7 @@ class Intake:
     ) -> None:
         buffer, runs = pool.buffer, self._services.registry.runs
         due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
-        apart = {type for type in {i.row["type"] for i in due} if not pool.buffers(type)}
+        apart = {type for type in {i.row["type"] for i in due} if not pool.fetcher.buffers(type)}
         due = [insert for insert in due if insert.row["type"] not in apart]
         turns: list[int] = []
         try:
@@ -367,7 +367,7 @@ class Intake:
         except BaseException:  # an interrupt, too: nobody else knows of these slots
             buffer.release(turns)
             raise
-        if len(buffered) < len(due) or any(map(pool.has_room, apart)):
+        if len(buffered) < len(due) or any(map(pool.fetcher.has_room, apart)):
             self._services.agenda.look_for_more()
 
     def _reserve_many(self, pool: WorkerPool, turns: Sequence[int], *, refuse: bool) -> int:

@@ -12,6 +12,7 @@ from taskx.core.errors import RepositoryError, SchemaMismatch
 from taskx.core.log import Complaint
 from taskx.core.model import TaskStatus
 from taskx.running import ahead
+from taskx.running.audit import Audit
 from taskx.running.pool import WorkerPool
 from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
@@ -49,6 +50,7 @@ class Housekeeper:
         self._services = pool.services
         #: What looks for dead nodes.
         self.recovery = Recovery(pool)
+        self._audit = Audit(pool)
         self._retention = Retention(pool.services, retention)
         self._ticker = Ticker(pool.services)
         self._agenda = pool.services.agenda
@@ -82,7 +84,7 @@ class Housekeeper:
 
     def stored_left(self) -> bool:
         """Whether the repository has something to run, also where one task is to follow another."""
-        repository, types = self._services.repository, set(self._pool.types())
+        repository, types = self._services.repository, set(self._pool.fetcher.types())
         return (
             self._behind()
             or unfinished(repository, types)
@@ -114,7 +116,7 @@ class Housekeeper:
             self._agenda.sleep(min(POLL * 2.0 ** min(failures, 10), _LONGEST_BACKOFF))
         elif self._more_to_do():
             self._agenda.sleep(_SHORTEST)
-        elif self._services.ledger or self._pool.ahead.needs_care(len(self._pool.buffer)):
+        elif self._services.ledger or self._pool.needs_care:
             self._agenda.sleep(ahead.PATIENCE)
         else:
             self._agenda.sleep_long(self._until_next, ahead.PATIENCE)
@@ -150,8 +152,7 @@ class Housekeeper:
         self._services.watcher.tell()
         if self._pool.stuck.ended:
             self._pool.stuck.lift()
-        if not self._pool.ahead.nudge(len(self._pool.buffer)):
-            self._pool.starter.hand_back(self._pool.ahead.clear(ahead.PATIENCE), rebuffer=True)
+        self._pool.hand_on()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._services.dependents.look(PATIENCE)
@@ -162,7 +163,7 @@ class Housekeeper:
         if self._is_time("recover", RECOVER_EVERY):
             self.recovery.recover(PATIENCE)
             self._pool.record_types()
-            self._pool.look_for_pauses()
+            self._pool.fetcher.look_for_pauses()
             self._pool.admission.tend()
             self._look_around()
         elif self._is_time("poll", POLL) and self._changed():
@@ -172,17 +173,17 @@ class Housekeeper:
             self._services.watcher.look()
         if self._pool.admission.is_time() or self._agenda.more_stored:
             self._agenda.more_stored = True
-            self._pool.refill()
+            self._pool.fetcher.refill()
         if not self._pool.stopping and self._ticker.tick(PATIENCE):
             self._agenda.more_stored = True
-            self._pool.refill()
+            self._pool.fetcher.refill()
         if self._is_time("audit", AUDIT_EVERY):
-            self._audit()
+            self._look_slowly()
         self._retention.tick()
 
-    def _audit(self) -> None:
+    def _look_slowly(self) -> None:
         """Look for what no event told of."""
-        self.recovery.audit()
+        self._audit.look()
         self._services.alarms.go_on()
         self._pool.stuck.audit()
         self._services.dependents.look_slowly(PATIENCE)

@@ -99,7 +99,7 @@ class LocalNode:
         liveness.watch(self.record.id, self.engine.lose_lease)
         self._housekeeper.recovery.recover(PATIENCE)
         services.pauses.look()
-        self.engine.refill()
+        self.engine.fetcher.refill()
 
     def begin(self) -> None:
         """Start the threads; the workers wait until they may :meth:`go`.

@@ -1,42 +1,31 @@
-"""After a crash: what dead nodes held is taken back, and what this node lost track of, too."""
+"""After a crash: what dead nodes held is taken back."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 
 from taskx.core import lifecycle
-from taskx.core.errors import CancelReason
-from taskx.core.lifecycle import PENDING, RUNNING
-from taskx.core.model import Task, TaskStatus
-from taskx.core.record import STUB, Stub, stub_from_values
+from taskx.core.model import Task
 from taskx.core.writes import Update
-from taskx.executing.runner import Run
 from taskx.liveness.base import Node
 from taskx.running.pool import WorkerPool
 from taskx.storage import queries
 
 #: Tasks of a dead node's buffer that are given up in one transaction.
 BATCH = 1000
-#: Tasks of its own, those that run and those next in line, that a node audits at once.
-AUDITED = 5000
 
 
 class Recovery:
-    """Looks for dead nodes, and audits the tasks of its own."""
+    """Looks for dead nodes, and takes back what they held."""
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
         self._services = pool.services
-        self._suspicious: set[tuple[str, str, int]] = set()
-        self._strays: set[Run] = set()
-        self._reserved: set[int] = set()
         self._unknown: set[str] = set()
         # Dead nodes whose buffers are being given up; and how many tasks of each cannot be.
         self._left: dict[str, int] = {}
-
-    # --- other nodes
 
     @property
     def waiting(self) -> bool:
@@ -57,7 +46,7 @@ class Recovery:
         # Owners first: a node that joins after this is in the list of nodes below, if it owns any.
         owners = queries.owners(repository)
         nodes = {node.id: node for node in repository.nodes()}
-        self._pool.alone = not any(
+        self._pool.fetcher.alone = not any(
             node.alive is not False and node.id != self._pool.node.id for node in nodes.values()
         )
         recovered = 0
@@ -130,73 +119,3 @@ class Recovery:
         # One transaction: half a rescue would count the other half's neighbours wrongly.
         writes = [write for alternatives in rescues for write in alternatives]
         self._services.consequences.commit(writes, {task.id: task for task in tasks})
-
-    # --- this node
-
-    def audit(self) -> None:
-        """Find what an interrupt at the wrong moment left behind, seen at two audits in a row.
-
-        Pending tasks that this node is said to hold are buffered if they are not; running ones that
-        no thread executes are handed back. In memory, runs that are over by what the repository says
-        are forgotten, and so are slots of the buffer that nothing was put into.
-
-        Of a large buffer, that is done with the tasks that are next in line.
-        """
-        pool = self._pool
-        find, mine = self._services.repository.find, [pool.node.id]
-        found = [*find("running_on", mine, STUB), *find("buffered_on", mine, STUB, AUDITED)]
-        stubs = {(stub.id, stub.status, stub.starts): stub for stub in map(stub_from_values, found)}
-        lost = self._lost(stubs.values())
-        for key in lost & self._suspicious:
-            stub = stubs[key]
-            if stub.status == PENDING:
-                pool.buffer.add_fetched(stub)
-            else:
-                self._hand_back(stub.id)
-        self._suspicious = lost - self._suspicious
-        self._audit_runs(stubs)
-        reserved = pool.buffer.reserved
-        stale, self._reserved = self._reserved & reserved, set(reserved)
-        pool.buffer.release(stale)
-
-    def _lost(self, stubs: Iterable[Stub]) -> set[tuple[str, str, int]]:
-        """Return the tasks of this node that are in the repository and not in memory."""
-        buffer, unmarked, runs = self._pool.buffer, self._pool.unmarked(), self._pool.runs
-        return {
-            (stub.id, stub.status, stub.starts)
-            for stub in stubs
-            if stub.id not in runs
-            and (stub.status == RUNNING or not (stub.id in buffer or stub.id in unmarked))
-        }
-
-    def _audit_runs(self, stubs: Collection[tuple[str, str, int]]) -> None:
-        """Forget runs in memory that are over, and hand back runs that no thread executes."""
-        pool = self._pool
-        strays = {run for run in list(pool.runs.values()) if self._is_stray(run, stubs)}
-        for run in strays & self._strays:
-            if _key(run) not in stubs:
-                pool.starter.strike(run)
-            elif pool.starter.claim(run):
-                self._hand_back(run.task.id)
-        self._strays = strays - self._strays
-
-    def _is_stray(self, run: Run, stubs: Collection[tuple[str, str, int]]) -> bool:
-        if run.task.status is not TaskStatus.RUNNING:
-            return False  # it is being started
-        if run.state in ("executing", "stuck"):
-            return False
-        if _key(run) not in stubs:
-            return True
-        # Where a thread was cut short that laid it out, or took it, it lies nowhere.
-        return run.state != "concluding" and run not in list(self._pool.ahead.runs)
-
-    def _hand_back(self, task_id: str) -> None:
-        task = self._services.repository.get_many([task_id]).get(task_id)
-        if task is not None and task_id not in self._pool.runs:
-            ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
-            writes = lifecycle.conclude(task, ending, self._services.clock.now_ms())
-            self._services.consequences.commit(writes, {task_id: task})
-
-
-def _key(run: Run) -> tuple[str, str, int]:
-    return (run.task.id, RUNNING, run.task.starts)

@@ -24,7 +24,7 @@ from taskx.liveness import locks
 from taskx.liveness.kernel import KernelLocks
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer
-from taskx.running.pool import WorkerPool
+from taskx.running.fetcher import Fetcher
 from taskx.running.starter import Starter
 from taskx.running.suspects import Suspects
 from taskx.storage.sqlite.repository import SQLiteRepository
@@ -200,7 +200,7 @@ def dawdle(seed: int, longest: float) -> None:
 
 def ignore_owners() -> None:
     """Have every node believe that it is alone: then all go for the same tasks, as they may."""
-    WorkerPool.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
+    Fetcher.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
 
 
 # Broken parts: with any of them the campaign must fail

@@ -15,8 +15,8 @@ from taskx.common.ledger import Ledger
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.log import GuardedLogger
+from taskx.running.audit import Audit
 from taskx.running.buffer import Buffer
-from taskx.upkeep.recovery import Recovery
 
 
 @pytest.fixture
@@ -373,9 +373,9 @@ def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, mon
     monkeypatch.setattr(pool, "_outcome", slow)
     handle = started.submit("fine")
     assert at_it.wait(PATIENCE)
-    audits = Recovery(pool)
-    audits.audit()
-    audits.audit()
+    audit = Audit(pool)
+    audit.look()
+    audit.look()
     going_on.set()
     assert handle.result(PATIENCE) == "fine"
     assert handle.task().interruptions == 0

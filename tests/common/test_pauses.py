@@ -12,7 +12,7 @@ from storage.repositories import TinyRepository
 from taskx import ConfigurationError, Paused, Queue, SQLiteRepository, Task, TaskStatus
 from taskx.core import lifecycle
 from taskx.running.ahead import MAX_AHEAD
-from taskx.running.pool import WorkerPool
+from taskx.running.fetcher import Fetcher
 from taskx.testing import ManualClock
 
 pytestmark = pytest.mark.every_store
@@ -36,15 +36,15 @@ def pending(handle):
 def looks(queue):
     """Wait until its housekeeper has looked what is paused, at least once from now on."""
     looked, pool = threading.Event(), pool_of(queue)
-    look = pool.look_for_pauses
+    look = pool.fetcher.look_for_pauses
 
     def watched():
         look()
         looked.set()
 
-    pool.look_for_pauses = watched
+    pool.fetcher.look_for_pauses = watched
     assert looked.wait(PATIENCE)
-    pool.look_for_pauses = look
+    pool.fetcher.look_for_pauses = look
 
 
 def test_a_paused_type_waits_and_the_others_run(queue, other):
@@ -113,7 +113,7 @@ def test_what_is_taken_from_the_buffer_in_that_moment_is_passed_over(
     queue.start()
     queue.pause("a")
     with monkeypatch.context() as blind:
-        blind.setattr(WorkerPool, "takes", lambda *_: True)
+        blind.setattr(Fetcher, "takes", lambda *_: True)
         handles = [queue.submit("a", {"n": n}) for n in range(3)]
     queue.submit("b").result(PATIENCE)
     eventually(lambda: len(repository.ready(["a"], 10)) == 3)

@@ -218,7 +218,7 @@ def test_a_fetch_reads_no_more_rows_for_a_large_buffer(busy, monkeypatch):
         lambda types, limit, *more: asked.append(limit) or ready(types, limit, *more),
     )
     pool.agenda.more_stored = True
-    pool.refill()
+    pool.fetcher.refill()
     assert asked
     assert max(asked) < 2 * pool.buffer.fetch_size
 

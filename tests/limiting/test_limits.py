@@ -240,9 +240,9 @@ def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
     queue.repository.create(Task(id="higher", type="note", priority=2))
     pool = pool_of(queue)
     eventually(lambda: {"low", "high", "higher"} <= pool.buffer.ids)
-    with pool._refilling:  # nobody else fetches them meanwhile
+    with pool.fetcher._refilling:  # nobody else fetches them meanwhile
         pool.starter.give_up([item.id for item in pool.buffer.sweep(lambda type: True)])
-        assert [stub.id for stub in pool._offered(2)] == ["higher", "high"]
+        assert [stub.id for stub in pool.fetcher._offered(2)] == ["higher", "high"]
 
 
 # However it ends, its place is another's
@@ -343,9 +343,9 @@ def test_what_is_handed_back_leaves_its_place(make_queue):
     assert queue.drain(PATIENCE)
     pool = pool_of(queue)
     assert pool.admission.admit({"t": ["y"]}) == {"y"}
-    assert not pool.has_room("t")
+    assert not pool.fetcher.has_room("t")
     pool.admission.over("y", ran=False)
-    assert pool.has_room("t")
+    assert pool.fetcher.has_room("t")
 
 
 def test_of_a_paused_type_with_a_limit_none_starts_before_it_is_resumed(make_queue):
@@ -594,7 +594,7 @@ def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
     eventually(lambda: len(pool.buffer.ids) == 2)
     for _ in range(5):
         pool.agenda.more_stored = True
-        pool.refill()
+        pool.fetcher.refill()
         assert len(pool.buffer.ids) == 2
     gate.open()
     assert queue.drain(PATIENCE)

@@ -22,6 +22,7 @@ from taskx.core.rate import Rate
 from taskx.limiting.admission import Admission
 from taskx.limiting.shared import SharedBucket, SharedSlots
 from taskx.liveness.base import Node
+from taskx.running.audit import Audit
 from taskx.testing import ManualClock
 from taskx.upkeep import housekeeper
 from taskx.upkeep.node import LocalNode
@@ -94,7 +95,7 @@ def idle_engine(make_queue):
     queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
     node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
-    node.engine.alone = False
+    node.engine.fetcher.alone = False
     yield node.engine
     node.engine.admission.end()
 
@@ -116,9 +117,9 @@ def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
 ):
     """There is a place from then on, for the next task or to be given back."""
     meanwhile(monkeypatch, repository, "distinct", idle_engine.agenda.look_for_more)
-    idle_engine.refill()
+    idle_engine.fetcher.refill()
     assert idle_engine.agenda.more_stored
-    idle_engine.refill()
+    idle_engine.fetcher.refill()
     assert not idle_engine.agenda.more_stored
 
 
@@ -136,10 +137,10 @@ def test_who_finds_the_last_task_and_loses_it_to_another_node_gives_the_place_ba
         assert repository.apply([lifecycle.take(task_id, "another")]) == [True]
 
     meanwhile(monkeypatch, repository, "apply", another_takes_it)
-    idle_engine.refill()
+    idle_engine.fetcher.refill()
     assert shares(repository) == {idle_engine.node.id: 1}
     assert idle_engine.agenda.more_stored
-    idle_engine.refill()
+    idle_engine.fetcher.refill()
     assert shares(repository) == {}
 
 
@@ -166,7 +167,7 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     node = LocalNode(services_of(queue), queue.config, lambda: None)
     node.join()
     pool = node.engine
-    pool.refill()
+    pool.fetcher.refill()
     items = pool.buffer.take(5)
 
     def away(*args):
@@ -187,8 +188,9 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     assert (pool.runs, pool.admission.admitted) == ({}, {})
     repository.before = lambda writes: None
     monkeypatch.undo()
-    for _ in range(2):
-        node._housekeeper.recovery.audit()
+    audit = Audit(node.engine)
+    audit.look()
+    audit.look()
     assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
 
 

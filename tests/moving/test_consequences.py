@@ -109,6 +109,7 @@ TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.look_at", "hooks
 COMMITS = {
     "moving.py": "commit",
     "executing/checkpoints.py": "commit",
+    "running/fetcher.py": "commit",
     "running/pool.py": "commit defer",
     "running/starter.py": "commit",
     "schedules/stored.py": "commit",

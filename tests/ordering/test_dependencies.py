@@ -40,6 +40,7 @@ from taskx import (
 )
 from taskx.core import lifecycle
 from taskx.core.writes import Update
+from taskx.running.audit import Audit
 from taskx.testing import ManualClock
 
 pytestmark = pytest.mark.every_store
@@ -471,7 +472,7 @@ class TestRecovered:
         parent, child, runs_on = family
         runs_on(node_of(started).record.id)
         started.repository.apply(lifecycle.cancel(parent.id, 1))
-        housekeeper_of(started).recovery._hand_back(parent.id)
+        Audit(pool_of(started))._hand_back(parent.id)
         assert parent.task().status is TaskStatus.CANCELLED
         eventually(child.cancelled)
 

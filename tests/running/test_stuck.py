@@ -499,7 +499,7 @@ class TestBarred:
         fails(first)
         second = queue.submit("only", {"name": "y"})
         assert queue.submit("fine").result(PATIENCE) == "fine"
-        pool_of(queue).refill()
+        pool_of(queue).fetcher.refill()
         assert (begun, second.task().status) == (["x"], TaskStatus.PENDING)
         gate.open()
         assert second.result(PATIENCE) == "y"

@@ -208,12 +208,12 @@ def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository
     """Even if it is fetched before the others are in the buffer."""
     queue = busy(buffer_size=4, overflow="spill")
     pool = pool_of(queue)
-    eventually(lambda: pool.alone)
+    eventually(lambda: pool.fetcher.alone)
 
     def fetch(writes):
         repository.after = lambda writes: None
         pool.agenda.more_stored = True
-        pool.refill()
+        pool.fetcher.refill()
 
     repository.after = fetch
     queue.submit_many([Task(type="note", params={"n": n}) for n in range(20)])

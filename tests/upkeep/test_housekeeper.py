@@ -21,10 +21,9 @@ from taskx.core import lifecycle
 from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
 from taskx.liveness.base import Node
+from taskx.running import audit
 from taskx.storage.queries import owners
-from taskx.upkeep import recovery
 from taskx.upkeep.node import LocalNode
-from taskx.upkeep.recovery import Recovery
 
 MANY = 3000
 
@@ -164,10 +163,10 @@ class TestAudit:
     @pytest.fixture
     def audits(self, busy, monkeypatch):
         """Audits a queue whose only worker is busy, two tasks in its buffer at a time."""
-        monkeypatch.setattr(recovery, "AUDITED", 2)
+        monkeypatch.setattr(audit, "AUDITED", 2)
         queue = busy(buffer_size=100)
-        monkeypatch.setattr(housekeeper_of(queue).recovery, "audit", lambda: None)
-        return queue, Recovery(pool_of(queue))
+        monkeypatch.setattr(housekeeper_of(queue)._audit, "look", lambda: None)
+        return queue, audit.Audit(pool_of(queue))
 
     @pytest.mark.every_store
     def test_it_reads_no_more_of_a_large_buffer_than_is_next_in_line(self, audits, monkeypatch):
@@ -182,20 +181,20 @@ class TestAudit:
             return found
 
         monkeypatch.setattr(queue.repository, "find", counted)
-        mine.audit()
+        mine.look()
         assert read == {"running_on": 1, "buffered_on": 2}
 
     def test_a_lost_task_is_found_when_it_is_next_in_line(self, audits, gate):
         queue, mine = audits
         handles = [queue.submit("note", {"n": n}) for n in range(5)]
         pool_of(queue).buffer.discard([handles[4].id])
-        mine.audit()
-        mine.audit()
+        mine.look()
+        mine.look()
         assert queue.buffered == 4
         gate.open()
         assert [handle.result(PATIENCE) for handle in handles[:4]] == [None] * 4
-        mine.audit()
-        mine.audit()
+        mine.look()
+        mine.look()
         assert handles[4].result(PATIENCE) is None
         assert queue.ran == [0, 1, 2, 3, 4]
 
