@@ -78,9 +78,6 @@ class Ticker:
 
     Many that tick at the same time are done in batches, and each node takes them in an order of its own: so
     the nodes share them, and seldom do the same.
-
-    Args:
-        services: what it works with.
     """
 
     def __init__(self, services: Services) -> None:
@@ -290,7 +287,7 @@ class Ticker:
         run, next_ = decide(ticks, entry.next, now, misfire, entry.grace)
         moved = attrs.evolve(entry, next=next_)
         if run and entry.overlap == "skip":
-            run = self._without_overlap(read, entry.next, now, run[0])
+            run = self._without_overlap(entry, latest(ticks, entry.next, now, BATCH), run[0])
             moved = attrs.evolve(moved, making=run[0] if run else None)
         return Plan(read, attrs.evolve(moved, last=run[-1]) if run else moved, entry.next, run)
 
@@ -310,21 +307,18 @@ class Ticker:
                 self._told.append(plan.read.name[len(PREFIX) :])
         return results
 
-    def _without_overlap(self, read: Read, since: int, now: int, tick: int) -> list[int]:
+    def _without_overlap(self, entry: Entry, undecided: Sequence[int], tick: int) -> list[int]:
         """The tick, unless the task of an earlier one has not ended."""
-        assert read.entry is not None
-        assert read.ticks is not None
-        name = read.entry.name
         # Beside the last one: a node that died may have stored a task and not moved the schedule on.
-        earlier = {read.entry.last, *latest(read.ticks, since, now, BATCH)} - {tick}
-        own = tick_id(name, tick)
-        ids = [own, *(tick_id(name, one) for one in earlier if one is not None)]
+        earlier = {entry.last, *undecided} - {tick}
+        own = tick_id(entry.name, tick)
+        ids = [own, *(tick_id(entry.name, one) for one in earlier if one is not None)]
         statuses = self._services.repository.statuses(ids)
         if own in statuses or all(status in FINISHED for status in statuses.values()):
             return [tick]
         self._services.log.info(
             "schedule %r: the task of an earlier tick has not ended, so that of %s gets none",
-            *(name, to_datetime(tick)),
+            *(entry.name, to_datetime(tick)),
         )
         return []
 

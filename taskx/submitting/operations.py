@@ -48,7 +48,9 @@ def children(repository: Repository, task_ids: Iterable[str]) -> list[str]:
 
 
 class Operations:
-    """Changes stored tasks, whether the queue is started or not, as the methods of ``Queue`` say.
+    """Changes stored tasks, whether the queue is started or not.
+
+    Its public methods do what those of ``Queue`` with the same names say (``cancel`` is ``cancel_task``).
 
     Args:
         services: what it works with.
@@ -64,7 +66,6 @@ class Operations:
     # --- cancel, delete
 
     def cancel(self, task_id: str) -> bool:
-        """Cancel a task: True if it never runs, False if it runs and was asked to stop."""
         for _ in range(_TRIES):
             *cancelled, asked = self._commit(
                 lifecycle.cancel(task_id, self._services.clock.now_ms())
@@ -87,7 +88,6 @@ class Operations:
         )
 
     def cancel_many(self, task_ids: Sequence[str]) -> int:
-        """Cancel those of these tasks that have not ended; returns how many of them never run."""
         never_run, settled = 0, set[str]()
         now = self._services.clock.now_ms()
         for start in range(0, len(task_ids), BATCH):
@@ -109,7 +109,6 @@ class Operations:
         return never_run
 
     def delete(self, task_id: str) -> None:
-        """Remove the record of a task that is not running."""
         if not self._commit([lifecycle.delete(task_id)])[0]:
             raise lifecycle.not_deleted(self._repository.get_by_id(task_id))
 
@@ -121,7 +120,6 @@ class Operations:
     # --- requeue
 
     def requeue(self, task_id: str) -> None:
-        """Have a failed or cancelled task run again, and what failed or was cancelled because of it."""
         self._refuse_if_stopped()
         task = self._repository.get_by_id(task_id)
         lifecycle.check_requeue(task)
@@ -130,14 +128,12 @@ class Operations:
             raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
 
     def requeue_many(self, task_ids: Sequence[str]) -> int:
-        """Have those of these tasks run again that failed or were cancelled, and what ended with them."""
         self._refuse_if_stopped()
         ended_badly = (TaskStatus.FAILED, TaskStatus.CANCELLED)
         known = self._found(task_ids, lambda task: task.status in ended_badly)
         return len(self._requeue(self._with_orphans(known)))
 
     def requeue_dead_letters(self, filter: TaskFilter | None) -> int:
-        """Have the dead letters run again that a filter chooses, and what ended with them."""
         self._refuse_if_stopped()
         left = self._listed(dead(filter))
 
@@ -212,8 +208,6 @@ class Operations:
     # --- dead letters
 
     def discard_dead_letters(self, filter: TaskFilter | None) -> int:
-        """Remove the dead letters that a filter chooses and that nobody waits for; returns how many."""
-
         def discard(tasks: Mapping[str, Task]) -> int:
             needed = self._asked_for(tasks)
             writes = [lifecycle.discard(task) for i, task in tasks.items() if i not in needed]
