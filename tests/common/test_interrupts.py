@@ -398,7 +398,7 @@ def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(
     pool = started._node.engine
     handle = started.submit("fine", id="x", delay=3600)
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "refill", lambda: None)  # nobody else starts it
+        patch.setattr(pool.fetcher, "refill", lambda: None)  # nobody else starts it
         started.repository.apply([lifecycle.release("x")])
         run = pool.starter._make_run(handle.task())
         update = lifecycle.start(run.task, to_ms(run.task.run_at), pool.node.id)
