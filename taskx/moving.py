@@ -164,36 +164,22 @@ class Consequences:
     """Commits moves, and does what follows from them.
 
     Args:
-        repository: where the tasks are.
-        ledger: what commits.
-        hooks: who is told of moves.
-        watcher: who resolves handles.
-        agenda: where the housekeeper is told what to look at.
+        services: what it works with.
         state: knows the started node.
-        clock: the time.
-        log: what it says.
     """
 
-    def __init__(
-        self,
-        repository: Repository,
-        ledger: Ledger,
-        hooks: Hooks,
-        watcher: Watcher,
-        agenda: Agenda,
-        state: _State,
-        clock: Clock,
-        log: GuardedLogger,
-    ) -> None:
-        self._repository = repository
-        self._ledger = ledger
-        self._hooks = hooks
-        self._watcher = watcher
-        self._agenda = agenda
+    def __init__(self, services: Services, state: _State) -> None:
+        self._repository = services.repository
+        self._ledger = services.ledger
+        self._hooks = services.hooks
+        self._watcher = services.watcher
+        self._agenda = services.agenda
+        self._log = services.log
         self._state = state
-        self._log = log
-        self.turns = Turns(repository, self.commit, log)
-        self.dependents = Dependents(repository, self.commit, agenda, clock, log)
+        self.turns = Turns(self._repository, self.commit, self._log)
+        self.dependents = Dependents(
+            self._repository, self.commit, self._agenda, services.clock, self._log
+        )
 
     def commit(
         self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
@@ -371,16 +357,7 @@ def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dic
 
 
 class Services:
-    """The parts that the other parts of a queue share.
-
-    Args:
-        repository: where the tasks are.
-        registry: the types that the queue runs.
-        hooks: who is told what happens.
-        state: knows the started node.
-        clock: the time.
-        log: what they say.
-    """
+    """The parts that the other parts of a queue share."""
 
     def __init__(
         self,
@@ -403,7 +380,5 @@ class Services:
         self.pauses = Pauses(repository)
         self.runner = Runner(clock, self.alarms, registry.max_payload_size)
         self.keeper = Keeper(repository, self.ledger, registry.max_payload_size)
-        self.consequences = Consequences(
-            *(repository, self.ledger, self.hooks, self.watcher, self.agenda, state, clock, log)
-        )
+        self.consequences = Consequences(self, state)
         self.turns, self.dependents = self.consequences.turns, self.consequences.dependents

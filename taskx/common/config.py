@@ -30,14 +30,12 @@ def _known_overflow(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None
         raise ConfigurationError(f"{attribute.name} must be one of {known}, not {value!r}")
 
 
-def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        check_number(value, attribute.name)
+def _seconds(minimum: float = 0.0) -> Any:
+    def check(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
+        if value is not None:
+            check_number(value, attribute.name, minimum=minimum)
 
-
-def _ageing(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        check_number(value, attribute.name, minimum=0.001)
+    return check
 
 
 def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskStatus, float]:
@@ -78,8 +76,8 @@ class Config:
     worker_num: int = attrs.field(default=5, validator=_whole(1, 10_000))
     buffer_size: int = attrs.field(default=100, validator=_whole(1, 10_000_000))
     overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
-    block_timeout: float | None = attrs.field(default=None, validator=_seconds)
+    block_timeout: float | None = attrs.field(default=None, validator=_seconds())
     max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))
     retention: Mapping[TaskStatus, float] = attrs.field(factory=dict, converter=_periods)
     max_stuck: int = attrs.field(default=10, validator=_whole(0, 10_000))
-    ageing: float | None = attrs.field(default=None, validator=_ageing)
+    ageing: float | None = attrs.field(default=None, validator=_seconds(0.001))

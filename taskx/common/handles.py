@@ -320,15 +320,6 @@ class TaskHandle(Future[R]):
         """The state, as a ``Future`` names it."""
         return PENDING if self._outcome is None else self._outcome.state
 
-    def stand_still(self) -> None:
-        """Have this thread see the state as it is now until :meth:`move_on`."""
-        self.done()
-        self.__dict__.setdefault("_seen", {})[_thread.get_ident()] = self.state_now
-
-    def move_on(self) -> None:
-        """Undo :meth:`stand_still`."""
-        self.__dict__.get("_seen", {}).pop(_thread.get_ident(), None)
-
 
 class _Stand:
     """A stand-in for a Future's condition: while a thread has it, the thread sees one state of the handle.
@@ -341,17 +332,15 @@ class _Stand:
         self._handle = handle
 
     def acquire(self) -> bool:
-        self._handle.stand_still()
+        handle = self._handle
+        handle.done()
+        handle.__dict__.setdefault("_seen", {})[_thread.get_ident()] = handle.state_now
         return True
 
-    def release(self) -> None:
-        self._handle.move_on()
+    def release(self, *exc_info: object) -> None:
+        self._handle.__dict__.get("_seen", {}).pop(_thread.get_ident(), None)
 
-    def __enter__(self) -> None:
-        self.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.release()
+    __enter__, __exit__ = acquire, release
 
 
 class _Waiters:

@@ -84,11 +84,6 @@ class Buffer:
         return task_id in self._submitted or task_id in self._fetched
 
     @property
-    def ids(self) -> set[str]:
-        """The ids of all tasks in the buffer. The cost grows with their number."""
-        return {*self._submitted, *self._fetched}
-
-    @property
     def submitted(self) -> int:
         """The number of slots that are taken, by submitted tasks and by tasks that are being stored."""
         return len(self._submitted) + len(self.reserved)

@@ -239,7 +239,7 @@ def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
     queue.repository.create(Task(id="high", type="t", priority=1))
     queue.repository.create(Task(id="higher", type="note", priority=2))
     pool = pool_of(queue)
-    eventually(lambda: {"low", "high", "higher"} <= pool.buffer.ids)
+    eventually(lambda: all(i in pool.buffer for i in ("low", "high", "higher")))
     with pool.fetcher._refilling:  # nobody else fetches them meanwhile
         pool.starter.give_up([item.id for item in pool.buffer.sweep(lambda type: True)])
         assert [stub.id for stub in pool.fetcher._offered(2)] == ["higher", "high"]
@@ -290,7 +290,7 @@ def test_one_that_is_fetched_and_never_starts_leaves_its_place(busy, gate, remov
     ran = []
     queue.executor("t", max_concurrency=1)(lambda n: ran.append(n))
     queue.submit("t", {"n": 0}, id="first")
-    eventually(lambda: "first" in pool_of(queue).buffer.ids)
+    eventually(lambda: "first" in pool_of(queue).buffer)
     queue.submit("t", {"n": 1})
     getattr(queue, remove)("first")
     gate.open()
@@ -304,7 +304,7 @@ def test_one_that_another_node_started_leaves_its_place(busy, gate, repository):
     ran = []
     queue.executor("t", max_concurrency=1, rate=(1, 3600.0))(lambda n: ran.append(n))
     queue.submit("t", {"n": 0}, id="first")
-    eventually(lambda: "first" in pool_of(queue).buffer.ids)
+    eventually(lambda: "first" in pool_of(queue).buffer)
     queue.submit("t", {"n": 1})
     repository.update_status("first", TaskStatus.RUNNING)
     gate.open()
@@ -591,11 +591,11 @@ def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
     for _ in range(10):
         queue.submit("t")
     pool = pool_of(queue)
-    eventually(lambda: len(pool.buffer.ids) == 2)
+    eventually(lambda: len(pool.buffer) == 2)
     for _ in range(5):
         pool.agenda.more_stored = True
         pool.fetcher.refill()
-        assert len(pool.buffer.ids) == 2
+        assert len(pool.buffer) == 2
     gate.open()
     assert queue.drain(PATIENCE)
 

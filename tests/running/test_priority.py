@@ -60,7 +60,7 @@ def test_between_what_is_buffered_and_what_is_spilled(busy, gate, together):
     else:
         submit(queue, MIXED)
     # A worker that is done takes what is best in the buffer: wait until all of it is there.
-    eventually(lambda: len(pool_of(queue).buffer.ids) == len(MIXED))
+    eventually(lambda: len(pool_of(queue).buffer) == len(MIXED))
     gate.open()
     assert queue.drain(PATIENCE)
     assert queue.ran == NAMES
@@ -176,7 +176,7 @@ def test_what_was_delayed_ages_from_its_time_on(busy, gate, clock):
     queue = busy(ageing=10, clock=clock)
     queue.submit("note", {"n": "low"}, delay=1000)
     clock.advance(1001)
-    eventually(lambda: len(pool_of(queue).buffer.ids) == 1)
+    eventually(lambda: len(pool_of(queue).buffer) == 1)
     submit(queue, [(5, "before")])
     gate.open()
     assert queue.drain(PATIENCE)

@@ -539,13 +539,13 @@ def test_nothing_runs_before_it_is_stored(queue):
     queue.repository.before = hold
     refused = run_in_thread(lambda: queue.submit("note", id="x"))
     assert reached.wait(PATIENCE)
-    assert not pool_of(queue).buffer.ids
+    assert not len(pool_of(queue).buffer)
     assert ran == []
     go_on.set()
     with pytest.raises(RepositoryError, match="no room"):
         refused()
     assert queue.repository.get_many(["x"]) == {}
-    assert not pool_of(queue).buffer.ids
+    assert not len(pool_of(queue).buffer)
     allowed.append(True)
     assert queue.submit("note", id="y").result(PATIENCE) is None
     assert ran == [1]

@@ -269,7 +269,7 @@ class TestConflict:
         queue.submit("note", {"n": 1}, priority=1)
         first = queue.submit("note", {"n": 2}, **KEY)
         queue.submit("note", {"n": 3}, **KEY, on_conflict="replace", priority=5)
-        eventually(lambda: first.id in pool_of(queue).buffer.ids)
+        eventually(lambda: first.id in pool_of(queue).buffer)
         gate.open()
         assert queue.drain(PATIENCE)
         assert queue.ran == [3, 1]
