@@ -18,7 +18,7 @@ from taskx.core.clock import LAST, to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import check_moment
 from taskx.core.rate import Limit, LimitScope, rate_of
-from taskx.core.retry import RetryPolicy, check_policy
+from taskx.core.retry import RetryPolicy
 
 MAX_PRIORITY = 1_000_000
 #: Seconds that an executor is given after its token has fired, where nobody says otherwise.
@@ -124,6 +124,11 @@ def _timeout(value: Any, what: str) -> None:
         raise ConfigurationError(f"{what} must be above 0 seconds; None means no time-out")
 
 
+def _policy(value: Any, what: str) -> None:
+    if not isinstance(value, RetryPolicy):
+        raise ConfigurationError(f"{what} must be a RetryPolicy, not {value!r}")
+
+
 def log_level(value: Any, what: str = "capture_log") -> int | None:
     """From which level on an executor has lines kept, None for none; ConfigurationError for no level."""
     if value is None or value is False:
@@ -158,7 +163,7 @@ CHECKS: Mapping[str, Check] = {
     "timeout": _timeout,
     "max_attempts": _count,
     "max_crashes": _count,
-    "retry": lambda value, _: check_policy(value),
+    "retry": _policy,
 }
 #: Those that are settled when a task starts, as its executor says, where the task says nothing; and what
 #: they are where its executor says nothing either.

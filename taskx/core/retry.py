@@ -23,21 +23,16 @@ _CURVES: dict[str, Callable[[float, int], float]] = {
 MAX_WAIT = 3.2e9
 
 
-def _names(given: Any) -> tuple[str, ...]:
-    """Exception classes, or their names, as names that an error can have."""
-    return tuple(
-        _name_of(one) if isinstance(one, str) else _name(one) for one in _one_or_many(given)
-    )
+def _names(given: Any, stored: bool = False) -> tuple[str, ...]:
+    """Exception classes, or their names, as names that an error can have.
 
-
-def _stored_names(given: Any) -> tuple[str, ...]:
-    """Names as they were stored: another Python may know other builtins."""
-    return tuple(_name(one) for one in _one_or_many(given))
-
-
-def _one_or_many(given: Any) -> Iterable[Any]:
+    Stored ones are left as they are: another Python may know other builtins.
+    """
     single = isinstance(given, (str, type)) or not isinstance(given, Iterable)
-    return (given,) if single else given
+    return tuple(
+        _name_of(one) if isinstance(one, str) and not stored else _name(one)
+        for one in ((given,) if single else given)
+    )
 
 
 def _name(error: Any) -> str:
@@ -189,7 +184,7 @@ class RetryPolicy:
             ConfigurationError: a value is not valid.
         """
         given = {name: data[name] for name in _FIELDS if name in data}
-        errors = {name: _stored_names(given.pop(name)) for name in _ERRORS if name in given}
+        errors = {name: _names(given.pop(name), stored=True) for name in _ERRORS if name in given}
         policy = cls(**given)
         for name, names in errors.items():
             object.__setattr__(policy, name, names)  # past the judgement on what somebody writes
@@ -202,13 +197,6 @@ _ERRORS = ("retry_on", "give_up_on")
 
 def _listed(_: Any, __: Any, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
-
-
-def check_policy(value: Any) -> RetryPolicy | None:
-    """A policy or None; ConfigurationError says what is wrong with it."""
-    if value is None or isinstance(value, RetryPolicy):
-        return value
-    raise ConfigurationError(f"retry must be a RetryPolicy, not {value!r}")
 
 
 # --- what an executor raises

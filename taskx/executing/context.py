@@ -20,8 +20,6 @@ if TYPE_CHECKING:
 
 P = ParamSpec("P")
 T = TypeVar("T")
-#: How tasks are read, by their ids.
-Fetch = Callable[[Sequence[str]], Mapping[str, Task]]
 
 
 def log_prefix(task_id: str, type: str) -> str:
@@ -46,7 +44,7 @@ class Shared(NamedTuple):
     alarms: Alarms  #: fires tokens at their deadlines
     log: logging.Logger  #: what ``ctx.logger`` logs to
     keeper: Keeper  #: stores checkpoints
-    fetch: Fetch  #: reads tasks
+    fetch: Callable[[Sequence[str]], Mapping[str, Task]]  #: reads tasks, by their ids
 
 
 class Context:

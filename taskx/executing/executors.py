@@ -157,7 +157,6 @@ class PlainExecutor(Executor[P, R]):
     takes_context = False
 
     def __call__(self, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function."""
         return self.function(*args, **kwargs)
 
 
@@ -167,7 +166,6 @@ class ContextExecutor(Executor[P, R]):
     takes_context = True
 
     def __call__(self, ctx: Context, *args: P.args, **kwargs: P.kwargs) -> R:
-        """Call the function."""
         return self.function(ctx, *args, **kwargs)
 
 
@@ -200,7 +198,7 @@ class ExecutorDecorator:
         self,
         type: str | None,
         options: Options,
-        register: Callable[[Executor[Any, Any]], object] | None = None,
+        register: Callable[[Executor[Any, Any]], object] = lambda made: None,
     ) -> None:
         self._type = type
         self._options = options
@@ -213,8 +211,7 @@ class ExecutorDecorator:
     def __call__(self, function: Callable[..., Any]) -> Any:
         """Make and, on a queue, register the executor."""
         made = make_executor(function, self._type, self._options)
-        if self._register is not None:
-            self._register(made)
+        self._register(made)
         return made
 
 

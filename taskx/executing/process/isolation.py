@@ -52,14 +52,8 @@ class Address(NamedTuple):
     main: str = ""  #: the file of the program's main module, if that is to be loaded first
 
 
-def code_of(executor: Executor[Any, Any] | TaskExecutor) -> Any:
-    """The function, or the class, that an executor was made of."""
-    return executor.function if isinstance(executor, Executor) else executor.__class__
-
-
-def address_of(type: str, executor: Executor[Any, Any] | TaskExecutor) -> Address:
+def address_of(type: str, found: Any) -> Address:
     """Where a child process finds an executor's function or class; ConfigurationError if it could not."""
-    found = code_of(executor)
     module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
     if getattr(sys, "frozen", False):
         raise _refusal(type, "a frozen program cannot be started as an interpreter")
@@ -100,8 +94,10 @@ class Isolated:
     ) -> None:
         self._type = entry.type
         self._executor = executor
-        self._code = code_of(executor)
-        self._address = address_of(entry.type, executor)
+        self._code: Any = (
+            executor.function if isinstance(executor, Executor) else executor.__class__
+        )
+        self._address = address_of(entry.type, self._code)
         # What the main module is called in the child, if that is the one which it imports.
         self._main = ("__mp_main__" if self._address.main else self._address.module) * (
             self._code.__module__ == "__main__"
