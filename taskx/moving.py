@@ -161,12 +161,7 @@ class _State(Protocol):
 
 
 class Consequences:
-    """Commits moves, and does what follows from them.
-
-    Args:
-        services: what it works with.
-        state: knows the started node.
-    """
+    """Commits moves, and does what follows from them; ``state`` knows the started node."""
 
     def __init__(self, services: Services, state: _State) -> None:
         self._repository = services.repository

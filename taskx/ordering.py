@@ -39,7 +39,10 @@ Commit = Callable[[Sequence[Update], Mapping[str, Task]], object]
 
 
 class _Rounds(ABC):
-    """Looks at all that may stand still, a page at a time; each call goes on where the last one stopped."""
+    """Looks at all that may stand still, a page at a time; each call goes on where the last one stopped.
+
+    A look raises ``RepositoryError`` where the repository fails, and the next one goes on.
+    """
 
     def __init__(self) -> None:
         # Whether all is to be looked at; whether that is under way, and how far it has come.
@@ -59,11 +62,7 @@ class _Rounds(ABC):
         return self._all_due or self._under_way
 
     def overdue(self) -> bool:
-        """Return whether anything stands still.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
+        """Return whether anything stands still."""
         found, after = self._page("")
         while after and not found:
             found, after = self._page(after)
@@ -75,9 +74,6 @@ class _Rounds(ABC):
         Args:
             patience: seconds after which the rest is left to the next call: where one task ends with
                 another, as in a long chain, it may take long.
-
-        Raises:
-            RepositoryError: the repository failed; the next call goes on there.
         """
         until = time.monotonic() + patience
         while self.waiting:
@@ -92,15 +88,7 @@ class _Rounds(ABC):
 
 
 class Dependents(_Rounds):
-    """Looks after the tasks that wait for their parents.
-
-    Args:
-        repository: where they are.
-        commit: commits what becomes of them.
-        agenda: where the housekeeper is told to :meth:`look`.
-        clock: the time.
-        log: what it says.
-    """
+    """Looks after the tasks that wait for their parents; has the housekeeper :meth:`look` by the agenda."""
 
     def __init__(
         self,
@@ -203,11 +191,7 @@ class Dependents(_Rounds):
                 told.popleft()
 
     def look_around(self) -> None:
-        """Other processes may have stored tasks that wait: from when there are some, ends are told.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
+        """Other processes may have stored tasks that wait: from when there are some, ends are told."""
         additions = self._additions
         some = bool(self._repository.distinct("waiting_on", "", 1))
         with self._lock:
@@ -219,13 +203,8 @@ class Dependents(_Rounds):
     def look_slowly(self, patience: float = math.inf) -> None:
         """Look at some of the parents that are waited for, and go on there next time.
 
-        For what no event told: a process that died just then, a record changed by hand.
-
-        Args:
-            patience: seconds after which what is found is left to :meth:`look`.
-
-        Raises:
-            RepositoryError: the repository failed.
+        For what no event told: a process that died just then, a record changed by hand. After
+        ``patience`` seconds what is found is left to :meth:`look`.
         """
         until = time.monotonic() + patience
         with self._looking:
@@ -267,13 +246,7 @@ class Dependents(_Rounds):
 
 
 class Turns(_Rounds):
-    """Gives the turn of each key to the first in line.
-
-    Args:
-        repository: where they wait.
-        commit: commits moves, and does what follows.
-        log: what it says.
-    """
+    """Gives the turn of each key to the first in line."""
 
     def __init__(
         self,
@@ -319,11 +292,7 @@ class Turns(_Rounds):
         self._all_due = True
 
     def look_slowly(self) -> None:
-        """Look at some lines, and go on there next time: who gave up a turn may have died just then.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
+        """Look at some lines, and go on there next time: who gave up a turn may have died just then."""
         self._look_at_some(math.inf)
 
     def _look_at_some(self, until: float) -> bool:

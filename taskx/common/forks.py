@@ -31,10 +31,7 @@ def end_in_child(before: int, error: BaseException | None = None) -> None:
 
     Its exit status is that of a program: 0 if the code returned, that of ``sys.exit(n)``, or 1 for any
     other exception, whose traceback goes to stderr. Nothing else is ended in order: it is the parent's.
-
-    Args:
-        before: the :data:`generation` before the code was called.
-        error: what the code raised; None if it returned.
+    ``before`` is the :data:`generation` before the code was called, ``error`` what the code raised.
     """
     if generation != before:
         _end(error)

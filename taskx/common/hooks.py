@@ -83,11 +83,7 @@ class Hooks:
     """Tells hooks what happened, on a thread that lives as long as there is something to tell.
 
     The listeners of each event are an attribute of its name, empty where no hook overrides it: ask
-    before telling.
-
-    Args:
-        hooks: whom to tell, in this order.
-        log: what their failures are logged to.
+    before telling. They are told in the order that they are given in.
 
     Raises:
         ConfigurationError: one of them is no :class:`Hook`, or has an event that is async.

@@ -53,11 +53,8 @@ class _Entry:
 class Ledger:
     """A queue's group commit: all of its writes go through here.
 
-    Args:
-        repository: what they are applied to.
-        log: where a failing callback is reported.
-        agenda: tells whether there is a housekeeper, to which the main thread leaves the callbacks of what
-            it has committed for others.
+    The main thread leaves the callbacks of what it has committed for others to the housekeeper, if the
+    agenda has one.
     """
 
     def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:

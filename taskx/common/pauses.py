@@ -32,11 +32,7 @@ class Paused:
 
 
 class Pauses:
-    """Reads, sets and lifts pauses.
-
-    Args:
-        repository: where they are kept.
-    """
+    """Reads, sets and lifts pauses."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
@@ -58,11 +54,7 @@ class Pauses:
             return self.known != before
 
     def set(self, type: str | None) -> None:
-        """Pause a type, or with None everything.
-
-        Raises:
-            ConfigurationError: the repository cannot keep it, or the type is no name.
-        """
+        """Pause a type, or with None everything; ``ConfigurationError``: the repository keeps none."""
         self._repository.put_note(_name(type), "", 0)  # if there is one, it is paused already
 
     def lift(self, type: str | None) -> None:

@@ -39,11 +39,7 @@ class Watcher:
 
     In a started queue the workers and the housekeeper tell it to look; else it has a thread of its
     own as long as there is something to watch. It holds handles weakly, but for those with callbacks.
-
-    Args:
-        repository: where the tasks are.
-        log: what it logs to.
-        agenda: tells whether there is a housekeeper, and wakes it.
+    A look raises ``RepositoryError`` where the repository cannot be read.
     """
 
     def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
@@ -65,11 +61,7 @@ class Watcher:
         return bool(self._handles)
 
     def watch(self, handle: TaskHandle[Any]) -> None:
-        """Resolve the handle when its task has ended, at once if it has; may be called again and again.
-
-        Raises:
-            RepositoryError: the repository cannot be read.
-        """
+        """Resolve the handle when its task has ended, at once if it has; may be called again and again."""
         new = handle.watched_by is not self
         if new or handle.has_callbacks:
             self._register(handle)
@@ -83,11 +75,7 @@ class Watcher:
             handle.conclude_closed()
 
     def warn_if_nobody_runs(self, task_id: str) -> None:
-        """Say once that somebody waits, in a queue that is not started, for what no node can run.
-
-        Raises:
-            RepositoryError: the repository cannot be read.
-        """
+        """Say once that somebody waits, in a queue that is not started, for what no node can run."""
         if self._warned:
             return
         self._warned = True
@@ -160,11 +148,7 @@ class Watcher:
             self._log.debug("who waits for task %s is told later: %s", task_id, error)
 
     def tell(self) -> None:
-        """Tell who waits for the tasks whose end was found on the main thread.
-
-        Raises:
-            RepositoryError: the repository cannot be read; they are told later.
-        """
+        """Tell who waits for the tasks whose end was found on the main thread; after an error, later."""
         ended = [self._ended.popleft() for _ in range(len(self._ended))]
         if ended:
             try:
@@ -174,11 +158,7 @@ class Watcher:
                 raise
 
     def look(self) -> None:
-        """Look at all tasks that are watched, and resolve what has ended.
-
-        Raises:
-            RepositoryError: the repository cannot be read.
-        """
+        """Look at all tasks that are watched, and resolve what has ended."""
         self._look([task_id for task_id in list(self._handles) if self._live(task_id)])
 
     def _look(self, task_ids: Sequence[str]) -> None:

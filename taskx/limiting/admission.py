@@ -132,12 +132,10 @@ class Admission:
 
     Args:
         limits: those of each type; types may be added.
-        repository: where those are kept that all nodes share.
+        repository: keeps those that all nodes share.
         node: the id of the node.
-        clock: the time.
         freed: called when a task of a limited type may start that could not before.
         scheduled: called when :meth:`next_look` may be sooner than it was.
-        log: where it is told what is wrong with what is shared.
     """
 
     def __init__(
@@ -187,12 +185,7 @@ class Admission:
     # --- at the fetch
 
     def room(self, type: str, held: Collection[str]) -> tuple[int, int]:
-        """How many tasks of a type to fetch; and how many of it wait in the buffer.
-
-        Args:
-            type: the type.
-            held: the ids of all tasks that wait there.
-        """
+        """How many tasks of a type to fetch; and how many of it are among those that wait in the buffer."""
         with self._lock:
             gate = self._gate(type)
             gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
@@ -310,22 +303,14 @@ class Admission:
                     part.forget()
 
     def tend(self) -> None:
-        """Look after what is shared.
-
-        Raises:
-            RepositoryError: the repository failed; it is done next time.
-        """
+        """Look after what is shared; what a ``RepositoryError`` cuts short is done next time."""
         if self._gates:
             with self._lock:
                 for part in self._shared():
                     part.tend()
 
     def end(self) -> None:
-        """The node ends: what it has of what is shared may be others'.
-
-        Raises:
-            RepositoryError: the repository failed; others see that it has ended.
-        """
+        """The node ends: what it has of what is shared may be others'."""
         with self._lock:
             for part in self._shared():
                 part.leave()

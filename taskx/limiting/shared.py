@@ -30,13 +30,7 @@ T = TypeVar("T")
 
 
 class _Shared(ABC, Generic[T]):
-    """A limit in a note, as it was last read.
-
-    Args:
-        repository: where the note is.
-        name: its name.
-        log: where it is told that the note is damaged.
-    """
+    """A limit in the note of that name, as it was last read."""
 
     def __init__(self, repository: Repository, name: str, log: GuardedLogger) -> None:
         self._repository = repository
@@ -89,26 +83,14 @@ class _Shared(ABC, Generic[T]):
         return done
 
     def tend(self) -> None:
-        """Look after what this node has of it.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
+        """Look after what this node has of it."""
 
     def leave(self) -> None:
         """The node ends: what it has of it may be others'."""
 
 
 class SharedSlots(_Shared[Mapping[str, int]]):
-    """The places of all nodes, of which one node has some.
-
-    Args:
-        repository: where they are kept.
-        node: the node.
-        type: the type of task.
-        most: how many there are.
-        log: where it is told that the note is damaged.
-    """
+    """The ``most`` places of all nodes, of which one node has some."""
 
     def __init__(
         self, repository: Repository, node: str, type: str, most: int, log: GuardedLogger = log
@@ -205,13 +187,6 @@ class SharedBucket(_Shared[float]):
     The mark is by the wall clock of whoever wrote it. Where that is ahead of the clock here, by more than a
     full bucket, tokens come as they would to an empty one from when the mark was first seen: the rate is
     kept, whatever the clocks say.
-
-    Args:
-        repository: where it is kept.
-        type: the type of task.
-        rate: how fast tokens come.
-        clock: the time.
-        log: where it is told that the note is damaged.
     """
 
     def __init__(

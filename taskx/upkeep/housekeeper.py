@@ -140,8 +140,7 @@ class Housekeeper:
     def tick(self) -> None:
         """One round of everything that is due, a while of each.
 
-        Raises:
-            RepositoryError: the repository failed; what was not done is done in a later round.
+        What a ``RepositoryError`` keeps it from is done in a later round.
         """
         self._agenda.begin_round()
         try:

@@ -46,10 +46,7 @@ _LONGEST_STOP = threading.TIMEOUT_MAX / 2
 class LocalNode:
     """Workers, housekeeper and buffer of a started queue, and their place in the repository.
 
-    Args:
-        services: what it works with.
-        config: how many workers, how large a buffer.
-        ended: called when it has left the repository.
+    ``ended`` is called when it has left the repository.
     """
 
     def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
@@ -312,14 +309,7 @@ class LocalNode:
 
 
 class Lifetime:
-    """Starts and stops a queue.
-
-    Args:
-        services: what the queue works with.
-        config: how it works.
-        state: how far it is, as its parts see it.
-        queue: the queue, which hooks are told of.
-    """
+    """Starts and stops a queue, of which hooks are told; its parts see by ``state`` how far it is."""
 
     def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
         self._services = services

@@ -34,7 +34,7 @@ def prune(
         services: what it works with.
         status: of which tasks.
         before: the moment, in milliseconds.
-        after: where the look before came to; None to begin with the newest.
+        after: where to go on, as the call before returned it; None to begin with the newest.
 
     Returns:
         how many were removed, and where to go on; None where there are no more.
@@ -55,9 +55,8 @@ def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
     """Those of these tasks on which a stored task depends that is not one of these."""
     these, pairs = set(task_ids), ("parent", "id")
     found = repository.find("parent", task_ids, pairs, _MOST_PAIRS)
-    if (
-        len(found) == _MOST_PAIRS
-    ):  # of one that many depend on, one more than there are here will do
+    if len(found) == _MOST_PAIRS:
+        # Of one that many depend on, one more than there are here will do.
         found = [
             pair
             for task_id in task_ids
@@ -95,12 +94,7 @@ def prune_all(services: Services, before: datetime, status: TaskStatus | str | N
 
 
 class Retention:
-    """Removes what the configuration does not want to be kept for longer.
-
-    Args:
-        services: what it works with.
-        periods: seconds for which tasks that ended in a status are kept; for ever where none is given.
-    """
+    """Removes tasks that ended in a status longer ago than the seconds that it is kept for."""
 
     def __init__(self, services: Services, periods: Mapping[TaskStatus, float]) -> None:
         self._services = services
@@ -110,11 +104,7 @@ class Retention:
         self._left: dict[TaskStatus, Any] = {}
 
     def tick(self) -> None:
-        """Remove a batch of each status, and give some space back, if it is time.
-
-        Raises:
-            RepositoryError: the repository failed; what is left is removed later.
-        """
+        """Remove a batch of each status, and give some space back, if it is time."""
         if not self._periods or (now := self._services.clock.monotonic()) < self._next:
             return
         self._next = now + EVERY
