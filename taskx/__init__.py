@@ -108,7 +108,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """What not every program needs is loaded when it is first asked for."""
+    """Load a name that not every program needs when it is first asked for."""
     if name != "MongoRepository":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from taskx.storage.mongo import MongoRepository

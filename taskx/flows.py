@@ -16,7 +16,7 @@ from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_key
 from taskx.storage.base import Repository
 
-#: What a flow is made of.
+#: A part of a flow.
 Step = Union[Task, "Flow"]
 #: A flow that was submitted, as JSON values: a task is its id.
 Shape = Union[str, "dict[str, list[Shape]]"]
@@ -77,7 +77,7 @@ def group(*steps: Step) -> Flow:
 
 
 def _steps(shape: Shape) -> tuple[str, list[Shape]]:
-    """What a shape is, ``"chain"`` or ``"group"`` or empty for a task, and of which steps.
+    """Return the kind of a shape, ``"chain"``, ``"group"`` or empty for a task, and its steps.
 
     Raises:
         ConfigurationError: it is no shape.
@@ -170,7 +170,7 @@ class FlowHandle:
         return TaskStatus.COMPLETED if statuses == {TaskStatus.COMPLETED} else TaskStatus.CANCELLED
 
     def progress(self) -> float:
-        """How many of its tasks have ended, in percent."""
+        """The share of its tasks that have ended, in percent."""
         statuses = self._statuses()
         return 100 * sum(status not in _UNFINISHED for status in statuses) / len(statuses)
 

@@ -455,7 +455,7 @@ class Queue:
         """The schedules in the repository, by name, whichever process declared them."""
         return self._schedules.all()
 
-    # --- looking
+    # --- reading
 
     def handle(self, task_id: str) -> TaskHandle[Any]:
         """A handle on a task, whichever process submitted it; whether it exists is not checked."""
@@ -485,12 +485,12 @@ class Queue:
 
     @property
     def buffered(self) -> int:
-        """How many submitted tasks wait in this queue's buffer, of ``buffer_size``."""
+        """The number of submitted tasks that wait in this queue's buffer, of ``buffer_size``."""
         return 0 if self._node is None else self._node.engine.buffer.submitted
 
     @property
     def running(self) -> int:
-        """How many executors of this queue are at work."""
+        """The number of this queue's executors that are at work."""
         return 0 if self._node is None else len(self._node.engine.runs.executing)
 
     @property
@@ -614,7 +614,7 @@ class Queue:
 
     @property
     def paused(self) -> Paused:
-        """What is paused, as the repository says.
+        """The pauses that the repository holds.
 
         Raises:
             RepositoryError: the repository failed.

@@ -72,7 +72,7 @@ class Schedule:
 
     @property
     def misfire(self) -> Misfire:
-        """What is done about ticks at which no started queue was there."""
+        """The handling of ticks at which no started queue was there."""
         return self._entry.misfire
 
     @property
@@ -83,17 +83,17 @@ class Schedule:
 
     @property
     def overlap(self) -> Overlap:
-        """What is done at a tick while the task of the last one that got any has not ended."""
+        """The handling of a tick while the task of the last one that got any has not ended."""
         return self._entry.overlap
 
     @property
     def paused(self) -> bool:
-        """Whether it is paused."""
+        """True while it is paused."""
         return self._entry.paused
 
     @property
     def next_tick(self) -> datetime | None:
-        """When it ticks next, in UTC; None while it is paused."""
+        """The next tick, in UTC; None while it is paused."""
         return None if self.paused else _moment(self._entry.next)
 
     @property
@@ -287,7 +287,7 @@ def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:
 
 
 def _says_paused(note: Note) -> bool:
-    """Whether a schedule that cannot be read is paused: one of a newer version may be."""
+    """Return True if a schedule that cannot be read is paused: one of a newer version may be."""
     try:
         data = payload.loads(note.text)
     except ValueError:

@@ -28,14 +28,14 @@ from taskx.core.ticks import (
 from taskx.core.writes import Insert, Note
 from taskx.moving import Services
 
-#: What the names of the notes begin with that schedules are kept in.
+#: The beginning of the names of notes that keep schedules.
 PREFIX = "schedule/"
 #: Longest name of a schedule, in characters: with the tick it is the id of a task.
 MAX_NAME = 200
 #: Seconds that a tick may be late where what is late is skipped, unless told otherwise.
 SKIP_GRACE = 10.0
 
-#: What is done where the task of an earlier tick has not ended.
+#: The handling of a tick while the task of an earlier one has not ended.
 Overlap = Literal["allow", "skip"]
 OVERLAPS = get_args(Overlap)
 

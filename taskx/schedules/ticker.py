@@ -82,15 +82,15 @@ class Ticker:
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        # Since when it has looked without a gap, and when it did last, in milliseconds.
+        # The time from which it has looked without a gap, and that of its last look, in milliseconds.
         self._there_since, self._seen = 0, -GAP
-        # Whether one may have been changed, and when to look at that, on the monotonic clock; 0: at once.
+        # True if one may have been changed; the time to look at that, on the monotonic clock; 0: at once.
         self._stale, self._look_at = True, 0.0
         # Names of schedules that were changed in this process, or by another one that came first.
         self._told = services.agenda.schedules
         self._read: dict[str, Read] = {}
         self._all_read_at = -math.inf
-        # When each schedule is due, a lot, and the name of its note; outdated entries are passed over.
+        # The due time of each schedule, a lot, and the name of its note; outdated entries are passed over.
         self._next: list[tuple[int, float, str]] = []
 
     @property
@@ -107,7 +107,7 @@ class Ticker:
         self._stale = True
 
     def behind(self, now: int) -> bool:
-        """Whether a tick may have come that has not got its task yet, at a moment in milliseconds."""
+        """Return True if a tick may have come that has no task yet, at a moment in milliseconds."""
         at_once = self._stale and not self._look_at
         return bool(self._told) or at_once or (self.next is not None and self.next <= now)
 
@@ -177,7 +177,7 @@ class Ticker:
         return read
 
     def _known(self, name: str, note: Note) -> Read:
-        """What a note says; where it was not changed, it is not read again."""
+        """Return the schedule of a note, which is not read again if it was not changed."""
         known = self._read.get(name)
         if known is not None and known.version == note.version:
             return known
@@ -258,7 +258,7 @@ class Ticker:
         """Make the tasks of schedules that are due, in a few transactions; whether it made some."""
         now = self._now()
         plans = [plan for read in due if (plan := self._plan(read, now)) is not None]
-        # Those that must not overlap first: so that whoever decides about a later tick knows of this one.
+        # Schedules that must not overlap come first: who decides about a later tick then knows of this one.
         first = [plan for plan in plans if plan.moved.making is not None and plan.run]
         held = dict(zip((p.read.name for p in first), self._put(first), strict=True))
         going = [

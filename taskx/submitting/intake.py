@@ -1,4 +1,4 @@
-"""How a task gets in: checked, stored, and put where a worker finds it."""
+"""The intake of a task: it is checked, stored, and put where a worker finds it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ from taskx.running.pool import WorkerPool
 from taskx.running.state import State
 from taskx.storage.base import Reentered
 
-#: What of a row the buffer sorts by and gives to a worker.
+#: The values of a row that the buffer sorts by and gives to a worker.
 _place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
     "id", "type", "priority", "created_at", "run_at"
 )
@@ -106,7 +106,7 @@ class Intake:
         except Exception:
             raise
         except BaseException as error:
-            # Whether it is stored cannot be said: submitting the same id again tells.
+            # It may be stored or not: submitting the same id again tells.
             error.task_id = insert.id  # type: ignore[attr-defined]
             raise
 

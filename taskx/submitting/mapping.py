@@ -35,7 +35,7 @@ _NONE = object()
 
 
 def ahead(config: Config) -> int:
-    """How many tasks are submitted ahead, unless the caller says otherwise."""
+    """Return the number of tasks submitted ahead, unless the caller says otherwise."""
     workers = config.worker_num
     return min(_AHEAD_PER_WORKER * workers, workers + config.buffer_size)
 
@@ -47,7 +47,7 @@ class _Owner(Protocol):
 
 
 def digest(params: dict[str, Any]) -> str:
-    """What params are known by, whatever the order of their keys: part of stored ids.
+    """Return a digest of params, the same in any order of their keys; it is part of stored ids.
 
     Raises:
         PayloadError: they break the JSON rules.
@@ -85,7 +85,7 @@ class Results(Iterator[Any]):
     intake: Callable[[], Intake]
     clock: Clock
     _item: Any = attrs.field(init=False, default=_NONE)
-    #: What is under way, in order; an error stands for an item that is no task.
+    #: The tasks under way, in order; an error stands for an item that is no task.
     _ahead: deque[TaskHandle[Any] | Exception] = attrs.field(init=False, factory=deque)
 
     def __attrs_post_init__(self) -> None:

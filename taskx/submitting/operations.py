@@ -1,4 +1,4 @@
-"""What is done to stored tasks from outside: cancel, requeue, delete, and what becomes of dead letters."""
+"""Changes to stored tasks from outside: cancel, requeue, delete, and the handling of dead letters."""
 
 from __future__ import annotations
 
@@ -255,7 +255,7 @@ class Operations:
         return done
 
     def _take(self, left: dict[str, int], task_ids: Collection[str]) -> dict[str, Task]:
-        """Those of what is left that are still as they were listed; none of them is left then."""
+        """Take tasks from the list; return the ones that are still as they were listed."""
         starts = {task_id: left.pop(task_id) for task_id in task_ids if task_id in left}
         found = self._repository.get_many([*starts])
         return {
