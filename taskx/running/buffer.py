@@ -8,14 +8,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from taskx.common.bell import Bell
-from taskx.core.record import rank
-
-if TYPE_CHECKING:
-    from taskx.core.record import Stub
-
+from taskx.core.record import Stub, rank
 
 #: Polling interval, in seconds, of a thread that waits for room: a signal may cost it a wake-up.
 LOOK_AGAIN = 0.5
@@ -156,8 +152,7 @@ class Buffer:
     ) -> bool:
         """Put in a task: a submitted one into the slot that ``order`` reserved; a fetched one beside those.
 
-        Returns:
-            False if no worker was woken for it, though some wait.
+        False if no worker was woken for it, though some wait.
         """
         with self._mutex:
             since = self._in_order(created_at, fetched=fetched)

@@ -36,9 +36,9 @@ class Stuck:
     Args:
         services: what it works with.
         node: the id of the node.
-        most: so many are replaced by other threads.
-        do_without: go on without the thread of a run, which has that ident.
-        conclude: write how an attempt ended.
+        most: how many are replaced by other threads.
+        do_without: goes on without the thread of a run, which has that ident.
+        conclude: writes how an attempt ended.
     """
 
     def __init__(
@@ -95,6 +95,7 @@ class Stuck:
             give_up()
 
     def _give_up(self, run: Run, worker: str, ident: int) -> None:
+        log = self._services.log
         if run.token.reason is not CancelReason.TIMEOUT:
             return
         stack = stack_of(ident)
@@ -105,15 +106,12 @@ class Stuck:
             self.runs.append(run)
             self._do_without(run, ident)
             self._conclude(run, self._services.runner.give_up(run, worker, stack))
-        self._complain(run)
-
-    def _complain(self, run: Run) -> None:
-        self._services.log.error(
+        log.error(
             "task %s (%s) is stuck: it timed out, and its thread runs on",
             *(run.task.id, run.task.type),
         )
         if not self.healthy:
-            self._services.log.error(
+            log.error(
                 "%d threads are stuck, more than max_stuck=%d: this one is not replaced",
                 *(len(self.runs), self._most),
             )
@@ -121,11 +119,7 @@ class Stuck:
     # --- for the housekeeper
 
     def lift(self) -> None:
-        """Let tasks start again whose threads have ended.
-
-        Raises:
-            RepositoryError: the repository failed; it is tried again.
-        """
+        """Let tasks start again whose threads have ended; after a ``RepositoryError`` it is tried again."""
         ended = list(self.ended)
         self._services.ledger.flush()  # how their attempts ended; if it waits on, the audit sees to it
         self.lift_bars((run.task.id for run in ended), self._node)
@@ -133,21 +127,13 @@ class Stuck:
             self.ended.remove(run)
 
     def audit(self) -> None:
-        """Let tasks start again of whose threads nothing is known: a look was cut short.
-
-        Raises:
-            RepositoryError: the repository failed; it is tried again.
-        """
+        """Let tasks start again of whose threads nothing is known: a look was cut short."""
         if self._any:
             found = self._services.repository.find("stuck_on", [self._node], ("id",))
             self.lift_bars((task_id for (task_id,) in found), self._node)
 
     def lift_bars(self, task_ids: Iterable[str], node: str) -> int:
-        """Let tasks start again that ran on a node; returns how many.
-
-        Raises:
-            RepositoryError: the repository failed.
-        """
+        """Let tasks start again that ran on a node; returns how many."""
         services = self._services
         running = {run.task.id for run in list(self.runs)}
         wanted = [task_id for task_id in dict.fromkeys(task_ids) if task_id not in running]

@@ -70,12 +70,7 @@ class LocalNode:
     # --- starting
 
     def join(self) -> None:
-        """Join the repository and take up what dead processes left; after an error, :meth:`withdraw`.
-
-        Raises:
-            ConfigurationError: a child process of an executor imports the program.
-            RepositoryError: the repository cannot be used.
-        """
+        """Join the repository and take up what dead processes left; after an error, :meth:`withdraw`."""
         permission.refuse_if_forbidden()
         services = self._services
         if services.repository.shortcoming:
@@ -99,11 +94,7 @@ class LocalNode:
         self.engine.fetcher.refill()
 
     def begin(self) -> None:
-        """Start the threads; the workers wait until they may :meth:`go`.
-
-        Raises:
-            RuntimeError: the system has no more threads.
-        """
+        """Start the threads; the workers wait until they may :meth:`go`."""
         for thread in list(self.engine.threads):  # one that ends at once leaves the list
             thread.start()
         self._housekeeper.start()
@@ -133,12 +124,7 @@ class LocalNode:
     # --- running
 
     def drain(self, timeout: float | None) -> bool:
-        """Wait until nothing is left to run; False if ``timeout`` seconds passed before.
-
-        Raises:
-            QueueStopped: the queue is being stopped.
-            SchemaMismatch: another process has migrated the file.
-        """
+        """As :meth:`Queue.drain`; ``SchemaMismatch`` where another process has migrated the file."""
         deadline = None if timeout is None else time.monotonic() + timeout
         services = self._services
         while True:
@@ -340,13 +326,7 @@ class Lifetime:
         return self.node is None or self.node.engine.stuck.healthy
 
     def start(self) -> None:
-        """Start the workers; a second call does nothing.
-
-        Raises:
-            QueueStopped: the queue was stopped.
-            RepositoryError: the repository cannot be used.
-            RuntimeError: the system has no more threads.
-        """
+        """Start the workers, as :meth:`Queue.start` says; a second call does nothing."""
         with self._starting:
             if self._state.stopped:
                 raise QueueStopped("a stopped queue cannot be started again; make another one")
@@ -381,12 +361,7 @@ class Lifetime:
             hooks.tell(hooks.queue_stopped, lambda: self._queue)
 
     def drain(self, timeout: float | None) -> bool:
-        """Wait until nothing is left to run; False if ``timeout`` seconds passed before.
-
-        Raises:
-            ConfigurationError: it would wait for itself, or for nothing.
-            QueueStopped: the queue was stopped.
-        """
+        """As :meth:`Queue.drain`."""
         if inside_executor() or self._services.hooks.inside:
             raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
         if self._state.stopped:
