@@ -471,9 +471,9 @@ def _interrupt(task: Task, ending: Ending, now: int) -> list[Update]:
 
 
 def _again(
-    task: Task, ending: Ending, now: int, move: str, outcome: str, counted: Mapping[str, Any]
+    task: Task, ending: Ending, now: int, move: str, outcome: str, more: Mapping[str, Any]
 ) -> list[Update]:
-    """Pending again, and nobody's unless ``counted`` says otherwise; or cancelled."""
+    """Pending again, and nobody's unless ``more`` says otherwise; or cancelled."""
     changes = {
         "status": PENDING,
         "started_at": None,
@@ -482,7 +482,7 @@ def _again(
         "owner": "",
         "worker": ending.worker,
         "earlier_attempts": _archive(task, now, outcome, ending),
-        **counted,
+        **more,
     }
     if ending.log:
         changes["log"] = _logged(task, ending)

@@ -234,15 +234,14 @@ class Registered(NamedTuple):
     """A type that this queue runs."""
 
     type: str
-    function: Callable[
-        ..., Any
-    ]  #: called with the context, if it takes that, and the params by name
+    #: Called with the context, if it takes that, and the params as keyword arguments.
+    function: Callable[..., Any]
     takes_context: bool
     #: Refuses params that do not fit; None where nothing is known of them.
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
     settled: Mapping[str, Any]  #: what a task is stored with that says nothing itself
-    at_start: tuple[Any, ...]  #: the same or what applies unless said, in that order
+    at_start: tuple[Any, ...]  #: what it starts with: as ``UNLESS_SAID``, and in that order
     log_level: int | None  #: from which level on what the executor logs is kept; None for none
 
     def settle(self, task: Task) -> None:

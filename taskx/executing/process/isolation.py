@@ -189,21 +189,14 @@ class _Child:
         """Why, and where, it ended by itself."""
         self._last_words.seek(0)
         words = self._last_words.read(2 * MAX_TRACEBACK).decode(errors="replace")
-        return ChildDied(self._cause_of_death(), shortened(words))
-
-    def _cause_of_death(self) -> str:
         code = self._process.returncode
-        if code >= 0:
-            return f"its process ended with exit code {code}"
-        perhaps = ", for want of memory perhaps" if code == -signal.SIGKILL else ""
-        return f"its process was killed by {_signal_name(-code)}{perhaps}"
-
-
-def _signal_name(number: int) -> str:
-    try:
-        return signal.Signals(number).name
-    except ValueError:  # one of those for real time
-        return f"signal {number}"
+        cause = f"its process ended with exit code {code}"
+        if code < 0:  # those for real time have no names
+            names = {known.value: known.name for known in signal.Signals}
+            cause = f"its process was killed by {names.get(-code, f'signal {-code}')}"
+        if code == -signal.SIGKILL:
+            cause += ", for want of memory perhaps"
+        return ChildDied(cause, shortened(words))
 
 
 def _start(mark: str, *files: int) -> subprocess.Popen[bytes]:
