@@ -15,7 +15,7 @@ import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -36,7 +36,7 @@ from taskx import (
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
 from taskx.storage.base import Lookup, Repository
-from taskx.storage.sqlite.connections import Connections
+from taskx.storage.sqlite.connections import Connection, Connections
 from taskx.testing import ManualClock
 from taskx.upkeep.housekeeper import Housekeeper
 from taskx.upkeep.node import LocalNode
@@ -86,6 +86,20 @@ def housekeeper_of(queue: Queue) -> Housekeeper:
 
 def connections_of(repository: SQLiteRepository) -> Connections:
     return repository._connections
+
+
+@contextmanager
+def reading(repository: SQLiteRepository) -> Iterator[Connection]:
+    """Keep a connection that reads in use, in a thread of its own."""
+    taken: queues.SimpleQueue[Connection] = queues.SimpleQueue()
+    over = threading.Event()
+    read = connections_of(repository).read
+    result = run_in_thread(lambda: read(lambda one: (taken.put(one), over.wait(PATIENCE))))
+    try:
+        yield taken.get(timeout=PATIENCE)
+    finally:
+        over.set()
+        result()
 
 
 def whole_round(queue: Queue) -> None:

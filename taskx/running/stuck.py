@@ -8,18 +8,16 @@ dropped, and its task starts nowhere until that thread has ended, or the process
 from __future__ import annotations
 
 import _thread
-import gc
-import sys
 import threading
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
-from types import FrameType
 from typing import Any
 
 from taskx.core import lifecycle
 from taskx.core.errors import CancelReason
 from taskx.core.lifecycle import Ending
+from taskx.core.stacks import top_frames
 from taskx.executing import runner
 from taskx.executing.alarms import Overdue
 from taskx.executing.failures import shortened
@@ -148,26 +146,10 @@ class Stuck:
 
 def stack_of(ident: int) -> str:
     """Where a thread is, as text, from the executor on; empty if it has ended."""
-    frame = _frames().get(ident)
+    frame = top_frames().get(ident)
     if frame is None:
         return ""
     stack: list[Any] = traceback.extract_stack(frame)
     ours = [n for n, entry in enumerate(stack) if entry.filename == runner.__file__]
     lines = traceback.format_list(stack[ours[-1] + 1 if ours else 0 :])
     return shortened("The thread is here (most recent call last):\n" + "".join(lines))
-
-
-def _frames() -> dict[int, FrameType]:
-    """Where every thread is.
-
-    Up to Python 3.11 a garbage collection may come in between, whose finalizers let go of the interpreter
-    while all threads are held: one that ends then waits for these, with the interpreter, and the whole
-    process stands still for ever (python/cpython#106883).
-    """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        return sys._current_frames()
-    finally:
-        if collects:
-            gc.enable()

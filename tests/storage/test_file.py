@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import itertools
 import os
 import shutil
 import sqlite3
@@ -10,7 +11,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import connections_of
+from helpers import PATIENCE, connections_of, eventually, reading, run_in_thread
+from strikes import Strike, strike_at
 
 from taskx import (
     ConfigurationError,
@@ -24,7 +26,7 @@ from taskx import (
 from taskx.liveness import locks as module
 from taskx.liveness.base import Node
 from taskx.liveness.locks import NodeLocks
-from taskx.storage.sqlite import turnstile
+from taskx.storage.sqlite import connections, turnstile
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
@@ -139,7 +141,7 @@ class TestWhichFile:
         monkeypatch.chdir(tmp_path / "second")
         repository.create(task("a"))
         monkeypatch.chdir("/")
-        with connections_of(repository).reader(), connections_of(repository).reader():
+        with reading(repository), reading(repository):
             assert ids(repository) == ["a"]
         repository.liveness.join(Node(id="n1", name="one"))
         assert alive(repository) == {"n1": True}
@@ -193,7 +195,7 @@ class TestWhichFile:
         current.unlink()
         current.symlink_to("8")
         open_at(current / "tasks.db").create(task("b"))
-        with connections_of(repository).reader(), connections_of(repository).reader():
+        with reading(repository), reading(repository):
             assert ids(repository) == []
         assert alive(repository) == {"n1": True}
         repository.liveness.leave("n1")
@@ -216,8 +218,8 @@ class TestWhichFile:
         repository = open_at(path)
         connect = connections_of(repository)._connect
 
-        def connect_and_delete(mode):
-            connection = connect(mode)
+        def connect_and_delete(into, mode):
+            connection = connect(into, mode)
             path.unlink()
             return connection
 
@@ -235,14 +237,14 @@ class TestWhichFile:
         copy = copy_of(path, path.with_name("copy.db"))
         connect = connections_of(repository)._connect
 
-        def replace_and_connect():
+        def replace_and_connect(into):
             os.replace(copy, path)
-            return connect()
+            return connect(into)
 
         monkeypatch.setattr(connections_of(repository), "_connect", replace_and_connect)
-        reader = connections_of(repository).reader
-        with pytest.raises(RepositoryUnavailable, match="replaced by another file"), reader():
-            reader().__enter__()
+        with pytest.raises(RepositoryUnavailable, match="replaced by another file"):
+            connections_of(repository).read(lambda connection: None)
+        assert not list(connections_of(repository)._readers)
 
     @pytest.mark.parametrize("create", [True, False])
     def test_a_file_that_is_deleted_before_it_is_opened_again_is_not_made(
@@ -252,7 +254,7 @@ class TestWhichFile:
         if not create:
             repository = open_at(path, create=False)
         else:
-            repository._discard_writer()
+            connections_of(repository).discard_writer()
         connections = connections_of(repository)
         monkeypatch.setattr(connections, "_check_before_touching", path.unlink)
         with pytest.raises(RepositoryUnavailable, match="cannot be opened: it is missing"):
@@ -271,7 +273,7 @@ class TestWhichFile:
         other = copy_of(path, path.with_name("copy.db"))
         with SQLiteRepository(other) as its_own:
             its_own.create(task("b"))
-        with connections_of(repository).reader():
+        with reading(repository):
             repository.close()
             os.replace(other, path)
             for log in ("tasks.db-wal", "tasks.db-shm"):
@@ -305,8 +307,8 @@ class TestWhichFile:
     ):
         """It looked whether the file is there just before."""
         repository.close()
-        with connections_of(repository).reader() as connection:
-            assert connection.execute("SELECT count(*) FROM tasks").fetchall() == [(1,)]
+        count = lambda one: one.execute("SELECT count(*) FROM tasks").fetchall()  # noqa: E731
+        assert connections_of(repository).read(count) == [(1,)]
         assert not list(connections_of(repository)._readers)
         assert connections_of(repository)._idle == []
 
@@ -417,8 +419,6 @@ needs_proc = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="no /
 
 class TestTurnstileFiles:
     @needs_proc
-    @pytest.mark.filterwarnings("ignore:unclosed database:ResourceWarning")
-    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
     def test_a_dropped_repository_leaves_no_file_open(self, tmp_path):
         for number in range(5):
             SQLiteRepository(tmp_path / f"{number}.db").create(task("a"))
@@ -454,6 +454,112 @@ class TestTurnstileFiles:
         assert turn.enter(3.0) == 3.0
         turn.leave()
         assert opened_below(tmp_path) == []
+
+
+class TestKeptTracebacks:
+    """Whoever keeps the traceback of a signal handler's exception keeps all that the frames had."""
+
+    @pytest.fixture
+    def kept(self):
+        return []
+
+    @pytest.fixture
+    def strike(self, kept):
+        """Strike a call at a point; whether there was that point."""
+
+        def strike(point, call):
+            def keeping():
+                try:
+                    call()
+                except Strike as error:
+                    kept.append(error.__traceback__)
+                    raise
+
+            return strike_at(point, keeping) is not None
+
+        return strike
+
+    @needs_proc
+    @pytest.mark.parametrize("idle", [connections.IDLE, -1.0])
+    def test_reads_that_are_struck_anywhere_hold_no_connection(
+        self, repository, tmp_path, monkeypatch, strike, kept, idle
+    ):
+        """Neither if they find one nor if they open it and close it afterwards."""
+        monkeypatch.setattr(connections, "IDLE", idle)
+        ours = connections_of(repository)
+        points = itertools.count()
+        while strike(next(points), lambda: repository.list(TaskFilter())):
+            assert len(ours._taken) <= 2
+        assert len(kept) > 2 * connections.MOST_READERS
+        assert run_in_thread(lambda: ids(repository))() == ["a"]
+        assert len(ours._readers) <= 2
+        ours.close_before_fork(PATIENCE)
+        assert not ours._readers
+        ours.reopen()
+        repository.close()
+        assert opened_below(tmp_path) == []
+
+    @pytest.mark.parametrize("ended", [False, True])
+    def test_threads_that_are_struck_and_read_no_more_hold_no_connection(
+        self, repository, monkeypatch, kept, ended
+    ):
+        ours, most = connections_of(repository), connections.MOST_READERS
+        all_read, go_on = threading.Barrier(most), threading.Event()
+
+        def strike(*_):
+            raise Strike
+
+        def read():
+            try:
+                ours.read(lambda connection: (all_read.wait(PATIENCE), strike()))
+            except Strike as error:
+                kept.append(error)
+            if not ended:
+                go_on.wait(PATIENCE)
+
+        threads = [threading.Thread(target=read) for _ in range(most)]
+        with monkeypatch.context() as patched:
+            patched.setattr(ours, "_close", strike)  # a second time, before it is closed
+            for thread in threads:
+                thread.start()
+            eventually(lambda: len(kept) == most)
+            if ended:
+                for thread in threads:
+                    thread.join(PATIENCE)
+        assert len(ours._taken) == most
+        assert ids(repository) == ["a"]
+        assert len(ours._readers) == 1
+        go_on.set()
+        for thread in threads:
+            thread.join(PATIENCE)
+
+    def test_a_read_inside_a_read_leaves_the_outer_one_its_connection(self, repository, kept):
+        """As a finalizer does it, that is struck."""
+
+        def inner(connection):
+            raise Strike
+
+        def outer(connection):
+            for _ in range(3):
+                try:
+                    connections_of(repository).read(inner)
+                except Strike as error:
+                    kept.append(error)
+            assert ids(repository) == ["a"]
+            return connection.execute("SELECT id FROM tasks").fetchall()
+
+        assert connections_of(repository).read(outer) == [("a",)]
+
+    @needs_proc
+    def test_an_opening_that_is_struck_anywhere_leaves_no_file_open(self, tmp_path, strike, kept):
+        for point in itertools.count(0, 13):
+            new = SQLiteRepository(tmp_path / f"{point}.db")
+            struck = strike(point, lambda new=new: new.count(TaskFilter()))
+            new.close()
+            assert opened_below(tmp_path) == []
+            if not struck:
+                break
+        assert len(kept) > 10
 
 
 class FakeTime:

@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import ctypes
-import gc
 import itertools
 import json
 import os
@@ -21,7 +20,7 @@ from operator import methodcaller
 from pathlib import Path
 
 import pytest
-from helpers import connections_of
+from helpers import connections_of, reading
 
 from taskx import (
     ConfigurationError,
@@ -606,19 +605,19 @@ class TestReaders:
     """The connections that read are few, and closed when nobody needs them."""
 
     @pytest.fixture
-    def reader(self, repository):
+    def repository(self, repository):
         repository.create(task("a"))
-        return connections_of(repository).reader
+        return repository
 
     @pytest.fixture
     def two(self, monkeypatch):
         monkeypatch.setattr(connections, "MOST_READERS", 2)
 
-    def test_a_thread_beyond_the_bound_waits_for_a_connection(self, two, reader, repository):
+    def test_a_thread_beyond_the_bound_waits_for_a_connection(self, two, repository):
         connections_of(repository).busy_timeout = PATIENCE
         read = threading.Event()
         waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
-        with reader(), reader() as second:
+        with reading(repository), reading(repository) as second:
             waiting.start()
             while not connections_of(repository)._waiting:
                 assert not read.wait(0.005)
@@ -627,31 +626,23 @@ class TestReaders:
         waiting.join()
         assert not connections_of(repository)._waiting
 
-    def test_it_gives_up_after_the_busy_timeout(self, two, reader, repository):
+    def test_it_gives_up_after_the_busy_timeout(self, two, repository):
         with (
-            reader(),
-            reader(),
+            reading(repository),
+            reading(repository),
             pytest.raises(RepositoryUnavailable, match="2 threads were reading"),
         ):
             ids(repository)
         assert ids(repository) == ["a"]
 
-    def test_a_broken_connection_makes_room(self, two, reader, repository):
+    def test_a_broken_connection_makes_room(self, two, repository):
         for _ in range(3):
-            with pytest.raises(RepositoryError), reader() as connection:
-                connection.execute("SELECT nonsense")
-        with reader(), reader():
+            with pytest.raises(RepositoryError):
+                connections_of(repository).read(methodcaller("execute", "SELECT nonsense"))
+        with reading(repository), reading(repository):
             assert len(connections_of(repository)._readers) == 2
 
-    def test_a_connection_that_an_exception_left_behind_makes_room(self, two, reader, repository):
-        """The exception of a signal handler can strike before the connection is given back."""
-        for _ in range(3):
-            connections_of(repository)._another_reader()
-            gc.collect()  # its cache of statements refers to it
-        with reader(), reader():
-            pass
-
-    def test_many_threads_share_few_connections(self, two, reader, repository):
+    def test_many_threads_share_few_connections(self, two, repository):
         connections_of(repository).busy_timeout = PATIENCE
         found = []
         threads = [
@@ -667,13 +658,12 @@ class TestReaders:
     def test_a_finalizer_that_reads_while_one_is_opened_gets_another_one(
         self, repository, monkeypatch
     ):
-        repository.create(task("a"))
         connect, found = connections_of(repository)._connect, []
 
-        def collect_and_connect():
+        def collect_and_connect(into):
             monkeypatch.setattr(connections_of(repository), "_connect", connect)
             found.append(ids(repository))
-            return connect()
+            return connect(into)
 
         monkeypatch.setattr(connections_of(repository), "_connect", collect_and_connect)
         thread = threading.Thread(target=lambda: found.append(ids(repository)), daemon=True)
@@ -681,8 +671,8 @@ class TestReaders:
         thread.join(PATIENCE)
         assert found == [["a"], ["a"]]
 
-    def test_connections_that_are_not_needed_are_closed(self, reader, repository, monkeypatch):
-        with reader(), reader(), reader():
+    def test_connections_that_are_not_needed_are_closed(self, repository, monkeypatch):
+        with reading(repository), reading(repository), reading(repository):
             pass
         assert len(connections_of(repository)._readers) == 3
         monkeypatch.setattr(connections, "IDLE", -1.0)
@@ -890,11 +880,16 @@ class Interrupting:
     """A connection that is interrupted before or after a statement, as by Ctrl-C."""
 
     def __init__(self, connection, when, statement):
-        self._connection = connection
-        self._when, self._statement = when, statement
+        vars(self).update(_connection=connection, _when=when, _statement=statement)
 
     def __getattr__(self, name):
         return getattr(self._connection, name)
+
+    def __setattr__(self, name, value):
+        setattr(self._connection, name, value)
+
+    def execute(self, sql, *values):
+        return self.cursor().execute(sql, *values)
 
     def cursor(self):
         return InterruptingCursor(self._connection.cursor(), self._when, self._statement)
@@ -966,8 +961,8 @@ class TestInterrupts:
 
     def test_one_while_reading_loses_no_connection(self, repository):
         repository.create(task("a"))
-        with pytest.raises(KeyboardInterrupt), connections_of(repository).reader():
-            raise KeyboardInterrupt
+        with pytest.raises(KeyboardInterrupt):
+            connections_of(repository).read(lambda connection: signal.raise_signal(signal.SIGINT))
         assert ids(repository) == ["a"]
 
 
@@ -1108,19 +1103,18 @@ def test_what_a_forked_child_stores_outlives_the_parents_close(repository, path)
 def test_a_fork_waits_for_who_writes_and_who_reads(repository):
     """In the middle of either, the child would find the file locked for ever, and nobody to unlock it."""
     repository.create(task("a"))
-    reading, read, go_on = threading.Event(), threading.Event(), threading.Event()
+    begun, read, go_on = threading.Event(), threading.Event(), threading.Event()
 
-    def read_long():
-        with connections_of(repository).reader() as connection:
-            rows = connection.execute("SELECT id FROM tasks")
-            reading.set()
-            go_on.wait(PATIENCE)
-            assert rows.fetchall() == [("a",)]
-            read.set()
+    def read_long(connection):
+        rows = connection.execute("SELECT id FROM tasks")
+        begun.set()
+        go_on.wait(PATIENCE)
+        assert rows.fetchall() == [("a",)]
+        read.set()
 
-    reader = threading.Thread(target=read_long)
+    reader = threading.Thread(target=connections_of(repository).read, args=(read_long,))
     reader.start()
-    assert reading.wait(PATIENCE)
+    assert begun.wait(PATIENCE)
     threading.Timer(0.05, go_on.set).start()
     if (child := os.fork()) == 0:
         status = 1

@@ -5,13 +5,19 @@ from __future__ import annotations
 import _thread
 import os
 import sqlite3
+import sys
 import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from inspect import CO_ASYNC_GENERATOR, CO_COROUTINE, CO_GENERATOR
+from itertools import count
+from math import inf
+from types import FrameType
+from typing import Any, TypeVar
 
 from taskx.core.errors import (
     RepositoryCorrupt,
@@ -19,8 +25,11 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     TaskxError,
 )
+from taskx.core.stacks import top_frames
 from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.file import DatabaseFile
+
+T = TypeVar("T")
 
 #: Versions before lack what the statements rely on.
 MINIMUM_SQLITE = (3, 34, 0)
@@ -36,6 +45,10 @@ MOST_READERS = 16
 IDLE = 10.0
 # Polling interval, in seconds, of a thread that waits for a connection: a wake-up may be lost.
 _LOOK_AGAIN = 0.05
+# Arguments of ``list.pop``, for ``map``.
+_LAST, _FIRST = (-1,), (0,)
+_numbers = count(1)
+_MAY_YIELD = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 
 
 def translated(error: Exception, path: str, busy_timeout: float) -> TaskxError:
@@ -108,17 +121,17 @@ class Compiling:
 
 
 class Connection(sqlite3.Connection):
-    """A connection that can be referred to weakly, and is closed when nobody has it any more.
+    """A connection that can be referred to weakly.
 
     Attributes:
+        number: another one for each that writes.
+        synchronous: how its commits are synced, as ``PRAGMA synchronous`` says it.
         used: when it was given back last, on the monotonic clock.
     """
 
+    number = 0
+    synchronous = "NORMAL"
     used = 0.0
-
-    def __del__(self) -> None:
-        with suppress(sqlite3.Error):
-            self.close()
 
 
 class Connections:
@@ -133,9 +146,13 @@ class Connections:
         self.busy_timeout = busy_timeout
         self._writer: Connection | None = None
         self._idle: list[Connection] = []
-        # The idle ones, and those in use. Weakly: an exception of a signal handler may strike before one
-        # is given back, which counts until it is collected.
-        self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()
+        # Those in use, by their thread and how many reads that was in already. The exception of a signal
+        # handler may strike between any two lines, and whoever keeps its traceback keeps all that the
+        # frames refer to. So one goes from the idle ones to these and back in one step in C, and what a
+        # thread has left here is closed by whoever comes upon it.
+        self._taken: dict[tuple[int, float], Connection] = {}
+        self._look_at = 0.0  # when the next thread that waits looks for such
+        self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()  # all of them
         self._waiting: deque[_thread.LockType] = deque()  # bells of threads that wait for one
         self._opening = threading.RLock()  # a finalizer may read while its thread opens one
         self.compiling = Compiling()
@@ -143,55 +160,59 @@ class Connections:
         # locks that the parent holds on the file.
         self._abandoned: list[Connection] = []
 
+    def __del__(self) -> None:
+        # Before they are collected, which Python 3.13 warns of.
+        _close_all([*self._taken.values(), *self._idle, *([self._writer] if self._writer else [])])
+
     def writer(self) -> Connection:
         """The writing connection; the caller holds the write lock."""
-        if self._writer is None:
-            self._writer = self._open_file()
-        return self._writer
+        return self._writer or self._open_file()
 
     @property
     def opened(self) -> bool:
         """Whether the file was made and checked."""
         return self._writer is not None
 
-    @contextmanager
-    def reader(self) -> Iterator[Connection]:
-        """A connection to read with, given back afterwards; sqlite3's errors become ours.
+    def read(self, work: Callable[..., T], *arguments: object) -> T:
+        """Do ``work(connection, *arguments)`` with one that reads; sqlite3's errors become ours.
 
         Raises:
             RepositoryUnavailable: all were in use for ``busy_timeout`` seconds.
         """
-        connection, identity = None, self.file.identity
+        identity, idle, taken = self.file.identity, self._idle, self._taken
+        key: tuple[int, float] = _thread.get_ident(), 0
+        if key in taken:  # a finalizer reads in the middle of a read, or the last one was struck
+            key = key[0], _depth(sys._getframe(1))
+            self._close_own(*key)
         try:
             try:
-                connection = self._idle.pop()
+                taken.update(zip((key,), map(idle.pop, _LAST)))  # noqa: B905  (stops after one)
             except IndexError:
-                connection = self._another_reader()
-            yield connection
+                self._wait_for_reader(key)
+            connection = taken[key]
+            result = work(connection, *arguments)
         except BaseException as error:
-            if connection is not None:
-                self._close_reader(connection)
+            self._close(key)
             if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
                 raise translated(error, self.file.path, self.busy_timeout) from error
             raise
-        if identity is not None and self.file.identity == identity:
-            self._give_back(connection)
-        else:  # all was closed before or meanwhile, and perhaps another file was opened
-            self._close_reader(connection)
-
-    def _give_back(self, connection: Connection) -> None:
-        connection.used = now = time.monotonic()
-        self._idle.append(connection)
+        if identity is None or self.file.identity != identity:
+            self._close(key)  # all was closed before or meanwhile; this may be another file's
+            return result
+        now = time.monotonic()
+        idle.extend(map(taken.pop, (key,)))
+        connection.used = now  # only now: see _close_left
         if self._waiting:
             self._ring()
+        # The one given back last is taken first, so the first one in the list is needed least.
         try:
-            # The one given back last is taken first, so the first one in the list is needed least.
-            if now - self._idle[0].used > IDLE:
-                self._close_reader(self._idle.pop(0))
+            if now - idle[0].used > IDLE:
+                self._close_first()
         except IndexError:  # another thread took it
             pass
+        return result
 
-    def _another_reader(self) -> Connection:
+    def _wait_for_reader(self, key: tuple[int, float]) -> None:
         """Open a connection to read with or, where there are as many as there may be, wait for one."""
         deadline = time.monotonic() + self.busy_timeout
         while True:
@@ -199,55 +220,107 @@ class Connections:
             bell.acquire()
             self._waiting.append(bell)  # first: whoever gives one back from now on rings
             try:
-                with suppress(IndexError):
-                    return self._idle.pop()
-                with self._opening:
-                    if len(list(self._readers)) < MOST_READERS:  # the live ones
-                        return self._open_reader()
-                left = deadline - time.monotonic()
-                if left <= 0:
+                if self._take_idle(key) or self._open_reader(key):
+                    return
+                now = time.monotonic()
+                if now >= min(self._look_at, deadline):
+                    self._look_at = now + _LOOK_AGAIN
+                    if self._close_left():
+                        continue
+                if now >= deadline:
                     raise RepositoryUnavailable(
                         f"{MOST_READERS} threads were reading {self.file.path} for "
                         f"{self.busy_timeout:g} s; read from fewer threads at once, or raise busy_timeout"
                     )
-                bell.acquire(timeout=min(left, _LOOK_AGAIN))
+                bell.acquire(timeout=min(deadline - now, _LOOK_AGAIN))
             finally:
                 with suppress(ValueError):  # it rang
                     self._waiting.remove(bell)
+
+    def _take_idle(self, key: tuple[int, float]) -> bool:
+        try:
+            self._taken.update(zip((key,), map(self._idle.pop, _LAST)))  # noqa: B905
+        except IndexError:
+            return False
+        return True
+
+    def _open_reader(self, key: tuple[int, float]) -> bool:
+        opened: list[Connection] = []
+        try:
+            with self._opening:
+                if len(list(self._readers)) >= MOST_READERS:  # the live ones
+                    return False
+                connection = self._connect(opened)
+                self.file.check()  # another one may have come in its place just before
+                self._taken[key] = connection
+                self._readers.add(connection)
+        except BaseException:
+            _close_all(opened)
+            raise
+        return True
 
     def _ring(self) -> None:
         with suppress(IndexError):  # nobody waits
             self._waiting.popleft().release()
 
+    def _close(self, key: tuple[int, float]) -> None:
+        """Close one that was taken, if it is there; once more, should an exception strike here."""
+        if (connection := self._taken.get(key)) is not None:
+            connection.close()
+            self._readers.discard(connection)
+            self._taken.pop(key, None)
+            self._ring()
+
+    def _close_own(self, thread: int, depth: float) -> None:
+        """Close those that the calling thread took in that many reads or more, and has left."""
+        with self._opening:  # another thread may do the same
+            for key in list(self._taken):
+                if key[0] == thread and key[1] >= depth:
+                    self._close(key)
+
+    def _close_left(self) -> bool:
+        """Close those that threads took in reads that they have left; whether there were any."""
+        taken = [(key, one, one.used) for key, one in list(self._taken.items())]
+        frames, found = top_frames(), False
+        with self._opening:
+            for key, one, used in taken:
+                left = key[1] >= _depth(frames.get(key[0]))
+                # And not given back and taken again, which was perhaps after the look at the frames.
+                if left and self._taken.get(key) is one and one.used == used:
+                    self._close(key)
+                    found = True
+        return found
+
+    def _close_first(self) -> None:
+        """Close the idle one that is needed least; ``IndexError`` if there is none."""
+        key = _thread.get_ident(), inf
+        with self._opening:
+            self._close(key)  # as an exception left it
+            self._taken.update(zip((key,), map(self._idle.pop, _FIRST)))  # noqa: B905
+            self._close(key)
+
     def discard_writer(self) -> None:
         """Have the next write open a new connection; the caller holds the write lock."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            with suppress(sqlite3.Error):
-                writer.close()
+        with suppress(sqlite3.Error):
+            self._close_writer()
+
+    def _close_writer(self) -> None:
+        try:
+            if self._writer is not None:
+                self._writer.close()
+        finally:
+            self._writer = None
 
     def close(self) -> None:
         """Close all that is not in use."""
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.close()
-        while self._idle:
-            self._close_reader(self._idle.pop())
+        self._close_writer()
+        self._close_idle()
 
-    def _open_reader(self) -> Connection:
-        connection = self._connect()
-        try:
-            self.file.check()  # another one may have come in its place just before
-        except BaseException:
-            connection.close()
-            raise
-        self._readers.add(connection)
-        return connection
-
-    def _close_reader(self, connection: Connection) -> None:
-        self._readers.discard(connection)
-        connection.close()
-        self._ring()
+    def _close_idle(self) -> None:
+        self._close_left()
+        with suppress(IndexError):
+            while True:
+                self._close_first()
 
     # --- forks
 
@@ -263,13 +336,11 @@ class Connections:
         """
         self._opening.acquire()
         deadline = time.monotonic() + timeout
-        while list(self._readers):  # the live ones
-            try:
-                self._close_reader(self._idle.pop())
-            except IndexError:
-                if time.monotonic() > deadline:
-                    return
-                time.sleep(0.001)
+        while True:
+            self._close_idle()
+            if not list(self._readers) or time.monotonic() > deadline:  # the live ones
+                return
+            time.sleep(0.001)
 
     def reopen(self) -> None:
         """In the parent, after the fork: connections may be opened again."""
@@ -278,16 +349,19 @@ class Connections:
     def renew_after_fork(self) -> None:
         """In a forked child: start over with connections of one's own."""
         self._abandoned += [*self._readers, *([self._writer] if self._writer else [])]
-        self._idle, self._readers, self._writer = [], weakref.WeakSet(), None
+        self._idle, self._taken, self._readers = [], {}, weakref.WeakSet()
+        self._writer = None
         self._waiting.clear()
         self._opening = threading.RLock()
 
-    def _connect(self, mode: str = "rw") -> Connection:
+    # --- opening
+
+    def _connect(self, into: list[Connection], mode: str = "rw") -> Connection:
+        """Open a connection, and put it into a list in the same step: whoever has that closes it."""
         from urllib.parse import quote  # slow to load, and not needed before a file is opened
 
-        path = quote(os.fsencode(self.file.path))
-        connection = sqlite3.connect(
-            f"file://{path}?mode={mode}",
+        connect: partial[Any] = partial(
+            sqlite3.connect,
             uri=True,
             timeout=self.busy_timeout,
             isolation_level=None,
@@ -295,13 +369,11 @@ class Connections:
             cached_statements=256,
             factory=Connection,
         )
+        into.extend(map(connect, (f"file://{quote(os.fsencode(self.file.path))}?mode={mode}",)))
+        connection = into[-1]
         # NORMAL loses nothing at process death in WAL mode. The writer raises it where a power cut
         # must be survived.
-        try:
-            connection.execute("PRAGMA synchronous = NORMAL")
-        except BaseException:
-            connection.close()
-            raise
+        connection.execute("PRAGMA synchronous = NORMAL")
         return connection
 
     def _open_file(self) -> Connection:
@@ -310,20 +382,21 @@ class Connections:
                 f"SQLite {sqlite3.sqlite_version} is too old: TaskX needs 3.34 or later"
             )
         known = self.file.known
+        opened: list[Connection] = []
         try:
             self.file.find()
             self._check_before_touching()
-            connection = self._connect("rw" if known or not self.file.create else "rwc")
-            try:
-                self.file.opened()
-                if self._prepare(connection):
-                    connection = self._anew(connection)
-                connection.set_authorizer(self.compiling.authorizer)
-            except BaseException:
-                connection.close()
-                raise
+            connection = self._connect(opened, "rw" if known or not self.file.create else "rwc")
+            self.file.opened()
+            if self._prepare(connection):
+                connection = self._anew(opened)
+            connection.set_authorizer(self.compiling.authorizer)
+            connection.number = next(_numbers)
+            self._writer = connection  # here, as the exception may strike once this has returned
             return connection
         except BaseException as error:
+            self._writer = None
+            _close_all(opened)
             if not known:
                 self.file.forget()
             if isinstance(error, sqlite3.Error):
@@ -339,11 +412,11 @@ class Connections:
         path = self.file.path
         if _size(path) == 0:
             return
-        connection = self._connect("ro" if _size(f"{path}-wal") else "rw")
+        opened: list[Connection] = []
         try:
-            schema.check(connection, path)
+            schema.check(self._connect(opened, "ro" if _size(f"{path}-wal") else "rw"), path)
         finally:
-            connection.close()
+            _close_all(opened)
 
     def _prepare(self, connection: sqlite3.Connection) -> bool:
         """Bring the file up to date; True if the connection has changed the schema."""
@@ -363,18 +436,12 @@ class Connections:
                     raise
                 time.sleep(0.005)
 
-    def _anew(self, connection: Connection) -> Connection:
+    def _anew(self, opened: list[Connection]) -> Connection:
         """Replace a connection that has changed the schema: its statements are slower from then on."""
-        fresh = self._connect()
-        try:
-            fresh.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
-            schema.check(
-                fresh, self.file.path
-            )  # opens the log, which closing the other would remove
-        except BaseException:
-            fresh.close()
-            raise
-        connection.close()
+        fresh = self._connect(opened)
+        fresh.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
+        schema.check(fresh, self.file.path)  # opens the log, which closing the other would remove
+        opened[0].close()
         return fresh
 
     def _refuse_empty_file(self) -> None:
@@ -382,3 +449,18 @@ class Connections:
             raise RepositoryUnavailable(
                 f"{self.file.path} is empty, and create=False: check the path; it was not touched"
             )
+
+
+def _close_all(connections: list[Connection]) -> None:
+    for connection in connections:
+        connection.close()
+
+
+def _depth(frame: FrameType | None) -> float:
+    """How many reads there are in a stack; no end of them where another thread went on meanwhile."""
+    depth, last = 0, frame
+    while frame is not None:
+        depth += frame.f_code is Connections.read.__code__
+        last, frame = frame, frame.f_back
+    # A generator that has yielded does not lead to its caller any more.
+    return inf if last is not None and last.f_code.co_flags & _MAY_YIELD else depth

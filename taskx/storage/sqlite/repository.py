@@ -35,7 +35,7 @@ from taskx.liveness.base import PREFIX
 from taskx.liveness.kernel import KernelLocks
 from taskx.storage.base import Listed, Lookup, Reentered, Repository, new_version
 from taskx.storage.sqlite import schema, statements, turnstile
-from taskx.storage.sqlite.connections import Connections, translated
+from taskx.storage.sqlite.connections import Connection, Connections, translated
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
@@ -106,10 +106,8 @@ class SQLiteRepository(Repository):
         self._turnstile = Turnstile(self._file)
         self._write_lock = threading.RLock()
         self._forking = False
-        self._synchronous = "NORMAL"
-        # Commits of other connections, as the writing one counts them; the number of writing
-        # connections so far; and our own commits.
-        self._others, self._writers, self._commits = -1, 0, 0
+        # The number of the writing connection, and the commits of others that it has counted; and our own.
+        self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
         _repositories.add(self)
 
@@ -215,19 +213,19 @@ class SQLiteRepository(Repository):
             finally:
                 self._turnstile.leave()
 
-    def _ready_writer(self) -> sqlite3.Connection:
+    def _ready_writer(self) -> Connection:
         connection = self._connections.writer()
         if connection.in_transaction:  # the last one was struck twice by signals
             self._roll_back(connection)
         self._file.check()
         return connection
 
-    def _begin(self, connection: sqlite3.Connection, durable: bool) -> sqlite3.Cursor:
+    def _begin(self, connection: Connection, durable: bool) -> sqlite3.Cursor:
         """Begin a transaction within the time-out, once it is this process's turn."""
         timeout = self._connections.busy_timeout
         cursor = connection.cursor()
         left = self._turnstile.enter(timeout)
-        self._set_synchronous(cursor, durable)
+        self._set_synchronous(connection, durable)
         if timeout - left < _SHORT_WAIT:
             cursor.execute("BEGIN IMMEDIATE")
             return cursor
@@ -266,31 +264,21 @@ class SQLiteRepository(Repository):
         try:
             connection.rollback()
         except sqlite3.Error:  # a new connection finds the file as it was before
-            self._discard_writer()
+            self._connections.discard_writer()
 
-    def _discard_writer(self) -> None:
-        self._connections.discard_writer()
-        self._forget_writer()
-
-    def _forget_writer(self) -> None:
-        """Forget the writing connection; the next one counts commits anew."""
-        self._synchronous = "NORMAL"
-        self._writers, self._others = self._writers + 1, -1
-
-    def _set_synchronous(self, cursor: sqlite3.Cursor, durable: bool) -> None:
+    def _set_synchronous(self, connection: Connection, durable: bool) -> None:
         full = self.durability == "full" or (durable and self.durability == "accepted")
         wanted = "FULL" if full else "NORMAL"
-        if wanted != self._synchronous:
-            self._synchronous = ""  # unknown, should an interrupt come between the next two lines
-            cursor.execute(f"PRAGMA synchronous = {wanted}")
-            self._synchronous = wanted
+        if wanted != connection.synchronous:
+            connection.synchronous = ""  # unknown, should an interrupt come after the next line
+            connection.execute(f"PRAGMA synchronous = {wanted}")
+            connection.synchronous = wanted
 
     # --- reading
 
     def _rows(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         self._open()
-        with self._connections.reader() as connection:
-            return _fetch(connection, sql, values)
+        return self._connections.read(_fetch, sql, values)
 
     def _rows_near(self, sql: str, values: Sequence[Any]) -> list[Any]:
         """A few rows, read on the writing connection if that is free.
@@ -407,26 +395,27 @@ class SQLiteRepository(Repository):
         """Return counters of commits: those of other connections, and our own if several queues share us.
 
         Reads counters in memory. SQLite's is read on the writing connection, which does not count its
-        own commits.
+        own commits; a new one begins anew.
         """
         self._open()
         # If the lock is taken for longer, a write is under way; the next call reads the counter.
         if self._write_lock.acquire(timeout=0.005):
             try:
-                self._others = self._read_data_version()
+                self._seen = self._read_data_version()
             finally:
                 self._write_lock.release()
-        return (self._writers, self._others, self._commits if len(self.queues) > 1 else 0)
+        return (*self._seen, self._commits if len(self.queues) > 1 else 0)
 
-    def _read_data_version(self) -> int:
+    def _read_data_version(self) -> tuple[int, int]:
+        connection = self._connections.writer()
         try:
-            connection = self._connections.writer()
             ((others,),) = connection.execute("PRAGMA data_version").fetchall()
         except sqlite3.Error as error:
             raise translated(error, self._file.path, self._connections.busy_timeout) from error
-        if others != self._others:
+        seen = connection.number, int(others)
+        if seen != self._seen:
             self._look_at_version(connection)
-        return int(others)
+        return seen
 
     # --- notes
 
@@ -480,7 +469,6 @@ class SQLiteRepository(Repository):
             except sqlite3.Error as error:
                 raise RepositoryUnavailable(f"{self.path} could not be closed: {error}") from error
             finally:
-                self._forget_writer()
                 self._newer = None
 
     def before_fork(self) -> None:
@@ -488,7 +476,7 @@ class SQLiteRepository(Repository):
         # Not on a thread in the middle of a transaction: it would wait for itself, or end it.
         self._forking = not self.entered and self._write_lock.acquire(timeout=_FORK_PATIENCE)
         if self._forking:
-            self._discard_writer()
+            self._connections.discard_writer()
         self._connections.close_before_fork(_FORK_PATIENCE)
 
     def after_fork(self) -> None:
@@ -502,7 +490,6 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
-        self._forget_writer()
 
 
 _repositories: weakref.WeakSet[SQLiteRepository] = weakref.WeakSet()
