@@ -27,7 +27,6 @@ from taskx.core.model import (
     check_status,
 )
 from taskx.core.options import CHECKS, OnParentFailure, checked, one_of
-from taskx.core.payload import clean_text
 from taskx.core.record import MAX_MESSAGE, check_progress, policy_to_text
 from taskx.core.writes import Insert
 
@@ -121,8 +120,8 @@ def storable(task: Task) -> Task:
         status=check_status(task.status),
         progress=progress,
         message=message,
-        error=clean_text(task.error, MAX_TEXT),
-        error_type=clean_text(task.error_type, MAX_NAME),
-        traceback=clean_text(task.traceback, MAX_TEXT),
-        worker=clean_text(task.worker, MAX_MESSAGE),
+        error=payload.clean_text(task.error, MAX_TEXT),
+        error_type=payload.clean_text(task.error_type, MAX_NAME),
+        traceback=payload.clean_text(task.traceback, MAX_TEXT),
+        worker=payload.clean_text(task.worker, MAX_MESSAGE),
     )

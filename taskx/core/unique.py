@@ -58,10 +58,7 @@ def give_up(holder: Task, now: int) -> Update | None:
 
 
 def held_until(lock: str | None, scope: str | None, created_at: int) -> float:
-    """Return the time, in milliseconds, until which an ended task holds its unique key.
-
-    0 if it holds no key, or if the scope is a name: then the key does not keep the record.
-    """
+    """Return until which millisecond a unique key keeps the record of an ended task; 0 if it does not."""
     if lock is None or scope is None or scope in _NAMED:
         return 0
     try:

@@ -76,13 +76,7 @@ class Checkpoints:
             self._cursor = payload.encode(stored["cursor"], "cursor", payload.NO_LIMIT)
 
     def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
-        """Return what the call returned in this attempt or an earlier one, as JSON gives it back.
-
-        Raises:
-            ConfigurationError: the name is taken, or none; or this is a forked child.
-            PayloadError: the value is not JSON, or too large.
-            TaskCancelled: the token has fired, or the run has lost its task.
-        """
+        """Return what the call returned in this attempt or an earlier one: see :meth:`Context.step`."""
         token.raise_if_cancelled()
         self._take(name)
         if name not in self._steps:

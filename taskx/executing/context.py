@@ -201,12 +201,7 @@ class Context:
         return ""
 
     def keep_checkpoints(self, text: str, *, durable: bool) -> bool:
-        """Store the checkpoints that were made in a child process; False if the run lost its task.
-
-        Raises:
-            TaskCancelled: the token fired before the repository was back; they may be stored or not.
-            RepositoryError: they cannot be stored.
-        """
+        """Store the checkpoints that were made in a child process: see :meth:`Keeper.store`."""
         if not self._shared.keeper.store(self._task, text, durable=durable, token=self._run_token):
             return False
         self._stored = text

@@ -16,10 +16,7 @@ from taskx.executing.middleware import Layer, wrapped
 class Registry:
     """The types that a queue runs or, where they were only declared, accepts.
 
-    Args:
-        middleware: what is wrapped around every execution, the first one outermost.
-        require: refuses what the repository cannot do, given in words.
-        max_payload_size: the largest params, and the largest result, in bytes of JSON.
+    ``require`` refuses what the repository cannot do, given in words.
     """
 
     def __init__(

@@ -106,14 +106,7 @@ class Isolated:
         self._max_payload_size = max_payload_size
 
     def __call__(self, ctx: Context, /, **params: Any) -> Any:
-        """Run the executor in a child process of its own.
-
-        Raises:
-            BaseException: what the executor raised, as :class:`taskx.executing.failures.Remote`.
-            ChildDied: its process ended by itself.
-            ChildKilled: the process did not end within ``grace`` seconds after the token had fired.
-            ConfigurationError: what its module has under its name by now is something else.
-        """
+        """Run the executor in a child process; raises ``Remote``, ``ChildDied`` or ``ChildKilled``."""
         self._check_name()
         order = {
             "type": self._type,
