@@ -1,4 +1,4 @@
-"""What follows when a task moves, in one table, and the services that the parts of a queue share.
+"""The consequences of moves, in one table, and the services that the parts of a queue share.
 
 Whoever makes a move commits it by :meth:`Consequences.commit`. Where it is committed otherwise, he calls
 :meth:`~Consequences.created` or :meth:`~Consequences.follow` once it is.
@@ -37,7 +37,7 @@ from taskx.storage.base import Repository
 
 
 class _Node(Protocol):
-    """What a started node has to do with the moves of tasks."""
+    """A started node, as far as moves of tasks concern it."""
 
     def discard(self, task_ids: Iterable[str]) -> None: ...
     def fire(self, task_id: str) -> None: ...
@@ -46,7 +46,7 @@ class _Node(Protocol):
 
 @attrs.frozen
 class Follows:
-    """What follows from a move.
+    """The consequences of a move.
 
     Attributes:
         event: what hooks are told of it, beside ``finished``.
@@ -341,7 +341,7 @@ _UNCHANGED = object()
 
 
 def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dict[str, Any]:
-    """What lines in the log and hooks are told of a move."""
+    """Return what lines in the log and hooks are told of a move."""
     node = task.worker or task.owner
     facts = {"id": task.id, "type": task.type, "attempt": task.attempt, "node": node}
     if ending is not None:

@@ -145,7 +145,7 @@ class Dependents(_Rounds):
 
     @property
     def looks(self) -> bool:
-        """Whether it is looking, or about to: tasks may be released by that."""
+        """True if it is looking, or about to: tasks may be released by that."""
         return self.waiting or self._deciding
 
     @property
@@ -154,7 +154,7 @@ class Dependents(_Rounds):
 
     @property
     def told(self) -> bool:
-        """Whether it was told of something that it has not looked at yet."""
+        """True if it was told of something that it has not looked at yet."""
         return bool(self.ended or self._due)
 
     def overdue(self) -> bool:
@@ -260,7 +260,7 @@ class Turns(_Rounds):
         self._log = log
 
     def next_turn(self, key: str) -> Sequence[Update]:
-        """What gives the turn to the first in line, in the transaction in which another task ends.
+        """Return what gives the turn to the first in line, in the transaction in which another task ends.
 
         Nothing where that cannot be told: :meth:`advance` makes up for it.
         """

@@ -92,7 +92,7 @@ class Signal:
 
 
 class Agenda:
-    """What is to be looked at soon. Anybody posts, in any thread; the housekeeper reads, if one does."""
+    """The duties that are due soon. Anybody posts, in any thread; the housekeeper reads, if one does."""
 
     def __init__(self) -> None:
         #: Whether a housekeeper reads this.

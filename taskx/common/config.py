@@ -52,7 +52,7 @@ def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskSt
 
 @attrs.frozen
 class Config:
-    """How a queue works.
+    """The settings of a queue.
 
     Attributes:
         worker_num: worker threads.

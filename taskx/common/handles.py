@@ -80,7 +80,7 @@ class TaskHandle(Future[R]):
 
     @property
     def ended_badly(self) -> bool:
-        """Whether it is known already, without a look, that the task did not complete."""
+        """True if memory says, without a look, that the task did not complete."""
         outcome = self._outcome
         return outcome is not None and (outcome is _CANCELLED or outcome.exception is not None)
 
@@ -103,7 +103,7 @@ class TaskHandle(Future[R]):
         return cancelled
 
     def running(self) -> bool:
-        """Whether an executor works on it now."""
+        """Return True if an executor works on it now."""
         return self.task().status is TaskStatus.RUNNING
 
     def done(self) -> bool:

@@ -136,12 +136,12 @@ class Hooks:
 
     @property
     def quiet(self) -> bool:
-        """Whether all that happened has been told."""
+        """True if all that happened has been told."""
         return not (self.waiting or self._telling)
 
     @property
     def inside(self) -> bool:
-        """Whether a hook is what calls this."""
+        """True if a hook calls this."""
         return self._thread is threading.current_thread()
 
     def wait(self, timeout: float) -> bool:

@@ -66,7 +66,7 @@ class Ledger:
         self._leading = threading.RLock()
         # Only the leader removes from it; a write leaves it when its outcome is known, not before.
         self._waiting: deque[_Entry] = deque()
-        # What was given to the repository, until the outcome of all of it is known.
+        # Entries given to the repository, until the outcome of all of it is known.
         self._sent: Sequence[_Entry] = ()
         self._untold: deque[_Entry] = deque()
         # The last entry that was taken in from inside; the thread commits it before it goes on.

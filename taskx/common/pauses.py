@@ -14,7 +14,7 @@ _NOTE = "pause"
 
 @attrs.frozen
 class Paused:
-    """What is paused; false if nothing is. ``"type" in paused`` says it of a type.
+    """The types that are paused; false if none is. ``"type" in paused`` says it of a type.
 
     Attributes:
         everything: True if the whole queue is.
@@ -41,7 +41,7 @@ class Pauses:
         self.known = Paused()
 
     def read(self) -> Paused:
-        """What is paused now."""
+        """Read what is paused now."""
         names = self._repository.notes(_NOTE)
         start = len(_NOTE) + 1
         types = frozenset(name[start:] for name in names if name.startswith(_NOTE + "/"))

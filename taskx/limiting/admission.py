@@ -1,4 +1,4 @@
-"""What may start of the types that have limits.
+"""The admission of tasks whose types have limits.
 
 A task of such a type is never in anybody's way: it is left in the repository until it may start, is fetched
 then, and counted when it starts. What is counted at the fetch is an estimate, which keeps the buffer free
@@ -28,7 +28,7 @@ class OwnSlots:
         self._taken = 0
 
     def free(self) -> int:
-        """How many are free."""
+        """The number of free places."""
         return self._most - self._taken
 
     def take(self, count: int) -> int:
@@ -54,7 +54,7 @@ class OwnBucket:
         self._mark = FULL
 
     def tokens(self) -> int:
-        """How many there are."""
+        """The number of tokens."""
         return self._rate.tokens(self._mark, self._clock.monotonic())
 
     def take(self, count: int) -> int:
@@ -69,7 +69,7 @@ class OwnBucket:
         self._mark = self._rate.put_back(self._mark, count)
 
     def when(self, count: int) -> float:
-        """From when on there are so many, on the monotonic clock."""
+        """The time at which there will be so many, on the monotonic clock."""
         return self._rate.when(self._mark, count)
 
 
@@ -78,7 +78,7 @@ _Bucket = OwnBucket | SharedBucket
 
 
 class _Gate:
-    """What may start of one type."""
+    """The limits of one type, and the tasks that were fetched for it."""
 
     def __init__(self, slots: _Slots | None, bucket: _Bucket | None, clock: Clock) -> None:
         self.slots = slots
@@ -128,7 +128,7 @@ class _Gate:
 
 
 class Admission:
-    """What a node may start of the types that have limits.
+    """Admits tasks of the types that have limits, on one node.
 
     Args:
         limits: those of each type; types may be added.
@@ -185,7 +185,7 @@ class Admission:
     # --- at the fetch
 
     def room(self, type: str, held: Collection[str]) -> tuple[int, int]:
-        """How many tasks of a type to fetch; and how many of it are among those that wait in the buffer."""
+        """Return how many tasks of a type to fetch; and how many of it are among those in the buffer."""
         with self._lock:
             gate = self._gate(type)
             gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
@@ -212,7 +212,7 @@ class Admission:
             self._gate(type).fetched.add(task_id)
 
     def open(self, type: str) -> bool:
-        """Whether one that was stored may start now, if no other of its type waits; as far as is known."""
+        """Return whether a stored task may start now, if no other of its type waits; as far as is known."""
         with self._lock:
             gate = self._gate(type)
             try:
@@ -267,7 +267,7 @@ class Admission:
             self._scheduled()
 
     def next_look(self) -> float | None:
-        """When tasks may start whose token has come by then, on the monotonic clock."""
+        """The time at which the token of more tasks will have come, on the monotonic clock."""
         if not self._gates:
             return None
         return min(
@@ -276,7 +276,7 @@ class Admission:
         )
 
     def is_time(self) -> bool:
-        """Whether such a moment has come since the last call."""
+        """Return whether such a moment has come since the last call."""
         moment = self.next_look()
         if moment is None or moment > self._clock.monotonic():
             return False
@@ -296,7 +296,7 @@ class Admission:
                     yield part
 
     def forget(self) -> None:
-        """What others share with this node may have changed."""
+        """Others may have changed what they share with this node."""
         if self._gates:
             with self._lock:
                 for part in self._shared():

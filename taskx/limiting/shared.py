@@ -109,7 +109,7 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         self._shares = value
 
     def free(self) -> int:
-        """How many places this node has left or could get, as far as is known."""
+        """The number of places that this node has left or could get, as far as is known."""
         self._look()
         others = sum(self._shares.values()) - self._mine
         return max(0, self._most - others - self._taken)
@@ -217,7 +217,7 @@ class SharedBucket(_Shared[float]):
         return now
 
     def tokens(self) -> int:
-        """How many there are, as far as is known."""
+        """The number of tokens, as far as is known."""
         self._look()
         return self._rate.tokens(self._mark, self._now())
 
@@ -241,5 +241,5 @@ class SharedBucket(_Shared[float]):
         return self._put(repr(mark), mark)
 
     def when(self, count: int) -> float:
-        """From when on there are so many, as far as is known."""
+        """The time at which there will be so many, as far as is known."""
         return self._clock.monotonic() + self._rate.when(self._mark, count) - self._now()

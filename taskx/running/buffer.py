@@ -254,13 +254,13 @@ class Buffer:
                 self._wake()
 
     def has_next(self) -> bool:
-        """Whether :meth:`take` would give a worker anything; once closed, it need not wait for it."""
+        """Return whether :meth:`take` would give a worker anything; once closed, none need wait."""
         return self.closed or (not self.starting and len(self) > 0)
 
     # --- for the housekeeper
 
     def room_to_fetch(self) -> int:
-        """How many more fetched items there is room for; none once it is closed."""
+        """Return how many more fetched items there is room for; none once it is closed."""
         return 0 if self.closed else self.fetch_size - self.fetched
 
     def close(self) -> None:

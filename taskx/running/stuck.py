@@ -61,13 +61,13 @@ class Stuck:
 
     @property
     def healthy(self) -> bool:
-        """Whether no more are stuck than are replaced."""
+        """True if no more are stuck than are replaced."""
         return len(self.runs) <= self._most
 
     # --- in the thread of a run
 
     def watch(self, run: Run, worker: str) -> Overdue:
-        """What is to be called when a run, which begins in this thread, does not end after its deadline."""
+        """Return what to call when a run, which begins in this thread, does not end after its deadline."""
         run.decided = _thread.allocate_lock()
         options = run.executor.options
         grace = options.patience + (_TO_KILL if options.isolation else 0.0)
@@ -145,7 +145,7 @@ class Stuck:
 
 
 def stack_of(ident: int) -> str:
-    """Where a thread is, as text, from the executor on; empty if it has ended."""
+    """Return where a thread is, as text, from the executor on; empty if it has ended."""
     frame = top_frames().get(ident)
     if frame is None:
         return ""

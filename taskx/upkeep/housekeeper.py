@@ -78,12 +78,12 @@ class Housekeeper:
         self._services.watcher.ensure_polling()
 
     def _behind(self) -> bool:
-        """Whether the time of a task, or of a schedule, has come, and it has not looked after that yet."""
+        """Return whether a task, or a schedule, is due that it has not looked after yet."""
         now = self._services.clock.now_ms()
         return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
 
     def stored_left(self) -> bool:
-        """Whether the repository has something to run, also where one task is to follow another."""
+        """Return whether the repository has something to run, also where one task is to follow another."""
         repository, types = self._services.repository, set(self._pool.fetcher.types())
         return (
             self._behind()
@@ -248,7 +248,7 @@ class Housekeeper:
 
 
 def unfinished(repository: Repository, types: Collection[str]) -> bool:
-    """Whether a task of these types runs on a node, or is pending and not held back."""
+    """Return whether a task of these types runs on a node, or is pending and not held back."""
     # It may move from the one to the other between two looks.
     return _ready(repository, types) or _running(repository, types) or _ready(repository, types)
 

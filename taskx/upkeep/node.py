@@ -124,7 +124,7 @@ class LocalNode:
     # --- running
 
     def drain(self, timeout: float | None) -> bool:
-        """As :meth:`Queue.drain`; ``SchemaMismatch`` where another process has migrated the file."""
+        """Do :meth:`Queue.drain`; ``SchemaMismatch`` where another process has migrated the file."""
         deadline = None if timeout is None else time.monotonic() + timeout
         services = self._services
         while True:
@@ -143,7 +143,7 @@ class LocalNode:
                 services.hooks.wait(min(left, _LOOK_EVERY))
 
     def _nothing_left(self) -> bool:
-        """Whether nothing is left to run, nor to tell a hook, which may submit more."""
+        """Return whether nothing is left to run, nor to tell a hook, which may submit more."""
         services = self._services
         told = services.hooks.told
         return (
@@ -313,12 +313,12 @@ class Lifetime:
 
     @property
     def name(self) -> str:
-        """How far it is, in a word or two."""
+        """The state of the queue, in a word or two."""
         return "stopped" if self._state.stopped else "started" if self.node else "not started"
 
     @property
     def healthy(self) -> bool:
-        """Whether the queue can do its work."""
+        """True if the queue can do its work."""
         try:
             self._services.repository.ensure_there()
         except RepositoryError:
@@ -361,7 +361,7 @@ class Lifetime:
             hooks.tell(hooks.queue_stopped, lambda: self._queue)
 
     def drain(self, timeout: float | None) -> bool:
-        """As :meth:`Queue.drain`."""
+        """Do :meth:`Queue.drain`."""
         if inside_executor() or self._services.hooks.inside:
             raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
         if self._state.stopped:

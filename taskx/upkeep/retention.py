@@ -52,7 +52,7 @@ def prune(
 
 
 def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
-    """Those of these tasks on which a stored task depends that is not one of these."""
+    """Return those of these tasks on which another stored task depends."""
     these, pairs = set(task_ids), ("parent", "id")
     found = repository.find("parent", task_ids, pairs, _MOST_PAIRS)
     if len(found) == _MOST_PAIRS:
@@ -100,7 +100,7 @@ class Retention:
         self._services = services
         self._periods = periods
         self._next = services.clock.monotonic()
-        # Where the look under way goes on, for each status of which it has not seen all.
+        # The place where the look under way goes on, for each status of which it has not seen all.
         self._left: dict[TaskStatus, Any] = {}
 
     def tick(self) -> None:
