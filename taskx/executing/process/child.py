@@ -99,10 +99,9 @@ class _Work:
         # The monotonic clock is that of the machine, so what the start of this process took is known.
         deadline = None if order["left"] is None else order["asked_at"] + order["left"]
         self._token = CancelToken(deadline, SYSTEM_CLOCK)
-        self._questions = questions = _Questions(channel)
-        keeper = _ParentKeeps(questions, order["no_checkpoints"], order["max_payload_size"])
+        self._parent = _Parent(channel, order["no_checkpoints"], order["max_payload_size"])
         log = logging.getLogger(order["logger"])
-        shared = Shared(Alarms(SYSTEM_CLOCK), log, keeper, questions.parents)
+        shared = Shared(Alarms(SYSTEM_CLOCK), log, self._parent, self._parent.fetch)
         self._context = Context(Task.from_dict(order["task"]), self._token, shared)
 
     def do(self) -> None:
@@ -124,7 +123,7 @@ class _Work:
             if what == "stop":
                 self._token.fire(CancelReason(*facts))
             elif what == "answer":
-                self._questions.answers.put(facts)
+                self._parent.answers.put(facts)
 
     def _listen(self) -> None:
         """Hear when to stop, tell the progress; end with the parent."""
@@ -153,16 +152,20 @@ class _Work:
         return payload.encode(value, "result", order["max_payload_size"])
 
 
-class _Questions:
-    """What a child asks its parent, one thing at a time, from any of its threads."""
+class _Parent(Keeper):
+    """The parent process, asked one thing at a time by any thread: to store checkpoints, to read tasks."""
 
-    def __init__(self, channel: Channel) -> None:
+    def __init__(self, channel: Channel, refused: str, max_payload_size: int) -> None:
+        self.max_payload_size = max_payload_size
+        self.lock = threading.Lock()
+        self.process = forks.generation
         self._channel = channel
+        self._refused = refused  # why no checkpoints can be stored
         self._asking = threading.Lock()
         #: What the parent says.
         self.answers: SimpleQueue[list[Any]] = SimpleQueue()
 
-    def ask(self, *question: Any) -> Any:
+    def _ask(self, *question: Any) -> Any:
         """The parent's answer; PayloadError or RepositoryError if it could not do what was asked."""
         with self._asking:
             self._channel.say(*question)
@@ -173,30 +176,19 @@ class _Questions:
             raise RepositoryError(problem)
         return answer
 
-    def parents(self, _: Sequence[str]) -> dict[str, Task]:
-        """The parents of the task, by their ids, which the parent process knows."""
-        found = self.ask("parents")
+    def fetch(self, _: Sequence[str]) -> dict[str, Task]:
+        """The tasks that this one depends on, by their ids."""
+        found = self._ask("parents")
         if isinstance(found, str):
             raise TaskNotFound(found)
         return {parent["id"]: Task.from_dict(parent) for parent in found}
-
-
-class _ParentKeeps(Keeper):
-    """Has the parent store checkpoints."""
-
-    def __init__(self, questions: _Questions, refused: str, max_payload_size: int) -> None:
-        self.max_payload_size = max_payload_size
-        self.lock = threading.Lock()
-        self.process = forks.generation
-        self._questions = questions
-        self._refused = refused
 
     def check(self) -> None:
         if self._refused:
             raise ConfigurationError(self._refused)
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
-        kept = bool(self._questions.ask("checkpoints", text, durable))
+        kept = bool(self._ask("checkpoints", text, durable))
         if not kept:
             token.raise_if_cancelled()
         return kept
