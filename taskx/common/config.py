@@ -7,8 +7,9 @@ from datetime import timedelta
 from typing import Any, Literal, get_args
 
 import attrs
+from attrs.validators import optional
 
-from taskx.core.checks import check_int, check_number
+from taskx.core.checks import by, check_int, check_number
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskStatus, check_status
 from taskx.core.payload import DEFAULT_MAX_SIZE
@@ -17,25 +18,10 @@ from taskx.core.payload import DEFAULT_MAX_SIZE
 Overflow = Literal["reject", "block", "spill", "caller_runs"]
 
 
-def _whole(minimum: int, maximum: int) -> Any:
-    def check(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        check_int(value, attribute.name, minimum, maximum)
-
-    return check
-
-
 def _known_overflow(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if value not in get_args(Overflow):
         known = ", ".join(map(repr, get_args(Overflow)))
         raise ConfigurationError(f"{attribute.name} must be one of {known}, not {value!r}")
-
-
-def _seconds(minimum: float = 0.0) -> Any:
-    def check(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-        if value is not None:
-            check_number(value, attribute.name, minimum=minimum)
-
-    return check
 
 
 def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskStatus, float]:
@@ -73,11 +59,13 @@ class Config:
         ConfigurationError: a value is not valid.
     """
 
-    worker_num: int = attrs.field(default=5, validator=_whole(1, 10_000))
-    buffer_size: int = attrs.field(default=100, validator=_whole(1, 10_000_000))
+    worker_num: int = attrs.field(default=5, validator=by(check_int, 1, 10_000))
+    buffer_size: int = attrs.field(default=100, validator=by(check_int, 1, 10_000_000))
     overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
-    block_timeout: float | None = attrs.field(default=None, validator=_seconds())
-    max_payload_size: int = attrs.field(default=DEFAULT_MAX_SIZE, validator=_whole(2, 1 << 30))
+    block_timeout: float | None = attrs.field(default=None, validator=optional(by(check_number)))
+    max_payload_size: int = attrs.field(
+        default=DEFAULT_MAX_SIZE, validator=by(check_int, 2, 1 << 30)
+    )
     retention: Mapping[TaskStatus, float] = attrs.field(factory=dict, converter=_periods)
-    max_stuck: int = attrs.field(default=10, validator=_whole(0, 10_000))
-    ageing: float | None = attrs.field(default=None, validator=_seconds(0.001))
+    max_stuck: int = attrs.field(default=10, validator=by(check_int, 0, 10_000))
+    ageing: float | None = attrs.field(default=None, validator=optional(by(check_number, 0.001)))

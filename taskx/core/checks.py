@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import inspect
 import math
+from collections.abc import Callable
 from typing import Any
+
+import attrs
 
 from taskx.core.errors import ConfigurationError
 
 
-def check_number(value: Any, what: str, *, minimum: float = 0.0) -> float:
+def check_number(value: Any, what: str, minimum: float = 0.0) -> float:
     """A finite number from ``minimum``; ConfigurationError says what is wrong with it."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigurationError(f"{what} must be a number of seconds, not {value!r}")
@@ -31,6 +34,15 @@ def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> 
             f"{what} must be a whole number from {minimum} to {maximum}, not {value!r}"
         )
     return int(value)
+
+
+def by(check: Callable[..., object], *limits: float) -> Any:
+    """A validator of attrs that gives a check the value, the name of the field, and the limits."""
+
+    def validate(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
+        check(value, field.name, *limits)
+
+    return validate
 
 
 def check_plain(function: Any, what: str) -> None:

@@ -9,7 +9,9 @@ from enum import Enum
 from typing import Any
 
 import attrs
+from attrs.validators import optional
 
+from taskx.core.checks import by
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.payload import is_encodable
@@ -286,11 +288,6 @@ def _from_iso(value: Any) -> datetime | None:
     return to_datetime(to_ms(datetime.fromisoformat(text), repr(value)))
 
 
-def _optional_name(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    if value is not None:
-        check_name(value, attribute.name)
-
-
 def check_moment(value: Any, what: str) -> None:
     """An aware datetime or None; ConfigurationError says what is wrong with it."""
     if value is None:
@@ -301,10 +298,6 @@ def check_moment(value: Any, what: str) -> None:
         to_ms(value, what)
     except ValueError as error:
         raise ConfigurationError(str(error)) from None
-
-
-def _moment(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    check_moment(value, attribute.name)
 
 
 _MAX_COUNT = 2**62  # the sum of two still fits into what databases count with
@@ -349,11 +342,11 @@ class TaskFilter:
         ConfigurationError: a naive datetime, a negative offset or limit, an unknown status.
     """
 
-    type: str | None = attrs.field(default=None, validator=_optional_name)
+    type: str | None = attrs.field(default=None, validator=optional(by(check_name)))
     status: TaskStatus | None = attrs.field(default=None, converter=_to_status)
-    created_by: str | None = attrs.field(default=None, validator=_optional_name)
-    start_date: datetime | None = attrs.field(default=None, validator=_moment)
-    end_date: datetime | None = attrs.field(default=None, validator=_moment)
+    created_by: str | None = attrs.field(default=None, validator=optional(by(check_name)))
+    start_date: datetime | None = attrs.field(default=None, validator=by(check_moment))
+    end_date: datetime | None = attrs.field(default=None, validator=by(check_moment))
     offset: int = attrs.field(default=0, validator=_count)
     limit: int = attrs.field(default=_DefaultLimit(100), validator=_count)
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, TypeGuard
 
 import attrs
 
-from taskx.core.checks import check_int, check_number
+from taskx.core.checks import by, check_int, check_number
 from taskx.core.errors import ConfigurationError
 
 #: What computes the seconds to wait from the number of the attempt that raised, from 1.
@@ -81,14 +81,6 @@ def names_of(error: type[BaseException]) -> list[str]:
     return [full_name(base) for base in error.__mro__]
 
 
-def _seconds(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    check_number(value, attribute.name)
-
-
-def _attempts(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
-    check_int(value, attribute.name, 1)
-
-
 def _backoff(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not callable(value) and not (isinstance(value, str) and value in _CURVES):
         raise ConfigurationError(
@@ -125,10 +117,10 @@ class RetryPolicy:
         ConfigurationError: an argument is not valid; the message names it.
     """
 
-    max_attempts: int = attrs.field(default=3, validator=_attempts)
+    max_attempts: int = attrs.field(default=3, validator=by(check_int, 1))
     backoff: Backoff = attrs.field(default="exponential", validator=_backoff, kw_only=True)
-    base: float = attrs.field(default=1.0, validator=_seconds, kw_only=True)
-    max_delay: float = attrs.field(default=3600.0, validator=_seconds, kw_only=True)
+    base: float = attrs.field(default=1.0, validator=by(check_number), kw_only=True)
+    max_delay: float = attrs.field(default=3600.0, validator=by(check_number), kw_only=True)
     jitter: float = attrs.field(default=0.1, validator=_fraction, kw_only=True)
     retry_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
     give_up_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
