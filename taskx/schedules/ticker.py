@@ -88,6 +88,8 @@ class Ticker:
         self._stale, self._look_at = True, 0.0
         # Names of schedules that were changed in this process, or by another one that came first.
         self._told = services.agenda.schedules
+        # True while ticks that may have come are looked for, and their tasks made: they lie nowhere else.
+        self._making = False
         self._read: dict[str, Read] = {}
         self._all_read_at = -math.inf
         # The due time of each schedule, a lot, and the name of its note; outdated entries are passed over.
@@ -108,8 +110,8 @@ class Ticker:
 
     def behind(self, now: int) -> bool:
         """Return True if a tick may have come that has no task yet, at a moment in milliseconds."""
-        at_once = self._stale and not self._look_at
-        return bool(self._told) or at_once or (self.next is not None and self.next <= now)
+        asked = self._told or (self._stale and not self._look_at)
+        return self._making or bool(asked) or (self.next is not None and self.next <= now)
 
     def tick(self, patience: float = math.inf) -> bool:
         """Make the tasks that are due, if any are; whether it made some.
@@ -121,8 +123,8 @@ class Ticker:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
         began, made = time.monotonic(), False
-        self._now()
         try:
+            self._making = self.behind(self._now())
             self._look_again()
             while due := self._take_due(began):
                 made = self._make(due) or made
@@ -131,6 +133,8 @@ class Ticker:
         except BaseException:
             self.look()
             raise
+        finally:
+            self._making = False
         self._seen = self._now()
         return made
 
@@ -224,6 +228,7 @@ class Ticker:
     def _due_names(self) -> list[str]:
         names, now = dict[str, None](), self._services.clock.now_ms()
         while self._next and self._next[0][0] <= now and len(names) < TOGETHER:
+            self._making = True  # before: a drain waits for it
             due, _, name = heapq.heappop(self._next)
             if (read := self._read.get(name)) is not None and read.due == due:
                 names[name] = None

@@ -1249,6 +1249,28 @@ def test_a_look_ends_in_time_though_more_tick(in_tens, many, clock):
     assert not looks.behind(clock.now_ms())
 
 
+@pytest.mark.parametrize("count", [1, 30])
+def test_a_drain_hears_of_a_tick_until_its_task_is_stored(in_tens, make, clock, monkeypatch, count):
+    """When all schedules are read, each, or some together, at the first look and later."""
+    queue = make()
+    for n in range(count):
+        queue.schedule(f"s{n}", every(60), "remote")
+    looks, told = Ticker(services_of(queue)), []
+    repository, notes = queue.repository, queue.repository.notes
+
+    def tell(_):
+        told.append(looks.behind(clock.now_ms()))
+
+    monkeypatch.setattr(repository, "notes", lambda prefix: (tell(prefix), notes(prefix))[1])
+    repository.before = tell
+    for _ in range(2):
+        clock.advance(60)
+        assert looks.tick()
+        assert not looks.behind(clock.now_ms())
+    assert len(told) > 3
+    assert all(told)
+
+
 def test_two_nodes_take_up_different_ones_of_many(in_tens, make, many, clock):
     one, other = Ticker(services_of(many)), Ticker(services_of(make()))
     for looks in (one, other):
