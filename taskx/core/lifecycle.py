@@ -532,15 +532,9 @@ def rescue(
     """
     ran = [task for task in tasks if executing is None or task.id in executing]
     judged = [task for task in ran if task.type not in isolated] or ran
-    suspects = any(task.crashes for task in judged)
-    return [
-        _rescue(
-            task,
-            now,
-            crashed=not stopping and task in judged and (task.crashes > 0 or not suspects),
-        )
-        for task in tasks
-    ]
+    suspects = [task for task in judged if task.crashes]
+    culprits = [] if stopping else suspects or judged
+    return [_rescue(task, now, crashed=task in culprits) for task in tasks]
 
 
 def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:

@@ -251,11 +251,8 @@ class Task:
             known["retry"] = RetryPolicy.from_dict(known["retry"])
         known["earlier_attempts"] = [
             Attempt(
-                **{
-                    **{name: attempt[name] for name in _ATTEMPT_FIELDS if name in attempt},
-                    "started_at": _from_iso(attempt.get("started_at")),
-                    "ended_at": _from_iso(attempt.get("ended_at")),
-                }
+                **{name: attempt[name] for name in _ATTEMPT_FIELDS if name in attempt}
+                | {name: _from_iso(attempt.get(name)) for name in ("started_at", "ended_at")}
             )
             for attempt in data.get("earlier_attempts", ())
         ]
