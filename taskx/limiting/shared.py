@@ -58,16 +58,18 @@ class _Shared(ABC, Generic[T]):
 
     def _read(self) -> None:
         """Read the note; what is damaged says nothing, as where there is none."""
+        self._stale = True  # should this be cut short, the version is not that of what is known
         self._note = self._repository.notes(self._name).get(self._name)
-        self._stale = False
+        flaw = None
         try:
             value = self._parse(self._note.text if self._note else None)
         except (ValueError, RecursionError) as error:
-            value = self._parse(None)
-            if self._note and self._damaged != self._note.version:
-                self._damaged = self._note.version
-                self._log.warning("%s is damaged, and is begun anew: %s", self._name, error)
+            flaw, value = str(error), self._parse(None)
         self._is(value)
+        self._stale = False
+        if flaw is not None and self._note and self._damaged != self._note.version:
+            self._damaged = self._note.version
+            self._log.warning("%s is damaged, and is begun anew: %s", self._name, flaw)
 
     def _put(self, text: str | None, value: T) -> bool:
         """Change the note, unless others did since it was read."""

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
+from functools import partial
 
 import pytest
 from helpers import PATIENCE, eventually, node_of, pool_of, services_of, whole_round
+from strikes import strike_at
 
 from taskx import (
     MemoryRepository,
@@ -347,6 +350,43 @@ def test_whatever_nodes_do_they_never_have_more_places_than_there_are():
             assert sum(taken.values()) <= most
             full += sum(taken.values()) == most
         assert full, "never were all of them taken"
+
+
+@pytest.mark.parametrize(
+    ("what", "args"), [("free", ()), ("take", (1,)), ("rest", (0,)), ("tend", ()), ("leave", ())]
+)
+def test_who_is_interrupted_takes_no_place_from_another_node(what, args):
+    """The version of a note is never known without what it says."""
+    for point in itertools.count():
+        repository = Quarrel()
+        repository.chance.random = lambda: 1.0  # it does not quarrel
+        mine, others, dead = (SharedSlots(repository, node, "t", 3) for node in "abc")
+        mine.take(1)
+        mine.give(1)
+        mine.tend()  # what is idle from now on is given back at the next look
+        dead.take(1)
+        repository.dead.add("c")
+        others.take(1)
+        mine.forget()
+        struck = strike_at(point, partial(getattr(mine, what), *args))
+        mine.take(3)
+        assert shares(repository)["b"] == 1, struck
+        if struck is None:
+            break
+
+
+@pytest.mark.parametrize(("what", "args"), [("tokens", ()), ("take", (1,))])
+def test_who_is_interrupted_takes_no_token_twice(clock, what, args):
+    for point in itertools.count():
+        repository, rate = MemoryRepository(), Rate(4, 3600.0, 4)
+        mine, others = (SharedBucket(repository, "t", rate, clock) for _ in range(2))
+        assert mine.take(2) == 2
+        assert others.take(1) == 1
+        mine.forget()
+        struck = strike_at(point, partial(getattr(mine, what), *args))
+        assert mine.take(4) <= 1, struck
+        if struck is None:
+            break
 
 
 def test_what_was_not_taken_between_two_looks_is_given_back():
