@@ -278,7 +278,7 @@ def _cannot_hold(write: Write, task_id: str, known: Mapping[str, Mapping[str, An
         return False
     state = known[task_id]
     if isinstance(write, Insert):
-        return state is not None
+        return bool(state)  # {} after a write that did not hold: perhaps there is no such task
     if state is None:
         return True
     guard = {name: wanted for name, wanted in write.guard.items() if name in state}
