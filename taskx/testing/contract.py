@@ -1,50 +1,50 @@
-"""What the contracts have in common: they are written with pytest's fixtures, and need it to skip."""
+"""What the contracts have in common. Run them with pytest, whose fixtures they ask for."""
 
 from __future__ import annotations
 
+import sys
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import NoReturn
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from unittest import SkipTest, TestCase
+
+#: How many threads race, and how often.
+THREADS, ROUNDS = 4, 50
 
 
 class Contract:
     """What the tests of a contract are written with."""
 
-    def in_threads(self, work: Callable[[int], object], count: int = 4) -> list[object]:
-        """What ``work`` returned or raised in each of some threads that begin together."""
-        outcomes: list[object] = [None] * count
-        barrier = threading.Barrier(count)
+    #: True if it keeps every field of a task, False if only the thirteen of the original TaskX.
+    keeps_every_field: bool = True
 
-        def run(number: int) -> None:
+    raises = TestCase().assertRaises
+
+    def skip_if(self, condition: object, reason: str = "") -> None:
+        """Skip the running test if a condition holds; without a reason, the condition is the reason."""
+        if condition:
+            raise SkipTest(reason or str(condition))
+
+    def race(self, attempt: Callable[[int, int], bool], rounds: int) -> list[list[bool]]:
+        """Have threads try the same at once, and return by round what each of them came to.
+
+        ``attempt`` is called with the numbers of the thread and of the round.
+        """
+        barrier = threading.Barrier(THREADS)
+
+        def run(thread: int, number: int) -> bool:
             barrier.wait()
-            try:
-                outcomes[number] = work(number)
-            except Exception as error:  # noqa: BLE001  (what was raised is the outcome)
-                outcomes[number] = error
+            return attempt(thread, number)
 
-        threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        return outcomes
-
-    @contextmanager
-    def raises(self, expected: type[BaseException]) -> Iterator[None]:
-        """Fail unless the block raises that error."""
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
         try:
-            yield
-        except expected:
-            return
-        raise AssertionError(f"{expected.__name__} was not raised")
+            with ThreadPoolExecutor(THREADS) as pool:
+                numbers = range(THREADS)
+                return [[*pool.map(run, numbers, [n] * THREADS)] for n in range(rounds)]
+        finally:
+            sys.setswitchinterval(interval)
 
-    def skip(self, reason: str) -> NoReturn:
-        """Skip the running test."""
-        try:
-            import pytest
-        except ImportError:
-            raise ImportError(
-                "the contracts of taskx.testing are for pytest: pip install pytest"
-            ) from None
-        pytest.skip(reason)
+    def assert_one_wins(self, attempt: Callable[[int, int], bool]) -> None:
+        """Assert that of racing attempts one succeeds in each round."""
+        assert [sum(won) for won in self.race(attempt, ROUNDS)] == [1] * ROUNDS

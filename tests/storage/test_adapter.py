@@ -88,3 +88,9 @@ def test_eight_methods_cannot_hold_it(store, clock, option):
     with pytest.raises(ConfigurationError, match=f"{next(iter(option))}; nothing was stored"):
         store.apply([insert("b", clock, **option)])
     assert store.get_many(["b"]) == {}
+
+
+def test_eight_methods_cannot_hold_a_note(store):
+    with pytest.raises(ConfigurationError, match="nothing was stored"):
+        store.put_note("a", "one", 0)
+    assert store.notes("") == {}
