@@ -68,6 +68,7 @@ class Executor(Generic[P, R]):
     takes_context: bool
 
     def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
+        update_wrapper(self, function)  # type: ignore[arg-type]  # first: attributes below win over its
         self.type = type
         self.function = function
         self.options = options
@@ -81,7 +82,6 @@ class Executor(Generic[P, R]):
         self._open = len(named) < len(own)
         self._known = frozenset(p.name for p in named)
         self._required = frozenset(p.name for p in named if p.default is p.empty)
-        update_wrapper(self, function)  # type: ignore[arg-type]
 
     def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
         for parameter in parameters:

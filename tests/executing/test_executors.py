@@ -90,6 +90,18 @@ def test_function_stays_callable(queue):
     assert (add.__name__, add.__doc__, add.type) == ("add", "Adds.", "add")
 
 
+def test_attributes_of_the_function_are_the_executors_unless_it_has_its_own(started):
+    def add(a, b=2):
+        return a + b
+
+    add.tags, add.type, add.options, add._signature, add._known = ["x"], "no", {}, None, ()
+    executor = started.executor("add", priority=3)(add)
+    assert (executor.tags, executor.type, executor.options.priority) == (["x"], "add", 3)
+    assert executor.submit(1).result(PATIENCE) == 3
+    with pytest.raises(PayloadError, match="takes no 'c'"):
+        started.submit("add", {"a": 1, "c": 2})
+
+
 def test_type_is_the_functions_name_unless_told(queue):
     @queue.executor()
     def fetch():
