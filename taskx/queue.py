@@ -31,7 +31,7 @@ from taskx.executing.middleware import Layer, check_middleware
 from taskx.executing.registry import Registry
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.moving import Services
-from taskx.running.state import State
+from taskx.running.pool import State
 from taskx.schedules.schedule import Schedule, Schedules
 from taskx.schedules.stored import Overlap, make_entry
 from taskx.storage import queries

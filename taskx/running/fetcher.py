@@ -11,8 +11,7 @@ from taskx.core.record import Stub
 from taskx.limiting.admission import Admission
 from taskx.moving import Services
 from taskx.running.buffer import Buffer
-from taskx.running.runs import Runs
-from taskx.running.starter import Starter
+from taskx.running.starter import Runs, Starter
 from taskx.storage import queries
 
 

@@ -33,8 +33,7 @@ from taskx.moving import Services
 from taskx.running.ahead import PATIENCE, Ahead
 from taskx.running.buffer import Buffer, Item
 from taskx.running.fetcher import Fetcher
-from taskx.running.runs import Runs
-from taskx.running.starter import Starter
+from taskx.running.starter import Runs, Starter
 from taskx.running.stuck import Stuck
 
 # Seconds a worker waits after the repository failed it, doubled up to the second.
@@ -434,6 +433,15 @@ class WorkerPool:
     def workers_left(self) -> int:
         """How many worker threads have not ended."""
         return self._left
+
+
+class State:
+    """The state of a queue, for its parts: started or not, stopped or not. Only the queue changes it."""
+
+    def __init__(self) -> None:
+        #: What runs tasks; None as long as the queue has not been started.
+        self.engine: WorkerPool | None = None
+        self.stopped = False
 
 
 def _lesser(ending: Ending, error: BaseException) -> Ending | None:

@@ -1,9 +1,13 @@
-"""From pending to running, and back where no worker had a hand free."""
+"""From pending to running, and back where no worker had a hand free; and the runs that are in flight."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import threading
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 
+from taskx.common.bell import Bell
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
 from taskx.core.model import Task
@@ -15,11 +19,106 @@ from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.buffer import Buffer, Item
-from taskx.running.runs import Runs
-from taskx.running.suspects import Suspects
 
 #: Pending tasks that are given up in one transaction.
 BATCH = 1000
+#: Most seconds that a task on its last chance waits for others to end, and that others wait for it.
+ALONE = 60.0
+
+
+class Runs(dict[str, Run]):
+    """Every run, by the id of its task, from before its start until its outcome is committed.
+
+    How far it is, is the ``state`` of the run; the audit goes by that. In structures of their own are the
+    pending tasks before (the buffer: a heap, and slots, which are known by name so that their number is
+    right wherever a submit is cut short), the order of those that were started ahead, and, after their
+    outcome, attempts that were given up (their task may be in flight again, elsewhere).
+    """
+
+    @property
+    def executing(self) -> list[Run]:
+        """The runs whose executors are being called."""
+        return [run for run in list(self.values()) if run.state == "executing"]
+
+    def forget(self, run: Run) -> bool:
+        """Forget a run; False if it was forgotten before."""
+        return self.get(run.task.id) is run and self.pop(run.task.id, None) is not None
+
+    def claim(self, run: Run) -> bool:
+        """Forget a run that no thread is at; False if one has just begun to execute it.
+
+        A thread that begins says so first, and then looks whether it was forgotten.
+        """
+        if not self.forget(run):
+            return False
+        if run.state == "executing":
+            self[run.task.id] = run
+            return False
+        return True
+
+
+class Suspects:
+    """The tasks with a crash to their name: one runs at a time and, on its last chance, alone."""
+
+    def __init__(self, runs: Mapping[str, Run]) -> None:
+        self._runs = runs
+        self._turn = threading.Lock()
+        #: Those that wait for the one that runs.
+        self.waiting: list[Item] = []
+        self._changed = Bell()
+        self._alone_until: float | None = None
+        self._closed = False
+
+    def admit(self, item: Item) -> bool:
+        """Return whether it is this one's turn; else it waits."""
+        if self._turn.acquire(blocking=False):
+            return True
+        self.waiting.append(item)
+        return False
+
+    def called(self) -> Item | None:
+        """One that waits though nobody has the turn: who was next did not come, or just left."""
+        if self._turn.locked():
+            return None
+        with suppress(IndexError):  # the others were called meanwhile
+            return self.waiting.pop(0)
+        return None
+
+    def leave(self) -> Item | None:
+        """Its run is over, or never came about; returns who is next."""
+        self._alone_until = None
+        self.tell()
+        self._turn.release()
+        return self.waiting.pop(0) if self.waiting else None
+
+    def go_alone(self) -> None:
+        """Before the start of one on its last chance: wait for the runs there are, and hold up others."""
+        self._wait(lambda: not self._runs, time.monotonic() + ALONE)
+        self._alone_until = time.monotonic() + ALONE
+
+    def stand_aside(self) -> None:
+        """Before the start of any task: wait while another one is to be alone."""
+        if (until := self._alone_until) is not None:
+            self._wait(lambda: self._alone_until is None, until)
+
+    def tell(self) -> None:
+        """A run is over."""
+        if self._changed.listening:
+            self._changed.ring_all()
+
+    def close(self) -> None:
+        """The node stops: nobody waits any more."""
+        self._closed = True
+        self.waiting.clear()
+        self.tell()
+
+    def _wait(self, condition: Callable[[], bool], until: float) -> None:
+        while (left := until - time.monotonic()) > 0:
+            ear = self._changed.listen()
+            if self._closed or condition():
+                self._changed.leave(ear)
+                return
+            self._changed.wait(ear, left)
 
 
 class Starter:

@@ -34,8 +34,7 @@ from taskx.executing.runner import inside_executor
 from taskx.moving import Services
 from taskx.ordering import find_parents
 from taskx.running.buffer import Item
-from taskx.running.pool import WorkerPool
-from taskx.running.state import State
+from taskx.running.pool import State, WorkerPool
 from taskx.storage.base import Reentered
 
 #: The values of a row that the buffer sorts by and gives to a worker.

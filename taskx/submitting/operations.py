@@ -19,7 +19,7 @@ from taskx.core.errors import (
 from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
 from taskx.core.writes import Delete, Update
 from taskx.moving import Services
-from taskx.running.state import State
+from taskx.running.pool import State
 from taskx.storage import queries
 from taskx.storage.base import Repository
 

@@ -27,8 +27,7 @@ from taskx.core.model import TaskFilter, TaskStatus
 from taskx.executing.runner import inside_executor
 from taskx.liveness.base import Node
 from taskx.moving import Services
-from taskx.running.pool import WorkerPool
-from taskx.running.state import State
+from taskx.running.pool import State, WorkerPool
 from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
 
 # Looks for quiet this often even if nothing tells of it, in seconds.

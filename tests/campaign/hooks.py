@@ -25,8 +25,7 @@ from taskx.liveness.kernel import KernelLocks
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer
 from taskx.running.fetcher import Fetcher
-from taskx.running.starter import Starter
-from taskx.running.suspects import Suspects
+from taskx.running.starter import Starter, Suspects
 from taskx.storage.sqlite.repository import SQLiteRepository
 from taskx.upkeep.node import LocalNode
 

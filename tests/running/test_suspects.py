@@ -9,7 +9,7 @@ import pytest
 from helpers import PATIENCE, eventually, pool_of, services_of
 
 from taskx import Task, TaskStatus
-from taskx.running import suspects
+from taskx.running import starter
 from taskx.submitting.intake import prepare
 
 pytestmark = pytest.mark.every_store
@@ -99,8 +99,8 @@ def waiting_ids(queue):
 
 
 def test_nobody_waits_longer_than_a_minute(queue, monkeypatch):
-    assert suspects.ALONE == 60
-    monkeypatch.setattr(suspects, "ALONE", 0.2)
+    assert starter.ALONE == 60
+    monkeypatch.setattr(starter, "ALONE", 0.2)
     queue.start()
     queue.hold("beside")
     assert begun(queue, "beside")
@@ -118,7 +118,7 @@ def test_a_stop_does_not_wait(queue):
     assert eventually(lambda: pool_of(queue).buffer.starting)
     began = time.monotonic()
     assert queue.stop(timeout=PATIENCE, cancel=True) == []
-    assert time.monotonic() - began < suspects.ALONE / 2
+    assert time.monotonic() - began < starter.ALONE / 2
     assert queue.get_task_status("last").status is TaskStatus.PENDING
 
 
