@@ -30,11 +30,7 @@ _ALL_LONG, _MOST_LONG = 0xFFFF, 2
 
 
 class Ahead:
-    """The workers that wait, how many tasks to start for them at once, and what was started.
-
-    Args:
-        workers: how many threads.
-    """
+    """The workers that wait, how many tasks to start for them at once, and what was started."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
@@ -43,7 +39,7 @@ class Ahead:
         #: Since when each worker has been at its run. They are counted at each submit, so it is apart
         #: from the states of all runs.
         self.at_work: dict[Run, float] = {}
-        # When a run was laid out or taken last; whether anything was taken since the last nudge.
+        # The time when a run was laid out or taken last; whether any was taken since the last nudge.
         self._since, self._taken = 0.0, False
         self._waiting: set[_thread.LockType] = set()
         self._work = Bell()
@@ -64,16 +60,14 @@ class Ahead:
 
     @property
     def portion(self) -> int:
-        """How many tasks to start at once: one for each of a few workers that wait, or many short ones."""
+        """The number of tasks to start at once: one for each of a few waiting workers, or many if short."""
         return MAX_AHEAD if self.short else 1 + min(len(self._waiting), MOST_WAITING)
 
     def let_gather(self, waiting: int) -> None:
         """While short tasks come one upon the other, let a few gather.
 
-        One transaction then starts more of them, and the submitter is not held up by so many.
-
-        Args:
-            waiting: how many are in the buffer.
+        One transaction then starts more of them, and the submitter is not held up by so many. ``waiting``
+        says how many are in the buffer.
         """
         if (
             self._last_batch > 1
@@ -141,9 +135,7 @@ class Ahead:
         """Wake a waiting worker, unless tasks are short and another worker is at it.
 
         To wake a thread, and to have two of them want the interpreter, costs more than a short task.
-
-        Returns:
-            False if no worker was woken, though some wait.
+        False if no worker was woken, though some wait.
         """
         if not self._waiting:
             return True
@@ -153,7 +145,7 @@ class Ahead:
         return True
 
     def _tied_up(self) -> int:
-        """How many workers are at a task that is not short after all."""
+        """Return how many workers are at a task that is not short after all."""
         limit = time.monotonic() - TIED_UP
         return sum(began < limit for began in list(self.at_work.values()))
 
@@ -162,11 +154,9 @@ class Ahead:
         self._work.ring_all()
 
     def nudge(self, waiting: int) -> bool:
-        """Wake the waiting workers if there is something for them that nobody has taken any of since
-        the last call; False if no worker waits.
+        """Wake workers if nothing was taken since the last call of what there is for them.
 
-        Args:
-            waiting: how many tasks are in the buffer.
+        ``waiting`` says how many tasks are in the buffer. False if no worker waits.
         """
         if self._waiting and not self._taken:
             self._work.ring(waiting + len(self.runs))
@@ -174,5 +164,5 @@ class Ahead:
         return bool(self._waiting)
 
     def needs_care(self, waiting: int) -> bool:
-        """Whether something lies here, or in the buffer, that may have to be handed on soon."""
+        """Return whether something lies here, or in the buffer, that may have to be handed on soon."""
         return bool(self.runs or (waiting and self._waiting))

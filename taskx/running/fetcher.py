@@ -51,23 +51,22 @@ class Fetcher:
         self.alone = False
 
     def takes(self, type: str) -> bool:
-        """Whether it may start tasks of this type at present."""
+        """Return whether it may start tasks of this type at present."""
         return type not in self._services.pauses.known
 
     def buffers(self, type: str) -> bool:
-        """Whether a task of this type may lie in the buffer whenever it comes."""
+        """Return whether a task of this type may lie in the buffer whenever it comes."""
         return type not in self._services.registry.limits and self.takes(type)
 
     def has_room(self, type: str) -> bool:
-        """Whether a task of this type might start now."""
+        """Return whether a task of this type might start now."""
         limited = type in self._services.registry.limits
         return self.takes(type) and (not limited or self._admission.open(type))
 
     def look_for_pauses(self) -> None:
         """See what is paused, and leave to the repository what lies in the buffer and is.
 
-        Raises:
-            RepositoryError: the repository failed; what is in the buffer is passed over all the same.
+        After a ``RepositoryError`` workers pass over what is in the buffer all the same.
         """
         if self._services.pauses.look():
             self._agenda.more_stored = True  # what is paused no longer

@@ -95,7 +95,9 @@ class WorkerPool:
         self._counting = threading.Lock()
         self._quiet = Bell()
         self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._give_up)
-        self._left = self._at_work = self._named = workers
+        #: The number of worker threads that have not ended.
+        self.workers_left = workers
+        self._at_work = self._named = workers
         self.threads = [self._worker(number) for number in range(1, workers + 1)]
 
     def _worker(self, number: int) -> threading.Thread:
@@ -103,11 +105,7 @@ class WorkerPool:
         return threading.Thread(target=self._live, args=(worker,), name=name, daemon=True)
 
     def record_types(self) -> None:
-        """Record the types that this node runs, if executors were registered since the last record.
-
-        Raises:
-            RepositoryError: the repository failed; the housekeeper does it again.
-        """
+        """Record the types that this node runs, if executors were registered since the last record."""
         types = self.services.registry.types
         if types != self._recorded:
             self.services.repository.liveness.record_types(self.node.id, types)
@@ -142,7 +140,7 @@ class WorkerPool:
             self._complaint.make("outcomes wait to be written: %s", error)
         finally:  # whatever happens, a stop must not wait for a worker that is gone
             with self._counting:
-                self._left -= 1
+                self.workers_left -= 1
                 self.threads.remove(threading.current_thread())  # its ident may be another's soon
             self._quiet.ring_all()
 
@@ -178,7 +176,7 @@ class WorkerPool:
                 return
 
     def _has_next(self) -> bool:
-        """Whether there is something for a worker, or the node stops."""
+        """Return whether there is something for a worker, or the node stops."""
         return bool(self.ahead.runs) or self.buffer.has_next()
 
     def _start(self, items: list[Item]) -> Run | None:
@@ -297,7 +295,7 @@ class WorkerPool:
                 thread = self._worker(self._named)
                 thread.start()
                 self.threads.append(thread)
-                self._left += 1
+                self.workers_left += 1
                 self._at_work += 1
         except RuntimeError as error:
             self.services.log.error("cannot start a replacement worker thread: %s", error)
@@ -317,7 +315,7 @@ class WorkerPool:
         self.agenda.wake_from_long_sleep()
 
     def _is_superfluous(self) -> bool:
-        """Whether there is one worker too many since a stuck one came back: then this one leaves."""
+        """Return whether there is one worker too many since a stuck one came back: this one leaves."""
         with self._counting:
             if self._at_work <= self.ahead.workers:
                 return False
@@ -378,7 +376,7 @@ class WorkerPool:
             self._quiet.ring_all()
 
     def holds_nothing(self) -> bool:
-        """Whether neither buffer nor workers nor ledger have anything left."""
+        """Return whether neither buffer nor workers nor ledger have anything left."""
         return not (
             self.runs
             or len(self.buffer)
@@ -392,10 +390,6 @@ class WorkerPool:
     def wait_quiet(self, timeout: float) -> None:
         """Wait until a task ends or a worker leaves, at most ``timeout`` seconds."""
         self._quiet.wait(self._quiet.listen(), timeout)
-
-    def holds(self, task_id: str) -> bool:
-        """Return whether this node holds a pending task in memory."""
-        return task_id in self.buffer or task_id in self.fetcher.unmarked()
 
     def lose_lease(self) -> None:
         """Others may take this node for dead, what it runs, and its part of what nodes share."""
@@ -422,17 +416,10 @@ class WorkerPool:
         self.starter.suspects.close()
         self.starter.hand_back(ahead, rebuffer=False)
 
-    def release_pending(self) -> int:
-        """Give up the pending tasks that this node holds, for whoever runs; returns how many."""
+    def release_pending(self) -> None:
+        """Give up the pending tasks that this node holds, for whoever runs."""
         found = self.services.repository.find("buffered_on", [self.node.id], ("id",))
-        pending = [task_id for (task_id,) in found]
-        self.starter.give_up(pending)
-        return len(pending)
-
-    @property
-    def workers_left(self) -> int:
-        """How many worker threads have not ended."""
-        return self._left
+        self.starter.give_up([task_id for (task_id,) in found])
 
 
 class State:
@@ -445,7 +432,7 @@ class State:
 
 
 def _lesser(ending: Ending, error: BaseException) -> Ending | None:
-    """What is left to be stored of an ending that the repository refused; None for nothing less.
+    """Return what is left to store of an ending that the repository refused; None for nothing less.
 
     Where the executor returned something, the attempt failed.
     """

@@ -128,8 +128,8 @@ class Starter:
         services: what it works with.
         node: the node.
         buffer: where it puts back what cannot start now.
-        runs: those of the node.
-        admission: how many may start of the types that have limits.
+        runs: the runs of the node.
+        admission: says how many may start of the types that have limits.
     """
 
     def __init__(
@@ -223,7 +223,7 @@ class Starter:
             task = found.get(item.id)
             if task is None:
                 continue
-            # What a process that only declared the type left to the executor.
+            # A process that only declared the type left some options to the executor.
             self._services.registry.registered[task.type].settle(task)
             if not task.crashes and task.max_crashes != 1:
                 chosen.append(task)
@@ -251,7 +251,7 @@ class Starter:
             self._services.ledger.commit([lifecycle.give_up(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:
-        """Whether it has crashed, and would take this process with it: no child process runs it."""
+        """Return whether a task has crashed, and would take this process with it: no child runs it."""
         executor = self._services.registry.registered[task.type]
         return task.crashes > 0 and executor.options.isolation is None
 

@@ -18,7 +18,7 @@ BATCH = 1000
 
 
 class Recovery:
-    """Looks for dead nodes, and takes back what they held."""
+    """Looks for dead nodes, and takes back what they held; after an error, the rest next time."""
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
@@ -37,9 +37,6 @@ class Recovery:
 
         Args:
             patience: seconds after which the rest of what waited in their buffers is left to :meth:`go_on`.
-
-        Raises:
-            RepositoryError: the repository failed; what is left is taken back next time.
         """
         until = time.monotonic() + patience
         repository = self._services.repository
@@ -63,17 +60,11 @@ class Recovery:
                     "its tasks are left alone",
                     node.name,
                 )
-        return recovered + self._go_on(until)
+        return recovered + self.go_on(until - time.monotonic())
 
     def go_on(self, patience: float = math.inf) -> int:
-        """Give up what waited in the buffers of dead nodes, a batch at a time; returns how many tasks.
-
-        Raises:
-            RepositoryError: the repository failed; what is left is given up next time.
-        """
-        return self._go_on(time.monotonic() + patience)
-
-    def _go_on(self, until: float) -> int:
+        """Give up what waited in the buffers of dead nodes, a batch at a time; returns how many tasks."""
+        until = time.monotonic() + patience
         given_up = 0
         for node in list(self._left):
             while writes := self._pending(node):
