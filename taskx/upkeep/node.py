@@ -385,6 +385,7 @@ class Lifetime:
         self._state.stopped = True
         if self.node is not None:
             self.node.engine.stopping = True
+            self.node.engine.buffer.close()
             self.node.engine.fire_all(CancelReason.STOP)
 
     def wait_for_hooks(self, timeout: float) -> None:

@@ -515,6 +515,18 @@ def test_a_drain_ends_when_another_thread_stops_the_queue(started, gate):
     assert stopping() == []
 
 
+def test_what_is_told_to_stop_at_the_exit_takes_no_more_from_the_repository(started, repository):
+    """Other queues may be waited for before it is stopped."""
+    pool = pool_of(started)
+    pool.fetcher.alone = False
+    started._life.tell_to_stop()
+    repository.create(Task(id="x", type="fine"))
+    pool.agenda.more_stored = True
+    pool.fetcher.refill()
+    assert "x" not in pool.buffer
+    assert repository.find("buffered_on", [pool.node.id], ("id",)) == []
+
+
 def test_a_stop_in_which_every_step_hangs_takes_little_longer(started, monkeypatch):
     monkeypatch.setattr("taskx.upkeep.node.EXTRA", 0.05)
     go_on = threading.Event()
