@@ -341,12 +341,10 @@ class EightMethodAdapter(MemoryRepository):
             return found
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """As the repository lists them."""
         with self._errors():
             return self.inner.list(filter)
 
     def count(self, filter: TaskFilter) -> int:
-        """As the repository counts them."""
         with self._errors():
             return self.inner.count(filter)
 

@@ -3,22 +3,40 @@
 from __future__ import annotations
 
 import os
+import threading
 import weakref
 from abc import abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
 
-from taskx.core.clock import SYSTEM_CLOCK, Clock
+from taskx.core import lifecycle
+from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec, Codecs
-from taskx.core.errors import ConfigurationError, RepositoryUnavailable
-from taskx.core.model import Task, TaskFilter
-from taskx.core.record import Ended, Stub
+from taskx.core.creation import new_record, storable
+from taskx.core.errors import (
+    ConfigurationError,
+    DuplicateTask,
+    InvalidTransition,
+    RepositoryUnavailable,
+    TaskNotFound,
+)
+from taskx.core.model import TASK_FIELDS, Task, TaskFilter, TaskStatus, check_name, check_status
+from taskx.core.payload import clean_text
+from taskx.core.record import (
+    MAX_MESSAGE,
+    Ended,
+    Stub,
+    check_progress,
+    known_status,
+    parents_from_text,
+    task_from_row,
+)
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.base import InProcess, Liveness, Node
 from taskx.liveness.leases import LEASE, Leases
 from taskx.liveness.locks import HostLocks
-from taskx.storage.eight import ByMoves
+from taskx.storage.eight import TaskRepository
 
 #: The columns of a row by whose value rows are found, all through an index:
 #:
@@ -74,7 +92,7 @@ class Reentered(RepositoryUnavailable):
         )
 
 
-class Repository(ByMoves):
+class Repository(TaskRepository):
     """A store of tasks, in eleven primitives; the eight methods and all rules about tasks come with it.
 
     A task is a row of the columns ``COLUMNS`` of ``taskx.core.record``. Params, results and checkpoints are
@@ -207,6 +225,109 @@ class Repository(ByMoves):
         It may be late by a second, and be another one for nothing; it never misses a commit for good.
         """
 
+    # --- the eight methods, by the moves of ``lifecycle``: its rules hold whichever way a record changes
+
+    def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
+        """The tasks with these ids that exist, by id."""
+        found = self.find("id", task_ids, TASK_FIELDS)
+        return {row[0]: task_from_row(row, self.codecs) for row in found}
+
+    def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
+        """The status of each of these tasks that exists, by id."""
+        found = self.find("id", task_ids, ("id", "status"))
+        return {task_id: known_status(status) for task_id, status in found}
+
+    def create(self, task: Task) -> None:
+        """Store a new pending task.
+
+        Raises:
+            DuplicateTask: one has its id, or holds its unique key.
+            InvalidTransition: it is not pending.
+            PayloadError: its params break the JSON rules.
+            ConfigurationError: another field holds what it may not.
+        """
+        task = storable(task)
+        now = self.clock.now_ms()
+        insert = new_record(task, now if task.created_at is None else to_ms(task.created_at))
+        # Whether they have ended is seen by whoever runs.
+        if parents := parents_from_text(insert.row.get("depends_on")):
+            lifecycle.wait_for(insert, parents[-1])
+        if not self.apply([insert])[0]:
+            holder = self._holder(task.unique_key)
+            raise DuplicateTask(holder or task.id, task.unique_key if holder else None)
+
+    def get_by_id(self, task_id: str) -> Task:
+        """The task with that id; ``TaskNotFound`` if there is none."""
+        found = self.get_many([check_name(task_id, "id")])
+        if task_id not in found:
+            raise TaskNotFound(task_id)
+        return found[task_id]
+
+    def update(self, task: Task) -> None:
+        """Replace what may be replaced of the stored task: not its identity, fence and owner.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            InvalidTransition: its status may not move as asked, or it moved meanwhile.
+            DuplicateTask: it would take a unique key again that another task holds.
+            PayloadError: params or result break the JSON rules.
+            ConfigurationError: another field holds what it may not.
+        """
+        task = storable(task)
+        stored = self.get_by_id(task.id)
+        if not any(self.apply(lifecycle.amend(stored, task, self.clock.now_ms()))):
+            if task.status is TaskStatus.PENDING:
+                self.refuse_if_key_held(stored)
+            raise InvalidTransition(f"task {task.id} moved on while it was being updated")
+
+    def update_status(self, task_id: str, status: TaskStatus, message: str = "") -> None:
+        """Set status and message.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            InvalidTransition: no move leads there, or it moved meanwhile.
+            DuplicateTask: it would take a unique key again that another task holds.
+        """
+        stored = self.get_by_id(task_id)
+        write = lifecycle.set_status(
+            stored, check_status(status), clean_text(message, MAX_MESSAGE), self.clock.now_ms()
+        )
+        if not self.apply([write])[0]:
+            if status == TaskStatus.PENDING:
+                self.refuse_if_key_held(stored)
+            raise InvalidTransition(f"task {task_id} moved on while its status was being set")
+
+    def refuse_if_key_held(self, task: Task) -> None:
+        """``DuplicateTask`` where another task holds the unique key that this one would take again."""
+        holder = self._holder(task.unique_key)
+        if holder is not None and holder != task.id:
+            raise DuplicateTask(holder, task.unique_key)
+
+    def _holder(self, key: str | None) -> str | None:
+        """The task that holds a unique key."""
+        found = () if key is None else self.find("unique_lock", [key], ("id",))
+        return next((task_id for (task_id,) in found), None)
+
+    def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
+        """Set progress, clamped to 0 to 100, and message of a running task; of another, nothing.
+
+        Raises:
+            TaskNotFound: there is no such task.
+        """
+        percent, text = check_progress(progress, message)
+        if not self.apply([lifecycle.progress(task_id, None, percent, text)])[0]:
+            self.get_by_id(task_id)
+
+    def delete(self, task_id: str) -> None:
+        """Remove a task that is not running.
+
+        Raises:
+            TaskNotFound: there is no such task.
+            InvalidTransition: it is running, or a thread of an ended attempt still runs.
+        """
+        if not self.apply([lifecycle.delete(check_name(task_id, "id"))])[0]:
+            raise lifecycle.not_deleted(self.get_by_id(task_id))
+
     # --- what it can do
 
     #: Whether other processes see the same tasks.
@@ -268,6 +389,12 @@ class Repository(ByMoves):
         """Give a little of the space that nothing uses back to the disk; whether there is more."""
         return False
 
+    def before_fork(self) -> None:
+        """Have no transaction and no connection open that a forked child would inherit."""
+
+    def after_fork(self) -> None:
+        """In the parent: go on as before."""
+
     def renew_after_fork(self) -> None:
         """In a forked child: drop what belongs to the parent, without touching it."""
 
@@ -279,3 +406,40 @@ class Repository(ByMoves):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+_told: weakref.WeakSet[Repository] = weakref.WeakSet()
+_one_fork = threading.Lock()
+_prepared: list[Repository] = []
+
+
+def tell_of_forks(repository: Repository) -> None:
+    """Have a repository's methods about forks called: the last thing that its constructor does."""
+    _told.add(repository)
+
+
+def _before_fork() -> None:
+    _one_fork.acquire()
+    for repository in list(_told):
+        repository.before_fork()
+        _prepared.append(repository)
+
+
+def _after_fork() -> None:
+    while _prepared:
+        _prepared.pop().after_fork()
+    _one_fork.release()
+
+
+def _renew_all_after_fork() -> None:
+    global _one_fork
+    _one_fork = threading.Lock()
+    _prepared.clear()
+    for repository in list(_told):
+        repository.renew_after_fork()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork, after_in_child=_renew_all_after_fork
+    )

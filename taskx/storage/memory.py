@@ -70,11 +70,9 @@ class MemoryRepository(Repository):
 
     @property
     def entered(self) -> bool:
-        """True if the calling thread is inside one of these methods."""
         return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes at one moment; says for each whether its guard held."""
         writes = self.codecs.coded(writes)
         with self._lock:
             start = len(self._changed)  # more than 0 inside a finalizer that writes, too
@@ -173,7 +171,6 @@ class MemoryRepository(Repository):
         fields: tuple[str, ...],
         limit: int | None = None,
     ) -> Sequence[tuple[Any, ...]]:
-        """Rows that have one of these values in a lookup column, as of one moment."""
         with self._lock:
             if column == "id":
                 rows: Iterable[Row] = [self._rows[i] for i in values if i in self._rows]
@@ -192,7 +189,6 @@ class MemoryRepository(Repository):
         return (task_id for key in ready for task_id in self._found("ready", key))
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
-        """The values that a column has, in order, from the one after ``after``."""
         with self._lock:
             if column == "buffered_on":
                 values: Iterable[str] = {owner for owner, _ in self._indexes["ready"]}
@@ -206,7 +202,6 @@ class MemoryRepository(Repository):
         return task_from_row(_task_fields(row), self.codecs)
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """The tasks that meet the filter, newest first."""
         with self._lock:
             created = self._indexes["created"].get(None)
             newest: Iterable[Any] = () if created is None else reversed(created)
@@ -216,14 +211,12 @@ class MemoryRepository(Repository):
             return [self._task(row) for row in page]
 
     def count(self, filter: TaskFilter) -> int:
-        """How many tasks meet the filter."""
         with self._lock:
             return sum(_meets(row, filter) for row in self._rows.values())
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
     ) -> Sequence[Stub]:
-        """Pending tasks of these types and this owner that may start now, best first."""
         with self._lock:
             found: list[Any] = []
             for kind in types:
@@ -240,14 +233,12 @@ class MemoryRepository(Repository):
         return stub_from_row(self._rows[item[-1]])
 
     def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
-        """The held back pending tasks whose time has come by then, earliest first."""
         with self._lock:
             held = self._indexes["held"].get(None, ())
             due = takewhile(lambda item: before is None or item[0] <= before, held)
             return [(task_id, run_at) for run_at, task_id in islice(due, limit)]
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        """Tasks of a finished status that ended before a moment, newest first."""
         with self._lock:
             created = self._indexes["created"].get(None)
             places = () if created is None else created.before(after or (before,))
@@ -266,12 +257,10 @@ class MemoryRepository(Repository):
     # --- notes
 
     def notes(self, prefix: str) -> dict[str, Note]:
-        """All notes whose name begins so, by name."""
         with self._lock:
             return {name: note for name, note in self._notes.items() if name.startswith(prefix)}
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Store notes, or remove them, each if its version is still that one."""
         return [self._put_note(*change) for change in changes]
 
     def _put_note(self, name: str, text: str | None, version: int) -> bool:

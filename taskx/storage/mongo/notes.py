@@ -21,17 +21,11 @@ class Notes(Repository):
     _connection: Connection
 
     def notes(self, prefix: str) -> dict[str, Note]:
-        """All notes whose name begins so, by name."""
         wanted = {"_id": {"$gte": text(prefix, "prefix"), "$lt": prefix + "\U0010ffff"}}
         found = self._connection.run(lambda: list(self._connection.notes.find(wanted)))
         return {note["_id"]: Note(note["text"], int(note["version"])) for note in found}
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Store notes, or with None remove them, each if its version is still that one.
-
-        Raises:
-            RepositoryUnavailable: nothing was stored, unless its ``in_doubt`` is True.
-        """
         together = len(changes) > 1 and all(value and version for _, value, version in changes)
         if together and self._connection.is_real:  # a mock cannot
             return self._change_all(changes)

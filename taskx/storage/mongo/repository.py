@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, cast
@@ -19,6 +18,7 @@ from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError
 from taskx.core.record import UNIQUE
 from taskx.core.writes import Delete, Insert, Write
+from taskx.storage.base import tell_of_forks
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Url
@@ -93,7 +93,7 @@ class MongoRepository(Tasks, Notes):
         self.lease_timeout = lease_timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
-        _repositories.add(self)
+        tell_of_forks(self)
 
     @classmethod
     def from_url(
@@ -152,13 +152,11 @@ class MongoRepository(Tasks, Notes):
         return len(self.queues) < 2 and self._sender.is_own(mark)
 
     def version(self) -> object:
-        """Return another value after others may have changed something; sends no request."""
         return self._changes.version()
 
     # --- opening and closing
 
     def within(self, seconds: float) -> AbstractContextManager[object]:
-        """Have the operations inside raise after so many seconds."""
         return pymongo.timeout(seconds)
 
     def prepare(self) -> None:
@@ -173,7 +171,6 @@ class MongoRepository(Tasks, Notes):
         self._connection.close()
 
     def renew_after_fork(self) -> None:
-        """In a forked child: connections of its own, and no nodes."""
         self._connection.renew_after_fork()
         for part in (self._order, self._sender, self._batches, self._changes):
             part.renew()
@@ -221,15 +218,3 @@ def _needs_index(write: Write) -> bool:
         return False
     columns = write.row if isinstance(write, Insert) else write.changes
     return any(columns.get(name) is not None for name in UNIQUE)
-
-
-_repositories: weakref.WeakSet[MongoRepository] = weakref.WeakSet()
-
-
-def _renew_all_after_fork() -> None:
-    for repository in list(_repositories):
-        repository.renew_after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_renew_all_after_fork)

@@ -116,7 +116,6 @@ class Tasks(Repository):
         fields: tuple[str, ...],
         limit: int | None = None,
     ) -> Sequence[tuple[Any, ...]]:
-        """Rows that have one of these values in a lookup column: of each the fields asked for."""
         known = [value for value in texts(values, column) if value]
         most = _MOST_DOCUMENTS if limit is None else limit
         rows: list[tuple[Any, ...]] = []
@@ -167,7 +166,6 @@ class Tasks(Repository):
     # --- by a filter
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """The tasks that meet the filter, newest first."""
         if not filter.limit or filter.offset > _MOST_DOCUMENTS:
             return []
 
@@ -181,8 +179,6 @@ class Tasks(Repository):
         return [task_from_document(d, self.codecs) for d in self._connection.run(read)]
 
     def count(self, filter: TaskFilter) -> int:
-        """How many tasks meet the filter."""
-
         def read() -> int:
             # Not by one filter that says "not hidden": that would read every document.
             tasks, wanted = self._connection.tasks, matching(filter)
@@ -198,7 +194,6 @@ class Tasks(Repository):
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
     ) -> Sequence[Stub]:
-        """Pending tasks of these types and this owner that may start now, best first."""
         kinds = texts(types, "type")
         if not kinds or limit <= 0:
             return []
@@ -243,7 +238,6 @@ class Tasks(Repository):
                 tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": adopted})
 
     def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
-        """The held back pending tasks whose time has come, each with its ``run_at``."""
         moment = {"$type": "date"} if before is None else {"$lte": to_datetime(before)}
         wanted = held(UNTIL_DUE, run_at=moment)
         found = self._read(wanted, ("run_at",), limit, [("taskx.run_at", 1), ("_id", 1)])
@@ -251,7 +245,6 @@ class Tasks(Repository):
         return [(row["id"], row["run_at"]) for row in rows]
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        """Tasks of a finished status that ended before a moment, newest first."""
         moment = {"$lt": to_datetime(before)}
         wanted: Document = {
             "status": text(status, "status"),

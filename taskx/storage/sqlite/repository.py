@@ -6,7 +6,6 @@ import json
 import os
 import sqlite3
 import threading
-import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, get_args
@@ -15,25 +14,20 @@ from taskx.core import lifecycle
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
-from taskx.core.errors import (
-    ConfigurationError,
-    RepositoryUnavailable,
-    SchemaMismatch,
-)
+from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
 from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
-from taskx.core.writes import (
-    CREATED,
-    Delete,
-    Insert,
-    Note,
-    NoteChange,
-    Update,
-    Write,
-)
+from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
 from taskx.liveness.kernel import KernelLocks
-from taskx.storage.base import Listed, Lookup, Reentered, Repository, new_version
+from taskx.storage.base import (
+    Listed,
+    Lookup,
+    Reentered,
+    Repository,
+    new_version,
+    tell_of_forks,
+)
 from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import Connection, Connections, translated
 from taskx.storage.sqlite.file import DatabaseFile
@@ -105,11 +99,10 @@ class SQLiteRepository(Repository):
         self._connections = Connections(self._file, busy_timeout)
         self._turnstile = Turnstile(self._file)
         self._write_lock = threading.RLock()
-        self._forking = False
         # The number of the writing connection, and the commits of others that it has counted; and our own.
         self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
-        _repositories.add(self)
+        tell_of_forks(self)
 
     def __repr__(self) -> str:
         return f"SQLiteRepository({self.path!r}, durability={self.durability!r})"
@@ -126,31 +119,21 @@ class SQLiteRepository(Repository):
         writes = self.codecs.coded(writes)
         if all_or_nothing:
             return self._apply_whole(writes, durable)
-        if self._write_lock._is_owned():  # type: ignore[attr-defined]
-            raise Reentered
         script = _script(writes)
-        results: list[bool] = []
+
+        def run(cursor: sqlite3.Cursor) -> Sequence[bool]:
+            results: list[bool] = []
+            for sql, values, together, parents in script:
+                held = cursor.execute(sql, values).rowcount
+                if 0 < held < together:
+                    raise _Uneven
+                if parents and held:
+                    cursor.executemany(statements.NEW_PARENT, parents)
+                results += [held > 0] * together
+            return results
+
         try:
-            with self._write_lock:
-                connection = self._ready_writer()
-                try:
-                    cursor = self._begin(connection, durable)
-                    for sql, values, together, parents in script:
-                        held = cursor.execute(sql, values).rowcount
-                        if 0 < held < together:
-                            raise _Uneven
-                        if parents and held:
-                            cursor.executemany(statements.NEW_PARENT, parents)
-                        results += [held > 0] * together
-                    self._refuse_if_newer(connection, writes)
-                    cursor.execute("COMMIT")
-                    self._commits += 1
-                    return results
-                except BaseException as error:
-                    self._undo(connection, error)
-                    raise
-                finally:
-                    self._turnstile.leave()
+            return self._transact(run, durable, writes)
         except _Uneven:
             return self._transact(
                 lambda cursor: [_apply_one(cursor, write) for write in writes], durable, writes
@@ -179,7 +162,6 @@ class SQLiteRepository(Repository):
 
     @property
     def entered(self) -> bool:
-        """True if the calling thread holds the lock of the writing connection."""
         return self._write_lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     def _transact(
@@ -318,7 +300,6 @@ class SQLiteRepository(Repository):
         fields: tuple[str, ...],
         limit: int | None = None,
     ) -> Sequence[tuple[Any, ...]]:
-        """Rows that have one of these values in a lookup column."""
         found: list[tuple[Any, ...]] = []
         for start in range(0, len(values), _MOST_VARIABLES):
             some = values[start : start + _MOST_VARIABLES]
@@ -328,23 +309,19 @@ class SQLiteRepository(Repository):
         return found
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
-        """The values that a column has, in order, from the one after ``after``."""
         return [value for (value,) in self._rows(statements.DISTINCT[column], (after, limit))]
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """The tasks that meet the filter, newest first."""
         sql, values = statements.list_tasks(filter)
         return [task_from_row(row, self.codecs) for row in self._rows(sql, values)]
 
     def count(self, filter: TaskFilter) -> int:
-        """How many tasks meet the filter."""
         ((count,),) = self._rows(*statements.count_tasks(filter))
         return int(count)
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
     ) -> Sequence[Stub]:
-        """Pending tasks of these types and this owner that may start now, best first."""
         if ageing:
             return self._ready_by_age(types, limit, owner, ageing)
         rows = [row for kind in types for row in self._rows(statements.READY, (owner, kind, limit))]
@@ -364,11 +341,9 @@ class SQLiteRepository(Repository):
         return [_stub(row) for row in rows[:limit]]
 
     def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
-        """The held back pending tasks whose time has come by then, earliest first."""
         return self._rows(statements.DUE, (_ANY_TIME if before is None else before, limit))
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        """Tasks of a finished status that ended before a moment, newest first."""
         rows = self._rows(statements.ENDED.format(status), (*(after or (before, 0)), before, limit))
         return [
             Ended(_stub(row), parents_from_text(parents), lock, scope, place)
@@ -420,12 +395,10 @@ class SQLiteRepository(Repository):
     # --- notes
 
     def notes(self, prefix: str) -> dict[str, Note]:
-        """All notes whose name begins so, by name."""
         rows = self._rows(statements.NOTES, (prefix, f"{prefix}\U0010ffff"))
         return {name: Note(text, version) for name, text, version in rows}
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Store notes, or remove them, each if its version is still that one, in one transaction."""
         # After a power cut all nodes are dead. One that is outdated still says that it stops, and leaves.
         nodes = all(change.name.startswith(PREFIX) for change in changes)
         on_record = nodes and all(change.version for change in changes)
@@ -436,7 +409,6 @@ class SQLiteRepository(Repository):
         )
 
     def _make_liveness(self) -> KernelLocks:
-        """The kernel tells, as all processes are on one host."""
         place = lambda: (self._file.folder, self._file.inode)  # noqa: E731
         return KernelLocks(self, place, turnstile.NAMES)
 
@@ -472,7 +444,6 @@ class SQLiteRepository(Repository):
                 self._newer = None
 
     def before_fork(self) -> None:
-        """Have no transaction and no connection open, so that a forked child inherits none."""
         # Not on a thread in the middle of a transaction: it would wait for itself, or end it.
         self._forking = not self.entered and self._write_lock.acquire(timeout=_FORK_PATIENCE)
         if self._forking:
@@ -480,48 +451,14 @@ class SQLiteRepository(Repository):
         self._connections.close_before_fork(_FORK_PATIENCE)
 
     def after_fork(self) -> None:
-        """In the parent: connections are opened again when they are needed."""
         self._connections.reopen()
         if self._forking:
             self._write_lock.release()
 
     def renew_after_fork(self) -> None:
-        """In a forked child: connections of its own, opened at the next operation."""
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
-
-
-_repositories: weakref.WeakSet[SQLiteRepository] = weakref.WeakSet()
-_one_fork = threading.Lock()
-_prepared: list[SQLiteRepository] = []
-
-
-def _before_fork() -> None:
-    _one_fork.acquire()
-    for repository in list(_repositories):
-        repository.before_fork()
-        _prepared.append(repository)
-
-
-def _after_fork() -> None:
-    while _prepared:
-        _prepared.pop().after_fork()
-    _one_fork.release()
-
-
-def _renew_all_after_fork() -> None:
-    global _one_fork
-    _one_fork = threading.Lock()
-    _prepared.clear()
-    for repository in list(_repositories):
-        repository.renew_after_fork()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(
-        before=_before_fork, after_in_parent=_after_fork, after_in_child=_renew_all_after_fork
-    )
 
 
 def _let_go(writes: Sequence[Write] | None) -> bool:
