@@ -128,11 +128,9 @@ class InProcess(Liveness[Node]):
     """Nodes that share one process, so that none of them can be dead."""
 
     def join(self, node: Node) -> None:
-        """Record a node."""
         self._own[node.id] = attrs.evolve(node, alive=True)
 
     def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node runs now."""
         if node in self._own:
             self._own[node] = attrs.evolve(self._own[node], types=tuple(types))
 
@@ -140,11 +138,9 @@ class InProcess(Liveness[Node]):
         """A node of this process cannot leave anything behind, so nothing to record."""
 
     def leave(self, node: str) -> None:
-        """Forget a node."""
         self._own.pop(node, None)
 
     def nodes(self) -> Sequence[Node]:
-        """All recorded nodes."""
         return list(self._own.values())
 
 
@@ -188,11 +184,9 @@ class Recorded(Liveness[RecordT]):
         self._own = {}
 
     def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node of this process runs now."""
         self._amend(node, "types", list(types))
 
     def mark_stopping(self, node: str) -> None:
-        """Record that a node of this process is stopping."""
         self._amend(node, "stopping", True)
 
     def _amend(self, node: str, name: str, value: Any) -> None:

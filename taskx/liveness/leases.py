@@ -84,7 +84,6 @@ class Leases(Recorded[_Leased]):
         self.renew()
 
     def renew(self) -> None:
-        """In a forked child: it has no nodes."""
         super().renew()
         self._lock = threading.Lock()
         self._changed = threading.Condition()
@@ -94,7 +93,6 @@ class Leases(Recorded[_Leased]):
     # --- own nodes
 
     def join(self, node: Node) -> None:
-        """Record a node and keep it alive."""
         host, lock = self._locks.hold(node.id)
         own = _Leased(node, {"host": host, "lock": lock}, self._monotonic())
         try:
@@ -117,11 +115,9 @@ class Leases(Recorded[_Leased]):
                 self._thread = thread
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
-        """Have ``lost()`` called whenever a node of this process has lost its lease."""
         self._own[node].tell = lost
 
     def leave(self, node: str) -> None:
-        """Forget a node: one's own, or one that is dead."""
         try:
             self._remove(node, if_dead=True)
         finally:  # if the record stays, its lease runs out
@@ -130,12 +126,10 @@ class Leases(Recorded[_Leased]):
             self._locks.release(node)
 
     def began(self, node: str) -> Began | None:
-        """Return the tasks that a node's threads began last; None for a node on another host."""
         return self._locks.began(node)
 
     @property
     def applies(self) -> Applies:
-        """What applies writes."""
         return self
 
     def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
@@ -230,7 +224,6 @@ class Leases(Recorded[_Leased]):
     # --- the others
 
     def nodes(self) -> Sequence[Node]:
-        """All recorded nodes, each with what can be said of it."""
         asked = self._monotonic()
         try:
             notes = self._store.notes(PREFIX)

@@ -21,7 +21,7 @@ from taskx.core import lifecycle
 from taskx.core.writes import Insert
 from taskx.executing.runner import Runner
 from taskx.liveness import locks
-from taskx.liveness.kernel import KernelLocks
+from taskx.liveness.locks import KernelLocks
 from taskx.running.ahead import Ahead
 from taskx.running.buffer import Buffer
 from taskx.running.fetcher import Fetcher

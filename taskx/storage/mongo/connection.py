@@ -1,8 +1,9 @@
-"""The way to the server: client, collections, time-outs."""
+"""The way to the server: client, collections, time-outs, clock, and what its errors mean."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple, TypeVar
@@ -10,15 +11,23 @@ from typing import NamedTuple, TypeVar
 import pymongo
 from bson.codec_options import CodecOptions, DatetimeConversion
 from bson.errors import BSONError
+from pymongo import errors
 from pymongo.collection import Collection
 from pymongo.database import Database
 from pymongo.errors import PyMongoError
 from pymongo.read_preferences import ReadPreference
 from pymongo.write_concern import WriteConcern
 
-from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
+from taskx.core.clock import Clock
+from taskx.core.errors import (
+    ConfigurationError,
+    PayloadError,
+    RepositoryError,
+    RepositoryUnavailable,
+    SchemaMismatch,
+    TaskxError,
+)
 from taskx.storage.mongo.documents import Document, moment_ms
-from taskx.storage.mongo.failures import may_have_been_sent, translated
 
 T = TypeVar("T")
 
@@ -33,6 +42,22 @@ _CODEC: CodecOptions[Document] = CodecOptions(
 )
 _SAFE = WriteConcern(w="majority", j=True)
 _mock_turns = threading.RLock()
+
+DUPLICATE_KEY = 11000
+_TOO_LARGE = frozenset((10334, 17280, 17419, 17420))
+_TOO_DEEP = 15
+#: Not primary any more, shutting down, interrupted, out of time, out of disk: may work later.
+_PASSING = frozenset(
+    (
+        *(6, 7, 24, 46, 50, 64, 79, 89, 91, 112, 134, 189, 262, 317, 358),
+        *(9001, 10107, 11600, 11602, 13388, 13435, 13436, 14031),
+    )
+)
+_NEVER_SENT = (errors.ServerSelectionTimeoutError, errors.WaitQueueTimeoutError)
+
+#: Room for so many tasks within a millisecond.
+PER_MS = 1 << 20
+_ASK_EVERY, _PATIENCE = 600.0, 1.0
 
 
 class Url(NamedTuple):
@@ -155,18 +180,6 @@ class Connection:
                 f"dead: stop all its processes, drop the collection {earlier.name}, and start again"
             )
 
-    def server_ms(self, timeout: float) -> int | None:
-        """The server's clock, in milliseconds; None where it does not tell.
-
-        Raises:
-            RepositoryError: it could not be asked.
-        """
-        if not self.is_real:
-            return None
-        admin = self.tasks.database.client.admin
-        told = self.run(lambda: admin.command("hello", codec_options=_CODEC), timeout)
-        return moment_ms(told.get("localTime"))
-
     def close(self) -> None:
         """Close the client if it is one of its own; the next operation opens another."""
         with self._lock:
@@ -185,3 +198,102 @@ class Connection:
             duplicate = getattr(self._where.client, "_duplicate", None)  # which is not public
             if duplicate is not None:
                 self._where = duplicate(connect=False).get_database(self._where.name)
+
+
+class Order:
+    """Hands out where new tasks stand: numbers that rise with the server's time.
+
+    Args:
+        connection: the way to the server.
+        clock: what goes instead where the server does not tell.
+    """
+
+    def __init__(self, connection: Connection, clock: Clock) -> None:
+        self._connection = connection
+        self._clock = clock
+        self.renew()
+
+    def renew(self) -> None:
+        """Begin anew, in a forked child."""
+        self._lock = threading.Lock()
+        self._last = 0
+        self._offset = 0.0
+        self._asked: float | None = None
+
+    def next(self) -> int:
+        """A number above all that this process was given before."""
+        self._ask_sometimes()
+        now = time.monotonic() * 1000 + self._offset
+        with self._lock:
+            self._last = max(self._last + 1, int(now) * PER_MS)
+            return self._last
+
+    def _ask_sometimes(self) -> None:
+        asked, now = self._asked, time.monotonic()
+        if asked is not None and now - asked < _ASK_EVERY:
+            return
+        self._asked = now
+        before = time.monotonic()
+        try:
+            told = self._server_ms()
+        except RepositoryError:
+            told = None  # what is being stored will fail, too; the next one asks again
+            self._asked = asked
+        if told is not None:
+            self._offset = told - before * 1000
+        elif not self._offset:
+            self._offset = self._clock.now_ms() - before * 1000
+
+    def _server_ms(self) -> int | None:
+        """The server's clock, in milliseconds; None where it does not tell."""
+        if not self._connection.is_real:
+            return None
+        admin = self._connection.tasks.database.client.admin
+        told = self._connection.run(lambda: admin.command("hello", codec_options=_CODEC), _PATIENCE)
+        return moment_ms(told.get("localTime"))
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether the same operation may succeed later."""
+    if isinstance(error, errors.BulkWriteError):
+        details = error.details or {}
+        codes = {failure.get("code") for failure in details.get("writeErrors", ())}
+        codes.discard(DUPLICATE_KEY)
+        return codes <= _PASSING if codes else bool(details.get("writeConcernErrors"))
+    if isinstance(error, errors.OperationFailure):
+        return isinstance(error, errors.WriteConcernError) or error.code in _PASSING
+    return isinstance(
+        error, (errors.ConnectionFailure, errors.ExecutionTimeout, errors.InvalidOperation)
+    )
+
+
+def may_have_been_sent(error: Exception) -> bool:
+    """Whether the server may have carried it out all the same."""
+    return not isinstance(error, (*_NEVER_SENT, errors.InvalidOperation))
+
+
+def translated(error: Exception, where: str, *, in_doubt: bool = False) -> TaskxError:
+    """The error of ours for one of the driver's."""
+    text = f"{where}: {str(error)[:500]}"
+    if is_passing(error):
+        doubt = "; whether it was written is not known" if in_doubt else ""
+        unavailable = RepositoryUnavailable(text + doubt)
+        unavailable.in_doubt = in_doubt
+        return unavailable
+    code = _first_code(error)
+    if isinstance(error, errors.DocumentTooLarge) or code in _TOO_LARGE:
+        return PayloadError("document", "too large for MongoDB, which keeps 16 MiB for a task")
+    if code == _TOO_DEEP:
+        return PayloadError("document", "nested too deep for MongoDB")
+    if isinstance(error, (BSONError, OverflowError, RecursionError, UnicodeEncodeError)):
+        return PayloadError("document", f"MongoDB cannot keep it: {error}")
+    if isinstance(error, errors.ConfigurationError):
+        return ConfigurationError(text)
+    return RepositoryError(text)
+
+
+def _first_code(error: Exception) -> int | None:
+    if isinstance(error, errors.BulkWriteError):
+        failures = (error.details or {}).get("writeErrors", ())
+        return next((f["code"] for f in failures if f.get("code") != DUPLICATE_KEY), None)
+    return error.code if isinstance(error, errors.OperationFailure) else None

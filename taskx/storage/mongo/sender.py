@@ -27,16 +27,17 @@ from taskx.core.errors import PayloadError
 from taskx.core.record import DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write, matches
 from taskx.storage.mongo.batches import Batches
-from taskx.storage.mongo.connection import FAILURES, Connection
-from taskx.storage.mongo.documents import MARKS, PATHS, Document, fields, new_document
-from taskx.storage.mongo.failures import (
+from taskx.storage.mongo.connection import (
     DUPLICATE_KEY,
+    FAILURES,
+    Connection,
+    Order,
     is_passing,
     may_have_been_sent,
     translated,
 )
+from taskx.storage.mongo.documents import MARKS, PATHS, Document, fields, new_document
 from taskx.storage.mongo.filters import guarded, text
-from taskx.storage.mongo.order import Order
 
 #: The largest document.
 MOST_BYTES = 16 * 1024 * 1024

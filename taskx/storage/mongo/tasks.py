@@ -24,7 +24,7 @@ from taskx.core.record import (
 )
 from taskx.storage.base import Listed, Lookup, Repository
 from taskx.storage.mongo.batches import Batches
-from taskx.storage.mongo.connection import Connection
+from taskx.storage.mongo.connection import PER_MS, Connection
 from taskx.storage.mongo.documents import (
     Document,
     batch_of,
@@ -46,7 +46,6 @@ from taskx.storage.mongo.filters import (
     text,
     texts,
 )
-from taskx.storage.mongo.order import PER_MS
 
 _MOST_VALUES = 1000
 _MOST_DOCUMENTS = 2**31 - 1

@@ -19,7 +19,7 @@ from taskx.core.model import Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
-from taskx.liveness.kernel import KernelLocks
+from taskx.liveness.locks import KernelLocks
 from taskx.storage.base import (
     Listed,
     Lookup,
