@@ -11,8 +11,7 @@ from taskx.core.ids import new_id
 from taskx.core.writes import Update
 from taskx.storage.mongo.connection import Connection, Url
 from taskx.storage.mongo.documents import MARKS, fields, new_document
-from taskx.storage.mongo.filters import guarded
-from taskx.storage.mongo.indexes import make_indexes
+from taskx.storage.mongo.filters import guarded, make_indexes
 
 Document = dict[str, Any]
 _TIMEOUT = 10.0

@@ -64,11 +64,7 @@ OwnT = TypeVar("OwnT")
 
 
 class Liveness(ABC, Generic[OwnT]):
-    """The nodes on a repository, and which of them live.
-
-    Args:
-        store: the repository.
-    """
+    """The nodes on a repository, and which of them live."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -105,7 +101,6 @@ class Liveness(ABC, Generic[OwnT]):
         That is before others may take over what it runs. Where only the death of the process lets
         them, it is never called.
         """
-        return
 
     def is_dead(self, node: str) -> bool:
         """Whether a node that was seen to be dead is so still; asked after its tasks were read."""
@@ -145,11 +140,7 @@ class InProcess(Liveness[Node]):
 
 
 class Own:
-    """A node of this process.
-
-    Args:
-        node: what it is.
-        facts: what its note says besides.
+    """A node of this process; ``facts`` is what its note says besides what it is.
 
     Attributes:
         version: that of its note, if nobody else has changed it; 0 if it is not known.
@@ -158,12 +149,8 @@ class Own:
     """
 
     def __init__(self, node: Node, facts: Mapping[str, Any]) -> None:
-        self.facts = {
-            "name": node.name,
-            "types": list(node.types),
-            "stopping": node.stopping,
-            **facts,
-        }
+        known = {"name": node.name, "types": list(node.types), "stopping": node.stopping}
+        self.facts = {**known, **facts}
         self.version = 0
         self.left = False
         self.making = threading.Lock()
@@ -180,7 +167,6 @@ class Recorded(Liveness[RecordT]):
         _all.add(self)
 
     def renew(self) -> None:
-        """In a forked child: it has no nodes."""
         self._own = {}
 
     def record_types(self, node: str, types: Sequence[str]) -> None:

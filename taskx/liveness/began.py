@@ -20,8 +20,7 @@ _SIZE = 4 * CELLS
 class Began:
     """The tasks that a node's threads began last.
 
-    Args:
-        data: the cells: the first one says whether the others are of this boot and complete.
+    They are cells. The first one says whether the others are of this boot and complete.
     """
 
     def __init__(self, data: mmap.mmap | bytes) -> None:

@@ -64,14 +64,7 @@ class _Look:
 
 
 class Leases(Recorded[_Leased]):
-    """Keeps this process's nodes alive, and judges the others.
-
-    Args:
-        store: the repository.
-        lease: seconds after which a node that does not beat is dead.
-        locks: what tells of nodes on the same host.
-        monotonic: what time is measured by.
-    """
+    """Keeps this process's nodes alive; one that does not beat for ``lease`` seconds is dead."""
 
     def __init__(
         self, store: Store, lease: float, locks: HostLocks, monotonic: Callable[[], float]

@@ -45,12 +45,7 @@ class NodeLocks:
     def hold(self, node: str, file: int = 0) -> int:
         """Take a new node's lock, until :meth:`release` or process death; return its inode.
 
-        Args:
-            node: the id of the node.
-            file: the inode of the database that it is to be recorded in.
-
-        Raises:
-            RepositoryUnavailable: there can be no lock file, or it is locked.
+        ``file`` is the inode of the database that the node is to be recorded in.
         """
         if fcntl is None:
             return 0
@@ -116,10 +111,7 @@ class NodeLocks:
         Such a lock file is locked by nobody, and no record of the database that it names is about it. A
         node records itself only while it holds its lock, and makes sure that the file is still there when
         it has the lock. So whoever holds the lock and finds no record may remove the file.
-
-        Args:
-            file: the inode of the database.
-            recorded: reads the names that have a record, or are no node's.
+        ``recorded`` reads the names that have a record, or are no node's.
         """
         if fcntl is None:
             return
@@ -172,10 +164,8 @@ class HostLocks:
     """The lock files of this user's nodes on this host, where nodes may be on several.
 
     A node's record says which folder on which boot of which machine its lock file is in. Where that is
-    another one (another host, another container) nothing is told.
-
-    Args:
-        folder: where they are; a folder of this user's among the temporary ones unless given.
+    another one (another host, another container) nothing is told. They are in a folder of this user's among
+    the temporary ones unless ``folder`` is given.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -192,20 +182,16 @@ class HostLocks:
 
     def alive(self, node: str, host: str, inode: int) -> bool | None:
         """Whether the process of a node lives; None where that cannot be told here."""
-        if not inode:
-            return None
-        try:
-            locks, here = self._open()
-        except OSError:
-            return None
-        return locks.alive(node, inode) if host == here else None
+        with suppress(OSError):
+            if inode and (opened := self._open())[1] == host:
+                return opened[0].alive(node, inode)
+        return None
 
     def began(self, node: str) -> Began | None:
         """Return the tasks that the threads of a node on this host began last."""
-        try:
+        with suppress(OSError):
             return self._open()[0].began(node)
-        except OSError:
-            return None
+        return None
 
     def release(self, node: str) -> None:
         """Give up one's own lock, or clear away that of a dead node of this host."""
@@ -225,10 +211,8 @@ class HostLocks:
 class KernelLocks(Recorded[Own]):
     """Nodes that live as long as their processes hold their locks.
 
-    Args:
-        store: the repository. To read notes opens its file; only then the place is known.
-        place: returns the folder of lock files, and the inode number of the file that nodes share.
-        others: names of lock files that are no node's.
+    ``place`` returns the folder of lock files, and the inode of the file that nodes share: known once notes
+    were read, which opens that file. ``others`` are the names of lock files that are no node's.
     """
 
     def __init__(
@@ -310,11 +294,7 @@ def _is_at(path: str, fd: int) -> bool:
 
 
 def _private_folder() -> str:
-    """A folder that only this user can write to.
-
-    Raises:
-        OSError: another user's folder is in its place.
-    """
+    """A folder that only this user can write to; ``OSError``: another user's is in its place."""
     import tempfile  # not needed where the lock files are beside a file
 
     folder = os.path.join(tempfile.gettempdir(), f"taskx-{os.getuid()}")
@@ -326,11 +306,7 @@ def _private_folder() -> str:
 
 
 def _boot_id() -> str:
-    """Which boot of which machine this is.
-
-    Raises:
-        OSError: the system does not say (it is no Linux); then nothing can be told.
-    """
+    """Which boot of which machine this is; ``OSError``: the system does not say, as it is no Linux."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
 

@@ -52,16 +52,9 @@ _MOST_KNOWN = 1000
 
 E = TypeVar("E", bound=RepositoryError)
 
-EIGHT_METHODS = (
-    "create",
-    "get_by_id",
-    "update",
-    "update_status",
-    "update_progress",
-    "list",
-    "count",
-    "delete",
-)
+EIGHT_METHODS = [
+    name for name in vars(TaskRepository) if name in TaskRepository.__abstractmethods__
+]
 
 
 class EightMethodAdapter(MemoryRepository):

@@ -38,6 +38,7 @@ from taskx.liveness.leases import LEASE, Leases
 from taskx.liveness.locks import HostLocks
 from taskx.storage.eight import TaskRepository
 
+_Both = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on"]
 #: The columns of a row by whose value rows are found, all through an index:
 #:
 #: ``id``, ``unique_lock``, ``turn``
@@ -54,22 +55,12 @@ from taskx.storage.eight import TaskRepository
 #:     the ``owner``, if there is one, of the running tasks; and of the pending ones that may start.
 #: ``stuck_on``
 #:     not empty.
-Lookup = Literal[
-    "id",
-    "unique_lock",
-    "turn",
-    "waiting_on",
-    "parent",
-    "line",
-    "running_on",
-    "buffered_on",
-    "stuck_on",
-]
+Lookup = Literal["id", "unique_lock", "turn", "parent", _Both]
 #: The columns whose values can be listed: some of those, and
 #:
 #: ``ready_type``
 #:     the ``type`` of the pending tasks that may start.
-Listed = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on", "ready_type"]
+Listed = Literal[_Both, "ready_type"]
 
 R = TypeVar("R", bound="Repository")
 

@@ -198,9 +198,6 @@ class MemoryRepository(Repository):
                 values = self._indexes[column]
             return nsmallest(limit, (value for value in values if value > after))
 
-    def _task(self, row: Row) -> Task:
-        return task_from_row(_task_fields(row), self.codecs)
-
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         with self._lock:
             created = self._indexes["created"].get(None)
@@ -208,7 +205,7 @@ class MemoryRepository(Repository):
             rows = (self._rows[item[-1]] for item in newest)
             found = (row for row in rows if _meets(row, filter))
             page = islice(found, filter.offset, filter.offset + filter.limit)
-            return [self._task(row) for row in page]
+            return [task_from_row(_task_fields(row), self.codecs) for row in page]
 
     def count(self, filter: TaskFilter) -> int:
         with self._lock:
@@ -225,7 +222,7 @@ class MemoryRepository(Repository):
                     found += _oldest_of_each(ranks, limit) if ageing else islice(ranks, limit)
             if not ageing:
                 return [self._stub(rank) for rank in sorted(found)[:limit]]
-            found.sort(key=_age)
+            found.sort(key=itemgetter(1))  # by when they were stored, of equal rank
             stubs = [self._stub(rank) for rank in found]
             return sorted(stubs, key=lambda stub: stub.rank(ageing))[:limit]
 
@@ -303,10 +300,7 @@ def _places(row: Row) -> list[Place]:
     """Return the places of a row in the indexes."""
     task_id, sequence = row["id"], row["sequence"]
     places: list[Place] = [("created", None, (row["created_at"], sequence, task_id))]
-    if row["unique_lock"] is not None:
-        places.append(("unique_lock", row["unique_lock"], (task_id,)))
-    if row["turn"] is not None:
-        places.append(("turn", row["turn"], (task_id,)))
+    places += [(name, row[name], (task_id,)) for name in UNIQUE if row[name] is not None]
     if row["stuck_on"]:
         places.append(("stuck_on", row["stuck_on"], (task_id,)))
     if row["depends_on"] is not None:
@@ -341,10 +335,6 @@ def _oldest_of_each(ranks: SortedItems, limit: int) -> Iterator[tuple[int, int, 
 def _ended(row: Row, place: tuple[Any, ...]) -> Ended:
     parents = parents_from_text(row["depends_on"])
     return Ended(stub_from_row(row), parents, row["unique_lock"], row["unique_scope"], place)
-
-
-def _age(rank: tuple[int, int, str]) -> int:
-    return rank[1]
 
 
 def _meets(row: Row, filter: TaskFilter) -> bool:

@@ -687,7 +687,7 @@ class TestOrphanedLockFiles:
             locks.hold(node, inode)
             locks.let_go(node)
         Path(locks._path("killed at once")).touch()
-        Path(locks._began_path("killed")).touch()  # it was killed while it left
+        Path(locks._path("killed", "began")).touch()  # it was killed while it left
         repository.liveness.join(Node(id="n1", name="one"))
         assert self.left(locks) == ["n1"]
         repository.liveness.leave("n1")

@@ -28,10 +28,7 @@ from taskx.storage.mongo.filters import HIDDEN
 class Batches:
     """Stores batches of tasks, and looks after what others left half done.
 
-    Args:
-        connection: the way to the server.
-        patience: seconds that a batch may stay hidden before it counts as left behind.
-        monotonic: what that is measured by.
+    A batch that is hidden for more than ``patience`` seconds counts as left behind.
     """
 
     def __init__(
@@ -43,7 +40,6 @@ class Batches:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew, in a forked child."""
         self._lock = threading.Lock()
         self._seen: dict[str, float] = {}
         self._next_look = float("-inf")
@@ -53,16 +49,7 @@ class Batches:
     def insert(
         self, writes: Sequence[Write], store: Callable[[Sequence[Write], str], list[bool]]
     ) -> list[bool]:
-        """Store new tasks, all or none; says of each whether its id was free.
-
-        Args:
-            writes: the tasks.
-            store: what stores them, hidden in the batch that it is given.
-
-        Raises:
-            ConfigurationError: a write is no insert.
-            RepositoryUnavailable: nothing was stored, unless it is in doubt.
-        """
+        """Store new tasks, all or none, by ``store(writes, batch)``; says for each if its id was free."""
         if not all(isinstance(write, Insert) for write in writes):
             raise ConfigurationError(
                 "MongoRepository applies all or nothing of new tasks only: it uses no transactions"

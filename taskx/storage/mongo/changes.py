@@ -30,11 +30,8 @@ _LITTLE = [
 class Changes:
     """Answers :meth:`Repository.version` from memory.
 
-    Args:
-        connection: the way to the server.
-        poll_interval: seconds between answers of "perhaps", where there is no stream.
-        is_own: whether a mark was left by the one queue here that asks.
-        monotonic: what time is measured by.
+    Where there is no stream, that is "perhaps" every ``poll_interval`` seconds. ``is_own`` tells whether a
+    mark was left by the one queue here that asks.
     """
 
     def __init__(
@@ -52,20 +49,17 @@ class Changes:
         self.renew()
 
     def renew(self) -> None:
-        """In a forked child: begin anew."""
         self._lock = threading.Lock()
         self._watch: _Watch | None = None
         self._can_watch = True
 
     def version(self) -> object:
-        """Another value when something may have changed."""
         now = self.monotonic()
         watch = self._ensure_watch(now)
         live = watch is not None and now - watch.heard < _STALE
         return self._rings, None if live else now // max(self._poll_interval, _LEAST_INTERVAL)
 
     def ring(self) -> None:
-        """Something changed."""
         self._rings += 1
 
     def _ensure_watch(self, now: float) -> _Watch | None:

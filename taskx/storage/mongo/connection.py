@@ -6,7 +6,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import pymongo
 from bson.codec_options import CodecOptions, DatetimeConversion
@@ -60,24 +60,15 @@ PER_MS = 1 << 20
 _ASK_EVERY, _PATIENCE = 600.0, 1.0
 
 
-class Url(NamedTuple):
+class Url(str):
     """A URL for the driver."""
-
-    text: str
 
 
 class Connection:
-    """The collections of one database.
+    """The collections of one database; or of a URL, connected to at first use by a client of its own.
 
-    Args:
-        name: the collection of the tasks; the others are called after it.
-        where: the database; or the URL to connect to at first use, by a client of one's own.
-        timeout: seconds that an operation may take, all retries included.
-        write_concern: None for majority with journal, or as the URL says.
-
-    Attributes:
-        is_real: whether the driver is pymongo; a mock of it lacks this and that.
-        turns: entered to use the collections: a mock trips over itself in several threads.
+    ``timeout`` is the seconds that an operation may take, all retries included. A mock of the driver, which
+    is not ``is_real``, lacks this and that, and trips over itself in several threads: enter ``turns``.
     """
 
     def __init__(
@@ -116,11 +107,7 @@ class Connection:
         return self._collection(".notes")
 
     def run(self, work: Callable[[], T], timeout: float | None = None) -> T:
-        """Do something with the collections, within the time-out.
-
-        Raises:
-            TaskxError: in place of what the driver raised.
-        """
+        """Do something with the collections, within the time-out; the driver's errors become ours."""
         try:
             with pymongo.timeout(self.timeout if timeout is None else timeout), self.turns:
                 return work()
@@ -132,9 +119,7 @@ class Connection:
         try:
             return self.run(work)
         except RepositoryUnavailable as error:
-            error.in_doubt = isinstance(error.__cause__, Exception) and may_have_been_sent(
-                error.__cause__
-            )
+            error.in_doubt = may_have_been_sent(error.__cause__)
             raise
 
     def _collection(self, suffix: str) -> Collection[Document]:
@@ -160,7 +145,7 @@ class Connection:
 
     def _connect(self, url: Url) -> Database[Document]:
         try:
-            client: pymongo.MongoClient[Document] = pymongo.MongoClient(url.text, connect=False)
+            client: pymongo.MongoClient[Document] = pymongo.MongoClient(url, connect=False)
         except (PyMongoError, ValueError) as error:
             raise ConfigurationError(f"MongoDB URL: {error}") from error
         if self._write_concern is None and client.write_concern.document:
@@ -168,11 +153,7 @@ class Connection:
         return client.get_default_database()
 
     def refuse_earlier_nodes(self) -> None:
-        """Make sure that no earlier TaskX is at work, which has its nodes in a collection of their own.
-
-        Raises:
-            SchemaMismatch: there may be one.
-        """
+        """Raise if an earlier TaskX may be at work, which has its nodes in a collection of their own."""
         earlier = self._collection(".nodes")
         if self.run(lambda: earlier.find_one({})) is not None:
             raise SchemaMismatch(
@@ -201,11 +182,9 @@ class Connection:
 
 
 class Order:
-    """Hands out where new tasks stand: numbers that rise with the server's time.
+    """Hands out where new tasks stand: numbers that rise with time, alike on every host.
 
-    Args:
-        connection: the way to the server.
-        clock: what goes instead where the server does not tell.
+    The time is the server's, whatever the hosts' clocks say; ``clock`` goes where the server does not tell.
     """
 
     def __init__(self, connection: Connection, clock: Clock) -> None:
@@ -235,7 +214,7 @@ class Order:
         self._asked = now
         before = time.monotonic()
         try:
-            told = self._server_ms()
+            told = self._server_ms(_PATIENCE)
         except RepositoryError:
             told = None  # what is being stored will fail, too; the next one asks again
             self._asked = asked
@@ -244,12 +223,12 @@ class Order:
         elif not self._offset:
             self._offset = self._clock.now_ms() - before * 1000
 
-    def _server_ms(self) -> int | None:
+    def _server_ms(self, timeout: float) -> int | None:
         """The server's clock, in milliseconds; None where it does not tell."""
         if not self._connection.is_real:
             return None
         admin = self._connection.tasks.database.client.admin
-        told = self._connection.run(lambda: admin.command("hello", codec_options=_CODEC), _PATIENCE)
+        told = self._connection.run(lambda: admin.command("hello", codec_options=_CODEC), timeout)
         return moment_ms(told.get("localTime"))
 
 
@@ -267,7 +246,7 @@ def is_passing(error: Exception) -> bool:
     )
 
 
-def may_have_been_sent(error: Exception) -> bool:
+def may_have_been_sent(error: BaseException | None) -> bool:
     """Whether the server may have carried it out all the same."""
     return not isinstance(error, (*_NEVER_SENT, errors.InvalidOperation))
 

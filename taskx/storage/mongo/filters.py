@@ -1,18 +1,21 @@
-"""Guards and filters, as MongoDB has them. Values are data: only scalars get in."""
+"""Guards, filters and indexes, as MongoDB has them. Values are data: only scalars get in."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from datetime import datetime
+from functools import partial
 from typing import Any
 
-from pymongo import ASCENDING, DESCENDING
+from pymongo import ASCENDING, DESCENDING, IndexModel
+from pymongo.errors import OperationFailure
 
 from taskx.core.clock import to_datetime, to_ms, within_calendar
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter
-from taskx.core.record import DEFAULTS
+from taskx.core.record import DEFAULTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
+from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import PATHS, Document, fields, plain
 
 #: Not part of a batch that is still hidden.
@@ -24,13 +27,11 @@ NEWEST_FIRST = [("created_at", DESCENDING), ("_id", DESCENDING)]
 OLDEST_FIRST = [(name, ASCENDING) for name, _ in NEWEST_FIRST]
 BEST_FIRST = [("taskx.priority", DESCENDING), ("taskx.seq", ASCENDING), ("_id", ASCENDING)]
 
+_THERE_UNDER_ANOTHER_NAME = 85
+
 
 def text(value: Any, what: str) -> str:
-    """A str, and nothing else: a dict here would be an operator.
-
-    Raises:
-        ConfigurationError: it is none.
-    """
+    """A str, or a ``ConfigurationError``: a dict here would be an operator."""
     if not isinstance(value, str):
         raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
     return value
@@ -107,3 +108,76 @@ def held(why: int, **more: Any) -> Document:
     """Pending tasks that are held back for that reason, if any; with further conditions on our fields."""
     wanted = {f"taskx.{name}": condition for name, condition in more.items()}
     return {"status": "pending", "taskx.held": why, **wanted, **VISIBLE}
+
+
+# --- indexes
+
+
+def make_indexes(connection: Connection) -> None:
+    """Make those that are not there. Those that running looks at hold unfinished tasks only."""
+    there = connection.run(connection.tasks.index_information)
+    for index in _indexes():
+        name, keys = index.document["name"], _keys(index)
+        if name not in there or list(there[name]["key"]) != keys:
+            connection.run(partial(_make, connection, index))
+
+
+def _keys(index: IndexModel) -> list[tuple[str, int]]:
+    return list(index.document["key"].items())
+
+
+def _make(connection: Connection, index: IndexModel) -> None:
+    options = dict(index.document)
+    keys = _keys(index)
+    del options["key"]
+    if options.get("unique") and not connection.is_real:
+        options["sparse"] = True  # a mock forgets the filter for what is there already
+    try:
+        connection.tasks.create_index(keys, **options)
+    except OperationFailure as error:
+        if error.code != _THERE_UNDER_ANOTHER_NAME:
+            raise
+
+
+def _indexes() -> list[IndexModel]:
+    return [
+        IndexModel(NEWEST_FIRST, name="taskx_newest"),
+        *(
+            IndexModel([(name, ASCENDING), *NEWEST_FIRST], name=f"taskx_{name}")
+            for name in ("status", "type", "created_by")
+        ),
+        IndexModel(
+            [
+                *((name, ASCENDING) for name in ("type", "taskx.owner", "taskx.held")),
+                *BEST_FIRST,
+            ],
+            name="taskx_ready",
+            partialFilterExpression={"status": "pending"},
+        ),
+        IndexModel(
+            [("taskx.run_at", ASCENDING), ("_id", ASCENDING)],
+            name="taskx_due",
+            partialFilterExpression={"status": "pending", "taskx.held": UNTIL_DUE},
+        ),
+        IndexModel(
+            [("taskx.concurrency_key", ASCENDING), ("taskx.seq", ASCENDING)],
+            name="taskx_in_line",
+            partialFilterExpression={"status": "pending", "taskx.held": FOR_TURN},
+        ),
+        *(
+            _of_those_with(name)
+            for name in ("owner", "batch", "depends_on", "waiting_on", "stuck_on")
+        ),
+        *(_of_those_with(name, unique=True) for name in UNIQUE),
+    ]
+
+
+def _of_those_with(name: str, **options: Any) -> IndexModel:
+    """Of documents where this is a text that is not empty."""
+    path = f"taskx.{name}"
+    return IndexModel(
+        [(path, ASCENDING)],
+        name=f"taskx_{name}",
+        partialFilterExpression={path: {"$gt": ""}},
+        **options,
+    )

@@ -26,8 +26,7 @@ from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
 from taskx.storage.mongo.connection import Connection, Order, Url
 from taskx.storage.mongo.documents import Document
-from taskx.storage.mongo.filters import text
-from taskx.storage.mongo.indexes import make_indexes
+from taskx.storage.mongo.filters import make_indexes, text
 from taskx.storage.mongo.sender import Sender
 from taskx.storage.mongo.tasks import Tasks
 
@@ -133,15 +132,7 @@ class MongoRepository(Tasks):
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes, each at one moment; says for each whether its guard held.
-
-        Sent again after it failed, a write that took place is known again, and not done twice.
-
-        Raises:
-            ConfigurationError: ``all_or_nothing`` of anything but new tasks.
-            PayloadError: a task is larger than MongoDB can keep.
-            RepositoryUnavailable: nothing was applied, unless its ``in_doubt`` is True.
-        """
+        """Apply guarded writes, each at one moment; ``all_or_nothing`` takes new tasks only."""
         if not self._indexed and any(map(_needs_index, writes)):
             self.init_indexes()
         if all_or_nothing and len(writes) > 1:

@@ -49,14 +49,7 @@ _MOST_REMEMBERED = 4096
 
 
 class Sender:
-    """Sends writes to the tasks.
-
-    Args:
-        connection: the way to the server.
-        order: where new tasks stand.
-        batches: what may be in the way of a new task, and come to nothing.
-        codecs: how values are stored.
-    """
+    """Sends writes to the tasks; ``batches`` may be in the way of a new one, and come to nothing."""
 
     def __init__(
         self, connection: Connection, order: Order, batches: Batches, codecs: Codecs
@@ -68,7 +61,6 @@ class Sender:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew, in a forked child: with marks of its own."""
         self._lock = threading.Lock()
         self._prefix = int.from_bytes(os.urandom(4), "big") >> 1
         self._marks = count(self._prefix << 32)
@@ -82,16 +74,10 @@ class Sender:
     # --- rounds: in each, one write per document
 
     def apply(self, writes: Sequence[Write], batch: str = "") -> list[bool]:
-        """Apply guarded writes; says for each whether its guard held.
+        """Apply guarded writes, in order where they are of one task; says for each whether its guard held.
 
-        Args:
-            writes: what to apply, in order where they are of one task.
-            batch: what new tasks are hidden in, if they are.
-
-        Raises:
-            RepositoryUnavailable: the server cannot be reached, or its answer was lost.
-            PayloadError: a document is too large.
-            RepositoryError: the server refused a write.
+        ``batch`` is what new tasks are hidden in, if they are. ``RepositoryUnavailable``: the server
+        cannot be reached, or its answer was lost.
         """
         results = [False] * len(writes)
         waiting: dict[str, list[int]] = {}

@@ -38,7 +38,6 @@ MINIMUM_SQLITE = (3, 34, 0)
 #: again and again are copied once.
 CHECKPOINT_EVERY = 4000
 
-
 #: Most connections that read at once; further threads wait. Each holds two files open.
 MOST_READERS = 16
 #: Seconds after which a connection that was not needed is closed.

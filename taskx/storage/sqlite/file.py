@@ -14,14 +14,8 @@ class DatabaseFile:
     not mistaken for it. The file is looked at by its path and never opened here: a process that closes a
     file loses the locks that SQLite holds on it.
 
-    Args:
-        path: where it is; a relative path is made absolute at once.
-        create: whether opening makes the file if there is none.
-
-    Raises:
-        ConfigurationError: the path is relative, and the working folder was deleted.
-
     Attributes:
+        create: whether opening makes the file if there is none.
         path: absolute; the real path from the opening on.
         identity: device and inode of the file that was opened; None if none is.
     """
@@ -54,11 +48,7 @@ class DatabaseFile:
         return f"{self.path}-nodes"
 
     def find(self) -> None:
-        """Settle which file is meant, before it is opened.
-
-        Raises:
-            RepositoryUnavailable: the file is gone, or there is none and none may be made.
-        """
+        """Settle which file is meant, before it is opened; raise if there is none and none may be made."""
         if self.known:
             self.check()
             return
@@ -70,22 +60,14 @@ class DatabaseFile:
             )
 
     def opened(self) -> None:
-        """Note that a connection to it was opened just now.
-
-        Raises:
-            RepositoryUnavailable: it is not the file that was found before.
-        """
+        """Note that a connection to it was opened just now; raise if it is not the one found before."""
         self.identity = self.identity or self._found or self._look()
         if self.identity is None:
             raise self._gone()
         self.check()
 
     def check(self) -> None:
-        """Make sure that the file is still where it was opened; do nothing before that.
-
-        Raises:
-            RepositoryUnavailable: it was moved, deleted or replaced.
-        """
+        """Raise ``RepositoryUnavailable`` if it was moved, deleted or replaced since it was opened."""
         identity = self.identity
         if identity is None or (seen := self._look()) == identity:
             return

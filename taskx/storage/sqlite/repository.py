@@ -110,11 +110,7 @@ class SQLiteRepository(Repository):
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes in one transaction; says for each whether its guard held.
-
-        Raises:
-            RepositoryError: nothing was applied.
-        """
+        """Apply guarded writes in one transaction; after any error nothing was applied."""
         durable = True in [write.durable for write in writes]
         writes = self.codecs.coded(writes)
         if all_or_nothing:
@@ -369,8 +365,7 @@ class SQLiteRepository(Repository):
     def version(self) -> object:
         """Return counters of commits: those of other connections, and our own if several queues share us.
 
-        Reads counters in memory. SQLite's is read on the writing connection, which does not count its
-        own commits; a new one begins anew.
+        SQLite's is in memory, and the writing connection does not count its own; a new one begins anew.
         """
         self._open()
         # If the lock is taken for longer, a write is under way; the next call reads the counter.
@@ -413,12 +408,7 @@ class SQLiteRepository(Repository):
         return KernelLocks(self, place, turnstile.NAMES)
 
     def ensure_there(self) -> None:
-        """Raise if the file was moved, deleted, replaced or migrated since it was opened.
-
-        Raises:
-            RepositoryUnavailable: it is another one now; the message says what to do.
-            SchemaMismatch: a newer TaskX migrated it; the message says what to do.
-        """
+        """Raise if the file was moved, deleted, replaced or migrated since it was opened."""
         self._file.check()
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)

@@ -159,11 +159,7 @@ def newer(connection: sqlite3.Connection, path: str) -> SchemaMismatch | None:
 
 
 def check(connection: sqlite3.Connection, path: str) -> int:
-    """The schema version of a file, 0 for an empty one; changes nothing.
-
-    Raises:
-        SchemaMismatch: it is another program's database, or a newer version of TaskX wrote it.
-    """
+    """The schema version of a file, 0 for an empty one; refuse another program's, or a newer TaskX's."""
     # In one statement, and so of one moment: another process may be making the file.
     application, version, objects = connection.execute(_WHOSE).fetchone()
     if application == APPLICATION_ID:
@@ -182,12 +178,9 @@ def check(connection: sqlite3.Connection, path: str) -> int:
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> bool:
-    """Bring a file up to :data:`VERSION`, in one transaction; several processes may try at once.
+    """Bring a file up to :data:`VERSION`, in one transaction; False if it was. Several may try at once.
 
-    Returns:
-        False if it was up to date.
-
-    Those that have it open notice by their statements, which SQLite compiles anew after a change of the
+    Processes that have it open notice by their statements, which SQLite compiles anew after a change of the
     schema; so there is one in any case.
     """
     if check(connection, path) == VERSION:

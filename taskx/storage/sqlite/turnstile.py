@@ -43,10 +43,8 @@ class Turnstile:
     """The two locks of one database file; used by one thread at a time.
 
     Where the lock files cannot be opened, it lets everybody through: it is for fairness, not for safety.
-    They are closed at the latest when the turnstile is garbage collected.
-
-    Args:
-        file: the database; it is open when the turnstile is entered.
+    They are closed at the latest when the turnstile is garbage collected. The database is open when it is
+    entered.
     """
 
     def __init__(self, file: DatabaseFile) -> None:

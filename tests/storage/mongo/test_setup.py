@@ -292,11 +292,11 @@ def test_hosts_with_wrong_clocks_agree_on_the_order(mock, make, monkeypatch):
         clock.set_wall(clock.now() + timedelta(hours=hours))
         repository = make(mock, clock=clock)
         told = lambda timeout, ms=server_ms: 1_700_000_000_000 + ms  # noqa: E731
-        monkeypatch.setattr(repository._connection, "server_ms", told)
+        monkeypatch.setattr(repository._order, "_server_ms", told)
         repository.create(Task(id=name, type="t"))
     assert [stub.id for stub in make(mock).ready(["t"], 5)] == ["first", "second", "third"]
 
 
 def test_the_server_tells_its_clock(repository):
-    told = repository._connection.server_ms(20.0)
+    told = repository._order._server_ms(20.0)
     assert abs(told - time.time() * 1000) < 600_000
