@@ -94,18 +94,15 @@ class Leases(Recorded[_Leased]):
             self._locks.release(node.id)
             raise
         try:
-            self._keep_alive(node.id, own)
+            with self._changed:
+                self._own[node.id] = own
+                if self._thread is None:
+                    thread = threading.Thread(target=self._run, name="taskx-beat", daemon=True)
+                    thread.start()
+                    self._thread = thread
         except BaseException:  # no thread to be had: nobody would show that it lives
             self.leave(node.id)
             raise
-
-    def _keep_alive(self, node: str, own: _Leased) -> None:
-        with self._changed:
-            self._own[node] = own
-            if self._thread is None:
-                thread = threading.Thread(target=self._run, name="taskx-beat", daemon=True)
-                thread.start()
-                self._thread = thread
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
         self._own[node].tell = lost

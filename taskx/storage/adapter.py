@@ -32,7 +32,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
-from taskx.storage.base import Lookup
+from taskx.storage.base import Fields, Lookup, Rows
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
@@ -93,10 +93,7 @@ class EightMethodAdapter(MemoryRepository):
         """Apply guarded writes one by one, each in the repository and in memory.
 
         Where the repository fails, the record is read back, and the write is tried once more if it
-        did not take place. Sent again, a write that took place is known again, and not done twice.
-
-        Raises:
-            RepositoryError: nothing was applied, unless its ``in_doubt`` is True.
+        did not take place.
         """
         if all_or_nothing and len(writes) > 1:
             raise ConfigurationError(
@@ -157,7 +154,7 @@ class EightMethodAdapter(MemoryRepository):
                 done = self._send(write, row)
             except Exception as error:  # noqa: BLE001  (a user's code: what it did is read back)
                 problem = error
-            if problem is None and not (done and _asks_for_options(write)):
+            if problem is None and not (done and isinstance(write, Insert) and _options(write)):
                 self._settled(write, done)
                 return done
             if self._look_back(write, problem):
@@ -183,9 +180,7 @@ class EightMethodAdapter(MemoryRepository):
     def _look_back(self, write: Write, problem: Exception | None) -> bool:
         """Read a record back, and return whether a write took place.
 
-        Raises:
-            RepositoryUnavailable: the repository does not say; ``in_doubt`` is True.
-            ConfigurationError: what is stored lacks what the task asked for; it was removed.
+        What is stored and lacks what the task asked for is removed: ``ConfigurationError``.
         """
         for left in reversed(range(_TRIES)):
             try:
@@ -259,7 +254,8 @@ class EightMethodAdapter(MemoryRepository):
             except TaskNotFound:
                 return None
 
-    def _refresh(self, task_id: str) -> Row | None:
+    def _refresh(self, task_id: str) -> None:
+        """Bring memory up to what is stored."""
         stored = self._read(task_id)
         if (doubtful := self._doubts.get(task_id)) is not None:
             try:
@@ -268,15 +264,13 @@ class EightMethodAdapter(MemoryRepository):
                     self._stirs += 1
             except ConfigurationError:  # whoever submitted it was told that it was in doubt
                 stored = None
+        known = self._rows.get(task_id)
         if stored is None:
             self._forget(task_id)
-            return None
-        known = self._rows.get(task_id)
-        if known is None:
+        elif known is None:
             self._adopt(stored)
         else:
             self._put(task_id, {**known, **{name: stored[name] for name in ORIGINAL_FIELDS}})
-        return self._rows[task_id]
 
     def _adopt(self, row: Row) -> None:
         """Take up what this process neither created nor has met: if it runs, it was left behind."""
@@ -316,12 +310,8 @@ class EightMethodAdapter(MemoryRepository):
     # --- reading
 
     def find(
-        self,
-        column: Lookup,
-        values: Sequence[str],
-        fields: tuple[str, ...],
-        limit: int | None = None,
-    ) -> Sequence[tuple[Any, ...]]:
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
         """Rows as the repository has them now, found by their id; by other columns, as memory knows them.
 
         What was in doubt is looked at first.
@@ -399,10 +389,6 @@ def _options(insert: Insert) -> list[str]:
     """The options that a new task has and that a repository might not keep."""
     row = {**DEFAULTS, **insert.row}
     return [name for name in CHECKS if row[name] != DEFAULTS[name]]
-
-
-def _asks_for_options(write: Write) -> bool:
-    return isinstance(write, Insert) and bool(_options(write))
 
 
 def _shown(write: Write, stored: Row | None) -> bool:

@@ -62,6 +62,10 @@ Lookup = Literal["id", "unique_lock", "turn", "parent", _Both]
 #:     the ``type`` of the pending tasks that may start.
 Listed = Literal[_Both, "ready_type"]
 
+#: Names of columns, and rows of these.
+Fields = tuple[str, ...]
+Rows = Sequence[tuple[Any, ...]]
+
 R = TypeVar("R", bound="Repository")
 
 
@@ -149,12 +153,8 @@ class Repository(TaskRepository):
 
     @abstractmethod
     def find(
-        self,
-        column: Lookup,
-        values: Sequence[str],
-        fields: tuple[str, ...],
-        limit: int | None = None,
-    ) -> Sequence[tuple[Any, ...]]:
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
         """Rows that have one of these values, all different, in a lookup column: the fields asked for.
 
         They hold what is stored, however damaged: coded values stay coded. In any order, but for

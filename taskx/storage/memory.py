@@ -30,7 +30,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
-from taskx.storage.base import Listed, Lookup, Repository, new_version
+from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, new_version
 from taskx.storage.ordered import SortedItems
 
 #: The columns of a task, its ``sequence`` in the order of submission, and its ``places``: the items of
@@ -165,12 +165,8 @@ class MemoryRepository(Repository):
     # --- reading
 
     def find(
-        self,
-        column: Lookup,
-        values: Sequence[str],
-        fields: tuple[str, ...],
-        limit: int | None = None,
-    ) -> Sequence[tuple[Any, ...]]:
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
         with self._lock:
             if column == "id":
                 rows: Iterable[Row] = [self._rows[i] for i in values if i in self._rows]

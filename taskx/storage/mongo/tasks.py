@@ -22,7 +22,7 @@ from taskx.core.record import (
     parents_from_text,
     stub_from_values,
 )
-from taskx.storage.base import Listed, Lookup, Repository
+from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.connection import PER_MS, Connection
 from taskx.storage.mongo.documents import (
@@ -109,12 +109,8 @@ class Tasks(Repository):
     # --- by a column
 
     def find(
-        self,
-        column: Lookup,
-        values: Sequence[str],
-        fields: tuple[str, ...],
-        limit: int | None = None,
-    ) -> Sequence[tuple[Any, ...]]:
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
         known = [value for value in texts(values, column) if value]
         most = _MOST_DOCUMENTS if limit is None else limit
         rows: list[tuple[Any, ...]] = []
@@ -124,7 +120,7 @@ class Tasks(Repository):
         return rows[:most]
 
     def _rows(
-        self, column: Lookup, values: Sequence[str], fields: tuple[str, ...], limit: int
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int
     ) -> list[tuple[Any, ...]]:
         where = LOOKUPS[column]
         wanted = {**where.of, where.path: {"$in": values}}

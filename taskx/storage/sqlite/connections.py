@@ -19,12 +19,7 @@ from math import inf
 from types import FrameType
 from typing import Any, TypeVar
 
-from taskx.core.errors import (
-    RepositoryCorrupt,
-    RepositoryError,
-    RepositoryUnavailable,
-    TaskxError,
-)
+from taskx.core.errors import RepositoryCorrupt, RepositoryError, RepositoryUnavailable, TaskxError
 from taskx.core.stacks import top_frames
 from taskx.storage.sqlite import schema
 from taskx.storage.sqlite.file import DatabaseFile

@@ -21,10 +21,12 @@ from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update,
 from taskx.liveness.base import PREFIX
 from taskx.liveness.locks import KernelLocks
 from taskx.storage.base import (
+    Fields,
     Listed,
     Lookup,
     Reentered,
     Repository,
+    Rows,
     new_version,
     tell_of_forks,
 )
@@ -166,13 +168,10 @@ class SQLiteRepository(Repository):
         durable: bool,
         writes: Sequence[Write] | None = None,
     ) -> T:
-        """Do work in one transaction.
+        """Do work in one transaction; nothing of it is committed if it raises.
 
-        Args:
-            work: what to do; none of it is committed if it raises.
-            durable: whether a power cut must not undo it.
-            writes: the writes that it applies. Where another process has brought the file to a newer
-                schema, they must all let go of what this one holds; None is refused there.
+        Where another process has brought the file to a newer schema, ``writes``, which are those that it
+        applies, must all let go of what this one holds; None is refused there.
         """
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
@@ -290,12 +289,8 @@ class SQLiteRepository(Repository):
                 self._connections.writer()
 
     def find(
-        self,
-        column: Lookup,
-        values: Sequence[str],
-        fields: tuple[str, ...],
-        limit: int | None = None,
-    ) -> Sequence[tuple[Any, ...]]:
+        self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
+    ) -> Rows:
         found: list[tuple[Any, ...]] = []
         for start in range(0, len(values), _MOST_VARIABLES):
             some = values[start : start + _MOST_VARIABLES]
@@ -448,7 +443,7 @@ class SQLiteRepository(Repository):
     def renew_after_fork(self) -> None:
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
-        self._turnstile.leave = dict
+        self._turnstile.close()
 
 
 def _let_go(writes: Sequence[Write] | None) -> bool:
