@@ -21,7 +21,7 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     TaskNotFound,
 )
-from taskx.core.model import TASK_FIELDS, Task, TaskFilter, TaskStatus, check_name, check_status
+from taskx.core.model import TASK_FIELDS, Task, TaskStatus, check_name, check_status
 from taskx.core.payload import clean_text
 from taskx.core.record import (
     MAX_MESSAGE,
@@ -149,7 +149,7 @@ class Repository(TaskRepository):
         """Store or remove a single note: see :meth:`put_notes`."""
         return self.put_notes([NoteChange(name, text, version)])[0]
 
-    # --- reading: what is committed when the call begins, by whichever process
+    # --- reading, by ``list`` and ``count``, too: what is committed when the call begins, by any process
 
     @abstractmethod
     def find(
@@ -197,14 +197,6 @@ class Repository(TaskRepository):
         """
 
     @abstractmethod
-    def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """The tasks that meet the filter, newest first, from its offset, at most its limit."""
-
-    @abstractmethod
-    def count(self, filter: TaskFilter) -> int:
-        """How many tasks meet the filter, whatever its offset and limit."""
-
-    @abstractmethod
     def notes(self, prefix: str) -> dict[str, Note]:
         """All notes whose name begins so, by name."""
 
@@ -248,7 +240,6 @@ class Repository(TaskRepository):
             raise DuplicateTask(holder or task.id, task.unique_key if holder else None)
 
     def get_by_id(self, task_id: str) -> Task:
-        """The task with that id; ``TaskNotFound`` if there is none."""
         found = self.get_many([check_name(task_id, "id")])
         if task_id not in found:
             raise TaskNotFound(task_id)

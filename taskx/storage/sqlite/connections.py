@@ -26,6 +26,9 @@ from taskx.storage.sqlite.file import DatabaseFile
 
 T = TypeVar("T")
 
+#: What SQLite's driver raises, and what binding a value can.
+FAILURES = (sqlite3.Error, OverflowError, UnicodeEncodeError)
+
 #: Versions before lack what the statements rely on.
 MINIMUM_SQLITE = (3, 34, 0)
 #: Pages of 4 KiB in the log before a commit copies them into the file. That takes some milliseconds
@@ -45,28 +48,6 @@ _numbers = count(1)
 _MAY_YIELD = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 
 
-def translated(error: Exception, path: str, busy_timeout: float) -> TaskxError:
-    """Our error for one of SQLite's; the words decide, as Python 3.10 gives no error codes."""
-    text = str(error)
-    if "locked" in text or "busy" in text:
-        return RepositoryUnavailable(
-            f"{path} was locked for {busy_timeout:g} s by another process; nothing was changed"
-        )
-    if "disk is full" in text:
-        return RepositoryUnavailable(f"no room on the disk for {path}; nothing was changed")
-    if "readonly" in text or "read-only" in text:
-        return RepositoryUnavailable(f"{path} or its folder is read-only")
-    if "unable to open" in text:
-        return RepositoryUnavailable(f"{path} cannot be opened: {_why_not_opened(path)}")
-    if "not a database" in text:
-        return RepositoryCorrupt(f"{path} is not an SQLite database; it was not touched")
-    if "malformed" in text or "corrupt" in text:
-        return RepositoryCorrupt(f"{path} is damaged: {text}")
-    if "disk I/O" in text:
-        return RepositoryUnavailable(f"{path}: {text}")
-    return RepositoryError(f"{path}: {text}")
-
-
 def _size(path: str) -> int:
     try:
         return os.path.getsize(path)
@@ -80,9 +61,8 @@ def _why_not_opened(path: str) -> str:
         return "it is a folder"
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"
-    if not os.path.exists(path):
-        return "it is missing and cannot be made; no permission, or too many open files"
-    return "no permission, or too many open files"
+    missing = "" if os.path.exists(path) else "it is missing and cannot be made; "
+    return f"{missing}no permission, or too many open files"
 
 
 class Compiling:
@@ -158,6 +138,27 @@ class Connections:
         # Before they are collected, which Python 3.13 warns of.
         _close_all([*self._taken.values(), *self._idle, *([self._writer] if self._writer else [])])
 
+    def translated(self, error: Exception) -> TaskxError:
+        """Our error for one of SQLite's; the words decide, as Python 3.10 gives no error codes."""
+        text, path = str(error), self.file.path
+        if "locked" in text or "busy" in text:
+            return RepositoryUnavailable(
+                f"{path} was locked for {self.busy_timeout:g} s by another process; nothing was changed"
+            )
+        if "disk is full" in text:
+            return RepositoryUnavailable(f"no room on the disk for {path}; nothing was changed")
+        if "readonly" in text or "read-only" in text:
+            return RepositoryUnavailable(f"{path} or its folder is read-only")
+        if "unable to open" in text:
+            return RepositoryUnavailable(f"{path} cannot be opened: {_why_not_opened(path)}")
+        if "not a database" in text:
+            return RepositoryCorrupt(f"{path} is not an SQLite database; it was not touched")
+        if "malformed" in text or "corrupt" in text:
+            return RepositoryCorrupt(f"{path} is damaged: {text}")
+        if "disk I/O" in text:
+            return RepositoryUnavailable(f"{path}: {text}")
+        return RepositoryError(f"{path}: {text}")
+
     def writer(self) -> Connection:
         """The writing connection; the caller holds the write lock."""
         return self._writer or self._open_file()
@@ -187,8 +188,8 @@ class Connections:
             result = work(connection, *arguments)
         except BaseException as error:
             self._close(key)
-            if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
-                raise translated(error, self.file.path, self.busy_timeout) from error
+            if isinstance(error, FAILURES):
+                raise self.translated(error) from error
             raise
         if identity is None or self.file.identity != identity:
             self._close(key)  # all was closed before or meanwhile; this may be another file's
@@ -394,7 +395,7 @@ class Connections:
             if not known:
                 self.file.forget()
             if isinstance(error, sqlite3.Error):
-                raise translated(error, self.file.path, self.busy_timeout) from error
+                raise self.translated(error) from error
             raise
 
     def _check_before_touching(self) -> None:

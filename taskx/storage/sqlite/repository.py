@@ -31,7 +31,7 @@ from taskx.storage.base import (
     tell_of_forks,
 )
 from taskx.storage.sqlite import schema, statements, turnstile
-from taskx.storage.sqlite.connections import Connection, Connections, translated
+from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
 
@@ -194,6 +194,7 @@ class SQLiteRepository(Repository):
         connection = self._connections.writer()
         if connection.in_transaction:  # the last one was struck twice by signals
             self._roll_back(connection)
+            connection = self._connections.writer()  # another one if that failed
         self._file.check()
         return connection
 
@@ -218,9 +219,8 @@ class SQLiteRepository(Repository):
         # A full disk makes SQLite roll back by itself.
         if connection.in_transaction:
             self._roll_back(connection)
-        if isinstance(error, (sqlite3.Error, OverflowError, UnicodeEncodeError)):
-            timeout = self._connections.busy_timeout
-            raise translated(error, self._file.path, timeout) from error
+        if isinstance(error, FAILURES):
+            raise self._connections.translated(error) from error
 
     def _refuse_if_newer(
         self, connection: sqlite3.Connection, writes: Sequence[Write] | None
@@ -234,7 +234,7 @@ class SQLiteRepository(Repository):
         try:
             self._newer = schema.newer(connection, self._file.path)
         except sqlite3.Error as error:
-            raise translated(error, self._file.path, self._connections.busy_timeout) from error
+            raise self._connections.translated(error) from error
         self._connections.compiling.forget()
 
     def _roll_back(self, connection: sqlite3.Connection) -> None:
@@ -376,7 +376,7 @@ class SQLiteRepository(Repository):
         try:
             ((others,),) = connection.execute("PRAGMA data_version").fetchall()
         except sqlite3.Error as error:
-            raise translated(error, self._file.path, self._connections.busy_timeout) from error
+            raise self._connections.translated(error) from error
         seen = connection.number, int(others)
         if seen != self._seen:
             self._look_at_version(connection)

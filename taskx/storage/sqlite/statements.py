@@ -20,22 +20,20 @@ _STUB = (
 )
 
 TASK = ", ".join(TASK_FIELDS)
+_READY, _RUNNING = "status = 'pending' AND held = 0", "status = 'running'"
 READY = (
-    f"SELECT {_STUB}, seq FROM tasks "
-    "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? "
+    f"SELECT {_STUB}, seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
 # A step in the index for each priority, however many tasks have it.
 PRIORITIES = (
-    "WITH RECURSIVE steps (priority) AS (SELECT max(priority) FROM tasks WHERE status = 'pending' "
-    "AND held = 0 AND owner = ? AND type = ? UNION ALL SELECT (SELECT max(priority) FROM tasks "
-    "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? "
-    "AND priority < steps.priority) FROM steps WHERE steps.priority IS NOT NULL) "
-    "SELECT priority FROM steps WHERE priority IS NOT NULL"
+    f"WITH RECURSIVE steps (priority) AS (SELECT max(priority) FROM tasks WHERE {_READY} "
+    "AND owner = ? AND type = ? UNION ALL SELECT (SELECT max(priority) FROM tasks "
+    f"WHERE {_READY} AND owner = ? AND type = ? AND priority < steps.priority) FROM steps "
+    "WHERE steps.priority IS NOT NULL) SELECT priority FROM steps WHERE priority IS NOT NULL"
 )
 READY_AT = (
-    f"SELECT {_STUB}, seq FROM tasks "
-    "WHERE status = 'pending' AND held = 0 AND owner = ? AND type = ? AND priority = ? "
+    f"SELECT {_STUB}, seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? AND priority = ? "
     "ORDER BY seq LIMIT ?"
 )
 # In these words, as the partial index is asked for by them.
@@ -44,7 +42,6 @@ DUE = (
     f"SELECT id, run_at FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? "
     "ORDER BY run_at LIMIT ?"
 )
-_READY, _RUNNING = "status = 'pending' AND held = 0", "status = 'running'"
 _WAITING = f"waiting_on IS NOT NULL AND status = 'pending' AND held = {FOR_PARENTS}"
 _IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"
 
