@@ -654,7 +654,8 @@ class TestLocksOfOtherUsers:
     @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_give_turns_to_a_forked_child_too_which_closes_its_copies(self, path):
-        turn = Turnstile(DatabaseFile(str(path), create=True))
+        repository = SQLiteRepository(path)
+        turn = repository._turnstile
         turn.enter(0)
         for name in turnstile.NAMES:
             (path.with_name("tasks.db-nodes") / f"{name}.lock").chmod(0o444)

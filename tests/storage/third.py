@@ -111,14 +111,18 @@ class ThirdRepository(Repository):
             connection = sqlite3.connect(
                 self.path, timeout=10.0, isolation_level=None, check_same_thread=False
             )
-            # SQLite syncs every commit unless told otherwise: what a caller was told must survive a power
-            # cut. A faster store syncs only the writes that are marked ``durable``.
-            connection.execute("BEGIN IMMEDIATE")
-            # One for others asks first whose file it is, and which version of the tables it has.
-            if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
-                for statement in SCHEMA:
-                    connection.execute(statement)
-            connection.execute("COMMIT")
+            try:
+                # SQLite syncs every commit unless told otherwise: what a caller was told must survive a
+                # power cut. A faster store syncs only the writes that are marked ``durable``.
+                connection.execute("BEGIN IMMEDIATE")
+                # One for others asks first whose file it is, and which version of the tables it has.
+                if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+                    for statement in SCHEMA:
+                        connection.execute(statement)
+                connection.execute("COMMIT")
+            except BaseException:
+                connection.close()
+                raise
             self._connection = connection
         return self._connection
 
