@@ -13,8 +13,8 @@ import logging
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
+import zipfile
 from collections.abc import Sequence
 
 from benchmarks import children
@@ -32,11 +32,14 @@ Pairs = list[tuple[float, float]]
 def unpack(ref: str, folder: str) -> None:
     """Put the package of a commit into a folder; exits where git does not know it."""
     made = subprocess.run(
-        ["git", "archive", ref, "taskx"], cwd=children.ROOT, capture_output=True, check=False
+        ["git", "archive", "--format=zip", ref, "taskx"],
+        cwd=children.ROOT,
+        capture_output=True,
+        check=False,
     )
     if made.returncode != 0:
         sys.exit(f"--against {ref}: {made.stderr.decode().strip()}")
-    with tarfile.open(fileobj=io.BytesIO(made.stdout)) as archive:
+    with zipfile.ZipFile(io.BytesIO(made.stdout)) as archive:
         archive.extractall(folder)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+from contextlib import suppress
 
 import pymongo
 import pytest
-from helpers import held_on
+from helpers import eventually, held_on
 from mongo_proxy import swallowing
 from mongo_server import REAL, free_port
 
@@ -248,13 +249,18 @@ class TestAnswersThatAreLost:
         assert time.monotonic() - began < 15
         proxy.heal()
         expected = HELD.get(what, [True] * len(writes))
-        while True:
-            try:
-                assert list(shown(repository, writes[:1])) == [True]
-                assert list(repository.apply(writes)) == expected
-                break
-            except RepositoryUnavailable:
-                assert time.monotonic() - began < 30
+
+        def is_done():
+            """It is when the server comes to it, which has got it."""
+            with suppress(RepositoryUnavailable):
+                return list(shown(repository, writes[:1])) == [True]
+
+        def results():
+            with suppress(RepositoryUnavailable):  # the server is slow, and in doubt again
+                return list(repository.apply(writes))
+
+        eventually(is_done)
+        assert eventually(results) == expected
 
     @pytest.mark.parametrize("text", ["first", "changed", None])
     def test_of_a_note_the_error_says_so(self, repository, through, proxy, text):
