@@ -98,7 +98,8 @@ class Ticker:
     @property
     def next(self) -> int | None:
         """The next tick of all schedules, in milliseconds; None if there is none."""
-        return self._next[0][0] if self._next else None
+        first = self._next[:1]  # in one step: a drain asks, on a thread of its own
+        return first[0][0] if first else None
 
     def look(self) -> None:
         """A schedule may have been changed: look at all of them in the next round."""
@@ -111,7 +112,9 @@ class Ticker:
     def behind(self, now: int) -> bool:
         """Return True if a tick may have come that has no task yet, at a moment in milliseconds."""
         asked = self._told or (self._stale and not self._look_at)
-        return self._making or bool(asked) or (self.next is not None and self.next <= now)
+        coming = self.next
+        # Last: another thread may take up a tick in between, and says so before.
+        return bool(asked) or (coming is not None and coming <= now) or self._making
 
     def tick(self, patience: float = math.inf) -> bool:
         """Make the tasks that are due, if any are; whether it made some.

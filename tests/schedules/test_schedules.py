@@ -1271,6 +1271,20 @@ def test_a_drain_hears_of_a_tick_until_its_task_is_stored(in_tens, make, clock, 
     assert all(told)
 
 
+def test_a_drain_hears_of_a_tick_that_is_taken_up_while_it_looks(queue, clock, monkeypatch):
+    queue.schedule("s", every(60), "remote")
+    looks = Ticker(services_of(queue))
+    looks.tick()
+    clock.advance(60)
+
+    def late(self):
+        """The housekeeper came just before."""
+        assert self._due_names()
+
+    monkeypatch.setattr(Ticker, "next", property(late))
+    assert looks.behind(clock.now_ms())
+
+
 def test_two_nodes_take_up_different_ones_of_many(in_tens, make, many, clock):
     one, other = Ticker(services_of(many)), Ticker(services_of(make()))
     for looks in (one, other):
