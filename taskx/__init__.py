@@ -37,7 +37,7 @@ from taskx.core.ticks import every
 from taskx.core.token import CancelToken
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, TaskExecutor, executor
-from taskx.executing.middleware import Middleware
+from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
 from taskx.queue import Queue
 from taskx.schedules.schedule import Schedule, tick_of

@@ -27,8 +27,7 @@ from taskx.core.options import (
 )
 from taskx.core.ticks import Every, Misfire
 from taskx.executing.executors import Executor, ExecutorDecorator, TaskExecutor
-from taskx.executing.middleware import Layer, check_middleware
-from taskx.executing.registry import Registry
+from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.moving import Services
 from taskx.running.pool import State

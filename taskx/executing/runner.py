@@ -8,6 +8,8 @@ import random
 import threading
 from typing import Any, Literal
 
+import attrs
+
 from taskx.common import forks
 from taskx.core import payload
 from taskx.core.clock import Clock
@@ -36,6 +38,7 @@ from taskx.executing.failures import (
     error_type,
     is_a,
     seconds_asked,
+    shortened,
     traceback_text,
 )
 
@@ -134,7 +137,7 @@ class Runner:
             reason=CancelReason.TIMEOUT,
             error=f"timed out after {run.task.timeout:g} s; its thread still runs",
             error_type=error_type(TimeoutError()),
-            traceback=stack,
+            traceback=shortened(stack),
             **_what_next(TimeoutError(), run),
         )
         return self._completed(ending, run, worker, run.token.deadline - run.task.timeout)
@@ -188,6 +191,20 @@ def broken(error: BaseException, worker: str) -> Ending:
         worker=worker,
         interrupt=error if interrupt else None,
     )
+
+
+def lesser(ending: Ending, error: BaseException) -> Ending | None:
+    """Return what is left to store of an ending that the repository refused; None for nothing less.
+
+    Where the executor returned something, the attempt failed.
+    """
+    if ending.result is not None:
+        text = f"the result could not be stored: {error_text(error)}"
+        kind = error_type(error)
+        return attrs.evolve(ending, returned=False, result=None, error=text, error_type=kind)
+    if ending.traceback or ending.log:
+        return attrs.evolve(ending, traceback="", log="")
+    return None
 
 
 def _timed_out(error: BaseException, task: Task) -> str:

@@ -8,8 +8,6 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import compress
 
-import attrs
-
 from taskx.common.bell import Bell
 from taskx.common.config import Config
 from taskx.core import lifecycle
@@ -24,8 +22,7 @@ from taskx.core.lifecycle import Ending
 from taskx.core.log import Complaint
 from taskx.core.model import Task
 from taskx.core.writes import Update
-from taskx.executing.failures import error_text, error_type
-from taskx.executing.runner import Run, broken
+from taskx.executing.runner import Run, broken, lesser
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
 from taskx.liveness.began import Began
@@ -333,8 +330,8 @@ class WorkerPool:
         error: BaseException | None,
     ) -> None:
         """An outcome is committed, or was dropped because the run had lost its fence."""
-        if error is not None and (lesser := _lesser(ending, error)) is not None:
-            self._defer(run, lesser)
+        if error is not None and (left := lesser(ending, error)) is not None:
+            self._defer(run, left)
             self.agenda.wake_from_long_sleep()
             return
         held = [*compress(writes, results)]
@@ -429,17 +426,3 @@ class State:
         #: What runs tasks; None as long as the queue has not been started.
         self.engine: WorkerPool | None = None
         self.stopped = False
-
-
-def _lesser(ending: Ending, error: BaseException) -> Ending | None:
-    """Return what is left to store of an ending that the repository refused; None for nothing less.
-
-    Where the executor returned something, the attempt failed.
-    """
-    if ending.result is not None:
-        text = f"the result could not be stored: {error_text(error)}"
-        kind = error_type(error)
-        return attrs.evolve(ending, returned=False, result=None, error=text, error_type=kind)
-    if ending.traceback or ending.log:
-        return attrs.evolve(ending, traceback="", log="")
-    return None

@@ -20,7 +20,6 @@ from taskx.core.lifecycle import Ending
 from taskx.core.stacks import top_frames
 from taskx.executing import runner
 from taskx.executing.alarms import Overdue
-from taskx.executing.failures import shortened
 from taskx.executing.runner import Run
 from taskx.moving import Services
 
@@ -152,4 +151,4 @@ def stack_of(ident: int) -> str:
     stack: list[Any] = traceback.extract_stack(frame)
     ours = [n for n, entry in enumerate(stack) if entry.filename == runner.__file__]
     lines = traceback.format_list(stack[ours[-1] + 1 if ours else 0 :])
-    return shortened("The thread is here (most recent call last):\n" + "".join(lines))
+    return "The thread is here (most recent call last):\n" + "".join(lines)
