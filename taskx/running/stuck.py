@@ -49,10 +49,11 @@ class Stuck:
         self._services = services
         self._node = node
         self._most = most
-        # Held while an attempt is given up: its thread comes back when its end is on its way.
+        # Held for moments only, so that a thread which comes back finds its run below.
         self._giving_up = threading.Lock()
-        #: Those whose threads run on, and those whose threads have ended since the last look.
-        self.runs: list[Run] = []
+        #: Those whose threads run on, each with an event: its end is on its way.
+        self.runs: dict[Run, threading.Event] = {}
+        #: Those whose threads have ended since the last look.
         self.ended: list[Run] = []
         self._any = False
         self._do_without = do_without
@@ -75,8 +76,10 @@ class Stuck:
     def thread_ended(self, run: Run) -> None:
         """The thread of one that was given up has come back from its executor."""
         with self._giving_up:
-            self.runs.remove(run)
-            self.ended.append(run)
+            given_up = self.runs[run]
+        given_up.wait()  # first, as its task may start again from then on
+        self.ended.append(run)
+        del self.runs[run]
         self._services.log.warning(
             "task %s (%s) was stuck, and its thread has ended now; what came of it is dropped",
             *(run.task.id, run.task.type),
@@ -100,9 +103,12 @@ class Stuck:
             if not (run.decided and run.decided.acquire(False)):
                 return  # it has ended meanwhile
             self._any, run.state = True, "stuck"
-            self.runs.append(run)
+            given_up = self.runs[run] = threading.Event()
             self._do_without(run, ident)
+        try:  # a policy of the user's own is asked, which may take its time
             self._conclude(run, self._services.runner.give_up(run, worker, stack))
+        finally:
+            given_up.set()
         log.error(
             "task %s (%s) is stuck: it timed out, and its thread runs on",
             *(run.task.id, run.task.type),

@@ -169,7 +169,7 @@ class TestGivenUp:
         assert handle.result(PATIENCE) == "run 1"
         clock.advance(GRACE)
         services_of(queue).alarms.ring()
-        assert (handle.task().stuck_on, pool_of(queue).stuck.runs) == ("", [])
+        assert (handle.task().stuck_on, pool_of(queue).stuck.runs) == ("", {})
 
     def test_one_that_was_cancelled_is_not(self, make, clock, gate):
         """Its thread is left alone until it ends."""
@@ -258,6 +258,24 @@ class TestGivenUp:
             ("stuck", "b", True),
             ("finished", "b", "failed"),
         ]
+
+    def test_a_policy_that_takes_its_time_holds_up_no_other_task(self, make, hang, clock, gate):
+        queue, asked, answer = make(), threading.Event(), threading.Event()
+
+        def backoff(attempt):
+            asked.set()
+            assert answer.wait(PATIENCE)
+            return 3600.0
+
+        policy = RetryPolicy(2, backoff=backoff, jitter=0)
+        queue.executor("slowly", timeout=TIMEOUT, grace=GRACE, retry=policy)(gate)
+        handle = queue.submit("slowly")
+        gate.wait_for()
+        clock.advance(TIMEOUT + GRACE)
+        assert asked.wait(PATIENCE)
+        assert hang(queue, "other").task().status is TaskStatus.FAILED
+        answer.set()
+        eventually(lambda: handle.task().status is TaskStatus.PENDING)
 
     @pytest.mark.parametrize("collects", [True, False])
     def test_no_garbage_is_collected_while_the_threads_are_looked_at(self, monkeypatch, collects):
