@@ -69,12 +69,7 @@ class Ahead:
         One transaction then starts more of them, and the submitter is not held up by so many. ``waiting``
         says how many are in the buffer.
         """
-        if (
-            self._last_batch > 1
-            and not self.runs
-            and waiting < MAX_AHEAD
-            and self._lingering.acquire(blocking=False)
-        ):
+        if self._last_batch > 1 and waiting < MAX_AHEAD and self._lingering.acquire(blocking=False):
             try:
                 time.sleep(LINGER)
             finally:
@@ -103,7 +98,7 @@ class Ahead:
             return None
         run.state = "starting"
         self._taken, self._since = True, time.monotonic()
-        if self.runs:
+        if self.runs and self._waiting:
             self.wake()
         return run
 

@@ -56,7 +56,8 @@ class Fetcher:
 
     def buffers(self, type: str) -> bool:
         """Return whether a task of this type may lie in the buffer whenever it comes."""
-        return type not in self._services.registry.limits and self.takes(type)
+        services = self._services
+        return type not in services.registry.limits and type not in services.pauses.known
 
     def has_room(self, type: str) -> bool:
         """Return whether a task of this type might start now."""

@@ -152,7 +152,7 @@ class WorkerPool:
         while not self.stopping:
             if self.hooks.waiting:
                 self.hooks.let_catch_up()
-            if ahead.short and not self.services.watcher.watching:
+            if ahead.short and not ahead.runs and not self.services.watcher.watching:
                 ahead.let_gather(len(buffer))
             run, items = ahead.take(), None
             if run is None and (items := buffer.take(ahead.portion)):

@@ -48,7 +48,11 @@ def ask(path: Path, sql: str) -> list[tuple]:
 
 
 def schema_of(path: Path) -> list[tuple]:
-    return ask(path, "SELECT type, name, sql FROM sqlite_master ORDER BY type, name")
+    """The schema of a file, however its check of the status is written."""
+    found = ask(path, "SELECT type, name, sql FROM sqlite_master ORDER BY type, name")
+    return [
+        (*names, sql and sql.replace(schema.QUICK_CHECK, schema.CHECK)) for *names, sql in found
+    ]
 
 
 def contents(path: Path) -> dict[str, list[dict]]:
@@ -139,6 +143,27 @@ def test_a_migrated_file_has_the_schema_of_a_new_one(old, tmp_path):
         with SQLiteRepository(path) as repository:
             repository.count(TaskFilter())
     assert schema_of(old) == schema_of(tmp_path / "new.db")
+
+
+@pytest.mark.parametrize("status", [*TaskStatus, "other"])
+def test_both_forms_of_the_check_let_the_same_statuses_pass(status):
+    """SQLite builds a small tree for the one at each write, and not for the other."""
+
+    def passes(check):
+        with closing(sqlite3.connect(":memory:")) as connection:
+            connection.execute(f"CREATE TABLE t (status TEXT {check})")
+            connection.execute("INSERT OR IGNORE INTO t VALUES (?)", (str(status),))
+            return bool(connection.execute("SELECT * FROM t").fetchall())
+
+    assert passes(schema.CHECK) == passes(schema.QUICK_CHECK) == (status in [*TaskStatus])
+
+
+def test_a_new_file_has_the_quick_form_of_the_check(path):
+    with SQLiteRepository(path) as repository:
+        repository.count(TaskFilter())
+    [(sql,)] = ask(path, "SELECT sql FROM sqlite_master WHERE name = 'tasks'")
+    assert schema.QUICK_CHECK in sql
+    assert schema.CHECK not in sql
 
 
 @each_earlier_version

@@ -466,6 +466,8 @@ class _Uneven(Exception):
 
 def _script(writes: Sequence[Write]) -> list[_Statement]:
     """The statements of writes, in order; of neighbours that differ in nothing but the id, one for all."""
+    if len(writes) == 1:
+        return [_statement(writes[0])]
     script: list[_Statement] = []
     position = 0
     while position < len(writes):
