@@ -265,6 +265,8 @@ class Context:
     def closing(self, resource: T) -> Iterator[T]:
         """Close ``resource`` at the end of the block, and wake whoever blocks on it on a cancel.
 
+        If the token has fired already, the resource is closed at once.
+
         Closing a file descriptor does not wake a thread that reads from it, so each kind is woken in
         its own way first: a socket by ``shutdown``, an ``sqlite3`` connection by ``interrupt``, an HTTP
         connection by its socket, anything else by its own ``abort()`` or ``shutdown()``. A ``Popen`` is
@@ -280,11 +282,13 @@ class Context:
 
         token = self._token
         waker = Waker(resource)
-        token.raise_if_cancelled()
-        remove = token.on_cancel(waker)
         try:
-            yield resource
             token.raise_if_cancelled()
+            remove = token.on_cancel(waker)
+            try:
+                yield resource
+                token.raise_if_cancelled()
+            finally:
+                remove()
         finally:
-            remove()
             waker.close()

@@ -9,9 +9,7 @@ from helpers import PATIENCE, run_in_thread
 from strikes import every_strike
 
 from taskx import (
-    Config,
     DuplicateTask,
-    Queue,
     Task,
     TaskFailed,
     TaskFilter,
@@ -54,10 +52,8 @@ def repository(tmp_path):
 
 
 @pytest.fixture
-def queue(repository):
-    queue = Queue(repository, Config(worker_num=3))
-    yield queue
-    queue.stop(timeout=PATIENCE)
+def queue(make_queue):
+    return make_queue(worker_num=3)
 
 
 class TestItsEightMethods(RepositoryContract):

@@ -252,14 +252,38 @@ def test_what_was_cut_off_is_not_taken_for_the_end(queue):
     assert reached == []
 
 
-def test_token_that_has_fired_closes_at_once(queue, gate):
-    ours, theirs = socket.socketpair()
+def is_closed(connection):
+    try:
+        connection.execute("SELECT 1")
+    except sqlite3.ProgrammingError:
+        return True
+
+
+@pytest.mark.parametrize(
+    ("make", "is_over"),
+    [
+        pytest.param(socket.socket, lambda made: made.fileno() == -1, id="socket"),
+        pytest.param(
+            lambda: sqlite3.connect(":memory:", check_same_thread=False), is_closed, id="sqlite3"
+        ),
+        pytest.param(
+            lambda: subprocess.Popen(SLEEP),
+            lambda made: made.returncode is not None,
+            id="program",
+            marks=pytest.mark.process,
+        ),
+    ],
+)
+def test_a_resource_is_closed_at_once_if_the_token_has_fired(queue, gate, make, is_over):
+    """Nobody else would close it, or end the program."""
+    made = []
 
     @queue.executor("block")
     def block(ctx):
         gate()
-        with ctx.closing(ours):
-            ours.recv(1)
+        made.append(make())
+        with ctx.closing(made[0]):
+            raise AssertionError("the block is not entered")
 
     queue.start()
     handle = queue.submit("block")
@@ -268,8 +292,7 @@ def test_token_that_has_fired_closes_at_once(queue, gate):
     gate.open()
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
-    theirs.close()
-    ours.close()
+    assert is_over(made[0])
 
 
 def test_closed_at_the_end_and_left_alone_afterwards(queue):
