@@ -25,7 +25,7 @@ HEADER = ("what", "who", "durability", "earlier", "now", "× earlier", "from …
 #: Seconds after which a cell is given up.
 _LONGEST = 1800.0
 
-#: What a cell yielded for a figure, of the earlier tree and of this one.
+#: Pairs of values of a figure: of the earlier tree, and of this one.
 Pairs = list[tuple[float, float]]
 
 
@@ -76,7 +76,7 @@ def rows(ref: str, argv: Sequence[str], cells: Sequence[Cell], rounds: int) -> l
 
 
 def _measured(tree: str, index: int, argv: Sequence[str]) -> dict[str, float]:
-    """What a cell yields of a tree; nothing, and a line on stderr, where it cannot be run."""
+    """Measure a cell of a tree; nothing, and a line on stderr, if it cannot be run."""
     try:
         printed = children.run(
             *("-m", "benchmarks", *argv, "--cell", str(index)), seconds=_LONGEST, tree=tree

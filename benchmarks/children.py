@@ -22,7 +22,7 @@ class ChildFailed(Exception):
 
 
 def environment(tree: str | None = None, **more: str) -> dict[str, str]:
-    """What children are started with: they find this package wherever they run.
+    """Return the environment of children: they find this package wherever they run.
 
     Args:
         tree: where they find TaskX; where this process does, unless given.

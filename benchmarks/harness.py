@@ -165,7 +165,7 @@ def _tried(cell: Cell) -> Mapping[str, float]:
 
 
 def run_cell(cell: Cell) -> Mapping[str, float]:
-    """What the cell yields, in a fresh folder."""
+    """Measure a cell in a fresh folder."""
     gc.collect()
     with tempfile.TemporaryDirectory(prefix="taskx-bench-", ignore_cleanup_errors=True) as folder:
         return cell.run(folder)

@@ -179,7 +179,7 @@ class TaskHandle(Future[R]):
         if self._outcome is None:
             try:
                 self._owner.watch(self)
-            except BaseException:
+            except BaseException:  # the caller is told that it was not added
                 self._unlisten(callback)
                 raise
             self._tell_if_ended(callback)

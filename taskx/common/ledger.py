@@ -134,8 +134,8 @@ class Ledger:
                         self._waiting.remove(entry)  # it lay behind others and was not tried
                         entry.done = True
                         raise _not_tried(error) from error.__cause__
-        except BaseException:
-            entry.deserted = not entry.done  # an interrupt: whoever leads next sees to it
+        except BaseException:  # an interrupt, too: whoever leads next sees to the entry
+            entry.deserted = not entry.done
             raise
         finally:
             if self._untold or self._late is not None:
@@ -248,8 +248,8 @@ class Ledger:
             )
         except MemoryError:
             raise  # perhaps after the COMMIT
-        except Exception:
-            self._sent = ()  # nothing was applied
+        except Exception:  # nothing was applied, or the error says that it is in doubt
+            self._sent = ()
             raise
         for entry in entries:
             entry.results = [id(write) in entry.known or next(results) for write in entry.writes]

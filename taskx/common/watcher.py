@@ -153,7 +153,7 @@ class Watcher:
         if ended:
             try:
                 self._resolve(ended)
-            except BaseException:
+            except BaseException:  # an interrupt, too: who waits is told next time
                 self._ended.extend(ended)
                 raise
 

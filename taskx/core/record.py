@@ -76,12 +76,12 @@ class Stub(NamedTuple):
     run_at: int | None
 
     def rank(self, ageing: int) -> int:
-        """What pending tasks are sorted by: see :func:`rank`."""
+        """The rank by which pending tasks are sorted: see :func:`rank`."""
         return rank(self.priority, self.created_at, self.run_at, ageing)
 
 
 def rank(priority: int, created_at: int, run_at: int | None, ageing: int) -> int:
-    """What tasks are sorted by, the smaller the sooner; equal ones go by when they were stored.
+    """Return the rank of a task: the smaller, the sooner; equal ones go by when they were stored.
 
     By priority alone or, with ``ageing`` (milliseconds of waiting that count as one priority more), by the
     moment at which a task of priority 0 would have begun to wait that comes at the same time: so the order

@@ -244,7 +244,7 @@ def latest(ticks: Ticks, start: int, end: int, most: int = 1) -> list[int]:
 
 
 class Decision(NamedTuple):
-    """What becomes of the ticks that are due."""
+    """The decision about the ticks that are due."""
 
     run: list[int]  #: those for which there is to be a task, in order
     next: int | None  #: the first tick that is not decided about yet; None if there is none

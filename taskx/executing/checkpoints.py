@@ -86,8 +86,8 @@ class Checkpoints:
                     steps = {**self._steps, name: text}
                     self._store(steps, self._cursor, durable=True, token=token)
                     self._steps = steps
-            except BaseException:
-                self._taken.discard(name)  # so that the executor may try again
+            except BaseException:  # whatever it is, the executor may try again
+                self._taken.discard(name)
                 raise
         return payload.loads(self._steps[name])
 

@@ -39,7 +39,7 @@ class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
 
 
 class Shared(NamedTuple):
-    """What all contexts of a queue work with."""
+    """The tools that all contexts of a queue share."""
 
     alarms: Alarms  #: fires tokens at their deadlines
     log: logging.Logger  #: what ``ctx.logger`` logs to

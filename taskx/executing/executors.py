@@ -256,7 +256,7 @@ class Registered(NamedTuple):
 
 
 def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
-    """What a queue keeps of an executor, or ConfigurationError; options given here win over its own."""
+    """Return a queue's entry for an executor, or ConfigurationError; the options win over its own."""
     check: Callable[[Mapping[str, Any]], None] | None = None
     if isinstance(executor, Executor):
         options, check = executor.options.overridden(options), executor.check_params

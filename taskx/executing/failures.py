@@ -76,7 +76,7 @@ def error_type(error: BaseException) -> str:
 
 
 def traceback_text(error: BaseException, *, skip: int) -> str:
-    """Where an exception was raised, as text that can be stored; without the runtime's ``skip`` frames."""
+    """Return an exception's traceback as text that can be stored, without the runtime's ``skip`` frames."""
     if is_a(error, Remote, ChildDied):
         return error.trace  # type: ignore[attr-defined, no-any-return]
     try:
@@ -102,7 +102,7 @@ def shortened(text: str) -> str:
 
 
 class Remote(BaseException):
-    """What an executor raised in its child process, with the text and traceback from there."""
+    """An exception from an executor's child process, with the text and traceback from there."""
 
     def __init__(self, told: Mapping[str, Any]) -> None:
         BaseException.__init__(self, told["text"])

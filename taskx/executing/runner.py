@@ -128,7 +128,7 @@ class Runner:
         return self._completed(ending, run, worker, started)
 
     def give_up(self, run: Run, worker: str, stack: str) -> Ending:
-        """How a run ends whose thread goes on after its time-out; ``stack`` says where that is."""
+        """Return the ending of a run whose thread goes on after its time-out, at that ``stack``."""
         assert run.task.timeout is not None
         assert run.token.deadline is not None
         ending = Ending(

@@ -1,4 +1,4 @@
-"""What the contracts have in common. Run them with pytest, whose fixtures they ask for."""
+"""The base of the contracts. Run them with pytest, whose fixtures they ask for."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ class History:
         return process.killed or named or self.may_be_taken_over(run)
 
     def may_be_interrupted(self, run: Run) -> bool:
-        """Whether its process stopped a queue before it ended, or ended before its outcome was stored.
+        """True if its process stopped a queue before it ended, or its outcome may not be stored.
 
         What ends with its process, and no thread was at any more, is an interruption, and not a crash.
         """

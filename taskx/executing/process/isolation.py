@@ -45,7 +45,7 @@ _BOOT = (
 
 
 class Address(NamedTuple):
-    """Where a child process finds an executor."""
+    """The place where a child process finds an executor."""
 
     module: str  #: the module to import
     name: str  #: its name in there, with dots where it is inside a class
@@ -53,7 +53,7 @@ class Address(NamedTuple):
 
 
 def address_of(type: str, found: Any) -> Address:
-    """Where a child process finds an executor's function or class; ConfigurationError if it could not."""
+    """Return the place of an executor's function or class; ConfigurationError if a child cannot find it."""
     module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
     if getattr(sys, "frozen", False):
         raise _refusal(type, "a frozen program cannot be started as an interpreter")
@@ -87,7 +87,7 @@ def _needs_arguments(cls: Callable[..., Any]) -> bool:
 
 
 class Isolated:
-    """What is called in the parent instead of an executor: it has a child process run that."""
+    """The stand-in for an executor in the parent: it has a child process run that."""
 
     def __init__(
         self, executor: Executor[Any, Any] | TaskExecutor, entry: Registered, max_payload_size: int

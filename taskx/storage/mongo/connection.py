@@ -233,7 +233,7 @@ class Order:
 
 
 def is_passing(error: Exception) -> bool:
-    """Whether the same operation may succeed later."""
+    """True if the same operation may succeed later."""
     if isinstance(error, errors.BulkWriteError):
         details = error.details or {}
         codes = {failure.get("code") for failure in details.get("writeErrors", ())}
@@ -247,7 +247,7 @@ def is_passing(error: Exception) -> bool:
 
 
 def may_have_been_sent(error: BaseException | None) -> bool:
-    """Whether the server may have carried it out all the same."""
+    """True if the server may have carried it out all the same."""
     return not isinstance(error, (*_NEVER_SENT, errors.InvalidOperation))
 
 

@@ -452,7 +452,7 @@ def _close_all(connections: list[Connection]) -> None:
 
 
 def _depth(frame: FrameType | None) -> float:
-    """How many reads there are in a stack; no end of them where another thread went on meanwhile."""
+    """Count the reads in a stack; infinite if another thread went on meanwhile."""
     depth, last = 0, frame
     while frame is not None:
         depth += frame.f_code is Connections.read.__code__

@@ -443,7 +443,7 @@ class SQLiteRepository(Repository):
     def renew_after_fork(self) -> None:
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
-        self._turnstile.close()
+        self._turnstile.leave = dict
 
 
 def _let_go(writes: Sequence[Write] | None) -> bool:

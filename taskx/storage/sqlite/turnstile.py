@@ -35,6 +35,9 @@ LOOK_EVERY = 0.01
 #: The names of the two lock files of the turnstile, which belong to no node.
 NAMES = ("outer", "inner")
 
+#: The numbers of the open files of each turnstile, by the identity of their list: for forks.
+_open: dict[int, list[int]] = {}
+
 
 class Turnstile:
     """The two locks of one database file; used by one thread at a time.
@@ -81,12 +84,13 @@ class Turnstile:
         return max(0.0, now + timeout - time.monotonic())
 
     def close(self) -> None:
-        """Close the files; entering opens them again. In a forked child that unlocks nothing."""
+        """Close the files; entering opens them again."""
         self.leave = dict
         _close(self._fds)
 
     def _open_files(self) -> bool:
         folder, self.leave = self._file.folder, dict
+        _open[id(self._fds)] = self._fds
         try:
             os.makedirs(folder, exist_ok=True)
             for name in NAMES:
@@ -107,6 +111,7 @@ def _open_file(path: str) -> int:
 
 
 def _close(fds: list[int]) -> None:
+    _open.pop(id(fds), None)
     with suppress(IndexError):
         while True:
             os.close(fds.pop())
@@ -129,3 +134,12 @@ def _wait(fd: int, deadline: float) -> bool:
             return True
         pause = min(pause * 1.2, _LONGEST_PAUSE)
     return False
+
+
+def _close_in_child() -> None:
+    for fds in list(_open.values()):
+        _close(fds)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_close_in_child)
