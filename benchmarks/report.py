@@ -79,6 +79,7 @@ FIGURES: dict[str, Figure] = {
         "start and finish, beside a producer: round trips", "{:.2f}", value=1.5
     ),
     "trips-alone": Figure("a task alone, to its result: round trips", "{:.2f}"),
+    "trips-looks": Figure("a node that works: looks around a second", "{:.0f}"),
     "trips-stream": Figure("change stream: round trips a task", "{:.2f}"),
     "cost-submit-reads": Figure("a submit: reads", "{:.2f}"),
     "cost-submit-writes": Figure("a submit: writes", "{:.2f}"),

@@ -1,8 +1,13 @@
-"""Round trips to the server: counted, not timed."""
+"""Round trips to the server: counted, not timed.
+
+A node also looks around so many times a second, whatever runs: the housekeeper, and whoever drains or stops
+a queue. The slower the machine, the more of these fall to a task, so they are counted apart.
+"""
 
 from __future__ import annotations
 
 import threading
+import time
 from functools import partial
 from typing import Any
 
@@ -11,9 +16,16 @@ from pymongo.monitoring import CommandListener
 from benchmarks.harness import TASKX, Cell, Plan
 from benchmarks.mongo.store import OnMongo
 from benchmarks.taskx_bench import busy, noops, queue_on
+from taskx import Queue
 
 #: How a change stream asks for more.
 _STREAM = "getMore"
+_READS = frozenset(("find", "aggregate", "distinct"))
+#: Threads whose reads are looks around.
+_DRAINING = "benchmark-drain"
+_LOOKERS = frozenset(("taskx-housekeeper", "taskx-changes", "taskx-stop", _DRAINING))
+#: The backlog's tasks: the first sixteen are started one by one, until they have shown to be short.
+_BACKLOG = 200
 
 
 class Commands(CommandListener):
@@ -21,11 +33,17 @@ class Commands(CommandListener):
 
     def __init__(self) -> None:
         self._log: list[tuple[int, str]] = []
+        #: How many were looks around.
+        self.looks = 0
 
     def started(self, event: Any) -> None:
         name = event.command_name
         on = event.command.get("collection" if name == _STREAM else name)
-        if on == "tasks":
+        if on != "tasks":
+            return
+        if name in _READS and threading.current_thread().name in _LOOKERS:
+            self.looks += 1
+        else:
             self._log.append((threading.get_ident(), name))
 
     def succeeded(self, event: Any) -> None: ...
@@ -35,6 +53,7 @@ class Commands(CommandListener):
     def clear(self) -> None:
         """Forget what was sent."""
         self._log.clear()
+        self.looks = 0
 
     def on(self, thread: int) -> int:
         """How many a thread sent, whatever for: who commits takes along what others have to write."""
@@ -61,13 +80,13 @@ def _of_submit(plan: Plan, url: str, folder: str) -> dict[str, float]:
 
 
 def _of_backlog(plan: Plan, url: str, folder: str) -> dict[str, float]:
-    seen = Commands()
-    with queue_on(OnMongo(url, seen), folder, buffer=plan.synced) as queue, busy(queue) as go:
-        queue.submit_many(noops(plan.synced))
+    seen, tasks = Commands(), max(plan.synced, _BACKLOG)
+    with queue_on(OnMongo(url, seen), folder, buffer=tasks) as queue, busy(queue) as go:
+        queue.submit_many(noops(tasks))
         seen.clear()
         go()
-        queue.drain()
-        return {"trips-backlog": seen.count() / plan.synced}
+        _drain(queue)
+        return {"trips-backlog": seen.count() / tasks}
 
 
 def _of_producer(plan: Plan, url: str, folder: str) -> dict[str, float]:
@@ -79,7 +98,7 @@ def _of_producer(plan: Plan, url: str, folder: str) -> dict[str, float]:
         for _ in range(plan.synced):
             queue.submit("noop")
         own = seen.on(threading.get_ident())
-        queue.drain()
+        _drain(queue)
         return {
             "trips-submitting": own / plan.synced,
             "trips-producer": seen.count(but=("insert", _STREAM)) / plan.synced,
@@ -92,9 +111,18 @@ def _of_one(plan: Plan, url: str, folder: str) -> dict[str, float]:
     with queue_on(OnMongo(url, seen), folder) as queue, queue:
         queue.submit("noop").result()
         seen.clear()
+        began = time.monotonic()
         for _ in range(plan.samples):
             queue.submit("noop").result()
-        return {"trips-alone": seen.count() / plan.samples}
+        took = time.monotonic() - began
+        return {"trips-alone": seen.count() / plan.samples, "trips-looks": seen.looks / took}
+
+
+def _drain(queue: Queue) -> None:
+    """Drain a queue on a thread that is known by its name."""
+    thread = threading.Thread(target=queue.drain, name=_DRAINING)
+    thread.start()
+    thread.join()
 
 
 def cells(plan: Plan, url: str) -> list[Cell]:
@@ -105,6 +133,6 @@ def cells(plan: Plan, url: str) -> list[Cell]:
             (_of_submit, ("trips-submit",)),
             (_of_backlog, ("trips-backlog",)),
             (_of_producer, ("trips-submitting", "trips-producer", "trips-stream")),
-            (_of_one, ("trips-alone",)),
+            (_of_one, ("trips-alone", "trips-looks")),
         )
     ]
