@@ -447,18 +447,33 @@ class TestAnOutage:
         outlive(queue, handle, proxy.heal)
         queue.stop(PATIENCE)
 
-    @pytest.mark.parametrize("kind", ["standalone", "set"])
-    def test_of_a_server_that_is_killed_and_started_again(
-        self, kind, tmp_path, make_queue, gate, outlive
-    ):
+    @pytest.fixture
+    def server(self, kind, tmp_path):
         folder = tmp_path / "server"
         folder.mkdir()
-        server = Server(kind, folder).start()
+        made = Server(kind, folder)
+        try:
+            yield made.start()
+        finally:
+            made.kill()
+
+    @pytest.fixture
+    def on_server(self, server, tmp_path, make_queue, gate):
+        """A queue on a server that may be killed: it runs again when the queue is stopped at the end."""
         client = pymongo.MongoClient(server.url, directConnection=True, heartbeatFrequencyMS=500)
-        repository = MongoRepository(
-            client.tasks, run_folder=tmp_path / "run", timeout=self.TIMEOUT
-        )
+        run = tmp_path / "run"
+        repository = MongoRepository(client.tasks, run_folder=run, timeout=self.TIMEOUT)
         queue = make_queue(repository, worker_num=2)
+        yield queue
+        gate.open()
+        if server.process is None:
+            server.start()
+        queue.stop(PATIENCE, cancel=True)
+        client.close()
+
+    @pytest.mark.parametrize("kind", ["standalone", "set"])
+    def test_of_a_server_that_is_killed_and_started_again(self, server, on_server, gate, outlive):
+        queue = on_server
         queue.times = []
         queue.executor("work")(lambda n=0: None)
 
@@ -476,8 +491,6 @@ class TestAnOutage:
         outlive(queue, handle, server.start)
         assert [each.result(PATIENCE) for each in delayed] == [None] * 20
         queue.stop(PATIENCE)
-        client.close()
-        server.kill()
 
 
 class TestTheOriginals:
