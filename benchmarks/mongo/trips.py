@@ -41,6 +41,8 @@ class Commands(CommandListener):
         on = event.command.get("collection" if name == _STREAM else name)
         if on != "tasks":
             return
+        if any(update.get("upsert") for update in event.command.get("updates", ())):
+            name = "insert"  # it takes starts and outcomes along
         if name in _READS and threading.current_thread().name in _LOOKERS:
             self.looks += 1
         else:

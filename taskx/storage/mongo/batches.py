@@ -1,6 +1,7 @@
 """Several new tasks that become visible together, on a server without transactions.
 
-They are stored hidden. One small document then says that their batch was committed: that one write is
+So it is also done where a transaction was refused, as that does not tell which of the tasks it was for. The
+tasks are stored hidden. One small document then says that their batch was committed: that one write is
 the moment. What is left, to take the mark of the batch off them, anybody can do who meets them. A
 batch whose submitter died before is abandoned by such a document, too, so that of commit and abandon
 the first decides.

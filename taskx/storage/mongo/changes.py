@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
 
+from bson.int64 import Int64
 from pymongo import errors
 
 from taskx.core.log import log
@@ -14,37 +14,36 @@ from taskx.storage.mongo.documents import Document
 
 #: Seconds that the server holds a question for changes open.
 _AWAIT = 1.0
+#: Seconds until it is asked again after an answer without changes.
+_REST = 0.02
 #: After so many without an answer the stream is not relied on.
 _STALE = 3.0
 #: Nobody asked for so long: the thread ends.
 _IDLE = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 _LEAST_INTERVAL = 0.001
-# Of what a change says only the marks are looked at; the large parts need not travel.
-_LITTLE = [
-    {"$project": {f"{where}.{name}": 0 for where in ("fullDocument", "updateDescription.updatedFields")
-                  for name in ("params", "result", "error", "message")}}
-]  # fmt: skip
+#: That something changed is all that is asked for: nothing of it need travel.
+_LITTLE: Document = {"$project": {"_id": 1}}
 
 
 class Changes:
     """Answers :meth:`Repository.version` from memory.
 
-    Where there is no stream, that is "perhaps" every ``poll_interval`` seconds. ``is_own`` tells whether a
-    mark was left by the one queue here that asks.
+    Where there is no stream, that is "perhaps" every ``poll_interval`` seconds. ``own`` gives the marks of
+    the one queue here that asks; None if there are several, which must hear of each other.
     """
 
     def __init__(
         self,
         connection: Connection,
         poll_interval: float,
-        is_own: Callable[[int], bool],
+        own: Callable[[], range | None],
         monotonic: Callable[[], float],
     ) -> None:
         self.monotonic = monotonic
         self._connection = connection
         self._poll_interval = poll_interval
-        self._is_own = is_own
+        self.own = own
         self._rings = 0
         self.renew()
 
@@ -98,7 +97,8 @@ class _Watch:
         try:
             while not self._over():
                 try:
-                    self._listen()
+                    while self._listen():
+                        pass
                     pause = _FIRST_PAUSE
                 except errors.PyMongoError as error:
                     if not isinstance(error, (errors.ConnectionFailure, errors.CursorNotFound)):
@@ -117,28 +117,38 @@ class _Watch:
     def _over(self) -> bool:
         return self._stop.is_set() or self._changes.monotonic() - self.asked > _IDLE
 
-    def _listen(self) -> None:
-        tasks = self._changes._connection.tasks
-        with tasks.watch(_LITTLE, max_await_time_ms=int(_AWAIT * 1000)) as stream:
+    def _listen(self) -> bool:
+        """Listen until the stream ends; returns whether to open one at once that leaves out other marks."""
+        tasks, own = self._changes._connection.tasks, self._changes.own()
+        pipeline = [_LITTLE] if own is None else [_of_others(own), _LITTLE]
+        with tasks.watch(pipeline, max_await_time_ms=int(_AWAIT * 1000)) as stream:
             self._changes.ring()  # what came before the stream was open
             while not self._over() and stream.alive:
+                if self._changes.own() != own:
+                    return True
                 change = stream.try_next()
                 self.heard = self._changes.monotonic()
-                if change is not None and not self._is_own(change):
+                if change is not None:
                     self._changes.ring()
+                else:  # a server may answer at once, with nothing, when it has left out a change
+                    self._stop.wait(_REST)
+        return False
 
-    def _is_own(self, change: Any) -> bool:
-        marks = _marks(change)
-        return bool(marks) and self._changes._is_own(marks[-1])
 
-
-def _marks(change: Document) -> list[int]:
-    """The marks of writes on a document after a change, as far as the change tells."""
-    updated = (change.get("updateDescription") or {}).get("updatedFields") or {}
-    for name, value in updated.items():
-        if name == "taskx.w":
-            return value if isinstance(value, list) else []
-        if name.startswith("taskx.w."):
-            return [value] if isinstance(value, int) else []
-    ours = (change.get("fullDocument") or {}).get("taskx") or {}
-    return ours.get("w") or [] if not updated else []
+def _of_others(own: range) -> Document:
+    """Leave out, at the server, the changes whose last mark is one of these: they need not travel."""
+    # An update tells of the whole list of marks, or of one of its items; an insert, of the document.
+    inserted = [{"k": "taskx.w", "v": "$fullDocument.taskx.w"}]
+    updated = {"$ifNull": [{"$objectToArray": "$updateDescription.updatedFields"}, []]}
+    fields = {"$cond": [{"$eq": ["$operationType", "insert"]}, inserted, updated]}
+    last = {"$arrayElemAt": ["$$field.v", -1]}
+    mark = {"$cond": [{"$isArray": "$$field.v"}, last, "$$field.v"]}
+    is_own = {
+        "$and": [
+            {"$eq": [{"$substrCP": ["$$field.k", 0, 7]}, "taskx.w"]},
+            {"$gte": [mark, Int64(own.start)]},
+            {"$lt": [mark, Int64(own.stop)]},
+        ]
+    }
+    owns = {"$map": {"input": fields, "as": "field", "in": is_own}}
+    return {"$match": {"$expr": {"$not": [{"$anyElementTrue": [owns]}]}}}

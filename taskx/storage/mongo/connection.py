@@ -53,6 +53,7 @@ _PASSING = frozenset(
         *(9001, 10107, 11600, 11602, 13388, 13435, 13436, 14031),
     )
 )
+_TRANSACTING = frozenset(("RSPrimary", "Mongos", "LoadBalancer"))
 _NEVER_SENT = (errors.ServerSelectionTimeoutError, errors.WaitQueueTimeoutError)
 
 #: Room for so many tasks within a millisecond.
@@ -105,6 +106,14 @@ class Connection:
     def notes(self) -> Collection[Document]:
         """Short texts kept under names."""
         return self._collection(".notes")
+
+    @property
+    def transacts(self) -> bool:
+        """True if the server has been heard of, and knows transactions: it is no standalone one."""
+        if not self.is_real:
+            return False
+        servers = self.tasks.database.client.topology_description.server_descriptions()
+        return any(server.server_type_name in _TRANSACTING for server in servers.values())
 
     def run(self, work: Callable[[], T], timeout: float | None = None) -> T:
         """Do something with the collections, within the time-out; the driver's errors become ours."""

@@ -91,7 +91,7 @@ class MongoRepository(Tasks):
         self._batches = Batches(connection, max(lease_timeout, 2 * timeout), monotonic)
         self._sender = Sender(connection, self._order, self._batches, self.codecs)
         self._adopt_foreign = bool(adopt_foreign)
-        self._changes = Changes(connection, poll_interval, self._is_own, monotonic)
+        self._changes = Changes(connection, poll_interval, self._own, monotonic)
         self.lease_timeout = lease_timeout
         self.run_folder = None if run_folder is None else os.fspath(run_folder)
         self._indexed = False
@@ -136,6 +136,8 @@ class MongoRepository(Tasks):
         if not self._indexed and any(map(_needs_index, writes)):
             self.init_indexes()
         if all_or_nothing and len(writes) > 1:
+            if self._sender.insert_together(writes):
+                return [True] * len(writes)
             return self._batches.insert(writes, self._sender.apply)
         return self._sender.apply(writes)
 
@@ -192,9 +194,9 @@ class MongoRepository(Tasks):
 
     # --- what others do
 
-    def _is_own(self, mark: int) -> bool:
-        """Return whether the only queue here left a mark; of several, each must hear of the others."""
-        return len(self.queues) < 2 and self._sender.is_own(mark)
+    def _own(self) -> range | None:
+        """Return the marks of the only queue here; None if several are to hear of each other."""
+        return self._sender.own if len(self.queues) < 2 else None
 
     def version(self) -> object:
         return self._changes.version()

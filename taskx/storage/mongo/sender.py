@@ -20,7 +20,7 @@ import bson
 import pymongo
 from bson.int64 import Int64
 from pymongo import InsertOne, UpdateOne
-from pymongo.errors import BulkWriteError, DuplicateKeyError
+from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from taskx.core.codec import Codecs
 from taskx.core.errors import PayloadError
@@ -41,6 +41,8 @@ from taskx.storage.mongo.filters import guarded, text
 
 #: The largest document.
 MOST_BYTES = 16 * 1024 * 1024
+#: Most characters of params that are sent as an upsert, which is larger than an insert.
+_SMALL = 2**20
 _PAUSE = 0.05
 #: Seconds that a batch under way is given to be committed before it is abandoned for another task.
 _MOMENT = 1.0
@@ -67,9 +69,10 @@ class Sender:
         # By identity, and with the write, so that it stays the only one of that identity.
         self._unknown: dict[int, tuple[Write, int]] = {}
 
-    def is_own(self, mark: int) -> bool:
-        """Whether this object left that mark."""
-        return mark >> 32 == self._prefix
+    @property
+    def own(self) -> range:
+        """The marks that this object leaves."""
+        return range(self._prefix << 32, (self._prefix + 1) << 32)
 
     # --- rounds: in each, one write per document
 
@@ -122,6 +125,52 @@ class Sender:
             with self._lock:
                 for write in writes:
                     self._unknown.pop(id(write), None)
+
+    # --- all or nothing
+
+    def insert_together(self, writes: Sequence[Write]) -> bool:
+        """Store new tasks in one transaction.
+
+        False if the server knows none, or refuses one of the tasks: then nothing was stored.
+        """
+        if not all(isinstance(write, Insert) for write in writes):
+            return False
+        ops = [self._op(write, next(self._marks), "") for write in writes]
+        if any(op.again for op in ops) or not self._connection.transacts:
+            return False
+        deadline = time.monotonic() + self._connection.timeout
+        documents = [op.document for op in ops if op.document is not None]
+        sent = [False]
+        try:
+            while True:
+                try:
+                    with pymongo.timeout(max(0.001, deadline - time.monotonic())):
+                        self._transact(documents, sent)
+                    return True
+                except FAILURES as error:
+                    if sent[0] and not _was_rolled_back(error):
+                        raise translated(error, self._connection.name, in_doubt=True) from error
+                    if not is_passing(error):
+                        return False
+                    if time.monotonic() + _PAUSE >= deadline:
+                        raise translated(error, self._connection.name) from error
+                sent[0] = False
+                time.sleep(_PAUSE)
+        except BaseException:
+            if sent[0]:
+                self._remember(writes, [op.mark for op in ops])
+            raise
+
+    def _transact(self, documents: Sequence[Document], sent: list[bool]) -> None:
+        """Insert documents and commit; ``sent`` says that the commit may have been sent."""
+        tasks = self._connection.tasks
+        with (
+            tasks.database.client.start_session() as session
+        ):  # which rolls back what it leaves open
+            session.start_transaction(write_concern=tasks.write_concern)
+            tasks.insert_many(documents, session=session)
+            sent[0] = True
+            session.commit_transaction()
 
     # --- one round
 
@@ -203,19 +252,29 @@ class Sender:
         changes = [op.update for op in updates if op.update is not None]
         if not self._connection.is_real:
             return _write_one_by_one(tasks, documents, changes)
+        # Inserts and updates would be two commands.
+        as_updates = bool(documents and changes) and all(map(_is_small, inserts))
         requests: list[InsertOne[Document] | UpdateOne] = [
-            *map(InsertOne, documents),
+            *(map(_upsert, inserts) if as_updates else map(InsertOne, documents)),
             *(UpdateOne(*change) for change in changes),
         ]
+        refused: set[int] = set()
+        told: Mapping[str, Any]
         try:
-            return tasks.bulk_write(requests, ordered=False).matched_count, ()
+            told = tasks.bulk_write(requests, ordered=False).bulk_api_result
         except BulkWriteError as error:
-            details = error.details or {}
-            failures = details["writeErrors"]
+            told = error.details or {}
+            failures = told["writeErrors"]
             others = any(failure["code"] != DUPLICATE_KEY for failure in failures)
-            if others or details.get("writeConcernErrors"):
+            if others or told.get("writeConcernErrors"):
                 raise
-            return details["nMatched"], {failure["index"] for failure in failures}
+            refused = {failure["index"] for failure in failures}
+        matched: int = told["nMatched"]
+        if as_updates:
+            # A new document that was sent before is not inserted, but found.
+            inserted = {upsert["index"] for upsert in told["upserted"]}
+            matched -= len({*range(len(inserts))} - inserted - refused)
+        return matched, refused
 
     def _look_for_marks(self, ops: Sequence[_Op]) -> None:
         wanted = {
@@ -289,6 +348,32 @@ def _known_after(write: Write, held: bool) -> Mapping[str, Any] | None:
         if wanted is not PRESENT and not isinstance(wanted, tuple)
     }
     return {**sure, **write.changes}
+
+
+def _is_small(op: _Op) -> bool:
+    """Return whether a new document is far from the limits of a message, however it is sent."""
+    return isinstance(op.write, Insert) and len(op.write.row["params"]) <= _SMALL
+
+
+def _upsert(op: _Op) -> UpdateOne:
+    """A new document as an update, so that it shares a command with other updates.
+
+    It is found by its own mark alone: one that another task of its id stands in the way of is refused, as
+    an insert would be.
+    """
+    assert op.document is not None
+    found = {"_id": op.document["_id"], "taskx.w": {"$elemMatch": {"$eq": Int64(op.mark)}}}
+    document = {name: value for name, value in op.document.items() if name != "_id"}
+    return UpdateOne(found, {"$setOnInsert": document}, upsert=True)
+
+
+def _was_rolled_back(error: Exception) -> bool:
+    """Return whether a transaction whose commit failed is known to have come to nothing."""
+    return (
+        isinstance(error, PyMongoError)
+        and error.has_error_label("TransientTransactionError")
+        and not error.has_error_label("UnknownTransactionCommitResult")
+    )
 
 
 def _refuse_if_too_large(document: Document, about: int) -> None:

@@ -1,13 +1,15 @@
-"""submit_many without transactions: hidden until one write reveals all."""
+"""submit_many: in a transaction; or, without, hidden until one write reveals all."""
 
 from __future__ import annotations
 
 import threading
 import time
 
+import pymongo
 import pytest
 from helpers import held_on, key_holders, services_of, those_with
 from mongo_proxy import swallowing
+from mongo_server import REAL
 
 from taskx import Queue, RepositoryUnavailable, Task, TaskFilter, TaskStatus
 from taskx.core import lifecycle
@@ -17,7 +19,7 @@ from taskx.storage.queries import owners
 from taskx.upkeep.housekeeper import unfinished
 from taskx.upkeep.retention import needed
 
-from .conftest import insert
+from .conftest import CommandCount, insert
 
 IDS = [f"b{number}" for number in range(5)]
 
@@ -264,3 +266,160 @@ class TestOnAServer:
         assert theirs.count(TaskFilter()) == 31
         assert len(theirs.list(TaskFilter())) == 31
         assert database["tasks.batches"].count_documents({}) == 0
+
+
+class TestInATransaction:
+    """Where the server knows them, no task is hidden."""
+
+    @pytest.fixture
+    def url(self, mongo_server):
+        if REAL:
+            pytest.skip("whether it knows transactions is not known")
+        return mongo_server("set")
+
+    @pytest.fixture
+    def counted(self, url, database, make):
+        """A repository, and the commands that it sends, from the first write on."""
+        count = CommandCount()
+        with pymongo.MongoClient(url, event_listeners=[count]) as client:
+            repository = make(client[database.name])
+            repository.apply([insert("warm")])
+            count.names.clear()
+            yield repository, count.names
+
+    def test_a_batch_is_two_trips(self, counted, database):
+        repository, sent = counted
+        writes = [insert(task_id) for task_id in IDS]
+        assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
+        assert sent == ["insert", "commitTransaction"]
+        assert repository.count(TaskFilter()) == 6
+        assert not any("batch" in document["taskx"] for document in database.tasks.find())
+
+    def test_own_batches_do_not_ring(self, repository, make, database):
+        repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
+        with database.tasks.watch() as stream:
+            repository.apply([insert(f"c{task_id}") for task_id in IDS], all_or_nothing=True)
+            changes = [stream.next() for _ in IDS]
+        marks = [change["fullDocument"]["taskx"]["w"][-1] for change in changes]
+        assert all(mark in repository._sender.own for mark in marks)
+
+    @pytest.mark.parametrize("taken", ["an id", "a key", "an id of its own"])
+    def test_one_that_is_refused_keeps_out_the_others(self, repository, database, taken):
+        key = {"unique_key": "k", "unique_scope": "unfinished"}
+        repository.apply([insert("there", **key)])
+        refused = {
+            "an id": insert("there"),
+            "a key": insert("new", **key),
+            "an id of its own": insert("b0"),
+        }[taken]
+        writes = [*(insert(task_id) for task_id in IDS), refused]
+        assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5 + [False]
+        assert [document["_id"] for document in database.tasks.find()] == ["there"]
+        assert list(repository.apply(writes[:5], all_or_nothing=True)) == [True] * 5
+
+    def test_of_two_submitters_one_stores_it(self, make, database):
+        """Whatever the one sees of the other's transaction."""
+        stores, barrier = [make(database), make(database)], threading.Barrier(2)
+        for number in range(5):
+            results: list[list[bool]] = []
+
+            def store(repository, number=number, results=results):
+                writes = [insert(f"{number}-{i}") for i in range(20)]
+                barrier.wait()
+                results.append(list(repository.apply(writes, all_or_nothing=True)))
+
+            threads = [threading.Thread(target=store, args=(each,)) for each in stores]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert sorted(all(held) for held in results) == [False, True]
+        assert stores[0].count(TaskFilter()) == 100
+
+    @pytest.mark.parametrize("command", [b"insert\0", b"commitTransaction\0"])
+    @pytest.mark.parametrize("direction", ["ask", "answer"])
+    def test_what_is_lost_is_sent_again(self, through, proxy, database, command, direction):
+        repository = through(timeout=20.0)
+        repository.apply([insert("warm")])
+        asked: set[bytes] = set()
+        lost = threading.Event()
+
+        def judge(way, piece):
+            if way == "ask" and command in piece:
+                asked.add(piece[4:8])
+            header = piece[4:8] if direction == "ask" else piece[8:12]
+            if way == direction and header in asked and not lost.is_set():
+                lost.set()
+                proxy.cut()
+                return False
+            return True
+
+        proxy.judge = judge
+        writes = [insert(task_id) for task_id in IDS]
+        assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
+        assert lost.is_set()
+        assert sorted(document["_id"] for document in database.tasks.find()) == [*IDS, "warm"]
+
+    def test_a_commit_that_stays_in_doubt_says_so(self, through, proxy):
+        """Sent again later, as the same objects, it is not done twice."""
+        repository = through()
+        repository.apply([insert("warm")])
+        repository._connection.timeout = 4.0  # in which even a slow machine sends it
+        proxy.judge = swallowing("answer", b"commitTransaction\0")
+        writes = [insert(task_id) for task_id in IDS]
+        with pytest.raises(RepositoryUnavailable) as caught:
+            repository.apply(writes, all_or_nothing=True)
+        assert caught.value.in_doubt
+        proxy.heal()
+        repository._connection.timeout = 20.0
+        assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
+        assert repository.count(TaskFilter()) == 6
+
+    def test_one_that_is_left_open_is_in_nobodys_way(self, through, proxy, database, make):
+        """The server rolls it back some time later."""
+        repository = through()
+        repository.apply([insert("warm")])
+        repository._connection.timeout = 4.0
+        proxy.judge = swallowing("ask", b"commitTransaction\0")
+        with pytest.raises(RepositoryUnavailable) as caught:
+            repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
+        assert caught.value.in_doubt
+        other = make(database)
+        assert list(other.apply([insert("c0"), insert("c1")], all_or_nothing=True)) == [True, True]
+        assert other.apply([insert("d0"), *lifecycle.cancel("c0", 1)])
+        pending = other.list(TaskFilter(status="pending"))
+        assert {task.id for task in pending} == {"c1", "d0", "warm"}
+
+    def test_where_nothing_was_sent_there_is_no_doubt(self, through, proxy):
+        repository = through()
+        repository.apply([insert("warm")])
+        repository._connection.timeout = 0.5
+        proxy.cut(refuse=True)
+        with pytest.raises(RepositoryUnavailable) as caught:
+            repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
+        assert not caught.value.in_doubt
+        proxy.heal()  # the client says goodbye
+
+    def test_an_interrupt_leaves_nothing(self, repository, database, monkeypatch):
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        writes = [insert(task_id) for task_id in IDS]
+        with monkeypatch.context() as patch:
+            patch.setattr(pymongo.client_session.ClientSession, "commit_transaction", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                repository.apply(writes, all_or_nothing=True)
+        assert database.tasks.count_documents({}) == 0
+        assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
+
+
+def test_on_a_standalone_server_they_are_hidden_first(make, database, url):
+    """It knows no transactions."""
+    count = CommandCount()
+    with pymongo.MongoClient(url, event_listeners=[count]) as client:
+        repository = make(client[database.name])
+        repository.apply([insert("warm")])
+        count.names.clear()
+        writes = [insert(task_id) for task_id in IDS]
+        assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
+        assert count.names == ["insert", "insert", "update", "delete"]

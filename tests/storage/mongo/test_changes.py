@@ -5,14 +5,17 @@ from __future__ import annotations
 import threading
 import time
 
+import pymongo
 import pytest
 from mongo_server import REAL, new_database
 
 from taskx import Queue, Task
 from taskx.core import lifecycle
+from taskx.storage.mongo.changes import _REST
+from taskx.storage.mongo.documents import MARKS
 from taskx.testing import ManualClock
 
-from .conftest import insert
+from .conftest import CommandCount, insert
 
 PATIENCE = 60.0
 
@@ -68,8 +71,11 @@ def test_what_others_do_is_told_at_once(ours, theirs):
 def test_own_writes_do_not_ring(ours, theirs):
     """Or a busy node would look for others' work all the time."""
     ours.apply([insert(str(number)) for number in range(5)])
-    ours.apply([lifecycle.take(str(number), "n") for number in range(5)])
-    ours.apply([lifecycle.give_up(str(number), "n") for number in range(5)])
+    ours.apply([insert(f"{number} of a batch") for number in range(5)], all_or_nothing=True)
+    for _ in range(MARKS):  # the list of them is full at some time
+        ours.apply([lifecycle.take(str(number), "n") for number in range(5)])
+        ours.apply([lifecycle.give_up(str(number), "n") for number in range(5)])
+    ours.apply([insert("b"), *(lifecycle.take(str(number), "n") for number in range(5))])
     told = []
     ring, ours._changes.ring = ours._changes.ring, lambda: (told.append(1), ring())
     theirs.apply([insert("last")])
@@ -87,6 +93,37 @@ def test_queues_on_one_repository_hear_of_each_other(ours):
 def test_what_the_original_stores_rings(ours, database):
     database.tasks.insert_one({"_id": "go", "type": "t", "status": "pending"})
     until(ours.changed)
+
+
+@pytest.mark.parametrize(
+    "change", [{"$set": {"params.\u043a\u043b\u044e\u0447": 1}}, {"$unset": {"message": ""}}, None]
+)
+def test_what_others_change_in_an_own_task_rings(ours, database, change):
+    """Though the last mark on it is an own one."""
+    ours.apply([insert("a")])
+    quiet(ours)
+    if change is None:
+        document = database.tasks.find_one({"_id": "a"})
+        database.tasks.replace_one({"_id": "a"}, {**document, "message": "said"})
+    else:
+        database.tasks.update_one({"_id": "a"}, change)
+    until(ours.changed)
+
+
+def test_own_writes_do_not_have_the_server_asked_again_and_again(url, database, make):
+    """A stream that leaves them out answers when it has waited, or is let rest."""
+    count = CommandCount()
+    with pymongo.MongoClient(url, event_listeners=[count]) as client:
+        repository = make(client[database.name])
+        repository.changed()
+        quiet(repository)
+        count.names.clear()
+        began = time.monotonic()
+        for number in range(100):
+            repository.apply([insert(str(number))])
+        took = time.monotonic() - began
+        assert count.names.count("getMore") <= 2 + took / _REST
+        repository.close()
 
 
 def test_without_a_stream_perhaps_once_in_an_interval(make, mock):

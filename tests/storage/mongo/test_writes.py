@@ -20,8 +20,9 @@ from taskx import (
     TaskFilter,
     TaskStatus,
 )
-from taskx.core import lifecycle
+from taskx.core import lifecycle, payload
 from taskx.core.writes import Update
+from taskx.storage.mongo.sender import _SMALL
 from taskx.storage.queries import shown
 
 from .conftest import CommandCount, insert, run
@@ -65,6 +66,54 @@ class TestTrips:
         assert repository.apply(writes) == [True] * 20
         assert sent == ["update"]
 
+    def test_a_submit_beside_writes_to_other_tasks_is_one(self, counted):
+        repository, sent = counted
+        task = run(repository, "a")
+        sent.clear()
+        finish = lifecycle.conclude(task, FINE, NOW)
+        assert repository.apply([insert("b", priority=7), *finish, insert("c")]) == [True] * 3
+        assert sent == ["update"]
+        assert repository.get_by_id("a").status is TaskStatus.COMPLETED
+        assert repository.get_by_id("b").priority == 7
+
+    def test_a_taken_id_beside_writes_to_other_tasks_is_refused(self, counted):
+        repository, _ = counted
+        task = run(repository, "a")
+        run(repository, "b")
+        writes = [insert("b"), *lifecycle.conclude(task, FINE, NOW), insert("c")]
+        assert repository.apply(writes) == [False, True, True]
+        assert repository.get_by_id("b").status is TaskStatus.RUNNING
+
+    def test_a_taken_key_beside_writes_to_other_tasks_is_refused(self, counted):
+        repository, _ = counted
+        key = {"unique_key": "k", "unique_scope": "unfinished"}
+        repository.apply([insert("k", **key)])
+        task = run(repository, "a")
+        writes = [insert("b", **key), *lifecycle.conclude(task, FINE, NOW), insert("c")]
+        assert repository.apply(writes) == [False, True, True]
+        assert not repository.get_many(["b"])
+
+    def test_a_new_task_that_was_stored_before_does_not_count_for_an_update(
+        self, counted, monkeypatch
+    ):
+        """Sent again, it is found; an update that finds nothing has not taken place all the same."""
+        repository, _ = counted
+        writes = [insert("b"), lifecycle.take("nobody", "n")]
+        with monkeypatch.context() as patch:
+            patch.setattr(repository._sender, "_look_for_marks", interrupt)
+            with pytest.raises(KeyboardInterrupt):
+                repository.apply(writes)
+        assert repository.apply(writes) == [True, False]
+
+    def test_large_params_are_sent_by_themselves(self, counted):
+        repository, sent = counted
+        task = run(repository, "a")
+        sent.clear()
+        params = payload.encode({"x": "x" * _SMALL}, "params", payload.NO_LIMIT)
+        large = insert("b", params=params)
+        assert repository.apply([large, *lifecycle.conclude(task, FINE, NOW)]) == [True, True]
+        assert sent == ["insert", "update"]
+
     def test_alternatives_of_which_the_first_holds_are_one(self, counted):
         repository, sent = counted
         task = run(repository, "a")
@@ -84,6 +133,10 @@ class TestTrips:
         results = repository.apply(writes)
         assert [i for i, held in enumerate(results) if not held] == [3, 8]
         assert sent == ["update", "find"]
+
+
+def interrupt(*args):
+    raise KeyboardInterrupt
 
 
 class TestSeveralOfOneTask:
