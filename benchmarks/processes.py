@@ -91,6 +91,7 @@ def _drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[
     """Tasks a second, and of how many percent of them the laziest process ran."""
     os.mkdir(folder)
     with queue_on(store, folder) as queue, ExitStack() as stack:
+        queue.repository.prepare()  # or the nodes would make the indexes of a MongoDB first
         queue.submit_many(noops(count))
         nodes = [stack.enter_context(_node(store, "drain", folder)) for _ in range(processes)]
         for node in nodes:

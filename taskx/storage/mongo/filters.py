@@ -11,7 +11,7 @@ from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.errors import OperationFailure
 
 from taskx.core.clock import to_datetime, to_ms, within_calendar
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
 from taskx.core.model import TaskFilter
 from taskx.core.record import DEFAULTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
@@ -116,10 +116,21 @@ def held(why: int, **more: Any) -> Document:
 def make_indexes(connection: Connection) -> None:
     """Make those that are not there. Those that running looks at hold unfinished tasks only."""
     there = connection.run(connection.tasks.index_information)
-    for index in _indexes():
-        name, keys = index.document["name"], _keys(index)
-        if name not in there or list(there[name]["key"]) != keys:
-            connection.run(partial(_make, connection, index))
+    missing = [
+        index
+        for index in _indexes()
+        if (found := there.get(index.document["name"])) is None or [*found["key"]] != _keys(index)
+    ]
+    if len(missing) > 1 and connection.is_real:
+        try:  # together, for which the server reads the tasks once
+            connection.run(lambda: connection.tasks.create_indexes(missing))
+            return
+        except RepositoryUnavailable:
+            raise
+        except RepositoryError:
+            pass  # one by one, one that is there under another name stands in no other's way
+    for index in missing:
+        connection.run(partial(_make, connection, index))
 
 
 def _keys(index: IndexModel) -> list[tuple[str, int]]:

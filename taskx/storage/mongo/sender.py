@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from itertools import count
@@ -19,7 +20,7 @@ import attrs
 import bson
 import pymongo
 from bson.int64 import Int64
-from pymongo import InsertOne, UpdateOne
+from pymongo import InsertOne, UpdateMany, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
 from taskx.core.codec import Codecs
@@ -43,6 +44,8 @@ from taskx.storage.mongo.filters import guarded, text
 MOST_BYTES = 16 * 1024 * 1024
 #: Most characters of params that are sent as an upsert, which is larger than an insert.
 _SMALL = 2**20
+#: The index that finds tasks by their ids, whatever else is asked of them.
+_BY_ID = [("_id", 1)]
 _PAUSE = 0.05
 #: Seconds that a batch under way is given to be committed before it is abandoned for another task.
 _MOMENT = 1.0
@@ -86,8 +89,7 @@ class Sender:
         waiting: dict[str, list[int]] = {}
         for index, write in enumerate(writes):
             waiting.setdefault(text(write.id, "id"), []).append(index)
-        # Two of one task never have the same, or one would pass for the other.
-        marks = [next(self._marks) for _ in writes]
+        marks = self._new_marks(writes)
         known: dict[str, Mapping[str, Any] | None] = {}
         try:
             while due := _next_round(writes, waiting, known):
@@ -101,6 +103,27 @@ class Sender:
             raise
         self._forget(writes)
         return results
+
+    def _new_marks(self, writes: Sequence[Write]) -> list[int]:
+        """Return a mark for each write; those that change several tasks alike share one.
+
+        Two of one task never have the same, or one would pass for the other.
+        """
+        if len(writes) == 1:
+            return [next(self._marks)]
+        shared: dict[Any, int] = {}
+        before: Counter[str] = Counter()
+        marks = []
+        for write in writes:
+            mark = next(self._marks)
+            # Where one task cannot have a unique value, the others would be left out with it.
+            if isinstance(write, Update) and not any(name in write.changes for name in UNIQUE):
+                alike = (*write.guard.items(), None, *write.changes.items(), before[write.id])
+                with suppress(TypeError):  # of what is no value, and refused later
+                    mark = shared.setdefault(alike, mark)
+            before[write.id] += 1
+            marks.append(mark)
+        return marks
 
     def _op(self, write: Write, mark: int, batch: str) -> _Op:
         known = self._unknown.get(id(write))
@@ -249,14 +272,14 @@ class Sender:
         """How many updates found their document, and which inserts met one of their id."""
         tasks = self._connection.tasks
         documents = [op.document for op in inserts if op.document is not None]
-        changes = [op.update for op in updates if op.update is not None]
         if not self._connection.is_real:
+            changes = [op.update for op in updates if op.update is not None]
             return _write_one_by_one(tasks, documents, changes)
         # Inserts and updates would be two commands.
-        as_updates = bool(documents and changes) and all(map(_is_small, inserts))
-        requests: list[InsertOne[Document] | UpdateOne] = [
+        as_updates = bool(documents and updates) and all(map(_is_small, inserts))
+        requests: list[InsertOne[Document] | UpdateOne | UpdateMany] = [
             *(map(_upsert, inserts) if as_updates else map(InsertOne, documents)),
-            *(UpdateOne(*change) for change in changes),
+            *_statements(updates),
         ]
         refused: set[int] = set()
         told: Mapping[str, Any]
@@ -348,6 +371,23 @@ def _known_after(write: Write, held: bool) -> Mapping[str, Any] | None:
         if wanted is not PRESENT and not isinstance(wanted, tuple)
     }
     return {**sure, **write.changes}
+
+
+def _statements(updates: Sequence[_Op]) -> list[UpdateOne | UpdateMany]:
+    """Updates as they are sent: those that share a mark are one statement."""
+    alike: dict[int, list[_Op]] = {}
+    for op in updates:
+        alike.setdefault(op.mark, []).append(op)
+    return [_statement(ops) for ops in alike.values()]
+
+
+def _statement(ops: Sequence[_Op]) -> UpdateOne | UpdateMany:
+    assert ops[0].update is not None
+    found, changed = ops[0].update
+    if len(ops) == 1:
+        return UpdateOne(found, changed)
+    ids = {"$in": [op.write.id for op in ops]}
+    return UpdateMany({**found, "_id": ids}, changed, hint=_BY_ID)
 
 
 def _is_small(op: _Op) -> bool:

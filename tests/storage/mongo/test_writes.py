@@ -209,6 +209,9 @@ WRITES = {
     "conclude": lambda repository: lifecycle.conclude(repository.get_by_id("r"), FINE, NOW),
     "delete": lambda repository: [lifecycle.delete("p")],
     "insert of a key": lambda repository: [insert("new", unique_key="n", unique_scope="ever")],
+    "several alike": lambda repository: [
+        lifecycle.take(task_id, "n") for task_id in ("p", "nobody", "q", "r")
+    ],
     "requeue of a key": lambda repository: [lifecycle.requeue(repository.get_by_id("c"), NOW)],
     "all of them": lambda repository: [
         insert("new"),
@@ -218,9 +221,71 @@ WRITES = {
         insert("r"),
     ],
 }
-HELD = {"all of them": [True, True, True, False, False]}
+HELD = {
+    "all of them": [True, True, True, False, False],
+    "several alike": [True, False, True, False],
+}
 #: The commands that carry writes, as they are named on the wire.
 COMMANDS = (b"insert\0", b"update\0", b"delete\0")
+
+
+class TestAlikeWrites:
+    """What changes several tasks alike is one statement; each task has a guard of its own."""
+
+    @pytest.fixture
+    def statements(self, url, database, make):
+        """A repository, and how many statements each of its commands has."""
+        sent = []
+
+        class Listener(CommandCount):
+            def started(self, event):
+                sent.append(len(event.command.get("updates", ())))
+
+        with pymongo.MongoClient(url, event_listeners=[Listener()]) as client:
+            repository = make(client[database.name])
+            repository.apply([insert("warm")])
+            yield repository, sent
+
+    def test_are_one_statement(self, statements):
+        repository, sent = statements
+        ids = [str(number) for number in range(20)]
+        repository.apply([insert(task_id) for task_id in ids])
+        tasks = repository.get_many(ids)
+        sent.clear()
+        starts = [lifecycle.start(tasks[task_id], NOW, "n") for task_id in ids]
+        assert list(repository.apply(starts)) == [True] * 20
+        assert sent == [1]
+        assert {(t.status, t.starts) for t in repository.get_many(ids).values()} == {("running", 1)}
+
+    def test_beside_others(self, statements):
+        repository, sent = statements
+        tasks = [run(repository, str(number)) for number in range(3)]
+        repository.apply([insert("a"), insert("b")])
+        sent.clear()
+        ends = [write for task in tasks for write in lifecycle.conclude(task, FINE, NOW)]
+        writes = [lifecycle.take("a", "n"), *ends, insert("c"), lifecycle.take("b", "n")]
+        assert list(repository.apply(writes)) == [True] * 6
+        assert len(sent) == 1
+        assert sorted(held_on(repository, "n")) == ["a", "b"]
+
+    def test_the_same_twice_is_done_twice(self, statements):
+        repository, _ = statements
+        repository.apply([insert("a"), insert("b")])
+        to_n, back = lifecycle.take("a", "n"), lifecycle.give_up("a", "n")
+        again = [lifecycle.take("a", "n"), lifecycle.take("b", "n"), lifecycle.take("b", "n")]
+        assert list(repository.apply([to_n, back, *again])) == [True] * 4 + [False]
+        assert sorted(held_on(repository, "n")) == ["a", "b"]
+
+    def test_one_whose_key_is_taken_leaves_out_no_other(self, statements):
+        repository, _ = statements
+        for number in range(3):
+            key = {"unique_key": f"k{number}", "unique_scope": "unfinished"}
+            repository.apply([insert(str(number), **key)])
+            repository.apply(lifecycle.cancel(str(number), NOW))
+        repository.apply([insert("holder", unique_key="k1", unique_scope="unfinished")])
+        cancelled = repository.get_many(["0", "1", "2"])
+        again = [lifecycle.requeue(cancelled[str(number)], NOW) for number in range(3)]
+        assert list(repository.apply(again)) == [True, False, True]
 
 
 class TestAnswersThatAreLost:
@@ -229,6 +294,7 @@ class TestAnswersThatAreLost:
     @pytest.fixture
     def prepared(self, repository):
         repository.apply([insert("p"), insert("c", unique_key="k", unique_scope="ever")])
+        repository.apply([insert("q")])
         repository.apply(lifecycle.cancel("c", NOW))
         run(repository, "r")
         return repository
@@ -354,7 +420,7 @@ class TestAnswersThatAreLost:
         proxy.heal()
         thread.join(30)
         assert outcome == [True]
-        assert repository.count(TaskFilter()) == 4
+        assert repository.count(TaskFilter()) == 5
 
     def test_a_slow_network_changes_nothing(self, prepared, through, proxy):
         repository = through(timeout=20.0)
@@ -369,6 +435,7 @@ class TestAnInterrupt:
     @pytest.fixture
     def store(self, repository):
         repository.apply([insert("p"), insert("c", unique_key="k", unique_scope="ever")])
+        repository.apply([insert("q")])
         repository.apply(lifecycle.cancel("c", NOW))
         run(repository, "r")
         return repository
@@ -388,9 +455,13 @@ class TestAnInterrupt:
             patch.setattr(store._sender, "_send_once", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 store.apply(writes)
-        between = store.find("id", [write.id for write in writes], ("id", "status", "starts"))
+        between = store.find(
+            "id", [write.id for write in writes], ("id", "status", "starts", "owner")
+        )
         assert list(store.apply(writes)) == HELD.get(what, [True] * len(writes))
-        after = store.find("id", [write.id for write in writes], ("id", "status", "starts"))
+        after = store.find(
+            "id", [write.id for write in writes], ("id", "status", "starts", "owner")
+        )
         assert (sorted(after) == sorted(between)) is sent
 
     def test_though_its_guard_still_holds(self, store, monkeypatch):
@@ -449,6 +520,13 @@ class TestRefusals:
             assert list(repository.apply([move])) == [True]
         assert repository.count(TaskFilter(status="completed")) == 2
 
+    def test_operators_in_guards_are_never_sent(self, repository):
+        repository.apply([insert("a", owner="n"), insert("b", owner="n")])
+        hostile = [Update(each, {"owner": {"$ne": ""}}, {"message": "changed"}) for each in "ab"]
+        with pytest.raises(ConfigurationError):
+            repository.apply(hostile)
+        assert {task.message for task in repository.list(TaskFilter())} == {""}
+
     @pytest.mark.parametrize("hostile", [{"$ne": ""}, {"$gt": ""}, ["a"], b"a", 1, None])
     def test_operators_are_never_sent(self, repository, hostile):
         """Where a string belongs there is a string, or an error."""
@@ -460,6 +538,7 @@ class TestRefusals:
             lambda: repository.update_status(hostile, "cancelled"),
             lambda: repository.update_progress(hostile, 5),
             lambda: repository.apply([Update(hostile, {}, {"message": "changed"})]),
+            lambda: repository.apply(2 * [Update(hostile, {}, {"message": "changed"})]),
             lambda: repository.apply(lifecycle.cancel(hostile, NOW)),
             lambda: held_on(repository, hostile),
             lambda: repository.ready([hostile], 5),
