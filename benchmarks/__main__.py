@@ -104,14 +104,20 @@ def _measured(options: argparse.Namespace, suite: Suite) -> str:
     began = time.perf_counter()
     measured = measure(suite.cells, options.rounds, progress=os.isatty(2))
     took = time.perf_counter() - began
-    table = report.rows(measured)
     short = report.complaints(measured)
     rounds = f"{options.rounds} round{'s' if options.rounds > 1 else ''}"
-    text = (
-        f"{report.machine(suite.store, suite.versions)}; "
-        f"{rounds} in {took:.0f} s: medians, of rivals the best.\n\n"
-        f"{'NOT MEASURED: ' + ', '.join(short) + chr(10) * 2 if short else ''}"
-        f"{report.as_rst(table) if options.rst or options.update else report.as_text(table)}"
+    shown = report.as_rst if options.rst or options.update else report.as_text
+    tables = (
+        (report.side_by_side(measured), report.HEADER_SIDE_BY_SIDE),
+        (report.rows(measured), report.HEADER),
+    )
+    machine = report.machine(suite.store, suite.versions)
+    text = "\n\n".join(
+        [
+            f"{machine}; {rounds} in {took:.0f} s: medians, of rivals the best.",
+            *([f"NOT MEASURED: {', '.join(short)}"] if short else []),
+            *(shown(table, header) for table, header in tables if table),
+        ]
     )
     print(f"\n{text}")
     return text

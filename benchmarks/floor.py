@@ -1,4 +1,4 @@
-"""The floor: TaskX's own writes, to its own store, in a bare loop of one thread.
+"""The floor: TaskX's own writes, to its own store, in a bare loop of one thread; and a lean one.
 
 No validation, no JSON, no ids made, no threads, no locks: what is left is what the store takes. Only
 the idle latencies have two threads, as a task is handed from one to another.
@@ -12,12 +12,13 @@ from benchmarks.harness import (
     DURABILITIES,
     FLOOR,
     LATENCIES,
+    LEAN,
     Cell,
     Plan,
     Stopwatch,
     percentile,
 )
-from benchmarks.stores import OnSQLite, Store
+from benchmarks.stores import LeanOnSQLite, OnSQLite, Store
 
 
 def _insert(plan: Plan, store: Store, folder: str) -> dict[str, float]:
@@ -79,11 +80,14 @@ _THROUGHPUT = {
 
 def cells(plan: Plan) -> list[Cell]:
     """All cells of the floor on SQLite."""
-    stores = [OnSQLite(durability) for durability in DURABILITIES]
+    floors = (
+        *((FLOOR, OnSQLite(durability)) for durability in DURABILITIES),
+        *((LEAN, LeanOnSQLite(durability)) for durability in DURABILITIES),
+    )
     return [
-        *(cell(plan, store, figure) for figure in _THROUGHPUT for store in stores),
+        *(cell(plan, store, figure, who) for figure in _THROUGHPUT for who, store in floors),
         _left_cell(plan, OnSQLite("accepted")),
-        *(_latencies(plan, OnSQLite(durability)) for durability in ("accepted", "process")),
+        *(_latencies(plan, store, who) for who, store in floors if store.durability != "full"),
     ]
 
 
@@ -103,5 +107,5 @@ def _left_cell(plan: Plan, store: Store) -> Cell:
     return Cell(FLOOR, store.durability, partial(_left, plan, store), ("left",))
 
 
-def _latencies(plan: Plan, store: Store) -> Cell:
-    return Cell(FLOOR, store.durability, partial(_one_at_a_time, plan, store), LATENCIES)
+def _latencies(plan: Plan, store: Store, who: str = FLOOR) -> Cell:
+    return Cell(who, store.durability, partial(_one_at_a_time, plan, store), LATENCIES)

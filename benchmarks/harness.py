@@ -16,9 +16,12 @@ from benchmarks.children import ChildFailed
 DURABILITIES = ("accepted", "full", "process")
 WORKERS = 4
 SLEEPERS, NAP = 32, 0.01
-FLOOR, TASKX = "floor", "TaskX"
+FLOOR, LEAN, TASKX = "floor", "lean floor", "TaskX"
 #: Seconds between two tasks of a queue that counts as idle.
 IDLE = 0.004
+#: Seconds, at most, between two tasks that one process submits and another begins.
+PAUSE = 0.1
+ELSEWHERE = ("elsewhere-p50", "elsewhere-p99")
 LATENCIES = ("begins-p50", "begins-p99", "result-p50", "result-p99")
 
 

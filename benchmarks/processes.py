@@ -12,15 +12,13 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 from benchmarks.children import PATIENCE, Child, ChildFailed, talking
-from benchmarks.harness import TASKX, Cell, Plan, percentile
+from benchmarks.harness import ELSEWHERE, PAUSE, TASKX, Cell, Plan, percentile
 from benchmarks.stores import Store
 from benchmarks.taskx_bench import drained, noop, noops, queue_on
 from taskx import Queue, TaskFilter
 
 #: Seconds in which a process that was started, or a task that began, comes to rest.
 _SETTLE = 0.2
-#: Seconds between two looks of a process at what others have changed.
-_LOOK_EVERY = 0.05
 #: Records read at once.
 _PAGE = 10_000
 _SHARES = ("both-alone", "both-together", "both-ratio", "both-share")
@@ -130,7 +128,7 @@ def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         child.hear("ready")
         queue.declare("clock")
         for _ in range(plan.messages):
-            time.sleep(chance.uniform(0, 2 * _LOOK_EVERY))
+            time.sleep(chance.uniform(0, PAUSE))
             submitted = time.perf_counter()  # on Linux the same clock in every process
             began = queue.submit("clock").result(timeout=PATIENCE)
             samples.append(1000 * (began - submitted))
@@ -147,7 +145,7 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         for _ in range(plan.messages):
             task_id = queue.submit("until-cancelled").id
             child.hear("running")
-            time.sleep(chance.uniform(0, 2 * _LOOK_EVERY))
+            time.sleep(chance.uniform(0, PAUSE))
             asked = time.perf_counter()
             queue.cancel_task(task_id)
             samples.append(1000 * (float(child.hear("cancelled")) - asked))
@@ -162,7 +160,7 @@ def cells(plan: Plan, store: Store) -> list[Cell]:
             (_left, ("left",), False),
             (_both, _SHARES, False),
             (_rescue, ("rescue",), False),
-            (_elsewhere, ("elsewhere-p50", "elsewhere-p99"), True),
+            (_elsewhere, ELSEWHERE, True),
             (_cancel, ("cancel-p50", "cancel-p99"), True),
         )
     ]

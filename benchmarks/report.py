@@ -52,13 +52,14 @@ FIGURES: dict[str, Figure] = {
     ),
     "result-p99": Figure("idle: submit to result, p99", "{:,.0f} µs"),
     "sleepers": Figure("10 ms sleeps on 32 threads", "{:.2f} × ideal", value=1.15),
+    "sleepers-many": Figure("10 ms sleeps, by submit_many", "{:.2f} × ideal", value=1.15),
     "both-alone": Figure("one process drains a file", "{:,.0f}/s", more=True),
     "both-together": Figure("two processes drain one file", "{:,.0f}/s", more=True),
     "both-ratio": Figure("two processes: to one", "{:.2f} × one", more=True, value=0.8),
     "both-share": Figure("two processes: the smaller share", "{:.0f} %", more=True, value=40),
     "rescue": Figure("kill -9: task starts again elsewhere", "{:,.0f} ms", value=1_000),
-    "elsewhere-p50": Figure("submit to begin elsewhere, p50", "{:,.0f} ms"),
-    "elsewhere-p99": Figure("submit to begin elsewhere, p99", "{:,.0f} ms", value=100),
+    "elsewhere-p50": Figure("submit to begin elsewhere, p50", "{:,.1f} ms"),
+    "elsewhere-p99": Figure("submit to begin elsewhere, p99", "{:,.1f} ms", value=100),
     "cancel-p50": Figure("cancel reaches a task elsewhere, p50", "{:,.0f} ms"),
     "cancel-p99": Figure("cancel reaches a task elsewhere, p99", "{:,.0f} ms", value=1_000),
     "finished-drain": Figure("drain beside finished tasks", "{:,.0f}/s", more=True, growth=1.3),
@@ -93,6 +94,12 @@ FIGURES: dict[str, Figure] = {
     "cost-alone-writes": Figure("a task alone, to its result: writes", "{:.2f}"),
     "cost-alone-commits": Figure("a task alone, to its result: commits", "{:.2f}"),
 }
+
+
+def _unit(figure: Figure) -> str:
+    return figure.form.partition("}")[2]
+
+
 HEADER = ("what", "who", "durability", "measured", "× floor", "goal", "met")
 MISSING, FAILED = "NOT INSTALLED", "FAILED"
 #: Lines between which the documentation holds the tables of a run, and of one on MongoDB.
@@ -102,17 +109,65 @@ MARKS_ON_MONGO = (
     "\n.. measured on MongoDB up to here\n",
 )
 
+#: What stands beside the peers' figures, and how its columns are called.
+SIDE_BY_SIDE = {
+    "submit": "submit",
+    "drain": "drain",
+    "together": "both",
+    "begins-p50": "begins p50",
+    "begins-p99": "p99",
+    "result-p50": "result p50",
+    "result-p99": "p99",
+    "sleepers": "sleeps",
+    "elsewhere-p50": "wake-up p50",
+    "elsewhere-p99": "p99",
+}
+HEADER_SIDE_BY_SIDE = (
+    "who",
+    "durability",
+    *(f"{title}{_unit(FIGURES[name])}" for name, title in SIDE_BY_SIDE.items()),
+)
+_NO_FIGURE = "–"
+
 Row = tuple[str, ...]
 
 
 def rows(measured: Mapping[Key, Measured]) -> list[Row]:
-    """The table's rows, figure by figure; a peer that is not installed, or fails, has some, too."""
+    """The rows of the floor and of TaskX, figure by figure, with goals."""
     return [
         _row(figure, m, measured)
         for name, figure in FIGURES.items()
         for (of, _, _), m in measured.items()
-        if of == name and (m.values or m.rival)
+        if of == name and m.values and not m.rival
     ]
+
+
+def side_by_side(measured: Mapping[Key, Measured]) -> list[Row]:
+    """A row for each peer, also for one that is not installed, or fails; none if none was asked for.
+
+    Beside them stand the floors and TaskX.
+    """
+    if not any(m.rival for m in measured.values()):
+        return []
+    whose = dict.fromkeys(
+        (who, durability)
+        for (name, who, durability), m in measured.items()
+        if name in SIDE_BY_SIDE and (m.rival or m.values)
+    )
+    return [
+        (who, durability, *(_side(measured.get((name, who, durability))) for name in SIDE_BY_SIDE))
+        for who, durability in whose
+    ]
+
+
+def _side(m: Measured | None) -> str:
+    if m is None:
+        return _NO_FIGURE
+    if not m.values:
+        return MISSING if m.lacks else FAILED
+    figure = FIGURES[m.figure]
+    text = figure.form.format(m.value(more_is_better=figure.more))
+    return text.removesuffix(_unit(figure))
 
 
 def complaints(measured: Mapping[Key, Measured]) -> list[str]:
@@ -122,8 +177,6 @@ def complaints(measured: Mapping[Key, Measured]) -> list[str]:
 
 
 def _row(figure: Figure, m: Measured, measured: Mapping[Key, Measured]) -> Row:
-    if not m.values:
-        return (figure.title, m.who, m.durability, MISSING if m.lacks else FAILED, "", "", "")
     value = m.value(more_is_better=figure.more)
     share = _share(m, value, measured)
     goals = _goals(figure, m, value, share, measured) if m.who.startswith(TASKX) else []
@@ -217,16 +270,14 @@ def as_text(table: Sequence[Row], header: Row = HEADER) -> str:
     for row in table:
         shown.append(row if row[0] != previous else ("", *row[1:]))
         previous = row[0]
-    widths = _widths(shown)
-    return "\n".join(_line(row, widths) for row in shown)
+    return "\n".join(_lines(shown))
 
 
 def as_rst(table: Sequence[Row], header: Row = HEADER) -> str:
     """A simple table of reStructuredText."""
-    widths = _widths([header, *table])
-    rule = "  ".join("=" * width for width in widths)
-    lines = [rule, _line(header, widths), rule, *(_line(row, widths) for row in table), rule]
-    return "\n".join(lines)
+    first, *others = _lines([header, *table])
+    rule = "  ".join("=" * width for width in _widths([header, *table]))
+    return "\n".join([rule, first, rule, *others, rule])
 
 
 def put_between_marks(document: str, text: str, marks: tuple[str, str]) -> str:
@@ -246,9 +297,14 @@ def _widths(table: Sequence[Row]) -> list[int]:
     return [max(map(len, column)) for column in zip(*table, strict=True)]
 
 
-def _line(row: Row, widths: Sequence[int]) -> str:
-    cells = [
-        cell.rjust(width) if column in (3, 4) else cell.ljust(width)
-        for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+def _lines(table: Sequence[Row]) -> list[str]:
+    """A line for each row; figures stand to the right."""
+    widths = _widths(table)
+    right = range(2, len(widths)) if table[0] == HEADER_SIDE_BY_SIDE else (3, 4)
+    return [
+        "  ".join(
+            cell.rjust(width) if column in right else cell.ljust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in table
     ]
-    return "  ".join(cells).rstrip()

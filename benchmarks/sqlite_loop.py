@@ -1,4 +1,4 @@
-"""The floor on SQLite: TaskX's own statements, on its own schema."""
+"""The floors on SQLite: TaskX's own statements on its own schema, and the fewest on the leanest."""
 
 from __future__ import annotations
 
@@ -38,17 +38,40 @@ class Statements:
         return sql, [(*before, id_, *after) for id_ in ids]
 
 
+class LeanStatements:
+    """The same of a record that can say no more than whether a task runs, and what it returned."""
+
+    table = (
+        "CREATE TABLE tasks (id TEXT PRIMARY KEY, type TEXT, params TEXT, status TEXT, result TEXT)"
+        " WITHOUT ROWID"
+    )
+    index = "CREATE INDEX pending ON tasks (type) WHERE status = 'pending'"
+    inserting = "INSERT INTO tasks VALUES (?, 'noop', '{}', 'pending', NULL)"
+    selecting = "SELECT type, params FROM tasks WHERE id = ?"
+    starting = "UPDATE tasks SET status = 'running' WHERE id = ? AND status = 'pending'"
+    finishing = "UPDATE tasks SET status = 'completed', result = '1' WHERE id = ?"
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.inserts: Rows = [(id_,) for id_ in ids]
+        self.selects = self.starts = self.finishes = self.inserts
+
+
 class SQLiteLoop(Loop):
     """A file with TaskX's schema and a connection set up as its writer is."""
 
+    statements_of: type[Statements] | type[LeanStatements] = Statements
+
     def __init__(self, folder: str, durability: str, count: int) -> None:
-        file = DatabaseFile(os.path.join(folder, "floor.db"), create=True)
-        self._connections = Connections(file, 10.0)
-        self.cursor: sqlite3.Cursor = self._connections.writer().cursor()
+        self.cursor = self.opened(os.path.join(folder, "floor.db")).cursor()
         self.accepting = "NORMAL" if durability == "process" else "FULL"
         self.running = "FULL" if durability == "full" else "NORMAL"
         self.count = count
-        self.statements = Statements([new_id() for _ in range(count)])
+        self.statements = self.statements_of([new_id() for _ in range(count)])
+
+    def opened(self, path: str) -> sqlite3.Connection:
+        """Make the file."""
+        self._connections = Connections(DatabaseFile(path, create=True), 10.0)
+        return self._connections.writer()
 
     def close(self) -> None:
         """Close the file."""
@@ -131,3 +154,19 @@ class SQLiteLoop(Loop):
         """As above; three commits a task."""
         self.synchronous(self.accepting)
         return super().one_at_a_time()
+
+
+class LeanLoop(SQLiteLoop):
+    """A file with one table, one partial index, and SQLite's defaults but for WAL."""
+
+    statements_of = LeanStatements
+
+    def opened(self, path: str) -> sqlite3.Connection:
+        connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+        connection.execute("PRAGMA journal_mode = WAL").fetchone()
+        connection.execute(LeanStatements.table)
+        connection.execute(LeanStatements.index)
+        return connection
+
+    def close(self) -> None:
+        self.cursor.connection.close()

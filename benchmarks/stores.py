@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 
 from benchmarks.loops import Loop
-from benchmarks.sqlite_loop import SQLiteLoop
+from benchmarks.sqlite_loop import LeanLoop, SQLiteLoop
 from taskx import SQLiteRepository
 from taskx.storage.base import Repository
 
@@ -50,6 +50,13 @@ class OnSQLite(Store):
 
     def name(self) -> str:
         return self.durability
+
+
+class LeanOnSQLite(OnSQLite):
+    """The same with a floor that stores as little as a task queue can."""
+
+    def loop(self, folder: str, count: int) -> Loop:
+        return LeanLoop(folder, self.durability, count)
 
 
 def named(name: str) -> Store:

@@ -147,12 +147,27 @@ def _together(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 
 def _sleepers(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    with _sleeping(plan, store, folder) as queue, Stopwatch() as watch:
+        for _ in range(plan.sleepers):
+            queue.submit("nap")
+        queue.drain()
+    return {"sleepers": watch.seconds / (plan.sleepers * NAP / SLEEPERS)}
+
+
+def _many_sleepers(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    with _sleeping(plan, store, folder) as queue, Stopwatch() as watch:
+        queue.submit_many([Task(type="nap") for _ in range(plan.sleepers)])
+        queue.drain()
+    return {"sleepers-many": watch.seconds / (plan.sleepers * NAP / SLEEPERS)}
+
+
+@contextmanager
+def _sleeping(plan: Plan, store: Store, folder: str) -> Iterator[Queue]:
+    """A started queue with many workers and an executor that sleeps."""
     with queue_on(store, folder, workers=SLEEPERS, buffer=plan.sleepers) as queue:
         queue.executor("nap")(lambda: time.sleep(NAP))
-        with queue, Stopwatch() as watch:
-            queue.submit_many([Task(type="nap") for _ in range(plan.sleepers)])
-            queue.drain()
-    return {"sleepers": watch.seconds / (plan.sleepers * NAP / SLEEPERS)}
+        with queue:
+            yield queue
 
 
 # --- latency
@@ -398,6 +413,7 @@ def latency(plan: Plan, store: Store) -> list[Cell]:
         (_begins, ("begins-p50", "begins-p99")),
         (_result, ("result-p50", "result-p99")),
         (_sleepers, ("sleepers",)),
+        (_many_sleepers, ("sleepers-many",)),
     )
 
 

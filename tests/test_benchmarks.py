@@ -16,16 +16,38 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.rst"
 PEERS = {
+    "ThreadPoolExecutor": "memory",
     "huey": "full",
     "huey fsync=False": "none",
     "litequeue": "process",
     "persist-queue": "full",
+    "honker": "process",
+    "honker in batches": "process",
+    "flexiq": "process",
+    "tinyjobs": "process",
     "DBOS": "full",
     "django-tasks-db": "full",
+    "django-ox": "process",
+    "threadmill": "server",
     "RQ": "server",
     "Dramatiq": "server",
     "Celery": "server",
 }
+#: What the table of the peers has a column for.
+SIDE_BY_SIDE = [
+    "who",
+    "durability",
+    "submit/s",
+    "drain/s",
+    "both/s",
+    "begins p50 µs",
+    "p99 µs",
+    "result p50 µs",
+    "p99 µs",
+    "sleeps × ideal",
+    "wake-up p50 ms",
+    "p99 ms",
+]
 Table = dict[tuple[str, str, str], str]
 
 needs_linux = pytest.mark.skipif(
@@ -50,11 +72,16 @@ def benchmark(*args: str) -> str:
 
 def tables(text: str) -> list[list[list[str]]]:
     """The cells of each simple table of reStructuredText, without its header."""
+    return [table for _, *table in with_headers(text)]
+
+
+def with_headers(text: str) -> list[list[list[str]]]:
+    """The cells of each simple table of reStructuredText."""
     found = []
     rule = r"^(=+(?:  =+)+)\n"
-    for match in re.finditer(rf"{rule}.*\n\1\n((?:.+\n)+?)\1$", text, re.M):
+    for match in re.finditer(rf"{rule}(.*\n)\1\n((?:.+\n)+?)\1$", text, re.M):
         ends = [(column.start(), column.end()) for column in re.finditer("=+", match[1])]
-        lines = match[2].splitlines()
+        lines = [match[2], *match[3].splitlines()]
         found.append([[line[start:end].strip() for start, end in ends] for line in lines])
     return found
 
@@ -79,18 +106,34 @@ def test_every_figure_is_measured_at_every_durability():
 
 @pytest.mark.parametrize("who", PEERS)
 def test_peer_is_measured_or_named_loudly(who):
+    """Beside one that is called so stands another whose name only begins so."""
     printed = benchmark("--rst", "--tasks", "4", "--only", who)
-    table = {
-        row[1]: row[2:4] for [first] in [tables(printed)] for row in first if "drain" in row[0]
-    }
-    durability, value = table[who]
-    assert durability == PEERS[who]
-    if value == "NOT INSTALLED":
+    [[header, *table]] = with_headers(printed)
+    assert header == SIDE_BY_SIDE
+    [row] = [row for row in table if row[0] == who]
+    assert row[1] == PEERS[who]
+    submit, drain, both, *others = row[2:]
+    if submit == "NOT INSTALLED":
         assert re.search(
             rf"^NOT MEASURED: .*\b{re.escape(who)} \(.* NOT INSTALLED\)", printed, re.M
         )
     else:
-        assert value.endswith("/s")
+        assert all(re.fullmatch(r"[\d,]+", rate) for rate in (submit, drain, both))
+        assert all(re.fullmatch(r"[\d,.]+|–", figure) for figure in others)
+
+
+def test_lean_floor_stands_beside_the_floor():
+    table = measured("--tasks", "40", "--no-peers", "--only", "submit", "--only", "drain")
+    for what in ("submit one by one", "drain a backlog"):
+        for durability in ("accepted", "full", "process"):
+            assert table[what, "lean floor", durability].endswith("/s")
+
+
+def test_sleeping_tasks_are_submitted_one_by_one_and_at_once():
+    table = measured("--tasks", "10", "--no-peers", "--only", "sleepers")
+    for what in ("10 ms sleeps on 32 threads", "10 ms sleeps, by submit_many"):
+        for durability in ("accepted", "process"):
+            assert table[what, "TaskX", durability].endswith("× ideal")
 
 
 def test_figures_on_mongo():
@@ -103,12 +146,6 @@ def test_figures_on_mongo():
     assert float(backlog) <= 1.5
 
 
-def test_pool_of_the_standard_library_is_measured():
-    table = measured("--tasks", "10", "--only", "ThreadPool")
-    assert table["drain a backlog", "ThreadPoolExecutor", "memory"].endswith("/s")
-    assert table["idle: submit to result, p50", "ThreadPoolExecutor", "memory"].endswith("µs")
-
-
 def test_rival_that_fails_stands_in_the_table(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import report
@@ -119,7 +156,10 @@ def test_rival_that_fails_stands_in_the_table(monkeypatch, capsys):
         raise ChildFailed("its server would not start")
 
     found = measure([Cell("Rival", "full", fail, ("drain",), rival=True)], 1, progress=False)
-    assert report.rows(found) == [("drain a backlog", "Rival", "full", "FAILED", "", "", "")]
+    [row] = report.side_by_side(found)
+    assert dict(zip(report.HEADER_SIDE_BY_SIDE, row, strict=True)) == dict.fromkeys(
+        report.HEADER_SIDE_BY_SIDE, "–"
+    ) | {"who": "Rival", "durability": "full", "drain/s": "FAILED"}
     assert report.complaints(found) == ["Rival (FAILED)"]
     assert "its server would not start" in capsys.readouterr().err
 
@@ -238,7 +278,10 @@ def test_tables_are_put_into_the_document(tmp_path):
     after = after.partition(".. measured up to here")[2]
     assert text.endswith(after)
     [table] = tables(text.removeprefix(before).removesuffix(after))
-    assert [row[0] for row in table] == ["10 ms sleeps on 32 threads"] * 2
+    assert [row[0] for row in table] == [
+        *["10 ms sleeps on 32 threads"] * 2,
+        *["10 ms sleeps, by submit_many"] * 2,
+    ]
 
 
 @pytest.mark.parametrize("durability", ["accepted", "process"])

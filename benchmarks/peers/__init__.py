@@ -14,11 +14,15 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks import children
-from benchmarks.harness import LATENCIES, Cell, Plan
+from benchmarks.harness import ELSEWHERE, LATENCIES, Cell, Plan
 from benchmarks.peers.base import Peer
 from benchmarks.peers.services import redis_version
 
 _SERVER = "redis-server"
+
+
+_ALL = ("backlog", "together", "latency", "sleepers", "elsewhere")
+_BEGINS = LATENCIES[:2]
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class Kind:
         most: tasks of a cell, at most.
         samples: tasks whose latency is taken, at most.
         told: which latencies it can tell.
+        does: what of :data:`benchmarks.peers.base.MEASURES` it can do.
         slow: set up so slowly that it is measured once, not each round.
     """
 
@@ -47,19 +52,22 @@ class Kind:
     most: int = 1_000_000
     samples: int = 1_000_000
     told: tuple[str, ...] = LATENCIES
+    does: tuple[str, ...] = _ALL
     slow: bool = False
 
-    def make(self, folder: str) -> Peer:
-        """The peer, on a fresh folder."""
+    def make(self, folder: str, workers: int) -> Peer:
+        """The peer, in that folder."""
         module = import_module(f"benchmarks.peers.{self.module}")
-        peer: Peer = getattr(module, self.of)(folder, **dict(self.options))
+        peer: Peer = getattr(module, self.of)(folder, workers, **dict(self.options))
         return peer
 
 
-_BEGINS = LATENCIES[:2]
+_WITHOUT_THREADS = ("backlog", "together", "latency", "elsewhere")
+#: Its workers see what their own process submits, or look at a queue for others once a second.
+_IN_ITS_PROCESS = ("backlog", "together", "latency", "sleepers")
 #: Those that slow down with their backlog or their past are given few tasks, as are the slow ones.
 KINDS = (
-    Kind("ThreadPoolExecutor", (), "memory", "threads", "Pool"),
+    Kind("ThreadPoolExecutor", (), "memory", "threads", "Pool", does=_IN_ITS_PROCESS),
     Kind("huey", ("huey",), "full", "threads", "Huey", most=2_000, samples=30),
     Kind(
         "huey fsync=False",
@@ -80,8 +88,58 @@ KINDS = (
         "PersistQueue",
         most=2_000,
         told=_BEGINS,
+        does=_IN_ITS_PROCESS,
     ),
-    Kind("DBOS", ("dbos",), "full", "dbos_peer", "Dbos", most=600, samples=200, slow=True),
+    Kind(
+        "honker",
+        ("honker",),
+        "process",
+        "honker_peer",
+        "Honker",
+        most=1_500,
+        samples=200,
+        slow=True,
+    ),
+    Kind(
+        "honker in batches",
+        ("honker",),
+        "process",
+        "honker_peer",
+        "HonkerInBatches",
+        most=8_000,
+        told=_BEGINS,
+    ),
+    Kind(
+        "flexiq",
+        ("flexiq",),
+        "process",
+        "flexiq_peer",
+        "Flexiq",
+        most=1_500,
+        samples=50,
+        slow=True,
+    ),
+    Kind(
+        "tinyjobs",
+        ("tinyjobs",),
+        "process",
+        "tinyjobs_peer",
+        "Tinyjobs",
+        most=1_500,
+        samples=100,
+        slow=True,
+    ),
+    Kind(
+        "DBOS",
+        ("dbos",),
+        "full",
+        "dbos_peer",
+        "Dbos",
+        most=600,
+        samples=200,
+        does=_IN_ITS_PROCESS,
+        slow=True,
+    ),
     Kind(
         "django-tasks-db",
         ("django-tasks-db",),
@@ -90,9 +148,40 @@ KINDS = (
         "DjangoTasks",
         most=300,
         samples=5,
+        does=_WITHOUT_THREADS,
         slow=True,
     ),
-    Kind("RQ", ("rq", _SERVER), "server", "rq_peer", "Rq", most=1_500, samples=200, slow=True),
+    Kind(
+        "django-ox",
+        ("django-ox",),
+        "process",
+        "django_peer",
+        "DjangoOx",
+        most=600,
+        samples=100,
+        slow=True,
+    ),
+    Kind(
+        "threadmill",
+        ("threadmill", _SERVER),
+        "server",
+        "django_peer",
+        "Threadmill",
+        most=3_000,
+        samples=200,
+        slow=True,
+    ),
+    Kind(
+        "RQ",
+        ("rq", _SERVER),
+        "server",
+        "rq_peer",
+        "Rq",
+        most=1_500,
+        samples=200,
+        does=_WITHOUT_THREADS,
+        slow=True,
+    ),
     Kind(
         "Dramatiq",
         ("dramatiq", _SERVER),
@@ -128,9 +217,16 @@ def on_mongo(url: str) -> tuple[Kind, ...]:
             "CeleryOnMongo",
             options=(("url", url),),
             samples=10,
+            does=("backlog", "together", "latency"),
             slow=True,
         ),
     )
+
+
+def named(name: str, url: str = "") -> Kind:
+    """The one that is called so, of those on a MongoDB server if there is a URL of it."""
+    [kind] = [kind for kind in (on_mongo(url) if url else KINDS) if kind.name == name]
+    return kind
 
 
 def versions(kinds: Sequence[Kind] = KINDS) -> dict[str, str | None]:
@@ -150,10 +246,7 @@ def _version(need: str) -> str | None:
 
 def cells(plan: Plan) -> list[Cell]:
     """All cells of the peers; those of one that is not installed say what it lacks."""
-    cells = [cell for kind in KINDS for cell in _cells_of(kind, plan)]
-    sleepers = partial(_measure, "ThreadPoolExecutor", "sleepers", plan.sleepers, "")
-    cells.append(Cell("ThreadPoolExecutor", "memory", sleepers, ("sleepers",), rival=True))
-    return cells
+    return [cell for kind in KINDS for cell in _cells_of(kind, plan)]
 
 
 def cells_on_mongo(plan: Plan, url: str) -> list[Cell]:
@@ -166,6 +259,13 @@ def _cells_of(kind: Kind, plan: Plan, url: str = "") -> list[Cell]:
     samples = min(plan.samples, kind.samples)
     lacks = ", ".join(need for need in kind.needs if _version(need) is None)
     few = kind.slow or kind.samples < plan.samples
+    measures: dict[str, tuple[int, tuple[str, ...], bool]] = {
+        "backlog": (count, ("submit", "drain"), kind.slow),
+        "together": (count, ("together",), kind.slow),
+        "latency": (samples, kind.told, few),
+        "sleepers": (plan.sleepers, ("sleepers",), kind.slow),
+        "elsewhere": (plan.messages, ELSEWHERE, True),
+    }
     return [
         Cell(
             kind.name,
@@ -176,11 +276,8 @@ def _cells_of(kind: Kind, plan: Plan, url: str = "") -> list[Cell]:
             once=once,
             lacks=lacks,
         )
-        for what, number, figures, once in (
-            ("backlog", count, ("submit", "drain"), kind.slow),
-            ("together", count, ("together",), kind.slow),
-            ("latency", samples, kind.told, few),
-        )
+        for what in kind.does
+        for number, figures, once in [measures[what]]
     ]
 
 

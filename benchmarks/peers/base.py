@@ -2,31 +2,45 @@
 
 from __future__ import annotations
 
+import os
+import random
+import select
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-from benchmarks.children import PATIENCE, ChildFailed
-from benchmarks.harness import IDLE, Stopwatch, percentile
+from benchmarks.children import PATIENCE, ChildFailed, talking
+from benchmarks.harness import IDLE, NAP, PAUSE, SLEEPERS, WORKERS, Stopwatch, percentile
 
 
 def noop() -> int:
     return 1
 
 
+def nap() -> int:
+    time.sleep(NAP)
+    return 1
+
+
+def tell_time() -> float:
+    return time.perf_counter()
+
+
 class Peer(ABC):
-    """A queue on a fresh folder: stores tasks, and runs them from ``work`` on.
+    """A queue in a folder: stores tasks, and runs them from ``work`` on.
 
     Args:
         folder: where it may keep its files.
+        workers: how many threads, or processes, are to work.
     """
 
     @abstractmethod
-    def __init__(self, folder: str) -> None: ...
+    def __init__(self, folder: str, workers: int = WORKERS) -> None: ...
 
     @abstractmethod
-    def submit(self) -> object:
-        """Submit a task that does nothing and returns a value."""
+    def submit(self, task: str = "noop") -> object:
+        """Submit a task that does nothing and returns a value, or one that sleeps: ``nap``."""
 
     @abstractmethod
     def work(self) -> None:
@@ -87,6 +101,35 @@ class Apart(Peer):
         return watch.rate(max(1, count - first))
 
 
+class Began:
+    """A pipe in a folder: a task tells there when it began, whatever process it runs in."""
+
+    def __init__(self, folder: str) -> None:
+        path = os.path.join(folder, "began")
+        if not os.path.exists(path):
+            os.mkfifo(path)
+        self._pipe = os.open(path, os.O_RDWR)
+
+    def tell(self) -> None:
+        """It begins now."""
+        os.write(self._pipe, f"{time.perf_counter()!r}\n".encode())
+
+    def hear(self) -> float:
+        """When the next one began.
+
+        Raises:
+            ChildFailed: none did.
+        """
+        ready, _, _ = select.select([self._pipe], [], [], PATIENCE / 2)
+        if not ready:
+            raise ChildFailed("a task did not begin")
+        return float(os.read(self._pipe, 100))
+
+    def close(self) -> None:
+        """Close the pipe."""
+        os.close(self._pipe)
+
+
 def until(condition: Callable[[], bool], look_every: float = 0.0005) -> None:
     """Wait until it is true.
 
@@ -137,8 +180,51 @@ def latency(peer: Peer, count: int) -> dict[str, float]:
     return figures
 
 
+def sleepers(peer: Peer, count: int) -> dict[str, float]:
+    """Submit tasks that sleep one by one; their time on so many threads, over the ideal."""
+    peer.work()
+    before = peer.warm_up()
+    with Stopwatch() as watch:
+        for _ in range(count):
+            peer.submit("nap")
+        peer.wait(before + count)
+    return {"sleepers": watch.seconds / (count * NAP / SLEEPERS)}
+
+
+def elsewhere(peer: Peer, count: int) -> dict[str, float]:
+    """Submit tasks, at moments of chance, that begin in the process of the workers."""
+    chance = random.Random(0)
+    samples = []
+    peer.clock()
+    for _ in range(count):
+        time.sleep(chance.uniform(0, PAUSE))
+        submitted = time.perf_counter()
+        begin, _ = peer.clock()
+        samples.append(1000 * (begin - submitted))
+    return {"elsewhere-p50": percentile(samples, 50), "elsewhere-p99": percentile(samples, 99)}
+
+
+@contextmanager
+def worked_elsewhere(peer: Peer, *again: str) -> Iterator[None]:
+    """Work, for the time of the block, in another process.
+
+    Args:
+        peer: the one that submits.
+        again: arguments by which :mod:`benchmarks.peers.serve` makes another in the same folder.
+    """
+    if isinstance(peer, Apart):
+        peer.work()
+        yield
+        return
+    with talking("-m", "benchmarks.peers.serve", *again) as child:
+        child.hear("ready")
+        yield
+
+
 MEASURES: dict[str, Callable[[Peer, int], dict[str, float]]] = {
     "backlog": backlog,
     "together": together,
     "latency": latency,
+    "sleepers": sleepers,
+    "elsewhere": elsewhere,
 }

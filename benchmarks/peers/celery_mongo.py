@@ -14,11 +14,11 @@ class CeleryOnMongo(OnCelery):
 
     look_every = 0.02  # each look is a command to the server that is measured
 
-    def __init__(self, folder: str, url: str) -> None:
+    def __init__(self, folder: str, workers: int, url: str) -> None:
         place = url_of(url, folder)
         self._client: MongoClient[dict[str, object]] = MongoClient(place)
         self._results = self._client.get_default_database()["celery_taskmeta"]
-        super().__init__(Services(folder), place, place)
+        super().__init__(Services(folder), place, place, workers)
 
     def finished(self) -> int:
         return self._results.estimated_document_count()

@@ -10,44 +10,39 @@ from celery.signals import worker_ready
 from redis import Redis as Client
 
 from benchmarks.harness import WORKERS
-from benchmarks.peers.base import Apart
-from benchmarks.peers.base import noop as do_nothing
+from benchmarks.peers.base import Apart, nap, noop, tell_time
 from benchmarks.peers.services import Redis, Services
 
 _WAIT = 60
 _READY = "the worker is ready"
 
 
-def tell_time() -> float:
-    return time.perf_counter()
-
-
 def app_on(broker: str, backend: str) -> App:
-    """An app with the two tasks."""
+    """An app with the tasks."""
     app = App("bench", broker=broker, backend=backend)
-    app.task(do_nothing, name="noop")
-    app.task(tell_time, name="clock")
+    for name, run in {"noop": noop, "nap": nap, "clock": tell_time}.items():
+        app.task(run, name=name)
     return app
 
 
 class OnCelery(Apart):
     """A message leaves the broker before its task starts, as is the default."""
 
-    def __init__(self, services: Services, broker: str, backend: str) -> None:
+    def __init__(self, services: Services, broker: str, backend: str, workers: int) -> None:
         self._services = services
-        self._places = [broker, backend]
+        self._arguments = [broker, backend, str(workers)]
         self._app = app_on(broker, backend)
-        self._noop, self._clock = self._app.tasks["noop"], self._app.tasks["clock"]
+        self._tasks = self._app.tasks
 
-    def submit(self) -> object:
-        return self._noop.delay()
+    def submit(self, task: str = "noop") -> object:
+        return self._tasks[task].delay()
 
     def work(self) -> None:
-        self._services.python(["-m", OnCelery.__module__, *self._places], _READY)
+        self._services.python(["-m", OnCelery.__module__, *self._arguments], _READY)
         self._services.wait_until_ready()
 
     def clock(self) -> tuple[float, float | None]:
-        return self._clock.delay().get(timeout=_WAIT), time.perf_counter()
+        return self._tasks["clock"].delay().get(timeout=_WAIT), time.perf_counter()
 
     def close(self) -> None:
         self._app.close()
@@ -57,11 +52,11 @@ class OnCelery(Apart):
 class Celery(OnCelery):
     """On Redis; its results are all there is in database 1."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
         redis = Redis(folder)
         self._results = Client(unix_socket_path=redis.socket, db=1)
         url = f"redis+socket://{redis.socket}"
-        super().__init__(redis, url, f"{url}?virtual_host=1")
+        super().__init__(redis, url, f"{url}?virtual_host=1", workers)
 
     def finished(self) -> int:
         return int(self._results.dbsize())
@@ -78,5 +73,5 @@ def _tell_ready(**_: object) -> None:
 if __name__ == "__main__":
     worker_ready.connect(_tell_ready)
     app_on(sys.argv[1], sys.argv[2]).worker_main(
-        ["worker", "--pool", "threads", "--concurrency", str(WORKERS)]
+        ["worker", "--pool", "threads", "--concurrency", sys.argv[3]]
     )

@@ -10,19 +10,10 @@ from typing import Any
 from dbos import DBOS
 
 from benchmarks.harness import WORKERS
-from benchmarks.peers.base import Peer
+from benchmarks.peers.base import Peer, nap, noop, tell_time
 
 _go = threading.Event()
-
-
-@DBOS.workflow()
-def noop() -> int:
-    return 1
-
-
-@DBOS.workflow()
-def clock() -> float:
-    return time.perf_counter()
+_TASKS = {run.__name__: DBOS.workflow()(run) for run in (noop, nap, tell_time)}
 
 
 @DBOS.workflow()
@@ -33,20 +24,20 @@ def gate() -> None:
 class Dbos(Peer):
     """Workflows are started without a queue: those of DBOS are looked at once a second."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
         DBOS(
             config={
                 "name": "bench",
                 "system_database_url": f"sqlite:///{os.path.join(folder, 'dbos.db')}",
-                "max_executor_threads": WORKERS,
+                "max_executor_threads": workers,
                 "log_level": "ERROR",
             }
         )
         DBOS.launch()
-        self._handles: list[Any] = [DBOS.start_workflow(gate) for _ in range(WORKERS)]
+        self._handles: list[Any] = [DBOS.start_workflow(gate) for _ in range(workers)]
 
-    def submit(self) -> object:
-        handle = DBOS.start_workflow(noop)
+    def submit(self, task: str = "noop") -> object:
+        handle = DBOS.start_workflow(_TASKS[task])
         self._handles.append(handle)
         return handle
 
@@ -58,7 +49,7 @@ class Dbos(Peer):
             handle.get_result()
 
     def clock(self) -> tuple[float, float | None]:
-        return DBOS.start_workflow(clock).get_result(), time.perf_counter()
+        return DBOS.start_workflow(_TASKS["tell_time"]).get_result(), time.perf_counter()
 
     def close(self) -> None:
         _go.set()

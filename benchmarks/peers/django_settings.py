@@ -1,14 +1,34 @@
-"""Settings of a Django project that has nothing but tasks in an SQLite file."""
+"""Settings of a Django project that has nothing but tasks, and their backend."""
 
 import os
 
+_FOLDER = os.environ["TASKX_BENCH_FOLDER"]
+_APP = os.environ["TASKX_BENCH_APP"]
+_BACKENDS = {
+    "django_tasks_db": {"BACKEND": "django_tasks_db.DatabaseBackend"},
+    "django_ox": {"BACKEND": "django_ox.backend.OxBackend"},
+    "threadmill": {
+        "BACKEND": "threadmill.backends.redis.RedisTaskBackend",
+        "REDIS_URL": f"unix://{_FOLDER}/redis.sock",
+    },
+}
+#: What Django's documentation advises for an SQLite file that several threads write to.
+_TUNED = {
+    "timeout": 60,
+    "transaction_mode": "IMMEDIATE",
+    "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
+}
+
 SECRET_KEY = "of no use to anybody"
 USE_TZ = True
-INSTALLED_APPS = ["django_tasks_db"]
+INSTALLED_APPS = [_APP]
 DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
-        "NAME": os.path.join(os.environ["TASKX_BENCH_FOLDER"], "django.db"),
+        "NAME": os.path.join(_FOLDER, "django.db"),
+        "OPTIONS": _TUNED if _APP == "django_ox" else {},
     }
 }
-TASKS = {"default": {"BACKEND": "django_tasks_db.DatabaseBackend"}}
+TASKS = {"default": _BACKENDS[_APP]}
+#: Two lines for each task would be most of its work.
+LOGGING = {"version": 1, "loggers": {"django.tasks": {"level": "WARNING"}}}

@@ -1,10 +1,8 @@
-"""The tasks of the Django project; its worker imports them by their path."""
+"""The tasks of the Django project; its workers import them by their path."""
 
 from __future__ import annotations
 
-import time
-
-from benchmarks.peers.base import noop as do_nothing
+from benchmarks.peers import base
 
 try:
     from django.tasks import task
@@ -14,9 +12,14 @@ except ImportError:  # Django 5.2
 
 @task()
 def noop() -> int:
-    return do_nothing()
+    return base.noop()
+
+
+@task()
+def nap() -> int:
+    return base.nap()
 
 
 @task()
 def clock() -> float:
-    return time.perf_counter()
+    return base.tell_time()

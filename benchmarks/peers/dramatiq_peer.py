@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from typing import Any
 
 import dramatiq
@@ -11,8 +10,7 @@ from dramatiq.brokers.redis import RedisBroker
 
 from benchmarks.children import ChildFailed
 from benchmarks.harness import WORKERS
-from benchmarks.peers.base import Apart
-from benchmarks.peers.base import noop as do_nothing
+from benchmarks.peers.base import Apart, nap, noop, tell_time
 from benchmarks.peers.services import Redis
 
 _SOCKET = "TASKX_BENCH_SOCKET"
@@ -20,39 +18,41 @@ _BEGAN = "bench:began"
 _WAIT = 60
 
 
-def actors(socket: str) -> tuple[RedisBroker, Any, Any]:
-    """A broker, and the two actors on it."""
+def actors(socket: str) -> tuple[RedisBroker, dict[str, Any]]:
+    """A broker, and the actors on it."""
     broker = RedisBroker(url=f"unix://{socket}")
 
-    def tell_time() -> None:
-        began = time.perf_counter()
-        broker.client.rpush(_BEGAN, began)
+    def clock() -> None:
+        broker.client.rpush(_BEGAN, tell_time())
 
-    noop = dramatiq.actor(actor_name="noop", broker=broker)(do_nothing)
-    clock = dramatiq.actor(actor_name="clock", broker=broker)(tell_time)
-    return broker, noop, clock
+    made = {
+        run.__name__: dramatiq.actor(actor_name=run.__name__, broker=broker)(run)
+        for run in (noop, nap, clock)
+    }
+    return broker, made
 
 
 def set_up() -> None:
     """What the worker process calls."""
-    broker, _, _ = actors(os.environ[_SOCKET])
+    broker, _ = actors(os.environ[_SOCKET])
     dramatiq.set_broker(broker)
 
 
 class Dramatiq(Apart):
     """A message stays in Redis until it was acknowledged."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
+        self._workers = workers
         self._redis = Redis(folder)
-        self._broker, self._noop, self._clock = actors(self._redis.socket)
+        self._broker, self._actors = actors(self._redis.socket)
         self._submitted = 0
 
-    def submit(self) -> object:
+    def submit(self, task: str = "noop") -> object:
         self._submitted += 1
-        return self._noop.send()
+        return self._actors[task].send()
 
     def work(self) -> None:
-        args = ["-m", "dramatiq", "--processes", "1", "--threads", str(WORKERS)]
+        args = ["-m", "dramatiq", "--processes", "1", "--threads", str(self._workers)]
         self._redis.python(
             [*args, f"{__name__}:{set_up.__name__}"],
             "Worker process is ready",
@@ -64,7 +64,7 @@ class Dramatiq(Apart):
         return self._submitted - int(self._broker.client.hlen("dramatiq:default.msgs"))
 
     def clock(self) -> tuple[float, float | None]:
-        self._clock.send()
+        self._actors["clock"].send()
         told: Any = self._broker.client.blpop(_BEGAN, timeout=_WAIT)
         if told is None:
             raise ChildFailed(f"a task did not begin within {_WAIT} s")

@@ -9,27 +9,29 @@ from rq import Queue
 
 from benchmarks.children import ChildFailed
 from benchmarks.harness import WORKERS
-from benchmarks.peers.base import Apart, noop
+from benchmarks.peers.base import Apart, nap, noop, tell_time
 from benchmarks.peers.services import Redis
 
+_TASKS = {"noop": noop, "nap": nap}
 _WAIT = 60
 
 
 class Rq(Apart):
     """Tasks and results in Redis."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
+        self._workers = workers
         self._redis = Redis(folder)
         self._client = Client(unix_socket_path=self._redis.socket)
         self._queue = Queue(connection=self._client)
         self._finished = self._queue.finished_job_registry.key
 
-    def submit(self) -> object:
-        return self._queue.enqueue(noop)
+    def submit(self, task: str = "noop") -> object:
+        return self._queue.enqueue(_TASKS[task])
 
     def work(self) -> None:
         args = ["-m", "rq.cli", "worker", "--worker-class", "rq.SimpleWorker"]
-        for _ in range(WORKERS):
+        for _ in range(self._workers):
             self._redis.python([*args, "--url", f"unix://{self._redis.socket}"], "Listening on")
         self._redis.wait_until_ready()
 
@@ -37,7 +39,7 @@ class Rq(Apart):
         return int(self._client.zcard(self._finished))
 
     def clock(self) -> tuple[float, float | None]:
-        result = self._queue.enqueue(time.perf_counter).latest_result(timeout=_WAIT)
+        result = self._queue.enqueue(tell_time).latest_result(timeout=_WAIT)
         seen = time.perf_counter()
         if result is None:
             raise ChildFailed(f"no result within {_WAIT} s")

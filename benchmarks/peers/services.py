@@ -26,7 +26,7 @@ class Services:
         self._started: list[tuple[subprocess.Popen[bytes], Path, str]] = []
 
     def start(self, args: list[str], ready: str, **env: str) -> None:
-        """Start one, which logs ``ready`` when it is."""
+        """Start one, which logs ``ready`` when it is; one that logs nothing counts as ready."""
         path = self._folder / f"service{len(self._started)}.log"
         with path.open("wb") as log:
             process = subprocess.Popen(

@@ -3,31 +3,30 @@
 from __future__ import annotations
 
 import os
-import queue
 import signal
 import threading
 import time
 from abc import abstractmethod
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from benchmarks.harness import WORKERS
-from benchmarks.peers.base import Peer, noop, until
+from benchmarks.peers.base import Began, Peer, nap, noop, tell_time, until
+
+_TASKS = {"noop": noop, "nap": nap}
 
 
 class Pool(Peer):
     """``concurrent.futures.ThreadPoolExecutor``: nothing is stored."""
 
-    def __init__(self, folder: str) -> None:
-        self._pool = ThreadPoolExecutor(WORKERS)
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
+        self._pool = ThreadPoolExecutor(workers)
         self._go = threading.Event()
-        for _ in range(WORKERS):
+        for _ in range(workers):
             self._pool.submit(self._go.wait)
-        self._last: Future[int] | None = None
 
-    def submit(self) -> object:
-        self._last = self._pool.submit(noop)
-        return self._last
+    def submit(self, task: str = "noop") -> object:
+        return self._pool.submit(_TASKS[task])
 
     def work(self) -> None:
         self._go.set()
@@ -36,7 +35,7 @@ class Pool(Peer):
         self._pool.shutdown(wait=True)
 
     def clock(self) -> tuple[float, float | None]:
-        return self._pool.submit(time.perf_counter).result(), time.perf_counter()
+        return self._pool.submit(tell_time).result(), time.perf_counter()
 
     def close(self) -> None:
         self._go.set()
@@ -46,19 +45,20 @@ class Pool(Peer):
 class Huey(Peer):
     """huey's ``SqliteHuey`` with its consumer's threads in this process."""
 
-    def __init__(self, folder: str, **options: Any) -> None:
+    def __init__(self, folder: str, workers: int = WORKERS, **options: Any) -> None:
         from huey import SqliteHuey
 
+        self._workers = workers
         self._huey = SqliteHuey("bench", filename=os.path.join(folder, "huey.db"), **options)
-        self._task = self._huey.task()(noop)
-        self._clock = self._huey.task(name="clock")(lambda: time.perf_counter())
+        self._tasks = {name: self._huey.task(name=name)(run) for name, run in _TASKS.items()}
+        self._clock = self._huey.task(name="clock")(tell_time)
         self._consumer: Any = None
 
-    def submit(self) -> object:
-        return self._task()
+    def submit(self, task: str = "noop") -> object:
+        return self._tasks[task]()
 
     def work(self) -> None:
-        self._consumer = self._huey.create_consumer(workers=WORKERS, periodic=False)
+        self._consumer = self._huey.create_consumer(workers=self._workers, periodic=False)
         handlers = {number: signal.getsignal(number) for number in self._consumer._signal_actions}
         self._consumer.start()
         for number, handler in handlers.items():
@@ -78,12 +78,13 @@ class Huey(Peer):
         self._huey.storage.close()
 
 
-class _Bare(Peer):
+class Bare(Peer):
     """A queue that has no workers: threads of ours take from it."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
+        self._workers = workers
         self._done: list[int] = []
-        self._began: queue.SimpleQueue[float] = queue.SimpleQueue()
+        self._began = Began(folder)
         self._threads: list[threading.Thread] = []
 
     @abstractmethod
@@ -93,37 +94,38 @@ class _Bare(Peer):
     def take(self) -> None:
         """What each of the threads does."""
 
-    def submit(self) -> object:
-        return self.put("noop")
+    def submit(self, task: str = "noop") -> object:
+        return self.put(task)
 
     def work(self) -> None:
-        self._threads = [threading.Thread(target=self.take) for _ in range(WORKERS)]
+        self._threads = [threading.Thread(target=self.take) for _ in range(self._workers)]
         for thread in self._threads:
             thread.start()
 
     def run(self, message: str) -> None:
         if message == "clock":
-            self._began.put(time.perf_counter())
+            self._began.tell()
         else:
-            noop()
+            _TASKS[message]()
 
     def wait(self, count: int) -> None:
         until(lambda: len(self._done) >= count)
 
     def clock(self) -> tuple[float, float | None]:
         self.put("clock")
-        return self._began.get(), None
+        return self._began.hear(), None
 
     def join(self) -> None:
         for thread in self._threads:
             thread.join()
+        self._began.close()
 
 
-class LiteQueue(_Bare):
+class LiteQueue(Bare):
     """litequeue: each of the threads has a connection of its own."""
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
+        super().__init__(folder, workers)
         self._path = os.path.join(folder, "litequeue.db")
         self._producer = self._open()
         self._stopped = False
@@ -144,7 +146,9 @@ class LiteQueue(_Bare):
                 time.sleep(0.001)
                 continue
             self.run(message.data)
-            taking.done(message.message_id)
+            # From 0.14 on a claim is fenced by its number.
+            fence = {"claim_id": message.claim_id} if hasattr(message, "claim_id") else {}
+            taking.done(message.message_id, **fence)
             self._done.append(1)
         taking.conn.close()
 
@@ -154,11 +158,11 @@ class LiteQueue(_Bare):
         self._producer.conn.close()
 
 
-class PersistQueue(_Bare):
+class PersistQueue(Bare):
     """persist-queue's ``SQLiteAckQueue``."""
 
-    def __init__(self, folder: str) -> None:
-        super().__init__(folder)
+    def __init__(self, folder: str, workers: int = WORKERS) -> None:
+        super().__init__(folder, workers)
         from persistqueue import SQLiteAckQueue
 
         self._queue = SQLiteAckQueue(folder, multithreading=True, auto_commit=True)
