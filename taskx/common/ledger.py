@@ -2,7 +2,7 @@
 
 The thread that finds the ledger free, and nothing waiting, applies its writes: one small transaction
 and no hand-over between threads. Otherwise its writes join those that wait, and whoever gets the lock
-leads: it commits all of them, and a follower that gets the lock next finds its own done.
+leads: it commits all of them, wakes their threads, and calls the first of those that came meanwhile.
 
 The exception of a signal handler may strike a leader between any two lines. So the leader does one
 thing at a time, each in an order that lets its successor go on from there: an entry stays in line until
@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 
-from taskx.common.bell import Agenda
+from taskx.common.bell import Agenda, Signal
 from taskx.core.errors import RepositoryError, RepositoryUnavailable, TaskxError, on_main_thread
 from taskx.core.log import GuardedLogger, is_for_the_program
 from taskx.core.writes import Write
@@ -30,16 +30,20 @@ Callback = Callable[[Sequence[bool], BaseException | None], None]
 
 #: Most entries of one transaction, so that a long queue of them does not become one long lock.
 MAX_BATCH = 256
+# Seconds after which a follower looks by itself: an interrupt may have struck who was to call it.
+_LOOK = 0.05
 
 
 class _Entry:
     """Writes that wait, and what became of them."""
 
-    __slots__ = ("callback", "deserted", "done", "error", "known", "results", "told", "writes")
+    __slots__ = ("callback", "deserted", "done", "error", "known", "results", "told", "turn", "writes")
 
     def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
         self.writes = writes
         self.callback = callback
+        #: Wakes the thread that waits, if one does: there is an outcome, or it is to lead.
+        self.turn: Signal | None = None
         self.done = False
         self.told = False
         #: Whether the thread that waited for it was interrupted.
@@ -108,7 +112,7 @@ class Ledger:
         finally:
             if alone == [True]:
                 self._leading.release()
-            if self._untold or self._late is not None:
+            if self._waiting or self._untold or self._late is not None:
                 self._finish()
         return self._commit_with_others(writes)
 
@@ -121,28 +125,40 @@ class Ledger:
 
     def _commit_with_others(self, writes: Sequence[Write]) -> Sequence[bool]:
         entry = _Entry(writes, None)
+        entry.turn = Signal()
         try:
             self._waiting.append(entry)
-            with self._leading:
-                try:
-                    while not entry.done:
-                        self._lead()
-                except TaskxError as error:
-                    if entry in self._sent:  # whether it took place could not be read back
-                        raise _in_doubt(error) from error.__cause__
-                    if not entry.done:  # else the error may be that of writes after its own
-                        self._waiting.remove(entry)  # it lay behind others and was not tried
-                        entry.done = True
-                        raise _not_tried(error) from error.__cause__
+            while not self._lead_until_done(entry):
+                entry.turn.wait(_LOOK)
         except BaseException:  # an interrupt, too: whoever leads next sees to the entry
             entry.deserted = not entry.done
             raise
         finally:
-            if self._untold or self._late is not None:
+            if self._waiting or self._untold or self._late is not None:
                 self._finish()
         if entry.error is not None:
             raise entry.error
         return entry.results
+
+    def _lead_until_done(self, entry: _Entry) -> bool:
+        """Lead if nobody else does; returns whether an entry has its outcome."""
+        leads: list[bool] = []
+        try:
+            if not entry.done:
+                leads.extend(map(self._leading.acquire, (False,)))
+                while leads == [True] and not entry.done:
+                    self._lead()
+        except TaskxError as error:
+            if entry in self._sent:  # whether it took place could not be read back
+                raise _in_doubt(error) from error.__cause__
+            if not entry.done:  # else the error may be that of writes after its own
+                self._waiting.remove(entry)  # it lay behind others and was not tried
+                entry.done = True
+                raise _not_tried(error) from error.__cause__
+        finally:
+            if leads == [True]:
+                self._leading.release()
+        return entry.done
 
     def commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
         """Commit writes in a transaction of their own: all of them, or none where a guard fails.
@@ -157,7 +173,7 @@ class Ledger:
             with self._leading:
                 return self._repository.apply(writes, all_or_nothing=True)
         finally:
-            if self._late is not None:
+            if self._waiting or self._late is not None:
                 self._finish()
 
     def commit_soon(self, writes: Sequence[Write], callback: Callback) -> None:
@@ -220,6 +236,8 @@ class Ledger:
                     if entry.callback is not None:
                         self._untold.append(entry)
                     self._waiting.remove(entry)
+                    if entry.turn is not None:
+                        entry.turn.set()
 
     def _read_back(self) -> None:
         """Read back what a leader sent that was interrupted; what does not show is sent again.
@@ -288,17 +306,25 @@ class Ledger:
     # --- after the lock is free
 
     def _finish(self) -> None:
-        """Commit what was taken in from inside, and tell what has an outcome."""
+        """Call who leads next, commit what was taken in from inside, and tell what has an outcome."""
+        self._call_next()
         while (late := self._late) is not None:
             self._late = None
             with suppress(TaskxError), self._leading:  # what fails waits on
                 while not late.done:
                     self._lead()
+            self._call_next()
         if self._agenda.attended and on_main_thread():  # where an exception may strike
             if self._untold:
                 self._agenda.wake_from_long_sleep()
             return
         self._tell()
+
+    def _call_next(self) -> None:
+        for entry in list(self._waiting):
+            if entry.turn is not None:
+                entry.turn.set()
+                return
 
     def _tell(self) -> None:
         interrupt: BaseException | None = None

@@ -80,6 +80,24 @@ def test_what_came_meanwhile_shares_the_next_transaction(ledger, repository):
     assert [len(batch) for batch in repository.batches] == [1, 40]
 
 
+def test_a_follower_whose_writes_are_done_waits_for_no_further_leader(ledger, repository):
+    """The leader of the next batch may take long: as long as a server is away."""
+    with ledger._leading:
+        followers = [run_in_thread(lambda n=n: ledger.commit([insert(f"t{n}")])) for n in range(5)]
+        eventually(lambda: len(ledger._waiting) == 5)
+        ledger._lead()
+        assert [follower() for follower in followers] == [[True]] * 5
+    assert [len(batch) for batch in repository.batches] == [5]
+
+
+def test_a_follower_whose_leader_calls_nobody_looks_by_itself(ledger, repository):
+    """The leader may have been struck by an interrupt just before."""
+    with ledger._leading:
+        follower = run_in_thread(lambda: ledger.commit([insert("a")]))
+        eventually(lambda: ledger._waiting)
+    assert follower() == [True]
+
+
 def test_deferred_writes_ride_along(ledger, repository):
     told = Told()
     ledger.defer([insert("a")], told)
