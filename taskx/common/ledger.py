@@ -37,7 +37,17 @@ _LOOK = 0.05
 class _Entry:
     """Writes that wait, and what became of them."""
 
-    __slots__ = ("callback", "deserted", "done", "error", "known", "results", "told", "turn", "writes")
+    __slots__ = (
+        "callback",
+        "deserted",
+        "done",
+        "error",
+        "known",
+        "results",
+        "told",
+        "turn",
+        "writes",
+    )
 
     def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
         self.writes = writes

@@ -90,6 +90,19 @@ class Ahead:
         if not self.short:
             self._work.ring(len(runs))
 
+    @property
+    def idles(self) -> bool:
+        """True if a worker waits for which there is nothing yet, and which is worth waking."""
+        return len(self._waiting) > len(self.runs) and not self._leaves_to_others()
+
+    def serve(self, run: Run) -> bool:
+        """Give a worker that waits a task that was started; False if each may have one already."""
+        run.state = "ahead"
+        self._since = time.monotonic()
+        self.runs.append(run)
+        self._work.ring()
+        return len(self.runs) <= len(self._waiting)
+
     def take(self) -> Run | None:
         """Take the next task that was started ahead; None if there is none."""
         try:
@@ -134,10 +147,14 @@ class Ahead:
         """
         if not self._waiting:
             return True
-        if self.short and self.workers - len(self._waiting) > self._tied_up():
+        if self._leaves_to_others():
             return False
         self._work.ring()
         return True
+
+    def _leaves_to_others(self) -> bool:
+        """Return whether tasks are short and another worker is at it."""
+        return self.short and self.workers - len(self._waiting) > self._tied_up()
 
     def _tied_up(self) -> int:
         """Return how many workers are at a task that is not short after all."""

@@ -21,7 +21,7 @@ from taskx.core.errors import (
 from taskx.core.lifecycle import Ending
 from taskx.core.log import Complaint
 from taskx.core.model import Task
-from taskx.core.writes import Update
+from taskx.core.writes import Insert, Update
 from taskx.executing.runner import Run, broken, lesser
 from taskx.limiting.admission import Admission
 from taskx.liveness.base import Node
@@ -195,6 +195,34 @@ class WorkerPool:
         finally:
             self.buffer.started()
         return runs[0] if runs else None
+
+    @property
+    def idles(self) -> bool:
+        """True if a worker waits, and there is nothing that it might start first."""
+        return self.ahead.idles and not self.agenda.more_stored and self._nothing_waits()
+
+    def _nothing_waits(self) -> bool:
+        buffer, suspects = self.buffer, self.starter.suspects
+        return not (self.stopping or buffer.starting or len(buffer) or suspects.alone)
+
+    def start_new(self, insert: Insert) -> bool:
+        """Store a new task as one that is started, for a worker that waits.
+
+        One transaction and one thread do for both. False, and nothing is stored, if something else is to
+        start first after all.
+
+        Raises:
+            DuplicateTask: its id is taken.
+        """
+        run = self.starter.start_new(insert, self._nothing_waits)
+        if run is None:
+            return False
+        self.services.consequences.created((insert,))
+        if self.stopping:
+            self.starter.hand_back([run], rebuffer=False)
+        elif not self.ahead.serve(run):
+            self.agenda.wake_from_long_sleep()
+        return True
 
     def execute(
         self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None

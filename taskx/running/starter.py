@@ -10,9 +10,10 @@ from contextlib import suppress
 from taskx.common.bell import Bell
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
+from taskx.core.errors import DuplicateTask
 from taskx.core.model import Task
-from taskx.core.record import optional_ms
-from taskx.core.writes import Update
+from taskx.core.record import created_task, optional_ms
+from taskx.core.writes import Insert, Update
 from taskx.executing.context import Shared
 from taskx.executing.runner import Run
 from taskx.limiting.admission import Admission
@@ -96,6 +97,11 @@ class Suspects:
         self._wait(lambda: not self._runs, time.monotonic() + ALONE)
         self._alone_until = time.monotonic() + ALONE
 
+    @property
+    def alone(self) -> bool:
+        """True while one is to be alone."""
+        return self._alone_until is not None
+
     def stand_aside(self) -> None:
         """Before the start of any task: wait while another one is to be alone."""
         if (until := self._alone_until) is not None:
@@ -158,7 +164,7 @@ class Starter:
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
-            found = services.repository.get_many([item.id for item in items])
+            found = self._records(items)
             if paused := services.pauses.known:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
             if services.registry.limits:
@@ -181,6 +187,8 @@ class Starter:
                     lifecycle.mark_started(run.task, update)
                 else:
                     self.strike(run)
+            if not all(results):
+                self._read_again(items, starting, results)
         except BaseException:  # an interrupt, too: nobody else knows of these
             for run, _ in starting:
                 self.strike(run)
@@ -192,6 +200,56 @@ class Starter:
                 if task_id not in runs:
                     self._admission.over(task_id, ran=False)
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
+
+    def _records(self, items: Sequence[Item]) -> dict[str, Task]:
+        """Return the tasks of items: as they were just stored, or read.
+
+        Whoever changed one since has raised its ``starts``, or it is pending no more.
+        """
+        unread = [item.id for item in items if item.row is None]
+        found = self._services.repository.get_many(unread) if unread else {}
+        if len(unread) < len(items):
+            found.update((i.id, created_task(i.row)) for i in items if i.row is not None)
+        return found
+
+    def _read_again(
+        self,
+        items: Sequence[Item],
+        starting: Sequence[tuple[Run, Update]],
+        started: Sequence[bool],
+    ) -> None:
+        """Put back what could not be started as it was stored: somebody changed it, or took it."""
+        refused = {
+            run.task.id for (run, _), held in zip(starting, started, strict=True) if not held
+        }
+        self._buffer.put_back(item for item in items if item.id in refused and item.row is not None)
+
+    def start_new(self, insert: Insert, still_free: Callable[[], bool]) -> Run | None:
+        """Store a new task as one that is started, in one transaction.
+
+        Returns:
+            None, and nothing is stored, if it is not ``still_free`` once the run shows.
+
+        Raises:
+            DuplicateTask: its id is taken.
+        """
+        services, task = self._services, created_task(insert.row)
+        start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
+        assert start is not None  # it is pending
+        run = self._make_run(task)
+        try:
+            self.runs[task.id] = run
+            # A task that is to run alone looks for runs: so this one shows, and then looks for that one.
+            if not still_free():
+                self.strike(run)
+                return None
+            if not services.ledger.commit([lifecycle.created_started(insert, start)])[0]:
+                raise DuplicateTask(task.id)
+            lifecycle.mark_started(task, start)
+        except BaseException:  # an interrupt, too
+            self.strike(run)
+            raise
+        return run
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
         """Of tasks with limits, turn away those that must not start now; returns the others."""

@@ -258,7 +258,7 @@ def test_slots_that_were_lost_are_found(started, auditing):
     buffer = pool_of(started).buffer
     assert buffer.reserve([buffer.turn() for _ in range(buffer.maxsize)])
     with pytest.raises(QueueFull):
-        started.submit("fine")
+        started.submit("fine", id="of the caller's, so that it goes through the buffer")
     eventually(lambda: not buffer.reserved)
     assert started.submit("fine").result(PATIENCE) == "fine"
 

@@ -500,8 +500,8 @@ def _statement(write: Write) -> _Statement:
         return *statements.delete(write.id, write.guard), 1, ()
     if _is_ordinary(write):
         return _INSERT_ORDINARY, tuple(write.row.values()), 1, ()
-    parents = json.loads(write.row.get("depends_on") or "[]")
-    pairs = [(parent, write.id) for parent in parents]
+    parents = write.row.get("depends_on")
+    pairs = [(parent, write.id) for parent in json.loads(parents)] if parents else []
     return statements.insert_if_new(tuple(write.row)), tuple(write.row.values()), 1, pairs
 
 

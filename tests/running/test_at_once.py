@@ -1,0 +1,231 @@
+"""A task for which a worker waits is stored as started; one in a short buffer is started unread."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread, services_of
+
+from taskx import DuplicateTask, Hook, RepositoryUnavailable, TaskStatus
+from taskx.core.writes import Insert
+from taskx.running import buffer as buffer_module
+
+pytestmark = pytest.mark.every_store
+
+
+def idle(queue):
+    """A started queue whose workers all wait."""
+    pool = pool_of(queue)
+    eventually(lambda: len(pool.ahead._waiting) == pool.ahead.workers)
+    eventually(lambda: not services_of(queue).agenda.more_stored)
+    queue.repository.batches.clear()
+    return queue
+
+
+def moves(queue):
+    """The moves of each transaction so far, but for those about nothing but outcomes."""
+    return [[write.move for write in batch] for batch in queue.repository.batches]
+
+
+def test_it_is_stored_as_started_in_one_transaction(started):
+    handle = idle(started).submit("fine")
+    [[stored]] = started.repository.batches[:1]
+    assert isinstance(stored, Insert)
+    assert stored.row["status"] == "running"
+    assert stored.row["starts"] == 1
+    assert handle.result(PATIENCE) == "fine"
+    assert [move for batch in moves(started) for move in batch] == ["create", "complete"]
+    task = started.get_task_status(handle.id)
+    assert task.status is TaskStatus.COMPLETED
+    assert task.starts == 1
+    assert task.created_at <= task.started_at <= task.completed_at
+    assert [attempt.outcome for attempt in task.attempts] == ["completed"]
+
+
+def test_hooks_are_told_that_it_was_submitted_and_then_that_it_begins(make_queue):
+    told = []
+
+    class Listener(Hook):
+        def submitted(self, task):
+            told.append(("submitted", task.status))
+
+        def started(self, task):
+            told.append(("started", task.status))
+
+    queue = make_queue(worker_num=1, hooks=[Listener()])
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    idle(queue).submit("fine").result(PATIENCE)
+    eventually(lambda: len(told) == 2)
+    assert told == [("submitted", TaskStatus.PENDING), ("started", TaskStatus.RUNNING)]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"delay": 60.0}, {"unique_key": "k"}, {"concurrency_key": "k"}, {"id": "the caller's"}],
+    ids=lambda options: next(iter(options)),
+)
+def test_it_is_stored_as_pending_where_it_may_have_to_wait_or_to_give_way(started, options):
+    idle(started).submit("fine", **options)
+    assert started.repository.batches[0][0].row.get("status", "pending") == "pending"
+
+
+def test_it_is_stored_as_pending_behind_what_waits(busy, gate):
+    queue = busy()
+    first = queue.submit("note", {"n": 1})
+    second = queue.submit("note", {"n": 2})
+    assert queue.get_task_status(first.id).status is TaskStatus.PENDING
+    gate.open()
+    second.result(PATIENCE)
+    assert queue.ran == [1, 2]
+
+
+def test_a_limited_type_is_stored_as_pending(make_queue):
+    queue = make_queue(worker_num=2)
+    queue.executor("one", max_concurrency=1)(lambda: "one")
+    queue.start()
+    handle = idle(queue).submit("one")
+    assert "status" not in queue.repository.batches[0][0].row
+    assert handle.result(PATIENCE) == "one"
+
+
+def test_a_submit_that_fails_leaves_no_run(started):
+    idle(started).repository.down = True
+    with pytest.raises(RepositoryUnavailable):
+        started.submit("fine")
+    assert not pool_of(started).runs
+    started.repository.down = False
+    assert started.submit("fine").result(PATIENCE) == "fine"
+
+
+def test_an_id_that_is_taken_leaves_no_run(started, monkeypatch):
+    monkeypatch.setattr("taskx.core.creation.new_id", lambda: "same")
+    idle(started).submit("fine").result(PATIENCE)
+    eventually(lambda: not pool_of(started).runs)
+    with pytest.raises(DuplicateTask):
+        idle(started).submit("fine")
+    assert not pool_of(started).runs
+
+
+def test_of_two_submits_for_one_worker_both_run(make_queue, gate):
+    """Both may find that it waits; what it has no hand free for is handed back, and runs later."""
+    queue = make_queue(worker_num=1)
+    Waiting(queue, gate)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    idle(queue)
+
+    other, pool = [], pool_of(queue)
+    serve = pool.ahead.serve
+
+    def late(run):
+        """Another submit comes before the worker is woken for this one."""
+        pool.ahead.serve = serve
+        other.append(queue.submit("hold"))
+        gate.wait_for(1)
+        return serve(run)
+
+    pool.ahead.serve = late
+    mine = queue.submit("fine")
+    assert len(other) == 1
+    eventually(lambda: queue.get_task_status(mine.id).status is TaskStatus.PENDING)
+    gate.open()
+    assert mine.result(PATIENCE) == "fine"
+    assert queue.get_task_status(mine.id).interruptions == 0
+
+
+def test_what_a_stop_finds_laid_out_is_pending_again(make_queue):
+    queue = make_queue(worker_num=1)
+    queue.executor("fine")(lambda: "fine")
+    queue.start()
+    idle(queue)
+    pool = pool_of(queue)
+
+    def stopping(writes):
+        pool.stopping = True
+
+    queue.repository.after = stopping
+    handle = queue.submit("fine")
+    task = queue.get_task_status(handle.id)
+    assert task.status is TaskStatus.PENDING
+    assert not pool.runs
+
+
+def test_beside_a_task_that_is_to_run_alone_nothing_starts(started):
+    """That one looks for runs, and then says that it is alone; a submit shows its run, and then looks."""
+    pool = pool_of(idle(started))
+    make = pool.starter._make_run
+
+    def goes_alone(task):
+        pool.starter.suspects._alone_until = float("inf")
+        return make(task)
+
+    pool.starter._make_run = goes_alone
+    handle = started.submit("fine")
+    del pool.starter._make_run
+    assert "status" not in started.repository.batches[0][0].row
+    pool.starter.suspects._alone_until = None
+    pool.starter.suspects.tell()
+    assert handle.result(PATIENCE) == "fine"
+
+
+# As it was stored
+
+
+def reads(queue):
+    """The ids that are read to start tasks, from now on."""
+    read, get_many = [], queue.repository.get_many
+    queue.repository.get_many = lambda ids: read.extend(ids) or get_many(ids)
+    return read
+
+
+def test_what_waits_in_a_short_buffer_is_started_without_a_read(busy, gate):
+    queue = busy()
+    read = reads(queue)
+    handles = [queue.submit("note", {"n": n}) for n in range(5)]
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == [0, 1, 2, 3, 4]
+    assert not {handle.id for handle in handles} & set(read)
+
+
+def test_of_a_long_buffer_the_rest_is_read(busy, gate, monkeypatch):
+    monkeypatch.setattr(buffer_module, "_FEW", 2)
+    queue = busy()
+    read = reads(queue)
+    handles = [queue.submit("note", {"n": n}) for n in range(5)]
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == [0, 1, 2, 3, 4]
+    assert {handle.id for handle in handles[2:]} <= set(read)
+
+
+def test_large_params_are_not_kept(busy, gate):
+    queue = busy()
+    read = reads(queue)
+    handle = queue.submit("note", {"n": "x" * 2000})
+    gate.open()
+    handle.result(PATIENCE)
+    assert handle.id in read
+
+
+def test_what_was_changed_since_is_read_again(busy, gate, make_queue, look_every):
+    """Another process replaced its params: the buffer here has heard nothing of it."""
+    look_every(poll=10 * PATIENCE, audit=10 * PATIENCE)  # else it would be fetched in the end
+    queue = busy()
+    handle = queue.submit("note", {"n": 1}, unique_key="k")
+    other = make_queue()
+    other.declare("note")
+    assert other.submit("note", {"n": 2}, unique_key="k", on_conflict="replace").id == handle.id
+    gate.open()
+    handle.result(PATIENCE)
+    assert queue.ran == [2]
+
+
+def test_what_was_cancelled_since_does_not_run(busy, gate, make_queue):
+    queue = busy()
+    handle = queue.submit("note", {"n": 1})
+    other = make_queue()
+    assert run_in_thread(lambda: other.cancel_task(handle.id))()
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert queue.ran == []
