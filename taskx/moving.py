@@ -21,6 +21,7 @@ from taskx.common.hooks import Hook, Hooks
 from taskx.common.ledger import Ledger
 from taskx.common.pauses import Pauses
 from taskx.common.watcher import Watcher
+from taskx.core import lifecycle
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, Ending
@@ -89,6 +90,8 @@ _GIVEN_UP = f"{_DIED}it is cancelled, as was asked for"
 FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     # Whoever stores a task that is not held back puts it into the buffer, or looks for more.
     ("create", None): Follows("submitted", may_start=True),
+    # It is laid out for a worker that waits.
+    ("create", RUNNING): Follows("submitted"),
     # Hooks are told when a thread begins to execute it: see Consequences.begun.
     ("start", RUNNING): NOTHING,
     ("progress", None): Follows("progressed", ("progress", "message")),
@@ -151,6 +154,10 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
 }
 
 
+def _submitted_task(insert: Insert) -> Task:
+    return created_task(lifecycle.as_submitted(insert))
+
+
 def _row(write: Write) -> Follows:
     return FOLLOWS[write.move, write.changes.get("status")]
 
@@ -210,7 +217,7 @@ class Consequences:
         """Do what follows when tasks were stored."""
         if listeners := self._hooks.submitted:
             for insert in inserts:
-                self._hooks.tell(listeners, partial(created_task, insert.row))
+                self._hooks.tell(listeners, partial(_submitted_task, insert))
         if held := [insert for insert in inserts if insert.row["held"]]:
             self._may_start(held, {})
             if self.dependents.told:

@@ -341,6 +341,13 @@ def created_started(insert: Insert, start: Update) -> Insert:
     return Insert({**insert.row, **start.changes})
 
 
+def as_submitted(insert: Insert) -> dict[str, Any]:
+    """The row of a new task before its start, if it is stored as started."""
+    if "status" not in insert.row:
+        return insert.row
+    return {**insert.row, "status": PENDING, "starts": 0, "started_at": None, "worker": ""}
+
+
 def last_chance(task: Task) -> bool:
     """Whether one more crash would be one too many for a task that has crashed before."""
     return 0 < task.crashes >= _crashes_allowed(task) - 1

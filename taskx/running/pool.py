@@ -217,7 +217,6 @@ class WorkerPool:
         run = self.starter.start_new(insert, self._nothing_waits)
         if run is None:
             return False
-        self.services.consequences.created((insert,))
         if self.stopping:
             self.starter.hand_back([run], rebuffer=False)
         elif not self.ahead.serve(run):

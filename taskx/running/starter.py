@@ -234,18 +234,20 @@ class Starter:
             DuplicateTask: its id is taken.
         """
         services, task = self._services, created_task(insert.row)
+        services.registry.registered[task.type].settle(task)
         start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
         assert start is not None  # it is pending
-        run = self._make_run(task)
+        stored, run = lifecycle.created_started(insert, start), self._make_run(task)
         try:
             self.runs[task.id] = run
             # A task that is to run alone looks for runs: so this one shows, and then looks for that one.
             if not still_free():
                 self.strike(run)
                 return None
-            if not services.ledger.commit([lifecycle.created_started(insert, start)])[0]:
+            if not services.ledger.commit([stored])[0]:
                 raise DuplicateTask(task.id)
             lifecycle.mark_started(task, start)
+            services.consequences.created((stored,))
         except BaseException:  # an interrupt, too
             self.strike(run)
             raise

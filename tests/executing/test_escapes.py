@@ -13,6 +13,7 @@ from taskx import (
     PayloadError,
     Retry,
     RetryPolicy,
+    Task,
     TaskCancelled,
     TaskFailed,
     TaskStatus,
@@ -178,7 +179,8 @@ def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
     monkeypatch.setattr(starter, "start", panics_first("start", starter.start))
     monkeypatch.setattr(housekeeper, "tick", panics_first("tick", housekeeper.tick))
     services_of(started).agenda.wake()
-    assert started.submit("fine").result(PATIENCE) == "fine"
+    [handle] = started.submit_many([Task(type="fine")])
+    assert handle.result(PATIENCE) == "fine"
     eventually(lambda: left == {"start": 0, "tick": 0})
     assert started.submit("fine", delay=0.01).result(PATIENCE) == "fine"
     assert {thread.is_alive() for thread in node.engine.threads} == {True}
@@ -349,7 +351,9 @@ class TestCodecs:
         return echo
 
     def test_one_record_that_panics_fails_its_task_alone(self, echo, make_queue):
-        bad = echo.submit("poison")
+        [bad] = echo._queue.submit_many(
+            [Task(type="echo", params={"v": "poison"})]
+        )  # which is read
         assert [echo.submit(n).result(PATIENCE) for n in range(5)] == list(range(5))
         with pytest.raises(TaskFailed, match="codec 'flaky' cannot read it: Panic"):
             bad.result(PATIENCE)

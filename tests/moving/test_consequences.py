@@ -36,6 +36,7 @@ OVER = {"limits", "log"}
 #: Who hears of each move.
 HEARD = {
     ("create", None): {"hook submitted", "waiting", "turns", "due"},
+    ("create", RUNNING): {"hook submitted"},
     ("start", RUNNING): set(),
     ("progress", None): {"hook progressed"},
     ("checkpoint", None): set(),
@@ -155,7 +156,9 @@ class Ears:
 
         def creates(consequences, inserts):
             self.followed.update((id(insert), insert) for insert in inserts)
-            self._during(("create", None), created, consequences, inserts)
+            keys = {key(insert) for insert in inserts}
+            move = keys.pop() if len(keys) == 1 else None
+            self._during(move, created, consequences, inserts)
 
         self._patch(Consequences, "follow", follows)
         self._patch(Consequences, "created", creates)
