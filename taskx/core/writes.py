@@ -25,7 +25,7 @@ class Insert(NamedTuple):
     """Store a new record; holds if no record has its id, and none a unique column's value.
 
     ``row`` has the columns of :data:`CREATED`, in that order, and any others after them; the rest take
-    their defaults. Its ``owner`` may be set until it is applied.
+    their defaults: one that is stored as started has more. Its ``owner`` may be set until it is applied.
     """
 
     row: dict[str, Any]

@@ -85,6 +85,8 @@ class WorkerPool:
         )
         self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
         self._recorded = node.types
+        # One with eight methods may store every new task as pending.
+        self._stores_in_steps = bool(services.repository.shortcoming)
         #: The error that ends a node whose TaskX is too old for the repository, and what ends it.
         self.outdated: SchemaMismatch | None = None
         self.retire = retire
@@ -199,7 +201,12 @@ class WorkerPool:
     @property
     def idles(self) -> bool:
         """True if a worker waits, and there is nothing that it might start first."""
-        return self.ahead.idles and not self.agenda.more_stored and self._nothing_waits()
+        return (
+            self.ahead.idles
+            and not self.agenda.more_stored
+            and not self._stores_in_steps
+            and self._nothing_waits()
+        )
 
     def _nothing_waits(self) -> bool:
         buffer, suspects = self.buffer, self.starter.suspects

@@ -124,6 +124,14 @@ class PrimitivesContract(Contract):
         [row] = repository.find("id", ["a"], plain)
         assert dict(zip(plain, row, strict=True)) == {name: expected[name] for name in plain}
 
+    def test_a_new_task_may_be_stored_as_started(self, repository: Repository) -> None:
+        self.skip_if(repository.shortcoming)
+        began: dict[str, Any] = {"status": "running", "starts": 1, "started_at": self.NOW + 1}
+        self.add(repository, "a", **began, owner="n", worker="host:1")
+        assert repository.find("running_on", ["n"], ("id", "starts")) == [("a", 1)]
+        assert [*repository.ready(["t"], 10, "n")] == []
+        assert repository.count(TaskFilter(status=TaskStatus.RUNNING)) == 1
+
     def test_several_new_tasks_are_stored_all_or_none(self, repository: Repository) -> None:
         """The ids at fault are those that are told False."""
         self.skip_if(repository.shortcoming)
