@@ -233,7 +233,11 @@ def _ahead_of_rivals(
     rivals = [
         (other.value(more_is_better=figure.more), other.who)
         for (of, _, _), other in measured.items()
-        if of == m.figure and other.rival and other.durability != "memory" and other.values
+        if of == m.figure
+        and other.rival
+        and other.durability != "memory"
+        and not other.who.startswith(TASKX)
+        and other.values
     ]
     if not rivals:
         return []

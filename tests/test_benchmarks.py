@@ -16,6 +16,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "docs" / "performance.rst"
 PEERS = {
+    "TaskX, workers apart": "process",
     "ThreadPoolExecutor": "memory",
     "huey": "full",
     "huey fsync=False": "none",

@@ -67,6 +67,15 @@ _WITHOUT_THREADS = ("backlog", "together", "latency", "elsewhere")
 _IN_ITS_PROCESS = ("backlog", "together", "latency", "sleepers")
 #: Those that slow down with their backlog or their past are given few tasks, as are the slow ones.
 KINDS = (
+    Kind(
+        "TaskX, workers apart",
+        (),
+        "process",
+        "taskx_peer",
+        "TaskxApart",
+        samples=100,
+        slow=True,
+    ),
     Kind("ThreadPoolExecutor", (), "memory", "threads", "Pool", does=_IN_ITS_PROCESS),
     Kind("huey", ("huey",), "full", "threads", "Huey", most=2_000, samples=30),
     Kind(
@@ -264,7 +273,7 @@ def _cells_of(kind: Kind, plan: Plan, url: str = "") -> list[Cell]:
         "together": (count, ("together",), kind.slow),
         "latency": (samples, kind.told, few),
         "sleepers": (plan.sleepers, ("sleepers",), kind.slow),
-        "elsewhere": (plan.messages, ELSEWHERE, True),
+        "elsewhere": (min(plan.messages, kind.samples), ELSEWHERE, True),
     }
     return [
         Cell(
