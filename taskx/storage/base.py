@@ -200,6 +200,20 @@ class Repository(TaskRepository):
     def notes(self, prefix: str) -> dict[str, Note]:
         """All notes whose name begins so, by name."""
 
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        """The notes with these names that exist, by name; a store that can reads no others."""
+        found = self.notes(os.path.commonprefix([*names]))  # noqa: RUF071  (of letters, not of folders)
+        return {name: found[name] for name in names if name in found}
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        """The first notes whose name begins so and comes after ``after``, which begins so, too.
+
+        At most ``limit``, in the order of names; a store that can reads no others.
+        """
+        found = self.notes(prefix)
+        names = sorted(name for name in found if name > after)
+        return {name: found[name] for name in names[:limit]}
+
     @abstractmethod
     def version(self) -> object:
         """A value that is another one when others may have changed something; cheap.

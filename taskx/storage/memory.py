@@ -253,6 +253,15 @@ class MemoryRepository(Repository):
         with self._lock:
             return {name: note for name, note in self._notes.items() if name.startswith(prefix)}
 
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        with self._lock:
+            return {name: self._notes[name] for name in names if name in self._notes}
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        with self._lock:
+            later = (name for name in self._notes if name > after and name.startswith(prefix))
+            return {name: self._notes[name] for name in nsmallest(limit, later)}
+
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         return [self._put_note(*change) for change in changes]
 

@@ -457,6 +457,29 @@ class PrimitivesContract(Contract):
         for prefix, found in (("x/", names[1:5]), ("x/_", ["x/_"]), ("x/.", ["x/.*"]), ("", names)):
             assert sorted(repository.notes(prefix)) == found
 
+    def test_notes_are_found_by_their_names(self, repository: Repository) -> None:
+        self.skip_if(repository.shortcoming)
+        names = [f"x/{n:04}" for n in range(600)]  # more than a query may take
+        repository.put_notes([NoteChange(name, name, 0) for name in ("x", "x/00", *names)])
+        assert repository.notes_named([]) == {}
+        asked = [*names, "x/9999", "y"]
+        assert {name: note.text for name, note in repository.notes_named(asked).items()} == {
+            name: name for name in names
+        }
+        assert repository.notes_named(["x/00"]) == repository.notes_named(["x/00", "x/000"])
+
+    def test_notes_are_read_in_pages(self, repository: Repository) -> None:
+        self.skip_if(repository.shortcoming)
+        names = ["w/z", "x", "x/", "x/%", "x/B", "x/_", "x/a", "x/é", "x/😀", "x0"]
+        repository.put_notes([NoteChange(name, name, 0) for name in names])
+        found, after = list[str](), "x/"
+        while page := repository.notes_after("x/", after, 2):
+            assert len(page) <= 2
+            assert page == repository.notes_named([*page])
+            found += page
+            after = found[-1]
+        assert found == names[3:9]
+
     # --- changes, opening and closing
 
     def test_the_version_tells_that_others_changed_something(self, repository: Repository) -> None:

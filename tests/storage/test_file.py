@@ -123,6 +123,8 @@ OPERATIONS = {
     "version": lambda r: r.version(),
     "shrink": lambda r: r.shrink(),
     "notes": lambda r: r.notes(""),
+    "notes_named": lambda r: r.notes_named(["n"]),
+    "notes_after": lambda r: r.notes_after("", "", 1),
     "put_note": lambda r: r.put_note("n", "text", 0),
     "join": lambda r: r.liveness.join(Node(id="n2", name="two")),
     "nodes": lambda r: r.liveness.nodes(),

@@ -441,6 +441,12 @@ class TestStatements:
     def test_of_notes_search_those_whose_names_begin_so(self, plan):
         [step] = plan(statements.NOTES, ("limit/", "limit0"))
         assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
+        [step] = plan(statements.NOTES_AFTER, ("schedule/s", "schedule0", 10))
+        assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
+
+    def test_of_some_notes_search_their_names(self, plan):
+        [step] = plan(statements.NOTES_NAMED.format("?, ?"), ("schedule/a", "schedule/b"))
+        assert step == "SEARCH notes USING PRIMARY KEY (name=?)"
 
     def test_of_a_write_search_its_id(self, plan):
         writes = [

@@ -145,7 +145,20 @@ class MongoRepository(Tasks):
 
     def notes(self, prefix: str) -> dict[str, Note]:
         wanted = {"_id": {"$gte": text(prefix, "prefix"), "$lt": prefix + "\U0010ffff"}}
-        found = self._connection.run(lambda: list(self._connection.notes.find(wanted)))
+        return self._find_notes(wanted)
+
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        return self._find_notes({"_id": {"$in": [text(name, "name") for name in names]}})
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        wanted = {"_id": {"$gt": text(after, "after"), "$lt": prefix + "\U0010ffff"}}
+        return self._find_notes(wanted, limit)
+
+    def _find_notes(self, wanted: Document, limit: int = 0) -> dict[str, Note]:
+        """Return the notes that a query finds; at most ``limit``, the first ones, unless that is 0."""
+        notes = self._connection.notes
+        query = lambda: list(notes.find(wanted).sort("_id", 1).limit(limit))  # noqa: E731
+        found = self._connection.run(query)
         return {note["_id"]: Note(note["text"], int(note["version"])) for note in found}
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:

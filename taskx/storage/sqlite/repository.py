@@ -385,8 +385,18 @@ class SQLiteRepository(Repository):
     # --- notes
 
     def notes(self, prefix: str) -> dict[str, Note]:
-        rows = self._rows(statements.NOTES, (prefix, f"{prefix}\U0010ffff"))
-        return {name: Note(text, version) for name, text, version in rows}
+        return _notes(self._rows(statements.NOTES, (prefix, f"{prefix}\U0010ffff")))
+
+    def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
+        found: dict[str, Note] = {}
+        for start in range(0, len(names), _MOST_VARIABLES):
+            some = names[start : start + _MOST_VARIABLES]
+            sql = statements.NOTES_NAMED.format(", ".join("?" * len(some)))
+            found.update(_notes(self._rows(sql, some)))
+        return found
+
+    def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
+        return _notes(self._rows(statements.NOTES_AFTER, (after, f"{prefix}\U0010ffff", limit)))
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         # After a power cut all nodes are dead. One that is outdated still says that it stops, and leaves.
@@ -511,6 +521,10 @@ def _apply_one(cursor: sqlite3.Cursor, write: Write) -> bool:
     if parents and held:
         cursor.executemany(statements.NEW_PARENT, parents)
     return held
+
+
+def _notes(rows: Iterable[tuple[str, str, int]]) -> dict[str, Note]:
+    return {name: Note(text, version) for name, text, version in rows}
 
 
 def _put_note(cursor: sqlite3.Cursor, name: str, text: str | None, version: int) -> bool:

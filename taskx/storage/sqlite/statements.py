@@ -95,6 +95,10 @@ _FIND: dict[Lookup, tuple[str, str, str, str]] = {
 }
 NEW_PARENT = "INSERT OR IGNORE INTO parents (parent, child) VALUES (?, ?)"
 NOTES = "SELECT name, text, version FROM notes WHERE name >= ? AND name < ?"
+NOTES_NAMED = "SELECT name, text, version FROM notes WHERE name IN ({})"
+NOTES_AFTER = (
+    "SELECT name, text, version FROM notes WHERE name > ? AND name < ? ORDER BY name LIMIT ?"
+)
 NEW_NOTE = "INSERT INTO notes (name, text, version) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 CHANGED_NOTE = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
 GONE_NOTE = "DELETE FROM notes WHERE name = ? AND version = ?"
