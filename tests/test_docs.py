@@ -435,7 +435,7 @@ IDLE = {
     "stuck_on": "(SELECT min(stuck_on)",
     "nodes": "name >= 'node/'",
     "pauses": "name >= 'pause'",
-    "schedules": "name >= 'schedule/'",
+    "schedules": "name > 'schedule/'",
     "own tasks": "owner = '{node}'",
     "free tasks": "owner = ''",
     "waiting_on": "(SELECT min(waiting_on)",

@@ -9,7 +9,7 @@ import heapq
 from collections import deque
 from collections.abc import Iterator
 from datetime import datetime, timedelta, tzinfo
-from itertools import islice, takewhile
+from itertools import takewhile
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import attrs
@@ -65,6 +65,10 @@ class Ticks(Protocol):
 
     def after(self, moment: int) -> Iterator[int]:
         """The ticks later than a moment, in order; for a given moment always the same ones."""
+        ...
+
+    def __hash__(self) -> int:
+        """A number that is the same for equal ones, which tick at the same moments."""
         ...
 
 
@@ -262,6 +266,9 @@ def decide(
     start = due if grace is None else max(due, now - grace)
     if misfire != "all":
         return Decision(latest(ticks, start, now), upcoming(ticks, max(now, due - 1)))
-    run = list(islice(between(ticks, start, now), most))
-    last = run[-1] if len(run) == most else max(now, due - 1)
-    return Decision(run, upcoming(ticks, last))
+    run: list[int] = []
+    for tick in ticks.after(start - 1):
+        if tick > now or len(run) == most:
+            return Decision(run, tick)
+        run.append(tick)
+    return Decision(run, None)

@@ -6,7 +6,8 @@ import heapq
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import attrs
@@ -21,15 +22,20 @@ from taskx.moving import Services
 from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
 
 #: Polling interval, in seconds, for schedules that another process changed; and, where there are very
-#: many, the multiple of the time that a look takes.
-LOOK_EVERY, LOOK_SELDOM = 1.0, 50.0
-#: Schedules whose ticks are made in one transaction; more than a few are read together.
-TOGETHER, FEW = 200, 20
+#: many, the multiple of the time that a look takes: such looks take half a percent of a core.
+LOOK_EVERY, LOOK_SELDOM = 1.0, 200.0
+#: Schedules that are read, or ticks that get their tasks, at once: some milliseconds of work.
+TOGETHER = 100
+#: Schedules of which a look at all reads a page.
+PAGE = 200
 #: Most milliseconds between two looks that succeed. After a longer gap the ticks in between were missed:
 #: the process, the machine or the repository was stopped, or the clock was set.
 GAP = 10_000
 # Seconds at most until one whose tasks could not be made is tried again.
 _LONGEST_PAUSE = 60.0
+
+# Of many that tick together, most have the same spec.
+_decide = lru_cache(maxsize=64)(decide)
 
 
 @attrs.define
@@ -58,15 +64,28 @@ class Plan(NamedTuple):
 
     Attributes:
         read: the schedule.
-        moved: what is to be stored of it then.
+        entry: what is stored of it.
         since: the first tick that nobody has decided about.
         run: the ticks that get a task.
+        next: the first tick that is not decided about after that.
+        earlier: the ticks whose tasks must have ended before; None where tasks may overlap.
     """
 
     read: Read
-    moved: Entry
+    entry: Entry
     since: int
     run: Sequence[int]
+    next: int | None
+    earlier: Sequence[int] | None = None
+
+    def moved(self, *, making: bool = False) -> Entry:
+        """Return what to store of the schedule: that it has ticked, or that its task is being made."""
+        return attrs.evolve(
+            self.entry,
+            next=self.next,
+            last=self.run[-1] if self.run else self.entry.last,
+            making=self.run[0] if making else None,
+        )
 
 
 class Ticker:
@@ -77,7 +96,8 @@ class Ticker:
     not overlap, the schedule is moved on first, and says so until the task is stored.
 
     Many that tick at the same time are done in batches, and each node takes them in an order of its own: so
-    the nodes share them, and seldom do the same.
+    the nodes share them, and seldom do the same. A look at all schedules reads one page after the other.
+    Each call of :meth:`tick` ends after a while, and the next one goes on where it stopped.
     """
 
     def __init__(self, services: Services) -> None:
@@ -91,7 +111,10 @@ class Ticker:
         # True while ticks that may have come are looked for, and their tasks made: they lie nowhere else.
         self._making = False
         self._read: dict[str, Read] = {}
-        self._all_read_at = -math.inf
+        # Of the look at all schedules that is under way: the name of the last note that was read, None if
+        # none is; the seconds that it has taken; the names that were known before and were not found yet.
+        self._after: str | None = None
+        self._looked, self._missing = 0.0, set[str]()
         # The due time of each schedule, a lot, and the name of its note; outdated entries are passed over.
         self._next: list[tuple[int, float, str]] = []
 
@@ -109,12 +132,17 @@ class Ticker:
         """Another process may have changed a schedule."""
         self._stale = True
 
+    @property
+    def waiting(self) -> bool:
+        """True if a look at changed schedules was cut short; :meth:`tick` goes on."""
+        return bool(self._told) or self._after is not None
+
     def behind(self, now: int) -> bool:
         """Return True if a tick may have come that has no task yet, at a moment in milliseconds."""
-        asked = self._told or (self._stale and not self._look_at)
+        asked = self.waiting or (self._stale and not self._look_at)
         coming = self.next
         # Last: another thread may take up a tick in between, and says so before.
-        return bool(asked) or (coming is not None and coming <= now) or self._making
+        return asked or (coming is not None and coming <= now) or self._making
 
     def tick(self, patience: float = math.inf) -> bool:
         """Make the tasks that are due, if any are; whether it made some.
@@ -125,13 +153,13 @@ class Ticker:
         Raises:
             RepositoryError: the repository failed; what was not done is done in a later round.
         """
-        began, made = time.monotonic(), False
+        until, made = time.monotonic() + patience, False
         try:
             self._making = self.behind(self._now())
-            self._look_again()
-            while due := self._take_due(began):
-                made = self._make(due) or made
-                if time.monotonic() >= began + patience:
+            self._look_again(until)
+            while names := self._due_names():
+                made = self._make(self._still_due(names)) or made
+                if time.monotonic() >= until:
                     break
         except BaseException:
             self.look()
@@ -150,97 +178,120 @@ class Ticker:
 
     # --- reading
 
-    def _look_again(self) -> None:
+    def _look_again(self, until: float) -> None:
         """Read what was changed, or may have been."""
-        if len(self._told) > FEW:
-            self.look()
-        if self._stale and time.monotonic() >= self._look_at:
-            self._stale = False  # before reading: what is changed from now on sets it again
-            self._read_all()
         while self._told:
-            self._read_one(PREFIX + self._told[0])
-            self._told.popleft()
+            names = [PREFIX + self._told[i] for i in range(min(len(self._told), TOGETHER))]
+            self._read_named(names)
+            for _ in names:  # only now: until then a drain waits for it
+                self._told.popleft()
+            if time.monotonic() >= until:
+                return
+        if self._after is None and self._stale and time.monotonic() >= self._look_at:
+            self._after, self._looked, self._missing = PREFIX, 0.0, set(self._read)
+            # Before reading: what is changed from now on sets them again.
+            self._stale, self._look_at = False, math.inf
+        while self._after is not None:
+            self._read_page(self._after)
+            if time.monotonic() >= until:
+                break
 
-    def _read_all(self) -> None:
-        self._all_read_at = began = time.monotonic()
-        told = len(self._told)
-        notes = self._services.repository.notes(PREFIX)
-        self._read = {name: self._known(name, note) for name, note in notes.items()}
-        self._next = []
-        for read in self._read.values():
-            self._expect(read)
-        for _ in range(told):
-            self._told.popleft()
-        now = time.monotonic()
-        self._look_at = now + max(LOOK_EVERY, LOOK_SELDOM * (now - began))
-
-    def _read_one(self, name: str) -> Read | None:
-        note = self._services.repository.notes(name).get(name)
-        if note is None:
+    def _read_page(self, after: str) -> None:
+        """Go on with the look at all schedules."""
+        began = time.monotonic()
+        page = self._services.repository.notes_after(PREFIX, after, PAGE)
+        for name, note in page.items():
+            self._take_in(name, note)
+        self._looked += time.monotonic() - began
+        if len(page) == PAGE:
+            self._after = next(reversed(page))
+            return
+        for name in self._missing:
             self._read.pop(name, None)
-            return None
+        if len(self._next) > 2 * len(self._read) + PAGE:  # most of it is outdated
+            self._next = [
+                (due, lot, name) for due, lot, name in self._next if self._is_due(name, due)
+            ]
+            heapq.heapify(self._next)
+        if self._look_at:  # else somebody asks for another one
+            pause = max(LOOK_EVERY, LOOK_SELDOM * self._looked)
+            self._look_at = time.monotonic() + pause
+        self._after = None
+
+    def _read_named(self, names: Sequence[str]) -> None:
+        found = self._services.repository.notes_named(names)
+        for name in names:
+            if name in found:
+                self._take_in(name, found[name])
+            else:
+                self._read.pop(name, None)
+
+    def _take_in(self, name: str, note: Note) -> None:
+        self._missing.discard(name)
         read = self._read[name] = self._known(name, note)
         self._expect(read)
-        return read
 
     def _known(self, name: str, note: Note) -> Read:
         """Return the schedule of a note, which is not read again if it was not changed."""
         known = self._read.get(name)
         if known is not None and known.version == note.version:
             return known
+        due = None if known is None else known.due
         try:
             entry = entry_of(note)
-            return Read(name, note.version, entry, entry.ticks)
+            return Read(name, note.version, entry, _ticks_of(entry, known), due=due)
         except (RepositoryCorrupt, ConfigurationError) as error:  # other processes may know better
             if known is None or known.entry is not None:  # others change it at each of its ticks
                 self._services.log.warning("%s does not tick in this process: %s", name, error)
-            return Read(name, note.version, None, None)
+            return Read(name, note.version, None, None, due=due)
 
     def _expect(self, read: Read) -> None:
         """Note when there is something to do about a schedule."""
         entry = read.entry
         clock = self._services.clock
         if entry is None:
-            read.due = None
+            due = None
         elif entry.making is not None:
-            read.due = clock.now_ms()
+            due = clock.now_ms()
         else:
-            read.due = None if entry.paused else entry.next
-        if read.due is not None:
-            if read.failures:
-                pause = math.ceil((read.again_at - clock.monotonic()) * 1000)
-                read.due = max(read.due, clock.now_ms() + pause)
-            heapq.heappush(self._next, (read.due, random.random(), read.name))
-
-    def _take_due(self, since: float) -> list[Read]:
-        """The next schedules whose tick has come, as they are now; a batch at most.
-
-        Args:
-            since: if all were read together since then, on the monotonic clock, that is recent enough.
-        """
-        names = self._due_names()
-        if len(names) < FEW:
-            read = [*filter(None, map(self._read_one, names))]
-            now = self._services.clock.now_ms()
-            return [one for one in read if one.due is not None and one.due <= now]
-        if self._all_read_at < since:
-            self._read_all()  # what others have done, paused or changed
-            names = self._due_names()
-        return [self._read[name] for name in names]
+            due = None if entry.paused else entry.next
+        if due is not None and read.failures:
+            pause = math.ceil((read.again_at - clock.monotonic()) * 1000)
+            due = max(due, clock.now_ms() + pause)
+        if due != read.due:
+            read.due = due
+            if due is not None:
+                heapq.heappush(self._next, (due, random.random(), read.name))
 
     def _due_names(self) -> list[str]:
+        """The next schedules whose tick has come, as far as is known; a batch at most."""
         names, now = dict[str, None](), self._services.clock.now_ms()
         while self._next and self._next[0][0] <= now and len(names) < TOGETHER:
             self._making = True  # before: a drain waits for it
             due, _, name = heapq.heappop(self._next)
-            if (read := self._read.get(name)) is not None and read.due == due:
+            if self._is_due(name, due):
+                self._read[name].due = None
                 names[name] = None
         return list(names)
+
+    def _still_due(self, names: Sequence[str]) -> list[Read]:
+        """Those of these schedules whose tick has come, as they are now."""
+        self._read_named(names)  # others may have done, paused or changed them
+        now = self._services.clock.now_ms()
+        read = (self._read.get(name) for name in names)
+        return [one for one in read if one is not None and one.due is not None and one.due <= now]
+
+    def _is_due(self, name: str, due: int) -> bool:
+        """Return whether a schedule is due at that time, as it was last read."""
+        read = self._read.get(name)
+        return read is not None and read.due == due
 
     # --- making
 
     def _make(self, due: Sequence[Read]) -> bool:
         """Make the tasks of schedules; what fails about one keeps no other from ticking."""
+        if not due:
+            return False
         try:
             return self._run(due)
         except RepositoryUnavailable:
@@ -249,7 +300,8 @@ class Ticker:
             if len(due) == 1:
                 self._fail(due[0], error)
                 return False
-        return True in [self._make([read]) for read in due]
+        half = len(due) // 2
+        return True in [self._make(due[:half]), self._make(due[half:])]
 
     def _fail(self, read: Read, error: Exception) -> None:
         read.failures += 1
@@ -265,16 +317,12 @@ class Ticker:
     def _run(self, due: Sequence[Read]) -> bool:
         """Make the tasks of schedules that are due, in a few transactions; whether it made some."""
         now = self._now()
-        plans = [plan for read in due if (plan := self._plan(read, now)) is not None]
+        plans = self._without_overlap(self._plans(due, now))
         # Schedules that must not overlap come first: who decides about a later tick then knows of this one.
-        first = [plan for plan in plans if plan.moved.making is not None and plan.run]
-        held = dict(zip((p.read.name for p in first), self._put(first), strict=True))
-        going = [
-            plan._replace(moved=attrs.evolve(plan.moved, making=None))
-            for plan in plans
-            if held.get(plan.read.name, True)
-        ]
-        inserts = [p.moved.insert(tick, now) for p in going for tick in p.run]
+        first = [plan for plan in plans if plan.earlier is not None and plan.run]
+        held = dict(zip((p.read.name for p in first), self._put(first, making=True), strict=True))
+        going = [plan for plan in plans if held.get(plan.read.name, True)]
+        inserts = [p.entry.insert(tick, now) for p in going for tick in p.run]
         made = bool(inserts) and store(self._services, inserts)
         self._put(going)
         self._seen = now
@@ -282,53 +330,79 @@ class Ticker:
             self._tell_missed(plan, now)
         return made
 
+    def _plans(self, due: Sequence[Read], now: int) -> list[Plan]:
+        """Return the work to do for schedules, as far as one transaction goes; the others stay due."""
+        plans, tasks = [], 0
+        for read in due:
+            if (plan := self._plan(read, now)) is not None:
+                plans.append(plan)
+                tasks += len(plan.run if plan.earlier is None else plan.earlier)
+            if tasks >= TOGETHER:
+                break
+        return plans
+
     def _plan(self, read: Read, now: int) -> Plan | None:
         """Return the work to do for a schedule; None if it is not due."""
         entry, ticks = read.entry, read.ticks
         if entry is None or ticks is None:
             return None
         if entry.making is not None:  # by a node that may have died since
-            return Plan(read, attrs.evolve(entry, making=None), now, [entry.making])
+            return Plan(read, entry, now, [entry.making], entry.next)
         if entry.next is None:
             return None
         misfire = entry.misfire if self._was_missed(entry.next) else "all"
-        run, next_ = decide(ticks, entry.next, now, misfire, entry.grace)
-        moved = attrs.evolve(entry, next=next_)
-        if run and entry.overlap == "skip":
-            run = self._without_overlap(entry, latest(ticks, entry.next, now, BATCH), run[0])
-            moved = attrs.evolve(moved, making=run[0] if run else None)
-        return Plan(read, attrs.evolve(moved, last=run[-1]) if run else moved, entry.next, run)
+        run, next_ = _decide(ticks, entry.next, now, misfire, entry.grace)
+        if not run or entry.overlap == "allow":
+            return Plan(read, entry, entry.next, run, next_)
+        # Beside the last one: a node that died may have stored a task and not moved the schedule on.
+        earlier = {entry.last, *latest(ticks, entry.next, now, BATCH)} - {run[0]}
+        undone = [tick for tick in earlier if tick is not None]
+        return Plan(read, entry, entry.next, run[:1], next_, undone)
 
-    def _put(self, plans: Sequence[Plan]) -> Sequence[bool]:
+    def _put(self, plans: Sequence[Plan], *, making: bool = False) -> Sequence[bool]:
         """Store schedules; if another node moved one on, or somebody changed it, look again."""
         if not plans:
             return []
-        changes = [NoteChange(p.read.name, p.moved.to_text(), p.read.version) for p in plans]
-        results = self._services.repository.put_notes(changes)
-        for plan, stored in zip(plans, results, strict=True):
+        entries = [plan.moved(making=making) for plan in plans]
+        results = self._services.repository.put_notes(
+            [
+                NoteChange(plan.read.name, entry.to_text(), plan.read.version)
+                for plan, entry in zip(plans, entries, strict=True)
+            ]
+        )
+        for plan, entry, stored in zip(plans, entries, results, strict=True):
+            read = plan.read
             if stored:
-                read = plan.read
-                read.version, read.entry, read.failures = read.version + 1, plan.moved, 0
-                if plan.moved.making is None:
+                read.version, read.entry, read.failures = read.version + 1, entry, 0
+                if not making:
                     self._expect(read)
             else:
-                self._told.append(plan.read.name[len(PREFIX) :])
+                self._told.append(read.name[len(PREFIX) :])
         return results
 
-    def _without_overlap(self, entry: Entry, undecided: Sequence[int], tick: int) -> list[int]:
-        """The tick, unless the task of an earlier one has not ended."""
-        # Beside the last one: a node that died may have stored a task and not moved the schedule on.
-        earlier = {entry.last, *undecided} - {tick}
-        own = tick_id(entry.name, tick)
-        ids = [own, *(tick_id(entry.name, one) for one in earlier if one is not None)]
-        statuses = self._services.repository.statuses(ids)
-        if own in statuses or all(status in FINISHED for status in statuses.values()):
-            return [tick]
+    def _without_overlap(self, plans: Sequence[Plan]) -> list[Plan]:
+        """The plans, without the ticks that come while the task of an earlier one has not ended."""
+        asked = [
+            tick_id(plan.entry.name, tick)
+            for plan in plans
+            if plan.earlier is not None
+            for tick in (*plan.run, *plan.earlier)
+        ]
+        statuses = self._services.repository.statuses(asked) if asked else {}
+        return [p if self._may_run(p, statuses) else p._replace(run=()) for p in plans]
+
+    def _may_run(self, plan: Plan, statuses: Mapping[str, str]) -> bool:
+        """Return whether the tasks of earlier ticks have ended, or that of this one is there already."""
+        name = plan.entry.name
+        earlier = (statuses.get(tick_id(name, tick)) for tick in plan.earlier or ())
+        over = all(status is None or status in FINISHED for status in earlier)
+        if over or tick_id(name, plan.run[0]) in statuses:
+            return True
         self._services.log.info(
             "schedule %r: the task of an earlier tick has not ended, so that of %s gets none",
-            *(entry.name, to_datetime(tick)),
+            *(name, to_datetime(plan.run[0])),
         )
-        return []
+        return False
 
     def _was_missed(self, tick: int) -> bool:
         """Return whether no housekeeper was at work at a tick; otherwise one was only busy, and is late."""
@@ -338,5 +412,14 @@ class Ticker:
         if self._was_missed(plan.since) and now - plan.since > GAP:
             self._services.log.warning(
                 "schedule %r: nobody was there at %s; of its ticks until now %d get a task",
-                *(plan.moved.name, to_datetime(plan.since), len(plan.run)),
+                *(plan.entry.name, to_datetime(plan.since), len(plan.run)),
             )
+
+
+def _ticks_of(entry: Entry, known: Read | None) -> Ticks:
+    """Return the ticks of a schedule; those that are known already, unless it ticks otherwise now."""
+    old = None if known is None else known.entry
+    if known is None or old is None or known.ticks is None:
+        return entry.ticks
+    same = (old.spec, old.tz, old.since) == (entry.spec, entry.tz, entry.since)
+    return known.ticks if same else entry.ticks

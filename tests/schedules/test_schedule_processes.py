@@ -117,9 +117,10 @@ def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, look_e
         look_every(audit=float("inf"))
     queue = make_queue()
     queue.start()
-    eventually(lambda: housekeeper_of(queue)._ticker._look_at)  # it has looked
+    looks = housekeeper_of(queue)._ticker
+    eventually(lambda: looks._look_at and not looks.waiting)  # it has looked
     assert run("queue.schedule('s', every(3600), 'work')").ends()[1] == ""
-    eventually(lambda: housekeeper_of(queue)._ticker.next)
+    eventually(lambda: looks.next)
 
 
 DYING = """

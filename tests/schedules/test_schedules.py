@@ -6,6 +6,7 @@ import json
 import logging
 import threading
 from datetime import datetime, timedelta, timezone
+from functools import partial
 from itertools import pairwise
 from types import SimpleNamespace
 from zoneinfo import ZoneInfo
@@ -84,6 +85,11 @@ def look(*queues):
 
 def ticker(queue):
     return housekeeper_of(queue)._ticker
+
+
+def has_looked(queue):
+    """Whether its housekeeper has read all schedules."""
+    return ticker(queue)._look_at and not ticker(queue).waiting
 
 
 def is_due(schedule, queue):
@@ -216,7 +222,7 @@ def unhurried(monkeypatch):
 @pytest.mark.parametrize("way", ["tick", "trigger", "backfill"])
 def test_its_task_is_taken_at_once(unhurried, started, clock, way):
     started.executor("mine")(lambda: "done")
-    eventually(lambda: ticker(started)._look_at)
+    eventually(lambda: has_looked(started))
     schedule = started.schedule("s", every(60), "mine")
     eventually(lambda: ticker(started).next)
     if way == "tick":
@@ -232,17 +238,18 @@ def test_its_task_is_taken_at_once(unhurried, started, clock, way):
 
 def test_a_store_that_is_away_at_the_start_is_asked_again(unhurried, queue, clock, monkeypatch):
     queue.schedule("s", every(60), "remote")
-    notes, away = queue.repository.notes, [True]
+    notes, away = queue.repository.notes_after, [True]
 
-    def failing(prefix):
-        if prefix == PREFIX and away:
+    def failing(*args):
+        if away:
             away.pop()
             raise RepositoryUnavailable("away for a moment")
-        return notes(prefix)
+        return notes(*args)
 
-    monkeypatch.setattr(queue.repository, "notes", failing)
+    monkeypatch.setattr(queue.repository, "notes_after", failing)
     queue.start()
     eventually(lambda: ticker(queue).next)
+    assert not away
 
 
 def test_what_somebody_changes_in_the_middle_of_a_tick_is_noticed(
@@ -1187,17 +1194,16 @@ def test_without_schedules_nothing_is_read_for_them_but_seldom(tmp_path, monkeyp
     """Not for each task: when it starts, and when others changed something."""
     queue = Queue(MAKERS["sqlite"](tmp_path, ManualClock()), Config(worker_num=1))
     queue.executor("fine")(lambda: None)
-    looks = []
-    notes = queue.repository.notes
+    looks, read = [], queue.repository.notes_after
     monkeypatch.setattr(
-        queue.repository, "notes", lambda prefix: looks.append(prefix) or notes(prefix)
+        queue.repository, "notes_after", lambda *args: looks.append(args) or read(*args)
     )
     with queue.repository, queue:
         for _ in range(50):
             queue.submit("fine")
         assert queue.drain(PATIENCE)
-        eventually(lambda: PREFIX in looks)
-        assert looks.count(PREFIX) < 5
+        eventually(lambda: looks)
+        assert len(looks) < 5
 
 
 # Many
@@ -1215,7 +1221,26 @@ def many(make, clock):
 @pytest.fixture
 def in_tens(monkeypatch):
     monkeypatch.setattr(ticker_module, "TOGETHER", 10)
-    monkeypatch.setattr(ticker_module, "FEW", 5)
+    monkeypatch.setattr(ticker_module, "PAGE", 10)
+
+
+def reads_of(queue, monkeypatch, before=lambda: None):
+    """The schedules that are read of its repository: of each read, the names of those that there are.
+
+    ``before`` is called before each.
+    """
+    reads, repository = [], queue.repository
+
+    def read(way, *args):
+        before()
+        found = way(*args)
+        if any(name.startswith(PREFIX) for name in found):
+            reads.append([name[len(PREFIX) :] for name in found])
+        return found
+
+    for way in ("notes", "notes_named", "notes_after"):
+        monkeypatch.setattr(repository, way, partial(read, getattr(repository, way)))
+    return reads
 
 
 def inserts_of(queue):
@@ -1232,7 +1257,124 @@ def test_schedules_that_tick_together_take_few_transactions(many, clock, monkeyp
     assert looks.tick()
     assert len(ids(many)) == 100  # of a page
     assert many.repository.count(TaskFilter()) == 200
-    assert len(many.repository.batches) == len(puts) == 1
+    assert len(many.repository.batches) == len(puts) == 2
+    assert all(len(batch) == 100 for batch in (*many.repository.batches, *puts))
+
+
+def test_schedules_that_tick_together_are_read_together_and_no_others(many, clock, monkeypatch):
+    for n in range(50):
+        many.schedule(f"idle {n}", every(3600), "remote")
+    looks = Ticker(services_of(many))
+    looks.tick()
+    reads = reads_of(many, monkeypatch)
+    clock.advance(60)
+    looks.tick()
+    assert [len(read) for read in reads] == [100, 100]
+    assert {name for read in reads for name in read} == {f"s{n:03}" for n in range(200)}
+
+
+def test_of_many_that_must_not_overlap_the_earlier_tasks_are_looked_up_together(
+    make, clock, monkeypatch
+):
+    queue = make()
+    for n in range(20):
+        queue.schedule(f"s{n:02}", every(60), "remote", overlap="skip")
+    looks, asked = Ticker(services_of(queue)), []
+    find = queue.repository.find
+    monkeypatch.setattr(queue.repository, "find", lambda *args: asked.append(args) or find(*args))
+    looks.tick()
+    clock.advance(60)
+    looks.tick()
+    queue.cancel_task("s07@2026-03-27T12:01:00Z")
+    clock.advance(60)
+    asked.clear()
+    looks.tick()
+    assert len(asked) == 1
+    assert {i for i in ids(queue) if "12:02" in i} == {"s07@2026-03-27T12:02:00Z"}
+
+
+def test_a_transaction_has_no_more_tasks_however_many_ticks_were_missed(
+    in_tens, make, clock, monkeypatch
+):
+    queue = make()
+    for n in range(5):
+        queue.schedule(f"s{n}", every(1), "remote", misfire="all", misfire_grace=DAY)
+    clock.advance(7)
+    Ticker(services_of(queue)).tick()
+    made = [len(inserts) for inserts in inserts_of(queue) if inserts]
+    assert made == [14, 14, 7]
+
+
+def test_what_other_nodes_have_done_is_read_and_not_done_again(many, make, clock):
+    one, other = Ticker(services_of(many)), Ticker(services_of(make()))
+    for looks in (one, other):
+        looks.tick()
+    clock.advance(60)
+    one.tick()
+    many.repository.batches.clear()
+    assert not other.tick()
+    assert many.repository.batches == []
+    assert other.next == one.next == to_ms(NOON) + 120_000
+
+
+def test_a_look_at_all_goes_on_where_the_last_one_stopped(in_tens, many, clock, monkeypatch):
+    reads = reads_of(many, monkeypatch)
+    looks = Ticker(services_of(many))
+    while looks.behind(clock.now_ms()):
+        looks.tick(0.0)
+    assert [len(read) for read in reads] == [10] * 20
+    clock.advance(60)
+    looks.tick()
+    assert many.repository.count(TaskFilter()) == 200
+
+
+def test_a_look_at_all_misses_no_change_of_another_process_meanwhile(in_tens, many, clock):
+    looks = Ticker(services_of(many))
+    looks.tick()
+    assert len(looks._read) == 200
+    for n in (0, 150, 190):
+        many.schedules()[f"s{n:03}"].remove()
+    looks.look()
+    looks.tick(0.0)  # to s010
+    many.schedules()["s005"].remove()
+    many.schedule("s190", every(30), "remote")
+    services_of(many).agenda.schedules.append("s150")  # as if this process had removed it
+    while looks.waiting:
+        looks.tick(0.0)
+    looks.look()
+    looks.tick()
+    left = {f"schedule/s{n:03}" for n in range(200)} - {f"schedule/s{n:03}" for n in (0, 5, 150)}
+    assert set(looks._read) == left
+    clock.advance(30)
+    looks.tick()
+    assert ids(many) == {"s190@2026-03-27T12:00:30Z"}
+
+
+def test_a_look_that_is_asked_for_in_the_middle_of_another_follows_it(
+    in_tens, many, clock, monkeypatch
+):
+    looks = Ticker(services_of(many))
+    looks.tick(0.0)
+    looks.look()
+    reads = reads_of(many, monkeypatch)
+    looks.tick()
+    assert len(reads) == 19
+    assert looks.behind(clock.now_ms())
+    looks.tick()
+    assert len(reads) == 19 + 20
+    assert not looks.behind(clock.now_ms())
+
+
+def test_a_schedule_that_is_changed_again_and_again_leaves_nothing_behind(make, clock):
+    queue = make()
+    looks = Ticker(services_of(queue))
+    for n in range(1000):
+        queue.schedule("s", every(3600 + n), "remote")
+        looks.look()
+        looks.tick()
+    assert len(looks._next) < 500
+    clock.advance(3600 + 999)
+    assert looks.tick()
 
 
 def test_a_look_ends_in_time_though_more_tick(in_tens, many, clock):
@@ -1256,13 +1398,12 @@ def test_a_drain_hears_of_a_tick_until_its_task_is_stored(in_tens, make, clock, 
     for n in range(count):
         queue.schedule(f"s{n}", every(60), "remote")
     looks, told = Ticker(services_of(queue)), []
-    repository, notes = queue.repository, queue.repository.notes
 
-    def tell(_):
+    def tell(*_):
         told.append(looks.behind(clock.now_ms()))
 
-    monkeypatch.setattr(repository, "notes", lambda prefix: (tell(prefix), notes(prefix))[1])
-    repository.before = tell
+    reads_of(queue, monkeypatch, tell)
+    queue.repository.before = tell
     for _ in range(2):
         clock.advance(60)
         assert looks.tick()
@@ -1305,32 +1446,28 @@ def test_two_nodes_take_up_different_ones_of_many(in_tens, make, many, clock):
 
 def test_idle_schedules_are_not_read_again_as_others_tick(many, clock, monkeypatch):
     many.schedule("beat", every(1), "remote")
-    read, notes = [], many.repository.notes
-    monkeypatch.setattr(
-        many.repository, "notes", lambda prefix: (read.append(prefix), notes(prefix))[1]
-    )
     looks = Ticker(services_of(many))
     looks.tick()
-    assert read == [PREFIX]
+    reads = reads_of(many, monkeypatch)
     for _ in range(5):
         clock.advance(1)
         assert looks.tick()
-    assert read == [PREFIX, *[PREFIX + "beat"] * 5]
+    assert reads == [["beat"]] * 5
 
 
 def test_a_look_that_takes_long_is_taken_less_often(make, monkeypatch):
     queue, now, read = make(), [0.0], []
 
-    def slow(prefix):
+    def slow(*args):
         now[0] += 1.0
-        read.append(prefix)
+        read.append(args)
         return {}
 
     monkeypatch.setattr(ticker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
-    monkeypatch.setattr(queue.repository, "notes", slow)
+    monkeypatch.setattr(queue.repository, "notes_after", slow)
     looks = Ticker(services_of(queue))
     looks.tick()
-    for _ in range(100):
+    for _ in range(500):
         now[0] += 1.0
         looks.look_soon()
         looks.tick()
@@ -1374,8 +1511,10 @@ def test_a_schedule_whose_task_cannot_be_made_does_not_keep_others_from_ticking(
 
     with monkeypatch.context() as patch:
         patch.setattr(ticker_module, "store", refuse)
+        many.repository.batches.clear()
         looks.tick()
     assert many.repository.count(TaskFilter()) == 199
+    assert len(many.repository.batches) < 10  # the one is sought by halves
     clock.advance(3)
     looks.tick()
     assert many.repository.count(TaskFilter()) == 200
