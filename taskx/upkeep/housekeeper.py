@@ -27,11 +27,11 @@ PROGRESS_EVERY = 0.1
 #: Seconds between looks for dead nodes, and between audits of one's own tasks.
 RECOVER_EVERY = 0.5
 AUDIT_EVERY = 2.0
-#: Most seconds that a round spends on any one duty. The rest is left to the next round, which follows at
-#: once; so no duty keeps the others waiting for longer than a round.
-PATIENCE = 0.1
+#: Seconds after which a round leaves off: a duty that has more to do takes one more step, of some
+#: milliseconds, and leaves the rest to the next round, which follows at once.
+PATIENCE = 0.01
 #: Tasks that are released in one transaction.
-MOST_DUE = 1000
+MOST_DUE = 500
 _LONGEST_BACKOFF = 2.0
 # Seconds that it sleeps at least.
 _SHORTEST = 0.001
@@ -58,6 +58,8 @@ class Housekeeper:
         self._stopped = False
         self._changed = Changes(pool.services.repository)
         self._next_due: int | None = None
+        # The time before which the tasks that are due are left to other nodes, on the monotonic clock.
+        self._release_at = -math.inf
         self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
         self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
 
@@ -125,7 +127,8 @@ class Housekeeper:
         """Return how many seconds nothing is due."""
         timeout, clock = POLL, self._services.clock
         next_tick = None if self._pool.stopping else self._ticker.next
-        for due in (self._next_due, next_tick):
+        next_due = None if self._others_release else self._next_due
+        for due in (next_due, next_tick):
             if due is not None:
                 timeout = min(timeout, (due - clock.now_ms()) / 1000)
         if (next_token := self._pool.admission.next_look()) is not None:
@@ -135,13 +138,19 @@ class Housekeeper:
     def _more_to_do(self) -> bool:
         """Return whether a duty was cut short for the sake of the others."""
         services = self._services
-        return services.dependents.waiting or services.turns.waiting or self.recovery.waiting
+        return (
+            services.dependents.waiting
+            or services.turns.waiting
+            or self.recovery.waiting
+            or (not self._pool.stopping and self._ticker.waiting)
+        )
 
     def tick(self) -> None:
-        """One round of everything that is due, a while of each.
+        """One round of everything that is due: of each duty a step, and more of it until time is up.
 
         What a ``RepositoryError`` keeps it from is done in a later round.
         """
+        until = time.monotonic() + PATIENCE
         self._agenda.begin_round()
         try:
             self._services.repository.ensure_there()
@@ -154,13 +163,13 @@ class Housekeeper:
         self._pool.hand_on()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
-        self._services.dependents.look(PATIENCE)
-        self._services.turns.look(PATIENCE)
-        self._release_due(PATIENCE)
-        if self.recovery.waiting and self.recovery.go_on(PATIENCE):
+        self._services.dependents.look(until - time.monotonic())
+        self._services.turns.look(until - time.monotonic())
+        self._release_due(until)
+        if self.recovery.waiting and self.recovery.go_on(until - time.monotonic()):
             self._agenda.more_stored = True
         if self._is_time("recover", RECOVER_EVERY):
-            self.recovery.recover(PATIENCE)
+            self.recovery.recover(until - time.monotonic())
             self._pool.record_types()
             self._pool.fetcher.look_for_pauses()
             self._pool.admission.tend()
@@ -173,19 +182,19 @@ class Housekeeper:
         if self._pool.admission.is_time() or self._agenda.more_stored:
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
-        if not self._pool.stopping and self._ticker.tick(PATIENCE):
+        if not self._pool.stopping and self._ticker.tick(until - time.monotonic()):
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
         if self._is_time("audit", AUDIT_EVERY):
-            self._look_slowly()
+            self._look_slowly(until)
         self._retention.tick()
 
-    def _look_slowly(self) -> None:
+    def _look_slowly(self, until: float) -> None:
         """Look for what no event told of."""
         self._audit.look()
         self._services.alarms.go_on()
         self._pool.stuck.audit()
-        self._services.dependents.look_slowly(PATIENCE)
+        self._services.dependents.look_slowly(until - time.monotonic())
         self._services.turns.look_slowly()
         self._ticker.look_soon()
         self._services.watcher.look()
@@ -206,9 +215,8 @@ class Housekeeper:
         for task_id in queries.asked_to_cancel(self._services.repository, list(runs)):
             self._pool.fire(task_id)
 
-    def _release_due(self, patience: float) -> None:
+    def _release_due(self, until: float) -> None:
         services = self._services
-        until = time.monotonic() + patience
         now = services.clock.now_ms()
         if not self._agenda.due_known:
             self._agenda.due_known = True  # first: a task stored from now on clears it again
@@ -217,13 +225,29 @@ class Housekeeper:
             except BaseException:
                 self._agenda.due_known = False
                 raise
-        while self._next_due is not None and self._next_due <= now:
-            ids = [task_id for task_id, _ in services.repository.due(now, MOST_DUE)]
-            if ids:
-                services.consequences.commit([lifecycle.release(task_id) for task_id in ids])
+        while self._next_due is not None and self._next_due <= now and not self._others_release:
+            self._release_some(now)
             self._next_due = self._earliest_due()
             if time.monotonic() >= until:
                 break
+
+    def _release_some(self, now: int) -> None:
+        """Release the next tasks whose time has come, unless another node has just done so.
+
+        All nodes come to very many at the same time, and to the same ones first. The node that releases
+        them goes on; the others, which find that done, come back a little later.
+        """
+        ids = [task_id for task_id, _ in self._services.repository.due(now, MOST_DUE)]
+        if ids:
+            writes = [lifecycle.release(task_id) for task_id in ids]
+            released = sum(self._services.consequences.commit(writes))
+            if len(ids) == MOST_DUE and 2 * released < MOST_DUE:
+                self._release_at = time.monotonic() + POLL
+
+    @property
+    def _others_release(self) -> bool:
+        """True if another node was found at work on the tasks that are due, a moment ago."""
+        return time.monotonic() < self._release_at
 
     def _earliest_due(self) -> int | None:
         return next((run_at for _, run_at in self._services.repository.due(None, 1)), None)

@@ -8,15 +8,17 @@ from datetime import timedelta
 import pytest
 from helpers import (
     PATIENCE,
+    Spy,
     eventually,
     held_on,
     housekeeper_of,
     node_of,
     pool_of,
     services_of,
+    whole_round,
 )
 
-from taskx import Config, SQLiteRepository, Task, TaskStatus
+from taskx import Config, SQLiteRepository, Task, TaskStatus, every
 from taskx.core import lifecycle
 from taskx.core.record import UNTIL_DUE
 from taskx.core.writes import Update
@@ -80,6 +82,68 @@ def test_all_that_is_due_is_released_though_each_round_releases_a_part(
     clock.advance(60)
     for handle in handles:
         assert handle.result(PATIENCE) is None
+
+
+def test_a_round_does_a_step_of_each_burst(hurried, monkeypatch, make_queue, clock):
+    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
+    monkeypatch.setattr("taskx.schedules.ticker.TOGETHER", 10)
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.declare("remote")
+    due = clock.now() + timedelta(seconds=60)
+    queue.submit_many([Task(type="remote", run_at=due) for _ in range(105)])
+    for n in range(55):
+        queue.schedule(f"s{n}", every(60), "remote")
+    queue.start()
+    housekeeper = housekeeper_of(queue)
+    looks, tick, rounds = housekeeper._ticker, housekeeper.tick, []
+    eventually(lambda: looks._look_at and not looks.waiting)
+    batches = queue.repository.batches
+
+    def watched():
+        before = len(batches)
+        tick()
+        rounds.append([batch for batch in batches[before:] if len(batch) > 1])
+
+    housekeeper.tick = watched
+    clock.advance(60)
+    services_of(queue).agenda.wake()
+    eventually(lambda: len(queue.repository.ready(["remote"], 1000)) == 105 + 55)
+    busy = [batches for batches in rounds if batches]
+    assert len(busy) >= 10
+    for batches in busy:
+        assert [len(batch) for batch in batches if is_release(batch[0])] in ([], [5], [10])
+        assert [len(batch) for batch in batches if not is_release(batch[0])] in ([], [5], [10])
+
+
+@pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
+def test_very_many_that_another_node_releases_are_left_to_it_for_a_while(
+    monkeypatch, make_queue, look_every, repository, clock
+):
+    monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
+    look_every(poll=10_000)
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.declare("remote")
+    due = clock.now() + timedelta(seconds=60)
+    queue.submit_many([Task(type="remote", run_at=due) for _ in range(105)])
+    queue.start()
+    tried = []
+
+    def another_comes_first(writes):
+        if is_release(writes[0]):
+            tried.append(len(writes))
+            super(Spy, repository).apply(writes)
+
+    repository.before = another_comes_first
+    clock.advance(60)
+    whole_round(queue)
+    eventually(lambda: tried)
+    for _ in range(3):
+        whole_round(queue)
+    assert tried == [10]
+    repository.before = lambda writes: None  # that one has died
+    housekeeper_of(queue)._release_at = 0.0
+    services_of(queue).agenda.wake()
+    eventually(lambda: len(repository.ready(["remote"], 1000)) == 105)
 
 
 # Dead nodes
