@@ -36,6 +36,8 @@ class Plan:
         samples: tasks whose latency is taken.
         sleepers: tasks that sleep.
         finished: finished, or delayed, tasks in the file of the cells that compare it with 1,000.
+        schedules: schedules that tick at the same minute, or not at all.
+        delayed: tasks that are due at once.
         spilled: tasks stored to see what one takes of memory.
         left: tasks that a dead process leaves.
         messages: tasks and cancels from one process to another.
@@ -49,6 +51,8 @@ class Plan:
     samples: int = 400
     sleepers: int = 1_000
     finished: int = 1_000_000
+    schedules: int = 10_000
+    delayed: int = 200_000
     spilled: int = 100_000
     left: int = 100_000
     messages: int = 40
@@ -70,6 +74,8 @@ QUICK = Plan(
     synced=600,
     samples=100,
     finished=20_000,
+    schedules=1_000,
+    delayed=20_000,
     spilled=20_000,
     left=10_000,
     messages=20,

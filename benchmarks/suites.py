@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
-from benchmarks import floor, peers, processes, report, taskx_bench
+from benchmarks import bursts, floor, peers, processes, report, taskx_bench
 from benchmarks.harness import QUICK, Cell, Plan
 from benchmarks.stores import OnSQLite
 
@@ -43,6 +43,7 @@ def _on_sqlite(options: argparse.Namespace) -> Iterator[Suite]:
         *floor.cells(plan),
         *taskx_bench.cells(plan),
         *processes.cells(plan, OnSQLite("accepted")),
+        *bursts.cells(plan),
         *([] if options.no_peers else peers.cells(plan)),
     ]
     yield Suite(cells, f"SQLite {sqlite3.sqlite_version}", peers.versions(), report.MARKS)

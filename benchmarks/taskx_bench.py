@@ -218,7 +218,7 @@ def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
 
 def _delayed(plan: Plan, delayed: int, folder: str) -> dict[str, float]:
     with queue_on(OnSQLite("process"), folder) as queue:
-        _fill(queue, delayed, _WAITING, 2)
+        fill_with_delayed(queue, delayed)
     figures = {"delayed-drain": _drain_beside(plan, folder)}
     with queue_on(OnSQLite("process"), folder) as queue, queue:
         handles = [queue.submit("noop", delay=0.2 + 0.01 * n) for n in range(plan.messages)]
@@ -252,6 +252,11 @@ _WAITING = (
     "INSERT INTO tasks (id, created_at, run_at, type, params, status, max_attempts, max_crashes, held)"
     " VALUES (?, ?, ? + 86400000, 'noop', '{}', 'pending', 1, 3, 1)"
 )
+
+
+def fill_with_delayed(queue: Queue, count: int) -> None:
+    """Write delayed tasks, as fast as SQLite takes them; they are due a day later."""
+    _fill(queue, count, _WAITING, 2)
 
 
 def _fill(queue: Queue, count: int, insert: str, times: int) -> list[str]:
