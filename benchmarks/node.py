@@ -72,11 +72,21 @@ def serve(queue: Queue, count: int) -> None:
         wait_to_be_ended()
 
 
+def stand_by(queue: Queue, count: int) -> None:
+    """Run nothing, and tell when asked how many seconds of a core that has taken."""
+    queue.executor("other")(lambda: None)
+    with queue:
+        say("ready")
+        for _ in sys.stdin:
+            say("used", time.process_time())
+
+
 ROLES: dict[str, Callable[[Queue, int], None]] = {
     "leave": leave,
     "drain": drain,
     "hang": hang,
     "serve": serve,
+    "stand-by": stand_by,
 }
 
 

@@ -19,6 +19,8 @@ from taskx import Queue, TaskFilter
 
 #: Seconds in which a process that was started, or a task that began, comes to rest.
 _SETTLE = 0.2
+#: Seconds between two tasks, while a process that runs none of them is watched.
+_BUSY_EVERY = 0.04
 #: Records read at once.
 _PAGE = 10_000
 _SHARES = ("both-alone", "both-together", "both-ratio", "both-share")
@@ -121,9 +123,9 @@ def _ended_and_runs(queue: Queue) -> tuple[float, list[int]]:
 
 
 def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    """Milliseconds from a submit, in a process that only submits, to the start in another."""
+    """Milliseconds from a submit, in a process that only submits, to the start in another, and back."""
     chance = random.Random(0)
-    samples = []
+    there, back = [], []
     with _node(store, "serve", folder) as child, queue_on(store, folder) as queue:
         child.hear("ready")
         queue.declare("clock")
@@ -131,8 +133,14 @@ def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
             time.sleep(chance.uniform(0, PAUSE))
             submitted = time.perf_counter()  # on Linux the same clock in every process
             began = queue.submit("clock").result(timeout=PATIENCE)
-            samples.append(1000 * (began - submitted))
-    return {"elsewhere-p50": percentile(samples, 50), "elsewhere-p99": percentile(samples, 99)}
+            back.append(1000 * (time.perf_counter() - began))
+            there.append(1000 * (began - submitted))
+    return {
+        "elsewhere-p50": percentile(there, 50),
+        "elsewhere-p99": percentile(there, 99),
+        "outcome-p50": percentile(back, 50),
+        "outcome-p99": percentile(back, 99),
+    }
 
 
 def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
@@ -152,6 +160,29 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     return {"cancel-p50": percentile(samples, 50), "cancel-p99": percentile(samples, 99)}
 
 
+def _beside(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+    """Percent of a core that a process takes which runs nothing, while two others are at work."""
+    with (
+        _node(store, "serve", folder) as child,
+        _node(store, "stand-by", folder) as idle,
+        queue_on(store, folder) as queue,
+    ):
+        child.hear("ready")
+        idle.hear("ready")
+        queue.declare("clock")
+        time.sleep(_SETTLE)
+        used, began = _used(idle), time.perf_counter()
+        while (seconds := time.perf_counter() - began) < plan.seconds:
+            queue.submit("clock").result(timeout=PATIENCE)
+            time.sleep(_BUSY_EVERY)
+        return {"beside-cpu": 100 * (_used(idle) - used) / seconds}
+
+
+def _used(child: Child) -> float:
+    child.tell("")
+    return float(child.hear("used"))
+
+
 def cells(plan: Plan, store: Store) -> list[Cell]:
     """All cells that need more than one process."""
     return [
@@ -160,7 +191,8 @@ def cells(plan: Plan, store: Store) -> list[Cell]:
             (_left, ("left",), False),
             (_both, _SHARES, False),
             (_rescue, ("rescue",), False),
-            (_elsewhere, ELSEWHERE, True),
+            (_elsewhere, (*ELSEWHERE, "outcome-p50", "outcome-p99"), True),
             (_cancel, ("cancel-p50", "cancel-p99"), True),
+            (_beside, ("beside-cpu",), False),
         )
     ]

@@ -58,10 +58,25 @@ FIGURES: dict[str, Figure] = {
     "both-ratio": Figure("two processes: to one", "{:.2f} × one", more=True, value=0.8),
     "both-share": Figure("two processes: the smaller share", "{:.0f} %", more=True, value=40),
     "rescue": Figure("kill -9: task starts again elsewhere", "{:,.0f} ms", value=1_000),
-    "elsewhere-p50": Figure("submit to begin elsewhere, p50", "{:,.1f} ms"),
-    "elsewhere-p99": Figure("submit to begin elsewhere, p99", "{:,.1f} ms", value=100),
-    "cancel-p50": Figure("cancel reaches a task elsewhere, p50", "{:,.0f} ms"),
-    "cancel-p99": Figure("cancel reaches a task elsewhere, p99", "{:,.0f} ms", value=1_000),
+    "elsewhere-p50": Figure(
+        "submit to begin elsewhere, p50", "{:,.1f} ms", value=3, durability="accepted"
+    ),
+    "elsewhere-p99": Figure(
+        "submit to begin elsewhere, p99", "{:,.1f} ms", value=15, durability="accepted"
+    ),
+    "outcome-p50": Figure(
+        "end of a task elsewhere to result(), p50", "{:,.1f} ms", value=3, durability="accepted"
+    ),
+    "outcome-p99": Figure(
+        "end of a task elsewhere to result(), p99", "{:,.1f} ms", value=15, durability="accepted"
+    ),
+    "cancel-p50": Figure(
+        "cancel reaches a task elsewhere, p50", "{:,.1f} ms", value=3, durability="accepted"
+    ),
+    "cancel-p99": Figure(
+        "cancel reaches a task elsewhere, p99", "{:,.1f} ms", value=15, durability="accepted"
+    ),
+    "beside-cpu": Figure("idle beside others' work: share of a core", "{:.2f} %", value=2),
     "finished-drain": Figure("drain beside finished tasks", "{:,.0f}/s", more=True, growth=1.3),
     "finished-get": Figure("get one beside finished tasks", "{:,.0f} µs", growth=1.3),
     "finished-list": Figure("list 20 newest beside finished tasks", "{:,.0f} µs", growth=1.3),

@@ -241,7 +241,7 @@ def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
     eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith(_AT_WORK)])
 
 
-_AT_WORK = ("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch")
+_AT_WORK = ("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch", "taskx-listen")
 
 
 @pytest.fixture

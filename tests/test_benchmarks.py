@@ -191,12 +191,12 @@ def test_the_package_of_an_earlier_commit_is_what_is_measured(tmp_path):
 
 
 def test_figures_of_several_processes():
-    figures = ("left", "both", "rescue", "elsewhere", "cancel")
+    figures = ("left", "both", "rescue", "elsewhere", "cancel", "beside")
     only = [arg for figure in figures for arg in ("--only", figure)]
     table = measured("--tasks", "40", "--no-peers", *only)
     found = {what: value for (what, who, _), value in table.items() if who == "TaskX"}
     assert {
-        what: value.split(maxsplit=1)[-1].lstrip("0123456789,") for what, value in found.items()
+        what: value.split(maxsplit=1)[-1].lstrip("0123456789,.") for what, value in found.items()
     } == {
         "drain what a dead process left": "/s",
         "one process drains a file": "/s",
@@ -206,8 +206,11 @@ def test_figures_of_several_processes():
         "kill -9: task starts again elsewhere": "ms",
         "submit to begin elsewhere, p50": "ms",
         "submit to begin elsewhere, p99": "ms",
+        "end of a task elsewhere to result(), p50": "ms",
+        "end of a task elsewhere to result(), p99": "ms",
         "cancel reaches a task elsewhere, p50": "ms",
         "cancel reaches a task elsewhere, p99": "ms",
+        "idle beside others' work: share of a core": "%",
     }
 
 

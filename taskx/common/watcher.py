@@ -16,12 +16,12 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.common import handles
-from taskx.common.bell import Agenda
+from taskx.common.bell import Agenda, Rest
 from taskx.common.handles import TaskHandle
 from taskx.core.errors import RepositoryError, on_main_thread
-from taskx.core.lifecycle import FINISHED as ENDED
+from taskx.core.lifecycle import ENDED, FINISHED
 from taskx.core.log import Complaint, GuardedLogger
-from taskx.storage.base import Repository
+from taskx.storage.base import Listener, Repository
 from taskx.storage.queries import Changes
 
 # Polling interval, in seconds, of a process in which no queue is started.
@@ -53,6 +53,7 @@ class Watcher:
         self.watched = self._handles.keys()
         self._ended: deque[str] = deque()  # tasks that ended, whose handles are to be told of it
         self._thread: threading.Thread | None = None
+        self._listener: Listener | None = None  # hears of ends in other processes
         self._closed = self._warned = False
 
     @property
@@ -93,6 +94,7 @@ class Watcher:
     def close(self) -> None:
         """Resolve no more: who waits for a task that has not ended is told so."""
         self._closed = True
+        self._listen_no_more()
         self.ensure_polling()
         thread = self._thread
         # One that is not alive yet, as another thread is about to start it, will see that all is closed.
@@ -164,7 +166,7 @@ class Watcher:
     def _look(self, task_ids: Sequence[str]) -> None:
         if task_ids:
             statuses = self._repository.statuses(task_ids)  # and no records, which may be large
-            self._resolve([i for i in task_ids if i not in statuses or statuses[i] in ENDED])
+            self._resolve([i for i in task_ids if i not in statuses or statuses[i] in FINISHED])
 
     def _resolve(self, task_ids: Sequence[str]) -> None:
         """Resolve the handles of tasks that have ended, or were deleted."""
@@ -212,19 +214,21 @@ class Watcher:
 
     def _poll(self) -> None:
         me = threading.current_thread()
-        changed, looked = Changes(self._repository), -math.inf
-        complaint = Complaint(self._log)
+        listener = self._listen()
+        changed, looked, cost = Changes(self._repository), -math.inf, 0.0
+        complaint, told, rest = Complaint(self._log), False, Rest()
         while self._thread is me and self._handles and (self._closed or not self._agenda.attended):
-            pause = _POLL
+            pause, watched = _POLL, len(self._handles)
             try:
                 self.tell()
                 if self._closed:
                     self._close_all()
-                elif changed() or time.monotonic() - looked > handles.LOOK_ANYWAY:
+                elif changed() or told or time.monotonic() - looked > handles.LOOK_ANYWAY:
                     began = time.monotonic()
                     self.look()
                     looked = time.monotonic()
-                    pause = min(max(_POLL, _REST * (looked - began)), handles.LOOK_ANYWAY)
+                    cost = min(_REST * (looked - began), handles.LOOK_ANYWAY)
+                    pause = max(_POLL, cost)
                     complaint.over()
             except RepositoryError as error:
                 complaint.make("cannot see whether tasks have ended: %s", error)
@@ -232,10 +236,32 @@ class Watcher:
             except BaseException:  # noqa: BLE001  (without this thread, who waits would wait for ever)
                 self._log.exception("the watcher stumbled; it goes on")
                 pause = handles.LOOK_ANYWAY
-            time.sleep(pause)
+            if told:
+                rest.after(vain=len(self._handles) >= watched)
+                time.sleep(max(rest.seconds, cost))
+            if listener is None:
+                time.sleep(pause)
+            else:
+                told = bool(listener.wait(pause))
+        if self._agenda.attended or self._closed:
+            self._listen_no_more()
         if self._thread is me:
             self._thread = None
             self.ensure_polling()  # a handle came in between
+
+    def _listen(self) -> Listener | None:
+        """Hear of tasks that end in other processes, if that can be heard."""
+        if self._listener is None and not self._closed:
+            try:
+                self._listener = self._repository.listen(ENDED)
+            except Exception:  # noqa: BLE001  (a defect of a repository)
+                self._log.exception("the watcher does not hear of other processes, and polls only")
+        return self._listener
+
+    def _listen_no_more(self) -> None:
+        listener, self._listener = self._listener, None
+        if listener is not None:
+            listener.close()
 
     def _close_all(self) -> None:
         for task_id in list(self._handles):
@@ -245,6 +271,7 @@ class Watcher:
 
     def renew_after_fork(self) -> None:
         """Begin anew in a forked child: the threads that waited belong to the parent."""
+        self._listener = None
         for task_id in list(self._handles):
             for handle in self._live(task_id):
                 handle.forget_listeners()

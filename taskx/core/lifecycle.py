@@ -705,6 +705,23 @@ def discard(task: Task) -> Delete:
     return Delete(task.id, guard, move="discard")
 
 
+# --- what other processes may wait for
+
+#: Kinds of news: a task may start that no node holds; a running one is to be cancelled; one has ended.
+FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
+
+
+def news(write: Write) -> str:
+    """Return the kind of news that a write is for other processes; empty if it is none."""
+    changes = write.changes
+    if isinstance(write, Delete) or changes.get("status") in FINISHED:
+        return ENDED
+    if changes.get("cancel_requested_at") is not None:
+        return CANCEL_REQUESTED
+    freed = changes.get("owner") == "" or "held" in changes
+    return FREED if freed and not changes.get("owner") and changes.get("held", FREE) == FREE else ""
+
+
 # --- writes that are still allowed in a file with a newer schema
 
 

@@ -47,6 +47,8 @@ class Fetcher:
         self._starter = starter
         self._admission = admission
         self._refilling = threading.Lock()
+        #: The number of tasks fetched so far.
+        self.fetched = 0
         #: Whether no other node is known to live.
         self.alone = False
 
@@ -105,6 +107,7 @@ class Fetcher:
                 if stub.type in self._services.registry.limits:
                     self._admission.fetched(stub.type, stub.id)
                 self._buffer.add_fetched(stub)
+            self.fetched += len(found)
             if len(found) == room:
                 self._agenda.more_stored = True
         finally:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
@@ -85,6 +85,21 @@ class Reentered(RepositoryUnavailable):
             "called by a finalizer or the like in the middle of another write of this thread; nothing "
             "was changed. Have another thread do it, or submit a task that does"
         )
+
+
+class Listener(ABC):
+    """Hears of commits of other processes: see :meth:`Repository.listen`."""
+
+    @abstractmethod
+    def wait(self, timeout: float | None = None) -> str:
+        """Wait for news, at most ``timeout`` seconds; return the kinds of all that came.
+
+        It may also return before, and with what is no kind of news.
+        """
+
+    @abstractmethod
+    def close(self) -> None:
+        """Listen no more, and have a thread that waits go on."""
 
 
 class Repository(TaskRepository):
@@ -221,6 +236,14 @@ class Repository(TaskRepository):
         Others are other processes, and other queues in this one. It is asked for many times a second.
         It may be late by a second, and be another one for nothing; it never misses a commit for good.
         """
+
+    def listen(self, news: str) -> Listener | None:
+        """Hear at once of what others commit, sooner than by a look at :meth:`version`.
+
+        ``news`` has the kinds that are wanted: see ``lifecycle.news``. What is heard may be old, and some
+        is never heard. None if nothing can be heard.
+        """
+        return None
 
     # --- the eight methods, by the moves of ``lifecycle``: its rules hold whichever way a record changes
 

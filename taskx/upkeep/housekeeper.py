@@ -18,6 +18,7 @@ from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Repository
 from taskx.storage.queries import Changes
+from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
 
@@ -57,6 +58,7 @@ class Housekeeper:
         self._complaint = Complaint(pool.services.log)
         self._stopped = False
         self._changed = Changes(pool.services.repository)
+        self._listening = Listening(pool)
         self._next_due: int | None = None
         # The time before which the tasks that are due are left to other nodes, on the monotonic clock.
         self._release_at = -math.inf
@@ -69,10 +71,12 @@ class Housekeeper:
         # A signal strikes the main thread alone: what it commits for others is told by this one.
         self._agenda.attended = True
         self._thread.start()
+        self._listening.start()
 
     def stop(self) -> None:
         """End the thread; returns when it has ended, or at once if called on it."""
         self._stopped = True
+        self._listening.stop()
         self._agenda.attended = False
         self._agenda.wake()
         if self._thread is not threading.current_thread() and self._thread.is_alive():
@@ -161,6 +165,9 @@ class Housekeeper:
         if self._pool.stuck.ended:
             self._pool.stuck.lift()
         self._pool.hand_on()
+        if self._agenda.cancels:
+            self._agenda.cancels = False  # before looking: the next request sets it again
+            self._fire_cancelled()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._services.dependents.look(until - time.monotonic())
@@ -211,6 +218,10 @@ class Housekeeper:
         self._agenda.more_stored = True
         self._pool.admission.forget()
         self._services.dependents.look_around()
+        self._fire_cancelled()
+
+    def _fire_cancelled(self) -> None:
+        """Fire the tokens of running tasks whose cancel was asked for."""
         runs = self._pool.runs
         for task_id in queries.asked_to_cancel(self._services.repository, list(runs)):
             self._pool.fire(task_id)

@@ -30,8 +30,8 @@ from taskx.upkeep.node import LocalNode
 # Start
 
 
-#: Threads that the one on MongoDB has of its own.
-OF_THE_REPOSITORY = ("taskx-beat", "taskx-changes")
+#: Threads that depend on what the repository can do.
+OF_THE_REPOSITORY = ("taskx-beat", "taskx-changes", "taskx-listen")
 
 
 def test_start_twice_is_start_once(queue):

@@ -23,6 +23,7 @@ from taskx.liveness.locks import KernelLocks
 from taskx.storage.base import (
     Fields,
     Listed,
+    Listener,
     Lookup,
     Reentered,
     Repository,
@@ -34,6 +35,7 @@ from taskx.storage.sqlite import schema, statements, turnstile
 from taskx.storage.sqlite.connections import FAILURES, Connection, Connections
 from taskx.storage.sqlite.file import DatabaseFile
 from taskx.storage.sqlite.turnstile import Turnstile
+from taskx.storage.sqlite.wakeups import Wakeups
 
 Durability = Literal["accepted", "full", "process"]
 T = TypeVar("T")
@@ -100,6 +102,7 @@ class SQLiteRepository(Repository):
         self._file = DatabaseFile(self.path, create)
         self._connections = Connections(self._file, busy_timeout)
         self._turnstile = Turnstile(self._file)
+        self._wakeups = Wakeups(self._file)
         self._write_lock = threading.RLock()
         # The number of the writing connection, and the commits of others that it has counted; and our own.
         self._seen, self._commits = (0, 0), 0
@@ -114,9 +117,12 @@ class SQLiteRepository(Repository):
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes in one transaction; after any error nothing was applied."""
         durable = True in [write.durable for write in writes]
-        writes = self.codecs.coded(writes)
-        if all_or_nothing:
-            return self._apply_whole(writes, durable)
+        apply = self._apply_whole if all_or_nothing else self._apply_singly
+        results = apply(self.codecs.coded(writes), durable)
+        self._wakeups.send(writes, results, to_own=len(self.queues) > 1)
+        return results
+
+    def _apply_singly(self, writes: Sequence[Write], durable: bool) -> Sequence[bool]:
         script = _script(writes)
 
         def run(cursor: sqlite3.Cursor) -> Sequence[bool]:
@@ -382,6 +388,9 @@ class SQLiteRepository(Repository):
             self._look_at_version(connection)
         return seen
 
+    def listen(self, news: str) -> Listener | None:
+        return self._wakeups.listen(news)
+
     # --- notes
 
     def notes(self, prefix: str) -> dict[str, Note]:
@@ -454,6 +463,7 @@ class SQLiteRepository(Repository):
         self._write_lock = threading.RLock()
         self._connections.renew_after_fork()
         self._turnstile.leave = dict
+        self._wakeups.renew_after_fork()
 
 
 def _let_go(writes: Sequence[Write] | None) -> bool:

@@ -1,0 +1,317 @@
+"""Pipes between the processes on one SQLite file, which tell that something was committed."""
+
+from __future__ import annotations
+
+import os
+import threading
+from contextlib import suppress
+
+import pytest
+from helpers import PATIENCE, eventually, run_in_thread
+
+from taskx import Queue, SQLiteRepository, Task
+from taskx.core import lifecycle
+from taskx.core.lifecycle import CANCEL_REQUESTED, ENDED, FREED, Ending
+from taskx.storage.sqlite import wakeups
+
+NOW = 1_700_000_000_000
+ALL = FREED + CANCEL_REQUESTED + ENDED
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+
+
+@pytest.fixture
+def mine(database):
+    with SQLiteRepository(database) as made:
+        made.prepare()
+        made.version()
+        yield made
+
+
+@pytest.fixture
+def theirs(database, monkeypatch):
+    """The repository as another process has it; who listens is looked up at each write."""
+    monkeypatch.setattr(wakeups, "LOOK_EVERY", 0.0)
+    with SQLiteRepository(database) as made:
+        yield made
+
+
+@pytest.fixture
+def listen(mine):
+    made = []
+
+    def listen(news=ALL):
+        made.append(mine.listen(news))
+        return made[-1]
+
+    yield listen
+    for listener in made:
+        listener.close()
+
+
+def pipes(database):
+    return sorted(database.with_name("tasks.db-nodes").glob("*.pipe"))
+
+
+def created(task_id="a", **columns):
+    return lifecycle.create(task_id=task_id, type="t", now=NOW, **columns)
+
+
+def started(repository, task_id="a"):
+    """Store and start a task; returns it as it runs."""
+    repository.apply([created(task_id)])
+    repository.apply([lifecycle.start(repository.get_by_id(task_id), NOW, "node")])
+    return repository.get_by_id(task_id)
+
+
+def owned(insert):
+    insert.row["owner"] = "node"
+    return insert
+
+
+# --- what is news
+
+
+def test_a_task_that_no_node_holds_is_news(listen, theirs):
+    listener = listen()
+    theirs.apply([created()])
+    assert listener.wait(PATIENCE) == FREED
+
+
+def test_a_request_to_cancel_is_news(theirs, listen):
+    started(theirs)
+    listener = listen()
+    theirs.apply(lifecycle.cancel("a", NOW))
+    assert listener.wait(PATIENCE) == CANCEL_REQUESTED
+
+
+def test_the_end_of_a_task_is_news(theirs, listen):
+    task = started(theirs)
+    listener = listen()
+    theirs.apply(lifecycle.conclude(task, Ending(returned=True), NOW))
+    assert listener.wait(PATIENCE) == ENDED
+
+
+def test_the_deletion_of_a_task_is_news(theirs, listen):
+    theirs.apply([created()])
+    listener = listen()
+    theirs.apply([lifecycle.delete("a")])
+    assert listener.wait(PATIENCE) == ENDED
+
+
+def test_several_kinds_are_told_together(theirs, listen):
+    task = started(theirs)
+    listener = listen()
+    theirs.apply([*lifecycle.conclude(task, Ending(returned=True), NOW), created("b")])
+    heard = listener.wait(PATIENCE)
+    assert set(heard) == {ENDED, FREED}
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        pytest.param(lambda task: owned(created("b")), id="a task that its node holds"),
+        pytest.param(lambda task: created("b", run_at=NOW + 10**9), id="a delayed task"),
+        pytest.param(lambda task: created("b", concurrency_key="k"), id="one that waits its turn"),
+        pytest.param(lambda task: lifecycle.take("waiting", "node"), id="a task that is taken"),
+        pytest.param(lambda task: lifecycle.progress("a", task.starts, 5, ""), id="progress"),
+        pytest.param(lambda task: lifecycle.checkpoint(task, "{}", durable=False), id="checkpoint"),
+    ],
+)
+def test_what_nobody_waits_for_is_no_news(theirs, listen, write):
+    task = started(theirs)
+    theirs.apply([created("waiting")])
+    listener = listen()
+    assert theirs.apply([write(task)]) == [True]
+    assert listener.wait(0) == ""
+
+
+def test_a_start_is_no_news(theirs, listen):
+    theirs.apply([created()])
+    listener = listen()
+    theirs.apply([lifecycle.start(theirs.get_by_id("a"), NOW, "node")])
+    assert listener.wait(0) == ""
+
+
+@pytest.mark.parametrize(
+    "free",
+    [
+        pytest.param(lambda: lifecycle.release("a"), id="release"),
+        pytest.param(lambda: lifecycle.give_up("a", "node"), id="give up"),
+        pytest.param(lambda: lifecycle.give_turn("a", "k")[0], id="give turn"),
+    ],
+)
+def test_whatever_lets_a_task_start_is_news(free):
+    assert lifecycle.news(free()) == FREED
+
+
+def test_a_retry_is_news_if_another_node_may_start_it():
+    task = Task(type="t", id="a", created_at=None, max_attempts=5, owner="node", starts=1)
+    at_once, _ = lifecycle.conclude(task, Ending(returned=False), NOW)
+    later, _ = lifecycle.conclude(task, Ending(returned=False, delay=60), NOW)
+    assert (lifecycle.news(at_once), lifecycle.news(later)) == ("", "")
+    assert lifecycle.news(at_once._replace(changes={**at_once.changes, "owner": ""})) == FREED
+
+
+def test_a_write_whose_guard_failed_is_no_news(theirs, listen):
+    theirs.apply([created()])
+    listener = listen()
+    assert theirs.apply([created()]) == [False]
+    assert listener.wait(0) == ""
+
+
+# --- who hears
+
+
+def test_a_listener_hears_only_what_it_asked_for(theirs, listen):
+    work, ends = listen(FREED), listen(ENDED)
+    theirs.apply([created()])
+    assert work.wait(PATIENCE) == FREED
+    assert ends.wait(0) == ""
+
+
+def test_everybody_hears(theirs, listen):
+    listeners = [listen() for _ in range(3)]
+    theirs.apply([created()])
+    assert [listener.wait(PATIENCE) for listener in listeners] == [FREED] * 3
+
+
+def test_what_was_committed_before_one_waits_is_heard(theirs, listen):
+    listener = listen()
+    theirs.apply([created("a")])
+    theirs.apply([created("b")])
+    assert listener.wait(PATIENCE) == 2 * FREED
+    assert listener.wait(0) == ""
+
+
+def test_a_queue_does_not_hear_itself(mine, listen):
+    queue = Queue(mine)
+    listener = listen()
+    queue.declare("t")
+    queue.submit("t")
+    assert listener.wait(0) == ""
+
+
+def test_queues_on_one_repository_hear_one_another(mine, listen):
+    queues = [Queue(mine), Queue(mine)]
+    listener = listen()
+    queues[0].declare("t")
+    queues[0].submit("t")
+    assert listener.wait(PATIENCE) == FREED
+
+
+def test_a_process_that_writes_without_pause_looks_for_listeners_now_and_then(
+    theirs, listen, monkeypatch
+):
+    monkeypatch.setattr(wakeups, "LOOK_EVERY", 1000.0)
+    theirs.apply([created("a")])
+    listener = listen()
+    theirs.apply([created("b")])
+    assert listener.wait(0) == ""
+    monkeypatch.setattr(theirs._wakeups, "_look_at", 0.0)
+    theirs.apply([created("c")])
+    assert listener.wait(PATIENCE) == FREED
+
+
+# --- nobody depends on it
+
+
+def test_a_pipe_that_nobody_reads_holds_nobody_up(theirs, listen):
+    listener = listen()
+    fd = os.open(listener._path, os.O_RDWR | os.O_NONBLOCK)
+    with suppress(BlockingIOError):
+        while os.write(fd, b"f" * 4096):
+            pass
+    os.close(fd)
+    assert theirs.apply([created()]) == [True]
+    listener.close()  # though nothing can be written
+
+
+def test_a_pipe_that_has_gone_is_passed_over(theirs, listen, database):
+    gone, there = listen(), listen()
+    theirs.apply([created("a")])
+    os.unlink(gone._path)
+    theirs.apply([created("b")])
+    assert there.wait(PATIENCE) == 2 * FREED
+
+
+def test_the_pipe_of_a_dead_process_is_removed_by_the_next_listener(listen, theirs, database):
+    alive = listen()
+    dead = database.with_name("tasks.db-nodes") / f"dead.{FREED}.pipe"
+    os.mkfifo(dead)
+    assert theirs.apply([created()]) == [True]
+    listen()
+    assert not dead.exists()
+    assert alive.wait(PATIENCE) == FREED
+    assert len(pipes(database)) == 2
+
+
+def test_without_a_folder_for_it_nothing_is_heard(database, tmp_path):
+    with SQLiteRepository(database) as repository:
+        (tmp_path / "tasks.db-nodes").touch()
+        assert repository.listen(ALL) is None
+        assert repository.apply([created()]) == [True]
+
+
+def test_without_named_pipes_nothing_is_heard(mine, monkeypatch):
+    monkeypatch.setattr(wakeups, "_FLAGS", 0)
+    assert mine.listen(ALL) is None
+
+
+# --- the end
+
+
+def test_closing_wakes_the_thread_that_waits_and_removes_the_pipe(listen, database):
+    listener = listen()
+    waiting = threading.Event()
+    wait = run_in_thread(lambda: (waiting.set(), listener.wait()))
+    assert waiting.wait(PATIENCE)
+    assert len(pipes(database)) == 1
+    listener.close()
+    wait()
+    assert pipes(database) == []
+    listener.close()
+
+
+def test_a_file_is_open_as_long_as_its_listener_is_known(mine):
+    """However it was closed: a thread may wait at it, and another file may have its number at once."""
+    listener = mine.listen(ALL)
+    closes = listener._give_up
+    listener.close()
+    assert closes.alive
+    assert not closes.atexit
+    del listener
+    eventually(lambda: not closes.alive)
+
+
+FORKS = """
+import os, sys, warnings
+from taskx import SQLiteRepository
+
+warnings.simplefilter("ignore", DeprecationWarning)
+with SQLiteRepository(sys.argv[1]) as repository:
+    repository.version()
+    listener = repository.listen("f")
+    if not (pid := os.fork()):
+        try:
+            os.fstat(listener._fd)
+        except OSError:
+            listener.close()  # nothing of the parent's
+            own = repository.listen("f")
+            print(os.path.exists(listener._path), os.path.exists(own._path), flush=True)
+        sys.exit()  # what a program does at its end
+    os.waitpid(pid, 0)
+    left = [name for name in os.listdir(sys.argv[1] + "-nodes") if name.endswith(".pipe")]
+    print(left == [os.path.basename(listener._path)], flush=True)
+print(os.path.exists(listener._path), flush=True)
+"""
+
+
+@pytest.mark.process
+def test_a_forked_child_leaves_the_pipe_of_its_parent_alone(spawn, database):
+    child = spawn(FORKS, database)
+    assert child.read() == "True True"
+    assert child.read() == "True"
+    assert child.read() == "True"
+    assert child.ends() == ("", "")
+    assert pipes(database) == []  # removed as the program ended

@@ -1,0 +1,276 @@
+"""What one process commits wakes the others: here nobody polls."""
+
+from __future__ import annotations
+
+import os
+import threading
+from concurrent.futures import CancelledError
+
+import pytest
+from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
+
+from taskx import Queue, QueueStopped, SQLiteRepository, TaskFailed
+from taskx.common import watcher
+from taskx.common.bell import Rest
+from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
+from taskx.upkeep import listening
+from taskx.upkeep.node import Lifetime
+
+pytestmark = pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="there are no named pipes")
+
+NEVER = 3600.0
+
+
+@pytest.fixture
+def nobody_polls(monkeypatch, look_every):
+    look_every(poll=NEVER, recover=NEVER, audit=NEVER, handles=NEVER)
+    monkeypatch.setattr(watcher, "_POLL", NEVER)
+
+
+@pytest.fixture
+def always_looked_up(monkeypatch):
+    monkeypatch.setattr("taskx.storage.sqlite.wakeups.LOOK_EVERY", 0.0)
+
+
+@pytest.fixture
+def repository(database):
+    with SQLiteRepository(database) as made:
+        yield made
+
+
+@pytest.fixture
+def elsewhere(database, always_looked_up):
+    """A queue that is not started, as another process has it."""
+    with SQLiteRepository(database) as made:
+        queue = Queue(made)
+        yield queue
+        services_of(queue).watcher.close()
+
+
+@pytest.fixture
+def listens(make_queue, nobody_polls):
+    """Makes a queue that runs and hears the others, with nothing left to do."""
+
+    def make(register=lambda queue: None, **config):
+        queue = make_queue(**config)
+        register(queue)
+        queue.start()
+        eventually(lambda: housekeeper_of(queue)._listening._listener)
+        eventually(lambda: services_of(queue).agenda._asleep_long)
+        return queue
+
+    return make
+
+
+def test_a_task_that_another_process_submits_starts_at_once(listens, elsewhere):
+    ran = threading.Event()
+    listens(lambda queue: queue.executor("t")(ran.set))
+    elsewhere.declare("t")
+    for _ in range(3):
+        elsewhere.submit("t")
+        assert ran.wait(PATIENCE)
+        ran.clear()
+
+
+def test_a_cancel_by_another_process_fires_the_token_at_once(listens, elsewhere):
+    begun = threading.Event()
+
+    def wait(ctx):
+        begun.set()
+        assert ctx.token.wait(PATIENCE)
+        ctx.token.raise_if_cancelled()
+
+    queue = listens(lambda queue: queue.executor("t")(wait))
+    handle = queue.submit("t")
+    assert begun.wait(PATIENCE)
+    assert not elsewhere.cancel_task(handle.id)
+    assert eventually(handle.cancelled)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_an_outcome_in_another_process_ends_a_wait_at_once(
+    listens, elsewhere, always_looked_up, fails
+):
+    going_on = threading.Event()
+
+    def work():
+        assert going_on.wait(PATIENCE)
+        return 7 // (not fails)
+
+    listens(lambda queue: queue.executor("t", max_attempts=1)(work))
+    elsewhere.declare("t")
+    waits = run_in_thread(elsewhere.submit("t").result)
+    eventually(lambda: services_of(elsewhere).watcher._listener)
+    going_on.set()
+    if fails:
+        with pytest.raises(TaskFailed):
+            waits()
+    else:
+        assert waits() == 7
+
+
+def test_a_process_that_waits_again_hears_again(listens, elsewhere, always_looked_up):
+    listens(lambda queue: queue.executor("t")(lambda n: n))
+    elsewhere.declare("t")
+    assert [elsewhere.submit("t", {"n": n}).result(PATIENCE) for n in range(10)] == [*range(10)]
+
+
+def test_a_node_that_hears_nothing_polls(make_queue, elsewhere, monkeypatch):
+    monkeypatch.setattr(SQLiteRepository, "listen", lambda self, news: None)
+    queue = make_queue()
+    queue.executor("t")(lambda: "fine")
+    elsewhere.declare("t")
+    with queue:
+        assert elsewhere.submit("t").result(PATIENCE) == "fine"
+
+
+def test_a_repository_that_fails_to_listen_costs_no_more_than_a_poll(
+    make_queue, elsewhere, monkeypatch, caplog
+):
+    monkeypatch.setattr(SQLiteRepository, "listen", lambda self, news: 1 // 0)
+    queue = make_queue()
+    queue.executor("t")(lambda: "fine")
+    elsewhere.declare("t")
+    with queue:
+        assert elsewhere.submit("t").result(PATIENCE) == "fine"
+    assert "not heard" in caplog.text
+    assert "does not hear" in caplog.text
+
+
+def test_a_stop_ends_the_thread_and_removes_the_pipe(listens, database):
+    queue = listens()
+    pipes = lambda: [*database.with_name("tasks.db-nodes").glob("*.pipe")]  # noqa: E731
+    assert len(pipes()) == 1
+    queue.stop(PATIENCE)
+    eventually(lambda: not [t for t in threading.enumerate() if t.name == "taskx-listen"])
+    assert pipes() == []
+
+
+def test_closing_a_queue_that_waited_removes_its_pipe(elsewhere, listens, database):
+    queue = listens(lambda queue: queue.executor("t")(lambda: None))
+    elsewhere.declare("t")
+    elsewhere.submit("t").result(PATIENCE)
+    queue.stop(PATIENCE)
+    services_of(elsewhere).watcher.close()
+    assert [*database.with_name("tasks.db-nodes").glob("*.pipe")] == []
+
+
+def test_a_start_that_fails_listens_to_nobody(make_queue, monkeypatch, database):
+    queue = make_queue()
+    monkeypatch.setattr(Lifetime, "_publish", lambda self, node: False)
+    with pytest.raises(QueueStopped, match="while it started"):
+        queue.start()
+    eventually(lambda: not [t for t in threading.enumerate() if t.name == "taskx-listen"])
+    assert [*database.with_name("tasks.db-nodes").glob("*.pipe")] == []
+
+
+# --- how often it wakes the housekeeper
+
+
+def test_wake_ups_in_vain_come_less_and_less_often():
+    rest, seconds = Rest(), []
+    for _ in range(5):
+        rest.after(vain=True)
+        seconds.append(rest.seconds)
+    assert seconds == [0.004, 0.008, 0.012, 0.012, 0.012]
+    rest.after(vain=False)
+    assert rest.seconds == 0.002
+
+
+@pytest.fixture
+def told(busy, nobody_polls, monkeypatch):
+    """A queue whose worker is busy, and how often its housekeeper is woken from then on."""
+    queue = busy()
+    eventually(lambda: services_of(queue).agenda._asleep_long)
+    queue.rings = []
+    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: queue.rings.append(1))
+    return queue
+
+
+def tell(queue, news):
+    listening.Listening(pool_of(queue))._tell(news)
+
+
+def test_the_housekeeper_is_woken_for_what_it_may_fetch_or_cancel(told):
+    tell(told, FREED)
+    assert services_of(told).agenda.more_stored
+    tell(told, 3 * CANCEL_REQUESTED)
+    assert services_of(told).agenda.cancels
+    assert len(told.rings) == 2
+
+
+def test_nobody_is_woken_for_what_is_no_news(told):
+    tell(told, "\n?")
+    assert told.rings == []
+
+
+def test_without_room_in_the_buffer_nobody_looks_for_tasks(told, monkeypatch):
+    monkeypatch.setattr(pool_of(told).buffer, "room_to_fetch", lambda: 0)
+    tell(told, FREED)
+    assert told.rings == []
+
+
+def test_with_nothing_running_nobody_looks_for_cancels(make_queue, nobody_polls, monkeypatch):
+    queue = make_queue()
+    queue.start()
+    rings = []
+    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: rings.append(1))
+    tell(queue, CANCEL_REQUESTED)
+    assert rings == []
+
+
+# --- two processes
+
+RUNS = """
+import sys, threading
+from taskx import Context, Queue, SQLiteRepository
+from taskx.storage.sqlite import wakeups
+from taskx.upkeep import housekeeper
+
+wakeups.LOOK_EVERY = 0.0
+housekeeper.POLL = housekeeper.RECOVER_EVERY = housekeeper.AUDIT_EVERY = 3600.0  # it polls for nothing
+queue = Queue(SQLiteRepository(sys.argv[1]))
+queue.executor("fine")(lambda n: n)
+
+@queue.executor("waits")
+def waits(ctx: Context):
+    print("running", flush=True)
+    ctx.token.wait(60)
+    ctx.token.raise_if_cancelled()
+
+with queue:
+    while not queue._node._housekeeper._listening._listener:
+        pass
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+
+
+@pytest.mark.process
+def test_two_processes_wake_each_other(spawn, elsewhere, database, monkeypatch, look_every):
+    """A submit, a cancel and the outcomes."""
+    look_every(handles=NEVER)
+    monkeypatch.setattr(watcher, "_POLL", NEVER)
+    child = spawn(RUNS, database)
+    assert child.read() == "ready"
+    for type in ("fine", "waits"):
+        elsewhere.declare(type)
+    assert [elsewhere.submit("fine", {"n": n}).result(PATIENCE) for n in range(20)] == [*range(20)]
+    handle = elsewhere.submit("waits")
+    assert child.read() == "running"
+    assert not handle.cancel()
+    with pytest.raises(CancelledError):
+        handle.result(PATIENCE)
+    assert child.ends() == ("", "")
+
+
+@pytest.mark.process
+def test_a_process_that_is_killed_keeps_nobody_from_waking_the_others(spawn, elsewhere, database):
+    killed = spawn(RUNS, database)
+    assert killed.read() == "ready"
+    killed.kill()
+    child = spawn(RUNS, database)
+    assert child.read() == "ready"
+    elsewhere.declare("fine")
+    assert elsewhere.submit("fine", {"n": 5}).result(PATIENCE) == 5
+    assert len([*database.with_name("tasks.db-nodes").glob("*.fc.pipe")]) == 1
