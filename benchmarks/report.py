@@ -95,6 +95,7 @@ FIGURES: dict[str, Figure] = {
     "idle-commits": Figure("idle queue: commits", "{:.1f}/s", value=0),
     "trips-submit": Figure("a submit: round trips", "{:.2f}", value=1),
     "trips-submitting": Figure("a submit beside workers: round trips", "{:.2f}", value=1),
+    "trips-many": Figure("submit_many: round trips a batch", "{:.0f}"),
     "trips-backlog": Figure("start and finish, of a backlog: round trips", "{:.2f}", value=1.5),
     "trips-producer": Figure(
         "start and finish, beside a producer: round trips", "{:.2f}", value=1.5

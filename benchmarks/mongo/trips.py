@@ -20,6 +20,7 @@ from taskx import Queue
 
 #: How a change stream asks for more.
 _STREAM = "getMore"
+_TASKS = ("tasks", "tasks.batches")
 _READS = frozenset(("find", "aggregate", "distinct"))
 #: Threads whose reads are looks around.
 _DRAINING = "benchmark-drain"
@@ -39,7 +40,7 @@ class Commands(CommandListener):
     def started(self, event: Any) -> None:
         name = event.command_name
         on = event.command.get("collection" if name == _STREAM else name)
-        if on != "tasks":
+        if on not in _TASKS and name != "commitTransaction":
             return
         if any(update.get("upsert") for update in event.command.get("updates", ())):
             name = "insert"  # it takes starts and outcomes along
@@ -79,6 +80,15 @@ def _of_submit(plan: Plan, url: str, folder: str) -> dict[str, float]:
         for _ in range(plan.synced):
             queue.submit("noop")
         return {"trips-submit": seen.on(threading.get_ident()) / plan.synced}
+
+
+def _of_many(plan: Plan, url: str, folder: str) -> dict[str, float]:
+    seen = Commands()
+    with queue_on(OnMongo(url, seen), folder) as queue:
+        queue.submit("noop")
+        seen.clear()
+        queue.submit_many(noops(plan.many))
+        return {"trips-many": seen.count()}
 
 
 def _of_backlog(plan: Plan, url: str, folder: str) -> dict[str, float]:
@@ -133,6 +143,7 @@ def cells(plan: Plan, url: str) -> list[Cell]:
         Cell(TASKX, OnMongo.durability, partial(run, plan, url), figures, once=True)
         for run, figures in (
             (_of_submit, ("trips-submit",)),
+            (_of_many, ("trips-many",)),
             (_of_backlog, ("trips-backlog",)),
             (_of_producer, ("trips-submitting", "trips-producer", "trips-stream")),
             (_of_one, ("trips-alone", "trips-looks")),

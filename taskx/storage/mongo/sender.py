@@ -23,7 +23,7 @@ from bson.int64 import Int64
 from pymongo import InsertOne, UpdateMany, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
 
-from taskx.core.codec import Codecs
+from taskx.core.codec import CODED, Codecs
 from taskx.core.errors import PayloadError
 from taskx.core.record import DEFAULTS, UNIQUE
 from taskx.core.writes import PRESENT, Delete, Insert, Update, Write, matches
@@ -44,6 +44,9 @@ from taskx.storage.mongo.filters import guarded, text
 MOST_BYTES = 16 * 1024 * 1024
 #: Most characters of params that are sent as an upsert, which is larger than an insert.
 _SMALL = 2**20
+#: Columns that are set for one task at a time: where one cannot have a unique value, the tasks after it
+#: would be left out; and a codec may write the same value differently each time.
+_ALONE = frozenset((*UNIQUE, *CODED))
 #: The index that finds tasks by their ids, whatever else is asked of them.
 _BY_ID = [("_id", 1)]
 _PAUSE = 0.05
@@ -116,8 +119,7 @@ class Sender:
         marks = []
         for write in writes:
             mark = next(self._marks)
-            # Where one task cannot have a unique value, the others would be left out with it.
-            if isinstance(write, Update) and not any(name in write.changes for name in UNIQUE):
+            if isinstance(write, Update) and _ALONE.isdisjoint(write.changes):
                 alike = (*write.guard.items(), None, *write.changes.items(), before[write.id])
                 with suppress(TypeError):  # of what is no value, and refused later
                     mark = shared.setdefault(alike, mark)
