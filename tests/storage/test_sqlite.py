@@ -112,14 +112,29 @@ class TestOpening:
         other = connect()
         pragmas = {
             name: other.execute(f"PRAGMA {name}").fetchone()[0]
-            for name in ("journal_mode", "application_id", "user_version", "auto_vacuum")
+            for name in (
+                "journal_mode",
+                "application_id",
+                "user_version",
+                "auto_vacuum",
+                "page_size",
+            )
         }
         assert pragmas == {
             "journal_mode": "wal",
             "application_id": 0x54736B58,
             "user_version": schema.VERSION,
             "auto_vacuum": 2,
+            "page_size": connections.PAGE_SIZE,
         }
+
+    def test_a_file_with_pages_of_another_size_keeps_them(self, repository, path):
+        """As those of earlier versions have."""
+        shutil.copyfile(Path(__file__).parent / "versions" / "version-1.sqlite", path)
+        repository.create(task("new"))
+        with contextlib.closing(sqlite3.connect(path)) as other:
+            assert other.execute("PRAGMA page_size").fetchone() == (4096,)
+        assert repository.get_by_id("new").status is TaskStatus.PENDING
 
     def test_what_was_stored_is_there_after_reopening(self, repository):
         repository.create(task("a"))
