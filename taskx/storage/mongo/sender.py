@@ -22,6 +22,7 @@ import pymongo
 from bson.int64 import Int64
 from pymongo import InsertOne, UpdateMany, UpdateOne
 from pymongo.errors import BulkWriteError, DuplicateKeyError, PyMongoError
+from pymongo.read_concern import ReadConcern
 
 from taskx.core.codec import CODED, Codecs
 from taskx.core.errors import PayloadError
@@ -192,7 +193,10 @@ class Sender:
         with (
             tasks.database.client.start_session() as session
         ):  # which rolls back what it leaves open
-            session.start_transaction(write_concern=tasks.write_concern)
+            # Whatever the client is set to.
+            session.start_transaction(
+                ReadConcern("local"), tasks.write_concern, tasks.read_preference
+            )
             tasks.insert_many(documents, session=session)
             sent[0] = True
             session.commit_transaction()

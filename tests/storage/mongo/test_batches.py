@@ -295,6 +295,16 @@ class TestInATransaction:
         assert repository.count(TaskFilter()) == 6
         assert not any("batch" in document["taskx"] for document in database.tasks.find())
 
+    def test_a_client_that_reads_from_secondaries_stores_them_all_the_same(
+        self, url, database, make
+    ):
+        options = "readPreference=secondaryPreferred&w=1&readConcernLevel=available"
+        with pymongo.MongoClient(f"{url}/?{options}") as client:
+            writes = [insert(task_id) for task_id in IDS]
+            assert (
+                list(make(client[database.name]).apply(writes, all_or_nothing=True)) == [True] * 5
+            )
+
     def test_own_batches_do_not_ring(self, repository, make, database):
         repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
         with database.tasks.watch() as stream:
