@@ -29,7 +29,9 @@ def environment(tree: str | None = None, **more: str) -> dict[str, str]:
         more: variables beside those of this process.
     """
     path = os.pathsep.join(filter(None, (tree, os.environ.get("PYTHONPATH"), str(ROOT))))
-    return {**os.environ, "PYTHONPATH": path, **more}
+    made = {**os.environ, "PYTHONPATH": path, **more}
+    made.pop("PYTHONDONTWRITEBYTECODE", None)  # or each would compile all that it imports
+    return made
 
 
 @contextmanager
