@@ -137,6 +137,14 @@ def test_sleeping_tasks_are_submitted_one_by_one_and_at_once():
             assert table[what, "TaskX", durability].endswith("× ideal")
 
 
+def test_bursts_are_measured():
+    table = measured("--tasks", "40", "--no-peers", "--only", "burst", "--only", "idle-schedules")
+    for burst in ("many schedules tick", "many tasks are due"):
+        for what in ("longest round", "work of a round"):
+            assert re.fullmatch(r"\d+ ms", table[f"{burst}: {what}", "TaskX", "accepted"])
+    assert table["many idle schedules: share of a core", "TaskX", "process"].endswith(" %")
+
+
 def test_figures_on_mongo():
     only = [arg for figure in ("submit", "trips") for arg in ("--only", figure)]
     table = measured("--mongo", "--tasks", "40", "--no-peers", *only)
