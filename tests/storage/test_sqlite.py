@@ -15,6 +15,7 @@ import tempfile
 import textwrap
 import threading
 import time
+from datetime import datetime, timedelta, timezone
 from functools import partial
 from operator import methodcaller
 from pathlib import Path
@@ -485,12 +486,29 @@ class TestStatements:
             TaskStatus.PENDING: ("INDEX tasks_ready", "INDEX tasks_held"),
             TaskStatus.RUNNING: ("INDEX tasks_running",),
         }.get(status, (f"INDEX tasks_{status}",))
+        if (status, build) == (TaskStatus.PENDING, statements.list_tasks):
+            # The rows of the page, by their numbers, once these are found and sorted.
+            uses.remove("SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)")
         for step in uses:
             assert any(index in step for index in allowed), step
 
     def test_a_list_of_all_is_read_in_order(self, plan):
         steps = plan(*statements.list_tasks(TaskFilter()))
         assert steps == ["SCAN tasks USING INDEX tasks_created"]
+
+    def test_pages_of_pending_tasks_are_newest_first(self, repository):
+        """Delayed or not, which are in two indexes; the last one stored is first of the same moment."""
+        moment = datetime(2026, 1, 1, tzinfo=timezone.utc)
+        later = datetime(9000, 1, 1, tzinfo=timezone.utc)
+        for number, second in enumerate([5, 1, 3, 1, 3, 5, 2]):
+            created_at = moment + timedelta(seconds=second)
+            run_at = later if number % 2 else None
+            repository.create(task(str(number), created_at=created_at, run_at=run_at))
+        pages = [
+            [found.id for found in repository.list(TaskFilter(status="pending", offset=n, limit=3))]
+            for n in (0, 3, 6, 9)
+        ]
+        assert pages == [["5", "0", "4"], ["2", "6", "3"], ["1"], []]
 
     def test_finished_tasks_are_in_no_index_of_the_unfinished(self, repository, connect):
         for number in range(50):

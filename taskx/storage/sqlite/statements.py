@@ -195,12 +195,17 @@ _SOURCES: dict[str | None, str] = {
     },
 }
 
+_NEWEST_FIRST = "ORDER BY created_at DESC, seq DESC"
+
 
 def list_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
     """The query for the tasks that meet a filter, and its values."""
     source, values = _meeting(filter)
-    sql = f"SELECT {TASK} FROM {source} ORDER BY created_at DESC, seq DESC LIMIT ? OFFSET ?"
-    return sql, [*values, filter.limit, filter.offset]
+    page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
+    if filter.status == PENDING:
+        # No index has these in order. To sort many without the other columns takes half the time.
+        page = f"tasks WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
+    return f"SELECT {TASK} FROM {page}", [*values, filter.limit, filter.offset]
 
 
 def count_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
