@@ -113,8 +113,6 @@ class Agenda:
         self.attended = False
         #: Whether the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
-        #: Whether another process may have asked to cancel a task that runs here.
-        self.cancels = False
         #: Whether it is known when the next delayed task is due.
         self.due_known = False
         #: Names of schedules that were changed in this process.

@@ -89,14 +89,14 @@ class Fetcher:
         """The types that it runs and that are not paused."""
         return [type for type in self._services.registry.types if self.takes(type)]
 
-    def refill(self) -> None:
-        """Fetch free tasks from the repository as far as there is room."""
+    def refill(self) -> bool:
+        """Fetch free tasks from the repository as far as there is room; False if another thread does."""
         if not self._refilling.acquire(blocking=False):
-            return
+            return False
         try:
             room = self._buffer.room_to_fetch()
             if room <= 0:
-                return
+                return True
             self._agenda.more_stored = False  # before looking: a spill from now on sets it again
             try:
                 found = self._fetch(room)
@@ -110,6 +110,7 @@ class Fetcher:
             self.fetched += len(found)
             if len(found) == room:
                 self._agenda.more_stored = True
+            return True
         finally:
             self._refilling.release()
 

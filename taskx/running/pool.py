@@ -32,6 +32,7 @@ from taskx.running.buffer import Buffer, Item
 from taskx.running.fetcher import Fetcher
 from taskx.running.starter import Runs, Starter
 from taskx.running.stuck import Stuck
+from taskx.storage import queries
 
 # Seconds a worker waits after the repository failed it, doubled up to the second.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
@@ -436,6 +437,11 @@ class WorkerPool:
         """Fire the token of a task whose cancel was asked for, if it runs here."""
         if (run := self.runs.get(task_id)) is not None:
             run.token.fire(CancelReason.CANCEL)
+
+    def fire_cancelled(self) -> None:
+        """Fire the tokens of the runs whose cancel was asked for, perhaps by another process."""
+        for task_id in queries.asked_to_cancel(self.services.repository, list(self.runs)):
+            self.fire(task_id)
 
     def begin_stop(self) -> None:
         """Take nothing more."""

@@ -165,9 +165,6 @@ class Housekeeper:
         if self._pool.stuck.ended:
             self._pool.stuck.lift()
         self._pool.hand_on()
-        if self._agenda.cancels:
-            self._agenda.cancels = False  # before looking: the next request sets it again
-            self._fire_cancelled()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
         self._services.dependents.look(until - time.monotonic())
@@ -218,13 +215,7 @@ class Housekeeper:
         self._agenda.more_stored = True
         self._pool.admission.forget()
         self._services.dependents.look_around()
-        self._fire_cancelled()
-
-    def _fire_cancelled(self) -> None:
-        """Fire the tokens of running tasks whose cancel was asked for."""
-        runs = self._pool.runs
-        for task_id in queries.asked_to_cancel(self._services.repository, list(runs)):
-            self._pool.fire(task_id)
+        self._pool.fire_cancelled()
 
     def _release_due(self, until: float) -> None:
         services = self._services

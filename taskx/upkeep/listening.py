@@ -1,4 +1,4 @@
-"""Hears what other processes commit, and has the housekeeper look at it at once."""
+"""Hears what other processes commit, and looks at it at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 
 from taskx.common.bell import Rest
+from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
 from taskx.running.pool import WorkerPool
 from taskx.storage.base import Listener
@@ -22,18 +23,21 @@ class Listening:
         self._pool = pool
         self._stopped = False
         self._listener: Listener | None = None
+        self._thread = threading.Thread(target=self._run, name="taskx-listen", daemon=True)
 
     def start(self) -> None:
         """Start the thread, if there may be anything to hear."""
         if self._pool.services.repository.shared:
             with suppress(RuntimeError):  # no thread can be started
-                threading.Thread(target=self._run, name="taskx-listen", daemon=True).start()
+                self._thread.start()
 
     def stop(self) -> None:
-        """End the thread soon."""
+        """End the thread: it must take no task for a node that leaves."""
         self._stopped = True
         if (listener := self._listener) is not None:
             listener.close()
+        if self._thread.is_alive():
+            self._thread.join(5.0)
 
     def _run(self) -> None:
         try:
@@ -56,17 +60,22 @@ class Listening:
                 news = listener.wait()
                 continue
             fetched = self._pool.fetcher.fetched
-            self._tell(news)
-            time.sleep(rest.seconds)  # what comes meanwhile is told together
+            self._look(news)
+            vain = self._pool.fetcher.fetched == fetched
+            time.sleep(rest.seconds)  # what comes meanwhile is looked at together
             news = listener.wait(0)
-            rest.after(vain=bool(news) and self._pool.fetcher.fetched == fetched)
+            rest.after(vain=vain and bool(news))
 
-    def _tell(self, news: str) -> None:
-        """Have the housekeeper look, if something can come of it."""
-        pool, agenda = self._pool, self._pool.agenda
-        cancels = CANCEL_REQUESTED in news and bool(pool.runs)
-        more = FREED in news and pool.buffer.room_to_fetch() > 0
-        agenda.cancels = agenda.cancels or cancels
-        agenda.more_stored = agenda.more_stored or more
-        if cancels or more:
-            agenda.wake()
+    def _look(self, news: str) -> None:
+        """Look, if something can come of it; what fails is left to the housekeeper."""
+        pool, looked = self._pool, True
+        try:
+            if CANCEL_REQUESTED in news and pool.runs:
+                pool.fire_cancelled()
+            if FREED in news and pool.buffer.room_to_fetch() > 0:
+                looked = pool.fetcher.refill()
+        except RepositoryError:
+            looked = False
+        if not looked:
+            pool.agenda.more_stored = True
+            pool.agenda.wake()

@@ -9,7 +9,7 @@ from concurrent.futures import CancelledError
 import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
 
-from taskx import Queue, QueueStopped, SQLiteRepository, TaskFailed
+from taskx import Queue, QueueStopped, RepositoryUnavailable, SQLiteRepository, TaskFailed
 from taskx.common import watcher
 from taskx.common.bell import Rest
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
@@ -178,45 +178,54 @@ def test_wake_ups_in_vain_come_less_and_less_often():
 
 
 @pytest.fixture
-def told(busy, nobody_polls, monkeypatch):
-    """A queue whose worker is busy, and how often its housekeeper is woken from then on."""
+def looks(busy, nobody_polls, monkeypatch):
+    """The looks of a queue whose worker is busy, each with the news that it is told first."""
     queue = busy()
     eventually(lambda: services_of(queue).agenda._asleep_long)
-    queue.rings = []
-    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: queue.rings.append(1))
-    return queue
+    pool, seen = pool_of(queue), []
+    monkeypatch.setattr(pool.fetcher, "refill", lambda: bool(seen.append("refill") or queue.free))
+    monkeypatch.setattr(pool, "fire_cancelled", lambda: seen.append("cancels"))
+    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: seen.append("wake"))
+    queue.free = True
+
+    def looks(news):
+        seen.clear()
+        listening.Listening(pool)._look(news)
+        return seen
+
+    looks.queue = queue
+    return looks
 
 
-def tell(queue, news):
-    listening.Listening(pool_of(queue))._tell(news)
+def test_it_looks_for_what_it_heard_of(looks):
+    assert looks(2 * FREED) == ["refill"]
+    assert looks(CANCEL_REQUESTED) == ["cancels"]
+    assert looks(FREED + CANCEL_REQUESTED) == ["cancels", "refill"]
+    assert looks("\n?") == []
 
 
-def test_the_housekeeper_is_woken_for_what_it_may_fetch_or_cancel(told):
-    tell(told, FREED)
-    assert services_of(told).agenda.more_stored
-    tell(told, 3 * CANCEL_REQUESTED)
-    assert services_of(told).agenda.cancels
-    assert len(told.rings) == 2
+def test_without_room_in_the_buffer_nobody_looks_for_tasks(looks, monkeypatch):
+    monkeypatch.setattr(pool_of(looks.queue).buffer, "room_to_fetch", lambda: 0)
+    assert looks(FREED) == []
 
 
-def test_nobody_is_woken_for_what_is_no_news(told):
-    tell(told, "\n?")
-    assert told.rings == []
+def test_with_nothing_running_nobody_looks_for_cancels(looks, monkeypatch):
+    monkeypatch.setattr(pool_of(looks.queue), "runs", {})
+    assert looks(CANCEL_REQUESTED) == []
 
 
-def test_without_room_in_the_buffer_nobody_looks_for_tasks(told, monkeypatch):
-    monkeypatch.setattr(pool_of(told).buffer, "room_to_fetch", lambda: 0)
-    tell(told, FREED)
-    assert told.rings == []
+def test_while_another_thread_fetches_it_is_left_to_the_housekeeper(looks):
+    looks.queue.free = False
+    assert looks(FREED) == ["refill", "wake"]
+    assert services_of(looks.queue).agenda.more_stored
 
 
-def test_with_nothing_running_nobody_looks_for_cancels(make_queue, nobody_polls, monkeypatch):
-    queue = make_queue()
-    queue.start()
-    rings = []
-    monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: rings.append(1))
-    tell(queue, CANCEL_REQUESTED)
-    assert rings == []
+def test_what_fails_is_left_to_the_housekeeper(looks, monkeypatch):
+    def fails():
+        raise RepositoryUnavailable("down")
+
+    monkeypatch.setattr(pool_of(looks.queue).fetcher, "refill", fails)
+    assert looks(FREED) == ["wake"]
 
 
 # --- two processes
