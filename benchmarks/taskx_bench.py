@@ -386,6 +386,7 @@ def _cost_alone(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         queue.submit("noop").result()
         seen.clear()
         for _ in range(count):
+            time.sleep(IDLE)  # a worker waits for it, or it would not be stored as started
             queue.submit("noop").result()
         return _per_task("cost-alone", seen, count)
 

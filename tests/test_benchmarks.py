@@ -123,6 +123,22 @@ def test_peer_is_measured_or_named_loudly(who):
         assert all(re.fullmatch(r"[\d,.]+|–", figure) for figure in others)
 
 
+def test_the_documented_table_has_all_peers_and_both_floors_beside_taskx():
+    text = DOCUMENT.read_text(encoding="utf-8")
+    measured = text.partition(".. measured from here on")[2].partition(".. measured up to here")[0]
+    found = [table for table in with_headers(measured) if table[0][0] == "who"]
+    assert found
+    for header, *table in found:
+        assert header == SIDE_BY_SIDE
+        rows = {(row[0], row[1]) for row in table}
+        ours = {
+            (who, durability)
+            for who in ("floor", "lean floor", "TaskX")
+            for durability in ("accepted", "full", "process")
+        }
+        assert rows == ours | set(PEERS.items())
+
+
 def test_lean_floor_stands_beside_the_floor():
     table = measured("--tasks", "40", "--no-peers", "--only", "submit", "--only", "drain")
     for what in ("submit one by one", "drain a backlog"):
