@@ -106,12 +106,13 @@ class Wakeups:
 
     def send(self, writes: Sequence[Write], results: Sequence[bool], *, to_own: bool) -> None:
         """Tell those who listen of writes that were committed, if their guards held."""
-        if (now := time.monotonic()) >= self._look_at:
+        stale = (now := time.monotonic()) >= self._look_at
+        if not (stale or self._pipes):
+            return
+        news = {*map(lifecycle.news, compress(writes, results))} - {""}
+        if news and stale:  # just before it tells: who began to listen a moment ago hears it
             self._pipes = [*self._others(to_own=to_own)]
             self._look_at = now + LOOK_EVERY
-        if not self._pipes:
-            return
-        news = {*map(lifecycle.news, compress(writes, results))}
         for path, wanted in self._pipes:
             if heard := news.intersection(wanted):
                 _write(path, "".join(heard).encode())
