@@ -122,7 +122,9 @@ class Ledger:
         finally:
             if alone == [True]:
                 self._leading.release()
-            if self._waiting or self._untold or self._late is not None:
+                if self._waiting:
+                    self._call_next()
+            if self._untold or self._late is not None:
                 self._finish()
         return self._commit_with_others(writes)
 
@@ -141,10 +143,10 @@ class Ledger:
             while not self._lead_until_done(entry):
                 entry.turn.wait(_LOOK)
         except BaseException:  # an interrupt, too: whoever leads next sees to the entry
-            entry.deserted = not entry.done
+            entry.deserted, entry.turn = not entry.done, None
             raise
         finally:
-            if self._waiting or self._untold or self._late is not None:
+            if self._untold or self._late is not None:
                 self._finish()
         if entry.error is not None:
             raise entry.error
@@ -168,6 +170,8 @@ class Ledger:
         finally:
             if leads == [True]:
                 self._leading.release()
+                if self._waiting:
+                    self._call_next()
         return entry.done
 
     def commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
@@ -183,7 +187,9 @@ class Ledger:
             with self._leading:
                 return self._repository.apply(writes, all_or_nothing=True)
         finally:
-            if self._waiting or self._late is not None:
+            if self._waiting:
+                self._call_next()
+            if self._late is not None:
                 self._finish()
 
     def commit_soon(self, writes: Sequence[Write], callback: Callback) -> None:
@@ -224,6 +230,7 @@ class Ledger:
             else:
                 return False
         finally:
+            self._call_next()
             self._finish()
         return True
 
@@ -246,8 +253,8 @@ class Ledger:
                     if entry.callback is not None:
                         self._untold.append(entry)
                     self._waiting.remove(entry)
-                    if entry.turn is not None:
-                        entry.turn.set()
+                    if (turn := entry.turn) is not None:
+                        turn.set()
 
     def _read_back(self) -> None:
         """Read back what a leader sent that was interrupted; what does not show is sent again.
@@ -316,8 +323,7 @@ class Ledger:
     # --- after the lock is free
 
     def _finish(self) -> None:
-        """Call who leads next, commit what was taken in from inside, and tell what has an outcome."""
-        self._call_next()
+        """Commit what was taken in from inside, and tell what has an outcome."""
         while (late := self._late) is not None:
             self._late = None
             with suppress(TaskxError), self._leading:  # what fails waits on
@@ -331,9 +337,10 @@ class Ledger:
         self._tell()
 
     def _call_next(self) -> None:
+        """Wake the first thread that waits: the lock is free, and it leads next."""
         for entry in list(self._waiting):
-            if entry.turn is not None:
-                entry.turn.set()
+            if (turn := entry.turn) is not None:
+                turn.set()
                 return
 
     def _tell(self) -> None:

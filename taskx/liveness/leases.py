@@ -25,7 +25,7 @@ import attrs
 
 from taskx.core.errors import RepositoryError
 from taskx.core.log import Complaint, log
-from taskx.core.writes import Note, Update, Write
+from taskx.core.writes import Delete, Insert, Note, Write
 from taskx.liveness.base import PREFIX, Applies, Node, Own, Recorded, Store, described, says_dead
 from taskx.liveness.began import Began
 from taskx.liveness.locks import HostLocks
@@ -132,12 +132,14 @@ class Leases(Recorded[_Leased]):
         return [False if no else next(held) for no in refused]
 
     def _needs_lost_lease(self, write: Write) -> bool:
-        if not isinstance(write, Update):
-            return False
         owner = write.changes.get("owner")
-        if not owner or write.guard.get("status") != "pending":
+        if not owner or isinstance(write, Delete):
             return False
-        return self.lost(owner)
+        if isinstance(write, Insert):
+            begins = write.row.get("status") == "running"
+        else:
+            begins = write.guard.get("status") == "pending"
+        return begins and self.lost(owner)
 
     def lost(self, node: str) -> bool:
         """Whether a node of this process must not start anything now."""

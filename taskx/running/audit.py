@@ -85,7 +85,11 @@ class Audit:
 
     def _hand_back(self, task_id: str) -> None:
         task = self._services.repository.get_many([task_id]).get(task_id)
-        if task is not None and task_id not in self._pool.runs:
+        if task is None or task_id in self._pool.runs:
+            return
+        if task_id in self._pool.starter.unexecuted:
+            self._pool.starter.undo([task], rebuffer=True)
+        else:
             ending = lifecycle.Ending(returned=False, reason=CancelReason.STOP, worker=task.worker)
             writes = lifecycle.conclude(task, ending, self._services.clock.now_ms())
             self._services.consequences.commit(writes, {task_id: task})

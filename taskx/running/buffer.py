@@ -1,4 +1,4 @@
-"""The bounded buffer between those who submit and the workers: ids, and of a few tasks their records."""
+"""The bounded buffer between those who submit and the workers: ids, and no task data."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Sequence
 from heapq import heapify, heappop, heappush
 from itertools import count
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from taskx.common.bell import Bell
 from taskx.core.record import Stub, rank
@@ -17,9 +17,6 @@ from taskx.core.record import Stub, rank
 LOOK_AGAIN = 0.5
 # The heap is tidied if more than half of it, and more than this many items, have left the buffer.
 _FEW_GONE = 64
-# Of so many tasks in the buffer the records are kept, if their params are of at most so many characters:
-# with more, the few bytes of each count.
-_FEW, _SMALL = 64, 1000
 
 
 class Item(NamedTuple):
@@ -31,7 +28,6 @@ class Item(NamedTuple):
     id: str
     type: str
     fetched: bool
-    row: dict[str, Any] | None = None  # its record as it was stored, if few waited; else it is read
 
 
 class Buffer:
@@ -153,18 +149,15 @@ class Buffer:
         order: int,
         *,
         fetched: bool = True,
-        row: dict[str, Any] | None = None,
     ) -> bool:
         """Put in a task: a submitted one into the slot that ``order`` reserved; a fetched one beside those.
 
-        ``row`` is the record of one that was just stored. False if no worker was woken, though some wait.
+        False if no worker was woken for it, though some wait.
         """
         with self._mutex:
             since = self._in_order(created_at, fetched=fetched)
             place = rank(priority, since, run_at, self.ageing) if self.ageing else -priority
-            if row is not None and (len(self) >= _FEW or len(row["params"]) > _SMALL):
-                row = None
-            self._add(Item(place, since, order, task_id, type, fetched, row))
+            self._add(Item(place, since, order, task_id, type, fetched))
             return self._wake()
 
     def _in_order(self, created_at: int, *, fetched: bool) -> int:
@@ -189,7 +182,7 @@ class Buffer:
         """Put back items that were taken, to where they were in the order."""
         with self._mutex:
             for item in items:
-                self._add(item._replace(fetched=True, row=None))
+                self._add(item._replace(fetched=True))
             self._wake()
 
     def discard(self, task_ids: Iterable[str]) -> None:

@@ -214,15 +214,11 @@ class WorkerPool:
         return not (self.stopping or buffer.starting or len(buffer) or suspects.alone)
 
     def start_new(self, insert: Insert) -> bool:
-        """Store a new task as one that is started, for a worker that waits.
+        """Store a new task as one that is started, if a worker waits and nothing else is to start first.
 
-        One transaction and one thread do for both. False, and nothing is stored, if something else is to
-        start first after all.
-
-        Raises:
-            DuplicateTask: its id is taken.
+        One transaction and one thread do for both. If it returns False, nothing is stored.
         """
-        run = self.starter.start_new(insert, self._nothing_waits)
+        run = self.starter.start_new(insert, self._nothing_waits) if self.idles else None
         if run is None:
             return False
         if self.stopping:

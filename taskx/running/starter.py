@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 
 from taskx.common.bell import Bell
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
-from taskx.core.errors import DuplicateTask
 from taskx.core.model import Task
 from taskx.core.record import created_task, optional_ms
 from taskx.core.writes import Insert, Update
@@ -153,6 +153,8 @@ class Starter:
         self._admission = admission
         self.runs = runs
         self.suspects = Suspects(self.runs)
+        #: Tasks that may be stored as started and were not executed, as an interrupt struck their submit.
+        self.unexecuted: deque[str] = deque(maxlen=1000)
         self._shared = Shared(
             services.alarms, services.log.logger, services.keeper, services.repository.get_many
         )
@@ -164,7 +166,7 @@ class Starter:
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
-            found = self._records(items)
+            found = services.repository.get_many([item.id for item in items])
             if paused := services.pauses.known:
                 self._turn_away(found, [task for task in found.values() if task.type in paused])
             if services.registry.limits:
@@ -187,8 +189,6 @@ class Starter:
                     lifecycle.mark_started(run.task, update)
                 else:
                     self.strike(run)
-            if not all(results):
-                self._read_again(items, starting, results)
         except BaseException:  # an interrupt, too: nobody else knows of these
             for run, _ in starting:
                 self.strike(run)
@@ -201,54 +201,32 @@ class Starter:
                     self._admission.over(task_id, ran=False)
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
 
-    def _records(self, items: Sequence[Item]) -> dict[str, Task]:
-        """Return the tasks of items: as they were just stored, or read.
-
-        Whoever changed one since has raised its ``starts``, or it is pending no more.
-        """
-        unread = [item.id for item in items if item.row is None]
-        found = self._services.repository.get_many(unread) if unread else {}
-        if len(unread) < len(items):
-            found.update((i.id, created_task(i.row)) for i in items if i.row is not None)
-        return found
-
-    def _read_again(
-        self,
-        items: Sequence[Item],
-        starting: Sequence[tuple[Run, Update]],
-        started: Sequence[bool],
-    ) -> None:
-        """Put back what could not be started as it was stored: somebody changed it, or took it."""
-        refused = {
-            run.task.id for (run, _), held in zip(starting, started, strict=True) if not held
-        }
-        self._buffer.put_back(item for item in items if item.id in refused and item.row is not None)
-
     def start_new(self, insert: Insert, still_free: Callable[[], bool]) -> Run | None:
         """Store a new task as one that is started, in one transaction.
 
         Returns:
-            None, and nothing is stored, if it is not ``still_free`` once the run shows.
-
-        Raises:
-            DuplicateTask: its id is taken.
+            None, and nothing is stored, if its id is taken, if this node must not start it now, or if it is
+            not ``still_free`` once the run shows.
         """
         services, task = self._services, created_task(insert.row)
         services.registry.registered[task.type].settle(task)
         start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
-        assert start is not None  # it is pending
+        if (
+            start is None or task.max_crashes == 1
+        ):  # which is started by the thread that will run it
+            return None
         stored, run = lifecycle.created_started(insert, start), self._make_run(task)
         try:
             self.runs[task.id] = run
             # A task that is to run alone looks for runs: so this one shows, and then looks for that one.
-            if not still_free():
+            if not (still_free() and services.ledger.commit([stored])[0]):
                 self.strike(run)
                 return None
-            if not services.ledger.commit([stored])[0]:
-                raise DuplicateTask(task.id)
             lifecycle.mark_started(task, start)
             services.consequences.created((stored,))
-        except BaseException:  # an interrupt, too
+        except BaseException as error:  # an interrupt, too
+            if not isinstance(error, Exception) or getattr(error, "in_doubt", False):
+                self.unexecuted.append(task.id)
             self.strike(run)
             raise
         return run
@@ -363,17 +341,17 @@ class Starter:
         """Undo the start of tasks that no worker had a hand free for."""
         if not runs:
             return
-        now = self._services.clock.now_ms()
         for run in runs:
             self.strike(run)  # first: should the commit fail, the audit finds them
-        writes = [write for run in runs for write in lifecycle.hand_back(run.task, now)]
-        results = self._services.consequences.commit(
-            writes, {run.task.id: run.task for run in runs}
-        )
+        self.undo([run.task for run in runs], rebuffer=rebuffer)
+
+    def undo(self, tasks: Sequence[Task], *, rebuffer: bool) -> None:
+        """Undo the start of tasks that were not executed, and of which there is no run any more."""
+        now = self._services.clock.now_ms()
+        writes = [write for task in tasks for write in lifecycle.hand_back(task, now)]
+        results = self._services.consequences.commit(writes, {task.id: task for task in tasks})
         if rebuffer:
-            pending = [
-                run.task for run, handed_back in zip(runs, results[::2], strict=True) if handed_back
-            ]
+            pending = [task for task, undone in zip(tasks, results[::2], strict=True) if undone]
             for task in reversed(pending):  # the first one last: it goes before those put back
                 self.rebuffer(task)
 

@@ -95,7 +95,7 @@ class Intake:
                 return self._accept_unique(insert, on_conflict, spill=spill)
             pool = self._pool_for(insert)
             # With an id of the caller's, another task may be at it.
-            if pool is not None and pool.idles and not task.id and pool.start_new(insert):
+            if not task.id and pool is not None and pool.start_new(insert):
                 return insert.id
             if pool is None or not self._take_in(pool, insert):
                 self._store_outside(pool, insert, spill=spill)
@@ -199,7 +199,7 @@ class Intake:
                 return False
             row["owner"] = pool.node.id
             self._note_stored(insert, self._services.ledger.commit([insert]))
-            if not buffer.add(*_place(row), slot[0], fetched=False, row=row):
+            if not buffer.add(*_place(row), slot[0], fetched=False):
                 pool.agenda.wake_from_long_sleep()  # it looks after it if the busy workers do not
         except BaseException:  # an interrupt, too: nobody else knows of this slot
             buffer.release(slot)

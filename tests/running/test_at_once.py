@@ -1,13 +1,15 @@
-"""A task for which a worker waits is stored as started; one in a short buffer is started unread."""
+"""A task for which a worker waits is stored as started."""
 
 from __future__ import annotations
 
+import time
+
 import pytest
-from helpers import PATIENCE, Waiting, eventually, pool_of, run_in_thread, services_of
+from helpers import PATIENCE, Waiting, eventually, pool_of, services_of
 
 from taskx import DuplicateTask, Hook, RepositoryUnavailable, TaskStatus
 from taskx.core.writes import Insert
-from taskx.running import buffer as buffer_module
+from taskx.liveness.leases import Leases
 
 pytestmark = pytest.mark.every_store
 
@@ -61,7 +63,13 @@ def test_hooks_are_told_that_it_was_submitted_and_then_that_it_begins(make_queue
 
 @pytest.mark.parametrize(
     "options",
-    [{"delay": 60.0}, {"unique_key": "k"}, {"concurrency_key": "k"}, {"id": "the caller's"}],
+    [
+        {"delay": 60.0},
+        {"unique_key": "k"},
+        {"concurrency_key": "k"},
+        {"id": "the caller's"},
+        {"max_crashes": 1},
+    ],
     ids=lambda options: next(iter(options)),
 )
 def test_it_is_stored_as_pending_where_it_may_have_to_wait_or_to_give_way(started, options):
@@ -168,64 +176,35 @@ def test_beside_a_task_that_is_to_run_alone_nothing_starts(started):
     assert handle.result(PATIENCE) == "fine"
 
 
-# As it was stored
+def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
+    """Others may run what it has, and what it stores as pending."""
+    pool = pool_of(idle(started))
+    lost = Leases(started.repository, 10.0, None, time.monotonic)
+    monkeypatch.setattr(lost, "lost", lambda node: node == pool.node.id)
+    monkeypatch.setattr(services_of(started).ledger, "_target", lost)
+    handle = started.submit("fine")
+    assert started.get_task_status(handle.id).status is TaskStatus.PENDING
+    assert started.repository.batches[0][0].row["owner"] == pool.node.id
 
 
-def reads(queue):
-    """The ids that are read to start tasks, from now on."""
-    read, get_many = [], queue.repository.get_many
-    queue.repository.get_many = lambda ids: read.extend(ids) or get_many(ids)
-    return read
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_an_interrupt_kept_from_running_counts_no_interruption(started, look_every, when):
+    """It strikes around the commit: the audit finds the task, and undoes a start that nobody followed."""
+    look_every(audit=0.05)
+    idle(started)
 
+    def strike(writes):
+        setattr(started.repository, when, lambda writes: None)
+        raise KeyboardInterrupt
 
-def test_what_waits_in_a_short_buffer_is_started_without_a_read(busy, gate):
-    queue = busy()
-    read = reads(queue)
-    handles = [queue.submit("note", {"n": n}) for n in range(5)]
-    gate.open()
-    assert queue.drain(PATIENCE)
-    assert queue.ran == [0, 1, 2, 3, 4]
-    assert not {handle.id for handle in handles} & set(read)
-
-
-def test_of_a_long_buffer_the_rest_is_read(busy, gate, monkeypatch):
-    monkeypatch.setattr(buffer_module, "_FEW", 2)
-    queue = busy()
-    read = reads(queue)
-    handles = [queue.submit("note", {"n": n}) for n in range(5)]
-    gate.open()
-    assert queue.drain(PATIENCE)
-    assert queue.ran == [0, 1, 2, 3, 4]
-    assert {handle.id for handle in handles[2:]} <= set(read)
-
-
-def test_large_params_are_not_kept(busy, gate):
-    queue = busy()
-    read = reads(queue)
-    handle = queue.submit("note", {"n": "x" * 2000})
-    gate.open()
-    handle.result(PATIENCE)
-    assert handle.id in read
-
-
-def test_what_was_changed_since_is_read_again(busy, gate, make_queue, look_every):
-    """Another process replaced its params: the buffer here has heard nothing of it."""
-    look_every(poll=10 * PATIENCE, audit=10 * PATIENCE)  # else it would be fetched in the end
-    queue = busy()
-    handle = queue.submit("note", {"n": 1}, unique_key="k")
-    other = make_queue()
-    other.declare("note")
-    assert other.submit("note", {"n": 2}, unique_key="k", on_conflict="replace").id == handle.id
-    gate.open()
-    handle.result(PATIENCE)
-    assert queue.ran == [2]
-
-
-def test_what_was_cancelled_since_does_not_run(busy, gate, make_queue):
-    queue = busy()
-    handle = queue.submit("note", {"n": 1})
-    other = make_queue()
-    assert run_in_thread(lambda: other.cancel_task(handle.id))()
-    gate.open()
-    assert queue.drain(PATIENCE)
-    assert queue.ran == []
+    setattr(started.repository, when, strike)
+    with pytest.raises(KeyboardInterrupt) as struck:
+        started.submit("fine")
+    task_id = struck.value.task_id
+    assert not pool_of(started).runs
+    if when == "before":
+        assert started.submit("fine").result(PATIENCE) == "fine"
+    assert eventually(lambda: task_id in started.repository.statuses([task_id]))
+    assert started.handle(task_id).result(PATIENCE) == "fine"
+    task = started.get_task_status(task_id)
+    assert (task.interruptions, task.crashes, len(task.attempts)) == (0, 0, 1)
