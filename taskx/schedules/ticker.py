@@ -21,9 +21,11 @@ from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services
 from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
 
-#: Polling interval, in seconds, for schedules that another process changed; and, where there are very
-#: many, the multiple of the time that a look takes: such looks take half a percent of a core.
-LOOK_EVERY, LOOK_SELDOM = 1.0, 200.0
+#: Polling interval, in seconds, for schedules that another process changed. Where there are very many it
+#: is a multiple of the time that the last look took, so that looks take half a percent of a core; but no
+#: more than so many seconds, well below ``GAP``: the ticks of a schedule that was just declared must not
+#: count as missed.
+LOOK_EVERY, LOOK_SELDOM, LOOK_AT_LATEST = 1.0, 200.0, 5.0
 #: Schedules that are read, or ticks that get their tasks, at once: some milliseconds of work.
 TOGETHER = 100
 #: Schedules of which a look at all reads a page.
@@ -214,7 +216,7 @@ class Ticker:
             ]
             heapq.heapify(self._next)
         if self._look_at:  # else somebody asks for another one
-            pause = max(LOOK_EVERY, LOOK_SELDOM * self._looked)
+            pause = min(max(LOOK_EVERY, LOOK_SELDOM * self._looked), LOOK_AT_LATEST)
             self._look_at = time.monotonic() + pause
         self._after = None
 

@@ -1455,23 +1455,34 @@ def test_idle_schedules_are_not_read_again_as_others_tick(many, clock, monkeypat
     assert reads == [["beat"]] * 5
 
 
-def test_a_look_that_takes_long_is_taken_less_often(make, monkeypatch):
-    queue, now, read = make(), [0.0], []
+@pytest.mark.parametrize(
+    ("takes", "pause"),
+    [
+        pytest.param(0.001, 1, id="short: at the usual pace"),
+        pytest.param(0.015, 3, id="long: less often"),
+        pytest.param(0.5, 5, id="very long: no less often than the bound"),
+        pytest.param(60.0, 5, id="however long"),
+    ],
+)
+def test_a_look_that_takes_long_is_taken_less_often_but_often_enough(
+    make, monkeypatch, takes, pause
+):
+    queue, now, looked = make(), [0.0], []
 
     def slow(*args):
-        now[0] += 1.0
-        read.append(args)
+        now[0] += takes
+        looked.append(now[0])
         return {}
 
     monkeypatch.setattr(ticker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(queue.repository, "notes_after", slow)
     looks = Ticker(services_of(queue))
     looks.tick()
-    for _ in range(500):
-        now[0] += 1.0
+    while len(looked) < 2:
+        now[0] += 0.25
         looks.look_soon()
         looks.tick()
-    assert 2 <= len(read) <= 4
+    assert looked[1] - takes - looked[0] == pytest.approx(pause, abs=0.3)
 
 
 @pytest.mark.parametrize("misfire", ["one", "skip"])
