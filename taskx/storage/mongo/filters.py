@@ -122,8 +122,9 @@ def make_indexes(connection: Connection) -> None:
         if (found := there.get(index.document["name"])) is None or [*found["key"]] != _keys(index)
     ]
     if len(missing) > 1 and connection.is_real:
-        try:  # together, for which the server reads the tasks once
-            connection.run(lambda: connection.tasks.create_indexes(missing))
+        try:  # together, for which the server reads the tasks once; in the time that each one would have
+            patience = len(missing) * connection.timeout
+            connection.run(lambda: connection.tasks.create_indexes(missing), patience)
             return
         except RepositoryUnavailable:
             raise

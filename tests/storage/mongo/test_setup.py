@@ -175,6 +175,20 @@ class TestIndexes:
         repository.prepare()
         assert "taskx_due" in database.tasks.index_information()
 
+    def test_together_they_have_the_time_that_each_one_would_have(self, make, database, url):
+        given = []
+
+        class Listener(CommandCount):
+            def started(self, event):
+                if event.command_name == "createIndexes":
+                    given.append((event.command["maxTimeMS"], len(event.command["indexes"])))
+
+        with pymongo.MongoClient(url, event_listeners=[Listener()]) as client:
+            make(client[database.name], timeout=100.0).init_indexes()
+        [(patience, count)] = given
+        assert count > 1
+        assert (count - 1) * 100_000 < patience <= count * 100_000
+
     def test_those_of_the_original_stay(self, repository, database):
         database.tasks.create_index("status")
         database.tasks.create_index([("created_at", -1), ("_id", -1)], name="theirs")
