@@ -53,7 +53,7 @@ class _Rounds(ABC):
         """Return what stands still of the next page, and where that ends: empty if it is the last one."""
 
     @abstractmethod
-    def _look_at_some(self, until: float) -> bool:
+    def _look_at_some(self) -> bool:
         """Look at the next page; False where there are no more."""
 
     @property
@@ -77,14 +77,14 @@ class _Rounds(ABC):
         """
         until = time.monotonic() + patience
         while self.waiting:
-            self._look_on(until)
+            self._look_on()
             if time.monotonic() >= until:
                 break
 
-    def _look_on(self, until: float) -> None:
+    def _look_on(self) -> None:
         if not self._under_way:
             self._under_way, self._after, self._all_due = True, "", False
-        self._under_way = self._look_at_some(until)
+        self._under_way = self._look_at_some()
 
 
 class Dependents(_Rounds):
@@ -113,7 +113,7 @@ class Dependents(_Rounds):
         self._lock = threading.Lock()
         # It knows its owner: a log handler, or a callback of a handle, that is told what comes of a look
         # may cancel a task, and must not wait for itself.
-        self._looking, self._deciding = threading.RLock(), False
+        self._looking = threading.RLock()
         self._additions = 0
 
     # --- what happens
@@ -144,12 +144,8 @@ class Dependents(_Rounds):
         self._all_due = True
 
     @property
-    def looks(self) -> bool:
-        """True if it is looking, or about to: tasks may be released by that."""
-        return self.waiting or self._deciding
-
-    @property
     def waiting(self) -> bool:
+        """True if it is looking, or about to: tasks may be released by that."""
         return self.told or super().waiting
 
     @property
@@ -179,16 +175,18 @@ class Dependents(_Rounds):
         if not self._looking._is_owned():  # type: ignore[attr-defined]
             super().look(patience)
 
-    def _look_on(self, until: float) -> None:
+    def _look_on(self) -> None:
         with self._looking:
-            self._look_at_told(until) if self.told else super()._look_on(until)
+            self._look_at_told() if self.told else super()._look_on()
 
-    def _look_at_told(self, until: float) -> None:
-        ids, due = list(self.ended), list(self._due)
-        self._due.extend(self._decide([*due, *self._waiting_for(ids)], until))
-        for told, done in ((self.ended, ids), (self._due, due)):
-            for _ in done:  # only now: until then somebody may wait for this to be done
-                told.popleft()
+    def _look_at_told(self) -> None:
+        """Take the dependents of what has ended for due, and decide a batch of what is due."""
+        if ended := _first(self.ended, _PAGE):
+            self._due.extend(self._waiting_for(ended))
+            _leave_out(self.ended, ended)
+        if due := _first(self._due, BATCH):
+            self._decide(due)
+            _leave_out(self._due, due)
 
     def look_around(self) -> None:
         """Other processes may have stored tasks that wait: from when there are some, ends are told."""
@@ -200,21 +198,23 @@ class Dependents(_Rounds):
                 self._all_due = self._all_due or (some and not self.any)
                 self.any = some
 
-    def look_slowly(self, patience: float = math.inf) -> None:
+    def look_slowly(self) -> None:
         """Look at some of the parents that are waited for, and go on there next time.
 
-        For what no event told: a process that died just then, a record changed by hand. After
-        ``patience`` seconds what is found is left to :meth:`look`.
+        For what no event told: a process that died just then, a record changed by hand. What is more than
+        a batch is left to :meth:`look`.
         """
-        until = time.monotonic() + patience
         with self._looking:
-            self._look_at_some(until)
+            self._look_at_some()
 
-    def _look_at_some(self, until: float) -> bool:
-        gone, self._after = self._page(self._after)
+    def _look_at_some(self) -> bool:
+        gone, after = self._page(self._after)
         if gone:
-            self._due.extend(self._decide(self._waiting_for(gone), until))
-        return bool(self._after)
+            self._due.extend(self._waiting_for(gone))
+        self._after = after
+        if gone:
+            self._look_at_told()
+        return bool(after)
 
     def _waiting_for(self, parents: Sequence[str]) -> list[str]:
         """The tasks that wait for one of these."""
@@ -222,20 +222,11 @@ class Dependents(_Rounds):
 
     # --- deciding
 
-    def _decide(self, task_ids: Sequence[str], until: float = math.inf) -> Sequence[str]:
-        """Let tasks come as far as their parents have; returns those that it did not come to in time."""
-        todo, self._deciding = deque(task_ids), True
-        try:
-            while todo:
-                some = [todo.popleft() for _ in range(min(BATCH, len(todo)))]
-                found = self._repository.get_many(some)
-                if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
-                    self._move(children)
-                if time.monotonic() >= until:
-                    break
-        finally:
-            self._deciding = False
-        return todo
+    def _decide(self, task_ids: Sequence[str]) -> None:
+        """Let tasks come as far as their parents have."""
+        found = self._repository.get_many(task_ids)
+        if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
+            self._move(children)
 
     def _move(self, children: Mapping[str, Task]) -> None:
         parents = {parent: None for child in children.values() for parent in child.depends_on}
@@ -243,6 +234,17 @@ class Dependents(_Rounds):
         now = self._clock.now_ms()
         moves = [lifecycle.parents_moved(child, statuses, now) for child in children.values()]
         self._commit(moves, children)
+
+
+def _first(told: deque[str], most: int) -> list[str]:
+    # By their places: other threads add to it meanwhile, and an iterator would not bear that.
+    return [told[place] for place in range(min(most, len(told)))]
+
+
+def _leave_out(told: deque[str], done: Sequence[str]) -> None:
+    """Take off the first ones, when they are done: until then somebody may wait for that."""
+    for _ in done:
+        told.popleft()
 
 
 class Turns(_Rounds):
@@ -293,9 +295,9 @@ class Turns(_Rounds):
 
     def look_slowly(self) -> None:
         """Look at some lines, and go on there next time: who gave up a turn may have died just then."""
-        self._look_at_some(math.inf)
+        self._look_at_some()
 
-    def _look_at_some(self, until: float) -> bool:
+    def _look_at_some(self) -> bool:
         still, after = self._page(self._after)
         self._advance(still)
         self._after = after

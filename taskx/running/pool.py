@@ -412,7 +412,7 @@ class WorkerPool:
             or self.starter.suspects.waiting
             or self.agenda.more_stored
             or self.services.ledger
-            or self.services.dependents.looks
+            or self.services.dependents.waiting
         )
 
     def wait_quiet(self, timeout: float) -> None:

@@ -190,15 +190,15 @@ class Housekeeper:
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
         if self._is_time("audit", AUDIT_EVERY):
-            self._look_slowly(until)
+            self._look_slowly()
         self._retention.tick()
 
-    def _look_slowly(self, until: float) -> None:
+    def _look_slowly(self) -> None:
         """Look for what no event told of."""
         self._audit.look()
         self._services.alarms.go_on()
         self._pool.stuck.audit()
-        self._services.dependents.look_slowly(until - time.monotonic())
+        self._services.dependents.look_slowly()
         self._services.turns.look_slowly()
         self._ticker.look_soon()
         self._services.watcher.look()

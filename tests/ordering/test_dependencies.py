@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
+from collections import deque
 from itertools import pairwise
 
 import pytest
@@ -414,7 +414,7 @@ class TestOthers:
         whole_round(started)
         other = make_queue()
         other.declare("fine")
-        eventually(lambda: not services_of(started).dependents.looks)
+        eventually(lambda: not services_of(started).dependents.waiting)
         parent = other.submit("fine", delay=3600)
         child = other.submit("fine", depends_on=[parent])
         assert not services_of(started).dependents.any
@@ -429,7 +429,7 @@ class TestOthers:
     def test_from_then_on_ends_are_told(self, started, family):
         parent, child = family
         services_of(started).dependents.look_around()
-        eventually(lambda: not services_of(started).dependents.looks)
+        eventually(lambda: not services_of(started).dependents.waiting)
         started.cancel_task(parent.id)
         eventually(lambda: child.task().status is TaskStatus.CANCELLED)
 
@@ -453,7 +453,7 @@ class TestRecovered:
     def family(self, started):
         parent = started.submit("fine", delay=3600, max_crashes=1)
         child = started.submit("fine", depends_on=[parent])
-        eventually(lambda: not services_of(started).dependents.looks)
+        eventually(lambda: not services_of(started).dependents.waiting)
 
         def runs_on(node):
             changes = {"status": "running", "held": 0, "starts": 1, "owner": node}
@@ -536,7 +536,7 @@ class TestDrained:
     def test_where_nobody_was_told(self, started):
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
-        eventually(lambda: not services_of(started).dependents.looks)
+        eventually(lambda: not services_of(started).dependents.waiting)
         end_by_hand(started.repository, parent.id)
         assert started.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
@@ -594,11 +594,79 @@ def test_a_long_chain_that_ends_at_once_holds_the_housekeeper_up_only_for_a_mome
     for done in range(2, 20):
         waiting.look(0.0)
         assert list(queue.repository.statuses(ids).values()).count("cancelled") == done
-        assert waiting.looks
+        assert waiting.waiting
     for _ in range(2):
         waiting.look(0.0)
-    assert not waiting.looks
+    assert not waiting.waiting
     assert {*queue.repository.statuses(ids).values()} == {"cancelled"}
+
+
+class Touched(deque):
+    """Counts the ids that are read or taken off."""
+
+    count = 0
+
+    def __getitem__(self, place):
+        self.count += 1
+        return super().__getitem__(place)
+
+    def __iter__(self):
+        self.count += len(self)
+        return super().__iter__()
+
+    def popleft(self):
+        self.count += 1
+        return super().popleft()
+
+
+@pytest.fixture
+def family_of_ten(queue, monkeypatch):
+    """A parent that was cancelled, of which was told, and its children, which are decided two at a time."""
+    monkeypatch.setattr(ordering, "BATCH", 2)
+    queue.declare("t")
+    parent = queue.submit("t")
+    children = [queue.submit("t", depends_on=[parent]) for _ in range(10)]
+    waiting = services_of(queue).dependents
+    waiting.look()
+    waiting.ended, waiting._due = Touched(), Touched()
+    queue.repository.update_status(parent.id, TaskStatus.CANCELLED)
+    waiting.parent_ended(parent.id)
+    return waiting, children
+
+
+def test_a_step_touches_no_more_than_it_decides(queue, family_of_ten):
+    """However many are due: else a wide family would cost the square of its width."""
+    waiting, children = family_of_ten
+    get_many, read = queue.repository.get_many, []
+    queue.repository.get_many = lambda ids: read.extend(ids) or get_many(ids)
+    touched = []
+    while waiting.told:
+        waiting.ended.count = waiting._due.count = 0
+        waiting.look(0.0)
+        touched.append(waiting.ended.count + waiting._due.count)
+    assert max(touched) <= 8  # each is read and taken off: two that are due, two that have ended
+    assert sum(touched) <= 2 * (1 + 2 * len(children))
+    assert sorted(read) == sorted(child.id for child in children)
+    assert all(child.cancelled() for child in children)
+
+
+def test_who_is_interrupted_while_some_are_decided_has_forgotten_none(queue, family_of_ten):
+    waiting, children = family_of_ten
+    get_many, strikes = queue.repository.get_many, [False, True, False, True]
+
+    def struck(ids):
+        if strikes and strikes.pop():
+            raise KeyboardInterrupt
+        return get_many(ids)
+
+    queue.repository.get_many = struck
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            waiting.look()
+        assert waiting.told
+    waiting.look()
+    assert not strikes
+    assert all(child.cancelled() for child in children)
 
 
 def test_who_is_interrupted_while_the_parents_are_looked_at_is_told_the_id(queue, monkeypatch):
@@ -664,7 +732,7 @@ class TestMadeGood:
 
     def test_a_parent_that_ends_while_its_child_is_stored(self, started, monkeypatch):
         """After its status was read, and before the child is there to be found."""
-        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self, until: False)
+        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self: False)
         parent = started.submit("fine", delay=3600)
         repository = started.repository
 
@@ -694,7 +762,7 @@ class TestMadeGood:
     @pytest.mark.parametrize("how", [TaskStatus.COMPLETED, TaskStatus.CANCELLED])
     def test_a_parent_that_ends_while_its_child_turns_to_it(self, started, monkeypatch, how):
         """After its status was read, and before the child is registered with it."""
-        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self, until: False)
+        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self: False)
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
         repository = started.repository
         child = started.submit("fine", depends_on=parents)
@@ -757,7 +825,7 @@ PROGRAM = """
         return n + sum(parent.result for parent in ctx.parents)
 
     if what == "dies":
-        def die(self, task_ids, *time_left):
+        def die(self, task_ids):
             print("dies", flush=True)
             os.kill(os.getpid(), 9)
         Dependents._decide = die
@@ -829,7 +897,7 @@ def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
         left = repository.count(pending)
         waiting.look(0.0)
         assert left - ordering.BATCH <= repository.count(pending) < left
-        assert waiting.looks or not repository.count(pending)
+        assert waiting.waiting or not repository.count(pending)
         rounds += 1
     assert rounds > 2
 
@@ -876,7 +944,7 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
             waiting.parent_ended(stub.id)
             waiting.look()
         else:
-            while waiting._look_at_some(math.inf):
+            while waiting._look_at_some():
                 continue
             waiting.look()  # at what ended by that
     statuses: list[str] = []
