@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import _thread
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-# Seconds. A look in vain costs some 0.2 ms, and is to cost no more than 2 % of a core.
-_SHORTEST_REST, _LONGEST_REST = 0.002, 0.012
+#: Seconds between two looks at least: what is told meanwhile is looked at together.
+SHORTEST_REST = 0.002
+# Looks in vain cost 2 % of a core at most: a rest grows to so many times the processor time of one. It need
+# not be longer than the interval in which all is polled. After so many seconds of quiet there is none.
+_TIMES, _LONGEST_REST, _QUIET = 50, 0.06, 1.0
 
 
 class Bell:
@@ -95,14 +99,26 @@ class Signal:
 
 
 class Rest:
-    """The rest of a thread after a wake-up, in seconds: longer while one after the other is in vain."""
+    """The rests of a thread that others wake: longer while one look after the other is in vain.
+
+    Made and used in that thread: it measures the processor time of that.
+    """
 
     def __init__(self) -> None:
-        self.seconds = _SHORTEST_REST
+        self._seconds, self._at = 0.0, 0.0
+        self._used = time.thread_time()
+
+    @property
+    def seconds(self) -> float:
+        """The rest that is due: none after a look that brought something, or a second of quiet."""
+        return self._seconds if time.monotonic() - self._at < _QUIET else 0.0
 
     def after(self, *, vain: bool) -> None:
-        """Note that a wake-up brought something, or was in vain."""
-        self.seconds = min(2 * self.seconds, _LONGEST_REST) if vain else _SHORTEST_REST
+        """Note that a look brought something, or was in vain."""
+        used = time.thread_time()
+        longer = min(2 * self.seconds, _TIMES * (used - self._used), _LONGEST_REST)
+        self._seconds = max(longer, SHORTEST_REST) if vain else 0.0
+        self._at, self._used = time.monotonic(), used
 
 
 class Agenda:

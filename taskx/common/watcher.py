@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.common import handles
-from taskx.common.bell import Agenda, Rest
+from taskx.common.bell import SHORTEST_REST, Agenda, Rest
 from taskx.common.handles import TaskHandle
 from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import ENDED, FINISHED
@@ -32,6 +32,7 @@ _REST = 9
 _MOST_READ = 50
 # Seconds that a close waits for those who wait to be told.
 _CLOSING = 1.0
+_DEAF = "the watcher does not hear of other processes, and polls only"
 
 
 class Watcher:
@@ -238,11 +239,13 @@ class Watcher:
                 pause = handles.LOOK_ANYWAY
             if told:
                 rest.after(vain=len(self._handles) >= watched)
-                time.sleep(max(rest.seconds, cost))
-            if listener is None:
-                time.sleep(pause)
-            else:
-                told = bool(listener.wait(pause))
+                time.sleep(max(rest.seconds, SHORTEST_REST, cost))
+            try:
+                told = _wait(listener, pause)
+            except Exception:  # noqa: BLE001  (a defect of a repository)
+                self._log.exception(_DEAF)
+                self._listen_no_more()
+                listener, told = None, False
         if self._agenda.attended or self._closed:
             self._listen_no_more()
         if self._thread is me:
@@ -255,7 +258,7 @@ class Watcher:
             try:
                 self._listener = self._repository.listen(ENDED)
             except Exception:  # noqa: BLE001  (a defect of a repository)
-                self._log.exception("the watcher does not hear of other processes, and polls only")
+                self._log.exception(_DEAF)
         return self._listener
 
     def _listen_no_more(self) -> None:
@@ -275,3 +278,11 @@ class Watcher:
         for task_id in list(self._handles):
             for handle in self._live(task_id):
                 handle.forget_listeners()
+
+
+def _wait(listener: Listener | None, seconds: float) -> bool:
+    """Wait until something is heard, at most so many seconds; whether something was."""
+    if listener is None:
+        time.sleep(seconds)
+        return False
+    return bool(listener.wait(seconds))

@@ -92,9 +92,10 @@ class Listener(ABC):
 
     @abstractmethod
     def wait(self, timeout: float | None = None) -> str:
-        """Wait for news, at most ``timeout`` seconds; return the kinds of all that came.
+        """Wait for news, at most ``timeout`` seconds (None: for ever); return the kinds of all that came.
 
-        It may also return before, and with what is no kind of news.
+        It returns when something is heard, the time is over or it is closed, and not before: the callers
+        call it again at once. It may also return what is no kind of news.
         """
 
     @abstractmethod

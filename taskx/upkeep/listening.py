@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import random
 import threading
 import time
 from contextlib import suppress
 
-from taskx.common.bell import Rest
+from taskx.common.bell import SHORTEST_REST, Rest
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
 from taskx.running.pool import WorkerPool
@@ -54,17 +55,19 @@ class Listening:
                 listener.close()
 
     def _listen(self, listener: Listener) -> None:
-        rest, news = Rest(), ""
+        rest, fetcher = Rest(), self._pool.fetcher
         while not self._stopped:
-            if not news:
-                news = listener.wait()
+            if not (news := listener.wait()):
                 continue
-            fetched = self._pool.fetcher.fetched
+            if seconds := rest.seconds:
+                # Before looking: by then the node that got something of late has it. If it has no room,
+                # the others come one after the other.
+                time.sleep(random.uniform(0.5, 1.5) * seconds)
+                news += listener.wait(0)
+            fetched = fetcher.fetched
             self._look(news)
-            vain = self._pool.fetcher.fetched == fetched
-            time.sleep(rest.seconds)  # what comes meanwhile is looked at together
-            news = listener.wait(0)
-            rest.after(vain=vain and bool(news))
+            rest.after(vain=fetcher.fetched == fetched)
+            time.sleep(SHORTEST_REST)
 
     def _look(self, news: str) -> None:
         """Look, if something can come of it; what fails is left to the housekeeper."""

@@ -5,14 +5,16 @@ from __future__ import annotations
 import os
 import threading
 from concurrent.futures import CancelledError
+from types import SimpleNamespace
 
 import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
 
 from taskx import Queue, QueueStopped, RepositoryUnavailable, SQLiteRepository, TaskFailed
-from taskx.common import watcher
+from taskx.common import bell, watcher
 from taskx.common.bell import Rest
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
+from taskx.storage.base import Listener
 from taskx.upkeep import listening
 from taskx.upkeep.node import Lifetime
 
@@ -137,6 +139,26 @@ def test_a_repository_that_fails_to_listen_costs_no_more_than_a_poll(
     assert "does not hear" in caplog.text
 
 
+def test_a_listener_that_fails_costs_no_more_than_a_poll(
+    make_queue, elsewhere, monkeypatch, caplog
+):
+    failed = threading.Event()
+
+    def fails(self, timeout=None):
+        if threading.current_thread().name == "taskx-watch":
+            failed.set()
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("taskx.storage.sqlite.wakeups.Pipe.wait", fails)
+    queue = make_queue()
+    queue.executor("t")(lambda: failed.wait(PATIENCE))
+    elsewhere.declare("t")
+    with queue:
+        assert elsewhere.submit("t").result(PATIENCE)
+    assert "not heard" in caplog.text
+    assert caplog.text.count("does not hear") == 1
+
+
 def test_a_stop_ends_the_thread_and_removes_the_pipe(listens, database):
     queue = listens()
     pipes = lambda: [*database.with_name("tasks.db-nodes").glob("*.pipe")]  # noqa: E731
@@ -167,14 +189,117 @@ def test_a_start_that_fails_listens_to_nobody(make_queue, monkeypatch, database)
 # --- how often it wakes the housekeeper
 
 
-def test_wake_ups_in_vain_come_less_and_less_often():
-    rest, seconds = Rest(), []
-    for _ in range(5):
-        rest.after(vain=True)
-        seconds.append(rest.seconds)
-    assert seconds == [0.004, 0.008, 0.012, 0.012, 0.012]
-    rest.after(vain=False)
-    assert rest.seconds == 0.002
+@pytest.fixture
+def spent(monkeypatch):
+    """A rest, and the clocks that it reads: a call lets time pass, and uses some of the processor's."""
+    now = SimpleNamespace(wall=100.0, used=5.0)
+    clock = SimpleNamespace(monotonic=lambda: now.wall, thread_time=lambda: now.used)
+    monkeypatch.setattr(bell, "time", clock)
+
+    def spent(wall=0.0, used=0.0):
+        now.wall += wall
+        now.used += used
+
+    spent.rest = Rest()
+    return spent
+
+
+def rests(spent, used):
+    """Return the rests after looks in vain that each use so much processor time."""
+    seconds = []
+    for _ in range(6):
+        spent(0.01, used)
+        spent.rest.after(vain=True)
+        seconds.append(round(spent.rest.seconds, 6))
+    return seconds
+
+
+@pytest.mark.parametrize(
+    ("used", "expected"),
+    [
+        pytest.param(0.0002, [2, 4, 8, 10, 10, 10], id="until it is fifty times what they cost"),
+        pytest.param(0.0, [2] * 6, id="that cost nothing"),
+        pytest.param(0.5, [2, 4, 8, 16, 32, 60], id="dear ones: until a poll comes"),
+    ],
+)
+def test_looks_in_vain_come_less_and_less_often(spent, used, expected):
+    assert spent.rest.seconds == 0
+    assert rests(spent, used) == [pytest.approx(milliseconds / 1000) for milliseconds in expected]
+
+
+def test_after_a_look_that_brought_something_there_is_no_rest(spent):
+    rests(spent, 0.0002)
+    spent(used=0.0002)
+    spent.rest.after(vain=False)
+    assert spent.rest.seconds == 0
+    spent(used=0.0002)
+    spent.rest.after(vain=True)
+    assert spent.rest.seconds == 0.002
+
+
+def test_after_a_second_of_quiet_there_is_no_rest(spent):
+    rests(spent, 0.0002)
+    spent(0.99)
+    assert spent.rest.seconds > 0
+    spent(0.02)
+    assert spent.rest.seconds == 0
+    spent.rest.after(vain=True)
+    assert spent.rest.seconds == 0.002
+
+
+class Told(Listener):
+    """Is told what a test says, one after the other; then its thread ends."""
+
+    def __init__(self, listening, *news):
+        self._listening, self._news = listening, list(news)
+        self.timeouts = []
+
+    def wait(self, timeout=None):
+        self.timeouts.append(timeout)
+        if self._news:
+            return self._news.pop(0)
+        self.close()
+        return ""
+
+    def close(self):
+        self._listening._stopped = True
+
+
+@pytest.fixture
+def heard(monkeypatch):
+    """Has a thread hear some news; returns what it did in order, and the time-outs of its waits."""
+
+    def heard(*news, brings):
+        fetcher, done = SimpleNamespace(fetched=0), []
+        thread = listening.Listening(SimpleNamespace(fetcher=fetcher))
+
+        def look(news):
+            done.append(news)
+            fetcher.fetched += brings
+
+        monkeypatch.setattr(thread, "_look", look)
+        monkeypatch.setattr(bell, "_QUIET", NEVER)
+        monkeypatch.setattr(
+            listening, "time", SimpleNamespace(sleep=lambda _: done.append("rests"))
+        )
+        listener = Told(thread, *news)
+        thread._listen(listener)
+        return done, listener.timeouts
+
+    return heard
+
+
+def test_while_looks_bring_something_each_news_is_looked_at_at_once(heard):
+    done, timeouts = heard("f", "c", brings=True)
+    assert done == ["f", "rests", "c", "rests"]
+    assert timeouts == [None] * 3
+
+
+def test_after_a_look_in_vain_it_rests_before_the_next_one(heard):
+    """Then others had their turn, and what was told meanwhile is looked at together."""
+    done, timeouts = heard("f", "f", "c", brings=False)
+    assert done == ["f", "rests", "rests", "fc", "rests"]
+    assert timeouts == [None, None, 0, None]
 
 
 @pytest.fixture
