@@ -78,7 +78,8 @@ class MongoCampaign(Campaign):
         options["host"] = self.rng.choice(("here", "there"))
         options["retries"] = self.rng.random() < 0.5
         if "point" in options:  # fewer pass it in the same time
-            most = 3 if "batch" in options["point"] else 15
+            together = "batch" in options["point"] or "transaction" in options["point"]
+            most = 3 if together else 15
             options["passings"] = min(options["passings"], self.rng.randint(1, most))
         if options.pop("interrupts", 0):  # they would strike the driver, too: not ours to prove
             options["overflow"] = "block"

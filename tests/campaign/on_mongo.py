@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pymongo
+from pymongo.client_session import ClientSession
 
 from taskx import CancelReason, MongoRepository, RepositoryUnavailable
 from taskx.liveness.leases import Leases
 from taskx.running.pool import WorkerPool
 from taskx.storage.base import Repository
+from taskx.storage.mongo import sender
 from taskx.storage.mongo.batches import Batches
+from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.sender import Sender
 
 from . import hooks
-from .hooks import after, before, wrap
+from .hooks import Strike, after, before, wrap
 from .sidelog import SideLog
 from .stores import Store
 
@@ -24,12 +28,35 @@ if TYPE_CHECKING:
 #: Seconds that an operation may take.
 TIMEOUT = 2.0
 
+
+def _without_transactions(point: Callable[[Strike], None]) -> Callable[[Strike], None]:
+    """Have the process take its server for one that knows none: it hides batches. Then the point."""
+
+    def at(strike: Strike) -> None:
+        _hide_batches()
+        point(strike)
+
+    return at
+
+
+def _hide_batches() -> None:
+    Connection.transacts = property(lambda self: False)  # type: ignore[assignment,method-assign]
+
+
 KILL_POINTS: hooks.Points = {
     **hooks.COMMON_POINTS,
     "inside a commit": lambda strike: after(Sender, "_bulk_write", strike),
     "after a commit": lambda strike: after(MongoRepository, "apply", strike),
-    "before a batch is committed": lambda strike: before(Batches, "_commit", strike),
-    "before a batch is shown": lambda strike: before(Batches, "_reveal", strike),
+    "before a transaction": lambda strike: before(Sender, "_transact", strike),
+    "inside a transaction": lambda strike: before(ClientSession, "commit_transaction", strike),
+    "after a transaction": lambda strike: after(ClientSession, "commit_transaction", strike),
+    "inside a batch": _without_transactions(lambda strike: after(Sender, "_bulk_write", strike)),
+    "before a batch is committed": _without_transactions(
+        lambda strike: before(Batches, "_commit", strike)
+    ),
+    "before a batch is shown": _without_transactions(
+        lambda strike: before(Batches, "_reveal", strike)
+    ),
     "before leaving": lambda strike: before(Leases, "leave", strike),
 }
 
@@ -46,7 +73,25 @@ def _marks_not_looked_at() -> None:
     wrap(Sender, "_look_for_marks", lambda inner, self, ops: None)
 
 
+def _transactions_in_pieces() -> None:
+    def transact(inner: Any, self: Sender, documents: Any, sent: Any) -> None:
+        for document in documents:
+            inner(self, [document], sent)
+
+    wrap(Sender, "_transact", transact)
+
+
+def _commit_left_out() -> None:
+    wrap(ClientSession, "commit_transaction", lambda inner, self: None)
+
+
+def _lost_commit_given_up() -> None:
+    wrap(sender, "_was_rolled_back", lambda inner, error: True)
+
+
 def _batches_in_pieces() -> None:
+    _hide_batches()
+
     def insert(inner: Any, self: Batches, writes: Any, store: Any) -> list[bool]:
         return [store([write], "")[0] for write in writes]
 
@@ -64,6 +109,9 @@ class OnMongo(Store):
         "beats not looked at": _beats_not_looked_at,
         "lost lease ignored": _lost_lease_ignored,
         "marks not looked at": _marks_not_looked_at,
+        "transactions in pieces": _transactions_in_pieces,
+        "commit left out": _commit_left_out,
+        "lost commit given up": _lost_commit_given_up,
         "batches in pieces": _batches_in_pieces,
     }
 

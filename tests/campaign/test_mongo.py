@@ -56,15 +56,29 @@ def test_random_kills_cuts_and_restarts(stormy):
     assert sum(task.status == "completed" for task in outcome.records.values()) > 20
 
 
+NINE = {"kind": "brief", "count": 9, "together": True}
 #: What is submitted at the points that a SQLite file has not, or has elsewhere.
 NAMED: dict[str, dict[str, Any]] = {
     "inside a commit": {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
     "after a commit": {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
-    "before a batch is committed": {
-        "tasks": [{"kind": "brief", "count": 3}, {"kind": "brief", "count": 9, "together": True}]
-    },
-    "before a batch is shown": {"tasks": [{"kind": "brief", "count": 9, "together": True}]},
+    "before a transaction": {"tasks": [NINE]},
+    "inside a transaction": {"tasks": [NINE]},
+    "after a transaction": {"tasks": [NINE]},
+    "inside a batch": {"tasks": [NINE]},
+    "before a batch is committed": {"tasks": [{"kind": "brief", "count": 3}, NINE]},
+    "before a batch is shown": {"tasks": [NINE]},
     "before leaving": {"tasks": [{"kind": "brief", "count": 3}]},
+}
+
+
+#: How many of the tasks that are submitted together, or before, are there at the end.
+STORED = {
+    "before a transaction": 0,
+    "inside a transaction": 0,
+    "after a transaction": 9,
+    "inside a batch": 0,
+    "before a batch is committed": 3,
+    "before a batch is shown": 9,
 }
 
 
@@ -83,8 +97,7 @@ def test_killed_at_every_point(campaign):
         campaign.wait_for("dying", note=point, who=child.who)
     outcome = prove(campaign, processes=1)
     stored = Counter(task_id.split("-")[0] for task_id in outcome.records)
-    assert stored[children["before a batch is committed"].who] == 3
-    assert stored[children["before a batch is shown"].who] == 9
+    assert {point: stored[children[point].who] for point in STORED} == STORED
 
 
 # The proof proved
@@ -163,10 +176,39 @@ def an_answer_is_lost(campaign: MongoCampaign, **options: Any) -> None:
     assert asked.is_set()
 
 
-def killed_amid_a_batch(campaign: MongoCampaign, **options: Any) -> None:
-    tasks = [{"kind": "brief", "count": 9, "together": True}]
+def the_answer_to_a_commit_is_lost(campaign: MongoCampaign, **options: Any) -> None:
+    """For as long as an operation may take; then the tasks are sent again."""
+    child = campaign.spawn(role="store", tasks=[NINE], **options)
+    line, committed = campaign.lines[child.who], threading.Event()
+
+    def judge(direction: str, piece: bytes) -> bool:
+        if direction == "ask" and b"commitTransaction" in piece:
+            committed.set()
+        elif direction == "ask" and b"p1-1" in piece and committed.is_set():
+            line.heal()
+        return direction == "ask" or not committed.is_set() or b"maxBsonObjectSize" in piece
+
+    line.judge = judge
+    assert child.wait(90.0) == 0
+    assert committed.is_set()
+
+
+def stored_together(campaign: MongoCampaign, **options: Any) -> None:
+    assert campaign.spawn(role="store", tasks=[NINE], **options).wait(90.0) == 0
+
+
+def killed_amid_a_transaction(campaign: MongoCampaign, **options: Any) -> None:
+    """At the fourth commit; where it is whole, there is one."""
     child = campaign.spawn(
-        role="store", point="inside a commit", passings=4, tasks=tasks, **options
+        role="store", point="inside a transaction", passings=4, tasks=[NINE], **options
+    )
+    child.wait(90.0)
+
+
+def killed_amid_a_batch(campaign: MongoCampaign, **options: Any) -> None:
+    """When the fourth write is done; where it is whole, there is one."""
+    child = campaign.spawn(
+        role="store", point="inside a batch", passings=4, tasks=[NINE], **options
     )
     child.wait(90.0)
 
@@ -177,6 +219,12 @@ PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
     "lost lease ignored": (cut_off_for_long, "was under way"),
     "beats not looked at": (neighbours_elsewhere, "was under way"),
     "marks not looked at": (an_answer_is_lost, "called a duplicate at its first submit"),
+    "transactions in pieces": (
+        killed_amid_a_transaction,
+        "some are stored, and some are not",
+    ),
+    "commit left out": (stored_together, "it was accepted, and there is no record"),
+    "lost commit given up": (the_answer_to_a_commit_is_lost, "it was rejected, and yet stored"),
     "batches in pieces": (killed_amid_a_batch, "some are stored, and some are not"),
 }
 
