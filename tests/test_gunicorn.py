@@ -210,7 +210,7 @@ def test_killed_worker_loses_nothing(site: Site) -> None:
 
     def runs() -> str:
         task = site.repository.get_by_id(task_id)
-        return task.owner if task.status == "running" else ""
+        return task.owner if task.status == "running" and task.message else ""
 
     owner = eventually(runs)
     [name] = [node.name for node in site.repository.liveness.nodes() if node.id == owner]

@@ -175,7 +175,6 @@ class Housekeeper:
         if self._is_time("recover", RECOVER_EVERY):
             self.recovery.recover(until - time.monotonic())
             self._pool.record_types()
-            self._pool.fetcher.look_for_pauses()
             self._pool.admission.tend()
             self._look_around()
         elif self._is_time("poll", POLL) and self._changed():
@@ -211,7 +210,8 @@ class Housekeeper:
         return True
 
     def _look_around(self) -> None:
-        """See what others on the repository did: new work, and requests to cancel."""
+        """See what others on the repository did: pauses, new work, and requests to cancel."""
+        self._pool.fetcher.look_for_pauses()  # first: what was stored after a pause must not start
         self._agenda.more_stored = True
         self._pool.admission.forget()
         self._services.dependents.look_around()

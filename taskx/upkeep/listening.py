@@ -76,6 +76,7 @@ class Listening:
             if CANCEL_REQUESTED in news and pool.runs:
                 pool.fire_cancelled()
             if FREED in news and pool.buffer.room_to_fetch() > 0:
+                pool.fetcher.look_for_pauses()  # what was stored after a pause must not start
                 looked = pool.fetcher.refill()
         except RepositoryError:
             looked = False
