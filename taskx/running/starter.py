@@ -211,9 +211,8 @@ class Starter:
         services, task = self._services, created_task(insert.row)
         services.registry.registered[task.type].settle(task)
         start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
-        if (
-            start is None or task.max_crashes == 1
-        ):  # which is started by the thread that will run it
+        # What must not crash twice is started by the thread that runs it.
+        if start is None or task.max_crashes == 1:
             return None
         stored, run = lifecycle.created_started(insert, start), self._make_run(task)
         try:

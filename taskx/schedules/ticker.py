@@ -277,7 +277,7 @@ class Ticker:
         return list(names)
 
     def _still_due(self, names: Sequence[str]) -> list[Read]:
-        """Those of these schedules whose tick has come, as they are now."""
+        """Return the named schedules whose tick has come, as they are now."""
         self._read_named(names)  # others may have done, paused or changed them
         now = self._services.clock.now_ms()
         read = (self._read.get(name) for name in names)

@@ -10,7 +10,14 @@ from types import SimpleNamespace
 import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
 
-from taskx import Queue, QueueStopped, RepositoryUnavailable, SQLiteRepository, TaskFailed
+from taskx import (
+    Queue,
+    QueueStopped,
+    RepositoryUnavailable,
+    SQLiteRepository,
+    TaskFailed,
+    TaskStatus,
+)
 from taskx.common import bell, watcher
 from taskx.common.bell import Rest
 from taskx.core.lifecycle import CANCEL_REQUESTED, FREED
@@ -72,6 +79,25 @@ def test_a_task_that_another_process_submits_starts_at_once(listens, elsewhere):
         elsewhere.submit("t")
         assert ran.wait(PATIENCE)
         ran.clear()
+
+
+def test_what_another_process_submits_after_its_pause_does_not_start(listens, elsewhere):
+    """Nobody told this node of the pause: it looks for pauses before it fetches."""
+    began = []
+
+    def register(queue):
+        for kind in ("paused", "other"):
+            queue.executor(kind)(lambda kind=kind: began.append(kind))
+
+    queue = listens(register, worker_num=1)  # which takes one after the other
+    elsewhere.declare("paused")
+    elsewhere.declare("other")
+    elsewhere.pause("paused")
+    waits = elsewhere.submit("paused")
+    elsewhere.submit("other")
+    eventually(lambda: "other" in began)
+    assert began == ["other"]
+    assert queue.get_task_status(waits.id).status is TaskStatus.PENDING
 
 
 def test_a_cancel_by_another_process_fires_the_token_at_once(listens, elsewhere):

@@ -190,9 +190,8 @@ class Sender:
     def _transact(self, documents: Sequence[Document], sent: list[bool]) -> None:
         """Insert documents and commit; ``sent`` says that the commit may have been sent."""
         tasks = self._connection.tasks
-        with (
-            tasks.database.client.start_session() as session
-        ):  # which rolls back what it leaves open
+        # A session rolls back what it leaves open.
+        with tasks.database.client.start_session() as session:
             # Whatever the client is set to.
             session.start_transaction(
                 ReadConcern("local"), tasks.write_concern, tasks.read_preference

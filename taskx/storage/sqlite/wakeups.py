@@ -138,9 +138,8 @@ class Wakeups:
 
 
 def _write(path: str, heard: bytes) -> None:
-    with suppress(
-        OSError
-    ):  # it is gone, not ours to write to, or full: then it is read in any case
+    # It may be gone, not ours to write to, or full: then it is read in any case.
+    with suppress(OSError):
         # For reading, too: with no reader left, a write would raise SIGPIPE.
         fd = os.open(path, os.O_RDWR | _FLAGS)
         try:
