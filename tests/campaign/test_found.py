@@ -42,7 +42,7 @@ def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch)
     wrap(lifecycle, "start", held)
     queue.executor("note")(lambda: ran.append(1))
     queue.start()
-    handle = queue.submit("note")
+    handle = queue.submit("note", id="a")  # a caller's id: a worker starts it, not this thread
     assert held.reached.wait(60.0)
     assert queue.stop(timeout=0.0) == []
     until(
