@@ -266,7 +266,7 @@ class Consequences:
                 facts = _facts(tasks[write.id], write.changes, ending)
                 log.log(follows.level, follows.words, facts)
             if follows.ends and write.id in watched:
-                self._watcher.look_at(write.id)
+                self._watcher.resolve(write.id)
             if follows.leaves and (node := self._state.engine) is not None:
                 node.discard([write.id])
             if follows.fires and (node := self._state.engine) is not None:
@@ -323,11 +323,11 @@ class Consequences:
                 key = changes.get("concurrency_key") if known is None else known.concurrency_key
                 keys.append(str(key))
             elif held == UNTIL_DUE:
-                self._agenda.look_for_due()
+                self._agenda.check_due_soon()
             elif held == FREE and changes.get("owner") and self._state.engine is not None:
                 self._state.engine.rebuffer(tasks[write.id])
             elif held == FREE:
-                self._agenda.look_for_more()
+                self._agenda.fetch_soon()
         if waiting:
             self.dependents.waits(waiting)
         if keys:

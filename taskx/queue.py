@@ -162,7 +162,7 @@ class Queue:
         if self._node is not None:
             with suppress(RepositoryError):  # then the housekeeper records them
                 self._node.engine.record_types()
-        self._services.agenda.look_for_more()
+        self._services.agenda.fetch_soon()
 
     def declare(self, *types: str) -> None:
         """Accept tasks of these types, whose executors are registered in another process."""

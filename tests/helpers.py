@@ -256,7 +256,7 @@ _SECONDS = {
     "progress": "upkeep.housekeeper.PROGRESS_EVERY",
     "poll": "upkeep.housekeeper.POLL",
     "schedules": "schedules.ticker.LOOK_EVERY",
-    "handles": "common.handles.LOOK_ANYWAY",
+    "handles": "common.handles.POLL_INTERVAL",
 }
 _BATCHES = {
     "operations": "submitting.operations.BATCH",

@@ -148,17 +148,17 @@ class Agenda:
             self._asleep_long = False
             self.wake()
 
-    def look_for_due(self) -> None:
+    def check_due_soon(self) -> None:
         """A task must not start before its time: look when that is, and wake then."""
         self.due_known = False
         self.wake()
 
-    def look_for_more(self) -> None:
+    def fetch_soon(self) -> None:
         """Free tasks in the repository may start that could not before."""
         self.more_stored = True
         self.wake_from_long_sleep()
 
-    def look_for_schedule(self, name: str) -> None:
+    def check_schedule_soon(self, name: str) -> None:
         """A schedule was changed: look when it ticks, and wake then."""
         if self.attended:
             self.schedules.append(name)

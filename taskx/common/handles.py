@@ -32,7 +32,7 @@ from taskx.core.model import Task, TaskStatus
 R = TypeVar("R")
 
 #: Polling interval, in seconds, of a thread that waits: the thread that should wake it may be gone.
-LOOK_ANYWAY = 1.0
+POLL_INTERVAL = 1.0
 
 
 class _Owner(Protocol):
@@ -99,7 +99,7 @@ class TaskHandle(Future[R]):
         except InvalidTransition:
             return False
         if cancelled:
-            self._settle(_CANCELLED)
+            self._resolve(_CANCELLED)
         return cancelled
 
     def running(self) -> bool:
@@ -199,10 +199,10 @@ class TaskHandle(Future[R]):
         self._listen(bell)
         try:
             while self._outcome is None:
-                left = LOOK_ANYWAY if deadline is None else deadline - time.monotonic()
+                left = POLL_INTERVAL if deadline is None else deadline - time.monotonic()
                 if left <= 0:
                     return
-                if not bell.wait(min(left, LOOK_ANYWAY)):
+                if not bell.wait(min(left, POLL_INTERVAL)):
                     self._owner.watch(self)  # renewed: whoever should ring may be gone
         finally:
             self._unlisten(bell)
@@ -260,18 +260,18 @@ class TaskHandle(Future[R]):
     def conclude(self, task: Task | None) -> bool:
         """Note the end of the task if it has ended; None stands for a deleted one."""
         if task is None:
-            self._settle(_Outcome(FINISHED, exception=TaskNotFound(self.id)))
+            self._resolve(_Outcome(FINISHED, exception=TaskNotFound(self.id)))
         elif not task.status.finished:
             return False
         elif task.status is TaskStatus.COMPLETED and task.damage:
-            self._settle(_Outcome(FINISHED, exception=RepositoryCorrupt(task.damage)))
+            self._resolve(_Outcome(FINISHED, exception=RepositoryCorrupt(task.damage)))
         elif task.status is TaskStatus.COMPLETED:
-            self._settle(_Outcome(FINISHED, task.result))
+            self._resolve(_Outcome(FINISHED, task.result))
         elif task.status is TaskStatus.FAILED:
             failed = TaskFailed(task.id, task.error, _last_attempt(task), task.traceback)
-            self._settle(_Outcome(FINISHED, exception=failed))
+            self._resolve(_Outcome(FINISHED, exception=failed))
         else:
-            self._settle(_CANCELLED)
+            self._resolve(_CANCELLED)
         return True
 
     def conclude_closed(self) -> None:
@@ -279,9 +279,9 @@ class TaskHandle(Future[R]):
         closed = QueueStopped(
             f"the queue was closed before task {self.id} had ended; another queue's handle tells"
         )
-        self._settle(_Outcome(FINISHED, exception=closed))
+        self._resolve(_Outcome(FINISHED, exception=closed))
 
-    def _settle(self, outcome: _Outcome) -> None:
+    def _resolve(self, outcome: _Outcome) -> None:
         self.__dict__.setdefault("_outcome", outcome)  # in one step, and the first one holds
 
     # --- what ``wait`` and ``as_completed`` take hold of in a Future

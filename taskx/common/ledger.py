@@ -31,7 +31,7 @@ Callback = Callable[[Sequence[bool], BaseException | None], None]
 #: Most entries of one transaction, so that a long queue of them does not become one long lock.
 MAX_BATCH = 256
 # Seconds after which a follower looks by itself: an interrupt may have struck who was to call it.
-_LOOK = 0.05
+_CHECK_EVERY = 0.05
 
 
 class _Entry:
@@ -141,7 +141,7 @@ class Ledger:
         try:
             self._waiting.append(entry)
             while not self._lead_until_done(entry):
-                entry.turn.wait(_LOOK)
+                entry.turn.wait(_CHECK_EVERY)
         except BaseException:  # an interrupt, too: whoever leads next sees to the entry
             entry.deserted, entry.turn = not entry.done, None
             raise

@@ -36,7 +36,7 @@ class Pauses:
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
-        self._looking = threading.Lock()
+        self._refreshing = threading.Lock()
         #: What was paused at the last look.
         self.known = Paused()
 
@@ -47,9 +47,9 @@ class Pauses:
         types = frozenset(name[start:] for name in names if name.startswith(_NOTE + "/"))
         return Paused(_NOTE in names, types)
 
-    def look(self) -> bool:
+    def refresh(self) -> bool:
         """Bring :attr:`known` up to date; whether it changed."""
-        with self._looking:  # else one who read before a change might tell after it
+        with self._refreshing:  # else one who read before a change might tell after it
             before, self.known = self.known, self.read()
             return self.known != before
 

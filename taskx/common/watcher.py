@@ -69,7 +69,7 @@ class Watcher:
             self._register(handle)
         try:
             if new:
-                self._look([handle.id])
+                self._check([handle.id])
                 handle.watched_by = self
         finally:
             self.ensure_polling()
@@ -140,7 +140,7 @@ class Watcher:
 
     # --- looking
 
-    def look_at(self, task_id: str) -> None:
+    def resolve(self, task_id: str) -> None:
         """Tell who waits for a task that just ended.
 
         What it ended by is committed, so a failure to read is none of that: it is looked at again soon.
@@ -160,11 +160,11 @@ class Watcher:
                 self._ended.extend(ended)
                 raise
 
-    def look(self) -> None:
+    def check_all(self) -> None:
         """Look at all tasks that are watched, and resolve what has ended."""
-        self._look([task_id for task_id in list(self._handles) if self._live(task_id)])
+        self._check([task_id for task_id in list(self._handles) if self._live(task_id)])
 
-    def _look(self, task_ids: Sequence[str]) -> None:
+    def _check(self, task_ids: Sequence[str]) -> None:
         if task_ids:
             statuses = self._repository.statuses(task_ids)  # and no records, which may be large
             self._resolve([i for i in task_ids if i not in statuses or statuses[i] in FINISHED])
@@ -211,7 +211,7 @@ class Watcher:
                 thread.start()
             except RuntimeError:  # no new thread can be had: whoever waits looks
                 with suppress(RepositoryError):
-                    self._close_all() if self._closed else self.look()
+                    self._close_all() if self._closed else self.check_all()
 
     def _poll(self) -> None:
         me = threading.current_thread()
@@ -224,19 +224,19 @@ class Watcher:
                 self.tell()
                 if self._closed:
                     self._close_all()
-                elif changed() or told or time.monotonic() - looked > handles.LOOK_ANYWAY:
+                elif changed() or told or time.monotonic() - looked > handles.POLL_INTERVAL:
                     began = time.monotonic()
-                    self.look()
+                    self.check_all()
                     looked = time.monotonic()
-                    cost = min(_REST * (looked - began), handles.LOOK_ANYWAY)
+                    cost = min(_REST * (looked - began), handles.POLL_INTERVAL)
                     pause = max(_POLL, cost)
                     complaint.over()
             except RepositoryError as error:
                 complaint.make("cannot see whether tasks have ended: %s", error)
-                pause = handles.LOOK_ANYWAY
+                pause = handles.POLL_INTERVAL
             except BaseException:  # noqa: BLE001  (without this thread, who waits would wait for ever)
                 self._log.exception("the watcher stumbled; it goes on")
-                pause = handles.LOOK_ANYWAY
+                pause = handles.POLL_INTERVAL
             if told:
                 rest.after(vain=len(self._handles) >= watched)
                 time.sleep(max(rest.seconds, SHORTEST_REST, cost))

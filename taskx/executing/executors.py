@@ -240,11 +240,11 @@ class Registered(NamedTuple):
     #: Refuses params that do not fit; None where nothing is known of them.
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
-    settled: Mapping[str, Any]  #: what a task is stored with that says nothing itself
+    defaults: Mapping[str, Any]  #: what a task is stored with that says nothing itself
     at_start: tuple[Any, ...]  #: what it starts with: as ``UNLESS_SAID``, and in that order
     log_level: int | None  #: from which level on what the executor logs is kept; None for none
 
-    def settle(self, task: Task) -> None:
+    def apply_defaults(self, task: Task) -> None:
         """Give a task, before it starts, what neither it nor its submit said."""
         timeout, max_attempts, max_crashes = self.at_start
         if task.timeout is None:
@@ -263,9 +263,9 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         type, function, takes_context = executor.type, executor.function, executor.takes_context
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
-    settled, level = options.settled, log_level(options.capture_log)
-    at_start = tuple({**UNLESS_SAID, **settled}.values())
-    return Registered(type, function, takes_context, check, options, settled, at_start, level)
+    defaults, level = options.settled, log_level(options.capture_log)
+    at_start = tuple({**UNLESS_SAID, **defaults}.values())
+    return Registered(type, function, takes_context, check, options, defaults, at_start, level)
 
 
 def _type_of(executor: Any) -> str:

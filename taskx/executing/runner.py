@@ -127,7 +127,7 @@ class Runner:
                 self._alarms.remove(token)
         return self._completed(ending, run, worker, started)
 
-    def give_up(self, run: Run, worker: str, stack: str) -> Ending:
+    def abandon(self, run: Run, worker: str, stack: str) -> Ending:
         """Return the ending of a run whose thread goes on after its time-out, at that ``stack``."""
         assert run.task.timeout is not None
         assert run.token.deadline is not None

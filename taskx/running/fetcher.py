@@ -71,7 +71,7 @@ class Fetcher:
 
         After a ``RepositoryError`` workers pass over what is in the buffer all the same.
         """
-        if self._services.pauses.look():
+        if self._services.pauses.refresh():
             self._agenda.more_stored = True  # what is paused no longer
             paused = self._services.pauses.known
             swept = self._buffer.sweep(lambda type: type in paused)
@@ -138,7 +138,7 @@ class Fetcher:
             return self._take_over()
         taken = services.ledger.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
         if not all(taken):
-            self._agenda.look_for_more()  # there may be others, or none for which it has places
+            self._agenda.fetch_soon()  # there may be others, or none for which it has places
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
 
     def _offered(self, room: int, owner: str = "") -> list[Stub]:

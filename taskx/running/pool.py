@@ -76,7 +76,7 @@ class WorkerPool:
             services.repository,
             node.id,
             services.clock,
-            self.agenda.look_for_more,
+            self.agenda.fetch_soon,
             self.agenda.wake_from_long_sleep,
             services.log,
         )

@@ -209,7 +209,7 @@ class Starter:
             not ``still_free`` once the run shows.
         """
         services, task = self._services, created_task(insert.row)
-        services.registry.registered[task.type].settle(task)
+        services.registry.registered[task.type].apply_defaults(task)
         start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
         # What must not crash twice is started by the thread that runs it.
         if start is None or task.max_crashes == 1:
@@ -261,7 +261,7 @@ class Starter:
             if task is None:
                 continue
             # A process that only declared the type left some options to the executor.
-            self._services.registry.registered[task.type].settle(task)
+            self._services.registry.registered[task.type].apply_defaults(task)
             if not task.crashes and task.max_crashes != 1:
                 chosen.append(task)
                 continue
@@ -309,7 +309,7 @@ class Starter:
         if task.id not in found:
             self._suspect_done()
         for again in found.values():
-            services.registry.registered[again.type].settle(again)
+            services.registry.registered[again.type].apply_defaults(again)
         return list(found.values())
 
     def _make_run(self, task: Task) -> Run:

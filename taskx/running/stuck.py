@@ -106,7 +106,7 @@ class Stuck:
             given_up = self.runs[run] = threading.Event()
             self._do_without(run, ident)
         try:  # a policy of the user's own is asked, which may take its time
-            self._conclude(run, self._services.runner.give_up(run, worker, stack))
+            self._conclude(run, self._services.runner.abandon(run, worker, stack))
         finally:
             given_up.set()
         log.error(

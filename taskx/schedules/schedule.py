@@ -269,7 +269,7 @@ class Schedules:
         text = None if entry is None else entry.to_text()
         stored = self.services.repository.put_note(PREFIX + name, text, version)
         if stored:
-            self.services.agenda.look_for_schedule(name)
+            self.services.agenda.check_schedule_soon(name)
         return stored
 
 

@@ -136,7 +136,7 @@ def store(services: Services, inserts: Sequence[Insert]) -> bool:
     """Store tasks of schedules, each for itself; returns whether any was not there yet."""
     results = services.ledger.commit(inserts)
     services.consequences.created([i for i, new in zip(inserts, results, strict=True) if new])
-    services.agenda.look_for_more()
+    services.agenda.fetch_soon()
     return any(results)
 
 

@@ -129,7 +129,7 @@ class Intake:
                     *(insert.id, error or "its id, or its unique key, is taken"),
                 )
         self._services.consequences.created(stored)
-        self._services.agenda.look_for_more()
+        self._services.agenda.fetch_soon()
 
     def _accept_unique(self, insert: Insert, on_conflict: OnConflict, *, spill: bool) -> str:
         for tried in range(_TRIES):
@@ -219,7 +219,7 @@ class Intake:
             and self._services.registry.runs(type_)
             and pool.fetcher.has_room(type_)
         ):
-            self._services.agenda.look_for_more()
+            self._services.agenda.fetch_soon()
 
     def refuse_if_stopped(self) -> None:
         """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used.
@@ -258,7 +258,7 @@ class Intake:
         except BaseException as error:  # an interrupt: perhaps it is stored
             error.task_id = insert.id  # type: ignore[attr-defined]
             raise
-        self._services.agenda.look_for_more()
+        self._services.agenda.fetch_soon()
 
     def _store(self, insert: Insert) -> None:
         self._note_stored(insert, self._services.ledger.commit([insert]))
@@ -281,7 +281,7 @@ class Intake:
         else:
             # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
             self._store(insert)
-            self._services.agenda.look_for_more()
+            self._services.agenda.fetch_soon()
 
     def _refuse(self, pool: WorkerPool, wanted: int) -> NoReturn:
         self.refuse_if_stopped()
@@ -370,7 +370,7 @@ class Intake:
             buffer.release(turns)
             raise
         if len(buffered) < len(due) or any(map(pool.fetcher.has_room, apart)):
-            self._services.agenda.look_for_more()
+            self._services.agenda.fetch_soon()
 
     def _reserve_many(self, pool: WorkerPool, turns: Sequence[int], *, refuse: bool) -> int:
         """Return how many of some tasks go into the buffer; the rest is refused or spilled."""
@@ -459,7 +459,7 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
     if executor is not None:
         if executor.check_params is not None:
             executor.check_params(task.params)
-        for name, value in executor.settled.items():
+        for name, value in executor.defaults.items():
             if row[name] is None:
                 row[name] = value
         if priority is None and not row["priority"]:

@@ -181,7 +181,7 @@ class Housekeeper:
             self._agenda.due_known = False
             self._ticker.look_soon()
             self._look_around()
-            self._services.watcher.look()
+            self._services.watcher.check_all()
         if self._pool.admission.is_time() or self._agenda.more_stored:
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
@@ -200,7 +200,7 @@ class Housekeeper:
         self._services.dependents.look_slowly()
         self._services.turns.look_slowly()
         self._ticker.look_soon()
-        self._services.watcher.look()
+        self._services.watcher.check_all()
 
     def _is_time(self, what: str, interval: float) -> bool:
         now = time.monotonic()

@@ -89,7 +89,7 @@ class LocalNode:
         self.engine.began = liveness.began(self.record.id)
         liveness.watch(self.record.id, self.engine.lose_lease)
         self._housekeeper.recovery.recover(PATIENCE)
-        services.pauses.look()
+        services.pauses.refresh()
         self.engine.fetcher.refill()
 
     def begin(self) -> None:

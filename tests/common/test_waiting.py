@@ -168,7 +168,7 @@ def test_a_handle_that_is_dropped_is_gone(queue):
 def test_a_handle_that_could_not_be_dropped_as_it_died_is_dropped_by_the_next_look(queue):
     watcher, gone = services_of(queue).watcher, weakref.ref(queue.handle("a"))
     watcher._handles["a"] = {1: gone}
-    watcher.look()
+    watcher.check_all()
     assert not watcher.watching
 
 
@@ -331,7 +331,7 @@ def test_waiting_reads_no_record_before_the_end(queue, read):
     handles = [queue.submit("t") for _ in range(20)]
     assert not any(handle.done() for handle in handles)
     read.clear()  # one, to see whether anybody has its type
-    services_of(queue).watcher.look()
+    services_of(queue).watcher.check_all()
     assert not read
     queue.cancel_task(handles[7].id)
     eventually(handles[7].done)

@@ -382,7 +382,7 @@ def started_by(queue, count, *others):
     """How many have run when so many have, and when all has been looked through for more, twice."""
     eventually(lambda: len(queue.ran) >= count)
     for one in (queue, *others) * 2:
-        services_of(one).agenda.look_for_more()
+        services_of(one).agenda.fetch_soon()
         whole_round(one)
         eventually(pool_of(one).holds_nothing)
     return len(queue.ran)
@@ -497,7 +497,7 @@ def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
 
     def tell():
         if not told.is_set():
-            pool.agenda.look_for_more()
+            pool.agenda.fetch_soon()
             told.set()
 
     whole_round(queue)

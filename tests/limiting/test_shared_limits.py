@@ -119,7 +119,7 @@ def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
     idle_engine, repository, monkeypatch
 ):
     """There is a place from then on, for the next task or to be given back."""
-    meanwhile(monkeypatch, repository, "distinct", idle_engine.agenda.look_for_more)
+    meanwhile(monkeypatch, repository, "distinct", idle_engine.agenda.fetch_soon)
     idle_engine.fetcher.refill()
     assert idle_engine.agenda.more_stored
     idle_engine.fetcher.refill()

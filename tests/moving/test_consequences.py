@@ -106,7 +106,7 @@ def test_each_write_of_the_core_names_a_move_that_has_a_row():
 
 #: Who may call those that hear of moves; and who may commit writes without what follows: of starts and of
 #: pending tasks that change hands nothing does, and who stores new tasks says so afterwards.
-TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.look_at", "hooks.tell")
+TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.resolve", "hooks.tell")
 COMMITS = {
     "moving.py": "commit",
     "executing/checkpoints.py": "commit",
@@ -166,8 +166,8 @@ class Ears:
         self.listen(Dependents, "waits", "waiting")
         self.listen(Turns, "advance", "turns")
         self.listen(Turns, "look_soon", "turns")
-        self.listen(Agenda, "look_for_more", "more")
-        self.listen(Agenda, "look_for_due", "due")
+        self.listen(Agenda, "fetch_soon", "more")
+        self.listen(Agenda, "check_due_soon", "due")
         self.listen(Starter, "strike", "limits")
         self.listen(Starter, "rebuffer", "buffer")
         self.listen(Buffer, "discard", "out of the buffer")
@@ -231,7 +231,7 @@ class Everybody:
     def __contains__(self, task_id):
         return True
 
-    def look_at(self, task_id):
+    def resolve(self, task_id):
         self._ears.hear("handles")
 
 

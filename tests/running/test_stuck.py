@@ -325,7 +325,7 @@ class TestBarred:
         other.executor("here")(lambda: "here")  # which the first one cannot take
         other.start()
         assert other.submit("here").result(PATIENCE) == "here"
-        services_of(other).agenda.look_for_more()
+        services_of(other).agenda.fetch_soon()
         for _ in range(3):
             housekeeper_of(other).recovery.recover()
             whole_round(other)
@@ -368,7 +368,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue))
         again(queue)
-        services_of(queue).agenda.look_for_more()
+        services_of(queue).agenda.fetch_soon()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         task = queue.get_task_status("x")
         assert (task.status, task.starts) == (TaskStatus.PENDING, 1)
@@ -382,7 +382,7 @@ class TestBarred:
         failed = hang(queue, "y").task()
         failed.status = TaskStatus.PENDING
         queue.repository.update(failed)
-        services_of(queue).agenda.look_for_more()
+        services_of(queue).agenda.fetch_soon()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.begun == ["x", "y"]
         gate.open()

@@ -150,7 +150,7 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(
     def slow_commit(writes):
         results = commit(writes)
         if "held" in writes[0].changes:
-            services_of(queue).agenda.look_for_more()
+            services_of(queue).agenda.fetch_soon()
             clock.advance(passed)
             assert queue.drain(PATIENCE)
         return results

@@ -23,7 +23,7 @@ class Channel:
         self._socket = end
         self._saying = threading.Lock()
         self._unsent = bytearray()
-        self._line: list[bytes] = []  # what came of a line that is not complete
+        self._incomplete: list[bytes] = []  # what came of a line that is not complete
 
     def say(self, *message: Any) -> None:
         """Send a message, or what of it can be sent now; the rest follows."""
@@ -58,13 +58,13 @@ class Channel:
         data = self._received()
         if data is None:
             return []
-        return self._lines(data) if data else None
+        return self._messages(data) if data else None
 
     def hear_rest(self) -> list[list[Any]] | None:
         """All that is left to be heard of one who has ended; None for nothing."""
         messages: list[list[Any]] = []
         while data := self._received():
-            messages += self._lines(data)
+            messages += self._messages(data)
         return messages or None
 
     def _received(self) -> bytes | None:
@@ -81,12 +81,12 @@ class Channel:
         poll.register(self._socket, events)
         poll.poll(None if timeout is None else timeout * 1000)
 
-    def _lines(self, data: bytes) -> list[list[Any]]:
+    def _messages(self, data: bytes) -> list[list[Any]]:
         *lines, rest = data.split(b"\n")
         if lines:
-            lines[0] = b"".join((*self._line, lines[0]))
-            self._line = []
-        self._line.append(rest)
+            lines[0] = b"".join((*self._incomplete, lines[0]))
+            self._incomplete = []
+        self._incomplete.append(rest)
         return [json.loads(line) for line in lines]
 
     def close(self) -> None:

@@ -51,13 +51,13 @@ def main(end: int, paper: int) -> NoReturn:
         os.set_inheritable(number, False)
     faulthandler.enable(paper, all_threads=False)
     channel = Channel(socket.socket(fileno=end))
-    (order,), *further = _first_messages(channel)
-    _die_with(order["parent"])
+    (request,), *further = _first_messages(channel)
+    _die_with(request["parent"])
     for meant_for_parent in (signal.SIGINT, signal.SIGTERM):
         # Not SIG_IGN, which programs that are started here would inherit.
         signal.signal(meant_for_parent, lambda *_: None)
-    sys.argv = order["argv"]
-    work = _Work(channel, order)
+    sys.argv = request["argv"]
+    work = _Work(channel, request)
     work.heed(further)
     work.do()
     for stream in (sys.stdout, sys.stderr):
@@ -68,7 +68,7 @@ def main(end: int, paper: int) -> NoReturn:
 
 
 def _first_messages(channel: Channel) -> list[list[Any]]:
-    """An order, and what may follow it already."""
+    """A request, and what may follow it already."""
     messages: list[list[Any]] | None = []
     while messages == []:
         messages = channel.hear(60.0)
@@ -91,18 +91,18 @@ def _end_all() -> NoReturn:
 
 
 class _Work:
-    """The one task that a child runs; the order says what, and how."""
+    """The one task that a child runs; the request says what, and how."""
 
-    def __init__(self, channel: Channel, order: dict[str, Any]) -> None:
+    def __init__(self, channel: Channel, request: dict[str, Any]) -> None:
         self._channel = channel
-        self._order = order
+        self._request = request
         # The monotonic clock is that of the machine, so what the start of this process took is known.
-        deadline = None if order["left"] is None else order["asked_at"] + order["left"]
+        deadline = None if request["left"] is None else request["asked_at"] + request["left"]
         self._token = CancelToken(deadline, SYSTEM_CLOCK)
-        self._parent = _Parent(channel, order["no_checkpoints"], order["max_payload_size"])
-        log = logging.getLogger(order["logger"])
+        self._parent = _Parent(channel, request["no_checkpoints"], request["max_payload_size"])
+        log = logging.getLogger(request["logger"])
         shared = Shared(Alarms(SYSTEM_CLOCK), log, self._parent, self._parent.fetch)
-        self._context = Context(Task.from_dict(order["task"]), self._token, shared)
+        self._context = Context(Task.from_dict(request["task"]), self._token, shared)
 
     def do(self) -> None:
         """Run it, and tell the parent how it ended."""
@@ -111,7 +111,7 @@ class _Work:
             message: list[Any] = ["returned", self._call()]
         except BaseException as error:  # noqa: BLE001  (told to the parent)
             reason = self._token.reason
-            told = told_error(error, skip=2, main=self._order["main"])
+            told = told_error(error, skip=2, main=self._request["main"])
             message = ["raised", told, reason and reason.value]
         if (progress := self._context.latest_progress()) is not None:
             self._channel.say("progress", *progress)
@@ -134,11 +134,11 @@ class _Work:
         _end_all()
 
     def _call(self) -> str | None:
-        order = self._order
-        executor = _find(order["type"], *order["address"])
-        _log_to(self._channel, order["levels"])
+        request = self._request
+        executor = _find(request["type"], *request["address"])
+        _log_to(self._channel, request["levels"])
         self._token.raise_if_cancelled()
-        params = order["task"]["params"] if order["params"] is None else order["params"]
+        params = request["task"]["params"] if request["params"] is None else request["params"]
         given = (self._context,) if executor.takes_context else ()
         before = forks.generation
         try:
@@ -149,7 +149,7 @@ class _Work:
         forks.end_in_child(before)
         if value is None:
             return None
-        return payload.encode(value, "result", order["max_payload_size"])
+        return payload.encode(value, "result", request["max_payload_size"])
 
 
 class _Parent(Keeper):

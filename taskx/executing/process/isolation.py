@@ -34,7 +34,7 @@ from taskx.executing.process.channel import Channel
 from taskx.executing.process.processes import kill_family
 
 # Looks whether the token has fired, or the child has ended without a word, this often, in seconds.
-_LOOK = 0.1
+_CHECK_EVERY = 0.1
 #: The variable of the environment that marks a child and what that starts.
 MARK = "TASKX_CHILD"
 # What the child is started with: where to find modules comes first, this one among them.
@@ -108,7 +108,7 @@ class Isolated:
     def __call__(self, ctx: Context, /, **params: Any) -> Any:
         """Run the executor in a child process; raises ``Remote``, ``ChildDied`` or ``ChildKilled``."""
         self._check_name()
-        order = {
+        request = {
             "type": self._type,
             "address": self._address,
             "main": self._main,
@@ -125,7 +125,7 @@ class Isolated:
         }
         child = _Child()
         try:
-            return _Attendance(ctx, child, self._grace).run(order)
+            return _Attendance(ctx, child, self._grace).run(request)
         finally:
             child.end()
 
@@ -223,9 +223,9 @@ class _Attendance:
         self._grace = grace
         self._kill_at: float | None = None
 
-    def run(self, order: Mapping[str, Any]) -> Any:
-        """Give an order, and return or raise what comes of it."""
-        self._child.channel.say(order)
+    def run(self, request: Mapping[str, Any]) -> Any:
+        """Give a request, and return or raise what comes of it."""
+        self._child.channel.say(request)
         remove = self._token.on_cancel(self._tell_to_stop)
         try:
             while True:
@@ -247,8 +247,8 @@ class _Attendance:
 
     def _hear(self) -> list[list[Any]]:
         channel = self._child.channel
-        left = _LOOK if self._kill_at is None else self._kill_at - time.monotonic()
-        messages = channel.hear(max(0.0, min(_LOOK, left)))
+        left = _CHECK_EVERY if self._kill_at is None else self._kill_at - time.monotonic()
+        messages = channel.hear(max(0.0, min(_CHECK_EVERY, left)))
         if messages == [] and self._child.ended:
             # A process that the executor started may keep the line open. What was said is there now.
             messages = channel.hear_rest()
