@@ -4,6 +4,7 @@ import signal
 from collections.abc import Callable
 
 import kinds
+import messages
 import mongo_server as servers
 import pytest
 from hypothesis import settings
@@ -22,7 +23,12 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    messages.pytest_addoption(parser)
+
+
 def pytest_configure(config: pytest.Config) -> None:
+    messages.pytest_configure(config)
     config.pluginmanager.register(kinds)
     config.pluginmanager.import_plugin("helpers")
 

@@ -1,0 +1,87 @@
+"""Collect the messages of TaskX's errors and log lines, for a person to read through.
+
+``make test ARGS="--messages messages.txt"`` writes each message once, by class or level, with
+``…`` in place of values. It needs Python 3.12 or newer, which can report raised exceptions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+import types
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import taskx
+from taskx.core.log import GuardedLogger
+
+SOURCE = str(Path(taskx.__file__).parent)
+PATTERN = "*.messages"
+
+#: Quoted texts, ids, paths and numbers: they differ from one run to the next.
+VALUES = re.compile(
+    r"""(?<!\w)b?'[^']*'|"[^"]*"|<[^<>]*>|\b[0-9a-f]{8}-[0-9a-f-]+\b|(?<!\w)/[\w./-]+|\d[\d.,e+-]*"""
+)
+
+
+def template(message: str) -> str:
+    """Return a message with ``…`` in place of its values, on one line."""
+    return VALUES.sub("…", " ".join(message.split()))[:300]
+
+
+class Messages:
+    """A pytest plugin that writes the messages of a run into one file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+        self.found: dict[str, set[str]] = defaultdict(set)
+
+    def start(self) -> None:
+        """Listen to what TaskX's code raises and logs from now on, in every thread."""
+        monitoring = sys.monitoring  # type: ignore[attr-defined]
+        monitoring.use_tool_id(tool := monitoring.DEBUGGER_ID, "messages")
+        monitoring.register_callback(tool, monitoring.events.RAISE, self._on_raise)
+        monitoring.set_events(tool, monitoring.events.RAISE)
+        write = GuardedLogger._log
+
+        def record(logger: GuardedLogger, level: int, msg: Any, *args: Any, **more: Any) -> None:
+            self.found[f"log {level}"].add(" ".join(str(msg).split()))
+            write(logger, level, msg, *args, **{**more, "stacklevel": more.get("stacklevel", 1) + 1})
+
+        GuardedLogger._log = record  # type: ignore[method-assign, assignment]
+
+    def _on_raise(self, code: types.CodeType, offset: int, error: BaseException) -> None:
+        trace = error.__traceback__
+        if code.co_filename.startswith(SOURCE) and trace is not None and trace.tb_next is None:
+            with contextlib.suppress(Exception):  # a test's own error may have no text
+                self.found[type(error).__name__].add(template(str(error)))
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Write what this process found; the process that started the others puts it together."""
+        lines = [f"{kind}: {text}" for kind, texts in self.found.items() for text in texts]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        worker = getattr(session.config, "workerinput", {}).get("workerid")
+        if worker:
+            self.file.with_name(f"{worker}.messages").write_text("\n".join(lines), "utf-8")
+            return
+        for part in self.file.parent.glob(PATTERN):
+            lines += part.read_text("utf-8").splitlines()
+            part.unlink()
+        self.file.write_text("\n".join(sorted({*lines} - {""})) + "\n", "utf-8")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--messages", metavar="FILE", help="write TaskX's messages to this file")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start to collect, if the option was given."""
+    if file := config.getoption("--messages"):
+        if sys.version_info < (3, 12):
+            raise pytest.UsageError("--messages requires Python 3.12 or newer")
+        messages = Messages(Path(file).absolute())
+        messages.start()
+        config.pluginmanager.register(messages, "taskx-messages")
