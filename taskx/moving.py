@@ -221,7 +221,7 @@ class Consequences:
         if held := [insert for insert in inserts if insert.row["held"]]:
             self._may_start(held, {})
             if self.dependents.told:
-                self.look_if_alone()
+                self.process_if_unattended()
 
     def begun(self, task: Task) -> None:
         """Tell hooks that a thread begins to execute a task."""
@@ -302,7 +302,7 @@ class Consequences:
             if turn is None and (task := tasks.get(write.id)) is not None:
                 keys.append(task.concurrency_key)
             elif turn is None or write.move == "delete":
-                self.turns.look_soon()  # only the id of the task is known
+                self.turns.scan_all_soon()  # only the id of the task is known
             else:
                 given.add(turn)
         self.turns.advance(key for key in keys if key is not None and key not in given)
@@ -333,13 +333,13 @@ class Consequences:
         if keys:
             self.turns.advance(keys)
 
-    def look_if_alone(self) -> None:
+    def process_if_unattended(self) -> None:
         """Look after dependents and turns now, where no housekeeper does soon."""
         if self._agenda.attended:
             return
         try:
-            self.dependents.look()
-            self.turns.look()
+            self.dependents.process()
+            self.turns.process()
         except RepositoryError as error:
             self._log.warning("what waits for other tasks is looked at later: %s", error)
 

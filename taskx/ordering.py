@@ -38,7 +38,7 @@ _PAGE = 1000
 Commit = Callable[[Sequence[Update], Mapping[str, Task]], object]
 
 
-class _Rounds(ABC):
+class _Scanner(ABC):
     """Looks at all that may stand still, a page at a time; each call goes on where the last one stopped.
 
     A look raises ``RepositoryError`` where the repository fails, and the next one goes on.
@@ -53,12 +53,12 @@ class _Rounds(ABC):
         """Return what stands still of the next page, and where that ends: empty if it is the last one."""
 
     @abstractmethod
-    def _look_at_some(self) -> bool:
+    def _scan_page(self) -> bool:
         """Look at the next page; False where there are no more."""
 
     @property
     def waiting(self) -> bool:
-        """True if :meth:`look` has left work that is due."""
+        """True if :meth:`process` has left work that is due."""
         return self._all_due or self._under_way
 
     def overdue(self) -> bool:
@@ -68,7 +68,7 @@ class _Rounds(ABC):
             found, after = self._page(after)
         return bool(found)
 
-    def look(self, patience: float = math.inf) -> None:
+    def process(self, patience: float = math.inf) -> None:
         """Look after what stands still, as far as it is known that something may.
 
         Args:
@@ -77,18 +77,18 @@ class _Rounds(ABC):
         """
         until = time.monotonic() + patience
         while self.waiting:
-            self._look_on()
+            self._process_step()
             if time.monotonic() >= until:
                 break
 
-    def _look_on(self) -> None:
+    def _process_step(self) -> None:
         if not self._under_way:
             self._under_way, self._after, self._all_due = True, "", False
-        self._under_way = self._look_at_some()
+        self._under_way = self._scan_page()
 
 
-class Dependents(_Rounds):
-    """Looks after the tasks that wait for their parents; has the housekeeper :meth:`look` by the agenda."""
+class Dependents(_Scanner):
+    """The tasks that wait for their parents; the housekeeper calls :meth:`process` for them."""
 
     def __init__(
         self,
@@ -113,7 +113,7 @@ class Dependents(_Rounds):
         self._lock = threading.Lock()
         # It knows its owner: a log handler, or a callback of a handle, that is told what comes of a look
         # may cancel a task, and must not wait for itself.
-        self._looking = threading.RLock()
+        self._processing = threading.RLock()
         self._additions = 0
 
     # --- what happens
@@ -169,17 +169,17 @@ class Dependents(_Rounds):
 
     # --- looking
 
-    def look(self, patience: float = math.inf) -> None:
+    def process(self, patience: float = math.inf) -> None:
         """Decide the tasks whose parents have ended, as far as that is known."""
         # A thread that is looking goes on with this.
-        if not self._looking._is_owned():  # type: ignore[attr-defined]
-            super().look(patience)
+        if not self._processing._is_owned():  # type: ignore[attr-defined]
+            super().process(patience)
 
-    def _look_on(self) -> None:
-        with self._looking:
-            self._look_at_told() if self.told else super()._look_on()
+    def _process_step(self) -> None:
+        with self._processing:
+            self._process_told() if self.told else super()._process_step()
 
-    def _look_at_told(self) -> None:
+    def _process_told(self) -> None:
         """Take the dependents of what has ended for due, and decide a batch of what is due."""
         if ended := _first(self.ended, _PAGE):
             self._due.extend(self._waiting_for(ended))
@@ -188,7 +188,7 @@ class Dependents(_Rounds):
             self._decide(due)
             _leave_out(self._due, due)
 
-    def look_around(self) -> None:
+    def refresh(self) -> None:
         """Other processes may have stored tasks that wait: from when there are some, ends are told."""
         additions = self._additions
         some = bool(self._repository.distinct("waiting_on", "", 1))
@@ -198,22 +198,22 @@ class Dependents(_Rounds):
                 self._all_due = self._all_due or (some and not self.any)
                 self.any = some
 
-    def look_slowly(self) -> None:
+    def scan_some(self) -> None:
         """Look at some of the parents that are waited for, and go on there next time.
 
         For what no event told: a process that died just then, a record changed by hand. What is more than
-        a batch is left to :meth:`look`.
+        a batch is left to :meth:`process`.
         """
-        with self._looking:
-            self._look_at_some()
+        with self._processing:
+            self._scan_page()
 
-    def _look_at_some(self) -> bool:
+    def _scan_page(self) -> bool:
         gone, after = self._page(self._after)
         if gone:
             self._due.extend(self._waiting_for(gone))
         self._after = after
         if gone:
-            self._look_at_told()
+            self._process_told()
         return bool(after)
 
     def _waiting_for(self, parents: Sequence[str]) -> list[str]:
@@ -247,7 +247,7 @@ def _leave_out(told: deque[str], done: Sequence[str]) -> None:
         told.popleft()
 
 
-class Turns(_Rounds):
+class Turns(_Scanner):
     """Gives the turn of each key to the first in line."""
 
     def __init__(
@@ -289,15 +289,15 @@ class Turns(_Rounds):
         if writes := [write for key in keys for write in self._next_turn(key)]:
             self._commit(writes)
 
-    def look_soon(self) -> None:
+    def scan_all_soon(self) -> None:
         """A turn may have been given up by a task of which only the id is known."""
         self._all_due = True
 
-    def look_slowly(self) -> None:
+    def scan_some(self) -> None:
         """Look at some lines, and go on there next time: who gave up a turn may have died just then."""
-        self._look_at_some()
+        self._scan_page()
 
-    def _look_at_some(self) -> bool:
+    def _scan_page(self) -> bool:
         still, after = self._page(self._after)
         self._advance(still)
         self._after = after

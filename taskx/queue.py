@@ -594,7 +594,7 @@ class Queue:
             RepositoryError: the repository failed.
         """
         self._services.pauses.set(type)
-        self._look_for_pauses()
+        self._check_pauses()
 
     def resume(self, type: str | None = None) -> None:
         """End what :meth:`pause` with the same type began; with None, types paused by name stay so.
@@ -604,9 +604,9 @@ class Queue:
             RepositoryError: the repository failed.
         """
         self._services.pauses.lift(type)
-        self._look_for_pauses()
+        self._check_pauses()
 
-    def _look_for_pauses(self) -> None:
+    def _check_pauses(self) -> None:
         if self._node is not None:
             self._node.engine.fetcher.look_for_pauses()
             self._services.agenda.wake_from_long_sleep()

@@ -255,7 +255,7 @@ _SECONDS = {
     "recover": "upkeep.housekeeper.RECOVER_EVERY",
     "progress": "upkeep.housekeeper.PROGRESS_EVERY",
     "poll": "upkeep.housekeeper.POLL",
-    "schedules": "schedules.ticker.LOOK_EVERY",
+    "schedules": "schedules.ticker.REFRESH_EVERY",
     "handles": "common.handles.POLL_INTERVAL",
 }
 _BATCHES = {

@@ -70,56 +70,56 @@ class PrometheusHook(Hook):
         )
         self._registry = registry
         self._queues: set[Queue] = set()
-        self._looking = threading.Lock()
+        self._lock = threading.Lock()
 
     def queue_started(self, queue: Queue) -> None:
-        with self._looking:
+        with self._lock:
             if not self._gauges:
                 self._gauges = _make_gauges()
                 _register(self._registry, *self._gauges)
             self._queues.add(queue)
-        self._look()
+        self._set_gauges()
 
     def queue_stopped(self, queue: Queue) -> None:
-        with self._looking:
+        with self._lock:
             self._queues.discard(queue)
-        self._look()
+        self._set_gauges()
 
     def submitted(self, task: Task) -> None:
         self._submitted.labels(task.type).inc()
-        self._look()
+        self._set_gauges()
 
     def started(self, task: Task) -> None:
         self._started.labels(task.type).inc()
         if (waited := _waited(task)) is not None:
             self._wait.labels(task.type).observe(waited)
-        self._look()
+        self._set_gauges()
 
     def finished(self, task: Task) -> None:
         self._finished.labels(task.type, task.status.value).inc()
         if task.duration:
             self._duration.labels(task.type).observe(task.duration)
-        self._look()
+        self._set_gauges()
 
     def retried(self, task: Task, error: str, delay: float) -> None:
         self._retried.labels(task.type).inc()
-        self._look()
+        self._set_gauges()
 
     def stuck(self, task: Task) -> None:
         self._stuck.labels(task.type).inc()
-        self._look()
+        self._set_gauges()
 
     def rescued(self, task: Task) -> None:
         self._rescued.labels(task.type).inc()
 
     def snoozed(self, task: Task, delay: float) -> None:
-        self._look()
+        self._set_gauges()
 
     def interrupted(self, task: Task) -> None:
-        self._look()
+        self._set_gauges()
 
-    def _look(self) -> None:
-        with self._looking:  # with two queues there are two threads, and the later look must win
+    def _set_gauges(self) -> None:
+        with self._lock:  # with two queues there are two threads, and the later look must win
             if self._gauges:
                 running, buffered = self._gauges
                 running.set(sum(queue.running for queue in self._queues))

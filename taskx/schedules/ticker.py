@@ -25,7 +25,7 @@ from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
 #: is a multiple of the time that the last look took, so that looks take half a percent of a core; but no
 #: more than so many seconds, well below ``GAP``: the ticks of a schedule that was just declared must not
 #: count as missed.
-LOOK_EVERY, LOOK_SELDOM, LOOK_AT_LATEST = 1.0, 200.0, 5.0
+REFRESH_EVERY, REFRESH_FACTOR, REFRESH_AT_LATEST = 1.0, 200.0, 5.0
 #: Schedules that are read, or ticks that get their tasks, at once: some milliseconds of work.
 TOGETHER = 100
 #: Schedules of which a look at all reads a page.
@@ -107,7 +107,7 @@ class Ticker:
         # The time from which it has looked without a gap, and that of its last look, in milliseconds.
         self._there_since, self._seen = 0, -GAP
         # True if one may have been changed; the time to look at that, on the monotonic clock; 0: at once.
-        self._stale, self._look_at = True, 0.0
+        self._stale, self._refresh_at = True, 0.0
         # Names of schedules that were changed in this process, or by another one that came first.
         self._told = services.agenda.schedules
         # True while ticks that may have come are looked for, and their tasks made: they lie nowhere else.
@@ -116,7 +116,7 @@ class Ticker:
         # Of the look at all schedules that is under way: the name of the last note that was read, None if
         # none is; the seconds that it has taken; the names that were known before and were not found yet.
         self._after: str | None = None
-        self._looked, self._missing = 0.0, set[str]()
+        self._refresh_took, self._missing = 0.0, set[str]()
         # The due time of each schedule, a lot, and the name of its note; outdated entries are passed over.
         self._next: list[tuple[int, float, str]] = []
 
@@ -126,11 +126,11 @@ class Ticker:
         first = self._next[:1]  # in one step: a drain asks, on a thread of its own
         return first[0][0] if first else None
 
-    def look(self) -> None:
+    def refresh_now(self) -> None:
         """A schedule may have been changed: look at all of them in the next round."""
-        self._stale, self._look_at = True, 0.0
+        self._stale, self._refresh_at = True, 0.0
 
-    def look_soon(self) -> None:
+    def refresh_soon(self) -> None:
         """Another process may have changed a schedule."""
         self._stale = True
 
@@ -141,7 +141,7 @@ class Ticker:
 
     def behind(self, now: int) -> bool:
         """Return True if a tick may have come that has no task yet, at a moment in milliseconds."""
-        asked = self.waiting or (self._stale and not self._look_at)
+        asked = self.waiting or (self._stale and not self._refresh_at)
         coming = self.next
         # Last: another thread may take up a tick in between, and says so before.
         return asked or (coming is not None and coming <= now) or self._making
@@ -158,13 +158,13 @@ class Ticker:
         until, made = time.monotonic() + patience, False
         try:
             self._making = self.behind(self._now())
-            self._look_again(until)
+            self._refresh(until)
             while names := self._due_names():
                 made = self._make(self._still_due(names)) or made
                 if time.monotonic() >= until:
                     break
         except BaseException:
-            self.look()
+            self.refresh_now()
             raise
         finally:
             self._making = False
@@ -180,7 +180,7 @@ class Ticker:
 
     # --- reading
 
-    def _look_again(self, until: float) -> None:
+    def _refresh(self, until: float) -> None:
         """Read what was changed, or may have been."""
         while self._told:
             names = [PREFIX + self._told[i] for i in range(min(len(self._told), TOGETHER))]
@@ -189,10 +189,10 @@ class Ticker:
                 self._told.popleft()
             if time.monotonic() >= until:
                 return
-        if self._after is None and self._stale and time.monotonic() >= self._look_at:
-            self._after, self._looked, self._missing = PREFIX, 0.0, set(self._read)
+        if self._after is None and self._stale and time.monotonic() >= self._refresh_at:
+            self._after, self._refresh_took, self._missing = PREFIX, 0.0, set(self._read)
             # Before reading: what is changed from now on sets them again.
-            self._stale, self._look_at = False, math.inf
+            self._stale, self._refresh_at = False, math.inf
         while self._after is not None:
             self._read_page(self._after)
             if time.monotonic() >= until:
@@ -204,7 +204,7 @@ class Ticker:
         page = self._services.repository.notes_after(PREFIX, after, PAGE)
         for name, note in page.items():
             self._take_in(name, note)
-        self._looked += time.monotonic() - began
+        self._refresh_took += time.monotonic() - began
         if len(page) == PAGE:
             self._after = next(reversed(page))
             return
@@ -215,9 +215,9 @@ class Ticker:
                 (due, lot, name) for due, lot, name in self._next if self._is_due(name, due)
             ]
             heapq.heapify(self._next)
-        if self._look_at:  # else somebody asks for another one
-            pause = min(max(LOOK_EVERY, LOOK_SELDOM * self._looked), LOOK_AT_LATEST)
-            self._look_at = time.monotonic() + pause
+        if self._refresh_at:  # else somebody asks for another one
+            pause = min(max(REFRESH_EVERY, REFRESH_FACTOR * self._refresh_took), REFRESH_AT_LATEST)
+            self._refresh_at = time.monotonic() + pause
         self._after = None
 
     def _read_named(self, names: Sequence[str]) -> None:

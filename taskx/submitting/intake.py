@@ -140,10 +140,10 @@ class Intake:
                     self._store_outside(pool, insert, spill=spill)
                 return insert.id
             except DuplicateTask:
-                instead = self._settle(insert, on_conflict)
+                instead = self._resolve_conflict(insert, on_conflict)
             except QueueFull:  # what stands for it needs no room
                 reject = on_conflict == "reject"
-                instead = None if reject else self._settle(insert, on_conflict)
+                instead = None if reject else self._resolve_conflict(insert, on_conflict)
                 if instead is None:
                     raise
             if instead is not None:
@@ -151,7 +151,7 @@ class Intake:
             insert.row["owner"] = ""
         raise _busy(insert.row["unique_lock"])
 
-    def _settle(self, insert: Insert, on_conflict: OnConflict) -> str | None:
+    def _resolve_conflict(self, insert: Insert, on_conflict: OnConflict) -> str | None:
         """Return the id of the task that stands for a new one; None if that can be stored now.
 
         Raises:
@@ -403,7 +403,7 @@ class Intake:
             raise _about(error, inserts[0].id) from error.__cause__
         for insert, stored in zip(inserts, results, strict=True):
             if not stored:
-                self._settle(insert, "reject")
+                self._resolve_conflict(insert, "reject")
                 return False  # its key is free by now
         return True
 

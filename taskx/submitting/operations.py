@@ -114,7 +114,7 @@ class Operations:
 
     def _commit(self, writes: Sequence[Update | Delete]) -> Sequence[bool]:
         results = self._consequences.commit(writes)
-        self._consequences.look_if_alone()
+        self._consequences.process_if_unattended()
         return results
 
     # --- requeue
@@ -190,7 +190,7 @@ class Operations:
         requeued = set[str]()
         for start in range(0, len(order), BATCH):
             requeued |= self._requeue_some(order[start : start + BATCH])
-        self._consequences.look_if_alone()
+        self._consequences.process_if_unattended()
         return requeued
 
     def _requeue_some(self, tasks: Sequence[Task]) -> set[str]:

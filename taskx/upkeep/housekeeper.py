@@ -167,8 +167,8 @@ class Housekeeper:
         self._pool.hand_on()
         if self._is_time("progress", PROGRESS_EVERY):
             self._write_progress()
-        self._services.dependents.look(until - time.monotonic())
-        self._services.turns.look(until - time.monotonic())
+        self._services.dependents.process(until - time.monotonic())
+        self._services.turns.process(until - time.monotonic())
         self._release_due(until)
         if self.recovery.waiting and self.recovery.go_on(until - time.monotonic()):
             self._agenda.more_stored = True
@@ -179,7 +179,7 @@ class Housekeeper:
             self._look_around()
         elif self._is_time("poll", POLL) and self._changed():
             self._agenda.due_known = False
-            self._ticker.look_soon()
+            self._ticker.refresh_soon()
             self._look_around()
             self._services.watcher.check_all()
         if self._pool.admission.is_time() or self._agenda.more_stored:
@@ -197,9 +197,9 @@ class Housekeeper:
         self._audit.look()
         self._services.alarms.go_on()
         self._pool.stuck.audit()
-        self._services.dependents.look_slowly()
-        self._services.turns.look_slowly()
-        self._ticker.look_soon()
+        self._services.dependents.scan_some()
+        self._services.turns.scan_some()
+        self._ticker.refresh_soon()
         self._services.watcher.check_all()
 
     def _is_time(self, what: str, interval: float) -> bool:
@@ -214,7 +214,7 @@ class Housekeeper:
         self._pool.fetcher.look_for_pauses()  # first: what was stored after a pause must not start
         self._agenda.more_stored = True
         self._pool.admission.forget()
-        self._services.dependents.look_around()
+        self._services.dependents.refresh()
         self._pool.fire_cancelled()
 
     def _release_due(self, until: float) -> None:

@@ -277,8 +277,8 @@ class LocalNode:
             self._write_outcomes()
             try:
                 with suppress(RepositoryError):  # whoever runs next looks at all that wait
-                    services.dependents.look()
-                    services.turns.look()
+                    services.dependents.process()
+                    services.turns.process()
                     self.engine.stuck.lift()
                 with suppress(RepositoryError):  # what nodes share is taken from one that has left
                     self.engine.admission.end()

@@ -74,7 +74,7 @@ class Recovery:
                 if len(writes) == BATCH and time.monotonic() >= until:
                     return given_up
             self._services.dependents.ended_elsewhere()
-            self._services.turns.look_soon()
+            self._services.turns.scan_all_soon()
             if node != self._pool.node.id:  # else its record is gone, and it makes another one
                 self._services.repository.liveness.leave(node)
             del self._left[node]

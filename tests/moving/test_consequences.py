@@ -165,7 +165,7 @@ class Ears:
         self.listen(Dependents, "parent_ended", "dependents")
         self.listen(Dependents, "waits", "waiting")
         self.listen(Turns, "advance", "turns")
-        self.listen(Turns, "look_soon", "turns")
+        self.listen(Turns, "scan_all_soon", "turns")
         self.listen(Agenda, "fetch_soon", "more")
         self.listen(Agenda, "check_due_soon", "due")
         self.listen(Starter, "strike", "limits")

@@ -423,12 +423,12 @@ class TestOthers:
     def test_what_ended_before_they_were_known_is_looked_for(self, started, family):
         parent, child = family
         end_by_hand(started.repository, parent.id)
-        services_of(started).dependents.look_around()
+        services_of(started).dependents.refresh()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 
     def test_from_then_on_ends_are_told(self, started, family):
         parent, child = family
-        services_of(started).dependents.look_around()
+        services_of(started).dependents.refresh()
         eventually(lambda: not services_of(started).dependents.waiting)
         started.cancel_task(parent.id)
         eventually(lambda: child.task().status is TaskStatus.CANCELLED)
@@ -441,7 +441,7 @@ class TestOthers:
 
     def test_until_there_are_none_any_more(self, started, family):
         family[1].cancel()
-        services_of(started).dependents.look_around()
+        services_of(started).dependents.refresh()
         assert not services_of(started).dependents.any
 
 
@@ -588,15 +588,15 @@ def test_a_long_chain_that_ends_at_once_holds_the_housekeeper_up_only_for_a_mome
     queue.submit_many(
         Task(id=i, type="t", depends_on=[f"{int(i) - 1:02}"] if i != "00" else []) for i in ids
     )
-    waiting.look()
+    waiting.process()
     queue.repository.update_status("00", TaskStatus.CANCELLED)
     waiting.parent_ended("00")
     for done in range(2, 20):
-        waiting.look(0.0)
+        waiting.process(0.0)
         assert list(queue.repository.statuses(ids).values()).count("cancelled") == done
         assert waiting.waiting
     for _ in range(2):
-        waiting.look(0.0)
+        waiting.process(0.0)
     assert not waiting.waiting
     assert {*queue.repository.statuses(ids).values()} == {"cancelled"}
 
@@ -627,7 +627,7 @@ def family_of_ten(queue, monkeypatch):
     parent = queue.submit("t")
     children = [queue.submit("t", depends_on=[parent]) for _ in range(10)]
     waiting = services_of(queue).dependents
-    waiting.look()
+    waiting.process()
     waiting.ended, waiting._due = Touched(), Touched()
     queue.repository.update_status(parent.id, TaskStatus.CANCELLED)
     waiting.parent_ended(parent.id)
@@ -642,7 +642,7 @@ def test_a_step_touches_no_more_than_it_decides(queue, family_of_ten):
     touched = []
     while waiting.told:
         waiting.ended.count = waiting._due.count = 0
-        waiting.look(0.0)
+        waiting.process(0.0)
         touched.append(waiting.ended.count + waiting._due.count)
     assert max(touched) <= 8  # each is read and taken off: two that are due, two that have ended
     assert sum(touched) <= 2 * (1 + 2 * len(children))
@@ -662,9 +662,9 @@ def test_who_is_interrupted_while_some_are_decided_has_forgotten_none(queue, fam
     queue.repository.get_many = struck
     for _ in range(2):
         with pytest.raises(KeyboardInterrupt):
-            waiting.look()
+            waiting.process()
         assert waiting.told
-    waiting.look()
+    waiting.process()
     assert not strikes
     assert all(child.cancelled() for child in children)
 
@@ -732,7 +732,7 @@ class TestMadeGood:
 
     def test_a_parent_that_ends_while_its_child_is_stored(self, started, monkeypatch):
         """After its status was read, and before the child is there to be found."""
-        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self: False)
+        monkeypatch.setattr(ordering.Dependents, "_scan_page", lambda self: False)
         parent = started.submit("fine", delay=3600)
         repository = started.repository
 
@@ -762,7 +762,7 @@ class TestMadeGood:
     @pytest.mark.parametrize("how", [TaskStatus.COMPLETED, TaskStatus.CANCELLED])
     def test_a_parent_that_ends_while_its_child_turns_to_it(self, started, monkeypatch, how):
         """After its status was read, and before the child is registered with it."""
-        monkeypatch.setattr(ordering.Dependents, "_look_at_some", lambda self: False)
+        monkeypatch.setattr(ordering.Dependents, "_scan_page", lambda self: False)
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
         repository = started.repository
         child = started.submit("fine", depends_on=parents)
@@ -889,13 +889,13 @@ def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
         task.depends_on = [before.id]
     queue.submit_many(tasks)
     repository, waiting = queue.repository, services_of(queue).dependents
-    waiting.look()
+    waiting.process()
     repository.update_status("0000", TaskStatus.CANCELLED)
     waiting.ended_elsewhere()
     pending, rounds = TaskFilter(status=TaskStatus.PENDING), 0
     while repository.count(pending):
         left = repository.count(pending)
-        waiting.look(0.0)
+        waiting.process(0.0)
         assert left - ordering.BATCH <= repository.count(pending) < left
         assert waiting.waiting or not repository.count(pending)
         rounds += 1
@@ -942,11 +942,11 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
         end_by_hand(repository, stub.id, TaskStatus(graph[int(stub.id)][2]))
         if told:
             waiting.parent_ended(stub.id)
-            waiting.look()
+            waiting.process()
         else:
-            while waiting._look_at_some():
+            while waiting._scan_page():
                 continue
-            waiting.look()  # at what ended by that
+            waiting.process()  # at what ended by that
     statuses: list[str] = []
     for n, (parents, policy, outcome) in enumerate(graph):
         runs = policy == "run" or all(statuses[p] == "completed" for p in parents)

@@ -400,7 +400,7 @@ class TestBarred:
         queue.requeue("x")
         queue.resume("parent")
         parent.result(PATIENCE)
-        services_of(queue).dependents.look_slowly()
+        services_of(queue).dependents.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("x").starts == 1
         gate.open()
@@ -410,7 +410,7 @@ class TestBarred:
         queue = make()
         fails(hang(queue, concurrency_key="k"))
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
-        services_of(queue).turns.look_slowly()
+        services_of(queue).turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -441,7 +441,7 @@ class TestBarred:
                 InvalidTransition, match="task x cannot be deleted: a thread of an ended attempt"
             ):
                 remove()
-        services_of(queue).turns.look_slowly()
+        services_of(queue).turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert queue.get_task_status("next").starts == 0
         gate.open()
@@ -488,7 +488,7 @@ class TestBarred:
             assert queue.cancel_many(["x"]) == 1
         else:
             assert handle.cancel()
-        services_of(queue).turns.look_slowly()
+        services_of(queue).turns.scan_some()
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert (handle.cancelled(), queue.get_task_status("next").starts) == (True, 0)
         gate.open()

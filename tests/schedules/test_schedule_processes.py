@@ -118,7 +118,7 @@ def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, look_e
     queue = make_queue()
     queue.start()
     looks = housekeeper_of(queue)._ticker
-    eventually(lambda: looks._look_at and not looks.waiting)  # it has looked
+    eventually(lambda: looks._refresh_at and not looks.waiting)  # it has looked
     assert run("queue.schedule('s', every(3600), 'work')").ends()[1] == ""
     eventually(lambda: looks.next)
 

@@ -89,7 +89,7 @@ def ticker(queue):
 
 def has_looked(queue):
     """Whether its housekeeper has read all schedules."""
-    return ticker(queue)._look_at and not ticker(queue).waiting
+    return ticker(queue)._refresh_at and not ticker(queue).waiting
 
 
 def is_due(schedule, queue):
@@ -1026,7 +1026,7 @@ def test_what_others_go_on_ticking_is_complained_of_once(started, clock, caplog)
         newer = {**json.loads(stored.text), "jitter": n}
         assert started.repository.put_note(PREFIX + "s", json.dumps(newer), stored.version)
         seen = note(started, "s").version
-        ticker(started).look()
+        ticker(started).refresh_now()
         services_of(started).agenda.wake()
         eventually(lambda seen=seen: read_version(started) == seen)
     assert caplog.text.count("schedule/s does not tick in this process") == 1
@@ -1334,14 +1334,14 @@ def test_a_look_at_all_misses_no_change_of_another_process_meanwhile(in_tens, ma
     assert len(looks._read) == 200
     for n in (0, 150, 190):
         many.schedules()[f"s{n:03}"].remove()
-    looks.look()
+    looks.refresh_now()
     looks.tick(0.0)  # to s010
     many.schedules()["s005"].remove()
     many.schedule("s190", every(30), "remote")
     services_of(many).agenda.schedules.append("s150")  # as if this process had removed it
     while looks.waiting:
         looks.tick(0.0)
-    looks.look()
+    looks.refresh_now()
     looks.tick()
     left = {f"schedule/s{n:03}" for n in range(200)} - {f"schedule/s{n:03}" for n in (0, 5, 150)}
     assert set(looks._read) == left
@@ -1355,7 +1355,7 @@ def test_a_look_that_is_asked_for_in_the_middle_of_another_follows_it(
 ):
     looks = Ticker(services_of(many))
     looks.tick(0.0)
-    looks.look()
+    looks.refresh_now()
     reads = reads_of(many, monkeypatch)
     looks.tick()
     assert len(reads) == 19
@@ -1370,7 +1370,7 @@ def test_a_schedule_that_is_changed_again_and_again_leaves_nothing_behind(make, 
     looks = Ticker(services_of(queue))
     for n in range(1000):
         queue.schedule("s", every(3600 + n), "remote")
-        looks.look()
+        looks.refresh_now()
         looks.tick()
     assert len(looks._next) < 500
     clock.advance(3600 + 999)
@@ -1480,7 +1480,7 @@ def test_a_look_that_takes_long_is_taken_less_often_but_often_enough(
     looks.tick()
     while len(looked) < 2:
         now[0] += 0.25
-        looks.look_soon()
+        looks.refresh_soon()
         looks.tick()
     assert looked[1] - takes - looked[0] == pytest.approx(pause, abs=0.3)
 

@@ -96,7 +96,7 @@ def test_a_round_does_a_step_of_each_burst(hurried, monkeypatch, make_queue, clo
     queue.start()
     housekeeper = housekeeper_of(queue)
     looks, tick, rounds = housekeeper._ticker, housekeeper.tick, []
-    eventually(lambda: looks._look_at and not looks.waiting)
+    eventually(lambda: looks._refresh_at and not looks.waiting)
     batches = queue.repository.batches
 
     def watched():
@@ -316,10 +316,10 @@ def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, in_batches, make
     monkeypatch.setattr(lines, "advance", lambda keys: None)  # whoever stored them died then
     for n in range(35):
         queue.submit("remote", concurrency_key=f"key {n:02}")
-    lines.look_soon()
+    lines.scan_all_soon()
     moved = []
     while lines.waiting:
-        lines.look(0.0)
+        lines.process(0.0)
         moved.append(len(repository.ready(["remote"], 100)))
     assert moved == [10, 20, 30, 35, 35]
     assert not lines.overdue()
@@ -341,5 +341,5 @@ def test_a_line_that_stands_still_is_found_behind_many_that_move(
     assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by one that died then
     assert lines.overdue()
     for _ in range(5):
-        lines.look_slowly()
+        lines.scan_some()
     assert not lines.overdue()
