@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 import taskx
 from taskx.core.log import GuardedLogger
 
@@ -49,13 +50,17 @@ class Messages:
 
         def record(logger: GuardedLogger, level: int, msg: Any, *args: Any, **more: Any) -> None:
             self.found[f"log {level}"].add(" ".join(str(msg).split()))
-            write(logger, level, msg, *args, **{**more, "stacklevel": more.get("stacklevel", 1) + 1})
+            write(
+                logger, level, msg, *args, **{**more, "stacklevel": more.get("stacklevel", 1) + 1}
+            )
 
         GuardedLogger._log = record  # type: ignore[method-assign, assignment]
 
     def _on_raise(self, code: types.CodeType, offset: int, error: BaseException) -> None:
+        if not code.co_filename.startswith(SOURCE):
+            return
         trace = error.__traceback__
-        if code.co_filename.startswith(SOURCE) and trace is not None and trace.tb_next is None:
+        if trace is not None and trace.tb_next is None:  # raised here, not passed on
             with contextlib.suppress(Exception):  # a test's own error may have no text
                 self.found[type(error).__name__].add(template(str(error)))
 
