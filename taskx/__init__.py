@@ -1,7 +1,7 @@
-"""TaskX: the task framework that you embed. One import, no broker to run.
+"""TaskX: a task framework that you embed in your program. You need no broker.
 
-Tasks are records in a repository, a bounded queue feeds worker threads, executors get a cooperative
-cancellation token, and a process that is killed loses nothing.
+Tasks are records in a repository. A bounded queue feeds worker threads. Executors get a token for
+cooperative cancellation. A process that is killed loses no task.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -108,7 +108,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Load a name that not every program needs when it is first asked for."""
+    """Import a name that few programs need when it is first used."""
     if name != "MongoRepository":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from taskx.storage.mongo import MongoRepository

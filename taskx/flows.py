@@ -1,4 +1,4 @@
-"""Chains and groups: several tasks that are submitted together, and followed as one."""
+"""Chains and groups: several tasks that are submitted together and share one handle."""
 
 from __future__ import annotations
 
@@ -16,30 +16,32 @@ from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_key
 from taskx.storage.base import Repository
 
-#: A part of a flow.
+#: A part of a flow: a task or another flow.
 Step = Union[Task, "Flow"]
-#: A flow that was submitted, as JSON values: a task is its id.
+#: A submitted flow as JSON values: a task is its id.
 Shape = Union[str, "dict[str, list[Shape]]"]
-#: Most pairs of a task and one that it depends on, in one flow.
+#: Most pairs of a task and one of its parents in one flow.
 MOST_EDGES = 1_000_000
 _UNFINISHED = frozenset({TaskStatus.PENDING, TaskStatus.RUNNING})
 
 
 class Flow:
-    """Tasks in an order, made by :func:`chain` and :func:`group` and run by ``Queue.submit_flow``.
+    """Several tasks to submit together with ``Queue.submit_flow``.
+
+    :func:`chain` and :func:`group` make flows.
 
     Attributes:
-        kind: ``"chain"``: one step after the other; ``"group"``: all at the same time.
-        steps: the tasks and flows that it is made of.
+        kind: ``"chain"``: one step runs after the other; ``"group"``: all run at the same time.
+        steps: its tasks and flows.
     """
 
     def __init__(self, kind: Literal["chain", "group"], steps: Sequence[Step]) -> None:
         if not steps:
-            raise ConfigurationError(f"a {kind} of nothing: give at least one task or flow")
+            raise ConfigurationError(f"a {kind} is empty: give at least one task or flow")
         for step in steps:
             if not isinstance(step, (Task, Flow)):
                 raise ConfigurationError(
-                    f"a {kind} is made of tasks and flows, not of {type(step).__name__}: "
+                    f"a step of a {kind} must be a task or a flow, not {type(step).__name__}: "
                     "write executor.task(...)"
                 )
         self.kind = kind
@@ -49,7 +51,7 @@ class Flow:
         return f"<{self.kind} of {len(self.steps)}>"
 
     def then(self, *steps: Step) -> Flow:
-        """A chain of this flow and further steps: they begin when all of it has completed.
+        """Return a chain of this flow and further steps, which begin when all of it has completed.
 
         Raises:
             ConfigurationError: a step is neither a task nor a flow.
@@ -59,7 +61,9 @@ class Flow:
 
 
 def chain(*steps: Step) -> Flow:
-    """Tasks and flows that run one after the other; each finds those before it in ``ctx.parents``.
+    """Return a flow whose steps run one after the other.
+
+    A step finds the tasks of the step before it in ``ctx.parents``.
 
     Raises:
         ConfigurationError: there is no step, or one is neither a task nor a flow.
@@ -68,7 +72,7 @@ def chain(*steps: Step) -> Flow:
 
 
 def group(*steps: Step) -> Flow:
-    """Tasks and flows that run at the same time.
+    """Return a flow whose steps run at the same time.
 
     Raises:
         ConfigurationError: there is no step, or one is neither a task nor a flow.
@@ -80,7 +84,7 @@ def _steps(shape: Shape) -> tuple[str, list[Shape]]:
     """Return the kind of a shape, ``"chain"``, ``"group"`` or empty for a task, and its steps.
 
     Raises:
-        ConfigurationError: it is no shape.
+        ConfigurationError: the value is not a shape.
     """
     if isinstance(shape, str):
         return "", []
@@ -89,13 +93,13 @@ def _steps(shape: Shape) -> tuple[str, list[Shape]]:
         if kind in ("chain", "group") and isinstance(steps, list) and steps:
             return kind, steps
     raise ConfigurationError(
-        "the shape of a flow is a task's id, or an object with a list 'chain' or 'group', not "
+        "the shape of a flow must be a task's id, or an object with a list 'chain' or 'group', not "
         f"{shape!r:.80}"
     )
 
 
 def _ids(shape: Shape) -> Iterator[str]:
-    """The tasks of a shape, in order."""
+    """Yield the ids of the tasks in a shape, in order."""
     stack = [shape]
     while stack:
         step = stack.pop()
@@ -113,11 +117,11 @@ class _Queue(Protocol):
 
 
 class FlowHandle:
-    """A flow that was submitted, as one.
+    """One handle for all tasks of a submitted flow.
 
     Attributes:
         ids: the ids of all its tasks, in the order in which the flow names them.
-        shape: what ``queue.flow_handle`` makes such a handle of, in any process: JSON values, in which a
+        shape: the flow as JSON values, from which ``queue.flow_handle`` makes a handle in any process. A
             task is its id, a chain ``{"chain": [...]}`` and a group ``{"group": [...]}``.
     """
 
@@ -134,7 +138,7 @@ class FlowHandle:
     def handles(self) -> list[TaskHandle[Any]]:
         """The handles of all its tasks, in the order in which the flow names them.
 
-        One of a task that did not complete, and was requeued since, is another one then.
+        If a task failed or was cancelled and was then requeued, it has a new handle.
         """
         ended = [task_id for task_id, handle in self._handles.items() if handle.ended_badly]
         statuses = self._queue.repository.statuses(ended) if ended else {}
@@ -144,7 +148,7 @@ class FlowHandle:
         return list(self._handles.values())
 
     def _statuses(self) -> list[TaskStatus | None]:
-        """Return the statuses of all its tasks, in order; None for one deleted before it completed."""
+        """Return the status of each task, in order; None if it was deleted before it completed."""
         found: dict[str, TaskStatus | None] = {
             task_id: TaskStatus(status)
             for task_id, status in self._queue.repository.statuses(self.ids).items()
@@ -154,11 +158,11 @@ class FlowHandle:
         return [found.get(task_id) for task_id in self.ids]
 
     def status(self) -> TaskStatus:
-        """The status of the flow as a whole.
+        """Return the status of the flow as a whole.
 
-        Pending until the first one starts, running until the last one has ended; then failed if one
-        failed, else cancelled if one was cancelled (or deleted), else completed. A deleted step of a chain
-        counts as completed if a later one has.
+        It is pending until the first task starts, and running until the last task has ended. Then it is
+        failed if a task failed, else cancelled if a task was cancelled or deleted, else completed. A
+        deleted step of a chain counts as completed if a later step has completed.
         """
         statuses = set(self._statuses())
         if statuses <= {TaskStatus.PENDING}:
@@ -170,32 +174,32 @@ class FlowHandle:
         return TaskStatus.COMPLETED if statuses == {TaskStatus.COMPLETED} else TaskStatus.CANCELLED
 
     def progress(self) -> float:
-        """The share of its tasks that have ended, in percent."""
+        """Return the share of its tasks that have ended, in percent."""
         statuses = self._statuses()
         return 100 * sum(status not in _UNFINISHED for status in statuses) / len(statuses)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until all its tasks have ended: False if ``timeout`` seconds passed before."""
+        """Wait until all its tasks have ended; return False if ``timeout`` seconds passed before."""
         deadline = None if timeout is None else time.monotonic() + timeout
-        for handle in reversed(self.handles):  # the last ones end last: those before are done
+        for handle in reversed(self.handles):  # later tasks end last: then the others are done
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not futures.wait([handle], left).done:
                 return False
         return True
 
     def result(self, timeout: float | None = None) -> Any:
-        """Wait for all its tasks, and return what they returned.
+        """Wait for all its tasks, and return the result of the flow.
 
-        That of a chain is the result of its last step; that of a group a list of the results of its
-        steps, in order.
+        The result of a chain is the result of its last step. The result of a group is a list of the
+        results of its steps, in order.
 
         Raises:
             TaskFailed: a task failed.
-            TaskNotFound: one was deleted; but not where it was an earlier step of a chain, and a later one
-                has completed. Of the tasks that failed or are gone it is about the first one, in the order
-                in which the flow names them.
-            concurrent.futures.CancelledError: none of these, but one was cancelled.
-            concurrent.futures.TimeoutError: they have not ended within ``timeout`` seconds.
+            TaskNotFound: a task was deleted. A deleted earlier step of a chain is no error if a later
+                step has completed. If several tasks failed or were deleted, the error is about the first
+                one, in the order in which the flow names them.
+            concurrent.futures.CancelledError: no task failed or was deleted, but one was cancelled.
+            concurrent.futures.TimeoutError: not all tasks have ended within ``timeout`` seconds.
         """
         if not self.wait(timeout):
             raise futures.TimeoutError(f"not all tasks of the flow have ended within {timeout:g} s")
@@ -221,17 +225,17 @@ class FlowHandle:
         return [self._result(step) for step in steps]
 
     def cancel(self) -> None:
-        """Cancel all its tasks that have not ended: those that run are asked to stop."""
-        # The last ones first, so that the end of an earlier one does not start a later one.
+        """Cancel all its tasks that have not ended; running tasks are asked to stop."""
+        # In reverse, so that the end of an earlier task does not start a later one.
         self._queue.cancel_many(list(reversed(self.ids)))
 
     def requeue(self) -> int:
-        """Have those of its tasks run again that failed or were cancelled, in their order.
+        """Run its failed and cancelled tasks again, in their order.
 
-        Other tasks that failed or were cancelled because of these run again, too.
+        Other tasks that failed or were cancelled because of them run again, too.
 
         Returns:
-            how many; what has completed is not among them.
+            the number of tasks that run again; completed tasks do not.
 
         Raises:
             QueueStopped: the queue was stopped.
@@ -243,7 +247,7 @@ def _restore(shape: Shape, found: dict[str, TaskStatus | None], later: bool = Fa
     """Add the deleted steps of a chain that must have completed, because a later step has.
 
     Returns:
-        whether a task of this shape has completed.
+        True if a task of this shape has completed.
     """
     if isinstance(shape, str):
         if later:
@@ -257,21 +261,21 @@ def _restore(shape: Shape, found: dict[str, TaskStatus | None], later: bool = Fa
 
 
 def lay_out(flow: Flow) -> tuple[list[Task], Shape]:
-    """The tasks of a flow, with ids and parents, and its shape.
+    """Return the tasks of a flow, with ids and parents, and the flow's shape.
 
     Raises:
-        ConfigurationError: it is no flow, too many tasks depend on too many others, flows are nested too
-            deep, or what a task depends on is no list of ids.
+        ConfigurationError: the value is not a flow, too many tasks depend on too many others, flows are
+            nested too deep, or ``depends_on`` of a task is not a list of ids.
     """
     if not isinstance(flow, (Task, Flow)):
         raise ConfigurationError(
-            f"submit_flow takes what chain() and group() make, not {type(flow).__name__}"
+            f"submit_flow requires a flow made by chain() or group(), not {type(flow).__name__}"
         )
     layout = _Layout()
     try:
         shape, _ = layout.lay(flow, [])
     except RecursionError:
-        raise ConfigurationError("flows are nested too deep, one in the other") from None
+        raise ConfigurationError("flows are nested too deep: use fewer levels") from None
     return layout.tasks, shape
 
 
@@ -281,7 +285,7 @@ class _Layout:
         self._edges = 0
 
     def lay(self, step: Step, parents: list[str]) -> tuple[Shape, list[str]]:
-        """The step laid out after its parents, and the tasks that end it."""
+        """Lay out a step after its parents; return its shape and the ids of its last tasks."""
         if isinstance(step, Task):
             return self._lay_task(step, parents)
         shapes: list[Shape] = []
@@ -300,8 +304,8 @@ class _Layout:
         self._edges += len(parents)
         if self._edges > MOST_EDGES:
             raise ConfigurationError(
-                f"more than {MOST_EDGES:,} pairs of a task and one that it depends on: put a task "
-                "between two large groups, on which the second one depends"
+                f"the flow has more than {MOST_EDGES:,} pairs of a task and its parent: put one task "
+                "between two large groups, so that the second group depends on that task only"
             )
         own = check_parents(task.depends_on)
         self.tasks.append(attrs.evolve(task, id=task_id, depends_on=[*own, *parents]))

@@ -1,10 +1,10 @@
 """The consequences of moves, in one table, and the services that the parts of a queue share.
 
-Whoever makes a move commits it by :meth:`Consequences.commit`. Where it is committed otherwise, he calls
-:meth:`~Consequences.created` or :meth:`~Consequences.follow` once it is.
+Code that makes a move commits it with :meth:`Consequences.commit`. Code that commits a move in another way
+calls :meth:`~Consequences.created` or :meth:`~Consequences.follow` after the commit.
 
-All that follows can be done twice, and an interrupt may cut it short: the slow looks of the housekeeper
-find what was missed.
+All consequences can be repeated without harm, and an interrupt may cut them short. The slow scans of the
+housekeeper find what was missed.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from taskx.storage.base import Repository
 
 
 class _Node(Protocol):
-    """A started node, as far as moves of tasks concern it."""
+    """The methods of a started node that moves of tasks need."""
 
     def discard(self, task_ids: Iterable[str]) -> None: ...
     def fire(self, task_id: str) -> None: ...
@@ -50,15 +50,15 @@ class Follows:
     """The consequences of a move.
 
     Attributes:
-        event: what hooks are told of it, beside ``finished``.
-        facts: what they are told beside the task; of :func:`_facts`.
-        ends: True if the task has ended or is gone: hooks hear that it is finished; who waits for it, what
-            depends on it and the next one of its concurrency key hear of it, too.
-        may_start: True if the task may start, now or when what it is held for has come.
-        leaves: True if it leaves the buffer of this process.
-        fires: True if its token fires, where it runs in this process.
-        level: how important the line in the log is.
-        words: the line in the log, with places for :func:`_facts`.
+        event: the hook method that is called, besides ``finished``; empty for none.
+        facts: names of the further arguments of that method, from :func:`_facts`.
+        ends: True if the task has ended or was deleted. Then these are told: the hooks (``finished``), the
+            threads that wait for it, its dependents, and the next task of its concurrency key.
+        may_start: True if the task may start, now or when the reason for holding it has passed.
+        leaves: True if the task leaves the buffer of this process.
+        fires: True if the task's token fires, if it runs in this process.
+        level: the level of the log message.
+        words: the log message, with placeholders for :func:`_facts`.
     """
 
     event: str = ""
@@ -82,17 +82,17 @@ _ORPHANED = Follows(
     ends=True, level=logging.WARNING, words="task %(id)s (%(type)s) is %(status)s: %(error)s"
 )
 _DIED = "task %(id)s was running on %(node)s, which died: "
-_RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}failed for good"
-_GIVEN_UP = f"{_DIED}it is cancelled, as was asked for"
+_RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}it has failed and is a dead letter"
+_CANCELLED = f"{_DIED}it is cancelled, as requested"
 
-#: What follows from each move, by its name and the status that it leads to, None where it changes none. The
-#: limits hear that a run is over from whoever forgets the run: see :meth:`Consequences.follow`.
+#: The consequences of each move, by its name and its new status (None if the status does not change).
+#: The code that forgets a run tells the limits that it is over: see :meth:`Consequences.follow`.
 FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
-    # Whoever stores a task that is not held back puts it into the buffer, or looks for more.
+    # The code that stores a task that is not held puts it into the buffer, or calls ``fetch_soon``.
     ("create", None): Follows("submitted", may_start=True),
-    # It is laid out for a worker that waits.
+    # The task is ready for a worker that waits.
     ("create", RUNNING): Follows("submitted"),
-    # Hooks are told when a thread begins to execute it: see Consequences.begun.
+    # Hooks are told when a thread begins to execute the task: see Consequences.begun.
     ("start", RUNNING): NOTHING,
     ("progress", None): Follows("progressed", ("progress", "message")),
     ("checkpoint", None): NOTHING,
@@ -118,7 +118,7 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
         level=logging.INFO,
         words="task %(id)s (%(type)s) was interrupted and is pending again",
     ),
-    # Its node still holds it, and has not executed it.
+    # The node still holds the task, and has not executed it.
     ("hand back", PENDING): NOTHING,
     ("cancelled", CANCELLED): _ENDED,
     ("crash", PENDING): Follows(
@@ -131,7 +131,7 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     ("crash", CANCELLED): attrs.evolve(_ENDED, event="rescued"),
     ("rescue", PENDING): Follows("rescued", may_start=True, level=logging.WARNING, words=_RESCUED),
     ("rescue", FAILED): Follows("rescued", ends=True, level=logging.ERROR, words=_LOST),
-    ("rescue", CANCELLED): Follows("rescued", ends=True, level=logging.WARNING, words=_GIVEN_UP),
+    ("rescue", CANCELLED): Follows("rescued", ends=True, level=logging.WARNING, words=_CANCELLED),
     ("cancel", CANCELLED): Follows(ends=True, leaves=True),
     ("request cancel", None): Follows(fires=True),
     ("orphan", CANCELLED): _ORPHANED,
@@ -141,14 +141,14 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     ("release", None): Follows(may_start=True),
     ("lift bar", None): Follows(may_start=True),
     ("requeue", PENDING): Follows("requeued", may_start=True),
-    # It is fetched anew, to its place by its new priority.
+    # The task is fetched again, because its new priority gives it another place in the buffer.
     ("replace", None): Follows(may_start=True, leaves=True),
-    # A node takes what it can start, and gives up what it cannot.
+    # A node takes tasks that it can start, and gives up the others.
     ("take", None): NOTHING,
     ("give up", None): NOTHING,
     ("free key", None): NOTHING,
     ("delete", None): Follows(ends=True, leaves=True),
-    # They had ended, and nobody needs them any more.
+    # These tasks had ended, and no other task needs them.
     ("prune", None): NOTHING,
     ("discard", None): NOTHING,
 }
@@ -168,7 +168,7 @@ class _State(Protocol):
 
 
 class Consequences:
-    """Commits moves, and does what follows from them; ``state`` knows the started node."""
+    """Commits moves and applies their consequences; ``state`` has the started node."""
 
     def __init__(self, services: Services, state: _State) -> None:
         self._repository = services.repository
@@ -186,14 +186,17 @@ class Consequences:
     def commit(
         self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task] | None = None
     ) -> Sequence[bool]:
-        """Commit moves, and do what follows from those that took place; says for each whether it did.
+        """Commit moves, and apply the consequences of those that took place.
 
         Args:
             writes: the moves.
-            tasks: the tasks as they were read, by id; None if they were not.
+            tasks: the tasks as they were read, by id; None if they were not read.
+
+        Returns:
+            for each move, True if it took place.
 
         Raises:
-            RepositoryError: none of them was applied.
+            RepositoryError: no move was applied.
         """
         results = self._ledger.commit(writes)
         if done := [write for write, held in zip(writes, results, strict=True) if held]:
@@ -202,7 +205,7 @@ class Consequences:
         return results
 
     def _to_be_told(self, writes: Sequence[Update | Delete]) -> Mapping[str, Task]:
-        """Read the tasks of which only the ids are known, where hooks are told that they are finished."""
+        """Read tasks known only by their ids, if hooks must be told that they have finished."""
         ids = [write.id for write in writes if _row(write).ends]
         if not (ids and self._hooks.finished):
             return {}
@@ -210,11 +213,11 @@ class Consequences:
             return self._repository.get_many(ids)
         except RepositoryError as error:
             some = ", ".join(ids[:10])
-            self._log.warning("no hook is told that tasks are finished: %s: %s", some, error)
+            self._log.warning("cannot tell hooks that tasks have finished: %s: %s", some, error)
             return {}
 
     def created(self, inserts: Sequence[Insert]) -> None:
-        """Do what follows when tasks were stored."""
+        """Apply the consequences of storing new tasks."""
         if listeners := self._hooks.submitted:
             for insert in inserts:
                 self._hooks.tell(listeners, partial(_submitted_task, insert))
@@ -236,15 +239,16 @@ class Consequences:
         run: Run | None = None,
         over: Callable[[Run, bool], object] | None = None,
     ) -> None:
-        """Do what follows from moves that took place.
+        """Apply the consequences of moves that took place.
 
         Args:
             writes: the moves.
-            tasks: the tasks as they were read, by id, as far as they were.
-            ending: how the attempt ended, where one did.
-            run: the run whose moves they are, where it is one of this process.
-            over: forgets the run. It comes between what nobody may overlook who sees that nothing runs, or
-                begins the next attempt, and what lets the task start again.
+            tasks: the tasks that were read, by id.
+            ending: how the attempt ended; None if no attempt ended.
+            run: the run that the moves belong to; None if it is not a run of this process.
+            over: forgets the run. It is called after hooks, dependents and turns were told: they must know
+                before anyone sees that nothing runs, and before the next attempt begins. It is called
+                before the task may start again.
         """
         try:
             turns, rows = False, [(write, _row(write)) for write in writes]
@@ -295,7 +299,7 @@ class Consequences:
             hooks.tell(hooks.finished, make)
 
     def _leave_turns(self, writes: Sequence[Update | Delete], tasks: Mapping[str, Task]) -> None:
-        """Give the turns that were given up to the next ones, unless that is among these moves."""
+        """Give each free turn to the next task of its key, unless these moves already do so."""
         keys, given = [], set()
         for write in writes:
             turn = write.changes.get("turn", _UNCHANGED)
@@ -308,7 +312,7 @@ class Consequences:
         self.turns.advance(key for key in keys if key is not None and key not in given)
 
     def _may_start(self, writes: Sequence[Write], tasks: Mapping[str, Task]) -> None:
-        """Have pending tasks start as soon as what they are held for has come."""
+        """Arrange that pending tasks start as soon as the reason for holding them has passed."""
         waiting: dict[str, str] = {}
         keys: list[str] = []
         for write in writes:
@@ -334,21 +338,21 @@ class Consequences:
             self.turns.advance(keys)
 
     def process_if_unattended(self) -> None:
-        """Look after dependents and turns now, where no housekeeper does soon."""
+        """Process dependents and turns now if no housekeeper is running that would do it soon."""
         if self._agenda.attended:
             return
         try:
             self.dependents.process()
             self.turns.process()
         except RepositoryError as error:
-            self._log.warning("what waits for other tasks is looked at later: %s", error)
+            self._log.warning("tasks that wait for other tasks are checked later: %s", error)
 
 
 _UNCHANGED = object()
 
 
 def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dict[str, Any]:
-    """Return what lines in the log and hooks are told of a move."""
+    """Return the values that log messages and hooks get for a move."""
     node = task.worker or task.owner
     facts = {"id": task.id, "type": task.type, "attempt": task.attempt, "node": node}
     if ending is not None:

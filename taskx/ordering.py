@@ -1,12 +1,13 @@
-"""Tasks that wait for others: for their parents, or for the turn of their concurrency key.
+"""Tasks that wait for other tasks: for their parents, or for the turn of their concurrency key.
 
-A task that waits for parents is registered with one unfinished parent. When that one ends, the task is
-registered with another unfinished one; when there is none left, it is decided. So the end of a task without
-dependents costs nothing, and that of a parent no more than the tasks that are registered with it.
+A task that waits for parents is registered with one unfinished parent. When that parent ends, the task is
+registered with another unfinished parent. When no unfinished parent is left, the task is decided: it may
+start, or it ends. So the end of a task without dependents costs nothing. The end of a parent costs no more
+than the tasks that are registered with it.
 
-A task with a concurrency key waits in line until the turn of its key is given to it, and keeps it until it
-has ended: through retries, too. The repository sees to it that two never have it; so any number of
-processes may give it to the next one at once.
+A task with a concurrency key waits until it gets the turn of its key. It keeps the turn until it has ended,
+even through retries. The repository ensures that two tasks never have the same turn. So several processes
+may give the turn to the next task at the same time.
 """
 
 from __future__ import annotations
@@ -29,51 +30,54 @@ from taskx.core.record import ids_from_text
 from taskx.core.writes import Insert, Update
 from taskx.storage.base import Repository
 
-#: Waiting tasks that are decided, and keys that are looked after, in one transaction.
+#: Waiting tasks that are decided, or keys whose turn is given, in one transaction.
 BATCH = 200
-#: Parents that are looked at in each round of a slow look.
+#: Parents that are read in each step of a scan.
 _PAGE = 1000
 
-#: Commits moves of tasks as they were read, and does what follows.
+#: Commits moves of tasks, with the tasks as they were read, and applies the consequences.
 Commit = Callable[[Sequence[Update], Mapping[str, Task]], object]
 
 
 class _Scanner(ABC):
-    """Looks at all that may stand still, a page at a time; each call goes on where the last one stopped.
+    """Scans the store for waiting tasks that nothing moves on, a page at a time.
 
-    A look raises ``RepositoryError`` where the repository fails, and the next one goes on.
+    Each call continues where the last one stopped, also after a ``RepositoryError``.
     """
 
     def __init__(self) -> None:
-        # Whether all is to be looked at; whether that is under way, and how far it has come.
+        # True if a full scan is due; True if one is under way; the last value that it has read.
         self._all_due, self._under_way, self._after = True, False, ""
 
     @abstractmethod
     def _page(self, after: str) -> tuple[Sequence[str], str]:
-        """Return what stands still of the next page, and where that ends: empty if it is the last one."""
+        """Return the stalled parents or keys of the next page, and its last value (empty: no more)."""
 
     @abstractmethod
     def _scan_page(self) -> bool:
-        """Look at the next page; False where there are no more."""
+        """Scan the next page and process what is stalled; return False after the last page."""
 
     @property
     def waiting(self) -> bool:
-        """True if :meth:`process` has left work that is due."""
+        """True if work is due that :meth:`process` has not finished."""
         return self._all_due or self._under_way
 
     def overdue(self) -> bool:
-        """Return whether anything stands still."""
+        """Return True if anything is stalled."""
         found, after = self._page("")
         while after and not found:
             found, after = self._page(after)
         return bool(found)
 
     def process(self, patience: float = math.inf) -> None:
-        """Look after what stands still, as far as it is known that something may.
+        """Do the work that is due.
 
         Args:
-            patience: seconds after which the rest is left to the next call: where one task ends with
-                another, as in a long chain, it may take long.
+            patience: seconds after which the rest is left to the next call. If the end of one task ends
+                the next one, as in a long chain, the work may take long.
+
+        Raises:
+            RepositoryError: the repository failed; the next call continues.
         """
         until = time.monotonic() + patience
         while self.waiting:
@@ -104,30 +108,30 @@ class Dependents(_Scanner):
         self._agenda = agenda
         self._clock = clock
         self._log = log
-        #: Whether a task may be waiting for another one: as long as not, ends need not be told.
+        #: True if a task may wait for another one. If False, nobody needs to report that tasks end.
         self.any = False
-        #: Parents that have ended, and whose dependents were not looked at yet.
+        #: Parents that have ended, and whose dependents were not processed yet.
         self.ended: deque[str] = deque()
         # Tasks whose parents may have ended.
         self._due: deque[str] = deque()
         self._lock = threading.Lock()
-        # It knows its owner: a log handler, or a callback of a handle, that is told what comes of a look
-        # may cancel a task, and must not wait for itself.
+        # Reentrant: a log handler or a callback of a handle that is called during the processing may cancel
+        # a task. Its thread must not wait for itself.
         self._processing = threading.RLock()
         self._additions = 0
 
     # --- what happens
 
     def waits(self, waiting: Mapping[str, str]) -> None:
-        """Tasks wait from now on, each for that parent; if it has ended meanwhile, they are due."""
+        """Note that tasks wait, each for one parent. They are due if it has ended in the meantime."""
         with self._lock:
             self.any = True
             self._additions += 1
         try:
             statuses = self._repository.statuses([*set(waiting.values())])
-        except TaskxError as error:  # they are stored: whoever did so must not be told otherwise
+        except TaskxError as error:  # the tasks are stored: their submitter must not get an error
             self._all_due = True
-            self._log.warning("tasks that wait for others are looked at later: %s", error)
+            self._log.warning("tasks that wait for other tasks are checked later: %s", error)
             return
         due = [i for i, parent in waiting.items() if statuses.get(parent) not in UNFINISHED]
         if due:
@@ -135,43 +139,43 @@ class Dependents(_Scanner):
             self._agenda.wake_from_long_sleep()
 
     def parent_ended(self, task_id: str) -> None:
-        """A task has ended that may have dependents; its write is committed."""
+        """Note that a task has ended that may have dependents; its write is committed."""
         self.ended.append(task_id)
         self._agenda.wake_from_long_sleep()
 
     def ended_elsewhere(self) -> None:
-        """A process died that may not have come to look at the dependents of what it ended."""
+        """Make a full scan due: a process died, perhaps before it processed the dependents of its tasks."""
         self._all_due = True
 
     @property
     def waiting(self) -> bool:
-        """True if it is looking, or about to: tasks may be released by that."""
+        """True if processing is under way or due: tasks may be released by it."""
         return self.told or super().waiting
 
     @property
     def told(self) -> bool:
-        """True if it was told of something that it has not looked at yet."""
+        """True if something was reported that is not processed yet."""
         return bool(self.ended or self._due)
 
     def overdue(self) -> bool:
-        """Return whether a task waits for one that has ended; it is looked at soon."""
+        """Return True if a task waits for a parent that has ended; that task is processed soon."""
         if gone := super().overdue():
             self._all_due = True
             self._agenda.wake_from_long_sleep()
         return gone
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
-        """Return the parents that have ended."""
+        """Return the parents of the next page that have ended, and the last parent of the page."""
         awaited = self._repository.distinct("waiting_on", after, _PAGE)
         statuses = self._repository.statuses(awaited)
         gone = [parent for parent in awaited if statuses.get(parent) not in UNFINISHED]
         return gone, awaited[-1] if awaited else ""
 
-    # --- looking
+    # --- processing
 
     def process(self, patience: float = math.inf) -> None:
-        """Decide the tasks whose parents have ended, as far as that is known."""
-        # A thread that is looking goes on with this.
+        """Decide the tasks whose parents are known to have ended."""
+        # A thread that is already processing does this when it goes on.
         if not self._processing._is_owned():  # type: ignore[attr-defined]
             super().process(patience)
 
@@ -180,7 +184,7 @@ class Dependents(_Scanner):
             self._process_told() if self.told else super()._process_step()
 
     def _process_told(self) -> None:
-        """Take the dependents of what has ended for due, and decide a batch of what is due."""
+        """Mark the dependents of ended parents as due, and decide a batch of the due tasks."""
         if ended := _first(self.ended, _PAGE):
             self._due.extend(self._waiting_for(ended))
             _leave_out(self.ended, ended)
@@ -189,20 +193,20 @@ class Dependents(_Scanner):
             _leave_out(self._due, due)
 
     def refresh(self) -> None:
-        """Other processes may have stored tasks that wait: from when there are some, ends are told."""
+        """Read if any task waits, as other processes may have stored some; if so, ends are reported."""
         additions = self._additions
         some = bool(self._repository.distinct("waiting_on", "", 1))
         with self._lock:
             if additions == self._additions:
-                # What ended before it was known that somebody waits, nobody was told of.
+                # Tasks that ended before this was known were not reported.
                 self._all_due = self._all_due or (some and not self.any)
                 self.any = some
 
     def scan_some(self) -> None:
-        """Look at some of the parents that are waited for, and go on there next time.
+        """Scan a page of the parents that tasks wait for; the next call continues there.
 
-        For what no event told: a process that died just then, a record changed by hand. What is more than
-        a batch is left to :meth:`process`.
+        This finds parents whose end no event reported, because a process died at that moment or a record
+        was changed by hand. Work beyond one batch is left to :meth:`process`.
         """
         with self._processing:
             self._scan_page()
@@ -217,13 +221,13 @@ class Dependents(_Scanner):
         return bool(after)
 
     def _waiting_for(self, parents: Sequence[str]) -> list[str]:
-        """The tasks that wait for one of these."""
+        """Return the tasks that wait for one of these parents."""
         return [child for (child,) in self._repository.find("waiting_on", parents, ("id",))]
 
     # --- deciding
 
     def _decide(self, task_ids: Sequence[str]) -> None:
-        """Let tasks come as far as their parents have."""
+        """Move tasks on according to the statuses of their parents."""
         found = self._repository.get_many(task_ids)
         if children := {i: t for i, t in found.items() if t.status.value == PENDING}:
             self._move(children)
@@ -237,18 +241,18 @@ class Dependents(_Scanner):
 
 
 def _first(told: deque[str], most: int) -> list[str]:
-    # By their places: other threads add to it meanwhile, and an iterator would not bear that.
+    # By index: an iterator fails if another thread adds to the deque in the meantime.
     return [told[place] for place in range(min(most, len(told)))]
 
 
 def _leave_out(told: deque[str], done: Sequence[str]) -> None:
-    """Take off the first ones, when they are done: until then somebody may wait for that."""
+    """Remove the first items after they are done; until then a drain must see them."""
     for _ in done:
         told.popleft()
 
 
 class Turns(_Scanner):
-    """Gives the turn of each key to the first in line."""
+    """Gives the turn of each concurrency key to the task that has waited longest for it."""
 
     def __init__(
         self,
@@ -262,13 +266,15 @@ class Turns(_Scanner):
         self._log = log
 
     def next_turn(self, key: str) -> Sequence[Update]:
-        """Return what gives the turn to the first in line, in the transaction in which another task ends.
+        """Return writes that give the turn to the first waiting task, while another task ends.
 
-        Nothing where that cannot be told: :meth:`advance` makes up for it.
+        They belong into the same transaction as the end of that other task.
+
+        The result is empty if the repository fails; :meth:`advance` gives the turn later.
         """
         try:
             return self._next_turn(key)
-        except Exception:  # noqa: BLE001  (how the other task ended must be stored in any case)
+        except Exception:  # noqa: BLE001  (the outcome of the other task must be stored in any case)
             return ()
 
     def _next_turn(self, key: str) -> Sequence[Update]:
@@ -276,46 +282,46 @@ class Turns(_Scanner):
         return [write for (task_id,) in first for write in lifecycle.give_turn(task_id, key)]
 
     def advance(self, keys: Iterable[str]) -> None:
-        """Give the turn of each of these keys to the first in line, unless another task has it."""
+        """Give the turn of each key to its first waiting task, unless another task has the turn."""
         wanted = list(dict.fromkeys(keys))
         try:
             for start in range(0, len(wanted), BATCH):
                 self._advance(wanted[start : start + BATCH])
         except RepositoryError as error:
             self._all_due = True
-            self._log.warning("whose turn has come is looked at later: %s", error)
+            self._log.warning("turns of concurrency keys are given later: %s", error)
 
     def _advance(self, keys: Sequence[str]) -> None:
         if writes := [write for key in keys for write in self._next_turn(key)]:
             self._commit(writes)
 
     def scan_all_soon(self) -> None:
-        """A turn may have been given up by a task of which only the id is known."""
+        """Make a full scan due: a task whose key is not known here may have given up its turn."""
         self._all_due = True
 
     def scan_some(self) -> None:
-        """Look at some lines, and go on there next time: who gave up a turn may have died just then."""
+        """Scan a page of keys: a process may have died before it gave a free turn to the next task."""
         self._scan_page()
 
     def _scan_page(self) -> bool:
-        still, after = self._page(self._after)
-        self._advance(still)
+        stalled, after = self._page(self._after)
+        self._advance(stalled)
         self._after = after
         return bool(after)
 
     def _page(self, after: str) -> tuple[Sequence[str], str]:
-        """Return the keys whose lines stand still, as nobody has the turn."""
+        """Return the keys of the next page for which tasks wait and no task has the turn."""
         keys = self._repository.distinct("line", after, BATCH)
-        moving = {key for (key,) in self._repository.find("turn", keys, ("turn",))}
-        return [key for key in keys if key not in moving], keys[-1] if keys else ""
+        taken = {key for (key,) in self._repository.find("turn", keys, ("turn",))}
+        return [key for key in keys if key not in taken], keys[-1] if keys else ""
 
 
 def find_parents(repository: Repository, inserts: Sequence[Insert]) -> None:
-    """Have new tasks wait for an unfinished parent each, where they have one.
+    """Register each new task with one of its unfinished parents, if it has any.
 
     Raises:
         TaskNotFound: a parent is neither stored nor among the new tasks.
-        ConfigurationError: they depend on one another in a circle.
+        ConfigurationError: the tasks depend on one another in a circle.
     """
     parents = {i.id: ids_from_text(i.row["depends_on"]) for i in inserts if "depends_on" in i.row}
     new = {insert.id: lifecycle.PENDING for insert in inserts}
@@ -335,7 +341,7 @@ def find_parents(repository: Repository, inserts: Sequence[Insert]) -> None:
 
 
 def _refuse_circles(parents: Mapping[str, Sequence[str]]) -> None:
-    """Among tasks that are stored together: what is stored already cannot depend on them."""
+    """Refuse circles among the new tasks; tasks that are already stored cannot depend on these."""
     done: set[str] = set()
     for first in parents:
         path = {first: iter(parents[first])} if first not in done else {}

@@ -1,4 +1,4 @@
-"""The queue: what a program holds in its hand. It wires the parts together and holds no rules."""
+"""The queue: the object that a program uses. It wires the parts together and contains no rules."""
 
 from __future__ import annotations
 
@@ -52,18 +52,19 @@ R = TypeVar("R")
 class Queue:
     """A task queue on a repository.
 
-    Not started, it stores what is submitted for whoever runs; started, it runs tasks, its own and
-    what others left. ``with queue:`` starts and stops it.
+    A queue that is not started only stores the tasks that you submit; another process runs them. A
+    started queue also runs tasks: its own, and free tasks that other processes have stored.
+    ``with queue:`` starts and stops it.
 
     Args:
-        repository: where tasks are kept: one of ours, or any object with the eight methods of
-            :class:`TaskRepository`.
-        config: how it works.
-        logger: what it logs to; the logger named ``taskx`` unless given.
-        hooks: instances of :class:`Hook`, which are told what happens to tasks.
-        middleware: instances of :class:`Middleware`, or functions of their signature, which are
+        repository: stores the tasks: one of TaskX's repositories, or any object with the eight
+            methods of :class:`TaskRepository`.
+        config: the settings of the queue.
+        logger: the logger to use; the one named ``taskx`` by default.
+        hooks: instances of :class:`Hook`; the queue tells them what happens to tasks.
+        middleware: instances of :class:`Middleware`, or functions with the same signature. They are
             wrapped around every execution; the first one is the outermost.
-        clock: where it reads time from; for tests.
+        clock: the source of the time; for tests.
 
     Raises:
         ConfigurationError: an argument is not valid.
@@ -116,56 +117,65 @@ class Queue:
     def executor(
         self, type: str | None = None, **options: Unpack[ExecutorOptions]
     ) -> ExecutorDecorator:
-        """Make an executor of the function below and register it.
+        """Turn the decorated function into an executor and register it.
 
         Args:
-            type: the type of task it runs; the function's name unless given.
-            max_attempts: attempts that may raise before the task is failed (default 1, or as
-                ``retry`` says).
-            max_crashes: deaths of the process before the task is failed (default 3).
+            type: the type of the tasks that it runs; the function's name by default.
+            max_attempts: number of attempts that may raise before the task fails (default 1, or the
+                value that ``retry`` sets).
+            max_crashes: number of times that the process may die before the task fails (default 3).
             timeout: seconds after which an attempt's token fires.
-            priority: higher runs first (default 0).
-            retry: when an attempt that raised is followed by another (default: at once).
-            capture_log: keep what the executor logs in ``task.log``: True for what is of level INFO
-                and above, or a level, such as ``"WARNING"``.
-            isolation: ``"process"``: each attempt in a child process of its own, which imports the
+            priority: tasks with a higher number run first (default 0).
+            retry: when the next attempt starts after one that raised (default: at once).
+            capture_log: store what the executor logs in ``task.log``: True for level INFO and above,
+                or the name of a level, such as ``"WARNING"``.
+            isolation: ``"process"`` runs each attempt in its own child process, which imports the
                 function by its name.
-            grace: seconds that the executor is given after its token has fired (default 10). Then its
-                child process is killed; in a thread it is given up, if it was for a time-out.
-            max_concurrency: how many tasks of the type run at once.
-            rate: how many start in a time: ``"100/m"`` (``s``, ``m``, ``h``, ``d``), or a count and
-                seconds.
-            burst: how many may start at once when none did for a while (default: the count of
+            grace: grace period: seconds that the executor has to end after its token fired (default
+                10). Then its child process is killed. An executor in a thread is abandoned, but only
+                after a time-out.
+            max_concurrency: most tasks of the type that run at the same time.
+            rate: most tasks that start in a period: ``"100/m"`` (units ``s``, ``m``, ``h``, ``d``),
+                or a tuple of a count and seconds.
+            burst: most tasks that may start at once after a quiet period (default: the count of
                 ``rate``).
-            limit_scope: ``"node"`` (default) for limits of each node by itself, ``"global"`` for
-                limits of all nodes together.
+            limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
+                all nodes share them.
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, the function cannot be
                 an executor, or a child process could not find it.
         """
         if callable(type):
-            raise ConfigurationError("write @queue.executor() or ('name'), with parentheses")
+            raise ConfigurationError(
+                "@queue.executor needs parentheses: write @queue.executor() or @queue.executor('name')"
+            )
         return ExecutorDecorator(type, options_of(options), self.register_executor)
 
     def register_executor(
         self, executor: TaskExecutor | Executor[Any, Any], **options: Unpack[ExecutorOptions]
     ) -> None:
-        """Register an executor; the options are those of :meth:`executor` and win over its own.
+        """Register an executor that was made elsewhere.
+
+        Args:
+            executor: an executor made by ``@executor(...)``, or an instance of a
+                :class:`TaskExecutor` subclass.
+            options: the options of :meth:`executor`; they override the executor's own.
 
         Raises:
-            ConfigurationError: an option is not valid, the type is taken, or it is no executor.
+            ConfigurationError: an option is not valid, the type is taken, or the object is not an
+                executor.
         """
         self._registry.register(executor, options_of(options))
         if isinstance(executor, Executor):
             executor.bind(self)
         if self._node is not None:
-            with suppress(RepositoryError):  # then the housekeeper records them
+            with suppress(RepositoryError):  # the housekeeper records them later
                 self._node.engine.record_types()
         self._services.agenda.fetch_soon()
 
     def declare(self, *types: str) -> None:
-        """Accept tasks of these types, whose executors are registered in another process."""
+        """Accept tasks of types whose executors are registered only in another process."""
         for type_ in [check_key(type_, "type") for type_ in types]:
             self._registry.declare(type_)
 
@@ -188,45 +198,47 @@ class Queue:
         /,
         **options: Any,
     ) -> TaskHandle[Any]:
-        """Submit a task; when it returns, the task is stored and will run.
+        """Submit a task. When the call returns, the task is stored and will run.
 
         Args:
-            task: a pending :class:`Task`, which is not changed, or a type.
-            params: the executor's params, a JSON object; only with a type.
-            id: unique; made (UUIDv7) unless given.
-            created_by: free text, to filter by.
-            priority: higher runs first, equal ones in order; 0 unless the executor says otherwise.
-            run_at: not before this aware datetime.
-            delay: not before so many seconds from now.
+            task: a type, or a pending :class:`Task`, which is not changed.
+            params: the executor's params, a JSON object; only together with a type.
+            id: a unique id; a new UUIDv7 by default.
+            created_by: free text that you can filter by.
+            priority: tasks with a higher number run first, equal ones in the order of submission; 0
+                by default, or the executor's priority.
+            run_at: an aware datetime; the task does not start earlier.
+            delay: seconds from now; the task does not start earlier.
             timeout: seconds after which an attempt's token fires.
-            max_attempts: attempts that may raise before the task is failed.
-            max_crashes: deaths of the process before the task is failed; 1 for "never again".
-            retry: when an attempt that raised is followed by another.
-            unique_key: a text that at most one task at a time holds.
-            unique_scope: how long the task holds it: ``"pending"`` until it first starts,
-                ``"unfinished"`` (unless given) until it has ended, ``"ever"`` as long as its record is
-                kept, or so many seconds from now.
-            on_conflict: where another task holds the unique key: ``"reject"`` (unless given) raises,
-                ``"return"`` gives that one's handle, ``"replace"`` gives that one, if it is pending and of
-                the same type, parents and concurrency key, the params and options of this one, and
-                returns its handle.
-            depends_on: tasks, by id or handle, that must have completed before this one starts.
-            on_parent_failure: what becomes of it when all of them have ended and one did not complete:
-                ``"cancel"`` (unless given), ``"fail"`` or ``"run"``.
-            concurrency_key: tasks with the same key run one at a time, in the order of submission, in
-                whatever process.
+            max_attempts: number of attempts that may raise before the task fails.
+            max_crashes: number of times that the process may die before the task fails; with 1 the
+                task never runs again after a crash.
+            retry: when the next attempt starts after one that raised.
+            unique_key: a text that at most one task can hold at a time.
+            unique_scope: how long the task holds the unique key: ``"pending"``: until it first starts;
+                ``"unfinished"`` (default): until it has ended; ``"ever"``: as long as its record is
+                stored; or a number of seconds from now.
+            on_conflict: the reaction if another task holds the unique key. ``"reject"`` (default)
+                raises ``DuplicateTask``. ``"return"`` returns the other task's handle. ``"replace"``
+                gives the other task the params and options of this one and returns its handle; the
+                other task must be pending and have the same type, parents and concurrency key.
+            depends_on: tasks, as ids or handles, that must complete before this one starts.
+            on_parent_failure: the reaction if all tasks in ``depends_on`` have ended and one did not
+                complete: ``"cancel"`` (default), ``"fail"`` or ``"run"`` this task.
+            concurrency_key: tasks with the same key run one at a time, in the order of submission,
+                across all processes.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.
-            PayloadError: params are not JSON, too large, or do not fit the function.
-            DuplicateTask: a task has that id, or holds that key.
+            PayloadError: params are not JSON, are too large, or do not fit the function.
+            DuplicateTask: another task has this id or holds the unique key.
             QueueFull: the buffer is full.
             QueueStopped: the queue was stopped.
-            TaskNotFound: a task that it depends on is not there.
+            TaskNotFound: a task in ``depends_on`` does not exist.
             InvalidTransition: the task is not pending.
             ConfigurationError: another argument is not valid.
-            RepositoryError: it could not be stored; or, where its ``in_doubt`` is True, may have been:
-                to submit its ``task_id`` again tells.
+            RepositoryError: the task could not be stored. If the error's ``in_doubt`` is True, it may
+                have been stored: submit again with the error's ``task_id`` to find out.
         """
         wanted = task_of(task, params, options, SubmitOptions, "submit", self._clock)
         task_id = self._intake.accept(
@@ -239,13 +251,17 @@ class Queue:
             raise
 
     def submit_many(self, tasks: Iterable[Task]) -> list[TaskHandle[Any]]:
-        """Submit tasks in one transaction, all or none; returns their handles in order.
+        """Submit several tasks in one transaction, all or none.
 
-        More than the buffer has room for: ``overflow="reject"`` refuses them all, else the rest
-        waits in the repository.
+        If the buffer has no room for all of them, ``overflow="reject"`` refuses all; with every other
+        setting the rest waits in the repository.
+
+        Returns:
+            the handles of the tasks, in the same order.
 
         Raises:
-            TaskxError: as :meth:`submit` does; nothing was stored, unless it is in doubt.
+            TaskxError: the same errors as :meth:`submit`. Nothing was stored, unless ``in_doubt`` is
+                True.
         """
         return [TaskHandle(task_id, self) for task_id in self._intake.accept_many(tasks)]
 
@@ -300,38 +316,39 @@ class Queue:
         return_exceptions: bool = False,
         **options: Any,
     ) -> Iterator[Any]:
-        """Run an executor for each item; gives the results in order, and can be run again.
+        """Run an executor for each item and return an iterator over the results, in order.
 
-        Nothing is submitted before the first result is asked for; then a few tasks ahead of the
-        results. The id of a task is made of ``name`` and the item's key. So when the map is run
-        again, after a crash say, what is completed is returned, what is under way is waited for,
-        and what failed or was cancelled is requeued.
+        The iterator submits nothing before you ask for the first result. Then it keeps a few tasks
+        ahead of the results. The id of each task consists of ``name`` and the item's key. So you can
+        run the same map again, for example after a crash: it returns the results of completed tasks,
+        waits for unfinished ones, and requeues tasks that failed or were cancelled.
 
         Args:
             executor: an executor, or the type of one.
-            items: for each task its params, a dict; or the value of the executor's first parameter.
-            key: what an item is known by: a function of the item that gives a text or a whole
-                number, of which ``1`` and ``"1"`` are the same. By its params unless given.
-            name: what the map is known by; the type of the executor unless given.
-            window: how many tasks are submitted ahead: four for each worker unless given, or as
-                many as the buffer has room for. Where it is full, they wait in the repository.
-            timeout: seconds that a result is waited for.
-            return_exceptions: return what a failed item raises in its place, and go on.
-            options: for tasks that are new: ``created_by``, ``priority``, ``max_attempts``,
-                ``max_crashes`` and ``retry``, as :meth:`submit` takes them.
+            items: the params of each task as a dict, or the value of the executor's first parameter.
+            key: a function that returns the key of an item: a text or a whole number; ``1`` and
+                ``"1"`` are the same key. By default the key is made from the params.
+            name: the name of the map; the type of the executor by default.
+            window: number of tasks that are submitted ahead; by default four for each worker, or as
+                many as the buffer has room for. If the buffer is full, they wait in the repository.
+            timeout: seconds to wait for a result.
+            return_exceptions: return the exception of a failed item in its place, and continue.
+            options: options of new tasks: ``created_by``, ``priority``, ``max_attempts``,
+                ``max_crashes`` and ``retry``, as in :meth:`submit`.
 
         Raises:
-            TaskFailed: from the iterator, in the place of an item that failed; the next item is
-                next.
-            concurrent.futures.CancelledError: … that was cancelled.
-            TaskNotFound: … whose record was deleted before its result was read.
-            RepositoryCorrupt: … whose record is damaged.
-            concurrent.futures.TimeoutError: … that took too long; it is asked for again next.
-            PayloadError: … that is not JSON or does not fit the executor.
-            ConfigurationError: an argument is not valid; from the iterator, in the place of an item
-                whose key is not.
-            TaskxError: from the iterator, what :meth:`submit` raises, but ``QueueFull``; it is tried
-                again next.
+            TaskFailed: from the iterator, in the place of an item whose task failed. The iterator
+                can go on: the next call returns the next item's result.
+            concurrent.futures.CancelledError: the same, if the task was cancelled.
+            TaskNotFound: the same, if the record was deleted before its result was read.
+            RepositoryCorrupt: the same, if the record is damaged.
+            PayloadError: the same, if the item is not JSON or does not fit the executor.
+            concurrent.futures.TimeoutError: from the iterator, if the result took too long. The next
+                call waits for the same item again.
+            ConfigurationError: an argument is not valid; from the iterator, if the key of an item is
+                not valid.
+            TaskxError: from the iterator, any error of :meth:`submit` except ``QueueFull``. The next
+                call tries the same item again.
         """
         return Results(
             executor=executor,
@@ -348,26 +365,26 @@ class Queue:
         )
 
     def submit_flow(self, flow: Flow) -> FlowHandle:
-        """Submit a chain or group of tasks, all or none; returns one handle for all of them.
+        """Submit a chain or group of tasks, all or none, and return one handle for all of them.
 
-        It may be of any size: what the buffer has no room for waits in the repository.
+        A flow can have any size: tasks that do not fit into the buffer wait in the repository.
 
         Raises:
-            TaskxError: as :meth:`submit_many` does, but for ``QueueFull``; nothing was stored, unless it
-                is in doubt.
+            TaskxError: the errors of :meth:`submit_many` except ``QueueFull``. Nothing was stored,
+                unless ``in_doubt`` is True.
         """
         tasks, shape = lay_out(flow)
         self._intake.accept_many(tasks, spill=True)
         return FlowHandle(shape, self)
 
     def flow_handle(self, shape: Shape) -> FlowHandle:
-        """A handle on a flow that was submitted before, in whatever process.
+        """Return a handle for a flow that any process submitted before.
 
         Args:
-            shape: what its first handle had as ``shape``.
+            shape: the ``shape`` of the handle that :meth:`submit_flow` returned.
 
         Raises:
-            ConfigurationError: it is none.
+            ConfigurationError: the value is not such a shape.
         """
         return FlowHandle(shape, self)
 
@@ -416,191 +433,203 @@ class Queue:
         overlap: Overlap = "allow",
         **options: Any,
     ) -> Schedule:
-        """Declare a schedule: it is stored, and the started queues on the repository make its tasks.
+        """Store a schedule; the started queues on the repository submit a task at each of its ticks.
 
-        To be called whenever the program starts. What is stored under the name is brought up to date; it
-        ticks on where it was unless ``spec`` or ``tz`` are different, and stays paused if it was.
+        Call this every time your program starts. If a schedule of this name is stored already, it is
+        updated: it stays paused if it was, and continues with its next tick unless ``spec`` or ``tz``
+        has changed.
 
         Args:
-            name: unique in the repository, at most 200 characters; the id of each of its tasks begins
-                with it.
-            spec: when it ticks: a cron expression of five fields, or ``every(seconds)``.
-            task: what its tasks are like: a type, or a :class:`Task` without id.
-            params: the executor's params; only with a type.
-            tz: the time zone that an expression is read in, such as ``"Europe/Berlin"``; UTC unless given.
-            misfire: what becomes of ticks at which no started queue was there: one task for all of them
-                (``"one"``), none (``"skip"``), or one for ``"all"`` that are at most ``misfire_grace`` old.
-            misfire_grace: seconds that a tick may be late and still get a task: 10 with ``"skip"``, any
-                number with ``"one"``, to be given with ``"all"``.
-            overlap: with ``"skip"``, a tick gets no task while that of the last one that got any has not
-                ended.
-            created_by: of its tasks; ``schedule:`` and the name unless given.
-            priority, timeout, max_attempts, max_crashes, retry, concurrency_key: of its tasks, as for
-                :meth:`submit`.
+            name: a unique name in the repository, at most 200 characters. The ids of the schedule's
+                tasks begin with it.
+            spec: the times of the ticks: a cron expression of five fields, or ``every(seconds)``.
+            task: the type of its tasks, or a :class:`Task` without id as their model.
+            params: the executor's params; only together with a type.
+            tz: the time zone of a cron expression, such as ``"Europe/Berlin"``; UTC by default.
+            misfire: the handling of ticks that were missed because no queue was started: one task for
+                all of them (``"one"``), no task (``"skip"``), or one task for each (``"all"``) that is
+                at most ``misfire_grace`` seconds old.
+            misfire_grace: seconds that a tick may be late and still get a task. The default is 10 with
+                ``"skip"``, and unlimited with ``"one"``; ``"all"`` requires a value.
+            overlap: with ``"skip"``, a tick gets no task while the schedule's last task has not ended.
+            created_by: this field of its tasks; ``schedule:`` and the name by default.
+            priority, timeout, max_attempts, max_crashes, retry, concurrency_key: options of its
+                tasks, as in :meth:`submit`.
 
         Raises:
             ConfigurationError: an argument is not valid, a package is missing, or the repository cannot
-                keep schedules.
+                store schedules.
             UnknownTaskType: the type is neither registered nor declared.
-            PayloadError: params are not JSON, too large, do not fit the function, or a codec refuses
-                them.
-            RepositoryError: it could not be stored.
+            PayloadError: params are not JSON, are too large, do not fit the function, or a codec
+                refuses them.
+            RepositoryError: the schedule could not be stored.
         """
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
         wanted = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
         return self._schedules.declare(entry, wanted, options.get("priority"))
 
     def schedules(self) -> dict[str, Schedule]:
-        """The schedules in the repository, by name, whichever process declared them."""
+        """Return all schedules in the repository, by name, including those of other processes."""
         return self._schedules.all()
 
     # --- reading
 
     def handle(self, task_id: str) -> TaskHandle[Any]:
-        """A handle on a task, whichever process submitted it; whether it exists is not checked."""
+        """Return a handle for a task of any process, without checking that the task exists."""
         return TaskHandle(check_name(task_id, "id"), self)
 
     def get_task_status(self, task_id: str) -> Task:
-        """The task's record as it is now.
+        """Return the task's record as it is now.
 
         Raises:
-            TaskNotFound: there is none with that id.
+            TaskNotFound: no task has this id.
         """
         return self.repository.get_by_id(task_id)
 
     def list_tasks(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
-        """The tasks that meet a filter, newest first, and how many meet it in all.
+        """Return the tasks that match a filter, newest first, and the total number of matches.
 
         Raises:
-            ConfigurationError: the filter is no ``TaskFilter``.
+            ConfigurationError: the filter is not a ``TaskFilter``.
         """
         return queries.page(self.repository, check_filter(filter))
 
     def watch(self, handle: TaskHandle[Any]) -> None:
-        """Have a handle resolved when its task ends; handles call this themselves."""
+        """Resolve a handle when its task ends. Handles call this themselves."""
         self._services.watcher.watch(handle)
         if self._node is None:
             self._services.watcher.warn_if_nobody_runs(handle.id)
 
     @property
     def buffered(self) -> int:
-        """The number of submitted tasks that wait in this queue's buffer, of ``buffer_size``."""
+        """The number of submitted tasks that wait in this queue's buffer, at most ``buffer_size``."""
         return 0 if self._node is None else self._node.engine.buffer.submitted
 
     @property
     def running(self) -> int:
-        """The number of this queue's executors that are at work."""
+        """The number of executors that this queue is running."""
         return 0 if self._node is None else len(self._node.engine.runs.executing)
 
     @property
     def healthy(self) -> bool:
-        """True if this queue can do its work: for a health check.
+        """True if this queue can do its work; use it in a health check.
 
-        False while more threads are stuck than are replaced (``max_stuck``), while the SQLite file is
-        moved away, deleted or replaced, and after a newer TaskX has migrated it. It does not tell whether
-        the queue was started: one that only submits has no threads, and is healthy as long as its file
-        is there.
+        It is False while more threads are stuck than the queue replaces (``max_stuck``), while the
+        SQLite file is moved away, deleted or replaced, and after a newer TaskX has migrated the file. It
+        does not tell you if the queue was started: a queue that only submits has no threads, and is
+        healthy as long as its file exists.
         """
         return self._life.healthy
 
     # --- changing
 
     def cancel_task(self, task_id: str) -> bool:
-        """Cancel a task: True if it never runs, False if it runs and was asked to stop.
+        """Cancel a task.
+
+        Returns:
+            True if the task will never run; False if it is running and was asked to stop.
 
         Raises:
-            TaskNotFound: there is none with that id.
-            InvalidTransition: it has ended.
-            RepositoryCorrupt: its record is damaged in such a way that it cannot be cancelled.
+            TaskNotFound: no task has this id.
+            InvalidTransition: the task has ended.
+            RepositoryCorrupt: the record is so damaged that it cannot be cancelled.
         """
         return self._operations.cancel(check_name(task_id, "id"))
 
     def cancel_many(self, task_ids: Iterable[str]) -> int:
-        """Cancel those of these tasks that have not ended, in a few transactions.
+        """Cancel the given tasks in a few transactions; tasks that have ended stay unchanged.
 
         Returns:
-            how many of them never run; others run, and were asked to stop.
+            the number of tasks that will never run. Running tasks do not count: they were asked to
+            stop.
 
         Raises:
-            RepositoryError: the repository failed; some may have been cancelled.
+            RepositoryError: the repository failed; some tasks may have been cancelled.
         """
         return self._operations.cancel_many([check_name(task_id, "id") for task_id in task_ids])
 
     def requeue(self, task_id: str) -> None:
-        """Have a failed or cancelled task run again, with its attempts and crashes counted anew.
+        """Run a failed or cancelled task again; its attempts and crashes are counted from zero.
 
-        Tasks that failed or were cancelled because of it, such as the rest of a chain, wait for it again.
-        It waits for parents that have not ended; it runs even if parents have failed.
+        Tasks that failed or were cancelled because of it, such as the rest of a chain, wait for it
+        again. The task waits for parents that have not ended. It runs even if parents have failed.
 
         Raises:
-            TaskNotFound: there is none with that id.
-            InvalidTransition: it is neither failed nor cancelled.
+            TaskNotFound: no task has this id.
+            InvalidTransition: the task is neither failed nor cancelled.
             DuplicateTask: another task holds its unique key now.
             QueueStopped: the queue was stopped.
         """
         self._operations.requeue(task_id)
 
     def requeue_many(self, task_ids: Iterable[str]) -> int:
-        """Have those of these tasks run again that failed or were cancelled, in a few transactions.
+        """Requeue the given tasks if they failed or were cancelled, in a few transactions.
 
-        Tasks that depend on others of these wait for them again, and so do tasks that failed or were
-        cancelled because of these. A task whose unique key another task holds now is left alone.
+        Tasks that failed or were cancelled because of the given tasks are requeued, too. Each task
+        waits again for its parents among all of these. A task whose unique key is now held by another
+        task stays unchanged.
 
         Returns:
-            how many run again, including tasks that had ended because of these.
+            the number of tasks that run again, including those that had ended because of the given
+            tasks.
 
         Raises:
             QueueStopped: the queue was stopped.
-            RepositoryError: the repository failed; some may have been requeued.
+            RepositoryError: the repository failed; some tasks may have been requeued.
         """
         return self._operations.requeue_many([check_name(task_id, "id") for task_id in task_ids])
 
     def delete(self, task_id: str) -> None:
-        """Remove the record of a task that is not running.
+        """Delete the record of a task that is not running.
 
         Raises:
-            TaskNotFound: there is none with that id.
-            InvalidTransition: it is running, or a thread of an ended attempt still runs (``stuck_on``).
+            TaskNotFound: no task has this id.
+            InvalidTransition: the task is running, or a thread of an ended attempt still runs
+                (``stuck_on``).
         """
         self._operations.delete(check_name(task_id, "id"))
 
     def prune(self, before: datetime, status: TaskStatus | str | None = None) -> int:
-        """Remove tasks that ended before a moment, a few in each transaction; returns how many.
+        """Delete tasks that ended before a given time, a few in each transaction.
 
         A task stays while a task that depends on it is stored, and while it holds a unique key for a
         number of seconds.
 
         Args:
             before: an aware datetime.
-            status: only those that are completed, failed or cancelled; all unless given.
+            status: delete only completed, failed or cancelled tasks; by default all three.
+
+        Returns:
+            the number of deleted tasks.
 
         Raises:
             ConfigurationError: an argument is not valid.
-            RepositoryError: the repository failed; some may have been removed.
+            RepositoryError: the repository failed; some tasks may have been deleted.
         """
         return prune_all(self._services, before, status)
 
     # --- pausing
 
     def pause(self, type: str | None = None) -> None:
-        """Have no more tasks of a type started by any process, or with None no task at all.
+        """Pause a type in all processes: none of its tasks starts. With None, pause all types.
 
-        It holds until :meth:`resume`, over restarts, too. What runs goes on; what is submitted is
-        stored. In this process it holds when the call returns, but for a start that is being written at
-        that moment; in others within a second.
+        The pause lasts until :meth:`resume`, even after restarts. Running tasks go on, and submitted
+        tasks are stored. In this process the pause is in effect when the call returns, except for a
+        start that is being written at that moment; in other processes within a second.
 
         Raises:
-            ConfigurationError: the type is no name, or the repository has the eight methods only.
+            ConfigurationError: the type is not a valid name, or the repository has only the eight
+                methods.
             RepositoryError: the repository failed.
         """
         self._services.pauses.set(type)
         self._check_pauses()
 
     def resume(self, type: str | None = None) -> None:
-        """End what :meth:`pause` with the same type began; with None, types paused by name stay so.
+        """End the :meth:`pause` of the same type. With None, types paused by name stay paused.
 
         Raises:
-            ConfigurationError: the type is no name.
+            ConfigurationError: the type is not a valid name.
             RepositoryError: the repository failed.
         """
         self._services.pauses.lift(type)
@@ -613,7 +642,7 @@ class Queue:
 
     @property
     def paused(self) -> Paused:
-        """The pauses that the repository holds.
+        """The pauses that are stored in the repository.
 
         Raises:
             RepositoryError: the repository failed.
@@ -623,41 +652,42 @@ class Queue:
     # --- dead letters
 
     def dead_letters(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
-        """The failed tasks that meet a filter, newest first, and how many meet it in all.
+        """Return the failed tasks that match a filter, newest first, and the number of all matches.
 
         Raises:
-            ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
+            ConfigurationError: the filter is not a ``TaskFilter``, or it has another status.
         """
         return self.list_tasks(dead(filter))
 
     def requeue_dead_letters(self, filter: TaskFilter | None = None) -> int:
-        """Have dead letters run again: all that meet a filter, or the newest ones if it has a limit.
+        """Requeue dead letters: all that match a filter, or the newest ones if the filter has a limit.
 
-        A filter without a limit means all, although :meth:`dead_letters` lists 100: to requeue a few of
-        many, give the filter a limit. Tasks that fail again in the meantime are left alone. Tasks that
-        failed or were cancelled because of these, such as the rest of a chain, run again after them,
-        whether they meet the filter or not.
+        Without a limit all matches are requeued, although :meth:`dead_letters` lists only 100. To
+        requeue a few of many, give the filter a limit. Tasks that fail again in the meantime are not
+        requeued a second time. Tasks that failed or were cancelled because of the dead letters, such
+        as the rest of a chain, run again after them, even if they do not match the filter.
 
         Returns:
-            how many run again, including tasks that had ended because of these.
+            the number of tasks that run again, including those that had ended because of the dead
+            letters.
 
         Raises:
-            ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
+            ConfigurationError: the filter is not a ``TaskFilter``, or it has another status.
             QueueStopped: the queue was stopped.
         """
         return self._operations.requeue_dead_letters(filter)
 
     def discard_dead_letters(self, filter: TaskFilter | None = None) -> int:
-        """Remove dead letters: all that meet a filter, or the newest ones if it has a limit.
+        """Delete dead letters: all that match a filter, or the newest ones if the filter has a limit.
 
-        They are chosen as by :meth:`requeue_dead_letters`. A dead letter that an unfinished task depends
-        on stays, as that task may ask for it.
+        The filter works as in :meth:`requeue_dead_letters`. If an unfinished task depends on a dead
+        letter, the dead letter stays, because that task may ask for it.
 
         Returns:
-            how many were removed.
+            the number of deleted tasks.
 
         Raises:
-            ConfigurationError: the filter is no ``TaskFilter``, or asks for another status.
+            ConfigurationError: the filter is not a ``TaskFilter``, or it has another status.
         """
         return self._operations.discard_dead_letters(filter)
 
@@ -666,21 +696,21 @@ class Queue:
     def start(self) -> None:
         """Start the workers; a second call does nothing.
 
-        Tasks left behind by processes that died are taken up: what they were running, too. Where it
-        raises, nothing was started, and it can be tried again.
+        The queue also takes over the tasks of processes that died, including those that were running.
+        If the call raises, nothing was started, and you can call it again.
 
         Raises:
-            QueueStopped: the queue was stopped; make another one.
+            QueueStopped: the queue was stopped; create a new one.
             RepositoryError: the repository cannot be used.
-            RuntimeError: the system has no more threads.
+            RuntimeError: the system cannot start more threads.
         """
         self._life.start()
 
     def drain(self, timeout: float | None = None) -> bool:
-        """Wait until nothing is left to run: False if ``timeout`` seconds passed before.
+        """Wait until no task is left to run; return False if ``timeout`` seconds passed before.
 
-        Tasks that may not start yet (``run_at``, ``delay``) are not waited for, nor are those of
-        paused types; tasks of its other types that other processes on the repository run are.
+        The call does not wait for tasks that may not start yet (``run_at``, ``delay``) or whose type is
+        paused. It does wait for tasks of this queue's other types that run in other processes.
 
         Raises:
             ConfigurationError: called inside an executor or a hook, or on a queue that is not
@@ -690,17 +720,17 @@ class Queue:
         return self._life.drain(timeout)
 
     def stop(self, timeout: float = 30.0, cancel: bool = False) -> list[str]:
-        """Stop: take no more tasks, let running ones end, hand back what does not.
+        """Stop the queue: accept and start no more tasks, and wait for the running ones.
 
-        Running tasks may go on for four fifths of ``timeout``, then their tokens fire with reason
-        STOP; with ``cancel`` they fire at once. What ends by that is pending again, with no attempt
-        spent. A thread that still runs afterwards may end later and its outcome counts; if the
-        process ends first, its task counts as interrupted.
+        Running tasks can go on for four fifths of ``timeout``; then their tokens fire with reason
+        STOP. With ``cancel`` the tokens fire at once. A task that ends because of this is pending
+        again, and no attempt is counted. A thread that still runs afterwards can end later, and its
+        outcome is stored. If the process ends first, its task counts as interrupted.
 
         Args:
-            timeout: seconds after which it returns in any case, or a second later where the repository
-                or a hook hangs.
-            cancel: do not wait before telling running tasks to stop.
+            timeout: seconds after which the call returns in any case; it returns a second later if the
+                repository or a hook hangs.
+            cancel: tell running tasks to stop at once.
 
         Returns:
             the ids of the tasks that still run.
@@ -708,7 +738,10 @@ class Queue:
         return self._life.stop(timeout, cancel=cancel)
 
     def close(self) -> None:
-        """Stop, and close the repository; who waits for a task that has not ended gets ``QueueStopped``."""
+        """Stop the queue and close its repository.
+
+        Threads that wait for the result of an unfinished task get ``QueueStopped``.
+        """
         self.stop()
         self._services.watcher.close()
         self.repository.close()
@@ -718,13 +751,13 @@ class Queue:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Stop; after Ctrl-C, or as the program exits, running tasks are told to at once."""
+        """Stop the queue. After Ctrl-C, or if the program exits, tell running tasks to stop at once."""
         self.stop(cancel=kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)))
 
     # --- forks
 
     def _renew_after_fork(self) -> None:
-        """In a forked child: as if it had not been started; nothing of the parent's is touched."""
+        """Reset the queue in a forked child to "not started", without touching the parent's resources."""
         self.repository.renew_after_fork()
         self._services.watcher.renew_after_fork()
         self._life.forget()

@@ -411,7 +411,7 @@ class TestFailures:
         queue.repository.after = lambda writes: setattr(queue.repository, "down", True)
         assert queue.cancel_task("a")
         queue.repository.after, queue.repository.down = (lambda writes: None), False
-        assert "no hook is told that tasks are finished: a:" in caplog.text
+        assert "cannot tell hooks that tasks have finished: a:" in caplog.text
 
     @pytest.mark.parametrize("wrong", [object(), Hook, None, "Hook"])
     def test_what_is_no_hook_is_refused(self, wrong):

@@ -287,8 +287,8 @@ def queue_recovery(queue):
     ("crashes", "cancelled", "says"),
     [
         (0, False, "it runs again"),
-        (0, True, "it is cancelled, as was asked for"),
-        (2, False, "failed for good"),
+        (0, True, "it is cancelled, as requested"),
+        (2, False, "it has failed and is a dead letter"),
     ],
 )
 def test_the_log_says_what_becomes_of_a_task_whose_process_died(
