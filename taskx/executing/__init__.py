@@ -1,5 +1,5 @@
-"""One call of an executor: its registration and options, its context, and how it ended.
+"""One call of an executor: its registration and options, its context, and its ending.
 
-It knows neither worker threads nor what is stored; checkpoints alone commit through the ledger. The
-packages that run and submit tasks use it.
+This package knows nothing of worker threads and stores nothing, except checkpoints, which commit
+through the ledger. The packages that run and submit tasks use it.
 """

@@ -1,7 +1,7 @@
-"""Fires tokens at their deadlines, and tells when somebody does not heed one, from a thread that touches
-nothing but memory.
+"""Deadlines: a thread fires each token at its deadline, and reports the tasks that do not heed it.
 
-Apart from the housekeeper, whose calls to the repository may block for seconds.
+The thread uses memory only. It is not the housekeeper's thread, because the housekeeper's calls to
+the repository may block for seconds.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from taskx.core.errors import CancelReason
 from taskx.core.log import is_for_the_program, log
 from taskx.core.token import CancelToken
 
-# Deadlines are on the injected clock, which a test may move: look at it this often, in seconds.
+# Deadlines are on the injected clock, which a test may move: read it at least this often, in seconds.
 _LONGEST_WAIT = 0.05
-#: What is called when a token has not been taken away so many seconds after its deadline.
+#: The seconds after a token's deadline, and the function to call if the token is still in use then.
 Overdue = tuple[float, Callable[[], object]]
 
 
 class Alarms:
-    """The deadlines of the tokens that are in use; its thread lives as long as there are any."""
+    """The deadlines of the tokens in use. The thread lives as long as there are any."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._lock = threading.Lock()
-        #: What is to be done for each token, and when, the earliest first.
+        #: The time and the action of each step that a token still needs, the earliest first.
         self._steps: dict[CancelToken, list[tuple[float, Callable[[], object]]]] = {}
         self._running = False
 
     def add(self, token: CancelToken, overdue: Overdue | None = None) -> None:
-        """Fire ``token`` when its deadline passes; if it is there still some time later, call something."""
+        """Fire ``token`` at its deadline; call ``overdue`` if the token is still in use some time later."""
         deadline = -inf if token.deadline is None else token.deadline
         steps: list[tuple[float, Callable[[], object]]]
         steps = [(deadline, partial(token.fire, CancelReason.TIMEOUT))]
@@ -46,10 +46,10 @@ class Alarms:
         self.go_on()
 
     def go_on(self) -> None:
-        """Start the thread if there is something to do and it does not run.
+        """Start the thread if there is something to do and the thread does not run.
 
-        Where the system has no thread to give, the next call tries again; until then a token fires when
-        somebody asks it.
+        If the system cannot start a thread, the next call tries again. Until then a token fires when its
+        state is read.
         """
         try:
             with self._lock:
@@ -58,10 +58,10 @@ class Alarms:
                 self._running = True
             threading.Thread(target=self._run, name="taskx-alarms", daemon=True).start()
         except BaseException as error:
-            self._running = False  # if it runs after all, a second one does no harm
+            self._running = False  # if the thread runs after all, a second one does no harm
             if is_for_the_program(error):
                 raise
-            log.error("cannot start the thread that fires time-outs (trying again): %s", error)
+            log.error("cannot start the thread for time-outs, trying again: %s", error)
 
     def remove(self, token: CancelToken) -> None:
         """Forget a token."""
@@ -69,7 +69,7 @@ class Alarms:
             self._steps.pop(token, None)
 
     def ring(self) -> float | None:
-        """Do what is due; seconds until the next moment, None if there is none."""
+        """Do the steps that are due. Return the seconds until the next step, None if there is none."""
         with self._lock:
             tokens = list(self._steps.items())
         now = self._clock.monotonic()
@@ -90,7 +90,7 @@ class Alarms:
             if nearest is not None:
                 quiet_since = time.monotonic()
             with self._lock:
-                # Kept for a second, so that short tasks with a deadline do not start a thread each.
+                # Keep the thread for a second, so that short tasks with a deadline share one thread.
                 if not self._steps and time.monotonic() - quiet_since > 1.0:
                     self._running = False
                     return
@@ -100,5 +100,5 @@ class Alarms:
 def _do(step: Callable[[], object]) -> None:
     try:
         step()
-    except BaseException:  # noqa: BLE001  (the next token must be fired in any case)
-        log.exception("a time-out could not be told")
+    except BaseException:  # noqa: BLE001  (the next token must fire in any case)
+        log.exception("cannot report a time-out")

@@ -1,7 +1,7 @@
-"""What an executor logs, kept for the record of its task.
+"""The log lines of an executor, kept for the record of its task.
 
-One handler at the root hears all loggers, and finds by the thread whose lines they are. It is there only
-while an executor runs whose lines are kept.
+One handler at the root logger gets the records of all loggers. The thread that logs tells it which run
+a record belongs to. The handler is installed only while an executor with a kept log runs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from taskx.core import payload
 from taskx.core.lifecycle import MAX_LOG
 
-#: Longest line that is kept, in characters.
+#: The longest line that is kept, in characters.
 MAX_LINE = MAX_LOG // 8
 
 _formatter = logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -26,9 +26,10 @@ _formatter.default_time_format, _formatter.default_msec_format = "%Y-%m-%dT%H:%M
 
 
 class Capture:
-    """The last lines that a run logged of at least a level, at most :data:`MAX_LOG` characters.
+    """The last lines of a run with at least a given level, at most :data:`MAX_LOG` characters.
 
-    ``prefix`` is what ``ctx.logger`` begins its lines with, and a record need not say.
+    ``prefix`` is the beginning of each line of ``ctx.logger``; it is left out here, as the record of the
+    task says the same.
     """
 
     def __init__(self, level: int, prefix: str) -> None:
@@ -39,13 +40,13 @@ class Capture:
         self._lock = threading.Lock()
 
     def add(self, record: logging.LogRecord) -> None:
-        """Keep a record, unless its level is too low; it must not raise."""
+        """Keep a log record, unless its level is too low. Never raises an exception."""
         if record.levelno < self.level:
             return
         try:
             text = _formatter.format(record).replace(f": {self._prefix}", ": ", 1)
             line = payload.clean_text(text, MAX_LINE) + "\n"
-        except Exception:  # noqa: BLE001  (a message that cannot be formatted; whatever logs it shows it)
+        except Exception:  # noqa: BLE001  (the handlers of the program report a message with a bad format)
             line = f"<a {record.levelname} message that cannot be formatted>\n"
         with self._lock:
             self._lines.append(line)
@@ -54,15 +55,16 @@ class Capture:
                 self._size -= len(self._lines.popleft())
 
     def text(self) -> str:
-        """What was kept so far."""
+        """Return the lines that were kept so far."""
         with self._lock:
             return "".join(self._lines)
 
 
 class CapturedLogger(logging.Logger):
-    """What ``ctx.logger`` logs to where lines are kept: they are, and go on to the queue's logger.
+    """The logger behind ``ctx.logger`` when lines are kept: keeps each line, then passes it on.
 
-    So they are also kept where that one does not let them through, or does not hand them on.
+    The next logger is the queue's. A line is kept even if the queue's logger filters it out, or does not
+    propagate it.
     """
 
     def __init__(self, logger: logging.Logger, capture: Capture) -> None:
@@ -81,7 +83,7 @@ class CapturedLogger(logging.Logger):
 
 
 class _Router(logging.Handler):
-    """Gives each record to the run whose executor is at work in this thread."""
+    """A handler that gives each log record to the run whose executor works in this thread."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,7 +97,7 @@ class _Router(logging.Handler):
 
     @contextmanager
     def capturing(self, capture: Capture) -> Iterator[None]:
-        """Have what this thread logs kept there."""
+        """Keep in ``capture`` what this thread logs inside the block."""
         with self._counting:
             self._users += 1
             if self._users == 1:
@@ -111,7 +113,7 @@ class _Router(logging.Handler):
                     logging.getLogger().removeHandler(self)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Without the handler's lock, for which threads would wait."""
+        """Handle a record without the handler's lock, so that threads do not wait for one another."""
         capture = getattr(self._thread, "capture", None)
         if capture is not None and not hasattr(record, "taskx_kept"):
             capture.add(record)
@@ -120,7 +122,7 @@ class _Router(logging.Handler):
         return True
 
     def _alone(self, record: logging.LogRecord) -> bool:
-        """Whether nobody else handles a record, so that logging would have shown it itself."""
+        """Return True if no other handler gets the record: without this one, logging would print it."""
         logger: logging.Logger | None = logging.getLogger(record.name)
         while logger is not None:
             if any(handler is not self for handler in logger.handlers):

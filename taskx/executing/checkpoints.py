@@ -1,4 +1,4 @@
-"""What an executor stores on its way, so that a later attempt need not do it again."""
+"""Checkpoints: results that an executor stores as it goes on, so that a later attempt can skip the work."""
 
 from __future__ import annotations
 
@@ -14,46 +14,50 @@ from taskx.core.model import Task, check_name
 from taskx.core.token import CancelToken
 from taskx.storage.base import Repository
 
-# Seconds between two tries to store, while the repository is away.
+# Seconds between two tries to store, while the repository is unavailable.
 _PAUSE = 0.2
 
 
 class Keeper:
-    """Stores the checkpoints of all runs of a queue: of each at most ``max_payload_size`` bytes of JSON."""
+    """Stores the checkpoints of a queue's runs: at most ``max_payload_size`` bytes of JSON for each run."""
 
     def __init__(self, repository: Repository, ledger: Ledger, max_payload_size: int) -> None:
         self._repository = repository
         self._ledger = ledger
         self.max_payload_size = max_payload_size
-        #: For a run that makes its checkpoints, as several of its threads may be the first to ask.
+        #: Held while a run creates its ``Checkpoints``: several of its threads may be the first to ask.
         self.lock = threading.Lock()
-        #: The process whose runs these are: see :mod:`taskx.common.forks`.
+        #: The process that these runs belong to: see :mod:`taskx.common.forks`.
         self.process = forks.generation
 
     def check(self) -> None:
-        """Refuse, with a ``ConfigurationError``, where nothing could be stored."""
+        """Raise ``ConfigurationError`` if the repository cannot store checkpoints."""
         self._repository.require("checkpoints")
 
     def store(self, task: Task, text: str, *, durable: bool, token: CancelToken) -> bool:
-        """Store the checkpoints of a run; False if it has lost its task. Waits out an outage.
+        """Store the checkpoints of a run. Return False if the run has lost its task.
+
+        While the repository is unavailable, this waits and tries again.
 
         Raises:
-            TaskCancelled: the token fired before the repository was back; they may be stored or not.
-            RepositoryError: they cannot be stored.
+            TaskCancelled: the token fired before the repository was back; the checkpoints may be stored
+                or not.
+            RepositoryError: the checkpoints cannot be stored.
         """
         write = lifecycle.checkpoint(task, text, durable=durable)
         while True:
             try:
                 return self._ledger.commit([write])[0]
-            except RepositoryUnavailable:  # where it is in doubt, too: to store it twice is no harm
+            except RepositoryUnavailable:  # also when in doubt: storing twice does no harm
                 token.wait(_PAUSE)
                 token.raise_if_cancelled()
 
 
 class Checkpoints:
-    """The checkpoints of one run, several threads of which may store some.
+    """The checkpoints of one run. Several threads of the run may store some.
 
-    ``task`` is as it was when the run began; ``token`` is fired when it turns out that the run has lost it.
+    ``task`` is the task as it was when the run began. ``token`` is fired if the run turns out to have lost
+    the task.
     """
 
     def __init__(self, task: Task, token: CancelToken, keeper: Keeper) -> None:
@@ -63,10 +67,10 @@ class Checkpoints:
         self._keeper = keeper
         self._lock = threading.Lock()
         self._taken: set[str] = set()
-        #: What this run has stored last, as text.
+        #: The text that this run stored last.
         self.stored: str | None = None
         stored = task.checkpoints or {}
-        # As texts: what the executor is given is its own to change.
+        # Kept as texts, because the executor may change the values that it gets.
         self._steps = {
             name: payload.encode(value, name, payload.NO_LIMIT)
             for name, value in stored.get("steps", {}).items()
@@ -76,7 +80,7 @@ class Checkpoints:
             self._cursor = payload.encode(stored["cursor"], "cursor", payload.NO_LIMIT)
 
     def step(self, name: str, token: CancelToken, call: Callable[[], Any]) -> Any:
-        """Return what the call returned in this attempt or an earlier one: see :meth:`Context.step`."""
+        """Return the result of the call in this attempt or an earlier one: see :meth:`Context.step`."""
         token.raise_if_cancelled()
         self._take(name)
         if name not in self._steps:
@@ -86,29 +90,29 @@ class Checkpoints:
                     steps = {**self._steps, name: text}
                     self._store(steps, self._cursor, durable=True, token=token)
                     self._steps = steps
-            except BaseException:  # whatever it is, the executor may try again
+            except BaseException:  # after any error the executor may try again
                 self._taken.discard(name)
                 raise
         return payload.loads(self._steps[name])
 
     def _take(self, name: str) -> None:
         if not check_name(name, "the name of a step"):
-            raise ConfigurationError("a step must have a name")
+            raise ConfigurationError("a step requires a name")
         with self._lock:
             if name in self._taken:
                 raise ConfigurationError(
-                    f"step {name!r} was called before in this attempt: give each step a name of its "
-                    "own, in a loop such as f'page {n}'"
+                    f"step {name!r} was already called in this attempt; give each step its own "
+                    "name, for example f'page {n}' in a loop"
                 )
             self._taken.add(name)
 
     @property
     def cursor(self) -> Any:
-        """The value that was set last; None if there is none."""
+        """The value that was set last; None if none was set."""
         return None if self._cursor is None else payload.loads(self._cursor)
 
     def set_cursor(self, value: Any, token: CancelToken) -> None:
-        """Store a value, None for none; raises as :meth:`step` does, once it is stored."""
+        """Store a value; None removes it. Raises ``TaskCancelled`` after storing if the token has fired."""
         text = None if value is None else self._encode(value, "cursor")
         with self._lock:
             self._store(self._steps, text, durable=False, token=token)
@@ -123,8 +127,8 @@ class Checkpoints:
     ) -> None:
         if forks.generation != self._keeper.process:
             raise ConfigurationError(
-                "a forked child cannot store checkpoints: the task runs in its parent; call ctx.step "
-                "and set ctx.cursor there"
+                "a forked child process cannot store checkpoints; call ctx.step and set ctx.cursor in "
+                "the parent process, where the task runs"
             )
         named = ",".join(f"{payload.encode(name, 'name')}:{text}" for name, text in steps.items())
         parts = [f'"steps":{{{named}}}'] if steps else []

@@ -1,4 +1,4 @@
-"""What an executor is given beside its params."""
+"""The context of a run: the tools that an executor gets in addition to its params."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ T = TypeVar("T")
 
 
 def log_prefix(task_id: str, type: str) -> str:
-    """What the lines of a task's logger begin with."""
+    """Return the beginning of each line that a task's logger writes."""
     return f"[{type} {task_id}] "
 
 
 class TaskLogger(logging.LoggerAdapter):  # type: ignore[type-arg]
-    """The queue's logger, with the task's id and type in front of every line and in ``extra``."""
+    """The queue's logger, with the task's id and type at the start of each line and in ``extra``."""
 
     def process(
         self, msg: Any, kwargs: MutableMapping[str, Any]
@@ -42,13 +42,13 @@ class Shared(NamedTuple):
     """The tools that all contexts of a queue share."""
 
     alarms: Alarms  #: fires tokens at their deadlines
-    log: logging.Logger  #: what ``ctx.logger`` logs to
+    log: logging.Logger  #: the logger behind ``ctx.logger``
     keeper: Keeper  #: stores checkpoints
     fetch: Callable[[Sequence[str]], Mapping[str, Task]]  #: reads tasks, by their ids
 
 
 class Context:
-    """An executor's way to tell its progress, and to hear that it should stop.
+    """The tools of an executor: report progress, notice a cancel, log, and store checkpoints.
 
     Attributes:
         logger: logs with the task's id and type.
@@ -63,7 +63,7 @@ class Context:
     def __init__(self, task: Task, token: CancelToken, shared: Shared) -> None:
         self._task = task
         self._shared = shared
-        self._copy: Task | None = None  # made when it is first asked for: most never do
+        self._copy: Task | None = None  # made on first use: most executors never ask for it
         self._token = self._run_token = token
         self._percent: float | None = None
         self._message = ""
@@ -73,7 +73,7 @@ class Context:
 
     @property
     def task(self) -> Task:
-        """This run's copy of the task: the executor may do to it what it likes."""
+        """This run's copy of the task. The executor may change it freely."""
         if self._copy is None:
             self._copy = copy(self._task)
             self._copy.earlier_attempts = list(self._task.earlier_attempts)
@@ -81,11 +81,13 @@ class Context:
 
     @property
     def parents(self) -> list[Task]:
-        """The tasks that this one depends on, in the order given, as they ended; read at every access.
+        """The tasks that this task depends on, in the given order, as they ended.
+
+        Each access reads them from the repository.
 
         Raises:
-            TaskNotFound: one was deleted.
-            RepositoryCorrupt: the record of one that completed is damaged: its result is not to be had.
+            TaskNotFound: a parent was deleted.
+            RepositoryCorrupt: the record of a completed parent is damaged, so its result cannot be read.
             RepositoryError: the repository failed.
         """
         ids = self._task.depends_on
@@ -104,18 +106,18 @@ class Context:
 
     @property
     def logger(self) -> TaskLogger:
-        """A logger that names the task."""
+        """A logger that writes the task's id and type into each line."""
         extra = {"task_id": self._task.id, "task_type": self._task.type}
         return TaskLogger(self._shared.log, extra)
 
     def progress(self, percent: float, message: str = "") -> None:
-        """Tell how far the task is: percent from 0 to 100 (clamped) and a short text.
+        """Report progress: percent from 0 to 100 (clamped) and a short text.
 
-        It only notes the values; they are written every tenth of a second or so and at the end, so
-        that calling it in a tight loop costs next to nothing.
+        This only keeps the values in memory, so it is cheap even in a tight loop. They are stored about
+        every 0.1 seconds, and at the end.
 
         Raises:
-            PayloadError: percent is no number, or message no text.
+            PayloadError: ``percent`` is not a number, or ``message`` is not a string.
         """
         if type(percent) is not int or type(message) is not str:
             percent, message = check_progress(percent, message)
@@ -124,55 +126,57 @@ class Context:
         self._unwritten = True
 
     def latest_progress(self) -> tuple[int, str] | None:
-        """The last progress told, as it is stored; None if none was."""
+        """Return the last progress reported, as it is stored; None if there was no report."""
         if self._percent is None:
             return None
         return check_progress(self._percent, self._message)
 
     def new_progress(self) -> tuple[int, str] | None:
-        """The last progress told, if it was told since this was last asked."""
+        """Return the last progress, if it was reported after the previous call; else None."""
         if not self._unwritten:
             return None
-        self._unwritten = False  # before looking: what is told from now on sets it again
+        self._unwritten = False  # before reading: a report from now on sets it again
         return self.latest_progress()
 
     def progress_unwritten(self) -> None:
-        """Have :meth:`new_progress` return the same progress again, as it could not be stored."""
+        """Make :meth:`new_progress` return the same progress again, because it could not be stored."""
         self._unwritten = True
 
     def step(self, name: str, fn: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-        """Call ``fn`` once for the task, whatever the number of attempts; returns what it returned.
+        """Call ``fn`` once for the task, however many attempts the task needs, and return its result.
 
-        That is stored before this returns, and a later attempt of the task gets it without a call, as
-        JSON gives it back (so does this one: a tuple is a list). If the process dies before it is
-        stored, ``fn`` is called again. While the repository is away, this waits.
+        The result is stored before this method returns. A later attempt of the task gets the stored result
+        without a call. Each attempt gets the value as JSON gives it back: a tuple becomes a list. If the
+        process dies before the result is stored, ``fn`` is called again. While the repository is
+        unavailable, this method waits.
 
         Args:
-            name: of this step among those of the task; each is called once in an attempt.
-            fn: what to do; it must return a JSON value.
+            name: the step's name, unique within the task. Use each name once in an attempt.
+            fn: the function to call. It must return a JSON value.
 
         Raises:
-            PayloadError: what it returned is not JSON, or too large with what is stored already.
+            PayloadError: the result is not JSON, or is too large together with what is already stored.
             TaskCancelled: the token had fired, and ``fn`` was not called; or this run has lost its
-                task to another one, and nothing was stored.
-            ConfigurationError: the name was used before in this attempt; or the repository has eight
-                methods and no place to store this; or this is a forked child.
-            RepositoryError: it could not be stored.
+                task to another run, and nothing was stored.
+            ConfigurationError: the name was already used in this attempt; or the repository has only
+                eight methods and cannot store checkpoints; or this is a forked child process.
+            RepositoryError: the result could not be stored.
         """
         return self._kept().step(name, self._token, lambda: fn(*args, **kwargs))  # type: ignore[no-any-return]
 
     @property
     def cursor(self) -> Any:
-        """How far a loop has come: the JSON value that was set last in any attempt; None if none was.
+        """The position of a loop: the JSON value that was last set in any attempt; None if none was set.
 
-        It is stored when it is set. A power cut, unlike the death of the process, may undo the last ones.
+        Setting it stores it. The value survives the death of the process; a power cut may undo the last
+        changes.
 
         Raises:
-            ConfigurationError: the repository has eight methods and no place to store this.
-            PayloadError: what is set is not JSON, or too large with what is stored already.
-            TaskCancelled: it was set, and the token has fired; or this run has lost its task to another
-                one, and nothing was stored.
-            RepositoryError: what is set could not be stored.
+            ConfigurationError: the repository has only eight methods and cannot store checkpoints.
+            PayloadError: the new value is not JSON, or is too large together with what is already stored.
+            TaskCancelled: the value was stored, but the token has fired; or this run has lost its task to
+                another run, and nothing was stored.
+            RepositoryError: the new value could not be stored.
         """
         return self._kept().cursor
 
@@ -181,7 +185,7 @@ class Context:
         self._kept().set_cursor(value, self._token)
 
     def shown(self, changes: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Changes of the record as others see them: with the checkpoints that were stored before."""
+        """Return the changes as others see the record: together with the checkpoints stored before."""
         if self._checkpoints is not None:
             self._stored = self._checkpoints.stored
         return changes if self._stored is None else {**changes, "checkpoints": self._stored}
@@ -193,7 +197,7 @@ class Context:
             return self._checkpoints
 
     def checkpoints_refused(self) -> str:
-        """Why no checkpoints can be stored; empty where they can."""
+        """Return the reason why checkpoints cannot be stored; empty if they can."""
         try:
             self._shared.keeper.check()
         except ConfigurationError as error:
@@ -208,7 +212,9 @@ class Context:
         return True
 
     def remaining(self) -> float | None:
-        """Seconds until the deadline, to hand on as a time-out: above zero; None without a deadline.
+        """Return the seconds until the deadline, always above zero; None if there is no deadline.
+
+        Use it as the time-out of a call that blocks.
 
         Raises:
             TaskCancelled: the deadline has passed, or the token has fired for another reason.
@@ -216,7 +222,7 @@ class Context:
         return self._token.remaining()
 
     def sleep(self, seconds: float) -> None:
-        """Sleep, but no longer than until the token fires.
+        """Sleep for some seconds, or until the token fires.
 
         Raises:
             TaskCancelled: the token has fired.
@@ -225,26 +231,26 @@ class Context:
         self._token.raise_if_cancelled()
 
     def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
-        """Have ``callback()`` called on a thread of its own when the token fires.
+        """Call ``callback()`` on its own thread when the token fires.
 
         Returns:
-            a function that takes the callback back.
+            a function that removes the callback.
 
         Raises:
-            ConfigurationError: it cannot be called.
+            ConfigurationError: ``callback`` is not callable.
         """
         return self._token.on_cancel(callback)
 
     @contextmanager
     def timeout(self, seconds: float) -> Iterator[CancelToken]:
-        """A narrower deadline for a part of the task: ``with ctx.timeout(5) as token: …``.
+        """Set an earlier deadline for a part of the task: ``with ctx.timeout(5) as token: …``.
 
-        Inside, ``ctx.token`` and everything built on it go by this deadline, too.
+        Inside the block, ``ctx.token`` and everything built on it respect this deadline, too.
 
         Raises:
-            TimeoutError: the block raised something after its own deadline had passed, while the
-                task as a whole may go on. What it raised is the ``__cause__``.
-            ConfigurationError: ``seconds`` is not a finite number from 0.
+            TimeoutError: the block raised an exception after its own deadline, but the task as a
+                whole may go on. The exception is the ``__cause__``.
+            ConfigurationError: ``seconds`` is not a finite number of at least 0.
         """
         outer = self._token
         inner = outer.child(check_number(seconds, "timeout"))
@@ -263,20 +269,21 @@ class Context:
 
     @contextmanager
     def closing(self, resource: T) -> Iterator[T]:
-        """Close ``resource`` at the end of the block, and wake whoever blocks on it on a cancel.
+        """Close ``resource`` at the end of the block; on a cancel, wake the threads that block on it.
 
-        If the token has fired already, the resource is closed at once.
+        If the token has already fired, the resource is closed at once.
 
-        Closing a file descriptor does not wake a thread that reads from it, so each kind is woken in
-        its own way first: a socket by ``shutdown``, an ``sqlite3`` connection by ``interrupt``, an HTTP
-        connection by its socket, anything else by its own ``abort()`` or ``shutdown()``. A ``Popen`` is
-        killed, with the programs that it has started, which may hold its pipes open; outside of Linux
-        only with those in a process group that it leads.
+        Closing a file descriptor does not wake a thread that reads from it. So the threads are woken
+        first, in a way that depends on the kind of resource: a socket by ``shutdown``, an ``sqlite3``
+        connection by ``interrupt``, an HTTP connection by its socket, anything else by its own
+        ``abort()`` or ``shutdown()``. A ``Popen`` is killed together with the programs that it has
+        started, which may hold its pipes open. Outside Linux, only the programs in a process group
+        that it leads are killed.
 
         Raises:
-            ConfigurationError: there is no way to wake it.
-            TaskCancelled: the token fired; at the end of the block too, since what was read from a
-                resource that was cut off is not to be trusted.
+            ConfigurationError: the resource has no method that wakes a blocked thread.
+            TaskCancelled: the token fired. This is also raised at the end of the block, because data that
+                was read from an interrupted resource cannot be trusted.
         """
         from taskx.executing.wakers import Waker
 

@@ -1,4 +1,4 @@
-"""Executors: the code for a type of task, as a class or as a function."""
+"""Executors: the code that runs a type of task, as a class or as a function."""
 
 from __future__ import annotations
 
@@ -37,17 +37,17 @@ class TaskExecutor(ABC):
     """An executor as a class: set ``type``, implement :meth:`execute`.
 
     Attributes:
-        type: the type of task it runs.
+        type: the type of task that it runs.
     """
 
     type: str
 
     @abstractmethod
     def execute(self, ctx: Context, task: Task) -> Any:
-        """Run the task.
+        """Run the task and return its result.
 
-        ``task`` is this run's copy: of what is done to it only ``task.result`` counts, and a value
-        that is returned wins over that. To raise is to fail the attempt.
+        ``task`` is this run's copy. Changes to it are not stored, except ``task.result``: it is the
+        result if this method returns None. An exception fails the attempt.
         """
 
 
@@ -56,25 +56,25 @@ class _Submits(Protocol):
 
 
 class Executor(Generic[P, R]):
-    """An executor made of a function: still callable as that function, and submittable.
+    """An executor made from a function. It can still be called as that function, and be submitted.
 
     Attributes:
-        type: the type of task it runs.
+        type: the type of task that it runs.
         function: the function itself.
-        options: how its tasks are run.
+        options: the options of its tasks.
     """
 
-    #: Whether the function takes the context before its params.
+    #: True if the function takes the context before its params.
     takes_context: bool
 
     def __init__(self, type: str, function: Callable[..., R], options: Options) -> None:
-        update_wrapper(self, function)  # type: ignore[arg-type]  # first: attributes below win over its
+        update_wrapper(self, function)  # type: ignore[arg-type]  # first: the attributes below win
         self.type = type
         self.function = function
         self.options = options
         self._queue: _Submits | None = None
         own = list(inspect.signature(function).parameters.values())
-        # Nothing may arrive under the context's name, by ``**kwargs`` neither.
+        # No param may have the context's name, not even through ``**kwargs``.
         self._reserved = {"ctx", own.pop(0).name} if self.takes_context else {"ctx"}
         self._check_kinds(own)
         self._signature = inspect.Signature(own)
@@ -87,27 +87,27 @@ class Executor(Generic[P, R]):
         for parameter in parameters:
             if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.VAR_POSITIONAL):
                 raise ConfigurationError(
-                    f"executor {self.type!r}: params arrive as keyword arguments, "
-                    f"which {parameter} cannot take"
+                    f"executor {self.type!r}: parameter {parameter} cannot take a keyword "
+                    "argument; params are always passed as keyword arguments"
                 )
             if parameter.name == "ctx":
                 raise ConfigurationError(
                     f"executor {self.type!r}: ctx must be the first parameter; "
-                    "no task parameter may bear that name"
+                    "a param of the task cannot be named ctx"
                 )
 
     def __repr__(self) -> str:
         return f"<Executor {self.type!r}>"
 
     def bind(self, queue: _Submits) -> None:
-        """Note the queue that :meth:`submit` submits to: the last one it was registered with."""
+        """Set the queue that :meth:`submit` submits to: the last queue it was registered with."""
         self._queue = queue
 
     def task(self, *args: P.args, **kwargs: P.kwargs) -> Task:
-        """A task of these params, to be changed and submitted.
+        """Return a new task with these params, to change and submit.
 
         Raises:
-            PayloadError: a parameter is missing, or unknown.
+            PayloadError: a param is missing or unknown.
         """
         try:
             bound = self._signature.bind(*args, **kwargs)
@@ -123,36 +123,37 @@ class Executor(Generic[P, R]):
         return Task(type=self.type, params=params)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
-        """Submit a task of these params to the queue the executor is registered with.
+        """Submit a task with these params to the queue that the executor is registered with.
 
         Raises:
-            ConfigurationError: it is registered with none.
-            PayloadError: a parameter is missing, unknown or not JSON; and what ``Queue.submit`` raises.
+            ConfigurationError: the executor is not registered with a queue.
+            PayloadError: a param is missing, unknown or not JSON.
+            TaskxError: any error that ``Queue.submit`` raises.
         """
         if self._queue is None:
             raise ConfigurationError(
-                f"executor {self.type!r} is not registered with a queue: "
+                f"executor {self.type!r} is not registered with a queue; "
                 "call queue.register_executor(…) first"
             )
         return self._queue.submit(self.task(*args, **kwargs))
 
     def check_params(self, params: Mapping[str, Any]) -> None:
-        """Refuse params that do not fit the function with a ``PayloadError``."""
+        """Raise ``PayloadError`` if the params do not fit the function."""
         given = params.keys()
         if self._required <= given and (
             given <= self._known or (self._open and self._reserved.isdisjoint(given))
         ):
             return
         if missing := sorted(self._required - given):
-            raise PayloadError("params", f"{self.type!r} needs {', '.join(missing)}")
+            raise PayloadError("params", f"{self.type!r} requires {', '.join(missing)}")
         extra = given & self._reserved if self._open else given - self._known
         unknown = ", ".join(sorted(map(repr, extra)))
         known = ", ".join(sorted(self._known)) or "none"
-        raise PayloadError("params", f"{self.type!r} takes no {unknown}; it takes {known}")
+        raise PayloadError("params", f"{self.type!r} does not take {unknown}; it takes {known}")
 
 
 class PlainExecutor(Executor[P, R]):
-    """An executor whose function takes its params alone."""
+    """An executor whose function takes only its params."""
 
     takes_context = False
 
@@ -179,10 +180,10 @@ def _is_context(parameter: inspect.Parameter) -> bool:
 def make_executor(
     function: Callable[..., Any], type: str | None, options: Options
 ) -> PlainExecutor[Any, Any] | ContextExecutor[Any, Any]:
-    """The executor of a function, of the kind that its first parameter asks for."""
+    """Return an executor for a function; its first parameter decides between the two kinds."""
     name = check_name(getattr(function, "__name__", "") if type is None else type, "type")
     if not name:
-        raise ConfigurationError(f"the type of {function!r} must be given: executor('name')")
+        raise ConfigurationError(f"{function!r} requires a type: executor('name')")
     if not callable(function):
         raise ConfigurationError(f"executor {name!r} must be a function, not {function!r}")
     check_plain(function, f"executor {name!r}")
@@ -192,7 +193,7 @@ def make_executor(
 
 
 class ExecutorDecorator:
-    """What ``executor(…)`` returns: makes an executor of the function below it."""
+    """The decorator that ``executor(…)`` returns. It makes an executor from a function."""
 
     def __init__(
         self,
@@ -209,18 +210,18 @@ class ExecutorDecorator:
     @overload
     def __call__(self, function: Callable[P, R]) -> PlainExecutor[P, R]: ...
     def __call__(self, function: Callable[..., Any]) -> Any:
-        """Make and, on a queue, register the executor."""
+        """Make the executor and, if a queue made this decorator, register it there."""
         made = make_executor(function, self._type, self._options)
         self._register(made)
         return made
 
 
 def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> ExecutorDecorator:
-    """Make an executor of the function below, to be registered with a queue later.
+    """Make an executor from the decorated function, to register with a queue later.
 
     Args:
-        type: the type of task it runs; the function's name unless given.
-        options: how its tasks are run, as :meth:`Queue.executor` takes them.
+        type: the type of task that it runs; by default the function's name.
+        options: the options of its tasks, as in :meth:`Queue.executor`.
 
     Raises:
         ConfigurationError: an option is not valid, or the function cannot be an executor.
@@ -231,21 +232,21 @@ def executor(type: str | None = None, **options: Unpack[ExecutorOptions]) -> Exe
 
 
 class Registered(NamedTuple):
-    """A type that this queue runs."""
+    """The entry of a type that this queue runs."""
 
     type: str
-    #: Called with the context, if it takes that, and the params as keyword arguments.
+    #: Takes the context if ``takes_context`` is true, and the params as keyword arguments.
     function: Callable[..., Any]
     takes_context: bool
-    #: Refuses params that do not fit; None where nothing is known of them.
+    #: Raises ``PayloadError`` for params that do not fit; None if the params are not known.
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
-    defaults: Mapping[str, Any]  #: what a task is stored with that says nothing itself
-    at_start: tuple[Any, ...]  #: what it starts with: as ``UNLESS_SAID``, and in that order
-    log_level: int | None  #: from which level on what the executor logs is kept; None for none
+    defaults: Mapping[str, Any]  #: the options stored with a task that does not set them itself
+    at_start: tuple[Any, ...]  #: the options set at the start: as ``UNLESS_SAID``, in that order
+    log_level: int | None  #: the lowest level of log lines that are kept; None keeps none
 
     def apply_defaults(self, task: Task) -> None:
-        """Give a task, before it starts, what neither it nor its submit said."""
+        """Set the options that neither the task nor its submit has set, before the task starts."""
         timeout, max_attempts, max_crashes = self.at_start
         if task.timeout is None:
             task.timeout = timeout
@@ -256,7 +257,10 @@ class Registered(NamedTuple):
 
 
 def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> Registered:
-    """Return a queue's entry for an executor, or ConfigurationError; the options win over its own."""
+    """Return a queue's entry for an executor; the given options win over the executor's own.
+
+    Raises ``ConfigurationError`` if the executor or an option is not valid.
+    """
     check: Callable[[Mapping[str, Any]], None] | None = None
     if isinstance(executor, Executor):
         options, check = executor.options.overridden(options), executor.check_params
@@ -272,8 +276,8 @@ def _type_of(executor: Any) -> str:
     type_ = getattr(executor, "type", None)
     if inspect.isclass(executor) or not callable(getattr(executor, "execute", None)) or not type_:
         raise ConfigurationError(
-            f"{executor!r} is no executor: give an instance of a TaskExecutor with type and "
-            "execute(ctx, task), or a function under @executor(…)"
+            f"{executor!r} is not an executor; expected an instance of TaskExecutor with type and "
+            "execute(ctx, task), or a function decorated with @executor(…)"
         )
     check_plain(executor.execute, f"executor {type_!r}")
     return check_name(type_, "type")

@@ -1,7 +1,7 @@
-"""Errors as text that can be stored, and errors that happened in the child process of an executor.
+"""Errors as text that can be stored, and errors from the child process of an executor.
 
-What is asked of an exception here runs no code of its class, or runs it where it may raise: an error
-that got out of here would leave its task running for ever.
+Code here either runs no code of the exception's class, or catches what that code raises: an error
+that escaped from here would leave its task running for ever.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ MAX_TRACEBACK = 20_000
 
 
 def is_a(error: BaseException, *kinds: type[BaseException]) -> bool:
-    """As ``isinstance``, which also asks the object for its ``__class__``."""
+    """Return True if an error is of one of these kinds.
+
+    Unlike ``isinstance``, this does not ask the object for its ``__class__``.
+    """
     return issubclass(type(error), kinds)
 
 
 def seconds_asked(error: BaseException, attribute: str) -> float | None:
-    """Return the wait that a ``Retry`` or ``Snooze`` asks for in ``attribute``; None if that is no number.
+    """Return the wait that a ``Retry`` or ``Snooze`` asks for in ``attribute``; None if it is not a number.
 
-    The class may be a derived one whose ``__init__`` does not call ours.
+    The class may be a subclass whose ``__init__`` does not call ours.
     """
     try:
         return check_number(getattr(error, attribute), attribute)
@@ -39,32 +42,32 @@ def seconds_asked(error: BaseException, attribute: str) -> float | None:
 
 
 def _reason_told(error: BaseException) -> str | None:
-    """Return why a token fired, if it was a token that raised ``TaskCancelled``."""
+    """Return the reason why a token fired; None if the ``TaskCancelled`` was not raised by a token."""
     try:
         return CancelReason(error.reason).value  # type: ignore[attr-defined]
     except BaseException:  # noqa: BLE001  (user code)
         return None
 
 
-_name_of = type.__dict__["__name__"].__get__  # whatever a metaclass says
+_name_of = type.__dict__["__name__"].__get__  # ignores what a metaclass says
 
 
 def error_text(error: BaseException) -> str:
-    """An exception as text that can be stored, even where its own ``str`` raises or is huge."""
+    """Return an exception as text that can be stored, even if its ``str`` raises or is huge."""
     if is_a(error, Remote):
         return error.text  # type: ignore[attr-defined, no-any-return]
     if is_a(error, ChildDied, ChildKilled):
         return str(error)
     name = _name_of(type(error))
     try:
-        text = str.__str__(str(error))  # a plain one, where it returned a kind of its own
+        text = str.__str__(str(error))  # a plain str, even if it returned a subclass
     except BaseException:  # noqa: BLE001  (user code)
         text = "<its str() raised>"
     return clean_text(f"{name}: {text}" if text else name, MAX_ERROR)
 
 
 def error_type(error: BaseException) -> str:
-    """Return the full name of an exception's class; empty if a process ended and nothing was raised."""
+    """Return the full name of an exception's class; empty if a process ended without an exception."""
     if is_a(error, Remote):
         return error.names[0] if error.names else ""  # type: ignore[attr-defined]
     if is_a(error, ChildDied, ChildKilled):
@@ -91,24 +94,24 @@ def traceback_text(error: BaseException, *, skip: int) -> str:
 
 
 def shortened(text: str) -> str:
-    """A traceback cut in its middle, where it is too long to be stored."""
+    """Return a traceback; if it is too long to be stored, without its middle."""
     if len(text) > MAX_TRACEBACK:
         half = MAX_TRACEBACK // 2
         text = f"{text[:half]}\n…\n{text[-half + 10 :]}"
     return clean_text(text, MAX_TRACEBACK)
 
 
-# --- over the line between a process and its child
+# --- between a process and its child process
 
 
 class Remote(BaseException):
-    """An exception from an executor's child process, with the text and traceback from there."""
+    """An exception from an executor's child process, with its text and traceback."""
 
     def __init__(self, told: Mapping[str, Any]) -> None:
         BaseException.__init__(self, told["text"])
         self.text: str = told["text"]
         self.trace: str = told["trace"]
-        #: The full names of its class and of the bases of that.
+        #: The full names of its class and of the bases of its class.
         self.names: Sequence[str] = told["names"]
 
     def __str__(self) -> str:
@@ -116,7 +119,7 @@ class Remote(BaseException):
 
 
 class RemoteError(Remote, Exception):
-    """An error of the executor."""
+    """An error that the executor raised."""
 
 
 class _RemotePermanent(RemoteError, Permanent):
@@ -138,7 +141,7 @@ class _RemoteSnooze(RemoteError, Snooze):
 class _RemoteCancelled(Remote, TaskCancelled):
     def __init__(self, told: Mapping[str, Any]) -> None:
         Remote.__init__(self, told)
-        if told["value"] is not None:  # else it was raised by hand, with no reason
+        if told["value"] is not None:  # else user code raised it, without a reason
             self.reason = CancelReason(told["value"])
 
 
@@ -151,10 +154,10 @@ _KINDS: dict[str, type[Remote]] = {
 
 
 def told_error(error: BaseException, *, skip: int, main: str) -> dict[str, Any]:
-    """An exception as JSON values, for :func:`heard_error` in the parent process.
+    """Return an exception as JSON values, for :func:`heard_error` in the parent process.
 
-    ``skip`` is as in :func:`traceback_text`; ``main`` is what the main module of the parent is called here,
-    empty if it was not imported.
+    ``skip`` is as in :func:`traceback_text`. ``main`` is the name that the main module of the parent has
+    in this process, empty if it was not imported.
     """
     kind = ""
     value: float | str | None = None
@@ -177,7 +180,7 @@ def told_error(error: BaseException, *, skip: int, main: str) -> dict[str, Any]:
 
 
 def _class_names(error: BaseException, main: str) -> list[str]:
-    """The names of its class and bases, as they are in the parent."""
+    """Return the names of an error's class and its bases, as they are in the parent process."""
     try:
         names = names_of(type(error))
         return [re.sub(rf"^{re.escape(main)}\.", "__main__.", name) for name in names]
@@ -186,20 +189,20 @@ def _class_names(error: BaseException, main: str) -> list[str]:
 
 
 def heard_error(told: Mapping[str, Any]) -> BaseException:
-    """The exception to raise in the parent for one that was raised in the child."""
+    """Return the exception to raise in the parent for an exception of the child."""
     return _KINDS.get(told["kind"], RemoteError)(told)
 
 
 class ChildDied(Exception):
-    """The child process of an executor ended by itself before the executor did."""
+    """The child process of an executor ended before the executor did, and was not killed by TaskX."""
 
     def __init__(self, cause: str, trace: str) -> None:
         super().__init__(cause)
-        self.trace = trace  #: where its threads were, as far as the process could still say it
+        self.trace = trace  #: the stacks of its threads, as far as the process could write them
 
 
 class ChildKilled(TaskCancelled):
-    """The child process of an executor was killed, as it had not heeded its token."""
+    """The child process of an executor was killed, because it had not heeded its token."""
 
     def __init__(self, reason: CancelReason, grace: float) -> None:
         super().__init__(reason)

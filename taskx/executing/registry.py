@@ -1,4 +1,4 @@
-"""The registry: the types that a queue runs, wrapped in its middleware, and those that it only accepts."""
+"""The registry: the types that a queue runs, with its middleware, and the types that it only accepts."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ from taskx.core.rate import Limit
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, Registered, TaskExecutor, entry_of
 
-#: What ``Queue(..., middleware=[...])`` takes: an instance of :class:`Middleware`, or a function.
+#: An item of ``Queue(..., middleware=[...])``: an instance of :class:`Middleware`, or a function.
 Layer = Callable[[Context, Task, Callable[[], Any]], Any]
 
 
 class Middleware:
-    """Is wrapped around every execution of a queue: ``Queue(..., middleware=[...])``.
+    """Code around every call of an executor of a queue: ``Queue(..., middleware=[...])``.
 
-    Called in the worker's thread with the context and the task of the run (``ctx.task``). The first
-    of several is the outermost. A function of the same signature will do as well.
+    It is called on the worker's thread with the context and the task of the run (``ctx.task``). The first
+    item is the outermost. A function with the same signature works, too.
     """
 
     def __call__(self, ctx: Context, task: Task, call_next: Callable[[], Any]) -> Any:
-        """Do something before and after ``call_next()``, which is the next one or the executor.
+        """Do something before and after ``call_next()``, which calls the next middleware or the executor.
 
-        What is returned is the task's result, and what is raised is the attempt's error, as if the
-        executor had returned or raised it. So return what ``call_next()`` returns.
+        The return value is the task's result, and an exception is the attempt's error, as if the executor
+        had returned or raised it. So return the value of ``call_next()``.
         """
         return call_next()
 
 
 class Registry:
-    """The types that a queue runs or, where they were only declared, accepts.
+    """The types that a queue runs, and the declared types that it only accepts.
 
-    ``require`` refuses what the repository cannot do, given in words.
+    ``require(feature)`` raises ``ConfigurationError`` if the repository does not support the feature.
     """
 
     def __init__(
@@ -51,37 +51,38 @@ class Registry:
         self._middleware = middleware
         self._require = require
         self.max_payload_size = max_payload_size
-        #: What is known of each type that it runs.
+        #: The entry of each type that the queue runs.
         self.registered: dict[str, Registered] = {}
-        #: The limits of those types that have any.
+        #: The limits of the types that have one.
         self.limits: dict[str, Limit] = {}
         self._declared: set[str] = set()
 
     @property
     def types(self) -> tuple[str, ...]:
-        """The types that it runs."""
+        """The types that the queue runs."""
         return tuple(self.registered)
 
     @property
     def isolated(self) -> frozenset[str]:
-        """The types that it runs in child processes."""
+        """The types that the queue runs in child processes."""
         return frozenset(
             type for type, entry in self.registered.items() if entry.options.isolation is not None
         )
 
     def runs(self, type: str) -> bool:
-        """Whether this queue has an executor for the type."""
+        """Return True if this queue has an executor for the type."""
         return type in self.registered
 
     def register(self, executor: TaskExecutor | Executor[Any, Any], options: Options) -> None:
-        """Add an executor; options given here win over its own.
+        """Add an executor; the options given here win over the executor's own.
 
-        ``ConfigurationError`` if its type is taken, it is none, or a child process could not find it.
+        Raises ``ConfigurationError`` if its type is already registered, if it is not an executor, or if a
+        child process could not import it.
         """
         entry = entry_of(executor, options)
         if entry.type in self.registered:
             raise ConfigurationError(
-                f"type {entry.type!r} has an executor already: make a new queue, or choose another type"
+                f"type {entry.type!r} already has an executor; make a new queue, or choose another type"
             )
         if entry.log_level is not None:
             self._require("logs (capture_log)")
@@ -90,35 +91,41 @@ class Registry:
         limit = entry.options.limit
         function, takes_context = entry.function, entry.takes_context
         if entry.options.isolation is not None:
-            # Not every program starts processes.
+            # Imported here, because most programs do not start child processes.
             from taskx.executing.process.isolation import Isolated
 
             function, takes_context = Isolated(executor, entry, self.max_payload_size), True
         if self._middleware:
             function = _wrapped(function, self._middleware, takes_context=takes_context)
             takes_context = True
-        if limit is not None:  # first: as soon as it is registered, its tasks are taken
+        if limit is not None:  # first: as soon as the type is registered, its tasks may start
             self.limits[entry.type] = limit
         self.registered[entry.type] = entry._replace(function=function, takes_context=takes_context)
 
     def declare(self, type: str) -> None:
-        """Accept a type whose executor lives in another process."""
+        """Accept tasks of a type whose executor runs in another process."""
         self._declared.add(type)
 
     def get(self, type: str) -> Registered | None:
-        """The executor of a type, None if it is only declared; UnknownTaskType if it is neither."""
+        """Return the entry of a type, None if the type is only declared.
+
+        Raises ``UnknownTaskType`` if the type is neither registered nor declared.
+        """
         entry = self.registered.get(type)
         if entry is None and type not in self._declared:
             known = ", ".join(sorted({*self.registered, *self._declared})) or "none"
             raise UnknownTaskType(
                 f"no executor is registered for type {type!r} (known: {known}); register one, or "
-                "declare() the type if it runs in another process"
+                "call declare() if the type runs in another process"
             )
         return entry
 
 
 def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:
-    """The layers; ConfigurationError if one of them cannot be called, is a class, or is async."""
+    """Return the layers as a tuple.
+
+    Raises ``ConfigurationError`` if a layer is not callable, is a class, or is async.
+    """
     known = tuple(layers)
     for layer in known:
         if not callable(layer) or inspect.isclass(layer):
@@ -133,10 +140,10 @@ def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:
 def _wrapped(
     function: Callable[..., Any], layers: Sequence[Layer], *, takes_context: bool
 ) -> Callable[..., Any]:
-    """Return a function that takes the context, and calls another one with layers around it."""
+    """Return a function that takes the context, and calls ``function`` inside the layers."""
 
     def call(ctx: Context, /, **_: Any) -> Any:
-        params = ctx.task.params  # itself, as a layer may change what is in it
+        params = ctx.task.params  # not a copy: a layer may change the params
         call_next = partial(_call, function, (ctx,) if takes_context else (), params)
         for layer in reversed(layers):
             call_next = partial(layer, ctx, ctx.task, call_next)

@@ -1,4 +1,4 @@
-"""One task from its start to its ending; knows no thread and no store."""
+"""Running one task from its start to its ending, without threads or storage of its own."""
 
 from __future__ import annotations
 
@@ -42,16 +42,19 @@ from taskx.executing.failures import (
     traceback_text,
 )
 
-#: How far a run is: no worker has it yet, or has just taken it; it lies there for any worker; a thread
-#: calls its executor; that has returned, and its outcome is on its way; it was given up, and its thread
-#: runs on.
+#: The state of a run:
+#: "starting": no worker has it yet, or a worker has just taken it;
+#: "ahead": it was started ahead, and any worker may take it;
+#: "executing": a thread calls its executor;
+#: "concluding": the executor has returned, and the outcome is not stored yet;
+#: "stuck": it was abandoned after its time-out, and its thread still runs.
 State = Literal["starting", "ahead", "executing", "concluding", "stuck"]
 
 _current = threading.local()
 
 
 class Run:
-    """One attempt at a task that was started, with the token that tells it to stop."""
+    """One attempt at a started task, with the token that tells it to stop."""
 
     __slots__ = ("capture", "context", "decided", "executor", "overdue", "state", "task", "token")
 
@@ -59,8 +62,8 @@ class Run:
         self.task = task
         self.executor = executor
         self.token = CancelToken(None, clock)
-        #: Where it has a time-out: what to call when it does not end then, and a lock that is taken by
-        #: whoever decides how it ends.
+        #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
+        #: takes to decide the ending of the run.
         self.overdue: Overdue | None = None
         self.decided: _thread.LockType | None = None
         self.state: State = "starting"
@@ -81,12 +84,12 @@ if hasattr(os, "register_at_fork"):
 
 
 def inside_executor() -> bool:
-    """Whether the calling thread is inside an executor."""
+    """Return True if the calling thread is inside an executor."""
     return getattr(_current, "depth", 0) > 0
 
 
 class Runner:
-    """Runs executors and says how they ended; a result has at most ``max_payload_size`` bytes of JSON."""
+    """Runs executors and returns their endings; a result has at most ``max_payload_size`` bytes of JSON."""
 
     def __init__(self, clock: Clock, alarms: Alarms, max_payload_size: int) -> None:
         self._clock = clock
@@ -94,7 +97,7 @@ class Runner:
         self._max_payload_size = max_payload_size
 
     def run(self, run: Run, worker: str) -> Ending:
-        """Call the executor; whatever it does, this returns how it ended."""
+        """Call the executor and return its ending, whatever the executor does."""
         task, token, executor = run.task, run.token, run.executor
         started = self._clock.monotonic()
         before = forks.generation
@@ -103,7 +106,7 @@ class Runner:
             if task.timeout is not None:
                 token.deadline = started + task.timeout
                 self._alarms.add(token, run.overdue)
-            if token.cancelled:  # cancelled or stopped before a worker had a hand free
+            if token.cancelled:  # cancelled or stopped before a worker was free
                 token.raise_if_cancelled()
             if task.damage:
                 raise RepositoryCorrupt(task.damage)
@@ -118,7 +121,7 @@ class Runner:
                 None if value is None else payload.encode(value, "result", self._max_payload_size)
             )
             ending = Ending(returned=True, result=text)
-        except BaseException as error:  # noqa: BLE001  (a task hurts only itself)
+        except BaseException as error:  # noqa: BLE001  (an error must affect no other task)
             forks.end_in_child(before, error)
             ending = _raised(error, run)
         finally:
@@ -128,7 +131,7 @@ class Runner:
         return self._completed(ending, run, worker, started)
 
     def abandon(self, run: Run, worker: str, stack: str) -> Ending:
-        """Return the ending of a run whose thread goes on after its time-out, at that ``stack``."""
+        """Return the ending of a run whose thread goes on after its time-out; ``stack`` is where it is."""
         assert run.task.timeout is not None
         assert run.token.deadline is not None
         ending = Ending(
@@ -143,7 +146,7 @@ class Runner:
         return self._completed(ending, run, worker, run.token.deadline - run.task.timeout)
 
     def _completed(self, ending: Ending, run: Run, worker: str, started: float) -> Ending:
-        """With all that is known whatever the way it ended."""
+        """Add the facts that every ending has."""
         ending.worker = worker
         ending.duration = max(0.0, self._clock.monotonic() - started)
         if (told := run.context.latest_progress()) is not None:
@@ -155,14 +158,14 @@ class Runner:
 
 def _raised(error: BaseException, run: Run) -> Ending:
     reason = run.token.reason
-    # Where the submitting thread runs the task (caller_runs), Ctrl-C is meant for the program.
+    # With caller_runs the submitting thread runs the task, and Ctrl-C is meant for the program.
     interrupt = is_a(error, KeyboardInterrupt) and on_main_thread()
     if interrupt:
         reason = CancelReason.STOP
     crashed = is_a(error, ChildDied)
     timed_out = reason is CancelReason.TIMEOUT and not crashed
-    # Whatever it surfaces as: a connection that was closed by it raises errors of its own.
-    # To snooze is no answer to a time-out.
+    # After a time-out any error counts as the time-out: for example, a closed connection raises its own
+    # error. A Snooze does not prevent a time-out.
     cause = TimeoutError() if timed_out and not is_a(error, Permanent, Retry) else error
     return Ending(
         returned=False,
@@ -177,9 +180,9 @@ def _raised(error: BaseException, run: Run) -> Ending:
 
 
 def broken(error: BaseException, worker: str) -> Ending:
-    """Return how an attempt ends where an error escaped that nothing was there to take: it failed.
+    """Return the ending of an attempt from which an error escaped unexpectedly: it failed.
 
-    Nothing of the user's is asked, so that this raises nothing.
+    This calls no user code, so it cannot raise an exception.
     """
     interrupt = is_interrupt(error)
     return Ending(
@@ -194,9 +197,9 @@ def broken(error: BaseException, worker: str) -> Ending:
 
 
 def lesser(ending: Ending, error: BaseException) -> Ending | None:
-    """Return what is left to store of an ending that the repository refused; None for nothing less.
+    """Return a smaller ending, to store after the repository refused ``ending``; None if there is none.
 
-    Where the executor returned something, the attempt failed.
+    If the executor returned a result, the attempt becomes failed. Else its traceback and log are dropped.
     """
     if ending.result is not None:
         text = f"the result could not be stored: {error_text(error)}"
@@ -217,7 +220,7 @@ def _timed_out(error: BaseException, task: Task) -> str:
 
 
 def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
-    """What the error, or else the retry policy, asks for."""
+    """Return what the error, or else the retry policy, asks for, as fields of an ``Ending``."""
     if is_a(error, Snooze) and (seconds := seconds_asked(error, "seconds")) is not None:
         return {"snooze": seconds}
     if is_a(error, Permanent) or run.task.damage:
@@ -232,9 +235,9 @@ def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
         if not asked and not _worth_another(error, policy):
             return {"permanent": True}
         return {"delay": policy.delay(run.task.attempt, random.random())}
-    except BaseException:  # a backoff of the user's own; or a class that cannot be looked at
+    except BaseException:  # user code: a back-off function, or the error's class
         log = GuardedLogger(run.context.logger)
-        log.exception("the retry policy failed; the task waits %g s", policy.base)
+        log.exception("the retry policy failed; the task is retried in %g s", policy.base)
         return {"delay": policy.base}
 
 

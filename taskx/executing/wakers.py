@@ -1,7 +1,7 @@
-"""How to wake a thread that blocks on a resource, kind by kind.
+"""Waking a thread that blocks on a resource, in a way that depends on the kind of resource.
 
-Closing a file descriptor does not wake a thread that reads from it; it may hang the closer instead.
-A module of its own, so that what it imports is loaded by the programs that use it alone.
+Closing a file descriptor does not wake a thread that reads from it; the close may even hang. This is a
+separate module, so that only programs that use it load its imports.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from typing import Any
 from taskx.core.errors import ConfigurationError
 from taskx.executing.process.processes import kill_family
 
-# A query or a connection that begins just after a wake-up must be woken, too: repeat it, in seconds.
+# Seconds between two wake-ups: a query or connection may begin just after the first one.
 _REPEAT = 0.05
 
 
 class Waker:
-    """Wakes whoever blocks on ``resource`` when called, and goes on until :meth:`close`.
+    """Wakes the threads that block on ``resource`` when called, again and again until :meth:`close`.
 
     Raises:
-        ConfigurationError: nothing would wake them.
+        ConfigurationError: the resource has no method that wakes a blocked thread.
     """
 
     def __init__(self, resource: Any) -> None:
@@ -34,10 +34,10 @@ class Waker:
         self._closed = threading.Event()
 
     def __call__(self) -> None:
-        """Wake, on a thread that may be kept."""
+        """Wake the threads. This may block until :meth:`close`, so call it on its own thread."""
         self._wake()
         while self._again and not self._closed.wait(_REPEAT):
-            with suppress(Exception):  # closed between the look and the call
+            with suppress(Exception):  # closed between the check and the call
                 self._wake()
 
     def close(self) -> None:
@@ -53,7 +53,7 @@ class Waker:
 
 
 def _way_to_wake(resource: Any) -> tuple[Callable[[], object], bool]:
-    """What to call, and whether it has to be called again for what begins later."""
+    """Return the function that wakes, and True if it must be called again for calls that begin later."""
     if isinstance(resource, socket.socket):
         return lambda: _shut_down(resource), False
     if isinstance(resource, sqlite3.Connection):
@@ -66,19 +66,19 @@ def _way_to_wake(resource: Any) -> tuple[Callable[[], object], bool]:
             return method, False
     missing = object()
     if isinstance(getattr(resource, "sock", missing), (socket.socket, type(None))):
-        # http.client, ftplib, smtplib and their like, which connect when they please.
+        # http.client, ftplib, smtplib and similar classes, which connect at any time.
         return lambda: _shut_down(resource.sock), True
     raise ConfigurationError(
-        f"closing() cannot wake a thread that blocks on a {type(resource).__name__}: closing it "
-        "would not. Give it a time-out of ctx.remaining(), or register what does wake it with "
-        "ctx.on_cancel(…)"
+        f"closing() cannot wake a thread that blocks on a {type(resource).__name__}; give it the "
+        "time-out ctx.remaining(), or register a function that wakes it with ctx.on_cancel(…)"
     )
 
 
 def _kill(program: subprocess.Popen[Any]) -> None:
-    """Kill a program and what it has started, which may hold the other ends of its pipes.
+    """Kill a program and the programs it has started, which may hold the other ends of its pipes.
 
-    A shell is killed alone by ``Popen.kill``; whoever reads what its command writes would block on.
+    ``Popen.kill`` would kill only a shell, and a thread that reads the output of the shell's command would
+    stay blocked.
     """
     if program.poll() is None:
         kill_family(program.pid)
@@ -86,5 +86,5 @@ def _kill(program: subprocess.Popen[Any]) -> None:
 
 def _shut_down(sock: socket.socket | None) -> None:
     if sock is not None:
-        with suppress(OSError):  # not connected, or closed already: nobody can be blocked on it
+        with suppress(OSError):  # not connected or already closed: no thread can block on it
             sock.shutdown(socket.SHUT_RDWR)

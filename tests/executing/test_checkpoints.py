@@ -154,7 +154,7 @@ class TestStep:
         @queue.executor(max_attempts=2)
         def twice(ctx):
             ctx.step("same", int)
-            with pytest.raises(ConfigurationError, match="'same' was called before"):
+            with pytest.raises(ConfigurationError, match="'same' was already called"):
                 ctx.step("same", int)
             assert ctx.task.attempt == 2
 

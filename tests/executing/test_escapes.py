@@ -216,7 +216,7 @@ class TestAlarms:
         with pytest.raises(TaskFailed, match="timed out after"):
             queue.submit("asks").result(PATIENCE)
         assert queue.drain(PATIENCE)
-        assert "cannot start the thread that fires time-outs" in caplog.text
+        assert "cannot start the thread for time-outs" in caplog.text
 
     def test_the_thread_is_started_when_there_is_one(
         self, make_queue, no_threads, gate, clock, look_every

@@ -98,7 +98,7 @@ def test_attributes_of_the_function_are_the_executors_unless_it_has_its_own(star
     executor = started.executor("add", priority=3)(add)
     assert (executor.tags, executor.type, executor.options.priority) == (["x"], "add", 3)
     assert executor.submit(1).result(PATIENCE) == 3
-    with pytest.raises(PayloadError, match="takes no 'c'"):
+    with pytest.raises(PayloadError, match="does not take 'c'"):
         started.submit("add", {"a": 1, "c": 2})
 
 
@@ -253,7 +253,7 @@ def test_type_must_be_a_name(queue, type):
 
 def test_a_type_has_one_executor(queue):
     queue.executor("x")(lambda: None)
-    with pytest.raises(ConfigurationError, match="'x' has an executor already"):
+    with pytest.raises(ConfigurationError, match="'x' already has an executor"):
         queue.executor("x")(lambda: None)
 
 

@@ -152,7 +152,7 @@ with queue:
     )
     out, err = child.ends()
     assert out == "1\n"
-    assert "a forked child cannot store checkpoints" in err
+    assert "a forked child process cannot store checkpoints" in err
     with SQLiteRepository(database) as repository:
         assert repository.get_by_id("forks").checkpoints == {"steps": {"before": 1, "forks": 1}}
 

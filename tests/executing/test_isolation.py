@@ -149,7 +149,7 @@ class TestAsInAThread:
         assert failed.value.error == error
 
     def test_params_that_do_not_fit_are_refused_at_submit(self, make):
-        with pytest.raises(taskx.PayloadError, match="'add' takes no 'c'"):
+        with pytest.raises(taskx.PayloadError, match="'add' does not take 'c'"):
             make(isolated.add).submit("add", {"a": 1, "c": 2})
 
     @pytest.mark.parametrize(
@@ -575,7 +575,7 @@ class TestCrash:
             ("segfault", "its process was killed by SIGSEGV"),
             ("exit", "its process ended with exit code 7"),
             ("fork", "its process ended with exit code 7"),
-            ("kill", "its process was killed by SIGKILL, for want of memory perhaps"),
+            ("kill", "its process was killed by SIGKILL, perhaps because memory ran out"),
         ],
     )
     def test_it_is_a_crash_of_that_task_only(self, make, gate, how, error):
@@ -805,13 +805,13 @@ class TestFound:
         class Inner(isolated.Classic):
             pass
 
-        refused = "isolation=.process., as its child process imports it"
+        refused = "isolation=.process., because a child process must be able to import it"
         for function in (inner, lambda: 1, print_name, isolated.Classic().execute, Callable()):
             with pytest.raises(ConfigurationError, match=refused):
                 queue.executor("x", isolation="process")(function)
         with pytest.raises(ConfigurationError, match=refused):
             queue.register_executor(Inner(), isolation="process")
-        with pytest.raises(ConfigurationError, match="Needy cannot be made without arguments"):
+        with pytest.raises(ConfigurationError, match="Needy cannot be created without arguments"):
             queue.register_executor(isolated.Needy("x"), isolation="process")
         assert queue._registry.types == ()
 
@@ -907,7 +907,7 @@ with queue:
     print(queue.list_tasks()[1])
 """)
         told, count = ran.stdout.splitlines()
-        assert 'submit and start under: if __name__ == "__main__"' in told, ran.stderr
+        assert 'start queues there only under: if __name__ == "__main__"' in told, ran.stderr
         assert count == "1"
 
     def test_a_script(self, script):
@@ -930,7 +930,7 @@ queue.stop()
 """
         )
         assert ran.returncode == 0, ran.stderr
-        assert 'submit and start under: if __name__ == "__main__"' in ran.stdout
+        assert 'start queues there only under: if __name__ == "__main__"' in ran.stdout
 
     @pytest.mark.parametrize("repository", ["MemoryRepository()", "SQLiteRepository('tasks.db')"])
     def test_what_its_executor_submits_is_stored_for_the_parent_or_refused(
@@ -961,4 +961,4 @@ if __name__ == "__main__":
 
     def test_a_program_without_a_file_is_refused(self, script):
         ran = script("", "-c", "import taskx\n" + SCRIPT)
-        assert "the main module of this program is no file" in ran.stderr
+        assert "the main module of this program is not a file" in ran.stderr

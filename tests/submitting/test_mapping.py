@@ -194,7 +194,7 @@ class TestFailures:
         items = [1, {"m": 2}, 3, float("nan"), 4, "no", 5]
         results = running.map(square.executor, items, key, window=window)
         assert next(results) == 1
-        with pytest.raises(PayloadError, match="needs n"):
+        with pytest.raises(PayloadError, match="requires n"):
             next(results)
         assert next(results) == 9
         with pytest.raises(PayloadError, match="no JSON number"):

@@ -126,7 +126,7 @@ class TestRefused:
             narrow.submit("strict", params)
 
     def test_params_that_the_function_does_not_take(self, narrow):
-        with pytest.raises(PayloadError, match=r"takes no 'nummer'; it takes number"):
+        with pytest.raises(PayloadError, match=r"does not take 'nummer'; it takes number"):
             narrow.submit("closed", {"number": 1, "nummer": 2})
 
     @pytest.mark.parametrize("kind", ["strict", "closed"])

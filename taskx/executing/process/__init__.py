@@ -1,4 +1,4 @@
-"""Executors with ``isolation="process"``: the child process, the socket between, and the end of both.
+"""Executors with ``isolation="process"``: the child process, the socket to it, and its end.
 
-Only the runner calls it.
+Only the runner calls this package.
 """

@@ -1,4 +1,4 @@
-"""The line between a process and the child process of an executor: messages as lines of JSON."""
+"""The channel between a process and the child process of an executor: messages as lines of JSON."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ _CHUNK = 1 << 18
 
 
 class Channel:
-    """Says and hears messages, each a list of JSON values, over one end of a pair of sockets.
+    """Sends and receives messages, each a list of JSON values, over one end of a pair of sockets.
 
-    It never blocks but in :meth:`hear` and :meth:`flush`: a partner that does not listen holds up
-    nobody. Any thread may say something; one hears.
+    Only :meth:`hear` and :meth:`flush` block, so a partner that does not read blocks no other call. Any
+    thread may call :meth:`say`; only one thread may call :meth:`hear`.
     """
 
     def __init__(self, end: socket.socket) -> None:
@@ -23,10 +23,10 @@ class Channel:
         self._socket = end
         self._saying = threading.Lock()
         self._unsent = bytearray()
-        self._incomplete: list[bytes] = []  # what came of a line that is not complete
+        self._incomplete: list[bytes] = []  # the received parts of a message that is not complete
 
     def say(self, *message: Any) -> None:
-        """Send a message, or what of it can be sent now; the rest follows."""
+        """Send a message. What cannot be sent now is sent by a later call."""
         line = json.dumps(message).encode() + b"\n"
         with self._saying:
             self._unsent += line
@@ -38,20 +38,20 @@ class Channel:
                 sent = self._socket.send(self._unsent)
             except BlockingIOError:
                 return
-            except OSError:  # the other one is gone, as who hears will be told
+            except OSError:  # the other end is gone: hear() will say so
                 self._unsent.clear()
                 return
             del self._unsent[:sent]
 
     def flush(self) -> None:
-        """Wait until all is sent, or the other end is closed."""
+        """Wait until all messages are sent, or the other end is closed."""
         while self._unsent:
             self._wait(select.POLLOUT, None)
             with self._saying:
                 self._send()
 
     def hear(self, timeout: float) -> list[list[Any]] | None:
-        """The messages that came; none within ``timeout`` seconds, None when the other end is closed."""
+        """Wait up to ``timeout`` seconds and return the new messages; None if the other end is closed."""
         self._wait(select.POLLIN | (select.POLLOUT if self._unsent else 0), timeout)
         with self._saying:
             self._send()
@@ -61,14 +61,14 @@ class Channel:
         return self._messages(data) if data else None
 
     def hear_rest(self) -> list[list[Any]] | None:
-        """All that is left to be heard of one who has ended; None for nothing."""
+        """Return all remaining messages of a process that has ended; None if there are none."""
         messages: list[list[Any]] = []
         while data := self._received():
             messages += self._messages(data)
         return messages or None
 
     def _received(self) -> bytes | None:
-        """What came; None for nothing yet, empty when the other end is closed."""
+        """Return the bytes received; None if there are none yet, empty if the other end is closed."""
         try:
             return self._socket.recv(_CHUNK)
         except BlockingIOError:
@@ -77,7 +77,7 @@ class Channel:
             return b""
 
     def _wait(self, events: int, timeout: float | None) -> None:
-        poll = select.poll()  # select() knows no high numbers
+        poll = select.poll()  # select() does not support high file descriptors
         poll.register(self._socket, events)
         poll.poll(None if timeout is None else timeout * 1000)
 

@@ -1,4 +1,4 @@
-"""Executors in child processes: what runs in the child, from its start to its end."""
+"""Executors in child processes: the child's side, from its start to its end."""
 
 from __future__ import annotations
 
@@ -37,15 +37,16 @@ from taskx.executing.executors import Executor, Registered, entry_of, make_execu
 from taskx.executing.failures import told_error
 from taskx.executing.process.channel import Channel
 
-# Progress is told this often, in seconds.
+# Seconds between two reports of progress to the parent.
 _TELL_EVERY = 0.1
 _PR_SET_PDEATHSIG = 1
 
 
 def main(end: int, paper: int) -> NoReturn:
-    """Run one task for the parent at the other end of the line, and exit.
+    """Run one task for the parent process, and exit.
 
-    The files of these numbers are this end, and one for what can be said when a fatal signal strikes.
+    The arguments are file descriptors: ``end`` is this end of the channel, ``paper`` is a file for the
+    traceback after a fatal signal.
     """
     for number in (end, paper):
         os.set_inheritable(number, False)
@@ -54,7 +55,7 @@ def main(end: int, paper: int) -> NoReturn:
     (request,), *further = _first_messages(channel)
     _die_with(request["parent"])
     for meant_for_parent in (signal.SIGINT, signal.SIGTERM):
-        # Not SIG_IGN, which programs that are started here would inherit.
+        # Not SIG_IGN, because programs that are started here would inherit it.
         signal.signal(meant_for_parent, lambda *_: None)
     sys.argv = request["argv"]
     work = _Work(channel, request)
@@ -68,7 +69,7 @@ def main(end: int, paper: int) -> NoReturn:
 
 
 def _first_messages(channel: Channel) -> list[list[Any]]:
-    """A request, and what may follow it already."""
+    """Return the request, and the messages that may already follow it."""
     messages: list[list[Any]] | None = []
     while messages == []:
         messages = channel.hear(60.0)
@@ -76,27 +77,27 @@ def _first_messages(channel: Channel) -> list[list[Any]]:
 
 
 def _die_with(parent: int) -> None:
-    """Have the kernel kill this process when the thread that started it has ended, where it can."""
+    """Tell the kernel, if it can, to kill this process when the thread that started it has ended."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != parent:  # it has ended already
+    if os.getppid() != parent:  # the parent has already ended
         _end_all()
 
 
 def _end_all() -> NoReturn:
-    """End this process, and those that it started, at once."""
+    """End this process, and the processes that it started, at once."""
     if os.getpgrp() == os.getpid():
         os.killpg(0, signal.SIGKILL)
     os._exit(1)
 
 
 class _Work:
-    """The one task that a child runs; the request says what, and how."""
+    """The one task that a child runs, as its request says."""
 
     def __init__(self, channel: Channel, request: dict[str, Any]) -> None:
         self._channel = channel
         self._request = request
-        # The monotonic clock is that of the machine, so what the start of this process took is known.
+        # The monotonic clock is the machine's, so the time that the start of this process took counts.
         deadline = None if request["left"] is None else request["asked_at"] + request["left"]
         self._token = CancelToken(deadline, SYSTEM_CLOCK)
         self._parent = _Parent(channel, request["no_checkpoints"], request["max_payload_size"])
@@ -105,7 +106,7 @@ class _Work:
         self._context = Context(Task.from_dict(request["task"]), self._token, shared)
 
     def do(self) -> None:
-        """Run it, and tell the parent how it ended."""
+        """Run the task, and tell the parent how it ended."""
         threading.Thread(target=self._listen, name="taskx-parent", daemon=True).start()
         try:
             message: list[Any] = ["returned", self._call()]
@@ -118,7 +119,7 @@ class _Work:
         self._channel.say(*message)
 
     def heed(self, messages: list[list[Any]]) -> None:
-        """Hear what the parent says: to stop, and why; or the answer to a question."""
+        """Handle messages of the parent: a stop with its reason, or the answer to a question."""
         for what, *facts in messages:
             if what == "stop":
                 self._token.fire(CancelReason(*facts))
@@ -126,7 +127,7 @@ class _Work:
                 self._parent.answers.put(facts)
 
     def _listen(self) -> None:
-        """Hear when to stop, tell the progress; end with the parent."""
+        """Receive messages of the parent, report progress to it, and end when the parent ends."""
         while (messages := self._channel.hear(_TELL_EVERY)) is not None:
             self.heed(messages)
             if (told := self._context.new_progress()) is not None:
@@ -153,20 +154,23 @@ class _Work:
 
 
 class _Parent(Keeper):
-    """The parent process, asked one thing at a time by any thread: to store checkpoints, to read tasks."""
+    """The parent process, which stores checkpoints and reads tasks for the child.
+
+    Any thread may ask; the parent answers one question at a time.
+    """
 
     def __init__(self, channel: Channel, refused: str, max_payload_size: int) -> None:
         self.max_payload_size = max_payload_size
         self.lock = threading.Lock()
         self.process = forks.generation
         self._channel = channel
-        self._refused = refused  # why no checkpoints can be stored
+        self._refused = refused  # the reason why checkpoints cannot be stored, or empty
         self._asking = threading.Lock()
-        #: What the parent says.
+        #: The parent's answers.
         self.answers: SimpleQueue[list[Any]] = SimpleQueue()
 
     def _ask(self, *question: Any) -> Any:
-        """The parent's answer; PayloadError or RepositoryError if it could not do what was asked."""
+        """Return the parent's answer; raise PayloadError or RepositoryError if the parent failed."""
         with self._asking:
             self._channel.say(*question)
             answer, problem, path = self.answers.get()
@@ -177,7 +181,7 @@ class _Parent(Keeper):
         return answer
 
     def fetch(self, _: Sequence[str]) -> dict[str, Task]:
-        """The tasks that this one depends on, by their ids."""
+        """Return the tasks that this task depends on, by their ids."""
         found = self._ask("parents")
         if isinstance(found, str):
             raise TaskNotFound(found)
@@ -195,11 +199,11 @@ class _Parent(Keeper):
 
 
 def _find(type: str, module: str, name: str, main: str) -> Registered:
-    """Import the executor; ``ConfigurationError`` if it is not where it was."""
+    """Import the executor and return its entry; ``ConfigurationError`` if it cannot be found."""
     permission.in_child = True
     permission.forbidden = (
-        f"this is the child process of a task of type {type!r}, which imports {main or module}; "
-        'there, submit and start under: if __name__ == "__main__"'
+        f"this is the child process of a task of type {type!r}, and it imports {main or module}; "
+        'submit tasks and start queues there only under: if __name__ == "__main__"'
     )
     try:
         if main:
@@ -212,7 +216,7 @@ def _find(type: str, module: str, name: str, main: str) -> Registered:
     for part in name.split("."):
         found = getattr(found, part, None)
     if not callable(found):
-        raise ConfigurationError(f"{module} has no {name}, which is the executor of {type!r}")
+        raise ConfigurationError(f"{module} has no {name}, the executor of {type!r}")
     if inspect.isclass(found):
         found = found()
     elif not isinstance(found, Executor):
@@ -221,7 +225,7 @@ def _find(type: str, module: str, name: str, main: str) -> Registered:
 
 
 def _log_to(channel: Channel, levels: dict[str, int]) -> None:
-    """Leave it to the parent what becomes of log records; what was set up on import does not count."""
+    """Send all log records to the parent, instead of to the handlers that an import has set up."""
     handler = _ToParent(channel)
     for name in list(logging.root.manager.loggerDict):
         logger = logging.getLogger(name)
@@ -232,14 +236,14 @@ def _log_to(channel: Channel, levels: dict[str, int]) -> None:
 
 
 class _ToParent(logging.Handler):
-    """Tells the parent log records."""
+    """A handler that sends log records to the parent."""
 
     def __init__(self, channel: Channel) -> None:
         super().__init__()
         self._channel = channel
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Tell one, its text complete, with what of ``extra`` is a plain value."""
+        """Send a record with its complete text and the plain values of its ``extra``."""
         try:
             told = {
                 name: value
@@ -251,7 +255,7 @@ class _ToParent(logging.Handler):
                 told["exc_text"] = _formatter.formatException(record.exc_info)
             self._channel.say("log", told)
             self._channel.flush()
-        except Exception:  # as every handler does  # noqa: BLE001
+        except Exception:  # as each handler does  # noqa: BLE001
             self.handleError(record)
 
 

@@ -1,4 +1,4 @@
-"""Executors in child processes: the parent's side, which starts a child, attends to it, and kills it."""
+"""Executors in child processes: the parent's side, which starts a child, serves it, and kills it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from taskx.executing.failures import MAX_TRACEBACK, ChildDied, ChildKilled, hear
 from taskx.executing.process.channel import Channel
 from taskx.executing.process.processes import kill_family
 
-# Looks whether the token has fired, or the child has ended without a word, this often, in seconds.
+# Seconds between two checks: has the token fired, has the child ended without a message?
 _CHECK_EVERY = 0.1
-#: The variable of the environment that marks a child and what that starts.
+#: The environment variable that marks a child and the processes that it starts.
 MARK = "TASKX_CHILD"
-# What the child is started with: where to find modules comes first, this one among them.
+# The code that the child starts with. It sets sys.path first, to find TaskX and all other modules.
 _BOOT = (
     "import json, os, sys; sys.path[:] = json.loads(os.environ.pop('TASKX_CHILD_PATH')); "
     "from taskx.executing.process.child import main; main(*map(int, sys.argv[1:]))"
@@ -45,22 +45,25 @@ _BOOT = (
 
 
 class Address(NamedTuple):
-    """The place where a child process finds an executor."""
+    """The place from which a child process imports an executor."""
 
     module: str  #: the module to import
-    name: str  #: its name in there, with dots where it is inside a class
-    main: str = ""  #: the file of the program's main module, if that is to be loaded first
+    name: str  #: the executor's name in the module, with dots if it is inside a class
+    main: str = ""  #: the file of the program's main module, if it must be loaded first
 
 
 def address_of(type: str, found: Any) -> Address:
-    """Return the place of an executor's function or class; ConfigurationError if a child cannot find it."""
+    """Return the address of an executor's function or class.
+
+    Raises ``ConfigurationError`` if a child process cannot import it.
+    """
     module, name = getattr(found, "__module__", None), getattr(found, "__qualname__", "")
     if getattr(sys, "frozen", False):
         raise _refusal(type, "a frozen program cannot be started as an interpreter")
     if not name or "<" in name or inspect.ismethod(found) or module not in sys.modules:
         raise _refusal(type, f"{found!r} is not at the top level of a module that can be imported")
     if inspect.isclass(found) and _needs_arguments(found):
-        raise _refusal(type, f"{name} cannot be made without arguments")
+        raise _refusal(type, f"{name} cannot be created without arguments")
     if module not in ("__main__", "__mp_main__"):
         return Address(module, name)
     main = sys.modules[module]
@@ -68,14 +71,15 @@ def address_of(type: str, found: Any) -> Address:
         return Address(spec.name, name)
     if (file := getattr(main, "__file__", None)) is None or not os.path.exists(file):
         raise _refusal(
-            type, "the main module of this program is no file that could be loaded again"
+            type, "the main module of this program is not a file that can be loaded again"
         )
     return Address("__main__", name, os.path.abspath(file))
 
 
 def _refusal(type: str, why: str) -> ConfigurationError:
     return ConfigurationError(
-        f'executor {type!r} cannot have isolation="process", as its child process imports it: {why}'
+        f'executor {type!r} cannot have isolation="process", because a child process must be able '
+        f"to import it: {why}"
     )
 
 
@@ -87,7 +91,7 @@ def _needs_arguments(cls: Callable[..., Any]) -> bool:
 
 
 class Isolated:
-    """The stand-in for an executor in the parent: it has a child process run that."""
+    """The stand-in for an executor in the parent process: it runs the executor in a child process."""
 
     def __init__(
         self, executor: Executor[Any, Any] | TaskExecutor, entry: Registered, max_payload_size: int
@@ -98,7 +102,7 @@ class Isolated:
             executor.function if isinstance(executor, Executor) else executor.__class__
         )
         self._address = address_of(entry.type, self._code)
-        # What the main module is called in the child, if that is the one which it imports.
+        # The name of the main module in the child, if the child imports it.
         self._main = ("__mp_main__" if self._address.main else self._address.module) * (
             self._code.__module__ == "__main__"
         )
@@ -106,7 +110,10 @@ class Isolated:
         self._max_payload_size = max_payload_size
 
     def __call__(self, ctx: Context, /, **params: Any) -> Any:
-        """Run the executor in a child process; raises ``Remote``, ``ChildDied`` or ``ChildKilled``."""
+        """Run the executor in a child process and return its result.
+
+        Raises ``Remote``, ``ChildDied`` or ``ChildKilled``.
+        """
         self._check_name()
         request = {
             "type": self._type,
@@ -130,19 +137,22 @@ class Isolated:
             child.end()
 
     def _check_name(self) -> None:
-        """Refuse to have something else run; when it was registered its name may not have been bound."""
+        """Raise ``ConfigurationError`` if the name now belongs to another object.
+
+        This is not checked at registration, because the name may not be bound yet then.
+        """
         module, name = self._code.__module__, self._code.__qualname__
         found: Any = sys.modules.get(module)
         for part in name.split("."):
             found = getattr(found, part, None)
         if found is not self._executor and found is not self._code:
             raise ConfigurationError(
-                f"the executor of {self._type!r} cannot be imported: {module}.{name} is another object"
+                f"cannot import the executor of {self._type!r}: {module}.{name} is another object"
             )
 
 
 class _Child:
-    """A child process, in a session of its own: a Ctrl-C is meant for the parent, which tells it."""
+    """A child process. It has its own session, because the parent handles Ctrl-C and tells the child."""
 
     def __init__(self) -> None:
         with ExitStack() as stack:
@@ -154,23 +164,23 @@ class _Child:
                 self._mark = new_id()
                 self._process = _start(self._mark, theirs.fileno(), self._last_words.fileno())
             self._close = stack.pop_all().close
-        #: Whether it has said how the executor ended.
+        #: True if the child has reported how the executor ended.
         self.done = False
 
     @property
     def ended(self) -> bool:
-        """Whether the process is no more."""
+        """True if the process has ended."""
         return self._process.poll() is not None
 
     def kill(self) -> None:
-        """Kill it and the processes it has started; returns when it has ended."""
+        """Kill the child and the processes it has started; return when the child has ended."""
         kill_family(None if self.ended else self._process.pid, self._mark)
-        with suppress(ProcessLookupError, PermissionError):  # what is left where there is no /proc
+        with suppress(ProcessLookupError, PermissionError):  # the rest, on systems without /proc
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
     def end(self) -> None:
-        """It is needed no more: what the executor left running in the background goes on, if it is done."""
+        """End the child. If the executor has ended, processes that it left in the background go on."""
         if not self.done:
             self.kill()
         elif not self.ended:
@@ -179,16 +189,16 @@ class _Child:
         self._close()
 
     def post_mortem(self) -> ChildDied:
-        """Why, and where, it ended by itself."""
+        """Return an error that says why, and where, the child ended by itself."""
         self._last_words.seek(0)
         words = self._last_words.read(2 * MAX_TRACEBACK).decode(errors="replace")
         code = self._process.returncode
         cause = f"its process ended with exit code {code}"
-        if code < 0:  # those for real time have no names
+        if code < 0:  # real-time signals have no names
             names = {known.value: known.name for known in signal.Signals}
             cause = f"its process was killed by {names.get(-code, f'signal {-code}')}"
         if code == -signal.SIGKILL:
-            cause += ", for want of memory perhaps"
+            cause += ", perhaps because memory ran out"
         return ChildDied(cause, shortened(words))
 
 
@@ -198,11 +208,12 @@ def _start(mark: str, *files: int) -> subprocess.Popen[bytes]:
     environment = {
         **os.environ,
         "TASKX_CHILD_PATH": json.dumps(list(map(os.fspath, sys.path))),
-        # By this all that it starts is known. A child may have children, too: theirs is ours as well.
+        # This mark identifies all processes that the child starts. A child may have isolated tasks of its
+        # own, so it keeps the marks of its ancestors.
         MARK: f"{os.environ.get(MARK, '')} {mark}".strip(),
     }
 
-    # The interpreter, and the options that this one was started with.
+    # The interpreter, with the options of this process.
     python = spawn.get_command_line()[:-3]
     return subprocess.Popen(
         [*python, "-c", _BOOT, *map(str, files)],
@@ -214,7 +225,7 @@ def _start(mark: str, *files: int) -> subprocess.Popen[bytes]:
 
 
 class _Attendance:
-    """The wait of a worker for a child process."""
+    """A worker's wait for a child process."""
 
     def __init__(self, ctx: Context, child: _Child, grace: float) -> None:
         self._ctx = ctx
@@ -224,7 +235,7 @@ class _Attendance:
         self._kill_at: float | None = None
 
     def run(self, request: Mapping[str, Any]) -> Any:
-        """Give a request, and return or raise what comes of it."""
+        """Send a request, and return the result or raise the error of the executor."""
         self._child.channel.say(request)
         remove = self._token.on_cancel(self._tell_to_stop)
         try:
@@ -250,7 +261,7 @@ class _Attendance:
         left = _CHECK_EVERY if self._kill_at is None else self._kill_at - time.monotonic()
         messages = channel.hear(max(0.0, min(_CHECK_EVERY, left)))
         if messages == [] and self._child.ended:
-            # A process that the executor started may keep the line open. What was said is there now.
+            # A process that the executor started may keep the socket open. All messages have arrived now.
             messages = channel.hear_rest()
         if messages is None:
             self._child.kill()
@@ -278,18 +289,18 @@ class _Attendance:
             self._child.channel.say("answer", *self._parents())
 
     def _keep(self, text: str, durable: bool) -> tuple[bool, str, str]:
-        """Store checkpoints: whether the run still has its task; or what kept them from being stored."""
+        """Store checkpoints. Return True if the run still has its task; then the problem and its path."""
         try:
             return self._ctx.keep_checkpoints(text, durable=durable), "", ""
         except TaskCancelled:
-            return False, "", ""  # the child hears it, too
+            return False, "", ""  # the child is told to stop, too
         except PayloadError as error:
             return False, error.problem, error.path
         except RepositoryError as error:
             return False, str(error), ""
 
     def _parents(self) -> tuple[list[dict[str, Any]] | str, str, str]:
-        """The parents of the task; or the id of one that is gone; or why they could not be read."""
+        """Return the task's parents, or the id of a deleted parent; then the problem and its path."""
         try:
             return [parent.to_dict() for parent in self._ctx.parents], "", ""
         except TaskNotFound as gone:
@@ -298,13 +309,13 @@ class _Attendance:
             return "", str(error), ""
 
     def _raised(self, told: Mapping[str, Any], fired: str | None) -> BaseException:
-        if fired is not None:  # by its own clock, which may be a little ahead
+        if fired is not None:  # by the child's clock, which may be a little ahead
             self._token.fire(CancelReason(fired))
         return heard_error(told)
 
 
 def _log_levels(log: logging.Logger) -> dict[str, int]:
-    """The levels of all loggers, so that a child makes the records that are wanted here."""
+    """Return the levels of all loggers, so that a child makes the records that this process wants."""
     known = {
         name: logger.level
         for name, logger in list(logging.root.manager.loggerDict.items())
@@ -314,11 +325,11 @@ def _log_levels(log: logging.Logger) -> dict[str, int]:
 
 
 def _log(log: logging.Logger, record: dict[str, Any]) -> None:
-    """Have a record of the child handled as one of this process."""
+    """Handle a log record of the child as a record of this process."""
     logger = log if record["name"] == log.name else logging.getLogger(record["name"])
     try:
         if logger.isEnabledFor(record["levelno"]):
             logger.handle(logging.makeLogRecord(record))
-    except BaseException as error:  # a filter of the user's
+    except BaseException as error:  # a user's filter raised it
         if is_interrupt(error):
             raise

@@ -1,4 +1,4 @@
-"""Killing a process with those that it has started, and those that these have started."""
+"""Killing a process and all processes that descend from it."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from collections.abc import Iterable
 from contextlib import suppress
 from typing import NamedTuple
 
-# Further looks find programs that were started during the last one; those found start no more.
+# Each round finds processes that were started during the last one. Those already found are stopped.
 _ROUNDS = 100
 
 
 def kill_family(root: int | None, mark: str = "") -> None:
-    """Kill a process and all that descend from it, as far as they can be found.
+    """Kill a process and all its descendants, as far as they can be found.
 
-    On Linux they are found in ``/proc``: by the ids of their parents, by the session or the process group
-    that ``root`` leads, and by the environment, which a program inherits. One that has left the session,
-    whose parent has ended, and whose environment was emptied cannot be found. Elsewhere only ``root`` and
-    the process group that it leads are killed.
+    On Linux they are found in ``/proc``: by the ids of their parents, by the session or the process
+    group that ``root`` leads, and by the environment, which a program inherits. A descendant cannot be
+    found if it has left the session, its parent has ended, and its environment was emptied. On other
+    systems, only ``root`` and the process group that it leads are killed.
 
     Args:
-        root: the id of the process, which nobody has waited for yet; None if somebody has.
-        mark: a text that only their environments hold; empty if there is none.
+        root: the id of a process that was not waited for yet; None if it was.
+        mark: a text that only the environments of these processes contain; empty if there is none.
     """
     found: set[int] = set()
     for _ in range(_ROUNDS):
         new = _family(root, mark.encode()) - found
         if not new:
             break
-        _signal(new, signal.SIGSTOP)  # so that they start nothing while the others are looked for
+        _signal(new, signal.SIGSTOP)  # so that they start none while others are searched
         found |= new
     _signal(found, signal.SIGKILL)
     if root is not None:
-        with suppress(ProcessLookupError, PermissionError):  # it leads no group
+        with suppress(ProcessLookupError, PermissionError):  # root does not lead a process group
             os.killpg(root, signal.SIGKILL)
         _signal([root], signal.SIGKILL)
 
@@ -72,14 +72,14 @@ def _family(root: int | None, mark: bytes) -> set[int]:
 
 
 def _processes() -> list[_Process]:
-    """All processes that have not ended; none where the system does not say."""
+    """Return all processes that have not ended; empty on a system without ``/proc``."""
     try:
         pids = [int(name) for name in os.listdir("/proc") if name.isdigit()]
     except FileNotFoundError:
         return []
     found = []
     for pid in pids:
-        # After the name, which may hold anything: state, parent, group, session.
+        # After the name, which may contain anything: state, parent, group, session.
         state, *ids = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()[:4] or [b"Z"]
         if state not in (b"Z", b"X"):
             found.append(_Process(pid, *map(int, ids)))
@@ -90,5 +90,5 @@ def _read(path: str) -> bytes:
     try:
         with open(path, "rb") as file:
             return file.read()
-    except OSError:  # it has ended, or is another user's
+    except OSError:  # the process has ended, or belongs to another user
         return b""
