@@ -447,8 +447,8 @@ def test_flask_cancels(flask_app, app, client):
 @pytest.mark.parametrize(
     ("params", "complaint"),
     [
-        ({"pages": 3}, "needs title"),
-        ({"title": "x", "colour": "red"}, "takes no 'colour'"),
+        ({"pages": 3}, "requires title"),
+        ({"title": "x", "colour": "red"}, "does not take 'colour'"),
         ({"title": "x", "pages": "many"}, "params.pages: must be a whole number"),
         ({"title": "x", "id": "y" * 300}, "id has 300 characters"),
         (["title"], "must be an object"),

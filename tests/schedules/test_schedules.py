@@ -433,7 +433,7 @@ def test_another_spec_never_ticks_again_where_the_old_one_did(started, clock):
         (("s", every(5), "remote"), {"overlap": True}, ConfigurationError, "'allow' or 'skip'"),
         (("s", every(5), "unheard"), {}, UnknownTaskType, "unheard"),
         (("s", every(5), "remote", {"n": {1}}), {}, PayloadError, r"params\.n"),
-        (("s", every(5), "mine", {"m": 1}), {}, PayloadError, "needs n"),
+        (("s", every(5), "mine", {"m": 1}), {}, PayloadError, "requires n"),
         (("s", every(5), "remote"), {"timeout": 0}, ConfigurationError, "timeout"),
         (("s", every(5), 5), {}, ConfigurationError, "Task or a type, not int"),
         (("s", every(5), "remote"), {"misfire_grace": 1e30}, ConfigurationError, "at most"),
