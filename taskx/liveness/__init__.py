@@ -1,5 +1,5 @@
-"""Which nodes are there, and which of them live; a strategy of its own for each kind of store.
+"""Nodes and their liveness, with one strategy for each kind of store.
 
-A repository makes the strategy that its store allows, and offers it as ``repository.liveness``; what needs
-nodes uses that alone. Everything here works on notes, and knows no repository.
+A repository creates the strategy that its store supports, and offers it as ``repository.liveness``. All
+other code uses nodes only through it. This package works on notes and does not depend on a repository.
 """

@@ -1,4 +1,4 @@
-"""What a node is, what tells which of them live, and the nodes of a store of one process only."""
+"""Nodes, the interface of liveness, and the strategy for a store that only one process uses."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ import attrs
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.began import Began
 
-#: How the names of the notes begin that are about nodes.
+#: The prefix of the names of the notes about nodes.
 PREFIX = "node/"
 
 
 @attrs.frozen(kw_only=True)
 class Node:
-    """One started queue in one process, as the repository knows it.
+    """One running queue in one process, as the repository knows it.
 
     Attributes:
         id: unique for every start.
-        name: for people: host, process and start.
-        types: the task types it runs.
-        stopping: True once it was asked to stop.
-        alive: True while its process lives, False once it is known to be dead, None where neither
-            can be told.
+        name: a name for people: host, process and start.
+        types: the task types that it runs.
+        stopping: True after it was asked to stop.
+        alive: True while its process lives, False once it is known to be dead, None if neither is known.
     """
 
     id: str
@@ -41,30 +40,30 @@ class Node:
 
 
 class Applies(Protocol):
-    """What a queue's writes are given to."""
+    """The receiver of a queue's writes."""
 
     def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Apply guarded writes; says for each whether its guard held."""
+        """Apply guarded writes; return for each whether its guard held."""
 
 
 class Store(Applies, Protocol):
-    """What liveness needs of a repository."""
+    """The methods of a repository that liveness uses."""
 
     def notes(self, prefix: str) -> dict[str, Note]:
-        """All notes whose name begins so, by name."""
+        """Return all notes whose name begins with ``prefix``, by name."""
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Store or remove notes, each if its version is still that one."""
+        """Store or remove notes, each only if its version has not changed; return for each if so."""
 
     def within(self, seconds: float) -> AbstractContextManager[object]:
-        """Have what is done inside raise after so many seconds, where the store can."""
+        """Make operations inside this context raise after ``seconds``, if the store supports it."""
 
 
 OwnT = TypeVar("OwnT")
 
 
 class Liveness(ABC, Generic[OwnT]):
-    """The nodes on a repository, and which of them live."""
+    """The nodes on a repository, and the knowledge of which ones are alive."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -72,55 +71,56 @@ class Liveness(ABC, Generic[OwnT]):
 
     @property
     def at_work(self) -> bool:
-        """Whether a node of this process is on record."""
+        """True if a node of this process is recorded."""
         return bool(self._own)
 
     @abstractmethod
     def join(self, node: Node) -> None:
-        """Record a node, and prove it alive from now on until :meth:`leave` or process death."""
+        """Record a node, and prove that it is alive until :meth:`leave` or the death of the process."""
 
     @abstractmethod
     def record_types(self, node: str, types: Sequence[str]) -> None:
-        """Record the types that a node of this process runs now, in place of those before."""
+        """Record the types that a node of this process runs now; they replace the earlier ones."""
 
     @abstractmethod
     def mark_stopping(self, node: str) -> None:
-        """Record that a node of this process is stopping: what it runs when it ends was interrupted."""
+        """Record that a node of this process is stopping: a task that it still runs then is interrupted."""
 
     @abstractmethod
     def leave(self, node: str) -> None:
-        """Forget a node that holds nothing any more: one's own, or a dead one."""
+        """Forget a node that no longer owns any task: a node of this process, or a dead one."""
 
     @abstractmethod
     def nodes(self) -> Sequence[Node]:
-        """All recorded nodes."""
+        """Return all recorded nodes."""
 
     def watch(self, node: str, lost: Callable[[], object]) -> None:
-        """Have ``lost()`` called when a node of this process may be taken for dead.
+        """Call ``lost()`` when other nodes may soon treat a node of this process as dead.
 
-        That is before others may take over what it runs. Where only the death of the process lets
-        them, it is never called.
+        The call comes before they can take over its tasks. It never comes if they can do so only after
+        the death of the process.
         """
 
     def is_dead(self, node: str) -> bool:
-        """Whether a node that was seen to be dead is so still; asked after its tasks were read."""
+        """Return True if a node that was found dead is still dead; to be called after reading its tasks."""
         return True
 
     def began(self, node: str) -> Began | None:
-        """Return the tasks that the threads of a node began last: to note them, or to read a dead node's.
+        """Return the tasks that a node's threads began last: to note more, or to read those of a dead node.
 
-        None if they are not kept, or cannot be read here; then it may have executed any of its tasks.
+        Return None if they are not kept or cannot be read here. Then the node may have executed any of
+        its tasks.
         """
         return None
 
     @property
     def applies(self) -> Applies:
-        """What applies writes: the repository, unless a node that may be taken for dead starts nothing."""
+        """The object that applies writes: the repository, or one that refuses starts after a lost lease."""
         return self._store
 
 
 class InProcess(Liveness[Node]):
-    """Nodes that share one process, so that none of them can be dead."""
+    """The nodes of a store that only one process uses: none of them can be dead."""
 
     def join(self, node: Node) -> None:
         self._own[node.id] = attrs.evolve(node, alive=True)
@@ -130,7 +130,7 @@ class InProcess(Liveness[Node]):
             self._own[node] = attrs.evolve(self._own[node], types=tuple(types))
 
     def mark_stopping(self, node: str) -> None:
-        """A node of this process cannot leave anything behind, so nothing to record."""
+        """Do nothing: a node of this process cannot leave a task behind when the process ends."""
 
     def leave(self, node: str) -> None:
         self._own.pop(node, None)
@@ -140,12 +140,12 @@ class InProcess(Liveness[Node]):
 
 
 class Own:
-    """A node of this process; ``facts`` is what its note says besides what it is.
+    """A node of this process; ``facts`` are additional values for its note.
 
     Attributes:
-        version: that of its note, if nobody else has changed it; 0 if it is not known.
-        left: True once it leaves.
-        making: held by who may make its note, or removes it for good.
+        version: the version of its note if no other process has changed it; 0 if it is unknown.
+        left: True once the node leaves.
+        making: a lock that a thread holds while it creates the note, or removes it for good.
     """
 
     def __init__(self, node: Node, facts: Mapping[str, Any]) -> None:
@@ -160,7 +160,7 @@ RecordT = TypeVar("RecordT", bound=Own)
 
 
 class Recorded(Liveness[RecordT]):
-    """Nodes that are notes, each written by its own process."""
+    """Nodes that are stored as notes, each written by its own process."""
 
     def __init__(self, store: Store) -> None:
         super().__init__(store)
@@ -181,7 +181,7 @@ class Recorded(Liveness[RecordT]):
             self._write(node, own)
 
     def _write(self, node: str, own: RecordT) -> bool:
-        """Write the note of a node of this process, anew if it is gone; False if it is marked as dead."""
+        """Write the note of a node of this process, anew if it is gone; return False if marked dead."""
         name = PREFIX + node
         while not own.left:
             if not own.version:
@@ -189,10 +189,10 @@ class Recorded(Liveness[RecordT]):
                 if note is not None and says_dead(note):
                     return False
                 own.version = 0 if note is None else note.version
-            # The version first: of two threads, the one that is refused writes what both have changed.
+            # Read the version first: of two threads, the refused one then writes both changes.
             version, text = own.version, json.dumps(own.facts)
             with nullcontext() if version else own.making:
-                if own.left:  # it must not be recorded again
+                if own.left:  # the note must not be created again
                     break
                 done = self._put(name, text, version)
             if done:
@@ -202,7 +202,7 @@ class Recorded(Liveness[RecordT]):
         return True
 
     def _remove(self, node: str, *, if_dead: bool = False) -> None:
-        """Remove what is recorded of a node; with ``if_dead`` that of another process if it is dead."""
+        """Remove the notes of a node; with ``if_dead``, those of another process only if it is dead."""
         name = PREFIX + node
         own = self._own.pop(node, None)
         if own is not None:
@@ -222,12 +222,12 @@ class Recorded(Liveness[RecordT]):
 
 
 def says_dead(note: Note) -> bool:
-    """Whether a note says of its node that it is dead."""
+    """Return True if a note marks its node as dead."""
     return bool(json.loads(note.text).get("dead"))
 
 
 def described(name: str, facts: Mapping[str, Any], alive: bool | None) -> Node:
-    """The node that a note of this name is about."""
+    """Return the node that the note with this name describes."""
     return Node(
         id=name.removeprefix(PREFIX),
         name=facts["name"],

@@ -1,8 +1,8 @@
 """The tasks that a node's threads began last: only these can have killed its process.
 
-Each thread that begins a task notes it in a cell of a small file that is mapped into memory, which costs no
-system call, and which the kernel keeps when the process dies. A cell keeps its task until another one is
-begun: so a task that kills its process just after it returned is found, too.
+Each thread notes the task that it begins in a cell of a small file that is mapped into memory. This needs
+no system call, and the kernel keeps the file when the process dies. A cell keeps its task until another
+task begins, so a task that kills its process just after it returned is found, too.
 """
 
 from __future__ import annotations
@@ -12,30 +12,30 @@ import os
 from functools import lru_cache
 from zlib import crc32
 
-#: Cells of a file: one more than the tasks that can be noted at the same time.
+#: The number of cells in a file: one more than the number of tasks that can be noted at a time.
 CELLS = 1024
 _SIZE = 4 * CELLS
 
 
 class Began:
-    """The tasks that a node's threads began last.
+    """The tasks that a node's threads began last, one in a cell.
 
-    They are cells. The first one says whether the others are of this boot and complete.
+    The first cell says whether the other cells are complete and were written since this boot.
     """
 
     def __init__(self, data: mmap.mmap | bytes) -> None:
         self._cells = memoryview(data).cast("I")
-        self._free = list(range(CELLS - 1, 0, -1))  # the one that was left last is taken first
+        self._free = list(range(CELLS - 1, 0, -1))  # a stack: the cell freed last is taken first
 
     @classmethod
     def make(cls, path: str) -> Began | None:
-        """Make the cells of a new node; return None if they cannot be kept."""
+        """Create the cells of a new node; return None if the file cannot be created."""
         try:
             fd = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o666)
         except OSError:
             return None
         try:
-            # Written, not only made longer: a page that has no place on the disk cannot be mapped.
+            # Write zeros instead of extending the file: a page without space on the disk cannot be used.
             if os.write(fd, bytes(_SIZE)) != _SIZE:
                 return None
             made = cls(mmap.mmap(fd, _SIZE))
@@ -48,7 +48,7 @@ class Began:
 
     @classmethod
     def read(cls, path: str) -> Began | None:
-        """Return what a dead node noted; None if that cannot be read, or is not complete."""
+        """Return the cells of a dead node; None if they cannot be read or are not complete."""
         try:
             with open(path, "rb") as file:
                 data = file.read()
@@ -58,7 +58,7 @@ class Began:
         return found if found is not None and found._cells[0] == _boot() else None
 
     def begin(self, task_id: str, starts: int) -> int:
-        """Note that a thread begins a task; returns the cell, which is to be left by :meth:`end`."""
+        """Note that a thread begins a task; return its cell, to be freed with :meth:`end`."""
         try:
             cell = self._free.pop()
         except IndexError:
@@ -68,7 +68,7 @@ class Began:
         return cell
 
     def end(self, cell: int) -> None:
-        """Free a cell: its thread has come back, and another one may take it."""
+        """Free a cell: its thread has returned, and another thread may use it."""
         if cell:
             self._free.append(cell)
 
@@ -79,9 +79,9 @@ class Began:
 
 @lru_cache(maxsize=1)
 def _boot() -> int:
-    """A number for this boot of the machine, never 0; the same one always where the system does not say.
+    """Return a number for this boot of the machine, never 0; always 1 if the system does not tell.
 
-    After a power cut a file may hold less than was noted.
+    Cells of an earlier boot are not used: after a power cut a file may lack tasks that were noted.
     """
     try:
         with open("/proc/sys/kernel/random/boot_id", "rb") as file:

@@ -1,17 +1,23 @@
-"""Which nodes live, where they may be on several hosts.
+"""Leases: the liveness of nodes that may run on several hosts.
 
-Every node has a beat: a thread writes its note anew, so that the note's version rises. To whoever looks,
-a node is dead when its beat has stood still for a whole lease: by the looker's own monotonic clock, and
-counting only the time between two successful looks that were close together, so that a server that was
-away ages nobody. What was counted is added up in a second note of the node, by compare-and-set: a look
-counts only while beat and count stay as they were, so that the sum never exceeds what passed. The count
-says which beat it is about, so that a beat is one write to a note that nobody else writes.
+**Heartbeat.** A thread writes the note of each node again and again, so that the note's version rises. This
+is one write, to a note that no other process writes.
 
-A node that is dead is so marked, by compare-and-set against its beat, before anything is taken from it,
-and no beat revives a marked note. It comes back when that note is gone. Until then, and whenever no beat
-of its own was acknowledged for a lease less a margin, it starts nothing, and what it runs is told to end.
+**Death.** A node is dead when its heartbeat has stood still for a whole lease. Each observer measures this
+with its own monotonic clock. It counts only the time between two successful polls that were close
+together, so that the time during which the server was away does not count.
 
-On one host the lock of :mod:`taskx.liveness.locks` tells sooner.
+**Count.** The observers add up their times in a second note of the node, by compare-and-set. A poll
+counts only if heartbeat and count have not changed, so that the sum never exceeds the time that passed.
+The count names the heartbeat that it belongs to.
+
+**Mark.** A dead node is marked, by compare-and-set against its heartbeat, before its tasks are taken
+over. No heartbeat revives a marked note. The node comes back when that note is gone.
+
+A node starts nothing while it is marked, or while none of its heartbeats was acknowledged for a lease minus
+a margin. Its running tasks are asked to end.
+
+On one host the lock of :mod:`taskx.liveness.locks` shows a death sooner.
 """
 
 from __future__ import annotations
@@ -30,22 +36,22 @@ from taskx.liveness.base import PREFIX, Applies, Node, Own, Recorded, Store, des
 from taskx.liveness.began import Began
 from taskx.liveness.locks import HostLocks
 
-#: Seconds of a lease, unless the repository says otherwise.
+#: The length of a lease in seconds, unless the repository has another one.
 LEASE = 30.0
-#: Beats in a lease, and the part of it that is kept as a margin.
+#: The number of heartbeats in a lease, and the part of the lease that is the margin.
 BEATS, MARGIN = 10, 0.2
-#: Seconds between looks that a housekeeper makes anyway: a closer interval cannot be expected.
-_LOOKS_EVERY = 0.5
-#: How the name of the note ends that says how long the beat of a node has stood still.
+#: Seconds between two polls of a housekeeper: observers cannot be expected to poll more often.
+_POLL_INTERVAL = 0.5
+#: The suffix of the name of a node's second note: how long its heartbeat has stood still.
 _STILL = "/still"
 
 
 class _Leased(Own):
-    """A node of this process."""
+    """A node of this process, with the state of its lease."""
 
     def __init__(self, node: Node, facts: Mapping[str, Any], acknowledged: float) -> None:
         super().__init__(node, facts)
-        #: When the last beat was sent that the server acknowledged.
+        #: The time at which the last acknowledged heartbeat was sent.
         self.acknowledged = acknowledged
         self.dead = False
         self.told = False
@@ -54,8 +60,8 @@ class _Leased(Own):
 
 
 @attrs.define
-class _Look:
-    """How long this process has seen a beat of another node stand still."""
+class _Observation:
+    """The time for which this process has seen a heartbeat of another node stand still."""
 
     beat: int
     still: int
@@ -64,7 +70,7 @@ class _Look:
 
 
 class Leases(Recorded[_Leased]):
-    """Keeps this process's nodes alive; one that does not beat for ``lease`` seconds is dead."""
+    """The strategy that uses leases: a node without a heartbeat for ``lease`` seconds is dead."""
 
     def __init__(
         self, store: Store, lease: float, locks: HostLocks, monotonic: Callable[[], float]
@@ -80,7 +86,7 @@ class Leases(Recorded[_Leased]):
         super().renew()
         self._lock = threading.Lock()
         self._changed = threading.Condition()
-        self._looks: dict[str, _Look] = {}
+        self._observations: dict[str, _Observation] = {}
         self._thread: threading.Thread | None = None
 
     # --- own nodes
@@ -100,7 +106,7 @@ class Leases(Recorded[_Leased]):
                     thread = threading.Thread(target=self._run, name="taskx-beat", daemon=True)
                     thread.start()
                     self._thread = thread
-        except BaseException:  # no thread to be had: nobody would show that it lives
+        except BaseException:  # the thread did not start, so nothing would send heartbeats
             self.leave(node.id)
             raise
 
@@ -110,7 +116,7 @@ class Leases(Recorded[_Leased]):
     def leave(self, node: str) -> None:
         try:
             self._remove(node, if_dead=True)
-        finally:  # if the record stays, its lease runs out
+        finally:  # if the record remains, its lease expires
             with self._changed:
                 self._changed.notify_all()
             self._locks.release(node)
@@ -123,7 +129,7 @@ class Leases(Recorded[_Leased]):
         return self
 
     def apply(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Apply writes, but none by which a node that lost its lease would take a task or start one."""
+        """Apply writes, except those by which a node with a lost lease would take or start a task."""
         refused = [self._needs_lost_lease(write) for write in writes]
         if True not in refused:
             return self._store.apply(writes)
@@ -142,14 +148,14 @@ class Leases(Recorded[_Leased]):
         return begins and self.lost(owner)
 
     def lost(self, node: str) -> bool:
-        """Whether a node of this process must not start anything now."""
+        """Return True if a node of this process must not start a task now."""
         own = self._own.get(node)
         return own is not None and (own.dead or self._monotonic() >= self._deadline(own))
 
     def _deadline(self, own: _Leased) -> float:
         return own.acknowledged + self._lease * (1 - MARGIN)
 
-    # --- beating
+    # --- heartbeats
 
     def _run(self) -> None:
         while True:
@@ -169,30 +175,30 @@ class Leases(Recorded[_Leased]):
     def _until_next(self, began: float) -> float:
         now = self._monotonic()
         next_beat = began + self.interval
-        # Wake up at a deadline that comes sooner; one that has passed was told of.
+        # Wake up at a deadline that comes sooner; deadlines in the past were reported already.
         ends = [end for own in list(self._own.values()) if (end := self._deadline(own)) > now]
         return max(min([next_beat, *ends]) - now, self.interval / 10)
 
     def _beat_on(self, node: str, own: _Leased) -> None:
         try:
             self.beat(node, own)
-        except BaseException:  # noqa: BLE001  (without this thread all nodes here would be taken for dead)
-            log.exception("node %s stumbled at its beat; it goes on", node)
+        except BaseException:  # noqa: BLE001  (without this thread all nodes here would count as dead)
+            log.exception("the heartbeat of node %s failed; its thread continues", node)
 
     def beat(self, node: str, own: _Leased | None = None) -> None:
-        """Show that a node lives; tell it where that failed for too long."""
+        """Send the heartbeat of a node; report a lost lease if none has succeeded for too long."""
         own = own or self._own[node]
         self._tell(node, own)
         sent = self._monotonic()
         left = self._deadline(own) - sent
-        # Bounded, so that it is told in time; once that has passed, there is all the time.
+        # The time-out makes sure that a lost lease is reported in time. After that, it may be longer.
         timeout = 2 * self.interval if left <= 0 else min(2 * self.interval, left)
         try:
             with self._store.within(max(timeout, 0.01)):
                 own.dead = not self._write(node, own)
         except RepositoryError as error:
             name = own.facts["name"]
-            own.complaint.make("node %s cannot show that it lives: %s", name, error)
+            own.complaint.make("node %s cannot write its heartbeat: %s", name, error)
         else:
             own.complaint.over()
             if not own.dead:
@@ -208,12 +214,13 @@ class Leases(Recorded[_Leased]):
         if not own.told:
             own.told = True
             log.warning(
-                "node %s lost its lease: others may run its tasks, so those that run are told to end",
+                "node %s lost its lease: other nodes may run its tasks, so its running tasks are asked "
+                "to end",
                 own.facts["name"],
             )
         own.tell()
 
-    # --- the others
+    # --- nodes of other processes
 
     def nodes(self) -> Sequence[Node]:
         asked = self._monotonic()
@@ -223,23 +230,25 @@ class Leases(Recorded[_Leased]):
                 return self._judge_all(notes, asked)
         except RepositoryError:
             with self._lock:
-                for look in self._looks.values():
-                    look.at = None
+                for seen in self._observations.values():
+                    seen.at = None
             raise
 
     def _judge_all(self, notes: Mapping[str, Note], asked: float) -> list[Node]:
-        self._looks = {name: look for name, look in self._looks.items() if name in notes}
+        self._observations = {
+            name: seen for name, seen in self._observations.items() if name in notes
+        }
         nodes = []
         for name, note in sorted(notes.items()):
             if not name.endswith(_STILL):
                 facts = json.loads(note.text)
                 nodes.append(described(name, facts, self._alive(name, facts, notes, asked)))
-            elif name.removesuffix(_STILL) not in notes:  # who counted came after the node had gone
+            elif name.removesuffix(_STILL) not in notes:  # it was counted after the node had left
                 self._put(name, None, note.version)
         return nodes
 
     def is_dead(self, node: str) -> bool:
-        """Whether a node is dead now: marked so, or gone."""
+        """Return True if a node is dead now: its note is marked, or gone."""
         note = self._store.notes(PREFIX + node).get(PREFIX + node)
         return note is None or says_dead(note)
 
@@ -255,35 +264,35 @@ class Leases(Recorded[_Leased]):
         if here is None and self._lives_yet(name, notes, asked):
             return True
         if here is not None:
-            self._looks.pop(name, None)
+            self._observations.pop(name, None)
         return here or not self._mark_dead(name, notes[name])
 
     def _lives_yet(self, name: str, notes: Mapping[str, Note], asked: float) -> bool:
-        """Count how long the beat of a node has stood still; False if that is a whole lease."""
+        """Count how long the heartbeat of a node has stood still; return False if it is a whole lease."""
         beat, count = notes[name].version, notes.get(name + _STILL)
         still = _still(count, beat)
-        look = self._looks.get(name)
-        if look is None or (look.beat, look.still) != (beat, still):
-            look = self._looks[name] = _Look(beat, still)
-        elif look.at is not None and asked - look.at <= 2 * max(self.interval, _LOOKS_EVERY):
-            look.counted += max(0.0, asked - look.at)
-        look.at = self._monotonic()
-        total = still + int(look.counted * 1000)
+        seen = self._observations.get(name)
+        if seen is None or (seen.beat, seen.still) != (beat, still):
+            seen = self._observations[name] = _Observation(beat, still)
+        elif seen.at is not None and asked - seen.at <= 2 * max(self.interval, _POLL_INTERVAL):
+            seen.counted += max(0.0, asked - seen.at)
+        seen.at = self._monotonic()
+        total = still + int(seen.counted * 1000)
         if total >= self._lease * 1000:
             return False
-        if look.counted >= self.interval / 2 and self._put(
+        if seen.counted >= self.interval / 2 and self._put(
             name + _STILL, json.dumps([beat, total]), 0 if count is None else count.version
         ):
-            look.counted -= (total - still) / 1000
-            look.still = total
+            seen.counted -= (total - still) / 1000
+            seen.still = total
         return True
 
     def _mark_dead(self, name: str, note: Note) -> bool:
-        """Mark a node as dead, if it has not beaten since its note was read."""
+        """Mark a node as dead, unless it sent a heartbeat after its note was read."""
         return self._put(name, json.dumps({**json.loads(note.text), "dead": True}), note.version)
 
 
 def _still(count: Note | None, beat: int) -> int:
-    """For how many milliseconds a beat has stood still, as far as all have counted."""
+    """Return the milliseconds that all observers together have counted for a heartbeat."""
     about, still = (0, 0) if count is None else json.loads(count.text)
     return still if about == beat else 0

@@ -1,9 +1,9 @@
 """Locks that the kernel releases when the process of a node dies.
 
-Never an age, never a host name or process id: a stopped or overloaded process still holds its lock,
-and a dead one does not. The locks are ``flock`` locks on one small file per node, in a folder. A lock
-belongs to the open file description, which a forked child shares; so a child closes its copies at once,
-which unlocks nothing.
+Liveness does not depend on an age, a host name or a process id: a stopped or overloaded process still
+holds its lock, and a dead one does not. The locks are ``flock`` locks on one small file per node, in a
+folder. A lock belongs to the open file description, which a forked child shares. So a child closes its
+copies at once, which unlocks nothing.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from taskx.liveness.began import Began
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: whether a node lives can't be told there
+except ImportError:  # not a POSIX system: the liveness of a node is unknown there
     fcntl = None  # type: ignore[assignment]
 
-#: Seconds that a new node waits for a process that holds its lock file to see whether it is orphaned.
+#: Seconds that a new node waits for a process that locked its file to check if it is an orphan.
 PATIENCE = 1.0
-#: Most lock files that are checked together; each is open meanwhile.
+#: The most lock files that are checked, and open, at a time.
 MOST_ORPHANS = 100
 
 _held: dict[str, int] = {}
@@ -45,7 +45,7 @@ class NodeLocks:
     def hold(self, node: str, file: int = 0) -> int:
         """Take a new node's lock, until :meth:`release` or process death; return its inode.
 
-        ``file`` is the inode of the database that the node is to be recorded in.
+        ``file`` is the inode of the database that will record the node.
         """
         if fcntl is None:
             return 0
@@ -54,20 +54,20 @@ class NodeLocks:
             fd = self._new_lock(self._path(node))
         except BlockingIOError as error:
             raise RepositoryUnavailable(
-                f"{self._path(node)} cannot be locked: another process holds the lock; try again"
+                f"cannot lock {self._path(node)}: another process holds the lock; try again"
             ) from error
         except OSError as error:
             raise RepositoryUnavailable(
-                f"no lock file can be made in {self.folder} ({error}): TaskX needs a local file system, "
-                "and a folder that this user may write to"
+                f"cannot create a lock file in {self.folder} ({error}): TaskX requires a local file "
+                "system and a folder that this user can write to"
             ) from error
         _held[node] = fd
-        with suppress(OSError):  # no room: then the record, too, will fail
+        with suppress(OSError):  # the disk is full: recording the node will fail, too
             os.write(fd, str(file).encode())
         return os.fstat(fd).st_ino
 
     def _new_lock(self, path: str) -> int:
-        """Make and lock a file; try again where one who clears orphans away came between."""
+        """Create and lock a file; try again if a process that clears orphans removed it in between."""
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -82,14 +82,14 @@ class NodeLocks:
             os.close(fd)
 
     def alive(self, node: str, inode: int) -> bool | None:
-        """Return whether the process of a node lives.
+        """Return True if the process of a node lives, and False if it is dead.
 
-        None if that is unknown: its lock file is gone, was replaced, or must not be read.
+        Return None if that is unknown: the lock file is gone, was replaced, or cannot be read.
         """
         if fcntl is None:
             return None
         try:
-            # Another user may only be allowed to read; that is enough for a shared lock.
+            # Another user may have permission only to read, which is enough for a shared lock.
             fd = os.open(self._path(node), os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
@@ -106,24 +106,24 @@ class NodeLocks:
         return False
 
     def clear_orphans(self, file: int, recorded: Callable[[], set[str]]) -> None:
-        """Remove the lock files of processes that died just before they recorded a node, or just after.
+        """Remove lock files of processes that died just before they recorded a node, or just after.
 
-        Such a lock file is locked by nobody, and no record of the database that it names is about it. A
-        node records itself only while it holds its lock, and makes sure that the file is still there when
-        it has the lock. So whoever holds the lock and finds no record may remove the file.
-        ``recorded`` reads the names that have a record, or are no node's.
+        No process holds the lock of such a file, and the database that it names has no record of its node.
+        A node records itself only while it holds its lock, and only after it checked that the file is still
+        there. So a process that holds the lock and finds no record may remove the file. ``recorded``
+        returns the names that have a record or belong to no node.
         """
         if fcntl is None:
             return
         locked: dict[str, int] = {}
         try:
             for node in sorted(self._named() - recorded())[:MOST_ORPHANS]:
-                with suppress(OSError):  # somebody's, or gone meanwhile
+                with suppress(OSError):  # a process holds the lock, or the file is gone
                     locked[node] = _locked(self._path(node))
             still = recorded() if locked else set()
             for node in locked.keys() - still:
                 fd = locked[node]
-                # Nothing is written in it where the process died at once.
+                # The file is empty if the process died before it wrote the inode.
                 if os.read(fd, 32) in (b"", str(file).encode()) and _is_at(self._path(node), fd):
                     self._remove(node)
         finally:
@@ -131,41 +131,41 @@ class NodeLocks:
                 os.close(fd)
 
     def _named(self) -> set[str]:
-        """The names that have a lock file."""
-        with suppress(OSError):  # it may not be read
+        """Return the names that have a lock file."""
+        with suppress(OSError):  # no permission to read the folder
             parts = map(os.path.splitext, os.listdir(self.folder))
             return {name for name, extension in parts if extension == ".lock"}
         return set()
 
     def began(self, node: str) -> Began | None:
-        """Return the tasks that a node's threads began last: writable for a node of this process."""
+        """Return the tasks that a node's threads began last; writable for a node of this process."""
         path = self._path(node, "began")
         return Began.make(path) if node in _held else Began.read(path)
 
     def release(self, node: str) -> None:
-        """Give up one's own lock, or clear away a dead node's files."""
+        """Release the lock of a node of this process and remove its files, or those of a dead node."""
         self._remove(node)
         self.let_go(node)
 
     def _remove(self, node: str) -> None:
-        # The lock file last: as long as it is there, the next node that joins sees what is left.
+        # The lock file last: while it exists, the next node that joins finds the remaining files.
         for path in (self._path(node, "began"), self._path(node)):
             with suppress(OSError):  # gone already, or in another user's folder
                 os.unlink(path)
 
     def let_go(self, node: str) -> None:
-        """Give up one's own lock and leave the file: the node counts as dead."""
+        """Release the lock of a node of this process and keep the file: the node counts as dead."""
         fd = _held.pop(node, None)
         if fd is not None:
             os.close(fd)
 
 
 class HostLocks:
-    """The lock files of this user's nodes on this host, where nodes may be on several.
+    """The lock files of this user's nodes on this host, for stores that several hosts share.
 
-    A node's record says which folder on which boot of which machine its lock file is in. Where that is
-    another one (another host, another container) nothing is told. They are in a folder of this user's among
-    the temporary ones unless ``folder`` is given.
+    The record of a node names the folder of its lock file, with the machine and its boot. If that is a
+    different folder (another host, another container), the liveness of the node is unknown. ``folder`` is
+    the folder for the lock files; the default is a folder of this user among the temporary ones.
     """
 
     def __init__(self, folder: str | None) -> None:
@@ -173,7 +173,7 @@ class HostLocks:
         self._opened: tuple[NodeLocks, str] | None = None
 
     def hold(self, node: str) -> tuple[str, int]:
-        """Take a new node's lock; says which host this is, and the lock's inode. Empty where it can't."""
+        """Take a new node's lock; return this host's id and the lock's inode, or ``("", 0)`` on failure."""
         try:
             locks, host = self._open()
             return host, locks.hold(node)
@@ -181,7 +181,7 @@ class HostLocks:
             return "", 0
 
     def alive(self, node: str, host: str, inode: int) -> bool | None:
-        """Whether the process of a node lives; None where that cannot be told here."""
+        """Return True if the process of a node lives, False if it is dead, None if that is unknown here."""
         with suppress(OSError):
             if inode and (opened := self._open())[1] == host:
                 return opened[0].alive(node, inode)
@@ -194,7 +194,7 @@ class HostLocks:
         return None
 
     def release(self, node: str) -> None:
-        """Give up one's own lock, or clear away that of a dead node of this host."""
+        """Release the lock of a node of this process and remove its files, or those of a dead node here."""
         if self._opened is not None:
             self._opened[0].release(node)
 
@@ -209,10 +209,11 @@ class HostLocks:
 
 
 class KernelLocks(Recorded[Own]):
-    """Nodes that live as long as their processes hold their locks.
+    """The strategy that uses locks: a node lives as long as its process holds its lock.
 
-    ``place`` returns the folder of lock files, and the inode of the file that nodes share: known once notes
-    were read, which opens that file. ``others`` are the names of lock files that are no node's.
+    ``place`` returns the folder of the lock files and the inode of the file that the nodes share. The inode
+    is known after notes were read, which opens that file. ``others`` are the names of lock files that do
+    not belong to nodes.
     """
 
     def __init__(
@@ -237,14 +238,14 @@ class KernelLocks(Recorded[Own]):
             self._own.pop(node.id, None)
             self._locks.release(node.id)
             raise
-        with suppress(RepositoryError):  # the next node does it
+        with suppress(RepositoryError):  # the next node that joins does it
             self._locks.clear_orphans(file, lambda: {*self._others, *self._on_record()})
 
     def leave(self, node: str) -> None:
         try:
             self._remove(node)
         except BaseException:
-            self._locks.let_go(node)  # still on record, it is a dead one from now on
+            self._locks.let_go(node)  # still recorded, the node counts as dead from now on
             raise
         self._locks.release(node)
 
@@ -252,16 +253,16 @@ class KernelLocks(Recorded[Own]):
         return self._locks.began(node)
 
     def nodes(self) -> Sequence[Node]:
-        """Return all recorded nodes. In a copy of a file, the nodes of the original are dead.
+        """Return all recorded nodes. In a copy of a database file, the nodes of the original are dead.
 
-        A node that holds its lock beside this file lives: the copy was put in the original's place.
+        But a node that holds its lock in this folder lives: the copy has replaced the original.
         """
         nodes = []
         for name, note in sorted(self._store.notes(PREFIX).items()):
             facts = json.loads(note.text)
             nodes.append(described(name, facts, self._alive(name, facts)))
         if any(node.alive is None for node in nodes):
-            # One that leaves goes from the record before its lock file goes.
+            # A node that leaves removes its record before its lock file.
             still = self._on_record()
             nodes = [node for node in nodes if node.alive is not None or node.id in still]
         return nodes
@@ -275,7 +276,7 @@ class KernelLocks(Recorded[Own]):
 
 
 def _locked(path: str, flags: int = os.O_RDONLY) -> int:
-    """Open a file and lock it; ``BlockingIOError`` if somebody holds the lock."""
+    """Open a file and lock it; raise ``BlockingIOError`` if another process holds the lock."""
     fd = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -286,7 +287,7 @@ def _locked(path: str, flags: int = os.O_RDONLY) -> int:
 
 
 def _is_at(path: str, fd: int) -> bool:
-    """Return whether an open file is still the one at a path."""
+    """Return True if an open file is still the one at a path."""
     try:
         return os.path.samestat(os.stat(path), os.fstat(fd))
     except FileNotFoundError:
@@ -294,19 +295,19 @@ def _is_at(path: str, fd: int) -> bool:
 
 
 def _private_folder() -> str:
-    """A folder that only this user can write to; ``OSError``: another user's is in its place."""
-    import tempfile  # not needed where the lock files are beside a file
+    """Return a folder that only this user can write to; raise ``OSError`` if others can."""
+    import tempfile  # not needed if the lock files are next to a database file
 
     folder = os.path.join(tempfile.gettempdir(), f"taskx-{os.getuid()}")
     os.makedirs(folder, mode=0o700, exist_ok=True)
     seen = os.lstat(folder)
     if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid() or seen.st_mode & 0o022:
-        raise OSError(f"{folder} is not this user's alone")
+        raise OSError(f"{folder} must be a folder that only this user can write to")
     return folder
 
 
 def _boot_id() -> str:
-    """Which boot of which machine this is; ``OSError``: the system does not say, as it is no Linux."""
+    """Return an id of this boot of this machine; raise ``OSError`` if the system is not Linux."""
     with open("/proc/sys/kernel/random/boot_id") as file:
         return file.read().strip()
 

@@ -70,7 +70,7 @@ def _lost_lease_ignored() -> None:
 
 
 def _marks_not_looked_at() -> None:
-    wrap(Sender, "_look_for_marks", lambda inner, self, ops: None)
+    wrap(Sender, "_confirm_by_marks", lambda inner, self, ops: None)
 
 
 def _transactions_in_pieces() -> None:

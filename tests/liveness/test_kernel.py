@@ -164,11 +164,11 @@ def test_anothers_file_tells_nothing(locks):
 def test_a_lock_that_cannot_be_had_is_an_error(locks, path, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.0)
     locks.hold("n1")
-    with pytest.raises(RepositoryUnavailable, match="cannot be locked"):
+    with pytest.raises(RepositoryUnavailable, match="cannot lock"):
         NodeLocks(f"{path}-nodes").hold("n1")
     os.makedirs(path.parent / "file")
     (path.parent / "file" / "x.db-nodes").touch()
-    with pytest.raises(RepositoryUnavailable, match="no lock file"):
+    with pytest.raises(RepositoryUnavailable, match="cannot create a lock file"):
         NodeLocks(str(path.parent / "file" / "x.db-nodes")).hold("n1")
 
 

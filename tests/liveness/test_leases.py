@@ -446,7 +446,7 @@ class TestBeating:
         made.leases.join(Node(id="n", name="ours"))
         assert beaten.wait(20)
         made.leases.leave("n")
-        assert "node n stumbled at its beat; it goes on" in caplog.text
+        assert "the heartbeat of node n failed; its thread continues" in caplog.text
 
 
 NODE = """

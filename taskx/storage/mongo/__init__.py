@@ -1,6 +1,6 @@
-"""The repository on a MongoDB collection; needs pymongo, the extra ``mongo``.
+"""The repository on a MongoDB collection; requires pymongo, the extra ``mongo``.
 
-Only ``MongoRepository`` is used from outside.
+Other packages use only ``MongoRepository``.
 """
 
 from typing import Any
@@ -14,11 +14,11 @@ except ModuleNotFoundError as error:
         raise
 
     class MongoRepository:  # type: ignore[no-redef]
-        """Says what it lacks."""
+        """A stand-in that raises an error: pymongo is not installed."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
             raise ConfigurationError(
-                "MongoRepository needs pymongo: pip install 'taskx-queue[mongo]'"
+                "MongoRepository requires pymongo: pip install 'taskx-queue[mongo]'"
             )
 
         from_url = __init__

@@ -1,10 +1,15 @@
-"""Several new tasks that become visible together, on a server without transactions.
+"""Batches: new tasks that become visible together, on a server without transactions.
 
-So it is also done where a transaction was refused, as that does not tell which of the tasks it was for. The
-tasks are stored hidden. One small document then says that their batch was committed: that one write is
-the moment. What is left, to take the mark of the batch off them, anybody can do who meets them. A
-batch whose submitter died before is abandoned by such a document, too, so that of commit and abandon
-the first decides.
+A batch is also used after the server refused a transaction, because the refusal does not name the task
+that caused it.
+
+1. The tasks are stored hidden: each document names its batch.
+2. One small document records that the batch is committed. This single write is the moment of the commit.
+3. The tasks are revealed: the name of the batch is removed from each. Any process that meets hidden
+   tasks of a committed batch can do this.
+
+If the submitter dies before step 2, another process abandons the batch with the same kind of document. So
+the first of commit and abandon decides.
 """
 
 from __future__ import annotations
@@ -27,9 +32,9 @@ from taskx.storage.mongo.filters import HIDDEN
 
 
 class Batches:
-    """Stores batches of tasks, and looks after what others left half done.
+    """Stores batches of tasks, and finishes or removes those that another process left incomplete.
 
-    A batch that is hidden for more than ``patience`` seconds counts as left behind.
+    A batch that stays hidden for more than ``patience`` seconds counts as left incomplete.
     """
 
     def __init__(
@@ -43,17 +48,18 @@ class Batches:
     def renew(self) -> None:
         self._lock = threading.Lock()
         self._seen: dict[str, float] = {}
-        self._next_look = float("-inf")
+        self._next_recovery = float("-inf")
 
     # --- storing
 
     def insert(
         self, writes: Sequence[Write], store: Callable[[Sequence[Write], str], list[bool]]
     ) -> list[bool]:
-        """Store new tasks, all or none, by ``store(writes, batch)``; says for each if its id was free."""
+        """Store new tasks, all or none, by ``store(writes, batch)``; return for each if its id was free."""
         if not all(isinstance(write, Insert) for write in writes):
             raise ConfigurationError(
-                "MongoRepository applies all or nothing of new tasks only: it uses no transactions"
+                "MongoRepository supports `all_or_nothing` for new tasks only; "
+                "apply other writes without it"
             )
         ids = [write.id for write in writes]
         if len(set(ids)) < len(ids):
@@ -86,7 +92,9 @@ class Batches:
                 lambda: self._connection.tasks.delete_many({"taskx.batch": batch}), timeout=1.0
             )
         except RepositoryError as error:
-            log.debug("the rest of batch %s is left to be cleared away later: %s", batch, error)
+            log.debug(
+                "cannot remove the tasks of batch %s now, they are removed later: %s", batch, error
+            )
 
     def _commit(self, batch: str) -> None:
         deadline = time.monotonic() + self._connection.timeout
@@ -101,14 +109,16 @@ class Batches:
                     raise
                 time.sleep(0.05)
         if not first:
-            raise RepositoryUnavailable(f"batch {batch} took too long to store; it was given up")
+            raise RepositoryUnavailable(
+                f"batch {batch} took too long to store and was abandoned; try again"
+            )
         try:
             self._connection.run(lambda: self._reveal(batch))
         except RepositoryError as error:
-            log.debug("batch %s is committed, and revealed by whoever meets it: %s", batch, error)
+            log.debug("batch %s is committed, but its tasks are revealed later: %s", batch, error)
 
     def _decide(self, batch: str, committed: bool) -> bool:
-        """Commit or abandon a batch; says whether that is what was decided, by whomever."""
+        """Commit or abandon a batch; return True if this is the decision, whoever made it."""
         batches = self._connection.batches
         try:
             batches.insert_one({"_id": batch, "committed": committed})
@@ -121,10 +131,10 @@ class Batches:
         self._connection.tasks.update_many({"taskx.batch": batch}, {"$unset": {"taskx.batch": ""}})
         self._connection.batches.delete_one({"_id": batch, "committed": True})
 
-    # --- what others left
+    # --- batches of other processes
 
     def reveal_committed(self, batches: Sequence[str]) -> set[str]:
-        """Of batches that are hidden, reveal those that were committed; returns which."""
+        """Reveal those of some hidden batches that were committed; return their ids."""
         if not batches:
             return set()
         wanted: dict[str, Any] = {"_id": {"$in": list(batches)}, "committed": True}
@@ -134,9 +144,10 @@ class Batches:
         return found
 
     def make_way(self, task_ids: Sequence[str], force: bool) -> set[str]:
-        """Of ids that were taken, those that may be free now or soon.
+        """Return those of some taken ids that may be free now or soon.
 
-        That is what a batch holds that is under way, or was left behind; with ``force`` it is abandoned.
+        A batch that is not committed holds such an id: it is under way, or was left incomplete. With
+        ``force`` these batches are abandoned.
         """
         wanted = {"_id": {"$in": list(task_ids)}}
         documents = self._connection.tasks.find(wanted, {"taskx.batch": 1})
@@ -148,21 +159,21 @@ class Batches:
         return {task_id for task_id in task_ids if found.get(task_id) in {None, *batches}}
 
     def hidden(self) -> list[str]:
-        """The batches that tasks are hidden in."""
+        """Return the ids of the batches that have hidden tasks."""
         found: list[str] = self._connection.tasks.distinct("taskx.batch", HIDDEN)
         return found
 
-    def look_after_sometimes(self) -> None:
-        """Do as :meth:`look_after`, if it is time."""
+    def recover_if_due(self) -> None:
+        """Call :meth:`recover` if the last call was a sixth of ``patience`` ago."""
         now = self._monotonic()
-        if now >= self._next_look:
-            self._next_look = now + self._patience / 6
-            self.look_after()
+        if now >= self._next_recovery:
+            self._next_recovery = now + self._patience / 6
+            self.recover()
 
-    def look_after(self) -> None:
-        """Reveal what was committed, and clear away what was left behind too long ago.
+    def recover(self) -> None:
+        """Reveal committed batches, and abandon those that stay hidden for too long.
 
-        Time is this process's own, from when it first saw the batch.
+        The time is measured by this process, from the moment it first saw the batch.
         """
         hidden = self._connection.run(self.hidden)
         now = self._monotonic()
@@ -176,4 +187,4 @@ class Batches:
     def _abandon(self, batch: str) -> None:
         if self._decide(batch, False):
             self._connection.tasks.delete_many({"taskx.batch": batch})
-            log.warning("the rest of batch %s was cleared away: it was never committed", batch)
+            log.warning("removed the tasks of batch %s: it was never committed", batch)

@@ -1,4 +1,4 @@
-"""Whether other processes changed something: by a change stream where the server has one."""
+"""Notice changes by other processes, with a change stream if the server has one."""
 
 from __future__ import annotations
 
@@ -12,25 +12,26 @@ from taskx.core.log import log
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import Document
 
-#: Seconds that the server holds a question for changes open.
+#: Seconds that the server waits for a change before it answers that there is none.
 _AWAIT = 1.0
-#: Seconds until it is asked again after an answer without changes.
+#: Seconds between an answer without changes and the next request.
 _REST = 0.02
-#: After so many without an answer the stream is not relied on.
+#: Seconds without an answer after which the stream counts as broken.
 _STALE = 3.0
-#: Nobody asked for so long: the thread ends.
+#: Seconds without a call of :meth:`Changes.version` after which the thread ends.
 _IDLE = 60.0
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.5, 10.0
 _LEAST_INTERVAL = 0.001
-#: That something changed is all that is asked for: nothing of it need travel.
+#: Only the fact that something changed matters, so the server sends no contents.
 _LITTLE: Document = {"$project": {"_id": 1}}
 
 
 class Changes:
     """Answers :meth:`Repository.version` from memory.
 
-    Where there is no stream, that is "perhaps" every ``poll_interval`` seconds. ``own`` gives the marks of
-    the one queue here that asks; None if there are several, which must hear of each other.
+    Without a stream the version changes every ``poll_interval`` seconds. ``own`` returns the marks of the
+    only queue on this repository object. It returns None if there are several queues, because each must
+    hear of the others' changes.
     """
 
     def __init__(
@@ -83,7 +84,7 @@ class _Watch:
 
     def __init__(self, changes: Changes) -> None:
         self._changes = changes
-        self.heard = float("-inf")  # when the server last answered
+        self.heard = float("-inf")  # the time of the server's last answer
         self.asked = changes.monotonic()
         self.ended = False
         self._stop = threading.Event()
@@ -102,14 +103,14 @@ class _Watch:
                     pause = _FIRST_PAUSE
                 except errors.PyMongoError as error:
                     if not isinstance(error, (errors.ConnectionFailure, errors.CursorNotFound)):
-                        log.debug("no change stream, so changes are polled for: %s", error)
+                        log.debug("no change stream, polling for changes instead: %s", error)
                         self._changes._can_watch = False
                         return
                 self.heard = float("-inf")
                 self._stop.wait(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
         except TypeError as error:  # a mock of the driver has no streams
-            log.debug("no change stream, so changes are polled for: %s", error)
+            log.debug("no change stream, polling for changes instead: %s", error)
             self._changes._can_watch = False
         finally:
             self.ended = True
@@ -118,11 +119,11 @@ class _Watch:
         return self._stop.is_set() or self._changes.monotonic() - self.asked > _IDLE
 
     def _listen(self) -> bool:
-        """Listen until the stream ends; returns whether to open one at once that leaves out other marks."""
+        """Listen until the stream ends; return True if the own marks changed: open a new stream at once."""
         tasks, own = self._changes._connection.tasks, self._changes.own()
         pipeline = [_LITTLE] if own is None else [_of_others(own), _LITTLE]
         with tasks.watch(pipeline, max_await_time_ms=int(_AWAIT * 1000)) as stream:
-            self._changes.ring()  # what came before the stream was open
+            self._changes.ring()  # for changes that were made before the stream was open
             while not self._over() and stream.alive:
                 if self._changes.own() != own:
                     return True
@@ -130,14 +131,14 @@ class _Watch:
                 self.heard = self._changes.monotonic()
                 if change is not None:
                     self._changes.ring()
-                else:  # a server may answer at once, with nothing, when it has left out a change
+                else:  # a server may answer at once, without a change, after it filtered one out
                     self._stop.wait(_REST)
         return False
 
 
 def _of_others(own: range) -> Document:
-    """Leave out, at the server, the changes whose last mark is one of these: they need not travel."""
-    # An update tells of the whole list of marks, or of one of its items; an insert, of the document.
+    """Return the stage that makes the server filter out changes whose last mark is one of these."""
+    # An update names the whole list of marks, or one of its items; an insert has the document.
     inserted = [{"k": "taskx.w", "v": "$fullDocument.taskx.w"}]
     updated = {"$ifNull": [{"$objectToArray": "$updateDescription.updatedFields"}, []]}
     fields = {"$cond": [{"$eq": ["$operationType", "insert"]}, inserted, updated]}

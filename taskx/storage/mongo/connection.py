@@ -1,4 +1,4 @@
-"""The way to the server: client, collections, time-outs, clock, and what its errors mean."""
+"""The connection to the server: client, collections, time-outs, clock and the meaning of its errors."""
 
 from __future__ import annotations
 
@@ -31,11 +31,12 @@ from taskx.storage.mongo.documents import Document, moment_ms
 
 T = TypeVar("T")
 
-#: What the driver raises, and what encoding a document can.
+#: The errors of the driver, and those of encoding a document.
 FAILURES = (PyMongoError, BSONError, OverflowError, RecursionError, UnicodeEncodeError)
 
-# Whatever the caller's database is set to: plain documents, and no date that cannot be read.
-# Other programs may have stored what is no date of Python's, or no UTF-8: it must not hide the rest.
+# These options override the caller's: documents are plain dicts, and every date can be read. Other
+# programs may have stored dates outside Python's range, or text that is not UTF-8. They must not hide
+# the other fields.
 _CODEC: CodecOptions[Document] = CodecOptions(
     datetime_conversion=DatetimeConversion.DATETIME_AUTO,
     unicode_decode_error_handler="surrogateescape",
@@ -46,7 +47,7 @@ _mock_turns = threading.RLock()
 DUPLICATE_KEY = 11000
 _TOO_LARGE = frozenset((10334, 17280, 17419, 17420))
 _TOO_DEEP = 15
-#: Not primary any more, shutting down, interrupted, out of time, out of disk: may work later.
+#: No longer primary, shutting down, interrupted, timed out, disk full: the operation may work later.
 _PASSING = frozenset(
     (
         *(6, 7, 24, 46, 50, 64, 79, 89, 91, 112, 134, 189, 262, 317, 358),
@@ -56,9 +57,10 @@ _PASSING = frozenset(
 _TRANSACTING = frozenset(("RSPrimary", "Mongos", "LoadBalancer"))
 _NEVER_SENT = (errors.ServerSelectionTimeoutError, errors.WaitQueueTimeoutError)
 
-#: Room for so many tasks within a millisecond.
+#: The most sequence numbers within a millisecond.
 PER_MS = 1 << 20
-_ASK_EVERY, _PATIENCE = 600.0, 1.0
+#: Seconds between two readings of the server's clock, and the time-out of one.
+_REFRESH_EVERY, _PATIENCE = 600.0, 1.0
 
 
 class Url(str):
@@ -66,10 +68,11 @@ class Url(str):
 
 
 class Connection:
-    """The collections of one database; or of a URL, connected to at first use by a client of its own.
+    """The collections of one database, or of a URL to which its own client connects at the first use.
 
-    ``timeout`` is the seconds that an operation may take, all retries included. A mock of the driver, which
-    is not ``is_real``, lacks this and that, and trips over itself in several threads: enter ``turns``.
+    ``timeout`` is the time that an operation may take, in seconds, with all retries. ``is_real`` is False
+    with a mock of the driver. A mock lacks some features, and fails in several threads at a time: enter
+    ``turns`` around each operation.
     """
 
     def __init__(
@@ -81,7 +84,9 @@ class Connection:
         write_concern: WriteConcern | None,
     ) -> None:
         if write_concern is not None and not write_concern.acknowledged:
-            raise ConfigurationError("write_concern must be acknowledged: w=0 tells no outcome")
+            raise ConfigurationError(
+                "`write_concern` must be acknowledged: with w=0 the server reports no outcome"
+            )
         self.name = name
         self.timeout = timeout
         self._where = where
@@ -94,29 +99,29 @@ class Connection:
 
     @property
     def tasks(self) -> Collection[Document]:
-        """The tasks."""
+        """The collection of the tasks."""
         return self._collection("")
 
     @property
     def batches(self) -> Collection[Document]:
-        """Which batches of tasks were committed, or abandoned."""
+        """The collection of decisions: each says that a batch of tasks was committed, or abandoned."""
         return self._collection(".batches")
 
     @property
     def notes(self) -> Collection[Document]:
-        """Short texts kept under names."""
+        """The collection of notes: short texts with names."""
         return self._collection(".notes")
 
     @property
     def transacts(self) -> bool:
-        """True if the server has been heard of, and knows transactions: it is no standalone one."""
+        """True if the server has answered and supports transactions: it is not a standalone one."""
         if not self.is_real:
             return False
         servers = self.tasks.database.client.topology_description.server_descriptions()
         return any(server.server_type_name in _TRANSACTING for server in servers.values())
 
     def run(self, work: Callable[[], T], timeout: float | None = None) -> T:
-        """Do something with the collections, within the time-out; the driver's errors become ours."""
+        """Call ``work`` within the time-out, and raise the driver's errors as errors of TaskX."""
         try:
             with pymongo.timeout(self.timeout if timeout is None else timeout), self.turns:
                 return work()
@@ -124,7 +129,7 @@ class Connection:
             raise translated(error, self.name) from error
 
     def write(self, work: Callable[[], T]) -> T:
-        """As :meth:`run`; the error of what may have been written all the same is in doubt."""
+        """Call ``work`` as :meth:`run` does; an error is ``in_doubt`` if the write may have happened."""
         try:
             return self.run(work)
         except RepositoryUnavailable as error:
@@ -144,7 +149,7 @@ class Connection:
                 self._connect(self._where) if isinstance(self._where, Url) else self._where
             )
         if not self.is_real:
-            return self._database[name]  # a mock knows no options
+            return self._database[name]  # a mock does not support options
         return self._database.get_collection(
             name,
             codec_options=_CODEC,
@@ -156,44 +161,46 @@ class Connection:
         try:
             client: pymongo.MongoClient[Document] = pymongo.MongoClient(url, connect=False)
         except (PyMongoError, ValueError) as error:
-            raise ConfigurationError(f"MongoDB URL: {error}") from error
+            raise ConfigurationError(f"the MongoDB URL is not valid: {error}") from error
         if self._write_concern is None and client.write_concern.document:
             self._write_concern = client.write_concern
         return client.get_default_database()
 
     def refuse_earlier_nodes(self) -> None:
-        """Raise if an earlier TaskX may be at work, which has its nodes in a collection of their own."""
+        """Raise if an earlier TaskX may be running: it keeps its nodes in a separate collection."""
         earlier = self._collection(".nodes")
         if self.run(lambda: earlier.find_one({})) is not None:
             raise SchemaMismatch(
-                f"{earlier.name} has nodes of an earlier TaskX, which would take those of this one for "
-                f"dead: stop all its processes, drop the collection {earlier.name}, and start again"
+                f"{earlier.name} has nodes of an earlier TaskX version, which would treat the nodes of "
+                f"this version as dead. Stop all processes of the earlier version, drop the collection "
+                f"{earlier.name}, and start again"
             )
 
     def close(self) -> None:
-        """Close the client if it is one of its own; the next operation opens another."""
+        """Close the client if this object opened it; the next operation opens another."""
         with self._lock:
             database, self._database = self._database, None
             self._collections = {}
         if database is not None and isinstance(self._where, Url):
-            with pymongo.timeout(1.0):  # it says goodbye to a server that may be away
+            with pymongo.timeout(1.0):  # closing sends a message to the server, which may be down
                 database.client.close()
 
     def renew_after_fork(self) -> None:
-        """In a forked child: a client of its own, as sockets must not be shared."""
+        """In a forked child: use a new client, because processes must not share sockets."""
         self._lock = threading.Lock()
         self._collections = {}
         self._database = None
         if isinstance(self._where, Database):
-            duplicate = getattr(self._where.client, "_duplicate", None)  # which is not public
+            duplicate = getattr(self._where.client, "_duplicate", None)  # a private method
             if duplicate is not None:
                 self._where = duplicate(connect=False).get_database(self._where.name)
 
 
-class Order:
-    """Hands out where new tasks stand: numbers that rise with time, alike on every host.
+class Sequencer:
+    """Gives new tasks their sequence numbers, which rise with time in the same way on every host.
 
-    The time is the server's, whatever the hosts' clocks say; ``clock`` goes where the server does not tell.
+    The time is the server's, because the clocks of the hosts may differ. ``clock`` is used if the server
+    does not tell its time.
     """
 
     def __init__(self, connection: Connection, clock: Clock) -> None:
@@ -202,38 +209,39 @@ class Order:
         self.renew()
 
     def renew(self) -> None:
-        """Begin anew, in a forked child."""
+        """Start again from zero, in a forked child."""
         self._lock = threading.Lock()
         self._last = 0
         self._offset = 0.0
-        self._asked: float | None = None
+        self._refreshed: float | None = None
 
     def next(self) -> int:
-        """A number above all that this process was given before."""
-        self._ask_sometimes()
+        """Return a number that is larger than all earlier ones in this process."""
+        self._refresh_if_due()
         now = time.monotonic() * 1000 + self._offset
         with self._lock:
             self._last = max(self._last + 1, int(now) * PER_MS)
             return self._last
 
-    def _ask_sometimes(self) -> None:
-        asked, now = self._asked, time.monotonic()
-        if asked is not None and now - asked < _ASK_EVERY:
+    def _refresh_if_due(self) -> None:
+        """Read the server's clock again if the last reading is too old."""
+        refreshed, now = self._refreshed, time.monotonic()
+        if refreshed is not None and now - refreshed < _REFRESH_EVERY:
             return
-        self._asked = now
+        self._refreshed = now
         before = time.monotonic()
         try:
             told = self._server_ms(_PATIENCE)
         except RepositoryError:
-            told = None  # what is being stored will fail, too; the next one asks again
-            self._asked = asked
+            told = None  # the insert will fail, too, and the next one reads the clock again
+            self._refreshed = refreshed
         if told is not None:
             self._offset = told - before * 1000
         elif not self._offset:
             self._offset = self._clock.now_ms() - before * 1000
 
     def _server_ms(self, timeout: float) -> int | None:
-        """The server's clock, in milliseconds; None where it does not tell."""
+        """Return the server's time in milliseconds; None if the server does not tell it."""
         if not self._connection.is_real:
             return None
         admin = self._connection.tasks.database.client.admin
@@ -242,7 +250,7 @@ class Order:
 
 
 def is_passing(error: Exception) -> bool:
-    """True if the same operation may succeed later."""
+    """Return True if the same operation may succeed later."""
     if isinstance(error, errors.BulkWriteError):
         details = error.details or {}
         codes = {failure.get("code") for failure in details.get("writeErrors", ())}
@@ -256,25 +264,27 @@ def is_passing(error: Exception) -> bool:
 
 
 def may_have_been_sent(error: BaseException | None) -> bool:
-    """True if the server may have carried it out all the same."""
+    """Return True if the server may have carried out the operation in spite of this error."""
     return not isinstance(error, (*_NEVER_SENT, errors.InvalidOperation))
 
 
 def translated(error: Exception, where: str, *, in_doubt: bool = False) -> TaskxError:
-    """The error of ours for one of the driver's."""
+    """Return the TaskX error for an error of the driver."""
     text = f"{where}: {str(error)[:500]}"
     if is_passing(error):
-        doubt = "; whether it was written is not known" if in_doubt else ""
+        doubt = "; the write may have happened" if in_doubt else ""
         unavailable = RepositoryUnavailable(text + doubt)
         unavailable.in_doubt = in_doubt
         return unavailable
     code = _first_code(error)
     if isinstance(error, errors.DocumentTooLarge) or code in _TOO_LARGE:
-        return PayloadError("document", "too large for MongoDB, which keeps 16 MiB for a task")
+        return PayloadError(
+            "document", "too large for MongoDB, which stores at most 16 MiB for a task"
+        )
     if code == _TOO_DEEP:
         return PayloadError("document", "nested too deep for MongoDB")
     if isinstance(error, (BSONError, OverflowError, RecursionError, UnicodeEncodeError)):
-        return PayloadError("document", f"MongoDB cannot keep it: {error}")
+        return PayloadError("document", f"MongoDB cannot store it: {error}")
     if isinstance(error, errors.ConfigurationError):
         return ConfigurationError(text)
     return RepositoryError(text)

@@ -1,20 +1,20 @@
-"""A task's row as a document, and back.
+"""Conversion between a task's row and a MongoDB document.
 
-The thirteen fields of the original have its names and types; all else is in the sub-document
-``taskx``, which it ignores. There:
+The thirteen fields of the original TaskX keep its names and types. Everything else is in the sub-document
+``taskx``, which the original ignores:
 
 ``held``, ``owner``, ``starts`` …
-    the columns of a row that the original lacks.
+    the columns of a row that the original does not have.
 ``seconds``
-    the duration in full, as ``duration`` is whole seconds.
+    the exact duration, because ``duration`` holds whole seconds.
 ``seq``
-    where it stands among tasks of equal priority; absent in what the original wrote.
+    the position among tasks of equal priority; absent in documents that the original wrote.
 ``params_as``, ``result_as``
-    how the sub-document differs from the JSON value: ``escaped`` keys, a wrapped ``value``.
+    how the stored value differs from the JSON value: ``escaped`` keys, a wrapped ``value``.
 ``w``
-    the marks of the latest writes, by which each is known again.
+    the marks of the latest writes, by which a repeated write is recognized.
 ``batch``
-    the batch that it is hidden in.
+    the batch that hides the task.
 """
 
 from __future__ import annotations
@@ -36,24 +36,24 @@ from taskx.core.record import COLUMNS, DEFAULTS, task_from_row
 
 Document = dict[str, Any]
 
-#: How many marks of writes a document keeps.
+#: The number of marks of writes that a document keeps.
 MARKS = 8
-#: Most characters of the log of earlier attempts; the oldest go first.
+#: The most characters in the log of earlier attempts; the oldest attempts are dropped first.
 MAX_ATTEMPTS = 2**21
 
-#: The columns that are fields of the original's, all but ``id``.
+#: The columns that are fields of the original, except ``id``.
 ORIGINAL = frozenset(
     (
         *("type", "status", "params", "result", "error", "progress", "message", "created_by"),
         *("created_at", "started_at", "completed_at", "duration"),
     )
 )
-#: Where each column is in a document; and ``seq``, which is none.
+#: The path of each column in a document, and that of ``seq``, which is not a column.
 PATHS: dict[str, str] = {
     name: name if name in ORIGINAL else f"taskx.{name}" for name in (*COLUMNS, "seq")
 } | {"id": "_id"}
 
-# Those that two fields tell.
+# The columns that are stored in two fields.
 _IN_TWO = frozenset(("params", "result", "duration"))
 _MOST_SECONDS = 2**62
 
@@ -62,7 +62,7 @@ _MOST_SECONDS = 2**62
 
 
 def new_document(row: Mapping[str, Any], seq: int, mark: int, batch: str = "") -> Document:
-    """The document of a new task."""
+    """Return the document of a new task."""
     document: Document = {"_id": row["id"], "taskx": {}}
     for path, value in {**_DEFAULT_FIELDS, **fields(row)}.items():
         if path.startswith("taskx."):
@@ -77,7 +77,7 @@ def new_document(row: Mapping[str, Any], seq: int, mark: int, batch: str = "") -
 
 
 def fields(columns: Mapping[str, Any]) -> Document:
-    """Columns of a row as fields of a document, by path; ``id`` is left out."""
+    """Return columns of a row as fields of a document, by path, without ``id``."""
     changed: Document = {}
     for name, value in columns.items():
         if name == "params":
@@ -89,7 +89,7 @@ def fields(columns: Mapping[str, Any]) -> Document:
             changed["taskx.seconds"] = float(value)
         elif name == "earlier_attempts":
             changed[PATHS[name]] = _shortened(value)
-        elif name == "depends_on":  # a list, as it is looked for by each of them
+        elif name == "depends_on":  # a list, so that an index finds the task by each parent
             changed[PATHS[name]] = None if value is None else payload.loads(value)
         elif name != "id":
             changed[PATHS[name]] = plain(name, value)
@@ -97,7 +97,7 @@ def fields(columns: Mapping[str, Any]) -> Document:
 
 
 def plain(name: str, value: Any) -> Any:
-    """A column's value as BSON has it; not of params, result and duration."""
+    """Return a column's value as BSON stores it; not for params, result and duration."""
     if value is not None and name in TIME_FIELDS:
         return to_datetime(value)
     return value
@@ -132,8 +132,8 @@ def _shortened(log: str) -> str:
     return log
 
 
-# Keys that some servers refuse, or that mean something to a driver, are written otherwise: a leading
-# "$", a "." anywhere, nothing at all. In such a value every key's "~" is doubled.
+# Some servers refuse some keys, or a driver gives them a meaning: keys with a leading "$", keys with
+# a ".", the empty key. A value with such a key is escaped, and each "~" in its keys is doubled.
 
 
 def _has_odd_keys(value: Any, text: str) -> bool:
@@ -183,7 +183,7 @@ def _unescape(key: str) -> str:
     return "".join((*parts, key[position:]))
 
 
-#: What a new document has besides: its params are its own.
+#: The fields of a new document that its row may lack; it always has params.
 _DEFAULT_FIELDS = fields(DEFAULTS)
 
 
@@ -191,21 +191,21 @@ _DEFAULT_FIELDS = fields(DEFAULTS)
 
 
 def shown(columns: Iterable[str]) -> list[str] | None:
-    """The fields that hold these columns, and whether it is hidden; None for all there are."""
+    """Return the fields that hold these columns, and the batch's field; None for all fields."""
     if not _IN_TWO.isdisjoint(columns):
         return None
     return ["taskx.batch", *(PATHS[name] for name in columns)]
 
 
 def task_from_document(document: Mapping[str, Any], codecs: Codecs = NO_CODECS) -> Task:
-    """The task of a document, whoever wrote it; what is damaged is named in ``task.damage``."""
+    """Return the task of a document, whoever wrote it; ``task.damage`` names the damaged fields."""
     return task_from_row([*row_from_document(document, TASK_FIELDS).values()], codecs)
 
 
 def row_from_document(
     document: Mapping[str, Any], columns: Sequence[str] = COLUMNS
 ) -> dict[str, Any]:
-    """Columns of a document, in the order asked for; absent ones take their defaults."""
+    """Return columns of a document, in the order of ``columns``; absent ones have their defaults."""
     ours = ours_of(document)
     row: dict[str, Any] = {}
     for name in columns:
@@ -219,19 +219,19 @@ def row_from_document(
 
 
 def ours_of(document: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The sub-document of a document; an empty one where there is none."""
+    """Return the sub-document ``taskx`` of a document; an empty one if it is absent."""
     ours = document.get("taskx")
     return ours if isinstance(ours, dict) else {}
 
 
 def batch_of(document: Mapping[str, Any]) -> str:
-    """The batch that a document is hidden in, or nothing."""
+    """Return the id of the batch that hides a document; an empty text if it is visible."""
     ours = document.get("taskx")
     return ours.get("batch") or "" if isinstance(ours, dict) else ""
 
 
 def moment_ms(value: Any) -> int | None:
-    """Milliseconds of a BSON date; None for what is none."""
+    """Return the milliseconds of a BSON date; None if the value is not a date."""
     if isinstance(value, datetime):
         return to_ms(value if value.tzinfo else value.replace(tzinfo=timezone.utc))
     return int(value) if isinstance(value, DatetimeMS) else None
@@ -252,7 +252,7 @@ def _result(document: Mapping[str, Any], ours: Mapping[str, Any]) -> str | bytes
 
 
 def _duration(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
-    """The exact one, unless somebody else wrote the whole seconds since."""
+    """Return the exact duration, unless another program changed the whole seconds."""
     whole, seconds = document.get("duration"), ours.get("seconds")
     if isinstance(seconds, float) and isfinite(seconds) and _whole(seconds) == whole:
         return seconds
@@ -264,7 +264,7 @@ def _depends_on(document: Mapping[str, Any], ours: Mapping[str, Any]) -> Any:
     return _text(parents, "") if isinstance(parents, list) else _from_bson(parents)
 
 
-#: What columns hold that are not as they are stored, by document and sub-document.
+#: The columns that need a conversion; each function takes the document and its sub-document.
 _SPECIAL: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Any]] = {
     "id": lambda document, ours: _from_bson(document["_id"]),
     "type": lambda document, ours: _from_bson(document.get("type")) or "",
@@ -278,7 +278,7 @@ _SPECIAL: dict[str, Callable[[Mapping[str, Any], Mapping[str, Any]], Any]] = {
 
 
 def _text_or_bytes(text: str) -> str | bytes:
-    """What another program stored and is no UTF-8 is read as bytes: the reader tells of the damage."""
+    """Return text of another program that is not UTF-8 as bytes: the reader reports the damage."""
     if text.isascii() or payload.is_encodable(text):
         return text
     return text.encode("utf-8", "surrogateescape")
@@ -293,11 +293,11 @@ def _text(value: Any, how: Any) -> str | bytes:
     try:
         return _text_or_bytes(_dumps(value))
     except (ValueError, RecursionError):
-        return ""  # which is no JSON either: the reader tells of the damage
+        return ""  # not JSON either: the reader reports the damage
 
 
 def _foreign(value: Any) -> Any:
-    """What JSON lacks and only another program can have written."""
+    """Return a value of a type that JSON does not have: only another program can have stored it."""
     moment = moment_ms(value)
     if moment is not None:
         return to_datetime(moment).isoformat()

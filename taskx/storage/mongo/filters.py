@@ -1,4 +1,4 @@
-"""Guards, filters and indexes, as MongoDB has them. Values are data: only scalars get in."""
+"""Guards, filters and indexes in MongoDB's form. Values are data, so only scalars are accepted."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from taskx.core.writes import PRESENT
 from taskx.storage.mongo.connection import Connection
 from taskx.storage.mongo.documents import PATHS, Document, fields, plain
 
-#: Not part of a batch that is still hidden.
+#: The documents that no batch hides.
 VISIBLE: Document = {"taskx.batch": None}
-#: Part of one; in these words, as the index is asked for by them.
+#: The documents that a batch hides. The index has the same condition, so the server can use it.
 HIDDEN: Document = {"taskx.batch": {"$gt": ""}}
 
 NEWEST_FIRST = [("created_at", DESCENDING), ("_id", DESCENDING)]
@@ -31,19 +31,19 @@ _THERE_UNDER_ANOTHER_NAME = 85
 
 
 def text(value: Any, what: str) -> str:
-    """A str, or a ``ConfigurationError``: a dict here would be an operator."""
+    """Return a str, or raise ``ConfigurationError``: a dict would be an operator in a query."""
     if not isinstance(value, str):
         raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
     return value
 
 
 def texts(values: Iterable[Any], what: str) -> list[str]:
-    """As :func:`text`, for each."""
+    """Check each value as :func:`text` does."""
     return [text(value, what) for value in values]
 
 
 def guarded(task_id: str, guard: Mapping[str, Any]) -> Document:
-    """The filter that finds a document if its guard holds."""
+    """Return the filter that finds a document if its guard holds."""
     found: Document = {"_id": text(task_id, "id"), **VISIBLE}
     for name, wanted in guard.items():
         found.update(_condition(name, wanted))
@@ -59,8 +59,8 @@ def _condition(name: str, wanted: Any) -> Document:
     if name in ("params", "result", "duration") and wanted is not None:
         return fields({name: wanted})
     value = _scalar(name, wanted)
-    # What the original wrote lacks our fields, which means their defaults. But a start needs the
-    # task to say that it is not held back: so those that were never adopted do not start.
+    # Documents of the original lack our fields, and an absent field means its default. `held` is the
+    # exception: a start requires it to be stored, so tasks that were never adopted do not start.
     if value is not None and name not in ("held", "status") and value == DEFAULTS.get(name):
         return {path: {"$in": [value, None]}}
     return {path: value}
@@ -73,7 +73,7 @@ def _scalar(name: str, value: Any) -> Any:
 
 
 def matching(filter: TaskFilter) -> Document:
-    """The tasks that meet a filter, hidden ones included."""
+    """Return the query for the tasks that match a filter, including hidden ones."""
     wanted: Document = {}
     if filter.type is not None:
         wanted["type"] = filter.type
@@ -95,7 +95,8 @@ def _whole_ms(moment: datetime) -> datetime:
     return to_datetime(within_calendar(to_ms(moment)))
 
 
-#: Pending tasks that the original stored and nobody adopted. What has no text as its id is no task.
+#: Pending tasks that the original stored and no node has adopted. A document whose id is not text is
+#: not a task.
 FOREIGN: Document = {
     "status": "pending",
     "taskx.owner": None,
@@ -105,7 +106,7 @@ FOREIGN: Document = {
 
 
 def held(why: int, **more: Any) -> Document:
-    """Pending tasks that are held back for that reason, if any; with further conditions on our fields."""
+    """Return the query for the pending tasks with this value of ``held``, and more of our fields."""
     wanted = {f"taskx.{name}": condition for name, condition in more.items()}
     return {"status": "pending", "taskx.held": why, **wanted, **VISIBLE}
 
@@ -114,7 +115,7 @@ def held(why: int, **more: Any) -> Document:
 
 
 def make_indexes(connection: Connection) -> None:
-    """Make those that are not there. Those that running looks at hold unfinished tasks only."""
+    """Make the indexes that are missing. The indexes used to run tasks hold only unfinished tasks."""
     there = connection.run(connection.tasks.index_information)
     missing = [
         index
@@ -122,14 +123,15 @@ def make_indexes(connection: Connection) -> None:
         if (found := there.get(index.document["name"])) is None or [*found["key"]] != _keys(index)
     ]
     if len(missing) > 1 and connection.is_real:
-        try:  # together, for which the server reads the tasks once; in the time that each one would have
+        # All together, so that the server reads the tasks only once; the time-out is the sum of theirs.
+        try:
             patience = len(missing) * connection.timeout
             connection.run(lambda: connection.tasks.create_indexes(missing), patience)
             return
         except RepositoryUnavailable:
             raise
         except RepositoryError:
-            pass  # one by one, one that is there under another name stands in no other's way
+            pass  # one by one below: an index that exists under another name does not stop the others
     for index in missing:
         connection.run(partial(_make, connection, index))
 
@@ -143,7 +145,9 @@ def _make(connection: Connection, index: IndexModel) -> None:
     keys = _keys(index)
     del options["key"]
     if options.get("unique") and not connection.is_real:
-        options["sparse"] = True  # a mock forgets the filter for what is there already
+        options["sparse"] = (
+            True  # a mock ignores the partial filter for documents that exist already
+        )
     try:
         connection.tasks.create_index(keys, **options)
     except OperationFailure as error:
@@ -177,15 +181,15 @@ def _indexes() -> list[IndexModel]:
             partialFilterExpression={"status": "pending", "taskx.held": FOR_TURN},
         ),
         *(
-            _of_those_with(name)
+            _index_of_set(name)
             for name in ("owner", "batch", "depends_on", "waiting_on", "stuck_on")
         ),
-        *(_of_those_with(name, unique=True) for name in UNIQUE),
+        *(_index_of_set(name, unique=True) for name in UNIQUE),
     ]
 
 
-def _of_those_with(name: str, **options: Any) -> IndexModel:
-    """Of documents where this is a text that is not empty."""
+def _index_of_set(name: str, **options: Any) -> IndexModel:
+    """Return an index of the documents in which this field is a text that is not empty."""
     path = f"taskx.{name}"
     return IndexModel(
         [(path, ASCENDING)],

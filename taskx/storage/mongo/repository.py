@@ -24,7 +24,7 @@ from taskx.core.writes import Delete, Insert, Note, NoteChange, Write
 from taskx.storage.base import new_version, tell_of_forks
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.changes import Changes
-from taskx.storage.mongo.connection import Connection, Order, Url
+from taskx.storage.mongo.connection import Connection, Sequencer, Url
 from taskx.storage.mongo.documents import Document
 from taskx.storage.mongo.filters import make_indexes, text
 from taskx.storage.mongo.sender import Sender
@@ -36,23 +36,23 @@ _SHORTEST_LEASE = 0.5
 class MongoRepository(Tasks):
     """Keeps tasks in a MongoDB collection, which processes on several hosts may share.
 
-    The documents are those of the original TaskX, so that a Go service and a Python one can share the
-    collection. A standalone server will do; there is one connection pool, that of the database given.
+    The documents have the format of the original TaskX, so that a Go service and a Python one can share
+    the collection. A standalone server is enough. The only connection pool is that of the given database.
 
     Args:
         database: a pymongo ``Database``.
-        collection: the collection of the tasks; ``{collection}.batches`` and ``{collection}.notes``
-            are used beside it.
-        lease_timeout: seconds after which a node that shows no life is dead, and its tasks are run
-            elsewhere. The same for all processes on the collection.
+        collection: the name of the tasks' collection. The repository also uses ``{collection}.batches``
+            and ``{collection}.notes``.
+        lease_timeout: seconds without a heartbeat after which a node is dead and other nodes run its
+            tasks. All processes on the collection must use the same value.
         timeout: seconds that an operation may take before it raises ``RepositoryUnavailable``.
-        poll_interval: seconds between looks for changes where the server has no change streams.
-        adopt_foreign: whether to run pending tasks that the original stored. Only where no process of
-            the original's is alive that might run them, too.
-        write_concern: a pymongo ``WriteConcern``; majority with journal unless given.
-        run_folder: where the lock files of this host's nodes are; a temporary folder unless given.
-        clock: what the eight methods stamp records with, and leases are measured by.
-        codec: what params, results and checkpoints are stored with; of several, the first one writes.
+        poll_interval: seconds between two checks for changes if the server has no change streams.
+        adopt_foreign: True to run pending tasks that the original stored. Use it only if no process of
+            the original is running, because that process might run them, too.
+        write_concern: a pymongo ``WriteConcern``; the default is majority with journal.
+        run_folder: the folder for the lock files of this host's nodes; the default is a temporary folder.
+        clock: the clock that stamps the records of the eight methods and measures the leases.
+        codec: the codec for stored params, results and checkpoints. With several, the first one writes.
 
     Raises:
         ConfigurationError: an argument is not valid, or pymongo is not installed.
@@ -75,11 +75,11 @@ class MongoRepository(Tasks):
         super().__init__(clock, codec)
         if not (isinstance(database, Url) or hasattr(database, "list_collection_names")):
             raise ConfigurationError(
-                f"MongoRepository needs a pymongo Database, not {type(database).__name__}; "
-                "for a URL there is open_repository"
+                f"`database` must be a pymongo Database, not {type(database).__name__}; "
+                "for a URL use open_repository"
             )
         if not isinstance(collection, str) or not collection:
-            raise ConfigurationError(f"collection must be a name, not {collection!r}")
+            raise ConfigurationError(f"`collection` must be a name, not {collection!r}")
         check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
         check_number(timeout, "timeout", minimum=0.01)
         check_number(poll_interval, "poll_interval")
@@ -87,9 +87,9 @@ class MongoRepository(Tasks):
             collection, database, timeout=timeout, write_concern=write_concern
         )
         monotonic = clock.monotonic
-        self._order = Order(connection, clock)
+        self._sequencer = Sequencer(connection, clock)
         self._batches = Batches(connection, max(lease_timeout, 2 * timeout), monotonic)
-        self._sender = Sender(connection, self._order, self._batches, self.codecs)
+        self._sender = Sender(connection, self._sequencer, self._batches, self.codecs)
         self._adopt_foreign = bool(adopt_foreign)
         self._changes = Changes(connection, poll_interval, self._own, monotonic)
         self.lease_timeout = lease_timeout
@@ -104,13 +104,13 @@ class MongoRepository(Tasks):
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
     ) -> MongoRepository:
-        """The repository that a ``mongodb://`` or ``mongodb+srv://`` URL names.
+        """Return the repository for a ``mongodb://`` or ``mongodb+srv://`` URL.
 
-        Besides the driver's options the query may have ``collection``, ``lease_timeout``, ``timeout``,
+        The query may have the driver's options, and ``collection``, ``lease_timeout``, ``timeout``,
         ``poll_interval`` and ``adopt_foreign=true``.
 
         Raises:
-            ConfigurationError: it names no database, or an option is not valid.
+            ConfigurationError: the URL names no database, or an option is not valid.
         """
         rest, options = _split(url)
         return cls(cast("Any", Url(rest)), clock=clock, codec=codec, **options)
@@ -119,9 +119,9 @@ class MongoRepository(Tasks):
         return f"MongoRepository({self._connection.name!r})"
 
     def init_indexes(self) -> None:
-        """Make the indexes that are not there.
+        """Make the indexes that are missing.
 
-        The first node to join does so, too, and the first write of a unique key or of a turn.
+        The first node that joins also calls this, and so does the first write of a unique key or a turn.
 
         Raises:
             RepositoryError: the server cannot be reached, or refuses.
@@ -132,7 +132,7 @@ class MongoRepository(Tasks):
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes, each at one moment; ``all_or_nothing`` takes new tasks only."""
+        """Apply guarded writes, each one atomic; ``all_or_nothing`` supports new tasks only."""
         if not self._indexed and any(map(_needs_index, writes)):
             self.init_indexes()
         if all_or_nothing and len(writes) > 1:
@@ -155,7 +155,7 @@ class MongoRepository(Tasks):
         return self._find_notes(wanted, limit)
 
     def _find_notes(self, wanted: Document, limit: int = 0) -> dict[str, Note]:
-        """Return the notes that a query finds; at most ``limit``, the first ones, unless that is 0."""
+        """Return the first ``limit`` notes that a query finds, by name; all of them if it is 0."""
         notes = self._connection.notes
         query = lambda: list(notes.find(wanted).sort("_id", 1).limit(limit))  # noqa: E731
         found = self._connection.run(query)
@@ -163,13 +163,13 @@ class MongoRepository(Tasks):
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         together = len(changes) > 1 and all(value and version for _, value, version in changes)
-        if together and self._connection.is_real:  # a mock cannot
+        if together and self._connection.is_real:  # a mock does not support it
             return self._change_all(changes)
         return [self._put(*change) for change in changes]
 
     def _change_all(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Change notes in one message to the server, which tells only how many it changed."""
-        orders = [
+        """Change notes in one request; the server answers only how many it changed."""
+        updates = [
             UpdateOne(
                 {"_id": text(name, "name"), "version": Int64(version)},
                 {"$set": {"text": value}, "$inc": {"version": Int64(1)}},
@@ -177,7 +177,7 @@ class MongoRepository(Tasks):
             for name, value, version in changes
         ]
         notes = self._connection.notes
-        done = self._connection.write(lambda: notes.bulk_write(orders, ordered=False))
+        done = self._connection.write(lambda: notes.bulk_write(updates, ordered=False))
         if done.matched_count == len(changes):
             return [True] * len(changes)
         wanted = {"_id": {"$in": [change.name for change in changes]}}
@@ -205,10 +205,10 @@ class MongoRepository(Tasks):
             return False
         return True
 
-    # --- what others do
+    # --- changes by others
 
     def _own(self) -> range | None:
-        """Return the marks of the only queue here; None if several are to hear of each other."""
+        """Return the marks of this object's writes; None if it has several queues, which must all hear."""
         return self._sender.own if len(self.queues) < 2 else None
 
     def version(self) -> object:
@@ -220,27 +220,27 @@ class MongoRepository(Tasks):
         return pymongo.timeout(seconds)
 
     def prepare(self) -> None:
-        """Make the indexes; raise where there may be nodes of an earlier TaskX, which are no notes."""
+        """Make the indexes; raise if an earlier TaskX may be running, whose nodes are not notes."""
         self._connection.refuse_earlier_nodes()
         if not self._indexed:
             self.init_indexes()
 
     def close(self) -> None:
-        """Close what it opened itself; a later operation opens it again."""
+        """Close the connections that this object opened; a later operation opens them again."""
         self._changes.close()
         self._connection.close()
 
     def renew_after_fork(self) -> None:
         self._connection.renew_after_fork()
-        for part in (self._order, self._sender, self._batches, self._changes):
+        for part in (self._sequencer, self._sender, self._batches, self._changes):
             part.renew()
 
 
 def _split(url: str) -> tuple[str, dict[str, Any]]:
-    """A URL for the driver, and the options that are ours."""
+    """Split a URL into the URL for the driver and the options of this repository."""
     parts = urlsplit(url)
     if len(parts.path) < 2:
-        raise ConfigurationError(f"{parts.scheme} URL names no database: write …/database?…")
+        raise ConfigurationError(f"the {parts.scheme} URL names no database: write …/database?…")
     kept, ours = [], {}
     for name, value in parse_qsl(parts.query, keep_blank_values=True):
         if name in _OPTIONS:
@@ -254,12 +254,12 @@ def _seconds(value: str) -> float:
     try:
         return float(value)
     except ValueError:
-        raise ConfigurationError(f"{value!r} is no number of seconds") from None
+        raise ConfigurationError(f"{value!r} is not a number of seconds") from None
 
 
 def _truth(value: str) -> bool:
     if value not in ("true", "false"):
-        raise ConfigurationError(f"{value!r} is neither true nor false")
+        raise ConfigurationError(f"`adopt_foreign` must be true or false, not {value!r}")
     return value == "true"
 
 
@@ -273,7 +273,7 @@ _OPTIONS: dict[str, Callable[[str], Any]] = {
 
 
 def _needs_index(write: Write) -> bool:
-    """Whether a write relies on a value that no two documents may have."""
+    """Return True if a write sets a value that must be unique among the documents."""
     if isinstance(write, Delete):
         return False
     columns = write.row if isinstance(write, Insert) else write.changes

@@ -1,8 +1,9 @@
-"""Guarded writes in batches, each carried out once however often it is sent.
+"""Send guarded writes in batches; each is applied once, even if it is sent several times.
 
-Every write leaves a mark on its document (``taskx.w``). By it is known which guards of a batch held
-where the server's counts do not add up, and whether a write took place whose answer was lost: sent
-again, it passes over documents that bear its mark.
+Every write leaves a mark on its document (``taskx.w``). The marks answer two questions:
+
+- Which guards of a batch held, if the server's counts do not say?
+- Was a write applied whose answer was lost? When it is sent again, it skips documents with its mark.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from taskx.storage.mongo.connection import (
     DUPLICATE_KEY,
     FAILURES,
     Connection,
-    Order,
+    Sequencer,
     is_passing,
     may_have_been_sent,
     translated,
@@ -41,30 +42,33 @@ from taskx.storage.mongo.connection import (
 from taskx.storage.mongo.documents import MARKS, PATHS, Document, fields, new_document
 from taskx.storage.mongo.filters import guarded, text
 
-#: The largest document.
+#: The most bytes in a document.
 MOST_BYTES = 16 * 1024 * 1024
-#: Most characters of params that are sent as an upsert, which is larger than an insert.
+#: The most characters of params that are sent as an upsert, which is larger than an insert.
 _SMALL = 2**20
-#: Columns that are set for one task at a time: where one cannot have a unique value, the tasks after it
-#: would be left out; and a codec may write the same value differently each time.
+#: Columns that are set for one task at a time. If one task cannot have a unique value, the server would
+#: skip the tasks after it. And a codec may encode the same value differently each time.
 _ALONE = frozenset((*UNIQUE, *CODED))
-#: The index that finds tasks by their ids, whatever else is asked of them.
+#: The index that finds tasks by their ids, whatever their other conditions are.
 _BY_ID = [("_id", 1)]
 _PAUSE = 0.05
-#: Seconds that a batch under way is given to be committed before it is abandoned for another task.
+#: Seconds that another task waits for a batch to be committed before it abandons the batch.
 _MOMENT = 1.0
-#: Most writes of unknown outcome that are remembered, to be known again when they are sent again.
+#: The most writes of unknown outcome that are remembered, so that a repeated one keeps its mark.
 _MOST_REMEMBERED = 4096
 
 
 class Sender:
-    """Sends writes to the tasks; ``batches`` may be in the way of a new one, and come to nothing."""
+    """Sends writes to the tasks' collection.
+
+    It needs ``batches`` because a hidden task can have the id of a new one, and its batch may be abandoned.
+    """
 
     def __init__(
-        self, connection: Connection, order: Order, batches: Batches, codecs: Codecs
+        self, connection: Connection, sequencer: Sequencer, batches: Batches, codecs: Codecs
     ) -> None:
         self._connection = connection
-        self._order = order
+        self._sequencer = sequencer
         self._batches = batches
         self._codecs = codecs
         self.renew()
@@ -73,21 +77,23 @@ class Sender:
         self._lock = threading.Lock()
         self._prefix = int.from_bytes(os.urandom(4), "big") >> 1
         self._marks = count(self._prefix << 32)
-        # By identity, and with the write, so that it stays the only one of that identity.
+        # By identity. The write itself is kept, so that no other object gets the same identity.
         self._unknown: dict[int, tuple[Write, int]] = {}
 
     @property
     def own(self) -> range:
-        """The marks that this object leaves."""
+        """The range of this object's marks."""
         return range(self._prefix << 32, (self._prefix + 1) << 32)
 
     # --- rounds: in each, one write per document
 
     def apply(self, writes: Sequence[Write], batch: str = "") -> list[bool]:
-        """Apply guarded writes, in order where they are of one task; says for each whether its guard held.
+        """Apply guarded writes, in order for each task; return for each whether its guard held.
 
-        ``batch`` is what new tasks are hidden in, if they are. ``RepositoryUnavailable``: the server
-        cannot be reached, or its answer was lost.
+        If ``batch`` is given, new tasks are hidden in it.
+
+        Raises:
+            RepositoryUnavailable: the server cannot be reached, or its answer was lost.
         """
         results = [False] * len(writes)
         waiting: dict[str, list[int]] = {}
@@ -102,16 +108,16 @@ class Sender:
                     results[index] = held
                     known[writes[index].id] = _known_after(writes[index], held)
         except BaseException:
-            # An interrupt, too: what is sent again bears the mark of the first time.
+            # Also after an interrupt: a write that is sent again must have the same mark.
             self._remember(writes, marks)
             raise
         self._forget(writes)
         return results
 
     def _new_marks(self, writes: Sequence[Write]) -> list[int]:
-        """Return a mark for each write; those that change several tasks alike share one.
+        """Return a mark for each write; equal changes of several tasks share one.
 
-        Two of one task never have the same, or one would pass for the other.
+        Two writes of the same task never share a mark, because one would be mistaken for the other.
         """
         if len(writes) == 1:
             return [next(self._marks)]
@@ -122,7 +128,7 @@ class Sender:
             mark = next(self._marks)
             if isinstance(write, Update) and _ALONE.isdisjoint(write.changes):
                 alike = (*write.guard.items(), None, *write.changes.items(), before[write.id])
-                with suppress(TypeError):  # of what is no value, and refused later
+                with suppress(TypeError):  # not a valid value: it is refused later
                     mark = shared.setdefault(alike, mark)
             before[write.id] += 1
             marks.append(mark)
@@ -133,7 +139,7 @@ class Sender:
         op = _Op(write, mark if known is None else known[1], again=known is not None)
         if isinstance(write, Insert):
             row = self._codecs.columns(write.row)
-            op.document = new_document(row, self._order.next(), op.mark, batch)
+            op.document = new_document(row, self._sequencer.next(), op.mark, batch)
             _refuse_if_too_large(op.document, len(row["params"]))
         elif isinstance(write, Update):
             op.update = _update(write, self._codecs.columns(write.changes), op.mark)
@@ -157,7 +163,8 @@ class Sender:
     def insert_together(self, writes: Sequence[Write]) -> bool:
         """Store new tasks in one transaction.
 
-        False if the server knows none, or refuses one of the tasks: then nothing was stored.
+        Return False if the server does not support transactions or refuses one of the tasks. Nothing was
+        stored then.
         """
         if not all(isinstance(write, Insert) for write in writes):
             return False
@@ -188,11 +195,11 @@ class Sender:
             raise
 
     def _transact(self, documents: Sequence[Document], sent: list[bool]) -> None:
-        """Insert documents and commit; ``sent`` says that the commit may have been sent."""
+        """Insert documents and commit; set ``sent[0]`` just before the commit is sent."""
         tasks = self._connection.tasks
-        # A session rolls back what it leaves open.
+        # The end of the session rolls back an open transaction.
         with tasks.database.client.start_session() as session:
-            # Whatever the client is set to.
+            # These options override the client's.
             session.start_transaction(
                 ReadConcern("local"), tasks.write_concern, tasks.read_preference
             )
@@ -203,7 +210,7 @@ class Sender:
     # --- one round
 
     def _send(self, ops: Sequence[_Op]) -> list[bool]:
-        """Send until the outcome is known, at most for the connection's time-out."""
+        """Send writes until their outcome is known, at most for the connection's time-out."""
         began = time.monotonic()
         deadline = began + self._connection.timeout
         patience = began + min(_MOMENT, self._connection.timeout / 4)
@@ -225,7 +232,7 @@ class Sender:
         return [op.held for op in ops]
 
     def _send_once(self, ops: Sequence[_Op], *, force: bool) -> list[_Op]:
-        """Send all; returns what a batch that may come to nothing was in the way of."""
+        """Send all writes; return the inserts to retry: a batch that may be abandoned holds their id."""
         for op in ops:
             if isinstance(op.write, Delete) and not op.held:
                 op.held = self._delete(op)
@@ -237,7 +244,7 @@ class Sender:
         return [op for op in refused if op.write.id in again]
 
     def _lacks_what_is_unique(self, op: _Op) -> bool:
-        """Whether another task has what no two may have, beside the id."""
+        """Return True if a task with another id has one of the unique values of this new task."""
         document = op.document or {}
         taken = [
             {f"taskx.{name}": document["taskx"][name]}
@@ -252,13 +259,13 @@ class Sender:
     def _delete(self, op: _Op) -> bool:
         tasks = self._connection.tasks
         assert isinstance(op.write, Delete)
-        # Not delete_one, which the driver sends again on its own: then its count may be a lie.
+        # Not delete_one: the driver repeats it after an error, and its count may be wrong then.
         deleted = tasks.delete_many(guarded(op.write.id, op.write.guard)).deleted_count == 1
-        # One that was sent before, and whose task is gone, took place.
+        # If it was sent before and the task is gone, it was applied.
         return deleted or (op.again and tasks.find_one({"_id": op.write.id}, {"_id": 1}) is None)
 
     def _write(self, ops: Sequence[_Op]) -> list[_Op]:
-        """Send inserts and updates; returns the inserts whose id was taken."""
+        """Send inserts and updates; return the inserts whose id was taken."""
         inserts = [op for op in ops if op.document is not None]
         updates = [op for op in ops if op.update is not None]
         matched, refused = self._bulk_write(inserts, updates)
@@ -266,21 +273,21 @@ class Sender:
             op.held = index not in refused
         for op in updates:
             op.held = matched == len(updates)
-        # Or they held when it was sent before, perhaps by the driver.
+        # Their guards may have held when they were sent before, perhaps by the driver.
         if unclear := [op for op in ops if not op.held]:
-            self._look_for_marks(unclear)
+            self._confirm_by_marks(unclear)
         return [op for op in inserts if not op.held]
 
     def _bulk_write(
         self, inserts: Sequence[_Op], updates: Sequence[_Op]
     ) -> tuple[int, Collection[int]]:
-        """How many updates found their document, and which inserts met one of their id."""
+        """Return the number of updates that found their document, and the inserts whose id was taken."""
         tasks = self._connection.tasks
         documents = [op.document for op in inserts if op.document is not None]
         if not self._connection.is_real:
             changes = [op.update for op in updates if op.update is not None]
             return _write_one_by_one(tasks, documents, changes)
-        # Inserts and updates would be two commands.
+        # Inserts and updates need two commands; upserts and updates need only one.
         as_updates = bool(documents and updates) and all(map(_is_small, inserts))
         requests: list[InsertOne[Document] | UpdateOne | UpdateMany] = [
             *(map(_upsert, inserts) if as_updates else map(InsertOne, documents)),
@@ -299,12 +306,13 @@ class Sender:
             refused = {failure["index"] for failure in failures}
         matched: int = told["nMatched"]
         if as_updates:
-            # A new document that was sent before is not inserted, but found.
+            # A new document that was sent before is matched instead of inserted.
             inserted = {upsert["index"] for upsert in told["upserted"]}
             matched -= len({*range(len(inserts))} - inserted - refused)
         return matched, refused
 
-    def _look_for_marks(self, ops: Sequence[_Op]) -> None:
+    def _confirm_by_marks(self, ops: Sequence[_Op]) -> None:
+        """Mark those writes as held whose mark is on their document."""
         wanted = {
             "_id": {"$in": [op.write.id for op in ops]},
             "taskx.w": {"$in": [Int64(op.mark) for op in ops]},
@@ -319,7 +327,7 @@ class Sender:
 
 @attrs.define(eq=False)
 class _Op:
-    """A write on its way."""
+    """A write that is being sent."""
 
     write: Write
     mark: int
@@ -337,7 +345,7 @@ def _next_round(
     waiting: Mapping[str, list[int]],
     known: Mapping[str, Mapping[str, Any] | None],
 ) -> list[int]:
-    """The next write of each task, passing over those that cannot hold after the ones before."""
+    """Return the next write of each task; skip writes that cannot hold after the ones before them."""
     due = []
     for task_id, indexes in waiting.items():
         while indexes and _cannot_hold(writes[indexes[0]], task_id, known):
@@ -352,7 +360,7 @@ def _cannot_hold(write: Write, task_id: str, known: Mapping[str, Mapping[str, An
         return False
     state = known[task_id]
     if isinstance(write, Insert):
-        return bool(state)  # {} after a write that did not hold: perhaps there is no such task
+        return bool(state)  # {} after a write that did not hold: the task may not exist
     if state is None:
         return True
     guard = {name: wanted for name, wanted in write.guard.items() if name in state}
@@ -360,9 +368,9 @@ def _cannot_hold(write: Write, task_id: str, known: Mapping[str, Mapping[str, An
 
 
 def _known_after(write: Write, held: bool) -> Mapping[str, Any] | None:
-    """What is known of a task just after that write: some of its columns; None: it is not there.
+    """Return the columns of a task that are known after a write; None if the task does not exist.
 
-    After a write whose guard failed that is nothing, as an update does not hold on what is not there.
+    Nothing is known after a write whose guard failed, because the task may not exist.
     """
     if isinstance(write, Insert):
         return {**DEFAULTS, **write.row} if held else {}
@@ -379,7 +387,7 @@ def _known_after(write: Write, held: bool) -> Mapping[str, Any] | None:
 
 
 def _statements(updates: Sequence[_Op]) -> list[UpdateOne | UpdateMany]:
-    """Updates as they are sent: those that share a mark are one statement."""
+    """Return the requests for updates; updates that share a mark become one request."""
     alike: dict[int, list[_Op]] = {}
     for op in updates:
         alike.setdefault(op.mark, []).append(op)
@@ -396,15 +404,15 @@ def _statement(ops: Sequence[_Op]) -> UpdateOne | UpdateMany:
 
 
 def _is_small(op: _Op) -> bool:
-    """Return whether a new document is far from the limits of a message, however it is sent."""
+    """Return True if a new document is small enough to be sent as an upsert."""
     return isinstance(op.write, Insert) and len(op.write.row["params"]) <= _SMALL
 
 
 def _upsert(op: _Op) -> UpdateOne:
-    """A new document as an update, so that it shares a command with other updates.
+    """Return a new document as an upsert, so that it shares a command with the updates.
 
-    It is found by its own mark alone: one that another task of its id stands in the way of is refused, as
-    an insert would be.
+    It matches only a document with its own mark. If another task has its id, it is refused, as an insert
+    would be.
     """
     assert op.document is not None
     found = {"_id": op.document["_id"], "taskx.w": {"$elemMatch": {"$eq": Int64(op.mark)}}}
@@ -413,7 +421,7 @@ def _upsert(op: _Op) -> UpdateOne:
 
 
 def _was_rolled_back(error: Exception) -> bool:
-    """Return whether a transaction whose commit failed is known to have come to nothing."""
+    """Return True if a transaction whose commit failed certainly changed nothing."""
     return (
         isinstance(error, PyMongoError)
         and error.has_error_label("TransientTransactionError")
@@ -422,17 +430,17 @@ def _was_rolled_back(error: Exception) -> bool:
 
 
 def _refuse_if_too_large(document: Document, about: int) -> None:
-    """Before anything is sent, so that it fails alone."""
+    """Raise ``PayloadError`` for a document that is too large, before others are sent with it."""
     if about > MOST_BYTES // 2 and (size := len(bson.encode(document))) > MOST_BYTES:
-        raise PayloadError("params", f"{size:,} bytes as BSON, more than MongoDB's {MOST_BYTES:,}")
+        raise PayloadError("params", f"{size:,} bytes as BSON, but MongoDB allows {MOST_BYTES:,}")
 
 
 def _update(write: Update, changes: Mapping[str, Any], mark: int) -> tuple[Document, Document]:
-    """The filter and the changes of an update."""
-    # Whoever sends it again, this object or the driver: it passes over what bears its mark.
+    """Return the filter and the changes of an update."""
+    # If this object or the driver sends it again, it skips a document that has its mark.
     found = {**guarded(write.id, write.guard), "taskx.w": {"$nin": [Int64(mark)]}}
     changed: Document = {"$push": {"taskx.w": {"$each": [Int64(mark)], "$slice": -MARKS}}}
-    # In an index of what must be unique a null would stand, too: what is given up is taken off.
+    # A unique index would also contain nulls, so a released value is removed instead of set to null.
     gone = [name for name in UNIQUE if name in changes and changes[name] is None]
     kept = {name: value for name, value in changes.items() if name not in gone}
     if kept:
@@ -445,7 +453,7 @@ def _update(write: Update, changes: Mapping[str, Any], mark: int) -> tuple[Docum
 def _write_one_by_one(
     tasks: Any, documents: Sequence[Document], changes: Sequence[tuple[Document, Document]]
 ) -> tuple[int, Collection[int]]:
-    """What ``bulk_write`` does, for a mock of the driver, which lacks it."""
+    """Do the work of ``bulk_write`` for a mock of the driver, which does not have it."""
     matched, refused = 0, set()
     for index, document in enumerate(documents):
         try:

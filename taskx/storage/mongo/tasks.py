@@ -1,4 +1,4 @@
-"""What is read of the tasks."""
+"""The queries for tasks."""
 
 from __future__ import annotations
 
@@ -52,38 +52,38 @@ _MOST_DOCUMENTS = 2**31 - 1
 _FOR_ENDED = (*STUB, "depends_on", "unique_lock", "unique_scope")
 
 
-class _Where(NamedTuple):
-    """Where a lookup column is: a field of some of the documents.
+class _LookupField(NamedTuple):
+    """The field of a lookup column, in some of the documents.
 
     Attributes:
-        path: the field.
-        of: of which documents.
-        reveals: whether one that looks hidden is found if its batch was committed: whoever did so has
-            not come to reveal all of it yet.
+        path: the path of the field.
+        among: the query for the documents.
+        reveals: True to find also a hidden task whose batch was committed. The process that committed it
+            has not revealed all of its tasks yet.
     """
 
     path: str
-    of: Document
+    among: Document
     reveals: bool = False
 
 
 #: All lookup columns.
 LOOKUPS = {
-    "id": _Where("_id", {}, reveals=True),
-    "unique_lock": _Where("taskx.unique_lock", {}, reveals=True),
-    "turn": _Where("taskx.turn", VISIBLE),
-    "waiting_on": _Where("taskx.waiting_on", held(FOR_PARENTS)),
-    "parent": _Where("taskx.depends_on", {}),  # of hidden ones: they may be there the next moment
-    "line": _Where("taskx.concurrency_key", held(FOR_TURN)),
-    "running_on": _Where("taskx.owner", {"status": "running", **VISIBLE}),
-    "buffered_on": _Where("taskx.owner", held(FREE)),
-    "stuck_on": _Where("taskx.stuck_on", VISIBLE),
-    "ready_type": _Where("type", held(FREE)),
+    "id": _LookupField("_id", {}, reveals=True),
+    "unique_lock": _LookupField("taskx.unique_lock", {}, reveals=True),
+    "turn": _LookupField("taskx.turn", VISIBLE),
+    "waiting_on": _LookupField("taskx.waiting_on", held(FOR_PARENTS)),
+    "parent": _LookupField("taskx.depends_on", {}),  # hidden tasks, too: they may soon be visible
+    "line": _LookupField("taskx.concurrency_key", held(FOR_TURN)),
+    "running_on": _LookupField("taskx.owner", {"status": "running", **VISIBLE}),
+    "buffered_on": _LookupField("taskx.owner", held(FREE)),
+    "stuck_on": _LookupField("taskx.stuck_on", VISIBLE),
+    "ready_type": _LookupField("type", held(FREE)),
 }
 
 
 class Tasks(Repository):
-    """Answers what is asked of the tasks."""
+    """The reading part of the repository: lookups, lists and counts of tasks."""
 
     _connection: Connection
     _batches: Batches
@@ -96,9 +96,9 @@ class Tasks(Repository):
         limit: int,
         order: Sequence[tuple[str, int]] = (),
     ) -> list[Document]:
-        """The documents that are wanted, with what these columns are made of."""
+        """Return the documents that a query finds, with the fields that hold these columns."""
         if limit <= 0:
-            return []  # the driver takes 0 for no limit
+            return []  # for the driver, 0 means no limit
 
         def read() -> list[Document]:
             cursor = self._connection.tasks.find(wanted, shown(fields))
@@ -123,7 +123,7 @@ class Tasks(Repository):
         self, column: Lookup, values: Sequence[str], fields: Fields, limit: int
     ) -> list[tuple[Any, ...]]:
         where = LOOKUPS[column]
-        wanted = {**where.of, where.path: {"$in": values}}
+        wanted = {**where.among, where.path: {"$in": values}}
         if column == "parent":
             return _pairs(self._read(wanted, ("depends_on",), limit), {*values}, fields)
         order = [("taskx.seq", 1)] if column == "line" else ()
@@ -133,13 +133,13 @@ class Tasks(Repository):
         return [tuple(row_from_document(document, fields).values()) for document in found]
 
     def _revealed(self, found: list[Document], fields: Sequence[str]) -> list[Document]:
-        """Documents without those that are hidden, and should be."""
+        """Return the documents without those that are rightly hidden."""
         hidden = [document for document in found if batch_of(document)]
         if not hidden:
             return found
         batches = [*{batch_of(document) for document in hidden}]
         committed = self._connection.run(lambda: self._batches.reveal_committed(batches))
-        # Somebody may have revealed the others since: of that their batch tells no more.
+        # The others may have been revealed in the meantime: their batch's decision is deleted then.
         others = [d["_id"] for d in hidden if batch_of(d) not in committed]
         again = {"_id": {"$in": others}, **VISIBLE}
         return [
@@ -148,13 +148,13 @@ class Tasks(Repository):
         ]
 
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
-        """The values that a column has, in order: those that the next ``limit`` documents have.
+        """Return the values of a column in the next ``limit`` documents, in order.
 
-        Not by the server's ``distinct``, whose answer must fit into one document.
+        This does not use the server's ``distinct``, whose answer must fit into one document.
         """
-        path, of, _ = LOOKUPS[column]
+        path, among, _ = LOOKUPS[column]
         name = path.removeprefix("taskx.")
-        wanted = {**of, path: {"$gt": text(after, "after")}}
+        wanted = {**among, path: {"$gt": text(after, "after")}}
         found = self._read(wanted, (name,), limit, [(path, 1)])
         return list(dict.fromkeys(row_from_document(d, (name,))[name] for d in found))
 
@@ -175,7 +175,7 @@ class Tasks(Repository):
 
     def count(self, filter: TaskFilter) -> int:
         def read() -> int:
-            # Not by one filter that says "not hidden": that would read every document.
+            # Not one query with the condition "not hidden", which would read every document.
             tasks, wanted = self._connection.tasks, matching(filter)
             hidden = tasks.count_documents({**wanted, **HIDDEN})
             if hidden and self._batches.reveal_committed(self._batches.hidden()):
@@ -184,7 +184,7 @@ class Tasks(Repository):
 
         return self._connection.run(read)
 
-    # --- by what may be done with them
+    # --- by the next step
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -201,7 +201,7 @@ class Tasks(Repository):
         return [_stub(document) for document in found]
 
     def _ready_by_age(self, wanted: Document, limit: int, ageing: int) -> Sequence[Stub]:
-        """The first ones of each priority, sorted anew."""
+        """Return the first tasks of each priority, sorted by priority and age together."""
         tasks = self._connection.tasks
         found: list[Document] = []
         for priority in self._connection.run(lambda: tasks.distinct("taskx.priority", wanted)):
@@ -212,13 +212,13 @@ class Tasks(Repository):
         return [stub for stub, _ in ranked[:limit]]
 
     def _prepare(self, kinds: Sequence[str], limit: int) -> None:
-        """See to what keeps tasks from being found."""
-        self._batches.look_after_sometimes()
+        """Recover incomplete batches and adopt tasks of the original, so that their tasks are found."""
+        self._batches.recover_if_due()
         if self._adopt_foreign:
             self._connection.run(lambda: self._adopt(kinds, limit))
 
     def _adopt(self, kinds: Sequence[str], limit: int) -> None:
-        """Make pending tasks of the original's ours, each once: from then on they are guarded."""
+        """Adopt pending tasks of the original, each one once; guards apply to them from then on."""
         tasks = self._connection.tasks
         wanted = {**FOREIGN, "type": {"$in": [*kinds]}}
         seen = {"created_at": 1, "taskx.held": 1}
@@ -229,7 +229,7 @@ class Tasks(Repository):
                 "taskx.held": ours_of(document).get("held", 0),
                 "taskx.seq": Int64(max(created, 0) * PER_MS),
             }
-            with suppress(WriteError):  # one that has no room for more, say: the others have
+            with suppress(WriteError):  # for example a full document; the others are adopted
                 tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": adopted})
 
     def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
@@ -243,11 +243,11 @@ class Tasks(Repository):
         moment = {"$lt": to_datetime(before)}
         wanted: Document = {
             "status": text(status, "status"),
-            # The index is by status and creation, and a task was created before it ended.
+            # The index has status and creation time, and a task is created before it ends.
             "created_at": moment,
             "completed_at": moment,
             "taskx.stuck_on": {"$in": ["", None]},
-            "_id": {"$type": "string"},  # what has none is no task
+            "_id": {"$type": "string"},  # a document with another id is not a task
             **VISIBLE,
         }
         if after is not None:
@@ -260,7 +260,7 @@ class Tasks(Repository):
 def _pairs(
     found: Sequence[Document], parents: set[str], fields: Sequence[str]
 ) -> list[tuple[Any, ...]]:
-    """A row for each document and each of these parents of its."""
+    """Return a row for each pair of a document and one of these parents."""
     pairs = [
         {"parent": parent, "id": document["_id"]}
         for document in found

@@ -128,12 +128,12 @@ class TestASubmitterThatDied:
         die_at(monkeypatch, store, "_commit")
         now = [100.0]
         patient = Batches(store._connection, 10.0, lambda: now[0])
-        patient.look_after()
+        patient.recover()
         now[0] += 9.9
-        patient.look_after()
+        patient.recover()
         assert mock.tasks.count_documents({}) == 5
         now[0] += 0.1
-        patient.look_after()
+        patient.recover()
         assert mock.tasks.count_documents({}) == 0
         assert list(store.apply([insert(task_id) for task_id in IDS])) == [True] * 5
 
@@ -142,11 +142,11 @@ class TestASubmitterThatDied:
         commit = store._batches._commit
 
         def late(batch):
-            Batches(store._connection, 0.0, time.monotonic).look_after()
+            Batches(store._connection, 0.0, time.monotonic).recover()
             commit(batch)
 
         monkeypatch.setattr(store._batches, "_commit", late)
-        with pytest.raises(RepositoryUnavailable, match="given up"):
+        with pytest.raises(RepositoryUnavailable, match="abandoned"):
             store.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
         assert mock.tasks.count_documents({}) == 0
 
@@ -207,7 +207,7 @@ class TestASubmitterThatDied:
 
     def test_nothing_is_abandoned_that_was_committed(self, store, monkeypatch, mock):
         die_at(monkeypatch, store, "_reveal")
-        Batches(store._connection, 0.0, time.monotonic).look_after()
+        Batches(store._connection, 0.0, time.monotonic).recover()
         assert all(found == set(IDS) for found in seen(store).values())
 
 

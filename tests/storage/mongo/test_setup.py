@@ -80,8 +80,8 @@ class TestUrls:
             ("mongodb://host", "names no database"),
             ("mongodb://host/", "names no database"),
             ("mongodb+srv://host", "names no database"),
-            ("mongodb://host/db?lease_timeout=long", "no number"),
-            ("mongodb://host/db?adopt_foreign=yes", "neither true nor false"),
+            ("mongodb://host/db?lease_timeout=long", "not a number"),
+            ("mongodb://host/db?adopt_foreign=yes", "must be true or false"),
             ("mongodb://host/db?collection=", "collection"),
         ],
     )
@@ -163,7 +163,7 @@ class TestIndexes:
             return
         repository.init_indexes()
         where = LOOKUPS[column]
-        asked = {**where.of, where.path: {"$gt": ""}}
+        asked = {**where.among, where.path: {"$gt": ""}}
         made = [dict(index, key=list(index["key"])) for index in database.tasks.list_indexes()]
         assert any(
             index["key"][0] == where.path
@@ -306,11 +306,11 @@ def test_hosts_with_wrong_clocks_agree_on_the_order(mock, make, monkeypatch):
         clock.set_wall(clock.now() + timedelta(hours=hours))
         repository = make(mock, clock=clock)
         told = lambda timeout, ms=server_ms: 1_700_000_000_000 + ms  # noqa: E731
-        monkeypatch.setattr(repository._order, "_server_ms", told)
+        monkeypatch.setattr(repository._sequencer, "_server_ms", told)
         repository.create(Task(id=name, type="t"))
     assert [stub.id for stub in make(mock).ready(["t"], 5)] == ["first", "second", "third"]
 
 
 def test_the_server_tells_its_clock(repository):
-    told = repository._order._server_ms(20.0)
+    told = repository._sequencer._server_ms(20.0)
     assert abs(told - time.time() * 1000) < 600_000

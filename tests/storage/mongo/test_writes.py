@@ -100,7 +100,7 @@ class TestTrips:
         repository, _ = counted
         writes = [insert("b"), lifecycle.take("nobody", "n")]
         with monkeypatch.context() as patch:
-            patch.setattr(repository._sender, "_look_for_marks", interrupt)
+            patch.setattr(repository._sender, "_confirm_by_marks", interrupt)
             with pytest.raises(KeyboardInterrupt):
                 repository.apply(writes)
         assert repository.apply(writes) == [True, False]
@@ -493,7 +493,7 @@ class TestRefusals:
     def test_too_large_for_a_document(self, repository):
         """16 MiB, whatever max_payload_size says; its neighbours can be stored."""
         huge = insert("huge", params='{"x":"' + "x" * 17 * 2**20 + '"}')
-        with pytest.raises(PayloadError, match=r"params: .* more than MongoDB's 16,777,216"):
+        with pytest.raises(PayloadError, match=r"params: .* MongoDB allows 16,777,216"):
             repository.apply([huge])
         with pytest.raises(PayloadError):
             repository.apply([insert("a"), huge, insert("b")])
