@@ -1,5 +1,5 @@
-"""Where tasks are kept: the interface, and the repositories that come with TaskX.
+"""Stores of tasks: the interface, and the repositories that come with TaskX.
 
-A repository knows no rules: it applies guarded writes and answers a few questions. What needs more asks
-``queries``.
+A repository knows no rules: it applies guarded writes and answers a few queries. Queries that need several
+of these are in ``queries``.
 """

@@ -1,4 +1,4 @@
-"""What a user's eight-method repository lacks, given to it by this process's memory."""
+"""An adapter that adds to a user's eight-method repository, in this process's memory, what it lacks."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from taskx.storage.base import Fields, Lookup, Rows
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
-#: The owner given to what is found running at start.
+#: The owner of a task that is found running at start.
 LEFT_BEHIND = "a process before this one"
 
-#: The fields of the original's task: all that an eight-method repository must keep. They are read
-#: from it; the rest is remembered here until the task has ended.
+#: The fields of the original's task: an eight-method repository must keep these. They are read from it.
+#: The other fields are remembered here until the task has ended.
 ORIGINAL_FIELDS = COLUMNS[: COLUMNS.index("duration") + 1]
 _NOT_STORED = frozenset({"owner", "stuck_on", *INTERNAL})
 _BETWEEN_TASKS = ("unique_key", "depends_on", "concurrency_key")
 _PAGE = 500
 #: Calls of a failing method before its error is raised.
 _TRIES = 2
-#: Most writes that are remembered to know them again if they are sent again, and most ended tasks.
+#: Most writes that are remembered, to recognise them if they are sent again; and most ended tasks.
 _MOST_KNOWN = 1000
 
 E = TypeVar("E", bound=RepositoryError)
@@ -58,50 +58,52 @@ EIGHT_METHODS = [
 
 
 class EightMethodAdapter(MemoryRepository):
-    """Runs a queue on a :class:`TaskRepository`: guards and indexes are kept in this process.
+    """A repository on a :class:`TaskRepository`, with guards and indexes in this process's memory.
 
-    So it must be the only process that runs tasks from it. What takes more than eight methods raises
-    ``ConfigurationError`` when it is asked for: several tasks in one transaction, and options that
-    the repository does not keep.
+    So this must be the only process that runs tasks from it. Features that need more than the eight methods
+    raise ``ConfigurationError`` when they are used: several tasks in one transaction, and options that the
+    repository does not keep.
     """
 
     def __init__(self, inner: TaskRepository, clock: Clock = SYSTEM_CLOCK) -> None:
         if isinstance(inner, type):
             raise ConfigurationError(
-                f"Queue needs a repository, not the class {inner.__name__}: make one, "
-                f"as in Queue({inner.__name__}(...))"
+                f"expected a repository object, got the class {inner.__name__}: "
+                f"use Queue({inner.__name__}(...))"
             )
         missing = [name for name in EIGHT_METHODS if not callable(getattr(inner, name, None))]
         if missing:
             raise ConfigurationError(
-                f"{type(inner).__name__} is no TaskRepository: it lacks {', '.join(missing)}; "
-                "use SQLiteRepository(path), MemoryRepository() or open_repository(url)"
+                f"expected a TaskRepository, got {type(inner).__name__}, which lacks "
+                f"{', '.join(missing)}; use SQLiteRepository(path), MemoryRepository() or "
+                "open_repository(url)"
             )
         super().__init__(clock)
         self.inner = inner
-        self.shortcoming = f"{type(inner).__name__} has eight methods"
-        # Writes whose outcome is not known, by task; those that took place, and may be sent again.
+        self.shortcoming = f"{type(inner).__name__} has only the eight methods"
+        # Writes whose outcome is unknown, by task.
         self._doubts: dict[str, Write] = {}
+        # Writes that took place and may be sent again.
         self._known: dict[int, Write] = {}
-        # The tasks of the rows here that have ended, in that order.
+        # The ended tasks that have a row here, in the order in which they ended.
         self._ended: dict[str, None] = {}
-        self._stirs = 0
+        self._late_writes = 0
 
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         """Apply guarded writes one by one, each in the repository and in memory.
 
-        Where the repository fails, the record is read back, and the write is tried once more if it
-        did not take place.
+        If the repository fails, the record is read back. If the write did not take place, it is tried once
+        more.
         """
         if all_or_nothing and len(writes) > 1:
             raise ConfigurationError(
-                f"{self.shortcoming} and no transaction: several tasks cannot be stored all or nothing; "
+                f"{self.shortcoming} and no transactions, so it cannot store several tasks at once: "
                 "submit them one by one"
             )
         with self._lock:
-            self._read_anew(writes)
+            self._refresh_all(writes)
             results: list[bool] = []
             try:
                 for write in writes:
@@ -109,14 +111,14 @@ class EightMethodAdapter(MemoryRepository):
             except BaseException as error:
                 self._remember(write for write, done in zip(writes, results, strict=False) if done)
                 if any(results) and isinstance(error, RepositoryError):
-                    raise _doubt(RepositoryError(str(error))) from error  # not all is undone
+                    raise _doubt(RepositoryError(str(error))) from error  # some writes took place
                 raise
             finally:
                 self._forget_ended()
             return results
 
-    def _read_anew(self, writes: Sequence[Write]) -> None:
-        """Read the records before the first write: if that fails, nothing has been changed."""
+    def _refresh_all(self, writes: Sequence[Write]) -> None:
+        """Read the records before the first write: if a read fails, nothing was changed."""
         for task_id in {w.id: None for w in writes if not isinstance(w, Insert)}:
             self._refresh(task_id)
         for write in writes:
@@ -124,7 +126,7 @@ class EightMethodAdapter(MemoryRepository):
                 self._refresh(write.id)
 
     def _remember(self, writes: Iterable[Write]) -> None:
-        """Remember writes that took place, to know them again if they are sent again."""
+        """Remember writes that took place, to recognise them if they are sent again."""
         self._known.update((id(write), write) for write in writes)
         while len(self._known) > _MOST_KNOWN:
             del self._known[next(iter(self._known))]
@@ -145,25 +147,25 @@ class EightMethodAdapter(MemoryRepository):
         return self._carry_out(write, row)
 
     def _carry_out(self, write: Write, row: Row) -> bool:
-        """Do a write in the repository, which may fail before or after its effect, and in memory."""
+        """Make a write in the repository, which may fail before or after its effect, and in memory."""
         for _ in range(_TRIES):
-            # Until memory says the same as the repository: an interrupt may come in between.
+            # In doubt until memory agrees with the repository: an interrupt may come in between.
             self._doubts[write.id] = write
             problem: Exception | None = None
             try:
                 done = self._send(write, row)
-            except Exception as error:  # noqa: BLE001  (a user's code: what it did is read back)
+            except Exception as error:  # noqa: BLE001  (a user's code: the record is read back)
                 problem = error
             if problem is None and not (done and isinstance(write, Insert) and _options(write)):
-                self._settled(write, done)
+                self._confirm(write, done)
                 return done
-            if self._look_back(write, problem):
+            if self._read_back(write, problem):
                 return True
         assert problem is not None
         raise self._translated(problem) from problem
 
     def _send(self, write: Write, row: Row) -> bool:
-        """Call the repository; return False if a new record exists already, or an old one is gone."""
+        """Call the repository. Return False if a new record already exists or an old one is gone."""
         try:
             if isinstance(write, Insert):
                 self.inner.create(_task(row))
@@ -177,10 +179,11 @@ class EightMethodAdapter(MemoryRepository):
             return False
         return True
 
-    def _look_back(self, write: Write, problem: Exception | None) -> bool:
-        """Read a record back, and return whether a write took place.
+    def _read_back(self, write: Write, problem: Exception | None) -> bool:
+        """Read a record back, and return True if a write took place.
 
-        What is stored and lacks what the task asked for is removed: ``ConfigurationError``.
+        If the stored record lacks an option of the task, remove the record and raise
+        ``ConfigurationError``.
         """
         for left in reversed(range(_TRIES)):
             try:
@@ -195,17 +198,19 @@ class EightMethodAdapter(MemoryRepository):
         raise AssertionError
 
     def _resolve(self, write: Write, stored: Row | None) -> bool:
-        """Bring memory up to what is stored after a write whose outcome was unknown."""
+        """Bring memory in line with the stored record after a write whose outcome was unknown."""
         if took_place := _shown(write, stored):
             self._refuse_lost_options(write, stored)
-        self._settled(write, took_place)
+        self._confirm(write, took_place)
         return took_place
 
-    def _settled(self, write: Write, done: bool) -> None:
-        """Apply a write in memory if it took place, and end the doubt about it."""
+    def _confirm(self, write: Write, done: bool) -> None:
+        """Apply a write in memory if it took place. Its outcome is then no longer in doubt."""
         if done:
             if isinstance(write, Insert):
-                self._forget(write.id)  # it had this id and was deleted behind our back
+                self._forget(
+                    write.id
+                )  # an earlier task with this id was deleted without our knowledge
             self._apply_one(write)
         del self._doubts[write.id]
 
@@ -213,7 +218,8 @@ class EightMethodAdapter(MemoryRepository):
         for name in _BETWEEN_TASKS:
             if write.row.get(name) is not None:
                 raise ConfigurationError(
-                    f"{self.shortcoming} and nothing that could hold {name}; nothing was stored"
+                    f"{self.shortcoming} and does not support {name}; nothing was stored. Use "
+                    "SQLiteRepository, MongoRepository or MemoryRepository, or omit the option"
                 )
 
     def _refuse_lost_options(self, write: Write, stored: Row | None) -> None:
@@ -223,10 +229,10 @@ class EightMethodAdapter(MemoryRepository):
         if lost:
             with self._errors(), suppress(TaskNotFound):
                 self.inner.delete(write.id)
-            self._settled(write, done=False)
+            self._confirm(write, done=False)
             raise ConfigurationError(
-                f"{type(self.inner).__name__} does not keep {', '.join(lost)}: store every field "
-                "of the task, or do without; nothing was stored"
+                f"{type(self.inner).__name__} does not keep {', '.join(lost)}; nothing was stored. "
+                "Store every field of the task, or omit the option"
             )
 
     @contextmanager
@@ -239,13 +245,13 @@ class EightMethodAdapter(MemoryRepository):
             raise self._translated(error) from error
 
     def _translated(self, error: Exception) -> TaskxError:
-        """Return an error of the repository as one of ours; an ``OSError`` may pass."""
+        """Return an error of the repository as one of TaskX. An ``OSError`` may go away by itself."""
         if isinstance(error, TaskxError):
             return error
         kind = RepositoryUnavailable if isinstance(error, OSError) else RepositoryError
         return kind(f"{type(self.inner).__name__}: {error!r}")
 
-    # --- the row of a task: the original's fields as the repository has them, the rest from here
+    # --- the row of a task: the original's fields come from the repository, the others from memory
 
     def _read(self, task_id: str) -> Row | None:
         with self._errors():
@@ -255,14 +261,14 @@ class EightMethodAdapter(MemoryRepository):
                 return None
 
     def _refresh(self, task_id: str) -> None:
-        """Bring memory up to what is stored."""
+        """Bring memory in line with the stored record."""
         stored = self._read(task_id)
         if (doubtful := self._doubts.get(task_id)) is not None:
             try:
                 if self._resolve(doubtful, stored):
                     self._remember([doubtful])
-                    self._stirs += 1
-            except ConfigurationError:  # whoever submitted it was told that it was in doubt
+                    self._late_writes += 1
+            except ConfigurationError:  # the caller of submit was told that the write was in doubt
                 stored = None
         known = self._rows.get(task_id)
         if stored is None:
@@ -273,7 +279,7 @@ class EightMethodAdapter(MemoryRepository):
             self._put(task_id, {**known, **{name: stored[name] for name in ORIGINAL_FIELDS}})
 
     def _adopt(self, row: Row) -> None:
-        """Take up what this process neither created nor has met: if it runs, it was left behind."""
+        """Add a stored task that is new to this process. If it is running, it was left behind."""
         self._sequence += 1
         row["sequence"] = self._sequence
         row["owner"] = LEFT_BEHIND if row["status"] == RUNNING else ""
@@ -283,7 +289,7 @@ class EightMethodAdapter(MemoryRepository):
         self._put(row["id"], row)
 
     def _forget_ended(self) -> None:
-        """Forget what has ended but for the last of it, as it may be asked whether a write took place."""
+        """Forget ended tasks, except the last ones: callers may still ask if their writes took place."""
         while len(self._ended) > _MOST_KNOWN:
             task_id = next(iter(self._ended))
             row = self._rows.get(task_id)
@@ -296,7 +302,7 @@ class EightMethodAdapter(MemoryRepository):
             self._put(task_id, None)
 
     def _put(self, task_id: str, row: Row | None) -> None:
-        """Each change is a transaction of its own."""
+        """Replace the row with this id, in a transaction of its own. None removes it."""
         self._ended.pop(task_id, None)
         if row is not None and row["status"] in FINISHED:
             self._ended[task_id] = None
@@ -312,9 +318,9 @@ class EightMethodAdapter(MemoryRepository):
     def find(
         self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
     ) -> Rows:
-        """Rows as the repository has them now, found by their id; by other columns, as memory knows them.
+        """Return rows: by id, as they are stored now; by another column, as this memory knows them.
 
-        What was in doubt is looked at first.
+        Writes in doubt are resolved first.
         """
         with self._lock:
             for task_id in values if column == "id" else [*self._doubts]:
@@ -332,14 +338,15 @@ class EightMethodAdapter(MemoryRepository):
             return self.inner.count(filter)
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        """Tasks of a finished status that ended before a moment, of those that the repository lists."""
+        """Return the listed tasks of a finished status that ended before a moment, newest first."""
         found: list[Ended] = []
         end, passed = to_datetime(before), after or 0
         filter = TaskFilter(status=TaskStatus(status), end_date=end, limit=_PAGE)
         for page in self._pages(filter, passed):
             for task in page:
                 if task.completed_at is not None and task.completed_at < end and not task.stuck_on:
-                    # Those before it are no longer listed when a look goes on: they are removed.
+                    # The next call skips ``passed`` tasks. The tasks found before this one do not count:
+                    # they are removed by then, and no longer listed.
                     stub = stub_from_row(self._rows.get(task.id) or row_from_task(task))
                     found.append(Ended(stub, (), None, None, passed))
                 else:
@@ -349,19 +356,20 @@ class EightMethodAdapter(MemoryRepository):
         return found[:limit]
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Raises: there is no place for it that outlives this process."""
+        """Raise ``ConfigurationError``: the eight methods cannot store notes that outlive this process."""
         raise ConfigurationError(
-            f"{self.shortcoming} and nothing that could keep this over a restart; nothing was stored"
+            f"{self.shortcoming} and cannot store this across restarts; nothing was stored. Use "
+            "SQLiteRepository, MongoRepository or MemoryRepository"
         )
 
     def version(self) -> object:
-        """Return the number of writes in doubt that turned out to be stored; no other process writes."""
-        return self._stirs
+        """Return the number of writes in doubt that turned out to be stored. No other process writes."""
+        return self._late_writes
 
     # --- starting
 
     def prepare(self) -> None:
-        """Read what is unfinished; what runs was left behind, as this is the only process."""
+        """Read the unfinished tasks. Running ones were left behind, as this is the only process."""
         with self._lock:
             for task in self._unfinished_tasks():
                 if task.id not in self._rows:
@@ -375,7 +383,7 @@ class EightMethodAdapter(MemoryRepository):
         return sorted(found, key=lambda task: row_from_task(task)["created_at"])
 
     def _pages(self, filter: TaskFilter, offset: int = 0) -> Iterator[Sequence[Task]]:
-        """All that meet a filter, as many at a time as its limit says."""
+        """Yield all tasks that match a filter, in pages of at most its limit."""
         while True:
             with self._errors():
                 page = self.inner.list(attrs.evolve(filter, offset=offset))
@@ -386,16 +394,16 @@ class EightMethodAdapter(MemoryRepository):
 
 
 def _options(insert: Insert) -> list[str]:
-    """The options that a new task has and that a repository might not keep."""
+    """Return the names of a new task's options that a repository might not keep."""
     row = {**DEFAULTS, **insert.row}
     return [name for name in CHECKS if row[name] != DEFAULTS[name]]
 
 
 def _shown(write: Write, stored: Row | None) -> bool:
-    """Return whether a stored record shows that a write took place.
+    """Return True if a stored record shows that a write took place.
 
-    Only the fields that every repository keeps are compared. A write that changes none of them does
-    not show; it can be done again without harm.
+    Only the fields that every repository keeps are compared. If a write changes none of them, the result is
+    False. Such a write can be repeated without harm.
     """
     if isinstance(write, Delete):
         return stored is None

@@ -1,4 +1,4 @@
-"""What a store must do so that queues can run on it: the primitives."""
+"""The primitives: the methods that a store must have so that queues can run on it."""
 
 from __future__ import annotations
 
@@ -39,30 +39,32 @@ from taskx.liveness.locks import HostLocks
 from taskx.storage.eight import TaskRepository
 
 _Both = Literal["waiting_on", "line", "running_on", "buffered_on", "stuck_on"]
-#: The columns of a row by whose value rows are found, all through an index:
+#: The lookup columns. :meth:`Repository.find` finds rows by their values, each through an index:
 #:
 #: ``id``, ``unique_lock``, ``turn``
-#:     in one row at most.
+#:     A value is in one row at most.
 #: ``waiting_on``
-#:     of the tasks that wait for their parents.
+#:     The parent that a pending task waits for.
 #: ``parent``
-#:     of pairs of a task and one of its parents, which have the fields ``parent`` and ``id`` and no other.
-#:     They may be there before the task is.
+#:     A row is a pair of a task and one of its parents. It has the fields ``parent`` and ``id`` and no
+#:     others. The pairs may be stored before the task.
 #: ``line``
-#:     the ``concurrency_key`` of the tasks that wait for its turn. Rows come in the order in which they
-#:     get it.
-#: ``running_on``, ``buffered_on``
-#:     the ``owner``, if there is one, of the running tasks; and of the pending ones that may start.
+#:     The ``concurrency_key`` of the tasks that wait for their turn. The rows come in the order in which
+#:     they get their turn.
+#: ``running_on``
+#:     The ``owner`` of a running task. Tasks without an owner are left out.
+#: ``buffered_on``
+#:     The ``owner`` of a pending task that may start. Tasks without an owner are left out.
 #: ``stuck_on``
-#:     not empty.
+#:     The node on which a thread of the task is stuck. Rows with an empty value are left out.
 Lookup = Literal["id", "unique_lock", "turn", "parent", _Both]
-#: The columns whose values can be listed: some of those, and
+#: The columns whose values :meth:`Repository.distinct` lists: some lookup columns, and
 #:
 #: ``ready_type``
-#:     the ``type`` of the pending tasks that may start.
+#:     The ``type`` of the pending tasks that may start.
 Listed = Literal[_Both, "ready_type"]
 
-#: Names of columns, and rows of these.
+#: Names of columns, and rows that have these columns.
 Fields = tuple[str, ...]
 Rows = Sequence[tuple[Any, ...]]
 
@@ -70,54 +72,61 @@ R = TypeVar("R", bound="Repository")
 
 
 def new_version() -> int:
-    """The version of a new note: by chance, as a clock may be set back."""
+    """Return a random version for a new note. A clock would not do, as it may be set back."""
     return 1 + int.from_bytes(os.urandom(7), "big")
 
 
 class Reentered(RepositoryUnavailable):
-    """The calling thread was in the middle of a write already: a finalizer or the like called.
+    """The calling thread is already in the middle of a write, for example because a finalizer called.
 
-    Raised instead of waiting for oneself. Nothing was changed.
+    It is raised because the thread would wait for itself. Nothing was changed.
     """
 
     def __init__(self) -> None:
         super().__init__(
-            "called by a finalizer or the like in the middle of another write of this thread; nothing "
-            "was changed. Have another thread do it, or submit a task that does"
+            "this thread is already in the middle of a write, so a finalizer must not write; nothing was "
+            "changed. Call from another thread, or submit a task that makes the call"
         )
 
 
 class Listener(ABC):
-    """Hears of commits of other processes: see :meth:`Repository.listen`."""
+    """A receiver of news about the commits of other processes: see :meth:`Repository.listen`."""
 
     @abstractmethod
     def wait(self, timeout: float | None = None) -> str:
-        """Wait for news, at most ``timeout`` seconds (None: for ever); return the kinds of all that came.
+        """Wait for news, at most ``timeout`` seconds (None: for ever), and return the kinds received.
 
-        It returns when something is heard, the time is over or it is closed, and not before: the callers
-        call it again at once. It may also return what is no kind of news.
+        It returns when there is news, when the time is over, or when the listener is closed. It must not
+        return earlier, as callers call it again at once. Callers ignore letters that are no kind of news.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Listen no more, and have a thread that waits go on."""
+        """Stop listening, and make a waiting thread return."""
 
 
 class Repository(TaskRepository):
-    """A store of tasks, in eleven primitives; the eight methods and all rules about tasks come with it.
+    """A store of tasks: subclasses implement eleven primitives and inherit everything else.
 
-    A task is a row of the columns ``COLUMNS`` of ``taskx.core.record``. Params, results and checkpoints are
-    kept as ``self.codecs.coded(writes)`` gives them. The store knows no rules: each write says itself
-    under which condition it takes place.
+    The eight methods of ``TaskRepository`` and all rules about tasks are inherited.
 
-    Of every method: calls come from several threads. The exception of a signal handler may strike between
-    any two bytecodes; the next call must find the store as it was before that call or after it. No error
-    of a driver gets out: raise ``RepositoryUnavailable`` for what may work later, and another
-    ``RepositoryError`` for what will not. A read changes nothing and may be made again after an error.
+    A task is a row with the columns ``COLUMNS`` of ``taskx.core.record``. Params, results and checkpoints
+    are stored in the form that ``self.codecs.coded(writes)`` returns. The store knows no rules: each
+    write carries its own guard.
+
+    Every method must keep these promises:
+
+    - Several threads may call at the same time.
+    - A signal handler may raise an exception between any two bytecodes. The next call must find the store
+      as it was before or after the interrupted call.
+    - No error of a driver leaves the method. Raise ``RepositoryUnavailable`` if the call may succeed later,
+      otherwise another ``RepositoryError``.
+    - A read changes nothing, so it can be repeated after an error.
 
     Args:
-        clock: what the eight methods stamp records with.
-        codec: what params, results and checkpoints are stored with; of several, the first one writes.
+        clock: the clock for the timestamps that the eight methods write.
+        codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
+            read.
     """
 
     def __init__(
@@ -125,24 +134,25 @@ class Repository(TaskRepository):
     ) -> None:
         self.clock = clock
         self.codecs = Codecs(codec)
-        #: The queues on this object. If there are several, each must hear of the others' commits.
+        #: The queues that use this object. If there are several, each must be told of the others' commits.
         self.queues: weakref.WeakSet[object] = weakref.WeakSet()
 
     # --- writing
 
     @abstractmethod
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes, in order; say for each whether its guard held.
+        """Apply guarded writes in order. Return for each one True if its guard held.
 
-        A guard and its change are one step, whoever else writes. When it returns they are committed, and
-        survive a power cut where one of them is ``durable``. One transaction is best; a store without must
-        keep the order for each task. With ``all_or_nothing`` none is applied unless every guard holds.
+        Checking a guard and applying its change is one atomic step. When the method returns, the writes
+        are committed. They also survive a power cut if one of them is ``durable``. Apply them in one
+        transaction if the store has transactions. Otherwise keep the order of the writes of each task.
+        With ``all_or_nothing``, no write is applied unless every guard holds.
 
         Raises:
-            Reentered: the calling thread is :attr:`entered`; nothing was applied.
-            RepositoryError: nothing was applied, unless its ``in_doubt`` is True. Sent again then, as the
-                same objects, a write that took place counts as held and is not done twice; so it is after
-                an interrupt, if it may have taken place in part.
+            Reentered: :attr:`entered` is True for the calling thread; nothing was applied.
+            RepositoryError: nothing was applied, unless the error's ``in_doubt`` is True. In that case, and
+                after an interrupt that may have come in the middle, the caller may send the same objects
+                again. A write that took place then counts as held and is not applied twice.
         """
 
     @property
@@ -152,79 +162,91 @@ class Repository(TaskRepository):
 
     @abstractmethod
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Store notes, or with None remove them, each if its version is still that one; say for each.
+        """Store notes, or remove them (text None). Return for each change True if it was made.
 
-        Version 0: if there is none. They survive a power cut. Of several, one that was stored by another
-        process with the same text may count as stored.
+        A change is made if the stored note has the version that the change names. Version 0 means that no
+        such note exists. The changes survive a power cut. If there are several changes, a note that another
+        process stored with the same text may count as stored.
 
         Raises:
-            RepositoryError: none was stored; or, where its ``in_doubt`` is True, some may have been.
+            RepositoryError: nothing was stored. If the error's ``in_doubt`` is True, some notes may have
+                been.
         """
 
     def put_note(self, name: str, text: str | None, version: int) -> bool:
         """Store or remove a single note: see :meth:`put_notes`."""
         return self.put_notes([NoteChange(name, text, version)])[0]
 
-    # --- reading, by ``list`` and ``count``, too: what is committed when the call begins, by any process
+    # --- reading. Each read, also ``list`` and ``count``, sees all that any process had committed before it
 
     @abstractmethod
     def find(
         self, column: Lookup, values: Sequence[str], fields: Fields, limit: int | None = None
     ) -> Rows:
-        """Rows that have one of these values, all different, in a lookup column: the fields asked for.
+        """Return the given fields of the rows that have one of these values in a lookup column.
 
-        They hold what is stored, however damaged: coded values stay coded. In any order, but for
-        ``line``; at most ``limit``. There may be more values than a query takes: then make several.
+        The values are all different. There may be more of them than one query takes: then make several
+        queries. The rows hold exactly what is stored, even if it is damaged, and coded values stay coded.
+        Their order does not matter, except for the column ``line``. At most ``limit`` rows are returned.
         """
 
     @abstractmethod
     def distinct(self, column: Listed, after: str, limit: int) -> Sequence[str]:
-        """The values that a column has, in order, each once, from the one after ``after``.
+        """Return the different values of a column that come after ``after``, sorted.
 
-        At most ``limit``, and fewer only for speed: empty where there are none, and only there. However
-        many rows have a value, it costs no more: an index is looked into for each value.
+        At most ``limit`` values are returned. The store may return fewer to be fast, but it returns an
+        empty list only if no values are left. The cost must depend on the number of values, not on the
+        number of
+        rows: use one step in an index for each value.
         """
 
     @abstractmethod
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
     ) -> Sequence[Stub]:
-        """Pending tasks of these types that may start now, best first.
+        """Return at most ``limit`` pending tasks of these types that may start now, best first.
 
-        Best: highest priority, then earliest stored; with ``ageing``, so many milliseconds of waiting
-        count as one priority more. Those that no node holds or, with ``owner``, those that wait in that
-        node's buffer. It costs as much as there are in the answer, however many wait. They may be gone
-        the next moment: a start is a write with a guard.
+        The best task has the highest priority; of equal priority, the one stored first. With ``ageing``,
+        every ``ageing`` milliseconds of waiting count as one more priority. Without ``owner``, the tasks
+        are those that no node holds. With ``owner``, they are those in that node's buffer. The cost must
+        depend on the number of tasks returned, not on the number that wait. Another process may start
+        them at any moment: a start is a write with a guard.
         """
 
     @abstractmethod
     def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
-        """The held back pending tasks whose ``run_at`` has come by then, earliest first.
+        """Return at most ``limit`` pending tasks that wait for their ``run_at``, earliest first.
 
-        Of each its id and its ``run_at``, in milliseconds; with None those of any ``run_at``.
+        Each item is a task's id and its ``run_at`` in milliseconds. Only tasks with a ``run_at`` of at most
+        ``before`` are returned; None means all.
         """
 
     @abstractmethod
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        """Tasks of a finished status that ended before a moment, in milliseconds, newest first.
+        """Return at most ``limit`` tasks of a finished status that ended before a moment, newest first.
 
-        Tasks of which a thread still runs are left out. ``after`` is the ``place`` of the task where the
-        last call stopped: what was removed since makes it miss none.
+        ``before`` is in milliseconds. Tasks that still have a running thread are left out. ``after`` is the
+        ``place`` of the last task of the call before. Tasks that were removed since then do not make this
+        call miss others.
         """
 
     @abstractmethod
     def notes(self, prefix: str) -> dict[str, Note]:
-        """All notes whose name begins so, by name."""
+        """Return all notes whose name begins with ``prefix``, by name."""
 
     def notes_named(self, names: Sequence[str]) -> dict[str, Note]:
-        """The notes with these names that exist, by name; a store that can reads no others."""
+        """Return those notes with these names that exist, by name.
+
+        This version reads every note with their common prefix. Override it if the store can do better.
+        """
         found = self.notes(os.path.commonprefix([*names]))  # noqa: RUF071  (of letters, not of folders)
         return {name: found[name] for name in names if name in found}
 
     def notes_after(self, prefix: str, after: str, limit: int) -> dict[str, Note]:
-        """The first notes whose name begins so and comes after ``after``, which begins so, too.
+        """Return at most ``limit`` notes, sorted by name: the first with ``prefix`` that follow ``after``.
 
-        At most ``limit``, in the order of names; a store that can reads no others.
+        ``after`` begins with ``prefix``, too. This version reads every note with the prefix. Override it if
+        the store can do better.
         """
         found = self.notes(prefix)
         names = sorted(name for name in found if name > after)
@@ -232,29 +254,30 @@ class Repository(TaskRepository):
 
     @abstractmethod
     def version(self) -> object:
-        """A value that is another one when others may have changed something; cheap.
+        """Return a value that is different from the last one if others may have changed something.
 
-        Others are other processes, and other queues in this one. It is asked for many times a second.
-        It may be late by a second, and be another one for nothing; it never misses a commit for good.
+        Others are other processes, and other queues in this process. The method must be cheap, as it is
+        called many times a second. The value may change a second late or without a reason, but every commit
+        must change it in the end.
         """
 
     def listen(self, news: str) -> Listener | None:
-        """Hear at once of what others commit, sooner than by a look at :meth:`version`.
+        """Return a listener that learns of others' commits sooner than polling :meth:`version` would.
 
-        ``news`` has the kinds that are wanted: see ``lifecycle.news``. What is heard may be old, and some
-        is never heard. None if nothing can be heard.
+        ``news`` holds the kinds of news that are wanted: see ``lifecycle.news``. News may come late,
+        twice or not at all. Return None if the store cannot tell of commits.
         """
         return None
 
-    # --- the eight methods, by the moves of ``lifecycle``: its rules hold whichever way a record changes
+    # --- the eight methods. They use the moves of ``lifecycle``, so that its rules hold for every change
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
-        """The tasks with these ids that exist, by id."""
+        """Return the tasks with these ids that exist, by id."""
         found = self.find("id", task_ids, TASK_FIELDS)
         return {row[0]: task_from_row(row, self.codecs) for row in found}
 
     def statuses(self, task_ids: Sequence[str]) -> dict[str, str]:
-        """The status of each of these tasks that exists, by id."""
+        """Return the status of each of these tasks that exists, by id."""
         found = self.find("id", task_ids, ("id", "status"))
         return {task_id: known_status(status) for task_id, status in found}
 
@@ -262,15 +285,15 @@ class Repository(TaskRepository):
         """Store a new pending task.
 
         Raises:
-            DuplicateTask: one has its id, or holds its unique key.
-            InvalidTransition: it is not pending.
+            DuplicateTask: another task has its id, or holds its unique key.
+            InvalidTransition: the task is not pending.
             PayloadError: its params break the JSON rules.
-            ConfigurationError: another field holds what it may not.
+            ConfigurationError: another field has a value that is not allowed.
         """
         task = storable(task)
         now = self.clock.now_ms()
         insert = new_record(task, now if task.created_at is None else to_ms(task.created_at))
-        # Whether they have ended is seen by whoever runs.
+        # A running queue finds out whether the parents have ended.
         if parents := parents_from_text(insert.row.get("depends_on")):
             lifecycle.wait_for(insert, parents[-1])
         if not self.apply([insert])[0]:
@@ -284,29 +307,31 @@ class Repository(TaskRepository):
         return found[task_id]
 
     def update(self, task: Task) -> None:
-        """Replace what may be replaced of the stored task: not its identity, fence and owner.
+        """Replace the stored task's fields, except its identity, its fence and its owner.
 
         Raises:
             TaskNotFound: there is no such task.
-            InvalidTransition: its status may not move as asked, or it moved meanwhile.
-            DuplicateTask: it would take a unique key again that another task holds.
+            InvalidTransition: its status cannot change like this, or it changed in the meantime.
+            DuplicateTask: the task would take its unique key again, and another task holds that.
             PayloadError: params or result break the JSON rules.
-            ConfigurationError: another field holds what it may not.
+            ConfigurationError: another field has a value that is not allowed.
         """
         task = storable(task)
         stored = self.get_by_id(task.id)
         if not any(self.apply(lifecycle.amend(stored, task, self.clock.now_ms()))):
             if task.status is TaskStatus.PENDING:
                 self.refuse_if_key_held(stored)
-            raise InvalidTransition(f"task {task.id} moved on while it was being updated")
+            raise InvalidTransition(
+                f"task {task.id} changed while it was being updated: read it again and retry"
+            )
 
     def update_status(self, task_id: str, status: TaskStatus, message: str = "") -> None:
         """Set status and message.
 
         Raises:
             TaskNotFound: there is no such task.
-            InvalidTransition: no move leads there, or it moved meanwhile.
-            DuplicateTask: it would take a unique key again that another task holds.
+            InvalidTransition: its status cannot change to this one, or it changed in the meantime.
+            DuplicateTask: the task would take its unique key again, and another task holds that.
         """
         stored = self.get_by_id(task_id)
         write = lifecycle.set_status(
@@ -315,21 +340,23 @@ class Repository(TaskRepository):
         if not self.apply([write])[0]:
             if status == TaskStatus.PENDING:
                 self.refuse_if_key_held(stored)
-            raise InvalidTransition(f"task {task_id} moved on while its status was being set")
+            raise InvalidTransition(
+                f"task {task_id} changed while its status was being set: read it again and retry"
+            )
 
     def refuse_if_key_held(self, task: Task) -> None:
-        """``DuplicateTask`` where another task holds the unique key that this one would take again."""
+        """Raise ``DuplicateTask`` if another task holds this task's unique key."""
         holder = self._holder(task.unique_key)
         if holder is not None and holder != task.id:
             raise DuplicateTask(holder, task.unique_key)
 
     def _holder(self, key: str | None) -> str | None:
-        """The task that holds a unique key."""
+        """Return the id of the task that holds a unique key."""
         found = () if key is None else self.find("unique_lock", [key], ("id",))
         return next((task_id for (task_id,) in found), None)
 
     def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
-        """Set progress, clamped to 0 to 100, and message of a running task; of another, nothing.
+        """Set the progress, clamped to 0 to 100, and the message of a task if it is running.
 
         Raises:
             TaskNotFound: there is no such task.
@@ -343,43 +370,44 @@ class Repository(TaskRepository):
 
         Raises:
             TaskNotFound: there is no such task.
-            InvalidTransition: it is running, or a thread of an ended attempt still runs.
+            InvalidTransition: it is running, or a thread of an earlier attempt still runs.
         """
         if not self.apply([lifecycle.delete(check_name(task_id, "id"))])[0]:
             raise lifecycle.not_deleted(self.get_by_id(task_id))
 
-    # --- what it can do
+    # --- capabilities
 
-    #: Whether other processes see the same tasks.
+    #: True if other processes see the same tasks.
     shared = True
-    #: Why it holds no more than tasks by themselves, as an error says it; empty if it holds all that a
-    #: queue stores: notes, checkpoints, logs, unique keys, parents, turns, several new tasks at once.
+    #: The reason why the repository stores plain tasks only, worded as the beginning of an error message.
+    #: It is empty if the repository stores everything that a queue needs: notes, checkpoints, logs, unique
+    #: keys, parents, turns, and several new tasks in one transaction.
     shortcoming = ""
-    #: Seconds after which a node that shows no life is dead, where leases tell.
+    #: Seconds without a heartbeat after which a node counts as dead, if leases are used.
     lease_timeout = LEASE
-    #: Where this host's nodes have their lock files then; a temporary folder unless given.
+    #: The folder of this host's lock files, if leases are used; None: a temporary folder.
     run_folder: str | None = None
 
     def require(self, what: str) -> None:
-        """Refuse, with a ``ConfigurationError``, what a :attr:`shortcoming` leaves no place for."""
+        """Raise ``ConfigurationError`` if the repository cannot store ``what``: see :attr:`shortcoming`."""
         if self.shortcoming:
             raise ConfigurationError(
-                f"{self.shortcoming} and no place for {what}: use SQLiteRepository, MongoRepository or "
+                f"{self.shortcoming} and cannot store {what}: use SQLiteRepository, MongoRepository or "
                 "MemoryRepository"
             )
 
     @property
     def liveness(self) -> Liveness[Any]:
-        """The nodes on this repository, and which of them live."""
+        """The object that knows the nodes on this repository, and which of them are alive."""
         made: Liveness[Any] | None = vars(self).get("_liveness")
         return made or vars(self).setdefault("_liveness", self._make_liveness())
 
     def nodes(self) -> Sequence[Node]:
-        """The nodes that are started on this repository, or have died and were not seen to yet."""
+        """Return the nodes that run on this repository, and dead ones that were not cleaned up yet."""
         return self.liveness.nodes()
 
     def _make_liveness(self) -> Liveness[Any]:
-        """Choose what tells which nodes live: leases, unless all nodes are in this process."""
+        """Choose how to find out which nodes are alive: by leases, unless all are in this process."""
         if not self.shared:
             return InProcess(self)
         locks = HostLocks(self.run_folder)
@@ -388,38 +416,43 @@ class Repository(TaskRepository):
     # --- opening and closing
 
     def prepare(self) -> None:
-        """Get ready for a node, which is about to join.
+        """Get ready for a node that is about to join.
 
         Raises:
-            RepositoryError: none may join.
+            RepositoryError: no node can join.
         """
 
     def ensure_there(self) -> None:
-        """Raise if what the repository opened is not there any more; cheap, changes and opens nothing.
+        """Raise an error if the opened store does not exist any more.
+
+        The method is cheap. It changes nothing and opens nothing.
 
         Raises:
-            RepositoryError: it is gone; the message says what happened, and what to do.
+            RepositoryError: the store is gone. The message says what happened and what to do.
         """
 
     def within(self, seconds: float) -> AbstractContextManager[object]:
-        """Have the operations inside raise ``RepositoryUnavailable`` after so long, if the store can."""
+        """Limit the operations inside to ``seconds``: they raise ``RepositoryUnavailable`` after that.
+
+        Override it if the store can hang. This version sets no limit.
+        """
         return nullcontext()
 
     def shrink(self) -> bool:
-        """Give a little of the space that nothing uses back to the disk; whether there is more."""
+        """Give a little unused space back to the disk. Return True if there is more to give back."""
         return False
 
     def before_fork(self) -> None:
-        """Have no transaction and no connection open that a forked child would inherit."""
+        """End all transactions and close all connections that a forked child would inherit."""
 
     def after_fork(self) -> None:
-        """In the parent: go on as before."""
+        """Continue as before, in the parent."""
 
     def renew_after_fork(self) -> None:
-        """In a forked child: drop what belongs to the parent, without touching it."""
+        """Drop, in a forked child, everything that belongs to the parent, without changing it."""
 
     def close(self) -> None:
-        """Release what the repository holds open; a later operation opens it again."""
+        """Close everything that is open. A later operation opens it again."""
 
     def __enter__(self: R) -> R:
         return self
@@ -434,7 +467,7 @@ _prepared: list[Repository] = []
 
 
 def tell_of_forks(repository: Repository) -> None:
-    """Have a repository's methods about forks called: the last thing that its constructor does."""
+    """Call this repository's fork methods at every fork. Its constructor calls this last."""
     _told.add(repository)
 
 

@@ -9,44 +9,47 @@ from taskx.core.model import Task, TaskFilter, TaskStatus
 
 
 class TaskRepository(ABC):
-    """The eight methods of a repository; implement them and ``Queue`` works with it.
+    """The eight methods of a repository: implement them, and ``Queue`` works with it.
 
-    Such a queue takes itself for the only process on the repository: what it finds running when it
-    starts counts as left behind by a process that died. Calls come from several threads. Keep every
-    field of the task (``to_dict``/``from_dict`` help); give back copies, not what is stored.
+    A queue on such a repository must be the only process that uses it. Tasks that are running when the
+    queue starts count as left behind by a process that died.
 
-    A method that raises, before or after it has changed something, is called once more if the change is
-    not there. Raise ``RepositoryUnavailable`` or an ``OSError`` for what may work later.
+    Several threads may call at the same time. Store every field of the task (``to_dict`` and ``from_dict``
+    help). Return copies, not the stored objects.
+
+    If a method raises, the queue reads the task to find out whether the change was made, and calls the
+    method once more if it was not. Raise ``RepositoryUnavailable`` or an ``OSError`` if the call may
+    succeed later.
     """
 
     @abstractmethod
     def create(self, task: Task) -> None:
-        """Store a new task; ``DuplicateTask`` if one has its id."""
+        """Store a new task. Raise ``DuplicateTask`` if a task with its id exists."""
 
     @abstractmethod
     def get_by_id(self, task_id: str) -> Task:
-        """The task with that id; ``TaskNotFound`` if there is none."""
+        """Return the task with this id. Raise ``TaskNotFound`` if it does not exist."""
 
     @abstractmethod
     def update(self, task: Task) -> None:
-        """Replace the stored task that has this one's id; ``TaskNotFound`` if there is none."""
+        """Replace the stored task that has the same id. Raise ``TaskNotFound`` if it does not exist."""
 
     @abstractmethod
     def update_status(self, task_id: str, status: TaskStatus, message: str = "") -> None:
-        """Set status and message; ``TaskNotFound`` if there is no such task."""
+        """Set status and message. Raise ``TaskNotFound`` if the task does not exist."""
 
     @abstractmethod
     def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
-        """Set progress (0 to 100) and message; ``TaskNotFound`` if there is no such task."""
+        """Set progress (0 to 100) and message. Raise ``TaskNotFound`` if the task does not exist."""
 
     @abstractmethod
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """The tasks that meet the filter, newest first, from its offset, at most its limit."""
+        """Return the tasks that match the filter, newest first, at most its limit and from its offset."""
 
     @abstractmethod
     def count(self, filter: TaskFilter) -> int:
-        """How many tasks meet the filter, whatever its offset and limit."""
+        """Return the number of tasks that match the filter, ignoring its offset and limit."""
 
     @abstractmethod
     def delete(self, task_id: str) -> None:
-        """Remove the task; ``TaskNotFound`` if there is none."""
+        """Remove the task. Raise ``TaskNotFound`` if it does not exist."""

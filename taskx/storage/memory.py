@@ -33,22 +33,23 @@ from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, m
 from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, new_version
 from taskx.storage.ordered import SortedItems
 
-#: The columns of a task, its ``sequence`` in the order of submission, and its ``places``: the items of
-#: the indexes that lead to it.
+#: The columns of a task, its ``sequence`` (a number that grows with each submission), and its ``places``:
+#: the index items that lead to it.
 Row = dict[str, Any]
 
-# While one transaction is undone.
+# Interrupts that undoing one transaction survives.
 _MOST_INTERRUPTS = 100
 
 
 class MemoryRepository(Repository):
-    """Keeps tasks in dicts. Everything holds that TaskX promises, but for outliving the process.
+    """A repository in this process's memory: all promises hold, except that tasks end with the process.
 
     Several queues of one process may share it.
 
     Args:
-        clock: what the eight methods stamp records with.
-        codec: what params, results and checkpoints are stored with; of several, the first one writes.
+        clock: the clock for the timestamps that the eight methods write.
+        codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
+            read.
     """
 
     shared = False
@@ -60,9 +61,9 @@ class MemoryRepository(Repository):
         self._lock = threading.RLock()
         self._rows: dict[str, Row] = {}
         self._sequence = 0
-        # By kind and key, the items by which rows are found: see _places.
+        # The index items that lead to rows, by kind and key: see _places.
         self._indexes: defaultdict[str, dict[Any, SortedItems]] = defaultdict(dict)
-        # The changes of the transaction under way, so that they can be undone.
+        # The changes of the current transaction, so that they can be undone.
         self._changed: list[tuple[str, Row | None, Row | None]] = []
         self._notes: dict[str, Note] = {}
 
@@ -75,20 +76,20 @@ class MemoryRepository(Repository):
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
         writes = self.codecs.coded(writes)
         with self._lock:
-            start = len(self._changed)  # more than 0 inside a finalizer that writes, too
+            start = len(self._changed)  # more than 0 if a finalizer writes inside another write
             try:
-                # No comprehension: in Python 3.13 an interrupt inside one can pass by the handler below.
+                # No comprehension: in Python 3.13 an interrupt inside one can escape the handler below.
                 results = list(map(self._apply_one, writes))
                 if all_or_nothing and not all(results):
                     self._undo(start)
                 del self._changed[start:]
-            except BaseException:  # an interrupt, too, wherever it strikes
+            except BaseException:  # also an interrupt, wherever it strikes
                 self._undo(start)
                 raise
         return results
 
     def _undo(self, start: int) -> None:
-        """Take back the changes from that one on; further interrupts do not stop it."""
+        """Undo the changes from index ``start`` on. Further interrupts do not stop it."""
         for _ in range(_MOST_INTERRUPTS):
             try:
                 while len(self._changed) > start:
@@ -127,7 +128,7 @@ class MemoryRepository(Repository):
         return True
 
     def _put(self, task_id: str, row: Row | None) -> None:
-        """Replace the row with an id; None removes it."""
+        """Replace the row with this id. None removes it."""
         before = self._rows.get(task_id)
         if row is not None:
             row["places"] = _places(row)
@@ -135,7 +136,7 @@ class MemoryRepository(Repository):
         self._switch(task_id, before, row)
 
     def _switch(self, task_id: str, old: Row | None, new: Row | None) -> None:
-        """Replace a row by another one, even if this, or its reverse, has been done in part."""
+        """Replace a row by another one, even if this change, or its reverse, was made in part before."""
         before = () if old is None else old["places"]
         after = () if new is None else new["places"]
         for place in before:
@@ -159,7 +160,7 @@ class MemoryRepository(Repository):
                 index[key].add(item)
 
     def _found(self, kind: str, key: Any) -> Iterator[str]:
-        """The ids that an index has under a key, in order."""
+        """Iterate over the ids that an index has under a key, in order."""
         return (item[-1] for item in self._indexes[kind].get(key, ()))
 
     # --- reading
@@ -178,7 +179,7 @@ class MemoryRepository(Repository):
             return list(map(pick, rows if limit is None else islice(rows, limit)))
 
     def _having(self, column: Lookup, value: str) -> Iterator[str]:
-        """The ids of the rows that have a value in a lookup column."""
+        """Iterate over the ids of the rows that have a value in a lookup column."""
         if column != "buffered_on":
             return self._found(column, value)
         ready = (key for key in self._indexes["ready"] if key[0] == value != "")
@@ -218,7 +219,9 @@ class MemoryRepository(Repository):
                     found += _oldest_of_each(ranks, limit) if ageing else islice(ranks, limit)
             if not ageing:
                 return [self._stub(rank) for rank in sorted(found)[:limit]]
-            found.sort(key=itemgetter(1))  # by when they were stored, of equal rank
+            found.sort(
+                key=itemgetter(1)
+            )  # so that tasks of equal rank stay in the order of submission
             stubs = [self._stub(rank) for rank in found]
             return sorted(stubs, key=lambda stub: stub.rank(ageing))[:limit]
 
@@ -277,11 +280,11 @@ class MemoryRepository(Repository):
             return True
 
     def version(self) -> object:
-        """Always another one: another queue of this process may have changed something."""
+        """Return a new value at each call, as another queue of this process may have changed something."""
         return object()
 
     def renew_after_fork(self) -> None:
-        """The child has its own copy of the tasks; another thread may have held the lock."""
+        """Make a new lock: another thread may have held it. The child keeps its own copy of the tasks."""
         self._lock = threading.RLock()
 
 
@@ -290,14 +293,14 @@ _task_fields = itemgetter(*TASK_FIELDS)
 
 @lru_cache(maxsize=64)
 def _picker(fields: tuple[str, ...]) -> Callable[[Row], tuple[Any, ...]]:
-    """What takes these fields out of a row."""
+    """Return a function that returns the values of these fields of a row."""
     if len(fields) > 1:
         return itemgetter(*fields)
     (name,) = fields
     return lambda row: (row[name],)
 
 
-#: The kind of an index, the key under which it has an item, and that item; its last part is a row's id.
+#: The kind of an index, a key in it, and an item under that key. The item's last part is a row's id.
 Place = tuple[str, Any, tuple[Any, ...]]
 
 
@@ -327,7 +330,7 @@ def _places(row: Row) -> list[Place]:
 
 
 def _oldest_of_each(ranks: SortedItems, limit: int) -> Iterator[tuple[int, int, str]]:
-    """Return the first ranks of each priority."""
+    """Yield the first ``limit`` ranks of each priority."""
     first = next(iter(ranks), None)
     while first is not None:
         for rank in islice(ranks.start_at(first), limit):

@@ -1,4 +1,4 @@
-"""A sorted collection in which to put in and to take out costs about the same however many there are."""
+"""A sorted collection in which adding and removing an item stays cheap, however many items there are."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from itertools import chain
 from operator import itemgetter
 from typing import Any
 
-#: Items in a block; one with twice as many is split.
+#: Items in a block. A block with more than twice as many is split.
 BLOCK = 500
 _last = itemgetter(-1)
 
 
 class SortedItems:
-    """Different items, in order, in blocks that are short and never empty.
+    """Different items, sorted, in blocks that are short and never empty.
 
-    Every change is one operation on a list, so that an interrupt comes before it or after it; and to make
-    one twice is no harm.
+    Every change is one operation on a list, so an interrupt comes either before or after it. Making the
+    same change twice does no harm.
     """
 
     __slots__ = ("_blocks",)
@@ -44,7 +44,7 @@ class SortedItems:
         return bisect.bisect_left(blocks, item, key=_last)
 
     def start_at(self, item: Any) -> Iterator[Any]:
-        """The items from this one on, whether it is there or not."""
+        """Iterate over the items from this one on. It need not be in the collection."""
         blocks, number = self._blocks, self._block_of(item)
         if number == len(blocks):
             return iter(())
@@ -53,7 +53,7 @@ class SortedItems:
         return chain(first[bisect.bisect_left(first, item) :], rest)
 
     def before(self, item: Any) -> Iterator[Any]:
-        """The items before this one, whether it is there or not, from the last to the first."""
+        """Iterate, from last to first, over the items before this one. It need not be in the collection."""
         blocks, number = self._blocks, self._block_of(item)
         earlier = chain.from_iterable(reversed(blocks[n]) for n in range(number - 1, -1, -1))
         if number == len(blocks):
@@ -62,7 +62,7 @@ class SortedItems:
         return chain(reversed(last[: bisect.bisect_left(last, item)]), earlier)
 
     def add(self, item: Any) -> None:
-        """Put in an item, if it is not there."""
+        """Add an item, unless it is already there."""
         blocks = self._blocks
         if not blocks:
             blocks.append([item])
@@ -77,7 +77,7 @@ class SortedItems:
             blocks[number : number + 1] = [block[:BLOCK], block[BLOCK:]]
 
     def discard(self, item: Any) -> None:
-        """Take out an item, if it is there."""
+        """Remove an item, if it is there."""
         blocks, number = self._blocks, self._block_of(item)
         if number == len(blocks):
             return

@@ -1,4 +1,4 @@
-"""Questions that several parts of the runtime ask of a repository, put together from its primitives."""
+"""Queries that several parts of the runtime need, built from a repository's primitives."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from taskx.core.record import COLUMNS
 from taskx.core.writes import Write, shows
 from taskx.storage.base import Listed, Repository
 
-# Values that are read at a time.
+# Values read at a time.
 _PAGE = 1000
-# Tasks, about, among which the one is sought that waits longest.
+# Approximate number of tasks that are read to find the one that has waited longest.
 _OLDEST = 1000
 
 
 def every(repository: Repository, column: Listed) -> Iterator[str]:
-    """All values of a column, in order."""
+    """Yield all values of a column, sorted."""
     after = ""
     while page := repository.distinct(column, after, _PAGE):
         yield from page
@@ -24,16 +24,16 @@ def every(repository: Repository, column: Listed) -> Iterator[str]:
 
 
 def owners(repository: Repository) -> Sequence[str]:
-    """The ids of all nodes that hold tasks, or on which one is stuck."""
+    """Return the ids of all nodes that hold tasks or on which a task is stuck."""
     columns: tuple[Listed, ...] = ("buffered_on", "running_on", "stuck_on")
     return [*{owner: None for column in columns for owner in every(repository, column)}]
 
 
 def oldest_ready(repository: Repository) -> int | None:
-    """Return since when the task waits that waits longest of all that may start now, in milliseconds.
+    """Return since when the longest waiting task that may start has waited, in milliseconds.
 
-    None if no task may start. A task waits since it was stored or, if that was later, since its ``run_at``.
-    Of each type, only the tasks that were stored first are looked at.
+    Return None if no task may start. A task waits from the moment it was stored or, if that is later, from
+    its ``run_at``. Only the tasks of each type that were stored first are read.
     """
     types = [*every(repository, "ready_type")]
     holders = ["", *every(repository, "buffered_on")]
@@ -43,23 +43,23 @@ def oldest_ready(repository: Repository) -> int | None:
 
 
 def asked_to_cancel(repository: Repository, task_ids: Sequence[str]) -> Collection[str]:
-    """The ids of these tasks whose cancel was requested, even if their records are damaged."""
+    """Return the ids of these tasks that have a cancel request, even if their records are damaged."""
     found = repository.find("id", task_ids, ("id", "cancel_requested_at"))
     return [task_id for task_id, asked_at in found if asked_at is not None]
 
 
 def shown(repository: Repository, writes: Sequence[Write]) -> Sequence[bool]:
-    """Say for each write whether the record shows that it took place."""
+    """Return for each write True if the record shows that it took place."""
     found = repository.find("id", [*{write.id: None for write in writes}], COLUMNS)
     rows = {row[0]: dict(zip(COLUMNS, row, strict=True)) for row in found}
     return [shows(rows.get(write.id), write, repository.codecs.same) for write in writes]
 
 
 def page(repository: Repository, filter: TaskFilter) -> tuple[Sequence[Task], int]:
-    """The tasks that meet the filter, newest first, and how many meet it in all.
+    """Return the tasks that match the filter, newest first, and the number of all that match it.
 
-    The two do not contradict each other, whatever is stored or deleted between two looks. A page that is
-    not full says itself where the list ends; one that is empty, that it ends before.
+    The two results agree, whatever is stored or deleted between the two reads. A page that is not full
+    shows where the list ends. An empty page shows that the list ends before it.
     """
     tasks = repository.list(filter)
     end = filter.offset + len(tasks)
@@ -72,10 +72,12 @@ def page(repository: Repository, filter: TaskFilter) -> tuple[Sequence[Task], in
 
 
 class Changes:
-    """Tells one that asks whether others changed something since it last asked; true at first.
+    """A callable that returns True if others may have changed something since its last call.
+
+    The first call returns True.
 
     Args:
-        repository: what others may have changed.
+        repository: the repository to watch.
     """
 
     def __init__(self, repository: Repository) -> None:
@@ -83,7 +85,7 @@ class Changes:
         self._seen: object = None
 
     def __call__(self) -> bool:
-        """Return whether something may have changed since the last call.
+        """Return True if something may have changed since the last call.
 
         Raises:
             RepositoryError: the repository cannot be read.

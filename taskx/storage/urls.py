@@ -15,19 +15,21 @@ _BOOLEANS = {"true": True, "false": False}
 
 
 def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> Repository:
-    """The repository that a URL names; it is opened at its first operation.
+    """Return the repository that a URL names. It is opened at its first operation.
 
-    ``sqlite:///tasks.db`` is a file in the working folder, ``sqlite:////var/lib/tasks.db`` one by its
-    absolute path; ``?durability=full&create=false`` may follow, which are the arguments of
-    :class:`SQLiteRepository`. ``memory://`` keeps tasks in this process.
-    ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
+    - ``sqlite:///tasks.db`` is a file in the working folder.
+    - ``sqlite:////var/lib/tasks.db`` is a file with an absolute path. Both may end in
+      ``?durability=full&create=false``, which are arguments of :class:`SQLiteRepository`.
+    - ``memory://`` keeps tasks in this process's memory.
+    - ``mongodb://host/database?collection=tasks``, or ``mongodb+srv://…``, is a MongoDB collection.
 
     Args:
-        url: its URL.
-        codec: what params, results and checkpoints are stored with; of several, the first one writes.
+        url: the URL of the repository.
+        codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
+            read.
 
     Raises:
-        ConfigurationError: the URL is none of these, or has an option that is not valid.
+        ConfigurationError: the URL has none of these forms, or has an option that is not valid.
     """
     from urllib.parse import parse_qsl, unquote, urlsplit  # slow to load, and seldom needed
 
@@ -46,7 +48,7 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 
         return MongoRepository.from_url(url, codec=codec)
     raise ConfigurationError(
-        f"{url!r} names no repository; use sqlite:///relative.db, sqlite:////absolute.db, "
+        f"{url!r} is not the URL of a repository; use sqlite:///relative.db, sqlite:////absolute.db, "
         "mongodb://host/database or memory://"
     )
 
@@ -54,7 +56,9 @@ def open_repository(url: str, codec: Codec | Iterable[Codec] | None = None) -> R
 def _options(query: list[tuple[str, str]], url: str) -> dict[str, Any]:
     options: dict[str, Any] = dict(query)
     if unknown := options.keys() - {"durability", "create"}:
-        raise ConfigurationError(f"{url!r}: unknown option {', '.join(sorted(unknown))}")
+        raise ConfigurationError(
+            f"{url!r}: unknown option {', '.join(sorted(unknown))}; use durability or create"
+        )
     if "create" in options:
         if options["create"] not in _BOOLEANS:
             raise ConfigurationError(

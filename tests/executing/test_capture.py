@@ -502,7 +502,7 @@ class TestOption:
     def test_eight_methods_have_no_place_for_it(self, make_queue):
         queue = make_queue(TinyRepository())
         with pytest.raises(
-            ConfigurationError, match="TinyRepository has eight methods and no place"
+            ConfigurationError, match="TinyRepository has only the eight methods and cannot store"
         ):
             queue.executor("talk", capture_log=True)(lambda: None)
         queue.executor("talk", capture_log=False)(lambda: None)

@@ -534,7 +534,9 @@ def test_eight_methods_have_no_place_for_them(make_queue):
 
     queue.start()
     for how in ("step", "set", "get"):
-        with pytest.raises(TaskFailed, match="TinyRepository has eight methods and no place for"):
+        with pytest.raises(
+            TaskFailed, match="TinyRepository has only the eight methods and cannot store"
+        ):
             queue.submit("work", {"how": how}).result(PATIENCE)
 
 

@@ -1184,7 +1184,7 @@ class TestEveryRepository:
 def test_eight_methods_cannot_keep_schedules(make_queue, clock):
     queue = make_queue(TinyRepository(), clock=clock)
     queue.declare("remote")
-    with pytest.raises(ConfigurationError, match="TinyRepository has eight methods"):
+    with pytest.raises(ConfigurationError, match="TinyRepository has only the eight methods"):
         queue.schedule("s", every(60), "remote")
     assert queue.schedules() == {}
 

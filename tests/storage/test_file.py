@@ -167,7 +167,7 @@ class TestWhichFile:
         (tmp_path / "gone").mkdir()
         monkeypatch.chdir(tmp_path / "gone")
         (tmp_path / "gone").rmdir()
-        with pytest.raises(ConfigurationError, match="give an absolute path"):
+        with pytest.raises(ConfigurationError, match="use an absolute path"):
             SQLiteRepository("tasks.db")
         with SQLiteRepository(tmp_path / "tasks.db") as repository:
             repository.create(task("a"))
@@ -346,7 +346,7 @@ class TestLoss:
             raise PermissionError(13, "Permission denied", str(path))
 
         monkeypatch.setattr(os, "stat", refuse)
-        with pytest.raises(RepositoryUnavailable, match=r"cannot be looked at .*permissions"):
+        with pytest.raises(RepositoryUnavailable, match=r"cannot be accessed .*permissions"):
             repository.create(task("b"))
 
     def test_a_file_that_was_not_opened_is_not_missed(self, open_at, path):

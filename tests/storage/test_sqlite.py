@@ -159,7 +159,7 @@ class TestOpening:
 
     @pytest.mark.parametrize("path", ["", ":memory:", "nul\0byte", b"bytes", None, 5])
     def test_what_is_no_path_is_refused(self, path):
-        with pytest.raises(ConfigurationError, match="needs the path of a file, not "):
+        with pytest.raises(ConfigurationError, match="must be the path of a file, not "):
             SQLiteRepository(path)
 
     @pytest.mark.parametrize("url", [5, None, b"sqlite:///tasks.db", Path("tasks.db")])
@@ -280,7 +280,7 @@ class TestRefusedFiles:
         repository.close()
         other.close()
         before = files(path.parent)
-        self.refused(repository, SchemaMismatch, "upgrade taskx-queue")
+        self.refused(repository, SchemaMismatch, "Upgrade taskx-queue")
         assert files(path.parent) == before
 
     def test_one_that_is_damaged(self, repository, path):
@@ -1015,7 +1015,7 @@ class TestDiskFull:
         writer.execute(f"PRAGMA max_page_count = {pages + 2}")
         batch = [insert("small"), insert("big", params='{"x":"%s"}' % ("y" * 50_000))]
         for _ in range(3):
-            with pytest.raises(RepositoryUnavailable, match="no room on the disk"):
+            with pytest.raises(RepositoryUnavailable, match="the disk is full"):
                 repository.apply(batch)
             assert ids(repository) == ["a"]
             assert list(shown(repository, batch)) == [False, False]

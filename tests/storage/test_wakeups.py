@@ -31,7 +31,7 @@ def mine(database):
 @pytest.fixture
 def theirs(database, monkeypatch):
     """The repository as another process has it; who listens is looked up at each write."""
-    monkeypatch.setattr(wakeups, "LOOK_EVERY", 0.0)
+    monkeypatch.setattr(wakeups, "SCAN_EVERY", 0.0)
     with SQLiteRepository(database) as made:
         yield made
 
@@ -203,12 +203,12 @@ def test_queues_on_one_repository_hear_one_another(mine, listen):
 def test_a_process_that_writes_without_pause_looks_for_listeners_now_and_then(
     theirs, listen, monkeypatch
 ):
-    monkeypatch.setattr(wakeups, "LOOK_EVERY", 1000.0)
+    monkeypatch.setattr(wakeups, "SCAN_EVERY", 1000.0)
     theirs.apply([created("a")])
     listener = listen()
     theirs.apply([created("b")])
     assert listener.wait(0) == ""
-    monkeypatch.setattr(theirs._wakeups, "_look_at", 0.0)
+    monkeypatch.setattr(theirs._wakeups, "_scan_at", 0.0)
     theirs.apply([created("c")])
     assert listener.wait(PATIENCE) == FREED
 
@@ -276,7 +276,7 @@ def test_closing_wakes_the_thread_that_waits_and_removes_the_pipe(listen, databa
 def test_a_file_is_open_as_long_as_its_listener_is_known(mine):
     """However it was closed: a thread may wait at it, and another file may have its number at once."""
     listener = mine.listen(ALL)
-    closes = listener._give_up
+    closes = listener._close_fd
     listener.close()
     assert closes.alive
     assert not closes.atexit

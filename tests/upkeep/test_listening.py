@@ -38,7 +38,7 @@ def nobody_polls(monkeypatch, look_every):
 
 @pytest.fixture
 def always_looked_up(monkeypatch):
-    monkeypatch.setattr("taskx.storage.sqlite.wakeups.LOOK_EVERY", 0.0)
+    monkeypatch.setattr("taskx.storage.sqlite.wakeups.SCAN_EVERY", 0.0)
 
 
 @pytest.fixture
@@ -387,7 +387,7 @@ from taskx import Context, Queue, SQLiteRepository
 from taskx.storage.sqlite import wakeups
 from taskx.upkeep import housekeeper
 
-wakeups.LOOK_EVERY = 0.0
+wakeups.SCAN_EVERY = 0.0
 housekeeper.POLL = housekeeper.RECOVER_EVERY = housekeeper.AUDIT_EVERY = 3600.0  # it polls for nothing
 queue = Queue(SQLiteRepository(sys.argv[1]))
 queue.executor("fine")(lambda n: n)

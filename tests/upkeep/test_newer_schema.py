@@ -106,12 +106,12 @@ def test_a_process_ends_in_order_when_another_one_migrates_its_file(spawn, datab
     told = older.read()
     assert "takes no more tasks and hands back what it has" in told
     assert f"to schema version {schema.VERSION + 1}" in told
-    assert "restart this program" in told
+    assert "Restart this program" in told
     pending = "SELECT id, owner FROM tasks WHERE status = 'pending' ORDER BY id"
     freed = [("new", ""), ("second", ""), ("third", "")]
     eventually(lambda: rows(database, pending) == freed)
     older.tell()
-    assert older.read().startswith("refused: another process brought ")
+    assert older.read().startswith("refused: another process migrated ")
     assert older.read() == "healthy: False"
     assert "ended" in [older.read() for _ in range(2)]  # and that tasks are left pending
     assert older.process.wait(PATIENCE) == 0

@@ -1,6 +1,6 @@
 """Tasks in one SQLite file, for any number of processes on one host.
 
-Only ``SQLiteRepository`` is used from outside.
+Other packages use ``SQLiteRepository`` only.
 """
 
 from taskx.storage.sqlite.repository import SQLiteRepository

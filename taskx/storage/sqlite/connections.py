@@ -1,4 +1,4 @@
-"""Opening the file, the connections to it, and what SQLite's errors mean."""
+"""The connections to the file: opening them, pooling them, and translating SQLite's errors."""
 
 from __future__ import annotations
 
@@ -26,27 +26,26 @@ from taskx.storage.sqlite.file import DatabaseFile
 
 T = TypeVar("T")
 
-#: What SQLite's driver raises, and what binding a value can.
+#: The errors of SQLite's driver, and the errors that binding a value can raise.
 FAILURES = (sqlite3.Error, OverflowError, UnicodeEncodeError)
 
-#: Versions before lack what the statements rely on.
+#: Earlier versions lack features that the statements use.
 MINIMUM_SQLITE = (3, 34, 0)
-#: Bytes of a page of a new file; an older one keeps its 4,096. A commit writes each page that it changes as
-#: a whole, and the write of a task changes a few bytes in each of three to five. With still smaller pages
-#: counting takes longer, as there are more of them.
+#: Bytes of a page of a new file; an older file keeps its 4,096. A commit writes whole pages, and the write
+#: of a task changes a few bytes in each of three to five pages. With even smaller pages there are more of
+#: them, so counting takes longer.
 PAGE_SIZE = 2048
-#: Pages in the log before a commit copies them into the file. That takes some milliseconds
-#: on the way of a task; four times SQLite's default makes it a rare one, and pages that are written
-#: again and again are copied once.
+#: Pages in the log before a commit copies them into the file. Copying delays a task by some milliseconds.
+#: With four times SQLite's default it happens rarely, and a page that is written many times is copied once.
 CHECKPOINT_EVERY = 4000
 
-#: Most connections that read at once; further threads wait. Each holds two files open.
+#: Most connections that read at once; further threads wait. Each connection has two open files.
 MOST_READERS = 16
-#: Seconds after which a connection that was not needed is closed.
+#: Seconds after which an unused connection is closed.
 IDLE = 10.0
 # Polling interval, in seconds, of a thread that waits for a connection: a wake-up may be lost.
-_LOOK_AGAIN = 0.05
-# Arguments of ``list.pop``, for ``map``.
+_POLL = 0.05
+# Arguments of ``list.pop``, to be called by ``map``.
 _LAST, _FIRST = (-1,), (0,)
 _numbers = count(1)
 _MAY_YIELD = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
@@ -55,7 +54,9 @@ _MAY_YIELD = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 def _size(path: str) -> int:
     try:
         return os.path.getsize(path)
-    except OSError:  # none; a log goes when another process closes its last connection
+    except (
+        OSError
+    ):  # no such file; a log disappears when another process closes the last connection
         return 0
 
 
@@ -65,25 +66,26 @@ def _why_not_opened(path: str) -> str:
         return "it is a folder"
     if not os.path.isdir(folder):
         return f"there is no folder {folder}"
-    missing = "" if os.path.exists(path) else "it is missing and cannot be made; "
+    missing = "" if os.path.exists(path) else "it is missing and cannot be created; "
     return f"{missing}no permission, or too many open files"
 
 
 class Compiling:
-    """Notes when the writing connection compiles a statement.
+    """A recorder that notes when the writing connection compiles a statement.
 
-    After a change of the schema SQLite compiles every statement again. So a write into a file that
-    another process has migrated is noticed, at no cost for all other writes.
+    After a change of the schema, SQLite compiles every statement again. So a write into a file that another
+    process has migrated is noticed, and other writes cost nothing more.
 
     Attributes:
-        authorizer: the callback that SQLite asks for permission when it compiles; permits everything.
+        authorizer: the callback that SQLite asks for permission when it compiles a statement. It permits
+            everything.
     """
 
     def __init__(self) -> None:
         self._noted: dict[str, int] = {}
-        # The first argument, 0 or SQLITE_OK, is returned, as all have the same key; and to get the key
-        # makes the note. Without a line of Python, in which an interrupt might strike: SQLite would
-        # swallow it, and say "not authorized".
+        # ``min`` returns its first argument, SQLITE_OK (0), as all arguments have the same key. Computing
+        # the key makes the note. No Python code runs here: an interrupt could strike in it, and SQLite
+        # would swallow that and report "not authorized".
         self.authorizer = partial(
             min, sqlite3.SQLITE_OK, key=partial(self._noted.setdefault, "seen")
         )
@@ -94,17 +96,17 @@ class Compiling:
         return bool(self._noted)
 
     def forget(self) -> None:
-        """Wait for the next statement that is compiled."""
+        """Clear the note, so that the next compiled statement is noticed."""
         self._noted.clear()
 
 
 class Connection(sqlite3.Connection):
-    """A connection that can be referred to weakly.
+    """A connection that weak references can refer to.
 
     Attributes:
-        number: another one for each that writes.
-        synchronous: how its commits are synced, as ``PRAGMA synchronous`` says it.
-        used: when it was given back last, on the monotonic clock.
+        number: the number of a writing connection; each one gets a new number.
+        synchronous: the current value of ``PRAGMA synchronous``, which says how commits are synced.
+        used: the monotonic time when it was last given back to the pool.
     """
 
     number = 0
@@ -115,8 +117,8 @@ class Connection(sqlite3.Connection):
 class Connections:
     """The connections of one process to one file: one that writes, and a pool of readers.
 
-    Each is used by one thread at a time. They are opened when first needed, at most
-    :data:`MOST_READERS` that read; those that nobody needed for :data:`IDLE` seconds are closed.
+    One thread at a time uses a connection. Connections are opened when they are needed, with at most
+    :data:`MOST_READERS` readers. A reader that was not used for :data:`IDLE` seconds is closed.
     """
 
     def __init__(self, file: DatabaseFile, busy_timeout: float) -> None:
@@ -124,39 +126,49 @@ class Connections:
         self.busy_timeout = busy_timeout
         self._writer: Connection | None = None
         self._idle: list[Connection] = []
-        # Those in use, by their thread and how many reads that was in already. The exception of a signal
-        # handler may strike between any two lines, and whoever keeps its traceback keeps all that the
-        # frames refer to. So one goes from the idle ones to these and back in one step in C, and what a
-        # thread has left here is closed by whoever comes upon it.
+        # Readers in use, by thread and by the number of reads that the thread was already in. A signal
+        # handler may raise between any two lines, and a kept traceback keeps everything that its frames
+        # refer to. So a connection moves between the idle list and this dict in one step in C. If a read is
+        # interrupted, its connection stays here, and the next thread that finds it closes it.
         self._taken: dict[tuple[int, float], Connection] = {}
-        self._look_at = 0.0  # when the next thread that waits looks for such
+        self._scan_at = (
+            0.0  # when a waiting thread next scans for connections that were left behind
+        )
         self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()  # all of them
-        self._waiting: deque[_thread.LockType] = deque()  # bells of threads that wait for one
-        self._opening = threading.RLock()  # a finalizer may read while its thread opens one
+        self._waiting: deque[_thread.LockType] = deque()  # the bells of the waiting threads
+        self._opening = (
+            threading.RLock()
+        )  # a finalizer may read while its thread opens a connection
         self.compiling = Compiling()
-        # What a forked child inherits all the same is kept here for ever: closing it would drop the
-        # locks that the parent holds on the file.
+        # Connections that a forked child has inherited all the same. They are kept for ever: closing one
+        # would drop the locks that the parent holds on the file.
         self._abandoned: list[Connection] = []
 
     def __del__(self) -> None:
-        # Before they are collected, which Python 3.13 warns of.
+        # Closed before they are collected: Python 3.13 warns about open connections.
         _close_all([*self._taken.values(), *self._idle, *([self._writer] if self._writer else [])])
 
     def translated(self, error: Exception) -> TaskxError:
-        """Our error for one of SQLite's; the words decide, as Python 3.10 gives no error codes."""
+        """Return TaskX's error for an error of SQLite. Its text decides: Python 3.10 has no error codes."""
         text, path = str(error), self.file.path
         if "locked" in text or "busy" in text:
             return RepositoryUnavailable(
                 f"{path} was locked for {self.busy_timeout:g} s by another process; nothing was changed"
             )
         if "disk is full" in text:
-            return RepositoryUnavailable(f"no room on the disk for {path}; nothing was changed")
+            return RepositoryUnavailable(
+                f"the disk is full: {path} cannot grow; nothing was changed. Free some space"
+            )
         if "readonly" in text or "read-only" in text:
-            return RepositoryUnavailable(f"{path} or its folder is read-only")
+            return RepositoryUnavailable(
+                f"{path} or its folder is read-only: give this process write access"
+            )
         if "unable to open" in text:
             return RepositoryUnavailable(f"{path} cannot be opened: {_why_not_opened(path)}")
         if "not a database" in text:
-            return RepositoryCorrupt(f"{path} is not an SQLite database; it was not touched")
+            return RepositoryCorrupt(
+                f"{path} is not an SQLite database; it was not changed. Check the path"
+            )
         if "malformed" in text or "corrupt" in text:
             return RepositoryCorrupt(f"{path} is damaged: {text}")
         if "disk I/O" in text:
@@ -164,23 +176,25 @@ class Connections:
         return RepositoryError(f"{path}: {text}")
 
     def writer(self) -> Connection:
-        """The writing connection; the caller holds the write lock."""
+        """Return the writing connection. The caller holds the write lock."""
         return self._writer or self._open_file()
 
     @property
     def opened(self) -> bool:
-        """Whether the file was made and checked."""
+        """True if the file is open: it was checked, and created if it was missing."""
         return self._writer is not None
 
     def read(self, work: Callable[..., T], *arguments: object) -> T:
-        """Do ``work(connection, *arguments)`` with one that reads; sqlite3's errors become ours.
+        """Return ``work(connection, *arguments)``, called with a reader, and translate SQLite's errors.
 
         Raises:
-            RepositoryUnavailable: all were in use for ``busy_timeout`` seconds.
+            RepositoryUnavailable: all readers were in use for ``busy_timeout`` seconds.
         """
         identity, idle, taken = self.file.identity, self._idle, self._taken
         key: tuple[int, float] = _thread.get_ident(), 0
-        if key in taken:  # a finalizer reads in the middle of a read, or the last one was struck
+        if (
+            key in taken
+        ):  # a finalizer reads in the middle of a read, or the last read was interrupted
             key = key[0], _depth(sys._getframe(1))
             self._close_own(*key)
         try:
@@ -196,14 +210,16 @@ class Connections:
                 raise self.translated(error) from error
             raise
         if identity is None or self.file.identity != identity:
-            self._close(key)  # all was closed before or meanwhile; this may be another file's
+            self._close(
+                key
+            )  # the file was closed in the meantime; this may be another file's connection
             return result
         now = time.monotonic()
         idle.extend(map(taken.pop, (key,)))
-        connection.used = now  # only now: see _close_left
+        connection.used = now  # set last: see _close_left
         if self._waiting:
             self._ring()
-        # The one given back last is taken first, so the first one in the list is needed least.
+        # The connection given back last is taken first, so the first in the list is needed least.
         try:
             if now - idle[0].used > IDLE:
                 self._close_first()
@@ -212,18 +228,20 @@ class Connections:
         return result
 
     def _wait_for_reader(self, key: tuple[int, float]) -> None:
-        """Open a connection to read with or, where there are as many as there may be, wait for one."""
+        """Open a reader or, if there are :data:`MOST_READERS`, wait for one."""
         deadline = time.monotonic() + self.busy_timeout
         while True:
             bell = _thread.allocate_lock()
             bell.acquire()
-            self._waiting.append(bell)  # first: whoever gives one back from now on rings
+            self._waiting.append(
+                bell
+            )  # first, so that every thread rings that gives one back from now on
             try:
                 if self._take_idle(key) or self._open_reader(key):
                     return
                 now = time.monotonic()
-                if now >= min(self._look_at, deadline):
-                    self._look_at = now + _LOOK_AGAIN
+                if now >= min(self._scan_at, deadline):
+                    self._scan_at = now + _POLL
                     if self._close_left():
                         continue
                 if now >= deadline:
@@ -231,9 +249,9 @@ class Connections:
                         f"{MOST_READERS} threads were reading {self.file.path} for "
                         f"{self.busy_timeout:g} s; read from fewer threads at once, or raise busy_timeout"
                     )
-                bell.acquire(timeout=min(deadline - now, _LOOK_AGAIN))
+                bell.acquire(timeout=min(deadline - now, _POLL))
             finally:
-                with suppress(ValueError):  # it rang
+                with suppress(ValueError):  # it was removed when it rang
                     self._waiting.remove(bell)
 
     def _take_idle(self, key: tuple[int, float]) -> bool:
@@ -247,10 +265,12 @@ class Connections:
         opened: list[Connection] = []
         try:
             with self._opening:
-                if len(list(self._readers)) >= MOST_READERS:  # the live ones
+                if (
+                    len(list(self._readers)) >= MOST_READERS
+                ):  # a list holds only those that still exist
                     return False
                 connection = self._connect(opened)
-                self.file.check()  # another one may have come in its place just before
+                self.file.check()  # another file may have replaced it just before
                 self._taken[key] = connection
                 self._readers.add(connection)
         except BaseException:
@@ -259,11 +279,11 @@ class Connections:
         return True
 
     def _ring(self) -> None:
-        with suppress(IndexError):  # nobody waits
+        with suppress(IndexError):  # no thread waits
             self._waiting.popleft().release()
 
     def _close(self, key: tuple[int, float]) -> None:
-        """Close one that was taken, if it is there; once more, should an exception strike here."""
+        """Close a connection in use, if it is there. After an exception in here, it can be called again."""
         if (connection := self._taken.get(key)) is not None:
             connection.close()
             self._readers.discard(connection)
@@ -271,35 +291,35 @@ class Connections:
             self._ring()
 
     def _close_own(self, thread: int, depth: float) -> None:
-        """Close those that the calling thread took in that many reads or more, and has left."""
+        """Close the connections that the calling thread took at this depth of reads or deeper, and left."""
         with self._opening:  # another thread may do the same
             for key in list(self._taken):
                 if key[0] == thread and key[1] >= depth:
                     self._close(key)
 
     def _close_left(self) -> bool:
-        """Close those that threads took in reads that they have left; whether there were any."""
+        """Close the connections that threads left behind in interrupted reads. Return True if any."""
         taken = [(key, one, one.used) for key, one in list(self._taken.items())]
         frames, found = top_frames(), False
         with self._opening:
             for key, one, used in taken:
                 left = key[1] >= _depth(frames.get(key[0]))
-                # And not given back and taken again, which was perhaps after the look at the frames.
+                # It must not have been given back and taken again, perhaps after the frames were read.
                 if left and self._taken.get(key) is one and one.used == used:
                     self._close(key)
                     found = True
         return found
 
     def _close_first(self) -> None:
-        """Close the idle one that is needed least; ``IndexError`` if there is none."""
+        """Close the idle connection that is needed least. Raise ``IndexError`` if none is idle."""
         key = _thread.get_ident(), inf
         with self._opening:
-            self._close(key)  # as an exception left it
+            self._close(key)  # the one that an exception left behind here
             self._taken.update(zip((key,), map(self._idle.pop, _FIRST)))  # noqa: B905
             self._close(key)
 
     def discard_writer(self) -> None:
-        """Have the next write open a new connection; the caller holds the write lock."""
+        """Close the writing connection. The next write opens a new one. The caller holds the write lock."""
         with suppress(sqlite3.Error):
             self._close_writer()
 
@@ -311,7 +331,7 @@ class Connections:
             self._writer = None
 
     def close(self) -> None:
-        """Close all that is not in use."""
+        """Close all connections that are not in use."""
         self._close_writer()
         self._close_idle()
 
@@ -324,29 +344,29 @@ class Connections:
     # --- forks
 
     def close_before_fork(self, timeout: float) -> None:
-        """Close all, and open none until :meth:`reopen`; the caller holds the write lock.
+        """Close all connections, and open none until :meth:`reopen`. The caller holds the write lock.
 
-        A child that inherits an open connection takes the locks in it for its own: SQLite's counts of
-        them are kept in memory. It would find the file locked for ever where another thread was
-        writing, and would not hold its log in place when the parent closes it.
+        A child that inherits an open connection takes the connection's locks for its own, as SQLite counts
+        them in memory. If another thread was writing, the child would find the file locked for ever. And
+        the child would not keep the log in place when the parent closes it.
 
         Args:
-            timeout: seconds to wait for those who are reading.
+            timeout: seconds to wait for threads that are reading.
         """
         self._opening.acquire()
         deadline = time.monotonic() + timeout
         while True:
             self._close_idle()
-            if not list(self._readers) or time.monotonic() > deadline:  # the live ones
+            if not list(self._readers) or time.monotonic() > deadline:
                 return
             time.sleep(0.001)
 
     def reopen(self) -> None:
-        """In the parent, after the fork: connections may be opened again."""
+        """Allow connections to be opened again, in the parent, after the fork."""
         self._opening.release()
 
     def renew_after_fork(self) -> None:
-        """In a forked child: start over with connections of one's own."""
+        """Start over, in a forked child, with connections of its own."""
         self._abandoned += [*self._readers, *([self._writer] if self._writer else [])]
         self._idle, self._taken, self._readers = [], {}, weakref.WeakSet()
         self._writer = None
@@ -356,7 +376,7 @@ class Connections:
     # --- opening
 
     def _connect(self, into: list[Connection], mode: str = "rw") -> Connection:
-        """Open a connection, and put it into a list in the same step: whoever has that closes it."""
+        """Open a connection and add it to a list in the same step. The list's owner closes it."""
         from urllib.parse import quote  # slow to load, and not needed before a file is opened
 
         connect: partial[Any] = partial(
@@ -370,16 +390,14 @@ class Connections:
         )
         into.extend(map(connect, (f"file://{quote(os.fsencode(self.file.path))}?mode={mode}",)))
         connection = into[-1]
-        # NORMAL loses nothing at process death in WAL mode. The writer raises it where a power cut
-        # must be survived.
+        # In WAL mode, NORMAL loses nothing when the process dies. The writer raises it for commits that
+        # must survive a power cut.
         connection.execute("PRAGMA synchronous = NORMAL")
         return connection
 
     def _open_file(self) -> Connection:
         if sqlite3.sqlite_version_info < MINIMUM_SQLITE:
-            raise RepositoryError(
-                f"SQLite {sqlite3.sqlite_version} is too old: TaskX needs 3.34 or later"
-            )
+            raise RepositoryError(f"SQLite {sqlite3.sqlite_version} is too old: use 3.34 or later")
         known = self.file.known
         opened: list[Connection] = []
         try:
@@ -388,10 +406,10 @@ class Connections:
             connection = self._connect(opened, "rw" if known or not self.file.create else "rwc")
             self.file.opened()
             if self._prepare(connection):
-                connection = self._anew(opened)
+                connection = self._replace(opened)
             connection.set_authorizer(self.compiling.authorizer)
             connection.number = next(_numbers)
-            self._writer = connection  # here, as the exception may strike once this has returned
+            self._writer = connection  # set here, as an interrupt may come right after the return
             return connection
         except BaseException as error:
             self._writer = None
@@ -403,10 +421,10 @@ class Connections:
             raise
 
     def _check_before_touching(self) -> None:
-        """Look at an existing file in a way that leaves another program's as it was.
+        """Check an existing file in a way that does not change another program's file.
 
-        The last connection that closes writes what a log holds into the file, unless it is one that
-        cannot write; but that one leaves empty files of a log behind where there was none.
+        When the last connection closes, it writes the log into the file, unless it is read-only. But if
+        there is no log, a read-only connection leaves an empty one behind.
         """
         path = self.file.path
         if _size(path) == 0:
@@ -418,9 +436,9 @@ class Connections:
             _close_all(opened)
 
     def _prepare(self, connection: sqlite3.Connection) -> bool:
-        """Bring the file up to date; True if the connection has changed the schema."""
-        # The switch to WAL answers "locked" at once where another process is switching, too: the
-        # busy handler is not asked.
+        """Migrate the file. Return True if the connection has changed the schema."""
+        # The switch to WAL fails with "locked" at once if another process is switching at the same time:
+        # SQLite does not call the busy handler then.
         deadline = time.monotonic() + self.busy_timeout
         while True:
             try:
@@ -436,8 +454,8 @@ class Connections:
                     raise
                 time.sleep(0.005)
 
-    def _anew(self, opened: list[Connection]) -> Connection:
-        """Replace a connection that has changed the schema: its statements are slower from then on."""
+    def _replace(self, opened: list[Connection]) -> Connection:
+        """Replace a connection that has changed the schema: its statements would stay slower."""
         fresh = self._connect(opened)
         fresh.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
         schema.check(fresh, self.file.path)  # opens the log, which closing the other would remove
@@ -447,7 +465,7 @@ class Connections:
     def _refuse_empty_file(self) -> None:
         if not self.file.create:
             raise RepositoryUnavailable(
-                f"{self.file.path} is empty, and create=False: check the path; it was not touched"
+                f"{self.file.path} is empty, and create=False: check the path; it was not changed"
             )
 
 
@@ -457,10 +475,10 @@ def _close_all(connections: list[Connection]) -> None:
 
 
 def _depth(frame: FrameType | None) -> float:
-    """Count the reads in a stack; infinite if another thread went on meanwhile."""
+    """Count the reads in a stack. Return infinity if another thread's stack changed in the meantime."""
     depth, last = 0, frame
     while frame is not None:
         depth += frame.f_code is Connections.read.__code__
         last, frame = frame, frame.f_back
-    # A generator that has yielded does not lead to its caller any more.
+    # A generator that has yielded no longer leads to its caller.
     return inf if last is not None and last.f_code.co_flags & _MAY_YIELD else depth

@@ -1,4 +1,4 @@
-"""The database file: which one it is, and whether it is still there."""
+"""The database file: its identity, and the check that it still exists."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from taskx.core.errors import ConfigurationError, RepositoryUnavailable
 
 
 class DatabaseFile:
-    """One file, known by its real path and its inode from the moment it is opened.
+    """A file that is identified by its real path and its inode from the moment it is opened.
 
-    A later ``chdir`` or change of a symlink leads to no other file, and a file that takes its place is
-    not mistaken for it. The file is looked at by its path and never opened here: a process that closes a
-    file loses the locks that SQLite holds on it.
+    A later ``chdir`` or a changed symlink does not lead to another file. A file that replaces this one is
+    recognised as another one. This class checks the file by its path and never opens it: a process that
+    closes a file loses the locks that SQLite holds on it.
 
     Attributes:
-        create: whether opening makes the file if there is none.
-        path: absolute; the real path from the opening on.
-        identity: device and inode of the file that was opened; None if none is.
+        create: True if opening creates a missing file.
+        path: the absolute path; once the file is opened, its real path.
+        identity: device and inode of the opened file; None if it is not open.
     """
 
     def __init__(self, path: str, create: bool) -> None:
@@ -25,16 +25,16 @@ class DatabaseFile:
             self._given = os.path.abspath(path)
         except FileNotFoundError as error:
             raise ConfigurationError(
-                f"{path!r} is relative, and the working folder was deleted: give an absolute path"
+                f"{path!r} is relative, but the working folder was deleted: use an absolute path"
             ) from error
         self.create = create
         self.path = self._given
         self.identity: tuple[int, int] | None = None
-        self._found: tuple[int, int] | None = None  # what was there just before the opening
+        self._found: tuple[int, int] | None = None  # the identity just before the file is opened
 
     @property
     def known(self) -> bool:
-        """True if the file was opened: from then on no other file is accepted."""
+        """True once the file was opened: no other file is accepted from then on."""
         return self.identity is not None
 
     @property
@@ -44,32 +44,32 @@ class DatabaseFile:
 
     @property
     def folder(self) -> str:
-        """The folder beside it with the lock files."""
+        """The folder of the lock files, next to the database file."""
         return f"{self.path}-nodes"
 
     def find(self) -> None:
-        """Settle which file is meant, before it is opened; raise if there is none and none may be made."""
+        """Resolve the path, before the file is opened. Raise if it is missing and must not be created."""
         if self.known:
             self.check()
             return
         self.path = os.path.realpath(self._given)
-        self._found = self._look()
+        self._found = self._read_identity()
         if self._found is None and not self.create:
             raise RepositoryUnavailable(
-                f"there is no file {self._given}, and create=False: check the path; nothing was made"
+                f"there is no file {self._given}, and create=False: check the path; nothing was created"
             )
 
     def opened(self) -> None:
-        """Note that a connection to it was opened just now; raise if it is not the one found before."""
-        self.identity = self.identity or self._found or self._look()
+        """Record that the file was just opened. Raise if it is not the file that was found before."""
+        self.identity = self.identity or self._found or self._read_identity()
         if self.identity is None:
             raise self._gone()
         self.check()
 
     def check(self) -> None:
-        """Raise ``RepositoryUnavailable`` if it was moved, deleted or replaced since it was opened."""
+        """Raise ``RepositoryUnavailable`` if the file was moved, deleted or replaced since its opening."""
         identity = self.identity
-        if identity is None or (seen := self._look()) == identity:
+        if identity is None or (seen := self._read_identity()) == identity:
             return
         if seen is None:
             raise self._gone()
@@ -79,17 +79,17 @@ class DatabaseFile:
         )
 
     def forget(self) -> None:
-        """Have the next opening find the file anew."""
+        """Forget the file. The next opening resolves its path again."""
         self.path, self.identity = self._given, None
 
-    def _look(self) -> tuple[int, int] | None:
+    def _read_identity(self) -> tuple[int, int] | None:
         try:
             seen = os.stat(self.path)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
             raise RepositoryUnavailable(
-                f"{self.path} cannot be looked at ({error}); nothing was stored. "
+                f"{self.path} cannot be accessed ({error}); nothing was stored. "
                 "Check the path, and the permissions of its folder"
             ) from error
         return seen.st_dev, seen.st_ino
@@ -97,5 +97,5 @@ class DatabaseFile:
     def _gone(self) -> RepositoryUnavailable:
         return RepositoryUnavailable(
             f"{self.path} was moved or deleted while it was in use; nothing was stored. "
-            "Put it back, or restart this program to begin with a new file"
+            "Put it back, or restart this program to start with a new file"
         )

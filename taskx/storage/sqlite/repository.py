@@ -42,33 +42,39 @@ T = TypeVar("T")
 
 _MOST_TOGETHER = 32  # updates in one statement
 _FORK_PATIENCE = 5.0  # seconds that a fork waits for other threads' transactions to end
-_FEW = 32  # rows that may be read while others would write
+_FEW = 32  # rows that may be read on the writing connection, which keeps writers waiting
 _SHORT_WAIT = 0.05  # waits of fewer seconds than this are not deducted from the time-out
-_KEPT_PAGES = 2000  # free pages, of 2 KiB in a new file, that are worth no vacuum
+_KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacuum
 _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
-_NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # of which a value has few rows
-_ANY_TIME = 2**63 - 1  # what is no number is above all numbers, and never due
+_NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
+_ANY_TIME = (
+    2**63 - 1
+)  # SQLite sorts a damaged ``run_at``, a text, above all numbers: it is never due
 
 
 class SQLiteRepository(Repository):
-    """Keeps tasks in one SQLite file, which any number of processes on this host may share.
+    """A repository in one SQLite file, which any number of processes on this host may share.
 
-    The file is opened, and made if need be, at the first operation. It is in WAL mode: readers never
-    wait for writers. It must be on a local file system. While it is open it is known by its real path
-    and its inode: every operation raises ``RepositoryUnavailable`` once it is moved, deleted or replaced.
+    The file is opened at the first operation, and created if it is missing. It is in WAL mode, so readers
+    never wait for writers. It must be on a local file system. While it is open, it is identified by its
+    real path and its inode. If it is moved, deleted or replaced, every operation raises
+    ``RepositoryUnavailable``.
 
     Args:
-        path: the file. A relative path is made absolute at once.
-        durability: what a power cut may undo. ``"accepted"``: nothing that a caller was told
-            (submit, cancel, requeue, delete), at most outcomes of the last moments, which are then
-            reached again. ``"full"``: nothing. ``"process"``: commits of the last moments. The death
-            of the process undoes nothing at any setting.
-        busy_timeout: seconds to wait for another process's write before giving up.
-        create: whether to make the file if there is none. With False an operation then raises
-            ``RepositoryUnavailable``, and nothing is made.
-        clock: what the eight methods stamp records with.
-        codec: what params, results and checkpoints are stored with; of several, the first one writes.
+        path: the path of the file. A relative path is made absolute at once.
+        durability: the commits that a power cut may undo. The death of the process never undoes a commit.
+
+            - ``"accepted"``: a power cut undoes nothing that a caller was told (submit, cancel, requeue,
+              delete). It may undo the last outcomes; those tasks run again.
+            - ``"full"``: a power cut undoes nothing.
+            - ``"process"``: a power cut may undo the last commits.
+        busy_timeout: seconds to wait for another process's write before an error is raised.
+        create: True to create a missing file. With False, operations raise ``RepositoryUnavailable`` if the
+            file is missing, and nothing is created.
+        clock: the clock for the timestamps that the eight methods write.
+        codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
+            read.
 
     Raises:
         ConfigurationError: an argument is not valid.
@@ -88,8 +94,8 @@ class SQLiteRepository(Repository):
         self.path = os.fspath(path) if isinstance(path, (str, os.PathLike)) else ""
         if not isinstance(self.path, str) or self.path in ("", ":memory:") or "\0" in self.path:
             raise ConfigurationError(
-                f"SQLiteRepository needs the path of a file, not {path!r}; "
-                "for tasks in memory there is MemoryRepository"
+                f"path must be the path of a file, not {path!r}; "
+                "use MemoryRepository to keep tasks in memory"
             )
         if durability not in get_args(Durability):
             raise ConfigurationError(
@@ -104,7 +110,8 @@ class SQLiteRepository(Repository):
         self._turnstile = Turnstile(self._file)
         self._wakeups = Wakeups(self._file)
         self._write_lock = threading.RLock()
-        # The number of the writing connection, and the commits of others that it has counted; and our own.
+        # The writing connection's number and its count of others' commits; and the number of our own
+        # commits.
         self._seen, self._commits = (0, 0), 0
         self._newer: SchemaMismatch | None = None
         tell_of_forks(self)
@@ -115,7 +122,7 @@ class SQLiteRepository(Repository):
     # --- writing
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes in one transaction; after any error nothing was applied."""
+        """Apply guarded writes in one transaction. After an error, nothing was applied."""
         durable = True in [write.durable for write in writes]
         apply = self._apply_whole if all_or_nothing else self._apply_singly
         results = apply(self.codecs.coded(writes), durable)
@@ -174,10 +181,11 @@ class SQLiteRepository(Repository):
         durable: bool,
         writes: Sequence[Write] | None = None,
     ) -> T:
-        """Do work in one transaction; nothing of it is committed if it raises.
+        """Do work in one transaction. Nothing is committed if it raises.
 
-        Where another process has brought the file to a newer schema, ``writes``, which are those that it
-        applies, must all let go of what this one holds; None is refused there.
+        ``writes`` are the writes that the work applies; None: the work is of another kind. If another
+        process has migrated the file to a newer schema, only writes that end a run or give a task back
+        are allowed.
         """
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             raise Reentered
@@ -198,14 +206,14 @@ class SQLiteRepository(Repository):
 
     def _ready_writer(self) -> Connection:
         connection = self._connections.writer()
-        if connection.in_transaction:  # the last one was struck twice by signals
+        if connection.in_transaction:  # signals interrupted the last transaction twice
             self._roll_back(connection)
-            connection = self._connections.writer()  # another one if that failed
+            connection = self._connections.writer()  # a new one if the rollback failed
         self._file.check()
         return connection
 
     def _begin(self, connection: Connection, durable: bool) -> sqlite3.Cursor:
-        """Begin a transaction within the time-out, once it is this process's turn."""
+        """Begin a transaction when it is this process's turn, within the time-out."""
         timeout = self._connections.busy_timeout
         cursor = connection.cursor()
         left = self._turnstile.enter(timeout)
@@ -221,8 +229,8 @@ class SQLiteRepository(Repository):
         return cursor
 
     def _undo(self, connection: sqlite3.Connection, error: BaseException) -> None:
-        """Roll back; raise our error for one of SQLite's."""
-        # A full disk makes SQLite roll back by itself.
+        """Roll back, and raise TaskX's error for an error of SQLite."""
+        # If the disk is full, SQLite has rolled back by itself.
         if connection.in_transaction:
             self._roll_back(connection)
         if isinstance(error, FAILURES):
@@ -232,11 +240,11 @@ class SQLiteRepository(Repository):
         self, connection: sqlite3.Connection, writes: Sequence[Write] | None
     ) -> None:
         if self._connections.compiling.seen:
-            self._look_at_version(connection)
+            self._check_schema_version(connection)
         if self._newer is not None and not _let_go(writes):
             raise SchemaMismatch(*self._newer.args)
 
-    def _look_at_version(self, connection: sqlite3.Connection) -> None:
+    def _check_schema_version(self, connection: sqlite3.Connection) -> None:
         try:
             self._newer = schema.newer(connection, self._file.path)
         except sqlite3.Error as error:
@@ -246,14 +254,14 @@ class SQLiteRepository(Repository):
     def _roll_back(self, connection: sqlite3.Connection) -> None:
         try:
             connection.rollback()
-        except sqlite3.Error:  # a new connection finds the file as it was before
+        except sqlite3.Error:  # closing the connection undoes the transaction
             self._connections.discard_writer()
 
     def _set_synchronous(self, connection: Connection, durable: bool) -> None:
         full = self.durability == "full" or (durable and self.durability == "accepted")
         wanted = "FULL" if full else "NORMAL"
         if wanted != connection.synchronous:
-            connection.synchronous = ""  # unknown, should an interrupt come after the next line
+            connection.synchronous = ""  # unknown if an interrupt comes after the next line
             connection.execute(f"PRAGMA synchronous = {wanted}")
             connection.synchronous = wanted
 
@@ -264,30 +272,31 @@ class SQLiteRepository(Repository):
         return self._connections.read(_fetch, sql, values)
 
     def _rows_near(self, sql: str, values: Sequence[Any]) -> list[Any]:
-        """A few rows, read on the writing connection if that is free.
+        """Read a few rows on the writing connection if it is free, otherwise on a reader.
 
-        It has the pages that it wrote last in memory; another one reads them anew after each commit.
+        The writing connection has the pages that it wrote last in memory. A reader must read them again
+        after each commit.
         """
         self._open()
         if self._write_lock._is_owned():  # type: ignore[attr-defined]
             return self._rows(sql, values)
         got: list[bool] = []
         try:
-            # The lock and the note of it in one step: the exception of a signal handler may come between
-            # any two, in `finally` after each call but the last, too.
+            # One step acquires the lock and records that it did: a signal handler may raise between any two
+            # steps. In `finally`, it may raise after each call except the last.
             got.extend(map(self._write_lock.acquire, (False,)))
-            # Not what a transaction has written that an interrupt cut short: it is undone.
+            # Not inside a transaction that an interrupt cut short: its writes will be undone.
             if got == [True] and not (writer := self._connections.writer()).in_transaction:
                 return writer.execute(sql, values).fetchall()
         except sqlite3.Error:
-            pass  # the other connection meets it again, and says what it means
+            pass  # the reader meets the same error, and translates it
         finally:
             if got == [True]:
                 self._write_lock.release()
         return self._rows(sql, values)
 
     def _open(self) -> None:
-        """Have the file made and checked before the first reader sees it, and later on still there."""
+        """Create and check the file before the first read. Later, check that it still exists."""
         if self._connections.opened:
             self._file.check()
         else:
@@ -349,9 +358,9 @@ class SQLiteRepository(Repository):
         ]
 
     def shrink(self) -> bool:
-        """Cut a few pages off the file, if a good part of it is free; whether there are more.
+        """Cut a few free pages off the file if many are free. Return True if there are more to cut.
 
-        What is free is used again, and to move pages costs: so some stay.
+        Some free pages stay, as later tasks use them again and moving pages takes time.
         """
         self._open()
         ((free, pages),) = self._rows(statements.FREE_PAGES)
@@ -364,12 +373,13 @@ class SQLiteRepository(Repository):
         return bool(spare > few)
 
     def version(self) -> object:
-        """Return counters of commits: those of other connections, and our own if several queues share us.
+        """Return counters of commits: those of others, and our own if several queues share this object.
 
-        SQLite's is in memory, and the writing connection does not count its own; a new one begins anew.
+        SQLite counts in memory, for each connection, the commits of other connections. A new connection
+        starts a new count, so its number is part of the value.
         """
         self._open()
-        # If the lock is taken for longer, a write is under way; the next call reads the counter.
+        # If the lock stays taken, a write is in progress, and the next call reads the counter.
         if self._write_lock.acquire(timeout=0.005):
             try:
                 self._seen = self._read_data_version()
@@ -385,7 +395,7 @@ class SQLiteRepository(Repository):
             raise self._connections.translated(error) from error
         seen = connection.number, int(others)
         if seen != self._seen:
-            self._look_at_version(connection)
+            self._check_schema_version(connection)
         return seen
 
     def listen(self, news: str) -> Listener | None:
@@ -408,7 +418,8 @@ class SQLiteRepository(Repository):
         return _notes(self._rows(statements.NOTES_AFTER, (after, f"{prefix}\U0010ffff", limit)))
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        # After a power cut all nodes are dead. One that is outdated still says that it stops, and leaves.
+        # Notes about nodes need no sync: after a power cut all nodes are dead. A node whose schema is
+        # outdated may still change its own note, to say that it stops and leaves.
         nodes = all(change.name.startswith(PREFIX) for change in changes)
         on_record = nodes and all(change.version for change in changes)
         return self._transact(
@@ -422,7 +433,7 @@ class SQLiteRepository(Repository):
         return KernelLocks(self, place, turnstile.NAMES)
 
     def ensure_there(self) -> None:
-        """Raise if the file was moved, deleted, replaced or migrated since it was opened."""
+        """Raise an error if the file was moved, deleted, replaced or migrated since it was opened."""
         self._file.check()
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)
@@ -430,9 +441,10 @@ class SQLiteRepository(Repository):
     # --- opening and closing
 
     def close(self) -> None:
-        """Close the file; a later operation opens it again.
+        """Close the file. A later operation opens it again.
 
-        It opens what is at the path by then, unless a node of this repository is still at work.
+        It then opens the file that is at the path at that time. But if a node on this repository is still
+        at work, it accepts only the same file.
         """
         if self.entered:
             raise Reentered
@@ -448,7 +460,7 @@ class SQLiteRepository(Repository):
                 self._newer = None
 
     def before_fork(self) -> None:
-        # Not on a thread in the middle of a transaction: it would wait for itself, or end it.
+        # Not if this thread is in the middle of a transaction: it would wait for itself, or end it.
         self._forking = not self.entered and self._write_lock.acquire(timeout=_FORK_PATIENCE)
         if self._forking:
             self._connections.discard_writer()
@@ -476,16 +488,16 @@ class _Refused(Exception):
         self.results = results
 
 
-#: SQL, its values, how many writes it does, and the parents of a task that it stores, in pairs with that.
+#: SQL, its values, the number of writes that it makes, and (parent, task) pairs for a new task.
 _Statement = tuple[str, Sequence[Any], int, Sequence[tuple[str, str]]]
 
 
 class _Uneven(Exception):
-    """Of several updates in one statement some held and some did not: which, it does not tell."""
+    """Only some of the writes in one statement held, and the statement does not tell which."""
 
 
 def _script(writes: Sequence[Write]) -> list[_Statement]:
-    """The statements of writes, in order; of neighbours that differ in nothing but the id, one for all."""
+    """Return the statements of writes, in order. Neighbours that differ only in the id share one."""
     if len(writes) == 1:
         return [_statement(writes[0])]
     script: list[_Statement] = []
@@ -502,7 +514,7 @@ def _script(writes: Sequence[Write]) -> list[_Statement]:
 
 
 def _alike(writes: Sequence[Write], position: int) -> list[str]:
-    """The ids of the updates from ``position`` on that make the same change under the same guard."""
+    """Return the ids of the updates from ``position`` on that have the same guard and the same change."""
     first = writes[position]
     group = [first.id]
     if isinstance(first, Update):
@@ -553,7 +565,7 @@ _INSERT_ORDINARY = statements.insert_if_new(CREATED)
 
 
 def _is_ordinary(insert: Insert) -> bool:
-    """Whether it has no columns but those that every creation sets, which come in their order."""
+    """Return True if it has only the columns that every creation sets, which come in a fixed order."""
     return len(insert.row) == len(CREATED)
 
 
@@ -569,7 +581,7 @@ def _fetch(connection: sqlite3.Connection, sql: str, values: Sequence[Any]) -> l
 def _fetch_broken_text(
     connection: sqlite3.Connection, sql: str, values: Sequence[Any]
 ) -> list[Any]:
-    """The rows, with what is no UTF-8 as bytes: one damaged record must not hide the others."""
+    """Return the rows, with invalid UTF-8 as bytes: one damaged record must not hide the others."""
     connection.text_factory = _text_or_bytes
     try:
         return connection.execute(sql, values).fetchall()

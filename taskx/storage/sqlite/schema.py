@@ -1,4 +1,4 @@
-"""The tables, how a file is recognised as ours, and how an older one is brought up to date."""
+"""The tables, the check that a file is TaskX's, and the migration of older files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from taskx.core.errors import SchemaMismatch
 #: ``PRAGMA application_id`` of our files: "TskX".
 APPLICATION_ID = 0x54736B58
 
-#: The values that a status may have; and the same in words that cost less. For ``IN`` SQLite builds a small
-#: tree at each write. New files have the second form; to change that of a file, all of it would be copied.
+#: The allowed values of a status; and the same condition in a form that is faster. For ``IN``, SQLite
+#: builds a small tree at each write. New files have the second form. An old file keeps the first one, as
+#: changing it would mean copying the whole file.
 CHECK = "CHECK (status IN ('pending', 'running', 'completed', 'failed', 'cancelled'))"
 QUICK_CHECK = (
     "CHECK (status = 'pending' OR status = 'running' OR status = 'completed' OR status = 'failed' "
     "OR status = 'cancelled')"
 )
 
-# Indexes are partial, so that a finished task weighs on none that the running of tasks looks at.
-# seq, the rowid, ends every index and keeps the order of submission.
+# Indexes are partial, so that finished tasks do not make the indexes larger that are used to run tasks.
+# Every index ends with seq, the rowid, which keeps the order of submission.
 _VERSION_1 = (
     f"""
     CREATE TABLE tasks (
@@ -80,11 +81,12 @@ _VERSION_1 = (
     "CREATE INDEX tasks_in_line ON tasks (concurrency_key) WHERE status = 'pending' AND held = 4",
     "CREATE INDEX tasks_stuck ON tasks (stuck_on) WHERE stuck_on <> ''",
     "CREATE INDEX tasks_running ON tasks (owner) WHERE status = 'running'",
-    # One for each status, which then need not be looked at: counting a million takes a quarter.
+    # One for each status, so that the status need not be read: counting a million takes a quarter of the
+    # time.
     "CREATE INDEX tasks_completed ON tasks (created_at) WHERE status = 'completed'",
     "CREATE INDEX tasks_failed ON tasks (created_at) WHERE status = 'failed'",
     "CREATE INDEX tasks_cancelled ON tasks (created_at) WHERE status = 'cancelled'",
-    # Which tasks depend on which, to be found by the parent. Most tasks have no row here.
+    # The dependencies between tasks, found by the parent. Most tasks have no row here.
     """
     CREATE TABLE parents (
         parent TEXT NOT NULL,
@@ -116,21 +118,22 @@ _VERSION_1 = (
     """,
 )
 
-# Reserved, and neither read nor written yet: ``tags``, a JSON list of texts to filter by, and
-# ``expires_at``, milliseconds after which a task that has not started is cancelled. Null in most rows
-# even then, so that an index on either will be partial.
+# Reserved columns, which are neither read nor written yet: ``tags``, a JSON list of texts to filter by, and
+# ``expires_at``, the time in milliseconds at which a task that has not started is cancelled. Most rows will
+# have NULL in both, so an index on either should be partial.
 _VERSION_2 = (
     "ALTER TABLE tasks ADD COLUMN error_type TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE tasks ADD COLUMN tags TEXT",
     "ALTER TABLE tasks ADD COLUMN expires_at INTEGER",
-    # From now on a start writes the node's name; before, this was who ran the attempt before.
+    # From this version on a start writes the node's name. Before, this column named the worker of the
+    # attempt before.
     """
     UPDATE tasks SET worker = coalesce((SELECT name FROM nodes WHERE id = tasks.owner), owner)
     WHERE status = 'running'
     """,
 )
 
-# A node is a note, and its name says that it is one.
+# Nodes become notes, with the prefix ``node/`` in their names.
 _VERSION_3 = (
     """
     INSERT INTO notes (name, text, version)
@@ -143,53 +146,58 @@ _VERSION_3 = (
     "DROP TABLE nodes",
 )
 
-#: The statements that lead from each schema version to the next; the first entry makes a new file. An
-#: entry that was released is never edited. A new entry adds, and changes nothing that tasks are in: a
-#: process of the version before still writes how its tasks end.
+#: The statements that lead from each schema version to the next. The first entry creates a new file. A
+#: released entry is never edited. A new entry only adds, and changes nothing in which tasks are stored: a
+#: process of the previous version still writes the outcomes of its tasks.
 MIGRATIONS: tuple[tuple[str, ...], ...] = (_VERSION_1, _VERSION_2, _VERSION_3)
 VERSION = len(MIGRATIONS)
 
-_WHOSE = (
+_HEADER = (
     "SELECT (SELECT application_id FROM pragma_application_id), "
     "(SELECT user_version FROM pragma_user_version), (SELECT count(*) FROM sqlite_master)"
 )
 
 
 def newer(connection: sqlite3.Connection, path: str) -> SchemaMismatch | None:
-    """Return the error for an open file that another process has migrated; None if none has."""
+    """Return the error for an open file that another process has migrated, or None if it is unchanged."""
     ((version,),) = connection.execute("PRAGMA user_version").fetchall()
     if version <= VERSION:
         return None
     return SchemaMismatch(
-        f"another process brought {path} to schema version {version}, and this TaskX knows {VERSION}; "
-        "nothing was stored: restart this program with the newer taskx-queue"
+        f"another process migrated {path} to schema version {version}, but this TaskX knows only "
+        f"{VERSION}; nothing was stored. Restart this program with the newer taskx-queue"
     )
 
 
 def check(connection: sqlite3.Connection, path: str) -> int:
-    """The schema version of a file, 0 for an empty one; refuse another program's, or a newer TaskX's."""
-    # In one statement, and so of one moment: another process may be making the file.
-    application, version, objects = connection.execute(_WHOSE).fetchone()
+    """Return the schema version of a file, 0 for an empty one.
+
+    Raises:
+        SchemaMismatch: the file belongs to another program or to a newer TaskX.
+    """
+    # One statement, so that all values are of one moment: another process may be creating the file.
+    application, version, objects = connection.execute(_HEADER).fetchone()
     if application == APPLICATION_ID:
         if version > VERSION:
             raise SchemaMismatch(
-                f"{path} has schema version {version}, this TaskX knows {VERSION}: "
-                "upgrade taskx-queue; the file was not touched"
+                f"{path} has schema version {version}, but this TaskX knows only {VERSION}; "
+                "the file was not changed. Upgrade taskx-queue"
             )
         return int(version)
     if objects or application or version:
         raise SchemaMismatch(
             f"{path} is the database of another program (application_id {application:#x}); "
-            "it was not touched: give TaskX a file of its own"
+            "it was not changed. Use another file for TaskX"
         )
     return 0
 
 
 def migrate(connection: sqlite3.Connection, path: str) -> bool:
-    """Bring a file up to :data:`VERSION`, in one transaction; False if it was. Several may try at once.
+    """Migrate a file to :data:`VERSION` in one transaction. Return False if it had that version already.
 
-    Processes that have it open notice by their statements, which SQLite compiles anew after a change of the
-    schema; so there is one in any case.
+    Several processes may try at the same time. A process that has the file open notices a migration because
+    SQLite compiles its statements again after a change of the schema. So every migration changes the
+    schema.
     """
     if check(connection, path) == VERSION:
         return False

@@ -1,4 +1,4 @@
-"""The SQL, built once for each shape of a write or filter."""
+"""The SQL statements, built once for each shape of a write or filter."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
 from taskx.storage.base import Listed, Lookup
 
-# Cast, as one damaged record must not keep the others from being sorted.
+# Casts, as one damaged record must not prevent the others from being sorted.
 _STUB = (
     "id, status, CAST(starts AS INTEGER), CAST(priority AS INTEGER), CAST(created_at AS INTEGER), "
     "cancel_requested_at IS NOT NULL, CAST(type AS TEXT), CAST(run_at AS INTEGER)"
@@ -25,7 +25,7 @@ READY = (
     f"SELECT {_STUB}, seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
-# A step in the index for each priority, however many tasks have it.
+# One step in the index for each priority, however many tasks have it.
 PRIORITIES = (
     f"WITH RECURSIVE steps (priority) AS (SELECT max(priority) FROM tasks WHERE {_READY} "
     "AND owner = ? AND type = ? UNION ALL SELECT (SELECT max(priority) FROM tasks "
@@ -36,18 +36,18 @@ READY_AT = (
     f"SELECT {_STUB}, seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? AND priority = ? "
     "ORDER BY seq LIMIT ?"
 )
-# In these words, as the partial index is asked for by them.
+# SQLite uses the partial index only if the condition is written like this.
 _HELD = "status = 'pending' AND held > 0 AND held = {}"
 DUE = (
     f"SELECT id, run_at FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? "
     "ORDER BY run_at LIMIT ?"
 )
 _WAITING = f"waiting_on IS NOT NULL AND status = 'pending' AND held = {FOR_PARENTS}"
-_IN_LINE = f"status = 'pending' AND held = {FOR_TURN}"
+_WAITING_FOR_TURN = f"status = 'pending' AND held = {FOR_TURN}"
 
 
 def _steps(name: str, which: str, tasks: str = "tasks") -> str:
-    """Values of a column of an index, a step for each, however many tasks have it."""
+    """Select the values of an indexed column, in one step for each, however many tasks have it."""
     least = f"SELECT min({name}) FROM {tasks} WHERE {which} AND {name} > {{}}"
     return f"WITH RECURSIVE {_each(least)}"
 
@@ -60,7 +60,7 @@ def _each(least: str) -> str:
     )
 
 
-# The index is by owner first: so a step for each type of each owner.
+# The first column of the index is the owner, so this takes a step for each type of each owner.
 _READY_TYPES = (
     f"WITH RECURSIVE owners (owner) AS (SELECT min(owner) FROM tasks WHERE {_READY} UNION ALL SELECT "
     f"(SELECT min(owner) FROM tasks WHERE {_READY} AND owner > owners.owner) FROM owners "
@@ -71,24 +71,24 @@ _READY_TYPES = (
 )
 
 
-#: The values of a column after one.
+#: The queries for the values of a column that come after a given one.
 DISTINCT: dict[Listed, str] = {
     "waiting_on": _steps("waiting_on", _WAITING, "tasks INDEXED BY tasks_waiting"),
-    "line": _steps("concurrency_key", _IN_LINE),
+    "line": _steps("concurrency_key", _WAITING_FOR_TURN),
     "running_on": _steps("owner", _RUNNING),
     "buffered_on": _steps("owner", _READY),
     "stuck_on": _steps("stuck_on", "stuck_on <> ''"),
     "ready_type": _READY_TYPES,
 }
-#: How rows are found by a column: the table, the conditions, the expression that has one of the values,
-#: and the order.
+#: The parts of the query that finds rows by a column: the table, the conditions, the expression that is
+#: compared with the values, and the sort order.
 _FIND: dict[Lookup, tuple[str, str, str, str]] = {
     "id": ("tasks", "", "id", ""),
     "unique_lock": ("tasks", "", "unique_lock", ""),
     "turn": ("tasks", "", "turn", ""),
     "waiting_on": ("tasks", "", "waiting_on", ""),
     "parent": ("(SELECT parent, child AS id FROM parents)", "", "parent", ""),
-    "line": ("tasks", f"{_IN_LINE} AND ", "concurrency_key", " ORDER BY seq"),
+    "line": ("tasks", f"{_WAITING_FOR_TURN} AND ", "concurrency_key", " ORDER BY seq"),
     "running_on": ("tasks", f"{_RUNNING} AND owner <> '' AND ", "owner", ""),
     "buffered_on": ("tasks", f"{_READY} AND owner <> '' AND ", "owner", ""),
     "stuck_on": ("tasks", "stuck_on <> '' AND ", "stuck_on", ""),
@@ -102,7 +102,7 @@ NOTES_AFTER = (
 NEW_NOTE = "INSERT INTO notes (name, text, version) VALUES (?, ?, ?) ON CONFLICT DO NOTHING"
 CHANGED_NOTE = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
 GONE_NOTE = "DELETE FROM notes WHERE name = ? AND version = ?"
-# By the index of that status: a task was created before it ended.
+# This uses the index of the status, which is by ``created_at``: a task was created before it ended.
 ENDED = (
     f"SELECT {_STUB}, depends_on, unique_lock, unique_scope, created_at, seq FROM tasks "
     "INDEXED BY tasks_{0} WHERE status = '{0}' AND (created_at, seq) < (?, ?) AND completed_at < ? "
@@ -125,7 +125,7 @@ def find(column: Lookup, count: int, fields: tuple[str, ...], limited: bool) -> 
 
 @lru_cache(maxsize=64)
 def insert_if_new(columns: tuple[str, ...]) -> str:
-    """An ``INSERT`` of these columns that does nothing where what must be unique is taken."""
+    """Return an ``INSERT`` of these columns that does nothing if a unique value is taken."""
     places = ", ".join("?" * len(columns))
     return f"INSERT INTO tasks ({', '.join(columns)}) VALUES ({places}) ON CONFLICT DO NOTHING"
 
@@ -136,7 +136,7 @@ _shapes: dict[tuple[Any, ...], str] = {}
 def update(
     task_ids: Sequence[str], guard: Mapping[str, Any], changes: Mapping[str, Any]
 ) -> tuple[str, Any]:
-    """An ``UPDATE`` of one task or of several, and its values."""
+    """Return an ``UPDATE`` of one or several tasks, and its values."""
     values = [*changes.values(), *task_ids, *guard.values()]
     key = (len(task_ids), *changes, None, *guard)
     special = _has_special(guard)
@@ -153,7 +153,7 @@ def update(
 
 
 def delete(task_id: str, guard: Mapping[str, Any]) -> tuple[str, Any]:
-    """A ``DELETE`` and its values."""
+    """Return a ``DELETE`` and its values."""
     where, values = _conditions(guard)
     return f"DELETE FROM tasks WHERE id = ?{where}", [task_id, *values]
 
@@ -180,8 +180,8 @@ def _conditions(guard: Mapping[str, Any]) -> tuple[str, list[Any]]:
     return text, values
 
 
-# Where the tasks of one status are found through the partial indexes, so that listing or counting the
-# few that are unfinished costs nothing for the many that are finished.
+# The tables of the tasks of one status, read through the partial indexes: listing or counting the few
+# unfinished tasks costs nothing for the many finished ones.
 _SOURCES: dict[str | None, str] = {
     None: "tasks",
     PENDING: (
@@ -199,17 +199,17 @@ _NEWEST_FIRST = "ORDER BY created_at DESC, seq DESC"
 
 
 def list_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
-    """The query for the tasks that meet a filter, and its values."""
+    """Return the query for the tasks that match a filter, and its values."""
     source, values = _meeting(filter)
     page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
     if filter.status == PENDING:
-        # No index has these in order. To sort many without the other columns takes half the time.
+        # No index has these in order. Sorting many of them without the other columns takes half the time.
         page = f"tasks WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
     return f"SELECT {TASK} FROM {page}", [*values, filter.limit, filter.offset]
 
 
 def count_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
-    """The query for how many tasks meet a filter, and its values."""
+    """Return the query for the number of tasks that match a filter, and its values."""
     source, values = _meeting(filter)
     return f"SELECT count(*) FROM {source}", values
 

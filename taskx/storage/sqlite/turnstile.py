@@ -1,11 +1,13 @@
-"""A queue of processes before SQLite's write lock.
+"""A queue of processes in front of SQLite's write lock.
 
-SQLite's own busy handler sleeps and tries again, so that a process which writes without pause leaves
-another next to no chance. Two ``flock`` locks give turns: who wants to write holds the outer one
-while it waits for the inner one, and gives it up when it has that. A process that has just written
-finds the outer one held by whoever waits, and comes after it. As long as nobody else writes, the
-inner one alone is tried, which is two system calls a transaction, but for a look at the outer one now
-and then: who comes to a file that another process keeps busy would hardly ever find the inner one free.
+SQLite's own busy handler sleeps and tries again. So a process that writes without pause leaves others
+almost no chance. Two ``flock`` locks make the processes take turns. A process that wants to write holds the
+outer lock while it waits for the inner lock, and releases the outer one when it has the inner one. A
+process that has just written finds the outer lock held by a waiting process, and comes after it.
+
+As long as no other process writes, a process takes the inner lock only, which costs two system calls a
+transaction. It still takes the outer lock now and then: otherwise a process that comes to a busy file would
+hardly ever find the inner lock free.
 """
 
 from __future__ import annotations
@@ -21,50 +23,50 @@ from taskx.storage.sqlite.file import DatabaseFile
 
 try:
     import fcntl
-except ImportError:  # not a POSIX system: processes take their chances
+except ImportError:  # not a POSIX system: processes do not take turns
     fcntl = None  # type: ignore[assignment]
 
-# Seconds between two tries for a lock that another process holds: about the time of a small commit.
+# Seconds between two tries for a lock that another process holds; about as long as a small commit takes.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.00005, 0.001
 
-#: Seconds for which a process keeps to its turns after it has met another one.
+#: Seconds for which a process takes turns after it has met another writing process.
 CROWDED = 1.0
-#: Seconds between two looks for others while none was met.
-LOOK_EVERY = 0.01
+#: Seconds between two checks for other processes while none was met.
+CHECK_EVERY = 0.01
 
-#: The names of the two lock files of the turnstile, which belong to no node.
+#: The names of the turnstile's two lock files, which do not belong to a node.
 NAMES = ("outer", "inner")
 
-#: The numbers of the open files of each turnstile, by the identity of their list: for forks.
+#: The open file descriptors of each turnstile, by the ``id`` of their list. A forked child closes them.
 _open: dict[int, list[int]] = {}
 
 
 class Turnstile:
-    """The two locks of one database file; used by one thread at a time.
+    """The two locks of one database file. One thread uses it at a time.
 
-    Where the lock files cannot be opened, it lets everybody through: it is for fairness, not for safety.
-    They are closed at the latest when the turnstile is garbage collected. The database is open when it is
-    entered.
+    If the lock files cannot be opened, every process passes: the locks are for fairness, not for safety.
+    The files are closed at the latest when the turnstile is garbage collected. The database must be open
+    before a thread enters.
     """
 
     def __init__(self, file: DatabaseFile) -> None:
         self._file = file
         self._fds: list[int] = []
-        self._crowded_until = self._look_at = 0.0
-        #: Let the next one through. One call in C: no signal handler comes between.
+        self._crowded_until = self._check_at = 0.0
+        #: Let the next process through. It is one call in C, which no signal handler can interrupt.
         self.leave: Callable[[], object] = dict
         weakref.finalize(self, _close, self._fds).atexit = False
 
     def enter(self, timeout: float) -> float:
-        """Wait for one's turn, at most ``timeout`` seconds; return how many of these are left.
+        """Wait at most ``timeout`` seconds for this process's turn. Return the number of seconds left.
 
-        Past them SQLite's own lock decides.
+        After the time-out, SQLite's own lock decides.
         """
         if fcntl is None or not (self._fds or self._open_files()):
             return timeout
         outer, inner = self._fds
         now = time.monotonic()
-        alone = self._crowded_until <= now < self._look_at
+        alone = self._crowded_until <= now < self._check_at
         if alone and _try(inner):
             return timeout
         met = alone
@@ -77,14 +79,14 @@ class Turnstile:
                 _wait(inner, now + timeout)
         finally:
             fcntl.flock(outer, fcntl.LOCK_UN)
-        self._look_at = now + LOOK_EVERY
+        self._check_at = now + CHECK_EVERY
         if not met:
             return timeout
         self._crowded_until = now + CROWDED
         return max(0.0, now + timeout - time.monotonic())
 
     def close(self) -> None:
-        """Close the files; entering opens them again."""
+        """Close the files. The next :meth:`enter` opens them again."""
         self.leave = dict
         _close(self._fds)
 
@@ -96,7 +98,7 @@ class Turnstile:
             for name in NAMES:
                 self._fds.append(_open_file(os.path.join(folder, f"{name}.lock")))
             self.leave = partial(fcntl.flock, self._fds[1], fcntl.LOCK_UN)
-        except BaseException as error:  # an interrupt, too: one lock without the other is no use
+        except BaseException as error:  # also an interrupt: one lock is useless without the other
             self.close()
             if not isinstance(error, OSError):
                 raise
@@ -106,7 +108,7 @@ class Turnstile:
 def _open_file(path: str) -> int:
     try:
         return os.open(path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o666)
-    except PermissionError:  # it belongs to another user; reading is enough to lock it
+    except PermissionError:  # it belongs to another user; read access is enough to lock it
         return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
 
 
@@ -126,7 +128,7 @@ def _try(fd: int) -> bool:
 
 
 def _wait(fd: int, deadline: float) -> bool:
-    # Not a blocking flock: that has no time-out, and a stopped process may hold the lock.
+    # A blocking flock has no time-out, and a stopped process may hold the lock.
     pause = _FIRST_PAUSE
     while time.monotonic() < deadline:
         time.sleep(pause)

@@ -1,7 +1,7 @@
 """Wake-ups between the processes on one file: a named pipe for each listener, in the folder of the nodes.
 
-Whoever commits something that others may wait for writes a byte into their pipes. Nobody depends on it, as
-each process polls, too. So whatever goes wrong here is passed over.
+A process that commits something others may wait for writes a byte into their pipes. No process depends on
+it, as each one also polls. So errors here are ignored.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from taskx.core.writes import Write
 from taskx.storage.base import Listener
 from taskx.storage.sqlite.file import DatabaseFile
 
-#: Seconds between two looks for listeners.
-LOOK_EVERY = 0.01
+#: Seconds between two scans of the folder for listeners.
+SCAN_EVERY = 0.01
 _EXTENSION = ".pipe"
 _MOST_READ = 4096
 _FLAGS = os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOFOLLOW if hasattr(os, "mkfifo") else 0
 
 
 class Pipe(Listener):
-    """The pipe of one listener, and of one thread at a time; any thread may close it.
+    """The pipe of one listener. One thread waits at a time; any thread may close it.
 
-    Its name says which news its process listens for.
+    The end of the pipe's name holds the kinds of news that its process listens for.
     """
 
     def __init__(self, folder: str, name: str) -> None:
@@ -41,14 +41,14 @@ class Pipe(Listener):
         made = os.path.join(folder, f"{name}.new")
         os.mkfifo(made)
         try:
-            # For writing, too: else it would be at its end whenever nobody else has it open.
+            # Also for writing: otherwise a reader sees the end of file while no other process has it open.
             self._fd = os.open(made, os.O_RDWR | _FLAGS)
-            # A thread may wait at it when it is closed, or when the program ends. So its number is given up
-            # with the last reference: another file may have it at once.
-            self._give_up = weakref.finalize(self, os.close, self._fd)
-            self._give_up.atexit = False
+            # A thread may wait on the pipe when it is closed or when the program ends. So the descriptor is
+            # closed with the last reference only: another file may get its number at once.
+            self._close_fd = weakref.finalize(self, os.close, self._fd)
+            self._close_fd.atexit = False
             weakref.finalize(self, _unlink, self._path, self._process)
-            # Only now: if nobody reads a pipe of such a name, its process is dead.
+            # Renamed last: a pipe of this name that no process has open for reading is a dead one's.
             os.rename(made, self._path)
         except BaseException:
             os.unlink(made)
@@ -64,19 +64,19 @@ class Pipe(Listener):
         return ""
 
     def drop(self) -> None:
-        """In a forked child: close one's copy, and leave the parent's alone."""
-        self._give_up()
+        """Close, in a forked child, its copy of the pipe. The parent's stays open."""
+        self._close_fd()
 
     def close(self) -> None:
-        if not self._give_up.alive:
+        if not self._close_fd.alive:
             return
         _unlink(self._path, self._process)
-        with suppress(OSError):  # it is full, so that nobody waits
+        with suppress(OSError):  # it is full, so no thread is waiting
             os.write(self._fd, b"\n")
 
 
 class Wakeups:
-    """Makes this process's pipes, and writes into those of others."""
+    """The pipes of this process, and a sender that writes into the pipes of others."""
 
     def __init__(self, file: DatabaseFile) -> None:
         self._file = file
@@ -84,16 +84,16 @@ class Wakeups:
         self.renew_after_fork()
 
     def renew_after_fork(self) -> None:
-        """Have pipes of one's own in a forked child."""
+        """Start over, in a forked child, without the parent's pipes."""
         for pipe in list(self._made):
             pipe.drop()
         self._made = weakref.WeakSet()
-        self._own = new_id()  # the names of one's own pipes begin so
-        self._look_at = 0.0
-        self._pipes: Sequence[tuple[str, str]] = ()  # those of others, and what they listen for
+        self._own = new_id()  # the prefix of the names of this process's pipes
+        self._scan_at = 0.0
+        self._pipes: Sequence[tuple[str, str]] = ()  # others' pipes, and what they listen for
 
     def listen(self, news: str) -> Listener | None:
-        """Return a listener for some kinds of news; None where pipes cannot be made."""
+        """Return a listener for some kinds of news, or None if pipes cannot be created."""
         if not _FLAGS:
             return None
         try:
@@ -105,29 +105,29 @@ class Wakeups:
         return pipe
 
     def send(self, writes: Sequence[Write], results: Sequence[bool], *, to_own: bool) -> None:
-        """Tell those who listen of writes that were committed, if their guards held."""
-        stale = (now := time.monotonic()) >= self._look_at
+        """Tell the listeners of committed writes whose guards held."""
+        stale = (now := time.monotonic()) >= self._scan_at
         if not (stale or self._pipes):
             return
         news = {*map(lifecycle.news, compress(writes, results))} - {""}
-        if news and stale:  # just before it tells: who began to listen a moment ago hears it
+        if news and stale:  # just before sending, so that the newest listeners are included
             self._pipes = [*self._others(to_own=to_own)]
-            self._look_at = now + LOOK_EVERY
+            self._scan_at = now + SCAN_EVERY
         for path, wanted in self._pipes:
             if heard := news.intersection(wanted):
                 _write(path, "".join(heard).encode())
 
     def _others(self, *, to_own: bool = False) -> Iterator[tuple[str, str]]:
-        """The paths of the pipes of others, and what they listen for."""
+        """Yield the paths of others' pipes, and what they listen for."""
         folder = self._file.folder
-        with suppress(OSError):  # no folder
+        with suppress(OSError):  # the folder does not exist
             for name in os.listdir(folder):
                 if name.endswith(_EXTENSION) and (to_own or not name.startswith(self._own)):
                     _, _, wanted = name.removesuffix(_EXTENSION).rpartition(".")
                     yield os.path.join(folder, name), wanted
 
     def _remove_dead(self) -> None:
-        """Remove the pipes of dead processes: nobody has them open for reading."""
+        """Remove the pipes of dead processes, which no process has open for reading."""
         for path, _ in self._others():
             try:
                 os.close(os.open(path, os.O_WRONLY | _FLAGS))
@@ -138,9 +138,9 @@ class Wakeups:
 
 
 def _write(path: str, heard: bytes) -> None:
-    # It may be gone, not ours to write to, or full: then it is read in any case.
+    # The pipe may be gone, belong to another user, or be full. If it is full, its owner wakes up anyway.
     with suppress(OSError):
-        # For reading, too: with no reader left, a write would raise SIGPIPE.
+        # Also for reading: a write to a pipe without a reader would raise SIGPIPE.
         fd = os.open(path, os.O_RDWR | _FLAGS)
         try:
             os.write(fd, heard)
@@ -149,7 +149,7 @@ def _write(path: str, heard: bytes) -> None:
 
 
 def _unlink(path: str, process: int) -> None:
-    """Remove a pipe, unless it is that of the parent of a forked child."""
+    """Remove a pipe, unless this process is a forked child and the pipe is its parent's."""
     if os.getpid() == process:
         with suppress(OSError):
             os.unlink(path)
