@@ -637,7 +637,7 @@ class Queue:
 
     def _check_pauses(self) -> None:
         if self._node is not None:
-            self._node.engine.fetcher.look_for_pauses()
+            self._node.engine.fetcher.refresh_pauses()
             self._services.agenda.wake_from_long_sleep()
 
     @property

@@ -326,7 +326,7 @@ def test_own_repository(tmp_path):
             "0 2 4 6 8 10 12 14 16 18",
             f"{total} completed tasks in own-repository.json",
         ]
-        assert "takes itself for the only process on it" in ran.stderr
+        assert "assumes that it is the only process" in ran.stderr
 
 
 # schedule.py

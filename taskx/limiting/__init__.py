@@ -1,4 +1,4 @@
-"""Limits on how many tasks of a type may start: slots and token buckets, of one node or of all nodes.
+"""Limits on the starts of tasks of a type: slots and token buckets, of one node or of all nodes.
 
-Only what fetches and starts tasks asks it.
+Only the code that fetches and starts tasks uses it.
 """

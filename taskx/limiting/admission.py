@@ -1,8 +1,8 @@
 """The admission of tasks whose types have limits.
 
-A task of such a type is never in anybody's way: it is left in the repository until it may start, is fetched
-then, and counted when it starts. What is counted at the fetch is an estimate, which keeps the buffer free
-of what cannot start; what is counted at the start is exact.
+A task of such a type never blocks other tasks: it stays in the repository until it may start, is fetched
+then, and is counted when it starts. The count at the fetch is an estimate, which keeps tasks that cannot
+start out of the buffer. The count at the start is exact.
 """
 
 from __future__ import annotations
@@ -21,32 +21,32 @@ _ENDLESS = 1 << 31
 
 
 class OwnSlots:
-    """Places for running tasks, of one node."""
+    """The slots of one node, for running tasks."""
 
     def __init__(self, most: int) -> None:
         self._most = most
         self._taken = 0
 
     def free(self) -> int:
-        """The number of free places."""
+        """Return the number of free slots."""
         return self._most - self._taken
 
     def take(self, count: int) -> int:
-        """Take so many, or as many as are free; returns how many."""
+        """Take ``count`` slots, or as many as are free; return how many."""
         got = min(count, self.free())
         self._taken += got
         return got
 
     def give(self, count: int) -> None:
-        """Give so many back that were taken."""
+        """Give back ``count`` slots."""
         self._taken -= count
 
     def rest(self, wanted: int) -> None:
-        """There are tasks for no more than so many beside those that were taken: they stay its own."""
+        """Note that tasks wait for only ``wanted`` more slots; one node's own slots stay with it."""
 
 
 class OwnBucket:
-    """Tokens of one node, one of which each start takes; all are there when the node starts."""
+    """The token bucket of one node: each start takes a token. It is full when the node starts."""
 
     def __init__(self, rate: Rate, clock: Clock) -> None:
         self._rate = rate
@@ -54,22 +54,22 @@ class OwnBucket:
         self._mark = FULL
 
     def tokens(self) -> int:
-        """The number of tokens."""
+        """Return the number of tokens."""
         return self._rate.tokens(self._mark, self._clock.monotonic())
 
     def take(self, count: int) -> int:
-        """Take so many, or as many as there are; returns how many."""
+        """Take ``count`` tokens, or as many as there are; return how many."""
         now = self._clock.monotonic()
         got = min(count, self._rate.tokens(self._mark, now))
         self._mark = self._rate.take(self._mark, now, got)
         return got
 
     def put_back(self, count: int) -> None:
-        """Put so many back that were taken, and not used."""
+        """Put back ``count`` tokens that were taken and not used."""
         self._mark = self._rate.put_back(self._mark, count)
 
     def when(self, count: int) -> float:
-        """The time at which there will be so many, on the monotonic clock."""
+        """Return the time, on the monotonic clock, at which there will be ``count`` tokens."""
         return self._rate.when(self._mark, count)
 
 
@@ -78,18 +78,19 @@ _Bucket = OwnBucket | SharedBucket
 
 
 class _Gate:
-    """The limits of one type, and the tasks that were fetched for it."""
+    """The limits of one type, and the fetched tasks that they will admit."""
 
     def __init__(self, slots: _Slots | None, bucket: _Bucket | None, clock: Clock) -> None:
         self.slots = slots
         self.bucket = bucket
         self._clock = clock
-        #: Fetched, and not started yet; what has left the buffer otherwise is in here a while longer.
+        #: Tasks that were fetched and have not started. A task that left the buffer in another way stays
+        #: here until the next fetch.
         self.fetched: set[str] = set()
-        #: Whether more may be stored than was asked for at the last look.
+        #: True if more tasks may be stored than the last fetch asked for.
         self.more = True
-        #: When to look for more, on the monotonic clock; None for not before something ends.
-        self.look_at: float | None = None
+        #: The time of the next fetch, on the monotonic clock; None: not before a run ends.
+        self.fetch_at: float | None = None
 
     def admit(self, count: int) -> int:
         got = count if self.slots is None else self.slots.take(count)
@@ -97,7 +98,7 @@ class _Gate:
             return got
         try:
             tokens = self.bucket.take(got) if got else 0
-        except BaseException:  # an interrupt, too: nobody else knows of these places
+        except BaseException:  # an interrupt, too: no other code knows of these slots
             self._give(got)
             raise
         self._give(got - tokens)
@@ -117,25 +118,27 @@ class _Gate:
         tokens = _ENDLESS if self.bucket is None else self.bucket.tokens()
         return min(slots, tokens)
 
-    def look_again(self, waiting: int) -> None:
-        """Look for more when there is a token beyond those for what waits: that may be now."""
+    def plan_fetch(self, waiting: int) -> None:
+        """Fetch more tasks when there is a token more than tasks that wait: that may be now."""
         if self.bucket is None:
             return
         now = self._clock.monotonic()
-        self.look_at = self.bucket.when(waiting + 1)
-        if self.look_at <= now and not (self.more and self.room() > waiting):
-            self.look_at = None
+        self.fetch_at = self.bucket.when(waiting + 1)
+        if self.fetch_at <= now and not (self.more and self.room() > waiting):
+            self.fetch_at = None
 
 
 class Admission:
-    """Admits tasks of the types that have limits, on one node.
+    """Admits the tasks of limited types, on one node.
 
     Args:
-        limits: those of each type; types may be added.
-        repository: keeps those that all nodes share.
+        limits: the limits of each type; types may be added later.
+        repository: keeps the limits that all nodes share.
         node: the id of the node.
+        clock: the clock of the token buckets.
         freed: called when a task of a limited type may start that could not before.
-        scheduled: called when :meth:`next_look` may be sooner than it was.
+        scheduled: called when :meth:`next_fetch` may be sooner than before.
+        log: the logger.
     """
 
     def __init__(
@@ -157,7 +160,7 @@ class Admission:
         self._log = log
         self._lock = threading.RLock()
         self._gates: dict[str, _Gate] = {}
-        #: By what each task was admitted that has not ended.
+        #: The gate that admitted each task that has not ended.
         self.admitted: dict[str, _Gate] = {}
 
     def _gate(self, type: str) -> _Gate:
@@ -185,7 +188,10 @@ class Admission:
     # --- at the fetch
 
     def room(self, type: str, held: Collection[str]) -> tuple[int, int]:
-        """Return how many tasks of a type to fetch; and how many of it are among those in the buffer."""
+        """Return how many tasks of a type to fetch, and how many of that type are in the buffer.
+
+        ``held`` has the ids of the tasks in the buffer.
+        """
         with self._lock:
             gate = self._gate(type)
             gate.fetched = {i for i in gate.fetched if i in held and i not in self.admitted}
@@ -194,25 +200,28 @@ class Admission:
             gate.more |= not room
             return room, waiting
 
-    def looked(self, type: str, asked: int, found: int) -> None:
-        """So many tasks of a type were asked for, and so many found."""
+    def fetch_done(self, type: str, asked: int, found: int) -> None:
+        """Note that a fetch asked for ``asked`` tasks of a type, and found ``found``."""
         with self._lock:
             gate = self._gate(type)
             waiting = len(gate.fetched) + found
             gate.more = found == asked
             if gate.more:
-                gate.look_again(waiting)
+                gate.plan_fetch(waiting)
                 self._tell_scheduled(gate)
             elif gate.slots is not None:
                 gate.slots.rest(waiting)
 
     def fetched(self, type: str, task_id: str) -> None:
-        """A task goes into the buffer."""
+        """Note that a fetched task goes into the buffer."""
         with self._lock:
             self._gate(type).fetched.add(task_id)
 
     def open(self, type: str) -> bool:
-        """Return whether a stored task may start now, if no other of its type waits; as far as is known."""
+        """Return True if a stored task may start now, assuming that no other task of its type waits.
+
+        This is an estimate. True, too, if the repository fails.
+        """
         with self._lock:
             gate = self._gate(type)
             try:
@@ -225,12 +234,16 @@ class Admission:
     # --- at the start, and at the end
 
     def admit(self, waiting: Mapping[str, Sequence[str]]) -> set[str]:
-        """Of tasks that are about to start, by type and in order, those that may.
+        """Admit tasks that are about to start, as far as the limits allow.
 
-        Each must be told of by :meth:`over`.
+        Args:
+            waiting: the ids of the tasks of each type, in order.
+
+        Returns:
+            The ids of the admitted tasks. :meth:`over` must be called for each when it ends.
 
         Raises:
-            RepositoryError: the repository failed; none may.
+            RepositoryError: the repository failed; no task is admitted.
         """
         admitted: set[str] = set()
         with self._lock:
@@ -243,16 +256,16 @@ class Admission:
                         self.admitted[task_id] = gate
                         admitted.add(task_id)
                     gate.more |= got < len(task_ids)
-                    gate.look_again(len(gate.fetched))
+                    gate.plan_fetch(len(gate.fetched))
                     self._tell_scheduled(gate)
-            except BaseException:  # an interrupt, too: whoever asked will tell of none of them
+            except BaseException:  # an interrupt, too: the caller calls over() for none of them
                 for task_id in admitted:
                     self.admitted.pop(task_id).leave(ran=False)
                 raise
         return admitted
 
     def over(self, task_id: str, *, ran: bool) -> None:
-        """A task that was admitted has ended, or has not been executed."""
+        """Note that an admitted task has ended. If it did not run, its token is put back."""
         with self._lock:
             gate = self.admitted.pop(task_id, None)
             if gate is not None:
@@ -263,54 +276,57 @@ class Admission:
     # --- time
 
     def _tell_scheduled(self, gate: _Gate) -> None:
-        if gate.look_at is not None:
+        if gate.fetch_at is not None:
             self._scheduled()
 
-    def next_look(self) -> float | None:
-        """The time at which the token of more tasks will have come, on the monotonic clock."""
+    def next_fetch(self) -> float | None:
+        """Return the time, on the monotonic clock, at which a token for more tasks will have come.
+
+        None if no type waits for a token.
+        """
         if not self._gates:
             return None
         return min(
-            (gate.look_at for gate in list(self._gates.values()) if gate.look_at is not None),
+            (gate.fetch_at for gate in list(self._gates.values()) if gate.fetch_at is not None),
             default=None,
         )
 
     def is_time(self) -> bool:
-        """Return whether such a moment has come since the last call."""
-        moment = self.next_look()
+        """Return True if the time of a fetch has come since the last call."""
+        moment = self.next_fetch()
         if moment is None or moment > self._clock.monotonic():
             return False
         with self._lock:
             now = self._clock.monotonic()
             for gate in self._gates.values():
-                if gate.look_at is not None and gate.look_at <= now:
-                    gate.look_at = None
+                if gate.fetch_at is not None and gate.fetch_at <= now:
+                    gate.fetch_at = None
         return True
 
-    # --- what all nodes share
+    # --- limits that all nodes share
 
     def _shared(self) -> Iterator[SharedSlots | SharedBucket]:
-        for gate in list(self._gates.values()):  # a log handler may submit what adds one
+        for gate in list(self._gates.values()):  # a log handler may submit a task, which adds one
             for part in (gate.slots, gate.bucket):
                 if isinstance(part, (SharedSlots, SharedBucket)):
                     yield part
 
     def forget(self) -> None:
-        """Others may have changed what they share with this node."""
+        """Read the shared limits again before their next use, because other nodes may have changed them."""
         if self._gates:
             with self._lock:
                 for part in self._shared():
                     part.forget()
 
     def tend(self) -> None:
-        """Look after what is shared; what a ``RepositoryError`` cuts short is done next time."""
+        """Maintain the shared limits; after a ``RepositoryError``, the next call does the rest."""
         if self._gates:
             with self._lock:
                 for part in self._shared():
                     part.tend()
 
     def end(self) -> None:
-        """The node ends: what it has of what is shared may be others'."""
+        """Give back the node's part of the shared limits, because the node ends."""
         with self._lock:
             for part in self._shared():
                 part.leave()

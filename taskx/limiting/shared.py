@@ -1,8 +1,9 @@
 """Limits that all nodes on a repository share: kept in notes, changed by compare-and-set.
 
-``limit/slots/<type>`` says how many places each node has. A node keeps those that it has as long as it
-finds tasks for them, so that a busy type costs no write for each; those of a node that is dead are taken
-from it by whoever looks. ``limit/rate/<type>`` has the mark of the type's bucket, by the wall clock.
+The note ``limit/slots/<type>`` has the number of slots of each node. A node keeps its slots as long as it
+finds tasks for them, so that a busy type does not cost a write for each task. The other nodes take back
+the slots of a dead node. The note ``limit/rate/<type>`` has the mark of the type's token bucket, by the
+wall clock.
 """
 
 from __future__ import annotations
@@ -21,78 +22,78 @@ from taskx.core.writes import Note
 from taskx.storage.base import Repository
 
 _SLOTS, _RATE = "limit/slots/", "limit/rate/"
-#: How often a change is tried that others get in the way of.
+#: Most attempts at a change, if other nodes change the note at the same time.
 _TRIES = 50
-# Seconds that the clocks of two hosts, or of one before and after it was set, may be apart.
+# Seconds by which the clocks of two hosts may differ, or one clock before and after it was set.
 _APART = 1.0
 
 T = TypeVar("T")
 
 
 class _Shared(ABC, Generic[T]):
-    """A limit in the note of that name, as it was last read."""
+    """A limit that is kept in a note: its value as last read."""
 
     def __init__(self, repository: Repository, name: str, log: GuardedLogger) -> None:
         self._repository = repository
         self._name = name
         self._log = log
-        self._damaged = 0  # the version of which it was told
+        self._damaged = 0  # the last version that was logged as damaged
         self._note: Note | None = None
-        self._stale = True  # others may have changed it since
+        self._stale = True  # other nodes may have changed it since
 
     @abstractmethod
     def _parse(self, text: str | None) -> T:
-        """Return what a text says; raise ``ValueError`` if it is damaged. None: there is no note."""
+        """Return the value of a note's text (None: there is no note); raise ``ValueError`` if damaged."""
 
     @abstractmethod
-    def _is(self, value: T) -> None:
-        """Note what the note says now."""
+    def _store(self, value: T) -> None:
+        """Store the note's current value in memory."""
 
     def forget(self) -> None:
-        """Others may have changed it."""
+        """Read the note again before its next use, because other nodes may have changed it."""
         self._stale = True
 
-    def _look(self) -> None:
+    def _refresh(self) -> None:
         if self._stale:
             self._read()
 
     def _read(self) -> None:
-        """Read the note; what is damaged says nothing, as where there is none."""
-        self._stale = True  # should this be cut short, the version is not that of what is known
+        """Read the note; a damaged one counts as missing."""
+        self._stale = True  # first: if this is interrupted, version and value may not fit together
         self._note = self._repository.notes(self._name).get(self._name)
         flaw = None
         try:
             value = self._parse(self._note.text if self._note else None)
         except (ValueError, RecursionError) as error:
             flaw, value = str(error), self._parse(None)
-        self._is(value)
+        self._store(value)
         self._stale = False
         if flaw is not None and self._note and self._damaged != self._note.version:
             self._damaged = self._note.version
-            self._log.warning("%s is damaged, and is begun anew: %s", self._name, flaw)
+            self._log.warning("note %s is damaged and is replaced: %s", self._name, flaw)
 
     def _put(self, text: str | None, value: T) -> bool:
-        """Change the note, unless others did since it was read."""
-        self._stale = True  # should this be cut short, it is not known what was put
+        """Change the note, unless another node did since it was read; return True if it was changed."""
+        self._stale = True  # first: if this is interrupted, it is not known what was stored
         version = self._note.version if self._note else 0
         done = self._repository.put_note(self._name, text, version)
         if done and version and text is not None:
             self._note = Note(text, version + 1)
-            self._is(value)
+            self._store(value)
             self._stale = False
-        else:  # it is a new one, or gone, or another's
+        else:  # the note is new or gone, or another node has changed it
             self._read()
         return done
 
     def tend(self) -> None:
-        """Look after what this node has of it."""
+        """Maintain this node's part of the limit."""
 
     def leave(self) -> None:
-        """The node ends: what it has of it may be others'."""
+        """Give back this node's part of the limit, because the node ends."""
 
 
 class SharedSlots(_Shared[Mapping[str, int]]):
-    """The ``most`` places of all nodes, of which one node has some."""
+    """The ``most`` slots of all nodes, of which this node has some."""
 
     def __init__(
         self, repository: Repository, node: str, type: str, most: int, log: GuardedLogger = log
@@ -107,12 +108,12 @@ class SharedSlots(_Shared[Mapping[str, int]]):
     def _parse(self, text: str | None) -> Mapping[str, int]:
         return _shares_of(text)
 
-    def _is(self, value: Mapping[str, int]) -> None:
+    def _store(self, value: Mapping[str, int]) -> None:
         self._shares = value
 
     def free(self) -> int:
-        """The number of places that this node has left or could get, as far as is known."""
-        self._look()
+        """Return the number of slots that this node has free or could get, by the note as last read."""
+        self._refresh()
         others = sum(self._shares.values()) - self._mine
         return max(0, self._most - others - self._taken)
 
@@ -121,10 +122,13 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         return self._shares.get(self._node, 0)
 
     def take(self, count: int) -> int:
-        """Take so many, or as many as are free: of the node's own, then of those that nobody has."""
+        """Take ``count`` slots, or as many as are free; return how many.
+
+        The node's own slots come first, then those that no node has.
+        """
         self._idle = False
         for _ in range(_TRIES):
-            self._look()
+            self._refresh()
             wanted = self._taken + count - self._mine
             unowned = self._most - sum(self._shares.values())
             if wanted <= 0 or unowned <= 0 or self._set_mine(self._mine + min(wanted, unowned)):
@@ -134,30 +138,30 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         return got
 
     def give(self, count: int) -> None:
-        """Give so many back; the node keeps them as long as there are tasks for them."""
+        """Give back ``count`` slots; the node keeps them as long as there are tasks for them."""
         self._taken -= count
 
     def rest(self, wanted: int) -> None:
-        """There are tasks for no more than so many at present: the rest may be others'."""
+        """Leave to other nodes all free slots but ``wanted``: this node has no tasks for more."""
         for _ in range(_TRIES):
-            self._look()
+            self._refresh()
             kept = self._taken + wanted
             if self._mine <= kept or self._set_mine(kept):
                 break
 
     def tend(self) -> None:
-        """Give back what was not taken for a while, show what is taken, and take from the dead."""
+        """Give back slots that were idle for a while, record used ones, and free those of the dead."""
         self._read()
         if self._idle:
             self.rest(0)
         self._idle = self._mine > self._taken
-        if self._mine < self._taken:  # the note was damaged, or others took this node for dead
+        if self._mine < self._taken:  # the note was damaged, or others thought it was dead
             self._set_mine(self._taken)
         if self._shares.keys() - {self._node}:
             self._bury()
 
     def _bury(self) -> None:
-        # After the note was read: who has a place in it, had joined.
+        # The nodes are read after the note: a node joins before it can have slots in the note.
         nodes = self._repository.nodes()
         alive = {self._node, *(node.id for node in nodes if node.alive is not False)}
         left = {node: share for node, share in self._shares.items() if node in alive}
@@ -179,16 +183,16 @@ class SharedSlots(_Shared[Mapping[str, int]]):
 def _shares_of(text: str | None) -> dict[str, int]:
     shares = json.loads(text) if text else {}
     if not isinstance(shares, dict) or not all(type(n) is int and n >= 0 for n in shares.values()):
-        raise ValueError("it does not say how many places each node has")
+        raise ValueError("expected a JSON object with the number of slots of each node")
     return shares
 
 
 class SharedBucket(_Shared[float]):
-    """The tokens of all nodes.
+    """The token bucket of all nodes.
 
-    The mark is by the wall clock of whoever wrote it. Where that is ahead of the clock here, by more than a
-    full bucket, tokens come as they would to an empty one from when the mark was first seen: the rate is
-    kept, whatever the clocks say.
+    The mark is a time by the wall clock of the node that wrote it. If it is ahead of the local clock by
+    more than a full bucket, the bucket counts as empty at the time when the mark was first seen, and fills
+    from then on. So the rate is kept even if the clocks differ.
     """
 
     def __init__(
@@ -203,15 +207,15 @@ class SharedBucket(_Shared[float]):
     def _parse(self, text: str | None) -> float:
         mark = float(text) if text else FULL
         if text and not abs(mark) <= LAST / 1000:
-            raise ValueError(f"{mark!r} is no moment")
+            raise ValueError(f"expected a time in seconds, got {mark!r}")
         return mark
 
-    def _is(self, value: float) -> None:
+    def _store(self, value: float) -> None:
         if value != self._mark:
             self._mark, self._seen = value, self._clock.monotonic()
 
     def _now(self) -> float:
-        """The present, by a clock that the mark is not ahead of."""
+        """Return the current time, by a clock that the mark is not ahead of."""
         now = self._clock.now_ms() / 1000
         full = self._rate.burst * self._rate.interval
         if self._mark > now + full + _APART:
@@ -219,12 +223,12 @@ class SharedBucket(_Shared[float]):
         return now
 
     def tokens(self) -> int:
-        """The number of tokens, as far as is known."""
-        self._look()
+        """Return the number of tokens, by the note as last read."""
+        self._refresh()
         return self._rate.tokens(self._mark, self._now())
 
     def take(self, count: int) -> int:
-        """Take so many, or as many as there are."""
+        """Take ``count`` tokens, or as many as there are; return how many."""
         for _ in range(_TRIES):
             got = min(count, self.tokens())
             if not got or self._set(self._rate.take(self._mark, self._now(), got)):
@@ -232,10 +236,10 @@ class SharedBucket(_Shared[float]):
         return 0
 
     def put_back(self, count: int) -> None:
-        """Put so many back; where others get in the way, or the repository fails, they are lost."""
-        with suppress(RepositoryError):  # who puts some back has more to undo
+        """Put back ``count`` tokens; they are lost if other nodes interfere or the repository fails."""
+        with suppress(RepositoryError):  # the caller has more to undo
             for _ in range(_TRIES):
-                self._look()
+                self._refresh()
                 if self._mark == FULL or self._set(self._rate.put_back(self._mark, count)):
                     break
 
@@ -243,5 +247,8 @@ class SharedBucket(_Shared[float]):
         return self._put(repr(mark), mark)
 
     def when(self, count: int) -> float:
-        """The time at which there will be so many, as far as is known."""
+        """Return the time, on the monotonic clock, at which there will be ``count`` tokens.
+
+        It goes by the note as last read.
+        """
         return self._clock.monotonic() + self._rate.when(self._mark, count) - self._now()

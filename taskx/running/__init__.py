@@ -1,4 +1,4 @@
-"""A node at work: the buffer, the worker threads, and the way of a task from its start to its outcome.
+"""A node at work: the buffer, the worker threads, and each task's path from its start to its outcome.
 
-Submitting puts tasks into the buffer; upkeep starts, refills and stops it.
+``submitting`` puts tasks into the buffer. ``upkeep`` starts, refills and stops the node.
 """

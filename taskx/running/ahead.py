@@ -1,4 +1,4 @@
-"""Starting ahead: short tasks are started several at a time, and laid out for whichever worker is free."""
+"""Starting ahead: start several short tasks at a time, and lay them out for any free worker."""
 
 from __future__ import annotations
 
@@ -12,38 +12,38 @@ from contextlib import suppress
 from taskx.common.bell import Bell
 from taskx.executing.runner import Run
 
-#: Most tasks started in one transaction, when tasks have lately been short.
+#: Most tasks started in one transaction while tasks are short.
 MAX_AHEAD = 32
-#: Tasks are short below this many seconds.
+#: A task is short if it takes fewer seconds than this.
 SHORT = 0.0002
-#: Seconds that a worker lets short tasks gather when they come one upon the other.
+#: Seconds for which a worker lets short tasks gather when they arrive in quick succession.
 LINGER = 0.002
 #: Seconds that a task started ahead waits for a free worker before it is handed back.
 PATIENCE = 0.005
-#: Seconds after which a worker's task counts as not short, whatever the others were.
+#: Seconds after which a worker's current task counts as long.
 TIED_UP = 0.002
-#: Waiting workers that one start serves at most. What starts together ends together and then waits
-#: together, again and again: in small portions, the workers drift apart and find their way clear.
+#: Most waiting workers that one start serves. Tasks that start together end together, and their workers
+#: then wait together again. In small portions, the workers drift apart and block one another less.
 MOST_WAITING = 5
-# Tasks are short while at most so many of the last sixteen were not.
+# Tasks are short while at most ``_MOST_LONG`` of the last sixteen were long. ``_ALL_LONG``: all were.
 _ALL_LONG, _MOST_LONG = 0xFFFF, 2
 
 
 class Ahead:
-    """The workers that wait, how many tasks to start for them at once, and what was started."""
+    """The waiting workers, the number of tasks to start for them at once, and the started tasks."""
 
     def __init__(self, workers: int) -> None:
         self.workers = workers
-        #: What was started and no worker has taken yet, in order; each is in the state ``ahead``.
+        #: Started runs that no worker has taken yet, in order; each is in the state ``ahead``.
         self.runs: deque[Run] = deque()
-        #: Since when each worker has been at its run. They are counted at each submit, so it is apart
-        #: from the states of all runs.
+        #: The time at which each executing run began. Kept apart from the states of all runs, because
+        #: each submit counts them.
         self.at_work: dict[Run, float] = {}
-        # The time when a run was laid out or taken last; whether any was taken since the last nudge.
+        # The time at which a run was last laid out or taken; True if one was taken since the last nudge.
         self._since, self._taken = 0.0, False
         self._waiting: set[_thread.LockType] = set()
         self._work = Bell()
-        #: Whether tasks have lately been so short that to wake a thread costs more.
+        #: True if tasks have lately been so short that waking a thread costs more than a task.
         self.short = False
         self._lately = _ALL_LONG  # the first tasks count as long
         self._last_batch = 0
@@ -52,7 +52,7 @@ class Ahead:
     # --- how many to start
 
     def ended(self, run: Run, duration: float) -> None:
-        """Note that a worker is free again, and how long its task took."""
+        """Note that a worker is free again after a task of ``duration`` seconds."""
         self.at_work.pop(run, None)
         # One bit for each of the last tasks, so that a single hiccup changes nothing.
         self._lately = (self._lately << 1 | (duration >= SHORT)) & _ALL_LONG
@@ -60,14 +60,14 @@ class Ahead:
 
     @property
     def portion(self) -> int:
-        """The number of tasks to start at once: one for each of a few waiting workers, or many if short."""
+        """The number of tasks to start at once: one for each of a few waiting workers; many if short."""
         return MAX_AHEAD if self.short else 1 + min(len(self._waiting), MOST_WAITING)
 
     def let_gather(self, waiting: int) -> None:
-        """While short tasks come one upon the other, let a few gather.
+        """Let a few short tasks gather while they arrive in quick succession.
 
-        One transaction then starts more of them, and the submitter is not held up by so many. ``waiting``
-        says how many are in the buffer.
+        One transaction then starts more of them, and fewer transactions hold up the submitter.
+        ``waiting`` is the number of tasks in the buffer.
         """
         if self._last_batch > 1 and waiting < MAX_AHEAD and self._lingering.acquire(blocking=False):
             try:
@@ -76,13 +76,13 @@ class Ahead:
                 self._lingering.release()
 
     def begin(self, count: int) -> None:
-        """Note that a worker begins to start so many tasks."""
+        """Note that a worker begins to start ``count`` tasks."""
         self._last_batch, self._taken = count, True
 
-    # --- what was started
+    # --- started tasks
 
     def lay_out(self, runs: Sequence[Run]) -> None:
-        """Offer tasks that were started to whichever worker is free."""
+        """Offer started tasks to any free worker."""
         self._since = time.monotonic()
         for run in runs:
             run.state = "ahead"
@@ -92,11 +92,14 @@ class Ahead:
 
     @property
     def idles(self) -> bool:
-        """True if a worker waits for which there is nothing yet, and which is worth waking."""
+        """True if a waiting worker has nothing to take yet, and waking it pays."""
         return len(self._waiting) > len(self.runs) and not self._leaves_to_others()
 
     def serve(self, run: Run) -> bool:
-        """Give a worker that waits a task that was started; False if each may have one already."""
+        """Give a started task to a waiting worker.
+
+        Return False if each of them may have a task already.
+        """
         run.state = "ahead"
         self._since = time.monotonic()
         self.runs.append(run)
@@ -104,7 +107,7 @@ class Ahead:
         return len(self.runs) <= len(self._waiting)
 
     def take(self) -> Run | None:
-        """Take the next task that was started ahead; None if there is none."""
+        """Take the next task that was started ahead; return None if none is left."""
         try:
             run = self.runs.popleft()
         except IndexError:
@@ -116,7 +119,7 @@ class Ahead:
         return run
 
     def clear(self, older_than: float = 0.0) -> list[Run]:
-        """Take away all tasks that were started ahead, if none was taken for ``older_than`` seconds."""
+        """Remove and return all tasks started ahead, if none was taken for ``older_than`` seconds."""
         runs: list[Run] = []
         if self.runs and time.monotonic() - self._since >= older_than:
             with suppress(IndexError):
@@ -127,10 +130,10 @@ class Ahead:
     # --- workers that wait
 
     def wait(self, ready: Callable[[], object]) -> None:
-        """Wait until ``ready`` says that there is something for this worker."""
+        """Wait until ``ready`` returns a true value: there is something for this worker."""
         while True:
             ear = self._work.listen()
-            self._waiting.add(ear)  # first: who brings something from now on wakes it
+            self._waiting.add(ear)  # before the check: a task that arrives later wakes this worker
             try:
                 if ready():
                     self._work.leave(ear)
@@ -140,10 +143,10 @@ class Ahead:
                 self._waiting.discard(ear)
 
     def wake(self) -> bool:
-        """Wake a waiting worker, unless tasks are short and another worker is at it.
+        """Wake a waiting worker, unless tasks are short and another worker is busy with them.
 
-        To wake a thread, and to have two of them want the interpreter, costs more than a short task.
-        False if no worker was woken, though some wait.
+        Waking a thread, so that two compete for the interpreter lock, costs more than a short task.
+        Return False if workers wait and none was woken.
         """
         if not self._waiting:
             return True
@@ -153,22 +156,22 @@ class Ahead:
         return True
 
     def _leaves_to_others(self) -> bool:
-        """Return whether tasks are short and another worker is at it."""
+        """Return True if tasks are short and another worker is busy with them."""
         return self.short and self.workers - len(self._waiting) > self._tied_up()
 
     def _tied_up(self) -> int:
-        """Return how many workers are at a task that is not short after all."""
+        """Return the number of workers whose current task is not short after all."""
         limit = time.monotonic() - TIED_UP
         return sum(began < limit for began in list(self.at_work.values()))
 
     def wake_all(self) -> None:
-        """Wake every worker that waits."""
+        """Wake every waiting worker."""
         self._work.ring_all()
 
     def nudge(self, waiting: int) -> bool:
-        """Wake workers if nothing was taken since the last call of what there is for them.
+        """Wake workers if no task was taken since the last call.
 
-        ``waiting`` says how many tasks are in the buffer. False if no worker waits.
+        ``waiting`` is the number of tasks in the buffer. Return False if no worker waits.
         """
         if self._waiting and not self._taken:
             self._work.ring(waiting + len(self.runs))
@@ -176,5 +179,5 @@ class Ahead:
         return bool(self._waiting)
 
     def needs_care(self, waiting: int) -> bool:
-        """Return whether something lies here, or in the buffer, that may have to be handed on soon."""
+        """Return True if a task here, or in the buffer, may soon have to be handed on."""
         return bool(self.runs or (waiting and self._waiting))

@@ -1,4 +1,4 @@
-"""The audit: a node finds what it lost track of, as an exception struck at the wrong moment."""
+"""The audit: find tasks that the node lost track of when an exception struck at the wrong moment."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from taskx.core.record import STUB, Stub, stub_from_values
 from taskx.executing.runner import Run
 from taskx.running.pool import WorkerPool
 
-#: Tasks, those that run and those next in line, that are audited at once.
+#: Most tasks that one audit compares: the running ones, and the next ones in the buffer.
 AUDITED = 5000
 
 
 class Audit:
-    """Compares what a node has in memory with what the repository says."""
+    """Compares a node's memory with the repository."""
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
@@ -26,14 +26,15 @@ class Audit:
         self._strays: set[Run] = set()
         self._reserved: set[int] = set()
 
-    def look(self) -> None:
-        """Find what an interrupt at the wrong moment left behind, seen at two audits in a row.
+    def check(self) -> None:
+        """Repair what an interrupt at the wrong moment left behind, if two audits in a row see it.
 
-        Pending tasks that this node is said to hold are buffered if they are not; running ones that
-        no thread executes are handed back. In memory, runs that are over by what the repository says
-        are forgotten, and so are slots of the buffer that nothing was put into.
+        - A pending task that the repository says this node holds is buffered if it is not.
+        - A running task that no thread executes is handed back.
+        - A run in memory that is over according to the repository is forgotten.
+        - A reserved slot of the buffer that no task took is released.
 
-        Of a large buffer, that is done with the tasks that are next in line.
+        Of a large buffer, only the tasks that come next are compared.
         """
         pool = self._pool
         find, mine = self._services.repository.find, [pool.node.id]
@@ -53,7 +54,7 @@ class Audit:
         pool.buffer.release(stale)
 
     def _lost(self, stubs: Iterable[Stub]) -> set[tuple[str, str, int]]:
-        """Return the tasks of this node that are in the repository and not in memory."""
+        """Return the keys of this node's tasks that are in the repository and not in memory."""
         buffer, unmarked, runs = self._pool.buffer, self._pool.fetcher.unmarked(), self._pool.runs
         return {
             (stub.id, stub.status, stub.starts)
@@ -80,7 +81,7 @@ class Audit:
             return False
         if _key(run) not in stubs:
             return True
-        # Where a thread was cut short that laid it out, or took it, it lies nowhere.
+        # If the thread that laid it out, or took it, was interrupted, the run is in no structure.
         return run.state != "concluding" and run not in list(self._pool.ahead.runs)
 
     def _hand_back(self, task_id: str) -> None:

@@ -1,4 +1,4 @@
-"""The bounded buffer between those who submit and the workers: ids, and no task data."""
+"""The bounded buffer between submitters and workers: ids, and no task data."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from typing import NamedTuple
 from taskx.common.bell import Bell
 from taskx.core.record import Stub, rank
 
-#: Polling interval, in seconds, of a thread that waits for room: a signal may cost it a wake-up.
-LOOK_AGAIN = 0.5
+#: Polling interval, in seconds, of a thread that waits for room: a signal may lose its wake-up.
+POLL = 0.5
 # The heap is tidied if more than half of it, and more than this many items, have left the buffer.
 _FEW_GONE = 64
 
@@ -22,7 +22,7 @@ _FEW_GONE = 64
 class Item(NamedTuple):
     """A pending task in the buffer; sorts by priority (or what ageing makes of it), then age."""
 
-    rank: int  # the smaller, the sooner
+    rank: int  # the smallest comes first
     created_at: int
     order: int
     id: str
@@ -33,18 +33,18 @@ class Item(NamedTuple):
 class Buffer:
     """A priority queue of ids with room for ``maxsize`` submitted tasks.
 
-    A submit reserves its slot before the record is committed, so that what was accepted always
-    fits. What is fetched from the repository has room of its own (``fetch_size``) and never makes a
-    submit fail.
+    A submit reserves its slot before the record is committed, so that an accepted task always fits.
+    Tasks fetched from the repository have room of their own (``fetch_size``) and never make a submit
+    fail.
 
-    Everything here can be done twice without harm, and cut short between any two lines: slots and
-    tasks are known by name, not counted. A heap item that is not known any more is passed over.
+    Each step can be done twice without harm, and interrupted between any two lines: slots and tasks
+    are known by name, not counted. A heap item that is no longer known is passed over.
 
     Args:
-        maxsize: how many submitted tasks there is room for.
-        fetch_size: how many fetched ones there is room for.
-        wake: called when something was put in; False if no worker was woken for it, though some wait.
-        ageing: milliseconds of waiting that count as one priority more; 0 for none.
+        maxsize: the number of submitted tasks that fit.
+        fetch_size: the number of fetched tasks that fit.
+        wake: called when a task was put in; returns False if workers wait and none was woken.
+        ageing: milliseconds of waiting that count as one step of priority; 0 for no ageing.
     """
 
     def __init__(
@@ -54,24 +54,24 @@ class Buffer:
         self.ageing = ageing
         self.fetch_size = fetch_size
         self._wake = wake
-        #: What a worker has taken and starts, or puts back.
+        #: The items that a worker has taken and is about to start or put back.
         self.starting: list[Item] = []
-        # A finalizer that submits may run in any thread at any time, inside here, too.
+        # Reentrant: a finalizer that submits may run in any thread at any time, also inside this class.
         self._mutex = threading.RLock()
         self._heap: list[Item] = []
         self._submitted: dict[str, Item] = {}
         self._fetched: dict[str, Item] = {}
-        #: The turns of submits that have a slot and have not put in their task yet.
+        #: The numbers of reserved slots whose submits have not put in their task yet.
         self.reserved: set[int] = set()
         self.closed = False
         #: Rung for threads that wait for room.
         self.room = Bell()
-        self._order = count()
+        self._numbers = count()
         self._before = count(-1, -1)
-        # The time of the last submit; and the time to which the clock was set back since then, if it was.
+        # The time of the last submit, and the time to which the clock was set back since then (or inf).
         self._latest, self._set_back_to = -math.inf, math.inf
 
-    # --- what is inside
+    # --- contents
 
     def __len__(self) -> int:
         return len(self._submitted) + len(self._fetched)
@@ -81,62 +81,65 @@ class Buffer:
 
     @property
     def submitted(self) -> int:
-        """The number of slots that are taken, by submitted tasks and by tasks that are being stored."""
+        """The number of taken slots: submitted tasks, and tasks that are being stored."""
         return len(self._submitted) + len(self.reserved)
 
     @property
     def fetched(self) -> int:
-        """The number of tasks that were fetched from the repository, or put back."""
+        """The number of tasks in the buffer that were fetched from the repository, or put back."""
         return len(self._fetched)
 
     @property
     def fetched_ids(self) -> list[str]:
-        """The ids of the tasks that were fetched, or put back."""
+        """The ids of the tasks in the buffer that were fetched, or put back."""
         return list(self._fetched)
 
     @property
     def entered(self) -> bool:
-        """True if the calling thread is inside one of these methods."""
+        """True if the calling thread is inside a method of this buffer."""
         return self._mutex._is_owned()  # type: ignore[attr-defined, no-any-return]
 
-    # --- for those who submit
+    # --- for submitters
 
-    def reserve(self, turns: Sequence[int], timeout: float | None = 0.0) -> bool:
-        """Reserve slots, waiting for room at most ``timeout`` seconds (None: for ever).
+    def reserve(self, slots: Sequence[int], timeout: float | None = 0.0) -> bool:
+        """Reserve slots; return False if there is no room in time, or the buffer is closed.
 
         Args:
-            turns: a :meth:`turn` for each slot, which it is known by; :meth:`add` or :meth:`release`
-                must follow.
-            timeout: 0 to wait for nothing.
+            slots: a number from :meth:`new_slot` for each slot. :meth:`add` or :meth:`release` must
+                follow.
+            timeout: the most seconds to wait for room; 0: do not wait; None: wait for ever.
         """
         deadline = 0.0 if not timeout else time.monotonic() + timeout
         while True:
             with self._mutex:
                 if self.closed:
                     return False
-                if self.submitted + len(turns) <= self.maxsize:
-                    self.reserved.update(turns)
+                if self.submitted + len(slots) <= self.maxsize:
+                    self.reserved.update(slots)
                     return True
                 if timeout == 0.0:
                     return False
                 ear = self.room.listen()
-            left = LOOK_AGAIN if timeout is None else deadline - time.monotonic()
+            left = POLL if timeout is None else deadline - time.monotonic()
             if left <= 0:
                 self.room.leave(ear)
                 return False
-            self.room.wait(ear, min(left, LOOK_AGAIN))
+            self.room.wait(ear, min(left, POLL))
 
-    def release(self, turns: Collection[int]) -> None:
+    def release(self, slots: Collection[int]) -> None:
         """Give back the reserved slots that no task has taken."""
-        self.reserved.difference_update(turns)
-        self.room.ring(len(turns))
+        self.reserved.difference_update(slots)
+        self.room.ring(len(slots))
 
-    def turn(self) -> int:
-        """A place in the order of tasks of equal priority and age; later ones come after it."""
-        return next(self._order)
+    def new_slot(self) -> int:
+        """Return the number of a new slot.
 
-    def turn_before(self) -> int:
-        """The place of one that was taken already: before all that are there, those put back included."""
+        It sorts a task among those of equal priority and age: after the tasks with earlier numbers.
+        """
+        return next(self._numbers)
+
+    def slot_before(self) -> int:
+        """Return a number that sorts before all others, for a task that was taken once already."""
         return next(self._before)
 
     def add(
@@ -150,9 +153,9 @@ class Buffer:
         *,
         fetched: bool = True,
     ) -> bool:
-        """Put in a task: a submitted one into the slot that ``order`` reserved; a fetched one beside those.
+        """Put in a task: a submitted one into its reserved slot ``order``, a fetched one beside the slots.
 
-        False if no worker was woken for it, though some wait.
+        Return False if workers wait and none was woken.
         """
         with self._mutex:
             since = self._in_order(created_at, fetched=fetched)
@@ -161,9 +164,9 @@ class Buffer:
             return self._wake()
 
     def _in_order(self, created_at: int, *, fetched: bool) -> int:
-        """Return the time by which a task is sorted: never earlier than that of a task submitted before it.
+        """Return the time by which a task is sorted: never earlier than for a task submitted before it.
 
-        After the clock was set back, what is stored later has an earlier time; it must not overtake.
+        After the clock was set back, a task that is stored later has an earlier time. It must not overtake.
         """
         if created_at >= self._latest:
             if not fetched:
@@ -174,19 +177,19 @@ class Buffer:
         return int(self._latest) if created_at >= self._set_back_to else created_at
 
     def add_fetched(self, stub: Stub) -> None:
-        """Put in a task as the repository lists it."""
-        order = self.turn()
+        """Put in a task that the repository listed."""
+        order = self.new_slot()
         self.add(stub.id, stub.type, stub.priority, stub.created_at, stub.run_at, order)
 
     def put_back(self, items: Iterable[Item]) -> None:
-        """Put back items that were taken, to where they were in the order."""
+        """Put back items that were taken, in their old place in the sort order."""
         with self._mutex:
             for item in items:
                 self._add(item._replace(fetched=True))
             self._wake()
 
     def discard(self, task_ids: Iterable[str]) -> None:
-        """Take out tasks that will not run, so that their slots are free."""
+        """Remove tasks that will not run, and free their slots."""
         with self._mutex:
             for task_id in task_ids:
                 self._fetched.pop(task_id, None)
@@ -195,7 +198,7 @@ class Buffer:
             self._tidy()
 
     def sweep(self, gone: Callable[[str], bool]) -> list[Item]:
-        """Take out the tasks of certain types; returns them."""
+        """Remove and return the tasks of each type for which ``gone`` returns True."""
         with self._mutex:
             inside = [*self._submitted.values(), *self._fetched.values()]
         out = [item for item in inside if gone(item.type)]
@@ -211,7 +214,7 @@ class Buffer:
         return (self._fetched if item.fetched else self._submitted).get(item.id) is item
 
     def _tidy(self) -> None:
-        """Remove items that have left the buffer from the heap, once they are many."""
+        """Remove items that have left the buffer from the heap, once there are many."""
         if len(self._heap) <= 2 * len(self) + _FEW_GONE:
             return
         while True:
@@ -219,14 +222,14 @@ class Buffer:
             heapify(heap)
             self._heap = heap
             if len(heap) >= len(self):
-                return  # else a finalizer submitted before the last assignment
+                return  # otherwise a finalizer submitted before the last assignment
 
     # --- for the workers
 
     def take(self, most: int) -> list[Item]:
-        """Take the next tasks, at most ``most``, to start them; none while another worker starts some.
+        """Take the next tasks, at most ``most``, to start them; none while another worker starts tasks.
 
-        The worker calls :meth:`started` when it has started them or put them back.
+        The worker must call :meth:`started` when it has started them or put them back.
         """
         with self._mutex:
             if self.starting or self.closed:
@@ -254,17 +257,17 @@ class Buffer:
                 self._wake()
 
     def has_next(self) -> bool:
-        """Return whether :meth:`take` would give a worker anything; once closed, none need wait."""
+        """Return True if :meth:`take` would return a task, or if the buffer is closed."""
         return self.closed or (not self.starting and len(self) > 0)
 
     # --- for the housekeeper
 
     def room_to_fetch(self) -> int:
-        """Return how many more fetched items there is room for; none once it is closed."""
+        """Return the number of further fetched tasks that fit; 0 if the buffer is closed."""
         return 0 if self.closed else self.fetch_size - self.fetched
 
     def close(self) -> None:
-        """Wake who waits for room, and hand out nothing more."""
+        """Hand out nothing more, and wake the threads that wait for room."""
         with self._mutex:
             self.closed = True
             self._submitted.clear()

@@ -1,4 +1,4 @@
-"""From the repository into the buffer: which tasks a node fetches, and when."""
+"""Fetching: move free tasks from the repository into a node's buffer."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from taskx.storage import queries
 
 
 class Fetcher:
-    """Keeps the buffer of a node filled with what is stored and may start.
+    """Keeps a node's buffer filled with stored tasks that may start.
 
     Args:
-        services: what it works with.
+        services: the parts of the queue.
         node: the id of the node.
-        workers: how many threads there are to run what it fetches.
-        buffer: where it puts tasks.
-        runs: those of the node.
-        starter: knows which tasks must wait for others.
-        admission: how many may start of the types that have limits.
+        workers: the number of worker threads.
+        buffer: receives the tasks.
+        runs: the runs of the node.
+        starter: knows the suspects that wait for their turn.
+        admission: knows how many tasks of each limited type may start.
     """
 
     def __init__(
@@ -49,36 +49,36 @@ class Fetcher:
         self._refilling = threading.Lock()
         #: The number of tasks fetched so far.
         self.fetched = 0
-        #: Whether no other node is known to live.
+        #: True if no other node is known to be alive.
         self.alone = False
 
     def takes(self, type: str) -> bool:
-        """Return whether it may start tasks of this type at present."""
+        """Return True if the node may start tasks of this type now: the type is not paused."""
         return type not in self._services.pauses.known
 
     def buffers(self, type: str) -> bool:
-        """Return whether a task of this type may lie in the buffer whenever it comes."""
+        """Return True if a task of this type may go straight into the buffer: no limit and no pause."""
         services = self._services
         return type not in services.registry.limits and type not in services.pauses.known
 
     def has_room(self, type: str) -> bool:
-        """Return whether a task of this type might start now."""
+        """Return True if a task of this type might start now."""
         limited = type in self._services.registry.limits
         return self.takes(type) and (not limited or self._admission.open(type))
 
-    def look_for_pauses(self) -> None:
-        """See what is paused, and leave to the repository what lies in the buffer and is.
+    def refresh_pauses(self) -> None:
+        """Read the pauses again, and free the buffered tasks of paused types.
 
-        After a ``RepositoryError`` workers pass over what is in the buffer all the same.
+        After a ``RepositoryError`` tasks stay in the buffer; workers pass over them in any case.
         """
         if self._services.pauses.refresh():
-            self._agenda.more_stored = True  # what is paused no longer
+            self._agenda.more_stored = True  # tasks of types that were resumed
             paused = self._services.pauses.known
             swept = self._buffer.sweep(lambda type: type in paused)
-            self._starter.give_up([item.id for item in swept])
+            self._starter.free([item.id for item in swept])
 
     def unmarked(self) -> set[str]:
-        """Return the pending tasks in memory that the repository may list as free, and some more, by id."""
+        """Return the ids of pending tasks in memory that the repository may list as free, and some more."""
         buffer, suspects = self._buffer, self._starter.suspects
         return {
             *buffer.fetched_ids,
@@ -86,21 +86,21 @@ class Fetcher:
         }
 
     def types(self) -> list[str]:
-        """The types that it runs and that are not paused."""
+        """Return the types that this node runs and that are not paused."""
         return [type for type in self._services.registry.types if self.takes(type)]
 
     def refill(self) -> bool:
-        """Fetch free tasks from the repository as far as there is room; False if another thread does."""
+        """Fetch as many free tasks as fit into the buffer; return False if another thread is fetching."""
         if not self._refilling.acquire(blocking=False):
             return False
         try:
             room = self._buffer.room_to_fetch()
             if room <= 0:
                 return True
-            self._agenda.more_stored = False  # before looking: a spill from now on sets it again
+            self._agenda.more_stored = False  # before the fetch: a spill from now on sets it again
             try:
                 found = self._fetch(room)
-            except BaseException:  # an interrupt, too: nobody else knows that there is more
+            except BaseException:  # an interrupt, too: no other thread knows that there is more
                 self._agenda.more_stored = True
                 raise
             for stub in found:
@@ -115,20 +115,20 @@ class Fetcher:
             self._refilling.release()
 
     def refill_if_low(self) -> None:
-        """Fetch more if little is left of what was fetched.
+        """Fetch more tasks if few fetched ones are left.
 
-        A fetch reads what is there already, too, so it pays to have little; but beside other nodes it
-        may wait for the file, and is begun early.
+        A fetch also reads the tasks that the buffer has already, so few should be left. If there are other
+        nodes, it may have to wait for the file, so it begins earlier.
         """
         share = 0.25 if self.alone else 0.5
         if self._agenda.more_stored and self._buffer.fetched < self._buffer.fetch_size * share:
             self.refill()
 
     def _fetch(self, room: int) -> list[Stub]:
-        """Free tasks that this node does not hold yet.
+        """Return at most ``room`` free tasks that this node does not hold yet.
 
-        Beside other nodes they are marked as taken, so that two do not go for the same ones. Alone,
-        that write is saved: the start is the guard in any case.
+        If there are other nodes, mark the tasks as taken, so that two nodes do not try to start the same
+        ones. A node that is alone saves this write: the start is guarded in any case.
         """
         services = self._services
         stubs = self._offered(room)
@@ -138,13 +138,13 @@ class Fetcher:
             return self._take_over()
         taken = services.ledger.commit([lifecycle.take(stub.id, self._node) for stub in stubs])
         if not all(taken):
-            self._agenda.fetch_soon()  # there may be others, or none for which it has places
+            self._agenda.fetch_soon()  # other nodes took some: there may be further tasks
         return [stub for stub, mine in zip(stubs, taken, strict=True) if mine]
 
     def _offered(self, room: int, owner: str = "") -> list[Stub]:
-        """The best of the tasks that this node does not hold and may start, at most ``room``.
+        """Return the first tasks, at most ``room``, that this node does not hold and may start.
 
-        Those that no node holds, or those in the buffer of one.
+        They are free, or in the buffer of the node ``owner``.
         """
         repository, limits = self._services.repository, self._services.registry.limits
         known, types, ageing = self.unmarked(), self.types(), self._buffer.ageing
@@ -160,12 +160,12 @@ class Fetcher:
                     some = self._others(stubs, known, most)
                     found += some
                     if not owner:
-                        self._admission.looked(type, most, len(some))
+                        self._admission.fetch_done(type, most, len(some))
         found.sort(key=self._best_first)
         return found[:room]
 
     def _others(self, stubs: Sequence[Stub], known: set[str], most: int) -> list[Stub]:
-        """Return the first tasks that this node does not hold yet, at most ``most``."""
+        """Return the first of these tasks, at most ``most``, that this node does not hold yet."""
         others = (stub for stub in stubs if stub.id not in known and stub.id not in self._buffer)
         return list(islice(others, most))
 
@@ -173,9 +173,10 @@ class Fetcher:
         return stub.rank(self._buffer.ageing), stub.created_at
 
     def _take_over(self) -> list[Stub]:
-        """With nothing to do: what is next in line in the buffers of other nodes, one for each idle worker.
+        """Take the next tasks out of other nodes' buffers, one for each idle worker.
 
-        They find it started, or gone, when they come to it.
+        Only a node with nothing in its own buffer does this. When the other nodes come to these tasks, they
+        find them started, or gone.
         """
         wanted = self._workers - len(self._runs.executing)
         if wanted <= 0 or len(self._buffer):
@@ -191,5 +192,5 @@ class Fetcher:
         writes = [lifecycle.take(stub.id, self._node, owner) for stub, owner in found[:wanted]]
         taken = services.ledger.commit(writes) if writes else []
         if any(taken):
-            self._agenda.more_stored = True  # look again when these are done
+            self._agenda.more_stored = True  # fetch again when these are done
         return [stub for (stub, _), mine in zip(found[:wanted], taken, strict=True) if mine]

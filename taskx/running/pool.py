@@ -1,4 +1,4 @@
-"""A started queue: the node, its worker threads, and the way of a task from buffer to outcome."""
+"""The worker pool: a node's threads, which take tasks from the buffer and run them to their outcome."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from taskx.running.starter import Runs, Starter
 from taskx.running.stuck import Stuck
 from taskx.storage import queries
 
-# Seconds a worker waits after the repository failed it, doubled up to the second.
+# Seconds that a worker waits after an error of the repository: the first wait, doubled up to the longest.
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.05, 2.0
 
 
@@ -42,10 +42,10 @@ class WorkerPool:
     """Runs tasks: threads that take ids from the buffer, start, execute and conclude them.
 
     Args:
-        services: what it works with.
-        node: what it is known as in the repository.
-        config: how many threads, and how large a buffer.
-        retire: ends the node, as its TaskX is too old for the repository.
+        services: the parts of the queue.
+        node: the node's record in the repository.
+        config: the number of threads, the size of the buffer, and more.
+        retire: called to end the node if its TaskX is too old for the repository.
     """
 
     def __init__(
@@ -59,7 +59,7 @@ class WorkerPool:
         self.agenda = services.agenda
         self.hooks = services.hooks
         self.node = node
-        #: Every task in flight: see there.
+        #: Every task in flight: see :class:`Runs`.
         self.runs = Runs()
         workers = config.worker_num
         self.ahead = Ahead(workers)
@@ -67,7 +67,7 @@ class WorkerPool:
         ageing = round((config.ageing or 0) * 1000)
         self.buffer = Buffer(config.buffer_size, fetch_size, self.ahead.wake, ageing)
         self.stopping = False
-        #: The notes of the tasks that threads began last, if they are kept.
+        #: The notes of the tasks that each thread began last, if the repository keeps them.
         self.began: Began | None = None
         #: Set when the workers may run tasks.
         self.begun = threading.Event()
@@ -86,15 +86,16 @@ class WorkerPool:
         )
         self.discard, self.rebuffer = self.buffer.discard, self.starter.rebuffer
         self._recorded = node.types
-        # One with eight methods may store every new task as pending.
+        # A repository of eight methods stores every new task as pending first.
         self._stores_in_steps = bool(services.repository.shortcoming)
-        #: The error that ends a node whose TaskX is too old for the repository, and what ends it.
+        #: The error that ends this node, if its TaskX is too old for the repository.
         self.outdated: SchemaMismatch | None = None
+        #: Called with that error to end the node.
         self.retire = retire
         self._complaint = Complaint(services.log)
         self._counting = threading.Lock()
         self._quiet = Bell()
-        self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._give_up)
+        self.stuck = Stuck(services, node.id, config.max_stuck, self._do_without, self._abandon)
         #: The number of worker threads that have not ended.
         self.workers_left = workers
         self._at_work = self._named = workers
@@ -114,7 +115,7 @@ class WorkerPool:
     # --- the workers
 
     def _live(self, worker: str) -> None:
-        """Work; whatever goes wrong costs a task's time, and not the thread."""
+        """Work until the stop: any error costs some time, and never the thread."""
         self.begun.wait()
         pause, going = _FIRST_PAUSE, True
         while going:
@@ -126,22 +127,22 @@ class WorkerPool:
                 self.retire(error)
                 self._pause(_LONGEST_PAUSE)
             except RepositoryError as error:
-                self._complaint.make("the repository fails the workers (trying again): %s", error)
-                if time.monotonic() - began > _LONGEST_PAUSE:  # it has worked meanwhile
+                self._complaint.make("the repository fails, and the workers try again: %s", error)
+                if time.monotonic() - began > _LONGEST_PAUSE:  # it worked in the meantime
                     pause = _FIRST_PAUSE
                 self._pause(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
             except BaseException:  # a defect of ours
-                self.services.log.exception("a worker stumbled; it goes on")
+                self.services.log.exception("unexpected error in a worker thread; it continues")
                 self._pause(_FIRST_PAUSE)
         try:
             self.services.ledger.flush(wait=False)
         except RepositoryError as error:
-            self._complaint.make("outcomes wait to be written: %s", error)
-        finally:  # whatever happens, a stop must not wait for a worker that is gone
+            self._complaint.make("outcomes could not be written yet: %s", error)
+        finally:  # in any case: a stop must not wait for a worker that is gone
             with self._counting:
                 self.workers_left -= 1
-                self.threads.remove(threading.current_thread())  # its ident may be another's soon
+                self.threads.remove(threading.current_thread())  # its ident may be used again soon
             self._quiet.ring_all()
 
     def _pause(self, seconds: float) -> None:
@@ -150,7 +151,7 @@ class WorkerPool:
             time.sleep(min(left, 0.1))
 
     def _work(self, worker: str) -> None:
-        """Take, start and execute one task after the other, until the stop."""
+        """Take, start and execute one task after another, until the stop."""
         buffer, ahead = self.buffer, self.ahead
         while not self.stopping:
             if self.hooks.waiting:
@@ -163,10 +164,10 @@ class WorkerPool:
             if run is not None:
                 self._complaint.over()
                 self.execute(run, worker)
-                del run  # a worker that waits must not keep the last task's values alive
+                del run  # a waiting worker must not keep the last task's values alive
             elif not items:
                 if not self.services.ledger.flush(wait=False):
-                    # Another thread commits, perhaps without the last ones.
+                    # Another thread is committing, perhaps without the last outcomes.
                     self.agenda.wake_from_long_sleep()
                 if self.agenda.more_stored:
                     self.fetcher.refill()
@@ -176,23 +177,23 @@ class WorkerPool:
                 return
 
     def _has_next(self) -> bool:
-        """Return whether there is something for a worker, or the node stops."""
+        """Return True if there is a task for a worker, or the node stops."""
         return bool(self.ahead.runs) or self.buffer.has_next()
 
     def _start(self, items: list[Item]) -> Run | None:
-        """Start tasks in one transaction; returns one of them and lays the others out."""
+        """Start tasks in one transaction, lay out all but the first, and return the first."""
         try:
             self.ahead.begin(len(items))
-            # Before the start: should this fail, nothing has been started that nobody would run.
+            # Before the start: if this fails, no task was started that no thread would run.
             self.fetcher.refill_if_low()
             runs = self.starter.start(items)
-            if self.stopping:  # it looked for runs to tell, and could not see these yet
+            if self.stopping:  # the stop could not see these runs yet, and did not tell them
                 self.starter.hand_back(runs, rebuffer=False)
                 return None
             if len(runs) > 1:
                 self.ahead.lay_out(runs[1:])
                 self.agenda.wake_from_long_sleep()
-        except BaseException:  # an interrupt, too: nobody else holds these tasks
+        except BaseException:  # an interrupt, too: no other thread holds these tasks
             self.buffer.put_back(item for item in items if item.id not in self.runs)
             raise
         finally:
@@ -201,7 +202,7 @@ class WorkerPool:
 
     @property
     def idles(self) -> bool:
-        """True if a worker waits, and there is nothing that it might start first."""
+        """True if a worker waits, and no other task might have to start first."""
         return (
             self.ahead.idles
             and not self.agenda.more_stored
@@ -214,9 +215,9 @@ class WorkerPool:
         return not (self.stopping or buffer.starting or len(buffer) or suspects.alone)
 
     def start_new(self, insert: Insert) -> bool:
-        """Store a new task as one that is started, if a worker waits and nothing else is to start first.
+        """Store a new task as started, if a worker waits and no other task comes first.
 
-        One transaction and one thread do for both. If it returns False, nothing is stored.
+        One transaction stores and starts it. If this returns False, nothing was stored.
         """
         run = self.starter.start_new(insert, self._nothing_waits) if self.idles else None
         if run is None:
@@ -230,14 +231,14 @@ class WorkerPool:
     def execute(
         self, run: Run, worker: str, conclude: Callable[[Run, Ending], None] | None = None
     ) -> Ending:
-        """Run the executor and leave its outcome to the ledger, or to ``conclude``.
+        """Run the executor, and pass its outcome to ``conclude``, or else to the ledger.
 
-        Any error that escapes, even from a defect of TaskX, fails only this attempt.
+        Any error that escapes, even one from a defect of TaskX, fails only this attempt.
         """
         try:
             run.state, self.ahead.at_work[run] = "executing", time.monotonic()
-            if self.runs.get(run.task.id) is not run:  # the audit took it for lost
-                run.state = "starting"  # no thread is at it, should the audit have put it back
+            if self.runs.get(run.task.id) is not run:  # the audit believed that it was lost
+                run.state = "starting"  # no thread executes it, if the audit has put it back
                 self.ahead.at_work.pop(run, None)
                 return Ending(returned=False)
             began, cell = self.began, 0
@@ -254,10 +255,10 @@ class WorkerPool:
             if run.decided is not None and not run.decided.acquire(False):
                 self._come_back(run)
                 return ending
-            run.state = "concluding"  # first: from then on no audit takes it for lost
+            run.state = "concluding"  # first: from now on no audit believes that it is lost
             self.ahead.ended(run, ending.duration)
             (conclude or self._defer)(run, ending)
-        except BaseException:  # an interrupt: nobody executes it, as the audit then sees
+        except BaseException:  # an interrupt: no thread executes it, as the audit then sees
             run.state = "starting"
             self.ahead.at_work.pop(run, None)
             self.starter.strike(run, ran=True)
@@ -278,7 +279,7 @@ class WorkerPool:
         self.services.ledger.defer(writes, partial(self._concluded, run, ending, writes))
 
     def conclude(self, run: Run, ending: Ending) -> None:
-        """Commit an outcome now, and do what follows, on a thread that may be interrupted."""
+        """Commit an outcome now, and do what follows from it, on a thread that may be interrupted."""
         ending, writes, more = self._outcome(run, ending)
         results: Sequence[bool] = ()
         refused: BaseException | None = None
@@ -297,7 +298,7 @@ class WorkerPool:
         self._concluded(run, ending, writes, results, refused)
 
     def _outcome(self, run: Run, ending: Ending) -> tuple[Ending, list[Update], Sequence[Update]]:
-        """Return the write for an ending, and the one that gives the turn of its key to the next task."""
+        """Return the ending, its writes, and the writes that give the turn of its key to the next task."""
         now = self.services.clock.now_ms()
         try:
             writes = lifecycle.conclude(run.task, ending, now)
@@ -310,12 +311,12 @@ class WorkerPool:
     # --- threads that are stuck
 
     def _do_without(self, run: Run, ident: int) -> None:
-        """The thread that is at a run does not end: another one takes its place, if it is a worker."""
+        """Replace the thread of a stuck run, if it is a worker."""
         self.ahead.at_work.pop(run, None)
         try:
             with self._counting:
                 if not any(thread.ident == ident for thread in self.threads):
-                    return  # it submitted the task, and ran it itself
+                    return  # the thread of a submitter, which ran the task itself
                 self._at_work -= 1
                 if self.stopping or not self.stuck.healthy:
                     return
@@ -328,13 +329,13 @@ class WorkerPool:
         except RuntimeError as error:
             self.services.log.error("cannot start a replacement worker thread: %s", error)
 
-    def _give_up(self, run: Run, ending: Ending) -> None:
-        """An attempt is over while its thread runs on."""
+    def _abandon(self, run: Run, ending: Ending) -> None:
+        """Write the outcome of an attempt whose thread runs on."""
         self._defer(run, ending)
         self.agenda.wake_from_long_sleep()
 
     def _come_back(self, run: Run) -> None:
-        """This thread was given up, and is free again."""
+        """Note that this thread, which was stuck, is free again."""
         if threading.current_thread() in self.threads:
             with self._counting:
                 self._at_work += 1
@@ -343,7 +344,7 @@ class WorkerPool:
         self.agenda.wake_from_long_sleep()
 
     def _is_superfluous(self) -> bool:
-        """Return whether there is one worker too many since a stuck one came back: this one leaves."""
+        """Return True if this worker must end, because one that was stuck came back."""
         with self._counting:
             if self._at_work <= self.ahead.workers:
                 return False
@@ -360,7 +361,7 @@ class WorkerPool:
         results: Sequence[bool],
         error: BaseException | None,
     ) -> None:
-        """An outcome is committed, or was dropped because the run had lost its fence."""
+        """Follow up an outcome that was committed, refused, or dropped (the run had lost its fence)."""
         if error is not None and (left := lesser(ending, error)) is not None:
             self._defer(run, left)
             self.agenda.wake_from_long_sleep()
@@ -376,25 +377,25 @@ class WorkerPool:
     def _not_concluded(self, task: Task, error: BaseException | None) -> None:
         if error is None:
             self.services.log.warning(
-                "task %s (%s): its late outcome was dropped, as another run had taken over",
+                "task %s (%s): its late outcome was dropped, because another run had taken over",
                 *(task.id, task.type),
             )
         else:
             self.services.log.error(
-                "task %s (%s): how it ended could not be stored, so it runs again: %s",
+                "task %s (%s): its outcome could not be stored, so it runs again: %s",
                 *(task.id, task.type, error),
             )
 
     # --- for the housekeeper
 
     def hand_on(self) -> None:
-        """Wake a worker for what lies here; hand back what was started and no worker is free for."""
+        """Wake a worker if tasks wait; hand back started tasks for which no worker is free."""
         if not self.ahead.nudge(len(self.buffer)):
             self.starter.hand_back(self.ahead.clear(PATIENCE), rebuffer=True)
 
     @property
     def needs_care(self) -> bool:
-        """True if something may have to be handed on soon."""
+        """True if a task may soon have to be handed on."""
         return self.ahead.needs_care(len(self.buffer))
 
     # --- quiet, and the end
@@ -404,7 +405,7 @@ class WorkerPool:
             self._quiet.ring_all()
 
     def holds_nothing(self) -> bool:
-        """Return whether neither buffer nor workers nor ledger have anything left."""
+        """Return True if the buffer, the workers and the ledger have nothing left."""
         return not (
             self.runs
             or len(self.buffer)
@@ -420,7 +421,10 @@ class WorkerPool:
         self._quiet.wait(self._quiet.listen(), timeout)
 
     def lose_lease(self) -> None:
-        """Others may take this node for dead, what it runs, and its part of what nodes share."""
+        """Stop the running tasks, because other nodes may believe that this node is dead.
+
+        They may have taken over its tasks, and its part of the shared limits.
+        """
         self.fire_all(CancelReason.LEASE_LOST)
         self.admission.forget()
 
@@ -430,17 +434,17 @@ class WorkerPool:
             run.token.fire(reason)
 
     def fire(self, task_id: str) -> None:
-        """Fire the token of a task whose cancel was asked for, if it runs here."""
+        """Fire the token of a task that was asked to cancel, if it runs here."""
         if (run := self.runs.get(task_id)) is not None:
             run.token.fire(CancelReason.CANCEL)
 
     def fire_cancelled(self) -> None:
-        """Fire the tokens of the runs whose cancel was asked for, perhaps by another process."""
+        """Fire the tokens of the runs that were asked to cancel, perhaps by another process."""
         for task_id in queries.asked_to_cancel(self.services.repository, list(self.runs)):
             self.fire(task_id)
 
     def begin_stop(self) -> None:
-        """Take nothing more."""
+        """Take no more tasks, and hand back those that were started ahead."""
         self.stopping = True
         self.begun.set()
         ahead = self.ahead.clear()
@@ -450,15 +454,15 @@ class WorkerPool:
         self.starter.hand_back(ahead, rebuffer=False)
 
     def release_pending(self) -> None:
-        """Give up the pending tasks that this node holds, for whoever runs."""
+        """Free the pending tasks that this node holds, so that any node can run them."""
         found = self.services.repository.find("buffered_on", [self.node.id], ("id",))
-        self.starter.give_up([task_id for (task_id,) in found])
+        self.starter.free([task_id for (task_id,) in found])
 
 
 class State:
-    """The state of a queue, for its parts: started or not, stopped or not. Only the queue changes it."""
+    """The state of a queue: started or not, stopped or not. Its parts read it, only the queue sets it."""
 
     def __init__(self) -> None:
-        #: What runs tasks; None as long as the queue has not been started.
+        #: The worker pool; None until the queue is started.
         self.engine: WorkerPool | None = None
         self.stopped = False

@@ -1,4 +1,4 @@
-"""From pending to running, and back where no worker had a hand free; and the runs that are in flight."""
+"""Starting: make pending tasks running, hand back those without a free worker, and keep the runs."""
 
 from __future__ import annotations
 
@@ -21,19 +21,21 @@ from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.buffer import Buffer, Item
 
-#: Pending tasks that are given up in one transaction.
+#: Most pending tasks that are freed in one transaction.
 BATCH = 1000
-#: Most seconds that a task on its last chance waits for others to end, and that others wait for it.
+#: Most seconds that a task on its last chance waits for the others to end, and that others wait for it.
 ALONE = 60.0
 
 
 class Runs(dict[str, Run]):
     """Every run, by the id of its task, from before its start until its outcome is committed.
 
-    How far it is, is the ``state`` of the run; the audit goes by that. In structures of their own are the
-    pending tasks before (the buffer: a heap, and slots, which are known by name so that their number is
-    right wherever a submit is cut short), the order of those that were started ahead, and, after their
-    outcome, attempts that were given up (their task may be in flight again, elsewhere).
+    The ``state`` of a run says how far it is; the audit goes by that. Other structures hold:
+
+    - the pending tasks: the buffer has a heap, and slots, which are known by name so that their number is
+      right wherever a submit is interrupted;
+    - the order of the runs that were started ahead;
+    - abandoned attempts, after their outcome: their task may be in flight again, elsewhere.
     """
 
     @property
@@ -42,13 +44,13 @@ class Runs(dict[str, Run]):
         return [run for run in list(self.values()) if run.state == "executing"]
 
     def forget(self, run: Run) -> bool:
-        """Forget a run; False if it was forgotten before."""
+        """Forget a run; return False if it was forgotten before."""
         return self.get(run.task.id) is run and self.pop(run.task.id, None) is not None
 
     def claim(self, run: Run) -> bool:
-        """Forget a run that no thread is at; False if one has just begun to execute it.
+        """Forget a run that no thread executes; return False if a thread has just begun to.
 
-        A thread that begins says so first, and then looks whether it was forgotten.
+        A thread that begins sets the state first, and then checks whether the run was forgotten.
         """
         if not self.forget(run):
             return False
@@ -59,61 +61,61 @@ class Runs(dict[str, Run]):
 
 
 class Suspects:
-    """The tasks with a crash to their name: one runs at a time and, on its last chance, alone."""
+    """Suspects: tasks that have crashed. One runs at a time; on its last chance, it runs alone."""
 
     def __init__(self, runs: Mapping[str, Run]) -> None:
         self._runs = runs
         self._turn = threading.Lock()
-        #: Those that wait for the one that runs.
+        #: The suspects that wait for the running one.
         self.waiting: list[Item] = []
         self._changed = Bell()
         self._alone_until: float | None = None
         self._closed = False
 
     def admit(self, item: Item) -> bool:
-        """Return whether it is this one's turn; else it waits."""
+        """Return True if this suspect may start now; otherwise it waits."""
         if self._turn.acquire(blocking=False):
             return True
         self.waiting.append(item)
         return False
 
     def called(self) -> Item | None:
-        """One that waits though nobody has the turn: who was next did not come, or just left."""
+        """Return a suspect that waits although none runs: the next one did not come, or has just left."""
         if self._turn.locked():
             return None
-        with suppress(IndexError):  # the others were called meanwhile
+        with suppress(IndexError):  # another thread called the last one in the meantime
             return self.waiting.pop(0)
         return None
 
     def leave(self) -> Item | None:
-        """Its run is over, or never came about; returns who is next."""
+        """End the turn of a suspect, whose run is over or never began; return the next one."""
         self._alone_until = None
         self.tell()
         self._turn.release()
         return self.waiting.pop(0) if self.waiting else None
 
     def go_alone(self) -> None:
-        """Before the start of one on its last chance: wait for the runs there are, and hold up others."""
+        """Wait for all other runs, and hold up further ones, before a task on its last chance starts."""
         self._wait(lambda: not self._runs, time.monotonic() + ALONE)
         self._alone_until = time.monotonic() + ALONE
 
     @property
     def alone(self) -> bool:
-        """True while one is to be alone."""
+        """True while a task is to run alone."""
         return self._alone_until is not None
 
     def stand_aside(self) -> None:
-        """Before the start of any task: wait while another one is to be alone."""
+        """Wait while another task is to run alone, before any task starts."""
         if (until := self._alone_until) is not None:
             self._wait(lambda: self._alone_until is None, until)
 
     def tell(self) -> None:
-        """A run is over."""
+        """Wake the threads that wait for a run to end."""
         if self._changed.listening:
             self._changed.ring_all()
 
     def close(self) -> None:
-        """The node stops: nobody waits any more."""
+        """Let no task wait any more, because the node stops."""
         self._closed = True
         self.waiting.clear()
         self.tell()
@@ -128,14 +130,14 @@ class Suspects:
 
 
 class Starter:
-    """Starts the tasks of a node, and knows which of them run.
+    """Starts the tasks of a node, and keeps its runs.
 
     Args:
-        services: what it works with.
+        services: the parts of the queue.
         node: the node.
-        buffer: where it puts back what cannot start now.
+        buffer: receives the tasks that cannot start now.
         runs: the runs of the node.
-        admission: says how many may start of the types that have limits.
+        admission: decides how many tasks of each limited type may start.
     """
 
     def __init__(
@@ -153,14 +155,18 @@ class Starter:
         self._admission = admission
         self.runs = runs
         self.suspects = Suspects(self.runs)
-        #: Tasks that may be stored as started and were not executed, as an interrupt struck their submit.
+        #: The ids of tasks that may be stored as started, and were not executed: an interrupt struck their
+        #: submit.
         self.unexecuted: deque[str] = deque(maxlen=1000)
         self._shared = Shared(
             services.alarms, services.log.logger, services.keeper, services.repository.get_many
         )
 
     def start(self, items: Sequence[Item]) -> list[Run]:
-        """Start the tasks among these that can be; the others are somebody else's, or no more."""
+        """Start as many of these tasks as possible, and return their runs.
+
+        The others must wait, were started by another node, or are gone.
+        """
         services, runs = self._services, self.runs
         starting: list[tuple[Run, Update]] = []
         admitted: Collection[str] = ()
@@ -178,7 +184,7 @@ class Starter:
                 if update is not None and task.id not in runs:
                     run = self._make_run(task)
                     starting.append((run, update))
-                    # Before the start is committed: who then asks to cancel it finds its token.
+                    # Before the start is committed: a cancel after that finds the token.
                     runs[task.id] = run
                 elif self._is_suspect(task):
                     self._suspect_done()
@@ -189,7 +195,7 @@ class Starter:
                     lifecycle.mark_started(run.task, update)
                 else:
                     self.strike(run)
-        except BaseException:  # an interrupt, too: nobody else knows of these
+        except BaseException:  # an interrupt, too: no other thread knows of these runs
             for run, _ in starting:
                 self.strike(run)
             raise
@@ -202,22 +208,23 @@ class Starter:
         return [run for (run, _), started in zip(starting, results, strict=True) if started]
 
     def start_new(self, insert: Insert, still_free: Callable[[], bool]) -> Run | None:
-        """Store a new task as one that is started, in one transaction.
+        """Store a new task as started, in one transaction.
 
         Returns:
-            None, and nothing is stored, if its id is taken, if this node must not start it now, or if it is
-            not ``still_free`` once the run shows.
+            The run. None, with nothing stored, if the id is taken, if this node must not start the task
+            now, or if ``still_free`` returns False once the run is visible.
         """
         services, task = self._services, created_task(insert.row)
         services.registry.registered[task.type].apply_defaults(task)
         start = lifecycle.start(task, services.clock.now_ms(), self._node, self._name)
-        # What must not crash twice is started by the thread that runs it.
+        # The thread that runs a task starts it, if the task must not crash twice.
         if start is None or task.max_crashes == 1:
             return None
         stored, run = lifecycle.created_started(insert, start), self._make_run(task)
         try:
             self.runs[task.id] = run
-            # A task that is to run alone looks for runs: so this one shows, and then looks for that one.
+            # A task that must run alone waits for all visible runs. So this run is made visible before the
+            # check for such a task.
             if not (still_free() and services.ledger.commit([stored])[0]):
                 self.strike(run)
                 return None
@@ -231,7 +238,7 @@ class Starter:
         return run
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
-        """Of tasks with limits, turn away those that must not start now; returns the others."""
+        """Free the tasks with limits that must not start now; return the ids of the admitted ones."""
         limits = self._services.registry.limits
         waiting: dict[str, list[str]] = {}
         for item in items:
@@ -251,9 +258,10 @@ class Starter:
         return admitted
 
     def _startable(self, items: Sequence[Item], found: dict[str, Task]) -> list[Task]:
-        """The tasks to start now, in order; the rest goes back into the buffer.
+        """Return the tasks to start now, in order, and put the rest back into the buffer.
 
-        Tasks that have crashed or must not crash twice are started alone; suspects run one at a time.
+        A task that has crashed, or must not crash twice, is started in a transaction of its own. Suspects
+        run one at a time.
         """
         chosen: list[Task] = []
         for position, item in enumerate(items):
@@ -276,31 +284,34 @@ class Starter:
         return chosen
 
     def _turn_away(self, found: dict[str, Task], tasks: Sequence[Task]) -> None:
-        """Take out tasks that must not start now, and leave them to the repository."""
+        """Remove tasks that must not start now, and free them."""
         for task in tasks:
             del found[task.id]
-        self.give_up([task.id for task in tasks if task.owner == self._node])
+        self.free([task.id for task in tasks if task.owner == self._node])
 
-    def give_up(self, task_ids: Sequence[str]) -> None:
-        """Leave pending tasks to the repository that this node was to run."""
+    def free(self, task_ids: Sequence[str]) -> None:
+        """Take this node's name off pending tasks, so that any node can fetch them."""
         for start in range(0, len(task_ids), BATCH):
             some = task_ids[start : start + BATCH]
             self._services.ledger.commit([lifecycle.give_up(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:
-        """Return whether a task has crashed, and would take this process with it: no child runs it."""
+        """Return True if a task has crashed and could crash this process: no child process runs it."""
         executor = self._services.registry.registered[task.type]
         return task.crashes > 0 and executor.options.isolation is None
 
     def _alone(self, task: Task) -> list[Task]:
-        """A task on its last chance, when nothing else runs: a death that counts must be its own."""
+        """Wait until nothing else runs, and return a task on its last chance, read again.
+
+        A death that counts must be caused by the task itself. Empty if the task is gone.
+        """
         services = self._services
         try:
             services.log.warning(
-                "task %s (%s) runs with nothing beside it, as its process died %d time(s) while it ran",
+                "task %s (%s) runs alone, because its process died %d time(s) while it ran",
                 *(task.id, task.type, task.crashes),
             )
-            services.ledger.flush()  # a run is over when its outcome is written
+            services.ledger.flush()  # a run is not over until its outcome is written
             self.suspects.go_alone()
             found = services.repository.get_many([task.id])
         except BaseException:
@@ -322,13 +333,13 @@ class Starter:
             self._struck(run, ran=ran)
 
     def claim(self, run: Run) -> bool:
-        """Forget a run that no thread is at; False if one has just begun to execute it."""
+        """Forget a run that no thread executes; return False if a thread has just begun to."""
         if claimed := self.runs.claim(run):
             self._struck(run, ran=False)
         return claimed
 
     def _struck(self, run: Run, *, ran: bool) -> None:
-        # One that is stuck counts as long as its thread runs.
+        # A stuck run counts as long as its thread runs.
         if self._admission.admitted and run.state != "stuck":
             self._admission.over(run.task.id, ran=ran)
         if run.task.crashes and self._is_suspect(run.task):
@@ -337,15 +348,15 @@ class Starter:
             self.suspects.tell()
 
     def hand_back(self, runs: Sequence[Run], *, rebuffer: bool) -> None:
-        """Undo the start of tasks that no worker had a hand free for."""
+        """Undo the start of tasks for which no worker was free."""
         if not runs:
             return
         for run in runs:
-            self.strike(run)  # first: should the commit fail, the audit finds them
+            self.strike(run)  # first: if the commit fails, the audit finds the task
         self.undo([run.task for run in runs], rebuffer=rebuffer)
 
     def undo(self, tasks: Sequence[Task], *, rebuffer: bool) -> None:
-        """Undo the start of tasks that were not executed, and of which there is no run any more."""
+        """Undo the start of tasks that were not executed and have no run any more."""
         now = self._services.clock.now_ms()
         writes = [write for task in tasks for write in lifecycle.hand_back(task, now)]
         results = self._services.consequences.commit(writes, {task.id: task for task in tasks})
@@ -355,11 +366,11 @@ class Starter:
                 self.rebuffer(task)
 
     def rebuffer(self, task: Task) -> None:
-        """Put a task that is pending again back into the buffer."""
+        """Put a task that became pending again back into the buffer."""
         assert task.created_at is not None  # it comes from the repository
         run_at = optional_ms(task.run_at, "run_at")
-        created_at, turn = to_ms(task.created_at), self._buffer.turn_before()
-        self._buffer.add(task.id, task.type, task.priority, created_at, run_at, turn)
+        created_at, slot = to_ms(task.created_at), self._buffer.slot_before()
+        self._buffer.add(task.id, task.type, task.priority, created_at, run_at, slot)
 
     def _suspect_done(self) -> None:
         if next_one := self.suspects.leave():

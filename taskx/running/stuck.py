@@ -1,8 +1,9 @@
-"""Attempts that are given up, as they do not end after their time-out, while their threads run on.
+"""Stuck runs: attempts that are abandoned because they do not end after their time-out.
 
-No thread can be killed, and an exception raised into one from outside neither reaches blocking IO nor
-leaves what it does reach in order. So the attempt is ended without it: what its thread does later is
-dropped, and its task starts nowhere until that thread has ended, or the process.
+A thread cannot be killed. An exception raised into it from outside does not reach blocking IO, and may
+leave the code that it does reach in disorder. So the attempt is ended without its thread: anything that
+the thread returns later is dropped, and the task starts nowhere until the thread, or the process, has
+ended.
 """
 
 from __future__ import annotations
@@ -23,19 +24,19 @@ from taskx.executing.alarms import Overdue
 from taskx.executing.runner import Run
 from taskx.moving import Services
 
-# Seconds that one in a child process has beyond its grace: then that is killed, and the thread is free.
+# More seconds of grace for a run in a child process: the child is killed, which frees the thread.
 _TO_KILL = 10.0
 
 
 class Stuck:
-    """Looks after the attempts of a node that were given up.
+    """Looks after the abandoned attempts of a node.
 
     Args:
-        services: what it works with.
+        services: the parts of the queue.
         node: the id of the node.
-        most: how many are replaced by other threads.
-        do_without: goes on without the thread of a run, which has that ident.
-        conclude: writes how an attempt ended.
+        most: the number of stuck threads that are replaced.
+        do_without: called with a run and the ident of its thread, to go on without that thread.
+        conclude: writes the outcome of an attempt.
     """
 
     def __init__(
@@ -49,11 +50,11 @@ class Stuck:
         self._services = services
         self._node = node
         self._most = most
-        # Held for moments only, so that a thread which comes back finds its run below.
-        self._giving_up = threading.Lock()
-        #: Those whose threads run on, each with an event: its end is on its way.
+        # Held for moments only, so that a thread which comes back finds its run in ``runs``.
+        self._abandoning = threading.Lock()
+        #: The runs whose threads run on. The event is set when the outcome was handed on to be written.
         self.runs: dict[Run, threading.Event] = {}
-        #: Those whose threads have ended since the last look.
+        #: The runs whose threads have ended since the last :meth:`lift`.
         self.ended: list[Run] = []
         self._any = False
         self._do_without = do_without
@@ -61,82 +62,85 @@ class Stuck:
 
     @property
     def healthy(self) -> bool:
-        """True if no more are stuck than are replaced."""
+        """True if at most ``most`` threads are stuck, so that all of them were replaced."""
         return len(self.runs) <= self._most
 
     # --- in the thread of a run
 
     def watch(self, run: Run, worker: str) -> Overdue:
-        """Return what to call when a run, which begins in this thread, does not end after its deadline."""
+        """Prepare for a run that does not end after its deadline; call this in the thread of the run.
+
+        Return the grace period in seconds, and the function to call after it.
+        """
         run.decided = _thread.allocate_lock()
         options = run.executor.options
         grace = options.patience + (_TO_KILL if options.isolation else 0.0)
         return grace, partial(self._overdue, run, worker, threading.get_ident())
 
     def thread_ended(self, run: Run) -> None:
-        """The thread of one that was given up has come back from its executor."""
-        with self._giving_up:
-            given_up = self.runs[run]
-        given_up.wait()  # first, as its task may start again from then on
+        """Note that the thread of an abandoned run has come back from its executor."""
+        with self._abandoning:
+            abandoned = self.runs[run]
+        abandoned.wait()  # first, because the task may start again from now on
         self.ended.append(run)
         del self.runs[run]
         self._services.log.warning(
-            "task %s (%s) was stuck, and its thread has ended now; what came of it is dropped",
+            "task %s (%s) was stuck, and its thread has ended now; its late outcome is dropped",
             *(run.task.id, run.task.type),
         )
 
     # --- in threads of its own
 
     def _overdue(self, run: Run, worker: str, ident: int) -> None:
-        give_up = partial(self._give_up, run, worker, ident)
-        try:  # a policy of the user's own is asked, and the alarms must not wait for that
-            threading.Thread(target=give_up, name="taskx-stuck", daemon=True).start()
-        except RuntimeError:  # no thread can be had
-            give_up()
+        abandon = partial(self._abandon, run, worker, ident)
+        try:  # it calls the user's retry policy, and the alarms must not wait for that
+            threading.Thread(target=abandon, name="taskx-stuck", daemon=True).start()
+        except RuntimeError:  # no thread can be started
+            abandon()
 
-    def _give_up(self, run: Run, worker: str, ident: int) -> None:
+    def _abandon(self, run: Run, worker: str, ident: int) -> None:
         log = self._services.log
         if run.token.reason is not CancelReason.TIMEOUT:
             return
         stack = stack_of(ident)
-        with self._giving_up:
+        with self._abandoning:
             if not (run.decided and run.decided.acquire(False)):
-                return  # it has ended meanwhile
+                return  # it has ended in the meantime
             self._any, run.state = True, "stuck"
-            given_up = self.runs[run] = threading.Event()
+            abandoned = self.runs[run] = threading.Event()
             self._do_without(run, ident)
-        try:  # a policy of the user's own is asked, which may take its time
+        try:  # outside the lock: it calls the user's retry policy, which may take some time
             self._conclude(run, self._services.runner.abandon(run, worker, stack))
         finally:
-            given_up.set()
+            abandoned.set()
         log.error(
-            "task %s (%s) is stuck: it timed out, and its thread runs on",
+            "task %s (%s) is stuck: it timed out, and its thread still runs",
             *(run.task.id, run.task.type),
         )
         if not self.healthy:
             log.error(
-                "%d threads are stuck, more than max_stuck=%d: this one is not replaced",
+                "%d threads are stuck, more than max_stuck=%d; this thread is not replaced",
                 *(len(self.runs), self._most),
             )
 
     # --- for the housekeeper
 
     def lift(self) -> None:
-        """Let tasks start again whose threads have ended; after a ``RepositoryError`` it is tried again."""
+        """Let tasks start again whose threads have ended; after a ``RepositoryError``, call it again."""
         ended = list(self.ended)
-        self._services.ledger.flush()  # how their attempts ended; if it waits on, the audit sees to it
+        self._services.ledger.flush()  # their outcomes; if one cannot be written yet, the audit retries
         self.lift_bars((run.task.id for run in ended), self._node)
         for run in ended:
             self.ended.remove(run)
 
     def audit(self) -> None:
-        """Let tasks start again of whose threads nothing is known: a look was cut short."""
+        """Let tasks start again whose threads are no longer known, because :meth:`lift` was interrupted."""
         if self._any:
             found = self._services.repository.find("stuck_on", [self._node], ("id",))
             self.lift_bars((task_id for (task_id,) in found), self._node)
 
     def lift_bars(self, task_ids: Iterable[str], node: str) -> int:
-        """Let tasks start again that ran on a node; returns how many."""
+        """Let tasks start again that were stuck on a node; return how many."""
         services = self._services
         running = {run.task.id for run in list(self.runs)}
         wanted = [task_id for task_id in dict.fromkeys(task_ids) if task_id not in running]
@@ -150,7 +154,7 @@ class Stuck:
 
 
 def stack_of(ident: int) -> str:
-    """Return where a thread is, as text, from the executor on; empty if it has ended."""
+    """Return the stack of a thread as text, from the executor on; empty if the thread has ended."""
     frame = top_frames().get(ident)
     if frame is None:
         return ""

@@ -193,7 +193,7 @@ class Intake:
             False, and nothing is done, if there is no room within ``timeout`` seconds.
         """
         buffer, row = pool.buffer, insert.row
-        slot = (buffer.turn(),)
+        slot = (buffer.new_slot(),)
         try:
             if not buffer.reserve(slot, timeout):
                 return False
@@ -357,7 +357,7 @@ class Intake:
         turns: list[int] = []
         try:
             # Before they are stored: from then on the rest may be fetched, and must come after.
-            turns += [buffer.turn() for _ in due]
+            turns += [buffer.new_slot() for _ in due]
             del turns[self._reserve_many(pool, turns, refuse=refuse) :]
             buffered = due[: len(turns)]
             for insert in buffered:

@@ -1,4 +1,4 @@
-"""A started queue from its start to its end, and the thread that looks after time and other nodes.
+"""A started queue from its start to its end, and the housekeeper thread.
 
 Only ``Queue`` uses it.
 """

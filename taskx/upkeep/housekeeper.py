@@ -1,4 +1,4 @@
-"""The one thread that looks after time, other processes, and what nobody else has a hand free for."""
+"""The housekeeper: a thread that does all work that is due, and reacts to other processes."""
 
 from __future__ import annotations
 
@@ -22,34 +22,34 @@ from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
 
-#: Seconds between looks for what other processes changed, and between writes of progress.
+#: Seconds between polls for changes by other processes, and between writes of progress.
 POLL = 0.06
 PROGRESS_EVERY = 0.1
-#: Seconds between looks for dead nodes, and between audits of one's own tasks.
+#: Seconds between checks for dead nodes, and between audits of this node's tasks.
 RECOVER_EVERY = 0.5
 AUDIT_EVERY = 2.0
-#: Seconds after which a round leaves off: a duty that has more to do takes one more step, of some
-#: milliseconds, and leaves the rest to the next round, which follows at once.
+#: Seconds after which a round stops: a duty that has more to do takes one more step, of some milliseconds,
+#: and leaves the rest to the next round, which follows at once.
 PATIENCE = 0.01
-#: Tasks that are released in one transaction.
+#: Most delayed tasks that are released in one transaction.
 MOST_DUE = 500
 _LONGEST_BACKOFF = 2.0
-# Seconds that it sleeps at least.
+# The shortest sleep, in seconds.
 _SHORTEST = 0.001
 
 
 class Housekeeper:
-    """Calls :meth:`tick` again and again; all that it does can be done twice without harm.
+    """Calls :meth:`tick` again and again. Everything it does can be done twice without harm.
 
     Args:
-        pool: what it keeps going.
-        retention: seconds for which tasks that ended in a status are kept; for ever where none is given.
+        pool: the worker pool that it serves.
+        retention: seconds for which tasks that ended in a status are kept; for ever if a status is missing.
     """
 
     def __init__(self, pool: WorkerPool, retention: Mapping[TaskStatus, float]) -> None:
         self._pool = pool
         self._services = pool.services
-        #: What looks for dead nodes.
+        #: Finds dead nodes.
         self.recovery = Recovery(pool)
         self._audit = Audit(pool)
         self._retention = Retention(pool.services, retention)
@@ -60,21 +60,22 @@ class Housekeeper:
         self._changed = Changes(pool.services.repository)
         self._listening = Listening(pool)
         self._next_due: int | None = None
-        # The time before which the tasks that are due are left to other nodes, on the monotonic clock.
+        # The time, on the monotonic clock, until which due tasks are left to other nodes.
         self._release_at = -math.inf
         self._last = dict.fromkeys(("poll", "progress", "recover", "audit"), -math.inf)
         self._thread = threading.Thread(target=self._run, name="taskx-housekeeper", daemon=True)
 
     def start(self) -> None:
         """Start the thread."""
-        self._agenda.due_known = False  # by this one, whatever one knew whose start failed
-        # A signal strikes the main thread alone: what it commits for others is told by this one.
+        # A housekeeper whose start failed may have set it.
+        self._agenda.due_known = False
+        # Signals interrupt only the main thread. If it commits for others, this thread calls the callbacks.
         self._agenda.attended = True
         self._thread.start()
         self._listening.start()
 
     def stop(self) -> None:
-        """End the thread; returns when it has ended, or at once if called on it."""
+        """End the thread; return when it has ended, or at once if called on it."""
         self._stopped = True
         self._listening.stop()
         self._agenda.attended = False
@@ -84,20 +85,20 @@ class Housekeeper:
         self._services.watcher.ensure_polling()
 
     def _behind(self) -> bool:
-        """Return whether a task, or a schedule, is due that it has not looked after yet."""
+        """Return True if a task or a schedule is due that was not dealt with yet."""
         now = self._services.clock.now_ms()
         return bool(self._services.repository.due(now, 1)) or self._ticker.behind(now)
 
     def stored_left(self) -> bool:
-        """Return whether the repository has something to run, also where one task is to follow another."""
+        """Return True if the repository has something to run, including tasks that follow others."""
         repository, types = self._services.repository, set(self._pool.fetcher.types())
         return (
             self._behind()
             or unfinished(repository, types)
             or self._services.dependents.overdue()
             or self._services.turns.overdue()
-            or self._behind()  # its turn came between the looks, and its time had come
-            or unfinished(repository, types)  # it was let start between the looks
+            or self._behind()  # a task got its turn between the checks, and was due
+            or unfinished(repository, types)  # a task was freed between the checks
         )
 
     def _run(self) -> None:
@@ -111,10 +112,12 @@ class Housekeeper:
                 self._pool.retire(error)
             except RepositoryError as error:
                 failures += 1
-                self._complaint.make("the repository fails the housekeeper: %s", error)
-            except BaseException:  # a defect of ours: without this thread, nothing would be in time
+                self._complaint.make(
+                    "the repository fails, and the housekeeper tries again: %s", error
+                )
+            except BaseException:  # a defect of ours: without this thread, nothing is done in time
                 failures += 1
-                self._services.log.exception("the housekeeper stumbled; it goes on")
+                self._services.log.exception("unexpected error in the housekeeper; it continues")
             self._sleep(failures)
 
     def _sleep(self, failures: int) -> None:
@@ -128,19 +131,19 @@ class Housekeeper:
             self._agenda.sleep_long(self._until_next, ahead.PATIENCE)
 
     def _until_next(self) -> float:
-        """Return how many seconds nothing is due."""
+        """Return the seconds until the next duty is due."""
         timeout, clock = POLL, self._services.clock
         next_tick = None if self._pool.stopping else self._ticker.next
         next_due = None if self._others_release else self._next_due
         for due in (next_due, next_tick):
             if due is not None:
                 timeout = min(timeout, (due - clock.now_ms()) / 1000)
-        if (next_token := self._pool.admission.next_look()) is not None:
-            timeout = min(timeout, next_token - clock.monotonic())
+        if (next_fetch := self._pool.admission.next_fetch()) is not None:
+            timeout = min(timeout, next_fetch - clock.monotonic())
         return max(_SHORTEST, timeout)
 
     def _more_to_do(self) -> bool:
-        """Return whether a duty was cut short for the sake of the others."""
+        """Return True if a duty stopped early for the sake of the others."""
         services = self._services
         return (
             services.dependents.waiting
@@ -150,15 +153,15 @@ class Housekeeper:
         )
 
     def tick(self) -> None:
-        """One round of everything that is due: of each duty a step, and more of it until time is up.
+        """Do one round: take a step of each duty that is due, and more steps until time is up.
 
-        What a ``RepositoryError`` keeps it from is done in a later round.
+        Whatever a ``RepositoryError`` prevents is done in a later round.
         """
         until = time.monotonic() + PATIENCE
         self._agenda.begin_round()
         try:
             self._services.repository.ensure_there()
-        except SchemaMismatch as error:  # what ends meanwhile is written all the same
+        except SchemaMismatch as error:  # go on: outcomes must be written in any case
             self._pool.retire(error)
         self._services.ledger.flush()
         self._services.watcher.tell()
@@ -176,11 +179,11 @@ class Housekeeper:
             self.recovery.recover(until - time.monotonic())
             self._pool.record_types()
             self._pool.admission.tend()
-            self._look_around()
+            self._process_changes()
         elif self._is_time("poll", POLL) and self._changed():
             self._agenda.due_known = False
             self._ticker.refresh_soon()
-            self._look_around()
+            self._process_changes()
             self._services.watcher.check_all()
         if self._pool.admission.is_time() or self._agenda.more_stored:
             self._agenda.more_stored = True
@@ -189,12 +192,12 @@ class Housekeeper:
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
         if self._is_time("audit", AUDIT_EVERY):
-            self._look_slowly()
+            self._run_audits()
         self._retention.tick()
 
-    def _look_slowly(self) -> None:
-        """Look for what no event told of."""
-        self._audit.look()
+    def _run_audits(self) -> None:
+        """Check for everything that an event should have reported and did not."""
+        self._audit.check()
         self._services.alarms.go_on()
         self._pool.stuck.audit()
         self._services.dependents.scan_some()
@@ -209,9 +212,9 @@ class Housekeeper:
         self._last[what] = now
         return True
 
-    def _look_around(self) -> None:
-        """See what others on the repository did: pauses, new work, and requests to cancel."""
-        self._pool.fetcher.look_for_pauses()  # first: what was stored after a pause must not start
+    def _process_changes(self) -> None:
+        """Take in the changes of other nodes: pauses, new tasks, and requests to cancel."""
+        self._pool.fetcher.refresh_pauses()  # first: a task stored after a pause must not start
         self._agenda.more_stored = True
         self._pool.admission.forget()
         self._services.dependents.refresh()
@@ -234,10 +237,10 @@ class Housekeeper:
                 break
 
     def _release_some(self, now: int) -> None:
-        """Release the next tasks whose time has come, unless another node has just done so.
+        """Release the next tasks that are due, unless another node has just done so.
 
-        All nodes come to very many at the same time, and to the same ones first. The node that releases
-        them goes on; the others, which find that done, come back a little later.
+        If very many are due, all nodes try the same ones at the same time. The node that releases them goes
+        on. The others find them released, and come back a little later.
         """
         ids = [task_id for task_id, _ in self._services.repository.due(now, MOST_DUE)]
         if ids:
@@ -248,7 +251,7 @@ class Housekeeper:
 
     @property
     def _others_release(self) -> bool:
-        """True if another node was found at work on the tasks that are due, a moment ago."""
+        """True if another node was releasing the due tasks a moment ago."""
         return time.monotonic() < self._release_at
 
     def _earliest_due(self) -> int | None:
@@ -274,8 +277,8 @@ class Housekeeper:
 
 
 def unfinished(repository: Repository, types: Collection[str]) -> bool:
-    """Return whether a task of these types runs on a node, or is pending and not held back."""
-    # It may move from the one to the other between two looks.
+    """Return True if a task of these types runs on a node, or is pending and not held back."""
+    # A task may move from one state to the other between two reads.
     return _ready(repository, types) or _running(repository, types) or _ready(repository, types)
 
 

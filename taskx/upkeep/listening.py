@@ -1,4 +1,4 @@
-"""Hears what other processes commit, and looks at it at once."""
+"""Wake-ups: hear the commits of other processes, and react to them at once."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from taskx.storage.base import Listener
 
 
 class Listening:
-    """A thread that waits for news from other processes, where the repository can hear them.
+    """A thread that waits for news from other processes, if the repository can hear them.
 
-    Nobody depends on it: the housekeeper polls, too.
+    No other part depends on it, because the housekeeper also polls.
     """
 
     def __init__(self, pool: WorkerPool) -> None:
@@ -27,13 +27,13 @@ class Listening:
         self._thread = threading.Thread(target=self._run, name="taskx-listen", daemon=True)
 
     def start(self) -> None:
-        """Start the thread, if there may be anything to hear."""
+        """Start the thread, if there can be news."""
         if self._pool.services.repository.shared:
             with suppress(RuntimeError):  # no thread can be started
                 self._thread.start()
 
     def stop(self) -> None:
-        """End the thread: it must take no task for a node that leaves."""
+        """End the thread, because it must take no task for a node that leaves."""
         self._stopped = True
         if (listener := self._listener) is not None:
             listener.close()
@@ -42,13 +42,15 @@ class Listening:
 
     def _run(self) -> None:
         try:
-            # Here: an exception of a signal handler would leave a pipe that nobody closes.
+            # In this thread: in another, the exception of a signal handler could leave an open pipe.
             if not self._stopped:
                 self._listener = self._pool.services.repository.listen(FREED + CANCEL_REQUESTED)
             if self._listener is not None:
                 self._listen(self._listener)
         except Exception:  # a defect of ours
-            self._pool.services.log.exception("other processes are not heard, and polled for only")
+            self._pool.services.log.exception(
+                "cannot listen to other processes; this node only polls"
+            )
         finally:
             if (listener := self._listener) is not None:
                 self._listener = None
@@ -60,26 +62,26 @@ class Listening:
             if not (news := listener.wait()):
                 continue
             if seconds := rest.seconds:
-                # Before looking: by then the node that got something of late has it. If it has no room,
-                # the others come one after the other.
+                # Wait first: by then the node that got a task lately has this one, too. If it has no
+                # room, the other nodes come one after another.
                 time.sleep(random.uniform(0.5, 1.5) * seconds)
                 news += listener.wait(0)
             fetched = fetcher.fetched
-            self._look(news)
+            self._process(news)
             rest.after(vain=fetcher.fetched == fetched)
             time.sleep(SHORTEST_REST)
 
-    def _look(self, news: str) -> None:
-        """Look, if something can come of it; what fails is left to the housekeeper."""
-        pool, looked = self._pool, True
+    def _process(self, news: str) -> None:
+        """Fire tokens and fetch tasks, if the news may concern this node; the housekeeper retries."""
+        pool, done = self._pool, True
         try:
             if CANCEL_REQUESTED in news and pool.runs:
                 pool.fire_cancelled()
             if FREED in news and pool.buffer.room_to_fetch() > 0:
-                pool.fetcher.look_for_pauses()  # what was stored after a pause must not start
-                looked = pool.fetcher.refill()
+                pool.fetcher.refresh_pauses()  # a task stored after a pause must not start
+                done = pool.fetcher.refill()
         except RepositoryError:
-            looked = False
-        if not looked:
+            done = False
+        if not done:
             pool.agenda.more_stored = True
             pool.agenda.wake()

@@ -1,4 +1,4 @@
-"""A started queue: a node from its start to its end, also where nobody stops it."""
+"""A started queue: a node from its start to its end, even if the program never stops it."""
 
 from __future__ import annotations
 
@@ -30,22 +30,22 @@ from taskx.moving import Services
 from taskx.running.pool import State, WorkerPool
 from taskx.upkeep.housekeeper import PATIENCE, Housekeeper
 
-# Looks for quiet this often even if nothing tells of it, in seconds.
-_LOOK_EVERY = 0.1
-#: Seconds that a stop may take beyond its time-out, where the repository or a hook hangs.
+# Polling interval, in seconds, of a thread that waits until the node is quiet.
+_POLL = 0.1
+#: Seconds that a stop may take beyond its time-out, if the repository or a hook hangs.
 EXTRA = 1.0
 #: Time-out, in seconds, of the stop of a node whose file another process has migrated.
 RETIRE_TIMEOUT = 30.0
-#: Seconds that a queue which nobody stopped is given at interpreter exit to hand its tasks back.
+#: Seconds that a queue which was not stopped gets at interpreter exit to hand its tasks back.
 EXIT_TIMEOUT = 5.0
-# Half of what the system can wait for: deadlines and extra time come on top.
+# Half of the longest wait that the system allows: deadlines and extra time are added to it.
 _LONGEST_STOP = threading.TIMEOUT_MAX / 2
 
 
 class LocalNode:
-    """Workers, housekeeper and buffer of a started queue, and their place in the repository.
+    """The workers, the housekeeper and the buffer of a started queue, and its record in the repository.
 
-    ``ended`` is called when it has left the repository.
+    ``ended`` is called when the node has left the repository.
     """
 
     def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
@@ -62,23 +62,23 @@ class LocalNode:
         self.engine = WorkerPool(services, self.record, config, self._retire)
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
         self._ending = threading.Lock()
-        self._on_record = False  # or perhaps, while it joins
+        self._on_record = False  # True also while it joins, when it may not be recorded yet
         self._left = threading.Event()
         self._housekeeper = Housekeeper(self.engine, config.retention)
 
     # --- starting
 
     def join(self) -> None:
-        """Join the repository and take up what dead processes left; after an error, :meth:`withdraw`."""
+        """Join the repository and take back tasks of dead nodes; after an error, call :meth:`withdraw`."""
         permission.refuse_if_forbidden()
         services = self._services
         if services.repository.shortcoming:
             services.log.warning(
-                "%s only: this queue takes itself for the only process on it, and tasks found running "
-                "for left behind by a dead one",
+                "%s only: this queue assumes that it is the only process on the repository, and that a "
+                "dead process left the tasks that it finds running",
                 services.repository.shortcoming,
             )
-        self._on_record = True  # before it is: an interrupt may strike at once
+        self._on_record = True  # before the join: an interrupt may strike right after it
         try:
             services.repository.prepare()
             services.repository.liveness.join(self.record)
@@ -93,20 +93,20 @@ class LocalNode:
         self.engine.fetcher.refill()
 
     def begin(self) -> None:
-        """Start the threads; the workers wait until they may :meth:`go`."""
-        for thread in list(self.engine.threads):  # one that ends at once leaves the list
+        """Start the threads; the workers wait for :meth:`go`."""
+        for thread in list(self.engine.threads):  # a thread that ends at once leaves the list
             thread.start()
         self._housekeeper.start()
 
     def withdraw(self) -> None:
-        """Undo :meth:`join` and what has been begun: no task was run."""
+        """Undo :meth:`join` and :meth:`begin`; no task was run."""
         self.engine.begin_stop()
         self._housekeeper.stop()
         if not self._on_record:
             return
-        with suppress(RepositoryError):  # what it still owns is taken from a node that has left
+        with suppress(RepositoryError):  # other nodes take back the tasks of a node that has left
             self.engine.release_pending()
-        with suppress(RepositoryError):  # it is for the error that was raised before to be told
+        with suppress(RepositoryError):  # the caller gets the first error
             self._services.repository.liveness.leave(self.record.id)
 
     def go(self) -> None:
@@ -123,7 +123,12 @@ class LocalNode:
     # --- running
 
     def drain(self, timeout: float | None) -> bool:
-        """Do :meth:`Queue.drain`; ``SchemaMismatch`` where another process has migrated the file."""
+        """Do the work of :meth:`Queue.drain`.
+
+        Raises:
+            SchemaMismatch: another process has migrated the file.
+            QueueStopped: the queue was stopped in the meantime.
+        """
         deadline = None if timeout is None else time.monotonic() + timeout
         services = self._services
         while True:
@@ -132,17 +137,17 @@ class LocalNode:
             if self.engine.outdated is not None:
                 raise SchemaMismatch(*self.engine.outdated.args)
             if self.engine.stopping:
-                raise QueueStopped("the queue was stopped before all was done")
-            left = _LOOK_EVERY if deadline is None else deadline - time.monotonic()
+                raise QueueStopped("the queue was stopped before all tasks had ended")
+            left = _POLL if deadline is None else deadline - time.monotonic()
             if left <= 0:
                 return False
             if services.hooks.quiet:
-                self.engine.wait_quiet(min(left, _LOOK_EVERY))
+                self.engine.wait_quiet(min(left, _POLL))
             else:
-                services.hooks.wait(min(left, _LOOK_EVERY))
+                services.hooks.wait(min(left, _POLL))
 
     def _nothing_left(self) -> bool:
-        """Return whether nothing is left to run, nor to tell a hook, which may submit more."""
+        """Return True if nothing is left to run, and nothing to tell a hook, which may submit more."""
         services = self._services
         told = services.hooks.told
         return (
@@ -153,14 +158,14 @@ class LocalNode:
         )
 
     def still_running(self) -> list[str]:
-        """The ids of the tasks whose executor, or whose outcome, is still under way."""
+        """Return the ids of the tasks that still run, or whose outcome is not written yet."""
         stuck = (run.task.id for run in list(self.engine.stuck.runs))
         return list(dict.fromkeys([*self.engine.runs, *stuck]))
 
     # --- stopping
 
     def stop(self, timeout: float, *, cancel: bool) -> list[str]:
-        """Take nothing more, wait for the workers, leave; returns the ids that still run.
+        """Take no more tasks, wait for the workers, and leave; return the ids of tasks that still run.
 
         A second call waits for the end of the first.
         """
@@ -168,7 +173,7 @@ class LocalNode:
             return self._wait_for_end(timeout, cancel=cancel)
         try:
             return self._stop(timeout, cancel=cancel)
-        except BaseException:  # an interrupt: the next call begins anew
+        except BaseException:  # an interrupt: the next call starts again
             self._stopping.release()
             raise
 
@@ -185,7 +190,7 @@ class LocalNode:
         still = self.still_running()
         if still:
             log.warning(
-                "stopped with %d task(s) still running, handed back when they end: %s",
+                "stopped with %d task(s) still running; they are handed back when they end: %s",
                 len(still),
                 ", ".join(still[:10]),
             )
@@ -197,9 +202,9 @@ class LocalNode:
         return still
 
     def _by(self, deadline: float, step: Callable[[], None]) -> None:
-        """Do a step in which the repository may hang, on a thread that is left behind if it does.
+        """Do a step on a thread of its own, which is left behind if the repository hangs.
 
-        All steps together are given :data:`EXTRA` seconds beyond the deadline.
+        All steps together get :data:`EXTRA` seconds beyond the deadline.
         """
         thread = threading.Thread(target=step, name="taskx-stop", daemon=True)
         try:
@@ -220,7 +225,7 @@ class LocalNode:
         return still
 
     def _retire(self, why: SchemaMismatch) -> None:
-        """End the node, as its TaskX is too old for what is in the repository now."""
+        """End the node, because its TaskX is too old for the repository's new schema."""
         if not self._retiring.acquire(blocking=False):
             return
         self.engine.outdated = why
@@ -228,7 +233,7 @@ class LocalNode:
             "node %s takes no more tasks and hands back what it has: %s", self.record.name, why
         )
         stop = partial(self.stop, RETIRE_TIMEOUT, cancel=False)
-        with suppress(RuntimeError):  # the interpreter is shutting down, and stops it
+        with suppress(RuntimeError):  # the interpreter is shutting down, which stops the node
             threading.Thread(target=stop, name="taskx-stop", daemon=True).start()
 
     def _begin_stop(self) -> None:
@@ -240,7 +245,7 @@ class LocalNode:
             self._services.log.warning("the stop could not be recorded: %s", error)
 
     def _tell_left_pending(self) -> None:
-        with suppress(RepositoryError):  # it was told above, and will be
+        with suppress(RepositoryError):  # other steps log it
             pending = self._services.repository.count(TaskFilter(status=TaskStatus.PENDING))
             if pending:
                 self._services.log.warning("stopped with %d task(s) left pending", pending)
@@ -250,11 +255,11 @@ class LocalNode:
         pool = self.engine
         here = 1 if threading.current_thread() in pool.threads else 0
         while (left := deadline - time.monotonic()) > 0:
-            # Callers may run tasks, too.
+            # A submitter's thread may run a task, too.
             others = pool.runs or pool.stuck.runs
             if pool.workers_left <= here and (inside_executor() or not others):
                 return
-            pool.wait_quiet(min(left, _LOOK_EVERY))
+            pool.wait_quiet(min(left, _POLL))
 
     def _write_outcomes(self) -> None:
         try:
@@ -264,37 +269,37 @@ class LocalNode:
 
     def _end_later(self) -> None:
         while self.engine.workers_left or self.engine.runs or self.engine.stuck.runs:
-            self.engine.wait_quiet(_LOOK_EVERY)
+            self.engine.wait_quiet(_POLL)
         self._end()
 
     def _end(self) -> None:
-        """The last executor has returned: write what waits, and leave."""
+        """Write the last outcomes, and leave the repository, after the last executor has returned."""
         services = self._services
-        with self._ending:  # after an interrupted stop, another one may be at it
+        with self._ending:  # after an interrupted stop, another thread may be doing the same
             if self._left.is_set():
                 return
             self._housekeeper.stop()
             self._write_outcomes()
             try:
-                with suppress(RepositoryError):  # whoever runs next looks at all that wait
+                with suppress(RepositoryError):  # the next queue to start checks all waiting tasks
                     services.dependents.process()
                     services.turns.process()
                     self.engine.stuck.lift()
-                with suppress(RepositoryError):  # what nodes share is taken from one that has left
+                with suppress(RepositoryError):  # other nodes free the slots of dead nodes
                     self.engine.admission.end()
-                with suppress(RepositoryError):  # what it still owns is taken from it then, too
+                with suppress(RepositoryError):  # and take back their tasks
                     self.engine.release_pending()
                 services.repository.liveness.leave(self.record.id)
             except RepositoryError as error:
                 services.log.warning("the end could not be recorded: %s", error)
-            self.engine.began = None  # closes its file now, whenever the pool is collected
+            self.engine.began = None  # closes its file now, however late the pool is collected
             services.log.info("node %s stopped", self.record.name)
             self._left.set()
             self._ended()
 
 
 class Lifetime:
-    """Starts and stops a queue, of which hooks are told; its parts see by ``state`` how far it is."""
+    """Starts and stops a queue, and tells the hooks; ``state`` shows the queue's parts how far it is."""
 
     def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
         self._services = services
@@ -302,12 +307,12 @@ class Lifetime:
         self._state = state
         self._queue = queue
         self._changing, self._starting = threading.Lock(), threading.Lock()
-        #: The node; None as long as the queue has not been started.
+        #: The node; None until the queue is started.
         self.node: LocalNode | None = None
         _lives.add(self)
 
     def forget(self) -> None:
-        """In a forked child: stop nothing at its exit that is the parent's."""
+        """Do not stop this queue at the exit of a forked child: it belongs to the parent."""
         _lives.discard(self)
 
     @property
@@ -325,20 +330,20 @@ class Lifetime:
         return self.node is None or self.node.engine.stuck.healthy
 
     def start(self) -> None:
-        """Start the workers, as :meth:`Queue.start` says; a second call does nothing."""
+        """Start the workers, as :meth:`Queue.start` describes; a second call does nothing."""
         with self._starting:
             if self._state.stopped:
-                raise QueueStopped("a stopped queue cannot be started again; make another one")
+                raise QueueStopped("a stopped queue cannot be started again: create a new queue")
             if self.node is not None:
-                self.node.engine.begun.set()  # an interrupt may have struck the start before it did
+                self.node.engine.begun.set()  # an interrupt may have stopped start() before this step
                 return
             node = LocalNode(self._services, self._config, self._ended)
             try:
                 node.join()
                 node.begin()
-                # The workers wait: what an executor submits or cancels finds its node.
+                # The workers wait until the node is visible, so that executors can submit and cancel.
                 if not self._publish(node):
-                    raise QueueStopped("the queue was stopped while it started; nothing was run")
+                    raise QueueStopped("the queue was stopped while it started; no task was run")
             except BaseException:  # an interrupt, too: it can be started again
                 self.node = self._state.engine = None
                 node.withdraw()
@@ -355,25 +360,27 @@ class Lifetime:
             return not self._state.stopped
 
     def _ended(self) -> None:
-        """The last executor has returned, and its outcome is written."""
+        """Tell the hooks that the last executor has returned, and its outcome is written."""
         if (hooks := self._services.hooks).queue_stopped:
             hooks.tell(hooks.queue_stopped, lambda: self._queue)
 
     def drain(self, timeout: float | None) -> bool:
-        """Do :meth:`Queue.drain`."""
+        """Do the work of :meth:`Queue.drain`."""
         if inside_executor() or self._services.hooks.inside:
-            raise ConfigurationError("drain() inside an executor or a hook would wait for itself")
+            raise ConfigurationError(
+                "drain() inside an executor or a hook would wait for itself: call it elsewhere"
+            )
         if self._state.stopped:
-            raise QueueStopped("the queue was stopped; nothing is run any more")
+            raise QueueStopped("the queue was stopped and runs no more tasks: create a new queue")
         if self.node is None:
-            raise ConfigurationError("drain() waits for the workers of a started queue: start() it")
+            raise ConfigurationError("drain() requires a started queue: call start() first")
         return self.node.drain(None if timeout is None else check_number(timeout, "timeout"))
 
     def stop(self, timeout: float, *, cancel: bool) -> list[str]:
-        """Take nothing more, wait for the workers and hooks; returns the ids that still run."""
+        """Take no more tasks, wait for workers and hooks; return the ids of tasks that still run."""
         seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
         deadline = time.monotonic() + seconds
-        # Held for moments only, and not while a start waits for the repository.
+        # This lock is held for moments only, and not while a start waits for the repository.
         with self._changing:
             self._state.stopped = True
         still = [] if self.node is None else self.node.stop(seconds, cancel=cancel)
@@ -381,7 +388,7 @@ class Lifetime:
         return still
 
     def tell_to_stop(self) -> None:
-        """Take nothing more, and tell running tasks to stop; waits for nothing."""
+        """Take no more tasks, and tell the running ones to stop, without waiting."""
         self._state.stopped = True
         if self.node is not None:
             self.node.engine.stopping = True
@@ -389,7 +396,7 @@ class Lifetime:
             self.node.engine.fire_all(CancelReason.STOP)
 
     def wait_for_hooks(self, timeout: float) -> None:
-        """Wait until hooks have been told everything, and complain if they have not."""
+        """Wait until hooks have been told everything; log a warning if they were not in time."""
         hooks = self._services.hooks
         if not (hooks.quiet or hooks.inside or hooks.wait(timeout)):
             self._services.log.warning(
@@ -401,10 +408,10 @@ _lives: weakref.WeakSet[Lifetime] = weakref.WeakSet()
 
 
 def stop_forgotten() -> None:
-    """Stop the queues that nobody stopped, as the interpreter exits."""
+    """Stop the queues that were not stopped, when the interpreter exits."""
     deadline = time.monotonic() + EXIT_TIMEOUT
     running = {life for life in list(_lives) if life.name == "started"}
-    for life in running:  # first all of them: they end at the same time, not one after the other
+    for life in running:  # first tell all of them, so that they end at the same time
         life.tell_to_stop()
     for life in list(_lives):
         left = max(0.0, deadline - time.monotonic())

@@ -1,4 +1,4 @@
-"""After a crash: what dead nodes held is taken back."""
+"""Recovery after a crash: take back the tasks of dead nodes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from taskx.liveness.base import Node
 from taskx.running.pool import WorkerPool
 from taskx.storage import queries
 
-#: Tasks of a dead node's buffer that are given up in one transaction.
+#: Most tasks of a dead node's buffer that are freed in one transaction.
 BATCH = 1000
 
 
 class Recovery:
-    """Looks for dead nodes, and takes back what they held; after an error, the rest next time."""
+    """Finds dead nodes and takes back their tasks; after an error, the next call does the rest."""
 
     def __init__(self, pool: WorkerPool) -> None:
         self._pool = pool
         self._services = pool.services
         self._unknown: set[str] = set()
-        # Dead nodes whose buffers are being given up; and how many tasks of each cannot be.
+        # The dead nodes whose buffers are being freed, and the number of tasks of each that cannot be.
         self._left: dict[str, int] = {}
 
     @property
@@ -33,14 +33,14 @@ class Recovery:
         return bool(self._left)
 
     def recover(self, patience: float = math.inf) -> int:
-        """Take back what dead nodes held; returns how many tasks.
+        """Take back the tasks of dead nodes; return how many.
 
         Args:
-            patience: seconds after which the rest of what waited in their buffers is left to :meth:`go_on`.
+            patience: seconds after which the rest of their buffered tasks is left to :meth:`go_on`.
         """
         until = time.monotonic() + patience
         repository = self._services.repository
-        # Owners first: a node that joins after this is in the list of nodes below, if it owns any.
+        # Owners first: a node that joins after this and owns a task is in the list of nodes below.
         owners = queries.owners(repository)
         nodes = {node.id: node for node in repository.nodes()}
         self._pool.fetcher.alone = not any(
@@ -56,44 +56,44 @@ class Recovery:
             elif node.alive is None and node.id not in self._unknown:
                 self._unknown.add(node.id)
                 self._services.log.warning(
-                    "whether node %s lives cannot be told, as its lock file is gone or unreadable; "
+                    "cannot tell if node %s is alive, because its lock file is missing or unreadable; "
                     "its tasks are left alone",
                     node.name,
                 )
         return recovered + self.go_on(until - time.monotonic())
 
     def go_on(self, patience: float = math.inf) -> int:
-        """Give up what waited in the buffers of dead nodes, a batch at a time; returns how many tasks."""
+        """Free the tasks in the buffers of dead nodes, a batch at a time; return how many."""
         until = time.monotonic() + patience
-        given_up = 0
+        freed = 0
         for node in list(self._left):
             while writes := self._pending(node):
                 results = self._services.ledger.commit(writes)
-                given_up += sum(results)
+                freed += sum(results)
                 self._left[node] += len(results) - sum(results)
                 if len(writes) == BATCH and time.monotonic() >= until:
-                    return given_up
+                    return freed
             self._services.dependents.ended_elsewhere()
             self._services.turns.scan_all_soon()
-            if node != self._pool.node.id:  # else its record is gone, and it makes another one
+            if node != self._pool.node.id:  # this node's own record is gone; it makes another one
                 self._services.repository.liveness.leave(node)
             del self._left[node]
-        return given_up
+        return freed
 
     def _pending(self, node: str) -> list[Update]:
-        """Return the writes that give up the next tasks in the buffer of a dead node."""
+        """Return the writes that free the next tasks in the buffer of a dead node."""
         passed = self._left[node]
         found = self._services.repository.find("buffered_on", [node], ("id",), passed + BATCH)
         return [lifecycle.give_up(task_id, node) for (task_id,) in found[passed:]]
 
     def _take_back(self, node: Node) -> int:
-        """Rescue what a dead node was running; what waited in its buffer is given up later."""
+        """Rescue the running tasks of a dead node; its buffered ones are freed later."""
         find = self._services.repository.find
         running = [task_id for (task_id,) in find("running_on", [node.id], ("id",))]
         barred = [task_id for (task_id,) in find("stuck_on", [node.id], ("id",))]
         tasks = list(self._services.repository.get_many(running).values())
         if not self._services.repository.liveness.is_dead(node.id):
-            return 0  # it came back, and may run what was read
+            return 0  # it came back, and may be running the tasks that were read
         if tasks:
             self._rescue(node, tasks)
         self._left[node.id] = 0
@@ -107,6 +107,6 @@ class Recovery:
         rescues = lifecycle.rescue(
             list(tasks), now, stopping=node.stopping, isolated=isolated, executing=executing
         )
-        # One transaction: half a rescue would count the other half's neighbours wrongly.
+        # One transaction: after half a rescue, the other tasks would be told a wrong number of neighbours.
         writes = [write for alternatives in rescues for write in alternatives]
         self._services.consequences.commit(writes, {task.id: task for task in tasks})

@@ -1,4 +1,4 @@
-"""Finished tasks are removed when they are old enough, a few at a time."""
+"""Retention: remove finished tasks when they are old enough, a few at a time."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from taskx.core.model import TaskStatus, check_moment, check_status
 from taskx.moving import Services
 from taskx.storage.base import Repository
 
-#: Most tasks removed in one transaction: others who write wait some milliseconds for it.
+#: Most tasks removed in one transaction: other writers wait some milliseconds for it.
 BATCH = 200
-#: Seconds between looks for tasks that are old enough.
+#: Seconds between scans for tasks that are old enough.
 EVERY = 60.0
-# Dependents that are read at a time.
+# Most dependents that are read at a time.
 _MOST_PAIRS = 1000
-# Seconds, of which the calendar has fewer.
+# More seconds than the calendar has.
 _FOR_EVER = 1e12
-# Tasks that did not complete usually depend on tasks that did, seldom the other way round.
+# Tasks that did not complete usually depend on tasks that did; the reverse is rare.
 _CHILDREN_FIRST = (TaskStatus.CANCELLED, TaskStatus.FAILED, TaskStatus.COMPLETED)
 
 
 def prune(
     services: Services, status: TaskStatus, before: int, after: Any = None
 ) -> tuple[int, Any]:
-    """Look at a batch of the tasks of a status that ended before a moment, and remove what may go.
+    """Scan a batch of the tasks that ended in a status before a moment, and remove those that can go.
 
     Args:
-        services: what it works with.
-        status: of which tasks.
-        before: the moment, in milliseconds.
-        after: where to go on, as the call before returned it; None to begin with the newest.
+        services: the parts of the queue.
+        status: the status of the tasks.
+        before: the moment, in milliseconds since the epoch.
+        after: the place to go on from, as the previous call returned it; None begins with the newest.
 
     Returns:
-        how many were removed, and where to go on; None where there are no more.
+        The number of removed tasks, and the place to go on from; None if there are no more tasks.
     """
     repository = services.repository
     page = repository.ended(status.value, within_calendar(before), BATCH, after)
@@ -52,11 +52,12 @@ def prune(
 
 
 def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
-    """Return those of these tasks on which another stored task depends."""
+    """Return the ids of these tasks on which another stored task depends."""
     these, pairs = set(task_ids), ("parent", "id")
     found = repository.find("parent", task_ids, pairs, _MOST_PAIRS)
     if len(found) == _MOST_PAIRS:
-        # Of one that many depend on, one more than there are here will do.
+        # There are too many pairs. For each task, one child more than these tasks are is enough: at least
+        # one child is then another task.
         found = [
             pair
             for task_id in task_ids
@@ -66,19 +67,19 @@ def needed(repository: Repository, task_ids: Sequence[str]) -> set[str]:
 
 
 def prune_all(services: Services, before: datetime, status: TaskStatus | str | None) -> int:
-    """Remove all that ended before a moment, of one status or of each; returns how many.
+    """Remove all tasks that ended before a moment, of one status or of each; return how many.
 
-    Again and again, as what was removed may be all that kept others.
+    It scans again until nothing is removed, because a removed task may be the only one that kept others.
 
     Raises:
-        ConfigurationError: the moment is no aware datetime, or no task ends in that status.
+        ConfigurationError: the moment is not an aware datetime, or tasks do not end in that status.
     """
     if before is None:
         raise ConfigurationError("before must be a datetime, not None")
     check_moment(before, "before")
     wanted = None if status is None else check_status(status)
     if wanted is not None and not wanted.finished:
-        raise ConfigurationError(f"only tasks that have ended can be pruned, not {wanted} ones")
+        raise ConfigurationError(f"only tasks that have ended can be pruned, got status {wanted}")
     removed, some = 0, 1
     while some:
         some = 0
@@ -94,13 +95,13 @@ def prune_all(services: Services, before: datetime, status: TaskStatus | str | N
 
 
 class Retention:
-    """Removes tasks that ended in a status longer ago than the seconds that it is kept for."""
+    """Removes ended tasks that are older than the retention period of their status, in seconds."""
 
     def __init__(self, services: Services, periods: Mapping[TaskStatus, float]) -> None:
         self._services = services
         self._periods = periods
         self._next = services.clock.monotonic()
-        # The place where the look under way goes on, for each status of which it has not seen all.
+        # The place from which the current scan goes on, for each status that it has not finished.
         self._left: dict[TaskStatus, Any] = {}
 
     def tick(self) -> None:
@@ -109,8 +110,8 @@ class Retention:
             return
         self._next = now + EVERY
         wall = self._services.clock.now_ms()
-        looks, self._left = self._left or dict.fromkeys(self._periods), {}
-        for status, after in looks.items():
+        scans, self._left = self._left or dict.fromkeys(self._periods), {}
+        for status, after in scans.items():
             before = wall - round(min(self._periods[status], _FOR_EVER) * 1000)
             removed, after = prune(self._services, status, before, after)
             if removed:

@@ -233,7 +233,7 @@ def test_a_slot_is_given_back_wherever_its_submit_is_struck():
     buffer = Buffer(2, 2, lambda: True)
 
     def use(point):
-        slot = (buffer.turn(),)
+        slot = (buffer.new_slot(),)
         try:
             assert buffer.reserve(slot)
             buffer.add(f"x{point}", "t", 0, 1, None, slot[0], fetched=False)
@@ -250,13 +250,13 @@ def test_a_slot_is_given_back_wherever_its_submit_is_struck():
 
 def test_a_task_that_is_put_in_twice_takes_one_place_in_a_full_buffer():
     buffer = Buffer(1, 1, lambda: True)
-    assert buffer.reserve((buffer.turn(),))
-    assert not buffer.reserve((buffer.turn(),))
+    assert buffer.reserve((buffer.new_slot(),))
+    assert not buffer.reserve((buffer.new_slot(),))
 
 
 def test_slots_that_were_lost_are_found(started, auditing):
     buffer = pool_of(started).buffer
-    assert buffer.reserve([buffer.turn() for _ in range(buffer.maxsize)])
+    assert buffer.reserve([buffer.new_slot() for _ in range(buffer.maxsize)])
     with pytest.raises(QueueFull):
         started.submit("fine", id="of the caller's, so that it goes through the buffer")
     eventually(lambda: not buffer.reserved)
@@ -374,8 +374,8 @@ def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, mon
     handle = started.submit("fine")
     assert at_it.wait(PATIENCE)
     audit = Audit(pool)
-    audit.look()
-    audit.look()
+    audit.check()
+    audit.check()
     going_on.set()
     assert handle.result(PATIENCE) == "fine"
     assert handle.task().interruptions == 0

@@ -36,15 +36,15 @@ def pending(handle):
 def looks(queue):
     """Wait until its housekeeper has looked what is paused, at least once from now on."""
     looked, pool = threading.Event(), pool_of(queue)
-    look = pool.fetcher.look_for_pauses
+    look = pool.fetcher.refresh_pauses
 
     def watched():
         look()
         looked.set()
 
-    pool.fetcher.look_for_pauses = watched
+    pool.fetcher.refresh_pauses = watched
     assert looked.wait(PATIENCE)
-    pool.fetcher.look_for_pauses = look
+    pool.fetcher.refresh_pauses = look
 
 
 def test_a_paused_type_waits_and_the_others_run(queue, other):

@@ -341,7 +341,7 @@ def test_waiting_reads_no_record_before_the_end(queue, read):
 @pytest.mark.parametrize("repository", ["sqlite", "mongomock"], indirect=True)
 def test_a_look_for_cancels_reads_no_record_of_a_running_task(queue, held, read):
     read.clear()
-    housekeeper_of(queue)._look_around()
+    housekeeper_of(queue)._process_changes()
     assert held not in read
 
 
@@ -351,7 +351,7 @@ def test_a_running_task_hears_of_a_cancel_though_its_record_is_damaged(queue, re
     repository._transact(
         lambda cursor: cursor.execute("UPDATE tasks SET cancel_requested_at = 'abc'"), durable=False
     )
-    housekeeper_of(queue)._look_around()
+    housekeeper_of(queue)._process_changes()
     assert run.token.cancelled
     assert queue.cancel_task(held) is False
     assert queue.cancel_many([held]) == 0

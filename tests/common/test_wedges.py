@@ -202,7 +202,7 @@ def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch
 def full():
     buffer = Buffer(1000, 64, lambda: True)
     for n in range(1000):
-        turn = buffer.turn()
+        turn = buffer.new_slot()
         assert buffer.reserve((turn,))
         buffer.add(f"x{n}", "t", 0, n, None, turn, fetched=False)
     return buffer
@@ -243,15 +243,15 @@ def test_a_clock_that_is_set_back_does_not_change_the_order():
     buffer = Buffer(100, 64, lambda: True)
 
     def submit(name, at):
-        turn = buffer.turn()
+        turn = buffer.new_slot()
         assert buffer.reserve((turn,))
         buffer.add(name, "t", 0, at, None, turn, fetched=False)
 
     submit("a", 5000)
     submit("b", 1000)  # set back
     submit("c", 1001)
-    buffer.add("old", "t", 0, 500, None, buffer.turn())  # from the repository, stored long before
-    buffer.add("d", "t", 0, 1002, None, buffer.turn())  # spilled after that
+    buffer.add("old", "t", 0, 500, None, buffer.new_slot())  # stored long before
+    buffer.add("d", "t", 0, 1002, None, buffer.new_slot())  # spilled after that
     submit("e", 6000)  # it has caught up
     taken = [item.id for item in buffer.take(9)]
     assert taken == ["old", "a", "b", "c", "d", "e"]

@@ -51,12 +51,12 @@ def test_a_token_that_comes_while_there_is_no_room_to_fetch_wakes_nobody_twice(
     handles = [queue.submit("t") for _ in range(2)]
     assert handles[0].result(PATIENCE) is None
     pool = pool_of(queue)
-    eventually(pool.admission.next_look)
+    eventually(pool.admission.next_fetch)
     monkeypatch.setattr(pool.buffer, "room_to_fetch", lambda: 0)
     pool.agenda.more_stored = True
     clock.advance(2)
     pool.agenda.wake_from_long_sleep()
-    eventually(lambda: pool.admission.next_look() is None)
+    eventually(lambda: pool.admission.next_fetch() is None)
     monkeypatch.undo()
     pool.agenda.wake_from_long_sleep()
     assert handles[1].result(PATIENCE) is None
@@ -241,7 +241,7 @@ def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
     pool = pool_of(queue)
     eventually(lambda: all(i in pool.buffer for i in ("low", "high", "higher")))
     with pool.fetcher._refilling:  # nobody else fetches them meanwhile
-        pool.starter.give_up([item.id for item in pool.buffer.sweep(lambda type: True)])
+        pool.starter.free([item.id for item in pool.buffer.sweep(lambda type: True)])
         assert [stub.id for stub in pool.fetcher._offered(2)] == ["higher", "high"]
 
 
@@ -454,7 +454,7 @@ def test_each_attempt_counts(make_queue, clock):
     handle = queue.submit("t")
     eventually(lambda: len(attempts) == 2)
     for n in (3, 4, 5):
-        eventually(lambda n=n: pool_of(queue).admission.next_look() is not None)
+        eventually(lambda n=n: pool_of(queue).admission.next_fetch() is not None)
         assert len(attempts) == n - 1
         clock.advance(30)
         eventually(lambda n=n: len(attempts) == n)
@@ -511,13 +511,13 @@ def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
 def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
     """Be it while what was to be found is fetched, or while what waits for one is started."""
     admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
-    admission._scheduled = lambda: told.append(admission.next_look())
+    admission._scheduled = lambda: told.append(admission.next_fetch())
     assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
     clock.advance(1)
     assert admission.is_time()
     assert admission.room("t", ()) == (1, 0)
     clock.advance(1)
-    admission.looked("t", 1, 1)
+    admission.fetch_done("t", 1, 1)
     assert told[1:] == [clock.monotonic()]
     assert admission.is_time()
     admission.fetched("t", "y")
@@ -534,26 +534,26 @@ def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
 def test_nobody_looks_for_more_when_there_was_none(rated, clock):
     """At least not at each of so many starts: whoever submits more tells of it."""
     admission, told = pool_of(rated(rate="60/m", burst=9)).admission, []
-    admission._scheduled = lambda: told.append(admission.next_look())
+    admission._scheduled = lambda: told.append(admission.next_fetch())
     assert admission.room("t", ()) == (9, 0)
-    admission.looked("t", 9, 5)
+    admission.fetch_done("t", 9, 5)
     assert admission.admit({"t": ["x"]}) == {"x"}
-    assert (told, admission.next_look()) == ([], None)
+    assert (told, admission.next_fetch()) == ([], None)
 
 
 def test_the_housekeeper_is_told_when_a_token_is_waited_for(rated, clock):
     """By the start that took the last one, and by a fetch after which there may be more."""
     admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
-    admission._scheduled = lambda: told.append(admission.next_look())
+    admission._scheduled = lambda: told.append(admission.next_fetch())
     assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
     assert told == [clock.monotonic() + 1]
     clock.advance(1)
     assert admission.is_time()
-    assert (admission.is_time(), admission.next_look()) == (False, None)
+    assert (admission.is_time(), admission.next_fetch()) == (False, None)
     assert admission.room("t", ()) == (1, 0)
-    admission.looked("t", 1, 0)  # nothing waits for it
-    assert (len(told), admission.next_look()) == (1, None)
-    admission.looked("t", 1, 1)
+    admission.fetch_done("t", 1, 0)  # nothing waits for it
+    assert (len(told), admission.next_fetch()) == (1, None)
+    admission.fetch_done("t", 1, 1)
     assert told[1:] == [clock.monotonic() + 1]
 
 
@@ -622,7 +622,7 @@ def test_a_rate_and_a_number_at_once(make_queue, clock, gate):
 def test_a_type_without_a_limit_pays_nothing(started, monkeypatch):
     """Nothing is asked or counted for it: neither without any limits nor with another type limited."""
     asked = []
-    for name in ("admit", "room", "looked", "fetched", "open"):
+    for name in ("admit", "room", "fetch_done", "fetched", "open"):
         method = getattr(Admission, name)
 
         def noting(self, about, *more, method=method):

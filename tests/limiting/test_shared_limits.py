@@ -192,8 +192,8 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     repository.before = lambda writes: None
     monkeypatch.undo()
     audit = Audit(node.engine)
-    audit.look()
-    audit.look()
+    audit.check()
+    audit.check()
     assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
 
 
@@ -642,7 +642,7 @@ def test_a_damaged_note_is_begun_anew(make_queue, repository, caplog, name, text
             handles[2].cancel()
         assert queue.drain(PATIENCE)
         queue.stop(PATIENCE)
-        assert caplog.text.count(f"{name} is damaged, and is begun anew") == (text != "")
+        assert caplog.text.count(f"note {name} is damaged and is replaced") == (text != "")
         assert [r for r in caplog.records if r.levelname == "ERROR" or "fails" in r.msg] == []
         note = repository.notes(name).get(name)
         assert note is None or repository.put_note(name, None, note.version)

@@ -133,7 +133,7 @@ class TestGivenUp:
         eventually(lambda: not queue.get_task_status("x").stuck_on)
         task = handle.task()
         assert (task.status, task.result, task.progress) == (TaskStatus.FAILED, None, 0)
-        eventually(lambda: "its thread has ended now; what came of it is dropped" in caplog.text)
+        eventually(lambda: "its thread has ended now; its late outcome is dropped" in caplog.text)
         assert pool_of(queue).runs == {}
 
     @pytest.mark.every_store

@@ -977,7 +977,7 @@ def test_a_store_that_was_away_is_a_misfire(started, repository, clock, caplog):
     started.schedule("s", every(60), "remote")
     repository.down = True
     clock.advance(130)
-    eventually(lambda: "the repository fails the housekeeper" in caplog.text)
+    eventually(lambda: "the housekeeper tries again" in caplog.text)
     repository.down = False
     eventually(lambda: ticks(started) == ["27 12:02"])
 

@@ -229,7 +229,7 @@ class TestAudit:
         """Audits a queue whose only worker is busy, two tasks in its buffer at a time."""
         monkeypatch.setattr(audit, "AUDITED", 2)
         queue = busy(buffer_size=100)
-        monkeypatch.setattr(housekeeper_of(queue)._audit, "look", lambda: None)
+        monkeypatch.setattr(housekeeper_of(queue)._audit, "check", lambda: None)
         return queue, audit.Audit(pool_of(queue))
 
     @pytest.mark.every_store
@@ -245,20 +245,20 @@ class TestAudit:
             return found
 
         monkeypatch.setattr(queue.repository, "find", counted)
-        mine.look()
+        mine.check()
         assert read == {"running_on": 1, "buffered_on": 2}
 
     def test_a_lost_task_is_found_when_it_is_next_in_line(self, audits, gate):
         queue, mine = audits
         handles = [queue.submit("note", {"n": n}) for n in range(5)]
         pool_of(queue).buffer.discard([handles[4].id])
-        mine.look()
-        mine.look()
+        mine.check()
+        mine.check()
         assert queue.buffered == 4
         gate.open()
         assert [handle.result(PATIENCE) for handle in handles[:4]] == [None] * 4
-        mine.look()
-        mine.look()
+        mine.check()
+        mine.check()
         assert handles[4].result(PATIENCE) is None
         assert queue.ran == [0, 1, 2, 3, 4]
 

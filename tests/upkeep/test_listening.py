@@ -161,7 +161,7 @@ def test_a_repository_that_fails_to_listen_costs_no_more_than_a_poll(
     elsewhere.declare("t")
     with queue:
         assert elsewhere.submit("t").result(PATIENCE) == "fine"
-    assert "not heard" in caplog.text
+    assert "this node only polls" in caplog.text
     assert "does not hear" in caplog.text
 
 
@@ -181,7 +181,7 @@ def test_a_listener_that_fails_costs_no_more_than_a_poll(
     elsewhere.declare("t")
     with queue:
         assert elsewhere.submit("t").result(PATIENCE)
-    assert "not heard" in caplog.text
+    assert "this node only polls" in caplog.text
     assert caplog.text.count("does not hear") == 1
 
 
@@ -303,7 +303,7 @@ def heard(monkeypatch):
             done.append(news)
             fetcher.fetched += brings
 
-        monkeypatch.setattr(thread, "_look", look)
+        monkeypatch.setattr(thread, "_process", look)
         monkeypatch.setattr(bell, "_QUIET", NEVER)
         monkeypatch.setattr(
             listening, "time", SimpleNamespace(sleep=lambda _: done.append("rests"))
@@ -341,7 +341,7 @@ def looks(busy, nobody_polls, monkeypatch):
 
     def looks(news):
         seen.clear()
-        listening.Listening(pool)._look(news)
+        listening.Listening(pool)._process(news)
         return seen
 
     looks.queue = queue

@@ -44,7 +44,7 @@ def test_start_twice_is_start_once(queue):
         started = sorted(name for name in names if name not in OF_THE_REPOSITORY)
         assert started == ["taskx-housekeeper", "taskx-worker-1", "taskx-worker-2"]
         assert queue.submit("fine").result(PATIENCE) == "fine"
-    with pytest.raises(QueueStopped, match="another"):
+    with pytest.raises(QueueStopped, match="create a new queue"):
         queue.start()
 
 
