@@ -28,6 +28,7 @@ from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING,
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
+from taskx.core.token import CancelToken
 from taskx.core.writes import Delete, Insert, Update, Write
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
@@ -363,7 +364,16 @@ def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dic
 
 
 class Services:
-    """The parts that the other parts of a queue share."""
+    """The parts that the other parts of a queue share.
+
+    Its class attributes name the classes of the parts that depend on threads and on time. A queue that is
+    driven by its caller has classes of its own.
+    """
+
+    alarms_class: type[Alarms] = Alarms
+    hooks_class: type[Hooks] = Hooks
+    token_class: type[CancelToken] = CancelToken
+    watcher_class: type[Watcher] = Watcher
 
     def __init__(
         self,
@@ -379,10 +389,10 @@ class Services:
         self.clock = clock
         self.log = log
         self.agenda = Agenda()
-        self.alarms = Alarms(clock)
-        self.hooks = Hooks(hooks, log)
+        self.alarms = self.alarms_class(clock)
+        self.hooks = self.hooks_class(hooks, log)
         self.ledger = Ledger(repository, log, self.agenda)
-        self.watcher = Watcher(repository, log, self.agenda)
+        self.watcher = self.watcher_class(repository, log, self.agenda)
         self.pauses = Pauses(repository)
         self.runner = Runner(clock, self.alarms, registry.max_payload_size)
         self.keeper = Keeper(repository, self.ledger, registry.max_payload_size)

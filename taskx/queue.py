@@ -92,22 +92,30 @@ class Queue:
         )
         self._hooks = tuple(hooks)
         self._registry = Registry(
-            check_middleware(middleware), self.repository.require, self.config.max_payload_size
+            check_middleware(middleware), self._require, self.config.max_payload_size
         )
         self._schedules = Schedules(self.handle)
         self.repository.queues.add(self)
         self._wire()
         _queues.add(self)
 
+    # What a queue is made of; one that is driven by its caller has classes of its own.
+    _services_class: type[Services] = Services
+    _intake_class: type[Intake] = Intake
+    _life_class: type[Lifetime] = Lifetime
+
     def _wire(self) -> None:
         state = State()
-        self._services = Services(
+        self._services = self._services_class(
             *(self.repository, self._registry, self._hooks, state, self._clock, self._log)
         )
-        self._intake = Intake(self._services, state, self.config)
+        self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)
         self._schedules.wire(self._services, self._intake)
-        self._life = Lifetime(self._services, self.config, state, self)
+        self._life = self._life_class(self._services, self.config, state, self)
+
+    def _require(self, what: str) -> None:
+        self.repository.require(what)
 
     def __repr__(self) -> str:
         return f"<Queue on {self.repository!r}, {self._life.name}>"

@@ -74,6 +74,11 @@ class Signal:
     An exception that strikes in an ``Event`` may leave it locked; then whoever sets it waits for ever.
     """
 
+    #: The clock of its time-outs, in seconds.
+    now: Callable[[], float] = staticmethod(time.monotonic)
+    #: True if its time-outs are measured on a clock that a test moves.
+    virtual = False
+
     def __init__(self) -> None:
         self._lock = _thread.allocate_lock()
         self.clear()

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import _thread
 import logging
+import math
 import threading
-import time
 from collections.abc import Callable
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
@@ -41,6 +41,10 @@ class _Owner(Protocol):
     def watch(self, handle: TaskHandle[Any], /) -> None: ...
 
 
+class _Watches(Protocol):
+    signal: Callable[[], Signal]
+
+
 class _Outcome(NamedTuple):
     state: str
     result: Any = None
@@ -68,7 +72,7 @@ class TaskHandle(Future[R]):
     _outcome: _Outcome | None = None
     #: The watcher that has registered the handle and looked at its task since; in a forked child the
     #: queue has another one.
-    watched_by: object = None
+    watched_by: _Watches | None = None
 
     def __init__(self, task_id: str, owner: _Owner) -> None:
         # Not super().__init__(): its condition costs more than the rest of a submit.
@@ -194,18 +198,22 @@ class TaskHandle(Future[R]):
         return self._outcome
 
     def _sleep(self, timeout: float | None) -> None:
-        bell = Signal()
-        deadline = None if timeout is None else time.monotonic() + timeout
+        bell = self.signal()
+        deadline = None if timeout is None else bell.now() + timeout
         self._listen(bell)
         try:
             while self._outcome is None:
-                left = POLL_INTERVAL if deadline is None else deadline - time.monotonic()
+                left = math.inf if deadline is None else deadline - bell.now()
                 if left <= 0:
                     return
-                if not bell.wait(min(left, POLL_INTERVAL)):
+                if not bell.wait(left if bell.virtual else min(left, POLL_INTERVAL)):
                     self._owner.watch(self)  # renewed: whoever should ring may be gone
         finally:
             self._unlisten(bell)
+
+    def signal(self) -> Signal:
+        """Return a signal to wait with for the end of the task."""
+        return Signal() if self.watched_by is None else self.watched_by.signal()
 
     # --- who waits for its end
 
@@ -352,7 +360,7 @@ class _Waiters:
     def append(self, waiter: Any) -> None:
         if not isinstance(waiter.event, Signal):
             # Nobody sets it yet: of Futures that are none of ours, wait() has the locks.
-            waiter.event = Signal()
+            waiter.event = self._handle.signal()
         if self._handle._state == PENDING:  # else it has been counted among those that have ended
             self._handle._listen(_Waiter(waiter))
 

@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any
 
 from taskx.common import handles
-from taskx.common.bell import SHORTEST_REST, Agenda, Rest
+from taskx.common.bell import SHORTEST_REST, Agenda, Rest, Signal
 from taskx.common.handles import TaskHandle
 from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import ENDED, FINISHED
@@ -56,6 +56,8 @@ class Watcher:
         self._thread: threading.Thread | None = None
         self._listener: Listener | None = None  # hears of ends in other processes
         self._closed = self._warned = False
+        #: Makes the signal that a thread waits with for the end of a task.
+        self.signal: Callable[[], Signal] = Signal
 
     @property
     def watching(self) -> bool:

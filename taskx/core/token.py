@@ -114,7 +114,7 @@ class CancelToken:
         deadline = self._clock.monotonic() + seconds
         if self.deadline is not None:
             deadline = min(deadline, self.deadline)
-        child = CancelToken(deadline, self._clock)
+        child = type(self)(deadline, self._clock)
         self._children.append(child)
         if self.reason is not None:
             child.fire(self.reason)

@@ -58,10 +58,12 @@ class Run:
 
     __slots__ = ("capture", "context", "decided", "executor", "overdue", "state", "task", "token")
 
-    def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
+    def __init__(
+        self, task: Task, executor: Registered, token: CancelToken, shared: Shared
+    ) -> None:
         self.task = task
         self.executor = executor
-        self.token = CancelToken(None, clock)
+        self.token = token
         #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
         #: takes to decide the ending of the run.
         self.overdue: Overdue | None = None

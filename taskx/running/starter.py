@@ -325,7 +325,8 @@ class Starter:
 
     def _make_run(self, task: Task) -> Run:
         services = self._services
-        return Run(task, services.registry.registered[task.type], services.clock, self._shared)
+        token = services.token_class(None, services.clock)
+        return Run(task, services.registry.registered[task.type], token, self._shared)
 
     def strike(self, run: Run, ran: bool = False) -> None:
         """Forget a run that was not executed, or is over; a second call does nothing."""

@@ -301,6 +301,8 @@ class LocalNode:
 class Lifetime:
     """Starts and stops a queue, and tells the hooks; ``state`` shows the queue's parts how far it is."""
 
+    node_class: type[LocalNode] = LocalNode
+
     def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
         self._services = services
         self._config = config
@@ -337,7 +339,7 @@ class Lifetime:
             if self.node is not None:
                 self.node.engine.begun.set()  # an interrupt may have stopped start() before this step
                 return
-            node = LocalNode(self._services, self._config, self._ended)
+            node = self.node_class(self._services, self._config, self._ended)
             try:
                 node.join()
                 node.begin()
