@@ -210,7 +210,7 @@ class Half(float):
 CYCLE: list[Any] = []
 CYCLE.append(CYCLE)
 
-#: The rows of the README's table of what is refused: examples, and where the error says they are.
+#: The rows of the table in ``docs/json.rst``: examples, and the place that the error names.
 REFUSED = {
     "Params": [],  # a result may be any value: see below
     "Other types": [
@@ -231,11 +231,11 @@ KEPT = [
 ]
 
 
-class TestReadme:
-    """The README says all that is refused, and nothing that is kept."""
+class TestDocumentation:
+    """The page on params and results lists every refused value, and no value that is kept."""
 
     def test_its_table_has_the_rows_that_are_tested_here(self):
-        text = (Path(__file__).parents[2] / "README.rst").read_text(encoding="utf-8")
+        text = (Path(__file__).parents[2] / "docs" / "json.rst").read_text(encoding="utf-8")
         table = text.partition("Refused are:")[2].split("===\n")[1]
         rows = re.findall(r"^([A-Z].{0,22}?)  +", table, re.MULTILINE)
         assert [row.replace("``", "") for row in rows] == list(REFUSED)
