@@ -146,8 +146,8 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     ("replace", None): Follows(may_start=True, leaves=True),
     # A node takes tasks that it can start, and gives up the others.
     ("take", None): NOTHING,
-    ("give up", None): NOTHING,
-    ("free key", None): NOTHING,
+    ("disown", None): NOTHING,
+    ("release key", None): NOTHING,
     ("delete", None): Follows(ends=True, leaves=True),
     # These tasks had ended, and no other task needs them.
     ("prune", None): NOTHING,

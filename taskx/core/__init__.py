@@ -1,4 +1,4 @@
-"""What a task is, how it lives, and the rules that need no thread and no store.
+"""The task, its life cycle, and all rules that need neither threads nor a repository.
 
-Every package may use it. ``lifecycle`` is the only module that knows the moves.
+Every other package may import this one. ``lifecycle`` is the only module that knows the moves.
 """

@@ -1,4 +1,4 @@
-"""Checks of options: numbers, and functions that are to be called."""
+"""Checks of option values: numbers and functions."""
 
 from __future__ import annotations
 
@@ -13,22 +13,24 @@ from taskx.core.errors import ConfigurationError
 
 
 def check_number(value: Any, what: str, minimum: float = 0.0) -> float:
-    """A finite number from ``minimum``; ConfigurationError says what is wrong with it."""
+    """Return the value as a float. Raises ConfigurationError if it is not finite or below ``minimum``."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ConfigurationError(f"{what} must be a number of seconds, not {value!r}")
     try:
         number = float(value)
     except OverflowError:
         raise ConfigurationError(
-            f"{what} must be a finite number from {minimum:g}; this one is beyond what a float holds"
+            f"{what} must be a finite number of at least {minimum:g}; this one is too large for a float"
         ) from None
     if not math.isfinite(number) or number < minimum:
-        raise ConfigurationError(f"{what} must be a finite number from {minimum:g}, not {value!r}")
+        raise ConfigurationError(
+            f"{what} must be a finite number of at least {minimum:g}, not {value!r}"
+        )
     return number
 
 
 def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> int:
-    """A whole number within bounds; ConfigurationError says what is wrong with it."""
+    """Return the value: a whole number within both limits. Raises ConfigurationError if it is not."""
     if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
         raise ConfigurationError(
             f"{what} must be a whole number from {minimum} to {maximum}, not {value!r}"
@@ -37,7 +39,7 @@ def check_int(value: Any, what: str, minimum: int, maximum: int = 2**31 - 1) -> 
 
 
 def by(check: Callable[..., object], *limits: float) -> Any:
-    """A validator of attrs that gives a check the value, the name of the field, and the limits."""
+    """Return an attrs validator that calls ``check`` with the value, the field's name and the limits."""
 
     def validate(_: Any, field: attrs.Attribute[Any], value: Any) -> None:
         check(value, field.name, *limits)
@@ -46,9 +48,11 @@ def by(check: Callable[..., object], *limits: float) -> Any:
 
 
 def check_plain(function: Any, what: str) -> None:
-    """A function whose body runs when it is called; ConfigurationError says why it would not."""
-    calls = (function, getattr(function, "__call__", None))  # noqa: B004  (an object may have an async one)
+    """Raise ConfigurationError if calling the function would not run its body: async or a generator."""
+    calls = (function, getattr(function, "__call__", None))  # noqa: B004  (an object's __call__ may be async)
     if any(inspect.iscoroutinefunction(c) or inspect.isasyncgenfunction(c) for c in calls):
-        raise ConfigurationError(f"{what} is async; TaskX runs plain functions")
+        raise ConfigurationError(f"{what} is async; it must be a plain function")
     if any(map(inspect.isgeneratorfunction, calls)):
-        raise ConfigurationError(f"{what} is a generator; its body would never run")
+        raise ConfigurationError(
+            f"{what} is a generator, so its body would not run; it must be a plain function"
+        )

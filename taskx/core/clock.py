@@ -1,4 +1,4 @@
-"""Time, as something that can be handed in."""
+"""Clocks, which tests can replace, and conversions between datetimes and milliseconds."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _MILLISECOND = timedelta(milliseconds=1)
 
 
 class Clock(Protocol):
-    """Where TaskX reads time from; hand your own to ``Queue`` or a repository in tests."""
+    """A source of time. In tests, give your own to ``Queue`` or to a repository."""
 
     def now_ms(self) -> int:
-        """Milliseconds since 1970-01-01 UTC: what records are stamped with."""
+        """Return milliseconds since 1970-01-01 UTC, for the times in records."""
         ...
 
     def monotonic(self) -> float:
-        """Seconds on a clock that never jumps: what durations and deadlines are measured by."""
+        """Return seconds on a clock that never jumps, for durations and deadlines."""
         ...
 
 
@@ -39,23 +39,23 @@ SYSTEM_CLOCK = SystemClock()
 
 
 def check_clock(clock: Any) -> Clock:
-    """What time can be read from; ConfigurationError says what is wrong with it."""
+    """Return the clock. Raises ConfigurationError if it lacks a method or is a class."""
     parts = (getattr(clock, name, None) for name in ("now_ms", "monotonic"))
     if isinstance(clock, type) or not all(map(callable, parts)):
         raise ConfigurationError(
-            f"clock must have now_ms() and monotonic(), as SystemClock() does, not be {clock!r}"
+            f"clock must have now_ms() and monotonic(), like SystemClock(); got {clock!r}"
         )
     return cast("Clock", clock)
 
 
-@lru_cache(maxsize=1024)  # tasks that come or start together share their moments
+@lru_cache(maxsize=1024)  # tasks that are stored or started together have the same times
 def to_datetime(ms: int) -> datetime:
-    """The aware UTC datetime of a millisecond count."""
+    """Return the aware UTC datetime of milliseconds since 1970."""
     return _EPOCH + timedelta(milliseconds=ms)
 
 
 def to_ms(moment: datetime, what: str = "datetime") -> int:
-    """The millisecond count of a datetime, finer parts cut off; ``ValueError`` if it has no time zone."""
+    """Return a datetime as whole milliseconds since 1970. Raises ``ValueError`` if it has no time zone."""
     if moment.tzinfo is None or moment.utcoffset() is None:
         raise ValueError(
             f"{what} must be an aware datetime, such as datetime.now(timezone.utc); "
@@ -64,11 +64,11 @@ def to_ms(moment: datetime, what: str = "datetime") -> int:
     return (moment - _EPOCH) // _MILLISECOND
 
 
-#: The first and the last moment of the calendar; those of time zones may lie beyond.
+#: The first and the last moment of the calendar, in UTC milliseconds. A local time can be outside of it.
 FIRST = to_ms(datetime.min.replace(tzinfo=timezone.utc))
 LAST = to_ms(datetime.max.replace(tzinfo=timezone.utc))
 
 
 def within_calendar(ms: int) -> int:
-    """The moment, or the end of the calendar that it lies beyond."""
+    """Return the moment in milliseconds, limited to the calendar (:data:`FIRST` to :data:`LAST`)."""
     return max(FIRST, min(ms, LAST))

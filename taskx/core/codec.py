@@ -1,7 +1,7 @@
-"""Codecs: how the JSON of a task is turned into what is stored, to compress or to encrypt it.
+"""Codecs: they convert the JSON of a task before it is stored, to compress or encrypt it.
 
-What a codec made is stored as a JSON object again, ``{"taskx:codec": name, "data": base64}``, so that a
-record stays what it is for all others who read it.
+A codec's output is stored as a JSON object, ``{"taskx:codec": name, "data": base64}``. The columns thus
+contain valid JSON for every program that reads the records.
 """
 
 from __future__ import annotations
@@ -19,39 +19,39 @@ from taskx.core.model import check_name
 from taskx.core.payload import CODEC_KEY
 from taskx.core.writes import Insert, Update, Write
 
-#: The columns that are stored so.
+#: The columns that codecs convert.
 CODED = ("params", "result", "checkpoints")
 
 _PREFIX = f'{{"{CODEC_KEY}":'
 
 
 class Codec(ABC):
-    """Turns the params, results and checkpoints of tasks into what is stored, and back.
+    """A conversion of the params, results and checkpoints of tasks for storage, and back.
 
-    Calls come from several threads. What either method raises concerns the one task alone,
-    also where it is no ``Exception``, such as the panic of an extension in Rust.
+    Several threads call the methods. An exception from either method affects only the task at hand, even
+    if it is not derived from ``Exception``, such as the panic of an extension in Rust.
 
     Attributes:
-        name: by which a record says what it was written with; it must never mean another one.
+        name: stored in each record to say which codec wrote it. Never reuse it for another codec.
     """
 
     name: str
 
     @abstractmethod
     def encode(self, data: bytes) -> bytes | None:
-        """What is stored for JSON text, or None to store that as it is."""
+        """Return the bytes to store for this JSON text (UTF-8), or None to store the text unchanged."""
 
     @abstractmethod
     def decode(self, data: bytes) -> bytes:
-        """The JSON text of what :meth:`encode` made."""
+        """Return the JSON text (UTF-8) for bytes that :meth:`encode` returned."""
 
 
 class ZlibCodec(Codec):
-    """Compresses what is large enough to gain by it.
+    """A codec that compresses values with zlib if that makes them smaller.
 
     Args:
-        min_size: store what is smaller as it is; in bytes.
-        level: 1 for speed to 9 for size.
+        min_size: values smaller than this number of bytes are stored unchanged.
+        level: from 1 (fastest) to 9 (smallest).
 
     Raises:
         ConfigurationError: an argument is not valid.
@@ -67,7 +67,7 @@ class ZlibCodec(Codec):
         if len(data) < self._min_size:
             return None
         packed = zlib.compress(data, self._level)
-        # It is stored as base64; and as it is where that would save nothing.
+        # The output is stored as base64, which makes it a third longer.
         return packed if len(packed) * 4 // 3 < len(data) else None
 
     def decode(self, data: bytes) -> bytes:
@@ -75,11 +75,11 @@ class ZlibCodec(Codec):
 
 
 class Unreadable(ValueError):
-    """What a codec made cannot be read."""
+    """A codec's output cannot be read."""
 
 
 class Codecs:
-    """The codecs of a repository: the first one writes, all of them read."""
+    """The codecs of a repository. The first one writes; all of them read."""
 
     def __init__(self, given: Codec | Iterable[Codec] | None = None) -> None:
         several = isinstance(given, Iterable) and not isinstance(given, str)
@@ -88,16 +88,16 @@ class Codecs:
             if not isinstance(codec, Codec):
                 raise ConfigurationError(f"a codec must be an instance of Codec, not {codec!r}")
             if not check_name(getattr(codec, "name", None), "the name of a codec"):
-                raise ConfigurationError(f"{codec!r} must have a name")
+                raise ConfigurationError(f"{codec!r} must have a name that is not empty")
         self._by_name = {codec.name: codec for codec in codecs}
         if len(self._by_name) < len(codecs):
-            raise ConfigurationError("two codecs have the same name")
+            raise ConfigurationError("two codecs have the same name; each name must be unique")
         self._writer = codecs[0] if codecs else None
 
     # --- writing
 
     def coded(self, writes: Sequence[Write]) -> Sequence[Write]:
-        """The writes as they are to be stored; ``PayloadError`` if the codec failed."""
+        """Return the writes with encoded columns. Raises ``PayloadError`` if the codec fails."""
         return writes if self._writer is None else [self._coded_write(write) for write in writes]
 
     def _coded_write(self, write: Write) -> Write:
@@ -108,7 +108,7 @@ class Codecs:
         return write
 
     def columns(self, columns: Mapping[str, Any]) -> Mapping[str, Any]:
-        """Columns of a row as they are to be stored; ``PayloadError`` if the codec failed."""
+        """Return the columns of a row, encoded for storage. Raises ``PayloadError`` if the codec fails."""
         if self._writer is None:
             return columns
         changed = {
@@ -120,7 +120,7 @@ class Codecs:
 
     def _encode(self, column: str, text: str) -> str:
         codec = self._writer
-        assert codec is not None  # asked for before
+        assert codec is not None  # the callers check it
         try:
             data = codec.encode(text.encode())
             if data is None:
@@ -136,11 +136,17 @@ class Codecs:
     # --- reading
 
     def value(self, stored: Mapping[str, Any]) -> Any:
-        """The value of an object that a codec made; ``Unreadable`` if damaged, or of an unknown codec."""
+        """Return the value of a stored codec object.
+
+        Raises:
+            Unreadable: the object is damaged, or its codec is unknown.
+        """
         name = stored[CODEC_KEY]
         codec = self._by_name.get(name) if isinstance(name, str) else None
         if codec is None:
-            raise Unreadable(f"it was stored with codec {name!r:.50}, which is not given here")
+            raise Unreadable(
+                f"it was stored with codec {name!r:.50}; give that codec to the repository, too"
+            )
         try:
             return payload.loads(codec.decode(base64.b64decode(stored["data"])).decode())
         except BaseException as error:
@@ -151,7 +157,10 @@ class Codecs:
             ) from error
 
     def same(self, column: str, stored: Any, plain: Any) -> bool:
-        """Whether a stored column holds that plain value: a codec may write it differently each time."""
+        """Return True if a stored column has this plain value.
+
+        The values are compared decoded, because a codec may write the same value differently each time.
+        """
         if stored == plain or column not in CODED or plain is None or not self._by_name:
             return bool(stored == plain)
         try:
@@ -160,5 +169,5 @@ class Codecs:
             return False
 
 
-#: Those of a repository that was given none.
+#: The codecs of a repository that was given none.
 NO_CODECS = Codecs()

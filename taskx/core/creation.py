@@ -1,6 +1,6 @@
-"""How a new task becomes a record: every check, and the one way there is.
+"""Making the record of a new task, with every check. All new tasks are made here.
 
-What is changed of a record by hand is checked here, too.
+Changes that a user makes to a record by hand are checked here, too.
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from taskx.core.options import CHECKS, OnParentFailure, checked, one_of
 from taskx.core.record import MAX_MESSAGE, check_progress, policy_to_text
 from taskx.core.writes import Insert
 
-#: Longest error or traceback that is written by hand, in characters.
+#: Longest error or traceback that a user can write by hand, in characters.
 MAX_TEXT = 100_000
 _check_failure_policy = one_of(OnParentFailure)
 
 
 def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -> Insert:
-    """Store a task, which is not changed, as a new one; where its id is empty, one is made.
+    """Return the write that stores a new task. The task object is not changed; an empty id is generated.
 
     Raises:
-        InvalidTransition: it is not pending.
-        PayloadError: its params break the JSON rules, or are too large.
-        ConfigurationError: another field holds what it may not.
+        InvalidTransition: the task is not pending.
+        PayloadError: its params break the JSON rules or are too large.
+        ConfigurationError: another field has an invalid value.
     """
     if task.status is not TaskStatus.PENDING:
-        raise InvalidTransition(f"a new task is pending; this one is {task.status}")
+        raise InvalidTransition(f"a new task must be pending; this one is {task.status}")
     columns = {
         "id": check_name(task.id, "id") or new_id(),
         "type": check_key(task.type, "type"),
@@ -69,13 +69,13 @@ _NOTHING = _options(Task())
 
 
 def _between_tasks(task: Task) -> dict[str, Any]:
-    """The columns about other tasks; most tasks have none."""
+    """Return the columns that concern other tasks; most tasks have none of them."""
     said: dict[str, Any] = {}
     if task.unique_key is not None:
         said["unique_key"] = check_key(task.unique_key, "unique_key")
         said["unique_scope"] = unique.scope_to_text(task.unique_scope or unique.UNFINISHED)
     elif task.unique_scope is not None:
-        raise ConfigurationError("unique_scope is of a unique_key: give one, too")
+        raise ConfigurationError("unique_scope requires unique_key")
     if task.on_parent_failure is not None:
         _check_failure_policy(task.on_parent_failure, "on_parent_failure")
     if task.depends_on and (parents := check_parents(task.depends_on, task.id)):
@@ -86,7 +86,7 @@ def _between_tasks(task: Task) -> dict[str, Any]:
 
 
 def check_parents(parents: Any, task_id: str = "") -> list[str]:
-    """The ids of tasks that one depends on, each once; ConfigurationError says what is wrong with them."""
+    """Return the ids of a task's parents, each once. Raises ConfigurationError if they are invalid."""
     if not isinstance(parents, Iterable) or isinstance(parents, (str, bytes, Mapping)):
         raise ConfigurationError(f"depends_on must be a list of tasks, not {parents!r:.80}")
     ids = list(dict.fromkeys(check_key(parent, "depends_on") for parent in parents))
@@ -95,17 +95,17 @@ def check_parents(parents: Any, task_id: str = "") -> list[str]:
     return ids
 
 
-# A record may hold what no submit takes: that must not keep it from being changed.
+# A record can have values that submit would refuse. It must still be possible to change such a record.
 _BY_HAND = {name: check for name, check in CHECKS.items() if name != "priority"}
 _BY_HAND["timeout"] = check_number
 
 
 def storable(task: Task) -> Task:
-    """The task with every value such as a database can hold; the caller's own stays as it is.
+    """Return a copy of the task whose values a database can store.
 
     Raises:
-        PayloadError: its progress is no number, or its message no text.
-        ConfigurationError: another field holds what it may not.
+        PayloadError: its progress is not a number, or its message is not text.
+        ConfigurationError: another field has an invalid value.
     """
     for what in ("id", "type", "created_by"):
         check_name(getattr(task, what), what)

@@ -3,29 +3,28 @@
 .. code-block:: text
 
     TaskxError
-    ├── ConfigurationError (ValueError)   asked for what this set-up cannot do
-    ├── PayloadError (ValueError)         params or result are not JSON, too large, or do not fit
-    ├── UnknownTaskType (LookupError)     no executor for the type, and it was not declared
-    ├── TaskNotFound (LookupError)        no record with that id
-    ├── ScheduleNotFound (LookupError)    no schedule of that name
-    ├── DuplicateTask                     a record with that id, or that unique key, exists
-    ├── InvalidTransition                 the task's status does not allow the move
+    ├── ConfigurationError (ValueError)   an option, an executor or their combination is invalid
+    ├── PayloadError (ValueError)         params or a result are not JSON, too large, or do not fit
+    ├── UnknownTaskType (LookupError)     the type has no executor and was not declared
+    ├── TaskNotFound (LookupError)        no task has this id
+    ├── ScheduleNotFound (LookupError)    no schedule has this name
+    ├── DuplicateTask                     another task has this id or holds this unique key
+    ├── InvalidTransition                 the task's status does not allow the change
     ├── QueueFull                         the buffer has no room
     ├── QueueStopped                      the queue was stopped
     ├── TaskFailed                        raised by ``TaskHandle.result()``
-    └── RepositoryError                   the store could not do it
-        ├── RepositoryUnavailable         … now: locked, full, unreachable; may work later
-        ├── RepositoryCorrupt             … because what it holds is damaged or no database
-        └── SchemaMismatch                … because it belongs to another program or version
+    └── RepositoryError                   the repository failed
+        ├── RepositoryUnavailable         locked, full or unreachable now; may work later
+        ├── RepositoryCorrupt             the stored data is damaged, or the file is no database
+        └── SchemaMismatch                the database belongs to another program or version
 
-    Retry                                 raised by an executor: it failed, try again
-    Permanent                             … it failed, and to try again would be pointless
-    Snooze                                … it is too early, run it again later
-    TaskCancelled (BaseException)         what a token raises inside an executor
+    Retry                                 raised by an executor: the attempt failed, try again
+    Permanent                             raised by an executor: the task failed, do not try again
+    Snooze                                raised by an executor: too early, run the task later
+    TaskCancelled (BaseException)         raised by a token inside an executor
 
-``TaskCancelled`` stands outside the tree on purpose: ``except Exception`` in user code must not
-swallow a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in
-:mod:`taskx.core.retry`.
+``TaskCancelled`` is outside the tree on purpose: ``except Exception`` in user code must not
+catch a cancellation. ``Retry``, ``Permanent`` and ``Snooze`` are in :mod:`taskx.core.retry`.
 """
 
 from __future__ import annotations
@@ -35,18 +34,19 @@ from enum import Enum
 
 
 class TaskxError(Exception):
-    """Root of all errors that TaskX raises."""
+    """The base class of all errors that TaskX raises."""
 
 
 class ConfigurationError(TaskxError, ValueError):
-    """An option, an executor or a combination of them cannot work; the message says which and why."""
+    """An option, an executor or a combination of them is invalid. The message says which one and why."""
 
 
 class PayloadError(TaskxError, ValueError):
     """Params or a result cannot be stored.
 
     Attributes:
-        path: where the offending value is, for example ``params.items[3].price``.
+        path: the place of the invalid value, for example ``params.items[3].price``.
+        problem: what is wrong with the value, as text.
     """
 
     def __init__(self, path: str, problem: str) -> None:
@@ -63,7 +63,7 @@ class UnknownTaskType(TaskxError, LookupError):
 
 
 class TaskNotFound(TaskxError, LookupError):
-    """No task with the given id is in the repository."""
+    """The repository has no task with the given id."""
 
     def __init__(self, task_id: str) -> None:
         super().__init__(task_id)
@@ -74,22 +74,22 @@ class TaskNotFound(TaskxError, LookupError):
 
 
 class ScheduleNotFound(TaskxError, LookupError):
-    """No schedule of the given name is in the repository."""
+    """The repository has no schedule with the given name."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
         self.name = name
 
     def __str__(self) -> str:
-        return f"no schedule {self.name!r} is in the repository"
+        return f"no schedule named {self.name!r} in the repository"
 
 
 class DuplicateTask(TaskxError):
-    """A task with the given id, or one that holds its unique key, is there already; nothing was stored.
+    """A task with the same id, or one that holds the same unique key, already exists. Nothing was stored.
 
     Attributes:
-        task_id: the id of the one that is there.
-        unique_key: the key that it holds; None where the id is what was given twice.
+        task_id: the id of the existing task.
+        unique_key: the key that the existing task holds; None if the id is the duplicate.
     """
 
     def __init__(self, task_id: str, unique_key: str | None = None) -> None:
@@ -99,30 +99,33 @@ class DuplicateTask(TaskxError):
 
     def __str__(self) -> str:
         if self.unique_key is None:
-            return f"a task with id {self.task_id!r} exists already; nothing was stored"
-        return f"task {self.task_id} holds the unique key {self.unique_key!r}; nothing was stored"
+            return f"a task with id {self.task_id!r} already exists; nothing was stored"
+        return (
+            f"task {self.task_id} already holds the unique key {self.unique_key!r}; "
+            "nothing was stored"
+        )
 
 
 class InvalidTransition(TaskxError):
-    """The task's present status does not allow what was asked for; nothing was changed."""
+    """The task's current status does not allow the operation. Nothing was changed."""
 
 
 class QueueFull(TaskxError):
-    """The buffer has no room for what was submitted; nothing was stored."""
+    """The buffer has no room for the submitted tasks. Nothing was stored."""
 
 
 class QueueStopped(TaskxError):
-    """The queue was stopped and takes no more tasks; nothing was stored."""
+    """The queue was stopped and accepts no more tasks. Nothing was stored."""
 
 
 class TaskFailed(TaskxError):
     """Raised by ``TaskHandle.result()`` when the task failed.
 
     Attributes:
-        task_id: the task.
+        task_id: the id of the task.
         error: the error text of its last attempt.
         attempt: the number of that attempt, from 1.
-        remote_traceback: the traceback as text; empty when there was none.
+        remote_traceback: the traceback as text; empty if there was none.
     """
 
     def __init__(self, task_id: str, error: str, attempt: int, remote_traceback: str = "") -> None:
@@ -138,14 +141,15 @@ class TaskFailed(TaskxError):
 
 
 class RepositoryError(TaskxError):
-    """The repository could not do what was asked; the driver's own error is the ``__cause__``.
+    """The repository failed. The driver's own error is the ``__cause__``.
 
     Attributes:
-        in_doubt: True if the write may have taken place all the same, because a server did not answer, or
-            a repository of eight methods failed and could not be read back. False if nothing was changed.
-        task_id: the id of the task whose submit is in doubt, else empty. Submit the same id again: that
-            stores the task or raises ``DuplicateTask``. For ``submit_many`` it is the first task; all are
-            stored or none.
+        in_doubt: True if the write may have happened anyway: a server did not answer, or a repository
+            that has only the eight methods failed and could not be read afterwards. False if nothing
+            was changed.
+        task_id: the id of the task whose submit is in doubt, else empty. Submit the same id again: this
+            stores the task or raises ``DuplicateTask``. For ``submit_many`` it is the id of the first
+            task; either all tasks are stored or none.
     """
 
     in_doubt: bool = False
@@ -153,53 +157,53 @@ class RepositoryError(TaskxError):
 
 
 class RepositoryUnavailable(RepositoryError):
-    """The repository cannot be used now; try again later.
+    """The repository cannot be used now. Try again later.
 
-    It is locked for too long, or unreachable; or the disk is full; or the SQLite file is absent, or was
-    moved, deleted or replaced.
+    Possible reasons: it was locked for too long, it is unreachable, the disk is full, or the SQLite file
+    is missing or was moved, deleted or replaced.
     """
 
 
 class RepositoryCorrupt(RepositoryError):
-    """What the repository holds is damaged, or is no database at all."""
+    """The stored data is damaged, or the file is no database at all."""
 
 
 class SchemaMismatch(RepositoryError):
-    """The database belongs to another program, or to a newer version of TaskX; nothing was stored."""
+    """The database belongs to another program, or to a newer version of TaskX. Nothing was stored."""
 
 
 def is_interrupt(error: BaseException) -> bool:
-    """Return whether an exception is for the program to see: Ctrl-C, or an exit in the main thread.
+    """Return True if an exception must reach the program: Ctrl-C or an exit, in the main thread.
 
-    Extensions may raise other classes that are no ``Exception``, such as a panic. Such an error belongs to
-    the code that was called, and so does any error in another thread.
+    Extensions can raise other exceptions that are not derived from ``Exception``, such as a panic. Such an
+    error belongs to the called code. The same is true for any error in another thread.
     """
-    kind = type(error)  # as isinstance, which would also ask the object for its __class__
+    kind = type(error)  # isinstance would also ask the object for its __class__
     return issubclass(kind, (KeyboardInterrupt, SystemExit)) and on_main_thread()
 
 
 def on_main_thread() -> bool:
-    """Return whether the calling thread is the one that signal handlers, and what they raise, strike."""
+    """Return True in the main thread, where signal handlers run and raise."""
     return threading.current_thread() is threading.main_thread()
 
 
 class CancelReason(str, Enum):
-    """Why a token fired."""
+    """The reason why a token fired."""
 
-    CANCEL = "cancel"  #: somebody cancelled the task
-    TIMEOUT = "timeout"  #: its deadline passed
+    CANCEL = "cancel"  #: the task was cancelled
+    TIMEOUT = "timeout"  #: the deadline passed
     STOP = "stop"  #: the queue is stopping; the task is handed back
-    LEASE_LOST = "lease lost"  #: this process may no longer run it
+    LEASE_LOST = "lease lost"  #: this process may no longer run the task
 
     def __str__(self) -> str:
         return self.value
 
 
 class TaskCancelled(BaseException):
-    """Raised inside an executor by its token. Let it pass: the reason decides how the task ends.
+    """Raised inside an executor by its token. Do not catch it: the reason decides how the task ends.
 
     Attributes:
-        reason: why the token fired.
+        reason: the reason why the token fired.
     """
 
     def __init__(self, reason: CancelReason) -> None:
@@ -207,6 +211,6 @@ class TaskCancelled(BaseException):
         self.reason = reason
 
     def __str__(self) -> str:
-        if not hasattr(self, "reason"):  # of a class whose __init__ does not call ours
+        if not hasattr(self, "reason"):  # a subclass whose __init__ does not call this one
             return super().__str__()
         return f"the task was told to stop: {self.reason}"

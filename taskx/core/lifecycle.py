@@ -1,7 +1,7 @@
-"""The life of a task: the only module that knows which moves there are and what each one sets.
+"""The life of a task: the only module that knows the moves and the columns that each one sets.
 
-Every function returns guarded writes; where it returns several, they exclude one another and the
-one whose guard holds is the move that happened.
+Every function returns guarded writes. If it returns several, they exclude one another: the write whose
+guard holds is the move that happened.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from taskx.core import unique
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import CancelReason, InvalidTransition
 from taskx.core.model import Attempt, Task, TaskStatus
-from taskx.core.options import CHECKS, UNLESS_SAID
+from taskx.core.options import CHECKS, FALLBACKS
 from taskx.core.record import (
     BY_THREAD,
     DEFAULTS,
@@ -36,9 +36,9 @@ from taskx.core.record import (
 from taskx.core.retry import MAX_WAIT
 from taskx.core.writes import CREATED, PRESENT, Delete, Insert, Update, Write
 
-#: Ended attempts that a record keeps; the oldest are dropped first.
+#: Number of ended attempts that a record keeps; the oldest are dropped first.
 MAX_KEPT_ATTEMPTS = 50
-#: Characters of what executors logged that a record keeps; the earliest lines go first.
+#: Number of characters of captured log that a record keeps; the earliest lines are dropped first.
 MAX_LOG = 64 * 1024
 
 PENDING, RUNNING, COMPLETED, FAILED, CANCELLED = (status.value for status in TaskStatus)
@@ -47,14 +47,14 @@ FINISHED = (COMPLETED, FAILED, CANCELLED)
 
 
 class Move(NamedTuple):
-    """One row of the table of moves."""
+    """A row of the table of moves."""
 
     name: str
     source: str
     target: str
 
 
-#: Every change of status there is. Progress, a request to cancel and the owner of a pending task
+#: Every possible change of status. Progress, a request to cancel and the owner of a pending task
 #: change a record without moving it.
 MOVES = (
     Move("start", PENDING, RUNNING),
@@ -77,34 +77,36 @@ MOVES = (
     Move("requeue", FAILED, PENDING),
     Move("requeue", CANCELLED, PENDING),
 )
-# Those that somebody may make by hand.
+# The changes of status that a user may make by hand.
 _EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != "orphan")
 
 
-@attrs.define(kw_only=True)  # not frozen: made once per task, and frozen ones cost thrice
+@attrs.define(
+    kw_only=True
+)  # not frozen: one is made per task, and a frozen one costs three times as much
 class Ending:
-    """The end of an attempt, as the runner saw it."""
+    """The end of an attempt, as the runner reports it."""
 
     returned: bool  #: the executor returned a value that can be stored
     result: str | None = None  #: that value as JSON text; None for None
-    error: str = ""  #: what it raised, as text
-    error_type: str = ""  #: the full name of its class; empty if it raised nothing
-    traceback: str = ""  #: where, as text
+    error: str = ""  #: the exception it raised, as text
+    error_type: str = ""  #: the full class name of the exception; empty if there was none
+    traceback: str = ""  #: the exception's traceback, as text
     permanent: bool = False  #: another attempt would be pointless
     crashed: bool = False  #: the child process that ran it died
-    stuck: bool = False  #: it is given up while its thread still runs
+    stuck: bool = False  #: the attempt is abandoned while its thread still runs
     delay: float = 0.0  #: seconds to wait before the next attempt, if there is one
-    snooze: float | None = None  #: seconds after which it asked to run again
-    reason: CancelReason | None = None  #: why its token had fired; None if it had not
-    duration: float = 0.0  #: seconds it took
-    worker: str = ""  #: who ran it
-    progress: int | None = None  #: the last progress it told; None if it told none
-    message: str = ""  #: the last message it told
-    log: str = ""  #: the lines it logged, where they are kept
+    snooze: float | None = None  #: seconds after which the executor asked to run again
+    reason: CancelReason | None = None  #: why its token fired; None if it did not fire
+    duration: float = 0.0  #: how long it took, in seconds
+    worker: str = ""  #: the worker that ran it
+    progress: int | None = None  #: the last progress that it reported; None if it reported none
+    message: str = ""  #: the last message that it reported
+    log: str = ""  #: the lines that it logged, if they are captured
     interrupt: BaseException | None = None  #: the Ctrl-C that ended it, in the main thread
 
 
-# --- from nothing, and before the start
+# --- creation, and before the start
 
 
 def create(*, task_id: str, now: int, **columns: Any) -> Insert:
@@ -113,15 +115,16 @@ def create(*, task_id: str, now: int, **columns: Any) -> Insert:
 
 
 def created(columns: Mapping[str, Any]) -> Insert:
-    """Store a new pending task; ``columns`` has its id, type, params, and what is not as in ``DEFAULTS``.
+    """Store a new pending task.
 
-    They are given as rows keep them: JSON text, milliseconds; but ``depends_on`` as a list. The task waits
-    for its parents first (see :func:`wait_for`), then for its turn, then for its time.
+    ``columns`` has its id, type, params, and every column that differs from ``DEFAULTS``. The values are
+    those of rows (JSON text, milliseconds), but ``depends_on`` is a list. The task first waits for its
+    parents (see :func:`wait_for`), then for its turn, then for its time.
     """
     row = {**_NEW, **columns}
     if row["run_at"] is not None:
         row["held"] = until_due(row["run_at"], row["created_at"])
-    if len(row) > len(_NEW):  # few have more
+    if len(row) > len(_NEW):  # few tasks have more columns
         if "unique_key" in row:
             row["unique_lock"] = row["unique_key"]
         if "concurrency_key" in row:
@@ -135,39 +138,39 @@ _NEW: dict[str, Any] = {name: DEFAULTS.get(name) for name in CREATED}
 
 
 def until_due(run_at: int | None, now: int) -> int:
-    """Why a pending task that waits for nothing else may not start: its time, or nothing."""
+    """Return the value of ``held`` for a pending task that can wait only for its time."""
     return UNTIL_DUE if run_at is not None and run_at > now else FREE
 
 
 def release(task_id: str) -> Update:
-    """Let a pending task start that was held back until now."""
+    """Let a pending task start whose time has come."""
     guard = {"status": PENDING, "held": UNTIL_DUE}
     return Update(task_id, guard, {"held": FREE}, move="release")
 
 
 def take(task_id: str, node: str, owner: str = "") -> Update:
-    """Note that ``node`` holds a pending task in its buffer that was free, or in another's buffer.
+    """Note that ``node`` now has a pending task in its buffer, instead of ``owner`` (empty: of no node).
 
-    One that is held back is nobody's.
+    A task that is held back has no owner.
     """
     guard = {"status": PENDING, "held": FREE, "owner": owner}
     return Update(task_id, guard, {"owner": node}, move="take")
 
 
-def give_up(task_id: str, node: str) -> Update:
-    """Note that ``node`` no longer holds a pending task."""
-    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="give up")
+def disown(task_id: str, node: str) -> Update:
+    """Note that ``node`` no longer has a pending task in its buffer."""
+    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="disown")
 
 
 def cancel(task_id: str, now: int) -> list[Update]:
-    """Cancel a task: a pending one at once, a running one by asking for it (the last of the writes).
+    """Cancel a task: a pending one at once, a running one by a request (the last of the writes).
 
-    A pending one gives its unique key up, whatever the scope.
+    A pending task releases its unique key, whatever its scope.
     """
     gone = {"status": CANCELLED, "completed_at": now, "owner": ""}
     gone.update(unique_lock=None, waiting_on=None)
-    # Where a thread of an earlier attempt still runs, it keeps the turn: see lift_bar. None: the
-    # original's records say nothing.
+    # If a thread of an earlier attempt still runs, the task keeps its turn: see lift_bar. ``held`` is
+    # None in records that the original TaskX wrote.
     free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None)}
     barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD)}
     runs, asked = {"status": RUNNING, "cancel_requested_at": None}, {"cancel_requested_at": now}
@@ -179,18 +182,18 @@ def cancel(task_id: str, now: int) -> list[Update]:
 
 
 def replace(holder: Task, new: Insert) -> list[Update]:
-    """Have the pending task that holds the key of a new one take over its params and options.
+    """Replace params and options of the pending task that holds a unique key by those of a new task.
 
-    It is as old as it was, and what it waits for beside its time, it goes on waiting for. Nothing if it
-    is not pending, or differs in what cannot be taken over: type, parents, concurrency key.
+    The holder keeps its age, and goes on waiting for its parents, its turn or a thread. Return no write if
+    the holder is not pending, or if its type, parents or concurrency key differ: these cannot be replaced.
     """
     if holder.status is not TaskStatus.PENDING or _fixed(holder) != _fixed(created_task(new.row)):
         return []
-    # Steps that an earlier attempt did, it did with other params. Who has read the record to start it has
-    # read old params, and finds that ``starts`` has moved on.
+    # The checkpoints of earlier attempts belong to the old params. A node that has read the record to start
+    # it has the old params, too: it finds that ``starts`` has changed.
     changes = {name: new.row[name] for name in _REPLACED}
     changes.update(checkpoints=None, starts=holder.starts + 1)
-    # Nobody's: it is fetched anew, to its place by its priority.
+    # No owner: the task is fetched again and sorted by its new priority.
     due = {**changes, "held": until_due(changes["run_at"], new.row["created_at"]), "owner": ""}
     guard = {"status": PENDING, "unique_lock": holder.unique_key, "starts": holder.starts}
     return _pending_changed(holder.id, guard, due, changes, "replace")
@@ -199,7 +202,7 @@ def replace(holder: Task, new: Insert) -> list[Update]:
 def _pending_changed(
     task_id: str, guard: dict[str, Any], due: dict[str, Any], waiting: dict[str, Any], move: str
 ) -> list[Update]:
-    """Change a pending task; what it waits for beside its time, it goes on waiting for."""
+    """Change a pending task: by ``due`` if it waits for nothing or for its time, else by ``waiting``."""
     return [
         Update(task_id, {**guard, "held": held}, changes, durable=True, move=move)
         for held, changes in (
@@ -217,13 +220,13 @@ def _fixed(task: Task) -> tuple[object, ...]:
 _REPLACED = ("params", "created_by", *CHECKS, "unique_scope")
 
 
-# --- waiting in line
+# --- waiting for its turn
 
 
 def give_turn(task_id: str, key: str) -> list[Update]:
-    """Let a pending task start whose turn has come, when its time has come, too.
+    """Give a pending task the turn of its concurrency key. It may start when its time has come, too.
 
-    It does not hold as long as another task of its key has the turn.
+    The guard fails while another task of the key has the turn.
     """
     guard = {"status": PENDING, "held": FOR_TURN}
     return [
@@ -236,14 +239,15 @@ def give_turn(task_id: str, key: str) -> list[Update]:
 
 
 def wait_for(insert: Insert, parent: str) -> None:
-    """Have a new task wait for the end of a parent before anything else."""
+    """Make a new task wait for the end of a parent first."""
     insert.row.update(held=FOR_PARENTS, waiting_on=parent)
 
 
 def next_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
-    """Of its parents, the one whose end a new task waits for; None where all have completed.
+    """Return the parent whose end a new task waits for; None if all parents have completed.
 
-    Where all have ended and not all completed, it is the last one: then it is decided what becomes of it.
+    If all parents have ended but not all completed, return the last one. The task then waits until
+    :func:`parents_moved` decides about it.
     """
     unfinished = unfinished_parent(parents, statuses)
     if unfinished is not None or _bad_parent(parents, statuses) is None:
@@ -252,10 +256,11 @@ def next_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | No
 
 
 def unfinished_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | None:
-    """One of its parents that has not ended, as if drawn by lot; None if all have.
+    """Return a pseudo-random parent that has not ended; None if all have ended.
 
-    So it is seldom that it ends while others have not, whatever their order: of ten thousand parents, some
-    ten times. The lot is the same for all children, and for whoever draws.
+    A random choice makes it rare that this parent ends before the others, in whatever order they end: with
+    ten thousand parents, a task chooses again about ten times. The choice depends only on the parents' ids,
+    so it is the same for all children and on all nodes.
     """
     left = [parent for parent in parents if statuses.get(parent) in UNFINISHED]
     return max(left, key=lambda parent: crc32(parent.encode()), default=None)
@@ -265,14 +270,14 @@ def _bad_parent(parents: Sequence[str], statuses: Mapping[str, str]) -> str | No
     return next((parent for parent in parents if statuses.get(parent) != COMPLETED), None)
 
 
-# The error of a task that ended because of a parent begins so; a requeue knows it by that.
+# The error of a task that ended because of a parent begins with this; a requeue recognises it by that.
 _ITS_PARENT = "its parent "
 
 
 def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
-    """What becomes of a task that waits for its parents, as far as they have come.
+    """Decide about a task that waits for its parents: it waits for another one, may go on, or ends.
 
-    One that is gone counts as one that did not complete.
+    A parent whose record is gone counts as one that did not complete.
     """
     guard: dict[str, Any] = {"status": PENDING, "held": FOR_PARENTS}
     waiting_on = unfinished_parent(child.depends_on, statuses)
@@ -295,7 +300,7 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
     if child.on_parent_failure == "fail":
         changes.update(status=FAILED, dead_letter=1, **unique.freed_by_end(child))
     else:
-        changes["unique_lock"] = None  # as of any task that is cancelled before it starts
+        changes["unique_lock"] = None  # as for any task that is cancelled before it starts
     return Update(child.id, guard, changes, move="orphan")
 
 
@@ -303,7 +308,7 @@ _WORDS = {FAILED: "failed", CANCELLED: "was cancelled"}
 
 
 def ended_with(child: Task, parents: Collection[str]) -> bool:
-    """Return whether a task failed or was cancelled because one of these parents did not complete."""
+    """Return True if a task failed or was cancelled because one of these parents did not complete."""
     theirs = tuple(f"{_ITS_PARENT}{parent} " for parent in child.depends_on if parent in parents)
     return child.status.value in (FAILED, CANCELLED) and child.error.startswith(theirs)
 
@@ -312,11 +317,11 @@ def ended_with(child: Task, parents: Collection[str]) -> bool:
 
 
 def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
-    """Start a pending task as it was read, on a node of that id; None if it cannot start.
+    """Start a pending task on the node with the id ``node``; return None if it is not pending.
 
-    The guard on ``starts`` makes it a compare-and-set, the raised ``starts`` is the fence of the run.
-    A power cut must not undo the start of a task that may never run again after a crash. ``worker`` is
-    the node's name: which of its threads will run the task is not known yet.
+    The guard on ``starts`` makes this a compare-and-set; the increased ``starts`` is the run's fence. If a
+    single crash is the task's end, the start is durable: a power cut must not undo it. ``worker`` is the
+    node's name, because the thread that will run the task is not known yet.
     """
     if task.status is not TaskStatus.PENDING:
         return None
@@ -337,24 +342,24 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
-    """Store a new task as its :func:`start` leaves it, in one write instead of two."""
+    """Store a new task as already started: creation and :func:`start` in one write instead of two."""
     return Insert({**insert.row, **start.changes})
 
 
 def as_submitted(insert: Insert) -> dict[str, Any]:
-    """The row of a new task before its start, if it is stored as started."""
+    """Return the row of a new task as submitted, without the start that was stored with it."""
     if "status" not in insert.row:
         return insert.row
     return {**insert.row, "status": PENDING, "starts": 0, "started_at": None, "worker": ""}
 
 
 def last_chance(task: Task) -> bool:
-    """Whether one more crash would be one too many for a task that has crashed before."""
+    """Return True if the task has crashed before and one more crash would fail it."""
     return 0 < task.crashes >= _crashes_allowed(task) - 1
 
 
 def mark_started(task: Task, update: Update) -> None:
-    """Bring the task that was read up to the start that was written."""
+    """Change a task object as the written start has changed its record."""
     task.status = TaskStatus.RUNNING
     task.starts = update.changes["starts"]
     task.started_at = to_datetime(update.changes["started_at"])
@@ -367,7 +372,7 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
 
 
 def hand_back(task: Task, now: int) -> list[Update]:
-    """Undo a start whose executor was never called; its node still holds it."""
+    """Undo a start whose executor was never called; the task stays in its node's buffer."""
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
     changes = {"status": PENDING, "started_at": None, "worker": worker}
     ending = Ending(returned=False, worker=worker)
@@ -375,7 +380,7 @@ def hand_back(task: Task, now: int) -> list[Update]:
 
 
 def progress(task_id: str, starts: int | None, percent: int, message: str) -> Update:
-    """Note how far a run has come; without ``starts``, whichever run there is."""
+    """Store the progress of a run: the one with this ``starts``, or the current one if it is None."""
     guard: dict[str, Any] = {"status": RUNNING}
     if starts is not None:
         guard["starts"] = starts
@@ -383,12 +388,12 @@ def progress(task_id: str, starts: int | None, percent: int, message: str) -> Up
 
 
 def checkpoint(task: Task, checkpoints: str, *, durable: bool) -> Update:
-    """Note what a run has done so far, for later attempts; as JSON text."""
+    """Store a run's checkpoints, given as JSON text, for later attempts."""
     return Update(task.id, _fence(task), {"checkpoints": checkpoints}, durable, "checkpoint")
 
 
 def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
-    """End an attempt: which move it is follows from how it ended and why its token fired."""
+    """End an attempt; the move depends on how the attempt ended and on why its token fired."""
     if ending.returned:
         return [_complete(task, ending, now)]
     if ending.reason is CancelReason.CANCEL:
@@ -401,7 +406,7 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
     if ending.crashed and ending.reason is None:
         return _crash(task, ending, now, owner=task.owner)
     counted = {"errors": task.errors + 1, **_error(ending)}
-    if ending.permanent or counted["errors"] >= (task.max_attempts or UNLESS_SAID["max_attempts"]):
+    if ending.permanent or counted["errors"] >= (task.max_attempts or FALLBACKS["max_attempts"]):
         changes = {**_end(task, ending, now, FAILED), **counted, "dead_letter": 1}
         writes = [Update(task.id, _fence(task), changes, move="fail")]
     else:
@@ -411,9 +416,10 @@ def conclude(task: Task, ending: Ending, now: int) -> list[Update]:
 
 
 def _barred(task: Task, write: Update) -> Update:
-    """An end whose thread runs on, on the task's node: until that ends, the task does not start again.
+    """Change the write that ends an attempt whose thread still runs on the task's node.
 
-    Nor does another one of its concurrency key: it keeps its turn.
+    Until that thread ends, the task does not start again. The task also keeps its turn, so that no other
+    task of its concurrency key starts.
     """
     changes = {**write.changes, "stuck_on": task.owner}
     changes.pop("turn", None)
@@ -423,7 +429,7 @@ def _barred(task: Task, write: Update) -> Update:
 
 
 def _put_off(task: Task, seconds: float, now: int) -> dict[str, Any]:
-    """Let a task wait for some seconds: nobody's until then; with none to wait, its node's."""
+    """Let a task wait for some seconds without an owner; without a wait it stays with its node."""
     wait = round(min(seconds, MAX_WAIT) * 1000)
     if wait <= 0:
         return {"owner": task.owner}
@@ -458,7 +464,7 @@ def _error(ending: Ending) -> dict[str, str]:
 
 
 def _logged(task: Task, ending: Ending) -> str:
-    """The lines of the earlier attempts and of this one, below a line that says which it is."""
+    """Return the captured log: earlier attempts, a heading for this attempt, then its lines."""
     lines = f"{task.log}--- attempt {task.attempt}, start {task.starts}\n{ending.log}"
     return lines if len(lines) <= MAX_LOG else lines[-MAX_LOG:].partition("\n")[2]
 
@@ -485,7 +491,7 @@ def _interrupt(task: Task, ending: Ending, now: int) -> list[Update]:
 def _again(
     task: Task, ending: Ending, now: int, move: str, outcome: str, more: Mapping[str, Any]
 ) -> list[Update]:
-    """Pending again, and nobody's unless ``more`` says otherwise; or cancelled."""
+    """Make the task pending again, without an owner unless ``more`` names one; or cancel it."""
     changes = {
         "status": PENDING,
         "started_at": None,
@@ -504,7 +510,7 @@ def _again(
 def _unless_cancelled(
     task: Task, changes: dict[str, Any], ending: Ending, now: int, move: str
 ) -> list[Update]:
-    """The move, or the end as cancelled where a cancel was asked for while the attempt ran."""
+    """Return the move and its alternative: the end as cancelled, if a cancel was requested meanwhile."""
     return [
         Update(task.id, _fence(task, cancel_requested_at=None), changes, move=move),
         _cancelled(task, ending, now, cancel_requested_at=PRESENT),
@@ -533,14 +539,16 @@ def rescue(
     isolated: Collection[str] = (),
     executing: Collection[str] | None = None,
 ) -> list[list[Update]]:
-    """Take back the tasks that ran on a node that died; for each its alternatives.
+    """Take back the tasks that ran on a node that died; return the alternative writes for each task.
 
-    A node that was stopping interrupted them. Otherwise each counts a crash, but where a suspect (a
-    task with a crash to its name) ran among them it is held to be the culprit, and the others were
-    interrupted. Tasks of ``isolated`` types ran in child processes, where what they do is no harm to
-    the node: of them nothing is thought as long as any other ran. Nor of those that are not among the
-    ids in ``executing``: no thread was executing them (None: that is not known). A task that allows a
-    single crash never starts again, whoever was the culprit.
+    - If the node was stopping, all tasks were interrupted.
+    - Otherwise, if suspects (tasks that have crashed before) ran, each suspect counts a crash and the
+      other tasks were interrupted. If no suspect ran, each task counts a crash.
+    - Tasks of ``isolated`` types ran in child processes and cannot kill the node. They are judged only if
+      no other task ran.
+    - Tasks whose ids are not in ``executing`` were not being executed by a thread, so they are not judged.
+      None means that this is not known.
+    - A task that allows only one crash never starts again, whichever task was the culprit.
     """
     ran = [task for task in tasks if executing is None or task.id in executing]
     judged = [task for task in ran if task.type not in isolated] or ran
@@ -561,11 +569,11 @@ def _rescue(task: Task, now: int, *, crashed: bool) -> list[Update]:
 
 
 def _crashes_allowed(task: Task) -> int:
-    return task.max_crashes or UNLESS_SAID["max_crashes"]
+    return task.max_crashes or FALLBACKS["max_crashes"]
 
 
 def _crash(task: Task, ending: Ending, now: int, *, owner: str) -> list[Update]:
-    """The process died that ran it: pending again, and of that node, or a dead letter."""
+    """Count a crash of the process that ran a task: pending again with this owner, or a dead letter."""
     limit, crashes = _crashes_allowed(task), task.crashes + 1
     if crashes >= limit:
         changes = _end(task, ending, now, FAILED)
@@ -581,14 +589,14 @@ def _crash(task: Task, ending: Ending, now: int, *, owner: str) -> list[Update]:
     ]
 
 
-# --- after the end of a thread that was given up
+# --- after the end of an abandoned thread
 
 
 def lift_bar(task: Task, now: int) -> list[Update]:
-    """Let a task start again, as its thread, or the node on which that ran, has ended.
+    """Let a task start again: the thread of its abandoned attempt has ended, or the node of that thread.
 
-    One that waits for other things goes on waiting for those, and gives up its turn meanwhile, as does one
-    that has ended.
+    A task that also waits for parents or its turn goes on waiting and passes its turn on. A task that has
+    ended passes its turn on, too.
     """
     held = until_due(optional_ms(task.run_at, "run_at"), now)
     barred = {"status": PENDING, "held": BY_THREAD}
@@ -616,17 +624,18 @@ def lift_bar(task: Task, now: int) -> list[Update]:
 
 
 def check_requeue(task: Task) -> None:
-    """``InvalidTransition`` for a task that neither failed nor was cancelled."""
+    """Raise ``InvalidTransition`` for a task that neither failed nor was cancelled."""
     if task.status.value not in (FAILED, CANCELLED):
         raise InvalidTransition(
-            f"task {task.id} is {task.status}; only failed and cancelled ones can be requeued"
+            f"task {task.id} is {task.status}; only failed or cancelled tasks can be requeued"
         )
 
 
 def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
-    """Let a failed or cancelled task run again, with a budget that starts anew.
+    """Let a failed or cancelled task run again, with all counts of errors and crashes back at zero.
 
-    It waits since ``now``, first for ``waiting_on`` if that is a parent. Raises as :func:`check_requeue`.
+    Its waiting time counts from ``now``. If ``waiting_on`` is a parent's id, the task waits for that parent
+    first. Raises the same error as :func:`check_requeue`.
     """
     check_requeue(task)
     changes = {name: DEFAULTS[name] for name in _AS_NEW}
@@ -640,43 +649,45 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
         changes.update(held=FOR_TURN, turn=None)
     if waiting_on is not None:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
-    if changes["held"] == FREE:  # else a host whose clock is behind might hold it until then
+    if (
+        changes["held"] == FREE
+    ):  # otherwise a host whose clock is behind might hold it back until ``now``
         changes["run_at"] = now
     return Update(task.id, guard, changes, durable=True, move="requeue")
 
 
-# Columns that a requeue sets to what they are in a new task.
+# The columns that a requeue sets to the values of a new task.
 _AS_NEW = (
     *("status", "result", "error", "error_type", "traceback", "progress", "message"),
     *("started_at", "completed_at", "duration", "run_at", "cancel_requested_at", "dead_letter"),
     *("errors", "crashes", "interruptions", "snoozes", "owner", "held"),
 )
 
-# With a record its turn and its id are freed. So the record stays while a thread of the task runs.
+# Removing a record frees its turn and its id. So the record stays while a thread of the task runs.
 _NO_THREAD = {"stuck_on": ""}
 
 
 def delete(task_id: str) -> Delete:
-    """Remove the record of a task that is not running, and of which no thread runs on."""
+    """Remove the record of a task that is not running and has no thread that still runs."""
     return Delete(task_id, {"status": (PENDING, *FINISHED), **_NO_THREAD}, move="delete")
 
 
 def not_deleted(task: Task) -> InvalidTransition:
-    """Return the error that says why the guard of :func:`delete` did not hold."""
+    """Return the error that explains why the guard of :func:`delete` failed."""
     if task.stuck_on:
         return InvalidTransition(
             f"task {task.id} cannot be deleted: a thread of an ended attempt still runs on node "
-            f"{task.stuck_on}; delete it when that thread, or its process, has ended"
+            f"{task.stuck_on}; delete it when that thread or its process has ended"
         )
     return InvalidTransition(f"task {task.id} is running; cancel it before deleting it")
 
 
 def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[Stub]:
-    """Return the tasks of a page whose records may be removed; all of them have ended.
+    """Return the tasks of a page whose records may be removed. All tasks of the page have ended.
 
-    A record stays as long as the records of the tasks that depend on it: they may ask for its result, and
-    later the program that follows the flow may. It also stays while it holds a unique key for a number
-    of seconds. ``needed`` has the ids of those that tasks which are not in ``page`` depend on.
+    A record stays as long as a task that depends on it has a record: that task may read its result, and
+    later so may the program that follows the flow. A record also stays while it holds a unique key for a
+    number of seconds. ``needed`` has the ids of tasks on which tasks outside of ``page`` depend.
     """
     kept = {
         task.stub.id
@@ -687,32 +698,32 @@ def prunable(page: Sequence[Ended], needed: Collection[str], now: int) -> list[S
     before = -1
     while len(kept) > before:
         before = len(kept)
-        for task in page:  # children mostly come before their parents: then once is enough
+        for task in page:  # children mostly come before their parents; then one pass is enough
             if task.stub.id in kept:
                 kept.update(task.depends_on)
     return [task.stub for task in page if task.stub.id not in kept]
 
 
 def prune(stub: Stub) -> Delete:
-    """Remove the record of a task that has ended, unless it was let run again since it was read."""
+    """Remove the record of a task that has ended, unless it was requeued since it was read."""
     guard = {"status": stub.status, "starts": stub.starts, **_NO_THREAD}
     return Delete(stub.id, guard, durable=False, move="prune")
 
 
 def discard(task: Task) -> Delete:
-    """Remove the record of a dead letter, unless it was let run again since it was read."""
+    """Remove the record of a dead letter, unless it was requeued since it was read."""
     guard = {"status": FAILED, "starts": task.starts, **_NO_THREAD}
     return Delete(task.id, guard, move="discard")
 
 
-# --- what other processes may wait for
+# --- news for other processes
 
-#: Kinds of news: a task may start that no node holds; a running one is to be cancelled; one has ended.
+#: Kinds of news: a task without an owner may start; a running task must be cancelled; a task has ended.
 FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
 
 
 def news(write: Write) -> str:
-    """Return the kind of news that a write is for other processes; empty if it is none."""
+    """Return the kind of news that a write is for other processes; empty if it is no news."""
     changes = write.changes
     if isinstance(write, Delete) or changes.get("status") in FINISHED:
         return ENDED
@@ -726,14 +737,14 @@ def news(write: Write) -> str:
 
 
 def lets_go(write: Write) -> bool:
-    """Return whether a write only ends a run or gives a task back, and begins nothing."""
+    """Return True if a write only ends a run or gives a task back, and starts nothing."""
     return isinstance(write, Update) and write.changes.get("status") != RUNNING
 
 
-# --- what a user writes to a record by hand
+# --- changes that a user makes to a record by hand
 
-#: Columns that ``update`` leaves alone: identity, fence, a request to cancel (it may have come after
-#: the caller read the task), and what only the moves may count.
+#: Columns that ``update`` does not change: identity, fence, a request to cancel (it may be later than the
+#: caller's read), and the counts that only moves may change.
 _NOT_BY_HAND = frozenset(
     (
         *("id", "type", "status", "created_at", "starts", "owner", "cancel_requested_at"),
@@ -745,30 +756,32 @@ _NOT_BY_HAND = frozenset(
 
 
 def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
-    """Replace a record by what a caller made of it, if its status may move so.
+    """Replace a record by the task that a caller wants, if a move allows the change of status.
 
     Raises:
         InvalidTransition: no move leads from the stored status to the wanted one.
-        PayloadError: its params or result break the JSON rules.
+        PayloadError: the wanted params or result break the JSON rules.
     """
     _check_edge(stored, wanted.status)
     changes = {k: v for k, v in row_from_task(wanted).items() if k not in _NOT_BY_HAND}
-    if stored.damage:  # what could not be read, and so was not changed, may be read by others
+    if (
+        stored.damage
+    ):  # the caller could not read, so did not change, these; another node may read them
         for name in ("params", "result"):
             if getattr(wanted, name) == getattr(stored, name):
                 del changes[name]
     if wanted.status is not stored.status:
         changes.update(_status_change(stored, wanted.status, now))
-    # A task that has ended, and no other, has the moment when it did.
+    # Only a task that has ended has a ``completed_at``.
     if wanted.status.finished and wanted.completed_at is not None:
         changes["completed_at"] = to_ms(wanted.completed_at, "completed_at")
     guard = {"status": stored.status.value, "starts": stored.starts}
     if wanted.status is not TaskStatus.PENDING:
         return [Update(stored.id, guard, changes, durable=True, move="by hand")]
     if stored.status is TaskStatus.PENDING:
-        # Who has read it to start it has read what it was before, and is not to start that.
+        # A node that has read the old record to start it must not start it.
         changes["starts"] = stored.starts + 1
-    # A requeued one may have to wait for its turn, whatever its time.
+    # A requeued task may have to wait for its turn, whatever its time.
     due = {**changes, "held": changes.get("held") or until_due(changes["run_at"], now)}
     if stored.stuck_on:
         due["held"] = BY_THREAD
@@ -778,7 +791,7 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
 
 
 def set_status(stored: Task, status: TaskStatus, message: str, now: int) -> Update:
-    """Move a record to a status by hand; ``InvalidTransition`` if no move leads there."""
+    """Move a record to a status by hand. Raises ``InvalidTransition`` if no move leads there."""
     _check_edge(stored, status)
     changes = _status_change(stored, status, now) if status is not stored.status else {}
     changes["message"] = message
@@ -800,7 +813,7 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
             "started_at": now,
             "held": FREE,
             "waiting_on": None,
-            "turn": stored.concurrency_key,  # where another task has it, it cannot start
+            "turn": stored.concurrency_key,  # if another task has the turn, the guard fails
             **unique.freed_by_start(stored),
         }
     if status is TaskStatus.PENDING:
@@ -808,10 +821,10 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
             return {"status": PENDING, "started_at": None, "owner": ""}
         return dict(requeue(stored, now).changes)
     changes = {"status": status.value, "completed_at": now, "owner": "", "waiting_on": None}
-    if not stored.stuck_on:  # else it keeps it as long as its thread runs
+    if not stored.stuck_on:  # otherwise the task keeps its turn while its thread runs
         changes["turn"] = None
     changes.update(unique.freed_by_end(stored))
-    if stored.status is TaskStatus.PENDING:  # cancelled: see cancel
+    if stored.status is TaskStatus.PENDING:  # as in cancel()
         changes["unique_lock"] = None
     if status is TaskStatus.COMPLETED:
         changes["progress"] = 100

@@ -1,4 +1,4 @@
-"""What TaskX logs itself: where that cannot be logged, what it tells of goes on all the same."""
+"""The loggers that TaskX itself writes to. An error in logging never stops the work that is logged."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from taskx.core.errors import ConfigurationError, on_main_thread
 
 
 class GuardedLogger(logging.Logger):
-    """Logs to another logger, or to an adapter of one; what that raises goes nowhere but to stderr.
+    """A logger that writes to another logger or adapter, and sends errors of that logger to stderr.
 
-    A handler sees to its own errors, if it is written by the book. A filter that raises, or a factory of
-    records, would end the thread that logs, or keep it from what comes after.
+    A well-written handler deals with its own errors. But an exception in a filter or in a record factory
+    would end the thread that logs, or make it skip the code that follows.
     """
 
     def __init__(self, logger: Any) -> None:
         super().__init__(logger.name)
-        self.logger = logger  #: the same, unguarded
-        # Asked several times for each task, whose lines nobody wants as a rule: it costs no call more.
+        self.logger = logger  #: the logger without the guard
+        # Called several times per task, and usually the level is off: this saves one call each time.
         self.isEnabledFor = logger.isEnabledFor  # type: ignore[method-assign]
 
     def _log(  # type: ignore[override]
         self, level: int, msg: object, args: Any, *, stacklevel: int = 1, **more: Any
     ) -> None:
-        """Where all methods that log come together."""
+        """Write one record: all logging methods end here."""
         try:
             self.logger.log(level, msg, *args, stacklevel=stacklevel + 1, **more)
         except BaseException as error:
             if is_for_the_program(error):
                 raise
-            if more.get("exc_info"):  # perhaps it is that which raises when it is looked at
+            if more.get("exc_info"):  # perhaps formatting that exception raises
                 words = f"{msg} (and its error cannot be shown)"
                 self._log(level, words, args, stacklevel=stacklevel + 1)
             else:
@@ -42,33 +42,33 @@ class GuardedLogger(logging.Logger):
 
 
 def _show(msg: object, args: Any) -> None:
-    """Show on stderr what could not be logged, and why, as handlers do that fail."""
+    """Write a message that could not be logged to stderr, with the error, as failing handlers do."""
     if logging.raiseExceptions and sys.stderr is not None:
-        with suppress(BaseException):  # of a class of the user's, too
+        with suppress(BaseException):  # user code can raise any class
             record = logging.LogRecord("", 0, "", 0, msg, args, None)
             sys.stderr.write(f"could not be logged: {record.getMessage()}\n")
             traceback.print_exc()
 
 
 def is_for_the_program(error: BaseException) -> bool:
-    """Whether it is to end the program, and does: Ctrl-C, or a handler that exits at a grave error.
+    """Return True if an error must end the program: Ctrl-C, or a handler that exits, in the main thread.
 
-    In a thread of ours ``SystemExit`` would end that thread alone, in silence.
+    In a thread of TaskX, ``SystemExit`` would silently end only that thread.
     """
     return not isinstance(error, Exception) and on_main_thread()
 
 
-#: For what knows no queue, and so not the logger of one.
+#: The logger of code that belongs to no queue and so does not know a queue's logger.
 log = GuardedLogger(logging.getLogger("taskx"))
 
 
 def is_told(failures: int) -> bool:
-    """Return whether so many failures in a row are told of: the 1st, 2nd, 4th, 8th … is."""
+    """Return True if this number of failures in a row is logged: 1, 2, 4, 8 and so on."""
     return failures & (failures - 1) == 0
 
 
 class Complaint:
-    """Failures in a row, of whoever meets them, logged ever more rarely: see :func:`is_told`."""
+    """A counter of failures in a row, in any thread. It logs them ever more rarely: see :func:`is_told`."""
 
     def __init__(self, log: GuardedLogger) -> None:
         self._log = log
@@ -76,7 +76,7 @@ class Complaint:
         self._failures = 0
 
     def make(self, words: str, *what: object) -> None:
-        """Count a failure, and log it if it is its turn; ``words`` has a place for each of ``what``."""
+        """Count a failure and log it if it is due. ``words`` is the format, ``what`` its arguments."""
         with self._lock:
             self._failures += 1
             failures = self._failures
@@ -84,14 +84,14 @@ class Complaint:
             self._log.warning(words, *what)
 
     def over(self) -> None:
-        """It works again."""
+        """Reset the count: the operation works again."""
         if self._failures:
             with self._lock:
                 self._failures = 0
 
 
 def check_logger(logger: Any) -> logging.Logger:
-    """A logger, or ours for None; ConfigurationError says what is wrong with it."""
+    """Return the logger, or TaskX's own for None. Raises ConfigurationError if it is no Logger."""
     if logger is None:
         return logging.getLogger("taskx")
     if not isinstance(logger, logging.Logger):

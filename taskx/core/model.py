@@ -1,4 +1,4 @@
-"""The records: a task, one attempt at it, and the filter that lists are asked with."""
+"""The records: a task, an attempt, and the filter for lists of tasks."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ MAX_NAME = 255
 
 
 class TaskStatus(str, Enum):
-    """Where a task is in its life. There are these five and no sixth."""
+    """The status of a task: one of these five."""
 
-    PENDING = "pending"  #: stored, not started (or to be started again)
+    PENDING = "pending"  #: stored, and not started or waiting to start again
     RUNNING = "running"  #: an executor works on it
     COMPLETED = "completed"  #: its executor returned
-    FAILED = "failed"  #: its attempts, or its crashes, are spent
+    FAILED = "failed"  #: it has no attempts left, or it crashed too often
     CANCELLED = "cancelled"  #: cancelled before it started, or stopped by its token
 
     def __str__(self) -> str:
@@ -43,7 +43,7 @@ _FINISHED = frozenset({TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCE
 
 
 def check_name(value: Any, what: str) -> str:
-    """A text that may serve as id, type or created_by; ConfigurationError says what is wrong with it."""
+    """Return a text that is valid as id, type or created_by. Raises ConfigurationError if it is not."""
     if type(value) is str and value.isascii() and len(value) <= MAX_NAME and "\0" not in value:
         return value
     if not isinstance(value, str):
@@ -52,12 +52,14 @@ def check_name(value: Any, what: str) -> str:
     if len(text) > MAX_NAME:
         raise ConfigurationError(f"{what} has {len(text)} characters, more than {MAX_NAME}")
     if "\0" in text or not (text.isascii() or is_encodable(text)):
-        raise ConfigurationError(f"{what} {text!a} holds a NUL or a lone surrogate")
+        raise ConfigurationError(
+            f"{what} {text!a} contains a NUL character or a lone surrogate; remove it"
+        )
     return text
 
 
 def check_key(value: Any, what: str) -> str:
-    """A name that is not empty; ConfigurationError says what is wrong with it."""
+    """Return a valid name that is not empty. Raises ConfigurationError if it is neither."""
     text = check_name(value, what)
     if not text:
         raise ConfigurationError(f"{what} must not be empty")
@@ -66,18 +68,18 @@ def check_key(value: Any, what: str) -> str:
 
 @attrs.frozen(kw_only=True)
 class Attempt:
-    """One run of a task that did not end it, or its last one.
+    """One run of a task.
 
     Attributes:
         outcome: ``completed``, ``failed``, ``cancelled``, ``retried``, ``snoozed``, ``interrupted``,
             ``crashed`` or, while it runs, an empty string.
-        started_at: when it began.
-        ended_at: when it ended; None while it runs.
-        worker: which thread of which process ran it; the process alone if it died.
-        error: what went wrong, as text; empty if nothing did.
+        started_at: the time of its start.
+        ended_at: the time of its end; None while it runs.
+        worker: the process and thread that ran it; only the process if the process died.
+        error: the error text; empty if there was no error.
         error_type: the full class name of the exception it raised, such as ``ValueError`` or
             ``requests.exceptions.Timeout``; empty if it raised none.
-        traceback: where, as text; empty if there is none.
+        traceback: the exception's traceback as text; empty if there is none.
     """
 
     outcome: str = ""
@@ -96,59 +98,62 @@ def _task_status(value: Any) -> TaskStatus:
     return value if value.__class__ is TaskStatus else check_status(value)
 
 
-# Converted when a task is made, not when it is changed: the hook would slow every attribute.
+# Converters run when a task is made, not when it is changed: that hook would slow down every attribute.
 @attrs.define(kw_only=True, on_setattr=attrs.setters.NO_OP)
 class Task:
-    """A task as the repository keeps it.
+    """A task as the repository stores it.
 
-    Changing a Task changes nothing in the repository. The first thirteen fields are those of the
-    original TaskX; the rest are ours.
+    Changing a Task object changes nothing in the repository. The first thirteen fields are those of the
+    original TaskX; the others are new. All times are aware UTC datetimes in whole milliseconds.
 
     Attributes:
-        id: unique; ``submit`` and ``create`` make one where it is empty.
-        type: which executor runs it.
+        id: the unique id; ``submit`` and ``create`` generate one if it is empty.
+        type: the type of the task, which selects its executor.
         status: see :class:`TaskStatus`.
-        params: what the executor is given; a JSON object.
-        result: what the executor returned; any JSON value.
-        error: text of the last error; empty if there was none.
+        params: the input of the executor; a JSON object.
+        result: the return value of the executor; any JSON value.
+        error: the text of the last error; empty if there was none.
         progress: percent, 0 to 100.
         message: the latest progress message.
-        created_by: free text, to filter by.
-        created_at: when it was accepted; aware UTC, as all times here, in whole milliseconds.
-        started_at: when the present or last attempt began.
-        completed_at: when it was completed, failed or cancelled.
+        created_by: free text, for filters.
+        created_at: the time at which it was accepted.
+        started_at: the start of the current or last attempt.
+        completed_at: the time at which it was completed, failed or cancelled.
         duration: seconds that the last attempt took, by the monotonic clock.
-        priority: higher runs first; equal ones in the order of submission.
-        run_at: not before this moment; None for at once. After a requeue, when that was.
+        priority: tasks with a higher priority run first; equal ones run in the order of submission.
+        run_at: the task does not start before this time; None for at once. After a requeue, the time of
+            the requeue.
         timeout: seconds after which an attempt's token fires; None for never.
-        max_attempts: attempts that may raise before the task is failed; None: as the executor says.
-        max_crashes: deaths of its process before the task is failed; None: as the executor says.
-        retry: when an attempt that raised is followed by another; None: as the executor says.
+        max_attempts: number of attempts that may raise before the task fails; None for the executor's.
+        max_crashes: number of times its process may die before the task fails; None for the executor's.
+        retry: the policy for another attempt after one that raised; None for the executor's.
         unique_key: at most one task at a time holds this key; None for no key.
-        unique_scope: how long it holds the key: ``"pending"``, ``"unfinished"``, ``"ever"``, or so many
-            seconds since it was created (as text); None where there is no key.
-        depends_on: the ids of its parents: it may start when all of them have completed.
-        on_parent_failure: what becomes of it when a parent does not complete: ``"cancel"`` (also None),
+        unique_scope: how long it holds the key: ``"pending"``, ``"unfinished"``, ``"ever"``, or a number
+            of seconds since it was created (as text); None without a key.
+        depends_on: the ids of its parents; it may start when all of them have completed.
+        on_parent_failure: what happens to it if a parent does not complete: ``"cancel"`` (also None),
             ``"fail"`` or ``"run"``.
-        concurrency_key: tasks of the same key run one at a time, in the order of submission; None for
+        concurrency_key: tasks with the same key run one at a time, in the order of submission; None for
             no key.
-        errors: attempts that raised.
-        crashes: attempts during which the process died.
-        interruptions: attempts cut short by a stop, or by a neighbour's crash.
-        snoozes: attempts that asked to run again later (``Snooze``).
-        starts: how often it was started, or changed while it was pending: the fence of its present run.
-        cancel_requested_at: when a running task was asked to stop; None if it was not.
-        dead_letter: True for a task that failed for good: nothing but a requeue runs it again.
+        errors: number of attempts that raised.
+        crashes: number of attempts during which the process died.
+        interruptions: number of attempts cut short by a stop, or by the crash of another task.
+        snoozes: number of attempts that asked to run again later (``Snooze``).
+        starts: number of times it was started, or changed while it was pending; the fence of its current
+            run.
+        cancel_requested_at: the time at which a running task was asked to stop; None if it was not.
+        dead_letter: True for a task that failed for good; only a requeue runs it again.
         error_type: the full class name of the exception behind ``error``, as in :class:`Attempt`.
         traceback: the last error's traceback.
-        owner: the id of the node that holds it; empty for nobody.
-        worker: who runs it: host, process and start of the node; after an attempt its thread, too.
-        earlier_attempts: the ended attempts before the present or last one (bounded); see
+        owner: the id of the node that holds it; empty if no node does.
+        worker: host, process and start of the node that runs it; after an attempt its thread, too.
+        earlier_attempts: the ended attempts before the current or last one (a limited number); see
             :attr:`attempts`.
-        stuck_on: the node on which a thread of an ended attempt still runs; empty for none.
-        checkpoints: what its executor stored on the way, for later attempts; None for nothing.
-        log: what its executor logged, where that is captured.
-        damage: what of the stored record could not be read; empty if all is well. Never stored.
+        stuck_on: the id of the node on which a thread of an ended attempt still runs; empty if none does.
+        checkpoints: the values that its executor stored for later attempts; None for none.
+        log: the captured log of its executor, if capturing is on.
+        damage: describes the part of the stored record that could not be read; empty if all is well.
+            Never stored.
     """
 
     id: str = ""
@@ -194,19 +199,19 @@ class Task:
 
     @property
     def attempt(self) -> int:
-        """The number of the present or next attempt, from 1: only errors spend attempts."""
+        """The number of the current or next attempt, from 1. Only errors use up attempts."""
         return self.errors + 1
 
     @property
     def attempts(self) -> list[Attempt]:
-        """The whole history in order: the earlier attempts, and the present or last one."""
+        """All attempts in order: the earlier ones, then the current or last one."""
         earlier = list(self.earlier_attempts)
         if self.started_at is None or (earlier and self._is_latest(earlier[-1])):
             return earlier
         return [*earlier, self._latest_attempt()]
 
     def _is_latest(self, attempt: Attempt) -> bool:
-        """Whether an archived attempt is the one that the record ended with: a crash is kept so."""
+        """Return True if an archived attempt is the last one: a crash that ends a task is archived."""
         return (
             attempt.outcome in ("crashed", "interrupted")
             and attempt.started_at == self.started_at
@@ -225,7 +230,7 @@ class Task:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The task as JSON values: the original's names, times as ISO text, absent ones as None."""
+        """Return the task as a dict of JSON values. Its keys are the field names; times are ISO text."""
         data = {name: _to_json(getattr(self, name)) for name in TASK_FIELDS}
         data["retry"] = None if self.retry is None else self.retry.to_dict()
         data["depends_on"] = list(self.depends_on)
@@ -237,10 +242,12 @@ class Task:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Task:
-        """The task that :meth:`to_dict` gave; unknown names are ignored, absent ones take defaults.
+        """Return the task of a dict from :meth:`to_dict`.
+
+        Unknown names are ignored; missing ones get their defaults.
 
         Raises:
-            ValueError: a time is not ISO text with an offset, or the status is none of the five.
+            ValueError: a time is not ISO text with an offset, or the status is not one of the five.
         """
         known = {name: data[name] for name in TASK_FIELDS if name in data}
         for name in TIME_FIELDS:
@@ -278,15 +285,15 @@ def _to_json(value: Any) -> Any:
 def _from_iso(value: Any) -> datetime | None:
     if value is None:
         return None
-    # Before 3.11 fromisoformat knows no "Z", and of fractions (Go writes up to nine digits) only
-    # those of three or six digits.
+    # Before Python 3.11, fromisoformat accepts no "Z", and only fractions of three or six digits (Go
+    # writes up to nine).
     text = value[:-1] + "+00:00" if value.endswith("Z") else value
     text = _FRACTION.sub(lambda found: f"{found[0][:4]:0<4}", text, count=1)
     return to_datetime(to_ms(datetime.fromisoformat(text), repr(value)))
 
 
 def check_moment(value: Any, what: str) -> None:
-    """An aware datetime or None; ConfigurationError says what is wrong with it."""
+    """Raise ConfigurationError if a value is neither an aware datetime nor None."""
     if value is None:
         return
     if not isinstance(value, datetime):
@@ -297,16 +304,18 @@ def check_moment(value: Any, what: str) -> None:
         raise ConfigurationError(str(error)) from None
 
 
-_MAX_COUNT = 2**62  # the sum of two still fits into what databases count with
+_MAX_COUNT = 2**62  # the sum of two still fits into a database's 64-bit integer
 
 
 class _DefaultLimit(int):
-    """The limit of a filter that was made without one; only lists heed it."""
+    """The limit of a filter that was made without one; only lists use it."""
 
 
 def _count(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if type(value) not in (int, _DefaultLimit) or not 0 <= value <= _MAX_COUNT:
-        raise ConfigurationError(f"{attribute.name} must be a whole number from 0, not {value!r}")
+        raise ConfigurationError(
+            f"{attribute.name} must be a whole number of at least 0, not {value!r}"
+        )
 
 
 def _to_status(value: Any) -> TaskStatus | None:
@@ -314,26 +323,26 @@ def _to_status(value: Any) -> TaskStatus | None:
 
 
 def check_status(value: Any) -> TaskStatus:
-    """One of the five, or its text; ConfigurationError names them."""
+    """Return a status that is given as itself or as text. Raises ConfigurationError if it is unknown."""
     try:
         return TaskStatus(value)
     except ValueError:
         known = ", ".join(TaskStatus)
-        raise ConfigurationError(f"status {value!r} is none of {known}") from None
+        raise ConfigurationError(f"status must be one of {known}, not {value!r}") from None
 
 
 @attrs.frozen(kw_only=True)
 class TaskFilter:
-    """Conditions for the tasks to list or count; all that are given must hold. Lists are newest first.
+    """Conditions for the tasks to list or count. A task must meet all given ones. Lists are newest first.
 
     Attributes:
         type: tasks of this type.
-        status: tasks in this status.
+        status: tasks with this status.
         created_by: tasks with this ``created_by``.
         start_date: tasks created at or after this aware datetime.
         end_date: tasks created before or at this aware datetime.
-        offset: how many to pass over.
-        limit: how many at most; a list has 100 where it is not given.
+        offset: number of tasks to skip.
+        limit: largest number of tasks; lists use 100 if it is not given.
 
     Raises:
         ConfigurationError: a naive datetime, a negative offset or limit, an unknown status.
@@ -353,7 +362,7 @@ class TaskFilter:
         return type(self.limit) is not _DefaultLimit
 
     def matches(self, task: Task) -> bool:
-        """Whether a task meets every condition: for repositories that look at each one in Python."""
+        """Return True if a task meets every condition, for repositories that filter in Python."""
         created = task.created_at
         return (
             self.type in (None, task.type)
@@ -365,7 +374,7 @@ class TaskFilter:
 
 
 def check_filter(value: Any) -> TaskFilter:
-    """A filter, for None that of all tasks; ConfigurationError says what is wrong with it."""
+    """Return the filter; for None, the filter of all tasks. Raises ConfigurationError for other values."""
     if value is None:
         return TaskFilter()
     if not isinstance(value, TaskFilter):

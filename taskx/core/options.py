@@ -1,7 +1,7 @@
-"""The options of tasks and executors, which are defined here and nowhere else.
+"""The options of tasks and executors. They are defined only here.
 
-A key of a ``TypedDict`` is what type checkers see of an option. :data:`CHECKS` has those that a record
-keeps in a column from the start, :class:`Options` those of an executor.
+Type checkers see an option as a key of a ``TypedDict``. :data:`CHECKS` has the options that every new
+record stores in a column, :class:`Options` those of an executor.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from taskx.core.rate import Limit, LimitScope, rate_of
 from taskx.core.retry import RetryPolicy
 
 MAX_PRIORITY = 1_000_000
-#: Seconds that an executor is given after its token has fired, where nobody says otherwise.
+#: Default grace period, in seconds: the time for an executor to end after its token has fired.
 DEFAULT_GRACE = 10.0
-#: Where an executor runs, if not in the worker's thread.
+#: The place where an executor runs, if not in the worker's thread.
 Isolation = Literal["process"]
-#: How long a unique key is held: until the task first starts; until it has ended; as long as its record is
-#: kept; so many seconds from its creation, whatever becomes of it.
+#: How long a task holds its unique key: until it first starts; until it has ended; as long as its record
+#: exists; a number of seconds from its creation, whatever happens to the task.
 UniqueScope = Literal["pending", "unfinished", "ever"] | float
-#: What a submit does whose key is held: raise ``DuplicateTask``; give the handle of the task that holds it;
-#: have that one, if it is pending, take over params and options of the new one.
+#: The action of a submit whose unique key another task holds: raise ``DuplicateTask``; return that task's
+#: handle; if that task is pending, replace its params and options by those of the new one.
 OnConflict = Literal["reject", "return", "replace"]
-#: What becomes of a task whose parent failed for good, was cancelled, or is gone; the first one where
-#: nobody says.
+#: The action for a task whose parent failed for good, was cancelled, or is gone. The default is the first.
 OnParentFailure = Literal["cancel", "fail", "run"]
 
 
@@ -42,7 +41,7 @@ class _HasId(Protocol):
 
 
 class CommonOptions(TypedDict, total=False):
-    """The options of maps, submits and executors; as all options, each may be left out or None."""
+    """The options of maps, submits and executors. Like all options, each may be left out or None."""
 
     priority: int | None
     max_attempts: int | None
@@ -57,13 +56,13 @@ class RunOptions(CommonOptions, total=False):
 
 
 class MapOptions(CommonOptions, total=False):
-    """The options of ``submit`` that count for the new tasks of a map: see ``Queue.map``."""
+    """The options of ``submit`` that a map passes on to its new tasks: see ``Queue.map``."""
 
     created_by: str | None
 
 
 class ScheduleOptions(MapOptions, RunOptions, total=False):
-    """The options of ``submit`` that a schedule may give its tasks: see ``Queue.schedule``."""
+    """The options of ``submit`` that a schedule can give to its tasks: see ``Queue.schedule``."""
 
     concurrency_key: str | None
 
@@ -94,12 +93,12 @@ class ExecutorOptions(RunOptions, total=False):
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Any, what: str, hint: str = "") -> None:
-    """Raise ``TypeError`` for options that a ``TypedDict`` does not have."""
+    """Raise ``TypeError`` for options that the ``TypedDict`` does not have."""
     if unknown := given.keys() - known.__optional_keys__:
         raise TypeError(f"{what}() has no option {', '.join(sorted(unknown))}{hint}")
 
 
-# --- what each must be
+# --- checks
 
 Check = Callable[[Any, str], object]
 
@@ -109,19 +108,19 @@ def _count(value: Any, what: str) -> None:
 
 
 def _priority(value: Any, what: str) -> None:
-    if value or type(value) is not int:  # no call for the usual 0; but False is no number
+    if value or type(value) is not int:  # saves the call for the usual 0; False is not a number
         check_int(value, what, -MAX_PRIORITY, MAX_PRIORITY)
 
 
 def _run_at(value: Any, what: str) -> None:
     check_moment(value, what)
     if to_ms(value) > LAST:
-        raise ConfigurationError(f"{what} is beyond the calendar, in UTC: {value}")
+        raise ConfigurationError(f"{what} must be before the year 10000 in UTC, not {value}")
 
 
 def _timeout(value: Any, what: str) -> None:
     if check_number(value, what) == 0:
-        raise ConfigurationError(f"{what} must be above 0 seconds; None means no time-out")
+        raise ConfigurationError(f"{what} must be more than 0 seconds; use None for no time-out")
 
 
 def _policy(value: Any, what: str) -> None:
@@ -130,21 +129,23 @@ def _policy(value: Any, what: str) -> None:
 
 
 def log_level(value: Any, what: str = "capture_log") -> int | None:
-    """From which level on an executor has lines kept, None for none; ConfigurationError for no level."""
+    """Return the lowest level whose log lines are captured; None for no capture.
+
+    Raises:
+        ConfigurationError: the value is not a level.
+    """
     if value is None or value is False:
         return None
     if value is True:
         return logging.INFO
     level = logging.getLevelName(value.upper()) if isinstance(value, str) else value
     if not isinstance(level, int):
-        raise ConfigurationError(
-            f"{what} must be True, or a level such as 'WARNING', not {value!r}"
-        )
+        raise ConfigurationError(f"{what} must be True or a level such as 'WARNING', not {value!r}")
     return level
 
 
 def one_of(literal: Any) -> Check:
-    """A check whether a value is one of a ``Literal``."""
+    """Return a check that accepts only the values of a ``Literal``."""
     known = get_args(literal)
     names = ", ".join(map(repr, known)) + " or None"
 
@@ -155,8 +156,7 @@ def one_of(literal: Any) -> Check:
     return check
 
 
-#: What an option must be, for those that a record keeps in a column of that name from the start, in the
-#: order of columns.
+#: The checks of the options that every new record stores in a column of the same name, in column order.
 CHECKS: Mapping[str, Check] = {
     "priority": _priority,
     "run_at": _run_at,
@@ -165,13 +165,12 @@ CHECKS: Mapping[str, Check] = {
     "max_crashes": _count,
     "retry": _policy,
 }
-#: Those that are settled when a task starts, as its executor says, where the task says nothing; and what
-#: they are where its executor says nothing either.
-UNLESS_SAID: Mapping[str, Any] = {"timeout": None, "max_attempts": 1, "max_crashes": 3}
+#: The options that are fixed when a task starts: the task's own value, else the executor's, else this one.
+FALLBACKS: Mapping[str, Any] = {"timeout": None, "max_attempts": 1, "max_crashes": 3}
 
 
 def checked(holder: object, checks: Mapping[str, Check]) -> dict[str, Any]:
-    """The options that somebody has, without those that are None; ConfigurationError for an invalid one."""
+    """Return an object's options that are not None. Raises ConfigurationError for an invalid one."""
     said = {}
     for name, check in checks.items():
         value = getattr(holder, name)
@@ -183,7 +182,7 @@ def checked(holder: object, checks: Mapping[str, Check]) -> dict[str, Any]:
 
 @attrs.frozen(kw_only=True)
 class Options:
-    """The options of an executor, each None where it was not given: see ``Queue.executor``."""
+    """The options of an executor; None for each one that was not given. See ``Queue.executor``."""
 
     max_attempts: int | None = None
     max_crashes: int | None = None
@@ -203,37 +202,38 @@ class Options:
         rate_of(self.rate, self.burst)
 
     @property
-    def settled(self) -> dict[str, Any]:
-        """What its tasks are given that say nothing themselves."""
-        said = {name: getattr(self, name) for name in UNLESS_SAID}
+    def task_defaults(self) -> dict[str, Any]:
+        """The executor's values for options that a task leaves open."""
+        said = {name: getattr(self, name) for name in FALLBACKS}
         if self.max_attempts is None and self.retry is not None:
             said["max_attempts"] = self.retry.max_attempts
         return {name: value for name, value in said.items() if value is not None}
 
     @property
     def limit(self) -> Limit | None:
-        """How many run at once and start in a time; None where there is no limit.
+        """The limits for tasks that run at once and for starts per time; None for no limits.
 
-        ``ConfigurationError`` if an option belongs to a limit that is not there.
+        Raises:
+            ConfigurationError: an option refers to a limit that was not given.
         """
         if self.max_concurrency is None and self.rate is None:
             if self.limit_scope is not None or self.burst is not None:
                 raise ConfigurationError(
-                    "limit_scope and burst are of a limit: give max_concurrency or rate, too"
+                    "limit_scope requires max_concurrency or rate; burst requires rate"
                 )
             return None
         if self.burst is not None and self.rate is None:
-            raise ConfigurationError("burst is of a rate: give one, too")
+            raise ConfigurationError("burst requires rate")
         rate = rate_of(self.rate, self.burst)
         return Limit(self.max_concurrency, rate, self.limit_scope or "node")
 
     @property
     def patience(self) -> float:
-        """Seconds that an executor is given after its token has fired."""
+        """The grace period: seconds for the executor to end after its token has fired."""
         return DEFAULT_GRACE if self.grace is None else self.grace
 
     def overridden(self, by: Options) -> Options:
-        """The same, but for what other options say."""
+        """Return these options, with every value that ``by`` gives replaced."""
         given = {k: v for k, v in attrs.asdict(by, recurse=False).items() if v is not None}
         return attrs.evolve(self, **given)
 
@@ -249,6 +249,6 @@ _OF_EXECUTOR: Mapping[str, Check] = {
 
 
 def options_of(given: Mapping[str, Any]) -> Options:
-    """The options that were given to an executor; TypeError names those that there are not."""
+    """Return the options given to an executor. Raises TypeError for unknown ones."""
     refuse_unknown(given, ExecutorOptions, "executor")
     return Options(**given)

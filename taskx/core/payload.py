@@ -1,7 +1,7 @@
-"""The JSON rules: what may be stored as params or result, the same for every repository.
+"""The JSON rules: the values that can be stored as params or result, the same in every repository.
 
-Allowed: ``None``, ``bool``, ``int`` within 64 bits, finite ``float``, ``str``, and lists, tuples (kept
-as lists) and dicts with ``str`` keys of these, at most :data:`MAX_DEPTH` deep.
+Allowed are ``None``, ``bool``, ``int`` within 64 bits, finite ``float``, ``str``, and lists, tuples
+(stored as lists) and dicts with ``str`` keys of these, at most :data:`MAX_DEPTH` levels deep.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from typing import Any
 
 from taskx.core.errors import PayloadError
 
-#: Levels of nesting; below the hundred that BSON permits, so that MongoDB can keep the same values.
+#: Largest depth of nesting; below the 100 levels of BSON, so that MongoDB can store the same values.
 MAX_DEPTH = 90
 #: Largest size of params or a result, in bytes of UTF-8 JSON, unless configured otherwise.
 DEFAULT_MAX_SIZE = 1024 * 1024
-#: A size for what was checked before.
+#: A size limit for values that were checked before.
 NO_LIMIT = 1 << 30
-#: The key of what codecs store, which nobody else's objects may have at their top.
+#: The key of the objects that codecs store. Other objects must not have it at their top level.
 CODEC_KEY = "taskx:codec"
 
 _INT_MIN, _INT_MAX = -(2**63), 2**63 - 1
 
-# The depth check ends every cycle, so the encoder need not look for them itself.
+# The depth check ends every cycle, so the encoder need not search for cycles itself.
 _dumps = json.JSONEncoder(
     ensure_ascii=False, allow_nan=False, separators=(",", ":"), check_circular=False
 ).encode
@@ -32,25 +32,27 @@ loads = json.JSONDecoder().decode
 
 
 def encode(value: Any, what: str, max_size: int = DEFAULT_MAX_SIZE) -> str:
-    """The JSON text of a value, of at most ``max_size`` bytes as UTF-8.
+    """Return a value as JSON text of at most ``max_size`` bytes in UTF-8.
 
     Raises:
-        PayloadError: it breaks a rule; the error names the path of the offending value, from ``what`` on.
+        PayloadError: the value breaks a rule. The error names the path of the invalid part, starting with
+            ``what``.
     """
     if flaw := _flaw(value, 1):
         raise PayloadError((what + flaw[0])[:500], flaw[1])
     if isinstance(value, dict) and CODEC_KEY in value:
-        raise PayloadError(f"{what}.{CODEC_KEY}", "is a key that TaskX keeps for itself")
+        raise PayloadError(f"{what}.{CODEC_KEY}", "is a reserved key; use another name")
     text = _dumps(value)
     try:
         check_size(text, what, max_size)
     except UnicodeEncodeError:
-        raise PayloadError(_surrogate_path(value, what), "a lone surrogate is no text") from None
+        problem = "contains a lone surrogate, which is not valid Unicode"
+        raise PayloadError(_surrogate_path(value, what), problem) from None
     return text
 
 
 def check_size(text: str, what: str, max_size: int) -> None:
-    """Refuse JSON text that is too large with a ``PayloadError``."""
+    """Raise ``PayloadError`` if JSON text is larger than ``max_size`` bytes in UTF-8."""
     size = len(text) if text.isascii() else len(text.encode())
     if size > max_size:
         raise PayloadError(
@@ -59,7 +61,7 @@ def check_size(text: str, what: str, max_size: int) -> None:
 
 
 def encode_params(params: Any, max_size: int = DEFAULT_MAX_SIZE) -> str:
-    """The JSON text of a task's params, which must be a mapping with string keys; as :func:`encode`."""
+    """Return the JSON text of a task's params, a mapping with string keys. Raises as :func:`encode`."""
     if type(params) is not dict:
         if not isinstance(params, Mapping):
             raise PayloadError("params", f"must be a dict, not {type(params).__name__}")
@@ -68,20 +70,20 @@ def encode_params(params: Any, max_size: int = DEFAULT_MAX_SIZE) -> str:
 
 
 def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
-    """What breaks a rule: the path to it below ``value``, and the problem. None: nothing does."""
+    """Return the path of the first invalid part, below ``value``, and its problem; None if all is valid."""
     kind = type(value)
     if kind is str or value is None or kind is bool:
         return None
     if kind is int:
-        return None if _INT_MIN <= value <= _INT_MAX else ("", "an integer beyond 64 bits")
+        return None if _INT_MIN <= value <= _INT_MAX else ("", "integer does not fit into 64 bits")
     if kind is float:
-        return None if math.isfinite(value) else ("", f"{value} is no JSON number")
+        return None if math.isfinite(value) else ("", f"{value} is not valid JSON")
     if kind is dict or kind is list or kind is tuple:
         if depth > MAX_DEPTH:
-            return "", f"nested more than {MAX_DEPTH} levels deep, or a cycle"
+            return "", f"is nested more than {MAX_DEPTH} levels deep, or contains itself"
         return _flaw_in_dict(value, depth) if kind is dict else _flaw_in_list(value, depth)
     if isinstance(value, (str, int, float, list, tuple, dict)):
-        # A subclass (an IntEnum, a defaultdict): judged as what it is encoded as.
+        # A subclass (an IntEnum, a defaultdict): check the plain value that would be encoded.
         return _flaw(_plain(value), depth)
     return "", f"{kind.__name__} is not JSON"
 
@@ -91,7 +93,7 @@ def _flaw_in_dict(value: dict[Any, Any], depth: int) -> tuple[str, str] | None:
         if not isinstance(key, str):
             return f"[{key!r}]", "a key must be a string"
         if "\0" in key:
-            return f"[{key!r}]", "a key must not hold a NUL character"
+            return f"[{key!r}]", "a key must not contain a NUL character"
         if flaw := _flaw(item, depth + 1):
             return f".{key}{flaw[0]}", flaw[1]
     return None
@@ -126,7 +128,7 @@ def _surrogate_path(value: Any, path: str) -> str:
 
 
 def is_encodable(text: str) -> bool:
-    """Whether a text is free of lone surrogates."""
+    """Return True if a text has no lone surrogates."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -135,7 +137,7 @@ def is_encodable(text: str) -> bool:
 
 
 def clean_text(text: str, limit: int) -> str:
-    """Free text made storable: lone surrogates escaped, cut to ``limit`` characters."""
+    """Return free text that can be stored: cut to ``limit`` characters, with lone surrogates escaped."""
     if len(text) > limit:
         text = text[: limit - 1] + "…"
     return text if text.isascii() else text.encode("utf-8", "backslashreplace").decode()

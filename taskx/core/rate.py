@@ -1,9 +1,9 @@
-"""Rates: so many in so many seconds, as a token bucket of which one moment is all there is to remember.
+"""Rates: a token bucket whose whole state is one moment.
 
-A bucket holds ``burst`` tokens at most and is given one every ``interval`` seconds; to start something
-takes one out. Its state is its *mark*: the moment at which it is full again (the theoretical arrival time
-of the generic cell rate algorithm). So in any time at most ``burst`` + ``count`` / ``seconds`` · time are
-taken.
+A bucket holds at most ``burst`` tokens and gets a new one every ``interval`` seconds. Each start takes one
+token. The state is the *mark*: the moment at which the bucket will be full again (the theoretical arrival
+time of the generic cell rate algorithm). In any period of time, at most
+``burst`` + ``count`` / ``seconds`` · time tokens are taken.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from taskx.core.errors import ConfigurationError
 
 MAX_COUNT = 1_000_000
 _SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
-# Seconds: a moment which is a token's but for the rounding of the clock is that token's.
+# In seconds: a token counts as available if only the rounding of the clock is missing.
 _ROUNDING = 1e-6
 
-#: For each node by itself, or for all of them together.
+#: A limit for each node separately, or for all nodes together.
 LimitScope = Literal["node", "global"]
-#: An empty bucket has been full for ever.
+#: The mark of a bucket that was never used: full at any time.
 FULL = float("-inf")
 
 
 @attrs.frozen
 class Rate:
-    """So many in so many seconds, and so many at once when there were none for a while."""
+    """A rate: ``count`` starts per ``seconds``, and up to ``burst`` starts at once after a pause."""
 
     count: int
     seconds: float
@@ -42,37 +42,40 @@ class Rate:
         return self.seconds / self.count
 
     def tokens(self, mark: float, now: float) -> int:
-        """How many may be taken now."""
+        """Return the number of tokens that are available now."""
         if mark <= now:
             return self.burst
         missing = math.ceil(max(0.0, mark - now - _ROUNDING) / self.interval)
         return max(0, self.burst - missing)
 
     def take(self, mark: float, now: float, count: int) -> float:
-        """The mark when so many were taken, of which there must be as many."""
+        """Return the mark after ``count`` tokens are taken; they must be available."""
         return max(mark, now) + count * self.interval
 
     def put_back(self, mark: float, count: int) -> float:
-        """The mark when so many that were taken have not been used."""
+        """Return the mark after ``count`` unused tokens are put back."""
         return mark - count * self.interval
 
     def when(self, mark: float, count: int) -> float:
-        """The time at which so many may be taken, at most ``burst``."""
+        """Return the time at which ``count`` tokens (at most ``burst``) will be available."""
         return mark - (self.burst - min(count, self.burst)) * self.interval
 
 
 class Limit(NamedTuple):
     """The limits of a type."""
 
-    max_concurrency: int | None  #: how many run at once; None for any number
-    rate: Rate | None  #: how many start in a time; None for any number
-    scope: LimitScope  #: who shares them
+    max_concurrency: int | None  #: number of tasks that may run at once; None for no limit
+    rate: Rate | None  #: rate of starts; None for no limit
+    scope: LimitScope  #: whether each node has the limits for itself, or all nodes share them
 
 
 def rate_of(given: Any, burst: int | None) -> Rate | None:
-    """The rate that an executor's options say, None for none; ConfigurationError says what is wrong.
+    """Return the rate of an executor's options; None for no rate.
 
-    It is ``"100/m"`` (``s``, ``m``, ``h`` or ``d``), or a pair of a count and seconds.
+    ``given`` is text such as ``"100/m"`` (``s``, ``m``, ``h`` or ``d``), or a pair of a count and seconds.
+
+    Raises:
+        ConfigurationError: an option is not valid.
     """
     if burst is not None:
         check_int(burst, "burst", 1, MAX_COUNT)
@@ -81,7 +84,9 @@ def rate_of(given: Any, burst: int | None) -> Rate | None:
     count, seconds = _parts(given)
     check_int(count, "rate", 1, MAX_COUNT)
     if check_number(seconds, "the period of a rate") == 0:
-        raise ConfigurationError(f"the period of a rate must be above 0 seconds, not {seconds!r}")
+        raise ConfigurationError(
+            f"the period of a rate must be more than 0 seconds, not {seconds!r}"
+        )
     return Rate(count, float(seconds), count if burst is None else burst)
 
 
@@ -91,5 +96,5 @@ def _parts(given: Any) -> tuple[Any, Any]:
     if isinstance(given, tuple) and len(given) == 2:
         return given
     raise ConfigurationError(
-        f"rate must be like '100/m' (s, m, h or d), or (count, seconds), not {given!r}"
+        f"rate must be text like '100/m' (s, m, h or d) or a pair (count, seconds), not {given!r}"
     )

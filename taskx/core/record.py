@@ -1,16 +1,17 @@
-"""A task as a flat row of plain values, the form in which repositories keep and change it.
+"""A task as a flat row of plain values, the form in which repositories store and change it.
 
-Times are milliseconds since 1970; params, result, retry, depends_on, checkpoints and earlier attempts are
-JSON text; the rest are ``str``, ``int``, ``float`` and None. Beside the task's own fields a row has:
+Times are milliseconds since 1970. Params, result, retry, depends_on, checkpoints and earlier attempts are
+JSON text. All other values are ``str``, ``int``, ``float`` or None. A row has the task's own fields and:
 
 ``held``
-    why a pending task may not start: one of the numbers below.
+    the reason why a pending task may not start: one of the numbers below.
 ``waiting_on``
-    of its parents, the unfinished one whose end is waited for.
+    the id of the unfinished parent whose end the task waits for.
 ``unique_lock``
-    its unique key, as long as it holds it: no two rows have the same.
+    the task's unique key while the task holds it. No two rows have the same value.
 ``turn``
-    its concurrency key, from when its turn has come until it has ended: no two rows have the same.
+    the task's concurrency key, from the moment of its turn until the task has ended. No two rows have the
+    same value.
 """
 
 from __future__ import annotations
@@ -30,21 +31,22 @@ from taskx.core.model import TASK_FIELDS, TIME_FIELDS, Attempt, Task, TaskStatus
 from taskx.core.payload import CODEC_KEY, clean_text
 from taskx.core.retry import RetryPolicy
 
-#: Why a pending task may not start: it may; before its ``run_at``; its parents have not ended; a thread
-#: of an earlier attempt still runs; others of its concurrency key come first.
+#: The values of ``held``. FREE: the task may start. UNTIL_DUE: it waits for its ``run_at``. FOR_PARENTS:
+#: its parents have not ended. BY_THREAD: a thread of an earlier attempt still runs. FOR_TURN: other tasks
+#: of its concurrency key come first.
 FREE, UNTIL_DUE, FOR_PARENTS, BY_THREAD, FOR_TURN = range(5)
 
-#: The columns of a row that no field of the task shows.
+#: The columns of a row that are not fields of the task.
 INTERNAL = ("held", "waiting_on", "unique_lock", "turn")
 #: The columns of a row, in order: the task's own fields, then the internal ones.
 COLUMNS: tuple[str, ...] = (*TASK_FIELDS, *INTERNAL)
-#: Those that no two rows have the same value in, but for None.
+#: The unique columns: no two rows have the same value in one of them, except None.
 UNIQUE = ("unique_lock", "turn")
 
 #: Longest progress message, in characters.
 MAX_MESSAGE = 1000
 
-#: What a column holds in a task that was just created, where its creation says nothing.
+#: The value of each column in a new task, unless its creation gives another one.
 DEFAULTS: dict[str, Any] = {
     **{
         field.name: field.default
@@ -64,7 +66,7 @@ DEFAULTS: dict[str, Any] = {
 
 
 class Stub(NamedTuple):
-    """The few facts of an unfinished task that the runtime moves it around by."""
+    """The few columns of an unfinished task that the runtime needs to sort and start it."""
 
     id: str
     status: str
@@ -76,23 +78,24 @@ class Stub(NamedTuple):
     run_at: int | None
 
     def rank(self, ageing: int) -> int:
-        """The rank by which pending tasks are sorted: see :func:`rank`."""
+        """Return the rank by which pending tasks are sorted: see :func:`rank`."""
         return rank(self.priority, self.created_at, self.run_at, ageing)
 
 
 def rank(priority: int, created_at: int, run_at: int | None, ageing: int) -> int:
-    """Return the rank of a task: the smaller, the sooner; equal ones go by when they were stored.
+    """Return the rank of a task: smaller ranks start first, equal ranks in the order of storing.
 
-    By priority alone or, with ``ageing`` (milliseconds of waiting that count as one priority more), by the
-    moment at which a task of priority 0 would have begun to wait that comes at the same time: so the order
-    of two tasks never changes, however long they wait. ``run_at`` is its time, if it had to wait for one.
+    Without ``ageing``, the rank depends only on the priority. ``ageing`` is the number of milliseconds of
+    waiting that count as one more priority. With it, the rank is the moment at which the task began to
+    wait (its ``run_at``, if that is later than its creation), moved earlier by ``ageing`` for each
+    priority. So the order of two tasks never changes, however long they wait.
     """
     if not ageing:
         return -priority
     return max(created_at, run_at or 0) - priority * ageing
 
 
-#: The columns from which a stub is made, in order.
+#: The columns of a stub, in order.
 STUB = (
     *("id", "status", "starts", "priority", "created_at"),
     *("cancel_requested_at", "type", "run_at"),
@@ -100,17 +103,17 @@ STUB = (
 
 
 class Ended(NamedTuple):
-    """A task that has ended, with what decides whether its record may go."""
+    """A task that has ended, with the columns that decide if its record may be removed."""
 
     stub: Stub
     depends_on: Sequence[str]  #: the ids of its parents
     unique_lock: str | None  #: the unique key that it holds; None if it holds none
-    unique_scope: str | None  #: how long it holds the key
-    place: Any  #: where the next look goes on, if this is the last task of one
+    unique_scope: str | None  #: the scope of that key
+    place: Any  #: the place at which the next page begins, if this task is the last of its page
 
 
 _STATUS = {status.value: status for status in TaskStatus}
-_STATUSES = tuple(_STATUS)  # not hashed: a damaged one may be anything
+_STATUSES = tuple(_STATUS)  # a tuple, because a damaged status may not be hashable
 _KINDS = {field.name: str(field.type) for field in attrs.fields(Task) if field.name in TASK_FIELDS}
 _TEXTS = [name for name, kind in _KINDS.items() if kind == "str"]
 _KEYS = [name for name, kind in _KINDS.items() if kind == "str | None"]
@@ -118,7 +121,7 @@ _NUMBERS = [name for name, kind in _KINDS.items() if kind.split(" | ")[0] in ("i
 
 
 def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
-    """The task of a row of the columns :data:`TASK_FIELDS`; what is damaged is named in ``task.damage``."""
+    """Return the task of a row with the columns :data:`TASK_FIELDS`. ``task.damage`` names the damage."""
     (
         id_, type_, status, params, result, error, progress, message, created_by, created_at,
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
@@ -133,10 +136,10 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
         if type(params) is dict and CODEC_KEY in params:
             params = codecs.value(params)
         if type(params) is not dict:
-            raise ValueError("params are no JSON object")
+            raise ValueError("params are not a JSON object")
         if type(result) is dict and CODEC_KEY in result:
             result = codecs.value(result)
-        # Where one is no text it cannot be joined, where one is no number it cannot be added.
+        # A cheap check of types: join() fails for a value that is not text, + for one that is no number.
         "".join((
             id_, type_, error, message, created_by, error_type, traceback, owner, worker, stuck_on, log,
         ))  # fmt: skip
@@ -191,7 +194,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             stored = _object_from_text(checkpoints)
             task.checkpoints = codecs.value(stored) if CODEC_KEY in stored else stored
         return task
-    except Unreadable as problem:  # all but what codecs made
+    except Unreadable as problem:  # keep all but the columns that codecs write
         return _salvaged_task(row, problem, params="{}", result=None, checkpoints=None)
     except (KeyError, ValueError, TypeError, RecursionError, OverflowError) as problem:
         if isinstance(problem, KeyError) and known_status(status) != status:
@@ -200,19 +203,19 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
 
 
 def known_status(status: Any) -> str:
-    """The status as a task has it: one that another program made up stands for failed."""
+    """Return the status; "failed" for one that is not one of the five."""
     return status if status in _STATUSES else "failed"
 
 
 def _salvaged_task(row: Sequence[Any], problem: object, **instead: Any) -> Task:
-    """All of a row but some columns, which hold something else instead."""
+    """Return the task of a row in which some damaged columns are replaced."""
     task = task_from_row(tuple({**dict(zip(TASK_FIELDS, row, strict=True)), **instead}.values()))
     task.damage = task.damage or f"the stored record is damaged: {problem}"
     return task
 
 
 def _damaged_task(row: Sequence[Any], problem: Exception) -> Task:
-    """What can be read of a damaged row: no params, no result, and no value that is not of its kind."""
+    """Return the readable part of a damaged row: no params, no result, no value of a wrong type."""
     stored = dict(zip(TASK_FIELDS, row, strict=True))
     sound = {**stored, "params": "{}", "result": None, "retry": None, "earlier_attempts": ""}
     sound.update(dict.fromkeys((*_KEYS, "depends_on", "checkpoints")))
@@ -246,7 +249,11 @@ def _time_or_none(ms: Any) -> int | None:
 
 
 def row_from_task(task: Task) -> dict[str, Any]:
-    """The row of a task, in the order of columns; PayloadError if params or result break the JSON rules."""
+    """Return the row of a task, in column order.
+
+    Raises:
+        PayloadError: params, result or checkpoints break the JSON rules.
+    """
     row: dict[str, Any] = {name: getattr(task, name) for name in TASK_FIELDS}
     row["status"] = task.status.value
     row["params"] = payload.encode_params(task.params)
@@ -264,13 +271,13 @@ def row_from_task(task: Task) -> dict[str, Any]:
 
 
 def created_task(row: Mapping[str, Any]) -> Task:
-    """The task that a row of ``lifecycle.create`` makes."""
+    """Return the task that a row of ``lifecycle.create`` makes."""
     whole = {**DEFAULTS, **row}
     return task_from_row([whole[name] for name in TASK_FIELDS])
 
 
 def changed_task(task: Task, changes: Mapping[str, Any]) -> Task:
-    """A copy of a task, as the changes of a write leave it."""
+    """Return a copy of a task with the changes of a write."""
     changed = copy(task)
     changed.earlier_attempts = list(task.earlier_attempts)
     for name, value in changes.items():
@@ -281,12 +288,12 @@ def changed_task(task: Task, changes: Mapping[str, Any]) -> Task:
 
 
 def optional_ms(moment: datetime | None, what: str) -> int | None:
-    """Milliseconds of a moment, None for None."""
+    """Return a moment as milliseconds; None for None."""
     return None if moment is None else to_ms(moment, what)
 
 
 def stub_from_row(row: Mapping[str, Any]) -> Stub:
-    """The stub of a row."""
+    """Return the stub of a row."""
     return Stub(
         row["id"],
         row["status"],
@@ -300,7 +307,7 @@ def stub_from_row(row: Mapping[str, Any]) -> Stub:
 
 
 def stub_from_values(values: Sequence[Any]) -> Stub:
-    """The stub of the columns :data:`STUB`, whatever of them is damaged."""
+    """Return the stub of the columns :data:`STUB`, even if some of them are damaged."""
     id_, status, starts, priority, created_at, asked_at, type_, run_at = values
     return Stub(
         id_,
@@ -319,7 +326,11 @@ def _number(value: Any) -> int:
 
 
 def check_progress(percent: float, message: str) -> tuple[int, str]:
-    """Progress as it is stored, a whole percentage from 0 to 100 and a bounded text; or PayloadError."""
+    """Return progress as it is stored: a whole percentage from 0 to 100, and a text of limited length.
+
+    Raises:
+        PayloadError: ``percent`` is not a number, or ``message`` is not text.
+    """
     if isinstance(percent, bool) or not isinstance(percent, (int, float)) or percent != percent:
         raise PayloadError("progress", f"must be a number from 0 to 100, not {percent!r}")
     if not isinstance(message, str):
@@ -328,7 +339,7 @@ def check_progress(percent: float, message: str) -> tuple[int, str]:
 
 
 def policy_to_text(policy: RetryPolicy | None) -> str | None:
-    """A retry policy as JSON text, None for None; ConfigurationError if it holds a function."""
+    """Return a retry policy as JSON text; None for None. Raises ConfigurationError if it has a function."""
     return None if policy is None else payload.encode(policy.to_dict(), "retry")
 
 
@@ -339,25 +350,25 @@ def _policy_from_text(text: str) -> RetryPolicy:
 def _object_from_text(text: str) -> dict[str, Any]:
     data = payload.loads(text)
     if type(data) is not dict:
-        raise ValueError(f"{text!r:.50} is no JSON object")
+        raise ValueError(f"{text!r:.50} is not a JSON object")
     return data
 
 
 def _text(value: Any) -> str:
     if type(value) is not str:
-        raise ValueError(f"{value!r:.50} is no text")
+        raise ValueError(f"{value!r:.50} is not text")
     return value
 
 
 def ids_to_text(task_ids: Sequence[str]) -> str | None:
-    """Ids as JSON text, None for none."""
+    """Return ids as JSON text; None if there are no ids."""
     if not task_ids:
         return None
     return payload.encode(list(task_ids), "depends_on", max_size=payload.NO_LIMIT)
 
 
 def parents_from_text(text: Any) -> list[str]:
-    """The ids of a column ``depends_on``; none where it is empty or damaged."""
+    """Return the ids in a column ``depends_on``; an empty list if the column is empty or damaged."""
     try:
         return ids_from_text(text) if text else []
     except (ValueError, TypeError, RecursionError):
@@ -365,15 +376,15 @@ def parents_from_text(text: Any) -> list[str]:
 
 
 def ids_from_text(text: str) -> list[str]:
-    """The ids of :func:`ids_to_text`; ``ValueError`` where they are none."""
+    """Return the ids of a text from :func:`ids_to_text`. Raises ``ValueError`` if it is no list of ids."""
     ids = payload.loads(text)
     if type(ids) is not list:
-        raise ValueError(f"{text!r:.50} is no list of ids")
+        raise ValueError(f"{text!r:.50} is not a list of ids")
     return [_text(task_id) for task_id in ids]
 
 
 def attempts_to_text(attempts: Sequence[Attempt]) -> str:
-    """Attempts as JSON text, empty for none."""
+    """Return attempts as JSON text; empty if there are none."""
     if not attempts:
         return ""
     return payload.encode(
@@ -395,7 +406,7 @@ def attempts_to_text(attempts: Sequence[Attempt]) -> str:
 
 
 def _attempts_from_text(text: str) -> list[Attempt]:
-    # The first version stored no error_type; a later one may store more, which is left alone here.
+    # The first version stored no error_type. A later version may store more values, which are ignored here.
     return [
         Attempt(
             outcome=outcome,
@@ -410,7 +421,7 @@ def _attempts_from_text(text: str) -> list[Attempt]:
     ]
 
 
-#: How a column becomes the value of its field, where it is another one.
+#: The conversions from a column to its field's value, for columns that need one.
 _READ: dict[str, Callable[[Any], Any]] = {
     "status": _STATUS.__getitem__,
     "params": payload.loads,

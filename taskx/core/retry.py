@@ -1,4 +1,4 @@
-"""When a task that raised runs again: the policy, and what executors raise to say it themselves."""
+"""Running a task again: the retry policy, and the exceptions by which executors decide themselves."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import attrs
 from taskx.core.checks import by, check_int, check_number
 from taskx.core.errors import ConfigurationError
 
-#: What computes the seconds to wait from the number of the attempt that raised, from 1.
+#: The back-off: a named curve, or a function of the number of the attempt that raised (from 1), to seconds.
 Backoff = Literal["exponential", "linear", "fixed"] | Callable[[int], float]
-# 2 ** 900 × MAX_WAIT is still a number, and no jitter makes a NaN of it.
+# 2 ** 900 × MAX_WAIT still fits into a float, so jitter cannot turn it into NaN.
 _CURVES: dict[str, Callable[[float, int], float]] = {
     "exponential": lambda base, attempt: base * 2.0 ** min(attempt - 1, 900),
     "linear": lambda base, attempt: base * attempt,
@@ -24,9 +24,9 @@ MAX_WAIT = 3.2e9
 
 
 def _names(given: Any, stored: bool = False) -> tuple[str, ...]:
-    """Exception classes, or their names, as names that an error can have.
+    """Return the full names of exception classes, given as classes or names.
 
-    Stored ones are left as they are: another Python may know other builtins.
+    Stored names are not checked: another version of Python may have other builtins.
     """
     single = isinstance(given, (str, type)) or not isinstance(given, Iterable)
     return tuple(
@@ -46,13 +46,13 @@ def _name(error: Any) -> str:
 
 
 def _name_of(text: str) -> str:
-    """The full name of the class that a text names."""
+    """Return the full name of the class that a text names."""
     name = _name(text).removeprefix("builtins.")
-    # A class made in a function is named so, too.
+    # "<locals>" is in the name of a class that was made in a function.
     if not all(part.isidentifier() or part == "<locals>" for part in name.split(".")):
         raise ConfigurationError(
-            f"retry_on and give_up_on: {text!r} cannot be the name of an exception class, which is "
-            "'module.Class', or of a builtin the name alone"
+            f"retry_on and give_up_on: {text!r} cannot be the name of an exception class; "
+            "write 'module.Class', or only 'Class' for a builtin"
         )
     module, _, attribute = name.rpartition(".")
     found = getattr(sys.modules.get(module or "builtins"), attribute, None)
@@ -60,7 +60,7 @@ def _name_of(text: str) -> str:
         return full_name(found)
     if not module:
         raise ConfigurationError(
-            f"retry_on and give_up_on: {text!r} is no builtin exception class; write that of a "
+            f"retry_on and give_up_on: {text!r} is not a builtin exception class; write a class of a "
             "module as 'module.Class'"
         )
     return name
@@ -71,13 +71,13 @@ def _is_exception(thing: Any) -> TypeGuard[type[BaseException]]:
 
 
 def full_name(error: type) -> str:
-    """``module.Class``; of a builtin the name alone."""
+    """Return ``module.Class``; for a builtin only ``Class``."""
     module, name = error.__module__, error.__qualname__
     return name if module == "builtins" else f"{module}.{name}"
 
 
 def names_of(error: type[BaseException]) -> list[str]:
-    """The full names of a class and of its bases."""
+    """Return the full names of a class and of its bases."""
     return [full_name(base) for base in error.__mro__]
 
 
@@ -98,20 +98,20 @@ class RetryPolicy:
     """Rules for running a task again after an attempt raised.
 
     Attributes:
-        max_attempts: attempts that may raise before the task is failed, the first one included.
-        backoff: how the wait grows: ``exponential`` (``base`` × 1, 2, 4, 8 …), ``linear`` (``base`` ×
-            1, 2, 3 …), ``fixed`` (``base``), or a function that is given the number of the attempt
-            that raised and returns seconds.
-        base: seconds that the wait is made of.
+        max_attempts: number of attempts that may raise before the task fails, including the first one.
+        backoff: the growth of the wait: ``exponential`` (``base`` × 1, 2, 4, 8 …), ``linear`` (``base`` ×
+            1, 2, 3 …), ``fixed`` (``base``), or a function that gets the number of the attempt that
+            raised and returns seconds.
+        base: the unit of the wait, in seconds.
         max_delay: the longest wait, in seconds.
-        jitter: a wait is longer or shorter by up to this fraction of itself, by chance, so that what
-            failed together does not come back together. A wait never exceeds ``max_delay``: one that
-            has reached it is shorter by up to this fraction, by chance.
-        retry_on: the only exceptions after which there is another attempt; empty for all. Classes,
-            or their names (``"requests.exceptions.Timeout"``, for a builtin ``"OSError"``);
-            subclasses are meant, too. If the module is imported already, any name will do by which
-            it has the class (``"requests.Timeout"``). A time-out counts as ``TimeoutError``.
-        give_up_on: exceptions after which there is none; they win over ``retry_on``.
+        jitter: each wait is made longer or shorter by a random part of up to this fraction, so that tasks
+            that failed together do not run again together. A wait never exceeds ``max_delay``: a wait
+            that has reached it is only made shorter.
+        retry_on: the only exceptions after which there is another attempt; empty for all. They are given
+            as classes or as names (``"requests.exceptions.Timeout"``, or ``"OSError"`` for a builtin) and
+            include subclasses. If the module is already imported, any of its names for the class works
+            (``"requests.Timeout"``). A time-out counts as ``TimeoutError``.
+        give_up_on: exceptions after which there is no other attempt; they win over ``retry_on``.
 
     Raises:
         ConfigurationError: an argument is not valid; the message names it.
@@ -126,40 +126,41 @@ class RetryPolicy:
     give_up_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
 
     def retries(self, error: type[BaseException]) -> bool:
-        """Whether there is another attempt after an exception of that class."""
+        """Return True if another attempt follows an exception of this class."""
         return not (self.retry_on or self.give_up_on) or self.allows(names_of(error))
 
     def allows(self, names: Iterable[str]) -> bool:
-        """The same, after an exception of a class of which the names are known: its own and its bases'."""
+        """Return the same as :meth:`retries`, for a class given by the names of itself and its bases."""
         known = set(names)
         if not known.isdisjoint(self.give_up_on):
             return False
         return not self.retry_on or not known.isdisjoint(self.retry_on)
 
     def delay(self, attempt: int, chance: float) -> float:
-        """Seconds to wait after the attempt of that number, from 1.
+        """Return the seconds to wait after an attempt.
 
         Args:
+            attempt: the number of the attempt, from 1.
             chance: from 0 (the shortest wait that ``jitter`` allows) to 1 (the longest).
 
         Raises:
-            ConfigurationError: a ``backoff`` of one's own returned no number of seconds.
+            ConfigurationError: a ``backoff`` function did not return a number of seconds.
         """
         if callable(self.backoff):
-            seconds = check_number(self.backoff(attempt), "what backoff returns")
+            seconds = check_number(self.backoff(attempt), "the return value of backoff")
         else:
             seconds = _CURVES[self.backoff](self.base, attempt)
-        # Jitter shortens the longest wait, too: else a thousand tasks that wait for it come back together.
+        # Jitter also shortens the longest wait: otherwise many tasks with that wait would run together.
         seconds = min(seconds, self.max_delay)
         shortest = seconds * (1 - self.jitter)
         longest = min(seconds * (1 + self.jitter), self.max_delay)
         return min(shortest + chance * (longest - shortest), self.max_delay)
 
     def to_dict(self) -> dict[str, Any]:
-        """The policy as JSON values.
+        """Return the policy as JSON values.
 
         Raises:
-            ConfigurationError: its ``backoff`` is a function, which no store can hold.
+            ConfigurationError: its ``backoff`` is a function, which cannot be stored.
         """
         if callable(self.backoff):
             raise ConfigurationError(
@@ -170,7 +171,7 @@ class RetryPolicy:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> RetryPolicy:
-        """The policy that :meth:`to_dict` gave; unknown names are ignored.
+        """Return the policy of a dict from :meth:`to_dict`. Unknown names are ignored.
 
         Raises:
             ConfigurationError: a value is not valid.
@@ -179,7 +180,7 @@ class RetryPolicy:
         errors = {name: _names(given.pop(name), stored=True) for name in _ERRORS if name in given}
         policy = cls(**given)
         for name, names in errors.items():
-            object.__setattr__(policy, name, names)  # past the judgement on what somebody writes
+            object.__setattr__(policy, name, names)  # skips the checks of names that a user writes
         return policy
 
 
@@ -191,21 +192,22 @@ def _listed(_: Any, __: Any, value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-# --- what an executor raises
+# --- exceptions for executors
 
 
 class Retry(Exception):
     """Raised by an executor: the attempt failed, and another one makes sense, whatever the policy says.
 
-    It spends an attempt; where none is left the task is failed. A derived class whose ``__init__`` does not
-    call this one asks for no delay.
+    It uses up an attempt; if none is left, the task fails. A derived class whose ``__init__`` does not call
+    this one asks for no delay.
 
     Args:
-        reason: what is noted as the error.
-        delay: seconds to wait before; None for what the retry policy says, or none at all.
+        reason: the error text to store.
+        delay: seconds to wait before the next attempt; None for the wait of the retry policy, or no wait
+            without a policy.
 
     Raises:
-        ConfigurationError: the delay is no number of seconds.
+        ConfigurationError: the delay is not a number of seconds.
     """
 
     def __init__(self, reason: str = "", *, delay: float | None = None) -> None:
@@ -214,19 +216,19 @@ class Retry(Exception):
 
 
 class Permanent(Exception):
-    """Raised by an executor: no further attempt makes sense; the task is failed at once."""
+    """Raised by an executor: another attempt would be pointless. The task fails at once."""
 
 
 class Snooze(Exception):
-    """Raised by an executor: it is too early; the task runs again later, and no attempt is spent.
+    """Raised by an executor: it is too early. The task runs again later, and no attempt is used up.
 
     An instance of a derived class whose ``__init__`` does not call this one is an ordinary error.
 
     Args:
-        seconds: how long to wait.
+        seconds: the time to wait, in seconds.
 
     Raises:
-        ConfigurationError: this is no number of seconds.
+        ConfigurationError: ``seconds`` is not a number of seconds.
     """
 
     def __init__(self, seconds: float) -> None:
@@ -234,6 +236,6 @@ class Snooze(Exception):
         self.seconds = check_number(seconds, "seconds of Snooze")
 
     def __str__(self) -> str:
-        if not hasattr(self, "seconds"):  # of a class whose __init__ does not call ours
+        if not hasattr(self, "seconds"):  # a subclass whose __init__ does not call this one
             return super().__str__()
         return f"again in {self.seconds:g} s"

@@ -14,13 +14,14 @@ _call = methodcaller("__call__")
 def top_frames() -> dict[int, FrameType]:
     """Return the innermost frame of every thread.
 
-    Up to Python 3.11 a garbage collection may come in between, whose finalizers let go of the interpreter
-    while all threads are held: one that ends then waits for these, with the interpreter, and the whole
-    process stands still for ever (python/cpython#106883).
+    Garbage collection is off in the meantime. Up to Python 3.11 a collection could run while the list of
+    threads is locked, and its finalizers could release the interpreter lock. A thread that ends at that
+    moment then waits for the list while it holds the interpreter lock, and the whole process hangs for ever
+    (python/cpython#106883).
     """
     done: list[Any] = []
     try:
-        # In one step in C: neither another thread that does the same nor a signal handler comes between.
+        # One step in C: no other thread that does the same, and no signal handler, can run in between.
         done.extend(map(_call, (gc.isenabled, gc.disable, sys._current_frames)))
         return done[-1]  # type: ignore[no-any-return]
     finally:

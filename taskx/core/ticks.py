@@ -1,6 +1,6 @@
-"""When a schedule ticks: the arithmetic of cron expressions and intervals, and what is due.
+"""The ticks of schedules: the arithmetic of cron expressions and intervals, and decisions about due ticks.
 
-Moments are milliseconds since 1970, UTC. Nothing here reads a clock or a repository.
+Moments are milliseconds since 1970, UTC. No function here reads a clock or a repository.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from taskx.core.checks import check_number
 from taskx.core.clock import LAST, to_datetime
 from taskx.core.errors import ConfigurationError
 
-#: What is done about ticks at which nobody was there.
+#: The action for ticks that were missed while nothing was running.
 Misfire = Literal["skip", "one", "all"]
 MISFIRES = get_args(Misfire)
 #: Shortest interval, in seconds.
 SHORTEST = 0.1
 #: Longest interval, in seconds: a century.
 LONGEST = 3.2e9
-#: Most ticks that are decided about at once.
+#: Largest number of ticks that are decided about at once.
 BATCH = 100
 
-# Local times know no zone here: it is looked up for each of them.
+# Local times have no zone in this module: the offset is computed for each of them.
 _EPOCH = datetime(1970, 1, 1)  # noqa: DTZ001
 _DAY, _MILLISECOND = timedelta(days=1), timedelta(milliseconds=1)
 _EVERY_HOUR = set(range(24))
@@ -37,7 +37,7 @@ _EVERY_HOUR = set(range(24))
 def _interval(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
     if not SHORTEST <= check_number(value, attribute.name) <= LONGEST:
         raise ConfigurationError(
-            f"an interval is {SHORTEST:g} to {LONGEST:g} seconds long, not {value!r}"
+            f"an interval must be from {SHORTEST:g} to {LONGEST:g} seconds, not {value!r}"
         )
 
 
@@ -52,10 +52,10 @@ class Every:
 
 
 def every(seconds: float) -> Every:
-    """Tick every so many seconds (from 0.1), counted from when the schedule was declared.
+    """Return an interval of this many seconds (at least 0.1), counted from the schedule's declaration.
 
     Raises:
-        ConfigurationError: this is no such number.
+        ConfigurationError: ``seconds`` is not such a number.
     """
     return Every(seconds)
 
@@ -64,11 +64,11 @@ class Ticks(Protocol):
     """The moments at which a schedule ticks."""
 
     def after(self, moment: int) -> Iterator[int]:
-        """The ticks later than a moment, in order; for a given moment always the same ones."""
+        """Yield the ticks later than a moment, in order. They are always the same for the same moment."""
         ...
 
     def __hash__(self) -> int:
-        """A number that is the same for equal ones, which tick at the same moments."""
+        """Return a hash that is the same for equal objects, which tick at the same moments."""
         ...
 
 
@@ -76,8 +76,8 @@ class Ticks(Protocol):
 class IntervalTicks:
     """The ticks of an interval."""
 
-    period: int  #: milliseconds between two of them
-    since: int  #: a moment from which they are counted, in both directions
+    period: int  #: milliseconds between two ticks
+    since: int  #: the moment from which ticks are counted, in both directions
 
     def after(self, moment: int) -> Iterator[int]:
         tick = moment + self.period - (moment - self.since) % self.period
@@ -88,11 +88,11 @@ class IntervalTicks:
 
 @attrs.frozen
 class CronTicks:
-    """The ticks of a cron expression, read in the local time of a zone.
+    """The ticks of a cron expression, in the local time of a zone.
 
-    A local time that does not exist, as clocks are set forward, ticks once at the shift; one that
-    exists twice ticks the first time. An expression for every hour of the day names no hour: it goes
-    by elapsed time, so that clocks that are set back do not silence it for an hour.
+    A local time that does not exist because clocks are set forward ticks once, at that moment. A local time
+    that exists twice ticks the first time only. An expression that matches every hour of the day goes by
+    elapsed time instead, so that it is not silent for an hour when clocks are set back.
     """
 
     expression: str  #: five fields
@@ -108,13 +108,13 @@ class CronTicks:
             return  # the calendar has ended
 
     def _all_from(self, moment: int) -> Iterator[int]:
-        """Ticks in order, some of them twice, from a little before a moment."""
+        """Yield ticks in order, some of them twice, from a little before a moment."""
         cron = _cron(self.expression, self._local_before(moment))
         names_hours = set(cron.hours) != _EVERY_HOUR
         waiting: list[int] = []
         for local in cron:
             first, second = self._utc(local, 0), self._utc(local, 1)
-            if first > second:  # clocks pass over it
+            if first > second:  # the local time does not exist: clocks are set forward over it
                 if names_hours:
                     heapq.heappush(waiting, self._shift(second, first))
             else:
@@ -125,7 +125,10 @@ class CronTicks:
                 yield heapq.heappop(waiting)
 
     def _local_before(self, moment: int) -> datetime:
-        """A local time before which no time is later than the moment, though clocks are set back soon."""
+        """Return a local time that is early enough: no tick before it is later than the moment.
+
+        This also holds if clocks are set back soon.
+        """
         start = to_datetime(moment)
         offsets = (_offset(start, self.zone), _offset(start + _DAY, self.zone))
         return start.replace(tzinfo=None) + min(offsets)
@@ -136,7 +139,7 @@ class CronTicks:
         return (local - offset - _EPOCH) // _MILLISECOND
 
     def _shift(self, before: int, after: int) -> int:
-        """The moment between two at which the clocks are set forward."""
+        """Return the moment between two moments at which clocks are set forward."""
         offset = _offset(to_datetime(after), self.zone)
         while after - before > 1000:
             middle = before + (after - before) // 2000 * 1000
@@ -154,13 +157,13 @@ def _offset(moment: datetime, zone: tzinfo) -> timedelta:
 
 
 def _cron(expression: str, start: datetime) -> Any:
-    """The library's iterator; where it is given local times without a zone, it knows no DST."""
+    """Return the library's iterator. It gets local times without a zone, so it ignores daylight saving."""
     try:
         from cronsim import CronSim, CronSimError
     except ImportError as error:
         raise ConfigurationError(
-            "cron expressions need the package cronsim: pip install 'taskx-queue[schedules]'; "
-            "every(seconds) does not"
+            "cron expressions need the package cronsim: run pip install 'taskx-queue[schedules]', "
+            "or use every(seconds)"
         ) from error
     try:
         return CronSim(expression, start)
@@ -171,11 +174,11 @@ def _cron(expression: str, start: datetime) -> Any:
         ) from None
 
 
-# --- what was asked for
+# --- specs of schedules
 
 
 def check_spec(spec: Any) -> str | Every:
-    """A cron expression, its blanks made single ones, or an interval; ConfigurationError says why not."""
+    """Return a cron expression with single spaces, or an interval. Raises ConfigurationError if invalid."""
     if isinstance(spec, Every):
         return spec
     if not isinstance(spec, str):
@@ -185,31 +188,31 @@ def check_spec(spec: Any) -> str | Every:
     expression = " ".join(spec.split())
     if (fields := len(expression.split())) != 5:
         raise ConfigurationError(
-            f"cron expression {spec!r} has {fields} fields and not five: minute, hour, "
+            f"cron expression {spec!r} has {fields} fields, but it must have five: minute, hour, "
             "day of the month, month, day of the week, as in '0 3 * * *'"
         )
     if next(_cron(expression, _EPOCH), None) is None:
-        raise ConfigurationError(f"cron expression {spec!r} never comes")
+        raise ConfigurationError(f"cron expression {spec!r} never matches: no such date exists")
     return expression
 
 
 def zone(name: Any) -> tzinfo:
-    """The time zone of a name; ConfigurationError if this host knows none."""
+    """Return the time zone with this name. Raises ConfigurationError if this host does not know it."""
     from zoneinfo import ZoneInfo  # not needed by a program without schedules
 
     if not isinstance(name, str):
         raise ConfigurationError(f"tz must be a name such as 'Europe/Berlin', not {name!r}")
     try:
         return ZoneInfo(name)
-    except (LookupError, ValueError, OSError):  # unknown; no name at all; a folder of zones
+    except (LookupError, ValueError, OSError):  # unknown; not a valid name; a folder of zones
         raise ConfigurationError(
-            f"no time zone {name!r} is known: give a name such as 'Europe/Berlin'; to a host without "
-            "a zone database, pip install 'taskx-queue[schedules]' gives one"
+            f"unknown time zone {name!r}: use a name such as 'Europe/Berlin'. If this host has no "
+            "zone database, run pip install 'taskx-queue[schedules]'"
         ) from None
 
 
 def ticks_of(spec: str | Every, tz: str, since: int) -> Ticks:
-    """The ticks of a spec: an expression read in the local time of ``tz``, or an interval from ``since``.
+    """Return the ticks of a spec: an expression in the local time of ``tz``, or an interval from ``since``.
 
     Raises:
         ConfigurationError: this host does not know the zone, or lacks a package.
@@ -220,23 +223,23 @@ def ticks_of(spec: str | Every, tz: str, since: int) -> Ticks:
     return CronTicks(spec, zone(tz))
 
 
-# --- what is due
+# --- due ticks
 
 
 def upcoming(ticks: Ticks, moment: int) -> int | None:
-    """The first tick later than a moment; None if there is none any more."""
+    """Return the first tick later than a moment; None if there are no more ticks."""
     return next(ticks.after(moment), None)
 
 
 def between(ticks: Ticks, start: int, end: int) -> Iterator[int]:
-    """The ticks of a span, both of its ends included."""
+    """Yield the ticks from ``start`` to ``end``, including both."""
     return takewhile(lambda tick: tick <= end, ticks.after(start - 1))
 
 
 def latest(ticks: Ticks, start: int, end: int, most: int = 1) -> list[int]:
-    """The last ticks of a span, ``most`` of them if there are so many, in order.
+    """Return the last ticks from ``start`` to ``end``, at most ``most`` of them, in order.
 
-    What it costs does not depend on how long the span is.
+    The cost does not depend on the length of the span.
     """
     span = 1000
     while True:
@@ -248,20 +251,20 @@ def latest(ticks: Ticks, start: int, end: int, most: int = 1) -> list[int]:
 
 
 class Decision(NamedTuple):
-    """The decision about the ticks that are due."""
+    """The decision about due ticks."""
 
-    run: list[int]  #: those for which there is to be a task, in order
-    next: int | None  #: the first tick that is not decided about yet; None if there is none
+    run: list[int]  #: the ticks that get a task, in order
+    next: int | None  #: the first tick without a decision; None if there are no more ticks
 
 
 def decide(
     ticks: Ticks, due: int, now: int, misfire: Misfire, grace: int | None, most: int = BATCH
 ) -> Decision:
-    """Decide about all ticks from ``due``, the first that nobody has decided about, until ``now``.
+    """Decide about all ticks from ``due``, the first one without a decision, until ``now``.
 
-    A tick that is later than ``grace`` milliseconds gets no task, whatever the policy. Of the others,
-    ``all`` get one (``most`` of them now, the rest when they are decided about next), or else the
-    last one does.
+    A tick that was missed by more than ``grace`` milliseconds gets no task, whatever the policy. With
+    ``misfire="all"`` every other tick gets a task: at most ``most`` of them now, the rest at the next
+    decision. With any other policy only the last one gets a task.
     """
     start = due if grace is None else max(due, now - grace)
     if misfire != "all":

@@ -1,4 +1,4 @@
-"""The cancellation token: how an executor is told to stop, and how that reaches blocking IO."""
+"""The cancellation token: it tells an executor to stop, even one that waits for blocking IO."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from taskx.core.log import log
 
 
 class CancelToken:
-    """Fires once, for one reason, and is then fired for ever.
+    """A signal to stop. It fires once, for one reason, and stays fired.
 
-    Cooperative: firing never interrupts Python code. An executor looks (``cancelled``,
-    ``raise_if_cancelled()``), waits (``wait(seconds)``), passes ``remaining()`` as the time-out of what
-    it calls, or has a callback close what it blocks on (``on_cancel``).
+    The token is cooperative: firing never interrupts Python code. An executor checks the token
+    (``cancelled``, ``raise_if_cancelled()``), waits for it (``wait(seconds)``), passes ``remaining()`` as
+    the time-out of its calls, or has a callback close the object that it blocks on (``on_cancel``).
 
     Args:
-        deadline: when to fire with ``TIMEOUT``, on the clock's monotonic scale; None for never.
-        clock: what the deadline is measured by.
+        deadline: the time at which to fire with ``TIMEOUT``, in seconds of ``clock.monotonic()``; None for
+            never.
+        clock: the clock of the deadline.
     """
 
     __slots__ = ("_callbacks", "_children", "_clock", "_once", "_reason", "_waiters", "deadline")
@@ -29,8 +30,8 @@ class CancelToken:
         self.deadline = deadline
         self._clock = clock
         self._reason: CancelReason | None = None
-        # Raw locks, here and in wait(): fire() may be called from a signal handler that interrupted
-        # this very object, where an Event's condition would deadlock.
+        # Raw locks, here and in wait(): fire() may be called from a signal handler that interrupted a
+        # method of this object. The condition inside an Event would deadlock then.
         self._once = _thread.allocate_lock()
         self._waiters: list[_thread.LockType] = []
         self._callbacks: list[Callable[[], object]] = []
@@ -41,7 +42,7 @@ class CancelToken:
 
     @property
     def reason(self) -> CancelReason | None:
-        """Why the token fired; None as long as it has not."""
+        """The reason why the token fired; None if it has not fired."""
         deadline = self.deadline
         if self._reason is None and deadline is not None and self._clock.monotonic() >= deadline:
             self.fire(CancelReason.TIMEOUT)
@@ -49,7 +50,7 @@ class CancelToken:
 
     @property
     def cancelled(self) -> bool:
-        """True once the token has fired."""
+        """True if the token has fired."""
         return self.reason is not None
 
     def raise_if_cancelled(self) -> None:
@@ -58,7 +59,7 @@ class CancelToken:
             raise TaskCancelled(reason)
 
     def remaining(self) -> float | None:
-        """Seconds until the deadline, always above zero; None without a deadline.
+        """Return the seconds until the deadline, always more than zero; None without a deadline.
 
         Raises:
             TaskCancelled: the deadline has passed, or the token has fired for another reason.
@@ -73,7 +74,7 @@ class CancelToken:
         return left
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Block until the token fires, at most ``timeout`` seconds; True if it has fired."""
+        """Block until the token fires, at most ``timeout`` seconds. Return True if it has fired."""
         limit = threading.TIMEOUT_MAX if timeout is None else max(0.0, timeout)
         if self.deadline is not None:
             limit = min(limit, max(0.0, self.deadline - self._clock.monotonic()))
@@ -89,13 +90,13 @@ class CancelToken:
         return self.cancelled
 
     def on_cancel(self, callback: Callable[[], object]) -> Callable[[], None]:
-        """Have ``callback()`` called when the token fires, at once if it has; returns a remover.
+        """Call ``callback()`` when the token fires, or at once if it has fired. Return its remover.
 
-        It runs on a thread of its own, neither the one that cancels nor one that others depend on, so
-        it may block. What it raises is logged.
+        The callback runs in a thread of its own, so it may block. Its exceptions are logged. The remover is
+        a function; it takes the callback off the token.
 
         Raises:
-            ConfigurationError: it cannot be called.
+            ConfigurationError: ``callback`` is not callable.
         """
         if not callable(callback):
             raise ConfigurationError(f"callback must be a function, not {callback!r}")
@@ -110,7 +111,7 @@ class CancelToken:
         return remove
 
     def child(self, seconds: float) -> CancelToken:
-        """A token that fires with this one, and with ``TIMEOUT`` after ``seconds`` at the latest."""
+        """Return a token that fires with this one, and with ``TIMEOUT`` after ``seconds`` at the latest."""
         deadline = self._clock.monotonic() + seconds
         if self.deadline is not None:
             deadline = min(deadline, self.deadline)
@@ -121,11 +122,11 @@ class CancelToken:
         return child
 
     def disown(self, child: CancelToken) -> None:
-        """Forget a child, whose work is done."""
+        """Forget a child that is no longer needed."""
         self._children.remove(child)
 
     def fire(self, reason: CancelReason) -> bool:
-        """Fire the token; False if it had fired before (the first reason stands)."""
+        """Fire the token. Return False if it had already fired; it then keeps its first reason."""
         if not self._once.acquire(False):
             return False
         self._reason = reason
@@ -139,7 +140,9 @@ class CancelToken:
 
     def _run_callbacks(self) -> None:
         due = []
-        while self._callbacks:  # pop() is atomic: of two racing callers each callback goes to one
+        while (
+            self._callbacks
+        ):  # pop() is atomic: with two callers at once, each callback still runs once
             try:
                 due.append(self._callbacks.pop())
             except IndexError:
@@ -150,11 +153,11 @@ class CancelToken:
                     target=_call, args=(callback,), name="taskx-cancel", daemon=True
                 ).start()
             except RuntimeError:
-                _call(callback)  # no new thread can be had while the interpreter shuts down
+                _call(callback)  # no thread can be started while the interpreter shuts down
 
 
 def _call(callback: Callable[[], object]) -> None:
     try:
         callback()
-    except BaseException:  # noqa: BLE001  (it has nobody but the log to tell)
+    except BaseException:  # noqa: BLE001  (no caller is left; the log is the only place to report it)
         log.exception("a cancel callback raised: %r", callback)

@@ -1,6 +1,7 @@
-"""Unique keys: at most one task at a time holds a key, for as long as its scope says.
+"""Unique keys: at most one task at a time holds a key; the task's scope says how long.
 
-The key is held by the column ``unique_lock``, in which no two records have the same.
+The column ``unique_lock`` contains the key while the task holds it. No two records have the same value
+in this column.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ _NAMED = (PENDING, UNFINISHED, EVER)
 
 
 def scope_to_text(scope: object) -> str:
-    """A scope as records keep it; ConfigurationError if it is none."""
+    """Return a scope as text for the record. Raises ConfigurationError if it is not a valid scope."""
     if scope in _NAMED:
         return str(scope)
     if isinstance(scope, str):
@@ -33,32 +34,32 @@ def scope_to_text(scope: object) -> str:
 
 
 def freed_by_start(task: Task) -> dict[str, Any]:
-    """What the start of a task changes."""
+    """Return the columns that a task's start changes."""
     return {"unique_lock": None} if task.unique_scope == PENDING else {}
 
 
 def freed_by_end(task: Task) -> dict[str, Any]:
-    """What the end of a task changes."""
+    """Return the columns that a task's end changes."""
     return {"unique_lock": None} if task.unique_scope in (PENDING, UNFINISHED) else {}
 
 
 def taken_again(task: Task) -> dict[str, Any]:
-    """What the requeue of a task changes; it does not hold where another has the key meanwhile."""
+    """Return the columns that a task's requeue changes. The write fails if another task holds the key."""
     return {"unique_lock": task.unique_key} if task.unique_scope in _NAMED else {}
 
 
-def give_up(holder: Task, now: int) -> Update | None:
-    """Free the key of a task whose seconds have passed; None where it holds it by right."""
+def release_key(holder: Task, now: int) -> Update | None:
+    """Release the unique key of a task if its seconds have passed; return None if it may keep the key."""
     if holder.unique_scope is None or holder.unique_scope in _NAMED or holder.created_at is None:
         return None
     if now < to_ms(holder.created_at) + float(holder.unique_scope) * 1000:
         return None
     guard = {"unique_lock": holder.unique_key}
-    return Update(holder.id, guard, {"unique_lock": None}, move="free key")
+    return Update(holder.id, guard, {"unique_lock": None}, move="release key")
 
 
 def held_until(lock: str | None, scope: str | None, created_at: int) -> float:
-    """Return until which millisecond a unique key keeps the record of an ended task; 0 if it does not."""
+    """Return the time (ms) until which a unique key keeps an ended task's record; 0 if it does not."""
     if lock is None or scope is None or scope in _NAMED:
         return 0
     try:

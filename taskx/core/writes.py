@@ -1,7 +1,7 @@
-"""Guarded writes: how ``lifecycle`` tells a repository what to change, and under which condition.
+"""Guarded writes: ``lifecycle`` makes them, and a repository applies each one if its condition holds.
 
-A repository applies them and knows no rules. A guard names columns and what they must hold: a value
-(None included), a tuple of values of which it must be one, or :data:`PRESENT`.
+A repository knows no rules about tasks. A guard maps columns to conditions: a value that the column must
+have (possibly None), a tuple with the allowed values, or :data:`PRESENT`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,16 @@ class _Present(Enum):
     PRESENT = "present"
 
 
-#: In a guard: the column must hold something, whatever it is.
+#: In a guard: the column must have a value other than None.
 PRESENT = _Present.PRESENT
 
 
 class Insert(NamedTuple):
-    """Store a new record; holds if no record has its id, and none a unique column's value.
+    """Store a new record, unless another record has its id or the same value in a unique column.
 
-    ``row`` has the columns of :data:`CREATED`, in that order, and any others after them; the rest take
-    their defaults: one that is stored as started has more. Its ``owner`` may be set until it is applied.
+    ``row`` has the columns of :data:`CREATED`, in that order, and then any other columns; a record that is
+    stored as started has more of them. The remaining columns get their defaults. The row's ``owner`` may be
+    changed until the insert is applied.
     """
 
     row: dict[str, Any]
@@ -44,17 +45,17 @@ class Insert(NamedTuple):
 
     @property
     def changes(self) -> Mapping[str, Any]:
-        """The columns that it sets."""
+        """The columns that the write sets."""
         return self.row
 
 
 class Update(NamedTuple):
-    """Change columns of the record with that id, if its guard holds.
+    """Change columns of the record with this id, if the guard holds.
 
-    The guard also fails if another record has the value that this would give a unique column.
+    The guard also fails if another record already has the same value in a unique column.
 
-    ``durable`` marks what a caller was told, so that a power cut must not undo it. ``move`` names the move
-    that it makes, for those who must do what follows; to a repository it says nothing.
+    ``durable`` is True if a caller was told about the write: a power cut must not undo it. ``move`` names
+    the move, for the code that acts on its consequences; a repository ignores it.
     """
 
     id: str
@@ -65,7 +66,7 @@ class Update(NamedTuple):
 
 
 class Delete(NamedTuple):
-    """Remove the record with that id, if its guard holds."""
+    """Remove the record with this id, if the guard holds."""
 
     id: str
     guard: Mapping[str, Any]
@@ -74,7 +75,7 @@ class Delete(NamedTuple):
 
     @property
     def changes(self) -> Mapping[str, Any]:
-        """The columns that it sets: none."""
+        """The columns that the write sets: none."""
         return {}
 
 
@@ -82,31 +83,33 @@ Write = Insert | Update | Delete
 
 
 class Note(NamedTuple):
-    """A short text kept under a name."""
+    """A short text that is stored under a name."""
 
     text: str
-    version: int  #: rises with every change; never 0, nor what an earlier note of its name had
+    version: (
+        int  #: rises with every change; never 0, never a version of an earlier note of this name
+    )
 
 
 class NoteChange(NamedTuple):
-    """A change of a note, which holds if the note still has a version."""
+    """A change of a note, applied only if the note still has the given version."""
 
     name: str
-    text: str | None  #: what to store; None to remove it
-    version: int  #: the one that it must have now; 0 if there must be none
+    text: str | None  #: the text to store; None to remove the note
+    version: int  #: the version that the note must have now; 0 if there must be no note
 
 
 #: The columns that every creation sets.
 CREATED = ("id", "type", "params", "created_by", "created_at", *CHECKS, "owner", "held")
-#: The columns of an insert by which it is known again: those that no move changes.
+#: The columns of an insert by which it is recognised: no move changes them.
 IDENTITY = ("type", "created_by", "created_at")
 
 
 def traces(write: Insert | Update) -> dict[str, Any]:
-    """What a record shows after that write took place: by this, one cut short is settled.
+    """Return the columns that a record has after this write, to check a write that failed midway.
 
-    An insert may have been started, taken or amended since, which must not hide it; an update that
-    another one has followed meanwhile no longer shows.
+    A new record may have been started, taken or amended since its insert; this must not hide the insert.
+    After an update, a later update may have changed the columns; then the first one can no longer be seen.
     """
     if isinstance(write, Insert):
         return {name: write.row[name] for name in IDENTITY}
@@ -116,9 +119,9 @@ def traces(write: Insert | Update) -> dict[str, Any]:
 def shows(
     row: Mapping[str, Any] | None, write: Write, same: Callable[[str, Any, Any], bool]
 ) -> bool:
-    """Whether a row, or that there is none, shows that a write took place.
+    """Return True if a row (None: no record) shows that a write took place.
 
-    ``same(column, stored, plain)`` compares.
+    ``same(column, stored, plain)`` compares a stored value with a plain one.
     """
     if row is None or isinstance(write, Delete):
         return row is None and isinstance(write, Delete)
@@ -126,7 +129,7 @@ def shows(
 
 
 def matches(row: Mapping[str, Any], guard: Mapping[str, Any]) -> bool:
-    """Whether a row satisfies a guard: the meaning of guards, for repositories that test them in Python."""
+    """Return True if a row satisfies a guard, for repositories that test guards in Python."""
     for column, wanted in guard.items():
         value = row[column]
         if value == wanted:

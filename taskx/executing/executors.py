@@ -21,7 +21,7 @@ from typing import (
 from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError, PayloadError
 from taskx.core.model import Task, check_name
-from taskx.core.options import UNLESS_SAID, ExecutorOptions, Options, log_level, options_of
+from taskx.core.options import FALLBACKS, ExecutorOptions, Options, log_level, options_of
 from taskx.executing.context import Context
 
 if TYPE_CHECKING:
@@ -242,7 +242,7 @@ class Registered(NamedTuple):
     check_params: Callable[[Mapping[str, Any]], None] | None
     options: Options
     defaults: Mapping[str, Any]  #: the options stored with a task that does not set them itself
-    at_start: tuple[Any, ...]  #: the options set at the start: as ``UNLESS_SAID``, in that order
+    at_start: tuple[Any, ...]  #: the options set at the start: as ``FALLBACKS``, in that order
     log_level: int | None  #: the lowest level of log lines that are kept; None keeps none
 
     def apply_defaults(self, task: Task) -> None:
@@ -267,8 +267,8 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         type, function, takes_context = executor.type, executor.function, executor.takes_context
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
-    defaults, level = options.settled, log_level(options.capture_log)
-    at_start = tuple({**UNLESS_SAID, **defaults}.values())
+    defaults, level = options.task_defaults, log_level(options.capture_log)
+    at_start = tuple({**FALLBACKS, **defaults}.values())
     return Registered(type, function, takes_context, check, options, defaults, at_start, level)
 
 

@@ -167,8 +167,8 @@ class Intake:
             holders = repository.get_many([task_id for (task_id,) in found])
             if (holder := next(iter(holders.values()), None)) is None:
                 return None
-            if (given_up := unique.give_up(holder, self._services.clock.now_ms())) is not None:
-                consequences.commit([given_up])
+            if (released := unique.release_key(holder, self._services.clock.now_ms())) is not None:
+                consequences.commit([released])
                 return None
             if on_conflict == "return":
                 return holder.id
@@ -497,7 +497,7 @@ def _with_options(task: Task, given: Mapping[str, Any], now_ms: int) -> Task:
         chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
     _check_on_conflict(chosen.pop("on_conflict", "reject"), "on_conflict")
     if "on_conflict" in given and task.unique_key is None and "unique_key" not in chosen:
-        raise ConfigurationError("on_conflict is of a unique_key: give one, too")
+        raise ConfigurationError("on_conflict requires unique_key")
     if "unique_scope" in chosen:
         chosen["unique_scope"] = unique.scope_to_text(chosen["unique_scope"])
     delay = chosen.pop("delay", None)

@@ -8,7 +8,7 @@ from datetime import datetime
 import attrs
 
 from taskx import Task, TaskStatus
-from taskx.core.options import UNLESS_SAID
+from taskx.core.options import FALLBACKS
 
 from .sidelog import Event
 from .worker import CLOSED_BY_HAND
@@ -338,7 +338,7 @@ def _failed(story: Story, record: Task, history: History) -> Iterator[str]:
     if record.status is not TaskStatus.FAILED or story.by_hand(record):
         return
     spent = record.errors >= (record.max_attempts or 1)
-    limit = record.max_crashes or UNLESS_SAID["max_crashes"]
+    limit = record.max_crashes or FALLBACKS["max_crashes"]
     crashed = record.crashes >= limit
     if not record.dead_letter or not (spent or crashed):
         yield f"failed without reason: {record.errors} errors, {record.crashes} crashes"

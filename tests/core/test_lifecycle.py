@@ -109,7 +109,7 @@ class TestTable:
         yield [lifecycle.release(task.id)]
         yield lifecycle.lift_bar(attrs.evolve(task, stuck_on="node"), LATER)
         yield [lifecycle.take(task.id, "n")]
-        yield [lifecycle.give_up(task.id, "n")]
+        yield [lifecycle.disown(task.id, "n")]
         if (start := lifecycle.start(task, LATER, "n")) is not None:
             yield [start]
         for status in TaskStatus:
@@ -746,7 +746,7 @@ def test_who_holds_a_pending_task_is_only_a_note():
     free, ours = make(), make(owner="us")
     assert apply(free, lifecycle.take("a", "us")).owner == "us"
     assert apply(ours, lifecycle.take("a", "them")) is None
-    assert apply(ours, lifecycle.give_up("a", "us")).owner == ""
-    assert apply(ours, lifecycle.give_up("a", "them")) is None
-    assert apply(make("running", owner="us"), lifecycle.give_up("a", "us")) is None
+    assert apply(ours, lifecycle.disown("a", "us")).owner == ""
+    assert apply(ours, lifecycle.disown("a", "them")) is None
+    assert apply(make("running", owner="us"), lifecycle.disown("a", "us")) is None
     assert apply(make(owner="them"), lifecycle.start(make(owner="them"), LATER, "us")).owner == "us"

@@ -153,7 +153,7 @@ class TestTask:
             task = read({**row, column: "{not JSON"})
             assert "damaged" in task.damage
             assert (task.id, task.params) == ("a", {})
-        assert "no JSON object" in read({**row, "params": "[1]"}).damage
+        assert "not a JSON object" in read({**row, "params": "[1]"}).damage
         for column in ("unique_key", "concurrency_key", "log"):
             assert "damaged" in read({**row, column: b"\xff"}).damage
 

@@ -113,8 +113,8 @@ class TestRefusal:
             (float("nan"), "params", "nan"),
             ({"a": [0.0, float("inf")]}, "params.a[1]", "inf"),
             ({"a": {"b": (1, -float("inf"))}}, "params.a.b[1]", "-inf"),
-            ({"n": 2**63}, "params.n", "beyond 64 bits"),
-            ({"n": -(2**63) - 1}, "params.n", "beyond 64 bits"),
+            ({"n": 2**63}, "params.n", "does not fit into 64 bits"),
+            ({"n": -(2**63) - 1}, "params.n", "does not fit into 64 bits"),
             ({"items": [{}, {}, {"price": Decimal("1.5")}]}, "params.items[2].price", "Decimal"),
             ({1: "x"}, "params[1]", "key must be a string"),
             ({"a": {None: "x"}}, "params.a[None]", "key must be a string"),
@@ -143,7 +143,7 @@ class TestRefusal:
 
     @pytest.mark.parametrize("value", [cycle_in_list, cycle_in_dict], ids=["list", "dict"])
     def test_a_cycle_ends(self, value):
-        with pytest.raises(PayloadError, match="cycle") as caught:
+        with pytest.raises(PayloadError, match="contains itself") as caught:
             encode(value, "result")
         assert len(caught.value.path) <= 500
 
@@ -257,7 +257,7 @@ class TestDocumentation:
 
     def test_the_codecs_key_is_refused_at_the_top(self):
         for what in ("params", "result"):
-            with pytest.raises(PayloadError, match="TaskX keeps for itself"):
+            with pytest.raises(PayloadError, match="is a reserved key"):
                 encode({CODEC_KEY: 1}, what)
 
     @pytest.mark.parametrize("value", KEPT)

@@ -168,9 +168,9 @@ class TestStored:
         ({"give_up_on": [""]}, "give_up_on"),
         ({"retry_on": "a b"}, "'a b' cannot be the name"),
         ({"retry_on": ["OSError", "a..b"]}, r"'a\.\.b' cannot be the name"),
-        ({"give_up_on": ["ConectionError"]}, "'ConectionError' is no builtin exception class"),
-        ({"retry_on": "builtins.ConectionError"}, "no builtin exception class"),
-        ({"retry_on": "len"}, "no builtin exception class"),
+        ({"give_up_on": ["ConectionError"]}, "'ConectionError' is not a builtin exception class"),
+        ({"retry_on": "builtins.ConectionError"}, "not a builtin exception class"),
+        ({"retry_on": "len"}, "not a builtin exception class"),
         ({"base": 10**400}, "base"),
     ],
 )

@@ -137,7 +137,7 @@ class TestAsInAThread:
     @pytest.mark.parametrize(
         ("kind", "error"),
         [
-            ("nan", "PayloadError: result: nan is no JSON number"),
+            ("nan", "PayloadError: result: nan is not valid JSON"),
             ("set", "PayloadError: result: set is not JSON"),
             ("large", "PayloadError: result: 3,002 bytes as JSON, more than max_payload_size (99)"),
         ],

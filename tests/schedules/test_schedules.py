@@ -419,7 +419,7 @@ def test_another_spec_never_ticks_again_where_the_old_one_did(started, clock):
             ("s", "* * * * *", "remote"),
             {"tz": "Berlin"},
             ConfigurationError,
-            "no time zone 'Berlin'",
+            "unknown time zone 'Berlin'",
         ),
         (("s", every(5), "remote"), {"tz": "UTC"}, ConfigurationError, "leave tz out"),
         (
@@ -586,7 +586,7 @@ def test_removed_it_is_gone_and_its_tasks_stay(started, clock):
     assert started.schedules() == {}
     span = (clock.now(), clock.now())
     for call in (schedule.pause, schedule.resume, schedule.remove, schedule.trigger):
-        with pytest.raises(ScheduleNotFound, match="no schedule 'beat'"):
+        with pytest.raises(ScheduleNotFound, match="no schedule named 'beat'"):
             call()
     with pytest.raises(ScheduleNotFound):
         schedule.backfill(*span)

@@ -204,7 +204,7 @@ class TestRead:
             store.get_many(["a"])["a"],
         ):
             assert (task.params, task.result, task.checkpoints) == ({}, None, None)
-            assert "stored with codec 'scramble', which is not given here" in task.damage
+            assert "stored with codec 'scramble'; give that codec" in task.damage
             # The rest is there.
             assert (task.id, task.status, task.starts) == ("a", TaskStatus.COMPLETED, 1)
             assert ([a.outcome for a in task.attempts], task.retry.max_attempts) == (
@@ -282,7 +282,7 @@ class TestReserved:
     @pytest.mark.parametrize("codec", [None, Scramble()])
     def test_nobody_else_can_use_the_key(self, shelf, codec):
         store = shelf.open(codec)
-        with pytest.raises(PayloadError, match=r"params\.taskx:codec: is a key that TaskX keeps"):
+        with pytest.raises(PayloadError, match=r"params\.taskx:codec: is a reserved key"):
             store.create(Task(id="a", type="t", params={"taskx:codec": "zlib", "data": ""}))
         write(store, {"x": {"taskx:codec": "further down it means nothing"}})
         task = store.get_by_id("a")

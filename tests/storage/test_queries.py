@@ -35,7 +35,7 @@ class TestSettle:
         """Or a submission that was stored, and taken up by another process, would seem a duplicate."""
         write = insert("a", clock, owner="node", max_attempts=None)
         store.apply([write])
-        store.apply([lifecycle.give_up("a", "node")])
+        store.apply([lifecycle.disown("a", "node")])
         task = attrs.evolve(store.get_by_id("a"), max_attempts=3, timeout=5.0)
         store.apply([lifecycle.start(task, now, "other")])
         assert list(shown(store, [write])) == [True]

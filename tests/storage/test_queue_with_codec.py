@@ -244,7 +244,7 @@ class TestUnknown:
         owner.start()
         assert list(owner.map(work, ["a"], key=str)) == ["a"]
         owner.stop(PATIENCE)  # with nothing to do, it would take the next one
-        with pytest.raises(RepositoryCorrupt, match="codec 'scramble', which is not given here"):
+        with pytest.raises(RepositoryCorrupt, match="codec 'scramble'; give that codec"):
             stranger.handle("work:a").result(PATIENCE)
         stranger.start()
         items = [{"word": "a"}, {"word": "b"}]

@@ -47,7 +47,7 @@ class TestScope:
     def test_a_second_one_is_refused_and_told_of_the_first(self, quiet):
         first = quiet.submit("fine", **KEY)
         with pytest.raises(
-            DuplicateTask, match=f"task {first.id} holds the unique key 'report'"
+            DuplicateTask, match=f"task {first.id} already holds the unique key 'report'"
         ) as e:
             quiet.submit("fine", **KEY)
         assert (e.value.task_id, e.value.unique_key) == (first.id, "report")
@@ -155,7 +155,7 @@ class TestScope:
     )
     def test_without_a_key_what_is_about_it_is_refused(self, quiet, option):
         """Who gives it believes that there is one task at most."""
-        with pytest.raises(ConfigurationError, match=f"{next(iter(option))} is of a unique_key"):
+        with pytest.raises(ConfigurationError, match=f"{next(iter(option))} requires unique_key"):
             quiet.submit("fine", **option)
         assert ids(quiet) == set()
 

@@ -74,7 +74,7 @@ def test_own_writes_do_not_ring(ours, theirs):
     ours.apply([insert(f"{number} of a batch") for number in range(5)], all_or_nothing=True)
     for _ in range(MARKS):  # the list of them is full at some time
         ours.apply([lifecycle.take(str(number), "n") for number in range(5)])
-        ours.apply([lifecycle.give_up(str(number), "n") for number in range(5)])
+        ours.apply([lifecycle.disown(str(number), "n") for number in range(5)])
     ours.apply([insert("b"), *(lifecycle.take(str(number), "n") for number in range(5))])
     told = []
     ring, ours._changes.ring = ours._changes.ring, lambda: (told.append(1), ring())
