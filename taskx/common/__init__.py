@@ -1,4 +1,4 @@
-"""The tools of every part of a queue: group commit, hooks, handles, pauses, waiting threads.
+"""The tools of all parts of a queue: group commit, hooks, handles, pauses, waiting threads.
 
-It knows the storage and nothing of workers or executors. Any package above may use it.
+This package uses the storage, and knows nothing of workers or executors. All packages above may use it.
 """

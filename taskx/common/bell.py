@@ -1,4 +1,4 @@
-"""Threads that wake one another, where a signal may strike; and what they have the housekeeper look at."""
+"""Wake-ups between threads that a signal handler cannot break, and the agenda of the housekeeper."""
 
 from __future__ import annotations
 
@@ -9,57 +9,58 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 
-#: Seconds between two looks at least: what is told meanwhile is looked at together.
+#: Minimum seconds between two checks: all wake-ups in this time lead to one check.
 SHORTEST_REST = 0.002
-# Looks in vain cost 2 % of a core at most: a rest grows to so many times the processor time of one. It need
-# not be longer than the interval in which all is polled. After so many seconds of quiet there is none.
+# Checks without a result cost at most 2 % of a core: a rest grows up to _TIMES times the processor time of
+# one check. It never needs to be longer than _LONGEST_REST, the polling interval. After _QUIET seconds
+# without a check there is no rest.
 _TIMES, _LONGEST_REST, _QUIET = 50, 0.06, 1.0
 
 
 class Bell:
     """Wakes threads that wait: a ``Condition`` without a lock of its own.
 
-    ``Condition`` takes and gives back its lock in Python code. The exception of a signal handler that
-    strikes there leaves the lock locked, for ever and for all threads. Here nothing is held, so
-    nothing can be left behind but a wake-up that wakes nobody.
+    ``Condition`` takes and releases its lock in Python code. If a signal handler raises an exception
+    there, the lock stays locked, for ever and for all threads. A bell holds no lock. An exception can
+    leave behind only a wake-up that wakes no thread.
 
-    A thread calls :meth:`listen`, looks whether it has to wait at all, and then calls :meth:`wait`.
+    A thread calls :meth:`listen`, checks if it must wait at all, and then calls :meth:`wait`.
     """
 
     def __init__(self) -> None:
-        #: The threads that listen, each by a lock that is unlocked to wake it.
+        #: The threads that listen: for each a lock, which is released to wake the thread.
         self.listening: deque[_thread.LockType] = deque()
 
     def listen(self) -> _thread.LockType:
-        """Hear every ring from now on; to be given to :meth:`wait` or :meth:`leave`."""
+        """Begin to listen for rings. Pass the returned lock to :meth:`wait` or :meth:`leave`."""
         ear = _thread.allocate_lock()
         ear.acquire()
         self.listening.append(ear)
         return ear
 
     def wait(self, ear: _thread.LockType, timeout: float | None = None) -> None:
-        """Wait for a ring since :meth:`listen`, at most ``timeout`` seconds (None: for ever)."""
+        """Wait for a ring since :meth:`listen`, at most ``timeout`` seconds; None waits for ever."""
         try:
             ear.acquire(timeout=-1 if timeout is None else _bounded(timeout))
         finally:
             self.leave(ear)
 
     def leave(self, ear: _thread.LockType) -> None:
-        """Listen no more."""
-        with suppress(ValueError):  # it was rung
+        """Stop listening."""
+        with suppress(ValueError):  # a ring has already removed it
             self.listening.remove(ear)
 
     def ring(self, most: int = 1) -> None:
-        """Wake some of the threads that listen, those first that have listened longest."""
+        """Wake up to ``most`` of the threads that listen, first the threads that have listened longest."""
         while most > 0 and self.listening:
             try:
                 ear = self.listening[0]
-            except IndexError:  # it left
+            except IndexError:  # the thread has left
                 return
             try:
                 ear.release()
                 most -= 1
-            except RuntimeError:  # another thread wakes it, or was struck before the next line
+            except RuntimeError:  # another thread wakes it, or an exception struck below
                 pass
             self.leave(ear)
 
@@ -71,7 +72,8 @@ class Bell:
 class Signal:
     """Wakes the one thread that waits for it: an ``Event`` made of a raw lock.
 
-    An exception that strikes in an ``Event`` may leave it locked; then whoever sets it waits for ever.
+    An exception that strikes in an ``Event`` may leave its lock locked. The next thread that sets the
+    event would then wait for ever.
     """
 
     #: The clock of its time-outs, in seconds.
@@ -84,19 +86,19 @@ class Signal:
         self.clear()
 
     def clear(self) -> None:
-        """Have the next wait wait."""
+        """Reset the signal, so that the next :meth:`wait` waits."""
         self._lock.acquire(blocking=False)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Wait until it rings, which ends with that; False if ``timeout`` seconds passed before."""
+        """Wait until the signal is set, and reset it. Return False after ``timeout`` seconds."""
         if timeout is None:
             return self._lock.acquire()
         return self._lock.acquire(timeout=_bounded(timeout))
 
     def set(self) -> None:
-        """Ring."""
+        """Wake the thread that waits, or the next one that will wait."""
         if self._lock.locked():
-            with suppress(RuntimeError):  # another thread rang meanwhile
+            with suppress(RuntimeError):  # another thread has set it in the meantime
                 self._lock.release()
 
     def __call__(self, _: object) -> None:
@@ -104,9 +106,9 @@ class Signal:
 
 
 class Rest:
-    """The rests of a thread that others wake: longer while one look after the other is in vain.
+    """The rests of a thread that others wake. They get longer while its checks bring no result.
 
-    Made and used in that thread: it measures the processor time of that.
+    Create and use it on that thread, because it measures the processor time of the current thread.
     """
 
     def __init__(self) -> None:
@@ -115,11 +117,11 @@ class Rest:
 
     @property
     def seconds(self) -> float:
-        """The rest that is due: none after a look that brought something, or a second of quiet."""
+        """The rest that is due: zero after a check with a result, or after a second without a check."""
         return self._seconds if time.monotonic() - self._at < _QUIET else 0.0
 
     def after(self, *, vain: bool) -> None:
-        """Note that a look brought something, or was in vain."""
+        """Note a check; ``vain`` says that it brought no result."""
         used = time.thread_time()
         longer = min(2 * self.seconds, _TIMES * (used - self._used), _LONGEST_REST)
         self._seconds = max(longer, SHORTEST_REST) if vain else 0.0
@@ -127,44 +129,44 @@ class Rest:
 
 
 class Agenda:
-    """The duties that are due soon. Anybody posts, in any thread; the housekeeper reads, if one does."""
+    """The duties that are due soon. Any thread may post one; a housekeeper, if there is one, reads them."""
 
     def __init__(self) -> None:
-        #: Whether a housekeeper reads this.
+        #: True if a housekeeper reads this.
         self.attended = False
-        #: Whether the repository may hold free tasks that would fit into the buffer.
+        #: True if the repository may hold free tasks that would fit into the buffer.
         self.more_stored = True
-        #: Whether it is known when the next delayed task is due.
+        #: True if the time is known at which the next delayed task is due.
         self.due_known = False
-        #: Names of schedules that were changed in this process.
+        #: The names of schedules that were changed in this process.
         self.schedules: deque[str] = deque()
         self._bell = Signal()
         self._asleep_long = False
-        self._told = False  # to wake from a long sleep, since the last round began
+        self._told = False  # True if frequent rounds were asked for since the last round began
 
     def wake(self) -> None:
-        """Have the next round now."""
+        """Start the next round now."""
         self._bell.set()
 
     def wake_from_long_sleep(self) -> None:
-        """Have a round every few milliseconds from now on, as long as something waits for it."""
+        """End a long sleep, and run a round every few milliseconds while something waits for it."""
         self._told = True
         if self._asleep_long:
             self._asleep_long = False
             self.wake()
 
     def check_due_soon(self) -> None:
-        """A task must not start before its time: look when that is, and wake then."""
+        """Find the time at which the next delayed task is due, and wake then: a delayed task was stored."""
         self.due_known = False
         self.wake()
 
     def fetch_soon(self) -> None:
-        """Free tasks in the repository may start that could not before."""
+        """Fetch free tasks from the repository: some may start now that could not start before."""
         self.more_stored = True
         self.wake_from_long_sleep()
 
     def check_schedule_soon(self, name: str) -> None:
-        """A schedule was changed: look when it ticks, and wake then."""
+        """Find the time of the next tick of a schedule that was changed, and wake then."""
         if self.attended:
             self.schedules.append(name)
             self.wake()
@@ -172,7 +174,7 @@ class Agenda:
     # --- for the housekeeper
 
     def begin_round(self) -> None:
-        """A round begins: from now on, what is posted is for the next one."""
+        """Begin a round: duties that are posted from now on are for the next round."""
         self._told = False
 
     def sleep(self, timeout: float) -> None:
@@ -181,12 +183,12 @@ class Agenda:
         self._asleep_long = False
 
     def sleep_long(self, longest: Callable[[], float], often: float) -> None:
-        """Wait as :meth:`sleep`, or until something is to be looked at every ``often`` seconds."""
-        self._asleep_long = True  # before looking: who posts from now on wakes
+        """Sleep ``longest()`` seconds, or only ``often`` seconds if something asked for frequent rounds."""
+        self._asleep_long = True  # before longest() is called: a duty posted from now on wakes
         timeout = longest()
         self.sleep(min(timeout, often) if self._told else timeout)
 
 
 def _bounded(timeout: float) -> float:
-    """The time-out, within what a lock takes."""
+    """Return the time-out within the limits that a lock accepts."""
     return min(max(timeout, 0.0), threading.TIMEOUT_MAX)

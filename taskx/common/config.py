@@ -14,7 +14,7 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskStatus, check_status
 from taskx.core.payload import DEFAULT_MAX_SIZE
 
-#: What a full buffer does with a submit.
+#: The reaction of a full buffer to a submit.
 Overflow = Literal["reject", "block", "spill", "caller_runs"]
 
 
@@ -30,7 +30,9 @@ def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskSt
     periods = {}
     for status, period in given.items():
         if not (known := check_status(status)).finished:
-            raise ConfigurationError(f"retention is of tasks that have ended, not of {known} ones")
+            raise ConfigurationError(
+                f"retention applies only to tasks that have ended, not to {known} tasks"
+            )
         seconds = period.total_seconds() if isinstance(period, timedelta) else period
         periods[known] = check_number(seconds, f"retention of {known}")
     return periods
@@ -41,19 +43,20 @@ class Config:
     """The settings of a queue.
 
     Attributes:
-        worker_num: worker threads.
-        buffer_size: submitted tasks that may wait in the buffer.
-        overflow: what ``submit`` does when the buffer is full: ``"reject"`` raises ``QueueFull``;
-            ``"block"`` waits for room (inside an executor it spills, as waiting might be for
+        worker_num: the number of worker threads.
+        buffer_size: the number of submitted tasks that may wait in the buffer.
+        overflow: the reaction of ``submit`` to a full buffer: ``"reject"`` raises ``QueueFull``;
+            ``"block"`` waits for room (inside an executor it spills, because it might wait for
             itself); ``"spill"`` leaves the task in the repository until there is room;
-            ``"caller_runs"`` runs it in the thread that submits.
-        block_timeout: seconds that ``"block"`` waits before ``QueueFull``; None for ever.
+            ``"caller_runs"`` runs the task on the thread that submits.
+        block_timeout: the seconds that ``"block"`` waits before ``QueueFull``; None waits for ever.
         max_payload_size: the largest params, and the largest result, in bytes of JSON.
-        retention: for how long tasks that have ended are kept, by status: a ``timedelta`` or seconds.
-            For ever where none is given.
-        max_stuck: worker threads that do not end after their task's time-out and are replaced by others.
-        ageing: seconds of waiting that count as one priority more, so that low priorities are not
-            starved; None: priority alone counts.
+        retention: the time for which tasks that have ended are kept, by status: a ``timedelta`` or
+            seconds. Tasks in a status without a time are kept for ever.
+        max_stuck: the number of worker threads that may run on after their task's time-out and are
+            replaced by others.
+        ageing: the seconds of waiting that raise a task's priority by one, so that tasks of low priority
+            do not starve; None: waiting does not change the priority.
 
     Raises:
         ConfigurationError: a value is not valid.

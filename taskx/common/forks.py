@@ -1,7 +1,7 @@
-"""Forked children: code that is interrupted by a fork notices that it is in the child, and ends it.
+"""Forked children: after a fork, code can notice that it runs in the child, and end the child.
 
-An executor that forks returns twice: in the parent, where its attempt goes on, and perhaps in the child,
-which has a copy of the worker's stack and of all that the worker knows, and owns nothing of it.
+An executor that forks may return twice: in the parent, where its attempt goes on, and in the child. The
+child has a copy of the worker's stack and memory, but owns nothing of it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import traceback
 from contextlib import suppress
 from typing import NoReturn
 
-#: The number of forks between the process that imported this module and this one. Comparing a number
-#: costs a tenth of asking for the process id.
+#: The number of forks between the process that imported this module and this process. Comparing it
+#: costs a tenth of the time of ``os.getpid()``.
 generation = 0
 
 
@@ -27,11 +27,11 @@ if hasattr(os, "register_at_fork"):
 
 
 def end_in_child(before: int, error: BaseException | None = None) -> None:
-    """End this process if it is a forked child that has come back from the code that forked it.
+    """End this process if it is a forked child that has returned from the code that forked it.
 
-    Its exit status is that of a program: 0 if the code returned, that of ``sys.exit(n)``, or 1 for any
-    other exception, whose traceback goes to stderr. Nothing else is ended in order: it is the parent's.
-    ``before`` is the :data:`generation` before the code was called, ``error`` what the code raised.
+    The exit status is that of a program: 0 if the code returned, ``n`` for ``sys.exit(n)``, and 1 for any
+    other exception, whose traceback goes to stderr. Nothing else is cleaned up, as it belongs to the
+    parent. ``before`` is the :data:`generation` before the code was called, ``error`` the code's exception.
     """
     if generation != before:
         _end(error)

@@ -1,9 +1,9 @@
 """Handles on tasks: Futures that the watcher resolves.
 
-An exception can strike the main thread between any two steps. So nothing here takes a lock that it could
-leave locked, and nothing is marked as done before it is: a handle has ended once its one attribute
-``_outcome`` is set, and is watched as long as the watcher has it. What was cut short is done again by
-whoever looks next. Others are told by threads that no such exception reaches.
+An exception can strike the main thread between any two steps. So no code here takes a lock that it could
+leave locked, and no step is marked as done before it is: a handle has ended once its one attribute
+``_outcome`` is set, and is watched as long as the watcher has it. A step that was cut short is repeated
+by the next thread that checks the handle. Listeners are told by threads that no such exception reaches.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from taskx.core.model import Task, TaskStatus
 
 R = TypeVar("R")
 
-#: Polling interval, in seconds, of a thread that waits: the thread that should wake it may be gone.
+#: Polling interval, in seconds, of a waiting thread, in case the thread that should wake it is gone.
 POLL_INTERVAL = 1.0
 
 
@@ -53,29 +53,29 @@ class _Outcome(NamedTuple):
 
 _CANCELLED = _Outcome(CANCELLED_AND_NOTIFIED)
 
-#: Is called once with a handle that has ended.
+#: A function that is called once with a handle that has ended.
 Listener = Callable[["TaskHandle[Any]"], None]
 
 
 class TaskHandle(Future[R]):
-    """A task as a ``concurrent.futures.Future``, made by ``submit`` or, anywhere, by ``queue.handle``.
+    """A task as a ``concurrent.futures.Future``. ``submit`` returns it; so does ``queue.handle``, anywhere.
 
-    Works with ``wait``, ``as_completed`` and ``asyncio.wrap_future``. ``result()`` returns what the
-    executor returned as JSON gives it back; it raises ``TaskFailed`` for a failed task,
-    ``concurrent.futures.CancelledError`` for a cancelled one, and ``RepositoryCorrupt`` for one whose
-    record is damaged.
+    It works with ``wait``, ``as_completed`` and ``asyncio.wrap_future``. ``result()`` returns the
+    executor's result as JSON gives it back. It raises ``TaskFailed`` for a failed task,
+    ``concurrent.futures.CancelledError`` for a cancelled task, and ``RepositoryCorrupt`` for a task with
+    a damaged record.
 
     Attributes:
         id: the task's id.
     """
 
     _outcome: _Outcome | None = None
-    #: The watcher that has registered the handle and looked at its task since; in a forked child the
-    #: queue has another one.
+    #: The watcher that has registered the handle and checked its task since. In a forked child the
+    #: queue has another watcher.
     watched_by: _Watches | None = None
 
     def __init__(self, task_id: str, owner: _Owner) -> None:
-        # Not super().__init__(): its condition costs more than the rest of a submit.
+        # Without super().__init__(), whose condition costs more than the rest of a submit.
         self.id = task_id
         self._owner = owner
 
@@ -84,19 +84,21 @@ class TaskHandle(Future[R]):
 
     @property
     def ended_badly(self) -> bool:
-        """True if memory says, without a look, that the task did not complete."""
+        """True if the task is known to have failed or been cancelled; reads memory only."""
         outcome = self._outcome
         return outcome is not None and (outcome is _CANCELLED or outcome.exception is not None)
 
     def task(self) -> Task:
-        """The task's record as it is now; ``TaskNotFound`` if it was deleted."""
+        """Return the task's current record; raise ``TaskNotFound`` if it was deleted."""
         return self._owner.get_task_status(self.id)
 
     def cancel(self) -> bool:
-        """Cancel the task: True if it never runs, False if it runs (it is asked to stop) or has ended.
+        """Cancel the task. Return True if it will never run.
+
+        Return False if it runs, and is asked to stop, or if it has ended.
 
         Raises:
-            TaskNotFound: it was deleted.
+            TaskNotFound: the task was deleted.
         """
         try:
             cancelled = self._owner.cancel_task(self.id)
@@ -107,13 +109,13 @@ class TaskHandle(Future[R]):
         return cancelled
 
     def running(self) -> bool:
-        """Return True if an executor works on it now."""
+        """Return True if an executor works on the task now."""
         return self.task().status is TaskStatus.RUNNING
 
     def done(self) -> bool:
         """Return True if the task has ended.
 
-        The first call looks at the repository; later ones look at memory only.
+        The first call reads the repository; later calls read memory only.
 
         Raises:
             RepositoryError: the repository cannot be read.
@@ -131,17 +133,17 @@ class TaskHandle(Future[R]):
         return self.done() and self._outcome is _CANCELLED
 
     def result(self, timeout: float | None = None) -> R:
-        """Wait until the task has ended, and return what its executor returned.
+        """Wait until the task has ended, and return its executor's result.
 
         Args:
-            timeout: seconds to wait at most; None waits for ever.
+            timeout: the longest wait in seconds; None waits for ever.
 
         Raises:
             TaskFailed: the task failed.
-            concurrent.futures.CancelledError: it was cancelled.
-            concurrent.futures.TimeoutError: it has not ended within ``timeout`` seconds.
-            TaskNotFound: it was deleted.
-            RepositoryCorrupt: its record is damaged.
+            concurrent.futures.CancelledError: the task was cancelled.
+            concurrent.futures.TimeoutError: the task has not ended within ``timeout`` seconds.
+            TaskNotFound: the task was deleted.
+            RepositoryCorrupt: the task's record is damaged.
             QueueStopped: the queue was closed before the task had ended.
             RepositoryError: the repository cannot be read.
         """
@@ -154,14 +156,14 @@ class TaskHandle(Future[R]):
             result: R = outcome.result
             return result
         finally:
-            del self, outcome  # or the exception would hold them by its traceback
+            del self, outcome  # else the exception's traceback would keep them alive
 
     def exception(self, timeout: float | None = None) -> BaseException | None:
-        """Wait until the task has ended, and return what :meth:`result` raises; None if it completed.
+        """Wait until the task has ended. Return the exception that :meth:`result` raises, None if none.
 
         Raises:
-            concurrent.futures.CancelledError: it was cancelled.
-            concurrent.futures.TimeoutError: it has not ended within ``timeout`` seconds.
+            concurrent.futures.CancelledError: the task was cancelled.
+            concurrent.futures.TimeoutError: the task has not ended within ``timeout`` seconds.
             RepositoryError: the repository cannot be read.
         """
         outcome = self._wait(timeout)
@@ -170,10 +172,10 @@ class TaskHandle(Future[R]):
         return outcome.exception
 
     def add_done_callback(self, fn: Callable[[Future[R]], object]) -> None:
-        """Have ``fn(handle)`` called once when the task has ended, on a thread of its own.
+        """Call ``fn(handle)`` once, on its own thread, when the task has ended.
 
-        It is called at once, on this thread, if the task has ended already. The handle is kept until
-        then, though nobody else has it.
+        If the task has already ended, ``fn`` is called at once, on this thread. The handle is kept until
+        the call, even without other references.
 
         Raises:
             RepositoryError: the repository cannot be read; ``fn`` is not called.
@@ -183,7 +185,7 @@ class TaskHandle(Future[R]):
         if self._outcome is None:
             try:
                 self._owner.watch(self)
-            except BaseException:  # the caller is told that it was not added
+            except BaseException:  # the caller gets an exception, so fn must not be called later
                 self._unlisten(callback)
                 raise
             self._tell_if_ended(callback)
@@ -207,7 +209,8 @@ class TaskHandle(Future[R]):
                 if left <= 0:
                     return
                 if not bell.wait(left if bell.virtual else min(left, POLL_INTERVAL)):
-                    self._owner.watch(self)  # renewed: whoever should ring may be gone
+                    # Watch it again: the thread that should wake this one may be gone.
+                    self._owner.watch(self)
         finally:
             self._unlisten(bell)
 
@@ -215,7 +218,7 @@ class TaskHandle(Future[R]):
         """Return a signal to wait with for the end of the task."""
         return Signal() if self.watched_by is None else self.watched_by.signal()
 
-    # --- who waits for its end
+    # --- the threads and callbacks that wait for the end
 
     @property
     def listeners(self) -> list[Listener]:
@@ -225,11 +228,11 @@ class TaskHandle(Future[R]):
 
     @property
     def has_callbacks(self) -> bool:
-        """True if callbacks wait; the watcher then keeps the handle."""
+        """True if callbacks wait. The watcher then keeps the handle."""
         return _Callback in map(type, self.listeners)
 
     def _listen(self, listener: Listener) -> None:
-        self.listeners.append(listener)  # first: who ends the handle meanwhile sees it
+        self.listeners.append(listener)  # first: a thread that ends the handle now will see it
         self._tell_if_ended(listener)
 
     def _tell_if_ended(self, listener: Listener) -> None:
@@ -237,7 +240,7 @@ class TaskHandle(Future[R]):
             listener(self)
 
     def _unlisten(self, listener: Listener) -> bool:
-        """Remove a listener; False if another thread has taken it, and tells it."""
+        """Remove a listener. Return False if another thread has taken it, and tells it."""
         try:
             self.listeners.remove(listener)
         except ValueError:
@@ -249,7 +252,7 @@ class TaskHandle(Future[R]):
         self.__dict__.pop("_listeners", None)
 
     def tell(self) -> None:
-        """Tell all who wait that the handle has ended; the watcher calls this."""
+        """Tell all listeners that the handle has ended. The watcher calls this."""
         callbacks: list[_Callback] = []
         while self.listeners:
             try:
@@ -266,7 +269,7 @@ class TaskHandle(Future[R]):
     # --- for the watcher
 
     def conclude(self, task: Task | None) -> bool:
-        """Note the end of the task if it has ended; None stands for a deleted one."""
+        """End the handle if its task has ended. ``task`` is None if the task was deleted."""
         if task is None:
             self._resolve(_Outcome(FINISHED, exception=TaskNotFound(self.id)))
         elif not task.status.finished:
@@ -285,14 +288,14 @@ class TaskHandle(Future[R]):
     def conclude_closed(self) -> None:
         """End the handle with ``QueueStopped``: its queue was closed."""
         closed = QueueStopped(
-            f"the queue was closed before task {self.id} had ended; another queue's handle tells"
+            f"the queue was closed before task {self.id} had ended; use handle() of an open queue"
         )
         self._resolve(_Outcome(FINISHED, exception=closed))
 
     def _resolve(self, outcome: _Outcome) -> None:
-        self.__dict__.setdefault("_outcome", outcome)  # in one step, and the first one holds
+        self.__dict__.setdefault("_outcome", outcome)  # in one step, and the first outcome stays
 
-    # --- what ``wait`` and ``as_completed`` take hold of in a Future
+    # --- the attributes of a Future that ``wait`` and ``as_completed`` use
 
     if not TYPE_CHECKING:
 
@@ -325,15 +328,15 @@ class TaskHandle(Future[R]):
 
     @property
     def state_now(self) -> str:
-        """The state, as a ``Future`` names it."""
+        """The state, under the name that a ``Future`` gives it."""
         return PENDING if self._outcome is None else self._outcome.state
 
 
 class _Stand:
-    """A stand-in for a Future's condition: while a thread has it, the thread sees one state of the handle.
+    """A stand-in for a Future's condition: the thread that holds it sees the handle's state unchanged.
 
-    It is no lock. ``wait`` and ``as_completed`` leave a real one locked when an exception strikes, and
-    the thread that ends the handle would then wait for ever.
+    It is not a lock. When an exception strikes, ``wait`` and ``as_completed`` would leave a real lock
+    locked, and the thread that ends the handle would wait for ever.
     """
 
     def __init__(self, handle: TaskHandle[Any]) -> None:
@@ -359,9 +362,9 @@ class _Waiters:
 
     def append(self, waiter: Any) -> None:
         if not isinstance(waiter.event, Signal):
-            # Nobody sets it yet: of Futures that are none of ours, wait() has the locks.
+            # No thread sets it yet: wait() still holds the locks of Futures of other classes.
             waiter.event = self._handle.signal()
-        if self._handle._state == PENDING:  # else it has been counted among those that have ended
+        if self._handle._state == PENDING:  # else wait() has already counted the handle as ended
             self._handle._listen(_Waiter(waiter))
 
     def remove(self, waiter: Any) -> None:
@@ -400,16 +403,16 @@ def _call_on_a_thread(handle: TaskHandle[Any], callbacks: list[_Callback]) -> No
         for callback in callbacks:
             try:
                 callback(handle)
-            except BaseException:  # noqa: BLE001  (one must not keep the next from being called)
+            except BaseException:  # noqa: BLE001  (the next callback must be called in any case)
                 _log.exception("exception calling callback for %r", handle)
 
     try:
         threading.Thread(target=call, name="taskx-callbacks", daemon=True).start()
-    except RuntimeError:  # no new thread can be had
+    except RuntimeError:  # the system cannot start a thread
         call()
 
 
 def _last_attempt(task: Task) -> int:
-    """The number of a failed task's last attempt: one that crashed is in no count of errors."""
+    """Return the number of a failed task's last attempt. A crash does not count as an error."""
     crashed = bool(task.attempts) and task.attempts[-1].outcome == "crashed"
     return max(1, task.errors + crashed)

@@ -1,4 +1,4 @@
-"""Hooks: what a program is told of its tasks, and the thread that tells it."""
+"""Hooks: calls into a program when something happens to its tasks, and the thread that makes them."""
 
 from __future__ import annotations
 
@@ -15,25 +15,26 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 
-#: Events that may wait to be told before those who make more of them are held up.
+#: The number of waiting events from which the threads that cause more events are slowed down.
 MOST_WAITING = 10_000
-#: Seconds that each of them is held up at most: a hook that hangs must not stop the queue.
+#: The longest delay of such a thread in seconds: a hook that hangs must not stop the queue.
 LONGEST_HOLD = 1.0
-# Seconds that the thread waits for another event before it ends.
+# Seconds for which the thread waits for another event before it ends.
 _KEEP = 2.0
 
 
 class Hook:
-    """Is told what happens to the tasks of a queue: ``Queue(..., hooks=[...])``.
+    """A listener for the events of a queue: ``Queue(..., hooks=[...])``.
 
-    Override what is of interest; the rest costs nothing. All hooks of a queue are called on one
-    thread of their own, one call after the other, once the change is committed: they need no locks
-    and may block for a while. What they raise is logged. ``task`` is a copy of the record as the
-    event left it, the same one for all hooks. Each event is told by the process that caused it, once.
+    Override the methods of the events that you need; the others cost nothing. All hooks of a queue are
+    called on one separate thread, one call at a time, after the change is committed. So they need no
+    locks and may block for a while. Exceptions from hooks are logged. ``task`` is a copy of the record
+    after the event, and all hooks get the same copy. Each event is reported once, by the process that
+    caused it.
     """
 
     def queue_started(self, queue: Any) -> None:
-        """The :class:`Queue` runs tasks from now on."""
+        """The :class:`Queue` has started: it runs tasks from now on."""
 
     def queue_stopped(self, queue: Any) -> None:
         """The :class:`Queue` has stopped, and its last executor has returned."""
@@ -42,37 +43,37 @@ class Hook:
         """A task was stored."""
 
     def started(self, task: Task) -> None:
-        """A worker has taken up an attempt at a task; what it ends with is told by one of those below."""
+        """A worker has started an attempt at a task. One of the events below reports how it ended."""
 
     def progressed(self, task: Task, progress: int, message: str) -> None:
-        """The progress of a running task was written, which happens every tenth of a second or so."""
+        """The progress of a running task was stored, which happens about every 0.1 seconds."""
 
     def finished(self, task: Task) -> None:
-        """A task is completed, failed or cancelled; also one that was cancelled before it ran."""
+        """A task has completed, failed or been cancelled, even if it was cancelled before it ran."""
 
     def retried(self, task: Task, error: str, delay: float) -> None:
-        """An attempt raised ``error``, and there is another one in ``delay`` seconds."""
+        """An attempt raised ``error``, and the task is retried in ``delay`` seconds."""
 
     def snoozed(self, task: Task, delay: float) -> None:
         """An attempt asked to run again in ``delay`` seconds."""
 
     def interrupted(self, task: Task) -> None:
-        """An attempt was cut short by the stop of the queue; the task is pending again."""
+        """An attempt was interrupted by the stop of the queue; the task is pending again."""
 
     def stuck(self, task: Task) -> None:
-        """An attempt has timed out, and its thread runs on; what becomes of the task is told next."""
+        """An attempt has timed out, and its thread still runs. The next event says what follows."""
 
     def rescued(self, task: Task) -> None:
-        """A task was taken back from a process, or a child process of its own, that had died.
+        """A task was rescued after its process, or its own child process, had died.
 
-        It is pending again; or it was failed or cancelled, and ``finished`` is called, too.
+        It is pending again; or it was failed or cancelled, and then ``finished`` is called, too.
         """
 
     def requeued(self, task: Task) -> None:
-        """A failed or cancelled task is pending again, as somebody asked for it."""
+        """A failed or cancelled task was requeued: it is pending again."""
 
 
-#: Those of one event: name for the log, and what to call.
+#: The listeners of one event: for each its name in the log, and the method to call.
 Listeners = tuple[tuple[str, Callable[..., object]], ...]
 
 _EVENTS = tuple(name for name in vars(Hook) if not name.startswith("_"))
@@ -80,13 +81,13 @@ _OF_MOVES = set(_EVENTS) - {"queue_started", "queue_stopped", "submitted", "star
 
 
 class Hooks:
-    """Tells hooks what happened, on a thread that lives as long as there is something to tell.
+    """Calls hooks, on a thread that lives as long as there are events to report.
 
-    The listeners of each event are an attribute of its name, empty where no hook overrides it: ask
-    before telling. They are told in the order that they are given in.
+    The attribute with an event's name holds the event's listeners. It is empty if no hook overrides the
+    event: check it before :meth:`tell`. Hooks are called in the given order.
 
     Raises:
-        ConfigurationError: one of them is no :class:`Hook`, or has an event that is async.
+        ConfigurationError: an item is not a :class:`Hook`, or one of its methods is async.
     """
 
     queue_started: Listeners
@@ -109,12 +110,12 @@ class Hooks:
                 raise ConfigurationError(f"hooks must be instances of Hook, not {hook!r}")
         for event in _EVENTS:
             setattr(self, event, _listeners(known, event))
-        #: Whether any hook is told of moves of tasks.
+        #: True if a hook listens to any event that moves a task.
         self.moves = any(getattr(self, event) for event in _OF_MOVES)
         self._log = log
-        #: Events that no hook was told yet.
+        #: The events that were not reported yet.
         self.waiting: deque[tuple[Listeners, Callable[[], Any], tuple[Any, ...]]] = deque()
-        #: How many hooks were told so far.
+        #: The number of events reported so far.
         self.told = 0
         self._telling = False
         self._wake_up = Signal()
@@ -122,30 +123,30 @@ class Hooks:
         self._thread: threading.Thread | None = None
         self._quiet = Bell()
 
-    # --- what happened
+    # --- for the threads that cause events
 
     def tell(self, listeners: Listeners, make: Callable[[], Any], *facts: Any) -> None:
-        """Have listeners called with what ``make()`` returns, and these facts; returns at once."""
+        """Call listeners with the result of ``make()`` and these facts later, on the thread for hooks."""
         self.waiting.append((listeners, make, facts))
         if self._thread is None:
             self._start()
         else:
             self._wake_up.set()
 
-    # --- for those who wait
+    # --- for the threads that wait
 
     @property
     def quiet(self) -> bool:
-        """True if all that happened has been told."""
+        """True if all events were reported."""
         return not (self.waiting or self._telling)
 
     @property
     def inside(self) -> bool:
-        """True if a hook calls this."""
+        """True if a hook is the caller."""
         return self._thread is threading.current_thread()
 
     def wait(self, timeout: float) -> bool:
-        """Wait until all has been told; False if not within ``timeout`` seconds, or inside a hook."""
+        """Wait until all events were reported. Return False after ``timeout`` seconds or inside a hook."""
         if self.inside:
             return False
         deadline = time.monotonic() + timeout
@@ -158,7 +159,7 @@ class Hooks:
             self._quiet.wait(ear, left)
 
     def let_catch_up(self) -> None:
-        """Hold up who makes more events, a little, where the hooks are far behind."""
+        """Delay the calling thread a little if the hooks are far behind."""
         if len(self.waiting) > MOST_WAITING:
             self.wait(LONGEST_HOLD)
 
@@ -175,7 +176,7 @@ class Hooks:
                 return
             except RuntimeError:  # the interpreter is shutting down
                 self._thread = None
-            except BaseException:  # an interrupt: perhaps it began, and perhaps it never will
+            except BaseException:  # an interrupt: the thread may run or not
                 if not thread.is_alive():
                     self._thread = None
                 raise
@@ -187,7 +188,7 @@ class Hooks:
             if not self._wake_up.wait(_KEEP):
                 break
         self._thread = None
-        if self.waiting:  # told between the wait and the line above
+        if self.waiting:  # an event came between the wait and the line above
             self._start()
 
     def _tell_all(self) -> None:
@@ -195,7 +196,7 @@ class Hooks:
         while self.waiting:
             try:
                 event = self.waiting.popleft()
-            except IndexError:  # while the interpreter shuts down there may be several at it
+            except IndexError:  # during the shutdown of the interpreter several threads may do this
                 break
             self._tell_one(*event)
             self.told += 1
@@ -212,16 +213,16 @@ class Hooks:
             for name, call in listeners:
                 try:
                     call(subject, *facts)
-                except BaseException as error:  # noqa: BLE001  (user code, which hurts nobody here)
+                except BaseException as error:  # noqa: BLE001  (user code must do no harm here)
                     forks.end_in_child(before, error)
                     self._log.exception("hook %s failed", name)
                 forks.end_in_child(before)
-        except BaseException:  # noqa: BLE001  (the next event must be told in any case)
+        except BaseException:  # noqa: BLE001  (the next event must be reported in any case)
             self._log.exception("hook %s failed", name)
 
 
 def _listeners(hooks: Iterable[Hook], event: str) -> Listeners:
-    """The hooks that override an event."""
+    """Return the listeners of an event: the methods of the hooks that override it."""
     found = ((f"{type(hook).__name__}.{event}", getattr(hook, event)) for hook in hooks)
     listeners = tuple(
         (name, method)

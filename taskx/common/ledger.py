@@ -1,14 +1,15 @@
-"""Group commit: many threads' writes in few transactions, without a writer thread.
+"""Group commit: the writes of many threads in few transactions, without a writer thread.
 
-The thread that finds the ledger free, and nothing waiting, applies its writes: one small transaction
-and no hand-over between threads. Otherwise its writes join those that wait, and whoever gets the lock
-leads: it commits all of them, wakes their threads, and calls the first of those that came meanwhile.
+If the ledger is free and no writes wait, a thread applies its writes itself: one small transaction,
+and no hand-over between threads. Otherwise its writes join the waiting entries. The thread that gets
+the lock becomes the leader: it commits all waiting entries, wakes their threads, and calls the first
+thread that has come in the meantime.
 
 The exception of a signal handler may strike a leader between any two lines. So the leader does one
-thing at a time, each in an order that lets its successor go on from there: an entry stays in line until
-it has an outcome, and is put among those to be told before it leaves the line. What was sent to the
-repository and has no outcome yet is read back first; a thread that was struck while it applied its own
-writes alone puts them in line for that.
+step at a time, in an order that lets its successor continue. An entry stays in the queue until it
+has an outcome, and joins the untold entries before it leaves the queue. Writes that were sent to the
+repository and have no outcome yet are read back first. A thread that is struck while it applies its own
+writes alone puts them into the queue for that.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from taskx.core.writes import Write
 from taskx.storage import queries
 from taskx.storage.base import Reentered, Repository
 
-#: Is told for each write whether its guard held; and what the repository refused them for, if it did.
+#: A function that gets True for each write whose guard held, and the repository's error, if any.
 Callback = Callable[[Sequence[bool], BaseException | None], None]
 
-#: Most entries of one transaction, so that a long queue of them does not become one long lock.
+#: The most entries of one transaction, so that a long queue does not become one long lock.
 MAX_BATCH = 256
-# Seconds after which a follower looks by itself: an interrupt may have struck who was to call it.
+# Seconds after which a follower checks by itself: the thread that should call it may have been interrupted.
 _CHECK_EVERY = 0.05
 
 
 class _Entry:
-    """Writes that wait, and what became of them."""
+    """Writes that wait, and their outcome."""
 
     __slots__ = (
         "callback",
@@ -52,23 +53,23 @@ class _Entry:
     def __init__(self, writes: Sequence[Write], callback: Callback | None) -> None:
         self.writes = writes
         self.callback = callback
-        #: Wakes the thread that waits, if one does: there is an outcome, or it is to lead.
+        #: Wakes the waiting thread, if there is one: the entry has its outcome, or the thread must lead.
         self.turn: Signal | None = None
         self.done = False
         self.told = False
-        #: Whether the thread that waited for it was interrupted.
+        #: True if the thread that waited for the entry was interrupted.
         self.deserted = False
-        #: The writes, by ``id``, that were read back after an interrupt and have taken place.
+        #: The writes, by ``id``, that turned out to be stored when they were read back after an interrupt.
         self.known: Collection[int] = ()
         self.results: Sequence[bool] = ()
         self.error: BaseException | None = None
 
 
 class Ledger:
-    """A queue's group commit: all of its writes go through here.
+    """A queue's group commit: all writes of the queue go through the ledger.
 
-    The main thread leaves the callbacks of what it has committed for others to the housekeeper, if the
-    agenda has one.
+    When the main thread has committed writes of other threads, it leaves their callbacks to the
+    housekeeper, if there is one.
     """
 
     def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
@@ -76,14 +77,14 @@ class Ledger:
         self._target = repository.liveness.applies
         self._log = log
         self._agenda = agenda
-        # It knows its owner, so that a thread that is inside already does not wait for itself.
+        # A lock that knows its owner, so that a thread that already holds it does not wait for itself.
         self._leading = threading.RLock()
-        # Only the leader removes from it; a write leaves it when its outcome is known, not before.
+        # Only the leader removes entries, and only when their outcome is known.
         self._waiting: deque[_Entry] = deque()
-        # Entries given to the repository, until the outcome of all of it is known.
+        # The entries sent to the repository, until the outcome of all of them is known.
         self._sent: Sequence[_Entry] = ()
         self._untold: deque[_Entry] = deque()
-        # The last entry that was taken in from inside; the thread commits it before it goes on.
+        # The last entry from a thread inside a write. That thread commits it before it goes on.
         self._late: _Entry | None = None
 
     def __bool__(self) -> bool:
@@ -94,23 +95,23 @@ class Ledger:
 
     @property
     def entered(self) -> bool:
-        """True if the calling thread is in the middle of a write, and so cannot commit another one."""
+        """True if the calling thread is in the middle of a write, and so cannot commit another write."""
         return self._leading._is_owned() or self._repository.entered  # type: ignore[attr-defined]
 
     def commit(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Commit writes, together with what waits; says for each whether its guard held.
+        """Commit writes, together with the waiting ones. Return for each write if its guard held.
 
         Raises:
             Reentered: the calling thread is in the middle of another write; see :meth:`commit_soon`.
-            RepositoryError: none of them was applied.
+            RepositoryError: none of the writes was applied.
         """
-        # A leader may wait for what this thread holds of the repository.
+        # A leader may wait for a lock of the repository that this thread holds.
         if self._leading._is_owned() or self._repository.entered:  # type: ignore[attr-defined]
             raise Reentered
         alone: list[bool] = []
         try:
             if not self._waiting:
-                # The lock and the note of it in one step: an interrupt may come between any two.
+                # Take the lock and note it in one step: an interrupt may come between two steps.
                 alone.extend(map(self._leading.acquire, (False,)))
                 if alone == [True] and not self._waiting:
                     return self._target.apply(writes)
@@ -129,7 +130,7 @@ class Ledger:
         return self._commit_with_others(writes)
 
     def _leave_to_successor(self, writes: Sequence[Write]) -> None:
-        """Put writes in line that an interrupt struck: perhaps they were committed."""
+        """Add interrupted writes to the queue: the next leader reads back if they were committed."""
         entry = _Entry(writes, None)
         entry.deserted = True
         self._sent = (entry,)
@@ -142,7 +143,7 @@ class Ledger:
             self._waiting.append(entry)
             while not self._lead_until_done(entry):
                 entry.turn.wait(_CHECK_EVERY)
-        except BaseException:  # an interrupt, too: whoever leads next sees to the entry
+        except BaseException:  # also an interrupt: the next leader handles the entry
             entry.deserted, entry.turn = not entry.done, None
             raise
         finally:
@@ -153,7 +154,7 @@ class Ledger:
         return entry.results
 
     def _lead_until_done(self, entry: _Entry) -> bool:
-        """Lead if nobody else does; returns whether an entry has its outcome."""
+        """Lead if no other thread does. Return True if the entry has its outcome."""
         leads: list[bool] = []
         try:
             if not entry.done:
@@ -161,10 +162,10 @@ class Ledger:
                 while leads == [True] and not entry.done:
                     self._lead()
         except TaskxError as error:
-            if entry in self._sent:  # whether it took place could not be read back
+            if entry in self._sent:  # it could not be read back, so its outcome is unknown
                 raise _in_doubt(error) from error.__cause__
-            if not entry.done:  # else the error may be that of writes after its own
-                self._waiting.remove(entry)  # it lay behind others and was not tried
+            if not entry.done:  # else the error may come from writes after its own
+                self._waiting.remove(entry)  # it was behind other entries and was not tried
                 entry.done = True
                 raise _not_tried(error) from error.__cause__
         finally:
@@ -175,11 +176,11 @@ class Ledger:
         return entry.done
 
     def commit_whole(self, writes: Sequence[Write]) -> Sequence[bool]:
-        """Commit writes in a transaction of their own: all of them, or none where a guard fails.
+        """Commit writes in their own transaction: all of them, or none if a guard fails.
 
         Raises:
             Reentered: the calling thread is in the middle of another write; see :meth:`commit_soon`.
-            RepositoryError: none of them was applied.
+            RepositoryError: none of the writes was applied.
         """
         if self.entered:
             raise Reentered
@@ -193,10 +194,11 @@ class Ledger:
                 self._finish()
 
     def commit_soon(self, writes: Sequence[Write], callback: Callback) -> None:
-        """Take in writes of a thread that is :attr:`entered`.
+        """Accept writes of a thread that is :attr:`entered`.
 
-        They are committed before the write that the thread is in the middle of returns; if that is
-        not one of the ledger's, by another thread as soon as it has ended.
+        If the thread is in the middle of a write of the ledger, they are committed before that write
+        returns. If it is in another write of the repository, a new thread commits them as soon as that
+        write has ended.
         """
         entry = _Entry(writes, callback)
         self._waiting.append(entry)
@@ -205,14 +207,14 @@ class Ledger:
             threading.Thread(target=self._finish, name="taskx-late", daemon=True).start()
 
     def defer(self, writes: Sequence[Write], callback: Callback) -> None:
-        """Leave writes to the next commit; ``callback`` is told what came of them."""
+        """Leave writes to the next commit. ``callback`` gets their outcome."""
         self._waiting.append(_Entry(writes, callback))
 
     def flush(self, *, wait: bool = True) -> bool:
-        """Commit what was deferred; without ``wait``, False if another thread is committing.
+        """Commit the deferred writes. Without ``wait``, return False if another thread is committing.
 
         Raises:
-            RepositoryUnavailable: it waits on.
+            RepositoryUnavailable: the writes stay in the queue.
         """
         if not self:
             return True
@@ -242,10 +244,10 @@ class Ledger:
                 self._read_back()
             self._send([entry for entry in batch if not entry.done])
         except (Reentered, MemoryError):
-            raise  # no fault of the writes
+            raise  # not the fault of the writes
         except RepositoryUnavailable as error:
             self._fail(batch, error)
-        except Exception as error:  # noqa: BLE001  (told to whoever waits for it)
+        except Exception as error:  # noqa: BLE001  (the waiting threads get it)
             self._replay([entry for entry in batch if not entry.done], error)
         finally:
             for entry in batch:
@@ -257,9 +259,9 @@ class Ledger:
                         turn.set()
 
     def _read_back(self) -> None:
-        """Read back what a leader sent that was interrupted; what does not show is sent again.
+        """Read back what an interrupted leader has sent. Writes that were not stored are sent again.
 
-        As the same objects: a repository that may have done a part of them knows that part again.
+        They are sent as the same objects, so that a repository that has stored a part recognises that part.
         """
         entries = [entry for entry in self._sent if not entry.done]
         writes = [write for entry in entries for write in entry.writes]
@@ -283,7 +285,7 @@ class Ledger:
             )
         except MemoryError:
             raise  # perhaps after the COMMIT
-        except Exception:  # nothing was applied, or the error says that it is in doubt
+        except Exception:  # nothing was applied, or the error is marked as in doubt
             self._sent = ()
             raise
         for entry in entries:
@@ -292,7 +294,7 @@ class Ledger:
         self._sent = ()
 
     def _replay(self, entries: list[_Entry], error: Exception) -> None:
-        """Commit one by one after a batch failed, so that a bad write fails alone."""
+        """Commit entries one by one after a batch failed, so that a bad write fails alone."""
         if len(entries) == 1:
             self._reject(entries[0], error)
             return
@@ -301,15 +303,15 @@ class Ledger:
                 self._send([entry])
             except RepositoryUnavailable as unavailable:
                 if isinstance(error, RepositoryError) and error.in_doubt:
-                    unavailable.in_doubt = True  # the batch may have stored what is not sent again
+                    unavailable.in_doubt = True  # the batch may have stored more than is sent again
                 self._fail(entries, unavailable)
             except MemoryError:
                 raise
-            except Exception as problem:  # noqa: BLE001  (told to whoever waits for it)
+            except Exception as problem:  # noqa: BLE001  (the waiting thread gets it)
                 self._reject(entry, problem)
 
     def _fail(self, entries: list[_Entry], error: RepositoryUnavailable) -> None:
-        """Tell those who wait; what was deferred, and what is in doubt, waits on."""
+        """Fail the entries with a waiting thread. Deferred and doubtful entries stay in the queue."""
         for entry in entries:
             kept = entry.callback is not None or entry.deserted or entry in self._sent
             if not (kept or entry.done):
@@ -323,10 +325,10 @@ class Ledger:
     # --- after the lock is free
 
     def _finish(self) -> None:
-        """Commit what was taken in from inside, and tell what has an outcome."""
+        """Commit the entries from inside a write, and report the outcomes."""
         while (late := self._late) is not None:
             self._late = None
-            with suppress(TaskxError), self._leading:  # what fails waits on
+            with suppress(TaskxError), self._leading:  # an entry that fails stays in the queue
                 while not late.done:
                     self._lead()
             self._call_next()
@@ -337,7 +339,7 @@ class Ledger:
         self._tell()
 
     def _call_next(self) -> None:
-        """Wake the first thread that waits: the lock is free, and it leads next."""
+        """Wake the first waiting thread: the lock is free, and that thread leads next."""
         for entry in list(self._waiting):
             if (turn := entry.turn) is not None:
                 turn.set()
@@ -348,15 +350,15 @@ class Ledger:
         while self._untold:
             try:
                 entry = self._untold.popleft()
-            except IndexError:  # another thread is at it, too
+            except IndexError:  # another thread does the same
                 break
             try:
                 self._tell_one(entry)
-            except BaseException as error:  # noqa: BLE001  (one must not keep the next from being told)
+            except BaseException as error:  # noqa: BLE001  (the next entry must be told in any case)
                 if is_for_the_program(error):
                     interrupt = error
                 else:
-                    self._log.exception("what follows a commit failed")
+                    self._log.exception("a callback after a commit failed")
         if interrupt is not None:
             raise interrupt
 
@@ -365,20 +367,18 @@ class Ledger:
             return
         entry.told = True
         if entry.error is not None:
-            self._log.error(
-                "a write was refused by the repository: %s", entry.error, exc_info=entry.error
-            )
+            self._log.error("the repository refused a write: %s", entry.error, exc_info=entry.error)
         entry.callback(entry.results, entry.error)
 
 
 def _in_doubt(error: TaskxError) -> TaskxError:
-    """Return an error as that of writes which an interrupt struck: they may be applied yet."""
+    """Return the error for interrupted writes: they may be applied after all."""
     if isinstance(error, RepositoryError):
         error.in_doubt = True
     return error
 
 
 def _not_tried(error: TaskxError) -> TaskxError:
-    """Return an error as that of writes which were not sent: they are not in doubt."""
+    """Return the error for writes that were not sent: they are not in doubt."""
     doubtful = isinstance(error, RepositoryError) and error.in_doubt
     return type(error)(*error.args) if doubtful else error

@@ -1,4 +1,4 @@
-"""Which types of task are paused: kept in the repository, for all who run tasks from it."""
+"""Pauses: the paused types of tasks, stored in the repository for all of its nodes."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _NOTE = "pause"
 
 @attrs.frozen
 class Paused:
-    """The types that are paused; false if none is. ``"type" in paused`` says it of a type.
+    """The paused types. It is false if nothing is paused; ``"type" in paused`` checks one type.
 
     Attributes:
-        everything: True if the whole queue is.
-        types: the types that are paused by themselves.
+        everything: True if the whole queue is paused.
+        types: the types that are paused individually.
     """
 
     everything: bool = False
@@ -32,33 +32,37 @@ class Paused:
 
 
 class Pauses:
-    """Reads, sets and lifts pauses."""
+    """Reads, sets and lifts the pauses of a repository."""
 
     def __init__(self, repository: Repository) -> None:
         self._repository = repository
         self._refreshing = threading.Lock()
-        #: What was paused at the last look.
+        #: The pauses as they were at the last refresh.
         self.known = Paused()
 
     def read(self) -> Paused:
-        """Read what is paused now."""
+        """Read the current pauses from the repository."""
         names = self._repository.notes(_NOTE)
         start = len(_NOTE) + 1
         types = frozenset(name[start:] for name in names if name.startswith(_NOTE + "/"))
         return Paused(_NOTE in names, types)
 
     def refresh(self) -> bool:
-        """Bring :attr:`known` up to date; whether it changed."""
-        with self._refreshing:  # else one who read before a change might tell after it
+        """Bring :attr:`known` up to date. Return True if it changed."""
+        # Else a thread that read before a change might set ``known`` after another one that read later.
+        with self._refreshing:
             before, self.known = self.known, self.read()
             return self.known != before
 
     def set(self, type: str | None) -> None:
-        """Pause a type, or with None everything; ``ConfigurationError``: the repository keeps none."""
-        self._repository.put_note(_name(type), "", 0)  # if there is one, it is paused already
+        """Pause a type, or with None everything.
+
+        Raises ``ConfigurationError`` if the repository cannot store pauses.
+        """
+        self._repository.put_note(_name(type), "", 0)  # does nothing if it is already paused
 
     def lift(self, type: str | None) -> None:
-        """End the pause of a type, or with None of everything."""
+        """Lift the pause of a type, or with None the pause of everything."""
         name = _name(type)
         while note := self._repository.notes(name).get(name):
             if self._repository.put_note(name, None, note.version):

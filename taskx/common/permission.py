@@ -1,16 +1,16 @@
-"""Whether queues may be used in this process; the child process of an executor says so of itself."""
+"""Permission to use queues in this process. The child process of an executor restricts it."""
 
 from __future__ import annotations
 
 from taskx.core.errors import ConfigurationError
 
-#: Why no queue may be started now in this process, nor given tasks; empty where it may.
+#: The reason why queues may not be started or given tasks in this process now; empty if they may.
 forbidden = ""
-#: Whether this is the child process of an executor: what its queues keep in memory is lost with it.
+#: True in the child process of an executor: tasks that its queues keep in memory are lost with it.
 in_child = False
 
 
 def refuse_if_forbidden() -> None:
-    """Raise ``ConfigurationError`` where no queue may be used."""
+    """Raise ``ConfigurationError`` if queues may not be used in this process."""
     if forbidden:
         raise ConfigurationError(forbidden)

@@ -1,7 +1,7 @@
-"""The watcher, which resolves the handles that somebody looks at when their tasks have ended.
+"""The watcher, which resolves the handles in use when their tasks have ended.
 
-Like a handle it takes no lock that an exception in the main thread could leave locked, and marks nothing
-as done before it is. What was cut short is done again by whoever looks next.
+Like a handle, it takes no lock that an exception in the main thread could leave locked, and marks no step
+as done before it is. A step that was cut short is repeated by the next thread that checks.
 """
 
 from __future__ import annotations
@@ -26,46 +26,46 @@ from taskx.storage.queries import Changes
 
 # Polling interval, in seconds, of a process in which no queue is started.
 _POLL = 0.02
-# Such a process spends at most a tenth of its time on polling.
+# A process in which no queue is started spends at most a tenth of its time on polling.
 _REST = 9
-# Ended tasks that are read at once: a record may be large.
+# The most ended tasks that are read at once: a record may be large.
 _MOST_READ = 50
-# Seconds that a close waits for those who wait to be told.
+# Seconds for which close() waits until all waiting threads are told.
 _CLOSING = 1.0
-_DEAF = "the watcher does not hear of other processes, and polls only"
+_DEAF = "the watcher gets no wake-ups from other processes; it polls instead"
 
 
 class Watcher:
-    """Resolves the handles that somebody looks at, when their tasks have ended.
+    """Resolves the handles in use, when their tasks have ended.
 
-    In a started queue the workers and the housekeeper tell it to look; else it has a thread of its
-    own as long as there is something to watch. It holds handles weakly, but for those with callbacks.
-    A look raises ``RepositoryError`` where the repository cannot be read.
+    In a started queue the workers and the housekeeper tell it to check. Else it has its own thread as long
+    as there is a handle to watch. It holds weak references to handles, except to handles with callbacks.
+    A check raises ``RepositoryError`` if the repository cannot be read.
     """
 
     def __init__(self, repository: Repository, log: GuardedLogger, agenda: Agenda) -> None:
         self._repository = repository
         self._log = log
         self._agenda = agenda
-        # The live handles of each task, by their ids as objects. Changed without a lock, one step of a
-        # dict at a time: a handle may be dropped, and an exception strike, anywhere.
+        # The live handles of each task, by their ``id()``. Changed without a lock, one dict operation at a
+        # time: at any point a handle may be dropped, or an exception strike.
         self._handles: dict[str, dict[int, Callable[[], TaskHandle[Any] | None]]] = {}
-        #: The ids of the tasks that somebody watches.
+        #: The ids of the watched tasks.
         self.watched = self._handles.keys()
-        self._ended: deque[str] = deque()  # tasks that ended, whose handles are to be told of it
+        self._ended: deque[str] = deque()  # ended tasks whose handles are not told yet
         self._thread: threading.Thread | None = None
-        self._listener: Listener | None = None  # hears of ends in other processes
+        self._listener: Listener | None = None  # hears of tasks that end in other processes
         self._closed = self._warned = False
         #: Makes the signal that a thread waits with for the end of a task.
         self.signal: Callable[[], Signal] = Signal
 
     @property
     def watching(self) -> bool:
-        """True if somebody watches a task that has not ended."""
+        """True if any task is watched that has not ended."""
         return bool(self._handles)
 
     def watch(self, handle: TaskHandle[Any]) -> None:
-        """Resolve the handle when its task has ended, at once if it has; may be called again and again."""
+        """Resolve the handle as soon as its task has ended. May be called any number of times."""
         new = handle.watched_by is not self
         if new or handle.has_callbacks:
             self._register(handle)
@@ -79,7 +79,7 @@ class Watcher:
             handle.conclude_closed()
 
     def warn_if_nobody_runs(self, task_id: str) -> None:
-        """Say once that somebody waits, in a queue that is not started, for what no node can run."""
+        """Warn once if a thread waits, in a queue that is not started, for a task that no node can run."""
         if self._warned:
             return
         self._warned = True
@@ -89,18 +89,18 @@ class Watcher:
         nodes = [node for node in self._repository.nodes() if node.alive is not False]
         if not any(task.type in node.types for node in nodes):
             self._log.warning(
-                "waiting for task %s, but this queue is not started and no running one has an "
-                "executor for type %r",
+                "waiting for task %s, but this queue is not started, and no running queue has an "
+                "executor for type %r; start a queue that has one",
                 *(task_id, task.type),
             )
 
     def close(self) -> None:
-        """Resolve no more: who waits for a task that has not ended is told so."""
+        """Stop watching: end the handles of all tasks that have not ended with ``QueueStopped``."""
         self._closed = True
         self._listen_no_more()
         self.ensure_polling()
         thread = self._thread
-        # One that is not alive yet, as another thread is about to start it, will see that all is closed.
+        # A thread that another one is about to start is not alive yet; it will see that this is closed.
         if thread is not None and thread.is_alive() and thread is not threading.current_thread():
             thread.join(_CLOSING)
 
@@ -116,7 +116,7 @@ class Watcher:
         while True:
             refs = self._handles.setdefault(task_id, {})
             refs[key] = ref
-            if self._handles.get(task_id) is refs:  # else it was dropped meanwhile
+            if self._handles.get(task_id) is refs:  # else it was dropped in the meantime
                 return
 
     def _drop(self, task_id: str, key: int, ref: object = None) -> None:
@@ -136,39 +136,39 @@ class Watcher:
                 continue
             if (handle := ref()) is not None:
                 live.append(handle)
-            else:  # an exception struck when it should have been dropped
+            else:  # an exception struck while it was being dropped
                 self._drop(task_id, key, ref)
         return live
 
-    # --- looking
+    # --- checking
 
     def resolve(self, task_id: str) -> None:
-        """Tell who waits for a task that just ended.
+        """Resolve the handles of a task that has just ended.
 
-        What it ended by is committed, so a failure to read is none of that: it is looked at again soon.
+        The task's ending is committed, so a failed read does no harm: the handles are checked again soon.
         """
         try:
             self._resolve([task_id])
         except RepositoryError as error:
-            self._log.debug("who waits for task %s is told later: %s", task_id, error)
+            self._log.debug("the handles of task %s are resolved later: %s", task_id, error)
 
     def tell(self) -> None:
-        """Tell who waits for the tasks whose end was found on the main thread; after an error, later."""
+        """Tell the listeners of tasks whose end was found on the main thread. After an error, try later."""
         ended = [self._ended.popleft() for _ in range(len(self._ended))]
         if ended:
             try:
                 self._resolve(ended)
-            except BaseException:  # an interrupt, too: who waits is told next time
+            except BaseException:  # also an interrupt: the listeners are told next time
                 self._ended.extend(ended)
                 raise
 
     def check_all(self) -> None:
-        """Look at all tasks that are watched, and resolve what has ended."""
+        """Check all watched tasks, and resolve the handles of those that have ended."""
         self._check([task_id for task_id in list(self._handles) if self._live(task_id)])
 
     def _check(self, task_ids: Sequence[str]) -> None:
         if task_ids:
-            statuses = self._repository.statuses(task_ids)  # and no records, which may be large
+            statuses = self._repository.statuses(task_ids)  # not the records, which may be large
             self._resolve([i for i in task_ids if i not in statuses or statuses[i] in FINISHED])
 
     def _resolve(self, task_ids: Sequence[str]) -> None:
@@ -183,9 +183,9 @@ class Watcher:
                         self._tell(handle)
 
     def _tell(self, handle: TaskHandle[Any]) -> None:
-        """Tell who waits for a handle that has ended, or leave that to another thread.
+        """Tell the listeners of a handle that has ended, or leave that to another thread.
 
-        On the main thread, an exception may strike between two steps that belong together.
+        The main thread leaves it, because an exception may strike there between two related steps.
         """
         if handle.listeners and on_main_thread() and self._has_teller():
             self._ended.append(handle.id)
@@ -197,7 +197,7 @@ class Watcher:
     # --- in a queue that is not started
 
     def _has_teller(self) -> bool:
-        """Return whether a thread can tell the others: the housekeeper, or one of the watcher's own."""
+        """Return True if another thread can tell the listeners: the housekeeper or the watcher's own."""
         return (self._agenda.attended and not self._closed) or self._polls
 
     @property
@@ -205,13 +205,13 @@ class Watcher:
         return (thread := self._thread) is not None and thread.is_alive()
 
     def ensure_polling(self) -> None:
-        """Have a thread look, if there is anything to look at and nobody else does."""
+        """Start the watcher's thread if there is a handle to watch and no other thread checks it."""
         if self._handles and (self._closed or not self._agenda.attended) and not self._polls:
             thread = threading.Thread(target=self._poll, name="taskx-watch", daemon=True)
-            self._thread = thread  # first: it goes on only as long as it is that one
+            self._thread = thread  # first: the thread runs only as long as this attribute names it
             try:
                 thread.start()
-            except RuntimeError:  # no new thread can be had: whoever waits looks
+            except RuntimeError:  # the system cannot start a thread: this thread checks once
                 with suppress(RepositoryError):
                     self._close_all() if self._closed else self.check_all()
 
@@ -236,8 +236,8 @@ class Watcher:
             except RepositoryError as error:
                 complaint.make("cannot see whether tasks have ended: %s", error)
                 pause = handles.POLL_INTERVAL
-            except BaseException:  # noqa: BLE001  (without this thread, who waits would wait for ever)
-                self._log.exception("the watcher stumbled; it goes on")
+            except BaseException:  # noqa: BLE001  (without this thread, others would wait for ever)
+                self._log.exception("the watcher failed; it goes on")
                 pause = handles.POLL_INTERVAL
             if told:
                 rest.after(vain=len(self._handles) >= watched)
@@ -252,10 +252,10 @@ class Watcher:
             self._listen_no_more()
         if self._thread is me:
             self._thread = None
-            self.ensure_polling()  # a handle came in between
+            self.ensure_polling()  # a handle may have come in between
 
     def _listen(self) -> Listener | None:
-        """Hear of tasks that end in other processes, if that can be heard."""
+        """Listen for tasks that end in other processes, if the repository supports it."""
         if self._listener is None and not self._closed:
             try:
                 self._listener = self._repository.listen(ENDED)
@@ -275,7 +275,7 @@ class Watcher:
                 self._tell(handle)
 
     def renew_after_fork(self) -> None:
-        """Begin anew in a forked child: the threads that waited belong to the parent."""
+        """Start again in a forked child: the threads that waited belong to the parent."""
         self._listener = None
         for task_id in list(self._handles):
             for handle in self._live(task_id):
@@ -283,7 +283,7 @@ class Watcher:
 
 
 def _wait(listener: Listener | None, seconds: float) -> bool:
-    """Wait until something is heard, at most so many seconds; whether something was."""
+    """Wait for a wake-up, at most ``seconds``. Return True if there was one."""
     if listener is None:
         time.sleep(seconds)
         return False
