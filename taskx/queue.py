@@ -284,6 +284,9 @@ class Queue:
         window: int | None = None,
         timeout: float | None = None,
         return_exceptions: Literal[False] = False,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
         **options: Unpack[MapOptions],
     ) -> Iterator[R]: ...
     @overload
@@ -297,6 +300,9 @@ class Queue:
         window: int | None = None,
         timeout: float | None = None,
         return_exceptions: bool,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
         **options: Unpack[MapOptions],
     ) -> Iterator[R | Exception]: ...
     @overload
@@ -310,6 +316,9 @@ class Queue:
         window: int | None = None,
         timeout: float | None = None,
         return_exceptions: bool = False,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
         **options: Unpack[MapOptions],
     ) -> Iterator[Any]: ...
     def map(
@@ -322,6 +331,9 @@ class Queue:
         window: int | None = None,
         timeout: float | None = None,
         return_exceptions: bool = False,
+        ordered: bool = True,
+        retry_failed: bool = True,
+        progress: bool = False,
         **options: Any,
     ) -> Iterator[Any]:
         """Run an executor for each item and return an iterator over the results, in order.
@@ -337,10 +349,16 @@ class Queue:
             key: a function that returns the key of an item: a text or a whole number; ``1`` and
                 ``"1"`` are the same key. By default the key is made from the params.
             name: the name of the map; the type of the executor by default.
-            window: number of tasks that are submitted ahead; by default four for each worker, or as
-                many as the buffer has room for. If the buffer is full, they wait in the repository.
+            window: the number of tasks submitted ahead; four for each worker by default, or as many as
+                the buffer has room for. While a result is waited for, this many unfinished tasks are
+                kept under way, so that one long task does not stop the others.
             timeout: seconds to wait for a result.
-            return_exceptions: return the exception of a failed item in its place, and continue.
+            return_exceptions: return the exception of a failed item in its place, and go on.
+            ordered: return results in the order of the items; if False, as soon as each is there.
+            retry_failed: requeue a task that failed or was cancelled in an earlier run of the map; if
+                False, raise its error again.
+            progress: show on ``sys.stderr`` how many items are done: a bar in a terminal or a notebook
+                if the package rich is installed, else a line every five seconds.
             options: options of new tasks: ``created_by``, ``priority``, ``max_attempts``,
                 ``max_crashes`` and ``retry``, as in :meth:`submit`.
 
@@ -360,12 +378,15 @@ class Queue:
         """
         return Results(
             executor=executor,
-            items=iter(items),
+            items=items,
             key=key,
             name=name,
             window=ahead(self.config) if window is None else window,
             timeout=timeout,
             return_exceptions=return_exceptions,
+            ordered=ordered,
+            retry_failed=retry_failed,
+            progress=progress,
             options=options,
             owner=self,
             intake=lambda: self._intake,

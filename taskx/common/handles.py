@@ -181,7 +181,7 @@ class TaskHandle(Future[R]):
             RepositoryError: the repository cannot be read; ``fn`` is not called.
         """
         callback = _Callback(fn)
-        self._listen(callback)
+        self.listen(callback)
         if self._outcome is None:
             try:
                 self._owner.watch(self)
@@ -202,7 +202,7 @@ class TaskHandle(Future[R]):
     def _sleep(self, timeout: float | None) -> None:
         bell = self.signal()
         deadline = None if timeout is None else bell.now() + timeout
-        self._listen(bell)
+        self.listen(bell)
         try:
             while self._outcome is None:
                 left = math.inf if deadline is None else deadline - bell.now()
@@ -231,7 +231,8 @@ class TaskHandle(Future[R]):
         """True if callbacks wait. The watcher then keeps the handle."""
         return _Callback in map(type, self.listeners)
 
-    def _listen(self, listener: Listener) -> None:
+    def listen(self, listener: Listener) -> None:
+        """Call the listener once when the end of the task is known; ``watch`` makes it known."""
         self.listeners.append(listener)  # first: a thread that ends the handle now will see it
         self._tell_if_ended(listener)
 
@@ -365,7 +366,7 @@ class _Waiters:
             # No thread sets it yet: wait() still holds the locks of Futures of other classes.
             waiter.event = self._handle.signal()
         if self._handle._state == PENDING:  # else wait() has already counted the handle as ended
-            self._handle._listen(_Waiter(waiter))
+            self._handle.listen(_Waiter(waiter))
 
     def remove(self, waiter: Any) -> None:
         self._handle._unlisten(_Waiter(waiter))

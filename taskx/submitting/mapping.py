@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from concurrent.futures import TimeoutError
 from contextlib import suppress
 from typing import Any, Protocol
 
 import attrs
 
+from taskx.common.bell import Signal
 from taskx.common.config import Config
-from taskx.common.handles import TaskHandle
+from taskx.common.display import Display
+from taskx.common.handles import POLL_INTERVAL, TaskHandle
 from taskx.core import payload
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import Clock
@@ -31,6 +35,8 @@ from taskx.submitting.intake import Intake, task_of
 
 # Tasks that lie ahead for each worker, unless the caller says otherwise.
 _AHEAD_PER_WORKER = 4
+# Results that may wait behind one that takes long, for each place in the window.
+_MOST_WAITING = 32
 _NONE = object()
 
 
@@ -57,36 +63,117 @@ def digest(params: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+class _Window:
+    """The items under way, in order: the task of each, or the error of one that is not a task.
+
+    Args:
+        ordered: results are taken in the order of the items.
+    """
+
+    def __init__(self, *, ordered: bool) -> None:
+        self._ordered = ordered
+        self._items: deque[TaskHandle[Any] | Exception] = deque()
+        self._unfinished: dict[str, TaskHandle[Any]] = {}
+        self._unwatched: deque[TaskHandle[Any]] = deque()
+        self._ended: deque[TaskHandle[Any]] = deque()
+        self._bell: Signal | None = None
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def _on_end(self, handle: TaskHandle[Any]) -> None:
+        self._ended.append(handle)
+        if self._bell is not None:
+            self._bell.set()
+
+    @property
+    def unfinished(self) -> int:
+        """The number of its tasks that have not ended, as far as is known."""
+        while self._ended:
+            self._unfinished.pop(self._ended.popleft().id, None)
+        return len(self._unfinished)
+
+    def add(self, item: TaskHandle[Any] | Exception) -> None:
+        """Put an item at the end."""
+        self._items.append(item)
+        if isinstance(item, TaskHandle) and self._unfinished.setdefault(item.id, item) is item:
+            self._unwatched.append(item)
+            item.listen(self._on_end)
+
+    def handle(self, task_id: str) -> TaskHandle[Any] | None:
+        """Return the handle of a task whose result was not taken yet."""
+        handles = (item for item in self._items if isinstance(item, TaskHandle))
+        return next((handle for handle in handles if handle.id == task_id), None)
+
+    def ended(self) -> TaskHandle[Any] | Exception | None:
+        """Return the first item that has ended and may be taken; None if there is none."""
+        for item in self._items:
+            if isinstance(item, Exception) or item.has_ended:
+                return item
+            if self._ordered:
+                return None
+        return None
+
+    def bell(self) -> Signal:
+        """Return a signal that rings when a task ends.
+
+        Raises:
+            RepositoryError: the repository cannot be read.
+        """
+        while self._unwatched:
+            self._unwatched[0].done()  # from now on its end is reported
+            self._unwatched.popleft()
+        self._bell = next(iter(self._unfinished.values())).signal()
+        return self._bell
+
+    def wait(self, bell: Signal, seconds: float) -> None:
+        """Wait until a task ends, at most for ``seconds``."""
+        most = seconds if bell.virtual else min(seconds, POLL_INTERVAL)
+        if not self.ended() and not bell.wait(most):
+            self._unwatched.extend(self._unfinished.values())  # the thread that reports may be gone
+
+    def take(self, item: TaskHandle[Any] | Exception) -> Any:
+        """Remove an item that has ended, and return its result or raise its error."""
+        self._items.remove(item)
+        if isinstance(item, Exception):
+            raise item
+        return item.result(0)
+
+
 @attrs.define(kw_only=True, eq=False, repr=False)
 class Results(Iterator[Any]):
-    """The results of a map, in the order of its items; each ``next`` submits what the window has room for.
+    """The results of a map; each ``next`` submits what the window has room for.
 
-    Its other attributes are the arguments of ``Queue.map``.
+    The other attributes are the arguments of ``Queue.map``.
 
     Attributes:
         owner: the queue.
-        intake: gives what takes its new tasks in: in a forked child, not what did so before.
-        clock: what moments are told by.
+        intake: return the queue's intake; in a forked child, the child's.
+        clock: the queue's clock.
 
     Raises:
-        TypeError: there is no such option.
+        TypeError: an option is unknown.
         ConfigurationError: a value is not valid.
     """
 
     executor: Executor[Any, Any] | str
-    items: Iterator[Any]
+    items: Iterable[Any]
     key: Callable[[Any], str | int] | None
     name: str
     window: int
     timeout: float | None
     return_exceptions: bool
+    ordered: bool
+    retry_failed: bool
+    progress: bool
     options: Mapping[str, Any]
     owner: _Owner
     intake: Callable[[], Intake]
     clock: Clock
+    _items: Iterator[Any] = attrs.field(init=False)
     _item: Any = attrs.field(init=False, default=_NONE)
-    #: The tasks under way, in order; an error stands for an item that is no task.
-    _ahead: deque[TaskHandle[Any] | Exception] = attrs.field(init=False, factory=deque)
+    _display: Display | None = attrs.field(init=False, default=None)
+    _under_way: _Window = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
         refuse_unknown(self.options, MapOptions, "map")
@@ -100,34 +187,71 @@ class Results(Iterator[Any]):
         check_int(self.window, "window", 1)
         if self.timeout is not None:
             check_number(self.timeout, "timeout")
+        self._items = iter(self.items)
+        self._under_way = _Window(ordered=self.ordered)
+        if self.progress:
+            total = len(self.items) if isinstance(self.items, Sized) else None
+            self._display = Display(self.name or self._type, total)
+
+    @property
+    def _type(self) -> str:
+        return self.executor if isinstance(self.executor, str) else self.executor.type
 
     def __next__(self) -> Any:
-        self._fill()
-        if not self._ahead:
-            raise StopIteration
-        head = self._ahead[0]
         try:
-            if isinstance(head, Exception):
-                raise head
-            result = head.result(self.timeout)
-        except Exception as error:
-            # A time-out, or the repository is away: it is asked for again.
-            if isinstance(head, TaskHandle) and not head.done():
-                raise
-            self._ahead.popleft()
-            if not self.return_exceptions:
-                raise
-            return error
-        self._ahead.popleft()
-        return result
+            item = self._next_ended()
+            try:
+                result = self._under_way.take(item)
+            except Exception as error:
+                self._show(failed=1)
+                if not self.return_exceptions:
+                    raise
+                return error
+            self._show(done=1)
+            return result
+        except BaseException:  # also at the end: who sees an error must see no display below it
+            if self._display is not None:
+                self._display.close()
+            raise
 
-    def _fill(self) -> None:
-        while len(self._ahead) < self.window:
+    def _show(self, **counts: int) -> None:
+        if self._display is not None:
+            self._display.add(**counts)
+
+    def _next_ended(self) -> TaskHandle[Any] | Exception:
+        """Wait for the next item that has ended.
+
+        A task that takes long does not keep the workers idle: while it is waited for, others are
+        submitted as soon as one ends, until very many results wait behind it.
+        """
+        under_way, window = self._under_way, self.window
+
+        def has_room() -> bool:
+            return under_way.unfinished < window and len(under_way) < _MOST_WAITING * window
+
+        self._fill(lambda: len(under_way) < window)
+        if not under_way:
+            raise StopIteration
+        deadline = None
+        while (item := under_way.ended()) is None:
+            bell = under_way.bell()
+            if deadline is None:
+                deadline = math.inf if self.timeout is None else bell.now() + self.timeout
+            elif bell.now() >= deadline:
+                raise TimeoutError(f"no result of the map within {self.timeout:g} s")
+            under_way.wait(bell, max(0.0, deadline - bell.now()))
+            self._show()
+            if not under_way.ended():
+                self._fill(has_room)
+        return item
+
+    def _fill(self, has_room: Callable[[], bool]) -> None:
+        while has_room():
             if self._item is _NONE:  # else its submit failed: no item is passed over
-                self._item = next(self.items, _NONE)
+                self._item = next(self._items, _NONE)
             if self._item is _NONE:
                 return
-            self._ahead.append(self._started(self._item))
+            self._under_way.add(self._started(self._item))
             self._item = _NONE
 
     def _started(self, item: Any) -> TaskHandle[Any] | Exception:
@@ -148,9 +272,8 @@ class Results(Iterator[Any]):
             PayloadError: it does not fit the executor.
             ConfigurationError: ``key`` gives neither a text nor a number.
         """
-        type_ = self.executor if isinstance(self.executor, str) else self.executor.type
         if isinstance(item, Mapping):
-            task = Task(type=type_, params=dict(item))
+            task = Task(type=self._type, params=dict(item))
         elif isinstance(self.executor, Executor):
             task = self.executor.task(item)
         else:
@@ -158,7 +281,7 @@ class Results(Iterator[Any]):
         key = digest(task.params) if self.key is None else self.key(item)
         if type(key) is not int and (not isinstance(key, str) or not key):
             raise ConfigurationError(f"key must give a text or a whole number, not {key!r}")
-        task.id = f"{self.name or type_}:{key}"
+        task.id = f"{self.name or self._type}:{key}"
         return task
 
     def _submit(self, task: Task) -> TaskHandle[Any]:
@@ -173,9 +296,8 @@ class Results(Iterator[Any]):
 
     def _known(self, task: Task) -> TaskHandle[Any]:
         """The task that has this id: of an earlier run, of another process, or of an equal item."""
-        for handle in self._ahead:
-            if isinstance(handle, TaskHandle) and handle.id == task.id:
-                return handle
+        if (under_way := self._under_way.handle(task.id)) is not None:
+            return under_way
         stored = self.owner.get_task_status(task.id)
         if stored.type != task.type:
             raise ConfigurationError(
@@ -183,7 +305,7 @@ class Results(Iterator[Any]):
                 "of its own"
             )
         handle = self.owner.handle(task.id)
-        if stored.status is TaskStatus.COMPLETED:
+        if stored.status is TaskStatus.COMPLETED or not self.retry_failed:
             handle.conclude(stored)
         elif stored.status.finished:
             with suppress(InvalidTransition):  # another process was faster

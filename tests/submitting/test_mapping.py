@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import gc
 from collections import Counter
 from concurrent.futures import CancelledError
 
@@ -18,6 +19,7 @@ from taskx import (
     RepositoryUnavailable,
     RetryPolicy,
     TaskFailed,
+    TaskFilter,
     TaskNotFound,
     TaskStatus,
     UnknownTaskType,
@@ -136,6 +138,90 @@ class TestFullBuffer:
         assert sorted(queue.ran) == list(range(10))
 
 
+class TestAsResultsCome:
+    """``ordered=False``."""
+
+    @pytest.mark.every_store
+    def test_each_result_comes_once(self, running, square):
+        items = [1, 2, 3, 2]
+        assert sorted(running.map(square.executor, items, ordered=False)) == [1, 4, 4, 9]
+
+    def test_a_short_task_is_not_behind_a_long_one(self, make_queue, gate):
+        queue = make_queue(worker_num=2)
+        hold = queue.executor("hold")(lambda n: (gate() if n == 0 else None) or n)
+        queue.start()
+        results = queue.map(hold, range(4), ordered=False, timeout=PATIENCE)
+        assert sorted(next(results) for _ in range(3)) == [1, 2, 3]
+        gate.open()
+        assert next(results) == 0
+
+    def test_an_error_does_not_end_it(self, running, square):
+        square.failing = {1}
+        results = running.map(square.executor, range(3), ordered=False, return_exceptions=True)
+        assert sorted(str(result).split(":")[-1].strip() for result in results) == [
+            "0",
+            "4",
+            "no 1",
+        ]
+
+
+class TestALongTask:
+    def test_does_not_keep_later_items_from_running(self, make_queue, gate):
+        """A window of others is under way while the result of the first one is waited for."""
+        queue = make_queue(worker_num=2)
+        ran = []
+        hold = queue.executor("hold")(lambda n: gate() if n == 0 else ran.append(n))
+        queue.start()
+        results = queue.map(hold, range(20), window=2, timeout=PATIENCE)
+        first = concurrent.futures.ThreadPoolExecutor(1).submit(next, results)
+        eventually(lambda: ran == list(range(1, 20)))
+        gate.open()
+        first.result(PATIENCE)
+        assert len(list(results)) == 19
+
+    def test_has_a_bounded_number_of_results_behind_it(self, make_queue, gate):
+        queue = make_queue(worker_num=2)
+        read = []
+        hold = queue.executor("hold")(lambda n: gate() if n == 0 else None)
+        queue.start()
+        items = (read.append(n) or n for n in range(1000))
+        results = queue.map(hold, items, window=2, timeout=PATIENCE)
+        first = concurrent.futures.ThreadPoolExecutor(1).submit(next, results)
+        eventually(lambda: queue.list_tasks(TaskFilter(status="completed", limit=0))[1] == 63)
+        assert len(read) == 64
+        gate.open()
+        first.result(PATIENCE)
+
+
+class TestProgress:
+    def test_is_a_line_with_what_is_done_and_failed(self, running, square, capsys):
+        square.failing = {1}
+        results = running.map(square.executor, range(4), progress=True, return_exceptions=True)
+        assert len(list(results)) == 4
+        assert capsys.readouterr() == ("", "square: 4 of 4 (100%), 1 failed\n")
+
+    def test_has_no_share_where_the_number_of_items_is_unknown(self, running, square, capsys):
+        list(running.map(square.executor, iter(range(4)), name="some", progress=True))
+        assert capsys.readouterr() == ("", "some: 4\n")
+
+    def test_is_said_before_an_error_is_raised(self, running, square, capsys):
+        square.failing = {1}
+        results = running.map(square.executor, range(3), progress=True)
+        next(results)
+        with pytest.raises(TaskFailed):
+            next(results)
+        assert capsys.readouterr().err == "square: 2 of 3 (67%), 1 failed\n"
+        assert next(results) == 4
+
+    def test_of_an_abandoned_map_is_said(self, running, square, capsys):
+        gc.collect()  # the displays of other tests
+        capsys.readouterr()
+        for _ in running.map(square.executor, range(3), progress=True):
+            break
+        gc.collect()
+        assert capsys.readouterr().err == "square: 1 of 3 (33%)\n"
+
+
 class TestFailures:
     def test_an_error_comes_in_its_place_and_the_next_item_is_next(self, running, square):
         square.failing = {2}
@@ -233,6 +319,22 @@ class TestAgain:
         ]
         assert Counter(square.asked) == {0: 1, 1: 2, 2: 1, 3: 2, 4: 1}
         assert running.get_task_status(failed[3].task_id).starts == 2
+
+    def test_what_failed_stays_failed_without_retry_failed(self, running, square):
+        square.failing = {1}
+        queue = running
+        first = list(queue.map(square.executor, range(3), return_exceptions=True))
+        square.failing = set()
+        again = queue.map(square.executor, range(3), return_exceptions=True, retry_failed=False)
+        assert list(map(str, again)) == list(map(str, first))
+        assert Counter(square.asked) == dict.fromkeys(range(3), 1)
+
+    def test_what_was_cancelled_stays_cancelled_without_retry_failed(self, queue, square):
+        queue.submit("square", {"n": 4}, id="square:4")
+        queue.cancel_task("square:4")
+        results = queue.map(square.executor, [4], lambda n: n, retry_failed=False, timeout=PATIENCE)
+        with pytest.raises(CancelledError):
+            next(results)
 
     def test_what_was_cancelled_runs_again(self, queue, square):
         queue.submit("square", {"n": 4}, id="square:4")
@@ -446,6 +548,8 @@ def test_a_process_that_is_killed_goes_on_where_it_was(spawn, database):
 
 IN_A_CHILD = """
 import os, sys, warnings
+from concurrent.futures import TimeoutError
+from contextlib import suppress
 from taskx import Config, Queue, SQLiteRepository
 
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
@@ -456,7 +560,9 @@ results = queue.map("twice", ({"n": n} for n in range(10)), window=1)
 assert next(results) == 0
 pool = queue._node.engine
 if (child := os.fork()) == 0:
-    results._fill()
+    results.timeout = 0.0
+    with suppress(TimeoutError):
+        next(results)
     os._exit(len(queue.list_tasks()[0]) + len(pool.buffer))
 code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 queue.stop()

@@ -1,0 +1,120 @@
+"""A live display for people: a bar where the package rich is installed, else lines of text.
+
+All of it is written to ``sys.stderr``, so that it does not mix with a program's output.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import Any, Protocol
+
+# Seconds between two lines of a display that cannot be redrawn.
+_BETWEEN_LINES = 5.0
+
+
+class _Screen(Protocol):
+    def draw(self, done: int, total: int | None, words: str) -> None: ...
+    def close(self) -> None: ...
+
+
+class Display:
+    """Shows what is done of how much, and some words; nothing is shown before the first call.
+
+    After :meth:`close` the next call begins a new display.
+
+    Args:
+        title: what the display is about.
+        total: how much there is to do; None if that is not known.
+    """
+
+    def __init__(self, title: str, total: int | None = None) -> None:
+        self._title, self._total = title, total
+        self._done = self._failed = 0
+        self._screen: _Screen | None = None
+
+    def add(self, done: int = 0, failed: int = 0) -> None:
+        """Count more that is done, and more that is done and failed."""
+        self._failed += failed
+        self.update(self._done + done + failed, f"{self._failed} failed" if self._failed else "")
+
+    def update(self, done: int, words: str = "", total: int | None = None) -> None:
+        """Show a new state."""
+        self._done = done
+        self._total = self._total if total is None else total
+        if self._screen is None:
+            self._screen = _bar(self._title) or _Lines(self._title)
+        self._screen.draw(done, self._total, words)
+
+    def close(self) -> None:
+        """Show the last state for good; may be called again and again."""
+        screen, self._screen = self._screen, None
+        if screen is not None:
+            screen.close()
+
+    def __enter__(self) -> Display:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Lines:
+    """Lines of text: one every few seconds, and the last one."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+        self._next, self._unsaid = time.monotonic() + _BETWEEN_LINES, ""
+
+    def draw(self, done: int, total: int | None, words: str) -> None:
+        share = f" of {total} ({done / total:.0%})" if total else ""
+        self._unsaid = f"{self._title}: {done}{share}" + (f", {words}" if words else "")
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _BETWEEN_LINES
+            self._write()
+
+    def _write(self) -> None:
+        line, self._unsaid = self._unsaid, ""
+        if line and sys.stderr is not None:
+            sys.stderr.write(f"{line}\n")
+            sys.stderr.flush()
+
+    def close(self) -> None:
+        self._write()
+
+
+class _Bar:
+    """A bar in a terminal or a notebook, drawn by rich."""
+
+    def __init__(self, title: str, progress: Any) -> None:
+        self._progress = progress
+        self._bar = progress.add_task(title, total=None, words="")
+        progress.start()
+
+    def draw(self, done: int, total: int | None, words: str) -> None:
+        self._progress.update(self._bar, completed=done, total=total, words=words)
+
+    def close(self) -> None:
+        self._progress.stop()
+
+
+def _bar(title: str) -> _Bar | None:
+    """Return a bar, or None if rich is not installed or nothing can be redrawn."""
+    try:
+        from rich import console, progress
+    except ImportError:
+        return None
+    screen = console.Console(stderr=True)
+    if not (screen.is_terminal or screen.is_jupyter):
+        return None
+    columns = (
+        progress.TextColumn("{task.description}", markup=False),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("{task.fields[words]}", markup=False),
+    )
+    return _Bar(title, progress.Progress(*columns, console=screen))

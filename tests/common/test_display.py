@@ -1,0 +1,69 @@
+"""The live display of a map and of ``follow``: a bar with rich in a terminal, else lines."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from taskx.common import display
+from taskx.common.display import Display
+
+
+@pytest.fixture
+def terminal(monkeypatch):
+    """Have rich take the captured output for a terminal."""
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setenv("TTY_INTERACTIVE", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def test_a_pipe_gets_the_last_state_as_a_line(capsys):
+    with Display("digest", 4) as shown:
+        shown.add(done=1)
+        shown.add(done=2, failed=1)
+        assert capsys.readouterr() == ("", "")
+    assert capsys.readouterr() == ("", "digest: 4 of 4 (100%), 1 failed\n")
+
+
+def test_a_pipe_gets_a_line_every_few_seconds(capsys, monkeypatch):
+    monkeypatch.setattr(display, "_BETWEEN_LINES", 0.0)
+    with Display("digest") as shown:
+        shown.update(1, "opened")
+        assert capsys.readouterr().err == "digest: 1, opened\n"
+        shown.update(2, "read", total=3)
+        assert capsys.readouterr().err == "digest: 2 of 3 (67%), read\n"
+    assert capsys.readouterr().err == ""
+
+
+def test_a_terminal_gets_a_bar(capsys, terminal):
+    with Display("digest [4]", 4) as shown:
+        shown.add(done=3)
+        shown.add(failed=1)
+    text = capsys.readouterr().err
+    assert "digest [4]" in text
+    assert "━━━━" in text
+    assert "4/4" in text
+    assert "1 failed" in text
+
+
+def test_a_terminal_gets_lines_where_rich_is_not_installed(capsys, terminal, monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with Display("digest", 1) as shown:
+        shown.add(done=1)
+    assert capsys.readouterr().err == "digest: 1 of 1 (100%)\n"
+
+
+def test_nothing_is_shown_of_nothing(capsys):
+    with Display("digest", 4):
+        pass
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_program_without_stderr_is_left_alone(monkeypatch):
+    """As under ``pythonw``."""
+    monkeypatch.setattr(sys, "stderr", None)
+    with Display("digest", 4) as shown:
+        shown.add(done=1)
