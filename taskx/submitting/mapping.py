@@ -129,7 +129,7 @@ class _Window:
     def wait(self, bell: Signal, seconds: float) -> None:
         """Wait until a task ends, at most for ``seconds``."""
         most = seconds if bell.virtual else min(seconds, POLL_INTERVAL)
-        if not self.ended() and not bell.wait(most):
+        if self.ended() is None and not bell.wait(most):
             self._unwatched.extend(self._unfinished.values())  # the thread that reports may be gone
 
     def take(self, item: TaskHandle[Any] | Exception) -> Any:
@@ -241,7 +241,7 @@ class Results(Iterator[Any]):
                 raise TimeoutError(f"no result of the map within {self.timeout:g} s")
             under_way.wait(bell, max(0.0, deadline - bell.now()))
             self._show()
-            if not under_way.ended():
+            if under_way.ended() is None:
                 self._fill(has_room)
         return item
 
