@@ -1,4 +1,4 @@
-"""The documentation runs, names everything public, and points at what exists."""
+"""The documentation runs, names everything public, and links only to what exists."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from taskx.upkeep.node import LocalNode
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.rst", *sorted((ROOT / "docs").glob("*.rst"))]
 
-# What runs a page: its blocks in order, in one namespace, with the page's own line numbers.
+# The program that runs a page: its blocks in order, in one namespace, with the page's own line numbers.
 RUNNER = """\
 import json, sys
 namespace = {"__name__": "snippet"}
@@ -45,7 +45,7 @@ for line, source in json.load(sys.stdin):
 
 
 def parse(page: Path) -> docutils.nodes.document:
-    """The document of a page."""
+    """Parse a page."""
     settings = {"report_level": 5, "syntax_highlight": "none"}
     return docutils.core.publish_doctree(
         page.read_text(encoding="utf-8"), source_path=str(page), settings_overrides=settings
@@ -53,7 +53,7 @@ def parse(page: Path) -> docutils.nodes.document:
 
 
 def blocks(page: Path, language: str) -> list[tuple[int, str]]:
-    """The code blocks of a page in one language, each with the number of lines above it."""
+    """Return the code blocks of a page in one language, each with the number of lines above it."""
     text, found, position = page.read_text(encoding="utf-8"), [], 0
     for node in parse(page).findall(docutils.nodes.literal_block):
         if language in node["classes"]:
@@ -64,7 +64,7 @@ def blocks(page: Path, language: str) -> list[tuple[int, str]]:
 
 
 def by_name(page: Path) -> str:
-    """The id of a page in a test's name."""
+    """Name a page in a test's name."""
     return page.name
 
 
@@ -77,13 +77,13 @@ every_page = pytest.mark.parametrize("page", PAGES, ids=by_name)
 @pytest.mark.process
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p, "python")], ids=by_name)
 def test_the_snippets_of_a_page_run(page, tmp_path):
-    """Those of a page one after the other, in a process and a folder of their own."""
+    """Run them one after the other, in a process and a folder of their own."""
     ran = run_page(page, tmp_path)
     assert ran.returncode == 0, ran.stderr
 
 
 def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run all python blocks of a page."""
+    """Run all Python blocks of a page in a process of its own."""
     import json
 
     return subprocess.run(
@@ -110,14 +110,13 @@ def run_page(page: Path, folder: Path) -> subprocess.CompletedProcess[str]:
         ("docs/web.rst", ["completed"]),
     ],
 )
-def test_snippets_print_what_the_page_says(page, lines, tmp_path):
-    """Where a comment in a snippet gives its output, that is its output."""
+def test_snippets_print_what_their_comments_say(page, lines, tmp_path):
     assert set(lines) <= set(run_page(ROOT / page, tmp_path).stdout.splitlines())
 
 
 @pytest.mark.process
 def test_a_failing_snippet_is_noticed(tmp_path):
-    """Else the tests above would show nothing."""
+    """Otherwise the tests above would show nothing."""
     page = tmp_path / "page.rst"
     page.write_text("Page\n====\n\n.. code-block:: python\n\n    x = 1\n\n    assert x == 2\n")
     ran = run_page(page, tmp_path)
@@ -125,8 +124,25 @@ def test_a_failing_snippet_is_noticed(tmp_path):
     assert 'File "page.rst", line 8' in ran.stderr
 
 
-def test_the_example_of_the_readme_is_short():
-    """Newcomers see it whole."""
+@pytest.mark.process
+def test_the_first_example_of_the_readme_hashes_nothing_when_it_is_started_again(tmp_path):
+    """The README promises it: ``queue.map`` returns the results that are stored."""
+    source = textwrap.indent(blocks(ROOT / "README.rst", "python")[0][1], "    ")
+    page = tmp_path / "page.rst"
+    page.write_text(f"Page\n====\n\n.. code-block:: python\n\n{source}\n")
+    printed = []
+    for _ in range(2):
+        ran = run_page(page, tmp_path)
+        assert ran.returncode == 0, ran.stderr
+        printed.append(ran.stdout)
+    assert printed[0] == printed[1]
+    with taskx.SQLiteRepository(tmp_path / "tasks.db") as repository:
+        tasks, total = taskx.Queue(repository).list_tasks(taskx.TaskFilter(limit=1000))
+    assert total == len(tasks) == len(printed[0].splitlines()) > 100
+    assert {task.starts for task in tasks} == {1}
+
+
+def test_the_first_example_of_the_readme_is_short():
     first = blocks(ROOT / "README.rst", "python")[0][1]
     assert len([line for line in first.splitlines() if line.strip()]) <= 15
 
@@ -135,29 +151,27 @@ def test_the_example_of_the_readme_is_short():
 
 
 def own_repository() -> str:
-    """The class in the example, as text."""
+    """Return the text of the class in the example."""
     text = (ROOT / "examples" / "own_repository.py").read_text()
     return text[text.index("class ") : text.index("\n\n\ndef main")]
 
 
 class TestOwnRepository(RepositoryContract):
-    """The one of the example does what every repository must."""
+    """The repository of the example passes the contract of every repository."""
 
     @pytest.fixture
     def repository(self, tmp_path):
-        """An empty one."""
+        """Return an empty repository."""
         namespace = runpy.run_path(str(ROOT / "examples" / "own_repository.py"))
         return namespace["JSONFileRepository"](str(tmp_path / "tasks.json"))
 
 
-def test_the_own_repository_of_the_docs_is_that_of_the_example():
-    """Word for word."""
+def test_the_page_on_storage_shows_the_repository_of_the_example_word_for_word():
     shown = "".join(source for _, source in blocks(ROOT / "docs" / "storage.rst", "python"))
     assert own_repository() in shown
 
 
-def test_the_own_repository_is_as_short_as_the_page_says():
-    """Under 60 lines."""
+def test_the_repository_of_the_example_has_under_60_lines_as_the_page_says():
     assert "in under 60 lines" in re.sub(r"\s+", " ", (ROOT / "docs" / "storage.rst").read_text())
     assert len(own_repository().splitlines()) < 60
 
@@ -166,8 +180,7 @@ def test_the_own_repository_is_as_short_as_the_page_says():
 
 
 @every_page
-def test_make_targets_exist(page):
-    """Whatever a page tells people to make."""
+def test_the_make_targets_that_a_page_names_exist(page):
     rules = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.M)
     literals = [
         node.astext()
@@ -178,8 +191,7 @@ def test_make_targets_exist(page):
     assert set(named) <= set(rules)
 
 
-def test_the_readme_begins_with_the_two_commands():
-    """And says what to install, by its right name."""
+def test_the_readme_begins_with_the_two_commands_and_the_name_to_install():
     text = (ROOT / "README.rst").read_text()
     assert text.index("make demo") < text.index("make test") < text.index("pip install taskx-queue")
     assert "do not install both" in text
@@ -190,7 +202,7 @@ def test_the_readme_begins_with_the_two_commands():
 
 @pytest.fixture(scope="module")
 def code() -> str:
-    """All literal text of all pages."""
+    """Return all literal text of all pages."""
     return "\n".join(
         node.astext()
         for page in PAGES
@@ -200,7 +212,7 @@ def code() -> str:
 
 
 def public(cls: type) -> list[str]:
-    """The public names that a class itself defines."""
+    """Return the public names that a class itself defines."""
     return [name for name in vars(cls) if not name.startswith("_")]
 
 
@@ -226,8 +238,7 @@ def public(cls: type) -> list[str]:
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_everything_public_is_documented(what, names, code):
-    """By name, in literal text."""
+def test_everything_public_is_named_on_a_page(what, names, code):
     internal = {  # of Context, for the runtime
         *("latest_progress", "new_progress", "progress_unwritten", "shown"),
         *("checkpoints_refused", "keep_checkpoints"),
@@ -237,8 +248,8 @@ def test_everything_public_is_documented(what, names, code):
     assert not missing, what
 
 
-def test_the_table_of_packages_is_in_their_order():
-    """As ``setup.cfg`` has it, by which imports are checked."""
+def test_the_table_of_packages_has_the_order_of_the_layers():
+    """``setup.cfg`` lists the layers; imports are checked by it."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     layers = config["importlinter:contract:layers"]["layers"]
@@ -246,8 +257,8 @@ def test_the_table_of_packages_is_in_their_order():
     assert re.findall(r"\w+", " ".join(row[0] for row in rows)) == re.findall(r"\w+", layers)
 
 
-def test_each_package_and_module_says_what_it_holds():
-    """A package also says who uses it, or what may be touched."""
+def test_each_package_and_module_has_a_docstring():
+    """A package has a second paragraph: who uses it, or what may be changed."""
     for file in (ROOT / "taskx").rglob("*.py"):
         said = ast.get_docstring(ast.parse(file.read_text())) or ""
         paragraphs = 2 if file.name == "__init__.py" and file.parent.name != "taskx" else 1
@@ -262,8 +273,7 @@ def test_the_page_of_errors_names_every_error():
     assert [name for name in errors if f"``{name}``" not in text] == []
 
 
-def test_defaults_are_those_of_the_code():
-    """In the table of settings."""
+def test_the_table_of_settings_has_the_defaults_of_the_code():
     rows = {row[0]: row[1] for row in table(ROOT / "docs" / "queue.rst", "Config")}
     shown = {"None": None, "1 MiB": 1 << 20, '"reject"': "reject"}
     defaults = attrs.asdict(taskx.Config())
@@ -273,8 +283,7 @@ def test_defaults_are_those_of_the_code():
     }
 
 
-def test_the_table_of_executor_options_has_each():
-    """And no other, in this order."""
+def test_the_table_of_executor_options_has_all_options_in_order():
     rows = table(ROOT / "docs" / "executors.rst", "Executor option")
     assert [row[0] for row in rows] == [field.name for field in attrs.fields(options.Options)]
 
@@ -288,7 +297,7 @@ def test_the_table_of_executor_options_has_each():
         (taskx.Queue.map, options.MapOptions),
     ],
 )
-def test_a_method_says_what_each_of_its_options_is(method, known):
+def test_the_docstring_of_a_method_names_each_option(method, known):
     missing = [
         name for name in known.__annotations__ if not re.search(rf"\b{name}\b", method.__doc__)
     ]
@@ -300,7 +309,7 @@ def test_a_method_says_what_each_of_its_options_is(method, known):
 
 @pytest.fixture(scope="module")
 def anchors() -> dict[Path, set[str]]:
-    """The names that a link to each page can end in, after the #."""
+    """Return the ids of the sections of each page, which a link can have after the #."""
     return {
         page.resolve(): {
             name
@@ -314,7 +323,7 @@ def anchors() -> dict[Path, set[str]]:
 
 @every_page
 def test_links_lead_somewhere(page, anchors):
-    """Links to files and to their sections, and files named in literal text."""
+    """Check links to pages and their sections, and files that are named in literal text."""
     document = parse(page)
     links = {
         node["refuri"].partition("#")[::2]
@@ -338,15 +347,13 @@ def test_links_lead_somewhere(page, anchors):
     assert not missing
 
 
-def test_the_readme_is_short_and_leads_to_the_index():
-    """At most 250 lines: the pages have the rest."""
+def test_the_readme_has_at_most_250_lines_and_leads_to_the_index():
     text = (ROOT / "README.rst").read_text()
     assert len(text.splitlines()) <= 250
     assert "<docs/index.rst>" in text
 
 
-def test_the_index_has_every_page():
-    """Nothing in docs/ is out of reach."""
+def test_the_index_leads_to_every_page():
     linked = {
         node["refuri"]
         for node in parse(ROOT / "docs" / "index.rst").findall(docutils.nodes.reference)
@@ -356,7 +363,6 @@ def test_the_index_has_every_page():
 
 
 def test_the_index_names_every_example():
-    """None is left to be found by chance."""
     text = (ROOT / "docs" / "index.rst").read_text()
     examples = [path for path in (ROOT / "examples").iterdir() if path.name[0] not in "._"]
     assert [path.name for path in examples if f"``examples/{path.name}" not in text] == []
@@ -366,7 +372,7 @@ def test_the_index_names_every_example():
 
 
 def table(page: Path, title: str, *, head: bool = True) -> list[list[str]]:
-    """The rows of the table with that title, or that first heading; without the head, if it has one."""
+    """Return the rows of the table with that title or first heading, without the head if it has one."""
     for node in parse(page).findall(docutils.nodes.table):
         rows = [
             [re.sub(r"\s+", " ", entry.astext()) for entry in row.findall(docutils.nodes.entry)]
@@ -378,14 +384,12 @@ def table(page: Path, title: str, *, head: bool = True) -> list[list[str]]:
     raise AssertionError(f"no table {title!r}")
 
 
-def test_the_table_of_moves_is_the_codes():
-    """Every move and no other, in its order."""
+def test_the_table_of_moves_has_all_moves_of_the_code_in_order():
     rows = table(ROOT / "docs" / "design.rst", "The moves")
     assert [tuple(row[:3]) for row in rows] == [tuple(move) for move in lifecycle.MOVES]
 
 
-def test_the_table_of_threads_has_each():
-    """Every thread that the code makes has a name, and is in the table by it."""
+def test_every_thread_has_a_name_and_is_in_the_table_of_threads():
     named = set()
     ours = {*(ROOT / "taskx").rglob("*.py")} - {*(ROOT / "taskx" / "testing").iterdir()}
     for path in ours:
@@ -399,7 +403,7 @@ def test_the_table_of_threads_has_each():
 
 
 def writing(log: list[tuple[str, str]]) -> list[tuple[str, str]]:
-    """The statements of transactions that write, without what those that read begin and end with."""
+    """Return the statements of transactions that write."""
     readers: set[str] = set()
     found = []
     for thread, word in log:
@@ -413,13 +417,13 @@ def writing(log: list[tuple[str, str]]) -> list[tuple[str, str]]:
 
 
 def statement(sql: str) -> str:
-    """Its first word; a BEGIN that is for reading is told from one that is for writing."""
+    """Return the first word of a statement; READ for a BEGIN of a transaction that only reads."""
     word = sql.split(maxsplit=1)[0]
     return "READ" if sql == "BEGIN" else word
 
 
 def trace(monkeypatch: pytest.MonkeyPatch, heard: Callable[[str], object]) -> None:
-    """Have every statement of every connection heard."""
+    """Call a function with every statement of every connection."""
     connect = Connections._connect
 
     def traced(self: Connections, *args: str) -> sqlite3.Connection:
@@ -431,7 +435,7 @@ def trace(monkeypatch: pytest.MonkeyPatch, heard: Callable[[str], object]) -> No
 
 
 def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
-    """Statements, by step and thread, on all connections."""
+    """Count statements by step and thread, on all connections."""
     log: list[tuple[str, str]] = []
     trace(monkeypatch, lambda sql: log.append((threading.current_thread().name, statement(sql))))
     repository = taskx.SQLiteRepository(tmp_path / "tasks.db")
@@ -457,7 +461,7 @@ def test_a_task_costs_what_the_design_says(tmp_path, monkeypatch):
     assert {thread for thread, _ in own[: len(said[0])]} == {threading.current_thread().name}
 
 
-# By what a statement is known that an idle node reads with.
+# The part of a statement that tells which read of an idle node it is.
 IDLE = {
     "data_version": "PRAGMA data_version",
     "owners": "(SELECT min(owner)",
@@ -473,7 +477,7 @@ IDLE = {
 
 
 def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
-    """Nothing else, and as often, by a clock that the test moves from tick to tick."""
+    """Nothing else, and as often; the test moves the clock from tick to tick."""
     log: list[str] = []
     trace(monkeypatch, log.append)
     now = time.monotonic()
