@@ -350,11 +350,11 @@ class Queue:
                 ``"1"`` are the same key. By default the key is made from the params.
             name: the name of the map; the type of the executor by default.
             window: the number of tasks submitted ahead; four for each worker by default, or as many as
-                the buffer has room for. While a result is waited for, this many unfinished tasks are
-                kept under way, so that one long task does not stop the others.
+                the buffer has room for. While the iterator waits for a result, it keeps this many tasks
+                unfinished, so that one long task does not stop the others.
             timeout: seconds to wait for a result.
             return_exceptions: return the exception of a failed item in its place, and go on.
-            ordered: return results in the order of the items; if False, as soon as each is there.
+            ordered: return results in the order of the items; if False, as soon as they are available.
             retry_failed: requeue a task that failed or was cancelled in an earlier run of the map; if
                 False, raise its error again.
             progress: show on ``sys.stderr`` how many items are done: a bar in a terminal or a notebook

@@ -1,6 +1,6 @@
-"""Skins for programs that others wrote; each needs an extra of its own.
+"""Integrations with other programs; each needs an optional package of its own.
 
-A skin holds no rules. It imports what ``taskx`` exports, and as internal API two modules:
-``storage.queries``, for questions about all tasks, and ``common.permission``, which tells the child process
-of an executor. Users import a skin; nothing in TaskX does.
+An integration contains no rules. It imports only the public API of ``taskx`` and two internal modules:
+``storage.queries``, for questions about all tasks, and ``common.permission``, to recognise the child
+process of an executor. Users import an integration; nothing in TaskX does.
 """

@@ -1,4 +1,4 @@
-"""Metrics for Prometheus: a hook that counts, and a collector that looks into the repository."""
+"""Metrics for Prometheus: a hook that counts events, and a collector that reads the repository."""
 
 from __future__ import annotations
 
@@ -22,23 +22,23 @@ except ImportError:
 
 __all__ = ["BUCKETS", "PrometheusHook", "StoreCollector"]
 
-#: Upper bounds of the histograms, in seconds: from a call in memory to a task of an hour.
+#: Upper bounds of the histograms, in seconds: from a fast call to a task of one hour.
 BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.5, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0, 1800.0, 3600.0)
 
 _log = logging.getLogger("taskx")
 
 
 class PrometheusHook(Hook):
-    """Counts what this process does: ``Queue(..., hooks=[PrometheusHook()])``.
+    """A hook that counts the work of this process: ``Queue(..., hooks=[PrometheusHook()])``.
 
-    One serves all queues of a process. It works in prometheus_client's multiprocess mode.
+    Use one hook for all queues of a process. It works in prometheus_client's multiprocess mode.
 
     Args:
-        registry: where the metrics are registered.
+        registry: the registry for the metrics.
         buckets: the upper bounds of both histograms, in seconds.
 
     Raises:
-        ConfigurationError: the registry has these metrics already.
+        ConfigurationError: the registry already has these metrics.
     """
 
     def __init__(
@@ -60,7 +60,7 @@ class PrometheusHook(Hook):
         self._rescued = counter("rescued", "Tasks taken back from processes that had died.")
         self._duration = histogram("duration", "Time that the last attempt of a task took.")
         self._wait = histogram("wait", "Time from when a task could start until it did.")
-        # In multiprocess mode a gauge opens a file when it is made, which stays when the process has ended.
+        # In multiprocess mode, making a gauge opens a file that stays when the process has ended.
         self._gauges: tuple[Gauge, ...] = () if permission.in_child else _make_gauges()
         _register(
             registry,
@@ -119,7 +119,7 @@ class PrometheusHook(Hook):
         self._set_gauges()
 
     def _set_gauges(self) -> None:
-        with self._lock:  # with two queues there are two threads, and the later look must win
+        with self._lock:  # each queue has a thread of its own, and the latest values must win
             if self._gauges:
                 running, buffered = self._gauges
                 running.set(sum(queue.running for queue in self._queues))
@@ -127,7 +127,7 @@ class PrometheusHook(Hook):
 
 
 def _make_gauges() -> tuple[Gauge, ...]:
-    """Make the gauges of a process that starts a queue; the child of an executor needs none."""
+    """Make the gauges of a process that starts a queue; an executor's child process needs none."""
     return tuple(
         Gauge(f"taskx_tasks_{name}", what, registry=None, multiprocess_mode="livesum")
         for name, what in (
@@ -138,7 +138,7 @@ def _make_gauges() -> tuple[Gauge, ...]:
 
 
 def _register(registry: CollectorRegistry, *metrics: Collector) -> None:
-    """Register all or none."""
+    """Register all metrics or none."""
     done: list[Collector] = []
     try:
         for metric in metrics:
@@ -148,12 +148,13 @@ def _register(registry: CollectorRegistry, *metrics: Collector) -> None:
         for metric in done:
             registry.unregister(metric)
         raise ConfigurationError(
-            "one PrometheusHook serves all queues of a process: share it, or give another registry"
+            "the registry already has these metrics: share one PrometheusHook between all queues of a "
+            "process, or give another registry"
         ) from error
 
 
 def _waited(task: Task) -> float | None:
-    """Seconds from when an attempt could start until it did."""
+    """Return the seconds between the time when an attempt could start and its start."""
     if task.started_at is None:
         return None
     since = [task.created_at, task.run_at, *(a.ended_at for a in task.earlier_attempts[-1:])]
@@ -162,26 +163,27 @@ def _waited(task: Task) -> float | None:
 
 
 class StoreCollector(Collector):
-    """Looks into a queue's repository at every scrape: what waits, for how long, and who runs.
+    """A collector that reads a queue's repository at every scrape.
 
-    These are facts of the repository, the same whichever process tells them: register it where the
-    scrape is answered, ``REGISTRY.register(StoreCollector(queue))``, and do not add up what several
-    processes tell. While the repository cannot be read its metrics are left out.
+    It reports the number of pending tasks, how long the oldest one waits, and the number of nodes. Every
+    process that shares the repository reports the same values. Register the collector in the process that
+    answers the scrape: ``REGISTRY.register(StoreCollector(queue))``. Do not add up the values of several
+    processes. While the repository cannot be read, its metrics are missing.
 
     Args:
         queue: a queue on the repository, started or not.
 
     Raises:
-        ConfigurationError: it is no queue.
+        ConfigurationError: the argument is not a queue.
     """
 
     def __init__(self, queue: Queue) -> None:
         if not isinstance(queue, Queue):
-            raise ConfigurationError(f"StoreCollector takes a Queue, not {type(queue).__name__}")
+            raise ConfigurationError(f"StoreCollector requires a Queue, not {type(queue).__name__}")
         self._repository = queue.repository
 
     def describe(self) -> Iterator[Metric]:
-        # Without values, so that to register it reads nothing.
+        # Without values, so that registering the collector does not read the repository.
         return self._metrics(None, None, None)
 
     def collect(self) -> Iterator[Metric]:
@@ -191,7 +193,7 @@ class StoreCollector(Collector):
             since = oldest_ready(repository)
             nodes = sum(node.alive is not False for node in repository.nodes())
         except RepositoryError as error:
-            _log.warning("the repository's metrics are left out: %s", error)
+            _log.warning("the metrics of the repository are missing: %s", error)
             return iter(())
         age = 0.0 if since is None else max(0.0, (repository.clock.now_ms() - since) / 1000)
         return self._metrics(pending, age, nodes)

@@ -1,4 +1,4 @@
-"""Schedules: what is stored of them, and the tasks that their ticks make.
+"""Schedules: their stored form, and the tasks of their ticks.
 
-``Queue`` and the housekeeper use it.
+``Queue`` and the housekeeper use this package.
 """

@@ -1,4 +1,4 @@
-"""A schedule, as a program holds it in its hand, and all that are in a repository."""
+"""``Schedule``, the object that a program uses, and the set of all schedules in a repository."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ _TICK = re.compile(r"@(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{3})?)Z\Z")
 
 
 class Schedule:
-    """A schedule that is stored, as it was when it was asked for or last changed by this object.
+    """A stored schedule, in the state in which this object last read or changed it.
 
-    ``queue.schedule(…)`` makes them, ``queue.schedules()`` lists them. Every method but :meth:`next` raises
-    :class:`ScheduleNotFound` once somebody has removed it.
+    ``queue.schedule(…)`` returns one, ``queue.schedules()`` lists all. Every method except :meth:`next`
+    raises :class:`ScheduleNotFound` after the schedule was removed.
     """
 
     def __init__(self, entry: Entry, schedules: Schedules) -> None:
@@ -41,7 +41,7 @@ class Schedule:
         paused = ", paused" if self.paused else ""
         return f"<Schedule {self.name!r} ({self.spec}): {self.type!r}{paused}>"
 
-    # --- what it is
+    # --- reading
 
     @property
     def name(self) -> str:
@@ -55,7 +55,7 @@ class Schedule:
 
     @property
     def tz(self) -> str:
-        """The time zone that a cron expression is read in."""
+        """The time zone of its cron expression."""
         return self._entry.tz
 
     @property
@@ -72,23 +72,23 @@ class Schedule:
 
     @property
     def misfire(self) -> Misfire:
-        """The handling of ticks at which no started queue was there."""
+        """The handling of ticks that were missed because no queue was started."""
         return self._entry.misfire
 
     @property
     def misfire_grace(self) -> float | None:
-        """Seconds that a tick may be late and still get a task; None for any number."""
+        """Seconds that a tick may be late and still get a task; None if there is no limit."""
         grace = self._entry.grace
         return None if grace is None else grace / 1000
 
     @property
     def overlap(self) -> Overlap:
-        """The handling of a tick while the task of the last one that got any has not ended."""
+        """The handling of a tick while the schedule's last task has not ended."""
         return self._entry.overlap
 
     @property
     def paused(self) -> bool:
-        """True while it is paused."""
+        """True if it is paused."""
         return self._entry.paused
 
     @property
@@ -102,10 +102,11 @@ class Schedule:
         return _moment(self._entry.last)
 
     def next(self, count: int = 1) -> list[datetime]:
-        """A preview: so many ticks from now on, whether it is paused or not, in its own time zone.
+        """Return the next ``count`` ticks in its own time zone, even if it is paused.
 
         Raises:
-            ConfigurationError: this is no whole number from 1, or the host does not know the zone.
+            ConfigurationError: ``count`` is not a whole number of 1 or more, or the host does not know the
+                time zone.
         """
         now, coming = self._schedules.now(), self._entry.next
         ticks = self._entry.ticks.after(now if coming is None else max(now, coming - 1))
@@ -113,28 +114,28 @@ class Schedule:
         found = islice(ticks, check_int(count, "count", 1))
         return [to_datetime(tick).astimezone(local) for tick in found]
 
-    # --- what can be done to it
+    # --- changing
 
     def pause(self) -> None:
-        """Have it tick no more until :meth:`resume`, over restarts and declarations, too."""
+        """Stop its ticks until :meth:`resume`, even after restarts and new declarations."""
         self._entry = self._schedules.change(
             self.name, lambda entry, now: attrs.evolve(entry, paused=True)
         )
 
     def resume(self) -> None:
-        """Have it tick again; ticks that it was paused for get no task."""
+        """Let it tick again; the ticks during the pause get no tasks."""
         self._entry = self._schedules.change(
             self.name, lambda entry, now: entry.resumed(now) if entry.paused else entry
         )
 
     def remove(self) -> None:
-        """Forget it. Tasks that it has made stay."""
+        """Delete the schedule; the tasks that it has made stay."""
         schedules = self._schedules
         while not schedules.put(self.name, None, schedules.note(self.name).version):
             continue
 
     def trigger(self) -> TaskHandle[Any]:
-        """Make a task of it now, beside those of its ticks.
+        """Submit one of its tasks now, in addition to the tasks of its ticks.
 
         Raises:
             QueueStopped: the queue was stopped.
@@ -146,15 +147,16 @@ class Schedule:
         return schedules.handle(insert.id)
 
     def backfill(self, start: datetime, end: datetime) -> list[TaskHandle[Any]]:
-        """Make the task of each tick of a span in the past, both ends included.
+        """Submit the task of each tick between two past times, both included.
 
-        A task that is there already is not made again. They run side by side, whatever ``overlap`` says.
+        A task that is stored already is not submitted again. The tasks may run at the same time, even if
+        ``overlap`` is ``"skip"``.
 
         Returns:
-            the handles of all of them, in the order of ticks.
+            the handles of all tasks of the span, in the order of the ticks.
 
         Raises:
-            ConfigurationError: a moment is naive, or the span is none or ends in the future.
+            ConfigurationError: a time is naive, ``end`` is before ``start``, or ``end`` is in the future.
             QueueStopped: the queue was stopped.
         """
         schedules = self._schedules
@@ -173,48 +175,48 @@ class Schedules:
     """The schedules of a repository.
 
     Args:
-        handle: makes a handle on a task.
+        handle: makes a handle for a task.
     """
 
     def __init__(self, handle: Callable[[str], TaskHandle[Any]]) -> None:
         self.handle = handle
 
     def wire(self, services: Services, intake: Intake) -> None:
-        """Work with these from now on; a forked child has others than its parent."""
+        """Set the services to use from now on; a forked child has its own."""
         self.services = services
         self.intake = intake
 
     def now(self) -> int:
-        """The time, in milliseconds."""
+        """Return the time, in milliseconds."""
         return self.services.clock.now_ms()
 
     def all(self) -> dict[str, Schedule]:
-        """Every schedule that can be read, by its name, in the order of names."""
+        """Return all schedules that can be read, by name and in the order of names."""
         notes = self.services.repository.notes(PREFIX)
         found = {}
         for note_name in sorted(notes):
             try:
                 entry = entry_of(notes[note_name])
             except RepositoryCorrupt as error:
-                self.services.log.warning("%s is left out: %s", note_name, error)
+                self.services.log.warning("%s cannot be listed: %s", note_name, error)
             else:
                 found[entry.name] = Schedule(entry, self)
         return found
 
     def note(self, name: str) -> Note:
-        """The note of a schedule; ``ScheduleNotFound`` if there is none of that name."""
+        """Return the note of a schedule; raise ``ScheduleNotFound`` if it does not exist."""
         note = self.services.repository.notes(PREFIX + name).get(PREFIX + name)
         if note is None:
             raise ScheduleNotFound(name)
         return note
 
     def declare(self, entry: Entry, task: Task, priority: int | None) -> Schedule:
-        """Store a schedule, or what is different about one of that name that is stored.
+        """Store a schedule, or update the stored one of the same name.
 
         Args:
-            entry: what it is to be, but for its task.
-            task: what its tasks are to be like.
-            priority: wins over the task's and the executor's own.
+            entry: the wanted schedule, without its task.
+            task: the model of its tasks.
+            priority: overrides the priorities of the task and of the executor.
         """
         wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority))
         note_name = PREFIX + entry.name
@@ -227,17 +229,21 @@ class Schedules:
 
     def _template(self, name: str, task: Task, priority: int | None) -> dict[str, Any]:
         if not isinstance(task, Task):
-            raise ConfigurationError(f"schedule takes a Task or a type, not {type(task).__name__}")
+            raise ConfigurationError(
+                f"schedule requires a Task or a type, not {type(task).__name__}"
+            )
         if task.id or task.run_at is not None:
-            raise ConfigurationError("a schedule gives its tasks their id and run_at itself")
+            raise ConfigurationError(
+                "the task of a schedule must have no id and no run_at: leave them out"
+            )
         if not task.created_by:
             task = attrs.evolve(task, created_by=f"schedule:{name}")
         if task.unique_key is not None or task.depends_on:
             raise ConfigurationError(
-                "a schedule makes many tasks, which can have no unique_key and no depends_on"
+                "the tasks of a schedule must have no unique_key and no depends_on: leave them out"
             )
         row = prepare(self.services, task, priority).row
-        self.services.repository.codecs.columns(row)  # refused now, and not at every tick
+        self.services.repository.codecs.columns(row)  # raises now instead of at every tick
         return {column: value for column, value in row.items() if column in OF_TASK}
 
     def _merged(self, wanted: Entry, note: Note | None) -> Entry:
@@ -248,14 +254,16 @@ class Schedules:
         try:
             return fresh.declared_again(entry_of(note), now)
         except RepositoryCorrupt as error:
-            self.services.log.warning("schedule %r is stored anew: %s", wanted.name, error)
+            self.services.log.warning(
+                "schedule %r is replaced by a new one: %s", wanted.name, error
+            )
             return attrs.evolve(fresh.resumed(now), paused=_says_paused(note))
 
     def change(self, name: str, change: Callable[[Entry, int], Entry]) -> Entry:
-        """Change a schedule as it is now; ``change`` is given the time, too.
+        """Change the stored schedule; ``change`` gets the schedule and the time.
 
         Raises:
-            ScheduleNotFound: there is none of that name.
+            ScheduleNotFound: no schedule has this name.
         """
         while True:
             note = self.note(name)
@@ -265,7 +273,7 @@ class Schedules:
                 return new
 
     def put(self, name: str, entry: Entry | None, version: int) -> bool:
-        """Store a schedule, or remove it with None; False if its note has another version by now."""
+        """Store a schedule, or delete it (None); return False if its note has another version now."""
         text = None if entry is None else entry.to_text()
         stored = self.services.repository.put_note(PREFIX + name, text, version)
         if stored:
@@ -281,13 +289,13 @@ def _span(start: datetime, end: datetime, now: int) -> tuple[int, int]:
     first, last = to_ms(start), to_ms(end)
     if not first <= last <= now:
         raise ConfigurationError(
-            f"a span to fill ends after it starts, and not in the future: {start} to {end} does not"
+            f"backfill requires start <= end, and an end that is not in the future: {start} to {end}"
         )
     return first, last
 
 
 def _says_paused(note: Note) -> bool:
-    """Return True if a schedule that cannot be read is paused: one of a newer version may be."""
+    """Return True if an unreadable schedule is paused; a newer version may have paused it."""
     try:
         data = payload.loads(note.text)
     except ValueError:
@@ -300,18 +308,19 @@ def _moment(ms: int | None) -> datetime | None:
 
 
 def tick_of(task: Task) -> datetime | None:
-    """The tick that a task was made for, in UTC: what it is to be about, however late it runs.
+    """Return the tick of a schedule's task, in UTC, however late the task runs.
 
-    None for a task that was made by hand.
+    Returns:
+        the time of the tick; None if no tick made the task.
 
     Raises:
-        ConfigurationError: it is no task.
+        ConfigurationError: the argument is not a :class:`Task`.
     """
     if not isinstance(task, Task):
-        raise ConfigurationError(f"tick_of takes a Task, not {type(task).__name__}")
+        raise ConfigurationError(f"tick_of requires a Task, not {type(task).__name__}")
     found = _TICK.search(task.id)
     try:
         moment = datetime.fromisoformat(found[1]) if found else None
-    except ValueError:  # an id that looks like one
+    except ValueError:  # an id that only looks like the id of a tick
         return None
     return moment and moment.replace(tzinfo=timezone.utc)

@@ -28,35 +28,35 @@ from taskx.core.ticks import (
 from taskx.core.writes import Insert, Note
 from taskx.moving import Services
 
-#: The beginning of the names of notes that keep schedules.
+#: Prefix of the names of the notes that store schedules.
 PREFIX = "schedule/"
-#: Longest name of a schedule, in characters: with the tick it is the id of a task.
+#: Longest name of a schedule, in characters. The name and the tick form the id of a task.
 MAX_NAME = 200
-#: Seconds that a tick may be late where what is late is skipped, unless told otherwise.
+#: Default of ``misfire_grace`` with ``misfire="skip"``, in seconds.
 SKIP_GRACE = 10.0
 
-#: The handling of a tick while the task of an earlier one has not ended.
+#: The handling of a tick while the task of an earlier tick has not ended.
 Overlap = Literal["allow", "skip"]
 OVERLAPS = get_args(Overlap)
 
-#: The columns of a task that its schedule decides.
+#: The columns of a task that its schedule sets.
 OF_TASK = frozenset(("type", "params", *ScheduleOptions.__optional_keys__))
 _OPTIONAL_INT = optional(instance_of(int))
 
 
 @attrs.frozen(kw_only=True)
 class Entry:
-    """A schedule as it is stored.
+    """A schedule as it is stored. All times are in milliseconds since 1970, UTC.
 
     Attributes:
-        name, spec, tz, misfire, overlap: as ``Queue.schedule`` takes them.
-        since: from when an interval is counted, in milliseconds, as all moments here.
-        task: what its tasks are made of: what ``lifecycle.create`` takes.
-        grace: milliseconds that a tick may be late; None for any number.
-        paused: whether it does not tick at present.
-        next: the first tick that is not decided about yet; None if there is none any more.
+        name, spec, tz, misfire, overlap: arguments of ``Queue.schedule``.
+        since: the start of the first interval.
+        task: the values of its tasks: arguments of ``lifecycle.create``.
+        grace: milliseconds that a tick may be late; None if there is no limit.
+        paused: True if it does not tick at present.
+        next: the first tick that is not decided yet; None if no tick will come.
         last: the last tick that got a task.
-        making: the tick whose task is being made, where tasks must not overlap; None for none.
+        making: the tick whose task is being made, if tasks must not overlap; None for none.
     """
 
     name: str = attrs.field(validator=instance_of(str))
@@ -77,28 +77,28 @@ class Entry:
         """Its ticks.
 
         Raises:
-            ConfigurationError: this process does not know the zone.
+            ConfigurationError: this process does not know the time zone.
         """
         return ticks_of(self.spec, self.tz, self.since)
 
     def resumed(self, now: int) -> Entry:
-        """The same, going on with the first tick that is yet to come."""
+        """Return a copy that is not paused and continues with the first future tick."""
         begin = now if self.last is None else max(now, self.last)
         return attrs.evolve(self, paused=False, next=upcoming(self.ticks, begin))
 
     def declared_again(self, old: Entry, now: int) -> Entry:
-        """The same, in the place of one that was stored: it ticks on where that one did."""
+        """Return a copy that replaces a stored schedule and continues with its next tick."""
         new = attrs.evolve(self, last=old.last, making=old.making)
         if (self.spec, self.tz) != (old.spec, old.tz):
             return attrs.evolve(new.resumed(now), paused=old.paused)
         return attrs.evolve(new, since=old.since, next=old.next, paused=old.paused)
 
     def insert(self, tick: int, now: int) -> Insert:
-        """The task of a tick."""
+        """Return the new task of a tick."""
         return lifecycle.create(task_id=tick_id(self.name, tick), now=now, run_at=tick, **self.task)
 
     def to_text(self) -> str:
-        """As JSON text."""
+        """Return the schedule as JSON text."""
         data = attrs.asdict(self, recurse=False)
         if isinstance(self.spec, Every):
             data["spec"] = self.spec.seconds
@@ -106,10 +106,10 @@ class Entry:
 
 
 def entry_of(note: Note) -> Entry:
-    """The schedule that a note keeps.
+    """Return the schedule that a note stores.
 
     Raises:
-        RepositoryCorrupt: it is damaged, or of a version that can do more than this one.
+        RepositoryCorrupt: the note is damaged, or a newer version of TaskX has written it.
     """
     try:
         data = payload.loads(note.text)
@@ -117,23 +117,23 @@ def entry_of(note: Note) -> Entry:
             data["spec"] = Every(data["spec"])
         entry = Entry(**data)
         if not {"type", "params", "created_by"} <= entry.task.keys() <= OF_TASK:
-            raise ValueError(f"no task has {sorted(entry.task)}")
+            raise ValueError(f"its task has the wrong fields: {sorted(entry.task)}")
         lifecycle.create(task_id="", now=0, **entry.task)
     except (TypeError, KeyError, AttributeError, ValueError) as error:
         raise RepositoryCorrupt(
-            f"a schedule is damaged, or of a newer version: {error!r}"
+            f"the schedule is damaged, or was stored by a newer version: {error!r}"
         ) from error
     return entry
 
 
 def tick_id(name: str, tick: int) -> str:
-    """The id of the task of a tick, which no two tasks can have."""
+    """Return the id of the task of a tick. The id ensures that each tick gets one task only."""
     moment = to_datetime(tick).replace(tzinfo=None)
     return f"{name}@{moment.isoformat(timespec='milliseconds' if tick % 1000 else 'seconds')}Z"
 
 
 def store(services: Services, inserts: Sequence[Insert]) -> bool:
-    """Store tasks of schedules, each for itself; returns whether any was not there yet."""
+    """Store tasks of schedules, each on its own; return True if at least one was new."""
     results = services.ledger.commit(inserts)
     services.consequences.created([i for i, new in zip(inserts, results, strict=True) if new])
     services.agenda.fetch_soon()
@@ -143,22 +143,24 @@ def store(services: Services, inserts: Sequence[Insert]) -> bool:
 def make_entry(
     name: Any, spec: Any, tz: Any, misfire: Any, misfire_grace: Any, overlap: Any
 ) -> Entry:
-    """A schedule that is not stored yet and has no task.
+    """Return a schedule that is not stored yet and has no task.
 
     Raises:
         ConfigurationError: an argument is not valid.
     """
     checked = check_name(name, "name")
     if not 0 < len(checked) <= MAX_NAME:
-        raise ConfigurationError(f"the name of a schedule has 1 to {MAX_NAME} characters")
+        raise ConfigurationError(
+            f"the name of a schedule must have 1 to {MAX_NAME} characters, not {len(checked)}"
+        )
     if misfire not in MISFIRES:
-        raise ConfigurationError(f"misfire is 'skip', 'one' or 'all', not {misfire!r}")
+        raise ConfigurationError(f"misfire must be 'skip', 'one' or 'all', not {misfire!r}")
     if overlap not in OVERLAPS:
-        raise ConfigurationError(f"overlap is 'allow' or 'skip', not {overlap!r}")
+        raise ConfigurationError(f"overlap must be 'allow' or 'skip', not {overlap!r}")
     if isinstance(spec, Every) and tz is not None:
-        raise ConfigurationError("an interval is the same in every time zone: leave tz out")
+        raise ConfigurationError("tz requires a cron expression: leave tz out with every(seconds)")
     tz = "UTC" if tz is None else tz
-    zone(tz)  # refused if it is not known
+    zone(tz)  # raises if the time zone is unknown
     return Entry(
         name=checked,
         spec=check_spec(spec),
@@ -175,12 +177,12 @@ def _grace(misfire: Misfire, seconds: Any) -> int | None:
     if seconds is not None:
         if check_number(seconds, "misfire_grace") > LONGEST:
             raise ConfigurationError(
-                f"misfire_grace is at most {LONGEST:g} seconds, not {seconds!r}; for any number of them "
-                "leave it out of misfire='one'"
+                f"misfire_grace must be at most {LONGEST:g} seconds, not {seconds!r}; for no limit use "
+                "misfire='one' without misfire_grace"
             )
         return round(float(seconds) * 1000)
     if misfire == "all":
         raise ConfigurationError(
-            "misfire='all' needs misfire_grace: how many seconds late a tick may be to get its task"
+            "misfire='all' requires misfire_grace: the seconds that a tick may be late and still get a task"
         )
     return round(SKIP_GRACE * 1000) if misfire == "skip" else None

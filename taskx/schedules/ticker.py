@@ -1,4 +1,4 @@
-"""Schedules tick here: each tick becomes one task, whichever of the nodes comes first."""
+"""The ticking of schedules: each tick gets one task, from the node that comes first."""
 
 from __future__ import annotations
 
@@ -21,35 +21,35 @@ from taskx.core.writes import Note, NoteChange
 from taskx.moving import Services
 from taskx.schedules.stored import PREFIX, Entry, entry_of, store, tick_id
 
-#: Polling interval, in seconds, for schedules that another process changed. Where there are very many it
-#: is a multiple of the time that the last look took, so that looks take half a percent of a core; but no
-#: more than so many seconds, well below ``GAP``: the ticks of a schedule that was just declared must not
-#: count as missed.
+#: The polling interval for schedules that another process changed, in seconds. If there are very many
+#: schedules, it is ``REFRESH_FACTOR`` times the duration of the last refresh, so that refreshes take half a
+#: percent of a core. It is ``REFRESH_AT_LATEST`` seconds at most. That is well below ``GAP``, so that the
+#: ticks of a new schedule do not count as missed.
 REFRESH_EVERY, REFRESH_FACTOR, REFRESH_AT_LATEST = 1.0, 200.0, 5.0
-#: Schedules that are read, or ticks that get their tasks, at once: some milliseconds of work.
+#: Schedules that are read, or ticks that get their tasks, in one step: some milliseconds of work.
 TOGETHER = 100
-#: Schedules of which a look at all reads a page.
+#: Schedules that a refresh reads in one page.
 PAGE = 200
-#: Most milliseconds between two looks that succeed. After a longer gap the ticks in between were missed:
+#: Most milliseconds between two rounds that succeed. After a longer gap the ticks in between were missed:
 #: the process, the machine or the repository was stopped, or the clock was set.
 GAP = 10_000
-# Seconds at most until one whose tasks could not be made is tried again.
+# Longest pause, in seconds, before a schedule whose tasks could not be made is tried again.
 _LONGEST_PAUSE = 60.0
 
-# Of many that tick together, most have the same spec.
+# Most schedules that tick at the same time have the same spec.
 _decide = lru_cache(maxsize=64)(decide)
 
 
 @attrs.define
 class Read:
-    """A schedule as its note was read.
+    """A schedule that was read from its note.
 
     Attributes:
-        name, version: those of the note.
-        entry, ticks: the schedule and its ticks; None where this process cannot tell when it ticks.
-        failures: how often its tasks could not be made since.
-        again_at: when that is tried again, on the monotonic clock.
-        due: when there is something to do about it, in milliseconds; None for never.
+        name, version: the name and version of the note.
+        entry, ticks: the schedule and its ticks; None if this process cannot read when it ticks.
+        failures: number of failures in a row to make its tasks.
+        again_at: the time of the next try after a failure, on the monotonic clock.
+        due: the time of the next work on it, in milliseconds; None for never.
     """
 
     name: str
@@ -65,12 +65,12 @@ class Plan(NamedTuple):
     """The work to do for a schedule whose tick has come.
 
     Attributes:
-        read: the schedule.
-        entry: what is stored of it.
-        since: the first tick that nobody has decided about.
+        read: the schedule as it was read.
+        entry: its stored form.
+        since: the first tick that was not decided before.
         run: the ticks that get a task.
-        next: the first tick that is not decided about after that.
-        earlier: the ticks whose tasks must have ended before; None where tasks may overlap.
+        next: the first tick that is not decided afterwards.
+        earlier: the ticks whose tasks must have ended first; None if tasks may overlap.
     """
 
     read: Read
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
     earlier: Sequence[int] | None = None
 
     def moved(self, *, making: bool = False) -> Entry:
-        """Return what to store of the schedule: that it has ticked, or that its task is being made."""
+        """Return the schedule to store: it has ticked, or (``making``) its task is being made."""
         return attrs.evolve(
             self.entry,
             next=self.next,
@@ -93,31 +93,32 @@ class Plan(NamedTuple):
 class Ticker:
     """Makes the tasks of the ticks that have come. There is no leader: all nodes do it.
 
-    The tasks are stored first; the id of each is that of its tick, so it is stored once. Then the
-    schedules are moved on by compare-and-set. Whoever finds that undone does both again. Where tasks must
-    not overlap, the schedule is moved on first, and says so until the task is stored.
+    The tasks are stored first. The id of a task is made from its tick, so it is stored only once. Then the
+    schedules are moved on by compare-and-set. If that did not happen, another node does both again. If
+    tasks must not overlap, the schedule is moved on first, and names the tick until its task is stored.
 
-    Many that tick at the same time are done in batches, and each node takes them in an order of its own: so
-    the nodes share them, and seldom do the same. A look at all schedules reads one page after the other.
-    Each call of :meth:`tick` ends after a while, and the next one goes on where it stopped.
+    Schedules that tick at the same time are processed in batches. Each node takes them in its own random
+    order, so the nodes share the work and seldom do the same. A refresh reads all schedules, one page after
+    the other. Each call of :meth:`tick` ends after a while, and the next call continues where it stopped.
     """
 
     def __init__(self, services: Services) -> None:
         self._services = services
-        # The time from which it has looked without a gap, and that of its last look, in milliseconds.
+        # The start of the time without a gap between rounds, and the last round, in milliseconds.
         self._there_since, self._seen = 0, -GAP
-        # True if one may have been changed; the time to look at that, on the monotonic clock; 0: at once.
+        # True if a schedule may have changed; the time of the next refresh on the monotonic clock (0: now).
         self._stale, self._refresh_at = True, 0.0
-        # Names of schedules that were changed in this process, or by another one that came first.
+        # Names of schedules that this process changed, or that another node moved on first.
         self._told = services.agenda.schedules
-        # True while ticks that may have come are looked for, and their tasks made: they lie nowhere else.
+        # True while due ticks are searched and their tasks are made: nothing else shows them to a drain.
         self._making = False
         self._read: dict[str, Read] = {}
-        # Of the look at all schedules that is under way: the name of the last note that was read, None if
-        # none is; the seconds that it has taken; the names that were known before and were not found yet.
+        # State of a refresh: the name of the last note that was read, None if no refresh is under way; the
+        # seconds that it has taken; the names that were known before and are not found yet.
         self._after: str | None = None
         self._refresh_took, self._missing = 0.0, set[str]()
-        # The due time of each schedule, a lot, and the name of its note; outdated entries are passed over.
+        # The due time of each schedule, a random number, and the name of its note. Outdated entries are
+        # skipped.
         self._next: list[tuple[int, float, str]] = []
 
     @property
@@ -127,33 +128,33 @@ class Ticker:
         return first[0][0] if first else None
 
     def refresh_now(self) -> None:
-        """A schedule may have been changed: look at all of them in the next round."""
+        """Read all schedules again in the next round, as one may have changed."""
         self._stale, self._refresh_at = True, 0.0
 
     def refresh_soon(self) -> None:
-        """Another process may have changed a schedule."""
+        """Read all schedules again at the next polling time; another process may have changed one."""
         self._stale = True
 
     @property
     def waiting(self) -> bool:
-        """True if a look at changed schedules was cut short; :meth:`tick` goes on."""
+        """True if a refresh is not finished; :meth:`tick` continues it."""
         return bool(self._told) or self._after is not None
 
     def behind(self, now: int) -> bool:
-        """Return True if a tick may have come that has no task yet, at a moment in milliseconds."""
+        """Return True if a tick may have come that has no task yet; ``now`` is in milliseconds."""
         asked = self.waiting or (self._stale and not self._refresh_at)
         coming = self.next
-        # Last: another thread may take up a tick in between, and says so before.
+        # _making is read last: another thread sets it before it takes up a tick.
         return asked or (coming is not None and coming <= now) or self._making
 
     def tick(self, patience: float = math.inf) -> bool:
-        """Make the tasks that are due, if any are; whether it made some.
+        """Make the tasks that are due; return True if it made any.
 
         Args:
             patience: seconds after which the rest is left to the next call.
 
         Raises:
-            RepositoryError: the repository failed; what was not done is done in a later round.
+            RepositoryError: the repository failed; a later round does the rest.
         """
         until, made = time.monotonic() + patience, False
         try:
@@ -172,7 +173,7 @@ class Ticker:
         return made
 
     def _now(self) -> int:
-        """The time; notes where there was a gap since the last look that succeeded."""
+        """Return the time, and note a gap since the last round that succeeded."""
         now = self._services.clock.now_ms()
         if not self._seen <= now <= self._seen + GAP:
             self._there_since = now
@@ -181,17 +182,17 @@ class Ticker:
     # --- reading
 
     def _refresh(self, until: float) -> None:
-        """Read what was changed, or may have been."""
+        """Read schedules that have changed, or may have changed."""
         while self._told:
             names = [PREFIX + self._told[i] for i in range(min(len(self._told), TOGETHER))]
             self._read_named(names)
-            for _ in names:  # only now: until then a drain waits for it
+            for _ in names:  # only now: until then a drain must wait for them
                 self._told.popleft()
             if time.monotonic() >= until:
                 return
         if self._after is None and self._stale and time.monotonic() >= self._refresh_at:
             self._after, self._refresh_took, self._missing = PREFIX, 0.0, set(self._read)
-            # Before reading: what is changed from now on sets them again.
+            # Before reading: a change from now on sets them again.
             self._stale, self._refresh_at = False, math.inf
         while self._after is not None:
             self._read_page(self._after)
@@ -199,7 +200,7 @@ class Ticker:
                 break
 
     def _read_page(self, after: str) -> None:
-        """Go on with the look at all schedules."""
+        """Read the next page of a refresh."""
         began = time.monotonic()
         page = self._services.repository.notes_after(PREFIX, after, PAGE)
         for name, note in page.items():
@@ -210,12 +211,12 @@ class Ticker:
             return
         for name in self._missing:
             self._read.pop(name, None)
-        if len(self._next) > 2 * len(self._read) + PAGE:  # most of it is outdated
+        if len(self._next) > 2 * len(self._read) + PAGE:  # most entries are outdated
             self._next = [
                 (due, lot, name) for due, lot, name in self._next if self._is_due(name, due)
             ]
             heapq.heapify(self._next)
-        if self._refresh_at:  # else somebody asks for another one
+        if self._refresh_at:  # else another refresh was requested
             pause = min(max(REFRESH_EVERY, REFRESH_FACTOR * self._refresh_took), REFRESH_AT_LATEST)
             self._refresh_at = time.monotonic() + pause
         self._after = None
@@ -234,7 +235,7 @@ class Ticker:
         self._expect(read)
 
     def _known(self, name: str, note: Note) -> Read:
-        """Return the schedule of a note, which is not read again if it was not changed."""
+        """Return the schedule of a note; parse the note only if it has changed."""
         known = self._read.get(name)
         if known is not None and known.version == note.version:
             return known
@@ -242,13 +243,18 @@ class Ticker:
         try:
             entry = entry_of(note)
             return Read(name, note.version, entry, _ticks_of(entry, known), due=due)
-        except (RepositoryCorrupt, ConfigurationError) as error:  # other processes may know better
-            if known is None or known.entry is not None:  # others change it at each of its ticks
+        except (
+            RepositoryCorrupt,
+            ConfigurationError,
+        ) as error:  # other processes may understand it
+            if (
+                known is None or known.entry is not None
+            ):  # warn once: other nodes change it at every tick
                 self._services.log.warning("%s does not tick in this process: %s", name, error)
             return Read(name, note.version, None, None, due=due)
 
     def _expect(self, read: Read) -> None:
-        """Note when there is something to do about a schedule."""
+        """Put the next due time of a schedule into the heap."""
         entry = read.entry
         clock = self._services.clock
         if entry is None:
@@ -266,10 +272,10 @@ class Ticker:
                 heapq.heappush(self._next, (due, random.random(), read.name))
 
     def _due_names(self) -> list[str]:
-        """The next schedules whose tick has come, as far as is known; a batch at most."""
+        """Return the schedules whose tick has come, by what is known in memory; at most a batch."""
         names, now = dict[str, None](), self._services.clock.now_ms()
         while self._next and self._next[0][0] <= now and len(names) < TOGETHER:
-            self._making = True  # before: a drain waits for it
+            self._making = True  # before the pop: a drain must wait for this tick
             due, _, name = heapq.heappop(self._next)
             if self._is_due(name, due):
                 self._read[name].due = None
@@ -278,27 +284,27 @@ class Ticker:
 
     def _still_due(self, names: Sequence[str]) -> list[Read]:
         """Return the named schedules whose tick has come, as they are now."""
-        self._read_named(names)  # others may have done, paused or changed them
+        self._read_named(names)  # other processes may have moved on, paused or changed them
         now = self._services.clock.now_ms()
         read = (self._read.get(name) for name in names)
         return [one for one in read if one is not None and one.due is not None and one.due <= now]
 
     def _is_due(self, name: str, due: int) -> bool:
-        """Return whether a schedule is due at that time, as it was last read."""
+        """Return True if the schedule, as it was last read, is due at exactly this time."""
         read = self._read.get(name)
         return read is not None and read.due == due
 
     # --- making
 
     def _make(self, due: Sequence[Read]) -> bool:
-        """Make the tasks of schedules; what fails about one keeps no other from ticking."""
+        """Make the tasks of schedules; the failure of one does not stop the others."""
         if not due:
             return False
         try:
             return self._run(due)
         except RepositoryUnavailable:
             raise
-        except Exception as error:  # noqa: BLE001  (a codec of the user's, say, that refuses its params)
+        except Exception as error:  # noqa: BLE001  (for example, a user's codec refuses the params)
             if len(due) == 1:
                 self._fail(due[0], error)
                 return False
@@ -312,15 +318,15 @@ class Ticker:
         self._expect(read)
         if is_told(read.failures):
             self._services.log.warning(
-                "schedule %r: its tasks could not be made, which is tried again: %s",
+                "schedule %r: its tasks could not be made; trying again later: %s",
                 *(read.name[len(PREFIX) :], error),
             )
 
     def _run(self, due: Sequence[Read]) -> bool:
-        """Make the tasks of schedules that are due, in a few transactions; whether it made some."""
+        """Make the tasks of due schedules in a few transactions; return True if it made any."""
         now = self._now()
         plans = self._without_overlap(self._plans(due, now))
-        # Schedules that must not overlap come first: who decides about a later tick then knows of this one.
+        # Schedules that must not overlap are stored first: who decides a later tick must see this one.
         first = [plan for plan in plans if plan.earlier is not None and plan.run]
         held = dict(zip((p.read.name for p in first), self._put(first, making=True), strict=True))
         going = [plan for plan in plans if held.get(plan.read.name, True)]
@@ -329,11 +335,11 @@ class Ticker:
         self._put(going)
         self._seen = now
         for plan in going:
-            self._tell_missed(plan, now)
+            self._warn_if_missed(plan, now)
         return made
 
     def _plans(self, due: Sequence[Read], now: int) -> list[Plan]:
-        """Return the work to do for schedules, as far as one transaction goes; the others stay due."""
+        """Return the work for as many schedules as fit into one transaction; the others stay due."""
         plans, tasks = [], 0
         for read in due:
             if (plan := self._plan(read, now)) is not None:
@@ -344,11 +350,11 @@ class Ticker:
         return plans
 
     def _plan(self, read: Read, now: int) -> Plan | None:
-        """Return the work to do for a schedule; None if it is not due."""
+        """Return the work for a schedule; None if it is not due."""
         entry, ticks = read.entry, read.ticks
         if entry is None or ticks is None:
             return None
-        if entry.making is not None:  # by a node that may have died since
+        if entry.making is not None:  # the node that was making the task may have died
             return Plan(read, entry, now, [entry.making], entry.next)
         if entry.next is None:
             return None
@@ -356,13 +362,13 @@ class Ticker:
         run, next_ = _decide(ticks, entry.next, now, misfire, entry.grace)
         if not run or entry.overlap == "allow":
             return Plan(read, entry, entry.next, run, next_)
-        # Beside the last one: a node that died may have stored a task and not moved the schedule on.
+        # Not only the last tick: a node may have stored a task and died before it moved the schedule on.
         earlier = {entry.last, *latest(ticks, entry.next, now, BATCH)} - {run[0]}
         undone = [tick for tick in earlier if tick is not None]
         return Plan(read, entry, entry.next, run[:1], next_, undone)
 
     def _put(self, plans: Sequence[Plan], *, making: bool = False) -> Sequence[bool]:
-        """Store schedules; if another node moved one on, or somebody changed it, look again."""
+        """Store schedules; read those again that another node has moved on or a user has changed."""
         if not plans:
             return []
         entries = [plan.moved(making=making) for plan in plans]
@@ -383,7 +389,7 @@ class Ticker:
         return results
 
     def _without_overlap(self, plans: Sequence[Plan]) -> list[Plan]:
-        """The plans, without the ticks that come while the task of an earlier one has not ended."""
+        """Return the plans without the ticks for which the task of an earlier tick has not ended."""
         asked = [
             tick_id(plan.entry.name, tick)
             for plan in plans
@@ -394,32 +400,32 @@ class Ticker:
         return [p if self._may_run(p, statuses) else p._replace(run=()) for p in plans]
 
     def _may_run(self, plan: Plan, statuses: Mapping[str, str]) -> bool:
-        """Return whether the tasks of earlier ticks have ended, or that of this one is there already."""
+        """Return True if all tasks of earlier ticks have ended, or this tick has its task already."""
         name = plan.entry.name
         earlier = (statuses.get(tick_id(name, tick)) for tick in plan.earlier or ())
         over = all(status is None or status in FINISHED for status in earlier)
         if over or tick_id(name, plan.run[0]) in statuses:
             return True
         self._services.log.info(
-            "schedule %r: the task of an earlier tick has not ended, so that of %s gets none",
+            "schedule %r: the tick at %s gets no task, because the task of an earlier tick has not ended",
             *(name, to_datetime(plan.run[0])),
         )
         return False
 
     def _was_missed(self, tick: int) -> bool:
-        """Return whether no housekeeper was at work at a tick; otherwise one was only busy, and is late."""
+        """Return True if this node was not running at a tick; otherwise it was only busy and is late."""
         return tick < self._there_since
 
-    def _tell_missed(self, plan: Plan, now: int) -> None:
+    def _warn_if_missed(self, plan: Plan, now: int) -> None:
         if self._was_missed(plan.since) and now - plan.since > GAP:
             self._services.log.warning(
-                "schedule %r: nobody was there at %s; of its ticks until now %d get a task",
+                "schedule %r: ticks since %s were missed; %d of them get a task",
                 *(plan.entry.name, to_datetime(plan.since), len(plan.run)),
             )
 
 
 def _ticks_of(entry: Entry, known: Read | None) -> Ticks:
-    """Return the ticks of a schedule; those that are known already, unless it ticks otherwise now."""
+    """Return the ticks of a schedule; reuse the known object if its ticks have not changed."""
     old = None if known is None else known.entry
     if known is None or old is None or known.ticks is None:
         return entry.ticks

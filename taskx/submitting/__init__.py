@@ -1,4 +1,4 @@
-"""The intake of tasks, and changes to stored ones: submit, map, cancel, requeue, delete, dead letters.
+"""The intake of tasks, and changes to stored tasks: submit, map, cancel, requeue, delete, dead letters.
 
-``Queue`` calls it; it calls down into running, where a started node buffers what is new.
+``Queue`` uses this package. It calls ``running``, where a started node puts new tasks into its buffer.
 """

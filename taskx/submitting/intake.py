@@ -1,4 +1,4 @@
-"""The intake of a task: it is checked, stored, and put where a worker finds it."""
+"""The intake of tasks: check them, store them, and put them where a worker finds them."""
 
 from __future__ import annotations
 
@@ -37,22 +37,22 @@ from taskx.running.buffer import Item
 from taskx.running.pool import State, WorkerPool
 from taskx.storage.base import Reentered
 
-#: The values of a row that the buffer sorts by and gives to a worker.
+#: Return the values of a row that the buffer sorts by and gives to a worker.
 _place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = itemgetter(
     "id", "type", "priority", "created_at", "run_at"
 )
-# A key whose holder does not show belongs to one that is just being stored, or is given up this moment.
+# If a unique key is held but no holder is found, the holder is just being stored, or just releases the key.
 _TRIES, _PAUSE = 100, 0.01
 _check_on_conflict = one_of(OnConflict)
 
 
 class Intake:
-    """Takes tasks in for a queue.
+    """Takes in the tasks that are submitted to a queue.
 
     Args:
-        services: what it works with.
-        state: whether the queue is started, and whether it was stopped.
-        config: what a full buffer does.
+        services: the shared parts of the queue.
+        state: tells if the queue is started, and if it was stopped.
+        config: the settings, for ``overflow`` and ``block_timeout``.
     """
 
     def __init__(self, services: Services, state: State, config: Config) -> None:
@@ -73,16 +73,19 @@ class Intake:
         *,
         spill: bool = False,
     ) -> str:
-        """Store a task and see to it that it runs; returns its id, or that of the one that stands for it.
+        """Store a task and arrange that it runs.
 
         Args:
-            task: what to store; it is not changed.
-            priority: wins over the task's and the executor's own, zero included.
-            on_conflict: what to do where another task holds its unique key.
-            spill: leave it in the repository if the buffer is full, whatever ``overflow`` says.
+            task: the task to store; it is not changed.
+            priority: overrides the priorities of the task and of the executor, even with 0.
+            on_conflict: the reaction if another task holds its unique key.
+            spill: leave the task in the repository if the buffer is full, whatever ``overflow`` says.
+
+        Returns:
+            the task's id, or the id of the existing task that ``on_conflict`` chose instead.
 
         Raises:
-            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
+            TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
         """
         self.refuse_if_stopped()
         if self._hooks.waiting:
@@ -94,7 +97,7 @@ class Intake:
             if task.unique_key is not None:
                 return self._accept_unique(insert, on_conflict, spill=spill)
             pool = self._pool_for(insert)
-            # With an id of the caller's, another task may be at it.
+            # If the caller chose the id, another task may have it.
             if not task.id and pool is not None and pool.start_new(insert):
                 return insert.id
             if pool is None or not self._take_in(pool, insert):
@@ -108,12 +111,12 @@ class Intake:
         except Exception:
             raise
         except BaseException as error:
-            # It may be stored or not: submitting the same id again tells.
+            # The task may have been stored: submit the same id again to find out.
             error.task_id = insert.id  # type: ignore[attr-defined]
             raise
 
     def _take_in_soon(self, inserts: Sequence[Insert]) -> None:
-        """Leave what a finalizer submits inside a write of its own thread to that write."""
+        """Let the write in progress store tasks that a finalizer submits in its thread."""
         for insert in inserts:
             insert.row["owner"] = ""
         self._services.ledger.commit_soon(inserts, partial(self._taken_in, inserts))
@@ -126,7 +129,7 @@ class Intake:
             if insert not in stored:
                 self._services.log.error(
                     "task %s, submitted by a finalizer, was not stored: %s",
-                    *(insert.id, error or "its id, or its unique key, is taken"),
+                    *(insert.id, error or "another task has its id or its unique key"),
                 )
         self._services.consequences.created(stored)
         self._services.agenda.fetch_soon()
@@ -141,7 +144,7 @@ class Intake:
                 return insert.id
             except DuplicateTask:
                 instead = self._resolve_conflict(insert, on_conflict)
-            except QueueFull:  # what stands for it needs no room
+            except QueueFull:  # the existing task that on_conflict chooses needs no room
                 reject = on_conflict == "reject"
                 instead = None if reject else self._resolve_conflict(insert, on_conflict)
                 if instead is None:
@@ -152,11 +155,12 @@ class Intake:
         raise _busy(insert.row["unique_lock"])
 
     def _resolve_conflict(self, insert: Insert, on_conflict: OnConflict) -> str | None:
-        """Return the id of the task that stands for a new one; None if that can be stored now.
+        """Return the id of the existing task to use instead of a new one; None if that can be stored now.
 
         Raises:
-            DuplicateTask: its id is taken, or its key is held and ``on_conflict`` has no answer to that.
-            RepositoryUnavailable: the key is held by a task that is not there yet.
+            DuplicateTask: another task has the id, or holds the unique key and ``on_conflict`` does not
+                resolve this.
+            RepositoryUnavailable: the holder of the key is just being stored.
         """
         key = insert.row.get("unique_lock")
         repository, consequences = self._services.repository, self._services.consequences
@@ -180,17 +184,21 @@ class Intake:
         raise _busy(key)
 
     def _pool_for(self, insert: Insert) -> WorkerPool | None:
-        """The pool whose buffer it goes into; None if it may not start yet, or not here, or not in turn."""
+        """Return the pool whose buffer takes the task; None if it must go to the repository only.
+
+        That is so if it may not start yet, if this node does not run its type or does not buffer it, or if
+        earlier tasks were spilled.
+        """
         pool, type_ = self._state.engine, insert.row["type"]
         if pool is None or insert.row["held"] or not self._services.registry.runs(type_):
             return None
         return pool if pool.fetcher.buffers(type_) and not self._spills else None
 
     def _take_in(self, pool: WorkerPool, insert: Insert, timeout: float | None = 0.0) -> bool:
-        """Reserve a slot in the buffer, store the task, and put its id there.
+        """Reserve a slot in the buffer, store the task, and put its id into the slot.
 
         Returns:
-            False, and nothing is done, if there is no room within ``timeout`` seconds.
+            False, and nothing was done, if the buffer has no room within ``timeout`` seconds.
         """
         buffer, row = pool.buffer, insert.row
         slot = (buffer.new_slot(),)
@@ -200,14 +208,14 @@ class Intake:
             row["owner"] = pool.node.id
             self._note_stored(insert, self._services.ledger.commit([insert]))
             if not buffer.add(*_place(row), slot[0], fetched=False):
-                pool.agenda.wake_from_long_sleep()  # it looks after it if the busy workers do not
-        except BaseException:  # an interrupt, too: nobody else knows of this slot
+                pool.agenda.wake_from_long_sleep()  # the housekeeper helps if all workers stay busy
+        except BaseException:  # also an interrupt: no other code knows of this slot
             buffer.release(slot)
             raise
         return True
 
     def _store_outside(self, pool: WorkerPool | None, insert: Insert, *, spill: bool) -> None:
-        """Store a task that does not go into the buffer, or for which that has no room."""
+        """Store a task that does not go into the buffer, or that does not fit into it."""
         if pool is not None:
             self._overflowed(pool, insert, "spill" if spill else self._overflow)
             return
@@ -222,31 +230,36 @@ class Intake:
             self._services.agenda.fetch_soon()
 
     def refuse_if_stopped(self) -> None:
-        """Raise ``QueueStopped`` after the stop, and ``ConfigurationError`` where no queue may be used.
+        """Raise an error if this queue must not accept tasks.
 
-        ``SchemaMismatch`` where another process has migrated the file of a running queue.
+        Raises:
+            QueueStopped: the queue was stopped.
+            ConfigurationError: no queue may be used here.
+            SchemaMismatch: another process has migrated the file of a running queue.
         """
         permission.refuse_if_forbidden()
         if self._lost:
             raise ConfigurationError(
-                "in the child process of an executor a MemoryRepository is another one, which ends with "
-                "it: use a repository that processes share, SQLiteRepository for one; nothing was stored"
+                "in the child process of an executor a MemoryRepository is a separate one, which is lost "
+                "with the process: use a shared repository, such as SQLiteRepository; nothing was stored"
             )
         if (pool := self._state.engine) is not None and pool.outdated is not None:
             raise SchemaMismatch(*pool.outdated.args)
         if self._state.stopped:
-            raise QueueStopped("the queue was stopped and takes no more tasks; nothing was stored")
+            raise QueueStopped(
+                "the queue was stopped and accepts no more tasks: create a new queue; nothing was stored"
+            )
 
     @property
     def _spills(self) -> bool:
-        """While earlier tasks lie spilled, later ones spill behind them: order is kept."""
+        """True if earlier tasks are spilled: then later ones are spilled, too, to keep the order."""
         return self._overflow == "spill" and self._services.agenda.more_stored
 
     def put(self, insert: Insert) -> None:
-        """Store a task that was prepared before, for whoever has a hand free, whatever is in the buffer.
+        """Store a prepared task without an owner; any node may fetch it. The buffer is not used.
 
         Raises:
-            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
+            TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
         """
         self.refuse_if_stopped()
         try:
@@ -255,7 +268,7 @@ class Intake:
             raise _about(error, insert.id) from error.__cause__
         except Exception:
             raise
-        except BaseException as error:  # an interrupt: perhaps it is stored
+        except BaseException as error:  # an interrupt: the task may have been stored
             error.task_id = insert.id  # type: ignore[attr-defined]
             raise
         self._services.agenda.fetch_soon()
@@ -271,7 +284,7 @@ class Intake:
     def _overflowed(self, pool: WorkerPool, insert: Insert, overflow: str) -> None:
         if overflow == "reject":
             self._refuse(pool, 1)
-        # A finalizer cannot wait for the workers: its thread may hold a lock that they need.
+        # A finalizer must not wait for the workers: its thread may hold a lock that they need.
         inside = self._services.ledger.entered or pool.buffer.entered
         if overflow == "block" and not (inside or inside_executor()):
             if not self._take_in(pool, insert, self._block_timeout):
@@ -279,7 +292,7 @@ class Intake:
         elif overflow == "caller_runs" and not inside:
             self._run_here(pool, insert)
         else:
-            # Spill; and block inside an executor, which would wait for a worker: itself, perhaps.
+            # Spill. Also for "block" inside an executor: it might wait for itself to become free.
             self._store(insert)
             self._services.agenda.fetch_soon()
 
@@ -306,21 +319,24 @@ class Intake:
                 if ending.interrupt is not None:
                     raise ending.interrupt
         except RepositoryError as error:
-            # It was accepted all the same: the audit finds a start that was not made, and the
+            # The task is accepted in any case: the audit finds a start that was not made, and the
             # housekeeper writes an outcome that was not written.
-            self._services.log.warning("task %s is left to the workers: %s", item.id, error)
+            self._services.log.warning(
+                "task %s could not run in the caller's thread, a worker runs it later: %s",
+                *(item.id, error),
+            )
 
     # --- many
 
     def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
-        """Store tasks in one transaction, all or none; returns their ids in order.
+        """Store tasks in one transaction, all or none; return their ids in the same order.
 
         Args:
-            tasks: what to store; they are not changed.
-            spill: leave in the repository what the buffer has no room for, whatever ``overflow`` says.
+            tasks: the tasks to store; they are not changed.
+            spill: tasks that do not fit into the buffer stay in the repository, whatever ``overflow`` says.
 
         Raises:
-            TaskxError: of the kind that says why not; nothing was stored, unless it is in doubt.
+            TaskxError: its class tells the reason. Nothing was stored, unless ``in_doubt`` is True.
         """
         self.refuse_if_stopped()
         if self._hooks.waiting:
@@ -342,7 +358,7 @@ class Intake:
         except Exception:
             raise
         except BaseException as error:
-            # All or none of them are stored, and any one of them tells which.
+            # All tasks or none were stored: the first one is enough to find out.
             error.task_id = inserts[0].id  # type: ignore[attr-defined]
             raise
         return [insert.id for insert in inserts]
@@ -356,7 +372,7 @@ class Intake:
         due = [insert for insert in due if insert.row["type"] not in apart]
         turns: list[int] = []
         try:
-            # Before they are stored: from then on the rest may be fetched, and must come after.
+            # Before the tasks are stored: after that, spilled ones may be fetched and must come later.
             turns += [buffer.new_slot() for _ in due]
             del turns[self._reserve_many(pool, turns, refuse=refuse) :]
             buffered = due[: len(turns)]
@@ -366,14 +382,14 @@ class Intake:
             for insert, turn in zip(buffered, turns, strict=True):
                 if not buffer.add(*_place(insert.row), turn, fetched=False):
                     pool.agenda.wake_from_long_sleep()
-        except BaseException:  # an interrupt, too: nobody else knows of these slots
+        except BaseException:  # also an interrupt: no other code knows of these slots
             buffer.release(turns)
             raise
         if len(buffered) < len(due) or any(map(pool.fetcher.has_room, apart)):
             self._services.agenda.fetch_soon()
 
     def _reserve_many(self, pool: WorkerPool, turns: Sequence[int], *, refuse: bool) -> int:
-        """Return how many of some tasks go into the buffer; the rest is refused or spilled."""
+        """Return the number of tasks that go into the buffer; the rest is refused or spilled."""
         buffer, wanted = pool.buffer, len(turns)
         if self._spills:
             return 0
@@ -393,10 +409,10 @@ class Intake:
             if self._try_to_store(inserts):
                 self._services.consequences.created(inserts)
                 return
-        raise _busy(keyed[0].row["unique_lock"])  # an id that is taken raised before
+        raise _busy(keyed[0].row["unique_lock"])  # a duplicate id has raised before
 
     def _try_to_store(self, inserts: Sequence[Insert]) -> bool:
-        """Store all; False where a unique key was held that is free now."""
+        """Store all tasks; return False if a unique key was held and is free now."""
         try:
             results = self._services.ledger.commit_whole(inserts)
         except TaskxError as error:
@@ -404,12 +420,12 @@ class Intake:
         for insert, stored in zip(inserts, results, strict=True):
             if not stored:
                 self._resolve_conflict(insert, "reject")
-                return False  # its key is free by now
+                return False  # the key is free now
         return True
 
 
 def _pause(tried: int) -> None:
-    """Wait a moment before a further try: the unique key passes from hand to hand."""
+    """Wait a moment before the next try: the unique key is passed from task to task."""
     if tried > 2:
         time.sleep(_PAUSE)
 
@@ -421,7 +437,7 @@ def _busy(key: str) -> RepositoryUnavailable:
 
 
 def _refuse_twins(inserts: Sequence[Insert]) -> None:
-    """New tasks that stand in one another's way, and not in that of any that is stored."""
+    """Raise ``DuplicateTask`` if two of the new tasks have the same id or the same unique key."""
     ids: set[str] = set()
     holders: dict[str, str] = {}
     for insert in inserts:
@@ -434,7 +450,7 @@ def _refuse_twins(inserts: Sequence[Insert]) -> None:
 
 
 def _about(error: TaskxError, task_id: str) -> TaskxError:
-    """The error; one of its own where the submit is in doubt, as all in a commit are told the same."""
+    """Return the error; if it is in doubt, a copy for this task, as a whole commit shares one error."""
     if not isinstance(error, RepositoryError) or not error.in_doubt:
         return error
     own = type(error)(f"task {task_id}: {error}")
@@ -442,16 +458,19 @@ def _about(error: TaskxError, task_id: str) -> TaskxError:
     return own
 
 
-# --- what a submit makes of its arguments
+# --- from arguments to a task and its record
 
 
 def prepare(services: Services, task: Task, priority: int | None = None) -> Insert:
-    """Make the record of a task, with what its executor says where it says nothing; raise what is wrong.
+    """Make the record of a task; options that it does not set come from its executor.
 
-    A ``priority`` that was given wins over the executor's own, zero included.
+    A given ``priority`` overrides the executor's, even with 0.
+
+    Raises:
+        TaskxError: the task is not valid; the class tells the reason.
     """
     if not isinstance(task, Task):
-        raise ConfigurationError(f"submit takes a Task or a type, not {type(task).__name__}")
+        raise ConfigurationError(f"submit requires a Task or a type, not {type(task).__name__}")
     registry = services.registry
     insert = new_record(task, services.clock.now_ms(), registry.max_payload_size)
     row = insert.row
@@ -470,10 +489,17 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
 def task_of(
     task: Task | str, params: Any, options: Mapping[str, Any], known: Any, what: str, clock: Clock
 ) -> Task:
-    """The task that is meant by a task, or by a type and params; with options, which are of ``known``.
+    """Make the task from the arguments of a call: a task, or a type and params, and options.
+
+    Args:
+        task, params: as in ``Queue.submit``.
+        options: the options of the call.
+        known: the ``TypedDict`` of the allowed options.
+        what: the name of the called method, for error messages.
+        clock: the clock that ``delay`` is counted by.
 
     Raises:
-        TypeError: there is no such option in the call of ``what``, or both a task and params.
+        TypeError: the method has no such option, or both a task and params are given.
         ConfigurationError: an option is not valid, or ``run_at`` and ``delay`` are both given.
     """
     if options:
@@ -481,8 +507,8 @@ def task_of(
     if isinstance(task, str):
         task = Task(type=task, params={} if params is None else params)
     elif params is not None:
-        raise TypeError(f"{what}() of a task takes no params: set task.params, or give a type")
-    if not options or not isinstance(task, Task):  # who stores it says what it is not
+        raise TypeError(f"{what}() accepts no params with a Task: set task.params, or give a type")
+    if not options or not isinstance(task, Task):  # prepare() raises if it is not a Task
         return task
     return _with_options(task, options, clock.now_ms())
 
@@ -490,7 +516,7 @@ def task_of(
 def _with_options(task: Task, given: Mapping[str, Any], now_ms: int) -> Task:
     """Return the task with the options of ``submit`` that were given."""
     chosen = {name: value for name, value in given.items() if value is not None}
-    if "id" in chosen:  # that of a Task may be empty: one is made then
+    if "id" in chosen:  # only Task.id may be empty: then an id is made
         check_key(chosen["id"], "id")
     parents = chosen.get("depends_on")
     if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
@@ -509,6 +535,6 @@ def _with_options(task: Task, given: Mapping[str, Any], now_ms: int) -> Task:
             chosen["run_at"] = to_datetime(now_ms) + timedelta(seconds=seconds)
         except OverflowError:
             raise ConfigurationError(
-                f"delay of {seconds:g} seconds is beyond the calendar"
+                f"delay of {seconds:g} seconds is beyond the calendar: give a shorter one"
             ) from None
     return attrs.evolve(task, **chosen) if chosen else task

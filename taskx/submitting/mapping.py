@@ -1,4 +1,4 @@
-"""A map over items: a task for each, which is found again by its id when the map is run again."""
+"""A map over items: one task for each item. If the map is run again, it finds the tasks by their ids."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from taskx.core.options import MapOptions, refuse_unknown
 from taskx.executing.executors import Executor
 from taskx.submitting.intake import Intake, task_of
 
-# Tasks that lie ahead for each worker, unless the caller says otherwise.
+# Tasks submitted ahead for each worker if no window is given.
 _AHEAD_PER_WORKER = 4
 # Results that may wait behind one that takes long, for each place in the window.
 _MOST_WAITING = 32
@@ -41,7 +41,7 @@ _NONE = object()
 
 
 def ahead(config: Config) -> int:
-    """Return the number of tasks submitted ahead, unless the caller says otherwise."""
+    """Return the number of tasks to submit ahead if no window is given."""
     workers = config.worker_num
     return min(_AHEAD_PER_WORKER * workers, workers + config.buffer_size)
 
@@ -53,10 +53,12 @@ class _Owner(Protocol):
 
 
 def digest(params: dict[str, Any]) -> str:
-    """Return a digest of params, the same in any order of their keys; it is part of stored ids.
+    """Return a digest of params that does not depend on the order of their keys.
+
+    It is part of stored ids, so it must never change.
 
     Raises:
-        PayloadError: they break the JSON rules.
+        PayloadError: the params break the JSON rules.
     """
     value = payload.loads(payload.encode_params(params, payload.NO_LIMIT))
     text = json.dumps(value, sort_keys=True, separators=(",", ":"))
@@ -64,10 +66,10 @@ def digest(params: dict[str, Any]) -> str:
 
 
 class _Window:
-    """The items under way, in order: the task of each, or the error of one that is not a task.
+    """The submitted items, in order: the task of each, or the error of an item that is not a task.
 
     Args:
-        ordered: results are taken in the order of the items.
+        ordered: take results in the order of the items.
     """
 
     def __init__(self, *, ordered: bool) -> None:
@@ -142,17 +144,17 @@ class _Window:
 
 @attrs.define(kw_only=True, eq=False, repr=False)
 class Results(Iterator[Any]):
-    """The results of a map; each ``next`` submits what the window has room for.
+    """The results of a map. Each ``next`` fills the window with new tasks.
 
     The other attributes are the arguments of ``Queue.map``.
 
     Attributes:
         owner: the queue.
-        intake: return the queue's intake; in a forked child, the child's.
+        intake: returns the queue's intake; in a forked child, the child's.
         clock: the queue's clock.
 
     Raises:
-        TypeError: an option is unknown.
+        TypeError: ``map`` has no such option.
         ConfigurationError: a value is not valid.
     """
 
@@ -179,7 +181,7 @@ class Results(Iterator[Any]):
         refuse_unknown(self.options, MapOptions, "map")
         if not isinstance(self.executor, (Executor, str)):
             raise ConfigurationError(
-                f"map takes an executor made by @executor(…), or a type, not {self.executor!r}"
+                f"map requires an executor made by @executor(…), or a type, not {self.executor!r}"
             )
         if self.key is not None and not callable(self.key):
             raise ConfigurationError(f"key must be a function of an item, not {self.key!r}")
@@ -209,7 +211,7 @@ class Results(Iterator[Any]):
                 return error
             self._show(done=1)
             return result
-        except BaseException:  # also at the end: who sees an error must see no display below it
+        except BaseException:  # also at the end: the display must not stay below an error message
             if self._display is not None:
                 self._display.close()
             raise
@@ -221,8 +223,8 @@ class Results(Iterator[Any]):
     def _next_ended(self) -> TaskHandle[Any] | Exception:
         """Wait for the next item that has ended.
 
-        A task that takes long does not keep the workers idle: while it is waited for, others are
-        submitted as soon as one ends, until very many results wait behind it.
+        A long task does not make the workers idle. While this waits for it, each task that ends is
+        replaced by a new one, until very many results wait behind the long task.
         """
         under_way, window = self._under_way, self.window
 
@@ -247,7 +249,7 @@ class Results(Iterator[Any]):
 
     def _fill(self, has_room: Callable[[], bool]) -> None:
         while has_room():
-            if self._item is _NONE:  # else its submit failed: no item is passed over
+            if self._item is _NONE:  # else the last submit failed: no item may be skipped
                 self._item = next(self._items, _NONE)
             if self._item is _NONE:
                 return
@@ -255,10 +257,10 @@ class Results(Iterator[Any]):
             self._item = _NONE
 
     def _started(self, item: Any) -> TaskHandle[Any] | Exception:
-        """The task of an item, or what is wrong with the item and is no better at another try."""
+        """Submit the task of an item and return its handle; return the error if the item is not valid."""
         try:
             task = self._task(item)
-        except Exception as error:  # noqa: BLE001  (``key`` is a function of the user's)
+        except Exception as error:  # noqa: BLE001  (``key`` is the user's function)
             return error
         try:
             return self._submit(task)
@@ -266,21 +268,21 @@ class Results(Iterator[Any]):
             return error
 
     def _task(self, item: Any) -> Task:
-        """The task of an item: a dict is its params, any other value that of the first parameter.
+        """Return the task of an item: a dict is its params, any other value is its first parameter.
 
         Raises:
-            PayloadError: it does not fit the executor.
-            ConfigurationError: ``key`` gives neither a text nor a number.
+            PayloadError: the item does not fit the executor.
+            ConfigurationError: ``key`` returned neither a text nor a whole number.
         """
         if isinstance(item, Mapping):
             task = Task(type=self._type, params=dict(item))
         elif isinstance(self.executor, Executor):
             task = self.executor.task(item)
         else:
-            raise PayloadError("params", "of a type by its name, every item must be a dict")
+            raise PayloadError("params", "every item must be a dict if map gets only the name of a type")
         key = digest(task.params) if self.key is None else self.key(item)
         if type(key) is not int and (not isinstance(key, str) or not key):
-            raise ConfigurationError(f"key must give a text or a whole number, not {key!r}")
+            raise ConfigurationError(f"key must return a text or a whole number, not {key!r}")
         task.id = f"{self.name or self._type}:{key}"
         return task
 
@@ -291,23 +293,26 @@ class Results(Iterator[Any]):
                 self.intake().accept(task, self.options.get("priority"), spill=True)
                 return self.owner.handle(task.id)
             except DuplicateTask:
-                with suppress(TaskNotFound):  # it was deleted since, so it is free now
+                with suppress(TaskNotFound):  # it was deleted in the meantime, so the id is free
                     return self._known(task)
 
     def _known(self, task: Task) -> TaskHandle[Any]:
-        """The task that has this id: of an earlier run, of another process, or of an equal item."""
+        """Return a handle for the stored task with this id.
+
+        An earlier run of the map, another process or an equal item has submitted it.
+        """
         if (under_way := self._under_way.handle(task.id)) is not None:
             return under_way
         stored = self.owner.get_task_status(task.id)
         if stored.type != task.type:
             raise ConfigurationError(
-                f"task {task.id} is of type {stored.type!r} and none of this map: give it a name "
-                "of its own"
+                f"task {task.id} has type {stored.type!r} and does not belong to this map: give the map "
+                "another name"
             )
         handle = self.owner.handle(task.id)
         if stored.status is TaskStatus.COMPLETED or not self.retry_failed:
             handle.conclude(stored)
         elif stored.status.finished:
-            with suppress(InvalidTransition):  # another process was faster
+            with suppress(InvalidTransition):  # another process has requeued it
                 self.owner.requeue(task.id)
         return handle

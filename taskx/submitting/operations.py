@@ -1,4 +1,4 @@
-"""Changes to stored tasks from outside: cancel, requeue, delete, and the handling of dead letters."""
+"""Changes to stored tasks on request: cancel, requeue, delete, and the handling of dead letters."""
 
 from __future__ import annotations
 
@@ -25,36 +25,38 @@ from taskx.storage.base import Repository
 
 #: Most tasks changed in one transaction.
 BATCH = 200
-# Attempts to cancel a task that moves between the write and the look.
+# Attempts to cancel a task that moves between the write and the read.
 _TRIES = 20
 
 
 def dead(filter: TaskFilter | None) -> TaskFilter:
-    """The filter, of dead letters only.
+    """Return the filter, limited to dead letters.
 
     Raises:
-        ConfigurationError: it is none, or asks for another status.
+        ConfigurationError: the value is not a ``TaskFilter``, or it has another status.
     """
     wanted = check_filter(filter)
     if wanted.status not in (None, TaskStatus.FAILED):
-        raise ConfigurationError(f"dead letters are failed tasks, not {wanted.status} ones")
+        raise ConfigurationError(
+            f"dead letters are failed tasks: the filter must not have status {wanted.status}"
+        )
     return attrs.evolve(wanted, status=TaskStatus.FAILED)
 
 
 def children(repository: Repository, task_ids: Iterable[str]) -> list[str]:
-    """The tasks that depend on one of these, whatever their status, each once."""
+    """Return the ids of the tasks that depend on the given ones, in any status, each once."""
     found = repository.find("parent", [*task_ids], ("id",))
     return [*dict.fromkeys(task_id for (task_id,) in found)]
 
 
 class Operations:
-    """Changes stored tasks, whether the queue is started or not.
+    """Changes stored tasks; the queue need not be started.
 
-    Its public methods do what those of ``Queue`` with the same names say (``cancel`` is ``cancel_task``).
+    Its public methods implement the methods of ``Queue`` with the same names (``cancel``: ``cancel_task``).
 
     Args:
-        services: what it works with.
-        state: whether the queue is started, and whether it was stopped.
+        services: the shared parts of the queue.
+        state: tells if the queue is started, and if it was stopped.
     """
 
     def __init__(self, services: Services, state: State) -> None:
@@ -76,30 +78,32 @@ class Operations:
                 return False
             task = self._repository.get_by_id(task_id)
             if task.status.finished:
-                raise InvalidTransition(f"task {task_id} is {task.status} already")
+                raise InvalidTransition(f"task {task_id} is already {task.status}")
             if queries.asked_to_cancel(self._repository, [task_id]):
                 if self._state.engine is not None:
                     self._state.engine.fire(task_id)
                 return False
-            # else it moved between the write and the look
+            # else it moved between the write and the read: try again
         raise RepositoryCorrupt(
-            f"task {task_id} cannot be cancelled: its stored record is damaged; remove it with "
+            f"task {task_id} cannot be cancelled: its stored record is damaged; delete it with "
             "delete(), or repair it by hand"
         )
 
     def cancel_many(self, task_ids: Sequence[str]) -> int:
-        never_run, settled = 0, set[str]()
+        never_run, handled = 0, set[str]()
         now = self._services.clock.now_ms()
         for start in range(0, len(task_ids), BATCH):
             some = task_ids[start : start + BATCH]
             writes = [write for task_id in some for write in lifecycle.cancel(task_id, now)]
             done = [w for w, held in zip(writes, self._commit(writes), strict=True) if held]
             never_run += sum("status" in write.changes for write in done)
-            settled.update(write.id for write in done)
-        left = [task_id for task_id in task_ids if task_id not in settled]
+            handled.update(write.id for write in done)
+        left = [task_id for task_id in task_ids if task_id not in handled]
         rest = self._repository.statuses(left) if left else {}
         for task_id, status in rest.items():
-            if status not in lifecycle.FINISHED:  # it moved meanwhile, or was asked before
+            if (
+                status not in lifecycle.FINISHED
+            ):  # it moved in the meantime, or was already asked to stop
                 try:
                     never_run += self.cancel(task_id)
                 except RepositoryCorrupt as error:
@@ -125,7 +129,9 @@ class Operations:
         lifecycle.check_requeue(task)
         if task_id not in self._requeue(self._with_orphans({task_id: task})):
             self._repository.refuse_if_key_held(task)
-            raise InvalidTransition(f"task {task_id} moved on while it was being requeued")
+            raise InvalidTransition(
+                f"task {task_id} was changed while it was being requeued; try again"
+            )
 
     def requeue_many(self, task_ids: Sequence[str]) -> int:
         self._refuse_if_stopped()
@@ -150,7 +156,7 @@ class Operations:
 
     def _refuse_if_stopped(self) -> None:
         if self._state.stopped:
-            raise QueueStopped("the queue was stopped; nothing was requeued")
+            raise QueueStopped("the queue was stopped: create a new queue; nothing was requeued")
 
     def _found(self, task_ids: Sequence[str], wanted: Callable[[Task], bool]) -> dict[str, Task]:
         known: dict[str, Task] = {}
@@ -171,7 +177,7 @@ class Operations:
         return known
 
     def _with_parents(self, left: dict[str, int], tasks: Mapping[str, Task]) -> dict[str, Task]:
-        """These and the dead letters that they depend on, which are requeued before them."""
+        """Return these tasks and the dead letters that they depend on, which are requeued first."""
         known = dict(tasks)
         more = tasks
         while ahead := {p for task in more.values() for p in task.depends_on} & left.keys():
@@ -180,10 +186,10 @@ class Operations:
         return known
 
     def _requeue(self, known: Mapping[str, Task]) -> set[str]:
-        """Have tasks run again, each when those of its parents have ended that are under way.
+        """Requeue tasks; each one waits for its unfinished parents.
 
         Returns:
-            those that run again.
+            the ids of the tasks that run again.
         """
         parents = {i: [p for p in task.depends_on if p in known] for i, task in known.items()}
         order = [known[task_id] for task_id in TopologicalSorter(parents).static_order()]
@@ -196,7 +202,7 @@ class Operations:
     def _requeue_some(self, tasks: Sequence[Task]) -> set[str]:
         parents = list({parent: None for task in tasks for parent in task.depends_on})
         statuses = self._repository.statuses(parents) if parents else {}
-        statuses.update((task.id, TaskStatus.PENDING) for task in tasks)  # by the same transaction
+        statuses.update((task.id, TaskStatus.PENDING) for task in tasks)  # in the same transaction
         now = self._services.clock.now_ms()
         writes = [
             lifecycle.requeue(task, now, lifecycle.unfinished_parent(task.depends_on, statuses))
@@ -223,12 +229,13 @@ class Operations:
         return {parent for child in found.values() for parent in child.depends_on}
 
     def _listed(self, filter: TaskFilter) -> dict[str, int]:
-        """Return the ids of all tasks that meet a filter, newest first, each with its ``starts``.
+        """Return the ids of all tasks that match a filter, newest first, each with its ``starts``.
 
-        The filter's offset applies, and its limit if it was given one.
+        The filter's offset applies, and its limit if one was given.
 
-        All before the first is changed: one that fails again meanwhile is not among them a second time, and
-        is known by its starts. No clock tells it, which may be set back, or be another host's.
+        All ids are read before the first task is changed. So a task that fails again in the meantime does
+        not appear twice: its ``starts`` has changed. A clock could not tell this: it may be set back, or
+        belong to another host.
         """
         found: dict[str, int] = {}
         first, most = filter.offset, filter.offset + filter.limit if filter.limited else None
@@ -238,7 +245,7 @@ class Operations:
             found.update((task.id, task.starts) for task in page)
             if len(page) < BATCH or (most is not None and len(found) >= most):
                 return dict(islice(found.items(), first, most))
-            # By the date of the last one, not by how many came before it: those may leave the list.
+            # The next page starts at the date of the last task, not at an offset: tasks may leave the list.
             oldest = page[-1].created_at
             if oldest in (None, filter.end_date) or page[-1].damage:
                 offset += len(page)
@@ -246,7 +253,10 @@ class Operations:
                 filter, offset = attrs.evolve(filter, end_date=oldest), 0
 
     def _change_all(self, left: dict[str, int], change: Callable[[Mapping[str, Task]], int]) -> int:
-        """Change what was listed; ``change`` says how many it changed, and may take more of these."""
+        """Change the listed tasks in batches; return the sum of what ``change`` returns.
+
+        ``change`` may take further tasks out of ``left``.
+        """
         done = 0
         ids = list(left)
         for start in range(0, len(ids), BATCH):
@@ -255,7 +265,7 @@ class Operations:
         return done
 
     def _take(self, left: dict[str, int], task_ids: Collection[str]) -> dict[str, Task]:
-        """Take tasks from the list; return the ones that are still as they were listed."""
+        """Take tasks out of the list; return the ones that did not change since they were listed."""
         starts = {task_id: left.pop(task_id) for task_id in task_ids if task_id in left}
         found = self._repository.get_many([*starts])
         return {

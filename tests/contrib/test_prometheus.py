@@ -220,7 +220,9 @@ class TestWhatIsCounted:
         assert len(series) <= 3 + len(BUCKETS) + 1
 
     def test_a_registry_takes_one(self, make, registry):
-        with pytest.raises(ConfigurationError, match="share it, or give another") as caught:
+        with pytest.raises(
+            ConfigurationError, match="share one PrometheusHook"
+        ) as caught:
             PrometheusHook(registry)
         assert "Duplicated" in str(caught.value.__cause__)
 
@@ -246,7 +248,7 @@ class TestTheStore:
 
     @pytest.mark.parametrize("thing", ["x", None, MemoryRepository()])
     def test_what_is_no_queue_is_refused(self, thing):
-        with pytest.raises(ConfigurationError, match="StoreCollector takes a Queue"):
+        with pytest.raises(ConfigurationError, match="StoreCollector requires a Queue"):
             StoreCollector(thing)
 
     def test_nothing_waits(self, queue, value):
@@ -275,7 +277,7 @@ class TestTheStore:
         text = generate_latest(registry).decode()
         assert "taskx_tasks_running 0.0" in text
         assert "taskx_nodes" not in text
-        assert "the repository's metrics are left out" in caplog.text
+        assert "the metrics of the repository are missing" in caplog.text
 
     def test_names_are_taken_once_it_is_registered(self, queue, registry):
         with pytest.raises(ValueError, match="Duplicated"):

@@ -395,7 +395,7 @@ class TestAgain:
     def test_a_task_of_another_type_is_none_of_the_map(self, running, square):
         cube = running.executor("cube")(lambda n: n**3)
         assert list(running.map(square.executor, [2], str, name="powers")) == [4]
-        with pytest.raises(ConfigurationError, match=r"powers:2 is of type 'square'.*a name"):
+        with pytest.raises(ConfigurationError, match=r"powers:2 has type 'square'.*another name"):
             next(running.map(cube, [2], str, name="powers"))
 
 
@@ -414,7 +414,7 @@ class TestKeys:
 
     @pytest.mark.parametrize("key", [None, "", 1.5, True, ["a"]])
     def test_are_texts_or_whole_numbers(self, running, square, key):
-        with pytest.raises(ConfigurationError, match="key must give"):
+        with pytest.raises(ConfigurationError, match="key must return"):
             next(running.map(square.executor, [7], key=lambda _: key))
         assert ids(running) == set()
 
@@ -468,7 +468,7 @@ class TestOptions:
             queue.map(square.executor, [1], delay=5)
 
     def test_a_plain_function_is_no_executor(self, queue):
-        with pytest.raises(ConfigurationError, match="map takes an executor"):
+        with pytest.raises(ConfigurationError, match="map requires an executor"):
             queue.map(abs, [1])
 
     def test_an_unknown_executor_is_told_of(self, queue):
