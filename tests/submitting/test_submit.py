@@ -422,7 +422,7 @@ def test_config_must_be_a_config():
 
 
 def test_a_class_of_repositories_is_no_repository():
-    with pytest.raises(ConfigurationError, match=r"not the class SQLiteRepository: make one"):
+    with pytest.raises(ConfigurationError, match="got the class SQLiteRepository: use Queue"):
         Queue(SQLiteRepository)
 
 
