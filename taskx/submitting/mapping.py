@@ -279,7 +279,9 @@ class Results(Iterator[Any]):
         elif isinstance(self.executor, Executor):
             task = self.executor.task(item)
         else:
-            raise PayloadError("params", "every item must be a dict if map gets only the name of a type")
+            raise PayloadError(
+                "params", "every item must be a dict if map gets only the name of a type"
+            )
         key = digest(task.params) if self.key is None else self.key(item)
         if type(key) is not int and (not isinstance(key, str) or not key):
             raise ConfigurationError(f"key must return a text or a whole number, not {key!r}")

@@ -220,9 +220,7 @@ class TestWhatIsCounted:
         assert len(series) <= 3 + len(BUCKETS) + 1
 
     def test_a_registry_takes_one(self, make, registry):
-        with pytest.raises(
-            ConfigurationError, match="share one PrometheusHook"
-        ) as caught:
+        with pytest.raises(ConfigurationError, match="share one PrometheusHook") as caught:
             PrometheusHook(registry)
         assert "Duplicated" in str(caught.value.__cause__)
 
