@@ -16,22 +16,22 @@ from taskx.core.ids import new_id
 
 
 class TestIds:
-    def test_they_are_uuids_of_version_7(self):
+    def test_ids_are_uuids_of_version_7(self):
         value = uuid.UUID(new_id())
         assert (value.version, value.variant) == (7, uuid.RFC_4122)
 
-    def test_they_sort_by_the_time_they_were_made(self):
+    def test_ids_sort_by_the_time_of_their_creation(self):
         made = [new_id() for _ in range(5000)]
         assert made == sorted(made)
         assert len(set(made)) == len(made)
 
-    def test_they_keep_their_order_when_the_clock_goes_back(self, monkeypatch):
+    def test_ids_keep_their_order_when_the_clock_goes_back(self, monkeypatch):
         before = new_id()
         real = ids.time.time_ns()
         monkeypatch.setattr(ids.time, "time_ns", lambda: real - 3_600_000_000_000)
         assert new_id() > before
 
-    def test_they_are_unique_over_threads(self):
+    def test_ids_are_unique_across_threads(self):
         made = [[] for _ in range(8)]
         barrier = threading.Barrier(8)
 
@@ -49,7 +49,7 @@ class TestIds:
 
     @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-    def test_parent_and_child_make_different_ones(self):
+    def test_parent_and_child_process_make_different_ids(self):
         new_id()
         read, write = os.pipe()
         if (child := os.fork()) == 0:
@@ -76,7 +76,7 @@ def error_classes():
 
 
 class TestErrors:
-    def test_the_tree_that_is_drawn_is_the_tree_there_is(self):
+    def test_the_tree_in_the_docstring_is_the_real_tree(self):
         drawn = {}
         path = []
         for line in errors.__doc__.splitlines():
@@ -93,7 +93,7 @@ class TestErrors:
         }
         assert drawn == real
 
-    def test_all_of_them_are_public(self):
+    def test_all_error_classes_are_public(self):
         assert {error.__name__ for error in error_classes()} <= set(taskx.__all__)
 
     @pytest.mark.parametrize(
@@ -115,12 +115,12 @@ class TestErrors:
         ],
         ids=lambda error: type(error).__name__,
     )
-    def test_each_survives_pickling(self, error):
+    def test_errors_survive_pickling(self, error):
         copy = pickle.loads(pickle.dumps(error))
         assert type(copy) is type(error)
         assert (str(copy), vars(copy)) == (str(error), vars(error))
 
-    def test_they_say_what_they_are_about(self):
+    def test_error_texts_name_the_problem(self):
         assert str(errors.PayloadError("params.x", "is not JSON")) == "params.x: is not JSON"
         assert "'a b'" in str(errors.TaskNotFound("a b"))
         assert "'a b'" in str(errors.DuplicateTask("a b"))
@@ -128,12 +128,12 @@ class TestErrors:
         assert str(failed) == "task a failed in attempt 2: ValueError: broke\n\nTraceback …"
         assert str(TaskCancelled(CancelReason.STOP)) == "the task was told to stop: stop"
 
-    def test_a_cancellation_passes_an_except_exception(self):
+    def test_except_exception_does_not_catch_a_cancellation(self):
         assert not issubclass(TaskCancelled, (Exception, TaskxError))
 
 
-def test_records_go_on_naming_a_cancellation_alike():
-    """The full name of its class is stored in ``error_type``."""
+def test_the_stored_name_of_a_cancellation_never_changes():
+    """Records contain the full name of its class in ``error_type``."""
     assert (
         f"{TaskCancelled.__module__}.{TaskCancelled.__qualname__}"
         == "taskx.core.errors.TaskCancelled"

@@ -1,4 +1,4 @@
-"""The life of a task: every row of the table of moves, and that there are no others."""
+"""The life of a task: every row of the table of moves, and no other moves."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def make(status="pending", **fields) -> Task:
 
 
 def apply(task: Task, *writes) -> Task | None:
-    """The task after the one write whose guard holds; None if none does."""
+    """Return the task after the one write whose guard holds; None if no guard holds."""
     row = row_from_task(task)
     row["held"] = int(task.run_at is not None and task.status is TaskStatus.PENDING)
     if task.depends_on:
@@ -71,9 +71,9 @@ def request_cancel(task: Task) -> Task:
 
 
 class TestTable:
-    """``MOVES`` is what really can happen."""
+    """``MOVES`` lists all changes of status that can happen, and no others."""
 
-    def test_every_move_is_reachable_and_no_other(self):
+    def test_every_move_of_the_table_and_no_other_is_possible(self):
         reached = set()
         for status, asked, errors, parents in product(
             TaskStatus, (False, True), (0, 1), ([], ["p"])
@@ -122,7 +122,7 @@ class TestTable:
                 with suppress(InvalidTransition):
                     yield by_hand()
 
-    def test_each_move_by_hand_is_allowed_or_refused_as_the_table_says(self):
+    def test_changes_by_hand_follow_the_table_of_moves(self):
         edges = {(m.source, m.target) for m in lifecycle.MOVES if m.name != "orphan"}
         for source, target in product(TaskStatus, TaskStatus):
             task = make(source.value)
@@ -139,7 +139,7 @@ class TestTable:
 
 class TestCreate:
     @pytest.mark.parametrize(("run_at", "held"), [(None, 0), (NOW - 1, 0), (NOW, 0), (NOW + 1, 1)])
-    def test_held_back_only_before_its_time(self, run_at, held):
+    def test_a_new_task_is_held_back_only_before_its_time(self, run_at, held):
         write = lifecycle.create(
             task_id="a", type="t", params="{}", created_by="u", now=NOW, run_at=run_at
         )
@@ -149,7 +149,7 @@ class TestCreate:
 
 
 class TestStart:
-    def test_raises_the_fence_and_names_the_owner(self):
+    def test_a_start_raises_the_fence_and_names_the_owner(self):
         task = make(starts=3, max_attempts=2, max_crashes=4, timeout=1.5)
         update = lifecycle.start(task, LATER, "node")
         after = apply(task, update)
@@ -159,7 +159,7 @@ class TestStart:
         lifecycle.mark_started(task, update)
         assert task == after
 
-    def test_of_two_starts_of_one_reading_the_second_fails(self):
+    def test_the_second_start_of_the_same_record_fails(self):
         task = make()
         first, second = (lifecycle.start(task, LATER, node) for node in ("one", "two"))
         started = apply(task, first)
@@ -168,24 +168,24 @@ class TestStart:
         assert back.status is TaskStatus.PENDING
         assert apply(back, second) is None
 
-    def test_not_before_its_time(self):
+    def test_a_task_does_not_start_before_its_time(self):
         task = make(run_at=to_datetime(LATER))
         assert apply(task, lifecycle.start(task, NOW, "node")) is None
 
     @pytest.mark.parametrize("status", ["running", "completed", "failed", "cancelled"])
-    def test_only_of_a_pending_task(self, status):
+    def test_only_a_pending_task_can_start(self, status):
         assert lifecycle.start(make(status), LATER, "node") is None
 
     @pytest.mark.parametrize(("max_crashes", "durable"), [(None, False), (1, True), (2, False)])
-    def test_a_power_cut_must_not_undo_one_that_may_not_be_repeated(self, max_crashes, durable):
+    def test_a_start_that_must_not_be_repeated_is_durable(self, max_crashes, durable):
         assert lifecycle.start(make(max_crashes=max_crashes), LATER, "n").durable is durable
 
 
 class TestFence:
-    """What a run writes counts only as long as it is the task's run."""
+    """A run can change its task only while it is the task's current run."""
 
     @pytest.mark.parametrize("other", [{"starts": 2}, {"status": TaskStatus.PENDING}])
-    def test_a_run_that_lost_it_writes_nothing(self, other):
+    def test_a_run_that_lost_its_fence_writes_nothing(self, other):
         task = make("running")
         now = attrs.evolve(task, **other)
         writes = [
@@ -197,14 +197,14 @@ class TestFence:
         writes.append(lifecycle.hand_back(task, LATER))
         assert [apply(now, *alternatives) for alternatives in writes] == [None] * len(writes)
 
-    def test_progress_of_whichever_run_there_is(self):
+    def test_progress_without_a_fence_is_that_of_the_current_run(self):
         after = apply(make("running", starts=9), lifecycle.progress("a", None, 50, "half"))
         assert (after.progress, after.message) == (50, "half")
 
 
 class TestConclude:
     @pytest.mark.parametrize("reason", [None, *CancelReason])
-    def test_a_normal_return_completes_whatever_had_fired(self, reason):
+    def test_a_normal_return_completes_even_if_the_token_fired(self, reason):
         task = request_cancel(make("running", errors=1, error="before", traceback="tb"))
         after = end(task, returned=True, result='{"n":1}', reason=reason, duration=2.5, worker="w")
         assert after.status is TaskStatus.COMPLETED
@@ -230,8 +230,10 @@ class TestConclude:
             (5, 2, False, "failed", True),
         ],
     )
-    def test_an_error_spends_an_attempt(self, errors, max_attempts, permanent, status, dead_letter):
-        """What has failed, with attempts left or without, is a dead letter."""
+    def test_an_error_uses_up_an_attempt(
+        self, errors, max_attempts, permanent, status, dead_letter
+    ):
+        """A failed task is a dead letter, whether it has attempts left or not."""
         task = make("running", errors=errors, max_attempts=max_attempts)
         after = end(task, error="broke", traceback="tb", permanent=permanent)
         assert (after.status.value, after.dead_letter) == (status, dead_letter)
@@ -247,13 +249,13 @@ class TestConclude:
         assert (attempt.outcome, attempt.error, attempt.worker) == ("retried", "broke", "w")
         assert attempt.ended_at == to_datetime(LATER)
 
-    def test_a_start_that_nobody_executed_leaves_the_worker_of_the_attempt_before(self):
+    def test_an_undone_start_keeps_the_worker_of_the_last_attempt(self):
         task = end(make("running", max_attempts=2), error="broke", worker="w/1")
         started = apply(task, lifecycle.start(task, LATER, "node", "w"))
         assert started.worker == "w"
         assert apply(started, *lifecycle.hand_back(started, LATER)).worker == "w/1"
 
-    def test_a_retry_that_waits_is_nobodys_until_it_is_due(self):
+    def test_a_waiting_retry_has_no_owner(self):
         task = make("running", max_attempts=2)
         [write, _] = lifecycle.conclude(
             task, Ending(returned=False, error="broke", delay=1.5), LATER
@@ -263,12 +265,12 @@ class TestConclude:
         assert row["run_at"] == LATER + 1500
         assert row["errors"] == 1
 
-    def test_a_wait_beyond_the_calendar_is_cut(self):
+    def test_a_wait_beyond_the_calendar_is_shortened(self):
         after = end(make("running", max_attempts=2), delay=1e300)
         assert 2090 < after.run_at.year < 2200
 
     @pytest.mark.parametrize(("seconds", "owner"), [(60.0, ""), (0.0, "node")])
-    def test_a_snooze_spends_no_attempt(self, seconds, owner):
+    def test_a_snooze_uses_up_no_attempt(self, seconds, owner):
         after = end(make("running", max_attempts=1), snooze=seconds, error="again in 60 s")
         assert (after.status, after.owner, after.snoozes) == (TaskStatus.PENDING, owner, 1)
         assert (after.errors, after.error, after.attempt) == (0, "", 1)
@@ -283,7 +285,7 @@ class TestConclude:
             (CancelReason.STOP, "pending"),
         ],
     )
-    def test_a_token_that_fired_decides_over_a_snooze(self, reason, status):
+    def test_a_fired_token_wins_over_a_snooze(self, reason, status):
         after = end(make("running"), snooze=60.0, reason=reason)
         assert (after.status.value, after.snoozes, after.run_at) == (status, 0, None)
 
@@ -292,13 +294,13 @@ class TestConclude:
         retried = end(make("running", max_attempts=2), reason=CancelReason.TIMEOUT)
         assert (retried.status, retried.errors) == (TaskStatus.PENDING, 1)
 
-    def test_a_cancel_cancels_whatever_was_raised(self):
+    def test_a_cancelled_task_ends_as_cancelled_whatever_it_raised(self):
         after = end(make("running", max_attempts=5), reason=CancelReason.CANCEL, error="broke")
         assert after.status is TaskStatus.CANCELLED
         assert (after.errors, after.completed_at) == (0, to_datetime(LATER))
 
     @pytest.mark.parametrize("reason", [CancelReason.STOP, CancelReason.LEASE_LOST])
-    def test_a_stop_interrupts_and_spends_nothing(self, reason):
+    def test_a_stop_interrupts_and_uses_up_no_attempt(self, reason):
         after = end(make("running", errors=0), reason=reason, error="broke")
         assert (after.status, after.owner) == (TaskStatus.PENDING, "")
         assert (after.interruptions, after.errors, after.crashes, after.error) == (1, 0, 0, "")
@@ -315,15 +317,15 @@ class TestConclude:
             {"crashed": True},
         ],
     )
-    def test_what_would_run_again_is_cancelled_if_that_was_asked_for(self, how):
-        """Even if the request came after the task was read."""
+    def test_a_cancel_request_wins_over_another_run(self, how):
+        """Also if the request came after the task was read."""
         task = make("running", max_attempts=3)
         asked = request_cancel(task)
         writes = lifecycle.conclude(task, Ending(returned=False, **how), LATER)
         assert apply(asked, *writes).status is TaskStatus.CANCELLED
         assert apply(task, *writes).status is TaskStatus.PENDING
 
-    def test_a_crash_of_its_child_process_spends_no_attempt(self):
+    def test_a_crash_of_a_child_process_uses_up_no_attempt(self):
         task = make("running", errors=1, max_attempts=2, progress=40)
         after = end(task, crashed=True, error="killed", traceback="tb", worker="w")
         assert (counts(after), after.errors) == (("pending", 1, 0), 1)
@@ -336,7 +338,7 @@ class TestConclude:
         ("crashes", "max_crashes", "status"),
         [(0, 1, "failed"), (1, None, "pending"), (2, None, "failed"), (2, 4, "pending")],
     )
-    def test_its_last_crash_fails_it_for_good(self, crashes, max_crashes, status):
+    def test_the_last_allowed_crash_fails_a_task_for_good(self, crashes, max_crashes, status):
         task = make("running", crashes=crashes, max_crashes=max_crashes)
         after = end(task, crashed=True, error="killed", traceback="tb", worker="w")
         assert counts(after) == (status, crashes + 1, 0)
@@ -347,7 +349,7 @@ class TestConclude:
             assert (after.traceback, after.worker) == ("tb", "w")
 
     @pytest.mark.parametrize("max_crashes", [1, 3])
-    def test_a_crash_of_one_that_was_asked_to_stop_cancels_it(self, max_crashes):
+    def test_a_crash_after_a_cancel_request_cancels_the_task(self, max_crashes):
         task = make("running", max_crashes=max_crashes)
         writes = lifecycle.conclude(task, Ending(returned=False, crashed=True), LATER)
         assert counts(apply(request_cancel(task), *writes)) == ("cancelled", 1, 0)
@@ -360,12 +362,12 @@ class TestConclude:
             (CancelReason.STOP, "pending"),
         ],
     )
-    def test_a_token_that_fired_decides_over_a_crash(self, reason, status):
-        """The process may have been killed for it."""
+    def test_a_fired_token_wins_over_a_crash(self, reason, status):
+        """The process may have been killed because the token fired."""
         after = end(make("running"), crashed=True, reason=reason)
         assert (after.status.value, after.crashes) == (status, 0)
 
-    def test_a_start_that_nobody_executed_is_undone(self):
+    def test_a_start_that_was_never_executed_is_undone(self):
         task = make("running", errors=1, max_attempts=3)
         after = apply(task, *lifecycle.hand_back(task, LATER))
         assert (after.status, after.owner, after.starts) == (TaskStatus.PENDING, "node", 1)
@@ -383,7 +385,7 @@ class TestAttemptLog:
         done = apply(again, *lifecycle.conclude(again, Ending(returned=False, error="2"), NOW))
         assert [attempt.outcome for attempt in done.attempts] == ["retried", "failed"]
 
-    def test_it_is_bounded(self):
+    def test_the_number_of_kept_attempts_is_limited(self):
         task = make("running", max_attempts=10**6)
         for number in range(lifecycle.MAX_KEPT_ATTEMPTS + 5):
             task = end(task, error=str(number))
@@ -391,14 +393,14 @@ class TestAttemptLog:
         assert len(task.earlier_attempts) == lifecycle.MAX_KEPT_ATTEMPTS
         assert task.earlier_attempts[0].error == "5"
 
-    def test_attempts_of_an_earlier_and_of_a_later_version_are_read(self):
+    def test_attempts_of_older_and_newer_versions_can_be_read(self):
         old, new = ["retried", 1, 2, "w", "broke", "tb"], ["retried", 1, 2, "w", "x", "", "E", "?"]
         row = {**row_from_task(make()), "earlier_attempts": json.dumps([old, new])}
         task = task_from_row([row[name] for name in TASK_FIELDS])
         assert not task.damage
         assert [attempt.error_type for attempt in task.attempts] == ["", "E"]
 
-    def test_a_crash_that_ended_the_task_is_there_once(self):
+    def test_the_crash_that_ended_a_task_is_listed_once(self):
         task = make("running", max_crashes=1)
         [writes] = lifecycle.rescue([task], LATER, stopping=False)
         failed = apply(task, *writes)
@@ -413,17 +415,17 @@ class TestCancel:
         assert (after.status, after.owner) == (TaskStatus.CANCELLED, "")
         assert after.completed_at == to_datetime(LATER)
 
-    def test_a_running_one_is_asked_once(self):
+    def test_a_running_task_is_asked_to_stop_once(self):
         asked = request_cancel(make("running"))
         assert asked.status is TaskStatus.RUNNING
         assert asked.cancel_requested_at == to_datetime(LATER)
         assert apply(asked, *lifecycle.cancel("a", LATER + 1)) is None
 
     @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-    def test_one_that_has_ended_is_left_alone(self, status):
+    def test_an_ended_task_cannot_be_cancelled(self, status):
         assert apply(make(status), *lifecycle.cancel("a", LATER)) is None
 
-    def test_the_caller_is_told_so_it_is_durable(self):
+    def test_a_cancel_is_durable(self):
         assert all(write.durable for write in lifecycle.cancel("a", LATER))
 
 
@@ -437,7 +439,9 @@ def counts(task: Task) -> tuple[str, int, int]:
 
 
 class TestRescue:
-    def test_a_task_that_no_thread_executed_is_interrupted_and_not_suspected(self):
+    """Tasks that ran on a node that died are taken back."""
+
+    def test_a_task_that_no_thread_executed_is_not_suspected(self):
         suspect, culprit, waited = (
             make("running", id="suspect", crashes=1),
             make("running", id="culprit"),
@@ -446,23 +450,21 @@ class TestRescue:
         afterwards = rescue(suspect, culprit, waited, executing={"culprit"})
         assert [(t.crashes, t.interruptions) for t in afterwards] == [(1, 1), (1, 0), (0, 1)]
 
-    def test_nothing_has_crashed_if_no_thread_was_executing(self):
+    def test_no_task_crashed_if_no_thread_executed_any(self):
         [after] = rescue(make("running"), executing=set())
         assert (after.crashes, after.interruptions) == (0, 1)
 
-    def test_a_task_that_allows_one_crash_never_runs_again_whether_it_was_executed_or_not(self):
+    def test_a_task_that_allows_one_crash_fails_even_if_not_executed(self):
         [after] = rescue(make("running", max_crashes=1), executing=set())
         assert (after.status, after.crashes) == (TaskStatus.FAILED, 1)
 
-    """What becomes of the tasks that ran on a node that died."""
-
-    def test_each_counts_a_crash_where_none_is_suspect(self):
+    def test_without_suspects_every_task_counts_a_crash(self):
         assert [counts(t) for t in rescue(make("running"), make("running"))] == [
             ("pending", 1, 0),
             ("pending", 1, 0),
         ]
 
-    def test_it_spends_no_attempt(self):
+    def test_a_crash_of_the_node_uses_up_no_attempt(self):
         [after] = rescue(make("running", max_attempts=1))
         assert (after.status, after.errors, after.owner) == (TaskStatus.PENDING, 0, "")
         [attempt] = after.attempts
@@ -472,7 +474,7 @@ class TestRescue:
         [after] = rescue(make("running", owner="0123", worker="host:7:abc"))
         assert after.attempts[-1].worker == "host:7:abc"
 
-    def test_a_suspect_is_the_culprit_and_spares_its_neighbours(self):
+    def test_a_suspect_is_the_culprit_and_its_neighbours_are_not(self):
         suspect, neighbour = rescue(make("running", crashes=1), make("running"))
         assert counts(suspect) == ("pending", 2, 0)
         assert counts(neighbour) == ("pending", 0, 1)
@@ -481,13 +483,13 @@ class TestRescue:
     @pytest.mark.parametrize(
         ("max_crashes", "status"), [(None, "failed"), (3, "failed"), (4, "pending")]
     )
-    def test_it_is_a_dead_letter_at_its_last_crash(self, max_crashes, status):
+    def test_a_task_is_a_dead_letter_after_its_last_crash(self, max_crashes, status):
         [after] = rescue(make("running", crashes=2, max_crashes=max_crashes))
         assert counts(after) == (status, 3, 0)
         assert after.dead_letter is (status == "failed")
         assert ("max_crashes=3" in after.error) is (status == "failed")
 
-    def test_a_stopping_node_interrupted_them(self):
+    def test_the_death_of_a_stopping_node_only_interrupts(self):
         assert [
             counts(t) for t in rescue(make("running"), make("running", crashes=2), stopping=True)
         ] == [
@@ -496,15 +498,15 @@ class TestRescue:
         ]
 
     @pytest.mark.parametrize("stopping", [True, False])
-    def test_one_that_allows_a_single_crash_never_runs_again(self, stopping):
-        """Whoever was the culprit."""
+    def test_a_task_that_allows_one_crash_never_runs_again(self, stopping):
+        """It does not matter which task was the culprit."""
         after, _ = rescue(
             make("running", max_crashes=1), make("running", crashes=1), stopping=stopping
         )
         assert counts(after) == ("failed", 1, 0)
 
-    def test_nothing_is_thought_of_those_in_child_processes_as_long_as_another_ran(self):
-        """What they do is no harm to the node, whatever crashes of their own they have."""
+    def test_tasks_in_child_processes_are_not_suspected_if_another_ran(self):
+        """They cannot kill the node, even if they have crashed before."""
         child, other = rescue(
             make("running", type="child", crashes=2), make("running"), isolated={"child"}
         )
@@ -516,8 +518,8 @@ class TestRescue:
         )
         assert (counts(once), counts(suspect)) == (("failed", 1, 0), ("pending", 2, 0))
 
-    def test_alone_those_in_child_processes_are_judged_like_others(self):
-        """Where memory runs out, say, the kernel may end a node with its children."""
+    def test_tasks_in_child_processes_are_judged_if_no_other_ran(self):
+        """For example, if memory runs out, the kernel may kill a node and its children."""
         first, second = rescue(
             make("running", type="child", crashes=1), make("running", type="child"),
             isolated={"child"},
@@ -525,64 +527,66 @@ class TestRescue:
         assert (counts(first), counts(second)) == (("pending", 2, 0), ("pending", 0, 1))
 
     @pytest.mark.parametrize("max_crashes", [1, 3])
-    def test_one_that_was_asked_to_stop_is_cancelled(self, max_crashes):
+    def test_a_rescued_task_with_a_cancel_request_is_cancelled(self, max_crashes):
         [after] = rescue(request_cancel(make("running", max_crashes=max_crashes)))
         assert counts(after) == ("cancelled", 1, 0)
 
     @pytest.mark.parametrize(
         "change", [{"owner": "another"}, {"starts": 2}, {"status": TaskStatus.COMPLETED}]
     )
-    def test_not_if_it_moved_on(self, change):
+    def test_a_task_that_moved_on_is_not_rescued(self, change):
         task = make("running")
         [writes] = lifecycle.rescue([task], LATER, stopping=False)
         assert apply(attrs.evolve(task, **change), *writes) is None
 
 
 def row_after(task: Task, *writes, **held) -> dict:
-    """The row of a task after the one write whose guard holds."""
+    """Return the row of a task after the one write whose guard holds."""
     row = {**row_from_task(task), **held}
     [write] = [write for write in writes if matches(row, write.guard)]
     return {**row, **write.changes}
 
 
 class TestStuck:
-    """An attempt is given up while its thread, on its node, runs on."""
+    """An attempt is abandoned while its thread still runs on its node."""
 
-    GIVEN_UP = Ending(
+    ABANDONED = Ending(
         returned=False, stuck=True, reason=CancelReason.TIMEOUT, error="timed out", traceback="tb"
     )
 
-    def test_failed_it_says_where(self):
-        row = row_after(make("running"), *lifecycle.conclude(make("running"), self.GIVEN_UP, LATER))
+    def test_a_failed_task_names_the_node_of_its_thread(self):
+        row = row_after(
+            make("running"), *lifecycle.conclude(make("running"), self.ABANDONED, LATER)
+        )
         assert (row["status"], row["stuck_on"], row["owner"]) == ("failed", "node", "")
         assert (row["error"], row["traceback"]) == ("timed out", "tb")
 
     @pytest.mark.parametrize("delay", [0.0, 5.0])
-    def test_a_retry_is_barred(self, delay):
+    def test_a_retry_waits_for_the_abandoned_thread(self, delay):
         task = make("running", max_attempts=2)
-        ending = attrs.evolve(self.GIVEN_UP, delay=delay)
+        ending = attrs.evolve(self.ABANDONED, delay=delay)
         row = row_after(task, *lifecycle.conclude(task, ending, LATER))
         assert (row["status"], row["held"], row["stuck_on"]) == ("pending", BY_THREAD, "node")
         assert (row["owner"], row["errors"]) == ("", 1)
         assert row["run_at"] == (LATER + 5000 if delay else None)
 
-    def test_cancelled_it_says_where_too(self):
+    def test_a_cancelled_task_names_the_node_of_its_thread(self):
         task = make("running", max_attempts=2)
-        writes = lifecycle.conclude(task, self.GIVEN_UP, LATER)
+        writes = lifecycle.conclude(task, self.ABANDONED, LATER)
         row = row_after(request_cancel(task), *writes)
         assert (row["status"], row["stuck_on"]) == ("cancelled", "node")
 
-    def test_other_ends_write_nothing_of_it(self):
-        """So it costs them nothing."""
+    def test_other_ends_do_not_write_stuck_on(self):
+        """It would only cost them time."""
         task = make("running", max_attempts=2)
         for returned, reason in product((True, False), (None, *CancelReason)):
             ending = Ending(returned=returned, reason=reason)
             writes = lifecycle.conclude(task, ending, LATER)
             assert not any("stuck_on" in write.changes for write in writes)
 
-    def test_it_keeps_the_turn_of_its_key(self):
+    def test_a_stuck_task_keeps_the_turn_of_its_key(self):
         task = make("running", concurrency_key="k")
-        [write] = lifecycle.conclude(task, self.GIVEN_UP, LATER)
+        [write] = lifecycle.conclude(task, self.ABANDONED, LATER)
         assert "turn" not in write.changes
         [other] = lifecycle.conclude(task, Ending(returned=False), LATER)
         assert other.changes["turn"] is None
@@ -598,21 +602,21 @@ class TestStuck:
             ({}, FOR_TURN, FOR_TURN),
         ],
     )
-    def test_lifted_it_waits_for_what_it_waits_for_beside(self, fields, held, after):
+    def test_after_its_thread_a_task_waits_for_its_other_conditions(self, fields, held, after):
         task = make("pending", stuck_on="node", **fields)
         row = row_after(task, *lifecycle.lift_bar(task, LATER), held=held)
         assert (row["held"], row["stuck_on"], row["status"]) == (after, "", "pending")
 
     @pytest.mark.parametrize(("turn", "held"), [("k", FREE), (None, FOR_TURN)])
-    def test_lifted_it_goes_on_with_its_turn_or_waits_for_it(self, turn, held):
+    def test_after_its_thread_a_task_has_or_awaits_its_turn(self, turn, held):
         task = make("pending", stuck_on="node", concurrency_key="k")
         writes = lifecycle.lift_bar(task, LATER)
         row = row_after(task, *writes, held=BY_THREAD, turn=turn)
         assert (row["held"], row["stuck_on"], row["turn"]) == (held, "", turn)
 
     @pytest.mark.parametrize("held", [FOR_PARENTS, FOR_TURN])
-    def test_lifted_while_it_waits_for_others_it_gives_up_its_turn(self, held):
-        """It would keep it from those that come before it."""
+    def test_a_task_that_waits_for_others_passes_its_turn_on(self, held):
+        """Otherwise it would hold the turn back from tasks that come before it."""
         task = make("pending", stuck_on="node", concurrency_key="k")
         row = row_after(task, *lifecycle.lift_bar(task, LATER), held=held, turn="k")
         assert (row["held"], row["stuck_on"], row["turn"]) == (held, "", None)
@@ -621,45 +625,45 @@ class TestStuck:
         ("held", "turn"),
         [(FREE, None), (UNTIL_DUE, None), (FOR_TURN, None), (FOR_PARENTS, "k"), (BY_THREAD, "k")],
     )
-    def test_cancelled_it_keeps_its_turn_as_long_as_its_thread_runs(self, held, turn):
+    def test_a_cancelled_task_keeps_its_turn_while_its_thread_runs(self, held, turn):
         task = make("pending", stuck_on="node", concurrency_key="k")
         row = row_after(task, *lifecycle.cancel(task.id, LATER), held=held, turn="k")
         assert (row["status"], row["turn"], row["stuck_on"]) == ("cancelled", turn, "node")
 
     @pytest.mark.parametrize(("stuck_on", "turn"), [("node", "k"), ("", None)])
-    def test_ended_by_hand_it_does_so_too(self, stuck_on, turn):
+    def test_a_task_ended_by_hand_keeps_its_turn_while_its_thread_runs(self, stuck_on, turn):
         task = make("pending", stuck_on=stuck_on, concurrency_key="k")
         row = row_after(task, lifecycle.set_status(task, TaskStatus.CANCELLED, "", LATER), turn="k")
         assert (row["status"], row["turn"]) == ("cancelled", turn)
 
     @pytest.mark.parametrize("status", ["running", "completed", "failed", "cancelled"])
-    def test_lifted_after_its_end_it_is_noted(self, status):
+    def test_the_end_of_the_thread_is_noted_on_an_ended_task(self, status):
         task = make(status, stuck_on="node", concurrency_key="k")
         row = row_after(task, *lifecycle.lift_bar(task, LATER), turn="k")
         assert (row["status"], row["stuck_on"]) == (status, "")
         assert row["turn"] == ("k" if status == "running" else None)
 
-    def test_only_the_bar_that_was_seen_is_lifted(self):
+    def test_the_end_of_another_nodes_thread_changes_nothing(self):
         writes = lifecycle.lift_bar(make("failed", stuck_on="node"), LATER)
         assert apply(make("failed", stuck_on="other"), *writes) is None
 
     @pytest.mark.parametrize("stuck_on", ["", "node"])
-    def test_written_back_to_pending_by_hand_one_with_a_key_waits_for_its_turn(self, stuck_on):
+    def test_a_task_made_pending_by_hand_waits_for_its_turn(self, stuck_on):
         task = make("failed", stuck_on=stuck_on, concurrency_key="k")
         wanted = attrs.evolve(task, status=TaskStatus.PENDING)
         row = row_after(task, *lifecycle.amend(task, wanted, LATER), held=FREE)
         assert row["held"] == (BY_THREAD if stuck_on else FOR_TURN)
 
     @pytest.mark.parametrize("key", [None, "k"])
-    def test_a_requeue_is_barred(self, key):
+    def test_a_requeued_task_waits_for_the_abandoned_thread(self, key):
         task = make("failed", stuck_on="node", concurrency_key=key)
         row = row_after(task, lifecycle.requeue(task, LATER), turn=key)
         assert (row["held"], row["stuck_on"], row["turn"]) == (BY_THREAD, "node", key)
         row = row_after(task, lifecycle.requeue(task, LATER, "parent"), turn=key)
         assert (row["held"], row["waiting_on"], row["turn"]) == (FOR_PARENTS, "parent", key)
 
-    def test_a_requeue_of_what_was_lifted_meanwhile_does_not_hold(self):
-        """It would wait for ever."""
+    def test_a_requeue_fails_if_the_thread_has_ended_since(self):
+        """It would wait for ever for a thread that has ended."""
         write = lifecycle.requeue(make("failed", stuck_on="node"), LATER)
         assert apply(make("failed"), write) is None
 
@@ -673,7 +677,7 @@ class TestStuck:
         )
 
     @pytest.mark.parametrize("status", ["pending", "failed"])
-    def test_by_hand_it_is_barred_too(self, status):
+    def test_a_task_made_pending_by_hand_waits_for_the_thread(self, status):
         task = make(status, stuck_on="node")
         wanted = attrs.evolve(task, status=TaskStatus.PENDING)
         held = BY_THREAD if status == "pending" else FREE
@@ -683,7 +687,7 @@ class TestStuck:
 
 class TestRequeue:
     @pytest.mark.parametrize("status", ["failed", "cancelled"])
-    def test_with_a_budget_that_starts_anew(self, status):
+    def test_a_requeue_resets_errors_and_crashes(self, status):
         task = make(
             status, starts=7, errors=2, crashes=2, interruptions=2, error="broke", dead_letter=True,
             cancel_requested_at=to_datetime(NOW), progress=50, message="m", priority=4,
@@ -709,28 +713,28 @@ class TestRequeue:
         )
 
     @pytest.mark.parametrize("run_at", [None, NOW - 5000, LATER + 5000])
-    def test_it_waits_since_then(self, run_at):
-        """And not since it was stored, or its time came: it was dead since."""
+    def test_a_requeued_task_waits_since_its_requeue(self, run_at):
+        """Its waiting time does not count from when it was stored or due: it has been dead since."""
         task = make("failed", run_at=None if run_at is None else to_datetime(run_at))
         row = row_after(task, lifecycle.requeue(task, LATER))
         assert (row["run_at"], row["held"]) == (LATER, FREE)
 
     @pytest.mark.parametrize("why", ["parent", "key", "thread"])
-    def test_one_that_is_held_has_no_time_to_wait_for_then(self, why):
-        """Whose clock is behind would not let it go until then."""
+    def test_a_requeued_task_that_is_held_back_has_no_run_at(self, why):
+        """A host whose clock is behind would hold it back until then."""
         options = {"key": {"concurrency_key": "k"}, "thread": {"stuck_on": "node"}}.get(why, {})
         task = make("failed", run_at=to_datetime(NOW), **options)
         update = lifecycle.requeue(task, LATER, "parent" if why == "parent" else None)
         assert update.changes["held"] != FREE
         assert update.changes["run_at"] is None
 
-    def test_the_log_is_kept(self):
+    def test_a_requeue_keeps_earlier_attempts(self):
         again = apply(task := make("failed", error="broke"), lifecycle.requeue(task, LATER))
         [attempt] = again.attempts
         assert (attempt.outcome, attempt.error) == ("failed", "broke")
 
     @pytest.mark.parametrize("status", ["pending", "running", "completed"])
-    def test_no_other(self, status):
+    def test_only_failed_and_cancelled_tasks_can_be_requeued(self, status):
         with pytest.raises(InvalidTransition, match=f"is {status}"):
             lifecycle.requeue(make(status), LATER)
 
@@ -741,8 +745,8 @@ def test_all_but_running_tasks_can_be_deleted(status):
     assert (deleted is None) == (status is TaskStatus.RUNNING)
 
 
-def test_who_holds_a_pending_task_is_only_a_note():
-    """Taking is for free tasks, giving up for one's own; neither touches a running one."""
+def test_the_owner_of_a_pending_task_is_only_a_note():
+    """A node takes free tasks and disowns its own. Neither changes a running task."""
     free, ours = make(), make(owner="us")
     assert apply(free, lifecycle.take("a", "us")).owner == "us"
     assert apply(ours, lifecycle.take("a", "them")) is None

@@ -1,4 +1,4 @@
-"""The logger of TaskX's own lines: whatever logging raises, it goes nowhere but to stderr."""
+"""The logger of TaskX's own messages: errors in logging only appear on stderr."""
 
 import io
 import logging
@@ -10,7 +10,7 @@ from taskx.core.log import GuardedLogger
 
 
 class Fails(logging.Filter):
-    """Cannot do its work in this thread, as one that adds who asked for the page."""
+    """A filter that raises in this thread, like one that needs the current web request."""
 
     def __init__(self, error=None):
         super().__init__()
@@ -50,8 +50,8 @@ def in_thread(call):
     thread.join()
 
 
-def test_it_logs_as_the_logger_in_it_does(log, inner, lines):
-    """Under its name and level, and as if whoever logs had called it."""
+def test_a_guarded_logger_logs_as_the_inner_logger_does(log, inner, lines):
+    """With its name and level, and with the caller's function name."""
     inner.setLevel(logging.INFO)
     log.debug("too low")
     log.info("%s of %s", 1, 2)
@@ -60,7 +60,7 @@ def test_it_logs_as_the_logger_in_it_does(log, inner, lines):
         raise ValueError("bad")
     except ValueError:
         log.exception("failed")
-    here = "test_it_logs_as_the_logger_in_it_does"
+    here = "test_a_guarded_logger_logs_as_the_inner_logger_does"
     told = lines.getvalue().splitlines()
     assert told[:3] == [
         f"app INFO {here} 1 of 2",
@@ -90,16 +90,16 @@ def break_record(logger):
     ],
     ids=["filter", "filter of a handler", "handler", "record"],
 )
-def test_what_logging_raises_is_shown_on_stderr(log, inner, capsys, broken):
-    """With what was to be logged, as a handler does that cannot write."""
+def test_errors_in_logging_are_shown_on_stderr(log, inner, capsys, broken):
+    """Together with the message, as a failing handler does."""
     broken(inner)
     log.warning("task %s is retried", "x")
     shown = capsys.readouterr().err
     assert shown.startswith("could not be logged: task x is retried\nTraceback")
 
 
-def test_it_can_be_told_not_to_show_that(log, inner, capsys, monkeypatch):
-    """By the same switch as handlers."""
+def test_logging_raise_exceptions_turns_that_off(log, inner, capsys, monkeypatch):
+    """Handlers use the same switch."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
     inner.addFilter(Fails())
     log.warning("x")
@@ -113,8 +113,8 @@ def test_a_program_without_stderr_goes_on(log, inner, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [SystemExit(1), KeyboardInterrupt()])
-def test_who_wants_to_end_the_program_ends_no_thread_in_silence(log, inner, capsys, error):
-    """In the main thread it does end the program."""
+def test_an_exit_while_logging_never_silently_ends_a_thread(log, inner, capsys, error):
+    """In the main thread it ends the program."""
     inner.addFilter(Fails(error))
     over = []
     in_thread(lambda: over.append(log.error("x")))
@@ -124,7 +124,7 @@ def test_who_wants_to_end_the_program_ends_no_thread_in_silence(log, inner, caps
         log.error("x")
 
 
-def test_an_error_that_cannot_be_shown_is_told_all_the_same(log, lines):
+def test_an_error_that_cannot_be_formatted_is_still_logged(log, lines):
     class Secretive(Exception):
         def __getattribute__(self, name):
             raise SystemExit

@@ -1,4 +1,4 @@
-"""The records: a task to and from JSON, its status, and the filters of lists."""
+"""The records: tasks to and from JSON, their status, filters of lists, and clocks."""
 
 import json
 from datetime import datetime, timedelta, timezone
@@ -77,30 +77,30 @@ def read(row):
 class TestTask:
     @settings(max_examples=100)
     @given(tasks)
-    def test_to_json_and_back(self, task):
+    def test_a_task_survives_json(self, task):
         data = json.loads(json.dumps(task.to_dict()))
         assert Task.from_dict(data) == task
 
     @settings(max_examples=100)
     @given(tasks)
-    def test_to_a_row_and_back(self, task):
+    def test_a_task_survives_a_row(self, task):
         row = row_from_task(task)
         assert tuple(row) == COLUMNS
         assert read(row) == task
 
-    def test_the_first_thirteen_names_are_the_originals(self):
+    def test_the_first_thirteen_fields_are_those_of_the_original(self):
         assert list(Task().to_dict())[:13] == [
             "id", "type", "status", "params", "result", "error", "progress", "message",
             "created_by", "created_at", "started_at", "completed_at", "duration",
         ]  # fmt: skip
 
-    def test_every_field_is_stored_but_its_damage(self):
+    def test_every_field_except_damage_is_stored(self):
         names = [field.name for field in attrs.fields(Task)]
         assert list(TASK_FIELDS) == names[:-1]
         assert names[-1] == "damage"
         assert set(CREATED) | set(DEFAULTS) == set(COLUMNS)
 
-    def test_what_goes_with_a_key_or_a_parent_is_kept(self):
+    def test_unique_scope_and_parent_policy_are_kept(self):
         task = Task(
             id="a",
             created_at=to_datetime(0),
@@ -132,22 +132,22 @@ class TestTask:
             ("1970-01-01T00:00:01.123456789Z", 1123),
         ],
     )
-    def test_times_of_any_writer_are_read(self, text, milliseconds):
-        """Go's, too: it writes Z and up to nine digits."""
+    def test_iso_times_of_other_writers_can_be_read(self, text, milliseconds):
+        """Also those of Go, which writes Z and up to nine digits."""
         moment = Task.from_dict({"created_at": text}).created_at
         assert (to_ms(moment), moment.tzinfo) == (milliseconds, timezone.utc)
 
     @pytest.mark.parametrize(
         "data", [{"created_at": "2024-01-01T00:00:00"}, {"status": "sleeping"}]
     )
-    def test_what_cannot_be_read_is_refused(self, data):
+    def test_unreadable_values_are_refused(self, data):
         with pytest.raises(ValueError, match=r"time zone|sleeping"):
             Task.from_dict(data)
 
-    def test_unknown_names_are_ignored_and_absent_ones_default(self):
+    def test_unknown_names_are_ignored_and_missing_ones_default(self):
         assert Task.from_dict({"id": "a", "of the future": 1}) == Task(id="a")
 
-    def test_a_row_that_is_damaged_says_so(self):
+    def test_a_damaged_row_names_its_damage(self):
         row = row_from_task(Task(id="a", type="t", params={"x": 1}, created_at=to_datetime(0)))
         for column in ("params", "result", "earlier_attempts", "depends_on", "checkpoints"):
             task = read({**row, column: "{not JSON"})
@@ -157,10 +157,10 @@ class TestTask:
         for column in ("unique_key", "concurrency_key", "log"):
             assert "damaged" in read({**row, column: b"\xff"}).damage
 
-    def test_the_attempt_a_user_sees_counts_errors_only(self):
+    def test_only_errors_count_as_attempts(self):
         assert Task(errors=2, crashes=5, interruptions=5, starts=12).attempt == 3
 
-    def test_no_attempt_without_a_start(self):
+    def test_a_task_that_never_started_has_no_attempts(self):
         assert Task().attempts == []
         [running] = Task(status=TaskStatus.RUNNING, started_at=to_datetime(0)).attempts
         assert (running.outcome, running.ended_at) == ("", None)
@@ -168,13 +168,13 @@ class TestTask:
 
 class TestStatus:
     @pytest.mark.parametrize("status", list(TaskStatus))
-    def test_prints_as_its_value_and_is_it(self, status):
+    def test_a_status_prints_as_its_value_and_equals_it(self, status):
         assert f"{status}" == str(status) == status.value == status
         assert f"{status:>12}" == f"{status.value:>12}"
         assert "%s" % status == status.value  # noqa: UP031
         assert json.dumps(status) == f'"{status.value}"'
 
-    def test_there_are_five(self):
+    def test_there_are_five_statuses(self):
         assert list(TaskStatus) == ["pending", "running", "completed", "failed", "cancelled"]
         assert [s for s in TaskStatus if s.finished] == ["completed", "failed", "cancelled"]
 
@@ -202,11 +202,11 @@ class TestFilter:
         ],
         ids=str,
     )
-    def test_what_means_nothing_is_refused(self, condition):
+    def test_invalid_conditions_are_refused(self, condition):
         with pytest.raises(ConfigurationError, match=next(iter(condition))):
             TaskFilter(**condition)
 
-    def test_defaults(self):
+    def test_a_filter_has_defaults(self):
         assert TaskFilter() == TaskFilter(
             type=None,
             status=None,
@@ -221,20 +221,20 @@ class TestFilter:
     def test_a_status_may_be_text(self, status):
         assert TaskFilter(status=status).status is TaskStatus.FAILED
 
-    def test_no_status_may_be_an_empty_text(self):
-        """As in a query string."""
+    def test_an_empty_text_means_any_status(self):
+        """Query strings contain it."""
         assert TaskFilter(status="").status is None
 
 
 class TestManualClock:
-    def test_stands_still_until_it_is_moved(self):
+    def test_a_manual_clock_stands_still_until_it_is_moved(self):
         clock = ManualClock()
         wall, monotonic = clock.now_ms(), clock.monotonic()
         assert (clock.now_ms(), clock.monotonic()) == (wall, monotonic)
         clock.advance(1.5)
         assert (clock.now_ms(), clock.monotonic()) == (wall + 1500, monotonic + 1.5)
 
-    def test_the_wall_clock_is_set_without_the_other(self):
+    def test_the_wall_clock_can_be_set_alone(self):
         clock = ManualClock(datetime(2024, 6, 1, tzinfo=timezone.utc))
         monotonic = clock.monotonic()
         for hours in (-5, 5):
@@ -242,7 +242,7 @@ class TestManualClock:
             clock.set_wall(moment)
             assert (clock.now(), clock.monotonic()) == (moment, monotonic)
 
-    def test_time_does_not_pass_backwards(self):
+    def test_a_manual_clock_cannot_advance_backwards(self):
         with pytest.raises(ValueError, match="backwards"):
             ManualClock().advance(-1)
 

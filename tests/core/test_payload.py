@@ -1,4 +1,4 @@
-"""The JSON rules: what may be stored, and how the error names what may not."""
+"""The JSON rules: the values that can be stored, and the errors for all others."""
 
 import enum
 import json
@@ -43,7 +43,7 @@ json_values = st.recursive(
 
 
 def typed(value):
-    """A value in which 1, 1.0 and True differ, and 0.0 and -0.0."""
+    """Return the value in a form in which 1, 1.0 and True differ, and 0.0 and -0.0."""
     if isinstance(value, dict):
         return {key: typed(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -66,15 +66,15 @@ class TestRoundTrip:
 
     @settings(max_examples=50)
     @given(st.dictionaries(keys, json_values, max_size=4))
-    def test_params_too(self, params):
+    def test_params_come_back_with_their_types(self, params):
         assert typed(loads(encode_params(params))) == typed(params)
 
-    def test_the_text_is_what_any_json_parser_reads(self):
+    def test_any_json_parser_can_read_the_text(self):
         text = encode({"a": [1, "é\u2028\0"]}, "params")
         assert json.loads(text) == {"a": [1, "é\u2028\0"]}
 
-    def test_what_json_has_no_word_for_but_means_the_same(self):
-        """Tuples become lists, subclasses what they are made of."""
+    def test_tuples_and_subclasses_become_plain_values(self):
+        """Tuples become lists, and subclasses the plain type."""
         number = enum.IntEnum("number", {"one": 1})
         word = enum.Enum("word", {"yes": "YES"}, type=str)
         value = {
@@ -94,7 +94,7 @@ class TestRoundTrip:
         assert encode_params(MappingProxyType({"a": 1})) == '{"a":1}'
         assert encode_params({}) == "{}"
 
-    def test_a_value_is_not_changed(self):
+    def test_encoding_does_not_change_the_value(self):
         value = {"a": (1, 2)}
         encode(value, "params")
         assert value == {"a": (1, 2)}
@@ -142,39 +142,39 @@ class TestRefusal:
         assert str(caught.value).startswith(f"{path}: ")
 
     @pytest.mark.parametrize("value", [cycle_in_list, cycle_in_dict], ids=["list", "dict"])
-    def test_a_cycle_ends(self, value):
+    def test_a_value_that_contains_itself_is_refused(self, value):
         with pytest.raises(PayloadError, match="contains itself") as caught:
             encode(value, "result")
         assert len(caught.value.path) <= 500
 
-    def test_depth_at_its_edge(self):
+    def test_the_deepest_nesting_is_kept_and_the_next_is_refused(self):
         assert loads(encode(nested(MAX_DEPTH), "result")) == nested(MAX_DEPTH)
         for depth in (MAX_DEPTH + 1, 100_000):
             with pytest.raises(PayloadError, match="deep"):
                 encode(nested(depth), "result")
 
     @pytest.mark.parametrize("text", ["x" * 8, "é" * 4, "☃☃xx"])
-    def test_size_at_its_edge_is_that_of_utf8(self, text):
+    def test_the_size_limit_counts_utf8_bytes(self, text):
         encode(text, "result", max_size=10)
         with pytest.raises(PayloadError, match=r"11 bytes.*max_payload_size \(10\)"):
             encode(text + "x", "result", max_size=10)
 
-    def test_integers_at_their_edges(self):
+    def test_the_largest_and_smallest_integers_are_kept(self):
         for number in (2**63 - 1, -(2**63)):
             assert loads(encode(number, "result")) == number
 
     @pytest.mark.parametrize("params", [None, [], "text", 1, [("a", 1)]])
-    def test_params_are_an_object(self, params):
+    def test_params_that_are_not_a_dict_are_refused(self, params):
         with pytest.raises(PayloadError, match="params: must be a dict"):
             encode_params(params)
 
-    def test_one_that_is_empty_is_judged_too(self):
+    def test_an_empty_value_of_a_wrong_type_is_refused(self):
         with pytest.raises(PayloadError):
             encode_params(set())
 
 
 @given(st.text(max_size=30), st.integers(1, 20))
-def test_any_text_can_be_made_storable(text, limit):
+def test_any_text_can_be_cleaned_for_storage(text, limit):
     cleaned = clean_text(text, 1000)
     assert is_encodable(cleaned)
     assert cleaned == text or not is_encodable(text)

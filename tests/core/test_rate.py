@@ -1,4 +1,4 @@
-"""Token buckets: never more than they may, and never less than they could."""
+"""Token buckets: never more tokens than allowed, and never fewer than possible."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from taskx import ConfigurationError
 from taskx.core.rate import FULL, Rate, rate_of
 
-#: Seconds of slack for the rounding of clocks that are floats.
+#: Tolerance in seconds for the rounding of float clocks.
 SLACK = 1e-3
 
 rates = st.builds(
@@ -18,7 +18,7 @@ rates = st.builds(
     seconds=st.floats(0.1, 1e5),
     burst=st.integers(1, 50),
 )
-#: At which moment how many are wanted: seconds after the one before.
+#: Requests for tokens: the wait since the request before, in intervals, and the number of tokens.
 wishes = st.lists(
     st.tuples(st.floats(0, 100) | st.just(0.0), st.integers(1, 60)), min_size=1, max_size=60
 )
@@ -26,7 +26,7 @@ beginnings = st.sampled_from([0.0, 1e4, 1.8e9])
 
 
 def taken(rate, wishes, beginning, put_back=lambda n: 0):
-    """When how many were taken by somebody who takes what there is, and gives some of it back."""
+    """Return (time, count) pairs of a taker that takes what is available and puts some tokens back."""
     mark, now, log = FULL, beginning, []
     for number, (wait, wanted) in enumerate(wishes):
         now += wait * rate.interval
@@ -41,7 +41,7 @@ def taken(rate, wishes, beginning, put_back=lambda n: 0):
 
 
 def excess(rate, log):
-    """By how many too many were taken, in the interval in which it is worst."""
+    """Return the number of tokens taken above the limit, in the worst interval."""
     worst = 0.0
     for first in range(len(log)):
         total = 0
@@ -53,18 +53,18 @@ def excess(rate, log):
 
 
 @given(rates, wishes, beginnings)
-def test_over_any_interval_at_most_burst_and_rate_times_time(rate, wishes, beginning):
+def test_no_interval_exceeds_burst_plus_rate(rate, wishes, beginning):
     assert excess(rate, taken(rate, wishes, beginning)) <= SLACK
 
 
 @given(rates, wishes, beginnings, st.integers(0, 3))
-def test_what_is_put_back_makes_no_more(rate, wishes, beginning, every):
+def test_tokens_put_back_do_not_raise_the_rate(rate, wishes, beginning, every):
     log = taken(rate, wishes, beginning, lambda number: number % (every + 1))
     assert excess(rate, log) <= SLACK
 
 
 @given(rates, beginnings)
-def test_who_takes_each_token_when_it_comes_gets_the_whole_rate(rate, beginning):
+def test_taking_each_token_at_once_gives_the_full_rate(rate, beginning):
     mark = rate.take(FULL, beginning, rate.burst)
     now = beginning
     for _ in range(20):
@@ -76,7 +76,7 @@ def test_who_takes_each_token_when_it_comes_gets_the_whole_rate(rate, beginning)
 
 
 @given(rates, st.integers(1, 60), beginnings)
-def test_when_there_are_so_many_they_are_there(rate, count, beginning):
+def test_tokens_are_available_at_the_announced_time(rate, count, beginning):
     mark = rate.take(FULL, beginning, rate.burst)
     moment = rate.when(mark, count)
     assert rate.tokens(mark, moment) == min(count, rate.burst)
@@ -84,7 +84,7 @@ def test_when_there_are_so_many_they_are_there(rate, count, beginning):
         assert rate.tokens(mark, moment - rate.interval / 2) < count
 
 
-def test_a_bucket_that_rested_is_full_and_no_fuller():
+def test_a_rested_bucket_has_burst_tokens_and_no_more():
     rate = Rate(10, 1.0, 3)
     mark = rate.take(FULL, 0.0, 3)
     assert [rate.tokens(mark, now) for now in (0.0, 0.05, 0.1, 0.2, 0.3, 100.0)] == [
@@ -103,7 +103,7 @@ def test_a_bucket_that_rested_is_full_and_no_fuller():
         (None, None, None),
     ],
 )
-def test_what_is_a_rate(given, burst, rate):
+def test_valid_rates_are_accepted(given, burst, rate):
     assert rate_of(given, burst) == rate
 
 
@@ -115,12 +115,12 @@ def test_what_is_a_rate(given, burst, rate):
         (1, float("nan")),
     ],
 )
-def test_what_is_none_is_refused(given):
+def test_invalid_rates_are_refused(given):
     with pytest.raises(ConfigurationError, match="rate"):
         rate_of(given, None)
 
 
 @pytest.mark.parametrize("burst", [0, -1, 1.5, True, "1"])
-def test_what_is_no_burst_is_refused(burst):
+def test_invalid_bursts_are_refused(burst):
     with pytest.raises(ConfigurationError, match="burst"):
         rate_of("1/s", burst)

@@ -1,4 +1,4 @@
-"""Retry policies: when there is another attempt, and after how long."""
+"""Retry policies: whether there is another attempt, and the wait before it."""
 
 import json
 import math
@@ -13,7 +13,7 @@ from taskx.core.retry import MAX_WAIT
 
 
 class Refused(ConnectionError):
-    """Of no builtin module."""
+    """An exception that is not a builtin."""
 
 
 waits = st.floats(0, 1e9)
@@ -39,12 +39,12 @@ class TestDelay:
             (lambda attempt: attempt**2, [1, 4, 9, 16, 20, 20]),
         ],
     )
-    def test_it_grows_as_the_backoff_says_up_to_the_longest(self, backoff, waits):
+    def test_the_wait_grows_by_the_backoff_up_to_max_delay(self, backoff, waits):
         policy = RetryPolicy(9, backoff=backoff, base=2, max_delay=20, jitter=0)
         assert [policy.delay(attempt, 0.5) for attempt in range(1, 7)] == waits
 
     @pytest.mark.parametrize(("chance", "wait"), [(0.0, 7.5), (0.5, 10.0), (1.0, 12.5)])
-    def test_jitter_makes_it_shorter_or_longer_by_a_fraction(self, chance, wait):
+    def test_jitter_changes_the_wait_by_a_fraction(self, chance, wait):
         policy = RetryPolicy(backoff="fixed", base=10, jitter=0.25)
         assert policy.delay(1, chance) == wait
 
@@ -54,32 +54,32 @@ class TestDelay:
         for attempt in (1, 5, 1000):
             assert [policy.delay(attempt, chance) for chance in (0.0, 0.5, 1.0)] == [30, 45, 60]
 
-    def test_a_wait_just_below_the_longest_keeps_its_place_in_between(self):
+    def test_a_wait_near_max_delay_never_exceeds_it(self):
         policy = RetryPolicy(backoff="fixed", base=50, max_delay=60, jitter=0.5)
         assert [policy.delay(1, chance) for chance in (0.0, 1.0)] == [25, 60]
 
     @given(policies, st.integers(1, 10**9), st.floats(0, 1))
     @example(RetryPolicy(base=MAX_WAIT, max_delay=0, jitter=1), 10**9, 0.0)
-    def test_it_is_never_negative_nor_beyond_the_longest(self, policy, attempt, chance):
+    def test_a_wait_is_never_negative_nor_above_max_delay(self, policy, attempt, chance):
         assert 0 <= policy.delay(attempt, chance) <= policy.max_delay
 
     @given(policies, st.integers(1, 1000))
-    def test_it_never_shrinks_but_by_jitter(self, policy, attempt):
+    def test_a_wait_only_shrinks_by_jitter(self, policy, attempt):
         assert policy.delay(attempt, 0.5) <= policy.delay(attempt + 1, 0.5)
 
     @pytest.mark.parametrize("value", [-1, math.nan, math.inf, "5", None, True])
-    def test_what_a_function_returns_must_be_seconds(self, value):
+    def test_a_backoff_function_must_return_seconds(self, value):
         with pytest.raises(ConfigurationError, match="backoff"):
             RetryPolicy(backoff=lambda attempt: value).delay(1, 0.5)
 
 
 class TestRetries:
-    def test_every_error_by_default(self):
+    def test_every_error_is_retried_by_default(self):
         policy = RetryPolicy()
         assert all(map(policy.retries, (ValueError, SystemExit, Refused)))
 
     @pytest.mark.parametrize("named", [ConnectionError, "ConnectionError", ["ConnectionError"]])
-    def test_a_class_means_its_subclasses_too(self, named):
+    def test_a_class_includes_its_subclasses(self, named):
         policy = RetryPolicy(retry_on=named)
         assert policy.retries(Refused)
         assert policy.retries(ConnectionResetError)
@@ -104,14 +104,14 @@ class TestRetries:
             ("not_imported.module.Error", "not_imported.module.Error"),
         ],
     )
-    def test_a_name_is_that_by_which_the_error_is_known(self, named, known):
+    def test_a_name_is_stored_as_the_full_name_of_its_class(self, named, known):
         policy = RetryPolicy(retry_on=named, give_up_on=[named])
         assert policy.retry_on == policy.give_up_on == (known,)
 
-    def test_a_name_by_which_a_module_has_an_error_of_another_matches(self):
+    def test_any_name_that_a_module_has_for_an_error_matches(self):
         assert RetryPolicy(retry_on="json.JSONDecodeError").retries(json.JSONDecodeError)
 
-    def test_to_give_up_wins(self):
+    def test_give_up_on_wins_over_retry_on(self):
         policy = RetryPolicy(retry_on=OSError, give_up_on=(Refused, FileNotFoundError))
         assert policy.retries(ConnectionError)
         assert not policy.retries(Refused)
@@ -120,16 +120,16 @@ class TestRetries:
 
 class TestStored:
     @given(policies)
-    def test_it_comes_back_from_json_as_it_was(self, policy):
+    def test_a_policy_survives_json(self, policy):
         assert RetryPolicy.from_dict(json.loads(json.dumps(policy.to_dict()))) == policy
 
     @given(policies)
-    def test_so_it_does_with_a_task(self, policy):
+    def test_a_policy_survives_in_a_task(self, policy):
         data = json.loads(json.dumps(Task(id="a", type="t", retry=policy).to_dict()))
         assert Task.from_dict(data).retry == policy
 
-    def test_names_of_errors_are_taken_as_they_are(self):
-        """Another Python may have other builtins, and a class any name."""
+    def test_stored_names_of_errors_are_not_checked(self):
+        """Another version of Python may have other builtins, and a class can have any name."""
 
         class Local(Exception):
             pass
@@ -145,7 +145,7 @@ class TestStored:
     def test_names_of_a_later_version_are_ignored(self):
         assert RetryPolicy.from_dict({"max_attempts": 7, "new": 1}) == RetryPolicy(7)
 
-    def test_a_function_cannot_be_stored(self):
+    def test_a_policy_with_a_function_cannot_be_stored(self):
         with pytest.raises(ConfigurationError, match="give it to the executor"):
             RetryPolicy(backoff=lambda attempt: 1).to_dict()
 
@@ -174,7 +174,7 @@ class TestStored:
         ({"base": 10**400}, "base"),
     ],
 )
-def test_what_cannot_work_is_refused(wrong, word):
+def test_invalid_policies_are_refused(wrong, word):
     with pytest.raises(ConfigurationError, match=word):
         RetryPolicy(**wrong)
 
@@ -182,7 +182,7 @@ def test_what_cannot_work_is_refused(wrong, word):
 @pytest.mark.parametrize(
     "seconds", [-1, math.nan, math.inf, "5", True, pytest.param(10**5000, id="long")]
 )
-def test_a_wait_must_be_seconds(seconds):
+def test_retry_and_snooze_need_a_number_of_seconds(seconds):
     with pytest.raises(ConfigurationError, match="Retry"):
         Retry(delay=seconds)
     with pytest.raises(ConfigurationError, match="Snooze"):

@@ -1,4 +1,4 @@
-"""When schedules tick, and what is due: cron expressions through the shifts of clocks, misfires."""
+"""The ticks of schedules: cron expressions when clocks are shifted, intervals, missed ticks."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def local(tick: int, tz: str) -> str:
 
 
 def shown(expression: str, tz: str, day: tuple[int, int, int]) -> list[str]:
-    """The ticks of a day of local time, and the first of the day after."""
+    """Return the ticks of a day of local time, and the first tick of the day after."""
     start = datetime(*day, tzinfo=ZoneInfo(tz)) - timedelta(seconds=1)
     found = []
     for tick in CronTicks(expression, ZoneInfo(tz)).after(to_ms(start)):
@@ -51,7 +51,7 @@ def shown(expression: str, tz: str, day: tuple[int, int, int]) -> list[str]:
     raise AssertionError("the ticks end")
 
 
-# Through the shifts of clocks
+# When clocks are shifted
 
 SPRING = {
     "Europe/Berlin": (2026, 3, 29),  # 02:00 to 03:00
@@ -107,8 +107,8 @@ def test_a_local_time_that_exists_twice_ticks_the_first_time(tz, expression, tic
 @pytest.mark.parametrize("tz", AUTUMN)
 @pytest.mark.parametrize("season", [SPRING, AUTUMN], ids=["spring", "autumn"])
 @pytest.mark.parametrize("expression", ["*/15 * * * *", "*/15 0-23 * * *", "*/15 */1 * * *"])
-def test_what_ticks_in_every_hour_goes_by_elapsed_time(tz, season, expression):
-    """So it is not silent for an hour in autumn, nor ticks at once for a whole hour in spring."""
+def test_an_expression_for_every_hour_goes_by_elapsed_time(tz, season, expression):
+    """It is not silent for an hour in autumn, and does not run an hour's ticks at once in spring."""
     start = to_ms(datetime(*season[tz], tzinfo=ZoneInfo(tz))) - 3 * 60 * MINUTE
     ticks = islice(CronTicks(expression, ZoneInfo(tz)).after(start - 1), 60)
     assert list(ticks) == [start + n * 15 * MINUTE for n in range(60)]
@@ -116,7 +116,7 @@ def test_what_ticks_in_every_hour_goes_by_elapsed_time(tz, season, expression):
 
 @pytest.mark.parametrize("tz", ["Europe/Berlin", "America/New_York", "America/Havana"])
 @pytest.mark.parametrize("season", [SPRING, AUTUMN], ids=["spring", "autumn"])
-def test_what_ticks_once_an_hour_ticks_every_hour(tz, season):
+def test_an_hourly_expression_ticks_every_hour(tz, season):
     start = to_ms(datetime(*season[tz], tzinfo=ZoneInfo(tz))) - 150 * MINUTE
     ticks = islice(CronTicks("30 * * * *", ZoneInfo(tz)).after(start - 1), 8)
     assert list(ticks) == [start + n * 60 * MINUTE for n in range(8)]
@@ -125,7 +125,7 @@ def test_what_ticks_once_an_hour_ticks_every_hour(tz, season):
 @pytest.mark.parametrize("tz", AUTUMN)
 @pytest.mark.parametrize("season", [SPRING, AUTUMN], ids=["spring", "autumn"])
 @pytest.mark.parametrize("expression", ["*/10 * * * *", "*/10 0-4 * * *", "40 * * * *"])
-def test_at_whatever_moment_around_a_shift_one_asks(tz, season, expression):
+def test_ticks_near_a_shift_are_the_same_from_any_moment(tz, season, expression):
     ticks = CronTicks(expression, ZoneInfo(tz))
     midnight = to_ms(datetime(*season[tz], tzinfo=ZoneInfo(tz)))
     known = list(between(ticks, midnight - DAY, midnight + DAY))
@@ -134,8 +134,8 @@ def test_at_whatever_moment_around_a_shift_one_asks(tz, season, expression):
             assert upcoming(ticks, asked) == next(tick for tick in known if tick > asked)
 
 
-def test_a_day_that_was_left_out():
-    """Samoa had no 30th of December in 2011: what was to tick on it does at midnight of the 31st."""
+def test_a_day_that_a_zone_skipped_ticks_at_its_end():
+    """Samoa had no 30 December in 2011: ticks of that day happen at midnight of the 31st."""
     ticks = islice(CronTicks("0 12 * * *", ZoneInfo("Pacific/Apia")).after(ms(2011, 12, 30)), 3)
     assert [local(tick, "Pacific/Apia") for tick in ticks] == [
         "31 00:00 +1400",
@@ -156,7 +156,7 @@ def listed(numbers: frozenset[int]) -> str:
 
 @cache
 def arrivals(tz: str, day: tuple[int, int, int]) -> list[tuple[datetime, int]]:
-    """Each minute of local time around a day, and the minute of UTC that first is it, or past it."""
+    """Return each local minute around a day, with the first UTC minute at which it is reached."""
     start = to_ms(datetime(*day, tzinfo=timezone.utc)) - DAY
     found = []
     wall = None
@@ -171,7 +171,7 @@ def arrivals(tz: str, day: tuple[int, int, int]) -> list[tuple[datetime, int]]:
 
 @given(st.sampled_from(ZONES), st.sampled_from(DAYS), minutes, hours)
 def test_every_local_time_ticks_exactly_once(tz, day, minutes, hours):
-    """Found out minute by minute."""
+    """The expected ticks are computed minute by minute."""
     known = arrivals(tz, day)
     wanted = {at for wall, at in known if wall.minute in minutes and wall.hour in hours}
     ticks = CronTicks(f"{listed(minutes)} {listed(hours)} * * *", ZoneInfo(tz))
@@ -193,7 +193,7 @@ moments = st.integers(ms(1995, 1, 1), ms(2037, 1, 1))
 
 
 @given(st.one_of(crons, intervals), moments, st.integers(0, 20))
-def test_ticks_rise_and_are_the_same_wherever_one_begins(ticks, moment, position):
+def test_ticks_rise_and_are_the_same_from_any_beginning(ticks, moment, position):
     found = list(islice(ticks.after(moment), 21))
     assert all(a < b for a, b in pairwise([moment, *found]))
     assert list(islice(ticks.after(found[position]), 20 - position)) == found[position + 1 :]
@@ -201,25 +201,25 @@ def test_ticks_rise_and_are_the_same_wherever_one_begins(ticks, moment, position
 
 
 @given(st.one_of(crons, intervals), moments, st.integers(0, 3 * DAY), st.integers(1, 5))
-def test_the_latest_ticks_of_a_span_are_its_last(ticks, start, length, most):
+def test_latest_returns_the_last_ticks_of_a_span(ticks, start, length, most):
     span = list(islice(between(ticks, start, start + length), 5000))
     if len(span) < 5000:
         assert latest(ticks, start, start + length, most) == span[-most:]
 
 
-def test_to_find_the_latest_tick_costs_no_more_after_years():
-    """One of every minute, after fifty years: 26 million ticks lie between."""
+def test_finding_the_latest_tick_costs_no_more_after_years():
+    """A tick every minute for fifty years: 26 million ticks."""
 
     class Counting(IntervalTicks):
-        looked_at = 0
+        computed = 0
 
         def after(self, moment):
             for tick in super().after(moment):
-                Counting.looked_at += 1
+                Counting.computed += 1
                 yield tick
 
     assert latest(Counting(MINUTE, 0), 0, ms(2020, 1, 1) + 59_999) == [ms(2020, 1, 1)]
-    assert Counting.looked_at < 50
+    assert Counting.computed < 50
 
 
 def test_ticks_end_with_the_calendar():
@@ -248,7 +248,7 @@ def test_an_interval_must_be_a_number_of_seconds(seconds):
         every(seconds)
 
 
-# What is refused
+# Invalid specs and zones
 
 
 @pytest.mark.parametrize(
@@ -272,18 +272,18 @@ def test_a_spec_that_cannot_tick_is_refused(spec, complaint):
         check_spec(spec)
 
 
-def test_the_blanks_of_an_expression_do_not_matter():
+def test_extra_spaces_in_an_expression_do_not_matter():
     assert check_spec("  0   3 * *  mon-fri ") == "0 3 * * mon-fri"
     assert check_spec(every(5)) == Every(5)
 
 
 @pytest.mark.parametrize("name", ["Europe/Bonn", "", "Europe", "../zone", "a\0b", 7, None])
-def test_a_zone_that_is_not_known_is_refused(name):
+def test_an_unknown_zone_is_refused(name):
     with pytest.raises(ConfigurationError, match="Europe/Berlin"):
         zone(name)
 
 
-def test_the_error_names_the_extra(monkeypatch):
+def test_a_missing_cronsim_names_the_extra_to_install(monkeypatch):
     real = builtins.__import__
 
     def without(name, *args, **options):
@@ -297,17 +297,17 @@ def test_the_error_names_the_extra(monkeypatch):
     assert check_spec(every(5)) == Every(5)
 
 
-# What is due
+# Due ticks
 
 GRID = IntervalTicks(100, 0)
 
 
-def test_a_tick_in_time_is_run_whatever_the_policy():
+def test_a_tick_that_is_not_late_runs_whatever_the_policy():
     for misfire, grace in [("skip", 50), ("one", None), ("all", 50)]:
         assert decide(GRID, 1000, 1007, misfire, grace) == ([1000], 1100)
 
 
-def test_of_missed_ticks_none_or_one_or_some_are_run():
+def test_the_policy_decides_which_missed_ticks_run():
     assert decide(GRID, 1000, 1370, "skip", 50) == ([], 1400)
     assert decide(GRID, 1000, 1370, "one", None) == ([1300], 1400)
     assert decide(GRID, 1000, 1370, "one", 50) == ([], 1400)
@@ -320,7 +320,7 @@ def test_a_grace_includes_its_end():
     assert decide(GRID, 1000, 1051, "skip", 50) == ([], 1100)
 
 
-def test_many_are_decided_about_in_parts():
+def test_many_missed_ticks_are_decided_in_batches():
     first = decide(GRID, 0, 100_000, "all", 10**9, most=100)
     assert (first.run[0], first.run[-1], len(first.run)) == (0, 9900, 100)
     assert first.next == 10_000
@@ -328,7 +328,7 @@ def test_many_are_decided_about_in_parts():
     assert second.run[0] == 10_000
 
 
-def test_what_is_left_for_later_may_be_too_late_then():
+def test_ticks_left_for_later_may_become_too_late():
     assert decide(GRID, 10_000, 50_020, "all", 500, most=100) == (
         [49_600, 49_700, 49_800, 49_900, 50_000],
         50_100,
@@ -349,10 +349,8 @@ policies = st.one_of(
     policies,
     st.integers(1, 5),
 )
-def test_however_the_clock_goes_no_tick_is_run_twice_and_ticks_rise(
-    ticks, start, steps, policy, most
-):
-    """Set forward and back: what was decided about once is never decided about again."""
+def test_no_tick_runs_twice_however_the_clock_is_set(ticks, start, steps, policy, most):
+    """Also if it is set forward and back: each tick is decided about only once."""
     misfire, grace = policy
     now, due = start, upcoming(ticks, start)
     run: list[int] = []
@@ -372,7 +370,7 @@ def test_however_the_clock_goes_no_tick_is_run_twice_and_ticks_rise(
 
 
 @given(st.integers(0, 50), st.integers(0, 50_000), st.integers(0, 20_000))
-def test_all_within_a_span_means_each_of_them_once(position, lateness, grace):
+def test_misfire_all_runs_each_tick_once(position, lateness, grace):
     due = position * 100
     now = due + lateness
     run: list[int] = []

@@ -1,4 +1,4 @@
-"""The cancellation token: it fires once, and nobody who listens can hurt anybody else."""
+"""The cancellation token: it fires once, and its callbacks do not disturb one another."""
 
 import os
 import signal
@@ -11,7 +11,7 @@ from taskx import CancelReason, CancelToken, ConfigurationError, TaskCancelled
 from taskx.core.clock import SYSTEM_CLOCK
 from taskx.testing import ManualClock
 
-PATIENCE = 60  # seconds that a test waits for what comes at once
+PATIENCE = 60  # seconds; more than enough for events that come at once
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def clock():
 
 
 class TestFiring:
-    def test_once_and_for_one_reason(self):
+    def test_a_token_fires_once_for_one_reason(self):
         token = CancelToken()
         assert (token.cancelled, token.reason) == (False, None)
         token.raise_if_cancelled()
@@ -31,7 +31,7 @@ class TestFiring:
             token.raise_if_cancelled()
         assert caught.value.reason is CancelReason.STOP
 
-    def test_of_racing_threads_one_wins(self):
+    def test_one_of_several_racing_threads_fires_the_token(self):
         interval = sys.getswitchinterval()
         sys.setswitchinterval(1e-6)
         try:
@@ -53,7 +53,7 @@ class TestFiring:
         finally:
             sys.setswitchinterval(interval)
 
-    def test_says_why(self):
+    def test_the_repr_names_the_reason(self):
         token = CancelToken()
         assert repr(token) == "<CancelToken not fired>"
         token.fire(CancelReason.LEASE_LOST)
@@ -67,7 +67,7 @@ class TestFiring:
 
 
 class TestDeadline:
-    def test_fires_when_it_has_come(self, clock):
+    def test_a_token_fires_at_its_deadline(self, clock):
         token = CancelToken(clock.monotonic() + 5, clock)
         clock.advance(4.999)
         assert not token.cancelled
@@ -77,45 +77,45 @@ class TestDeadline:
         with pytest.raises(TaskCancelled):
             token.remaining()
 
-    def test_is_not_moved_by_the_wall_clock(self, clock):
+    def test_the_wall_clock_does_not_move_a_deadline(self, clock):
         token = CancelToken(clock.monotonic() + 5, clock)
         clock.set_wall(clock.now().replace(year=2050))
         assert token.remaining() == 5
 
-    def test_remaining_is_none_without_one(self):
+    def test_remaining_is_none_without_a_deadline(self):
         assert CancelToken().remaining() is None
 
-    def test_remaining_raises_once_it_has_fired(self, clock):
+    def test_remaining_raises_after_the_token_has_fired(self, clock):
         token = CancelToken(clock.monotonic() + 5, clock)
         token.fire(CancelReason.CANCEL)
         with pytest.raises(TaskCancelled) as caught:
             token.remaining()
         assert caught.value.reason is CancelReason.CANCEL
 
-    def test_after_another_reason_it_changes_nothing(self, clock):
+    def test_a_deadline_after_another_reason_changes_nothing(self, clock):
         token = CancelToken(clock.monotonic() + 5, clock)
         token.fire(CancelReason.CANCEL)
         clock.advance(9)
         assert token.reason is CancelReason.CANCEL
 
-    def test_wait_ends_with_it(self):
+    def test_wait_ends_at_the_deadline(self):
         token = CancelToken(SYSTEM_CLOCK.monotonic() + 0.01)
         assert token.wait()
         assert token.reason is CancelReason.TIMEOUT
 
 
 class TestWaiting:
-    def test_returns_at_once_when_fired(self):
+    def test_wait_returns_at_once_if_the_token_has_fired(self):
         token = CancelToken()
         token.fire(CancelReason.STOP)
         assert token.wait()
         assert token.wait(0)
 
     @pytest.mark.parametrize("timeout", [0, -1, 0.01])
-    def test_gives_up_after_a_while(self, timeout):
+    def test_wait_ends_after_its_timeout(self, timeout):
         assert not CancelToken().wait(timeout)
 
-    def test_wakes_every_waiter(self):
+    def test_firing_wakes_every_waiter(self):
         token, woken = CancelToken(), []
         inside = threading.Barrier(5)
 
@@ -141,7 +141,7 @@ class TestWaiting:
     @pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="no interval timers here")
     @pytest.mark.parametrize("timeout", [None, PATIENCE])
     def test_a_signal_handler_may_fire_it(self, timeout):
-        """Even one that interrupted ``wait`` in the main thread, or another call of the token."""
+        """Also one that interrupts ``wait`` or another method of the token in the main thread."""
         for delay in (0.02, 0.001, 0.0001):
             token = CancelToken()
             called = threading.Event()
@@ -160,7 +160,7 @@ class TestWaiting:
 
 
 class TestCallbacks:
-    def test_run_on_a_thread_that_nobody_needs(self):
+    def test_callbacks_run_on_threads_of_their_own(self):
         token, threads = CancelToken(), []
         done = threading.Event()
         token.on_cancel(lambda: (threads.append(threading.current_thread()), done.set()))
@@ -169,14 +169,14 @@ class TestCallbacks:
         assert threads[0] is not threading.current_thread()
         assert threads[0].daemon
 
-    def test_run_at_once_when_it_has_fired_already(self):
+    def test_a_callback_on_a_fired_token_runs_at_once(self):
         token, done = CancelToken(), threading.Event()
         token.fire(CancelReason.CANCEL)
         token.on_cancel(done.set)
         assert done.wait(PATIENCE)
 
     @pytest.mark.parametrize("fired", [False, True])
-    def test_what_cannot_be_called_is_refused_at_once(self, fired):
+    def test_a_callback_that_is_not_callable_is_refused(self, fired):
         token, done = CancelToken(), threading.Event()
         if fired:
             token.fire(CancelReason.CANCEL)
@@ -186,7 +186,7 @@ class TestCallbacks:
         token.fire(CancelReason.CANCEL)
         assert done.wait(PATIENCE)
 
-    def test_each_runs_once(self):
+    def test_each_callback_runs_once(self):
         token, calls, done = CancelToken(), [], threading.Event()
         token.on_cancel(lambda: calls.append(1))
         token.fire(CancelReason.CANCEL)
@@ -195,7 +195,7 @@ class TestCallbacks:
         assert done.wait(PATIENCE)
         assert calls == [1]
 
-    def test_a_removed_one_does_not_run(self):
+    def test_a_removed_callback_does_not_run(self):
         token, calls, done = CancelToken(), [], threading.Event()
         remove = token.on_cancel(lambda: calls.append(1))
         remove()
@@ -205,8 +205,8 @@ class TestCallbacks:
         assert done.wait(PATIENCE)
         assert calls == []
 
-    def test_one_that_blocks_holds_up_nobody(self):
-        """Not who cancels, and no other callback, whichever came first."""
+    def test_a_blocking_callback_does_not_delay_the_others(self):
+        """Neither the canceller nor other callbacks, before or after it."""
         token, release = CancelToken(), threading.Event()
         before, after, ended = threading.Event(), threading.Event(), threading.Event()
         token.on_cancel(before.set)
@@ -220,7 +220,7 @@ class TestCallbacks:
         assert ended.wait(PATIENCE)
 
     @pytest.mark.parametrize("error", [ValueError("broke"), SystemExit(3), KeyboardInterrupt()])
-    def test_one_that_raises_is_logged_and_hurts_nobody(self, error, caplog):
+    def test_a_callback_that_raises_is_logged_and_stops_nothing_else(self, error, caplog):
         token, done = CancelToken(), threading.Event()
         threads = []
 
@@ -240,37 +240,37 @@ class TestCallbacks:
 
 
 class TestChildren:
-    def test_fire_with_their_parent(self):
+    def test_child_tokens_fire_with_their_parent(self):
         parent = CancelToken()
         child = parent.child(60)
         grandchild = child.child(60)
         parent.fire(CancelReason.STOP)
         assert (child.reason, grandchild.reason) == (CancelReason.STOP, CancelReason.STOP)
 
-    def test_time_out_alone(self, clock):
+    def test_a_child_token_can_time_out_alone(self, clock):
         parent = CancelToken(clock.monotonic() + 10, clock)
         child = parent.child(2)
         clock.advance(2)
         assert (child.reason, parent.reason) == (CancelReason.TIMEOUT, None)
 
-    def test_last_no_longer_than_their_parent(self, clock):
+    def test_a_child_never_outlasts_its_parent(self, clock):
         parent = CancelToken(clock.monotonic() + 10, clock)
         assert parent.child(60).remaining() == 10
         assert parent.child(6).remaining() == 6
 
-    def test_of_a_fired_parent_are_born_fired(self):
+    def test_a_child_of_a_fired_parent_has_fired(self):
         parent = CancelToken()
         parent.fire(CancelReason.CANCEL)
         assert parent.child(60).reason is CancelReason.CANCEL
 
-    def test_disowned_ones_are_left_alone(self):
+    def test_a_disowned_child_does_not_fire(self):
         parent = CancelToken()
         child = parent.child(60)
         parent.disown(child)
         parent.fire(CancelReason.CANCEL)
         assert child.reason is None
 
-    def test_do_not_fire_their_parent(self):
+    def test_a_child_does_not_fire_its_parent(self):
         parent = CancelToken()
         parent.child(60).fire(CancelReason.CANCEL)
         assert parent.reason is None
