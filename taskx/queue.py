@@ -40,6 +40,7 @@ from taskx.storage.eight import TaskRepository
 from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, dead
+from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime, LocalNode
 from taskx.upkeep.retention import prune_all
 
@@ -747,6 +748,26 @@ class Queue:
             QueueStopped: the queue was stopped.
         """
         return self._life.drain(timeout)
+
+    def follow(self, timeout: float | None = None) -> bool:
+        """Show a person how many tasks wait, run and have ended, until nothing is left to run.
+
+        The display is a bar in a terminal or a notebook if the package rich is installed, else a line
+        on ``sys.stderr`` every five seconds. It counts the tasks of all processes on the repository.
+        A started queue follows until :meth:`drain` would return, another one until no task runs or may
+        start. Ctrl-C ends the display only.
+
+        Args:
+            timeout: seconds to wait at most; None waits for ever.
+
+        Returns:
+            False if ``timeout`` seconds have passed before.
+
+        Raises:
+            TaskxError: as :meth:`drain`, on a started queue.
+            RepositoryError: the repository cannot be read.
+        """
+        return follow(self.repository, self.drain if self._node is not None else None, timeout)
 
     def stop(self, timeout: float = 30.0, cancel: bool = False) -> list[str]:
         """Stop the queue: accept and start no more tasks, and wait for the running ones.

@@ -12,14 +12,17 @@ import _thread
 import logging
 import math
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
 from taskx.common.bell import Signal
+from taskx.common.display import Display
 from taskx.core.errors import (
     InvalidTransition,
     QueueStopped,
@@ -33,6 +36,8 @@ R = TypeVar("R")
 
 #: Polling interval, in seconds, of a waiting thread, in case the thread that should wake it is gone.
 POLL_INTERVAL = 1.0
+# Seconds between two states of a display.
+_REFRESH = 0.2
 
 
 class _Owner(Protocol):
@@ -170,6 +175,55 @@ class TaskHandle(Future[R]):
         if outcome.state != FINISHED:
             raise CancelledError(f"task {self.id} was cancelled")
         return outcome.exception
+
+    def follow(self, timeout: float | None = None) -> R:
+        """Show the task's progress to a person until the task has ended, and return its result.
+
+        The display is a bar in a terminal or a notebook if the package rich is installed, else a line
+        on ``sys.stderr`` every five seconds. Ctrl-C ends the display only; the task goes on.
+
+        Args:
+            timeout: seconds to wait at most; None waits for ever.
+
+        Raises:
+            TaskxError, concurrent.futures.CancelledError, concurrent.futures.TimeoutError: as
+                :meth:`result`.
+        """
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        task = self.task()
+        with Display(f"{task.type} {task.id}", 100) as display:
+            while not self.done() and (left := deadline - time.monotonic()) > 0:
+                display.update(task.progress, task.message or task.status)
+                self._sleep(min(left, _REFRESH))
+                task = self.task()
+            display.update(task.progress, task.message or task.status)
+        return self.result(0)
+
+    def __await__(self) -> Generator[Any, None, R]:
+        """Wait in async code until the task has ended, and return its result as :meth:`result` does.
+
+        A caller that is cancelled or runs into a time-out leaves the task alone.
+        """
+        import asyncio  # at first use: the core needs no event loop
+
+        loop = asyncio.get_running_loop()
+        ended = loop.create_future()
+
+        def wake() -> None:
+            if not ended.done():
+                ended.set_result(None)
+
+        def ring(_: object) -> None:
+            with suppress(RuntimeError):  # the loop was closed
+                loop.call_soon_threadsafe(wake)
+
+        self.listen(ring)
+        try:
+            while not self.done():
+                yield from asyncio.wait((ended,), timeout=POLL_INTERVAL).__await__()
+        finally:
+            self._unlisten(ring)
+        return self.result(0)
 
     def add_done_callback(self, fn: Callable[[Future[R]], object]) -> None:
         """Call ``fn(handle)`` once, on its own thread, when the task has ended.

@@ -1,0 +1,177 @@
+"""Following tasks: ``handle.follow``, ``queue.follow`` and ``await handle``."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import threading
+
+import pytest
+from helpers import PATIENCE, eventually
+
+from taskx import TaskFailed, TaskStatus
+from taskx.common import display
+
+
+@pytest.fixture
+def every_state(monkeypatch):
+    """Have a display write each state."""
+    monkeypatch.setattr(display, "_BETWEEN_LINES", 0.0)
+
+
+@pytest.fixture
+def halfway(make_queue, gate):
+    """A started queue whose ``half`` tasks report 50 % and wait for the gate."""
+    queue = make_queue(worker_num=1)
+
+    @queue.executor("half")
+    def half(ctx, fails=False):
+        ctx.progress(50, "half of it")
+        gate()
+        if fails:
+            raise ValueError("the other half")
+        return "whole"
+
+    queue.executor("quick")(lambda: "quick")
+    queue.start()
+    return queue
+
+
+class TestAHandle:
+    def test_shows_the_progress_and_returns_the_result(self, halfway, gate, capsys, every_state):
+        handle = halfway.submit("half")
+        follower = concurrent.futures.ThreadPoolExecutor(1).submit(handle.follow)
+        seen = []
+        eventually(lambda: seen.append(capsys.readouterr().err) or "half of it" in "".join(seen))
+        gate.open()
+        assert follower.result(PATIENCE) == "whole"
+        assert f"half {handle.id}: 50 of 100 (50%), half of it\n" in "".join(seen)
+        assert "100 of 100 (100%), half of it\n" in capsys.readouterr().err
+
+    def test_raises_what_result_raises(self, halfway, gate, capsys):
+        gate.open()
+        with pytest.raises(TaskFailed, match="the other half"):
+            halfway.submit("half", {"fails": True}).follow()
+
+    def test_gives_up_after_the_time_out(self, halfway, gate, capsys):
+        handle = halfway.submit("half")
+        with pytest.raises(concurrent.futures.TimeoutError):
+            handle.follow(timeout=0.01)
+        gate.open()
+        assert handle.result(PATIENCE) == "whole"
+
+
+@pytest.mark.every_store
+class TestAQueue:
+    def test_shows_what_waits_runs_and_failed(self, halfway, gate, capsys, every_state):
+        halfway.submit("quick").result(PATIENCE)
+        halfway.submit("half", {"fails": True})
+        gate.wait_for(1)
+        halfway.submit("quick")
+        follower = concurrent.futures.ThreadPoolExecutor(1).submit(halfway.follow)
+        line, seen = "tasks: 0 of 2 (0%), 1 waiting, 1 running, 0 failed\n", []
+        eventually(lambda: seen.append(capsys.readouterr().err) or line in "".join(seen))
+        gate.open()
+        assert follower.result(PATIENCE) is True
+        last = "tasks: 2 of 2 (100%), 0 waiting, 0 running, 1 failed\n"
+        assert capsys.readouterr().err.endswith(last)
+
+    def test_returns_false_after_the_time_out(self, halfway, gate, capsys):
+        halfway.submit("half")
+        assert halfway.follow(timeout=0.01) is False
+        gate.open()
+
+    def test_that_is_not_started_follows_those_that_run(self, halfway, make_queue, gate, capsys):
+        watcher = make_queue()
+        halfway.submit("half")
+        gate.wait_for(1)
+        assert watcher.follow(timeout=0.01) is False
+        gate.open()
+        assert halfway.drain(PATIENCE)
+        assert watcher.follow(timeout=PATIENCE) is True
+
+
+class TestAwait:
+    def test_returns_the_result(self, halfway):
+        async def main():
+            return await halfway.submit("quick")
+
+        assert asyncio.run(main()) == "quick"
+
+    def test_many_at_once(self, halfway):
+        async def main():
+            return await asyncio.gather(*(halfway.submit("quick") for _ in range(20)))
+
+        assert asyncio.run(main()) == ["quick"] * 20
+
+    def test_raises_what_result_raises(self, halfway, gate):
+        async def main():
+            await halfway.submit("half", {"fails": True})
+
+        gate.open()
+        with pytest.raises(TaskFailed, match="the other half"):
+            asyncio.run(main())
+
+    def test_of_a_cancelled_task_raises_cancelled_error_of_futures(self, queue):
+        queue.declare("later")
+        handle = queue.submit("later")
+        handle.cancel()
+
+        async def main():
+            await handle
+
+        with pytest.raises(concurrent.futures.CancelledError):
+            asyncio.run(main())
+
+    def test_a_time_out_leaves_the_task_alone(self, halfway, gate):
+        async def main():
+            handle = halfway.submit("half")
+            with pytest.raises(asyncio.TimeoutError):
+                await asyncio.wait_for(handle, 0.01)
+            assert not handle.cancelled()
+            gate.open()
+            return await handle
+
+        assert asyncio.run(main()) == "whole"
+
+    def test_a_cancelled_caller_leaves_the_task_alone(self, halfway, gate):
+        async def main():
+            handle = halfway.submit("half")
+
+            async def wait():
+                return await handle
+
+            caller = asyncio.create_task(wait())
+            await asyncio.sleep(0)
+            caller.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await caller
+            gate.open()
+            return await handle
+
+        assert asyncio.run(main()) == "whole"
+
+    def test_lets_the_loop_go_on(self, halfway, gate):
+        async def main():
+            waiting = asyncio.create_task(asyncio.wait_for(halfway.submit("half"), PATIENCE))
+            while not waiting.done():
+                gate.open()
+                await asyncio.sleep(0)
+            return waiting.result()
+
+        assert asyncio.run(main()) == "whole"
+
+    def test_a_task_that_ends_after_its_loop_is_no_trouble(self, halfway, gate):
+        handle = halfway.submit("half")
+
+        async def main():
+            caller = asyncio.ensure_future(asyncio.wait_for(handle, 0.01))
+            await asyncio.wait([caller], timeout=PATIENCE)
+            return caller.exception()
+
+        assert isinstance(asyncio.run(main()), asyncio.TimeoutError)
+        told = threading.Event()
+        handle.add_done_callback(lambda _: told.set())
+        gate.open()
+        assert told.wait(PATIENCE)
+        assert handle.task().status is TaskStatus.COMPLETED
