@@ -1,1 +1,1 @@
-"""Processes on one file that are killed at every moment, and the proof that nothing went wrong."""
+"""The kill campaign: processes that share a store are killed at random, and a proof checks the result."""

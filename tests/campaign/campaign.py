@@ -1,8 +1,8 @@
-"""The conductor: starts processes on one file, kills them, has the rest drained, proves the outcome.
+"""The conductor: starts processes on one store, kills them, drains the rest and checks the outcome.
 
     python -m tests.campaign.campaign --kills 1000 [--mongo]
 
-prints its seed; ``--seed`` plans the same campaign again (the machine's own timing differs).
+It prints its seed. ``--seed`` repeats the plan of a campaign; the timing of the machine differs.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ from .worker import MANY, Options
 
 _FOLDER = Path(__file__).parent
 _ROOT = _FOLDER.parent.parent
-# The package may be tests.campaign or campaign; a child must find it under the same name.
+# The package is tests.campaign or campaign; a child must import it under the same name.
 _BASE = _FOLDER.parents[__package__.count(".")]
 
-#: What a worker's log says only where something is wrong, or an error was thrown in on purpose.
+#: Lines that a worker logs only if something is wrong, or if the campaign raised an error on purpose.
 _ALARMING = re.compile(
     r"^(ERROR|CRITICAL) (?!\S+ task \S+ (\(\w+\) failed|was running on \S+, which died): )"
     r"|^Exception in thread|^Fatal Python error",
@@ -50,10 +50,10 @@ _never = threading.Event()
 
 
 def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
-    """Ask until the answer is true, and return it.
+    """Call ``condition`` until it returns something true, and return that.
 
     Raises:
-        TimeoutError: it did not become true in time.
+        TimeoutError: it did not become true within ``seconds``.
     """
     deadline = time.monotonic() + seconds
     while not (answer := condition()):
@@ -64,7 +64,7 @@ def until(condition: Callable[[], Any], seconds: float, what: str) -> Any:
 
 
 class Child:
-    """A worker process; its death is told to the side log in its name."""
+    """A worker process; this object writes its death to the side log, in its name."""
 
     def __init__(self, folder: Path, options: Options) -> None:
         self.options = options
@@ -83,7 +83,7 @@ class Child:
         self._told = False
 
     def kill(self) -> None:
-        """Kill it; the moment before is the last at which it certainly lived."""
+        """Kill the process; the moment just before is the last one at which it certainly lived."""
         self._log.tell("killed")
         self.process.send_signal(signal.SIGKILL)
         self.wait(60.0)
@@ -92,19 +92,19 @@ class Child:
         self.process.send_signal(number)
 
     def tell(self) -> None:
-        """Write it a line."""
+        """Write a line to its standard input."""
         assert self.process.stdin is not None
         self.process.stdin.write(b"\n")
         self.process.stdin.flush()
 
     def finish(self, seconds: float = _LONGEST) -> int:
-        """End its standard input and wait for its end."""
+        """Close its standard input and wait for its end; return its exit code."""
         assert self.process.stdin is not None
         self.process.stdin.close()
         return self.wait(seconds)
 
     def ended(self) -> bool:
-        """Whether it has ended."""
+        """Return True if it has ended."""
         if self.process.poll() is None:
             return False
         if not self._told:
@@ -116,7 +116,7 @@ class Child:
         return True
 
     def wait(self, seconds: float) -> int:
-        """Wait for its end; returns how it exited."""
+        """Wait for its end; return its exit code."""
         self.process.wait(seconds)
         self.ended()
         return self.process.returncode
@@ -134,7 +134,7 @@ class Child:
 
 @attrs.define
 class Outcome:
-    """What a campaign came to."""
+    """The result of a campaign."""
 
     violations: list[str]
     records: dict[str, Task]
@@ -145,10 +145,10 @@ class Outcome:
 
 
 class Campaign:
-    """Processes on one file in ``folder``."""
+    """Processes that share one file in ``folder``."""
 
     points = hooks.KILL_POINTS
-    pause = 0.25  # the longest between two strikes, in seconds
+    pause = 0.25  # the longest pause between two strikes, in seconds
 
     def __init__(self, folder: Path, seed: int = 0) -> None:
         self.folder = folder
@@ -167,30 +167,30 @@ class Campaign:
         return child
 
     def open(self) -> Repository:
-        """What the processes share, to look at."""
+        """Open the store that the processes share."""
         return SQLiteRepository(self.database)
 
     def events(self) -> list[Event]:
         return read(self.side_log)
 
     def hold(self) -> dict[str, Any]:
-        """What ``held`` tasks are told, so that they end when they are let go."""
+        """Return params for ``held`` tasks, which run until :meth:`let_go`."""
         return {"until": str(self.folder / "let go")}
 
     def let_go(self) -> None:
-        """Have the tasks end that are held."""
+        """End the ``held`` tasks."""
         Path(self.hold()["until"]).touch()
 
     def wait_for(self, what: str, seconds: float = 60.0, **like: Any) -> Event:
-        """The first event of that kind."""
+        """Wait for an event and return the first one with these values."""
 
-        def look() -> Event | None:
+        def find() -> Event | None:
             for event in self.events():
                 if event.what == what and all(getattr(event, k) == v for k, v in like.items()):
                     return event
             return None
 
-        found: Event = until(look, seconds, f"{what} {like}")
+        found: Event = until(find, seconds, f"{what} {like}")
         return found
 
     # --- the random part
@@ -198,7 +198,7 @@ class Campaign:
     def storm(
         self, kills: int, processes: int = 3, say: Callable[[str], None] = lambda _: None
     ) -> None:
-        """Start random processes and kill them at random, until so many are dead."""
+        """Start random processes and kill them at random, until ``kills`` of them were killed."""
         killed, alive = 0, []
         while killed < kills:
             for child in [child for child in alive if child.ended()]:
@@ -220,10 +220,10 @@ class Campaign:
     def _strike(self, child: Child) -> None:
         chance = self.rng.random()
         if child.options.interrupts:
-            return  # it must come to its end by itself
+            return  # it must end by itself
         if chance < 0.6 and not child.ended():
             child.kill()
-        elif chance < 0.68 and not child.ended():  # a process that stands still is not dead
+        elif chance < 0.68 and not child.ended():  # a stopped process is not dead
             child.signal(signal.SIGSTOP)
             _never.wait(self.rng.uniform(0.1, 0.9))
             child.signal(signal.SIGCONT)
@@ -260,9 +260,9 @@ class Campaign:
     # --- the end
 
     def drain(self, seconds: float = 60.0, processes: int = 2, **options: Any) -> None:
-        """Have fresh processes run what is left; those that a task takes with it are replaced.
+        """Run the remaining tasks in new processes; replace those that a task kills.
 
-        What they did not get done by then, or did not end, the proof finds.
+        The proof finds tasks that are not finished in time, and processes that do not end.
         """
         deadline = time.monotonic() + seconds
         wanted = {"role": "drain", "workers": 4, **options}
@@ -277,7 +277,7 @@ class Campaign:
             child.kill()
 
     def verdict(self) -> Outcome:
-        """What is not as promised, now that nobody runs any more."""
+        """End all processes, and return the broken promises."""
         self.end()
         with self.open() as repository:
             found = repository.list(TaskFilter(limit=MANY))
@@ -289,13 +289,13 @@ class Campaign:
         return Outcome(violations, records, events)
 
     def end(self) -> None:
-        """End what still runs."""
+        """End the processes that still run."""
         for child in self.children:
             if not child.ended():
                 child.kill()
 
     def close(self) -> None:
-        """End what still runs, and what it ran on."""
+        """End the processes that still run, and what they run on."""
         self.end()
 
 
@@ -303,7 +303,7 @@ class Campaign:
 
 
 def soak(campaign: Campaign, kills: int, processes: int) -> Outcome:
-    """A large campaign that tells how it goes."""
+    """Run a large campaign and print its progress."""
     began = time.monotonic()
 
     def say(text: str) -> None:
@@ -322,7 +322,7 @@ def soak(campaign: Campaign, kills: int, processes: int) -> Outcome:
 
 
 def summary(outcome: Outcome) -> list[str]:
-    """What happened, in a few lines."""
+    """Return a summary of the campaign in a few lines."""
     history = History(outcome.events)
     runs = [run for story in history.stories.values() for run in story.runs]
     told = Counter(event.what for event in outcome.events)
@@ -334,10 +334,10 @@ def summary(outcome: Outcome) -> list[str]:
     submitted = f"{told['accepted']} tasks accepted, {told['rejected']} rejected"
     return [
         f"{killed} of {len(history.processes)} processes killed, {told['interrupt']} interrupted",
-        f"by themselves: {by_themselves}",
-        f"{submitted}, {len(runs)} runs begun, {cut_short} cut short",
+        f"killed themselves: {by_themselves}",
+        f"{submitted}, {len(runs)} runs began, {cut_short} were cut short",
         ", ".join(f"{statuses[status]} {status}" for status in TaskStatus),
-        f"{told['cancel told']} cancels told, {told['closed']} closed by hand",
+        f"{told['cancel told']} cancels answered, {told['closed']} tasks closed by hand",
         f"{len(outcome.violations)} violations",
     ]
 
@@ -345,19 +345,21 @@ def summary(outcome: Outcome) -> list[str]:
 def _campaign(mongo: bool, folder: Path, seed: int) -> Campaign:
     if not mongo:
         return Campaign(folder, seed)
-    sys.path.insert(0, str(_FOLDER.parent))  # where pytest finds the servers of the tests
+    sys.path.insert(0, str(_FOLDER.parent))  # the modules that start the tests' servers are there
     from .mongo_campaign import on_own_server
 
     return on_own_server(folder, seed)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="campaign", description="Kill processes, prove the rest.")
+    parser = argparse.ArgumentParser(
+        prog="campaign", description="Kill processes at random and check that no promise is broken."
+    )
     parser.add_argument("--kills", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=None)
     parser.add_argument("--processes", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="keep what happened there")
-    parser.add_argument("--mongo", action="store_true", help="on a MongoDB server of its own")
+    parser.add_argument("--folder", type=Path, default=None, help="keep all files in this folder")
+    parser.add_argument("--mongo", action="store_true", help="run on a new MongoDB server")
     args = parser.parse_args()
     seed = random.SystemRandom().randrange(1 << 30) if args.seed is None else args.seed
     print(f"{args.kills} kills, {args.processes} processes at a time, --seed {seed}", flush=True)

@@ -1,7 +1,7 @@
-"""What is done to the library inside a worker process, and nowhere else, to provoke trouble.
+"""Changes to the library inside a worker process, and only there, that provoke errors.
 
-Points where it kills itself, interrupts of a leader, pauses that widen races, and broken parts that
-the campaign must notice. All are wrapped around the library from outside: it has no hooks.
+They are points at which the process kills itself, interrupts of a leader, pauses that widen races, and
+broken parts that the campaign must notice. All wrap functions from outside: the library has no hooks.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def before(owner: Any, name: str, strike: Strike) -> None:
 
 
 def after(owner: Any, name: str, strike: Strike) -> None:
-    """Strike when it has returned something; an empty list is nothing."""
+    """Strike after the function returned something other than an empty list."""
 
     def around(inner: Any, *args: Any, **kwargs: Any) -> Any:
         returned = inner(*args, **kwargs)
@@ -73,7 +73,7 @@ def after(owner: Any, name: str, strike: Strike) -> None:
 COMMON_POINTS: Points = {
     "after commit, before buffer": lambda strike: before(Buffer, "add", strike),
     "after start, before execute": lambda strike: after(Starter, "start", strike),
-    # Before: what lies there may have been taken, and have ended, when the strike comes.
+    # Before, because a task that was laid out may have run to its end when the strike comes.
     "started ahead": lambda strike: before(Ahead, "lay_out", strike),
     "after result, before finish": lambda strike: after(Runner, "run", strike),
     "while stopping": lambda strike: after(LocalNode, "_begin_stop", strike),
@@ -87,7 +87,7 @@ KILL_POINTS: Points = {
 
 
 class Countdown:
-    """Strikes at the n-th passing of a point."""
+    """Strikes when a point is passed for the n-th time."""
 
     def __init__(self, passings: int, strike: Strike) -> None:
         self._left = passings
@@ -108,7 +108,7 @@ def die(log: SideLog, note: str) -> None:
 
 
 def death(point: str, passings: int, log: SideLog) -> Strike:
-    """Has this process kill itself at the n-th passing of a point."""
+    """Return a strike that kills this process when a point is passed for the n-th time."""
     return Countdown(passings, lambda: die(log, point))
 
 
@@ -120,9 +120,9 @@ INTERRUPTS = ("before the commit", "inside the commit", "after the commit")
 def interrupt(
     where: str, passings: int, log: SideLog, error: type[BaseException], repository: type
 ) -> Strike:
-    """Raise in a thread that commits: an interrupt in the main thread, as Python would.
+    """Raise an error in a thread that commits; a KeyboardInterrupt only in the main thread, as Python does.
 
-    Returns what raises inside the commit, if that is where.
+    Return the function that raises inside the commit, for the caller to place there.
     """
 
     def strike() -> None:
@@ -154,7 +154,7 @@ def interrupt(
 
 
 class Interrupter:
-    """Interrupts the main thread at random, wherever it is, as Ctrl-C would."""
+    """Interrupts the main thread at random moments, as Ctrl-C would."""
 
     def __init__(self, seed: int, longest: float, log: SideLog) -> None:
         self._rng, self._longest, self._log = random.Random(seed), longest, log
@@ -165,7 +165,7 @@ class Interrupter:
         self._thread.start()
 
     def stop(self) -> None:
-        """None comes after this has returned."""
+        """Stop interrupting: no interrupt comes after this has returned."""
         while self._thread.is_alive():
             with suppress(KeyboardInterrupt):
                 self._ended.set()
@@ -183,7 +183,7 @@ class Interrupter:
 
 
 def dawdle(seed: int, longest: float) -> None:
-    """Pause now and then where another process or thread could slip in."""
+    """Pause now and then at points where another process or thread could interfere."""
     rng, never = random.Random(seed), threading.Event()
 
     def pause() -> None:
@@ -198,11 +198,11 @@ def dawdle(seed: int, longest: float) -> None:
 
 
 def ignore_owners() -> None:
-    """Have every node believe that it is alone: then all go for the same tasks, as they may."""
+    """Make every node believe that it is alone, so that all compete for the same tasks."""
     Fetcher.alone = property(lambda self: True, lambda self, value: None)  # type: ignore[assignment]
 
 
-# Broken parts: with any of them the campaign must fail
+# Broken parts: with each of them the campaign must fail
 
 
 def _no_start_guard() -> None:
@@ -227,7 +227,7 @@ def _no_lock() -> None:
 
 
 def _told_before_commit() -> None:
-    """The original's way: a task is acknowledged, and stored by somebody some time."""
+    """Acknowledge a task before it is stored, as the original does."""
 
     def around(inner: Any, self: Any, writes: Any) -> Any:
         if not isinstance(writes[0], Insert):
@@ -248,7 +248,7 @@ def _cancel_without_guard() -> None:
 
 def _suspects_together() -> None:
     def leave(inner: Any, self: Any) -> None:
-        self._turn.acquire(blocking=False)  # nobody took it
+        self._turn.acquire(blocking=False)  # no thread has taken it
         inner(self)
 
     wrap(Suspects, "admit", lambda inner, self, item: True)

@@ -1,4 +1,4 @@
-"""The campaign on a MongoDB server: two hosts, lines that are cut, a server that is killed."""
+"""The campaign on a MongoDB server: two hosts, connections that are cut, a server that is killed."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from . import on_mongo
 from .campaign import Campaign, Child, until
 
 NAME = "campaign"
-#: What befalls a line.
+#: The ways to disturb a connection.
 DISTURBANCES = ("reset", "cut", "delay", "swallow asks", "swallow answers")
-#: The notes that are nodes.
+#: The query for the notes of nodes.
 NODES = {"_id": {"$regex": "^node/[^/]*$"}}
 _never = threading.Event()
 
 
 class MongoCampaign(Campaign):
-    """Processes on one collection, each with a line of its own to the server.
+    """Processes on one collection, each with its own proxy to the server.
 
-    Half of them share a host with the rest, by their lock files; the others are on another one,
-    where only their leases tell whether they live.
+    Processes with the same folder of lock files are on the same host. About half of them are on each of
+    two hosts. Only leases show a process whether nodes on the other host live.
 
     Args:
-        url: the server.
-        name: the database; it must not be there.
-        server: the same, if it may be killed and started again.
+        url: the URL of the server.
+        name: the name of the database; it must not exist.
+        server: the server, if it may be killed and started again.
     """
 
     points = on_mongo.KILL_POINTS
-    pause = 0.5  # the driver takes its time to be imported
+    pause = 0.5  # importing the driver takes a while
 
     def __init__(
         self, folder: Path, url: str, seed: int = 0, name: str = NAME, server: Server | None = None
@@ -50,21 +50,21 @@ class MongoCampaign(Campaign):
         self._seen: dict[str, int] = {}
         self._beats = 0
         self._port: int = pymongo.uri_parser.parse_uri(url)["nodelist"][0][1]
-        self.lines: dict[str, Proxy] = {}
+        self.proxies: dict[str, Proxy] = {}
 
     def spawn(self, **options: Any) -> Child:
-        """Start one; without ``retries`` its driver sends nothing a second time by itself."""
+        """Start a process; without ``retries`` its driver does not repeat commands by itself."""
         proxy = Proxy(self._port)
         host = self.folder / options.pop("host", "here")
         retries = "true" if options.pop("retries", True) else "false"
         query = f"directConnection=true&retryWrites={retries}"
         url = f"mongodb://127.0.0.1:{proxy.port}/{self._name}?{query}"
         child = super().spawn(**{"database": url, "host": str(host), **options})
-        self.lines[child.who] = proxy
+        self.proxies[child.who] = proxy
         return child
 
     def beats(self) -> int:
-        """How often all nodes were seen to show that they live; a new note begins with any version."""
+        """Return the number of heartbeats that were seen so far; a new note begins with any version."""
         before, self._seen = self._seen, {n["_id"]: n["version"] for n in self._notes.find(NODES)}
         risen = (version - before.get(name, version) for name, version in self._seen.items())
         self._beats += sum(count for count in risen if 0 < count < 1000)
@@ -77,15 +77,17 @@ class MongoCampaign(Campaign):
         options = super()._random_options()
         options["host"] = self.rng.choice(("here", "there"))
         options["retries"] = self.rng.random() < 0.5
-        if "point" in options:  # fewer pass it in the same time
+        if "point" in options:  # each point is passed less often in the same time
             together = "batch" in options["point"] or "transaction" in options["point"]
             most = 3 if together else 15
             options["passings"] = min(options["passings"], self.rng.randint(1, most))
-        if options.pop("interrupts", 0):  # they would strike the driver, too: not ours to prove
+        if options.pop(
+            "interrupts", 0
+        ):  # they would also interrupt the driver, which is not tested here
             options["overflow"] = "block"
         return options
 
-    # --- what befalls them
+    # --- disturbances
 
     def _strike(self, child: Child) -> None:
         chance = self.rng.random()
@@ -95,23 +97,24 @@ class MongoCampaign(Campaign):
             self.restart_server()
         else:
             how = self.rng.choice(DISTURBANCES)
-            self.disturb(self.lines[child.who], how, self.rng.uniform(0.05, 0.8))  # under a lease
+            seconds = self.rng.uniform(0.05, 0.8)  # shorter than a lease
+            self.disturb(self.proxies[child.who], how, seconds)
 
-    def disturb(self, line: Proxy, how: str, seconds: float) -> None:
-        """Cut a line, slow it down or swallow what goes through it, and mend it."""
-        self.log.tell("line", note=f"{how} {seconds:.2f}")
+    def disturb(self, proxy: Proxy, how: str, seconds: float) -> None:
+        """Cut a connection, slow it down or drop its messages for some seconds, and repair it."""
+        self.log.tell("disturbed", note=f"{how} {seconds:.2f}")
         if how in ("reset", "cut"):
-            line.cut(refuse=how == "cut")
+            proxy.cut(refuse=how == "cut")
         elif how == "delay":
-            line.judge = lambda direction, piece: not _never.wait(0.02)
+            proxy.judge = lambda direction, piece: not _never.wait(0.02)
         else:
             swallowed = how.split()[1][:-1]
-            line.judge = lambda direction, piece: direction != swallowed
+            proxy.judge = lambda direction, piece: direction != swallowed
         _never.wait(seconds)
-        line.heal()
+        proxy.heal()
 
     def restart_server(self) -> None:
-        """As a power cut would end it, and start it again."""
+        """Kill the server, as a power cut would, and start it again."""
         assert self.server is not None
         self.log.tell("server", note="killed")
         self.server.kill()
@@ -126,7 +129,7 @@ class MongoCampaign(Campaign):
         self.let_nodes_be_forgotten()
 
     def let_nodes_be_forgotten(self) -> None:
-        """A dead node that holds nothing is forgotten when its lease has run out."""
+        """Wait until a living node has forgotten the dead ones, after their leases expired."""
         if not self._notes.count_documents(NODES):
             return
         last = self.spawn(role="serve")
@@ -136,12 +139,12 @@ class MongoCampaign(Campaign):
 
     def end(self) -> None:
         super().end()
-        for line in self.lines.values():
-            line.close()
-        self.lines.clear()
+        for proxy in self.proxies.values():
+            proxy.close()
+        self.proxies.clear()
 
     def close(self) -> None:
-        """End all, and leave nothing on the server."""
+        """End all processes, and leave nothing on the server."""
         self.end()
         if self.server is None:
             self._client.drop_database(self._name)
@@ -151,7 +154,7 @@ class MongoCampaign(Campaign):
 
 
 def on_own_server(folder: Path, seed: int) -> MongoCampaign:
-    """One whose server may be killed: a replica set where the seed is even, or a standalone one."""
+    """Return a campaign with its own server: a replica set for an even seed, else a standalone one."""
     data = folder / "server"
     data.mkdir()
     server = Server("standalone" if seed % 2 else "set", data).start()

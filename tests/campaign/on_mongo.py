@@ -1,4 +1,4 @@
-"""The MongoDB side of a process of the campaign."""
+"""The MongoDB part of a worker process of the campaign."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ from .stores import Store
 if TYPE_CHECKING:
     from .worker import Options
 
-#: Seconds that an operation may take.
+#: The time-out of an operation, in seconds.
 TIMEOUT = 2.0
 
 
 def _without_transactions(point: Callable[[Strike], None]) -> Callable[[Strike], None]:
-    """Have the process take its server for one that knows none: it hides batches. Then the point."""
+    """Return a point of a process that hides batches, as if its server did not support transactions."""
 
     def at(strike: Strike) -> None:
         _hide_batches()
@@ -61,7 +61,7 @@ KILL_POINTS: hooks.Points = {
 }
 
 
-def _beats_not_looked_at() -> None:
+def _heartbeats_ignored() -> None:
     wrap(Leases, "_lives_yet", lambda inner, self, name, notes, asked: False)
 
 
@@ -69,7 +69,7 @@ def _lost_lease_ignored() -> None:
     wrap(Leases, "lost", lambda inner, self, node: False)
 
 
-def _marks_not_looked_at() -> None:
+def _marks_ignored() -> None:
     wrap(Sender, "_confirm_by_marks", lambda inner, self, ops: None)
 
 
@@ -85,7 +85,7 @@ def _commit_left_out() -> None:
     wrap(ClientSession, "commit_transaction", lambda inner, self: None)
 
 
-def _lost_commit_given_up() -> None:
+def _lost_commit_treated_as_rolled_back() -> None:
     wrap(sender, "_was_rolled_back", lambda inner, error: True)
 
 
@@ -99,19 +99,19 @@ def _batches_in_pieces() -> None:
 
 
 class OnMongo(Store):
-    """A collection, through a connection of the process's own."""
+    """A MongoDB collection; each process has its own connection."""
 
     repository = MongoRepository
     points = KILL_POINTS
     outages = (RepositoryUnavailable,)
     pile = 20
     broken: hooks.Parts = {  # noqa: RUF012  (constant)
-        "beats not looked at": _beats_not_looked_at,
+        "heartbeats ignored": _heartbeats_ignored,
         "lost lease ignored": _lost_lease_ignored,
-        "marks not looked at": _marks_not_looked_at,
+        "marks ignored": _marks_ignored,
         "transactions in pieces": _transactions_in_pieces,
         "commit left out": _commit_left_out,
-        "lost commit given up": _lost_commit_given_up,
+        "lost commit treated as rolled back": _lost_commit_treated_as_rolled_back,
         "batches in pieces": _batches_in_pieces,
     }
 

@@ -1,7 +1,7 @@
-"""The side log: what really happened, told line by line by those who did it.
+"""The side log: a file to which each process writes what it really does, line by line.
 
-A line is one ``write`` to a file opened for appending, so lines of many processes never mix and none
-is torn by a kill. Moments are CLOCK_MONOTONIC, which all processes of a host share.
+A line is one ``write`` to a file opened for appending, so lines of several processes never mix, and a kill
+never leaves part of a line. Times are from CLOCK_MONOTONIC, which all processes of a host share.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any, NamedTuple
 
 
 class Event(NamedTuple):
-    """One line.
+    """One line of the side log.
 
     Attributes:
-        ns: when, taken before the line was written.
-        who: the process, by a name that no other one ever had.
-        what: what happened.
-        id: the task it happened to.
-        starts: in which of its runs.
+        ns: the time, in nanoseconds, taken before the line was written.
+        who: the unique name of the process.
+        what: the kind of the event.
+        id: the id of the task.
+        starts: the number of the task's run.
         kind: the type of the task.
-        outcome: how it went.
-        note: for people.
+        outcome: the outcome.
+        note: a note for people.
     """
 
     ns: int
@@ -38,7 +38,7 @@ class Event(NamedTuple):
 
 
 class SideLog:
-    """Writes lines as ``who``."""
+    """The writing end of the side log, for the process ``who``."""
 
     def __init__(self, path: str | Path, who: str) -> None:
         self._who = who
@@ -53,6 +53,6 @@ class SideLog:
 
 
 def read(path: str | Path) -> list[Event]:
-    """All events, by time."""
+    """Return all events, sorted by time."""
     lines = Path(path).read_text(encoding="utf-8").splitlines()
     return sorted(Event(*json.loads(line)) for line in lines)

@@ -1,4 +1,4 @@
-"""What differs between the repositories that the processes of a campaign may share."""
+"""The differences between the stores that the processes of a campaign can share."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class Store:
-    """A SQLite file, and what stands here for any other.
+    """A SQLite file, and the base class for other stores.
 
     Attributes:
         repository: the class whose ``apply`` commits.
-        points: where a process may kill itself.
-        outages: what is raised, and borne, while the store is away.
-        pile: how many tasks a process submits together that submits nothing else.
-        broken: parts that only it has, broken.
+        points: the points at which a process can kill itself.
+        outages: the errors that a process expects while the store is unavailable.
+        pile: the number of tasks that a process with ``burst`` submits together.
+        broken: the broken parts that only this store has.
     """
 
     repository: type[Repository] = SQLiteRepository
@@ -35,12 +35,12 @@ class Store:
         return SQLiteRepository(options.database, options.durability)
 
     def prepare(self, log: SideLog) -> None:
-        """Have the side log told what the proof must know."""
+        """Make the process write events to the side log that the proof needs for this store."""
 
 
 def store_of(database: str) -> Store:
     if database.startswith("mongodb://"):
-        from .on_mongo import OnMongo  # the driver takes its time
+        from .on_mongo import OnMongo  # importing the driver takes a while
 
         return OnMongo()
     return Store()

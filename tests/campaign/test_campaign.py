@@ -1,6 +1,6 @@
-"""Processes that share one file are killed: nothing is lost, runs twice at once, or stays behind.
+"""Tests that kill processes on one file: no task is lost, runs twice at a time, or is left behind.
 
-And the proof itself is put to the proof: with a part of the library broken, it must find something.
+They also test the proof itself: if a part of the library is broken, it must find a violation.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def campaign(tmp_path: Path) -> Iterator[Campaign]:
 
 
 def prove(campaign: Campaign, **drain: Any) -> Outcome:
-    """Have the rest run, and everything checked."""
+    """Run the remaining tasks, and check that no promise is broken."""
     campaign.drain(**drain)
     outcome = campaign.verdict()
     assert not outcome.violations, "\n".join([*outcome.violations[:20], *summary(outcome)])
@@ -45,12 +45,14 @@ def counts(outcome: Outcome, name: str) -> list[int]:
 # At random
 
 
-def test_random_kills(campaign):
+def test_random_kills_break_no_promise(campaign):
     campaign.storm(kills=25)
     last = campaign.spawn(role="mix", seconds=60.0)
-    with campaign.open() as repository:  # however little the others came to do on a busy machine
+    with (
+        campaign.open() as repository
+    ):  # on a busy machine the others may complete only a few tasks
         done = TaskFilter(status=TaskStatus.COMPLETED)
-        until(lambda: repository.count(done) > 100, 60.0, "so many are completed")
+        until(lambda: repository.count(done) > 100, 60.0, "more than 100 tasks are completed")
     last.kill()
     outcome = prove(campaign)
     assert sum(event.what == "dead" for event in outcome.events) >= 25
@@ -59,11 +61,11 @@ def test_random_kills(campaign):
 
 # At every named point
 
-#: What is submitted there, and what of it may then have crashed.
+#: The options of the process that dies at each point, and a check of the outcome.
 NAMED: dict[str, tuple[dict[str, Any], Callable[[Outcome], bool]]] = {
     "after commit, before buffer": (
         {"passings": 5, "tasks": [{"kind": "brief", "count": 200}]},
-        # Tasks that were spilled between do not pass the point.
+        # Tasks that were spilled in between do not pass the point.
         lambda outcome: 5 <= len(outcome.records) <= 200,
     ),
     "after start, before execute": (
@@ -98,12 +100,12 @@ NAMED: dict[str, tuple[dict[str, Any], Callable[[Outcome], bool]]] = {
 }
 
 
-def test_every_point_has_its_test():
+def test_every_point_has_a_test():
     assert NAMED.keys() == hooks.KILL_POINTS.keys()
 
 
 @pytest.mark.parametrize("point", NAMED)
-def test_killed(campaign, point):
+def test_a_kill_at_a_named_point_breaks_no_promise(campaign, point):
     options, expected = NAMED[point]
     first = campaign.spawn(**{"role": "submit", "point": point, **options})
     assert first.wait(90.0) == KILLED
@@ -112,15 +114,15 @@ def test_killed(campaign, point):
     assert expected(outcome), summary(outcome)
 
 
-def test_a_stopped_node_that_dies_interrupts(campaign):
-    """What runs when a stopping process is killed has not crashed."""
+def test_a_task_of_a_killed_stopping_process_is_interrupted(campaign):
+    """It does not count as crashed."""
     first = campaign.spawn(
         role="submit",
         point="while stopping",
         tasks=[{"kind": "stubborn", "params": {"seconds": 30.0}}],
     )
     campaign.wait_for("begin", kind="stubborn")
-    first.kill()  # it runs: this one counts
+    first.kill()  # this process is not stopping, so its death counts as a crash
     second = campaign.spawn(role="serve", point="while stopping")
     campaign.wait_for("begin", kind="stubborn", who=second.who)
     assert second.finish(90.0) == KILLED
@@ -131,7 +133,7 @@ def test_a_stopped_node_that_dies_interrupts(campaign):
     assert (task.starts, task.crashes, task.interruptions) == (3, 1, 1)
 
 
-def test_leaders_of_commits_are_interrupted(campaign):
+def test_interrupts_of_commit_leaders_break_no_promise(campaign):
     """One process for each moment and error, all on one file, each with followers."""
     tasks = [{"kind": "brief", "count": 10}, {"kind": "parent", "count": 10}]
     children = {}
@@ -150,8 +152,8 @@ def test_leaders_of_commits_are_interrupted(campaign):
 # Culprits and innocents
 
 
-def test_innocent_neighbours_of_a_crashing_task_are_spared(campaign):
-    """It takes its process with it until it is a dead letter; those that run beside it complete."""
+def test_innocent_neighbours_of_a_crashing_task_complete(campaign):
+    """The crashing task kills its process again and again, until it is a dead letter."""
     crasher = {"kind": "crasher", "params": {"after": 0.05}, "max_crashes": 3}
     innocents = {"kind": "innocent", "count": 6, "params": {"seconds": 0.1}}
     campaign.spawn(role="store", tasks=[innocents, crasher, innocents]).wait(90.0)
@@ -165,7 +167,7 @@ def test_innocent_neighbours_of_a_crashing_task_are_spared(campaign):
 
 
 def crashers_beside_innocents(campaign: Campaign, **options: Any) -> None:
-    """As many that crash as there are workers: each first runs beside innocents, some of them suspects."""
+    """Run as many crashing tasks as there are workers: first each runs beside innocents or suspects."""
     crashers = {"kind": "crasher", "count": 4, "params": {"after": 0.05}, "max_crashes": 3}
     innocents = {"kind": "innocent", "count": 2, "params": {"seconds": 1.0}}
     tasks = [innocents, crashers, innocents]
@@ -173,7 +175,7 @@ def crashers_beside_innocents(campaign: Campaign, **options: Any) -> None:
     campaign.drain(processes=1, **options)
 
 
-def test_innocents_are_spared_among_many_crashing_tasks(campaign):
+def test_innocents_complete_among_many_crashing_tasks(campaign):
     crashers_beside_innocents(campaign)
     outcome = campaign.verdict()
     assert not outcome.violations, "\n".join(outcome.violations)
@@ -183,7 +185,7 @@ def test_innocents_are_spared_among_many_crashing_tasks(campaign):
         )
 
 
-def test_never_again_after_a_crash(campaign):
+def test_a_task_that_may_crash_once_never_starts_again(campaign):
     once = {"kind": "crasher", "max_crashes": 1, "params": {"after": 0.05}}
     campaign.spawn(role="store", tasks=[{"kind": "once", "count": 10}, once]).wait(90.0)
     outcome = prove(campaign, processes=1)
@@ -191,7 +193,7 @@ def test_never_again_after_a_crash(campaign):
     assert (crasher.status, crasher.starts, crasher.crashes) == ("failed", 1, 1)
 
 
-# The guards, without the hints that mostly keep processes apart
+# The guards, without the hints that usually keep processes apart
 
 
 def fill(campaign: Campaign, **entry: Any) -> None:
@@ -199,7 +201,7 @@ def fill(campaign: Campaign, **entry: Any) -> None:
 
 
 def crowd(campaign: Campaign, **options: Any) -> None:
-    """Several processes that go for the same tasks at the same time."""
+    """Run several processes that compete for the same tasks."""
     fill(campaign, kind="brief", count=150)
     wanted = {"role": "drain", "alone": True, "dawdle": 0.004, "workers": 3, "waits": True}
     children = [campaign.spawn(**wanted, **options) for _ in range(3)]
@@ -207,16 +209,16 @@ def crowd(campaign: Campaign, **options: Any) -> None:
         campaign.wait_for("ready", who=child.who)
     for child in children:
         child.tell()
-    until(lambda: all(child.ended() for child in children), 60.0, "all is drained")
+    until(lambda: all(child.ended() for child in children), 60.0, "all tasks are drained")
 
 
-def test_many_go_for_the_same_tasks(campaign):
+def test_processes_that_compete_for_tasks_break_no_promise(campaign):
     crowd(campaign)
     assert not campaign.verdict().violations
 
 
 def close_by_hand(campaign: Campaign, **options: Any) -> None:
-    """A run loses its fence while it is under way, and returns all the same."""
+    """Close a running task by hand; its run loses its fence and still returns."""
     fill(campaign, kind="held", params=campaign.hold())
     runner = campaign.spawn(role="serve", **options)
     campaign.wait_for("begin")
@@ -227,13 +229,13 @@ def close_by_hand(campaign: Campaign, **options: Any) -> None:
     assert runner.finish(90.0) == 0
 
 
-def test_late_outcome_is_dropped(campaign):
+def test_a_late_outcome_is_dropped(campaign):
     close_by_hand(campaign)
     prove(campaign, processes=1)
 
 
 def live_neighbours(campaign: Campaign, **options: Any) -> None:
-    """Two processes that live: neither may take the other's running tasks."""
+    """Run two living processes: neither may take over the other's running tasks."""
     fill(campaign, kind="held", count=2, params=campaign.hold())
     first = campaign.spawn(role="serve", **options)
     ids = [f"p1-{number}" for number in (1, 2)]
@@ -244,7 +246,7 @@ def live_neighbours(campaign: Campaign, **options: Any) -> None:
     if options:
         campaign.wait_for("begin", who=second.who)
     else:
-        threading.Event().wait(3 * RECOVER_EVERY)  # blocks on purpose: it looks for dead nodes
+        threading.Event().wait(3 * RECOVER_EVERY)  # blocks on purpose: it checks for dead nodes
     campaign.let_go()
     for task_id in ids:
         campaign.wait_for("end", id=task_id, who=first.who)
@@ -252,7 +254,7 @@ def live_neighbours(campaign: Campaign, **options: Any) -> None:
     second.finish(90.0)
 
 
-def test_what_a_live_process_runs_is_left_to_it(campaign):
+def test_a_task_of_a_living_process_is_not_taken_over(campaign):
     live_neighbours(campaign)
     outcome = campaign.verdict()
     assert not outcome.violations
@@ -260,13 +262,13 @@ def test_what_a_live_process_runs_is_left_to_it(campaign):
 
 
 def early_end(campaign: Campaign, **options: Any) -> None:
-    """A process ends as soon as its tasks are acknowledged."""
+    """Run a process that ends as soon as its tasks are acknowledged, and drain its tasks."""
     campaign.spawn(role="store", tasks=[{"kind": "brief", "count": 50}], **options).wait(90.0)
     campaign.drain(processes=1)
 
 
 def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
-    """A task is cancelled that runs, and returns all the same."""
+    """Cancel a running task that still returns."""
     fill(campaign, kind="held", params=campaign.hold())
     runner = campaign.spawn(role="serve")
     campaign.wait_for("begin")
@@ -277,7 +279,7 @@ def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
 
 
 def crash_beside_innocents(campaign: Campaign, **options: Any) -> None:
-    """A task that crashes again and again, beside others that take longer."""
+    """Run a task that crashes again and again beside others that take longer."""
     crasher = {"kind": "crasher", "params": {"after": 0.1}, "max_crashes": 3}
     innocent = {"kind": "innocent", "params": {"seconds": 2.0}}
     tasks = [innocent, crasher, innocent]
@@ -285,17 +287,17 @@ def crash_beside_innocents(campaign: Campaign, **options: Any) -> None:
     campaign.drain(processes=1, seconds=30.0, **options)
 
 
-# The proof proved
+# Tests of the proof
 
-#: How each broken part is provoked, and a word of what must be found.
+#: For each broken part, the function that provokes it and a part of the violation that must be found.
 PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
     "start without guard": (crowd, "executed twice"),
     "outcome without fence": (close_by_hand, "closed by hand"),
     "node without lock": (live_neighbours, "was under way"),
     "acknowledged before the commit": (early_end, "lost"),
-    "cancel without guard": (cancel_what_runs, "lived on, and the record is cancelled"),
+    "cancel without guard": (cancel_what_runs, "lived on, but the record is cancelled"),
     "suspects run together": (crash_beside_innocents, "against several suspects"),
-    "a last chance beside others": (crashers_beside_innocents, "innocent, and yet failed"),
+    "a last chance beside others": (crashers_beside_innocents, "innocent, but failed"),
 }
 
 
@@ -304,7 +306,7 @@ def test_every_broken_part_is_provoked():
 
 
 @pytest.mark.parametrize("part", PROVOKED)
-def test_broken_part_is_found(campaign, part):
+def test_a_broken_part_is_found(campaign, part):
     provoke, word = PROVOKED[part]
     provoke(campaign, broken=part)
     violations = campaign.verdict().violations

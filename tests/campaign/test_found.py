@@ -1,4 +1,4 @@
-"""What the campaign has found, each shown as small as it can be."""
+"""Tests of the defects that the campaign has found, each as small as possible."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def queue(tmp_path: Path) -> Iterator[Queue]:
 
 
 class Held:
-    """Holds whoever calls a function until it is let go."""
+    """Makes a caller of a function wait until the test sets ``go``."""
 
     def __init__(self) -> None:
         self.reached, self.go = threading.Event(), threading.Event()
@@ -35,10 +35,10 @@ class Held:
         return inner(*args, **kwargs)
 
 
-def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch):
-    """Stop could not see it, left, and another process ran it a second time."""
+def test_a_task_that_a_worker_starts_during_the_stop_does_not_run(queue, monkeypatch):
+    """Stop did not see the task and left, and another process ran the task a second time."""
     held, ran = Held(), []
-    monkeypatch.setattr(lifecycle, "start", lifecycle.start)  # put back at the end
+    monkeypatch.setattr(lifecycle, "start", lifecycle.start)  # restored at the end
     wrap(lifecycle, "start", held)
     queue.executor("note")(lambda: ran.append(1))
     queue.start()
@@ -48,7 +48,7 @@ def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch)
     until(
         lambda: [node.stopping for node in queue.repository.liveness.nodes()] == [True],
         20.0,
-        "it stops",
+        "the node stops",
     )
     held.go.set()
     until(lambda: not queue.repository.liveness.nodes(), 20.0, "the node leaves")
@@ -57,7 +57,7 @@ def test_task_that_is_being_started_at_the_stop_does_not_run(queue, monkeypatch)
     assert not ran
 
 
-def test_task_that_a_caller_starts_at_the_stop_does_not_run(tmp_path, monkeypatch):
+def test_a_task_that_a_caller_starts_during_the_stop_does_not_run(tmp_path, monkeypatch):
     held, ran = Held(), []
     monkeypatch.setattr(lifecycle, "start", lifecycle.start)
     with SQLiteRepository(tmp_path / "tasks.db") as repository:
@@ -67,7 +67,7 @@ def test_task_that_a_caller_starts_at_the_stop_does_not_run(tmp_path, monkeypatc
         queue.executor("note")(lambda: ran.append(1))
         queue.start()
         first = queue.submit("wait")
-        until(first.running, 20.0, "it runs")
+        until(first.running, 20.0, "the first task runs")
         queue.submit("note")  # fills the buffer
         wrap(lifecycle, "start", held)
         caller = threading.Thread(target=queue.submit, args=("note",), kwargs={"id": "late"})
@@ -83,8 +83,8 @@ def test_task_that_a_caller_starts_at_the_stop_does_not_run(tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before the commit", "after the commit"])
-def test_outcome_outlives_a_lack_of_memory(queue, monkeypatch, after):
-    """The leader's MemoryError counted as a fault of the write: the outcome was thrown away."""
+def test_an_outcome_survives_a_memory_error(queue, monkeypatch, after):
+    """The leader's MemoryError counted as an error of the write, and the outcome was dropped."""
     failed = []
 
     def around(inner, writes, **options):

@@ -1,4 +1,4 @@
-"""The campaign on MongoDB: processes are killed, lines are cut, and the server itself goes and comes."""
+"""Tests of the campaign on MongoDB: it kills processes, cuts connections and restarts the server."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from .worker import CLOSED_BY_HAND, MANY
 
 @pytest.fixture
 def campaign(tmp_path: Path) -> Iterator[MongoCampaign]:
-    """On a server that others use, too."""
+    """A campaign on a server that other tests use, too."""
     name = f"taskx_{uuid.uuid4().hex[:16]}"
     made = MongoCampaign(tmp_path, shared("set"), seed=20, name=name)
     yield made
@@ -33,7 +33,7 @@ def campaign(tmp_path: Path) -> Iterator[MongoCampaign]:
 
 @pytest.fixture
 def stormy(tmp_path: Path, campaign: MongoCampaign) -> Iterator[MongoCampaign]:
-    """On a server of its own, which may be killed; the one that the environment names may not."""
+    """A campaign on its own server, which may be killed; a server of the environment may not."""
     if REAL:
         yield campaign
         return
@@ -42,12 +42,12 @@ def stormy(tmp_path: Path, campaign: MongoCampaign) -> Iterator[MongoCampaign]:
     made.close()
 
 
-def test_random_kills_cuts_and_restarts(stormy):
+def test_random_kills_cuts_and_restarts_break_no_promise(stormy):
     stormy.storm(kills=4)
     last = stormy.spawn(role="mix", seconds=30.0, workers=4)
     stormy.wait_for("begin", who=last.who)
     for how in DISTURBANCES:
-        stormy.disturb(stormy.lines[last.who], how, 0.2)
+        stormy.disturb(stormy.proxies[last.who], how, 0.2)
     if stormy.server is not None:
         stormy.restart_server()
     last.kill()
@@ -57,7 +57,7 @@ def test_random_kills_cuts_and_restarts(stormy):
 
 
 NINE = {"kind": "brief", "count": 9, "together": True}
-#: What is submitted at the points that a SQLite file has not, or has elsewhere.
+#: The options of the process that dies at each point of MongoDB.
 NAMED: dict[str, dict[str, Any]] = {
     "inside a commit": {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
     "after a commit": {"passings": 5, "tasks": [{"kind": "brief", "count": 20}]},
@@ -71,7 +71,7 @@ NAMED: dict[str, dict[str, Any]] = {
 }
 
 
-#: How many of the tasks that are submitted together, or before, are there at the end.
+#: The number of tasks that are stored at the end, for the points of batches.
 STORED = {
     "before a transaction": 0,
     "inside a transaction": 0,
@@ -82,12 +82,12 @@ STORED = {
 }
 
 
-def test_every_point_has_its_test():
+def test_every_point_has_a_test():
     assert NAMED.keys() == on_mongo.KILL_POINTS.keys() - hooks.COMMON_POINTS.keys()
 
 
-def test_killed_at_every_point(campaign):
-    """One process for each, all on one collection."""
+def test_a_kill_at_each_point_breaks_no_promise(campaign):
+    """One process for each point, all on one collection."""
     children = {
         point: campaign.spawn(**{"role": "submit", "point": point, **options})
         for point, options in NAMED.items()
@@ -100,14 +100,14 @@ def test_killed_at_every_point(campaign):
     assert {point: stored[children[point].who] for point in STORED} == STORED
 
 
-# The proof proved
+# Tests of the proof
 
-#: Short, but with a margin in which even a busy machine has an executor heed its token, and a beat sent.
+#: Short, but its margin is enough to cancel a task and to send a heartbeat even on a busy machine.
 LEASE = 4.0
 
 
 def store(campaign: MongoCampaign, kind: str, **params: Any) -> None:
-    """A task, stored for whoever runs."""
+    """Store a task for any process."""
     with campaign.open() as repository:
         queue = Queue(repository)
         queue.declare(kind)
@@ -117,7 +117,7 @@ def store(campaign: MongoCampaign, kind: str, **params: Any) -> None:
 
 
 def close_while_it_runs(campaign: MongoCampaign, **options: Any) -> None:
-    """A run loses its fence while it is under way, and returns all the same."""
+    """Close a running task by hand; its run loses its fence and still returns."""
     store(campaign, "held", **campaign.hold())
     runner = campaign.spawn(role="serve", **options)
     task = campaign.wait_for("begin", who=runner.who)
@@ -131,25 +131,29 @@ def close_while_it_runs(campaign: MongoCampaign, **options: Any) -> None:
 
 
 def cut_off_for_long(campaign: MongoCampaign, **options: Any) -> None:
-    """Longer than a lease: the task is taken over, so its executor must have heeded its token."""
+    """Cut off a host for longer than a lease: its task is taken over, so it must have ended before."""
     store(campaign, "patient", seconds=60.0)
     first = campaign.spawn(role="serve", host="there", lease=LEASE, **options)
     campaign.wait_for("begin", who=first.who)
     second = campaign.spawn(role="serve", lease=LEASE)
     campaign.wait_for("started", who=second.who)
-    campaign.lines[first.who].cut(refuse=True)
+    campaign.proxies[first.who].cut(refuse=True)
     campaign.wait_for("begin", who=second.who)
 
 
 def neighbours_elsewhere(campaign: MongoCampaign, **options: Any) -> None:
-    """Two hosts that live, for more than a lease: neither may take the other's running task."""
+    """Run two living hosts for more than a lease: neither may take over the other's running task."""
     store(campaign, "stubborn", seconds=60.0)
     first = campaign.spawn(role="serve", host="there", lease=LEASE)
     campaign.wait_for("begin", who=first.who)
     second = campaign.spawn(role="serve", lease=LEASE, **options)
     campaign.wait_for("started", who=second.who)
-    enough = campaign.beats() + 2 * (BEATS + 2)  # of both nodes
-    until(lambda: took(campaign, second) or campaign.beats() > enough, 40.0, "it is taken or not")
+    enough = campaign.beats() + 2 * (BEATS + 2)  # heartbeats of both nodes
+    until(
+        lambda: took(campaign, second) or campaign.beats() > enough,
+        40.0,
+        "the task is taken over, or enough heartbeats were sent",
+    )
 
 
 def took(campaign: MongoCampaign, child: Child) -> bool:
@@ -157,38 +161,38 @@ def took(campaign: MongoCampaign, child: Child) -> bool:
 
 
 def an_answer_is_lost(campaign: MongoCampaign, **options: Any) -> None:
-    """A new task is stored, and the answer that says so is swallowed."""
+    """Store a new task and drop the server's answer."""
     tasks = [{"kind": "brief", "count": 2}]
     child = campaign.spawn(role="store", retries=False, tasks=tasks, **options)
-    line, asked = campaign.lines[child.who], threading.Event()
+    proxy, asked = campaign.proxies[child.who], threading.Event()
 
     def judge(direction: str, piece: bytes) -> bool:
         if direction == "ask" and b"p1-1" in piece:
             asked.set()
         elif direction == "answer" and asked.is_set() and b"maxBsonObjectSize" not in piece:
-            # Not that of the driver's monitor, which asks how the server is beside it.
-            line.heal()
+            # Not an answer to the driver's monitor, which checks the server from time to time.
+            proxy.heal()
             return False
         return True
 
-    line.judge = judge
+    proxy.judge = judge
     assert child.wait(90.0) == 0
     assert asked.is_set()
 
 
 def the_answer_to_a_commit_is_lost(campaign: MongoCampaign, **options: Any) -> None:
-    """For as long as an operation may take; then the tasks are sent again."""
+    """Drop the answer to a commit until the operation times out; then the tasks are sent again."""
     child = campaign.spawn(role="store", tasks=[NINE], **options)
-    line, committed = campaign.lines[child.who], threading.Event()
+    proxy, committed = campaign.proxies[child.who], threading.Event()
 
     def judge(direction: str, piece: bytes) -> bool:
         if direction == "ask" and b"commitTransaction" in piece:
             committed.set()
         elif direction == "ask" and b"p1-1" in piece and committed.is_set():
-            line.heal()
+            proxy.heal()
         return direction == "ask" or not committed.is_set() or b"maxBsonObjectSize" in piece
 
-    line.judge = judge
+    proxy.judge = judge
     assert child.wait(90.0) == 0
     assert committed.is_set()
 
@@ -198,7 +202,7 @@ def stored_together(campaign: MongoCampaign, **options: Any) -> None:
 
 
 def killed_amid_a_transaction(campaign: MongoCampaign, **options: Any) -> None:
-    """At the fourth commit; where it is whole, there is one."""
+    """Kill a process at its fourth commit; if the part is not broken, there is only one commit."""
     child = campaign.spawn(
         role="store", point="inside a transaction", passings=4, tasks=[NINE], **options
     )
@@ -206,26 +210,29 @@ def killed_amid_a_transaction(campaign: MongoCampaign, **options: Any) -> None:
 
 
 def killed_amid_a_batch(campaign: MongoCampaign, **options: Any) -> None:
-    """When the fourth write is done; where it is whole, there is one."""
+    """Kill a process after its fourth write; if the part is not broken, there is only one write."""
     child = campaign.spawn(
         role="store", point="inside a batch", passings=4, tasks=[NINE], **options
     )
     child.wait(90.0)
 
 
-#: How each broken part is provoked, and a word of what must be found.
+#: For each broken part, the function that provokes it and a part of the violation that must be found.
 PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
     "outcome without fence": (close_while_it_runs, "closed by hand"),
     "lost lease ignored": (cut_off_for_long, "was under way"),
-    "beats not looked at": (neighbours_elsewhere, "was under way"),
-    "marks not looked at": (an_answer_is_lost, "called a duplicate at its first submit"),
+    "heartbeats ignored": (neighbours_elsewhere, "was under way"),
+    "marks ignored": (an_answer_is_lost, "reported as a duplicate at its first submit"),
     "transactions in pieces": (
         killed_amid_a_transaction,
-        "some are stored, and some are not",
+        "some are stored and some are not",
     ),
-    "commit left out": (stored_together, "it was accepted, and there is no record"),
-    "lost commit given up": (the_answer_to_a_commit_is_lost, "it was rejected, and yet stored"),
-    "batches in pieces": (killed_amid_a_batch, "some are stored, and some are not"),
+    "commit left out": (stored_together, "it was accepted, but there is no record"),
+    "lost commit treated as rolled back": (
+        the_answer_to_a_commit_is_lost,
+        "it was rejected, but it is stored",
+    ),
+    "batches in pieces": (killed_amid_a_batch, "some are stored and some are not"),
 }
 
 
@@ -238,14 +245,14 @@ def found(campaign: MongoCampaign, word: str) -> list[str]:
 
 
 @pytest.mark.parametrize("part", PROVOKED)
-def test_broken_part_is_found(campaign, part):
+def test_a_broken_part_is_found(campaign, part):
     provoke, word = PROVOKED[part]
     provoke(campaign, broken=part)
     assert found(campaign, word)
 
 
 @pytest.mark.parametrize("part", on_mongo.OnMongo.broken)
-def test_part_that_is_whole_is_not_accused(campaign, part):
+def test_a_part_that_is_not_broken_is_not_accused(campaign, part):
     provoke, word = PROVOKED[part]
     provoke(campaign)
     assert not found(campaign, word)

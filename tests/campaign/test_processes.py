@@ -1,4 +1,4 @@
-"""How fast processes on one file notice each other: generous bounds, so that a slow machine passes."""
+"""Tests that processes on one file notice each other soon; the bounds are generous for slow machines."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def queue(campaign: Campaign) -> Iterator[Queue]:
         yield queue
 
 
-#: A second or less is what is promised, the rest is for a slow machine; executors sleep for a minute.
+#: A second or less is promised, and the rest is for a slow machine; executors sleep for a minute.
 SOON = 10.0
 
 
@@ -36,7 +36,7 @@ def seconds_between(campaign: Campaign, told: str, what: str, **like: object) ->
     return (campaign.wait_for(what, **like).ns - campaign.wait_for("told", note=told).ns) / 1e9
 
 
-def test_many_open_a_new_file_at_once(campaign):
+def test_many_processes_can_create_the_same_file_at_once(campaign):
     children = [campaign.spawn(role="open") for _ in range(8)]
     for child in children:
         campaign.wait_for("ready", who=child.who)
@@ -46,7 +46,7 @@ def test_many_open_a_new_file_at_once(campaign):
     assert not campaign.verdict().violations
 
 
-def test_work_stored_elsewhere_begins_at_once(campaign, queue):
+def test_a_task_submitted_elsewhere_begins_at_once(campaign, queue):
     campaign.spawn(role="serve")
     campaign.wait_for("started")
     queue.submit("instant", id="a")
@@ -54,7 +54,7 @@ def test_work_stored_elsewhere_begins_at_once(campaign, queue):
     assert seconds_between(campaign, "submit", "begin", id="a") < SOON
 
 
-def test_cancel_from_another_process_arrives(campaign, queue):
+def test_a_cancel_from_another_process_arrives_at_once(campaign, queue):
     campaign.spawn(role="serve")
     queue.submit("patient", {"seconds": 60.0}, id="a")
     campaign.wait_for("begin", id="a")
@@ -63,7 +63,7 @@ def test_cancel_from_another_process_arrives(campaign, queue):
     assert seconds_between(campaign, "cancel", "end", id="a", outcome="cancelled") < SOON
 
 
-def test_task_of_a_killed_process_runs_again_elsewhere(campaign, queue):
+def test_a_task_of_a_killed_process_runs_again_elsewhere(campaign, queue):
     first = campaign.spawn(role="serve")
     queue.submit("patient", {"seconds": 60.0}, id="a")
     campaign.wait_for("begin", id="a", who=first.who)
@@ -75,7 +75,7 @@ def test_task_of_a_killed_process_runs_again_elsewhere(campaign, queue):
 
 
 def test_pending_tasks_of_a_killed_process_run_elsewhere(campaign, queue):
-    """What lay in its buffer is adopted."""
+    """The tasks in its buffer are taken over."""
     first = campaign.spawn(
         role="submit",
         workers=1,

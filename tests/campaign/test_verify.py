@@ -1,4 +1,4 @@
-"""Each sentence of the proof can be said: of a story that breaks one promise, it names that one."""
+"""Tests of the proof: it names the broken promise of a story, and accepts sound stories."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ CRASHED_ONCE = [*ACCEPTED, begin(), *dies(), begin(2, "p2"), end(2, "p2")]
 SOUND: dict[str, tuple[list[Line], list[Task]]] = {
     "completed": ([*ACCEPTED, begin(), end()], [completed()]),
     "rejected": ([SUBMITTED, line("p0", "rejected")], []),
-    "submitted by one that died before it was told": ([SUBMITTED, *dies("p0")], []),
+    "submitted by a process that died before it got the answer": ([SUBMITTED, *dies("p0")], []),
     "crashed, and run again": (CRASHED_ONCE, [completed(2, crashes=1)]),
     "raised, and run again": (
         [*ACCEPTED, begin(), end(outcome="raised"), begin(2), end(2)],
@@ -95,7 +95,7 @@ SOUND: dict[str, tuple[list[Line], list[Task]]] = {
         ],
         [completed(2, interruptions=1)],
     ),
-    "taken over from one that had lost its lease": (
+    "taken over from a process that had lost its lease": (
         [
             *ACCEPTED,
             begin(),
@@ -127,19 +127,19 @@ SOUND: dict[str, tuple[list[Line], list[Task]]] = {
 
 
 @pytest.mark.parametrize("story", SOUND)
-def test_a_sound_story_is_believed(story):
+def test_a_sound_story_is_accepted(story):
     lines, records = SOUND[story]
     assert violations(lines, *records) == []
 
 
 BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
-    "accepted, and no record": (ACCEPTED, [], "lost: it was accepted"),
+    "accepted without a record": (ACCEPTED, [], "lost: it was accepted"),
     "run without a record": ([SUBMITTED, begin()], [], "it ran without a record"),
-    "submitted by nobody": ([], [completed()], "nobody submitted it"),
-    "rejected, and yet stored": (
+    "never submitted": ([], [completed()], "never submitted"),
+    "rejected but stored": (
         [SUBMITTED, line("p0", "rejected"), begin(), end()],
         [completed()],
-        "it was rejected, and yet stored",
+        "it was rejected, but it is stored",
     ),
     "a result that was dropped after the lease was back": (
         [line("p1", "lease lost"), *ACCEPTED, begin(), end()],
@@ -149,9 +149,9 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
     "submitted together, and stored in part": (
         [line("p0", "submit", id=id, **TOGETHER) for id in "ab"],
         [record(status="cancelled", starts=0)],
-        "some are stored, and some are not",
+        "some are stored and some are not",
     ),
-    "taken over before its process had heeded the loss of its lease": (
+    "taken over before its process ended it after losing its lease": (
         [*ACCEPTED, begin(), line("p1", "lease lost"), begin(2, "p2"), end(), end(2, "p2")],
         [completed(2, crashes=1)],
         "began on p2 while run 1 was under way on p1",
@@ -163,7 +163,7 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
     ),
     "left pending": (ACCEPTED, [record(status="pending", starts=0)], "left pending"),
     "left running": ([*ACCEPTED, begin(), *dies()], [record(status="running")], "left running"),
-    "finished, and owned": ([*ACCEPTED, begin(), end()], [completed(owner="n")], "and yet owned"),
+    "finished but owned": ([*ACCEPTED, begin(), end()], [completed(owner="n")], "but still owned"),
     "two runs at once": (
         [*ACCEPTED, begin(), begin(2, "p2"), end(2, "p2"), end()],
         [completed(2, crashes=1)],
@@ -179,10 +179,10 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
         [completed()],
         "starts executed twice",
     ),
-    "executed, and never started": (
+    "executed but never started": (
         [*ACCEPTED, begin(2), end(2)],
         [record(result=2)],
-        "the record knows of 1 starts",
+        "the record has 1 starts",
     ),
     "begun after its process had stopped": (
         [*ACCEPTED, line("p1", "stop"), line("p1", "leaves"), begin(), end()],
@@ -197,7 +197,7 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
     "completed after its cancel": (
         [*ACCEPTED, begin(), cancelled(), end()],
         [completed()],
-        "its cancel was acknowledged, and yet it is completed",
+        "its cancel was acknowledged, but it is completed",
     ),
     "started again after it was asked to cancel": (
         [
@@ -216,7 +216,7 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
     "closed by hand, and overwritten": (
         [*ACCEPTED, begin(), line("p0", "close"), line("p0", "closed"), end()],
         [completed()],
-        "closed by hand as failed, and yet completed",
+        "closed by hand as failed, but it is completed",
     ),
     "the result of a run that was not the last": (
         CRASHED_ONCE,
@@ -228,20 +228,20 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
         [record(status="cancelled")],
         "returned on p1, which lived on",
     ),
-    "an error that was none": (
+    "an error without a raised exception": (
         CRASHED_ONCE,
         [completed(2, errors=1)],
-        "errors is 1, at most 0 can be",
+        "errors is 1, but at most 0 are possible",
     ),
-    "a crash that was none": (
+    "a crash without a death": (
         [*ACCEPTED, begin(), end(outcome="raised"), begin(2), end(2)],
         [completed(2, crashes=1)],
-        "crashes is 1, at most 0 can be",
+        "crashes is 1, but at most 0 are possible",
     ),
-    "an interruption that was none": (
+    "an interruption without a stop": (
         [*ACCEPTED, begin(), end(outcome="raised"), begin(2), end(2)],
         [completed(2, interruptions=1)],
-        "interruptions is 1, at most 0 can be",
+        "interruptions is 1, but at most 0 are possible",
     ),
     "a crash that was not counted": (
         CRASHED_ONCE,
@@ -256,12 +256,12 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
     "an innocent dead letter": (
         [*ACCEPTED, *(x for n in (1, 2, 3) for x in (begin(n, f"p{n}"), *dies(f"p{n}")))],
         [record(status="failed", starts=3, crashes=3, dead_letter=True)],
-        "innocent, and yet failed by 3 crashes",
+        "innocent, but failed after 3 crashes",
     ),
-    "begun again, though it may crash but once": (
+    "begun again although it may crash only once": (
         CRASHED_ONCE,
         [completed(2, crashes=1, max_crashes=1)],
-        "max_crashes=1, and begun again",
+        "max_crashes=1, but begun again",
     ),
     "an alarming log": (
         [line("p1", "dead", outcome="ended", note="its log says: ERROR")],
@@ -277,8 +277,8 @@ def test_a_broken_promise_is_named(story):
     assert [found for found in violations(lines, *records) if word in found]
 
 
-def test_two_suspects_that_one_death_counts_against_are_named():
-    """Each had crashed before; they may run one at a time."""
+def test_two_suspects_with_the_same_death_are_named():
+    """Both had crashed before, so a node may run only one of them at a time."""
 
     def crash(second: int, node: str) -> Attempt:
         return Attempt(outcome="crashed", ended_at=to_datetime(second * 1000), worker=node)

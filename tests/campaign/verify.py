@@ -1,4 +1,4 @@
-"""The proof: from the records and the side log, everything that is not as promised."""
+"""The proof: find all broken promises in the records and the side log."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from taskx.core.options import FALLBACKS
 from .sidelog import Event
 from .worker import CLOSED_BY_HAND
 
-#: Kinds that a crash may make a dead letter: those that crash, and those that may crash only once.
+#: Kinds that crashes may make dead letters: ``crasher``, and ``once``, which may crash only once.
 MAY_DIE_OF_CRASHES = ("crasher", "once")
 NEVER = 1 << 62
 
 
 @attrs.define
 class Run:
-    """One run of a task, as its executor told it."""
+    """One run of a task, as its executor logged it."""
 
     id: str
     starts: int
@@ -32,17 +32,17 @@ class Run:
 
 @attrs.define
 class Process:
-    """One process, as it and the conductor told it.
+    """One process, as it and the conductor logged it.
 
     Attributes:
-        lived: it was certainly alive until then.
-        goes: it said that it was about to end.
-        killed: whether SIGKILL ended it.
-        stops: when it began to stop a queue.
-        leaves: when its last stop had returned.
-        left: ids of the tasks that its stops left running: it may have ended before they did.
-        cut_off: when it knew that it had lost its lease, so that others might run what it ran.
-        trouble: what its log had no business to say.
+        lived: the last time at which it was certainly alive.
+        goes: True if it logged that it was about to end.
+        killed: True if SIGKILL ended it.
+        stops: the times at which it began to stop a queue.
+        leaves: the time at which its last stop had returned.
+        left: the ids of the tasks that its stops left running: it may have ended before they did.
+        cut_off: the times at which it knew that it had lost its lease, so that others might run its tasks.
+        trouble: the alarming part of its log, if any.
     """
 
     lived: int = 0
@@ -57,7 +57,7 @@ class Process:
 
 @attrs.define
 class Story:
-    """All that was told of one task."""
+    """The events of one task."""
 
     id: str
     kind: str = ""
@@ -74,7 +74,7 @@ class Story:
     runs: list[Run] = attrs.Factory(list)
 
     def by_hand(self, record: Task) -> bool:
-        """Whether it was closed by hand; who did may have died before it could tell."""
+        """Return True if it was closed by hand, even if the closing process died before it logged that."""
         shows = record.status is TaskStatus.FAILED and record.message == CLOSED_BY_HAND
         return self.closed != NEVER or (self.closing and shows)
 
@@ -92,12 +92,12 @@ class History:
 
     def _note_process(self, event: Event) -> None:
         process = self.processes.setdefault(event.who, Process())
-        if event.what == "dead":  # told by the conductor some time after it
+        if event.what == "dead":  # logged by the conductor some time after the death
             process.killed = event.outcome == "killed"
             process.trouble = event.note
             return
         if event.what == "killed" and process.goes:
-            return  # it may have been dead before the conductor could kill it
+            return  # it may have died before the conductor could kill it
         process.lived = max(process.lived, event.ns)
         if event.what in ("dying", "leaves"):
             process.goes = True
@@ -143,40 +143,37 @@ class History:
             story.not_found = True
 
     def over(self, run: Run) -> int:
-        """Until when a run certainly was under way."""
+        """Return the last time at which a run was certainly under way."""
         return run.ended if run.ended != NEVER else self.processes[run.who].lived
 
     def may_be_taken_over(self, run: Run) -> bool:
-        """Whether its process lost its lease before the outcome was certainly stored."""
+        """Return True if its process lost its lease before the outcome was certainly stored."""
         return any(lost > run.began for lost in self.processes[run.who].cut_off)
 
     def may_be_lost(self, run: Run) -> bool:
-        """Whether its process may have ended before the outcome was stored."""
+        """Return True if its process may have ended before the outcome was stored."""
         process = self.processes[run.who]
         unsure = "unknown" in process.left  # its stop was interrupted
         named = unsure or run.id in process.left
         return process.killed or named or self.may_be_taken_over(run)
 
     def may_be_interrupted(self, run: Run) -> bool:
-        """True if its process stopped a queue before it ended, or its outcome may not be stored.
+        """Return True if its process stopped a queue before it ended, or its outcome may not be stored.
 
-        What ends with its process, and no thread was at any more, is an interruption, and not a crash.
+        A task that no thread executed any more when its process died is interrupted, not crashed.
         """
         stopped = any(stop < run.ended for stop in self.processes[run.who].stops)
         return stopped or self.may_be_lost(run)
 
 
 def verify(records: Mapping[str, Task], events: Sequence[Event]) -> list[str]:
-    """What is not as promised, in sentences; empty if all is well."""
+    """Return the broken promises as sentences; an empty list if there are none."""
     history = History(events)
     found = [
         *_processes(history),
         *_together(records.values()),
         *_batches(history, records),
-        *(
-            f"{id}: stored, but nobody submitted it"
-            for id in records.keys() - history.stories.keys()
-        ),
+        *(f"{id}: stored, but never submitted" for id in records.keys() - history.stories.keys()),
     ]
     for story in history.stories.values():
         record = records.get(story.id)
@@ -195,22 +192,22 @@ def _processes(history: History) -> Iterator[str]:
 
 
 def _batches(history: History, records: Mapping[str, Task]) -> Iterator[str]:
-    """What was submitted together is there as a whole, or not at all."""
+    """Check that tasks that were submitted together are all stored, or none of them."""
     stored: dict[str, set[bool]] = {}
     for story in history.stories.values():
         if story.batch:
             stored.setdefault(story.batch, set()).add(story.id in records)
     for batch, there in stored.items():
         if len(there) > 1:
-            yield f"{batch}: of those submitted with it some are stored, and some are not"
+            yield f"{batch}: of the tasks submitted with it some are stored and some are not"
 
 
 def _together(records: Iterable[Task]) -> Iterator[str]:
-    """A death counts against one suspect at most: no two of them run on one node."""
+    """Check that a death counts against one suspect at most: a node runs one suspect at a time."""
     culprits: dict[tuple[str, datetime | None], list[str]] = {}
     for record in records:
         crashed = [attempt for attempt in record.attempts if attempt.outcome == "crashed"]
-        for attempt in crashed[1:]:  # the first made it a suspect
+        for attempt in crashed[1:]:  # the first crash made it a suspect
             culprits.setdefault((attempt.worker, attempt.ended_at), []).append(record.id)
     for (node, _), ids in culprits.items():
         if len(ids) > 1:
@@ -222,18 +219,18 @@ Check = Callable[[Story, Task, History], Iterator[str]]
 
 def _absent(story: Story, record: Task, history: History) -> Iterator[str]:
     if story.accepted:
-        yield "lost: it was accepted, and there is no record"
+        yield "lost: it was accepted, but there is no record"
     if story.runs:
         yield "it ran without a record"
     if not story.submitted:
-        yield "told of, but nobody submitted it"
+        yield "it has events, but it was never submitted"
 
 
 def _accepted(story: Story, record: Task, history: History) -> Iterator[str]:
     if story.rejected:
-        yield "it was rejected, and yet stored"
+        yield "it was rejected, but it is stored"
     if story.duplicate:
-        yield "it was called a duplicate at its first submit"
+        yield "it was reported as a duplicate at its first submit"
     if story.not_found:
         yield "a cancel did not find it"
 
@@ -242,7 +239,7 @@ def _finished(story: Story, record: Task, history: History) -> Iterator[str]:
     if not record.status.finished:
         yield f"left {record.status}, owner {record.owner!r}"
     elif record.owner:
-        yield f"{record.status}, and yet owned by {record.owner!r}"
+        yield f"{record.status}, but still owned by {record.owner!r}"
 
 
 def _one_at_a_time(story: Story, record: Task, history: History) -> Iterator[str]:
@@ -260,7 +257,7 @@ def _starts(story: Story, record: Task, history: History) -> Iterator[str]:
     if numbers != sorted(set(numbers)):
         yield f"starts executed twice or out of order: {numbers}"
     if numbers and numbers[-1] > record.starts:
-        yield f"run {numbers[-1]} was executed, but the record knows of {record.starts} starts"
+        yield f"run {numbers[-1]} was executed, but the record has {record.starts} starts"
 
 
 def _stops(story: Story, record: Task, history: History) -> Iterator[str]:
@@ -276,7 +273,7 @@ def _cancels(story: Story, record: Task, history: History) -> Iterator[str]:
         if late:
             yield f"begun after its cancel was acknowledged: runs {late}"
         if record.status is not TaskStatus.CANCELLED:
-            yield f"its cancel was acknowledged, and yet it is {record.status}"
+            yield f"its cancel was acknowledged, but it is {record.status}"
     if story.asked != NEVER:
         late = [run.starts for run in story.runs if run.began > story.asked]
         if any(starts < record.starts for starts in late):
@@ -290,11 +287,11 @@ def _closes(story: Story, record: Task, history: History) -> Iterator[str]:
     if any(starts < record.starts for starts in late) or len(late) > 1:
         yield f"started again after it was closed by hand: runs {late}"
     if record.status is not TaskStatus.FAILED or record.message != CLOSED_BY_HAND:
-        yield f"closed by hand as failed, and yet {record.status} ({record.message!r})"
+        yield f"closed by hand as failed, but it is {record.status} ({record.message!r})"
 
 
 def _outcome(story: Story, record: Task, history: History) -> Iterator[str]:
-    """A result comes from the last run, and a result that nothing disturbed is kept."""
+    """Check that a result comes from the last run, and that no result is lost without a reason."""
     returned = {run.starts: run for run in story.runs if run.outcome == "returned"}
     if record.status is TaskStatus.COMPLETED and (
         record.starts not in returned or record.result != record.starts
@@ -306,7 +303,7 @@ def _outcome(story: Story, record: Task, history: History) -> Iterator[str]:
         kept = record.status is TaskStatus.COMPLETED and record.starts == run.starts
         if not kept and not history.may_be_lost(run):
             yield (
-                f"run {run.starts} returned on {run.who}, which lived on, and the record is "
+                f"run {run.starts} returned on {run.who}, which lived on, but the record is "
                 f"{record.status} after {record.starts} starts"
             )
 
@@ -322,10 +319,10 @@ def _counters(story: Story, record: Task, history: History) -> Iterator[str]:
         ("interruptions", interrupted + unseen),
     ):
         if getattr(record, name) > most:
-            yield f"{name} is {getattr(record, name)}, at most {most} can be"
+            yield f"{name} is {getattr(record, name)}, but at most {most} are possible"
     counted = record.errors + record.crashes + record.interruptions
     completed = record.status is TaskStatus.COMPLETED
-    # One run may have ended as cancelled or closed, which counts as none of the three.
+    # One run may have ended as cancelled or closed, which is none of the three.
     other = record.status is TaskStatus.CANCELLED or story.by_hand(record)
     if not len(story.runs) <= counted + completed + other or counted + completed > record.starts:
         yield (
@@ -343,9 +340,9 @@ def _failed(story: Story, record: Task, history: History) -> Iterator[str]:
     if not record.dead_letter or not (spent or crashed):
         yield f"failed without reason: {record.errors} errors, {record.crashes} crashes"
     if spent and not any(run.outcome == "raised" for run in story.runs):
-        yield "failed by errors, and none of its runs raised"
+        yield "failed after errors, but none of its runs raised"
     if not spent and crashed and story.kind not in MAY_DIE_OF_CRASHES:
-        yield f"innocent, and yet failed by {record.crashes} crashes"
+        yield f"innocent, but failed after {record.crashes} crashes"
 
 
 def _never_again(story: Story, record: Task, history: History) -> Iterator[str]:
@@ -353,9 +350,9 @@ def _never_again(story: Story, record: Task, history: History) -> Iterator[str]:
         return
     for earlier, later in zip(story.runs, story.runs[1:], strict=False):
         if earlier.ended == NEVER:
-            yield f"max_crashes=1, and begun again (run {later.starts}) after a crash of {earlier.who}"
+            yield f"max_crashes=1, but begun again (run {later.starts}) after a crash of {earlier.who}"
     if record.crashes > 1:
-        yield f"max_crashes=1, and {record.crashes} crashes"
+        yield f"max_crashes=1, but {record.crashes} crashes"
 
 
 _CHECKS: tuple[Check, ...] = (

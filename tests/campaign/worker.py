@@ -1,4 +1,4 @@
-"""One process of the campaign: runs, submits, cancels and stops, and tells the side log."""
+"""A worker process of the campaign: runs, submits, cancels and stops, and writes the side log."""
 
 from __future__ import annotations
 
@@ -36,36 +36,39 @@ from . import hooks
 from .sidelog import SideLog
 from .stores import store_of
 
-#: Crashes that no task of a process that is killed from outside will ever count.
+#: More crashes than a task can have when its processes are killed from outside.
 MANY = 1_000_000
-#: Seconds after which a process that should have ended hangs.
+#: Seconds after which a process that has not ended counts as hanging.
 HANGS = 40.0
 CLOSED_BY_HAND = "closed by hand"
 
 
 @attrs.frozen(kw_only=True)
 class Options:
-    """What one process is to do; handed over as JSON.
+    """The options of a worker process; passed as JSON.
 
     Attributes:
+        who: the unique name of the process.
         database: the file, or the URL of a database of a MongoDB server.
+        side_log: the path of the side log.
         host, lease: on MongoDB, the folder of lock files that stands for a host, and its
             ``lease_timeout``.
-        role: ``mix`` follows a random plan, ``submit`` submits what ``tasks`` says and runs,
-            ``store`` only stores it, ``drain`` runs what is there until nothing is left, ``serve``
+        role: ``mix`` follows a random plan, ``submit`` submits the ``tasks`` and runs them,
+            ``store`` only stores them, ``drain`` runs the stored tasks until none is left, ``serve``
             runs until its standard input ends, ``open`` opens the file when a line arrives there,
-            ``cancel`` and ``close`` cancel, or close by hand, all that runs.
-        seconds: how long ``mix`` goes on before it stops.
-        tasks: kinds, options, how many of each and whether they are submitted together, for
-            ``submit`` and ``store``.
+            ``cancel`` and ``close`` cancel, or close by hand, all running tasks.
+        seconds: the time after which ``mix`` stops, in seconds.
+        tasks: for ``submit`` and ``store``, the kinds with their options, their ``count``, and
+            ``together`` if they are submitted in one call.
         waits: ``drain`` begins when a line arrives on its standard input.
-        point, passings: where it kills itself, and at which passing.
-        interrupt: where the leader of a commit is interrupted.
-        error: by which error.
+        point, passings: the point at which the process kills itself, and the passing that does it.
+        interrupt: the point at which the leader of a commit is interrupted.
+        error: the error that interrupts the leader.
         interrupts: the longest time between interrupts of the main thread, in seconds.
-        burst: it submits nothing but tasks that take no time.
+        burst: submit only tasks that take no time.
         dawdle: the longest of the pauses that widen races, in seconds.
-        broken: the broken part.
+        alone: behave as if no other node existed, so that all nodes compete for the same tasks.
+        broken: the name of the broken part.
     """
 
     who: str
@@ -94,7 +97,7 @@ class Options:
 
 
 class Executors:
-    """The kinds of tasks; each tells when it begins and ends."""
+    """The executors of all kinds of tasks; each logs when it begins and ends."""
 
     def __init__(self, log: SideLog, queue: Queue, submit: Callable[..., Any]) -> None:
         self._log = log
@@ -135,45 +138,45 @@ class Executors:
             return ctx.task.starts
 
     def patient(self, ctx: Context, seconds: float = 0.1) -> int:
-        """Ends early when its token fires."""
+        """Sleep, but end early if the token fires."""
         with self._told(ctx):
             ctx.progress(50, "half way")
             ctx.sleep(seconds)
             return ctx.task.starts
 
     def stubborn(self, ctx: Context, seconds: float = 0.2) -> int:
-        """Heeds no token."""
+        """Sleep, and ignore the token."""
         return self.brief(ctx, seconds)
 
     def held(self, ctx: Context, until: str) -> int:
-        """Heeds no token, and ends when there is a file of that name."""
+        """Ignore the token, and end when the file ``until`` exists."""
         with self._told(ctx):
             while not os.path.exists(until):
                 threading.Event().wait(0.01)
             return ctx.task.starts
 
     def raiser(self, ctx: Context, raises: int = 1) -> int:
-        """Raises in its first attempts."""
+        """Raise in the first ``raises`` attempts."""
         with self._told(ctx):
             if ctx.task.attempt <= raises:
                 raise ValueError(f"attempt {ctx.task.attempt}")
             return ctx.task.starts
 
     def parent(self, ctx: Context) -> int:
-        """Submits another one."""
+        """Submit another task."""
         with self._told(ctx):
             self._submit("instant", f"{ctx.task.id}.{ctx.task.starts}")
             return ctx.task.starts
 
     def crasher(self, ctx: Context, after: float = 0.0) -> None:
-        """Takes its process with it."""
+        """Kill the process."""
         self._log.tell("begin", ctx.task.id, starts=ctx.task.starts, kind="crasher")
         threading.Event().wait(after)
         hooks.die(self._log, "crasher")
 
 
 class Worker:
-    """A queue, and what is done with it."""
+    """A queue, and the actions of the process on it."""
 
     def __init__(self, options: Options) -> None:
         self.options = options
@@ -206,7 +209,7 @@ class Worker:
                 self.log.tell("start again")
         self.log.tell("started")
 
-    # --- what is told before and after
+    # --- actions that are logged before and after
 
     def submit(self, kind: str, task_id: str = "", params: Any = None, **options: Any) -> None:
         self._number += not task_id
@@ -237,12 +240,12 @@ class Worker:
             self._number += 1
             ids.append(f"{self.options.who}-{self._number}")
             self.log.tell("submit", ids[-1], kind=kind, note=ids[0])
-        outcome = self._told_of([Task(id=task_id, type=kind) for task_id in ids])
+        outcome = self._submit_together([Task(id=task_id, type=kind) for task_id in ids])
         for task_id in ids:
             self.log.tell(outcome, task_id)
 
-    def _told_of(self, tasks: list[Task]) -> str:
-        """What the library says of tasks that are submitted together; asked again while in doubt."""
+    def _submit_together(self, tasks: list[Task]) -> str:
+        """Submit tasks in one call, again while the outcome is in doubt; return the library's answer."""
         unsure = False
         while True:
             try:
@@ -330,7 +333,7 @@ class Worker:
         elif kind == "raiser":
             params["raises"] = rng.randint(1, 3)
         elif kind == "crasher":
-            # Its neighbours end first: else some of them, which may crash for ever, never would.
+            # Its neighbours end first. Otherwise some of them, which may crash for ever, would never end.
             params["after"] = 0.5
         delay = rng.uniform(0.01, 0.3) if rng.random() < 0.1 else None
         self.submit(kind, "", params, priority=rng.choice((0, 0, 0, 5)), delay=delay)
@@ -356,9 +359,9 @@ class Worker:
             self.close_by_hand(self.rng.choice(ids))
 
     def _restart(self) -> None:
-        """Stop the queue and go on with another one in this process."""
+        """Stop the queue and continue with another one in this process."""
         if self.options.interrupts:
-            return  # an interrupted stop is no stop
+            return  # an interrupted stop does not stop the queue
         self.stop(self.rng.choice((0.0, 0.05, 1.0)), cancel=self.rng.random() < 0.5)
         self.queue = self._new_queue()
         self.start()
@@ -415,7 +418,7 @@ class Worker:
 
 
 def prepare(options: Options, log: SideLog) -> None:
-    """Wrap the library as asked."""
+    """Change the library as the options say."""
     if options.broken:
         {**hooks.BROKEN, **store_of(options.database).broken}[options.broken]()
     if options.alone:
@@ -448,7 +451,7 @@ ROLES = {
 def main() -> None:
     options = Options(**json.loads(sys.argv[1]))
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(threadName)s %(message)s")
-    # It dies with the conductor, which may be killed itself.
+    # The process ends with the conductor, which may be killed itself.
     threading.Thread(target=_end_with_parent, args=(os.getppid(),), daemon=True).start()
     worker = Worker(options)
     prepare(options, worker.log)

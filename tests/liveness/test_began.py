@@ -1,4 +1,4 @@
-"""The tasks that the threads of a node began last, as the next process on the host reads them."""
+"""Tests of the tasks that a node's threads began last, as another process on the host reads them."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def path(tmp_path):
     return str(tmp_path / "node.began")
 
 
-def test_what_a_thread_began_last_is_found(path):
+def test_the_task_that_a_thread_began_last_is_found(path):
     began = Began.make(path)
     began.end(began.begin("first", 1))
     began.begin("second", 3)
@@ -25,13 +25,13 @@ def test_what_a_thread_began_last_is_found(path):
     assert [start in found for start in (("first", 1), ("second", 2), ("second", 4))] == [False] * 3
 
 
-def test_a_task_that_has_ended_is_found_until_its_thread_begins_another(path):
+def test_an_ended_task_is_found_until_its_thread_begins_another(path):
     began = Began.make(path)
     began.end(began.begin("a", 1))
     assert ("a", 1) in Began.read(path)
 
 
-def test_a_long_task_is_found_however_many_begin_beside_it(path):
+def test_a_long_task_is_found_after_many_short_ones(path):
     began = Began.make(path)
     began.begin("long", 1)
     for n in range(3 * module.CELLS):
@@ -39,16 +39,16 @@ def test_a_long_task_is_found_however_many_begin_beside_it(path):
     assert ("long", 1) in Began.read(path)
 
 
-def test_nothing_is_known_if_more_tasks_run_than_can_be_noted(path):
+def test_a_file_without_room_for_all_tasks_is_not_read(path):
     began = Began.make(path)
     cells = [began.begin(f"{n}", 1) for n in range(module.CELLS)]
     assert Began.read(path) is None
     for cell in cells:
         began.end(cell)
-    assert Began.read(path) is None  # those that were not noted may run still
+    assert Began.read(path) is None  # the tasks that were not noted may still run
 
 
-def test_a_file_of_another_boot_or_a_damaged_one_says_nothing(path, monkeypatch):
+def test_a_damaged_file_or_one_of_another_boot_is_not_read(path, monkeypatch):
     began = Began.make(path)
     began.begin("a", 1)
     with monkeypatch.context() as patch:
@@ -57,16 +57,16 @@ def test_a_file_of_another_boot_or_a_damaged_one_says_nothing(path, monkeypatch)
     with open(path, "r+b") as file:
         file.truncate(100)
     assert Began.read(path) is None
-    assert Began.read(path + " that is not there") is None
+    assert Began.read(path + " that does not exist") is None
 
 
-def test_nothing_is_noted_if_the_file_cannot_be_made(tmp_path, path):
+def test_nothing_is_noted_if_the_file_cannot_be_created(tmp_path, path):
     assert Began.make(str(tmp_path / "no folder" / "node.began")) is None
     Began.make(path)
-    assert Began.make(path) is None  # another node's
+    assert Began.make(path) is None  # the file of another node
 
 
-def test_the_file_of_a_node_is_made_by_its_process_and_removed_with_it(tmp_path):
+def test_a_node_creates_its_file_and_leaving_removes_it(tmp_path):
     with SQLiteRepository(tmp_path / "tasks.db") as store, SQLiteRepository(store.path) as other:
         assert store.liveness.began("node") is None
         store.liveness.join(Node(id="node", name="node"))
@@ -78,7 +78,7 @@ def test_the_file_of_a_node_is_made_by_its_process_and_removed_with_it(tmp_path)
         assert list((tmp_path / "tasks.db-nodes").glob("node*")) == []
 
 
-def test_nodes_of_one_host_find_it_beside_leases_too(tmp_path):
+def test_with_leases_a_node_on_the_same_host_finds_the_file(tmp_path):
     locks, others = HostLocks(str(tmp_path)), HostLocks(str(tmp_path))
     locks.hold("node")
     locks.began("node").begin("a", 1)

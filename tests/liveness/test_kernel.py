@@ -1,4 +1,4 @@
-"""Whether a node lives is a lock that the kernel releases when its process dies."""
+"""Tests of kernel locks: the kernel releases the lock of a node when its process dies."""
 
 import os
 import shutil
@@ -24,7 +24,7 @@ HOLD = """
     sys.stdin.readline()
 """
 
-#: The same, and a forked child that outlives it; each says its word in one piece.
+#: The same with a forked child that outlives its parent; each writes its word in one piece.
 HOLD_AND_FORK = """
     import os, sys
     from taskx import SQLiteRepository
@@ -56,7 +56,7 @@ def locks(path):
 
 
 def lock_files(path):
-    """Those of nodes."""
+    """Return the names of the nodes' lock files."""
     return sorted(file.name for file in path.with_name("tasks.db-nodes").glob("n*.lock"))
 
 
@@ -68,7 +68,7 @@ def test_a_node_of_this_process_lives_until_it_leaves(repository):
     repository.liveness.join(Node(id="n1", name="one"))
     assert alive(repository) == {"n1": True}
     repository.close()
-    assert alive(repository) == {"n1": True}, "closing the file gives up no lock"
+    assert alive(repository) == {"n1": True}, "closing the file releases no lock"
     repository.liveness.leave("n1")
     assert alive(repository) == {}
 
@@ -97,7 +97,7 @@ def test_a_forked_child_does_not_keep_its_parent_alive(repository, path):
         assert alive(repository) == {"n1": True}
         parent.kill()
         parent.wait(PATIENCE)
-        os.kill(grandchild, 0)  # it lives
+        os.kill(grandchild, 0)  # the child lives
         assert alive(repository) == {"n1": False}
         os.kill(grandchild, signal.SIGKILL)
 
@@ -113,8 +113,8 @@ def test_a_forked_child_that_ends_does_not_kill_its_parent(repository):
     repository.liveness.leave("n1")
 
 
-def test_nodes_of_the_original_are_dead_in_a_copy(repository, path):
-    """What they ran is taken back there, though they live on beside the original."""
+def test_in_a_copy_of_the_file_the_nodes_of_the_original_are_dead(repository, path):
+    """Nodes of the copy can rescue their tasks, although they live on in the original."""
     repository.liveness.join(Node(id="n1", name="one"))
     repository.close()
     copy = path.with_name("copy.db")
@@ -129,39 +129,39 @@ def test_a_new_file_has_no_nodes(repository):
     assert alive(repository) == {}
 
 
-def test_looking_does_not_kill(locks):
+def test_a_check_does_not_release_the_lock(locks):
     inode = locks.hold("n1")
     assert [locks.alive("n1", inode) for _ in range(3)] == [True] * 3
 
 
-def test_a_node_that_leaves_while_one_looks_is_not_there(path, repository, monkeypatch):
-    """Its record was read before it left, its lock file was gone after."""
+def test_a_node_that_leaves_during_a_check_is_not_listed(path, repository, monkeypatch):
+    """Its record is read before it leaves, and its lock file is gone afterwards."""
     repository.liveness.join(Node(id="n1", name="one"))
-    look = NodeLocks.alive
+    check = NodeLocks.alive
 
-    def leave_and_look(locks, node, inode):
+    def leave_and_check(locks, node, inode):
         with SQLiteRepository(path) as its_own:
             its_own.liveness.leave("n1")
-        return look(locks, node, inode)
+        return check(locks, node, inode)
 
-    monkeypatch.setattr(NodeLocks, "alive", leave_and_look)
+    monkeypatch.setattr(NodeLocks, "alive", leave_and_check)
     assert alive(repository) == {}
 
 
-def test_a_missing_file_tells_nothing(locks):
+def test_without_a_lock_file_the_liveness_is_unknown(locks):
     inode = locks.hold("n1")
     os.unlink(locks._path("n1"))
     assert locks.alive("n1", inode) is None
     assert locks.alive("never was", 1) is None
 
 
-def test_anothers_file_tells_nothing(locks):
-    """As after a copy of the folder was put back."""
+def test_with_another_lock_file_the_liveness_is_unknown(locks):
+    """For example, after a copy of the folder was restored."""
     inode = locks.hold("n1")
     assert locks.alive("n1", inode + 1) is None
 
 
-def test_a_lock_that_cannot_be_had_is_an_error(locks, path, monkeypatch):
+def test_a_lock_that_cannot_be_taken_is_an_error(locks, path, monkeypatch):
     monkeypatch.setattr(module, "PATIENCE", 0.0)
     locks.hold("n1")
     with pytest.raises(RepositoryUnavailable, match="cannot lock"):

@@ -1,4 +1,4 @@
-"""Who lives: leases that observers judge, and locks where nodes share a host."""
+"""Tests of leases, which observers judge, and of locks for nodes on the same host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ LEASE = 30.0
 
 
 class Broken:
-    """A way to the notes that can be cut."""
+    """A connection to the notes that a test can cut."""
 
     def __init__(self, store):
         self._store = store
@@ -52,7 +52,7 @@ class Broken:
 
 
 class Host:
-    """A host of its own: its clock, its folder for locks, its connection."""
+    """A host with its own clock, folder for locks and connection."""
 
     def __init__(self, store, folder):
         self.clock = ManualClock()
@@ -70,7 +70,7 @@ class Host:
 
 @pytest.fixture(params=["memory", "sqlite", "third", "mongomock", "mongo"])
 def store(request, tmp_path, clock):
-    """Any repository whose notes several hosts could share."""
+    """Each repository whose notes several hosts could share."""
     with MAKERS[request.param](tmp_path, clock) as repository:
         yield repository
 
@@ -101,7 +101,7 @@ def put(store, text, version, node="n"):
 
 @pytest.fixture
 def silent(store):
-    """The note of a node on a host that is not seen from here, and how to have it beat."""
+    """Record a node on a host that cannot be seen from here; return a function that sends its heartbeat."""
     facts = {"name": "there", "types": [], "stopping": False, "host": "there", "lock": 7}
     put(store, json.dumps(facts), 0)
     at = note_of(store)
@@ -117,7 +117,7 @@ def silent(store):
 
 
 def watch(host, seconds, every=0.5):
-    """Look for so long, as a housekeeper does; returns what was seen last."""
+    """Poll for some seconds, as a housekeeper does; return the last result."""
     for _ in range(round(seconds / every)):
         host.clock.advance(every)
         seen = host.alive("n")
@@ -125,22 +125,22 @@ def watch(host, seconds, every=0.5):
 
 
 class TestJudging:
-    def test_dead_after_a_whole_lease_without_a_beat(self, host, silent, store):
+    def test_a_node_is_dead_after_a_whole_lease_without_a_heartbeat(self, host, silent, store):
         observer = host()
         assert observer.alive("n") is True
         assert watch(observer, LEASE - 0.5) is True
         assert watch(observer, 0.5) is False
         assert json.loads(note_of(store).text)["dead"] is True
-        assert not silent(), "no beat revives it"
+        assert not silent(), "no heartbeat revives it"
 
-    def test_a_node_that_beats_is_never_dead(self, host, silent):
+    def test_a_node_that_sends_heartbeats_is_never_dead(self, host, silent):
         observer = host()
         for _ in range(20):
             assert watch(observer, LEASE - 1) is True
             assert silent()
 
-    def test_a_server_that_was_away_ages_nobody(self, host, silent):
-        """Looks that failed, and gaps between looks, are not counted."""
+    def test_an_outage_of_the_server_makes_no_node_dead(self, host, silent):
+        """Failed polls, and gaps between polls, are not counted."""
         observer = host()
         watch(observer, 10)
         observer.connection.down = True
@@ -150,12 +150,12 @@ class TestJudging:
                 observer.alive("n")
         observer.connection.down = False
         assert watch(observer, LEASE - 11) is True
-        observer.clock.advance(1000)  # it slept
+        observer.clock.advance(1000)  # the observer slept
         assert observer.alive("n") is True
         assert watch(observer, 2) is False
 
-    def test_a_server_that_comes_and_goes_ages_nobody(self, host, silent):
-        """However close together: between two looks there was one that failed."""
+    def test_many_short_outages_make_no_node_dead(self, host, silent):
+        """Between every two polls one failed, so the time between them is not counted."""
         observer = host()
         for number in range(200):
             observer.clock.advance(0.5)
@@ -166,8 +166,8 @@ class TestJudging:
             else:
                 assert observer.alive("n") is True
 
-    def test_observers_that_restart_often_get_there(self, host, silent):
-        """What was counted stands on the node's record."""
+    def test_observers_that_restart_often_still_find_a_dead_node(self, host, silent):
+        """The count is stored in a note of the node."""
         observer, spent = host(), 0.0
         while watch(observer, 4) is True:
             observer.restart()
@@ -183,8 +183,8 @@ class TestJudging:
                 assert observer.alive("n") is True
         assert any(watch(observer, 5) is False for observer in observers)
 
-    def test_a_beat_at_the_last_moment_is_a_life(self, host, silent, monkeypatch):
-        """Between the look and the mark: the mark is a compare-and-set."""
+    def test_a_heartbeat_at_the_last_moment_keeps_a_node_alive(self, host, silent, monkeypatch):
+        """It comes between the poll and the mark, which is a compare-and-set."""
         observer = host()
         observer.alive("n")
         watch(observer, LEASE - 0.5)
@@ -196,14 +196,14 @@ class TestJudging:
         assert observer.alive("n") is True
 
     @pytest.mark.parametrize("hours", [-1, 1])
-    def test_wall_clocks_mean_nothing(self, host, silent, hours):
+    def test_wall_clocks_do_not_matter(self, host, silent, hours):
         observer = host()
         observer.alive("n")
         observer.clock._wall += hours * 3_600_000
         assert watch(observer, LEASE - 0.5) is True
         assert watch(observer, 0.5) is False
 
-    def test_one_that_is_dead_can_be_forgotten_and_no_other(self, host, silent, store):
+    def test_only_a_dead_node_can_be_forgotten(self, host, silent, store):
         observer = host()
         observer.leases.leave("n")
         assert note_of(store) is not None
@@ -211,11 +211,11 @@ class TestJudging:
         watch(observer, LEASE + 0.5)
         assert observer.leases.is_dead("n")
         observer.leases.leave("n")
-        assert store.notes(PREFIX) == {}, "nor is there a count of it"
+        assert store.notes(PREFIX) == {}, "its count is removed, too"
         assert observer.leases.is_dead("n")
 
-    def test_a_count_that_came_too_late_is_removed(self, host, silent, store):
-        """Its writer read the beat before the node left."""
+    def test_a_count_of_a_node_that_has_left_is_removed(self, host, silent, store):
+        """Its writer read the heartbeat before the node left."""
         observer = host()
         watch(observer, 5)
         assert put(store, None, note_of(store).version)
@@ -223,8 +223,8 @@ class TestJudging:
         assert observer.alive("n") is None
         assert store.notes(PREFIX) == {}
 
-    def test_a_beat_is_one_write_however_many_look(self, host, monkeypatch, store):
-        """Nobody else writes the note of a node that lives."""
+    def test_a_heartbeat_is_one_write_for_any_number_of_observers(self, host, monkeypatch, store):
+        """No other process writes the note of a living node."""
         monkeypatch.setattr(Leases, "_run", lambda self: None)
         ours, observers, puts = host(), [host() for _ in range(3)], []
         ours.leases.join(Node(id="n", name="ours"))
@@ -243,7 +243,7 @@ class TestJudging:
 
 @pytest.fixture
 def ours(host, monkeypatch):
-    """A host with a node that beats when it is told to."""
+    """A host with a node that sends a heartbeat only when the test calls ``beat``."""
     monkeypatch.setattr(Leases, "_run", lambda self: None)
     made = host()
     made.leases.join(Node(id="n", name="ours"))
@@ -255,7 +255,7 @@ def ours(host, monkeypatch):
 
 
 class TestBeingJudged:
-    def test_it_is_told_before_others_may_take_over(self, ours):
+    def test_a_node_hears_of_its_lost_lease_before_others_take_over(self, ours):
         joined = ours.clock.monotonic()
         ours.connection.down = True
         for _ in range(round(LEASE)):
@@ -264,7 +264,7 @@ class TestBeingJudged:
         assert ours.told[0] - joined == pytest.approx(LEASE * 0.8, abs=1)
         assert ours.leases.lost("n")
 
-    def test_an_acknowledged_beat_counts_from_when_it_was_sent(self, ours, monkeypatch):
+    def test_an_acknowledged_heartbeat_counts_from_the_time_it_was_sent(self, ours, monkeypatch):
         sent = ours.connection.put_notes
 
         def slow(changes):
@@ -281,8 +281,8 @@ class TestBeingJudged:
         assert ours.leases.lost("n")
         monkeypatch.undo()
 
-    def test_it_is_told_though_that_cannot_be_logged(self, ours, monkeypatch):
-        """The thread that beats goes on, too: it is the only one."""
+    def test_a_node_hears_of_its_lost_lease_even_if_logging_fails(self, ours, monkeypatch):
+        """The heartbeat thread continues, too: it is the only one."""
         monkeypatch.setattr(logging, "raiseExceptions", False)
         logger = logging.getLogger("taskx")
         monkeypatch.setattr(logger, "filters", [lambda record: 1 / 0])
@@ -291,7 +291,7 @@ class TestBeingJudged:
         ours.leases.beat("n")
         assert ours.told
 
-    def test_back_in_time_it_goes_on(self, ours):
+    def test_a_node_whose_server_returns_in_time_has_its_lease_again(self, ours):
         ours.connection.down = True
         ours.clock.advance(LEASE * 0.8)
         ours.leases.beat("n")
@@ -300,8 +300,8 @@ class TestBeingJudged:
         ours.leases.beat("n")
         assert not ours.leases.lost("n")
 
-    def test_taken_for_dead_it_waits_until_it_is_forgotten(self, ours, host, store, monkeypatch):
-        """Or what it starts anew would be taken from it, too."""
+    def test_a_node_marked_dead_waits_until_it_is_forgotten(self, ours, host, store, monkeypatch):
+        """Otherwise the tasks that it starts would be taken over, too."""
         other = host()
         watch(other, LEASE + 1)
         assert other.leases._mark_dead(f"{PREFIX}n", note_of(store))
@@ -316,8 +316,8 @@ class TestBeingJudged:
         assert other.alive("n") is True
 
     @pytest.mark.parametrize("answer", [RepositoryUnavailable("reset"), False])
-    def test_a_beat_whose_answer_was_lost_is_known_again(self, ours, monkeypatch, answer):
-        """As where the driver sends it twice, and the second one is refused."""
+    def test_a_heartbeat_whose_answer_was_lost_is_recognized(self, ours, monkeypatch, answer):
+        """For example, the driver sends it twice, and the second one is refused."""
         sent, lost = ours.connection.put_notes, [True]
 
         def put_notes(changes):
@@ -336,7 +336,7 @@ class TestBeingJudged:
             ours.leases.beat("n")
             assert not ours.leases.lost("n")
 
-    def test_it_joins_though_its_note_is_sent_twice(self, host, monkeypatch, store):
+    def test_a_node_joins_even_if_its_note_is_sent_twice(self, host, monkeypatch, store):
         monkeypatch.setattr(Leases, "_run", lambda self: None)
         ours = host()
         sent, twice = ours.connection.put_notes, [True]
@@ -352,22 +352,24 @@ class TestBeingJudged:
         ours.leases.leave("n")
         assert store.notes(PREFIX) == {}
 
-    def test_what_it_says_of_itself_outlives_its_record(self, ours, host, store):
+    def test_the_facts_of_a_node_are_recorded_again_if_its_note_is_gone(self, ours, host, store):
         ours.leases.record_types("n", ["t"])
         assert put(store, None, note_of(store).version)
         ours.leases.mark_stopping("n")
         [node] = host().leases.nodes()
         assert (node.types, node.stopping) == (("t",), True)
 
-    def test_a_beat_under_way_does_not_record_it_again_when_it_has_left(self, ours, store):
+    def test_a_late_heartbeat_does_not_record_a_node_that_has_left(self, ours, store):
         own = ours.leases._own["n"]
         ours.leases.leave("n")
         ours.leases.beat("n", own)
         assert store.notes(PREFIX) == {}
 
     @pytest.mark.parametrize("store", ["memory", "mongomock"], indirect=True)
-    def test_whatever_the_network_does_it_is_told_first(self, store, tmp_path, monkeypatch):
-        """Random outages, random looks: the mark never comes before the word."""
+    def test_in_random_outages_a_node_hears_of_its_lost_lease_first(
+        self, store, tmp_path, monkeypatch
+    ):
+        """With random polls, too, the mark never comes before ``lost()`` is called."""
         monkeypatch.setattr(Leases, "_run", lambda self: None)
         for seed in range(30):
             chance = random.Random(seed)
@@ -387,7 +389,7 @@ class TestBeingJudged:
                 told.clear()
                 here.leases.beat(node)
                 if not there.connection.down and there.alive(node) is False:
-                    assert told, f"seed {seed}: taken for dead without a word"
+                    assert told, f"seed {seed}: marked dead before it heard of its lost lease"
                     marked += 1
                     there.leases.leave(node)
             here.connection.down = False
@@ -399,8 +401,8 @@ class TestBeingJudged:
 
 
 class TestStarting:
-    def test_without_a_lease_nothing_is_started_or_taken(self, ours, store):
-        """The rest of the batch is written."""
+    def test_a_node_with_a_lost_lease_starts_and_takes_nothing(self, ours, store):
+        """The other writes of the batch are applied."""
         apply = ours.leases.apply
         apply([insert("a"), insert("b")])
         start = lifecycle.start(store.get_by_id("a"), 1, "n")
@@ -413,7 +415,7 @@ class TestStarting:
 
 class TestBeating:
     def test_a_node_does_not_join_without_a_heartbeat_thread(self, host, monkeypatch):
-        """The next one to join has one started."""
+        """The next node that joins starts the thread."""
         left, start = [1], threading.Thread.start
 
         def refuse_first(thread):
@@ -433,11 +435,11 @@ class TestBeating:
         assert beaten.wait(20)
         made.leases.leave("second")
 
-    def test_a_heartbeat_goes_on_after_an_error(self, host, monkeypatch, caplog):
+    def test_heartbeats_continue_after_an_error(self, host, monkeypatch, caplog):
         made, beaten, left = host(), threading.Event(), [SystemExit("a defect")]
 
         def beat(self, node, own):
-            made.clock.advance(LEASE)  # the next one is due
+            made.clock.advance(LEASE)  # the next heartbeat is due
             if left:
                 raise left.pop()
             beaten.set()
@@ -459,7 +461,7 @@ sys.stdin.readline()
 
 @pytest.mark.process
 class TestOnOneHost:
-    """The kernel tells, at once."""
+    """On one host a kernel lock shows a death at once."""
 
     @pytest.fixture
     def process(self, tmp_path):
@@ -474,7 +476,7 @@ class TestOnOneHost:
         child.kill()
         child.communicate()
 
-    def test_alive_until_its_process_dies(self, process, tmp_path):
+    def test_a_node_is_alive_until_its_process_dies(self, process, tmp_path):
         child, host, inode = process
         locks = HostLocks(str(tmp_path / "run"))
         assert locks.alive("n", host, inode) is True
@@ -485,8 +487,8 @@ class TestOnOneHost:
         assert locks.alive("n", host, inode) is False
 
     @pytest.mark.parametrize("what", ["folder", "machine", "file", "nothing", "no lock"])
-    def test_where_it_cannot_be_seen_nothing_is_said(self, process, tmp_path, what):
-        """Another container with the same host name, another machine, a file that was cleared away."""
+    def test_a_node_on_another_host_or_without_its_file_is_unknown(self, process, tmp_path, what):
+        """Also in another container with the same host name."""
         child, host, inode = process
         child.kill()
         child.wait(20)
@@ -501,7 +503,7 @@ class TestOnOneHost:
             host, inode = "", 0
         assert HostLocks(str(folder)).alive("n", host, inode) is None
 
-    def test_dead_at_once_for_who_shares_the_host(self, process, store, tmp_path):
+    def test_observers_on_the_same_host_see_a_death_at_once(self, process, store, tmp_path):
         child, host, inode = process
         facts = {"name": "n", "types": [], "stopping": True, "host": host, "lock": inode}
         put(store, json.dumps(facts), 0)

@@ -1,4 +1,4 @@
-"""Nodes on every repository."""
+"""Tests of nodes on every repository."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def liveness(request, tmp_path):
         yield repository.liveness
 
 
-def test_joined_until_it_leaves(liveness):
+def test_a_node_is_recorded_until_it_leaves(liveness):
     node = Node(id="n1", name="host process 1", types=("t", "u"))
     liveness.join(node)
     assert liveness.at_work
@@ -29,7 +29,7 @@ def test_joined_until_it_leaves(liveness):
     liveness.leave("n1")
 
 
-def test_types_are_recorded(liveness):
+def test_the_types_of_a_node_are_recorded(liveness):
     liveness.join(Node(id="n1", name="one", types=("t",)))
     liveness.record_types("n1", ["t", "u"])
     liveness.record_types("unknown", ["t"])
@@ -42,8 +42,7 @@ def test_types_are_recorded(liveness):
     [kind for kind in KINDS if kind.startswith(("sqlite", "mongo", "third"))],
     indirect=True,
 )
-def test_stopping_is_recorded(liveness):
-    """Where a node can outlive its process."""
+def test_a_stopping_node_is_recorded_if_it_can_outlive_its_process(liveness):
     for node in ("n1", "n10"):
         liveness.join(Node(id=node, name="one"))
     liveness.mark_stopping("n1")

@@ -1,4 +1,4 @@
-"""Fixtures of the tests of the MongoDB repository."""
+"""Fixtures for the tests of the MongoDB repository."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from taskx.storage.queries import Changes
 
 @pytest.fixture
 def url(mongo_server: Callable[[str], str]) -> str:
-    """Where a server is: a standalone one, which offers least, or the one the environment names."""
+    """The URL of a server: a standalone one, which has the fewest features, or that of the environment."""
     return mongo_server("standalone")
 
 
@@ -32,18 +32,18 @@ def database(url: str) -> Iterator[Any]:
 
 @pytest.fixture
 def mock() -> Any:
-    """A database that is none: quick, and cut off by hand."""
+    """A mock of a database, which is quick."""
     return mongomock.MongoClient().db
 
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[..., MongoRepository]]:
-    """Makes repositories, and closes them."""
+    """Return a function that makes repositories; they are closed at the end."""
     made: list[MongoRepository] = []
 
     def make(database: Any, **options: Any) -> MongoRepository:
         made.append(MongoRepository(database, **{"run_folder": tmp_path / "run", **options}))
-        made[-1].changed = Changes(made[-1])  # for a test to ask
+        made[-1].changed = Changes(made[-1])  # for tests
         return made[-1]
 
     yield make
@@ -58,7 +58,7 @@ def repository(make: Any, database: Any) -> MongoRepository:
 
 @pytest.fixture
 def proxy(url: str) -> Iterator[Proxy]:
-    """Between a client and the server."""
+    """A proxy between a client and the server."""
     made = Proxy(pymongo.uri_parser.parse_uri(url)["nodelist"][0][1])
     yield made
     made.close()
@@ -66,7 +66,7 @@ def proxy(url: str) -> Iterator[Proxy]:
 
 @pytest.fixture
 def through(proxy: Proxy, database: Any, make: Any) -> Iterator[Callable[..., MongoRepository]]:
-    """Makes a repository on the database whose connections go through the proxy."""
+    """Return a function that makes a repository whose connections go through the proxy."""
     clients = []
 
     def through(**options: Any) -> MongoRepository:
@@ -83,7 +83,7 @@ def through(proxy: Proxy, database: Any, make: Any) -> Iterator[Callable[..., Mo
 
 
 class CommandCount(pymongo.monitoring.CommandListener):
-    """Which commands a client sent."""
+    """The commands that a client sent."""
 
     def __init__(self) -> None:
         self.names: list[str] = []

@@ -1,4 +1,4 @@
-"""submit_many: in a transaction; or, without, hidden until one write reveals all."""
+"""Tests of ``submit_many``: in a transaction, or hidden until one write commits all tasks."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ def store(make, mock):
 
 
 class Died(BaseException):
-    """Stands for the death of the process."""
+    """The simulated death of the process."""
 
 
 def die_at(monkeypatch, store, step):
-    """Have a batch stored by a process that dies before a step."""
+    """Store a batch in a process that dies before a step."""
 
     def die(*args):
         raise Died
@@ -50,7 +50,7 @@ def keyed(task_id, **options):
 
 
 def seen(store):
-    """The ids that each way of looking finds."""
+    """Return the ids that each query finds."""
     ways = {
         "list": {task.id for task in store.list(TaskFilter())},
         "get_many": set(store.get_many(IDS)),
@@ -63,7 +63,7 @@ def seen(store):
 
 
 class TestASubmitterThatDied:
-    def test_before_the_commit_leaves_nothing_visible(self, store, monkeypatch, mock):
+    def test_a_death_before_the_commit_leaves_nothing_visible(self, store, monkeypatch, mock):
         die_at(monkeypatch, store, "_commit")
         assert set().union(*seen(store).values()) == set()
         assert owners(store) == []
@@ -71,10 +71,12 @@ class TestASubmitterThatDied:
         assert list(store.apply(lifecycle.cancel("b0", 1))) == [False, False, False]
         assert mock.tasks.count_documents({}) == 5
 
-    def test_after_the_commit_leaves_all_of_them(self, store, monkeypatch, make, mock):
-        """Whoever looks reveals them."""
+    def test_a_death_after_the_commit_leaves_all_tasks_visible(
+        self, store, monkeypatch, make, mock
+    ):
+        """Each query reveals them."""
         die_at(monkeypatch, store, "_reveal")
-        for look in (
+        for query in (
             lambda other: other.get_many(IDS[:1]),
             lambda other: other.list(TaskFilter(limit=1)),
             lambda other: other.count(TaskFilter()),
@@ -85,14 +87,14 @@ class TestASubmitterThatDied:
             mock.tasks.update_many({}, {"$set": {"taskx.batch": "again"}})
             mock["tasks.batches"].insert_one({"_id": "again", "committed": True})
             other = make(mock)
-            look(other)
+            query(other)
             assert all(found == set(IDS) for found in seen(other).values())
             assert mock["tasks.batches"].find_one({"_id": "again"}) is None
 
-    def test_a_parent_is_there_though_only_its_child_is_revealed_yet(
+    def test_a_hidden_parent_counts_as_present_for_its_revealed_child(
         self, store, monkeypatch, make, mock
     ):
-        """It is done document by document: who meets the child must not take the parent for gone."""
+        """Documents are revealed one by one: a node that finds the child must also find the parent."""
         tasks = [Task(id="p", type="t"), Task(id="c", type="t", depends_on=["p"])]
         queue, onlooker = Queue(store), Queue(make(mock))
         queue.declare("t")
@@ -109,8 +111,8 @@ class TestASubmitterThatDied:
         assert [handle.task().status for handle in handles] == ["pending", "pending"]
         assert those_with(store, "waiting_on", "p") == ["c"]
 
-    def test_a_parent_of_one_that_is_hidden_yet_is_not_pruned(self, store, monkeypatch):
-        """The child may be there the next moment, and ask for the result."""
+    def test_a_parent_of_a_hidden_child_is_not_pruned(self, store, monkeypatch):
+        """The child may soon be visible, and read the parent's result."""
         queue = Queue(store)
         queue.declare("t")
         queue.submit("t", id="p")
@@ -123,8 +125,10 @@ class TestASubmitterThatDied:
         queue.submit_many([Task(type="t", depends_on=["p"]), Task(type="t")])
         assert needed(store, ["p"]) == {"p"}
 
-    def test_the_hidden_rest_is_cleared_away(self, store, monkeypatch, mock):
-        """When it has been seen for long enough, by the looker's own clock; not before."""
+    def test_hidden_tasks_of_a_dead_submitter_are_removed_after_a_while(
+        self, store, monkeypatch, mock
+    ):
+        """The time is measured by the clock of the process that removes them."""
         die_at(monkeypatch, store, "_commit")
         now = [100.0]
         patient = Batches(store._connection, 10.0, lambda: now[0])
@@ -137,8 +141,8 @@ class TestASubmitterThatDied:
         assert mock.tasks.count_documents({}) == 0
         assert list(store.apply([insert(task_id) for task_id in IDS])) == [True] * 5
 
-    def test_one_that_was_only_slow_is_told_that_it_came_too_late(self, store, monkeypatch, mock):
-        """Of commit and abandon the first decides, so nothing is half there."""
+    def test_a_slow_submitter_hears_that_its_batch_was_abandoned(self, store, monkeypatch, mock):
+        """The first of commit and abandon decides, so no batch is stored in part."""
         commit = store._batches._commit
 
         def late(batch):
@@ -151,8 +155,10 @@ class TestASubmitterThatDied:
         assert mock.tasks.count_documents({}) == 0
 
     @pytest.mark.parametrize("together", [False, True])
-    def test_what_it_left_stands_in_nobodys_way(self, store, monkeypatch, make, mock, together):
-        """Who is told that the id is taken must find the task."""
+    def test_hidden_tasks_of_a_dead_submitter_block_no_id(
+        self, store, monkeypatch, make, mock, together
+    ):
+        """A caller who hears that an id is taken must find the task."""
         die_at(monkeypatch, store, "_commit")
         monkeypatch.setattr(sender, "_MOMENT", 0.0)
         other = make(mock)
@@ -161,18 +167,20 @@ class TestASubmitterThatDied:
         assert set(other.get_many(IDS)) == set(IDS[:2])
         assert mock.tasks.count_documents({}) == 2
 
-    def test_what_it_committed_keeps_its_ids(self, store, monkeypatch, make, mock):
+    def test_committed_tasks_of_a_dead_submitter_keep_their_ids(
+        self, store, monkeypatch, make, mock
+    ):
         die_at(monkeypatch, store, "_reveal")
         other = make(mock)
         assert list(other.apply([insert("b0"), insert("new")])) == [False, True]
         assert seen(other)["list"] == {*IDS, "new"}
 
-    def test_what_the_original_stored_keeps_its_ids(self, store, mock):
+    def test_tasks_of_the_original_keep_their_ids(self, store, mock):
         mock.tasks.insert_one({"_id": "b0", "type": "t", "status": "pending", "params": {}})
         assert list(store.apply([insert("b0"), insert("b1")])) == [False, True]
 
-    def test_one_under_way_is_waited_for(self, store, monkeypatch, make, mock):
-        """It comes first, so the one that comes second is the duplicate."""
+    def test_an_insert_waits_for_a_batch_that_holds_its_id(self, store, monkeypatch, make, mock):
+        """The batch came first, so the insert is the duplicate."""
         asked, other = threading.Event(), make(mock)
         results = []
         late = threading.Thread(target=lambda: results.extend(other.apply([insert("b0")])))
@@ -193,26 +201,26 @@ class TestASubmitterThatDied:
         late.join(20.0)
         assert results == [False]
 
-    def test_what_is_revealed_while_it_is_looked_for_is_found(self, store, monkeypatch, make, mock):
+    def test_tasks_that_are_revealed_during_a_query_are_found(self, store, monkeypatch, make, mock):
         die_at(monkeypatch, store, "_reveal")
         other, third = make(mock), make(mock)
-        look = other._batches.reveal_committed
+        reveal = other._batches.reveal_committed
 
         def late(hidden):
             third._batches.reveal_committed(hidden)
-            return look(hidden)
+            return reveal(hidden)
 
         monkeypatch.setattr(other._batches, "reveal_committed", late)
         assert set(other.get_many(IDS)) == set(IDS)
 
-    def test_nothing_is_abandoned_that_was_committed(self, store, monkeypatch, mock):
+    def test_a_committed_batch_is_never_abandoned(self, store, monkeypatch, mock):
         die_at(monkeypatch, store, "_reveal")
         Batches(store._connection, 0.0, time.monotonic).recover()
         assert all(found == set(IDS) for found in seen(store).values())
 
 
 class TestOnAServer:
-    def test_a_commit_whose_answer_is_lost(self, through, proxy):
+    def test_a_commit_whose_answer_is_lost_counts(self, through, proxy):
         repository = through(timeout=20.0)
         repository.apply([insert("warm")])
         asked = threading.Event()
@@ -240,8 +248,8 @@ class TestOnAServer:
             repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
         assert caught.value.in_doubt
 
-    def test_many_batches_beside_a_reader(self, make, database):
-        """Who looks while they come and go reveals none too soon, and nothing of them is left over."""
+    def test_a_reader_beside_many_batches_reveals_none_too_soon(self, make, database):
+        """And nothing of the batches is left over."""
         ours, theirs = make(database), make(database)
         failures: list[str] = []
         stop = threading.Event()
@@ -269,17 +277,17 @@ class TestOnAServer:
 
 
 class TestInATransaction:
-    """Where the server knows them, no task is hidden."""
+    """On a server with transactions no task is hidden."""
 
     @pytest.fixture
     def url(self, mongo_server):
         if REAL:
-            pytest.skip("whether it knows transactions is not known")
+            pytest.skip("the server may not support transactions")
         return mongo_server("set")
 
     @pytest.fixture
     def counted(self, url, database, make):
-        """A repository, and the commands that it sends, from the first write on."""
+        """A repository, and the commands that it sends after its first write."""
         count = CommandCount()
         with pymongo.MongoClient(url, event_listeners=[count]) as client:
             repository = make(client[database.name])
@@ -287,7 +295,7 @@ class TestInATransaction:
             count.names.clear()
             yield repository, count.names
 
-    def test_a_batch_is_two_trips(self, counted, database):
+    def test_a_batch_takes_two_round_trips(self, counted, database):
         repository, sent = counted
         writes = [insert(task_id) for task_id in IDS]
         assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
@@ -295,9 +303,7 @@ class TestInATransaction:
         assert repository.count(TaskFilter()) == 6
         assert not any("batch" in document["taskx"] for document in database.tasks.find())
 
-    def test_a_client_that_reads_from_secondaries_stores_them_all_the_same(
-        self, url, database, make
-    ):
+    def test_a_client_that_reads_from_secondaries_can_store_a_batch(self, url, database, make):
         options = "readPreference=secondaryPreferred&w=1&readConcernLevel=available"
         with pymongo.MongoClient(f"{url}/?{options}") as client:
             writes = [insert(task_id) for task_id in IDS]
@@ -305,7 +311,7 @@ class TestInATransaction:
                 list(make(client[database.name]).apply(writes, all_or_nothing=True)) == [True] * 5
             )
 
-    def test_own_batches_do_not_ring(self, repository, make, database):
+    def test_the_change_stream_ignores_own_batches(self, repository, make, database):
         repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
         with database.tasks.watch() as stream:
             repository.apply([insert(f"c{task_id}") for task_id in IDS], all_or_nothing=True)
@@ -314,7 +320,7 @@ class TestInATransaction:
         assert all(mark in repository._sender.own for mark in marks)
 
     @pytest.mark.parametrize("taken", ["an id", "a key", "an id of its own"])
-    def test_one_that_is_refused_keeps_out_the_others(self, repository, database, taken):
+    def test_if_one_task_is_refused_none_is_stored(self, repository, database, taken):
         key = {"unique_key": "k", "unique_scope": "unfinished"}
         repository.apply([insert("there", **key)])
         refused = {
@@ -327,8 +333,8 @@ class TestInATransaction:
         assert [document["_id"] for document in database.tasks.find()] == ["there"]
         assert list(repository.apply(writes[:5], all_or_nothing=True)) == [True] * 5
 
-    def test_of_two_submitters_one_stores_it(self, make, database):
-        """Whatever the one sees of the other's transaction."""
+    def test_only_one_of_two_submitters_stores_the_same_batch(self, make, database):
+        """Even if one of them sees the other's transaction."""
         stores, barrier = [make(database), make(database)], threading.Barrier(2)
         for number in range(5):
             results: list[list[bool]] = []
@@ -348,7 +354,7 @@ class TestInATransaction:
 
     @pytest.mark.parametrize("command", [b"insert\0", b"commitTransaction\0"])
     @pytest.mark.parametrize("direction", ["ask", "answer"])
-    def test_what_is_lost_is_sent_again(self, through, proxy, database, command, direction):
+    def test_a_lost_command_is_sent_again(self, through, proxy, database, command, direction):
         repository = through(timeout=20.0)
         repository.apply([insert("warm")])
         asked: set[bytes] = set()
@@ -371,7 +377,7 @@ class TestInATransaction:
         assert sorted(document["_id"] for document in database.tasks.find()) == [*IDS, "warm"]
 
     def test_a_commit_that_stays_in_doubt_says_so(self, through, proxy):
-        """Sent again later, as the same objects, it is not done twice."""
+        """If the same objects are sent again later, they are not stored twice."""
         repository = through()
         repository.apply([insert("warm")])
         repository._connection.timeout = 4.0  # in which even a slow machine sends it
@@ -385,8 +391,8 @@ class TestInATransaction:
         assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
         assert repository.count(TaskFilter()) == 6
 
-    def test_one_that_is_left_open_is_in_nobodys_way(self, through, proxy, database, make):
-        """The server rolls it back some time later."""
+    def test_an_open_transaction_does_not_block_others(self, through, proxy, database, make):
+        """The server rolls it back later."""
         repository = through()
         repository.apply([insert("warm")])
         repository._connection.timeout = 4.0
@@ -400,7 +406,7 @@ class TestInATransaction:
         pending = other.list(TaskFilter(status="pending"))
         assert {task.id for task in pending} == {"c1", "d0", "warm"}
 
-    def test_where_nothing_was_sent_there_is_no_doubt(self, through, proxy):
+    def test_an_error_before_anything_was_sent_is_not_in_doubt(self, through, proxy):
         repository = through()
         repository.apply([insert("warm")])
         repository._connection.timeout = 0.5
@@ -408,9 +414,9 @@ class TestInATransaction:
         with pytest.raises(RepositoryUnavailable) as caught:
             repository.apply([insert(task_id) for task_id in IDS], all_or_nothing=True)
         assert not caught.value.in_doubt
-        proxy.heal()  # the client says goodbye
+        proxy.heal()  # the client sends a message when it closes
 
-    def test_an_interrupt_leaves_nothing(self, repository, database, monkeypatch):
+    def test_an_interrupted_batch_stores_nothing(self, repository, database, monkeypatch):
         def interrupted(*args):
             raise KeyboardInterrupt
 
@@ -423,8 +429,8 @@ class TestInATransaction:
         assert list(repository.apply(writes, all_or_nothing=True)) == [True] * 5
 
 
-def test_on_a_standalone_server_they_are_hidden_first(make, database, url):
-    """It knows no transactions."""
+def test_on_a_standalone_server_tasks_are_hidden_first(make, database, url):
+    """A standalone server does not support transactions."""
     count = CommandCount()
     with pymongo.MongoClient(url, event_listeners=[count]) as client:
         repository = make(client[database.name])

@@ -1,4 +1,4 @@
-"""Whether something changed elsewhere: told by a change stream, or asked for once a second."""
+"""Tests of noticing changes by others: with a change stream, or by polling once a second."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ PATIENCE = 60.0
 
 @pytest.fixture
 def url(mongo_server):
-    """A server with change streams: as with MongoDB, a standalone one has none."""
+    """A server with change streams: a standalone one has none, as with MongoDB."""
     if REAL:
-        pytest.skip("whether it has change streams is not known")
+        pytest.skip("the server may not have change streams")
     return mongo_server("set")
 
 
@@ -37,7 +37,7 @@ def until(condition, timeout=PATIENCE):
 
 
 def quiet(repository):
-    """The stream is open, and nothing rings any more."""
+    """Wait until the stream is open and all earlier changes were noticed."""
     until(lambda: repository._changes._watch and repository._changes._watch.heard > 0)
     until(lambda: not repository.changed())
 
@@ -46,7 +46,7 @@ def quiet(repository):
 def ours(repository):
     repository.changed()
     quiet(repository)
-    repository._changes._poll_interval = 1000.0  # only the stream can tell
+    repository._changes._poll_interval = 1000.0  # only the stream can notice changes
     return repository
 
 
@@ -55,7 +55,7 @@ def theirs(make, database):
     return make(database)
 
 
-def test_what_others_do_is_told_at_once(ours, theirs):
+def test_changes_by_others_are_noticed_at_once(ours, theirs):
     writes = [
         [insert("a")],
         [lifecycle.take("a", "n")],
@@ -68,11 +68,11 @@ def test_what_others_do_is_told_at_once(ours, theirs):
         quiet(ours)
 
 
-def test_own_writes_do_not_ring(ours, theirs):
-    """Or a busy node would look for others' work all the time."""
+def test_own_writes_are_not_noticed(ours, theirs):
+    """Otherwise a busy node would poll for others' work all the time."""
     ours.apply([insert(str(number)) for number in range(5)])
     ours.apply([insert(f"{number} of a batch") for number in range(5)], all_or_nothing=True)
-    for _ in range(MARKS):  # the list of them is full at some time
+    for _ in range(MARKS):  # so that the list of marks becomes full
         ours.apply([lifecycle.take(str(number), "n") for number in range(5)])
         ours.apply([lifecycle.disown(str(number), "n") for number in range(5)])
     ours.apply([insert("b"), *(lifecycle.take(str(number), "n") for number in range(5))])
@@ -90,7 +90,7 @@ def test_queues_on_one_repository_hear_of_each_other(ours):
     assert len(ours.queues) == len(queues)
 
 
-def test_what_the_original_stores_rings(ours, database):
+def test_a_task_of_the_original_is_noticed(ours, database):
     database.tasks.insert_one({"_id": "go", "type": "t", "status": "pending"})
     until(ours.changed)
 
@@ -98,8 +98,8 @@ def test_what_the_original_stores_rings(ours, database):
 @pytest.mark.parametrize(
     "change", [{"$set": {"params.\u043a\u043b\u044e\u0447": 1}}, {"$unset": {"message": ""}}, None]
 )
-def test_what_others_change_in_an_own_task_rings(ours, database, change):
-    """Though the last mark on it is an own one."""
+def test_a_change_by_others_in_an_own_task_is_noticed(ours, database, change):
+    """Even if the last mark on the task is an own one."""
     ours.apply([insert("a")])
     quiet(ours)
     if change is None:
@@ -110,8 +110,8 @@ def test_what_others_change_in_an_own_task_rings(ours, database, change):
     until(ours.changed)
 
 
-def test_own_writes_do_not_have_the_server_asked_again_and_again(url, database, make):
-    """A stream that leaves them out answers when it has waited, or is let rest."""
+def test_own_writes_do_not_cause_many_requests_for_changes(url, database, make):
+    """The stream filters them out and waits, or the client pauses between two requests."""
     count = CommandCount()
     with pymongo.MongoClient(url, event_listeners=[count]) as client:
         repository = make(client[database.name])
@@ -126,7 +126,7 @@ def test_own_writes_do_not_have_the_server_asked_again_and_again(url, database, 
         repository.close()
 
 
-def test_without_a_stream_perhaps_once_in_an_interval(make, mock):
+def test_without_a_stream_the_version_changes_once_in_an_interval(make, mock):
     clock = ManualClock()
     repository = make(mock, poll_interval=1.0, clock=clock)
     assert repository.changed()
@@ -138,10 +138,9 @@ def test_without_a_stream_perhaps_once_in_an_interval(make, mock):
     assert answers.count(True) == 3
 
 
-def test_a_standalone_server_has_none(mongo_server, make):
-    """It is asked once, and not again."""
+def test_a_standalone_server_is_asked_for_a_stream_only_once(mongo_server, make):
     if REAL:
-        pytest.skip("whether it has change streams is not known")
+        pytest.skip("the server may not have change streams")
     database = new_database(mongo_server("standalone"))
     repository = make(database)
     assert repository.changed()
@@ -151,8 +150,8 @@ def test_a_standalone_server_has_none(mongo_server, make):
     until(repository.changed)
 
 
-def test_a_stream_that_is_silent_is_not_relied_on(through, proxy):
-    """The line is dead and nobody says so: it is looked once in an interval, as without one."""
+def test_a_silent_stream_is_replaced_by_polling(through, proxy):
+    """The connection is dead without an error, so the version changes once in an interval."""
     clock = ManualClock()
     repository = through(clock=clock)
     repository.apply([insert("a")])
@@ -179,7 +178,7 @@ def test_the_stream_comes_back_after_an_outage(through, proxy, database, make):
     until(repository.changed)
 
 
-def test_closing_ends_the_thread(ours):
+def test_closing_the_repository_ends_the_thread(ours):
     watch = ours._changes._watch
     ours.close()
     until(lambda: watch.ended)

@@ -1,4 +1,4 @@
-"""The documents are those of the original, field by field and type by type."""
+"""Tests of documents: they have the fields and types of the original TaskX."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .conftest import insert, run
 NOW = 1_700_000_000_000
 AT = datetime(2024, 2, 29, 12, 0, 0, 123_000)
 
-#: As the Go library stores them: nil maps and pointers as null, fields left out where it omits empty
-#: ones, an ``int`` in 32 bits where it fits, an ``int64`` always in 64.
+#: Documents as the Go library stores them. Nil maps and pointers are null, and some empty fields are
+#: absent. An ``int`` has 32 bits if it fits, and an ``int64`` always has 64.
 GO = [
     {
         "_id": "go-pending",
@@ -91,11 +91,11 @@ def with_go(repository, database):
 
 
 def decode_as_go(document):
-    """Decode into the original's struct, as strictly as the Go driver does; other fields are ignored."""
+    """Decode a document as strictly as the Go driver does for the original; ignore other fields."""
 
     def take(name, *kinds):
         value = document.get(name)
-        assert value is None or type(value) in kinds, f"{name}: {value!r} is no {kinds}"
+        assert value is None or type(value) in kinds, f"{name}: {value!r} is not one of {kinds}"
         return value
 
     task = {name: take(name, str) or "" for name in ("_id", "type", "status", "error", "message")}
@@ -111,9 +111,9 @@ def decode_as_go(document):
 
 
 class TestOurs:
-    """What is stored here, as the Go library sees it."""
+    """Our documents, as the Go library sees them."""
 
-    def test_a_new_task(self, repository, database):
+    def test_go_reads_a_new_task(self, repository, database):
         repository.apply([insert("a", params='{"z":1,"a":[{"b":null}]}', created_by="user123")])
         document = database.tasks.find_one({"_id": "a"})
         assert set(document) == {*decode_as_go(document), "taskx"}
@@ -134,7 +134,7 @@ class TestOurs:
         }
         assert list(document["params"]) == ["z", "a"]
 
-    def test_a_completed_task(self, repository, database):
+    def test_go_reads_a_completed_task(self, repository, database):
         task = run(repository, "a")
         ending = lifecycle.Ending(returned=True, result='{"count":100}', duration=61.75)
         repository.apply(lifecycle.conclude(task, ending, NOW + 61_751))
@@ -152,7 +152,7 @@ class TestOurs:
     @pytest.mark.parametrize(
         "outcome", ["retried", "failed", "cancelled", "interrupted", "rescued"]
     )
-    def test_whatever_became_of_it(self, repository, database, outcome):
+    def test_go_reads_a_task_with_any_outcome(self, repository, database, outcome):
         task = run(repository, "a", max_attempts=2 if outcome == "retried" else 1)
         ending = lifecycle.Ending(returned=False, error="it broke", traceback="here")
         moves = {
@@ -170,8 +170,8 @@ class TestOurs:
         "result",
         [0, False, "", "text", [], [1, [{"a.b": None}]], -1.5, {}, {"value": 1}, {"$x": 1}],
     )
-    def test_a_result_that_is_no_object(self, repository, database, result):
-        """The Go library finds an object all the same; here it is what it was."""
+    def test_go_finds_an_object_for_any_result(self, repository, database, result):
+        """TaskX itself reads the result as it was stored."""
         task = run(repository, "a")
         ending = lifecycle.Ending(returned=True, result=json.dumps(result))
         repository.apply(lifecycle.conclude(task, ending, NOW))
@@ -190,18 +190,18 @@ class TestOurs:
             {"b": 1, "a": 2, "_id": 3, "10": 4, "9": 5},
         ],
     )
-    def test_keys_that_bson_dislikes(self, repository, database, params):
+    def test_params_may_have_keys_that_servers_refuse(self, repository, database, params):
         repository.create(Task(id="a", type="t", params=params))
         stored = repository.get_by_id("a").params
         assert json.dumps(stored) == json.dumps(params)
         assert "$" not in {key[:1] for key in decode_as_go(database.tasks.find_one())["params"]}
 
-    def test_numbers_to_their_last_bit(self, repository):
+    def test_numbers_are_stored_exactly(self, repository):
         params = {"n": [2**63 - 1, -(2**63), 2**31, 1.0, 1, -0.0, 5e-324, 1.7976931348623157e308]}
         repository.create(Task(id="a", type="t", params=params))
         assert repr(repository.get_by_id("a").params) == repr(params)
 
-    def test_ninety_levels_deep(self, repository):
+    def test_params_may_be_ninety_levels_deep(self, repository):
         deep: object = 1
         for _ in range(89):
             deep = [deep]
@@ -209,7 +209,7 @@ class TestOurs:
         assert repository.get_by_id("a").params == {"deep": deep}
 
     def test_the_log_of_attempts_is_bounded(self, make, mock):
-        """A document has 16 MiB, and fifty long tracebacks might not fit."""
+        """A document has at most 16 MiB, and fifty long tracebacks might not fit."""
         repository = make(mock)
         task = run(repository, "a", max_attempts=100)
         for number in range(1, 60):
@@ -254,9 +254,9 @@ def test_every_json_value_comes_back_as_it_was(value):
 
 
 class TestTheirs:
-    """What the Go library stored, here."""
+    """Documents of the Go library, as TaskX reads them."""
 
-    def test_read_as_they_are(self, with_go):
+    def test_documents_of_go_are_read(self, with_go):
         tasks = with_go.get_many([document["_id"] for document in GO])
         assert [task.damage for task in tasks.values()] == [""] * 5
         pending, running = tasks["go-pending"], tasks["go-running"]
@@ -275,7 +275,7 @@ class TestTheirs:
         assert tasks["go-failed"].error == "永久错误"
         assert tasks["go-zero-time"].created_at.year == 1
 
-    def test_listed_and_counted_like_our_own(self, with_go):
+    def test_documents_of_go_are_listed_and_counted(self, with_go):
         with_go.create(Task(id="ours", type="sync", created_at=AT.replace(tzinfo=timezone.utc)))
         listed = [task.id for task in with_go.list(TaskFilter(type="sync"))]
         assert listed == ["go-completed", "go-running", "ours", "go-pending"]
@@ -287,7 +287,7 @@ class TestTheirs:
             assert with_go.count(filter) == len(expected)
         assert with_go.count(TaskFilter(created_by="user123")) == 2
 
-    def test_cancelled_and_deleted_like_our_own(self, with_go, database):
+    def test_tasks_of_go_can_be_cancelled_and_deleted(self, with_go, database):
         assert with_go.apply(lifecycle.cancel("go-pending", NOW)) == [True, False, False]
         assert with_go.apply(lifecycle.cancel("go-running", NOW)) == [False, False, True]
         assert decode_as_go(database.tasks.find_one({"_id": "go-pending"}))["status"] == "cancelled"
@@ -297,21 +297,21 @@ class TestTheirs:
             with_go.delete("go-running")
         assert with_go.count(TaskFilter()) == 3
 
-    def test_changed_by_hand_like_our_own(self, with_go):
+    def test_tasks_of_go_can_be_changed_by_hand(self, with_go):
         with_go.update_progress("go-running", 60, "further")
         with_go.update_status("go-running", TaskStatus.COMPLETED, "done")
         task = with_go.get_by_id("go-running")
         assert (task.status, task.progress, task.message) == (TaskStatus.COMPLETED, 100, "done")
 
-    def test_pending_ones_are_left_to_the_go_process(self, with_go):
-        """It may hold them in its channel."""
+    def test_pending_tasks_of_go_are_left_to_its_process(self, with_go):
+        """The process may hold them in its channel."""
         task = with_go.get_by_id("go-pending")
         assert with_go.ready(["sync"], 10) == []
         assert not unfinished(with_go, ["sync"])
         assert list(with_go.apply([lifecycle.start(task, NOW, "node")])) == [False]
         assert owners(with_go) == []
 
-    def test_adopted_they_run_once(self, make, database):
+    def test_adopted_tasks_run_once(self, make, database):
         database.tasks.insert_many([dict(document) for document in GO])
         ones = [make(database, adopt_foreign=True) for _ in range(2)]
         assert unfinished(ones[0], ["sync"])
@@ -329,7 +329,7 @@ class TestTheirs:
         assert decode_as_go(database.tasks.find_one({"_id": "go-pending"}))["status"] == "running"
         assert ones[0].ready(["other"], 10) == []
 
-    def test_adopted_in_the_order_they_were_stored_before_ours(self, make, database):
+    def test_tasks_are_adopted_in_the_order_of_their_creation(self, make, database):
         repository = make(database, adopt_foreign=True)
         repository.apply([insert("ours", type="sync")])
         for number in (2, 0, 1):
@@ -341,7 +341,7 @@ class TestTheirs:
         assert sorted(stub.id for stub in stubs) == ["go-0", "go-1", "go-2", "ours"]
         assert [stub.id for stub in stubs if stub.id != "ours"] == ["go-0", "go-1", "go-2"]
 
-    def test_where_there_is_no_room_for_all_the_oldest_are_adopted(self, make, database):
+    def test_the_oldest_tasks_are_adopted_first(self, make, database):
         repository = make(database, adopt_foreign=True)
         for number in (2, 0, 1):
             database.tasks.insert_one(
@@ -349,7 +349,7 @@ class TestTheirs:
             )
         assert [stub.id for stub in repository.ready(["sync"], 1)] == ["go-0"]
 
-    def test_what_it_changed_of_ours_is_read_as_it_is_now(self, repository, database):
+    def test_a_change_by_go_in_our_task_is_read(self, repository, database):
         task = run(repository, "a")
         ending = lifecycle.Ending(returned=True, result="[1]", duration=1.5)
         repository.apply(lifecycle.conclude(task, ending, NOW))
@@ -370,18 +370,18 @@ class TestTheirs:
             ("created_at", "yesterday"),
         ],
     )
-    def test_what_cannot_be_read_is_named(self, repository, database, field, value):
-        """One bad document does not spoil a list."""
+    def test_a_damaged_field_is_named(self, repository, database, field, value):
+        """One damaged document does not spoil a list."""
         database.tasks.insert_many([{**GO[0], field: value}, GO[3]])
         tasks = {task.id: task for task in repository.list(TaskFilter())}
         assert "damaged" in tasks["go-pending"].damage
         assert tasks["go-failed"].damage == ""
 
     @pytest.mark.parametrize("field", ["params", "message", "created_by"])
-    def test_what_is_no_utf8_is_named(self, repository, field):
-        """Go's strings may hold any bytes, and its driver sends them as they are."""
+    def test_text_that_is_not_utf8_is_named_as_damage(self, repository, field):
+        """Go's strings may hold any bytes, and its driver sends them unchanged."""
         whole = encode({**GO[0], field: {"x": "a??b"} if field == "params" else "a??b"})
-        options = repository._connection.tasks.codec_options  # what all is read with
+        options = repository._connection.tasks.codec_options  # the options of every read
         document = decode(whole.replace(b"a??b", b"a\xff\xfeb"), options)
         task = documents.task_from_document(document)
         assert (task.id, task.type, task.status) == ("go-pending", "sync", "pending")
@@ -395,8 +395,8 @@ class TestTheirs:
         [{"_id": ObjectId()}, {"_id": 5}, {"_id": "no room", "taskx": 5}],
         ids=lambda odd: type(odd["_id"]).__name__,
     )
-    def test_one_that_cannot_be_adopted_keeps_no_other_from_it(self, make, database, odd):
-        """Such as what was stored by hand and got an id from the server."""
+    def test_a_task_that_cannot_be_adopted_does_not_stop_others(self, make, database, odd):
+        """For example, a document that was stored by hand and got its id from the server."""
         database.tasks.insert_many([{**GO[0], **odd}, {**GO[0], "_id": "sound"}])
         repository = make(database, adopt_foreign=True)
         assert "sound" in [stub.id for stub in repository.ready(["sync"], 10)]
@@ -404,7 +404,7 @@ class TestTheirs:
         assert len(repository.list(TaskFilter())) == 2
 
     @pytest.mark.parametrize("run_at", [None, "soon", 5])
-    def test_one_that_is_never_due_hides_none_that_is(self, repository, database, run_at):
+    def test_a_task_with_a_damaged_time_does_not_hide_due_tasks(self, repository, database, run_at):
         repository.apply([insert("lost", run_at=NOW + 1000), insert("due", run_at=NOW + 2000)])
         repository.apply([insert("free")])
         change = {"$set": {"taskx.run_at": run_at}} if run_at else {"$unset": {"taskx.run_at": 1}}
@@ -416,7 +416,7 @@ class TestTheirs:
 
 
 def test_fields_of_a_later_version_are_ignored_and_kept(repository, database):
-    """Several versions share a collection: fields are added, and no version is stored."""
+    """Several versions share a collection: later ones add fields, and no version number is stored."""
     run(repository, "a")
     attempt = ["retried", NOW, NOW + 1, "w", "broke", "", "ValueError", {"mood": "bad"}]
     later = {

@@ -1,6 +1,6 @@
-"""Queues on MongoDB: processes that share a collection, hosts that fall silent, servers that go and come.
+"""Tests of queues on MongoDB: processes that share a collection, hosts that are cut off, outages.
 
-The rest of the runtime's tests runs on a mock of the driver; these need a connection, or processes.
+The other tests of queues run on a mock of the driver; these need a connection, or processes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from taskx import (
     TaskStatus,
 )
 
-#: Seconds of a lease that is waited for; a process of a busy machine may stand still for the half of it.
+#: Seconds of a lease that a test waits for; on a busy machine a process may stand still for half of it.
 LEASE = 4.0
 
 PROGRAM = """
@@ -58,24 +58,24 @@ def listen(ctx, n=0):
     ctx.sleep(60)
 
 def wait_for_ever():
-    while True:  # a signal that comes just before it would not end one long wait
+    while True:  # a signal just before one long wait would not end it
         time.sleep(0.05)  # blocks on purpose
 """
 
 
 @pytest.fixture
 def repository():
-    """What queues are made on that are given no other; here all are."""
+    """The default repository for queues; every test here gives its own."""
     return MemoryRepository()
 
 
 @pytest.fixture
 def url(request, mongo_server):
-    """A server with change streams, unless a test asks for another or the environment names one."""
+    """A server with change streams, unless the test or the environment names another one."""
     return mongo_server(getattr(request, "param", "set"))
 
 
-# Where the server has none, others' work is looked for once a second.
+# A server without change streams is polled once a second.
 without_streams = pytest.mark.parametrize("url", ["standalone"], indirect=True)
 
 
@@ -88,7 +88,7 @@ def name(url):
 
 @pytest.fixture
 def proxy(url):
-    """On the line between a client and the server."""
+    """A proxy between a client and the server."""
     made = Proxy(pymongo.uri_parser.parse_uri(url)["nodelist"][0][1])
     yield made
     made.close()
@@ -96,7 +96,7 @@ def proxy(url):
 
 @pytest.fixture
 def on_mongo(url, name, tmp_path, make_queue, proxy):
-    """Makes queues on the collection, each with a client of its own."""
+    """Return a function that makes queues on the collection, each with its own client."""
     clients = []
 
     def on_mongo(at=None, folder="here", lease=30.0, timeout=10.0, **config):
@@ -112,14 +112,14 @@ def on_mongo(url, name, tmp_path, make_queue, proxy):
         return queue
 
     yield on_mongo
-    proxy.heal()  # a client says goodbye to the server
+    proxy.heal()  # a client sends a message to the server when it closes
     for client in clients:
         client.close()
 
 
 @pytest.fixture
 def run(spawn, url, name, tmp_path):
-    """Starts the program with more lines, on a host that this one shares or does not."""
+    """Return a function that starts the program with more lines, on this host or on another one."""
 
     def run(more, folder="here", lease=30.0):
         return spawn(PROGRAM + more, url, name, tmp_path / folder, lease)
@@ -128,7 +128,7 @@ def run(spawn, url, name, tmp_path):
 
 
 class TestOneProcess:
-    def test_submit_run_result_spill_drain_stop(self, on_mongo):
+    def test_a_queue_submits_spills_runs_drains_and_stops(self, on_mongo):
         queue = on_mongo(buffer_size=5, overflow="spill")
         handles = [queue.submit("work", {"n": n}) for n in range(5)]
         queue.start()
@@ -140,8 +140,8 @@ class TestOneProcess:
         assert queue.stop(PATIENCE) == []
         assert list(queue.repository.liveness.nodes()) == []
 
-    def test_trips_of_a_task_under_load(self, url, name, make_queue):
-        """Start and finish share theirs with other tasks."""
+    def test_under_load_tasks_share_round_trips(self, url, name, make_queue):
+        """The start and the end of a task share their commands with other tasks."""
         sent = Counter()
 
         class Listener(pymongo.monitoring.CommandListener):
@@ -167,7 +167,7 @@ class TestOneProcess:
 
 
 class TestTwoProcesses:
-    def test_share_the_work(self, run, on_mongo):
+    def test_two_processes_share_the_work(self, run, on_mongo):
         child = run("queue.start(); say('started'); wait_for_ever()")
         assert child.read() == "started"
         queue = on_mongo(buffer_size=200)
@@ -181,14 +181,14 @@ class TestTwoProcesses:
         assert found == {(TaskStatus.COMPLETED, 1)}
 
     @without_streams
-    def test_share_the_work_without_streams(self, run, on_mongo):
-        self.test_share_the_work(run, on_mongo)
+    def test_two_processes_share_the_work_without_streams(self, run, on_mongo):
+        self.test_two_processes_share_the_work(run, on_mongo)
 
     @without_streams
     def test_cancel_reaches_a_running_task_without_streams(self, run, on_mongo):
-        self.test_cancel_reaches_a_running_task_of_another(run, on_mongo)
+        self.test_cancel_reaches_a_task_that_runs_in_another_process(run, on_mongo)
 
-    def test_cancel_reaches_a_running_task_of_another(self, run, on_mongo):
+    def test_cancel_reaches_a_task_that_runs_in_another_process(self, run, on_mongo):
         child = run("queue.start(); queue.submit('listen', id='x'); wait_for_ever()")
         assert child.read() == "listening"
         queue = on_mongo()
@@ -196,7 +196,7 @@ class TestTwoProcesses:
         assert eventually(lambda: queue.get_task_status("x").status.finished)
         assert queue.get_task_status("x").status is TaskStatus.CANCELLED
 
-    def test_cancel_of_a_pending_task_of_another(self, run, on_mongo):
+    def test_a_task_that_waits_in_another_process_can_be_cancelled(self, run, on_mongo):
         child = run(
             "queue.start(); queue.submit('hang'); queue.submit('hang');"
             "queue.submit('work', {'n': 1}, id='x'); say('sent'); wait_for_ever()"
@@ -206,14 +206,14 @@ class TestTwoProcesses:
         assert queue.cancel_task("x") is True
         assert queue.get_task_status("x").starts == 0
 
-    def test_new_work_is_seen_at_once(self, run, on_mongo):
+    def test_another_process_sees_new_work_at_once(self, run, on_mongo):
         child = run("queue.start(); say('started'); wait_for_ever()")
         assert child.read() == "started"
         queue = on_mongo()
         queue.submit("work", {"n": 1}).result(PATIENCE)
 
-    def test_killed_it_is_rescued_at_once_on_the_same_host(self, run, on_mongo):
-        """The lease would take ten minutes."""
+    def test_a_task_of_a_killed_process_is_rescued_at_once_on_its_host(self, run, on_mongo):
+        """The lease would take ten minutes to expire."""
         child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()", lease=600)
         assert child.read() == "hanging"
         queue = on_mongo(lease=600)
@@ -224,7 +224,7 @@ class TestTwoProcesses:
         assert (task.crashes, task.starts, task.errors) == (1, 2, 0)
         assert [attempt.outcome for attempt in task.attempts] == ["crashed", "completed"]
 
-    def test_killed_on_another_host_it_is_rescued_by_its_lease(self, run, on_mongo):
+    def test_a_task_of_a_killed_process_elsewhere_is_rescued_after_the_lease(self, run, on_mongo):
         child = run(
             "queue.start(); queue.submit('hang', id='x');"
             "[queue.submit('work', {'n': n}) for n in range(5)]; wait_for_ever()",
@@ -241,8 +241,8 @@ class TestTwoProcesses:
         assert queue.get_task_status("x").crashes == 1
         eventually(lambda: len(queue.repository.liveness.nodes()) == 1)
 
-    def test_stopped_on_the_same_host_it_is_left_alone(self, run, on_mongo):
-        """For who shares the host it lives, however long its beat stands still."""
+    def test_a_stopped_process_on_the_same_host_counts_as_alive(self, run, on_mongo):
+        """Its lock shows that it lives, even if its heartbeat stands still for longer than the lease."""
         child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()", lease=1)
         assert child.read() == "hanging"
         child.signal(19)
@@ -258,7 +258,7 @@ class TestTwoProcesses:
         assert all(alive == [True] for alive in seen)
         child.signal(18)
 
-    def test_stop_hands_back_what_runs(self, run, on_mongo):
+    def test_stop_hands_back_a_running_task(self, run, on_mongo):
         child = run(
             "queue.start(); queue.submit('listen', id='x'); sys.stdin.readline();"
             "queue.stop(20, cancel=True); say('stopped')"
@@ -272,8 +272,7 @@ class TestTwoProcesses:
         queue.start()
         assert queue.handle("x").result(PATIENCE) is None
 
-    def test_batches_of_a_killed_submitter_are_there_or_not(self, run, on_mongo, url, name):
-        """All of them or none of them, whenever it is killed."""
+    def test_a_killed_submitter_leaves_no_batch_in_part(self, run, on_mongo, url, name):
         child = run(
             """
 from taskx import Task
@@ -298,7 +297,7 @@ while True:
 
 @pytest.fixture
 def cut_off(on_mongo, proxy):
-    """A queue whose host's line can be cut, with a task that listens; and the line."""
+    """A queue on a host that can be cut off, with a task that can be cancelled; and its proxy."""
     queue = on_mongo(f"mongodb://127.0.0.1:{proxy.port}", "there", lease=LEASE)
     queue.heard, queue.begun, queue.go_on = [], threading.Event(), threading.Event()
 
@@ -324,13 +323,13 @@ def cut_off(on_mongo, proxy):
 class TestAHostThatIsCutOff:
     @pytest.fixture
     def other(self, on_mongo):
-        """A queue on a host that is not."""
+        """A queue on a host that stays connected."""
         made = on_mongo(lease=LEASE)
         made.seen = []
         return made
 
     def begin(self, queue, other, kind):
-        """Have the one that will be cut off run a task, and the other one look on."""
+        """Start a task on the queue that will be cut off, and start the other queue."""
         queue.start()
         queue.submit(kind, id="x")
         assert queue.begun.wait(PATIENCE)
@@ -338,7 +337,7 @@ class TestAHostThatIsCutOff:
         other.start()
         queue.repository._connection.timeout = 1.0
 
-    def test_its_tokens_fire_before_others_take_over(self, cut_off, other):
+    def test_a_task_on_a_cut_off_host_is_told_before_others_take_over(self, cut_off, other):
         queue, proxy = cut_off
         self.begin(queue, other, "heed")
         proxy.cut(refuse=True)
@@ -346,8 +345,8 @@ class TestAHostThatIsCutOff:
         assert other.seen == [[CancelReason.LEASE_LOST]]
         assert other.get_task_status("x").starts == 2
 
-    def test_it_comes_back_and_works_on(self, cut_off, other, caplog):
-        """What it did with a task that was taken from it is dropped, and said to be."""
+    def test_a_host_that_comes_back_works_again(self, cut_off, other, caplog):
+        """The outcome of a task that was taken over is dropped, and the log says so."""
         queue, proxy = cut_off
         self.begin(queue, other, "ignore")
         with caplog.at_level(logging.WARNING, "taskx"):
@@ -366,7 +365,7 @@ class TestAHostThatIsCutOff:
 
 
 def submitted(queue, kind):
-    """The handle of a task, as soon as one can be submitted."""
+    """Submit a task and return its handle; return None during an outage."""
     try:
         return queue.submit(kind)
     except RepositoryUnavailable:
@@ -374,7 +373,7 @@ def submitted(queue, kind):
 
 
 def outcome(handle):
-    """The result of a task as text, as soon as the repository can be asked for it."""
+    """Return the result of a task as text; return None during an outage."""
     try:
         return str(handle.result(PATIENCE)).lower()
     except RepositoryUnavailable:
@@ -382,7 +381,7 @@ def outcome(handle):
 
 
 class TestAnOutage:
-    """Shorter than the lease, or of the server itself: nothing is lost, nothing runs twice."""
+    """Outages that are shorter than the lease, or of the server: no task is lost or runs twice."""
 
     TIMEOUT = 3.0
 
@@ -407,7 +406,7 @@ class TestAnOutage:
 
     @pytest.fixture
     def outlive(self, gate, caplog):
-        """Submits fail, in time; the task that runs goes on, and its outcome is written in the end."""
+        """Check that submits fail in time, and that the outcome of the running task is stored later."""
 
         def outlive(queue, handle, back):
             spent, since = time.process_time(), time.monotonic()
@@ -429,19 +428,19 @@ class TestAnOutage:
         return outlive
 
     def fail_in_time(self, submit):
-        """Behind one that was under way, it has a time-out of its own, and one second to clear up."""
+        """Check that a submit fails within two time-outs: it may wait for another write first."""
         began = time.monotonic()
         with pytest.raises(RepositoryUnavailable):
             submit()
         assert time.monotonic() - began < 2 * self.TIMEOUT + 1 + 2  # for a slow machine
 
-    def test_of_the_network(self, proxy, gated, outlive):
+    def test_a_queue_survives_an_outage_of_the_network(self, proxy, gated, outlive):
         queue, handle = gated(f"mongodb://127.0.0.1:{proxy.port}")
         proxy.cut(refuse=True)
         outlive(queue, handle, proxy.heal)
         queue.stop(PATIENCE)
 
-    def test_of_a_network_that_swallows_all(self, proxy, gated, outlive):
+    def test_a_queue_survives_a_network_that_drops_everything(self, proxy, gated, outlive):
         queue, handle = gated(f"mongodb://127.0.0.1:{proxy.port}")
         proxy.judge = lambda direction, piece: False
         outlive(queue, handle, proxy.heal)
@@ -459,7 +458,7 @@ class TestAnOutage:
 
     @pytest.fixture
     def on_server(self, server, tmp_path, make_queue, gate):
-        """A queue on a server that may be killed: it runs again when the queue is stopped at the end."""
+        """A queue on a server that the test may kill; it is started again before the queue stops."""
         client = pymongo.MongoClient(server.url, directConnection=True, heartbeatFrequencyMS=500)
         run = tmp_path / "run"
         repository = MongoRepository(client.tasks, run_folder=run, timeout=self.TIMEOUT)
@@ -472,7 +471,7 @@ class TestAnOutage:
         client.close()
 
     @pytest.mark.parametrize("kind", ["standalone", "set"])
-    def test_of_a_server_that_is_killed_and_started_again(self, server, on_server, gate, outlive):
+    def test_a_queue_survives_a_killed_server(self, server, on_server, gate, outlive):
         queue = on_server
         queue.times = []
         queue.executor("work")(lambda n=0: None)
@@ -494,7 +493,7 @@ class TestAnOutage:
 
 
 class TestTheOriginals:
-    def test_its_tasks_run_where_they_are_adopted(self, url, name, tmp_path, make_queue):
+    def test_tasks_of_the_original_run_if_they_are_adopted(self, url, name, tmp_path, make_queue):
         database = pymongo.MongoClient(url)[name]
         go = {"type": "work", "status": "pending", "params": {"n": 7}}
         database.tasks.insert_one({"_id": "go", **go})
@@ -510,7 +509,7 @@ class TestTheOriginals:
         assert database.tasks.find_one({"_id": "go"})["status"] == "completed"
         database.client.close()
 
-    def test_what_a_dead_process_of_it_ran_can_be_given_up_and_requeued(
+    def test_a_running_task_of_a_dead_original_can_be_failed_and_requeued(
         self, url, name, tmp_path, make_queue
     ):
         database = pymongo.MongoClient(url)[name]

@@ -1,4 +1,4 @@
-"""Making a repository: arguments, URLs, indexes, write concern, forks."""
+"""Tests of making a repository: arguments, URLs, indexes, write concern, forks."""
 
 from __future__ import annotations
 
@@ -43,16 +43,16 @@ class TestArguments:
             ({"collection": {"$ne": ""}}, "collection"),
         ],
     )
-    def test_what_is_not_valid_is_refused(self, mock, options, problem):
+    def test_an_argument_that_is_not_valid_is_refused(self, mock, options, problem):
         with pytest.raises(ConfigurationError, match=problem):
             MongoRepository(mock, **options)
 
     @pytest.mark.parametrize("database", ["mongodb://host/db", None, 5])
-    def test_it_needs_a_database(self, database):
+    def test_a_repository_requires_a_database(self, database):
         with pytest.raises(ConfigurationError, match="Database"):
             MongoRepository(database)
 
-    def test_making_one_does_no_io(self):
+    def test_making_a_repository_does_no_io(self):
         repository = open_repository("mongodb://192.0.2.1:1/db?serverSelectionTimeoutMS=50")
         assert repr(repository) == "MongoRepository('tasks')"
         repository.close()
@@ -67,7 +67,7 @@ class TestUrls:
             assert database.jobs.count_documents({}) == 1
             assert repository.lease_timeout == 5.0
 
-    def test_a_closed_one_opens_again(self, url, database):
+    def test_a_closed_repository_opens_again(self, url, database):
         repository = open_repository(f"{url}/{database.name}")
         repository.apply([insert("a")])
         repository.close()
@@ -85,11 +85,11 @@ class TestUrls:
             ("mongodb://host/db?collection=", "collection"),
         ],
     )
-    def test_what_cannot_be_meant_is_refused(self, url, problem):
+    def test_a_url_that_is_not_valid_is_refused(self, url, problem):
         with pytest.raises(ConfigurationError, match=problem):
             open_repository(url)
 
-    def test_what_the_driver_refuses_is_refused_at_first_use(self):
+    def test_a_url_that_the_driver_refuses_fails_at_first_use(self):
         with pytest.raises(ConfigurationError):
             open_repository("mongodb://host:port/db").count(TaskFilter())
 
@@ -100,25 +100,26 @@ class TestUrls:
             ("?w=1&journal=false", {"w": 1, "j": False}),
         ],
     )
-    def test_writes_are_as_safe_as_the_url_says_or_safest(self, url, database, query, expected):
+    def test_the_url_may_set_a_weaker_write_concern(self, url, database, query, expected):
         with open_repository(f"{url}/{database.name}{query}") as repository:
             repository.apply([insert("a")])
             assert repository._connection.tasks.write_concern.document == expected
 
 
 class TestWriteConcern:
-    def test_majority_and_journal_whatever_the_database_says(self, url, database, make):
+    def test_the_default_is_majority_with_journal(self, url, database, make):
+        """The write concern of the database does not matter."""
         weak = database.client.get_database(database.name, write_concern=WriteConcern(w=1))
         repository = make(weak)
         for collection in ("tasks", "notes", "batches"):
             concern = getattr(repository._connection, collection).write_concern
             assert concern.document == {"w": "majority", "j": True}
 
-    def test_another_one_when_it_is_asked_for(self, database, make):
+    def test_an_argument_may_set_another_write_concern(self, database, make):
         repository = make(database, write_concern=WriteConcern(w=1))
         assert repository._connection.tasks.write_concern.document == {"w": 1}
 
-    def test_what_is_sent_says_so(self, url, database, make):
+    def test_every_sent_write_has_the_write_concern(self, url, database, make):
         sent = []
 
         class Listener(CommandCount):
@@ -137,7 +138,7 @@ class TestWriteConcern:
 
 
 class TestIndexes:
-    def test_made_once_and_again(self, repository, database):
+    def test_making_the_indexes_again_changes_nothing(self, repository, database):
         repository.init_indexes()
         before = database.tasks.index_information()
         repository.init_indexes()
@@ -145,8 +146,8 @@ class TestIndexes:
         assert "taskx_ready" in before
         assert before["taskx_ready"]["partialFilterExpression"] == {"status": "pending"}
 
-    def test_every_list_has_one_that_is_in_its_order(self, repository, database):
-        """By status, type or creator, newest first: none reads or sorts the whole history."""
+    def test_every_list_has_an_index_in_its_order(self, repository, database):
+        """No list by status, type or creator reads or sorts the whole history."""
         repository.init_indexes()
         made = database.tasks.index_information()
         newest_first = [("created_at", -1), ("_id", -1)]
@@ -155,10 +156,8 @@ class TestIndexes:
             assert made[f"taskx_{name}"]["key"] == [(name, 1), *newest_first]
 
     @pytest.mark.parametrize("column", LOOKUPS)
-    def test_every_lookup_column_has_one_that_its_conditions_permit(
-        self, repository, database, column
-    ):
-        """It begins with the column, and what it leaves out is not asked for: values are never empty."""
+    def test_every_lookup_column_has_a_usable_index(self, repository, database, column):
+        """The index begins with the column, and holds all documents that the lookup can find."""
         if column == "id":
             return
         repository.init_indexes()
@@ -171,11 +170,11 @@ class TestIndexes:
             for index in made
         )
 
-    def test_the_first_node_makes_them(self, repository, database):
+    def test_the_first_node_makes_the_indexes(self, repository, database):
         repository.prepare()
         assert "taskx_due" in database.tasks.index_information()
 
-    def test_together_they_have_the_time_that_each_one_would_have(self, make, database, url):
+    def test_making_all_indexes_has_a_time_out_for_each(self, make, database, url):
         given = []
 
         class Listener(CommandCount):
@@ -189,7 +188,7 @@ class TestIndexes:
         assert count > 1
         assert (count - 1) * 100_000 < patience <= count * 100_000
 
-    def test_those_of_the_original_stay(self, repository, database):
+    def test_indexes_of_the_original_stay(self, repository, database):
         database.tasks.create_index("status")
         database.tasks.create_index([("created_at", -1), ("_id", -1)], name="theirs")
         repository.init_indexes()
@@ -238,7 +237,7 @@ def run_program(program, *args):
     )
 
 
-def test_a_forked_child_has_connections_of_its_own(url, database, tmp_path):
+def test_a_forked_child_has_its_own_connections(url, database, tmp_path):
     ran = run_program(FORK, url, database.name, str(tmp_path / "run"))
     assert (ran.stdout, ran.returncode) == ("fine\n", 0), ran.stderr
 
@@ -262,13 +261,13 @@ except taskx.ConfigurationError as error:
         assert "pip install 'taskx-queue[mongo]'" in ran.stdout, ran.stderr
 
     @pytest.mark.process
-    def test_the_name_is_public_all_the_same(self):
+    def test_the_name_is_public_even_without_pymongo(self):
         assert "MongoRepository" in dir(taskx)
         ran = run_program("import sys; sys.modules['pymongo'] = None; from taskx import *")
         assert ran.returncode == 0, ran.stderr
 
 
-def test_errors_of_the_driver_never_get_out_bare(repository, database, monkeypatch):
+def test_errors_of_the_driver_become_errors_of_taskx(repository, database, monkeypatch):
     def broken(*args, **options):
         raise pymongo.errors.OperationFailure("not allowed", 13)
 
@@ -278,8 +277,8 @@ def test_errors_of_the_driver_never_get_out_bare(repository, database, monkeypat
     assert isinstance(caught.value.__cause__, pymongo.errors.OperationFailure)
 
 
-def test_nodes_of_an_earlier_taskx_are_told_of_and_nothing_starts(mock, make):
-    """Each version would take the nodes of the other for dead."""
+def test_a_queue_does_not_start_beside_an_earlier_taskx(mock, make):
+    """Each version would treat the nodes of the other as dead."""
     mock["tasks.nodes"].insert_one({"_id": "n", "name": "earlier", "dead": 0})
     queue = Queue(make(mock))
     with pytest.raises(SchemaMismatch, match="drop the collection"):
@@ -290,7 +289,7 @@ def test_nodes_of_an_earlier_taskx_are_told_of_and_nothing_starts(mock, make):
     assert queue.stop() == []
 
 
-def test_two_collections_of_one_database_know_nothing_of_each_other(make, database):
+def test_two_collections_of_one_database_are_independent(make, database):
     one, two = make(database), make(database, collection="others")
     one.apply([insert("a")])
     one.liveness.join(Node(id="n", name="n"))
@@ -300,7 +299,7 @@ def test_two_collections_of_one_database_know_nothing_of_each_other(make, databa
 
 
 def test_hosts_with_wrong_clocks_agree_on_the_order(mock, make, monkeypatch):
-    """Where a new task stands goes by the server's clock."""
+    """The server's clock decides the order of new tasks."""
     for name, hours, server_ms in (("first", 1, 0), ("second", -1, 60_000), ("third", 0, 120_000)):
         clock = ManualClock()
         clock.set_wall(clock.now() + timedelta(hours=hours))
@@ -311,6 +310,6 @@ def test_hosts_with_wrong_clocks_agree_on_the_order(mock, make, monkeypatch):
     assert [stub.id for stub in make(mock).ready(["t"], 5)] == ["first", "second", "third"]
 
 
-def test_the_server_tells_its_clock(repository):
+def test_the_server_tells_its_time(repository):
     told = repository._sequencer._server_ms(20.0)
     assert abs(told - time.time() * 1000) < 600_000

@@ -1,4 +1,4 @@
-"""Guarded writes: how many trips they cost, and that each is carried out once on any network."""
+"""Tests of guarded writes: their round trips, and that each is applied once on any network."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ FINE = lifecycle.Ending(returned=True, result="1")
 
 @pytest.fixture(params=["standalone", "set"])
 def url(request, mongo_server):
-    """A server of each kind: beside a set the driver itself sends again what was lost."""
+    """A server of each kind: on a replica set the driver itself repeats lost commands."""
     if REAL and request.param == "set":
-        pytest.skip("there is one real server, which has run the test")
+        pytest.skip("the only real server has run the test already")
     return mongo_server(request.param)
 
 
 @pytest.fixture
 def counted(url, database, make):
-    """A repository, and the commands that it sends, from the first write on."""
+    """A repository, and the commands that it sends after its first write."""
     count = CommandCount()
     with pymongo.MongoClient(url, event_listeners=[count]) as client:
         repository = make(client[database.name])
@@ -51,14 +51,14 @@ def counted(url, database, make):
 
 
 class TestTrips:
-    """The driver is on the other side of a network."""
+    """Round trips are expensive: the server may be on another host."""
 
-    def test_a_submit_is_one(self, counted):
+    def test_a_submit_takes_one_round_trip(self, counted):
         repository, sent = counted
         repository.create(Task(id="a", type="t"))
         assert sent == ["insert"]
 
-    def test_writes_to_many_tasks_are_one(self, counted):
+    def test_writes_to_many_tasks_take_one_round_trip(self, counted):
         repository, sent = counted
         tasks = [run(repository, str(number)) for number in range(20)]
         sent.clear()
@@ -66,7 +66,7 @@ class TestTrips:
         assert repository.apply(writes) == [True] * 20
         assert sent == ["update"]
 
-    def test_a_submit_beside_writes_to_other_tasks_is_one(self, counted):
+    def test_a_submit_with_writes_to_other_tasks_takes_one_round_trip(self, counted):
         repository, sent = counted
         task = run(repository, "a")
         sent.clear()
@@ -76,7 +76,7 @@ class TestTrips:
         assert repository.get_by_id("a").status is TaskStatus.COMPLETED
         assert repository.get_by_id("b").priority == 7
 
-    def test_a_taken_id_beside_writes_to_other_tasks_is_refused(self, counted):
+    def test_a_taken_id_is_refused_among_writes_to_other_tasks(self, counted):
         repository, _ = counted
         task = run(repository, "a")
         run(repository, "b")
@@ -84,7 +84,7 @@ class TestTrips:
         assert repository.apply(writes) == [False, True, True]
         assert repository.get_by_id("b").status is TaskStatus.RUNNING
 
-    def test_a_taken_key_beside_writes_to_other_tasks_is_refused(self, counted):
+    def test_a_taken_key_is_refused_among_writes_to_other_tasks(self, counted):
         repository, _ = counted
         key = {"unique_key": "k", "unique_scope": "unfinished"}
         repository.apply([insert("k", **key)])
@@ -93,10 +93,8 @@ class TestTrips:
         assert repository.apply(writes) == [False, True, True]
         assert not repository.get_many(["b"])
 
-    def test_a_new_task_that_was_stored_before_does_not_count_for_an_update(
-        self, counted, monkeypatch
-    ):
-        """Sent again, it is found; an update that finds nothing has not taken place all the same."""
+    def test_a_new_task_that_is_sent_again_does_not_count_as_an_update(self, counted, monkeypatch):
+        """The task is found, but an update that finds no document was still not applied."""
         repository, _ = counted
         writes = [insert("b"), lifecycle.take("nobody", "n")]
         with monkeypatch.context() as patch:
@@ -105,7 +103,7 @@ class TestTrips:
                 repository.apply(writes)
         assert repository.apply(writes) == [True, False]
 
-    def test_large_params_are_sent_by_themselves(self, counted):
+    def test_a_task_with_large_params_is_sent_separately(self, counted):
         repository, sent = counted
         task = run(repository, "a")
         sent.clear()
@@ -114,14 +112,14 @@ class TestTrips:
         assert repository.apply([large, *lifecycle.conclude(task, FINE, NOW)]) == [True, True]
         assert sent == ["insert", "update"]
 
-    def test_alternatives_of_which_the_first_holds_are_one(self, counted):
+    def test_alternatives_whose_first_holds_take_one_round_trip(self, counted):
         repository, sent = counted
         task = run(repository, "a")
         sent.clear()
         assert repository.apply(lifecycle.hand_back(task, NOW)) == [True, False]
         assert sent == ["update"]
 
-    def test_counts_that_do_not_add_up_cost_one_read(self, counted):
+    def test_writes_of_which_some_fail_cost_one_more_read(self, counted):
         repository, sent = counted
         for number in range(20):
             repository.apply([insert(str(number))])
@@ -140,10 +138,10 @@ def interrupt(*args):
 
 
 class TestSeveralOfOneTask:
-    """In one batch, each is carried out, in order."""
+    """Several writes to one task in one batch: each is applied, in order."""
 
-    def test_a_request_to_cancel_and_the_outcome(self, repository):
-        """The outcome was taken for the request, whose mark the document bore: it was never written."""
+    def test_a_request_to_cancel_and_an_outcome_are_both_applied(self, repository):
+        """If both had the same mark, the outcome would be mistaken for the request."""
         task = run(repository, "a")
         other = run(repository, "b")
         asked = lifecycle.cancel("a", NOW)
@@ -154,8 +152,10 @@ class TestSeveralOfOneTask:
         assert task.cancel_requested_at is not None
 
     @pytest.mark.parametrize("lost", ["before the first", "between the two"])
-    def test_those_that_are_sent_again(self, repository, database, monkeypatch, lost):
-        """After an error that left it unclear which of them took place."""
+    def test_writes_that_are_sent_again_are_applied_once(
+        self, repository, database, monkeypatch, lost
+    ):
+        """The error did not tell which of them were applied."""
         writes = [Update("a", {}, {"message": "said"}), Update("a", {}, {"progress": 7})]
         run(repository, "a")
         send, left = repository._sender._send, [0 if lost == "before the first" else 1]
@@ -178,8 +178,8 @@ class TestSeveralOfOneTask:
 
 
 class TestManyAtOnce:
-    def test_counts_are_read_right_beside_other_writers(self, repository):
-        """Of nodes that go for the same tasks each gets those that the marks say, no two the same."""
+    def test_nodes_that_compete_for_tasks_never_get_the_same_one(self, repository):
+        """Each node gets exactly those tasks that have its marks."""
         ids = [str(number) for number in range(60)]
         repository.apply([insert(task_id) for task_id in ids])
         won: dict[str, list[str]] = {}
@@ -225,16 +225,16 @@ HELD = {
     "all of them": [True, True, True, False, False],
     "several alike": [True, False, True, False],
 }
-#: The commands that carry writes, as they are named on the wire.
+#: The names of the write commands in the messages to the server.
 COMMANDS = (b"insert\0", b"update\0", b"delete\0")
 
 
 class TestAlikeWrites:
-    """What changes several tasks alike is one statement; each task has a guard of its own."""
+    """Equal changes of several tasks are one statement; each task has its own guard."""
 
     @pytest.fixture
     def statements(self, url, database, make):
-        """A repository, and how many statements each of its commands has."""
+        """A repository, and the number of statements in each of its commands."""
         sent = []
 
         class Listener(CommandCount):
@@ -246,7 +246,7 @@ class TestAlikeWrites:
             repository.apply([insert("warm")])
             yield repository, sent
 
-    def test_are_one_statement(self, statements):
+    def test_equal_changes_are_one_statement(self, statements):
         repository, sent = statements
         ids = [str(number) for number in range(20)]
         repository.apply([insert(task_id) for task_id in ids])
@@ -257,7 +257,7 @@ class TestAlikeWrites:
         assert sent == [1]
         assert {(t.status, t.starts) for t in repository.get_many(ids).values()} == {("running", 1)}
 
-    def test_beside_others(self, statements):
+    def test_equal_changes_share_a_command_with_other_writes(self, statements):
         repository, sent = statements
         tasks = [run(repository, str(number)) for number in range(3)]
         repository.apply([insert("a"), insert("b")])
@@ -268,7 +268,7 @@ class TestAlikeWrites:
         assert len(sent) == 1
         assert sorted(held_on(repository, "n")) == ["a", "b"]
 
-    def test_the_same_twice_is_done_twice(self, statements):
+    def test_the_same_write_twice_is_applied_twice(self, statements):
         repository, _ = statements
         repository.apply([insert("a"), insert("b")])
         to_n, back = lifecycle.take("a", "n"), lifecycle.disown("a", "n")
@@ -276,7 +276,7 @@ class TestAlikeWrites:
         assert list(repository.apply([to_n, back, *again])) == [True] * 4 + [False]
         assert sorted(held_on(repository, "n")) == ["a", "b"]
 
-    def test_one_whose_key_is_taken_leaves_out_no_other(self, statements):
+    def test_a_task_whose_key_is_taken_does_not_stop_others(self, statements):
         repository, _ = statements
         for number in range(3):
             key = {"unique_key": f"k{number}", "unique_scope": "unfinished"}
@@ -289,7 +289,7 @@ class TestAlikeWrites:
 
 
 class TestAnswersThatAreLost:
-    """A write that was sent may have been carried out: it is found out, not guessed."""
+    """A write that was sent may have been applied: its outcome is found out, not guessed."""
 
     @pytest.fixture
     def prepared(self, repository):
@@ -300,9 +300,9 @@ class TestAnswersThatAreLost:
         return repository
 
     def losing(self, proxy, times=1):
-        """Cuts the line when the answer to a write comes back, so many times.
+        """Cut the connection when the answer to a write comes back, ``times`` times.
 
-        Which answer is to which request, their headers tell: others go over the line meanwhile.
+        The headers tell which answer belongs to which request, because other messages pass, too.
         """
         asked, left = set(), [times]
 
@@ -320,14 +320,16 @@ class TestAnswersThatAreLost:
 
     @pytest.mark.parametrize("what", WRITES)
     @pytest.mark.parametrize("times", [1, 3])
-    def test_the_caller_is_told_what_became_of_it(self, prepared, through, proxy, what, times):
+    def test_the_caller_gets_the_outcome_of_a_lost_answer(
+        self, prepared, through, proxy, what, times
+    ):
         repository = through(timeout=20.0)
         writes = WRITES[what](repository)
         left = self.losing(proxy, times)
         assert list(repository.apply(writes)) == HELD.get(what, [True] * len(writes))
         assert left == [0]
 
-    def test_one_whose_guard_still_holds_is_not_done_twice(
+    def test_a_write_whose_guard_still_holds_is_not_applied_twice(
         self, prepared, through, proxy, database
     ):
         repository = through(timeout=20.0)
@@ -337,9 +339,9 @@ class TestAnswersThatAreLost:
         assert len(marks) == len(set(marks)) == 3
 
     def fails_when_it_was_sent(self, proxy, write):
-        """Has all answers lost; what a write then raises that was sent.
+        """Drop all answers, and return the error of a write that was sent.
 
-        On a slow machine the time-out may pass before it is, and then there is no doubt.
+        On a slow machine the time-out may pass before it is sent, and then the error is not in doubt.
         """
         sent = threading.Event()
 
@@ -356,8 +358,8 @@ class TestAnswersThatAreLost:
                 return caught.value
 
     @pytest.mark.parametrize("what", WRITES)
-    def test_where_it_cannot_be_found_out_the_error_says_so(self, prepared, through, proxy, what):
-        """Sent again later, the writes are known again and not done twice."""
+    def test_an_error_with_unknown_outcome_is_in_doubt(self, prepared, through, proxy, what):
+        """If the writes are sent again later, they are recognized and not applied twice."""
         repository = through()
         repository.apply([insert("warm")])
         repository.init_indexes()
@@ -370,7 +372,7 @@ class TestAnswersThatAreLost:
         expected = HELD.get(what, [True] * len(writes))
 
         def is_done():
-            """It is when the server comes to it, which has got it."""
+            """Return True once the server, which has received the first write, has applied it."""
             with suppress(RepositoryUnavailable):
                 return list(shown(repository, writes[:1])) == [True]
 
@@ -382,8 +384,8 @@ class TestAnswersThatAreLost:
         assert eventually(results) == expected
 
     @pytest.mark.parametrize("text", ["first", "changed", None])
-    def test_of_a_note_the_error_says_so(self, repository, through, proxy, text):
-        """It is not stored again by itself: a note may have moved on since."""
+    def test_an_error_about_a_note_is_in_doubt(self, repository, through, proxy, text):
+        """The note is not stored again automatically: it may have changed in the meantime."""
         if text != "first":
             assert repository.put_note("a", "first", 0)
         version = repository.notes("a")["a"].version if text != "first" else 0
@@ -410,7 +412,7 @@ class TestAnswersThatAreLost:
                 assert not caught.value.in_doubt
         assert time.monotonic() - began < 10
 
-    def test_requests_that_never_arrive_are_made_again(self, prepared, through, proxy):
+    def test_requests_that_never_arrive_are_sent_again(self, prepared, through, proxy):
         repository = through(timeout=20.0)
         proxy.judge = swallowing("ask", b"insert\0", seen := threading.Event())
         outcome = []
@@ -430,7 +432,7 @@ class TestAnswersThatAreLost:
 
 
 class TestAnInterrupt:
-    """Of ``apply`` itself: what took place is known again when the same objects are sent again."""
+    """An interrupt of ``apply``: if the same objects are sent again, applied writes are recognized."""
 
     @pytest.fixture
     def store(self, repository):
@@ -442,7 +444,9 @@ class TestAnInterrupt:
 
     @pytest.mark.parametrize("what", WRITES)
     @pytest.mark.parametrize("sent", [True, False], ids=["after it was sent", "before"])
-    def test_what_is_sent_again_is_done_once(self, store, monkeypatch, what, sent):
+    def test_an_interrupted_write_that_is_sent_again_is_applied_once(
+        self, store, monkeypatch, what, sent
+    ):
         writes = WRITES[what](store)
         send = store._sender._send_once
 
@@ -464,8 +468,8 @@ class TestAnInterrupt:
         )
         assert (sorted(after) == sorted(between)) is sent
 
-    def test_though_its_guard_still_holds(self, store, monkeypatch):
-        """And others are sent beside it: its mark says that it took place."""
+    def test_its_mark_shows_that_an_interrupted_write_was_applied(self, store, monkeypatch):
+        """Its guard still holds, and other writes are sent with it."""
         said = Update("r", {}, {"message": "said"})
         send = store._sender._send
 
@@ -490,8 +494,8 @@ class TestAnInterruptBesideAMock(TestAnInterrupt):
 
 
 class TestRefusals:
-    def test_too_large_for_a_document(self, repository):
-        """16 MiB, whatever max_payload_size says; its neighbours can be stored."""
+    def test_a_task_of_more_than_16_mib_is_refused(self, repository):
+        """``max_payload_size`` does not matter, and other tasks of the batch can be stored."""
         huge = insert("huge", params='{"x":"' + "x" * 17 * 2**20 + '"}')
         with pytest.raises(PayloadError, match=r"params: .* MongoDB allows 16,777,216"):
             repository.apply([huge])
@@ -500,15 +504,15 @@ class TestRefusals:
         assert list(repository.apply([insert("a"), insert("b")])) == [True, True]
         assert repository.count(TaskFilter()) == 2
 
-    def test_a_result_that_makes_it_too_large(self, repository):
+    def test_a_result_that_makes_a_document_too_large_is_refused(self, repository):
         task = run(repository, "a", params='{"x":"' + "x" * 9 * 2**20 + '"}')
         ending = lifecycle.Ending(returned=True, result='"' + "x" * 9 * 2**20 + '"')
         with pytest.raises(PayloadError):
             repository.apply(lifecycle.conclude(task, ending, NOW))
         assert repository.get_by_id("a").status == "running"
 
-    def test_what_was_applied_beside_a_refused_one_is_known_again(self, repository):
-        """The ledger replays one by one after a batch failed."""
+    def test_writes_that_were_applied_beside_a_refused_one_are_recognized(self, repository):
+        """After a failed batch the ledger sends its writes again, one by one."""
         tasks = [run(repository, str(number)) for number in range(2)]
         large = '"' + "x" * 9 * 2**20 + '"'
         full = run(repository, "full", params=f'{{"x":{large}}}')
@@ -528,8 +532,8 @@ class TestRefusals:
         assert {task.message for task in repository.list(TaskFilter())} == {""}
 
     @pytest.mark.parametrize("hostile", [{"$ne": ""}, {"$gt": ""}, ["a"], b"a", 1, None])
-    def test_operators_are_never_sent(self, repository, hostile):
-        """Where a string belongs there is a string, or an error."""
+    def test_operators_in_arguments_are_never_sent(self, repository, hostile):
+        """An argument that must be a string raises an error for any other type."""
         repository.apply([insert("a", owner="n")])
         calls = [
             lambda: repository.get_many([hostile]),
