@@ -53,7 +53,7 @@ def add(a, b=0):
 
 @executor("who", isolation="process")
 def who(ctx):
-    """Where it runs, and what it was given."""
+    """Return the process that it runs in, and the task that it got."""
     STATE.append(1)
     print("on the stdout of the child")
     return {
@@ -94,7 +94,7 @@ def die(ctx, how):
         os._exit(7)
     if how == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    if how == "fork":  # and what it leaves has its end of the line
+    if how == "fork":  # the grandchild keeps the child's end of the socket
         if os.fork() == 0:
             while True:
                 signal.pause()
@@ -108,7 +108,7 @@ def die(ctx, how):
 
 @executor("listen", isolation="process")
 def listen(ctx, path="", inner=False, linger=0):
-    """Note how the token was heard of; it may take a while to end."""
+    """Note how the token fired; end after ``linger`` seconds."""
     ctx.progress(1, str(os.getpid()))
     called = threading.Event()
     ctx.on_cancel(called.set)
@@ -128,7 +128,7 @@ def listen(ctx, path="", inner=False, linger=0):
 
 @executor("ignore", isolation="process", grace=0.2)
 def ignore(ctx, path=""):
-    """Never looks at its token, has the interpreter's lock for itself, and a child of its own."""
+    """Never check the token, hold the interpreter's lock, and start a program."""
     nothing = subprocess.DEVNULL
     program = subprocess.Popen(
         [sys.executable, "-c", "import signal; signal.pause()"], stdout=nothing, stderr=nothing
@@ -136,7 +136,7 @@ def ignore(ctx, path=""):
     ctx.progress(1, f"{os.getpid()} {program.pid}")
     if path:
         note(path, os.getpid())
-    time.sleep(0.3)  # blocks on purpose: the progress is told meanwhile
+    time.sleep(0.3)  # blocks on purpose: the progress is reported in this time
     re.match(r"(a+)+$", "a" * 64 + "b")
 
 
@@ -154,8 +154,8 @@ def walk(ctx, path):
 def log(ctx):
     ctx.logger.info("from the context: %d", 1, extra={"more": 5})
     logging.getLogger("app.part").warning("from the %s", "module")
-    logging.getLogger("app.own").error("from one with handlers of its own")
-    logging.getLogger("app.quiet").info("not wanted")
+    logging.getLogger("app.own").error("from a logger with its own handlers")
+    logging.getLogger("app.quiet").info("filtered out")
     try:
         raise OwnError("logged")
     except OwnError:
@@ -223,7 +223,7 @@ def plain(word):
 
 
 def replaced():
-    """Not what is found under its name."""
+    """An executor whose name belongs to another object."""
 
 
 really_replaced, replaced = replaced, add
@@ -231,17 +231,17 @@ really_replaced, replaced = replaced, add
 
 @executor("fork", isolation="process")
 def fork(how):
-    """The status of a child that comes back."""
+    """Return the exit status of a forked child that returns from here."""
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    signal.alarm(10)  # if it does not end
+    signal.alarm(10)  # in case the child does not end
     if how == "raise":
         raise ValueError("in the child")
     return "of the child"
 
 
 class RetryWithout(Retry):
-    """Its ``__init__`` does not call that of its base."""
+    """A class whose ``__init__`` does not call that of its base."""
 
     def __init__(self, code):
         self.code = code
@@ -267,7 +267,7 @@ def odd(kind):
     }[kind]()
 
 
-# Starts a program that outlives it, or waits for that, and says which.
+# Starts a program and prints its process id; ends before the program, or waits for ever.
 STARTS = """
 import os, signal, subprocess, sys
 how, nothing = sys.argv[1], subprocess.DEVNULL
@@ -282,7 +282,7 @@ if how == "no environment":
 
 @executor("leaves", isolation="process", grace=0.1)
 def leaves(ctx, how, dies=False):
-    """Starts a program by another one, and hangs or dies."""
+    """Start a program through another program, then hang or die."""
     starter = subprocess.Popen([sys.executable, "-c", STARTS, how], stdout=subprocess.PIPE)
     ctx.progress(1, starter.stdout.readline().decode().strip())
     if how == "daemon":

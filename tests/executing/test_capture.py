@@ -1,4 +1,4 @@
-"""What an executor logs is kept with its task, where that was asked for."""
+"""The log lines of an executor are kept with its task, if ``capture_log`` asks for it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from taskx.executing.capture import MAX_LINE
 
 @pytest.fixture
 def log():
-    """A logger of the program's own, that lets everything through."""
+    """A logger of the program that lets all lines through."""
     logger = logging.getLogger("program.part")
     logger.setLevel(logging.DEBUG)
     yield logger
@@ -39,7 +39,7 @@ def log():
 
 @pytest.fixture(autouse=True)
 def nothing_is_left():
-    """The root logger is as it was before, whatever happened."""
+    """Check that the root logger has the same handlers as before the test."""
     before = list(logging.getLogger().handlers)
     yield
     eventually(lambda: capture._router not in logging.getLogger().handlers)
@@ -47,15 +47,15 @@ def nothing_is_left():
 
 
 def lines(task):
-    """What was kept, without the times."""
+    """Return the lines that were kept, without their times."""
     moment = r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z "
     kept = task.log.splitlines()
     assert all(re.match(f"{moment}|---|Traceback| |ValueError", line) for line in kept), kept
     return [re.sub(moment, "", line) for line in kept]
 
 
-class TestWhat:
-    def test_of_its_own_logger_and_of_all_others(self, queue, log):
+class TestKeptLines:
+    def test_lines_of_the_task_logger_and_of_other_loggers_are_kept(self, queue, log):
         @queue.executor(capture_log=True)
         def talk(ctx, name: str):
             ctx.logger.info("hello %s", name)
@@ -85,7 +85,7 @@ class TestWhat:
             (None, ""),
         ],
     )
-    def test_from_a_level_on(self, queue, log, level, kept):
+    def test_lines_below_the_chosen_level_are_not_kept(self, queue, log, level, kept):
         @queue.executor(capture_log=level)
         def talk(ctx):
             for name in ("debug", "info", "warning", "error"):
@@ -99,7 +99,7 @@ class TestWhat:
         assert [line[0] for line in found if "that" in line] == list(kept)
         assert [line[0] for line in found if "this" in line] == list(kept)
 
-    def test_an_exception_with_its_traceback(self, queue, log):
+    def test_a_logged_exception_is_kept_with_its_traceback(self, queue, log):
         @queue.executor(capture_log=True)
         def fail():
             try:
@@ -114,7 +114,7 @@ class TestWhat:
         assert found[1:3] == ["ERROR program.part: went on", "Traceback (most recent call last):"]
         assert found[-1] == "ValueError: odd"
 
-    def test_of_a_class_and_of_middleware(self, make_queue, log):
+    def test_lines_of_class_executors_and_middleware_are_kept(self, make_queue, log):
         class Talk(TaskExecutor):
             type = "talk"
 
@@ -135,8 +135,7 @@ class TestWhat:
             *("before", "inside", "after")
         ]
 
-    def test_not_of_other_threads_and_tasks(self, make_queue, gate, log):
-        """Each thread's lines go to the run that it is at; those of ctx.logger from anywhere."""
+    def test_lines_of_other_threads_and_tasks_are_not_kept(self, make_queue, gate, log):
         queue = make_queue(worker_num=3)
 
         @queue.executor(capture_log=True)
@@ -146,7 +145,7 @@ class TestWhat:
 
             def other_thread():
                 log.info("of another thread")
-                ctx.logger.info("thread of %d", n)
+                ctx.logger.info("thread of %d", n)  # kept: ctx.logger belongs to the task
 
             run_in_thread(other_thread)()
 
@@ -170,8 +169,8 @@ class TestWhat:
         other.result(PATIENCE)
         assert other.task().log == ""
 
-    def test_of_a_logger_that_hands_nothing_on(self, make_queue, monkeypatch):
-        """Such a one may be the queue's."""
+    def test_lines_of_a_logger_that_does_not_propagate_are_kept(self, make_queue, monkeypatch):
+        """The queue's own logger may be such a logger."""
         logger = logging.getLogger("apart")
         monkeypatch.setattr(logger, "propagate", False)
         queue = make_queue(logger=logger)
@@ -181,8 +180,8 @@ class TestWhat:
         handle.result(PATIENCE)
         assert lines(handle.task())[1:] == ["INFO apart: heard"]
 
-    def test_what_cannot_be_formatted_hurts_nobody(self, queue, log, monkeypatch):
-        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # the test's own would complain
+    def test_a_line_that_cannot_be_formatted_does_no_harm(self, queue, log, monkeypatch):
+        monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's handler would complain
         monkeypatch.setattr(logging, "lastResort", None)
 
         @queue.executor(capture_log=True)
@@ -200,7 +199,7 @@ class TestWhat:
 
 
 @pytest.mark.every_store
-class TestWhen:
+class TestAttempts:
     @pytest.mark.parametrize(
         ("end", "status", "outcome"),
         [
@@ -208,7 +207,7 @@ class TestWhen:
             (OSError("down"), TaskStatus.FAILED, "failed"),
         ],
     )
-    def test_an_attempt_that_ends_the_task(self, queue, end, status, outcome):
+    def test_the_log_is_stored_when_the_task_ends(self, queue, end, status, outcome):
         @queue.executor(capture_log=True)
         def talk(ctx):
             ctx.logger.info("said")
@@ -220,8 +219,8 @@ class TestWhen:
         eventually(lambda: handle.task().status is status)
         assert lines(handle.task()) == ["--- attempt 1, start 1", "INFO taskx: said"]
 
-    def test_attempts_are_told_apart(self, queue):
-        """Also those that spend no attempt; the log outlasts a requeue."""
+    def test_the_log_separates_the_attempts(self, queue):
+        """A snooze gets its own heading, too, and a requeue keeps the log."""
         ends = [Retry("once"), Snooze(0.001), Snooze(0.001), OSError("down")]
 
         @queue.executor(capture_log=True, max_attempts=2)
@@ -245,7 +244,7 @@ class TestWhen:
         ]
 
     @pytest.mark.parametrize("how", ["cancel", "timeout", "stop"])
-    def test_an_attempt_that_is_cut_short(self, make_queue, clock, how):
+    def test_the_log_of_an_interrupted_attempt_is_stored(self, make_queue, clock, how):
         queue = make_queue(worker_num=2, clock=clock)
         begun = threading.Event()
 
@@ -270,8 +269,7 @@ class TestWhen:
         eventually(lambda: handle.task().status is not TaskStatus.RUNNING)
         assert lines(handle.task())[1:] == ["INFO taskx: begins", "INFO taskx: ends"]
 
-    def test_an_attempt_that_is_given_up(self, make_queue, clock, gate):
-        """What its thread logs later is dropped, as all else that comes of it."""
+    def test_lines_logged_after_an_attempt_was_abandoned_are_dropped(self, make_queue, clock, gate):
         queue = make_queue(worker_num=2, clock=clock)
 
         @queue.executor(capture_log=True, timeout=60, grace=0.0)
@@ -290,16 +288,17 @@ class TestWhen:
         eventually(lambda: not handle.task().stuck_on)
         assert lines(handle.task())[1:] == ["INFO taskx: hangs"]
 
-    def test_it_costs_no_write_of_its_own(self, queue, repository):
+    def test_the_log_is_stored_in_the_same_write_as_the_outcome(self, queue, repository):
         queue.executor("talk", capture_log=True)(lambda ctx: ctx.logger.info("said"))
         queue.start()
         queue.submit("talk").result(PATIENCE)
         writes = [write for batch in repository.batches for write in batch]
-        moves = [write.move for write in writes if write.move != "start"]  # unless it came with it
+        # Without the start, which may be part of the create.
+        moves = [write.move for write in writes if write.move != "start"]
         assert moves == ["create", "complete"]
         assert "log" in writes[-1].changes
 
-    def test_who_says_nothing_writes_nothing(self, queue, repository):
+    def test_an_executor_that_logs_nothing_stores_no_log(self, queue, repository):
         queue.executor("mute", capture_log=True)(lambda: None)
         queue.start()
         handle = queue.submit("mute")
@@ -307,7 +306,7 @@ class TestWhen:
         assert handle.task().log == ""
         assert not any("log" in w.changes for batch in repository.batches[1:] for w in batch)
 
-    def test_hooks_see_it(self, make_queue):
+    def test_hooks_see_the_log(self, make_queue):
         seen = []
 
         class Look(Hook):
@@ -324,7 +323,7 @@ class TestWhen:
 
 class TestSize:
     def told_twice(self, queue, log, count):
-        """What is kept of a task that says so many lines in each of two attempts."""
+        """Return the log of a task that logs ``count`` lines in each of two attempts."""
 
         @queue.executor(capture_log=True, max_attempts=2)
         def talk(ctx):
@@ -338,7 +337,7 @@ class TestSize:
         handle.result(PATIENCE)
         return handle.task().log
 
-    def test_the_last_lines_are_kept(self, queue, log):
+    def test_only_the_last_lines_of_a_long_log_are_kept(self, queue, log):
         text = self.told_twice(queue, log, 2000)
         assert MAX_LOG - 200 < len(text) <= MAX_LOG
         assert "of attempt 1" not in text
@@ -348,7 +347,7 @@ class TestSize:
         lines(Task(log=text))  # no half line at the beginning
 
     @pytest.mark.every_store
-    def test_of_an_earlier_attempt_what_there_is_room_for(self, queue, log):
+    def test_an_earlier_attempt_keeps_the_lines_that_still_fit(self, queue, log):
         text = self.told_twice(queue, log, 500)
         assert len(text) <= MAX_LOG
         assert text.count("of attempt 2") == 500
@@ -369,8 +368,8 @@ class TestSize:
         assert {len(line) for line in kept} == {MAX_LINE}
 
 
-class TestOthers:
-    """Who logs, and who listens, notices nothing of it."""
+class TestOtherHandlers:
+    """Capturing changes nothing for the code that logs and for other handlers."""
 
     def test_each_line_reaches_other_handlers_once(self, queue, log, caplog, monkeypatch):
         last = logging.StreamHandler(io.StringIO())
@@ -393,7 +392,9 @@ class TestOthers:
         assert last.stream.getvalue() == ""
         assert len(lines(handle.task())) == 3
 
-    def test_a_level_that_holds_a_line_back_still_does(self, queue, monkeypatch, caplog):
+    def test_the_level_of_the_queues_logger_still_applies_to_its_handlers(
+        self, queue, monkeypatch, caplog
+    ):
         shown = io.StringIO()
         logger = logging.getLogger("taskx")
         monkeypatch.setattr(logger, "handlers", [logging.StreamHandler(shown)])
@@ -410,8 +411,8 @@ class TestOthers:
         assert [line.split()[-1] for line in lines(handle.task())[1:]] == ["kept", "shown"]
         assert shown.getvalue() == f"[talk {handle.id}] shown\n"
 
-    def test_where_nobody_listens_warnings_go_to_stderr_as_ever(self, queue, monkeypatch):
-        """Python shows them as long as no handler is there, and ours must not count."""
+    def test_without_handlers_warnings_still_go_to_stderr(self, queue, monkeypatch):
+        """Python prints warnings if there is no handler. The capture handler must not count."""
         shown = io.StringIO()
         last = logging.StreamHandler(shown)
         last.setLevel(logging.WARNING)
@@ -430,7 +431,7 @@ class TestOthers:
         assert shown.getvalue() == f"shown\n[talk {handle.id}] shown, too\n"
         assert len(lines(handle.task())) == 3
 
-    def test_there_is_no_handler_when_nothing_is_captured(self, queue, gate):
+    def test_no_handler_is_installed_while_no_log_is_captured(self, queue, gate):
         seen = []
         looks = lambda: capture._router in logging.getLogger().handlers  # noqa: E731
 
@@ -444,8 +445,10 @@ class TestOthers:
             queue.submit(name).result(PATIENCE)
         assert seen == [False, True, False]
 
-    def test_a_task_run_by_the_caller_gives_the_thread_back(self, make_queue, gate, log):
-        """An executor that submits runs another task in its own thread, where the buffer is full."""
+    def test_a_task_run_by_the_caller_does_not_log_into_the_callers_task(
+        self, make_queue, gate, log
+    ):
+        """With a full buffer, an executor that submits runs another task on its own thread."""
         queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
 
         @queue.executor(capture_log=True)
@@ -467,8 +470,8 @@ class TestOthers:
     @pytest.mark.process
     @pytest.mark.filterwarnings(
         "ignore:.*fork:DeprecationWarning"
-    )  # of 3.12, where threads are left
-    def test_a_forked_child_begins_without(self, log):
+    )  # Python 3.12 warns if threads are left
+    def test_a_forked_child_starts_without_the_handler(self, log):
         made = capture.Capture(logging.INFO, "")
         with capture.capturing(made):
             pid = os.fork()
@@ -484,11 +487,11 @@ class TestOthers:
 
 class TestOption:
     @pytest.mark.parametrize("level", ["LOUD", 1.5, [], "Level 5"])
-    def test_is_a_level(self, queue, level):
-        with pytest.raises(ConfigurationError, match="capture_log must be True, or a level"):
+    def test_capture_log_must_be_a_level(self, queue, level):
+        with pytest.raises(ConfigurationError, match="capture_log must be True or a level"):
             queue.executor("talk", capture_log=level)(lambda: None)
 
-    def test_given_at_registration_wins(self, queue, log):
+    def test_capture_log_given_at_registration_wins(self, queue, log):
         @taskx.executor(capture_log=True)
         def talk():
             log.info("said")
@@ -499,7 +502,7 @@ class TestOption:
         handle.result(PATIENCE)
         assert handle.task().log == ""
 
-    def test_eight_methods_have_no_place_for_it(self, make_queue):
+    def test_a_repository_with_eight_methods_refuses_capture_log(self, make_queue):
         queue = make_queue(TinyRepository())
         with pytest.raises(
             ConfigurationError, match="TinyRepository has only the eight methods and cannot store"

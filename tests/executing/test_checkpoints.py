@@ -1,4 +1,4 @@
-"""What an executor stores on its way: done once, whatever the number of attempts."""
+"""Checkpoints: an executor stores steps and a cursor, and later attempts do not repeat them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from taskx.core.writes import Delete, Update
 
 
 class Work:
-    """An executor whose steps are counted, and which does what it is told after each attempt's steps."""
+    """An executor that counts the calls of its steps. Each attempt ends with the next of ``ends``."""
 
     def __init__(self, queue, **options):
         self.calls = []
@@ -59,7 +59,7 @@ class TestStep:
     @pytest.mark.parametrize(
         "end", [Retry("again"), Retry(delay=0.01), Snooze(0.01), OSError("down")]
     )
-    def test_is_called_once_whatever_the_number_of_attempts(self, queue, work, end):
+    def test_a_step_is_called_once_over_all_attempts(self, queue, work, end):
         work.ends = [end, end]
         queue.start()
         handle = queue.submit("work")
@@ -69,7 +69,7 @@ class TestStep:
         assert checkpoints(queue, handle) == {"steps": {"first": 1, "second": {"of": [1, None]}}}
 
     @pytest.mark.every_store
-    def test_is_stored_before_it_returns(self, queue):
+    def test_a_step_is_stored_before_it_returns(self, queue):
         stored = []
 
         @queue.executor()
@@ -87,8 +87,8 @@ class TestStep:
         ]
 
     @pytest.mark.every_store
-    def test_survives_a_power_cut(self, queue, work, repository):
-        """As what a caller was told does; the cursor need not."""
+    def test_a_step_survives_a_power_cut_but_the_cursor_may_not(self, queue, work, repository):
+        """A step is stored durably, like a submit. The cursor is not."""
         queue.executor("move")(lambda ctx: setattr(ctx, "cursor", 5))
         queue.start()
         queue.submit("work").result(PATIENCE)
@@ -98,7 +98,7 @@ class TestStep:
 
     @pytest.mark.every_store
     @pytest.mark.parametrize("value", [None, False, 0, "", [], {}, "ä\u2028", 1.5])
-    def test_gives_back_any_json_value(self, queue, value):
+    def test_a_step_gives_back_any_json_value(self, queue, value):
         calls, seen = [], []
 
         @queue.executor(max_attempts=2)
@@ -111,15 +111,14 @@ class TestStep:
         assert seen == [value, value]
         assert calls == [1]
 
-    def test_gives_the_same_in_every_attempt(self, queue):
-        """As JSON gives it back, and a value of its own to each."""
+    def test_a_step_gives_the_same_value_in_every_attempt(self, queue):
         seen = []
 
         @queue.executor(max_attempts=3)
         def once(ctx):
             value = ctx.step("pair", lambda: (1, {"n": [2]}))
             seen.append(json.dumps(value))
-            value[1]["n"].append(3)
+            value[1]["n"].append(3)  # changes only this attempt's copy
             ctx.step("other", lambda: None)
             assert ctx.task.attempt == 3
 
@@ -127,8 +126,7 @@ class TestStep:
         queue.submit("once").result(PATIENCE)
         assert seen == ['[1, {"n": [2]}]'] * 3
 
-    def test_that_raises_is_called_again(self, queue):
-        """In the next attempt, or in this one."""
+    def test_a_step_that_raises_is_called_again(self, queue):
         calls = []
 
         def shaky():
@@ -148,8 +146,8 @@ class TestStep:
         assert handle.result(PATIENCE) == 4
         assert checkpoints(queue, handle) == {"steps": {"shaky": 4}}
 
-    def test_has_a_name_of_its_own(self, queue):
-        """Also where the value is there from an earlier attempt."""
+    def test_two_steps_of_an_attempt_cannot_have_the_same_name(self, queue):
+        """This holds even if the value is already stored by an earlier attempt."""
 
         @queue.executor(max_attempts=2)
         def twice(ctx):
@@ -162,7 +160,7 @@ class TestStep:
         queue.submit("twice").result(PATIENCE)
 
     @pytest.mark.parametrize("name", ["", "x" * 256, "a\0b", None, 5])
-    def test_has_a_name_that_can_be_stored(self, queue, name):
+    def test_a_step_requires_a_name_that_can_be_stored(self, queue, name):
         @queue.executor()
         def named(ctx):
             ctx.step(name, pytest.fail, "it was called")
@@ -179,7 +177,7 @@ class TestStep:
             ("x" * 2000, "step 'it'"),
         ],
     )
-    def test_of_what_is_no_json_is_refused(self, make_queue, value, path):
+    def test_a_step_result_that_is_not_json_is_refused(self, make_queue, value, path):
         queue = make_queue(max_payload_size=1000)
         seen = []
 
@@ -195,7 +193,7 @@ class TestStep:
         assert seen == [path]
         assert checkpoints(queue, handle) is None
 
-    def test_what_all_of_them_take_is_limited(self, make_queue):
+    def test_the_total_size_of_checkpoints_is_limited(self, make_queue):
         queue = make_queue(max_payload_size=1000)
 
         @queue.executor()
@@ -209,8 +207,7 @@ class TestStep:
             handle.result(PATIENCE)
         assert sorted(checkpoints(queue, handle)["steps"]) == [f"step {n}" for n in range(7)]
 
-    def test_can_be_called_by_several_threads(self, queue):
-        """None of what they store is lost."""
+    def test_several_threads_can_store_steps(self, queue):
 
         @queue.executor()
         def wide(ctx):
@@ -229,7 +226,7 @@ class TestStep:
             "steps": {f"{n}.{m}": n for n in range(8) for m in range(5)}
         }
 
-    def test_can_hold_others(self, queue):
+    def test_a_step_can_contain_another_step(self, queue):
         queue.executor("outer")(lambda ctx: ctx.step("out", lambda: ctx.step("in", lambda: 1) + 1))
         queue.start()
         handle = queue.submit("outer")
@@ -237,8 +234,8 @@ class TestStep:
         assert checkpoints(queue, handle) == {"steps": {"in": 1, "out": 2}}
 
 
-class TestCancelled:
-    def test_no_step_begins_once_the_token_has_fired(self, queue, gate):
+class TestCancelledRuns:
+    def test_no_step_begins_after_the_token_has_fired(self, queue, gate):
         calls = []
 
         @queue.executor()
@@ -254,9 +251,9 @@ class TestCancelled:
         gate.open()
         eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
         assert calls == ["first"]
-        assert checkpoints(queue, handle) == {"steps": {"first": None}}  # it was done
+        assert checkpoints(queue, handle) == {"steps": {"first": None}}  # the step was completed
 
-    def test_a_narrower_deadline_counts(self, queue):
+    def test_no_step_begins_after_the_deadline_of_ctx_timeout(self, queue):
         calls = []
 
         @queue.executor()
@@ -272,8 +269,9 @@ class TestCancelled:
     @pytest.mark.every_store
     @pytest.mark.parametrize("how", ["step", "cursor"])
     @pytest.mark.parametrize("lost", ["taken over", "deleted"])
-    def test_a_run_that_lost_its_task_stores_nothing(self, queue, gate, repository, how, lost):
-        """It is told so, and ends without effect."""
+    def test_a_run_that_lost_its_task_stores_no_checkpoint(
+        self, queue, gate, repository, how, lost
+    ):
         reasons = []
 
         @queue.executor()
@@ -306,8 +304,8 @@ class TestCancelled:
             assert checkpoints(queue, handle) == {"steps": {"before": 1}}
             assert (handle.task().status, handle.task().starts) == (TaskStatus.PENDING, 2)
 
-    def test_a_thread_that_was_given_up_stores_nothing(self, make_queue, clock, gate):
-        """Its attempt is over, and another one may have gone on."""
+    def test_an_abandoned_thread_stores_no_checkpoint(self, make_queue, clock, gate):
+        """Its attempt has ended, and another attempt may be running."""
         queue = make_queue(worker_num=2, clock=clock)
         reasons = []
 
@@ -333,7 +331,7 @@ class TestCancelled:
 
 @pytest.mark.every_store
 class TestCursor:
-    def test_goes_on_where_the_last_attempt_was(self, queue):
+    def test_the_next_attempt_continues_at_the_cursor(self, queue):
         done = []
 
         @queue.executor(max_attempts=9)
@@ -352,7 +350,7 @@ class TestCursor:
         assert [n for n in done if n != "broken"] == list(range(10))
         assert checkpoints(queue, handle) == {"cursor": 10}
 
-    def test_is_stored_when_it_is_set(self, queue):
+    def test_the_cursor_is_stored_when_it_is_set(self, queue):
         seen = []
 
         @queue.executor()
@@ -370,7 +368,7 @@ class TestCursor:
         assert seen == [None, 1, {"page": "x"}, None, [2], [2]]
         assert checkpoints(queue, handle) == {"steps": {"a": 1}, "cursor": [2]}
 
-    def test_of_what_is_no_json_is_refused(self, queue):
+    def test_a_cursor_that_is_not_json_is_refused(self, queue):
         @queue.executor()
         def odd(ctx):
             ctx.cursor = 1
@@ -381,7 +379,7 @@ class TestCursor:
         queue.start()
         assert queue.submit("odd").result(PATIENCE) == 1
 
-    def test_is_stored_before_it_tells_of_a_cancel(self, queue, gate):
+    def test_the_cursor_is_stored_before_a_cancel_is_raised(self, queue, gate):
         queue.executor("move")(lambda ctx: gate() or setattr(ctx, "cursor", 5) or "returned")
         queue.start()
         handle = queue.submit("move")
@@ -393,10 +391,10 @@ class TestCursor:
 
 
 @pytest.mark.every_store
-class TestLater:
-    """What comes after an attempt leaves them."""
+class TestLaterAttempts:
+    """Checkpoints survive everything that happens between attempts."""
 
-    def test_a_stop_and_another_queue(self, make_queue, gate, repository):
+    def test_another_queue_continues_after_a_stop(self, make_queue, gate, repository):
         calls = []
 
         def executor(ctx):
@@ -419,7 +417,7 @@ class TestLater:
         assert handle.result(PATIENCE) == "done"
         assert (calls, handle.task().interruptions) == ([1], 1)
 
-    def test_a_requeue(self, queue, work):
+    def test_a_requeued_task_keeps_its_checkpoints(self, queue, work):
         work.ends = [ValueError("broken")]
         queue.start()
         handle = queue.submit("work", max_attempts=1)
@@ -429,7 +427,7 @@ class TestLater:
         assert queue.handle(handle.id).result(PATIENCE) == {"of": [1, None]}
         assert work.calls == ["first", "second"]
 
-    def test_an_update_by_hand(self, queue, work, repository):
+    def test_a_manual_update_keeps_the_checkpoints(self, queue, work, repository):
         work.ends = [ValueError("broken")]
         queue.start()
         handle = queue.submit("work", max_attempts=1)
@@ -440,8 +438,8 @@ class TestLater:
         repository.update(task)
         assert checkpoints(queue, handle)["steps"]["first"] == 1
 
-    def test_hooks_see_them(self, make_queue):
-        """Each event those that were there; a hook that is slow to look sees none of later."""
+    def test_hooks_see_the_checkpoints_of_their_event(self, make_queue):
+        """A hook that is called late sees no later checkpoints."""
         seen, look = [], threading.Event()
 
         class Look(Hook):
@@ -485,7 +483,6 @@ class TestLater:
 @pytest.mark.every_store
 class TestOutage:
     def test_a_step_is_stored_when_the_repository_is_back(self, queue, repository, monkeypatch):
-        """And not done again, as the outage is no fault of it."""
         monkeypatch.setattr("taskx.executing.checkpoints._PAUSE", 0.001)
         calls, failures = [], []
 
@@ -503,7 +500,7 @@ class TestOutage:
         assert (calls, len(failures)) == ([1], 4)
         assert checkpoints(queue, handle) == {"steps": {"once": "stored"}}
 
-    def test_whoever_waits_for_it_hears_of_a_cancel(self, queue, repository, gate):
+    def test_a_step_that_waits_for_the_repository_can_be_cancelled(self, queue, repository, gate):
         def away(writes):
             if any("checkpoints" in getattr(write, "changes", ()) for write in writes):
                 gate()
@@ -514,14 +511,14 @@ class TestOutage:
         queue.start()
         handle = queue.submit("work")
         gate.wait_for()
-        pool_of(queue).fire(handle.id)  # the request itself could not be written either
+        pool_of(queue).fire(handle.id)  # a cancel could not be stored either
         gate.open()
         eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
         assert checkpoints(queue, handle) is None
 
 
-def test_eight_methods_have_no_place_for_them(make_queue):
-    """It is told before anything is done."""
+def test_a_repository_with_eight_methods_refuses_checkpoints(make_queue):
+    """The refusal comes before the step is called."""
     queue = make_queue(TinyRepository(), worker_num=1)
 
     @queue.executor()
@@ -570,8 +567,7 @@ with queue:
 """
 
 
-def test_a_process_that_is_killed_goes_on_where_it_was(spawn, database):
-    """Between two steps, in the middle of a loop."""
+def test_a_task_of_a_killed_process_continues_at_its_checkpoints(spawn, database):
     child = spawn(KILLED, database)
     assert child.read() == "three"
     child.kill()

@@ -1,4 +1,4 @@
-"""An error that escapes from an executor, a codec or TaskX itself costs one attempt of one task."""
+"""An error that escapes from an executor, a codec or TaskX itself fails only one attempt of one task."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ from . import isolated
 
 
 class Panic(BaseException):
-    """An error like the panic of an extension written in Rust."""
+    """An error like a panic in an extension written in Rust."""
 
 
-# What executors raise
+# Errors of executors
 
 
 class Odd(Retry):
@@ -66,7 +66,7 @@ RAISED = {
 
 
 @pytest.mark.parametrize("case", RAISED)
-def test_an_error_without_the_attributes_of_its_class_is_a_failed_attempt(started, case):
+def test_an_error_without_the_attributes_of_its_class_fails_the_attempt(started, case):
     make, text = RAISED[case]
 
     @started.executor("raise", max_attempts=2)
@@ -82,7 +82,7 @@ def test_an_error_without_the_attributes_of_its_class_is_a_failed_attempt(starte
     assert started.drain(PATIENCE)
 
 
-def test_a_retry_that_asks_for_no_delay_waits_as_the_policy_says(make_queue):
+def test_a_retry_whose_class_sets_no_delay_waits_as_the_policy_says(make_queue):
     clock = ManualClock()
     queue = make_queue(worker_num=1, clock=clock)
 
@@ -97,7 +97,7 @@ def test_a_retry_that_asks_for_no_delay_waits_as_the_policy_says(make_queue):
     assert (handle.task().run_at - handle.task().created_at).total_seconds() == 100
 
 
-# Defects of our own
+# Defects of TaskX
 
 
 @pytest.mark.parametrize("error", [RuntimeError("a defect"), Panic("a defect"), SystemExit(3)])
@@ -119,7 +119,7 @@ def test_an_error_that_escapes_from_the_runner_fails_its_attempt(started, monkey
     assert started.drain(PATIENCE)
 
 
-def test_an_outcome_that_cannot_be_made_into_writes_fails_its_attempt(started, monkeypatch):
+def test_an_outcome_that_cannot_be_stored_as_it_is_fails_its_attempt(started, monkeypatch):
     run = Runner.run
 
     def of_no_number(self, attempt, worker):
@@ -137,7 +137,7 @@ def test_an_outcome_that_cannot_be_made_into_writes_fails_its_attempt(started, m
 def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
     make_queue, gate, monkeypatch, look_every
 ):
-    """Ctrl-C in the thread that submits, and runs the task itself: the audit hands the task back."""
+    """Ctrl-C strikes the thread that submits and runs the task: the audit makes the task pending again."""
     look_every(audit=0.05)
     queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
     queue.executor("hold")(lambda: gate())
@@ -151,7 +151,7 @@ def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
     def interrupted(run, ending):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(pool, "conclude", interrupted)  # the submitter's thread concludes by it
+    monkeypatch.setattr(pool, "conclude", interrupted)  # only the submitting thread calls it
     with pytest.raises(KeyboardInterrupt):
         queue.submit("fine", id="cut")
     assert list(pool.runs) == [hold.id]
@@ -162,7 +162,7 @@ def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
 
 
 def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
-    """Neither a worker that starts tasks nor the housekeeper."""
+    """Workers that start tasks and the housekeeper go on."""
     node = node_of(started)
     left = {"start": 3, "tick": 1}
 
@@ -189,10 +189,10 @@ def test_a_panic_ends_no_thread_of_a_queue(started, monkeypatch):
 # Time-outs
 
 
-class TestAlarms:
+class TestTimeOuts:
     @pytest.fixture
     def no_threads(self, monkeypatch):
-        """Give the alarms no thread until the list is cleared."""
+        """Make the start of the alarms' thread fail until the returned list is cleared."""
         left, start = [1], threading.Thread.start
 
         def refuse(thread):
@@ -203,7 +203,7 @@ class TestAlarms:
         monkeypatch.setattr(threading.Thread, "start", refuse)
         return left
 
-    def test_a_time_out_without_a_thread_is_noticed_when_the_executor_asks(
+    def test_without_a_thread_a_time_out_fires_when_the_executor_checks(
         self, make_queue, no_threads, caplog
     ):
         queue = make_queue(worker_num=1)
@@ -218,10 +218,10 @@ class TestAlarms:
         assert queue.drain(PATIENCE)
         assert "cannot start the thread for time-outs" in caplog.text
 
-    def test_the_thread_is_started_when_there_is_one(
+    def test_the_thread_for_time_outs_starts_as_soon_as_it_can(
         self, make_queue, no_threads, gate, clock, look_every
     ):
-        """The housekeeper starts it, even if no further task with a time-out begins."""
+        """The housekeeper starts it, even if no other task with a time-out begins."""
         look_every(audit=0.05)
         queue = make_queue(worker_num=1, clock=clock)
         fired = threading.Event()
@@ -261,7 +261,7 @@ class TestAlarms:
         alarms.ring()
         assert told == [1]
 
-    def test_an_interrupt_while_the_thread_is_started_leaves_the_next_one_to_start_it(self):
+    def test_after_an_interrupt_the_next_time_out_starts_the_thread(self):
         alarms = Alarms(SYSTEM_CLOCK)
         lock = alarms._lock
         alarms._lock = LeftWithAnInterrupt(lock, after=2)
@@ -272,10 +272,10 @@ class TestAlarms:
         alarms.add(second)
         eventually(lambda: (first._reason, second._reason) == (CancelReason.TIMEOUT,) * 2)
 
-    def test_an_interrupt_while_a_time_out_is_set_takes_it_away_again(
+    def test_an_interrupt_while_a_time_out_is_set_removes_it_again(
         self, make_queue, gate, monkeypatch
     ):
-        """It would have a task given up that no thread executes."""
+        """A time-out left behind would abandon a task that no thread executes."""
         queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
         queue.executor("hold")(lambda: gate())
         queue.executor("timed", timeout=3600)(lambda: None)
@@ -298,7 +298,7 @@ class TestAlarms:
 
 
 class LeftWithAnInterrupt:
-    """A lock of which one ``with`` block, counted from 1, ends with Ctrl-C."""
+    """A lock whose ``with`` block number ``after``, counted from 1, ends with Ctrl-C."""
 
     def __init__(self, lock, after):
         self._lock, self._left = lock, after
@@ -317,7 +317,7 @@ class LeftWithAnInterrupt:
 
 
 class Flaky(Codec):
-    """Panics on some records; what else it raises, it was told to."""
+    """A codec that raises ``error``, by default a panic, for some records."""
 
     name = "flaky"
     error: type[BaseException] = Panic
@@ -350,16 +350,15 @@ class TestCodecs:
         queue.start()
         return echo
 
-    def test_one_record_that_panics_fails_its_task_alone(self, echo, make_queue):
-        [bad] = echo._queue.submit_many(
-            [Task(type="echo", params={"v": "poison"})]
-        )  # which is read
+    def test_a_record_that_makes_the_codec_panic_fails_only_its_task(self, echo, make_queue):
+        # submit_many, because its tasks are read back from the repository.
+        [bad] = echo._queue.submit_many([Task(type="echo", params={"v": "poison"})])
         assert [echo.submit(n).result(PATIENCE) for n in range(5)] == list(range(5))
         with pytest.raises(TaskFailed, match="codec 'flaky' cannot read it: Panic"):
             bad.result(PATIENCE)
         assert bad.task().damage
 
-    def test_a_panic_while_a_result_is_stored_fails_its_attempt_alone(self, echo, make_queue):
+    def test_a_panic_while_a_result_is_stored_fails_only_its_attempt(self, echo, make_queue):
         bad = echo._queue.executor("bad")(lambda: "refuse").submit()
         assert [echo.submit(n).result(PATIENCE) for n in range(5)] == list(range(5))
         with pytest.raises(TaskFailed, match="codec 'flaky' failed: Panic"):

@@ -1,4 +1,4 @@
-"""Executors: functions and classes, what they are given, and what counts of what they do."""
+"""Executors as functions and classes: their params, their options and their results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_keyword_arguments_take_the_rest(started):
     assert run(started, "rest", a=1, b=2, c=3) == {"b": 2, "c": 3}
 
 
-def test_context_comes_first_by_name(started):
+def test_a_first_parameter_named_ctx_gets_the_context(started):
     @started.executor("named")
     def named(ctx, a):
         return [type(ctx).__name__, ctx.task.id, a]
@@ -61,7 +61,7 @@ def test_context_comes_first_by_name(started):
     assert handle.result(PATIENCE) == ["Context", handle.id, 1]
 
 
-def test_context_comes_first_by_annotation(started):
+def test_a_first_parameter_annotated_as_context_gets_the_context(started):
     @started.executor("annotated")
     def annotated(context: Context, a):
         return [context.task.type, a]
@@ -74,10 +74,10 @@ def test_context_comes_first_by_annotation(started):
     assert run(started, "quoted", a=1) == ["quoted", 1]
 
 
-def test_function_stays_callable(queue):
+def test_a_decorated_function_can_still_be_called(queue):
     @queue.executor("add")
     def add(a, b=2):
-        """Adds."""
+        """Add."""
         return a + b
 
     @queue.executor("named")
@@ -87,10 +87,10 @@ def test_function_stays_callable(queue):
     assert add(1) == 3
     assert add(1, b=5) == 6
     assert named("a context", 1) == ["a context", 1]
-    assert (add.__name__, add.__doc__, add.type) == ("add", "Adds.", "add")
+    assert (add.__name__, add.__doc__, add.type) == ("add", "Add.", "add")
 
 
-def test_attributes_of_the_function_are_the_executors_unless_it_has_its_own(started):
+def test_an_executor_has_the_functions_attributes_except_its_own(started):
     def add(a, b=2):
         return a + b
 
@@ -102,7 +102,7 @@ def test_attributes_of_the_function_are_the_executors_unless_it_has_its_own(star
         started.submit("add", {"a": 1, "c": 2})
 
 
-def test_type_is_the_functions_name_unless_told(queue):
+def test_the_default_type_is_the_functions_name(queue):
     @queue.executor()
     def fetch():
         pass
@@ -111,7 +111,7 @@ def test_type_is_the_functions_name_unless_told(queue):
     assert queue.submit("fetch").task().type == "fetch"
 
 
-def test_executor_submits_and_makes_tasks(started):
+def test_an_executor_can_submit_and_make_tasks(started):
     @started.executor("add")
     def add(ctx, a, b=2):
         return a + b
@@ -125,7 +125,7 @@ def test_executor_submits_and_makes_tasks(started):
             wrong()
 
 
-def test_executor_without_a_queue_is_registered_later(started):
+def test_an_executor_made_without_a_queue_can_be_registered_later(started):
     @taskx.executor("later", priority=3)
     def later(a):
         return a
@@ -138,7 +138,7 @@ def test_executor_without_a_queue_is_registered_later(started):
     assert handle.task().priority == 3
 
 
-def test_decorated_function_is_seen_through(started):
+def test_the_params_of_a_wrapped_function_are_checked(started):
     def twice(function):
         @functools.wraps(function)
         def wrapper(*args, **kwargs):
@@ -156,7 +156,7 @@ def test_decorated_function_is_seen_through(started):
         started.submit("number", {"b": 1})
 
 
-def test_bound_methods_and_partials_are_functions(started):
+def test_bound_methods_and_partials_can_be_executors(started):
     class Service:
         def fetch(self, ctx, url):
             return [ctx.task.type, url]
@@ -199,7 +199,7 @@ REFUSED = [coroutine, stream, generator, spread, positional, ctx_second, ctx_key
 
 
 @pytest.mark.parametrize("function", REFUSED)
-def test_function_that_cannot_be_an_executor_is_refused(queue, function):
+def test_a_function_that_cannot_be_an_executor_is_refused(queue, function):
     with pytest.raises(ConfigurationError):
         queue.executor("refused")(function)
     with pytest.raises(ConfigurationError):
@@ -208,7 +208,7 @@ def test_function_that_cannot_be_an_executor_is_refused(queue, function):
         queue.submit("refused")
 
 
-def test_parentheses_forgotten(queue):
+def test_a_decorator_without_parentheses_is_refused(queue):
     for decorator in (queue.executor, taskx.executor):
         with pytest.raises(ConfigurationError, match="parentheses"):
             decorator(positional)
@@ -224,13 +224,13 @@ def test_parentheses_forgotten(queue):
         {"priority": 0.5},
     ],
 )
-def test_options_are_checked(queue, options):
+def test_invalid_options_are_refused(queue, options):
     for decorator in (queue.executor, taskx.executor):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             decorator("x", **options)
 
 
-def test_misspelt_options_are_named(queue):
+def test_misspelt_options_are_refused_by_name(queue):
     @taskx.executor("mine")
     def mine():
         pass
@@ -246,12 +246,12 @@ def test_misspelt_options_are_named(queue):
 
 
 @pytest.mark.parametrize("type", ["", 5, "x" * 256, "a\0b"])
-def test_type_must_be_a_name(queue, type):
+def test_the_type_must_be_a_valid_name(queue, type):
     with pytest.raises(ConfigurationError, match="type"):
         queue.executor(type)(lambda: None)
 
 
-def test_a_type_has_one_executor(queue):
+def test_a_type_cannot_have_two_executors(queue):
     queue.executor("x")(lambda: None)
     with pytest.raises(ConfigurationError, match="'x' already has an executor"):
         queue.executor("x")(lambda: None)
@@ -277,7 +277,7 @@ class Sync(TaskExecutor):
 
 
 @pytest.mark.every_store
-def test_class_executor(started):
+def test_a_class_executor_can_set_only_the_result(started):
     started.register_executor(Sync())
     task = started.submit("sync", {"a": 1}, created_by="me")
     assert task.result(PATIENCE) == {"by": "attribute", "params": 2}
@@ -290,12 +290,12 @@ def test_class_executor(started):
 
 
 @pytest.mark.parametrize("value", [False, 0, "", [], {"x": 1}])
-def test_returned_value_wins_over_the_attribute(started, value):
+def test_a_returned_value_wins_over_task_result(started, value):
     started.register_executor(Sync())
     assert run(started, "sync", returns=value) == value
 
 
-def test_class_that_only_looks_like_an_executor(started):
+def test_a_class_with_type_and_execute_works_as_an_executor(started):
     class Duck:
         type = "duck"
 
@@ -308,7 +308,7 @@ def test_class_that_only_looks_like_an_executor(started):
     assert handle.task().max_attempts == 2
 
 
-def test_what_is_no_executor_is_refused(queue):
+def test_an_object_that_is_not_an_executor_is_refused(queue):
     class Async(TaskExecutor):
         type = "async"
 
@@ -331,7 +331,7 @@ def test_what_is_no_executor_is_refused(queue):
 
 @pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.every_store
-def test_executor_registered_while_running_takes_the_backlog(started, make_queue):
+def test_an_executor_registered_on_a_started_queue_runs_waiting_tasks(started, make_queue):
     other = make_queue()
     other.declare("late")
     handle = other.submit("late")
@@ -346,7 +346,7 @@ def test_executor_registered_while_running_takes_the_backlog(started, make_queue
 @pytest.mark.parametrize(
     "value", [None, True, 0, -(2**63), 1.5, "ü\0", [1, [2, {"a": None}]], {}, {"a": [1]}]
 )
-def test_any_json_value_is_a_result(started, value):
+def test_a_result_can_be_any_json_value(started, value):
     started.executor("give")(lambda: value)
     assert run(started, "give") == value
 
@@ -384,7 +384,7 @@ def deep():
         (cycle, "PayloadError: result[0].again[0].again"),
     ],
 )
-def test_result_that_is_not_json_fails_the_task(started, make, text):
+def test_a_result_that_is_not_json_fails_the_task(started, make, text):
     started.executor("give")(make)
     handle = started.submit("give")
     with pytest.raises(TaskFailed):
@@ -393,7 +393,7 @@ def test_result_that_is_not_json_fails_the_task(started, make, text):
     assert started.submit("give").exception(PATIENCE)  # and the workers go on
 
 
-def test_task_is_a_copy_for_each_attempt(started):
+def test_each_attempt_gets_its_own_copy_of_the_task(started):
     seen = []
 
     @started.executor("twice", max_attempts=2)
@@ -408,6 +408,6 @@ def test_task_is_a_copy_for_each_attempt(started):
     assert seen == [[], []]
 
 
-def test_type_checkers_know_the_options_that_there_are():
+def test_type_checkers_know_all_options():
     seen = {name: hint.__forward_arg__ for name, hint in ExecutorOptions.__annotations__.items()}
     assert seen == {field.name: field.type for field in attrs.fields(Options)}

@@ -1,4 +1,4 @@
-"""Executors and hooks that fork, and whose children come back from them."""
+"""Forks in executors and hooks: a child that returns from the forking code ends."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ warnings.simplefilter("ignore")  # Python 3.12 warns of forks beside threads
 path = sys.argv[1]
 
 def fork():
-    "As os.fork; a child that does not end is killed by its alarm, and its parent sees by what."
+    "Fork; return the exit status of the child, or None in the child, which an alarm kills if it hangs."
     if pid := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     signal.alarm(10)
@@ -34,7 +34,7 @@ def come_back(how):
 
 @pytest.fixture
 def run(spawn, database):
-    """Starts the program with more lines; it has the database's path as its first argument."""
+    """Return a function that starts the program with more lines, and the database as its first argument."""
     return lambda more, *args: spawn(PROGRAM + more, database, *args)
 
 
@@ -48,8 +48,10 @@ def run(spawn, database):
     ],
 )
 @pytest.mark.parametrize("capture", [False, True])
-def test_a_child_that_comes_back_from_an_executor_ends(run, database, how, status, shown, capture):
-    """The attempt is the parent's; the child concludes nothing, and takes no task."""
+def test_a_forked_child_that_returns_from_an_executor_ends(
+    run, database, how, status, shown, capture
+):
+    """The attempt belongs to the parent. The child stores no outcome and starts no task."""
     child = run(
         """
 queue = Queue(SQLiteRepository(path), Config(worker_num=1))
@@ -80,7 +82,7 @@ with queue:
     }
 
 
-def test_a_child_never_comes_back_from_a_submit_that_runs_its_task(run):
+def test_a_forked_child_never_returns_from_the_submit_that_runs_its_task(run):
     child = run(
         """
 queue = Queue(SQLiteRepository(path), Config(worker_num=1, buffer_size=1, overflow="caller_runs"))
@@ -98,7 +100,7 @@ def forks():
 with queue:
     queue.submit("hold")
     busy.wait(60)
-    queue.submit("forks")  # lies in the buffer
+    queue.submit("forks")  # fills the buffer
     handle = queue.submit("forks")
     print(os.getpid() == int(os.environ.setdefault("SUBMITTER", str(os.getpid()))), flush=True)
     print(handle.result(60), flush=True)
@@ -110,7 +112,7 @@ with queue:
     assert (out, err) == ("True\n0\n", "")
 
 
-def test_a_child_that_comes_back_from_a_hook_ends(run):
+def test_a_forked_child_that_returns_from_a_hook_ends(run):
     child = run(
         """
 class Forks(Hook):
@@ -133,7 +135,7 @@ with queue:
     assert (out, err) == (told, "")
 
 
-def test_a_child_stores_no_checkpoints_of_its_parents_task(run, database):
+def test_a_forked_child_cannot_store_checkpoints_of_its_parents_task(run, database):
     child = run(
         """
 queue = Queue(SQLiteRepository(path), Config(worker_num=1))
@@ -157,7 +159,7 @@ with queue:
         assert repository.get_by_id("forks").checkpoints == {"steps": {"before": 1, "forks": 1}}
 
 
-def test_what_a_child_printed_is_shown(run):
+def test_the_output_of_a_forked_child_is_shown(run):
     child = run(
         """
 queue = Queue(SQLiteRepository(path), Config(worker_num=1))
@@ -177,8 +179,8 @@ with queue:
 
 
 @pytest.mark.process
-def test_a_child_of_an_isolated_executor_ends_too(make_queue, capfd):
-    """It would say what it returned on the line that its parent has to the queue."""
+def test_a_forked_child_of_an_isolated_executor_ends_too(make_queue, capfd):
+    """Else it would send its result over its parent's socket to the queue."""
     queue = make_queue(worker_num=1)
     queue.register_executor(isolated.fork)
     with queue:

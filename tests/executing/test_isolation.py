@@ -1,4 +1,4 @@
-"""Executors in child processes: as in a thread, but that they can be killed, and may die."""
+"""Executors in child processes: they work as in a thread, but can be killed and may die."""
 
 from __future__ import annotations
 
@@ -44,14 +44,14 @@ TESTS = ROOT / "tests"
 
 @pytest.fixture
 def repository(database):
-    """One will do: what is written is for the tests of the life cycle."""
+    """A repository on SQLite only: other tests check the writes on all stores."""
     with SpySQLite(database) as made:
         yield made
 
 
 @pytest.fixture
 def make(make_queue):
-    """Makes a queue that runs these executors."""
+    """Return a function that makes and starts a queue with these executors."""
 
     def make(*executors, **options):
         queue = make_queue(worker_num=2, **options)
@@ -64,7 +64,7 @@ def make(make_queue):
 
 
 def alive(pid):
-    """Whether a process has not ended; one that nobody has waited for yet has."""
+    """Return True if a process has not ended. A zombie has ended."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
@@ -72,18 +72,20 @@ def alive(pid):
 
 
 def busy(pid):
-    """Hundredths of a second that a process has computed."""
+    """Return the processor time of a process in hundredths of a second."""
     return sum(map(int, Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]))
 
 
 def open_files(but):
-    """How many files this process has open, but for that database: of which it keeps as many
-    connections as threads have read at once."""
+    """Return the number of files that this process has open, without the database ``but``.
+
+    The number of open connections to the database depends on how many threads have read at once.
+    """
     count = 0
     for number in os.listdir("/proc/self/fd"):
         try:
             count += not os.readlink(f"/proc/self/fd/{number}").startswith(str(but))
-        except FileNotFoundError:  # closed meanwhile
+        except FileNotFoundError:  # closed in the meantime
             continue
     return count
 
@@ -97,11 +99,11 @@ def outcomes(queue, task_id):
     return [(attempt.outcome, attempt.error) for attempt in task.attempts]
 
 
-# As in a thread
+# The same as in a thread
 
 
 class TestAsInAThread:
-    def test_it_runs_in_the_main_thread_of_a_child_of_its_own(self, make, capfd):
+    def test_each_run_has_its_own_child_and_uses_its_main_thread(self, make, capfd):
         queue = make(isolated.who)
         first, second = (queue.submit("who", timeout=500).result(PATIENCE) for _ in range(2))
         assert first["pid"] != second["pid"] != os.getpid()
@@ -111,7 +113,7 @@ class TestAsInAThread:
         assert 400 < first["remaining"] < 500
         assert capfd.readouterr().out == 2 * "on the stdout of the child\n"
 
-    def test_it_is_given_its_task(self, make):
+    def test_the_child_gets_the_task(self, make):
         queue = make(isolated.who)
         task = Task(id="☃", type="who", created_by="me", max_attempts=3, retry=RetryPolicy(7))
         given = queue.submit(task, timeout=90).result(PATIENCE)["task"]
@@ -123,13 +125,13 @@ class TestAsInAThread:
         assert Task.from_dict(given).retry == RetryPolicy(7)
         assert (given["status"], given["owner"]) == ("running", node_of(queue).record.id)
 
-    def test_params_and_results_are_the_same_json(self, make):
+    def test_params_and_results_pass_unchanged_as_json(self, make):
         queue = make(isolated.add, isolated.give)
         words = ["a\nb", "☃", "\x00"]
         assert queue.submit("add", {"a": words, "b": [None]}).result(PATIENCE) == [*words, None]
         assert queue.submit("give", {"kind": "tuple"}).result(PATIENCE) == [1, "☃"]
 
-    def test_more_than_a_pipe_holds_goes_over(self, make):
+    def test_a_value_larger_than_a_socket_buffer_passes(self, make):
         queue = make(isolated.add, max_payload_size=20_000_000)
         text = "☃" * 2_000_000
         assert queue.submit("add", {"a": text, "b": "!"}).result(PATIENCE) == text + "!"
@@ -162,7 +164,7 @@ class TestAsInAThread:
             ("cancelled", "TaskCancelled: the task was told to stop: cancel"),
         ],
     )
-    def test_errors_have_their_text_and_the_traceback_of_the_child(self, make, kind, error):
+    def test_an_error_keeps_its_text_and_the_childs_traceback(self, make, kind, error):
         queue = make(isolated.fail)
         with pytest.raises(TaskFailed) as failed:
             queue.submit("fail", {"kind": kind}).result(PATIENCE)
@@ -185,7 +187,7 @@ class TestAsInAThread:
             ("snooze", "SnoozeWithout: 5"),
         ],
     )
-    def test_errors_without_the_attributes_of_their_class_are_no_crashes(self, make, kind, error):
+    def test_an_error_without_the_attributes_of_its_class_is_not_a_crash(self, make, kind, error):
         queue = make(isolated.odd)
         with pytest.raises(TaskFailed) as failed:
             queue.submit("odd", {"kind": kind}).result(PATIENCE)
@@ -193,7 +195,7 @@ class TestAsInAThread:
         task = queue.get_task_status(failed.value.task_id)
         assert (task.errors, task.crashes, task.starts) == (1, 0, 1)
 
-    def test_what_it_raises_says_what_follows(self, make, repository):
+    def test_retry_permanent_and_snooze_work_in_a_child(self, make, repository):
         queue = make(isolated.fail)
         again = queue.submit("fail", {"kind": "retry"}, max_attempts=2)
         with pytest.raises(TaskFailed, match="OwnRetry: again"):
@@ -218,7 +220,7 @@ class TestAsInAThread:
         ("named", "attempts"),
         [(f"{isolated.__name__}.OwnError", 2), (Exception, 2), (OSError, 1)],
     )
-    def test_retry_policies_know_the_class_of_the_error(self, make, named, attempts):
+    def test_retry_policies_know_the_class_of_a_childs_error(self, make, named, attempts):
         queue = make(isolated.fail)
         policy = RetryPolicy(2, base=0, retry_on=[named])
         handle = queue.submit("fail", {"kind": "own"}, retry=policy)
@@ -226,7 +228,7 @@ class TestAsInAThread:
             handle.result(PATIENCE)
         assert handle.task().errors == attempts
 
-    def test_progress_is_seen_while_it_runs(self, make, tmp_path):
+    def test_progress_is_stored_while_the_child_runs(self, make, tmp_path):
         queue = make(isolated.walk)
         handle = queue.submit("walk", {"path": str(tmp_path / "step")})
         for step in (1, 2, 3):
@@ -239,7 +241,7 @@ class TestAsInAThread:
         handle.result(PATIENCE)
         assert (handle.task().progress, handle.task().message) == (100, "the last")
 
-    def test_what_it_logs_is_logged_here(self, make, caplog, monkeypatch):
+    def test_log_records_of_the_child_reach_the_parents_loggers(self, make, caplog, monkeypatch):
         queue = make(isolated.log)
         own = []
         monkeypatch.setattr(logging.getLogger("app.own"), "filters", [own.append])
@@ -255,9 +257,9 @@ class TestAsInAThread:
         ]
         assert (told[0].task_id, told[0].more) == (handle.id, 5)
         assert "OwnError: logged" in told[2].exc_text
-        assert [record.getMessage() for record in own] == ["from one with handlers of its own"]
+        assert [record.getMessage() for record in own] == ["from a logger with its own handlers"]
 
-    def test_a_logger_of_ones_own_gets_what_the_context_logs(self, make):
+    def test_the_queues_own_logger_gets_the_childs_context_log(self, make):
         told = []
         logger = logging.Logger("own", logging.INFO)  # noqa: LOG001
         logger.addFilter(lambda record: told.append(record.getMessage()))
@@ -266,7 +268,7 @@ class TestAsInAThread:
         handle.result(PATIENCE)
         assert f"[log {handle.id}] from the context: 1" in told
 
-    def test_steps_are_done_once_and_the_cursor_is_kept(self, make, tmp_path):
+    def test_steps_run_once_and_the_cursor_is_kept(self, make, tmp_path):
         queue = make(isolated.steps)
         handle = queue.submit("steps", {"path": str(tmp_path / "done")})
         assert handle.result(PATIENCE) == [None, [1, {"a": "☃"}], {"at": 7}]
@@ -282,7 +284,7 @@ class TestAsInAThread:
         eventually(lambda: not pool_of(queue).runs)
         assert handle.task().checkpoints is None
 
-    def test_a_checkpoint_that_cannot_be_stored_is_its_own_to_deal_with(self, make, monkeypatch):
+    def test_the_executor_can_handle_a_checkpoint_that_is_refused(self, make, monkeypatch):
         queue = make(isolated.goes_on_without)
 
         def store(*args, **options):
@@ -293,7 +295,7 @@ class TestAsInAThread:
             "checkpoints: too large for this one"
         ]
 
-    def test_where_no_checkpoints_can_be_kept_they_are_refused(self, make_queue, tmp_path):
+    def test_a_repository_without_checkpoints_refuses_them_in_a_child(self, make_queue, tmp_path):
         queue = make_queue(TinyRepository())
         queue.register_executor(isolated.steps, max_attempts=1)
         queue.start()
@@ -301,8 +303,8 @@ class TestAsInAThread:
             queue.submit("steps", {"path": str(tmp_path / "done")}).result(PATIENCE)
         assert lines(tmp_path / "done") == []
 
-    def test_what_was_said_last_is_heard_to_its_end(self, monkeypatch):
-        """By a child that has ended, though the line may be kept open by a process of its own."""
+    def test_the_last_message_of_an_ended_child_is_read_completely(self, monkeypatch):
+        """The socket of an ended child may be kept open by a process that it started."""
         monkeypatch.setattr(channel, "_CHUNK", 1000)
         ours, theirs = socket.socketpair()
         hears, says = channel.Channel(ours), channel.Channel(theirs)
@@ -314,7 +316,7 @@ class TestAsInAThread:
         ours.close()
         theirs.close()
 
-    def test_it_is_told_of_its_parents(self, make):
+    def test_the_child_can_read_the_tasks_it_depends_on(self, make):
         queue = make(isolated.add, isolated.ask)
         queue.submit("add", {"a": 1}, id="one")
         queue.submit("add", {"a": 2}, id="two")
@@ -322,7 +324,7 @@ class TestAsInAThread:
         assert asked.result(PATIENCE) == [["two", 2, "completed"], ["one", 1, "completed"]]
         assert queue.submit("ask").result(PATIENCE) == []
 
-    def test_a_parent_that_is_gone_is_not_found(self, make):
+    def test_a_deleted_parent_raises_task_not_found_in_the_child(self, make):
         clock = ManualClock()
         queue = make(isolated.ask, clock=clock)
         queue.executor("parent")(lambda: 1)
@@ -333,7 +335,7 @@ class TestAsInAThread:
         with pytest.raises(TaskFailed, match="TaskNotFound: no task with id 'one'"):
             asked.result(PATIENCE)
 
-    def test_what_it_logs_is_kept_where_that_is_asked_for(self, make):
+    def test_capture_log_keeps_the_childs_log(self, make):
         queue = make()
         queue.register_executor(isolated.log, capture_log=True)
         handle = queue.submit("log")
@@ -346,7 +348,7 @@ class TestAsInAThread:
         ]
         assert "OwnError: logged" in kept
 
-    def test_a_class_runs_there_too(self, make):
+    def test_a_class_executor_can_run_in_a_child(self, make):
         queue = make()
         queue.register_executor(isolated.Classic(), isolation="process")
         queue.register_executor(isolated.Holder.Inner(), isolation="process")
@@ -355,15 +357,15 @@ class TestAsInAThread:
         assert result["pid"] != os.getpid()
         assert queue.submit("inner").result(PATIENCE) == "inner"
 
-    def test_a_plain_function_of_a_module_will_do(self, make):
+    def test_an_undecorated_function_of_a_module_can_run_in_a_child(self, make):
         queue = make()
         queue.register_executor(taskx.executor("plain", isolation="process")(isolated.plain))
         assert queue.submit("plain", {"word": "x"}).result(PATIENCE) == "X"
 
-    def test_to_call_it_starts_no_process(self):
+    def test_a_direct_call_starts_no_process(self):
         assert isolated.add(1, b=2) == 3
 
-    def test_middleware_is_wrapped_around_it_here(self, make):
+    def test_middleware_runs_in_the_parent(self, make):
         seen = []
 
         def layer(ctx, task, call_next):
@@ -383,7 +385,7 @@ class TestAsInAThread:
         assert queue.submit("fail", {"kind": "permanent"}).result(PATIENCE) == "caught"
         assert seen[-1] == "Permanent: never"
 
-    def test_the_thread_that_submits_may_run_it(self, make, gate):
+    def test_the_submitting_thread_can_run_an_isolated_task(self, make, gate):
         queue = make(isolated.add, buffer_size=1, overflow="caller_runs")
         queue.executor("hold")(lambda: gate())
         for _ in range(2):
@@ -397,7 +399,7 @@ class TestAsInAThread:
 
 
 class TestToken:
-    def test_a_cancel_is_heard(self, make, tmp_path):
+    def test_a_cancel_reaches_the_child(self, make, tmp_path):
         queue = make(isolated.listen)
         handle = queue.submit("listen", {"path": str(tmp_path / "heard")})
         pid = eventually(lambda: handle.task().message)
@@ -406,7 +408,7 @@ class TestToken:
         assert lines(tmp_path / "heard") == ["cancel cancel True"]
         assert not alive(pid)
 
-    def test_a_cancel_from_another_process_is_heard(self, run, tmp_path, make_queue):
+    def test_a_cancel_from_another_process_reaches_the_child(self, run, tmp_path, make_queue):
         program = run("queue.start(); say('started'); signal.pause()")
         other = make_queue()
         other.declare("listen")
@@ -417,8 +419,7 @@ class TestToken:
         eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
         assert lines(tmp_path / "heard") == ["cancel cancel True"]
 
-    def test_a_timeout_is_heard(self, make, tmp_path):
-        """By the clock of the queue."""
+    def test_a_time_out_reaches_the_child(self, make, tmp_path):
         clock = ManualClock()
         queue = make(isolated.listen, clock=clock)
         handle = queue.submit("listen", {"path": str(tmp_path / "heard")}, timeout=3600)
@@ -430,14 +431,13 @@ class TestToken:
         assert "isolated.py" in failed.value.remote_traceback
         assert lines(tmp_path / "heard") == ["timeout timeout True"]
 
-    def test_its_own_clock_may_be_a_little_ahead(self, make):
-        """That of the queue stands still."""
-        queue = make(isolated.listen, clock=ManualClock())
+    def test_a_time_out_counts_even_if_only_the_childs_clock_has_reached_it(self, make):
+        queue = make(isolated.listen, clock=ManualClock())  # which stands still
         with pytest.raises(TaskFailed) as failed:
             queue.submit("listen", timeout=0.5).result(PATIENCE)
         assert failed.value.error == "timed out after 0.5 s"
 
-    def test_a_stop_hands_it_back(self, make, tmp_path, repository):
+    def test_a_stop_returns_the_task_to_the_queue(self, make, tmp_path, repository):
         queue = make(isolated.listen)
         handle = queue.submit("listen", {"path": str(tmp_path / "heard")})
         eventually(lambda: handle.task().message)
@@ -446,11 +446,11 @@ class TestToken:
         after = repository.get_by_id(handle.id)
         assert (after.status, after.interruptions, after.errors) == (TaskStatus.PENDING, 1, 0)
 
-    def test_a_narrower_deadline_inside(self, make):
+    def test_ctx_timeout_works_inside_the_child(self, make):
         queue = make(isolated.listen)
         assert queue.submit("listen", {"inner": True}).result(PATIENCE) == "inner"
 
-    def test_a_narrower_deadline_around_it(self, make):
+    def test_ctx_timeout_works_around_the_child(self, make):
         def layer(ctx, task, call_next):
             try:
                 with ctx.timeout(0.5):
@@ -461,7 +461,7 @@ class TestToken:
         queue = make(isolated.listen, middleware=[layer])
         assert queue.submit("listen").result(PATIENCE) == "too slow"
 
-    def test_cancelled_before_it_begins_it_starts_no_process(self, make, monkeypatch):
+    def test_a_task_cancelled_before_its_start_starts_no_process(self, make, monkeypatch):
         started, start = [], isolation._start
         monkeypatch.setattr(
             isolation, "_start", lambda *files: started.append(files) or start(*files)
@@ -475,15 +475,18 @@ class TestToken:
         assert not started
 
 
-# Killed
+# Killed children
 
 
-class TestKilled:
-    """``ignore`` never looks at its token, and keeps the interpreter to itself."""
+class TestUnresponsiveChild:
+    """The executor ``ignore`` never checks its token, and holds the interpreter's lock."""
 
     @pytest.fixture
     def pids(self, make):
-        """Has it run; returns its handle, and the ids of its process and of one that it started."""
+        """Return a function that runs ``ignore``, and returns its handle and two process ids.
+
+        They belong to its child process and to a program that the child has started.
+        """
 
         def start(queue, **options):
             handle = queue.submit("ignore", **options)
@@ -491,7 +494,7 @@ class TestKilled:
 
         return start
 
-    def test_a_timeout_kills_it_after_the_grace(self, make, pids):
+    def test_a_time_out_kills_the_child_after_the_grace_period(self, make, pids):
         clock = ManualClock()
         queue = make(isolated.ignore, clock=clock)
         handle, running = pids(queue, timeout=3600)
@@ -505,7 +508,7 @@ class TestKilled:
         )
         eventually(lambda: not any(map(alive, running)))
 
-    def test_a_timeout_may_be_retried(self, make, tmp_path):
+    def test_a_task_whose_child_was_killed_by_a_time_out_can_be_retried(self, make, tmp_path):
         clock = ManualClock()
         queue = make(isolated.ignore, clock=clock)
         path = tmp_path / "pids"
@@ -517,7 +520,7 @@ class TestKilled:
             handle.result(PATIENCE)
         assert [outcome for outcome, _ in outcomes(queue, handle.id)] == ["retried", "failed"]
 
-    def test_a_cancel_kills_it_after_the_grace(self, make, pids):
+    def test_a_cancel_kills_the_child_after_the_grace_period(self, make, pids):
         queue = make(isolated.ignore)
         handle, running = pids(queue)
         handle.cancel()
@@ -525,7 +528,7 @@ class TestKilled:
         eventually(lambda: not any(map(alive, running)))
         assert handle.task().crashes == 0
 
-    def test_a_stop_kills_it_after_the_grace_and_hands_it_back(self, make, pids, repository):
+    def test_a_stop_kills_the_child_after_the_grace_period(self, make, pids, repository):
         queue = make(isolated.ignore)
         handle, running = pids(queue)
         assert queue.stop(PATIENCE, cancel=True) == []
@@ -534,8 +537,8 @@ class TestKilled:
         assert (after.status, after.interruptions, after.crashes) == (TaskStatus.PENDING, 1, 0)
 
     @pytest.mark.parametrize("how", ["session", "daemon", "no environment"])
-    def test_programs_in_a_session_of_their_own_are_killed_too(self, make, how):
-        """They are found by their parents or, if these have ended, by their environment."""
+    def test_programs_in_their_own_session_are_killed_too(self, make, how):
+        """They are found by their parents or, if the parents have ended, by their environment."""
         queue = make(isolated.leaves)
         handle = queue.submit("leaves", {"how": how})
         pid = eventually(lambda: handle.task().message)
@@ -544,14 +547,14 @@ class TestKilled:
         eventually(handle.cancelled)
         eventually(lambda: not alive(pid))
 
-    def test_programs_of_one_that_died_are_killed_too(self, make):
+    def test_programs_of_a_child_that_died_are_killed_too(self, make):
         queue = make(isolated.leaves)
         handle = queue.submit("leaves", {"how": "daemon", "dies": True}, max_crashes=1)
         with pytest.raises(TaskFailed, match="exit code 7"):
             handle.result(PATIENCE)
         eventually(lambda: not alive(handle.task().message))
 
-    def test_one_that_ends_within_the_grace_is_not_killed(self, make, tmp_path):
+    def test_a_child_that_ends_within_the_grace_period_is_not_killed(self, make, tmp_path):
         clock = ManualClock()
         queue = make(clock=clock)
         queue.register_executor(isolated.listen, grace=PATIENCE)
@@ -565,7 +568,7 @@ class TestKilled:
         assert lines(tmp_path / "heard") == ["timeout timeout True"]
 
 
-# Dead
+# Dead children
 
 
 class TestCrash:
@@ -578,8 +581,8 @@ class TestCrash:
             ("kill", "its process was killed by SIGKILL, perhaps because memory ran out"),
         ],
     )
-    def test_it_is_a_crash_of_that_task_only(self, make, gate, how, error):
-        """It runs again until its last crash; what runs beside it knows nothing of it."""
+    def test_a_dead_child_is_a_crash_of_its_task_only(self, make, gate, how, error):
+        """The task runs again up to its last crash. A task beside it is not affected."""
         queue = make(isolated.die)
         beside = queue.executor("hold")(lambda: gate()).submit()
         gate.wait_for()
@@ -595,14 +598,14 @@ class TestCrash:
         beside.result(PATIENCE)
         assert (beside.task().crashes, beside.task().starts) == (0, 1)
 
-    def test_it_says_where_it_was(self, make):
+    def test_a_crash_reports_where_the_child_was(self, make):
         queue = make(isolated.die)
         with pytest.raises(TaskFailed) as failed:
             queue.submit("die", {"how": "segfault"}, max_crashes=1).result(PATIENCE)
         assert "Segmentation fault" in failed.value.remote_traceback
         assert 'isolated.py", line' in failed.value.remote_traceback
 
-    def test_the_next_attempt_may_do_better(self, make):
+    def test_the_attempt_after_a_crash_can_succeed(self, make):
         queue = make(isolated.die)
         handle = queue.submit("die", {"how": "once"})
         assert handle.result(PATIENCE) == "second time"
@@ -610,8 +613,8 @@ class TestCrash:
         assert [attempt.outcome for attempt in task.attempts] == ["crashed", "completed"]
         assert (task.crashes, task.attempt, task.error) == (1, 1, "")
 
-    def test_it_runs_on_its_last_chance_beside_others(self, make, gate):
-        """It cannot take them with it, so nobody waits: unlike one that runs in a thread."""
+    def test_an_isolated_suspect_runs_beside_other_tasks(self, make, gate):
+        """Its crash cannot affect other tasks, so they do not wait, unlike for a suspect in a thread."""
         queue = make(isolated.die)
         queue.executor("hold")(lambda: gate())
         queue.submit("hold")
@@ -620,7 +623,7 @@ class TestCrash:
         with pytest.raises(TaskFailed):
             queue.submit("die", {"how": "exit"}).result(PATIENCE)
         assert time.monotonic() - began < PATIENCE
-        assert pool_of(queue).starter.suspects.admit(None)  # nobody has left his turn taken
+        assert pool_of(queue).starter.suspects.admit(None)  # no suspect still has the turn
 
     @pytest.mark.parametrize(
         ("reason", "status", "error"),
@@ -630,20 +633,22 @@ class TestCrash:
             ("stop", "pending", ""),
         ],
     )
-    def test_once_its_token_has_fired_it_is_none(self, make, monkeypatch, reason, status, error):
+    def test_a_child_that_dies_after_its_token_has_fired_is_not_a_crash(
+        self, make, monkeypatch, reason, status, error
+    ):
         monkeypatch.setattr(isolation._Attendance, "_tell_to_stop", lambda self: None)
         queue = make(isolated.listen)
         handle = queue.submit("listen", timeout=900)
         pid = int(eventually(lambda: handle.task().message))
         run = pool_of(queue).runs[handle.id]
-        pool_of(queue).begin_stop()  # it does not run again
+        pool_of(queue).begin_stop()  # so that the task does not run again
         run.token.fire(taskx.CancelReason(reason))
         os.kill(pid, signal.SIGKILL)
         eventually(lambda: handle.task().status != "running")
         task = handle.task()
         assert (task.status.value, task.error, task.crashes) == (status, error, 0)
 
-    def test_hooks_are_told(self, make):
+    def test_hooks_are_told_of_a_crash(self, make):
         told = []
 
         class Told(Hook):
@@ -665,7 +670,7 @@ class TestCrash:
             ("finished", "failed", 2),
         ]
 
-    def test_no_file_is_left_open(self, make, database):
+    def test_a_child_leaves_no_file_open_in_the_parent(self, make, database):
         queue = make(isolated.add, isolated.die)
         queue.submit("add", {"a": 1}).result(PATIENCE)
         before = open_files(but=database)
@@ -676,7 +681,7 @@ class TestCrash:
         eventually(lambda: open_files(but=database) <= before)
 
 
-# With the parent
+# Death of the parent
 
 PROGRAM = """
 import signal, sys
@@ -695,32 +700,32 @@ queue.register_executor(isolated.ignore)
 
 @pytest.fixture
 def run(spawn, database):
-    """Starts a program that has a queue, with more lines."""
+    """Return a function that starts a program with a queue and more lines."""
     return lambda more: spawn(PROGRAM + more, database, TESTS)
 
 
 class TestDiesWithItsParent:
     @pytest.mark.parametrize("type", ["listen", "ignore"])
-    def test_killed_it_leaves_no_child_that_runs_on(self, run, make_queue, type):
-        """Not even one that lets no other thread of its own run."""
+    def test_a_killed_parent_leaves_no_running_child(self, run, make_queue, type):
+        """Not even a child that blocks all of its other threads stays behind."""
         program = run(f"queue.start(); queue.submit({type!r}, id='x'); signal.pause()")
         survivor = make_queue()
         survivor.executor(type)(lambda ctx, **params: "again")
         pid, *programs = eventually(lambda: message(survivor, "x")).split()
         assert alive(pid)
-        if programs:  # it has taken the interpreter's lock, and keeps it
+        if programs:  # it holds the interpreter's lock
             before = busy(pid)
             eventually(lambda: busy(pid) > before + 30)
         program.kill()
-        for started in programs:  # what it started itself is not ours
+        for started in programs:  # programs that the child has started are not killed with it
             os.kill(int(started), signal.SIGKILL)
         eventually(lambda: not alive(pid))
         survivor.start()
         assert survivor.handle("x").result(PATIENCE) == "again"
         assert survivor.get_task_status("x").crashes == 1
 
-    def test_where_the_kernel_does_not_end_it_the_line_does(self, make, monkeypatch):
-        """The line is cut, though the parent lives."""
+    def test_a_child_ends_when_its_socket_closes(self, make, monkeypatch):
+        """For systems whose kernel does not kill it. Here the parent lives and closes the socket."""
         queue = make(isolated.listen)
         cut = []
         hear = isolation._Attendance._hear
@@ -742,7 +747,7 @@ class TestDiesWithItsParent:
             handle.result(PATIENCE)
         assert cut[0]._process.returncode == -signal.SIGKILL
 
-    def test_a_ctrl_c_and_a_sigterm_are_the_parents(self, make, tmp_path):
+    def test_a_child_ignores_ctrl_c_and_sigterm(self, make, tmp_path):
         queue = make(isolated.walk)
         handle = queue.submit("walk", {"path": str(tmp_path / "step")})
         [pid] = map(int, eventually(lambda: lines(tmp_path / "steppid")))
@@ -754,9 +759,8 @@ class TestDiesWithItsParent:
         handle.result(PATIENCE)
         assert lines(tmp_path / "steppid") == [str(pid)]
 
-    def test_an_interrupt_of_the_parent_ends_it(self, monkeypatch):
-        """Where the main thread runs the task."""
-        started = []
+    def test_an_interrupt_of_the_parent_ends_the_child(self, monkeypatch):
+        started = []  # the main thread runs the task here
         start = isolation._start
 
         def interrupted(self):
@@ -782,15 +786,15 @@ def message(queue, task_id):
     return found[task_id].message if found else ""
 
 
-# What can be found
+# Importing executors
 
 
-class TestFound:
+class TestImportableExecutors:
     @pytest.fixture
     def queue(self):
         return Queue(MemoryRepository())
 
-    def test_options_are_checked(self, queue):
+    def test_invalid_options_of_isolation_are_refused(self, queue):
         with pytest.raises(ConfigurationError, match="isolation must be"):
             queue.executor("x", isolation="thread")
         for grace in (-1, float("inf"), "5"):
@@ -798,7 +802,7 @@ class TestFound:
                 queue.executor("x", grace=grace)
         queue.executor("x", isolation=None, grace=0)(lambda: 1)
 
-    def test_what_cannot_be_found_by_name_is_refused(self, queue):
+    def test_an_executor_that_a_child_cannot_import_is_refused(self, queue):
         def inner():
             return 1
 
@@ -815,20 +819,20 @@ class TestFound:
             queue.register_executor(isolated.Needy("x"), isolation="process")
         assert queue._registry.types == ()
 
-    def test_a_module_that_is_none_is_refused(self, queue):
+    def test_an_executor_outside_any_module_is_refused(self, queue):
         namespace = {"__name__": "nowhere"}
         exec("def f(): pass", namespace)
         with pytest.raises(ConfigurationError, match="not at the top level of a module"):
             queue.executor(isolation="process")(namespace["f"])
 
-    def test_another_object_of_that_name_is_not_run(self, make):
+    def test_another_object_with_the_executors_name_is_not_run(self, make):
         queue = make()
         made = taskx.executor("replaced", isolation="process")(isolated.really_replaced)
         queue.register_executor(made)
         with pytest.raises(TaskFailed, match=r"ConfigurationError: .*isolated.replaced is another"):
             queue.submit("replaced").result(PATIENCE)
 
-    def test_one_that_is_gone_in_the_child_fails_its_task(self, make, monkeypatch):
+    def test_an_executor_missing_in_the_child_fails_its_task(self, make, monkeypatch):
         monkeypatch.setattr(isolated, "vanishing", vanishing, raising=False)
         monkeypatch.setattr(vanishing, "__module__", isolated.__name__)
         queue = make()
@@ -874,7 +878,7 @@ def where(parent):
 
 
 class TestMainModule:
-    """The executors of a script are those of its file."""
+    """A child process imports the executors of a script from the script's file."""
 
     @pytest.fixture
     def script(self, tmp_path):
@@ -898,8 +902,8 @@ if __name__ == "__main__":
         print(handle.result(timeout=30), [a.outcome for a in handle.task().attempts])
 """
 
-    def test_one_that_submits_on_import_submits_once(self, script):
-        """In the child it must not, or each task would make another one."""
+    def test_a_script_that_submits_on_import_submits_once(self, script):
+        """The import in the child must not submit, or each task would submit another one."""
         ran = script("""
 handle = where.submit(parent=0)
 with queue:
@@ -910,17 +914,17 @@ with queue:
         assert 'start queues there only under: if __name__ == "__main__"' in told, ran.stderr
         assert count == "1"
 
-    def test_a_script(self, script):
+    def test_an_executor_of_a_script_runs_in_a_child(self, script):
         ran = script(self.GUARDED)
         assert (ran.stdout, ran.returncode) == ("__mp_main__ True ['retried', 'completed']\n", 0), (
             ran.stderr
         )
 
-    def test_a_module_that_is_run(self, script):
+    def test_an_executor_of_a_module_run_with_m_runs_in_a_child(self, script):
         ran = script(self.GUARDED, "-m", "script")
         assert ran.stdout.startswith("script True"), ran.stderr
 
-    def test_a_script_that_starts_its_queue_unasked_is_told_how_to_do_it(self, script):
+    def test_a_script_that_starts_its_queue_on_import_is_told_what_to_do(self, script):
         ran = script(
             """
 queue.start()
@@ -933,10 +937,8 @@ queue.stop()
         assert 'start queues there only under: if __name__ == "__main__"' in ran.stdout
 
     @pytest.mark.parametrize("repository", ["MemoryRepository()", "SQLiteRepository('tasks.db')"])
-    def test_what_its_executor_submits_is_stored_for_the_parent_or_refused(
-        self, script, repository
-    ):
-        """What a child has in memory ends with it."""
+    def test_a_submit_in_the_child_is_stored_for_the_parent_or_refused(self, script, repository):
+        """A task in the memory of the child would be lost with it."""
         ran = script(f"""
 shared = taskx.Queue(taskx.{repository})
 shared.executor("after")(lambda: "after")

@@ -1,4 +1,4 @@
-"""Middleware is wrapped around executions, and changes nothing of the life of a task but by its outcome."""
+"""Middleware wraps the calls of executors, and affects a task only through its outcome."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from taskx.executing.registry import Registry
 
 
 class Notes(Middleware):
-    """Notes in a list that all share when it is entered and left."""
+    """Middleware that notes in a shared list when it is entered and left."""
 
     def __init__(self, name, notes):
         self.name = name
@@ -42,7 +42,7 @@ class Notes(Middleware):
 
 
 @pytest.mark.every_store
-def test_the_first_is_outermost_and_all_are_in_the_workers_thread(make_queue):
+def test_middleware_runs_in_the_workers_thread_and_the_first_is_outermost(make_queue):
     notes = []
     layers = [Notes("outer", notes), Notes("inner", notes)]
     queue = make_queue(worker_num=1, middleware=layers)
@@ -60,7 +60,7 @@ def test_the_first_is_outermost_and_all_are_in_the_workers_thread(make_queue):
 
 
 def started(make_queue, *layers, **options):
-    """A queue that runs ``fine`` inside of layers."""
+    """Return a started queue that runs ``fine`` inside these layers."""
     queue = make_queue(worker_num=1, middleware=layers, **options)
     queue.ran = []
     queue.executor("fine")(lambda: queue.ran.append(1) or "fine")
@@ -68,7 +68,7 @@ def started(make_queue, *layers, **options):
     return queue
 
 
-def test_a_function_will_do_and_what_it_returns_is_the_result(make_queue):
+def test_middleware_can_be_a_function_and_its_return_value_is_the_result(make_queue):
     queue = started(make_queue, lambda ctx, task, call_next: [task.type, call_next()])
     assert queue.submit("fine").result(PATIENCE) == ["fine", "fine"]
 
@@ -78,7 +78,7 @@ def test_the_base_class_changes_nothing(make_queue):
     assert queue.submit("fine").result(PATIENCE) == "fine"
 
 
-def test_it_is_given_the_context_and_task_of_the_run(make_queue):
+def test_middleware_gets_the_context_and_task_of_the_run(make_queue):
     seen = []
 
     def layer(ctx, task, call_next):
@@ -103,7 +103,7 @@ def test_it_is_given_the_context_and_task_of_the_run(make_queue):
 
 @pytest.mark.parametrize("case", ["exception", "exit", "interrupt", "base", "no attributes"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_it_raises_is_the_executors_error(make_queue, case, when):
+def test_an_error_of_middleware_counts_as_the_executors_error(make_queue, case, when):
     error, text = ERRORS[case]
 
     def layer(ctx, task, call_next):
@@ -122,7 +122,7 @@ def test_what_it_raises_is_the_executors_error(make_queue, case, when):
     assert queue.ran == [1, 1] * (when == "after")
 
 
-def test_it_may_ask_for_what_an_executor_may_ask_for(make_queue):
+def test_middleware_can_raise_snooze_and_permanent(make_queue):
     def layer(ctx, task, call_next):
         if task.snoozes == 0:
             raise Snooze(0)
@@ -135,8 +135,7 @@ def test_it_may_ask_for_what_an_executor_may_ask_for(make_queue):
     assert (handle.task().snoozes, handle.task().errors, queue.ran) == (1, 1, [])
 
 
-def test_an_error_passes_through_it(make_queue):
-    """And it may make another one of it, or a result."""
+def test_middleware_can_replace_an_error_with_a_result(make_queue):
     seen = []
 
     def layer(ctx, task, call_next):
@@ -152,13 +151,13 @@ def test_an_error_passes_through_it(make_queue):
     assert len(seen) == 1
 
 
-def test_a_result_that_is_no_json_is_an_error(make_queue):
+def test_a_middleware_result_that_is_not_json_fails_the_task(make_queue):
     queue = started(make_queue, lambda ctx, task, call_next: object())
     with pytest.raises(TaskFailed, match="result"):
         queue.submit("fine").result(PATIENCE)
 
 
-def test_a_cancel_goes_through_it(make_queue):
+def test_a_cancel_passes_through_middleware(make_queue):
     begun, reasons = threading.Event(), []
 
     def layer(ctx, task, call_next):
@@ -182,14 +181,14 @@ def test_a_cancel_goes_through_it(make_queue):
     assert reasons == [CancelReason.CANCEL]
 
 
-def test_it_is_not_there_when_the_function_is_called(make_queue):
+def test_middleware_is_skipped_when_the_function_is_called_directly(make_queue):
     queue = started(make_queue, lambda ctx, task, call_next: "wrapped")
     add = queue.executor("add")(lambda a, b: a + b)
     assert add(1, 2) == 3
     assert add.submit(a=1, b=2).result(PATIENCE) == "wrapped"
 
 
-def test_without_any_an_executor_is_called_as_it_is():
+def test_without_middleware_the_executor_is_called_directly():
     registry = Registry()
     made = make_executor(lambda: None, "t", Options())
     registry.register(made, Options())
@@ -197,7 +196,7 @@ def test_without_any_an_executor_is_called_as_it_is():
 
 
 @pytest.mark.parametrize("wrong", [object(), Middleware, None, "text"])
-def test_what_cannot_wrap_is_refused(wrong):
+def test_an_object_that_cannot_be_middleware_is_refused(wrong):
     with pytest.raises(ConfigurationError, match="middleware"):
         Queue(MemoryRepository(), middleware=[wrong])
 
@@ -230,7 +229,7 @@ class Stream(Middleware):
         (generator, "is a generator"),
     ],
 )
-def test_what_would_not_call_the_executor_is_refused(wrong, problem):
-    """It would be called, and make a coroutine that nobody awaits."""
+def test_async_and_generator_middleware_is_refused(wrong, problem):
+    """A call would only create a coroutine or a generator, and never run the executor."""
     with pytest.raises(ConfigurationError, match=rf"middleware .* {problem}"):
         Queue(MemoryRepository(), middleware=[wrong])

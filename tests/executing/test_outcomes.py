@@ -1,4 +1,4 @@
-"""How attempts end, what the record says of it, and that nobody else is hurt."""
+"""The outcomes of attempts, as the record shows them; a failure affects no other task."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class UnusualStr(Exception):
 
 
 class Text(str):
-    """A text that nobody can do anything with."""
+    """A text whose methods all raise."""
 
     def fail(self, *args):
         raise RuntimeError("no use")
@@ -109,15 +109,15 @@ if sys.version_info >= (3, 11):
 
 
 def check_workers(queue):
-    """All workers live: as many tasks as there are of them meet in one place."""
-    line = threading.Barrier(queue.config.worker_num)
-    queue.executor("meet")(lambda: line.wait(PATIENCE) * 0)
+    """Check that all workers live: as many tasks as there are workers meet at one barrier."""
+    barrier = threading.Barrier(queue.config.worker_num)
+    queue.executor("meet")(lambda: barrier.wait(PATIENCE) * 0)
     for handle in [queue.submit("meet") for _ in range(queue.config.worker_num)]:
         assert handle.result(PATIENCE) == 0
 
 
 @pytest.mark.parametrize("case", ERRORS)
-def test_whatever_it_raises_is_a_failed_task(started, case):
+def test_any_exception_fails_the_task_and_harms_no_worker(started, case):
     error, text = ERRORS[case]
 
     @started.executor("raise")
@@ -141,7 +141,7 @@ def test_whatever_it_raises_is_a_failed_task(started, case):
     check_workers(started)
 
 
-def test_endless_recursion_is_a_failed_task(started):
+def test_endless_recursion_fails_the_task(started):
     started.executor("recurse")(lambda: recurse())
     with pytest.raises(TaskFailed, match="RecursionError"):
         started.submit("recurse").result(PATIENCE)
@@ -149,7 +149,7 @@ def test_endless_recursion_is_a_failed_task(started):
 
 
 @pytest.mark.every_store
-def test_completed_record(started):
+def test_the_record_of_a_completed_task_is_complete(started):
     before = started.submit("fine")
     assert before.result(PATIENCE) == "fine"
     task = before.task()
@@ -164,7 +164,7 @@ def test_completed_record(started):
     assert attempt.worker
 
 
-def test_duration_is_on_the_monotonic_clock(started):
+def test_the_duration_is_measured_with_the_monotonic_clock(started):
     started.executor("rest")(lambda ctx: ctx.sleep(0.05))
     handle = started.submit("rest")
     handle.result(PATIENCE)
@@ -173,7 +173,7 @@ def test_duration_is_on_the_monotonic_clock(started):
 
 
 @pytest.mark.every_store
-def test_attempts_are_retried_at_once_until_spent(started):
+def test_a_failing_task_is_retried_at_once_until_max_attempts(started):
     seen = []
 
     @started.executor("stubborn", max_attempts=3)
@@ -199,7 +199,7 @@ def test_attempts_are_retried_at_once_until_spent(started):
 
 @pytest.mark.every_store
 def test_the_record_names_the_class_of_each_error(started):
-    """The name is that of retry policies: with the module, except for builtins."""
+    """The name is the one that retry policies use: with the module, except for builtins."""
     errors = [OSError("x"), Rude("x"), Retry(delay=0.0), Permanent("x")]
 
     @started.executor("fickle", max_attempts=9)
@@ -223,7 +223,7 @@ def test_the_record_names_the_class_of_each_error(started):
     assert handle.task().attempts[3].error_type == "taskx.core.retry.Permanent"
 
 
-def test_a_time_out_is_a_timeout_error_whatever_was_raised(started):
+def test_an_attempt_that_timed_out_has_error_type_timeout_error(started):
     @started.executor("late", timeout=0.01)
     def late(ctx):
         ctx.token.wait(PATIENCE)
@@ -235,7 +235,7 @@ def test_a_time_out_is_a_timeout_error_whatever_was_raised(started):
     assert handle.task().error_type == "TimeoutError"
 
 
-def test_a_success_forgets_the_class_of_the_error_before_it(started):
+def test_a_success_clears_the_error_type_of_the_attempt_before(started):
     @started.executor("second", max_attempts=2)
     def second(ctx):
         if ctx.task.attempt == 1:
@@ -248,7 +248,7 @@ def test_a_success_forgets_the_class_of_the_error_before_it(started):
 
 
 @pytest.mark.every_store
-def test_the_record_says_who_runs_a_task_while_it_runs(started, gate):
+def test_the_record_names_the_worker_of_a_running_task(started, gate):
     handle = started.executor("hold")(lambda: gate()).submit()
     gate.wait_for()
     assert handle.task().worker == node_of(started).record.name
@@ -258,7 +258,7 @@ def test_the_record_says_who_runs_a_task_while_it_runs(started, gate):
 
 
 @pytest.mark.every_store
-def test_a_later_attempt_may_succeed(started):
+def test_a_later_attempt_can_succeed(started):
     @started.executor("second", max_attempts=5)
     def second(ctx):
         if ctx.task.attempt < 2:
@@ -274,7 +274,7 @@ def test_a_later_attempt_may_succeed(started):
 
 
 @pytest.mark.every_store
-def test_attempt_log_is_bounded(started):
+def test_the_list_of_attempts_is_limited(started):
     @started.executor("many", max_attempts=80)
     def many():
         raise ValueError
@@ -285,11 +285,11 @@ def test_attempt_log_is_bounded(started):
     assert 50 <= len(handle.task().attempts) <= 51
 
 
-# Requeue, delete, list, look
+# Requeue, delete, list and read
 
 
 @pytest.mark.every_store
-def test_requeue_runs_it_again_with_a_fresh_budget(started):
+def test_a_requeued_task_starts_again_at_attempt_one(started):
     fail = [True]
 
     @started.executor("switch", max_attempts=2)
@@ -309,7 +309,7 @@ def test_requeue_runs_it_again_with_a_fresh_budget(started):
 
 
 @pytest.mark.every_store
-def test_cancelled_task_can_be_requeued(started, gate):
+def test_a_cancelled_task_can_be_requeued(started, gate):
     started.executor("hold")(lambda: gate())
     holds = [started.submit("hold") for _ in range(2)]
     gate.wait_for(2)
@@ -324,7 +324,7 @@ def test_cancelled_task_can_be_requeued(started, gate):
 
 
 @pytest.mark.every_store
-def test_only_failed_and_cancelled_tasks_are_requeued(started, gate):
+def test_only_failed_and_cancelled_tasks_can_be_requeued(started, gate):
     started.executor("hold")(lambda: gate())
     running, done = started.submit("hold"), started.submit("fine")
     gate.wait_for(1)
@@ -338,7 +338,7 @@ def test_only_failed_and_cancelled_tasks_are_requeued(started, gate):
 
 
 @pytest.mark.every_store
-def test_delete(started, gate):
+def test_a_task_that_does_not_run_can_be_deleted(started, gate):
     started.executor("hold")(lambda: gate())
     running, done = started.submit("hold"), started.submit("fine")
     gate.wait_for(1)
@@ -354,7 +354,7 @@ def test_delete(started, gate):
 
 
 @pytest.mark.every_store
-def test_an_outcome_that_is_refused_is_stored_without_what_may_be_too_much(queue):
+def test_an_outcome_that_is_refused_is_stored_without_its_traceback(queue):
     def refuse(writes):
         if any(getattr(write, "changes", {}).get("traceback") for write in writes):
             raise RepositoryError("too large")
@@ -369,7 +369,7 @@ def test_an_outcome_that_is_refused_is_stored_without_what_may_be_too_much(queue
 
 @pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.every_store
-def test_an_outcome_that_cannot_be_stored_at_all_is_said_to_be_none(queue, caplog):
+def test_a_task_whose_outcome_cannot_be_stored_runs_again(queue, caplog):
     refusals = []
 
     def refuse(writes):
@@ -390,7 +390,7 @@ def test_an_outcome_that_cannot_be_stored_at_all_is_said_to_be_none(queue, caplo
 
 
 @pytest.mark.every_store
-def test_deleted_while_it_lies_in_the_buffer_it_never_runs(busy, gate):
+def test_a_task_deleted_from_the_buffer_never_runs(busy, gate):
     queue = busy()
     handle = queue.submit("note", {"n": 1})
     queue.delete(handle.id)
@@ -400,7 +400,7 @@ def test_deleted_while_it_lies_in_the_buffer_it_never_runs(busy, gate):
 
 
 @pytest.mark.every_store
-def test_list_says_how_many_there_are_in_all(queue):
+def test_list_tasks_returns_the_total_count(queue):
     from taskx import TaskFilter
 
     queue.executor("fine")(lambda: None)
@@ -412,8 +412,8 @@ def test_list_says_how_many_there_are_in_all(queue):
     assert (len(tasks), total) == (5, 5)
 
 
-def test_a_context_is_not_written_to(started):
-    """A message set by hand, of whatever kind, is an error of that task and hurts nobody."""
+def test_an_executor_cannot_set_attributes_of_the_context(started):
+    """An attempt to do so is an error of that task only."""
 
     @started.executor("by_hand")
     def by_hand(ctx):
@@ -428,7 +428,7 @@ def test_a_context_is_not_written_to(started):
 
 
 @pytest.mark.every_store
-def test_status_of_an_unknown_task(queue):
+def test_the_status_of_an_unknown_task_is_not_found(queue):
     with pytest.raises(TaskNotFound, match="'nobody'"):
         queue.get_task_status("nobody")
 
@@ -436,8 +436,8 @@ def test_status_of_an_unknown_task(queue):
 @pytest.mark.parametrize(
     "hostile", [{"$ne": ""}, {"$gt": ""}, ["x"], b"x", 1, None, "x\0", "\ud800"]
 )
-def test_what_is_no_id_selects_nothing(queue, hostile):
-    """Least of all an operator: no task is read, changed, or removed by one."""
+def test_an_invalid_id_is_refused(queue, hostile):
+    """An operator of a query language must not read, change or delete a task."""
     queue.declare("note")
     queue.submit("note", id="x")
     before = queue.get_task_status("x")
@@ -455,7 +455,7 @@ def test_what_is_no_id_selects_nothing(queue, hostile):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("text", ["", "' OR '1'='1", "%", "{}", "$ne", "X"])
-def test_an_id_is_nothing_but_text(queue, text):
+def test_an_id_is_never_a_pattern_or_query(queue, text):
     queue.declare("note")
     queue.submit("note", id="x")
     before = queue.get_task_status("x")
@@ -465,7 +465,7 @@ def test_an_id_is_nothing_but_text(queue, text):
     assert queue.list_tasks() == ([before], 1)
 
 
-# What is logged
+# Logging
 
 
 @pytest.fixture
@@ -474,7 +474,7 @@ def log(caplog):
     return lambda level: [r.getMessage() for r in caplog.records if r.levelno == level]
 
 
-def test_failure_is_an_error_with_its_traceback(started, log):
+def test_a_failure_is_logged_as_an_error_with_its_traceback(started, log):
     @started.executor("broken", max_attempts=2)
     def broken():
         raise ValueError("look here")
@@ -491,7 +491,7 @@ def test_failure_is_an_error_with_its_traceback(started, log):
     assert "attempt 1: ValueError: look here" in warning
 
 
-def test_start_and_stop_are_told_and_tasks_are_not(queue, log):
+def test_start_and_stop_are_logged_and_successful_tasks_are_not(queue, log):
     queue.executor("fine")(lambda: None)
     with queue:
         queue.submit("fine").result(PATIENCE)
@@ -501,7 +501,7 @@ def test_start_and_stop_are_told_and_tasks_are_not(queue, log):
     assert log(logging.WARNING) == log(logging.ERROR) == []
 
 
-def test_own_logger(make_queue, caplog):
+def test_a_queue_can_use_its_own_logger(make_queue, caplog):
     queue = make_queue(logger=logging.getLogger("mine"))
 
     @queue.executor("say")
@@ -518,7 +518,7 @@ def test_own_logger(make_queue, caplog):
     assert (said.task_id, said.task_type, said.also) == (handle.id, "say", 1)
 
 
-# Nothing is kept
+# Memory and threads
 
 
 class Thing:
@@ -526,7 +526,7 @@ class Thing:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_waiting_worker_keeps_nothing_of_the_last_task_alive(started, fails):
+def test_an_idle_worker_keeps_no_object_of_its_last_task_alive(started, fails):
     made = []
 
     @started.executor("make")
@@ -549,7 +549,7 @@ def test_waiting_worker_keeps_nothing_of_the_last_task_alive(started, fails):
     assert len(made) == 4
 
 
-def test_threads_end_with_their_queue(make_queue):
+def test_the_threads_of_a_queue_end_with_it(make_queue):
     before = threading.active_count()
     for _ in range(3):
         queue = make_queue(worker_num=4)
@@ -561,8 +561,8 @@ def test_threads_end_with_their_queue(make_queue):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
-def test_the_end_is_one_write_and_forgets_nothing_of_before(queue, how):
-    """Not a status first and the result after, and no field that is set back."""
+def test_a_task_ends_in_one_write_that_resets_no_field(queue, how):
+    """The status and the result come in the same write."""
 
     @queue.executor("end")
     def end(ctx, how):
@@ -595,8 +595,8 @@ def test_the_end_is_one_write_and_forgets_nothing_of_before(queue, how):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("limit", [1, 2, 100])
-def test_a_list_and_how_many_there_are_agree(queue, monkeypatch, limit):
-    """Though one more is stored between the two looks."""
+def test_a_list_and_its_total_count_agree(queue, monkeypatch, limit):
+    """They agree even if a task is stored between the two reads."""
     queue.declare("note")
     queue.submit("note")
     coming = []

@@ -1,4 +1,4 @@
-"""Attempts that follow one another: at once, after a while, or not at all."""
+"""Retries: at once, after a wait, or not at all."""
 
 import logging
 import threading
@@ -26,12 +26,12 @@ STEADY = {"jitter": 0}
 
 @pytest.fixture
 def queue(make_queue, clock):
-    """A queue whose time stands still, not started."""
+    """A queue that is not started, with a clock that stands still."""
     return make_queue(worker_num=2, clock=clock)
 
 
 class Fails:
-    """An executor that raises one error after the other, then returns."""
+    """An executor that raises the given errors, one in each attempt, and then returns."""
 
     def __init__(self, queue, *errors, **options):
         self.errors = list(errors)
@@ -46,7 +46,7 @@ class Fails:
 
 
 def waiting(queue, handle):
-    """The task, when it has come to wait."""
+    """Return the task as soon as it waits for its retry."""
     return eventually(
         lambda: (
             (task := queue.get_task_status(handle.id)).status is TaskStatus.PENDING
@@ -58,7 +58,7 @@ def waiting(queue, handle):
 
 class TestPolicy:
     @pytest.mark.every_store
-    def test_of_an_executor_makes_its_tasks_wait_ever_longer(self, queue, clock):
+    def test_the_wait_grows_with_each_attempt(self, queue, clock):
         fails = Fails(queue, *[OSError("down")] * 3, retry=RetryPolicy(4, base=10, **STEADY))
         queue.start()
         handle = queue.submit("fails")
@@ -74,7 +74,7 @@ class TestPolicy:
         assert outcomes == ["retried", "retried", "retried", "completed"]
 
     @pytest.mark.every_store
-    def test_nothing_runs_before_its_time(self, queue, clock):
+    def test_a_retry_does_not_start_before_its_time(self, queue, clock):
         fails = Fails(queue, OSError(), retry=RetryPolicy(base=10, **STEADY))
         queue.start()
         handle = queue.submit("fails")
@@ -85,7 +85,7 @@ class TestPolicy:
         clock.advance(0.001)
         assert handle.result(PATIENCE) == "done"
 
-    def test_of_a_task_wins_over_its_executors(self, queue, clock):
+    def test_the_policy_of_a_task_wins_over_its_executors(self, queue, clock):
         Fails(queue, OSError(), retry=RetryPolicy(2, base=10, **STEADY))
         queue.start()
         handle = queue.submit("fails", retry=RetryPolicy(5, backoff="fixed", base=60, **STEADY))
@@ -93,21 +93,21 @@ class TestPolicy:
         assert task.run_at == clock.now() + timedelta(seconds=60)
         assert task.max_attempts == 5
 
-    def test_max_attempts_given_beside_it_wins(self, queue):
+    def test_max_attempts_wins_over_the_policy(self, queue):
         Fails(queue, retry=RetryPolicy(5), max_attempts=2)
         queue.start()
         assert queue.submit("fails").task().max_attempts == 2
         assert queue.submit("fails", retry=RetryPolicy(7)).task().max_attempts == 7
         assert queue.submit("fails", retry=RetryPolicy(7), max_attempts=1).task().max_attempts == 1
 
-    def test_no_wait_means_at_once(self, queue):
+    def test_a_policy_without_a_wait_retries_at_once(self, queue):
         fails = Fails(queue, OSError(), OSError(), retry=RetryPolicy(3, base=0))
         queue.start()
         assert queue.submit("fails").result(PATIENCE) == "done"
         assert fails.runs == 3
 
     @pytest.mark.every_store
-    def test_spent_attempts_make_a_dead_letter(self, queue):
+    def test_a_task_without_attempts_left_is_a_dead_letter(self, queue):
         Fails(queue, *[OSError()] * 9, retry=RetryPolicy(3, base=0))
         queue.start()
         handle = queue.submit("fails")
@@ -116,7 +116,7 @@ class TestPolicy:
         task = handle.task()
         assert (task.errors, task.dead_letter) == (3, True)
 
-    def test_other_errors_than_those_to_retry_on_fail_at_once(self, queue):
+    def test_an_error_that_is_not_in_retry_on_fails_at_once(self, queue):
         Fails(
             queue, OSError(), ValueError("no use"), retry=RetryPolicy(9, base=0, retry_on=OSError)
         )
@@ -126,7 +126,7 @@ class TestPolicy:
             handle.result(PATIENCE)
         assert (handle.task().errors, handle.task().dead_letter) == (2, True)
 
-    def test_a_time_out_counts_as_timeout_error(self, queue, clock):
+    def test_a_time_out_counts_as_a_timeout_error_for_the_policy(self, queue, clock):
         begun = threading.Event()
 
         @queue.executor("slow", timeout=5, retry=RetryPolicy(9, give_up_on=TimeoutError))
@@ -144,7 +144,9 @@ class TestPolicy:
         assert handle.task().errors == 1
 
     @pytest.mark.parametrize("error", [ZeroDivisionError, SystemExit])
-    def test_a_backoff_that_fails_is_logged_and_the_base_taken(self, queue, clock, caplog, error):
+    def test_a_back_off_function_that_fails_is_logged_and_base_is_used(
+        self, queue, clock, caplog, error
+    ):
         def broken(attempt):
             raise error
 
@@ -155,7 +157,7 @@ class TestPolicy:
         assert error.__name__ in caplog.text
 
     @pytest.mark.every_store
-    def test_a_task_that_waits_can_be_cancelled(self, queue, clock):
+    def test_a_task_that_waits_for_its_retry_can_be_cancelled(self, queue, clock):
         fails = Fails(queue, OSError(), retry=RetryPolicy(base=10))
         queue.start()
         handle = queue.submit("fails")
@@ -165,7 +167,7 @@ class TestPolicy:
         assert queue.drain(PATIENCE)
         assert fails.runs == 1
 
-    def test_the_wait_is_told_in_the_log(self, queue, caplog):
+    def test_the_wait_before_a_retry_is_logged(self, queue, caplog):
         Fails(queue, OSError("down"), retry=RetryPolicy(base=10, **STEADY))
         queue.start()
         handle = queue.submit("fails")
@@ -177,7 +179,7 @@ class TestPolicy:
         )
 
     @pytest.mark.parametrize("wrong", [3, "exponential", {"max_attempts": 3}])
-    def test_what_is_no_policy_is_refused_and_nothing_stored(self, queue, wrong):
+    def test_an_invalid_policy_is_refused_and_nothing_is_stored(self, queue, wrong):
         Fails(queue)
         with pytest.raises(ConfigurationError, match="RetryPolicy"):
             queue.submit("fails", retry=wrong)
@@ -185,7 +187,7 @@ class TestPolicy:
             queue.executor("other", retry=wrong)
         assert queue.list_tasks()[1] == 0
 
-    def test_one_with_a_function_is_for_executors_only(self, queue):
+    def test_only_an_executors_policy_can_have_a_back_off_function(self, queue):
         Fails(queue)
         with pytest.raises(ConfigurationError, match="give it to the executor"):
             queue.submit("fails", retry=RetryPolicy(backoff=lambda attempt: 1))
@@ -194,26 +196,26 @@ class TestPolicy:
 
 class TestRetry:
     @pytest.mark.every_store
-    def test_its_delay_wins_over_the_policy(self, queue, clock):
+    def test_the_delay_of_a_retry_wins_over_the_policy(self, queue, clock):
         Fails(queue, Retry("busy", delay=7), retry=RetryPolicy(base=100))
         queue.start()
         task = waiting(queue, queue.submit("fails"))
         assert task.run_at == clock.now() + timedelta(seconds=7)
         assert (task.errors, task.error) == (1, "Retry: busy")
 
-    def test_without_a_delay_the_policy_says_it(self, queue, clock):
+    def test_a_retry_without_a_delay_waits_as_the_policy_says(self, queue, clock):
         policy = RetryPolicy(base=100, retry_on=OSError, **STEADY)
         Fails(queue, Retry("busy"), retry=policy)
         queue.start()
         task = waiting(queue, queue.submit("fails"))
         assert task.run_at == clock.now() + timedelta(seconds=100)
 
-    def test_without_either_it_is_at_once(self, queue):
+    def test_a_retry_without_delay_and_policy_runs_at_once(self, queue):
         Fails(queue, Retry(), max_attempts=2)
         queue.start()
         assert queue.submit("fails").result(PATIENCE) == "done"
 
-    def test_it_spends_an_attempt(self, queue):
+    def test_a_retry_uses_up_an_attempt(self, queue):
         Fails(queue, Retry("busy", delay=7))
         queue.start()
         with pytest.raises(TaskFailed, match="Retry: busy"):
@@ -222,7 +224,7 @@ class TestRetry:
 
 @pytest.mark.every_store
 class TestPermanent:
-    def test_it_fails_at_once_whatever_is_left(self, queue):
+    def test_a_permanent_error_fails_the_task_at_once(self, queue):
         Fails(queue, Permanent("no such customer"), retry=RetryPolicy(9))
         queue.start()
         handle = queue.submit("fails")
@@ -230,7 +232,7 @@ class TestPermanent:
             handle.result(PATIENCE)
         assert (handle.task().errors, handle.task().dead_letter) == (1, True)
 
-    def test_a_requeue_runs_it_again(self, queue):
+    def test_a_task_with_a_permanent_error_can_be_requeued(self, queue):
         Fails(queue, Permanent("no such customer"), retry=RetryPolicy(9))
         queue.start()
         handle = queue.submit("fails")
@@ -242,7 +244,7 @@ class TestPermanent:
 
 @pytest.mark.every_store
 class TestSnooze:
-    def test_it_runs_again_later_and_spends_nothing(self, queue, clock):
+    def test_a_snoozed_task_runs_later_and_uses_up_no_attempt(self, queue, clock):
         fails = Fails(queue, Snooze(60), Snooze(60), OSError("down"))
         queue.start()
         handle = queue.submit("fails")
@@ -257,7 +259,7 @@ class TestSnooze:
         outcomes = [attempt.outcome for attempt in handle.task().attempts]
         assert outcomes == ["snoozed", "snoozed", "failed"]
 
-    def test_one_that_was_asked_to_stop_is_cancelled(self, queue, gate):
+    def test_a_snooze_after_a_cancel_is_a_cancel(self, queue, gate):
         @queue.executor("sleepy")
         def sleepy(ctx):
             gate()
@@ -270,7 +272,7 @@ class TestSnooze:
         gate.open()
         eventually(lambda: handle.task().status is TaskStatus.CANCELLED)
 
-    def test_after_a_stop_it_is_an_interruption(self, queue, gate):
+    def test_a_snooze_after_a_stop_is_an_interruption(self, queue, gate):
         @queue.executor("sleepy")
         def sleepy(ctx):
             gate()
@@ -287,9 +289,7 @@ class TestSnooze:
         assert (task.snoozes, task.interruptions, task.run_at) == (0, 1, None)
 
 
-def test_a_wait_outlasts_the_process(database, clock):
-    """What waits is on the record: another queue on the file runs it when it is due."""
-
+def test_another_process_runs_a_waiting_retry_when_it_is_due(database, clock):
     def run(queue):
         return Fails(queue, OSError("down"), retry=RetryPolicy(base=10, **STEADY))
 
@@ -311,8 +311,8 @@ def test_a_wait_outlasts_the_process(database, clock):
             assert queue.get_task_status(handle.id).errors == 1
 
 
-def test_a_policy_stored_with_a_task_is_heeded_by_another_process(database, clock):
-    """One that only declared the type may say how its tasks are retried."""
+def test_another_process_uses_the_policy_stored_with_a_task(database, clock):
+    """A process that has only declared the type can set the policy of its tasks."""
     with SQLiteRepository(database) as here, SQLiteRepository(database) as there:
         web = Queue(here, clock=clock)
         web.declare("fails")
