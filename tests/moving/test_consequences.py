@@ -1,4 +1,4 @@
-"""Whatever moves a task, those hear of it who must, and nobody else."""
+"""Each move of a task is reported to the parts that need to know, and to no others."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ FAILED, CANCELLED = "failed", "cancelled"
 
 ENDED = {"hook finished", "dependents", "turns", "handles"}
 OVER = {"limits", "log"}
-#: Who hears of each move.
+#: The parts that hear of each move.
 HEARD = {
     ("create", None): {"hook submitted", "waiting", "turns", "due"},
     ("create", RUNNING): {"hook submitted"},
@@ -41,7 +41,7 @@ HEARD = {
     ("progress", None): {"hook progressed"},
     ("checkpoint", None): set(),
     ("complete", COMPLETED): ENDED | OVER,
-    ("fail", FAILED): {"hook stuck"} | ENDED | OVER,  # some whose thread runs on
+    ("fail", FAILED): {"hook stuck"} | ENDED | OVER,  # "hook stuck" if the thread runs on
     ("retry", PENDING): {"hook stuck", "hook retried", "buffer", "due"} | OVER,
     ("snooze", PENDING): {"hook snoozed", "due"} | OVER,
     ("interrupt", PENDING): {"hook interrupted", "more"} | OVER,
@@ -104,8 +104,9 @@ def test_each_write_of_the_core_names_a_move_that_has_a_row():
             assert not [*calls(path, "Update", "Delete")], path
 
 
-#: Who may call those that hear of moves; and who may commit writes without what follows: of starts and of
-#: pending tasks that change hands nothing does, and who stores new tasks says so afterwards.
+#: Calls that report a move: only ``moving.py`` and the node may make them. ``COMMITS`` has the modules that
+#: may commit writes without the consequences, because a start or a new owner has none, or because the
+#: module reports new tasks afterwards.
 TOLD = ("dependents.parent_ended", "dependents.waits", "watcher.resolve", "hooks.tell")
 COMMITS = {
     "moving.py": "commit",
@@ -120,7 +121,7 @@ COMMITS = {
 }
 
 
-def test_nobody_goes_round_the_table():
+def test_all_moves_are_reported_through_the_table():
     commits = defaultdict(set)
     for path in PACKAGE.rglob("*.py"):
         name = path.relative_to(PACKAGE).as_posix()
@@ -128,7 +129,7 @@ def test_nobody_goes_round_the_table():
             if not isinstance(node, ast.Attribute):
                 continue
             of = ast.unparse(node.value)
-            if f"{of}.{node.attr}".endswith(TOLD):  # of the queue itself, hooks hear by itself
+            if f"{of}.{node.attr}".endswith(TOLD):  # hooks hear of the queue itself from the node
                 assert name in ("moving.py", "upkeep/node.py")
             if of.endswith("ledger") and node.attr.startswith(("commit", "defer")):
                 commits[name].add(node.attr)
@@ -138,7 +139,7 @@ def test_nobody_goes_round_the_table():
 
 
 class Ears:
-    """Notes who hears of something while what follows from a move is done, by the move."""
+    """Record which parts hear of something during the consequences of each move."""
 
     def __init__(self, monkeypatch):
         self.heard = defaultdict(set)
@@ -151,7 +152,7 @@ class Ears:
         def follows(consequences, writes, *args, **options):
             self.followed.update((id(write), write) for write in writes)
             keys = {key(write) for write in writes}
-            move = keys.pop() if len(keys) == 1 else None  # else who hears of which?
+            move = keys.pop() if len(keys) == 1 else None  # else the parts cannot be told apart
             self._during(move, follow, consequences, writes, *args, **options)
 
         def creates(consequences, inserts):
@@ -188,7 +189,7 @@ class Ears:
             self.heard[move].add(name)
 
     def listen(self, owner, method, name):
-        """Note that a method is called."""
+        """Record that a method is called."""
         call = getattr(owner, method)
 
         def heard(*args, **options):
@@ -208,7 +209,7 @@ class Ears:
         self._patch(Hooks, "tell", heard)
 
     def watch(self, repository):
-        """Note what is applied, but by ``elsewhere``: as if another process had."""
+        """Record the writes that are applied, except by ``elsewhere``, which acts as another process."""
         self.elsewhere = apply = repository.apply
 
         def applied(writes, **options):
@@ -222,7 +223,7 @@ class Ears:
 
 
 class Everybody:
-    """A stand-in for the watcher, and for what it watches: somebody waits for each task."""
+    """A stand-in for the watcher and its tasks: somebody waits for each task."""
 
     def __init__(self, ears):
         self._ears = ears
@@ -250,7 +251,7 @@ def ears(monkeypatch, caplog):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_exactly_those_hear_of_a_move_who_must(ears, make_queue, repository, gate, monkeypatch):
+def test_exactly_the_right_parts_hear_of_each_move(ears, make_queue, repository, gate, monkeypatch):
     ears.watch(repository)
     queue = make_queue(worker_num=2, hooks=[Listener()])
     monkeypatch.setattr(services_of(queue).consequences, "_watcher", Everybody(ears))
@@ -262,7 +263,7 @@ def test_exactly_those_hear_of_a_move_who_must(ears, make_queue, repository, gat
 
 
 class Life:
-    """Has a queue make every move that there is; most tasks have a concurrency key of their own."""
+    """Make a queue do every move; most tasks have a concurrency key of their own."""
 
     def __init__(self, queue, ears, gate, make_queue):
         self.queue, self.ears, self.gate, self.make_queue = queue, ears, gate, make_queue
@@ -285,7 +286,7 @@ class Life:
 
     def live(self):
         self.submit("remote", id="awaited")
-        self.submit("remote", depends_on=["awaited"])  # so that ends are told
+        self.submit("remote", depends_on=["awaited"])  # so that ends are reported
         self.queue.start()
         for part in (
             self.ends,
@@ -381,7 +382,7 @@ class Life:
             self.queue.cancel_task(running)
         self.queue.resume("fine")
         self.until(COMPLETED, waiting)
-        self.make_queue().start()  # with nothing that it could run
+        self.make_queue().start()  # a node without executors
         web = self.make_queue()
         web.declare("fine")
         self.until(COMPLETED, web.submit("fine").id)
@@ -424,7 +425,7 @@ class Life:
 
     def _died(self, ctx):
         self.tries[ctx.task.id] += 1
-        if ctx.task.id == "unheard":  # of a cancel that another process has asked for
+        if ctx.task.id == "unheard":  # another process requests the cancel
             self.ears.elsewhere(lifecycle.cancel(ctx.task.id, 1)[-1:])
         if ctx.task.id != "once" or self.tries[ctx.task.id] == 1:
             raise ChildDied("killed", "")

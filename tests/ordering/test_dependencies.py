@@ -1,4 +1,4 @@
-"""Tasks that depend on others: they wait, and go with what becomes of those."""
+"""Tasks that depend on others: they wait for their parents, whose outcomes decide about them."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ NEVER = float("inf")
 
 @pytest.fixture
 def started(queue, gate):
-    """A queue that runs ``fine``, which gives its number back, ``bad``, and ``hold``, which waits."""
+    """A started queue: ``fine`` returns its number, ``bad`` raises, ``hold`` waits for the gate."""
     queue.ran = []
 
     @queue.executor("fine")
@@ -74,19 +74,19 @@ def started(queue, gate):
 
 @pytest.fixture
 def events_alone(repository, look_every):
-    """Nothing is found by a slow look, or because somebody else changed something."""
+    """Disable the slow scan and the notice of changes by others, so that only events help."""
     look_every(audit=NEVER)
     repository.version = lambda: 0
 
 
 def end_by_hand(repository, task_id, status=TaskStatus.COMPLETED):
-    """Have a task run and end so, behind the back of all queues."""
+    """Let a task run and end with this status, without telling any queue."""
     repository.update_status(task_id, TaskStatus.RUNNING)
     repository.update_status(task_id, status)
 
 
 def unreleased(make_queue):
-    """A parent that has completed, and its child, of which no queue was told that it may start."""
+    """Return a completed parent and its child; no queue was told that the child may start."""
     submitter = make_queue()
     submitter.declare("fine")
     parent = submitter.submit("fine")
@@ -96,7 +96,7 @@ def unreleased(make_queue):
 
 
 def start_fine(make_queue):
-    """Another queue that runs ``fine``."""
+    """Start another queue that runs ``fine``."""
     queue = make_queue()
     queue.executor("fine")(lambda: None)
     queue.start()
@@ -105,7 +105,7 @@ def start_fine(make_queue):
 
 @pytest.mark.usefixtures("events_alone")
 class TestReleased:
-    def test_when_all_parents_have_completed(self, started, gate):
+    def test_a_child_starts_when_all_parents_have_completed(self, started, gate):
         parents = [started.submit("hold", {"n": n}) for n in (1, 2)]
         child = started.submit("fine", depends_on=parents)
         gate.wait_for(2)
@@ -114,7 +114,7 @@ class TestReleased:
         gate.open()
         assert child.result(PATIENCE) == [0, 1, 2]
 
-    def test_one_after_the_other(self, started, gate):
+    def test_a_chain_of_children_runs_one_after_the_other(self, started, gate):
         first = last = started.submit("hold")
         for n in range(1, 10):
             last = started.submit("fine", {"n": n}, depends_on=[last])
@@ -123,12 +123,12 @@ class TestReleased:
         assert started.ran == list(range(1, 10))
         assert first.done()
 
-    def test_parents_that_have_completed_are_not_waited_for(self, started):
+    def test_a_child_does_not_wait_for_completed_parents(self, started):
         parent = started.submit("fine", {"n": 1})
         parent.result(PATIENCE)
         assert started.submit("fine", depends_on=[parent.id]).result(PATIENCE) == [0, [1]]
 
-    def test_then_its_own_time_is_waited_for(self, make_queue, gate):
+    def test_a_child_also_waits_for_its_own_delay(self, make_queue, gate):
         clock = ManualClock()
         queue = make_queue(clock=clock)
         queue.executor("fine")(lambda: None)
@@ -142,7 +142,7 @@ class TestReleased:
         clock.advance(9)
         child.result(PATIENCE)
 
-    def test_drain_waits_for_those_whose_parents_run(self, started, gate):
+    def test_drain_waits_for_children_of_running_parents(self, started, gate):
         last = started.submit("hold")
         for n in range(30):
             last = started.submit("fine", {"n": n}, depends_on=[last])
@@ -150,7 +150,7 @@ class TestReleased:
         assert started.drain(PATIENCE)
         assert last.task().status is TaskStatus.COMPLETED
 
-    def test_a_waiting_one_takes_no_room_in_the_buffer(self, make_queue, gate):
+    def test_a_waiting_child_takes_no_room_in_the_buffer(self, make_queue, gate):
         queue = make_queue(worker_num=1, buffer_size=1)
         queue.executor("hold")(lambda: gate())
         queue.start()
@@ -162,7 +162,7 @@ class TestReleased:
         for child in children:
             child.result(PATIENCE)
 
-    def test_a_thousand_children_of_one_and_one_child_of_a_thousand(self, started, gate):
+    def test_one_parent_may_have_many_children_and_one_child_many_parents(self, started, gate):
         many = 100 if isinstance(started.repository, MongoRepository) else 1000  # a slow mock
         root = started.submit("hold")
         tasks = [
@@ -180,7 +180,7 @@ class TestReleased:
 class TestParentFails:
     @pytest.fixture(params=["failed", "cancelled", "deleted"])
     def doomed(self, request, started):
-        """A parent that will not complete, and a function that has it end so."""
+        """A parent that will not complete, and a function that ends it."""
         parent = started.submit("bad", delay=3600)
 
         def end():
@@ -198,7 +198,7 @@ class TestParentFails:
 
         return parent, end
 
-    def test_its_children_are_cancelled_and_theirs(self, started, doomed):
+    def test_children_and_grandchildren_are_cancelled_by_default(self, started, doomed):
         parent, end = doomed
         child = started.submit("fine", depends_on=[parent])
         grandchild = started.submit("fine", depends_on=[child], on_parent_failure="cancel")
@@ -209,29 +209,29 @@ class TestParentFails:
         assert started.ran == []
         assert child.task().completed_at is not None
 
-    def test_or_they_fail(self, started, doomed):
+    def test_children_fail_if_they_asked_for_that(self, started, doomed):
         parent, end = doomed
         child = started.submit("fine", depends_on=[parent], on_parent_failure="fail")
         end()
         assert f"its parent {parent.id}" in str(child.exception(PATIENCE))
         assert (child.task().dead_letter, child.task().starts) == (True, 0)
 
-    def test_or_they_run(self, started, doomed):
+    def test_children_run_if_they_asked_for_that(self, started, doomed):
         parent, end = doomed
         started.executor("alone")(lambda: "ran")
         child = started.submit("alone", depends_on=[parent], on_parent_failure="run")
         end()
         assert child.result(PATIENCE) == "ran"
 
-    def test_they_give_their_keys_up(self, started, doomed):
+    def test_cancelled_children_release_their_unique_keys(self, started, doomed):
         parent, end = doomed
         child = started.submit("fine", depends_on=[parent], unique_key="k", unique_scope="ever")
         end()
         eventually(child.cancelled)
         assert started.repository.find("unique_lock", ["k"], ("id",)) == []
 
-    def test_one_that_is_handed_back_and_was_to_be_cancelled(self, started):
-        """It was started ahead; a cancel came before a worker took it."""
+    def test_a_cancelled_parent_that_is_handed_back_cancels_its_children(self, started):
+        """The task was started ahead, and cancelled before a worker took it."""
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
         repository, starter = started.repository, pool_of(started).starter
@@ -243,7 +243,7 @@ class TestParentFails:
         assert parent.task().status is TaskStatus.CANCELLED
         eventually(child.cancelled)
 
-    def test_it_is_decided_when_all_parents_have_ended(self, started, doomed, gate):
+    def test_a_child_is_decided_when_all_parents_have_ended(self, started, doomed, gate):
         parent, end = doomed
         other = started.submit("hold")
         child = started.submit("fine", depends_on=[other, parent])
@@ -254,13 +254,13 @@ class TestParentFails:
         gate.open()
         eventually(child.cancelled)
 
-    def test_one_that_failed_before_counts_too(self, started):
+    def test_a_parent_that_failed_before_the_submit_counts_too(self, started):
         parent = started.submit("bad")
         assert parent.exception(PATIENCE)
         child = started.submit("fine", depends_on=[parent])
         eventually(child.cancelled)
 
-    def test_a_retry_is_no_failure(self, started):
+    def test_a_retry_of_the_parent_is_not_a_failure(self, started):
         @started.executor("second", max_attempts=2)
         def second(ctx):
             if ctx.task.attempt == 1:
@@ -273,7 +273,7 @@ class TestParentFails:
 
 @pytest.mark.usefixtures("events_alone")
 class TestRequeue:
-    def test_of_parent_and_child_they_run_in_order(self, started, gate):
+    def test_a_requeued_parent_runs_before_its_child(self, started, gate):
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])
         gate.wait_for(1)
@@ -281,15 +281,17 @@ class TestRequeue:
         gate.open()
         eventually(child.cancelled)
         gate.close()
-        started.requeue(parent.id)  # the child comes along
+        started.requeue(parent.id)  # requeues the child, too
         gate.wait_for(1)
-        started.submit("fine", {"n": 1}).result(PATIENCE)  # the other worker passes the child over
+        started.submit("fine", {"n": 1}).result(
+            PATIENCE
+        )  # the other worker must not start the child
         assert started.ran == [1]
         gate.open()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
         assert started.ran == [1, 0]
 
-    def test_a_requeue_leaves_alone_what_the_user_cancelled(self, started, gate):
+    def test_a_requeue_does_not_touch_children_that_a_user_cancelled(self, started, gate):
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])
         gate.wait_for(1)
@@ -301,7 +303,7 @@ class TestRequeue:
         eventually(lambda: parent.task().status is TaskStatus.COMPLETED)
         assert child.task().status is TaskStatus.CANCELLED
 
-    def test_of_the_child_alone_it_runs_whatever_became_of_the_parent(self, started):
+    def test_a_requeued_child_runs_even_if_its_parent_failed(self, started):
         child = started.submit("bad", depends_on=[started.submit("bad")])
         eventually(child.cancelled)
         started.requeue(child.id)
@@ -314,15 +316,15 @@ class TestRefused:
         yield
         assert ids(started) == set()
 
-    def test_a_parent_that_is_not_there(self, started):
+    def test_an_unknown_parent_is_refused(self, started):
         with pytest.raises(TaskNotFound, match="nobody"):
             started.submit("fine", depends_on=["nobody"])
 
-    def test_itself(self, started):
+    def test_a_task_cannot_depend_on_itself(self, started):
         with pytest.raises(ConfigurationError, match="itself"):
             started.submit("fine", id="a", depends_on=["a"])
 
-    def test_a_circle(self, started):
+    def test_a_circle_is_refused(self, started):
         edges = {"a": ["b", "d"], "b": ["c"], "c": ["a"], "d": []}
         tasks = [Task(id=i, type="fine", depends_on=parents) for i, parents in edges.items()]
         with pytest.raises(ConfigurationError, match="circle: a on b on c on a"):
@@ -332,9 +334,9 @@ class TestRefused:
         "parents",
         ["abc", b"a", 5, True, {"a": 1}, [""], [5], [None], ["x" * 256], lambda q: q.handle("a")],
     )
-    def test_what_is_no_list_of_ids(self, started, parents):
+    def test_depends_on_must_be_a_list_of_ids(self, started, parents):
         if callable(parents):
-            parents = parents(started)  # one by itself
+            parents = parents(started)  # a handle instead of a list
         with pytest.raises(ConfigurationError, match="depends_on"):
             started.submit("fine", depends_on=parents)
         task = Task(type="fine", depends_on=parents)
@@ -343,18 +345,18 @@ class TestRefused:
         with pytest.raises(ConfigurationError, match="depends_on"):
             started.submit_flow(chain(task))
 
-    def test_another_policy(self, started):
+    def test_an_unknown_policy_is_refused(self, started):
         with pytest.raises(ConfigurationError, match="on_parent_failure"):
             started.submit("fine", depends_on=["a"], on_parent_failure="ignore")
         with pytest.raises(ConfigurationError, match="on_parent_failure"):
             started.submit("fine", depends_on=[], on_parent_failure="ignore")
 
-    def test_eight_methods_cannot_hold_it(self):
+    def test_a_repository_of_eight_methods_refuses_depends_on(self):
         queue = Queue(TinyRepository())
         queue.executor("fine")(lambda: None)
         with queue:
             parent = queue.submit("fine")
-            parent.result(PATIENCE)  # what has ended is in the repository only
+            parent.result(PATIENCE)  # an ended task is in the repository only
         queue = Queue(queue.repository.inner)
         queue.executor("fine")(lambda: None)
         for parents in ([parent], [queue.submit("fine"), parent]):
@@ -365,7 +367,7 @@ class TestRefused:
 
 
 class TestParents:
-    def test_in_the_order_given_whole_records(self, started):
+    def test_ctx_parents_are_whole_records_in_the_given_order(self, started):
         parents = [started.submit("fine", {"n": n}) for n in (3, 1, 2)]
 
         @started.executor("look")
@@ -377,11 +379,11 @@ class TestParents:
             [parent.id, "completed", [n]] for parent, n in zip(parents, (3, 1, 2), strict=True)
         ]
 
-    def test_none_without(self, started):
+    def test_a_task_without_parents_has_no_ctx_parents(self, started):
         assert started.submit("fine").result(PATIENCE) == [0]
 
     @pytest.mark.usefixtures("frequent_looks")
-    def test_one_that_was_deleted_is_an_error(self, started):
+    def test_a_deleted_parent_is_an_error_in_ctx_parents(self, started):
         parent = started.submit("bad")
         assert parent.exception(PATIENCE)
         child = started.submit("fine", depends_on=[parent], on_parent_failure="run", delay=3600)
@@ -392,7 +394,7 @@ class TestParents:
         started.repository.update(task)
         assert "TaskNotFound" in str(child.exception(PATIENCE))
 
-    def test_pruning_keeps_what_an_unfinished_child_may_ask_for(self, started, gate):
+    def test_pruning_keeps_the_parents_of_unfinished_children(self, started, gate):
         parent = started.submit("fine")
         parent.result(PATIENCE)
         child = started.submit("hold", depends_on=[parent])
@@ -406,11 +408,11 @@ class TestParents:
 
 @pytest.mark.usefixtures("events_alone")
 class TestOthers:
-    """Tasks that another process stored, and of which nobody here was told."""
+    """Tasks that another process stored, without telling this process."""
 
     @pytest.fixture
     def family(self, started, make_queue, look_every):
-        look_every(recover=NEVER)  # then it looks around by itself
+        look_every(recover=NEVER)  # else the housekeeper calls refresh
         whole_round(started)
         other = make_queue()
         other.declare("fine")
@@ -420,13 +422,13 @@ class TestOthers:
         assert not services_of(started).dependents.any
         return parent, child
 
-    def test_what_ended_before_they_were_known_is_looked_for(self, started, family):
+    def test_a_refresh_finds_parents_that_ended_before_it(self, started, family):
         parent, child = family
         end_by_hand(started.repository, parent.id)
         services_of(started).dependents.refresh()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)
 
-    def test_from_then_on_ends_are_told(self, started, family):
+    def test_after_a_refresh_ends_are_reported(self, started, family):
         parent, child = family
         services_of(started).dependents.refresh()
         eventually(lambda: not services_of(started).dependents.waiting)
@@ -434,12 +436,12 @@ class TestOthers:
         eventually(lambda: child.task().status is TaskStatus.CANCELLED)
 
     @pytest.mark.parametrize("how", [TaskStatus.RUNNING, TaskStatus.CANCELLED])
-    def test_one_that_is_moved_by_hand_waits_no_more(self, started, family, how):
+    def test_a_child_that_is_moved_by_hand_stops_waiting(self, started, family, how):
         started.repository.update_status(family[1].id, how)
         assert started.repository.find("waiting_on", [family[0].id], ("id",)) == []
         assert started.repository.distinct("waiting_on", "", 9) == []
 
-    def test_until_there_are_none_any_more(self, started, family):
+    def test_ends_are_not_reported_if_no_child_waits(self, started, family):
         family[1].cancel()
         services_of(started).dependents.refresh()
         assert not services_of(started).dependents.any
@@ -447,7 +449,7 @@ class TestOthers:
 
 @pytest.mark.usefixtures("events_alone")
 class TestRecovered:
-    """What a node lost track of ends with its children, too."""
+    """The children of a task that a node lost are decided, too."""
 
     @pytest.fixture
     def family(self, started):
@@ -462,13 +464,13 @@ class TestRecovered:
         return parent, child, runs_on
 
     @pytest.mark.usefixtures("frequent_looks")
-    def test_what_a_dead_process_ran(self, started, family):
+    def test_the_death_of_the_parents_process_decides_the_child(self, started, family):
         parent, child, runs_on = family
         runs_on("one of which nothing is known")
         eventually(child.cancelled)
         assert parent.task().status is TaskStatus.FAILED
 
-    def test_what_nobody_runs_and_was_to_be_cancelled(self, started, family):
+    def test_a_lost_parent_that_was_to_be_cancelled_cancels_its_child(self, started, family):
         parent, child, runs_on = family
         runs_on(node_of(started).record.id)
         started.repository.apply(lifecycle.cancel(parent.id, 1))
@@ -477,8 +479,8 @@ class TestRecovered:
         eventually(child.cancelled)
 
 
-def test_who_decides_late_by_what_was_true_before_decides_nothing(started):
-    """Another one has released the child since; it is pending still, and could be cancelled."""
+def test_a_late_decision_by_old_statuses_changes_nothing(started):
+    """Another node has released the child in the meantime; it is still pending and could be cancelled."""
     started.stop()
     repository = started.repository
     submitter = Queue(repository)
@@ -493,10 +495,10 @@ def test_who_decides_late_by_what_was_true_before_decides_nothing(started):
 
 
 class TestStopped:
-    """A queue that was stopped has no housekeeper any more that would look."""
+    """A stopped queue has no housekeeper that would decide the children."""
 
-    def test_what_ended_last_is_looked_at_last(self, started, monkeypatch):
-        """Its outcome was written when the housekeeper had ended."""
+    def test_children_of_the_last_task_are_decided_during_the_stop(self, started, monkeypatch):
+        """The outcome was written after the housekeeper had ended."""
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
         stop = housekeeper_of(started).stop
@@ -510,7 +512,7 @@ class TestStopped:
         started.stop()
         assert child.task().status is TaskStatus.CANCELLED
 
-    def test_what_it_cancels_ends_its_children(self, started):
+    def test_a_cancel_on_a_stopped_queue_cancels_the_children(self, started):
         parents = [started.submit("fine", delay=3600) for _ in range(3)]
         children = [started.submit("fine", depends_on=[parent]) for parent in parents]
         started.stop()
@@ -521,19 +523,21 @@ class TestStopped:
 
 
 class TestDrained:
-    """``drain`` waits for those whose parents have ended, whoever ended them and whether told or not."""
+    """``drain`` waits for tasks whose parents have ended, even if no event reported the end."""
 
     @pytest.fixture(autouse=True)
-    def no_slow_looks(self, look_every):
+    def no_slow_scans(self, look_every):
         look_every(audit=NEVER)
 
-    def test_before_the_first_look(self, repository, make_queue, monkeypatch):
+    def test_drain_waits_for_children_before_the_first_scan(
+        self, repository, make_queue, monkeypatch
+    ):
         _, child = unreleased(make_queue)
         queue = start_fine(make_queue)
         assert queue.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
 
-    def test_where_nobody_was_told(self, started):
+    def test_drain_finds_children_that_no_event_reported(self, started):
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
         eventually(lambda: not services_of(started).dependents.waiting)
@@ -541,7 +545,7 @@ class TestDrained:
         assert started.drain(PATIENCE)
         assert child.task().status is TaskStatus.COMPLETED
 
-    def test_not_for_those_whose_parents_may_not_start_yet(self, started, monkeypatch):
+    def test_drain_does_not_wait_for_children_of_delayed_parents(self, started, monkeypatch):
         monkeypatch.setattr(ordering, "_PAGE", 2)
         for n in range(5):
             started.submit("fine", {"n": n}, depends_on=[started.submit("fine", delay=3600)])
@@ -555,8 +559,8 @@ class TestDrained:
             assert len(started.ran) == ran
 
 
-def test_at_the_first_look_all_are_looked_at(repository, make_queue, look_every):
-    """Whoever ran before may not have come to it; nobody tells that anything has changed since."""
+def test_a_queue_that_starts_scans_all_parents(repository, make_queue, look_every):
+    """An earlier process may have left work undone; no event reports it."""
     look_every(audit=NEVER)
     _, child = unreleased(make_queue)
     repository.version = lambda: 0
@@ -565,23 +569,21 @@ def test_at_the_first_look_all_are_looked_at(repository, make_queue, look_every)
 
 
 @pytest.mark.parametrize("step", [1, -1])
-def test_one_of_many_parents_is_seldom_among_the_first_to_end(step):
-    """Each time that it is, all of them must be looked at again."""
+def test_the_registered_parent_is_seldom_among_the_first_to_end(step):
+    """Each time it is, all parents must be read again."""
     parents = [f"00000000-0000-7000-8000-{n:012}" for n in range(1000)]
     statuses = dict.fromkeys(parents, "running")
-    looked, waiting_on = 0, lifecycle.unfinished_parent(parents, statuses)
+    reads, waiting_on = 0, lifecycle.unfinished_parent(parents, statuses)
     for parent in parents[::step]:
         statuses[parent] = "completed"
         if parent == waiting_on:
-            looked, waiting_on = looked + 1, lifecycle.unfinished_parent(parents, statuses)
+            reads, waiting_on = reads + 1, lifecycle.unfinished_parent(parents, statuses)
     assert waiting_on is None
-    assert looked < 50
+    assert reads < 50
 
 
-def test_a_long_chain_that_ends_at_once_holds_the_housekeeper_up_only_for_a_moment(
-    queue, monkeypatch
-):
-    """What it does not come to in time it goes on with, and drain waits for that."""
+def test_a_long_chain_that_is_cancelled_does_not_block_the_housekeeper(queue, monkeypatch):
+    """The housekeeper does the rest in later calls, and a drain waits for it."""
     waiting = services_of(queue).dependents
     queue.declare("t")
     ids = [f"{n:02}" for n in range(20)]
@@ -602,7 +604,7 @@ def test_a_long_chain_that_ends_at_once_holds_the_housekeeper_up_only_for_a_mome
 
 
 class Touched(deque):
-    """Counts the ids that are read or taken off."""
+    """A deque that counts the ids that are read or removed."""
 
     count = 0
 
@@ -621,7 +623,7 @@ class Touched(deque):
 
 @pytest.fixture
 def family_of_ten(queue, monkeypatch):
-    """A parent that was cancelled, of which was told, and its children, which are decided two at a time."""
+    """A cancelled parent, whose end was reported, and ten children, which are decided two at a time."""
     monkeypatch.setattr(ordering, "BATCH", 2)
     queue.declare("t")
     parent = queue.submit("t")
@@ -634,8 +636,8 @@ def family_of_ten(queue, monkeypatch):
     return waiting, children
 
 
-def test_a_step_touches_no_more_than_it_decides(queue, family_of_ten):
-    """However many are due: else a wide family would cost the square of its width."""
+def test_a_step_reads_no_more_children_than_it_decides(queue, family_of_ten):
+    """This holds for any number of due tasks; else a wide family would cost the square of its width."""
     waiting, children = family_of_ten
     get_many, read = queue.repository.get_many, []
     queue.repository.get_many = lambda ids: read.extend(ids) or get_many(ids)
@@ -644,13 +646,13 @@ def test_a_step_touches_no_more_than_it_decides(queue, family_of_ten):
         waiting.ended.count = waiting._due.count = 0
         waiting.process(0.0)
         touched.append(waiting.ended.count + waiting._due.count)
-    assert max(touched) <= 8  # each is read and taken off: two that are due, two that have ended
+    assert max(touched) <= 8  # each id is read and removed: two due children, two ended parents
     assert sum(touched) <= 2 * (1 + 2 * len(children))
     assert sorted(read) == sorted(child.id for child in children)
     assert all(child.cancelled() for child in children)
 
 
-def test_who_is_interrupted_while_some_are_decided_has_forgotten_none(queue, family_of_ten):
+def test_an_interrupt_during_a_decision_loses_no_child(queue, family_of_ten):
     waiting, children = family_of_ten
     get_many, strikes = queue.repository.get_many, [False, True, False, True]
 
@@ -669,8 +671,8 @@ def test_who_is_interrupted_while_some_are_decided_has_forgotten_none(queue, fam
     assert all(child.cancelled() for child in children)
 
 
-def test_who_is_interrupted_while_the_parents_are_looked_at_is_told_the_id(queue, monkeypatch):
-    """The task is stored by then."""
+def test_an_interrupt_while_parents_are_read_carries_the_task_id(queue, monkeypatch):
+    """The task is already stored."""
     queue.declare("t")
     parent = queue.submit("t")
     statuses, asked = queue.repository.statuses, []
@@ -690,14 +692,14 @@ def test_who_is_interrupted_while_the_parents_are_looked_at_is_told_the_id(queue
 @pytest.mark.parametrize(
     "error", [RepositoryUnavailable("away"), PayloadError("document", "large")]
 )
-def test_what_is_stored_raises_no_more(started, monkeypatch, error):
-    """Whether its parent has ended meanwhile is found out later."""
+def test_a_submit_does_not_raise_after_the_task_is_stored(started, monkeypatch, error):
+    """A later check finds out if its parent has ended in the meantime."""
     parent = started.submit("fine", delay=3600)
     statuses, asked = started.repository.statuses, []
 
     def fail(ids):
         asked.append(ids)
-        if len(asked) == 2:  # the first look is that for the parent, before the task is stored
+        if len(asked) == 2:  # the first read checks the parent, before the task is stored
             raise error
         return statuses(ids)
 
@@ -709,29 +711,31 @@ def test_what_is_stored_raises_no_more(started, monkeypatch, error):
 
 
 class TestMadeGood:
-    """What no event told of is found by looking."""
+    """A scan finds ends that no event reported."""
 
     @pytest.fixture(autouse=True)
-    def slow_looks_are_not_that_slow(self, look_every):
+    def frequent_scans(self, look_every):
         look_every(audit=0.05)
 
     @pytest.mark.usefixtures("frequent_looks")
-    def test_a_process_that_died_between_the_end_and_the_release(self, repository, make_queue):
-        """The parent is ended behind the back of everybody; a queue that starts looks at all."""
+    def test_a_death_between_the_parents_end_and_the_childs_release_is_repaired(
+        self, repository, make_queue
+    ):
+        """The parent ends without an event; a queue that starts scans all parents."""
         parent, child = unreleased(make_queue)
         assert repository.distinct("waiting_on", "", 10) == [parent.id]
         start_fine(make_queue)
         child.result(PATIENCE)
 
-    def test_a_record_changed_by_hand(self, started):
-        """By the slow look."""
+    def test_a_parent_that_is_ended_by_hand_is_found(self, started):
+        """The slow scan finds it."""
         parent = started.submit("fine", delay=3600)
         child = started.submit("fine", depends_on=[parent])
         started.repository.update_status(parent.id, TaskStatus.CANCELLED)
         eventually(child.cancelled)
 
-    def test_a_parent_that_ends_while_its_child_is_stored(self, started, monkeypatch):
-        """After its status was read, and before the child is there to be found."""
+    def test_a_parent_that_ends_while_its_child_is_stored_is_found(self, started, monkeypatch):
+        """It ends after its status was read and before the child is stored."""
         monkeypatch.setattr(ordering.Dependents, "_scan_page", lambda self: False)
         parent = started.submit("fine", delay=3600)
         repository = started.repository
@@ -745,10 +749,10 @@ class TestMadeGood:
         child = started.submit("fine", id="child", depends_on=[parent])
         assert child.result(PATIENCE) == [0, None]
 
-    def test_a_child_that_another_queue_on_the_same_repository_object_stores(
+    def test_a_child_of_another_queue_on_the_same_repository_is_released(
         self, started, make_queue, gate, look_every
     ):
-        """Whose writes ring no bell here."""
+        """The writes of the other queue send no wake-up here."""
         look_every(audit=float("inf"))
         parent = started.submit("hold")
         gate.wait_for(1)
@@ -760,8 +764,10 @@ class TestMadeGood:
         assert started.handle(child.id).result(PATIENCE) == [0, 0]
 
     @pytest.mark.parametrize("how", [TaskStatus.COMPLETED, TaskStatus.CANCELLED])
-    def test_a_parent_that_ends_while_its_child_turns_to_it(self, started, monkeypatch, how):
-        """After its status was read, and before the child is registered with it."""
+    def test_a_parent_that_ends_while_its_child_registers_with_it_is_found(
+        self, started, monkeypatch, how
+    ):
+        """It ends after its status was read and before the child is registered with it."""
         monkeypatch.setattr(ordering.Dependents, "_scan_page", lambda self: False)
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(2)]
         repository = started.repository
@@ -780,7 +786,7 @@ class TestMadeGood:
         eventually(child.done)
         assert child.task().status is how
 
-    def test_an_outage_while_the_children_are_looked_at(self, started, gate):
+    def test_children_are_released_after_an_outage(self, started, gate):
         parent = started.submit("hold")
         child = started.submit("fine", depends_on=[parent])
         gate.wait_for(1)
@@ -802,7 +808,7 @@ class TestMadeGood:
         assert child.result(PATIENCE) == [0, 0]
         assert not fails
 
-    def test_many_are_looked_at_page_by_page(self, started, monkeypatch):
+    def test_many_parents_are_scanned_page_by_page(self, started, monkeypatch):
         monkeypatch.setattr(ordering, "_PAGE", 3)
         parents = [started.submit("fine", {"n": n}, delay=3600) for n in range(10)]
         children = [started.submit("fine", depends_on=[parent]) for parent in parents]
@@ -836,8 +842,8 @@ PROGRAM = """
 """
 
 
-def test_killed_between_a_parents_end_and_the_childs_release(url, spawn):
-    """Another process that runs already finds it."""
+def test_another_process_releases_the_child_of_a_killed_process(url, spawn):
+    """Another running process finds the child."""
     with open_repository(url) as repository:
         queue = Queue(repository)
         queue.declare("step")
@@ -860,7 +866,7 @@ def test_killed_between_a_parents_end_and_the_childs_release(url, spawn):
 
 
 def test_several_processes_run_one_graph(url, spawn):
-    """A triangle of tasks, each of which adds up those before it."""
+    """Each task adds the results of the three tasks before it."""
     with open_repository(url) as repository:
         queue = Queue(repository)
         queue.declare("step")
@@ -880,8 +886,8 @@ def test_several_processes_run_one_graph(url, spawn):
 
 
 @pytest.mark.slow
-def test_a_long_chain_that_nobody_was_told_of_ends_in_parts():
-    """A look has other things to come to; what is left is done by the next ones."""
+def test_a_long_chain_that_no_event_reported_ends_in_parts():
+    """Each call does a part, because the housekeeper has other duties; the next calls do the rest."""
     queue = Queue(MemoryRepository())
     queue.declare("t")
     tasks = [Task(id=f"{n:04}", type="t") for n in range(1000)]
@@ -921,8 +927,8 @@ graphs = st.integers(1, 12).flatmap(
 @pytest.mark.slow
 @settings(max_examples=200)
 @given(graphs, st.randoms(use_true_random=False), st.booleans())
-def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
-    """Whatever the order of the ends, and whether events tell of them or only the slow look finds them."""
+def test_every_task_of_any_graph_ends(graph, random, told):
+    """This holds for any order of ends, whether events report them or only the slow scan finds them."""
     queue = Queue(MemoryRepository())
     queue.declare("t")
     repository, waiting = queue.repository, services_of(queue).dependents
@@ -946,7 +952,7 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
         else:
             while waiting._scan_page():
                 continue
-            waiting.process()  # at what ended by that
+            waiting.process()  # decides what these ends have ended
     statuses: list[str] = []
     for n, (parents, policy, outcome) in enumerate(graph):
         runs = policy == "run" or all(statuses[p] == "completed" for p in parents)
@@ -958,8 +964,8 @@ def test_in_any_graph_every_task_comes_to_its_end(graph, random, told):
     assert repository.distinct("waiting_on", "", 10) == []
 
 
-def test_who_is_told_what_comes_of_a_look_may_cancel_a_task(queue):
-    """A log handler, say: it is called in the middle of the look of a queue that is not started."""
+def test_a_log_handler_may_cancel_a_task_during_the_processing(queue):
+    """The handler is called during the processing of a queue that is not started."""
     queue.declare("t")
     first, other = queue.submit("t"), queue.submit("t")
     children = [queue.submit("t", depends_on=[parent]) for parent in (first, other)]

@@ -1,4 +1,4 @@
-"""Chains and groups: submitted together, followed as one."""
+"""Chains and groups: submitted together, with one handle."""
 
 from __future__ import annotations
 
@@ -64,13 +64,13 @@ BAD, HOLD = Task(type="bad"), Task(type="hold")
 
 @pytest.mark.every_store
 class TestChain:
-    def test_one_after_the_other_each_with_the_results_before_it(self, started):
+    def test_the_steps_of_a_chain_get_the_results_before_them(self, started):
         handle = started.submit_flow(chain(*map(started.say, "abc")))
         assert handle.result(PATIENCE) == "abc"
         assert started.ran == ["a", "b", "c"]
         assert (handle.status(), handle.progress()) == (TaskStatus.COMPLETED, 100)
 
-    def test_a_failure_cancels_what_comes_after(self, started):
+    def test_a_failure_cancels_the_later_steps(self, started):
         handle = started.submit_flow(
             chain(started.say("a"), BAD, started.say("b"), started.say("c"))
         )
@@ -82,8 +82,8 @@ class TestChain:
         assert (handle.status(), handle.progress()) == (TaskStatus.FAILED, 100)
         assert started.ran == ["a"]
 
-    def test_it_may_be_made_step_by_step(self, started):
-        """However long it grows by that."""
+    def test_a_chain_may_be_built_step_by_step(self, started):
+        """Its length has no limit."""
         flow = chain(started.say("a"))
         for letter in "bc":
             flow = flow.then(started.say(letter))
@@ -92,7 +92,7 @@ class TestChain:
             flow = flow.then(HOLD)
         assert len(lay_out(flow)[0]) == 2003
 
-    def test_one_task_may_stand_in_it_twice(self, started):
+    def test_the_same_task_may_appear_twice_in_a_chain(self, started):
         task = started.say("a")
         assert started.submit_flow(chain(task, task)).result(PATIENCE) == "aa"
         assert (task.id, task.depends_on) == ("", ())
@@ -100,16 +100,16 @@ class TestChain:
 
 @pytest.mark.every_store
 class TestGroup:
-    def test_results_in_order(self, started):
+    def test_a_group_returns_results_in_order(self, started):
         handle = started.submit_flow(group(*map(started.say, "abc")))
         assert handle.result(PATIENCE) == ["a", "b", "c"]
 
-    def test_then_comes_what_finds_all_of_them(self, started):
+    def test_a_step_after_a_group_gets_all_its_results(self, started):
         handle = started.submit_flow(group(*map(started.say, "abc")).then(started.say("!")))
         assert handle.result(PATIENCE) == "abc!"
         assert [h.task().params["text"] for h in handle.handles] == ["a", "b", "c", "!"]
 
-    def test_one_that_fails_fails_it_and_the_others_run(self, started):
+    def test_a_failed_member_fails_the_group_and_the_others_run(self, started):
         handle = started.submit_flow(
             group(started.say("a"), BAD, started.say("b")).then(started.say("c"))
         )
@@ -119,7 +119,7 @@ class TestGroup:
         assert sorted(started.ran) == ["a", "b"]
         assert handle.handles[-1].cancelled()
 
-    def test_one_that_is_cancelled_cancels_it(self, started, gate):
+    def test_a_cancelled_member_cancels_the_group(self, started, gate):
         handle = started.submit_flow(group(HOLD, started.say("a")))
         gate.wait_for(1)
         handle.handles[0].cancel()
@@ -130,7 +130,7 @@ class TestGroup:
 
 
 class TestNested:
-    def test_flows_in_flows(self, started):
+    def test_flows_may_contain_flows(self, started):
         say = started.say
         flow = chain(
             say("a"),
@@ -141,7 +141,7 @@ class TestNested:
         assert handle.result(PATIENCE) == ["abacdaeafg", "h"]
         assert len(handle.ids) == 8
 
-    def test_a_group_at_the_end_gives_a_list(self, started):
+    def test_a_group_at_the_end_returns_a_list(self, started):
         say = started.say
         handle = started.submit_flow(chain(say("a"), group(say("b"), group(say("c"), say("d")))))
         assert handle.result(PATIENCE) == ["ab", ["ac", "ad"]]
@@ -164,7 +164,7 @@ trees = st.recursive(
 
 
 class NoQueue:
-    """For handles of which only the ids are asked."""
+    """A stand-in for a queue, as these handles are only asked for their ids."""
 
     def handle(self, task_id):
         return None
@@ -172,8 +172,8 @@ class NoQueue:
 
 @settings(max_examples=200, suppress_health_check=[HealthCheck.filter_too_much])
 @given(trees)
-def test_whatever_their_shape(tree):
-    """Parents come first, members of a group share theirs, and a step depends on the whole one before."""
+def test_any_shape_of_flow_has_the_right_parents(tree):
+    """Parents come first, group members share parents, and a step depends on the whole previous step."""
     tasks, laid = lay_out(shape(tree))
     position = {task.id: index for index, task in enumerate(tasks)}
     assert FlowHandle(laid, NoQueue()).ids == list(position)
@@ -181,7 +181,7 @@ def test_whatever_their_shape(tree):
         assert all(position[parent] < position[task.id] for parent in task.depends_on)
 
     def check(laid, parents):
-        """What ends a step, which begins after these."""
+        """Check a step that begins after these parents; return the ids of its last tasks."""
         if isinstance(laid, str):
             assert tasks[position[laid]].depends_on == parents
             return [laid]
@@ -196,7 +196,7 @@ def test_whatever_their_shape(tree):
 
 
 class TestHandle:
-    def test_status_and_progress_on_the_way(self, started, gate):
+    def test_status_and_progress_change_while_the_flow_runs(self, started, gate):
         handle = started.submit_flow(chain(started.say("a"), HOLD, started.say("b")))
         gate.wait_for(1)
         assert handle.status() is TaskStatus.RUNNING
@@ -207,13 +207,13 @@ class TestHandle:
         gate.open()
         assert handle.wait(PATIENCE)
 
-    def test_pending_before_the_first_has_started(self, queue):
+    def test_a_flow_is_pending_until_the_first_task_starts(self, queue):
         queue.executor("say")(lambda text: text)
         handle = queue.submit_flow(chain(Task(type="say", params={"text": "a"})))
         assert (handle.status(), handle.progress()) == (TaskStatus.PENDING, 0)
 
     @pytest.mark.every_store
-    def test_cancel_cancels_all_that_has_not_ended(self, started, gate):
+    def test_cancel_cancels_all_unfinished_tasks(self, started, gate):
         flow = chain(started.say("a"), HOLD, group(*map(started.say, "bcd")), started.say("e"))
         handle = started.submit_flow(flow)
         gate.wait_for(1)
@@ -227,7 +227,7 @@ class TestHandle:
         handle.cancel()
 
     def test_cancel_begins_at_the_end(self, started, monkeypatch):
-        """Else the end of an earlier task might start a later one before that is cancelled."""
+        """Else the end of an earlier task might start a later one before it is cancelled."""
         handle = started.submit_flow(chain(HOLD, started.say("a"), started.say("b")))
         asked = []
         with monkeypatch.context() as patched:
@@ -235,7 +235,7 @@ class TestHandle:
             handle.cancel()
         assert asked == handle.ids[::-1]
 
-    def test_wait_waits_for_all_and_not_for_the_last_one_alone(self, started, gate):
+    def test_wait_waits_for_all_tasks_and_not_only_the_last(self, started, gate):
         handle = started.submit_flow(group(HOLD, started.say("a")))
         handle.handles[-1].result(PATIENCE)
         gate.wait_for(1)
@@ -244,7 +244,7 @@ class TestHandle:
         assert handle.wait(PATIENCE)
 
     @pytest.mark.every_store
-    def test_one_that_was_deleted_counts_as_cancelled(self, started):
+    def test_a_deleted_task_counts_as_cancelled(self, started):
         for flow in (chain, group):
             handle = started.submit_flow(flow(started.say("a"), started.say("b")))
             handle.result(PATIENCE)
@@ -255,7 +255,7 @@ class TestHandle:
                 handle.result(PATIENCE)
 
     @pytest.mark.every_store
-    def test_a_deleted_step_had_completed_if_a_later_step_has(self, started):
+    def test_a_deleted_step_counts_as_completed_if_a_later_step_has(self, started):
         say = started.say
         handle = started.submit_flow(chain(say("a"), group(say("b"), say("c")), say("d"), say("e")))
         assert handle.result(PATIENCE) == "abacde"
@@ -265,7 +265,7 @@ class TestHandle:
                 assert (again.status(), again.progress()) == (TaskStatus.COMPLETED, 100)
                 assert again.result(PATIENCE) == "abacde"
 
-    def test_a_step_that_was_deleted_before_a_failed_step_is_not_found(self, started):
+    def test_a_deleted_step_before_a_failed_step_raises_task_not_found(self, started):
         handle = started.submit_flow(chain(started.say("a"), Task(type="bad")))
         with pytest.raises(TaskFailed):
             handle.result(PATIENCE)
@@ -283,11 +283,11 @@ NO_SHAPES = [
 
 
 class TestAgain:
-    """A flow that did not complete, and is gone on with."""
+    """A flow that did not complete and is continued."""
 
     @pytest.fixture
     def failing(self, started):
-        """Tells executors of the type ``mend`` whether to fail."""
+        """A queue whose executor ``mend`` fails for the texts in ``queue.failing``."""
         started.failing = {"b"}
 
         @started.executor("mend")
@@ -305,7 +305,7 @@ class TestAgain:
         return chain(a, group(b, c), d)
 
     @pytest.mark.every_store
-    def test_requeue_runs_what_did_not_complete_and_the_same_handle_tells(self, failing):
+    def test_requeue_runs_only_uncompleted_tasks_and_the_handle_follows(self, failing):
         handle = failing.submit_flow(self.abc())
         for _ in range(2):
             with pytest.raises(TaskFailed, match="ValueError: b"):
@@ -320,7 +320,7 @@ class TestAgain:
         assert handle.requeue() == 0
 
     @pytest.mark.every_store
-    def test_after_a_cancel(self, failing, gate):
+    def test_a_cancelled_flow_can_be_requeued(self, failing, gate):
         handle = failing.submit_flow(chain(HOLD, failing.say("a"), failing.say("b")))
         gate.wait_for(1)
         handle.cancel()
@@ -331,9 +331,7 @@ class TestAgain:
         assert handle.result(PATIENCE) == "heldab"
 
     @pytest.mark.every_store
-    def test_a_long_one_in_a_few_transactions_whatever_the_order_of_ids(
-        self, make_queue, in_batches
-    ):
+    def test_a_long_flow_is_requeued_in_a_few_transactions(self, make_queue, in_batches):
         in_batches(operations=20)
         queue, ran = make_queue(worker_num=2), []
         queue.executor("n")(lambda n: ran.append(n))
@@ -356,7 +354,7 @@ class TestAgain:
 
     @pytest.mark.usefixtures("frequent_looks")
     @pytest.mark.every_store
-    def test_found_again_by_its_shape_in_another_process(self, started, repository):
+    def test_another_process_finds_a_flow_by_its_shape(self, started, repository):
         shape = started.submit_flow(
             chain(started.say("a"), group(started.say("b"), chain(started.say("c"))))
         ).shape
@@ -365,14 +363,14 @@ class TestAgain:
         assert (again.shape, len(again.ids)) == (shape, 3)
 
     @pytest.mark.parametrize("shape", NO_SHAPES)
-    def test_what_is_no_shape_is_refused(self, queue, shape):
+    def test_an_invalid_shape_is_refused(self, queue, shape):
         with pytest.raises(ConfigurationError):
             queue.flow_handle(shape)
 
 
 class TestStored:
     @pytest.mark.every_store
-    def test_all_or_nothing(self, started):
+    def test_a_flow_is_stored_as_a_whole_or_not_at_all(self, started):
         started.submit("hold", id="x", delay=3600)
         again = Task(id="x", type="say", params={"text": "x"})
         with pytest.raises(DuplicateTask):
@@ -383,7 +381,7 @@ class TestStored:
 
     @pytest.mark.slow
     @pytest.mark.every_store
-    def test_ten_thousand_members(self, make_queue):
+    def test_a_group_may_have_ten_thousand_members(self, make_queue):
         queue = make_queue()
         many = 200 if isinstance(queue.repository, MongoRepository) else 10_000  # a slow mock
         queue.executor("n")(lambda n: n)
@@ -394,8 +392,8 @@ class TestStored:
         assert handle.result(5 * PATIENCE) == sum(range(many))
         assert handle.status() is TaskStatus.COMPLETED
 
-    def test_more_than_the_buffer_has_room_for(self, make_queue, gate):
-        """As a flow is one, and most of it waits by its nature."""
+    def test_a_flow_may_be_larger_than_the_buffer(self, make_queue, gate):
+        """A flow is one unit, and most of its tasks must wait anyway."""
         queue = make_queue(worker_num=1, buffer_size=2)
         queue.executor("hold")(lambda n: gate() or n)
         queue.start()
@@ -407,23 +405,23 @@ class TestStored:
 
     @pytest.mark.parametrize("make", [chain, group])
     @pytest.mark.parametrize("steps", [(), ("say",), (len,), (None,)])
-    def test_of_what_they_cannot_be_made(self, make, steps):
+    def test_chain_and_group_refuse_other_steps(self, make, steps):
         with pytest.raises(ConfigurationError, match=make.__name__):
             make(*steps)
 
     @pytest.mark.parametrize("flow", ["say", None, [HOLD]])
-    def test_what_is_no_flow(self, queue, flow):
+    def test_submit_flow_refuses_other_objects(self, queue, flow):
         with pytest.raises(ConfigurationError, match="chain"):
             queue.submit_flow(flow)
 
-    def test_flows_nested_too_deep(self, queue):
+    def test_flows_nested_too_deep_are_refused(self, queue):
         flow = chain(HOLD)
         for _ in range(sys.getrecursionlimit()):
             flow = chain(flow)
         with pytest.raises(ConfigurationError, match="nested too deep"):
             queue.submit_flow(flow)
 
-    def test_of_one_task_eight_methods_will_do(self):
+    def test_a_flow_of_one_task_works_with_eight_methods(self):
         queue = Queue(TinyRepository())
         queue.executor("say")(lambda text: text)
         with queue:
@@ -441,7 +439,7 @@ class TestStored:
 
 @pytest.mark.every_store
 class TestCancelMany:
-    def test_tells_how_many_never_run(self, started, gate):
+    def test_cancel_many_returns_how_many_never_run(self, started, gate):
         running = started.submit("hold")
         done = started.submit("say", {"text": "a"})
         done.result(PATIENCE)
@@ -454,13 +452,13 @@ class TestCancelMany:
         assert {h.task().status for h in pending} == {TaskStatus.CANCELLED}
         assert done.task().status is TaskStatus.COMPLETED
 
-    def test_of_nothing(self, queue: Queue):
+    def test_cancel_many_of_no_tasks_does_nothing(self, queue: Queue):
         assert queue.cancel_many([]) == 0
 
-    def test_the_buffer_is_put_in_order_at_most_once_for_each_transaction(
+    def test_the_buffer_is_sorted_at_most_once_for_each_transaction(
         self, busy, gate, monkeypatch, in_batches
     ):
-        """Not for each task: among many thousand, that would take minutes."""
+        """Once for each task would take minutes with many thousand tasks."""
         queue = busy(buffer_size=1000)
         in_batches(operations=100)
         handles = queue.submit_many(Task(type="note", params={"n": n}) for n in range(301))
@@ -474,10 +472,10 @@ class TestCancelMany:
         assert handles[-1].result(PATIENCE) is None
         assert queue.ran == [300]
 
-    def test_what_follows_from_it_follows_though_the_repository_fails_later(
+    def test_cancelled_tasks_are_reported_even_if_a_later_batch_fails(
         self, make_queue, gate, in_batches
     ):
-        """Each transaction is complete by itself: tokens, hooks and the buffer, too."""
+        """Each transaction is complete by itself, including tokens, hooks and the buffer."""
         in_batches(operations=2)
         finished = []
 

@@ -1,4 +1,4 @@
-"""Concurrency keys: one task of each at a time, in the order of submission, whoever runs them."""
+"""Concurrency keys: one task of a key at a time, in the order of submission, across processes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.every_store
 
 
 class Track:
-    """Where tasks leave their traces: what began and what ended, in order."""
+    """A record of the tasks that began and ended, in order."""
 
     def __init__(self, queue: Queue) -> None:
         self.queue = queue
@@ -45,14 +45,14 @@ def track(make_queue, clock):
 
 
 def held_up(queue, n):
-    """A task that runs until its gate opens has the turn; others wait in line."""
+    """Return True if this task is the first that waits for the turn of key ``k``."""
     return queue.repository.find("line", ["k"], ("id",), 1) == [(str(n),)]
 
 
 # One at a time, in order
 
 
-def test_many_of_one_key_take_turns(track):
+def test_tasks_of_one_key_run_one_at_a_time_in_order(track):
     track.queue.start()
     for n in range(60):
         track.submit(n)
@@ -60,8 +60,8 @@ def test_many_of_one_key_take_turns(track):
     assert track.took_turns(range(60))
 
 
-def test_many_that_were_stored_before_take_turns(track):
-    """Submitted to a queue that is not started, some of them in one transaction."""
+def test_tasks_stored_before_the_start_run_one_at_a_time_in_order(track):
+    """They are submitted to a queue that is not started, some of them in one transaction."""
     track.submit(0)
     tasks = [Task(id=str(n), type="note", params={"n": n}, concurrency_key="k") for n in (1, 2, 3)]
     track.queue.submit_many(tasks)
@@ -83,7 +83,7 @@ def test_other_keys_and_tasks_without_one_do_not_wait(make_queue, gate):
     assert queue.drain(PATIENCE)
 
 
-def test_priorities_change_nothing_within_a_line(track):
+def test_priorities_do_not_change_the_order_within_a_key(track):
     for n in range(5):
         track.submit(n, priority=n)
     track.queue.start()
@@ -91,7 +91,7 @@ def test_priorities_change_nothing_within_a_line(track):
     assert track.took_turns(range(5))
 
 
-def test_a_line_takes_no_room_in_the_buffer(busy):
+def test_tasks_that_wait_for_their_turn_take_no_room_in_the_buffer(busy):
     queue = busy(buffer_size=2)
     for n in range(10):
         queue.submit("note", {"n": n}, concurrency_key="k")
@@ -100,7 +100,7 @@ def test_a_line_takes_no_room_in_the_buffer(busy):
     assert queue.buffered == 2
 
 
-def test_tasks_of_several_types_stand_in_one_line(track):
+def test_tasks_of_several_types_share_the_turns_of_a_key(track):
     track.queue.executor("other")(track.note)
     for n in range(6):
         track.queue.submit("other" if n % 2 else "note", {"n": n}, concurrency_key="k")
@@ -109,11 +109,11 @@ def test_tasks_of_several_types_stand_in_one_line(track):
     assert track.took_turns(range(6))
 
 
-# However a task ends
+# Ways in which a task ends
 
 
 def test_a_retry_keeps_the_turn(track, clock):
-    """At once, or after a wait: those behind it wait for the end of its last attempt."""
+    """The next tasks wait for the end of its last attempt, whether it is retried at once or later."""
 
     @track.queue.executor("fails", max_attempts=3)
     def fails(ctx):
@@ -133,7 +133,7 @@ def test_a_retry_keeps_the_turn(track, clock):
     assert failing.task().status is TaskStatus.FAILED
 
 
-def test_one_that_is_delayed_holds_up_those_behind_it(track, clock):
+def test_a_delayed_task_holds_up_the_later_tasks_of_its_key(track, clock):
     track.queue.start()
     track.submit("late", delay=60)
     track.submit("behind")
@@ -144,8 +144,8 @@ def test_one_that_is_delayed_holds_up_those_behind_it(track, clock):
     eventually(lambda: track.took_turns(["elsewhere", "late", "behind"]))
 
 
-def test_a_time_that_has_come_meanwhile_is_no_more_waited_for(track, gate, clock):
-    """Its delay and its place in line go by together."""
+def test_a_delay_runs_while_the_task_waits_for_its_turn(track, gate, clock):
+    """The delay runs while the task waits for its turn."""
     track.queue.executor("hold")(lambda: gate())
     track.queue.start()
     track.queue.submit("hold", concurrency_key="k")
@@ -157,8 +157,8 @@ def test_a_time_that_has_come_meanwhile_is_no_more_waited_for(track, gate, clock
 
 
 @pytest.mark.parametrize("started", [True, False])
-def test_a_cancel_lets_the_next_one_go(track, clock, started):
-    """Of the one whose turn it is, before it begins; and of one in the middle."""
+def test_a_cancel_gives_the_turn_to_the_next_task(track, clock, started):
+    """The first task, which has the turn and has not begun, and one in the middle are cancelled."""
     if started:
         track.queue.start()
     first = track.submit("first", delay=60)
@@ -170,8 +170,8 @@ def test_a_cancel_lets_the_next_one_go(track, clock, started):
     eventually(lambda: track.took_turns(["last"]))
 
 
-def test_many_cancels_let_the_next_one_go(track, look_every):
-    look_every(audit=3600)  # the slow look makes good for nothing
+def test_cancel_many_gives_the_turn_to_the_next_task(track, look_every):
+    look_every(audit=3600)  # the slow scan must not help
     track.queue.start()
     handles = [track.submit(n, delay=60) for n in range(3)]
     track.submit("last")
@@ -179,7 +179,7 @@ def test_many_cancels_let_the_next_one_go(track, look_every):
     eventually(lambda: track.took_turns(["last"]))
 
 
-def test_a_running_one_that_is_cancelled_lets_the_next_one_go(track):
+def test_a_cancelled_running_task_gives_the_turn_to_the_next(track):
     track.queue.executor("sleeps")(lambda ctx: ctx.sleep(PATIENCE))
     track.queue.start()
     running = track.queue.submit("sleeps", concurrency_key="k")
@@ -189,7 +189,7 @@ def test_a_running_one_that_is_cancelled_lets_the_next_one_go(track):
     eventually(lambda: track.took_turns(["next"]))
 
 
-def test_a_record_that_is_removed_lets_the_next_one_go(track, look_every):
+def test_a_deleted_task_gives_the_turn_to_the_next(track, look_every):
     look_every(audit=3600)
     track.queue.start()
     track.submit("first", delay=60)
@@ -198,7 +198,7 @@ def test_a_record_that_is_removed_lets_the_next_one_go(track, look_every):
     eventually(lambda: track.took_turns(["next"]))
 
 
-def test_one_that_is_requeued_stands_in_line_again(track, gate):
+def test_a_requeued_task_waits_for_its_turn_again(track, gate):
     track.queue.executor("hold")(lambda: gate())
     track.queue.start()
     cancelled = [track.submit(n, delay=60) for n in (1, 2)]
@@ -208,13 +208,13 @@ def test_one_that_is_requeued_stands_in_line_again(track, gate):
     gate.wait_for(1)
     track.queue.requeue("2")
     track.queue.requeue("1")
-    assert held_up(track.queue, 1)  # where it stood
+    assert held_up(track.queue, 1)  # its old place
     gate.open()
     assert track.queue.drain(PATIENCE)
     assert track.took_turns([1, 2])
 
 
-def test_a_lone_one_that_is_requeued_runs(track, look_every):
+def test_a_requeued_task_runs_if_no_other_waits(track, look_every):
     look_every(audit=3600)
     track.queue.start()
     assert track.submit(1, delay=60).cancel()
@@ -243,8 +243,8 @@ def test_dead_letters_that_are_requeued_together_take_turns(track, look_every):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_what_ended_by_hand_lets_the_next_one_go(track, repository):
-    """Nobody is told, so it takes the slow look."""
+def test_a_task_that_is_ended_by_hand_gives_the_turn_to_the_next(track, repository):
+    """No event reports it, so the slow scan must find it."""
     track.queue.start()
     track.submit("first", delay=3600)
     track.submit("next")
@@ -252,8 +252,7 @@ def test_what_ended_by_hand_lets_the_next_one_go(track, repository):
     eventually(lambda: track.took_turns(["next"]))
 
 
-def test_by_hand_none_starts_beside_another(track, repository):
-    """It would be two at once."""
+def test_two_tasks_of_a_key_cannot_be_started_by_hand_at_once(track, repository):
     from taskx import InvalidTransition
 
     track.submit("first", delay=3600)
@@ -266,10 +265,10 @@ def test_by_hand_none_starts_beside_another(track, repository):
     assert not track.queue.repository.distinct("line", "", 10)
 
 
-# What comes together with it
+# Together with other options
 
 
-def test_a_child_stands_in_line_from_when_its_parents_have_completed(track, gate):
+def test_a_child_waits_for_its_turn_after_its_parents_have_completed(track, gate):
     track.queue.executor("hold")(lambda: gate())
     track.queue.start()
     parent = track.queue.submit("hold")
@@ -282,7 +281,7 @@ def test_a_child_stands_in_line_from_when_its_parents_have_completed(track, gate
     assert track.took_turns(["stranger", "child"])
 
 
-def test_a_parent_may_stand_in_line(track):
+def test_a_parent_may_have_a_concurrency_key(track):
     parent = track.submit("parent")
     track.submit("child", depends_on=[parent])
     track.queue.start()
@@ -290,8 +289,8 @@ def test_a_parent_may_stand_in_line(track):
     assert track.took_turns(["parent", "child"])
 
 
-def test_what_replaces_a_task_of_a_key_takes_its_place(track):
-    """In the line of the same key; there is no place for it in another one, nor without one in any."""
+def test_a_task_that_replaces_another_takes_its_place(track):
+    """It must have the same key. With another key, or with a key for a task without one, it is refused."""
     track.submit("a", unique_key="u")
     track.submit("b")
     track.queue.submit("note", {"n": "old"}, unique_key="v")
@@ -307,7 +306,7 @@ def test_what_replaces_a_task_of_a_key_takes_its_place(track):
     assert begun.index("begin new a") < begun.index("begin b")
 
 
-def test_a_paused_type_stops_its_lines(track):
+def test_a_paused_type_holds_up_its_keys(track):
     track.queue.executor("other")(track.note)
     track.queue.pause("other")
     track.queue.start()
@@ -324,23 +323,23 @@ def test_a_paused_type_stops_its_lines(track):
 
 
 @pytest.mark.parametrize("failures", [1, 2, 3])
-def test_a_line_whose_repository_failed_goes_on(
+def test_turns_go_on_after_the_repository_failed(
     track, repository, gate, monkeypatch, look_every, failures
 ):
-    """It was down when a task had ended and the next one was looked for, once or again and again."""
+    """The repository fails once or several times when a task has ended and the next one is searched."""
     look_every(audit=3600)
     track.queue.executor("hold")(lambda: gate())
     track.queue.start()
     track.queue.submit("hold", concurrency_key="k")
     gate.wait_for(1)
     track.submit(0)
-    look, fails = repository.find, [True] * failures
+    find, fails = repository.find, [True] * failures
 
     def shaky(column, *args):
         if column == "line" and fails:
             fails.pop()
             raise RepositoryUnavailable("down for a moment")
-        return look(column, *args)
+        return find(column, *args)
 
     monkeypatch.setattr(repository, "find", shaky)
     gate.open()
@@ -348,14 +347,14 @@ def test_a_line_whose_repository_failed_goes_on(
     assert not fails
 
 
-def test_a_submit_into_a_failing_line_is_accepted(track, repository, monkeypatch):
-    """The task is stored; whose turn it is shows later."""
-    look = repository.find
+def test_a_submit_is_accepted_if_the_turn_cannot_be_given(track, repository, monkeypatch):
+    """The task is stored; it gets its turn later."""
+    find = repository.find
 
     def shaky(column, *args):
         if column == "line":
             raise RepositoryUnavailable("down for a moment")
-        return look(column, *args)
+        return find(column, *args)
 
     monkeypatch.setattr(repository, "find", shaky)
     track.submit(0)
@@ -364,8 +363,8 @@ def test_a_submit_into_a_failing_line_is_accepted(track, repository, monkeypatch
     eventually(lambda: track.took_turns([0]))
 
 
-def test_a_drain_ends_after_the_last_in_line(track, make_queue):
-    """Also that of another queue, between the end of one and the turn of the next."""
+def test_a_drain_ends_after_the_last_task_of_a_key(track, make_queue):
+    """The drain of another queue also waits, between the end of a task and the turn of the next."""
     other = make_queue(worker_num=1)
     other.executor("note")(track.note)
     for n in range(30):
@@ -376,8 +375,8 @@ def test_a_drain_ends_after_the_last_in_line(track, make_queue):
     assert track.took_turns(range(30))
 
 
-def test_a_task_without_a_key_asks_nobody(queue, repository, monkeypatch):
-    """Not when it is submitted, and not when it ends."""
+def test_a_task_without_a_key_costs_no_query(queue, repository, monkeypatch):
+    """No query when the task is submitted, and none when it ends."""
     asked, find = [], repository.find
 
     def counted(column, *args):
@@ -394,14 +393,14 @@ def test_a_task_without_a_key_asks_nobody(queue, repository, monkeypatch):
 
 
 @pytest.mark.parametrize("key", ["", 5, "a\0", "k" * 256, "\ud800"])
-def test_what_is_no_key_is_refused(queue, key):
+def test_an_invalid_key_is_refused(queue, key):
     queue.declare("t")
     with pytest.raises(ConfigurationError, match="concurrency_key"):
         queue.submit("t", concurrency_key=key)
     assert queue.list_tasks()[1] == 0
 
 
-def test_eight_methods_cannot_hold_a_key():
+def test_a_repository_of_eight_methods_refuses_a_key():
     queue = Queue(TinyRepository())
     queue.declare("t")
     with pytest.raises(ConfigurationError, match="concurrency_key"):
@@ -421,9 +420,9 @@ def work(ctx, key, n, seconds=0.0):
 
 
 def broken_rules(log):
-    """Where two of a key ran at once, or one began after one that was submitted after it.
+    """Return the lines of the log where two tasks of a key ran at once or in the wrong order.
 
-    What a process was doing when it died has no end; the next line of its key must be its next attempt.
+    A task whose process died has no end in the log; the next line of its key must be its next attempt.
     """
     broken, running, last = [], {}, {}
     for event, key, n, who in log:
@@ -436,7 +435,7 @@ def broken_rules(log):
     return broken
 
 
-def test_the_check_of_the_log_finds_what_is_wrong():
+def test_the_check_of_the_log_finds_errors():
     sound = ["begin k 0 x", "begin j 0 y", "end k 0 x", "begin k 1 y", "end j 0 y", "end k 1 y"]
     assert broken_rules([line.split() for line in sound]) == []
     assert broken_rules([line.split() for line in ["begin k 0 x", "begin k 1 y"]])
@@ -448,8 +447,8 @@ def test_the_check_of_the_log_finds_what_is_wrong():
 KEYS, EACH = ("a", "b", "c"), 25
 
 
-def test_processes_take_turns(workers):
-    """Three that work and one that submits: of each key one at a time, and in order."""
+def test_several_processes_take_turns(workers):
+    """Three processes work and one submits: the tasks of each key run one at a time and in order."""
     repository = workers.repository
     children = workers.start(WORK, 3)
     queue = Queue(repository)
@@ -467,8 +466,8 @@ def test_processes_take_turns(workers):
         child.ends()
 
 
-def test_a_line_goes_on_when_a_process_was_killed_in_its_turn(workers):
-    """Its task is run again by another one, before the next in line."""
+def test_turns_go_on_after_a_process_was_killed(workers):
+    """Another process runs its task again, before the next task of the key."""
     repository = workers.repository
     [child] = workers.start(WORK)
     queue = Queue(repository)
@@ -490,12 +489,12 @@ def test_a_line_goes_on_when_a_process_was_killed_in_its_turn(workers):
     other.ends()
 
 
-def test_a_process_that_died_between_the_end_and_the_next_turn_holds_up_nobody(workers):
-    """It cannot on SQLite, where both are one transaction; so it is made to end without."""
+def test_turns_go_on_if_a_process_died_before_it_gave_the_turn(workers):
+    """On SQLite both are one transaction; so the test suppresses the second part."""
     repository = workers.repository
     queue = Queue(repository)
     queue.declare("work")
-    for n in range(3):  # before it starts: who submits to a line that stands still moves it
+    for n in range(3):  # before the child starts, as a submit would give the free turn
         queue.submit("work", {"key": "k", "n": n}, concurrency_key="k", id=str(n))
     dies = """
 queue._services.turns.next_turn = lambda key: ()
