@@ -430,7 +430,7 @@ class TestBeating:
             made.leases.join(Node(id="first", name="ours"))
         assert made.leases.nodes() == []
         beaten = threading.Event()
-        monkeypatch.setattr(Leases, "beat", lambda *args: beaten.set())
+        monkeypatch.setattr(made.leases, "beat", lambda *args: beaten.set())
         made.leases.join(Node(id="second", name="ours"))
         assert beaten.wait(20)
         made.leases.leave("second")
@@ -438,13 +438,13 @@ class TestBeating:
     def test_heartbeats_continue_after_an_error(self, host, monkeypatch, caplog):
         made, beaten, left = host(), threading.Event(), [SystemExit("a defect")]
 
-        def beat(self, node, own):
+        def beat(node, own):
             made.clock.advance(LEASE)  # the next heartbeat is due
             if left:
                 raise left.pop()
             beaten.set()
 
-        monkeypatch.setattr(Leases, "beat", beat)
+        monkeypatch.setattr(made.leases, "beat", beat)
         made.leases.join(Node(id="n", name="ours"))
         assert beaten.wait(20)
         made.leases.leave("n")

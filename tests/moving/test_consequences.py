@@ -310,6 +310,7 @@ class Life:
 
     def ends(self):
         for own in (True, False):
+            eventually(lambda: pool_of(self.queue).idles)  # one without a key is started at once
             self.until(COMPLETED, self.submit("fine", own))
             self.until(FAILED, self.submit("wrong", own))
             self.until(COMPLETED, self.submit("again", own))
