@@ -534,13 +534,13 @@ def key_holders(repository: Repository, keys: Sequence[str]) -> dict[str, str]:
     return dict(repository.find("unique_lock", keys, ("unique_lock", "id")))
 
 
-def first_in_line(repository: Repository, key: str) -> str | None:
-    """The task that gets the turn of a key next."""
+def first_waiting(repository: Repository, key: str) -> str | None:
+    """Return the id of the first task in a concurrency key's queue, or None."""
     return next((task_id for (task_id,) in repository.find("line", [key], ("id",), 1)), None)
 
 
-def lines(repository: Repository, after: str = "", limit: int = 10) -> dict[str, bool]:
-    """The keys of the lines in which tasks wait, and whether nobody has the turn."""
+def waiting_keys(repository: Repository, after: str = "", limit: int = 10) -> dict[str, bool]:
+    """Return the concurrency keys that tasks wait for. A value is True if no task has the key's turn."""
     keys = repository.distinct("line", after, limit)
     turns = dict(repository.find("turn", keys, ("turn", "id")))
     return {key: key not in turns for key in keys}

@@ -15,7 +15,7 @@ def clock():
 
 @pytest.fixture(params=MAKERS)
 def store(request, tmp_path, clock):
-    """An empty repository of each kind that the runtime can drive."""
+    """An empty repository of each kind that the runtime can use."""
     with MAKERS[request.param](tmp_path, clock) as repository:
         yield repository
 

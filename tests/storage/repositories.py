@@ -39,7 +39,7 @@ from .third import ThirdRepository
 
 
 class TinyRepository(TaskRepository):
-    """What a user might write: eight methods on a dict of JSON texts."""
+    """A user's repository: the eight methods on a dict of JSON texts."""
 
     def __init__(self, fields: tuple[str, ...] | None = None) -> None:
         self._texts: dict[str, str] = {}
@@ -100,12 +100,12 @@ class TinyRepository(TaskRepository):
 
 
 def thirteen_fields_only() -> TinyRepository:
-    """One that knows only the task of the original."""
+    """Return a repository that keeps only the fields of the original's task."""
     return TinyRepository(ORIGINAL_FIELDS)
 
 
 class OnMongo(MongoRepository):
-    """One with a database of its own, which is dropped when it is closed."""
+    """A repository with a database of its own, which is dropped when it is closed."""
 
     def __init__(
         self, database: Any, folder: Path, clock: Clock = SYSTEM_CLOCK, codec: Any = None
@@ -119,7 +119,7 @@ class OnMongo(MongoRepository):
 
 
 class Scramble(Codec):
-    """Writes the same text differently each time, as encryption does."""
+    """A codec that writes the same text differently each time, as encryption does."""
 
     def __init__(self, name: str = "scramble") -> None:
         self.name = name
@@ -133,7 +133,7 @@ class Scramble(Codec):
 
 
 def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
-    """A repository of a kind with a codec; another one of the same folder sees the same tasks."""
+    """Return a repository of a kind with a codec. Repositories in the same folder share their tasks."""
     if kind == "sqlite":
         return SQLiteRepository(folder / "tasks.db", clock=clock, codec=codec)
     if kind == "memory":
@@ -144,11 +144,11 @@ def coded(kind: str, folder: Path, clock: Clock, codec: Any) -> Repository:
 
 
 def on_server(kind: str) -> Callable[[Path, Clock], Repository]:
-    """Makes repositories on a server that speaks MongoDB's protocol."""
+    """Return a maker of repositories on a server that speaks MongoDB's protocol."""
     return lambda folder, clock: OnMongo(new_database(shared(kind)), folder, clock)
 
 
-#: Every kind of repository that the runtime can drive, made in a folder with a clock.
+#: The makers of every kind of repository that the runtime can use; each takes a folder and a clock.
 MAKERS = {
     "memory": lambda folder, clock: MemoryRepository(clock),
     "sqlite": lambda folder, clock: SQLiteRepository(folder / "tasks.db", clock=clock),
@@ -165,19 +165,19 @@ MONGO = ["mongomock", "mongo", "mongo-set"]
 
 
 def on_kinds(*without: str) -> Any:
-    """A test of all kinds but these."""
+    """Run a test on all kinds of repository except these."""
     kinds = [kind for kind in MAKERS if kind not in without]
     return pytest.mark.parametrize("store", kinds, indirect=True)
 
 
-#: Stores that keep a task's time, that keep several tasks at once, or several in one transaction.
+#: Marks for tests of stores that keep ``run_at``, that store batches, or that store relations of tasks.
 keeping_time = on_kinds("adapter-13", "sqlite-coded")
 whole_batches = on_kinds("adapter", "adapter-13")
 between_tasks = on_kinds("adapter", "adapter-13", "sqlite-coded")
 
 
 def again(repository: Repository) -> Repository | None:
-    """Another object on the same data, as another process makes one."""
+    """Return another repository object on the same data, as another process has one."""
     made: Repository
     if isinstance(repository, SQLiteRepository):
         made = SQLiteRepository(repository.path, clock=repository.clock)
@@ -193,7 +193,7 @@ def again(repository: Repository) -> Repository | None:
 
 
 def losing_answers(repository: Repository) -> AbstractContextManager[object] | None:
-    """Have writes take place and then fail, where a repository can be in doubt."""
+    """Make writes take place and then fail. Return None if the repository's errors are never in doubt."""
     if isinstance(repository, MongoRepository):
         return _lost_by_the_network(repository)
     if isinstance(repository, EightMethodAdapter):
@@ -237,7 +237,7 @@ def _lost_by_methods(inner: TaskRepository) -> Iterator[None]:
 
 
 def insert(task_id: str, clock: Clock, *, owner: str = "", **options: Any) -> Insert:
-    """A new task."""
+    """Return the write of a new task."""
     given = {"type": "t", "params": "{}", "created_by": "", "now": clock.now_ms(), **options}
     write = lifecycle.create(task_id=task_id, **given)
     write.row["owner"] = owner
@@ -249,7 +249,7 @@ def ids(stubs: Iterable[Any]) -> list[str]:
 
 
 def add_if_kept(add: Callable[..., Task], task_id: str, **options: Any) -> None:
-    """Store a task with options, without them where the repository does not keep them."""
+    """Store a task with options, or without them if the repository does not keep them."""
     try:
         add(task_id, **options)
     except ConfigurationError:

@@ -1,4 +1,4 @@
-"""A user's repository of eight methods, which was there before."""
+"""The adapter on a user's eight-method repository that already holds tasks."""
 
 import pytest
 from helpers import held_on
@@ -16,8 +16,8 @@ def store(request, tmp_path, clock):
     return MAKERS[request.param](tmp_path, clock)
 
 
-def test_what_ran_before_this_process_was_left_behind(store, clock):
-    """Even if it was looked at before the queue started."""
+def test_tasks_found_running_at_start_count_as_left_behind(store, clock):
+    """They do so even if they were read before the queue started."""
     store.inner.create(Task(id="a", type="t", created_at=clock.now()))
     store.inner.create(Task(id="b", type="t", created_at=clock.now()))
     store.inner.update_status("b", TaskStatus.RUNNING, "")
@@ -37,7 +37,7 @@ def test_unfinished_tasks_are_read_in_pages(store, clock):
     assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
 
 
-def test_ended_without_a_time_it_has_ended_all_the_same(store, add):
+def test_a_task_without_completed_at_can_have_ended(store, add):
     """A user's ``update_status`` need not set ``completed_at``."""
     add("a")
     store.inner.update_status("a", TaskStatus.CANCELLED, "")
@@ -46,8 +46,8 @@ def test_ended_without_a_time_it_has_ended_all_the_same(store, add):
     assert not unfinished(store, ["t"])
 
 
-def test_deleted_behind_its_back(store, add, clock):
-    """The id may be used again, once."""
+def test_an_id_can_be_used_again_after_the_user_deleted_its_task(store, add, clock):
+    """The user's code deletes it without the adapter."""
     add("a", owner="node")
     store.inner.delete("a")
     add("a")
@@ -66,7 +66,7 @@ def test_an_option_that_is_not_kept_is_refused(tmp_path, clock, option):
     assert store.count(TaskFilter()) == 0
 
 
-def test_less_than_eight_methods_are_refused():
+def test_a_class_without_all_eight_methods_is_refused():
     class Seven:
         create = get_by_id = update = update_status = update_progress = list = count = print
 
@@ -74,7 +74,7 @@ def test_less_than_eight_methods_are_refused():
         EightMethodAdapter(Seven())
 
 
-def test_eight_methods_have_no_transaction(store, clock):
+def test_eight_methods_refuse_a_batch_in_one_transaction(store, clock):
     with pytest.raises(ConfigurationError, match="TinyRepository"):
         store.apply([insert("a", clock), insert("b", clock)], all_or_nothing=True)
     assert store.count(TaskFilter()) == 0
@@ -84,13 +84,13 @@ def test_eight_methods_have_no_transaction(store, clock):
 @pytest.mark.parametrize(
     "option", [{"unique_key": "k"}, {"depends_on": ["a"]}, {"concurrency_key": "k"}]
 )
-def test_eight_methods_cannot_hold_it(store, clock, option):
+def test_eight_methods_refuse_relations_between_tasks(store, clock, option):
     with pytest.raises(ConfigurationError, match=f"{next(iter(option))}; nothing was stored"):
         store.apply([insert("b", clock, **option)])
     assert store.get_many(["b"]) == {}
 
 
-def test_eight_methods_cannot_hold_a_note(store):
+def test_eight_methods_refuse_notes(store):
     with pytest.raises(ConfigurationError, match="nothing was stored"):
         store.put_note("a", "one", 0)
     assert store.notes("") == {}

@@ -1,4 +1,4 @@
-"""What codecs make of the params, results and checkpoints of tasks, on every repository."""
+"""Codecs of the params, results and checkpoints of tasks, on every repository."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ COLUMNS = ("params", "result", "checkpoints")
 
 
 class Shelf:
-    """A place that repositories with different codecs share, whose stored values can be seen."""
+    """A store that repositories with different codecs share, and whose stored values a test can read."""
 
     def __init__(self, kind, folder, clock):
         self.kind, self.folder, self.clock = kind, folder, clock
@@ -56,7 +56,7 @@ class Shelf:
         return made
 
     def stored(self, task_id="a"):
-        """The stored values, of JSON."""
+        """Return the stored values, decoded from JSON."""
         if self.kind == "mongomock":
             document = self.database.tasks.find_one({"_id": task_id})
             kept = document["taskx"].get("checkpoints")
@@ -70,7 +70,7 @@ class Shelf:
         return tuple(None if text is None else json.loads(text) for text in texts)
 
     def change(self, params, task_id="a"):
-        """Write other params over those that are stored."""
+        """Replace the stored params."""
         if self.kind == "mongomock":
             self.database.tasks.update_one({"_id": task_id}, {"$set": {"params": params}})
         elif self.kind == "memory":
@@ -109,7 +109,7 @@ def write(
 
 
 class TestStored:
-    def test_all_three_are_objects_that_tell_their_codec(self, shelf):
+    def test_params_result_and_checkpoints_name_their_codec(self, shelf):
         task = write(shelf.open(Scramble()), SECRET)
         assert (task.params, task.result) == (SECRET, {"token": "xyzzy"})
         assert (task.checkpoints, task.damage) == ({"cursor": "c"}, "")
@@ -118,8 +118,8 @@ class TestStored:
             assert value["taskx:codec"] == "scramble"
             assert type(json.loads(Scramble().decode(base64.b64decode(value["data"])))) is dict
 
-    def test_nothing_of_them_is_left_in_the_file(self, tmp_path, clock):
-        """Nor in its log."""
+    def test_no_plain_value_is_left_in_the_file(self, tmp_path, clock):
+        """Its log holds none, either."""
         with SQLiteRepository(tmp_path / "tasks.db", clock=clock, codec=Scramble()) as store:
             write(store, SECRET)
             stored = b"".join((tmp_path / f"tasks.db{end}").read_bytes() for end in ("", "-wal"))
@@ -132,13 +132,13 @@ class TestStored:
         assert write(store, SECRET, result=result).result == json.loads(result)
         assert store.list(TaskFilter())[0].result == json.loads(result)
 
-    def test_what_is_empty_stays_so(self, shelf):
+    def test_empty_values_are_not_coded(self, shelf):
         task = write(shelf.open(Scramble()), {}, result=None, checkpoints="{}")
         assert (task.params, task.result, task.checkpoints) == ({}, None, {})
         assert shelf.stored() == ({}, None, {})
 
-    def test_by_whoever_writes(self, shelf):
-        """Alone, in a batch, or by hand."""
+    def test_values_are_coded_by_every_way_to_write(self, shelf):
+        """The ways are: a single task, a batch, and an update."""
         store = shelf.open(Scramble())
         store.create(Task(id="a", type="t", params=SECRET))
         inserts = [
@@ -146,7 +146,7 @@ class TestStored:
             for i in "bc"
         ]
         assert list(store.apply(inserts, all_or_nothing=True)) == [True, True]
-        assert inserts[0].row["params"] == '{"x":1}'  # the caller's own
+        assert inserts[0].row["params"] == '{"x":1}'  # the caller's write is unchanged
         task = store.get_by_id("b")
         task.params, task.result = SECRET, "by hand"
         store.update(task)
@@ -156,8 +156,8 @@ class TestStored:
         assert "taskx:codec" in shelf.stored("b")[1]
 
     @pytest.mark.parametrize("codec", [Scramble(), ZlibCodec()])
-    def test_a_write_that_was_cut_short_is_known_again(self, shelf, codec):
-        """Though the codec would write it otherwise now, or does not write it at all."""
+    def test_an_interrupted_write_is_recognised(self, shelf, codec):
+        """It is recognised even if the codec would now encode it differently or not at all."""
         store = shelf.open(codec)
         insert = lifecycle.create(task_id="a", type="t", params='{"x":1}', created_by="", now=5)
         store.apply([insert])
@@ -173,14 +173,14 @@ class TestStored:
         store.apply(done)
         assert list(shown(store, [*done, *other])) == [True, False]
 
-    def test_without_one_all_is_stored_plain(self, shelf):
+    def test_without_a_codec_values_are_stored_plain(self, shelf):
         task = write(shelf.open(), SECRET)
         assert task.params == SECRET
         assert shelf.stored() == (SECRET, {"token": "xyzzy"}, {"cursor": "c"})
 
 
 class TestRead:
-    def test_what_was_stored_before_there_was_a_codec(self, shelf):
+    def test_values_stored_before_the_codec_are_read(self, shelf):
         write(shelf.open(), SECRET)
         task = shelf.open(Scramble()).get_by_id("a")
         assert (task.params, task.result, task.damage) == (SECRET, {"token": "xyzzy"}, "")
@@ -194,7 +194,7 @@ class TestRead:
         assert [shelf.stored(i)[0]["taskx:codec"] for i in "ab"] == ["old", "new"]
 
     @pytest.mark.parametrize("codec", [None, Scramble("other")])
-    def test_an_unknown_codec_is_damage_of_that_task_alone(self, shelf, codec):
+    def test_an_unknown_codec_damages_only_that_task(self, shelf, codec):
         write(shelf.open(Scramble()), SECRET, "a", retry=RetryPolicy(7))
         store = shelf.open(codec)
         write(store, {"fine": 1}, "b")
@@ -205,7 +205,7 @@ class TestRead:
         ):
             assert (task.params, task.result, task.checkpoints) == ({}, None, None)
             assert "stored with codec 'scramble'; give that codec" in task.damage
-            # The rest is there.
+            # The other fields are intact.
             assert (task.id, task.status, task.starts) == ("a", TaskStatus.COMPLETED, 1)
             assert ([a.outcome for a in task.attempts], task.retry.max_attempts) == (
                 ["completed"],
@@ -226,7 +226,7 @@ class TestRead:
             {"taskx:codec": "zlib", "data": base64.b64encode(zlib.compress(b"\xff")).decode()},
         ],
     )
-    def test_damaged_data_is_damage_of_that_task_alone(self, shelf, damaged):
+    def test_damaged_data_damages_only_that_task(self, shelf, damaged):
         store = shelf.open(ZlibCodec())
         for task_id in "ab":
             store.create(Task(id=task_id, type="t", params={"n": 1}))
@@ -236,7 +236,7 @@ class TestRead:
         assert (tasks["a"].params, tasks["a"].status) == ({}, TaskStatus.PENDING)
         assert (tasks["b"].damage, tasks["b"].params) == ("", {"n": 1})
 
-    def test_what_cannot_be_read_is_not_overwritten_by_hand(self, shelf):
+    def test_an_update_keeps_values_that_cannot_be_read(self, shelf):
         """Another process may be able to read it."""
         write(shelf.open(Scramble()), SECRET)
         store = shelf.open()
@@ -265,7 +265,7 @@ class TestFailure:
             return data
 
     @pytest.mark.parametrize(("word", "why"), [("odd", "KeyError"), ("text", "TypeError")])
-    def test_to_encode_stores_nothing(self, shelf, word, why):
+    def test_if_encoding_fails_nothing_is_stored(self, shelf, word, why):
         store = shelf.open(self.Broken())
         with pytest.raises(PayloadError, match=f"params: codec 'broken' failed: {why}"):
             store.create(Task(id="a", type="t", params={"x": word}))
@@ -280,7 +280,7 @@ class TestFailure:
 
 class TestReserved:
     @pytest.mark.parametrize("codec", [None, Scramble()])
-    def test_nobody_else_can_use_the_key(self, shelf, codec):
+    def test_the_codecs_key_is_reserved(self, shelf, codec):
         store = shelf.open(codec)
         with pytest.raises(PayloadError, match=r"params\.taskx:codec: is a reserved key"):
             store.create(Task(id="a", type="t", params={"taskx:codec": "zlib", "data": ""}))
@@ -292,33 +292,36 @@ class TestReserved:
 
 
 class TestZlib:
-    def test_compresses_what_is_large_enough(self, shelf):
+    def test_zlib_compresses_large_values(self, shelf):
         store = shelf.open(ZlibCodec())
         task = write(store, {"text": "again and " * 1000}, result='"small"')
         assert (task.params, task.result) == ({"text": "again and " * 1000}, "small")
         params, result, _ = shelf.stored()
         assert params["taskx:codec"] == "zlib"
         assert len(params["data"]) < 300
-        assert result in ("small", {"value": "small"})  # as it is, in the form of the document
+        assert result in (
+            "small",
+            {"value": "small"},
+        )  # not compressed; MongoDB wraps it in an object
 
     @pytest.mark.parametrize(("min_size", "level"), [(0, 9), (5000, 1)])
-    def test_can_be_told_what_is_large(self, min_size, level):
+    def test_min_size_sets_the_size_from_which_zlib_compresses(self, min_size, level):
         codec = ZlibCodec(min_size, level)
         for data in (b"a" * 4999, b"a" * 5000):
             packed = codec.encode(data)
             assert (packed is None) == (len(data) < min_size)
             assert packed is None or codec.decode(packed) == data
 
-    def test_leaves_what_would_not_shrink(self):
+    def test_zlib_leaves_values_that_would_not_shrink(self):
         data = bytes(range(256)) * 8
         assert ZlibCodec(0).encode(data[:200]) is None
         assert ZlibCodec(0).encode(data) is not None
-        # As base64, which it is stored as, it would be larger.
+        # It is stored as base64, which would be larger.
         nearly = next(data[:n] for n in range(250, 400) if len(zlib.compress(data[:n])) < n)
         assert ZlibCodec(0).encode(nearly) is None
 
     @pytest.mark.parametrize("options", [{"min_size": -1}, {"level": 0}, {"level": 10}])
-    def test_refuses_odd_settings(self, options):
+    def test_invalid_zlib_settings_are_refused(self, options):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             ZlibCodec(**options)
 
@@ -342,7 +345,7 @@ class TestGiven:
             ([Scramble(), Scramble()], "two codecs have the same name"),
         ],
     )
-    def test_what_is_none_is_refused(self, tmp_path, codec, why):
+    def test_an_invalid_codec_is_refused(self, tmp_path, codec, why):
         for make in (
             lambda: MemoryRepository(codec=codec),
             lambda: SQLiteRepository(tmp_path / "tasks.db", codec=codec),
@@ -353,15 +356,15 @@ class TestGiven:
                 make()
 
     @pytest.mark.parametrize("url", ["memory://", "sqlite:///x.db", "mongodb://localhost/x"])
-    def test_by_a_url(self, url):
+    def test_open_repository_takes_a_codec(self, url):
         with pytest.raises(Unreadable):
             open_repository(url).codecs.value({"taskx:codec": "scramble"})
         codecs = open_repository(url, Scramble()).codecs
         coded = json.loads(codecs.columns({"params": '{"x":1}'})["params"])
         assert codecs.value(coded) == {"x": 1}
 
-    def test_none_costs_nothing(self):
-        """What is written is not even looked at."""
+    def test_no_codec_costs_nothing(self):
+        """The writes are not even read."""
         writes = [object()]
         assert Codecs().coded(writes) is writes
         columns = {"params": "secret"}

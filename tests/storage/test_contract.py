@@ -1,4 +1,4 @@
-"""What holds for every repository: the contract of the eight methods."""
+"""The contract of the eight methods, which every repository keeps."""
 
 import pytest
 
@@ -40,7 +40,7 @@ class TestMongo(RepositoryContract):
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite", "mongomock", "third"])
 class TestCoded(RepositoryContract):
-    """With a codec, all is as without one."""
+    """The contract also holds with a codec."""
 
     guards_moves = True
 
@@ -82,7 +82,7 @@ class TestAdapterOfThirteenFields(RepositoryContract):
 
 
 class TestTheContractItself:
-    """It finds what is wrong: each of these repositories breaks one rule and fails one test."""
+    """The contract finds defects: each of these repositories breaks one rule and fails one test."""
 
     @pytest.mark.parametrize(
         ("broken", "test"),

@@ -1,4 +1,4 @@
-"""A file is one file: known by its real path and inode from its opening on, and missed when it goes."""
+"""The identity of the database file: its real path and inode from its opening on, and its loss."""
 
 import contextlib
 import gc
@@ -42,7 +42,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def open_at():
-    """Makes repositories, which are closed at the end."""
+    """Make repositories, which are closed at the end of the test."""
     with contextlib.ExitStack() as stack:
         yield lambda path, **options: stack.enter_context(SQLiteRepository(path, **options))
 
@@ -95,7 +95,7 @@ def move_the_folder(path):
 
 
 def replace(path):
-    """Replace the file by a renamed copy, as a restore does."""
+    """Replace the file by a renamed copy, as a restore does it."""
     kept = path.with_name("kept.db")
     os.link(path, kept)
     os.replace(copy_of(path, path.with_name("copy.db")), path)
@@ -103,7 +103,7 @@ def replace(path):
 
 
 def replace_by_a_folder(path):
-    """Put a folder in the file's place: it is not the file either."""
+    """Put a folder in the file's place, which counts as another file."""
     path.rename(path.with_name("elsewhere.db"))
     path.mkdir()
     return "replaced by another file", None
@@ -132,8 +132,8 @@ OPERATIONS = {
 }
 
 
-class TestWhichFile:
-    def test_a_relative_path_is_that_of_the_folder_in_which_the_repository_was_made(
+class TestIdentity:
+    def test_a_relative_path_is_resolved_when_the_repository_is_created(
         self, open_at, tmp_path, monkeypatch
     ):
         (tmp_path / "first").mkdir()
@@ -151,7 +151,7 @@ class TestWhichFile:
         assert (tmp_path / "first" / "tasks.db").exists()
         assert files(tmp_path / "second") == set()
 
-    def test_a_live_node_is_alive_after_a_chdir_to_a_folder_with_such_a_file(
+    def test_a_node_stays_alive_after_chdir_to_a_folder_with_another_file(
         self, open_at, tmp_path, monkeypatch
     ):
         monkeypatch.chdir(tmp_path)
@@ -163,7 +163,7 @@ class TestWhichFile:
         assert alive(repository) == {"n1": True}
         repository.liveness.leave("n1")
 
-    def test_a_relative_path_needs_a_working_folder(self, tmp_path, monkeypatch):
+    def test_a_relative_path_in_a_deleted_working_folder_is_refused(self, tmp_path, monkeypatch):
         (tmp_path / "gone").mkdir()
         monkeypatch.chdir(tmp_path / "gone")
         (tmp_path / "gone").rmdir()
@@ -172,13 +172,13 @@ class TestWhichFile:
         with SQLiteRepository(tmp_path / "tasks.db") as repository:
             repository.create(task("a"))
 
-    def test_one_file_by_two_symlinks_has_one_folder_of_locks(self, open_at, path, tmp_path):
-        """Tools that deploy each release into a folder of its own make such symlinks."""
+    def test_two_symlinks_to_one_file_share_one_folder_of_locks(self, open_at, path, tmp_path):
+        """Deploy tools that give each release a folder of its own create such symlinks."""
         links = [tmp_path / "release7.db", tmp_path / "release8.db"]
         for link in links:
             link.symlink_to(path)
         ours, theirs = map(open_at, links)
-        ours.liveness.join(Node(id="n1", name="one"))  # makes the file, at the end of the link
+        ours.liveness.join(Node(id="n1", name="one"))  # creates the file at the end of the link
         assert alive(theirs) == {"n1": True}
         ours.liveness._locks.let_go("n1")
         assert alive(theirs) == {"n1": False}
@@ -186,8 +186,8 @@ class TestWhichFile:
         assert path.exists()
         assert [name for name in files(tmp_path) if name.endswith("-nodes")] == ["tasks.db-nodes"]
 
-    def test_a_symlink_that_is_turned_elsewhere_leads_nobody_astray(self, open_at, tmp_path):
-        """Neither it nor a symlink to the folder."""
+    def test_changing_a_symlink_does_not_change_the_open_file(self, open_at, tmp_path):
+        """Here it is a symlink to the folder."""
         for release in ("7", "8"):
             (tmp_path / release).mkdir()
         current = tmp_path / "current"
@@ -205,7 +205,7 @@ class TestWhichFile:
     def test_a_file_that_is_replaced_while_it_is_opened_is_refused(
         self, open_at, path, repository, monkeypatch
     ):
-        """Then it is not known which of the two SQLite has opened."""
+        """It is not known which of the two files SQLite has opened."""
         copy = copy_of(path, path.with_name("copy.db"))
         newcomer = open_at(path)
         connections = connections_of(newcomer)
@@ -232,10 +232,10 @@ class TestWhichFile:
         repository.create(task("b"))
         assert ids(repository) == ["b"]
 
-    def test_a_new_reader_of_a_file_that_was_just_replaced_is_refused(
+    def test_a_reader_opened_just_after_the_file_was_replaced_is_refused(
         self, path, repository, monkeypatch
     ):
-        """After the look before it."""
+        """The file is replaced after the check before the opening."""
         copy = copy_of(path, path.with_name("copy.db"))
         connect = connections_of(repository)._connect
 
@@ -249,10 +249,10 @@ class TestWhichFile:
         assert not list(connections_of(repository)._readers)
 
     @pytest.mark.parametrize("create", [True, False])
-    def test_a_file_that_is_deleted_before_it_is_opened_again_is_not_made(
+    def test_a_file_that_is_deleted_before_it_is_opened_is_not_created(
         self, open_at, path, repository, monkeypatch, create
     ):
-        """Nor one that is not to be made, when it is deleted after the look."""
+        """This holds for a file that was open before, and for ``create=False``."""
         if not create:
             repository = open_at(path, create=False)
         else:
@@ -263,7 +263,7 @@ class TestWhichFile:
             repository.create(task("b"))
         assert not path.exists()
 
-    def test_a_closed_repository_opens_what_is_there_by_then(self, path, repository):
+    def test_a_closed_repository_opens_the_file_that_is_there_now(self, path, repository):
         other = copy_of(path, path.with_name("copy.db"))
         with SQLiteRepository(other) as its_own:
             its_own.create(task("b"))
@@ -293,9 +293,7 @@ class TestWhichFile:
         assert alive(repository) == {"n1": True}
         repository.liveness.leave("n1")
 
-    def test_a_live_node_is_not_dead_in_a_copy_that_took_the_files_place(
-        self, open_at, path, repository
-    ):
+    def test_a_node_stays_alive_if_a_copy_replaces_the_file(self, open_at, path, repository):
         repository.liveness.join(Node(id="n1", name="one"))
         replace(path)
         restored = open_at(path)
@@ -304,10 +302,8 @@ class TestWhichFile:
             repository.liveness.leave("n1")
         assert alive(restored) == {"n1": False}
 
-    def test_who_reads_just_after_it_was_closed_leaves_no_connection(
-        self, path, repository, tmp_path
-    ):
-        """It looked whether the file is there just before."""
+    def test_a_read_just_after_a_close_leaves_no_connection_open(self, path, repository, tmp_path):
+        """The check that the file exists came before the close."""
         repository.close()
         count = lambda one: one.execute("SELECT count(*) FROM tasks").fetchall()  # noqa: E731
         assert connections_of(repository).read(count) == [(1,)]
@@ -341,7 +337,7 @@ class TestLoss:
             with SQLiteRepository(path, create=False) as another:
                 assert ids(another) == ["a", "b"]
 
-    def test_a_folder_that_cannot_be_entered_is_an_error(self, repository, path, monkeypatch):
+    def test_a_folder_without_permissions_is_an_error(self, repository, path, monkeypatch):
         def refuse(path):
             raise PermissionError(13, "Permission denied", str(path))
 
@@ -349,7 +345,7 @@ class TestLoss:
         with pytest.raises(RepositoryUnavailable, match=r"cannot be accessed .*permissions"):
             repository.create(task("b"))
 
-    def test_a_file_that_was_not_opened_is_not_missed(self, open_at, path):
+    def test_a_file_that_was_never_opened_is_not_missing(self, open_at, path):
         repository = open_at(path)
         repository.ensure_there()
         assert not path.exists()
@@ -358,7 +354,9 @@ class TestLoss:
 class TestCreateFalse:
     @pytest.mark.parametrize("name", sorted(OPERATIONS.keys() - {"ensure_there"}))
     @pytest.mark.parametrize("where", ["tasks.db", "no/such/folder/tasks.db"])
-    def test_an_absent_file_is_an_error_and_nothing_is_made(self, open_at, tmp_path, name, where):
+    def test_a_missing_file_is_an_error_and_nothing_is_created(
+        self, open_at, tmp_path, name, where
+    ):
         repository = open_at(tmp_path / where, create=False)
         with pytest.raises(RepositoryError, match="there is no file") as caught:
             OPERATIONS[name](repository)
@@ -372,7 +370,7 @@ class TestCreateFalse:
         assert files(tmp_path) == {"tasks.db"}
         assert path.stat().st_size == 0
 
-    def test_a_file_is_used_as_soon_as_another_process_has_made_it(self, open_at, path):
+    def test_a_file_is_used_once_another_process_has_created_it(self, open_at, path):
         late = open_at(path, create=False)
         with pytest.raises(RepositoryUnavailable):
             late.count(TaskFilter())
@@ -381,13 +379,13 @@ class TestCreateFalse:
         late.create(task("b"))
         assert ids(late) == ["a", "b"]
 
-    def test_a_link_that_leads_nowhere_is_an_absent_file(self, open_at, tmp_path, path):
+    def test_a_broken_symlink_counts_as_a_missing_file(self, open_at, tmp_path, path):
         path.symlink_to(tmp_path / "nowhere.db")
         with pytest.raises(RepositoryUnavailable, match="there is no file"):
             open_at(path, create=False).count(TaskFilter())
         assert files(tmp_path) == {"tasks.db"}
 
-    def test_by_url(self, path):
+    def test_a_url_can_forbid_creating_the_file(self, path):
         absent = open_repository(f"sqlite:///{path}?create=false")
         with pytest.raises(RepositoryUnavailable, match="there is no file"):
             absent.count(TaskFilter())
@@ -395,18 +393,18 @@ class TestCreateFalse:
             assert repository.count(TaskFilter()) == 0
 
     @pytest.mark.parametrize("value", ["", "0", "no", "False"])
-    def test_the_option_of_the_url_is_true_or_false(self, value):
+    def test_create_in_a_url_must_be_true_or_false(self, value):
         with pytest.raises(ConfigurationError, match="create must be true or false"):
             open_repository(f"sqlite:///tasks.db?create={value}")
 
     @pytest.mark.parametrize("value", [None, 0, "false"])
-    def test_the_argument_is_a_bool(self, path, value):
+    def test_create_must_be_a_bool(self, path, value):
         with pytest.raises(ConfigurationError, match="create must be True or False"):
             SQLiteRepository(path, create=value)
 
 
 def opened_below(folder):
-    """The open files of this process in a folder."""
+    """Return the open files of this process in a folder."""
     found = []
     for fd in os.listdir("/proc/self/fd"):
         with contextlib.suppress(OSError):
@@ -428,7 +426,7 @@ class TestTurnstileFiles:
         assert opened_below(tmp_path) == []
 
     @needs_proc
-    def test_an_interrupt_between_the_two_opens_both_the_next_time(
+    def test_after_an_interrupt_the_next_turn_opens_both_lock_files(
         self, path, tmp_path, monkeypatch
     ):
         turn = Turnstile(DatabaseFile(str(path), create=True))
@@ -459,7 +457,7 @@ class TestTurnstileFiles:
 
 
 class TestKeptTracebacks:
-    """Whoever keeps the traceback of a signal handler's exception keeps all that the frames had."""
+    """Kept tracebacks of a signal handler's exception, which keep everything that their frames refer to."""
 
     @pytest.fixture
     def kept(self):
@@ -467,7 +465,7 @@ class TestKeptTracebacks:
 
     @pytest.fixture
     def strike(self, kept):
-        """Strike a call at a point; whether there was that point."""
+        """Interrupt a call at a point. Return False if the call has fewer points."""
 
         def strike(point, call):
             def keeping():
@@ -483,10 +481,10 @@ class TestKeptTracebacks:
 
     @needs_proc
     @pytest.mark.parametrize("idle", [connections.IDLE, -1.0])
-    def test_reads_that_are_struck_anywhere_hold_no_connection(
+    def test_interrupted_reads_hold_no_connection(
         self, repository, tmp_path, monkeypatch, strike, kept, idle
     ):
-        """Neither if they find one nor if they open it and close it afterwards."""
+        """This holds if they find an idle connection, and if they open one and close it afterwards."""
         monkeypatch.setattr(connections, "IDLE", idle)
         ours = connections_of(repository)
         points = itertools.count()
@@ -502,7 +500,7 @@ class TestKeptTracebacks:
         assert opened_below(tmp_path) == []
 
     @pytest.mark.parametrize("ended", [False, True])
-    def test_threads_that_are_struck_and_read_no_more_hold_no_connection(
+    def test_interrupted_threads_that_stop_reading_hold_no_connection(
         self, repository, monkeypatch, kept, ended
     ):
         ours, most = connections_of(repository), connections.MOST_READERS
@@ -521,7 +519,9 @@ class TestKeptTracebacks:
 
         threads = [threading.Thread(target=read) for _ in range(most)]
         with monkeypatch.context() as patched:
-            patched.setattr(ours, "_close", strike)  # a second time, before it is closed
+            patched.setattr(
+                ours, "_close", strike
+            )  # a second interrupt, before the connection is closed
             for thread in threads:
                 thread.start()
             eventually(lambda: len(kept) == most)
@@ -535,8 +535,8 @@ class TestKeptTracebacks:
         for thread in threads:
             thread.join(PATIENCE)
 
-    def test_a_read_inside_a_read_leaves_the_outer_one_its_connection(self, repository, kept):
-        """As a finalizer does it, that is struck."""
+    def test_an_interrupted_read_inside_a_read_leaves_the_outer_one_intact(self, repository, kept):
+        """A finalizer can make such a read."""
 
         def inner(connection):
             raise Strike
@@ -553,7 +553,7 @@ class TestKeptTracebacks:
         assert connections_of(repository).read(outer) == [("a",)]
 
     @needs_proc
-    def test_an_opening_that_is_struck_anywhere_leaves_no_file_open(self, tmp_path, strike, kept):
+    def test_an_interrupted_opening_leaves_no_file_open(self, tmp_path, strike, kept):
         for point in itertools.count(0, 13):
             new = SQLiteRepository(tmp_path / f"{point}.db")
             struck = strike(point, lambda new=new: new.count(TaskFilter()))
@@ -565,7 +565,7 @@ class TestKeptTracebacks:
 
 
 class FakeTime:
-    """Sleeping takes no time, and moves the clock on."""
+    """A clock that sleeping moves forward, without real waiting."""
 
     now = 100.0
 
@@ -577,7 +577,7 @@ class FakeTime:
 
 
 class TestBusyTimeout:
-    """It is counted once: for both locks of the turnstile and for SQLite's own together."""
+    """The time-out is counted once for the turnstile's two locks and SQLite's own together."""
 
     @pytest.fixture
     def clock(self, monkeypatch):
@@ -608,12 +608,14 @@ class TestBusyTimeout:
         theirs.enter(0)
         with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
             other.execute("BEGIN IMMEDIATE")
-            said = []
-            connections_of(repository).writer().set_trace_callback(said.append)
+            executed = []
+            connections_of(repository).writer().set_trace_callback(executed.append)
             with pytest.raises(RepositoryUnavailable, match="locked for 60 s"):
-                repository.create(task("b"))  # at once: the 60 s have passed at the turnstile
-        begin = said.index("BEGIN IMMEDIATE")
-        assert said[begin - 1 : begin + 2 : 2] == [
+                repository.create(
+                    task("b")
+                )  # raises at once: the 60 s have passed at the turnstile
+        begin = executed.index("BEGIN IMMEDIATE")
+        assert executed[begin - 1 : begin + 2 : 2] == [
             "PRAGMA busy_timeout = 0",
             "PRAGMA busy_timeout = 60000",
         ]
@@ -625,11 +627,11 @@ class TestBusyTimeout:
 
 
 class TestLocksOfOtherUsers:
-    """A start by root, then ``chown www-data tasks.db*``: the files in the folder belong to root."""
+    """Lock files that belong to root, after a start by root and ``chown www-data tasks.db*``."""
 
     @pytest.fixture
     def path(self):
-        folder = Path(tempfile.mkdtemp())  # another user may not enter pytest's
+        folder = Path(tempfile.mkdtemp())  # another user may not enter pytest's folder
         folder.chmod(0o755)
         yield folder / "tasks.db"
         shutil.rmtree(folder)
@@ -642,20 +644,20 @@ class TestLocksOfOtherUsers:
 
     @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-    def test_tell_whether_a_node_lives(self, locks):
+    def test_locks_of_another_user_show_if_a_node_is_alive(self, locks):
         inode = locks.hold("n1")
         os.chmod(locks._path("n1"), 0o444)
 
-        def look(expected):
+        def check(expected):
             assert locks.alive("n1", inode) is expected
 
-        assert as_unprivileged(look, True) == "nothing was raised"
+        assert as_unprivileged(check, True) == "nothing was raised"
         locks.let_go("n1")
-        assert as_unprivileged(look, False) == "nothing was raised"
+        assert as_unprivileged(check, False) == "nothing was raised"
 
     @pytest.mark.process
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
-    def test_give_turns_to_a_forked_child_too_which_closes_its_copies(self, path):
+    def test_a_forked_child_takes_turns_and_closes_its_copies(self, path):
         repository = SQLiteRepository(path)
         turn = repository._turnstile
         turn.enter(0)
@@ -675,7 +677,7 @@ class TestLocksOfOtherUsers:
 
 
 class TestOrphanedLockFiles:
-    """Lock files of processes that were killed just before they recorded their node, or after they left."""
+    """Lock files of processes that were killed before they recorded their node, or after they left."""
 
     @pytest.fixture
     def locks(self, repository):
@@ -684,7 +686,7 @@ class TestOrphanedLockFiles:
     def left(self, locks):
         return sorted(locks._named() - set(turnstile.NAMES))
 
-    def test_are_removed_by_the_next_node(self, repository, locks, path):
+    def test_the_next_node_removes_orphaned_lock_files(self, repository, locks, path):
         inode = path.stat().st_ino
         for node in ("killed", "another"):
             locks.hold(node, inode)
@@ -696,8 +698,8 @@ class TestOrphanedLockFiles:
         repository.liveness.leave("n1")
         assert sorted(os.listdir(locks.folder)) == ["inner.lock", "outer.lock"]
 
-    def test_lock_files_of_recorded_nodes_stay(self, repository, locks):
-        """The lock file of a dead node proves its death."""
+    def test_the_lock_files_of_recorded_nodes_stay(self, repository, locks):
+        """The lock file of a dead node proves that it is dead."""
         repository.liveness.join(Node(id="dead", name="dead"))
         locks.let_go("dead")
         repository.liveness.join(Node(id="n1", name="one"))
@@ -719,7 +721,7 @@ class TestOrphanedLockFiles:
         assert self.left(locks) == ["quick"]
 
     def test_lock_files_of_another_database_stay(self, repository, locks):
-        """The other file was here before, and may be put back."""
+        """The other database was at this path before, and may be put back."""
         locks.hold("elsewhere", 1)
         locks.let_go("elsewhere")
         repository.liveness.join(Node(id="n1", name="one"))
@@ -727,7 +729,7 @@ class TestOrphanedLockFiles:
         repository.liveness.leave("n1")
 
     def test_a_new_lock_file_in_the_place_of_an_orphan_stays(self, locks, monkeypatch):
-        """Another process removed the orphan between the opening and the locking."""
+        """Another process removed the orphan after this one opened it and before it locked it."""
         locked = module._locked
 
         def lock_too_late(path):
@@ -741,10 +743,8 @@ class TestOrphanedLockFiles:
         locks.clear_orphans(7, lambda: set(turnstile.NAMES))
         assert self.left(locks) == ["n1"]
 
-    def test_a_joining_node_makes_another_lock_file_if_its_own_was_removed(
-        self, locks, monkeypatch
-    ):
-        """It was removed between the making and the locking."""
+    def test_a_joining_node_makes_a_new_lock_file_if_another_removed_it(self, locks, monkeypatch):
+        """It was removed after it was created and before it was locked."""
         opened = os.open
         removed = []
 
@@ -764,13 +764,13 @@ class TestOrphanedLockFiles:
 
     def test_a_joining_node_waits_for_a_process_that_checks_its_lock_file(self, locks, monkeypatch):
         Path(locks._path("n1")).touch()
-        looking = module._locked(locks._path("n1"))
+        checking = module._locked(locks._path("n1"))
         waits = []
 
         def wait(seconds):
             waits.append(seconds)
             if len(waits) == 3:
-                os.close(looking)
+                os.close(checking)
 
         monkeypatch.setattr(module.time, "sleep", wait)
         inode = locks.hold("n1")
@@ -778,16 +778,16 @@ class TestOrphanedLockFiles:
         assert locks.alive("n1", inode) is True
         locks.release("n1")
 
-    def test_no_node_loses_its_lock_file_to_a_check_without_pause(self, locks):
+    def test_constant_checks_take_no_live_nodes_lock_file(self, locks):
         recorded: set[str] = set()
         over = threading.Event()
 
-        def look():
+        def check():
             while not over.is_set():
                 locks.clear_orphans(7, lambda: {*turnstile.NAMES, *recorded})
 
-        looker = threading.Thread(target=look)
-        looker.start()
+        checker = threading.Thread(target=check)
+        checker.start()
         try:
             for number in range(100):
                 node = f"n{number}"
@@ -798,5 +798,5 @@ class TestOrphanedLockFiles:
                 locks.release(node)
         finally:
             over.set()
-            looker.join()
+            checker.join()
         assert self.left(locks) == []

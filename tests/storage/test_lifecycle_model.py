@@ -1,6 +1,6 @@
-"""Every repository, driven through the moves of a task, against a model of the table of moves.
+"""A model of the table of moves, against which every repository is tested with random moves.
 
-The model is written from the table, without a look at ``lifecycle``.
+The model was written from the table, independently of ``lifecycle``.
 """
 
 import shutil
@@ -49,7 +49,7 @@ BY_HAND = {
 
 @dataclass
 class Record:
-    """What a record must say."""
+    """The expected values of a record."""
 
     priority: int
     run_at: int | None
@@ -71,7 +71,7 @@ class Record:
     dead_letter: bool = False
     cancel_requested: bool = False
     started: bool = False
-    died: bool = False  # the last attempt is in the log already, as a crash
+    died: bool = False  # the log already holds the last attempt, as a crash
     log: list[str] = field(default_factory=list)
 
     def end(self, status, told=None):
@@ -119,8 +119,8 @@ class Life(RuleBasedStateMachine):
         for node in NODES:
             self.store.liveness.join(Node(id=node, name=node))
         self.model: dict[str, Record] = {}
-        self.seen = {}  # tasks as they were last read, perhaps long ago
-        self.runs = []  # and runs that were started, perhaps ended long ago
+        self.seen = {}  # tasks as they were last read, which may be outdated
+        self.runs = []  # runs that were started, which may have ended
         self.created = 0
 
     def teardown(self):
@@ -134,20 +134,20 @@ class Life(RuleBasedStateMachine):
         return list(self.store.apply(writes))
 
     def some_run(self, draw):
-        """One of the latest runs, mostly the last."""
+        """Return one of the latest runs, most often the last."""
         return self.runs[-draw(st.integers(1, min(3, len(self.runs))))]
 
     def alive(self, run):
-        """The record of a run that still has its fence."""
+        """Return the record of a run if its fence still holds, otherwise None."""
         record = self.model.get(run.id)
         alive = record and record.status == "running" and record.starts == run.starts
         return record if alive else None
 
     @rule(data=st.data())
     def move(self, data):
-        """One of the moves that may do something now, those on the main road more often.
+        """Make one of the moves that may have an effect now, the common ones more often.
 
-        One rule for all, as Hypothesis leaves out many rules of a machine in each of its runs.
+        There is one rule for all moves, as Hypothesis leaves out many rules of a machine in each run.
         """
         moves = [self.wait, self.release, self.take, self.disown, self.read, self.cancel]
         moves += [self.requeue, self.set_status, self.die, self.die]
@@ -157,7 +157,7 @@ class Life(RuleBasedStateMachine):
         moves += [self.progress, self.hand_back, *[self.conclude] * 4] if self.runs else []
         data.draw(st.sampled_from(moves))(data.draw)
 
-    # --- from nothing, and before the start
+    # --- creation, and moves before the start
 
     def create(self, draw):
         task_id = draw(ids)
@@ -186,14 +186,14 @@ class Life(RuleBasedStateMachine):
             self.model[task_id] = Record(
                 priority, run_at, max_attempts, max_crashes, self.created, held, owner=owner
             )
-            # Whatever was read or run under this id before was another task.
+            # Earlier reads and runs with this id belong to another task.
             self.seen.pop(task_id, None)
             self.runs = [run for run in self.runs if run.id != task_id]
 
     def wait(self, draw):
         self.clock.advance(draw(st.sampled_from([0.001, 1, 5])))
         if isinstance(self.store, MongoRepository):
-            # They live, though the thread that shows it goes by the machine's clock.
+            # The heartbeat thread uses the machine's clock, so the test sends the heartbeats itself.
             for node in NODES:
                 self.store.liveness.beat(node)
 
@@ -225,7 +225,7 @@ class Life(RuleBasedStateMachine):
     # --- running
 
     def start(self, draw):
-        """Start a task that can be, as it is now; and keep what was read for later."""
+        """Start a task that may start, as it is now. Keep an earlier read of it for ``start_late``."""
         task_id = draw(st.sampled_from(self.startable()))
         self.seen[task_id] = self.store.get_by_id(task_id)
         self.start_as_read(self.store.get_by_id(task_id), draw(nodes))
@@ -239,7 +239,7 @@ class Life(RuleBasedStateMachine):
             self.seen[task_id] = self.store.get_by_id(task_id)
 
     def start_late(self, draw):
-        """Start a task as it was read before; one that was started since does not start."""
+        """Start a task as it was read before. It does not start if it was started since then."""
         task_id = draw(st.sampled_from(sorted(self.seen)))
         self.start_as_read(self.seen.pop(task_id), draw(nodes))
 
@@ -342,7 +342,7 @@ class Life(RuleBasedStateMachine):
             record.status, record.started = "pending", False
 
     def die(self, draw):
-        """A node dies, another one takes back what it held."""
+        """Let a node die, and rescue the tasks that it held."""
         node, stopping = draw(nodes), draw(st.booleans())
         owned = self.store.statuses(held_on(self.store, node))
         assert owned == {i: r.status for i, r in self.model.items() if r.owner == node}
@@ -388,7 +388,7 @@ class Life(RuleBasedStateMachine):
         pending = record is not None and record.status == "pending"
         asked = record is not None and record.status == "running" and not record.cancel_requested
         held = self.apply(*lifecycle.cancel(task_id, self.clock.now_ms()))
-        assert held == [pending, False, asked]  # no thread runs on, and none has parents
+        assert held == [pending, False, asked]  # no task has a stuck thread or parents
         if pending:
             record.end("cancelled")
         elif asked:
@@ -444,10 +444,10 @@ class Life(RuleBasedStateMachine):
             record.end(status)
             record.progress = 100 if status == "completed" else record.progress
 
-    # --- what must hold after every move
+    # --- invariants after every move
 
     @invariant()
-    def records_say_what_the_model_says(self):
+    def records_match_the_model(self):
         found = self.store.get_many(IDS)
         assert {i: self.as_record(found[i]) for i in found} == {
             i: replace(record, held=False, died=False) for i, record in self.model.items()
@@ -484,7 +484,7 @@ class Life(RuleBasedStateMachine):
         )
 
     @invariant()
-    def indexes_agree_with_the_records(self):
+    def indexes_match_the_records(self):
         records, now = self.model, self.clock.now_ms()
         pending = {i: r for i, r in records.items() if r.status == "pending"}
         for owner in ("", "n1", "n2"):
@@ -519,7 +519,7 @@ def life_on(kind, examples):
     machine.TestCase.settings = settings(
         max_examples=examples,
         stateful_step_count=50,
-        phases=[Phase.explicit, Phase.generate],  # add Phase.shrink to look into a failure
+        phases=[Phase.explicit, Phase.generate],  # add Phase.shrink to investigate a failure
         suppress_health_check=list(HealthCheck),
     )
     return pytest.mark.slow(machine.TestCase)

@@ -1,11 +1,11 @@
-"""The repository in memory: whole after any interrupt, and as fast with much in it as with little."""
+"""The repository in memory: consistent after any interrupt, and fast however many tasks it holds."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-from helpers import earliest_due, first_in_line, held_on, key_holders, lines, those_with
+from helpers import earliest_due, first_waiting, held_on, key_holders, those_with, waiting_keys
 from hypothesis import given
 from hypothesis import strategies as st
 from strikes import strike_at
@@ -43,10 +43,10 @@ def complete(store: MemoryRepository) -> list[Write]:
     return list(lifecycle.conclude(store.get_by_id("a"), lifecycle.Ending(returned=True), 3000))
 
 
-#: What may be under way when the interrupt comes.
+#: The writes that an interrupt may strike.
 WRITES: dict[str, Any] = {
     "new tasks": lambda store: [insert("x"), insert("y", run_at=9000), insert("z", priority=3)],
-    "one in line": lambda store: [insert("x", concurrency_key="line")],
+    "one that waits for its turn": lambda store: [insert("x", concurrency_key="line")],
     "a child": lambda store: [insert("x", depends_on=["b"])],
     "a start": lambda store: [start(store, "b")],
     "an end": complete,
@@ -58,14 +58,18 @@ WRITES: dict[str, Any] = {
 
 
 def seen(store: MemoryRepository) -> dict[str, Any]:
-    """Return all that a runtime may ask."""
+    """Return the results of all queries that the runtime makes."""
     return {
         "tasks": [task.to_dict() for task in store.list(EVERYTHING)],
         "ready": [store.ready(["t"], 100, owner) for owner in ("", "node")],
         "by age": store.ready(["t"], 100, ageing=1000),
         "due": (store.due(10**6, 100), earliest_due(store), oldest_ready(store)),
         "nodes": (set(owners(store)), held_on(store, "node"), unfinished(store, ["t"])),
-        "keys": (key_holders(store, ["k"]), lines(store, "", 100), first_in_line(store, "line")),
+        "keys": (
+            key_holders(store, ["k"]),
+            waiting_keys(store, "", 100),
+            first_waiting(store, "line"),
+        ),
         "parents": (
             store.distinct("waiting_on", "", 100),
             those_with(store, "waiting_on", "b"),
@@ -76,7 +80,7 @@ def seen(store: MemoryRepository) -> dict[str, Any]:
 
 
 def struck(point: int, what: str, whole: bool) -> MemoryRepository | None:
-    """Strike an ``apply`` at that point; return what it was called on, None if it has fewer points."""
+    """Interrupt an ``apply`` at a point, and return its store. Return None if it has fewer points."""
     store = filled()
     writes = WRITES[what](store)
     strike = strike_at(point, lambda: store.apply(writes, all_or_nothing=whole))
@@ -85,7 +89,7 @@ def struck(point: int, what: str, whole: bool) -> MemoryRepository | None:
 
 @pytest.mark.parametrize("whole", [True, False], ids=["all or nothing", "each for itself"])
 @pytest.mark.parametrize("what", WRITES)
-def test_an_interrupt_leaves_all_of_a_transaction_or_nothing(what, whole):
+def test_an_interrupted_transaction_is_applied_whole_or_not_at_all(what, whole):
     store = filled()
     before = seen(store)
     store.apply(WRITES[what](store), all_or_nothing=whole)
@@ -98,7 +102,7 @@ def test_an_interrupt_leaves_all_of_a_transaction_or_nothing(what, whole):
     assert outcomes[0] == before
 
 
-def test_an_interrupted_transaction_can_be_done_again():
+def test_an_interrupted_transaction_can_be_repeated():
     store = struck(30, "a mixture", whole=False)
     assert all(store.apply(WRITES["a mixture"](store)))
     other = filled()
@@ -106,7 +110,7 @@ def test_an_interrupted_transaction_can_be_done_again():
     assert seen(store) == seen(other)
 
 
-def test_a_page_of_the_list_reads_no_more_than_that_page(monkeypatch):
+def test_listing_a_page_reads_no_more_than_that_page(monkeypatch):
     store, asked, meets = MemoryRepository(), [], memory._meets
     store.apply([insert(f"{n:04}", now=1000 + n) for n in range(2000)])
     monkeypatch.setattr(memory, "_meets", lambda row, f: asked.append(row) or meets(row, f))
@@ -115,7 +119,7 @@ def test_a_page_of_the_list_reads_no_more_than_that_page(monkeypatch):
     assert len(asked) <= 9
 
 
-def test_tasks_are_listed_by_creation_whatever_the_order_of_storage():
+def test_tasks_are_listed_by_creation_time_not_by_order_of_storage():
     store = MemoryRepository()
     for number in (2, 3, 1):
         store.apply([insert(str(number), now=number)])
@@ -127,7 +131,7 @@ def test_tasks_are_listed_by_creation_whatever_the_order_of_storage():
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(0, 40))), st.integers(-1, 41))
-def test_sorted_items_are_a_sorted_set(changes, first):
+def test_sorted_items_behave_like_a_sorted_set(changes, first):
     items, expected = ordered.SortedItems(), set()
     for put_in, item in changes:
         (items.add if put_in else items.discard)(item)
@@ -141,7 +145,7 @@ def test_sorted_items_are_a_sorted_set(changes, first):
 
 @pytest.mark.parametrize("order", [1, -1])
 def test_a_change_of_a_large_collection_moves_few_items(order):
-    """The cost of a change grows with the length of the list in which it is made."""
+    """The cost of a change grows with the length of the block that is changed."""
     items = ordered.SortedItems()
     for item in range(20_000)[::order]:
         items.add(item)

@@ -1,4 +1,4 @@
-"""What the moves of ``lifecycle`` make of a record, the same on every repository."""
+"""The effect of ``lifecycle``'s moves on a record, which is the same on every repository."""
 
 import json
 from datetime import timedelta
@@ -26,11 +26,11 @@ from .repositories import between_tasks, ids, keeping_time, whole_batches
 
 @whole_batches
 class TestCheckpoints:
-    """What a run stores on its way."""
+    """Values that a run stores while it executes."""
 
     TEXT = '{"steps":{"a.$b":[1,null,{"":2.5}]},"cursor":"ä"}'
 
-    def test_are_read_as_they_were_stored(self, store, run):
+    def test_checkpoints_are_read_as_they_were_stored(self, store, run):
         task = run("a")
         assert task.checkpoints is None
         write = lifecycle.checkpoint(task, self.TEXT, durable=True)
@@ -38,8 +38,8 @@ class TestCheckpoints:
         assert store.get_by_id("a").checkpoints == json.loads(self.TEXT)
         assert list(shown(store, [write])) == [True]
 
-    def test_are_fenced(self, store, add, run, clock, now):
-        """Neither an earlier run nor one that has ended stores any."""
+    def test_only_the_current_run_stores_checkpoints(self, store, add, run, clock, now):
+        """An earlier run and an ended run store nothing."""
         waiting, task = add("b"), run("a")
         stale = attrs.evolve(task, starts=0)
         for other in (waiting, stale):
@@ -49,7 +49,7 @@ class TestCheckpoints:
         assert list(store.apply([lifecycle.checkpoint(task, "{}", durable=True)])) == [False]
         assert store.get_by_id("a").checkpoints is None
 
-    def test_outlast_retries_requeues_and_what_is_written_by_hand(self, store, run, now):
+    def test_checkpoints_survive_retries_requeues_and_updates(self, store, run, now):
         task = run("a", max_attempts=2)
         store.apply([lifecycle.checkpoint(task, self.TEXT, durable=True)])
         store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now))
@@ -68,8 +68,8 @@ class TestCheckpoints:
 
 
 @whole_batches
-def test_who_read_it_before_it_was_changed_by_hand_does_not_start_it(store, now):
-    """Else it would run with params that it has no more."""
+def test_a_task_read_before_an_update_does_not_start(store, now):
+    """Otherwise it would run with the old params."""
     store.create(Task(id="a", type="t", params={"n": 1}))
     read = store.get_by_id("a")
     store.update(attrs.evolve(read, params={"n": 2}))
@@ -80,8 +80,8 @@ def test_who_read_it_before_it_was_changed_by_hand_does_not_start_it(store, now)
 
 
 @whole_batches
-def test_what_attempts_log_is_kept_in_order(store, run, now):
-    """Also over a requeue and what is written by hand; who logs nothing changes nothing."""
+def test_the_logs_of_attempts_are_kept_in_order(store, run, now):
+    """They survive a requeue and an update. An attempt that logs nothing changes nothing."""
     for number, log in enumerate(("ä\n", "", "two\nthree\n")):
         task = store.get_by_id("a") if number else run("a", max_attempts=2)
         if number:
@@ -95,7 +95,7 @@ def test_what_attempts_log_is_kept_in_order(store, run, now):
             task = store.get_by_id("a")
         task.log = "by hand"
         store.update(task)
-    # Two starts between these, and two changes by hand while it was pending.
+    # In between there were two starts, and two updates while the task was pending.
     expected = "--- attempt 1, start 1\nä\n--- attempt 1, start 5\ntwo\nthree\n"
     assert store.get_by_id("a").log == expected
     assert store.list(TaskFilter())[0].log == expected
@@ -103,31 +103,31 @@ def test_what_attempts_log_is_kept_in_order(store, run, now):
 
 @keeping_time
 class TestDue:
-    """Tasks that are held back until their time has come."""
+    """Tasks that wait for their ``run_at``."""
 
-    def test_a_held_task_does_not_start(self, store, add, now):
+    def test_a_delayed_task_does_not_start_early(self, store, add, now):
         task = add("a", run_at=now + 1000)
         assert list(store.apply([lifecycle.start(task, now, "node")])) == [False]
 
-    def test_released_it_is_ready(self, store, add, now):
+    def test_a_released_task_is_ready(self, store, add, now):
         add("a", run_at=now + 1000)
         assert list(store.apply([lifecycle.release("a")])) == [True]
         assert list(store.apply([lifecycle.release("a")])) == [False]
         assert (ids(store.ready(["t"], 10)), earliest_due(store)) == (["a"], None)
 
-    def test_of_the_past_is_never_held(self, store, add, now):
+    def test_a_task_whose_time_has_passed_is_ready_at_once(self, store, add, now):
         add("past", run_at=now - 1)
         add("present", run_at=now)
         assert ids(store.ready(["t"], 10)) == ["past", "present"]
         assert earliest_due(store) is None
 
-    def test_cancelled_it_is_never_due(self, store, add, now):
+    def test_a_cancelled_task_is_never_due(self, store, add, now):
         add("a", run_at=now + 1000)
         store.apply([lifecycle.cancel("a", now)[0]])
         assert list(store.due(now + 1000, 10)) == []
         assert earliest_due(store) is None
 
-    def test_a_time_that_is_changed_by_hand_counts(self, store, add, clock, now):
+    def test_an_updated_run_at_takes_effect(self, store, add, clock, now):
         task = add("a")
         task.run_at = clock.now() + timedelta(seconds=5)
         store.update(task)
@@ -136,7 +136,7 @@ class TestDue:
         store.update(task)
         assert (ids(store.ready(["t"], 10)), earliest_due(store)) == (["a"], None)
 
-    def test_started_by_hand_before_its_time_it_is_held_no_more(self, store, add, now):
+    def test_a_task_started_by_hand_no_longer_waits_for_its_time(self, store, add, now):
         add("a", run_at=now + 1000)
         store.update_status("a", TaskStatus.RUNNING)
         assert earliest_due(store) is None
@@ -150,7 +150,7 @@ def test_a_running_task_is_not_deleted(store, run):
     assert store.get_by_id("a").status is TaskStatus.RUNNING
 
 
-def test_an_ended_task_is_pruned_unless_it_runs_again(store, run, clock):
+def test_an_ended_task_is_pruned_unless_it_was_requeued(store, run, clock):
     for name in "ab":
         failed = Ending(returned=False, error="broke")
         store.apply(lifecycle.conclude(run(name), failed, clock.now_ms()))
@@ -163,9 +163,9 @@ def test_an_ended_task_is_pruned_unless_it_runs_again(store, run, clock):
 
 
 class TestStuck:
-    """A task that was given up while its thread still runs."""
+    """A task that was abandoned while its thread still runs."""
 
-    GIVEN_UP = Ending(
+    ABANDONED = Ending(
         returned=False, stuck=True, reason=CancelReason.TIMEOUT, error="timed out", traceback="tb"
     )
 
@@ -185,21 +185,21 @@ class TestStuck:
         assert not any(store.apply(lifecycle.lift_bar(task, clock.now_ms())))
 
     @pytest.mark.parametrize("delay", [0.0, 60.0])
-    def test_a_retry_is_barred_until_that_is_lifted(self, store, run, clock, delay):
+    def test_a_retry_waits_until_the_bar_is_lifted(self, store, run, clock, delay):
         task = run("a")
         task.max_attempts = 2
-        ending = attrs.evolve(self.GIVEN_UP, delay=delay)
-        given_up = lifecycle.conclude(task, ending, clock.now_ms())
-        assert list(store.apply(given_up)) == [True, False]
+        ending = attrs.evolve(self.ABANDONED, delay=delay)
+        abandoned = lifecycle.conclude(task, ending, clock.now_ms())
+        assert list(store.apply(abandoned)) == [True, False]
         self.nothing_starts(store, clock)
         assert those_with(store, "stuck_on", "node") == ["a"]
         self.lift(store, clock)
         assert ids(store.ready(["t"], 10)) == ([] if delay else ["a"])
         assert earliest_due(store) == (clock.now_ms() + 60_000 if delay else None)
 
-    def test_a_requeue_is_barred_until_that_is_lifted(self, store, run, clock):
+    def test_a_requeued_task_waits_until_the_bar_is_lifted(self, store, run, clock):
         task = run("a")
-        assert list(store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))) == [True]
+        assert list(store.apply(lifecycle.conclude(task, self.ABANDONED, clock.now_ms()))) == [True]
         failed = store.get_by_id("a")
         assert (failed.status, failed.stuck_on, failed.traceback) == ("failed", "node", "tb")
         requeue = lifecycle.requeue(failed, clock.now_ms())
@@ -210,7 +210,7 @@ class TestStuck:
 
     def test_lifted_while_it_has_failed_it_is_requeued_as_any_other(self, store, run, clock):
         task = run("a")
-        store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))
+        store.apply(lifecycle.conclude(task, self.ABANDONED, clock.now_ms()))
         early = lifecycle.requeue(store.get_by_id("a"), clock.now_ms())
         self.lift(store, clock)
         assert list(store.apply([early])) == [False]  # it would be barred for ever
@@ -220,23 +220,23 @@ class TestStuck:
         assert ids(store.ready(["t"], 10)) == ["a"]
 
     @between_tasks
-    def test_it_keeps_its_turn_until_that_is_lifted(self, store, run, add, clock):
+    def test_a_stuck_task_keeps_its_turn_until_the_bar_is_lifted(self, store, run, add, clock):
         add("a", concurrency_key="k")
         assert any(store.apply(lifecycle.give_turn("a", "k")))
         store.apply([lifecycle.start(store.get_by_id("a"), clock.now_ms(), "node")])
         add("b", concurrency_key="k")
         task = store.get_by_id("a")
-        assert list(store.apply(lifecycle.conclude(task, self.GIVEN_UP, clock.now_ms()))) == [True]
+        assert list(store.apply(lifecycle.conclude(task, self.ABANDONED, clock.now_ms()))) == [True]
         assert not any(store.apply(lifecycle.give_turn("b", "k")))
         self.lift(store, clock)
         assert any(store.apply(lifecycle.give_turn("b", "k")))
 
 
 class TestByHand:
-    """What a caller's ``update`` may not do to a record that the runtime works with."""
+    """Limits of a caller's ``update`` on a record that the runtime uses."""
 
-    def test_a_request_to_cancel_survives(self, store, run, now):
-        """The caller read the task before it came."""
+    def test_a_cancel_request_survives_an_update(self, store, run, now):
+        """The caller read the task before the request."""
         task = run("a")
         store.apply([lifecycle.cancel("a", now)[-1]])
         task.message = "by hand"
@@ -244,7 +244,7 @@ class TestByHand:
         stored = store.get_by_id("a")
         assert (stored.message, stored.cancel_requested_at is None) == ("by hand", False)
 
-    def test_identity_fence_and_counters_stay(self, store, run):
+    def test_an_update_keeps_identity_fence_and_counters(self, store, run):
         task = run("a")
         wanted = attrs.evolve(
             task, type="other", starts=9, owner="me", errors=9, crashes=9, interruptions=9
@@ -252,13 +252,13 @@ class TestByHand:
         store.update(wanted)
         assert store.get_by_id("a") == task
 
-    def test_a_pending_task_never_looks_finished(self, store, add, clock):
+    def test_completed_at_on_a_pending_task_is_ignored(self, store, add, clock):
         task = add("a")
         task.completed_at = clock.now()
         store.update(task)
         assert ids(store.ready(["t"], 10)) == ["a"]
 
-    def test_a_finished_task_never_looks_unfinished(self, store, run):
+    def test_a_finished_task_keeps_its_completed_at(self, store, run):
         run("a")
         store.update_status("a", TaskStatus.COMPLETED)
         task = store.get_by_id("a")
@@ -292,8 +292,8 @@ class TestByHand:
             ("started_at", "now", ConfigurationError),
         ],
     )
-    def test_what_no_store_can_hold_is_refused(self, store, add, field, value, error):
-        """By update and by create alike; nothing is changed."""
+    def test_a_value_that_no_store_can_hold_is_refused(self, store, add, field, value, error):
+        """Both update and create refuse it, and nothing is changed."""
         task = add("a")
         with pytest.raises(error):
             store.update(attrs.evolve(task, **{field: value}))
@@ -303,8 +303,8 @@ class TestByHand:
         assert store.get_by_id("a") == task
         assert store.count(TaskFilter()) == 1
 
-    def test_a_record_that_no_submit_would_make_can_be_changed(self, store, add):
-        """Earlier versions took such options, from ``create``."""
+    def test_a_record_with_options_that_submit_refuses_can_be_updated(self, store, add):
+        """Earlier versions took such options in ``create``."""
         task = attrs.evolve(add("a"), priority=2_000_000, timeout=0)
         store.update(task)
         assert store.get_by_id("a").priority == 2_000_000
@@ -319,7 +319,9 @@ class TestByHand:
         assert stored.error == "lone \\ud800 surrogate"
         assert len(stored.message) == 1000
 
-    def test_an_update_that_was_overtaken_is_refused(self, store, run, monkeypatch):
+    def test_an_update_is_refused_if_the_task_changed_in_the_meantime(
+        self, store, run, monkeypatch
+    ):
         stale = run("a")
         store.update_status("a", TaskStatus.FAILED, "meanwhile")
         monkeypatch.setattr(store, "get_by_id", lambda task_id: stale)

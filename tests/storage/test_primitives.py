@@ -1,4 +1,4 @@
-"""What holds for every repository that the runtime can drive: the contract of the primitives."""
+"""The contract of the primitives, which every repository keeps that the runtime can use."""
 
 import json
 
@@ -13,7 +13,7 @@ from .repositories import MAKERS, MONGO, Scramble, again, coded, insert, losing_
 
 
 class OnKind(PrimitivesContract):
-    """The contract, and what only repositories of ours do that send writes together or may be in doubt."""
+    """The contract, and tests of TaskX's own repositories, which group writes or can be in doubt."""
 
     @pytest.fixture
     def repository(self, tmp_path, kind):
@@ -23,8 +23,8 @@ class OnKind(PrimitivesContract):
     def another(self, repository):
         return again(repository)
 
-    def test_alike_writes_are_told_apart(self, repository):
-        """Also if the repository sends many of them together."""
+    def test_each_of_many_similar_writes_reports_its_own_result(self, repository):
+        """It does so even if the repository sends many of them together."""
         owners = {str(number): "other" if number % 7 == 0 else "" for number in range(60)}
         self.apply(repository, *(self.insert(name, owner=owners[name]) for name in owners))
         takes = [Update(str(n), {"owner": ""}, {"owner": "node"}) for n in range(61)]
@@ -34,8 +34,8 @@ class OnKind(PrimitivesContract):
         given_up = Update("1", {"owner": "node"}, {"owner": ""})
         assert self.apply(repository, given_up, given_up) == [True, False]
 
-    def test_a_write_that_is_sent_again_is_not_done_twice(self, repository):
-        """As the same object, after an error in doubt; another object is another write."""
+    def test_a_write_that_is_sent_again_is_not_applied_twice(self, repository):
+        """It must be the same object, after an error in doubt. An equal object is a new write."""
         self.add(repository, "ab")
         writes = [
             self.insert("c", created_by="me"),
@@ -64,7 +64,7 @@ class TestEach(OnKind):
 
 @pytest.mark.parametrize("kind", ["memory", "mongomock", "third"])
 class TestCoded(OnKind):
-    """With a codec, all is as without one."""
+    """The contract also holds with a codec."""
 
     @pytest.fixture
     def repository(self, tmp_path, kind):
@@ -78,7 +78,7 @@ class TestAdapterOfThirteenFields(OnKind):
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"], indirect=True)
-def test_a_store_with_transactions_has_all_or_nothing_of_any_writes(store, add, clock):
+def test_a_store_with_transactions_applies_all_writes_or_none(store, add, clock):
     add("a")
     writes = [
         Update("a", {"status": "pending"}, {"message": "changed"}),
@@ -90,15 +90,15 @@ def test_a_store_with_transactions_has_all_or_nothing_of_any_writes(store, add, 
     assert store.count(TaskFilter()) == 1
 
 
-def test_create_makes_an_id_where_the_task_has_none(store):
+def test_create_makes_an_id_for_a_task_without_one(store):
     store.create(Task(type="t"))
     store.create(Task(type="t"))
     assert len({task.id for task in store.list(TaskFilter())} - {""}) == 2
 
 
 @pytest.mark.parametrize("store", MONGO, indirect=True)
-def test_mongo_has_it_for_new_tasks_only(store, add, clock):
-    """It uses no transactions, which a standalone server has not."""
+def test_mongodb_stores_all_or_none_of_new_tasks_only(store, add, clock):
+    """It uses no transactions, as a standalone server has none."""
     add("a")
     writes = [Update("a", {}, {"message": "changed"}), insert("b", clock)]
     with pytest.raises(ConfigurationError, match="new tasks only"):
@@ -107,7 +107,7 @@ def test_mongo_has_it_for_new_tasks_only(store, add, clock):
     assert store.count(TaskFilter()) == 1
 
 
-def test_guards_in_python_mean_the_same():
+def test_guards_mean_the_same_in_python():
     row = {"a": None, "b": 0}
     assert matches(row, {"a": None, "b": (0, 1)})
     assert not matches(row, {"a": PRESENT})
@@ -115,7 +115,7 @@ def test_guards_in_python_mean_the_same():
 
 
 class Careless(MemoryRepository):
-    """Looks and changes without a lock, as find-then-replace does."""
+    """A repository that checks and changes without a lock, as find-then-replace does."""
 
     def apply(self, writes, *, all_or_nothing=False):
         results = []
@@ -133,7 +133,7 @@ class Careless(MemoryRepository):
 
 
 class Broken(MemoryRepository):
-    """Breaks one rule."""
+    """A repository that breaks one rule."""
 
     def __init__(self, rule):
         super().__init__()
@@ -165,9 +165,9 @@ class Broken(MemoryRepository):
 
 
 class TestTheContractItself:
-    """It finds what is wrong."""
+    """The contract finds defects."""
 
-    def test_the_race_finds_a_careless_implementation(self):
+    def test_the_race_finds_a_repository_without_atomic_writes(self):
         def finds():
             try:
                 PrimitivesContract().test_one_of_many_threads_wins_a_start(Careless())

@@ -1,8 +1,8 @@
-"""What the runtime asks of a repository by its primitives, the same on every repository."""
+"""The queries that the runtime builds from the primitives, which work the same on every repository."""
 
 import attrs
 import pytest
-from helpers import first_in_line, held_on, lines, those_with
+from helpers import first_waiting, held_on, those_with, waiting_keys
 
 from taskx import TaskFilter, TaskStatus
 from taskx.core import lifecycle
@@ -16,10 +16,10 @@ from taskx.upkeep.retention import needed
 from .repositories import add_if_kept, between_tasks, ids, insert, keeping_time
 
 
-class TestSettle:
-    """After an interrupt, whether a write took place is read back."""
+class TestShown:
+    """Reading back after an interrupt if a write took place."""
 
-    def test_what_took_place(self, store, add, clock, now):
+    def test_writes_that_took_place_are_recognised(self, store, add, clock, now):
         task = add("a")
         writes = [
             insert("b", clock, params='{"x":1}', owner="node"),
@@ -31,8 +31,8 @@ class TestSettle:
         store.apply(writes)
         assert list(shown(store, writes)) == [True, True, True]
 
-    def test_an_insert_is_known_again_after_it_moved_on(self, store, add, clock, now):
-        """Or a submission that was stored, and taken up by another process, would seem a duplicate."""
+    def test_a_new_task_is_recognised_after_it_changed(self, store, add, clock, now):
+        """Otherwise a stored submission that another process has started would look like a duplicate."""
         write = insert("a", clock, owner="node", max_attempts=None)
         store.apply([write])
         store.apply([lifecycle.disown("a", "node")])
@@ -40,12 +40,12 @@ class TestSettle:
         store.apply([lifecycle.start(task, now, "other")])
         assert list(shown(store, [write])) == [True]
 
-    def test_another_ones_insert_is_not_taken_for_it(self, store, add, clock):
+    def test_another_task_with_the_same_id_is_not_mistaken_for_it(self, store, add, clock):
         add("a")
         clock.advance(1)
         assert list(shown(store, [insert("a", clock)])) == [False]
 
-    def test_another_nodes_start_is_not_taken_for_it(self, store, add, now):
+    def test_a_start_by_another_node_is_not_mistaken_for_it(self, store, add, now):
         task = add("a")
         ours, theirs = (lifecycle.start(task, now, node) for node in ("ours", "theirs"))
         store.apply([theirs])
@@ -53,25 +53,29 @@ class TestSettle:
 
 
 class TestPage:
-    """A list and how many there are, though others write between the two looks."""
+    """A page of a list and the total, even if others write between the two reads."""
 
     @pytest.mark.parametrize(
         ("offset", "limit", "total"), [(0, 2, 2), (1, 1, 2), (2, 1, 0), (0, 0, 0)]
     )
-    def test_if_tasks_are_deleted(self, store, add, monkeypatch, offset, limit, total):
+    def test_the_total_fits_the_page_if_tasks_are_deleted(
+        self, store, add, monkeypatch, offset, limit, total
+    ):
         self.assert_total(store, add, monkeypatch, offset, limit, total, lambda: delete_all(store))
 
     @pytest.mark.parametrize(
         ("offset", "limit", "total"), [(0, 3, 2), (1, 2, 2), (2, 1, 2), (9, 1, 3)]
     )
-    def test_if_one_more_is_stored(self, store, add, monkeypatch, offset, limit, total):
+    def test_the_total_fits_the_page_if_a_task_is_added(
+        self, store, add, monkeypatch, offset, limit, total
+    ):
         self.assert_total(store, add, monkeypatch, offset, limit, total, lambda: add("c"))
 
-    def assert_total(self, store, add, monkeypatch, offset, limit, total, meanwhile):
+    def assert_total(self, store, add, monkeypatch, offset, limit, total, in_between):
         add("a")
         add("b")
-        look = store.list
-        monkeypatch.setattr(store, "list", lambda filter: (look(filter), meanwhile())[0])
+        read = store.list
+        monkeypatch.setattr(store, "list", lambda filter: (read(filter), in_between())[0])
         tasks, counted = page(store, TaskFilter(offset=offset, limit=limit))
         assert (len(tasks), counted) == (min(limit, max(0, 2 - offset)), total)
 
@@ -81,29 +85,29 @@ def delete_all(store):
 
 
 class TestGetMany:
-    def test_those_that_exist_by_id(self, store, add):
+    def test_the_existing_tasks_are_returned_by_id(self, store, add):
         add("a")
         add("b")
         found = store.get_many(["b", "x", "a", "b"])
         assert {task_id: task.id for task_id, task in found.items()} == {"a": "a", "b": "b"}
         assert store.get_many([]) == {}
 
-    def test_a_thousand_and_more(self, store, clock):
+    def test_more_than_a_thousand_ids_can_be_read(self, store, clock):
         names = [f"task-{number}" for number in range(1201)]
         store.apply([insert(name, clock) for name in names])
         assert sorted(store.get_many([*names, "missing"])) == sorted(names)
 
 
 class TestOldestReady:
-    """Since when the task has waited, of those that may start, that waits longest."""
+    """The time since when the longest waiting task that may start has waited."""
 
-    def test_nothing_waits(self, store, run, add, now):
+    def test_running_and_cancelled_tasks_do_not_wait(self, store, run, add, now):
         run("a")
         add("b")
         store.apply([lifecycle.cancel("b", now)[0]])
         assert oldest_ready(store) is None
 
-    def test_whatever_its_type_priority_and_owner(self, store, add, clock, now):
+    def test_tasks_of_all_types_priorities_and_owners_count(self, store, add, clock, now):
         add("a", type="u", owner="node")
         clock.advance(1)
         add_if_kept(add, "b", priority=5)
@@ -117,7 +121,7 @@ class TestOldestReady:
 
 
 @keeping_time
-def test_a_delayed_task_waits_since_its_time_came(store, add, clock, now):
+def test_a_delayed_task_waits_from_its_run_at_on(store, add, clock, now):
     add("a", run_at=now + 1000)
     assert oldest_ready(store) is None
     clock.advance(5)
@@ -126,8 +130,8 @@ def test_a_delayed_task_waits_since_its_time_came(store, add, clock, now):
 
 
 @keeping_time
-def test_one_whose_time_has_just_come_hides_none_that_waits_longer(store, add, clock, now):
-    """Though it was stored before that one; and so it is of two that were delayed."""
+def test_a_task_just_released_does_not_hide_one_that_waits_longer(store, add, clock, now):
+    """It was stored before the other one. The same holds for two delayed tasks."""
     add("a", run_at=now + 10_000)
     add("b", run_at=now + 5000)
     clock.advance(7)
@@ -140,7 +144,7 @@ def test_one_whose_time_has_just_come_hides_none_that_waits_longer(store, add, c
 
 
 @keeping_time
-def test_a_requeued_task_waits_since_then(store, run, clock, now):
+def test_a_requeued_task_waits_from_its_requeue_on(store, run, clock, now):
     task = run("a")
     assert any(store.apply(lifecycle.conclude(task, Ending(returned=False, error="e"), now)))
     clock.advance(86_400)
@@ -149,9 +153,9 @@ def test_a_requeued_task_waits_since_then(store, run, clock, now):
 
 
 class TestOwners:
-    """Which node holds what."""
+    """The nodes that hold tasks."""
 
-    def test_pending_and_running_until_they_end(self, store, add, run, now):
+    def test_a_node_owns_its_pending_and_running_tasks_until_they_end(self, store, add, run, now):
         add("a", owner="one")
         task = run("b", node="two")
         assert sorted(owners(store)) == ["one", "two"]
@@ -162,7 +166,7 @@ class TestOwners:
         assert list(owners(store)) == []
         assert held_on(store, "two") == []
 
-    def test_nobody_is_no_owner(self, store, add):
+    def test_a_task_without_a_node_has_no_owner(self, store, add):
         add("a")
         assert list(owners(store)) == []
         assert held_on(store, "") == []
@@ -170,9 +174,9 @@ class TestOwners:
 
 
 class TestUnfinished:
-    """Whether there is anything left to wait for."""
+    """The check for tasks that a drain waits for."""
 
-    def test_pending_or_running_of_these_types(self, store, add, run, now):
+    def test_pending_and_running_tasks_of_these_types_are_unfinished(self, store, add, run, now):
         assert not unfinished(store, ["t", "u"])
         task = run("a")
         assert unfinished(store, ["u", "t"])
@@ -184,14 +188,14 @@ class TestUnfinished:
         assert unfinished(store, ["t"])
 
     @keeping_time
-    def test_held_back_is_not_waited_for(self, store, add, now):
+    def test_delayed_tasks_are_not_waited_for(self, store, add, now):
         add("a", run_at=now + 1)
         assert not unfinished(store, ["t"])
 
 
 class TestParents:
     @between_tasks
-    def test_a_child_is_found_by_the_parent_it_waits_on(self, store, add, clock):
+    def test_a_child_is_found_by_the_parent_it_waits_for(self, store, add, clock):
         add("p")
         add("q")
         add("c", depends_on=["p", "q"], waiting_on="q")
@@ -214,7 +218,7 @@ class TestParents:
         assert ids(store.ready(["t"], 10)) == ["p", "q", "d"]
 
     @between_tasks
-    def test_the_status_of_many(self, store, add, run):
+    def test_the_statuses_of_many_tasks_are_read_at_once(self, store, add, run):
         add("a")
         run("b")
         assert store.statuses(["b", "nobody", "a"]) == {"a": "pending", "b": "running"}
@@ -227,10 +231,10 @@ class TestParents:
         for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a", "gone"]}.items():
             add(child, depends_on=parents, waiting_on=parents[0])
         assert needed(store, ["p", "q", "a", "b", "nobody"]) == {"a"}, (
-            "by c: the others go with them"
+            "c needs it; the others are pruned together"
         )
         assert needed(store, ["p", "q"]) == {"p", "q"}
-        assert needed(store, ["gone"]) == {"gone"}, "a hint for nobody: it is not there"
+        assert needed(store, ["gone"]) == {"gone"}, "a hint without effect: the task does not exist"
         store.apply(lifecycle.cancel("b", 1))
         assert needed(store, ["q"]) == {"q"}
         store.delete("b")
@@ -249,26 +253,26 @@ class TestParents:
         assert list(children(store, ["a"])) == list(children(store, [])) == []
 
 
-class TestLines:
+class TestConcurrencyKeys:
     @between_tasks
-    def test_first_come_first_in_line(self, store, add):
+    def test_tasks_of_a_key_wait_in_order_of_submission(self, store, add):
         for task_id in "cab":
             add(task_id, concurrency_key="k")
         add("x", concurrency_key="other")
-        assert first_in_line(store, "k") == "c"
-        assert first_in_line(store, "nobody") is None
-        assert lines(store, "", 10) == {"k": True, "other": True}
+        assert first_waiting(store, "k") == "c"
+        assert first_waiting(store, "nobody") is None
+        assert waiting_keys(store, "", 10) == {"k": True, "other": True}
         assert store.ready(["t"], 10) == []
         turn = Update("c", {"held": 4}, {"held": 0, "turn": "k"})
         assert list(store.apply([turn])) == [True]
-        assert (first_in_line(store, "k"), lines(store, "", 10)) == (
+        assert (first_waiting(store, "k"), waiting_keys(store, "", 10)) == (
             "a",
             {"k": False, "other": True},
         )
         assert ids(store.ready(["t"], 10)) == ["c"]
         store.delete("c")
-        assert lines(store, "", 10) == {"k": True, "other": True}
-        assert lines(store, "k", 10) == {"other": True}
+        assert waiting_keys(store, "", 10) == {"k": True, "other": True}
+        assert waiting_keys(store, "k", 10) == {"other": True}
 
 
 @between_tasks

@@ -1,4 +1,7 @@
-"""A repository of eight methods that fails now and then: nothing is lost, done twice, or told wrongly."""
+"""A queue on an eight-method repository that fails now and then.
+
+Nothing is lost or done twice, and every answer is true.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +32,10 @@ ALL = "all"
 
 
 class Hiccups(TaskRepository):
-    """A repository whose methods raise when they are told to.
+    """A repository whose methods raise when a test asks for it.
 
-    Each call is counted: those of a method, or of all, from the ``first`` on raise, ``times`` of them,
-    before or after they did what they do.
+    Calls are counted, of one method or of all. The ``first`` call and those after it raise, ``times`` calls
+    in all. They raise before they do their work or, if ``late``, after it.
     """
 
     def __init__(self, method="", first=1, times=1, *, late=False, error=OSError):
@@ -51,10 +54,10 @@ class Hiccups(TaskRepository):
             self.calls.update((method, ALL))
             fails = self.method in (method, ALL) and self.calls[self.method] in self.wrong
         if fails and not self.late:
-            raise self.error("the disk hiccuped")
+            raise self.error("the disk failed")
         answer = getattr(self.inner, method)(*args)
         if fails:
-            raise self.error("the disk hiccuped")
+            raise self.error("the disk failed")
         return answer
 
     def create(self, task):
@@ -97,7 +100,7 @@ class Told(Hook):
 
 
 class Story:
-    """A queue's life on a repository, and what the caller was told of each step."""
+    """The life of a queue on a repository, with the answer that the caller got at each step."""
 
     def __init__(self, repository):
         self.repository = repository
@@ -154,7 +157,7 @@ class Story:
             self.over(ctx)
 
     def do(self, step, task_id, function):
-        """Do a step; note how it ended: True, ``refused``, ``doubt`` or the name of another error."""
+        """Do a step and record its answer: True, ``refused`` or ``doubt``. Return True if it worked."""
         try:
             function()
         except RepositoryError as error:
@@ -199,7 +202,7 @@ class Story:
         queue.close()
 
     def wait(self):
-        """Wait until nothing is left to do."""
+        """Wait until all tasks have ended."""
         eventually(lambda: self._drained() and not self.unfinished())
 
     def _drained(self):
@@ -217,7 +220,7 @@ STATUSES = {"flaky": "completed", "bad": "failed", "hold": "cancelled", "dropped
 
 
 def check(story):
-    """Check that what the caller was told, what is stored and what was run agree."""
+    """Check that the answers to the caller, the stored tasks and the runs agree."""
     told, repository = story.told, story.repository
     assert story.at_once == []
     for (step, task_id), answer in told.items():
@@ -246,7 +249,7 @@ def check(story):
                 again = told.get(("requeue", "bad"))
                 assert runs == {True: 2, "refused": 1}.get(again, runs)
         finished = story.hook.finished_ids.count(task_id)
-        if answer is True and task_id != "dropped":  # of which no hook is told if it cannot be read
+        if answer is True and task_id != "dropped":  # no hook is called if the task cannot be read
             assert finished == (2 if runs == 2 and task_id == "bad" else 1)
 
 
@@ -257,7 +260,7 @@ def _quick(look_every):
     look_every(poll=0.01)
 
 
-def test_without_a_failure_the_caller_is_told_the_truth():
+def test_without_failures_every_step_succeeds():
     story = Story(Hiccups())
     story.live()
     assert set(story.told.values()) == {True}
@@ -274,10 +277,10 @@ def test_without_a_failure_the_caller_is_told_the_truth():
         (ALL, 3, 3),
     ],
 )
-def test_methods_may_fail_at_any_call(method, times, step, late):
-    """Each call in turn, of one method or of all, before or after it has done what it does."""
+def test_a_method_may_fail_at_any_call(method, times, step, late):
+    """Each call in turn fails, of one method or of all, before or after it has done its work."""
     if late and method in ("get_by_id", "list", "count"):
-        return  # the same as before
+        return  # a read has no effect, so it makes no difference
     calm = Story(Hiccups())
     calm.live()
     for first in range(1, calm.repository.calls[method] + 1, step):
@@ -298,7 +301,7 @@ class TestSubmit:
         return queue
 
     @pytest.mark.parametrize("late", [False, True])
-    def test_one_failure_of_create_is_healed(self, queue, repository, late):
+    def test_a_submit_survives_one_failure_of_create(self, queue, repository, late):
         repository.fail("create", late=late)
         queue.start()
         assert queue.submit("fine").result(PATIENCE) == "ran"
@@ -313,7 +316,7 @@ class TestSubmit:
     )
     def test_a_refused_task_is_not_stored(self, queue, repository, error, raised):
         repository.fail("create", times=2, error=error)
-        with pytest.raises(raised, match="the disk hiccuped") as refused:
+        with pytest.raises(raised, match="the disk failed") as refused:
             queue.submit("fine", id="a")
         assert type(refused.value) is raised
         assert isinstance(refused.value.__cause__, error)
@@ -323,12 +326,14 @@ class TestSubmit:
 
     @pytest.mark.parametrize("late", [False, True])
     @pytest.mark.parametrize("options", [{}, {"priority": 3}, {"delay": 0.01}])
-    def test_a_submit_in_doubt_says_so_and_runs_if_it_was_stored(
+    def test_a_task_submitted_in_doubt_runs_if_it_was_stored(
         self, queue, repository, late, options
     ):
         queue.start()
         whole_round(queue)
-        repository.fail(ALL, times=3, late=late)  # create, and what would say what came of it
+        repository.fail(
+            ALL, times=3, late=late
+        )  # create, and the reads that would show its outcome
         with pytest.raises(RepositoryUnavailable, match="the write may have taken place") as doubt:
             queue.submit("fine", id="a", **options)
         assert str(doubt.value).startswith("task a: Hiccups: OSError")
@@ -341,7 +346,7 @@ class TestSubmit:
             queue.submit("fine", id="a", **options)
         eventually(lambda: repository.stored("a").status == "completed")
 
-    def test_an_interrupt_in_create_leaves_what_it_stored_to_the_workers(self, queue, repository):
+    def test_a_task_stored_by_an_interrupted_submit_runs(self, queue, repository):
         queue.start()
         repository.fail("create", late=True, error=KeyboardInterrupt)
         with pytest.raises(KeyboardInterrupt) as interrupt:
@@ -350,7 +355,7 @@ class TestSubmit:
         eventually(lambda: repository.stored("a").status == "completed")
         assert repository.stored("a").starts == 1
 
-    def test_an_option_that_is_lost_leaves_nothing_behind_though_delete_fails(self, make_queue):
+    def test_a_task_with_a_lost_option_is_removed_even_if_delete_fails(self, make_queue):
         repository = Hiccups()
         repository.inner = TinyRepository(ORIGINAL_FIELDS)
         queue = make_queue(repository)
@@ -371,18 +376,18 @@ class TestApply:
         )
         return list(made)
 
-    def test_writes_of_a_failed_batch_are_not_done_twice(self):
+    def test_writes_of_a_failed_batch_are_not_applied_twice(self):
         repository = Hiccups("create", 2, 2)
         adapter = EightMethodAdapter(repository)
         writes = self.writes("a", "b", "c")
         with pytest.raises(RepositoryError) as error:
             adapter.apply(writes)
-        assert error.value.in_doubt  # a part is stored
+        assert error.value.in_doubt  # some writes were stored
         assert [adapter.apply([write]) for write in writes] == [[True]] * 3
         assert adapter.apply(self.writes("a")) == [False]
 
     @pytest.mark.parametrize("late", [False, True])
-    def test_a_start_whose_outcome_was_unknown_is_whole_or_not_at_all(self, late):
+    def test_a_start_in_doubt_took_place_wholly_or_not_at_all(self, late):
         repository = Hiccups()
         adapter = EightMethodAdapter(repository)
         adapter.apply(self.writes("a"))
@@ -400,7 +405,7 @@ class TestApply:
         assert adapter.apply([start]) == [False]
 
     @pytest.mark.parametrize("late", [False, True])
-    def test_after_an_interrupt_the_writes_that_took_place_are_known(self, late):
+    def test_writes_that_took_place_before_an_interrupt_are_recognised(self, late):
         repository = Hiccups()
         adapter = EightMethodAdapter(repository)
         adapter.apply(self.writes("a", "b"))
@@ -411,7 +416,7 @@ class TestApply:
         assert shown(adapter, starts) == [True, late]
         assert [adapter.get_by_id(name).owner for name in "ab"] == ["node", "node" if late else ""]
 
-    def test_alternatives_are_read_once(self):
+    def test_alternative_writes_read_the_record_once(self):
         repository = Hiccups()
         adapter = EightMethodAdapter(repository)
         adapter.apply(self.writes("a"))
@@ -419,7 +424,7 @@ class TestApply:
         assert adapter.apply(lifecycle.cancel("a", 5)) == [True, False, False]
         assert repository.calls["get_by_id"] == 1
 
-    def test_a_record_that_was_removed_meanwhile_is_not_there(self):
+    def test_a_start_fails_if_the_record_was_just_removed(self):
         repository = Hiccups()
         adapter = EightMethodAdapter(repository)
         adapter.apply(self.writes("a"))
@@ -434,8 +439,8 @@ class TestApply:
         assert adapter.apply([start]) == [False]
 
 
-def test_progress_that_could_not_be_written_is_written_later(make_queue, repository, monkeypatch):
-    """Not only when the executor tells of more."""
+def test_progress_that_was_not_stored_is_stored_later(make_queue, repository, monkeypatch):
+    """The executor need not report progress again."""
     queue = make_queue()
 
     @queue.executor("hold")

@@ -1,4 +1,4 @@
-"""With a codec, everybody who runs or looks sees plain values; what cannot be coded hurts itself only."""
+"""Queues with a codec: users see plain values, and a value that cannot be coded affects only its task."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def repository(request, tmp_path):
 
 
 class Watch(Hook):
-    """Notes the values that each event shows."""
+    """A hook that records the values that each event shows."""
 
     def __init__(self):
         self.seen = []
@@ -55,7 +55,7 @@ class Watch(Hook):
         self.note("requeued", task)
 
 
-def test_everybody_sees_plain_values(make_queue):
+def test_executors_hooks_and_reads_see_plain_values(make_queue):
     watch, seen = Watch(), []
 
     def around(ctx, task, call_next):
@@ -94,7 +94,7 @@ def test_everybody_sees_plain_values(make_queue):
         assert (task.checkpoints, task.damage) == (kept, "")
 
 
-def test_dead_letters_requeues_and_maps_do(make_queue):
+def test_dead_letters_requeues_and_maps_see_plain_values(make_queue):
     watch = Watch()
     queue = make_queue(hooks=[watch])
     failing = True
@@ -118,7 +118,7 @@ def test_dead_letters_requeues_and_maps_do(make_queue):
     assert told.count(("submitted", "b")) == 1
 
 
-def test_many_at_once_do(make_queue):
+def test_tasks_of_a_batch_see_plain_values(make_queue):
     queue = make_queue(worker_num=2)
     work = queue.executor("work")(lambda word: word * 2)
     queue.start()
@@ -126,11 +126,13 @@ def test_many_at_once_do(make_queue):
     assert [handle.result(PATIENCE) for handle in handles] == [str(n) * 2 for n in range(50)]
 
 
-def test_sizes_are_those_of_the_plain_values(make_queue):
+def test_max_payload_size_counts_the_plain_values(make_queue):
     queue = make_queue(max_payload_size=1000)
     work = queue.executor("work")(lambda word: word + "!" * 20)
     queue.start()
-    assert len(work.submit("x" * 970).result(PATIENCE)) == 990  # more than 1000 as it is stored
+    assert (
+        len(work.submit("x" * 970).result(PATIENCE)) == 990
+    )  # it takes more than 1000 bytes in the store
     with pytest.raises(PayloadError, match="more than max_payload_size"):
         work.submit("x" * 1000)
     with pytest.raises(TaskFailed, match="result: 1,007 bytes as JSON"):
@@ -138,7 +140,7 @@ def test_sizes_are_those_of_the_plain_values(make_queue):
 
 
 class Moody(Codec):
-    """One that fails where it is told to."""
+    """A codec that fails on chosen values."""
 
     name = "moody"
 
@@ -157,11 +159,11 @@ class TestEncodingFails:
         with coded(request.param, tmp_path, SYSTEM_CLOCK, Moody()) as made:
             yield made
 
-    def test_at_submit_nothing_is_stored(self, make_queue):
+    def test_a_submit_that_cannot_be_encoded_stores_nothing(self, make_queue):
         queue = make_queue(buffer_size=2)
         work = queue.executor("work")(lambda word: word)
         queue.start()
-        for _ in range(3):  # nor is the buffer any fuller
+        for _ in range(3):  # more often than the buffer has places: a failed submit takes none
             with pytest.raises(PayloadError, match="params: codec 'moody' failed: ConnectionError"):
                 work.submit("refuse")
         with pytest.raises(PayloadError):
@@ -169,8 +171,8 @@ class TestEncodingFails:
         assert queue.list_tasks() == ([], 0)
         assert work.submit("fine").result(PATIENCE) == "fine"
 
-    def test_of_a_result_fails_the_attempt(self, make_queue):
-        """As a result that is no JSON does; and not its neighbours in the transaction."""
+    def test_a_result_that_cannot_be_encoded_fails_its_attempt(self, make_queue):
+        """A result that is not JSON does so, too. The other tasks of the transaction are not affected."""
         queue = make_queue(worker_num=4)
 
         @queue.executor(max_attempts=2)
@@ -187,7 +189,7 @@ class TestEncodingFails:
         error = "the result could not be stored: PayloadError: result: codec 'moody' failed"
         assert task.attempts[0].error.startswith(error)
 
-    def test_of_a_result_for_good_is_a_dead_letter(self, make_queue, gate):
+    def test_a_result_that_can_never_be_encoded_makes_a_dead_letter(self, make_queue, gate):
         queue = make_queue(worker_num=1)
         queue.executor("work")(lambda ctx: "refuse")
         queue.start()
@@ -199,7 +201,7 @@ class TestEncodingFails:
         assert (task.status, task.errors, task.interruptions) == (TaskStatus.FAILED, 1, 0)
         assert queue.running == 0
 
-    def test_of_a_checkpoint_is_told_to_the_executor(self, make_queue):
+    def test_a_checkpoint_that_cannot_be_encoded_raises_in_the_executor(self, make_queue):
         queue = make_queue()
 
         @queue.executor()
@@ -228,7 +230,7 @@ class TestUnknown:
             yield queue
             queue.stop(PATIENCE, cancel=True)
 
-    def test_fails_the_task_and_no_other(self, make_queue, stranger, database):
+    def test_an_unknown_codec_fails_only_its_own_task(self, make_queue, stranger, database):
         handle = make_queue_and_declare(make_queue, "work").submit("work", {"word": WORD})
         stranger.start()
         assert stranger.submit("work", {"word": "plain"}).result(PATIENCE) == "plain"
@@ -238,12 +240,12 @@ class TestUnknown:
             stranger.handle(handle.id).result(PATIENCE)
         assert WORD not in json.dumps(stranger.get_task_status(handle.id).to_dict())
 
-    def test_a_result_that_cannot_be_read_is_told(self, make_queue, stranger):
+    def test_a_result_that_cannot_be_decoded_raises(self, make_queue, stranger):
         owner = make_queue(worker_num=1)
         work = owner.executor("work")(lambda word: word)
         owner.start()
         assert list(owner.map(work, ["a"], key=str)) == ["a"]
-        owner.stop(PATIENCE)  # with nothing to do, it would take the next one
+        owner.stop(PATIENCE)  # an idle owner would take the next task
         with pytest.raises(RepositoryCorrupt, match="codec 'scramble'; give that codec"):
             stranger.handle("work:a").result(PATIENCE)
         stranger.start()
@@ -253,8 +255,8 @@ class TestUnknown:
             next(results)
         assert next(results) == "b"
 
-    def test_a_parent_that_cannot_be_read_is_told(self, make_queue, stranger):
-        """A child must not take its result for None."""
+    def test_a_parents_result_that_cannot_be_decoded_raises(self, make_queue, stranger):
+        """The child must not see None as its result."""
         owner = make_queue(worker_num=1)
         owner.executor("work")(lambda word: word)
         owner.start()
@@ -265,8 +267,8 @@ class TestUnknown:
         with pytest.raises(TaskFailed, match=r"RepositoryCorrupt: parent parent: .*'scramble'"):
             child.result(PATIENCE)
 
-    def test_after_a_requeue_whoever_knows_it_runs_it(self, make_queue, stranger, repository):
-        """What is stored was left as it was."""
+    def test_a_requeued_task_runs_where_the_codec_is_known(self, make_queue, stranger, repository):
+        """The failure left the stored values unchanged."""
         handle = make_queue_and_declare(make_queue, "work").submit("work", {"word": WORD})
         stranger.start()
         eventually(lambda: stranger.dead_letters()[1])

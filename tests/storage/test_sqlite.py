@@ -1,4 +1,4 @@
-"""What is particular to the SQLite file: how it is opened, shared, filled and damaged."""
+"""The SQLite file: opening, sharing, filling and damaging it."""
 
 import collections
 import contextlib
@@ -61,7 +61,7 @@ def repository(path):
 
 @pytest.fixture
 def connect(path):
-    """Other programs' connections to the file."""
+    """Open connections to the file as other programs do."""
     with contextlib.ExitStack() as stack:
 
         def connect(**options):
@@ -88,14 +88,16 @@ def ids(repository):
 
 
 class TestOpening:
-    def test_construction_does_no_io(self, repository, path):
+    def test_the_constructor_does_no_io(self, repository, path):
         assert not path.exists()
         assert str(path) in repr(repository)
         assert repository.count(TaskFilter()) == 0
         assert path.exists()
 
-    def test_it_opens_while_another_process_takes_its_log_away(self, repository, path, monkeypatch):
-        """As the last connection does that closes."""
+    def test_the_file_opens_while_another_process_removes_its_log(
+        self, repository, path, monkeypatch
+    ):
+        """The last connection to close removes the log."""
         repository.count(TaskFilter())
         size = os.path.getsize
 
@@ -108,7 +110,7 @@ class TestOpening:
         with SQLiteRepository(path) as another:
             assert another.count(TaskFilter()) == 0
 
-    def test_the_file_is_ours_and_in_wal_mode(self, repository, connect):
+    def test_a_new_file_is_marked_as_taskx_and_in_wal_mode(self, repository, connect):
         repository.create(task("a"))
         other = connect()
         pragmas = {
@@ -130,14 +132,14 @@ class TestOpening:
         }
 
     def test_a_file_with_pages_of_another_size_keeps_them(self, repository, path):
-        """As those of earlier versions have."""
+        """Files of earlier versions have pages of 4 KiB."""
         shutil.copyfile(Path(__file__).parent / "versions" / "version-1.sqlite", path)
         repository.create(task("new"))
         with contextlib.closing(sqlite3.connect(path)) as other:
             assert other.execute("PRAGMA page_size").fetchone() == (4096,)
         assert repository.get_by_id("new").status is TaskStatus.PENDING
 
-    def test_what_was_stored_is_there_after_reopening(self, repository):
+    def test_stored_tasks_are_there_after_reopening(self, repository):
         repository.create(task("a"))
         repository.close()
         repository.close()
@@ -145,25 +147,25 @@ class TestOpening:
         repository.create(task("b"))
         assert ids(repository) == ["a", "b"]
 
-    def test_an_empty_file_will_do(self, repository, path):
-        """As tempfile makes them."""
+    def test_an_empty_file_is_accepted(self, repository, path):
+        """``tempfile`` creates such files."""
         path.touch()
         repository.create(task("a"))
         assert ids(repository) == ["a"]
 
-    def test_hostile_paths_are_only_paths(self, tmp_path):
+    def test_special_characters_in_a_path_have_no_meaning(self, tmp_path):
         for name in ("a?mode=memory", "b#c", "d%41", "e f", "é☃", "file:x"):
             with SQLiteRepository(tmp_path / name) as repository:
                 repository.create(task("a"))
             assert (tmp_path / name).exists()
 
     @pytest.mark.parametrize("path", ["", ":memory:", "nul\0byte", b"bytes", None, 5])
-    def test_what_is_no_path_is_refused(self, path):
+    def test_an_invalid_path_is_refused(self, path):
         with pytest.raises(ConfigurationError, match="must be the path of a file, not "):
             SQLiteRepository(path)
 
     @pytest.mark.parametrize("url", [5, None, b"sqlite:///tasks.db", Path("tasks.db")])
-    def test_what_is_no_url_is_refused(self, url):
+    def test_a_url_that_is_no_text_is_refused(self, url):
         with pytest.raises(ConfigurationError, match="url must be a str"):
             open_repository(url)
 
@@ -172,14 +174,14 @@ class TestOpening:
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             SQLiteRepository(path, **options)
 
-    def test_by_url(self, path):
+    def test_a_url_can_name_the_file_and_its_options(self, path):
         with open_repository(f"sqlite:///{path}?durability=full") as repository:
             repository.create(task("a"))
             assert (repository.durability, ids(repository)) == ("full", ["a"])
 
     @pytest.mark.process
-    def test_twelve_processes_at_once(self, tmp_path):
-        """Each makes the same new file, switches it to WAL and writes: none fails."""
+    def test_twelve_processes_can_create_the_file_at_once(self, tmp_path):
+        """Each one creates the same file, switches it to WAL and writes. None fails."""
         program = """
             import sys
             from taskx import SQLiteRepository, Task
@@ -219,7 +221,7 @@ def finish(child):
 
 
 class TestRefusedFiles:
-    """What is not ours is refused with one clear sentence, and not touched."""
+    """Files of others are refused with one clear sentence, and not changed."""
 
     def refused(self, repository, error, match):
         for operation in (
@@ -231,24 +233,24 @@ class TestRefusedFiles:
                 operation()
             assert str(repository.path) in str(caught.value)
 
-    def test_a_file_that_is_no_database(self, repository, path):
+    def test_a_file_that_is_no_database_is_refused(self, repository, path):
         path.write_bytes(b"To whom it may concern\n" * 1000)
         before = files(path.parent)
         self.refused(repository, RepositoryCorrupt, "is not an SQLite database")
         assert files(path.parent) == before
 
-    def test_a_folder(self, repository, path):
+    def test_a_folder_is_refused(self, repository, path):
         path.mkdir()
         self.refused(repository, RepositoryUnavailable, "it is a folder")
 
-    def test_a_file_in_a_folder_that_is_missing(self, tmp_path):
+    def test_a_file_in_a_missing_folder_is_refused(self, tmp_path):
         with SQLiteRepository(tmp_path / "no" / "tasks.db") as repository:
             self.refused(repository, RepositoryUnavailable, f"there is no folder {tmp_path}/no")
 
     @pytest.mark.process
     @pytest.mark.parametrize("log", ["none", "closed", "left behind"])
-    def test_another_programs_database(self, repository, path, log):
-        """Be it with or without a write-ahead log, which a reader might write back."""
+    def test_another_programs_database_is_refused(self, repository, path, log):
+        """It may or may not have a write-ahead log, which a reader might write back into the file."""
         program = """
             import os, sqlite3, sys
             connection = sqlite3.connect(sys.argv[1], isolation_level=None)
@@ -265,15 +267,15 @@ class TestRefusedFiles:
         assert ("tasks.db-wal" in before) == (log == "left behind")
         self.refused(repository, SchemaMismatch, "database of another program")
         after = files(path.parent)
-        before.pop("tasks.db-shm", None)  # an index of the log, which every reader may renew
+        before.pop("tasks.db-shm", None)  # an index of the log, which every reader may create again
         after.pop("tasks.db-shm", None)
         assert after == before
 
-    def test_one_that_only_bears_another_programs_mark(self, repository, path, connect):
+    def test_an_empty_file_marked_by_another_program_is_refused(self, repository, path, connect):
         connect().execute("PRAGMA application_id = 7")
         self.refused(repository, SchemaMismatch, "application_id 0x7")
 
-    def test_one_of_a_newer_version(self, repository, path, connect):
+    def test_a_file_of_a_newer_version_is_refused(self, repository, path, connect):
         repository.create(task("a"))
         other = connect()
         other.execute(f"PRAGMA user_version = {schema.VERSION + 1}")
@@ -283,7 +285,7 @@ class TestRefusedFiles:
         self.refused(repository, SchemaMismatch, "Upgrade taskx-queue")
         assert files(path.parent) == before
 
-    def test_one_that_is_damaged(self, repository, path):
+    def test_a_damaged_file_is_reported(self, repository, path):
         for number in range(200):
             repository.create(task(str(number), params={"x": "y" * 1000}))
         repository.close()
@@ -298,8 +300,8 @@ class TestRefusedFiles:
     @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     @pytest.mark.skipif(not hasattr(os, "fork"), reason="no other user without fork")
     @pytest.mark.parametrize("folder_mode", [0o555, 0o755])
-    def test_one_that_may_only_be_read(self, folder_mode):
-        """Tried as another user where this one is root, whom no permission stops."""
+    def test_a_read_only_file_is_reported(self, folder_mode):
+        """If this user is root, whom permissions do not stop, the test runs as another user."""
         folder = Path(tempfile.mkdtemp())
         try:
             folder.chmod(0o755)
@@ -321,7 +323,7 @@ def create_in(path):
 
 
 def as_unprivileged(function, *args):
-    """What a call raised in a forked child that is not root."""
+    """Return the error that a call raised in a forked child that is not root, as text."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         outcome = "nothing was raised"
@@ -331,7 +333,7 @@ def as_unprivileged(function, *args):
                 os.setgid(65534)
                 os.setuid(65534)
             function(*args)
-        except BaseException as error:  # noqa: BLE001  (what was raised is the outcome)
+        except BaseException as error:  # noqa: BLE001  (the error is the outcome)
             outcome = f"{type(error).__name__}: {error}"
         os.write(write, outcome.encode())
         os._exit(0)
@@ -343,11 +345,11 @@ def as_unprivileged(function, *args):
 
 
 class TestMigration:
-    """How a file of an older version is brought up to date."""
+    """The migration of a file of an older version."""
 
     @pytest.fixture
     def newer(self, monkeypatch):
-        """A TaskX whose schema is one version further."""
+        """Make this TaskX one whose schema is one version newer."""
 
         def newer(*statements):
             monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, statements))
@@ -355,7 +357,7 @@ class TestMigration:
 
         return newer
 
-    def test_rows_stay(self, repository, connect, newer):
+    def test_a_migration_keeps_all_rows(self, repository, connect, newer):
         repository.create(task("a", params={"x": 1}))
         repository.close()
         newer("ALTER TABLE tasks ADD COLUMN new INTEGER DEFAULT 7")
@@ -363,7 +365,7 @@ class TestMigration:
         assert connect().execute("SELECT new FROM tasks").fetchall() == [(7,)]
         assert connect().execute("PRAGMA user_version").fetchone() == (schema.VERSION,)
 
-    def test_one_that_fails_changes_nothing(self, repository, path, connect, newer):
+    def test_a_failed_migration_changes_nothing(self, repository, path, connect, newer):
         repository.create(task("a"))
         repository.close()
         newer("ALTER TABLE tasks ADD COLUMN new", "CREATE NONSENSE")
@@ -375,7 +377,7 @@ class TestMigration:
 
 
 class TestStatements:
-    """The hot statements find their rows by an index, however much history there is."""
+    """The frequent statements find their rows through an index, however many finished tasks there are."""
 
     @pytest.fixture
     def plan(self, repository, connect):
@@ -395,7 +397,7 @@ class TestStatements:
             ("DUE", (0, 5), "tasks_held"),
         ],
     )
-    def test_of_the_housekeeper_search_an_index(self, plan, name, values, index):
+    def test_the_housekeepers_statements_use_an_index(self, plan, name, values, index):
         [step] = plan(getattr(statements, name), values)
         assert step.startswith("SEARCH tasks USING")
         assert f"INDEX {index}" in step
@@ -414,7 +416,7 @@ class TestStatements:
             ("stuck_on", "tasks_stuck (stuck_on=?)"),
         ],
     )
-    def test_by_a_lookup_column_search_its_index(self, plan, column, index, count):
+    def test_each_lookup_column_has_an_index(self, plan, column, index, count):
         for limited in (False, True):
             sql = statements.find(column, count, STUB, limited)
             search, *rest = plan(sql, ["x"] * count + [9] * limited)
@@ -422,7 +424,7 @@ class TestStatements:
             assert not rest or (column, count) == ("line", 2)
 
     @pytest.mark.parametrize("count", [1, 2])
-    def test_by_a_parent_search_the_pairs(self, plan, count):
+    def test_children_are_found_through_an_index(self, plan, count):
         sql = statements.find("parent", count, ("parent", "id"), False)
         assert plan(sql, ["x"] * count) == ["SEARCH parents USING PRIMARY KEY (parent=?)"]
 
@@ -437,8 +439,8 @@ class TestStatements:
             ("ready_type", "tasks_ready"),
         ],
     )
-    def test_of_the_values_of_a_column_search_its_index(self, plan, column, index):
-        """With a step for each value, however many rows have it."""
+    def test_the_values_of_a_column_are_read_from_its_index(self, plan, column, index):
+        """It takes one step for each value, however many rows have it."""
         whole = plan(statements.DISTINCT[column], ("", 1))
         assert "RECURSIVE STEP" in whole
         steps = [step for step in whole if " tasks " in step]
@@ -446,25 +448,25 @@ class TestStatements:
         assert all(step.startswith("SEARCH tasks USING") for step in steps)
         assert all(f" INDEX {index} " in f"{step} " for step in steps), steps
 
-    def test_of_each_priority_take_a_step(self, plan):
+    def test_priorities_are_read_from_an_index_one_step_each(self, plan):
         steps = plan(statements.PRIORITIES, ("", "t", "", "t"))
         assert all("INDEX tasks_ready (" in step for step in steps if " tasks " in step)
 
-    def test_of_what_ended_search_the_index_of_that_status(self, plan):
+    def test_ended_tasks_are_found_in_the_index_of_their_status(self, plan):
         [step] = plan(statements.ENDED.format("failed"), (1, 1, 1, 1))
         assert "INDEX tasks_failed (" in step
 
-    def test_of_notes_search_those_whose_names_begin_so(self, plan):
+    def test_notes_are_found_by_their_prefix_through_the_key(self, plan):
         [step] = plan(statements.NOTES, ("limit/", "limit0"))
         assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
         [step] = plan(statements.NOTES_AFTER, ("schedule/s", "schedule0", 10))
         assert step == "SEARCH notes USING PRIMARY KEY (name>? AND name<?)"
 
-    def test_of_some_notes_search_their_names(self, plan):
+    def test_named_notes_are_found_through_the_key(self, plan):
         [step] = plan(statements.NOTES_NAMED.format("?, ?"), ("schedule/a", "schedule/b"))
         assert step == "SEARCH notes USING PRIMARY KEY (name=?)"
 
-    def test_of_a_write_search_its_id(self, plan):
+    def test_a_write_finds_its_task_through_the_index_of_ids(self, plan):
         writes = [
             statements.update(("a",), {"status": "pending"}, {"message": ""}),
             statements.update(
@@ -478,7 +480,7 @@ class TestStatements:
 
     @pytest.mark.parametrize("status", list(TaskStatus))
     @pytest.mark.parametrize("build", [statements.list_tasks, statements.count_tasks])
-    def test_by_status_look_at_that_status_only(self, plan, status, build):
+    def test_listing_one_status_reads_only_tasks_of_that_status(self, plan, status, build):
         steps = plan(*build(TaskFilter(status=status)))
         uses = [step for step in steps if " tasks " in f"{step} "]
         assert uses
@@ -487,17 +489,17 @@ class TestStatements:
             TaskStatus.RUNNING: ("INDEX tasks_running",),
         }.get(status, (f"INDEX tasks_{status}",))
         if (status, build) == (TaskStatus.PENDING, statements.list_tasks):
-            # The rows of the page, by their numbers, once these are found and sorted.
+            # This step reads the rows of the page by their numbers, which were found and sorted before.
             uses.remove("SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)")
         for step in uses:
             assert any(index in step for index in allowed), step
 
-    def test_a_list_of_all_is_read_in_order(self, plan):
+    def test_a_list_of_all_tasks_needs_no_sorting(self, plan):
         steps = plan(*statements.list_tasks(TaskFilter()))
         assert steps == ["SCAN tasks USING INDEX tasks_created"]
 
     def test_pages_of_pending_tasks_are_newest_first(self, repository):
-        """Delayed or not, which are in two indexes; the last one stored is first of the same moment."""
+        """Delayed tasks are in another index. Of tasks of the same moment, the last one stored is first."""
         moment = datetime(2026, 1, 1, tzinfo=timezone.utc)
         later = datetime(9000, 1, 1, tzinfo=timezone.utc)
         for number, second in enumerate([5, 1, 3, 1, 3, 5, 2]):
@@ -510,7 +512,7 @@ class TestStatements:
         ]
         assert pages == [["5", "0", "4"], ["2", "6", "3"], ["1"], []]
 
-    def test_finished_tasks_are_in_no_index_of_the_unfinished(self, repository, connect):
+    def test_indexes_of_unfinished_tasks_hold_no_finished_ones(self, repository, connect):
         for number in range(50):
             repository.create(task(str(number)))
             repository.update_status(str(number), TaskStatus.RUNNING)
@@ -537,8 +539,8 @@ class TestLocks:
         assert repository.count(TaskFilter()) == 1
         assert [stub.id for stub in repository.ready(["t"], 1)] == ["a"]
 
-    def test_readers_do_not_wait_for_our_own_writer(self, repository):
-        """Not even the first."""
+    def test_readers_do_not_wait_for_a_writer_of_the_same_process(self, repository):
+        """The first reader does not wait, either."""
         repository.create(task("a"))
         changed = Changes(repository)
         changed()
@@ -546,8 +548,8 @@ class TestLocks:
             assert ids(repository) == ["a"]
             assert changed() is False
 
-    def test_locked_too_long(self, repository, connect):
-        """The write fails within ``busy_timeout`` and leaves nothing; the next one works."""
+    def test_a_write_fails_if_the_file_stays_locked(self, repository, connect):
+        """It fails after ``busy_timeout`` and stores nothing. The next write works."""
         repository.create(task("a"))
         other = connect()
         other.execute("BEGIN IMMEDIATE")
@@ -558,7 +560,7 @@ class TestLocks:
         repository.create(task("c"))
         assert ids(repository) == ["a", "c"]
 
-    def test_locked_while_it_is_opened(self, repository, path, connect):
+    def test_opening_fails_while_the_file_is_locked(self, repository, path, connect):
         other = connect()
         other.execute("PRAGMA journal_mode = WAL")
         other.execute("BEGIN IMMEDIATE")
@@ -568,7 +570,7 @@ class TestLocks:
         repository.create(task("a"))
         assert ids(repository) == ["a"]
 
-    def test_a_lock_that_is_given_up_in_time_is_waited_for(self, path, connect):
+    def test_a_write_waits_for_a_lock_that_is_released_in_time(self, path, connect):
         with SQLiteRepository(path, busy_timeout=PATIENCE) as repository:
             repository.create(task("a"))
             other = connect(check_same_thread=False)
@@ -577,8 +579,8 @@ class TestLocks:
             repository.create(task("b"))
             assert ids(repository) == ["a", "b"]
 
-    def test_changes_are_those_of_others(self, repository, path, connect):
-        """Own commits do not ring."""
+    def test_only_others_commits_count_as_changes(self, repository, path, connect):
+        """Commits of the same repository do not count."""
         changed = Changes(repository)
         repository.create(task("a"))
         assert changed()
@@ -591,7 +593,7 @@ class TestLocks:
             sibling.create(task("c"))
             assert changed()
 
-    def test_each_reader_of_changes_has_a_memory_of_its_own(self, repository, connect):
+    def test_each_observer_is_told_of_every_change_once(self, repository, connect):
         first, second = Changes(repository), Changes(repository)
         assert first()
         assert second()
@@ -602,7 +604,7 @@ class TestLocks:
         assert not first()
         assert not second()
 
-    def test_queues_on_one_repository_hear_of_each_other(self, repository):
+    def test_two_queues_on_one_repository_see_each_others_changes(self, repository):
         queue, changed = Queue(repository), Changes(repository)
         changed()
         repository.create(task("a"))
@@ -614,7 +616,7 @@ class TestLocks:
         assert not changed()
         assert queue.repository is other.repository
 
-    def test_a_new_writing_connection_may_have_missed_something(self, repository):
+    def test_a_new_writing_connection_counts_as_a_change(self, repository):
         changed = Changes(repository)
         repository.create(task("a"))
         changed()
@@ -622,7 +624,7 @@ class TestLocks:
         assert changed()
         assert not changed()
 
-    def test_an_error_of_the_driver_is_translated_where_changes_are_looked_for(self, repository):
+    def test_a_driver_error_while_checking_for_changes_is_translated(self, repository):
         class Failing:
             def execute(self, sql):
                 raise sqlite3.OperationalError("disk I/O error")
@@ -641,7 +643,7 @@ def turnstile_of(path):
 
 
 class TestReaders:
-    """The connections that read are few, and closed when nobody needs them."""
+    """The reading connections are few, and closed when they are not used."""
 
     @pytest.fixture
     def repository(self, repository):
@@ -652,7 +654,7 @@ class TestReaders:
     def two(self, monkeypatch):
         monkeypatch.setattr(connections, "MOST_READERS", 2)
 
-    def test_a_thread_beyond_the_bound_waits_for_a_connection(self, two, repository):
+    def test_a_thread_waits_if_all_readers_are_in_use(self, two, repository):
         connections_of(repository).busy_timeout = PATIENCE
         read = threading.Event()
         waiting = threading.Thread(target=lambda: (ids(repository), read.set()))
@@ -665,7 +667,7 @@ class TestReaders:
         waiting.join()
         assert not connections_of(repository)._waiting
 
-    def test_it_gives_up_after_the_busy_timeout(self, two, repository):
+    def test_a_thread_waits_for_a_reader_at_most_busy_timeout(self, two, repository):
         with (
             reading(repository),
             reading(repository),
@@ -674,14 +676,14 @@ class TestReaders:
             ids(repository)
         assert ids(repository) == ["a"]
 
-    def test_a_broken_connection_makes_room(self, two, repository):
+    def test_a_connection_with_an_error_is_closed(self, two, repository):
         for _ in range(3):
             with pytest.raises(RepositoryError):
                 connections_of(repository).read(methodcaller("execute", "SELECT nonsense"))
         with reading(repository), reading(repository):
             assert len(connections_of(repository)._readers) == 2
 
-    def test_many_threads_share_few_connections(self, two, repository):
+    def test_many_threads_share_a_few_connections(self, two, repository):
         connections_of(repository).busy_timeout = PATIENCE
         found = []
         threads = [
@@ -694,9 +696,7 @@ class TestReaders:
         assert found == [["a"]] * 30
         assert len(connections_of(repository)._readers) <= 2
 
-    def test_a_finalizer_that_reads_while_one_is_opened_gets_another_one(
-        self, repository, monkeypatch
-    ):
+    def test_a_finalizer_can_read_while_a_connection_is_opened(self, repository, monkeypatch):
         connect, found = connections_of(repository)._connect, []
 
         def collect_and_connect(into):
@@ -710,7 +710,7 @@ class TestReaders:
         thread.join(PATIENCE)
         assert found == [["a"], ["a"]]
 
-    def test_connections_that_are_not_needed_are_closed(self, repository, monkeypatch):
+    def test_unused_connections_are_closed(self, repository, monkeypatch):
         with reading(repository), reading(repository), reading(repository):
             pass
         assert len(connections_of(repository)._readers) == 3
@@ -725,8 +725,8 @@ class TestTurns:
     """Processes that write without pause take turns."""
 
     @pytest.mark.process
-    def test_each_gets_its_share_and_waits_for_one_turn(self, path):
-        """With transactions so long that the busy handler alone would starve one for seconds."""
+    def test_each_process_waits_for_about_one_turn_of_the_other(self, path):
+        """The transactions are so long that the busy handler alone would starve a process for seconds."""
         program = """
             import json, sys, threading, time
             from taskx import SQLiteRepository
@@ -758,7 +758,7 @@ class TestTurns:
             repository.create(task("a"))
         children = [start_program(program, path) for _ in range(2)]
         assert [child.stdout.readline() for child in children] == ["ready\n"] * 2
-        turns: list[list[int]] = [[], []]  # of the other one, in each wait of the one
+        turns: list[list[int]] = [[], []]  # commits of the other process during each wait
         while max(map(len, turns)) < 20:
             for child in children:
                 child.stdin.write("go\n")
@@ -772,7 +772,7 @@ class TestTurns:
                     for asked, done in itertools.pairwise(times[one])
                     if began <= asked
                     and done <= ended
-                    # Who stands still, on a busy machine, does not come to its turns.
+                    # A process that stands still on a busy machine misses its turns.
                     and not any(
                         asked < end and begin < done for begin, end in itertools.chain(*stalls)
                     )
@@ -780,16 +780,18 @@ class TestTurns:
         for child in children:
             finish(child)
         assert min(map(len, turns)) > max(map(len, turns)) / 2
-        assert max(map(max, turns)) <= 10  # mostly one; the busy handler alone lets all go first
+        assert (
+            max(map(max, turns)) <= 10
+        )  # mostly one; with the busy handler alone the other process makes all of its commits first
 
-    def test_who_comes_to_a_busy_file_is_let_in(self, path):
-        """Who writes without pause looks for others, though it finds the inner lock free every time."""
+    def test_a_process_that_comes_to_a_busy_file_gets_its_turn(self, path):
+        """A busy writer checks for others, although it finds the inner lock free every time."""
         ours, theirs = turnstile_of(path), turnstile_of(path)
         with contextlib.closing(ours), contextlib.closing(theirs):
             for each in (ours, theirs):
                 each.enter(0)
                 each.leave()
-            assert turnstile._try(theirs._fds[0])  # it has come, and waits for the inner one
+            assert turnstile._try(theirs._fds[0])  # it has arrived, and waits for the inner lock
             began = time.monotonic()
             while not ours._crowded_until:
                 assert time.monotonic() < began + 5
@@ -797,12 +799,14 @@ class TestTurns:
                 ours.leave()
 
     @pytest.mark.parametrize(("crowded", "struck"), [(False, 1), (False, 2), (True, 1), (True, 2)])
-    def test_an_interrupt_while_waiting_holds_up_nobody(self, path, monkeypatch, crowded, struck):
-        """Alone, one lock is tried; after another process was met, two."""
+    def test_an_interrupt_while_waiting_blocks_no_other_process(
+        self, path, monkeypatch, crowded, struck
+    ):
+        """A process that is alone tries one lock. After it has met another one, it tries two."""
         ours, theirs = turnstile_of(path), turnstile_of(path)
         if crowded:
             theirs.enter(0)
-            ours.enter(0)  # finds the inner one held, and lets SQLite decide
+            ours.enter(0)  # it finds the inner lock held, and lets SQLite decide
             theirs.leave()
         calls = []
 
@@ -825,8 +829,8 @@ class TestTurns:
             theirs.leave()
             assert real(ours._fds[1])
 
-    def test_without_its_files_it_lets_everybody_through(self, tmp_path):
-        """It is for fairness, not for safety."""
+    def test_without_its_lock_files_the_turnstile_lets_all_pass(self, tmp_path):
+        """The turnstile is for fairness, not for safety."""
         (tmp_path / "file").touch()
         turnstile = turnstile_of(tmp_path / "file" / "tasks.db")
         turnstile.enter(0)
@@ -835,7 +839,7 @@ class TestTurns:
 
 
 class TestDurability:
-    """What is synced before the caller is told."""
+    """The commits that are synced before the call returns."""
 
     DURABLE, FLEETING = (
         Update("a", {}, {"message": "told"}, durable=True),
@@ -846,7 +850,9 @@ class TestDurability:
         ("durability", "durable", "fleeting"),
         [("accepted", "FULL", "NORMAL"), ("full", "FULL", "FULL"), ("process", "NORMAL", "NORMAL")],
     )
-    def test_each_commit_is_as_durable_as_it_must_be(self, path, durability, durable, fleeting):
+    def test_each_commit_is_synced_as_its_durability_requires(
+        self, path, durability, durable, fleeting
+    ):
         with SQLiteRepository(path, durability) as repository:
             repository.create(task("a"))
             for writes, expected in [
@@ -862,7 +868,7 @@ class TestDurability:
             assert self.level_at_commit(repository, [self.DURABLE]) == durable, "after reopening"
 
     def level_at_commit(self, repository, writes):
-        """``synchronous`` on the writing connection while its transaction was open."""
+        """Return ``synchronous`` of the writing connection at the moment of the commit."""
         connection = connections_of(repository).writer()
         levels = []
 
@@ -876,7 +882,7 @@ class TestDurability:
         return {1: "NORMAL", 2: "FULL"}[levels[0]]
 
     @pytest.mark.process
-    @pytest.mark.skipif(shutil.which("strace") is None, reason="no strace to see syncs with")
+    @pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace to see syncs")
     def test_the_disk_is_really_synced(self, path):
         program = """
             import sys
@@ -903,8 +909,8 @@ class TestDurability:
             syncs[durability] = between.count("sync(")
         assert syncs == {"accepted": 5, "process": 0}
 
-    def test_an_interrupt_while_it_is_set_leaves_it_safe(self, repository):
-        """What was lowered is raised again, even if nobody could note that it was lowered."""
+    def test_an_interrupt_while_synchronous_is_set_loses_no_sync(self, repository):
+        """The level is raised again, even if the interrupt came before the lower level was recorded."""
         repository.create(task("a"))
         real = connections_of(repository).writer()
         interrupting = Interrupting(real, "after", "PRAGMA synchronous")
@@ -916,7 +922,7 @@ class TestDurability:
 
 
 class Interrupting:
-    """A connection that is interrupted before or after a statement, as by Ctrl-C."""
+    """A connection that is interrupted before or after a statement, as if by Ctrl-C."""
 
     def __init__(self, connection, when, statement):
         vars(self).update(_connection=connection, _when=when, _statement=statement)
@@ -952,7 +958,7 @@ class InterruptingCursor:
 
 
 class TestInterrupts:
-    """An interrupt in the middle of ``apply``: the record shows what took place."""
+    """An interrupt in the middle of ``apply``: the record shows if the writes took place."""
 
     @pytest.mark.parametrize(
         ("when", "statement", "stored"),
@@ -965,7 +971,9 @@ class TestInterrupts:
             ("after", "COMMIT", True),
         ],
     )
-    def test_the_record_tells_the_truth(self, repository, when, statement, stored):
+    def test_the_record_shows_if_an_interrupted_write_took_place(
+        self, repository, when, statement, stored
+    ):
         repository.create(task("a"))
         writes = [insert("b"), lifecycle.start(repository.get_by_id("a"), 5, "node")]
         real = connections_of(repository).writer()
@@ -977,8 +985,8 @@ class TestInterrupts:
         assert ids(repository) == (["a", "b"] if stored else ["a"])
         assert list(repository.apply(writes)) == [not stored, not stored]
 
-    def test_what_it_left_open_is_not_read(self, repository):
-        """It is undone by the next write."""
+    def test_an_interrupted_transaction_is_not_read(self, repository):
+        """The next write undoes it."""
         repository.create(task("a"))
         writer = connections_of(repository).writer()
         writer.execute("BEGIN")
@@ -987,18 +995,18 @@ class TestInterrupts:
         repository.create(task("b"))
         assert repository.statuses(["a", "b"]) == {"a": "pending", "b": "pending"}
 
-    def test_one_while_a_statement_is_compiled_is_kept(self, repository):
-        """SQLite calls back then, and would take an exception for a refusal."""
+    def test_an_interrupt_while_a_statement_is_compiled_is_not_lost(self, repository):
+        """SQLite calls back then, and would take an exception as a refusal."""
         repository.create(task("a"))
         execute = connections_of(repository).writer().execute
-        # One step in C: the signal is noted, and nobody looks before the statement is compiled.
+        # One step in C: the signal is recorded, and is only handled after the statement was compiled.
         steps = [partial(ctypes.PyDLL(None)["raise"], signal.SIGINT), partial(execute, "SELECT 77")]
         done = collections.deque[object](maxlen=2)
         with pytest.raises(KeyboardInterrupt):
             done.extend(map(methodcaller("__call__"), steps))
         assert [cursor.fetchall() for cursor in list(done)[1:]] == [[(77,)]]
 
-    def test_one_while_reading_loses_no_connection(self, repository):
+    def test_an_interrupt_while_reading_loses_no_connection(self, repository):
         repository.create(task("a"))
         with pytest.raises(KeyboardInterrupt):
             connections_of(repository).read(lambda connection: signal.raise_signal(signal.SIGINT))
@@ -1006,9 +1014,9 @@ class TestInterrupts:
 
 
 class TestDiskFull:
-    """A write that finds no room fails cleanly, and works again when there is room."""
+    """A write on a full disk fails cleanly, and works again when there is space."""
 
-    def test_nothing_is_half_stored(self, repository):
+    def test_a_full_disk_leaves_no_batch_half_stored(self, repository):
         repository.create(task("a"))
         writer = connections_of(repository).writer()
         (pages,) = writer.execute("PRAGMA page_count").fetchone()
@@ -1025,8 +1033,8 @@ class TestDiskFull:
         assert ids(repository) == ["a", "big", "small"]
 
     @pytest.mark.process
-    def test_a_file_that_may_not_grow(self, path):
-        """A real refusal of the operating system, by a limit on file sizes."""
+    def test_writes_work_again_after_the_file_could_not_grow(self, path):
+        """The operating system really refuses to grow it, by a limit on file sizes."""
         program = """
             import os, resource, sys
             from taskx import RepositoryUnavailable, SQLiteRepository, Task, TaskFilter
@@ -1052,7 +1060,7 @@ class TestDiskFull:
 
 
 class TestDamage:
-    """One bad record hurts nobody else."""
+    """A damaged record does not affect the others."""
 
     @pytest.mark.parametrize(
         ("column", "value"),
@@ -1063,7 +1071,7 @@ class TestDamage:
             ("earlier_attempts", "[[1]]"),
         ],
     )
-    def test_it_is_told_on_the_task(self, repository, connect, column, value):
+    def test_damage_is_reported_on_the_task(self, repository, connect, column, value):
         repository.create(task("a"))
         repository.create(task("b", params={"x": 1}))
         connect().execute(f"UPDATE tasks SET {column} = ? WHERE id = 'a'", (value,))
@@ -1073,8 +1081,8 @@ class TestDamage:
         repository.delete("a")
         assert ids(repository) == ["b"]
 
-    def test_a_write_that_the_file_refuses_is_our_error(self, repository):
-        """And its neighbours in the transaction are not stored."""
+    def test_a_write_that_sqlite_refuses_raises_a_repository_error(self, repository):
+        """The other writes of the transaction are not stored."""
         repository.create(task("a"))
         for changes in ({"status": "sleeping"}, {"message": None}, {"priority": 2**70}):
             with pytest.raises(RepositoryError) as caught:
@@ -1082,7 +1090,7 @@ class TestDamage:
             assert caught.value.__cause__ is not None
         assert ids(repository) == ["a"]
 
-    def test_a_refusal_is_not_taken_for_a_duplicate(self, repository):
+    def test_a_refused_write_is_not_mistaken_for_a_duplicate(self, repository):
         bad = insert("b")
         bad.row["type"] = None
         with pytest.raises(RepositoryError, match="NOT NULL"):
@@ -1094,7 +1102,7 @@ class TestDamage:
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_has_connections_of_its_own(repository):
-    """The parent's go on working after the child has written, and ended."""
+    """The parent's connections still work after the child has written and ended."""
     repository.create(task("a"))
     assert ids(repository) == ["a"]
     if (child := os.fork()) == 0:
@@ -1112,8 +1120,10 @@ def test_a_forked_child_has_connections_of_its_own(repository):
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_what_a_forked_child_stores_outlives_the_parents_close(repository, path):
-    """The last to close a file removes its log, and SQLite's locks, which say who is, are not inherited."""
+def test_a_forked_childs_commits_survive_the_parents_close(repository, path):
+    """The last process to close a file removes its log. SQLite's locks tell which one is the last, and a
+    child does not inherit them.
+    """
     repository.create(task("a"))
     assert ids(repository) == ["a"]
     told, tell = os.pipe()
@@ -1126,7 +1136,7 @@ def test_what_a_forked_child_stores_outlives_the_parents_close(repository, path)
             os.read(go_on, 1)
             repository.create(task("c"))
             status = 0 if ids(repository) == ["a", "b", "c"] else 2
-        os._exit(status)  # without closing, as when it is killed
+        os._exit(status)  # without closing, as if it was killed
     os.read(told, 1)
     repository.close()
     os.write(let_go_on, b".")
@@ -1139,8 +1149,8 @@ def test_what_a_forked_child_stores_outlives_the_parents_close(repository, path)
 @pytest.mark.process
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
-def test_a_fork_waits_for_who_writes_and_who_reads(repository):
-    """In the middle of either, the child would find the file locked for ever, and nobody to unlock it."""
+def test_a_fork_waits_for_writers_and_readers(repository):
+    """If a child was forked in the middle of either, it would find the file locked for ever."""
     repository.create(task("a"))
     begun, read, go_on = threading.Event(), threading.Event(), threading.Event()
 

@@ -1,4 +1,4 @@
-"""A queue on the repository that is the example for authors: nothing is missing."""
+"""A queue on the example repository for authors: every feature works."""
 
 import threading
 from concurrent.futures import CancelledError
@@ -65,7 +65,7 @@ class TestItsEightMethods(RepositoryContract):
             yield repository
 
 
-def test_it_is_small():
+def test_the_example_stays_small():
     assert len(Path(third.__file__).read_text(encoding="utf-8").splitlines()) <= 450
 
 
@@ -107,7 +107,7 @@ def test_a_running_task_is_cancelled(queue):
             handle.result(PATIENCE)
 
 
-def test_flows_unique_keys_and_turns(queue):
+def test_flows_unique_keys_and_turns_work(queue):
     inside, most = [], []
 
     @queue.executor("add")
@@ -138,7 +138,7 @@ def test_flows_unique_keys_and_turns(queue):
     assert [queue.get_task_status(i).status.value for i in flow.ids] == ["failed", "cancelled"]
 
 
-def test_schedules_pauses_and_many_tasks_at_once(queue):
+def test_schedules_pauses_and_batches_work(queue):
     ticked = threading.Event()
 
     @queue.executor("tick")
@@ -156,8 +156,8 @@ def test_schedules_pauses_and_many_tasks_at_once(queue):
             handle.result(PATIENCE)
 
 
-def test_what_a_dead_process_ran_runs_again(queue, repository, spawn):
-    """In another process, and what it held in its buffer."""
+def test_the_tasks_of_a_dead_process_run_again(queue, repository, spawn):
+    """They run in another process: the running task, and the tasks in the dead process's buffer."""
     child = spawn(HOLD, Path(third.__file__).parent, repository.path)
     assert child.read() == "started"
     queue.declare("work")
@@ -175,8 +175,7 @@ def test_what_a_dead_process_ran_runs_again(queue, repository, spawn):
     assert (task.crashes, task.starts, task.errors) == (1, 2, 0)
 
 
-def test_two_processes_share_the_work(queue, repository, spawn):
-    """Each task is executed once."""
+def test_two_processes_run_each_task_once(queue, repository, spawn):
 
     @queue.executor("work")
     def work(n):
@@ -190,8 +189,8 @@ def test_two_processes_share_the_work(queue, repository, spawn):
     assert {queue.get_task_status(handle.id).starts for handle in handles} == {1}
 
 
-def test_an_interrupt_leaves_all_of_a_transaction_or_nothing(repository):
-    """And another thread goes on."""
+def test_an_interrupted_transaction_is_applied_whole_or_not_at_all(repository):
+    """Afterwards another thread can use the repository."""
     repository.count(TaskFilter())
 
     def pair(number):

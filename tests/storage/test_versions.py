@@ -37,7 +37,7 @@ def path(tmp_path):
 
 @pytest.fixture
 def old(path, version):
-    """A file of that version, as it would be found."""
+    """A file of an earlier version."""
     shutil.copyfile(kept(version), path)
     return path
 
@@ -48,7 +48,7 @@ def ask(path: Path, sql: str) -> list[tuple]:
 
 
 def schema_of(path: Path) -> list[tuple]:
-    """The schema of a file, however its check of the status is written."""
+    """Return the schema of a file, with the same text for both forms of the check of the status."""
     found = ask(path, "SELECT type, name, sql FROM sqlite_master ORDER BY type, name")
     return [
         (*names, sql and sql.replace(schema.QUICK_CHECK, schema.CHECK)) for *names, sql in found
@@ -56,7 +56,7 @@ def schema_of(path: Path) -> list[tuple]:
 
 
 def contents(path: Path) -> dict[str, list[dict]]:
-    """Every column of every row of every table."""
+    """Return every column of every row of every table."""
     tables = [name for kind, name, _ in schema_of(path) if kind == "table"]
     with closing(sqlite3.connect(path)) as connection:
         connection.row_factory = sqlite3.Row
@@ -67,7 +67,7 @@ def contents(path: Path) -> dict[str, list[dict]]:
 
 
 def take_nodes(notes: list[dict]) -> dict[str, dict]:
-    """What the notes say that are about nodes, by node; they are taken out."""
+    """Remove the notes about nodes from a list, and return their contents by node."""
     found = [note for note in notes if note["name"].startswith("node/")]
     notes[:] = [note for note in notes if note not in found]
     return {note["name"].removeprefix("node/"): json.loads(note["text"]) for note in found}
@@ -78,12 +78,12 @@ def version_of(path: Path) -> int:
     return version
 
 
-# The files that are kept
+# The stored files
 
 
 @pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
 def test_a_schema_does_not_change_without_a_new_version(version, path):
-    """Each version makes what its file, which was made by its own code, has."""
+    """The migrations make the same schema as the stored file, which the version's own code made."""
     how = "python tests/storage/versions/make.py"
     assert kept(version).exists(), f"a new version needs a file: {how} {kept(version)}"
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -93,7 +93,7 @@ def test_a_schema_does_not_change_without_a_new_version(version, path):
     assert version_of(kept(version)) == version
     assert schema_of(path) == schema_of(kept(version)), (
         f"version {version} of the schema was changed. If it was released, add a version instead; "
-        f"if it was not, make its file anew: {how} {kept(version)}"
+        f"if it was not, make its file again: {how} {kept(version)}"
     )
 
 
@@ -107,11 +107,11 @@ def test_every_column_of_a_kept_file_holds_something(version):
             assert values - {defaults.get(column)}, f"{table}.{column}"
 
 
-# What becomes of those of earlier versions
+# The migration of earlier versions
 
 
 @each_earlier_version
-def test_a_file_of_an_earlier_version_keeps_all_that_it_holds(old):
+def test_a_migrated_file_keeps_all_its_data(old):
     before = contents(old)
     with SQLiteRepository(old) as repository:
         tasks = repository.list(TaskFilter())
@@ -146,8 +146,8 @@ def test_a_migrated_file_has_the_schema_of_a_new_one(old, tmp_path):
 
 
 @pytest.mark.parametrize("status", [*TaskStatus, "other"])
-def test_both_forms_of_the_check_let_the_same_statuses_pass(status):
-    """SQLite builds a small tree for the one at each write, and not for the other."""
+def test_both_forms_of_the_check_allow_the_same_statuses(status):
+    """For one form SQLite builds a small tree at each write, so new files have the other one."""
 
     def passes(check):
         with closing(sqlite3.connect(":memory:")) as connection:
@@ -167,9 +167,11 @@ def test_a_new_file_has_the_quick_form_of_the_check(path):
 
 
 @each_earlier_version
-def test_the_tasks_of_a_file_of_an_earlier_version_run(old):
+def test_tasks_of_an_earlier_version_run(old):
     with closing(sqlite3.connect(old)) as connection, connection:
-        connection.execute("UPDATE tasks SET timeout = ?", (PATIENCE,))  # some are very short
+        connection.execute(
+            "UPDATE tasks SET timeout = ?", (PATIENCE,)
+        )  # as some time-outs are very short
     before = {task["id"]: task for task in contents(old)["tasks"]}
     queue = Queue(SQLiteRepository(old), Config(worker_num=2))
     ran = []
@@ -215,7 +217,7 @@ def test_records_of_an_earlier_version_are_read(old):
     assert tasks["running"].worker.startswith("host:")
 
 
-# A migration that is interrupted, and several at once
+# Interrupted and simultaneous migrations
 
 
 def old_program(program: str, path: Path, *args: object) -> subprocess.Popen[str]:
@@ -235,8 +237,8 @@ STEPS = [
 
 @pytest.mark.process
 @pytest.mark.parametrize(("version", "done"), STEPS)
-def test_a_killed_migration_leaves_the_earlier_version_whole(old, done):
-    """A kill after any of its statements is undone."""
+def test_a_killed_migration_is_undone(old, done):
+    """The process is killed after each of the statements in turn."""
     program = """
         import os, signal, sys
         from taskx import SQLiteRepository, TaskFilter
@@ -266,8 +268,8 @@ def test_a_killed_migration_leaves_the_earlier_version_whole(old, done):
 
 
 @pytest.mark.parametrize(("version", "done"), STEPS)
-def test_a_failed_migration_leaves_the_earlier_version_whole(old, version, done, monkeypatch):
-    """A failure at any of its statements is undone."""
+def test_a_failed_migration_is_undone(old, version, done, monkeypatch):
+    """Each of the statements fails in turn."""
     before = contents(old)
     steps = list(schema.MIGRATIONS)
     steps[version] = (*steps[version][:done], "CREATE NONSENSE", *steps[version][done:])
@@ -281,7 +283,7 @@ def test_a_failed_migration_leaves_the_earlier_version_whole(old, version, done,
 
 @pytest.mark.process
 @each_earlier_version
-def test_one_of_several_processes_that_open_a_file_at_once_migrates_it(old, version):
+def test_only_one_of_several_processes_migrates_a_file(old, version):
     program = """
         import sys
         from taskx import SQLiteRepository, TaskFilter

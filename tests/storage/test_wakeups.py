@@ -1,4 +1,4 @@
-"""Pipes between the processes on one SQLite file, which tell that something was committed."""
+"""Pipes between the processes on one SQLite file, which tell of commits."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def mine(database):
 
 @pytest.fixture
 def theirs(database, monkeypatch):
-    """The repository as another process has it; who listens is looked up at each write."""
+    """The repository as another process has it. It scans for listeners at each write."""
     monkeypatch.setattr(wakeups, "SCAN_EVERY", 0.0)
     with SQLiteRepository(database) as made:
         yield made
@@ -58,7 +58,7 @@ def created(task_id="a", **columns):
 
 
 def started(repository, task_id="a"):
-    """Store and start a task; returns it as it runs."""
+    """Store and start a task. Return the running task."""
     repository.apply([created(task_id)])
     repository.apply([lifecycle.start(repository.get_by_id(task_id), NOW, "node")])
     return repository.get_by_id(task_id)
@@ -69,7 +69,7 @@ def owned(insert):
     return insert
 
 
-# --- what is news
+# --- news
 
 
 def test_a_task_that_no_node_holds_is_news(listen, theirs):
@@ -99,7 +99,7 @@ def test_the_deletion_of_a_task_is_news(theirs, listen):
     assert listener.wait(PATIENCE) == ENDED
 
 
-def test_several_kinds_are_told_together(theirs, listen):
+def test_several_kinds_of_news_arrive_together(theirs, listen):
     task = started(theirs)
     listener = listen()
     theirs.apply([*lifecycle.conclude(task, Ending(returned=True), NOW), created("b")])
@@ -112,13 +112,15 @@ def test_several_kinds_are_told_together(theirs, listen):
     [
         pytest.param(lambda task: owned(created("b")), id="a task that its node holds"),
         pytest.param(lambda task: created("b", run_at=NOW + 10**9), id="a delayed task"),
-        pytest.param(lambda task: created("b", concurrency_key="k"), id="one that waits its turn"),
+        pytest.param(
+            lambda task: created("b", concurrency_key="k"), id="a task that waits for its turn"
+        ),
         pytest.param(lambda task: lifecycle.take("waiting", "node"), id="a task that is taken"),
         pytest.param(lambda task: lifecycle.progress("a", task.starts, 5, ""), id="progress"),
         pytest.param(lambda task: lifecycle.checkpoint(task, "{}", durable=False), id="checkpoint"),
     ],
 )
-def test_what_nobody_waits_for_is_no_news(theirs, listen, write):
+def test_a_write_that_nobody_waits_for_is_no_news(theirs, listen, write):
     task = started(theirs)
     theirs.apply([created("waiting")])
     listener = listen()
@@ -141,7 +143,7 @@ def test_a_start_is_no_news(theirs, listen):
         pytest.param(lambda: lifecycle.give_turn("a", "k")[0], id="give turn"),
     ],
 )
-def test_whatever_lets_a_task_start_is_news(free):
+def test_a_write_that_lets_a_task_start_is_news(free):
     assert lifecycle.news(free()) == FREED
 
 
@@ -160,23 +162,23 @@ def test_a_write_whose_guard_failed_is_no_news(theirs, listen):
     assert listener.wait(0) == ""
 
 
-# --- who hears
+# --- listeners
 
 
-def test_a_listener_hears_only_what_it_asked_for(theirs, listen):
+def test_a_listener_hears_only_the_news_it_asked_for(theirs, listen):
     work, ends = listen(FREED), listen(ENDED)
     theirs.apply([created()])
     assert work.wait(PATIENCE) == FREED
     assert ends.wait(0) == ""
 
 
-def test_everybody_hears(theirs, listen):
+def test_every_listener_hears_the_news(theirs, listen):
     listeners = [listen() for _ in range(3)]
     theirs.apply([created()])
     assert [listener.wait(PATIENCE) for listener in listeners] == [FREED] * 3
 
 
-def test_what_was_committed_before_one_waits_is_heard(theirs, listen):
+def test_news_from_before_the_wait_is_heard(theirs, listen):
     listener = listen()
     theirs.apply([created("a")])
     theirs.apply([created("b")])
@@ -184,7 +186,7 @@ def test_what_was_committed_before_one_waits_is_heard(theirs, listen):
     assert listener.wait(0) == ""
 
 
-def test_a_queue_does_not_hear_itself(mine, listen):
+def test_a_queue_does_not_hear_its_own_writes(mine, listen):
     queue = Queue(mine)
     listener = listen()
     queue.declare("t")
@@ -200,9 +202,7 @@ def test_queues_on_one_repository_hear_one_another(mine, listen):
     assert listener.wait(PATIENCE) == FREED
 
 
-def test_a_process_that_writes_without_pause_looks_for_listeners_now_and_then(
-    theirs, listen, monkeypatch
-):
+def test_a_busy_writer_scans_for_listeners_now_and_then(theirs, listen, monkeypatch):
     monkeypatch.setattr(wakeups, "SCAN_EVERY", 1000.0)
     theirs.apply([created("a")])
     listener = listen()
@@ -213,10 +213,10 @@ def test_a_process_that_writes_without_pause_looks_for_listeners_now_and_then(
     assert listener.wait(PATIENCE) == FREED
 
 
-# --- nobody depends on it
+# --- errors are ignored
 
 
-def test_a_pipe_that_nobody_reads_holds_nobody_up(theirs, listen):
+def test_a_full_pipe_does_not_block_a_writer(theirs, listen):
     listener = listen()
     fd = os.open(listener._path, os.O_RDWR | os.O_NONBLOCK)
     with suppress(BlockingIOError):
@@ -224,10 +224,10 @@ def test_a_pipe_that_nobody_reads_holds_nobody_up(theirs, listen):
             pass
     os.close(fd)
     assert theirs.apply([created()]) == [True]
-    listener.close()  # though nothing can be written
+    listener.close()  # although the pipe is full
 
 
-def test_a_pipe_that_has_gone_is_passed_over(theirs, listen, database):
+def test_a_removed_pipe_is_ignored(theirs, listen, database):
     gone, there = listen(), listen()
     theirs.apply([created("a")])
     os.unlink(gone._path)
@@ -246,14 +246,14 @@ def test_the_pipe_of_a_dead_process_is_removed_by_the_next_listener(listen, thei
     assert len(pipes(database)) == 2
 
 
-def test_without_a_folder_for_it_nothing_is_heard(database, tmp_path):
+def test_without_a_folder_for_pipes_there_is_no_listener(database, tmp_path):
     with SQLiteRepository(database) as repository:
         (tmp_path / "tasks.db-nodes").touch()
         assert repository.listen(ALL) is None
         assert repository.apply([created()]) == [True]
 
 
-def test_without_named_pipes_nothing_is_heard(mine, monkeypatch):
+def test_without_named_pipes_there_is_no_listener(mine, monkeypatch):
     monkeypatch.setattr(wakeups, "_FLAGS", 0)
     assert mine.listen(ALL) is None
 
@@ -261,7 +261,7 @@ def test_without_named_pipes_nothing_is_heard(mine, monkeypatch):
 # --- the end
 
 
-def test_closing_wakes_the_thread_that_waits_and_removes_the_pipe(listen, database):
+def test_closing_wakes_the_waiting_thread_and_removes_the_pipe(listen, database):
     listener = listen()
     waiting = threading.Event()
     wait = run_in_thread(lambda: (waiting.set(), listener.wait()))
@@ -273,8 +273,8 @@ def test_closing_wakes_the_thread_that_waits_and_removes_the_pipe(listen, databa
     listener.close()
 
 
-def test_a_file_is_open_as_long_as_its_listener_is_known(mine):
-    """However it was closed: a thread may wait at it, and another file may have its number at once."""
+def test_a_pipe_stays_open_as_long_as_its_listener_exists(mine):
+    """``close`` must not close the file: a thread may wait on it, and another file may get its number."""
     listener = mine.listen(ALL)
     closes = listener._close_fd
     listener.close()
@@ -299,7 +299,7 @@ with SQLiteRepository(sys.argv[1]) as repository:
             listener.close()  # nothing of the parent's
             own = repository.listen("f")
             print(os.path.exists(listener._path), os.path.exists(own._path), flush=True)
-        sys.exit()  # what a program does at its end
+        sys.exit()  # as at the end of a program
     os.waitpid(pid, 0)
     left = [name for name in os.listdir(sys.argv[1] + "-nodes") if name.endswith(".pipe")]
     print(left == [os.path.basename(listener._path)], flush=True)
@@ -308,7 +308,7 @@ print(os.path.exists(listener._path), flush=True)
 
 
 @pytest.mark.process
-def test_a_forked_child_leaves_the_pipe_of_its_parent_alone(spawn, database):
+def test_a_forked_child_leaves_its_parents_pipe_alone(spawn, database):
     child = spawn(FORKS, database)
     assert child.read() == "True True"
     assert child.read() == "True"

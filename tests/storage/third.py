@@ -1,9 +1,8 @@
-"""A repository on the primitives alone, over plain :mod:`sqlite3`: the example for authors.
+"""A repository that implements only the primitives, on plain :mod:`sqlite3`: an example for authors.
 
-It is written to be read, not to be fast: one connection, one lock, and rows that are tested in Python.
-Everything else comes from :class:`taskx.storage.base.Repository`: the eight methods, the rules of a
-task's life, and leases by which processes know that others are alive. Comments say where you must think
-when your store is another one.
+It is written to be read, not to be fast: it has one connection and one lock, and checks guards in Python.
+Everything else is inherited from :class:`taskx.storage.base.Repository`: the eight methods, the rules about
+tasks, and the leases that show which processes are alive. Comments say what to consider for another store.
 """
 
 from __future__ import annotations
@@ -37,17 +36,17 @@ from taskx.storage.base import Reentered, Repository, new_version
 
 T = TypeVar("T")
 
-# A column of SQLite without a type keeps what it is given, as it is: text, whole numbers, floats and None
-# are all that rows hold. ``seq`` is the order of submission, which many answers are sorted by.
+# A column without a type keeps values unchanged. Rows hold only text, whole numbers, floats and None.
+# ``seq`` is the order of submission, by which many results are sorted.
 SCHEMA = (
     f"CREATE TABLE tasks (seq INTEGER PRIMARY KEY AUTOINCREMENT, {', '.join(COLUMNS)})",
-    # The two unique columns and the id: the store itself must refuse the second one, whatever process it
-    # comes from. None may be there many times, as NULL may in SQL.
+    # The id and the two unique columns: the store itself must refuse a second row with the same value,
+    # also from another process. None may occur in many rows, like NULL in SQL.
     "CREATE UNIQUE INDEX by_id ON tasks (id)",
     "CREATE UNIQUE INDEX by_lock ON tasks (unique_lock)",
     "CREATE UNIQUE INDEX by_turn ON tasks (turn)",
-    # One index for each question that is asked often. They hold unfinished tasks only, so that a million
-    # finished ones cost nothing.
+    # One index for each frequent query. They hold unfinished tasks only, so that a million finished ones
+    # cost nothing.
     f"CREATE INDEX ready ON tasks (owner, type) WHERE status = 'pending' AND held = {FREE}",
     f"CREATE INDEX due ON tasks (run_at) WHERE status = 'pending' AND held = {UNTIL_DUE}",
     f"CREATE INDEX line ON tasks (concurrency_key) WHERE status = 'pending' AND held = {FOR_TURN}",
@@ -56,14 +55,14 @@ SCHEMA = (
     "CREATE INDEX stuck ON tasks (stuck_on) WHERE stuck_on <> ''",
     "CREATE INDEX ended ON tasks (status, completed_at, seq) WHERE completed_at IS NOT NULL",
     "CREATE INDEX created ON tasks (created_at, seq)",
-    # ``depends_on`` is a list in a column; children are looked up by their parents.
+    # ``depends_on`` is a list in a column. This table finds children by their parents.
     "CREATE TABLE parents (parent, id, PRIMARY KEY (parent, id)) WITHOUT ROWID",
     "CREATE INDEX parents_of ON parents (id)",
     "CREATE TABLE notes (name PRIMARY KEY, text, version) WITHOUT ROWID",
 )
 
 _READY = f"status = 'pending' AND held = {FREE}"
-#: For each lookup column: the table, the column in it, and which of the rows it means.
+#: For each lookup column: its table, its column in that table, and the condition for the rows.
 LOOKUPS = {
     "id": ("tasks", "id", "1"),
     "unique_lock": ("tasks", "unique_lock", "1"),
@@ -81,12 +80,12 @@ MOST_VALUES = 500
 
 
 class ThirdRepository(Repository):
-    """Keeps tasks in a SQLite file with tables of its own; any number of processes may share it.
+    """A repository in a SQLite file with tables of its own, which any number of processes may share.
 
     Args:
-        path: the file; it is made at the first operation.
-        clock: what the eight methods stamp records with.
-        codec: what params, results and checkpoints are stored with.
+        path: the path of the file, which is created at the first operation.
+        clock: the clock for the timestamps that the eight methods write.
+        codec: the codec or codecs of params, results and checkpoints.
     """
 
     def __init__(
@@ -97,25 +96,25 @@ class ThirdRepository(Repository):
     ) -> None:
         super().__init__(clock, codec)
         self.path = os.path.abspath(path)  # a later chdir changes nothing
-        # Its processes are on one host: locks beside the file tell them at once who has died.
+        # All processes are on one host: lock files next to the file show at once that a process has died.
         self.run_folder = f"{self.path}-nodes"
         self._lock = threading.RLock()
         self._connection: sqlite3.Connection | None = None
         self._commits = 0
 
-    # --- opening and closing: construction does no IO, and what was closed opens again
+    # --- opening and closing: the constructor does no IO, and a closed repository opens again
 
     def _opened(self) -> sqlite3.Connection:
         if self._connection is None:
-            # Autocommit: a transaction begins where we say BEGIN, and nowhere else.
+            # Autocommit: a transaction begins only with our BEGIN.
             connection = sqlite3.connect(
                 self.path, timeout=10.0, isolation_level=None, check_same_thread=False
             )
             try:
-                # SQLite syncs every commit unless told otherwise: what a caller was told must survive a
-                # power cut. A faster store syncs only the writes that are marked ``durable``.
+                # By default SQLite syncs every commit, so that what a caller was told survives a power cut.
+                # A faster store syncs only the writes that are marked ``durable``.
                 connection.execute("BEGIN IMMEDIATE")
-                # One for others asks first whose file it is, and which version of the tables it has.
+                # A repository for production first checks the file's owner and the version of its tables.
                 if not connection.execute("SELECT 1 FROM sqlite_master").fetchone():
                     for statement in SCHEMA:
                         connection.execute(statement)
@@ -127,7 +126,7 @@ class ThirdRepository(Repository):
         return self._connection
 
     def ensure_there(self) -> None:
-        """Raise if the file is gone."""
+        """Raise ``RepositoryUnavailable`` if the file is gone."""
         if self._connection is not None and not os.path.exists(self.path):
             raise RepositoryUnavailable(f"{self.path} is gone: restart the program")
 
@@ -139,9 +138,9 @@ class ThirdRepository(Repository):
                 self._connection = None
 
     def renew_after_fork(self) -> None:
-        """Leave the parent's connection alone, and take none of its locks over.
+        """Leave the parent's connection unchanged, and do not take over its locks.
 
-        A child that runs on for long must not inherit a transaction either: see ``before_fork`` of
+        A child that runs for a long time must not inherit a transaction, either: see ``before_fork`` of
         :class:`taskx.SQLiteRepository`.
         """
         _inherited.append(self._connection)
@@ -152,19 +151,19 @@ class ThirdRepository(Repository):
 
     @property
     def entered(self) -> bool:
-        """True inside a call: a finalizer that writes would deadlock or join our transaction."""
+        """True inside a call: a finalizer that writes then would deadlock or join our transaction."""
         return self._lock._is_owned()  # type: ignore[attr-defined, no-any-return]
 
     def _transact(self, work: Callable[[sqlite3.Connection], T]) -> T:
-        """Do work in one transaction, of which nothing is left if it raises."""
+        """Do work in one transaction, which is undone if the work raises."""
         if self.entered:
             raise Reentered
         with self._lock:
             try:
                 connection = self._opened()
-                if connection.in_transaction:  # two interrupts in a row struck the last one
+                if connection.in_transaction:  # two interrupts in a row struck the last transaction
                     connection.execute("ROLLBACK")
-                # IMMEDIATE: what is read in it stays true until it commits, in other processes, too.
+                # IMMEDIATE: no other process can change the rows between our reads and our commit.
                 connection.execute("BEGIN IMMEDIATE")
                 try:
                     result = work(connection)
@@ -174,14 +173,15 @@ class ThirdRepository(Repository):
                     if connection.in_transaction:
                         connection.execute("ROLLBACK")
             except (sqlite3.Error, OverflowError, UnicodeEncodeError) as error:
-                # SQLite says for certain that nothing was committed. A store on a network often cannot:
-                # it sets ``in_doubt`` on the error, and knows the same objects again when they come again.
+                # After an error of SQLite, nothing was committed for certain. A store on a network often
+                # cannot know: it sets ``in_doubt`` on the error, and recognises the same writes if they are
+                # sent again.
                 raise _translated(error, self.path) from error
             self._commits += 1
             return result
 
     def apply(self, writes: Sequence[Write], *, all_or_nothing: bool = False) -> Sequence[bool]:
-        """Apply guarded writes in one transaction; says for each whether its guard held."""
+        """Apply guarded writes in one transaction. Return for each one True if its guard held."""
         coded = self.codecs.coded(writes)
 
         def work(connection: sqlite3.Connection) -> Sequence[bool]:
@@ -193,12 +193,12 @@ class ThirdRepository(Repository):
         return self._transact(work)
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
-        """Store notes, or remove them, each if its version is still that one."""
+        """Store or remove notes, each only if its version is unchanged."""
         return self._transact(
             lambda connection: [_put_note(connection, change) for change in changes]
         )
 
-    # --- reading: each answer is one statement, and so of one moment
+    # --- reading: each result comes from one statement, so it shows one moment
 
     def _query(self, sql: str, values: Sequence[Any] = ()) -> list[Any]:
         with self._lock:
@@ -208,7 +208,7 @@ class ThirdRepository(Repository):
                 raise _translated(error, self.path) from error
 
     def _rows(self, where: str, values: Sequence[Any]) -> Iterator[dict[str, Any]]:
-        """The rows that meet a condition, by column; ``seq`` among them."""
+        """Yield the rows that meet a condition, each as a dict by column, with ``seq``."""
         names = ("seq", *COLUMNS)
         for row in self._query(f"SELECT {', '.join(names)} FROM tasks WHERE {where}", values):
             yield dict(zip(names, row, strict=True))
@@ -216,7 +216,7 @@ class ThirdRepository(Repository):
     def find(
         self, column: str, values: Sequence[str], fields: Sequence[str], limit: int | None = None
     ) -> list[tuple[Any, ...]]:
-        """Fields of the rows that have one of these values in a lookup column, in order of submission."""
+        """Return fields of the rows with one of these values in a lookup column, in order of submission."""
         table, name, which = LOOKUPS[column]
         order = "seq" if table == "tasks" else "parent, id"
         found: list[tuple[Any, ...]] = []
@@ -230,7 +230,7 @@ class ThirdRepository(Repository):
         return found
 
     def distinct(self, column: str, after: str, limit: int) -> list[str]:
-        """The values after one that a lookup column has now, in order."""
+        """Return the values of a lookup column that come after ``after``, sorted."""
         table, name, which = LOOKUPS[column]
         sql = f"SELECT DISTINCT {name} FROM {table} WHERE {name} > ? AND {which} ORDER BY 1 LIMIT ?"
         return [value for (value,) in self._query(sql, (after, limit))]
@@ -238,8 +238,8 @@ class ThirdRepository(Repository):
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
     ) -> Sequence[Stub]:
-        """Pending tasks of these types and this owner that may start now, best first."""
-        # As Stub.rank says it, which a store that sorts in Python would call.
+        """Return pending tasks of these types and this owner that may start now, best first."""
+        # The same order as Stub.rank, which a store that sorts in Python would call.
         waiting_since = "max(created_at, coalesce(run_at, 0))" if ageing else "0"
         kinds = list(types)
         places = ", ".join("?" * len(kinds))
@@ -251,7 +251,7 @@ class ThirdRepository(Repository):
         return list(map(stub_from_row, rows))
 
     def due(self, before: int | None, limit: int) -> list[tuple[str, int]]:
-        """Ids and times of the pending tasks that are held until their time, earliest first."""
+        """Return the ids and times of pending tasks that wait for their ``run_at``, earliest first."""
         latest = "" if before is None else f"AND run_at <= {before:d} "
         return self._query(
             f"SELECT id, run_at FROM tasks WHERE status = 'pending' AND held = {UNTIL_DUE} {latest}"
@@ -260,11 +260,11 @@ class ThirdRepository(Repository):
         )
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
-        """Tasks of a finished status that ended before a moment, newest first."""
+        """Return tasks of a finished status that ended before a moment, newest first."""
         rows = self._rows(
             "status = ? AND completed_at IS NOT NULL AND (completed_at, seq) < (?, ?) "
             "AND stuck_on = '' ORDER BY completed_at DESC, seq DESC LIMIT ?",
-            # A place is whatever leads back to the same point, however many went meanwhile.
+            # A place must lead back to the same point, even if tasks were removed in the meantime.
             (status, *(after or (before, 0)), limit),
         )
         return [
@@ -279,7 +279,7 @@ class ThirdRepository(Repository):
         ]
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """The tasks that meet the filter, newest first."""
+        """Return the tasks that match the filter, newest first."""
         where, values = _condition(filter)
         rows = self._query(
             f"SELECT {', '.join(TASK_FIELDS)} FROM tasks WHERE {where} "
@@ -289,13 +289,13 @@ class ThirdRepository(Repository):
         return [task_from_row(row, self.codecs) for row in rows]
 
     def count(self, filter: TaskFilter) -> int:
-        """How many tasks meet the filter."""
+        """Return the number of tasks that match the filter."""
         where, values = _condition(filter)
         ((count,),) = self._query(f"SELECT count(*) FROM tasks WHERE {where}", values)
         return int(count)
 
     def notes(self, prefix: str) -> dict[str, Note]:
-        """All notes whose name begins so, by name."""
+        """Return all notes whose name begins with ``prefix``, by name."""
         rows = self._query(
             "SELECT name, text, version FROM notes WHERE name >= ? AND substr(name, 1, ?) = ?",
             (prefix, len(prefix), prefix),
@@ -303,19 +303,19 @@ class ThirdRepository(Repository):
         return {name: Note(text, version) for name, text, version in rows}
 
     def version(self) -> object:
-        """SQLite counts the commits of other connections; own ones count if several queues share us."""
+        """Return counters of commits: others', and our own if several queues share this object."""
         ((others,),) = self._query("PRAGMA data_version")
         return self._connection, others, self._commits if len(self.queues) > 1 else 0
 
 
-#: Connections of a parent process, kept from the garbage collector, which would close them.
+#: Connections of a parent process, kept here because the garbage collector would close them.
 _inherited: list[sqlite3.Connection | None] = []
 
 
 def _apply_one(connection: sqlite3.Connection, write: Write) -> bool:
-    """Apply one write; the transaction has the store to itself, so that a row may be tested here.
+    """Apply one write. The transaction locks the store, so the guard may be checked here in Python.
 
-    A store without such a transaction must test and change in one step: ``UPDATE ... WHERE`` with the
+    A store without such a transaction must check and change in one step: ``UPDATE ... WHERE`` with the
     guard, or a compare-and-set of the document.
     """
     if isinstance(write, Insert):
@@ -342,7 +342,7 @@ def _insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> bool:
     sql = f"INSERT INTO tasks ({', '.join(row)}) VALUES ({', '.join('?' * len(row))})"
     try:
         connection.execute(sql, tuple(row.values()))
-    except sqlite3.IntegrityError:  # the id, or the value of a unique column
+    except sqlite3.IntegrityError:  # the id or a unique value is taken
         return False
     pairs = [(parent, row["id"]) for parent in parents_from_text(row["depends_on"])]
     connection.executemany("INSERT OR IGNORE INTO parents VALUES (?, ?)", pairs)
@@ -352,21 +352,21 @@ def _insert(connection: sqlite3.Connection, row: Mapping[str, Any]) -> bool:
 def _put_note(connection: sqlite3.Connection, change: NoteChange) -> bool:
     name, text, version = change
     values: tuple[Any, ...] = (name, version)
-    if text is None and not version:  # there must be none
+    if text is None and not version:  # True if no such note exists
         return not connection.execute("SELECT 1 FROM notes WHERE name = ?", (name,)).fetchone()
     if text is None:
         sql = "DELETE FROM notes WHERE name = ? AND version = ?"
     elif version:
         sql = "UPDATE notes SET text = ?, version = version + 1 WHERE name = ? AND version = ?"
         values = (text, name, version)
-    else:  # by chance: whoever read an earlier note of that name must not take this one for it
+    else:  # a random version: a reader of an earlier note with this name must not mistake this one for it
         sql = "INSERT OR IGNORE INTO notes VALUES (?, ?, ?)"
         values = (name, text, new_version())
     return connection.execute(sql, values).rowcount == 1
 
 
 def _condition(filter: TaskFilter) -> tuple[str, list[Any]]:
-    """The condition of a filter in SQL, and its values."""
+    """Return the SQL condition of a filter, and its values."""
     wanted = {
         "type = ?": filter.type,
         "status = ?": None if filter.status is None else filter.status.value,
@@ -379,18 +379,17 @@ def _condition(filter: TaskFilter) -> tuple[str, list[Any]]:
 
 
 def _chunks(values: Sequence[str]) -> Iterator[tuple[str, ...]]:
-    """The values, so many at a time."""
+    """Yield the values in chunks of at most :data:`MOST_VALUES`."""
     left = iter(values)
     while some := tuple(islice(left, MOST_VALUES)):
         yield some
 
 
 def _translated(error: Exception, path: str) -> Exception:
-    """The error of ours for one of the driver's, which never crosses the boundary bare."""
-    if isinstance(
-        error, sqlite3.OperationalError
-    ):  # locked for too long, disk full: later, perhaps
+    """Return TaskX's error for an error of the driver, which must never reach a caller."""
+    if isinstance(error, sqlite3.OperationalError):
+        # Locked for too long, or the disk is full: the call may succeed later.
         return RepositoryUnavailable(f"{path}: {error}")
     if isinstance(error, sqlite3.Error):
         return RepositoryError(f"{path}: {error}")
-    return PayloadError("row", f"SQLite cannot keep it: {error}")
+    return PayloadError("row", f"SQLite cannot store it: {error}")

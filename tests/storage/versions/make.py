@@ -1,7 +1,7 @@
-"""Makes a file of the present schema version, with data in every column: ``python make.py FILE``.
+"""Make a file of the present schema version, with data in every column: ``python make.py FILE``.
 
-``version-1.sqlite`` and those after it were made by this, each by the code of its time, and stay as they
-are. Whoever adds a column has something stored in it here, too, and makes the file of the new version.
+This program made ``version-1.sqlite`` and the later files, each with the code of its time. They must not
+change. If you add a column, store something in it here, too, and make the file of the new version.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def hang(ctx):
 
 
 def queue_on(path: str, *types: str) -> Queue:
-    """A queue that runs these types and knows the others."""
+    """Return a queue that runs these types and knows the others."""
     queue = Queue(SQLiteRepository(path), Config(worker_num=3, max_stuck=0))
     executors = {
         "add": (add, {"capture_log": True}),
@@ -82,7 +82,7 @@ def queue_on(path: str, *types: str) -> Queue:
     return queue
 
 
-# --- what is stored
+# --- the stored tasks
 
 
 def tasks_that_end(path: str) -> None:
@@ -103,7 +103,7 @@ def tasks_that_end(path: str) -> None:
 
 
 def tasks_that_wait(path: str) -> None:
-    """Store some tasks that nobody runs yet."""
+    """Store some tasks that no node runs yet."""
     queue = queue_on(path)
     queue.submit("hang", id="crashed")
     options = {"timeout": 5.0, "max_attempts": 4, "max_crashes": 2, "priority": -1}
@@ -119,7 +119,7 @@ def tasks_that_wait(path: str) -> None:
 
 
 def die(path: str, role: str) -> None:
-    """Do the work of a process that is killed in the middle of it."""
+    """Work as a process that will be killed in the middle of its tasks."""
     queue = queue_on(path, *(("hang", "deaf") if role == "running" else ("hang",)))
     if role == "running":
         for name in ("running", "asked to stop"):
@@ -139,7 +139,7 @@ def die(path: str, role: str) -> None:
 
 
 def crash(path: str) -> None:
-    """Have processes killed while they run tasks."""
+    """Kill processes while they run tasks."""
     first = begin(path, "crash")
     wait_until(path, "SELECT progress = 30 FROM tasks WHERE id = 'crashed'")
     end(first)
@@ -161,7 +161,7 @@ def begin(path: str, role: str) -> subprocess.Popen[bytes]:
 
 
 def end(*processes: subprocess.Popen[bytes]) -> None:
-    """Kill processes at the same moment: none of them sees another one dead."""
+    """Kill processes at the same moment, so that none of them sees another one dead."""
     for process in processes:
         process.send_signal(signal.SIGSTOP)
     for process in processes:
@@ -170,7 +170,7 @@ def end(*processes: subprocess.Popen[bytes]) -> None:
 
 
 def wait_until(path: str, condition: str) -> None:
-    """Wait until a query says 1."""
+    """Wait until a query returns 1."""
     deadline = time.monotonic() + 20
     with closing(sqlite3.connect(path, timeout=20)) as connection:
         while connection.execute(condition).fetchone() != (1,):
@@ -178,11 +178,11 @@ def wait_until(path: str, condition: str) -> None:
             time.sleep(0.01)  # blocks on purpose
 
 
-# --- what is not of one machine
+# --- removing traces of the machine
 
 
 def neutral(path: str) -> None:
-    """Leave no trace of the machine in a file, and all of it in that file."""
+    """Remove all traces of the machine from a file, and move its log into it."""
     files = (__file__, taskx.__file__, threading.__file__)
     folders = [os.path.dirname(os.path.abspath(file)) for file in files]
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
@@ -192,20 +192,20 @@ def neutral(path: str) -> None:
                 text = text.replace(folder, os.path.basename(folder))
             return text
 
-        connection.execute("PRAGMA secure_delete = ON")  # nor in what is free of it
+        connection.execute("PRAGMA secure_delete = ON")  # so that free pages hold no traces, either
         connection.create_function("neutral", 1, shortened)
         connection.execute(
             "UPDATE tasks SET traceback = neutral(traceback), "
             "earlier_attempts = neutral(earlier_attempts)"
         )
-        connection.execute(  # no copy has the number of the original
+        connection.execute(  # a copy has another inode than the original
             "UPDATE notes SET text = json_set(text, '$.file', 1) WHERE name LIKE 'node/%'"
         )
         connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
 
 
 def reserved(path: str) -> None:
-    """Store something in the columns that nothing fills yet."""
+    """Store something in the reserved columns, which TaskX does not fill yet."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         if connection.execute("PRAGMA user_version").fetchone() > (1,):
             connection.execute(

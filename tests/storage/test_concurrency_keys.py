@@ -1,4 +1,4 @@
-"""The turns of concurrency keys, as every repository of ours keeps them."""
+"""The queues and turns of concurrency keys in every repository of TaskX."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import attrs
 import pytest
-from helpers import earliest_due, first_in_line, lines
+from helpers import earliest_due, first_waiting, waiting_keys
 
 from taskx import InvalidTransition, MongoRepository, TaskFilter, TaskStatus
 from taskx.core import lifecycle
@@ -52,7 +52,7 @@ def ending(**options: Any) -> lifecycle.Ending:
     return lifecycle.Ending(**{"returned": False, **options})
 
 
-#: How a run may end, and whether it gives up its turn.
+#: Ways in which a run ends; the second value is True if it gives up its turn.
 ENDINGS = {
     "completes": (ending(returned=True), True),
     "fails": (ending(error="broken", permanent=True), True),
@@ -66,16 +66,16 @@ ENDINGS = {
 
 @on_every_store
 class TestTurns:
-    def test_none_may_start_before_its_turn(self, store, clock):
+    def test_no_task_starts_before_its_turn(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
         assert ready(store) == []
-        assert first_in_line(store, "k") == "a"
+        assert first_waiting(store, "k") == "a"
         assert give(store, "a")
         assert ready(store) == ["a"]
-        assert first_in_line(store, "k") == "b"
+        assert first_waiting(store, "k") == "b"
 
-    def test_of_each_key_only_one_has_it(self, store, clock):
+    def test_only_one_task_of_a_key_has_the_turn(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now), insert("c", now, "other")])
         assert [give(store, "a"), give(store, "b"), give(store, "c", "other")] == [
@@ -86,28 +86,28 @@ class TestTurns:
         assert not give(store, "a")
         assert sorted(ready(store)) == ["a", "c"]
 
-    def test_a_line_stands_still_when_nobody_has_it(self, store, clock):
+    def test_a_queue_stands_still_if_no_task_has_the_turn(self, store, clock):
         now = clock.now_ms()
-        assert lines(store, "", 10) == {}
+        assert waiting_keys(store, "", 10) == {}
         store.apply([insert(f"{key}{n}", now, key) for n in range(3) for key in "abc"])
-        assert lines(store, "", 10) == {"a": True, "b": True, "c": True}
+        assert waiting_keys(store, "", 10) == {"a": True, "b": True, "c": True}
         give(store, "b0", "b")
-        assert lines(store, "", 10) == {"a": True, "b": False, "c": True}
+        assert waiting_keys(store, "", 10) == {"a": True, "b": False, "c": True}
 
-    def test_lines_are_looked_at_page_by_page_whether_they_stand_still_or_not(self, store, clock):
+    def test_all_queues_are_listed_page_by_page(self, store, clock):
         now = clock.now_ms()
         store.apply([insert(f"{key}{n}", now, key) for n in range(3) for key in "cab"])
         for key in "abc":
             give(store, f"{key}0", key)
         pages, after = [], ""
-        while page := lines(store, after, 2):
+        while page := waiting_keys(store, after, 2):
             assert len(page) <= 2
             pages += page
             after = pages[-1]
         assert pages == ["a", "b", "c"]
 
     @pytest.mark.parametrize("how", ENDINGS)
-    def test_it_is_given_up_by_the_end_and_by_nothing_else(self, store, clock, how):
+    def test_only_the_end_of_a_task_gives_up_its_turn(self, store, clock, how):
         how_it_ended, gives_up = ENDINGS[how]
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
@@ -117,7 +117,7 @@ class TestTurns:
         assert give(store, "b") == gives_up
 
     @pytest.mark.parametrize("crashes", [1, 3])
-    def test_a_rescue_keeps_it_unless_it_ends_the_task(self, store, clock, crashes):
+    def test_a_rescued_task_keeps_its_turn_unless_it_ends(self, store, clock, crashes):
         now = clock.now_ms()
         store.apply([insert("a", now, max_crashes=crashes), insert("b", now)])
         give(store, "a")
@@ -125,24 +125,24 @@ class TestTurns:
         assert any(store.apply(writes))
         assert give(store, "b") == (crashes == 1)
 
-    def test_a_cancel_gives_it_up(self, store, clock):
+    def test_a_cancelled_task_gives_up_its_turn(self, store, clock):
         now = clock.now_ms()
         store.apply([insert(name, now) for name in "abc"])
         give(store, "a")
-        store.apply(lifecycle.cancel("b", now))  # which did not have it
-        assert not any(lines(store, "", 10).values())
+        store.apply(lifecycle.cancel("b", now))  # it does not have the turn
+        assert not any(waiting_keys(store, "", 10).values())
         store.apply(lifecycle.cancel("a", now))
-        assert lines(store, "", 10) == {"k": True}
-        assert first_in_line(store, "k") == "c"
+        assert waiting_keys(store, "", 10) == {"k": True}
+        assert first_waiting(store, "k") == "c"
 
-    def test_what_is_handed_back_keeps_it(self, store, clock):
+    def test_a_task_that_is_handed_back_keeps_its_turn(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
         give(store, "a")
         store.apply(lifecycle.hand_back(run(store, "a", now), now))
         assert not give(store, "b")
 
-    def test_a_requeue_leads_back_into_the_line(self, store, clock):
+    def test_a_requeued_task_waits_for_its_turn_again(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
         give(store, "a")
@@ -150,11 +150,11 @@ class TestTurns:
         give(store, "b")
         store.apply([lifecycle.requeue(store.get_by_id("a"), now)])
         assert not give(store, "a")
-        assert first_in_line(store, "k") == "a"
+        assert first_waiting(store, "k") == "a"
         store.apply(lifecycle.conclude(run(store, "b", now), ENDINGS["completes"][0], now))
         assert give(store, "a")
 
-    def test_what_is_delayed_is_held_until_its_time(self, store, clock):
+    def test_a_delayed_task_with_the_turn_waits_for_its_time(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now, run_at=now + 1000), insert("b", now)])
         assert earliest_due(store) is None
@@ -162,7 +162,7 @@ class TestTurns:
         assert (ready(store), earliest_due(store)) == ([], now + 1000)
         assert not give(store, "b")
 
-    def test_in_the_transaction_of_the_end_the_next_one_gets_it(self, store, clock):
+    def test_the_next_task_gets_the_turn_in_the_transaction_of_the_end(self, store, clock):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
         give(store, "a")
@@ -171,7 +171,7 @@ class TestTurns:
         assert ready(store) == ["b"]
 
     @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
-    def test_an_end_by_hand_gives_it_up(self, store, clock, status):
+    def test_a_task_ended_by_hand_gives_up_its_turn(self, store, clock, status):
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
         store.update_status("a", TaskStatus.RUNNING)
@@ -180,16 +180,16 @@ class TestTurns:
         store.update_status("a", TaskStatus(status))
         assert give(store, "b")
 
-    def test_a_task_created_by_hand_stands_in_line(self, store):
+    def test_a_task_created_by_hand_waits_for_its_turn(self, store):
         from taskx import Task
 
         store.create(Task(id="a", type="t", concurrency_key="k"))
-        assert (ready(store), first_in_line(store, "k")) == ([], "a")
+        assert (ready(store), first_waiting(store, "k")) == ([], "a")
         assert store.get_by_id("a").concurrency_key == "k"
 
     @pytest.mark.parametrize("change", [{"priority": 9}, {"run_at": to_datetime(1)}])
-    def test_what_is_changed_by_hand_stays_in_line(self, store, clock, change):
-        """Also where its time is, and has come."""
+    def test_an_updated_task_still_waits_for_its_turn(self, store, clock, change):
+        """It does so even if the update sets a ``run_at`` that has passed."""
         now = clock.now_ms()
         store.apply([insert("a", now), insert("b", now)])
         store.update(attrs.evolve(store.get_by_id("b"), **change))
@@ -198,7 +198,7 @@ class TestTurns:
 
 
 def some_move(chance: random.Random, store: Repository, now: int, number: int) -> list[Any]:
-    """What somebody might do to some task now."""
+    """Return the writes of a random move on a random task."""
     tasks = list(store.list(TaskFilter(limit=1000)))
     kind = chance.randrange(6)
     if not tasks or kind == 0:
@@ -206,7 +206,7 @@ def some_move(chance: random.Random, store: Repository, now: int, number: int) -
     task = chance.choice(tasks)
     if kind == 1:
         key = chance.choice("jk")
-        first = first_in_line(store, key)
+        first = first_waiting(store, key)
         return lifecycle.give_turn(first, key) if first else []
     if kind == 2 and task.status is TaskStatus.PENDING:
         start = lifecycle.start(task, now, "node")
@@ -225,8 +225,8 @@ def some_move(chance: random.Random, store: Repository, now: int, number: int) -
 
 @pytest.mark.parametrize("seed", range(3))
 @on_every_store
-def test_whatever_happens_of_each_key_one_may_start_or_runs(store, clock, seed):
-    """Two in a row are never both at it, and a line never stands still that could go on."""
+def test_at_most_one_task_of_a_key_may_start_or_runs(store, clock, seed):
+    """This holds after any moves. And no queue stands still if its next task could start."""
     chance, most = random.Random(seed), 0
     for number in range(80 if isinstance(store, MongoRepository) else 250):
         clock.advance(1)
@@ -238,21 +238,21 @@ def test_whatever_happens_of_each_key_one_may_start_or_runs(store, clock, seed):
             at_it = [t for t in of_key if t.id in may_start or t.status is TaskStatus.RUNNING]
             assert len(at_it) <= 1
             most = max(most, len(at_it))
-            # Whose turn it is may be delayed, too.
+            # The task that has the turn may also be delayed.
             held = [task for task in of_key if task.id in delayed]
             assert len(at_it) + len(held) <= 1
-            waits = first_in_line(store, key) is not None
-            assert lines(store, "", 10).get(key, False) == (waits and not at_it and not held)
+            waits = first_waiting(store, key) is not None
+            assert waiting_keys(store, "", 10).get(key, False) == (waits and not at_it and not held)
     assert most == 1
 
 
 @on_every_store
-def test_that_test_finds_a_turn_that_is_given_without_a_look(store, clock, monkeypatch):
-    """Else it would show nothing."""
+def test_the_test_above_finds_a_turn_that_is_given_unchecked(store, clock, monkeypatch):
+    """Otherwise it would prove nothing."""
 
     def careless(task_id, key):
         return [Update(task_id, {"status": "pending"}, {"held": FREE})]
 
     monkeypatch.setattr(lifecycle, "give_turn", careless)
     with pytest.raises(AssertionError):
-        test_whatever_happens_of_each_key_one_may_start_or_runs(store, clock, 0)
+        test_at_most_one_task_of_a_key_may_start_or_runs(store, clock, 0)
