@@ -10,6 +10,7 @@ housekeeper find what was missed.
 from __future__ import annotations
 
 import logging
+import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
@@ -28,7 +29,6 @@ from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING,
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
-from taskx.core.token import CancelToken
 from taskx.core.writes import Delete, Insert, Update, Write
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
@@ -372,8 +372,10 @@ class Services:
 
     alarms_class: type[Alarms] = Alarms
     hooks_class: type[Hooks] = Hooks
-    token_class: type[CancelToken] = CancelToken
+    run_class: type[Run] = Run
     watcher_class: type[Watcher] = Watcher
+    #: Draws the order of what is due at the same time: a number from 0 to 1.
+    chance: Callable[[], float] = staticmethod(random.random)
 
     def __init__(
         self,

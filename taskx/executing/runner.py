@@ -6,6 +6,7 @@ import _thread
 import os
 import random
 import threading
+from collections.abc import Callable
 from typing import Any, Literal
 
 import attrs
@@ -58,12 +59,14 @@ class Run:
 
     __slots__ = ("capture", "context", "decided", "executor", "overdue", "state", "task", "token")
 
-    def __init__(
-        self, task: Task, executor: Registered, token: CancelToken, shared: Shared
-    ) -> None:
+    token_class: type[CancelToken] = CancelToken
+    #: Draws the random part of the wait before a retry: a number from 0 to 1.
+    chance: Callable[[], float] = staticmethod(random.random)
+
+    def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
         self.task = task
         self.executor = executor
-        self.token = token
+        self.token = self.token_class(None, clock)
         #: Only with a time-out: the call to make if the run does not end then, and the lock that a thread
         #: takes to decide the ending of the run.
         self.overdue: Overdue | None = None
@@ -236,7 +239,7 @@ def _what_next(error: BaseException, run: Run) -> dict[str, Any]:
     try:
         if not asked and not _worth_another(error, policy):
             return {"permanent": True}
-        return {"delay": policy.delay(run.task.attempt, random.random())}
+        return {"delay": policy.delay(run.task.attempt, run.chance())}
     except BaseException:  # user code: a back-off function, or the error's class
         log = GuardedLogger(run.context.logger)
         log.exception("the retry policy failed; the task is retried in %g s", policy.base)

@@ -325,8 +325,8 @@ class Starter:
 
     def _make_run(self, task: Task) -> Run:
         services = self._services
-        token = services.token_class(None, services.clock)
-        return Run(task, services.registry.registered[task.type], token, self._shared)
+        executor = services.registry.registered[task.type]
+        return services.run_class(task, executor, services.clock, self._shared)
 
     def strike(self, run: Run, ran: bool = False) -> None:
         """Forget a run that was not executed, or is over; a second call does nothing."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import heapq
 import math
-import random
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -126,6 +125,10 @@ class Ticker:
         """The next tick of all schedules, in milliseconds; None if there is none."""
         first = self._next[:1]  # in one step: a drain asks, on a thread of its own
         return first[0][0] if first else None
+
+    def was_there(self) -> None:
+        """Count the time since the last look as watched: no tick in it was missed."""
+        self._seen = self._services.clock.now_ms()
 
     def refresh_now(self) -> None:
         """Read all schedules again in the next round, as one may have changed."""
@@ -269,7 +272,7 @@ class Ticker:
         if due != read.due:
             read.due = due
             if due is not None:
-                heapq.heappush(self._next, (due, random.random(), read.name))
+                heapq.heappush(self._next, (due, self._services.chance(), read.name))
 
     def _due_names(self) -> list[str]:
         """Return the schedules whose tick has come, by what is known in memory; at most a batch."""

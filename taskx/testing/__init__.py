@@ -1,11 +1,21 @@
-"""What helps to test code that uses TaskX: a clock by hand, and the contracts of repositories.
+"""A test kit: queues that a test drives, a clock that it moves, and the contracts of repositories.
 
-``RepositoryContract`` is that of the eight methods, ``PrimitivesContract`` that of what the runtime builds
-on. They need pytest; the rest, and TaskX itself, do not.
+``RepositoryContract`` is the contract of the eight methods, ``PrimitivesContract`` that of the primitives
+below them. These two need pytest; the rest, and TaskX itself, do not. The tests of applications use this
+package; TaskX itself does not.
 """
 
 from taskx.testing.clock import ManualClock
 from taskx.testing.eight import RepositoryContract
 from taskx.testing.primitives import PrimitivesContract
+from taskx.testing.queues import InlineQueue, ManualQueue, inline, manual
 
-__all__ = ["ManualClock", "PrimitivesContract", "RepositoryContract"]
+__all__ = [
+    "InlineQueue",
+    "ManualClock",
+    "ManualQueue",
+    "PrimitivesContract",
+    "RepositoryContract",
+    "inline",
+    "manual",
+]

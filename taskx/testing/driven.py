@@ -1,0 +1,236 @@
+"""The parts of a queue that its caller drives: one thread, and a clock that is moved by hand.
+
+All rules are those of a started queue. These parts only replace what would start a thread, or wait.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Collection
+
+import attrs
+
+from taskx.common.bell import Signal
+from taskx.common.config import Config
+from taskx.common.hooks import Hooks
+from taskx.common.watcher import Watcher
+from taskx.core.clock import Clock
+from taskx.core.errors import CancelReason
+from taskx.core.token import CancelToken
+from taskx.executing.alarms import Alarms, Overdue
+from taskx.executing.runner import Run
+from taskx.moving import Services
+from taskx.testing.clock import ManualClock
+from taskx.upkeep.housekeeper import Housekeeper
+from taskx.upkeep.node import Lifetime, LocalNode
+
+#: The largest buffer: no submit is refused while nothing runs.
+ROOM = 10_000_000
+#: An executor may ask its token so often while no time passes; from then on each look takes a millisecond,
+#: so that a loop which only asks its token comes to its time-out.
+FREE_LOOKS = 1000
+# Seconds that threads are waited for which TaskX has started for callbacks.
+_PATIENCE = 5.0
+_NEXT = 1e-9
+
+
+class DrivenToken(CancelToken):
+    """A token whose waits let time pass on the clock that the test moves, and take none."""
+
+    __slots__ = ("_at", "_looks")
+
+    def __init__(self, deadline: float | None, clock: Clock) -> None:
+        super().__init__(deadline, clock)
+        self._at, self._looks = clock.monotonic(), 0
+
+    @property
+    def reason(self) -> CancelReason | None:
+        """The reason why the token fired; None as long as it has not."""
+        now = self._clock.monotonic()
+        if now != self._at:
+            self._at, self._looks = now, 0
+        self._looks += 1
+        if self._looks > FREE_LOOKS and isinstance(self._clock, ManualClock):
+            self._clock.advance(0.001)
+        return super().reason
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Let time pass until the token fires, at most ``timeout`` seconds; return True if it has fired."""
+        clock = self._clock
+        assert isinstance(clock, ManualClock)
+        left = math.inf if timeout is None else max(0.0, timeout)
+        end = clock.monotonic() + left
+        while not self.cancelled and left > 0:
+            deadline = math.inf if self.deadline is None else self.deadline - clock.monotonic()
+            coming = clock.until_next_call()
+            step = min(left, deadline, math.inf if coming is None else coming)
+            if step == math.inf:
+                raise RuntimeError(
+                    "the executor waits for ever: it has no time-out, and no call that may cancel it is "
+                    "planned; use clock.call_later(seconds, handle.cancel)"
+                )
+            clock.advance(max(step, _NEXT))
+            left = end - clock.monotonic()
+        return self.cancelled
+
+
+class DrivenAlarms(Alarms):
+    """Time-outs that the clock itself tells of, when it is moved past them."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__(clock)
+        self._planned: dict[CancelToken, list[Callable[[], None]]] = {}
+
+    def add(self, token: CancelToken, overdue: Overdue | None = None) -> None:
+        super().add(token, overdue)
+        if token.deadline is not None and isinstance(self._clock, ManualClock):
+            left = max(0.0, token.deadline - self._clock.monotonic())
+            moments = [left] if overdue is None else [left, left + overdue[0]]
+            self._planned[token] = [self._clock.call_later(s, self.ring) for s in moments]
+
+    def go_on(self) -> None:
+        """Start no thread: the clock calls :meth:`ring`."""
+
+    def remove(self, token: CancelToken) -> None:
+        super().remove(token)
+        for take_back in self._planned.pop(token, ()):
+            take_back()
+
+    def ring(self) -> float | None:
+        before = threading.enumerate()
+        nearest = super().ring()
+        wait_for_threads(before, ("taskx-stuck",))
+        return nearest
+
+
+class DrivenHooks(Hooks):
+    """Hooks that are told in the thread in which something happens."""
+
+    @property
+    def inside(self) -> bool:
+        """True if a hook is being told."""
+        return self._telling
+
+    def _start(self) -> None:
+        if not self._telling:
+            self._tell_all()
+
+
+class DrivenWatcher(Watcher):
+    """A watcher without a thread: whoever runs tasks resolves their handles."""
+
+    def ensure_polling(self) -> None:
+        """Start no thread; after a close, tell those who wait."""
+        if self._closed:
+            self._close_all()
+
+
+class DrivenRun(Run):
+    """A run whose retry waits the plain back-off, without a random part."""
+
+    __slots__ = ()
+
+    token_class = DrivenToken
+    chance = staticmethod(lambda: 0.5)
+
+
+class DrivenServices(Services):
+    """The parts of a driven queue."""
+
+    alarms_class = DrivenAlarms
+    hooks_class = DrivenHooks
+    run_class = DrivenRun
+    watcher_class = DrivenWatcher
+    chance = staticmethod(lambda: 0.5)
+
+
+class DrivenHousekeeper(Housekeeper):
+    """A housekeeper that does all its duties in each round."""
+
+    def _is_time(self, what: str, interval: float) -> bool:
+        # Changes of others are processed with the recovery, in every round.
+        return what != "poll"
+
+    def do_round(self) -> None:
+        """Do everything that is due, to the end.
+
+        Raises:
+            RepositoryError: the repository failed; the next round does the rest.
+        """
+        # Twice: the audit puts right what it finds two times in a row.
+        for _ in range(2):
+            self._agenda.due_known, self._agenda.more_stored = False, True
+            self._ticker.refresh_now()
+            self.tick()
+            while self._more_to_do():
+                self.tick()
+
+    def until_next(self) -> float:
+        """Return the seconds until a task, a tick or a token of a rate is due; inf if nothing is."""
+        clock = self._services.clock
+        moments = [due - clock.now_ms() for due in (self._earliest_due(), self._ticker.next) if due]
+        seconds = [moment / 1000 for moment in moments]
+        if (token := self._pool.admission.next_fetch()) is not None:
+            seconds.append(token - clock.monotonic())
+        return max(0.001, min(seconds, default=math.inf))
+
+    def was_there(self) -> None:
+        """Note that no tick of a schedule was missed since the last round."""
+        self._ticker.was_there()
+
+
+class DrivenNode(LocalNode):
+    """A node without threads."""
+
+    housekeeper: DrivenHousekeeper
+
+    def __init__(self, services: Services, config: Config, ended: Callable[[], object]) -> None:
+        config = attrs.evolve(config, worker_num=1, buffer_size=ROOM, overflow="reject")
+        super().__init__(services, config, ended)
+        self.engine.threads.clear()
+        self.engine.workers_left = 0
+        self.housekeeper = DrivenHousekeeper(self.engine, config.retention)
+        self._housekeeper = self.housekeeper
+
+    def begin(self) -> None:
+        """Start no thread."""
+
+    def go(self) -> None:
+        """Have tasks run, without a line in the log."""
+        self.engine.begun.set()
+
+
+class DrivenLifetime(Lifetime):
+    """Starts and stops a node without threads."""
+
+    node_class = DrivenNode
+
+
+class DrivenSignal(Signal):
+    """A signal whose wait runs other tasks, and lets time pass, in place of waiting.
+
+    Args:
+        clock: measures the time-outs.
+        work: runs tasks and lets time pass until a condition holds, at most so many seconds.
+    """
+
+    virtual = True
+
+    def __init__(self, clock: Clock, work: Callable[[Callable[[], bool], float], bool]) -> None:
+        super().__init__()
+        self.now = clock.monotonic
+        self._work = work
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Work until the signal is set; return False if ``timeout`` seconds passed before."""
+        seconds = math.inf if timeout is None else timeout
+        return self._work(lambda: not self._lock.locked(), seconds)
+
+
+def wait_for_threads(before: Collection[threading.Thread], names: Collection[str]) -> None:
+    """Wait for threads with these names that have been started since ``before`` was taken."""
+    known = set(before)
+    for thread in threading.enumerate():
+        if thread not in known and thread.name in names:
+            thread.join(_PATIENCE)

@@ -1,0 +1,558 @@
+"""Queues for tests: their caller runs the tasks, one by one, on a clock that stands still."""
+
+from __future__ import annotations
+
+import logging
+import math
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import TimeoutError
+from contextlib import contextmanager
+from datetime import datetime
+from typing import Any, TypeVar, cast
+
+from taskx.common.config import Config
+from taskx.common.hooks import Hook
+from taskx.core.checks import check_number
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import Task, TaskFilter, TaskStatus
+from taskx.core.options import OnConflict
+from taskx.core.writes import Insert
+from taskx.executing.registry import Layer
+from taskx.executing.runner import Run, inside_executor
+from taskx.queue import Queue
+from taskx.storage.adapter import EightMethodAdapter
+from taskx.storage.base import Repository
+from taskx.storage.eight import TaskRepository
+from taskx.storage.memory import MemoryRepository
+from taskx.submitting.intake import Intake
+from taskx.testing import submissions
+from taskx.testing.clock import ManualClock
+from taskx.testing.driven import (
+    DrivenLifetime,
+    DrivenNode,
+    DrivenServices,
+    DrivenSignal,
+    wait_for_threads,
+)
+from taskx.testing.submissions import Submissions
+
+# The shortest step of the clock that is never lost to rounding, in seconds.
+_STEP = 1e-9
+
+
+class ManualQueue(Queue):
+    """A queue whose tasks run when its caller says so, in the caller's thread.
+
+    It is a real :class:`Queue`: checks, retries, time-outs, limits, schedules and flows work as in one that
+    is started. But it has no threads, and its clock stands still. Nothing runs until :meth:`run_next`,
+    :meth:`run_all` or :meth:`advance`. ``ctx.sleep`` moves the clock instead of waiting.
+
+    A wait for a task that has not ended (``handle.result()``) raises ``TimeoutError`` at once. Inside an
+    executor it runs other tasks in the meantime, as other workers would.
+
+    The buffer has room for every task, whatever the config says.
+
+    Args:
+        repository: stores the tasks; a new ``MemoryRepository`` by default.
+        config: the settings of the queue.
+        logger: the logger to use; the one named ``taskx`` by default.
+        hooks: as of :class:`Queue`; they are told in the thread in which something happens.
+        middleware: as of :class:`Queue`.
+        clock: the clock; a new one by default.
+
+    Attributes:
+        clock: the clock that tasks and schedules go by.
+    """
+
+    _services_class = DrivenServices
+    _life_class = DrivenLifetime
+    #: True if a thread that waits for a task runs it.
+    _runs_when_waiting = False
+    #: The class that a queue had before it was replaced for a test.
+    _plain_class: type[Queue] | None = None
+
+    def __init__(
+        self,
+        repository: TaskRepository | None = None,
+        config: Config | None = None,
+        logger: logging.Logger | None = None,
+        *,
+        hooks: Iterable[Hook] = (),
+        middleware: Iterable[Layer] = (),
+        clock: ManualClock | None = None,
+    ) -> None:
+        self.clock = _checked(clock)
+        self._submissions = Submissions(self.clock)
+        super().__init__(
+            MemoryRepository(self.clock) if repository is None else repository,
+            config,
+            logger,
+            hooks=(self._submissions, *hooks),
+            middleware=middleware,
+            clock=self.clock,
+        )
+
+    def _wire(self) -> None:
+        super()._wire()
+        self._services.watcher.signal = lambda: DrivenSignal(self.clock, self._wait_until)
+        # Held while a task is chosen and started, not while it runs.
+        self._choosing = threading.RLock()
+        # The threads that run tasks, and how many each runs, one inside the other.
+        self._busy: dict[int, int] = {}
+        self._driver = threading.get_ident()
+
+    def _replace(self, repository: TaskRepository, clock: ManualClock) -> None:
+        """Become a queue for tests, in place of what this queue was."""
+        self.clock = self._clock = clock
+        self._submissions = Submissions(clock)
+        own = isinstance(repository, Repository)
+        self.repository = (
+            cast("Repository", repository) if own else EightMethodAdapter(repository, clock)
+        )
+        self.repository.queues.add(self)
+        others = [hook for hook in self._hooks if not isinstance(hook, Submissions)]
+        self._hooks = (self._submissions, *others)
+        self._wire()
+
+    def _leave(self) -> None:
+        self._life.forget()
+        if self._node is not None and self._life.name != "stopped":
+            self._node.withdraw()
+
+    # --- running
+
+    def run_next(self) -> Task | None:
+        """Run the best task that may start now, to its outcome.
+
+        What the executor raises is on the record, not raised here.
+
+        Returns:
+            the task's record after that; None if no task may start now.
+
+        Raises:
+            QueueStopped: the queue was stopped.
+            RepositoryError: the repository failed. A started queue would log that and try again, as the
+                next call does.
+            KeyboardInterrupt: the executor was interrupted.
+        """
+        run = self._start_next()
+        if run is None:
+            return None
+        self._execute(run)
+        return self.repository.get_many([run.task.id]).get(run.task.id, run.task)
+
+    def run_all(self, most: int = 10_000) -> list[Task]:
+        """Run every task that may start now, and those that may start because of that.
+
+        Retries that wait, and tasks with a delay, stay pending until :meth:`advance`.
+
+        Args:
+            most: the number of runs after which this fails: a task may submit itself again and again.
+
+        Returns:
+            the record of each task after its run, in the order of the runs.
+
+        Raises:
+            AssertionError: there are more than ``most`` runs.
+            TaskxError: as :meth:`run_next`.
+        """
+        ran: list[Task] = []
+        while (task := self.run_next()) is not None:
+            ran.append(task)
+            if len(ran) > most:
+                raise AssertionError(
+                    f"run_all() has run {most} tasks and there are more; the last one is "
+                    f"{submissions.described(task)}: does a task submit itself?"
+                )
+        return ran
+
+    def advance(self, seconds: float) -> list[Task]:
+        """Let time pass, and run what is due, each task and tick at its moment.
+
+        Tasks that may start already run first. There is one thread: while an executor lets time pass, no
+        other task runs.
+
+        Returns:
+            the record of each task after its run, in the order of the runs.
+
+        Raises:
+            TaskxError: as :meth:`run_next`.
+        """
+        end = self.clock.monotonic() + check_number(seconds, "seconds")
+        ran = self.run_all()
+        while (left := end - self.clock.monotonic()) > _STEP / 2:
+            self._pass(min(left, self._until_next()))
+            ran += self.run_all()
+        return ran
+
+    def drain(self, timeout: float | None = None) -> bool:
+        """Run every task that may start now; return True.
+
+        Raises:
+            ConfigurationError: called inside an executor or a hook.
+        """
+        if inside_executor() or self._services.hooks.inside:
+            return super().drain(timeout)
+        self.run_all()
+        return True
+
+    def watch(self, handle: Any) -> None:
+        self._services.watcher.watch(handle)
+
+    @property
+    def _driven(self) -> DrivenNode:
+        return cast("DrivenNode", self._node)
+
+    def _start_next(self) -> Run | None:
+        with self._choosing:
+            self._life.start()
+            pool = self._driven.engine
+            while True:
+                self._driven.housekeeper.do_round()
+                items = pool.buffer.take(1)
+                if not items:
+                    return None
+                if (run := pool._start(items)) is not None:
+                    return run
+
+    def _execute(self, run: Run) -> None:
+        pool, ident = self._driven.engine, threading.get_ident()
+        before = threading.enumerate()
+        self._busy[ident] = self._busy.get(ident, 0) + 1
+        try:
+            ending = pool.execute(run, f"{pool.node.name}/1", conclude=pool.conclude)
+        finally:
+            self._busy[ident] -= 1
+            if not self._busy[ident]:
+                del self._busy[ident]
+        if pool.stuck.ended:  # how it ended waits to be written
+            self._driven.housekeeper.do_round()
+        wait_for_threads(before, ("taskx-callbacks", "taskx-cancel"))
+        if ending.interrupt is not None:
+            raise ending.interrupt
+
+    # --- time
+
+    def _pass(self, seconds: float) -> None:
+        """Let time pass, in which this queue was there."""
+        self.clock.advance(max(seconds, _STEP))
+        self._life.start()
+        self._driven.housekeeper.was_there()
+
+    def _until_next(self) -> float:
+        """Return the seconds until something is due; inf if nothing is."""
+        self._life.start()
+        coming = self.clock.until_next_call()
+        return min(self._driven.housekeeper.until_next(), math.inf if coming is None else coming)
+
+    def _wait_until(self, done: Callable[[], bool], seconds: float) -> bool:
+        """Run tasks and let time pass until a condition holds; return False after ``seconds``."""
+        here = threading.get_ident()
+        if not (self._runs_when_waiting or inside_executor()):
+            if done():
+                return True
+            if here == self._driver:
+                raise TimeoutError(
+                    "the task has not ended, and nothing runs while a test waits: call run_next(), "
+                    "run_all() or advance() first, or use an inline queue"
+                )
+            return _wait(done, seconds)
+        end = self.clock.monotonic() + seconds
+        while not done():
+            if self.run_next() is not None:
+                continue
+            if self._busy.keys() - {here}:  # it may run there
+                _wait(done, 0.01)
+                continue
+            step = min(self._until_next(), end - self.clock.monotonic())
+            if step <= 0:
+                return False
+            if step == math.inf:
+                raise TimeoutError("the task has not ended, and nothing is due that could end it")
+            self._pass(step)
+        return True
+
+    # --- what was submitted
+
+    def submitted(
+        self,
+        type: str | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        within: float | None = None,
+        delay: float | None = None,
+        **fields: Any,
+    ) -> list[Task]:
+        """Return the tasks that were submitted, in order and as they were then, deleted ones included.
+
+        Args:
+            type: only tasks of this type.
+            params: only tasks whose params have these values; they may have others, too.
+            within: only tasks submitted in the last so many seconds, by the queue's clock.
+            delay: only tasks with this delay, in seconds; 0 for those without.
+            fields: only tasks with these values, such as ``priority=5``.
+
+        Raises:
+            ConfigurationError: a task has no such field.
+        """
+        return self._submissions.matching(type, params, within, delay, fields)
+
+    def assert_submitted(
+        self,
+        type: str | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        within: float | None = None,
+        delay: float | None = None,
+        times: int | None = None,
+        **fields: Any,
+    ) -> Task:
+        """Assert that such a task was submitted, or with ``times`` exactly so many; return the first one.
+
+        The other arguments are those of :meth:`submitted`.
+
+        Raises:
+            AssertionError: they were not; the message lists what was submitted.
+        """
+        found = self.submitted(type, params=params, within=within, delay=delay, **fields)
+        if not found or (times is not None and len(found) != times):
+            asked = submissions.wanted(type, params, within, delay, fields)
+            expected = (
+                "was not" if times is None else f"was to be submitted {times} time(s), and was"
+            )
+            actual = "submitted" if times is None else f"{len(found)} time(s)"
+            raise AssertionError(f"{asked} {expected} {actual}. {self._submissions.listed()}")
+        return found[0]
+
+    def assert_not_submitted(
+        self,
+        type: str | None = None,
+        *,
+        params: Mapping[str, Any] | None = None,
+        within: float | None = None,
+        delay: float | None = None,
+        **fields: Any,
+    ) -> None:
+        """Assert that no such task was submitted; without arguments, none at all.
+
+        The arguments are those of :meth:`submitted`.
+
+        Raises:
+            AssertionError: one was; the message lists what was submitted.
+        """
+        if found := self.submitted(type, params=params, within=within, delay=delay, **fields):
+            asked = submissions.wanted(type, params, within, delay, fields)
+            raise AssertionError(
+                f"{asked} was submitted {len(found)} time(s). {self._submissions.listed()}"
+            )
+
+    def assert_submitted_in_order(self, *types: str) -> None:
+        """Assert that tasks of these types were submitted in this order, and as often as given.
+
+        Tasks of other types may come in between.
+
+        Raises:
+            AssertionError: they were not; the message lists what was submitted.
+        """
+        actual = submissions.in_order(self._submissions.tasks, types)
+        if actual != list(types):
+            raise AssertionError(
+                f"expected {', '.join(types)}; submitted were, of these types, "
+                f"{', '.join(actual) or 'none'}. {self._submissions.listed()}"
+            )
+
+
+class _InlineIntake(Intake):
+    """An intake that has a task run as soon as it is stored."""
+
+    after: Callable[[Sequence[str]], object]
+
+    def accept(
+        self,
+        task: Task,
+        priority: int | None = None,
+        on_conflict: OnConflict = "reject",
+        *,
+        spill: bool = False,
+    ) -> str:
+        task_id = super().accept(task, priority, on_conflict, spill=spill)
+        self.after([task_id])
+        return task_id
+
+    def accept_many(self, tasks: Iterable[Task], *, spill: bool = False) -> list[str]:
+        task_ids = super().accept_many(tasks, spill=spill)
+        self.after(task_ids)
+        return task_ids
+
+    def put(self, insert: Insert) -> None:
+        super().put(insert)
+        self.after([insert.id])
+
+
+class InlineQueue(ManualQueue):
+    """A queue that runs a task within its ``submit``, in the caller's thread.
+
+    When ``submit`` returns, the task has ended: also after retries, for which the clock is moved. What the
+    executor raises is on the record and raised by ``handle.result()``, not by ``submit``.
+
+    A task with a delay, or one that asked to run later (``Snooze``), stays pending until :meth:`advance`. A
+    wait for it moves the clock to its time. All else is as in :class:`ManualQueue`.
+    """
+
+    _intake_class = _InlineIntake
+    _runs_when_waiting = True
+
+    def _wire(self) -> None:
+        super()._wire()
+        cast("_InlineIntake", self._intake).after = self._finish
+
+    def _finish(self, task_ids: Iterable[str] = ()) -> None:
+        """Run what may start, and the retries of these tasks."""
+        services = self._services
+        # A hook, a log handler or a finalizer: whoever is at it goes on with this.
+        if services.hooks.inside or services.ledger.entered or self._choosing._is_owned():  # type: ignore[attr-defined]
+            return
+        wanted = list(task_ids)
+        self.run_all()
+        while (moment := self._next_retry(wanted)) is not None:
+            self._pass((moment - self.clock.now()).total_seconds())
+            self.run_all()
+
+    def _next_retry(self, task_ids: Sequence[str]) -> datetime | None:
+        found = self.repository.get_many(task_ids).values()
+        now = self.clock.now()
+        moments = [
+            task.run_at
+            for task in found
+            if task.status is TaskStatus.PENDING
+            and task.run_at is not None
+            and task.run_at > now
+            and task.attempts
+            and task.attempts[-1].outcome == "retried"
+        ]
+        return min(moments, default=None)
+
+    def requeue(self, task_id: str) -> None:
+        super().requeue(task_id)
+        self._finish([task_id])
+
+    def requeue_many(self, task_ids: Iterable[str]) -> int:
+        wanted = list(task_ids)
+        count = super().requeue_many(wanted)
+        self._finish(wanted)
+        return count
+
+    def requeue_dead_letters(self, filter: TaskFilter | None = None) -> int:
+        count = super().requeue_dead_letters(filter)
+        self._finish()
+        return count
+
+    def cancel_task(self, task_id: str) -> bool:
+        cancelled = super().cancel_task(task_id)
+        self._finish()
+        return cancelled
+
+    def cancel_many(self, task_ids: Iterable[str]) -> int:
+        count = super().cancel_many(task_ids)
+        self._finish()
+        return count
+
+    def resume(self, type: str | None = None) -> None:
+        super().resume(type)
+        self._finish()
+
+
+Q = TypeVar("Q", bound=ManualQueue)
+
+
+@contextmanager
+def manual(
+    queue: Queue, repository: TaskRepository | None = None, *, clock: ManualClock | None = None
+) -> Iterator[ManualQueue]:
+    """Make an application's queue a :class:`ManualQueue` for the length of a block, or of a function.
+
+    The queue object stays the same, with its executors, hooks, middleware and config. Inside the block,
+    everything that submits to it (``executor.submit()``, code that has imported it) submits to
+    ``repository``. Its own repository is not touched. After the block the queue is what it was.
+
+    Executors that are registered inside the block stay registered, as modules are imported once.
+
+    Args:
+        queue: the queue. One that is started goes on running its own tasks in its own threads.
+        repository: stores the tasks; a new ``MemoryRepository`` by default.
+        clock: the clock; a new one by default.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+    with _replaced(queue, ManualQueue, repository, clock) as made:
+        yield made
+
+
+@contextmanager
+def inline(
+    queue: Queue, repository: TaskRepository | None = None, *, clock: ManualClock | None = None
+) -> Iterator[InlineQueue]:
+    """Make an application's queue an :class:`InlineQueue` for the length of a block, or of a function.
+
+    Everything else is as for :func:`manual`.
+
+    Raises:
+        ConfigurationError: an argument is not valid.
+    """
+    with _replaced(queue, InlineQueue, repository, clock) as made:
+        yield made
+
+
+@contextmanager
+def _replaced(
+    queue: Queue, kind: type[Q], repository: TaskRepository | None, clock: ManualClock | None
+) -> Iterator[Q]:
+    if not isinstance(queue, Queue):
+        raise ConfigurationError(f"expected a Queue, got {type(queue).__name__}")
+    made = _checked(clock)
+    if repository is None:
+        own = MemoryRepository(made)
+        own.codecs = queue.repository.codecs
+        repository = own
+    before_class, before = type(queue), dict(vars(queue))
+    plain = getattr(queue, "_plain_class", None) or before_class
+    driven = cast("Q", queue)
+    try:
+        driven.__class__ = _class_for(plain, kind)
+        driven._plain_class = plain
+        driven._replace(repository, made)
+        yield driven
+    finally:
+        driven._leave()
+        queue.__class__ = before_class
+        attributes = vars(queue)
+        for name in attributes.keys() - before.keys():
+            del attributes[name]
+        attributes.update(before)
+        queue._schedules.wire(queue._services, queue._intake)
+
+
+def _class_for(plain: type[Queue], kind: type[Q]) -> type[Q]:
+    """Return the kind of queue for tests, with the methods of an application's own class."""
+    if plain is Queue or issubclass(plain, ManualQueue):
+        return kind
+    return type(f"{kind.__name__}Of{plain.__name__}", (kind, plain), {})
+
+
+def _checked(clock: Any) -> ManualClock:
+    if clock is None:
+        return ManualClock()
+    if not isinstance(clock, ManualClock):
+        raise ConfigurationError(f"clock must be a ManualClock, not {clock!r}")
+    return clock
+
+
+def _wait(done: Callable[[], bool], seconds: float) -> bool:
+    """Wait for another thread, in real time."""
+    pause, left = threading.Event(), seconds
+    while not done() and left > 0:
+        pause.wait(min(left, 0.01))
+        left -= 0.01
+    return done()

@@ -1,0 +1,102 @@
+"""The tasks that were submitted to a queue, and assertions about them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from taskx.common.hooks import Hook
+from taskx.core.clock import to_ms
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import TASK_FIELDS, Task
+from taskx.testing.clock import ManualClock
+
+#: Tasks, and characters of the params of each, that a message lists.
+_LISTED, _SHOWN = 20, 200
+
+
+class Submissions(Hook):
+    """Keeps every task that is stored, in order, as it was submitted."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        self._clock = clock
+        self.tasks: list[Task] = []
+
+    def submitted(self, task: Task) -> None:
+        """Keep a task."""
+        self.tasks.append(task)
+
+    def matching(
+        self,
+        type: str | None,
+        params: Mapping[str, Any] | None,
+        within: float | None,
+        delay: float | None,
+        fields: Mapping[str, Any],
+    ) -> list[Task]:
+        """Return the tasks that meet all of these conditions: see :meth:`ManualQueue.submitted`."""
+        if unknown := sorted(fields.keys() - {*TASK_FIELDS}):
+            raise ConfigurationError(f"a task has no field {', '.join(unknown)}")
+        since = None if within is None else self._clock.now_ms() - within * 1000
+        return [
+            task
+            for task in self.tasks
+            if (type is None or task.type == type)
+            and (params is None or _includes(task.params, params))
+            and (since is None or _created(task) >= since)
+            and (delay is None or _delay(task) == delay)
+            and all(getattr(task, name) == value for name, value in fields.items())
+        ]
+
+    def listed(self) -> str:
+        """Return what was submitted, as text for a message."""
+        if not self.tasks:
+            return "No task was submitted."
+        shown = [f"  {n}. {described(t)}" for n, t in enumerate(self.tasks[:_LISTED], 1)]
+        if (left := len(self.tasks) - _LISTED) > 0:
+            shown.append(f"  … and {left} more")
+        return "\n".join([f"{len(self.tasks)} task(s) were submitted:", *shown])
+
+
+def described(task: Task) -> str:
+    """Return a task in a line: its type, its params, and its delay if it has one."""
+    params = json.dumps(task.params, ensure_ascii=False)
+    if len(params) > _SHOWN:
+        params = params[:_SHOWN] + " …"
+    delay = f", delay {_delay(task):g} s" if task.run_at is not None else ""
+    return f"{task.type} {params}{delay}"
+
+
+def wanted(
+    type: str | None,
+    params: Mapping[str, Any] | None,
+    within: float | None,
+    delay: float | None,
+    fields: Mapping[str, Any],
+) -> str:
+    """Return conditions, as text for a message."""
+    words = ["a task" if type is None else f"a task of type {type!r}"]
+    words += [] if params is None else [f"with params {dict(params)!r}"]
+    words += [] if within is None else [f"within the last {within:g} s"]
+    words += [] if delay is None else [f"with a delay of {delay:g} s"]
+    words += [f"with {name}={value!r}" for name, value in fields.items()]
+    return " ".join(words)
+
+
+def in_order(tasks: Sequence[Task], types: Sequence[str]) -> list[str]:
+    """Return the types of those tasks that are of one of these types, in order."""
+    return [task.type for task in tasks if task.type in types]
+
+
+def _includes(params: Mapping[str, Any], some: Mapping[str, Any]) -> bool:
+    return all(name in params and value == params[name] for name, value in some.items())
+
+
+def _created(task: Task) -> int:
+    assert task.created_at is not None  # it is stored
+    return to_ms(task.created_at)
+
+
+def _delay(task: Task) -> float:
+    return 0.0 if task.run_at is None else max(0.0, (to_ms(task.run_at) - _created(task)) / 1000)
