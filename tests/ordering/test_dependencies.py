@@ -718,9 +718,7 @@ class TestMadeGood:
         look_every(audit=0.05)
 
     @pytest.mark.usefixtures("frequent_looks")
-    def test_a_death_between_the_parents_end_and_the_childs_release_is_repaired(
-        self, repository, make_queue
-    ):
+    def test_a_scan_releases_the_child_of_a_process_that_died(self, repository, make_queue):
         """The parent ends without an event; a queue that starts scans all parents."""
         parent, child = unreleased(make_queue)
         assert repository.distinct("waiting_on", "", 10) == [parent.id]

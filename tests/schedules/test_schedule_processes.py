@@ -1,4 +1,4 @@
-"""Schedules with several processes on one repository, which are killed: every tick is exactly one task."""
+"""Schedules with several processes on one repository; some are killed, yet each tick gets one task."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mongo_server import new_database, shared
 
 from taskx import MongoRepository, SQLiteRepository, TaskFilter, TaskStatus, every, tick_of
 
-# Started with where the repository is, a file to note runs in, and a script of what to do.
+# The arguments are the repository and a log file for runs; further lines are appended.
 PROGRAM = """
 import os, signal, sys
 from taskx import Config, MongoRepository, Queue, SQLiteRepository, every, tick_of
@@ -45,7 +45,7 @@ def die(*args, **options):
 
 @pytest.fixture(params=["sqlite", "standalone", "set"])
 def place(request, tmp_path):
-    """Where the repository is: what programs are told."""
+    """The arguments that tell a program where the repository is."""
     if request.param == "sqlite":
         yield ("sqlite", tmp_path / "tasks.db", "-", tmp_path / "log")
     else:
@@ -69,14 +69,14 @@ def repository(place):
 
 @pytest.fixture
 def run(spawn, place):
-    """Starts the program with more lines."""
+    """Return a function that starts the program with more lines."""
     return lambda more: spawn(PROGRAM + more, *place)
 
 
 TEN_TICKS = timedelta(seconds=1)
 
 
-def test_every_tick_is_one_task_whoever_dies(run, repository, make_queue, place):
+def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_queue, place):
     """Four processes declare the same schedule; two are killed and one of them starts again."""
     queue = make_queue()
     queue.declare("work")
@@ -96,7 +96,7 @@ def test_every_tick_is_one_task_whoever_dies(run, repository, make_queue, place)
     for child in children:
         child.tell()
         child.ends()
-    queue.executor("work")(lambda: None)  # what a child was killed over
+    queue.executor("work")(lambda: None)  # runs what a killed child was running
     queue.start()
     assert queue.drain(PATIENCE)
 
@@ -112,21 +112,21 @@ def test_every_tick_is_one_task_whoever_dies(run, repository, make_queue, place)
 
 
 def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, look_every):
-    """At once, but by the audit where the server tells of changes: it tells of those of tasks only."""
+    """It is noticed at once, or by the audit if the store has a change stream, which shows only tasks."""
     if place[1] != shared("set"):
         look_every(audit=float("inf"))
     queue = make_queue()
     queue.start()
-    looks = housekeeper_of(queue)._ticker
-    eventually(lambda: looks._refresh_at and not looks.waiting)  # it has looked
+    ticker = housekeeper_of(queue)._ticker
+    eventually(lambda: ticker._refresh_at and not ticker.waiting)  # it has read all schedules
     assert run("queue.schedule('s', every(3600), 'work')").ends()[1] == ""
-    eventually(lambda: looks.next)
+    eventually(lambda: ticker.next)
 
 
 DYING = """
 put = repository.put_notes
 
-def of_schedules(changes):  # those of nodes are notes, too
+def of_schedules(changes):  # not of nodes, which are notes, too
     return any(change.name.startswith("schedule/") for change in changes)
 
 queue.schedule("beat", every(0.5), "work", misfire="one")
@@ -146,8 +146,8 @@ repository.put_notes = lambda changes: (put(changes), of_schedules(changes) and 
 @pytest.mark.parametrize(
     "patch", [BEFORE, BETWEEN, AFTER], ids=["before the task", "before the schedule", "after both"]
 )
-def test_a_process_that_is_killed_in_the_middle_of_a_tick(run, repository, make_queue, patch):
-    """Whether its task was stored or not, whoever starts next makes it one."""
+def test_a_process_killed_during_a_tick_loses_no_task(run, repository, make_queue, patch):
+    """The next process ensures that there is exactly one task, even if none was stored."""
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("work")(lambda ctx: ran.append(ctx.task.id))

@@ -1,4 +1,4 @@
-"""Schedules: each tick is one task, however often it is declared, whatever the clock does."""
+"""Schedules: each tick gets one task, even if declared often, and whatever the clock does."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def clock():
 
 @pytest.fixture
 def make(make_queue, clock):
-    """Makes queues with a type that another process runs, so that its tasks stay as they are."""
+    """Return a function that makes queues with a type of another process, so its tasks stay pending."""
 
     def make(on=None, **options):
         queue = make_queue(on, **{"worker_num": 1, "clock": clock, **options})
@@ -74,12 +74,12 @@ def started(queue):
     return queue
 
 
-def look(*queues):
-    """Have them look, all at once; returns when nothing is due any more, its tasks being stored."""
+def catch_up(*queues):
+    """Let all queues do a round at once; return when no schedule is due and all tasks are stored."""
     for queue in queues:
         services_of(queue).agenda.wake()
     for queue in queues:
-        whole_round(queue)  # also where nothing is due, and nothing must come of it
+        whole_round(queue)  # even if nothing is due, and nothing may happen
     eventually(lambda: not any(is_due(s, queues[0]) for s in queues[0].schedules().values()))
 
 
@@ -87,8 +87,8 @@ def ticker(queue):
     return housekeeper_of(queue)._ticker
 
 
-def has_looked(queue):
-    """Whether its housekeeper has read all schedules."""
+def has_read_all(queue):
+    """Return True if the queue's housekeeper has read all schedules."""
     return ticker(queue)._refresh_at and not ticker(queue).waiting
 
 
@@ -100,11 +100,11 @@ def is_due(schedule, queue):
 
 def later(queue, clock, seconds):
     clock.advance(seconds)
-    look(queue)
+    catch_up(queue)
 
 
 def ticks(queue):
-    """The ticks that have a task, in order, as hours and minutes of UTC."""
+    """Return the ticks that have a task, in order, as day, hour and minute in UTC."""
     found = sorted(tick for task in queue.list_tasks()[0] if (tick := tick_of(task)))
     return [tick.strftime("%d %H:%M") for tick in found]
 
@@ -117,7 +117,7 @@ def note(queue, name):
 
 
 def test_each_tick_makes_one_task(started, clock):
-    """Also on the days on which clocks are set forward and back."""
+    """This includes the days on which clocks are set forward and back."""
     started.schedule("nightly", "30 2 * * *", "remote", {"n": 1}, tz="Europe/Berlin")
     for _ in range(4 * 24):
         later(started, clock, HOUR)
@@ -142,7 +142,7 @@ def test_an_interval_is_counted_from_its_declaration(started, clock):
     assert schedule.next(2) == [clock.now() + timedelta(seconds=s) for s in (30, 60)]
 
 
-def test_the_task_is_as_the_schedule_says(started, clock):
+def test_a_task_has_the_options_of_its_schedule(started, clock):
     retry = RetryPolicy(4, backoff="fixed")
     options = {"priority": 3, "timeout": 60, "max_crashes": 2, "retry": retry}
     started.schedule("nightly", "0 3 * * *", "remote", {"n": 1}, created_by="ops", **options)
@@ -158,7 +158,7 @@ def test_the_task_is_as_the_schedule_says(started, clock):
     assert (other.params, other.priority, other.created_by) == ({"n": 2}, 7, "schedule:other")
 
 
-def test_what_the_executor_says_holds_where_the_schedule_says_nothing(started, clock):
+def test_the_executors_options_apply_if_the_schedule_has_none(started, clock):
     started.executor("mine", priority=4, max_attempts=3)(lambda n: n)
     started.schedule("mine", every(60), "mine", {"n": 5})
     started.schedule("urgent", every(60), "mine", {"n": 6}, priority=0)
@@ -196,8 +196,8 @@ def test_an_executor_knows_its_tick(started, clock):
     assert tick_of(started.submit("tell", id="by hand@home").task()) is None
 
 
-def test_the_thread_wakes_in_time_by_itself(make_queue, look_every):
-    """On the clock of the machine, and not because it looks at something else."""
+def test_the_housekeeper_wakes_in_time_for_a_tick(make_queue, look_every):
+    """It uses the real clock, and is not woken by other duties."""
     look_every(poll=2 * PATIENCE)
     queue = make_queue(worker_num=1)
     late: list[float] = []
@@ -214,15 +214,15 @@ def test_the_thread_wakes_in_time_by_itself(make_queue, look_every):
 
 @pytest.fixture
 def unhurried(monkeypatch):
-    """What is not noticed at once is not noticed."""
+    """Disable the slow duties, so that only an immediate reaction helps."""
     for interval in ("RECOVER_EVERY", "AUDIT_EVERY"):
         monkeypatch.setattr(f"taskx.upkeep.housekeeper.{interval}", float("inf"))
 
 
 @pytest.mark.parametrize("way", ["tick", "trigger", "backfill"])
-def test_its_task_is_taken_at_once(unhurried, started, clock, way):
+def test_a_task_of_a_schedule_starts_at_once(unhurried, started, clock, way):
     started.executor("mine")(lambda: "done")
-    eventually(lambda: has_looked(started))
+    eventually(lambda: has_read_all(started))
     schedule = started.schedule("s", every(60), "mine")
     eventually(lambda: ticker(started).next)
     if way == "tick":
@@ -236,7 +236,9 @@ def test_its_task_is_taken_at_once(unhurried, started, clock, way):
     assert handle.result(PATIENCE) == "done"
 
 
-def test_a_store_that_is_away_at_the_start_is_asked_again(unhurried, queue, clock, monkeypatch):
+def test_schedules_are_read_again_if_the_store_was_unavailable_at_the_start(
+    unhurried, queue, clock, monkeypatch
+):
     queue.schedule("s", every(60), "remote")
     notes, away = queue.repository.notes_after, [True]
 
@@ -252,9 +254,7 @@ def test_a_store_that_is_away_at_the_start_is_asked_again(unhurried, queue, cloc
     assert not away
 
 
-def test_what_somebody_changes_in_the_middle_of_a_tick_is_noticed(
-    unhurried, make, clock, monkeypatch
-):
+def test_a_change_in_the_middle_of_a_tick_is_noticed(unhurried, make, clock, monkeypatch):
     queue, web = make(), make()
     queue.schedule("s", every(60), "remote")
     put, once = queue.repository.put_notes, [True]
@@ -286,7 +286,7 @@ def test_a_queue_that_is_stopping_does_not_tick(started, clock, gate):
     eventually(lambda: not started.repository.liveness.nodes())
 
 
-def test_a_queue_that_is_stopping_is_not_woken_by_ticks_that_it_leaves_alone(started, clock, gate):
+def test_a_queue_that_is_stopping_is_not_woken_by_ticks(started, clock, gate):
     started.executor("hold")(lambda: gate())
     started.submit("hold")
     gate.wait_for(1)
@@ -304,7 +304,7 @@ def test_a_queue_that_is_stopping_is_not_woken_by_ticks_that_it_leaves_alone(sta
 
 
 class Waits:
-    """Tells how long the housekeeper would wait, and lets it wait for a moment."""
+    """A signal that reports how long the housekeeper would wait, and waits only for a moment."""
 
     def __init__(self, tell):
         self.tell = tell
@@ -314,7 +314,7 @@ class Waits:
         threading.Event().wait(0.001)
 
     def set(self):
-        """It is awake."""
+        """Do nothing: the housekeeper is awake."""
 
 
 def test_a_queue_that_is_not_started_does_not_tick(queue, clock):
@@ -324,7 +324,7 @@ def test_a_queue_that_is_not_started_does_not_tick(queue, clock):
     assert ids(queue) == set()
 
 
-def test_a_full_buffer_refuses_no_tick(make_queue, clock, busy):
+def test_a_tick_gets_its_task_even_if_the_buffer_is_full(make_queue, clock, busy):
     queue = busy(buffer_size=1, overflow="reject", clock=clock)
     queue.submit("note")
     queue.schedule("beat", every(30), "note", {"n": 1})
@@ -333,7 +333,7 @@ def test_a_full_buffer_refuses_no_tick(make_queue, clock, busy):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_hooks_are_told_by_whoever_stored_the_task(make, clock):
+def test_only_the_node_that_stores_a_tick_tells_its_hooks(make, clock):
     told = []
 
     class Told(Hook):
@@ -345,7 +345,7 @@ def test_hooks_are_told_by_whoever_stored_the_task(make, clock):
     queue.schedule("beat", every(30), "remote")
     eventually(lambda: ticker(other).next)
     clock.advance(30)
-    look(queue, other)
+    catch_up(queue, other)
     assert queue.drain(PATIENCE)
     assert other.drain(PATIENCE)
     assert told == ["beat@2026-03-27T12:00:30Z"]
@@ -354,7 +354,7 @@ def test_hooks_are_told_by_whoever_stored_the_task(make, clock):
 # Declaring
 
 
-def test_to_declare_it_again_changes_nothing(started, clock):
+def test_the_same_declaration_again_changes_nothing(started, clock):
     started.schedule("nightly", "0 3 * * *", "remote", {"n": 1})
     for days in range(4):
         later(started, clock, DAY)
@@ -365,7 +365,7 @@ def test_to_declare_it_again_changes_nothing(started, clock):
         assert again.last_tick == again.next_tick - timedelta(days=1)
 
 
-def test_a_start_of_the_program_declares_it_and_makes_good_what_was_missed(make, clock):
+def test_a_new_declaration_does_not_lose_missed_ticks(make, clock):
     first = make()
     first.schedule("nightly", "0 3 * * *", "remote")
     clock.advance(2 * DAY)
@@ -373,11 +373,11 @@ def test_a_start_of_the_program_declares_it_and_makes_good_what_was_missed(make,
     second.schedule("nightly", "0 3 * * *", "remote")
     assert ids(second) == set()
     second.start()
-    look(second)
+    catch_up(second)
     assert ticks(second) == ["29 03:00"]
 
 
-def test_other_params_leave_its_ticks_alone(started, clock):
+def test_new_params_do_not_change_the_ticks(started, clock):
     started.schedule("beat", every(60), "remote", {"n": 1})
     later(started, clock, 50)
     started.schedule("beat", every(60), "remote", {"n": 2}, overlap="skip")
@@ -386,7 +386,7 @@ def test_other_params_leave_its_ticks_alone(started, clock):
     assert started.schedules()["beat"].overlap == "skip"
 
 
-def test_another_spec_begins_from_now(started, clock):
+def test_a_new_spec_begins_from_now(started, clock):
     started.schedule("beat", every(60), "remote")
     later(started, clock, 60)
     later(started, clock, 50)
@@ -399,7 +399,7 @@ def test_another_spec_begins_from_now(started, clock):
     assert changed.next_tick == datetime(2026, 3, 28, 2, tzinfo=timezone.utc)
 
 
-def test_another_spec_never_ticks_again_where_the_old_one_did(started, clock):
+def test_a_new_spec_never_repeats_a_tick_of_the_old_one(started, clock):
     """The clock was set back in between."""
     started.schedule("s", "0 * * * *", "remote")
     later(started, clock, HOUR)
@@ -472,17 +472,17 @@ def test_another_spec_never_ticks_again_where_the_old_one_did(started, clock):
         (("s", every(5), "remote"), {"delay": 5}, TypeError, "no option delay"),
     ],
 )
-def test_what_cannot_work_is_refused_at_once(queue, arguments, options, error, complaint):
+def test_an_invalid_schedule_is_refused_at_once(queue, arguments, options, error, complaint):
     queue.executor("mine")(lambda n: n)
     with pytest.raises(error, match=complaint):
         queue.schedule(*arguments, **options)
     assert queue.schedules() == {}
 
 
-# Looking, pausing, removing
+# Listing, pausing, removing
 
 
-def test_they_are_listed_by_name(queue, clock):
+def test_schedules_are_listed_by_name(queue, clock):
     queue.schedule("b", "0 3 * * *", "remote", {"n": 1}, tz="Europe/Berlin", misfire="skip")
     queue.schedule("a", every(90), "remote", misfire="all", misfire_grace=600, overlap="skip")
     found = queue.schedules()
@@ -496,7 +496,7 @@ def test_they_are_listed_by_name(queue, clock):
     assert repr(b) == "<Schedule 'b' (0 3 * * *): 'remote'>"
 
 
-def test_names_that_begin_alike_are_kept_apart(queue):
+def test_similar_names_are_different_schedules(queue):
     for name in ("night", "nightly", "night*", "Night"):
         queue.schedule(name, every(60), "remote", {"of": name})
     assert {s.name: s.params["of"] for s in queue.schedules().values()} == {
@@ -517,7 +517,7 @@ def test_a_preview_shows_local_time(queue):
         schedule.next(0)
 
 
-def test_a_preview_goes_on_while_it_is_paused_or_behind(queue, clock):
+def test_a_preview_works_while_a_schedule_is_paused_or_late(queue, clock):
     schedule = queue.schedule("beat", every(60), "remote")
     clock.advance(150)
     assert schedule.next() == [NOON + timedelta(seconds=180)]
@@ -525,23 +525,23 @@ def test_a_preview_goes_on_while_it_is_paused_or_behind(queue, clock):
     assert schedule.next() == [NOON + timedelta(seconds=180)]
 
 
-def test_paused_it_does_not_tick_and_makes_nothing_good(started, clock):
+def test_a_paused_schedule_does_not_tick_even_after_a_new_declaration(started, clock):
     schedule = started.schedule("beat", every(60), "remote")
     schedule.pause()
     assert (schedule.paused, schedule.next_tick) == (True, None)
     later(started, clock, 600)
-    assert started.schedule("beat", every(60), "remote").paused, "a start of the program"
-    assert started.schedule("beat", every(50), "remote").paused, "a new version of it"
+    assert started.schedule("beat", every(60), "remote").paused, "after a new declaration"
+    assert started.schedule("beat", every(50), "remote").paused, "after a new spec"
     later(started, clock, 30)
     schedule.resume()
     assert (schedule.paused, schedule.next_tick) == (False, NOON + timedelta(seconds=650))
-    look(started)
+    catch_up(started)
     assert ids(started) == set()
     later(started, clock, 20)
     assert ids(started) == {"beat@2026-03-27T12:10:50Z"}
 
 
-def test_what_it_was_paused_for_is_not_made_good(started, clock):
+def test_ticks_during_a_pause_get_no_tasks(started, clock):
     schedule = started.schedule("beat", every(60), "remote")
     schedule.pause()
     clock.advance(90)
@@ -551,23 +551,23 @@ def test_what_it_was_paused_for_is_not_made_good(started, clock):
     assert ticks(started) == ["27 12:02"]
 
 
-def test_to_resume_what_is_not_paused_changes_nothing(queue, clock):
-    """What it is behind with is made good all the same."""
+def test_resuming_a_schedule_that_is_not_paused_changes_nothing(queue, clock):
+    """The ticks that it missed still get their task."""
     schedule = queue.schedule("beat", every(60), "remote")
     clock.advance(70)
     schedule.resume()
     queue.start()
-    look(queue)
+    catch_up(queue)
     assert ticks(queue) == ["27 12:01"]
 
 
-def test_what_another_queue_changes_holds_at_the_next_tick(make, clock):
+def test_changes_by_another_queue_apply_at_the_next_tick(make, clock):
     ticking, web = make(), make()
     ticking.start()
     ticking.schedule("a", every(60), "remote", {"n": 1})
     ticking.schedule("b", every(60), "remote", {"n": 1})
     ticking.schedule("c", every(60), "remote", {"n": 1})
-    look(ticking)
+    catch_up(ticking)
     web.schedules()["a"].pause()
     web.schedules()["b"].remove()
     web.schedule("c", every(60), "remote", {"n": 2})
@@ -581,13 +581,15 @@ def test_a_schedule_of_another_queue_is_noticed(make, clock, look_every):
     look_every(schedules=0.05)
     ticking, web = make(), make()
     ticking.start()
-    eventually(lambda: housekeeper_of(ticking)._last["audit"])  # it has looked, and found none
+    eventually(
+        lambda: housekeeper_of(ticking)._last["audit"]
+    )  # it has read the schedules and found none
     web.schedule("beat", every(60), "remote")
     clock.advance(60)
     eventually(lambda: ids(web) == {"beat@2026-03-27T12:01:00Z"})
 
 
-def test_removed_it_is_gone_and_its_tasks_stay(started, clock):
+def test_a_removed_schedule_is_gone_and_its_tasks_stay(started, clock):
     schedule = started.schedule("beat", every(60), "remote")
     later(started, clock, 60)
     schedule.remove()
@@ -602,7 +604,7 @@ def test_removed_it_is_gone_and_its_tasks_stay(started, clock):
         schedule.backfill(*span)
 
 
-def test_declared_anew_after_it_was_removed_it_makes_no_task_twice(started, clock):
+def test_a_schedule_declared_after_its_removal_makes_no_task_twice(started, clock):
     started.schedule("s", "0 13 * * *", "remote").remove()
     started.schedule("s", "0 13 * * *", "remote")
     later(started, clock, HOUR)
@@ -617,17 +619,17 @@ def test_declared_anew_after_it_was_removed_it_makes_no_task_twice(started, cloc
 
 
 @pytest.mark.parametrize("name", ["a@2024-99-99T00:00:00Z", "a@noon", "a"])
-def test_an_id_that_looks_like_that_of_a_tick_is_that_of_none(name):
+def test_an_id_that_only_looks_like_a_tick_has_no_tick(name):
     assert tick_of(Task(type="remote", id=name)) is None
 
 
 @pytest.mark.parametrize("thing", ["x", None])
-def test_what_is_no_task_has_no_tick(thing):
+def test_tick_of_refuses_other_objects(thing):
     with pytest.raises(ConfigurationError, match="tick_of requires a Task"):
         tick_of(thing)
 
 
-def test_triggered_it_runs_now_beside_its_ticks(started, clock):
+def test_a_triggered_task_runs_now_in_addition_to_the_ticks(started, clock):
     started.executor("mine")(lambda n: n)
     schedule = started.schedule("s", every(60), "mine", {"n": 5}, priority=3)
     schedule.pause()
@@ -639,8 +641,8 @@ def test_triggered_it_runs_now_beside_its_ticks(started, clock):
     assert schedule.last_tick is None
 
 
-def test_triggered_on_a_queue_that_is_not_started_it_waits_for_one_that_is(make):
-    """It need not know the type either."""
+def test_a_task_triggered_on_an_unstarted_queue_waits_for_a_node(make):
+    """The queue that triggers need not have the executor."""
     make().schedule("s", every(60), "remote", {"n": 5})
     other = make()
     handle = other.schedules()["s"].trigger()
@@ -651,7 +653,7 @@ def test_triggered_on_a_queue_that_is_not_started_it_waits_for_one_that_is(make)
     assert runner.handle(handle.id).result(PATIENCE) == 6
 
 
-def test_a_backfill_makes_the_tasks_that_are_missing(started, clock):
+def test_a_backfill_makes_only_the_missing_tasks(started, clock):
     schedule = started.schedule("nightly", "30 2 * * *", "remote", tz="Europe/Berlin")
     later(started, clock, DAY)
     assert ticks(started) == ["28 01:30"]
@@ -666,20 +668,20 @@ def test_a_backfill_makes_the_tasks_that_are_missing(started, clock):
     assert len(ids(started)) == 5
 
 
-def test_a_backfill_of_many_ticks(queue, clock):
+def test_a_backfill_may_have_many_ticks(queue, clock):
     schedule = queue.schedule("s", every(60), "remote")
     handles = schedule.backfill(clock.now() - timedelta(minutes=2 * BATCH + 1), clock.now())
     assert len({handle.id for handle in handles}) == 2 * BATCH + 2
     assert queue.list_tasks(TaskFilter(limit=0))[1] == 2 * BATCH + 2
 
 
-def test_a_tick_that_was_filled_before_its_time_has_come_gets_no_other_task(queue, clock):
-    """Nobody was there when it ticked, and somebody fills before somebody starts."""
+def test_a_backfilled_tick_gets_no_second_task(queue, clock):
+    """No queue was started at the tick, and the back-fill comes before the start."""
     schedule = queue.schedule("s", every(60), "remote", {"by": "hand"})
     clock.advance(60)
     schedule.backfill(NOON, clock.now())
     queue.start()
-    look(queue)
+    catch_up(queue)
     assert ticks(queue) == ["27 12:00", "27 12:01"]
     assert queue.schedules()["s"].last_tick == clock.now()
 
@@ -694,7 +696,7 @@ def test_a_tick_that_was_filled_before_its_time_has_come_gets_no_other_task(queu
         (NOON, "today", "end must be a datetime"),
     ],
 )
-def test_a_span_that_is_none_is_refused(queue, start, end, complaint):
+def test_a_backfill_refuses_an_invalid_span(queue, start, end, complaint):
     schedule = queue.schedule("s", every(0.5), "remote")
     with pytest.raises(ConfigurationError, match=complaint):
         schedule.backfill(start, end)
@@ -713,7 +715,7 @@ def test_a_stopped_queue_makes_no_tasks(started, clock):
 
 
 def test_a_forked_child_has_the_schedules_of_its_parent(started):
-    """As if the queue had not been started, nor stopped."""
+    """Its queue is neither started nor stopped."""
     schedule = started.schedule("s", every(60), "remote")
     started.stop()
     started.repository.close()  # no connection is open while a process forks
@@ -736,31 +738,31 @@ def test_a_forked_child_has_the_schedules_of_its_parent(started):
         ({"misfire": "all", "misfire_grace": HOUR}, [f"27 12:0{n}" for n in range(1, 6)]),
     ],
 )
-def test_what_becomes_of_ticks_that_nobody_was_there_for(queue, clock, caplog, options, made):
+def test_misfire_decides_about_missed_ticks(queue, clock, caplog, options, made):
     schedule = queue.schedule("s", every(60), "remote", **options)
     clock.advance(5 * 60 + 30)
     queue.start()
-    look(queue)
+    catch_up(queue)
     assert ticks(queue) == made
     assert f"ticks since 2026-03-27 12:01:00+00:00 were missed; {len(made)} of them" in (
         caplog.text
     )
     later(queue, clock, 30)
-    assert ticks(queue) == [*made, "27 12:06"], "and then it goes on"
+    assert ticks(queue) == [*made, "27 12:06"], "then it ticks as usual"
     assert queue.schedules()["s"].last_tick == NOON + timedelta(seconds=360)
     assert schedule.next() == [NOON + timedelta(seconds=420)]
 
 
-def test_a_tick_a_little_late_is_none_that_was_missed(queue, clock, caplog):
+def test_a_tick_that_is_a_little_late_was_not_missed(queue, clock, caplog):
     queue.schedule("s", every(60), "remote", misfire="skip")
     queue.start()
-    look(queue)
+    catch_up(queue)
     later(queue, clock, 69)
     assert ticks(queue) == ["27 12:01"]
     assert "were missed" not in caplog.text
 
 
-def test_very_many_missed_ticks_are_made_good_in_parts(queue, clock, repository):
+def test_tasks_of_many_missed_ticks_are_made_in_batches(queue, clock, repository):
     queue.schedule("s", every(1), "remote", misfire="all", misfire_grace=DAY)
     clock.advance(3 * BATCH)
     queue.start()
@@ -771,7 +773,7 @@ def test_very_many_missed_ticks_are_made_good_in_parts(queue, clock, repository)
 # Overlap
 
 
-def test_a_tick_is_skipped_while_the_task_of_an_earlier_one_has_not_ended(started, clock):
+def test_a_tick_is_skipped_while_the_last_task_has_not_ended(started, clock):
     started.schedule("strict", every(60), "remote", overlap="skip")
     started.schedule("lax", every(60), "remote", overlap="allow")
     for _ in range(3):
@@ -785,7 +787,7 @@ def test_a_tick_is_skipped_while_the_task_of_an_earlier_one_has_not_ended(starte
     assert "strict@2026-03-27T12:04:00Z" in ids(started)
 
 
-def test_a_running_task_has_not_ended(started, clock, gate):
+def test_a_tick_is_skipped_while_the_last_task_runs(started, clock, gate):
     started.executor("hold")(lambda: gate())
     started.schedule("s", every(60), "hold", overlap="skip")
     later(started, clock, 60)
@@ -797,25 +799,25 @@ def test_a_running_task_has_not_ended(started, clock, gate):
     assert ticks(started) == ["27 12:01", "27 12:03"]
 
 
-def test_tasks_made_by_hand_are_none_of_an_earlier_tick(started, clock):
+def test_a_triggered_task_does_not_count_as_overlap(started, clock):
     schedule = started.schedule("s", every(60), "remote", overlap="skip")
     schedule.trigger()
     later(started, clock, 60)
     assert ticks(started) == ["27 12:01"]
 
 
-def test_of_missed_ticks_only_one_is_made_good_where_tasks_must_not_overlap(queue, clock):
+def test_without_overlap_only_one_missed_tick_gets_a_task(queue, clock):
     queue.schedule("s", every(60), "remote", overlap="skip", misfire="all", misfire_grace=DAY)
     clock.advance(200)
     queue.start()
-    look(queue)
+    catch_up(queue)
     assert ticks(queue) == ["27 12:01"]
 
 
 # The clock
 
 
-def test_a_clock_that_is_set_back_ticks_nothing_twice(started, clock):
+def test_a_clock_that_is_set_back_repeats_no_tick(started, clock):
     started.schedule("s", every(60), "remote")
     for _ in range(3):
         later(started, clock, 60)
@@ -827,8 +829,8 @@ def test_a_clock_that_is_set_back_ticks_nothing_twice(started, clock):
     assert ticks(started)[-1] == "27 12:04"
 
 
-def test_nothing_twice_even_where_the_tasks_are_gone(started, clock):
-    """What was done is known by the schedule, too, not by the tasks alone."""
+def test_no_tick_is_repeated_even_if_its_task_was_deleted(started, clock):
+    """The schedule stores its last tick; it does not depend on the tasks."""
     started.schedule("s", every(60), "remote")
     later(started, clock, 60)
     started.delete("s@2026-03-27T12:01:00Z")
@@ -837,31 +839,31 @@ def test_nothing_twice_even_where_the_tasks_are_gone(started, clock):
     assert ids(started) == set()
 
 
-def test_a_clock_that_is_set_forward_is_a_misfire(started, clock):
+def test_a_clock_that_is_set_forward_causes_missed_ticks(started, clock):
     started.schedule("s", every(60), "remote")
-    look(started)
+    catch_up(started)
     clock.set_wall(NOON + timedelta(days=365, seconds=10))
-    look(started)
+    catch_up(started)
     assert ids(started) == {"s@2027-03-27T12:00:00Z"}
 
 
 # Several nodes, crashes, faults
 
 
-def test_of_several_nodes_one_makes_the_task(make, clock):
+def test_only_one_of_several_nodes_makes_a_task(make, clock):
     queues = [make() for _ in range(3)]
     for queue in queues:
         queue.start()
         queue.schedule("s", every(60), "remote")
     for _ in range(5):
         clock.advance(60)
-        look(*queues)
+        catch_up(*queues)
     assert ticks(queues[0]) == [f"27 12:0{n}" for n in range(1, 6)]
 
 
 @pytest.mark.parametrize("overlap", ["allow", "skip"])
-def test_a_node_that_died_between_task_and_schedule_is_made_good(make, clock, monkeypatch, overlap):
-    """Whoever comes next finds the task there, and moves the schedule on."""
+def test_a_death_after_the_task_was_stored_makes_no_second_task(make, clock, monkeypatch, overlap):
+    """The next node finds the task and moves the schedule on."""
     dying = make()
     dying.schedule("s", every(60), "remote", overlap=overlap)
     put_notes, stored = type(dying.repository).put_notes, []
@@ -882,7 +884,7 @@ def test_a_node_that_died_between_task_and_schedule_is_made_good(make, clock, mo
     clock.advance(5)
     other = make()
     other.start()
-    look(other)
+    catch_up(other)
     assert ticks(other) == ["27 12:01"]
     assert other.schedules()["s"].last_tick == NOON + timedelta(seconds=60)
     assert other.schedules()["s"].next_tick == NOON + timedelta(seconds=120)
@@ -910,11 +912,11 @@ def taken_up(make, clock, monkeypatch):
     return dying
 
 
-def test_a_tick_that_a_node_took_up_before_it_died_gets_its_task(taken_up, make, clock):
-    """Where tasks must not overlap the schedule is moved on first; the next tick knows of that task."""
+def test_a_tick_of_a_node_that_died_gets_its_task(taken_up, make, clock):
+    """If tasks must not overlap, the schedule is moved on first, and the next tick sees that task."""
     other = make()
     other.start()
-    look(other)
+    catch_up(other)
     assert ticks(other) == ["27 12:01"]
     assert other.schedules()["s"].last_tick == NOON + timedelta(seconds=60)
     later(other, clock, 60)
@@ -933,19 +935,19 @@ def test_a_tick_that_a_node_took_up_before_it_died_gets_its_task(taken_up, make,
     ],
     ids=["paused", "lax", "rarer"],
 )
-def test_so_it_does_though_the_schedule_was_changed_meanwhile(taken_up, clock, change):
+def test_a_tick_of_a_dead_node_gets_its_task_after_a_change(taken_up, clock, change):
     change(taken_up)
     taken_up.start()
-    look(taken_up)
+    catch_up(taken_up)
     assert ticks(taken_up) == ["27 12:01"]
 
 
 @pytest.mark.parametrize("misfire", ["skip", "one"])
 @pytest.mark.parametrize("at", ["put_notes", "apply"])
-def test_nodes_that_decide_about_different_ticks_make_no_two_tasks_at_once(
+def test_nodes_with_different_ticks_make_no_overlapping_tasks(
     make, clock, monkeypatch, at, misfire
 ):
-    """One makes a missed tick good, and the next tick comes for another one before that is stored."""
+    """One node makes up for a missed tick; before that is stored, another node takes the next tick."""
     one, other = (make() for _ in range(2))
     one.schedule("s", every(60), "remote", misfire=misfire, misfire_grace=DAY, overlap="skip")
     clock.advance(119)
@@ -964,26 +966,26 @@ def test_nodes_that_decide_about_different_ticks_make_no_two_tasks_at_once(
 
 
 def tick_until_done(queue):
-    """As often as its schedules are due, as the housekeeper would."""
+    """Tick while schedules of the queue are due, like the housekeeper."""
     ticker = Ticker(services_of(queue))
     while ticker.behind(queue._clock.now_ms()):
         ticker.tick()
 
 
 @pytest.mark.parametrize("misfire", ["skip", "one"])
-def test_what_a_dead_node_left_counts_as_overlap(make, clock, misfire):
-    """It had stored the task of one of the missed ticks, and not moved the schedule on."""
+def test_a_task_that_a_dead_node_stored_counts_as_overlap(make, clock, misfire):
+    """The dead node had stored the task of a missed tick and had not moved the schedule on."""
     queue = make()
     schedule = queue.schedule("s", every(60), "remote", misfire=misfire, overlap="skip")
     clock.advance(120)
     schedule.backfill(clock.now(), clock.now())
     clock.advance(60)
     queue.start()
-    look(queue)
+    catch_up(queue)
     assert ticks(queue) == ["27 12:02"]
 
 
-def test_a_store_that_was_away_is_a_misfire(started, repository, clock, caplog):
+def test_an_unavailable_store_causes_missed_ticks(started, repository, clock, caplog):
     started.schedule("s", every(60), "remote")
     repository.down = True
     clock.advance(130)
@@ -996,11 +998,11 @@ DAMAGED = ["{", "[]", "{}", '{"spec": 7}', None]
 
 
 @pytest.mark.parametrize("text", DAMAGED)
-def test_a_damaged_schedule_does_not_keep_others_from_ticking(started, clock, caplog, text):
+def test_a_damaged_schedule_does_not_stop_others(started, clock, caplog, text):
     started.schedule("broken", every(60), "remote")
     started.schedule("sound", every(60), "remote")
     stored = note(started, "broken")
-    if text is None:  # of a version that can do more
+    if text is None:  # of a newer version
         text = json.dumps({**json.loads(stored.text), "jitter": 5})
     assert started.repository.put_note(PREFIX + "broken", text, stored.version)
     for _ in range(3):
@@ -1015,7 +1017,7 @@ def test_a_damaged_schedule_does_not_keep_others_from_ticking(started, clock, ca
 
 
 @pytest.mark.parametrize("paused", [True, False])
-def test_one_of_a_newer_version_that_is_declared_over_stays_paused(queue, paused):
+def test_a_paused_schedule_of_a_newer_version_stays_paused(queue, paused):
     queue.schedule("s", every(60), "remote")
     stored = note(queue, "s")
     newer = {**json.loads(stored.text), "jitter": 5, "paused": paused}
@@ -1028,8 +1030,8 @@ def read_version(queue):
     return read and read.version
 
 
-def test_what_others_go_on_ticking_is_complained_of_once(started, clock, caplog):
-    """At each of their ticks it is changed."""
+def test_a_schedule_that_only_others_understand_is_logged_once(started, clock, caplog):
+    """The other nodes change it at each tick."""
     started.schedule("s", every(60), "remote")
     for n in range(3):
         stored = note(started, "s")
@@ -1046,8 +1048,8 @@ def test_what_others_go_on_ticking_is_complained_of_once(started, clock, caplog)
     "change",
     [{"next": "soon"}, {"tz": "Mars/Olympus"}, {"misfire": "two"}, {"task": {}}, {"spec": "x"}],
 )
-def test_values_that_this_process_cannot_know_are_told_once(started, clock, caplog, change):
-    """It may be another host that knows them."""
+def test_a_schedule_with_unknown_values_is_logged_once(started, clock, caplog, change):
+    """Another host may know them."""
     started.schedule("s", "0 * * * *", "remote")
     stored = note(started, "s")
     text = json.dumps({**json.loads(stored.text), **change})
@@ -1061,7 +1063,7 @@ def test_values_that_this_process_cannot_know_are_told_once(started, clock, capl
 
 
 class Moody(Codec):
-    """One that refuses what it is told to."""
+    """A codec that refuses data which contains a given text."""
 
     name = "moody"
     refused = b"never"
@@ -1097,26 +1099,28 @@ class TestParamsThatTheCodecRefuses:
         eventually(lambda: "schedule 'bad': its tasks could not be made" in caplog.text)
         return queue
 
-    def test_are_refused_when_it_is_declared(self, make, codec):
+    def test_refused_params_raise_at_the_declaration(self, make, codec):
         codec.refused = b"poison"
         queue = make()
         with pytest.raises(PayloadError, match="params: codec 'moody' failed: ConnectionError"):
             queue.schedule("bad", every(60), "remote", {"x": "poison"})
         assert queue.schedules() == {}
 
-    def test_keep_nothing_else_from_being_done(self, refused, clock, caplog):
-        """Neither other schedules, nor what the housekeeper does after them."""
+    def test_refused_params_do_not_stop_other_work(self, refused, clock, caplog):
+        """Other schedules tick, and the housekeeper does its other duties."""
         queue = refused
         for done in (2, 3, 4):
             clock.advance(60)
             eventually(lambda done=done: len(ticks(queue)) == done)
         assert {task_id[:4] for task_id in ids(queue)} == {"good"}
         queue.cancel_many(ids(queue))
-        clock.advance(120)  # old enough, and retention looks
+        clock.advance(120)  # old enough, and retention runs
         eventually(lambda: not any(task.status.finished for task in queue.list_tasks()[0]))
         assert [r for r in caplog.records if r.levelno >= logging.ERROR] == []
 
-    def test_are_tried_again_ever_more_rarely(self, refused, clock, caplog, monkeypatch):
+    def test_refused_params_are_tried_again_ever_more_rarely(
+        self, refused, clock, caplog, monkeypatch
+    ):
         queue, tried = refused, []
         plan = ticker(queue)._plan
 
@@ -1133,23 +1137,24 @@ class TestParamsThatTheCodecRefuses:
         assert pauses[:4] == [pytest.approx(pause, abs=1.1) for pause in (4, 8, 16, 32)]
         assert pauses[4:] == [pytest.approx(60, abs=1.1)] * len(pauses[4:])
         assert 8 < len(tried) < 16
-        assert (
-            caplog.text.count("schedule 'bad'") == 3
-        )  # the 2nd, 4th and 8th time, beside the first
+        # Failures 2, 4 and 8; the first one was logged by the fixture.
+        assert caplog.text.count("schedule 'bad'") == 3
 
-    def test_are_stored_when_it_takes_them(self, refused, clock, codec):
-        """The ticks until then are missed ones."""
+    def test_refused_params_are_stored_once_the_codec_accepts_them(self, refused, clock, codec):
+        """The ticks until then count as missed."""
         codec.refused = b"never"
         clock.advance(180)
         eventually(lambda: "bad@2026-03-27T12:04:00Z" in ids(refused))
         clock.advance(60)
         eventually(lambda: "bad@2026-03-27T12:05:00Z" in ids(refused))
 
-    def test_are_tried_at_once_when_they_are_changed(self, refused, clock):
+    def test_changed_params_are_tried_at_once(self, refused, clock):
         refused.schedule("bad", every(60), "remote", {"x": "better"})
         eventually(lambda: "bad@2026-03-27T12:01:00Z" in ids(refused))
 
-    def test_are_tried_in_time_though_the_wall_clock_is_set_back(self, refused, clock, codec):
+    def test_refused_params_are_retried_even_if_the_wall_clock_is_set_back(
+        self, refused, clock, codec
+    ):
         clock.set_wall(NOON + timedelta(seconds=60))
         codec.refused = b"never"
         clock.advance(5)
@@ -1165,7 +1170,7 @@ class TestEveryRepository:
         with MAKERS[request.param](tmp_path, clock) as made:
             yield made
 
-    def test_from_declaration_to_removal(self, make, clock):
+    def test_a_schedule_works_from_declaration_to_removal(self, make, clock):
         queue = make()
         queue.schedule("beat", every(60), "remote", {"ü": "☃"}, overlap="skip")
         queue.schedule("nightly", "30 2 * * *", "remote", tz="Europe/Berlin", misfire="skip")
@@ -1179,7 +1184,7 @@ class TestEveryRepository:
         beat.pause()
         later(queue, clock, DAY)
         assert again.schedules()["beat"].paused
-        assert ticks(queue) == ["27 12:01"]  # the night was missed, as nobody looked
+        assert ticks(queue) == ["27 12:01"]  # the night was missed: no round took place
         handles = again.schedules()["nightly"].backfill(NOON - timedelta(days=2), clock.now())
         assert [handle.task().run_at.day for handle in handles] == [26, 27, 28]
         assert again.schedules()["nightly"].trigger().task().status == "pending"
@@ -1191,7 +1196,7 @@ class TestEveryRepository:
         assert len(ids(queue)) == 1 + 3 + 1
 
 
-def test_eight_methods_cannot_keep_schedules(make_queue, clock):
+def test_a_repository_of_eight_methods_refuses_schedules(make_queue, clock):
     queue = make_queue(TinyRepository(), clock=clock)
     queue.declare("remote")
     with pytest.raises(ConfigurationError, match="TinyRepository has only the eight methods"):
@@ -1200,20 +1205,20 @@ def test_eight_methods_cannot_keep_schedules(make_queue, clock):
 
 
 @pytest.mark.usefixtures("unhurried")
-def test_without_schedules_nothing_is_read_for_them_but_seldom(tmp_path, monkeypatch):
-    """Not for each task: when it starts, and when others changed something."""
+def test_without_schedules_their_notes_are_seldom_read(tmp_path, monkeypatch):
+    """They are read at the start and when another process changes something, not for each task."""
     queue = Queue(MAKERS["sqlite"](tmp_path, ManualClock()), Config(worker_num=1))
     queue.executor("fine")(lambda: None)
-    looks, read = [], queue.repository.notes_after
+    reads, read = [], queue.repository.notes_after
     monkeypatch.setattr(
-        queue.repository, "notes_after", lambda *args: looks.append(args) or read(*args)
+        queue.repository, "notes_after", lambda *args: reads.append(args) or read(*args)
     )
     with queue.repository, queue:
         for _ in range(50):
             queue.submit("fine")
         assert queue.drain(PATIENCE)
-        eventually(lambda: looks)
-        assert len(looks) < 5
+        eventually(lambda: reads)
+        assert len(reads) < 5
 
 
 # Many
@@ -1235,9 +1240,9 @@ def in_tens(monkeypatch):
 
 
 def reads_of(queue, monkeypatch, before=lambda: None):
-    """The schedules that are read of its repository: of each read, the names of those that there are.
+    """Record each read of schedules from the repository as a list of the names that it finds.
 
-    ``before`` is called before each.
+    ``before`` is called before each read.
     """
     reads, repository = [], queue.repository
 
@@ -1260,52 +1265,48 @@ def inserts_of(queue):
 def test_schedules_that_tick_together_take_few_transactions(many, clock, monkeypatch):
     puts, put_notes = [], many.repository.put_notes
     monkeypatch.setattr(many.repository, "put_notes", lambda c: (puts.append(c), put_notes(c))[1])
-    looks = Ticker(services_of(many))
-    looks.tick()
+    ticker = Ticker(services_of(many))
+    ticker.tick()
     clock.advance(60)
     many.repository.batches.clear()
-    assert looks.tick()
-    assert len(ids(many)) == 100  # of a page
+    assert ticker.tick()
+    assert len(ids(many)) == 100  # one page of the list
     assert many.repository.count(TaskFilter()) == 200
     assert len(many.repository.batches) == len(puts) == 2
     assert all(len(batch) == 100 for batch in (*many.repository.batches, *puts))
 
 
-def test_schedules_that_tick_together_are_read_together_and_no_others(many, clock, monkeypatch):
+def test_only_schedules_that_are_due_are_read_and_together(many, clock, monkeypatch):
     for n in range(50):
         many.schedule(f"idle {n}", every(3600), "remote")
-    looks = Ticker(services_of(many))
-    looks.tick()
+    ticker = Ticker(services_of(many))
+    ticker.tick()
     reads = reads_of(many, monkeypatch)
     clock.advance(60)
-    looks.tick()
+    ticker.tick()
     assert [len(read) for read in reads] == [100, 100]
     assert {name for read in reads for name in read} == {f"s{n:03}" for n in range(200)}
 
 
-def test_of_many_that_must_not_overlap_the_earlier_tasks_are_looked_up_together(
-    make, clock, monkeypatch
-):
+def test_earlier_tasks_of_many_schedules_are_read_in_one_query(make, clock, monkeypatch):
     queue = make()
     for n in range(20):
         queue.schedule(f"s{n:02}", every(60), "remote", overlap="skip")
-    looks, asked = Ticker(services_of(queue)), []
+    ticker, asked = Ticker(services_of(queue)), []
     find = queue.repository.find
     monkeypatch.setattr(queue.repository, "find", lambda *args: asked.append(args) or find(*args))
-    looks.tick()
+    ticker.tick()
     clock.advance(60)
-    looks.tick()
+    ticker.tick()
     queue.cancel_task("s07@2026-03-27T12:01:00Z")
     clock.advance(60)
     asked.clear()
-    looks.tick()
+    ticker.tick()
     assert len(asked) == 1
     assert {i for i in ids(queue) if "12:02" in i} == {"s07@2026-03-27T12:02:00Z"}
 
 
-def test_a_transaction_has_no_more_tasks_however_many_ticks_were_missed(
-    in_tens, make, clock, monkeypatch
-):
+def test_a_transaction_stays_small_after_many_missed_ticks(in_tens, make, clock, monkeypatch):
     queue = make()
     for n in range(5):
         queue.schedule(f"s{n}", every(1), "remote", misfire="all", misfire_grace=DAY)
@@ -1315,10 +1316,10 @@ def test_a_transaction_has_no_more_tasks_however_many_ticks_were_missed(
     assert made == [14, 14, 7]
 
 
-def test_what_other_nodes_have_done_is_read_and_not_done_again(many, make, clock):
+def test_ticks_that_another_node_has_handled_are_not_repeated(many, make, clock):
     one, other = Ticker(services_of(many)), Ticker(services_of(make()))
-    for looks in (one, other):
-        looks.tick()
+    for ticker in (one, other):
+        ticker.tick()
     clock.advance(60)
     one.tick()
     many.repository.batches.clear()
@@ -1327,119 +1328,119 @@ def test_what_other_nodes_have_done_is_read_and_not_done_again(many, make, clock
     assert other.next == one.next == to_ms(NOON) + 120_000
 
 
-def test_a_look_at_all_goes_on_where_the_last_one_stopped(in_tens, many, clock, monkeypatch):
+def test_a_refresh_continues_where_the_last_call_stopped(in_tens, many, clock, monkeypatch):
     reads = reads_of(many, monkeypatch)
-    looks = Ticker(services_of(many))
-    while looks.behind(clock.now_ms()):
-        looks.tick(0.0)
+    ticker = Ticker(services_of(many))
+    while ticker.behind(clock.now_ms()):
+        ticker.tick(0.0)
     assert [len(read) for read in reads] == [10] * 20
     clock.advance(60)
-    looks.tick()
+    ticker.tick()
     assert many.repository.count(TaskFilter()) == 200
 
 
-def test_a_look_at_all_misses_no_change_of_another_process_meanwhile(in_tens, many, clock):
-    looks = Ticker(services_of(many))
-    looks.tick()
-    assert len(looks._read) == 200
+def test_a_refresh_misses_no_change_by_another_process(in_tens, many, clock):
+    ticker = Ticker(services_of(many))
+    ticker.tick()
+    assert len(ticker._read) == 200
     for n in (0, 150, 190):
         many.schedules()[f"s{n:03}"].remove()
-    looks.refresh_now()
-    looks.tick(0.0)  # to s010
+    ticker.refresh_now()
+    ticker.tick(0.0)  # to s010
     many.schedules()["s005"].remove()
     many.schedule("s190", every(30), "remote")
-    services_of(many).agenda.schedules.append("s150")  # as if this process had removed it
-    while looks.waiting:
-        looks.tick(0.0)
-    looks.refresh_now()
-    looks.tick()
+    services_of(many).agenda.schedules.append("s150")  # as after a removal by this process
+    while ticker.waiting:
+        ticker.tick(0.0)
+    ticker.refresh_now()
+    ticker.tick()
     left = {f"schedule/s{n:03}" for n in range(200)} - {f"schedule/s{n:03}" for n in (0, 5, 150)}
-    assert set(looks._read) == left
+    assert set(ticker._read) == left
     clock.advance(30)
-    looks.tick()
+    ticker.tick()
     assert ids(many) == {"s190@2026-03-27T12:00:30Z"}
 
 
-def test_a_look_that_is_asked_for_in_the_middle_of_another_follows_it(
-    in_tens, many, clock, monkeypatch
-):
-    looks = Ticker(services_of(many))
-    looks.tick(0.0)
-    looks.refresh_now()
+def test_a_refresh_requested_during_another_follows_it(in_tens, many, clock, monkeypatch):
+    ticker = Ticker(services_of(many))
+    ticker.tick(0.0)
+    ticker.refresh_now()
     reads = reads_of(many, monkeypatch)
-    looks.tick()
+    ticker.tick()
     assert len(reads) == 19
-    assert looks.behind(clock.now_ms())
-    looks.tick()
+    assert ticker.behind(clock.now_ms())
+    ticker.tick()
     assert len(reads) == 19 + 20
-    assert not looks.behind(clock.now_ms())
+    assert not ticker.behind(clock.now_ms())
 
 
-def test_a_schedule_that_is_changed_again_and_again_leaves_nothing_behind(make, clock):
+def test_frequent_changes_of_a_schedule_leave_no_garbage(make, clock):
     queue = make()
-    looks = Ticker(services_of(queue))
+    ticker = Ticker(services_of(queue))
     for n in range(1000):
         queue.schedule("s", every(3600 + n), "remote")
-        looks.refresh_now()
-        looks.tick()
-    assert len(looks._next) < 500
+        ticker.refresh_now()
+        ticker.tick()
+    assert len(ticker._next) < 500
     clock.advance(3600 + 999)
-    assert looks.tick()
+    assert ticker.tick()
 
 
-def test_a_look_ends_in_time_though_more_tick(in_tens, many, clock):
-    looks = Ticker(services_of(many))
-    looks.tick()
+def test_a_round_ends_in_time_even_if_more_schedules_are_due(in_tens, many, clock):
+    ticker = Ticker(services_of(many))
+    ticker.tick()
     clock.advance(60)
     for made in range(10, 200, 10):
-        assert looks.tick(0.0)
+        assert ticker.tick(0.0)
         assert many.repository.count(TaskFilter()) == made
-        assert looks.behind(clock.now_ms())
-    looks.tick(0.0)
+        assert ticker.behind(clock.now_ms())
+    ticker.tick(0.0)
     assert many.repository.count(TaskFilter()) == 200
-    assert not looks.tick(0.0)
-    assert not looks.behind(clock.now_ms())
+    assert not ticker.tick(0.0)
+    assert not ticker.behind(clock.now_ms())
 
 
 @pytest.mark.parametrize("count", [1, 30])
-def test_a_drain_hears_of_a_tick_until_its_task_is_stored(in_tens, make, clock, monkeypatch, count):
-    """When all schedules are read, each, or some together, at the first look and later."""
+def test_a_drain_waits_for_a_tick_until_its_task_is_stored(
+    in_tens, make, clock, monkeypatch, count
+):
+    """This holds for one schedule and for several batches, at the first round and later."""
     queue = make()
     for n in range(count):
         queue.schedule(f"s{n}", every(60), "remote")
-    looks, told = Ticker(services_of(queue)), []
+    ticker, told = Ticker(services_of(queue)), []
 
     def tell(*_):
-        told.append(looks.behind(clock.now_ms()))
+        told.append(ticker.behind(clock.now_ms()))
 
     reads_of(queue, monkeypatch, tell)
     queue.repository.before = tell
     for _ in range(2):
         clock.advance(60)
-        assert looks.tick()
-        assert not looks.behind(clock.now_ms())
+        assert ticker.tick()
+        assert not ticker.behind(clock.now_ms())
     assert len(told) > 3
     assert all(told)
 
 
-def test_a_drain_hears_of_a_tick_that_is_taken_up_while_it_looks(queue, clock, monkeypatch):
+def test_a_drain_sees_a_tick_that_is_taken_up_during_its_check(queue, clock, monkeypatch):
     queue.schedule("s", every(60), "remote")
-    looks = Ticker(services_of(queue))
-    looks.tick()
+    ticker = Ticker(services_of(queue))
+    ticker.tick()
     clock.advance(60)
 
     def late(self):
-        """The housekeeper came just before."""
+        """The housekeeper takes the tick up just before the read."""
         assert self._due_names()
 
     monkeypatch.setattr(Ticker, "next", property(late))
-    assert looks.behind(clock.now_ms())
+    assert ticker.behind(clock.now_ms())
 
 
-def test_two_nodes_take_up_different_ones_of_many(in_tens, make, many, clock):
+def test_two_nodes_take_different_schedules(in_tens, make, many, clock):
     one, other = Ticker(services_of(many)), Ticker(services_of(make()))
-    for looks in (one, other):
-        looks.tick()
+    for ticker in (one, other):
+        ticker.tick()
     clock.advance(60)
     many.repository.batches.clear()
 
@@ -1451,17 +1452,17 @@ def test_two_nodes_take_up_different_ones_of_many(in_tens, make, many, clock):
     one.tick(0.0)
     first, second = inserts_of(many)
     assert len(first) == len(second) == 10
-    assert len({*first, *second}) >= 15  # in the same order it would be 10
+    assert len({*first, *second}) >= 15  # with the same order it would be 10
 
 
-def test_idle_schedules_are_not_read_again_as_others_tick(many, clock, monkeypatch):
+def test_idle_schedules_are_not_read_when_others_tick(many, clock, monkeypatch):
     many.schedule("beat", every(1), "remote")
-    looks = Ticker(services_of(many))
-    looks.tick()
+    ticker = Ticker(services_of(many))
+    ticker.tick()
     reads = reads_of(many, monkeypatch)
     for _ in range(5):
         clock.advance(1)
-        assert looks.tick()
+        assert ticker.tick()
     assert reads == [["beat"]] * 5
 
 
@@ -1471,58 +1472,54 @@ def test_idle_schedules_are_not_read_again_as_others_tick(many, clock, monkeypat
         pytest.param(0.001, 1, id="short: at the usual pace"),
         pytest.param(0.015, 3, id="long: less often"),
         pytest.param(0.5, 5, id="very long: no less often than the bound"),
-        pytest.param(60.0, 5, id="however long"),
+        pytest.param(60.0, 5, id="extremely long: no less often than the bound"),
     ],
 )
-def test_a_look_that_takes_long_is_taken_less_often_but_often_enough(
-    make, monkeypatch, takes, pause
-):
-    queue, now, looked = make(), [0.0], []
+def test_a_slow_refresh_happens_less_often_but_often_enough(make, monkeypatch, takes, pause):
+    queue, now, read_at = make(), [0.0], []
 
     def slow(*args):
         now[0] += takes
-        looked.append(now[0])
+        read_at.append(now[0])
         return {}
 
     monkeypatch.setattr(ticker_module, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(queue.repository, "notes_after", slow)
-    looks = Ticker(services_of(queue))
-    looks.tick()
-    while len(looked) < 2:
+    ticker = Ticker(services_of(queue))
+    ticker.tick()
+    while len(read_at) < 2:
         now[0] += 0.25
-        looks.refresh_soon()
-        looks.tick()
-    assert looked[1] - takes - looked[0] == pytest.approx(pause, abs=0.3)
+        ticker.refresh_soon()
+        ticker.tick()
+    assert read_at[1] - takes - read_at[0] == pytest.approx(pause, abs=0.3)
 
 
 @pytest.mark.parametrize("misfire", ["one", "skip"])
-def test_a_tick_that_a_busy_node_comes_late_to_is_not_missed(make, clock, misfire):
-    """The housekeeper had other things to do; nobody was away."""
+def test_a_busy_node_misses_no_tick(make, clock, misfire):
+    """The housekeeper had other duties, but its node was running."""
     queue = make()
     queue.schedule("s", every(1), "remote", misfire=misfire)
-    looks = Ticker(services_of(queue))
-    looks.tick()
+    ticker = Ticker(services_of(queue))
+    ticker.tick()
     clock.advance(5)
-    looks.tick()
+    ticker.tick()
     assert len(ids(queue)) == 5
 
 
-def test_ticks_while_nobody_looked_for_long_are_missed(make, clock, caplog):
+def test_ticks_during_a_long_gap_are_missed(make, clock, caplog):
     queue = make()
     queue.schedule("s", every(1), "remote")
-    looks = Ticker(services_of(queue))
-    looks.tick()
+    ticker = Ticker(services_of(queue))
+    ticker.tick()
     clock.advance(12)
-    looks.tick()
+    ticker.tick()
     assert len(ids(queue)) == 1
     assert "were missed" in caplog.text
 
 
-def test_a_schedule_whose_task_cannot_be_made_does_not_keep_others_from_ticking(
-    many, clock, monkeypatch
-):
-    looks = Ticker(services_of(many))
-    looks.tick()
+def test_a_schedule_whose_task_fails_to_store_does_not_stop_others(many, clock, monkeypatch):
+    ticker = Ticker(services_of(many))
+    ticker.tick()
     clock.advance(60)
 
     def refuse(services, inserts):
@@ -1533,9 +1530,9 @@ def test_a_schedule_whose_task_cannot_be_made_does_not_keep_others_from_ticking(
     with monkeypatch.context() as patch:
         patch.setattr(ticker_module, "store", refuse)
         many.repository.batches.clear()
-        looks.tick()
+        ticker.tick()
     assert many.repository.count(TaskFilter()) == 199
-    assert len(many.repository.batches) < 10  # the one is sought by halves
+    assert len(many.repository.batches) < 10  # the bad one is found by halving
     clock.advance(3)
-    looks.tick()
+    ticker.tick()
     assert many.repository.count(TaskFilter()) == 200
