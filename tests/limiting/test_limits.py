@@ -1,4 +1,4 @@
-"""Limits of a type: how many run at once and how many start in a time, and nobody else is in the way."""
+"""Limits of a type: max_concurrency and rates of one node, and no other task is held up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.every_store
 
 
 class Crowd:
-    """Counts how many are at work at once."""
+    """Counts the calls that run at the same time."""
 
     def __init__(self, gate=None) -> None:
         self.now = self.most = self.total = 0
@@ -35,16 +35,14 @@ class Crowd:
 
 
 def linger():
-    """Give other threads the time to come in beside, if they may."""
+    """Give other threads time to come in at the same time, if they may."""
     time.sleep(0.0005)  # blocks on purpose
 
 
-# At once
+# Slots
 
 
-def test_a_token_that_comes_while_there_is_no_room_to_fetch_wakes_nobody_twice(
-    make_queue, clock, monkeypatch
-):
+def test_a_token_that_comes_while_the_buffer_is_full_is_used_later(make_queue, clock, monkeypatch):
     queue = make_queue(clock=clock)
     queue.executor("t", rate="1/s", burst=1)(lambda: None)
     queue.start()
@@ -62,7 +60,7 @@ def test_a_token_that_comes_while_there_is_no_room_to_fetch_wakes_nobody_twice(
     assert handles[1].result(PATIENCE) is None
 
 
-def test_so_many_run_at_once_and_no_more(make_queue, gate):
+def test_at_most_max_concurrency_tasks_run_at_once(make_queue, gate):
     queue = make_queue(worker_num=8)
     crowd = Crowd(gate)
     queue.executor("t", max_concurrency=3)(crowd)
@@ -77,8 +75,8 @@ def test_so_many_run_at_once_and_no_more(make_queue, gate):
 
 
 @pytest.mark.parametrize("most", [1, 2, 5])
-def test_in_a_crowd_of_short_tasks_too(make_queue, most):
-    """Which are started ahead, many in one transaction."""
+def test_many_short_tasks_stay_within_max_concurrency(make_queue, most):
+    """They are started ahead, many in one transaction."""
     queue = make_queue(worker_num=8)
     crowd, other = Crowd(linger), Crowd()
     queue.executor("t", max_concurrency=most)(crowd)
@@ -92,8 +90,10 @@ def test_in_a_crowd_of_short_tasks_too(make_queue, most):
     assert crowd.most <= most
 
 
-def test_what_is_counted_at_the_start_is_exact(make_queue, gate, monkeypatch, look_every):
-    """However many are fetched, for a moment's wrong estimate: those too many go back."""
+def test_the_limit_holds_even_if_too_many_tasks_were_fetched(
+    make_queue, gate, monkeypatch, look_every
+):
+    """An estimate was wrong for a moment. The extra tasks go back."""
     monkeypatch.setattr(Admission, "room", lambda self, type, held: (10, 0))
     look_every(audit=3600)
     queue = make_queue(worker_num=8)
@@ -108,8 +108,8 @@ def test_what_is_counted_at_the_start_is_exact(make_queue, gate, monkeypatch, lo
     assert (crowd.total, crowd.most) == (40, 2)
 
 
-def test_other_types_do_not_wait_behind_it(make_queue, gate):
-    """Though many of it came first, and are of a higher priority, and all workers but one are free."""
+def test_other_types_do_not_wait_behind_a_limited_type(make_queue, gate):
+    """Many tasks of that type came first, with a higher priority, and one of two workers is free."""
     queue = make_queue(worker_num=2, buffer_size=5)
     queue.executor("slow", max_concurrency=1, priority=9)(lambda: gate())
     queue.executor("fast")(lambda: "fast")
@@ -125,8 +125,8 @@ def test_other_types_do_not_wait_behind_it(make_queue, gate):
 
 
 @pytest.mark.parametrize("overflow", ["reject", "block", "spill", "caller_runs"])
-def test_a_full_buffer_refuses_holds_up_and_spills_only_others(busy, gate, overflow):
-    """One with a limit waits in the repository anyway."""
+def test_a_full_buffer_does_not_affect_limited_types(busy, gate, overflow):
+    """A task with a limit waits in the repository in any case."""
     queue = busy(buffer_size=1, overflow=overflow)
     ran = []
     queue.executor("t", max_concurrency=1)(lambda n: ran.append(n))
@@ -139,7 +139,7 @@ def test_a_full_buffer_refuses_holds_up_and_spills_only_others(busy, gate, overf
     assert ran == [0, 1, 2, 3, 4]
 
 
-def test_of_one_type_in_order_and_of_all_by_priority(make_queue, gate):
+def test_limited_tasks_run_in_order_and_by_priority(make_queue, gate):
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("t", max_concurrency=2)(lambda n: ran.append(n))
@@ -157,7 +157,7 @@ def test_of_one_type_in_order_and_of_all_by_priority(make_queue, gate):
     assert [n for n in ran if isinstance(n, int)] == [0, 1, 2, 3]
 
 
-def test_of_submits_together_each_goes_its_way(make_queue, gate):
+def test_submit_many_takes_limited_and_other_types_together(make_queue, gate):
     queue = make_queue(worker_num=3, buffer_size=2)
     crowd = Crowd(gate)
     queue.executor("t", max_concurrency=1)(crowd)
@@ -171,14 +171,14 @@ def test_of_submits_together_each_goes_its_way(make_queue, gate):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatch, together):
-    """Not only at the next slow look, nor because something else may have changed."""
+def test_a_task_that_may_start_is_fetched_at_once(make_queue, repository, monkeypatch, together):
+    """It does not wait for the next audit, or for another change in the repository."""
     for name in ("RECOVER_EVERY", "AUDIT_EVERY"):
         monkeypatch.setattr(housekeeper, name, 3600)
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1)(lambda: "done")
     queue.start()
-    eventually(lambda: housekeeper_of(queue)._last["audit"])  # its first round, which looks at all
+    eventually(lambda: housekeeper_of(queue)._last["audit"])  # its first round
     monkeypatch.setattr(repository, "version", lambda: 0)
     eventually(lambda: not pool_of(queue).agenda.more_stored)
     tasks = [Task(type="t"), Task(type="t")]
@@ -188,7 +188,7 @@ def test_what_may_start_is_looked_for_at_once(make_queue, repository, monkeypatc
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_each_node_has_its_own(make_queue, gate):
+def test_each_node_has_its_own_limit(make_queue, gate):
     queues = [make_queue(worker_num=4) for _ in range(2)]
     crowd = Crowd(gate)
     for queue in queues:
@@ -203,8 +203,8 @@ def test_each_node_has_its_own(make_queue, gate):
     assert crowd.most == 4
 
 
-def test_an_idle_node_takes_no_more_from_a_busy_one_than_it_may(busy, make_queue, repository, gate):
-    """What lies in the buffer of a node without the limit is not started here beyond it."""
+def test_an_idle_node_keeps_its_limit_when_it_helps_a_busy_one(busy, make_queue, repository, gate):
+    """The busy node has no limit; the idle one does not start more of its tasks than its own limit."""
     queue = busy()
     for n in range(10):
         queue.submit("note", {"n": n})
@@ -216,7 +216,7 @@ def test_an_idle_node_takes_no_more_from_a_busy_one_than_it_may(busy, make_queue
     assert crowd.most == 1
 
 
-def test_an_idle_node_leaves_to_a_busy_one_what_it_must_not_start(
+def test_an_idle_node_leaves_tasks_beyond_its_limit_to_the_busy_one(
     busy, make_queue, repository, gate
 ):
     queue = busy()
@@ -227,12 +227,12 @@ def test_an_idle_node_leaves_to_a_busy_one_what_it_must_not_start(
     helper.start()
     gate.wait_for(1)
     helper.executor("other")(lambda: None)
-    helper.submit("other").result(PATIENCE)  # a worker of it has looked around once more
+    helper.submit("other").result(PATIENCE)  # its worker has tried once more to find tasks
     assert len(repository.ready(["note"], 20, node_of(queue).record.id)) == 9
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
+def test_the_highest_priorities_are_fetched_if_not_all_tasks_fit(busy):
     queue = busy()
     queue.executor("t", max_concurrency=5)(lambda: None)
     queue.repository.create(Task(id="low", type="note"))
@@ -240,12 +240,12 @@ def test_where_there_is_no_room_for_all_the_best_are_fetched(busy):
     queue.repository.create(Task(id="higher", type="note", priority=2))
     pool = pool_of(queue)
     eventually(lambda: all(i in pool.buffer for i in ("low", "high", "higher")))
-    with pool.fetcher._refilling:  # nobody else fetches them meanwhile
+    with pool.fetcher._refilling:  # so that no other thread fetches them
         pool.starter.free([item.id for item in pool.buffer.sweep(lambda type: True)])
         assert [stub.id for stub in pool.fetcher._offered(2)] == ["higher", "high"]
 
 
-# However it ends, its place is another's
+# Freeing slots
 
 
 @pytest.mark.parametrize("how", ["raises", "retries", "retries later", "is cancelled", "snoozes"])
@@ -285,7 +285,7 @@ def test_however_a_task_ends_the_next_one_starts(make_queue, clock, how):
 
 @pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.parametrize("remove", ["cancel_task", "delete"])
-def test_one_that_is_fetched_and_never_starts_leaves_its_place(busy, gate, remove):
+def test_a_fetched_task_that_never_starts_frees_its_slot(busy, gate, remove):
     queue = busy()
     ran = []
     queue.executor("t", max_concurrency=1)(lambda n: ran.append(n))
@@ -298,8 +298,8 @@ def test_one_that_is_fetched_and_never_starts_leaves_its_place(busy, gate, remov
     assert ran == [1]
 
 
-def test_one_that_another_node_started_leaves_its_place(busy, gate, repository):
-    """It was fetched here, and found gone."""
+def test_a_task_that_another_node_started_frees_its_slot(busy, gate, repository):
+    """It was fetched here, and turns out to be gone."""
     queue = busy()
     ran = []
     queue.executor("t", max_concurrency=1, rate=(1, 3600.0))(lambda n: ran.append(n))
@@ -311,8 +311,8 @@ def test_one_that_another_node_started_leaves_its_place(busy, gate, repository):
     eventually(lambda: ran == [1])
 
 
-def test_a_failing_repository_leaves_no_place_taken(make_queue, repository):
-    """It failed when the start was to be written."""
+def test_a_failing_repository_leaves_no_slot_taken(make_queue, repository):
+    """It fails when the start is written."""
     queue = make_queue(worker_num=2)
     crowd = Crowd()
     queue.executor("t", max_concurrency=1)(crowd)
@@ -333,8 +333,8 @@ def test_a_failing_repository_leaves_no_place_taken(make_queue, repository):
     assert (crowd.total, crowd.most, len(failed)) == (5, 1, 3)
 
 
-def test_what_is_handed_back_leaves_its_place(make_queue):
-    """As what was started ahead and found no free hand."""
+def test_a_task_that_is_handed_back_frees_its_slot(make_queue):
+    """For example, a task that was started ahead and found no free worker."""
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1)(lambda: None)
     queue.executor("other")(lambda: None)
@@ -348,7 +348,7 @@ def test_what_is_handed_back_leaves_its_place(make_queue):
     assert pool.fetcher.has_room("t")
 
 
-def test_of_a_paused_type_with_a_limit_none_starts_before_it_is_resumed(make_queue):
+def test_no_task_of_a_paused_limited_type_starts_before_it_is_resumed(make_queue):
     queue = make_queue(worker_num=2)
     crowd = Crowd()
     queue.executor("t", max_concurrency=1)(crowd)
@@ -363,7 +363,7 @@ def test_of_a_paused_type_with_a_limit_none_starts_before_it_is_resumed(make_que
     assert (crowd.total, crowd.most) == (5, 1)
 
 
-def test_under_a_limit_those_of_a_concurrency_key_stay_in_order(make_queue):
+def test_tasks_of_a_concurrency_key_stay_in_order_under_a_limit(make_queue):
     queue = make_queue(worker_num=4)
     ran = []
     queue.executor("t", max_concurrency=2)(lambda n: ran.append(n))
@@ -375,11 +375,11 @@ def test_under_a_limit_those_of_a_concurrency_key_stay_in_order(make_queue):
     assert [n for n in ran if not n % 2] == list(range(0, 20, 2))
 
 
-# In a time
+# Rates
 
 
 def started_by(queue, count, *others):
-    """How many have run when so many have, and when all has been looked through for more, twice."""
+    """Wait until ``count`` tasks have run and two full fetches found no more; return how many have run."""
     eventually(lambda: len(queue.ran) >= count)
     for one in (queue, *others) * 2:
         services_of(one).agenda.fetch_soon()
@@ -390,7 +390,7 @@ def started_by(queue, count, *others):
 
 @pytest.fixture
 def rated(make_queue, clock):
-    """Makes a started queue with an executor ``t`` of that rate."""
+    """Return a function that makes a started queue with an executor ``t`` of a given rate."""
 
     def make(**options):
         queue = make_queue(worker_num=3, clock=clock)
@@ -403,7 +403,7 @@ def rated(make_queue, clock):
     return make
 
 
-def test_a_burst_and_then_one_by_one(rated, clock):
+def test_a_rate_allows_a_burst_and_then_one_task_at_a_time(rated, clock):
     queue = rated(rate="60/m", burst=4)
     for _ in range(10):
         queue.submit("t")
@@ -420,18 +420,18 @@ def test_a_burst_and_then_one_by_one(rated, clock):
     clock.advance(3600)
     for _ in range(6):
         queue.submit("t")
-    assert started_by(queue, 14) == 14  # a rest fills the bucket, and no more
+    assert started_by(queue, 14) == 14  # a pause fills the bucket, and no more
 
 
-def test_a_burst_is_the_count_unless_given(rated):
+def test_the_default_burst_is_the_count_of_the_rate(rated):
     queue = rated(rate=(3, 3600.0))
     for _ in range(10):
         queue.submit("t")
     assert started_by(queue, 3) == 3
 
 
-def test_it_goes_on_with_nothing_but_time(rated, clock):
-    """No submit, no end of a task and no other process wakes anybody."""
+def test_limited_tasks_start_as_time_passes_and_nothing_else_happens(rated, clock):
+    """No submit, no end of a task and no other process wakes a thread."""
     queue = rated(rate="1/s")
     for _ in range(5):
         queue.submit("t")
@@ -441,7 +441,7 @@ def test_it_goes_on_with_nothing_but_time(rated, clock):
     assert queue.drain(PATIENCE)
 
 
-def test_each_attempt_counts(make_queue, clock):
+def test_each_attempt_takes_a_token(make_queue, clock):
     queue = make_queue(worker_num=1, clock=clock)
     attempts = []
 
@@ -461,8 +461,8 @@ def test_each_attempt_counts(make_queue, clock):
     eventually(lambda: handle.task().status is TaskStatus.FAILED)
 
 
-def test_in_real_time_a_fast_rate_is_kept_and_reached(make_queue, look_every):
-    """The housekeeper wakes for each token: by its own rhythm this would take minutes."""
+def test_a_fast_rate_is_kept_in_real_time(make_queue, look_every):
+    """The housekeeper wakes for each token: at its own polling interval this would take minutes."""
     look_every(poll=10.0)
     queue = make_queue(worker_num=2)
     queue.executor("t", rate=(100, 1.0), burst=1)(lambda: None)
@@ -474,8 +474,8 @@ def test_in_real_time_a_fast_rate_is_kept_and_reached(make_queue, look_every):
     assert time.monotonic() - began >= 0.58
 
 
-def test_each_token_starts_one_though_none_ends(make_queue, gate, look_every):
-    """What runs for long is not waited for, nor is the housekeeper's own rhythm."""
+def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate, look_every):
+    """A start waits neither for a long run to end nor for the housekeeper's polling interval."""
     look_every(poll=60.0)
     queue = make_queue(worker_num=5)
     queue.executor("t", rate=(50, 1.0), burst=1)(lambda: gate())
@@ -485,10 +485,8 @@ def test_each_token_starts_one_though_none_ends(make_queue, gate, look_every):
     gate.wait_for(5)
 
 
-def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
-    make_queue, monkeypatch, look_every
-):
-    """It does not go to sleep for long then."""
+def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeypatch, look_every):
+    """The housekeeper does not go to sleep for long after that round."""
     look_every(poll=60.0)
     queue = make_queue()
     queue.start()
@@ -508,8 +506,8 @@ def test_who_frees_a_place_while_the_housekeeper_is_at_something_else_is_heard(
     eventually(lambda: not pool.agenda.more_stored)
 
 
-def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
-    """Be it while what was to be found is fetched, or while what waits for one is started."""
+def test_a_token_that_came_during_a_fetch_is_used_at_once(rated, clock):
+    """It may come while tasks are fetched, or while a task that waits for a token is started."""
     admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
     admission._scheduled = lambda: told.append(admission.next_fetch())
     assert admission.admit({"t": ["w", "x"]}) == {"w", "x"}
@@ -523,7 +521,7 @@ def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
     admission.fetched("t", "y")
     admission.fetched("t", "z")
     assert admission.room("t", ("y", "z")) == (0, 2)
-    clock.advance(1)  # no more than two, whatever waits for them
+    clock.advance(1)  # no more than two tokens
     assert admission.admit({"t": ["y"]}) == {"y"}
     assert told[2:] == [clock.monotonic() + 1]
     clock.advance(1)
@@ -531,8 +529,8 @@ def test_a_token_that_came_during_the_look_is_looked_for_at_once(rated, clock):
     assert told[3:] == [clock.monotonic()]
 
 
-def test_nobody_looks_for_more_when_there_was_none(rated, clock):
-    """At least not at each of so many starts: whoever submits more tells of it."""
+def test_no_fetch_is_planned_when_no_more_tasks_are_stored(rated, clock):
+    """At least not at every start: a submit of more tasks reports them."""
     admission, told = pool_of(rated(rate="60/m", burst=9)).admission, []
     admission._scheduled = lambda: told.append(admission.next_fetch())
     assert admission.room("t", ()) == (9, 0)
@@ -541,8 +539,8 @@ def test_nobody_looks_for_more_when_there_was_none(rated, clock):
     assert (told, admission.next_fetch()) == ([], None)
 
 
-def test_the_housekeeper_is_told_when_a_token_is_waited_for(rated, clock):
-    """By the start that took the last one, and by a fetch after which there may be more."""
+def test_the_housekeeper_is_told_when_a_task_waits_for_a_token(rated, clock):
+    """The start that takes the last token tells it, and a fetch after which there may be more tasks."""
     admission, told = pool_of(rated(rate="60/m", burst=2)).admission, []
     admission._scheduled = lambda: told.append(admission.next_fetch())
     assert admission.admit({"t": ["x", "y"]}) == {"x", "y"}
@@ -557,7 +555,7 @@ def test_the_housekeeper_is_told_when_a_token_is_waited_for(rated, clock):
     assert told[1:] == [clock.monotonic() + 1]
 
 
-def test_what_never_ran_gives_its_token_back(rated, clock):
+def test_a_task_that_never_ran_gives_its_token_back(rated, clock):
     queue = rated(rate="1/h")
     admission = pool_of(queue).admission
     assert admission.admit({"t": ["x", "y"]}) == {"x"}
@@ -569,8 +567,8 @@ def test_what_never_ran_gives_its_token_back(rated, clock):
     assert admission.admit({"t": ["z"]}) == set()
 
 
-def test_a_place_without_a_token_is_free_again(make_queue, clock):
-    """Of two that want to start one had no token."""
+def test_a_slot_without_a_token_is_given_back(make_queue, clock):
+    """Two tasks are about to start, and one of them gets no token."""
     queue = make_queue(clock=clock)
     queue.executor("t", rate="1/h", max_concurrency=2)(lambda: None)
     queue.start()
@@ -584,8 +582,8 @@ def test_a_place_without_a_token_is_free_again(make_queue, clock):
     assert admission.admit({"t": ["z"]}) == {"z"}
 
 
-def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
-    """However often it is filled up."""
+def test_tasks_that_cannot_start_are_not_fetched(busy, gate):
+    """This holds for any number of refills."""
     queue = busy()
     queue.executor("t", max_concurrency=2)(lambda: None)
     for _ in range(10):
@@ -600,7 +598,7 @@ def test_nothing_lies_in_the_buffer_that_cannot_start(busy, gate):
     assert queue.drain(PATIENCE)
 
 
-def test_a_rate_and_a_number_at_once(make_queue, clock, gate):
+def test_a_rate_and_max_concurrency_hold_together(make_queue, clock, gate):
     queue = make_queue(worker_num=8, clock=clock)
     crowd = Crowd(gate)
     queue.executor("t", rate="5/m", max_concurrency=2)(crowd)
@@ -616,11 +614,11 @@ def test_a_rate_and_a_number_at_once(make_queue, clock, gate):
     assert (crowd.total, crowd.most) == (10, 2)
 
 
-# What it costs those without
+# Types without limits
 
 
 def test_a_type_without_a_limit_pays_nothing(started, monkeypatch):
-    """Nothing is asked or counted for it: neither without any limits nor with another type limited."""
+    """No admission method is called for it: neither without limits nor if another type has one."""
     asked = []
     for name in ("admit", "room", "fetch_done", "fetched", "open"):
         method = getattr(Admission, name)
@@ -639,7 +637,7 @@ def test_a_type_without_a_limit_pays_nothing(started, monkeypatch):
     assert set(asked) == {"limited"}
 
 
-# What is no limit
+# Options
 
 
 @pytest.mark.parametrize(
@@ -656,13 +654,13 @@ def test_a_type_without_a_limit_pays_nothing(started, monkeypatch):
         ({"max_concurrency": 1, "limit_scope": "host"}, "limit_scope"),
     ],
 )
-def test_what_is_none_is_refused(queue, options, about):
+def test_invalid_limits_are_refused(queue, options, about):
     with pytest.raises(ConfigurationError, match=about):
         queue.executor("t", **options)(lambda: None)
-    queue.executor("t")(lambda: None)  # nothing was left behind
+    queue.executor("t")(lambda: None)  # the refused call left nothing behind
 
 
-def test_options_at_registration_win(queue):
+def test_options_at_registration_override_those_of_the_executor(queue):
     @executor("t", rate="1/s", max_concurrency=5)
     def t():
         pass
@@ -672,7 +670,7 @@ def test_options_at_registration_win(queue):
     assert (limit.max_concurrency, limit.rate.burst, limit.scope) == (2, 7, "global")
 
 
-def test_eight_methods_keep_limits_of_a_node():
+def test_a_repository_of_eight_methods_keeps_limits_of_a_node():
     crowd = Crowd(linger)
     with Queue(TinyRepository(), Config(worker_num=4)) as queue:
         queue.executor("t", max_concurrency=2)(crowd)
@@ -684,7 +682,7 @@ def test_eight_methods_keep_limits_of_a_node():
 
 
 @pytest.mark.parametrize("options", [{"max_concurrency": 1}, {"rate": "1/s"}])
-def test_eight_methods_cannot_keep_limits_of_all_nodes(options):
+def test_a_repository_of_eight_methods_refuses_global_limits(options):
     queue = Queue(TinyRepository())
     with pytest.raises(ConfigurationError, match="limit_scope"):
         queue.executor("t", limit_scope="global", **options)(lambda: None)

@@ -1,4 +1,4 @@
-"""Limits of all nodes together: in one process, in several, and when one of them dies."""
+"""Global limits, which all nodes share: in one process, in several, and when one of them dies."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ pytestmark = pytest.mark.every_store
 
 
 def nodes(make_queue, count, crowd, worker_num=4, **options):
-    """Started queues on one repository that share a limit."""
+    """Make started queues on one repository that share a limit."""
     queues = [make_queue(worker_num=worker_num) for _ in range(count)]
     for queue in queues:
         queue.executor("t", limit_scope="global", **options)(crowd)
@@ -55,7 +55,7 @@ def shares(repository, type="t"):
 # Nodes of one process
 
 
-def test_so_many_run_at_once_on_all_nodes(make_queue, gate):
+def test_at_most_max_concurrency_tasks_run_at_once_on_all_nodes(make_queue, gate):
     crowd = Crowd(gate)
     queues = nodes(make_queue, 3, crowd, max_concurrency=4)
     for n in range(30):
@@ -70,7 +70,7 @@ def test_so_many_run_at_once_on_all_nodes(make_queue, gate):
 
 
 @pytest.mark.parametrize("most", [1, 3])
-def test_in_a_crowd_of_short_tasks_too(make_queue, most):
+def test_many_short_tasks_stay_within_the_global_limit(make_queue, most):
     crowd = Crowd(linger)
     queues = nodes(make_queue, 3, crowd, max_concurrency=most)
     for n in range(120):
@@ -81,8 +81,8 @@ def test_in_a_crowd_of_short_tasks_too(make_queue, most):
     assert crowd.most <= most
 
 
-def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, look_every):
-    """Not even until the next slow look; and it had all places before."""
+def test_a_node_with_nothing_to_run_keeps_no_slots(make_queue, repository, look_every):
+    """It gives back all slots at once, without waiting for a periodic check."""
     look_every(recover=3600)
     queues = nodes(make_queue, 2, Crowd(), max_concurrency=2)
     for _ in range(10):
@@ -93,7 +93,7 @@ def test_a_node_with_nothing_to_run_keeps_nothing_back(make_queue, repository, l
 
 @pytest.fixture
 def idle_engine(make_queue):
-    """Of a node that is not alone, and looks for work when it is told to."""
+    """The worker pool of a node that is not alone, and fetches only when the test calls it."""
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
     node = LocalNode(services_of(queue), queue.config, lambda: None)
@@ -104,7 +104,7 @@ def idle_engine(make_queue):
 
 
 def meanwhile(monkeypatch, repository, name, happens):
-    """Have something happen before a method answers, once."""
+    """Call ``happens`` once, before a method of the repository runs."""
     method = getattr(repository, name)
 
     def call(*args, **options):
@@ -115,10 +115,10 @@ def meanwhile(monkeypatch, repository, name, happens):
     monkeypatch.setattr(repository, name, call)
 
 
-def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
+def test_a_task_that_ends_during_a_fetch_from_other_nodes_is_noticed(
     idle_engine, repository, monkeypatch
 ):
-    """There is a place from then on, for the next task or to be given back."""
+    """Its slot is then free for the next task, or must be given back."""
     meanwhile(monkeypatch, repository, "distinct", idle_engine.agenda.fetch_soon)
     idle_engine.fetcher.refill()
     assert idle_engine.agenda.more_stored
@@ -126,10 +126,10 @@ def test_a_task_that_ends_while_others_buffers_are_looked_into_is_heard(
     assert not idle_engine.agenda.more_stored
 
 
-def test_who_finds_the_last_task_and_loses_it_to_another_node_gives_the_place_back(
+def test_a_node_that_loses_the_last_task_to_another_one_gives_back_its_slot(
     idle_engine, make_queue, repository, monkeypatch
 ):
-    """At the next look, which comes at once."""
+    """It does so at its next fetch, which follows at once."""
     submitter = make_queue()
     submitter.declare("t")
     task_id = submitter.submit("t").id
@@ -147,7 +147,7 @@ def test_who_finds_the_last_task_and_loses_it_to_another_node_gives_the_place_ba
     assert shares(repository) == {}
 
 
-def test_a_node_that_stops_leaves_its_places(make_queue, repository, gate):
+def test_a_stopped_node_gives_back_its_slots(make_queue, repository, gate):
     queue = make_queue(worker_num=2)
     queue.executor("t", max_concurrency=2, limit_scope="global")(lambda: gate())
     queue.start()
@@ -160,10 +160,8 @@ def test_a_node_that_stops_leaves_its_places(make_queue, repository, gate):
 
 
 @pytest.mark.parametrize("when", ["start", "hand back"])
-def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
-    make_queue, repository, monkeypatch, when
-):
-    """The repository is away in the middle of it."""
+def test_no_task_is_lost_if_its_token_cannot_be_put_back(make_queue, repository, monkeypatch, when):
+    """The repository fails in the middle of the start, or of handing back."""
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=50, rate="100/s", limit_scope="global")(lambda: None)
     handles = [queue.submit("t") for _ in range(5)]
@@ -197,8 +195,8 @@ def test_what_did_not_run_is_not_lost_though_its_token_cannot_be_put_back(
     assert {handle.task().status for handle in handles} == {TaskStatus.PENDING}
 
 
-def test_places_that_lie_idle_are_given_back(make_queue, repository, gate):
-    """All workers of the node are busy with other tasks; another node goes on."""
+def test_idle_slots_are_given_back(make_queue, repository, gate):
+    """All workers of the node are busy with other tasks. Another node can use its slots."""
     queue = make_queue(worker_num=1)
     queue.executor("t", max_concurrency=1, limit_scope="global")(lambda: None)
     queue.executor("hold")(lambda: gate())
@@ -213,7 +211,7 @@ def test_places_that_lie_idle_are_given_back(make_queue, repository, gate):
     other.submit("t").result(PATIENCE)
 
 
-def test_a_rate_is_that_of_all_nodes(make_queue, clock):
+def test_all_nodes_share_a_global_rate(make_queue, clock):
     queues = [make_queue(worker_num=2, clock=clock) for _ in range(3)]
     ran = []
     for queue in queues:
@@ -229,8 +227,8 @@ def test_a_rate_is_that_of_all_nodes(make_queue, clock):
     assert started_by(queues[0], 13, *queues[1:]) == 13
 
 
-def test_it_is_kept_over_a_restart(make_queue, clock):
-    """That of a node is full when the node starts; this one is as it was left."""
+def test_a_global_rate_survives_a_restart(make_queue, clock):
+    """The bucket of one node is full when the node starts; the global one is as it was left."""
     ran = []
     for expected in (2, 2, 4):
         queue = make_queue(worker_num=1, clock=clock)
@@ -246,7 +244,7 @@ def test_it_is_kept_over_a_restart(make_queue, clock):
 
 
 def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkeypatch):
-    """Its node keeps its places from task to task."""
+    """Its node keeps its slots from task to task."""
     puts, put = [], repository.put_note
     monkeypatch.setattr(repository, "put_note", lambda *note: (puts.append(note), put(*note))[1])
     queue = make_queue(worker_num=2)
@@ -259,12 +257,12 @@ def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkey
 
 
 @pytest.mark.parametrize("limit", [{"max_concurrency": 1}, {"rate": "1/h"}])
-def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(look_every, limit):
-    """Not only at the slow look; in memory there is always something to look for."""
+def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(look_every, limit):
+    """It does not wait for a slower check. In memory, each poll finds a change."""
     look_every(recover=3600)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", **limit)(lambda: "done")
-        whole_round(queue)  # the first one is such a look, and "another" is not known to live
+        whole_round(queue)  # the first round finds dead nodes, and "another" is no node
         first = Admission(
             queue._registry.limits,
             queue.repository,
@@ -282,8 +280,8 @@ def test_what_another_node_gives_back_is_seen_at_the_next_look_for_changes(look_
         assert handle.result(PATIENCE) == "done"
 
 
-def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch, look_every):
-    """Others may have taken what it had."""
+def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(monkeypatch, look_every):
+    """Other nodes may have taken its slots."""
     look_every(recover=3600)
     monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
     with Queue(MemoryRepository()) as queue:
@@ -293,7 +291,7 @@ def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch, loo
         pool.admission.over("x", ran=True)
         eventually(lambda: shares(repository) == {})
         assert pool.admission.admit({"t": ["x"]}) == {"x"}
-        pool.admission._freed = lambda: None  # it keeps its place
+        pool.admission._freed = lambda: None  # it keeps its slot
         pool.admission.over("x", ran=True)
         [(name, note)] = repository.notes("limit/slots/").items()
         assert repository.put_note(name, '{"another": 1}', note.version)
@@ -301,11 +299,11 @@ def test_a_node_that_lost_its_lease_looks_before_it_starts_more(monkeypatch, loo
         assert pool.admission.admit({"t": ["y"]}) == set()
 
 
-# What is shared, by itself
+# Slots and buckets by themselves
 
 
 class Quarrel(MemoryRepository):
-    """Others get in the way of every other change of a note."""
+    """A repository in which another node changes a note before every second change, at random."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -323,8 +321,8 @@ class Quarrel(MemoryRepository):
         return [Node(id=n, name=n, alive=n not in self.dead) for n in "abc"]
 
 
-def test_whatever_nodes_do_they_never_have_more_places_than_there_are():
-    """Seeded: takes, gives, rests, looks, quarrels, deaths and ends in any order."""
+def test_all_nodes_together_never_take_more_slots_than_exist():
+    """Takes, gives, rests, maintenance, conflicts and deaths happen in a random order, with a seed."""
     for seed in range(40):
         chance, repository = random.Random(seed), Quarrel()
         most = chance.randrange(1, 5)
@@ -346,24 +344,24 @@ def test_whatever_nodes_do_they_never_have_more_places_than_there_are():
                 slots[name].tend()
             elif move == 6 and len(repository.dead) < 2 and chance.random() < 0.1:
                 repository.dead.add(name)
-                taken[name] = 0  # its process has ended, and what it ran with it
+                taken[name] = 0  # its process has ended, and so have its tasks
             assert sum(taken.values()) <= most
             full += sum(taken.values()) == most
-        assert full, "never were all of them taken"
+        assert full, "the slots were never all taken"
 
 
 @pytest.mark.parametrize(
     ("what", "args"), [("free", ()), ("take", (1,)), ("rest", (0,)), ("tend", ()), ("leave", ())]
 )
-def test_who_is_interrupted_takes_no_place_from_another_node(what, args):
-    """The version of a note is never known without what it says."""
+def test_an_interrupted_node_takes_no_slot_from_another_one(what, args):
+    """A node never has the version of a note without its value."""
     for point in itertools.count():
         repository = Quarrel()
-        repository.chance.random = lambda: 1.0  # it does not quarrel
+        repository.chance.random = lambda: 1.0  # no conflicts
         mine, others, dead = (SharedSlots(repository, node, "t", 3) for node in "abc")
         mine.take(1)
         mine.give(1)
-        mine.tend()  # what is idle from now on is given back at the next look
+        mine.tend()  # slots that are idle from now on are given back at the next tend()
         dead.take(1)
         repository.dead.add("c")
         others.take(1)
@@ -376,7 +374,7 @@ def test_who_is_interrupted_takes_no_place_from_another_node(what, args):
 
 
 @pytest.mark.parametrize(("what", "args"), [("tokens", ()), ("take", (1,))])
-def test_who_is_interrupted_takes_no_token_twice(clock, what, args):
+def test_an_interrupted_node_takes_no_token_twice(clock, what, args):
     for point in itertools.count():
         repository, rate = MemoryRepository(), Rate(4, 3600.0, 4)
         mine, others = (SharedBucket(repository, "t", rate, clock) for _ in range(2))
@@ -389,8 +387,8 @@ def test_who_is_interrupted_takes_no_token_twice(clock, what, args):
             break
 
 
-def test_what_was_not_taken_between_two_looks_is_given_back():
-    """Where nothing is fetched that might tell that there is nothing to take it for."""
+def test_slots_unused_between_two_rounds_are_given_back():
+    """This covers a node without fetches, which would otherwise show that no task needs the slot."""
     repository = Quarrel()
     slots = SharedSlots(repository, "a", "t", 3)
     slots.take(2)
@@ -402,10 +400,10 @@ def test_what_was_not_taken_between_two_looks_is_given_back():
     slots.take(1)
     slots.give(1)
     slots.tend()
-    assert shares(repository) == {"a": 2}  # it was in use since
+    assert shares(repository) == {"a": 2}  # it was in use in the meantime
 
 
-def test_what_the_dead_had_is_free(clock):
+def test_the_slots_of_a_dead_node_are_free(clock):
     repository = Quarrel()
     first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
     assert first.take(2) == 2
@@ -416,7 +414,7 @@ def test_what_the_dead_had_is_free(clock):
     assert (second.free(), second.take(3)) == (2, 2)
 
 
-def test_whose_life_cannot_be_told_keeps_its_places():
+def test_a_node_that_may_be_alive_keeps_its_slots():
     repository = Quarrel()
     repository.liveness.nodes = lambda: [
         Node(id="a", name="a", alive=None),
@@ -424,14 +422,14 @@ def test_whose_life_cannot_be_told_keeps_its_places():
     ]
     first, second = (SharedSlots(repository, name, "t", 3) for name in "ab")
     first.take(3)
-    for _ in range(20):  # also when no other change comes in between
+    for _ in range(20):  # even if no other change comes in between
         second.tend()
     assert shares(repository) == {"a": 3}
     assert second.take(1) == 0
 
 
-def test_a_node_that_was_taken_for_dead_counts_anew():
-    """It took more while another had buried it: it looks before it takes again."""
+def test_a_node_wrongly_declared_dead_reads_the_note_again():
+    """Another node removed its slots from the note. So it reads the note before it takes a slot again."""
     repository = Quarrel()
     first, second = (SharedSlots(repository, name, "t", 2) for name in "ab")
     assert first.take(1) == 1
@@ -443,8 +441,8 @@ def test_a_node_that_was_taken_for_dead_counts_anew():
     assert first.take(1) == 0
 
 
-def test_where_one_of_two_limits_cannot_be_read_the_other_is_left_as_it_was(make_queue, repository):
-    """The repository failed between the two."""
+def test_a_slot_is_given_back_if_the_rate_cannot_be_read(make_queue, repository):
+    """The repository fails between the two limits."""
     queue = make_queue()
     both = {"max_concurrency": 1, "rate": "9/s", "limit_scope": "global"}
     queue.executor("t", **both)(lambda: None)
@@ -463,7 +461,7 @@ def test_where_one_of_two_limits_cannot_be_read_the_other_is_left_as_it_was(make
     assert admission.admit({"t": ["x"]}) == {"x"}
 
 
-def test_a_change_that_is_in_doubt_is_read_back():
+def test_a_change_in_doubt_is_read_back():
     repository = Quarrel()
     slots = SharedSlots(repository, "a", "t", 3)
     slots.take(1)
@@ -482,7 +480,7 @@ def test_a_change_that_is_in_doubt_is_read_back():
 
 
 class Skewed(ManualClock):
-    """Another host's clock: it goes as the first one, some seconds ahead or behind."""
+    """Another host's clock, which is some seconds ahead or behind."""
 
     def __init__(self, clock, seconds):
         super().__init__()
@@ -496,8 +494,8 @@ class Skewed(ManualClock):
 
 
 @pytest.mark.parametrize("skew", [0, 0.5, 3600, 1e8])
-def test_over_any_interval_all_nodes_take_at_most_burst_and_rate_times_time(skew):
-    """Whatever their clocks say; but for one burst when a clock that is ahead comes in."""
+def test_in_any_interval_all_nodes_take_at_most_burst_plus_rate_times_time(skew):
+    """This holds for any clocks, except for one burst when a clock that is ahead comes in."""
     for seed in range(10):
         chance, repository, clock = random.Random(seed), Quarrel(), ManualClock()
         rate = Rate(chance.randrange(1, 5), chance.choice([1.0, 7.0]), chance.randrange(1, 6))
@@ -523,10 +521,10 @@ def test_over_any_interval_all_nodes_take_at_most_burst_and_rate_times_time(skew
                 allowed = rate.burst + (moment - taken[first][0] + 0.01) / rate.interval
                 assert total <= allowed + grace
         whole = (taken[-1][0] - taken[0][0]) / rate.interval
-        assert sum(got for _, got in taken) >= whole / 3  # and they get on
+        assert sum(got for _, got in taken) >= whole / 3  # and they make progress
 
 
-def test_a_clock_that_was_set_back_a_year_stops_nobody(clock):
+def test_a_clock_set_back_a_year_does_not_stop_the_rate(clock):
     repository, rate = Quarrel(), Rate(1, 10.0, 2)
     bucket = SharedBucket(repository, "t", rate, clock)
     assert bucket.take(5) == 2
@@ -551,7 +549,7 @@ def work(ctx, n, seconds=0.0):
 
 
 def at_once(log, dead=()):
-    """How many were at work at once, at most; what a process that was killed had begun ended then."""
+    """Return the most tasks that ran at once, without those of processes that were killed."""
     now, most = 0, 0
     for event, _, who in log:
         if int(who) not in dead:
@@ -560,8 +558,8 @@ def at_once(log, dead=()):
     return most
 
 
-def test_processes_share_it(workers):
-    """Three of them with four workers each: three tasks at once, and no more."""
+def test_processes_share_a_global_limit(workers):
+    """Three processes with four workers each run at most three tasks at once."""
     repository = workers.repository
     queue = Queue(repository)
     queue.declare("work")
@@ -576,8 +574,8 @@ def test_processes_share_it(workers):
     eventually(lambda: shares(repository, "work") == {})
 
 
-def test_what_a_killed_process_had_is_free_for_others(workers):
-    """It had all places, and its node is found dead."""
+def test_the_slots_of_a_killed_process_are_free_for_others(workers):
+    """It had all slots, and its node is found dead."""
     repository = workers.repository
     queue = Queue(repository)
     queue.declare("work")
@@ -589,7 +587,7 @@ def test_what_a_killed_process_had_is_free_for_others(workers):
     for n in range(3, 9):
         queue.submit("work", {"n": n}, priority=9)
     looked = threading.Event()
-    assert not looked.wait(2 * housekeeper.RECOVER_EVERY)  # blocks on purpose: it has looked twice
+    assert not looked.wait(2 * housekeeper.RECOVER_EVERY)  # blocks on purpose: two checks
     assert repository.count(TaskFilter(status="completed")) == 0
     child.kill()
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 6)
@@ -625,8 +623,8 @@ NO_MARKS = ["{", "soon", "nan", "inf", "-inf", "1e300", "-1e300", "9" * 5000, ""
     ],
     ids=["slots", "rate"],
 )
-def test_a_damaged_note_is_begun_anew(make_queue, repository, caplog, name, texts, limit):
-    """At the start of a queue, and under one that runs; it is told once, and the limit holds again."""
+def test_a_damaged_note_is_replaced(make_queue, repository, caplog, name, texts, limit):
+    """The note is damaged before the queue starts. One warning is logged, and the limit holds again."""
     for text in texts:
         assert repository.put_note(name, text, 0)
         queue = make_queue(worker_num=4)
@@ -649,8 +647,8 @@ def test_a_damaged_note_is_begun_anew(make_queue, repository, caplog, name, text
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_what_runs_is_counted_again_after_its_note_was_damaged(make_queue, repository, gate):
-    """Or another node would start as many again."""
+def test_running_tasks_are_counted_again_after_the_note_was_damaged(make_queue, repository, gate):
+    """Otherwise another node would start as many tasks again."""
     crowd = Crowd(gate)
     first, second = nodes(make_queue, 2, crowd, max_concurrency=2)
     for _ in range(2):
@@ -670,12 +668,12 @@ def test_what_runs_is_counted_again_after_its_note_was_damaged(make_queue, repos
 
 
 def damage(repository, name, text):
-    """Write nonsense over a note; the version that this is, unless it was changed meanwhile."""
+    """Overwrite a note; return its new version, or False if it was changed in the meantime."""
     version = repository.notes(name)[name].version
     return repository.put_note(name, text, version) and version + 1
 
 
-def test_places_that_others_took_away_are_shown_again_while_they_are_in_use():
+def test_slots_in_use_are_recorded_again_if_others_removed_them():
     repository = MemoryRepository()
     slots = SharedSlots(repository, "a", "t", 2)
     assert slots.take(2) == 2

@@ -1,4 +1,4 @@
-"""A task for which a worker waits is stored as started."""
+"""Starting at once: if a worker waits, a new task is stored as started."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.every_store
 
 
 def idle(queue):
-    """A started queue whose workers all wait."""
+    """Wait until all workers of a queue wait; return the queue."""
     pool = pool_of(queue)
     eventually(lambda: len(pool.ahead._waiting) == pool.ahead.workers)
     eventually(lambda: not services_of(queue).agenda.more_stored)
@@ -24,11 +24,11 @@ def idle(queue):
 
 
 def moves(queue):
-    """The moves of each transaction so far, but for those about nothing but outcomes."""
+    """Return the moves of each transaction so far."""
     return [[write.move for write in batch] for batch in queue.repository.batches]
 
 
-def test_it_is_stored_as_started_in_one_transaction(started):
+def test_a_task_is_stored_and_started_in_one_transaction(started):
     handle = idle(started).submit("fine")
     [[stored]] = started.repository.batches[:1]
     assert isinstance(stored, Insert)
@@ -43,7 +43,7 @@ def test_it_is_stored_as_started_in_one_transaction(started):
     assert [attempt.outcome for attempt in task.attempts] == ["completed"]
 
 
-def test_hooks_are_told_that_it_was_submitted_and_then_that_it_begins(make_queue):
+def test_hooks_hear_of_the_submit_before_the_start(make_queue):
     told = []
 
     class Listener(Hook):
@@ -72,12 +72,12 @@ def test_hooks_are_told_that_it_was_submitted_and_then_that_it_begins(make_queue
     ],
     ids=lambda options: next(iter(options)),
 )
-def test_it_is_stored_as_pending_where_it_may_have_to_wait_or_to_give_way(started, options):
+def test_a_task_that_may_have_to_wait_is_stored_as_pending(started, options):
     idle(started).submit("fine", **options)
     assert started.repository.batches[0][0].row.get("status", "pending") == "pending"
 
 
-def test_it_is_stored_as_pending_behind_what_waits(busy, gate):
+def test_a_task_behind_a_waiting_one_is_stored_as_pending(busy, gate):
     queue = busy()
     first = queue.submit("note", {"n": 1})
     second = queue.submit("note", {"n": 2})
@@ -105,7 +105,7 @@ def test_a_submit_that_fails_leaves_no_run(started):
     assert started.submit("fine").result(PATIENCE) == "fine"
 
 
-def test_an_id_that_is_taken_leaves_no_run(started, monkeypatch):
+def test_a_submit_with_a_taken_id_leaves_no_run(started, monkeypatch):
     monkeypatch.setattr("taskx.core.creation.new_id", lambda: "same")
     idle(started).submit("fine").result(PATIENCE)
     eventually(lambda: not pool_of(started).runs)
@@ -114,8 +114,8 @@ def test_an_id_that_is_taken_leaves_no_run(started, monkeypatch):
     assert not pool_of(started).runs
 
 
-def test_of_two_submits_for_one_worker_both_run(make_queue, gate):
-    """Both may find that it waits; what it has no hand free for is handed back, and runs later."""
+def test_two_tasks_submitted_for_one_waiting_worker_both_run(make_queue, gate):
+    """Both submits find the worker waiting. The second task is handed back, and runs later."""
     queue = make_queue(worker_num=1)
     Waiting(queue, gate)
     queue.executor("fine")(lambda: "fine")
@@ -126,7 +126,7 @@ def test_of_two_submits_for_one_worker_both_run(make_queue, gate):
     serve = pool.ahead.serve
 
     def late(run):
-        """Another submit comes before the worker is woken for this one."""
+        """Submit another task before the worker is woken for this one."""
         pool.ahead.serve = serve
         other.append(queue.submit("hold"))
         gate.wait_for(1)
@@ -141,7 +141,7 @@ def test_of_two_submits_for_one_worker_both_run(make_queue, gate):
     assert queue.get_task_status(mine.id).interruptions == 0
 
 
-def test_what_a_stop_finds_laid_out_is_pending_again(make_queue):
+def test_a_stop_makes_a_task_pending_again_that_no_worker_took(make_queue):
     queue = make_queue(worker_num=1)
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -158,8 +158,8 @@ def test_what_a_stop_finds_laid_out_is_pending_again(make_queue):
     assert not pool.runs
 
 
-def test_beside_a_task_that_is_to_run_alone_nothing_starts(started):
-    """That one looks for runs, and then says that it is alone; a submit shows its run, and then looks."""
+def test_no_task_starts_while_another_one_must_run_alone(started):
+    """A submit makes its run visible first, and then checks for a task that must run alone."""
     pool = pool_of(idle(started))
     make = pool.starter._make_run
 
@@ -177,7 +177,7 @@ def test_beside_a_task_that_is_to_run_alone_nothing_starts(started):
 
 
 def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
-    """Others may run what it has, and what it stores as pending."""
+    """It stores a new task as pending, because other nodes may have taken over its tasks."""
     pool = pool_of(idle(started))
     lost = Leases(started.repository, 10.0, None, time.monotonic)
     monkeypatch.setattr(lost, "lost", lambda node: node == pool.node.id)
@@ -187,8 +187,8 @@ def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_what_an_interrupt_kept_from_running_counts_no_interruption(started, look_every, when):
-    """It strikes around the commit: the audit finds the task, and undoes a start that nobody followed."""
+def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, look_every, when):
+    """The interrupt strikes around the commit. The audit finds the task, and undoes its start."""
     look_every(audit=0.05)
     idle(started)
 

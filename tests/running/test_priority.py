@@ -1,4 +1,4 @@
-"""Higher priorities first, equal ones in order, wherever they wait; and with ageing, nobody for ever."""
+"""Priorities: higher ones first, equal ones in order, wherever tasks wait; and ageing."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ pytestmark = [pytest.mark.every_store, pytest.mark.usefixtures("no_batches")]
 
 
 ORDERED = [(5, "a"), (5, "b"), (0, "c"), (0, "d"), (-3, "e"), (-3, "f")]
-#: The same, as they are submitted: each priority in its order.
+#: The same tasks in the order in which they are submitted.
 MIXED = [ORDERED[n] for n in (2, 4, 0, 3, 1, 5)]
 NAMES = [name for _, name in ORDERED]
 
 
 def noting(queue):
-    """The queue, with an executor ``note`` that notes what it is given."""
+    """Register an executor ``note`` that notes its argument; return the queue."""
     queue.ran = []
     queue.executor("note")(lambda n: queue.ran.append(n))
     return queue
@@ -28,7 +28,7 @@ def submit(queue, tasks):
         queue.submit("note", {"n": name}, priority=priority)
 
 
-def test_in_the_buffer(busy, gate):
+def test_buffered_tasks_run_by_priority(busy, gate):
     queue = busy()
     submit(queue, MIXED)
     gate.open()
@@ -36,7 +36,7 @@ def test_in_the_buffer(busy, gate):
     assert queue.ran == NAMES
 
 
-def test_none_is_that_of_the_executor_or_0(busy, gate):
+def test_a_task_without_a_priority_has_its_executors_or_0(busy, gate):
     queue = busy()
     queue.executor("high", priority=5)(lambda n: queue.ran.append(n))
     for type, name, options in [
@@ -52,21 +52,21 @@ def test_none_is_that_of_the_executor_or_0(busy, gate):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_between_what_is_buffered_and_what_is_spilled(busy, gate, together):
-    """What is spilled is fetched, and put where it belongs."""
+def test_buffered_and_spilled_tasks_run_by_priority(busy, gate, together):
+    """A spilled task is fetched and put into its place."""
     queue = busy(buffer_size=2, overflow="spill")
     if together:
         queue.submit_many(Task(type="note", params={"n": n}, priority=p) for p, n in MIXED)
     else:
         submit(queue, MIXED)
-    # A worker that is done takes what is best in the buffer: wait until all of it is there.
+    # A free worker takes the first task of the buffer: wait until all tasks are there.
     eventually(lambda: len(pool_of(queue).buffer) == len(MIXED))
     gate.open()
     assert queue.drain(PATIENCE)
     assert queue.ran == NAMES
 
 
-def test_of_what_was_stored_before(make_queue):
+def test_tasks_stored_before_the_start_run_by_priority(make_queue):
     queue = noting(make_queue(worker_num=1))
     submit(queue, MIXED)
     queue.start()
@@ -74,7 +74,7 @@ def test_of_what_was_stored_before(make_queue):
     assert queue.ran == NAMES
 
 
-def test_of_what_is_more_than_the_buffer_takes_the_best_is_fetched_first(make_queue):
+def test_the_highest_priorities_are_fetched_first_if_the_buffer_is_too_small(make_queue):
     queue = noting(make_queue(worker_num=1))
     count = 400
     queue.submit_many(Task(type="note", params={"n": n}, priority=n % 4) for n in range(count))
@@ -83,8 +83,8 @@ def test_of_what_is_more_than_the_buffer_takes_the_best_is_fetched_first(make_qu
     assert queue.ran == sorted(range(count), key=lambda n: (-(n % 4), n))
 
 
-def test_of_what_a_dead_process_held(spawn, database, make_queue):
-    """In its buffer, and spilled."""
+def test_tasks_of_a_dead_process_run_by_priority(spawn, database, make_queue):
+    """Some are in its buffer, some are spilled."""
     child = spawn(
         """
         import sys, threading
@@ -121,7 +121,7 @@ def test_of_what_a_dead_process_held(spawn, database, make_queue):
 
 
 def stream(make_queue, clock, most, **config):
-    """A queue on which each task of priority 5 that runs takes a second and submits another one."""
+    """Make a queue whose tasks of priority 5 take a second each and submit the next one."""
     queue = make_queue(worker_num=1, clock=clock, **config)
     queue.ran = []
 
@@ -135,8 +135,8 @@ def stream(make_queue, clock, most, **config):
     return queue
 
 
-def test_without_ageing_a_low_one_waits_for_ever(make_queue, clock):
-    """Which is what a priority is."""
+def test_without_ageing_a_task_of_low_priority_waits_for_ever(make_queue, clock):
+    """A priority means just that."""
     queue = stream(make_queue, clock, 100)
     queue.submit("note", priority=5)
     queue.submit("note", {"n": "low"})
@@ -146,10 +146,10 @@ def test_without_ageing_a_low_one_waits_for_ever(make_queue, clock):
 
 
 @pytest.mark.parametrize("backlog", [1, 250])
-def test_a_low_one_starts_when_it_has_waited_as_long_as_they_are_higher(make_queue, clock, backlog):
-    """So of those that come more than 5 · 10 s after it, none goes before it: some 50 and the backlog.
+def test_with_ageing_a_task_of_low_priority_starts_after_it_has_aged(make_queue, clock, backlog):
+    """No task that comes more than 5 · 10 s later runs before it: only some 50 and the backlog do.
 
-    A backlog of them that is more than the buffer takes is no matter: the oldest are fetched, too.
+    This also holds if the backlog is larger than the buffer: the oldest tasks are fetched, too.
     """
     queue = stream(make_queue, clock, backlog + 100, ageing=10)
     queue.submit_many(Task(type="note", priority=5) for _ in range(backlog))
@@ -159,7 +159,7 @@ def test_a_low_one_starts_when_it_has_waited_as_long_as_they_are_higher(make_que
     assert backlog <= queue.ran.index("low") <= backlog + 52
 
 
-def test_a_low_one_that_is_in_the_buffer_first_ages_there(busy, gate, clock):
+def test_a_task_ages_in_the_buffer(busy, gate, clock):
     queue = busy(ageing=10, clock=clock)
     submit(queue, [(0, "low")])
     clock.advance(49)
@@ -171,8 +171,8 @@ def test_a_low_one_that_is_in_the_buffer_first_ages_there(busy, gate, clock):
     assert queue.ran == ["before", "low", "behind"]
 
 
-def test_what_was_delayed_ages_from_its_time_on(busy, gate, clock):
-    """It did not wait as long as it was not to start."""
+def test_a_delayed_task_ages_from_its_run_at(busy, gate, clock):
+    """The delay does not count as waiting."""
     queue = busy(ageing=10, clock=clock)
     queue.submit("note", {"n": "low"}, delay=1000)
     clock.advance(1001)
@@ -183,7 +183,7 @@ def test_what_was_delayed_ages_from_its_time_on(busy, gate, clock):
     assert queue.ran == ["before", "low"]
 
 
-def test_of_types_with_limits_too(make_queue, clock):
+def test_tasks_of_limited_types_age(make_queue, clock):
     queue = noting(make_queue(worker_num=1, clock=clock, ageing=10))
     queue.executor("limited", max_concurrency=1)(lambda n: queue.ran.append(n))
     queue.submit("limited", {"n": "low"})
@@ -196,7 +196,7 @@ def test_of_types_with_limits_too(make_queue, clock):
     assert queue.ran[0] == "low"
 
 
-def test_an_idle_node_takes_the_aged_ones_first(busy, make_queue, clock):
+def test_an_idle_node_takes_aged_tasks_of_other_nodes_first(busy, make_queue, clock):
     queue = busy(clock=clock)
     submit(queue, [(0, "low")])
     clock.advance(51)

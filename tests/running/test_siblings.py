@@ -1,4 +1,4 @@
-"""Two nodes on one repository: the one with nothing to do helps the one whose buffer is full."""
+"""Two nodes on one repository: an idle node helps a busy one whose buffer is full."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ pytestmark = pytest.mark.every_store
 
 @pytest.fixture
 def other(repository, database):
-    """The repository as another process has it."""
+    """The repository, opened a second time as by another process."""
     if isinstance(repository, SQLiteRepository):
         made = SQLiteRepository(database)
     elif isinstance(repository, MongoRepository):
@@ -26,7 +26,7 @@ def other(repository, database):
 
 @pytest.fixture
 def idle(make_queue, other):
-    """Makes a queue on the same records, which notes what it runs."""
+    """Return a function that makes a queue on the same records, which notes the tasks it runs."""
     made = []
 
     def make(type="note", **config) -> Queue:
@@ -41,20 +41,20 @@ def idle(make_queue, other):
         queue.stop(PATIENCE, cancel=True)
 
 
-def test_what_waits_in_a_busy_buffer_is_run_by_an_idle_node(busy, idle, gate):
+def test_an_idle_node_takes_tasks_out_of_the_buffer_of_a_busy_one(busy, idle, gate):
     queue = busy()
     for name in range(10):
         queue.submit("note", {"n": name})
     helper = idle(worker_num=1)
     helper.start()
     assert eventually(lambda: len(helper.ran) == 10)
-    assert helper.ran == list(range(10))  # what is next in line, first
+    assert helper.ran == list(range(10))  # the next tasks first
     gate.open()
     assert queue.drain(PATIENCE)
-    assert queue.ran == []  # it finds them gone
+    assert queue.ran == []  # the busy node finds them gone
 
 
-def test_higher_priorities_come_first(busy, idle):
+def test_an_idle_node_takes_higher_priorities_first(busy, idle):
     queue = busy()
     for name, priority in [("low", 0), ("high", 5), ("middle", 3)]:
         queue.submit("note", {"n": name}, priority=priority)
@@ -64,7 +64,7 @@ def test_higher_priorities_come_first(busy, idle):
     assert helper.ran == ["high", "middle", "low"]
 
 
-def test_of_a_type_it_cannot_run_it_takes_nothing(busy, idle, gate):
+def test_an_idle_node_takes_no_task_of_a_type_that_it_cannot_run(busy, idle, gate):
     queue = busy()
     queue.submit("note", {"n": "mine"})
     helper = idle("else", worker_num=1)
@@ -75,7 +75,7 @@ def test_of_a_type_it_cannot_run_it_takes_nothing(busy, idle, gate):
     assert queue.ran == ["mine"]
 
 
-def test_every_task_runs_once_whoever_runs_it(make_queue, idle):
+def test_two_nodes_run_every_task_once(make_queue, idle):
     first, second = idle(worker_num=2, buffer_size=500), idle(worker_num=2)
     first.start()
     second.start()

@@ -1,4 +1,4 @@
-"""Executors that do not heed a time-out: given up, barred from starting again, and replaced."""
+"""Stuck executors, which ignore their time-out: abandoned, barred from starting again, replaced."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ TIMEOUT, GRACE = 60.0, 5.0
 
 @pytest.fixture
 def make(make_queue, clock, gate):
-    """Makes a started queue with an executor whose first run waits at the gate, whatever happens."""
+    """Return a function that makes a started queue.
+
+    The first run of each task of its executor ``hang`` waits at the gate and ignores its token.
+    """
 
     def make(on=None, **config):
         queue = make_queue(on, clock=clock, **{"worker_num": 1, **config})
@@ -72,7 +75,7 @@ def make(make_queue, clock, gate):
 
 @pytest.fixture
 def hang(clock, gate):
-    """Has a task hang until it is stuck; returns its handle."""
+    """Return a function that has a task hang until it is stuck, and returns its handle."""
 
     def hang(queue, name="x", until=None, **options):
         handle = queue.submit("hang", {"name": name}, id=name, **options)
@@ -94,11 +97,11 @@ def at_work(queue):
     return sum(thread.is_alive() for thread in pool_of(queue).threads)
 
 
-# Given up
+# Abandoned attempts
 
 
-class TestGivenUp:
-    def test_not_before_its_grace_is_over(self, make, clock, gate):
+class TestAbandoned:
+    def test_an_attempt_is_abandoned_when_its_grace_period_is_over(self, make, clock, gate):
         queue = make()
         handle = queue.submit("hang")
         gate.wait_for()
@@ -112,7 +115,7 @@ class TestGivenUp:
         assert fails(handle).error == "timed out after 60 s; its thread still runs"
 
     @pytest.mark.every_store
-    def test_the_record_says_where_its_thread_is(self, make, hang):
+    def test_the_record_has_the_stack_of_the_stuck_thread(self, make, hang):
         queue = make()
         error = fails(hang(queue))
         task = queue.get_task_status("x")
@@ -126,7 +129,7 @@ class TestGivenUp:
         assert attempt.worker == task.worker != ""
 
     @pytest.mark.every_store
-    def test_what_comes_of_it_later_is_dropped(self, make, hang, gate, caplog):
+    def test_a_late_result_is_dropped(self, make, hang, gate, caplog):
         queue = make()
         handle = hang(queue)
         gate.open()
@@ -137,7 +140,7 @@ class TestGivenUp:
         assert pool_of(queue).runs == {}
 
     @pytest.mark.every_store
-    def test_what_it_stores_later_is_not_stored(self, make_queue, clock, gate):
+    def test_a_stuck_thread_cannot_store_checkpoints(self, make_queue, clock, gate):
         queue = make_queue(worker_num=1, clock=clock)
         raised = []
 
@@ -159,7 +162,7 @@ class TestGivenUp:
         assert eventually(lambda: raised) == ["TaskCancelled"]
         assert handle.task().checkpoints is None
 
-    def test_one_that_ends_within_its_grace_is_not(self, make, clock, gate):
+    def test_an_attempt_that_ends_within_its_grace_period_completes(self, make, clock, gate):
         queue = make()
         handle = queue.submit("hang")
         gate.wait_for()
@@ -171,8 +174,8 @@ class TestGivenUp:
         services_of(queue).alarms.ring()
         assert (handle.task().stuck_on, pool_of(queue).stuck.runs) == ("", {})
 
-    def test_one_that_was_cancelled_is_not(self, make, clock, gate):
-        """Its thread is left alone until it ends."""
+    def test_a_cancelled_attempt_is_not_abandoned(self, make, clock, gate):
+        """The task stays running until its thread ends."""
         queue = make()
         handle = queue.submit("hang")
         gate.wait_for()
@@ -185,8 +188,8 @@ class TestGivenUp:
         handle.result(PATIENCE)
 
     @pytest.mark.every_store
-    def test_cancelled_after_its_time_out_it_is_cancelled(self, make, clock, gate):
-        """And, let run again, barred all the same."""
+    def test_an_attempt_cancelled_after_its_time_out_is_cancelled(self, make, clock, gate):
+        """After a requeue it still waits for its thread."""
         queue = make()
         handle = queue.submit("hang", id="x", max_attempts=2)
         gate.wait_for()
@@ -200,7 +203,7 @@ class TestGivenUp:
         gate.open()
         assert queue.handle("x").result(PATIENCE) == "run 2"
 
-    def test_while_the_repository_is_away_it_is_given_up_later(self, make, clock, gate):
+    def test_an_outcome_is_written_later_if_the_repository_is_down(self, make, clock, gate):
         queue = make()
         handle = queue.submit("hang")
         gate.wait_for()
@@ -213,8 +216,8 @@ class TestGivenUp:
         assert "still runs" in fails(handle).error
         eventually(lambda: not handle.task().stuck_on)
 
-    def test_the_thread_that_submits_may_be_stuck(self, make, clock, gate):
-        """No worker is short of a thread then."""
+    def test_the_thread_of_a_submitter_can_be_stuck(self, make, clock, gate):
+        """The worker threads stay as many as before."""
         queue = make(buffer_size=1, overflow="caller_runs")
         hold = threading.Event()
         queue.executor("hold")(lambda: hold.wait(PATIENCE))
@@ -234,7 +237,7 @@ class TestGivenUp:
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert at_work(queue) == 1
 
-    def test_hooks_are_told(self, make, hang, clock, gate):
+    def test_hooks_hear_of_stuck_tasks(self, make, hang, clock, gate):
         told = []
 
         class Told(Hook):
@@ -259,7 +262,7 @@ class TestGivenUp:
             ("finished", "b", "failed"),
         ]
 
-    def test_a_policy_that_takes_its_time_holds_up_no_other_task(self, make, hang, clock, gate):
+    def test_a_slow_retry_policy_holds_up_no_other_task(self, make, hang, clock, gate):
         queue, asked, answer = make(), threading.Event(), threading.Event()
 
         def backoff(attempt):
@@ -278,8 +281,8 @@ class TestGivenUp:
         eventually(lambda: handle.task().status is TaskStatus.PENDING)
 
     @pytest.mark.parametrize("collects", [True, False])
-    def test_no_garbage_is_collected_while_the_threads_are_looked_at(self, monkeypatch, collects):
-        """It could have the whole process stand still; what the program wants of it is kept."""
+    def test_no_garbage_is_collected_while_stacks_are_read(self, monkeypatch, collects):
+        """A collection could block the whole process. Afterwards it is on or off as before."""
         seen = []
 
         def frames(real=sys._current_frames):
@@ -294,8 +297,8 @@ class TestGivenUp:
         finally:
             gc.enable()
 
-    def test_one_in_a_child_process_has_longer(self, make):
-        """Its process is killed, and its thread is free: only what is wrapped around it may hang."""
+    def test_a_run_in_a_child_process_has_a_longer_grace_period(self, make):
+        """The child is killed, which frees the thread: only code around the child can hang."""
         queue = make()
         in_thread, in_process = (
             pool_of(queue).stuck.watch(with_options(isolation=isolation), "worker")[0]
@@ -305,16 +308,16 @@ class TestGivenUp:
 
 
 def with_options(**options):
-    """What is looked at of a run."""
+    """Make the part of a run that ``watch`` reads."""
     return SimpleNamespace(executor=SimpleNamespace(options=Options(**options)))
 
 
-# Not again
+# Barred from starting again
 
 
 @pytest.mark.every_store
 class TestBarred:
-    def test_a_retry_starts_when_the_thread_has_ended(self, make, hang, make_queue, gate):
+    def test_a_retry_starts_when_the_stuck_thread_has_ended(self, make, hang, make_queue, gate):
         queue = make()
         handle = hang(queue, max_attempts=2)
         task = handle.task()
@@ -335,7 +338,7 @@ class TestBarred:
         assert handle.result(PATIENCE) in ("run 2", "elsewhere")
         assert (handle.task().starts, handle.task().stuck_on) == (2, "")
 
-    def test_a_retry_goes_on_waiting_for_its_time(self, make, hang, clock, gate):
+    def test_a_retry_also_waits_for_its_back_off(self, make, hang, clock, gate):
         queue = make()
         policy = RetryPolicy(2, backoff="fixed", base=3600, jitter=0)
         handle = hang(queue, retry=policy)
@@ -347,7 +350,7 @@ class TestBarred:
         clock.advance(3600)
         assert handle.result(PATIENCE) == "run 2"
 
-    def test_a_retry_whose_time_has_come_waits_for_the_thread(self, make, hang, clock, gate):
+    def test_a_due_retry_waits_for_the_stuck_thread(self, make, hang, clock, gate):
         queue = make()
         handle = hang(queue, retry=RetryPolicy(2, backoff="fixed", base=10, jitter=0))
         clock.advance(60)
@@ -364,7 +367,7 @@ class TestBarred:
             lambda queue: queue.repository.update_status("x", TaskStatus.PENDING),
         ],
     )
-    def test_a_requeue_waits_for_the_thread(self, make, hang, gate, again):
+    def test_a_requeued_task_waits_for_the_stuck_thread(self, make, hang, gate, again):
         queue = make()
         fails(hang(queue))
         again(queue)
@@ -375,7 +378,7 @@ class TestBarred:
         gate.open()
         assert queue.handle("x").result(PATIENCE) == "run 2"
 
-    def test_written_by_hand_it_waits_too(self, make, hang, gate):
+    def test_a_record_updated_by_hand_waits_for_the_stuck_thread(self, make, hang, gate):
         queue = make()
         task = hang(queue, max_attempts=2).task()
         queue.repository.update(task)
@@ -389,7 +392,7 @@ class TestBarred:
         assert queue.handle("x").result(PATIENCE) == "run 2"
         assert queue.handle("y").result(PATIENCE) == "run 2"
 
-    def test_when_its_parents_have_ended_it_waits_for_the_thread(self, make, hang, gate):
+    def test_a_task_whose_parents_have_ended_waits_for_its_stuck_thread(self, make, hang, gate):
         queue = make(worker_num=2)
         queue.executor("parent")(lambda: None)
         queue.submit("parent", id="parent").result(PATIENCE)
@@ -406,7 +409,9 @@ class TestBarred:
         gate.open()
         assert queue.handle("x").result(PATIENCE) == "run 2"
 
-    def test_the_next_in_its_line_waits_for_the_thread(self, make, hang, gate):
+    def test_the_next_task_of_its_concurrency_key_waits_for_the_stuck_thread(
+        self, make, hang, gate
+    ):
         queue = make()
         fails(hang(queue, concurrency_key="k"))
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
@@ -452,13 +457,13 @@ class TestBarred:
 
     @pytest.mark.every_store
     def test_retention_passes_over_a_task_with_a_stuck_thread(self, make, hang, clock, repository):
-        """Else as many of them as are looked for at once would hide all others."""
+        """Otherwise a batch full of such tasks would hide all others."""
         queue = make()
         fails(hang(queue))
         clock.advance(1)
         assert repository.ended("failed", clock.now_ms(), 100) == []
 
-    def test_requeued_behind_its_parent_it_leaves_its_turn_to_those_before_it(
+    def test_a_task_requeued_behind_its_parent_leaves_its_turn_to_earlier_tasks(
         self, make, hang, gate
     ):
         queue = make(worker_num=2)
@@ -480,7 +485,9 @@ class TestBarred:
         assert queue.handle("x").result(PATIENCE) == "run 2"
 
     @pytest.mark.parametrize("many", [True, False])
-    def test_cancelled_it_leaves_its_turn_when_its_thread_has_ended(self, make, hang, gate, many):
+    def test_a_cancelled_task_leaves_its_turn_when_its_thread_has_ended(
+        self, make, hang, gate, many
+    ):
         queue = make()
         handle = hang(queue, concurrency_key="k", max_attempts=2)
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
@@ -494,7 +501,7 @@ class TestBarred:
         gate.open()
         assert queue.handle("next").result(PATIENCE) == "run 1"
 
-    def test_its_line_goes_on_with_its_retry(self, make, hang, gate):
+    def test_a_retry_keeps_its_place_in_the_queue_of_its_key(self, make, hang, gate):
         queue = make()
         handle = hang(queue, concurrency_key="k", max_attempts=2)
         queue.submit("hang", {"name": "next"}, id="next", concurrency_key="k")
@@ -503,7 +510,7 @@ class TestBarred:
         assert queue.handle("next").result(PATIENCE) == "run 1"
         assert queue.begun == ["x", "x", "next"]
 
-    def test_it_counts_for_the_limit_of_its_type(self, make, hang, gate):
+    def test_a_stuck_task_counts_towards_the_limit_of_its_type(self, make, hang, gate):
         queue = make()
         begun = []
         queue.register_executor(
@@ -522,7 +529,7 @@ class TestBarred:
         gate.open()
         assert second.result(PATIENCE) == "y"
 
-    def test_it_has_left_its_place_before_its_retry_may_take_one(
+    def test_a_stuck_task_frees_its_slot_before_its_retry_takes_one(
         self, make, hang, gate, monkeypatch
     ):
         queue = make()
@@ -548,7 +555,9 @@ class TestBarred:
         assert admitted == [{}]
 
     @pytest.mark.usefixtures("frequent_looks")
-    def test_a_look_that_was_cut_short_is_made_up_for(self, make, hang, gate, monkeypatch):
+    def test_the_audit_lets_a_task_start_if_lifting_was_interrupted(
+        self, make, hang, gate, monkeypatch
+    ):
         queue = make()
         handle = hang(queue, max_attempts=2)
         stuck = pool_of(queue).stuck
@@ -557,7 +566,7 @@ class TestBarred:
         eventually(lambda: not stuck.runs)
         assert handle.result(PATIENCE) == "run 2"
 
-    def test_also_where_the_repository_has_eight_methods(self, make, hang, gate):
+    def test_a_stuck_task_is_barred_on_a_repository_of_eight_methods(self, make, hang, gate):
         queue = make(TinyRepository())
         fails(hang(queue))
         queue.requeue("x")
@@ -573,7 +582,7 @@ class TestBarred:
 
 
 class TestReplaced:
-    def test_another_thread_takes_its_place(self, make, hang, gate):
+    def test_a_new_thread_replaces_a_stuck_one(self, make, hang, gate):
         queue = make()
         for name in "abc":
             hang(queue, name)
@@ -581,10 +590,10 @@ class TestReplaced:
         assert (at_work(queue), queue.healthy, queue.running) == (4, True, 0)
         gate.open()
         eventually(lambda: at_work(queue) == 1)
-        assert len(pool_of(queue).threads) == 1  # a later thread may have the ident of one of them
+        assert len(pool_of(queue).threads) == 1  # a later thread may get the ident of an ended one
         assert queue.submit("fine").result(PATIENCE) == "fine"
 
-    def test_no_more_than_max_stuck(self, make, hang, gate, caplog):
+    def test_at_most_max_stuck_threads_are_replaced(self, make, hang, gate, caplog):
         queue = make(worker_num=2, max_stuck=1)
         hang(queue, "a")
         assert queue.healthy
@@ -602,7 +611,7 @@ class TestReplaced:
         assert queue.healthy
         assert queue.submit("fine").result(PATIENCE) == "fine"
 
-    def test_with_none_to_be_replaced_work_waits(self, make, hang, gate):
+    def test_with_max_stuck_0_tasks_wait_for_the_stuck_thread(self, make, hang, gate):
         queue = make(max_stuck=0)
         hang(queue)
         waits = queue.submit("fine")
@@ -612,7 +621,7 @@ class TestReplaced:
         assert waits.result(PATIENCE) == "fine"
         assert at_work(queue) == 1
 
-    def test_one_that_was_not_started_or_has_none_is_healthy(self, make):
+    def test_a_queue_without_stuck_threads_is_healthy(self, make):
         assert Queue(MemoryRepository()).healthy
         assert make().healthy
 
@@ -621,7 +630,9 @@ class TestReplaced:
             with pytest.raises(ConfigurationError, match="max_stuck"):
                 Config(max_stuck=wrong)
 
-    def test_where_no_thread_can_be_had_it_is_said(self, make, hang, gate, caplog, monkeypatch):
+    def test_a_replacement_thread_that_cannot_start_is_logged(
+        self, make, hang, gate, caplog, monkeypatch
+    ):
         queue = make()
         pool = pool_of(queue)
         worker = pool._worker
@@ -642,7 +653,7 @@ class TestReplaced:
         assert queue.submit("fine").result(PATIENCE) == "fine"
         assert at_work(queue) == 1
 
-    def test_a_suspect_that_is_stuck_lets_the_next_one_through(self, make, hang, gate):
+    def test_a_stuck_suspect_lets_the_next_one_start(self, make, hang, gate):
         queue = make(worker_num=2)
         suspects = pool_of(queue).starter.suspects
 
@@ -662,7 +673,7 @@ class TestReplaced:
 
 
 class TestStop:
-    def test_it_is_named_among_what_still_runs(self, make, hang, gate, repository):
+    def test_stop_names_a_stuck_task_as_still_running(self, make, hang, gate, repository):
         queue = make()
         node = node_of(queue).record.id
         hang(queue, max_attempts=2)
@@ -676,7 +687,7 @@ class TestStop:
         assert [stub.id for stub in repository.ready(["hang"], 9)] == ["x"]
 
     @pytest.mark.every_store
-    def test_the_node_stays_until_a_thread_that_submits_has_ended(self, make, clock, gate):
+    def test_the_node_stays_until_a_submitters_stuck_thread_has_ended(self, make, clock, gate):
         queue = make(buffer_size=1, overflow="caller_runs")
         hold = threading.Event()
         queue.executor("hold")(lambda: hold.wait(PATIENCE))
@@ -700,7 +711,7 @@ class TestStop:
         eventually(lambda: not queue.repository.liveness.nodes())
         assert queue.repository.get_by_id("x").stuck_on == ""
 
-    def test_drain_does_not_wait_for_it(self, make, hang):
+    def test_drain_does_not_wait_for_a_stuck_thread(self, make, hang):
         queue = make()
         hang(queue, max_attempts=2)
         assert queue.drain(PATIENCE)
@@ -737,7 +748,7 @@ while True:
 
 @pytest.fixture
 def barred(spawn, database):
-    """A process on which a task is stuck, and a queue of this one that would run it."""
+    """A process on which a task is stuck, and a queue in this process that could run it."""
     program = spawn(PROGRAM, database)
     assert program.read() == "x"
     with SQLiteRepository(database) as repository, Queue(repository) as survivor:
@@ -748,7 +759,7 @@ def barred(spawn, database):
 
 
 class TestProcesses:
-    def test_while_it_lives_it_starts_nowhere(self, barred):
+    def test_a_stuck_task_starts_nowhere_while_its_process_lives(self, barred):
         for _ in range(3):
             housekeeper_of(barred).recovery.recover()
         assert barred.get_task_status("x").starts == 1
@@ -759,7 +770,7 @@ class TestProcesses:
         task = barred.get_task_status("x")
         assert (task.starts, task.crashes) == (2, 0)
 
-    def test_killed_its_retry_starts_on_another_at_once(self, barred):
+    def test_a_retry_starts_elsewhere_at_once_when_its_process_is_killed(self, barred):
         barred.program.kill()
         began = time.monotonic()
         assert barred.handle("x").result(PATIENCE) == "elsewhere"
@@ -768,7 +779,7 @@ class TestProcesses:
         assert (task.starts, task.crashes, task.errors, task.stuck_on) == (2, 0, 1, "")
         eventually(lambda: len(barred.repository.liveness.nodes()) == 1)
 
-    def test_a_requeue_from_elsewhere_waits_too(self, spawn, database):
+    def test_a_task_requeued_by_another_process_waits_for_the_stuck_thread(self, spawn, database):
         program = spawn(PROGRAM.replace("max_attempts=2", "max_attempts=1"), database)
         assert program.read() == "x"
         with SQLiteRepository(database) as repository, Queue(repository) as survivor:

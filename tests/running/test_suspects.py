@@ -1,4 +1,4 @@
-"""A task on its last chance runs with nothing beside it, so that a death which counts is its own."""
+"""Suspects: a task on its last chance runs alone, so that only its own crash counts against it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ pytestmark = pytest.mark.every_store
 
 @pytest.fixture
 def queue(make_queue):
-    """Notes what begins; ``free`` lets one of them go on."""
+    """A queue that notes the tasks that begin; ``hold`` submits one, ``gates`` let it go on."""
     queue = make_queue(worker_num=3)
     queue.begun, queue.gates = [], {}
 
@@ -32,7 +32,7 @@ def queue(make_queue):
     def submit(name, crashes=0, type="wait"):
         queue.gates[name] = threading.Event()
         task = Task(type=type, params={"name": name}, id=name, max_crashes=3)
-        if crashes:  # as a process leaves it that died twice
+        if crashes:  # as a process that died left it
             insert = prepare(services_of(queue), task)
             insert.row["crashes"] = crashes
             assert list(queue.repository.apply([insert])) == [True]
@@ -49,7 +49,7 @@ def begun(queue, *names):
     return eventually(lambda: set(queue.begun) == set(names))
 
 
-def test_it_waits_for_others_and_they_for_it(queue):
+def test_a_task_on_its_last_chance_runs_alone(queue):
     queue.start()
     queue.hold("beside")
     assert begun(queue, "beside")
@@ -58,7 +58,7 @@ def test_it_waits_for_others_and_they_for_it(queue):
     queue.hold("later")
     queue.gates["beside"].set()
     assert begun(queue, "beside", "last")
-    assert eventually(lambda: pool_of(queue).buffer.starting)  # a worker stands aside with it
+    assert eventually(lambda: pool_of(queue).buffer.starting)  # a worker waits with "later"
     assert set(pool_of(queue).runs) == {"last"}
     queue.gates["last"].set()
     assert begun(queue, "beside", "last", "later")
@@ -66,7 +66,7 @@ def test_it_waits_for_others_and_they_for_it(queue):
     assert queue.drain(PATIENCE)
 
 
-def test_one_that_may_crash_again_runs_beside_others(queue):
+def test_a_suspect_that_may_crash_again_runs_together_with_other_tasks(queue):
     queue.start()
     queue.hold("beside")
     assert begun(queue, "beside")
@@ -78,8 +78,8 @@ def test_one_that_may_crash_again_runs_beside_others(queue):
 
 @pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.parametrize("how", ["deleted", "paused"])
-def test_where_the_next_one_does_not_come_the_one_after_it_does(queue, how):
-    """Those with a crash to their name take turns; one that waits for its turn may be gone by then."""
+def test_the_next_suspect_starts_if_the_one_before_it_is_gone(queue, how):
+    """Suspects take turns; one that waits for its turn may be gone by then."""
     queue.start()
     queue.hold("first", crashes=1)
     assert begun(queue, "first")
@@ -98,7 +98,7 @@ def waiting_ids(queue):
     return [item.id for item in pool_of(queue).starter.suspects.waiting]
 
 
-def test_nobody_waits_longer_than_a_minute(queue, monkeypatch):
+def test_a_task_on_its_last_chance_waits_at_most_a_minute_for_others(queue, monkeypatch):
     assert starter.ALONE == 60
     monkeypatch.setattr(starter, "ALONE", 0.2)
     queue.start()
@@ -110,7 +110,7 @@ def test_nobody_waits_longer_than_a_minute(queue, monkeypatch):
     assert begun(queue, "beside", "last", "later")
 
 
-def test_a_stop_does_not_wait(queue):
+def test_a_stop_does_not_wait_for_a_task_on_its_last_chance(queue):
     queue.start()
     queue.hold("beside")
     assert begun(queue, "beside")
@@ -123,7 +123,7 @@ def test_a_stop_does_not_wait(queue):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_deleted_while_it_waits_it_lets_the_next_one_through(queue):
+def test_a_deleted_suspect_lets_the_next_one_start(queue):
     queue.start()
     queue.hold("beside")
     assert begun(queue, "beside")

@@ -1,7 +1,7 @@
-"""The way of a task, as ``docs/design.rst`` shows it, is what happens; and it is not longer than it may be.
+"""The way of a task: ``docs/design.rst`` lists the true steps, and there are not too many.
 
-A step is a call from one of our functions into another that carries the task on. All other functions of
-ours that are called meanwhile only compute, check or tell; the page names them.
+A step is a call from one function of TaskX into another that carries the task on. All other functions
+that are called on the way only compute, check or tell; the page names them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _STEP = re.compile(r"^\d+\. ``([\w.]+)`` → ``([\w.]+)`` \(``([\w/.]+)``\)", re
 
 
 class Page:
-    """What the page says of the way."""
+    """The steps and helpers that the page lists."""
 
     def __init__(self) -> None:
         section = PAGE.read_text("utf-8").split("The way of a task\n")[1].split("\nPauses\n")[0]
@@ -39,13 +39,13 @@ class Page:
 
 
 class Recorder:
-    """Notes which of our functions call which, as the profile function of some threads."""
+    """A profile function that notes the calls between functions of TaskX."""
 
     def __init__(self) -> None:
         self.names = _names()
-        #: Of which threads calls are noted.
+        #: The threads whose calls are noted.
         self.threads: set[int | None] = set()
-        #: Who called whom; what came of it, when it returns.
+        #: The calls: the caller, the called function, and its return value.
         self.calls: list[list[Any]] = []
         self._open: dict[FrameType, list[Any]] = {}
 
@@ -70,7 +70,7 @@ class Recorder:
 
 
 def _names() -> dict[CodeType, str]:
-    """Our functions, by their code: as ``function`` or ``Class.function``."""
+    """Return the names of TaskX's functions by their code: ``function`` or ``Class.function``."""
     names: dict[CodeType, str] = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] == "taskx":
@@ -97,7 +97,7 @@ def page():
 
 @pytest.fixture(scope="module")
 def way(tmp_path_factory):
-    """One plain submit from its call to its committed outcome: the calls of our functions."""
+    """Record the calls of one plain submit, from its call to its committed outcome."""
     path = tmp_path_factory.mktemp("way") / "tasks.db"
     queue = Queue(SQLiteRepository(path, durability="process"), Config(worker_num=1))
     recorder = Recorder()
@@ -113,10 +113,10 @@ def way(tmp_path_factory):
         queue.start()
     finally:
         threading.setprofile(None)
-    for _ in range(3):  # statements are compiled, and the file is looked at
+    for _ in range(3):  # compile the statements, and check the file
         queue.submit("fine").result(PATIENCE)
     pool = pool_of(queue)
-    # Nobody but this thread and the worker has a hand in it.
+    # Only this thread and the worker may take part.
     housekeeper_of(queue).tick = lambda: None
     eventually(lambda: pool.ahead._waiting and not services_of(queue).ledger)
     apply, left = queue.repository.apply, ["the outcome", "the record and the start"]
@@ -124,7 +124,7 @@ def way(tmp_path_factory):
     def commit(writes, **options):
         last = left.pop() == "the outcome"
         if last:
-            assert submitted.wait(PATIENCE)  # all that the other thread calls is noted
+            assert submitted.wait(PATIENCE)  # until all calls of the other thread are noted
         results = apply(writes, **options)
         if last:
             recorder.threads = set()
@@ -132,7 +132,7 @@ def way(tmp_path_factory):
         return results
 
     queue.repository.apply = commit
-    gc.disable()  # what the collector calls is no part of it
+    gc.disable()  # finalizers are no part of the way
     sys.setprofile(recorder)
     recorder.threads = {threading.get_ident(), *(thread.ident for thread in pool.threads)}
     try:
@@ -148,7 +148,7 @@ def way(tmp_path_factory):
 
 
 def steps(way, page):
-    """The calls of functions that are steps, but for those that came back with nothing."""
+    """Return the calls of functions that are steps, without calls that returned an empty list."""
     functions = {called for _, called, _ in [*page.there, *page.back]} | {""}
     return [
         (caller, called)
@@ -157,13 +157,13 @@ def steps(way, page):
     ]
 
 
-def test_it_is_what_the_page_says(way, page):
+def test_a_submit_takes_the_steps_that_the_design_page_lists(way, page):
     there = [(caller, called) for caller, called, _ in page.there]
     back = [(caller, called) for caller, called, _ in page.back]
     assert steps(way, page) == [*there, ("", ""), *back], str(way)
 
 
-def test_it_is_no_longer_than_it_may_be(page):
+def test_the_way_has_no_more_steps_and_files_than_allowed(page):
     assert 1 < len(page.there) <= MOST_STEPS
     assert 1 < len(page.back) <= MOST_STEPS_BACK
     files = {"queue.py", *(file for _, _, file in [*page.there, *page.back])}
@@ -176,10 +176,10 @@ def test_each_step_is_in_the_file_that_the_page_names(way, page):
         assert files[called] == OURS / file
 
 
-def test_whatever_else_is_called_on_the_way_is_named_there(way, page):
+def test_the_page_lists_every_helper_that_is_called_on_the_way(way, page):
     called = {called for _, called, _ in way.calls} - {""}
     named = {called for _, called, _ in [*page.there, *page.back]}
     helpers = called - named
     listed = ", ".join(f"``{name}``" for name in sorted(helpers))
     assert helpers <= page.helpers, listed
-    assert page.helpers <= set(way.names.values())  # none is named that is gone
+    assert page.helpers <= set(way.names.values())  # the page names no function that does not exist

@@ -1,4 +1,4 @@
-"""``ctx.closing``: a cancel wakes an executor that blocks on IO, whatever it blocks on."""
+"""``ctx.closing``: a cancel wakes an executor that blocks on any kind of IO."""
 
 from __future__ import annotations
 
@@ -20,18 +20,18 @@ from helpers import PATIENCE, eventually
 
 from taskx import ConfigurationError, MemoryRepository
 
-# Executors block here for real; each case says when it is about to.
+# Executors block here for real; each case calls ``about_to`` just before.
 
 
 @pytest.fixture
 def repository():
-    """Where the tasks are kept makes no difference here."""
+    """A repository in memory: the store makes no difference here."""
     return MemoryRepository()
 
 
 @contextmanager
 def silent_server():
-    """Accepts a connection and never says a word."""
+    """A server that accepts a connection and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         yield server.getsockname()[1]
 
@@ -87,7 +87,7 @@ def in_pipe(ctx, about_to):
 
 
 def in_shell(ctx, about_to):
-    """Run a program by a shell: the program holds the pipe, too."""
+    """Run a program in a shell: the program holds the pipe, too."""
     command, pipe = shlex.join(SLEEP) + "; echo", subprocess.PIPE
     with ctx.closing(subprocess.Popen(command, shell=True, stdout=pipe)) as process:
         about_to()
@@ -187,7 +187,7 @@ KINDS = {
     "abort": in_own(Aborts),
     "shutdown": in_own(ShutsDown),
 }
-#: Those that start a program.
+#: The cases that start a program.
 PROCESSES = ("communicate", "pipe of a process", "shell", "session", "wait for a process")
 
 
@@ -199,13 +199,13 @@ def kinds(*names):
 
 
 @pytest.mark.parametrize("kind", kinds(*KINDS))
-def test_cancel_wakes(queue, kind):
+def test_a_cancel_wakes_a_blocked_executor(queue, kind):
     blocked = threading.Event()
     queue.executor("block")(lambda ctx: KINDS[kind](ctx, blocked.set))
     queue.start()
     handle = queue.submit("block")
     assert blocked.wait(PATIENCE)
-    threading.Event().wait(0.1)  # now it blocks, unless the machine is very busy
+    threading.Event().wait(0.1)  # then it blocks, unless the machine is very busy
     began = time.monotonic()
     assert queue.cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
@@ -214,7 +214,7 @@ def test_cancel_wakes(queue, kind):
 
 
 @pytest.mark.parametrize("kind", kinds("recv", "communicate"))
-def test_deadline_wakes(queue, kind):
+def test_a_deadline_wakes_a_blocked_executor(queue, kind):
     queue.executor("block", timeout=0.1)(lambda ctx: KINDS[kind](ctx, lambda: None))
     queue.start()
     handle = queue.submit("block")
@@ -222,7 +222,7 @@ def test_deadline_wakes(queue, kind):
     assert handle.task().errors == 1
 
 
-def test_narrower_deadline_wakes(queue):
+def test_a_narrower_deadline_wakes_a_blocked_executor(queue):
     @queue.executor("block")
     def block(ctx):
         with pytest.raises(TimeoutError), ctx.timeout(0.05):
@@ -233,8 +233,8 @@ def test_narrower_deadline_wakes(queue):
     assert queue.submit("block").result(PATIENCE) == "goes on"
 
 
-def test_what_was_cut_off_is_not_taken_for_the_end(queue):
-    """``recv`` returns nothing when it is woken: the end of the block raises."""
+def test_code_after_an_interrupted_read_does_not_run(queue):
+    """``recv`` returns no data when it is woken: the end of the block raises."""
     reached = []
 
     @queue.executor("block")
@@ -275,7 +275,7 @@ def is_closed(connection):
     ],
 )
 def test_a_resource_is_closed_at_once_if_the_token_has_fired(queue, gate, make, is_over):
-    """Nobody else would close it, or end the program."""
+    """No other code would close it, or end the program."""
     made = []
 
     @queue.executor("block")
@@ -295,7 +295,7 @@ def test_a_resource_is_closed_at_once_if_the_token_has_fired(queue, gate, make, 
     assert is_over(made[0])
 
 
-def test_closed_at_the_end_and_left_alone_afterwards(queue):
+def test_a_resource_is_closed_at_the_end_of_the_block_and_not_woken_later(queue):
     made = []
 
     @queue.executor("block")
@@ -320,7 +320,7 @@ class OnlyCloses:
 
 
 class Session:
-    """As ``requests.Session``: its ``close`` wakes nobody."""
+    """A class like ``requests.Session``: its ``close`` wakes no thread."""
 
     def get(self, url):
         pass
@@ -329,7 +329,7 @@ class Session:
         pass
 
 
-def test_what_cannot_be_woken_is_refused(queue, tmp_path):
+def test_a_resource_that_cannot_be_woken_is_refused(queue, tmp_path):
     @queue.executor("block")
     def block(ctx):
         read, write = os.pipe()

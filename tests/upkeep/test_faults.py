@@ -1,4 +1,4 @@
-"""What may befall one host: a locked file, a full disk, damage, a wrong clock, floods of threads."""
+"""Faults of one host: a locked file, a full disk, damaged records, a wrong clock, too many threads."""
 
 from __future__ import annotations
 
@@ -39,15 +39,15 @@ from taskx.upkeep.node import Lifetime, LocalNode
 
 @pytest.fixture
 def repository(database):
-    """These faults are a file's."""
+    """An SQLite file, as these faults happen to files."""
     with SpySQLite(database) as made:
         yield made
 
 
 def all_workers_live(queue):
-    """As many tasks as there are workers meet in one place."""
-    line = threading.Barrier(queue.config.worker_num)
-    queue.executor("meet")(lambda: line.wait(PATIENCE) * 0)
+    """Check that as many tasks as there are workers run at the same time."""
+    barrier = threading.Barrier(queue.config.worker_num)
+    queue.executor("meet")(lambda: barrier.wait(PATIENCE) * 0)
     for handle in [queue.submit("meet") for _ in range(queue.config.worker_num)]:
         assert handle.result(PATIENCE) == 0
 
@@ -67,7 +67,7 @@ LOCKER = """
 
 
 class Locker:
-    """Another process that locks the file for as long as it is told."""
+    """Another process that locks the file until it is told to open it."""
 
     def __init__(self, child):
         self._child = child
@@ -88,22 +88,24 @@ def locker(spawn, database):
 
 @pytest.fixture
 def impatient(database):
-    """A repository that waits for no lock longer than a moment; ask for it before ``make_queue``."""
+    """A repository that waits only a moment for a lock; request it before ``make_queue``."""
     with SQLiteRepository(database, busy_timeout=0.2) as made:
         yield made
 
 
 @pytest.fixture
 def patient(database):
-    """A repository that waits for locks longer than any test."""
+    """A repository that waits longer for a lock than any test lasts."""
     with SQLiteRepository(database, busy_timeout=600) as made:
         yield made
 
 
 class TestLocked:
     @pytest.mark.slow
-    def test_a_lock_for_seconds_is_waited_for(self, patient, make_queue, locker, gate):
-        """Nothing is refused, and what runs meanwhile ends as it would."""
+    def test_tasks_wait_while_the_file_is_locked_for_seconds(
+        self, patient, make_queue, locker, gate
+    ):
+        """No submit is refused, and running tasks end normally."""
         queue = make_queue(patient, worker_num=2)
         queue.executor("hold")(lambda n: (gate(), n)[1])
         queue.start()
@@ -122,8 +124,10 @@ class TestLocked:
         all_workers_live(queue)
 
     @pytest.mark.slow
-    def test_a_lock_that_lasts_too_long(self, impatient, make_queue, clock, locker, gate):
-        """Submits are refused and leave nothing; outcomes, time-outs and workers outlive it."""
+    def test_submits_are_refused_while_the_file_is_locked_too_long(
+        self, impatient, make_queue, clock, locker, gate
+    ):
+        """Refused submits store nothing; outcomes, time-outs and workers survive the lock."""
         queue = make_queue(impatient, worker_num=2, clock=clock)
         begun, timed_out = threading.Event(), threading.Event()
 
@@ -148,9 +152,7 @@ class TestLocked:
         assert timed_out.wait(PATIENCE)
         gate.open()
         eventually(lambda: len(services_of(queue).ledger._waiting) >= 2)
-        threading.Event().wait(
-            1
-        )  # blocks on purpose: several times as long as is waited for a lock
+        threading.Event().wait(1)  # blocks on purpose: several times the busy timeout
         assert {task.status for task in queue.list_tasks()[0]} == {"running", "pending"}
         locker.open()
         assert [held.result(PATIENCE), waiting.result(PATIENCE)] == [7, 8]
@@ -160,8 +162,10 @@ class TestLocked:
         all_workers_live(queue)
 
     @pytest.mark.slow
-    def test_stop_ends_by_its_timeout(self, patient, make_queue, locker, gate):
-        """And what it could not write then is written when the lock is given up."""
+    def test_stop_ends_by_its_timeout_while_the_file_is_locked(
+        self, patient, make_queue, locker, gate
+    ):
+        """Outcomes that it could not write then are written when the file is unlocked."""
         queue = make_queue(patient, worker_num=1)
         queue.executor("hold")(lambda: (gate(), "done")[1])
         queue.start()
@@ -171,7 +175,7 @@ class TestLocked:
         gate.open()
         began = time.monotonic()
         still = queue.stop(timeout=0.5)
-        assert time.monotonic() - began < 15  # where a write waits 600 s
+        assert time.monotonic() - began < 15  # although a write waits 600 s
         assert running.id in still
         locker.open()
         assert running.result(PATIENCE) == "done"
@@ -180,8 +184,10 @@ class TestLocked:
         assert (task.status, task.owner, task.errors) == (TaskStatus.PENDING, "", 0)
 
     @pytest.mark.slow
-    def test_what_a_stop_could_not_hand_back_is_taken(self, impatient, make_queue, locker, gate):
-        """A queue that stopped is a dead node even if it could not say so, and its process lives."""
+    def test_another_queue_takes_the_tasks_that_a_stop_could_not_hand_back(
+        self, impatient, make_queue, locker, gate
+    ):
+        """A stopped queue is a dead node, even if it could not record that and its process lives."""
         queue = make_queue(impatient, worker_num=1)
         queue.executor("hold")(lambda: gate())
         queue.start()
@@ -249,8 +255,8 @@ FULL = """
 """
 
 
-def test_full_disk_at_submit_start_and_finish(spawn, database):
-    """A real refusal by the operating system: nothing accepted is lost, and it goes on by itself."""
+def test_a_full_disk_loses_no_accepted_task(spawn, database):
+    """The operating system refuses writes at submit, start and finish. The queue recovers by itself."""
     child = spawn(FULL, database)
     assert [child.read() for _ in range(4)] == ["refused: True"] * 3 + ["full"]
     threading.Event().wait(1)  # blocks on purpose: workers and housekeeper try, and fail
@@ -289,7 +295,7 @@ DAMAGE = [
 
 @pytest.fixture
 def damaged(database):
-    """Makes a file of five tasks, one of which has a value that TaskX did not write."""
+    """Return a function that makes a file of five tasks, one with a value that TaskX did not write."""
     made = SQLiteRepository(database)
 
     def make(column, value, more=""):
@@ -305,8 +311,8 @@ def damaged(database):
 
 
 @pytest.mark.parametrize(("column", "value"), DAMAGE, ids=repr)
-def test_damaged_record_fails_and_no_other(damaged, make_queue, column, value):
-    """Be it broken off, altered by hand, or no text: the rest are listed, and run."""
+def test_a_damaged_record_fails_and_the_others_run(damaged, make_queue, column, value):
+    """A value may be cut short, changed by hand, or not text: the other tasks are listed, and run."""
     queue = make_queue(damaged(column, value), worker_num=1)
     ran = []
     queue.executor("n")(lambda n: ran.append(n))
@@ -324,7 +330,9 @@ def test_damaged_record_fails_and_no_other(damaged, make_queue, column, value):
     ("column", "value", "more"),
     [("starts", "twice", ""), ("run_at", "2024-01-01", ", held = 1"), ("type", b"\xff", "")],
 )
-def test_damaged_record_that_cannot_start_holds_up_nobody(damaged, make_queue, column, value, more):
+def test_a_damaged_record_that_cannot_start_holds_up_no_other(
+    damaged, make_queue, column, value, more
+):
     queue = make_queue(damaged(column, value, more), worker_num=1)
     ran = []
     queue.executor("n")(lambda n: ran.append(n))
@@ -335,7 +343,7 @@ def test_damaged_record_that_cannot_start_holds_up_nobody(damaged, make_queue, c
     assert "damaged" in queue.repository.list(TaskFilter(status="pending"))[0].damage
 
 
-def test_damaged_record_of_a_dead_node_is_rescued_with_the_others(damaged, make_queue):
+def test_a_damaged_record_of_a_dead_node_is_rescued_with_the_others(damaged, make_queue):
     repository = damaged("errors", "none", ", status = 'running', owner = 'gone', starts = 1")
     with closing(sqlite3.connect(repository.path, isolation_level=None)) as other:
         other.execute("UPDATE tasks SET status = 'running', owner = 'gone' WHERE id = 'c'")
@@ -365,8 +373,8 @@ def test_damaged_record_of_a_dead_node_is_rescued_with_the_others(damaged, make_
         ("taskx.earlier_attempts", "[[1]]"),
     ],
 )
-def test_damaged_document_fails_and_no_other(make_queue, tmp_path, field, value):
-    """As a damaged record of a file does, where many hosts share a collection."""
+def test_a_damaged_document_fails_and_the_others_run(make_queue, tmp_path, field, value):
+    """A damaged document of MongoDB behaves like a damaged record of a file."""
     repository = MongoRepository(mongomock.MongoClient().db, run_folder=tmp_path)
     for name in "abcde":
         repository.create(Task(id=name, type="n", params={"n": name}))
@@ -391,8 +399,8 @@ def test_damaged_document_fails_and_no_other(make_queue, tmp_path, field, value)
 
 
 @pytest.mark.parametrize("hours", [1, -1])
-def test_clock_that_is_set_during_a_run(make_queue, database, hours):
-    """Nothing runs twice, no duration is odd, and what was due once stays due."""
+def test_a_clock_that_is_set_during_a_run_makes_no_task_run_twice(make_queue, database, hours):
+    """No duration is wrong, and a due task stays due."""
     clock = ManualClock()
     queue = make_queue(SpySQLite(database), clock=clock, worker_num=2, buffer_size=200)
     ran = []
@@ -421,11 +429,13 @@ def test_clock_that_is_set_during_a_run(make_queue, database, hours):
     queue.repository.close()
 
 
-def test_two_nodes_whose_clocks_are_two_hours_apart(make_queue, database, gate, monkeypatch):
-    """Neither takes the other for dead, or its tasks for undone."""
+def test_two_nodes_whose_clocks_differ_by_two_hours_work_together(
+    make_queue, database, gate, monkeypatch
+):
+    """Neither node believes that the other is dead, or that its tasks must run again."""
     monkeypatch.setattr(
         "taskx.upkeep.housekeeper.RECOVER_EVERY", 0.0
-    )  # each round looks for the dead
+    )  # each round checks for dead nodes
     here, there = ManualClock(), ManualClock()
     there.set_wall(here.now() + timedelta(hours=2))
     queues = [make_queue(SpySQLite(database), clock=clock, worker_num=2) for clock in (here, there)]
@@ -457,16 +467,16 @@ def test_two_nodes_whose_clocks_are_two_hours_apart(make_queue, database, gate, 
 # Threads
 
 
-def test_a_thousand_threads_submit_at_once(make_queue, database):
-    """Each is accepted or told why not, and what was accepted is what there is and what runs."""
+def test_a_thousand_threads_can_submit_at_once(make_queue, database):
+    """Each submit is accepted or refused with a reason. Exactly the accepted tasks are stored and run."""
     queue = make_queue(SQLiteRepository(database), worker_num=4, buffer_size=200)
     ran, accepted, rejected, other = [], [], [], []
     queue.executor("n")(lambda n: ran.append(n))
     queue.start()
-    line = threading.Barrier(1000)
+    barrier = threading.Barrier(1000)
 
     def submit(n):
-        line.wait(3 * PATIENCE)
+        barrier.wait(3 * PATIENCE)
         try:
             accepted.append(queue.submit("n", {"n": n}, id=f"t{n}").id)
         except QueueFull:
@@ -497,7 +507,7 @@ def test_a_thousand_threads_submit_at_once(make_queue, database):
 
 
 class Started(Hook):
-    """Counts the starts that it is told of."""
+    """Counts the starts of queues."""
 
     times = 0
 
@@ -511,10 +521,10 @@ def own_threads():
 
 @pytest.mark.parametrize("error", [RuntimeError("can't start new thread"), KeyboardInterrupt()])
 @pytest.mark.parametrize("number", [1, 3, 4], ids=["worker", "last worker", "housekeeper"])
-def test_a_start_without_threads_for_it_leaves_nothing_started(
+def test_a_start_that_cannot_start_its_threads_leaves_nothing_started(
     make_queue, monkeypatch, number, error
 ):
-    """No task was run by then, though one waits; and it can be tried again."""
+    """No task has run, although one waits. The queue can be started again."""
     ran, hook = [], Started()
     queue = make_queue(worker_num=3, hooks=[hook])
     queue.executor("note")(lambda: ran.append(1))
@@ -543,7 +553,7 @@ def test_a_start_without_threads_for_it_leaves_nothing_started(
     assert queue.stop(PATIENCE) == []
 
 
-def test_what_was_submitted_to_a_start_that_failed_is_run_by_the_next(make_queue, monkeypatch):
+def test_a_task_submitted_during_a_failed_start_runs_after_the_next_start(make_queue, monkeypatch):
     queue, handles = make_queue(worker_num=1), []
     queue.executor("fine")(lambda: "fine")
 
@@ -559,7 +569,7 @@ def test_what_was_submitted_to_a_start_that_failed_is_run_by_the_next(make_queue
     assert handles[0].result(PATIENCE) == "fine"
 
 
-def test_a_start_that_is_interrupted_as_it_is_done_is_done_by_the_next(make_queue, monkeypatch):
+def test_a_second_start_completes_one_that_was_interrupted_at_its_end(make_queue, monkeypatch):
     queue = make_queue(worker_num=1)
     queue.executor("fine")(lambda: "fine")
 
@@ -574,10 +584,10 @@ def test_a_start_that_is_interrupted_as_it_is_done_is_done_by_the_next(make_queu
     assert queue.submit("fine").result(PATIENCE) == "fine"
 
 
-def test_what_is_due_after_a_start_that_was_interrupted_is_run_by_the_next(
+def test_a_delayed_task_runs_after_an_interrupted_start_and_a_second_one(
     make_queue, clock, monkeypatch
 ):
-    """The next housekeeper does not know what the first one had seen."""
+    """The second housekeeper does not know what the first one has read."""
     queue = make_queue(worker_num=1, clock=clock)
     queue.executor("fine")(lambda: "fine")
     waiting = queue.submit("fine", delay=60)
@@ -595,8 +605,8 @@ def test_what_is_due_after_a_start_that_was_interrupted_is_run_by_the_next(
     assert waiting.result(PATIENCE) == "fine"
 
 
-def test_what_is_due_is_looked_at_again_where_the_repository_failed(make_queue, monkeypatch):
-    """Nothing else tells of it, in a process that is alone."""
+def test_due_tasks_are_read_again_after_the_repository_failed(make_queue, monkeypatch):
+    """In a process that is alone, no event would report them."""
     queue = make_queue(worker_num=1)
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -650,7 +660,7 @@ LEAKS = """
     def left():
         deadline = time.monotonic() + 10
         while threading.active_count() > 1 and time.monotonic() < deadline:
-            time.sleep(0.01)  # those that end when there is nothing left to do  # blocks on purpose
+            time.sleep(0.01)  # until idle threads have ended  # blocks on purpose
         return threading.active_count(), len(os.listdir("/dev/fd"))
 
     cycle()
@@ -663,7 +673,7 @@ LEAKS = """
 
 @pytest.mark.slow
 def test_starting_and_stopping_again_and_again_leaks_nothing(database, spawn):
-    """No thread, and no open file more than after the first time: in a process that does nothing else."""
+    """A process that does nothing else has no more threads or open files than after the first cycle."""
     child = spawn(LEAKS, database)
     first = child.read()
     assert first.startswith("(1, ")

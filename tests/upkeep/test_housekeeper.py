@@ -1,4 +1,4 @@
-"""The housekeeper: however much there is of one duty, the others are done in time."""
+"""The housekeeper: if one duty has much to do, the others are still done in time."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ MANY = 3000
 
 @pytest.fixture
 def hurried(monkeypatch):
-    """No duty has any time: it does one step in each round."""
+    """Give the duties no time: each does one step in each round."""
     monkeypatch.setattr("taskx.upkeep.housekeeper.PATIENCE", 0.0)
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_cancel_does_not_wait_for_all_that_is_due(
+def test_a_cancel_does_not_wait_for_all_due_tasks(
     hurried, monkeypatch, make_queue, repository, clock
 ):
     monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 1)
@@ -70,9 +70,7 @@ def is_release(write):
     return isinstance(write, Update) and write.guard.get("held") == UNTIL_DUE
 
 
-def test_all_that_is_due_is_released_though_each_round_releases_a_part(
-    hurried, monkeypatch, make_queue, clock
-):
+def test_all_due_tasks_are_released_over_several_rounds(hurried, monkeypatch, make_queue, clock):
     monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
     queue = make_queue(worker_num=2, clock=clock, buffer_size=200)
     queue.executor("t")(lambda: None)
@@ -95,8 +93,8 @@ def test_a_round_does_a_step_of_each_burst(hurried, monkeypatch, make_queue, clo
         queue.schedule(f"s{n}", every(60), "remote")
     queue.start()
     housekeeper = housekeeper_of(queue)
-    looks, tick, rounds = housekeeper._ticker, housekeeper.tick, []
-    eventually(lambda: looks._refresh_at and not looks.waiting)
+    ticker, tick, rounds = housekeeper._ticker, housekeeper.tick, []
+    eventually(lambda: ticker._refresh_at and not ticker.waiting)
     batches = queue.repository.batches
 
     def watched():
@@ -116,7 +114,7 @@ def test_a_round_does_a_step_of_each_burst(hurried, monkeypatch, make_queue, clo
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_very_many_that_another_node_releases_are_left_to_it_for_a_while(
+def test_due_tasks_that_another_node_releases_are_left_to_it_for_a_while(
     monkeypatch, make_queue, look_every, repository, clock
 ):
     monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
@@ -140,7 +138,7 @@ def test_very_many_that_another_node_releases_are_left_to_it_for_a_while(
     for _ in range(3):
         whole_round(queue)
     assert tried == [10]
-    repository.before = lambda writes: None  # that one has died
+    repository.before = lambda writes: None  # the other node has died
     housekeeper_of(queue)._release_at = 0.0
     services_of(queue).agenda.wake()
     eventually(lambda: len(repository.ready(["remote"], 1000)) == 105)
@@ -151,7 +149,7 @@ def test_very_many_that_another_node_releases_are_left_to_it_for_a_while(
 
 @pytest.fixture
 def dead(database):
-    """Makes a node that has died, with tasks in its buffer."""
+    """Return a function that makes a dead node with tasks in its buffer."""
     with SQLiteRepository(database) as store:
 
         def make(tasks):
@@ -170,23 +168,23 @@ def waiting(task_id):
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_the_buffer_of_a_dead_node_is_given_up_in_parts(in_batches, make_queue, repository, dead):
+def test_the_buffer_of_a_dead_node_is_freed_in_parts(in_batches, make_queue, repository, dead):
     in_batches(recovery=10)
     queue = make_queue()
     queue.declare("remote")
     dead([waiting(f"{n:03}") for n in range(35)])
-    looks = queue_recovery(queue)
-    assert looks.recover(0.0) == 10
-    assert looks.waiting
+    recovery = queue_recovery(queue)
+    assert recovery.recover(0.0) == 10
+    assert recovery.waiting
     assert [node.id for node in repository.liveness.nodes()] == ["dead"]  # until nothing is left
-    assert [looks.go_on(0.0) for _ in range(3)] == [10, 10, 5]
-    assert not looks.waiting
+    assert [recovery.go_on(0.0) for _ in range(3)] == [10, 10, 5]
+    assert not recovery.waiting
     assert repository.liveness.nodes() == []
     assert (owners(repository), len(repository.ready(["remote"], 100))) == ([], 35)
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_a_task_of_a_dead_node_that_cannot_be_given_up_does_not_hold_up_the_others(
+def test_a_task_of_a_dead_node_that_cannot_be_freed_holds_up_no_other(
     monkeypatch, in_batches, make_queue, repository, dead
 ):
     in_batches(recovery=2)
@@ -206,9 +204,7 @@ def test_a_task_of_a_dead_node_that_cannot_be_given_up_does_not_hold_up_the_othe
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_all_that_a_dead_node_ran_is_taken_back_however_much_that_is(
-    in_batches, make_queue, repository, dead
-):
+def test_all_tasks_of_a_dead_node_are_taken_back(in_batches, make_queue, repository, dead):
     in_batches(recovery=2)
     queue = make_queue()
     queue.declare("remote")
@@ -222,18 +218,18 @@ def test_all_that_a_dead_node_ran_is_taken_back_however_much_that_is(
 
 
 class TestAudit:
-    """A node looks for tasks of its own that it lost track of."""
+    """The audit: a node finds its own tasks that it lost track of."""
 
     @pytest.fixture
     def audits(self, busy, monkeypatch):
-        """Audits a queue whose only worker is busy, two tasks in its buffer at a time."""
+        """A queue whose only worker is busy, and an audit of two buffered tasks at a time."""
         monkeypatch.setattr(audit, "AUDITED", 2)
         queue = busy(buffer_size=100)
         monkeypatch.setattr(housekeeper_of(queue)._audit, "check", lambda: None)
         return queue, audit.Audit(pool_of(queue))
 
     @pytest.mark.every_store
-    def test_it_reads_no_more_of_a_large_buffer_than_is_next_in_line(self, audits, monkeypatch):
+    def test_an_audit_reads_only_the_next_tasks_of_a_large_buffer(self, audits, monkeypatch):
         queue, mine = audits
         queue.submit_many([Task(type="note") for _ in range(20)])
         read, find, this = {}, queue.repository.find, threading.get_ident()
@@ -248,7 +244,7 @@ class TestAudit:
         mine.check()
         assert read == {"running_on": 1, "buffered_on": 2}
 
-    def test_a_lost_task_is_found_when_it_is_next_in_line(self, audits, gate):
+    def test_a_lost_task_is_found_when_it_is_among_the_next_ones(self, audits, gate):
         queue, mine = audits
         handles = [queue.submit("note", {"n": n}) for n in range(5)]
         pool_of(queue).buffer.discard([handles[4].id])
@@ -264,7 +260,7 @@ class TestAudit:
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_a_started_queue_gives_up_all_that_a_dead_node_had(
+def test_a_started_queue_frees_all_tasks_of_a_dead_node(
     hurried, in_batches, make_queue, repository, dead
 ):
     in_batches(recovery=10)
@@ -284,15 +280,15 @@ def queue_recovery(queue):
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
 @pytest.mark.parametrize(
-    ("crashes", "cancelled", "says"),
+    ("crashes", "cancelled", "consequence"),
     [
         (0, False, "it runs again"),
         (0, True, "it is cancelled, as requested"),
         (2, False, "it has failed and is a dead letter"),
     ],
 )
-def test_the_log_says_what_becomes_of_a_task_whose_process_died(
-    make_queue, repository, dead, caplog, crashes, cancelled, says
+def test_the_log_says_what_happens_to_a_task_whose_process_died(
+    make_queue, repository, dead, caplog, crashes, cancelled, consequence
 ):
     insert = waiting("victim")
     insert.row["crashes"] = crashes
@@ -300,33 +296,35 @@ def test_the_log_says_what_becomes_of_a_task_whose_process_died(
     start = Update("victim", {}, ran)
     dead([insert, start, *(lifecycle.cancel("victim", 2000) if cancelled else ())])
     queue_recovery(make_queue()).recover()
-    [line] = [r.getMessage() for r in caplog.records if "which died" in r.getMessage()]
-    assert line == f"task victim was running on the dead one, which died: {says}"
+    [message] = [r.getMessage() for r in caplog.records if "which died" in r.getMessage()]
+    assert message == f"task victim was running on the dead one, which died: {consequence}"
 
 
 # Turns and parents
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_lines_that_stand_still_are_moved_in_parts(monkeypatch, in_batches, make_queue, repository):
+def test_stalled_queues_of_concurrency_keys_are_advanced_in_parts(
+    monkeypatch, in_batches, make_queue, repository
+):
     in_batches(turns=10)
     queue = make_queue()
     queue.declare("remote")
-    lines = services_of(queue).turns
-    monkeypatch.setattr(lines, "advance", lambda keys: None)  # whoever stored them died then
+    turns = services_of(queue).turns
+    monkeypatch.setattr(turns, "advance", lambda keys: None)  # as if the submitter died at once
     for n in range(35):
         queue.submit("remote", concurrency_key=f"key {n:02}")
-    lines.scan_all_soon()
+    turns.scan_all_soon()
     moved = []
-    while lines.waiting:
-        lines.process(0.0)
+    while turns.waiting:
+        turns.process(0.0)
         moved.append(len(repository.ready(["remote"], 100)))
     assert moved == [10, 20, 30, 35, 35]
-    assert not lines.overdue()
+    assert not turns.overdue()
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_line_that_stands_still_is_found_behind_many_that_move(
+def test_a_stalled_concurrency_key_is_found_behind_many_that_move(
     in_batches, make_queue, repository
 ):
     in_batches(turns=10)
@@ -335,11 +333,11 @@ def test_a_line_that_stands_still_is_found_behind_many_that_move(
     for n in range(35):
         for _ in range(2):
             queue.submit("remote", concurrency_key=f"key {n:02}")
-    lines = services_of(queue).turns
-    assert not lines.overdue()
+    turns = services_of(queue).turns
+    assert not turns.overdue()
     last = repository.ready(["remote"], 100)[-1].id
-    assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by one that died then
-    assert lines.overdue()
+    assert any(repository.apply(lifecycle.cancel(last, 2000)))  # as by a process that died then
+    assert turns.overdue()
     for _ in range(5):
-        lines.scan_some()
-    assert not lines.overdue()
+        turns.scan_some()
+    assert not turns.overdue()

@@ -1,4 +1,4 @@
-"""What one process commits wakes the others: here nobody polls."""
+"""Wake-ups: a commit of one process wakes the others; in these tests no node polls."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ NEVER = 3600.0
 
 
 @pytest.fixture
-def nobody_polls(monkeypatch, look_every):
+def no_polling(monkeypatch, look_every):
     look_every(poll=NEVER, recover=NEVER, audit=NEVER, handles=NEVER)
     monkeypatch.setattr(watcher, "_POLL", NEVER)
 
 
 @pytest.fixture
-def always_looked_up(monkeypatch):
+def pipes_always_listed(monkeypatch):
     monkeypatch.setattr("taskx.storage.sqlite.wakeups.SCAN_EVERY", 0.0)
 
 
@@ -48,8 +48,8 @@ def repository(database):
 
 
 @pytest.fixture
-def elsewhere(database, always_looked_up):
-    """A queue that is not started, as another process has it."""
+def elsewhere(database, pipes_always_listed):
+    """A queue that is not started, on a second connection as in another process."""
     with SQLiteRepository(database) as made:
         queue = Queue(made)
         yield queue
@@ -57,8 +57,8 @@ def elsewhere(database, always_looked_up):
 
 
 @pytest.fixture
-def listens(make_queue, nobody_polls):
-    """Makes a queue that runs and hears the others, with nothing left to do."""
+def listens(make_queue, no_polling):
+    """Return a function that makes a started queue which hears the others and has nothing to do."""
 
     def make(register=lambda queue: None, **config):
         queue = make_queue(**config)
@@ -81,15 +81,15 @@ def test_a_task_that_another_process_submits_starts_at_once(listens, elsewhere):
         ran.clear()
 
 
-def test_what_another_process_submits_after_its_pause_does_not_start(listens, elsewhere):
-    """Nobody told this node of the pause: it looks for pauses before it fetches."""
+def test_a_task_that_another_process_submits_after_its_pause_does_not_start(listens, elsewhere):
+    """No event told this node of the pause: it reads the pauses before it fetches."""
     began = []
 
     def register(queue):
         for kind in ("paused", "other"):
             queue.executor(kind)(lambda kind=kind: began.append(kind))
 
-    queue = listens(register, worker_num=1)  # which takes one after the other
+    queue = listens(register, worker_num=1)  # one worker runs the tasks in order
     elsewhere.declare("paused")
     elsewhere.declare("other")
     elsewhere.pause("paused")
@@ -117,7 +117,7 @@ def test_a_cancel_by_another_process_fires_the_token_at_once(listens, elsewhere)
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_an_outcome_in_another_process_ends_a_wait_at_once(
-    listens, elsewhere, always_looked_up, fails
+    listens, elsewhere, pipes_always_listed, fails
 ):
     going_on = threading.Event()
 
@@ -137,7 +137,7 @@ def test_an_outcome_in_another_process_ends_a_wait_at_once(
         assert waits() == 7
 
 
-def test_a_process_that_waits_again_hears_again(listens, elsewhere, always_looked_up):
+def test_a_process_can_wait_for_one_result_after_another(listens, elsewhere, pipes_always_listed):
     listens(lambda queue: queue.executor("t")(lambda n: n))
     elsewhere.declare("t")
     assert [elsewhere.submit("t", {"n": n}).result(PATIENCE) for n in range(10)] == [*range(10)]
@@ -152,7 +152,7 @@ def test_a_node_that_hears_nothing_polls(make_queue, elsewhere, monkeypatch):
         assert elsewhere.submit("t").result(PATIENCE) == "fine"
 
 
-def test_a_repository_that_fails_to_listen_costs_no_more_than_a_poll(
+def test_a_queue_polls_if_the_repository_fails_to_listen(
     make_queue, elsewhere, monkeypatch, caplog
 ):
     monkeypatch.setattr(SQLiteRepository, "listen", lambda self, news: 1 // 0)
@@ -165,9 +165,7 @@ def test_a_repository_that_fails_to_listen_costs_no_more_than_a_poll(
     assert "gets no wake-ups" in caplog.text
 
 
-def test_a_listener_that_fails_costs_no_more_than_a_poll(
-    make_queue, elsewhere, monkeypatch, caplog
-):
+def test_a_queue_polls_if_its_listener_fails(make_queue, elsewhere, monkeypatch, caplog):
     failed = threading.Event()
 
     def fails(self, timeout=None):
@@ -203,7 +201,7 @@ def test_closing_a_queue_that_waited_removes_its_pipe(elsewhere, listens, databa
     assert [*database.with_name("tasks.db-nodes").glob("*.pipe")] == []
 
 
-def test_a_start_that_fails_listens_to_nobody(make_queue, monkeypatch, database):
+def test_a_start_that_fails_leaves_no_listener(make_queue, monkeypatch, database):
     queue = make_queue()
     monkeypatch.setattr(Lifetime, "_publish", lambda self, node: False)
     with pytest.raises(QueueStopped, match="while it started"):
@@ -212,12 +210,12 @@ def test_a_start_that_fails_listens_to_nobody(make_queue, monkeypatch, database)
     assert [*database.with_name("tasks.db-nodes").glob("*.pipe")] == []
 
 
-# --- how often it wakes the housekeeper
+# --- rests between fetches
 
 
 @pytest.fixture
 def spent(monkeypatch):
-    """A rest, and the clocks that it reads: a call lets time pass, and uses some of the processor's."""
+    """A rest with its clocks: a call lets time pass, and uses processor time."""
     now = SimpleNamespace(wall=100.0, used=5.0)
     clock = SimpleNamespace(monotonic=lambda: now.wall, thread_time=lambda: now.used)
     monkeypatch.setattr(bell, "time", clock)
@@ -231,7 +229,7 @@ def spent(monkeypatch):
 
 
 def rests(spent, used):
-    """Return the rests after looks in vain that each use so much processor time."""
+    """Return the rests after fetches in vain that each use ``used`` seconds of processor time."""
     seconds = []
     for _ in range(6):
         spent(0.01, used)
@@ -243,17 +241,17 @@ def rests(spent, used):
 @pytest.mark.parametrize(
     ("used", "expected"),
     [
-        pytest.param(0.0002, [2, 4, 8, 10, 10, 10], id="until it is fifty times what they cost"),
-        pytest.param(0.0, [2] * 6, id="that cost nothing"),
-        pytest.param(0.5, [2, 4, 8, 16, 32, 60], id="dear ones: until a poll comes"),
+        pytest.param(0.0002, [2, 4, 8, 10, 10, 10], id="until the rest is fifty times the cost"),
+        pytest.param(0.0, [2] * 6, id="fetches that cost nothing"),
+        pytest.param(0.5, [2, 4, 8, 16, 32, 60], id="expensive fetches: until the next poll"),
     ],
 )
-def test_looks_in_vain_come_less_and_less_often(spent, used, expected):
+def test_fetches_in_vain_come_less_and_less_often(spent, used, expected):
     assert spent.rest.seconds == 0
     assert rests(spent, used) == [pytest.approx(milliseconds / 1000) for milliseconds in expected]
 
 
-def test_after_a_look_that_brought_something_there_is_no_rest(spent):
+def test_after_a_fetch_that_found_a_task_there_is_no_rest(spent):
     rests(spent, 0.0002)
     spent(used=0.0002)
     spent.rest.after(vain=False)
@@ -274,7 +272,7 @@ def test_after_a_second_of_quiet_there_is_no_rest(spent):
 
 
 class Told(Listener):
-    """Is told what a test says, one after the other; then its thread ends."""
+    """A listener that hears the given news, one after another, and then ends its thread."""
 
     def __init__(self, listening, *news):
         self._listening, self._news = listening, list(news)
@@ -293,17 +291,20 @@ class Told(Listener):
 
 @pytest.fixture
 def heard(monkeypatch):
-    """Has a thread hear some news; returns what it did in order, and the time-outs of its waits."""
+    """Return a function that lets a thread hear some news.
+
+    It returns the thread's actions in order, and the time-outs of its waits.
+    """
 
     def heard(*news, brings):
         fetcher, done = SimpleNamespace(fetched=0), []
         thread = listening.Listening(SimpleNamespace(fetcher=fetcher))
 
-        def look(news):
+        def process(news):
             done.append(news)
             fetcher.fetched += brings
 
-        monkeypatch.setattr(thread, "_process", look)
+        monkeypatch.setattr(thread, "_process", process)
         monkeypatch.setattr(bell, "_QUIET", NEVER)
         monkeypatch.setattr(
             listening, "time", SimpleNamespace(sleep=lambda _: done.append("rests"))
@@ -315,22 +316,22 @@ def heard(monkeypatch):
     return heard
 
 
-def test_while_looks_bring_something_each_news_is_looked_at_at_once(heard):
+def test_news_is_processed_at_once_while_fetches_find_tasks(heard):
     done, timeouts = heard("f", "c", brings=True)
     assert done == ["f", "rests", "c", "rests"]
     assert timeouts == [None] * 3
 
 
-def test_after_a_look_in_vain_it_rests_before_the_next_one(heard):
-    """Then others had their turn, and what was told meanwhile is looked at together."""
+def test_after_a_fetch_in_vain_the_listener_rests_before_the_next_one(heard):
+    """In the meantime other nodes had a chance. All news of that time is processed together."""
     done, timeouts = heard("f", "f", "c", brings=False)
     assert done == ["f", "rests", "rests", "fc", "rests"]
     assert timeouts == [None, None, 0, None]
 
 
 @pytest.fixture
-def looks(busy, nobody_polls, monkeypatch):
-    """The looks of a queue whose worker is busy, each with the news that it is told first."""
+def process(busy, no_polling, monkeypatch):
+    """Return a function that processes news in a queue with a busy worker, and returns its actions."""
     queue = busy()
     eventually(lambda: services_of(queue).agenda._asleep_long)
     pool, seen = pool_of(queue), []
@@ -339,44 +340,44 @@ def looks(busy, nobody_polls, monkeypatch):
     monkeypatch.setattr(services_of(queue).agenda, "wake", lambda: seen.append("wake"))
     queue.free = True
 
-    def looks(news):
+    def process(news):
         seen.clear()
         listening.Listening(pool)._process(news)
         return seen
 
-    looks.queue = queue
-    return looks
+    process.queue = queue
+    return process
 
 
-def test_it_looks_for_what_it_heard_of(looks):
-    assert looks(2 * FREED) == ["refill"]
-    assert looks(CANCEL_REQUESTED) == ["cancels"]
-    assert looks(FREED + CANCEL_REQUESTED) == ["cancels", "refill"]
-    assert looks("\n?") == []
+def test_the_listener_reacts_to_the_kind_of_news(process):
+    assert process(2 * FREED) == ["refill"]
+    assert process(CANCEL_REQUESTED) == ["cancels"]
+    assert process(FREED + CANCEL_REQUESTED) == ["cancels", "refill"]
+    assert process("\n?") == []
 
 
-def test_without_room_in_the_buffer_nobody_looks_for_tasks(looks, monkeypatch):
-    monkeypatch.setattr(pool_of(looks.queue).buffer, "room_to_fetch", lambda: 0)
-    assert looks(FREED) == []
+def test_without_room_in_the_buffer_the_listener_fetches_nothing(process, monkeypatch):
+    monkeypatch.setattr(pool_of(process.queue).buffer, "room_to_fetch", lambda: 0)
+    assert process(FREED) == []
 
 
-def test_with_nothing_running_nobody_looks_for_cancels(looks, monkeypatch):
-    monkeypatch.setattr(pool_of(looks.queue), "runs", {})
-    assert looks(CANCEL_REQUESTED) == []
+def test_with_no_running_task_the_listener_ignores_cancels(process, monkeypatch):
+    monkeypatch.setattr(pool_of(process.queue), "runs", {})
+    assert process(CANCEL_REQUESTED) == []
 
 
-def test_while_another_thread_fetches_it_is_left_to_the_housekeeper(looks):
-    looks.queue.free = False
-    assert looks(FREED) == ["refill", "wake"]
-    assert services_of(looks.queue).agenda.more_stored
+def test_the_housekeeper_fetches_if_another_thread_is_fetching(process):
+    process.queue.free = False
+    assert process(FREED) == ["refill", "wake"]
+    assert services_of(process.queue).agenda.more_stored
 
 
-def test_what_fails_is_left_to_the_housekeeper(looks, monkeypatch):
+def test_the_housekeeper_retries_a_fetch_that_failed(process, monkeypatch):
     def fails():
         raise RepositoryUnavailable("down")
 
-    monkeypatch.setattr(pool_of(looks.queue).fetcher, "refill", fails)
-    assert looks(FREED) == ["wake"]
+    monkeypatch.setattr(pool_of(process.queue).fetcher, "refill", fails)
+    assert process(FREED) == ["wake"]
 
 
 # --- two processes
@@ -388,7 +389,7 @@ from taskx.storage.sqlite import wakeups
 from taskx.upkeep import housekeeper
 
 wakeups.SCAN_EVERY = 0.0
-housekeeper.POLL = housekeeper.RECOVER_EVERY = housekeeper.AUDIT_EVERY = 3600.0  # it polls for nothing
+housekeeper.POLL = housekeeper.RECOVER_EVERY = housekeeper.AUDIT_EVERY = 3600.0  # no polling
 queue = Queue(SQLiteRepository(sys.argv[1]))
 queue.executor("fine")(lambda n: n)
 
@@ -408,7 +409,7 @@ with queue:
 
 @pytest.mark.process
 def test_two_processes_wake_each_other(spawn, elsewhere, database, monkeypatch, look_every):
-    """A submit, a cancel and the outcomes."""
+    """They do so for a submit, a cancel and outcomes."""
     look_every(handles=NEVER)
     monkeypatch.setattr(watcher, "_POLL", NEVER)
     child = spawn(RUNS, database)
@@ -425,7 +426,7 @@ def test_two_processes_wake_each_other(spawn, elsewhere, database, monkeypatch, 
 
 
 @pytest.mark.process
-def test_a_process_that_is_killed_keeps_nobody_from_waking_the_others(spawn, elsewhere, database):
+def test_a_killed_process_does_not_prevent_wake_ups_of_others(spawn, elsewhere, database):
     killed = spawn(RUNS, database)
     assert killed.read() == "ready"
     killed.kill()

@@ -1,4 +1,4 @@
-"""A SQLite file that is moved, deleted or replaced under a queue: it says so, and takes nothing in."""
+"""An SQLite file that is moved, deleted or replaced under a queue: it reports that and stores nothing."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from taskx.upkeep import housekeeper
 
 @pytest.fixture
 def repository(database):
-    """What queues are made on that are given no other; here all are."""
+    """The default repository of ``make_queue``: a file."""
     with SQLiteRepository(database) as repository:
         yield repository
 
@@ -49,7 +49,7 @@ def loss(request):
 
 
 def refused(queue, words):
-    """Every way in refuses, and says what happened and that nothing was stored."""
+    """Check that every call that stores something fails, and says why and that nothing was stored."""
     ways = {
         "submit": lambda: queue.submit("fine", id="refused"),
         "delayed": lambda: queue.submit("fine", id="refused", delay=0.01),
@@ -78,22 +78,22 @@ def held(make_queue, database, gate):
     the_file = database.with_name("the-file")
     os.link(database, the_file)
     yield queue
-    os.replace(the_file, database)  # else it would wait for it at its end
+    os.replace(the_file, database)  # otherwise the queue would wait for its file when it stops
 
 
-def test_a_queue_whose_file_is_gone_is_not_healthy_and_refuses(held, database, loss):
+def test_a_queue_whose_file_is_gone_is_not_healthy_and_refuses_every_call(held, database, loss):
     assert held.healthy
     lose, words = loss
     lose(database)
     assert not held.healthy
     refused(held, words)
-    for look in (held.list_tasks, lambda: held.get_task_status("held"), lambda: held.paused):
+    for read in (held.list_tasks, lambda: held.get_task_status("held"), lambda: held.paused):
         with pytest.raises(RepositoryUnavailable, match=words):
-            look()
+            read()
 
 
 @pytest.mark.parametrize("lose", [move, replace])
-def test_the_task_that_ran_meanwhile_ends_well_when_the_file_is_back(held, database, gate, lose):
+def test_a_running_task_ends_well_when_the_file_is_back(held, database, gate, lose):
     put_back = lose(database)
     refused(held, "nothing was stored")
     gate.open()
@@ -108,10 +108,10 @@ def test_the_task_that_ran_meanwhile_ends_well_when_the_file_is_back(held, datab
     assert held.submit("fine").result(PATIENCE) == "fine"
 
 
-def test_a_task_that_runs_is_not_run_again_from_a_copy_in_the_files_place(
+def test_a_running_task_does_not_start_again_from_a_copy_of_the_file(
     held, database, make_queue, gate
 ):
-    """Its process lives, though another queue opens the copy."""
+    """Another queue opens the copy while the process of the task lives."""
     replace(database)
     restored = make_queue(SQLiteRepository(database), worker_num=1)
     restored.executor("fine")(lambda: "fine")
@@ -130,7 +130,7 @@ def test_a_task_that_runs_is_not_run_again_from_a_copy_in_the_files_place(
     assert restored.handle("held").result(PATIENCE) == "again"
 
 
-def test_the_log_tells_of_it_ever_more_rarely_and_shows_no_traceback(
+def test_a_lost_file_is_logged_less_and_less_often_without_traceback(
     held, database, loss, caplog, monkeypatch
 ):
     lose, words = loss
@@ -154,7 +154,7 @@ def test_the_log_tells_of_it_ever_more_rarely_and_shows_no_traceback(
     assert {record.levelname for record in told} == {"WARNING"}
 
 
-def test_a_stop_ends_and_names_what_could_not_be_written(held, database, gate, caplog):
+def test_stop_ends_and_names_tasks_whose_outcome_could_not_be_written(held, database, gate, caplog):
     delete(database)
     gate.open()
     eventually(lambda: not pool_of(held).runs.executing)
@@ -184,7 +184,7 @@ class TestNotStarted:
         assert queue.healthy
         assert ids(queue) == {"first"}
 
-    def test_a_list_makes_the_file_unless_create_is_false(self, database):
+    def test_listing_creates_the_file_unless_create_is_false(self, database):
         with SQLiteRepository(database, create=False) as careful:
             queue = Queue(careful)
             with pytest.raises(RepositoryUnavailable, match=r"there is no file .*tasks\.db"):

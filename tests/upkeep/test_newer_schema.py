@@ -12,7 +12,7 @@ from helpers import PATIENCE, SpySQLite, connections_of, eventually, node_of
 from taskx import Queue, SchemaMismatch, Task, TaskFilter, TaskStatus
 from taskx.storage.sqlite import schema
 
-#: A TaskX whose schema is one version further; its arguments are the file's path and what leads there.
+#: A TaskX whose schema is one version newer; its arguments are the path of the file and the migration.
 NEWER = """
 import sys
 from taskx import Queue, SQLiteRepository
@@ -26,7 +26,7 @@ queue.declare("fine")
 
 NEW_COLUMN = "ALTER TABLE tasks ADD COLUMN mood TEXT NOT NULL DEFAULT ''"
 
-#: A process that runs one task until it is told to end it, and says what happens to it.
+#: A process that runs one task until it is told to end it, and prints what happens.
 OLDER = """
 import logging, sys, threading
 from taskx import Config, Queue, SchemaMismatch, SQLiteRepository
@@ -75,7 +75,7 @@ def repository(database):
 
 @pytest.fixture
 def migrate(database):
-    """Brings the file to a newer schema, as another process would, or back."""
+    """Return a function that migrates the file to a newer schema, as another process would, or back."""
 
     def migrate(*statements, version=schema.VERSION + 1):
         with closing(sqlite3.connect(database, isolation_level=None)) as other:
@@ -98,7 +98,7 @@ def rows(database, sql):
 
 
 def test_a_process_ends_in_order_when_another_one_migrates_its_file(spawn, database):
-    """Running tasks end, waiting ones are free for others, and nothing new is taken."""
+    """Running tasks end, waiting tasks are free for other nodes, and no new task is taken."""
     older = spawn(OLDER, database)
     assert older.read() == "holds"
     newer = spawn(NEWER + "print(queue.submit('fine', id='new').id)", database, NEW_COLUMN)
@@ -113,7 +113,7 @@ def test_a_process_ends_in_order_when_another_one_migrates_its_file(spawn, datab
     older.tell()
     assert older.read().startswith("refused: another process migrated ")
     assert older.read() == "healthy: False"
-    assert "ended" in [older.read() for _ in range(2)]  # and that tasks are left pending
+    assert "ended" in [older.read() for _ in range(2)]  # besides a warning
     assert older.process.wait(PATIENCE) == 0
     assert rows(database, "SELECT status, result FROM tasks WHERE id = 'first'") == [
         ("completed", '"held"')
@@ -135,8 +135,8 @@ def test_a_migration_is_logged_once(make_queue, migrate, caplog):
     assert told == ["ERROR"]
 
 
-def test_no_write_begins_anything_in_a_file_that_was_migrated_a_moment_ago(repository, migrate):
-    """Not even the first one, of which the migration was not known before."""
+def test_no_call_writes_into_a_file_that_was_just_migrated(repository, migrate):
+    """This includes the first call, before which the queue did not know of the migration."""
     queue = Queue(repository)
     queue.declare("fine")
     kept = queue.submit("fine", id="kept")
@@ -153,14 +153,14 @@ def test_no_write_begins_anything_in_a_file_that_was_migrated_a_moment_ago(repos
             begin()
         assert not queue.healthy
         migrate(version=schema.VERSION)
-        repository.version()  # it sees that the file is its own again
+        repository.version()  # it sees that the schema is its own again
     assert [task.id for task in repository.list(TaskFilter())] == ["kept"]
     assert kept.task().status is TaskStatus.PENDING
     assert queue.healthy
 
 
 def test_a_task_is_not_started_in_a_migrated_file(make_queue, migrate, repository):
-    """The start comes first after the migration: it is refused, and the node ends."""
+    """The start is the first write after the migration: it is refused, and the node ends."""
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("fine")(lambda n: ran.append(n))
@@ -179,7 +179,7 @@ def test_a_task_is_not_started_in_a_migrated_file(make_queue, migrate, repositor
     assert (task.status, task.owner, task.starts) == (TaskStatus.PENDING, "", 0)
 
 
-def test_drain_says_why_it_ends(make_queue, migrate, gate):
+def test_drain_raises_schema_mismatch_after_a_migration(make_queue, migrate, gate):
     queue = make_queue(worker_num=1)
     handle = queue.executor("hold")(lambda: gate()).submit()
     queue.start()
@@ -191,7 +191,9 @@ def test_drain_says_why_it_ends(make_queue, migrate, gate):
     assert handle.result(PATIENCE) is None
 
 
-def test_a_task_that_does_not_end_in_time_is_interrupted(make_queue, migrate, monkeypatch):
+def test_a_task_that_does_not_end_in_time_after_a_migration_is_interrupted(
+    make_queue, migrate, monkeypatch
+):
     monkeypatch.setattr("taskx.upkeep.node.RETIRE_TIMEOUT", 0.2)
     queue = make_queue(worker_num=1)
     handle = queue.executor("wait")(lambda ctx: ctx.sleep(60)).submit()
@@ -203,7 +205,7 @@ def test_a_task_that_does_not_end_in_time_is_interrupted(make_queue, migrate, mo
     assert (task.status, task.interruptions, task.owner) == (TaskStatus.PENDING, 1, "")
 
 
-def test_a_process_that_only_submits_is_refused_and_reads_on(repository, migrate):
+def test_a_process_that_only_submits_is_refused_and_can_still_read(repository, migrate):
     queue = Queue(repository)
     queue.declare("fine")
     handle = queue.submit("fine")
@@ -215,11 +217,11 @@ def test_a_process_that_only_submits_is_refused_and_reads_on(repository, migrate
 
 
 @pytest.mark.parametrize("change", [NEW_COLUMN, "UPDATE notes SET text = text"])
-def test_any_migration_is_noticed(spawn, repository, database, change):
-    """One that changes rows only, too."""
+def test_every_kind_of_migration_is_noticed(spawn, repository, database, change):
+    """A migration that only changes rows is noticed, too."""
     queue = Queue(repository)
     queue.declare("fine")
-    for _ in range(3):  # then all statements are compiled
+    for _ in range(3):  # until all statements are compiled
         queue.submit("fine")
     newer = spawn(NEWER + "print(queue.list_tasks()[1])", database, change)
     assert newer.read() == "3"
@@ -228,8 +230,8 @@ def test_any_migration_is_noticed(spawn, repository, database, change):
     assert queue.list_tasks()[1] == 3
 
 
-def test_a_change_of_the_schema_of_the_same_version_changes_nothing(repository, database):
-    """An index of one's own, or a VACUUM."""
+def test_an_index_of_the_users_own_or_a_vacuum_is_no_migration(repository, database):
+    """They change SQLite's own schema version, but not that of TaskX."""
     queue = Queue(repository)
     queue.declare("fine")
     queue.submit("fine")
@@ -240,7 +242,7 @@ def test_a_change_of_the_schema_of_the_same_version_changes_nothing(repository, 
     assert queue.healthy
 
 
-def test_no_statement_asks_for_the_version_as_long_as_nobody_changes_it(repository):
+def test_the_version_is_not_read_while_the_schema_is_unchanged(repository):
     repository.create(new_task("first"))
     seen = []
     writer = connections_of(repository).writer()

@@ -1,4 +1,4 @@
-"""A MongoDB that is away for longer than anybody waits, and a host that is: what is kept, who goes on."""
+"""Outages: a MongoDB server, or another host, that is away for longer than its clients wait."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from mongo_server import new_database
 
 from taskx import MemoryRepository, MongoRepository, RepositoryUnavailable
 
-#: What becomes of requests during the outage.
+#: The fate of requests during the outage.
 OUTAGES = {
     "refused": lambda proxy: proxy.cut(refuse=True),
     "swallowed": lambda proxy: setattr(proxy, "judge", lambda direction, piece: False),
@@ -24,7 +24,7 @@ OUTAGES = {
 
 
 class Failing(MongoRepository):
-    """Counts the attempts to write outcomes that failed."""
+    """Counts the failed attempts to write outcomes."""
 
     failed = 0
 
@@ -38,7 +38,7 @@ class Failing(MongoRepository):
 
 @pytest.fixture
 def repository():
-    """What queues are made on that are given no other; here all are."""
+    """The default repository of ``make_queue``; the queues here get others."""
     return MemoryRepository()
 
 
@@ -71,7 +71,7 @@ def on_mongo(database, proxy, tmp_path, make_queue):
 
 @pytest.mark.parametrize("how", OUTAGES)
 def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
-    """Completed, failed and cancelled ones, though more than one attempt to write them fails."""
+    """This holds for each status, and even if several attempts to write them fail."""
     ran = []
 
     @on_mongo.executor("end")
@@ -88,7 +88,7 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
     gate.wait_for(3)
     on_mongo.cancel_task(handles[2].id)
     connection = on_mongo.repository._connection
-    patience, connection.timeout = connection.timeout, 0.3  # a slow machine needs more without one
+    patience, connection.timeout = connection.timeout, 0.3  # only during the outage
     OUTAGES[how](proxy)
     began = time.monotonic()
     with pytest.raises(RepositoryUnavailable):
@@ -106,13 +106,13 @@ def test_outcomes_wait_until_they_are_written(on_mongo, proxy, gate, how):
     tasks = [handle.task() for handle in handles]
     assert [task.status for task in tasks] == ["completed", "failed", "cancelled"]
     assert {(task.starts, task.crashes, task.interruptions) for task in tasks} == {(1, 0, 0)}
-    # Whether the one that was refused is there is in doubt where requests were carried out.
+    # The refused task may be stored if requests were carried out, so its runs are not counted.
     assert [ran.count(task.status) for task in tasks] == [1, 1, 1]
     on_mongo.executor("fine")(lambda: "fine")
     assert on_mongo.submit("fine").result(PATIENCE) == "fine"
 
 
-# A process on another host, as its folder for locks is another one: only its lease tells of it.
+# A process as on another host: it has another folder for locks, so only its lease shows that it lives.
 ELSEWHERE = """
     import sys, threading
     import pymongo
@@ -152,7 +152,7 @@ def elsewhere(spawn, mongo_server, database, tmp_path):
 
 @pytest.fixture
 def here(database, tmp_path, make_queue, gate):
-    """A queue on this host, which looks on."""
+    """A queue on this host, which can take over the task."""
     repository = MongoRepository(database, run_folder=tmp_path / "here", lease_timeout=3.0)
     queue = make_queue(repository, worker_num=1)
     queue.executor("long")(lambda: (gate(), "here")[1])
@@ -160,8 +160,8 @@ def here(database, tmp_path, make_queue, gate):
     return queue
 
 
-def test_a_task_may_last_for_many_leases(elsewhere, here):
-    """Its node beats, so nobody else runs it."""
+def test_a_task_can_run_for_many_lease_periods(elsewhere, here):
+    """Its node sends heartbeats, so no other node runs it."""
     deadline = time.monotonic() + 6.5
     eventually(lambda: time.monotonic() > deadline)  # blocks on purpose: more than two leases
     assert here.get_task_status("x").starts == 1
@@ -173,15 +173,15 @@ def test_a_task_may_last_for_many_leases(elsewhere, here):
     elsewhere.ends()
 
 
-def test_who_slept_through_its_lease_changes_nothing_when_it_wakes(elsewhere, here, gate):
-    """Not even while the task that was taken from it runs again."""
+def test_a_process_that_slept_through_its_lease_changes_nothing_later(elsewhere, here, gate):
+    """This holds even while the task that was taken from it runs again."""
     elsewhere.signal(signal.SIGSTOP)
     gate.wait_for(1)
     before = here.get_task_status("x")
     assert (before.status, before.starts, before.crashes) == ("running", 2, 1)
     elsewhere.signal(signal.SIGCONT)
     elsewhere.tell()
-    assert elsewhere.read() == "over"  # its run has ended, and what became of it was dropped
+    assert elsewhere.read() == "over"  # its run has ended, and its outcome was dropped
     assert here.get_task_status("x") == before
     gate.open()
     assert here.handle("x").result(PATIENCE) == "here"

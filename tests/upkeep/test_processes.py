@@ -1,4 +1,4 @@
-"""Many processes on one file: who takes what, how they end, and what a fork leaves behind."""
+"""Many processes on one file: sharing tasks, ending in many ways, and forks."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from mongo_server import free_port
 from taskx import Queue, SQLiteRepository, TaskFilter, TaskStatus
 from taskx.upkeep import housekeeper
 
-# Started with the file and a script of what to do. Each run of ``work`` and ``listen`` is a line in a
-# log file beside the database.
+# Started with the path of the file, plus a script. Each run of ``work`` and ``listen`` is a line in a log
+# file next to the database.
 PROGRAM = """
 import os, signal, sys, threading, time, warnings
 import taskx.upkeep.node
 from taskx import Config, Queue, SQLiteRepository, executor
 
-taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
-warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
+taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # the longest wait for executors that hang
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of a fork with threads
 path = sys.argv[1]
 queue = Queue(
     SQLiteRepository(path), Config(worker_num=2, buffer_size=5, overflow="spill")
 )
 
 def say(word):
-    sys.stdout.write(word + "\\n")  # in one piece, whichever thread says it
+    sys.stdout.write(word + "\\n")  # in one piece, as several threads print
     sys.stdout.flush()
 
 def note(*words):
@@ -61,27 +61,27 @@ def fill():
         queue.submit("work", {"n": n}, id=f"work{n}")
 
 def wait_for_ever():
-    while True:  # a signal that comes just before it would not end one long wait
+    while True:  # a signal that comes just before would not end one long wait
         time.sleep(0.05)  # blocks on purpose
 """
 
 
 @pytest.fixture
 def run(spawn, database):
-    """Starts the program with more lines; it has the database's path as its argument."""
+    """Return a function that starts the program with more lines; its argument is the database's path."""
     return lambda more: spawn(PROGRAM + more, database)
 
 
 @pytest.fixture
 def repository(database):
-    """Here there is only the file."""
+    """The file, as the only repository of these tests."""
     with SQLiteRepository(database) as made:
         yield made
 
 
 @pytest.fixture
 def make_survivor(make_queue):
-    """Makes a queue of this process that knows the same types, and has nothing wait."""
+    """Return a function that makes a queue in this process, with the same types and quick executors."""
 
     def make(**options):
         queue = make_queue(worker_num=2, **options)
@@ -108,16 +108,16 @@ WORK = [f"work {n}" for n in range(40)]
 # Dead, and not dead
 
 
-def test_what_a_dead_process_held_is_noticed_by_its_lock(run, make_survivor, clock):
-    """Running, buffered and spilled tasks: all soon after the kill, on a clock that stands still."""
+def test_tasks_of_a_dead_process_are_found_by_its_lock(run, make_survivor, clock):
+    """Running, buffered and spilled tasks run soon after the kill, although the clock stands still."""
     child = run("fill(); say('filled'); wait_for_ever()")
     assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
     survivor = make_survivor(clock=clock)
     assert survivor.repository.count(TaskFilter()) == 42
-    child.signal(signal.SIGSTOP)  # so that it takes nothing more: what is spilled is the survivor's
+    child.signal(signal.SIGSTOP)  # it must take no more: the survivor gets the spilled tasks
     survivor.start()
     eventually(lambda: len(survivor.ran) >= 30)
-    threading.Event().wait(1.2)  # blocks on purpose: two looks for dead nodes lie between
+    threading.Event().wait(1.2)  # blocks on purpose: two checks for dead nodes
     assert not [line for line in survivor.ran if line.startswith("listen")]
     assert all(survivor.get_task_status(f"listen{n}").crashes == 0 for n in range(2))
     child.kill()
@@ -130,26 +130,26 @@ def test_what_a_dead_process_held_is_noticed_by_its_lock(run, make_survivor, clo
     assert [survivor.get_task_status(f"listen{n}").crashes for n in range(2)] == [1, 1]
 
 
-def test_one_look_takes_back_all_that_a_dead_process_held(run, survivor):
-    """It need not be seen twice, nor be dead for some time; so a rescue takes one look."""
+def test_one_check_takes_back_all_tasks_of_a_dead_process(run, survivor):
+    """The process need not be seen dead twice, or be dead for some time."""
     child = run("fill(); say('filled'); wait_for_ever()")
     assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
     [node] = survivor.repository.liveness.nodes()
     assert len(held_on(survivor.repository, node.id)) >= 2
     child.kill()
-    survivor.start()  # its first look is over when this returns
+    survivor.start()  # its first check is over when this returns
     assert held_on(survivor.repository, node.id) == []
     assert node.id not in [node.id for node in survivor.repository.liveness.nodes()]
 
 
-def test_looks_are_often_enough_for_what_is_promised():
-    """Work of others begins within 100 ms; a cancel arrives, and a rescue is made, within a second."""
+def test_polling_intervals_are_as_short_as_the_documentation_promises():
+    """Tasks of other processes start within 100 ms; a cancel arrives, and a rescue is done, within 1 s."""
     assert housekeeper.POLL <= 0.06
     assert housekeeper.RECOVER_EVERY <= 0.5
 
 
-def test_a_stopped_process_is_never_taken_for_dead(run, make_survivor, clock, database):
-    """Not even when a year goes by on the survivor's clock; when it wakes it goes on."""
+def test_a_suspended_process_never_counts_as_dead(run, make_survivor, clock, database):
+    """This holds even if years pass on the survivor's clock. The process goes on when it wakes."""
     child = run(
         """
 @queue.executor("finish")
@@ -171,7 +171,7 @@ wait_for_ever()
     survivor.start()
     for _ in range(3):
         clock.advance(365 * 24 * 3600)
-        threading.Event().wait(0.6)  # blocks on purpose: a look for dead nodes lies between
+        threading.Event().wait(0.6)  # blocks on purpose: a check for dead nodes
     task = survivor.get_task_status("x")
     assert (task.status, task.starts, task.crashes) == (TaskStatus.RUNNING, 1, 0)
     child.signal(signal.SIGCONT)
@@ -181,8 +181,8 @@ wait_for_ever()
     assert logged(database) == {"finish 0": 1}
 
 
-def test_what_is_spilled_is_taken_by_whoever_has_room(run, survivor, database):
-    """The one that accepted it is busy, and lives."""
+def test_a_process_with_room_takes_spilled_tasks_of_a_busy_one(run, survivor, database):
+    """The process that accepted them is busy, and alive."""
     child = run("fill(); say('filled'); wait_for_ever()")
     assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
     spilled = survivor.repository.ready(["work"], 100)
@@ -198,8 +198,8 @@ def test_what_is_spilled_is_taken_by_whoever_has_room(run, survivor, database):
     assert {line: ran[line] for line in WORK} == dict.fromkeys(WORK, 1)
 
 
-def test_a_process_that_starts_again_finds_its_own(run, repository, database):
-    """Killed in the middle, the same program does the rest, each task once but what was running."""
+def test_a_restarted_process_runs_the_tasks_that_it_left(run, repository, database):
+    """After a kill, the same program runs the rest; only the tasks that were running start twice."""
     child = run("fill(); say('filled'); wait_for_ever()")
     assert sorted(child.read() for _ in range(3)) == ["filled", "listening", "listening"]
     child.kill()
@@ -212,7 +212,7 @@ queue.cancel_task("listen0"), queue.cancel_task("listen1")
 print(queue.drain(60), queue.stop(), flush=True)
 """
     )
-    while (line := child.read()) == "listening":  # where it began before it was cancelled
+    while (line := child.read()) == "listening":  # if it began before it was cancelled
         pass
     assert line == "True []"
     assert child.ends()[1].count("Traceback") == 0
@@ -225,7 +225,7 @@ print(queue.drain(60), queue.stop(), flush=True)
 
 # How a process ends
 
-# The end of main is a test of its own, in test_recovery.
+# test_recovery has a test of its own for the end of the main module.
 ENDS = {
     "sys.exit": ("sys.exit(3)", 3),
     "unhandled exception": ("raise KeyError('unhandled')", 1),
@@ -252,8 +252,8 @@ sys.exit(5)
 
 @pytest.mark.parametrize("kind", ["listen", "hang"])
 @pytest.mark.parametrize("way", ENDS)
-def test_a_process_may_end_with_tasks_running_and_queued(run, survivor, database, way, kind):
-    """However it ends, whether they heed their token or not: soon, and nothing is lost."""
+def test_a_process_that_ends_in_any_way_loses_no_task(run, survivor, database, way, kind):
+    """It ends soon, whether its executors heed their token or not, and another queue runs every task."""
     code, expected = ENDS[way]
     child = run(
         f"""
@@ -289,8 +289,8 @@ sys.stdin.readline()
         assert task.crashes + task.interruptions == 1
 
 
-def test_a_process_ends_though_the_file_is_locked(run, spawn, database):
-    """By another one, for longer than anybody waits: it exits all the same, and nothing is lost."""
+def test_a_process_ends_although_the_file_is_locked(run, spawn, database):
+    """Another process holds the lock for longer than any wait. No task is lost."""
     child = run(
         """
 queue.submit("listen", id="x")
@@ -341,7 +341,7 @@ finally:
 
 
 def test_sigterm_hands_back_and_exits_with_zero(run, repository):
-    child = run(HANDLER.format(kind="listen", timeout=10))  # a fifth of it is to hand back
+    child = run(HANDLER.format(kind="listen", timeout=10))  # a fifth of it is for handing back
     assert {child.read(), child.read()} == {"listening", "ready"}
     child.signal(signal.SIGTERM)
     _, err = child.ends()
@@ -352,8 +352,8 @@ def test_sigterm_hands_back_and_exits_with_zero(run, repository):
     assert repository.liveness.nodes() == []
 
 
-def test_second_sigterm_ends_a_stop_that_waits(run, repository):
-    """At once; the task was interrupted, as its node was stopping."""
+def test_a_second_sigterm_ends_a_stop_that_waits(run, repository):
+    """It ends at once. The task counts as interrupted, because its node was stopping."""
     child = run(HANDLER.format(kind="hang", timeout=60))
     assert {child.read(), child.read()} == {"hanging", "ready"}
     child.signal(signal.SIGTERM)
@@ -381,7 +381,7 @@ from taskx import executor
 
 @executor("report")
 def report(ctx, title):
-    sys.stdout.write("running\\n")  # in one piece: the server speaks, too
+    sys.stdout.write("running\\n")  # in one piece: the server prints, too
     sys.stdout.flush()
     threading.Event().wait()
 
@@ -398,8 +398,8 @@ def serves(port):
     return True
 
 
-def test_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
-    """Whose executor here does not heed its token, so that the first one has it wait."""
+def test_a_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
+    """Its executor does not heed its token here, so the first SIGTERM makes the program wait."""
     pytest.importorskip("flask")
     database = tmp_path / "tasks.db"
     monkeypatch.setenv("TASKX_DATABASE", str(database))
@@ -410,7 +410,7 @@ def test_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
         queue = Queue(repository)
         queue.declare("report")
         queue.submit("report", {"title": "x"}, id="x")
-        while child.read() != "running":  # its server speaks, too
+        while child.read() != "running":  # its server prints, too
             pass
         child.signal(signal.SIGTERM)
         eventually(lambda: [node.stopping for node in repository.liveness.nodes()] == [True])
@@ -427,8 +427,8 @@ def test_second_sigterm_ends_the_flask_example(spawn, tmp_path, monkeypatch):
 # Forks
 
 
-def test_forks_under_load_leave_child_and_parent_clean(run, database):
-    """At any moment, whatever the other threads were at: the child submits, and neither hangs."""
+def test_forks_under_load_leave_child_and_parent_working(run, database):
+    """A fork may come while other threads do anything: the child can submit, and neither hangs."""
     child = run(
         """
 stop = threading.Event()
@@ -450,7 +450,7 @@ failed = []
 for number in range(25):
     pid = os.fork()
     if pid == 0:
-        signal.alarm(30)  # one that hangs is killed by it, and so found
+        signal.alarm(30)  # kills a child that hangs, so that the test finds it
         status = 1
         try:
             handle = work.submit(n=number)
@@ -478,8 +478,8 @@ print(failed, queue.drain(60), queue.stop(), flush=True)
     assert is_intact(database)
 
 
-def test_an_executor_may_fork(run, database):
-    """With os.fork and with multiprocessing; the children, which die or exit, own nothing."""
+def test_an_executor_can_fork(run, database):
+    """It can use os.fork and multiprocessing; the children die or exit, and own no tasks."""
     child = run(
         """
 import multiprocessing
@@ -490,7 +490,7 @@ def in_child(n):
 
 def exit_code(process):
     process.join(25)
-    while process.exitcode is None:  # a start in another thread asked for it, too, and had the answer
+    while process.exitcode is None:  # a start in another thread may have got the answer
         threading.Event().wait(0.001)
     return process.exitcode
 
@@ -520,11 +520,11 @@ with queue:
     assert logged(database) == {"work 1": 3}
 
 
-# At once
+# Starting at the same time
 
 
-def test_many_processes_start_on_a_new_file_at_once(spawn, tmp_path, database):
-    """Twelve that all make the file, join, run one task of their own and leave: none fails."""
+def test_many_processes_can_start_on_a_new_file_at_once(spawn, tmp_path, database):
+    """Twelve processes create the file, join, run one task each and leave, without an error."""
     children = [
         spawn(
             """
@@ -552,7 +552,7 @@ with queue:
     for child in children:
         out, err = child.ends()
         assert (child.process.returncode, out) == (0, "")
-        # Silent, but for how many tasks of the others there were when it left.
+        # It prints at most a warning about tasks that were left pending.
         assert all(line.startswith("stopped with ") for line in err.splitlines()), err
     with SQLiteRepository(database) as repository:
         tasks = repository.list(TaskFilter())

@@ -1,4 +1,4 @@
-"""Processes that die, are stopped, fork, or forget to stop: real ones, on one SQLite file."""
+"""Recovery: real processes on one SQLite file that die, are suspended, fork, or forget to stop."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from helpers import PATIENCE, eventually, is_intact, run_in_thread
 
 from taskx import Config, Queue, SQLiteRepository, TaskFilter, TaskStatus
 
-# Started with the file and a script of what to do. Every run of a task is a line in a log file
-# beside the database, so that it can be counted how often each was begun and ended.
+# Started with the path of the file, plus a script. Every run of a task is a line in a log file next to the
+# database, so that the tests can count the runs.
 PROGRAM = """
 import itertools, os, signal, sys, threading, time
 import taskx.upkeep.node
 from taskx import Config, Queue, SQLiteRepository, Task
 
-taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # how long executors that hang are waited for
+taskx.upkeep.node.EXIT_TIMEOUT = 1.0  # the longest wait for executors that hang
 path = sys.argv[1]
 queue = Queue(
     SQLiteRepository(path), Config(worker_num=2, buffer_size=5, overflow="spill")
 )
 
 def say(word):
-    sys.stdout.write(word + "\\n")  # in one piece, whichever thread says it
+    sys.stdout.write(word + "\\n")  # in one piece, as several threads print
     sys.stdout.flush()
 
 def note(*words):
@@ -43,7 +43,7 @@ runs = itertools.count(1)
 @queue.executor()
 def falter(ctx, n):
     note("ran", n)
-    if next(runs) == 300:  # whatever else this process has begun, done or buffered by then
+    if next(runs) == 300:  # whatever this process has begun, ended or buffered by then
         os.kill(os.getpid(), signal.SIGKILL)
 
 @queue.executor()
@@ -68,27 +68,27 @@ def die(ctx, times=10**9):
     return ctx.task.crashes
 
 def wait_for_ever():
-    while True:  # a signal that comes just before it would not end one long wait
+    while True:  # a signal that comes just before would not end one long wait
         time.sleep(0.05)  # blocks on purpose
 """
 
 
 @pytest.fixture
 def run(spawn, database):
-    """Starts the program with more lines; it has the database's path as its argument."""
+    """Return a function that starts the program with more lines; its argument is the database's path."""
     return lambda more: spawn(PROGRAM + more, database)
 
 
 @pytest.fixture
 def repository(database):
-    """Here there is only the file."""
+    """The file, as the only repository of these tests."""
     with SQLiteRepository(database) as made:
         yield made
 
 
 @pytest.fixture
 def runner(make_queue):
-    """A queue of this process that knows the same types, and hangs nowhere."""
+    """A queue in this process with the same types, whose executors do not hang."""
     queue = make_queue(worker_num=2)
     queue.ran = []
     for name in ("work", "falter"):
@@ -103,7 +103,7 @@ def logged(database):
     return Counter((database.parent / (database.name + ".log")).read_text().splitlines())
 
 
-def test_killed_with_tasks_running_buffered_and_spilled(run, runner, database):
+def test_a_killed_process_loses_no_running_buffered_or_spilled_task(run, runner, database):
     child = run(
         """
 for n in range(2):
@@ -166,7 +166,7 @@ wait_for_ever()
         assert [a.outcome for a in task.attempts] == ["interrupted", "completed"]
 
 
-def test_killed_again_and_again_nothing_is_lost(run, runner, database):
+def test_no_task_is_lost_if_processes_are_killed_again_and_again(run, runner, database):
     submitter = Queue(runner.repository)
     submitter.declare("falter")
     for n in range(2000):
@@ -181,11 +181,11 @@ def test_killed_again_and_again_nothing_is_lost(run, runner, database):
     for n in runner.ran:
         ran[f"ran {n}"] += 1
     assert len(ran) == 2000
-    assert sum(ran.values()) <= 2000 + 3 * 100  # what ran at a kill, or was just done, again
+    assert sum(ran.values()) <= 2000 + 3 * 100  # tasks that ran at a kill, or had just ended
     assert is_intact(database)
 
 
-def test_rescued_within_seconds_by_a_queue_that_runs(run, runner):
+def test_a_started_queue_rescues_a_task_within_seconds(run, runner):
     child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()")
     assert child.read() == "hanging"
     runner.start()
@@ -198,7 +198,7 @@ def test_rescued_within_seconds_by_a_queue_that_runs(run, runner):
     assert handle.task().crashes == 1
 
 
-def test_max_crashes_of_one_is_never_again(run, runner, caplog):
+def test_a_task_with_max_crashes_1_never_runs_again_after_a_crash(run, runner, caplog):
     child = run("queue.start(); queue.submit('hang', id='x', max_crashes=1); wait_for_ever()")
     assert child.read() == "hanging"
     child.kill()
@@ -214,7 +214,7 @@ def test_max_crashes_of_one_is_never_again(run, runner, caplog):
     assert [r for r in caplog.records if r.levelno == logging.ERROR and "x" in r.getMessage()]
 
 
-def test_third_crash_makes_a_dead_letter(run, runner, database):
+def test_a_third_crash_makes_a_task_a_dead_letter(run, runner, database):
     submitter = Queue(runner.repository)
     submitter.declare("die")
     handle = submitter.submit("die", id="killer")
@@ -230,8 +230,8 @@ def test_third_crash_makes_a_dead_letter(run, runner, database):
     assert logged(database)["dying"] == 3
 
 
-def test_neighbours_of_a_killer_are_spared(run, runner):
-    """Both are suspects after the first crash: from then on they run one at a time."""
+def test_tasks_next_to_a_crashing_one_are_spared(run, runner):
+    """Both are suspects after the first crash, and run one at a time from then on."""
     submitter = Queue(runner.repository)
     submitter.declare("die", "listen")
     killer = submitter.submit("die", id="killer")
@@ -243,7 +243,7 @@ def test_neighbours_of_a_killer_are_spared(run, runner):
         child.process.wait(PATIENCE)
         child = run("queue.start(); wait_for_ever()")
         if deaths < 3:
-            assert child.read() == "dying"  # it is the older one
+            assert child.read() == "dying"  # the killer is the older task
             assert (killer.task().crashes, innocent.task().crashes) == (deaths, 1)
             assert innocent.task().status is TaskStatus.PENDING
     assert child.read() == "listening"
@@ -253,7 +253,7 @@ def test_neighbours_of_a_killer_are_spared(run, runner):
     assert eventually(innocent.cancelled)
 
 
-def test_who_runs_beside_a_suspect_is_interrupted(run, runner):
+def test_a_task_that_runs_next_to_a_suspect_is_interrupted(run, runner):
     submitter = Queue(runner.repository)
     submitter.declare("die", "listen")
     submitter.submit("die", id="killer")
@@ -300,7 +300,7 @@ wait_for_ever()
     assert {t.crashes for t in queue.list_tasks()[0]} == {1}
 
 
-def test_stopped_process_is_not_a_dead_one(run, runner, database):
+def test_a_suspended_process_is_not_dead(run, runner, database):
     child = run(
         """
 queue.start()
@@ -312,7 +312,7 @@ wait_for_ever()
     child.signal(signal.SIGSTOP)
     runner.start()
     handle = runner.handle("x")
-    threading.Event().wait(1.5)  # thrice as long as between looks for dead nodes
+    threading.Event().wait(1.5)  # three times the interval of checks for dead nodes
     task = handle.task()
     assert (task.status, task.starts, task.crashes) == (TaskStatus.RUNNING, 1, 0)
     child.signal(signal.SIGCONT)
@@ -322,14 +322,14 @@ wait_for_ever()
     assert logged(database)["begun 5"] == 1
 
 
-def test_process_that_ends_while_stopping_interrupted_its_task(run, runner):
+def test_a_process_that_ends_while_it_stops_interrupts_its_task(run, runner):
     child = run(
         """
 queue.start()
 queue.submit("hang", id="x")
 sys.stdin.readline()
 print(queue.stop(timeout=0.1), flush=True)
-while not all(node.stopping for node in queue.repository.liveness.nodes()):  # it may be late with that
+while not all(node.stopping for node in queue.repository.liveness.nodes()):  # this may be recorded late
     time.sleep(0.01)  # blocks on purpose
 os._exit(0)
 """
@@ -345,7 +345,7 @@ os._exit(0)
     assert [a.outcome for a in task.attempts] == ["interrupted", "completed"]
 
 
-def test_cancel_asked_for_before_the_crash_holds_after_it(run, runner):
+def test_a_cancel_requested_before_the_crash_holds_after_it(run, runner):
     child = run("queue.start(); queue.submit('hang', id='x'); wait_for_ever()")
     assert child.read() == "hanging"
     canceller = Queue(runner.repository)
@@ -358,7 +358,7 @@ def test_cancel_asked_for_before_the_crash_holds_after_it(run, runner):
 
 
 @pytest.mark.parametrize("task", ["listen", "hang"])
-def test_script_that_forgets_to_stop(run, runner, task):
+def test_a_script_that_forgets_to_stop_exits_and_hands_its_tasks_back(run, runner, task):
     child = run(
         f"""
 if {task!r} == "listen":  # it ends by itself, as soon as the machine lets it
@@ -376,7 +376,7 @@ sys.stdin.readline()
     out, err = child.ends()
     assert time.monotonic() - began < 15
     assert out == ""
-    # Silent but for what stop has to say: whose executors did not listen, and what is left.
+    # It prints only the warnings of stop: about executors that did not end, and tasks left pending.
     lines = err.splitlines()
     assert all(line.startswith("stopped with ") for line in lines), err
     assert len(lines) == (2 if task == "hang" else 1)
@@ -389,14 +389,14 @@ sys.stdin.readline()
     assert {t.interruptions for t in tasks if t.type == task} == {1}
 
 
-def test_script_that_forgets_to_stop_an_idle_queue_is_silent(run):
+def test_a_script_that_forgets_to_stop_an_idle_queue_prints_nothing(run):
     child = run("queue.start(); queue.submit('work', {'n': 1}).result(20)")
     began = time.monotonic()
     assert child.ends() == ("", "")
     assert time.monotonic() - began < 15
 
 
-def test_ctrl_c_in_a_with_block(run, runner):
+def test_ctrl_c_in_a_with_block_interrupts_the_running_task(run, runner):
     child = run(
         """
 try:
@@ -411,9 +411,8 @@ except KeyboardInterrupt:
     child.signal(signal.SIGINT)
     began = time.monotonic()
     assert child.read() == "interrupted"
-    assert (
-        time.monotonic() - began < 10
-    )  # what runs is not given the four fifths of a stop's time-out
+    # The running task does not get four fifths of the time-out of a stop.
+    assert time.monotonic() - began < 10
     assert child.ends()[1].count("Traceback") == 0
     task = runner.get_task_status("x")
     assert (task.status, task.interruptions) == (TaskStatus.PENDING, 1)
@@ -421,7 +420,7 @@ except KeyboardInterrupt:
 
 FORK = """
 import warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
+warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of a fork with threads
 
 queue.start()
 queue.submit("listen", id="parents")
@@ -430,7 +429,7 @@ pid = os.fork()
 if pid == 0:
     status = 1
     try:
-        handle = work.submit(1)                      # stored, for whoever runs
+        handle = work.submit(1)                      # stored, for any node
         assert handle.result(20) is None             # by the parent, as this queue is not started
         assert "not started" in repr(queue)
         assert queue.get_task_status("parents").status == "running"
@@ -454,7 +453,7 @@ print(queue.get_task_status("parents").status, flush=True)
 """
 
 
-def test_fork_after_the_start(run, database):
+def test_a_process_can_fork_after_the_start(run, database):
     child = run(FORK)
     assert child.read() == "listening"
     out, err = child.ends(60)
@@ -464,7 +463,7 @@ def test_fork_after_the_start(run, database):
     assert is_intact(database)
 
 
-def test_forked_child_that_exits_takes_nothing_down(run):
+def test_a_forked_child_that_exits_does_not_stop_the_parents_queue(run):
     child = run(
         """
 import warnings
@@ -489,7 +488,7 @@ queue.stop()
     assert child.ends()[1] == ""
 
 
-def test_multiprocessing_works_on_the_same_file(run):
+def test_children_of_multiprocessing_can_submit_to_the_same_file(run):
     child = run(
         """
 import multiprocessing, warnings
@@ -540,7 +539,9 @@ with queue:
     assert {(len(t.attempts), t.crashes) for t in runner.list_tasks()[0]} == {(1, 0)}
 
 
-def test_second_queue_in_the_process_touches_nothing_of_the_firsts(make_queue, gate, repository):
+def test_a_second_queue_in_the_process_leaves_the_tasks_of_the_first_alone(
+    make_queue, gate, repository
+):
     first, second = make_queue(worker_num=1), make_queue(worker_num=1)
     for queue in (first, second):
         queue.executor("hold")(lambda: gate())
@@ -548,7 +549,7 @@ def test_second_queue_in_the_process_touches_nothing_of_the_firsts(make_queue, g
     handle = first.submit("hold")
     gate.wait_for(1)
     second.start()
-    threading.Event().wait(0.7)  # a look for dead nodes lies between
+    threading.Event().wait(0.7)  # a check for dead nodes comes in this time
     assert (handle.task().starts, handle.task().status) == (1, TaskStatus.RUNNING)
     second.stop()
     stopping = run_in_thread(lambda: first.stop(PATIENCE))

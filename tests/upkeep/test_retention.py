@@ -1,4 +1,4 @@
-"""Finished tasks go when they are old enough, and the space they took with them."""
+"""Retention and prune: finished tasks are removed when they are old enough, and the file shrinks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.every_store
 
 @pytest.fixture
 def fill(make_queue, clock):
-    """Makes a queue that has run tasks ``fine`` and ``wrong``, and cancelled one."""
+    """Return a function that makes a queue with a completed, a failed and a cancelled task."""
 
     def make(**config):
         queue = make_queue(worker_num=2, clock=clock, **config)
@@ -44,13 +44,13 @@ def fill(make_queue, clock):
 
 
 def later(queue, clock, seconds):
-    """Let time pass, and the housekeeper look."""
+    """Let time pass, and run a round of the housekeeper."""
     clock.advance(seconds)
     housekeeper_of(queue).tick()
 
 
 class TestRetention:
-    def test_each_status_is_kept_for_as_long_as_it_says(self, fill, clock):
+    def test_each_status_is_kept_for_its_own_period(self, fill, clock):
         kept = {"completed": timedelta(hours=1), TaskStatus.FAILED: 7200}
         queue = fill(retention=kept)
         later(queue, clock, 3599)
@@ -63,22 +63,24 @@ class TestRetention:
         assert ids(queue) == {"cancelled"}
 
     @pytest.mark.parametrize("period", [timedelta.max, 1e300, 1.7e308, 7e10])
-    def test_longer_than_the_calendar_is_for_ever(self, fill, clock, caplog, period):
-        """And keeps nothing else."""
+    def test_a_period_longer_than_the_calendar_keeps_tasks_for_ever(
+        self, fill, clock, caplog, period
+    ):
+        """Tasks of another status are still removed."""
         queue = fill(retention={"completed": period, "failed": 3600})
         clock.advance(365 * 86400)
         eventually(lambda: ids(queue) == {"fine", "cancelled"})
         whole_round(queue)
         assert [r for r in caplog.records if "housekeeper" in r.msg or r.exc_info] == []
 
-    def test_without_it_nothing_goes(self, fill, clock):
+    def test_without_retention_no_task_is_removed(self, fill, clock):
         queue = fill()
         later(queue, clock, 365 * 86400)
         assert ids(queue) == {"fine", "wrong", "cancelled"}
 
     @pytest.mark.slow
-    def test_many_go_in_small_transactions(self, make_queue, repository, clock):
-        """So that nobody who writes meanwhile waits for long."""
+    def test_many_tasks_are_removed_in_small_transactions(self, make_queue, repository, clock):
+        """Other writers do not wait for long."""
         queue = make_queue(clock=clock, retention={"cancelled": 60})
         queue.executor("fine")(lambda: None)
         many = 2 * retention.BATCH + 50
@@ -104,13 +106,13 @@ class TestRetention:
             7,
         ],
     )
-    def test_what_cannot_work_is_refused(self, wrong):
+    def test_an_invalid_retention_is_refused(self, wrong):
         with pytest.raises(ConfigurationError):
             Config(retention=wrong)
 
 
 class TestPrune:
-    def test_what_ended_before(self, fill, clock):
+    def test_prune_removes_tasks_that_ended_before_a_moment(self, fill, clock):
         queue = fill()
         clock.advance(10)
         queue.submit("fine", id="young").result(PATIENCE)
@@ -125,13 +127,13 @@ class TestPrune:
             ("cancelled", {"fine", "wrong"}),
         ],
     )
-    def test_of_one_status(self, fill, clock, status, left):
+    def test_prune_can_be_limited_to_one_status(self, fill, clock, status, left):
         queue = fill()
         clock.advance(10)
         assert queue.prune(clock.now(), status) == 1
         assert ids(queue) == left
 
-    def test_never_what_is_pending_or_runs(self, make_queue, clock, gate):
+    def test_prune_keeps_pending_and_running_tasks(self, make_queue, clock, gate):
         queue = make_queue(worker_num=1, clock=clock)
         queue.executor("hold")(lambda: gate())
         queue.start()
@@ -149,15 +151,15 @@ class TestPrune:
             (datetime(9999, 12, 31, 23, tzinfo=timezone(timedelta(hours=-5))), 3),
         ],
     )
-    def test_a_moment_that_the_calendar_of_utc_has_not(self, fill, moment, removed):
-        """It is that of a time zone, and before all tasks, or after them."""
+    def test_prune_accepts_a_moment_outside_the_calendar_of_utc(self, fill, moment, removed):
+        """The moment is in another time zone, and before all tasks, or after them."""
         queue = fill()
         assert queue.list_tasks(TaskFilter(start_date=moment))[1] == 3 - removed
         assert queue.list_tasks(TaskFilter(end_date=moment))[1] == removed
         assert queue.prune(moment) == removed
         assert len(ids(queue)) == 3 - removed
 
-    def test_a_moment_must_be_given(self, fill):
+    def test_prune_requires_a_moment(self, fill):
         queue = fill()
         with pytest.raises(ConfigurationError, match="before must be a datetime, not None"):
             queue.prune(None)
@@ -167,7 +169,7 @@ class TestPrune:
         ("before", "status"),
         [("naive", None), (5, None), (None, "pending"), (None, "running"), (None, "gone")],
     )
-    def test_what_makes_no_sense_is_refused(self, make_queue, clock, before, status):
+    def test_prune_refuses_invalid_arguments(self, make_queue, clock, before, status):
         queue = make_queue(clock=clock)
         moment = clock.now().replace(tzinfo=None) if before == "naive" else before or clock.now()
         with pytest.raises(ConfigurationError):
@@ -176,7 +178,7 @@ class TestPrune:
 
 @pytest.mark.slow
 class TestHistory:
-    """A record outlives what may still be asked of it."""
+    """A record is kept as long as another task or a flow may need it."""
 
     @pytest.fixture
     def queue(self, make_queue, clock, gate):
@@ -203,7 +205,9 @@ class TestHistory:
         return queue.prune(clock.now(), status)
 
     @pytest.mark.every_store
-    def test_a_flow_that_outlives_the_retention_is_whole(self, queue, clock, gate):
+    def test_a_flow_that_runs_longer_than_the_retention_keeps_all_its_tasks(
+        self, queue, clock, gate
+    ):
         steps = [self.step(n, hold=n == 3) for n in range(4)]
         flow = queue.submit_flow(chain(*steps))
         gate.wait_for(1)
@@ -220,7 +224,7 @@ class TestHistory:
         )
         queue.drain(PATIENCE)
         assert self.prune(queue, clock, "completed") == 0
-        assert self.prune(queue, clock, "failed") == 0, "what was cancelled may be requeued"
+        assert self.prune(queue, clock, "failed") == 0, "a cancelled task may be requeued"
         queue.mended.append(True)
         assert queue.requeue_dead_letters() == 2
         assert queue.drain(PATIENCE)
@@ -251,7 +255,7 @@ class TestHistory:
         clock.advance(50)
         assert self.prune(queue, clock) == 2
 
-    def test_a_long_chain_is_removed_in_few_looks(
+    def test_a_long_chain_is_removed_in_few_scans(
         self, make_queue, repository, clock, monkeypatch, in_batches
     ):
         in_batches(retention=20)
@@ -260,20 +264,20 @@ class TestHistory:
         flow = queue.submit_flow(chain(*(Task(type="step") for _ in range(90))))
         flow.cancel()
         clock.advance(10)
-        looks, ended = [], repository.ended
+        scans, ended = [], repository.ended
 
         def counted(*args):
-            looks.append(args)
+            scans.append(args)
             return ended(*args)
 
         monkeypatch.setattr(repository, "ended", counted)
         assert queue.prune(clock.now(), "cancelled") == 90
-        assert len(looks) <= 5 + 1
+        assert len(scans) <= 5 + 1
 
     def test_tasks_that_must_stay_do_not_hide_others_that_can_be_removed(
         self, make_queue, clock, gate, in_batches
     ):
-        """However many there are: the next look goes on where this one came to."""
+        """This holds for any number of them: the next scan goes on where this one stopped."""
         in_batches(retention=2)
         queue = make_queue(clock=clock, retention={"completed": 60})
         queue.executor("step")(lambda: None)
@@ -290,7 +294,7 @@ class TestHistory:
 
 @pytest.mark.slow
 def test_the_file_shrinks_when_most_of_it_is_free(make_queue, database, clock):
-    """By incremental vacuum, a little at a time; a part of what is free is kept to be used again."""
+    """An incremental vacuum shrinks it a little at a time, and keeps some free space for later use."""
     repository = SQLiteRepository(database, durability="process", clock=clock)
     with repository:
         queue = make_queue(repository, clock=clock)
@@ -308,7 +312,7 @@ def test_the_file_shrinks_when_most_of_it_is_free(make_queue, database, clock):
 
 
 def size(repository):
-    """Bytes of the file, when what was committed has been copied into it."""
+    """Return the size of the file in bytes, after a checkpoint of the write-ahead log."""
     with repository._write_lock:
         connections_of(repository).writer().execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
     return os.path.getsize(repository.path)

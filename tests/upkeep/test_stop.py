@@ -1,4 +1,4 @@
-"""Starting, draining, stopping, and when tasks are due."""
+"""Starting, draining and stopping a queue; the order of tasks; due times."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from taskx.upkeep.node import LocalNode
 # Start
 
 
-#: Threads that depend on what the repository can do.
+#: Threads that only some repositories need.
 OF_THE_REPOSITORY = ("taskx-beat", "taskx-changes", "taskx-listen")
 
 
-def test_start_twice_is_start_once(queue):
+def test_a_second_start_does_nothing(queue):
     queue.executor("fine")(lambda: "fine")
     before = set(threading.enumerate())
     queue.start()
@@ -48,7 +48,7 @@ def test_start_twice_is_start_once(queue):
         queue.start()
 
 
-def test_start_that_fails_leaves_nothing_behind(make_queue, tmp_path):
+def test_a_start_that_fails_leaves_nothing_behind(make_queue, tmp_path):
     queue = make_queue(SpySQLite(tmp_path / "missing" / "tasks.db"))
     before = threading.active_count()
     with pytest.raises(RepositoryUnavailable):
@@ -61,7 +61,7 @@ def test_start_that_fails_leaves_nothing_behind(make_queue, tmp_path):
     queue.close()
 
 
-def test_construction_does_nothing(tmp_path, make_queue):
+def test_creating_a_queue_starts_no_thread_and_creates_no_file(tmp_path, make_queue):
     before = threading.active_count()
     make_queue(SpySQLite(tmp_path / "tasks.db"))
     assert threading.active_count() <= before
@@ -72,7 +72,7 @@ def test_construction_does_nothing(tmp_path, make_queue):
 
 
 @pytest.mark.every_store
-def test_drain(busy, gate, no_batches):
+def test_drain_waits_until_all_tasks_have_ended(busy, gate, no_batches):
     queue = busy()
     for n in range(20):
         queue.submit("note", {"n": n})
@@ -84,7 +84,7 @@ def test_drain(busy, gate, no_batches):
     assert queue.drain() is True
 
 
-def test_drain_waits_for_what_executors_submit(make_queue):
+def test_drain_waits_for_tasks_that_executors_submit(make_queue):
     queue = make_queue(worker_num=2)
     ran = []
 
@@ -109,7 +109,7 @@ def test_drain_does_not_wait_for_delayed_tasks(started):
 
 @pytest.fixture
 def by_hand(make_queue, clock):
-    """A queue that runs, whose clock moves by hand, with an executor ``note``."""
+    """A started queue with an executor ``note``, and a clock that the test moves."""
     queue = make_queue(worker_num=2, clock=clock)
     queue.ran = []
     queue.executor("note")(lambda n=0: queue.ran.append(n))
@@ -118,8 +118,8 @@ def by_hand(make_queue, clock):
 
 
 @pytest.mark.every_store
-def test_drain_waits_for_tasks_whose_time_has_come(by_hand, clock):
-    """Also where the housekeeper has not seen it yet, and where a task waits for its turn as well."""
+def test_drain_waits_for_tasks_that_are_due(by_hand, clock):
+    """The housekeeper may not have seen them yet, and they may also wait for their turn."""
     for n in range(6):
         by_hand.submit("note", {"n": n}, delay=3600, concurrency_key="k")
     assert by_hand.drain(PATIENCE)
@@ -130,8 +130,8 @@ def test_drain_waits_for_tasks_whose_time_has_come(by_hand, clock):
 
 
 @pytest.mark.every_store
-def test_drain_waits_for_the_ticks_that_have_come(by_hand, clock):
-    """Whenever the schedule was declared; and the next ticks are not waited for."""
+def test_drain_waits_for_the_ticks_that_are_due(by_hand, clock):
+    """Drain does not wait for later ticks."""
     often = by_hand.schedule("often", every(60), "note")
     for ticks in range(1, 6):
         clock.advance(60)
@@ -143,7 +143,7 @@ def test_drain_waits_for_the_ticks_that_have_come(by_hand, clock):
     assert len(by_hand.ran) == 5
 
 
-def test_drain_refused(queue, make_queue):
+def test_drain_is_refused_where_it_could_not_return(queue, make_queue):
     with pytest.raises(ConfigurationError, match="start"):
         queue.drain()
     queue.executor("drains")(lambda: queue.drain())
@@ -157,10 +157,10 @@ def test_drain_refused(queue, make_queue):
         queue.drain()
 
 
-# Order and time
+# Order and due times
 
 
-def test_priority_and_then_order_of_submission(busy, gate):
+def test_buffered_tasks_run_by_priority_and_then_in_order_of_submission(busy, gate):
     queue = busy()
     expected = []
     for n, priority in enumerate([0, 5, -5, 0, 5, 1, -5, 0]):
@@ -172,7 +172,7 @@ def test_priority_and_then_order_of_submission(busy, gate):
 
 
 @pytest.mark.every_store
-def test_order_of_what_lay_in_the_repository(make_queue, no_batches):
+def test_stored_tasks_run_by_priority_and_then_in_order_of_submission(make_queue, no_batches):
     queue = make_queue(worker_num=1, buffer_size=1)
     ran = []
     queue.executor("note")(lambda n: ran.append(n))
@@ -187,7 +187,7 @@ def test_order_of_what_lay_in_the_repository(make_queue, no_batches):
 
 
 @pytest.mark.every_store
-def test_due_exactly_at_its_moment(make_queue, database):
+def test_a_delayed_task_starts_exactly_at_its_moment(make_queue, database):
     for repository in (MemoryRepository(), SpySQLite(database)):
         clock = ManualClock()
         queue = make_queue(repository, clock=clock, worker_num=1)
@@ -198,7 +198,7 @@ def test_due_exactly_at_its_moment(make_queue, database):
         clock.advance(9.999)
         assert queue.drain(PATIENCE)
         assert not handle.done()
-        threading.Event().wait(0.2)  # longer than the housekeeper sleeps
+        threading.Event().wait(0.2)  # longer than the housekeeper's polling interval
         assert handle.task().status is TaskStatus.PENDING
         clock.advance(0.001)
         assert handle.result(PATIENCE) == "fine"
@@ -211,14 +211,14 @@ def test_due_exactly_at_its_moment(make_queue, database):
 
 
 @pytest.mark.every_store
-def test_run_at_in_the_past_is_now(started):
+def test_a_task_with_run_at_in_the_past_starts_now(started):
     task = started.submit("fine").task()
     handle = started.submit("fine", run_at=task.created_at - timedelta(days=1))
     assert handle.result(PATIENCE) == "fine"
 
 
 class SetBack(tzinfo):
-    """A zone at whose three o'clock it is two o'clock again."""
+    """A time zone whose clocks go back from three o'clock to two o'clock."""
 
     def utcoffset(self, moment):
         return timedelta(hours=1 if moment.fold else 2)
@@ -227,8 +227,8 @@ class SetBack(tzinfo):
 
 
 @pytest.mark.every_store
-def test_the_hour_that_local_clocks_repeat_is_two_hours(make_queue):
-    """Each run_at is the moment that it names, and a delay is of real time."""
+def test_the_hour_that_local_clocks_repeat_counts_twice(make_queue):
+    """Each run_at is the moment that it names, and a delay is counted in real time."""
     clock = ManualClock(datetime(2024, 10, 26, 23, 30, tzinfo=timezone.utc))
     queue = make_queue(MemoryRepository(clock), clock=clock, worker_num=1)
     queue.executor("fine")(lambda: "fine")
@@ -246,7 +246,7 @@ def test_the_hour_that_local_clocks_repeat_is_two_hours(make_queue):
         assert handle.task().started_at == handle.task().run_at == clock.now()
 
 
-def test_delayed_tasks_need_no_room(busy, gate, clock):
+def test_delayed_tasks_take_no_room_in_the_buffer(busy, gate, clock):
     queue = busy(buffer_size=1, clock=clock)
     handles = [queue.submit("note", {"n": n}, delay=1) for n in range(20)]
     queue.submit_many([Task(type="note", params={"n": n}) for n in (98,)])
@@ -258,8 +258,8 @@ def test_delayed_tasks_need_no_room(busy, gate, clock):
 
 
 @pytest.mark.every_store
-def test_clock_that_is_set_back_and_forth(make_queue):
-    """Each runs, once and in its turn, and lasts no time."""
+def test_tasks_run_in_order_while_the_clock_is_set_back_and_forth(make_queue):
+    """Each task runs once, and its duration is 0."""
     clock = ManualClock()
     queue = make_queue(MemoryRepository(), clock=clock, worker_num=1)
     ran = []
@@ -269,7 +269,7 @@ def test_clock_that_is_set_back_and_forth(make_queue):
         ran.append(n)
         clock.set_wall(clock.now() + timedelta(hours=-1 if n % 2 else 1))
 
-    # Before the first jump: what is submitted after a set back may pass what waits.
+    # Before the first jump: a task submitted after the clock was set back may overtake others.
     handles = [queue.submit("jump", {"n": n}) for n in range(10)]
     queue.start()
     for handle in handles:
@@ -282,7 +282,7 @@ def test_clock_that_is_set_back_and_forth(make_queue):
 
 
 def listening(queue):
-    """A task whose executor has begun, and sleeps until it is told to end."""
+    """Submit a task that sleeps until it is told to end; wait until it has begun; return its handle."""
     begun = threading.Event()
 
     @queue.executor("listen")
@@ -295,7 +295,7 @@ def listening(queue):
     return handle
 
 
-def test_running_tasks_may_end(started, gate, caplog):
+def test_stop_lets_running_tasks_end(started, gate, caplog):
     started.executor("hold")(lambda ctx: (gate(), str(ctx.token.reason))[1])
     handle = started.submit("hold")
     gate.wait_for(1)
@@ -308,7 +308,7 @@ def test_running_tasks_may_end(started, gate, caplog):
 
 
 @pytest.mark.every_store
-def test_stop_with_cancel_interrupts(started):
+def test_stop_with_cancel_interrupts_running_tasks(started):
     begun = threading.Event()
 
     @started.executor("listen", max_attempts=1)
@@ -332,7 +332,7 @@ def test_stop_with_cancel_interrupts(started):
 
 
 @pytest.mark.parametrize("error", [ValueError("while tidying up"), SystemExit()], ids=repr)
-def test_whatever_an_interrupted_executor_raises(started, error):
+def test_a_task_is_interrupted_whatever_its_executor_raises(started, error):
     begun = threading.Event()
 
     @started.executor("listen")
@@ -349,7 +349,7 @@ def test_whatever_an_interrupted_executor_raises(started, error):
 
 
 @pytest.mark.every_store
-def test_interrupted_task_runs_again_elsewhere(started, make_queue):
+def test_an_interrupted_task_runs_again_on_another_queue(started, make_queue):
     handle = listening(started)
     started.stop(PATIENCE, cancel=True)
     again = make_queue()
@@ -360,7 +360,7 @@ def test_interrupted_task_runs_again_elsewhere(started, make_queue):
 
 
 @pytest.mark.every_store
-def test_cancelled_before_the_stop_it_is_cancelled(started, gate):
+def test_a_task_cancelled_before_the_stop_ends_as_cancelled(started, gate):
     started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
     handle = started.submit("hold")
     gate.wait_for(1)
@@ -372,7 +372,7 @@ def test_cancelled_before_the_stop_it_is_cancelled(started, gate):
 
 
 @pytest.mark.every_store
-def test_stop_returns_by_its_timeout_and_names_what_runs(started, gate, caplog):
+def test_stop_returns_by_its_timeout_and_names_running_tasks(started, gate, caplog):
     started.executor("stubborn")(lambda: (gate(), "late, and it counts")[1])
     handle = started.submit("stubborn")
     gate.wait_for(1)
@@ -390,7 +390,7 @@ def test_stop_returns_by_its_timeout_and_names_what_runs(started, gate, caplog):
 
 
 def test_stop_fires_the_tokens_before_its_timeout(started, monkeypatch):
-    """When four fifths of it have passed; what hears it has the rest to end."""
+    """They fire after four fifths of it, so that executors have the rest to end."""
     ahead = [0.0]
     clock = SimpleNamespace(monotonic=lambda: time.monotonic() + ahead[0])
     handle = listening(started)
@@ -404,7 +404,7 @@ def test_stop_fires_the_tokens_before_its_timeout(started, monkeypatch):
 
 
 @pytest.mark.every_store
-def test_buffered_tasks_are_handed_back(busy, gate, caplog, make_queue):
+def test_stop_hands_buffered_tasks_back(busy, gate, caplog, make_queue):
     queue = busy()
     handles = [queue.submit("note", {"n": n}) for n in range(5)]
     stopping = run_in_thread(lambda: queue.stop(PATIENCE))
@@ -421,18 +421,18 @@ def test_buffered_tasks_are_handed_back(busy, gate, caplog, make_queue):
     assert [again.handle(h.id).result(PATIENCE) for h in handles] == list(range(5))
 
 
-def test_stop_is_idempotent(queue):
+def test_a_second_stop_does_nothing(queue):
     assert queue.stop() == []
     assert queue.stop() == []
 
 
-def test_stop_from_many_threads(started):
+def test_stop_can_be_called_from_many_threads(started):
     started.submit("fine")
     for result in [run_in_thread(lambda: started.stop(PATIENCE)) for _ in range(5)]:
         assert result() == []
 
 
-def test_second_stop_may_be_more_impatient(started):
+def test_a_second_stop_can_be_more_impatient(started):
     handle = listening(started)
     first = run_in_thread(lambda: started.stop(timeout=10 * PATIENCE))
     eventually(lambda: pool_of(started).stopping)
@@ -441,7 +441,7 @@ def test_second_stop_may_be_more_impatient(started):
     assert handle.task().interruptions == 1
 
 
-def test_stop_by_an_executor(started):
+def test_an_executor_can_stop_the_queue(started):
     returned = []
 
     @started.executor("last")
@@ -456,7 +456,7 @@ def test_stop_by_an_executor(started):
     assert handle.task().status is TaskStatus.COMPLETED
 
 
-def test_submit_by_an_executor_during_the_stop(started, gate):
+def test_a_submit_by_an_executor_during_the_stop_is_refused(started, gate):
     started.executor("hold")(lambda: (gate(), started.submit("fine"))[0])
     handle = started.submit("hold")
     gate.wait_for(1)
@@ -467,7 +467,7 @@ def test_submit_by_an_executor_during_the_stop(started, gate):
     assert handle.task().error.startswith("QueueStopped")
 
 
-def test_with_stops_even_when_the_block_raises(queue):
+def test_a_with_block_stops_the_queue_even_if_it_raises(queue):
     queue.executor("fine")(lambda: "fine")
     with pytest.raises(KeyError), queue:
         raise KeyError
@@ -476,7 +476,7 @@ def test_with_stops_even_when_the_block_raises(queue):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_handles_outlive_the_stop(make_queue):
+def test_a_handle_works_after_the_stop(make_queue):
     clock = ManualClock()
     queue, again = make_queue(clock=clock), make_queue(clock=clock)
     queue.executor("fine")(lambda: "fine")
@@ -490,8 +490,8 @@ def test_handles_outlive_the_stop(make_queue):
     assert waiting() == "by another"
 
 
-def test_who_waits_for_a_task_of_a_closed_queue_is_told(queue, repository, monkeypatch):
-    """And nobody looks after it any more, who would open the repository again."""
+def test_waiting_for_a_task_of_a_closed_queue_raises_queue_stopped(queue, repository, monkeypatch):
+    """Its watcher thread ends, so that it does not open the repository again."""
     queue.declare("remote")
     handle = queue.submit("remote")
     waiting = run_in_thread(lambda: handle.exception(PATIENCE))
@@ -500,7 +500,7 @@ def test_who_waits_for_a_task_of_a_closed_queue_is_told(queue, repository, monke
     assert isinstance(waiting(), QueueStopped)
     assert isinstance(queue.handle(handle.id).exception(PATIENCE), QueueStopped)
     eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
-    repository.close()  # the last look opened it again
+    repository.close()  # the last read opened it again
 
 
 def test_a_drain_ends_when_another_thread_stops_the_queue(started, gate):
@@ -515,8 +515,8 @@ def test_a_drain_ends_when_another_thread_stops_the_queue(started, gate):
     assert stopping() == []
 
 
-def test_what_is_told_to_stop_at_the_exit_takes_no_more_from_the_repository(started, repository):
-    """Other queues may be waited for before it is stopped."""
+def test_a_queue_told_to_stop_at_exit_fetches_no_more_tasks(started, repository):
+    """The exit may wait for other queues before it stops this one."""
     pool = pool_of(started)
     pool.fetcher.alone = False
     started._life.tell_to_stop()
@@ -527,7 +527,7 @@ def test_what_is_told_to_stop_at_the_exit_takes_no_more_from_the_repository(star
     assert repository.find("buffered_on", [pool.node.id], ("id",)) == []
 
 
-def test_a_stop_in_which_every_step_hangs_takes_little_longer(started, monkeypatch):
+def test_a_stop_takes_little_longer_if_every_step_hangs(started, monkeypatch):
     monkeypatch.setattr("taskx.upkeep.node.EXTRA", 0.05)
     go_on = threading.Event()
     repository = started.repository
@@ -538,13 +538,13 @@ def test_a_stop_in_which_every_step_hangs_takes_little_longer(started, monkeypat
         )
     began = time.monotonic()
     assert started.stop(0.05) == []
-    assert time.monotonic() - began < 10  # where each step would take a minute
+    assert time.monotonic() - began < 10  # although each step would take a minute
     go_on.set()
     eventually(lambda: not repository.liveness.nodes())
 
 
 @pytest.mark.parametrize("timeout", [-1, "1", None, float("inf")])
-def test_timeout_of_stop_is_checked(queue, timeout):
+def test_an_invalid_timeout_of_stop_is_refused(queue, timeout):
     with pytest.raises(ConfigurationError):
         queue.stop(timeout)
     queue.executor("fine")(lambda: "fine")
@@ -552,7 +552,7 @@ def test_timeout_of_stop_is_checked(queue, timeout):
         assert queue.submit("fine").result(PATIENCE) == "fine"
 
 
-def test_a_stop_may_be_given_more_time_than_the_system_can_wait(started):
+def test_a_stop_accepts_more_time_than_the_system_can_wait(started):
     assert started.submit("fine").result(1e10) == "fine"
     assert started.stop(1e300) == []
     assert started.repository.liveness.nodes() == []
@@ -579,7 +579,7 @@ def test_a_stop_after_an_interrupted_one_ends_the_node(make_queue, gate, monkeyp
     assert (queue.repository.liveness.nodes(), told) == ([], [queue])
 
 
-def test_a_node_ends_once_though_two_stops_come_to_its_end(started):
+def test_two_stops_end_a_node_only_once(started):
     node = node_of(started)
     assert started.stop(PATIENCE) == []
     ended = []
@@ -593,7 +593,7 @@ def interrupt(*args):
 
 
 @pytest.mark.every_store
-def test_repository_is_left_open_by_stop_and_closed_by_close(started):
+def test_stop_leaves_the_repository_open_and_close_closes_it(started):
     handle = started.submit("fine")
     started.stop()
     assert handle.task().id == handle.id
@@ -602,7 +602,7 @@ def test_repository_is_left_open_by_stop_and_closed_by_close(started):
     started.repository.close()
 
 
-def test_stopped_while_it_starts_its_threads_it_ends_all_of_them(make_queue, monkeypatch):
+def test_a_stop_while_threads_start_ends_all_of_them(make_queue, monkeypatch):
     """The first one has ended before the second one is started."""
     queue = make_queue(worker_num=3)
     begin = LocalNode.begin
@@ -626,21 +626,21 @@ def test_stopped_while_it_starts_its_threads_it_ends_all_of_them(make_queue, mon
 
 
 @pytest.mark.every_store
-def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, repository):
-    """Some rounds of ten threads that submit while the queue is stopped in the middle of it.
+def test_submits_during_a_stop_are_stored_or_refused(make_queue, repository):
+    """Ten threads submit while the queue is stopped, in several rounds.
 
-    What is kept and did not run does with whoever comes next.
+    The next queue runs the stored tasks that did not run.
     """
     all_left = []
     for _ in range(5):
         queue = make_queue(worker_num=2, buffer_size=1_000_000)
-        ran, line = [], threading.Barrier(11)
-        # So long that some are left, however slowly they are submitted.
+        ran, barrier = [], threading.Barrier(11)
+        # Each task takes so long that some are left, however slow the submits are.
         queue.executor("n")(lambda ctx, n, ran=ran: (ctx.token.wait(0.02), ran.append(n))[1])
         queue.start()
 
-        def submit(first, queue=queue, line=line):
-            line.wait(PATIENCE)
+        def submit(first, queue=queue, barrier=barrier):
+            barrier.wait(PATIENCE)
             accepted = []
             try:
                 for n in count(first, 10):
@@ -652,7 +652,7 @@ def test_submits_that_race_with_the_stop_are_kept_or_refused(make_queue, reposit
         threads = [
             run_in_thread(lambda first=first, submit=submit: submit(first)) for first in range(10)
         ]
-        line.wait(PATIENCE)
+        barrier.wait(PATIENCE)
         eventually(lambda: repository.count(TaskFilter()) > 50)
         assert queue.stop(PATIENCE) == []
         accepted = sorted(n for thread in threads for n in thread())
