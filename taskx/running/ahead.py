@@ -54,7 +54,7 @@ class Ahead:
     def ended(self, run: Run, duration: float) -> None:
         """Note that a worker is free again after a task of ``duration`` seconds."""
         self.at_work.pop(run, None)
-        # One bit for each of the last tasks, so that a single hiccup changes nothing.
+        # One bit for each of the last tasks, so that a single slow task changes nothing.
         self._lately = (self._lately << 1 | (duration >= SHORT)) & _ALL_LONG
         self.short = self._lately.bit_count() <= _MOST_LONG
 

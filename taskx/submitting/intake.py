@@ -370,35 +370,35 @@ class Intake:
         due = [i for i in inserts if not i.row["held"] and runs(i.row["type"])]
         apart = {type for type in {i.row["type"] for i in due} if not pool.fetcher.buffers(type)}
         due = [insert for insert in due if insert.row["type"] not in apart]
-        turns: list[int] = []
+        slots: list[int] = []
         try:
             # Before the tasks are stored: after that, spilled ones may be fetched and must come later.
-            turns += [buffer.new_slot() for _ in due]
-            del turns[self._reserve_many(pool, turns, refuse=refuse) :]
-            buffered = due[: len(turns)]
+            slots += [buffer.new_slot() for _ in due]
+            del slots[self._reserve_many(pool, slots, refuse=refuse) :]
+            buffered = due[: len(slots)]
             for insert in buffered:
                 insert.row["owner"] = pool.node.id
             self._store_whole(inserts)
-            for insert, turn in zip(buffered, turns, strict=True):
-                if not buffer.add(*_place(insert.row), turn, fetched=False):
+            for insert, slot in zip(buffered, slots, strict=True):
+                if not buffer.add(*_place(insert.row), slot, fetched=False):
                     pool.agenda.wake_from_long_sleep()
         except BaseException:  # also an interrupt: no other code knows of these slots
-            buffer.release(turns)
+            buffer.release(slots)
             raise
         if len(buffered) < len(due) or any(map(pool.fetcher.has_room, apart)):
             self._services.agenda.fetch_soon()
 
-    def _reserve_many(self, pool: WorkerPool, turns: Sequence[int], *, refuse: bool) -> int:
+    def _reserve_many(self, pool: WorkerPool, slots: Sequence[int], *, refuse: bool) -> int:
         """Return the number of tasks that go into the buffer; the rest is refused or spilled."""
-        buffer, wanted = pool.buffer, len(turns)
+        buffer, wanted = pool.buffer, len(slots)
         if self._spills:
             return 0
-        if buffer.reserve(turns):
+        if buffer.reserve(slots):
             return wanted
         if refuse:
             self._refuse(pool, wanted)
         room = max(0, min(wanted, buffer.maxsize - buffer.submitted))
-        return room if room and buffer.reserve(turns[:room]) else 0
+        return room if room and buffer.reserve(slots[:room]) else 0
 
     def _store_whole(self, inserts: Sequence[Insert]) -> None:
         keyed = [insert for insert in inserts if "unique_key" in insert.row]

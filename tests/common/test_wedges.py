@@ -202,9 +202,9 @@ def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch
 def full():
     buffer = Buffer(1000, 64, lambda: True)
     for n in range(1000):
-        turn = buffer.new_slot()
-        assert buffer.reserve((turn,))
-        buffer.add(f"x{n}", "t", 0, n, None, turn, fetched=False)
+        slot = buffer.new_slot()
+        assert buffer.reserve((slot,))
+        buffer.add(f"x{n}", "t", 0, n, None, slot, fetched=False)
     return buffer
 
 
@@ -243,9 +243,9 @@ def test_a_clock_that_is_set_back_does_not_change_the_order():
     buffer = Buffer(100, 64, lambda: True)
 
     def submit(name, at):
-        turn = buffer.new_slot()
-        assert buffer.reserve((turn,))
-        buffer.add(name, "t", 0, at, None, turn, fetched=False)
+        slot = buffer.new_slot()
+        assert buffer.reserve((slot,))
+        buffer.add(name, "t", 0, at, None, slot, fetched=False)
 
     submit("a", 5000)
     submit("b", 1000)  # set back

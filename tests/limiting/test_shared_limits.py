@@ -103,7 +103,7 @@ def idle_engine(make_queue):
     node.engine.admission.end()
 
 
-def meanwhile(monkeypatch, repository, name, happens):
+def just_before(monkeypatch, repository, name, happens):
     """Call ``happens`` once, before a method of the repository runs."""
     method = getattr(repository, name)
 
@@ -119,7 +119,7 @@ def test_a_task_that_ends_during_a_fetch_from_other_nodes_is_noticed(
     idle_engine, repository, monkeypatch
 ):
     """Its slot is then free for the next task, or must be given back."""
-    meanwhile(monkeypatch, repository, "distinct", idle_engine.agenda.fetch_soon)
+    just_before(monkeypatch, repository, "distinct", idle_engine.agenda.fetch_soon)
     idle_engine.fetcher.refill()
     assert idle_engine.agenda.more_stored
     idle_engine.fetcher.refill()
@@ -139,7 +139,7 @@ def test_a_node_that_loses_the_last_task_to_another_one_gives_back_its_slot(
     def another_takes_it():
         assert repository.apply([lifecycle.take(task_id, "another")]) == [True]
 
-    meanwhile(monkeypatch, repository, "apply", another_takes_it)
+    just_before(monkeypatch, repository, "apply", another_takes_it)
     idle_engine.fetcher.refill()
     assert shares(repository) == {idle_engine.node.id: 1}
     assert idle_engine.agenda.more_stored
@@ -586,8 +586,8 @@ def test_the_slots_of_a_killed_process_are_free_for_others(workers):
     [other] = workers.start(WORK)
     for n in range(3, 9):
         queue.submit("work", {"n": n}, priority=9)
-    looked = threading.Event()
-    assert not looked.wait(2 * housekeeper.RECOVER_EVERY)  # blocks on purpose: two checks
+    never = threading.Event()
+    assert not never.wait(2 * housekeeper.RECOVER_EVERY)  # blocks on purpose: two checks
     assert repository.count(TaskFilter(status="completed")) == 0
     child.kill()
     eventually(lambda: repository.count(TaskFilter(status="completed")) == 6)

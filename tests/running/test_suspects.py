@@ -51,29 +51,29 @@ def begun(queue, *names):
 
 def test_a_task_on_its_last_chance_runs_alone(queue):
     queue.start()
-    queue.hold("beside")
-    assert begun(queue, "beside")
+    queue.hold("neighbour")
+    assert begun(queue, "neighbour")
     queue.hold("last", crashes=2)
     assert eventually(lambda: pool_of(queue).buffer.starting)
     queue.hold("later")
-    queue.gates["beside"].set()
-    assert begun(queue, "beside", "last")
+    queue.gates["neighbour"].set()
+    assert begun(queue, "neighbour", "last")
     assert eventually(lambda: pool_of(queue).buffer.starting)  # a worker waits with "later"
     assert set(pool_of(queue).runs) == {"last"}
     queue.gates["last"].set()
-    assert begun(queue, "beside", "last", "later")
+    assert begun(queue, "neighbour", "last", "later")
     queue.gates["later"].set()
     assert queue.drain(PATIENCE)
 
 
 def test_a_suspect_that_may_crash_again_runs_together_with_other_tasks(queue):
     queue.start()
-    queue.hold("beside")
-    assert begun(queue, "beside")
+    queue.hold("neighbour")
+    assert begun(queue, "neighbour")
     queue.hold("suspect", crashes=1)
-    assert begun(queue, "beside", "suspect")
+    assert begun(queue, "neighbour", "suspect")
     queue.hold("later")
-    assert begun(queue, "beside", "suspect", "later")
+    assert begun(queue, "neighbour", "suspect", "later")
 
 
 @pytest.mark.usefixtures("frequent_looks")
@@ -102,18 +102,18 @@ def test_a_task_on_its_last_chance_waits_at_most_a_minute_for_others(queue, monk
     assert starter.ALONE == 60
     monkeypatch.setattr(starter, "ALONE", 0.2)
     queue.start()
-    queue.hold("beside")
-    assert begun(queue, "beside")
+    queue.hold("neighbour")
+    assert begun(queue, "neighbour")
     queue.hold("last", crashes=2)
-    assert begun(queue, "beside", "last")
+    assert begun(queue, "neighbour", "last")
     queue.hold("later")
-    assert begun(queue, "beside", "last", "later")
+    assert begun(queue, "neighbour", "last", "later")
 
 
 def test_a_stop_does_not_wait_for_a_task_on_its_last_chance(queue):
     queue.start()
-    queue.hold("beside")
-    assert begun(queue, "beside")
+    queue.hold("neighbour")
+    assert begun(queue, "neighbour")
     queue.hold("last", crashes=2)
     assert eventually(lambda: pool_of(queue).buffer.starting)
     began = time.monotonic()
@@ -125,11 +125,11 @@ def test_a_stop_does_not_wait_for_a_task_on_its_last_chance(queue):
 @pytest.mark.usefixtures("frequent_looks")
 def test_a_deleted_suspect_lets_the_next_one_start(queue):
     queue.start()
-    queue.hold("beside")
-    assert begun(queue, "beside")
+    queue.hold("neighbour")
+    assert begun(queue, "neighbour")
     queue.hold("last", crashes=2)
     assert eventually(lambda: pool_of(queue).buffer.starting)
     queue.hold("next", crashes=1)
     queue.delete("last")
-    queue.gates["beside"].set()
-    assert begun(queue, "beside", "next")
+    queue.gates["neighbour"].set()
+    assert begun(queue, "neighbour", "next")
