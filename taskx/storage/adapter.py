@@ -208,9 +208,8 @@ class EightMethodAdapter(MemoryRepository):
         """Apply a write in memory if it took place. Its outcome is then no longer in doubt."""
         if done:
             if isinstance(write, Insert):
-                self._forget(
-                    write.id
-                )  # an earlier task with this id was deleted without our knowledge
+                # An earlier task with this id was deleted without our knowledge.
+                self._forget(write.id)
             self._apply_one(write)
         del self._doubts[write.id]
 

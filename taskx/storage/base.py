@@ -97,7 +97,7 @@ class Listener(ABC):
         """Wait for news, at most ``timeout`` seconds (None: for ever), and return the kinds received.
 
         It returns when there is news, when the time is over, or when the listener is closed. It must not
-        return earlier, as callers call it again at once. Callers ignore letters that are no kind of news.
+        return earlier, as callers call it again at once. Callers ignore unknown kinds.
         """
 
     @abstractmethod

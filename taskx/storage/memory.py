@@ -219,9 +219,8 @@ class MemoryRepository(Repository):
                     found += _oldest_of_each(ranks, limit) if ageing else islice(ranks, limit)
             if not ageing:
                 return [self._stub(rank) for rank in sorted(found)[:limit]]
-            found.sort(
-                key=itemgetter(1)
-            )  # so that tasks of equal rank stay in the order of submission
+            # Tasks of equal rank stay in the order of submission.
+            found.sort(key=itemgetter(1))
             stubs = [self._stub(rank) for rank in found]
             return sorted(stubs, key=lambda stub: stub.rank(ageing))[:limit]
 

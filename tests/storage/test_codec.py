@@ -299,10 +299,8 @@ class TestZlib:
         params, result, _ = shelf.stored()
         assert params["taskx:codec"] == "zlib"
         assert len(params["data"]) < 300
-        assert result in (
-            "small",
-            {"value": "small"},
-        )  # not compressed; MongoDB wraps it in an object
+        # It is not compressed; MongoDB wraps it in an object.
+        assert result in ("small", {"value": "small"})
 
     @pytest.mark.parametrize(("min_size", "level"), [(0, 9), (5000, 1)])
     def test_min_size_sets_the_size_from_which_zlib_compresses(self, min_size, level):

@@ -519,9 +519,8 @@ class TestKeptTracebacks:
 
         threads = [threading.Thread(target=read) for _ in range(most)]
         with monkeypatch.context() as patched:
-            patched.setattr(
-                ours, "_close", strike
-            )  # a second interrupt, before the connection is closed
+            # A second interrupt, before the connection is closed.
+            patched.setattr(ours, "_close", strike)
             for thread in threads:
                 thread.start()
             eventually(lambda: len(kept) == most)
@@ -611,9 +610,8 @@ class TestBusyTimeout:
             executed = []
             connections_of(repository).writer().set_trace_callback(executed.append)
             with pytest.raises(RepositoryUnavailable, match="locked for 60 s"):
-                repository.create(
-                    task("b")
-                )  # raises at once: the 60 s have passed at the turnstile
+                # Raises at once: the 60 s have passed at the turnstile.
+                repository.create(task("b"))
         begin = executed.index("BEGIN IMMEDIATE")
         assert executed[begin - 1 : begin + 2 : 2] == [
             "PRAGMA busy_timeout = 0",

@@ -225,7 +225,7 @@ class TestParents:
         assert store.statuses([]) == {}
 
     @between_tasks
-    def test_a_parent_is_needed_whatever_the_status_of_its_children(self, store, add):
+    def test_a_parent_is_needed_as_long_as_its_children_are_stored(self, store, add):
         add("p")
         add("q")
         for child, parents in {"a": ["p"], "b": ["p", "q"], "c": ["a", "gone"]}.items():
@@ -276,7 +276,7 @@ class TestConcurrencyKeys:
 
 
 @between_tasks
-def test_stuck_tasks_are_found_by_node_whatever_their_status(store, run, clock):
+def test_stuck_tasks_of_any_status_are_found_by_node(store, run, clock):
     for task_id, status in (("a", "failed"), ("b", "pending")):
         run(task_id)
         changes = {"status": status, "owner": "", "stuck_on": "node", "held": 3}

@@ -331,9 +331,8 @@ class TestSubmit:
     ):
         queue.start()
         whole_round(queue)
-        repository.fail(
-            ALL, times=3, late=late
-        )  # create, and the reads that would show its outcome
+        # ``create`` fails, and so do the reads that would show its outcome.
+        repository.fail(ALL, times=3, late=late)
         with pytest.raises(RepositoryUnavailable, match="the write may have taken place") as doubt:
             queue.submit("fine", id="a", **options)
         assert str(doubt.value).startswith("task a: Hiccups: OSError")

@@ -130,9 +130,8 @@ def test_max_payload_size_counts_the_plain_values(make_queue):
     queue = make_queue(max_payload_size=1000)
     work = queue.executor("work")(lambda word: word + "!" * 20)
     queue.start()
-    assert (
-        len(work.submit("x" * 970).result(PATIENCE)) == 990
-    )  # it takes more than 1000 bytes in the store
+    # It takes more than 1000 bytes in the store.
+    assert len(work.submit("x" * 970).result(PATIENCE)) == 990
     with pytest.raises(PayloadError, match="more than max_payload_size"):
         work.submit("x" * 1000)
     with pytest.raises(TaskFailed, match="result: 1,007 bytes as JSON"):

@@ -780,9 +780,8 @@ class TestTurns:
         for child in children:
             finish(child)
         assert min(map(len, turns)) > max(map(len, turns)) / 2
-        assert (
-            max(map(max, turns)) <= 10
-        )  # mostly one; with the busy handler alone the other process makes all of its commits first
+        # Mostly one; with the busy handler alone the other process makes all of its commits first.
+        assert max(map(max, turns)) <= 10
 
     def test_a_process_that_comes_to_a_busy_file_gets_its_turn(self, path):
         """A busy writer checks for others, although it finds the inner lock free every time."""

@@ -169,9 +169,8 @@ def test_a_new_file_has_the_quick_form_of_the_check(path):
 @each_earlier_version
 def test_tasks_of_an_earlier_version_run(old):
     with closing(sqlite3.connect(old)) as connection, connection:
-        connection.execute(
-            "UPDATE tasks SET timeout = ?", (PATIENCE,)
-        )  # as some time-outs are very short
+        # Some time-outs are very short.
+        connection.execute("UPDATE tasks SET timeout = ?", (PATIENCE,))
     before = {task["id"]: task for task in contents(old)["tasks"]}
     queue = Queue(SQLiteRepository(old), Config(worker_num=2))
     ran = []

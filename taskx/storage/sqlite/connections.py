@@ -54,9 +54,8 @@ _MAY_YIELD = CO_GENERATOR | CO_COROUTINE | CO_ASYNC_GENERATOR
 def _size(path: str) -> int:
     try:
         return os.path.getsize(path)
-    except (
-        OSError
-    ):  # no such file; a log disappears when another process closes the last connection
+    except OSError:
+        # No such file: a log disappears when another process closes the last connection.
         return 0
 
 
@@ -131,14 +130,12 @@ class Connections:
         # refer to. So a connection moves between the idle list and this dict in one step in C. If a read is
         # interrupted, its connection stays here, and the next thread that finds it closes it.
         self._taken: dict[tuple[int, float], Connection] = {}
-        self._scan_at = (
-            0.0  # when a waiting thread next scans for connections that were left behind
-        )
+        # When a waiting thread next scans for connections that were left behind.
+        self._scan_at = 0.0
         self._readers: weakref.WeakSet[Connection] = weakref.WeakSet()  # all of them
         self._waiting: deque[_thread.LockType] = deque()  # the bells of the waiting threads
-        self._opening = (
-            threading.RLock()
-        )  # a finalizer may read while its thread opens a connection
+        # A finalizer may read while its thread opens a connection.
+        self._opening = threading.RLock()
         self.compiling = Compiling()
         # Connections that a forked child has inherited all the same. They are kept for ever: closing one
         # would drop the locks that the parent holds on the file.
@@ -192,9 +189,8 @@ class Connections:
         """
         identity, idle, taken = self.file.identity, self._idle, self._taken
         key: tuple[int, float] = _thread.get_ident(), 0
-        if (
-            key in taken
-        ):  # a finalizer reads in the middle of a read, or the last read was interrupted
+        if key in taken:
+            # A finalizer reads in the middle of a read, or the last read was interrupted.
             key = key[0], _depth(sys._getframe(1))
             self._close_own(*key)
         try:
@@ -210,9 +206,8 @@ class Connections:
                 raise self.translated(error) from error
             raise
         if identity is None or self.file.identity != identity:
-            self._close(
-                key
-            )  # the file was closed in the meantime; this may be another file's connection
+            # The file was closed in the meantime; this may be another file's connection.
+            self._close(key)
             return result
         now = time.monotonic()
         idle.extend(map(taken.pop, (key,)))
@@ -233,9 +228,8 @@ class Connections:
         while True:
             bell = _thread.allocate_lock()
             bell.acquire()
-            self._waiting.append(
-                bell
-            )  # first, so that every thread rings that gives one back from now on
+            # Added first, so that every thread that gives one back from now on rings.
+            self._waiting.append(bell)
             try:
                 if self._take_idle(key) or self._open_reader(key):
                     return
@@ -265,9 +259,8 @@ class Connections:
         opened: list[Connection] = []
         try:
             with self._opening:
-                if (
-                    len(list(self._readers)) >= MOST_READERS
-                ):  # a list holds only those that still exist
+                # A list holds only those that still exist.
+                if len(list(self._readers)) >= MOST_READERS:
                     return False
                 connection = self._connect(opened)
                 self.file.check()  # another file may have replaced it just before

@@ -48,9 +48,8 @@ _KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacu
 _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
 _NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
-_ANY_TIME = (
-    2**63 - 1
-)  # SQLite sorts a damaged ``run_at``, a text, above all numbers: it is never due
+# SQLite sorts a damaged ``run_at``, a text, above all numbers: it is never due.
+_ANY_TIME = 2**63 - 1
 
 
 class SQLiteRepository(Repository):
