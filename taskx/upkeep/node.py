@@ -74,7 +74,7 @@ class LocalNode:
         services = self._services
         if services.repository.shortcoming:
             services.log.warning(
-                "%s only: this queue assumes that it is the only process on the repository, and that a "
+                "%s: this queue assumes that it is the only process on the repository, and that a "
                 "dead process left the tasks that it finds running",
                 services.repository.shortcoming,
             )
