@@ -23,7 +23,7 @@ def started(queue):
 
 
 @pytest.mark.every_store
-def test_is_a_future(started):
+def test_a_handle_is_a_future(started):
     handle = started.submit("echo", {"value": 1})
     assert isinstance(handle, Future)
     assert isinstance(handle, TaskHandle)
@@ -34,7 +34,7 @@ def test_is_a_future(started):
     assert handle.id in repr(handle)
 
 
-def test_failed(started):
+def test_the_handle_of_a_failed_task_raises_task_failed(started):
     handle = started.submit("fail")
     failure = handle.exception(PATIENCE)
     assert isinstance(failure, TaskFailed)
@@ -47,7 +47,7 @@ def test_failed(started):
 
 
 @pytest.mark.every_store
-def test_cancelled(busy):
+def test_the_handle_of_a_cancelled_task_raises_cancelled_error(busy):
     queue = busy()
     handle = queue.submit("note")
     assert not handle.done()
@@ -59,7 +59,7 @@ def test_cancelled(busy):
             look(0)
 
 
-def test_cancel_of_a_running_task_asks_it(started, gate):
+def test_cancelling_a_running_task_asks_it_to_stop(started, gate):
     started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
     handle = started.submit("hold")
     gate.wait_for(1)
@@ -73,7 +73,7 @@ def test_cancel_of_a_running_task_asks_it(started, gate):
     assert not handle.running()
 
 
-def test_result_gives_up(busy):
+def test_result_raises_timeout_error_after_its_timeout(busy):
     handle = busy().submit("note")
     with pytest.raises(concurrent.futures.TimeoutError, match=f"{handle.id} has .* within 0.01 s"):
         handle.result(timeout=0.01)
@@ -81,7 +81,7 @@ def test_result_gives_up(busy):
         handle.exception(timeout=0)
 
 
-def test_wait_and_as_completed(started, gate):
+def test_handles_work_with_wait_and_as_completed(started, gate):
     started.executor("hold")(lambda: gate())
     held = started.submit("hold")
     gate.wait_for(1)
@@ -98,7 +98,7 @@ def test_wait_and_as_completed(started, gate):
     assert not open_
 
 
-def test_finished_before_anybody_looked(started):
+def test_handles_of_tasks_that_have_already_ended_resolve_at_once(started):
     handles = [started.submit("echo", {"value": n}) for n in range(5)]
     assert started.drain(PATIENCE)
     done, open_ = wait(handles, PATIENCE)
@@ -106,7 +106,7 @@ def test_finished_before_anybody_looked(started):
     assert [h.result(0) for h in handles] == list(range(5))
 
 
-def test_in_asyncio(started):
+def test_handles_work_with_asyncio(started):
     async def main():
         good, bad = started.submit("echo", {"value": 1}), started.submit("fail")
         assert await asyncio.wait_for(asyncio.wrap_future(good), PATIENCE) == 1
@@ -116,7 +116,7 @@ def test_in_asyncio(started):
     asyncio.run(main())
 
 
-def test_done_callbacks(started, gate):
+def test_each_done_callback_is_called_once(started, gate):
     started.executor("hold")(lambda: gate())
     handle = started.submit("hold")
     seen = []
@@ -132,11 +132,11 @@ def test_done_callbacks(started, gate):
     for _ in range(2):
         assert called.acquire(timeout=PATIENCE)
     assert [future for future, _ in seen] == [handle, handle]
-    handle.add_done_callback(callback)  # it has ended: at once
+    handle.add_done_callback(callback)  # called at once, because the task has ended
     assert called.acquire(timeout=PATIENCE)
 
 
-def test_done_callback_that_hangs_hangs_no_worker(started, gate):
+def test_a_done_callback_that_hangs_blocks_no_worker(started, gate):
     handles = [started.submit("echo", {"value": n}, delay=0.05) for n in range(4)]
     for handle in handles:
         handle.add_done_callback(lambda _: gate())
@@ -145,7 +145,7 @@ def test_done_callback_that_hangs_hangs_no_worker(started, gate):
 
 
 @pytest.mark.every_store
-def test_resolved_only_when_the_outcome_is_committed(started):
+def test_a_handle_resolves_after_the_outcome_is_committed(started):
     statuses = []
     handle = started.submit("echo", {"value": 1}, delay=0.05)
     reached = threading.Event()
@@ -154,7 +154,7 @@ def test_resolved_only_when_the_outcome_is_committed(started):
     assert statuses == [TaskStatus.COMPLETED]
 
 
-def test_a_handle_that_nobody_looks_at_costs_nothing(started):
+def test_an_unused_handle_costs_nothing(started):
     handle = started.submit("echo", {"value": 1})
     assert vars(handle).keys() == {"id", "_owner"}
     assert not services_of(started).watcher.watching
@@ -162,7 +162,7 @@ def test_a_handle_that_nobody_looks_at_costs_nothing(started):
     assert not services_of(started).watcher.watching
 
 
-def test_many_threads_wait_for_one_task(started, gate):
+def test_many_threads_can_wait_for_one_task(started, gate):
     started.executor("hold")(lambda: (gate(), "value")[1])
     handle = started.submit("hold")
     waiting = [run_in_thread(lambda: handle.result(PATIENCE)) for _ in range(10)]
@@ -174,7 +174,7 @@ def test_many_threads_wait_for_one_task(started, gate):
     assert [result() for result in waiting] == ["value"] * 20
 
 
-def test_unknown_id(started):
+def test_the_handle_of_an_unknown_id_raises_task_not_found(started):
     handle = started.handle("nobody")
     with pytest.raises(TaskNotFound, match="nobody"):
         handle.result(PATIENCE)
@@ -184,7 +184,7 @@ def test_unknown_id(started):
 
 
 @pytest.mark.every_store
-def test_deleted_while_waited_for(started):
+def test_deleting_a_task_wakes_the_threads_that_wait_for_it(started):
     handle = started.submit("echo", {"value": 1}, delay=1000)
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
     eventually(lambda: services_of(started).watcher.watching)
@@ -194,8 +194,7 @@ def test_deleted_while_waited_for(started):
 
 
 @pytest.mark.every_store
-def test_repository_that_fails_at_the_first_look(queue):
-    """The next look is not for ever."""
+def test_result_can_be_called_again_after_a_repository_error(queue):
     queue.executor("echo")(lambda value: value)
     handle = queue.submit("echo", {"value": 1})
     queue.repository.down = True
@@ -207,7 +206,7 @@ def test_repository_that_fails_at_the_first_look(queue):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_repository_that_fails_at_the_first_look_of_a_queue_not_started(queue, make_queue):
+def test_result_can_be_called_again_on_a_queue_that_is_not_started(queue, make_queue):
     queue.declare("echo")
     handle = queue.submit("echo", {"value": 1})
     queue.repository.down = True
@@ -220,22 +219,22 @@ def test_repository_that_fails_at_the_first_look_of_a_queue_not_started(queue, m
     assert handle.result(PATIENCE) == 1
 
 
-# Without running
+# Queues that do not run tasks
 
 
 @pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.every_store
-def test_not_started_queue_stores_for_whoever_runs(make_queue):
+def test_a_queue_that_is_not_started_stores_tasks_for_other_queues(make_queue):
     submitter, runner = make_queue(), make_queue(worker_num=1)
     submitter.declare("echo", "other")
-    handles = [submitter.submit("echo", {"value": n}) for n in range(250)]  # and never full
+    handles = [submitter.submit("echo", {"value": n}) for n in range(250)]  # has no buffer to fill
     assert {h.task().status for h in handles} == {TaskStatus.PENDING}
     runner.executor("echo")(lambda value: value)
     runner.start()
     assert [h.result(PATIENCE) for h in handles] == list(range(250))
 
 
-def test_declared_type_in_a_started_queue_is_left_alone(started, make_queue):
+def test_a_queue_does_not_run_a_type_that_it_only_declares(started, make_queue):
     started.declare("elsewhere")
     handle = started.submit("elsewhere", max_attempts=2)
     assert started.drain(PATIENCE)
@@ -243,7 +242,7 @@ def test_declared_type_in_a_started_queue_is_left_alone(started, make_queue):
     later = make_queue(worker_num=1)
     later.declare("elsewhere")
     later.executor("last")(lambda: "run")
-    later.start()  # when it looks for what is there
+    later.start()  # fetches the stored tasks
     assert later.submit("last").result(PATIENCE) == "run"
     assert (handle.task().status, handle.task().starts) == (TaskStatus.PENDING, 0)
     other = make_queue()
@@ -254,7 +253,7 @@ def test_declared_type_in_a_started_queue_is_left_alone(started, make_queue):
     assert handle.result(PATIENCE) == [7, 2]
 
 
-def test_waiting_where_nobody_runs_warns_once(queue, make_queue, caplog):
+def test_waiting_for_a_task_that_no_node_can_run_warns_once(queue, make_queue, caplog):
     queue.declare("echo")
     handles = [queue.submit("echo", {"value": n}) for n in range(2)]
     for handle in handles:
@@ -266,7 +265,9 @@ def test_waiting_where_nobody_runs_warns_once(queue, make_queue, caplog):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_waiting_where_somebody_runs_does_not_warn(queue, started, make_queue, caplog):
+def test_waiting_for_a_task_that_another_queue_runs_does_not_warn(
+    queue, started, make_queue, caplog
+):
     submitter = make_queue()
     submitter.declare("echo")
     assert submitter.submit("echo", {"value": 1}).result(PATIENCE) == 1
@@ -285,7 +286,7 @@ def test_two_queues_share_the_work(make_queue, repository):
 
     def note(name, n):
         both[name].set()
-        assert all(one.wait(PATIENCE) for one in both.values())  # until the other one is at it, too
+        assert all(one.wait(PATIENCE) for one in both.values())  # until both queues run a task
         ran.append((name, n))
 
     queues = []
@@ -322,7 +323,7 @@ except LookupError as error:
 """
 
 
-def test_handle_in_another_process(database, spawn):
+def test_a_handle_works_in_another_process(database, spawn):
     repository = SQLiteRepository(database)
     queue = Queue(repository)
     opened = threading.Event()
@@ -365,8 +366,7 @@ with queue:
 """
 
 
-def test_work_in_another_process(database, spawn):
-    """A web process that submits, a worker process that works."""
+def test_a_worker_process_runs_the_tasks_of_a_web_process(database, spawn):
     child = spawn(RUNNER, database)
     assert child.read() == "started"
     with SQLiteRepository(database) as repository:

@@ -1,4 +1,4 @@
-"""Hooks are told what happened, once and in order, and can hurt nothing."""
+"""Hooks get each event once and in order, and cannot affect tasks."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ EVENTS = [name for name in vars(Hook) if not name.startswith("_")]
 
 
 class Told(Hook):
-    """Notes all that it is told, as (event, id, facts), and by which threads."""
+    """A hook that notes each event as (event, id, facts), and the threads that call it."""
 
     def __init__(self) -> None:
         self.events: list[tuple] = []
@@ -40,11 +40,11 @@ class Told(Hook):
         self.threads: set[str] = set()
 
     def of(self, task_id: str) -> list[str]:
-        """The events of a task."""
+        """Return the names of a task's events."""
         return [event for event, id_, *_ in self.events if id_ == task_id]
 
     def last(self, event: str) -> Task:
-        """The task of the last such event."""
+        """Return the task of the last event with this name."""
         [*_, index] = [i for i, told in enumerate(self.events) if told[0] == event]
         return self.tasks[index]
 
@@ -69,22 +69,22 @@ def told():
 
 @pytest.fixture
 def queue(make_queue, told):
-    """A queue of two workers that tells, not started."""
+    """A queue with two workers and the hook ``told``, not started."""
     return make_queue(worker_num=2, hooks=[told])
 
 
-def settle(queue):
-    """Wait until all is run and told."""
+def finish(queue):
+    """Wait until all tasks have run and all events are reported."""
     assert queue.drain(PATIENCE)
 
 
 def wait_told(queue):
-    """Wait until all is told."""
+    """Wait until all events are reported."""
     assert services_of(queue).hooks.wait(PATIENCE)
 
 
 def listen(queue, task_id):
-    """Start the queue, and on it a task that runs until it is told to end."""
+    """Start the queue, and run a task on it that runs until its token fires."""
     begun = threading.Event()
 
     @queue.executor()
@@ -99,9 +99,9 @@ def listen(queue, task_id):
 
 @pytest.mark.every_store
 class TestEvents:
-    def test_of_a_task_that_completes(self, started, told):
+    def test_hooks_get_the_events_of_a_task_that_completes(self, started, told):
         started.submit("fine", id="a")
-        settle(started)
+        finish(started)
         assert told.of("a") == ["submitted", "started", "finished"]
         submitted, running, finished = told.tasks[1:4]
         assert (submitted.status, submitted.type, submitted.starts) == ("pending", "fine", 0)
@@ -110,17 +110,17 @@ class TestEvents:
         assert finished == started.get_task_status("a")
         assert (finished.status, finished.result, finished.progress) == ("completed", "fine", 100)
 
-    def test_of_one_that_fails(self, started, told):
+    def test_hooks_get_the_events_of_a_task_that_fails(self, started, told):
         started.executor("bad")(lambda: 1 / 0)
         started.submit("bad", id="a")
-        settle(started)
+        finish(started)
         assert told.of("a") == ["submitted", "started", "finished"]
         task = told.last("finished")
         assert task == started.get_task_status("a")
         assert (task.status, task.dead_letter) == (TaskStatus.FAILED, True)
         assert "ZeroDivisionError" in task.error
 
-    def test_of_one_that_is_retried_and_snoozes(self, make_queue, told):
+    def test_hooks_get_retries_and_snoozes(self, make_queue, told):
         clock = ManualClock()
         queue = make_queue(clock=clock, hooks=[told])
         errors = [Retry("one", delay=0), Retry("two", delay=60), Snooze(30)]
@@ -152,9 +152,8 @@ class TestEvents:
         assert snoozed.run_at is not None
         assert [a.outcome for a in snoozed.attempts] == ["retried", "retried", "snoozed"]
 
-    def test_of_one_that_is_cancelled_before_it_runs(self, queue, told):
-        """In a queue that is not started, too."""
-        queue.declare("t")
+    def test_hooks_get_the_cancel_of_a_task_that_waits(self, queue, told):
+        queue.declare("t")  # a queue that is not started reports events, too
         queue.submit("t", {"n": 1}, id="a")
         assert queue.cancel_task("a")
         cancelled = queue.get_task_status("a")
@@ -164,31 +163,31 @@ class TestEvents:
         assert told.last("finished") == cancelled
         assert cancelled.status is TaskStatus.CANCELLED
 
-    def test_of_one_that_is_cancelled_while_it_runs(self, queue, told):
+    def test_hooks_get_the_cancel_of_a_task_that_runs(self, queue, told):
         listen(queue, "a")
         assert not queue.cancel_task("a")
-        settle(queue)
+        finish(queue)
         assert told.of("a") == ["submitted", "started", "finished"]
         assert told.last("finished").status is TaskStatus.CANCELLED
 
-    def test_of_one_that_is_interrupted(self, queue, told):
+    def test_hooks_get_an_interruption(self, queue, told):
         listen(queue, "a")
         queue.stop(PATIENCE, cancel=True)
         assert told.of("a") == ["submitted", "started", "interrupted"]
         assert told.last("interrupted").interruptions == 1
 
-    def test_of_one_that_is_requeued(self, started, told):
+    def test_hooks_get_a_requeue(self, started, told):
         started.executor("bad")(lambda: 1 / 0)
         started.submit("bad", id="a")
-        settle(started)
+        finish(started)
         started.requeue("a")
-        settle(started)
+        finish(started)
         again = ["requeued", "started", "finished"]
         assert told.of("a") == ["submitted", "started", "finished", *again]
         task = told.last("requeued")
         assert (task.status, task.error, task.completed_at) == (TaskStatus.PENDING, "", None)
 
-    def test_of_progress(self, queue, told):
+    def test_hooks_get_progress(self, queue, told):
         @queue.executor()
         def walk(ctx):
             ctx.progress(40, "nearly half")
@@ -196,13 +195,13 @@ class TestEvents:
 
         queue.start()
         queue.submit("walk", id="a")
-        settle(queue)
+        finish(queue)
         assert told.of("a") == ["submitted", "started", "progressed", "finished"]
         assert ("progressed", "a", 40, "nearly half") in told.events
         task = told.last("progressed")
         assert (task.status, task.progress, task.message) == ("running", 40, "nearly half")
 
-    def test_of_what_is_delayed_spilled_or_stored_together(self, make_queue, repository, told):
+    def test_hooks_get_delayed_spilled_and_batched_tasks(self, make_queue, repository, told):
         queue = make_queue(worker_num=1, buffer_size=1, overflow="spill", hooks=[told])
         queue.executor("t")(lambda: None)
         queue.start()
@@ -211,12 +210,12 @@ class TestEvents:
         queue.submit("t", id="later", delay=0.001)
         queue.submit_many([Task(type="t", id=f"m{n}") for n in range(20)])
         eventually(lambda: told.of("later")[-1:] == ["finished"])
-        settle(queue)
+        finish(queue)
         ids = [f"{kind}{n}" for kind in "sm" for n in range(20)]
         for task_id in [*ids, "later"]:
             assert sorted(told.of(task_id)) == ["finished", "started", "submitted"]
 
-    def test_of_one_that_the_caller_runs(self, make_queue, gate, told):
+    def test_hooks_get_the_events_of_a_task_that_the_caller_runs(self, make_queue, gate, told):
         queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs", hooks=[told])
         queue.executor("note")(lambda: None)
         queue.start()
@@ -227,7 +226,7 @@ class TestEvents:
         assert told.of("here") == ["submitted", "started", "finished"]
         assert told.of("buffered") == ["submitted"]
 
-    def test_what_was_refused_is_none(self, queue, repository, told):
+    def test_a_refused_submit_is_no_event(self, queue, repository, told):
         queue.declare("t")
         queue.submit("t", id="a")
         repository.down = True
@@ -240,14 +239,14 @@ class TestEvents:
         wait_told(queue)
         assert told.events == [("submitted", "a")]
 
-    def test_a_late_outcome_that_is_dropped_is_none(self, queue, repository, told):
+    def test_a_dropped_outcome_is_no_event(self, queue, repository, told):
         @queue.executor()
         def late(ctx):
             repository.update_status(ctx.task.id, TaskStatus.CANCELLED)
 
         queue.start()
         queue.submit("late", id="a")
-        settle(queue)
+        finish(queue)
         eventually(pool_of(queue).holds_nothing)
         wait_told(queue)
         assert told.of("a") == ["submitted", "started"]
@@ -260,7 +259,7 @@ class TestEvents:
             (2, True, ["rescued", "finished"], "cancelled"),
         ],
     )
-    def test_of_one_whose_process_died(
+    def test_hooks_get_the_rescue_of_a_task_whose_process_died(
         self, queue, repository, told, max_crashes, asked, events, status
     ):
         queue.executor("t")(lambda: None)
@@ -271,13 +270,14 @@ class TestEvents:
         if asked:
             repository.apply(lifecycle.cancel("a", now))
         queue.start()
-        settle(queue)
+        finish(queue)
         assert told.of("a") == events
         rescued = told.tasks[[event for event, *_ in told.events].index("rescued")]
         assert (rescued.status, rescued.crashes) == (status, 1)
 
-    def test_of_one_that_was_started_ahead_and_cancelled(self, make_queue, told):
-        """The worker that might have run it is told nothing of it."""
+    def test_a_task_cancelled_before_a_worker_took_it_has_only_a_finished_event(
+        self, make_queue, told
+    ):
         queue = make_queue(worker_num=1, hooks=[told])
         queue.executor("t")(lambda: None)
         queue.start()
@@ -292,7 +292,7 @@ class TestEvents:
         assert told.of("a") == ["finished"]
         assert told.last("finished").status is TaskStatus.CANCELLED
 
-    def test_of_the_queue(self, queue, told):
+    def test_hooks_get_the_start_and_stop_of_the_queue(self, queue, told):
         queue.executor("t")(lambda: None)
         queue.submit("t", id="a")
         queue.start()
@@ -302,13 +302,13 @@ class TestEvents:
         assert events.count("queue_started") == events.count("queue_stopped") == 1
         assert {subject for event, subject, *_ in told.events if "queue" in event} == {queue}
 
-    def test_of_many_each_once_and_in_order(self, make_queue, told):
-        """Also where tasks are started ahead, and outcomes are committed by whoever comes."""
+    def test_hooks_get_each_event_of_many_tasks_once_and_in_order(self, make_queue, told):
+        """This holds even if tasks are started ahead, and other threads commit their outcomes."""
         queue = make_queue(worker_num=4, buffer_size=500, hooks=[told])
         queue.executor("t")(lambda: None)
         queue.start()
         ids = [queue.submit("t").id for _ in range(500)]
-        settle(queue)
+        finish(queue)
         assert Counter(told.events[1:]) == Counter(
             (event, id_) for id_ in ids for event in ("submitted", "started", "finished")
         )
@@ -319,7 +319,7 @@ class TestEvents:
 
 @pytest.fixture
 def only_memory():
-    """For what has nothing to do with the repository."""
+    """Return a function that makes queues on memory, for tests that do not depend on the store."""
     made: list[Queue] = []
 
     def make(*hooks: Hook, **options) -> Queue:
@@ -332,15 +332,15 @@ def only_memory():
         queue.stop(PATIENCE, cancel=True)
 
 
-class TestWhatItCosts:
-    def test_no_hook_no_thread_and_nothing_told(self, only_memory, monkeypatch):
+class TestCost:
+    def test_a_hook_without_methods_costs_no_thread_and_no_call(self, only_memory, monkeypatch):
         def never(*args):
-            raise AssertionError("told, though nobody listens")
+            raise AssertionError("told, though no hook listens")
 
         monkeypatch.setattr(Hooks, "tell", never)
 
         class Deaf(Hook):
-            """Overrides nothing."""
+            """A hook that overrides nothing."""
 
         queue = only_memory(Deaf())
         with queue:
@@ -351,13 +351,15 @@ class TestWhatItCosts:
         assert services_of(queue).hooks._thread is None
 
     @pytest.mark.parametrize("event", EVENTS)
-    def test_what_nobody_overrides_has_no_listeners(self, event):
+    def test_an_event_that_no_hook_overrides_has_no_listeners(self, event):
         hook = type("One", (Hook,), {event: lambda self, *_: None})()
         hooks = Hooks([hook, Hook()], logging.getLogger("taskx"))
         assert [name for name in EVENTS if getattr(hooks, name)] == [event]
         assert getattr(hooks, event)[0][0] == f"One.{event}"
 
-    def test_the_thread_ends_when_there_is_nothing_to_tell(self, only_memory, told, monkeypatch):
+    def test_the_thread_for_hooks_ends_when_there_are_no_events(
+        self, only_memory, told, monkeypatch
+    ):
         monkeypatch.setattr(hooks_module, "_KEEP", 0.0)
         queue = only_memory(told)
         queue.submit("t", id="a")
@@ -368,7 +370,7 @@ class TestWhatItCosts:
 
 
 class Fails(Hook):
-    """Raises whenever a task is told of."""
+    """A hook that raises ``error`` at each event of a task."""
 
     def __init__(self, error: BaseException) -> None:
         self.error = error
@@ -384,7 +386,9 @@ class TestFailures:
         "case",
         ["exception", "exit", "interrupt", "base", "unprintable", "no name", "no attributes"],
     )
-    def test_are_logged_and_hurt_nothing(self, case, only_memory, told, caplog):
+    def test_an_error_in_a_hook_is_logged_and_affects_no_task(
+        self, case, only_memory, told, caplog
+    ):
         queue = only_memory(Fails(ERRORS[case][0]), told)
         queue.start()
         assert queue.submit("t", id="a").result(PATIENCE) is None
@@ -395,7 +399,7 @@ class TestFailures:
             assert [m for m in messages if m.startswith(f"hook Fails.{event} failed")]
         assert queue.submit("t").result(PATIENCE) is None
 
-    def test_are_logged_once_each_with_their_traceback(self, only_memory, caplog):
+    def test_each_error_in_a_hook_is_logged_once_with_its_traceback(self, only_memory, caplog):
         queue = only_memory(Fails(ValueError("bad")))
         queue.submit("t")
         queue.submit("t")
@@ -404,7 +408,7 @@ class TestFailures:
         assert [r.getMessage() for r in records] == ["hook Fails.submitted failed"] * 2
         assert "raise self.error" in caplog.text
 
-    def test_a_cancel_whose_record_cannot_be_read_is_a_cancel(self, make_queue, told, caplog):
+    def test_a_cancel_succeeds_even_if_hooks_cannot_read_its_record(self, make_queue, told, caplog):
         queue = make_queue(hooks=[told])
         queue.declare("t")
         queue.submit("t", id="a")
@@ -414,12 +418,12 @@ class TestFailures:
         assert "cannot tell hooks that tasks have finished: a:" in caplog.text
 
     @pytest.mark.parametrize("wrong", [object(), Hook, None, "Hook"])
-    def test_what_is_no_hook_is_refused(self, wrong):
+    def test_an_object_that_is_not_a_hook_is_refused(self, wrong):
         with pytest.raises(ConfigurationError, match="Hook"):
             Queue(MemoryRepository(), hooks=[wrong])
 
-    def test_one_whose_body_would_never_run_is_refused(self):
-        """It would be called, and make a coroutine that nobody awaits."""
+    def test_async_and_generator_hooks_are_refused(self):
+        """A call would only create a coroutine or a generator, and never run the body."""
 
         async def told(task):
             pass
@@ -444,7 +448,7 @@ class TestFailures:
 
 
 class Blocks(Hook):
-    """Hangs when a task is finished, until it is let on."""
+    """A hook that hangs when a task has finished, until ``go_on`` is set."""
 
     def __init__(self) -> None:
         self.hangs = threading.Event()
@@ -464,8 +468,8 @@ def blocks():
     hook.go_on.set()
 
 
-class TestAHookThatHangs:
-    def test_holds_up_neither_tasks_nor_submits(self, only_memory, blocks):
+class TestHangingHook:
+    def test_a_hanging_hook_delays_neither_tasks_nor_submits(self, only_memory, blocks):
         queue = only_memory(blocks)
         queue.start()
         for _ in range(20):
@@ -476,7 +480,7 @@ class TestAHookThatHangs:
         assert queue.drain(PATIENCE)
         assert blocks.finished_ones == 20
 
-    def test_does_not_keep_a_stop_from_ending(self, only_memory, blocks, caplog, monkeypatch):
+    def test_a_stop_ends_in_time_while_a_hook_hangs(self, only_memory, blocks, caplog, monkeypatch):
         monkeypatch.setattr("taskx.upkeep.node.EXTRA", 0.01)
         queue = only_memory(blocks)
         queue.start()
@@ -487,8 +491,8 @@ class TestAHookThatHangs:
         assert queue.stop(0.1) == []
         assert "stopped with 1 event(s) not told to hooks yet" in caplog.text
 
-    def test_far_behind_it_holds_others_up_a_little(self, only_memory, blocks, monkeypatch):
-        """So that what waits to be told does not fill the memory."""
+    def test_workers_wait_a_little_if_hooks_are_far_behind(self, only_memory, blocks, monkeypatch):
+        """Else the waiting events could fill the memory."""
         held = []
         wait = Hooks.wait
 
@@ -508,8 +512,8 @@ class TestAHookThatHangs:
         assert hooks_module.LONGEST_HOLD in held
 
 
-class TestInsideAHook:
-    def test_more_can_be_submitted_and_drain_waits_for_that(self, make_queue):
+class TestInsideHooks:
+    def test_a_hook_can_submit_tasks_and_drain_waits_for_them(self, make_queue):
         class Chain(Hook):
             queue: Queue
 
@@ -526,7 +530,7 @@ class TestInsideAHook:
         assert queue.drain(PATIENCE)
         assert seen == list(range(30, -1, -1))
 
-    def test_nothing_waits_for_itself(self, only_memory):
+    def test_drain_and_stop_in_a_hook_do_not_wait_for_the_hook(self, only_memory):
         said = []
 
         class Stops(Hook):
@@ -545,7 +549,7 @@ class TestInsideAHook:
         assert said[1] == []
 
 
-def test_what_was_told_is_a_copy(only_memory, told):
+def test_hooks_get_a_copy_of_the_task(only_memory, told):
     class Rewrites(Hook):
         def started(self, task):
             task.type = task.id = "other"
@@ -556,10 +560,10 @@ def test_what_was_told_is_a_copy(only_memory, told):
     assert queue.submit("t", id="a").result(PATIENCE) is None
     assert queue.drain(PATIENCE)
     assert queue.get_task_status("a").attempts[0].outcome == "completed"
-    assert told.of("a") == ["submitted", "finished"]  # it was told of the other's copy between
+    assert told.of("a") == ["submitted", "finished"]  # "started" came with the changed copy
 
 
-def test_a_delayed_task_as_it_was_submitted(only_memory, told):
+def test_hooks_get_a_delayed_task_as_it_was_submitted(only_memory, told):
     queue = only_memory(told)
     queue.submit("t", {}, id="a", delay=60, created_by="me", priority=3)
     wait_told(queue)
@@ -573,7 +577,7 @@ import os, sys
 from taskx import Hook, Queue, SQLiteRepository
 
 def say(*words):
-    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # in one piece, whichever thread says it
+    sys.stdout.write(" ".join(map(str, words)) + "\\n")  # one write, so that threads do not mix
     sys.stdout.flush()
 
 class Says(Hook):
@@ -592,24 +596,26 @@ class TestProcesses:
         with SQLiteRepository(database) as made:
             yield made
 
-    def test_each_is_told_what_it_did_itself(self, spawn, database, make_queue, told):
+    def test_each_process_reports_only_its_own_events(self, spawn, database, make_queue, told):
         child = spawn(FORKS + "queue.submit('t', id='a'); sys.stdin.readline()", database)
         assert child.read() == "True submitted a"
         queue = make_queue(hooks=[told])
         queue.executor("t")(lambda: None)
         queue.start()
-        settle(queue)
+        finish(queue)
         child.tell()
         assert child.ends() == ("", "")
         assert told.of("a") == ["started", "finished"]
 
-    def test_a_script_that_ends_tells_all_first(self, spawn, database):
+    def test_a_script_reports_all_events_before_it_ends(self, spawn, database):
         child = spawn(FORKS + "[queue.submit('t', id=str(n)) for n in range(100)]", database)
         said, errors = child.ends()
         assert said.splitlines() == [f"True submitted {n}" for n in range(100)]
         assert errors == ""
 
-    def test_a_rescue_is_told_by_who_did_it(self, spawn, database, make_queue, told):
+    def test_a_rescue_is_reported_by_the_process_that_did_it(
+        self, spawn, database, make_queue, told
+    ):
         program = """
 @queue.executor()
 def hang():
@@ -629,10 +635,10 @@ sys.stdin.readline()
         eventually(lambda: told.of("a") == ["rescued", "started", "finished"])
         assert told.last("rescued").crashes == 1
 
-    def test_a_forked_child_has_events_of_its_own(self, spawn, database):
+    def test_a_forked_child_reports_its_own_events(self, spawn, database):
         program = """
 import warnings
-warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of fork beside threads
+warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of forks beside threads
 queue.submit("t", id="before")
 pid = os.fork()
 queue.submit("t", id="child" if pid == 0 else "parent")
@@ -651,8 +657,8 @@ else:
         assert errors == ""
 
 
-def test_the_contract_of_sqlite_holds_with_a_hook_that_asks(tmp_path):
-    """A hook is called outside of all locks: it may use the queue as it likes."""
+def test_a_hook_can_read_and_delete_its_task(tmp_path):
+    """A hook is called without any lock held, so it can use the queue freely."""
     seen = []
 
     class Asks(Hook):

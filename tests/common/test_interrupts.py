@@ -1,4 +1,8 @@
-"""An exception of a signal handler in the main thread: whatever it cuts short, the queue goes on."""
+"""Exceptions of signal handlers in the main thread: the queue goes on, whatever they interrupt.
+
+A *strike* is such an exception. ``every_strike`` calls a function again and again, and interrupts each
+call one point later than the call before.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +34,11 @@ def auditing(look_every):
     look_every(audit=0.02)
 
 
-def strikes(call, step=1, settled=lambda: True):
-    """Strike a call at every point, each time when all is settled that was struck before.
+def strikes(call, step=1, recovered=lambda: True):
+    """Strike a call at every point, and wait after each strike until ``recovered()`` is true.
 
-    SQLite asks Python code about a statement that is new. An exception that strikes there is lost, as
-    in any such callback, and the statement fails.
+    SQLite calls Python code for each new statement. An exception that strikes in such a callback is lost,
+    and the statement fails.
     """
 
     def guarded(point):
@@ -47,12 +51,12 @@ def strikes(call, step=1, settled=lambda: True):
     struck = []
     for strike in every_strike(guarded, step=step):
         struck.append(strike)
-        eventually(settled)
+        eventually(recovered)
     return struck
 
 
 def check_it_works(queue):
-    """Check that nothing is left over and that other threads go on."""
+    """Check that nothing is left behind and that other threads go on."""
     assert queue.drain(PATIENCE)
     pool = pool_of(queue)
     assert (dict(pool.runs), queue.buffered, len(pool.buffer)) == ({}, 0, 0)
@@ -61,7 +65,7 @@ def check_it_works(queue):
 
 
 def check_stored(queue, struck):
-    """Check that what is stored was run, and that the caller was told its id."""
+    """Check that all stored tasks have run, and that the exceptions carry their ids."""
     found = queue.repository.get_many(list(struck))
     assert {task.status for task in found.values()} <= {TaskStatus.COMPLETED}
     for task_id in found:
@@ -78,7 +82,7 @@ STRIKES = {
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 @pytest.mark.parametrize("kind", STRIKES)
-def test_a_submit_that_is_struck_anywhere_leaves_nothing_behind(make_queue, kind, auditing):
+def test_an_interrupted_submit_leaves_nothing_behind(make_queue, kind, auditing):
     queue = make_queue(worker_num=2, **STRIKES[kind])
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -89,13 +93,13 @@ def test_a_submit_that_is_struck_anywhere_leaves_nothing_behind(make_queue, kind
     }
     assert len(struck) > 50
     check_it_works(queue)
-    # Where it has returned already, or the exception was lost, no exception can carry the id.
+    # If submit() has already returned, or the exception was lost, no exception can carry the id.
     last = ("in __init__", "in submit", "in __call__", __file__)
     check_stored(queue, {i: s for i, s in struck.items() if not any(w in str(s) for w in last)})
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_many_that_are_struck_anywhere_are_all_stored_or_none(make_queue, auditing):
+def test_an_interrupted_submit_many_stores_all_tasks_or_none(make_queue, auditing):
     queue = make_queue(worker_num=2, buffer_size=3, overflow="spill")
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -111,9 +115,7 @@ def test_many_that_are_struck_anywhere_are_all_stored_or_none(make_queue, auditi
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_task_that_its_submitter_runs_and_that_is_struck_anywhere_runs_again(
-    make_queue, gate, auditing
-):
+def test_an_interrupted_task_that_its_submitter_runs_runs_again(make_queue, gate, auditing):
     queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -126,23 +128,23 @@ def test_a_task_that_its_submitter_runs_and_that_is_struck_anywhere_runs_again(
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_cancel_that_is_struck_anywhere_leaves_nothing_behind(make_queue, gate, auditing):
+def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate, auditing):
     queue = make_queue(worker_num=1, buffer_size=600)
     queue.executor("fine")(lambda: "fine")
     queue.start()
     Waiting(queue, gate).fill(1)
     queue.submit_many([Task(type="fine", id=f"x{n}") for n in range(500)])
     agenda, ledger = queue._services.agenda, queue._services.ledger
-    # Else each cancel makes good what the last one left, is the longer for it, and is struck in that.
-    settled = lambda: not ledger or agenda.wake()  # noqa: E731
-    struck = strikes(lambda point: queue.cancel_task(f"x{point}"), settled=settled)
+    # Else each cancel also completes the work of the one before, and is struck during that work.
+    recovered = lambda: not ledger or agenda.wake()  # noqa: E731
+    struck = strikes(lambda point: queue.cancel_task(f"x{point}"), recovered=recovered)
     assert len(struck) > 20
     gate.open()
     check_it_works(queue)
 
 
 @pytest.mark.parametrize("what", ["drain", "list_tasks", "wait_quiet"])
-def test_other_calls_that_are_struck_anywhere_leave_nothing_behind(started, what, auditing):
+def test_other_interrupted_calls_leave_nothing_behind(started, what, auditing):
     call = {
         "drain": lambda point: started.drain(0.001),
         "list_tasks": lambda point: started.list_tasks(),
@@ -152,7 +154,7 @@ def test_other_calls_that_are_struck_anywhere_leave_nothing_behind(started, what
     check_it_works(started)
 
 
-# Whoever works for others
+# Threads that work for others
 
 
 def insert(task_id):
@@ -160,8 +162,8 @@ def insert(task_id):
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_leader_that_is_struck_anywhere_leaves_the_others_work_done_or_queued(repository, log):
-    """Each outcome is told once, by a thread that no signal strikes."""
+def test_an_interrupted_leader_loses_no_write_of_other_threads(repository, log):
+    """Each outcome is reported once, by a thread that no signal strikes."""
     agenda = Agenda()
     agenda.attended = True
     ledger = Ledger(repository, log, agenda)
@@ -187,10 +189,10 @@ def test_a_leader_that_is_struck_anywhere_leaves_the_others_work_done_or_queued(
         points += 1
         assert not ledger._leading._is_owned()
     assert points > 10
-    assert agenda._told  # whoever attends to it is to tell them
+    assert agenda._told  # the housekeeper reports the outcomes
 
 
-def test_a_follower_of_a_leader_that_was_struck_gets_its_result(repository, log):
+def test_a_follower_of_an_interrupted_leader_gets_its_result(repository, log):
     ledger = Ledger(repository, log, Agenda())
     reached, go_on = threading.Event(), threading.Event()
 
@@ -215,7 +217,7 @@ def test_a_follower_of_a_leader_that_was_struck_gets_its_result(repository, log)
 # The parts
 
 
-def test_a_bell_that_is_struck_anywhere_wakes_its_listeners_at_the_next_ring():
+def test_an_interrupted_bell_still_wakes_its_listeners():
     bell = Bell()
 
     def both(point):
@@ -229,7 +231,7 @@ def test_a_bell_that_is_struck_anywhere_wakes_its_listeners_at_the_next_ring():
         woken()
 
 
-def test_a_slot_is_given_back_wherever_its_submit_is_struck():
+def test_an_interrupted_submit_gives_its_slot_back():
     buffer = Buffer(2, 2, lambda: True)
 
     def use(point):
@@ -248,23 +250,23 @@ def test_a_slot_is_given_back_wherever_its_submit_is_struck():
         buffer.started()
 
 
-def test_a_task_that_is_put_in_twice_takes_one_place_in_a_full_buffer():
+def test_a_full_buffer_has_no_slot_left():
     buffer = Buffer(1, 1, lambda: True)
     assert buffer.reserve((buffer.new_slot(),))
     assert not buffer.reserve((buffer.new_slot(),))
 
 
-def test_slots_that_were_lost_are_found(started, auditing):
+def test_the_audit_finds_lost_slots(started, auditing):
     buffer = pool_of(started).buffer
     assert buffer.reserve([buffer.new_slot() for _ in range(buffer.maxsize)])
     with pytest.raises(QueueFull):
-        started.submit("fine", id="of the caller's, so that it goes through the buffer")
+        started.submit("fine", id="with an id, so that it goes through the buffer")
     eventually(lambda: not buffer.reserved)
     assert started.submit("fine").result(PATIENCE) == "fine"
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_start_that_is_struck_as_soon_as_it_is_on_record_leaves_no_node(queue, monkeypatch):
+def test_an_interrupted_start_leaves_no_node(queue, monkeypatch):
     queue.executor("fine")(lambda: "fine")
     join = queue.repository.liveness.join
 
@@ -281,8 +283,8 @@ def test_a_start_that_is_struck_as_soon_as_it_is_on_record_leaves_no_node(queue,
     check_it_works(queue)
 
 
-def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monkeypatch):
-    """One that does not answer would be waited for each time."""
+def test_a_start_that_cannot_join_asks_the_repository_only_once(queue, monkeypatch):
+    """A repository that does not answer would block each call."""
     asked = []
 
     def away(*args, **options):
@@ -298,10 +300,10 @@ def test_a_start_that_cannot_join_does_not_ask_the_repository_again(queue, monke
     assert asked == [1]
 
 
-# What memory says, and what the repository says
+# Differences between memory and the repository
 
 
-def test_a_run_that_is_over_by_the_record_is_forgotten(started, auditing):
+def test_the_audit_forgets_a_run_whose_task_has_ended(started, auditing):
     handle = started.submit("fine")
     handle.result(PATIENCE)
     pool = pool_of(started)
@@ -311,7 +313,7 @@ def test_a_run_that_is_over_by_the_record_is_forgotten(started, auditing):
     check_it_works(started)
 
 
-def test_a_run_that_no_thread_executes_is_handed_back_and_runs(started, auditing):
+def test_a_run_that_no_thread_executes_runs_again(started, auditing):
     pool, starter = pool_of(started), pool_of(started).starter
     started.executor("held", max_attempts=1)(lambda: "ran")
     repository = started.repository
@@ -328,8 +330,8 @@ def test_a_run_that_no_thread_executes_is_handed_back_and_runs(started, auditing
     check_it_works(started)
 
 
-def test_a_run_that_the_audit_took_for_lost_is_not_executed(started):
-    """The thread that had it comes too late: the task is pending again."""
+def test_a_run_that_the_audit_has_claimed_is_not_executed(started):
+    """The thread that had the run comes too late: the task is pending again."""
     pool = pool_of(started)
     called = []
     started.executor("late")(lambda: called.append(1))
@@ -342,8 +344,8 @@ def test_a_run_that_the_audit_took_for_lost_is_not_executed(started):
     assert pool.runs.executing == []
 
 
-def test_a_run_is_claimed_by_the_audit_or_executed_whichever_looks_first(started, monkeypatch):
-    """A thread that comes between the audit's two looks finds the run forgotten, and leaves it alone."""
+def test_a_run_is_either_claimed_by_the_audit_or_executed(started, monkeypatch):
+    """A thread that comes between the audit's two checks finds the run forgotten, and leaves it alone."""
     pool = pool_of(started)
     handle = started.submit("fine", delay=3600)
     run = pool.starter._make_run(handle.task())
@@ -360,8 +362,8 @@ def test_a_run_is_claimed_by_the_audit_or_executed_whichever_looks_first(started
     assert not pool.runs
 
 
-def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, monkeypatch):
-    """However long that takes: its executor would be called a second time."""
+def test_a_run_whose_outcome_is_being_stored_is_not_lost(started, monkeypatch):
+    """Else its executor would be called a second time while a slow write goes on."""
     pool, going_on = pool_of(started), threading.Event()
     at_it, outcome = threading.Event(), pool._outcome
 
@@ -381,8 +383,8 @@ def test_a_run_whose_outcome_is_being_written_is_not_taken_for_lost(started, mon
     assert handle.task().interruptions == 0
 
 
-def test_who_claims_a_run_that_is_over_leaves_the_next_run_of_its_task_alone(started):
-    """It would be handed back while its executor is at it."""
+def test_claiming_an_ended_run_leaves_the_next_run_alone(started):
+    """Else the next run would be handed back while its executor works."""
     pool = started._node.engine
     handle = started.submit("fine", delay=3600)
     over, later = (pool.starter._make_run(handle.task()) for _ in range(2))
@@ -391,14 +393,12 @@ def test_who_claims_a_run_that_is_over_leaves_the_next_run_of_its_task_alone(sta
     assert pool.runs.pop(handle.id) is later
 
 
-def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(
-    started, auditing, monkeypatch
-):
-    """As where memory ran out between two lines."""
+def test_the_audit_finds_a_run_lost_between_two_threads(started, auditing, monkeypatch):
+    """This may happen if memory runs out between two lines."""
     pool = started._node.engine
     handle = started.submit("fine", id="x", delay=3600)
     with monkeypatch.context() as patch:
-        patch.setattr(pool.fetcher, "refill", lambda: None)  # nobody else starts it
+        patch.setattr(pool.fetcher, "refill", lambda: None)  # so that no other thread starts it
         started.repository.apply([lifecycle.release("x")])
         run = pool.starter._make_run(handle.task())
         update = lifecycle.start(run.task, to_ms(run.task.run_at), pool.node.id)
@@ -410,7 +410,7 @@ def test_a_run_that_was_lost_on_its_way_from_one_thread_to_another_is_found(
     check_it_works(started)
 
 
-def test_a_run_that_just_begins_is_not_taken_for_lost(started):
+def test_a_run_that_just_begins_is_not_lost(started):
     pool = pool_of(started)
     handle = started.submit("fine", delay=3600)
     run = pool.starter._make_run(handle.task())
@@ -427,10 +427,10 @@ STEPS = [("_by", 3), ("_wait_for_workers", 2), ("_tell_left_pending", 1)]
     ("step", "nth"), [(step, nth) for step, times in STEPS for nth in range(times)]
 )
 @pytest.mark.parametrize("first", [True, False])
-def test_a_stop_that_is_interrupted_is_done_by_the_next_one(
+def test_the_next_stop_completes_an_interrupted_stop(
     make_queue, gate, monkeypatch, step, nth, first
 ):
-    """As ``with queue:`` does after Ctrl-C in a ``stop``. It need not wait for its time-out."""
+    """The end of ``with queue:`` does so after Ctrl-C in ``stop``. It need not wait for the time-out."""
     queue = make_queue(worker_num=1)
     held = queue.executor("hold")(lambda: gate() or "held").submit()
     queue.start()

@@ -1,4 +1,4 @@
-"""Group commit: what is shared, what fails alone, and what an interrupt or an outage leaves."""
+"""Group commit: shared transactions, writes that fail alone, interrupts and outages."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ def ledger(repository):
 
 
 class Told(list):
-    """What became of each of the writes that were deferred with this as their callback."""
+    """A callback for deferred writes that collects their outcomes."""
 
     def __call__(self, results, error):
         self.append(results if error is None else str(error))
 
 
 class Hold:
-    """Holds the first transaction up until told to go on."""
+    """Holds the first transaction until ``go_on`` is set."""
 
     def __init__(self, repository):
         self.reached, self.go_on = threading.Event(), threading.Event()
@@ -58,14 +58,14 @@ class Hold:
         assert self.go_on.wait(PATIENCE)
 
 
-def test_alone_it_is_one_transaction(ledger, repository):
+def test_a_single_commit_is_one_transaction(ledger, repository):
     assert ledger.commit([insert("a")]) == [True]
     assert ledger.commit([insert("a"), insert("b")]) == [False, True]
     assert [len(batch) for batch in repository.batches] == [1, 2]
     assert not ledger
 
 
-def test_what_came_meanwhile_shares_the_next_transaction(ledger, repository):
+def test_waiting_writes_share_the_next_transaction(ledger, repository):
     hold = Hold(repository)
     first = run_in_thread(lambda: ledger.commit([insert("first")]))
     assert hold.reached.wait(PATIENCE)
@@ -80,8 +80,8 @@ def test_what_came_meanwhile_shares_the_next_transaction(ledger, repository):
     assert [len(batch) for batch in repository.batches] == [1, 40]
 
 
-def test_a_follower_whose_writes_are_done_waits_for_no_further_leader(ledger, repository):
-    """The leader of the next batch may take long: as long as a server is away."""
+def test_a_follower_returns_as_soon_as_its_writes_are_committed(ledger, repository):
+    """It must not wait for the next leader, which may block as long as a server is unavailable."""
     with ledger._leading:
         followers = [run_in_thread(lambda n=n: ledger.commit([insert(f"t{n}")])) for n in range(5)]
         eventually(lambda: len(ledger._waiting) == 5)
@@ -90,15 +90,15 @@ def test_a_follower_whose_writes_are_done_waits_for_no_further_leader(ledger, re
     assert [len(batch) for batch in repository.batches] == [5]
 
 
-def test_a_follower_whose_leader_calls_nobody_looks_by_itself(ledger, repository):
-    """The leader may have been struck by an interrupt just before."""
+def test_a_follower_goes_on_if_its_leader_does_not_wake_it(ledger, repository):
+    """An interrupt may have struck the leader just before."""
     with ledger._leading:
         follower = run_in_thread(lambda: ledger.commit([insert("a")]))
         eventually(lambda: ledger._waiting)
     assert follower() == [True]
 
 
-def test_deferred_writes_ride_along(ledger, repository):
+def test_deferred_writes_join_the_next_commit(ledger, repository):
     told = Told()
     ledger.defer([insert("a")], told)
     ledger.defer([insert("a"), insert("b")], told)
@@ -110,11 +110,11 @@ def test_deferred_writes_ride_along(ledger, repository):
     assert len(repository.batches) == 1
 
 
-def test_flush_does_not_wait_when_told_so(ledger, repository):
+def test_flush_can_return_instead_of_waiting_for_the_leader(ledger, repository):
     hold = Hold(repository)
     leader = run_in_thread(lambda: ledger.commit([insert("a")]))
     assert hold.reached.wait(PATIENCE)
-    assert ledger.flush(wait=False) is True  # what a thread waits for is that one's
+    assert ledger.flush(wait=False) is True  # the leader's own writes do not count
     ledger.defer([insert("b")], Told())
     assert ledger.flush(wait=False) is False
     hold.go_on.set()
@@ -123,7 +123,7 @@ def test_flush_does_not_wait_when_told_so(ledger, repository):
 
 
 @pytest.mark.every_store
-def test_bad_write_fails_alone(ledger, repository):
+def test_a_bad_write_fails_alone(ledger, repository):
     def refuse(writes):
         if any(write.id == "bad" for write in writes):
             raise RepositoryError("that one cannot be stored")
@@ -145,9 +145,7 @@ def test_bad_write_fails_alone(ledger, repository):
     assert not ledger
 
 
-def test_deferred_bad_write_is_told_why_and_logged(ledger, repository, caplog):
-    """What else can be stored is."""
-
+def test_a_refused_deferred_write_is_reported_and_logged(ledger, repository, caplog):
     def refuse(writes):
         if any(write.id == "bad" for write in writes):
             raise RepositoryError("that one cannot be stored")
@@ -162,7 +160,7 @@ def test_deferred_bad_write_is_told_why_and_logged(ledger, repository, caplog):
     assert not ledger
 
 
-def test_callback_that_raises_keeps_no_other_from_being_called(ledger, caplog):
+def test_a_callback_that_raises_does_not_prevent_others(ledger, caplog):
     told = Told()
     ledger.defer([insert("a")], lambda results, error: 1 / 0)
     ledger.defer([insert("b")], told)
@@ -171,7 +169,7 @@ def test_callback_that_raises_keeps_no_other_from_being_called(ledger, caplog):
     assert "ZeroDivisionError" in caplog.text
 
 
-# Interrupted
+# Interrupts
 
 
 class Interrupt:
@@ -187,8 +185,8 @@ class Interrupt:
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_leader_is_succeeded(ledger, repository, when):
-    """Whether its COMMIT happened is read back; nothing is lost, and nothing applied twice."""
+def test_the_next_leader_completes_the_work_of_an_interrupted_one(ledger, repository, when):
+    """It reads back if the COMMIT happened. No write is lost, and none is applied twice."""
     told = Told()
     ledger.defer([insert("a")], told)
     Interrupt(repository, when)
@@ -201,7 +199,7 @@ def test_interrupted_leader_is_succeeded(ledger, repository, when):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_followers_of_an_interrupted_leader_learn_their_outcome(ledger, repository, when):
+def test_followers_of_an_interrupted_leader_get_their_outcome(ledger, repository, when):
     hold = Hold(repository)
     first = run_in_thread(lambda: ledger.commit([insert("first")]))
     assert hold.reached.wait(PATIENCE)
@@ -226,7 +224,7 @@ def test_followers_of_an_interrupted_leader_learn_their_outcome(ledger, reposito
 
 
 def test_a_write_is_in_doubt_if_it_cannot_be_read_back(ledger, repository, monkeypatch):
-    """Its leader was interrupted: whoever waits for it must not be told that nothing was stored."""
+    """After its leader was interrupted, a waiting thread must not hear that nothing was stored."""
     hold = Hold(repository)
     first = run_in_thread(lambda: ledger.commit([insert("first")]))
     assert hold.reached.wait(PATIENCE)
@@ -252,8 +250,10 @@ def test_a_write_is_in_doubt_if_it_cannot_be_read_back(ledger, repository, monke
     assert set(repository.get_many(["a", "b"])) == {"a", "b"}
 
 
-def test_what_does_not_show_after_an_interrupt_is_sent_again(ledger, repository, monkeypatch):
-    """Where a repository was struck in the middle of a batch; what shows is not sent twice."""
+def test_only_writes_that_an_interrupt_has_prevented_are_sent_again(
+    ledger, repository, monkeypatch
+):
+    """The interrupt strikes the repository in the middle of a batch. Stored writes are not sent twice."""
     told, apply, sent = Told(), repository.apply, []
 
     def in_part(writes, **options):
@@ -274,7 +274,7 @@ def test_what_does_not_show_after_an_interrupt_is_sent_again(ledger, repository,
     assert sent == [["b", "c"]]
 
 
-def test_interrupted_submit_carries_the_id(queue):
+def test_an_interrupted_submit_carries_the_task_id(queue):
     queue.executor("fine")(lambda: "fine")
     Interrupt(queue.repository, "after")
     with pytest.raises(KeyboardInterrupt) as caught:
@@ -284,8 +284,8 @@ def test_interrupted_submit_carries_the_id(queue):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_interrupted_submit_may_be_repeated_and_runs_once(make_queue, when, look_every):
-    look_every(audit=0.1)  # it is the audit that finds the task
+def test_a_task_of_an_interrupted_submit_runs_once(make_queue, when, look_every):
+    look_every(audit=0.1)  # the audit finds the task
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))
@@ -298,11 +298,11 @@ def test_interrupted_submit_may_be_repeated_and_runs_once(make_queue, when, look
     assert ran == [1]
 
 
-# In doubt: the write was sent to a server that did not answer
+# Writes in doubt, sent to a server that did not answer
 
 
 def lose_answers(repository, when="after"):
-    """Every commit ends in doubt until told otherwise, carried out (``after``) or not."""
+    """End each commit in doubt until ``answer`` is called, ``before`` or ``after`` it is applied."""
 
     def strike(writes):
         error = RepositoryUnavailable("no answer")
@@ -313,12 +313,13 @@ def lose_answers(repository, when="after"):
 
 
 def answer(repository):
+    """Let commits succeed again."""
     repository.before = repository.after = lambda writes: None
 
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_submit_in_doubt_carries_the_id_and_may_be_repeated(queue, when):
+def test_a_submit_in_doubt_carries_the_task_id_and_can_be_repeated(queue, when):
     queue.executor("fine")(lambda: "fine")
     lose_answers(queue.repository, when)
     with pytest.raises(RepositoryUnavailable, match="no answer") as caught:
@@ -335,8 +336,8 @@ def test_submit_in_doubt_carries_the_id_and_may_be_repeated(queue, when):
 
 
 @pytest.mark.every_store
-def test_what_was_not_tried_is_not_in_doubt(ledger, repository, monkeypatch):
-    """Though the write before it, in whose transaction it had no room, is."""
+def test_a_write_that_was_not_tried_is_not_in_doubt(ledger, repository, monkeypatch):
+    """The write before it is in doubt. It had no room in that write's transaction."""
     monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 1)
     told = Told()
     ledger.defer([insert("before")], told)
@@ -356,10 +357,8 @@ def test_what_was_not_tried_is_not_in_doubt(ledger, repository, monkeypatch):
     assert repository.get_many(["before", "behind"]).keys() == {"before"}
 
 
-def test_a_write_that_was_stored_is_not_refused_for_the_one_behind_it(
-    ledger, repository, monkeypatch
-):
-    """The two shared a batch that failed, and were then sent one by one."""
+def test_a_stored_write_does_not_fail_with_the_write_behind_it(ledger, repository, monkeypatch):
+    """Both were in a batch that failed, and were then sent one by one."""
     monkeypatch.setattr("taskx.common.ledger.MAX_BATCH", 1)
     told = Told()
     ledger.defer([insert("before")], Told())
@@ -379,7 +378,7 @@ def test_a_write_that_was_stored_is_not_refused_for_the_one_behind_it(
     assert told == [[True]]
 
 
-def test_a_write_is_in_doubt_if_its_batch_was_and_it_is_not_sent_again(ledger, repository):
+def test_a_write_is_in_doubt_if_its_batch_is_in_doubt(ledger, repository):
     ledger.defer([insert("before")], Told())
 
     def fail(writes):
@@ -394,8 +393,8 @@ def test_a_write_is_in_doubt_if_its_batch_was_and_it_is_not_sent_again(ledger, r
     assert caught.value.in_doubt
 
 
-def test_submit_in_doubt_runs_once(make_queue, look_every):
-    look_every(audit=0.1)  # it is the audit that finds the task
+def test_a_task_of_a_submit_in_doubt_runs_once(make_queue, look_every):
+    look_every(audit=0.1)  # the audit finds the task
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))
@@ -409,7 +408,7 @@ def test_submit_in_doubt_runs_once(make_queue, look_every):
 
 
 @pytest.mark.every_store
-def test_batch_in_doubt_names_its_first_task(queue):
+def test_a_submit_many_in_doubt_names_its_first_task(queue):
     queue.executor("fine")(lambda: "fine")
     lose_answers(queue.repository)
     with pytest.raises(RepositoryUnavailable) as caught:
@@ -420,7 +419,7 @@ def test_batch_in_doubt_names_its_first_task(queue):
 
 
 @pytest.mark.every_store
-def test_submits_that_shared_a_commit_are_told_of_their_own_task(queue):
+def test_each_submit_of_a_doubtful_commit_names_its_own_task(queue):
     queue.executor("fine")(lambda: "fine")
     hold = Hold(queue.repository)
     first = run_in_thread(lambda: queue.submit("fine"))
@@ -441,7 +440,7 @@ def test_submits_that_shared_a_commit_are_told_of_their_own_task(queue):
 
 
 @pytest.mark.every_store
-def test_refused_submit_leaves_no_doubt(queue):
+def test_a_refused_submit_is_not_in_doubt(queue):
     queue.executor("fine")(lambda: "fine")
     queue.repository.down = True
     with pytest.raises(RepositoryUnavailable) as caught:
@@ -450,10 +449,10 @@ def test_refused_submit_leaves_no_doubt(queue):
     assert caught.value.task_id == ""
 
 
-# Out of order
+# Outages
 
 
-def test_outage_fails_those_who_wait_and_keeps_what_was_deferred(ledger, repository):
+def test_an_outage_fails_waiting_writes_and_keeps_deferred_ones(ledger, repository):
     told = Told()
     ledger.defer([insert("a")], told)
     repository.down = True
@@ -469,8 +468,8 @@ def test_outage_fails_those_who_wait_and_keeps_what_was_deferred(ledger, reposit
     assert set(repository.get_many(["a", "b"])) == {"a"}
 
 
-def test_refused_behind_a_long_queue_of_outcomes_is_refused(ledger, repository):
-    """A commit that lay behind more than one batch was told that it failed, and must not happen."""
+def test_a_write_refused_behind_many_others_is_never_stored(ledger, repository):
+    """A commit behind more than one batch was reported as failed, so it must not happen later."""
     told = Told()
     for n in range(600):
         ledger.defer([insert(f"t{n}")], told)
@@ -484,7 +483,7 @@ def test_refused_behind_a_long_queue_of_outcomes_is_refused(ledger, repository):
     assert repository.get_many(["refused"]) == {}
 
 
-def test_every_callback_is_called_when_an_outage_begins_between_batches(ledger, repository):
+def test_an_outage_between_batches_loses_no_callback(ledger, repository):
     told = Told()
     for n in range(600):
         ledger.defer([insert(f"t{n}")], told)
@@ -499,8 +498,8 @@ def test_every_callback_is_called_when_an_outage_begins_between_batches(ledger, 
 
 
 @pytest.mark.every_store
-def test_outage_while_tasks_run(queue, gate):
-    """Submits fail in bounded time; outcomes wait and are written when the repository is back."""
+def test_outcomes_are_stored_after_an_outage(queue, gate):
+    """During the outage submits fail in a limited time, and outcomes wait."""
     queue.executor("hold", max_attempts=2)(lambda n: (gate(), n)[1])
     queue.executor("fine")(lambda: "fine")
     queue.start()
@@ -525,8 +524,8 @@ def test_outage_while_tasks_run(queue, gate):
 
 
 @pytest.mark.slow
-def test_outage_is_told_ever_more_rarely(make_queue, gate, monkeypatch, caplog):
-    """However many workers it keeps from their work; and they pause before they try again."""
+def test_a_long_outage_is_logged_less_and_less_often(make_queue, gate, monkeypatch, caplog):
+    """This does not depend on the number of workers. They also pause before they try again."""
     queue = make_queue(worker_num=8, buffer_size=100)
     queue.executor("hold")(lambda: gate())
     queue.start()
@@ -547,7 +546,7 @@ def test_outage_is_told_ever_more_rarely(make_queue, gate, monkeypatch, caplog):
     assert [handle.result(PATIENCE) for handle in handles] == [None] * 40
 
 
-def test_outage_is_told_anew_after_it_was_over(caplog):
+def test_a_new_outage_is_logged_again(caplog):
     complaint = Complaint(logging.getLogger("taskx"))
     for failures in (5, 2):
         for number in range(1, failures + 1):
@@ -558,7 +557,7 @@ def test_outage_is_told_anew_after_it_was_over(caplog):
 
 
 @pytest.mark.every_store
-def test_outage_at_a_stop_ends_all_the_same(queue, gate):
+def test_a_stop_during_an_outage_ends(queue, gate):
     queue.executor("hold")(lambda: gate())
     queue.start()
     handle = queue.submit("hold")
@@ -578,13 +577,13 @@ def test_outage_at_a_stop_ends_all_the_same(queue, gate):
 
 @pytest.fixture
 def all_short(monkeypatch):
-    """Every task counts as short, however slow the machine is; but for the first ones, which are long."""
+    """Make every task count as short, however slow the machine is, except the first ones."""
     monkeypatch.setattr("taskx.running.ahead.SHORT", float("inf"))
 
 
 @pytest.fixture
 def calm(monkeypatch):
-    """Only while it is set is anything handed back: a stall of the machine hands nothing back."""
+    """Let tasks be handed back only while the event is set, so that a slow machine hands none back."""
     clear, calm = Ahead.clear, threading.Event()
 
     def clear_in_the_calm(ahead, older_than=0.0):
@@ -596,7 +595,7 @@ def calm(monkeypatch):
 
 @pytest.fixture
 def short(make_queue, all_short, calm):
-    """A queue, not started, that has one worker and holds 300 tasks which take no time."""
+    """A queue that is not started, with one worker and 300 tasks that take no time."""
     queue = make_queue(worker_num=1, buffer_size=1000)
     queue.ran = []
     queue.executor("n")(lambda n: queue.ran.append(n))
@@ -605,7 +604,7 @@ def short(make_queue, all_short, calm):
 
 
 def starts(queue):
-    """How many tasks were started in each transaction that started any."""
+    """Return the number of tasks started in each transaction that started any."""
     counts = [
         sum(not isinstance(w, Insert) and w.changes.get("status") == "running" for w in batch)
         for batch in queue.repository.batches
@@ -636,7 +635,7 @@ def test_long_tasks_are_started_one_by_one(make_queue):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("declared", [False, True])
-def test_tasks_that_must_not_crash_twice_are_started_alone(make_queue, declared):
+def test_tasks_with_max_crashes_1_are_started_one_by_one(make_queue, declared):
     queue = make_queue(worker_num=1, buffer_size=1000)
     ran = []
     submitter = queue
@@ -657,7 +656,7 @@ def test_tasks_that_must_not_crash_twice_are_started_alone(make_queue, declared)
 
 @pytest.mark.every_store
 @pytest.mark.usefixtures("all_short", "calm")
-def test_started_ahead_and_cancelled_it_never_runs(make_queue):
+def test_a_task_started_ahead_and_cancelled_never_runs(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1000)
     ran, cancelled, ready = [], [], threading.Event()
 
@@ -684,8 +683,8 @@ def test_started_ahead_and_cancelled_it_never_runs(make_queue):
 
 @pytest.mark.every_store
 @pytest.mark.usefixtures("all_short")
-def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, calm, clock):
-    """To where it was in the order, also among tasks of the same moment."""
+def test_a_task_started_ahead_is_handed_back_if_no_worker_is_free(make_queue, gate, calm, clock):
+    """It gets its old place in the order back, even among tasks created at the same time."""
     queue = make_queue(worker_num=1, buffer_size=1000, clock=clock)
     ran, ready = [], threading.Event()
     hung = []
@@ -721,7 +720,7 @@ def test_started_ahead_without_a_free_hand_it_is_handed_back(make_queue, gate, c
 
 @pytest.mark.every_store
 @pytest.mark.usefixtures("all_short", "calm")
-def test_stop_hands_back_what_was_started_ahead(make_queue):
+def test_a_stop_hands_back_tasks_that_were_started_ahead(make_queue):
     queue = make_queue(worker_num=1, buffer_size=1000)
     ran, ready = [], threading.Event()
 
@@ -746,7 +745,7 @@ def test_stop_hands_back_what_was_started_ahead(make_queue):
     assert {(t.owner, t.interruptions) for t in pending} == {("", 0)}
 
 
-def test_outage_while_a_worker_fetches_more_loses_no_task_that_it_started():
+def test_an_outage_during_a_fetch_loses_no_started_task():
     class FailsUntilAWorkerHasSeenIt(MemoryRepository):
         asked = failed = False
 

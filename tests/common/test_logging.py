@@ -1,4 +1,4 @@
-"""What logging raises changes nothing about tasks: a filter or handler of the user's own fails."""
+"""Errors of logging, raised by a user's own filter or handler, change nothing for tasks."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from taskx import RetryPolicy, Task, TaskFailed, TaskStatus, every
 
 
 class NoRequest(logging.Filter):
-    """Adds who asked for the page; there is none in a thread of ours."""
+    """A filter that needs a web request, which TaskX's threads do not have."""
 
     def filter(self, record):
         raise RuntimeError("working outside of request context")
 
 
 class Exits(logging.Handler):
-    """Wants the program to end, and ends no more than the thread that it is called in."""
+    """A handler that exits, which ends only the thread that calls it."""
 
     def emit(self, record):
         if threading.current_thread() is not threading.main_thread():
@@ -28,7 +28,7 @@ class Exits(logging.Handler):
 
 @pytest.fixture(params=["filter", "handler"])
 def logger(request):
-    """One that raises whenever something is logged, single tasks included."""
+    """A logger that raises at each log record, even for single tasks."""
     made = logging.Logger("app", logging.DEBUG)  # noqa: LOG001  (of this test alone)
     if request.param == "filter":
         made.addFilter(NoRequest())
@@ -47,13 +47,13 @@ def queue(make_queue, logger, monkeypatch):
 
 
 def threads(queue):
-    """Those of a started queue that have not ended."""
+    """Return the threads of a started queue that have not ended."""
     node = node_of(queue)
     return [t for t in (*node.engine.threads, node._housekeeper._thread) if t.is_alive()]
 
 
-def test_every_task_ends_as_it_would_have(queue):
-    """Also where many outcomes are committed at once, and no thread of the queue is lost."""
+def test_tasks_end_normally_if_logging_raises(queue):
+    """This holds even if many outcomes are committed at once. The queue loses no thread."""
     queue.start()
     kinds = ["fine", "wrong"] * 40
     handles = queue.submit_many([Task(type=kind) for kind in kinds])
@@ -68,7 +68,7 @@ def test_every_task_ends_as_it_would_have(queue):
     assert queue.stop(PATIENCE) == []
 
 
-def test_a_retry_comes(queue):
+def test_a_retry_happens_if_logging_raises(queue):
     attempts = []
 
     @queue.executor("second", max_attempts=2)
@@ -82,10 +82,8 @@ def test_a_retry_comes(queue):
     assert queue.submit("second").result(PATIENCE) == "done"
 
 
-def test_a_retry_policy_that_fails_costs_no_attempt(queue):
-    """It is logged by the run itself."""
-
-    def backoff(attempt):
+def test_a_failing_retry_policy_costs_no_attempt_if_logging_raises(queue):
+    def backoff(attempt):  # the run itself logs its error
         raise ValueError("no")
 
     policy = RetryPolicy(2, backoff=backoff, base=0)
@@ -97,8 +95,8 @@ def test_a_retry_policy_that_fails_costs_no_attempt(queue):
     assert failed.value.attempt == 2
 
 
-def test_the_housekeeper_goes_on(make_queue, logger, clock, monkeypatch):
-    """Ticks that nobody was there for are told by it, and before delayed tasks are looked at."""
+def test_the_housekeeper_goes_on_if_logging_raises(make_queue, logger, clock, monkeypatch):
+    """It logs ticks that were missed, and does so before it checks delayed tasks."""
     monkeypatch.setattr(logging, "raiseExceptions", False)
     queue = make_queue(logger=logger, clock=clock)
     queue.executor("fine")(lambda: "fine")
@@ -112,8 +110,8 @@ def test_the_housekeeper_goes_on(make_queue, logger, clock, monkeypatch):
     assert len(threads(queue)) == queue.config.worker_num + 1
 
 
-def test_a_worker_that_stumbles_goes_on(queue, monkeypatch):
-    """A defect of ours: who complains about it must not be ended by that."""
+def test_a_worker_goes_on_after_a_defect_if_logging_raises(queue, monkeypatch):
+    """The thread that logs a defect of TaskX must not end by that."""
     queue.start()
     pool, stumbled = pool_of(queue), threading.Semaphore(0)
 
@@ -131,7 +129,7 @@ def test_a_worker_that_stumbles_goes_on(queue, monkeypatch):
     assert len(threads(queue)) == 3
 
 
-def test_a_task_that_is_stuck_is_given_up(make_queue, logger, clock, gate, monkeypatch):
+def test_a_stuck_task_is_abandoned_if_logging_raises(make_queue, logger, clock, gate, monkeypatch):
     monkeypatch.setattr(logging, "raiseExceptions", False)
     queue = make_queue(worker_num=2, logger=logger, clock=clock)
     queue.executor("hang", timeout=60, grace=0.0)(lambda: gate())
@@ -146,8 +144,8 @@ def test_a_task_that_is_stuck_is_given_up(make_queue, logger, clock, gate, monke
     assert len(threads(queue)) == 3
 
 
-def test_what_executors_log_is_their_own_affair(queue):
-    """``ctx.logger`` is the queue's logger as it was given: what it raises, it raises there."""
+def test_an_error_of_ctx_logger_reaches_the_executor(queue):
+    """``ctx.logger`` is the queue's logger itself, so it raises in the executor."""
 
     @queue.executor("talk")
     def talk(ctx):

@@ -1,4 +1,4 @@
-"""What is paused is not started by anybody, is not in anybody's way, and is not forgotten."""
+"""Pauses: no node starts a paused task, other tasks run on, and a pause outlasts a restart."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.every_store
 
 @pytest.fixture
 def other(queue, make_queue):
-    """Another queue on the same records, of one worker, not started; both know ``a`` and ``b``."""
+    """A second queue on the same repository, with one worker and not started; both run ``a`` and ``b``."""
     made = make_queue(worker_num=1)
     for one in (queue, made):
         one.ran = []
@@ -34,7 +34,7 @@ def pending(handle):
 
 
 def looks(queue):
-    """Wait until its housekeeper has looked what is paused, at least once from now on."""
+    """Wait until the queue's housekeeper has refreshed the pauses at least once from now on."""
     looked, pool = threading.Event(), pool_of(queue)
     look = pool.fetcher.refresh_pauses
 
@@ -71,7 +71,7 @@ def test_a_paused_queue_starts_nothing_and_takes_everything(queue, other):
     assert len(queue.ran) == 500
 
 
-def test_what_runs_goes_on(queue, gate):
+def test_a_running_task_goes_on_when_its_type_is_paused(queue, gate):
     queue.executor("a")(lambda: (gate(), "done")[1])
     queue.start()
     runs = queue.submit("a")
@@ -84,8 +84,8 @@ def test_what_runs_goes_on(queue, gate):
     assert pending(waits)
 
 
-def test_what_lies_in_the_buffer_makes_room_at_once(busy, gate, repository):
-    """No worker is free to pass it over; another queue may have it when it is resumed."""
+def test_a_pause_removes_tasks_from_the_buffer_at_once(busy, gate, repository):
+    """The tasks leave the buffer even if no worker is free, so that any queue can run them later."""
     queue = busy(buffer_size=2)
     queue.executor("b")(lambda: queue.ran.append("b"))
     for n in range(2):
@@ -96,7 +96,7 @@ def test_what_lies_in_the_buffer_makes_room_at_once(busy, gate, repository):
     assert len(repository.ready(["note"], 10)) == 2
     queue.submit("b")
     queue.submit("b")
-    queue.submit("note", {"n": 2})  # accepted though the buffer is full: it takes no room there
+    queue.submit("note", {"n": 2})  # accepted by a full buffer, because it takes no room there
     gate.open()
     assert queue.drain(PATIENCE)
     assert queue.ran == ["b", "b"]
@@ -105,11 +105,11 @@ def test_what_lies_in_the_buffer_makes_room_at_once(busy, gate, repository):
     assert queue.ran == ["b", "b", 0, 1, 2]
 
 
-def test_what_is_taken_from_the_buffer_in_that_moment_is_passed_over(
+def test_a_task_buffered_while_its_type_is_paused_does_not_start(
     queue, other, repository, monkeypatch, look_every
 ):
-    """The pause came between the look at what is paused and the look into the buffer."""
-    look_every(audit=3600)  # nobody finds by chance what it holds
+    """The pause comes between the check of the pauses and the read from the buffer."""
+    look_every(audit=3600)  # so that the audit does not find the tasks by chance
     queue.start()
     queue.pause("a")
     with monkeypatch.context() as blind:
@@ -125,10 +125,10 @@ def test_what_is_taken_from_the_buffer_in_that_moment_is_passed_over(
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_every_process_heeds_it_soon(queue, other):
-    """Those that run do at their next look, whoever pauses; one need not be started to pause."""
+def test_a_pause_applies_to_all_queues_soon(queue, other):
+    """A started queue applies it at its next check. A queue that is not started can pause, too."""
     other.pause("a")
-    queue.start()  # it finds it paused
+    queue.start()  # reads the pause
     queue.submit("a")
     queue.submit("b").result(PATIENCE)
     other.resume("a")
@@ -142,11 +142,11 @@ def test_every_process_heeds_it_soon(queue, other):
     waits.result(PATIENCE)
 
 
-def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeypatch, look_every):
-    """Without waiting for the next slow look, or for somebody else to change something."""
+def test_a_resume_fetches_waiting_tasks_at_once(queue, other, repository, monkeypatch, look_every):
+    """It waits neither for the next slow check nor for a change by another process."""
     look_every(recover=3600)
     queue.start()
-    whole_round(queue)  # the first one looks at all
+    whole_round(queue)  # the first round checks everything
     monkeypatch.setattr(repository, "version", lambda: 0)
     queue.pause()
     eventually(lambda: not pool_of(queue).agenda.more_stored)
@@ -155,8 +155,8 @@ def test_what_is_resumed_is_looked_for_at_once(queue, other, repository, monkeyp
     handle.result(PATIENCE)
 
 
-def test_a_resume_holds_though_others_pause_and_resume_meanwhile(queue, repository, monkeypatch):
-    """They changed the note between the look at it and its removal."""
+def test_a_resume_succeeds_while_others_pause_and_resume(queue, repository, monkeypatch):
+    """Here they change the note between its read and its removal."""
     queue.pause("a")
     put = repository.put_note
 
@@ -170,7 +170,7 @@ def test_a_resume_holds_though_others_pause_and_resume_meanwhile(queue, reposito
     assert not queue.paused
 
 
-def test_it_is_kept_over_a_restart(make_queue):
+def test_a_pause_outlasts_a_restart(make_queue):
     first = make_queue()
     first.pause("a")
     first.close()
@@ -186,7 +186,7 @@ def test_it_is_kept_over_a_restart(make_queue):
     assert ran == ["a"]
 
 
-def test_what_is_paused_is_told(queue, other):
+def test_queue_paused_names_all_pauses(queue, other):
     assert not queue.paused
     queue.pause("a")
     queue.pause("a")
@@ -196,15 +196,15 @@ def test_what_is_paused_is_told(queue, other):
     assert queue.paused == Paused(everything=True, types=frozenset({"a"}))
     assert "b" in queue.paused
     other.resume()
-    assert queue.paused.types == {"a"}  # by its own name it was paused, and is
+    assert queue.paused.types == {"a"}  # its own pause stays
     assert not queue.paused.everything
     other.resume("a")
     other.resume("a")
     assert not queue.paused
 
 
-def test_a_name_may_look_like_another(queue):
-    """As the beginning of another, or as a path."""
+def test_types_with_similar_names_are_paused_separately(queue):
+    """A name may be the beginning of another name, or look like a path."""
     for name in ("a", "a/b", "/", "a*", "pause"):
         queue.pause(name)
     queue.resume("a")
@@ -215,7 +215,7 @@ class Kind(str, Enum):
     REPORT = "report"
 
 
-def test_a_member_of_an_enum_is_its_text(queue):
+def test_an_enum_member_pauses_the_type_of_its_value(queue):
     queue.pause(Kind.REPORT)
     assert queue.paused.types == {"report"}
     queue.resume(Kind.REPORT)
@@ -223,7 +223,7 @@ def test_a_member_of_an_enum_is_its_text(queue):
 
 
 @pytest.mark.parametrize("name", ["", 5, b"a", "a\0", "a" * 256])
-def test_what_is_no_type_is_refused(queue, name):
+def test_an_invalid_type_cannot_be_paused(queue, name):
     for call in (queue.pause, queue.resume):
         with pytest.raises(ConfigurationError):
             call(name)
@@ -231,11 +231,10 @@ def test_what_is_no_type_is_refused(queue, name):
 
 
 @pytest.mark.usefixtures("frequent_looks")
-def test_a_sibling_takes_nothing_paused_from_a_full_buffer(busy, make_queue, repository):
-    """With nothing to do it takes what waits elsewhere, but not that."""
+def test_an_idle_node_takes_no_paused_task_from_another_buffer(busy, make_queue, repository):
     queue = busy()
     queue.submit("note", {"n": "paused"})
-    repository.put_note("pause/note", "", 0)  # behind the back of the busy one
+    repository.put_note("pause/note", "", 0)  # the busy queue does not notice
     helper = make_queue(worker_num=1)
     ran = []
     helper.executor("note")(lambda n: ran.append(n))
@@ -246,8 +245,8 @@ def test_a_sibling_takes_nothing_paused_from_a_full_buffer(busy, make_queue, rep
     assert ran == []
 
 
-def test_a_retry_waits_too(queue, gate):
-    """The pause came while its first attempt ran."""
+def test_a_retry_of_a_paused_type_waits(queue, gate):
+    """The pause comes while the first attempt runs."""
     attempts = []
 
     @queue.executor("a", max_attempts=2)
@@ -269,7 +268,7 @@ def test_a_retry_waits_too(queue, gate):
     assert attempts == [1, 2]
 
 
-def test_a_delayed_task_waits_when_its_time_has_come(make_queue):
+def test_a_delayed_task_of_a_paused_type_waits_when_it_is_due(make_queue):
     clock = ManualClock()
     queue = make_queue(worker_num=1, clock=clock)
     queue.executor("a")(lambda: "ran")
@@ -284,8 +283,8 @@ def test_a_delayed_task_waits_when_its_time_has_come(make_queue):
     assert handle.result(PATIENCE) == "ran"
 
 
-def test_what_the_audit_finds_is_given_up(queue, other, repository, look_every):
-    """A task that this node is said to hold, and had lost track of."""
+def test_the_audit_releases_tasks_of_a_paused_type(queue, other, repository, look_every):
+    """The record names this node as the owner of a task that the node does not know."""
     look_every(audit=0.1)
     queue.start()
     queue.pause("a")
@@ -296,8 +295,7 @@ def test_what_the_audit_finds_is_given_up(queue, other, repository, look_every):
     assert queue.ran == []
 
 
-def test_many_at_once_are_stored(busy):
-    """Those that are paused take no room of the others."""
+def test_tasks_of_a_paused_type_take_no_room_in_the_buffer(busy):
     queue = busy(buffer_size=2)
     queue.executor("b")(lambda: None)
     queue.pause("note")
@@ -305,7 +303,7 @@ def test_many_at_once_are_stored(busy):
     assert queue.buffered == 2
 
 
-def test_eight_methods_cannot_keep_it():
+def test_a_repository_with_eight_methods_cannot_store_pauses():
     with Queue(TinyRepository()) as queue:
         for type in (None, "a"):
             with pytest.raises(ConfigurationError, match="eight methods"):
@@ -314,8 +312,8 @@ def test_eight_methods_cannot_keep_it():
         assert not queue.paused
 
 
-def test_workers_of_other_processes_heed_it(spawn, database):
-    """And a process that only submits may pause, and resume."""
+def test_a_pause_applies_to_other_processes(spawn, database):
+    """A process that only submits can pause and resume."""
     child = spawn(
         """
         import sys, threading
@@ -347,8 +345,7 @@ def test_workers_of_other_processes_heed_it(spawn, database):
 
 
 @pytest.mark.parametrize("everything", [True, False])
-def test_nothing_paused_is_started_after_the_call(make_queue, everything):
-    """However many wait, and however busy the workers are."""
+def test_no_task_of_a_paused_type_starts_after_pause_returns(make_queue, everything):
     queue = make_queue(worker_num=2, buffer_size=1000)
     began = []
     queue.executor("a")(lambda n: began.append(n))
@@ -356,7 +353,7 @@ def test_nothing_paused_is_started_after_the_call(make_queue, everything):
     for n in range(300):
         queue.submit("a", {"n": n})
     queue.pause(None if everything else "a")
-    gone_on = len(pool_of(queue).runs) + MAX_AHEAD  # what was started by then, or just about
+    gone_on = len(pool_of(queue).runs) + MAX_AHEAD  # started before the pause, or just starting
     seen = len(began)
     assert queue.drain(PATIENCE)
     assert len(began) <= seen + gone_on

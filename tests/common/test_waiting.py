@@ -1,4 +1,4 @@
-"""Waiting for a task: exceptions, forks, dropped handles and failures meanwhile, and its cost."""
+"""Waiting for a task: interrupts, forks, dropped handles, failures, and the cost of a wait."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from taskx import (
 
 @pytest.fixture
 def done(queue):
-    """The id of a task that has completed with ``"value"``; the queue is stopped."""
+    """The id of a task that has completed with the result ``"value"``."""
     queue.executor("echo")(lambda: "value")
     queue.start()
     handle = queue.submit("echo")
@@ -48,17 +48,17 @@ def held(queue, gate):
 
 @pytest.fixture
 def no_slow_looks(look_every):
-    """Only what rings is looked at."""
+    """Make the slow checks too rare to matter, so that only wake-ups count."""
     look_every(recover=1000000.0)
     look_every(audit=1000000.0)
     look_every(handles=1000000.0)
 
 
-# In the callback of a weak reference an exception is told, and goes no further.
+# An exception in the callback of a weak reference is only reported.
 strikes = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
-# Exceptions that strike
+# Interrupts
 
 
 WAYS = {
@@ -72,7 +72,7 @@ WAYS = {
 
 
 def struck(make, way):
-    """Make handles, and look at each until it is struck, one point later than the last."""
+    """Make handles, and interrupt the use of each one point later than that of the handle before."""
     for point in itertools.count():
         handle = make()
         strike = strike_at(point, lambda handle=handle: look(way, handle))
@@ -89,7 +89,7 @@ def look(way, handle):
 
 @strikes
 @pytest.mark.parametrize("way", WAYS)
-def test_a_handle_of_an_ended_task_works_after_an_exception_struck(queue, done, way):
+def test_a_handle_of_an_ended_task_works_after_an_interrupt(queue, done, way):
     for handle, strike in struck(lambda: queue.handle(done), way):
         assert handle.result(0) == "value", strike
         assert wait([handle], 0).done, strike
@@ -97,7 +97,7 @@ def test_a_handle_of_an_ended_task_works_after_an_exception_struck(queue, done, 
 
 @strikes
 @pytest.mark.parametrize("way", WAYS)
-def test_a_handle_resolves_after_an_exception_struck_while_the_task_ran(queue, held, gate, way):
+def test_a_handle_resolves_after_an_interrupted_wait(queue, held, gate, way):
     handles = [handle for handle, _ in struck(lambda: queue.handle(held), way)]
     assert not any(handle.done() for handle in handles)
     other = run_in_thread(lambda: wait(handles, PATIENCE))
@@ -108,10 +108,8 @@ def test_a_handle_resolves_after_an_exception_struck_while_the_task_ran(queue, h
 
 
 @strikes
-def test_another_thread_is_told_though_an_exception_struck_the_one_that_found_the_end(
-    queue, repository, look_every
-):
-    """The main thread finds the end by its own look, and others wait for the same task."""
+def test_an_interrupted_thread_does_not_keep_others_waiting(queue, repository, look_every):
+    """The main thread finds the end by its own check, while others wait for the same task."""
     look_every(handles=0.01)
     queue.declare("t")
     for point in itertools.count(step=5):
@@ -126,7 +124,7 @@ def test_another_thread_is_told_though_an_exception_struck_the_one_that_found_th
     assert point > 20
 
 
-def test_the_main_thread_that_cancels_sees_it_at_once_and_others_soon(queue):
+def test_a_cancel_is_visible_at_once_and_wakes_waiting_threads(queue):
     queue.declare("t")
     handle = queue.submit("t")
     waiting = run_in_thread(lambda: handle.result(PATIENCE))
@@ -145,10 +143,10 @@ def test_the_first_outcome_of_a_handle_stays(queue, done):
     assert handle.result(0) == "value"
 
 
-# Handles that are dropped
+# Dropped handles
 
 
-def test_a_handle_that_is_dropped_is_gone(queue):
+def test_a_dropped_handle_is_freed(queue):
     queue.declare("t")
     handle = queue.submit("t")
     assert not handle.done()
@@ -165,14 +163,14 @@ def test_a_handle_that_is_dropped_is_gone(queue):
     assert not queue.handle(task_id).done()
 
 
-def test_a_handle_that_could_not_be_dropped_as_it_died_is_dropped_by_the_next_look(queue):
+def test_the_next_check_drops_a_dead_handle(queue):
     watcher, gone = services_of(queue).watcher, weakref.ref(queue.handle("a"))
     watcher._handles["a"] = {1: gone}
     watcher.check_all()
     assert not watcher.watching
 
 
-def test_a_handle_that_timed_out_is_not_kept(queue):
+def test_a_handle_that_timed_out_is_freed(queue):
     queue.declare("t")
     with pytest.raises(TimeoutError):
         queue.submit("t").result(0)
@@ -180,7 +178,7 @@ def test_a_handle_that_timed_out_is_not_kept(queue):
     assert not services_of(queue).watcher.watching
 
 
-def test_a_handle_with_a_callback_is_kept_until_it_was_called(queue, held, gate):
+def test_a_handle_with_a_callback_is_kept_until_the_call(queue, held, gate):
     called = threading.Event()
     queue.handle(held).add_done_callback(lambda handle: called.set())
     gc.collect()
@@ -199,14 +197,14 @@ def test_a_handle_that_asyncio_waits_for_is_kept(queue, held, gate):
     assert asyncio.run(main()) == "value"
 
 
-def test_handles_that_only_as_completed_has_are_kept(queue, held, gate):
+def test_handles_in_as_completed_are_kept(queue, held, gate):
     completed = as_completed((queue.handle(held) for _ in range(3)), PATIENCE)
     opened = run_in_thread(gate.open)
     assert [handle.result(0) for handle in completed] == ["value"] * 3
     opened()
 
 
-def test_a_callback_that_raises_keeps_no_other_from_being_called(queue, held, gate, caplog):
+def test_a_callback_that_raises_does_not_prevent_others(queue, held, gate, caplog):
     handle, called = queue.handle(held), threading.Event()
     handle.add_done_callback(lambda handle: 1 / 0)
     handle.add_done_callback(lambda handle: (_ for _ in ()).throw(Strike))
@@ -217,7 +215,7 @@ def test_a_callback_that_raises_keeps_no_other_from_being_called(queue, held, ga
     assert caplog.text.count("exception calling callback") == 3
 
 
-def test_a_callback_is_not_called_where_the_first_look_fails(queue):
+def test_a_callback_that_could_not_be_added_is_not_called(queue):
     queue.declare("t")
     handle, called = queue.submit("t"), []
     queue.repository.down = True
@@ -230,11 +228,11 @@ def test_a_callback_is_not_called_where_the_first_look_fails(queue):
     assert not called
 
 
-# wait() and as_completed() beside other threads
+# wait() and as_completed() while other threads work
 
 
-def test_wait_tells_ended_and_open_ones_apart_as_they_end(queue):
-    """The ends may fall between any steps of wait(): none is counted twice, none is missed."""
+def test_wait_and_as_completed_count_each_handle_once(queue):
+    """A task may end between any two steps of wait()."""
     queue.executor("echo")(lambda: "value")
     queue.start()
     for _ in range(30):
@@ -244,14 +242,14 @@ def test_wait_tells_ended_and_open_ones_apart_as_they_end(queue):
         assert len(list(as_completed(handles, PATIENCE))) == 8
 
 
-def test_wait_for_handles_and_futures_together(queue, held, gate):
+def test_wait_accepts_handles_and_other_futures_together(queue, held, gate):
     handle = queue.handle(held)
     with concurrent.futures.ThreadPoolExecutor() as pool:
         future = pool.submit(gate.open)
         assert wait([handle, future], PATIENCE).done == {handle, future}
 
 
-def test_first_exception(queue, held):
+def test_wait_returns_at_the_first_exception(queue, held):
     queue.executor("fail")(lambda: 1 / 0)
     failing = queue.submit("fail")
     both = [queue.handle(held), failing]
@@ -261,11 +259,11 @@ def test_first_exception(queue, held):
     assert done == {failing}
 
 
-# A watcher that goes on
+# Failures of the watcher
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), Strike("a panic")])
-def test_the_watcher_survives_whatever_a_look_raises(queue, monkeypatch, look_every, error):
+def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, look_every, error):
     look_every(handles=0.01)
     queue.declare("t")
     handle, raised = queue.submit("t"), threading.Event()
@@ -330,7 +328,7 @@ def test_waiting_reads_no_record_before_the_end(queue, read):
     queue.declare("t")
     handles = [queue.submit("t") for _ in range(20)]
     assert not any(handle.done() for handle in handles)
-    read.clear()  # one, to see whether anybody has its type
+    read.clear()  # of one record, read to see if any node runs its type
     services_of(queue).watcher.check_all()
     assert not read
     queue.cancel_task(handles[7].id)
@@ -339,14 +337,14 @@ def test_waiting_reads_no_record_before_the_end(queue, read):
 
 
 @pytest.mark.parametrize("repository", ["sqlite", "mongomock"], indirect=True)
-def test_a_look_for_cancels_reads_no_record_of_a_running_task(queue, held, read):
+def test_the_check_for_cancels_reads_no_record_of_a_running_task(queue, held, read):
     read.clear()
     housekeeper_of(queue)._process_changes()
     assert held not in read
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_a_running_task_hears_of_a_cancel_though_its_record_is_damaged(queue, repository, held):
+def test_a_running_task_with_a_damaged_record_can_be_cancelled(queue, repository, held):
     run = pool_of(queue).runs[held]
     repository._transact(
         lambda cursor: cursor.execute("UPDATE tasks SET cancel_requested_at = 'abc'"), durable=False
@@ -358,7 +356,7 @@ def test_a_running_task_hears_of_a_cancel_though_its_record_is_damaged(queue, re
 
 
 @pytest.mark.parametrize("repository", ["sqlite"], indirect=True)
-def test_the_cancel_of_a_damaged_record_returns(queue, repository, caplog):
+def test_cancelling_a_damaged_record_raises_an_error(queue, repository, caplog):
     queue.declare("t")
     damaged, sound = queue.submit("t").id, queue.submit("t").id
     repository._transact(
@@ -377,7 +375,7 @@ def test_the_cancel_of_a_damaged_record_returns(queue, repository, caplog):
 
 
 @pytest.mark.every_store
-def test_queues_that_share_a_repository_hear_of_each_other_at_once(
+def test_queues_that_share_a_repository_wake_each_other_at_once(
     make_queue, repository, no_slow_looks
 ):
     runner, web = make_queue(worker_num=1), make_queue()
@@ -424,7 +422,7 @@ print(called == [os.getpid()])
 """
 
 
-def test_a_handle_that_was_looked_at_resolves_in_a_forked_child(spawn, database):
+def test_a_watched_handle_resolves_in_a_forked_child(spawn, database):
     assert spawn(FORK, database).ends()[0].strip() == "True"
 
 
@@ -432,7 +430,7 @@ def test_a_handle_that_was_looked_at_resolves_in_a_forked_child(spawn, database)
 
 
 @pytest.mark.every_store
-def test_types_registered_after_the_start_are_on_record(queue, repository, caplog):
+def test_types_registered_after_the_start_are_recorded(queue, repository, caplog):
     queue.executor("early")(lambda: "value")
     queue.start()
     queue.executor("late")(lambda: "value")
@@ -457,13 +455,13 @@ def test_types_that_could_not_be_recorded_are_recorded_later(queue, repository, 
     eventually(lambda: [node.types for node in repository.liveness.nodes()] == [("late",)])
 
 
-def test_a_handle_is_a_future_of_its_own(queue):
+def test_a_new_handle_has_no_more_attributes_than_needed(queue):
     handle = TaskHandle("id", queue)
     assert isinstance(handle, concurrent.futures.Future)
     assert vars(handle) == {"id": "id", "_owner": queue}
 
 
-def test_a_close_does_not_wait_for_a_thread_that_is_about_to_be_started(queue):
-    """Another thread has just made the one that looks for ended tasks."""
+def test_a_close_does_not_wait_for_a_thread_that_has_not_started(queue):
+    """Another thread has just created the watcher's thread."""
     services_of(queue).watcher._thread = threading.Thread(name="taskx-watch")
     queue.close()

@@ -1,4 +1,4 @@
-"""Things that must not stop the queue: foreign code inside a write, a start that hangs, an exit."""
+"""Situations that must not block the queue: user code inside a write, a hanging start, an exit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from taskx.upkeep import node
 
 
 def once(function):
-    """Call it the first time only: a finalizer runs once."""
+    """Return a function that calls ``function`` the first time only, as a finalizer runs once."""
     calls = []
 
     def call(*args):
@@ -26,7 +26,7 @@ def once(function):
     return call
 
 
-# A finalizer, which the garbage collector calls in the middle of anything
+# Finalizers, which the garbage collector may call at any point
 
 
 def in_the_ledger(queue, monkeypatch, finalize):
@@ -55,7 +55,7 @@ def in_the_id(queue, monkeypatch, finalize):
         return urandom(size)
 
     monkeypatch.setattr(ids_module.os, "urandom", drawn)
-    monkeypatch.setattr(ids_module, "_last", 0)  # else it draws in the next millisecond only
+    monkeypatch.setattr(ids_module, "_last", 0)  # else it draws only in the next millisecond
 
 
 def in_the_repository(queue, monkeypatch, finalize):
@@ -80,12 +80,12 @@ PLACES = [in_the_ledger, after_the_commit, in_the_buffer, in_the_id, in_the_repo
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("overflow", ["reject", "block", "caller_runs"])
-def test_a_finalizer_may_submit_in_the_middle_of_anything(make_queue, place, overflow, monkeypatch):
+def test_a_finalizer_can_submit_at_any_point(make_queue, place, overflow, monkeypatch):
     queue = make_queue(worker_num=2, overflow=overflow)
     queue.executor("fine")(lambda: "fine")
     queue.start()
     place(queue, monkeypatch, lambda: queue.submit("fine", id="late"))
-    # One that an idle worker gets at once, and some that go through the buffer and are read.
+    # An idle worker gets the first task at once; the others go through the buffer and are read.
     run_in_thread(lambda: (queue.submit("fine"), queue.submit_many([Task(type="fine")] * 3)))()
     eventually(lambda: "late" in queue.repository.statuses(["late"]))
     assert run_in_thread(lambda: queue.drain(PATIENCE))()
@@ -93,8 +93,8 @@ def test_a_finalizer_may_submit_in_the_middle_of_anything(make_queue, place, ove
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_what_a_finalizer_submits_is_stored_before_the_interrupted_submit_returns(queue):
-    """Nothing else runs that could store it."""
+def test_a_finalizers_submit_is_stored_before_the_interrupted_submit_returns(queue):
+    """No other thread runs that could store it."""
     queue.declare("fine")
     queue.repository.before = once(
         lambda: (
@@ -106,7 +106,7 @@ def test_what_a_finalizer_submits_is_stored_before_the_interrupted_submit_return
     assert queue.repository.get_many(["outer", "late", "many"]).keys() == {"outer", "late", "many"}
 
 
-def test_a_finalizer_that_gives_an_id_twice_is_told_of_in_the_log(queue, caplog):
+def test_a_finalizer_that_submits_a_used_id_is_logged(queue, caplog):
     queue.declare("fine")
     queue.submit("fine", id="there")
     queue.repository.before = once(lambda: queue.submit("fine", id="there"))
@@ -115,7 +115,7 @@ def test_a_finalizer_that_gives_an_id_twice_is_told_of_in_the_log(queue, caplog)
 
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
-def test_a_log_handler_may_submit_when_an_outcome_is_refused(make_queue, repository):
+def test_a_log_handler_can_submit_when_an_outcome_is_refused(make_queue, repository):
     logger = logging.getLogger("taskx.alerts")
     logger.propagate = False
     queue = make_queue(worker_num=2, logger=logger)
@@ -149,7 +149,7 @@ def test_a_log_handler_may_submit_when_an_outcome_is_refused(make_queue, reposit
         logger.removeHandler(alert)
 
 
-# A stop
+# Stops
 
 
 def test_a_stop_ends_in_time_while_a_start_waits_for_the_repository(queue, monkeypatch, gate):
@@ -171,8 +171,8 @@ def test_a_stop_ends_in_time_while_a_start_waits_for_the_repository(queue, monke
     assert repository.liveness.nodes() == []
 
 
-def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch, gate):
-    """Each has a task that does not look at its token: the exit waits for all of them once."""
+def test_queues_left_running_at_the_exit_are_stopped_together(make_queue, monkeypatch, gate):
+    """Each has a task that does not check its token. The exit waits only once for all of them."""
     queues = [make_queue(worker_num=1) for _ in range(3)]
     for queue in queues:
         queue.start()
@@ -195,7 +195,7 @@ def test_queues_that_were_forgotten_are_stopped_together(make_queue, monkeypatch
     monkeypatch.undo()
 
 
-# A large buffer
+# Large buffers
 
 
 @pytest.fixture
@@ -233,13 +233,13 @@ def test_a_discarded_task_does_not_rebuild_the_heap(full):
     assert full.take(1)[0].id == "x100"
 
 
-def test_a_heap_full_of_discarded_tasks_is_tidied(full):
+def test_a_heap_full_of_discarded_tasks_is_rebuilt(full):
     full.discard([f"x{n}" for n in range(999)])
     assert len(full._heap) < 100
     assert [item.id for item in full.take(9)] == ["x999"]
 
 
-def test_a_clock_that_is_set_back_does_not_change_the_order():
+def test_a_clock_set_back_does_not_change_the_order():
     buffer = Buffer(100, 64, lambda: True)
 
     def submit(name, at):
@@ -251,7 +251,7 @@ def test_a_clock_that_is_set_back_does_not_change_the_order():
     submit("b", 1000)  # set back
     submit("c", 1001)
     buffer.add("old", "t", 0, 500, None, buffer.new_slot())  # stored long before
-    buffer.add("d", "t", 0, 1002, None, buffer.new_slot())  # spilled after that
-    submit("e", 6000)  # it has caught up
+    buffer.add("d", "t", 0, 1002, None, buffer.new_slot())  # spilled afterwards
+    submit("e", 6000)  # the clock has caught up
     taken = [item.id for item in buffer.take(9)]
     assert taken == ["old", "a", "b", "c", "d", "e"]
