@@ -1,4 +1,4 @@
-"""Metrics say what happened, are valid, and are right with several processes."""
+"""Metrics report what happened, are valid, and are correct with several processes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def clock():
 
 @pytest.fixture
 def make(registry, clock):
-    """Makes queues on one repository, with one hook, and stops them."""
+    """Return a function that makes queues on one repository with one hook; they are stopped at the end."""
     hook = PrometheusHook(registry)
     repository = MemoryRepository(clock)
     made = []
@@ -65,7 +65,7 @@ def make(registry, clock):
 
 @pytest.fixture
 def value(registry):
-    """The value of a metric, None where there is none."""
+    """Return a function that reads the value of a metric; it returns None if the metric has none."""
     return lambda name, **labels: registry.get_sample_value(f"taskx_{name}", labels)
 
 
@@ -73,8 +73,8 @@ def wait_told(queue):
     assert services_of(queue).hooks.wait(PATIENCE)
 
 
-class TestWhatIsCounted:
-    def test_tasks_by_type_and_outcome(self, make, value):
+class TestHook:
+    def test_tasks_are_counted_by_type_and_outcome(self, make, value):
         queue = make(worker_num=1)
         errors = [Retry("again", delay=0), Permanent("no")]
 
@@ -97,7 +97,7 @@ class TestWhatIsCounted:
         assert value("tasks_retried_total", type="bad") == 1
         assert value("tasks_finished_total", type="bad", outcome="failed") == 1
 
-    def test_durations_of_what_ran(self, make, value):
+    def test_the_duration_of_each_run_is_measured(self, make, value):
         queue = make(worker_num=1)
         queue.cancel_task(queue.submit("fine").id)
         queue.start()
@@ -109,7 +109,9 @@ class TestWhatIsCounted:
         assert value("task_duration_seconds_bucket", type="fine", le="5.0") == 1
 
     @pytest.mark.parametrize(("delay", "wait"), [(None, 50), (40, 10), (50, 0)])
-    def test_waits_from_when_a_task_could_start(self, make, value, clock, delay, wait):
+    def test_waiting_time_counts_from_when_a_task_could_start(
+        self, make, value, clock, delay, wait
+    ):
         queue = make(worker_num=1)
         queue.submit("fine", delay=delay)
         clock.advance(50)
@@ -119,7 +121,7 @@ class TestWhatIsCounted:
         assert value("task_wait_seconds_sum", type="fine") == wait
         assert value("task_wait_seconds_count", type="fine") == 1
 
-    def test_an_attempt_waits_from_the_end_of_the_one_before(self, make, value, clock):
+    def test_waiting_time_of_an_attempt_counts_from_the_last_one(self, make, value, clock):
         queue = make(worker_num=1)
         errors = [OSError("x")]
 
@@ -135,8 +137,10 @@ class TestWhatIsCounted:
         assert value("task_wait_seconds_count", type="bad") == 2
         assert value("task_wait_seconds_sum", type="bad") == 0
 
-    def test_a_requeued_task_waits_since_then(self, make, registry, value, clock):
-        """How long it was dead counts for nothing: no alert goes off."""
+    def test_waiting_time_of_a_requeued_task_counts_from_the_requeue(
+        self, make, registry, value, clock
+    ):
+        """The time as a dead letter does not count, so that it raises no alert."""
         queue = make(worker_num=1)
         queue.executor("bad")(lambda: 1 / 0)
         registry.register(StoreCollector(queue))
@@ -153,7 +157,7 @@ class TestWhatIsCounted:
         assert value("task_wait_seconds_count", type="bad") == 2
         assert value("task_wait_seconds_sum", type="bad") == 5
 
-    def test_what_is_stuck(self, make, value, clock):
+    def test_stuck_attempts_are_counted(self, make, value, clock):
         queue = make(worker_num=1)
         begun, go_on = threading.Event(), threading.Event()
 
@@ -172,7 +176,7 @@ class TestWhatIsCounted:
         assert value("tasks_running") == 0
         go_on.set()
 
-    def test_what_is_taken_back_from_a_dead_process(self, make, value, clock):
+    def test_tasks_rescued_from_a_dead_process_are_counted(self, make, value, clock):
         queue = make(worker_num=1)
         repository = queue.repository
         repository.create(Task(id="a", type="fine"))
@@ -183,7 +187,7 @@ class TestWhatIsCounted:
         assert value("tasks_rescued_total", type="fine") == 1
         assert value("tasks_started_total", type="fine") == 1
 
-    def test_what_runs_and_what_waits_of_all_queues_of_the_process(self, make, value):
+    def test_running_and_buffered_tasks_of_all_queues_are_added_up(self, make, value):
         begun, go_on = threading.Semaphore(0), threading.Event()
 
         def hold():
@@ -206,7 +210,7 @@ class TestWhatIsCounted:
             assert queue.drain(PATIENCE)
         assert (value("tasks_running"), value("tasks_buffered")) == (0, 0)
 
-    def test_types_are_the_only_label_that_programs_choose(self, make, registry):
+    def test_the_type_is_the_only_label_that_programs_choose(self, make, registry):
         queue = make(worker_num=1)
         queue.start()
         queue.submit_many([Task(type="fine", created_by=str(n)) for n in range(50)])
@@ -219,13 +223,13 @@ class TestWhatIsCounted:
         assert {name for labels in series for name, _ in labels} == {"type", "outcome", "le"}
         assert len(series) <= 3 + len(BUCKETS) + 1
 
-    def test_a_registry_takes_one(self, make, registry):
+    def test_a_registry_accepts_only_one_hook(self, make, registry):
         with pytest.raises(ConfigurationError, match="share one PrometheusHook") as caught:
             PrometheusHook(registry)
         assert "Duplicated" in str(caught.value.__cause__)
 
-    def test_all_are_registered_or_none(self, registry):
-        taken = Gauge("taskx_tasks_running", "Somebody else's.", registry=registry)
+    def test_all_metrics_are_registered_or_none(self, registry):
+        taken = Gauge("taskx_tasks_running", "Of another library.", registry=registry)
         before = generate_latest(registry)
         with pytest.raises(ConfigurationError):
             PrometheusHook(registry)
@@ -236,7 +240,7 @@ class TestWhatIsCounted:
         PrometheusHook(registry)
 
 
-class TestTheStore:
+class TestCollector:
     @pytest.fixture
     def queue(self, make, registry, clock):
         queue = make(worker_num=1)
@@ -245,16 +249,16 @@ class TestTheStore:
         return queue
 
     @pytest.mark.parametrize("thing", ["x", None, MemoryRepository()])
-    def test_what_is_no_queue_is_refused(self, thing):
+    def test_the_collector_refuses_other_objects_than_queues(self, thing):
         with pytest.raises(ConfigurationError, match="StoreCollector requires a Queue"):
             StoreCollector(thing)
 
-    def test_nothing_waits(self, queue, value):
+    def test_the_collector_reports_an_empty_store(self, queue, value):
         assert value("tasks_pending") == 0
         assert value("oldest_pending_age_seconds") == 0
         assert value("nodes") == 0
 
-    def test_what_waits_and_who_runs(self, queue, make, value, clock):
+    def test_the_collector_reports_pending_tasks_and_nodes(self, queue, make, value, clock):
         queue.submit("t")
         clock.advance(30)
         queue.submit("t")
@@ -267,17 +271,17 @@ class TestTheStore:
         other.stop(PATIENCE)
         assert value("nodes") == 0
 
-    def test_a_store_that_cannot_be_read_costs_its_own_metrics_only(self, tmp_path, caplog):
+    def test_an_unreadable_store_loses_only_its_own_metrics(self, tmp_path, caplog):
         registry = CollectorRegistry()
         queue = Queue(SQLiteRepository(tmp_path / "no such folder" / "tasks.db"))
         PrometheusHook(registry)
-        registry.register(StoreCollector(queue))  # which reads nothing
+        registry.register(StoreCollector(queue))  # reads nothing
         text = generate_latest(registry).decode()
         assert "taskx_tasks_running 0.0" in text
         assert "taskx_nodes" not in text
         assert "the metrics of the repository are missing" in caplog.text
 
-    def test_names_are_taken_once_it_is_registered(self, queue, registry):
+    def test_a_second_collector_is_refused(self, queue, registry):
         with pytest.raises(ValueError, match="Duplicated"):
             registry.register(StoreCollector(queue))
 
@@ -287,7 +291,7 @@ class TestTheStore:
 
 @pytest.fixture
 def text(make, registry, value, clock):
-    """What a scrape gives when all metrics have values."""
+    """The text of a scrape in which all metrics have values."""
     queue = make(worker_num=1)
     begun, go_on = threading.Event(), threading.Event()
     queue.executor("deaf", timeout=60)(lambda: begun.set() or go_on.wait(PATIENCE))
@@ -307,7 +311,7 @@ def text(make, registry, value, clock):
     return generate_latest(registry).decode()
 
 
-def test_the_librarys_parser_reads_it(text):
+def test_the_librarys_parser_reads_the_metrics(text):
     families = {f.name: f for f in text_string_to_metric_families(text)}
     kinds = {
         name: family.type for name, family in families.items() if not name.endswith("_created")
@@ -334,7 +338,7 @@ def test_the_librarys_parser_reads_it(text):
 @pytest.mark.skipif(
     shutil.which("promtool") is None, reason="PROMTOOL IS MISSING: no metric was checked by it"
 )
-def test_promtool_finds_nothing_wrong(text):
+def test_promtool_accepts_the_metrics(text):
     checked = subprocess.run(
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True
     )
@@ -358,7 +362,7 @@ from taskx.contrib.prometheus import PrometheusHook
 
 queue = Queue(SQLiteRepository(sys.argv[1]), Config(worker_num=1), hooks=[PrometheusHook()])
 
-@queue.executor("hold" + sys.argv[2])  # a type of its own, as any process may run what it can
+@queue.executor("hold" + sys.argv[2])  # each process has its own type, so that no other runs it
 def hold():
     print("holding", flush=True)
     sys.stdin.readline()
@@ -390,7 +394,7 @@ print(generate_latest(registry).decode())
 
 
 @pytest.mark.process
-def test_several_processes_are_added_up_and_the_store_is_not(tmp_path, monkeypatch):
+def test_counters_of_processes_are_added_up_and_store_metrics_are_not(tmp_path, monkeypatch):
     folder = tmp_path / "metrics"
     folder.mkdir()
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(folder))
@@ -470,7 +474,7 @@ def test_the_child_process_of_an_executor_leaves_no_file(tmp_path, monkeypatch):
 
 
 @pytest.mark.process
-def test_without_the_library_the_extra_is_named():
+def test_without_the_library_the_error_names_the_extra():
     program = "import sys; sys.modules['prometheus_client'] = None; import taskx.contrib.prometheus"
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False
@@ -479,8 +483,8 @@ def test_without_the_library_the_extra_is_named():
     assert "pip install 'taskx-queue[prometheus]'" in ran.stderr
 
 
-def test_a_skin_imports_what_is_public_and_what_its_package_names():
-    """The docstring of ``taskx.contrib`` names the internals."""
+def test_an_integration_imports_only_public_and_allowed_names():
+    """The docstring of ``taskx.contrib`` lists the allowed internal modules."""
     allowed = {f"taskx.{name}" for name in taskx.__all__}
     allowed |= {"taskx.common.permission", "taskx.storage.queries.oldest_ready"}
     tree = ast.parse(Path(prometheus.__file__).read_text("utf-8"))
@@ -489,7 +493,7 @@ def test_a_skin_imports_what_is_public_and_what_its_package_names():
     assert {name for name in imported if name.startswith("taskx")} <= allowed
 
 
-def test_a_skin_says_which_of_its_names_are_public():
+def test_an_integration_lists_its_public_names():
     own = {
         name
         for name, value in vars(prometheus).items()

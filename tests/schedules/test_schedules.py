@@ -1077,7 +1077,7 @@ class Moody(Codec):
         return data
 
 
-class TestParamsThatTheCodecRefuses:
+class TestRefusedParams:
     @pytest.fixture
     def codec(self):
         return Moody()

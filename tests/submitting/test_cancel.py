@@ -1,4 +1,4 @@
-"""Cancel, time-outs and progress: what reaches an executor, when, and what becomes of the task."""
+"""Cancel, time-outs and progress: how they reach an executor, and how the task ends."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from taskx.upkeep.housekeeper import PROGRESS_EVERY
 
 
 @pytest.mark.every_store
-def test_pending_task_never_runs(make_queue):
-    """Many rounds, each at another moment of the task's way to a worker."""
+def test_a_cancelled_pending_task_never_runs(make_queue):
+    """Each round cancels at a different moment on the task's way to a worker."""
     queue = make_queue(worker_num=2, buffer_size=1000)
     ran = set()
     queue.executor("note")(lambda n: ran.add(n))
@@ -57,8 +57,8 @@ def test_pending_task_never_runs(make_queue):
 @pytest.mark.usefixtures("frequent_looks")
 @pytest.mark.every_store
 @pytest.mark.parametrize("how", ["cancel_task", "delete", "cancel_many"])
-def test_what_is_committed_raises_no_more(started, repository, how):
-    """The repository goes away just after it: who waits for the task is told when it is back."""
+def test_a_committed_cancel_or_delete_does_not_raise(started, repository, how):
+    """If the repository fails just after the commit, the handle resolves when it is available again."""
     handle = started.submit("fine", delay=3600)
     assert not handle.done()  # watched from now on
 
@@ -72,7 +72,7 @@ def test_what_is_committed_raises_no_more(started, repository, how):
     eventually(handle.done)
 
 
-def test_pending_task_in_the_buffer(busy, gate):
+def test_a_task_in_the_buffer_can_be_cancelled(busy, gate):
     queue = busy()
     handle = queue.submit("note", {"n": 1})
     assert queue.cancel_task(handle.id) is True
@@ -86,14 +86,14 @@ def test_pending_task_in_the_buffer(busy, gate):
         handle.result(0)
 
 
-def test_cancelled_ones_give_their_room_back(busy):
+def test_cancelled_tasks_free_their_slots_in_the_buffer(busy):
     queue = busy(buffer_size=2)
     for _ in range(10):
         queue.cancel_task(queue.submit("note").id)
 
 
 @pytest.mark.every_store
-def test_running_task_hears_it_at_once(started):
+def test_a_running_task_is_told_to_stop_at_once(started):
     begun, heard = threading.Event(), threading.Event()
 
     @started.executor("listen")
@@ -121,7 +121,7 @@ def test_running_task_hears_it_at_once(started):
 @pytest.mark.parametrize(
     "error", [None, ValueError("while tidying up"), SystemExit(1), KeyboardInterrupt()], ids=repr
 )
-def test_whatever_a_cancelled_executor_raises_it_is_cancelled(started, error):
+def test_a_cancelled_executor_may_raise_any_error(started, error):
     begun = threading.Event()
 
     @started.executor("listen", max_attempts=5)
@@ -142,7 +142,7 @@ def test_whatever_a_cancelled_executor_raises_it_is_cancelled(started, error):
     assert (handle.task().status, handle.task().starts) == (TaskStatus.CANCELLED, 1)
 
 
-def test_exception_handlers_do_not_swallow_a_cancel(started):
+def test_an_exception_handler_does_not_swallow_a_cancel(started):
     begun = threading.Event()
 
     @started.executor("careless")
@@ -150,7 +150,7 @@ def test_exception_handlers_do_not_swallow_a_cancel(started):
         begun.set()
         try:
             ctx.sleep(PATIENCE)
-        except Exception:  # noqa: BLE001  (what careless code does)
+        except Exception:  # noqa: BLE001  (as careless code does)
             return "swallowed"
 
     handle = started.submit("careless")
@@ -160,7 +160,7 @@ def test_exception_handlers_do_not_swallow_a_cancel(started):
         handle.result(PATIENCE)
 
 
-def test_normal_return_completes_a_cancelled_task(started):
+def test_a_normal_return_completes_a_cancelled_task(started):
     begun = threading.Event()
 
     @started.executor("thorough")
@@ -176,7 +176,7 @@ def test_normal_return_completes_a_cancelled_task(started):
     assert handle.task().status is TaskStatus.COMPLETED
 
 
-def test_cancel_twice(started, gate):
+def test_a_second_cancel_changes_nothing(started, gate):
     started.executor("hold")(lambda ctx: (gate(), ctx.token.raise_if_cancelled()))
     handle = started.submit("hold")
     gate.wait_for(1)
@@ -201,8 +201,8 @@ def test_finished_and_unknown_tasks_cannot_be_cancelled(started):
 
 
 @pytest.mark.every_store
-def test_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
-    """As from another process: a queue that knows the repository only."""
+def test_a_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
+    """The other queue shares only the repository, as in another process."""
     started.executor("listen")(lambda ctx: ctx.sleep(PATIENCE))
     handle = started.submit("listen")
     eventually(handle.running)
@@ -215,12 +215,12 @@ def test_cancel_from_another_queue_reaches_a_running_task(started, make_queue):
     assert other.cancel_task(handle.id) is False
     with pytest.raises(CancelledError):
         handle.result(PATIENCE)
-    assert time.monotonic() - began < 10  # where the executor sleeps for a minute
+    assert time.monotonic() - began < 10  # the executor would sleep for a minute
     other.repository.close()
 
 
 @pytest.mark.every_store
-def test_one_outcome_when_cancel_and_end_race(make_queue):
+def test_a_race_of_cancel_and_end_has_one_outcome(make_queue):
     queue = make_queue(worker_num=2)
     queue.executor("quick", max_attempts=3)(lambda ctx: ctx.token.raise_if_cancelled())
     queue.start()
@@ -243,7 +243,7 @@ def test_one_outcome_when_cancel_and_end_race(make_queue):
 
 
 @pytest.mark.every_store
-def test_timeout_fires_the_token_and_fails_the_task(started):
+def test_a_timeout_fires_the_token_and_fails_the_task(started):
     @started.executor("slow", timeout=0.05)
     def slow(ctx):
         ctx.token.wait()
@@ -262,7 +262,7 @@ def test_timeout_fires_the_token_and_fails_the_task(started):
     assert task.duration >= 0.05
 
 
-def test_timeout_is_for_each_attempt_and_spends_it(started):
+def test_a_timeout_applies_to_each_attempt_and_counts_as_an_error(started):
     @started.executor("slow", timeout=0.02, max_attempts=3)
     def slow(ctx):
         ctx.sleep(PATIENCE)
@@ -274,7 +274,7 @@ def test_timeout_is_for_each_attempt_and_spends_it(started):
 
 @pytest.fixture
 def past_its_deadline(make_queue, clock):
-    """Has a function run as a task whose deadline passes when it has begun; returns its handle."""
+    """Return a function that runs a task whose deadline passes once it has begun; it returns the handle."""
 
     def run(function, **options):
         queue = make_queue(worker_num=1, clock=clock)
@@ -290,7 +290,7 @@ def past_its_deadline(make_queue, clock):
     return run
 
 
-def test_error_of_its_own_after_the_deadline_is_kept(past_its_deadline):
+def test_an_error_after_the_deadline_is_kept(past_its_deadline):
     def slow(ctx):
         ctx.token.wait()
         raise OSError("connection cut off")
@@ -311,10 +311,10 @@ def test_error_of_its_own_after_the_deadline_is_kept(past_its_deadline):
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, Exception) else str(value),
 )
-def test_whatever_a_time_out_surfaces_as_it_is_one_to_the_policy(
+def test_any_error_after_a_timeout_counts_as_a_timeout_for_retry(
     past_its_deadline, raised, policy, attempts
 ):
-    """What a connection raises that was closed by it, say. It snoozes no task, either."""
+    """For example, a connection that the time-out closed raises its own error. A snooze does not count."""
 
     def slow(ctx):
         ctx.token.wait()
@@ -325,21 +325,21 @@ def test_whatever_a_time_out_surfaces_as_it_is_one_to_the_policy(
     assert (handle.task().errors, handle.task().snoozes) == (attempts, 0)
 
 
-def test_return_after_the_deadline_completes(past_its_deadline):
+def test_a_return_after_the_deadline_completes_the_task(past_its_deadline):
     assert past_its_deadline(lambda ctx: ctx.token.wait()).result(PATIENCE) is True
 
 
-def test_timeout_counts_from_the_start_of_the_attempt(busy, gate):
+def test_a_timeout_counts_from_the_start_of_the_attempt(busy, gate):
     queue = busy()
-    queue.executor("look")(lambda ctx: ctx.remaining())
-    handle = queue.submit("look", timeout=100)
+    queue.executor("tell")(lambda ctx: ctx.remaining())
+    handle = queue.submit("tell", timeout=100)
     gate.open()
     assert 90 < handle.result(PATIENCE) <= 100
 
 
-def test_remaining(started):
-    @started.executor("look")
-    def look(ctx):
+def test_remaining_returns_the_seconds_until_the_deadline(started):
+    @started.executor("tell")
+    def tell(ctx):
         if ctx.task.timeout is None:
             return ctx.remaining()
         before = ctx.remaining()
@@ -347,12 +347,12 @@ def test_remaining(started):
         ctx.token.wait()
         return ctx.remaining()
 
-    assert started.submit("look").result(PATIENCE) is None
+    assert started.submit("tell").result(PATIENCE) is None
     with pytest.raises(TaskFailed, match="timed out"):
-        started.submit("look", timeout=0.05).result(PATIENCE)
+        started.submit("tell", timeout=0.05).result(PATIENCE)
 
 
-def test_narrower_deadline(started):
+def test_ctx_timeout_sets_a_narrower_deadline(started):
     @started.executor("parts")
     def parts(ctx):
         outer = ctx.token
@@ -380,7 +380,7 @@ def test_narrower_deadline(started):
     assert started.submit("parts").result(PATIENCE) == "goes on"
 
 
-def test_nested_deadlines(started):
+def test_ctx_timeouts_can_be_nested(started):
     @started.executor("nested")
     def nested(ctx):
         with ctx.timeout(PATIENCE):
@@ -394,7 +394,7 @@ def test_nested_deadlines(started):
     assert started.submit("nested").result(PATIENCE) == "goes on"
 
 
-def test_deadline_of_the_task_is_not_the_narrower_ones(started):
+def test_the_tasks_deadline_is_not_reported_as_a_ctx_timeout(started):
     @started.executor("slow", timeout=0.05)
     def slow(ctx):
         with ctx.timeout(PATIENCE):
@@ -404,7 +404,7 @@ def test_deadline_of_the_task_is_not_the_narrower_ones(started):
         started.submit("slow").result(PATIENCE)
 
 
-def test_cancel_reaches_into_a_narrower_deadline(started):
+def test_a_cancel_interrupts_a_ctx_timeout(started):
     inside = threading.Event()
 
     @started.executor("slow")
@@ -423,7 +423,7 @@ def test_cancel_reaches_into_a_narrower_deadline(started):
 # Callbacks
 
 
-def test_callbacks_run_on_a_thread_of_their_own(started):
+def test_callbacks_run_in_a_separate_thread(started):
     where = {}
     called = threading.Event()
 
@@ -449,7 +449,7 @@ def test_callbacks_run_on_a_thread_of_their_own(started):
     assert where["callback"].name != "taskx-housekeeper"
 
 
-def test_callback_that_hangs_hangs_nobody(started, gate):
+def test_a_hanging_callback_blocks_nothing_else(started, gate):
     others, begun = [], threading.Event()
 
     @started.executor("listen")
@@ -468,11 +468,11 @@ def test_callback_that_hangs_hangs_nobody(started, gate):
         handle.result(PATIENCE)
     eventually(lambda: sorted(others) == [1, 2])
     assert started.submit("fine").result(PATIENCE) == "fine"
-    late = started.submit("listen", timeout=0.01)  # neither do deadlines wait for callbacks
+    late = started.submit("listen", timeout=0.01)  # deadlines do not wait for callbacks
     assert late.exception(PATIENCE)
 
 
-def test_what_is_no_callback_fails_the_attempt(started):
+def test_an_invalid_callback_fails_the_attempt(started):
     @started.executor("listen")
     def listen(ctx):
         ctx.on_cancel(5)
@@ -481,7 +481,7 @@ def test_what_is_no_callback_fails_the_attempt(started):
         started.submit("listen").result(PATIENCE)
 
 
-def test_callback_taken_back_is_not_called(started):
+def test_a_removed_callback_is_not_called(started):
     called, taken_back = [], threading.Event()
 
     @started.executor("listen")
@@ -513,7 +513,7 @@ def progress_writes(queue: Queue) -> list[Update]:
 
 
 @pytest.mark.every_store
-def test_a_million_calls_are_a_few_writes(started):
+def test_a_million_progress_calls_are_a_few_writes(started):
     @started.executor("count")
     def count(ctx):
         for n in range(1_000_000):
@@ -529,7 +529,7 @@ def test_a_million_calls_are_a_few_writes(started):
 
 
 @pytest.mark.every_store
-def test_progress_is_seen_while_it_runs(started, gate):
+def test_progress_is_visible_while_a_task_runs(started, gate):
     @started.executor("show")
     def show(ctx):
         ctx.progress(30, "a third")
@@ -545,7 +545,7 @@ def test_progress_is_seen_while_it_runs(started, gate):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("how", ["fail", "cancel", "complete"])
-def test_last_value_arrives(started, gate, how):
+def test_the_last_progress_is_always_stored(started, gate, how):
     @started.executor("show")
     def show(ctx):
         gate()
@@ -570,7 +570,7 @@ def test_last_value_arrives(started, gate, how):
     ("told", "kept"),
     [(-5, 0), (0, 0), (42.9, 42), (1000, 100), (float("inf"), 100), (float("-inf"), 0)],
 )
-def test_progress_is_clamped(started, told, kept):
+def test_progress_is_limited_to_0_to_100(started, told, kept):
     @started.executor("show")
     def show(ctx):
         ctx.progress(told)
@@ -581,7 +581,7 @@ def test_progress_is_clamped(started, told, kept):
     assert handle.task().progress == kept
 
 
-def test_what_is_no_progress_is_refused(started):
+def test_invalid_progress_is_refused(started):
     @started.executor("show")
     def show(ctx):
         for wrong in (float("nan"), "50", None, True, 1j):
@@ -600,8 +600,8 @@ def test_what_is_no_progress_is_refused(started):
 
 
 @pytest.mark.every_store
-def test_progress_through_the_repository(started):
-    """The original's own way."""
+def test_progress_can_be_set_through_the_repository(started):
+    """This is the way of the original interface."""
     seen = []
 
     @started.executor("classic")
@@ -621,8 +621,8 @@ def test_progress_through_the_repository(started):
 
 
 @pytest.mark.every_store
-def test_late_progress_is_ignored(queue):
-    """Told by a thread that outlived its attempt, it touches neither the record nor the next one."""
+def test_progress_after_the_attempt_is_ignored(queue):
+    """A thread that outlived its attempt changes neither the record nor the next attempt."""
     leaked, second = [], threading.Event()
 
     @queue.executor("leak", max_attempts=2)
@@ -635,7 +635,7 @@ def test_late_progress_is_ignored(queue):
         leaked[0].progress(90, "from the first")
         eventually(lambda: handle.task().message == "second")
         leaked[0].progress(91, "from the first")
-        threading.Event().wait(0.3)  # blocks on purpose: progress is written thrice meanwhile
+        threading.Event().wait(0.3)  # blocks on purpose: progress is written three times
         seen.append((handle.task().progress, handle.task().message))
 
     seen = []
@@ -652,7 +652,7 @@ def test_late_progress_is_ignored(queue):
 
 @pytest.mark.every_store
 def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
-    """It goes on, and does not know yet that the task has been started again elsewhere."""
+    """The old run goes on and does not know that the task was started again elsewhere."""
 
     @queue.executor("work")
     def work(ctx):
@@ -663,11 +663,11 @@ def test_progress_of_a_run_that_was_taken_over_is_ignored(queue, gate):
 
     tried = threading.Event()
 
-    def look(writes):
+    def watch(writes):
         if any(not isinstance(w, Insert) and w.changes.get("progress") == 90 for w in writes):
             tried.set()
 
-    queue.repository.after = look
+    queue.repository.after = watch
     queue.start()
     handle = queue.submit("work")
     gate.wait_for(1)

@@ -1,4 +1,4 @@
-"""Failed for good: to list, to requeue, to discard."""
+"""Dead letters: listing, requeuing and discarding them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.every_store
 
 @pytest.fixture
 def queue(make_queue, clock):
-    """One that has run eight tasks, of which five failed, and cancelled another."""
+    """A queue that has run eight tasks, of which five failed, and has cancelled another."""
     queue = make_queue(worker_num=2, clock=clock)
     queue.mended = False
 
@@ -48,7 +48,7 @@ def statuses(queue):
     return {task.id: task.status.value for task in queue.list_tasks()[0]}
 
 
-def test_they_are_listed_newest_first_and_counted(queue):
+def test_dead_letters_are_listed_newest_first_and_counted(queue):
     tasks, total = queue.dead_letters()
     assert ([task.id for task in tasks], total) == (["7", "6", "5", "4", "3"], 5)
     assert all(task.dead_letter and "too much" in task.error for task in tasks)
@@ -56,7 +56,7 @@ def test_they_are_listed_newest_first_and_counted(queue):
     assert ([task.id for task in tasks], total) == (["6"], 2)
 
 
-def test_all_are_requeued(queue):
+def test_all_dead_letters_can_be_requeued(queue):
     queue.mended = True
     assert queue.requeue_dead_letters() == 5
     assert queue.drain(PATIENCE)
@@ -64,14 +64,14 @@ def test_all_are_requeued(queue):
     assert set(statuses(queue).values()) == {"completed", "cancelled"}
 
 
-def test_those_that_meet_a_filter_are_requeued(queue):
+def test_a_filter_chooses_the_dead_letters_to_requeue(queue):
     queue.mended = True
     assert queue.requeue_dead_letters(TaskFilter(created_by="odd")) == 3
     assert queue.drain(PATIENCE)
     assert [task.id for task in queue.dead_letters()[0]] == ["6", "4"]
 
 
-def test_hooks_are_told_of_each_that_is_requeued(make_queue):
+def test_hooks_are_told_of_each_requeued_task(make_queue):
     told = []
 
     class Note(Hook):
@@ -90,8 +90,8 @@ def test_hooks_are_told_of_each_that_is_requeued(make_queue):
 
 
 @pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
-def test_a_clock_that_was_set_back_leaves_none_out(queue, clock, change):
-    """It was, or another host's that is ahead wrote them: what is dead is dead."""
+def test_a_clock_that_was_set_back_hides_no_dead_letter(queue, clock, change):
+    """Or another host wrote the tasks with a clock that is ahead."""
     clock.set_wall(clock.now() - timedelta(days=1))
     queue.mended = True
     assert getattr(queue, change)() == 5
@@ -101,7 +101,7 @@ def test_a_clock_that_was_set_back_leaves_none_out(queue, clock, change):
 
 @pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
 @pytest.mark.parametrize("batch", [1, 2, 3, 200])
-def test_however_many_were_created_at_one_moment_each_is_come_to(
+def test_dead_letters_created_at_the_same_time_are_all_changed(
     make_queue, clock, batch, change, in_batches
 ):
     in_batches(operations=batch)
@@ -117,10 +117,10 @@ def test_however_many_were_created_at_one_moment_each_is_come_to(
 
 @pytest.mark.parametrize("change", ["requeue_dead_letters", "discard_dead_letters"])
 @pytest.mark.parametrize("batch", [1, 2, 3])
-def test_what_leaves_their_list_meanwhile_hides_no_other_one(
+def test_a_task_deleted_during_the_listing_hides_no_other(
     queue, batch, change, monkeypatch, in_batches
 ):
-    """Somebody else removes some while they are listed."""
+    """Another program deletes some of them while they are listed."""
     in_batches(operations=batch)
     queue.mended = True
     list_ = queue.repository.list
@@ -140,10 +140,10 @@ def test_what_leaves_their_list_meanwhile_hides_no_other_one(
 
 @pytest.mark.parametrize("passed", [0, 1])
 @pytest.mark.parametrize("batch", [1, 2, 200])
-def test_one_that_fails_again_meanwhile_is_requeued_once(
+def test_a_task_that_fails_again_meanwhile_is_requeued_once(
     queue, clock, batch, passed, monkeypatch, in_batches
 ):
-    """Else it would go on for ever. So it is where no time passes meanwhile."""
+    """Else it would be requeued for ever. This holds even if no time passes in between."""
     in_batches(operations=batch)
     commit = services_of(queue).ledger.commit
 
@@ -165,10 +165,8 @@ def test_one_that_fails_again_meanwhile_is_requeued_once(
 
 
 @pytest.mark.parametrize("batch", [1, 3, 200])
-def test_children_wait_for_the_parents_that_are_requeued_with_them(
-    make_queue, gate, batch, in_batches
-):
-    """Whatever the order in which they are come to, and whatever page they are on."""
+def test_children_wait_for_parents_that_are_requeued_with_them(make_queue, gate, batch, in_batches):
+    """This holds for any order and any pages in which they are read."""
     in_batches(operations=batch)
     queue = make_queue(worker_num=4)
     mended, ran = [], []
@@ -206,7 +204,7 @@ def test_children_wait_for_the_parents_that_are_requeued_with_them(
     assert ran.index(2) < ran.index(3) < min(ran.index(4), ran.index(5))
 
 
-def test_a_parent_that_does_not_meet_the_filter_is_not_waited_for(make_queue):
+def test_a_requeued_child_does_not_wait_for_a_parent_outside_the_filter(make_queue):
     queue = make_queue()
     queue.executor("bad")(lambda: 1 / 0)
     queue.executor("fine")(lambda: "ran")
@@ -218,7 +216,7 @@ def test_a_parent_that_does_not_meet_the_filter_is_not_waited_for(make_queue):
 
 
 class TestFlows:
-    """A requeue takes along what was cancelled because of a dead letter."""
+    """A requeue includes the tasks that were cancelled because of a dead letter."""
 
     @pytest.fixture
     def started(self, make_queue):
@@ -252,7 +250,7 @@ class TestFlows:
 
     @pytest.mark.every_store
     @pytest.mark.parametrize("how", ["all", "those of a filter", "one", "many"])
-    def test_a_chain_goes_on_to_its_end(self, started, flow, how):
+    def test_a_requeued_chain_runs_to_its_end(self, started, flow, how):
         failed = flow.ids[1]
         if how == "all":
             assert started.requeue_dead_letters() == 4
@@ -267,15 +265,13 @@ class TestFlows:
         assert started.ran == [0, 1, 2, 3, 4]
 
     @pytest.mark.every_store
-    def test_the_requeue_of_one_step_takes_the_later_steps_along(self, started, flow):
-        """It runs though the step before it failed: who requeues it says so."""
+    def test_requeuing_a_step_includes_the_later_steps(self, started, flow):
+        """The step runs even though the step before it failed, because a user requeued it."""
         started.requeue(flow.ids[3])
         assert started.drain(PATIENCE)
         assert self.statuses(flow) == ["completed", "failed", "cancelled", *["completed"] * 2]
 
-    def test_a_task_with_two_failed_parents_is_requeued_with_the_one_that_its_error_names(
-        self, started
-    ):
+    def test_a_child_of_two_failed_parents_is_requeued_with_the_named_one(self, started):
         tasks = [Task(id=name, type="step", params={"n": 0, "wrong": True}) for name in "ab"]
         child = Task(id="c", type="step", params={"n": 1}, depends_on=["a", "b"])
         started.submit_many([*tasks, child])
@@ -289,7 +285,7 @@ class TestFlows:
         assert set(statuses(started).values()) == {"completed"}
 
     @pytest.mark.every_store
-    def test_it_is_not_discarded_while_an_unfinished_task_depends_on_it(self, started, gate):
+    def test_a_dead_letter_that_an_unfinished_task_needs_stays(self, started, gate):
         @started.executor("asks")
         def asks(ctx):
             gate()
@@ -307,7 +303,7 @@ class TestFlows:
         assert started.discard_dead_letters() == 1
 
 
-def test_they_are_discarded(queue):
+def test_dead_letters_can_be_discarded(queue):
     assert queue.discard_dead_letters(TaskFilter(type="b")) == 3
     assert ids(queue) == {"cancelled", "0", "1", "2", "4", "6"}
     assert queue.discard_dead_letters() == 2
@@ -329,9 +325,7 @@ def test_they_are_discarded(queue):
         (TaskFilter(), []),
     ],
 )
-def test_a_limit_and_an_offset_choose_among_them_as_in_a_list(
-    queue, change, batch, filter, left, in_batches
-):
+def test_a_limit_and_an_offset_choose_as_in_a_list(queue, change, batch, filter, left, in_batches):
     in_batches(operations=batch)
     queue.mended = True
     assert getattr(queue, change)(filter) == 5 - len(left)
@@ -339,7 +333,7 @@ def test_a_limit_and_an_offset_choose_among_them_as_in_a_list(
     assert [task.id for task in queue.dead_letters()[0]] == left
 
 
-def test_without_a_limit_more_are_changed_than_a_list_shows(make_queue):
+def test_without_a_limit_all_dead_letters_are_changed(make_queue):
     queue = make_queue(worker_num=1, overflow="spill")
     queue.executor("wrong")(lambda: 1 / 0)
     for _ in range(105):
@@ -354,7 +348,7 @@ def test_without_a_limit_more_are_changed_than_a_list_shows(make_queue):
     assert min(task.starts for task in queue.dead_letters()[0]) == 2  # one may be handed back
 
 
-def test_other_statuses_are_refused(queue):
+def test_a_filter_with_another_status_is_refused(queue):
     for method in (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters):
         with pytest.raises(ConfigurationError, match="completed"):
             method(TaskFilter(status=TaskStatus.COMPLETED))
@@ -362,7 +356,7 @@ def test_other_statuses_are_refused(queue):
 
 
 @pytest.mark.parametrize("filter", ["x", {}, "", TaskStatus.FAILED, TaskFilter])
-def test_what_is_no_filter_is_refused(queue, filter):
+def test_other_objects_than_filters_are_refused(queue, filter):
     methods = (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters)
     for method in (*methods, queue.list_tasks):
         with pytest.raises(ConfigurationError, match="filter must be a TaskFilter"):
@@ -370,7 +364,7 @@ def test_what_is_no_filter_is_refused(queue, filter):
     assert queue.dead_letters()[1] == 5
 
 
-def test_a_stopped_queue_requeues_none(queue):
+def test_a_stopped_queue_requeues_no_dead_letters(queue):
     queue.stop()
     with pytest.raises(QueueStopped):
         queue.requeue_dead_letters()

@@ -1,4 +1,4 @@
-"""A map over items: in order, a few at a time, and none of it twice when it is run again."""
+"""A map over items: in order, a few at a time, and no item runs twice if the map is run again."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from taskx.submitting.mapping import digest
 
 
 class Square:
-    """An executor that notes what it is asked, and fails for what it was told to."""
+    """An executor that records its calls, and fails for the numbers in ``failing``."""
 
     def __init__(self, queue):
         self.asked = []
@@ -56,7 +56,7 @@ def running(queue, square):
 
 class TestResults:
     @pytest.mark.every_store
-    def test_come_in_the_order_of_the_items(self, running, square):
+    def test_results_come_in_the_order_of_the_items(self, running, square):
         assert list(running.map(square.executor, range(50))) == [n * n for n in range(50)]
         assert Counter(square.asked) == dict.fromkeys(range(50), 1)
 
@@ -64,16 +64,16 @@ class TestResults:
         items = [2, {"n": 3}, {"n": 4, "plus": 1}]
         assert list(running.map(square.executor, items)) == [4, 9, 17]
 
-    def test_of_a_type_by_its_name(self, running, square):
+    def test_map_accepts_the_name_of_a_type(self, running, square):
         assert list(running.map("square", [{"n": 3}, {"n": 4}])) == [9, 16]
         with pytest.raises(PayloadError, match="every item must be a dict"):
             next(running.map("square", [3]))
 
-    def test_no_items_no_results(self, running, square):
+    def test_no_items_give_no_results(self, running, square):
         assert list(running.map(square.executor, [])) == []
         assert ids(running) == set()
 
-    def test_nothing_is_submitted_before_the_first_is_asked_for(self, running, square):
+    def test_nothing_is_submitted_before_the_first_result_is_asked_for(self, running, square):
         results = running.map(square.executor, [1])
         assert ids(running) == set()
         assert next(results) == 1
@@ -84,7 +84,7 @@ class TestResults:
         assert sorted(square.asked) == [1, 2]
 
     def test_equal_items_under_way_share_their_failure(self, running, square):
-        """Also where the first one has failed before the second comes."""
+        """This also holds if the first one has failed before the second is read."""
         square.failing = {1}
 
         def items():
@@ -96,7 +96,7 @@ class TestResults:
         assert [result.error for result in results] == ["ValueError: no 1"] * 2
         assert square.asked == [1]
 
-    def test_the_iterator_of_items_is_read_no_further_than_the_window(self, running, square):
+    def test_items_are_read_no_further_than_the_window(self, running, square):
         read = []
         items = (read.append(n) or n for n in range(1000))
         results = running.map(square.executor, items, window=7)
@@ -104,14 +104,14 @@ class TestResults:
             next(results)
             assert len(read) == number + 7
 
-    def test_what_is_abandoned_submits_no_more_and_runs_on(self, running, square):
+    def test_an_abandoned_map_submits_no_more_tasks(self, running, square):
         results = running.map(square.executor, range(100), window=5)
         next(results)
         del results
         assert running.drain(PATIENCE)
         assert sorted(square.asked) == [0, 1, 2, 3, 4]
 
-    def test_the_window_has_work_for_every_worker(self, make_queue, gate):
+    def test_the_default_window_has_work_for_every_worker(self, make_queue, gate):
         queue = make_queue(worker_num=4, buffer_size=1)
         hold = queue.executor("hold")(lambda n: gate() or n)
         queue.start()
@@ -125,8 +125,8 @@ class TestResults:
 
 class TestFullBuffer:
     @pytest.mark.parametrize("overflow", ["reject", "block", "spill", "caller_runs"])
-    def test_never_refuses_a_map(self, busy, gate, overflow):
-        """What finds no room waits in the repository; the thread that maps runs none of it."""
+    def test_a_full_buffer_never_refuses_a_map(self, busy, gate, overflow):
+        """Tasks that do not fit wait in the repository; the thread that maps runs none of them."""
         queue = busy(buffer_size=1, overflow=overflow)
         results = queue.map("note", [{"n": n} for n in range(10)], window=6, timeout=0)
         with pytest.raises(concurrent.futures.TimeoutError):
@@ -139,14 +139,14 @@ class TestFullBuffer:
 
 
 class TestAsResultsCome:
-    """``ordered=False``."""
+    """Results with ``ordered=False``."""
 
     @pytest.mark.every_store
     def test_each_result_comes_once(self, running, square):
         items = [1, 2, 3, 2]
         assert sorted(running.map(square.executor, items, ordered=False)) == [1, 4, 4, 9]
 
-    def test_a_short_task_is_not_behind_a_long_one(self, make_queue, gate):
+    def test_a_short_task_does_not_wait_for_a_long_one(self, make_queue, gate):
         queue = make_queue(worker_num=2)
         hold = queue.executor("hold")(lambda n: (gate() if n == 0 else None) or n)
         queue.start()
@@ -155,7 +155,7 @@ class TestAsResultsCome:
         gate.open()
         assert next(results) == 0
 
-    def test_an_error_does_not_end_it(self, running, square):
+    def test_an_error_does_not_end_an_unordered_map(self, running, square):
         square.failing = {1}
         results = running.map(square.executor, range(3), ordered=False, return_exceptions=True)
         assert sorted(str(result).split(":")[-1].strip() for result in results) == [
@@ -166,8 +166,8 @@ class TestAsResultsCome:
 
 
 class TestALongTask:
-    def test_does_not_keep_later_items_from_running(self, make_queue, gate):
-        """A window of others is under way while the result of the first one is waited for."""
+    def test_a_long_task_does_not_stop_later_items(self, make_queue, gate):
+        """Other tasks run while the iterator waits for the first result."""
         queue = make_queue(worker_num=2)
         ran = []
         hold = queue.executor("hold")(lambda n: gate() if n == 0 else ran.append(n))
@@ -179,7 +179,7 @@ class TestALongTask:
         first.result(PATIENCE)
         assert len(list(results)) == 19
 
-    def test_has_a_bounded_number_of_results_behind_it(self, make_queue, gate):
+    def test_a_limited_number_of_results_waits_behind_a_long_task(self, make_queue, gate):
         queue = make_queue(worker_num=2)
         read = []
         hold = queue.executor("hold")(lambda n: gate() if n == 0 else None)
@@ -194,17 +194,19 @@ class TestALongTask:
 
 
 class TestProgress:
-    def test_is_a_line_with_what_is_done_and_failed(self, running, square, capsys):
+    def test_progress_shows_how_many_items_are_done_and_failed(self, running, square, capsys):
         square.failing = {1}
         results = running.map(square.executor, range(4), progress=True, return_exceptions=True)
         assert len(list(results)) == 4
         assert capsys.readouterr() == ("", "square: 4 of 4 (100%), 1 failed\n")
 
-    def test_has_no_share_where_the_number_of_items_is_unknown(self, running, square, capsys):
+    def test_progress_has_no_percentage_if_the_number_of_items_is_unknown(
+        self, running, square, capsys
+    ):
         list(running.map(square.executor, iter(range(4)), name="some", progress=True))
         assert capsys.readouterr() == ("", "some: 4\n")
 
-    def test_is_said_before_an_error_is_raised(self, running, square, capsys):
+    def test_progress_is_shown_before_an_error_is_raised(self, running, square, capsys):
         square.failing = {1}
         results = running.map(square.executor, range(3), progress=True)
         next(results)
@@ -213,7 +215,7 @@ class TestProgress:
         assert capsys.readouterr().err == "square: 2 of 3 (67%), 1 failed\n"
         assert next(results) == 4
 
-    def test_of_an_abandoned_map_is_said(self, running, square, capsys):
+    def test_progress_of_an_abandoned_map_is_shown(self, running, square, capsys):
         gc.collect()  # the displays of other tests
         capsys.readouterr()
         for _ in running.map(square.executor, range(3), progress=True):
@@ -223,7 +225,7 @@ class TestProgress:
 
 
 class TestFailures:
-    def test_an_error_comes_in_its_place_and_the_next_item_is_next(self, running, square):
+    def test_an_error_comes_in_its_place_and_the_map_goes_on(self, running, square):
         square.failing = {2}
         results = running.map(square.executor, range(5))
         assert [next(results), next(results)] == [0, 1]
@@ -231,13 +233,13 @@ class TestFailures:
             next(results)
         assert list(results) == [9, 16]
 
-    def test_errors_can_be_returned(self, running, square):
+    def test_errors_can_be_returned_in_place_of_results(self, running, square):
         square.failing = {0, 3}
         results = list(running.map(square.executor, range(5), return_exceptions=True))
         assert [result for result in results if isinstance(result, int)] == [1, 4, 16]
         assert [type(results[n]) for n in (0, 3)] == [TaskFailed, TaskFailed]
 
-    def test_a_cancel_or_a_deleted_record_comes_in_its_place(self, queue, square):
+    def test_a_cancelled_or_deleted_task_raises_in_its_place(self, queue, square):
         results = queue.map(square.executor, [1, 2, 3], key=str, window=3, timeout=0)
         with pytest.raises(concurrent.futures.TimeoutError):
             next(results)
@@ -251,7 +253,7 @@ class TestFailures:
         assert queue.handle("square:3").result(PATIENCE) == 9
         assert next(results) == 9
 
-    def test_a_time_out_passes_over_nothing(self, queue, square):
+    def test_a_timeout_skips_no_item(self, queue, square):
         results = queue.map(square.executor, range(3), timeout=0.01)
         for _ in range(2):
             with pytest.raises(concurrent.futures.TimeoutError):
@@ -260,7 +262,7 @@ class TestFailures:
         assert queue.drain(PATIENCE)
         assert list(results) == [0, 1, 4]
 
-    def test_an_outage_passes_over_nothing(self, running, square):
+    def test_an_outage_skips_no_item(self, running, square):
         results = running.map(square.executor, range(10), window=2)
         assert next(results) == 0
         running.repository.down = True
@@ -271,8 +273,8 @@ class TestFailures:
         assert Counter(square.asked) == dict.fromkeys(range(10), 1)
 
     @pytest.mark.parametrize("window", [1, 9])
-    def test_what_cannot_be_submitted_is_told_in_its_place(self, running, square, window):
-        """Wrong params, a value that is not JSON, a key that cannot be made: the next item is next."""
+    def test_an_invalid_item_raises_in_its_place(self, running, square, window):
+        """After wrong params, a value that is not JSON or a bad key, the iterator goes on."""
 
         def key(item):
             return item if isinstance(item, int) else f"{item!r:.9}{1 // (item != 'no')}"
@@ -294,7 +296,7 @@ class TestFailures:
             *("int", "PayloadError", "int", "PayloadError", "int", "ZeroDivisionError", "int")
         ]
 
-    def test_a_stopped_queue_takes_no_more(self, running, square):
+    def test_a_map_on_a_stopped_queue_raises(self, running, square):
         results = running.map(square.executor, range(10), window=1)
         assert next(results) == 0
         running.stop()
@@ -304,12 +306,12 @@ class TestFailures:
 
 @pytest.mark.every_store
 class TestAgain:
-    def test_nothing_that_is_done_runs_again(self, running, square):
+    def test_completed_items_do_not_run_again(self, running, square):
         assert list(running.map(square.executor, range(5))) == [0, 1, 4, 9, 16]
         assert list(running.map(square.executor, range(7))) == [0, 1, 4, 9, 16, 25, 36]
         assert Counter(square.asked) == dict.fromkeys(range(7), 1)
 
-    def test_what_failed_runs_again(self, running, square):
+    def test_failed_items_run_again(self, running, square):
         square.failing = {1, 3}
         failed = list(running.map(square.executor, range(5), return_exceptions=True))
         square.failing = {3}
@@ -320,7 +322,7 @@ class TestAgain:
         assert Counter(square.asked) == {0: 1, 1: 2, 2: 1, 3: 2, 4: 1}
         assert running.get_task_status(failed[3].task_id).starts == 2
 
-    def test_what_failed_stays_failed_without_retry_failed(self, running, square):
+    def test_failed_items_stay_failed_without_retry_failed(self, running, square):
         square.failing = {1}
         queue = running
         first = list(queue.map(square.executor, range(3), return_exceptions=True))
@@ -329,22 +331,22 @@ class TestAgain:
         assert list(map(str, again)) == list(map(str, first))
         assert Counter(square.asked) == dict.fromkeys(range(3), 1)
 
-    def test_what_was_cancelled_stays_cancelled_without_retry_failed(self, queue, square):
+    def test_cancelled_items_stay_cancelled_without_retry_failed(self, queue, square):
         queue.submit("square", {"n": 4}, id="square:4")
         queue.cancel_task("square:4")
         results = queue.map(square.executor, [4], lambda n: n, retry_failed=False, timeout=PATIENCE)
         with pytest.raises(CancelledError):
             next(results)
 
-    def test_what_was_cancelled_runs_again(self, queue, square):
+    def test_cancelled_items_run_again(self, queue, square):
         queue.submit("square", {"n": 4}, id="square:4")
         queue.cancel_task("square:4")
         queue.start()
         assert list(queue.map(square.executor, [4], key=str)) == [16]
         assert square.asked == [4]
 
-    def test_what_is_under_way_is_waited_for(self, queue, square):
-        """Here nothing has started, as if another process had to do it."""
+    def test_unfinished_items_are_waited_for(self, queue, square):
+        """The queue is not started, as if another process ran the task."""
         queue.submit("square", {"n": 4}, id="square:4")
         results = queue.map(square.executor, [4], key=str, timeout=0.01)
         with pytest.raises(concurrent.futures.TimeoutError):
@@ -354,8 +356,8 @@ class TestAgain:
         assert next(results) == 16
         assert square.asked == [4]
 
-    def test_a_requeue_by_another_process_is_as_good(self, running, square, monkeypatch):
-        """Both find the task failed, and one is faster."""
+    def test_a_requeue_by_another_process_is_no_error(self, running, square, monkeypatch):
+        """Both processes find the task failed, and one requeues it first."""
         square.failing = {1}
         [failed] = running.map(square.executor, [1], return_exceptions=True)
         square.failing = set()
@@ -369,14 +371,14 @@ class TestAgain:
         assert list(running.map(square.executor, [1])) == [1]
         assert running.get_task_status(failed.task_id).starts == 2
 
-    def test_what_is_deleted_meanwhile_is_submitted_again(self, queue, square, monkeypatch):
+    def test_a_task_that_is_deleted_meanwhile_is_submitted_again(self, queue, square, monkeypatch):
         handle = queue.submit("square", {"n": 4}, id="square:4")
-        look = queue.get_task_status
+        get = queue.get_task_status
 
         def delete_first(task_id):
-            monkeypatch.setattr(queue, "get_task_status", look)
+            monkeypatch.setattr(queue, "get_task_status", get)
             queue.delete(task_id)
-            return look(task_id)
+            return get(task_id)
 
         monkeypatch.setattr(queue, "get_task_status", delete_first)
         results = queue.map(square.executor, [4], key=str, timeout=0.01)
@@ -387,12 +389,12 @@ class TestAgain:
         assert queue.drain(PATIENCE)
         assert next(results) == 16
 
-    def test_another_map_has_another_name(self, running, square):
+    def test_maps_with_different_names_are_different(self, running, square):
         assert list(running.map(square.executor, [1, 2])) == [1, 4]
         assert list(running.map(square.executor, [1, 2], name="monday")) == [1, 4]
         assert square.asked.count(1) == 2
 
-    def test_a_task_of_another_type_is_none_of_the_map(self, running, square):
+    def test_a_task_of_another_type_does_not_belong_to_the_map(self, running, square):
         cube = running.executor("cube")(lambda n: n**3)
         assert list(running.map(square.executor, [2], str, name="powers")) == [4]
         with pytest.raises(ConfigurationError, match=r"powers:2 has type 'square'.*another name"):
@@ -400,31 +402,31 @@ class TestAgain:
 
 
 class TestKeys:
-    def test_are_made_of_the_params(self, running, square):
-        """They are stored: what they are made of must not change with a new version."""
+    def test_keys_are_made_from_the_params(self, running, square):
+        """The keys are part of stored ids: a new version must make the same ones."""
         list(running.map(square.executor, [{"n": 7, "plus": 1}]))
         assert ids(running) == {"square:974f0ef61bddc04afde404638468a49d"}
         assert digest({"plus": 1, "n": 7}) == "974f0ef61bddc04afde404638468a49d"
         assert digest({"n": "7", "plus": 1}) != digest({"n": 7, "plus": 1})
         assert digest({"a": (1, "ä")}) == digest({"a": [1, "ä"]})
 
-    def test_can_be_chosen(self, running, square):
+    def test_keys_can_be_chosen(self, running, square):
         list(running.map(square.executor, [7, {"n": 8}], key=lambda i: i if i == 7 else "eight"))
         assert ids(running) == {"square:7", "square:eight"}
 
     @pytest.mark.parametrize("key", [None, "", 1.5, True, ["a"]])
-    def test_are_texts_or_whole_numbers(self, running, square, key):
+    def test_keys_must_be_texts_or_whole_numbers(self, running, square, key):
         with pytest.raises(ConfigurationError, match="key must return"):
             next(running.map(square.executor, [7], key=lambda _: key))
         assert ids(running) == set()
 
-    def test_are_not_too_long(self, running, square):
+    def test_keys_must_not_be_too_long(self, running, square):
         with pytest.raises(ConfigurationError, match="more than 255"):
             next(running.map(square.executor, [7], key=lambda _: "x" * 250))
 
 
 class TestOptions:
-    def test_are_those_of_submit(self, queue, square):
+    def test_options_are_those_of_submit(self, queue, square):
         retry = RetryPolicy(9)
         results = queue.map(
             *(square.executor, [1]),
@@ -441,7 +443,7 @@ class TestOptions:
         assert (task.created_by, task.priority, task.max_attempts) == ("me", 0, 4)
         assert (task.max_crashes, task.retry) == (2, retry)
 
-    def test_priority_zero_wins_over_the_executors(self, queue):
+    def test_priority_zero_overrides_the_executors_priority(self, queue):
         urgent = queue.executor("urgent", priority=9)(lambda n: n)
         for priority in (None, 0):
             results = queue.map(urgent, [1], name=f"p{priority}", priority=priority, timeout=0)
@@ -459,24 +461,24 @@ class TestOptions:
             {"name": 5},
         ],
     )
-    def test_wrong_ones_are_refused_at_the_call(self, queue, square, options):
+    def test_wrong_options_are_refused_at_the_call(self, queue, square, options):
         with pytest.raises(ConfigurationError, match=next(iter(options))):
             queue.map(square.executor, [1], **options)
 
-    def test_unknown_ones_are_refused_at_the_call(self, queue, square):
+    def test_unknown_options_are_refused_at_the_call(self, queue, square):
         with pytest.raises(TypeError, match="no option delay"):
             queue.map(square.executor, [1], delay=5)
 
-    def test_a_plain_function_is_no_executor(self, queue):
+    def test_a_plain_function_is_refused(self, queue):
         with pytest.raises(ConfigurationError, match="map requires an executor"):
             queue.map(abs, [1])
 
-    def test_an_unknown_executor_is_told_of(self, queue):
+    def test_an_unknown_executor_is_refused(self, queue):
         with pytest.raises(UnknownTaskType):
             next(queue.map(executor("stranger")(lambda n: n), [1]))
 
 
-def test_works_on_eight_methods(make_queue):
+def test_a_map_works_on_eight_methods(make_queue):
     queue = make_queue(TinyRepository(), worker_num=2)
     square = Square(queue)
     square.failing = {1}
@@ -490,7 +492,7 @@ def test_works_on_eight_methods(make_queue):
 
 @pytest.mark.every_store
 def test_two_queues_share_a_map(make_queue):
-    """As two processes would: each gets all the results, and each item runs once."""
+    """Each queue gets all results, and each item runs once, as with two processes."""
     repository = MemoryRepository()
     queues = [make_queue(repository, worker_num=2) for _ in range(2)]
     squares = [Square(queue) for queue in queues]
@@ -512,7 +514,7 @@ path = sys.argv[1]
 queue = Queue(SQLiteRepository(path), Config(worker_num=2, buffer_size=4))
 
 def say(word):
-    sys.stdout.write(f"{word}\\n")  # in one piece, whichever thread says it
+    sys.stdout.write(f"{word}\\n")  # as one write, as several threads call this
     sys.stdout.flush()
 
 @queue.executor()
@@ -530,8 +532,8 @@ with queue:
 """
 
 
-def test_a_process_that_is_killed_goes_on_where_it_was(spawn, database):
-    """Results that were given are given again, and nothing runs again but what was under way."""
+def test_a_map_continues_after_its_process_was_killed(spawn, database):
+    """The second process returns all results, and only unfinished items run again."""
     child = spawn(MAPS, database, "hang")
     said = [child.read()]
     while "at 20" not in said or str(19 * 19) not in said:
@@ -570,6 +572,6 @@ print(code)
 """
 
 
-def test_a_map_that_goes_on_in_a_forked_child_leaves_its_tasks_to_whoever_runs(spawn, database):
-    """What took in the tasks before belongs to the parent, with its buffer."""
+def test_a_map_in_a_forked_child_leaves_its_tasks_to_other_nodes(spawn, database):
+    """The intake of the parent, with its buffer, must not be used in the child."""
     assert spawn(IN_A_CHILD, database).ends()[0] == "2\n"

@@ -1,4 +1,4 @@
-"""A full buffer: reject, block, spill or run in the caller; each inside an executor, too."""
+"""A full buffer: reject, block, spill or run in the caller, also inside an executor."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def test_reject_is_the_default_and_leaves_no_record(busy):
     assert not any(handle.done() for handle in kept)
 
 
-def test_room_is_back_when_a_worker_has_taken_one(busy, gate):
+def test_a_slot_is_free_again_when_a_worker_has_taken_its_task(busy, gate):
     queue = busy(buffer_size=1)
     queue.submit("note", {"n": 1})
     gate.open()
@@ -43,7 +43,7 @@ def test_block_waits_for_room(busy, gate):
     assert queue.ran == [1, 2]
 
 
-def test_block_gives_up_after_its_timeout(busy):
+def test_block_raises_after_its_timeout(busy):
     queue = busy(buffer_size=1, overflow="block", block_timeout=0.05)
     queue.submit("note")
     before = ids(queue)
@@ -52,7 +52,7 @@ def test_block_gives_up_after_its_timeout(busy):
     assert ids(queue) == before
 
 
-def test_stop_sends_a_blocked_submitter_away(busy, gate):
+def test_a_stop_ends_a_blocked_submit(busy, gate):
     queue = busy(buffer_size=1, overflow="block")
     queue.submit("note")
     blocked = [run_in_thread(lambda: queue.submit("note", id="late")) for _ in range(3)]
@@ -67,7 +67,7 @@ def test_stop_sends_a_blocked_submitter_away(busy, gate):
 
 
 @pytest.mark.every_store
-def test_spill_keeps_the_order_and_runs_all(busy, gate, no_batches):
+def test_spill_runs_all_tasks_in_order(busy, gate, no_batches):
     queue = busy(buffer_size=3, overflow="spill")
     handles = [queue.submit("note", {"n": n}) for n in range(300)]
     gate.open()
@@ -76,7 +76,7 @@ def test_spill_keeps_the_order_and_runs_all(busy, gate, no_batches):
     assert queue.ran == list(range(300))
 
 
-def test_spilled_tasks_are_few_bytes_in_memory(busy):
+def test_spilled_tasks_need_little_memory(busy):
     queue = busy(buffer_size=10, overflow="spill")
     tasks = [Task(type="note", params={"n": n}) for n in range(200)]
     queue.submit_many(tasks)
@@ -98,7 +98,7 @@ def test_spilled_tasks_are_few_bytes_in_memory(busy):
 
 
 @pytest.mark.every_store
-def test_caller_runs(busy):
+def test_caller_runs_executes_the_task_in_the_callers_thread(busy):
     queue = busy(buffer_size=1, overflow="caller_runs")
     here = []
     queue.executor("here")(lambda: here.append(threading.current_thread()))
@@ -109,7 +109,7 @@ def test_caller_runs(busy):
     assert handle.result(0) is None
 
 
-def test_what_a_caller_runs_may_fail_like_any_task(busy):
+def test_a_task_in_the_callers_thread_may_fail_like_any_other(busy):
     queue = busy(buffer_size=1, overflow="caller_runs")
 
     @queue.executor("fail")
@@ -120,7 +120,7 @@ def test_what_a_caller_runs_may_fail_like_any_task(busy):
     assert queue.submit("fail").task().error == "SystemExit: not the submitter's"
 
 
-def test_ctrl_c_in_the_main_thread_is_the_callers(busy):
+def test_ctrl_c_during_caller_runs_reaches_the_caller(busy):
     queue = busy(buffer_size=1, overflow="caller_runs")
 
     @queue.executor("interrupted")
@@ -134,8 +134,8 @@ def test_ctrl_c_in_the_main_thread_is_the_callers(busy):
     assert (task.status, task.errors, task.interruptions) == (TaskStatus.PENDING, 0, 1)
 
 
-def test_stop_gives_what_a_caller_runs_its_time(busy, gate):
-    """The time that running tasks have at a stop is not the workers' alone."""
+def test_a_stop_waits_for_a_task_in_the_callers_thread(busy, gate):
+    """The time that a stop gives to running tasks also applies to a task in the caller's thread."""
     queue = busy(buffer_size=1, overflow="caller_runs")
     begun, go_on = threading.Event(), threading.Event()
 
@@ -157,17 +157,17 @@ def test_stop_gives_what_a_caller_runs_its_time(busy, gate):
 
 
 @pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_inside_executors_nothing_deadlocks(make_queue, overflow):
-    """All workers submit more than there is room for, at the same time."""
+def test_submits_inside_executors_never_deadlock(make_queue, overflow):
+    """All workers submit more tasks than fit into the buffer, at the same time."""
     queue = make_queue(worker_num=2, buffer_size=2, overflow=overflow)
-    line = threading.Barrier(2)
+    barrier = threading.Barrier(2)
     ran = []
 
     queue.executor("leaf")(lambda n: ran.append(n))
 
     @queue.executor("parent")
     def parent(start):
-        line.wait(PATIENCE)
+        barrier.wait(PATIENCE)
         accepted = []
         for n in range(start, start + 10):
             try:
@@ -187,7 +187,7 @@ def test_inside_executors_nothing_deadlocks(make_queue, overflow):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("overflow", OVERFLOWS)
-def test_many_beyond_the_room(busy, gate, overflow, no_batches):
+def test_submit_many_may_exceed_the_buffer_unless_it_rejects(busy, gate, overflow, no_batches):
     queue = busy(buffer_size=4, overflow=overflow)
     tasks = [Task(type="note", params={"n": n}) for n in range(20)]
     before = ids(queue)
@@ -204,8 +204,10 @@ def test_many_beyond_the_room(busy, gate, overflow, no_batches):
 
 
 @pytest.mark.every_store
-def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository, no_batches):
-    """Even if it is fetched before the others are in the buffer."""
+def test_the_spilled_rest_of_a_batch_runs_after_its_buffered_part(
+    busy, gate, repository, no_batches
+):
+    """The order holds even if the rest is fetched before the others are in the buffer."""
     queue = busy(buffer_size=4, overflow="spill")
     pool = pool_of(queue)
     eventually(lambda: pool.fetcher.alone)
@@ -223,8 +225,8 @@ def test_the_rest_of_a_batch_comes_after_what_is_buffered(busy, gate, repository
 
 
 @pytest.mark.every_store
-def test_what_is_fetched_takes_no_submitters_room(make_queue, gate):
-    """A backlog in the repository fills the buffer's other part only."""
+def test_fetched_tasks_take_no_room_from_submits(make_queue, gate):
+    """A backlog in the repository fills only the other part of the buffer."""
     queue = make_queue(worker_num=1, buffer_size=3)
     ran = []
     queue.executor("note")(lambda n: ran.append(n))

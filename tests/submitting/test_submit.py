@@ -1,4 +1,4 @@
-"""Submitting: what is accepted is stored as told, what is refused leaves nothing behind."""
+"""Submitting: an accepted task is stored as given, a refused one leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from taskx.core.writes import Insert
 
 @pytest.fixture
 def narrow(busy):
-    """A started queue with room for two, its one worker busy; ``strict`` takes a number and a text."""
+    """A started queue with room for two tasks and one busy worker; ``strict`` takes a number and a text."""
     queue = busy(buffer_size=2, max_payload_size=1000)
 
     @queue.executor("strict")
@@ -102,7 +102,7 @@ BAD_OPTIONS = [
 
 
 class TestRefused:
-    """Every kind of error: no record, and the slot in the buffer is free again."""
+    """Every kind of error leaves no record, and frees the slot in the buffer."""
 
     @pytest.fixture(autouse=True)
     def nothing_is_left(self, narrow):
@@ -115,31 +115,31 @@ class TestRefused:
         with pytest.raises(QueueFull):
             narrow.submit("note")
 
-    def test_unknown_type(self, narrow):
+    def test_an_unknown_type_is_refused(self, narrow):
         with pytest.raises(UnknownTaskType, match=r"'nobody'.*note"):
             narrow.submit("nobody")
 
     @pytest.mark.parametrize("case", BAD_PARAMS)
-    def test_params(self, narrow, case):
+    def test_invalid_params_are_refused(self, narrow, case):
         params, path = BAD_PARAMS[case]
         with pytest.raises(PayloadError, match=path):
             narrow.submit("strict", params)
 
-    def test_params_that_the_function_does_not_take(self, narrow):
+    def test_params_that_the_function_does_not_take_are_refused(self, narrow):
         with pytest.raises(PayloadError, match=r"does not take 'nummer'; it takes number"):
             narrow.submit("closed", {"number": 1, "nummer": 2})
 
     @pytest.mark.parametrize("kind", ["strict", "closed"])
-    def test_ctx_as_a_param(self, narrow, kind):
+    def test_a_param_named_ctx_is_refused(self, narrow, kind):
         with pytest.raises(PayloadError, match="ctx"):
             narrow.submit(kind, {"number": 1, "ctx": 2})
 
     @pytest.mark.parametrize("options", BAD_OPTIONS, ids=repr)
-    def test_options(self, narrow, options):
+    def test_invalid_options_are_refused(self, narrow, options):
         with pytest.raises(ConfigurationError):
             narrow.submit("note", **options)
 
-    def test_params_that_are_given_as_options(self, narrow):
+    def test_params_given_as_options_are_refused(self, narrow):
         with pytest.raises(TypeError, match="no option number; params are given as a dict"):
             narrow.submit("strict", number=1)
 
@@ -154,7 +154,7 @@ class TestRefused:
             ),
         ],
     )
-    def test_moments_by_what_is_wrong_with_them(self, narrow, run_at, problem):
+    def test_an_invalid_run_at_is_refused_with_the_reason(self, narrow, run_at, problem):
         for submit in (
             lambda: narrow.submit("note", run_at=run_at),
             lambda: narrow.submit(Task(type="note", run_at=run_at)),
@@ -162,11 +162,11 @@ class TestRefused:
             with pytest.raises(ConfigurationError, match=f"^{problem}$"):
                 submit()
 
-    def test_empty_id(self, narrow):
+    def test_an_empty_id_option_is_refused(self, narrow):
         with pytest.raises(ConfigurationError, match="id must not be empty"):
             narrow.submit("note", id="")
 
-    def test_empty_type(self, narrow):
+    def test_an_empty_type_is_refused(self, narrow):
         for submit in (
             lambda: narrow.submit("", {}),
             lambda: narrow.submit(Task(params={})),
@@ -179,32 +179,32 @@ class TestRefused:
         with pytest.raises(UnknownTaskType, match="'empty'"):
             narrow.submit("empty")
 
-    def test_misspelt_option(self, narrow):
+    def test_a_misspelt_option_is_refused(self, narrow):
         with pytest.raises(TypeError, match="prioritty"):
             narrow.submit("note", prioritty=5)
 
-    def test_params_beside_a_task(self, narrow):
+    def test_params_together_with_a_task_are_refused(self, narrow):
         with pytest.raises(TypeError, match="params"):
             narrow.submit(Task(type="note"), {"n": 1})
 
     @pytest.mark.parametrize("status", [s for s in TaskStatus if s is not TaskStatus.PENDING])
-    def test_task_that_is_not_pending(self, narrow, status):
+    def test_a_task_that_is_not_pending_is_refused(self, narrow, status):
         with pytest.raises(InvalidTransition, match=status.value):
             narrow.submit(Task(type="note", status=status))
 
-    def test_what_is_no_task(self, narrow):
+    def test_other_objects_are_refused(self, narrow):
         for thing in (None, 5, {"type": "note"}):
             with pytest.raises(ConfigurationError):
                 narrow.submit(thing)
 
     @pytest.mark.every_store
-    def test_duplicate_id(self, narrow):
+    def test_a_duplicate_id_is_refused(self, narrow):
         narrow.submit("note", id="kept")
         with pytest.raises(DuplicateTask, match="'kept'"):
             narrow.submit("note", id="kept")
 
     @pytest.mark.every_store
-    def test_repository_that_fails(self, narrow):
+    def test_a_submit_fails_if_the_repository_fails(self, narrow):
         narrow.repository.down = True
         try:
             with pytest.raises(RepositoryUnavailable):
@@ -212,7 +212,7 @@ class TestRefused:
         finally:
             narrow.repository.down = False
 
-    def test_full_buffer(self, narrow):
+    def test_a_full_buffer_refuses_all_tasks_of_a_batch(self, narrow):
         narrow.submit("note", id="kept")
         with pytest.raises(QueueFull) as caught:
             narrow.submit_many([Task(type="note"), Task(type="note")])
@@ -230,13 +230,13 @@ class TestRefused:
             (Task(type="note", timeout=-1), ConfigurationError),
         ],
     )
-    def test_one_bad_task_among_many(self, narrow, middle, error):
+    def test_one_bad_task_refuses_the_whole_batch(self, narrow, middle, error):
         with pytest.raises(error):
             narrow.submit_many([Task(type="note", id="twice"), middle])
 
 
 @pytest.mark.every_store
-def test_many_with_a_stored_id_in_the_middle_store_none(queue):
+def test_submit_many_stores_nothing_if_one_id_is_taken(queue):
     queue.executor("note")(lambda: None)
     queue.submit("note", id="b")
     with pytest.raises(DuplicateTask, match="'b'"):
@@ -244,7 +244,7 @@ def test_many_with_a_stored_id_in_the_middle_store_none(queue):
     assert ids(queue) == {"b"}
 
 
-def test_stopped_queue_takes_nothing(queue):
+def test_a_stopped_queue_accepts_nothing(queue):
     queue.executor("note")(lambda: None)
     queue.start()
     queue.stop()
@@ -257,7 +257,7 @@ def test_stopped_queue_takes_nothing(queue):
     assert ids(queue) == set()
 
 
-def test_queue_that_was_stopped_before_it_was_started_takes_nothing(queue):
+def test_a_queue_stopped_before_its_start_accepts_nothing(queue):
     queue.executor("note")(lambda: None)
     queue.stop()
     with pytest.raises(QueueStopped):
@@ -268,15 +268,15 @@ def test_queue_that_was_stopped_before_it_was_started_takes_nothing(queue):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("started", [True, False])
-def test_of_twenty_threads_with_one_id_one_wins(queue, started):
+def test_only_one_of_twenty_threads_stores_the_same_id(queue, started):
     ran = []
     queue.executor("note")(lambda who: ran.append(who))
     if started:
         queue.start()
-    line = threading.Barrier(20)
+    barrier = threading.Barrier(20)
 
     def submit(who):
-        line.wait(PATIENCE)
+        barrier.wait(PATIENCE)
         try:
             return queue.submit("note", {"who": who}, id="the one").id
         except DuplicateTask:
@@ -295,7 +295,7 @@ def test_of_twenty_threads_with_one_id_one_wins(queue, started):
 
 
 @pytest.mark.every_store
-def test_record_is_as_told(queue):
+def test_a_record_has_the_values_of_the_submit(queue):
     queue.executor("note")(lambda n: None)
     moment = datetime(2040, 1, 2, 3, 4, 5, 678901, tzinfo=timezone(timedelta(hours=2)))
     before = datetime.now(timezone.utc) - timedelta(milliseconds=1)
@@ -322,7 +322,7 @@ def test_record_is_as_told(queue):
 
 
 @pytest.mark.every_store
-def test_delay_is_a_run_at(make_queue):
+def test_a_delay_sets_run_at(make_queue):
     queue = make_queue()
     queue.executor("note")(lambda: None)
     task = queue.submit("note", delay=90).task()
@@ -330,15 +330,15 @@ def test_delay_is_a_run_at(make_queue):
 
 
 @pytest.mark.every_store
-def test_ids_are_made_and_sort_by_time(queue):
+def test_new_ids_sort_by_time(queue):
     queue.executor("note")(lambda: None)
     made = [queue.submit("note").id for _ in range(50)]
     assert made == sorted(made)
     assert len(set(made)) == 50
 
 
-def test_an_empty_id_is_none(queue):
-    """Each of those tasks gets one of its own, by which it is found."""
+def test_a_task_with_an_empty_id_gets_a_new_one(queue):
+    """Each of these tasks gets a new id, by which it is found."""
     queue.declare("note")
     mine = Task(type="note", id="")
     handles = [queue.submit(mine), queue.submit(mine, id=None), *queue.submit_many([mine, mine])]
@@ -357,17 +357,17 @@ ODD_PARAMS = [
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("params", ODD_PARAMS, ids=lambda params: list(params)[-1][:9])
-def test_odd_params_reach_their_executor_as_they_are(queue, params):
+def test_unusual_params_reach_the_executor_unchanged(queue, params):
     came = []
     queue.executor("odd")(lambda **params: came.append(params))
     with queue:
         handle = queue.submit("odd", params)
         handle.result(PATIENCE)
-    assert repr(came) == repr([params])  # 1, 1.0 and True are not the same here
+    assert repr(came) == repr([params])  # compares 1, 1.0 and True as different values
     assert repr(handle.task().params) == repr(params)
 
 
-def test_callers_task_is_never_changed(queue):
+def test_the_callers_task_is_never_changed(queue):
     @queue.executor("grow")
     def grow(items):
         items.append("grown")
@@ -385,7 +385,7 @@ def test_callers_task_is_never_changed(queue):
     assert params == {"items": []}
 
 
-def test_params_are_kept_as_they_were_when_submitted(queue):
+def test_params_are_stored_as_they_were_at_the_submit(queue):
     queue.executor("echo")(lambda items: items)
     params = {"items": [1]}
     handle = queue.submit("echo", params)
@@ -393,7 +393,7 @@ def test_params_are_kept_as_they_were_when_submitted(queue):
     assert handle.task().params == {"items": [1]}
 
 
-def test_defaults_are_the_originals():
+def test_the_defaults_of_config_are_the_original_ones():
     assert (Config().worker_num, Config().buffer_size) == (5, 100)
     assert Config().overflow == "reject"
 
@@ -421,7 +421,7 @@ def test_config_must_be_a_config():
         Queue(MemoryRepository(), {"worker_num": 3})
 
 
-def test_a_class_of_repositories_is_no_repository():
+def test_a_repository_class_is_refused():
     with pytest.raises(ConfigurationError, match="got the class SQLiteRepository: use Queue"):
         Queue(SQLiteRepository)
 
@@ -442,7 +442,7 @@ def test_logger_must_be_a_logger(logger):
         Queue(MemoryRepository(), logger=logger)
 
 
-def test_executors_options_are_the_defaults_of_its_tasks(queue):
+def test_executor_options_are_the_defaults_of_its_tasks(queue):
     @queue.executor("set", max_attempts=3, max_crashes=2, timeout=9, priority=4)
     def set_():
         pass
@@ -455,7 +455,7 @@ def test_executors_options_are_the_defaults_of_its_tasks(queue):
     assert (task.max_attempts, task.timeout, task.priority) == (3, 2, 5)
 
 
-def test_options_at_registration_win_over_the_executors_own(queue):
+def test_options_at_registration_override_the_executors_own(queue):
     @taskx.executor("set", max_attempts=3, timeout=9)
     def set_():
         pass
@@ -466,7 +466,7 @@ def test_options_at_registration_win_over_the_executors_own(queue):
 
 
 @pytest.mark.every_store
-def test_many_are_stored_in_one_transaction_in_their_order(queue):
+def test_submit_many_stores_tasks_in_one_transaction_and_in_order(queue):
     ran = []
     queue.executor("n")(lambda n: ran.append(n))
     handles = queue.submit_many(Task(type="n", params={"n": n}) for n in range(50))
@@ -477,27 +477,27 @@ def test_many_are_stored_in_one_transaction_in_their_order(queue):
     assert sorted(ran) == list(range(50))
 
 
-def test_none_submitted_is_none_stored(queue):
+def test_submit_many_of_no_tasks_stores_nothing(queue):
     assert queue.submit_many([]) == []
     assert queue.repository.batches == []
 
 
 @pytest.mark.every_store
-def test_a_lone_submit_is_one_transaction_of_one_write(queue):
+def test_one_submit_is_one_transaction_with_one_write(queue):
     queue.executor("note")(lambda: None)
     for _ in range(10):
         queue.submit("note")
     assert [len(batch) for batch in queue.repository.batches] == [1] * 10
 
 
-def test_every_error_is_one_of_taskx():
+def test_every_error_is_a_taskx_error():
     for error in (UnknownTaskType, DuplicateTask, QueueFull, QueueStopped, PayloadError):
         assert issubclass(error, TaskxError)
 
 
 @pytest.mark.every_store
-def test_rejected_and_accepted_are_all(make_queue):
-    """A thousand submits from fifty threads on a small buffer."""
+def test_every_task_is_either_rejected_or_run(make_queue):
+    """Fifty threads make a thousand submits with a small buffer."""
     queue = make_queue(worker_num=2, buffer_size=10)
     ran = []
     queue.executor("n")(lambda n: ran.append(n))
@@ -521,8 +521,8 @@ def test_rejected_and_accepted_are_all(make_queue):
 
 
 @pytest.mark.every_store
-def test_nothing_runs_before_it_is_stored(queue):
-    """Enqueued first, a task could run before its record was there, or without one for ever."""
+def test_no_task_runs_before_it_is_stored(queue):
+    """If it were buffered first, a task could run before its record is stored, or without one."""
     ran = []
     queue.executor("note")(lambda: ran.append(1))
     queue.start()
@@ -551,8 +551,8 @@ def test_nothing_runs_before_it_is_stored(queue):
     assert ran == [1]
 
 
-def test_a_store_that_hangs_holds_up_only_who_needs_it(queue, gate):
-    """While one submit hangs: others register, look, report progress; what runs goes on."""
+def test_a_hanging_store_blocks_only_the_threads_that_need_it(queue, gate):
+    """While one submit hangs, other threads register, read and report progress, and running tasks go on."""
     seen = []
 
     @queue.executor("work")
@@ -587,8 +587,8 @@ def test_a_store_that_hangs_holds_up_only_who_needs_it(queue, gate):
     assert running.result(PATIENCE) is None
 
 
-def test_what_a_caller_sets_beside_the_order_is_not_stored(queue):
-    """A result, times, counts and progress are the queue's to set."""
+def test_fields_that_only_the_queue_sets_are_ignored(queue):
+    """Only the queue sets the result, times, counts and progress."""
     queue.declare("note")
     long_ago = to_datetime(0)
     mine = Task(

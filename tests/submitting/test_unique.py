@@ -1,4 +1,4 @@
-"""Unique keys: at most one task at a time holds one."""
+"""Unique keys: at most one task holds a key at a time."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def quiet(queue):
 
 
 class TestScope:
-    def test_a_second_one_is_refused_and_told_of_the_first(self, quiet):
+    def test_a_second_task_is_refused_and_the_error_names_the_first(self, quiet):
         first = quiet.submit("fine", **KEY)
         with pytest.raises(
             DuplicateTask, match=f"task {first.id} already holds the unique key 'report'"
@@ -55,7 +55,7 @@ class TestScope:
         assert len(ids(quiet)) == 2
         assert (first.task().unique_key, first.task().unique_scope) == ("report", "unfinished")
 
-    def test_pending_frees_it_at_the_start(self, queue, gate):
+    def test_scope_pending_releases_the_key_at_the_start(self, queue, gate):
         queue.executor("hold")(lambda: gate())
         first = queue.submit("hold", **KEY, unique_scope="pending")
         with pytest.raises(DuplicateTask):
@@ -68,7 +68,7 @@ class TestScope:
             handle.result(PATIENCE)
 
     @pytest.mark.parametrize("how", ["completed", "failed", "cancelled"])
-    def test_unfinished_frees_it_at_the_end(self, queue, gate, how):
+    def test_scope_unfinished_releases_the_key_at_the_end(self, queue, gate, how):
         @queue.executor("end", max_attempts=2)
         def end(ctx):
             gate()
@@ -88,7 +88,7 @@ class TestScope:
         eventually(lambda: first.task().status == how)
         queue.submit("end", **KEY)
 
-    def test_ever_holds_it_as_long_as_the_record_is_kept(self, quiet):
+    def test_scope_ever_holds_the_key_as_long_as_the_record_exists(self, quiet):
         quiet.start()
         first = quiet.submit("fine", **KEY, unique_scope="ever")
         first.result(PATIENCE)
@@ -97,7 +97,7 @@ class TestScope:
         quiet.delete(first.id)
         quiet.submit("fine", **KEY, unique_scope="ever").result(PATIENCE)
 
-    def test_seconds_are_counted_from_the_submit(self, make_queue):
+    def test_a_scope_in_seconds_counts_from_the_submit(self, make_queue):
         clock = ManualClock()
         queue = make_queue(clock=clock)
         queue.executor("fine")(lambda: None)
@@ -126,9 +126,9 @@ class TestScope:
         with pytest.raises(DuplicateTask) as error:
             queue.submit("bad", **KEY)
         assert error.value.task_id == first.id
-        queue.requeue(first.id)  # nobody has taken its key meanwhile
+        queue.requeue(first.id)  # no other task has taken its key
 
-    def test_a_dead_letter_of_its_parent_frees_the_key_of_unfinished_ones(self, queue):
+    def test_scope_unfinished_releases_the_key_if_the_parent_failed(self, queue):
         queue.executor("bad")(lambda: 1 / 0)
         queue.start()
         parent = queue.submit("bad")
@@ -146,32 +146,32 @@ class TestScope:
         quiet.submit("fine", **KEY)
 
     @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
-    def test_cancelled_while_it_is_pending_it_gives_it_up(self, quiet, scope):
+    def test_a_cancelled_pending_task_releases_its_key_in_any_scope(self, quiet, scope):
         quiet.submit("fine", **KEY, unique_scope=scope).cancel()
         quiet.submit("fine", **KEY, unique_scope=scope)
 
     @pytest.mark.parametrize(
         "option", [{"unique_scope": "ever"}, {"on_conflict": "return"}, {"on_conflict": "reject"}]
     )
-    def test_without_a_key_what_is_about_it_is_refused(self, quiet, option):
-        """Who gives it believes that there is one task at most."""
+    def test_options_for_unique_keys_require_a_key(self, quiet, option):
+        """A caller who gives this option expects that there is at most one task."""
         with pytest.raises(ConfigurationError, match=f"{next(iter(option))} requires unique_key"):
             quiet.submit("fine", **option)
         assert ids(quiet) == set()
 
     @pytest.mark.parametrize("scope", ["always", -1, float("nan"), True, [], "-3"])
-    def test_no_other_scope(self, quiet, scope):
+    def test_an_invalid_scope_is_refused(self, quiet, scope):
         with pytest.raises(ConfigurationError, match="unique_scope"):
             quiet.submit("fine", **KEY, unique_scope=scope)
         assert ids(quiet) == set()
 
     @pytest.mark.parametrize("key", ["", "x" * 256, 5, "a\0"])
-    def test_no_other_key(self, quiet, key):
+    def test_an_invalid_key_is_refused(self, quiet, key):
         with pytest.raises(ConfigurationError, match="unique_key"):
             quiet.submit("fine", unique_key=key)
         assert ids(quiet) == set()
 
-    def test_kept_through_a_retry(self, queue, gate):
+    def test_a_key_is_held_through_a_retry(self, queue, gate):
         @queue.executor("again", max_attempts=2)
         def again(ctx):
             if ctx.task.attempt == 1:
@@ -188,7 +188,7 @@ class TestScope:
 
 
 class TestConflict:
-    def test_return_gives_the_handle_of_the_one_that_is_there(self, quiet):
+    def test_return_gives_the_handle_of_the_existing_task(self, quiet):
         first = quiet.submit("fine", {"n": 1}, **KEY)
         second = quiet.submit("fine", {"n": 2}, **KEY, on_conflict="return")
         assert second.id == first.id
@@ -197,7 +197,7 @@ class TestConflict:
         third = quiet.submit("fine", {"n": 3}, **KEY, on_conflict="return")
         assert third.result(PATIENCE) == 3
 
-    def test_replace_has_the_pending_one_take_over_params_and_options(self, quiet):
+    def test_replace_gives_the_pending_task_new_params_and_options(self, quiet):
         first = quiet.submit("fine", {"n": 1}, **KEY, delay=3600, created_by="a")
         again = quiet.submit("fine", {"n": 2}, **KEY, on_conflict="replace", priority=3, timeout=9)
         task = first.task()
@@ -207,8 +207,8 @@ class TestConflict:
         quiet.start()
         assert first.result(PATIENCE) == 2
 
-    def test_replace_puts_a_delayed_one_off(self, quiet):
-        """The last one of many calls, some time after it."""
+    def test_replace_changes_the_delay_of_a_task(self, quiet):
+        """The last of many calls runs, some time after it was made (debouncing)."""
         quiet.start()
         first = quiet.submit("fine", {"n": 1}, **KEY, delay=3600)
         quiet.submit("fine", {"n": 2}, **KEY, delay=7200, on_conflict="replace")
@@ -216,8 +216,8 @@ class TestConflict:
         quiet.submit("fine", {"n": 3}, **KEY, on_conflict="replace")
         assert first.result(PATIENCE) == 3
 
-    def test_replace_takes_one_that_is_put_off_from_its_node(self, busy, gate):
-        """Else that would be said to hold it when its time has come, and has it no more."""
+    def test_a_replaced_task_with_a_delay_leaves_its_node(self, busy, gate):
+        """Else the node would be the owner when the delay has passed, without having it in its buffer."""
         queue = busy()
         first = queue.submit("note", {"n": 1}, **KEY)
         assert first.task().owner
@@ -227,8 +227,8 @@ class TestConflict:
         assert queue.drain(PATIENCE)
         assert queue.ran == []
 
-    def test_what_gives_its_key_up_meanwhile_is_not_replaced(self, quiet):
-        """It is pending again when the write comes, but has started since it was read."""
+    def test_a_task_that_releases_its_key_meanwhile_is_not_replaced(self, quiet):
+        """The task started after it was read, and is pending again when the write comes."""
         first = quiet.submit("fine", {"n": 1}, **KEY, unique_scope="pending")
         repository = quiet.repository
 
@@ -244,10 +244,10 @@ class TestConflict:
         assert (first.task().params, second.task().params) == ({"n": 1}, {"n": 2})
 
     @pytest.mark.usefixtures("frequent_looks")
-    def test_what_is_replaced_while_it_is_being_started_runs_as_the_new_one(
+    def test_a_task_replaced_during_its_start_runs_with_the_new_params(
         self, make_queue, repository
     ):
-        """It was read already, with the old params, when they were replaced."""
+        """The params are replaced after the worker has read the old ones."""
         queue, other = make_queue(worker_num=1), Queue(repository)
         ran = []
         for one in (queue, other):
@@ -264,7 +264,7 @@ class TestConflict:
         first.result(PATIENCE)
         assert ran == [2]
 
-    def test_replace_gives_a_task_in_the_buffer_its_new_place(self, busy, gate, no_batches):
+    def test_a_replaced_task_in_the_buffer_gets_its_new_place(self, busy, gate, no_batches):
         queue = busy()
         queue.submit("note", {"n": 1}, priority=1)
         first = queue.submit("note", {"n": 2}, **KEY)
@@ -274,7 +274,7 @@ class TestConflict:
         assert queue.drain(PATIENCE)
         assert queue.ran == [3, 1]
 
-    def test_replace_takes_over_the_scope(self, quiet):
+    def test_replace_changes_the_scope(self, quiet):
         first = quiet.submit("fine", **KEY)
         quiet.submit("fine", **KEY, unique_scope="ever", on_conflict="replace")
         quiet.start()
@@ -282,7 +282,7 @@ class TestConflict:
         with pytest.raises(DuplicateTask):
             quiet.submit("fine", **KEY)
 
-    def test_a_full_buffer_keeps_nobody_from_the_task_that_is_there(self, busy):
+    def test_return_and_replace_work_with_a_full_buffer(self, busy):
         queue = busy(buffer_size=1)
         first = queue.submit("note", {"n": 1}, **KEY, delay=3600)
         queue.submit("note", {"n": 0})
@@ -295,8 +295,8 @@ class TestConflict:
             with pytest.raises(QueueFull):
                 queue.submit("note", unique_key="other", on_conflict=conflict)
 
-    def test_replace_is_looked_at_at_once(self, make_queue, look_every):
-        """Nobody comes to it by chance: not by a slow look, nor by a change that somebody else made."""
+    def test_a_replaced_task_is_noticed_at_once(self, make_queue, look_every):
+        """No slow duty and no change by others helps to notice it."""
         look_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock)
@@ -312,10 +312,10 @@ class TestConflict:
         queue.submit("fine", {"n": 4}, **KEY, on_conflict="replace")
         assert first.result(PATIENCE) == 4
 
-    def test_what_is_stored_after_all_is_nobodys_where_no_buffer_has_it(
+    def test_a_task_stored_at_the_second_try_has_no_owner_without_a_buffer(
         self, make_queue, gate, look_every
     ):
-        """The first try was for the buffer; before the second one the type was paused."""
+        """The first try was for the buffer; before the second try the type was paused."""
         look_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock, worker_num=1)
@@ -331,7 +331,7 @@ class TestConflict:
         queue.repository.after = pause
         assert queue.submit("hold", **KEY).task().owner == ""
 
-    def test_what_runs_is_not_replaced(self, queue, gate):
+    def test_a_running_task_is_not_replaced(self, queue, gate):
         queue.executor("hold")(lambda n=0: gate())
         queue.start()
         queue.submit("hold", **KEY)
@@ -339,7 +339,7 @@ class TestConflict:
         with pytest.raises(DuplicateTask):
             queue.submit("hold", {"n": 2}, **KEY, on_conflict="replace")
 
-    def test_one_of_another_type_is_not_replaced(self, quiet):
+    def test_a_task_of_another_type_is_not_replaced(self, quiet):
         quiet.executor("other")(lambda: None)
         first = quiet.submit("fine", **KEY)
         with pytest.raises(DuplicateTask):
@@ -347,8 +347,8 @@ class TestConflict:
         assert first.task().type == "fine"
 
     @pytest.mark.parametrize("what", ["depends_on", "on_parent_failure", "concurrency_key"])
-    def test_one_that_waits_for_others_is_not_replaced(self, quiet, what):
-        """Nor does one that does not wait take that over: it would start without them."""
+    def test_a_task_that_waits_for_others_is_not_replaced(self, quiet, what):
+        """Nor does a task that waits replace one that does not: it would start without waiting."""
         parent = quiet.submit("fine", delay=3600)
         waits = {
             "depends_on": {"depends_on": [parent]},
@@ -366,7 +366,7 @@ class TestConflict:
                 "depends_on" in one
             )
 
-    def test_steps_that_were_done_with_other_params_are_done_again(self, make_queue):
+    def test_a_replaced_task_repeats_steps_done_with_old_params(self, make_queue):
         clock = ManualClock()
         queue = make_queue(clock=clock)
 
@@ -384,17 +384,17 @@ class TestConflict:
         queue.submit("steps", {"n": 2}, **KEY, on_conflict="replace")
         assert first.result(PATIENCE) == 2
 
-    def test_no_other_answer(self, quiet):
+    def test_an_unknown_on_conflict_is_refused(self, quiet):
         with pytest.raises(ConfigurationError, match="on_conflict"):
             quiet.submit("fine", **KEY, on_conflict="ignore")
 
-    def test_an_id_that_is_taken_is_another_matter(self, quiet):
+    def test_on_conflict_does_not_apply_to_a_duplicate_id(self, quiet):
         quiet.submit("fine", id="x")
         with pytest.raises(DuplicateTask, match="id 'x'") as e:
             quiet.submit("fine", id="x", **KEY, on_conflict="return")
         assert e.value.unique_key is None
 
-    def test_a_refused_one_leaves_its_slot_in_the_buffer(self, make_queue, gate):
+    def test_a_refused_task_frees_its_slot_in_the_buffer(self, make_queue, gate):
         queue = make_queue(worker_num=1, buffer_size=1)
         queue.executor("hold")(lambda: gate())
         queue.start()
@@ -405,7 +405,7 @@ class TestConflict:
                 queue.submit("hold", **KEY)
         queue.submit("hold")
 
-    def test_many_are_refused_together(self, quiet):
+    def test_submit_many_is_refused_as_a_whole(self, quiet):
         quiet.submit("fine", **KEY)
         with pytest.raises(DuplicateTask, match="report"):
             quiet.submit_many([Task(type="fine"), Task(type="fine", **KEY)])
@@ -424,12 +424,12 @@ class TestRequeue:
         handle.cancel()
         return handle
 
-    def test_takes_the_key_again(self, quiet, cancelled):
+    def test_a_requeued_task_takes_its_key_again(self, quiet, cancelled):
         quiet.requeue(cancelled.id)
         with pytest.raises(DuplicateTask):
             quiet.submit("fine", **KEY)
 
-    def test_is_refused_where_another_has_it(self, quiet, cancelled):
+    def test_a_requeue_is_refused_if_another_task_holds_the_key(self, quiet, cancelled):
         other = quiet.submit("fine", **KEY)
         with pytest.raises(DuplicateTask) as e:
             quiet.requeue(cancelled.id)
@@ -438,7 +438,7 @@ class TestRequeue:
 
     @pytest.mark.parametrize("status", ["completed", "failed", "cancelled"])
     @pytest.mark.parametrize("scope", ["pending", "unfinished", "ever", 3600])
-    def test_an_end_by_hand_frees_it_as_any_other(self, quiet, status, scope):
+    def test_an_end_by_hand_releases_the_key_like_any_other(self, quiet, status, scope):
         first = quiet.submit("fine", **KEY, unique_scope=scope)
         repository = quiet.repository
         repository.update_status(first.id, TaskStatus.RUNNING)
@@ -446,7 +446,7 @@ class TestRequeue:
         held = {} if scope in ("pending", "unfinished") else {"report": first.id}
         assert key_holders(repository, ["report"]) == held
 
-    def test_by_hand_is_refused_too(self, quiet, cancelled):
+    def test_a_requeue_by_hand_is_refused_if_the_key_is_held(self, quiet, cancelled):
         other = quiet.submit("fine", **KEY)
         task = cancelled.task()
         task.status = TaskStatus.PENDING
@@ -461,7 +461,7 @@ class TestRequeue:
         quiet.repository.update_status(task.id, TaskStatus.PENDING)
         assert key_holders(quiet.repository, ["report"]) == {"report": task.id}
 
-    def test_of_many_passes_over_those(self, queue):
+    def test_requeuing_dead_letters_skips_those_whose_key_is_held(self, queue):
         queue.executor("bad")(lambda: 1 / 0)
         queue.start()
         failed = [queue.submit("bad", unique_key=key) for key in "abc"]
@@ -472,7 +472,7 @@ class TestRequeue:
         assert queue.requeue_dead_letters() == 2
 
 
-def test_eight_methods_cannot_hold_a_key():
+def test_a_repository_of_eight_methods_refuses_a_unique_key():
     queue = Queue(TinyRepository())
     queue.executor("fine")(lambda: None)
     with pytest.raises(ConfigurationError, match="unique_key; nothing was stored"):
@@ -480,8 +480,8 @@ def test_eight_methods_cannot_hold_a_key():
     assert queue.list_tasks() == ([], 0)
 
 
-def test_one_winner_among_threads(quiet):
-    """Of those that return and those that replace, too, all are told the same task."""
+def test_only_one_of_several_threads_gets_a_key(quiet):
+    """All threads get the same task, whether they reject, return or replace."""
     won: list[str] = []
     barrier = threading.Barrier(4)
 
@@ -523,8 +523,8 @@ RACER = """
 
 
 @pytest.mark.parametrize("scope", ["unfinished", "3600"])
-def test_one_winner_among_processes(url, spawn, scope):
-    """By a constraint of the database."""
+def test_only_one_of_several_processes_gets_a_key(url, spawn, scope):
+    """A constraint of the database ensures it."""
     children = [spawn(RACER, url, scope) for _ in range(3)]
     for child in children:
         assert child.read() == "ready"
