@@ -18,7 +18,7 @@ _TIMES, _LONGEST_REST, _QUIET = 50, 0.06, 1.0
 
 
 class Bell:
-    """Wakes threads that wait: a ``Condition`` without a lock of its own.
+    """Wakes threads that wait: a ``Condition`` without its own lock.
 
     ``Condition`` takes and releases its lock in Python code. If a signal handler raises an exception
     there, the lock stays locked, for ever and for all threads. A bell holds no lock. An exception can

@@ -1,6 +1,6 @@
 """A live display for people: a bar where the package rich is installed, else lines of text.
 
-All of it is written to ``sys.stderr``, so that it does not mix with a program's output.
+Everything is written to ``sys.stderr``, so that it does not mix with a program's output.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ class _Screen(Protocol):
 
 
 class Display:
-    """Shows what is done of how much, and some words; nothing is shown before the first call.
+    """Shows how much is done, and some words. Nothing is shown before the first call.
 
     After :meth:`close` the next call begins a new display.
 
     Args:
         title: what the display is about.
-        total: how much there is to do; None if that is not known.
+        total: the number of things to do; None if it is not known.
     """
 
     def __init__(self, title: str, total: int | None = None) -> None:
@@ -34,7 +34,7 @@ class Display:
         self._screen: _Screen | None = None
 
     def add(self, done: int = 0, failed: int = 0) -> None:
-        """Count more that is done, and more that is done and failed."""
+        """Count ``done`` more things as done, and ``failed`` more as done and failed."""
         self._failed += failed
         self.update(self._done + done + failed, f"{self._failed} failed" if self._failed else "")
 
@@ -47,7 +47,7 @@ class Display:
         self._screen.draw(done, self._total, words)
 
     def close(self) -> None:
-        """Show the last state for good; may be called again and again."""
+        """Show the last state for good. May be called any number of times."""
         screen, self._screen = self._screen, None
         if screen is not None:
             screen.close()

@@ -143,7 +143,7 @@ class Watcher:
     # --- checking
 
     def resolve(self, task_id: str) -> None:
-        """Resolve the handles of a task that has just ended.
+        """Resolve the handles of a task that has just ended, and tell their listeners.
 
         The task's ending is committed, so a failed read does no harm: the handles are checked again soon.
         """

@@ -12,7 +12,7 @@ from taskx.common.display import Display
 
 @pytest.fixture
 def terminal(monkeypatch):
-    """Have rich take the captured output for a terminal."""
+    """Make rich treat the captured output as a terminal."""
     monkeypatch.setenv("TTY_COMPATIBLE", "1")
     monkeypatch.setenv("TTY_INTERACTIVE", "1")
     monkeypatch.setenv("TERM", "xterm")
@@ -49,21 +49,21 @@ def test_a_terminal_gets_a_bar(capsys, terminal):
     assert "1 failed" in text
 
 
-def test_a_terminal_gets_lines_where_rich_is_not_installed(capsys, terminal, monkeypatch):
+def test_a_terminal_gets_lines_if_rich_is_not_installed(capsys, terminal, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with Display("digest", 1) as shown:
         shown.add(done=1)
     assert capsys.readouterr().err == "digest: 1 of 1 (100%)\n"
 
 
-def test_nothing_is_shown_of_nothing(capsys):
+def test_a_display_without_updates_shows_nothing(capsys):
     with Display("digest", 4):
         pass
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_program_without_stderr_is_left_alone(monkeypatch):
-    """As under ``pythonw``."""
+def test_a_display_works_without_stderr(monkeypatch):
+    """``pythonw`` has no stderr."""
     monkeypatch.setattr(sys, "stderr", None)
     with Display("digest", 4) as shown:
         shown.add(done=1)

@@ -15,7 +15,7 @@ from taskx.common import display
 
 @pytest.fixture
 def every_state(monkeypatch):
-    """Have a display write each state."""
+    """Make a display write each state."""
     monkeypatch.setattr(display, "_BETWEEN_LINES", 0.0)
 
 
@@ -37,8 +37,10 @@ def halfway(make_queue, gate):
     return queue
 
 
-class TestAHandle:
-    def test_shows_the_progress_and_returns_the_result(self, halfway, gate, capsys, every_state):
+class TestFollowHandle:
+    def test_follow_shows_the_progress_and_returns_the_result(
+        self, halfway, gate, capsys, every_state
+    ):
         handle = halfway.submit("half")
         follower = concurrent.futures.ThreadPoolExecutor(1).submit(handle.follow)
         seen = []
@@ -48,12 +50,12 @@ class TestAHandle:
         assert f"half {handle.id}: 50 of 100 (50%), half of it\n" in "".join(seen)
         assert "100 of 100 (100%), half of it\n" in capsys.readouterr().err
 
-    def test_raises_what_result_raises(self, halfway, gate, capsys):
+    def test_follow_raises_the_errors_of_result(self, halfway, gate, capsys):
         gate.open()
         with pytest.raises(TaskFailed, match="the other half"):
             halfway.submit("half", {"fails": True}).follow()
 
-    def test_gives_up_after_the_time_out(self, halfway, gate, capsys):
+    def test_follow_raises_timeout_error_after_its_timeout(self, halfway, gate, capsys):
         handle = halfway.submit("half")
         with pytest.raises(concurrent.futures.TimeoutError):
             handle.follow(timeout=0.01)
@@ -62,8 +64,10 @@ class TestAHandle:
 
 
 @pytest.mark.every_store
-class TestAQueue:
-    def test_shows_what_waits_runs_and_failed(self, halfway, gate, capsys, every_state):
+class TestFollowQueue:
+    def test_follow_shows_waiting_running_and_failed_tasks(
+        self, halfway, gate, capsys, every_state
+    ):
         halfway.submit("quick").result(PATIENCE)
         halfway.submit("half", {"fails": True})
         gate.wait_for(1)
@@ -76,12 +80,14 @@ class TestAQueue:
         last = "tasks: 2 of 2 (100%), 0 waiting, 0 running, 1 failed\n"
         assert capsys.readouterr().err.endswith(last)
 
-    def test_returns_false_after_the_time_out(self, halfway, gate, capsys):
+    def test_follow_returns_false_after_its_timeout(self, halfway, gate, capsys):
         halfway.submit("half")
         assert halfway.follow(timeout=0.01) is False
         gate.open()
 
-    def test_that_is_not_started_follows_those_that_run(self, halfway, make_queue, gate, capsys):
+    def test_a_queue_that_is_not_started_follows_other_queues_tasks(
+        self, halfway, make_queue, gate, capsys
+    ):
         watcher = make_queue()
         halfway.submit("half")
         gate.wait_for(1)
@@ -92,19 +98,19 @@ class TestAQueue:
 
 
 class TestAwait:
-    def test_returns_the_result(self, halfway):
+    def test_await_returns_the_result(self, halfway):
         async def main():
             return await halfway.submit("quick")
 
         assert asyncio.run(main()) == "quick"
 
-    def test_many_at_once(self, halfway):
+    def test_many_handles_can_be_awaited_at_once(self, halfway):
         async def main():
             return await asyncio.gather(*(halfway.submit("quick") for _ in range(20)))
 
         assert asyncio.run(main()) == ["quick"] * 20
 
-    def test_raises_what_result_raises(self, halfway, gate):
+    def test_await_raises_the_errors_of_result(self, halfway, gate):
         async def main():
             await halfway.submit("half", {"fails": True})
 
@@ -112,7 +118,7 @@ class TestAwait:
         with pytest.raises(TaskFailed, match="the other half"):
             asyncio.run(main())
 
-    def test_of_a_cancelled_task_raises_cancelled_error_of_futures(self, queue):
+    def test_awaiting_a_cancelled_task_raises_the_futures_cancelled_error(self, queue):
         queue.declare("later")
         handle = queue.submit("later")
         handle.cancel()
@@ -151,7 +157,7 @@ class TestAwait:
 
         assert asyncio.run(main()) == "whole"
 
-    def test_lets_the_loop_go_on(self, halfway, gate):
+    def test_await_does_not_block_the_event_loop(self, halfway, gate):
         async def main():
             waiting = asyncio.create_task(asyncio.wait_for(halfway.submit("half"), PATIENCE))
             while not waiting.done():
@@ -161,7 +167,7 @@ class TestAwait:
 
         assert asyncio.run(main()) == "whole"
 
-    def test_a_task_that_ends_after_its_loop_is_no_trouble(self, halfway, gate):
+    def test_a_task_can_end_after_its_event_loop_was_closed(self, halfway, gate):
         handle = halfway.submit("half")
 
         async def main():
