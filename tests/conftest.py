@@ -31,6 +31,8 @@ def pytest_configure(config: pytest.Config) -> None:
     messages.pytest_configure(config)
     config.pluginmanager.register(kinds)
     config.pluginmanager.import_plugin("helpers")
+    if not config.pluginmanager.has_plugin("taskx"):  # in a tree that is not installed
+        config.pluginmanager.import_plugin("pytest_taskx")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

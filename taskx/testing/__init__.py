@@ -7,6 +7,7 @@ package; TaskX itself does not.
 
 from taskx.testing.clock import ManualClock
 from taskx.testing.eight import RepositoryContract
+from taskx.testing.execution import Outcome, run_executor
 from taskx.testing.primitives import PrimitivesContract
 from taskx.testing.queues import InlineQueue, ManualQueue, inline, manual
 
@@ -14,8 +15,10 @@ __all__ = [
     "InlineQueue",
     "ManualClock",
     "ManualQueue",
+    "Outcome",
     "PrimitivesContract",
     "RepositoryContract",
     "inline",
     "manual",
+    "run_executor",
 ]

@@ -318,11 +318,11 @@ class ManualQueue(Queue):
         found = self.submitted(type, params=params, within=within, delay=delay, **fields)
         if not found or (times is not None and len(found) != times):
             asked = submissions.wanted(type, params, within, delay, fields)
-            expected = (
-                "was not" if times is None else f"was to be submitted {times} time(s), and was"
-            )
-            actual = "submitted" if times is None else f"{len(found)} time(s)"
-            raise AssertionError(f"{asked} {expected} {actual}. {self._submissions.listed()}")
+            if times is None:
+                problem = f"no {asked} was submitted"
+            else:
+                problem = f"{asked}: expected {times} submission(s), found {len(found)}"
+            raise AssertionError(f"{problem}. {self._submissions.listed()}")
         return found[0]
 
     def assert_not_submitted(
@@ -344,7 +344,7 @@ class ManualQueue(Queue):
         if found := self.submitted(type, params=params, within=within, delay=delay, **fields):
             asked = submissions.wanted(type, params, within, delay, fields)
             raise AssertionError(
-                f"{asked} was submitted {len(found)} time(s). {self._submissions.listed()}"
+                f"{asked}: expected no submission, found {len(found)}. {self._submissions.listed()}"
             )
 
     def assert_submitted_in_order(self, *types: str) -> None:

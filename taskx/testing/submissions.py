@@ -76,7 +76,7 @@ def wanted(
     fields: Mapping[str, Any],
 ) -> str:
     """Return conditions, as text for a message."""
-    words = ["a task" if type is None else f"a task of type {type!r}"]
+    words = ["task" if type is None else f"task of type {type!r}"]
     words += [] if params is None else [f"with params {dict(params)!r}"]
     words += [] if within is None else [f"within the last {within:g} s"]
     words += [] if delay is None else [f"with a delay of {delay:g} s"]
