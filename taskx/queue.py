@@ -135,7 +135,7 @@ class Queue:
             max_crashes: number of times that the process may die before the task fails (default 3).
             timeout: seconds after which an attempt's token fires.
             priority: tasks with a higher number run first (default 0).
-            retry: when the next attempt starts after one that raised (default: at once).
+            retry: how often, when and after which errors another attempt follows (default: at once).
             capture_log: store what the executor logs in ``task.log``: True for level INFO and above,
                 or the name of a level, such as ``"WARNING"``.
             isolation: ``"process"`` runs each attempt in its own child process, which imports the
@@ -222,7 +222,7 @@ class Queue:
             max_attempts: number of attempts that may raise before the task fails.
             max_crashes: number of times that the process may die before the task fails; with 1 the
                 task never runs again after a crash.
-            retry: when the next attempt starts after one that raised.
+            retry: how often, when and after which errors another attempt follows.
             unique_key: a text that at most one task can hold at a time.
             unique_scope: how long the task holds the unique key: ``"pending"``: until it first starts;
                 ``"unfinished"`` (default): until it has ended; ``"ever"``: as long as its record is

@@ -104,11 +104,11 @@ class Ticker:
     def __init__(self, services: Services) -> None:
         self._services = services
         # The start of the time without a gap between rounds, and the last round, in milliseconds.
-        self._there_since, self._seen = 0, -GAP
+        self._running_since, self._last_round = 0, -GAP
         # True if a schedule may have changed; the time of the next refresh on the monotonic clock (0: now).
         self._stale, self._refresh_at = True, 0.0
         # Names of schedules that this process changed, or that another node moved on first.
-        self._told = services.agenda.schedules
+        self._changed = services.agenda.schedules
         # True while due ticks are searched and their tasks are made: nothing else shows them to a drain.
         self._making = False
         self._read: dict[str, Read] = {}
@@ -127,8 +127,8 @@ class Ticker:
         return first[0][0] if first else None
 
     def was_there(self) -> None:
-        """Count the time since the last look as watched: no tick in it was missed."""
-        self._seen = self._services.clock.now_ms()
+        """Note that this node was running since the last round, so that no tick in between was missed."""
+        self._last_round = self._services.clock.now_ms()
 
     def refresh_now(self) -> None:
         """Read all schedules again in the next round, as one may have changed."""
@@ -141,7 +141,7 @@ class Ticker:
     @property
     def waiting(self) -> bool:
         """True if a refresh is not finished; :meth:`tick` continues it."""
-        return bool(self._told) or self._after is not None
+        return bool(self._changed) or self._after is not None
 
     def behind(self, now: int) -> bool:
         """Return True if a tick may have come that has no task yet; ``now`` is in milliseconds."""
@@ -172,25 +172,25 @@ class Ticker:
             raise
         finally:
             self._making = False
-        self._seen = self._now()
+        self._last_round = self._now()
         return made
 
     def _now(self) -> int:
         """Return the time, and note a gap since the last round that succeeded."""
         now = self._services.clock.now_ms()
-        if not self._seen <= now <= self._seen + GAP:
-            self._there_since = now
+        if not self._last_round <= now <= self._last_round + GAP:
+            self._running_since = now
         return now
 
     # --- reading
 
     def _refresh(self, until: float) -> None:
         """Read schedules that have changed, or may have changed."""
-        while self._told:
-            names = [PREFIX + self._told[i] for i in range(min(len(self._told), TOGETHER))]
+        while self._changed:
+            names = [PREFIX + self._changed[i] for i in range(min(len(self._changed), TOGETHER))]
             self._read_named(names)
             for _ in names:  # only now: until then a drain must wait for them
-                self._told.popleft()
+                self._changed.popleft()
             if time.monotonic() >= until:
                 return
         if self._after is None and self._stale and time.monotonic() >= self._refresh_at:
@@ -246,13 +246,9 @@ class Ticker:
         try:
             entry = entry_of(note)
             return Read(name, note.version, entry, _ticks_of(entry, known), due=due)
-        except (
-            RepositoryCorrupt,
-            ConfigurationError,
-        ) as error:  # other processes may understand it
-            if (
-                known is None or known.entry is not None
-            ):  # warn once: other nodes change it at every tick
+        except (RepositoryCorrupt, ConfigurationError) as error:
+            # Other processes may understand it, and change it at each tick: warn only once.
+            if known is None or known.entry is not None:
                 self._services.log.warning("%s does not tick in this process: %s", name, error)
             return Read(name, note.version, None, None, due=due)
 
@@ -336,7 +332,7 @@ class Ticker:
         inserts = [p.entry.insert(tick, now) for p in going for tick in p.run]
         made = bool(inserts) and store(self._services, inserts)
         self._put(going)
-        self._seen = now
+        self._last_round = now
         for plan in going:
             self._warn_if_missed(plan, now)
         return made
@@ -388,7 +384,7 @@ class Ticker:
                 if not making:
                     self._expect(read)
             else:
-                self._told.append(read.name[len(PREFIX) :])
+                self._changed.append(read.name[len(PREFIX) :])
         return results
 
     def _without_overlap(self, plans: Sequence[Plan]) -> list[Plan]:
@@ -417,7 +413,7 @@ class Ticker:
 
     def _was_missed(self, tick: int) -> bool:
         """Return True if this node was not running at a tick; otherwise it was only busy and is late."""
-        return tick < self._there_since
+        return tick < self._running_since
 
     def _warn_if_missed(self, plan: Plan, now: int) -> None:
         if self._was_missed(plan.since) and now - plan.since > GAP:

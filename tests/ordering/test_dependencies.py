@@ -283,9 +283,8 @@ class TestRequeue:
         gate.close()
         started.requeue(parent.id)  # requeues the child, too
         gate.wait_for(1)
-        started.submit("fine", {"n": 1}).result(
-            PATIENCE
-        )  # the other worker must not start the child
+        # The other worker must not start the child.
+        started.submit("fine", {"n": 1}).result(PATIENCE)
         assert started.ran == [1]
         gate.open()
         eventually(lambda: child.task().status is TaskStatus.COMPLETED)

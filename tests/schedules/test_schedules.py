@@ -581,9 +581,8 @@ def test_a_schedule_of_another_queue_is_noticed(make, clock, look_every):
     look_every(schedules=0.05)
     ticking, web = make(), make()
     ticking.start()
-    eventually(
-        lambda: housekeeper_of(ticking)._last["audit"]
-    )  # it has read the schedules and found none
+    # Wait until the housekeeper has read the schedules and found none.
+    eventually(lambda: housekeeper_of(ticking)._last["audit"])
     web.schedule("beat", every(60), "remote")
     clock.advance(60)
     eventually(lambda: ids(web) == {"beat@2026-03-27T12:01:00Z"})
