@@ -100,7 +100,7 @@ class Queue:
         self._wire()
         _queues.add(self)
 
-    # What a queue is made of; one that is driven by its caller has classes of its own.
+    # The classes of its parts; a queue that its caller drives has others.
     _services_class: type[Services] = Services
     _intake_class: type[Intake] = Intake
     _life_class: type[Lifetime] = Lifetime

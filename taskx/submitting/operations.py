@@ -101,7 +101,7 @@ class Operations:
         left = [task_id for task_id in task_ids if task_id not in handled]
         rest = self._repository.statuses(left) if left else {}
         for task_id, status in rest.items():
-            # The others moved in the meantime, or were already asked to stop.
+            # An unfinished task moved in the meantime, or was already asked to stop.
             if status not in lifecycle.FINISHED:
                 try:
                     never_run += self.cancel(task_id)
