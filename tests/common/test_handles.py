@@ -54,9 +54,9 @@ def test_the_handle_of_a_cancelled_task_raises_cancelled_error(busy):
     assert handle.cancel() is True
     assert handle.cancelled()
     assert handle.done()
-    for look in (handle.result, handle.exception):
+    for call in (handle.result, handle.exception):
         with pytest.raises(CancelledError):
-            look(0)
+            call(0)
 
 
 def test_cancelling_a_running_task_asks_it_to_stop(started, gate):
@@ -178,9 +178,9 @@ def test_the_handle_of_an_unknown_id_raises_task_not_found(started):
     handle = started.handle("nobody")
     with pytest.raises(TaskNotFound, match="nobody"):
         handle.result(PATIENCE)
-    for look in (handle.task, handle.cancel, handle.running):
+    for call in (handle.task, handle.cancel, handle.running):
         with pytest.raises(TaskNotFound):
-            look()
+            call()
 
 
 @pytest.mark.every_store

@@ -33,18 +33,18 @@ def pending(handle):
     return handle.task().status is TaskStatus.PENDING
 
 
-def looks(queue):
+def wait_for_refresh(queue):
     """Wait until the queue's housekeeper has refreshed the pauses at least once from now on."""
-    looked, pool = threading.Event(), pool_of(queue)
-    look = pool.fetcher.refresh_pauses
+    refreshed, pool = threading.Event(), pool_of(queue)
+    refresh = pool.fetcher.refresh_pauses
 
     def watched():
-        look()
-        looked.set()
+        refresh()
+        refreshed.set()
 
     pool.fetcher.refresh_pauses = watched
-    assert looked.wait(PATIENCE)
-    pool.fetcher.refresh_pauses = look
+    assert refreshed.wait(PATIENCE)
+    pool.fetcher.refresh_pauses = refresh
 
 
 def test_a_paused_type_waits_and_the_others_run(queue, other):
@@ -134,7 +134,7 @@ def test_a_pause_applies_to_all_queues_soon(queue, other):
     other.resume("a")
     eventually(lambda: queue.ran == ["b0", "a0"])
     other.pause()
-    looks(queue)
+    wait_for_refresh(queue)
     waits = queue.submit("b")
     assert queue.drain(PATIENCE)
     assert pending(waits)
@@ -241,7 +241,7 @@ def test_an_idle_node_takes_no_paused_task_from_another_buffer(busy, make_queue,
     helper.executor("fine")(lambda: "fine")
     helper.start()
     helper.submit("fine").result(PATIENCE)
-    looks(helper)
+    wait_for_refresh(helper)
     assert ran == []
 
 

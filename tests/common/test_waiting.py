@@ -47,7 +47,7 @@ def held(queue, gate):
 
 
 @pytest.fixture
-def no_slow_looks(look_every):
+def no_slow_checks(look_every):
     """Make the slow checks too rare to matter, so that only wake-ups count."""
     look_every(recover=1000000.0)
     look_every(audit=1000000.0)
@@ -75,14 +75,14 @@ def struck(make, way):
     """Make handles, and interrupt the use of each one point later than that of the handle before."""
     for point in itertools.count():
         handle = make()
-        strike = strike_at(point, lambda handle=handle: look(way, handle))
+        strike = strike_at(point, lambda handle=handle: use(way, handle))
         if strike is None:
             assert point > 10
             return
         yield handle, strike
 
 
-def look(way, handle):
+def use(way, handle):
     with suppress(TimeoutError):
         WAYS[way](handle)
 
@@ -376,7 +376,7 @@ def test_cancelling_a_damaged_record_raises_an_error(queue, repository, caplog):
 
 @pytest.mark.every_store
 def test_queues_that_share_a_repository_wake_each_other_at_once(
-    make_queue, repository, no_slow_looks
+    make_queue, repository, no_slow_checks
 ):
     runner, web = make_queue(worker_num=1), make_queue()
     runner.executor("echo")(lambda: "value")

@@ -433,13 +433,13 @@ class TestOtherHandlers:
 
     def test_no_handler_is_installed_while_no_log_is_captured(self, queue, gate):
         seen = []
-        looks = lambda: capture._router in logging.getLogger().handlers  # noqa: E731
+        installed = lambda: capture._router in logging.getLogger().handlers  # noqa: E731
 
         @queue.executor(capture_log=True)
         def captured():
-            seen.append(looks())
+            seen.append(installed())
 
-        queue.executor("other")(lambda: seen.append(looks()))
+        queue.executor("other")(lambda: seen.append(installed()))
         queue.start()
         for name in ("other", "captured", "other"):
             queue.submit(name).result(PATIENCE)

@@ -73,13 +73,13 @@ class TestStep:
         stored = []
 
         @queue.executor()
-        def look(ctx):
+        def check(ctx):
             for n in range(3):
                 ctx.step(f"step {n}", lambda n=n: n)
                 stored.append(queue.get_task_status(ctx.task.id).checkpoints["steps"])
 
         queue.start()
-        queue.submit("look").result(PATIENCE)
+        queue.submit("check").result(PATIENCE)
         assert stored == [
             {"step 0": 0},
             {"step 0": 0, "step 1": 1},
@@ -354,7 +354,7 @@ class TestCursor:
         seen = []
 
         @queue.executor()
-        def look(ctx):
+        def check(ctx):
             seen.append(ctx.cursor)
             for value in (1, {"page": "x"}, None, (2,)):
                 ctx.cursor = value
@@ -363,7 +363,7 @@ class TestCursor:
             seen.append(ctx.cursor)
 
         queue.start()
-        handle = queue.submit("look")
+        handle = queue.submit("check")
         handle.result(PATIENCE)
         assert seen == [None, 1, {"page": "x"}, None, [2], [2]]
         assert checkpoints(queue, handle) == {"steps": {"a": 1}, "cursor": [2]}
@@ -440,11 +440,11 @@ class TestLaterAttempts:
 
     def test_hooks_see_the_checkpoints_of_their_event(self, make_queue):
         """A hook that is called late sees no later checkpoints."""
-        seen, look = [], threading.Event()
+        seen, go_on = [], threading.Event()
 
         class Look(Hook):
             def started(self, task):
-                assert look.wait(PATIENCE)
+                assert go_on.wait(PATIENCE)
                 seen.append(("started", task.checkpoints))
 
             def progressed(self, task, progress, message):
@@ -471,7 +471,7 @@ class TestLaterAttempts:
         handle = queue.submit("work")
         queue.start()
         handle.result(PATIENCE)
-        look.set()
+        go_on.set()
         assert queue.drain(PATIENCE)
         one, both = {"steps": {"first": 1}}, {"steps": {"first": 1}, "cursor": 5}
         assert seen == [

@@ -348,9 +348,9 @@ def test_a_task_that_does_not_run_can_be_deleted(started, gate):
         started.delete(running.id)
     for handle in (done, waiting):
         started.delete(handle.id)
-        for look in (handle.task, lambda h=handle: started.delete(h.id)):
+        for call in (handle.task, lambda h=handle: started.delete(h.id)):
             with pytest.raises(TaskNotFound, match=handle.id):
-                look()
+                call()
 
 
 @pytest.mark.every_store
@@ -601,15 +601,15 @@ def test_a_list_and_its_total_count_agree(queue, monkeypatch, limit):
     queue.submit("note")
     coming = []
 
-    def one_more_after(look):
-        def looks(*args):
-            seen = look(*args)
+    def one_more_after(read):
+        def reads(*args):
+            seen = read(*args)
             stored = threading.Event()
             coming.append(run_in_thread(lambda: (queue.submit("note"), stored.set())))
             stored.wait(PATIENCE)
             return seen
 
-        return looks
+        return reads
 
     monkeypatch.setattr(queue.repository, "list", one_more_after(queue.repository.list))
     tasks, total = queue.list_tasks(TaskFilter(limit=limit))
