@@ -166,13 +166,14 @@ class TestOwnRepository(RepositoryContract):
         return namespace["JSONFileRepository"](str(tmp_path / "tasks.json"))
 
 
-def test_the_page_on_storage_shows_the_repository_of_the_example_word_for_word():
-    shown = "".join(source for _, source in blocks(ROOT / "docs" / "storage.rst", "python"))
+def test_the_page_on_repositories_shows_the_example_word_for_word():
+    shown = "".join(source for _, source in blocks(ROOT / "docs" / "own-repository.rst", "python"))
     assert own_repository() in shown
 
 
 def test_the_repository_of_the_example_has_under_60_lines_as_the_page_says():
-    assert "in under 60 lines" in re.sub(r"\s+", " ", (ROOT / "docs" / "storage.rst").read_text())
+    page = (ROOT / "docs" / "own-repository.rst").read_text()
+    assert "in under 60 lines" in re.sub(r"\s+", " ", page)
     assert len(own_repository().splitlines()) < 60
 
 
