@@ -1,19 +1,19 @@
-# The Python that the virtual environment is made with, and where that stands:
+# The Python for the virtual environment, and the environment's folder:
 #     PYTHON=python3.12 make test
 PYTHON ?= python3
 VENV ?= .venv
-# Passed on to the program that a target runs:  make test ARGS="-k cancel"
+# Arguments for the program that a target runs:  make test ARGS="-k cancel"
 ARGS ?=
-# What quick leaves out: the kinds of tests that CONTRIBUTING.rst describes.
+# The kinds of tests that quick leaves out: CONTRIBUTING.rst describes them.
 QUICK := not (mongo or process or campaign or slow)
-# What the kill campaign runs on, if not a SQLite file:  make soak ON=mongo ARGS="--kills 200"
+# The store of the kill campaign, if it is not SQLite:  make soak ON=mongo ARGS="--kills 200"
 ON ?=
 
 MAKEFLAGS += --no-print-directory
 
 BIN := $(VENV)/bin
-# One stamp for the Python and one for each set of packages. They live in the environment, so
-# another PYTHON, which begins it anew, removes them all.
+# One stamp file for the Python, and one for each set of packages. They are in the environment, so another
+# PYTHON, which makes a new environment, removes them all.
 MADE := $(VENV)/made-with-$(subst /,-,$(PYTHON))
 PACKAGE := setup.cfg setup.py taskx/__init__.py
 INSTALL = echo "Installing $(1) into $(VENV)" && \
@@ -25,7 +25,7 @@ INSTALL = echo "Installing $(1) into $(VENV)" && \
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/installed-core ## run the main job: hash the standard library as tasks
+demo: $(VENV)/installed-core ## run the demo: hash the standard library with tasks
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
 quick: $(VENV)/installed-test ## run the quick tests, in under a minute
@@ -35,18 +35,18 @@ quick: $(VENV)/installed-test ## run the quick tests, in under a minute
 test: $(VENV)/installed-test ## run all tests
 	@$(BIN)/python -m pytest --numprocesses 3 --dist worksteal $(ARGS)
 
-soak: $(VENV)/installed-test ## kill processes a thousand times over, and prove that nothing is lost
+soak: $(VENV)/installed-test ## kill processes a thousand times, and check that no task is lost
 	@$(BIN)/python -m tests.campaign.campaign --kills 1000 $(if $(filter mongo,$(ON)),--mongo) $(ARGS)
 
 lint: $(VENV)/installed-dev ## check style and formatting
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 
-format: $(VENV)/installed-dev ## mend style and formatting where a tool can
+format: $(VENV)/installed-dev ## fix style and formatting automatically
 	@$(BIN)/ruff check --fix --exit-zero .
 	@$(BIN)/ruff format .
 
-typecheck: $(VENV)/installed-dev ## check the types, and what users' type checkers see
+typecheck: $(VENV)/installed-dev ## check the types of the package and of its public interface
 	@$(BIN)/mypy
 	@$(BIN)/mypy tests/typing
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python tests/typing
@@ -54,24 +54,24 @@ typecheck: $(VENV)/installed-dev ## check the types, and what users' type checke
 layers: $(VENV)/installed-dev ## check that imports only go down the layers
 	@$(BIN)/lint-imports --no-cache
 
-bench: $(VENV)/installed-bench ## measure TaskX beside a bare loop and its peers
+bench: $(VENV)/installed-bench ## measure TaskX, a plain loop and similar libraries
 	@$(BIN)/python -m benchmarks $(ARGS)
 
 build: $(VENV)/installed-dev ## build the sdist and the wheel into dist/
 	@$(BIN)/python -m build --outdir dist .
 
-ci: ## run all that a change must pass: style, types, builds, tests on every Python
+ci: ## run all checks for a change: style, types, builds, tests on every Python
 	@.ci/run
 
-ci-all: ## run the same with all tests on every Python: before a release
+ci-all: ## run the same before a release, with all tests on every Python
 	@.ci/run --all
 
-clean: ## remove what make made
+clean: ## remove all files that make has created
 	rm -rf .venv .venv-* build dist *.egg-info
 	rm -rf .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 
 $(MADE):
-	@command -v "$(PYTHON)" > /dev/null || { echo "$(PYTHON) is not on this machine: install Python" \
+	@command -v "$(PYTHON)" > /dev/null || { echo "$(PYTHON) was not found: install Python" \
 		"3.10 or newer, or name another one, as in: PYTHON=python3.12 make test" >&2; exit 1; }
 	@"$(PYTHON)" tools/bootstrap.py $(VENV)
 	@touch $@

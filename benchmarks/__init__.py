@@ -1,4 +1,4 @@
-"""How fast TaskX is, beside a bare loop of its own statements and beside its peers.
+"""Measure TaskX, and compare it with a plain loop of its own statements and with similar libraries (peers).
 
-``python -m benchmarks --help`` says how to run it, ``docs/performance.rst`` how to read it.
+``python -m benchmarks --help`` shows the options. ``docs/performance.rst`` explains the results.
 """

@@ -1,4 +1,4 @@
-"""``python -m benchmarks``: measure, and print one table."""
+"""``python -m benchmarks``: measure, and print tables."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from benchmarks.suites import Suite
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run what the options say."""
+    """Run the benchmark with these options."""
     argv = sys.argv[1:] if argv is None else argv
     options = _options(argv)
     if options.rounds is None:
         options.rounds = 7 if options.against else 2 if options.quick else 3
     if not sys.platform.startswith("linux"):
-        sys.exit("the benchmark reads /proc and pins threads to cores: it needs Linux")
+        sys.exit("the benchmark needs Linux: it reads /proc and pins threads to cores")
     logging.getLogger("taskx").setLevel(logging.ERROR)
     signal.signal(signal.SIGTERM, _end)
     with suites.chosen(options) as suite:
@@ -47,34 +47,37 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def _end(number: int, frame: object) -> None:
-    """End as Ctrl-C does: whatever was started is ended first."""
+    """End as after Ctrl-C: everything that was started is ended first."""
     raise KeyboardInterrupt
 
 
 def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser("python -m benchmarks", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small sizes: a minute or so")
+    parser.add_argument("--quick", action="store_true", help="small sizes: about a minute")
     parser.add_argument(
         "--only",
         action="append",
         default=[],
         metavar="NAME",
-        help="figures whose name begins so, or who it is about; may be repeated: "
+        help="only figures whose name begins with NAME, or rows of NAME; can be repeated: "
         f"{', '.join(dict.fromkeys(name.split('-')[0] for name in report.FIGURES))}; "
         "floor, TaskX, huey …",
     )
     parser.add_argument("--rounds", type=int, metavar="N", help="default 3; 2 with --quick")
-    parser.add_argument("--pin", action="store_true", help="and once more on a single core")
+    parser.add_argument("--pin", action="store_true", help="measure again on a single core")
     parser.add_argument("--rst", action="store_true", help="print as reStructuredText")
     parser.add_argument(
         "--update",
         type=Path,
         metavar="FILE",
-        help="put the tables into a document such as docs/performance.rst",
+        help="write the tables into a document such as docs/performance.rst",
     )
-    parser.add_argument("--tasks", type=int, metavar="N", help="at most so many tasks a cell")
+    parser.add_argument("--tasks", type=int, metavar="N", help="at most N tasks per cell")
     parser.add_argument(
-        "--finished", type=int, metavar="N", help="finished tasks to compare with 1,000 (1,000,000)"
+        "--finished",
+        type=int,
+        metavar="N",
+        help="number of finished tasks to compare with 1,000 (default 1,000,000)",
     )
     parser.add_argument("--no-peers", action="store_true", help="only floor and TaskX")
     parser.add_argument(
@@ -82,25 +85,25 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="?",
         const="",
         metavar="URL",
-        help="measure on a MongoDB server: that one, the one that TASKX_TEST_MONGO_URL names, "
+        help="measure on a MongoDB server: URL, the one in TASKX_TEST_MONGO_URL, "
         "or a small one that is started",
     )
     parser.add_argument(
         "--against",
         metavar="REF",
-        help="TaskX alone, beside that of an earlier commit, in turns: 7 rounds unless told",
+        help="only compare TaskX with that of an earlier commit, in turns (default 7 rounds)",
     )
     parser.add_argument("--cell", type=int, help=argparse.SUPPRESS)  # in a child of --against
     options = parser.parse_args(argv)
     if options.against is not None and (options.update or options.mongo is not None):
-        parser.error("--against only prints, and measures on SQLite")
+        parser.error("--against cannot be combined with --update or --mongo")
     if options.pin and options.mongo is not None:
-        parser.error("--pin would leave the MongoDB server on all cores")
+        parser.error("--pin cannot be combined with --mongo: the server would use all cores")
     return options
 
 
 def _measured(options: argparse.Namespace, suite: Suite) -> str:
-    """Measure and print; returns what it printed."""
+    """Measure and print the results. Return the printed text."""
     began = time.perf_counter()
     measured = measure(suite.cells, options.rounds, progress=os.isatty(2))
     took = time.perf_counter() - began
@@ -114,7 +117,7 @@ def _measured(options: argparse.Namespace, suite: Suite) -> str:
     machine = report.machine(suite.store, suite.versions)
     text = "\n\n".join(
         [
-            f"{machine}; {rounds} in {took:.0f} s: medians, of rivals the best.",
+            f"{machine}; {rounds} in {took:.0f} s: medians, for rivals the best.",
             *([f"NOT MEASURED: {', '.join(short)}"] if short else []),
             *(shown(table, header) for table, header in tables if table),
         ]
@@ -124,7 +127,7 @@ def _measured(options: argparse.Namespace, suite: Suite) -> str:
 
 
 def _compare(options: argparse.Namespace, argv: Sequence[str], suite: Suite) -> None:
-    """Print how this tree compares with an earlier one; with ``--pin`` on a single core alone."""
+    """Print a comparison of this tree with an earlier one; with ``--pin`` only on a single core."""
     began = time.perf_counter()
     with _one_core() if options.pin else nullcontext():
         table = against.rows(options.against, argv, suite.cells, options.rounds)
@@ -137,7 +140,7 @@ def _compare(options: argparse.Namespace, argv: Sequence[str], suite: Suite) -> 
 
 @contextmanager
 def _one_core() -> Iterator[None]:
-    """Threads that are started from now on, and children, share one core."""
+    """Make threads and children that are started in the block share one core."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {min(cores)})
     try:
@@ -150,4 +153,4 @@ if __name__ == "__main__":
     try:
         main()
     except KeyboardInterrupt:
-        sys.exit("interrupted; all that was started has been ended")
+        sys.exit("interrupted; all started processes have been ended")

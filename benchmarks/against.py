@@ -1,8 +1,8 @@
-"""This tree beside an earlier one, cell by cell in turns: did a change make anything slower?
+"""A comparison of this tree with an earlier one, cell by cell in turns: did a change make anything slower?
 
 Two runs of the same code on the same machine differ by a tenth. So each cell is measured in a process of
-its own, of the one tree and then at once of the other, and the ratio of the two counts. Both are measured
-by this benchmark; a figure that the earlier tree cannot give is left out.
+its own, first on one tree and immediately afterwards on the other; the result is the ratio. This tree's
+benchmark measures both. A figure that cannot be measured on the earlier tree is left out.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from benchmarks.harness import TASKX, Cell, run_cell
 from benchmarks.report import FIGURES, Row
 
 HEADER = ("what", "who", "durability", "earlier", "now", "× earlier", "from … to")
-#: Seconds after which a cell is given up.
+#: Time limit of a cell, in seconds.
 _LONGEST = 1800.0
 
-#: Pairs of values of a figure: of the earlier tree, and of this one.
+#: Pairs of values of a figure: on the earlier tree and on this one.
 Pairs = list[tuple[float, float]]
 
 
 def unpack(ref: str, folder: str) -> None:
-    """Put the package of a commit into a folder; exits where git does not know it."""
+    """Put the package of a commit into a folder. Exit if git does not know the commit."""
     made = subprocess.run(
         ["git", "archive", "--format=zip", ref, "taskx"],
         cwd=children.ROOT,
@@ -44,13 +44,13 @@ def unpack(ref: str, folder: str) -> None:
 
 
 def rows(ref: str, argv: Sequence[str], cells: Sequence[Cell], rounds: int) -> list[Row]:
-    """Measure the cells of TaskX on both trees; returns the rows of the table.
+    """Measure the cells of TaskX on both trees. Return the rows of the table.
 
     Args:
         ref: the earlier commit.
-        argv: the options by which a child finds the same cells again.
-        cells: all cells that they choose.
-        rounds: how many pairs are measured of each.
+        argv: the options that select the same cells in a child.
+        cells: all cells selected by the options.
+        rounds: the number of pairs to measure for each cell.
     """
     pairs: dict[tuple[str, int], Pairs] = {}
     with tempfile.TemporaryDirectory(prefix="taskx-against-") as folder:
@@ -60,7 +60,7 @@ def rows(ref: str, argv: Sequence[str], cells: Sequence[Cell], rounds: int) -> l
                 if not cell.who.startswith(TASKX) or (cell.once and number):
                     continue
                 trees = [folder, str(children.ROOT)]
-                # What is second may find warm caches, so they take turns at it.
+                # The second tree may find warm caches, so the trees take turns in being second.
                 order = trees if number % 2 else trees[::-1]
                 found = {tree: _measured(tree, index, argv) for tree in order}
                 for figure in cell.figures:
@@ -76,20 +76,20 @@ def rows(ref: str, argv: Sequence[str], cells: Sequence[Cell], rounds: int) -> l
 
 
 def _measured(tree: str, index: int, argv: Sequence[str]) -> dict[str, float]:
-    """Measure a cell of a tree; nothing, and a line on stderr, if it cannot be run."""
+    """Measure a cell of a tree. If it fails, print the error and return no figures."""
     try:
         printed = children.run(
             *("-m", "benchmarks", *argv, "--cell", str(index)), seconds=_LONGEST, tree=tree
         )
     except children.ChildFailed as error:
-        print(f"not measured of {tree}: {error}", file=sys.stderr)
+        print(f"not measured on {tree}: {error}", file=sys.stderr)
         return {}
     found: dict[str, float] = json.loads(printed)
     return found
 
 
 def print_cell(cell: Cell) -> None:
-    """In a child: measure one cell, and print what it yields."""
+    """Measure one cell, in a child, and print its figures."""
     logging.getLogger("taskx").setLevel(logging.ERROR)
     print(json.dumps(run_cell(cell)))
 

@@ -1,4 +1,4 @@
-"""Very many schedules, or delayed tasks, at once: how long the housekeeper does nothing else."""
+"""Many schedules or delayed tasks that are due at once: how long they keep the housekeeper busy."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from taskx.upkeep.housekeeper import Housekeeper
 
 _DURABILITY = "accepted"
 _MINUTE, _WEEK = 60.0, 7 * 86_400.0
-#: Seconds between looks of the cell itself, each of which holds up the housekeeper, too.
-_LOOK_EVERY = 0.05
-#: For which an idle queue is watched, as a multiple of the plan's seconds: some duties are done seldom.
+#: Seconds between the cell's own checks, each of which also delays the housekeeper.
+_CHECK_EVERY = 0.05
+#: Multiple of the plan's seconds for which an idle queue is watched: some of its duties are rare.
 _LONGER = 4
 
 
 @contextmanager
 def _longest_round() -> Iterator[list[float]]:
-    """Yields a list, which afterwards holds the milliseconds of the longest round of any housekeeper.
+    """Yield a list that gets the longest round of any housekeeper, in milliseconds.
 
-    Those that pass, and those for which its thread is at work: it waits for the disk, and for a processor.
+    The list has two values: the elapsed time, and the processor time of the thread (without waits for the
+    disk or a processor).
     """
     longest, tick = [0.0, 0.0], Housekeeper.tick
 
@@ -54,22 +55,22 @@ def _burst(
     seconds: float,
     over: Callable[[Repository], bool],
 ) -> list[float]:
-    """Let time pass on a started queue; returns the milliseconds of its housekeeper's longest round."""
+    """Let time pass on a started queue. Return the longest round of its housekeeper, in milliseconds."""
     clock = ManualClock(datetime.now(timezone.utc))
     with OnSQLite(_DURABILITY).repository(folder) as repository:
         queue = Queue(repository, Config(worker_num=1), clock=clock)
         queue.declare("elsewhere")
         prepare(queue)
         with _longest_round() as longest, queue:
-            time.sleep(1.0)  # its first looks
+            time.sleep(1.0)  # its first checks
             clock.advance(seconds)
             while not over(repository):
-                time.sleep(_LOOK_EVERY)
+                time.sleep(_CHECK_EVERY)
         return longest
 
 
 def _ticks(plan: Plan, folder: str) -> dict[str, float]:
-    """All schedules tick at the same minute; they are read when the queue starts, which counts, too."""
+    """Let all schedules tick in the same minute. Reading them at the queue's start counts, too."""
 
     def declare(queue: Queue) -> None:
         for n in range(plan.schedules):
@@ -82,14 +83,14 @@ def _ticks(plan: Plan, folder: str) -> dict[str, float]:
 
 
 def _due(plan: Plan, folder: str) -> dict[str, float]:
-    """All delayed tasks are due at once."""
+    """Let all delayed tasks become due at once."""
     fill = partial(fill_with_delayed, count=plan.delayed)
     passed, work = _burst(folder, fill, _WEEK, lambda r: not r.due(None, 1))
     return {"burst-due": passed, "burst-due-work": work}
 
 
 def _idle_schedules(plan: Plan, folder: str) -> dict[str, float]:
-    """The processor's time of a queue with a busy schedule, and with many idle ones beside it."""
+    """Measure the processor time that many idle schedules add to a queue with a busy one."""
     with OnSQLite("process").repository(folder) as repository:
         queue = Queue(repository, Config(worker_num=1))
         queue.executor("noop")(noop)
@@ -102,7 +103,7 @@ def _idle_schedules(plan: Plan, folder: str) -> dict[str, float]:
 
 
 def _share(plan: Plan) -> float:
-    """The share of a core that this process uses, in percent."""
+    """Measure the share of a core that this process uses, in percent."""
     time.sleep(1.0)
     used, began = time.process_time(), time.perf_counter()
     time.sleep(_LONGER * plan.seconds)
@@ -110,7 +111,7 @@ def _share(plan: Plan) -> float:
 
 
 def cells(plan: Plan) -> list[Cell]:
-    """All cells of bursts, on SQLite."""
+    """Return all cells of bursts, on SQLite."""
     return [
         Cell(TASKX, durability, partial(run, plan), figures, once=once)
         for durability, run, figures, once in (

@@ -1,4 +1,4 @@
-"""Processes that the benchmark starts, and ends whatever happens."""
+"""Processes that the benchmark starts and always ends."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parent.parent
-#: Seconds after which a child that has not said or done what it should is ended.
+#: Time limit for each answer of a child, in seconds.
 PATIENCE = 120.0
 
 
 class ChildFailed(Exception):
-    """A child ended with an error, or did not do what it should in time."""
+    """A child ended with an error, or did not answer in time."""
 
 
 def environment(tree: str | None = None, **more: str) -> dict[str, str]:
-    """Return the environment of children: they find this package wherever they run.
+    """Return the environment of children, in which they find this package from any folder.
 
     Args:
-        tree: where they find TaskX; where this process does, unless given.
-        more: variables beside those of this process.
+        tree: the folder from which they import TaskX; the default is that of this process.
+        more: additional variables.
     """
     path = os.pathsep.join(filter(None, (tree, os.environ.get("PYTHONPATH"), str(ROOT))))
     made = {**os.environ, "PYTHONPATH": path, **more}
-    made.pop("PYTHONDONTWRITEBYTECODE", None)  # or each would compile all that it imports
+    made.pop("PYTHONDONTWRITEBYTECODE", None)  # otherwise each child would compile its imports
     return made
 
 
@@ -38,11 +38,11 @@ def environment(tree: str | None = None, **more: str) -> dict[str, str]:
 def _started(
     args: tuple[str, ...], tree: str | None = None, **options: Any
 ) -> Iterator[subprocess.Popen[str]]:
-    """A Python program; at the end of the block it and all that it started are killed."""
-    # A session of its own: Ctrl-C strikes the benchmark alone, and a kill reaches grandchildren.
+    """Start a Python program. At the end of the block, kill it and all processes that it started."""
+    # A session of its own: Ctrl-C reaches only the benchmark, and a kill of the group its grandchildren.
     process = subprocess.Popen(
         [sys.executable, *args],
-        cwd=tree,  # where Python looks first
+        cwd=tree,  # the first place from which Python imports
         env=environment(tree),
         text=True,
         start_new_session=True,
@@ -61,10 +61,10 @@ def _started(
 
 
 def run(*args: str, seconds: float = PATIENCE, tree: str | None = None) -> str:
-    """Run a Python program to its end, with the TaskX of that tree; returns what it printed.
+    """Run a Python program with the TaskX of a tree. Return its output.
 
     Raises:
-        ChildFailed: it ended with an error, or not within ``seconds``.
+        ChildFailed: the program ended with an error, or not within ``seconds``.
     """
     theirs, ours = os.pipe()
     try:
@@ -83,18 +83,18 @@ def run(*args: str, seconds: float = PATIENCE, tree: str | None = None) -> str:
 
 
 def end_with_parent() -> None:
-    """In a child: kill all that it started, and itself, once the benchmark is gone, however it went."""
+    """Make this child kill itself and all processes that it started when the benchmark has ended."""
 
     def kill_when_alone() -> None:
         sys.stdin.read()
         os.killpg(0, signal.SIGKILL)
 
-    if os.getpgrp() == os.getpid():  # else the group is somebody's shell
+    if os.getpgrp() == os.getpid():  # otherwise the group may include a user's shell
         threading.Thread(target=kill_when_alone, daemon=True).start()
 
 
 class Child:
-    """A Python program that prints lines, and ends when its standard input does."""
+    """A Python program that prints lines, and ends when its standard input ends."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._process = process
@@ -104,18 +104,18 @@ class Child:
         self._stdout: IO[str] = process.stdout
 
     def tell(self, line: str) -> None:
-        """Write it a line."""
+        """Write a line to the program."""
         self._stdin.write(f"{line}\n")
         self._stdin.flush()
 
     def hear(self, word: str) -> str:
-        """The rest of its next line, which begins with that word.
+        """Return the rest of the program's next line, which must begin with ``word``.
 
         Raises:
-            ChildFailed: it printed something else, or nothing.
+            ChildFailed: the program printed something else, or nothing.
         """
         watchdog = threading.Timer(PATIENCE, self.kill)
-        watchdog.daemon = True  # an interrupt while it starts must not leave it to be waited for
+        watchdog.daemon = True  # after an interrupt during start(), the exit must not wait for it
         try:
             watchdog.start()
             line = self._stdout.readline()
@@ -123,16 +123,16 @@ class Child:
             watchdog.cancel()
         said, _, rest = line.strip().partition(" ")
         if said != word:
-            raise ChildFailed(f"a child should have said {word!r}, but said {line!r}")
+            raise ChildFailed(f"a child should have printed {word!r}, but printed {line!r}")
         return rest
 
     def kill(self) -> None:
-        """``kill -9`` it."""
+        """Kill the program with SIGKILL."""
         self._process.kill()
 
 
 @contextmanager
 def talking(*args: str) -> Iterator[Child]:
-    """A :class:`Child` for the time of the block."""
+    """Run a :class:`Child` during the block."""
     with _started(args, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         yield Child(process)

@@ -1,4 +1,4 @@
-"""Which statements SQLite runs, and on which thread: seen through its trace callback."""
+"""The statements that SQLite runs, with their threads, recorded by its trace callback."""
 
 from __future__ import annotations
 
@@ -20,21 +20,21 @@ class Seen:
         self._log: list[tuple[int, str]] = []
 
     def note(self, sql: str) -> None:
-        """SQLite calls this before each statement, on the thread that runs it."""
+        """Record a statement. SQLite calls this before each one, on the thread that runs it."""
         self._log.append((threading.get_ident(), sql.split(None, 1)[0].upper()))
 
     def clear(self) -> None:
-        """Forget what was seen."""
+        """Forget all statements."""
         self._log.clear()
 
     def count(self, verbs: tuple[str, ...], *, not_on: int | None = None) -> int:
-        """How many statements of these kinds were run, on threads other than ``not_on``."""
+        """Return how many statements of these kinds ran, on threads other than ``not_on``."""
         return sum(verb in verbs and thread != not_on for thread, verb in list(self._log))
 
 
 @contextmanager
 def watching() -> Iterator[Seen]:
-    """Watch every connection that is opened from now on."""
+    """Record the statements of every connection that is opened in the block."""
     seen = Seen()
     connect = sqlite3.connect
 

@@ -1,7 +1,7 @@
-"""The floor: TaskX's own writes, to its own store, in a bare loop of one thread; and a lean one.
+"""The floor: TaskX's own writes to its own store, in a plain loop on one thread; and a lean floor.
 
-No validation, no JSON, no ids made, no threads, no locks: what is left is what the store takes. Only
-the idle latencies have two threads, as a task is handed from one to another.
+The loop has no validation, no JSON, no generation of ids, no threads and no locks. It measures the time of
+the store alone. Only the idle latencies use two threads, because one hands each task to the other.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def _insert_many(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 
 def _start_and_finish(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    # What it drains without waiting for the disk, TaskX does, too: the same size of file.
+    # TaskX drains the same number of tasks without waiting for the disk, so that the files are equal.
     with store.loop(folder, plan.count(_runs_as(store.durability))) as loop:
         loop.insert_many()
         with Stopwatch() as watch:
@@ -79,7 +79,7 @@ _THROUGHPUT = {
 
 
 def cells(plan: Plan) -> list[Cell]:
-    """All cells of the floor on SQLite."""
+    """Return all cells of the floor on SQLite."""
     floors = (
         *((FLOOR, OnSQLite(durability)) for durability in DURABILITIES),
         *((LEAN, LeanOnSQLite(durability)) for durability in DURABILITIES),
@@ -92,13 +92,13 @@ def cells(plan: Plan) -> list[Cell]:
 
 
 def cells_on(plan: Plan, store: Store) -> list[Cell]:
-    """All cells of the floor on a store."""
+    """Return all cells of the floor on a store."""
     throughput = [cell(plan, store, figure) for figure in _THROUGHPUT]
     return [*throughput, _left_cell(plan, store), _latencies(plan, store)]
 
 
 def cell(plan: Plan, store: Store, figure: str, who: str = FLOOR) -> Cell:
-    """One cell of throughput."""
+    """Return one cell of throughput."""
     run = partial(_THROUGHPUT[figure], plan, store)
     return Cell(who, store.durability, run, (figure,))
 

@@ -1,4 +1,4 @@
-"""Cells, the figures that they yield, and the rounds in which they are measured."""
+"""Cells, their figures, and the rounds in which they are measured."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLEEPERS, NAP = 32, 0.01
 FLOOR, LEAN, TASKX = "floor", "lean floor", "TaskX"
 #: Seconds between two tasks of a queue that counts as idle.
 IDLE = 0.004
-#: Seconds, at most, between two tasks that one process submits and another begins.
+#: Longest pause, in seconds, between two tasks that one process submits and another one starts.
 PAUSE = 0.1
 ELSEWHERE = ("elsewhere-p50", "elsewhere-p99")
 LATENCIES = ("begins-p50", "begins-p99", "result-p50", "result-p99")
@@ -27,22 +27,22 @@ LATENCIES = ("begins-p50", "begins-p99", "result-p50", "result-p99")
 
 @dataclass(frozen=True)
 class Plan:
-    """How much each cell does.
+    """The amount of work of each cell, mostly numbers of tasks.
 
     Attributes:
         tasks: tasks of a cell whose commits do not wait for the disk.
-        synced: tasks of a cell whose commits do.
+        synced: tasks of a cell whose commits wait for the disk.
         many: tasks of one batch.
-        samples: tasks whose latency is taken.
+        samples: tasks whose latency is measured.
         sleepers: tasks that sleep.
-        finished: finished, or delayed, tasks in the file of the cells that compare it with 1,000.
-        schedules: schedules that tick at the same minute, or not at all.
-        delayed: tasks that are due at once.
-        spilled: tasks stored to see what one takes of memory.
+        finished: finished or delayed tasks in the large file of the cells that compare two sizes of file.
+        schedules: schedules that tick in the same minute, or not at all.
+        delayed: tasks that become due at once.
+        spilled: tasks stored to measure the memory of one.
         left: tasks that a dead process leaves.
         messages: tasks and cancels from one process to another.
-        kills: processes killed to see when their task starts again.
-        seconds: how long an idle queue is watched.
+        kills: processes killed to measure when their task starts again.
+        seconds: the time for which an idle queue is watched, in seconds.
     """
 
     tasks: int = 20_000
@@ -60,11 +60,11 @@ class Plan:
     seconds: float = 3.0
 
     def count(self, durability: str) -> int:
-        """How many tasks a cell of that durability does."""
+        """Return the number of tasks of a cell with this durability."""
         return self.tasks if durability in ("process", "memory", "none") else self.synced
 
     def limited_to(self, tasks: int) -> Plan:
-        """The same with at most so many tasks a cell."""
+        """Return the same plan with at most this number of tasks per cell."""
         names = [f.name for f in fields(self) if f.name not in ("kills", "seconds")]
         return replace(self, **{name: min(getattr(self, name), tasks) for name in names})
 
@@ -86,12 +86,16 @@ QUICK = Plan(
 
 @dataclass(frozen=True)
 class Cell:
-    """One measurement: a function of a fresh folder that returns figures by name.
+    """One measurement: a function that takes a fresh folder and returns figures by name.
 
     Attributes:
-        rival: its best counts, and it may fail.
-        once: not in each round.
-        lacks: what is not installed, so that it cannot be run.
+        who: the name in the table.
+        durability: the failures that a stored task survives, in the table's words.
+        run: the function.
+        figures: the names of the figures that it returns.
+        rival: True for a peer: its best value counts, and it may fail.
+        once: True if it is measured only in the first round.
+        lacks: missing packages, without which it cannot run; empty for none.
     """
 
     who: str
@@ -103,7 +107,7 @@ class Cell:
     lacks: str = ""
 
     def matches(self, words: Sequence[str]) -> bool:
-        """Whether one of the words is the beginning of a figure's name, or is in ours."""
+        """Return True if a figure's name begins with one of the words, or ``who`` contains one."""
         return not words or any(
             word.lower() in self.who.lower()
             or any(figure.startswith(word) for figure in self.figures)
@@ -113,7 +117,7 @@ class Cell:
 
 @dataclass
 class Measured:
-    """What one cell yielded for one figure, round by round; nothing where it failed."""
+    """The values of one cell for one figure, one for each round; none for a round that failed."""
 
     figure: str
     who: str
@@ -123,7 +127,7 @@ class Measured:
     values: list[float] = field(default_factory=list)
 
     def value(self, *, more_is_better: bool) -> float:
-        """The median; of a rival, the best."""
+        """Return the median; for a rival, the best value."""
         if self.rival:
             return max(self.values) if more_is_better else min(self.values)
         return statistics.median(self.values)
@@ -133,7 +137,7 @@ Key = tuple[str, str, str]
 
 
 def measure(cells: Sequence[Cell], rounds: int, *, progress: bool) -> dict[Key, Measured]:
-    """Run every cell once a round, in another order each round, so that drift hits all alike."""
+    """Run every cell once per round, in random order, so that drift affects all cells equally."""
     measured = {
         (figure, cell.who, cell.durability): Measured(
             figure, cell.who, cell.durability, cell.rival, cell.lacks
@@ -163,7 +167,7 @@ def measure(cells: Sequence[Cell], rounds: int, *, progress: bool) -> dict[Key, 
 
 
 def _tried(cell: Cell) -> Mapping[str, float]:
-    """What the cell yields; a rival that fails yields nothing, and is complained of."""
+    """Run a cell. If a rival fails, print the error and return no figures."""
     try:
         return run_cell(cell)
     except ChildFailed as error:
@@ -191,11 +195,11 @@ class Stopwatch:
         self.seconds = time.perf_counter() - self.began
 
     def rate(self, count: int) -> float:
-        """How many a second."""
+        """Return ``count`` per second."""
         return count / self.seconds
 
 
 def percentile(samples: Sequence[float], percent: float) -> float:
-    """The sample that so many percent of them do not exceed."""
+    """Return the percentile of samples: ``percent`` percent of them are not larger."""
     ranked = sorted(samples)
     return ranked[min(len(ranked) - 1, int(len(ranked) * percent / 100))]

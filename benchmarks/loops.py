@@ -1,4 +1,4 @@
-"""What a floor is: the same writes as TaskX's, in a bare loop."""
+"""The base of the floors: TaskX's own writes in a plain loop."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from taskx.core.writes import Insert, Update
 
 
 def created(task_id: str) -> Insert:
-    """A task as ``submit`` stores it."""
+    """Return the write by which ``submit`` stores a task."""
     now = SYSTEM_CLOCK.now_ms()
     return lifecycle.create(task_id=task_id, type="noop", params="{}", created_by="", now=now)
 
 
 def started_and_finished() -> tuple[Update, Update]:
-    """What a task's start and its outcome change; its id is for the loop to fill in."""
+    """Return the writes of a task's start and of its outcome. The loop fills in the id."""
     now = SYSTEM_CLOCK.now_ms()
     task = Task(type="noop", params={}, id="?", max_attempts=1, max_crashes=3)
     start = lifecycle.start(task, now, new_id())
@@ -38,7 +38,7 @@ class Loop(ABC):
     """One thread that stores, starts and finishes tasks by their index, on a fresh store.
 
     Attributes:
-        count: how many tasks it has.
+        count: the number of tasks.
     """
 
     count: int
@@ -59,7 +59,7 @@ class Loop(ABC):
 
     @abstractmethod
     def start(self, index: int) -> None:
-        """Read a task, and write that it runs, durably."""
+        """Read a task and write its start, durably."""
 
     @abstractmethod
     def finish(self, index: int) -> None:
@@ -70,18 +70,18 @@ class Loop(ABC):
         """Store all tasks at once."""
 
     def insert(self) -> None:
-        """Store them one by one."""
+        """Store all tasks one by one."""
         for index in range(self.count):
             self.store(index)
 
     def start_and_finish(self) -> None:
-        """Run what is stored."""
+        """Start and finish all stored tasks."""
         for index in range(self.count):
             self.start(index)
             self.finish(index)
 
     def insert_start_finish(self) -> None:
-        """Store each, and run it."""
+        """Store, start and finish each task."""
         for index in range(self.count):
             self.store(index)
             self.start(index)
@@ -91,7 +91,7 @@ class Loop(ABC):
         """Store on one thread, start and finish on another, with pauses.
 
         Returns:
-            microseconds from before the insert to after each start, and to when the end is seen.
+            Microseconds from before each insert until after the start, and until the end is seen.
         """
         begins: list[float] = []
         results: list[float] = []

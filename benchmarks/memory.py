@@ -1,4 +1,4 @@
-"""A child of the benchmark: what a spilled task takes of the process, in bytes."""
+"""A child of the benchmark: the memory of the process for a spilled task, in bytes."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ _AT_ONCE = 1_000
 
 
 def resident() -> int:
-    """Bytes of this process that are in memory."""
+    """Return the resident memory of this process in bytes."""
     gc.collect()
     with open("/proc/self/statm") as statm:
         return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def main(folder: str, count: int) -> None:
-    """Print what ``count`` spilled tasks add to a queue that holds as many at once already."""
+    """Print the memory per task that ``count`` spilled tasks add to a queue that already has some."""
     with queue_on(OnSQLite("process"), folder, overflow="spill") as queue, busy(queue):
         for _ in range(5):
             queue.submit_many(noops(_AT_ONCE))

@@ -1,4 +1,4 @@
-"""A child of the benchmark: a process that runs a queue, on a store that others share."""
+"""A child of the benchmark: a process with a queue on a store that several processes share."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def say(*words: object) -> None:
 
 
 def wait_to_be_ended() -> None:
-    """Until the benchmark closes our standard input, or kills us."""
+    """Wait until the benchmark closes the standard input or kills this process."""
     sys.stdin.read()
 
 
 def leave(queue: Queue, count: int) -> None:
-    """Store tasks, while those that run keep the workers busy, and wait for the end."""
+    """Store tasks while other tasks keep the workers busy, and wait for the end."""
     with busy(queue):
         for _ in range(0, count, _AT_ONCE):
             queue.submit_many(noops(min(count, _AT_ONCE)))
@@ -34,7 +34,7 @@ def leave(queue: Queue, count: int) -> None:
 
 
 def drain(queue: Queue, count: int) -> None:
-    """When told, run what is there until nothing is left."""
+    """Wait for a line of input, then run all tasks in the store."""
     say("ready")
     sys.stdin.readline()
     with queue:
@@ -44,7 +44,7 @@ def drain(queue: Queue, count: int) -> None:
 
 
 def hang(queue: Queue, count: int) -> None:
-    """Run a task that does not end, and wait for ours."""
+    """Run a task that does not end before this process does."""
 
     @queue.executor("orphan")
     def orphan() -> None:
@@ -56,7 +56,7 @@ def hang(queue: Queue, count: int) -> None:
 
 
 def serve(queue: Queue, count: int) -> None:
-    """Run what others submit: tasks that tell when they began, or when they were cancelled."""
+    """Run tasks of other processes, which report when they began or when they were cancelled."""
 
     queue.executor("clock")(lambda: time.perf_counter())
 
@@ -73,7 +73,7 @@ def serve(queue: Queue, count: int) -> None:
 
 
 def stand_by(queue: Queue, count: int) -> None:
-    """Run nothing, and tell when asked how many seconds of a core that has taken."""
+    """Run no task. Print the processor time used so far for each line of input."""
     queue.executor("other")(lambda: None)
     with queue:
         say("ready")
@@ -91,7 +91,7 @@ ROLES: dict[str, Callable[[Queue, int], None]] = {
 
 
 def main(role: str, folder: str, store: str, count: int) -> None:
-    """Play the role."""
+    """Run one of the roles."""
     logging.getLogger("taskx").setLevel(logging.ERROR)
     with queue_on(named(store), folder, overflow="spill") as queue:
         ROLES[role](queue, count)

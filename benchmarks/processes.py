@@ -1,4 +1,4 @@
-"""TaskX in several processes that share a store."""
+"""Cells of TaskX in several processes that share a store."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from benchmarks.stores import Store
 from benchmarks.taskx_bench import drained, noop, noops, queue_on
 from taskx import Queue, TaskFilter
 
-#: Seconds in which a process that was started, or a task that began, comes to rest.
-_SETTLE = 0.2
-#: Seconds between two tasks, while a process that runs none of them is watched.
+#: Seconds until a process that was started, or a task that began, is idle.
+_UNTIL_IDLE = 0.2
+#: Seconds between two tasks while another process, which runs none of them, is watched.
 _BUSY_EVERY = 0.04
 #: Records read at once.
 _PAGE = 10_000
@@ -32,16 +32,16 @@ def _node(store: Store, role: str, folder: str, count: int = 0) -> Iterator[Chil
         yield child
 
 
-# --- what a dead process leaves
+# --- tasks of a dead process
 
 
 def _left(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    """A process is killed that had all its workers busy and tasks in its buffer and in the file."""
+    """Kill a process with busy workers and with tasks in its buffer and in the file; run these tasks."""
     with _node(store, "leave", folder, plan.left) as child:
         child.hear("left")
         child.kill()
     with queue_on(store, folder) as queue:
-        queue.executor("gate")(noop)  # what it was running
+        queue.executor("gate")(noop)  # the type of its running tasks
         return {"left": drained(queue, plan.left + queue.config.worker_num)}
 
 
@@ -51,7 +51,7 @@ def _rescue(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 
 def _rescued(store: Store, folder: str) -> float:
-    """Milliseconds from the death of a process to the start of its task in another."""
+    """Measure the milliseconds from the death of a process to the start of its task in another one."""
     os.mkdir(folder)
     began: list[float] = []
     again = threading.Event()
@@ -64,11 +64,11 @@ def _rescued(store: Store, folder: str) -> float:
         child.hear("running")
         queue.executor("orphan")(orphan)
         with queue:
-            time.sleep(_SETTLE)
+            time.sleep(_UNTIL_IDLE)
             killed = time.perf_counter()
             child.kill()
             if not again.wait(PATIENCE):
-                raise ChildFailed("the task of a dead process was not started again")
+                raise ChildFailed("the task of a dead process did not start again")
     return 1000 * (began[0] - killed)
 
 
@@ -76,7 +76,7 @@ def _rescued(store: Store, folder: str) -> float:
 
 
 def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    count = 2 * plan.tasks  # in less than a second or two, shares are a matter of chance
+    count = 2 * plan.tasks  # in runs of less than two seconds, the shares are random
     alone, _ = _drained_by(store, 1, count, os.path.join(folder, "one"))
     both, share = _drained_by(store, 2, count, os.path.join(folder, "two"))
     return {
@@ -88,10 +88,10 @@ def _both(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 
 def _drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[float, float]:
-    """Tasks a second, and of how many percent of them the laziest process ran."""
+    """Return the tasks per second, and the smallest share of one process in percent."""
     os.mkdir(folder)
     with queue_on(store, folder) as queue, ExitStack() as stack:
-        queue.repository.prepare()  # or the nodes would make the indexes of a MongoDB first
+        queue.repository.prepare()  # otherwise the nodes would first make the indexes of MongoDB
         queue.submit_many(noops(count))
         nodes = [stack.enter_context(_node(store, "drain", folder)) for _ in range(processes)]
         for node in nodes:
@@ -102,13 +102,13 @@ def _drained_by(store: Store, processes: int, count: int, folder: str) -> tuple[
         for node in nodes:
             node.hear("drained")
         ended, runs = _ended_and_runs(queue)
-        # A process that ran none is not among them.
+        # ``runs`` does not include a process that ran no task.
         share = 100 * min(runs) / count if len(runs) == processes else 0.0
         return count / (ended - began), share
 
 
 def _ended_and_runs(queue: Queue) -> tuple[float, list[int]]:
-    """When the last task was done, and how many each process ran; by the records."""
+    """Return when the last task was done, and how many tasks each process ran, by the records."""
     ended, runs, seen = 0.0, Counter[str](), 0
     while tasks := queue.repository.list(TaskFilter(limit=_PAGE, offset=seen)):
         seen += len(tasks)
@@ -119,11 +119,11 @@ def _ended_and_runs(queue: Queue) -> tuple[float, list[int]]:
     return ended, [*runs.values()]
 
 
-# --- what one process tells another
+# --- messages between processes
 
 
 def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    """Milliseconds from a submit, in a process that only submits, to the start in another, and back."""
+    """Measure the milliseconds from a submit to the start in another process, and back to the result."""
     chance = random.Random(0)
     there, back = [], []
     with _node(store, "serve", folder) as child, queue_on(store, folder) as queue:
@@ -144,7 +144,7 @@ def _elsewhere(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 
 def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    """Milliseconds from a cancel to its token firing in another process."""
+    """Measure the milliseconds from a cancel until the token fires in another process."""
     chance = random.Random(0)
     samples = []
     with _node(store, "serve", folder) as child, queue_on(store, folder) as queue:
@@ -161,7 +161,7 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 
 def _beside(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    """Percent of a core that a process takes which runs nothing, while two others are at work."""
+    """Measure the share of a core that an idle process uses while two others work, in percent."""
     with (
         _node(store, "serve", folder) as child,
         _node(store, "stand-by", folder) as idle,
@@ -170,7 +170,7 @@ def _beside(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         child.hear("ready")
         idle.hear("ready")
         queue.declare("clock")
-        time.sleep(_SETTLE)
+        time.sleep(_UNTIL_IDLE)
         used, began = _used(idle), time.perf_counter()
         while (seconds := time.perf_counter() - began) < plan.seconds:
             queue.submit("clock").result(timeout=PATIENCE)
@@ -184,7 +184,7 @@ def _used(child: Child) -> float:
 
 
 def cells(plan: Plan, store: Store) -> list[Cell]:
-    """All cells that need more than one process."""
+    """Return all cells that need more than one process."""
     return [
         Cell(TASKX, store.durability, partial(run, plan, store), figures, once=once)
         for run, figures, once in (

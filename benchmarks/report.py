@@ -12,17 +12,18 @@ from benchmarks.harness import FLOOR, TASKX, Key, Measured
 
 @dataclass(frozen=True)
 class Figure:
-    """What is measured.
+    """A figure, with the goals for TaskX.
 
     Attributes:
-        title: what it is, as it stands in the table.
-        form: how a value is written.
-        more: whether more is better.
-        ratio: the least share of the floor that TaskX is to reach.
-        value: the least (where less is better: the most) that it is to reach; either is enough.
-        growth: how many times the value with few other tasks that with many may be.
-        durability: where the goal holds only at that one.
-        ahead: at the goals' ``process``, every rival that stores tasks is to be left behind.
+        title: the name in the table.
+        form: the format of a value.
+        more: True if a larger value is better.
+        ratio: goal: the smallest share of the floor's value.
+        value: goal: the smallest value, or the largest one if less is better. If there is a ``ratio``,
+            too, either goal is enough.
+        growth: goal: the largest factor between the times with many and with few other tasks.
+        durability: the only durability for which the goal is valid; None for all.
+        ahead: goal: at the durability ``process``, be ahead of every rival that stores tasks.
     """
 
     title: str
@@ -123,14 +124,14 @@ def _unit(figure: Figure) -> str:
 
 HEADER = ("what", "who", "durability", "measured", "× floor", "goal", "met")
 MISSING, FAILED = "NOT INSTALLED", "FAILED"
-#: Lines between which the documentation holds the tables of a run, and of one on MongoDB.
+#: The lines in the documentation between which the tables of a run are; and those for a run on MongoDB.
 MARKS = ("\n.. measured from here on\n", "\n.. measured up to here\n")
 MARKS_ON_MONGO = (
     "\n.. measured on MongoDB from here on\n",
     "\n.. measured on MongoDB up to here\n",
 )
 
-#: What stands beside the peers' figures, and how its columns are called.
+#: The figures in the table of the peers, with the headings of their columns.
 SIDE_BY_SIDE = {
     "submit": "submit",
     "drain": "drain",
@@ -154,7 +155,7 @@ Row = tuple[str, ...]
 
 
 def rows(measured: Mapping[Key, Measured]) -> list[Row]:
-    """The rows of the floor and of TaskX, figure by figure, with goals."""
+    """Return the rows of the floor and of TaskX, by figure, with goals."""
     return [
         _row(figure, m, measured)
         for name, figure in FIGURES.items()
@@ -164,9 +165,9 @@ def rows(measured: Mapping[Key, Measured]) -> list[Row]:
 
 
 def side_by_side(measured: Mapping[Key, Measured]) -> list[Row]:
-    """A row for each peer, also for one that is not installed, or fails; none if none was asked for.
+    """Return the table of the peers, which also has rows for the floors and TaskX.
 
-    Beside them stand the floors and TaskX.
+    Peers that are not installed or fail have a row, too. Without any peer, there are no rows.
     """
     if not any(m.rival for m in measured.values()):
         return []
@@ -192,7 +193,7 @@ def _side(m: Measured | None) -> str:
 
 
 def complaints(measured: Mapping[Key, Measured]) -> list[str]:
-    """What the table is short of: a peer, and why."""
+    """Return the peers that were not measured, each with the reason."""
     short = {m.who: m.lacks for m in measured.values() if m.rival and not m.values}
     return [f"{who} ({f'{lacks} {MISSING}' if lacks else FAILED})" for who, lacks in short.items()]
 
@@ -230,7 +231,7 @@ def _goals(
     share: float | None,
     measured: Mapping[Key, Measured],
 ) -> list[Goal]:
-    """What is to be reached, all of it, and whether it is."""
+    """Return all goals of a value, each with True if it is reached."""
     if figure.durability not in (None, m.durability):
         return []
     either: list[Goal] = []
@@ -269,7 +270,7 @@ def _ahead_of_rivals(
 def _growth(
     figure: Figure, m: Measured, value: float, measured: Mapping[Key, Measured]
 ) -> list[Goal]:
-    """The second of the two sizes is held against the first."""
+    """Compare the second of two sizes with the first."""
     first = next(other for (of, _, _), other in measured.items() if of == m.figure)
     if first is m:
         return []
@@ -280,7 +281,7 @@ def _growth(
 
 
 def machine(store: str, versions: Mapping[str, str | None]) -> str:
-    """What the figures depend on; it names no host."""
+    """Return a description of the machine and the software, without the host's name."""
     cores = len(os.sched_getaffinity(0))
     found = [f"{name} {version or MISSING}" for name, version in sorted(versions.items())]
     return (
@@ -290,7 +291,7 @@ def machine(store: str, versions: Mapping[str, str | None]) -> str:
 
 
 def as_text(table: Sequence[Row], header: Row = HEADER) -> str:
-    """Columns for a terminal."""
+    """Return a table as columns for a terminal."""
     shown, previous = [header], ""
     for row in table:
         shown.append(row if row[0] != previous else ("", *row[1:]))
@@ -299,22 +300,24 @@ def as_text(table: Sequence[Row], header: Row = HEADER) -> str:
 
 
 def as_rst(table: Sequence[Row], header: Row = HEADER) -> str:
-    """A simple table of reStructuredText."""
+    """Return a table as a simple table of reStructuredText."""
     first, *others = _lines([header, *table])
     rule = "  ".join("=" * width for width in _widths([header, *table]))
     return "\n".join([rule, first, rule, *others, rule])
 
 
 def put_between_marks(document: str, text: str, marks: tuple[str, str]) -> str:
-    """The document with the text in the place that its marks hold for it.
+    """Return the document with the text between its marks.
 
     Raises:
-        ValueError: it has no such place.
+        ValueError: the document does not have the marks.
     """
     before, begin, rest = document.partition(marks[0])
     _, end, after = rest.partition(marks[1])
     if not begin or not end:
-        raise ValueError(f"no place for the tables: a line {marks[0]!r}, and below {marks[1]!r}")
+        raise ValueError(
+            f"the document has no place for the tables: add the lines {marks[0]!r} and {marks[1]!r}"
+        )
     return f"{before}{begin}\n{text}\n{end}{after}"
 
 
@@ -323,7 +326,7 @@ def _widths(table: Sequence[Row]) -> list[int]:
 
 
 def _lines(table: Sequence[Row]) -> list[str]:
-    """A line for each row; figures stand to the right."""
+    """Return a line for each row, with numbers aligned to the right."""
     widths = _widths(table)
     right = range(2, len(widths)) if table[0] == HEADER_SIDE_BY_SIDE else (3, 4)
     return [

@@ -1,4 +1,4 @@
-"""The floors on SQLite: TaskX's own statements on its own schema, and the fewest on the leanest."""
+"""The floors on SQLite: TaskX's own statements and schema, and the fewest on a minimal schema."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Rows = Sequence[Sequence[Any]]
 
 
 class Statements:
-    """The statements of one task's life, and their values for each of many ids."""
+    """The statements of one task's life, with their values for many ids."""
 
     def __init__(self, ids: Sequence[str]) -> None:
         start, finish = started_and_finished()
@@ -39,7 +39,7 @@ class Statements:
 
 
 class LeanStatements:
-    """The same of a record that can say no more than whether a task runs, and what it returned."""
+    """The statements for a minimal record, which has only a task's status and result."""
 
     table = (
         "CREATE TABLE tasks (id TEXT PRIMARY KEY, type TEXT, params TEXT, status TEXT, result TEXT)"
@@ -57,7 +57,7 @@ class LeanStatements:
 
 
 class SQLiteLoop(Loop):
-    """A file with TaskX's schema and a connection set up as its writer is."""
+    """A file with TaskX's schema, and a connection like TaskX's writer."""
 
     statements_of: type[Statements] | type[LeanStatements] = Statements
 
@@ -69,7 +69,7 @@ class SQLiteLoop(Loop):
         self.statements = self.statements_of([new_id() for _ in range(count)])
 
     def opened(self, path: str) -> sqlite3.Connection:
-        """Make the file."""
+        """Create the file and return a connection."""
         self._connections = Connections(DatabaseFile(path, create=True), 10.0)
         return self._connections.writer()
 
@@ -81,7 +81,7 @@ class SQLiteLoop(Loop):
         self.cursor.execute(f"PRAGMA synchronous = {level}")
 
     def insert(self) -> None:
-        """One task, one commit."""
+        """Store all tasks with one commit per task."""
         execute, sql = self.cursor.execute, self.statements.inserting
         self.synchronous(self.accepting)
         for row in self.statements.inserts:
@@ -90,14 +90,14 @@ class SQLiteLoop(Loop):
             execute("COMMIT")
 
     def insert_many(self) -> None:
-        """All tasks, one commit."""
+        """Store all tasks with one commit."""
         self.synchronous(self.accepting)
         self.cursor.execute("BEGIN IMMEDIATE")
         self.cursor.executemany(self.statements.inserting, self.statements.inserts)
         self.cursor.execute("COMMIT")
 
     def start_and_finish(self) -> None:
-        """One task, one commit."""
+        """Start and finish all tasks with one commit per task."""
         execute, own = self.cursor.execute, self.statements
         self.synchronous(self.running)
         for select, start, finish in zip(own.selects, own.starts, own.finishes, strict=True):
@@ -108,7 +108,7 @@ class SQLiteLoop(Loop):
             execute("COMMIT")
 
     def insert_start_finish(self) -> None:
-        """One task, two commits: what was accepted must be safe before it starts."""
+        """Run all tasks with two commits per task: an accepted task must be safe before it starts."""
         execute, own = self.cursor.execute, self.statements
         switch = self.accepting != self.running
         self.synchronous(self.accepting)
@@ -129,7 +129,7 @@ class SQLiteLoop(Loop):
             execute("COMMIT")
 
     def commit(self, level: str, sql: str, values: Sequence[Any]) -> None:
-        """One statement, one commit."""
+        """Run one statement with a commit."""
         if self.accepting != self.running:
             self.synchronous(level)
         self.cursor.execute("BEGIN IMMEDIATE")
@@ -137,27 +137,27 @@ class SQLiteLoop(Loop):
         self.cursor.execute("COMMIT")
 
     def store(self, index: int) -> None:
-        """One commit."""
+        """Store a task with one commit."""
         self.commit(self.accepting, self.statements.inserting, self.statements.inserts[index])
 
     def start(self, index: int) -> None:
-        """A read, and a commit."""
+        """Start a task with a read and a commit."""
         own = self.statements
         self.cursor.execute(own.selecting, own.selects[index]).fetchall()
         self.commit(self.running, own.starting, own.starts[index])
 
     def finish(self, index: int) -> None:
-        """One commit."""
+        """Finish a task with one commit."""
         self.commit(self.running, self.statements.finishing, self.statements.finishes[index])
 
     def one_at_a_time(self) -> tuple[list[float], list[float]]:
-        """As above; three commits a task."""
+        """Measure as the base class does, with three commits per task."""
         self.synchronous(self.accepting)
         return super().one_at_a_time()
 
 
 class LeanLoop(SQLiteLoop):
-    """A file with one table, one partial index, and SQLite's defaults but for WAL."""
+    """A file with one table, one partial index, and SQLite's defaults except WAL."""
 
     statements_of = LeanStatements
 

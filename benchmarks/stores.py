@@ -1,4 +1,4 @@
-"""Where a cell keeps its tasks."""
+"""The stores on which cells run."""
 
 from __future__ import annotations
 
@@ -14,29 +14,29 @@ from taskx.storage.base import Repository
 
 
 class Store(ABC):
-    """A kind of repository; each folder has one of its own.
+    """A kind of repository. Each folder has a repository of its own.
 
     Attributes:
-        durability: what a stored task survives, in the table's words.
+        durability: the failures that a stored task survives, in the table's words.
     """
 
     durability: str
 
     @abstractmethod
     def repository(self, folder: str) -> AbstractContextManager[Repository]:
-        """The folder's repository."""
+        """Return the folder's repository."""
 
     @abstractmethod
     def loop(self, folder: str, count: int) -> Loop:
-        """The floor for so many tasks."""
+        """Return the floor for ``count`` tasks."""
 
     @abstractmethod
     def name(self) -> str:
-        """What :func:`named` makes the same one from, in another process."""
+        """Return a name from which :func:`named` makes the same store in another process."""
 
 
 class OnSQLite(Store):
-    """A file in the folder."""
+    """A store in a SQLite file in the folder."""
 
     def __init__(self, durability: str) -> None:
         self.durability = durability
@@ -53,14 +53,14 @@ class OnSQLite(Store):
 
 
 class LeanOnSQLite(OnSQLite):
-    """The same with a floor that stores as little as a task queue can."""
+    """The same store with a floor that stores as little as possible."""
 
     def loop(self, folder: str, count: int) -> Loop:
         return LeanLoop(folder, self.durability, count)
 
 
 def named(name: str) -> Store:
-    """The store that another process calls so."""
+    """Return the store with this name."""
     if "://" not in name:
         return OnSQLite(name)
     from benchmarks.mongo.store import OnMongo

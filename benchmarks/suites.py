@@ -1,4 +1,4 @@
-"""What is measured in one run: on SQLite, or on a MongoDB server."""
+"""The cells of one run: on SQLite, or on a MongoDB server."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from benchmarks.stores import OnSQLite
 
 @dataclass(frozen=True)
 class Suite:
-    """Cells, and what the document needs to know of them.
+    """The cells of a run, and facts for the document.
 
     Attributes:
-        store: what tasks are kept in, with its version.
-        versions: of what peers need.
-        marks: between which lines a document holds the table.
+        cells: the cells.
+        store: the name and version of the store.
+        versions: the versions of the packages that peers need.
+        marks: the lines of the document between which the tables are.
     """
 
     cells: list[Cell]
@@ -31,7 +32,7 @@ class Suite:
 
 @contextmanager
 def chosen(options: argparse.Namespace) -> Iterator[Suite]:
-    """The one that the options ask for."""
+    """Yield the suite that the options select."""
     with _on_sqlite(options) if options.mongo is None else _on_mongo(options) as suite:
         yield replace(suite, cells=[c for c in suite.cells if c.matches(options.only)])
 

@@ -1,4 +1,4 @@
-"""TaskX itself."""
+"""Cells of TaskX itself."""
 
 from __future__ import annotations
 
@@ -45,17 +45,17 @@ _COSTS = {
     for name in ("cost-drain", "cost-alone")
 }
 FEW = 1_000
-#: How often a drain beside them is measured on one file.
+#: Number of measured drains on one file with other tasks.
 _DRAINS = 3
-#: Seconds for which a look at such a file is repeated, so that one bad moment does not count.
-_LOOK = 0.5
+#: Seconds for which a query of such a file is repeated, so that one bad moment does not count.
+_REPEAT = 0.5
 
 
 @contextmanager
 def queue_on(
     store: Store, folder: str, *, workers: int = WORKERS, buffer: int = 100, **config: Any
 ) -> Iterator[Queue]:
-    """A queue that is not started, with a no-op executor, on what the folder holds."""
+    """Yield a queue that is not started, with a no-op executor, on the folder's repository."""
     with store.repository(folder) as repository:
         queue = Queue(repository, Config(worker_num=workers, buffer_size=buffer, **config))
         queue.executor("noop")(noop)
@@ -75,7 +75,7 @@ def noops(count: int) -> list[Task]:
 
 @contextmanager
 def busy(queue: Queue) -> Iterator[Callable[[], None]]:
-    """A started queue whose workers all wait until the function that is yielded is called."""
+    """Start the queue and keep all its workers busy. Yield a function that lets them go on."""
     workers = queue.config.worker_num
     began, go = threading.Semaphore(0), threading.Event()
 
@@ -92,7 +92,7 @@ def busy(queue: Queue) -> Iterator[Callable[[], None]]:
         try:
             yield go.set
         finally:
-            # Where they were not let go, what waits behind them is not to be run.
+            # If they were not let go, the tasks that wait behind them must not run.
             queue.stop(cancel=not go.is_set())
 
 
@@ -128,7 +128,7 @@ def _drain_buffer(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 
 def drained(queue: Queue, count: int) -> float:
-    """Start a queue on ``count`` tasks in its file; returns how many a second are done."""
+    """Start a queue with ``count`` tasks in its file. Return the finished tasks per second."""
     with Stopwatch() as watch:
         queue.start()
         queue.drain()
@@ -163,7 +163,7 @@ def _many_sleepers(plan: Plan, store: Store, folder: str) -> dict[str, float]:
 
 @contextmanager
 def _sleeping(plan: Plan, store: Store, folder: str) -> Iterator[Queue]:
-    """A started queue with many workers and an executor that sleeps."""
+    """Yield a started queue with many workers and an executor that sleeps."""
     with queue_on(store, folder, workers=SLEEPERS, buffer=plan.sleepers) as queue:
         queue.executor("nap")(lambda: time.sleep(NAP))
         with queue:
@@ -200,7 +200,7 @@ def _result(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     return {"result-p50": percentile(samples, 50), "result-p99": percentile(samples, 99)}
 
 
-# --- with many finished, or delayed, tasks in the file
+# --- with many finished or delayed tasks in the file
 
 
 def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
@@ -255,13 +255,13 @@ _WAITING = (
 
 
 def fill_with_delayed(queue: Queue, count: int) -> None:
-    """Write delayed tasks, as fast as SQLite takes them; they are due a day later."""
+    """Write delayed tasks, as fast as SQLite can. They are due a day later."""
     _fill(queue, count, _WAITING, 2)
 
 
 def _fill(queue: Queue, count: int, insert: str, times: int) -> list[str]:
-    """Write records, as fast as SQLite takes them; each has so many times."""
-    queue.list_tasks()  # makes the file
+    """Write records, as fast as SQLite can. Each has ``times`` columns with a time."""
+    queue.list_tasks()  # creates the file
     ids = [new_id() for _ in range(count)]
     now = time.time_ns() // 1_000_000 - count
     file = DatabaseFile(queue.repository.path, create=False)  # type: ignore[attr-defined]
@@ -275,9 +275,9 @@ def _fill(queue: Queue, count: int, insert: str, times: int) -> list[str]:
 
 
 def _timed(call: Callable[[], object]) -> float:
-    """The median of many calls, in µs."""
+    """Return the median duration of many calls, in µs."""
     samples: list[float] = []
-    until = time.perf_counter() + _LOOK
+    until = time.perf_counter() + _REPEAT
     while len(samples) < 21 or time.perf_counter() < until:
         with Stopwatch() as watch:
             call()
@@ -285,11 +285,11 @@ def _timed(call: Callable[[], object]) -> float:
     return percentile(samples, 50)
 
 
-# --- what it takes of the process
+# --- import time, memory and idle cost
 
 
 _IMPORT = "import time; t = time.perf_counter(); import taskx; print(time.perf_counter() - t)"
-#: What comes with importing TaskX that is neither Python's, nor its own, nor what it needs.
+#: Prints the number of packages that importing TaskX loads, besides Python's, its own and required ones.
 _OPTIONAL = """
 import sys
 before = set(sys.modules)
@@ -326,11 +326,11 @@ def _idle(plan: Plan, folder: str) -> dict[str, float]:
         }
 
 
-# --- what a task costs: counted, not timed
+# --- costs of a task: counted, not timed
 
 
 def _cost_of_submit(plan: Plan, store: Store, folder: str) -> dict[str, float]:
-    """Submits to a started queue whose workers are busy: nobody contends for the file."""
+    """Count the costs of submits to a started queue whose workers are busy and do not use the file."""
     count = max(1, plan.synced // 4)
     with (
         watching() as seen,
@@ -349,18 +349,18 @@ def _cost_of_submit(plan: Plan, store: Store, folder: str) -> dict[str, float]:
             "cost-submit-commits": seen.count(COMMITS) / count,
             "cost-submit-elsewhere": 100 * _elsewhere(seen) / count,
         }
-        if store.durability == "process":  # at the others it waits for the disk
+        if store.durability == "process":  # with other durabilities the thread waits for the disk
             figures["cost-submit-switches"] = switches / count
     return figures
 
 
 def _elsewhere(seen: Seen) -> int:
-    """How many records were stored by another thread than this."""
+    """Return how many records other threads than this one stored."""
     return seen.count(("INSERT",), not_on=threading.get_ident())
 
 
 def _switches() -> int:
-    """How often this thread has given up the processor to wait for something."""
+    """Return how often this thread has released the processor to wait."""
     return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
 
 
@@ -376,7 +376,9 @@ def _cost_of_drain(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         go()
         queue.drain()
         figures = _per_task("cost-drain", seen, count)
-        figures["cost-drain-writes"] -= WORKERS / count  # the ends of what kept them busy
+        figures["cost-drain-writes"] -= (
+            WORKERS / count
+        )  # the ends of the tasks that kept the workers busy
         return figures
 
 
@@ -386,7 +388,7 @@ def _cost_alone(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         queue.submit("noop").result()
         seen.clear()
         for _ in range(count):
-            time.sleep(IDLE)  # a worker waits for it, or it would not be stored as started
+            time.sleep(IDLE)  # a worker must be idle; only then is the task stored as started
             queue.submit("noop").result()
         return _per_task("cost-alone", seen, count)
 
@@ -400,7 +402,7 @@ def _per_task(name: str, seen: Seen, count: int) -> dict[str, float]:
 
 
 def throughput(plan: Plan, store: Store) -> list[Cell]:
-    """How many tasks a second."""
+    """Return the cells of throughput."""
     return _cells(
         plan,
         store,
@@ -412,7 +414,7 @@ def throughput(plan: Plan, store: Store) -> list[Cell]:
 
 
 def latency(plan: Plan, store: Store) -> list[Cell]:
-    """How long one task takes, and how well those that sleep share the threads."""
+    """Return the cells of latency, and of sleeping tasks that share the threads."""
     return _cells(
         plan,
         store,
@@ -444,7 +446,7 @@ def _costs(plan: Plan, store: Store) -> list[Cell]:
 
 
 def cells(plan: Plan) -> list[Cell]:
-    """All cells of TaskX on SQLite."""
+    """Return all cells of TaskX on SQLite."""
     cells = []
     for durability in DURABILITIES:
         cells += throughput(plan, OnSQLite(durability))

@@ -1,9 +1,9 @@
-"""Hash every file of a folder as tasks: of Python's standard library, unless you name another.
+"""Hash every file of a folder with tasks. The default is the folder of Python's standard library.
 
     python examples/checksum.py [FOLDER] [--db FILE] [--workers N] [--fresh]
 
-Each file is a task in a SQLite file, and so is its checksum once it is done. Stop it with Ctrl-C, or
-kill it with ``kill -9``: run again, it goes on with what is left.
+Each file is a task in a SQLite database, and its checksum is the task's result. Stop the program with
+Ctrl-C, or kill it with ``kill -9``. If you run it again, it goes on with the remaining files.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ PAGE = 10_000
 
 @executor("checksum")
 def checksum(ctx: Context, path: str) -> dict[str, Any]:
-    """Hash one file; between two chunks tell how far it is, and stop if told to."""
+    """Hash one file. Between two chunks, report the progress and stop if the task was cancelled."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         whole = os.fstat(file.fileno()).st_size
@@ -60,14 +60,14 @@ def checksum(ctx: Context, path: str) -> dict[str, Any]:
 
 
 def make_queue(repository: TaskRepository, workers: int) -> Queue:
-    """A queue that takes any number of tasks: what its buffer has no room for waits in the file."""
+    """Return a queue that accepts any number of tasks: with a full buffer, tasks wait in the database."""
     queue = Queue(repository, Config(worker_num=workers, overflow="spill"))
     queue.register_executor(checksum)
     return queue
 
 
 def make_task(path: str, folder: Path) -> Task:
-    """The task of a file. Its id follows from the path, so that no file is ever stored twice."""
+    """Return the task of a file. Its id is computed from the path, so that no file has two tasks."""
     task = checksum.task(path=path)
     task.id = str(uuid.uuid5(uuid.NAMESPACE_URL, Path(path).as_uri()))
     task.created_by = str(folder)
@@ -75,17 +75,17 @@ def make_task(path: str, folder: Path) -> Task:
 
 
 def submit_missing(queue: Queue, tasks: list[Task], known: set[str]) -> None:
-    """Submit what is not stored yet, in one transaction."""
+    """Submit the tasks that are not stored yet, in one transaction."""
     while missing := [task for task in tasks if task.id not in known]:
         try:
             queue.submit_many(missing)
             return
-        except DuplicateTask:  # this program runs twice, and the other one was faster
+        except DuplicateTask:  # another run of this program at the same time was faster
             known = survey(queue, missing[0].created_by).known
 
 
 def work_off(queue: Queue, progress: Progress, interruption: Interruption) -> None:
-    """Wait until all is done, or somebody wants it to stop."""
+    """Wait until all tasks have ended or the program is interrupted."""
     while not interruption and not queue.drain(timeout=0.1):
         progress.show(count_finished(queue, progress.folder))
     progress.end(count_finished(queue, progress.folder))
@@ -97,8 +97,7 @@ def work_off(queue: Queue, progress: Progress, interruption: Interruption) -> No
 
 
 def find_files(folder: Path, database: Path) -> tuple[list[str], list[str]]:
-    """The files below a folder, and what had to be left out: folders that cannot be read, and names
-    that are no text."""
+    """Return the files below a folder, and the paths left out: unreadable folders, names not in UTF-8."""
     found: list[str] = []
     left_out: list[str] = []
     for parent, folders, names in os.walk(folder, onerror=lambda e: left_out.append(e.filename)):
@@ -117,22 +116,22 @@ def find_files(folder: Path, database: Path) -> tuple[list[str], list[str]]:
 
 
 def is_text(path: str) -> bool:
-    """Whether the name can be stored as JSON."""
+    """Return True if a path can be stored as JSON."""
     return path.encode("utf-8", "replace") == os.fsencode(path)
 
 
 def is_file(path: str) -> bool:
-    """Whether it is a file, or something that opening will say is none: no pipe, socket or device."""
+    """Return True for a file or a broken link (which fails when opened), False for a pipe or device."""
     return os.path.isfile(path) or not os.path.exists(path)
 
 
 def own_files(database: Path) -> list[str]:
-    """The database's files. Only SQLite may open them: anyone's closing one drops its locks."""
+    """Return the database's files. Only SQLite may open them: closing one drops the locks on it."""
     return [f"{database}{suffix}" for suffix in ("", "-wal", "-shm", "-journal")]
 
 
 def start_afresh(database: Path) -> None:
-    """Remove the database, unless it is not ours or in use."""
+    """Remove the database. Stop with an error if it is in use or is not a TaskX database."""
     if database.exists():
         with SQLiteRepository(database, create=False) as repository:
             if any(node.alive for node in repository.nodes()):
@@ -142,17 +141,17 @@ def start_afresh(database: Path) -> None:
     shutil.rmtree(f"{database}-nodes", ignore_errors=True)
 
 
-# What is known of them
+# The state of the work
 
 
 @attrs.define
 class Survey:
-    """What the repository knows of a folder.
+    """The stored tasks of a folder.
 
     Attributes:
         known: the ids of all its tasks.
-        finished: how many of them have ended.
-        bytes: how much was hashed.
+        finished: the number of tasks that have ended.
+        bytes: the number of bytes that were hashed.
         failed: the tasks of the files that could not be read.
     """
 
@@ -163,7 +162,7 @@ class Survey:
 
 
 def survey(queue: Queue, folder: str) -> Survey:
-    """Look at all the tasks of a folder."""
+    """Read all tasks of a folder."""
     seen = Survey()
     for task in stored_tasks(queue, folder):
         seen.known.add(task.id)
@@ -176,7 +175,7 @@ def survey(queue: Queue, folder: str) -> Survey:
 
 
 def stored_tasks(queue: Queue, folder: str) -> Iterator[Task]:
-    """All the tasks of a folder, read page by page."""
+    """Yield all tasks of a folder, read page by page."""
     offset = 0
     while page := queue.list_tasks(TaskFilter(created_by=folder, offset=offset, limit=PAGE))[0]:
         yield from page
@@ -184,17 +183,17 @@ def stored_tasks(queue: Queue, folder: str) -> Iterator[Task]:
 
 
 def count_finished(queue: Queue, folder: str) -> int:
-    """How many of a folder's tasks have ended; counting reads no task."""
+    """Return how many of a folder's tasks have ended. Counting reads no task."""
     ended = (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
     filters = [TaskFilter(created_by=folder, status=status, limit=0) for status in ended]
     return sum(queue.list_tasks(filter)[1] for filter in filters)
 
 
-# What is told to people
+# The output
 
 
 class Progress:
-    """A bar that moves on a terminal, a line every few percent elsewhere."""
+    """A progress bar on a terminal; elsewhere one line every few percent."""
 
     def __init__(self, folder: str, done: int, total: int) -> None:
         self.folder = folder
@@ -205,7 +204,7 @@ class Progress:
 
     @property
     def seconds(self) -> float:
-        """How long it has been going."""
+        """The seconds since the start."""
         return time.monotonic() - self._began
 
     def show(self, done: int) -> None:
@@ -222,7 +221,7 @@ class Progress:
             print(text, flush=True)
 
     def end(self, done: int) -> None:
-        """Show it for the last time."""
+        """Show the progress for the last time."""
         self._next_line = 0
         self.show(done)
         if sys.stdout.isatty():
@@ -230,21 +229,21 @@ class Progress:
 
 
 def announce(folder: str, done: int, total: int, left_out: list[str]) -> None:
-    """Say what there is to do."""
+    """Print the work to do."""
     if done == total:
-        print(f"All {total:,} files of {folder} were done already; --fresh starts anew.")
+        print(f"All {total:,} files of {folder} are already done. Use --fresh to start again.")
     elif done:
-        print(f"{done:,} of {total:,} files of {folder} were done already.")
-        print(f"Going on with the other {total - done:,}; --fresh starts anew.")
+        print(f"{done:,} of {total:,} files of {folder} are already done.")
+        print(f"Going on with the other {total - done:,}. Use --fresh to start again.")
     else:
         print(f"Hashing {total:,} files of {folder}.")
     for path in left_out:
-        print(f"left out, as it cannot be listed or its name is no text: {path!a}")
+        print(f"left out, because it cannot be listed or its name is not text: {path!a}")
     sys.stdout.flush()
 
 
 def summarise(before: Survey, after: Survey, seconds: float, database: Path) -> None:
-    """Say what was done, in all and by this run."""
+    """Print the results, in total and of this run."""
     print(
         f"{after.finished:,} files, {megabytes(after.bytes)}, "
         f"{len(after.failed):,} failed; the checksums are in {database}"
@@ -259,7 +258,7 @@ def summarise(before: Survey, after: Survey, seconds: float, database: Path) -> 
 
 
 def megabytes(size: float) -> str:
-    """A number of bytes for people."""
+    """Return a number of bytes as text in MB."""
     return f"{size / 1e6:,.1f} MB"
 
 
@@ -267,10 +266,10 @@ def megabytes(size: float) -> str:
 
 
 class Interruption:
-    """True once the program was asked to stop, by Ctrl-C (SIGINT) or SIGTERM.
+    """True if the program was asked to stop, by Ctrl-C (SIGINT) or SIGTERM.
 
-    The handler only takes a note: a signal may strike in the middle of anything, in the queue's own
-    code too. A second signal ends the program at once, which loses nothing either.
+    The handler only notes the signal: a signal can arrive at any point of the program, even inside the
+    queue's own code. A second signal ends the program at once. Even then no work is lost.
     """
 
     def __init__(self) -> None:
@@ -287,7 +286,7 @@ class Interruption:
 
 
 def run(root: Path, database: Path, workers: int) -> int:
-    """Hash what is not hashed yet; returns the exit code."""
+    """Hash the files that are not hashed yet. Return the exit code."""
     paths, left_out = find_files(root, database)
     tasks = [make_task(path, root) for path in paths]
     folder = str(root)
@@ -306,7 +305,7 @@ def run(root: Path, database: Path, workers: int) -> int:
         after = survey(queue, folder)
     summarise(before, after, seconds, database)
     if interruption and after.finished < total:
-        print(f"Stopped with {total - after.finished:,} files to go: run it again to go on.")
+        print(f"Stopped with {total - after.finished:,} files left. Run it again to go on.")
         return 128 + interruption.signum
     return 0
 
@@ -317,12 +316,12 @@ def main() -> int:
     parser.add_argument("folder", nargs="?", type=Path, default=sysconfig.get_path("stdlib"))
     parser.add_argument("--db", type=Path, default="checksum.db", metavar="FILE")
     parser.add_argument("--workers", type=int, default=2 * (os.cpu_count() or 1), metavar="N")
-    parser.add_argument("--fresh", action="store_true", help="forget what was done and start anew")
+    parser.add_argument("--fresh", action="store_true", help="forget all results and start again")
     options = parser.parse_args()
     root, database = Path(options.folder).resolve(), Path(options.db).resolve()
     if not root.is_dir():
-        parser.error(f"{root} is no folder")
-    # What fails is told at the end, with the rest of the summary.
+        parser.error(f"{root} is not a folder")
+    # The summary at the end shows failed tasks, so they are not logged.
     logging.getLogger("taskx").addFilter(lambda record: record.levelno == logging.WARNING)
     try:
         if options.fresh:
@@ -331,7 +330,7 @@ def main() -> int:
     except TaskxError as error:
         print(f"checksum: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:  # while it was still looking for files
+    except KeyboardInterrupt:  # during the search for files
         return 128 + signal.SIGINT
 
 

@@ -1,22 +1,25 @@
-"""Tasks in a Flask app: submit from a view, show progress, cancel. Where ``start()`` goes:
+"""Tasks in a Flask app: submit from a view, show progress, cancel.
+
+The place of ``queue.start()`` depends on the server:
 
 One process
     ``python examples/flask_app.py``: :func:`main` starts the queue before it serves.
 
 The debug reloader
-    ``python examples/flask_app.py --debug`` runs this program twice: a parent that only watches the
-    files, and a child that serves and is replaced when one changes. :func:`main` starts the queue in
-    the child alone, which ``WERKZEUG_RUN_MAIN`` tells apart.
+    ``python examples/flask_app.py --debug`` runs this program twice: as a parent that only watches the
+    files, and as a child that serves and is replaced when a file changes. :func:`main` starts the queue
+    only in the child, where ``WERKZEUG_RUN_MAIN`` is set.
 
 gunicorn
     ``gunicorn --chdir examples -w 2 -c examples/flask_app.py 'flask_app:create_app()'``: every worker
-    process has a queue of its own on the same file, and they share the tasks.
-    :func:`post_worker_init` starts it, after the fork: with ``--preload`` too, where the app is made
-    in the master, whose threads a fork would not copy.
+    process has its own queue on the same file, and the queues share the tasks.
+    :func:`post_worker_init` starts the queue after the fork. This also works with ``--preload``, where
+    the master makes the app and a fork does not copy the master's threads.
 
-Another server
-    One without such a hook (``flask run``, uWSGI): ``app.before_request(queue_of(app).start)``. A
-    second ``start()`` does nothing; only, after a restart nothing runs before the first request.
+Other servers
+    For a server without such a hook (``flask run``, uWSGI), use
+    ``app.before_request(queue_of(app).start)``. Further calls of ``start()`` do nothing. The
+    disadvantage: after a restart, no task runs before the first request.
 """
 
 from __future__ import annotations
@@ -46,7 +49,7 @@ from taskx import (
 )
 
 STATUS_CODES: dict[type[Exception], int] = {
-    ConfigurationError: 400,  # a filter or an id that cannot be
+    ConfigurationError: 400,  # an invalid filter or id
     PayloadError: 400,
     TaskNotFound: 404,
     DuplicateTask: 409,
@@ -67,7 +70,7 @@ def report(ctx: Context, title: str, pages: int = 20) -> dict[str, Any]:
 
 
 def create_app(database: str = "tasks.db") -> Flask:
-    """Make the app. The queue is made here, and started by whoever runs the app: see above."""
+    """Make the app and its queue. The queue is started elsewhere: see above."""
     queue = Queue(SQLiteRepository(database))
     queue.register_executor(report)
     app = Flask(__name__)
@@ -83,7 +86,7 @@ def create_app(database: str = "tasks.db") -> Flask:
 
     @app.post("/tasks")
     def submit() -> Any:
-        """Submit a report, given as a form or as JSON; with an ``id``, at most once."""
+        """Submit a report, given as a form or as JSON. With an ``id`` it is stored at most once."""
         given = request.get_json() if request.is_json else request.form.to_dict()
         if not isinstance(given, dict):
             raise PayloadError("params", "must be an object")
@@ -96,7 +99,7 @@ def create_app(database: str = "tasks.db") -> Flask:
 
     @app.get("/tasks")
     def show_all() -> Response:
-        """The tasks, newest first: ``?status=running&offset=20&limit=20``."""
+        """Return the tasks, newest first: ``?status=running&offset=20&limit=20``."""
         tasks, total = queue.list_tasks(
             TaskFilter(
                 status=request.args.get("status"),
@@ -112,20 +115,20 @@ def create_app(database: str = "tasks.db") -> Flask:
 
     @app.post("/tasks/<task_id>/cancel")
     def cancel(task_id: str) -> Response:
-        """Cancel: ``cancelled`` is false for a running task, which was asked to stop and soon will."""
+        """Cancel a task. ``cancelled`` is false for a running task: it is asked to stop and soon will."""
         return jsonify(cancelled=queue.cancel_task(task_id))
 
     return app
 
 
 def queue_of(app: Flask) -> Queue:
-    """The queue of an app."""
+    """Return the queue of an app."""
     queue: Queue = app.extensions["taskx"]
     return queue
 
 
 def numbers(params: dict[str, Any]) -> dict[str, Any]:
-    """Params with the number of pages as a number: in a form all is text."""
+    """Return the params with the number of pages as a number: in a form it is text."""
     try:
         return {**params, "pages": int(params["pages"])} if "pages" in params else params
     except (TypeError, ValueError):
@@ -133,7 +136,7 @@ def numbers(params: dict[str, Any]) -> dict[str, Any]:
 
 
 def summary(task: Task) -> dict[str, Any]:
-    """What a client is told of a task."""
+    """Return the fields of a task that a client gets."""
     fields = ("id", "status", "params", "progress", "message", "result", "error", "created_at")
     told = task.to_dict()
     return {name: told[name] for name in fields}
@@ -173,17 +176,17 @@ setInterval(refresh, 500);
 """
 
 
-# gunicorn's hook: with ``-c examples/flask_app.py`` this module is its configuration file, too
+# The hook of gunicorn: with ``-c examples/flask_app.py`` this module is also its configuration file.
 
 
 def post_worker_init(worker: Any) -> None:
-    """In a worker process that has the app: start its queue, which is stopped when the process ends."""
+    """Start the queue of a worker process that has loaded the app. It is stopped when the process ends."""
     queue_of(worker.wsgi).start()
 
 
 def main(debug: bool, port: int) -> None:
     """Serve with Flask's own server."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # so that the queue is stopped then, too
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))  # runs the ``finally`` below, too
     app = create_app(os.environ.get("TASKX_DATABASE", "tasks.db"))
     queue = queue_of(app)
     if not debug or os.environ.get("WERKZEUG_RUN_MAIN") == "true":

@@ -1,4 +1,4 @@
-"""A repository of one's own, eight methods on a dict in a JSON file, and a queue that runs on it.
+"""A custom repository, which is eight methods on a dict in a JSON file, and a queue that uses it.
 
 Run it: ``python examples/own_repository.py [FILE]``
 """
@@ -15,7 +15,7 @@ from taskx import DuplicateTask, Queue, Task, TaskFilter, TaskNotFound, TaskRepo
 
 
 class JSONFileRepository(TaskRepository):
-    """Tasks in one JSON file, written anew at every change: for some hundreds of them."""
+    """Tasks in one JSON file. Every change writes the whole file, so it suits some hundreds of tasks."""
 
     def __init__(self, path: str) -> None:
         self._path, self._lock, self._records = path, threading.RLock(), {}
@@ -70,7 +70,7 @@ class JSONFileRepository(TaskRepository):
         text = json.dumps(records)
         with open(f"{self._path}.part", "w") as file:
             file.write(text)
-        os.replace(file.name, self._path)  # the old file or the new one, never a half
+        os.replace(file.name, self._path)  # never leaves half a file
         self._records = json.loads(text)
 
 

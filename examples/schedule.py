@@ -1,8 +1,8 @@
-"""Schedules: what ticks when, a preview, a pause, a task by hand, a back-fill, and a restart.
+"""Schedules: cron expressions and intervals, a preview, a pause, a trigger by hand, a back-fill, a restart.
 
     python examples/schedule.py
 
-It needs ``pip install 'taskx-queue[schedules]'`` for the cron expression; intervals need nothing.
+The cron expression needs ``pip install 'taskx-queue[schedules]'``. Intervals need no extra package.
 """
 
 from __future__ import annotations
@@ -21,42 +21,42 @@ BERLIN = ZoneInfo("Europe/Berlin")
 
 
 def make_queue(database: Path) -> Queue:
-    """The queue as every start of the program makes it, schedules included."""
+    """Return the queue with its schedules, the same at every start of the program."""
     queue = Queue(SQLiteRepository(database), Config(worker_num=2))
 
     @queue.executor()
     def report(ctx: Context, kind: str) -> str:
-        # What it is about is told by its tick: it may run later, or be back-filled.
+        # Use the tick and not the current time: the task may run later, or be back-filled.
         day = (tick_of(ctx.task) or datetime.now(timezone.utc)).astimezone(BERLIN).date()
         return f"{kind} until {day}"
 
     @queue.executor()
     def ping() -> None:
-        """Look whether all is well."""
+        """Check that the system works."""
 
     @queue.executor()
     def measure(ctx: Context) -> None:
         time.sleep(0.3)
 
-    # At half past 2 in Berlin, whatever the clocks do there; its tasks may fail twice.
+    # At 02:30 in Berlin, also when clocks are shifted there. A task has three attempts.
     queue.schedule(
         "nightly", "30 2 * * *", "report", {"kind": "sales"}, tz="Europe/Berlin", max_attempts=3
     )
-    # Each tick counts: those of the last minute that nobody was there for are made good.
+    # Every tick counts: ticks of the last minute that were missed get a task later.
     queue.schedule("beat", every(0.2), "ping", misfire="all", misfire_grace=60)
-    # Never two at a time, and a tick that was missed is not made good.
+    # Never two tasks at a time. Missed ticks get no task.
     queue.schedule("gauge", every(0.1), "measure", misfire="skip", overlap="skip")
     return queue
 
 
 def ticks(queue: Queue, name: str) -> list[datetime]:
-    """The ticks of a schedule that have a task."""
+    """Return the ticks of a schedule that have a task."""
     tasks, _ = queue.list_tasks(TaskFilter(created_by=f"schedule:{name}", limit=1000))
     return sorted(tick for task in tasks if (tick := tick_of(task)))
 
 
 def wait_until(holds: Callable[[], bool]) -> None:
-    """Wait until something holds."""
+    """Wait until a condition holds."""
     while not holds():
         time.sleep(0.02)
 
@@ -76,7 +76,7 @@ def main() -> None:
 
         with queue:
             wait_until(lambda: len(ticks(queue, "beat")) >= 5 and len(ticks(queue, "gauge")) >= 2)
-            print("beat has ticked, and runs beside gauge")
+            print("beat and gauge have ticked, and run at the same time")
 
             gauge = queue.schedules()["gauge"]
             gauge.pause()
@@ -84,16 +84,16 @@ def main() -> None:
 
             print("by hand:", nightly.trigger().result(timeout=60).partition(" until ")[0])
 
-            # Easter 2024, when the clocks went forward: the night of the 31st had no 02:30.
+            # At Easter 2024 the clocks were set forward: the night of the 31st had no 02:30.
             easter = datetime(2024, 3, 29, tzinfo=BERLIN), datetime(2024, 4, 2, tzinfo=BERLIN)
             for handle in nightly.backfill(*easter):
                 print("back-filled:", handle.result(timeout=60))
-            nightly.backfill(*easter)  # again: what is there is not made twice
+            nightly.backfill(*easter)  # ticks that already have a task get no second one
             print("tasks of nightly:", len(ticks(queue, "nightly")))
         queue.repository.close()
 
-        time.sleep(0.6)  # the program is away, while beat ticks on
-        queue = make_queue(database)  # the same schedules: nothing begins anew
+        time.sleep(0.6)  # no queue runs, and beat misses some ticks
+        queue = make_queue(database)  # the stored schedules go on
         last = ticks(queue, "beat")[-1]
         with queue:
             wait_until(lambda: (queue.schedules()["beat"].last_tick or last) > last)
@@ -108,7 +108,7 @@ def main() -> None:
 
 
 def no_gap(moments: list[datetime], step: timedelta) -> bool:
-    """Whether each moment is one step after the one before."""
+    """Return True if each moment is one step after the previous one."""
     return all(later - sooner == step for sooner, later in pairwise(moments))
 
 

@@ -1,8 +1,8 @@
-"""Sync the assets of cloud accounts: an executor as a class, with progress, errors and a cancel.
+"""Sync the assets of cloud accounts: an executor class, with progress, errors and a cancel.
 
     python examples/sync_assets.py
 
-The cloud is a simulation, whose calls block as real ones do; the rest is as one would write it.
+The cloud is simulated; its calls block like real ones. All other code is as in a real program.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Session:
         self._aborted = threading.Event()
 
     def list_assets(self, region: str) -> list[str]:
-        """The assets in a region; blocks until they have arrived or :meth:`abort` is called."""
+        """Return the assets in a region. Block until they have arrived or :meth:`abort` is called."""
         if self._aborted.wait(self._latency):
             raise ConnectionError("aborted")
         if (self._account, region) == ("staging", "eu-west"):
@@ -47,15 +47,15 @@ class Session:
         return [f"{self._account}-{region}-{number}" for number in range(1, 1 + len(region))]
 
     def abort(self) -> None:
-        """End the call that blocks, from another thread."""
+        """End the blocking call, from another thread."""
         self._aborted.set()
 
     def close(self) -> None:
-        """Give the connection back."""
+        """Close the connection."""
 
 
 class CloudProvider:
-    """The simulated cloud: of its accounts one is closed, and one takes a minute for each call."""
+    """The simulated cloud. One of its accounts is closed; another one takes a minute for each call."""
 
     regions = ("us-east", "us-west", "eu-west", "eu-north", "ap-south")
 
@@ -67,9 +67,9 @@ class CloudProvider:
 
 
 class SyncAssetsExecutor(TaskExecutor):
-    """Walks all regions of all accounts in ``params["accounts"]`` and counts their assets.
+    """Counts the assets in all regions of all accounts in ``params["accounts"]``.
 
-    To run it twice does no harm: it reads, and what it finds replaces what was found before.
+    It can safely run twice: it only reads, and a new result replaces the old one.
     """
 
     type = "sync_assets"
@@ -85,14 +85,14 @@ class SyncAssetsExecutor(TaskExecutor):
         counts: dict[str, int] = {}
         errors: list[str] = []
         for account in accounts:
-            # A cancel calls session.abort(): it need not wait for the call that blocks.
+            # A cancel calls session.abort(), so it does not wait for the blocking call.
             with ctx.closing(self._provider.connect(account)) as session:
                 for region in self._provider.regions:
                     ctx.token.raise_if_cancelled()
                     place = f"{account}/{region}"
                     try:
                         counts[place] = len(session.list_assets(region))
-                    except ProviderError as error:  # one region's trouble is not the others'
+                    except ProviderError as error:  # the other regions may still work
                         errors.append(f"{place}: {error}")
                     percent = 100 * (len(counts) + len(errors)) // steps
                     self._repository.update_progress(task.id, percent, f"{place} is done")
@@ -100,7 +100,7 @@ class SyncAssetsExecutor(TaskExecutor):
 
 
 def follow(queue: Queue, handle: TaskHandle[Any]) -> None:
-    """Print a task's progress until it has ended, and then how it ended."""
+    """Print a task's progress until it ends, and then its result."""
     last = ""
     while True:
         ended = wait([handle], timeout=0.05).done
@@ -119,13 +119,13 @@ def follow(queue: Queue, handle: TaskHandle[Any]) -> None:
 
 
 def wait_for_progress(handle: TaskHandle[Any], percent: int) -> None:
-    """Wait until a task has come so far."""
+    """Wait until a task has made this progress."""
     while handle.task().progress < percent:
         time.sleep(0.02)
 
 
 def quiet_logger() -> logging.Logger:
-    """A logger that leaves out failed tasks, which it logs as errors: they are printed here."""
+    """Return a logger that drops errors: this program prints failed tasks itself."""
     logger = logging.getLogger("sync_assets")
     logger.addFilter(lambda record: record.levelno != logging.ERROR)
     return logger
@@ -137,15 +137,15 @@ def main() -> None:
     queue = Queue(repository, Config(worker_num=2), logger=quiet_logger())
     queue.register_executor(SyncAssetsExecutor(CloudProvider(), repository))
     with queue:
-        print("Two accounts, of which one has a region under maintenance:")
+        print("Two accounts; one has a region under maintenance:")
         accounts = ["production", "staging"]
         task = Task(type="sync_assets", params={"accounts": accounts}, created_by="user123")
         follow(queue, queue.submit(task))
 
-        print("An account that is closed:")
+        print("A closed account:")
         follow(queue, queue.submit("sync_assets", {"accounts": ["closed"]}))
 
-        print("Cancelled half-way, while it waits for a call that takes a minute:")
+        print("Cancelled half-way, during a call that takes a minute:")
         handle = queue.submit("sync_assets", {"accounts": ["production", "archive"]})
         wait_for_progress(handle, 50)
         queue.cancel_task(handle.id)

@@ -1,8 +1,8 @@
-"""The nightly report of a small shop, as a workflow: what happens beyond one task and one try.
+"""The nightly report of a small shop, as a workflow of several tasks with retries.
 
-Three branches deliver their sales over HTTP, from a server that fails now and then. They are fetched side
-by side and merged; then a chart is drawn, and the report is sent, once. Killed at any moment and run again,
-it goes on where it was. Run it: ``python examples/workflow.py [FILE]``
+Three branches deliver their sales over HTTP, from a server that sometimes fails. The sales are fetched in
+parallel and merged. Then a chart is drawn, and the report is sent exactly once. If the program is killed at
+any moment and run again, it goes on from there. Run it: ``python examples/workflow.py [FILE]``
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SALES = {"berlin": [12, 30], "lima": [7], "oslo": [5, 5, 5]}
 
 
 class Branches(BaseHTTPRequestHandler):
-    """Answers with a branch's sales; each first request fails."""
+    """A server for the sales of the branches. The first request for each branch fails."""
 
     asked: ClassVar[set[str]] = set()
 
@@ -49,7 +49,7 @@ class Branches(BaseHTTPRequestHandler):
         self.wfile.write(json.dumps(SALES.get(branch, [])).encode())
 
     def log_message(self, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @cache
@@ -63,8 +63,8 @@ queue = Queue(
 )
 
 
-# Two requests at a time. Retried while the server is down, at most three times, each within five seconds;
-# but a branch that is not there will not be there next time either.
+# At most two requests at a time. While the server is down, a request is retried up to three times, with
+# five seconds for each attempt. A branch that does not exist is not retried.
 @queue.executor(
     timeout=5, retry=RetryPolicy(4, base=0.05, jitter=0.1, retry_on=OSError), max_concurrency=2
 )
@@ -82,7 +82,7 @@ def fetch(ctx, branch: str) -> list[int]:
 
 @queue.executor()
 def merge(ctx) -> dict[str, int]:
-    """Its parents are the tasks that it depends on, in order."""
+    """Add up the sales of each branch. ``ctx.parents`` are the fetched tasks, in order."""
     return {parent.params["branch"]: sum(parent.result) for parent in ctx.parents}
 
 
@@ -92,7 +92,7 @@ def report(ctx, day: str) -> str:
     text = ", ".join(f"{branch} {total}" for branch, total in merged.result.items())
     ctx.step("send", send, f"{day}: {text}")  # once, whatever the number of attempts
     if ctx.task.attempt == 1:
-        raise ConnectionError("lost just after it was sent")
+        raise ConnectionError("the connection broke after the mail was sent")
     return text
 
 
@@ -100,32 +100,32 @@ def send(text: str) -> None:
     print("sent", text)
 
 
-# In a child process: a library that takes it down takes nothing else with it. What it logs is kept.
+# It runs in a child process: a library that crashes it harms nothing else. Its log is captured.
 @queue.executor(isolation="process", timeout=60, capture_log=True)
 def draw(ctx) -> list[str]:
     [merged] = ctx.parents
     if ctx.task.crashes == 0:
-        os._exit(1)  # so much for the first try
+        os._exit(1)  # the first run crashes its process
     ctx.logger.info("drawing %d bars", len(merged.result))
     return ["#" * (total // 5) for total in merged.result.values()]
 
 
 def nightly(day: str) -> Flow:
-    """Fetch side by side, then merge, then draw and report."""
+    """Return the flow: fetch in parallel, then merge, then draw and report."""
     fetched = group(*(fetch.task(branch=branch) for branch in SALES))
-    # As long as its record is kept, no other task holds this key: so no night is reported twice.
+    # No other task can hold this key while the record exists, so no night is reported twice.
     merged = Task(type="merge", unique_key=f"night {day}", unique_scope="ever")
-    # One mail at a time, in order, whichever process sends it.
+    # One mail at a time, in order, over all processes.
     sent = report.task(day=day)
     sent.concurrency_key = "mail"
     return chain(fetched, merged, group(sent, draw.task()))
 
 
 def run_night(day: str) -> None:
-    """Run it, unless it was, or is under way."""
+    """Submit the flow of a day, unless it was submitted before, and print its results."""
     try:
         whole = queue.submit_flow(nightly(day))
-    except DuplicateTask as error:  # nothing was stored, none of its tasks
+    except DuplicateTask as error:  # none of the flow's tasks was stored
         print("not again:", error.unique_key)
         queue.drain(timeout=60)
         return
@@ -141,7 +141,7 @@ def main() -> None:
         run_night("monday")
         run_night("monday")
 
-        # A failure cancels what depends on it, and stays as a dead letter until somebody sees to it.
+        # A failed task cancels its dependents. It stays as a dead letter until you requeue or discard it.
         lost = queue.submit_flow(chain(fetch.task(branch="rome"), Task(type="merge")))
         try:
             lost.result(timeout=60)
@@ -150,12 +150,12 @@ def main() -> None:
         print("statuses:", *(handle.task().status for handle in lost.handles))
         print("dead letters discarded:", queue.discard_dead_letters())
 
-        # Many of one kind, results in order; run again, what is done is not done again.
+        # Many tasks of one type, with results in order. A second run does not repeat finished tasks.
         print(
             "mapped:", *queue.map(fetch, [{"branch": branch} for branch in SALES], name="tuesday")
         )
 
-        # What is paused is accepted, and not started, by any process, until it is resumed.
+        # Tasks of a paused type are accepted, but no process starts them until the type is resumed.
         queue.pause("fetch")
         urgent = queue.submit("fetch", {"branch": "oslo"}, priority=5)
         print("paused:", urgent.task().status)

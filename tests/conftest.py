@@ -1,4 +1,4 @@
-"""What the whole suite shares."""
+"""Settings, plugins and fixtures of the whole test suite."""
 
 import signal
 from collections.abc import Callable
@@ -9,16 +9,16 @@ import mongo_server as servers
 import pytest
 from hypothesis import settings
 
-# The same examples at each run, however slow the machine; others with --hypothesis-profile=random.
+# Each run uses the same examples and has no deadlines. --hypothesis-profile=random uses other examples.
 settings.register_profile("random", deadline=None)
 settings.register_profile("same", deadline=None, derandomize=True)
 settings.load_profile("same")
 
-# Before anything imports them: their assertions then explain themselves as those of a test do.
+# This must come before the first import of these modules. Their assertions then show details, as in tests.
 pytest.register_assert_rewrite("taskx.testing", "helpers")
 
-# Where a shell started the tests in the background, they ignore Ctrl-C, and so would all programs
-# that they start and interrupt.
+# Tests that a shell started in the background ignore Ctrl-C. All programs that they start would ignore
+# it, too, but some tests interrupt such programs.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -36,7 +36,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Refuse parameters in no order: several processes must collect the same tests."""
+    """Fail for parameters in a set: several processes must collect the same tests in the same order."""
     for mark in metafunc.definition.iter_markers("parametrize"):
         if any(isinstance(values, (set, frozenset)) for values in mark.args[1:]):
             name = metafunc.definition.name
@@ -45,5 +45,5 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 @pytest.fixture
 def mongo_server() -> Callable[[str], str]:
-    """Gives the URL of a shared MongoDB server of a kind, "set" or "standalone"."""
+    """Return a function that gives the URL of a shared MongoDB server of a kind: "set" or "standalone"."""
     return servers.shared

@@ -1,4 +1,4 @@
-"""What tests of queues share: repositories, queues that end, waits that end.
+"""Helpers for tests of queues: repositories, queues that are stopped at the end, waits with a time limit.
 
 ``conftest.py`` registers this module as a plugin, for its fixtures.
 """
@@ -43,12 +43,12 @@ from taskx.upkeep.node import LocalNode
 
 ROOT = Path(__file__).parent.parent
 
-#: Longer than anything takes on a loaded machine; nothing waits for it where all is well.
+#: Time limit of all waits, in seconds: longer than anything takes on a loaded machine.
 PATIENCE = 60.0
 
 
 def eventually(condition: Callable[[], Any], timeout: float = PATIENCE) -> Any:
-    """Ask until the answer is true, and return it; fail after ``timeout`` seconds."""
+    """Call ``condition`` until its result is true, and return it. Fail after ``timeout`` seconds."""
     deadline = time.monotonic() + timeout
     pause = threading.Event()
     while not (answer := condition()):
@@ -62,21 +62,21 @@ def ids(queue: Queue) -> set[str]:
     return {task.id for task in queue.list_tasks()[0]}
 
 
-# --- the doors to what is inside: tests come to it by these alone
+# --- access to internal parts: tests use only these functions for it
 
 
 def services_of(queue: Queue) -> Services:
-    """What the parts of a queue share, whether it was started or not."""
+    """Return the services that the parts of a queue share; the queue need not be started."""
     return queue._services
 
 
 def node_of(queue: Queue) -> LocalNode:
-    """What a queue is to others while it runs tasks; None if it does not."""
+    """Return the node of a running queue; None if the queue does not run tasks."""
     return queue._node  # type: ignore[return-value]
 
 
 def pool_of(queue: Queue) -> WorkerPool:
-    """The workers of a started queue, and what they have in hand."""
+    """Return the worker pool of a started queue."""
     return node_of(queue).engine
 
 
@@ -90,7 +90,7 @@ def connections_of(repository: SQLiteRepository) -> Connections:
 
 @contextmanager
 def reading(repository: SQLiteRepository) -> Iterator[Connection]:
-    """Keep a connection that reads in use, in a thread of its own."""
+    """Keep one read connection in use, in a thread of its own."""
     taken: queues.SimpleQueue[Connection] = queues.SimpleQueue()
     over = threading.Event()
     read = connections_of(repository).read
@@ -103,7 +103,7 @@ def reading(repository: SQLiteRepository) -> Iterator[Connection]:
 
 
 def whole_round(queue: Queue) -> None:
-    """Wait until its housekeeper has gone through all that it does, once from now on."""
+    """Wait until the queue's housekeeper has done one whole round that starts from now on."""
     housekeeper, over = housekeeper_of(queue), threading.Event()
     tick = housekeeper.tick
 
@@ -118,14 +118,14 @@ def whole_round(queue: Queue) -> None:
 
 
 class Spy:
-    """Mixed into a repository: keeps what is applied, and fails when told to.
+    """A mix-in for repositories: it records the applied writes, and can be made unavailable.
 
     Attributes:
-        batches: the writes of every transaction that was committed.
+        batches: the writes of every committed transaction.
         before: called with the writes before they are applied.
         after: called with the writes after they are committed.
-        down: while true, the repository is unavailable.
-        in_memory: whether the tasks are in this process's own memory.
+        down: while it is True, the repository is unavailable.
+        in_memory: True if the tasks are in the memory of this process.
     """
 
     in_memory = False
@@ -145,7 +145,7 @@ class Spy:
         self.check()
         self.before(writes)
         batch = list(writes)
-        self.batches.append(batch)  # first: others may see at once what is committed
+        self.batches.append(batch)  # before the commit: other threads see the writes at once
         try:
             results = super().apply(writes, all_or_nothing=all_or_nothing)  # type: ignore[misc]
         except BaseException:
@@ -168,7 +168,7 @@ class SpySQLite(Spy, SQLiteRepository):
 
 
 class SpyMongo(Spy, MongoRepository):
-    """On a mock of the driver, or on the real server that the environment names."""
+    """A spy on a mock of the driver, or on the real server that the environment names."""
 
     def __init__(self) -> None:
         self.database = new_database(REAL) if REAL else mongomock.MongoClient().db
@@ -190,7 +190,7 @@ MAKERS: dict[str, Callable[[Path], Repository]] = {
 
 @pytest.fixture
 def clock() -> ManualClock:
-    """It stands still but for the tests."""
+    """A clock that only the tests move."""
     return ManualClock()
 
 
@@ -200,7 +200,7 @@ def database(tmp_path: Path) -> Path:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run a test that uses ``repository`` on memory and SQLite, or on every store if it is marked so."""
+    """Run tests that use ``repository`` on memory and SQLite; with the mark ``every_store`` on all."""
     named = [mark.args[0] for mark in metafunc.definition.iter_markers("parametrize")]
     if "store_kind" in metafunc.fixturenames and "repository" not in named:
         every = metafunc.definition.get_closest_marker("every_store")
@@ -224,7 +224,10 @@ def repository(
 
 @pytest.fixture
 def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
-    """Makes queues, with the options of ``Config`` and ``Queue``, and stops them at the end."""
+    """Return a function that makes queues, with options of ``Config`` and ``Queue``.
+
+    All of them are stopped at the end.
+    """
     made: list[Queue] = []
 
     def make(on: Any = None, *, logger: Any = None, **options: Any) -> Queue:
@@ -236,8 +239,8 @@ def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
     yield make
     for queue in made:
         queue.stop(timeout=PATIENCE, cancel=True)
-        services_of(queue).watcher.close()  # nobody waits any more for what did not end
-    # Who is at work later, when the repository was closed, opens it again, and nobody closes it.
+        services_of(queue).watcher.close()  # no test waits for unfinished tasks any more
+    # A thread that works after the repository is closed would open it again and leave it open.
     eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith(_AT_WORK)])
 
 
@@ -246,7 +249,7 @@ _AT_WORK = ("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch", "t
 
 @pytest.fixture
 def no_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No task counts as short: none is started ahead, so that the order of runs is strict."""
+    """Make no task count as short. Then no task is started ahead, and the order of runs is strict."""
     monkeypatch.setattr("taskx.running.ahead.SHORT", 0.0)
 
 
@@ -268,7 +271,7 @@ _BATCHES = {
 
 @pytest.fixture
 def look_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets the seconds between looks of a kind: ``look_every(audit=0.05)``."""
+    """Return a function that sets the seconds between checks of a kind: ``look_every(audit=0.05)``."""
 
     def set_to(**seconds: float) -> None:
         for kind, value in seconds.items():
@@ -279,7 +282,7 @@ def look_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Sets how many tasks a part looks at, or changes, at once: ``in_batches(recovery=2)``."""
+    """Return a function that sets how many tasks a part handles at once: ``in_batches(recovery=2)``."""
 
     def set_to(**sizes: int) -> None:
         for part, size in sizes.items():
@@ -290,18 +293,18 @@ def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 @pytest.fixture
 def frequent_looks(look_every: Callable[..., None]) -> None:
-    """The slow looks, for what nobody is told of, come every 50 ms: who waits for one waits less."""
+    """Make all slow periodic checks run every 50 ms, so that tests that depend on one wait less."""
     look_every(audit=0.05, recover=0.05, schedules=0.05, handles=0.05)
 
 
 @pytest.fixture
 def queue(make_queue: Callable[..., Queue]) -> Queue:
-    """A queue of two workers, not started."""
+    """A queue with two workers, not started."""
     return make_queue(worker_num=2)
 
 
 class Gate:
-    """A place in an executor where it waits to be let on."""
+    """A place in an executor at which it waits until the gate is open."""
 
     def __init__(self) -> None:
         self._arrived = threading.Semaphore(0)
@@ -312,7 +315,7 @@ class Gate:
         assert self._open.wait(PATIENCE)
 
     def wait_for(self, tasks: int = 1) -> None:
-        """Wait until so many more executors have come to the gate."""
+        """Wait until this number of further executors have come to the gate."""
         for _ in range(tasks):
             assert self._arrived.acquire(timeout=PATIENCE)
 
@@ -320,13 +323,13 @@ class Gate:
         self._open.set()
 
     def close(self) -> None:
-        """Let nobody on who comes from now on."""
+        """Stop executors that come from now on."""
         self._open.clear()
 
 
 @pytest.fixture
 def started(queue):
-    """A queue that runs, with an executor ``fine``."""
+    """A started queue with an executor ``fine``."""
     queue.executor("fine")(lambda: "fine")
     queue.start()
     return queue
@@ -334,14 +337,14 @@ def started(queue):
 
 @pytest.fixture
 def gate(make_queue: Any) -> Iterator[Gate]:
-    """Opened at the end in any case, before the queues are stopped."""
+    """A gate. It is always opened at the end, before the queues are stopped."""
     made = Gate()
     yield made
     made.open()
 
 
 class Waiting:
-    """Registers an executor ``hold`` that waits at the gate, and fills the workers with it."""
+    """An executor ``hold`` that waits at the gate, to keep workers busy."""
 
     def __init__(self, queue: Queue, gate: Gate) -> None:
         self.gate = gate
@@ -361,7 +364,10 @@ class Waiting:
 
 @pytest.fixture
 def busy(make_queue: Any, gate: Gate) -> Callable[..., Queue]:
-    """Makes a started queue whose only worker is busy until the gate opens; it knows ``note``."""
+    """Return a function that makes a started queue whose only worker is busy until the gate opens.
+
+    The queue has an executor ``note``, which appends its argument to ``queue.ran``.
+    """
 
     def make(**config: Any) -> Queue:
         queue = make_queue(worker_num=1, **config)
@@ -379,7 +385,7 @@ def busy(make_queue: Any, gate: Gate) -> Callable[..., Queue]:
 
 @pytest.fixture(params=["sqlite", "mongo"])
 def url(request: pytest.FixtureRequest, database: Path) -> Iterator[str]:
-    """Names an empty repository that several processes can share."""
+    """The URL of an empty repository that several processes can share."""
     if request.param == "sqlite":
         yield f"sqlite:///{database}"
         return
@@ -419,7 +425,7 @@ class Child:
         self._errors.append(self.process.stderr.read())  # type: ignore[union-attr]
 
     def read(self) -> str:
-        """The next line that it prints."""
+        """Return the next line that the program prints."""
         try:
             line = self._lines.get(timeout=PATIENCE)
         except queues.Empty:
@@ -429,7 +435,7 @@ class Child:
         return line.strip()
 
     def tell(self) -> None:
-        """Let it go on, where it reads a line."""
+        """Let the program go on that waits for a line of input."""
         self.process.stdin.write("\n")  # type: ignore[union-attr]
         self.process.stdin.flush()  # type: ignore[union-attr]
 
@@ -441,7 +447,7 @@ class Child:
         self.process.send_signal(number)
 
     def ends(self, timeout: float = PATIENCE) -> tuple[str, str]:
-        """What it says until it ends, and all its errors."""
+        """Wait until the program ends. Return its remaining output, and everything from stderr."""
         self.process.stdin.close()  # type: ignore[union-attr]
         self.process.wait(timeout)
         for reader in self._readers:
@@ -454,7 +460,7 @@ class Child:
 
 @pytest.fixture
 def spawn() -> Iterator[Callable[..., Child]]:
-    """Starts programs, and ends those that are left over."""
+    """Return a function that starts programs. End the remaining programs at the end."""
     children: list[Child] = []
 
     def start(program: str, *args: object) -> Child:
@@ -472,20 +478,20 @@ def spawn() -> Iterator[Callable[..., Child]]:
 
 @pytest.fixture(params=["sqlite", "mongo"])
 def workers(request: pytest.FixtureRequest, spawn: Any, tmp_path: Path) -> Iterator[Workers]:
-    """Starts worker programs on a repository that several processes share."""
+    """Worker programs on a repository that several processes share."""
     make = {"sqlite": on_sqlite, "mongo": on_mongo}[request.param]
     with make(spawn, tmp_path) as made:
         yield made
 
 
 def is_intact(database: Path) -> bool:
-    """Whether SQLite finds nothing wrong with a file."""
+    """Return True if SQLite finds no error in a file."""
     with closing(sqlite3.connect(database)) as connection:
         return bool(connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)])
 
 
 def run_in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Call it in a thread; what comes back waits for its value, or raises what it raised."""
+    """Call a function in a thread. Return a function that waits for its result or raises its exception."""
     outcome: list[Any] = []
 
     def run() -> None:
@@ -508,16 +514,16 @@ def run_in_thread(function: Callable[[], Any]) -> Callable[[], Any]:
     return result
 
 
-# --- looks into a repository
+# --- queries of a repository
 
 
 def those_with(repository: Repository, column: Lookup, *values: str) -> list[str]:
-    """The ids of the rows that have one of these values in a lookup column."""
+    """Return the ids of the rows that have one of these values in a lookup column."""
     return [task_id for (task_id,) in repository.find(column, values, ("id",))]
 
 
 def held_on(repository: Repository, node: str) -> list[str]:
-    """The ids of the tasks that a node holds, the running ones first."""
+    """Return the ids of the tasks that a node holds, the running ones first."""
     return [
         *those_with(repository, "running_on", node),
         *those_with(repository, "buffered_on", node),
@@ -525,12 +531,12 @@ def held_on(repository: Repository, node: str) -> list[str]:
 
 
 def earliest_due(repository: Repository) -> int | None:
-    """The earliest ``run_at`` of the tasks that are held back until theirs."""
+    """Return the earliest ``run_at`` of the tasks that wait for theirs."""
     return next((run_at for _, run_at in repository.due(None, 1)), None)
 
 
 def key_holders(repository: Repository, keys: Sequence[str]) -> dict[str, str]:
-    """Which task holds each of these unique keys."""
+    """Return the holder's id for each of these unique keys."""
     return dict(repository.find("unique_lock", keys, ("unique_lock", "id")))
 
 

@@ -1,7 +1,7 @@
 """The kinds of tests that ``make quick`` leaves out.
 
-``conftest.py`` registers this module as a plugin. It marks a test by what the test uses, fails a test
-without the mark that it needs, and tells how many tests of each kind were left out. ``setup.cfg``
+``conftest.py`` registers this module as a plugin. The plugin marks tests by the resources that they use,
+fails a test that lacks a required mark, and prints how many tests of each kind were left out. ``setup.cfg``
 declares the marks.
 """
 
@@ -16,20 +16,20 @@ from typing import Any
 import pytest
 from mongo_server import SERVER_USED
 
-#: A test has the first of these that fits when tests are counted.
+#: Each test is counted for the first kind that fits.
 KINDS = ("campaign", "mongo", "process", "slow")
 
-#: A test that uses one of these fixtures is of this kind.
+#: The kind of tests that use a fixture.
 BY_FIXTURE = {"mongo_server": "mongo", "spawn": "process"}
 
-#: A test with one of these parameters is of this kind.
+#: The kind of tests that have a parameter.
 BY_PARAMETER = dict.fromkeys(("mongo", "mongo-set", "mongomock", "standalone", "set"), "mongo")
 
-#: A test in one of these folders is of this kind.
+#: The kind of all tests in a folder.
 TESTS = Path(__file__).parent
 BY_FOLDER = {TESTS / "campaign": "campaign", TESTS / "storage" / "mongo": "mongo"}
 
-#: Audit events that a test needs a mark for.
+#: Audit events for which a test needs a mark.
 NEEDS_MARK = {
     SERVER_USED: "uses a MongoDB server: mark it with @pytest.mark.mongo",
     "os.fork": "forks: mark it with @pytest.mark.process",
@@ -52,7 +52,7 @@ sys.addaudithook(_hear)
 
 
 def marks_of(item: pytest.Item) -> Iterator[str]:
-    """Yield the marks that follow from what a test uses and where it is."""
+    """Yield the marks of a test, by its fixtures, its parameters and its folder."""
     for fixture in getattr(item, "fixturenames", ()):
         if fixture in BY_FIXTURE:
             yield BY_FIXTURE[fixture]
@@ -82,10 +82,10 @@ def pytest_runtest_setup() -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
-    """Fail a test that lacks the mark it needs, in every run and not only in a quick one."""
+    """Fail a test that lacks a required mark, in every run and not only in a quick one."""
     yield
     if _heard and not any(map(item.get_closest_marker, KINDS[:-1])):
-        # Each once: where it can, subprocess.Popen calls os.posix_spawn from Python 3.13 on.
+        # A set, because from Python 3.13 on subprocess.Popen may call os.posix_spawn: the same text twice.
         done = "; ".join(sorted({f"this test {NEEDS_MARK[event]}" for event in _heard}))
         pytest.fail(done, pytrace=False)
 
@@ -102,13 +102,13 @@ def pytest_deselected(items: list[pytest.Item]) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    if hasattr(session.config, "workeroutput"):  # one of several processes tells the first one
+    if hasattr(session.config, "workeroutput"):  # one of several processes reports to the first one
         session.config.workeroutput["left_out"] = dict(_left_out)
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_testnodedown(node: Any) -> None:
-    """Take over the count of another process: each of them collects the same tests."""
+    """Take the count of any other process: all of them collect the same tests."""
     if not _left_out:
         _left_out.update(getattr(node, "workeroutput", {}).get("left_out", {}))
 

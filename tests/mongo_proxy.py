@@ -1,4 +1,4 @@
-"""A TCP proxy on the loopback that can cut, delay and swallow what goes through it."""
+"""A TCP proxy on the loopback interface that can cut, delay and swallow traffic."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 
-#: Told of every piece: its direction ("ask" or "answer") and its bytes; says whether it goes on.
+#: Decides about each piece of traffic, by its direction ("ask" or "answer") and bytes. True passes it on.
 Judge = Callable[[str, bytes], bool]
 
 
@@ -17,11 +17,11 @@ def _let_through(direction: str, piece: bytes) -> bool:
 
 
 class Proxy:
-    """Passes connections on to a port of this machine.
+    """A proxy for a port of this machine.
 
     Attributes:
-        port: where it listens.
-        judge: called with all that passes; what it says no to is swallowed.
+        port: the port on which the proxy listens.
+        judge: called with each piece of traffic; if it returns False, the piece is swallowed.
     """
 
     def __init__(self, target: int) -> None:
@@ -50,7 +50,7 @@ class Proxy:
             with self._lock:
                 if not self._refusing:
                     self._pairs.append((client, server))
-            if self._refusing:  # it was cut while this one came in
+            if self._refusing:  # cut() was called while this connection came in
                 _reset(client)
                 _reset(server)
                 continue
@@ -69,7 +69,7 @@ class Proxy:
                 end.shutdown(socket.SHUT_RDWR)
 
     def cut(self, *, refuse: bool = False) -> None:
-        """Reset every connection; with ``refuse``, those to come, too."""
+        """Reset every connection; with ``refuse``, also future ones."""
         with self._lock:
             self._refusing = refuse
             pairs, self._pairs = self._pairs, []
@@ -78,7 +78,7 @@ class Proxy:
                 _reset(end)
 
     def heal(self) -> None:
-        """Let everything through again; what hung is cut."""
+        """Pass all traffic again, and cut the connections that hang."""
         self.judge = _let_through
         self.cut(refuse=False)
 
@@ -96,7 +96,7 @@ def _reset(end: socket.socket) -> None:
 
 
 def swallowing(direction: str, word: bytes, event: threading.Event | None = None) -> Judge:
-    """A judge that swallows everything of a direction once a request with a word came by."""
+    """Return a judge that swallows all traffic of a direction after a request with this word."""
     seen = event or threading.Event()
 
     def judge(way: str, piece: bytes) -> bool:

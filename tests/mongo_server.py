@@ -1,7 +1,7 @@
-"""MongoDB servers for the tests: small ones (SecantusDB) that speak its protocol, or a real one.
+"""MongoDB servers for the tests: small servers with its protocol (SecantusDB), or a real one.
 
-``TASKX_TEST_MONGO_URL`` (``mongodb://host:port``) runs what uses the shared server on that one; each
-test has a database of its own there, which is dropped.
+If ``TASKX_TEST_MONGO_URL`` (``mongodb://host:port``) is set, tests with the shared server use that one.
+Each test has its own database there, which is dropped at the end.
 """
 
 from __future__ import annotations
@@ -29,19 +29,19 @@ PATIENCE = 60.0
 SERVER_USED = "taskx.tests.server_used"
 REAL = os.environ.get("TASKX_TEST_MONGO_URL", "")
 
-# It ends with the process that started it, however that ends.
+# The server ends when its parent process ends, in any way.
 _PROGRAM = """
 import os, sys, threading
 threading.Thread(target=lambda: (sys.stdin.read(), os._exit(0)), daemon=True).start()
 from secantus.cli import main
 main()
 """
-#: What each kind is told: as MongoDB, it is a replica set of one, or a standalone server.
+#: The command line of each kind of server: a replica set of one, or a standalone server.
 OPTIONS = {"set": ["--sync-on-commit"], "standalone": ["--sync-on-commit", "--standalone"]}
 
 
 def free_port() -> int:
-    """A port that the system gives to nobody by itself: it stays free while a server is down."""
+    """Return a free port outside the system's own range, so that it stays free while a server is down."""
     while True:
         port = random.randrange(15_000, 30_000)
         with socket.socket() as probe, suppress(OSError):
@@ -50,7 +50,7 @@ def free_port() -> int:
 
 
 class Server:
-    """A server of its own, which a test may kill and start again on the same port and data."""
+    """A separate server, which a test can kill and start again on the same port and data."""
 
     def __init__(self, kind: str, folder: Path) -> None:
         self.kind = kind
@@ -88,7 +88,7 @@ class Server:
             pause.wait(0.02)
 
     def kill(self) -> None:
-        """As a power cut would: it cannot say goodbye."""
+        """Kill the server without a warning, like a power cut."""
         if self.process is not None:
             self.process.kill()
             self.process.communicate(timeout=PATIENCE)
@@ -96,7 +96,7 @@ class Server:
 
 
 def shared(kind: str) -> str:
-    """The URL of a server that all tests of this process share."""
+    """Return the URL of a server that all tests of this process share."""
     sys.audit(SERVER_USED)
     return REAL or _started(kind)
 
@@ -112,12 +112,12 @@ def _started(kind: str) -> str:
 
 @functools.cache
 def client(url: str) -> pymongo.MongoClient[dict[str, Any]]:
-    """A client that the tests of this process share."""
+    """Return a client that the tests of this process share."""
     made: pymongo.MongoClient[dict[str, Any]] = pymongo.MongoClient(url)
     atexit.register(made.close)
     return made
 
 
 def new_database(url: str) -> Any:
-    """An empty database of its own."""
+    """Return a new, empty database."""
     return client(url)[f"taskx_{uuid.uuid4().hex[:16]}"]

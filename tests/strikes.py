@@ -1,8 +1,8 @@
-"""Exceptions that strike a thread at a chosen point, as those of a signal handler do.
+"""Exceptions that strike a thread at a chosen point, like exceptions from a signal handler.
 
 CPython runs signal handlers between two instructions of the main thread: after a call, at the start
-of a function, and where a loop begins again. A signal sent at a random moment hits few of these
-points, and never the same ones twice. Here they are counted, and the exception is raised at the n-th.
+of a function, and when a loop jumps back. A signal sent at a random moment hits few of these points, and
+other ones each time. This module counts the points and raises the exception at the n-th one.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
     Points in the functions that it calls count, too.
 
     Returns:
-        The exception that struck, even if the function caught it; None if there are fewer points. It
-        has no traceback: that would keep alive what the frames hold, such as connections.
+        The raised exception, even if the function caught it; None if there are fewer points. It has no
+        traceback: this would keep the objects in the frames alive, such as connections.
     """
     tracer = _Tracer(point)
     before = sys.gettrace()
     sys._getframe().f_trace_opcodes = True  # Python 3.12 needs it before settrace
-    gc.disable()  # what the collector calls is no part of it
+    gc.disable()  # finalizers must not add points
     sys.settrace(tracer.enter)
     try:
         call()
@@ -48,15 +48,15 @@ def strike_at(point: int, call: Callable[[], Any]) -> Strike | None:
 
 
 def every_strike(call: Callable[[int], Any], first: int = 0, step: int = 1) -> Iterator[Strike]:
-    """Call a function again and again, and strike each call ``step`` points later than the last.
+    """Call a function repeatedly, and strike each call ``step`` points later than the last one.
 
     Args:
-        call: is given the number of the point; the last call, which is not struck, ends the loop.
+        call: gets the number of the point. The first call that is not struck ends the loop.
         first: the first point to strike.
         step: 1 for every point.
     """
     point = first
-    while (strike := strike_at(point, lambda: call(point))) is not None:  # noqa: B023  (at once)
+    while (strike := strike_at(point, lambda: call(point))) is not None:  # noqa: B023  (called at once)
         yield strike
         point += step
 
@@ -69,7 +69,9 @@ class _Tracer:
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if frame.f_code.co_filename == __file__:
             return None
-        if not frame.f_code.co_flags & inspect.CO_GENERATOR:  # one may just be closed
+        if (
+            not frame.f_code.co_flags & inspect.CO_GENERATOR
+        ):  # a generator may be about to be closed
             self._pass(frame)
         calls = _calls(frame.f_code)
         called = False
@@ -99,10 +101,11 @@ _known: dict[CodeType, frozenset[int]] = {}
 
 
 def _calls(code: CodeType) -> frozenset[int]:
-    """The places of the instructions after which CPython may run a handler.
+    """Return the offsets of the instructions after which CPython may run a signal handler.
 
-    It runs as a part of that instruction; here it is struck at the next one. So both must have the same
-    ``except`` or ``with`` around them: what follows ``return f()`` in a ``with`` block has it no more.
+    CPython runs the handler as a part of that instruction; this module raises at the next one. So both
+    must be inside the same ``except`` or ``with`` block. For example, the instruction after the call in
+    ``return f()`` is no longer inside the ``with`` block.
     """
     if code not in _known:
         instructions = list(dis.get_instructions(code))
@@ -120,12 +123,12 @@ def _calls(code: CodeType) -> frozenset[int]:
 
 
 def _is_call(opname: str) -> bool:
-    """Tell whether an instruction calls; an intrinsic works inside the interpreter."""
+    """Return True if an instruction is a call. An intrinsic is none: it works inside the interpreter."""
     return opname.startswith("CALL") and "INTRINSIC" not in opname
 
 
 def _handlers(code: CodeType) -> dict[int, int]:
-    """Map each instruction that may raise to its handler; not known before Python 3.11."""
+    """Map each instruction that may raise to its handler; empty before Python 3.11."""
     parse = getattr(dis, "_parse_exception_table", lambda code: ())
     return {
         offset: entry.target for entry in parse(code) for offset in range(entry.start, entry.end, 2)

@@ -1,4 +1,4 @@
-"""The benchmark runs, its table is whole, and what it counts is what the documentation says."""
+"""The benchmark runs, its tables are complete, and its counts are those in the documentation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PEERS = {
     "Dramatiq": "server",
     "Celery": "server",
 }
-#: What the table of the peers has a column for.
+#: The columns of the table of the peers.
 SIDE_BY_SIDE = [
     "who",
     "durability",
@@ -72,12 +72,12 @@ def benchmark(*args: str) -> str:
 
 
 def tables(text: str) -> list[list[list[str]]]:
-    """The cells of each simple table of reStructuredText, without its header."""
+    """Return the cells of each simple table of reStructuredText, without its header."""
     return [table for _, *table in with_headers(text)]
 
 
 def with_headers(text: str) -> list[list[list[str]]]:
-    """The cells of each simple table of reStructuredText."""
+    """Return the cells of each simple table of reStructuredText."""
     found = []
     rule = r"^(=+(?:  =+)+)\n"
     for match in re.finditer(rf"{rule}(.*\n)\1\n((?:.+\n)+?)\1$", text, re.M):
@@ -97,7 +97,7 @@ def costs() -> Table:
     return measured("--tasks", "400", "--only", "cost")
 
 
-def test_every_figure_is_measured_at_every_durability():
+def test_figures_are_measured_at_every_durability():
     table = measured("--tasks", "40", "--no-peers", "--only", "submit", "--only", "together")
     for what in ("submit one by one", "producer and workers"):
         for durability in ("accepted", "full", "process"):
@@ -106,8 +106,8 @@ def test_every_figure_is_measured_at_every_durability():
 
 
 @pytest.mark.parametrize("who", PEERS)
-def test_peer_is_measured_or_named_loudly(who):
-    """Beside one that is called so stands another whose name only begins so."""
+def test_each_peer_is_measured_or_named_as_missing(who):
+    """The table may also have a peer whose name only begins with this one's."""
     printed = benchmark("--rst", "--tasks", "4", "--only", who)
     [[header, *table]] = with_headers(printed)
     assert header == SIDE_BY_SIDE
@@ -123,7 +123,7 @@ def test_peer_is_measured_or_named_loudly(who):
         assert all(re.fullmatch(r"[\d,.]+|–", figure) for figure in others)
 
 
-def test_the_documented_table_has_all_peers_and_both_floors_beside_taskx():
+def test_the_documented_table_has_taskx_both_floors_and_all_peers():
     text = DOCUMENT.read_text(encoding="utf-8")
     measured = text.partition(".. measured from here on")[2].partition(".. measured up to here")[0]
     found = [table for table in with_headers(measured) if table[0][0] == "who"]
@@ -139,7 +139,7 @@ def test_the_documented_table_has_all_peers_and_both_floors_beside_taskx():
         assert rows == ours | set(PEERS.items())
 
 
-def test_lean_floor_stands_beside_the_floor():
+def test_the_table_has_a_lean_floor():
     table = measured("--tasks", "40", "--no-peers", "--only", "submit", "--only", "drain")
     for what in ("submit one by one", "drain a backlog"):
         for durability in ("accepted", "full", "process"):
@@ -153,7 +153,7 @@ def test_sleeping_tasks_are_submitted_one_by_one_and_at_once():
             assert table[what, "TaskX", durability].endswith("× ideal")
 
 
-def test_bursts_are_measured():
+def test_bursts_of_schedules_and_delayed_tasks_are_measured():
     table = measured("--tasks", "40", "--no-peers", "--only", "burst", "--only", "idle-schedules")
     for burst in ("many schedules tick", "many tasks are due"):
         for what in ("longest round", "work of a round"):
@@ -161,7 +161,7 @@ def test_bursts_are_measured():
     assert table["many idle schedules: share of a core", "TaskX", "process"].endswith(" %")
 
 
-def test_figures_on_mongo():
+def test_figures_on_mongo_are_measured():
     only = [arg for figure in ("submit", "trips") for arg in ("--only", figure)]
     table = measured("--mongo", "--tasks", "40", "--no-peers", *only)
     for who in ("floor", "TaskX"):
@@ -171,7 +171,7 @@ def test_figures_on_mongo():
     assert float(backlog) <= 1.5
 
 
-def test_rival_that_fails_stands_in_the_table(monkeypatch, capsys):
+def test_a_failed_peer_is_in_the_table(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT)
     from benchmarks import report
     from benchmarks.children import ChildFailed
@@ -190,8 +190,8 @@ def test_rival_that_fails_stands_in_the_table(monkeypatch, capsys):
 
 
 @needs_git
-def test_this_tree_is_measured_beside_an_earlier_one():
-    """Of the same code the counts are the same."""
+def test_this_tree_is_compared_with_an_earlier_one():
+    """The same code gives the same counts."""
     printed = benchmark(
         "--rst", "--against", "HEAD", "--tasks", "20", "--only", "cost-submit-writes"
     )
@@ -202,7 +202,7 @@ def test_this_tree_is_measured_beside_an_earlier_one():
 
 
 @needs_git
-def test_the_package_of_an_earlier_commit_is_what_is_measured(tmp_path):
+def test_the_package_of_the_earlier_commit_is_measured(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
         from benchmarks import against, children
@@ -214,7 +214,7 @@ def test_the_package_of_an_earlier_commit_is_what_is_measured(tmp_path):
         against.unpack("nowhere", str(tmp_path))
 
 
-def test_figures_of_several_processes():
+def test_figures_of_several_processes_are_measured():
     figures = ("left", "both", "rescue", "elsewhere", "cancel", "beside")
     only = [arg for figure in figures for arg in ("--only", figure)]
     table = measured("--tasks", "40", "--no-peers", *only)
@@ -238,7 +238,7 @@ def test_figures_of_several_processes():
     }
 
 
-def test_figures_beside_delayed_tasks():
+def test_figures_with_delayed_tasks_are_measured():
     table = measured("--tasks", "40", "--finished", "1500", "--no-peers", "--only", "delayed")
     for size in ("1,000", "1,500"):
         assert table["drain beside delayed tasks", f"TaskX, {size} delayed", "process"]
@@ -246,7 +246,7 @@ def test_figures_beside_delayed_tasks():
         assert late.endswith(" ms")
 
 
-def test_figures_beside_finished_tasks():
+def test_figures_with_finished_tasks_are_measured():
     table = measured("--tasks", "40", "--finished", "1500", "--no-peers", "--only", "finished")
     for what in ("drain", "get one", "list 20 newest"):
         for size in ("1,000", "1,500"):
@@ -254,7 +254,7 @@ def test_figures_beside_finished_tasks():
     assert table["count finished tasks", "TaskX, 1,500 finished", "process"].endswith(" ms")
 
 
-def test_import_brings_no_optional_package():
+def test_importing_taskx_loads_no_optional_package():
     assert (
         measured("--no-peers", "--only", "import")["import taskx: optional packages", "TaskX", ""]
         == "0"
@@ -266,7 +266,7 @@ def children_of(pid: int) -> list[int]:
 
 
 def runs(pid: int) -> bool:
-    """Whether it does: a zombie is for others to bury."""
+    """Return True if a process runs; a zombie does not."""
     try:
         return ") Z" not in Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
@@ -274,10 +274,10 @@ def runs(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_interrupted_run_leaves_no_process(number, tmp_path):
-    """Its children end with it, whatever ends it."""
+def test_an_interrupted_run_leaves_no_process(number, tmp_path):
+    """Its children end with it, however it ends."""
     program = [sys.executable, "-m", "benchmarks", "--no-peers", "--only", "elsewhere"]
-    env = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed one leaves its files
+    env = {**os.environ, "TMPDIR": str(tmp_path)}  # a killed run leaves its files
     with subprocess.Popen(program, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True) as run:
         children = wait_for(lambda: children_of(run.pid))
         run.send_signal(number)
@@ -288,7 +288,7 @@ def test_interrupted_run_leaves_no_process(number, tmp_path):
 
 
 def wait_for(condition):
-    """What it returns, once it is true."""
+    """Return the condition's result when it is true."""
     deadline = time.monotonic() + 60
     while not (found := condition()):
         assert time.monotonic() < deadline
@@ -296,7 +296,7 @@ def wait_for(condition):
     return found
 
 
-def test_tables_are_put_into_the_document(tmp_path):
+def test_update_writes_the_tables_into_the_document(tmp_path):
     copy = tmp_path / "performance.rst"
     copy.write_text(DOCUMENT.read_text(encoding="utf-8"), encoding="utf-8")
     benchmark("--tasks", "10", "--only", "sleepers", "--no-peers", "--update", str(copy))
@@ -313,7 +313,7 @@ def test_tables_are_put_into_the_document(tmp_path):
 
 
 @pytest.mark.parametrize("durability", ["accepted", "process"])
-def test_task_costs_what_the_documentation_says(costs, durability):
+def test_the_costs_of_a_task_are_those_in_the_documentation(costs, durability):
     documented = tables(DOCUMENT.read_text(encoding="utf-8"))[0]
     assert len(documented) == 3
     for what, writes, commits in documented:
@@ -325,9 +325,8 @@ def test_task_costs_what_the_documentation_says(costs, durability):
                 assert counted == pytest.approx(float(said), abs=0.2)
 
 
-def test_submit_waits_for_nobody(costs):
-    """Neither are the records stored by other threads, but for the odd one that came along with
-    theirs, nor does the thread that submits fall asleep."""
+def test_a_submit_does_not_wait_for_other_threads(costs):
+    """Other threads store at most a few of the records, and the submitting thread does not wait."""
     for durability in ("accepted", "process"):
         share = costs["submits written by another thread", "TaskX", durability]
         assert float(share.removesuffix(" %")) < 50

@@ -478,7 +478,7 @@ IDLE = {
 
 
 def test_an_idle_node_reads_what_the_design_says(tmp_path, monkeypatch):
-    """Nothing else, and as often; the test moves the clock from tick to tick."""
+    """It reads nothing else, and as often. The test moves the clock from tick to tick."""
     log: list[str] = []
     trace(monkeypatch, log.append)
     now = time.monotonic()

@@ -1,4 +1,4 @@
-"""The examples, run as their readers run them."""
+"""The examples, run as readers run them."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ STRICT = (sys.executable, "-W", "error")
 
 
 def wait_until(holds: Callable[[], Any], timeout: float = 30.0) -> Any:
-    """Wait until something holds; returns its value."""
+    """Wait until a function returns a true value, and return the value."""
     deadline = time.monotonic() + timeout
     pause = threading.Event()
     while not (value := holds()):
-        assert time.monotonic() < deadline, "it never came to hold"
+        assert time.monotonic() < deadline, "the condition never held"
         pause.wait(0.02)
     return value
 
 
 @contextmanager
 def program(*command: str | Path, **options: Any) -> Iterator[subprocess.Popen[str]]:
-    """A program that runs in a process group of its own, which does not outlive the block."""
+    """Run a program in a process group of its own, which is killed at the end of the block."""
     with subprocess.Popen(command, text=True, start_new_session=True, **options) as process:
         try:
             yield process
@@ -55,7 +55,7 @@ def program(*command: str | Path, **options: Any) -> Iterator[subprocess.Popen[s
 def run_example(
     folder: Path, name: str, *args: str, timeout: float = 60
 ) -> subprocess.CompletedProcess[str]:
-    """Run an example in a folder, to its good end."""
+    """Run an example in a folder. It must end without an error."""
     command = [*STRICT, EXAMPLES / name, *args]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=timeout)
     assert ran.returncode == 0, ran.stderr
@@ -70,12 +70,12 @@ def checksum_command(*args: str | Path) -> list[str | Path]:
 
 
 def run_checksum(*args: str | Path, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Run it to its end."""
+    """Run the program until it ends."""
     return subprocess.run(checksum_command(*args), capture_output=True, text=True, **options)
 
 
 def stored(database: Path) -> dict[str, Task]:
-    """The tasks in a database, by the name of their file."""
+    """Return the tasks in a database, by the name of their file."""
     with SQLiteRepository(database) as repository:
         tasks = repository.list(TaskFilter(limit=10_000))
     by_name = {Path(task.params["path"]).name: task for task in tasks}
@@ -84,7 +84,7 @@ def stored(database: Path) -> dict[str, Task]:
 
 
 def assert_all_hashed(tree: Path, database: Path) -> None:
-    """Every file of a flat tree has one task, completed, with the right checksum."""
+    """Check that every file of a flat folder has one completed task with the right checksum."""
     found = {name: task.result for name, task in stored(database).items()}
     assert found == {
         path.name: {
@@ -110,7 +110,7 @@ def tree(tmp_path: Path) -> Path:
     return folder
 
 
-def test_checksum_hashes_a_tree_once(tree, database):
+def test_checksum_hashes_each_file_once(tree, database):
     first = run_checksum(tree, "--db", database)
     assert (first.returncode, first.stderr) == (0, "")
     assert f"Hashing 20 files of {tree}." in first.stdout
@@ -122,17 +122,17 @@ def test_checksum_hashes_a_tree_once(tree, database):
     before = stored(database)
     second = run_checksum(tree, "--db", database)
     assert (second.returncode, second.stderr) == (0, "")
-    assert f"All 20 files of {tree} were done already; --fresh starts anew." in second.stdout
+    assert f"All 20 files of {tree} are already done. Use --fresh to start again." in second.stdout
     assert "20 files, 0.2 MB, 0 failed" in second.stdout
     assert stored(database) == before
 
     (tree / "added").write_bytes(b"more")
     third = run_checksum(tree, "--db", database)
-    assert f"20 of 21 files of {tree} were done already." in third.stdout
+    assert f"20 of 21 files of {tree} are already done." in third.stdout
     assert_all_hashed(tree, database)
 
 
-def test_checksum_starts_afresh(tree, database):
+def test_checksum_fresh_starts_again(tree, database):
     run_checksum(tree, "--db", database)
     (tree / "07").write_bytes(b"changed")
     again = run_checksum(tree, "--db", database, "--fresh")
@@ -141,7 +141,7 @@ def test_checksum_starts_afresh(tree, database):
     assert_all_hashed(tree, database)
 
 
-def test_checksum_removes_no_file_of_others(tree, database):
+def test_checksum_removes_only_its_own_database(tree, database):
     database.write_text("a letter, not a database")
     refused = run_checksum(tree, "--db", database, "--fresh")
     assert refused.returncode == 1
@@ -150,8 +150,8 @@ def test_checksum_removes_no_file_of_others(tree, database):
     assert database.read_text() == "a letter, not a database"
 
 
-def test_checksum_of_the_standard_library(database):
-    """The whole main job: real files, as they lie on this machine."""
+def test_checksum_hashes_the_standard_library(database):
+    """The demo itself, on the real files of this machine."""
     ran = run_checksum("--db", database)
     assert ran.returncode == 0
     with SQLiteRepository(database) as repository:
@@ -164,9 +164,9 @@ def test_checksum_of_the_standard_library(database):
         assert results[str(path)] == {"sha256": digest, "bytes": path.stat().st_size}
 
 
-def test_checksum_counts_what_cannot_be_read(tree, database):
+def test_checksum_counts_unreadable_files_as_failed(tree, database):
     (tree / "dangling").symlink_to(tree / "nothing")
-    os.mkfifo(tree / "pipe")  # to open it would block for ever
+    os.mkfifo(tree / "pipe")  # opening it would block for ever
     with open(os.fsencode(tree) + b"/no\xfftext", "wb"):
         pass
     ran = run_checksum(tree, "--db", database)
@@ -179,14 +179,14 @@ def test_checksum_counts_what_cannot_be_read(tree, database):
     assert "pipe" not in tasks
 
 
-def test_checksum_leaves_its_own_database_alone(tree):
-    """Opened by anyone else in its process, it would lose its locks."""
+def test_checksum_does_not_hash_its_own_database(tree):
+    """A file that is opened elsewhere in the process would lose its locks."""
     for _ in range(2):
         ran = run_checksum(".", "--db", "sums.db", cwd=tree)
         assert "20 files, 0.2 MB, 0 failed" in ran.stdout
 
 
-def test_checksum_runs_twice_at_once(tree, database):
+def test_two_checksum_programs_can_run_at_once(tree, database):
     for number in range(300):
         (tree / f"more-{number}").write_bytes(os.urandom(100))
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
@@ -201,9 +201,9 @@ def test_checksum_runs_twice_at_once(tree, database):
 
 @contextmanager
 def caught_in_the_middle(tree: Path, database: Path) -> Iterator[subprocess.Popen[str]]:
-    """A run that has hashed some of the files, twenty as a rule, and is busy with a huge one."""
+    """Run the program until it has hashed some files, usually twenty, and is busy with a huge one."""
     with open(tree / "huge", "wb") as huge:
-        huge.truncate(1 << 38)  # a hole: it takes minutes to read and no room
+        huge.truncate(1 << 38)  # a sparse file: minutes to read, but no disk space
     for number in range(20):
         (tree / f"last-{number}").write_bytes(b"last")
     command = checksum_command(tree, "--db", database, "--workers", "1")
@@ -224,18 +224,20 @@ def caught_in_the_middle(tree: Path, database: Path) -> Iterator[subprocess.Pope
 @pytest.mark.parametrize(
     ("signum", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)]
 )
-def test_checksum_goes_on_after(tree, database, signum, code):
+def test_checksum_goes_on_after_a_signal(tree, database, signum, code):
     with caught_in_the_middle(tree, database) as process:
         before = stored(database)
         done = [name for name, task in before.items() if task.status is TaskStatus.COMPLETED]
         left = 41 - len(done)
         process.send_signal(signum)
-        out, _err = process.communicate(timeout=15)  # a stop that waited would take 24 s
+        out, _err = process.communicate(
+            timeout=15
+        )  # a stop that waits for the file would take 24 s
         assert process.returncode == code
     if signum == signal.SIGKILL:
         assert stored(database)["huge"].status is TaskStatus.RUNNING
     else:
-        assert f"Stopped with {left} files to go: run it again to go on." in out
+        assert f"Stopped with {left} files left. Run it again to go on." in out
         assert f"{len(done)} files, 0.2 MB, 0 failed" in out
         handed_back = stored(database)["huge"]
         assert handed_back.status is TaskStatus.PENDING
@@ -246,13 +248,13 @@ def test_checksum_goes_on_after(tree, database, signum, code):
     (tree / "huge").write_bytes(b"not so huge")
     again = run_checksum(tree, "--db", database)
     assert again.returncode == 0
-    assert f"{len(done)} of 41 files of {tree} were done already." in again.stdout
-    assert f"Going on with the other {left}; --fresh starts anew." in again.stdout
+    assert f"{len(done)} of 41 files of {tree} are already done." in again.stdout
+    assert f"Going on with the other {left}. Use --fresh to start again." in again.stdout
     assert "41 files, 0.2 MB, 0 failed" in again.stdout
     assert f"This run: {left} files" in again.stdout
     assert_all_hashed(tree, database)
     after = stored(database)
-    assert all(after[name] == before[name] for name in done), "what was done is not done again"
+    assert all(after[name] == before[name] for name in done), "finished files are not hashed again"
     assert after["huge"].crashes == (signum == signal.SIGKILL)
 
 
@@ -265,12 +267,12 @@ def test_checksum_removes_no_database_in_use(tree, database):
     assert len(stored(database)) == 41
 
 
-def test_checksum_draws_a_bar_on_a_terminal(tree, database):
+def test_checksum_shows_a_bar_on_a_terminal(tree, database):
     ours, its = pty.openpty()
     with program(*checksum_command(tree, "--db", database), stdout=its) as process:
         os.close(its)
         shown = b""
-        with suppress(OSError):  # a terminal whose other end is closed ends in an error
+        with suppress(OSError):  # reading fails when the other end of the terminal is closed
             while part := os.read(ours, 4096):
                 shown += part
         assert process.wait(timeout=30) == 0
@@ -282,11 +284,11 @@ def test_checksum_draws_a_bar_on_a_terminal(tree, database):
 # sync_assets.py
 
 
-def test_sync_assets(tmp_path):
-    # The call that a cancel must reach takes a minute.
+def test_sync_assets_runs(tmp_path):
+    # The time-out is shorter than the call that a cancel must end, which takes a minute.
     ran = run_example(tmp_path, "sync_assets.py", timeout=45)
     assert ran.stderr == ""
-    assert "100%  staging/ap-south is done" in ran.stdout  # a slow machine may miss those before
+    assert "100%  staging/ap-south is done" in ran.stdout  # a slow machine may miss earlier ones
     assert "'regions': 9, 'errors': ['staging/eu-west: eu-west is under maintenance']" in ran.stdout
     assert "failed: ProviderError: the account is closed" in ran.stdout
     assert "cancelled at 50%" in ran.stdout
@@ -295,7 +297,7 @@ def test_sync_assets(tmp_path):
 # workflow.py
 
 
-def test_workflow(tmp_path):
+def test_workflow_runs_each_night_once(tmp_path):
     night = [
         "sent monday: berlin 42, lima 7, oslo 15",
         "report: berlin 42, lima 7, oslo 15",
@@ -319,8 +321,8 @@ def test_workflow(tmp_path):
 # own_repository.py
 
 
-def test_own_repository(tmp_path):
-    for total in (10, 20):  # what an earlier run left is still there
+def test_own_repository_keeps_its_tasks(tmp_path):
+    for total in (10, 20):  # the tasks of the first run are still there
         ran = run_example(tmp_path, "own_repository.py", timeout=30)
         assert ran.stdout.splitlines() == [
             "0 2 4 6 8 10 12 14 16 18",
@@ -332,7 +334,7 @@ def test_own_repository(tmp_path):
 # schedule.py
 
 
-def test_schedule(tmp_path):
+def test_schedule_runs(tmp_path):
     ran = run_example(tmp_path, "schedule.py")
     lines = ran.stdout.splitlines()
     assert lines.pop(3).startswith("nightly comes next at ")
@@ -340,7 +342,7 @@ def test_schedule(tmp_path):
         "<Schedule 'beat' (every 0.2 s): 'ping'>",
         "<Schedule 'gauge' (every 0.1 s): 'measure'>",
         "<Schedule 'nightly' (30 2 * * *): 'report'>",
-        "beat has ticked, and runs beside gauge",
+        "beat and gauge have ticked, and run at the same time",
         "gauge is paused: True",
         "by hand: sales",
         "back-filled: sales until 2024-03-29",
@@ -384,7 +386,7 @@ def client(app) -> Any:
 
 
 def shown(client: Any, task_id: str) -> dict[str, Any]:
-    """What the app shows of a task."""
+    """Return the app's answer about a task."""
     response = client.get(f"/tasks/{task_id}")
     assert response.status_code == 200
     told: dict[str, Any] = response.get_json()
@@ -418,7 +420,7 @@ def test_flask_shows_progress(client):
     assert told["message"].startswith("page ")
 
 
-def test_flask_takes_forms_and_lists(client):
+def test_flask_accepts_forms_and_lists_tasks(client):
     response = client.post("/tasks", data={"title": "Form", "pages": "1", "id": "mine"})
     assert (response.status_code, response.headers["Location"]) == (303, "/")
     wait_for_status(client, "mine", "completed")
@@ -429,8 +431,8 @@ def test_flask_takes_forms_and_lists(client):
     assert '<form method="post" action="/tasks">' in client.get("/").text
 
 
-def test_flask_cancels(flask_app, app, client):
-    """A running task stops, a pending one never starts."""
+def test_flask_cancels_tasks(flask_app, app, client):
+    """A running task stops, and a pending task never starts."""
     workers = flask_app.queue_of(app).config.worker_num
     running = [submit(client, title="Long", pages=10_000) for _ in range(workers)]
     for task_id in running:
@@ -461,7 +463,7 @@ def test_flask_refuses_bad_params(client, params, complaint):
     assert client.get("/tasks").get_json()["total"] == 0
 
 
-def test_flask_answers_errors(client):
+def test_flask_answers_errors_with_status_codes(client):
     assert client.get("/tasks/nobody").status_code == 404
     assert client.post("/tasks/nobody/cancel").status_code == 404
     assert client.get("/tasks?status=lost").status_code == 400
@@ -473,7 +475,7 @@ def test_flask_answers_errors(client):
     assert client.post("/tasks/once/cancel").status_code == 409
 
 
-def test_flask_answers_when_full_and_when_stopped(flask_app, app, client):
+def test_flask_answers_503_when_full_or_stopped(flask_app, app, client):
     queue = flask_app.queue_of(app)
     most = queue.config.buffer_size + queue.config.worker_num
     codes = [
@@ -489,7 +491,7 @@ def test_flask_answers_when_full_and_when_stopped(flask_app, app, client):
 
 
 def test_flask_starts_in_a_gunicorn_worker(flask_app, tmp_path):
-    """To make the app starts nothing; the hook does, and may be called again."""
+    """Making the app starts nothing. The hook starts the queue, and a second start does no harm."""
     app = flask_app.create_app(str(tmp_path / "tasks.db"))
     queue = flask_app.queue_of(app)
     with queue.repository:
@@ -503,7 +505,7 @@ def test_flask_starts_in_a_gunicorn_worker(flask_app, tmp_path):
 
 
 def answers(url: str) -> str | None:
-    """What a server answers; None as long as there is none."""
+    """Return a server's answer; None if it does not answer."""
     try:
         with urllib.request.urlopen(url, timeout=10) as response:
             text: str = response.read().decode()
@@ -514,7 +516,7 @@ def answers(url: str) -> str | None:
 
 @contextmanager
 def submitter(database: Path, type: str) -> Iterator[Queue]:
-    """A queue that only submits, for whoever runs on the same file."""
+    """Return a queue that only submits, for another process that runs on the same file."""
     with SQLiteRepository(database) as repository:
         queue = Queue(repository)
         queue.declare(type)
@@ -522,8 +524,8 @@ def submitter(database: Path, type: str) -> Iterator[Queue]:
 
 
 @pytest.mark.parametrize("args", [(), ("--debug",)], ids=["plain", "reloader"])
-def test_flask_serves(flask_app, tmp_path, args):
-    """One process runs tasks, the one that serves; when it is stopped it hands them back."""
+def test_flask_runs_tasks_in_the_serving_process(flask_app, tmp_path, args):
+    """Only the process that serves runs tasks. When it is stopped, it hands them back."""
     database, port = tmp_path / "tasks.db", free_port()
     env = {**os.environ, "TASKX_DATABASE": str(database), "PORT": str(port)}
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
@@ -551,14 +553,14 @@ def test_flask_serves(flask_app, tmp_path, args):
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of the project, where its databases may lie about."""
+    """Return a copy of the project, in which its databases may be created."""
     pytest.importorskip("django")
     ignored = shutil.ignore_patterns("__pycache__", "*.db*")
     return Path(shutil.copytree(EXAMPLES / "django_project", tmp_path / "site", ignore=ignored))
 
 
 def manage(project: Path, *args: str) -> str:
-    """Run one of the project's commands."""
+    """Run a command of the project."""
     command = [*STRICT, "manage.py", *args]
     ran = subprocess.run(command, cwd=project, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
@@ -570,7 +572,7 @@ def test_django_passes_its_own_tests(project):
     assert not (project / "tasks.db").exists()
 
 
-def test_django_commands_start_nothing(project):
+def test_django_commands_do_not_start_the_queue(project):
     manage(project, "makemigrations", "--check", "--dry-run")
     manage(project, "migrate")
     told = manage(
@@ -584,7 +586,7 @@ def test_django_commands_start_nothing(project):
 
 
 def test_django_runserver_starts_one_queue(project):
-    """With the reloader: in the child that serves, not in the parent that watches."""
+    """With the reloader, it is in the child that serves, not in the parent that watches."""
     manage(project, "migrate")
     address = f"127.0.0.1:{free_port()}"
     options = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}

@@ -1,4 +1,4 @@
-"""The web examples under a real gunicorn: two worker processes, each a node on the same file."""
+"""The web examples under a real gunicorn with two worker processes, each a node on the same file."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 PATIENCE = 60.0
 
 
-def eventually(look: Callable[[], Any]) -> Any:
-    """What ``look()`` gives once that is true; it fails when that takes too long."""
+def eventually(condition: Callable[[], Any]) -> Any:
+    """Call ``condition`` until its result is true, and return it. Fail if it takes too long."""
     deadline = time.monotonic() + PATIENCE
     while time.monotonic() < deadline:
-        if found := look():
+        if found := condition():
             return found
         time.sleep(0.02)  # blocks on purpose
-    raise AssertionError("it did not come about")
+    raise AssertionError("the condition never held")
 
 
 class Site:
@@ -44,9 +44,9 @@ class Site:
 
     Attributes:
         repository: the file that its processes share.
-        log: where gunicorn writes.
-        step: how many seconds a step of a report takes.
-        master: gunicorn's first process, which serves nothing itself.
+        log: the log file of gunicorn.
+        step: the duration of one step of a report, in seconds.
+        master: gunicorn's first process, which does not serve requests itself.
     """
 
     step: float
@@ -64,15 +64,15 @@ class Site:
         )
 
     def submit(self, title: str, steps: int) -> str:
-        """Submit a report that takes so many steps; returns its id."""
+        """Submit a report with this number of steps. Return its id."""
         raise NotImplementedError
 
     def status(self, task_id: str) -> str:
-        """What the site says of a task."""
+        """Return a task's status as the site shows it."""
         raise NotImplementedError
 
     def request(self, method: str, path: str, **more: Any) -> tuple[http.client.HTTPResponse, str]:
-        """One request, which follows no redirection; returns the answer and its body."""
+        """Send a request without following redirections. Return the answer and its body."""
         connection = http.client.HTTPConnection(self.address, timeout=PATIENCE)
         try:
             connection.request(method, path, **more)
@@ -84,17 +84,17 @@ class Site:
         return answer, body
 
     def nodes(self) -> list[str]:
-        """The names of the nodes that live: host, process and start."""
+        """Return the names of the live nodes: host, process and start."""
         return [node.name for node in self.repository.liveness.nodes() if node.alive]
 
     def stop(self) -> int:
-        """End the server as its operator would; returns its exit code."""
+        """End the server with SIGTERM. Return its exit code."""
         self.master.terminate()
         return self.master.wait(PATIENCE)
 
 
 class FlaskSite(Site):
-    """``examples/flask_app.py``, as it says there."""
+    """``examples/flask_app.py``, served as its docstring describes."""
 
     step = 0.25
 
@@ -119,7 +119,7 @@ class FlaskSite(Site):
 
 
 class DjangoSite(Site):
-    """``examples/django_project``, changed for ``--preload`` as its ``wsgi.py`` says."""
+    """``examples/django_project``; for ``--preload`` changed as its ``wsgi.py`` describes."""
 
     step = 0.1
 
@@ -151,7 +151,7 @@ class DjangoSite(Site):
 
 
 def start_in_a_hook(project: Path) -> None:
-    """Do with a copy of the project what its ``wsgi.py`` says is to be done for ``--preload``."""
+    """Change a copy of the project for ``--preload``, as its ``wsgi.py`` describes."""
     wsgi = project / "project" / "wsgi.py"
     source = wsgi.read_text()
     said = ast.get_docstring(ast.parse(source)) or ""
@@ -163,7 +163,7 @@ def start_in_a_hook(project: Path) -> None:
 
 @pytest.fixture(params=[(), ("--preload",)], ids=["each worker loads the app", "preload"])
 def options(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """How gunicorn is started."""
+    """Return the options with which gunicorn is started."""
     chosen: tuple[str, ...] = request.param
     return chosen
 
@@ -172,7 +172,7 @@ def options(request: pytest.FixtureRequest) -> tuple[str, ...]:
 def site(
     request: pytest.FixtureRequest, tmp_path: Path, options: tuple[str, ...]
 ) -> Iterator[Site]:
-    """Each example with two workers, with and without ``--preload``."""
+    """Return each example, served by two workers with and without ``--preload``."""
     pytest.importorskip("flask" if request.param is FlaskSite else "django")
     served: Site = request.param(tmp_path, *options)
     try:
@@ -185,12 +185,12 @@ def site(
 
 
 def completed(site: Site, ids: list[str]) -> bool:
-    """Whether all of these are done."""
+    """Return True if all these tasks are completed."""
     return all(site.status(task_id) == "completed" for task_id in ids)
 
 
 def test_two_workers_share_the_tasks(site: Site) -> None:
-    """Every task runs once, whichever worker took the request; the server ends as it should."""
+    """Every task runs once, whichever worker accepted it. The server ends with exit code 0."""
     pids = {name.split(":")[1] for name in site.nodes()}
     assert len(pids) == 2
     assert str(site.master.pid) not in pids
@@ -204,8 +204,8 @@ def test_two_workers_share_the_tasks(site: Site) -> None:
     assert site.nodes() == []
 
 
-def test_killed_worker_loses_nothing(site: Site) -> None:
-    """What a worker process ran when it was killed runs again, and gunicorn's new worker joins."""
+def test_a_killed_worker_process_loses_no_task(site: Site) -> None:
+    """The tasks of a killed worker process run again, and gunicorn's new worker joins."""
     task_id = site.submit("long", round(4 / site.step))  # time to find and kill it
 
     def runs() -> str:
@@ -223,12 +223,12 @@ def test_killed_worker_loses_nothing(site: Site) -> None:
     assert not re.search("Traceback", site.log.read_text())
 
 
-def test_server_that_is_stopped_hands_back_what_it_runs(site: Site) -> None:
-    """And the next one goes on with it."""
+def test_a_stopped_server_hands_its_tasks_back(site: Site) -> None:
+    """The next server can go on with them."""
     task_id = site.submit("long", 1000)
     eventually(lambda: site.repository.get_by_id(task_id).message)
     assert site.stop() == 0
     task = site.repository.get_by_id(task_id)
     assert (task.status, task.crashes) == ("pending", 0)
-    assert task.interruptions in {1, 2}  # the other worker may take it up before it stops, too
+    assert task.interruptions in {1, 2}  # the other worker may start it before it stops itself
     assert site.repository.liveness.nodes() == []

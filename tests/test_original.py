@@ -1,4 +1,4 @@
-"""The original's own description of TaskX, in Python name for name: every line of it holds here."""
+"""The original's description of TaskX, with the same names in Python: every line of it is true here."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ EIGHT = [
 
 
 class MyRepository(TaskRepository):
-    """自定义仓储实现: the eight methods on a dict, and the original's thirteen fields."""
+    """自定义仓储实现: the eight methods on a dict, with the original's thirteen fields."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -42,39 +42,39 @@ class MyRepository(TaskRepository):
             self._put(task)
 
     def get_by_id(self, task_id: str) -> Task:
-        """Give back a copy."""
+        """Return a copy."""
         with self._lock:
             if task_id not in self._tasks:
                 raise taskx.TaskNotFound(task_id)
             return Task.from_dict(json.loads(self._tasks[task_id]))
 
     def update(self, task: Task) -> None:
-        """Replace."""
+        """Replace a task."""
         with self._lock:
             self.get_by_id(task.id)
             self._put(task)
 
     def update_status(self, task_id: str, status: taskx.TaskStatus, message: str = "") -> None:
-        """Set two fields."""
+        """Set status and message."""
         with self._lock:
             self._put(attrs.evolve(self.get_by_id(task_id), status=status, message=message))
 
     def update_progress(self, task_id: str, progress: int, message: str = "") -> None:
-        """Set two fields."""
+        """Set progress and message."""
         with self._lock:
             self._put(attrs.evolve(self.get_by_id(task_id), progress=progress, message=message))
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        """Newest first."""
+        """Return a page of the matching tasks, newest first."""
         found = self._matching(filter)
         return found[filter.offset : filter.offset + filter.limit]
 
     def count(self, filter: TaskFilter) -> int:
-        """Without offset and limit."""
+        """Return the number of matching tasks, without offset and limit."""
         return len(self._matching(filter))
 
     def delete(self, task_id: str) -> None:
-        """Forget."""
+        """Remove a task."""
         with self._lock:
             self.get_by_id(task_id)
             del self._tasks[task_id]
@@ -121,7 +121,7 @@ def queue(repo) -> Iterator[taskx.Queue]:
 
 
 def executor(type: str, execute: Callable[[Context, Task], Any]) -> taskx.TaskExecutor:
-    """A class executor with that body."""
+    """Return a class executor with this body."""
 
     class MyTaskExecutor(taskx.TaskExecutor):
         def execute(self, ctx: Context, task: Task) -> Any:
@@ -134,8 +134,8 @@ def executor(type: str, execute: Callable[[Context, Task], Any]) -> taskx.TaskEx
 # 快速开始
 
 
-def test_quick_start(repo):
-    """Snippets 1 to 6, one after the other."""
+def test_the_quick_start_works(repo):
+    """Snippets 1 to 6, in order."""
     # 2.
     logger = logging.getLogger("original")
     config = taskx.Config(
@@ -190,8 +190,8 @@ def test_quick_start(repo):
     assert task.duration >= 0
 
 
-def test_logger_of_the_queue_is_the_one_given(queue, caplog):
-    """``NewQueue(repo, logger, config)``: what the queue says, it says there."""
+def test_the_queue_uses_the_given_logger(queue, caplog):
+    """``NewQueue(repo, logger, config)``: all log lines of the queue go there."""
     caplog.set_level(logging.INFO, logger="the original")
     queue.start()
     queue.stop()
@@ -201,7 +201,7 @@ def test_logger_of_the_queue_is_the_one_given(queue, caplog):
 # 核心概念
 
 
-def test_five_statuses():
+def test_there_are_the_five_statuses():
     """任务状态."""
     assert [str(status) for status in taskx.TaskStatus] == [
         *("pending", "running", "completed", "failed", "cancelled")
@@ -209,7 +209,7 @@ def test_five_statuses():
     assert taskx.TaskStatus.COMPLETED == "completed"
 
 
-def test_thirteen_fields_and_their_json_names():
+def test_a_task_has_the_thirteen_fields_and_json_names():
     """任务结构."""
     assert [field.name for field in attrs.fields(Task)][:13] == THIRTEEN
     moment = datetime(2024, 5, 1, 12, 30, tzinfo=timezone.utc)
@@ -234,8 +234,8 @@ def test_thirteen_fields_and_their_json_names():
     assert Task.from_dict(json.loads(json.dumps(data))) == task
 
 
-def test_a_go_service_s_json_is_read():
-    """Its times end in Z and have nanoseconds; absent ones are null or missing."""
+def test_json_of_a_go_service_can_be_read():
+    """Its times end in Z and have nanoseconds; unset times are null or missing."""
     text = """{
         "id": "a", "type": "my_task", "status": "running", "params": {}, "result": null,
         "error": "", "progress": 50, "message": "处理中...", "created_by": "user123",
@@ -246,15 +246,15 @@ def test_a_go_service_s_json_is_read():
     assert (task.status, task.completed_at) == (taskx.TaskStatus.RUNNING, None)
 
 
-def test_seven_conditions_of_a_filter():
+def test_a_filter_has_the_seven_conditions():
     """``TaskFilter``."""
     assert [field.name for field in attrs.fields(TaskFilter)][:7] == [
         *("type", "status", "created_by", "start_date", "end_date", "offset", "limit")
     ]
 
 
-def test_eight_methods_of_a_repository():
-    """任务仓储接口: these are abstract, and no others."""
+def test_a_repository_has_the_eight_methods():
+    """任务仓储接口: these methods are abstract, and no others."""
     assert sorted(TaskRepository.__abstractmethods__) == sorted(EIGHT)
     assert isinstance(SQLiteRepository("never opened.db"), TaskRepository)
 
@@ -267,8 +267,8 @@ def test_an_executor_has_a_type_and_executes():
 # 高级用法
 
 
-def test_progress_through_the_repository(queue, repo):
-    """任务进度更新: at the end it is 100 by itself."""
+def test_an_executor_reports_progress_through_the_repository(queue, repo):
+    """任务进度更新: after the end it is 100, without a call."""
     seen = []
 
     def execute(ctx: Context, task: Task) -> None:
@@ -285,8 +285,8 @@ def test_progress_through_the_repository(queue, repo):
     assert (task.progress, task.message) == (100, "即将完成")
 
 
-def test_cancel(queue):
-    """任务取消: one that waits never starts, one that runs hears of it, one that ended refuses."""
+def test_tasks_can_be_cancelled(queue):
+    """任务取消: a pending task never starts, a running task is told to stop, an ended task refuses."""
     begun, started = threading.Event(), []
 
     def execute(ctx: Context, task: Task) -> None:
@@ -311,8 +311,8 @@ def test_cancel(queue):
         queue.cancel_task("no such task")
 
 
-def test_list(queue):
-    """查询任务列表: filter, limit, offset, and how many there are in all."""
+def test_tasks_can_be_listed(queue):
+    """查询任务列表: filter, limit, offset, and the total number."""
     queue.register_executor(executor("my_task", lambda ctx, task: None))
     queue.register_executor(executor("other", lambda ctx, task: None))
     queue.start()
@@ -334,8 +334,8 @@ def test_list(queue):
     assert [task.id for task in [*tasks, *rest]] == [f"{n:02}" for n in reversed(range(25))]
 
 
-def test_an_own_repository_says_what_it_cannot_hold():
-    """自定义仓储实现: what takes more than eight methods and thirteen fields."""
+def test_a_custom_repository_refuses_what_it_cannot_store():
+    """自定义仓储实现: features that need more than eight methods and thirteen fields raise an error."""
     queue = taskx.Queue(MyRepository())
     queue.declare("my_task")
     with pytest.raises(taskx.ConfigurationError, match="priority"):
@@ -348,7 +348,7 @@ def test_an_own_repository_says_what_it_cannot_hold():
 # 配置选项
 
 
-def test_worker_numbers():
+def test_the_number_of_workers_can_be_set():
     """Worker 数量."""
     cores = os.cpu_count() or 1
     assert taskx.Config(worker_num=cores).worker_num == cores
@@ -370,7 +370,7 @@ def test_as_many_tasks_run_at_once_as_there_are_workers(repo):
 # 最佳实践
 
 
-def test_idempotency(repo):
+def test_a_task_that_runs_twice_can_do_its_work_once(repo):
     """1. 任务幂等性: a task that runs twice does its work once."""
     processed, runs = set(), []
 
@@ -393,8 +393,8 @@ def test_idempotency(repo):
     assert processed == {handle.id}
 
 
-def test_errors(repo, caplog):
-    """2. 错误处理: what is passing is tried again, what is lasting is not; causes are kept."""
+def test_an_executor_can_retry_temporary_errors(repo, caplog):
+    """2. 错误处理: temporary errors are retried, permanent errors are not; causes are logged."""
     calls = []
 
     def do_something(params: dict[str, Any]) -> None:
@@ -426,7 +426,7 @@ def test_errors(repo, caplog):
     assert "KeyError: 'no such account'" in caplog.text
 
 
-def test_clean_up(repo):
+def test_executors_clean_up_in_every_case(repo):
     """3. 资源清理: after success, an error and a cancel."""
     released, begun = [], threading.Event()
 
@@ -451,8 +451,8 @@ def test_clean_up(repo):
     assert sorted(released) == ["cancelled", "completes", "fails"]
 
 
-def test_time_outs(repo):
-    """4. 超时控制: a deadline inside the executor, of which all it calls through ctx hears."""
+def test_an_executor_can_set_a_time_out(repo):
+    """4. 超时控制: a deadline inside the executor, which all its calls through ctx respect."""
 
     def execute(ctx: Context, task: Task) -> str:
         with ctx.timeout(30 * 60) as token:
@@ -472,7 +472,7 @@ def test_time_outs(repo):
 
 
 def test_a_time_out_that_is_not_handled_fails_the_task(repo):
-    """As returning the context's error does in the original."""
+    """In the original, this corresponds to returning the context's error."""
 
     def execute(ctx: Context, task: Task) -> None:
         with ctx.timeout(0.01):
@@ -492,7 +492,7 @@ def test_a_time_out_that_is_not_handled_fails_the_task(repo):
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, b"bytes", float("nan"), {1: "x"}, 2**63])
 def test_params_must_be_json(queue, value):
-    """任务参数和结果必须可序列化为 JSON: params are refused before anything is stored."""
+    """任务参数和结果必须可序列化为 JSON: invalid params are refused, and nothing is stored."""
     queue.declare("my_task")
     with pytest.raises(taskx.PayloadError, match=r"params\.items"):
         queue.submit("my_task", {"items": [value]})
@@ -500,15 +500,15 @@ def test_params_must_be_json(queue, value):
 
 
 def test_a_result_must_be_json(queue):
-    """任务参数和结果必须可序列化为 JSON: another result fails the task, and no more."""
+    """任务参数和结果必须可序列化为 JSON: an invalid result only fails its task."""
     queue.register_executor(executor("my_task", lambda ctx, task: object()))
     queue.start()
     with pytest.raises(taskx.TaskFailed, match="object is not JSON"):
         queue.submit("my_task").result(timeout=60)
 
 
-def test_a_full_queue_refuses(repo):
-    """队列满时会拒绝新任务, and nothing of what it refuses is stored."""
+def test_a_full_queue_refuses_tasks(repo):
+    """队列满时会拒绝新任务, and no refused task is stored."""
     gate = threading.Event()
     queue = taskx.Queue(repo, taskx.Config(worker_num=1, buffer_size=2))
     queue.register_executor(executor("my_task", lambda ctx, task: gate.wait(60)))
@@ -522,7 +522,7 @@ def test_a_full_queue_refuses(repo):
             flood()
         tasks, accepted = queue.list_tasks()
         assert sorted(task.params["number"] for task in tasks) == list(range(accepted))
-        assert accepted in (2, 3)  # with or without one that a worker has taken
+        assert accepted in (2, 3)  # 3 if a worker has already taken a task
         gate.set()
         assert queue.drain(timeout=60)
         assert queue.list_tasks(TaskFilter(status="completed"))[1] == accepted
@@ -531,8 +531,8 @@ def test_a_full_queue_refuses(repo):
 # 特性
 
 
-def test_graceful_stop(repo):
-    """优雅的启动和关闭: what runs may end, what waits stays pending for the next start."""
+def test_a_stop_waits_for_running_tasks(repo):
+    """优雅的启动和关闭: running tasks may end, and waiting tasks stay pending for the next start."""
     begun, gate = threading.Event(), threading.Event()
 
     def execute(ctx: Context, task: Task) -> None:
@@ -550,7 +550,7 @@ def test_graceful_stop(repo):
     assert begun.wait(60)
     stopper = threading.Thread(target=first.stop)
     stopper.start()
-    while first.get_task_status(waiting.id).owner:  # it has not been let go yet
+    while first.get_task_status(waiting.id).owner:  # the queue has not disowned it yet
         stopper.join(0.001)
     with pytest.raises(taskx.QueueStopped):
         first.submit("my_task")

@@ -1,4 +1,4 @@
-"""The project as its user meets it: version, public names, make, and what no file may hold."""
+"""The project as a user sees it: version, public names, make, and forbidden text in files."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="no make he
 
 
 def run_make(*args: str) -> subprocess.CompletedProcess[str]:
-    """Run make as from a shell, whatever make these tests were started by."""
+    """Run make as from a shell, even if these tests were started by make."""
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MAKE", "MFLAGS"))}
     return subprocess.run(["make", *args], cwd=ROOT, env=env, capture_output=True, text=True)
 
@@ -39,12 +39,12 @@ def run_make(*args: str) -> subprocess.CompletedProcess[str]:
 # Version and public names
 
 
-def test_version_is_the_installed_one():
+def test_the_version_is_the_installed_one():
     assert importlib.metadata.version("taskx-queue") == taskx.__version__
 
 
-def test_version_is_read_without_importing():
-    """A build has no attrs yet: setuptools must find a literal."""
+def test_the_version_can_be_read_without_importing():
+    """attrs is not installed during a build, so setuptools must find a literal."""
     tree = ast.parse((ROOT / "taskx" / "__init__.py").read_text())
     [version] = [
         node.value.value
@@ -55,18 +55,18 @@ def test_version_is_read_without_importing():
     assert version == taskx.__version__
 
 
-def test_changelog_names_the_version():
+def test_the_changelog_names_the_version():
     assert f"\n{taskx.__version__}" in (ROOT / "CHANGELOG.rst").read_text()
 
 
 def test_all_is_sorted():
-    """As ruff sorts it: CONSTANTS, then Classes, then functions."""
+    """In ruff's order: CONSTANTS, then Classes, then functions."""
     names = list(taskx.__all__)
     assert names == sorted(set(names), key=lambda n: (not n.isupper(), not n[0].isupper(), n))
 
 
 @pytest.mark.parametrize("name", taskx.__all__)
-def test_public_name_exists_and_is_documented(name):
+def test_each_public_name_exists_and_has_a_docstring(name):
     value = getattr(taskx, name)
     if inspect.isclass(value):
         assert vars(value).get("__doc__"), f"taskx.{name} has no docstring of its own"
@@ -75,8 +75,8 @@ def test_public_name_exists_and_is_documented(name):
 
 
 @pytest.mark.process
-def test_import_is_light():
-    """Importing loads no optional package, starts no thread and warns of nothing."""
+def test_importing_taskx_is_light():
+    """Importing loads no optional package, starts no thread and causes no warning."""
     program = (
         "import json, sys, threading, taskx; "
         "print(json.dumps([sorted(sys.modules), threading.active_count()]))"
@@ -98,7 +98,7 @@ def test_import_is_light():
 
 
 def imports(path: Path, modules: Iterable[str]) -> set[str]:
-    """Those of the modules that one imports, wherever in it: in functions and for type checkers, too."""
+    """Return those of ``modules`` that a module imports, also in functions and for type checkers."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -109,13 +109,13 @@ def imports(path: Path, modules: Iterable[str]) -> set[str]:
     return found.intersection(modules)
 
 
-def test_no_module_imports_itself_in_the_end():
+def test_no_module_imports_itself_through_others():
     paths = {
         ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
         for path in (ROOT / "taskx").rglob("*.py")
     }
     graph = {name: imports(path, paths) for name, path in paths.items()}
-    with pytest.raises(graphlib.CycleError):  # it is seen
+    with pytest.raises(graphlib.CycleError):  # a cycle would be found
         graphlib.TopologicalSorter({**graph, "taskx.core.errors": {"taskx.queue"}}).prepare()
     graphlib.TopologicalSorter(graph).prepare()
 
@@ -134,7 +134,7 @@ def test_make_alone_lists_the_targets():
 
 
 def python_that(tmp_path: Path, pretends: str) -> Path:
-    """An interpreter that runs a script after the statement ``pretends``."""
+    """Return an interpreter that executes the statement ``pretends`` before a script."""
     program = f'import runpy, sys; {pretends}; runpy.run_path(sys.argv[1], run_name="__main__")'
     shim = tmp_path / "python"
     shim.write_text(f"#!/bin/sh\nexec '{sys.executable}' -c '{program}' \"$@\"\n")
@@ -152,7 +152,7 @@ def python_that(tmp_path: Path, pretends: str) -> Path:
         ('sys.modules["venv"] = None', "venv", "apt install python3-venv"),
     ],
 )
-def test_unfit_python_gets_one_sentence(tmp_path, pretends, found, advice):
+def test_an_unsuitable_python_gets_a_one_line_error(tmp_path, pretends, found, advice):
     made = run_make("test", f"PYTHON={python_that(tmp_path, pretends)}", f"VENV={tmp_path}/venv")
     assert made.returncode != 0
     sentence, make_gave_up = made.stderr.splitlines()
@@ -164,16 +164,16 @@ def test_unfit_python_gets_one_sentence(tmp_path, pretends, found, advice):
 
 @pytest.mark.process
 @needs_make
-def test_missing_python_gets_one_sentence(tmp_path):
+def test_a_missing_python_gets_a_one_line_error(tmp_path):
     made = run_make("test", "PYTHON=python3.99", f"VENV={tmp_path}/venv")
     assert made.returncode != 0
     sentence, _make_gave_up = made.stderr.splitlines()
-    assert "python3.99 is not on this machine" in sentence
+    assert "python3.99 was not found" in sentence
 
 
 @pytest.mark.process
 @needs_make
-def test_make_empties_no_folder_but_its_own(tmp_path):
+def test_make_removes_only_virtual_environments(tmp_path):
     keepsake = tmp_path / "keepsake"
     keepsake.touch()
     made = run_make("test", f"VENV={tmp_path}")
@@ -183,7 +183,7 @@ def test_make_empties_no_folder_but_its_own(tmp_path):
 
 
 def old_pythons() -> list[str]:
-    """Real interpreters too old for TaskX, from pyenv or PATH: as many as there are."""
+    """Return all interpreters from pyenv and PATH that are too old for TaskX."""
     pyenv = os.environ.get("PYENV_ROOT", os.path.expanduser("~/.pyenv"))
     pythons = [
         *glob.glob(f"{pyenv}/versions/2.7.*/bin/python"),
@@ -197,14 +197,14 @@ def old_pythons() -> list[str]:
 
 @pytest.mark.process
 @pytest.mark.parametrize("python", old_pythons())
-def test_bootstrap_runs_on_an_old_python(tmp_path, python):
+def test_bootstrap_explains_itself_on_an_old_python(tmp_path, python):
     ran = subprocess.run([python, BOOTSTRAP, tmp_path / "venv"], capture_output=True, text=True)
     assert ran.returncode == 1
     assert ran.stderr.startswith("TaskX needs Python 3.10 or newer, and ")
     assert len(ran.stderr.splitlines()) == 1
 
 
-# What runs when
+# The kinds of tests
 
 
 def setup_cfg() -> configparser.ConfigParser:
@@ -213,7 +213,7 @@ def setup_cfg() -> configparser.ConfigParser:
     return parser
 
 
-def test_quick_leaves_out_the_kinds_that_are_described():
+def test_quick_leaves_out_the_described_kinds_of_tests():
     [expression] = re.findall(r"^QUICK := not \((.+)\)$", (ROOT / "Makefile").read_text(), re.M)
     assert sorted(expression.split(" or ")) == sorted(kinds.KINDS)
     table = re.findall(r"^``(\w+)``  ", (ROOT / "CONTRIBUTING.rst").read_text(), re.M)
@@ -221,7 +221,7 @@ def test_quick_leaves_out_the_kinds_that_are_described():
 
 
 @pytest.mark.process
-def test_a_test_without_the_mark_that_it_needs_fails(tmp_path):
+def test_a_test_without_a_required_mark_fails(tmp_path):
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n  mongo\n  process\n  slow\n")
     (tmp_path / "test_them.py").write_text(
         f"""
@@ -235,7 +235,7 @@ def fork():
         os._exit(0)
     os.waitpid(child, 0)
 
-def server():  # one that an earlier test started
+def server():  # uses a server that an earlier test started
     sys.audit({SERVER_USED!r})
 
 @pytest.mark.parametrize("do", [program, fork, server])
@@ -280,7 +280,7 @@ def test_by_its_fixture(spawn):
 
 
 def run_ci(tmp_path: Path, pythons: str, *args: str) -> tuple[str, list[str]]:
-    """Run .ci/run with these Pythons and stand-ins for all programs: what it says, what make is told."""
+    """Run .ci/run with these Pythons and fake programs. Return its output, and make's test targets."""
     programs, log = tmp_path / "bin", tmp_path / "log"
     programs.mkdir()
     (programs / "dirname").symlink_to(shutil.which("dirname") or "")
@@ -315,20 +315,22 @@ def test_ci_runs_all_tests_on_the_newest_python_and_most_on_the_oldest(tmp_path)
 
 
 @pytest.mark.process
-def test_ci_all_runs_all_tests_on_every_python(tmp_path):
+def test_ci_with_all_runs_all_tests_on_every_python(tmp_path):
     _said, told = run_ci(tmp_path, "3.10 3.11 3.12 3.13", "--all")
     assert told == ["test 3.10", "test 3.11", "test 3.12", "test 3.13"]
 
 
 @pytest.mark.process
-def test_ci_says_which_python_it_did_not_find(tmp_path):
+def test_ci_names_each_python_that_is_missing(tmp_path):
     said, told = run_ci(tmp_path, "3.12")
     assert told == ["test 3.12"]
     for version in ("3.10", "3.11", "3.13"):
-        assert said.count(f"!!!! PYTHON {version} IS MISSING") == 2  # at once, and in the summary
+        assert (
+            said.count(f"!!!! PYTHON {version} IS MISSING") == 2
+        )  # immediately, and in the summary
 
 
-def test_ci_knows_every_python_and_every_file_that_it_names():
+def test_ci_lists_every_python_and_only_existing_files():
     script = (ROOT / ".ci" / "run").read_text()
     [pythons], [once] = (
         re.findall(rf'^{name}="(.+)"$', script, re.M) for name in ("PYTHONS", "ONCE")
@@ -342,7 +344,7 @@ def test_ci_knows_every_python_and_every_file_that_it_names():
 
 
 def project_files() -> list[Path]:
-    """The text files under version control, and those about to be."""
+    """Return the text files under version control, and new ones that are not ignored."""
     listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     try:
         names = subprocess.run(listing, cwd=ROOT, capture_output=True, check=True).stdout
@@ -360,7 +362,7 @@ def project_files() -> list[Path]:
         ("registry host", r"\b(pypi\.org|pythonhosted\.org|npmjs\.(org|com)|deb\.debian\.org)\b"),
     ],
 )
-def test_no_file_names_a(what, pattern):
+def test_no_file_contains_a(what, pattern):
     found = [
         f"{path.relative_to(ROOT)}:{number}: {line.strip()}"
         for path in project_files()
@@ -371,7 +373,7 @@ def test_no_file_names_a(what, pattern):
 
 
 def test_tests_do_not_sleep():
-    """A line that must block for real says so: # blocks on purpose."""
+    """A line that must really block has the comment: # blocks on purpose."""
     sleeps = re.compile(r"\btime\.sleep\(|\bfrom time import\b.*\bsleep\b")
     found = [
         f"{path.relative_to(ROOT)}:{number}"
@@ -392,8 +394,8 @@ def test_documentation_is_valid_rst(path):
     )
 
 
-def test_nothing_is_pickled_or_evaluated():
-    """In the whole package: no module that runs what it reads, and no call of what runs text."""
+def test_the_package_never_unpickles_or_evaluates_text():
+    """The package imports no module that executes its input, and never executes text as code."""
     forbidden = {"pickle", "cPickle", "dill", "cloudpickle", "marshal", "shelve", "yaml"}
     package = Path(taskx.__file__).parent
     files = list(package.rglob("*.py"))

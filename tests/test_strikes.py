@@ -1,4 +1,4 @@
-"""The tool that strikes at every point: it hits where a signal handler could, and nowhere else."""
+"""The tool that strikes at every point: only where a signal handler could run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from strikes import Strike, every_strike, strike_at
 
 
-def test_it_strikes_once_at_each_point():
+def test_each_call_is_struck_at_the_next_point():
     ran = []
 
     def work(point):
@@ -20,11 +20,11 @@ def test_it_strikes_once_at_each_point():
     assert ran == [1, 2, 3, 4]
 
 
-def test_beyond_the_last_point_nothing_is_struck():
+def test_no_strike_happens_after_the_last_point():
     assert strike_at(10_000, lambda: len("a")) is None
 
 
-def test_a_strike_that_is_caught_is_returned_all_the_same():
+def test_a_caught_strike_is_still_returned():
     def work(point):
         try:
             len("a")

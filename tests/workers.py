@@ -1,4 +1,4 @@
-"""Worker programs: several processes on one repository, which note what they do in one log."""
+"""Worker programs: several processes on one repository that write what they do to one log file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from mongo_server import new_database, shared
 from taskx import MongoRepository, SQLiteRepository
 from taskx.storage.base import Repository
 
-# Started with where the repository is, and a path beside which the log is.
+# The program's arguments are the repository's URL or path, and the path of the log without ".log".
 _BEGIN = """
 import os, sys
 import pymongo
@@ -29,7 +29,7 @@ queue = Queue(repository, Config(worker_num=4))
 def note(*words):
     line = " ".join(map(str, words)) + "\\n"
     log = os.open(path + ".log", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    os.write(log, line.encode())  # one write: lines of several processes come one after the other
+    os.write(log, line.encode())  # a single write, so that lines of several processes do not mix
     os.close(log)
 """
 
@@ -41,7 +41,7 @@ sys.stdin.readline()
 
 
 class Workers:
-    """Starts workers, each with four threads, on a repository that the test has, too."""
+    """Worker programs with four threads each, on a repository that the test can use, too."""
 
     def __init__(self, spawn: Callable[..., Any], url: str, path: str, repository: Repository):
         self.repository = repository
@@ -49,18 +49,18 @@ class Workers:
         self._log = Path(path + ".log")
 
     def spawn(self, executors: str) -> Any:
-        """One that knows these executors, for which it has ``queue`` and ``note``."""
+        """Start one program with these executors. Their code can use ``queue`` and ``note``."""
         return self._spawn(_BEGIN + executors + _RUN, *self._where)
 
     def start(self, executors: str, count: int = 1) -> list[Any]:
-        """So many of them, once the queues of all have started."""
+        """Start ``count`` programs. Return them when all their queues have started."""
         children = [self.spawn(executors) for _ in range(count)]
         for child in children:
             assert child.read() == "started"
         return children
 
     def log(self) -> list[list[str]]:
-        """The words of each line that they noted."""
+        """Return the words of each line in the log."""
         if not self._log.exists():
             return []
         return [line.split() for line in self._log.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""The same on a MongoDB server."""
+"""The benchmark on a MongoDB server."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.harness import QUICK, Cell, Plan
 from benchmarks.mongo import trips
 from benchmarks.mongo.store import OnMongo
 
-#: A small server does a few hundred writes a second.
+#: Small numbers, because a small server does only a few hundred writes per second.
 PLAN = Plan(
     tasks=400,
     synced=400,
@@ -22,13 +22,13 @@ PLAN = Plan(
     messages=20,
     kills=2,
 )
-#: Another floor, which has one command for reading a task and starting it.
+#: Another floor, which reads and starts a task with one command.
 _AT_ONCE = "find_one_and_update"
 QUICK_PLAN = replace(PLAN.limited_to(100), many=400, samples=20, kills=QUICK.kills)
 
 
 def cells(plan: Plan, url: str, *, with_peers: bool = True) -> list[Cell]:
-    """All cells."""
+    """Return all cells."""
     store, at_once = OnMongo(url), OnMongo(url, at_once=True)
     found = [
         *floor.cells_on(plan, store),

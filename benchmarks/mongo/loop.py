@@ -18,12 +18,12 @@ _TIMEOUT = 10.0
 
 
 class MongoLoop(Loop):
-    """``insert_one``; ``find_one`` and ``update_one`` to start, as TaskX does; ``update_one`` to finish.
+    """The floor: ``insert_one``; ``find_one`` and ``update_one`` for a start, as in TaskX; ``update_one``.
 
     Args:
         url: the database.
-        count: how many tasks.
-        at_once: start with one ``find_one_and_update``; what is quicker differs between servers.
+        count: the number of tasks.
+        at_once: start with one ``find_one_and_update``. It depends on the server which way is faster.
     """
 
     def __init__(self, url: str, count: int, *, at_once: bool = False) -> None:
@@ -65,7 +65,7 @@ class MongoLoop(Loop):
 
 
 def _as_sent(update: Update, mark: int) -> tuple[Document, Document]:
-    """An update as TaskX sends it: it leaves a mark, by which it is known again."""
+    """Return an update as TaskX sends it, with a mark by which it is recognised later."""
     found = {**guarded(update.id, update.guard), "taskx.w": {"$nin": [Int64(mark)]}}
     push = {"taskx.w": {"$each": [Int64(mark)], "$slice": -MARKS}}
     return found, {"$push": push, "$set": fields(update.changes)}

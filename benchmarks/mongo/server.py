@@ -1,4 +1,4 @@
-"""The server that is measured on."""
+"""The MongoDB server of the benchmark."""
 
 from __future__ import annotations
 
@@ -12,20 +12,20 @@ from pathlib import Path
 
 import pymongo
 
-#: Names a server, for those who have one.
+#: The environment variable with the URL of a server.
 VARIABLE = "TASKX_TEST_MONGO_URL"
 
 
 @contextmanager
 def running(url: str) -> Iterator[str]:
-    """The URL of the server that is named, here or by the environment, or of a small one of our own."""
+    """Yield the URL: the given one, the one in the environment, or that of a small server started here."""
     url = url or os.environ.get(VARIABLE, "")
     if url:
         yield url
         return
     if importlib.util.find_spec("secantus") is None:
         sys.exit(
-            f"--mongo needs SecantusDB (pip install SecantusDB), or a server named by {VARIABLE}"
+            f"--mongo needs SecantusDB (pip install SecantusDB), or the URL of a server in {VARIABLE}"
         )
     from tests.mongo_server import Server
 
@@ -38,7 +38,7 @@ def running(url: str) -> Iterator[str]:
 
 
 def described(url: str) -> str:
-    """What it says it is."""
+    """Return the name and version that the server reports."""
     with pymongo.MongoClient(url) as client:
         told = client.server_info()
     ours = told.get("secantusVersion")

@@ -1,4 +1,4 @@
-"""A collection on a MongoDB server."""
+"""The store on a MongoDB server."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from taskx.storage.base import Repository
 
 
 class OnMongo(Store):
-    """A database for each folder.
+    """A store with one database for each folder.
 
     Args:
         url: the server.
-        listener: is told of every command that TaskX sends.
-        at_once: whether the floor reads a task and starts it with one command.
+        listener: called for every command that TaskX sends.
+        at_once: True if the floor reads and starts a task with one command.
     """
 
     durability = "majority"
@@ -52,7 +52,7 @@ class OnMongo(Store):
         return self.url
 
     def drop(self, folder: str) -> None:
-        """Drop the databases of a folder, and of those in it."""
+        """Drop the databases of a folder and of its subfolders."""
         with pymongo.MongoClient(self.url) as client:
             for name in client.list_database_names():
                 if name.startswith(database_of(folder)):
@@ -60,10 +60,10 @@ class OnMongo(Store):
 
 
 def database_of(folder: str) -> str:
-    """The name of a folder's database."""
+    """Return the name of a folder's database."""
     return re.sub(r"\W", "_", os.path.relpath(folder, tempfile.gettempdir()))
 
 
 def url_of(server: str, folder: str) -> str:
-    """The URL of a folder's database."""
+    """Return the URL of a folder's database."""
     return urlsplit(server)._replace(path=f"/{database_of(folder)}").geturl()

@@ -1,7 +1,7 @@
 """Round trips to the server: counted, not timed.
 
-A node also looks around so many times a second, whatever runs: the housekeeper, and whoever drains or stops
-a queue. The slower the machine, the more of these fall to a task, so they are counted apart.
+The housekeeper, and threads that drain or stop a queue, also poll the server a fixed number of times per
+second. The slower the machine, the more polls there are per task, so they are counted separately.
 """
 
 from __future__ import annotations
@@ -18,24 +18,24 @@ from benchmarks.mongo.store import OnMongo
 from benchmarks.taskx_bench import busy, noops, queue_on
 from taskx import Queue
 
-#: How a change stream asks for more.
+#: The command by which a change stream asks for more changes.
 _STREAM = "getMore"
 _TASKS = ("tasks", "tasks.batches")
 _READS = frozenset(("find", "aggregate", "distinct"))
-#: Threads whose reads are looks around.
+#: Threads whose reads count as polls.
 _DRAINING = "benchmark-drain"
-_LOOKERS = frozenset(("taskx-housekeeper", "taskx-changes", "taskx-stop", _DRAINING))
-#: The backlog's tasks: the first sixteen are started one by one, until they have shown to be short.
+_POLLING = frozenset(("taskx-housekeeper", "taskx-changes", "taskx-stop", _DRAINING))
+#: Number of tasks in the backlog. The first sixteen start one by one, until the type is known to be short.
 _BACKLOG = 200
 
 
 class Commands(CommandListener):
-    """The commands that concern tasks, in order; not those of nodes that prove that they live."""
+    """The commands about tasks, in order, without the heartbeats of nodes."""
 
     def __init__(self) -> None:
         self._log: list[tuple[int, str]] = []
-        #: How many were looks around.
-        self.looks = 0
+        #: Number of polls.
+        self.polls = 0
 
     def started(self, event: Any) -> None:
         name = event.command_name
@@ -43,9 +43,9 @@ class Commands(CommandListener):
         if on not in _TASKS and name != "commitTransaction":
             return
         if any(update.get("upsert") for update in event.command.get("updates", ())):
-            name = "insert"  # it takes starts and outcomes along
-        if name in _READS and threading.current_thread().name in _LOOKERS:
-            self.looks += 1
+            name = "insert"  # the command also contains starts and outcomes
+        if name in _READS and threading.current_thread().name in _POLLING:
+            self.polls += 1
         else:
             self._log.append((threading.get_ident(), name))
 
@@ -54,25 +54,25 @@ class Commands(CommandListener):
     def failed(self, event: Any) -> None: ...
 
     def clear(self) -> None:
-        """Forget what was sent."""
+        """Forget all commands."""
         self._log.clear()
-        self.looks = 0
+        self.polls = 0
 
     def on(self, thread: int) -> int:
-        """How many a thread sent, whatever for: who commits takes along what others have to write."""
+        """Return how many commands a thread sent, including the writes of others that it committed."""
         return sum(who == thread for who, _ in list(self._log))
 
     def count(self, *, but: tuple[str, ...] = (_STREAM,)) -> int:
-        """How many were sent, on the connections of threads that wait for them."""
+        """Return how many commands were sent for which a thread waits, except those named in ``but``."""
         return sum(name not in but for _, name in list(self._log))
 
     def of_stream(self) -> int:
-        """How many a change stream sent, on a connection of its own."""
+        """Return how many commands a change stream sent, on a connection of its own."""
         return sum(name == _STREAM for _, name in list(self._log))
 
 
 def _of_submit(plan: Plan, url: str, folder: str) -> dict[str, float]:
-    """Of submits to a started queue whose workers are busy."""
+    """Count round trips of submits to a started queue whose workers are busy."""
     seen = Commands()
     with queue_on(OnMongo(url, seen), folder, buffer=plan.synced + 5) as queue, busy(queue):
         queue.submit("noop")
@@ -102,7 +102,7 @@ def _of_backlog(plan: Plan, url: str, folder: str) -> dict[str, float]:
 
 
 def _of_producer(plan: Plan, url: str, folder: str) -> dict[str, float]:
-    """While this thread submits one by one."""
+    """Count round trips while this thread submits tasks one by one."""
     seen = Commands()
     with queue_on(OnMongo(url, seen), folder, buffer=plan.synced) as queue, queue:
         queue.submit("noop").result()
@@ -127,18 +127,18 @@ def _of_one(plan: Plan, url: str, folder: str) -> dict[str, float]:
         for _ in range(plan.samples):
             queue.submit("noop").result()
         took = time.monotonic() - began
-        return {"trips-alone": seen.count() / plan.samples, "trips-looks": seen.looks / took}
+        return {"trips-alone": seen.count() / plan.samples, "trips-looks": seen.polls / took}
 
 
 def _drain(queue: Queue) -> None:
-    """Drain a queue on a thread that is known by its name."""
+    """Drain a queue on a thread whose name marks its reads as polls."""
     thread = threading.Thread(target=queue.drain, name=_DRAINING)
     thread.start()
     thread.join()
 
 
 def cells(plan: Plan, url: str) -> list[Cell]:
-    """All cells that count round trips."""
+    """Return all cells that count round trips."""
     return [
         Cell(TASKX, OnMongo.durability, partial(run, plan, url), figures, once=True)
         for run, figures in (

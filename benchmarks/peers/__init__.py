@@ -1,6 +1,6 @@
-"""What else one might take: each peer with its defaults, each cell in a process of its own.
+"""The peers: similar libraries, each with its defaults and each cell in a process of its own.
 
-Four threads work, or four processes where a peer has no threads; the task returns a value.
+Each peer has four worker threads, or four processes if it has no threads. The task returns a value.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ _BEGINS = LATENCIES[:2]
 
 @dataclass(frozen=True)
 class Kind:
-    """A peer, and how much it is asked to do.
+    """A peer and the amount of its work.
 
     Attributes:
-        name: how the table calls it.
-        needs: distributions that must be installed, and ``redis-server``.
-        durability: what its tasks survive.
-        module: where its class is; imported in the child only.
-        of: the class.
-        options: how it is made.
-        most: tasks of a cell, at most.
-        samples: tasks whose latency is taken, at most.
-        told: which latencies it can tell.
-        does: what of :data:`benchmarks.peers.base.MEASURES` it can do.
-        slow: set up so slowly that it is measured once, not each round.
+        name: the name in the table.
+        needs: the required distributions, and ``redis-server`` if it is required.
+        durability: the failures that its tasks survive.
+        module: the module of its class; only the child imports it.
+        of: the name of the class.
+        options: the options of the class.
+        most: the largest number of tasks in a cell.
+        samples: the largest number of tasks whose latency is measured.
+        told: the latencies that can be measured.
+        does: the names in :data:`benchmarks.peers.base.MEASURES` that it can do.
+        slow: True if its setup is so slow that it is measured only once.
     """
 
     name: str
@@ -56,16 +56,16 @@ class Kind:
     slow: bool = False
 
     def make(self, folder: str, workers: int) -> Peer:
-        """The peer, in that folder."""
+        """Return the peer, in this folder."""
         module = import_module(f"benchmarks.peers.{self.module}")
         peer: Peer = getattr(module, self.of)(folder, workers, **dict(self.options))
         return peer
 
 
 _WITHOUT_THREADS = ("backlog", "together", "latency", "elsewhere")
-#: Its workers see what their own process submits, or look at a queue for others once a second.
+#: DBOS workers see only tasks of their own process at once; they poll for others once per second.
 _IN_ITS_PROCESS = ("backlog", "together", "latency", "sleepers")
-#: Those that slow down with their backlog or their past are given few tasks, as are the slow ones.
+#: Peers that are slow, or that slow down with their backlog or their history, get fewer tasks.
 KINDS = (
     Kind(
         "TaskX, workers apart",
@@ -216,7 +216,7 @@ KINDS = (
 
 
 def on_mongo(url: str) -> tuple[Kind, ...]:
-    """Those that keep tasks on a MongoDB server."""
+    """Return the peers that store tasks on a MongoDB server."""
     return (
         Kind(
             "Celery",
@@ -233,13 +233,13 @@ def on_mongo(url: str) -> tuple[Kind, ...]:
 
 
 def named(name: str, url: str = "") -> Kind:
-    """The one that is called so, of those on a MongoDB server if there is a URL of it."""
+    """Return the peer with this name; with a URL, one of those on a MongoDB server."""
     [kind] = [kind for kind in (on_mongo(url) if url else KINDS) if kind.name == name]
     return kind
 
 
 def versions(kinds: Sequence[Kind] = KINDS) -> dict[str, str | None]:
-    """The version of each thing that a peer needs; None where it is not installed."""
+    """Return the version of each requirement of the peers; None for one that is not installed."""
     return {need: _version(need) for kind in kinds for need in kind.needs}
 
 
@@ -254,12 +254,12 @@ def _version(need: str) -> str | None:
 
 
 def cells(plan: Plan) -> list[Cell]:
-    """All cells of the peers; those of one that is not installed say what it lacks."""
+    """Return all cells of the peers. Cells of a peer that is not installed name what is missing."""
     return [cell for kind in KINDS for cell in _cells_of(kind, plan)]
 
 
 def cells_on_mongo(plan: Plan, url: str) -> list[Cell]:
-    """All cells of those that keep tasks on a MongoDB server."""
+    """Return all cells of the peers that store tasks on a MongoDB server."""
     return [cell for kind in on_mongo(url) for cell in _cells_of(kind, plan, url)]
 
 
@@ -291,7 +291,7 @@ def _cells_of(kind: Kind, plan: Plan, url: str = "") -> list[Cell]:
 
 
 def _measure(name: str, what: str, count: int, url: str, folder: str) -> dict[str, float]:
-    """In a child, so that no peer weighs on another, or on TaskX."""
+    """Measure in a child, so that no peer affects another one or TaskX."""
     printed = children.run("-m", "benchmarks.peers", name, what, str(count), folder, url)
     figures: dict[str, float] = json.loads(printed.splitlines()[-1])
     return figures

@@ -1,4 +1,4 @@
-"""A child of the benchmark: measures one thing of one peer, and prints the figures as JSON."""
+"""A child of the benchmark: measures one cell of one peer, and prints the figures as JSON."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks.peers.base import MEASURES, worked_elsewhere
 
 
 def main(name: str, what: str, count: int, folder: str, url: str) -> None:
-    """Measure."""
+    """Measure and print."""
     end_with_parent()
     logging.getLogger("huey").setLevel(logging.ERROR)
     workers = SLEEPERS if what == "sleepers" else WORKERS

@@ -1,4 +1,4 @@
-"""What a peer is, and how it is measured."""
+"""The base class of peers, and their measurements."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ def tell_time() -> float:
 
 
 class Peer(ABC):
-    """A queue in a folder: stores tasks, and runs them from ``work`` on.
+    """A queue in a folder. It stores tasks, and runs them after ``work()``.
 
     Args:
-        folder: where it may keep its files.
-        workers: how many threads, or processes, are to work.
+        folder: the folder for its files.
+        workers: the number of worker threads or processes.
     """
 
     @abstractmethod
@@ -48,22 +48,22 @@ class Peer(ABC):
 
     @abstractmethod
     def wait(self, count: int) -> None:
-        """Return when so many tasks, of all that were submitted, are done and recorded so."""
+        """Wait until ``count`` of all submitted tasks are done and recorded as done."""
 
     @abstractmethod
     def close(self) -> None:
-        """End all that was started."""
+        """End all threads and processes that were started."""
 
     def clock(self) -> tuple[float, float | None]:
-        """Submit a task; returns when it began and, if the peer tells, when its result was seen."""
+        """Submit a task. Return when it began, and when its result was seen (None if it has none)."""
         raise NotImplementedError
 
     def warm_up(self) -> int:
-        """Let started workers get ready; returns how many tasks it took."""
+        """Wait until the started workers are ready. Return the number of tasks that this used."""
         return 0
 
     def drained(self, count: int) -> float:
-        """Start the workers on a backlog of ``count``; returns how many a second are done."""
+        """Start the workers on a backlog of ``count`` tasks. Return the finished tasks per second."""
         with Stopwatch() as watch:
             self.work()
             self.wait(count)
@@ -71,20 +71,20 @@ class Peer(ABC):
 
 
 class Apart(Peer):
-    """One whose workers are processes of their own.
+    """A peer whose workers are separate processes.
 
     Attributes:
-        look_every: seconds between looks at how far they are.
+        poll_interval: seconds between checks of their progress.
     """
 
-    look_every = 0.001
+    poll_interval = 0.001
 
     @abstractmethod
     def finished(self) -> int:
-        """How many tasks are done and recorded so."""
+        """Return the number of tasks that are recorded as done."""
 
     def wait(self, count: int) -> None:
-        until(lambda: self.finished() >= count, self.look_every)
+        until(lambda: self.finished() >= count, self.poll_interval)
 
     def warm_up(self) -> int:
         self.submit()
@@ -92,7 +92,7 @@ class Apart(Peer):
         return 1
 
     def drained(self, count: int) -> float:
-        """As above, but the clock starts with the first task: not with the interpreters."""
+        """Measure from the end of the first task, so that the start of the interpreters does not count."""
         self.work()
         self.wait(1)
         first = self.finished()
@@ -102,7 +102,7 @@ class Apart(Peer):
 
 
 class Began:
-    """A pipe in a folder: a task tells there when it began, whatever process it runs in."""
+    """A pipe in a folder, by which tasks of any process report when they began."""
 
     def __init__(self, folder: str) -> None:
         path = os.path.join(folder, "began")
@@ -111,14 +111,14 @@ class Began:
         self._pipe = os.open(path, os.O_RDWR)
 
     def tell(self) -> None:
-        """It begins now."""
+        """Report that a task begins now."""
         os.write(self._pipe, f"{time.perf_counter()!r}\n".encode())
 
     def hear(self) -> float:
-        """When the next one began.
+        """Return when the next task began.
 
         Raises:
-            ChildFailed: none did.
+            ChildFailed: no task began in time.
         """
         ready, _, _ = select.select([self._pipe], [], [], PATIENCE / 2)
         if not ready:
@@ -130,17 +130,17 @@ class Began:
         os.close(self._pipe)
 
 
-def until(condition: Callable[[], bool], look_every: float = 0.0005) -> None:
-    """Wait until it is true.
+def until(condition: Callable[[], bool], poll_interval: float = 0.0005) -> None:
+    """Wait until a condition is true.
 
     Raises:
-        ChildFailed: it never was.
+        ChildFailed: it did not become true in time.
     """
     deadline = time.monotonic() + PATIENCE / 2
     while not condition():
         if time.monotonic() > deadline:
-            raise ChildFailed(f"not within {PATIENCE / 2:g} s")
-        time.sleep(look_every)
+            raise ChildFailed(f"not done within {PATIENCE / 2:g} s")
+        time.sleep(poll_interval)
 
 
 def backlog(peer: Peer, count: int) -> dict[str, float]:
@@ -163,7 +163,7 @@ def together(peer: Peer, count: int) -> dict[str, float]:
 
 
 def latency(peer: Peer, count: int) -> dict[str, float]:
-    """Submit ``count`` tasks one by one, each when the one before is done."""
+    """Submit ``count`` tasks one by one, each after the previous one is done."""
     peer.work()
     peer.clock()
     began, seen = [], []
@@ -181,7 +181,7 @@ def latency(peer: Peer, count: int) -> dict[str, float]:
 
 
 def sleepers(peer: Peer, count: int) -> dict[str, float]:
-    """Submit tasks that sleep one by one; their time on so many threads, over the ideal."""
+    """Submit sleeping tasks one by one. Return their total time, as a multiple of the ideal time."""
     peer.work()
     before = peer.warm_up()
     with Stopwatch() as watch:
@@ -192,7 +192,7 @@ def sleepers(peer: Peer, count: int) -> dict[str, float]:
 
 
 def elsewhere(peer: Peer, count: int) -> dict[str, float]:
-    """Submit tasks, at moments of chance, that begin in the process of the workers."""
+    """Submit tasks at random moments. They begin in the workers' process."""
     chance = random.Random(0)
     samples = []
     peer.clock()
@@ -206,11 +206,11 @@ def elsewhere(peer: Peer, count: int) -> dict[str, float]:
 
 @contextmanager
 def worked_elsewhere(peer: Peer, *again: str) -> Iterator[None]:
-    """Work, for the time of the block, in another process.
+    """Run the peer's workers in another process during the block.
 
     Args:
-        peer: the one that submits.
-        again: arguments by which :mod:`benchmarks.peers.serve` makes another in the same folder.
+        peer: the peer that submits.
+        again: arguments from which :mod:`benchmarks.peers.serve` makes another one in the same folder.
     """
     if isinstance(peer, Apart):
         peer.work()

@@ -10,9 +10,9 @@ from benchmarks.peers.services import Services
 
 
 class CeleryOnMongo(OnCelery):
-    """As it is by default: it asks for messages once a second where it found none."""
+    """Celery with its defaults: if it found no message, it polls again after a second."""
 
-    look_every = 0.02  # each look is a command to the server that is measured
+    poll_interval = 0.02  # each check is a command to the measured server
 
     def __init__(self, folder: str, workers: int, url: str) -> None:
         place = url_of(url, folder)

@@ -1,4 +1,4 @@
-"""Celery: one worker process with a pool of four threads; results are where the messages are."""
+"""Celery: one worker process with a pool of four threads. Results and messages are in the same store."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _READY = "the worker is ready"
 
 
 def app_on(broker: str, backend: str) -> App:
-    """An app with the tasks."""
+    """Return an app with the tasks."""
     app = App("bench", broker=broker, backend=backend)
     for name, run in {"noop": noop, "nap": nap, "clock": tell_time}.items():
         app.task(run, name=name)
@@ -26,7 +26,7 @@ def app_on(broker: str, backend: str) -> App:
 
 
 class OnCelery(Apart):
-    """A message leaves the broker before its task starts, as is the default."""
+    """Celery with its default: a message leaves the broker before its task starts."""
 
     def __init__(self, services: Services, broker: str, backend: str, workers: int) -> None:
         self._services = services
@@ -50,7 +50,7 @@ class OnCelery(Apart):
 
 
 class Celery(OnCelery):
-    """On Redis; its results are all there is in database 1."""
+    """Celery on Redis. Database 1 contains only its results."""
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         redis = Redis(folder)

@@ -1,4 +1,4 @@
-"""DBOS on an SQLite file, its workflows on four threads of this process."""
+"""DBOS on an SQLite file, with workflows on four threads of this process."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def gate() -> None:
 
 
 class Dbos(Peer):
-    """Workflows are started without a queue: those of DBOS are looked at once a second."""
+    """DBOS without its queues, which are polled only once per second: workflows start directly."""
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         DBOS(

@@ -11,15 +11,15 @@ from benchmarks.harness import WORKERS
 from benchmarks.peers.base import Apart, until
 from benchmarks.peers.services import Redis, Services
 
-#: Seconds between two looks at a result: Django's tasks have no way to wait for one.
-_LOOK_EVERY = 0.002
+#: Seconds between two checks of a result: Django's tasks have no way to wait for one.
+_POLL_INTERVAL = 0.002
 
 
 class _Django(Apart):
-    """A project with one of them.
+    """A project with one of the backends.
 
     Attributes:
-        app: the Django app that brings the backend.
+        app: the Django app that contains the backend.
     """
 
     app: str
@@ -46,7 +46,7 @@ class _Django(Apart):
         return Services(folder)
 
     def command(self, ready: str, *args: str) -> None:
-        """Start a command of the project, which prints ``ready`` when it is."""
+        """Start a command of the project, which prints ``ready`` when it is ready."""
         self._services.python(["-m", "django", *args], ready, **self._env)
 
     def submit(self, task: str = "noop") -> object:
@@ -54,11 +54,11 @@ class _Django(Apart):
 
     @abstractmethod
     def ended(self, result: Any) -> bool:
-        """Look at a result again."""
+        """Read a result again. Return True if its task has ended."""
 
     def clock(self) -> tuple[float, float | None]:
         result = self._tasks.clock.enqueue()
-        until(lambda: self.ended(result), _LOOK_EVERY)
+        until(lambda: self.ended(result), _POLL_INTERVAL)
         return result.return_value, time.perf_counter()
 
     def close(self) -> None:
@@ -66,7 +66,7 @@ class _Django(Apart):
 
 
 class _InDatabase(_Django):
-    look_every = 0.02  # a look at the file holds the workers up
+    poll_interval = 0.02  # each check of the file delays the workers
 
     def ended(self, result: Any) -> bool:
         result.refresh()
@@ -74,7 +74,7 @@ class _InDatabase(_Django):
 
 
 class DjangoTasks(_InDatabase):
-    """django-tasks-db, whose worker has no threads: four of its processes."""
+    """django-tasks-db with four worker processes, because its worker has no threads."""
 
     app = "django_tasks_db"
 
@@ -90,7 +90,7 @@ class DjangoTasks(_InDatabase):
 
 
 class DjangoOx(_InDatabase):
-    """django-ox: one worker process with threads, which looks every 10 ms instead of each second."""
+    """django-ox: one worker process with threads, which polls every 10 ms instead of every second."""
 
     app = "django_ox"
 
@@ -106,7 +106,7 @@ class DjangoOx(_InDatabase):
 
 
 class Threadmill(_Django):
-    """threadmill: one worker process with threads, which looks every millisecond, at most every ten."""
+    """threadmill: one worker process with threads, which polls every 1 to 10 ms."""
 
     app = "threadmill"
     _services: Redis

@@ -1,4 +1,4 @@
-"""Settings of a Django project that has nothing but tasks, and their backend."""
+"""Settings of a Django project that has only tasks and their backend."""
 
 import os
 
@@ -12,14 +12,14 @@ _BACKENDS = {
         "REDIS_URL": f"unix://{_FOLDER}/redis.sock",
     },
 }
-#: What Django's documentation advises for an SQLite file that several threads write to.
+#: The settings that Django's documentation recommends for an SQLite file with several writing threads.
 _TUNED = {
     "timeout": 60,
     "transaction_mode": "IMMEDIATE",
     "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=NORMAL;",
 }
 
-SECRET_KEY = "of no use to anybody"
+SECRET_KEY = "not a secret"
 USE_TZ = True
 INSTALLED_APPS = [_APP]
 DATABASES = {
@@ -30,5 +30,5 @@ DATABASES = {
     }
 }
 TASKS = {"default": _BACKENDS[_APP]}
-#: Two lines for each task would be most of its work.
+#: Without this, writing two log lines per task would be most of the work.
 LOGGING = {"version": 1, "loggers": {"django.tasks": {"level": "WARNING"}}}

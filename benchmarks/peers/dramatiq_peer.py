@@ -1,4 +1,4 @@
-"""Dramatiq: one worker process with four threads; by default it keeps no results."""
+"""Dramatiq: one worker process with four threads. By default it stores no results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _WAIT = 60
 
 
 def actors(socket: str) -> tuple[RedisBroker, dict[str, Any]]:
-    """A broker, and the actors on it."""
+    """Return a broker and its actors."""
     broker = RedisBroker(url=f"unix://{socket}")
 
     def clock() -> None:
@@ -33,13 +33,13 @@ def actors(socket: str) -> tuple[RedisBroker, dict[str, Any]]:
 
 
 def set_up() -> None:
-    """What the worker process calls."""
+    """Set the broker, in the worker process."""
     broker, _ = actors(os.environ[_SOCKET])
     dramatiq.set_broker(broker)
 
 
 class Dramatiq(Apart):
-    """A message stays in Redis until it was acknowledged."""
+    """Dramatiq on Redis. A message stays in Redis until it is acknowledged."""
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         self._workers = workers

@@ -16,7 +16,7 @@ _FOLDER, _WORKERS = "TASKX_BENCH_FOLDER", "TASKX_BENCH_WORKERS"
 
 
 def queue_in(folder: str, workers: int) -> tuple[Queue, dict[str, Any]]:
-    """A queue, and the tasks on it; by default it takes one task a look, and looks every 50 ms."""
+    """Return a queue and its tasks. By default it would take one task per poll, every 50 ms."""
     queue = Queue(
         os.path.join(folder, "flexiq.db"),
         workers=workers,
@@ -28,9 +28,9 @@ def queue_in(folder: str, workers: int) -> tuple[Queue, dict[str, Any]]:
 
 
 class Flexiq(Apart):
-    """Results are kept in the file, and looked at every 50 ms and less often by who waits."""
+    """flexiq with results in the file. A waiting caller polls for its result every 50 ms or more."""
 
-    look_every = 0.005
+    poll_interval = 0.005
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         self._env = {_FOLDER: folder, _WORKERS: str(workers), "FLEXIQ_LOG_LEVEL": "WARNING"}

@@ -1,4 +1,4 @@
-"""honker on an SQLite file: its tasks, and its bare queue, whose jobs are taken many at once."""
+"""honker on an SQLite file: its tasks, and its plain queue, whose jobs are claimed in batches."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from benchmarks.peers.services import Services
 from benchmarks.peers.threads import Bare
 
 _FOLDER = "TASKX_BENCH_FOLDER"
-#: Jobs taken at once, and seconds between two looks where it is not woken: honker's own.
+#: Number of jobs claimed at once, and seconds between two polls without a wake-up: honker's own defaults.
 _AT_ONCE, _IDLE = 50, 5.0
 
 
@@ -26,16 +26,16 @@ def database_in(folder: str) -> Any:
 
 
 def tasks_on(database: Any) -> dict[str, Any]:
-    """The tasks; their results are kept, as is the default."""
+    """Return the tasks. Their results are stored, which is the default."""
     queue = database.queue("default")
     tasks = {"noop": noop, "nap": nap, "clock": tell_time}
     return {name: queue.task(name=name)(run) for name, run in tasks.items()}
 
 
 class Honker(Apart):
-    """Tasks with results, by honker's worker process: it runs each on a thread."""
+    """honker's tasks with results. Its worker process runs each on a thread."""
 
-    look_every = 0.02  # a look at the file holds the workers up
+    poll_interval = 0.02  # each check of the file delays the workers
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         self._folder, self._workers = folder, workers
@@ -66,13 +66,13 @@ class Honker(Apart):
 
 
 class HonkerInBatches(Bare):
-    """Its queue without records: threads of ours claim jobs and acknowledge them, fifty at once."""
+    """honker's queue without records. Threads of the benchmark claim and acknowledge fifty jobs at once."""
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         super().__init__(folder, workers)
         self._database = database_in(folder)
         self._queue = self._database.queue("bench")
-        # Of tasks that sleep, one thread must not hold many while others have none.
+        # With sleeping tasks, one thread must not claim many while other threads have none.
         self._at_once = _AT_ONCE if workers == WORKERS else 1
         self._stopped = False
 
@@ -97,7 +97,7 @@ class HonkerInBatches(Bare):
 
     def close(self) -> None:
         self._stopped = True
-        self._queue.enqueue("noop")  # wakes them
+        self._queue.enqueue("noop")  # wakes the threads
         self.join()
         self._database.close()
 

@@ -1,4 +1,4 @@
-"""RQ: it has no threads, so four workers, of the kind that does not fork for each task."""
+"""RQ: it has no threads, so it gets four worker processes, of the kind that does not fork per task."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _WAIT = 60
 
 
 class Rq(Apart):
-    """Tasks and results in Redis."""
+    """RQ with tasks and results in Redis."""
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         self._workers = workers

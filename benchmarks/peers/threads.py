@@ -1,4 +1,4 @@
-"""Peers whose workers are threads: the standard library's pool, and queues that keep tasks in SQLite."""
+"""Peers whose workers are threads: the standard library's pool, and queues that store tasks in SQLite."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Huey(Peer):
             signal.signal(number, handler)
 
     def wait(self, count: int) -> None:
-        # How many results are stored is counted over all of them: looked at seldom.
+        # result_count() counts all stored results, so it is called rarely.
         while (left := count - self._huey.result_count()) > 0:
             time.sleep(min(0.05, left / 50_000))
 
@@ -79,7 +79,7 @@ class Huey(Peer):
 
 
 class Bare(Peer):
-    """A queue that has no workers: threads of ours take from it."""
+    """A queue without workers of its own: threads of the benchmark take messages from it."""
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         self._workers = workers
@@ -92,7 +92,7 @@ class Bare(Peer):
 
     @abstractmethod
     def take(self) -> None:
-        """What each of the threads does."""
+        """Take and run messages; each thread calls this."""
 
     def submit(self, task: str = "noop") -> object:
         return self.put(task)
@@ -122,7 +122,7 @@ class Bare(Peer):
 
 
 class LiteQueue(Bare):
-    """litequeue: each of the threads has a connection of its own."""
+    """litequeue, with a connection for each thread."""
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         super().__init__(folder, workers)
@@ -146,7 +146,7 @@ class LiteQueue(Bare):
                 time.sleep(0.001)
                 continue
             self.run(message.data)
-            # From 0.14 on a claim is fenced by its number.
+            # From litequeue 0.14 on, a claim has a fence.
             fence = {"claim_id": message.claim_id} if hasattr(message, "claim_id") else {}
             taking.done(message.message_id, **fence)
             self._done.append(1)

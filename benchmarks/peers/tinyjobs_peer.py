@@ -16,16 +16,16 @@ _FOLDER = "TASKX_BENCH_FOLDER"
 
 
 def app_in(folder: str) -> tuple[TinyJobs, dict[str, Any]]:
-    """An app, and the tasks of it, whose results are kept."""
+    """Return an app and its tasks, whose results are stored."""
     app = TinyJobs(f"sqlite:///{os.path.join(folder, 'tinyjobs.db')}")
     tasks = {"noop": noop, "nap": nap, "clock": tell_time}
     return app, {name: app.task(name=name, store_result=True)(run) for name, run in tasks.items()}
 
 
 class Tinyjobs(Apart):
-    """Its worker looks every 5 ms, and with these settings not less often when there is nothing."""
+    """tinyjobs with a worker that polls every 5 ms, also when it is idle."""
 
-    look_every = 0.02  # a look at the file holds the workers up
+    poll_interval = 0.02  # each check of the file delays the workers
 
     def __init__(self, folder: str, workers: int = WORKERS) -> None:
         self._folder, self._workers = folder, workers

@@ -1,4 +1,4 @@
-"""What a type checker sees of executors and handles. Checked, never run."""
+"""The types of executors and handles. Type checkers check this file; it never runs."""
 
 from __future__ import annotations
 
@@ -162,7 +162,7 @@ def registering() -> None:
     Config(overflow="drop")  # type: ignore[arg-type]
 
 
-def looking() -> None:
+def reading() -> None:
     assert_type(queue.get_task_status("x"), Task)
     tasks, total = queue.list_tasks()
     assert_type(tasks[0], Task)

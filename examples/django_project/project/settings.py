@@ -1,15 +1,15 @@
-"""The settings of a minimal project with one app, which has its work done by TaskX."""
+"""The settings of a minimal project with one app, which uses TaskX."""
 
 import sys
 from pathlib import Path
 
 BASE_DIR = Path(__file__).resolve().parent.parent
 
-SECRET_KEY = "an example keeps no secrets"
+SECRET_KEY = "this example has no secrets"
 DEBUG = True
 ALLOWED_HOSTS = ["localhost", "127.0.0.1"]
 ROOT_URLCONF = "project.urls"
-# "manage.py runserver" imports it in the process that serves: that is where the queue is started.
+# "manage.py runserver" imports this module only in the process that serves. The queue is started there.
 WSGI_APPLICATION = "project.wsgi.application"
 INSTALLED_APPS = ["reports"]
 MIDDLEWARE = [
@@ -24,13 +24,14 @@ DATABASES = {
     "default": {
         "ENGINE": "django.db.backends.sqlite3",
         "NAME": BASE_DIR / "site.db",
-        # Several threads write: one that read first would else be refused ("database is locked").
+        # Several threads write. Without this, a transaction that reads first could fail with "database is
+        # locked".
         "OPTIONS": {"transaction_mode": "IMMEDIATE"},
-        # A file, as the tests' worker threads have connections of their own.
+        # A file, because the worker threads in tests have connections of their own.
         "TEST": {"NAME": BASE_DIR / "test-site.db"},
     }
 }
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
-# Where tasks are kept: a file of their own, shared by all processes; nothing that outlives a test.
+# The tasks are stored in a file of their own, which all processes share. Tests store them in memory.
 TASKX_REPOSITORY = "memory://" if "test" in sys.argv else f"sqlite:///{BASE_DIR / 'tasks.db'}"

@@ -1,4 +1,4 @@
-"""Which view answers which address."""
+"""The URLs and their views."""
 
 from django.urls import path
 from reports import views

@@ -1,4 +1,4 @@
-"""The app."""
+"""The configuration of the app."""
 
 from django.apps import AppConfig
 
@@ -11,7 +11,7 @@ class ReportsConfig(AppConfig):
     def ready(self) -> None:
         """Register the executors.
 
-        The queue is not started here: this runs in every process that sets Django up, for ``migrate``
-        and ``shell`` as well, and twice under ``runserver``. ``project/wsgi.py`` starts it.
+        The queue is not started here: this method runs in every process that sets Django up, also for
+        ``migrate`` and ``shell``, and twice under ``runserver``. ``project/wsgi.py`` starts the queue.
         """
-        from . import tasks  # noqa: F401  (needs the models, which are there only now)
+        from . import tasks  # noqa: F401  (needs the models, which can be imported only now)

@@ -1,4 +1,4 @@
-"""What tasks leave behind."""
+"""The model of a report."""
 
 from django.db import models
 

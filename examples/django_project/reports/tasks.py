@@ -1,4 +1,4 @@
-"""The queue and its executors. Importing this starts nothing: ``project/wsgi.py`` does."""
+"""The queue and its executors. Importing this module does not start the queue: ``project/wsgi.py`` does."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ queue = Queue(open_repository(settings.TASKX_REPOSITORY))
 
 
 def uses_database(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For executors that use Django's database: close connections that are too old or broken.
+    """Close old or broken database connections around an executor that uses Django's database.
 
-    Django does so around each request; a worker thread, which keeps its connection, has to itself.
+    Django does this around each request. A worker thread keeps its connection, so it must do it itself.
     """
 
     @wraps(function)
@@ -38,7 +38,7 @@ def uses_database(function: Callable[..., Any]) -> Callable[..., Any]:
 def build_report(ctx: Context, title: str, rows: int = 50) -> dict[str, Any]:
     """Build a report; each row takes a moment.
 
-    A task may run again after a crash: then the report is replaced, not built twice.
+    A task may run again after a crash. Then the report is replaced, so there is never a second one.
     """
     for row in range(1, rows + 1):
         ctx.sleep(0.1)  # the work; a cancel ends it at once

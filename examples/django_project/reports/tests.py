@@ -1,4 +1,4 @@
-"""How to test an app that uses TaskX. Worker threads see what is committed: TransactionTestCase."""
+"""Tests of an app that uses TaskX. Worker threads see only committed data: use TransactionTestCase."""
 
 # ruff: noqa: PT009, PT027  (this is Django's unittest)
 
@@ -22,28 +22,28 @@ tearDownModule = queue.stop
 
 
 class ReportTest(TransactionTestCase):
-    """From the form to the report."""
+    """Reports from the form to the database."""
 
     def submit(self, **form: object) -> TaskHandle[object]:
-        """Submit a form; returns a handle on the task."""
+        """Submit a form. Return the task's handle."""
         response = self.client.post(reverse("submit"), form)
         self.assertRedirects(response, reverse("tasks"))
         return queue.handle(response["X-Task-Id"])
 
     def wait_until(self, handle: TaskHandle[object], holds: Callable[[Task], bool]) -> None:
-        """Wait until something holds of a task."""
+        """Wait until a condition holds for a task."""
         deadline = time.monotonic() + 10
         while not holds(handle.task()):
             self.assertLess(time.monotonic(), deadline, handle.task())
             time.sleep(0.01)
 
     def status(self, handle: TaskHandle[object]) -> dict[str, object]:
-        """What the status view says of a task."""
+        """Return the answer of the status view for a task."""
         told: dict[str, object] = self.client.get(reverse("task", args=[handle.id])).json()
         return told
 
     def cancel(self, handle: TaskHandle[object]) -> HttpResponse:
-        """Cancel a task by its view."""
+        """Cancel a task through its view."""
         return self.client.post(reverse("cancel", args=[handle.id]))
 
     def test_report_is_built(self) -> None:

@@ -1,4 +1,4 @@
-"""Submit a task, show its progress, cancel it."""
+"""Views that submit a task, show its progress and cancel it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from taskx import (
 from .tasks import queue
 
 STATUS_CODES: dict[type[Exception], int] = {
-    ConfigurationError: 400,  # an id that cannot be
+    ConfigurationError: 400,  # an invalid id
     PayloadError: 400,
     TaskNotFound: 404,
     DuplicateTask: 409,
@@ -35,7 +35,7 @@ STATUS_CODES: dict[type[Exception], int] = {
 
 
 class TaskErrors:
-    """Middleware that answers TaskX's errors with the status code that suits them."""
+    """Middleware that answers TaskX's errors with a suitable status code."""
 
     def __init__(self, get_response: Callable[[HttpRequest], HttpResponse]) -> None:
         self._get_response = get_response
@@ -45,7 +45,7 @@ class TaskErrors:
         return self._get_response(request)
 
     def process_exception(self, request: HttpRequest, error: Exception) -> HttpResponse | None:
-        """Answer an error, if it is one of TaskX's."""
+        """Answer an error of TaskX; leave other errors to Django."""
         code = STATUS_CODES.get(type(error))
         return None if code is None else JsonResponse({"error": str(error)}, status=code)
 
@@ -54,8 +54,8 @@ class TaskErrors:
 def submit(request: HttpRequest) -> HttpResponse:
     """Submit a report.
 
-    A task may start before this request has ended. One that reads what the request writes to the
-    database is submitted by ``transaction.on_commit(lambda: queue.submit(…))``.
+    A task may start before this request has ended. If a task reads data that the request writes to the
+    database, submit it with ``transaction.on_commit(lambda: queue.submit(…))``.
     """
     params = {"title": request.POST.get("title", "")}
     if rows := request.POST.get("rows"):
@@ -71,14 +71,14 @@ def submit(request: HttpRequest) -> HttpResponse:
 
 @require_GET
 def show_all(request: HttpRequest) -> HttpResponse:
-    """The newest tasks, as a page that keeps itself up to date."""
+    """Show the newest tasks on a page that updates itself."""
     tasks, total = queue.list_tasks(TaskFilter(type="build_report", limit=20))
     return render(request, "reports/tasks.html", {"tasks": tasks, "total": total})
 
 
 @require_GET
 def show(request: HttpRequest, task_id: str) -> HttpResponse:
-    """One task, as JSON."""
+    """Return one task as JSON."""
     task = queue.get_task_status(task_id).to_dict()
     fields = ("id", "status", "progress", "message", "result", "error")
     return JsonResponse({name: task[name] for name in fields})
@@ -86,6 +86,6 @@ def show(request: HttpRequest, task_id: str) -> HttpResponse:
 
 @require_POST
 def cancel(request: HttpRequest, task_id: str) -> HttpResponse:
-    """Cancel a task; a running one is asked to stop, and soon will."""
+    """Cancel a task. A running one is asked to stop and soon will."""
     queue.cancel_task(task_id)
     return redirect("tasks")

@@ -1,4 +1,4 @@
-"""The first tables."""
+"""The first table."""
 
 from django.db import migrations, models
 
@@ -7,7 +7,7 @@ class Migration(migrations.Migration):
     """Create reports."""
 
     initial = True
-    operations = [  # noqa: RUF012  (as Django has it)
+    operations = [  # noqa: RUF012  (Django's own style)
         migrations.CreateModel(
             name="Report",
             fields=[
