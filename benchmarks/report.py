@@ -40,7 +40,7 @@ FIGURES: dict[str, Figure] = {
     "submit": Figure("submit one by one", "{:,.0f}/s", more=True, ratio=0.6),
     "many": Figure("submit_many", "{:,.0f}/s", more=True, ratio=0.4, value=100_000),
     "drain": Figure("drain a backlog", "{:,.0f}/s", more=True, ratio=1.0),
-    "left": Figure("drain what a dead process left", "{:,.0f}/s", more=True, ratio=1.0),
+    "left": Figure("drain a dead process's tasks", "{:,.0f}/s", more=True, ratio=1.0),
     "together": Figure("producer and workers", "{:,.0f}/s", more=True, ratio=0.8, ahead=True),
     "begins-p50": Figure(
         "idle: submit to begin, p50", "{:,.0f} µs", value=250, durability="process"
@@ -77,12 +77,12 @@ FIGURES: dict[str, Figure] = {
     "cancel-p99": Figure(
         "cancel reaches a task elsewhere, p99", "{:,.1f} ms", value=15, durability="accepted"
     ),
-    "beside-cpu": Figure("idle beside others' work: share of a core", "{:.2f} %", value=2),
-    "finished-drain": Figure("drain beside finished tasks", "{:,.0f}/s", more=True, growth=1.3),
-    "finished-get": Figure("get one beside finished tasks", "{:,.0f} µs", growth=1.3),
-    "finished-list": Figure("list 20 newest beside finished tasks", "{:,.0f} µs", growth=1.3),
+    "beside-cpu": Figure("idle with busy others: share of a core", "{:.2f} %", value=2),
+    "finished-drain": Figure("drain with finished tasks", "{:,.0f}/s", more=True, growth=1.3),
+    "finished-get": Figure("get one with finished tasks", "{:,.0f} µs", growth=1.3),
+    "finished-list": Figure("list 20 newest with finished tasks", "{:,.0f} µs", growth=1.3),
     "finished-count": Figure("count finished tasks", "{:,.2f} ms", value=50),
-    "delayed-drain": Figure("drain beside delayed tasks", "{:,.0f}/s", more=True, growth=1.3),
+    "delayed-drain": Figure("drain with delayed tasks", "{:,.0f}/s", more=True, growth=1.3),
     "delayed-late": Figure("begins after its run_at, p99", "{:,.0f} ms", value=100),
     "burst-ticks": Figure("many schedules tick: longest round", "{:,.0f} ms", value=50),
     "burst-ticks-work": Figure("many schedules tick: work of a round", "{:,.0f} ms", value=50),
@@ -95,14 +95,12 @@ FIGURES: dict[str, Figure] = {
     "idle-cpu": Figure("idle queue: share of a core", "{:.2f} %", value=0.5),
     "idle-commits": Figure("idle queue: commits", "{:.1f}/s", value=0),
     "trips-submit": Figure("a submit: round trips", "{:.2f}", value=1),
-    "trips-submitting": Figure("a submit beside workers: round trips", "{:.2f}", value=1),
+    "trips-submitting": Figure("a submit with workers: round trips", "{:.2f}", value=1),
     "trips-many": Figure("submit_many: round trips a batch", "{:.0f}"),
     "trips-backlog": Figure("start and finish, of a backlog: round trips", "{:.2f}", value=1.5),
-    "trips-producer": Figure(
-        "start and finish, beside a producer: round trips", "{:.2f}", value=1.5
-    ),
+    "trips-producer": Figure("start and finish, with a producer: round trips", "{:.2f}", value=1.5),
     "trips-alone": Figure("a task alone, to its result: round trips", "{:.2f}"),
-    "trips-looks": Figure("a node that works: looks around a second", "{:.0f}"),
+    "trips-looks": Figure("a working node: polls per second", "{:.0f}"),
     "trips-stream": Figure("change stream: round trips a task", "{:.2f}"),
     "cost-submit-reads": Figure("a submit: reads", "{:.2f}"),
     "cost-submit-writes": Figure("a submit: writes", "{:.2f}"),

@@ -222,7 +222,7 @@ def test_figures_of_several_processes_are_measured():
     assert {
         what: value.split(maxsplit=1)[-1].lstrip("0123456789,.") for what, value in found.items()
     } == {
-        "drain what a dead process left": "/s",
+        "drain a dead process's tasks": "/s",
         "one process drains a file": "/s",
         "two processes drain one file": "/s",
         "two processes: to one": "× one",
@@ -234,14 +234,14 @@ def test_figures_of_several_processes_are_measured():
         "end of a task elsewhere to result(), p99": "ms",
         "cancel reaches a task elsewhere, p50": "ms",
         "cancel reaches a task elsewhere, p99": "ms",
-        "idle beside others' work: share of a core": "%",
+        "idle with busy others: share of a core": "%",
     }
 
 
 def test_figures_with_delayed_tasks_are_measured():
     table = measured("--tasks", "40", "--finished", "1500", "--no-peers", "--only", "delayed")
     for size in ("1,000", "1,500"):
-        assert table["drain beside delayed tasks", f"TaskX, {size} delayed", "process"]
+        assert table["drain with delayed tasks", f"TaskX, {size} delayed", "process"]
         late = table["begins after its run_at, p99", f"TaskX, {size} delayed", "process"]
         assert late.endswith(" ms")
 
@@ -250,7 +250,7 @@ def test_figures_with_finished_tasks_are_measured():
     table = measured("--tasks", "40", "--finished", "1500", "--no-peers", "--only", "finished")
     for what in ("drain", "get one", "list 20 newest"):
         for size in ("1,000", "1,500"):
-            assert table[f"{what} beside finished tasks", f"TaskX, {size} finished", "process"]
+            assert table[f"{what} with finished tasks", f"TaskX, {size} finished", "process"]
     assert table["count finished tasks", "TaskX, 1,500 finished", "process"].endswith(" ms")
 
 
