@@ -270,8 +270,8 @@ _BATCHES = {
 
 
 @pytest.fixture
-def look_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
-    """Return a function that sets the seconds between checks of a kind: ``look_every(audit=0.05)``."""
+def check_every(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Return a function that sets the seconds between checks of a kind: ``check_every(audit=0.05)``."""
 
     def set_to(**seconds: float) -> None:
         for kind, value in seconds.items():
@@ -292,9 +292,9 @@ def in_batches(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
 
 
 @pytest.fixture
-def frequent_looks(look_every: Callable[..., None]) -> None:
+def frequent_checks(check_every: Callable[..., None]) -> None:
     """Make all slow periodic checks run every 50 ms, so that tests that depend on one wait less."""
-    look_every(audit=0.05, recover=0.05, schedules=0.05, handles=0.05)
+    check_every(audit=0.05, recover=0.05, schedules=0.05, handles=0.05)
 
 
 @pytest.fixture

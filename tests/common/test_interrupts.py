@@ -29,9 +29,9 @@ def log():
 
 
 @pytest.fixture
-def auditing(look_every):
+def auditing(check_every):
     """Run the audit without pause, so that it finds lost tasks at once."""
-    look_every(audit=0.02)
+    check_every(audit=0.02)
 
 
 def strikes(call, step=1, recovered=lambda: True):

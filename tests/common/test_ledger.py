@@ -284,8 +284,8 @@ def test_an_interrupted_submit_carries_the_task_id(queue):
 
 @pytest.mark.every_store
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_task_of_an_interrupted_submit_runs_once(make_queue, when, look_every):
-    look_every(audit=0.1)  # the audit finds the task
+def test_a_task_of_an_interrupted_submit_runs_once(make_queue, when, check_every):
+    check_every(audit=0.1)  # the audit finds the task
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))
@@ -393,8 +393,8 @@ def test_a_write_is_in_doubt_if_its_batch_is_in_doubt(ledger, repository):
     assert caught.value.in_doubt
 
 
-def test_a_task_of_a_submit_in_doubt_runs_once(make_queue, look_every):
-    look_every(audit=0.1)  # the audit finds the task
+def test_a_task_of_a_submit_in_doubt_runs_once(make_queue, check_every):
+    check_every(audit=0.1)  # the audit finds the task
     queue = make_queue(worker_num=1)
     ran = []
     queue.executor("note")(lambda: ran.append(1))

@@ -106,10 +106,10 @@ def test_a_pause_removes_tasks_from_the_buffer_at_once(busy, gate, repository):
 
 
 def test_a_task_buffered_while_its_type_is_paused_does_not_start(
-    queue, other, repository, monkeypatch, look_every
+    queue, other, repository, monkeypatch, check_every
 ):
     """The pause comes between the check of the pauses and the read from the buffer."""
-    look_every(audit=3600)  # so that the audit does not find the tasks by chance
+    check_every(audit=3600)  # so that the audit does not find the tasks by chance
     queue.start()
     queue.pause("a")
     with monkeypatch.context() as blind:
@@ -124,7 +124,7 @@ def test_a_task_buffered_while_its_type_is_paused_does_not_start(
         handle.result(PATIENCE)
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_a_pause_applies_to_all_queues_soon(queue, other):
     """A started queue applies it at its next check. A queue that is not started can pause, too."""
     other.pause("a")
@@ -142,9 +142,9 @@ def test_a_pause_applies_to_all_queues_soon(queue, other):
     waits.result(PATIENCE)
 
 
-def test_a_resume_fetches_waiting_tasks_at_once(queue, other, repository, monkeypatch, look_every):
+def test_a_resume_fetches_waiting_tasks_at_once(queue, other, repository, monkeypatch, check_every):
     """It waits neither for the next slow check nor for a change by another process."""
-    look_every(recover=3600)
+    check_every(recover=3600)
     queue.start()
     whole_round(queue)  # the first round checks everything
     monkeypatch.setattr(repository, "version", lambda: 0)
@@ -230,7 +230,7 @@ def test_an_invalid_type_cannot_be_paused(queue, name):
     assert not queue.paused
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_an_idle_node_takes_no_paused_task_from_another_buffer(busy, make_queue, repository):
     queue = busy()
     queue.submit("note", {"n": "paused"})
@@ -283,9 +283,9 @@ def test_a_delayed_task_of_a_paused_type_waits_when_it_is_due(make_queue):
     assert handle.result(PATIENCE) == "ran"
 
 
-def test_the_audit_releases_tasks_of_a_paused_type(queue, other, repository, look_every):
+def test_the_audit_releases_tasks_of_a_paused_type(queue, other, repository, check_every):
     """The record names this node as the owner of a task that the node does not know."""
-    look_every(audit=0.1)
+    check_every(audit=0.1)
     queue.start()
     queue.pause("a")
     insert = lifecycle.create(task_id="x", type="a", params="{}", created_by="", now=1)

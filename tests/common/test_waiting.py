@@ -47,11 +47,11 @@ def held(queue, gate):
 
 
 @pytest.fixture
-def no_slow_checks(look_every):
+def no_slow_checks(check_every):
     """Make the slow checks too rare to matter, so that only wake-ups count."""
-    look_every(recover=1000000.0)
-    look_every(audit=1000000.0)
-    look_every(handles=1000000.0)
+    check_every(recover=1000000.0)
+    check_every(audit=1000000.0)
+    check_every(handles=1000000.0)
 
 
 # An exception in the callback of a weak reference is only reported.
@@ -108,9 +108,9 @@ def test_a_handle_resolves_after_an_interrupted_wait(queue, held, gate, way):
 
 
 @strikes
-def test_an_interrupted_thread_does_not_keep_others_waiting(queue, repository, look_every):
+def test_an_interrupted_thread_does_not_keep_others_waiting(queue, repository, check_every):
     """The main thread finds the end by its own check, while others wait for the same task."""
-    look_every(handles=0.01)
+    check_every(handles=0.01)
     queue.declare("t")
     for point in itertools.count(step=5):
         handle = queue.submit("t")
@@ -263,8 +263,8 @@ def test_wait_returns_at_the_first_exception(queue, held):
 
 
 @pytest.mark.parametrize("error", [OSError("the disk is gone"), Strike("a panic")])
-def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, look_every, error):
-    look_every(handles=0.01)
+def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, check_every, error):
+    check_every(handles=0.01)
     queue.declare("t")
     handle, raised = queue.submit("t"), threading.Event()
     version = queue.repository.version
@@ -283,9 +283,9 @@ def test_the_watcher_survives_any_error_of_a_check(queue, monkeypatch, look_ever
 
 
 def test_a_waiting_thread_polls_if_no_thread_can_be_started(
-    queue, monkeypatch, look_every, held, gate
+    queue, monkeypatch, check_every, held, gate
 ):
-    look_every(handles=0.01)
+    check_every(handles=0.01)
     web = Queue(queue.repository)
     waiting = run_in_thread(lambda: web.handle(held).result(PATIENCE))
     eventually(lambda: services_of(web).watcher._polls)

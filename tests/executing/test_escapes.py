@@ -135,10 +135,10 @@ def test_an_outcome_that_cannot_be_stored_as_it_is_fails_its_attempt(started, mo
 
 
 def test_an_interrupt_after_the_executor_has_returned_leaves_no_run_behind(
-    make_queue, gate, monkeypatch, look_every
+    make_queue, gate, monkeypatch, check_every
 ):
     """Ctrl-C strikes the thread that submits and runs the task: the audit makes the task pending again."""
-    look_every(audit=0.05)
+    check_every(audit=0.05)
     queue = make_queue(worker_num=1, buffer_size=1, overflow="caller_runs")
     queue.executor("hold")(lambda: gate())
     queue.executor("fine")(lambda: "fine")
@@ -219,10 +219,10 @@ class TestTimeOuts:
         assert "cannot start the thread for time-outs" in caplog.text
 
     def test_the_thread_for_time_outs_starts_as_soon_as_it_can(
-        self, make_queue, no_threads, gate, clock, look_every
+        self, make_queue, no_threads, gate, clock, check_every
     ):
         """The housekeeper starts it, even if no other task with a time-out begins."""
-        look_every(audit=0.05)
+        check_every(audit=0.05)
         queue = make_queue(worker_num=1, clock=clock)
         fired = threading.Event()
 

@@ -329,7 +329,7 @@ def test_an_object_that_is_not_an_executor_is_refused(queue):
         TaskExecutor()
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 @pytest.mark.every_store
 def test_an_executor_registered_on_a_started_queue_runs_waiting_tasks(started, make_queue):
     other = make_queue()

@@ -367,7 +367,7 @@ def test_an_outcome_that_is_refused_is_stored_without_its_traceback(queue):
     assert queue.list_tasks()[0][0].traceback == ""
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 @pytest.mark.every_store
 def test_a_task_whose_outcome_cannot_be_stored_runs_again(queue, caplog):
     refusals = []

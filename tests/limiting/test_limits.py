@@ -91,11 +91,11 @@ def test_many_short_tasks_stay_within_max_concurrency(make_queue, most):
 
 
 def test_the_limit_holds_even_if_too_many_tasks_were_fetched(
-    make_queue, gate, monkeypatch, look_every
+    make_queue, gate, monkeypatch, check_every
 ):
     """An estimate was wrong for a moment. The extra tasks go back."""
     monkeypatch.setattr(Admission, "room", lambda self, type, held: (10, 0))
-    look_every(audit=3600)
+    check_every(audit=3600)
     queue = make_queue(worker_num=8)
     crowd = Crowd(lambda: (gate(), linger()))
     queue.executor("t", max_concurrency=2)(crowd)
@@ -187,7 +187,7 @@ def test_a_task_that_may_start_is_fetched_at_once(make_queue, repository, monkey
         assert handle.result(PATIENCE) == "done"
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_each_node_has_its_own_limit(make_queue, gate):
     queues = [make_queue(worker_num=4) for _ in range(2)]
     crowd = Crowd(gate)
@@ -231,7 +231,7 @@ def test_an_idle_node_leaves_tasks_beyond_its_limit_to_the_busy_one(
     assert len(repository.ready(["note"], 20, node_of(queue).record.id)) == 9
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_the_highest_priorities_are_fetched_if_not_all_tasks_fit(busy):
     queue = busy()
     queue.executor("t", max_concurrency=5)(lambda: None)
@@ -283,7 +283,7 @@ def test_however_a_task_ends_the_next_one_starts(make_queue, clock, how):
     assert crowd.most == 1
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 @pytest.mark.parametrize("remove", ["cancel_task", "delete"])
 def test_a_fetched_task_that_never_starts_frees_its_slot(busy, gate, remove):
     queue = busy()
@@ -461,9 +461,9 @@ def test_each_attempt_takes_a_token(make_queue, clock):
     eventually(lambda: handle.task().status is TaskStatus.FAILED)
 
 
-def test_a_fast_rate_is_kept_in_real_time(make_queue, look_every):
+def test_a_fast_rate_is_kept_in_real_time(make_queue, check_every):
     """The housekeeper wakes for each token: at its own polling interval this would take minutes."""
-    look_every(poll=10.0)
+    check_every(poll=10.0)
     queue = make_queue(worker_num=2)
     queue.executor("t", rate=(100, 1.0), burst=1)(lambda: None)
     for _ in range(60):
@@ -474,9 +474,9 @@ def test_a_fast_rate_is_kept_in_real_time(make_queue, look_every):
     assert time.monotonic() - began >= 0.58
 
 
-def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate, look_every):
+def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate, check_every):
     """A start waits neither for a long run to end nor for the housekeeper's polling interval."""
-    look_every(poll=60.0)
+    check_every(poll=60.0)
     queue = make_queue(worker_num=5)
     queue.executor("t", rate=(50, 1.0), burst=1)(lambda: gate())
     for _ in range(5):
@@ -485,9 +485,9 @@ def test_each_token_starts_a_task_even_if_none_ends(make_queue, gate, look_every
     gate.wait_for(5)
 
 
-def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeypatch, look_every):
+def test_a_slot_freed_during_a_housekeeping_round_is_noticed(make_queue, monkeypatch, check_every):
     """The housekeeper does not go to sleep for long after that round."""
-    look_every(poll=60.0)
+    check_every(poll=60.0)
     queue = make_queue()
     queue.start()
     pool, sleeper = pool_of(queue), housekeeper_of(queue)

@@ -81,9 +81,9 @@ def test_many_short_tasks_stay_within_the_global_limit(make_queue, most):
     assert crowd.most <= most
 
 
-def test_a_node_with_nothing_to_run_keeps_no_slots(make_queue, repository, look_every):
+def test_a_node_with_nothing_to_run_keeps_no_slots(make_queue, repository, check_every):
     """It gives back all slots at once, without waiting for a periodic check."""
-    look_every(recover=3600)
+    check_every(recover=3600)
     queues = nodes(make_queue, 2, Crowd(), max_concurrency=2)
     for _ in range(10):
         queues[0].submit("t")
@@ -257,9 +257,9 @@ def test_a_busy_type_writes_no_note_for_each_task(make_queue, repository, monkey
 
 
 @pytest.mark.parametrize("limit", [{"max_concurrency": 1}, {"rate": "1/h"}])
-def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(look_every, limit):
+def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(check_every, limit):
     """It does not wait for a slower check. In memory, each poll finds a change."""
-    look_every(recover=3600)
+    check_every(recover=3600)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", **limit)(lambda: "done")
         whole_round(queue)  # the first round finds dead nodes, and "another" is no node
@@ -280,9 +280,9 @@ def test_a_node_notices_at_its_next_poll_what_another_one_gave_back(look_every, 
         assert handle.result(PATIENCE) == "done"
 
 
-def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(monkeypatch, look_every):
+def test_a_node_that_lost_its_lease_reads_the_note_before_it_starts_more(monkeypatch, check_every):
     """Other nodes may have taken its slots."""
-    look_every(recover=3600)
+    check_every(recover=3600)
     monkeypatch.setattr(MemoryRepository, "version", lambda self: 0)
     with Queue(MemoryRepository()) as queue:
         queue.executor("t", limit_scope="global", max_concurrency=1)(lambda: None)
@@ -646,7 +646,7 @@ def test_a_damaged_note_is_replaced(make_queue, repository, caplog, name, texts,
         assert note is None or repository.put_note(name, None, note.version)
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_running_tasks_are_counted_again_after_the_note_was_damaged(make_queue, repository, gate):
     """Otherwise another node would start as many tasks again."""
     crowd = Crowd(gate)

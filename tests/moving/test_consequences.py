@@ -250,7 +250,7 @@ def ears(monkeypatch, caplog):
     return Ears(monkeypatch)
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_exactly_the_right_parts_hear_of_each_move(ears, make_queue, repository, gate, monkeypatch):
     ears.watch(repository)
     queue = make_queue(worker_num=2, hooks=[Listener()])

@@ -73,9 +73,9 @@ def started(queue, gate):
 
 
 @pytest.fixture
-def events_alone(repository, look_every):
+def events_alone(repository, check_every):
     """Disable the slow scan and the notice of changes by others, so that only events help."""
-    look_every(audit=NEVER)
+    check_every(audit=NEVER)
     repository.version = lambda: 0
 
 
@@ -381,7 +381,7 @@ class TestParents:
     def test_a_task_without_parents_has_no_ctx_parents(self, started):
         assert started.submit("fine").result(PATIENCE) == [0]
 
-    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.usefixtures("frequent_checks")
     def test_a_deleted_parent_is_an_error_in_ctx_parents(self, started):
         parent = started.submit("bad")
         assert parent.exception(PATIENCE)
@@ -410,8 +410,8 @@ class TestOthers:
     """Tasks that another process stored, without telling this process."""
 
     @pytest.fixture
-    def family(self, started, make_queue, look_every):
-        look_every(recover=NEVER)  # else the housekeeper calls refresh
+    def family(self, started, make_queue, check_every):
+        check_every(recover=NEVER)  # else the housekeeper calls refresh
         whole_round(started)
         other = make_queue()
         other.declare("fine")
@@ -462,7 +462,7 @@ class TestRecovered:
 
         return parent, child, runs_on
 
-    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.usefixtures("frequent_checks")
     def test_the_death_of_the_parents_process_decides_the_child(self, started, family):
         parent, child, runs_on = family
         runs_on("one of which nothing is known")
@@ -525,8 +525,8 @@ class TestDrained:
     """``drain`` waits for tasks whose parents have ended, even if no event reported the end."""
 
     @pytest.fixture(autouse=True)
-    def no_slow_scans(self, look_every):
-        look_every(audit=NEVER)
+    def no_slow_scans(self, check_every):
+        check_every(audit=NEVER)
 
     def test_drain_waits_for_children_before_the_first_scan(
         self, repository, make_queue, monkeypatch
@@ -558,9 +558,9 @@ class TestDrained:
             assert len(started.ran) == ran
 
 
-def test_a_queue_that_starts_scans_all_parents(repository, make_queue, look_every):
+def test_a_queue_that_starts_scans_all_parents(repository, make_queue, check_every):
     """An earlier process may have left work undone; no event reports it."""
-    look_every(audit=NEVER)
+    check_every(audit=NEVER)
     _, child = unreleased(make_queue)
     repository.version = lambda: 0
     start_fine(make_queue)
@@ -713,10 +713,10 @@ class TestMadeGood:
     """A scan finds ends that no event reported."""
 
     @pytest.fixture(autouse=True)
-    def frequent_scans(self, look_every):
-        look_every(audit=0.05)
+    def frequent_scans(self, check_every):
+        check_every(audit=0.05)
 
-    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.usefixtures("frequent_checks")
     def test_a_scan_releases_the_child_of_a_process_that_died(self, repository, make_queue):
         """The parent ends without an event; a queue that starts scans all parents."""
         parent, child = unreleased(make_queue)
@@ -747,10 +747,10 @@ class TestMadeGood:
         assert child.result(PATIENCE) == [0, None]
 
     def test_a_child_of_another_queue_on_the_same_repository_is_released(
-        self, started, make_queue, gate, look_every
+        self, started, make_queue, gate, check_every
     ):
         """The writes of the other queue send no wake-up here."""
-        look_every(audit=float("inf"))
+        check_every(audit=float("inf"))
         parent = started.submit("hold")
         gate.wait_for(1)
         other = make_queue()

@@ -352,7 +352,7 @@ class TestAgain:
         with pytest.raises(QueueStopped):
             handle.requeue()
 
-    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.usefixtures("frequent_checks")
     @pytest.mark.every_store
     def test_another_process_finds_a_flow_by_its_shape(self, started, repository):
         shape = started.submit_flow(

@@ -187,9 +187,9 @@ def test_a_node_that_lost_its_lease_starts_nothing(started, monkeypatch):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, look_every, when):
+def test_a_task_whose_submit_was_interrupted_counts_no_interruption(started, check_every, when):
     """The interrupt strikes around the commit. The audit finds the task, and undoes its start."""
-    look_every(audit=0.05)
+    check_every(audit=0.05)
     idle(started)
 
     def strike(writes):

@@ -554,7 +554,7 @@ class TestBarred:
         assert handle.result(PATIENCE) == "again"
         assert admitted == [{}]
 
-    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.usefixtures("frequent_checks")
     def test_the_audit_lets_a_task_start_if_lifting_was_interrupted(
         self, make, hang, gate, monkeypatch
     ):

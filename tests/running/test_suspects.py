@@ -76,7 +76,7 @@ def test_a_suspect_that_may_crash_again_runs_together_with_other_tasks(queue):
     assert begun(queue, "neighbour", "suspect", "later")
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 @pytest.mark.parametrize("how", ["deleted", "paused"])
 def test_the_next_suspect_starts_if_the_one_before_it_is_gone(queue, how):
     """Suspects take turns; one that waits for its turn may be gone by then."""
@@ -122,7 +122,7 @@ def test_a_stop_does_not_wait_for_a_task_on_its_last_chance(queue):
     assert queue.get_task_status("last").status is TaskStatus.PENDING
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_a_deleted_suspect_lets_the_next_one_start(queue):
     queue.start()
     queue.hold("neighbour")

@@ -111,10 +111,10 @@ def test_every_tick_gets_one_task_even_if_processes_die(run, repository, make_qu
     assert {task_id for task_id, times in runs.items() if times > 1} <= crashed
 
 
-def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, look_every):
+def test_a_schedule_of_another_process_is_noticed(run, place, make_queue, check_every):
     """It is noticed at once, or by the audit if the store has a change stream, which shows only tasks."""
     if place[1] != shared("set"):
-        look_every(audit=float("inf"))
+        check_every(audit=float("inf"))
     queue = make_queue()
     queue.start()
     ticker = housekeeper_of(queue)._ticker

@@ -196,9 +196,9 @@ def test_an_executor_knows_its_tick(started, clock):
     assert tick_of(started.submit("tell", id="by hand@home").task()) is None
 
 
-def test_the_housekeeper_wakes_in_time_for_a_tick(make_queue, look_every):
+def test_the_housekeeper_wakes_in_time_for_a_tick(make_queue, check_every):
     """It uses the real clock, and is not woken by other duties."""
-    look_every(poll=2 * PATIENCE)
+    check_every(poll=2 * PATIENCE)
     queue = make_queue(worker_num=1)
     late: list[float] = []
 
@@ -332,7 +332,7 @@ def test_a_tick_gets_its_task_even_if_the_buffer_is_full(make_queue, clock, busy
     assert "beat@2026-03-27T12:00:30Z" in ids(queue)
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_only_the_node_that_stores_a_tick_tells_its_hooks(make, clock):
     told = []
 
@@ -576,9 +576,9 @@ def test_changes_by_another_queue_apply_at_the_next_tick(make, clock):
     assert ticking.get_task_status("c@2026-03-27T12:01:00Z").params == {"n": 2}
 
 
-def test_a_schedule_of_another_queue_is_noticed(make, clock, look_every):
-    look_every(audit=0.05)
-    look_every(schedules=0.05)
+def test_a_schedule_of_another_queue_is_noticed(make, clock, check_every):
+    check_every(audit=0.05)
+    check_every(schedules=0.05)
     ticking, web = make(), make()
     ticking.start()
     # Wait until the housekeeper has read the schedules and found none.

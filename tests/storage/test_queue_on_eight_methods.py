@@ -254,10 +254,10 @@ def check(story):
 
 
 @pytest.fixture(autouse=True)
-def _quick(look_every):
-    look_every(audit=0.05)
-    look_every(progress=0.01)
-    look_every(poll=0.01)
+def _quick(check_every):
+    check_every(audit=0.05)
+    check_every(progress=0.01)
+    check_every(poll=0.01)
 
 
 def test_without_failures_every_step_succeeds():

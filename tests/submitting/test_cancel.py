@@ -54,7 +54,7 @@ def test_a_cancelled_pending_task_never_runs(make_queue):
             assert task.status is TaskStatus.CANCELLED
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 @pytest.mark.every_store
 @pytest.mark.parametrize("how", ["cancel_task", "delete", "cancel_many"])
 def test_a_committed_cancel_or_delete_does_not_raise(started, repository, how):

@@ -243,7 +243,7 @@ class TestConflict:
         assert second.id != first.id
         assert (first.task().params, second.task().params) == ({"n": 1}, {"n": 2})
 
-    @pytest.mark.usefixtures("frequent_looks")
+    @pytest.mark.usefixtures("frequent_checks")
     def test_a_task_replaced_during_its_start_runs_with_the_new_params(
         self, make_queue, repository
     ):
@@ -295,9 +295,9 @@ class TestConflict:
             with pytest.raises(QueueFull):
                 queue.submit("note", unique_key="other", on_conflict=conflict)
 
-    def test_a_replaced_task_is_noticed_at_once(self, make_queue, look_every):
+    def test_a_replaced_task_is_noticed_at_once(self, make_queue, check_every):
         """No slow duty and no change by others helps to notice it."""
-        look_every(recover=3600)
+        check_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock)
         queue.repository.version = lambda: 0
@@ -313,10 +313,10 @@ class TestConflict:
         assert first.result(PATIENCE) == 4
 
     def test_a_task_stored_at_the_second_try_has_no_owner_without_a_buffer(
-        self, make_queue, gate, look_every
+        self, make_queue, gate, check_every
     ):
         """The first try was for the buffer; before the second try the type was paused."""
-        look_every(recover=3600)
+        check_every(recover=3600)
         clock = ManualClock()
         queue = make_queue(clock=clock, worker_num=1)
         queue.executor("hold")(lambda: gate())

@@ -115,10 +115,10 @@ def test_a_round_does_a_step_of_each_burst(hurried, monkeypatch, make_queue, clo
 
 @pytest.mark.parametrize("repository", ["memory", "sqlite"], indirect=True)
 def test_due_tasks_that_another_node_releases_are_left_to_it_for_a_while(
-    monkeypatch, make_queue, look_every, repository, clock
+    monkeypatch, make_queue, check_every, repository, clock
 ):
     monkeypatch.setattr("taskx.upkeep.housekeeper.MOST_DUE", 10)
-    look_every(poll=10_000)
+    check_every(poll=10_000)
     queue = make_queue(worker_num=1, clock=clock)
     queue.declare("remote")
     due = clock.now() + timedelta(seconds=60)

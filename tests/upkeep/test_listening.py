@@ -31,8 +31,8 @@ NEVER = 3600.0
 
 
 @pytest.fixture
-def no_polling(monkeypatch, look_every):
-    look_every(poll=NEVER, recover=NEVER, audit=NEVER, handles=NEVER)
+def no_polling(monkeypatch, check_every):
+    check_every(poll=NEVER, recover=NEVER, audit=NEVER, handles=NEVER)
     monkeypatch.setattr(watcher, "_POLL", NEVER)
 
 
@@ -408,9 +408,9 @@ with queue:
 
 
 @pytest.mark.process
-def test_two_processes_wake_each_other(spawn, elsewhere, database, monkeypatch, look_every):
+def test_two_processes_wake_each_other(spawn, elsewhere, database, monkeypatch, check_every):
     """They do so for a submit, a cancel and outcomes."""
-    look_every(handles=NEVER)
+    check_every(handles=NEVER)
     monkeypatch.setattr(watcher, "_POLL", NEVER)
     child = spawn(RUNS, database)
     assert child.read() == "ready"

@@ -475,7 +475,7 @@ def test_a_with_block_stops_the_queue_even_if_it_raises(queue):
         queue.submit("fine")
 
 
-@pytest.mark.usefixtures("frequent_looks")
+@pytest.mark.usefixtures("frequent_checks")
 def test_a_handle_works_after_the_stop(make_queue):
     clock = ManualClock()
     queue, again = make_queue(clock=clock), make_queue(clock=clock)
