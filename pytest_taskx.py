@@ -2,6 +2,8 @@
 
 pytest finds it by itself where TaskX is installed. It is a module of its own and imports TaskX only when a
 test asks for a fixture, so that it costs other projects nothing.
+
+PYTEST_DONT_REWRITE: it has no assertions.
 """
 
 from __future__ import annotations

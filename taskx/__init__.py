@@ -2,6 +2,8 @@
 
 Tasks are records in a repository. A bounded queue feeds worker threads. Executors get a token for
 cooperative cancellation. A process that is killed loses no task.
+
+PYTEST_DONT_REWRITE: without this word, pytest warns if the program that runs it has imported TaskX.
 """
 
 from typing import TYPE_CHECKING, Any

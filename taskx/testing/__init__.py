@@ -8,17 +8,23 @@ package; TaskX itself does not.
 from taskx.testing.clock import ManualClock
 from taskx.testing.eight import RepositoryContract
 from taskx.testing.execution import Outcome, run_executor
+from taskx.testing.faults import Fault, Faults, InjectedFault, fail_at, kill_at
 from taskx.testing.primitives import PrimitivesContract
 from taskx.testing.queues import InlineQueue, ManualQueue, inline, manual
 
 __all__ = [
+    "Fault",
+    "Faults",
+    "InjectedFault",
     "InlineQueue",
     "ManualClock",
     "ManualQueue",
     "Outcome",
     "PrimitivesContract",
     "RepositoryContract",
+    "fail_at",
     "inline",
+    "kill_at",
     "manual",
     "run_executor",
 ]
