@@ -376,9 +376,8 @@ def _cost_of_drain(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         go()
         queue.drain()
         figures = _per_task("cost-drain", seen, count)
-        figures["cost-drain-writes"] -= (
-            WORKERS / count
-        )  # the ends of the tasks that kept the workers busy
+        # The ends of the tasks that kept the workers busy do not count.
+        figures["cost-drain-writes"] -= WORKERS / count
         return figures
 
 

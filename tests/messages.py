@@ -1,4 +1,4 @@
-"""Collect the messages of TaskX's errors and log lines, for a person to read through.
+"""Collect the messages of TaskX's errors and log lines, so that a person can review them.
 
 ``make test ARGS="--messages messages.txt"`` writes each message once, by class or level, with
 ``…`` in place of values. It needs Python 3.12 or newer, which can report raised exceptions.
@@ -22,7 +22,7 @@ from taskx.core.log import GuardedLogger
 SOURCE = str(Path(taskx.__file__).parent)
 PATTERN = "*.messages"
 
-#: Quoted texts, ids, paths and numbers: they differ from one run to the next.
+#: Quoted texts, ids, paths and numbers: they differ from run to run.
 VALUES = re.compile(
     r"""(?<!\w)b?'[^']*'|"[^"]*"|<[^<>]*>|\b[0-9a-f]{8}-[0-9a-f-]+\b|(?<!\w)/[\w./-]+|\d[\d.,e+-]*"""
 )
@@ -41,7 +41,7 @@ class Messages:
         self.found: dict[str, set[str]] = defaultdict(set)
 
     def start(self) -> None:
-        """Listen to what TaskX's code raises and logs from now on, in every thread."""
+        """Record the errors and log lines of TaskX's code from now on, in every thread."""
         monitoring = sys.monitoring  # type: ignore[attr-defined]
         monitoring.use_tool_id(tool := monitoring.DEBUGGER_ID, "messages")
         monitoring.register_callback(tool, monitoring.events.RAISE, self._on_raise)
@@ -59,13 +59,14 @@ class Messages:
     def _on_raise(self, code: types.CodeType, offset: int, error: BaseException) -> None:
         if not code.co_filename.startswith(SOURCE):
             return
-        trace = error.__traceback__
-        if trace is not None and trace.tb_next is None:  # raised here, not passed on
-            with contextlib.suppress(Exception):  # a test's own error may have no text
+        # An error of a test may raise any exception when its attributes or its text are read.
+        with contextlib.suppress(BaseException):
+            trace = error.__traceback__
+            if trace is not None and trace.tb_next is None:  # raised here, not passed on
                 self.found[type(error).__name__].add(template(str(error)))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
-        """Write what this process found; the process that started the others puts it together."""
+        """Write the messages of this process. The main process collects those of all processes."""
         lines = [f"{kind}: {text}" for kind, texts in self.found.items() for text in texts]
         self.file.parent.mkdir(parents=True, exist_ok=True)
         worker = getattr(session.config, "workerinput", {}).get("workerid")
@@ -83,7 +84,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Start to collect, if the option was given."""
+    """Start to collect messages if the option is given."""
     if file := config.getoption("--messages"):
         if sys.version_info < (3, 12):
             raise pytest.UsageError("--messages requires Python 3.12 or newer")

@@ -69,9 +69,8 @@ class _Tracer:
     def enter(self, frame: FrameType, event: str, argument: Any) -> Any:
         if frame.f_code.co_filename == __file__:
             return None
-        if (
-            not frame.f_code.co_flags & inspect.CO_GENERATOR
-        ):  # a generator may be about to be closed
+        # A generator may be entered only to be closed.
+        if not frame.f_code.co_flags & inspect.CO_GENERATOR:
             self._pass(frame)
         calls = _calls(frame.f_code)
         called = False

@@ -230,9 +230,8 @@ def test_checksum_goes_on_after_a_signal(tree, database, signum, code):
         done = [name for name, task in before.items() if task.status is TaskStatus.COMPLETED]
         left = 41 - len(done)
         process.send_signal(signum)
-        out, _err = process.communicate(
-            timeout=15
-        )  # a stop that waits for the file would take 24 s
+        # A stop that waits for the file would take 24 s.
+        out, _err = process.communicate(timeout=15)
         assert process.returncode == code
     if signum == signal.SIGKILL:
         assert stored(database)["huge"].status is TaskStatus.RUNNING

@@ -6,9 +6,8 @@ import os
 import threading
 import time
 
-_lock = (
-    threading.RLock()
-)  # reentrant: a finalizer may submit a task while this thread holds the lock
+# Reentrant: a finalizer may submit a task while its thread holds the lock.
+_lock = threading.RLock()
 _last = 0
 _prefix = ""  # the beginning of all ids of that millisecond
 _state = 0

@@ -81,9 +81,8 @@ MOVES = (
 _EDGES = frozenset((move.source, move.target) for move in MOVES if move.name != "orphan")
 
 
-@attrs.define(
-    kw_only=True
-)  # not frozen: one is made per task, and a frozen one costs three times as much
+# Not frozen: one is made per task, and a frozen one would cost three times as much.
+@attrs.define(kw_only=True)
 class Ending:
     """The end of an attempt, as the runner reports it."""
 
@@ -649,9 +648,8 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
         changes.update(held=FOR_TURN, turn=None)
     if waiting_on is not None:
         changes.update(held=FOR_PARENTS, waiting_on=waiting_on)
-    if (
-        changes["held"] == FREE
-    ):  # otherwise a host whose clock is behind might hold it back until ``now``
+    # A task that waits for something else gets no run_at: a host whose clock is behind might hold it back.
+    if changes["held"] == FREE:
         changes["run_at"] = now
     return Update(task.id, guard, changes, durable=True, move="requeue")
 
@@ -764,9 +762,8 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
     """
     _check_edge(stored, wanted.status)
     changes = {k: v for k, v in row_from_task(wanted).items() if k not in _NOT_BY_HAND}
-    if (
-        stored.damage
-    ):  # the caller could not read, so did not change, these; another node may read them
+    # The caller could not read a damaged value, so cannot have changed it. Another node may be able to.
+    if stored.damage:
         for name in ("params", "result"):
             if getattr(wanted, name) == getattr(stored, name):
                 del changes[name]

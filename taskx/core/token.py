@@ -140,9 +140,8 @@ class CancelToken:
 
     def _run_callbacks(self) -> None:
         due = []
-        while (
-            self._callbacks
-        ):  # pop() is atomic: with two callers at once, each callback still runs once
+        # pop() is atomic: with two callers at the same time, each callback still runs once.
+        while self._callbacks:
             try:
                 due.append(self._callbacks.pop())
             except IndexError:
