@@ -160,7 +160,7 @@ def _cancel(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     return {"cancel-p50": percentile(samples, 50), "cancel-p99": percentile(samples, 99)}
 
 
-def _beside(plan: Plan, store: Store, folder: str) -> dict[str, float]:
+def _with_busy_others(plan: Plan, store: Store, folder: str) -> dict[str, float]:
     """Measure the share of a core that an idle process uses while two others work, in percent."""
     with (
         _node(store, "serve", folder) as child,
@@ -175,7 +175,7 @@ def _beside(plan: Plan, store: Store, folder: str) -> dict[str, float]:
         while (seconds := time.perf_counter() - began) < plan.seconds:
             queue.submit("clock").result(timeout=PATIENCE)
             time.sleep(_BUSY_EVERY)
-        return {"beside-cpu": 100 * (_used(idle) - used) / seconds}
+        return {"others-cpu": 100 * (_used(idle) - used) / seconds}
 
 
 def _used(child: Child) -> float:
@@ -193,6 +193,6 @@ def cells(plan: Plan, store: Store) -> list[Cell]:
             (_rescue, ("rescue",), False),
             (_elsewhere, (*ELSEWHERE, "outcome-p50", "outcome-p99"), True),
             (_cancel, ("cancel-p50", "cancel-p99"), True),
-            (_beside, ("beside-cpu",), False),
+            (_with_busy_others, ("others-cpu",), False),
         )
     ]

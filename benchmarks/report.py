@@ -77,7 +77,7 @@ FIGURES: dict[str, Figure] = {
     "cancel-p99": Figure(
         "cancel reaches a task elsewhere, p99", "{:,.1f} ms", value=15, durability="accepted"
     ),
-    "beside-cpu": Figure("idle with busy others: share of a core", "{:.2f} %", value=2),
+    "others-cpu": Figure("idle with busy others: share of a core", "{:.2f} %", value=2),
     "finished-drain": Figure("drain with finished tasks", "{:,.0f}/s", more=True, growth=1.3),
     "finished-get": Figure("get one with finished tasks", "{:,.0f} µs", growth=1.3),
     "finished-list": Figure("list 20 newest with finished tasks", "{:,.0f} µs", growth=1.3),
@@ -100,7 +100,7 @@ FIGURES: dict[str, Figure] = {
     "trips-backlog": Figure("start and finish, of a backlog: round trips", "{:.2f}", value=1.5),
     "trips-producer": Figure("start and finish, with a producer: round trips", "{:.2f}", value=1.5),
     "trips-alone": Figure("a task alone, to its result: round trips", "{:.2f}"),
-    "trips-looks": Figure("a working node: polls per second", "{:.0f}"),
+    "trips-polls": Figure("a working node: polls per second", "{:.0f}"),
     "trips-stream": Figure("change stream: round trips a task", "{:.2f}"),
     "cost-submit-reads": Figure("a submit: reads", "{:.2f}"),
     "cost-submit-writes": Figure("a submit: writes", "{:.2f}"),

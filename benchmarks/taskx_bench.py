@@ -213,13 +213,13 @@ def _finished(plan: Plan, finished: int, folder: str) -> dict[str, float]:
             "finished-list": _timed(lambda: queue.repository.list(newest)),
             "finished-count": _timed(lambda: queue.repository.count(done)) / 1000,
         }
-    return {"finished-drain": _drain_beside(plan, folder), **figures}
+    return {"finished-drain": _drain_with_others(plan, folder), **figures}
 
 
 def _delayed(plan: Plan, delayed: int, folder: str) -> dict[str, float]:
     with queue_on(OnSQLite("process"), folder) as queue:
         fill_with_delayed(queue, delayed)
-    figures = {"delayed-drain": _drain_beside(plan, folder)}
+    figures = {"delayed-drain": _drain_with_others(plan, folder)}
     with queue_on(OnSQLite("process"), folder) as queue, queue:
         handles = [queue.submit("noop", delay=0.2 + 0.01 * n) for n in range(plan.messages)]
         late = []
@@ -232,7 +232,7 @@ def _delayed(plan: Plan, delayed: int, folder: str) -> dict[str, float]:
     return {**figures, "delayed-late": percentile(late, 99)}
 
 
-def _drain_beside(plan: Plan, folder: str) -> float:
+def _drain_with_others(plan: Plan, folder: str) -> float:
     count = plan.tasks // 4 or 1
     rates = []
     for _ in range(_DRAINS):

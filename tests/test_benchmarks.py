@@ -55,7 +55,7 @@ needs_linux = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="pins to cores and reads /proc"
 )
 needs_git = pytest.mark.skipif(
-    not (ROOT / ".git").exists(), reason="compares with a commit: this is no git checkout"
+    not (ROOT / ".git").exists(), reason="compares with a commit: not a git checkout"
 )
 pytestmark = [needs_linux, pytest.mark.process]
 
@@ -215,7 +215,7 @@ def test_the_package_of_the_earlier_commit_is_measured(tmp_path):
 
 
 def test_figures_of_several_processes_are_measured():
-    figures = ("left", "both", "rescue", "elsewhere", "cancel", "beside")
+    figures = ("left", "both", "rescue", "elsewhere", "cancel", "others")
     only = [arg for figure in figures for arg in ("--only", figure)]
     table = measured("--tasks", "40", "--no-peers", *only)
     found = {what: value for (what, who, _), value in table.items() if who == "TaskX"}

@@ -178,7 +178,7 @@ def test_make_removes_only_virtual_environments(tmp_path):
     keepsake.touch()
     made = run_make("test", f"VENV={tmp_path}")
     assert made.returncode != 0
-    assert f"{tmp_path} is no virtual environment" in made.stderr
+    assert f"{tmp_path} is not a virtual environment" in made.stderr
     assert keepsake.exists()
 
 

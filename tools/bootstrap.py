@@ -1,6 +1,6 @@
-"""Make the virtual environment named on the command line, or say in one sentence why not.
+"""Make the virtual environment named on the command line, or print in one sentence why it is impossible.
 
-Run by the Makefile with whatever Python there is: its syntax must suit Python 2.7.
+The Makefile runs this file with any Python, so its syntax must be valid in Python 2.7.
 """
 
 import os
@@ -12,21 +12,21 @@ ANOTHER = "name another one, as in: PYTHON=python3.12 make test"
 
 
 def why_not(folder):
-    """What keeps this Python from making the environment; None when nothing does."""
+    """Return the reason why this Python cannot make the environment; None if it can."""
     if os.path.isdir(folder) and os.listdir(folder) and "pyvenv.cfg" not in os.listdir(folder):
         return (
-            "%s is no virtual environment, and making one would empty it: choose another VENV"
+            "%s is not a virtual environment, and making one would empty it: choose another VENV"
             % folder
         )
     this = "%s is Python %s" % (sys.executable, ".".join(map(str, sys.version_info[:3])))
     if tuple(sys.version_info[:2]) < OLDEST:
         return "TaskX needs Python 3.10 or newer, and %s: %s" % (this, ANOTHER)
     try:
-        import ensurepip  # noqa: F401  Debian packs it, and so a working venv, separately
+        import ensurepip  # noqa: F401  Debian has it, and thus a working venv, in a separate package
         import venv  # noqa: F401
     except ImportError as error:
         return (
-            "TaskX's Makefile needs Python's venv, and %s without it (%s): "
+            "TaskX's Makefile needs Python's venv module; %s, but without that module (%s): "
             "install it (on Debian and Ubuntu: apt install python3-venv), or %s"
             % (this, error, ANOTHER)
         )

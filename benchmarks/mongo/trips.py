@@ -127,7 +127,7 @@ def _of_one(plan: Plan, url: str, folder: str) -> dict[str, float]:
         for _ in range(plan.samples):
             queue.submit("noop").result()
         took = time.monotonic() - began
-        return {"trips-alone": seen.count() / plan.samples, "trips-looks": seen.polls / took}
+        return {"trips-alone": seen.count() / plan.samples, "trips-polls": seen.polls / took}
 
 
 def _drain(queue: Queue) -> None:
@@ -146,6 +146,6 @@ def cells(plan: Plan, url: str) -> list[Cell]:
             (_of_many, ("trips-many",)),
             (_of_backlog, ("trips-backlog",)),
             (_of_producer, ("trips-submitting", "trips-producer", "trips-stream")),
-            (_of_one, ("trips-alone", "trips-looks")),
+            (_of_one, ("trips-alone", "trips-polls")),
         )
     ]

@@ -15,7 +15,7 @@
     ├── TaskFailed                        raised by ``TaskHandle.result()``
     └── RepositoryError                   the repository failed
         ├── RepositoryUnavailable         locked, full or unreachable now; may work later
-        ├── RepositoryCorrupt             the stored data is damaged, or the file is no database
+        ├── RepositoryCorrupt             the stored data is damaged, or it is not a database
         └── SchemaMismatch                the database belongs to another program or version
 
     Retry                                 raised by an executor: the attempt failed, try again
@@ -165,7 +165,7 @@ class RepositoryUnavailable(RepositoryError):
 
 
 class RepositoryCorrupt(RepositoryError):
-    """The stored data is damaged, or the file is no database at all."""
+    """The stored data is damaged, or the file is not a database."""
 
 
 class SchemaMismatch(RepositoryError):

@@ -509,7 +509,7 @@ def _again(
 def _unless_cancelled(
     task: Task, changes: dict[str, Any], ending: Ending, now: int, move: str
 ) -> list[Update]:
-    """Return the move and its alternative: the end as cancelled, if a cancel was requested meanwhile."""
+    """Return the move, and an end as cancelled for the case that a cancel was requested."""
     return [
         Update(task.id, _fence(task, cancel_requested_at=None), changes, move=move),
         _cancelled(task, ending, now, cancel_requested_at=PRESENT),
@@ -721,7 +721,7 @@ FREED, CANCEL_REQUESTED, ENDED = "f", "c", "e"
 
 
 def news(write: Write) -> str:
-    """Return the kind of news that a write is for other processes; empty if it is no news."""
+    """Return the kind of news in a write, for other processes; empty if there is no news."""
     changes = write.changes
     if isinstance(write, Delete) or changes.get("status") in FINISHED:
         return ENDED

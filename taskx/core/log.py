@@ -91,7 +91,7 @@ class Complaint:
 
 
 def check_logger(logger: Any) -> logging.Logger:
-    """Return the logger, or TaskX's own for None. Raises ConfigurationError if it is no Logger."""
+    """Return the logger, or TaskX's own for None. Raises ConfigurationError if it is not a Logger."""
     if logger is None:
         return logging.getLogger("taskx")
     if not isinstance(logger, logging.Logger):

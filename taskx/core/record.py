@@ -376,7 +376,7 @@ def parents_from_text(text: Any) -> list[str]:
 
 
 def ids_from_text(text: str) -> list[str]:
-    """Return the ids of a text from :func:`ids_to_text`. Raises ``ValueError`` if it is no list of ids."""
+    """Return the ids of a text from :func:`ids_to_text`. Raises ``ValueError`` for any other text."""
     ids = payload.loads(text)
     if type(ids) is not list:
         raise ValueError(f"{text!r:.50} is not a list of ids")
