@@ -31,7 +31,8 @@ class Page:
     """The steps and helpers that the page lists."""
 
     def __init__(self) -> None:
-        section = PAGE.read_text("utf-8").split("The way of a task\n")[1].split("\nWaiting for a worker\n")[0]
+        page = PAGE.read_text("utf-8")
+        section = page.split("The way of a task\n")[1].split("\nWaiting for a worker\n")[0]
         there, back, helpers = re.split(r"\n(?:And back|Helpers)\.", section)
         self.there = _STEP.findall(there)
         self.back = _STEP.findall(back)
