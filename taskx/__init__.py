@@ -38,7 +38,7 @@ from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
 from taskx.core.token import CancelToken
 from taskx.executing.context import Context
-from taskx.executing.executors import Executor, TaskExecutor, executor
+from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
 from taskx.queue import Queue
@@ -55,6 +55,7 @@ __version__ = "0.2.0"
 
 __all__ = [
     "Attempt",
+    "BoundExecutor",
     "CancelReason",
     "CancelToken",
     "Clock",

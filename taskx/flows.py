@@ -14,10 +14,11 @@ from taskx.core.creation import check_parents
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.ids import new_id
 from taskx.core.model import Task, TaskStatus, check_key
+from taskx.executing.executors import AnyExecutor, executor_of
 from taskx.storage.base import Repository
 
-#: A part of a flow: a task or another flow.
-Step = Union[Task, "Flow"]
+#: A part of a flow: a task, an executor in the place of its task, or another flow.
+Step = Union[Task, AnyExecutor, "Flow"]
 #: A submitted flow as JSON values: a task is its id.
 Shape = Union[str, "dict[str, list[Shape]]"]
 #: Most pairs of a task and one of its parents in one flow.
@@ -38,14 +39,8 @@ class Flow:
     def __init__(self, kind: Literal["chain", "group"], steps: Sequence[Step]) -> None:
         if not steps:
             raise ConfigurationError(f"a {kind} is empty: give at least one task or flow")
-        for step in steps:
-            if not isinstance(step, (Task, Flow)):
-                raise ConfigurationError(
-                    f"a step of a {kind} must be a task or a flow, not {type(step).__name__}: "
-                    "write executor.task(...)"
-                )
         self.kind = kind
-        self.steps = tuple(steps)
+        self.steps = tuple(_task_or_flow(step, kind) for step in steps)
 
     def __repr__(self) -> str:
         return f"<{self.kind} of {len(self.steps)}>"
@@ -54,19 +49,29 @@ class Flow:
         """Return a chain of this flow and further steps, which begin when all of it has completed.
 
         Raises:
-            ConfigurationError: a step is neither a task nor a flow.
+            PayloadError: a step is an executor that requires params: write ``executor.task(…)``.
+            ConfigurationError: a step is not a task, an executor or a flow.
         """
         before = self.steps if self.kind == "chain" else (self,)
         return Flow("chain", (*before, *steps))
 
 
+def _task_or_flow(step: Step, kind: str) -> Task | Flow:
+    if isinstance(step, (Task, Flow)):
+        return step
+    executor_of(step, f"a {kind}", "tasks, executors and flows")  # raises if it is none
+    return step.task_with()
+
+
 def chain(*steps: Step) -> Flow:
     """Return a flow whose steps run one after the other.
 
-    A step finds the tasks of the step before it in ``ctx.parents``.
+    A step finds the tasks of the step before it in ``ctx.parents``. An executor that requires no params can
+    stand for its task.
 
     Raises:
-        ConfigurationError: there is no step, or one is neither a task nor a flow.
+        PayloadError: a step is an executor that requires params: write ``executor.task(…)``.
+        ConfigurationError: there is no step, or one is not a task, an executor or a flow.
     """
     return Flow("chain", steps)
 
@@ -74,8 +79,11 @@ def chain(*steps: Step) -> Flow:
 def group(*steps: Step) -> Flow:
     """Return a flow whose steps run at the same time.
 
+    An executor that requires no params can stand for its task.
+
     Raises:
-        ConfigurationError: there is no step, or one is neither a task nor a flow.
+        PayloadError: a step is an executor that requires params: write ``executor.task(…)``.
+        ConfigurationError: there is no step, or one is not a task, an executor or a flow.
     """
     return Flow("group", steps)
 
@@ -284,7 +292,7 @@ class _Layout:
         self.tasks: list[Task] = []
         self._edges = 0
 
-    def lay(self, step: Step, parents: list[str]) -> tuple[Shape, list[str]]:
+    def lay(self, step: Task | Flow, parents: list[str]) -> tuple[Shape, list[str]]:
         """Lay out a step after its parents; return its shape and the ids of its last tasks."""
         if isinstance(step, Task):
             return self._lay_task(step, parents)

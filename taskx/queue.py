@@ -26,7 +26,13 @@ from taskx.core.options import (
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
-from taskx.executing.executors import Executor, ExecutorDecorator, TaskExecutor
+from taskx.executing.executors import (
+    AnyExecutor,
+    BoundExecutor,
+    Executor,
+    ExecutorDecorator,
+    TaskExecutor,
+)
 from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
 from taskx.moving import Services
@@ -195,6 +201,14 @@ class Queue:
     @overload
     def submit(
         self,
+        executor: Executor[..., R] | BoundExecutor[..., R],
+        params: dict[str, Any] | None = None,
+        /,
+        **options: Unpack[SubmitOptions],
+    ) -> TaskHandle[R]: ...
+    @overload
+    def submit(
+        self,
         type: str,
         params: dict[str, Any] | None = None,
         /,
@@ -202,7 +216,7 @@ class Queue:
     ) -> TaskHandle[Any]: ...
     def submit(
         self,
-        task: Task | str,
+        task: Task | AnyExecutor | str,
         params: dict[str, Any] | None = None,
         /,
         **options: Any,
@@ -210,8 +224,8 @@ class Queue:
         """Submit a task. When the call returns, the task is stored and will run.
 
         Args:
-            task: a type, or a pending :class:`Task`, which is not changed.
-            params: the executor's params, a JSON object; only together with a type.
+            task: a type, an executor, or a pending :class:`Task`, which is not changed.
+            params: the executor's params, a JSON object; not together with a ``Task``.
             id: a unique id; a new UUIDv7 by default.
             created_by: free text that you can filter by.
             priority: tasks with a higher number run first, equal ones in the order of submission; 0
@@ -249,9 +263,9 @@ class Queue:
             RepositoryError: the task could not be stored. If the error's ``in_doubt`` is True, it may
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
-        wanted = task_of(task, params, options, SubmitOptions, "submit", self._clock)
+        wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock)
         task_id = self._intake.accept(
-            wanted, options.get("priority"), options.get("on_conflict") or "reject"
+            wanted, said.get("priority"), said.get("on_conflict") or "reject"
         )
         try:
             return TaskHandle(task_id, self)
@@ -277,7 +291,7 @@ class Queue:
     @overload
     def map(
         self,
-        executor: Executor[..., R],
+        executor: Executor[..., R] | BoundExecutor[..., R],
         items: Iterable[Any],
         key: Callable[[Any], str | int] | None = None,
         *,
@@ -293,7 +307,7 @@ class Queue:
     @overload
     def map(
         self,
-        executor: Executor[..., R],
+        executor: Executor[..., R] | BoundExecutor[..., R],
         items: Iterable[Any],
         key: Callable[[Any], str | int] | None = None,
         *,
@@ -324,7 +338,7 @@ class Queue:
     ) -> Iterator[Any]: ...
     def map(
         self,
-        executor: Executor[..., Any] | str,
+        executor: AnyExecutor | str,
         items: Iterable[Any],
         key: Callable[[Any], str | int] | None = None,
         *,
@@ -439,7 +453,7 @@ class Queue:
         self,
         name: str,
         spec: str | Every,
-        type: str,
+        type: str | AnyExecutor,
         params: dict[str, Any] | None = None,
         /,
         *,
@@ -453,7 +467,7 @@ class Queue:
         self,
         name: str,
         spec: str | Every,
-        task: Task | str,
+        task: Task | AnyExecutor | str,
         params: dict[str, Any] | None = None,
         /,
         *,
@@ -473,8 +487,8 @@ class Queue:
             name: a unique name in the repository, at most 200 characters. The ids of the schedule's
                 tasks begin with it.
             spec: the times of the ticks: a cron expression of five fields, or ``every(seconds)``.
-            task: the type of its tasks, or a :class:`Task` without id as their model.
-            params: the executor's params; only together with a type.
+            task: the type of its tasks, their executor, or a :class:`Task` without id as their model.
+            params: the executor's params; not together with a ``Task``.
             tz: the time zone of a cron expression, such as ``"Europe/Berlin"``; UTC by default.
             misfire: the handling of ticks that were missed because no queue was started: one task for
                 all of them (``"one"``), no task (``"skip"``), or one task for each (``"all"``) that is
@@ -495,8 +509,8 @@ class Queue:
             RepositoryError: the schedule could not be stored.
         """
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
-        wanted = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
-        return self._schedules.declare(entry, wanted, options.get("priority"))
+        wanted, said = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
+        return self._schedules.declare(entry, wanted, said.get("priority"))
 
     def schedules(self) -> dict[str, Schedule]:
         """Return all schedules in the repository, by name, including those of other processes."""
@@ -539,6 +553,11 @@ class Queue:
     def running(self) -> int:
         """The number of executors that this queue is running."""
         return 0 if self._node is None else len(self._node.engine.runs.executing)
+
+    @property
+    def stopped(self) -> bool:
+        """True if the queue was stopped: it accepts no more tasks."""
+        return self._life.name == "stopped"
 
     @property
     def healthy(self) -> bool:

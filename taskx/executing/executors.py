@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from functools import update_wrapper
+from types import MappingProxyType
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -21,7 +24,15 @@ from typing import (
 from taskx.core.checks import check_plain
 from taskx.core.errors import ConfigurationError, PayloadError
 from taskx.core.model import Task, check_name
-from taskx.core.options import FALLBACKS, ExecutorOptions, Options, log_level, options_of
+from taskx.core.options import (
+    FALLBACKS,
+    ExecutorOptions,
+    Options,
+    SubmitOptions,
+    log_level,
+    options_of,
+)
+from taskx.core.submission import OF_SUBMIT, bound_options, with_options
 from taskx.executing.context import Context
 
 if TYPE_CHECKING:
@@ -51,8 +62,57 @@ class TaskExecutor(ABC):
         """
 
 
-class _Submits(Protocol):
-    def submit(self, task: Task, /) -> TaskHandle[Any]: ...
+class _Queue(Protocol):
+    @property
+    def stopped(self) -> bool: ...
+    def submit(self, task: Task, /, **options: Unpack[SubmitOptions]) -> TaskHandle[Any]: ...
+    def register_executor(self, executor: Executor[Any, Any], /) -> None: ...
+
+
+class Queues:
+    """The queues that an executor is registered with.
+
+    They are remembered by weak references: the executor is often an object of a module, which lives as
+    long as the program. Only if there is a single queue does the executor keep it.
+    """
+
+    def __init__(self) -> None:
+        #: The queue to submit to; None if there is none, or more than one.
+        self.only: _Queue | None = None
+        self._known: tuple[weakref.ref[_Queue], ...] = ()
+
+    def _alive(self) -> list[_Queue]:
+        return [queue for known in self._known if (queue := known()) is not None]
+
+    def add(self, queue: _Queue) -> None:
+        """Add a queue."""
+        queues = [known for known in self._alive() if known is not queue]
+        self._known = tuple(weakref.ref(known) for known in [*queues, queue])
+        self.only = None if queues else queue
+
+    def choose(self, type: str) -> _Queue:
+        """Return the only queue that is not stopped; if all are stopped, the last one.
+
+        Raises:
+            ConfigurationError: there is no queue, or more than one.
+        """
+        queues = self._alive()
+        if len(running := [queue for queue in queues if not queue.stopped]) > 1:
+            del queues, running
+            gc.collect()  # a queue that no code holds any more may not be collected yet
+            queues = self._alive()
+            running = [queue for queue in queues if not queue.stopped]
+        if not queues:
+            raise ConfigurationError(
+                f"executor {type!r} is not registered with a queue; "
+                "call queue.register_executor(…) first"
+            )
+        if len(running) > 1:
+            raise ConfigurationError(
+                f"executor {type!r} is registered with {len(running)} queues: "
+                f"{', '.join(map(repr, running))}; write executor.on(queue).submit(…)"
+            )
+        return (running or queues)[-1]
 
 
 class Executor(Generic[P, R]):
@@ -72,7 +132,7 @@ class Executor(Generic[P, R]):
         self.type = type
         self.function = function
         self.options = options
-        self._queue: _Submits | None = None
+        self._queues = Queues()
         own = list(inspect.signature(function).parameters.values())
         # No param may have the context's name, not even through ``**kwargs``.
         self._reserved = {"ctx", own.pop(0).name} if self.takes_context else {"ctx"}
@@ -99,9 +159,26 @@ class Executor(Generic[P, R]):
     def __repr__(self) -> str:
         return f"<Executor {self.type!r}>"
 
-    def bind(self, queue: _Submits) -> None:
-        """Set the queue that :meth:`submit` submits to: the last queue it was registered with."""
-        self._queue = queue
+    def bind(self, queue: _Queue) -> None:
+        """Note a queue that it is registered with: :meth:`submit` submits to it."""
+        self._queues.add(queue)
+
+    def using(self, **options: Unpack[SubmitOptions]) -> BoundExecutor[P, R]:
+        """Return this executor bound with options of ``Queue.submit``, for ``submit`` and ``task``.
+
+        Raises:
+            TypeError: ``Queue.submit`` has no such option.
+            ConfigurationError: an option is not valid.
+        """
+        return BoundExecutor(self, bound_options(self.type, {}, options))
+
+    def on(self, queue: _Queue) -> BoundExecutor[P, R]:
+        """Return this executor bound to a queue that runs or accepts its type.
+
+        Raises:
+            ConfigurationError: the argument is not a queue.
+        """
+        return BoundExecutor(self, {}).on(queue)
 
     def task(self, *args: P.args, **kwargs: P.kwargs) -> Task:
         """Return a new task with these params, to change and submit.
@@ -125,17 +202,40 @@ class Executor(Generic[P, R]):
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
         """Submit a task with these params to the queue that the executor is registered with.
 
+        A queue that was stopped does not count, unless there is no other.
+
         Raises:
-            ConfigurationError: the executor is not registered with a queue.
+            ConfigurationError: the executor is not registered with a queue, or with several.
             PayloadError: a param is missing, unknown or not JSON.
             TaskxError: any error that ``Queue.submit`` raises.
         """
-        if self._queue is None:
-            raise ConfigurationError(
-                f"executor {self.type!r} is not registered with a queue; "
-                "call queue.register_executor(…) first"
+        queue = self._queues.only
+        if queue is None:
+            queue = self.choose_queue()
+        return queue.submit(self.task(*args, **kwargs))
+
+    def choose_queue(self) -> _Queue:
+        """Return the queue that :meth:`submit` submits to.
+
+        Raises:
+            ConfigurationError: the executor is not registered with a queue, or with several.
+        """
+        return self._queues.choose(self.type)
+
+    def task_with(self, params: Any = None) -> Task:
+        """Return a new task with params that ``submit`` checks.
+
+        Raises:
+            PayloadError: no params are given, and the function requires some.
+        """
+        if params is None and self._required:
+            required = [name for name in self._signature.parameters if name in self._required]
+            name = getattr(self, "__name__", "")
+            call = f"{name if name.isidentifier() else 'executor'}.task({'=…, '.join(required)}=…)"
+            raise PayloadError(
+                "params", f"{self.type!r} requires {', '.join(required)}: write {call}"
             )
-        return self._queue.submit(self.task(*args, **kwargs))
+        return Task(type=self.type, params={} if params is None else params)
 
     def check_params(self, params: Mapping[str, Any]) -> None:
         """Raise ``PayloadError`` if the params do not fit the function."""
@@ -150,6 +250,115 @@ class Executor(Generic[P, R]):
         unknown = ", ".join(sorted(map(repr, extra)))
         known = ", ".join(sorted(self._known)) or "none"
         raise PayloadError("params", f"{self.type!r} does not take {unknown}; it takes {known}")
+
+
+class BoundExecutor(Generic[P, R]):
+    """An executor together with options for its submits, and with a queue if one was given.
+
+    ``Executor.using`` and ``Executor.on`` make it. It does not change. ``Queue.submit``, ``map`` and
+    ``schedule``, ``chain`` and ``group`` take it like an executor.
+
+    Attributes:
+        executor: the executor.
+        options: the options of its submits.
+    """
+
+    def __init__(
+        self, executor: Executor[P, R], options: Mapping[str, Any], queue: _Queue | None = None
+    ) -> None:
+        self.executor = executor
+        self.options = MappingProxyType(dict(options))
+        self._queue = queue
+
+    def __repr__(self) -> str:
+        options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+        return f"<BoundExecutor {self.type!r}{f' with {options}' if options else ''}>"
+
+    @property
+    def type(self) -> str:
+        """The type of task that it runs."""
+        return self.executor.type
+
+    def using(self, **options: Unpack[SubmitOptions]) -> BoundExecutor[P, R]:
+        """Return a copy with further options; they win over the earlier ones.
+
+        Raises:
+            TypeError: ``Queue.submit`` has no such option.
+            ConfigurationError: an option is not valid.
+        """
+        bound = bound_options(self.type, self.options, options)
+        return BoundExecutor(self.executor, bound, self._queue)
+
+    def on(self, queue: _Queue) -> BoundExecutor[P, R]:
+        """Return a copy whose :meth:`submit` submits to this queue, which runs or accepts its type.
+
+        Raises:
+            ConfigurationError: the argument is not a queue.
+        """
+        if not callable(getattr(queue, "register_executor", None)):
+            raise ConfigurationError(f"on() requires a Queue, not {queue!r}")
+        return BoundExecutor(self.executor, self.options, queue)
+
+    def task(self, *args: P.args, **kwargs: P.kwargs) -> Task:
+        """Return a new task with these params and the bound options, to change and submit.
+
+        Raises:
+            PayloadError: a param is missing or unknown.
+            ConfigurationError: an option concerns only a submit: ``delay`` or ``on_conflict``.
+        """
+        return self._set_on(self.executor.task(*args, **kwargs))
+
+    def task_with(self, params: Any = None) -> Task:
+        """Return a new task with params that ``submit`` checks, and the bound options.
+
+        Raises:
+            PayloadError: no params are given, and the function requires some.
+            ConfigurationError: an option concerns only a submit: ``delay`` or ``on_conflict``.
+        """
+        return self._set_on(self.executor.task_with(params))
+
+    def _set_on(self, task: Task) -> Task:
+        if unfit := [name for name in OF_SUBMIT if name in self.options]:
+            raise ConfigurationError(
+                f"a Task cannot hold {', '.join(unfit)}, which only a submit can have: call submit, or "
+                "give run_at instead of delay"
+            )
+        return with_options(task, self.options, 0)
+
+    def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
+        """Submit a task with these params and the bound options.
+
+        Raises:
+            ConfigurationError: no queue was given with :meth:`on`, and the executor is not registered with
+                a queue, or with several.
+            PayloadError: a param is missing, unknown or not JSON.
+            TaskxError: any error that ``Queue.submit`` raises.
+        """
+        queue = self.executor.choose_queue() if self._queue is None else self._queue
+        return queue.submit(self.executor.task(*args, **kwargs), **self.options)
+
+
+#: An executor that can stand for its task.
+AnyExecutor = Executor[..., Any] | BoundExecutor[..., Any]
+
+
+def executor_of(
+    thing: Any, what: str, wanted: str = "a type, an executor or a Task"
+) -> tuple[Executor[..., Any], Mapping[str, Any]]:
+    """Return an executor, and the options that it is bound with.
+
+    Raises ``ConfigurationError`` if the thing is no executor: ``what`` requires what is ``wanted``.
+    """
+    if isinstance(thing, BoundExecutor):
+        return thing.executor, thing.options
+    if isinstance(thing, Executor):
+        return thing, {}
+    hint = ""
+    if isinstance(thing, TaskExecutor):
+        hint = f"; give its type, {thing.type!r}"
+    elif inspect.isfunction(thing):
+        hint = f"; decorate {thing.__name__}() with @queue.executor()"
+    raise ConfigurationError(f"{what} requires {wanted}, not {thing!r:.80}{hint}")
 
 
 class PlainExecutor(Executor[P, R]):

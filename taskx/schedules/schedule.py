@@ -228,10 +228,6 @@ class Schedules:
                 return Schedule(new, self)
 
     def _template(self, name: str, task: Task, priority: int | None) -> dict[str, Any]:
-        if not isinstance(task, Task):
-            raise ConfigurationError(
-                f"schedule requires a Task or a type, not {type(task).__name__}"
-            )
         if task.id or task.run_at is not None:
             raise ConfigurationError(
                 "the task of a schedule must have no id and no run_at: leave them out"

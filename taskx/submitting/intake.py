@@ -4,18 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from datetime import timedelta
 from functools import partial
 from operator import itemgetter
 from typing import Any, NoReturn
 
-import attrs
-
 from taskx.common import permission
 from taskx.common.config import Config
 from taskx.core import lifecycle, unique
-from taskx.core.checks import check_number
-from taskx.core.clock import Clock, to_datetime
+from taskx.core.clock import Clock
 from taskx.core.creation import new_record
 from taskx.core.errors import (
     ConfigurationError,
@@ -27,9 +23,11 @@ from taskx.core.errors import (
     SchemaMismatch,
     TaskxError,
 )
-from taskx.core.model import Task, check_key
-from taskx.core.options import OnConflict, one_of, refuse_unknown
+from taskx.core.model import Task
+from taskx.core.options import OnConflict, refuse_unknown
+from taskx.core.submission import given, with_options
 from taskx.core.writes import Insert
+from taskx.executing.executors import AnyExecutor, executor_of
 from taskx.executing.runner import inside_executor
 from taskx.moving import Services
 from taskx.ordering import find_parents
@@ -43,7 +41,6 @@ _place: Callable[[Mapping[str, Any]], tuple[str, str, int, int, int | None]] = i
 )
 # If a unique key is held but no holder is found, the holder is just being stored, or just releases the key.
 _TRIES, _PAUSE = 100, 0.01
-_check_on_conflict = one_of(OnConflict)
 
 
 class Intake:
@@ -470,7 +467,9 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
         TaskxError: the task is not valid; the class tells the reason.
     """
     if not isinstance(task, Task):
-        raise ConfigurationError(f"submit requires a Task or a type, not {type(task).__name__}")
+        raise ConfigurationError(
+            f"expected a Task, not {task!r:.80}; an executor makes one: executor.task(…)"
+        )
     registry = services.registry
     insert = new_record(task, services.clock.now_ms(), registry.max_payload_size)
     row = insert.row
@@ -487,54 +486,38 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
 
 
 def task_of(
-    task: Task | str, params: Any, options: Mapping[str, Any], known: Any, what: str, clock: Clock
-) -> Task:
-    """Make the task from the arguments of a call: a task, or a type and params, and options.
+    task: Task | str | AnyExecutor,
+    params: Any,
+    options: Mapping[str, Any],
+    known: Any,
+    what: str,
+    clock: Clock,
+) -> tuple[Task, Mapping[str, Any]]:
+    """Make the task from the arguments of a call, and return it with all options of the call.
 
     Args:
         task, params: as in ``Queue.submit``.
-        options: the options of the call.
+        options: the options of the call; they win over those that an executor is bound with.
         known: the ``TypedDict`` of the allowed options.
         what: the name of the called method, for error messages.
         clock: the clock that ``delay`` is counted by.
 
     Raises:
         TypeError: the method has no such option, or both a task and params are given.
-        ConfigurationError: an option is not valid, or ``run_at`` and ``delay`` are both given.
+        PayloadError: an executor requires params, and none are given.
+        ConfigurationError: the task is not one, an option is not valid, or ``run_at`` and ``delay`` are
+            both given.
     """
     if options:
         refuse_unknown(options, known, what, "; params are given as a dict")
     if isinstance(task, str):
         task = Task(type=task, params={} if params is None else params)
+    elif not isinstance(task, Task):
+        executor, bound = executor_of(task, what)
+        refuse_unknown(bound, known, what, ": the executor is bound with it")
+        task, options = executor.task_with(params), {**bound, **given(options)}
     elif params is not None:
         raise TypeError(f"{what}() accepts no params with a Task: set task.params, or give a type")
-    if not options or not isinstance(task, Task):  # prepare() raises if it is not a Task
-        return task
-    return _with_options(task, options, clock.now_ms())
-
-
-def _with_options(task: Task, given: Mapping[str, Any], now_ms: int) -> Task:
-    """Return the task with the options of ``submit`` that were given."""
-    chosen = {name: value for name, value in given.items() if value is not None}
-    if "id" in chosen:  # only Task.id may be empty: then an id is made
-        check_key(chosen["id"], "id")
-    parents = chosen.get("depends_on")
-    if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
-        chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
-    _check_on_conflict(chosen.pop("on_conflict", "reject"), "on_conflict")
-    if "on_conflict" in given and task.unique_key is None and "unique_key" not in chosen:
-        raise ConfigurationError("on_conflict requires unique_key")
-    if "unique_scope" in chosen:
-        chosen["unique_scope"] = unique.scope_to_text(chosen["unique_scope"])
-    delay = chosen.pop("delay", None)
-    if delay is not None:
-        if "run_at" in chosen:
-            raise ConfigurationError("give run_at or delay, not both")
-        seconds = check_number(delay, "delay")
-        try:
-            chosen["run_at"] = to_datetime(now_ms) + timedelta(seconds=seconds)
-        except OverflowError:
-            raise ConfigurationError(
-                f"delay of {seconds:g} seconds is beyond the calendar: give a shorter one"
-            ) from None
-    return attrs.evolve(task, **chosen) if chosen else task
+    if not options:
+        return task, options
+    return with_options(task, options, clock.now_ms()), options

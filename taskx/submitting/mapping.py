@@ -30,7 +30,8 @@ from taskx.core.errors import (
 )
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.options import MapOptions, refuse_unknown
-from taskx.executing.executors import Executor
+from taskx.core.submission import given
+from taskx.executing.executors import AnyExecutor, Executor, executor_of
 from taskx.submitting.intake import Intake, task_of
 
 # Tasks submitted ahead for each worker if no window is given.
@@ -158,7 +159,7 @@ class Results(Iterator[Any]):
         ConfigurationError: a value is not valid.
     """
 
-    executor: Executor[Any, Any] | str
+    executor: AnyExecutor | str
     items: Iterable[Any]
     key: Callable[[Any], str | int] | None
     name: str
@@ -178,11 +179,10 @@ class Results(Iterator[Any]):
     _under_way: _Window = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        if not isinstance(self.executor, str):
+            self.executor, bound = executor_of(self.executor, "map", "a type or an executor")
+            self.options = {**bound, **given(self.options)}
         refuse_unknown(self.options, MapOptions, "map")
-        if not isinstance(self.executor, (Executor, str)):
-            raise ConfigurationError(
-                f"map requires an executor made by @executor(…), or a type, not {self.executor!r}"
-            )
         if self.key is not None and not callable(self.key):
             raise ConfigurationError(f"key must be a function of an item, not {self.key!r}")
         check_name(self.name, "name")
@@ -289,7 +289,7 @@ class Results(Iterator[Any]):
         return task
 
     def _submit(self, task: Task) -> TaskHandle[Any]:
-        task = task_of(task, None, self.options, MapOptions, "map", self.clock)
+        task, _ = task_of(task, None, self.options, MapOptions, "map", self.clock)
         while True:
             try:
                 self.intake().accept(task, self.options.get("priority"), spill=True)

@@ -440,7 +440,7 @@ def test_a_new_spec_never_repeats_a_tick_of_the_old_one(started, clock):
         (("s", every(5), "remote", {"n": {1}}), {}, PayloadError, r"params\.n"),
         (("s", every(5), "mine", {"m": 1}), {}, PayloadError, "requires n"),
         (("s", every(5), "remote"), {"timeout": 0}, ConfigurationError, "timeout"),
-        (("s", every(5), 5), {}, ConfigurationError, "Task or a type, not int"),
+        (("s", every(5), 5), {}, ConfigurationError, "an executor or a Task, not 5"),
         (("s", every(5), "remote"), {"misfire_grace": 1e30}, ConfigurationError, "at most"),
         (("s", every(5), "remote"), {"misfire_grace": 10**400}, ConfigurationError, "too large"),
         (("s", every(5), ""), {}, ConfigurationError, "type must not be empty"),

@@ -470,7 +470,7 @@ class TestOptions:
             queue.map(square.executor, [1], delay=5)
 
     def test_a_plain_function_is_refused(self, queue):
-        with pytest.raises(ConfigurationError, match="map requires an executor"):
+        with pytest.raises(ConfigurationError, match="map requires a type or an executor"):
             queue.map(abs, [1])
 
     def test_an_unknown_executor_is_refused(self, queue):

@@ -86,7 +86,26 @@ def flowing() -> None:
     queue.submit("add", {"a": 1}, depends_on=[add.submit(1), "an id"], on_parent_failure="run")
     queue.submit("add", unique_key="k", unique_scope=3600, on_conflict="return")
     queue.submit("add", unique_key="k", on_conflict="ignore")  # type: ignore[call-overload]
-    taskx.chain(add)  # type: ignore[arg-type]
+    taskx.chain(add, later.using(priority=5)).then(add)
+    taskx.chain("add")  # type: ignore[arg-type]
+
+
+def binding() -> None:
+    bound = fetch.using(delay=60, priority=5).on(queue)
+    assert_type(bound.submit("url", retries=1), TaskHandle[dict[str, int]])
+    assert_type(bound.task(url="url"), Task)
+    assert_type(later.on(queue).submit(name="x").result(), str)
+    bound.submit()  # type: ignore[call-arg]
+    bound.submit(5)  # type: ignore[arg-type]
+    bound.using(unique_key="k").submit("url", tries=1)  # type: ignore[call-arg]
+    add.using(prioritty=5)  # type: ignore[call-arg]
+    add.using(priority="high")  # type: ignore[arg-type]
+    add.on("queue")  # type: ignore[arg-type]
+    assert_type(queue.submit(fetch, {"url": "x"}, priority=5), TaskHandle[dict[str, int]])
+    assert_type(queue.submit(add.using(delay=5)).result(), int)
+    assert_type(queue.map(add.using(priority=5), [1]), Iterator[int])
+    assert_type(queue.schedule("a", every(5), add.using(priority=5), {"a": 1}), Schedule)
+    queue.submit(fetch, url="x")  # type: ignore[call-overload]
 
 
 def calling(ctx: Context) -> None:

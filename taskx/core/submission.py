@@ -1,0 +1,76 @@
+"""The options of a submit, checked and set on the task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from datetime import timedelta
+from typing import Any
+
+import attrs
+
+from taskx.core import unique
+from taskx.core.checks import check_number
+from taskx.core.clock import SYSTEM_CLOCK, to_datetime
+from taskx.core.creation import new_record
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import Task, check_key
+from taskx.core.options import OnConflict, SubmitOptions, one_of, refuse_unknown
+
+_check_on_conflict = one_of(OnConflict)
+#: The options that concern the moment of the submit, so that no :class:`Task` can hold them.
+OF_SUBMIT = ("delay", "on_conflict")
+
+
+def given(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options that are not None."""
+    return {name: value for name, value in options.items() if value is not None}
+
+
+def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
+    """Return the task with the options of ``submit`` that are not None.
+
+    Raises:
+        ConfigurationError: an option is not valid, or ``run_at`` and ``delay`` are both given.
+    """
+    chosen = given(options)
+    if "id" in chosen:  # only Task.id may be empty: then an id is made
+        check_key(chosen["id"], "id")
+    parents = chosen.get("depends_on")
+    if isinstance(parents, Iterable) and not isinstance(parents, (str, bytes, Mapping)):
+        chosen["depends_on"] = [getattr(parent, "id", parent) for parent in parents]
+    _check_on_conflict(chosen.pop("on_conflict", "reject"), "on_conflict")
+    if "on_conflict" in options and task.unique_key is None and "unique_key" not in chosen:
+        raise ConfigurationError("on_conflict requires unique_key")
+    if "unique_scope" in chosen:
+        chosen["unique_scope"] = unique.scope_to_text(chosen["unique_scope"])
+    delay = chosen.pop("delay", None)
+    if delay is not None:
+        if "run_at" in chosen:
+            raise ConfigurationError("give run_at or delay, not both")
+        seconds = check_number(delay, "delay")
+        try:
+            chosen["run_at"] = to_datetime(now_ms) + timedelta(seconds=seconds)
+        except OverflowError:
+            raise ConfigurationError(
+                f"delay of {seconds:g} seconds is beyond the calendar: give a shorter one"
+            ) from None
+    return attrs.evolve(task, **chosen) if chosen else task
+
+
+def bound_options(
+    type: str, before: Mapping[str, Any], options: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return options to submit tasks of a type with: those from before, and further ones that win.
+
+    Raises:
+        TypeError: ``submit`` has no such option.
+        ConfigurationError: an option is not valid.
+    """
+    refuse_unknown(options, SubmitOptions, "using", "; params are given to submit")
+    bound = {**before, **given(options)}
+    now = SYSTEM_CLOCK.now_ms()
+    task = with_options(Task(type=type), bound, now)
+    new_record(task, now)  # checks the other options
+    if "depends_on" in bound:
+        bound["depends_on"] = tuple(task.depends_on)  # the caller may change its list
+    return bound
