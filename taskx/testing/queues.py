@@ -197,7 +197,12 @@ class ManualQueue(Queue):
         self.run_all()
         return True
 
+    def follow(self, timeout: float | None = None) -> bool:
+        """Do the same as :meth:`drain`, and show nothing."""
+        return self.drain(timeout)
+
     def watch(self, handle: Any) -> None:
+        """Resolve a handle when its task ends."""
         self._services.watcher.watch(handle)
 
     @property

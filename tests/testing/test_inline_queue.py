@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
 import threading
 
 import pytest
@@ -293,3 +295,42 @@ def test_schedules_of_the_application_tick_in_the_test(app_queue, add):
 def test_only_a_queue_can_be_replaced(wrong):
     with pytest.raises(ConfigurationError, match="expected a Queue"), inline(wrong):
         pass
+
+
+# Other ways to wait
+
+
+def test_a_map_in_any_order_and_displays_need_no_waiting(queue, capsys):
+    square = queue.executor("square")(lambda n: n * n)
+    assert sorted(queue.map(square, [1, 2, 3], ordered=False)) == [1, 4, 9]
+    assert queue.submit("square", {"n": 5}, delay=0.2).follow() == 25
+    assert queue.follow()
+
+
+def test_a_handle_can_be_awaited(queue):
+    square = queue.executor("square")(lambda n: n * n)
+
+    async def main():
+        return await square.submit(n=3)
+
+    assert asyncio.run(main()) == 9
+
+
+def test_a_part_of_an_executor_times_out_on_the_clock(queue):
+    @queue.executor("parts", timeout=100)
+    def parts(ctx):
+        with pytest.raises(TimeoutError, match="5 s"), ctx.timeout(5):
+            ctx.sleep(60)
+        return ctx.remaining()
+
+    assert parts.submit().result() == 95
+
+
+def isolated(n):
+    return os.getpid() * n
+
+
+@pytest.mark.process
+def test_an_isolated_executor_runs_in_a_child_process(queue):
+    queue.executor("isolated", isolation="process")(isolated)
+    assert queue.submit("isolated", {"n": 1}).result() not in (0, os.getpid())

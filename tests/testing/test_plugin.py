@@ -5,6 +5,7 @@ from __future__ import annotations
 import configparser
 import importlib
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -353,3 +354,13 @@ def test_it_works_in_a_django_test_case(project):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Ran 4 tests" in ran.stderr
     assert not (project.folder / "production.db").exists()
+
+
+@pytest.mark.process
+def test_the_examples_of_the_page_are_tests_that_pass(project):
+    """All snippets of the page together are a test module."""
+    page = (ROOT / "docs" / "testing.rst").read_text(encoding="utf-8")
+    blocks = re.findall(r"^\.\. code-block:: python\n\n((?:    .*\n|\n)+)", page, re.M)
+    project.write("test_page.py", "\n".join(textwrap.dedent(block) for block in blocks))
+    said = project.pytest()
+    assert f"{page.count('    def test_')} passed" in said, said
