@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import contextlib
+import dis
 import re
 import sys
 import types
@@ -19,12 +20,20 @@ import pytest
 import taskx
 from taskx.core.log import GuardedLogger
 
+RAISE = dis.opmap["RAISE_VARARGS"]
 SOURCE = str(Path(taskx.__file__).parent)
 PATTERN = "*.messages"
 
-#: Quoted texts, ids, paths and numbers: they differ from run to run.
+#: The parts that differ from one run to the next.
 VALUES = re.compile(
-    r"""(?<!\w)b?'[^']*'|"[^"]*"|<[^<>]*>|\b[0-9a-f]{8}-[0-9a-f-]+\b|(?<!\w)/[\w./-]+|\d[\d.,e+-]*"""
+    r"""
+    (?<=,\ not\ )\S+$                # what was given in place of what is right
+    | (?<=\ in\ attempt\ )\d+:.*       # a user's own error
+    | \(configured\ timeouts.*         # a driver's details
+    | (?<!\w)b?'[^']*' | "[^"]*" | <[^<>]*>
+    | \b[0-9a-f]{8}-[0-9a-f-]+\b | (?<!\w)/[\w./-]+ | \d[\d.,e+-]*
+    """,
+    re.VERBOSE,
 )
 
 

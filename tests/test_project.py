@@ -36,6 +36,22 @@ def run_make(*args: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(["make", *args], cwd=ROOT, env=env, capture_output=True, text=True)
 
 
+# Docstrings
+
+
+@pytest.mark.parametrize("folder", ["taskx", "tests"])
+def test_docstrings_begin_with_what_the_thing_does_or_is(folder):
+    """At most 3 % may begin with one of these words, which make a riddle of a sentence."""
+    riddles = {"What", "Who", "Whose", "Whether", "Which", "Those", "That"}
+    riddles |= {"How", "Where", "When", "From", "Of", "As", "So", "Nobody", "Nothing"}
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    files = (ROOT / folder).rglob("*.py")
+    nodes = (node for file in files for node in ast.walk(ast.parse(file.read_text("utf-8"))))
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, kinds)]
+    firsts = [text.split()[0].strip("`,.:") for text in texts if text]
+    assert sum(first in riddles for first in firsts) < 0.03 * len(firsts)
+
+
 # Version and public names
 
 

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 from contextlib import nullcontext
+from datetime import timedelta
 
 import pytest
 from storage.mongo.conftest import insert
@@ -199,7 +200,7 @@ class TestJudging:
     def test_wall_clocks_do_not_matter(self, host, silent, hours):
         observer = host()
         observer.alive("n")
-        observer.clock._wall += hours * 3_600_000
+        observer.clock.set_wall(observer.clock.now() + timedelta(hours=hours))
         assert watch(observer, LEASE - 0.5) is True
         assert watch(observer, 0.5) is False
 
