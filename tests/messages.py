@@ -66,12 +66,10 @@ class Messages:
         GuardedLogger._log = record  # type: ignore[method-assign, assignment]
 
     def _on_raise(self, code: types.CodeType, offset: int, error: BaseException) -> None:
-        if not code.co_filename.startswith(SOURCE):
-            return
-        # An error of a test may raise any exception when its attributes or its text are read.
-        with contextlib.suppress(BaseException):
-            trace = error.__traceback__
-            if trace is not None and trace.tb_next is None:  # raised here, not passed on
+        # Not an error that the code passes on, nor one that a function in C raises.
+        if code.co_filename.startswith(SOURCE) and code.co_code[offset] == RAISE:
+            # An error of a test may raise any exception when its text is read.
+            with contextlib.suppress(BaseException):
                 self.found[type(error).__name__].add(template(str(error)))
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
