@@ -156,6 +156,9 @@ class Queue:
                 ``rate``).
             limit_scope: ``"node"`` (default): each node has these limits for itself; ``"global"``:
                 all nodes share them.
+            replace: replace the type's executor if there is one, for notebook cells that run again.
+                Tasks that are running end with the old code. The isolation and the limits must be the
+                same.
 
         Raises:
             ConfigurationError: an option is not valid, the type is taken, the function cannot be

@@ -90,6 +90,7 @@ class ExecutorOptions(RunOptions, total=False):
     rate: str | tuple[int, float] | None
     burst: int | None
     limit_scope: LimitScope | None
+    replace: bool | None
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Any, what: str, hint: str = "") -> None:
@@ -144,6 +145,11 @@ def log_level(value: Any, what: str = "capture_log") -> int | None:
     return level
 
 
+def _flag(value: Any, what: str) -> None:
+    if not isinstance(value, bool):
+        raise ConfigurationError(f"{what} must be True or False, not {value!r}")
+
+
 def one_of(literal: Any) -> Check:
     """Return a check that accepts only the values of a ``Literal``."""
     known = get_args(literal)
@@ -196,6 +202,7 @@ class Options:
     rate: str | tuple[int, float] | None = None
     burst: int | None = None
     limit_scope: LimitScope | None = None
+    replace: bool | None = None
 
     def __attrs_post_init__(self) -> None:
         checked(self, _OF_EXECUTOR)
@@ -245,6 +252,7 @@ _OF_EXECUTOR: Mapping[str, Check] = {
     "grace": check_number,
     "max_concurrency": _count,
     "limit_scope": one_of(LimitScope),
+    "replace": _flag,
 }
 
 

@@ -76,14 +76,12 @@ class Registry:
     def register(self, executor: TaskExecutor | Executor[Any, Any], options: Options) -> None:
         """Add an executor; the options given here win over the executor's own.
 
-        Raises ``ConfigurationError`` if its type is already registered, if it is not an executor, or if a
-        child process could not import it.
+        Raises ``ConfigurationError`` if its type is registered and must not be replaced, if it is not an
+        executor, or if a child process could not import it.
         """
         entry = entry_of(executor, options)
-        if entry.type in self.registered:
-            raise ConfigurationError(
-                f"type {entry.type!r} already has an executor; make a new queue, or choose another type"
-            )
+        if (before := self.registered.get(entry.type)) is not None:
+            _check_replaced(before, entry)
         if entry.log_level is not None:
             self._require("logs (capture_log)")
         if entry.options.limit_scope == "global":
@@ -119,6 +117,23 @@ class Registry:
                 "call declare() if the type runs in another process"
             )
         return entry
+
+
+def _check_replaced(before: Registered, entry: Registered) -> None:
+    """Raise ``ConfigurationError`` if a type's executor must not be replaced by another one."""
+    if not entry.options.replace:
+        raise ConfigurationError(
+            f"type {entry.type!r} already has an executor; give replace=True to replace it (in a notebook "
+            "cell that runs again), or choose another type"
+        )
+    # Tasks that run now are counted by them.
+    if before.options.isolation != entry.options.isolation or (
+        before.options.limit != entry.options.limit
+    ):
+        raise ConfigurationError(
+            f"the new executor of type {entry.type!r} must have the isolation and the limits of the "
+            "replaced one (max_concurrency, rate, burst, limit_scope); to change them, make a new queue"
+        )
 
 
 def check_middleware(layers: Iterable[Layer]) -> tuple[Layer, ...]:

@@ -222,6 +222,7 @@ def test_a_decorator_without_parentheses_is_refused(queue):
         {"timeout": 0},
         {"timeout": -1},
         {"priority": 0.5},
+        {"replace": "yes"},
     ],
 )
 def test_invalid_options_are_refused(queue, options):
@@ -253,8 +254,65 @@ def test_the_type_must_be_a_valid_name(queue, type):
 
 def test_a_type_cannot_have_two_executors(queue):
     queue.executor("x")(lambda: None)
-    with pytest.raises(ConfigurationError, match="'x' already has an executor"):
+    with pytest.raises(ConfigurationError, match="'x' already has an executor; give replace=True"):
         queue.executor("x")(lambda: None)
+    with pytest.raises(ConfigurationError, match="'x' already has an executor"):
+        queue.executor("x", replace=False)(lambda: None)
+
+
+# Replacing executors
+
+
+def test_a_replaced_executors_running_task_ends_with_the_old_code(make_queue, gate):
+    queue = make_queue(worker_num=2)
+
+    def cell(answer):
+        @queue.executor("ask", replace=True, max_attempts=2 if answer == "new" else 1)
+        def ask(wait=False):
+            if wait:
+                gate()
+            return answer
+
+        return ask
+
+    old = cell("old")
+    queue.start()
+    running = old.submit(wait=True)
+    gate.wait_for(1)
+    new = cell("new")
+    later = [old.submit(), new.submit()]
+    assert [handle.result(PATIENCE) for handle in later] == ["new", "new"]
+    assert later[0].task().max_attempts == 2
+    gate.open()
+    assert running.result(PATIENCE) == "old"
+
+
+def test_a_waiting_task_runs_with_the_replacing_code_and_its_params(queue):
+    queue.executor("x")(lambda a: a)
+    waiting = queue.submit("x", {"a": 1})
+    queue.register_executor(taskx.executor("x")(lambda a, b=5: a + b), replace=True)
+    with pytest.raises(PayloadError, match="'c'"):
+        queue.submit("x", {"a": 1, "c": 2})
+    queue.start()
+    assert waiting.result(PATIENCE) == 6
+
+
+def test_replace_also_registers_a_new_type(queue):
+    queue.executor("x", replace=True)(lambda: 1)
+    queue.start()
+    assert run(queue, "x") == 1
+
+
+@pytest.mark.parametrize(
+    "options", [{"max_concurrency": 2}, {"rate": "9/s"}, {"isolation": "process"}]
+)
+def test_a_replacing_executor_must_have_the_same_isolation_and_limits(queue, options):
+    queue.executor("x", rate="5/s")(lambda: 1)
+    with pytest.raises(ConfigurationError, match="must have the isolation and the limits"):
+        queue.executor("x", replace=True, **{"rate": "5/s", **options})(lambda: 1)
+    queue.executor("x", replace=True, rate=(5, 1))(lambda: 2)
+    queue.start()
+    assert run(queue, "x") == 2
 
 
 # Classes

@@ -174,7 +174,7 @@ def coding() -> None:
 def registering() -> None:
     queue.register_executor(Sync(), max_attempts=2, isolation="process", grace=1.5)
     queue.register_executor(later, isolation="thread")  # type: ignore[arg-type]
-    queue.register_executor(later)
+    queue.register_executor(later, replace=True)
     queue.register_executor(Sync)  # type: ignore[arg-type]
     queue.register_executor(lambda: None)  # type: ignore[arg-type]
     Incomplete()  # type: ignore[abstract]
