@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -17,12 +17,14 @@ from taskx.common.pauses import Paused
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.log import GuardedLogger, check_logger
-from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter, check_key, check_name
+from taskx.core.model import Task, TaskFilter, TaskPage, TaskStatus, check_key, check_name
 from taskx.core.options import (
     ExecutorOptions,
+    FilterOptions,
     MapOptions,
     ScheduleOptions,
     SubmitOptions,
+    filter_of,
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
@@ -533,13 +535,41 @@ class Queue:
         """
         return self.repository.get_by_id(task_id)
 
-    def list_tasks(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
-        """Return the tasks that match a filter, newest first, and the total number of matches.
+    def list_tasks(
+        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+    ) -> TaskPage:
+        """Return one page of the tasks that match, newest first, and the total number of matches.
+
+        The page has 100 tasks unless ``limit`` says otherwise; its ``more`` is the number of tasks after
+        it. Use :meth:`iter_tasks` for all of them.
+
+        Args:
+            filter: the conditions for the tasks.
+            fields: the fields of a :class:`TaskFilter`, instead of one: ``type``, ``status``,
+                ``created_by``, ``start_date``, ``end_date``, ``offset``, ``limit``.
 
         Raises:
-            ConfigurationError: the filter is not a ``TaskFilter``.
+            ConfigurationError: a value is not valid, or both a filter and fields were given.
         """
-        return queries.page(self.repository, check_filter(filter))
+        return queries.page(self.repository, filter_of(filter, fields, "list_tasks"))
+
+    def iter_tasks(
+        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+    ) -> Iterator[Task]:
+        """Iterate over all tasks that match, newest first, or over ``limit`` of them.
+
+        The iterator reads 200 tasks at a time, each time from where it is in the list: it needs little
+        memory, and a late task costs no more than an early one. Tasks that are stored or deleted in the
+        meantime neither hide nor repeat another one. After an error, begin a new iteration.
+
+        Args:
+            filter, fields: as in :meth:`list_tasks`.
+
+        Raises:
+            ConfigurationError: a value is not valid, or both a filter and fields were given.
+            RepositoryError: from the iterator, if the repository cannot be read.
+        """
+        return queries.matching(self.repository, filter_of(filter, fields, "iter_tasks"))
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve a handle when its task ends. Handles call this themselves."""
@@ -703,16 +733,24 @@ class Queue:
 
     # --- dead letters
 
-    def dead_letters(self, filter: TaskFilter | None = None) -> tuple[Sequence[Task], int]:
-        """Return the failed tasks that match a filter, newest first, and the number of all matches.
+    def dead_letters(
+        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+    ) -> TaskPage:
+        """Return one page of the failed tasks that match, newest first, and the number of all matches.
+
+        Filter and fields are those of :meth:`list_tasks`. Use ``iter_tasks(status="failed")`` for all.
 
         Raises:
-            ConfigurationError: the filter is not a ``TaskFilter``, or it has another status.
+            ConfigurationError: the filter is not valid, or it has another status.
         """
-        return self.list_tasks(dead(filter))
+        return self.list_tasks(dead(filter_of(filter, fields, "dead_letters")))
 
-    def requeue_dead_letters(self, filter: TaskFilter | None = None) -> int:
+    def requeue_dead_letters(
+        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+    ) -> int:
         """Requeue dead letters: all that match a filter, or the newest ones if the filter has a limit.
+
+        Filter and fields are those of :meth:`list_tasks`.
 
         Without a limit all matches are requeued, although :meth:`dead_letters` lists only 100. To
         requeue a few of many, give the filter a limit. Tasks that fail again in the meantime are not
@@ -724,12 +762,15 @@ class Queue:
             letters.
 
         Raises:
-            ConfigurationError: the filter is not a ``TaskFilter``, or it has another status.
+            ConfigurationError: the filter is not valid, or it has another status.
             QueueStopped: the queue was stopped.
         """
-        return self._operations.requeue_dead_letters(filter)
+        wanted = filter_of(filter, fields, "requeue_dead_letters")
+        return self._operations.requeue_dead_letters(wanted)
 
-    def discard_dead_letters(self, filter: TaskFilter | None = None) -> int:
+    def discard_dead_letters(
+        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+    ) -> int:
         """Delete dead letters: all that match a filter, or the newest ones if the filter has a limit.
 
         The filter works as in :meth:`requeue_dead_letters`. If an unfinished task depends on a dead
@@ -739,9 +780,10 @@ class Queue:
             the number of deleted tasks.
 
         Raises:
-            ConfigurationError: the filter is not a ``TaskFilter``, or it has another status.
+            ConfigurationError: the filter is not valid, or it has another status.
         """
-        return self._operations.discard_dead_letters(filter)
+        wanted = filter_of(filter, fields, "discard_dead_letters")
+        return self._operations.discard_dead_letters(wanted)
 
     # --- starting and stopping
 

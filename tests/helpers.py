@@ -262,6 +262,7 @@ _SECONDS = {
     "handles": "common.handles.POLL_INTERVAL",
 }
 _BATCHES = {
+    "lists": "storage.queries.TASKS",
     "operations": "submitting.operations.BATCH",
     "recovery": "upkeep.recovery.BATCH",
     "retention": "upkeep.retention.BATCH",

@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from enum import Enum
-from typing import Any
+from typing import Any, NamedTuple
 
 import attrs
 from attrs.validators import optional
@@ -379,6 +379,31 @@ def check_filter(value: Any) -> TaskFilter:
         return TaskFilter()
     if not isinstance(value, TaskFilter):
         raise ConfigurationError(
-            f"filter must be a TaskFilter, such as TaskFilter(type='report'), not {value!r}"
+            f"filter must be a TaskFilter, not {value!r}; or give its fields by name: type='report'"
         )
     return value
+
+
+class _Page(NamedTuple):
+    tasks: Sequence[Task]
+    total: int
+
+
+class TaskPage(_Page):
+    """One page of a list of tasks. It unpacks as a pair: ``tasks, total = queue.list_tasks()``.
+
+    Attributes:
+        tasks: the tasks, newest first.
+        total: the number of all tasks that match the filter, whatever its offset and limit.
+        more: the number of tasks that follow this page; 0 if the list ends with it.
+    """
+
+    more: int = 0
+
+    def __new__(cls, tasks: Sequence[Task], total: int, more: int = 0) -> TaskPage:
+        page = super().__new__(cls, tasks, total)
+        page.more = more
+        return page
+
+    def __repr__(self) -> str:
+        return f"TaskPage(total={self.total}, more={self.more}, tasks={self.tasks!r})"

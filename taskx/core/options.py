@@ -1,4 +1,4 @@
-"""The options of tasks and executors. They are defined only here.
+"""The options of tasks, executors and lists. They are defined only here.
 
 Type checkers see an option as a key of a ``TypedDict``. :data:`CHECKS` has the options that every new
 record stores in a column, :class:`Options` those of an executor.
@@ -16,7 +16,7 @@ import attrs
 from taskx.core.checks import check_int, check_number
 from taskx.core.clock import LAST, to_ms
 from taskx.core.errors import ConfigurationError
-from taskx.core.model import check_moment
+from taskx.core.model import TaskFilter, TaskStatus, check_filter, check_moment
 from taskx.core.rate import Limit, LimitScope, rate_of
 from taskx.core.retry import RetryPolicy
 
@@ -91,6 +91,18 @@ class ExecutorOptions(RunOptions, total=False):
     burst: int | None
     limit_scope: LimitScope | None
     replace: bool | None
+
+
+class FilterOptions(TypedDict, total=False):
+    """The fields of a ``TaskFilter``, for methods that also take them by name."""
+
+    type: str | None
+    status: TaskStatus | str | None
+    created_by: str | None
+    start_date: datetime | None
+    end_date: datetime | None
+    offset: int
+    limit: int
 
 
 def refuse_unknown(given: Mapping[str, Any], known: Any, what: str, hint: str = "") -> None:
@@ -254,6 +266,24 @@ _OF_EXECUTOR: Mapping[str, Check] = {
     "limit_scope": one_of(LimitScope),
     "replace": _flag,
 }
+
+
+def filter_of(filter: TaskFilter | None, fields: Mapping[str, Any], what: str) -> TaskFilter:
+    """Return the filter that a method was given as an object or by its fields.
+
+    Raises:
+        ConfigurationError: both were given, or a value is not valid.
+        TypeError: a field is unknown.
+    """
+    refuse_unknown(fields, FilterOptions, what)
+    if not fields:
+        return check_filter(filter)
+    if filter is not None:
+        raise ConfigurationError(
+            f"{what}() takes a TaskFilter or its fields, not both: move {', '.join(fields)} into the "
+            "TaskFilter"
+        )
+    return TaskFilter(**fields)
 
 
 def options_of(given: Mapping[str, Any]) -> Options:

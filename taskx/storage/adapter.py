@@ -32,7 +32,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
-from taskx.storage.base import Fields, Lookup, Rows
+from taskx.storage.base import Fields, Lookup, Repository, Rows
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
@@ -331,6 +331,8 @@ class EightMethodAdapter(MemoryRepository):
     def list(self, filter: TaskFilter) -> Sequence[Task]:
         with self._errors():
             return self.inner.list(filter)
+
+    list_after = Repository.list_after  # by ``list``
 
     def count(self, filter: TaskFilter) -> int:
         with self._errors():

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, TypeVar
 
+import attrs
+
 from taskx.core import lifecycle
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec, Codecs
@@ -21,7 +23,7 @@ from taskx.core.errors import (
     RepositoryUnavailable,
     TaskNotFound,
 )
-from taskx.core.model import TASK_FIELDS, Task, TaskStatus, check_name, check_status
+from taskx.core.model import TASK_FIELDS, Task, TaskFilter, TaskStatus, check_name, check_status
 from taskx.core.payload import clean_text
 from taskx.core.record import (
     MAX_MESSAGE,
@@ -269,6 +271,28 @@ class Repository(TaskRepository):
         """
         return None
 
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        """Return the tasks that follow a place in a filter's list, and the place after the last of them.
+
+        ``after`` is the place that the call before returned; None is the beginning. The filter's limit is
+        that of one call, and its offset is 0, except at the beginning. No tasks are returned only if the
+        list ends there. Tasks that were stored or removed since the call before neither hide nor repeat
+        other tasks.
+
+        This version calls ``list`` with the date of the last task as the filter's end, and leaves out the
+        tasks of that date that it has returned already. Override it if the store can do better: the cost
+        must not depend on the number of tasks before the place.
+        """
+        end, known = (filter.end_date, set[str]()) if after is None else after
+        some = self.list(attrs.evolve(filter, end_date=end, limit=filter.limit + len(known)))
+        tasks = [task for task in some if task.id not in known]
+        if not tasks:
+            return [], after
+        # A task without a date, or with a damaged one, may be listed by any date.
+        date = end if _dateless(tasks[-1]) else tasks[-1].created_at
+        again = {task.id for task in some if date in (end, task.created_at) or _dateless(task)}
+        return tasks, (date, again)
+
     # --- the eight methods. They use the moves of ``lifecycle``, so that its rules hold for every change
 
     def get_many(self, task_ids: Sequence[str]) -> dict[str, Task]:
@@ -459,6 +483,10 @@ class Repository(TaskRepository):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def _dateless(task: Task) -> bool:
+    return task.created_at is None or bool(task.damage)
 
 
 _told: weakref.WeakSet[Repository] = weakref.WeakSet()

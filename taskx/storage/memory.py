@@ -196,13 +196,16 @@ class MemoryRepository(Repository):
             return nsmallest(limit, (value for value in values if value > after))
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
+        return self.list_after(filter)[0]
+
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
         with self._lock:
-            created = self._indexes["created"].get(None)
-            newest: Iterable[Any] = () if created is None else reversed(created)
-            rows = (self._rows[item[-1]] for item in newest)
-            found = (row for row in rows if _meets(row, filter))
-            page = islice(found, filter.offset, filter.offset + filter.limit)
-            return [task_from_row(_task_fields(row), self.codecs) for row in page]
+            created = self._indexes["created"].get(None, SortedItems())
+            newest = reversed(created) if after is None else created.before(after)
+            found = (place for place in newest if _meets(self._rows[place[-1]], filter))
+            page = [*islice(found, filter.offset, filter.offset + filter.limit)]
+            rows = (_task_fields(self._rows[place[-1]]) for place in page)
+            return [task_from_row(row, self.codecs) for row in rows], page[-1] if page else after
 
     def count(self, filter: TaskFilter) -> int:
         with self._lock:

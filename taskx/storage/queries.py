@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
+from itertools import islice
 
-from taskx.core.model import Task, TaskFilter
+import attrs
+
+from taskx.core.model import Task, TaskFilter, TaskPage
 from taskx.core.record import COLUMNS
 from taskx.core.writes import Write, shows
 from taskx.storage.base import Listed, Repository
 
 # Values read at a time.
 _PAGE = 1000
+#: Tasks read at a time.
+TASKS = 200
 # Approximate number of tasks that are read to find the one that has waited longest.
 _OLDEST = 1000
 
@@ -55,20 +60,41 @@ def shown(repository: Repository, writes: Sequence[Write]) -> Sequence[bool]:
     return [shows(rows.get(write.id), write, repository.codecs.same) for write in writes]
 
 
-def page(repository: Repository, filter: TaskFilter) -> tuple[Sequence[Task], int]:
+def page(repository: Repository, filter: TaskFilter) -> TaskPage:
     """Return the tasks that match the filter, newest first, and the number of all that match it.
 
-    The two results agree, whatever is stored or deleted between the two reads. A page that is not full
+    Tasks and total agree, whatever is stored or deleted between the two reads. A page that is not full
     shows where the list ends. An empty page shows that the list ends before it.
     """
     tasks = repository.list(filter)
     end = filter.offset + len(tasks)
     if len(tasks) < filter.limit and (tasks or not filter.offset):
-        return tasks, end
-    count = repository.count(filter)
+        return TaskPage(tasks, end)
+    total = repository.count(filter)
     if tasks:
-        return tasks, max(count, end)
-    return tasks, min(count, end) if filter.limit else count
+        total = max(total, end)
+    elif filter.limit:
+        total = min(total, end)
+    return TaskPage(tasks, total, more=max(0, total - end))
+
+
+def matching(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
+    """Iterate over the tasks that match the filter, newest first: all of them if it has no limit.
+
+    Tasks that are stored or removed in the meantime neither hide nor repeat another one.
+    """
+    most = filter.offset + filter.limit if filter.limited else None
+    limit = TASKS if most is None else min(TASKS, most)
+    every = _pages(repository, attrs.evolve(filter, offset=0, limit=limit))
+    return islice(every, filter.offset, most)
+
+
+def _pages(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
+    """Yield all tasks that match the filter, reading at most its limit at a time."""
+    tasks, after = repository.list_after(filter)
+    while tasks:
+        yield from tasks
+        tasks, after = repository.list_after(filter, after)
 
 
 class Changes:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from graphlib import TopologicalSorter
-from itertools import islice
 
 import attrs
 
@@ -16,7 +15,7 @@ from taskx.core.errors import (
     RepositoryCorrupt,
     TaskNotFound,
 )
-from taskx.core.model import Task, TaskFilter, TaskStatus, check_filter
+from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.core.writes import Delete, Update
 from taskx.moving import Services
 from taskx.running.pool import State
@@ -29,18 +28,13 @@ BATCH = 200
 _TRIES = 20
 
 
-def dead(filter: TaskFilter | None) -> TaskFilter:
-    """Return the filter, limited to dead letters.
-
-    Raises:
-        ConfigurationError: the value is not a ``TaskFilter``, or it has another status.
-    """
-    wanted = check_filter(filter)
-    if wanted.status not in (None, TaskStatus.FAILED):
+def dead(filter: TaskFilter) -> TaskFilter:
+    """Return the filter, limited to dead letters. Raises ConfigurationError if it has another status."""
+    if filter.status not in (None, TaskStatus.FAILED):
         raise ConfigurationError(
-            f"dead letters are failed tasks: the filter must not have status {wanted.status}"
+            f"dead letters are failed tasks: the filter must not have status {filter.status}"
         )
-    return attrs.evolve(wanted, status=TaskStatus.FAILED)
+    return attrs.evolve(filter, status=TaskStatus.FAILED)
 
 
 def children(repository: Repository, task_ids: Iterable[str]) -> list[str]:
@@ -138,7 +132,7 @@ class Operations:
         known = self._found(task_ids, lambda task: task.status in ended_badly)
         return len(self._requeue(self._with_orphans(known)))
 
-    def requeue_dead_letters(self, filter: TaskFilter | None) -> int:
+    def requeue_dead_letters(self, filter: TaskFilter) -> int:
         self._refuse_if_stopped()
         left = self._listed(dead(filter))
 
@@ -212,7 +206,7 @@ class Operations:
 
     # --- dead letters
 
-    def discard_dead_letters(self, filter: TaskFilter | None) -> int:
+    def discard_dead_letters(self, filter: TaskFilter) -> int:
         def discard(tasks: Mapping[str, Task]) -> int:
             needed = self._asked_for(tasks)
             writes = [lifecycle.discard(task) for i, task in tasks.items() if i not in needed]
@@ -236,20 +230,7 @@ class Operations:
         not appear twice: its ``starts`` has changed. A clock could not tell this: it may be set back, or
         belong to another host.
         """
-        found: dict[str, int] = {}
-        first, most = filter.offset, filter.offset + filter.limit if filter.limited else None
-        offset = 0
-        while True:
-            page = self._repository.list(attrs.evolve(filter, offset=offset, limit=BATCH))
-            found.update((task.id, task.starts) for task in page)
-            if len(page) < BATCH or (most is not None and len(found) >= most):
-                return dict(islice(found.items(), first, most))
-            # The next page starts at the date of the last task, not at an offset: tasks may leave the list.
-            oldest = page[-1].created_at
-            if oldest in (None, filter.end_date) or page[-1].damage:
-                offset += len(page)
-            else:
-                filter, offset = attrs.evolve(filter, end_date=oldest), 0
+        return {task.id: task.starts for task in queries.matching(self._repository, filter)}
 
     def _change_all(self, left: dict[str, int], change: Callable[[Mapping[str, Task]], int]) -> int:
         """Change the listed tasks in batches; return the sum of what ``change`` returns.

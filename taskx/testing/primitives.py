@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, cast, get_args
 
@@ -398,6 +398,32 @@ class PrimitivesContract(Contract):
                     self.apply(repository, *(Delete(task.stub.id, {}) for task in page))
             assert [*found[:5], *sorted(found[5:])] == list("edcbavwxyz")
 
+    # --- lists
+
+    def test_a_list_is_read_page_by_page(self, repository: Repository) -> None:
+        """Newest first, each task once, also if many were created at one moment."""
+        for number, names in enumerate(("ab", "cdefg", "h")):
+            self.add(repository, names, created_at=self.NOW + number)
+        for names in ("ij", "k"):
+            self.add(repository, names, type="u")
+        filters: list[dict[str, Any]] = [{}, {"status": "pending"}]
+        filters += ({"type": name} for name in "tux")
+        for conditions in filters:
+            whole = [task.id for task in repository.list(TaskFilter(**conditions))]
+            for limit in (1, 2, 3, 20):
+                assert self.paged(repository, TaskFilter(**conditions, limit=limit)) == whole
+
+    def test_a_page_follows_whatever_is_stored_or_removed(self, repository: Repository) -> None:
+        self.add(repository, "ab", created_at=self.NOW)
+        self.add(repository, "cdefg", created_at=self.NOW + 1)
+        whole = [task.id for task in repository.list(TaskFilter())]
+
+        def disturb(page: Sequence[str]) -> None:
+            self.apply(repository, *(Delete(task_id, {}) for task_id in page))
+            self.add(repository, (f"new-{page[0]}",), created_at=self.NOW + 2)
+
+        assert self.paged(repository, TaskFilter(limit=2), disturb) == whole
+
     def test_an_ended_task_has_all_that_pruning_decides_by(self, repository: Repository) -> None:
         """Its parents, and the key that it holds; what a thread still runs is left out."""
         self.skip_if(repository.shortcoming)
@@ -549,6 +575,22 @@ class PrimitivesContract(Contract):
     def columns(self, repository: Repository, column: str = "status") -> dict[str, Any]:
         """A column of the tasks ``a``, ``b`` and ``c``, by id."""
         return dict(repository.find("id", ["a", "b", "c"], ("id", column)))
+
+    def paged(
+        self,
+        repository: Repository,
+        filter: TaskFilter,
+        between: Callable[[Sequence[str]], None] = lambda page: None,
+    ) -> list[str]:
+        """The ids of a list that is read page by page; ``between`` is called with each page."""
+        found: list[str] = []
+        tasks, after = repository.list_after(filter)
+        while tasks:
+            page = [task.id for task in tasks]
+            found += page
+            between(page)
+            tasks, after = repository.list_after(filter, after)
+        return found
 
     def ids(self, rows: Iterable[Sequence[Any]]) -> list[str]:
         """The ids of stubs, and of rows of an id."""

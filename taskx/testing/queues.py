@@ -9,14 +9,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import contextmanager
 from datetime import datetime
-from typing import Any, TypeVar, cast
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from taskx.common.config import Config
 from taskx.common.hooks import Hook
 from taskx.core.checks import check_number
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskFilter, TaskStatus
-from taskx.core.options import OnConflict
+from taskx.core.options import FilterOptions, OnConflict
 from taskx.core.writes import Insert
 from taskx.executing.registry import Layer
 from taskx.executing.runner import Run, inside_executor
@@ -36,6 +36,9 @@ from taskx.testing.driven import (
     wait_for_threads,
 )
 from taskx.testing.submissions import Submissions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack  # in typing from 3.11 on
 
 # The shortest step of the clock that is never lost to rounding, in seconds.
 _STEP = 1e-9
@@ -448,8 +451,10 @@ class InlineQueue(ManualQueue):
         self._finish(wanted)
         return count
 
-    def requeue_dead_letters(self, filter: TaskFilter | None = None) -> int:
-        count = super().requeue_dead_letters(filter)
+    def requeue_dead_letters(
+        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+    ) -> int:
+        count = super().requeue_dead_letters(filter, **fields)
         self._finish()
         return count
 

@@ -4,8 +4,9 @@ import pytest
 from helpers import held_on
 
 from taskx import ConfigurationError, Task, TaskFilter, TaskStatus
+from taskx.core.clock import to_datetime
 from taskx.storage.adapter import EightMethodAdapter
-from taskx.storage.queries import owners
+from taskx.storage.queries import matching, owners
 from taskx.upkeep.housekeeper import unfinished
 
 from .repositories import MAKERS, ids, insert
@@ -35,6 +36,42 @@ def test_unfinished_tasks_are_read_in_pages(store, clock):
         clock.advance(0.001)
     store.prepare()
     assert ids(store.ready(["t"], 2000)) == [f"{number:04}" for number in range(1003)]
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3])
+def test_an_iteration_passes_over_no_task_without_a_date(store, clock, in_batches, limit):
+    """A user's program may have stored such tasks; here they come last."""
+    in_batches(lists=limit)
+    dated = [Task(id=f"dated-{n}", type="t", created_at=clock.now()) for n in range(3)]
+    dateless = [Task(id=f"dateless-{n}", type="t") for n in range(4)]
+
+    def list_(filter):
+        before = [
+            task for task in dated if filter.end_date is None or task.created_at <= filter.end_date
+        ]
+        return [*before, *dateless][filter.offset : filter.offset + filter.limit]
+
+    store.inner.list = list_
+    assert ids(matching(store, TaskFilter())) == ids([*dated, *dateless])
+
+
+def test_an_iteration_passes_over_no_task_after_a_damaged_one(store, clock, in_batches):
+    """The date that a damaged record shows may not be the one that it is listed by."""
+    in_batches(lists=1)
+    clock.advance(1)
+    early = clock.now()
+    clock.advance(1)
+    tasks = [
+        Task(id="damaged", type="t", created_at=to_datetime(0), damage="created_at"),
+        Task(id="late", type="t", created_at=clock.now()),
+        Task(id="early", type="t", created_at=early),
+    ]
+    store.inner.list = lambda filter: [
+        task
+        for task in tasks
+        if task.damage or filter.end_date is None or task.created_at <= filter.end_date
+    ][: filter.limit]
+    assert ids(matching(store, TaskFilter())) == ["damaged", "late", "early"]
 
 
 def test_a_task_without_completed_at_can_have_ended(store, add):

@@ -8,7 +8,7 @@ from taskx import TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
-from taskx.storage.queries import oldest_ready, owners, page, shown
+from taskx.storage.queries import matching, oldest_ready, owners, page, shown
 from taskx.submitting.operations import children
 from taskx.upkeep.housekeeper import unfinished
 from taskx.upkeep.retention import needed
@@ -78,6 +78,59 @@ class TestPage:
         monkeypatch.setattr(store, "list", lambda filter: (read(filter), in_between())[0])
         tasks, counted = page(store, TaskFilter(offset=offset, limit=limit))
         assert (len(tasks), counted) == (min(limit, max(0, 2 - offset)), total)
+
+    @pytest.mark.parametrize(
+        ("offset", "limit", "more"),
+        [(0, 1, 2), (1, 1, 1), (0, 3, 0), (2, 5, 0), (1, 0, 2), (9, 1, 0)],
+    )
+    def test_the_page_tells_how_many_tasks_follow_it(self, store, add, offset, limit, more):
+        for name in "abc":
+            add(name)
+        found = page(store, TaskFilter(offset=offset, limit=limit))
+        assert (found.more, found.total) == (more, 3)
+
+
+class TestMatching:
+    """An iteration over all tasks that match."""
+
+    @pytest.fixture
+    def seven(self, store, add, clock, in_batches):
+        in_batches(lists=2)
+        for number in range(7):
+            clock.advance(number % 3)
+            add(str(number), type="ab"[number % 2])
+
+    @pytest.mark.parametrize("conditions", [{}, {"type": "a"}, {"type": "x"}])
+    @pytest.mark.parametrize(
+        ("offset", "limit"), [(0, None), (2, None), (0, 3), (3, 2), (9, 1), (0, 0)]
+    )
+    def test_it_yields_what_a_list_returns(self, store, seven, conditions, offset, limit):
+        whole = store.list(TaskFilter(**conditions))
+        limits = {} if limit is None else {"limit": limit}
+        found = matching(store, TaskFilter(**conditions, offset=offset, **limits))
+        assert [*found] == whole[offset:][:limit]
+
+    def test_a_span_of_time_bounds_it(self, store, seven):
+        newest, *_, oldest = store.list(TaskFilter())
+        wanted = TaskFilter(start_date=oldest.created_at, end_date=newest.created_at)
+        assert len([*matching(store, wanted)]) == 7
+        wanted = TaskFilter(start_date=newest.created_at, end_date=newest.created_at)
+        assert [*matching(store, wanted)] == store.list(wanted) != []
+
+    def test_it_reads_a_page_when_it_is_asked_for_it(self, store, seven, monkeypatch):
+        limits, list_after = [], store.list_after
+
+        def counted(filter, after=None):
+            limits.append(filter.limit)
+            return list_after(filter, after)
+
+        monkeypatch.setattr(store, "list_after", counted)
+        found = matching(store, TaskFilter())
+        assert limits == []
+        next(found), next(found)
+        assert limits == [2]
+        next(found)
+        assert limits == [2, 2]
 
 
 def delete_all(store):

@@ -498,6 +498,18 @@ class TestStatements:
         steps = plan(*statements.list_tasks(TaskFilter()))
         assert steps == ["SCAN tasks USING INDEX tasks_created"]
 
+    @pytest.mark.parametrize(
+        "status", [None, *(status for status in TaskStatus if status != "running")]
+    )
+    def test_every_later_page_of_a_list_begins_at_its_place(self, plan, status):
+        index = f"INDEX tasks_{status if status and status.finished else 'created'}"
+        for after, place, found in [
+            (statements.SAME, (5, 7), "(created_at=? AND rowid<?)"),
+            (statements.EARLIER, (5,), "(created_at<?)"),
+        ]:
+            steps = plan(*statements.list_tasks(TaskFilter(status=status), after, place))
+            assert steps == [f"SEARCH tasks USING {index} {found}"]
+
     def test_pages_of_pending_tasks_are_newest_first(self, repository):
         """Delayed tasks are in another index. Of tasks of the same moment, the last one stored is first."""
         moment = datetime(2026, 1, 1, tzinfo=timezone.utc)

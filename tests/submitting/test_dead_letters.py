@@ -104,7 +104,7 @@ def test_a_clock_that_was_set_back_hides_no_dead_letter(queue, clock, change):
 def test_dead_letters_created_at_the_same_time_are_all_changed(
     make_queue, clock, batch, change, in_batches
 ):
-    in_batches(operations=batch)
+    in_batches(lists=batch, operations=batch)
     queue = make_queue(clock=clock)
     queue.executor("wrong")(lambda: 1 / 0)
     for name in ("a", "b", "b", "b", "b", "b", "c", "c", "d"):
@@ -121,18 +121,18 @@ def test_a_task_deleted_during_the_listing_hides_no_other(
     queue, batch, change, monkeypatch, in_batches
 ):
     """Another program deletes some of them while they are listed."""
-    in_batches(operations=batch)
+    in_batches(lists=batch, operations=batch)
     queue.mended = True
-    list_ = queue.repository.list
+    list_after = queue.repository.list_after
 
     def disturbed(filter):
-        page = list_(filter)
-        monkeypatch.setattr(queue.repository, "list", list_)
-        for task in page:
+        monkeypatch.setattr(queue.repository, "list_after", list_after)
+        tasks, after = list_after(filter)
+        for task in tasks:
             queue.delete(task.id)
-        return page
+        return tasks, after
 
-    monkeypatch.setattr(queue.repository, "list", disturbed)
+    monkeypatch.setattr(queue.repository, "list_after", disturbed)
     assert getattr(queue, change)() == 5 - batch
     assert queue.drain(PATIENCE)
     assert queue.dead_letters()[1] == 0
@@ -144,7 +144,7 @@ def test_a_task_that_fails_again_meanwhile_is_requeued_once(
     queue, clock, batch, passed, monkeypatch, in_batches
 ):
     """Else it would be requeued for ever. This holds even if no time passes in between."""
-    in_batches(operations=batch)
+    in_batches(lists=batch, operations=batch)
     commit = services_of(queue).ledger.commit
 
     def slow_commit(writes):
@@ -167,7 +167,7 @@ def test_a_task_that_fails_again_meanwhile_is_requeued_once(
 @pytest.mark.parametrize("batch", [1, 3, 200])
 def test_children_wait_for_parents_that_are_requeued_with_them(make_queue, gate, batch, in_batches):
     """This holds for any order and any pages in which they are read."""
-    in_batches(operations=batch)
+    in_batches(lists=batch, operations=batch)
     queue = make_queue(worker_num=4)
     mended, ran = [], []
 
@@ -326,7 +326,7 @@ def test_dead_letters_can_be_discarded(queue):
     ],
 )
 def test_a_limit_and_an_offset_choose_as_in_a_list(queue, change, batch, filter, left, in_batches):
-    in_batches(operations=batch)
+    in_batches(lists=batch, operations=batch)
     queue.mended = True
     assert getattr(queue, change)(filter) == 5 - len(left)
     assert queue.drain(PATIENCE)
@@ -346,6 +346,21 @@ def test_without_a_limit_all_dead_letters_are_changed(make_queue):
     queue.requeue_dead_letters(TaskFilter(type="wrong"))
     assert queue.drain(PATIENCE)
     assert min(task.starts for task in queue.dead_letters()[0]) == 2  # one may be handed back
+
+
+def test_the_fields_of_a_filter_can_be_given_by_name(queue):
+    queue.mended = True
+    assert [task.id for task in queue.dead_letters(type="a", limit=1).tasks] == ["6"]
+    assert queue.requeue_dead_letters(type="a") == 2
+    assert queue.discard_dead_letters(created_by="odd", limit=2) == 2
+    assert [task.id for task in queue.dead_letters(status="failed").tasks] == ["3"]
+    for method in (queue.dead_letters, queue.requeue_dead_letters, queue.discard_dead_letters):
+        with pytest.raises(ConfigurationError, match="must not have status completed"):
+            method(status="completed")
+        with pytest.raises(ConfigurationError, match=f"{method.__name__}.*not both: move type"):
+            method(TaskFilter(), type="a")
+        with pytest.raises(TypeError, match=f"{method.__name__}.* has no option typ"):
+            method(typ="a")
 
 
 def test_a_filter_with_another_status_is_refused(queue):

@@ -186,6 +186,14 @@ def reading() -> None:
     tasks, total = queue.list_tasks()
     assert_type(tasks[0], Task)
     assert_type(total, int)
+    page = queue.dead_letters(type="fetch", limit=5, start_date=tasks[0].created_at)
+    assert_type(page, taskx.TaskPage)
+    assert_type(page.more, int)
+    assert_type(next(queue.iter_tasks(status="failed")), Task)
+    queue.iter_tasks(taskx.TaskFilter(type="fetch"))
+    queue.list_tasks("fetch")  # type: ignore[arg-type]
+    queue.list_tasks(typ="fetch")  # type: ignore[call-arg]
+    queue.iter_tasks(limit="5")  # type: ignore[arg-type]
     assert_type(queue.drain(1), bool)
     assert_type(queue.stop(), list[str])
     with queue as started:

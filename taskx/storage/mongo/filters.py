@@ -91,6 +91,43 @@ def matching(filter: TaskFilter) -> Document:
     return wanted
 
 
+#: A place in a list: ``created_at`` and ``_id`` of a document, as they are stored.
+Place = tuple[Any, Any]
+
+
+def place_of(document: Mapping[str, Any]) -> Place:
+    """Return the place of a document in the list."""
+    return document.get("created_at"), document["_id"]
+
+
+def following(wanted: Document, after: Place | None) -> list[Document]:
+    """Return the queries for the documents that follow a place in the list of a query, in order.
+
+    They are several, because an index finds the documents of each one at once.
+    """
+    if after is None:
+        return [wanted]
+    created_at, task_id = after
+    same = {**wanted, "created_at": created_at, "_id": {"$lt": task_id}}
+    if created_at is None:
+        return [same]
+    dates = wanted.get("created_at", {})
+    others = [] if dates else _NO_DATES[_types_passed(created_at) :]
+    rest = [{**dates, "$lt": created_at}, *others]
+    return [same, *({**wanted, "created_at": condition} for condition in rest)]
+
+
+# What another program may store as ``created_at`` instead of a date, in the order of a list: a text, a
+# number, nothing. A condition compares values of one type only.
+_NO_DATES = ({"$gte": ""}, {"$gte": float("-inf")}, None)
+
+
+def _types_passed(created_at: Any) -> int:
+    if isinstance(created_at, str):
+        return 1
+    return 2 if isinstance(created_at, (int, float)) else 0
+
+
 def _whole_ms(moment: datetime) -> datetime:
     return to_datetime(within_calendar(to_ms(moment)))
 

@@ -41,8 +41,10 @@ from taskx.storage.mongo.filters import (
     NEWEST_FIRST,
     OLDEST_FIRST,
     VISIBLE,
+    following,
     held,
     matching,
+    place_of,
     text,
     texts,
 )
@@ -161,17 +163,27 @@ class Tasks(Repository):
     # --- by a filter
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
+        return self.list_after(filter)[0]
+
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
         if not filter.limit or filter.offset > _MOST_DOCUMENTS:
-            return []
+            return [], after
+        limit = min(filter.limit, _MOST_DOCUMENTS)
 
         def read() -> list[Document]:
             tasks = self._connection.tasks
             if tasks.find_one(HIDDEN, {"_id": 1}) is not None:
                 self._batches.reveal_committed(self._batches.hidden())
-            cursor = tasks.find({**matching(filter), **VISIBLE}).sort(NEWEST_FIRST)
-            return list(cursor.skip(filter.offset).limit(min(filter.limit, _MOST_DOCUMENTS)))
+            found: list[Document] = []
+            for wanted in following(matching(filter), after):
+                if len(found) < limit:
+                    cursor = tasks.find({**wanted, **VISIBLE}).sort(NEWEST_FIRST)
+                    found += cursor.skip(filter.offset).limit(limit - len(found))
+            return found
 
-        return [task_from_document(d, self.codecs) for d in self._connection.run(read)]
+        documents = self._connection.run(read)
+        tasks = [task_from_document(document, self.codecs) for document in documents]
+        return tasks, place_of(documents[-1]) if documents else after
 
     def count(self, filter: TaskFilter) -> int:
         def read() -> int:

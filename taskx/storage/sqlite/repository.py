@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, Literal, TypeVar, get_args
 
+import attrs
+
 from taskx.core import lifecycle
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
-from taskx.core.model import Task, TaskFilter
+from taskx.core.model import TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
@@ -48,6 +50,7 @@ _KEPT_PAGES = 2000  # free pages (2 KiB in a new file) that are not worth a vacu
 _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
 _NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
+_CREATED_AT = TASK_FIELDS.index("created_at")
 # SQLite sorts a damaged ``run_at``, a text, above all numbers: it is never due.
 _ANY_TIME = 2**63 - 1
 
@@ -317,8 +320,18 @@ class SQLiteRepository(Repository):
         return [value for (value,) in self._rows(statements.DISTINCT[column], (after, limit))]
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
-        sql, values = statements.list_tasks(filter)
-        return [task_from_row(row, self.codecs) for row in self._rows(sql, values)]
+        return self.list_after(filter)[0]
+
+    def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        if after is None:
+            rows = self._rows(*statements.list_tasks(filter))
+        else:
+            rows = self._rows(*statements.list_tasks(filter, statements.SAME, after))
+            if (left := filter.limit - len(rows)) > 0:
+                rest = attrs.evolve(filter, limit=left)
+                rows += self._rows(*statements.list_tasks(rest, statements.EARLIER, after[:1]))
+        tasks = [task_from_row(row, self.codecs) for *row, _ in rows]
+        return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
 
     def count(self, filter: TaskFilter) -> int:
         ((count,),) = self._rows(*statements.count_tasks(filter))

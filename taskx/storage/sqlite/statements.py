@@ -198,14 +198,24 @@ _SOURCES: dict[str | None, str] = {
 _NEWEST_FIRST = "ORDER BY created_at DESC, seq DESC"
 
 
-def list_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
-    """Return the query for the tasks that match a filter, and its values."""
-    source, values = _meeting(filter)
+#: The conditions for the tasks that follow a place, which is a ``created_at`` and a ``seq``: first those of
+#: the same moment, then the earlier ones. They are two, as an index finds the tasks of each one at once.
+SAME, EARLIER = "created_at = ? AND seq < ?", "created_at < ?"
+
+
+def list_tasks(
+    filter: TaskFilter, after: str = "", place: Sequence[Any] = ()
+) -> tuple[str, list[Any]]:
+    """Return the query for the tasks that match a filter, each with its ``seq``, and its values.
+
+    ``after`` is a further condition, and ``place`` has its values.
+    """
+    source, values = _meeting(filter, after, place)
     page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
-    if filter.status == PENDING:
+    if filter.status == PENDING and not after:
         # No index has these in order. Sorting many of them without the other columns takes half the time.
         page = f"tasks WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
-    return f"SELECT {TASK} FROM {page}", [*values, filter.limit, filter.offset]
+    return f"SELECT {TASK}, seq FROM {page}", [*values, filter.limit, filter.offset]
 
 
 def count_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
@@ -214,9 +224,16 @@ def count_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
     return f"SELECT count(*) FROM {source}", values
 
 
-def _meeting(filter: TaskFilter) -> tuple[str, list[Any]]:
-    conditions: list[str] = []
-    values: list[Any] = []
+def _meeting(
+    filter: TaskFilter, after: str = "", place: Sequence[Any] = ()
+) -> tuple[str, list[Any]]:
+    conditions = [after] if after else []
+    values = [*place]
+    source = _SOURCES[None if filter.status is None else filter.status.value]
+    if after and filter.status == PENDING:
+        # More than one page of them: better read all tasks in order once than sort these for each page.
+        source = "tasks INDEXED BY tasks_created"
+        conditions.append("status = 'pending'")
     for name in ("type", "created_by"):
         if getattr(filter, name) is not None:
             conditions.append(f"{name} = ?")
@@ -227,5 +244,4 @@ def _meeting(filter: TaskFilter) -> tuple[str, list[Any]]:
     if filter.end_date is not None:
         conditions.append("created_at <= ?")
         values.append(to_ms(filter.end_date))
-    source = _SOURCES[None if filter.status is None else filter.status.value]
     return source + (f" WHERE {' AND '.join(conditions)}" if conditions else ""), values

@@ -377,6 +377,22 @@ class TestTheirs:
         assert "damaged" in tasks["go-pending"].damage
         assert tasks["go-failed"].damage == ""
 
+    @pytest.mark.parametrize("limit", [1, 2, 3])
+    def test_a_document_without_a_date_ends_the_list(self, repository, database, limit):
+        odd = {"text": "yesterday", "earlier": "a", "number": 5, "null": None}
+        documents = [{**GO[0], "_id": name, "created_at": value} for name, value in odd.items()]
+        dateless = {name: value for name, value in GO[0].items() if name != "created_at"}
+        documents += [{**dateless, "_id": "absent"}, {**dateless, "_id": "lacking"}]
+        database.tasks.insert_many([*GO, *documents])
+        whole = [task.id for task in repository.list(TaskFilter())]
+        assert whole[-6:-3] == ["text", "earlier", "number"]
+        found = []
+        tasks, after = repository.list_after(TaskFilter(limit=limit))
+        while tasks:
+            found += (task.id for task in tasks)
+            tasks, after = repository.list_after(TaskFilter(limit=limit), after)
+        assert found == whole
+
     @pytest.mark.parametrize("field", ["params", "message", "created_by"])
     def test_text_that_is_not_utf8_is_named_as_damage(self, repository, field):
         """Go's strings may hold any bytes, and its driver sends them unchanged."""
