@@ -334,7 +334,8 @@ class TaskHandle(Future[R]):
         elif task.status is TaskStatus.COMPLETED:
             self._resolve(_Outcome(FINISHED, task.result))
         elif task.status is TaskStatus.FAILED:
-            failed = TaskFailed(task.id, task.error, _last_attempt(task), task.traceback)
+            last = _last_attempt(task)
+            failed = TaskFailed(task.id, task.error, last, task.traceback, task.error_type)
             self._resolve(_Outcome(FINISHED, exception=failed))
         else:
             self._resolve(_CANCELLED)

@@ -32,6 +32,9 @@ from __future__ import annotations
 import threading
 from enum import Enum
 
+# From Python 3.11 on, an exception has notes, which its traceback shows.
+_HAS_NOTES = hasattr(BaseException, "add_note")
+
 
 class TaskxError(Exception):
     """The base class of all errors that TaskX raises."""
@@ -121,23 +124,50 @@ class QueueStopped(TaskxError):
 class TaskFailed(TaskxError):
     """Raised by ``TaskHandle.result()`` when the task failed.
 
+    Its ``str`` and ``repr`` are a single line. An uncaught one shows the task's traceback, too, which is
+    one of its ``__notes__`` (Python 3.11 or newer).
+
     Attributes:
         task_id: the id of the task.
         error: the error text of its last attempt.
         attempt: the number of that attempt, from 1.
-        remote_traceback: the traceback as text; empty if there was none.
+        remote_traceback: the task's traceback as text; empty if there was none.
+        error_type: the full class name of the exception, as ``Task.error_type``; empty if there was none.
     """
 
-    def __init__(self, task_id: str, error: str, attempt: int, remote_traceback: str = "") -> None:
-        super().__init__(task_id, error, attempt, remote_traceback)
+    def __init__(
+        self,
+        task_id: str,
+        error: str,
+        attempt: int,
+        remote_traceback: str = "",
+        error_type: str = "",
+    ) -> None:
+        super().__init__(task_id, error, attempt, remote_traceback, error_type)
         self.task_id = task_id
         self.error = error
         self.attempt = attempt
         self.remote_traceback = remote_traceback
+        self.error_type = error_type
+        if remote_traceback and _HAS_NOTES:
+            self.add_note(f"The task's traceback:\n\n{remote_traceback}")  # type: ignore[attr-defined]
+
+    @property
+    def traceback(self) -> str:
+        """The same as :attr:`remote_traceback`."""
+        return self.remote_traceback
 
     def __str__(self) -> str:
-        text = f"task {self.task_id} failed in attempt {self.attempt}: {self.error}"
-        return f"{text}\n\n{self.remote_traceback}" if self.remote_traceback else text
+        first, *more = self.error.strip().splitlines() or [""]
+        text = f"task {self.task_id} failed in attempt {self.attempt}: {first}"
+        if more:
+            text += " …"
+        if self.remote_traceback and not _HAS_NOTES:
+            text += " (see the error's attribute traceback)"
+        return text
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__}: {self}>"
 
 
 class RepositoryError(TaskxError):

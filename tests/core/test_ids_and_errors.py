@@ -4,7 +4,9 @@ import inspect
 import os
 import pickle
 import re
+import sys
 import threading
+import traceback
 import uuid
 
 import pytest
@@ -108,7 +110,7 @@ class TestErrors:
             errors.PayloadError("params.x", "too large"),
             errors.TaskNotFound("a"),
             errors.DuplicateTask("a"),
-            errors.TaskFailed("a", "ValueError: broke", 2, "Traceback …"),
+            errors.TaskFailed("a", "ValueError: broke", 2, "Traceback …", "ValueError"),
             TaskCancelled(CancelReason.TIMEOUT),
             retry.Retry("busy", delay=5),
             retry.Snooze(60),
@@ -124,9 +126,28 @@ class TestErrors:
         assert str(errors.PayloadError("params.x", "is not JSON")) == "params.x: is not JSON"
         assert "'a b'" in str(errors.TaskNotFound("a b"))
         assert "'a b'" in str(errors.DuplicateTask("a b"))
-        failed = errors.TaskFailed("a", "ValueError: broke", 2, "Traceback …")
-        assert str(failed) == "task a failed in attempt 2: ValueError: broke\n\nTraceback …"
         assert str(TaskCancelled(CancelReason.STOP)) == "the task was told to stop: stop"
+
+    @pytest.mark.parametrize(
+        ("error", "shown"),
+        [("ValueError: broke", "ValueError: broke"), ("E: two\nlines\n", "E: two …"), ("", "")],
+    )
+    def test_a_failed_task_is_told_in_one_line(self, error, shown):
+        failed = errors.TaskFailed("a", error, 2)
+        assert str(failed) == f"task a failed in attempt 2: {shown}"
+        assert repr(failed) == f"<TaskFailed: {failed}>"
+
+    def test_an_uncaught_failure_shows_the_traceback_of_the_task(self):
+        """Before Python 3.11 exceptions have no notes: the text then says where it is."""
+        failed = errors.TaskFailed("a", "ValueError: broke", 2, "Traceback …\nline", "ValueError")
+        shown = "".join(traceback.format_exception(failed))
+        assert failed.traceback == failed.remote_traceback == "Traceback …\nline"
+        assert "task a failed in attempt 2: ValueError: broke" in shown
+        if sys.version_info >= (3, 11):
+            assert shown.endswith("\nThe task's traceback:\n\nTraceback …\nline\n")
+        else:
+            assert str(failed).endswith("broke (see the error's attribute traceback)")
+        assert "\n" not in f"{failed}{failed!r}"
 
     def test_except_exception_does_not_catch_a_cancellation(self):
         assert not issubclass(TaskCancelled, (Exception, TaskxError))

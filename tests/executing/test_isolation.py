@@ -176,6 +176,7 @@ class TestAsInAThread:
         assert "isolation.py" not in trace
         assert outcomes(queue, failed.value.task_id) == [("failed", error)]
         kind = queue.get_task_status(failed.value.task_id).error_type
+        assert failed.value.error_type == kind
         assert kind.rpartition(".")[2] == error.partition(":")[0]
 
     @pytest.mark.parametrize(

@@ -189,6 +189,8 @@ def reading() -> None:
     page = queue.dead_letters(type="fetch", limit=5, start_date=tasks[0].created_at)
     assert_type(page, taskx.TaskPage)
     assert_type(page.more, int)
+    if isinstance(failed := queue.handle("x").exception(), taskx.TaskFailed):
+        assert_type((failed.error_type, failed.traceback), tuple[str, str])
     assert_type(next(queue.iter_tasks(status="failed")), Task)
     queue.iter_tasks(taskx.TaskFilter(type="fetch"))
     queue.list_tasks("fetch")  # type: ignore[arg-type]
