@@ -41,7 +41,7 @@ from taskx.executing.context import Context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
-from taskx.queue import Queue
+from taskx.queue import Queue, run
 from taskx.schedules.schedule import Schedule, tick_of
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository
@@ -107,6 +107,7 @@ __all__ = [
     "executor",
     "group",
     "open_repository",
+    "run",
     "tick_of",
 ]
 

@@ -48,6 +48,7 @@ from taskx.storage.eight import TaskRepository
 from taskx.submitting.intake import Intake, task_of
 from taskx.submitting.mapping import Results, ahead
 from taskx.submitting.operations import Operations, dead
+from taskx.upkeep import foreground
 from taskx.upkeep.following import follow
 from taskx.upkeep.node import Lifetime, LocalNode
 from taskx.upkeep.retention import prune_all
@@ -865,8 +866,11 @@ class Queue:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        """Stop the queue. After Ctrl-C, or if the program exits, tell running tasks to stop at once."""
-        self.stop(cancel=kind is not None and issubclass(kind, (KeyboardInterrupt, SystemExit)))
+        """Stop the queue, also after an error or ``SystemExit``: running tasks can go on for 24 seconds.
+
+        After Ctrl-C running tasks are told to stop at once.
+        """
+        self.stop(cancel=kind is not None and issubclass(kind, KeyboardInterrupt))
 
     # --- forks
 
@@ -880,6 +884,36 @@ class Queue:
     @property
     def _node(self) -> LocalNode | None:
         return self._life.node
+
+
+def run(*queues: Queue, timeout: float = 30.0) -> int:
+    """Start queues, run them until SIGTERM or SIGINT (Ctrl-C), and stop them.
+
+    After the first signal running tasks can go on, and the queues stop as :meth:`Queue.stop` describes.
+    After the second one all tokens fire, and the call returns a second later at most. A task that still
+    runs when the program ends is interrupted: it runs again, and no attempt is counted. The call also
+    returns if other threads have stopped all queues. Signals that the program ignores stay ignored. The
+    signal handlers are restored at the end.
+
+    Args:
+        queues: the queues, started or not.
+        timeout: seconds that running tasks have after the first signal, as in :meth:`Queue.stop`.
+
+    Returns:
+        the exit code of the program, for ``sys.exit``: 0 if no task runs any more; 1 if tasks still run
+        after ``timeout``, or a newer TaskX has migrated the file; 143 after a second signal that was
+        SIGTERM, 130 after one that was SIGINT.
+
+    Raises:
+        ConfigurationError: not called in the main thread, or an argument is not valid.
+        TaskxError: the errors of :meth:`Queue.start`. The other queues were stopped.
+    """
+    for queue in queues:
+        if not isinstance(queue, Queue):
+            raise ConfigurationError(f"run() takes queues, not {type(queue).__name__}")
+    if not queues:
+        raise ConfigurationError("run() requires at least one queue")
+    return foreground.run([queue._life for queue in dict.fromkeys(queues)], timeout)
 
 
 _queues: weakref.WeakSet[Queue] = weakref.WeakSet()

@@ -7,7 +7,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from taskx.core.errors import (
     SchemaMismatch,
 )
 from taskx.core.ids import new_id
+from taskx.core.log import GuardedLogger
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.executing.runner import inside_executor
 from taskx.liveness.base import Node
@@ -323,6 +324,21 @@ class Lifetime:
         return "stopped" if self._state.stopped else "started" if self.node else "not started"
 
     @property
+    def log(self) -> GuardedLogger:
+        """The queue's logger."""
+        return self._services.log
+
+    @property
+    def ended(self) -> bool:
+        """True if the queue was stopped, or has begun to stop by itself."""
+        return self._state.stopped or (self.node is not None and self.node.engine.stopping)
+
+    @property
+    def outdated(self) -> bool:
+        """True if the queue has stopped by itself, because a newer TaskX has migrated its file."""
+        return self.node is not None and self.node.engine.outdated is not None
+
+    @property
     def healthy(self) -> bool:
         """True if the queue can do its work."""
         try:
@@ -409,18 +425,22 @@ class Lifetime:
 _lives: weakref.WeakSet[Lifetime] = weakref.WeakSet()
 
 
+def stop_all(lives: Collection[Lifetime], timeout: float) -> None:
+    """Stop queues at once, all of them within ``timeout`` seconds."""
+    deadline = time.monotonic() + timeout
+    for life in lives:  # first tell all of them, so that they end at the same time
+        life.tell_to_stop()
+    for life in lives:
+        life.stop(max(0.0, deadline - time.monotonic()), cancel=True)
+
+
 def stop_forgotten() -> None:
     """Stop the queues that were not stopped, when the interpreter exits."""
     deadline = time.monotonic() + EXIT_TIMEOUT
     running = {life for life in list(_lives) if life.name == "started"}
-    for life in running:  # first tell all of them, so that they end at the same time
-        life.tell_to_stop()
-    for life in list(_lives):
-        left = max(0.0, deadline - time.monotonic())
-        if life in running:
-            life.stop(left, cancel=True)
-        else:
-            life.wait_for_hooks(left)
+    stop_all(running, EXIT_TIMEOUT)
+    for life in {*_lives} - running:
+        life.wait_for_hooks(max(0.0, deadline - time.monotonic()))
 
 
 atexit.register(stop_forgotten)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from concurrent.futures import TimeoutError
 
 import pytest
 from helpers import PATIENCE, Waiting, eventually, node_of, pool_of, run_in_thread, services_of
@@ -143,12 +144,20 @@ def test_an_interrupted_cancel_leaves_nothing_behind(make_queue, gate, auditing)
     check_it_works(queue)
 
 
-@pytest.mark.parametrize("what", ["drain", "list_tasks", "wait_quiet"])
+@pytest.mark.parametrize("what", ["drain", "list_tasks", "wait_quiet", "result", "map"])
 def test_other_interrupted_calls_leave_nothing_behind(started, what, auditing):
+    later = started.submit("fine", delay=3600)
+
+    def times_out(point):
+        with pytest.raises(TimeoutError):
+            later.result(0.001)
+
     call = {
         "drain": lambda point: started.drain(0.001),
         "list_tasks": lambda point: started.list_tasks(),
         "wait_quiet": lambda point: pool_of(started).wait_quiet(0.001),
+        "result": times_out,
+        "map": lambda point: list(started.map("fine", [{}] * 3, lambda _: 1, name=f"m{point}")),
     }[what]
     assert len(strikes(call, step=3)) > 2
     check_it_works(started)

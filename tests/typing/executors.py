@@ -19,6 +19,7 @@ from taskx import (
     TaskExecutor,
     TaskHandle,
     every,
+    run,
     tick_of,
 )
 
@@ -214,6 +215,12 @@ def schedules() -> None:
     queue.schedule("c", 30, "t")  # type: ignore[call-overload]
     queue.schedule("c", every(30), "t", misfire="some")  # type: ignore[call-overload]
     queue.schedule("c", every(30), "t", delay=5)  # type: ignore[call-overload]
+
+
+def in_the_foreground() -> None:
+    assert_type(run(queue, Queue(MemoryRepository()), timeout=60), int)
+    run("tasks.db")  # type: ignore[arg-type]
+    run([queue])  # type: ignore[arg-type]
 
 
 class Alerts(Hook):

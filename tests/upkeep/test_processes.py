@@ -321,7 +321,7 @@ sys.stdin.readline()
             assert queue.handle("x").result(PATIENCE) == "elsewhere"
 
 
-# The handler that the documentation gives.
+# A handler of a program's own, which raises an exception.
 HANDLER = """
 def terminate(signum, frame):
     signal.signal(signum, signal.SIG_DFL)

@@ -418,6 +418,31 @@ except KeyboardInterrupt:
     assert (task.status, task.interruptions) == (TaskStatus.PENDING, 1)
 
 
+def test_an_exit_in_a_with_block_lets_the_running_task_end(run, runner):
+    """As any other exception does, and as the end of the block."""
+    child = run(
+        """
+begun = threading.Event()
+
+@queue.executor()
+def hold():
+    begun.set()
+    sys.stdin.readline()
+    return "held"
+
+with queue:
+    queue.submit("hold", id="x")
+    begun.wait()
+    sys.exit(3)
+"""
+    )
+    eventually(lambda: [n.stopping for n in runner.repository.liveness.nodes()] == [True])
+    child.tell()
+    child.ends()
+    assert child.process.returncode == 3
+    assert runner.get_task_status("x").result == "held"
+
+
 FORK = """
 import warnings
 warnings.simplefilter("ignore", DeprecationWarning)  # 3.12 warns of a fork with threads

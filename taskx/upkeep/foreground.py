@@ -1,0 +1,132 @@
+"""A program that only runs queues: it starts them, waits for a signal, and stops them."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import FrameType, TracebackType
+from typing import Any
+
+from taskx.common.bell import Signal
+from taskx.core.checks import check_number
+from taskx.core.errors import ConfigurationError, on_main_thread
+from taskx.upkeep.node import EXIT_TIMEOUT, Lifetime, stop_all
+
+# Time-out, in seconds, of the stop after a second signal.
+_AT_ONCE = 1.0
+# Polling interval, in seconds, for queues that another thread stops, and for signals that wake no thread.
+_POLL = 0.5
+# SIGINT is caught first and given back last, because its usual handler raises an exception.
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class _Call:
+    """A call on a thread of its own, which no signal handler interrupts."""
+
+    def __init__(self, function: Callable[[], Any], woken: Signal) -> None:
+        self._function, self._woken = function, woken
+        self.value: Any = None
+        self.error: BaseException | None = None
+        self.over = False
+        threading.Thread(target=self._run, name="taskx-run", daemon=True).start()
+
+    def _run(self) -> None:
+        try:
+            self.value = self._function()
+        except BaseException as error:  # noqa: BLE001  (raised again in the main thread)
+            self.error = error
+        self.over = True
+        self._woken.set()
+
+
+class _Signals:
+    """Catches SIGINT and SIGTERM within a ``with`` block. A handler only notes the signal."""
+
+    def __init__(self) -> None:
+        #: The caught signals, the first one first.
+        self.caught: list[int] = []
+        self._woken = Signal()
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> _Signals:
+        for number in _SIGNALS:
+            before = signal.getsignal(number)
+            # A shell starts a job in the background with SIGINT ignored. It must stay ignored.
+            if before is not signal.SIG_IGN:
+                self._before[number] = before
+                signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.caught.append(number)
+        self._woken.set()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, before in reversed(self._before.items()):
+            # None: not set by Python code, so Python cannot set it again.
+            signal.signal(number, signal.SIG_DFL if before is None else before)
+
+    def call(self, function: Callable[[], Any]) -> _Call:
+        """Begin a call on a thread of its own; its end wakes :meth:`wait`."""
+        return _Call(function, self._woken)
+
+    def wait(self, count: int, over: Callable[[], bool]) -> None:
+        """Wait until ``count`` signals were caught, or ``over()`` is true."""
+        while len(self.caught) < count and not over():
+            self._woken.wait(_POLL)
+
+
+def run(lives: Sequence[Lifetime], timeout: float) -> int:
+    """Do the work of :func:`taskx.run` with the lifetimes of its queues."""
+    seconds = check_number(timeout, "timeout")
+    if not on_main_thread():
+        raise ConfigurationError(
+            "run() must be called in the main thread, because only there a program can handle signals; "
+            "elsewhere use start() and stop()"
+        )
+    with _Signals() as signals:
+        starts: list[_Call] = []
+        try:
+            starts.extend(signals.call(life.start) for life in lives)
+            return _run(lives, starts, seconds, signals)
+        except BaseException:
+            called = zip(lives, starts, strict=False)
+            stop_all([life for life, start in called if start.error is None], EXIT_TIMEOUT)
+            raise
+
+
+def _run(
+    lives: Sequence[Lifetime], starts: Sequence[_Call], timeout: float, signals: _Signals
+) -> int:
+    def ended() -> bool:
+        return all(start.over for start in starts) and all(life.ended for life in lives)
+
+    signals.wait(1, lambda: any(start.error for start in starts) or ended())
+    _raise_first(starts)
+    if signals.caught:
+        lives[0].log.info(
+            "%s: running tasks have %g s to end; a second signal ends the program at once",
+            *(signal.Signals(signals.caught[0]).name, timeout),
+        )
+    # A queue that is still being started notices that it was stopped.
+    stops = [signals.call(partial(life.stop, timeout, cancel=False)) for life in lives]
+    signals.wait(2, lambda: all(stop.over for stop in stops))
+    if len(signals.caught) >= 2:
+        stops = [signals.call(partial(life.stop, _AT_ONCE, cancel=True)) for life in lives]
+        signals.wait(3, lambda: all(stop.over for stop in stops))
+        return 128 + signals.caught[1]
+    _raise_first(stops)
+    return int(any(stop.value for stop in stops) or any(life.outdated for life in lives))
+
+
+def _raise_first(calls: Sequence[_Call]) -> None:
+    for call in calls:
+        if call.error is not None:
+            raise call.error
