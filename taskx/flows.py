@@ -5,11 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from concurrent import futures
+from datetime import timedelta
 from typing import Any, Literal, Protocol, Union
 
 import attrs
 
 from taskx.common.handles import TaskHandle
+from taskx.core.checks import in_seconds, optional_seconds
 from taskx.core.creation import check_parents
 from taskx.core.errors import ConfigurationError, TaskNotFound
 from taskx.core.ids import new_id
@@ -186,16 +188,16 @@ class FlowHandle:
         statuses = self._statuses()
         return 100 * sum(status not in _UNFINISHED for status in statuses) / len(statuses)
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until all its tasks have ended; return False if ``timeout`` seconds passed before."""
-        deadline = None if timeout is None else time.monotonic() + timeout
+        deadline = None if timeout is None else time.monotonic() + in_seconds(timeout)
         for handle in reversed(self.handles):  # later tasks end last: then the others are done
             left = None if deadline is None else max(0.0, deadline - time.monotonic())
             if not futures.wait([handle], left).done:
                 return False
         return True
 
-    def result(self, timeout: float | None = None) -> Any:
+    def result(self, timeout: float | timedelta | None = None) -> Any:
         """Wait for all its tasks, and return the result of the flow.
 
         The result of a chain is the result of its last step. The result of a group is a list of the
@@ -209,8 +211,9 @@ class FlowHandle:
             concurrent.futures.CancelledError: no task failed or was deleted, but one was cancelled.
             concurrent.futures.TimeoutError: not all tasks have ended within ``timeout`` seconds.
         """
-        if not self.wait(timeout):
-            raise futures.TimeoutError(f"not all tasks of the flow have ended within {timeout:g} s")
+        seconds = optional_seconds(timeout)
+        if not self.wait(seconds):
+            raise futures.TimeoutError(f"not all tasks of the flow have ended within {seconds:g} s")
         cancelled = False
         statuses = dict(zip(self.ids, self._statuses(), strict=False))
         for task_id, handle in self._handles.items():

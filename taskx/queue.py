@@ -7,7 +7,7 @@ import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 from taskx.common.config import Config
@@ -303,7 +303,7 @@ class Queue:
         *,
         name: str = "",
         window: int | None = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
         return_exceptions: Literal[False] = False,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -319,7 +319,7 @@ class Queue:
         *,
         name: str = "",
         window: int | None = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
         return_exceptions: bool,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -335,7 +335,7 @@ class Queue:
         *,
         name: str = "",
         window: int | None = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
         return_exceptions: bool = False,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -350,7 +350,7 @@ class Queue:
         *,
         name: str = "",
         window: int | None = None,
-        timeout: float | None = None,
+        timeout: float | timedelta | None = None,
         return_exceptions: bool = False,
         ordered: bool = True,
         retry_failed: bool = True,
@@ -450,7 +450,7 @@ class Queue:
         *,
         tz: str | None = None,
         misfire: Misfire = "one",
-        misfire_grace: float | None = None,
+        misfire_grace: float | timedelta | None = None,
         overlap: Overlap = "allow",
         **options: Unpack[ScheduleOptions],
     ) -> Schedule: ...
@@ -465,7 +465,7 @@ class Queue:
         *,
         tz: str | None = None,
         misfire: Misfire = "one",
-        misfire_grace: float | None = None,
+        misfire_grace: float | timedelta | None = None,
         overlap: Overlap = "allow",
         **options: Unpack[ScheduleOptions],
     ) -> Schedule: ...
@@ -479,7 +479,7 @@ class Queue:
         *,
         tz: str | None = None,
         misfire: Misfire = "one",
-        misfire_grace: float | None = None,
+        misfire_grace: float | timedelta | None = None,
         overlap: Overlap = "allow",
         **options: Any,
     ) -> Schedule:
@@ -801,7 +801,7 @@ class Queue:
         """
         self._life.start()
 
-    def drain(self, timeout: float | None = None) -> bool:
+    def drain(self, timeout: float | timedelta | None = None) -> bool:
         """Wait until no task is left to run; return False if ``timeout`` seconds passed before.
 
         The call does not wait for tasks that may not start yet (``run_at``, ``delay``) or whose type is
@@ -814,7 +814,7 @@ class Queue:
         """
         return self._life.drain(timeout)
 
-    def follow(self, timeout: float | None = None) -> bool:
+    def follow(self, timeout: float | timedelta | None = None) -> bool:
         """Show a person how many tasks wait, run and have ended, until nothing is left to run.
 
         The display is a bar in a terminal or a notebook if the package rich is installed, else a line
@@ -834,7 +834,7 @@ class Queue:
         """
         return follow(self.repository, self.drain if self._node is not None else None, timeout)
 
-    def stop(self, timeout: float = 30.0, cancel: bool = False) -> list[str]:
+    def stop(self, timeout: float | timedelta = 30.0, cancel: bool = False) -> list[str]:
         """Stop the queue: accept and start no more tasks, and wait for the running ones.
 
         Running tasks can go on for four fifths of ``timeout``; then their tokens fire with reason

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 import attrs
 from attrs.validators import optional
 
-from taskx.core.checks import by, check_int, check_number
+from taskx.core.checks import by, check_int, check_number, optional_seconds
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskStatus, check_status
 from taskx.core.payload import DEFAULT_MAX_SIZE
@@ -33,14 +33,13 @@ def _periods(given: Mapping[TaskStatus | str, timedelta | float]) -> dict[TaskSt
             raise ConfigurationError(
                 f"retention applies only to tasks that have ended, not to {known} tasks"
             )
-        seconds = period.total_seconds() if isinstance(period, timedelta) else period
-        periods[known] = check_number(seconds, f"retention of {known}")
+        periods[known] = check_number(period, f"retention of {known}")
     return periods
 
 
 @attrs.frozen
 class Config:
-    """The settings of a queue.
+    """The settings of a queue. Seconds can be given as a number or a ``timedelta``.
 
     Attributes:
         worker_num: the number of worker threads.
@@ -51,8 +50,8 @@ class Config:
             ``"caller_runs"`` runs the task on the thread that submits.
         block_timeout: the seconds that ``"block"`` waits before ``QueueFull``; None waits for ever.
         max_payload_size: the largest params, and the largest result, in bytes of JSON.
-        retention: the time for which tasks that have ended are kept, by status: a ``timedelta`` or
-            seconds. Tasks in a status without a time are kept for ever.
+        retention: the seconds for which tasks that have ended are kept, by status. Tasks in a status
+            without a time are kept for ever.
         max_stuck: the number of worker threads that may run on after their task's time-out and are
             replaced by others.
         ageing: the seconds of waiting that raise a task's priority by one, so that tasks of low priority
@@ -65,10 +64,14 @@ class Config:
     worker_num: int = attrs.field(default=5, validator=by(check_int, 1, 10_000))
     buffer_size: int = attrs.field(default=100, validator=by(check_int, 1, 10_000_000))
     overflow: Overflow = attrs.field(default="reject", validator=_known_overflow)
-    block_timeout: float | None = attrs.field(default=None, validator=optional(by(check_number)))
+    block_timeout: float | None = attrs.field(
+        default=None, converter=optional_seconds, validator=optional(by(check_number))
+    )
     max_payload_size: int = attrs.field(
         default=DEFAULT_MAX_SIZE, validator=by(check_int, 2, 1 << 30)
     )
     retention: Mapping[TaskStatus, float] = attrs.field(factory=dict, converter=_periods)
     max_stuck: int = attrs.field(default=10, validator=by(check_int, 0, 10_000))
-    ageing: float | None = attrs.field(default=None, validator=optional(by(check_number, 0.001)))
+    ageing: float | None = attrs.field(
+        default=None, converter=optional_seconds, validator=optional(by(check_number, 0.001))
+    )

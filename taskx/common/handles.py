@@ -17,12 +17,14 @@ from collections.abc import Callable, Generator
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from contextlib import suppress
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeVar
 
 import attrs
 
 from taskx.common.bell import Signal
 from taskx.common.display import Display
+from taskx.core.checks import in_seconds, optional_seconds
 from taskx.core.errors import (
     InvalidTransition,
     QueueStopped,
@@ -137,11 +139,11 @@ class TaskHandle(Future[R]):
         """
         return self.done() and self._outcome is _CANCELLED
 
-    def result(self, timeout: float | None = None) -> R:
+    def result(self, timeout: float | timedelta | None = None) -> R:
         """Wait until the task has ended, and return its executor's result.
 
         Args:
-            timeout: the longest wait in seconds; None waits for ever.
+            timeout: the longest wait, in seconds or as a ``timedelta``; None waits for ever.
 
         Raises:
             TaskFailed: the task failed.
@@ -163,7 +165,7 @@ class TaskHandle(Future[R]):
         finally:
             del self, outcome  # else the exception's traceback would keep them alive
 
-    def exception(self, timeout: float | None = None) -> BaseException | None:
+    def exception(self, timeout: float | timedelta | None = None) -> BaseException | None:
         """Wait until the task has ended. Return the exception that :meth:`result` raises, None if none.
 
         Raises:
@@ -176,7 +178,7 @@ class TaskHandle(Future[R]):
             raise CancelledError(f"task {self.id} was cancelled")
         return outcome.exception
 
-    def follow(self, timeout: float | None = None) -> R:
+    def follow(self, timeout: float | timedelta | None = None) -> R:
         """Show the task's progress to a person until the task has ended, and return its result.
 
         The display is a bar in a terminal or a notebook if the package rich is installed, else a line
@@ -189,7 +191,7 @@ class TaskHandle(Future[R]):
             TaskxError, concurrent.futures.CancelledError, concurrent.futures.TimeoutError: as
                 :meth:`result`.
         """
-        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        deadline = math.inf if timeout is None else time.monotonic() + in_seconds(timeout)
         task = self.task()
         with Display(f"{task.type} {task.id}", 100) as display:
             while not self.done() and (left := deadline - time.monotonic()) > 0:
@@ -244,13 +246,14 @@ class TaskHandle(Future[R]):
                 raise
             self._tell_if_ended(callback)
 
-    def _wait(self, timeout: float | None) -> _Outcome:
+    def _wait(self, timeout: float | timedelta | None) -> _Outcome:
         if self._outcome is None:
             self._owner.watch(self)
         if self._outcome is None:
-            self._sleep(timeout)
-        if self._outcome is None:
-            raise TimeoutError(f"task {self.id} has not ended within {timeout:g} s")
+            seconds = optional_seconds(timeout)
+            self._sleep(seconds)
+            if self._outcome is None:
+                raise TimeoutError(f"task {self.id} has not ended within {seconds:g} s")
         return self._outcome
 
     def _sleep(self, timeout: float | None) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import attrs
@@ -12,10 +13,27 @@ import attrs
 from taskx.core.errors import ConfigurationError
 
 
+def in_seconds(value: float | timedelta) -> float:
+    """Return a ``timedelta`` as seconds, and any other value unchanged."""
+    return value.total_seconds() if isinstance(value, timedelta) else value
+
+
+def optional_seconds(value: float | timedelta | None) -> float | None:
+    """Return the same as :func:`in_seconds`; None for None."""
+    return None if value is None else in_seconds(value)
+
+
 def check_number(value: Any, what: str, minimum: float = 0.0) -> float:
-    """Return the value as a float. Raises ConfigurationError if it is not finite or below ``minimum``."""
+    """Return seconds, given as a number or a ``timedelta``, as a float.
+
+    Raises ConfigurationError if the value is neither, is not finite, or is below ``minimum``.
+    """
     if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise ConfigurationError(f"{what} must be a number of seconds, not {value!r}")
+        if not isinstance(value, timedelta):
+            raise ConfigurationError(
+                f"{what} must be a number of seconds or a timedelta, not {value!r}"
+            )
+        value = value.total_seconds()
     try:
         number = float(value)
     except OverflowError:

@@ -110,13 +110,13 @@ def storable(task: Task) -> Task:
     for what in ("id", "type", "created_by"):
         check_name(getattr(task, what), what)
     check_int(task.priority, "priority", -(2**31))
-    checked(task, _BY_HAND)
-    check_number(task.duration, "duration")
     for what in TIME_FIELDS:
         check_moment(getattr(task, what), what)
     progress, message = check_progress(task.progress, task.message)
     return attrs.evolve(
         task,
+        **checked(task, _BY_HAND),
+        duration=check_number(task.duration, "duration"),
         status=check_status(task.status),
         progress=progress,
         message=message,

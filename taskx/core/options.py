@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Any, Literal, Protocol, TypedDict, get_args
 
 import attrs
 
-from taskx.core.checks import check_int, check_number
+from taskx.core.checks import check_int, check_number, optional_seconds
 from taskx.core.clock import LAST, to_ms
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter, TaskStatus, check_filter, check_moment
@@ -26,8 +26,8 @@ DEFAULT_GRACE = 10.0
 #: The place where an executor runs, if not in the worker's thread.
 Isolation = Literal["process"]
 #: How long a task holds its unique key: until it first starts; until it has ended; as long as its record
-#: exists; a number of seconds from its creation, whatever happens to the task.
-UniqueScope = Literal["pending", "unfinished", "ever"] | float
+#: exists; a number of seconds or a timedelta from its creation, whatever happens to the task.
+UniqueScope = Literal["pending", "unfinished", "ever"] | float | timedelta
 #: The action of a submit whose unique key another task holds: raise ``DuplicateTask``; return that task's
 #: handle; if that task is pending, replace its params and options by those of the new one.
 OnConflict = Literal["reject", "return", "replace"]
@@ -52,7 +52,7 @@ class CommonOptions(TypedDict, total=False):
 class RunOptions(CommonOptions, total=False):
     """The options of submits and executors."""
 
-    timeout: float | None
+    timeout: float | timedelta | None
 
 
 class MapOptions(CommonOptions, total=False):
@@ -72,7 +72,7 @@ class SubmitOptions(ScheduleOptions, total=False):
 
     id: str | None
     run_at: datetime | None
-    delay: float | None
+    delay: float | timedelta | None
     unique_key: str | None
     unique_scope: UniqueScope | None
     on_conflict: OnConflict | None
@@ -85,9 +85,9 @@ class ExecutorOptions(RunOptions, total=False):
 
     capture_log: bool | int | str | None
     isolation: Isolation | None
-    grace: float | None
+    grace: float | timedelta | None
     max_concurrency: int | None
-    rate: str | tuple[int, float] | None
+    rate: str | tuple[int, float | timedelta] | None
     burst: int | None
     limit_scope: LimitScope | None
     replace: bool | None
@@ -113,32 +113,38 @@ def refuse_unknown(given: Mapping[str, Any], known: Any, what: str, hint: str = 
 
 # --- checks
 
-Check = Callable[[Any, str], object]
+#: Raises ConfigurationError if the value of the named option is not valid; returns the value to store.
+Check = Callable[[Any, str], Any]
 
 
-def _count(value: Any, what: str) -> None:
-    check_int(value, what, 1)
+def _count(value: Any, what: str) -> int:
+    return check_int(value, what, 1)
 
 
-def _priority(value: Any, what: str) -> None:
+def _priority(value: Any, what: str) -> Any:
     if value or type(value) is not int:  # saves the call for the usual 0; False is not a number
         check_int(value, what, -MAX_PRIORITY, MAX_PRIORITY)
+    return value
 
 
-def _run_at(value: Any, what: str) -> None:
+def _run_at(value: Any, what: str) -> Any:
     check_moment(value, what)
     if to_ms(value) > LAST:
         raise ConfigurationError(f"{what} must be before the year 10000 in UTC, not {value}")
+    return value
 
 
-def _timeout(value: Any, what: str) -> None:
-    if check_number(value, what) == 0:
+def _timeout(value: Any, what: str) -> float:
+    seconds = check_number(value, what)
+    if seconds == 0:
         raise ConfigurationError(f"{what} must be more than 0 seconds; use None for no time-out")
+    return seconds
 
 
-def _policy(value: Any, what: str) -> None:
+def _policy(value: Any, what: str) -> Any:
     if not isinstance(value, RetryPolicy):
         raise ConfigurationError(f"{what} must be a RetryPolicy, not {value!r}")
+    return value
 
 
 def log_level(value: Any, what: str = "capture_log") -> int | None:
@@ -162,7 +168,7 @@ def _flag(value: Any, what: str) -> None:
         raise ConfigurationError(f"{what} must be True or False, not {value!r}")
 
 
-def one_of(literal: Any) -> Check:
+def one_of(literal: Any) -> Callable[[Any, str], None]:
     """Return a check that accepts only the values of a ``Literal``."""
     known = get_args(literal)
     names = ", ".join(map(repr, known)) + " or None"
@@ -188,13 +194,15 @@ FALLBACKS: Mapping[str, Any] = {"timeout": None, "max_attempts": 1, "max_crashes
 
 
 def checked(holder: object, checks: Mapping[str, Check]) -> dict[str, Any]:
-    """Return an object's options that are not None. Raises ConfigurationError for an invalid one."""
+    """Return an object's options that are not None, as they are stored.
+
+    Raises ConfigurationError for an invalid one.
+    """
     said = {}
     for name, check in checks.items():
         value = getattr(holder, name)
         if value is not None:
-            check(value, name)
-            said[name] = value
+            said[name] = check(value, name)
     return said
 
 
@@ -204,14 +212,14 @@ class Options:
 
     max_attempts: int | None = None
     max_crashes: int | None = None
-    timeout: float | None = None
+    timeout: float | None = attrs.field(default=None, converter=optional_seconds)
     priority: int | None = None
     retry: RetryPolicy | None = None
     capture_log: bool | int | str | None = None
     isolation: Isolation | None = None
-    grace: float | None = None
+    grace: float | None = attrs.field(default=None, converter=optional_seconds)
     max_concurrency: int | None = None
-    rate: str | tuple[int, float] | None = None
+    rate: str | tuple[int, float | timedelta] | None = None
     burst: int | None = None
     limit_scope: LimitScope | None = None
     replace: bool | None = None

@@ -72,7 +72,8 @@ class Limit(NamedTuple):
 def rate_of(given: Any, burst: int | None) -> Rate | None:
     """Return the rate of an executor's options; None for no rate.
 
-    ``given`` is text such as ``"100/m"`` (``s``, ``m``, ``h`` or ``d``), or a pair of a count and seconds.
+    ``given`` is text such as ``"100/m"`` (``s``, ``m``, ``h`` or ``d``), or a pair of a count and a
+    period: seconds or a ``timedelta``.
 
     Raises:
         ConfigurationError: an option is not valid.
@@ -83,11 +84,12 @@ def rate_of(given: Any, burst: int | None) -> Rate | None:
         return None
     count, seconds = _parts(given)
     check_int(count, "rate", 1, MAX_COUNT)
-    if check_number(seconds, "the period of a rate") == 0:
+    period = check_number(seconds, "the period of a rate")
+    if period == 0:
         raise ConfigurationError(
             f"the period of a rate must be more than 0 seconds, not {seconds!r}"
         )
-    return Rate(count, float(seconds), count if burst is None else burst)
+    return Rate(count, period, count if burst is None else burst)
 
 
 def _parts(given: Any) -> tuple[Any, Any]:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from datetime import timedelta
 from typing import Any, Literal, TypeGuard
 
 import attrs
 
-from taskx.core.checks import by, check_int, check_number
+from taskx.core.checks import by, check_int, check_number, in_seconds
 from taskx.core.errors import ConfigurationError
 
 #: The back-off: a named curve, or a function of the number of the attempt that raised (from 1), to seconds.
-Backoff = Literal["exponential", "linear", "fixed"] | Callable[[int], float]
+Backoff = Literal["exponential", "linear", "fixed"] | Callable[[int], float | timedelta]
 # 2 ** 900 × MAX_WAIT still fits into a float, so jitter cannot turn it into NaN.
 _CURVES: dict[str, Callable[[float, int], float]] = {
     "exponential": lambda base, attempt: base * 2.0 ** min(attempt - 1, 900),
@@ -102,8 +103,8 @@ class RetryPolicy:
         backoff: the growth of the wait: ``exponential`` (``base`` × 1, 2, 4, 8 …), ``linear`` (``base`` ×
             1, 2, 3 …), ``fixed`` (``base``), or a function that gets the number of the attempt that
             raised and returns seconds.
-        base: the unit of the wait, in seconds.
-        max_delay: the longest wait, in seconds.
+        base: the unit of the wait, in seconds or as a ``timedelta``.
+        max_delay: the longest wait, in seconds or as a ``timedelta``.
         jitter: each wait is made longer or shorter by a random part of up to this fraction, so that tasks
             that failed together do not run again together. A wait never exceeds ``max_delay``: a wait
             that has reached it is only made shorter.
@@ -119,8 +120,12 @@ class RetryPolicy:
 
     max_attempts: int = attrs.field(default=3, validator=by(check_int, 1))
     backoff: Backoff = attrs.field(default="exponential", validator=_backoff, kw_only=True)
-    base: float = attrs.field(default=1.0, validator=by(check_number), kw_only=True)
-    max_delay: float = attrs.field(default=3600.0, validator=by(check_number), kw_only=True)
+    base: float = attrs.field(
+        default=1.0, converter=in_seconds, validator=by(check_number), kw_only=True
+    )
+    max_delay: float = attrs.field(
+        default=3600.0, converter=in_seconds, validator=by(check_number), kw_only=True
+    )
     jitter: float = attrs.field(default=0.1, validator=_fraction, kw_only=True)
     retry_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
     give_up_on: tuple[str, ...] = attrs.field(default=(), converter=_names, kw_only=True)
@@ -203,14 +208,14 @@ class Retry(Exception):
 
     Args:
         reason: the error text to store.
-        delay: seconds to wait before the next attempt; None for the wait of the retry policy, or no wait
-            without a policy.
+        delay: the time to wait before the next attempt, in seconds or as a ``timedelta``; None for the wait
+            of the retry policy, or no wait without a policy.
 
     Raises:
         ConfigurationError: the delay is not a number of seconds.
     """
 
-    def __init__(self, reason: str = "", *, delay: float | None = None) -> None:
+    def __init__(self, reason: str = "", *, delay: float | timedelta | None = None) -> None:
         super().__init__(reason)
         self.delay = None if delay is None else check_number(delay, "delay of Retry")
 
@@ -225,13 +230,13 @@ class Snooze(Exception):
     An instance of a derived class whose ``__init__`` does not call this one is an ordinary error.
 
     Args:
-        seconds: the time to wait, in seconds.
+        seconds: the time to wait, in seconds or as a ``timedelta``.
 
     Raises:
         ConfigurationError: ``seconds`` is not a number of seconds.
     """
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float | timedelta) -> None:
         super().__init__(seconds)
         self.seconds = check_number(seconds, "seconds of Snooze")
 

@@ -67,7 +67,8 @@ def bound_options(
         ConfigurationError: an option is not valid.
     """
     refuse_unknown(options, SubmitOptions, "using", "; params are given to submit")
-    bound = {**before, **given(options)}
+    seconds = {k: v.total_seconds() for k, v in options.items() if isinstance(v, timedelta)}
+    bound = {**before, **given(options), **seconds}
     now = SYSTEM_CLOCK.now_ms()
     task = with_options(Task(type=type), bound, now)
     new_record(task, now)  # checks the other options

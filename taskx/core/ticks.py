@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import attrs
 
-from taskx.core.checks import check_number
+from taskx.core.checks import check_number, in_seconds
 from taskx.core.clock import LAST, to_datetime
 from taskx.core.errors import ConfigurationError
 
@@ -45,14 +45,16 @@ def _interval(_: Any, attribute: attrs.Attribute[Any], value: Any) -> None:
 class Every:
     """An interval between ticks."""
 
-    seconds: float = attrs.field(validator=_interval)
+    seconds: float = attrs.field(converter=in_seconds, validator=_interval)
 
     def __str__(self) -> str:
         return f"every {self.seconds:g} s"
 
 
-def every(seconds: float) -> Every:
-    """Return an interval of this many seconds (at least 0.1), counted from the schedule's declaration.
+def every(seconds: float | timedelta) -> Every:
+    """Return an interval, in seconds or as a ``timedelta``, of at least 0.1 seconds.
+
+    It is counted from the schedule's declaration.
 
     Raises:
         ConfigurationError: ``seconds`` is not such a number.

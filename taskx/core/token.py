@@ -5,7 +5,9 @@ from __future__ import annotations
 import _thread
 import threading
 from collections.abc import Callable
+from datetime import timedelta
 
+from taskx.core.checks import in_seconds
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.errors import CancelReason, ConfigurationError, TaskCancelled
 from taskx.core.log import log
@@ -73,9 +75,9 @@ class CancelToken:
             self.raise_if_cancelled()
         return left
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Block until the token fires, at most ``timeout`` seconds. Return True if it has fired."""
-        limit = threading.TIMEOUT_MAX if timeout is None else max(0.0, timeout)
+        limit = threading.TIMEOUT_MAX if timeout is None else max(0.0, in_seconds(timeout))
         if self.deadline is not None:
             limit = min(limit, max(0.0, self.deadline - self._clock.monotonic()))
         waiter = _thread.allocate_lock()

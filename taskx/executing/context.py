@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from contextlib import contextmanager
 from copy import copy
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, NamedTuple, ParamSpec, TypeVar
 
 from taskx.core.checks import check_number
@@ -221,8 +222,8 @@ class Context:
         """
         return self._token.remaining()
 
-    def sleep(self, seconds: float) -> None:
-        """Sleep for some seconds, or until the token fires.
+    def sleep(self, seconds: float | timedelta) -> None:
+        """Sleep for some seconds (or a ``timedelta``), or until the token fires.
 
         Raises:
             TaskCancelled: the token has fired.
@@ -242,7 +243,7 @@ class Context:
         return self._token.on_cancel(callback)
 
     @contextmanager
-    def timeout(self, seconds: float) -> Iterator[CancelToken]:
+    def timeout(self, seconds: float | timedelta) -> Iterator[CancelToken]:
         """Set an earlier deadline for a part of the task: ``with ctx.timeout(5) as token: …``.
 
         Inside the block, ``ctx.token`` and everything built on it respect this deadline, too.
@@ -253,14 +254,15 @@ class Context:
             ConfigurationError: ``seconds`` is not a finite number of at least 0.
         """
         outer = self._token
-        inner = outer.child(check_number(seconds, "timeout"))
+        limit = check_number(seconds, "timeout")
+        inner = outer.child(limit)
         self._shared.alarms.add(inner)
         self._token = inner
         try:
             yield inner
         except BaseException as error:
             if inner.reason is CancelReason.TIMEOUT and not outer.cancelled:
-                raise TimeoutError(f"not done within {seconds:g} s") from error
+                raise TimeoutError(f"not done within {limit:g} s") from error
             raise
         finally:
             self._token = outer

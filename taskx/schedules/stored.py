@@ -175,12 +175,13 @@ def make_entry(
 
 def _grace(misfire: Misfire, seconds: Any) -> int | None:
     if seconds is not None:
-        if check_number(seconds, "misfire_grace") > LONGEST:
+        number = check_number(seconds, "misfire_grace")
+        if number > LONGEST:
             raise ConfigurationError(
                 f"misfire_grace must be at most {LONGEST:g} seconds, not {seconds!r}; for no limit use "
                 "misfire='one' without misfire_grace"
             )
-        return round(float(seconds) * 1000)
+        return round(number * 1000)
     if misfire == "all":
         raise ConfigurationError(
             "misfire='all' requires misfire_grace: the seconds that a tick may be late and still get a task"

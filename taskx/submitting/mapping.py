@@ -18,7 +18,7 @@ from taskx.common.config import Config
 from taskx.common.display import Display
 from taskx.common.handles import POLL_INTERVAL, TaskHandle
 from taskx.core import payload
-from taskx.core.checks import check_int, check_number
+from taskx.core.checks import check_int, check_number, optional_seconds
 from taskx.core.clock import Clock
 from taskx.core.errors import (
     ConfigurationError,
@@ -164,7 +164,7 @@ class Results(Iterator[Any]):
     key: Callable[[Any], str | int] | None
     name: str
     window: int
-    timeout: float | None
+    timeout: float | None = attrs.field(converter=optional_seconds)
     return_exceptions: bool
     ordered: bool
     retry_failed: bool

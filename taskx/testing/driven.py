@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import threading
 from collections.abc import Callable, Collection
+from datetime import timedelta
 
 import attrs
 
@@ -15,6 +16,7 @@ from taskx.common.bell import Signal
 from taskx.common.config import Config
 from taskx.common.hooks import Hooks
 from taskx.common.watcher import Watcher
+from taskx.core.checks import in_seconds
 from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason
 from taskx.core.token import CancelToken
@@ -55,11 +57,11 @@ class DrivenToken(CancelToken):
             self._clock.advance(0.001)
         return super().reason
 
-    def wait(self, timeout: float | None = None) -> bool:
+    def wait(self, timeout: float | timedelta | None = None) -> bool:
         """Let time pass until the token fires, at most ``timeout`` seconds; return True if it has fired."""
         clock = self._clock
         assert isinstance(clock, ManualClock)
-        left = math.inf if timeout is None else max(0.0, timeout)
+        left = math.inf if timeout is None else max(0.0, in_seconds(timeout))
         end = clock.monotonic() + left
         while not self.cancelled and left > 0:
             deadline = math.inf if self.deadline is None else self.deadline - clock.monotonic()

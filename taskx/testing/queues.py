@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import TimeoutError
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from taskx.common.config import Config
@@ -189,7 +189,7 @@ class ManualQueue(Queue):
             ran += self.run_all()
         return ran
 
-    def drain(self, timeout: float | None = None) -> bool:
+    def drain(self, timeout: float | timedelta | None = None) -> bool:
         """Run every task that may start now; return True.
 
         Raises:
@@ -200,7 +200,7 @@ class ManualQueue(Queue):
         self.run_all()
         return True
 
-    def follow(self, timeout: float | None = None) -> bool:
+    def follow(self, timeout: float | timedelta | None = None) -> bool:
         """Do the same as :meth:`drain`, and show nothing."""
         return self.drain(timeout)
 

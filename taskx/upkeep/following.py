@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from datetime import timedelta
 
 from taskx.common.display import Display
+from taskx.core.checks import in_seconds
 from taskx.core.model import TaskFilter, TaskStatus
 from taskx.storage import queries
 from taskx.storage.base import Repository
@@ -17,10 +19,10 @@ _SHARE = 20
 
 
 def follow(
-    repository: Repository, drain: Callable[[float], bool] | None, timeout: float | None
+    repository: Repository, drain: Callable[[float], bool] | None, timeout: float | timedelta | None
 ) -> bool:
     """Do the work of :meth:`Queue.follow`; ``drain`` is that of a started queue."""
-    deadline = math.inf if timeout is None else time.monotonic() + timeout
+    deadline = math.inf if timeout is None else time.monotonic() + in_seconds(timeout)
     first = _counts(repository)
     with Display("tasks") as display:
         while True:

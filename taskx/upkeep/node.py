@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from typing import Any
 
@@ -382,7 +383,7 @@ class Lifetime:
         if (hooks := self._services.hooks).queue_stopped:
             hooks.tell(hooks.queue_stopped, lambda: self._queue)
 
-    def drain(self, timeout: float | None) -> bool:
+    def drain(self, timeout: float | timedelta | None) -> bool:
         """Do the work of :meth:`Queue.drain`."""
         if inside_executor() or self._services.hooks.inside:
             raise ConfigurationError(
@@ -394,7 +395,7 @@ class Lifetime:
             raise ConfigurationError("drain() requires a started queue: call start() first")
         return self.node.drain(None if timeout is None else check_number(timeout, "timeout"))
 
-    def stop(self, timeout: float, *, cancel: bool) -> list[str]:
+    def stop(self, timeout: float | timedelta, *, cancel: bool) -> list[str]:
         """Take no more tasks, wait for workers and hooks; return the ids of tasks that still run."""
         seconds = min(check_number(timeout, "timeout"), _LONGEST_STOP)
         deadline = time.monotonic() + seconds

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 import taskx
@@ -101,6 +101,8 @@ def binding() -> None:
     bound.using(unique_key="k").submit("url", tries=1)  # type: ignore[call-arg]
     add.using(prioritty=5)  # type: ignore[call-arg]
     add.using(priority="high")  # type: ignore[arg-type]
+    add.using(delay=timedelta(minutes=1), timeout=5, unique_key="k", unique_scope=timedelta(1))
+    add.using(delay="1 minute")  # type: ignore[arg-type]
     add.on("queue")  # type: ignore[arg-type]
     assert_type(queue.submit(fetch, {"url": "x"}, priority=5), TaskHandle[dict[str, int]])
     assert_type(queue.submit(add.using(delay=5)).result(), int)
@@ -179,7 +181,12 @@ def registering() -> None:
     queue.register_executor(Sync)  # type: ignore[arg-type]
     queue.register_executor(lambda: None)  # type: ignore[arg-type]
     Incomplete()  # type: ignore[abstract]
+    queue.register_executor(later, timeout=timedelta(1), rate=(5, timedelta(minutes=1)))
     Config(overflow="drop")  # type: ignore[arg-type]
+    assert_type(Config(block_timeout=timedelta(seconds=5), ageing=60).block_timeout, float | None)
+    Config(ageing="60")  # type: ignore[arg-type]
+    assert_type(taskx.RetryPolicy(5, base=timedelta(seconds=1), max_delay=60).base, float)
+    taskx.RetryPolicy(base=None)  # type: ignore[arg-type]
 
 
 def reading() -> None:
@@ -198,6 +205,8 @@ def reading() -> None:
     queue.list_tasks(typ="fetch")  # type: ignore[call-arg]
     queue.iter_tasks(limit="5")  # type: ignore[arg-type]
     assert_type(queue.drain(1), bool)
+    assert_type(queue.drain(timedelta(minutes=1)), bool)
+    queue.stop(None)  # type: ignore[arg-type]
     assert_type(queue.stop(), list[str])
     with queue as started:
         assert_type(started, Queue)
@@ -212,6 +221,7 @@ def schedules() -> None:
     assert_type(made.next(5), list[datetime])
     assert_type(made.trigger().id, str)
     assert_type(tick_of(Task()), datetime | None)
+    queue.schedule("d", every(timedelta(hours=1)), "t", misfire_grace=timedelta(minutes=1))
     queue.schedule("c", 30, "t")  # type: ignore[call-overload]
     queue.schedule("c", every(30), "t", misfire="some")  # type: ignore[call-overload]
     queue.schedule("c", every(30), "t", delay=5)  # type: ignore[call-overload]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
+from datetime import timedelta
 from typing import Any, cast
 from urllib.parse import parse_qsl, urlencode, urlsplit
 
@@ -63,9 +64,9 @@ class MongoRepository(Tasks):
         database: Database[Any],
         collection: str = "tasks",
         *,
-        lease_timeout: float = 30.0,
-        timeout: float = 10.0,
-        poll_interval: float = 1.0,
+        lease_timeout: float | timedelta = 30.0,
+        timeout: float | timedelta = 10.0,
+        poll_interval: float | timedelta = 1.0,
         adopt_foreign: bool = False,
         write_concern: WriteConcern | None = None,
         run_folder: str | os.PathLike[str] | None = None,
@@ -80,9 +81,9 @@ class MongoRepository(Tasks):
             )
         if not isinstance(collection, str) or not collection:
             raise ConfigurationError(f"`collection` must be a name, not {collection!r}")
-        check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
-        check_number(timeout, "timeout", minimum=0.01)
-        check_number(poll_interval, "poll_interval")
+        lease_timeout = check_number(lease_timeout, "lease_timeout", minimum=_SHORTEST_LEASE)
+        timeout = check_number(timeout, "timeout", minimum=0.01)
+        poll_interval = check_number(poll_interval, "poll_interval")
         connection = self._connection = Connection(
             collection, database, timeout=timeout, write_concern=write_concern
         )

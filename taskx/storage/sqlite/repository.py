@@ -8,6 +8,7 @@ import sqlite3
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from typing import Any, Literal, TypeVar, get_args
 
 import attrs
@@ -87,7 +88,7 @@ class SQLiteRepository(Repository):
         path: str | os.PathLike[str],
         durability: Durability = "accepted",
         *,
-        busy_timeout: float = 10.0,
+        busy_timeout: float | timedelta = 10.0,
         create: bool = True,
         clock: Clock = SYSTEM_CLOCK,
         codec: Codec | Iterable[Codec] | None = None,
@@ -104,11 +105,11 @@ class SQLiteRepository(Repository):
                 f"durability must be one of {', '.join(get_args(Durability))}, not {durability!r}"
             )
         self.durability = durability
-        check_number(busy_timeout, "busy_timeout")
+        seconds = check_number(busy_timeout, "busy_timeout")
         if not isinstance(create, bool):
             raise ConfigurationError(f"create must be True or False, not {create!r}")
         self._file = DatabaseFile(self.path, create)
-        self._connections = Connections(self._file, busy_timeout)
+        self._connections = Connections(self._file, seconds)
         self._turnstile = Turnstile(self._file)
         self._wakeups = Wakeups(self._file)
         self._write_lock = threading.RLock()

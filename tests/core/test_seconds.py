@@ -1,0 +1,171 @@
+"""A time can be given as seconds or as a ``timedelta``."""
+
+from __future__ import annotations
+
+from concurrent.futures import TimeoutError
+from datetime import timedelta
+
+import mongomock
+import pytest
+from helpers import PATIENCE
+
+from taskx import (
+    Config,
+    ConfigurationError,
+    MongoRepository,
+    Queue,
+    Retry,
+    RetryPolicy,
+    Snooze,
+    SQLiteRepository,
+    Task,
+    chain,
+    every,
+)
+from taskx.core.checks import check_number
+from taskx.core.options import Options
+from taskx.core.rate import Rate
+from taskx.core.token import CancelToken
+from taskx.testing import ManualQueue
+
+MINUTE, SECOND = timedelta(minutes=1), timedelta(seconds=1)
+
+
+def test_a_number_of_seconds_is_checked_as_before():
+    assert check_number(5, "delay") == 5
+    assert check_number(timedelta(milliseconds=1500), "delay") == 1.5
+    for wrong in ("5", None, True):
+        with pytest.raises(
+            ConfigurationError, match="delay must be a number of seconds or a timedelta"
+        ):
+            check_number(wrong, "delay")
+    with pytest.raises(ConfigurationError, match="delay must be a finite number of at least 0"):
+        check_number(-SECOND, "delay")
+
+
+@pytest.mark.parametrize(
+    ("as_timedelta", "as_seconds"),
+    [
+        (lambda: RetryPolicy(base=MINUTE, max_delay=timedelta(hours=1)), RetryPolicy(base=60)),
+        (lambda: Config(block_timeout=SECOND, ageing=MINUTE), Config(block_timeout=1, ageing=60)),
+        (lambda: Config(retention={"failed": MINUTE}), Config(retention={"failed": 60})),
+        (lambda: every(MINUTE), every(60)),
+        (lambda: Options(timeout=MINUTE, grace=SECOND), Options(timeout=60, grace=1)),
+        (lambda: Options(rate=(5, MINUTE)).limit.rate, Rate(5, 60.0, 5)),
+        (lambda: Retry(delay=MINUTE).delay, 60),
+        (lambda: Snooze(MINUTE).seconds, 60),
+        (lambda: RetryPolicy(backoff=lambda attempt: attempt * MINUTE, jitter=0).delay(2, 0), 120),
+    ],
+)
+def test_a_timedelta_is_the_same_as_its_seconds(as_timedelta, as_seconds):
+    assert as_timedelta() == as_seconds
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RetryPolicy(base="1"),
+        lambda: RetryPolicy(max_delay=-SECOND),
+        lambda: Config(block_timeout="1"),
+        lambda: Config(ageing=timedelta(0)),
+        lambda: every(timedelta(milliseconds=1)),
+        lambda: Options(timeout=timedelta(0)),
+        lambda: Options(rate=(5, timedelta(0))),
+        lambda: Snooze(-SECOND),
+    ],
+)
+def test_a_wrong_time_is_refused(make):
+    with pytest.raises(ConfigurationError):
+        make()
+
+
+@pytest.mark.every_store
+def test_submit_takes_timedeltas(queue):
+    queue.executor("x")(lambda: 1)
+    handle = queue.submit(
+        "x", delay=MINUTE, timeout=2 * SECOND, unique_key="k", unique_scope=timedelta(hours=1)
+    )
+    task = handle.task()
+    assert (task.run_at - task.created_at).total_seconds() == pytest.approx(60, abs=1)
+    assert (task.timeout, task.unique_scope) == (2.0, "3600.0")
+    model = Task(type="x")
+    model.timeout = MINUTE
+    assert queue.submit(model).task().timeout == 60
+
+
+def test_a_bound_time_becomes_seconds(queue):
+    ping = queue.executor("ping")(lambda: 1).using(timeout=MINUTE)
+    assert ping.options == {"timeout": 60}
+    assert ping.task().timeout == 60
+
+
+@pytest.mark.every_store
+def test_a_task_updated_by_hand_can_have_a_timedelta(queue):
+    queue.executor("x")(lambda: 1)
+    task = queue.submit("x").task()
+    task.timeout = MINUTE
+    queue.repository.update(task)
+    assert queue.repository.get_by_id(task.id).timeout == 60
+
+
+def test_an_executors_timeout_can_be_a_timedelta():
+    queue = ManualQueue()
+
+    @queue.executor("slow", timeout=MINUTE)
+    def slow(ctx):
+        assert ctx.remaining() == 60
+        ctx.sleep(SECOND)
+        assert ctx.remaining() == 59
+        ctx.token.wait(SECOND)
+        with pytest.raises(TimeoutError, match="not done within 5 s"), ctx.timeout(5 * SECOND):
+            ctx.sleep(MINUTE)
+        ctx.sleep(MINUTE)
+
+    slow.submit()
+    assert "time" in queue.run_next().error.lower()
+    assert queue.clock.monotonic() >= 60
+
+
+def test_waits_take_timedeltas(queue, gate):
+    @queue.executor("hold")
+    def hold(answer=1):
+        gate()
+        return answer
+
+    queue.start()
+    handle = hold.submit()
+    flow = queue.submit_flow(chain(hold))
+    short = timedelta(milliseconds=10)
+    for wait in (handle.result, handle.exception, flow.result):
+        with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
+            wait(short)
+    with pytest.raises(TimeoutError, match=r"within 0\.01 s"):
+        next(queue.map(hold, [2], timeout=short))
+    assert not flow.wait(short)
+    assert not queue.drain(short)
+    gate.open()
+    patience = timedelta(seconds=PATIENCE)
+    assert (handle.result(patience), flow.result(patience)) == (1, 1)
+    assert queue.drain(patience)
+    assert queue.stop(patience) == []
+
+
+def test_a_token_waits_for_a_timedelta():
+    assert not CancelToken().wait(timedelta(milliseconds=1))
+
+
+def test_misfire_grace_can_be_a_timedelta(queue):
+    queue.declare("x")
+    made = queue.schedule("s", every(MINUTE), "x", misfire="all", misfire_grace=timedelta(hours=1))
+    assert made.misfire_grace == 3600
+
+
+def test_repositories_take_timedeltas(tmp_path):
+    queue = Queue(SQLiteRepository(tmp_path / "tasks.db", busy_timeout=SECOND))
+    queue.executor("x")(lambda: 1)
+    assert queue.submit("x").task().type == "x"
+    queue.close()
+    repository = MongoRepository(
+        mongomock.MongoClient().db, lease_timeout=MINUTE, timeout=5 * SECOND, poll_interval=SECOND
+    )
+    assert repository.lease_timeout == 60
