@@ -373,6 +373,7 @@ class Services:
     alarms_class: type[Alarms] = Alarms
     hooks_class: type[Hooks] = Hooks
     run_class: type[Run] = Run
+    runner_class: type[Runner] = Runner
     watcher_class: type[Watcher] = Watcher
     #: Draws the order of what is due at the same time: a number from 0 to 1.
     chance: Callable[[], float] = staticmethod(random.random)
@@ -396,7 +397,7 @@ class Services:
         self.ledger = Ledger(repository, log, self.agenda)
         self.watcher = self.watcher_class(repository, log, self.agenda)
         self.pauses = Pauses(repository)
-        self.runner = Runner(clock, self.alarms, registry.max_payload_size)
+        self.runner = self.runner_class(clock, self.alarms, registry.max_payload_size)
         self.keeper = Keeper(repository, self.ledger, registry.max_payload_size)
         self.consequences = Consequences(self, state)
         self.turns, self.dependents = self.consequences.turns, self.consequences.dependents

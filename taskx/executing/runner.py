@@ -128,12 +128,16 @@ class Runner:
             ending = Ending(returned=True, result=text)
         except BaseException as error:  # noqa: BLE001  (an error must affect no other task)
             forks.end_in_child(before, error)
-            ending = _raised(error, run)
+            ending = self.ending_of(error, run)
         finally:
             _current.depth -= 1
             if task.timeout is not None:
                 self._alarms.remove(token)
         return self._completed(ending, run, worker, started)
+
+    def ending_of(self, error: BaseException, run: Run) -> Ending:
+        """Return how a run ends whose executor has raised an error."""
+        return _raised(error, run)
 
     def abandon(self, run: Run, worker: str, stack: str) -> Ending:
         """Return the ending of a run whose thread goes on after its time-out; ``stack`` is where it is."""

@@ -1,4 +1,4 @@
-"""The base of the contracts. Run them with pytest, whose fixtures they ask for."""
+"""The base of the contracts. Run the contracts with pytest: they use its fixtures."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from unittest import SkipTest, TestCase
 
-#: How many threads race, and how often.
+#: The number of threads that race, and of rounds.
 THREADS, ROUNDS = 4, 50
 
 
 class Contract:
-    """What the tests of a contract are written with."""
+    """Base class of the contracts: helpers for their tests."""
 
     #: True if it keeps every field of a task, False if only the thirteen of the original TaskX.
     keeps_every_field: bool = True
@@ -21,14 +21,17 @@ class Contract:
     raises = TestCase().assertRaises
 
     def skip_if(self, condition: object, reason: str = "") -> None:
-        """Skip the running test if a condition holds; without a reason, the condition is the reason."""
+        """Skip the test if a condition is true; without a reason, the condition is the reason."""
         if condition:
             raise SkipTest(reason or str(condition))
 
     def race(self, attempt: Callable[[int, int], bool], rounds: int) -> list[list[bool]]:
-        """Have threads try the same at once, and return by round what each of them came to.
+        """Have several threads make the same attempt at the same time, in each round.
 
-        ``attempt`` is called with the numbers of the thread and of the round.
+        ``attempt`` is called with the number of the thread and the number of the round.
+
+        Returns:
+            for each round, the results of the threads.
         """
         barrier = threading.Barrier(THREADS)
 
@@ -46,5 +49,5 @@ class Contract:
             sys.setswitchinterval(interval)
 
     def assert_one_wins(self, attempt: Callable[[int, int], bool]) -> None:
-        """Assert that of racing attempts one succeeds in each round."""
+        """Assert that exactly one of the racing attempts succeeds in each round."""
         assert [sum(won) for won in self.race(attempt, ROUNDS)] == [1] * ROUNDS

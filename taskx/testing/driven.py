@@ -19,9 +19,13 @@ from taskx.common.watcher import Watcher
 from taskx.core.checks import in_seconds
 from taskx.core.clock import Clock
 from taskx.core.errors import CancelReason
+from taskx.core.lifecycle import Ending
+from taskx.core.model import Task
 from taskx.core.token import CancelToken
 from taskx.executing.alarms import Alarms, Overdue
-from taskx.executing.runner import Run
+from taskx.executing.context import Shared
+from taskx.executing.executors import Registered
+from taskx.executing.runner import Run, Runner
 from taskx.moving import Services
 from taskx.testing.clock import ManualClock
 from taskx.upkeep.housekeeper import Housekeeper
@@ -129,12 +133,33 @@ class DrivenWatcher(Watcher):
 
 
 class DrivenRun(Run):
-    """A run whose retry waits the plain back-off, without a random part."""
+    """A run that keeps the error of its executor. Its retry waits the back-off without a random part."""
 
-    __slots__ = ()
+    __slots__ = ("raised",)
 
     token_class = DrivenToken
     chance = staticmethod(lambda: 0.5)
+
+    def __init__(self, task: Task, executor: Registered, clock: Clock, shared: Shared) -> None:
+        super().__init__(task, executor, clock, shared)
+        #: The error of the executor, or of its result.
+        self.raised: BaseException | None = None
+
+    @property
+    def test_outcome(self) -> BaseException | None:
+        """The error if it is meant for the test, such as that of ``pytest.fail()``; else None."""
+        classes = type(self.raised).__mro__
+        return self.raised if "OutcomeException" in (kind.__name__ for kind in classes) else None
+
+
+class DrivenRunner(Runner):
+    """A runner that keeps the errors of executors."""
+
+    def ending_of(self, error: BaseException, run: Run) -> Ending:
+        """Return how a run ends whose executor has raised an error."""
+        if isinstance(run, DrivenRun):
+            run.raised = error
+        return super().ending_of(error, run)
 
 
 class DrivenServices(Services):
@@ -143,6 +168,7 @@ class DrivenServices(Services):
     alarms_class = DrivenAlarms
     hooks_class = DrivenHooks
     run_class = DrivenRun
+    runner_class = DrivenRunner
     watcher_class = DrivenWatcher
     chance = staticmethod(lambda: 0.5)
 

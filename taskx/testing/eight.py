@@ -16,7 +16,7 @@ from taskx.testing.contract import Contract
 
 
 class RepositoryContract(Contract):
-    """What every repository must do, as tests for yours.
+    """Tests of what every repository must do, for your repository.
 
     Inherit it in a test module, give it a fixture ``repository`` that makes an empty one, and run
     pytest:
@@ -30,20 +30,20 @@ class RepositoryContract(Contract):
             def repository(self, tmp_path):
                 return MyRepository(tmp_path)
 
-    Only the eight methods of ``TaskRepository`` are called. What repositories may do differently is
-    declared by the class attributes. With ``pytest.register_assert_rewrite("taskx.testing")`` in
+    Only the eight methods of ``TaskRepository`` are called. The class attributes declare what repositories
+    may do differently. With ``pytest.register_assert_rewrite("taskx.testing")`` in
     ``conftest.py``, a failure shows the values compared.
 
     Attributes:
-        guards_moves: True if it refuses moves that the life of a task does not have, as those that
-            come with TaskX do; False if it stores what it is told.
-        atomic: True if, of threads that create the same id at once, exactly one succeeds.
+        guards_moves: True if the repository refuses forbidden changes of status, as TaskX's own
+            repositories do; False if it stores every change.
+        atomic: True if exactly one thread succeeds when several create the same id at once.
     """
 
     guards_moves: bool = False
     atomic: bool = True
 
-    #: When the tasks of these tests were created; each later one a second later.
+    #: The creation time of the first task of a test; each further one is created a second later.
     CREATED_AT = datetime(2024, 2, 29, 12, 0, 0, 123_000, tzinfo=timezone.utc)
 
     # --- create and get_by_id
@@ -58,7 +58,7 @@ class RepositoryContract(Contract):
         self.assert_kept(repository, task)
 
     def test_the_options_of_a_task_and_its_error_are_kept(self, repository: TaskRepository) -> None:
-        """Fields beyond the original's are kept, too: those of a new task, and those of a failed one."""
+        """Fields that the original TaskX does not have are kept, too."""
         self.skip_if(not self.keeps_every_field, "keeps the original's thirteen fields only")
         options: dict[str, Any] = {
             "priority": -7,
@@ -100,7 +100,7 @@ class RepositoryContract(Contract):
         assert stored.params == {"list": [1]}
         assert stored.message == ""
 
-    def test_an_unknown_id_is_not_found(self, repository: TaskRepository) -> None:
+    def test_an_unknown_id_raises_task_not_found(self, repository: TaskRepository) -> None:
         repository.create(self.task("other"))
         calls: list[Callable[[], object]] = [
             lambda: repository.get_by_id("a"),
@@ -114,7 +114,7 @@ class RepositoryContract(Contract):
                 call()
         assert self.listed(repository) == ["other"]
 
-    def test_an_id_is_only_text(self, repository: TaskRepository) -> None:
+    def test_an_id_may_be_any_text(self, repository: TaskRepository) -> None:
         ids = ["a", "A", "a ", "a'; DROP TABLE tasks; --", '"', "%", "_", "$ne", "{}", "../a"]
         ids += ["\N{LATIN SMALL LETTER E WITH ACUTE}", "e\N{COMBINING ACUTE ACCENT}"]
         for task_id in ids:
@@ -126,7 +126,7 @@ class RepositoryContract(Contract):
     # --- update, update_status, update_progress, delete
 
     def test_update_replaces_the_task_and_no_other(self, repository: TaskRepository) -> None:
-        """From start to end the record is what the caller made of it."""
+        """The record holds the caller's values, and no other record changes."""
         repository.create(self.task("b"))
         self.create_running(repository, "a")
         task = repository.get_by_id("a")
@@ -179,7 +179,7 @@ class RepositoryContract(Contract):
     # --- list and count
 
     def test_lists_are_newest_first(self, repository: TaskRepository) -> None:
-        """By ``created_at``, whatever the order of creation: a page of them, and they count as all."""
+        """The order is that of ``created_at``, and the count ignores offset and limit."""
         for second in (2, 0, 3, 1):
             repository.create(self.task(str(second), second))
         for offset in (0, 2, 3, 4, 10**9):
@@ -189,7 +189,7 @@ class RepositoryContract(Contract):
                 assert repository.count(TaskFilter(offset=offset, limit=limit)) == 4
 
     def test_pages_cover_a_list_exactly_once(self, repository: TaskRepository) -> None:
-        """Tasks of the same moment, too: their order does not change between calls."""
+        """Tasks with the same ``created_at`` keep their order between calls."""
         for number in range(7):
             repository.create(self.task(str(number), second=number // 4))
         pages = [self.listed(repository, offset=offset, limit=3) for offset in (0, 3, 6, 9)]
@@ -223,7 +223,7 @@ class RepositoryContract(Contract):
             assert self.listed(repository, **conditions) == expected, conditions
             assert repository.count(TaskFilter(**conditions)) == len(expected), conditions
 
-    def test_each_status_is_found_by_it(self, repository: TaskRepository) -> None:
+    def test_tasks_are_found_by_their_status(self, repository: TaskRepository) -> None:
         for status in TaskStatus:
             repository.create(self.task(status.value))
             if status not in (TaskStatus.PENDING, TaskStatus.CANCELLED):
@@ -234,7 +234,7 @@ class RepositoryContract(Contract):
             assert self.listed(repository, status=status) == [status.value]
             assert repository.count(TaskFilter(status=status)) == 1
 
-    def test_dates_include_their_edges(self, repository: TaskRepository) -> None:
+    def test_start_and_end_dates_are_included(self, repository: TaskRepository) -> None:
         moment, tick = self.CREATED_AT, timedelta(milliseconds=1)
         for number, name in enumerate(["before", "at", "after"]):
             repository.create(self.task(name, created_at=moment + (number - 1) * tick))
@@ -246,7 +246,7 @@ class RepositoryContract(Contract):
         assert self.listed(repository, start_date=elsewhere, end_date=elsewhere) == ["at"]
         assert repository.count(TaskFilter(start_date=moment)) == 2
 
-    def test_filters_are_only_text(self, repository: TaskRepository) -> None:
+    def test_values_of_filters_have_no_special_meaning(self, repository: TaskRepository) -> None:
         repository.create(self.task("a", created_by="user"))
         for hostile in ("' OR '1'='1", "%", "u%", "_ser", "$ne", '{"$ne": null}', ".*", "USER", ""):
             assert self.listed(repository, created_by=hostile) == [], hostile
@@ -280,10 +280,10 @@ class RepositoryContract(Contract):
 
         self.assert_one_wins(create)
 
-    # --- repositories that know the life of a task
+    # --- repositories that guard the status of a task
 
-    def test_a_move_that_life_does_not_have_is_refused(self, repository: TaskRepository) -> None:
-        """A new task is pending, a running one is not deleted, and one that has ended stays as it is."""
+    def test_a_forbidden_change_of_status_is_refused(self, repository: TaskRepository) -> None:
+        """A new task must be pending, a running one cannot be deleted, and an ended one cannot change."""
         self.skip_if(not self.guards_moves, "stores what it is told")
         for status in set(TaskStatus) - {TaskStatus.PENDING}:
             with self.raises(InvalidTransition):
@@ -303,8 +303,8 @@ class RepositoryContract(Contract):
         repository.delete("a")
         assert repository.count(TaskFilter()) == 0
 
-    def test_progress_is_that_of_a_running_task(self, repository: TaskRepository) -> None:
-        """It is kept between 0 and 100; of a task that does not run it changes nothing."""
+    def test_only_a_running_task_takes_progress(self, repository: TaskRepository) -> None:
+        """Progress is kept between 0 and 100, and only a running task accepts it."""
         self.skip_if(not self.guards_moves, "stores what it is told")
         repository.create(self.task("a"))
         repository.update_progress("a", 50, "too early")
@@ -317,25 +317,25 @@ class RepositoryContract(Contract):
         repository.update_progress("a", 7, "too late")
         assert repository.get_by_id("a").message == "broke"
 
-    # --- what the tests are written with
+    # --- helpers
 
     def task(self, task_id: str, second: int = 0, **fields: Any) -> Task:
-        """A task created ``second`` seconds after :attr:`CREATED_AT`."""
+        """Return a task created ``second`` seconds after :attr:`CREATED_AT`."""
         created_at = self.CREATED_AT + timedelta(seconds=second)
         return Task(**{"id": task_id, "type": "test", "created_at": created_at, **fields})
 
     def create_running(self, repository: TaskRepository, task_id: str, **fields: Any) -> None:
-        """Store a task and have it running."""
+        """Store a task that is running."""
         repository.create(self.task(task_id, **fields))
         task = repository.get_by_id(task_id)
         started_at = self.CREATED_AT + timedelta(seconds=6)
         repository.update(attrs.evolve(task, status=TaskStatus.RUNNING, started_at=started_at))
 
     def listed(self, repository: TaskRepository, **conditions: Any) -> list[str]:
-        """The ids that a filter selects, in order."""
+        """Return the ids that a filter selects, in order."""
         return [task.id for task in repository.list(TaskFilter(**conditions))]
 
     def assert_kept(self, repository: TaskRepository, task: Task) -> None:
-        """Assert that the thirteen fields of the original's task are those of the stored one."""
+        """Assert that the stored task has the same thirteen fields of the original TaskX."""
         stored, given = repository.get_by_id(task.id).to_dict(), task.to_dict()
         assert [*stored.items()][:13] == [*given.items()][:13]

@@ -18,6 +18,7 @@ from taskx.executing.context import Context, log_prefix
 from taskx.executing.executors import Executor, TaskExecutor, make_executor
 from taskx.executing.runner import Run
 from taskx.testing.clock import ManualClock
+from taskx.testing.driven import DrivenRun
 from taskx.testing.queues import ManualQueue
 
 if TYPE_CHECKING:
@@ -207,17 +208,16 @@ def run_executor(
     ).id
     _amend(queue, task_id, attempt, steps, cursor)
     run = queue._start_next()
-    assert run is not None
+    assert isinstance(run, DrivenRun)  # it may start: nothing holds it back
     outcome: Outcome[Any] = Outcome(run.task, steps=dict(steps or {}), cursor=cursor)
     run.capture = _Records(log_prefix(task_id, type_), outcome)
     run.context = _RecordingContext(run, run.capture, outcome)
-    run.executor = run.executor._replace(function=_keeping(run.executor.function, outcome))
     if cancel_after == 0:
         queue.cancel_task(task_id)
     elif cancel_after is not None:
         queue.clock.call_later(cancel_after, lambda: queue.cancel_task(task_id))
     queue._execute(run)
-    outcome.task = queue.get_task_status(task_id)
+    outcome.task, outcome.error = queue.get_task_status(task_id), run.raised
     return outcome
 
 
@@ -256,18 +256,3 @@ def _amend(
     if stored:
         changes["checkpoints"] = payload.encode(stored, "steps and cursor")
     queue.repository.apply([Update(task_id, {}, changes)])
-
-
-def _keeping(function: Callable[..., Any], outcome: Outcome[Any]) -> Callable[..., Any]:
-    """Return the function, wrapped so that its error is kept."""
-
-    def call(*args: Any, **params: Any) -> Any:
-        try:
-            value = function(*args, **params)
-            payload.encode(value, "result")
-        except BaseException as error:
-            outcome.error = error
-            raise
-        return value
-
-    return call

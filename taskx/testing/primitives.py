@@ -27,33 +27,33 @@ from taskx.core.writes import CREATED, PRESENT, Delete, Insert, NoteChange, Upda
 from taskx.storage.base import Listed, Lookup, Repository
 from taskx.testing.contract import ROUNDS, Contract
 
-#: Values that mean something in a query language, and nothing here.
+#: Values that have a meaning in a query language, and none here.
 HOSTILE = ("", "%", "_", "$ne", ".*", "' OR 1=1 --", '{"$ne": null}')
-#: The values by which tasks are looked up: a lookup finds no task by one that none has.
+#: The values that tasks are looked up by. A value that no task has finds nothing.
 VALUES = ("p", "q", "r", *HOSTILE)
-#: The column of a task that has the value, where it is not that of the lookup's name.
+#: The column with the value, if its name differs from that of the lookup.
 VALUE_OF = {"line": "concurrency_key", "running_on": "owner", "buffered_on": "owner"}
 
 
 class PrimitivesContract(Contract):
-    """What every :class:`~taskx.storage.base.Repository` must do, beside the eight methods, as tests.
+    """Tests of what every :class:`~taskx.storage.base.Repository` must do besides the eight methods.
 
-    Use it as :class:`~taskx.testing.RepositoryContract`, with a method :meth:`another` beside the fixture.
-    Run it once more with a repository that has a codec: all is as without one. What a repository cannot do
-    is declared by its :attr:`~taskx.storage.base.Repository.shortcoming` and by ``keeps_every_field`` here.
+    Use it like :class:`~taskx.testing.RepositoryContract`, with a fixture and a method :meth:`another`. Run
+    it a second time with a repository that has a codec. A repository declares what it cannot do by its
+    :attr:`~taskx.storage.base.Repository.shortcoming`, and by ``keeps_every_field`` here.
     """
 
-    #: When the tasks of these tests were created, in milliseconds.
+    #: The creation time of the tasks of these tests, in milliseconds.
     NOW = 1_709_208_000_123
 
     def another(self, repository: Repository) -> Repository | None:
-        """Make another object on the same data, as another process would; None where there can be none."""
+        """Make another object on the same data, as another process would; None if that is not possible."""
         return None
 
     # --- apply
 
     def test_each_write_says_whether_its_guard_held(self, repository: Repository) -> None:
-        """In their order: a later write sees an earlier one. Those that held are applied."""
+        """Writes are applied in order: a later one sees an earlier one."""
         self.add(repository, "a")
         first = Update("a", {"message": ""}, {"message": "one"})
         second = Update("a", {"message": "one"}, {"message": "two"})
@@ -67,8 +67,8 @@ class PrimitivesContract(Contract):
         assert self.apply(repository, Delete("a", {}), self.insert("a")) == [True, True]
         assert self.columns(repository, "message") == {"a": "", "b": ""}
 
-    def test_every_form_of_guard(self, repository: Repository) -> None:
-        """A value, None, one of several, or present; all of them must hold."""
+    def test_every_form_of_guard_holds_or_fails(self, repository: Repository) -> None:
+        """A guard wants a value, None, one of several values, or any value; all its parts must hold."""
         cases: list[tuple[dict[str, Any], bool]] = [
             ({}, True),
             ({"message": "said"}, True),
@@ -133,7 +133,7 @@ class PrimitivesContract(Contract):
         assert repository.count(TaskFilter(status=TaskStatus.RUNNING)) == 1
 
     def test_several_new_tasks_are_stored_all_or_none(self, repository: Repository) -> None:
-        """The ids at fault are those that are told False."""
+        """The result is False for each id that prevents it."""
         self.skip_if(repository.shortcoming)
         a, b, c, again = map(self.insert, "abcb")
         for writes, told in (
@@ -146,8 +146,10 @@ class PrimitivesContract(Contract):
             assert list(repository.apply(writes, all_or_nothing=True)) == told
             assert sorted(self.columns(repository)) == list("abc" if writes == [b, c] else "a")
 
-    def test_no_two_tasks_have_the_same_in_a_unique_column(self, repository: Repository) -> None:
-        """The write that would make it so does not hold; given up or deleted, the value is free."""
+    def test_no_two_tasks_have_the_same_value_in_a_unique_column(
+        self, repository: Repository
+    ) -> None:
+        """The second write does not hold. Clearing the value, or deleting its task, frees it."""
         self.skip_if(repository.shortcoming)
         self.add(repository, "a", unique_key="k", unique_lock="k")
         second = self.insert("c", unique_key="k", unique_lock="k")
@@ -168,7 +170,7 @@ class PrimitivesContract(Contract):
     # --- several threads
 
     def test_one_of_many_threads_wins_a_start(self, repository: Repository) -> None:
-        """On whichever object: a guard and its change are one step, also between processes."""
+        """A guard and its change are one step, also with several objects or processes."""
         self.add(repository, map(str, range(ROUNDS)))
         with self.second(repository) as other:
 
@@ -188,7 +190,7 @@ class PrimitivesContract(Contract):
 
         self.assert_one_wins(insert)
 
-    def test_of_racing_changes_of_a_note_one_is_made(self, repository: Repository) -> None:
+    def test_one_of_many_racing_changes_of_a_note_is_made(self, repository: Repository) -> None:
         self.skip_if(repository.shortcoming)
         repository.put_notes([NoteChange(str(number), "", 0) for number in range(ROUNDS)])
         versions = {name: note.version for name, note in repository.notes("").items()}
@@ -203,7 +205,7 @@ class PrimitivesContract(Contract):
     # --- find and distinct
 
     def test_tasks_are_found_by_their_id(self, repository: Repository) -> None:
-        """Those that exist, with the fields asked for in the order asked for."""
+        """Tasks that exist are found, with the given fields in the given order."""
         ids = [f"task-{number}" for number in range(1201)]
         self.apply(repository, *(self.insert(i, created_by=f"by {i}") for i in ids))
         found = repository.find("id", [*ids, "missing"], ("created_by", "status", "id"))
@@ -213,8 +215,8 @@ class PrimitivesContract(Contract):
         for limit in (0, 3, 1000):
             assert len(repository.find("id", ids, ("id",), limit)) == limit
 
-    def test_tasks_are_found_by_what_is_unique(self, repository: Repository) -> None:
-        """Whatever their status."""
+    def test_tasks_are_found_by_their_unique_columns(self, repository: Repository) -> None:
+        """Their status does not matter."""
         self.skip_if(repository.shortcoming)
         self.add(repository, "a", unique_key="p", unique_lock="p")
         self.add(repository, "b", turn="q")
@@ -227,7 +229,7 @@ class PrimitivesContract(Contract):
         self.assert_found(repository, "turn", {})
 
     def test_waiting_tasks_are_found_by_their_parent(self, repository: Repository) -> None:
-        """By the one that they wait on, as long as they wait for it."""
+        """Each is found by the parent that it waits for, as long as it waits."""
         self.skip_if(repository.shortcoming)
         for children, parent in (("a", "p"), ("bc", "q"), ("d", "r")):
             parents = ids_to_text([parent, "other"])
@@ -239,7 +241,7 @@ class PrimitivesContract(Contract):
         self.assert_found(repository, "waiting_on", {"p": "ab"})
 
     def test_tasks_are_found_by_each_of_their_parents(self, repository: Repository) -> None:
-        """In pairs, whatever their status, until they are deleted."""
+        """They are found in pairs, in any status, until they are deleted."""
         self.skip_if(repository.shortcoming)
         self.add(repository, "r", depends_on=ids_to_text(["p", "q"]))
         self.add(repository, "s", depends_on=ids_to_text(["r", "q"]))
@@ -250,7 +252,9 @@ class PrimitivesContract(Contract):
         self.apply(repository, Delete("s", {}))
         self.assert_found(repository, "parent", {})
 
-    def test_those_in_line_are_found_in_their_order(self, repository: Repository) -> None:
+    def test_tasks_that_wait_for_a_key_are_found_in_their_order(
+        self, repository: Repository
+    ) -> None:
         self.skip_if(repository.shortcoming)
         for in_line, key in (("f", "p"), ("cab", "p"), ("d", "q")):
             self.add(repository, in_line, concurrency_key=key, held=FOR_TURN)
@@ -262,7 +266,7 @@ class PrimitivesContract(Contract):
         self.assert_found(repository, "line", {"p": "ab"})
 
     def test_tasks_are_found_by_their_owner(self, repository: Repository) -> None:
-        """The running ones, and those that wait in a buffer; nobody is no owner."""
+        """Running tasks and buffered ones are found apart; an empty owner finds none."""
         for ids, owner in (("a", "p"), ("bc", "q"), ("d", "r"), ("ef", "")):
             self.add(repository, ids, owner=owner, type=owner or "t")
         self.change(repository, "d", held=BY_THREAD, stuck_on="p")
@@ -275,7 +279,7 @@ class PrimitivesContract(Contract):
         self.assert_found(repository, "running_on", {})
 
     def test_tasks_with_a_stuck_thread_are_found(self, repository: Repository) -> None:
-        """By the node of the thread, whatever their status."""
+        """They are found by the node of the thread, in any status."""
         self.add(repository, "abc")
         self.change(repository, "ab", held=BY_THREAD, stuck_on="p")
         self.end(repository, "a", status="failed")
@@ -283,8 +287,8 @@ class PrimitivesContract(Contract):
         self.change(repository, "ab", {"stuck_on": "p"}, stuck_on="", held=FREE)
         self.assert_found(repository, "stuck_on", {})
 
-    def test_the_types_of_what_may_start_are_listed(self, repository: Repository) -> None:
-        """Whoever holds it."""
+    def test_the_types_of_ready_tasks_are_listed(self, repository: Repository) -> None:
+        """The owner does not matter."""
         for task_id, kind in zip("abcd", "utvw", strict=True):
             self.add(repository, task_id, type=kind, owner="p" if kind == "u" else "")
         self.change(repository, "c", held=BY_THREAD, stuck_on="p")
@@ -293,8 +297,8 @@ class PrimitivesContract(Contract):
 
     # --- ready
 
-    def test_ready_tasks_come_by_priority_and_then_as_stored(self, repository: Repository) -> None:
-        """Whatever their type, and whatever the clock said."""
+    def test_ready_tasks_come_by_priority_and_then_by_age(self, repository: Repository) -> None:
+        """Neither the type nor ``created_at`` matters."""
         for number, priority in enumerate([0, 5, -5, 5, 0]):
             columns: dict[str, Any] = {"priority": priority} if self.keeps_every_field else {}
             columns |= {"created_at": self.NOW - number * 1000, "type": "ttuut"[number]}
@@ -306,7 +310,7 @@ class PrimitivesContract(Contract):
         assert ready == [task_id for task_id in order if task_id in "dbc"]
 
     def test_ready_tasks_are_pending_free_and_of_one_owner(self, repository: Repository) -> None:
-        """Nobody's unless asked for those of a node."""
+        """Tasks without an owner are listed, unless a node is given."""
         for ids, owner in (("a", ""), ("b", "p"), ("c", "q"), ("deg", "p"), ("f", "")):
             self.add(repository, ids, owner=owner)
         self.change(repository, "f", held=BY_THREAD, stuck_on="p")
@@ -322,8 +326,8 @@ class PrimitivesContract(Contract):
         self.assert_ready(repository, "f")
         self.assert_ready(repository, "bc", owner="q")
 
-    def test_with_ageing_so_much_waiting_counts_as_a_priority(self, repository: Repository) -> None:
-        """It waits since it was stored, or since its time came; equal ones go as they were stored."""
+    def test_with_ageing_a_long_wait_counts_as_priority(self, repository: Repository) -> None:
+        """A task waits since it was stored or became due; equal tasks keep the order of storing."""
         self.skip_if(not self.keeps_every_field, "keeps no priority")
         for name, priority, kind, second in (
             ("a", 0, "t", 0),
@@ -342,7 +346,7 @@ class PrimitivesContract(Contract):
         self.assert_ready(repository, "ebcdafg", "tu", ageing=10**9)
         self.assert_ready(repository, "", "", ageing=1)
 
-    def test_a_stub_says_what_the_runtime_moves_a_task_by(self, repository: Repository) -> None:
+    def test_a_stub_has_what_the_runtime_needs(self, repository: Repository) -> None:
         self.add(repository, "a")
         self.change(repository, "a", starts=3, cancel_requested_at=self.NOW)
         [stub] = repository.ready(["t"], 10)
@@ -351,8 +355,8 @@ class PrimitivesContract(Contract):
 
     # --- due and ended
 
-    def test_held_tasks_come_by_their_time(self, repository: Repository) -> None:
-        """Those of a moment, the earliest first; all of them if no moment is given."""
+    def test_held_tasks_come_in_the_order_of_their_times(self, repository: Repository) -> None:
+        """Tasks due at a moment are listed, the earliest first; without a moment, all held ones."""
         self.skip_if(not self.keeps_every_field, "keeps no run_at")
         self.add(repository, "d", run_at=self.NOW - 1)
         for name, later in (("a", 2), ("b", 1), ("c", 3)):
@@ -366,7 +370,7 @@ class PrimitivesContract(Contract):
         assert list(repository.due(None, 10)) == [due[1]]
 
     def test_ended_tasks_are_those_that_ended_before_a_moment(self, repository: Repository) -> None:
-        """Of one status; it is the end that counts, not when a task was created."""
+        """Tasks of one status are listed by their end, not by their creation."""
         done = {"completed": {"a": 9, "b": 20, "c": 5}, "failed": {"d": 1}, "cancelled": {"e": 2}}
         for status, ends in done.items():
             for name, end in ends.items():
@@ -382,7 +386,7 @@ class PrimitivesContract(Contract):
         assert len(repository.ended("completed", self.NOW + 100, 2)) == 2
 
     def test_ended_tasks_are_read_page_by_page(self, repository: Repository) -> None:
-        """From the newest on, each once, whether what was read stays or is removed meanwhile."""
+        """Pages begin with the newest task and list each once, even if listed tasks are removed."""
         self.add(repository, "vwxyz", created_at=self.NOW - 1000)
         self.end(repository, "vwxyz")
         for number, name in enumerate("abcde", 1):
@@ -424,8 +428,8 @@ class PrimitivesContract(Contract):
 
         assert self.paged(repository, TaskFilter(limit=2), disturb) == whole
 
-    def test_an_ended_task_has_all_that_pruning_decides_by(self, repository: Repository) -> None:
-        """Its parents, and the key that it holds; what a thread still runs is left out."""
+    def test_an_ended_task_has_what_pruning_needs(self, repository: Repository) -> None:
+        """Its parents and its key are listed; a task whose thread still runs is left out."""
         self.skip_if(repository.shortcoming)
         key = {"unique_key": "k", "unique_scope": "60.0", "unique_lock": "l"}
         self.add(repository, "a", depends_on=ids_to_text(["p"]), **key)
@@ -438,8 +442,8 @@ class PrimitivesContract(Contract):
 
     # --- notes
 
-    def test_a_note_is_changed_by_its_version_alone(self, repository: Repository) -> None:
-        """Each change raises it by one; a note that is made again has another, whatever the clock says."""
+    def test_a_note_is_changed_only_with_its_current_version(self, repository: Repository) -> None:
+        """Each change raises the version by one; a note that is made again has another version."""
         self.skip_if(repository.shortcoming)
         assert repository.notes("") == {}
         assert repository.put_note("a/1", "one ☃", 0)
@@ -508,8 +512,8 @@ class PrimitivesContract(Contract):
 
     # --- changes, opening and closing
 
-    def test_the_version_tells_that_others_changed_something(self, repository: Repository) -> None:
-        """Sooner or later; its own changes it need not tell."""
+    def test_the_version_changes_when_others_write(self, repository: Repository) -> None:
+        """The version may change late, and need not change for the object's own writes."""
         with self.second(repository) as other:
             self.skip_if(other is repository, "there is one object on the data")
             pause, seen = threading.Event(), repository.version()
@@ -521,7 +525,7 @@ class PrimitivesContract(Contract):
             raise AssertionError("the version is still the same")
 
     def test_another_object_sees_and_changes_the_same_tasks(self, repository: Repository) -> None:
-        """As soon as they are stored; a guard knows what the other did."""
+        """Changes are seen at once, by guards, too."""
         with self.second(repository) as other:
             self.add(repository, "a")
             take = Update("a", {"owner": ""}, {"owner": "node"})
@@ -532,8 +536,8 @@ class PrimitivesContract(Contract):
                 assert other.put_note("n", "text", 0)
                 assert not repository.put_note("n", "text", 0)
 
-    def test_what_was_closed_opens_again(self, repository: Repository) -> None:
-        """At the next operation; to close it twice is no error."""
+    def test_a_closed_repository_opens_again(self, repository: Repository) -> None:
+        """It opens at the next operation; closing it twice is no error."""
         self.add(repository, "a")
         repository.ensure_there()
         repository.close()
@@ -543,20 +547,20 @@ class PrimitivesContract(Contract):
         assert {"b"} <= set(self.columns(repository)) <= {"a", "b"}
         assert not repository.entered
 
-    # --- what the tests are written with
+    # --- helpers
 
     def second(self, repository: Repository) -> AbstractContextManager[Repository]:
-        """Another object on the same data; the same one where there can be no other."""
+        """Return another object on the same data; the same one if no other is possible."""
         return self.another(repository) or nullcontext(repository)
 
     def insert(self, task_id: str, **columns: Any) -> Insert:
-        """A new task of type ``t``, with these columns."""
+        """Return the write of a new task of type ``t``, with these columns."""
         row = {name: DEFAULTS.get(name) for name in CREATED}
         row |= {"id": task_id, "type": "t", "created_at": self.NOW, "held": FREE}
         return Insert({**row, **columns})
 
     def apply(self, repository: Repository, *writes: Write) -> list[bool]:
-        """Apply writes, and say for each whether its guard held."""
+        """Apply writes; return for each True if its guard held."""
         return list(repository.apply(writes))
 
     def add(self, repository: Repository, ids: Iterable[str], **columns: Any) -> None:
@@ -564,16 +568,16 @@ class PrimitivesContract(Contract):
         assert all(self.apply(repository, *(self.insert(task_id, **columns) for task_id in ids)))
 
     def change(self, repository: Repository, ids: str, guard: Any = None, **columns: Any) -> None:
-        """Set columns of tasks, which must meet a guard."""
+        """Set columns of tasks, and assert that they meet a guard."""
         assert all(self.apply(repository, *(Update(i, guard or {}, columns) for i in ids)))
 
     def end(self, repository: Repository, ids: str, **columns: Any) -> None:
-        """Have tasks ended: completed at :attr:`NOW`, unless told otherwise."""
+        """End tasks: completed at :attr:`NOW`, unless ``columns`` say otherwise."""
         completed = {"status": "completed", "completed_at": self.NOW, "owner": ""}
         self.change(repository, ids, **{**completed, **columns})
 
     def columns(self, repository: Repository, column: str = "status") -> dict[str, Any]:
-        """A column of the tasks ``a``, ``b`` and ``c``, by id."""
+        """Return a column of the tasks ``a``, ``b`` and ``c``, by id."""
         return dict(repository.find("id", ["a", "b", "c"], ("id", column)))
 
     def paged(
@@ -582,7 +586,7 @@ class PrimitivesContract(Contract):
         filter: TaskFilter,
         between: Callable[[Sequence[str]], None] = lambda page: None,
     ) -> list[str]:
-        """The ids of a list that is read page by page; ``between`` is called with each page."""
+        """Return the ids of a list that is read page by page; call ``between`` with each page."""
         found: list[str] = []
         tasks, after = repository.list_after(filter)
         while tasks:
@@ -593,13 +597,13 @@ class PrimitivesContract(Contract):
         return found
 
     def ids(self, rows: Iterable[Sequence[Any]]) -> list[str]:
-        """The ids of stubs, and of rows of an id."""
+        """Return the ids of stubs or of rows that begin with an id."""
         return [row[0] for row in rows]
 
     def assert_found(
         self, repository: Repository, column: Lookup, expected: Mapping[str, str]
     ) -> None:
-        """Assert that by each value these tasks are found, by others none; and that it is listed."""
+        """Assert that each value finds these tasks, that others find none, and that values are listed."""
         rows = repository.find(column, VALUES, (VALUE_OF.get(column, column), "id"))
         found: dict[str, str] = {}
         for value, task_id in rows if column == "line" else sorted(rows):
@@ -611,7 +615,7 @@ class PrimitivesContract(Contract):
             self.assert_listed(repository, cast("Listed", column), sorted(expected))
 
     def assert_listed(self, repository: Repository, column: Listed, values: list[str]) -> None:
-        """Assert that a column has these values now: all at once, and page by page."""
+        """Assert that a column has these values: all at once, and page by page."""
         for limit in (1, 2, 10):
             listed: list[str] = []
             while page := repository.distinct(column, listed[-1] if listed else "", limit):
@@ -623,6 +627,6 @@ class PrimitivesContract(Contract):
     def assert_ready(
         self, repository: Repository, ids: str, types: str = "t", **asked: Any
     ) -> None:
-        """Assert that these tasks may start, best first, however many are asked for."""
+        """Assert that these tasks may start, best first, for every limit."""
         for limit in range(len(ids) + 2):
             assert self.ids(repository.ready([*types], limit, **asked)) == [*ids[:limit]]

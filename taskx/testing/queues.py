@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 from taskx.common.config import Config
 from taskx.common.hooks import Hook
 from taskx.core.checks import check_number
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, TaskFailed
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.core.options import FilterOptions, OnConflict
 from taskx.core.writes import Insert
@@ -31,6 +31,7 @@ from taskx.testing.clock import ManualClock
 from taskx.testing.driven import (
     DrivenLifetime,
     DrivenNode,
+    DrivenRun,
     DrivenServices,
     DrivenSignal,
     wait_for_threads,
@@ -128,7 +129,8 @@ class ManualQueue(Queue):
     def run_next(self) -> Task | None:
         """Run the best task that may start now, to its outcome.
 
-        What the executor raises is on the record, not raised here.
+        What the executor raises is on the record, not raised here. But ``pytest.fail()`` and
+        ``pytest.skip()`` reach the test.
 
         Returns:
             the task's record after that; None if no task may start now.
@@ -145,19 +147,21 @@ class ManualQueue(Queue):
         self._execute(run)
         return self.repository.get_many([run.task.id]).get(run.task.id, run.task)
 
-    def run_all(self, most: int = 10_000) -> list[Task]:
+    def run_all(self, most: int = 10_000, *, check: bool = False) -> list[Task]:
         """Run every task that may start now, and those that may start because of that.
 
         Retries that wait, and tasks with a delay, stay pending until :meth:`advance`.
 
         Args:
             most: the number of runs after which this fails: a task may submit itself again and again.
+            check: raise an error if a task has failed for good.
 
         Returns:
             the record of each task after its run, in the order of the runs.
 
         Raises:
             AssertionError: there are more than ``most`` runs.
+            TaskFailed: with ``check``, after all runs: the first task that has failed.
             TaskxError: as :meth:`run_next`.
         """
         ran: list[Task] = []
@@ -168,26 +172,30 @@ class ManualQueue(Queue):
                     f"run_all() has run {most} tasks and there are more; the last one is "
                     f"{submissions.described(task)}: does a task submit itself?"
                 )
-        return ran
+        return _checked_runs(ran, check=check)
 
-    def advance(self, seconds: float) -> list[Task]:
+    def advance(self, seconds: float, *, check: bool = False) -> list[Task]:
         """Let time pass, and run what is due, each task and tick at its moment.
 
         Tasks that may start already run first. There is one thread: while an executor lets time pass, no
         other task runs.
 
+        Args:
+            seconds: the time that passes.
+            check: raise an error if a task has failed for good.
+
         Returns:
             the record of each task after its run, in the order of the runs.
 
         Raises:
-            TaskxError: as :meth:`run_next`.
+            TaskxError: as :meth:`run_next` and, with ``check``, as :meth:`run_all`.
         """
         end = self.clock.monotonic() + check_number(seconds, "seconds")
         ran = self.run_all()
         while (left := end - self.clock.monotonic()) > _STEP / 2:
             self._pass(min(left, self._until_next()))
             ran += self.run_all()
-        return ran
+        return _checked_runs(ran, check=check)
 
     def drain(self, timeout: float | timedelta | None = None) -> bool:
         """Run every task that may start now; return True.
@@ -239,6 +247,8 @@ class ManualQueue(Queue):
         wait_for_threads(before, ("taskx-callbacks", "taskx-cancel"))
         if ending.interrupt is not None:
             raise ending.interrupt
+        if isinstance(run, DrivenRun) and (outcome := run.test_outcome) is not None:
+            raise outcome
 
     # --- time
 
@@ -557,6 +567,14 @@ def _checked(clock: Any) -> ManualClock:
     if not isinstance(clock, ManualClock):
         raise ConfigurationError(f"clock must be a ManualClock, not {clock!r}")
     return clock
+
+
+def _checked_runs(ran: list[Task], *, check: bool) -> list[Task]:
+    """Return the records of runs; with ``check``, raise the error of the first task that has failed."""
+    for task in ran if check else ():
+        if task.status is TaskStatus.FAILED:
+            raise TaskFailed(task.id, task.error, max(1, task.errors), task.traceback)
+    return ran
 
 
 def _wait(done: Callable[[], bool], seconds: float) -> bool:

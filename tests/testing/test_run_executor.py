@@ -76,6 +76,7 @@ def test_the_error_is_kept_and_raised_by_result():
     with pytest.raises(Mine) as raised:
         _ = outcome.result
     assert raised.value is outcome.error
+    assert outcome.task.traceback.count("File ") == 1  # nothing of the kit is in it
 
 
 def test_a_result_that_is_not_json_is_an_error():
