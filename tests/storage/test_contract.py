@@ -91,7 +91,7 @@ class TestTheContractItself:
             ("list", "test_lists_are_newest_first"),
             ("count", "test_lists_are_newest_first"),
             ("get_by_id", "test_the_store_shares_no_object_with_its_callers"),
-            ("delete", "test_an_unknown_id_is_not_found"),
+            ("delete", "test_an_unknown_id_raises_task_not_found"),
         ],
     )
     def test_a_broken_method_is_found(self, broken, test):

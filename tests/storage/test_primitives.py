@@ -185,8 +185,8 @@ class TestTheContractItself:
             ("order of fields", "test_tasks_are_found_by_their_id"),
             ("limit", "test_tasks_are_found_by_their_id"),
             ("empty", "test_tasks_are_found_by_their_owner"),
-            ("due", "test_held_tasks_come_by_their_time"),
-            ("version", "test_a_note_is_changed_by_its_version_alone"),
+            ("due", "test_held_tasks_come_in_the_order_of_their_times"),
+            ("version", "test_a_note_is_changed_only_with_its_current_version"),
         ],
     )
     def test_a_broken_rule_is_found(self, rule, test):
