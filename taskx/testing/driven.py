@@ -9,6 +9,7 @@ import math
 import threading
 from collections.abc import Callable, Collection
 from datetime import timedelta
+from typing import Any
 
 import attrs
 
@@ -27,6 +28,7 @@ from taskx.executing.context import Shared
 from taskx.executing.executors import Registered
 from taskx.executing.runner import Run, Runner
 from taskx.moving import Services
+from taskx.running.pool import State
 from taskx.testing.clock import ManualClock
 from taskx.upkeep.housekeeper import Housekeeper
 from taskx.upkeep.node import Lifetime, LocalNode
@@ -230,9 +232,13 @@ class DrivenNode(LocalNode):
 
 
 class DrivenLifetime(Lifetime):
-    """Starts and stops a node without threads."""
+    """Starts and stops a node without threads. One that is left over is not stopped at interpreter exit."""
 
     node_class = DrivenNode
+
+    def __init__(self, services: Services, config: Config, state: State, queue: Any) -> None:
+        super().__init__(services, config, state, queue)
+        self.forget()
 
 
 class DrivenSignal(Signal):

@@ -219,11 +219,23 @@ def test_a_mistake_in_the_settings_is_explained(project, ini, mark, message):
 
 @pytest.mark.process
 def test_the_kit_works_without_pytest(project):
-    ran = project.run(
-        *("-W", "error", "-c"),
-        "import sys, taskx.testing; taskx.testing.ManualQueue(); assert 'pytest' not in sys.modules",
+    project.write(
+        "program.py",
+        """
+        import sys
+        from taskx import SQLiteRepository
+        from taskx.testing import ManualQueue
+
+        queue = ManualQueue(SQLiteRepository("tasks.db"))
+        queue.executor("fine")(lambda: None)
+        queue.submit("fine")
+        queue.submit("fine", delay=60)
+        assert len(queue.run_all()) == 1
+        assert "pytest" not in sys.modules
+        """,
     )
-    assert ran.returncode == 0, ran.stderr
+    ran = project.run("-W", "error", "program.py")
+    assert (ran.returncode, ran.stderr) == (0, "")
 
 
 # Other test runners
@@ -272,6 +284,27 @@ def test_it_works_in_a_unittest_test_case(project, runner):
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "Ran 3 tests" in ran.stderr or "3 passed" in ran.stdout
     assert not (project.folder / "production.db").exists()
+
+
+@pytest.mark.process
+def test_a_unittest_test_case_can_use_the_fixture(project):
+    project.write("app.py", APP)
+    project.write(
+        "test_unit.py",
+        """
+        import app, pytest, unittest
+
+        @pytest.mark.taskx(queue=app.queue, mode="inline")
+        @pytest.mark.usefixtures("taskx_queue")
+        class Tasks(unittest.TestCase):
+            def test_inline(self):
+                app.sign_up("ann")
+                self.assertEqual("ann", app.mails.pop())
+                app.queue.assert_submitted("mail")
+        """,
+    )
+    said = project.pytest()
+    assert "1 passed" in said, said
 
 
 SETTINGS = """
