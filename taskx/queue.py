@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
@@ -28,6 +28,7 @@ from taskx.core.options import (
     options_of,
 )
 from taskx.core.ticks import Every, Misfire
+from taskx.core.values import Values
 from taskx.executing.executors import (
     AnyExecutor,
     BoundExecutor,
@@ -880,6 +881,11 @@ class Queue:
         self._services.watcher.renew_after_fork()
         self._life.forget()
         self._wire()
+
+    @property
+    def _values(self) -> Mapping[str, Values]:
+        """The JSON forms of params and results, by type; handles decode results by them."""
+        return self._registry.values
 
     @property
     def _node(self) -> LocalNode | None:

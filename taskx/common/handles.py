@@ -13,7 +13,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
 from contextlib import suppress
@@ -27,12 +27,14 @@ from taskx.common.display import Display
 from taskx.core.checks import in_seconds, optional_seconds
 from taskx.core.errors import (
     InvalidTransition,
+    PayloadError,
     QueueStopped,
     RepositoryCorrupt,
     TaskFailed,
     TaskNotFound,
 )
 from taskx.core.model import Task, TaskStatus
+from taskx.core.values import Values
 
 R = TypeVar("R")
 
@@ -46,6 +48,8 @@ class _Owner(Protocol):
     def get_task_status(self, task_id: str, /) -> Task: ...
     def cancel_task(self, task_id: str, /) -> bool: ...
     def watch(self, handle: TaskHandle[Any], /) -> None: ...
+    @property
+    def _values(self) -> Mapping[str, Values]: ...
 
 
 class _Watches(Protocol):
@@ -56,6 +60,7 @@ class _Outcome(NamedTuple):
     state: str
     result: Any = None
     exception: BaseException | None = None
+    type: str = ""  # the task's type, if it has completed
 
 
 _CANCELLED = _Outcome(CANCELLED_AND_NOTIFIED)
@@ -68,7 +73,8 @@ class TaskHandle(Future[R]):
     """A task as a ``concurrent.futures.Future``. ``submit`` returns it; so does ``queue.handle``, anywhere.
 
     It works with ``wait``, ``as_completed`` and ``asyncio.wrap_future``. ``result()`` returns the
-    executor's result as JSON gives it back. It raises ``TaskFailed`` for a failed task,
+    executor's result, decoded by its return annotation if this queue has the executor, else as JSON gives
+    it back. It raises ``TaskFailed`` for a failed task,
     ``concurrent.futures.CancelledError`` for a cancelled task, and ``RepositoryCorrupt`` for a task with
     a damaged record.
 
@@ -151,6 +157,7 @@ class TaskHandle(Future[R]):
             concurrent.futures.TimeoutError: the task has not ended within ``timeout`` seconds.
             TaskNotFound: the task was deleted.
             RepositoryCorrupt: the task's record is damaged.
+            PayloadError: the stored result does not fit the return annotation of the executor.
             QueueStopped: the queue was closed before the task had ended.
             RepositoryError: the repository cannot be read.
         """
@@ -160,8 +167,7 @@ class TaskHandle(Future[R]):
                 raise CancelledError(f"task {self.id} was cancelled")
             if outcome.exception is not None:
                 raise outcome.exception
-            result: R = outcome.result
-            return result
+            return self._value(outcome)
         finally:
             del self, outcome  # else the exception's traceback would keep them alive
 
@@ -176,7 +182,20 @@ class TaskHandle(Future[R]):
         outcome = self._wait(timeout)
         if outcome.state != FINISHED:
             raise CancelledError(f"task {self.id} was cancelled")
+        try:
+            self._value(outcome)
+        except PayloadError as error:
+            return error
         return outcome.exception
+
+    def _value(self, outcome: _Outcome) -> R:
+        """Return the result, decoded if this queue has an executor that annotates it."""
+        value: R = outcome.result
+        if (values := self._owner._values.get(outcome.type)) is not None:
+            if "_decoded" not in self.__dict__:
+                self.__dict__.setdefault("_decoded", values.decode_result(value))
+            value = self.__dict__["_decoded"]
+        return value
 
     def follow(self, timeout: float | timedelta | None = None) -> R:
         """Show the task's progress to a person until the task has ended, and return its result.
@@ -335,7 +354,7 @@ class TaskHandle(Future[R]):
         elif task.status is TaskStatus.COMPLETED and task.damage:
             self._resolve(_Outcome(FINISHED, exception=RepositoryCorrupt(task.damage)))
         elif task.status is TaskStatus.COMPLETED:
-            self._resolve(_Outcome(FINISHED, task.result))
+            self._resolve(_Outcome(FINISHED, task.result, None, task.type))
         elif task.status is TaskStatus.FAILED:
             last = _last_attempt(task)
             failed = TaskFailed(task.id, task.error, last, task.traceback, task.error_type)

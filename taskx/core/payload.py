@@ -1,7 +1,8 @@
 """The JSON rules: the values that can be stored as params or result, the same in every repository.
 
 Allowed are ``None``, ``bool``, ``int`` within 64 bits, finite ``float``, ``str``, and lists, tuples
-(stored as lists) and dicts with ``str`` keys of these, at most :data:`MAX_DEPTH` levels deep.
+(stored as lists) and dicts with ``str`` keys of these, at most :data:`MAX_DEPTH` levels deep. Other values
+need an annotation, by which :mod:`taskx.core.values` encodes them before.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+from taskx.core import values
 from taskx.core.errors import PayloadError
 
 #: Largest depth of nesting; below the 100 levels of BSON, so that MongoDB can store the same values.
@@ -85,7 +87,17 @@ def _flaw(value: Any, depth: int) -> tuple[str, str] | None:
     if isinstance(value, (str, int, float, list, tuple, dict)):
         # A subclass (an IntEnum, a defaultdict): check the plain value that would be encoded.
         return _flaw(_plain(value), depth)
-    return "", f"{kind.__name__} is not JSON"
+    return "", _not_json(kind)
+
+
+def _not_json(kind: type[Any]) -> str:
+    name = kind.__name__
+    if not values.has_form(kind):
+        return f"{name} is not JSON"
+    return (
+        f"{name} is not JSON; to store one as a param or result, annotate that of the executor with "
+        f"{name} and register the executor with this queue"
+    )
 
 
 def _flaw_in_dict(value: dict[Any, Any], depth: int) -> tuple[str, str] | None:

@@ -33,6 +33,7 @@ from taskx.core.options import (
     options_of,
 )
 from taskx.core.submission import OF_SUBMIT, bound_options, with_options
+from taskx.core.values import Values, values_of
 from taskx.executing.context import Context
 
 if TYPE_CHECKING:
@@ -142,6 +143,8 @@ class Executor(Generic[P, R]):
         self._open = len(named) < len(own)
         self._known = frozenset(p.name for p in named)
         self._required = frozenset(p.name for p in named if p.default is p.empty)
+        #: The JSON forms of params and result; None if no annotation has one.
+        self.values: Values | None = values_of(function, own)
 
     def _check_kinds(self, parameters: list[inspect.Parameter]) -> None:
         for parameter in parameters:
@@ -181,10 +184,10 @@ class Executor(Generic[P, R]):
         return BoundExecutor(self, {}).on(queue)
 
     def task(self, *args: P.args, **kwargs: P.kwargs) -> Task:
-        """Return a new task with these params, to change and submit.
+        """Return a new task with these params as JSON, to change and submit.
 
         Raises:
-            PayloadError: a param is missing or unknown.
+            PayloadError: a param is missing or unknown, or does not fit its annotation.
         """
         try:
             bound = self._signature.bind(*args, **kwargs)
@@ -197,6 +200,8 @@ class Executor(Generic[P, R]):
                 params.update(value)
             else:
                 params[name] = value
+        if self.values is not None:
+            params = self.values.encode_params(params)
         return Task(type=self.type, params=params)
 
     def submit(self, *args: P.args, **kwargs: P.kwargs) -> TaskHandle[R]:
@@ -206,7 +211,7 @@ class Executor(Generic[P, R]):
 
         Raises:
             ConfigurationError: the executor is not registered with a queue, or with several.
-            PayloadError: a param is missing, unknown or not JSON.
+            PayloadError: a param is missing or unknown, or is neither JSON nor fits its annotation.
             TaskxError: any error that ``Queue.submit`` raises.
         """
         queue = self._queues.only
@@ -223,10 +228,11 @@ class Executor(Generic[P, R]):
         return self._queues.choose(self.type)
 
     def task_with(self, params: Any = None) -> Task:
-        """Return a new task with params that ``submit`` checks.
+        """Return a new task with params as JSON, which ``submit`` checks.
 
         Raises:
-            PayloadError: no params are given, and the function requires some.
+            PayloadError: no params are given, and the function requires some; or a param does not fit its
+                annotation.
         """
         if params is None and self._required:
             required = [name for name in self._signature.parameters if name in self._required]
@@ -235,6 +241,8 @@ class Executor(Generic[P, R]):
             raise PayloadError(
                 "params", f"{self.type!r} requires {', '.join(required)}: write {call}"
             )
+        if self.values is not None and isinstance(params, Mapping):
+            params = self.values.encode_params(params)
         return Task(type=self.type, params={} if params is None else params)
 
     def check_params(self, params: Mapping[str, Any]) -> None:
@@ -453,6 +461,7 @@ class Registered(NamedTuple):
     defaults: Mapping[str, Any]  #: the options stored with a task that does not set them itself
     at_start: tuple[Any, ...]  #: the options set at the start: as ``FALLBACKS``, in that order
     log_level: int | None  #: the lowest level of log lines that are kept; None keeps none
+    values: Values | None  #: the JSON forms of params and result; None if no annotation has one
 
     def apply_defaults(self, task: Task) -> None:
         """Set the options that neither the task nor its submit has set, before the task starts."""
@@ -474,11 +483,26 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
     if isinstance(executor, Executor):
         options, check = executor.options.overridden(options), executor.check_params
         type, function, takes_context = executor.type, executor.function, executor.takes_context
+        values = executor.values
     else:
         type, function, takes_context = _type_of(executor), _classic(executor), True
+        values = values_of(executor.execute)
+    if values is not None:
+        function = _coding(function, values)
     defaults, level = options.task_defaults, log_level(options.capture_log)
     at_start = tuple({**FALLBACKS, **defaults}.values())
-    return Registered(type, function, takes_context, check, options, defaults, at_start, level)
+    return Registered(
+        type, function, takes_context, check, options, defaults, at_start, level, values
+    )
+
+
+def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:
+    """Return a function that takes JSON params and returns a JSON result."""
+
+    def call(*context: Context, **params: Any) -> Any:
+        return values.encode_result(function(*context, **values.decode_params(params)))
+
+    return call
 
 
 def _type_of(executor: Any) -> str:

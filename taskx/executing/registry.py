@@ -13,6 +13,7 @@ from taskx.core.model import Task
 from taskx.core.options import Options
 from taskx.core.payload import DEFAULT_MAX_SIZE
 from taskx.core.rate import Limit
+from taskx.core.values import Values
 from taskx.executing.context import Context
 from taskx.executing.executors import Executor, Registered, TaskExecutor, entry_of
 
@@ -53,6 +54,8 @@ class Registry:
         self.max_payload_size = max_payload_size
         #: The entry of each type that the queue runs.
         self.registered: dict[str, Registered] = {}
+        #: The JSON forms of params and results of the types whose executors annotate some.
+        self.values: dict[str, Values] = {}
         #: The limits of the types that have one.
         self.limits: dict[str, Limit] = {}
         self._declared: set[str] = set()
@@ -98,6 +101,9 @@ class Registry:
             takes_context = True
         if limit is not None:  # first: as soon as the type is registered, its tasks may start
             self.limits[entry.type] = limit
+        self.values.pop(entry.type, None)
+        if entry.values is not None:
+            self.values[entry.type] = entry.values
         self.registered[entry.type] = entry._replace(function=function, takes_context=takes_context)
 
     def declare(self, type: str) -> None:

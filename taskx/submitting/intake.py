@@ -8,6 +8,8 @@ from functools import partial
 from operator import itemgetter
 from typing import Any, NoReturn
 
+import attrs
+
 from taskx.common import permission
 from taskx.common.config import Config
 from taskx.core import lifecycle, unique
@@ -26,6 +28,7 @@ from taskx.core.errors import (
 from taskx.core.model import Task
 from taskx.core.options import OnConflict, refuse_unknown
 from taskx.core.submission import given, with_options
+from taskx.core.values import Values
 from taskx.core.writes import Insert
 from taskx.executing.executors import AnyExecutor, executor_of
 from taskx.executing.runner import inside_executor
@@ -471,6 +474,8 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
             f"expected a Task, not {task!r:.80}; an executor makes one: executor.task(…)"
         )
     registry = services.registry
+    if registry.values:
+        task = encoded(task, registry.values)
     insert = new_record(task, services.clock.now_ms(), registry.max_payload_size)
     row = insert.row
     executor = registry.get(row["type"])
@@ -483,6 +488,18 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
         if priority is None and not row["priority"]:
             row["priority"] = executor.options.priority or 0
     return insert
+
+
+def encoded(task: Task, values: Mapping[str, Values]) -> Task:
+    """Return the task with params as JSON, if its executor is registered here and annotates some.
+
+    Raises:
+        PayloadError: a param does not fit its annotation.
+    """
+    known = values.get(task.type) if isinstance(task.type, str) else None
+    if known is None or not isinstance(task.params, Mapping):
+        return task
+    return attrs.evolve(task, params=known.encode_params(task.params))
 
 
 def task_of(

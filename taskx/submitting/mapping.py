@@ -31,8 +31,9 @@ from taskx.core.errors import (
 from taskx.core.model import Task, TaskStatus, check_name
 from taskx.core.options import MapOptions, refuse_unknown
 from taskx.core.submission import given
+from taskx.core.values import Values
 from taskx.executing.executors import AnyExecutor, Executor, executor_of
-from taskx.submitting.intake import Intake, task_of
+from taskx.submitting.intake import Intake, encoded, task_of
 
 # Tasks submitted ahead for each worker if no window is given.
 _AHEAD_PER_WORKER = 4
@@ -51,6 +52,8 @@ class _Owner(Protocol):
     def get_task_status(self, task_id: str, /) -> Task: ...
     def requeue(self, task_id: str, /) -> None: ...
     def handle(self, task_id: str, /) -> TaskHandle[Any]: ...
+    @property
+    def _values(self) -> Mapping[str, Values]: ...
 
 
 def digest(params: dict[str, Any]) -> str:
@@ -274,14 +277,15 @@ class Results(Iterator[Any]):
             PayloadError: the item does not fit the executor.
             ConfigurationError: ``key`` returned neither a text nor a whole number.
         """
-        if isinstance(item, Mapping):
-            task = Task(type=self._type, params=dict(item))
-        elif isinstance(self.executor, Executor):
-            task = self.executor.task(item)
-        else:
+        params = dict(item) if isinstance(item, Mapping) else None
+        if isinstance(self.executor, Executor):
+            task = self.executor.task(item) if params is None else self.executor.task_with(params)
+        elif params is None:
             raise PayloadError(
                 "params", "every item must be a dict if map gets only the name of a type"
             )
+        else:
+            task = encoded(Task(type=self._type, params=params), self.owner._values)
         key = digest(task.params) if self.key is None else self.key(item)
         if type(key) is not int and (not isinstance(key, str) or not key):
             raise ConfigurationError(f"key must return a text or a whole number, not {key!r}")

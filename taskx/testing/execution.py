@@ -12,6 +12,7 @@ from taskx.core import payload
 from taskx.core.checks import check_int
 from taskx.core.model import Task, TaskStatus
 from taskx.core.options import Options, ScheduleOptions, refuse_unknown
+from taskx.core.values import Values
 from taskx.core.writes import Update
 from taskx.executing.capture import Capture, CapturedLogger
 from taskx.executing.context import Context, log_prefix
@@ -55,6 +56,7 @@ class Outcome(Generic[R]):
     cursor: Any = None
     log: list[str] = attrs.field(factory=list)
     records: list[logging.LogRecord] = attrs.field(factory=list, repr=False)
+    _values: Values | None = attrs.field(default=None, repr=False)
 
     @property
     def status(self) -> TaskStatus:
@@ -63,7 +65,7 @@ class Outcome(Generic[R]):
 
     @property
     def result(self) -> R:
-        """The value that the executor returned, as JSON gives it back.
+        """The value that the executor returned, as ``TaskHandle.result`` gives it back.
 
         Raises:
             BaseException: what the executor raised, if it did: the same object as :attr:`error`.
@@ -71,7 +73,7 @@ class Outcome(Generic[R]):
         if self.error is not None:
             raise self.error
         result: R = self.task.result
-        return result
+        return result if self._values is None else self._values.decode_result(result)
 
 
 class _RecordingContext(Context):
@@ -209,7 +211,9 @@ def run_executor(
     _amend(queue, task_id, attempt, steps, cursor)
     run = queue._start_next()
     assert isinstance(run, DrivenRun)  # it may start: nothing holds it back
-    outcome: Outcome[Any] = Outcome(run.task, steps=dict(steps or {}), cursor=cursor)
+    outcome: Outcome[Any] = Outcome(
+        run.task, steps=dict(steps or {}), cursor=cursor, values=run.executor.values
+    )
     run.capture = _Records(log_prefix(task_id, type_), outcome)
     run.context = _RecordingContext(run, run.capture, outcome)
     if cancel_after == 0:

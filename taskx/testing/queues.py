@@ -306,7 +306,8 @@ class ManualQueue(Queue):
 
         Args:
             type: only tasks of this type.
-            params: only tasks whose params have these values; they may have others, too.
+            params: only tasks whose params have these values, as objects or as JSON; they may have
+                others, too.
             within: only tasks submitted in the last so many seconds, by the queue's clock.
             delay: only tasks with this delay, in seconds; 0 for those without.
             fields: only tasks with these values, such as ``priority=5``.
@@ -314,7 +315,7 @@ class ManualQueue(Queue):
         Raises:
             ConfigurationError: a task has no such field.
         """
-        return self._submissions.matching(type, params, within, delay, fields)
+        return self._submissions.matching(type, params, within, delay, fields, self._values)
 
     def assert_submitted(
         self,

@@ -8,8 +8,9 @@ from typing import Any
 
 from taskx.common.hooks import Hook
 from taskx.core.clock import to_ms
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, PayloadError
 from taskx.core.model import TASK_FIELDS, Task
+from taskx.core.values import Values
 from taskx.testing.clock import ManualClock
 
 #: Tasks, and characters of the params of each, that a message lists.
@@ -34,6 +35,7 @@ class Submissions(Hook):
         within: float | None,
         delay: float | None,
         fields: Mapping[str, Any],
+        values: Mapping[str, Values],
     ) -> list[Task]:
         """Return the tasks that meet all of these conditions: see :meth:`ManualQueue.submitted`."""
         if unknown := sorted(fields.keys() - {*TASK_FIELDS}):
@@ -43,7 +45,7 @@ class Submissions(Hook):
             task
             for task in self.tasks
             if (type is None or task.type == type)
-            and (params is None or _includes(task.params, params))
+            and (params is None or _includes(task.params, params, values.get(task.type)))
             and (since is None or _created(task) >= since)
             and (delay is None or _delay(task) == delay)
             and all(getattr(task, name) == value for name, value in fields.items())
@@ -89,7 +91,12 @@ def in_order(tasks: Sequence[Task], types: Sequence[str]) -> list[str]:
     return [task.type for task in tasks if task.type in types]
 
 
-def _includes(params: Mapping[str, Any], some: Mapping[str, Any]) -> bool:
+def _includes(params: Mapping[str, Any], some: Mapping[str, Any], values: Values | None) -> bool:
+    if values is not None:
+        try:
+            some = values.encode_params(some)
+        except PayloadError:  # a submit would refuse them
+            return False
     return all(name in params and value == params[name] for name, value in some.items())
 
 

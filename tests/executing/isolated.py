@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import date, timedelta
 from pathlib import Path
 
 from taskx import (
@@ -292,3 +293,9 @@ def leaves(ctx, how, dies=False):
     if dies:
         os._exit(7)
     time.sleep(FOR_EVER)  # blocks on purpose
+
+
+@executor("tomorrow", isolation="process")
+def tomorrow(day: date) -> date:
+    """Return the day after an object that it got."""
+    return day + timedelta(days=1)

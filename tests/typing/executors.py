@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from datetime import datetime, timedelta
+from dataclasses import dataclass
+from datetime import date, datetime, timedelta
+from decimal import Decimal
 from typing import TYPE_CHECKING, Any
+from uuid import UUID
 
 import taskx
 from taskx import (
@@ -53,6 +56,17 @@ def later(ctx: Context, *, name: str) -> str:
     return name
 
 
+@dataclass
+class Order:
+    day: date
+    prices: dict[str, Decimal]
+
+
+@queue.executor()
+def postponed(order: Order, by: timedelta | None = None) -> tuple[Order, UUID]:
+    return order, UUID(int=0)
+
+
 class Connection:
     def abort(self) -> None: ...
 
@@ -76,6 +90,14 @@ def submitting() -> None:
     add.submit("1")  # type: ignore[arg-type]
     add.task(1, 2, 3)  # type: ignore[call-arg]
     later.submit("x")  # type: ignore[call-arg]
+
+
+def submitting_objects(order: Order) -> None:
+    assert_type(postponed.submit(order).result(), tuple[Order, UUID])
+    assert_type(postponed.submit(order, timedelta(1)).follow(), tuple[Order, UUID])
+    assert_type(queue.map(postponed, [{"order": order}]), Iterator[tuple[Order, UUID]])
+    postponed.submit({"day": "2026-01-01"})  # type: ignore[arg-type]
+    postponed.submit(order, by=60)  # type: ignore[arg-type]
 
 
 def flowing() -> None:
