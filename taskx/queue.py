@@ -103,7 +103,10 @@ class Queue:
         )
         self._hooks = tuple(hooks)
         self._registry = Registry(
-            check_middleware(middleware), self._require, self.config.max_payload_size
+            check_middleware(middleware),
+            self._require,
+            self.config.max_payload_size,
+            self._warn_if_nobody_runs,
         )
         self._schedules = Schedules(self.handle)
         self.repository.queues.add(self)
@@ -127,6 +130,17 @@ class Queue:
 
     def _require(self, what: str) -> None:
         self.repository.require(what)
+
+    def _warn_if_nobody_runs(self, type: str) -> None:
+        if self.repository.shortcoming:  # other processes are not known
+            return
+        with suppress(RepositoryError):
+            if not queries.runs_somewhere(self.repository, type):
+                self._log.warning(
+                    "no running queue has an executor for type %r, which this queue only declares; its "
+                    "tasks wait until one is started",
+                    type,
+                )
 
     def __repr__(self) -> str:
         return f"<Queue on {self.repository!r}, {self._life.name}>"
@@ -701,6 +715,9 @@ class Queue:
         tasks are stored. In this process the pause is in effect when the call returns, except for a
         start that is being written at that moment; in other processes within a second.
 
+        A type that is not registered, not declared, and not run by any running queue is paused, too, but
+        a warning is logged: the type may be misspelt.
+
         Raises:
             ConfigurationError: the type is not a valid name, or the repository has only the eight
                 methods.
@@ -708,6 +725,15 @@ class Queue:
         """
         self._services.pauses.set(type)
         self._check_pauses()
+        if type is None or self._registry.knows(type):
+            return
+        with suppress(RepositoryError):
+            if not queries.runs_somewhere(self.repository, type):
+                self._log.warning(
+                    "type %r is paused, but no running queue has an executor for it; is it misspelt? "
+                    "This queue knows: %s",
+                    *(type, self._registry.known),
+                )
 
     def resume(self, type: str | None = None) -> None:
         """End the :meth:`pause` of the same type. With None, types paused by name stay paused.

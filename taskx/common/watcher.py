@@ -22,7 +22,7 @@ from taskx.core.errors import RepositoryError, on_main_thread
 from taskx.core.lifecycle import ENDED, FINISHED
 from taskx.core.log import Complaint, GuardedLogger
 from taskx.storage.base import Listener, Repository
-from taskx.storage.queries import Changes
+from taskx.storage.queries import Changes, runs_somewhere
 
 # Polling interval, in seconds, of a process in which no queue is started.
 _POLL = 0.02
@@ -86,8 +86,7 @@ class Watcher:
         task = self._repository.get_many([task_id]).get(task_id)
         if task is None or task.status.finished:
             return
-        nodes = [node for node in self._repository.nodes() if node.alive is not False]
-        if not any(task.type in node.types for node in nodes):
+        if not runs_somewhere(self._repository, task.type):
             self._log.warning(
                 "waiting for task %s, but this queue is not started, and no running queue has an "
                 "executor for type %r; start a queue that has one",

@@ -6,7 +6,7 @@ import gc
 import inspect
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from functools import update_wrapper
 from types import MappingProxyType
 from typing import (
@@ -192,8 +192,8 @@ class Executor(Generic[P, R]):
         try:
             bound = self._signature.bind(*args, **kwargs)
         except TypeError as error:
-            takes = ", ".join(self._signature.parameters) or "nothing"
-            raise PayloadError("params", f"{self.type!r}: {error}; it takes {takes}") from None
+            named: list[str] = [*self._signature.parameters][: len(args)]
+            raise self._misfit({*named, *kwargs.keys()}, f": {error}") from None
         params: dict[str, Any] = {}
         for name, value in bound.arguments.items():
             if self._signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
@@ -252,12 +252,22 @@ class Executor(Generic[P, R]):
             given <= self._known or (self._open and self._reserved.isdisjoint(given))
         ):
             return
+        raise self._misfit(given)
+
+    def _misfit(self, given: Set[str], other: str = "") -> PayloadError:
+        """Return the error for params that do not fit: it names all that are missing or unknown."""
+        wrong = []
         if missing := sorted(self._required - given):
-            raise PayloadError("params", f"{self.type!r} requires {', '.join(missing)}")
-        extra = given & self._reserved if self._open else given - self._known
-        unknown = ", ".join(sorted(map(repr, extra)))
-        known = ", ".join(sorted(self._known)) or "none"
-        raise PayloadError("params", f"{self.type!r} does not take {unknown}; it takes {known}")
+            wrong.append(f" requires {', '.join(missing)}")
+        if extra := given & self._reserved if self._open else given - self._known:
+            wrong.append(f" does not take {', '.join(sorted(map(repr, extra)))}")
+        takes = [*self._signature.parameters]
+        if self._open:
+            takes[-1] = f"**{takes[-1]}"
+        return PayloadError(
+            "params",
+            f"{self.type!r}{' and'.join(wrong) or other}; it takes {', '.join(takes) or 'no params'}",
+        )
 
 
 class BoundExecutor(Generic[P, R]):

@@ -41,6 +41,7 @@ class Registry:
     """The types that a queue runs, and the declared types that it only accepts.
 
     ``require(feature)`` raises ``ConfigurationError`` if the repository does not support the feature.
+    ``first_use(type)`` is called before the first task of a declared type is stored.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Registry:
         middleware: Sequence[Layer] = (),
         require: Callable[[str], object] = lambda what: None,
         max_payload_size: int = DEFAULT_MAX_SIZE,
+        first_use: Callable[[str], object] = lambda type: None,
     ) -> None:
         self._middleware = middleware
         self._require = require
@@ -59,6 +61,8 @@ class Registry:
         #: The limits of the types that have one.
         self.limits: dict[str, Limit] = {}
         self._declared: set[str] = set()
+        self._used: set[str] = set()  # the declared types that tasks were submitted of
+        self._first_use = first_use
 
     @property
     def types(self) -> tuple[str, ...]:
@@ -116,13 +120,24 @@ class Registry:
         Raises ``UnknownTaskType`` if the type is neither registered nor declared.
         """
         entry = self.registered.get(type)
-        if entry is None and type not in self._declared:
-            known = ", ".join(sorted({*self.registered, *self._declared})) or "none"
-            raise UnknownTaskType(
-                f"no executor is registered for type {type!r} (known: {known}); register one, or "
-                "call declare() if the type runs in another process"
-            )
+        if entry is None and type not in self._used:
+            if type not in self._declared:
+                raise UnknownTaskType(
+                    f"no executor is registered for type {type!r} (known: {self.known}); register one, "
+                    "or call declare() if the type runs in another process"
+                )
+            self._used.add(type)
+            self._first_use(type)
         return entry
+
+    def knows(self, type: str) -> bool:
+        """Return True if the type is registered or declared."""
+        return type in self.registered or type in self._declared
+
+    @property
+    def known(self) -> str:
+        """The types that are registered or declared, as text."""
+        return ", ".join(sorted({*self.registered, *self._declared})) or "none"
 
 
 def _check_replaced(before: Registered, entry: Registered) -> None:

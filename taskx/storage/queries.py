@@ -34,6 +34,11 @@ def owners(repository: Repository) -> Sequence[str]:
     return [*{owner: None for column in columns for owner in every(repository, column)}]
 
 
+def runs_somewhere(repository: Repository, type: str) -> bool:
+    """Return True if a node that may be alive has an executor for the type."""
+    return any(type in node.types for node in repository.nodes() if node.alive is not False)
+
+
 def oldest_ready(repository: Repository) -> int | None:
     """Return since when the longest waiting task that may start has waited, in milliseconds.
 

@@ -359,3 +359,30 @@ def test_no_task_of_a_paused_type_starts_after_pause_returns(make_queue, everyth
     assert len(began) <= seen + gone_on
     queue.resume(None if everything else "a")
     eventually(lambda: len(began) == 300)
+
+
+def misspelt(caplog):
+    return [r.getMessage() for r in caplog.records if "is it misspelt?" in r.getMessage()]
+
+
+def test_a_pause_of_a_type_that_nobody_knows_is_warned_of(queue, other, caplog):
+    queue.declare("c")
+    for known in (None, "a", "c"):
+        queue.pause(known)
+    assert not misspelt(caplog)
+    queue.pause("resise")
+    [warning] = misspelt(caplog)
+    assert warning.startswith(
+        "type 'resise' is paused, but no running queue has an executor for it"
+    )
+    assert warning.endswith("This queue knows: a, b, c")
+    assert "resise" in other.paused
+
+
+def test_a_pause_of_a_type_that_another_queue_runs_is_not_warned_of(queue, make_queue, caplog):
+    worker = make_queue()
+    worker.executor("far")(lambda: 1)
+    worker.start()
+    queue.pause("far")
+    assert not misspelt(caplog)
+    assert "far" in queue.paused

@@ -129,6 +129,32 @@ class TestRefused:
         with pytest.raises(PayloadError, match=r"does not take 'nummer'; it takes number"):
             narrow.submit("closed", {"number": 1, "nummer": 2})
 
+    def test_an_error_names_all_params_that_do_not_fit(self, narrow):
+        square = narrow.executor("square")(lambda n, *, unit="m": n)
+        rest = narrow.executor("rest")(lambda a, **more: a)
+        nothing = narrow.executor("nothing")(lambda: 1)
+        text = r"^params: 'square' requires n and does not take 'm'; it takes n, unit$"
+        for call in (
+            lambda: square.submit(m=1),
+            lambda: square.using(priority=5).task(m=1),
+            lambda: narrow.submit(square, {"m": 1}),
+            lambda: narrow.submit("square", {"m": 1}),
+        ):
+            with pytest.raises(PayloadError, match=text):
+                call()
+        with pytest.raises(PayloadError, match=r"'square' does not take 'm'; it takes n, unit$"):
+            square.submit(1, m=1)
+        with pytest.raises(
+            PayloadError, match="'square': too many positional arguments; it takes n"
+        ):
+            square.submit(1, 2)
+        with pytest.raises(PayloadError, match="'square': multiple values for argument 'n'"):
+            square.submit(1, n=2)
+        with pytest.raises(PayloadError, match=r"'rest' requires a; it takes a, \*\*more$"):
+            rest.submit(b=1)
+        with pytest.raises(PayloadError, match=r"'nothing' does not take 'a'; it takes no params$"):
+            nothing.submit(a=1)
+
     @pytest.mark.parametrize("kind", ["strict", "closed"])
     def test_a_param_named_ctx_is_refused(self, narrow, kind):
         with pytest.raises(PayloadError, match="ctx"):
@@ -612,3 +638,59 @@ def test_fields_that_only_the_queue_sets_are_ignored(queue):
     assert (task.started_at, task.completed_at, task.result, task.duration) == (None, None, None, 0)
     assert (task.error, task.progress, task.message, task.owner) == ("", 0, "", "")
     assert (task.errors, task.crashes, task.starts, task.dead_letter) == (0, 0, 0, False)
+
+
+# Declared types
+
+
+NOBODY = "no running queue has an executor for type 'away'"
+
+
+def warnings(caplog):
+    return [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
+
+
+@pytest.mark.every_store
+def test_the_first_submit_of_a_declared_type_that_nobody_runs_is_warned_of(queue, caplog):
+    queue.declare("away")
+    assert not warnings(caplog)
+    for _ in range(2):
+        queue.submit("away")
+    [warning] = warnings(caplog)
+    assert warning.startswith(NOBODY)
+    queue.declare("away", "other")
+    queue.submit_many([Task(type="away"), Task(type="other")])
+    assert ["'other'" in text for text in warnings(caplog)] == [False, True]
+
+
+@pytest.mark.every_store
+def test_a_declared_type_that_another_queue_runs_is_not_warned_of(queue, make_queue, caplog):
+    worker = make_queue()
+    worker.executor("away")(lambda: 5)
+    worker.start()
+    queue.declare("away")
+    assert queue.submit("away").result(PATIENCE) == 5
+    assert not warnings(caplog)
+
+
+def test_a_registered_type_is_not_warned_of_before_the_start(queue, caplog):
+    queue.executor("away")(lambda: 5)
+    queue.submit("away")
+    assert not warnings(caplog)
+
+
+def test_a_repository_of_eight_methods_does_not_know_who_runs_a_type(make_queue, caplog):
+    queue = make_queue(TinyRepository())
+    queue.declare("away")
+    queue.submit("away")
+    assert not [text for text in warnings(caplog) if NOBODY in text]
+
+
+def test_a_failed_look_at_the_nodes_fails_no_submit(queue, caplog, monkeypatch):
+    def fail():
+        raise RepositoryUnavailable("busy")
+
+    queue.declare("away")
+    monkeypatch.setattr(queue.repository, "nodes", fail)
+    assert queue.submit("away").task().type == "away"
+    assert not warnings(caplog)
