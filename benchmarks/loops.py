@@ -29,7 +29,9 @@ def started_and_finished() -> tuple[Update, Update]:
     start = lifecycle.start(task, now, new_id())
     assert start is not None
     lifecycle.mark_started(task, start)
-    ending = Ending(returned=True, result="1", duration=0.00001, worker="host:1:aaaaaa/1")
+    ending = Ending(
+        returned=True, result="1", duration=0.00001, worker="host:1:aaaaaa taskx-worker-1"
+    )
     [finish] = lifecycle.conclude(task, ending, now)
     return start, finish
 

@@ -115,7 +115,7 @@ def _ended_and_runs(queue: Queue) -> tuple[float, list[int]]:
         for task in tasks:
             assert task.completed_at is not None
             ended = max(ended, task.completed_at.timestamp())
-            runs[task.worker.partition("/")[0]] += 1
+            runs[task.worker.partition(" ")[0]] += 1
     return ended, [*runs.values()]
 
 

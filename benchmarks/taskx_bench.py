@@ -246,7 +246,7 @@ _DONE = (
     "INSERT INTO tasks (id, created_at, started_at, completed_at, type, params, status, result, progress,"
     " duration, max_attempts, max_crashes, starts, worker)"
     " VALUES (?, ?, ? + 1, ? + 1, 'noop', '{}', 'completed', '1', 100,"
-    " 0.00001, 1, 3, 1, 'host:1:aaaaaa/1')"
+    " 0.00001, 1, 3, 1, 'host:1:aaaaaa taskx-worker-1')"
 )
 _WAITING = (
     "INSERT INTO tasks (id, created_at, run_at, type, params, status, max_attempts, max_crashes, held)"

@@ -354,7 +354,7 @@ _UNCHANGED = object()
 
 def _facts(task: Task, changes: Mapping[str, Any], ending: Ending | None) -> dict[str, Any]:
     """Return the values that log messages and hooks get for a move."""
-    node = task.worker or task.owner
+    node = task.worker.partition(" ")[0] or task.owner  # without the thread
     facts = {"id": task.id, "type": task.type, "attempt": task.attempt, "node": node}
     if ending is not None:
         told = ("error", "traceback", "delay", "snooze")

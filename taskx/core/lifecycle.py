@@ -320,7 +320,7 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
 
     The guard on ``starts`` makes this a compare-and-set; the increased ``starts`` is the run's fence. If a
     single crash is the task's end, the start is durable: a power cut must not undo it. ``worker`` is the
-    node's name, because the thread that will run the task is not known yet.
+    node's name, or the worker's if it is already known which one will run the task.
     """
     if task.status is not TaskStatus.PENDING:
         return None

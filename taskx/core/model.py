@@ -75,7 +75,8 @@ class Attempt:
             ``crashed`` or, while it runs, an empty string.
         started_at: the time of its start.
         ended_at: the time of its end; None while it runs.
-        worker: the process and thread that ran it; only the process if the process died.
+        worker: host, process and start of the node that ran it, then its thread: ``host:4711:3f2a9c
+            taskx-worker-2``; without the thread if the process died and it was not known.
         error: the error text; empty if there was no error.
         error_type: the full class name of the exception it raised, such as ``ValueError`` or
             ``requests.exceptions.Timeout``; empty if it raised none.
@@ -146,7 +147,8 @@ class Task:
         error_type: the full class name of the exception behind ``error``, as in :class:`Attempt`.
         traceback: the last error's traceback.
         owner: the id of the node that holds it; empty if no node does.
-        worker: host, process and start of the node that runs it; after an attempt its thread, too.
+        worker: host, process and start of the node that runs it, then the name of the thread:
+            ``host:4711:3f2a9c taskx-worker-2``. The thread may be missing until the attempt has ended.
         earlier_attempts: the ended attempts before the current or last one (a limited number); see
             :attr:`attempts`.
         stuck_on: the id of the node on which a thread of an ended attempt still runs; empty if none does.

@@ -20,7 +20,8 @@ from taskx.core.errors import (
 )
 from taskx.core.lifecycle import Ending
 from taskx.core.log import Complaint
-from taskx.core.model import Task
+from taskx.core.model import MAX_NAME, Task
+from taskx.core.payload import clean_text
 from taskx.core.writes import Insert, Update
 from taskx.executing.runner import Run, broken, lesser
 from taskx.limiting.admission import Admission
@@ -102,8 +103,13 @@ class WorkerPool:
         self.threads = [self._worker(number) for number in range(1, workers + 1)]
 
     def _worker(self, number: int) -> threading.Thread:
-        worker, name = f"{self.node.name}/{number}", f"taskx-worker-{number}"
+        name = f"taskx-worker-{number}"
+        worker = self.worker_name(name)
         return threading.Thread(target=self._live, args=(worker,), name=name, daemon=True)
+
+    def worker_name(self, thread: str) -> str:
+        """Return the name in records of a thread of this node: the node's name, then the thread's."""
+        return f"{self.node.name} {clean_text(thread, MAX_NAME)}"
 
     def record_types(self) -> None:
         """Record the types that this node runs, if executors were registered since the last record."""
@@ -160,7 +166,7 @@ class WorkerPool:
                 ahead.let_gather(len(buffer))
             run, items = ahead.take(), None
             if run is None and (items := buffer.take(ahead.portion)):
-                run = self._start(items)
+                run = self.start(items, worker)
             if run is not None:
                 self._complaint.over()
                 self.execute(run, worker)
@@ -180,13 +186,13 @@ class WorkerPool:
         """Return True if there is a task for a worker, or the node stops."""
         return bool(self.ahead.runs) or self.buffer.has_next()
 
-    def _start(self, items: list[Item]) -> Run | None:
-        """Start tasks in one transaction, lay out all but the first, and return the first."""
+    def start(self, items: list[Item], worker: str) -> Run | None:
+        """Start tasks in one transaction, lay out all but the first, and return that for this worker."""
         try:
             self.ahead.begin(len(items))
             # Before the start: if this fails, no task was started that no thread would run.
             self.fetcher.refill_if_low()
-            runs = self.starter.start(items)
+            runs = self.starter.start(items, worker)
             if self.stopping:  # the stop could not see these runs yet, and did not tell them
                 self.starter.hand_back(runs, rebuffer=False)
                 return None

@@ -162,11 +162,13 @@ class Starter:
             services.alarms, services.log.logger, services.keeper, services.repository.get_many
         )
 
-    def start(self, items: Sequence[Item]) -> list[Run]:
+    def start(self, items: Sequence[Item], worker: str) -> list[Run]:
         """Start as many of these tasks as possible, and return their runs.
 
-        The others must wait, were started by another node, or are gone.
+        The others must wait, were started by another node, or are gone. ``worker`` is the thread that will
+        run the first one. It is named in the record only of a single task: alike starts share a statement.
         """
+        by = worker if len(items) == 1 else self._name
         services, runs = self._services, self.runs
         starting: list[tuple[Run, Update]] = []
         admitted: Collection[str] = ()
@@ -180,7 +182,7 @@ class Starter:
             tasks = self._startable(items, found)
             now = services.clock.now_ms()
             for task in tasks:
-                update = lifecycle.start(task, now, self._node, self._name)
+                update = lifecycle.start(task, now, self._node, by)
                 if update is not None and task.id not in runs:
                     run = self._make_run(task)
                     starting.append((run, update))

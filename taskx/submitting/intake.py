@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -311,11 +312,12 @@ class Intake:
         self._store(insert)
         item = Item(-row["priority"], row["created_at"], 0, row["id"], row["type"], True)
         try:
-            for run in pool.starter.start([item]):
+            worker = pool.worker_name(threading.current_thread().name)
+            for run in pool.starter.start([item], worker):
                 if pool.stopping:
                     pool.starter.hand_back([run], rebuffer=False)
                     return
-                ending = pool.execute(run, f"{pool.node.name}/caller", conclude=pool.conclude)
+                ending = pool.execute(run, worker, conclude=pool.conclude)
                 if ending.interrupt is not None:
                     raise ending.interrupt
         except RepositoryError as error:

@@ -72,7 +72,7 @@ class RepositoryContract(Contract):
             "error": "Timeout: no answer",
             "error_type": "requests.exceptions.Timeout",
             "traceback": "Traceback …",
-            "worker": "host:1:abc/1",
+            "worker": "host:1:abc taskx-worker-1",
         }
         self.create_running(repository, "a", **options)
         running = repository.get_by_id("a")

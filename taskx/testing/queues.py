@@ -220,6 +220,10 @@ class ManualQueue(Queue):
     def _driven(self) -> DrivenNode:
         return cast("DrivenNode", self._node)
 
+    @property
+    def _worker(self) -> str:
+        return self._driven.engine.worker_name(threading.current_thread().name)
+
     def _start_next(self) -> Run | None:
         with self._choosing:
             self._life.start()
@@ -229,7 +233,7 @@ class ManualQueue(Queue):
                 items = pool.buffer.take(1)
                 if not items:
                     return None
-                if (run := pool._start(items)) is not None:
+                if (run := pool.start(items, self._worker)) is not None:
                     return run
 
     def _execute(self, run: Run) -> None:
@@ -237,7 +241,7 @@ class ManualQueue(Queue):
         before = threading.enumerate()
         self._busy[ident] = self._busy.get(ident, 0) + 1
         try:
-            ending = pool.execute(run, f"{pool.node.name}/1", conclude=pool.conclude)
+            ending = pool.execute(run, self._worker, conclude=pool.conclude)
         finally:
             self._busy[ident] -= 1
             if not self._busy[ident]:

@@ -299,4 +299,6 @@ def test_two_suspects_with_the_same_death_are_named():
         )
 
     assert story((2, "n2"), (3, "n3")) == []
-    assert [found for found in story((2, "n2"), (2, "n2")) if "against several suspects" in found]
+    for first, second in [("n2", "n2"), ("n2 taskx-worker-1", "n2 taskx-worker-2")]:
+        found = story((2, first), (2, second))
+        assert [text for text in found if "node n2 counts against several suspects" in text]

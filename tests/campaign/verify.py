@@ -208,7 +208,8 @@ def _together(records: Iterable[Task]) -> Iterator[str]:
     for record in records:
         crashed = [attempt for attempt in record.attempts if attempt.outcome == "crashed"]
         for attempt in crashed[1:]:  # the first crash made it a suspect
-            culprits.setdefault((attempt.worker, attempt.ended_at), []).append(record.id)
+            node = attempt.worker.partition(" ")[0]  # without the thread
+            culprits.setdefault((node, attempt.ended_at), []).append(record.id)
     for (node, _), ids in culprits.items():
         if len(ids) > 1:
             yield f"one death of node {node} counts against several suspects: {ids}"

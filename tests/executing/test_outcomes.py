@@ -5,6 +5,9 @@ from __future__ import annotations
 import builtins
 import gc
 import logging
+import os
+import re
+import socket
 import sys
 import threading
 import weakref
@@ -248,13 +251,38 @@ def test_a_success_clears_the_error_type_of_the_attempt_before(started):
 
 
 @pytest.mark.every_store
-def test_the_record_names_the_worker_of_a_running_task(started, gate):
-    handle = started.executor("hold")(lambda: gate()).submit()
+def test_the_record_names_the_process_and_the_thread_of_a_task(started, gate):
+    """A running task that any waiting thread could take has the process alone."""
+
+    @started.executor("hold")
+    def hold():
+        gate()
+        return threading.current_thread().name
+
+    handle = hold.submit()
     gate.wait_for()
-    assert handle.task().worker == node_of(started).record.name
+    node = f"{socket.gethostname()}:{os.getpid()}:"
+    assert handle.task().worker.startswith(node)
+    gate.open()
+    thread = handle.result(PATIENCE)
+    assert re.fullmatch(rf"{re.escape(node)}\w+ {thread}", handle.task().worker)
+    assert re.fullmatch(r"taskx-worker-\d", thread)
+
+
+@pytest.mark.every_store
+def test_a_running_task_names_its_thread_if_it_is_known(make_queue, gate):
+    queue = make_queue(worker_num=1)
+
+    @queue.executor("hold")
+    def hold():
+        gate()
+
+    handle = hold.submit()
+    queue.start()  # the task is pending: its only worker starts it
+    gate.wait_for()
+    assert handle.task().worker == f"{node_of(queue).record.name} taskx-worker-1"
     gate.open()
     handle.result(PATIENCE)
-    assert handle.task().worker.startswith(f"{node_of(started).record.name}/")
 
 
 @pytest.mark.every_store

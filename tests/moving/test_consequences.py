@@ -375,7 +375,7 @@ class Life:
         other = self.submit("heeds", False)
         assert self.asked.acquire(timeout=PATIENCE)  # all workers are at work
         waiting = self.submit("fine", False)
-        runs = pool.starter.start(pool.buffer.take(1))
+        runs = pool.starter.start(pool.buffer.take(1), "worker")
         pool.buffer.started()
         pool.starter.hand_back(runs, rebuffer=True)
         self.queue.pause("fine")

@@ -106,6 +106,7 @@ def test_caller_runs_executes_the_task_in_the_callers_thread(busy):
     handle = queue.submit("here")
     assert here == [threading.current_thread()]
     assert handle.task().status is TaskStatus.COMPLETED
+    assert handle.task().worker.endswith(f" {threading.current_thread().name}")
     assert handle.result(0) is None
 
 
