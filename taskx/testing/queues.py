@@ -234,18 +234,20 @@ class ManualQueue(Queue):
                 if not items:
                     return None
                 if (run := pool.start(items, self._worker)) is not None:
+                    # Here: another thread that waits for it must see that it is taken.
+                    here = threading.get_ident()
+                    self._busy[here] = self._busy.get(here, 0) + 1
                     return run
 
     def _execute(self, run: Run) -> None:
-        pool, ident = self._driven.engine, threading.get_ident()
+        pool, here = self._driven.engine, threading.get_ident()
         before = threading.enumerate()
-        self._busy[ident] = self._busy.get(ident, 0) + 1
         try:
             ending = pool.execute(run, self._worker, conclude=pool.conclude)
         finally:
-            self._busy[ident] -= 1
-            if not self._busy[ident]:
-                del self._busy[ident]
+            self._busy[here] -= 1
+            if not self._busy[here]:
+                del self._busy[here]
         if pool.stuck.ended:  # how it ended waits to be written
             self._driven.housekeeper.do_round()
         wait_for_threads(before, ("taskx-callbacks", "taskx-cancel"))
@@ -284,9 +286,11 @@ class ManualQueue(Queue):
         while not done():
             if self.run_next() is not None:
                 continue
-            if self._busy.keys() - {here}:  # it may run there
+            if set(self._busy) - {here}:  # it may run there
                 _wait(done, 0.01)
                 continue
+            if done():  # it ran there until a moment ago
+                break
             step = min(self._until_next(), end - self.clock.monotonic())
             if step <= 0:
                 return False
