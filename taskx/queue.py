@@ -918,7 +918,7 @@ class Queue:
         return self._life.node
 
 
-def run(*queues: Queue, timeout: float = 30.0) -> int:
+def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
     """Start queues, run them until SIGTERM or SIGINT (Ctrl-C), and stop them.
 
     After the first signal running tasks can go on, and the queues stop as :meth:`Queue.stop` describes.

@@ -5,10 +5,10 @@ from __future__ import annotations
 import heapq
 import threading
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from itertools import count
 
-from taskx.core.checks import check_number
+from taskx.core.checks import check_number, in_seconds
 from taskx.core.clock import to_datetime, to_ms
 
 _SECOND, _MILLISECOND = 1_000_000_000, 1_000_000
@@ -53,12 +53,13 @@ class ManualClock:
         """Return the monotonic clock, in seconds."""
         return self._monotonic / _SECOND
 
-    def advance(self, seconds: float) -> None:
+    def advance(self, seconds: float | timedelta) -> None:
         """Move both clocks forward, and make the calls of :meth:`call_later` that come due, in order.
 
         Raises:
             ValueError: ``seconds`` is negative; use :meth:`set_wall` to set the wall clock back.
         """
+        seconds = in_seconds(seconds)
         if seconds < 0:
             raise ValueError(f"time cannot pass backwards ({seconds:g} s); use set_wall")
         with self._lock:
@@ -72,7 +73,9 @@ class ManualClock:
                 return
             due[2]()
 
-    def call_later(self, seconds: float, call: Callable[[], object]) -> Callable[[], None]:
+    def call_later(
+        self, seconds: float | timedelta, call: Callable[[], object]
+    ) -> Callable[[], None]:
         """Have ``call()`` called by the :meth:`advance` that brings the clock ``seconds`` further.
 
         For what happens while an executor runs: ``clock.call_later(5, handle.cancel)``.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, overload
 
 import attrs
 
 from taskx.core import payload
-from taskx.core.checks import check_int
+from taskx.core.checks import check_int, optional_seconds
 from taskx.core.model import Task, TaskStatus
 from taskx.core.options import Options, ScheduleOptions, refuse_unknown
 from taskx.core.values import Values
@@ -128,7 +129,7 @@ def run_executor(
     executor: Executor[..., R],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | None = None,
+    cancel_after: float | timedelta | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -141,7 +142,7 @@ def run_executor(
     executor: TaskExecutor,
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | None = None,
+    cancel_after: float | timedelta | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -154,7 +155,7 @@ def run_executor(
     executor: Callable[..., R],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | None = None,
+    cancel_after: float | timedelta | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -166,7 +167,7 @@ def run_executor(
     executor: Executor[..., Any] | TaskExecutor | Callable[..., Any],
     params: Mapping[str, Any] | None = None,
     *,
-    cancel_after: float | None = None,
+    cancel_after: float | timedelta | None = None,
     attempt: int = 1,
     steps: Mapping[str, Any] | None = None,
     cursor: Any = None,
@@ -216,10 +217,11 @@ def run_executor(
     )
     run.capture = _Records(log_prefix(task_id, type_), outcome)
     run.context = _RecordingContext(run, run.capture, outcome)
-    if cancel_after == 0:
+    seconds = optional_seconds(cancel_after)
+    if seconds == 0:
         queue.cancel_task(task_id)
-    elif cancel_after is not None:
-        queue.clock.call_later(cancel_after, lambda: queue.cancel_task(task_id))
+    elif seconds is not None:
+        queue.clock.call_later(seconds, lambda: queue.cancel_task(task_id))
     queue._execute(run)
     outcome.task, outcome.error = queue.get_task_status(task_id), run.raised
     return outcome

@@ -174,7 +174,7 @@ class ManualQueue(Queue):
                 )
         return _checked_runs(ran, check=check)
 
-    def advance(self, seconds: float, *, check: bool = False) -> list[Task]:
+    def advance(self, seconds: float | timedelta, *, check: bool = False) -> list[Task]:
         """Let time pass, and run what is due, each task and tick at its moment.
 
         Tasks that may start already run first. There is one thread: while an executor lets time pass, no
@@ -306,8 +306,8 @@ class ManualQueue(Queue):
         type: str | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        within: float | None = None,
-        delay: float | None = None,
+        within: float | timedelta | None = None,
+        delay: float | timedelta | None = None,
         **fields: Any,
     ) -> list[Task]:
         """Return the tasks that were submitted, in order and as they were then, deleted ones included.
@@ -330,8 +330,8 @@ class ManualQueue(Queue):
         type: str | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        within: float | None = None,
-        delay: float | None = None,
+        within: float | timedelta | None = None,
+        delay: float | timedelta | None = None,
         times: int | None = None,
         **fields: Any,
     ) -> Task:
@@ -357,8 +357,8 @@ class ManualQueue(Queue):
         type: str | None = None,
         *,
         params: Mapping[str, Any] | None = None,
-        within: float | None = None,
-        delay: float | None = None,
+        within: float | timedelta | None = None,
+        delay: float | timedelta | None = None,
         **fields: Any,
     ) -> None:
         """Assert that no such task was submitted; without arguments, none at all.

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 from taskx.common.hooks import Hook
+from taskx.core.checks import in_seconds, optional_seconds
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError, PayloadError
 from taskx.core.model import TASK_FIELDS, Task
@@ -32,22 +34,23 @@ class Submissions(Hook):
         self,
         type: str | None,
         params: Mapping[str, Any] | None,
-        within: float | None,
-        delay: float | None,
+        within: float | timedelta | None,
+        delay: float | timedelta | None,
         fields: Mapping[str, Any],
         values: Mapping[str, Values],
     ) -> list[Task]:
         """Return the tasks that meet all of these conditions: see :meth:`ManualQueue.submitted`."""
         if unknown := sorted(fields.keys() - {*TASK_FIELDS}):
             raise ConfigurationError(f"a task has no field {', '.join(unknown)}")
-        since = None if within is None else self._clock.now_ms() - within * 1000
+        since = None if within is None else self._clock.now_ms() - in_seconds(within) * 1000
+        seconds = optional_seconds(delay)
         return [
             task
             for task in self.tasks
             if (type is None or task.type == type)
             and (params is None or _includes(task.params, params, values.get(task.type)))
             and (since is None or _created(task) >= since)
-            and (delay is None or _delay(task) == delay)
+            and (seconds is None or _delay(task) == seconds)
             and all(getattr(task, name) == value for name, value in fields.items())
         ]
 
@@ -73,15 +76,15 @@ def described(task: Task) -> str:
 def wanted(
     type: str | None,
     params: Mapping[str, Any] | None,
-    within: float | None,
-    delay: float | None,
+    within: float | timedelta | None,
+    delay: float | timedelta | None,
     fields: Mapping[str, Any],
 ) -> str:
     """Return conditions, as text for a message."""
     words = ["task" if type is None else f"task of type {type!r}"]
     words += [] if params is None else [f"with params {dict(params)!r}"]
-    words += [] if within is None else [f"within the last {within:g} s"]
-    words += [] if delay is None else [f"with a delay of {delay:g} s"]
+    words += [] if within is None else [f"within the last {in_seconds(within):g} s"]
+    words += [] if delay is None else [f"with a delay of {in_seconds(delay):g} s"]
     words += [f"with {name}={value!r}" for name, value in fields.items()]
     return " ".join(words)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Sequence
+from datetime import timedelta
 from functools import partial
 from types import FrameType, TracebackType
 from typing import Any
@@ -83,7 +84,7 @@ class _Signals:
             self._woken.wait(_POLL)
 
 
-def run(lives: Sequence[Lifetime], timeout: float) -> int:
+def run(lives: Sequence[Lifetime], timeout: float | timedelta) -> int:
     """Do the work of :func:`taskx.run` with the lifetimes of its queues."""
     seconds = check_number(timeout, "timeout")
     if not on_main_thread():

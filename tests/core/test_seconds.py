@@ -19,6 +19,7 @@ from taskx import (
     Snooze,
     SQLiteRepository,
     Task,
+    TaskStatus,
     chain,
     every,
 )
@@ -26,7 +27,7 @@ from taskx.core.checks import check_number
 from taskx.core.options import Options
 from taskx.core.rate import Rate
 from taskx.core.token import CancelToken
-from taskx.testing import ManualQueue
+from taskx.testing import ManualQueue, run_executor
 
 MINUTE, SECOND = timedelta(minutes=1), timedelta(seconds=1)
 
@@ -169,3 +170,18 @@ def test_repositories_take_timedeltas(tmp_path):
         mongomock.MongoClient().db, lease_timeout=MINUTE, timeout=5 * SECOND, poll_interval=SECOND
     )
     assert repository.lease_timeout == 60
+
+
+def test_the_test_kit_takes_timedeltas():
+    queue = ManualQueue()
+    ping = queue.executor("ping")(lambda ctx: ctx.sleep(5 * MINUTE))
+    ping.using(delay=MINUTE).submit()
+    before = queue.clock.monotonic()
+    queue.clock.advance(SECOND)
+    queue.assert_submitted("ping", within=SECOND, delay=MINUTE)
+    with pytest.raises(AssertionError, match="within the last 0.001 s with a delay of 60 s"):
+        queue.assert_submitted("ping", within=timedelta(milliseconds=1), delay=MINUTE)
+    assert len(queue.advance(MINUTE)) == 1
+    assert queue.clock.monotonic() - before == pytest.approx(360)
+    for after in (timedelta(0), MINUTE):
+        assert run_executor(ping, cancel_after=after).task.status is TaskStatus.CANCELLED
