@@ -179,7 +179,7 @@ def test_the_test_kit_takes_timedeltas():
     before = queue.clock.monotonic()
     queue.clock.advance(SECOND)
     queue.assert_submitted("ping", within=SECOND, delay=MINUTE)
-    with pytest.raises(AssertionError, match="within the last 0.001 s with a delay of 60 s"):
+    with pytest.raises(AssertionError, match=r"within the last 0\.001 s with a delay of 60 s"):
         queue.assert_submitted("ping", within=timedelta(milliseconds=1), delay=MINUTE)
     assert len(queue.advance(MINUTE)) == 1
     assert queue.clock.monotonic() - before == pytest.approx(360)
