@@ -18,7 +18,6 @@ import sys
 import sysconfig
 import time
 import uuid
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from taskx import (
     Queue,
     SQLiteRepository,
     Task,
-    TaskFilter,
     TaskRepository,
     TaskStatus,
     TaskxError,
@@ -39,7 +37,6 @@ from taskx import (
 )
 
 CHUNK = 1 << 20
-PAGE = 10_000
 
 
 # The work
@@ -164,7 +161,7 @@ class Survey:
 def survey(queue: Queue, folder: str) -> Survey:
     """Read all tasks of a folder."""
     seen = Survey()
-    for task in stored_tasks(queue, folder):
+    for task in queue.iter_tasks(created_by=folder):
         seen.known.add(task.id)
         seen.finished += task.status.finished
         if task.status is TaskStatus.COMPLETED:
@@ -174,19 +171,11 @@ def survey(queue: Queue, folder: str) -> Survey:
     return seen
 
 
-def stored_tasks(queue: Queue, folder: str) -> Iterator[Task]:
-    """Yield all tasks of a folder, read page by page."""
-    offset = 0
-    while page := queue.list_tasks(TaskFilter(created_by=folder, offset=offset, limit=PAGE))[0]:
-        yield from page
-        offset += len(page)
-
-
 def count_finished(queue: Queue, folder: str) -> int:
     """Return how many of a folder's tasks have ended. Counting reads no task."""
     ended = (TaskStatus.COMPLETED, TaskStatus.FAILED, TaskStatus.CANCELLED)
-    filters = [TaskFilter(created_by=folder, status=status, limit=0) for status in ended]
-    return sum(queue.list_tasks(filter)[1] for filter in filters)
+    pages = [queue.list_tasks(created_by=folder, status=status, limit=0) for status in ended]
+    return sum(page.total for page in pages)
 
 
 # The output

@@ -43,7 +43,6 @@ from taskx import (
     RepositoryUnavailable,
     SQLiteRepository,
     Task,
-    TaskFilter,
     TaskNotFound,
     executor,
 )
@@ -101,11 +100,9 @@ def create_app(database: str = "tasks.db") -> Flask:
     def show_all() -> Response:
         """Return the tasks, newest first: ``?status=running&offset=20&limit=20``."""
         tasks, total = queue.list_tasks(
-            TaskFilter(
-                status=request.args.get("status"),
-                offset=request.args.get("offset", 0, type=int),
-                limit=request.args.get("limit", 20, type=int),
-            )
+            status=request.args.get("status"),
+            offset=request.args.get("offset", 0, type=int),
+            limit=request.args.get("limit", 20, type=int),
         )
         return jsonify(tasks=[summary(task) for task in tasks], total=total)
 

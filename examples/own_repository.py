@@ -84,7 +84,7 @@ def main(path: str = "own-repository.json") -> None:
     with queue:
         handles = [double.submit(n=n) for n in range(10)]
         print(*(handle.result() for handle in handles))
-    _, total = queue.list_tasks(TaskFilter(status=TaskStatus.COMPLETED))
+    _, total = queue.list_tasks(status="completed")
     print(f"{total} completed tasks in {path}")
 
 

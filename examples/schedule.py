@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 from zoneinfo import ZoneInfo
 
-from taskx import Config, Context, Queue, SQLiteRepository, TaskFilter, every, tick_of
+from taskx import Config, Context, Queue, SQLiteRepository, every, tick_of
 
 BERLIN = ZoneInfo("Europe/Berlin")
 
@@ -51,7 +51,7 @@ def make_queue(database: Path) -> Queue:
 
 def ticks(queue: Queue, name: str) -> list[datetime]:
     """Return the ticks of a schedule that have a task."""
-    tasks, _ = queue.list_tasks(TaskFilter(created_by=f"schedule:{name}", limit=1000))
+    tasks = queue.iter_tasks(created_by=f"schedule:{name}")
     return sorted(tick for task in tasks if (tick := tick_of(task)))
 
 

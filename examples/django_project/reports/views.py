@@ -16,7 +16,6 @@ from taskx import (
     QueueFull,
     QueueStopped,
     RepositoryUnavailable,
-    TaskFilter,
     TaskNotFound,
 )
 
@@ -72,7 +71,7 @@ def submit(request: HttpRequest) -> HttpResponse:
 @require_GET
 def show_all(request: HttpRequest) -> HttpResponse:
     """Show the newest tasks on a page that updates itself."""
-    tasks, total = queue.list_tasks(TaskFilter(type="build_report", limit=20))
+    tasks, total = queue.list_tasks(type="build_report", limit=20)
     return render(request, "reports/tasks.html", {"tasks": tasks, "total": total})
 
 
