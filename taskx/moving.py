@@ -26,9 +26,10 @@ from taskx.core import lifecycle
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, Ending
-from taskx.core.log import GuardedLogger
+from taskx.core.log import Digest, GuardedLogger
 from taskx.core.model import Task
 from taskx.core.record import FOR_TURN, FREE, UNTIL_DUE, changed_task, created_task
+from taskx.core.redact import SECRETS, show
 from taskx.core.writes import Delete, Insert, Update, Write
 from taskx.executing.alarms import Alarms
 from taskx.executing.checkpoints import Keeper
@@ -60,6 +61,8 @@ class Follows:
         fires: True if the task's token fires, if it runs in this process.
         level: the level of the log message.
         words: the log message, with placeholders for :func:`_facts`.
+        digest: True if only the number of these moves is logged at that level, once a minute for each type
+            of tasks, and each of them at INFO.
     """
 
     event: str = ""
@@ -70,20 +73,27 @@ class Follows:
     fires: bool = False
     level: int = logging.DEBUG
     words: str = ""
+    digest: bool = False
 
 
 NOTHING = Follows()
+_PARAMS = " (params=%(params)s)"
 _ENDED = Follows(ends=True, words="task %(id)s (%(type)s) %(status)s")
 _FAILED = Follows(
     ends=True,
     level=logging.ERROR,
-    words="task %(id)s (%(type)s) failed: %(error)s\n%(traceback)s",
+    words=f"task %(id)s (%(type)s) failed: %(error)s{_PARAMS}\n%(traceback)s",
 )
 _ORPHANED = Follows(
     ends=True, level=logging.WARNING, words="task %(id)s (%(type)s) is %(status)s: %(error)s"
 )
 _DIED = "task %(id)s was running on %(node)s, which died: "
-_RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}it has failed and is a dead letter"
+_RESCUED, _LOST = f"{_DIED}it runs again", f"{_DIED}it has failed and is a dead letter{_PARAMS}"
+_RETRIED = (
+    "task %(id)s (%(type)s) is retried in %(delay)g s after attempt %(attempt)d: %(error)s"
+    + _PARAMS
+)
+_RETRIES = "%(type)s: %(count)d retries in the last minute, the last one: "
 _CANCELLED = f"{_DIED}it is cancelled, as requested"
 
 #: The consequences of each move, by its name and its new status (None if the status does not change).
@@ -104,7 +114,8 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
         ("error", "delay"),
         may_start=True,
         level=logging.WARNING,
-        words="task %(id)s (%(type)s) is retried in %(delay)g s after attempt %(attempt)d: %(error)s",
+        words=_RETRIED,
+        digest=True,
     ),
     ("snooze", PENDING): Follows(
         "snoozed",
@@ -126,7 +137,7 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
         "rescued",
         may_start=True,
         level=logging.WARNING,
-        words="task %(id)s (%(type)s) crashed, it runs again: %(error)s",
+        words=f"task %(id)s (%(type)s) crashed, it runs again: %(error)s{_PARAMS}",
     ),
     ("crash", FAILED): attrs.evolve(_FAILED, event="rescued"),
     ("crash", CANCELLED): attrs.evolve(_ENDED, event="rescued"),
@@ -178,7 +189,10 @@ class Consequences:
         self._watcher = services.watcher
         self._agenda = services.agenda
         self._log = services.log
+        self._redact = services.redact
         self._state = state
+        #: Logs the retries.
+        self.retries = Digest(self._log, _RETRIED, _RETRIES, services.clock.monotonic)
         self.turns = Turns(self._repository, self.commit, self._log)
         self.dependents = Dependents(
             self._repository, self.commit, self._agenda, services.clock, self._log
@@ -268,8 +282,7 @@ class Consequences:
         log, watched, may_start = self._log, self._watcher.watched, False
         for write, follows in rows:
             if follows.words and log.isEnabledFor(follows.level) and write.id in tasks:
-                facts = _facts(tasks[write.id], write.changes, ending)
-                log.log(follows.level, follows.words, facts)
+                self._log_move(follows, tasks[write.id], write.changes, ending)
             if follows.ends and write.id in watched:
                 self._watcher.resolve(write.id)
             if follows.leaves and (node := self._state.engine) is not None:
@@ -279,6 +292,17 @@ class Consequences:
             may_start = may_start or follows.may_start
         if may_start:
             self._may_start(writes, tasks)
+
+    def _log_move(
+        self, follows: Follows, task: Task, changes: Mapping[str, Any], ending: Ending | None
+    ) -> None:
+        facts = _facts(task, changes, ending)
+        if _PARAMS in follows.words:
+            facts["params"] = show(task.params, self._redact)
+        if follows.digest:
+            self.retries.add(task.type, facts)
+        else:
+            self._log.log(follows.level, follows.words, facts)
 
     def _tell_hooks(
         self,
@@ -386,8 +410,10 @@ class Services:
         state: _State,
         clock: Clock,
         log: GuardedLogger,
+        redact: tuple[str, ...] = SECRETS,
     ) -> None:
         self.repository = repository
+        self.redact = redact
         self.registry = registry
         self.clock = clock
         self.log = log

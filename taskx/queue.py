@@ -121,7 +121,8 @@ class Queue:
     def _wire(self) -> None:
         state = State()
         self._services = self._services_class(
-            *(self.repository, self._registry, self._hooks, state, self._clock, self._log)
+            *(self.repository, self._registry, self._hooks, state, self._clock, self._log),
+            redact=self.config.redact,
         )
         self._intake = self._intake_class(self._services, state, self.config)
         self._operations = Operations(self._services, state)

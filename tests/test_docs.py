@@ -26,6 +26,7 @@ from helpers import eventually, pool_of, services_of
 import taskx
 import taskx.queue
 from taskx.core import lifecycle, options
+from taskx.core.redact import SECRETS
 from taskx.schedules import ticker
 from taskx.storage.sqlite.connections import Connections
 from taskx.testing import RepositoryContract
@@ -276,7 +277,7 @@ def test_the_page_of_errors_names_every_error():
 
 def test_the_table_of_settings_has_the_defaults_of_the_code():
     rows = {row[0]: row[1] for row in table(ROOT / "docs" / "queue.rst", "Config")}
-    shown = {"None": None, "1 MiB": 1 << 20, '"reject"': "reject"}
+    shown = {"None": None, "1 MiB": 1 << 20, '"reject"': "reject", "some words": SECRETS}
     defaults = attrs.asdict(taskx.Config())
     assert {name: shown.get(rows[name]) or rows[name] for name in defaults} == {
         name: str(value) if type(value) is int and value < 1000 else (value or "None")
@@ -388,6 +389,12 @@ def table(page: Path, title: str, *, head: bool = True) -> list[list[str]]:
 def test_the_table_of_moves_has_all_moves_of_the_code_in_order():
     rows = table(ROOT / "docs" / "design.rst", "The moves")
     assert [tuple(row[:3]) for row in rows] == [tuple(move) for move in lifecycle.MOVES]
+
+
+def test_the_page_on_settings_names_the_words_that_are_redacted():
+    text = (ROOT / "docs" / "queue.rst").read_text().partition("Secrets in params\n")[2]
+    words = re.findall(r"``(\w+)``", text.partition("Upper and lower case")[0].partition(":\n")[2])
+    assert tuple(words) == SECRETS
 
 
 def test_every_thread_has_a_name_and_is_in_the_table_of_threads():

@@ -13,6 +13,7 @@ from taskx.core.checks import by, check_int, check_number, optional_seconds
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskStatus, check_status
 from taskx.core.payload import DEFAULT_MAX_SIZE
+from taskx.core.redact import SECRETS, check_redact
 
 #: The reaction of a full buffer to a submit.
 Overflow = Literal["reject", "block", "spill", "caller_runs"]
@@ -56,6 +57,9 @@ class Config:
             replaced by others.
         ageing: the seconds of waiting that raise a task's priority by one, so that tasks of low priority
             do not starve; None: waiting does not change the priority.
+        redact: the words whose values are hidden where params are shown, such as in the log: the value of
+            each key that contains one of them, in any case, with or without ``-`` and ``_``. ``("*",)``
+            hides all values, ``()`` hides none.
 
     Raises:
         ConfigurationError: a value is not valid.
@@ -75,3 +79,4 @@ class Config:
     ageing: float | None = attrs.field(
         default=None, converter=optional_seconds, validator=optional(by(check_number, 0.001))
     )
+    redact: tuple[str, ...] = attrs.field(default=SECRETS, converter=check_redact)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import threading
 import traceback
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
 from taskx.core.errors import ConfigurationError, on_main_thread
+
+_MINUTE = 60.0
 
 
 class GuardedLogger(logging.Logger):
@@ -88,6 +92,52 @@ class Complaint:
         if self._failures:
             with self._lock:
                 self._failures = 0
+
+
+class Digest:
+    """Logs events: each at INFO, and at WARNING once a minute for each kind of them, with their number.
+
+    The first event of a kind is told at once, at both levels.
+
+    Args:
+        words: what happened, a format of the facts of one event.
+        many: the number of events, a format of ``count`` and the facts of the last one.
+        now: a clock, in seconds.
+    """
+
+    def __init__(self, log: GuardedLogger, words: str, many: str, now: Callable[[], float]) -> None:
+        self._log, self._words, self._many, self._now = log, words, many, now
+        self._lock = threading.Lock()
+        # For each kind: when it was last told, the number of events since, and the facts of the last one.
+        self._kinds: dict[str, tuple[float, int, dict[str, Any]]] = {}
+
+    def add(self, kind: str, facts: dict[str, Any]) -> None:
+        """Count an event and log it."""
+        self._log.log(logging.INFO, self._words, facts)
+        with self._lock:
+            told, count, _ = self._kinds.get(kind, (-math.inf, 0, facts))
+            self._kinds[kind] = (told, count + 1, facts)
+        self._tell(kind, _MINUTE)
+
+    def tell(self, after: float = _MINUTE) -> None:
+        """Log the number of events of each kind that was last told ``after`` seconds ago."""
+        for kind in list(self._kinds):
+            self._tell(kind, after)
+
+    def _tell(self, kind: str, after: float) -> None:
+        now = self._now()
+        with self._lock:
+            told, count, facts = self._kinds.get(kind, (now, 0, {}))
+            if now - told < after:
+                return
+            if count:
+                self._kinds[kind] = (now, 0, facts)
+            else:
+                self._kinds.pop(kind, None)
+        if count == 1:
+            self._log.log(logging.WARNING, self._words, facts)
+        elif count:
+            self._log.log(logging.WARNING, self._many + self._words, {**facts, "count": count})
 
 
 def check_logger(logger: Any) -> logging.Logger:

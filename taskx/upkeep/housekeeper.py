@@ -199,6 +199,7 @@ class Housekeeper:
         """Check for everything that an event should have reported and did not."""
         self._audit.check()
         self._services.alarms.go_on()
+        self._services.consequences.retries.tell()
         self._pool.stuck.audit()
         self._services.dependents.scan_some()
         self._services.turns.scan_some()

@@ -295,6 +295,7 @@ class LocalNode:
             except RepositoryError as error:
                 services.log.warning("the end could not be recorded: %s", error)
             self.engine.began = None  # closes its file now, however late the pool is collected
+            services.consequences.retries.tell(after=0)
             services.log.info("node %s stopped", self.record.name)
             self._left.set()
             self._ended()

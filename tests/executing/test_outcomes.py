@@ -519,6 +519,43 @@ def test_a_failure_is_logged_as_an_error_with_its_traceback(started, log):
     assert "attempt 1: ValueError: look here" in warning
 
 
+@pytest.mark.parametrize(
+    ("redact", "shown"),
+    [
+        ({}, "{'url': 'https://example.org/', 'login': {'user': 'ada', 'Password': '***'}}"),
+        (
+            {"redact": ["user", "URL"]},
+            "{'url': '***', 'login': {'user': '***', 'Password': 'hunter2'}}",
+        ),
+    ],
+)
+def test_retries_and_failures_show_params_without_secrets(make_queue, log, redact, shown):
+    queue = make_queue(**redact)
+    params = {"url": "https://example.org/", "login": {"user": "ada", "Password": "hunter2"}}
+
+    @queue.executor("fetch", max_attempts=2)
+    def fetch(url, login):
+        raise OSError("down")
+
+    with queue:
+        assert queue.submit("fetch", params).exception(PATIENCE)
+    [error], [retry, _] = log(logging.ERROR), [*log(logging.WARNING), ""]
+    assert error.splitlines()[0].endswith(f" (fetch) failed: OSError: down (params={shown})")
+    assert "Traceback" in error
+    assert retry.endswith(f" after attempt 1: OSError: down (params={shown})")
+
+
+def test_long_params_are_cut_in_the_log(make_queue, log):
+    queue = make_queue()
+    queue.executor("broken")(lambda text: 1 / 0)
+    with queue:
+        assert queue.submit("broken", {"text": "x" * 100_000}).exception(PATIENCE)
+    [error] = log(logging.ERROR)
+    first = error.splitlines()[0]
+    assert first.endswith("xxx…)")
+    assert len(first.partition("params=")[2]) == 101
+
+
 def test_start_and_stop_are_logged_and_successful_tasks_are_not(queue, log):
     queue.executor("fine")(lambda: None)
     with queue:

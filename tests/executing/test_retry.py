@@ -5,7 +5,7 @@ import threading
 from datetime import timedelta
 
 import pytest
-from helpers import PATIENCE, eventually
+from helpers import PATIENCE, eventually, services_of
 
 from taskx import (
     CancelReason,
@@ -177,6 +177,71 @@ class TestPolicy:
         assert f"{handle.id} (fails) is retried in 10 s after attempt 1: OSError: down" in (
             record.message
         )
+
+    def test_retries_are_counted_in_one_warning_a_minute_for_each_type(self, queue, clock, caplog):
+        caplog.set_level(logging.INFO)
+        Fails(
+            queue, *[OSError("down")] * 8, retry=RetryPolicy(99, base=1, backoff="fixed", **STEADY)
+        )
+        always = queue.executor("always", retry=RetryPolicy(99, base=1, backoff="fixed", **STEADY))
+        always(lambda: 1 / 0)
+        queue.start()
+        handles = [queue.submit("fails"), queue.submit("always")]
+
+        def let_fail(attempt):
+            for handle in handles:
+                eventually(lambda handle=handle: handle.task().errors == attempt)
+                waiting(queue, handle)
+
+        def told(level):
+            records = [r for r in caplog.records if r.levelno == level]
+            return sorted(r.getMessage() for r in records if " is retried " in r.getMessage())
+
+        for attempt in range(1, 6):
+            let_fail(attempt)
+            clock.advance(1)
+        let_fail(6)
+        eventually(lambda: len(told(logging.INFO)) == 12)
+        first = [line.partition(" is")[0] for line in told(logging.WARNING)]
+        assert first == sorted(
+            f"task {h.id} ({kind})" for h, kind in zip(handles, ("fails", "always"), strict=True)
+        )
+        caplog.clear()
+        clock.advance(56)
+        let_fail(7)
+        eventually(lambda: len(told(logging.WARNING)) == 2)
+        assert told(logging.WARNING) == [
+            f"{kind}: 6 retries in the last minute, the last one: task {handle.id} ({kind}) is retried in "
+            f"1 s after attempt 7: {error} (params={{}})"
+            for handle, kind, error in (
+                (handles[1], "always", "ZeroDivisionError: division by zero"),
+                (handles[0], "fails", "OSError: down"),
+            )
+        ]
+
+    @pytest.mark.usefixtures("frequent_checks")
+    def test_the_last_retries_are_told_when_no_other_follows(self, queue, clock, caplog):
+        def warnings():
+            return [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+
+        Fails(queue, *[OSError("down")] * 3, max_attempts=4)
+        queue.start()
+        assert queue.submit("fails").result(PATIENCE) == "done"
+        assert len(warnings()) == 1
+        clock.advance(61)
+        eventually(lambda: len(warnings()) == 2)
+        assert "fails: 2 retries in the last minute, the last one: task" in warnings()[1]
+        clock.advance(61)
+        eventually(lambda: not services_of(queue).consequences.retries._kinds)
+        assert len(warnings()) == 2
+
+    def test_a_stop_tells_the_last_retries(self, queue, caplog):
+        Fails(queue, *[OSError("down")] * 3, max_attempts=4)
+        with queue:
+            assert queue.submit("fails").result(PATIENCE) == "done"
+        warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+        assert len(warnings) == 2
+        assert warnings[1].startswith("fails: 2 retries in the last minute, the last one: task")
 
     @pytest.mark.parametrize("wrong", [3, "exponential", {"max_attempts": 3}])
     def test_an_invalid_policy_is_refused_and_nothing_is_stored(self, queue, wrong):

@@ -249,6 +249,10 @@ def schedules() -> None:
     queue.schedule("c", every(30), "t", delay=5)  # type: ignore[call-overload]
 
 
+Config(redact=(*Config().redact, "iban"))
+Config(redact=5)  # type: ignore[arg-type]
+
+
 def in_the_foreground() -> None:
     assert_type(run(queue, Queue(MemoryRepository()), timeout=60), int)
     run("tasks.db")  # type: ignore[arg-type]

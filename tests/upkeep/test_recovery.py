@@ -199,7 +199,9 @@ def test_a_started_queue_rescues_a_task_within_seconds(run, runner):
 
 
 def test_a_task_with_max_crashes_1_never_runs_again_after_a_crash(run, runner, caplog):
-    child = run("queue.start(); queue.submit('hang', id='x', max_crashes=1); wait_for_ever()")
+    child = run(
+        "queue.start(); queue.submit('hang', {'n': 7}, id='x', max_crashes=1); wait_for_ever()"
+    )
     assert child.read() == "hanging"
     child.kill()
     runner.start()
@@ -211,7 +213,9 @@ def test_a_task_with_max_crashes_1_never_runs_again_after_a_crash(run, runner, c
     assert "max_crashes=1" in task.error
     assert [a.outcome for a in task.attempts] == ["crashed"]
     assert runner.ran == []
-    assert [r for r in caplog.records if r.levelno == logging.ERROR and "x" in r.getMessage()]
+    [error] = [r.getMessage() for r in caplog.records if r.levelno == logging.ERROR]
+    assert error.startswith("task x was running on ")
+    assert error.endswith(", which died: it has failed and is a dead letter (params={'n': 7})")
 
 
 def test_a_third_crash_makes_a_task_a_dead_letter(run, runner, database):

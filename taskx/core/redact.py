@@ -1,0 +1,93 @@
+"""Params as a short text for people, without secrets. Everything that shows params uses it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from typing import Any
+
+from taskx.core.errors import ConfigurationError
+
+#: The words that are redacted unless ``Config(redact=...)`` gives others.
+SECRETS = (
+    *("password", "passwd", "secret", "token", "credential", "authorization", "cookie"),
+    *("api_key", "access_key", "private_key"),
+)
+#: The text that stands for a redacted value.
+HIDDEN = "'***'"
+#: The word that redacts all values.
+ALL = "*"
+#: The length of a text of params in a log message, in characters.
+SHORT = 100
+
+
+def show(params: Any, redact: tuple[str, ...] = SECRETS, limit: int = SHORT) -> str:
+    """Return JSON values as one line of at most ``limit`` characters, for people.
+
+    The cost depends on ``limit``, not on the size of the values.
+
+    Args:
+        params: the values; at any depth.
+        redact: hide each value whose key contains one of these words, in any case, with or without
+            ``-`` and ``_``; ``("*",)`` hides the value of every key.
+        limit: the length of the text; what is longer ends in ``…``.
+    """
+    text, secret = "", _pattern(redact)
+    for part in _parts(params, secret, limit):
+        text += part
+        if len(text) > limit:
+            return text[: limit - 1] + "…"
+    return text
+
+
+def check_redact(words: Iterable[str]) -> tuple[str, ...]:
+    """Return the words as a tuple. Raises ConfigurationError if one is no text with letters or digits."""
+    wrong = isinstance(words, (str, bytes))  # a text is a sequence of letters, too
+    try:
+        found = tuple(words)
+    except TypeError:
+        wrong, found = True, ()
+    if wrong or not all(isinstance(w, str) and (w == ALL or _plain(w)) for w in found):
+        raise ConfigurationError(
+            f"redact must be a list of words, such as ('password', 'token'), not {words!r}"
+        )
+    return found
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[\W_]", "", text).casefold()
+
+
+@lru_cache(maxsize=64)
+def _pattern(redact: tuple[str, ...]) -> re.Pattern[str]:
+    if ALL in redact:
+        return re.compile("")
+    return re.compile("|".join(map(_plain, redact)) or r"(?!)")
+
+
+def _parts(value: Any, secret: re.Pattern[str], limit: int) -> Iterator[str]:
+    """Yield the text in parts, none of them much longer than ``limit``. Never calls code of the value."""
+    kind = type(value)
+    if kind is str:
+        yield repr(value[: limit + 1])
+    elif value is None or kind in (bool, int, float):
+        yield repr(value)
+    elif kind is dict:
+        yield "{"
+        for number, (key, item) in enumerate(value.items()):
+            yield f"{', ' if number else ''}{str(key)[: limit + 1]!r}: "
+            if secret.search(_plain(str(key))):
+                yield HIDDEN
+            else:
+                yield from _parts(item, secret, limit)
+        yield "}"
+    elif kind in (list, tuple):
+        yield "["
+        for number, item in enumerate(value):
+            if number:
+                yield ", "
+            yield from _parts(item, secret, limit)
+        yield "]"
+    else:
+        yield f"<{kind.__name__}>"

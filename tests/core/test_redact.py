@@ -1,0 +1,108 @@
+"""Params as text for people, without secrets."""
+
+from __future__ import annotations
+
+import string
+import time
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from taskx import Config, ConfigurationError
+from taskx.core.redact import SECRETS, show
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+)
+
+
+def test_params_are_shown_as_python_values():
+    params = {"url": "https://example.org/", "sizes": [1, 2.5, None, True], "more": {}}
+    assert show(params) == str(params)
+
+
+@pytest.mark.parametrize(
+    "key", ["password", "PASSWORD", "db_password", "api-key", "X-Api-Key", "apiKey", "accessToken"]
+)
+def test_the_value_of_a_secret_key_is_hidden(key):
+    assert show({"n": 1, key: "hunter2"}) == f"{{'n': 1, {key!r}: '***'}}"
+
+
+def test_secrets_are_hidden_at_any_depth():
+    params = {"users": [{"name": "ada", "login": {"password": "hunter2"}}], "token": {"a": [1]}}
+    shown = show(params)
+    assert "hunter2" not in shown
+    assert shown == ("{'users': [{'name': 'ada', 'login': {'password': '***'}}], 'token': '***'}")
+
+
+def test_other_words_replace_the_usual_ones():
+    params = {"password": "hunter2", "IBAN": "DE02"}
+    assert show(params, ("iban",)) == "{'password': 'hunter2', 'IBAN': '***'}"
+    assert show(params, (*SECRETS, "iban")) == "{'password': '***', 'IBAN': '***'}"
+    assert show(params, ()) == str(params)
+    assert show(params, ("*",)) == "{'password': '***', 'IBAN': '***'}"
+
+
+def test_a_word_is_no_pattern():
+    assert show({"aXb": 1, "a.b": 2}, ("a.b",)) == "{'aXb': 1, 'a.b': '***'}"
+
+
+def test_a_long_text_is_cut():
+    shown = show({"url": "https://example.org/" + 200 * "x"}, limit=40)
+    assert shown == "{'url': 'https://example.org/xxxxxxxxxx…"
+    assert len(shown) == 40
+
+
+def test_a_line_break_cannot_forge_a_line_in_the_log():
+    assert show({"a\n": "b\r\nERROR"}) == r"{'a\n': 'b\r\nERROR'}"
+
+
+@given(JSON, st.integers(1, 200))
+def test_a_text_is_a_prefix_of_the_whole_text(params, limit):
+    whole, shown = show(params, (), 10**9), show(params, (), limit)
+    assert len(shown) <= limit
+    assert shown == whole or whole.startswith(shown[:-1])
+    assert whole.isprintable()
+
+
+@given(st.dictionaries(st.text(string.ascii_letters), st.text(min_size=20)))
+def test_nothing_is_shown_if_everything_is_hidden(params):
+    shown = show(params, ("*",), 10**9)
+    assert shown == str(dict.fromkeys(params, "***"))
+
+
+def test_large_params_cost_no_more_than_small_ones():
+    large = {"text": "x" * 10_000_000, "numbers": list(range(1_000_000))}
+
+    def seconds(params):
+        began = time.perf_counter()
+        show(params)
+        return time.perf_counter() - began
+
+    assert min(seconds(large) for _ in range(20)) < 0.002
+
+
+class Loud:
+    def __repr__(self):
+        raise RuntimeError("must not be called")
+
+    __str__ = __repr__
+
+
+def test_a_value_that_is_not_json_is_named_by_its_class():
+    assert show({"a": Loud(), "b": [object()]}) == "{'a': <Loud>, 'b': [<object>]}"
+    assert show(Loud()) == "<Loud>"
+
+
+def test_config_takes_words():
+    assert Config().redact == SECRETS
+    assert Config(redact=["iban"]).redact == ("iban",)
+    assert Config(redact=()).redact == ()
+
+
+@pytest.mark.parametrize("words", ["password", b"token", None, 3, [""], ["_-"], ["a", 1]])
+def test_config_refuses_what_is_no_word(words):
+    with pytest.raises(ConfigurationError, match="redact must be a list of words"):
+        Config(redact=words)
