@@ -930,7 +930,8 @@ def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:
 
     Args:
         queues: the queues, started or not.
-        timeout: seconds that running tasks have after the first signal, as in :meth:`Queue.stop`.
+        timeout: seconds, or a timedelta, that running tasks have after the first signal, as in
+            :meth:`Queue.stop`.
 
     Returns:
         the exit code of the program, for ``sys.exit``: 0 if no task runs any more; 1 if tasks still run

@@ -255,6 +255,7 @@ Config(redact=5)  # type: ignore[arg-type]
 
 def in_the_foreground() -> None:
     assert_type(run(queue, Queue(MemoryRepository()), timeout=60), int)
+    run(queue, timeout=timedelta(minutes=1))
     run("tasks.db")  # type: ignore[arg-type]
     run([queue])  # type: ignore[arg-type]
 
