@@ -64,7 +64,7 @@ class Form(ABC):
     def coded(self, value: Any, back: bool) -> Any:
         """Return the JSON of a value; with ``back`` the value of a JSON value.
 
-        A value that has the JSON form already is encoded as itself.
+        What is encoded or decoded already is returned as it is.
 
         Raises:
             Misfit: the value does not fit the annotation.
@@ -94,8 +94,8 @@ class _Scalar(Form):
     decode: Callable[[Any], Any]
 
     def _coded(self, value: Any, back: bool) -> Any:
-        if not back and isinstance(value, self.kind) and not self._hides_a_time(value):
-            return self.encode(value)
+        if isinstance(value, self.kind) and not self._hides_a_time(value):
+            return value if back else self.encode(value)
         decoded = self._decoded(value)
         return decoded if back else value
 
@@ -170,7 +170,9 @@ class _Fields(Form):
     forms: dict[str, Form | None] = attrs.field(factory=dict)
 
     def _coded(self, value: Any, back: bool) -> Any:
-        if type(value) is self.kind and not back:
+        if type(value) is self.kind:
+            if back:
+                return value
             value = {name: getattr(value, name) for name in self.parameters}
         self._check(value)
         made = _items(value, self.forms, back)
@@ -344,6 +346,7 @@ class _Reader:
             return None
         try:
             carrier = SimpleNamespace(__annotations__={"it": annotation})
+            # The module's names come first: a field may have the name of its class (``date: date``).
             globals_, locals_ = (names, None) if more is None else (more, names)
             return self._form(typing.get_type_hints(carrier, globals_, locals_)["it"])
         except Exception as error:  # noqa: BLE001  (the text of an annotation can be any code)
@@ -436,8 +439,7 @@ class Values:
         rest = [p.name for p in self._parameters if p.kind is p.VAR_KEYWORD]
         self._rest = forms.pop(rest[0]) if rest else None
         self._forms = forms
-        returned = inspect.signature(self._function).return_annotation
-        self._result = reader.read(returned, names)
+        self._result = reader.read(_returned(self._function), names)
         self._late = reader.failed
 
     def __bool__(self) -> bool:
@@ -478,6 +480,13 @@ class Values:
         if self._late:
             self._read()
             self._late = False
+
+
+def _returned(function: Callable[..., Any]) -> Any:
+    try:
+        return inspect.signature(function).return_annotation
+    except (TypeError, ValueError):  # such as a function written in C
+        return inspect.Signature.empty
 
 
 def _guarded(what: str, code: Callable[[], Any]) -> Any:

@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 
 from taskx import PayloadError
 from taskx.core import payload
-from taskx.core.values import values_of
+from taskx.core.values import _SCALARS, values_of
 
 T = typing.TypeVar("T")
 
@@ -209,6 +209,7 @@ class TestRoundTrip:
             assert type(back) is type(value)
             stored = json.loads(payload.encode(forms.encode_result(value), "result"))
             assert forms.decode_result(stored) == value
+            assert forms.decode_params({"x": value})["x"] == value
 
         check()
 
@@ -296,6 +297,13 @@ class TestForms:
         given = {"what": UUID(int=0), "price": "1.5"}
         assert encoded(Line, given) == {"what": str(UUID(int=0)), "price": "1.5"}
         assert given == {"what": UUID(int=0), "price": "1.5"}
+
+
+def test_the_page_on_json_lists_each_class_with_its_form():
+    page = (Path(__file__).parents[2] / "docs" / "json.rst").read_text("utf-8")
+    table = page.partition("In JSON\n")[2].split("\n\n")[0]
+    for kind in (*_SCALARS, Path, enum.Enum, NamedTuple, tuple, TypedDict, NewType):
+        assert f"``{kind.__name__}``" in table
 
 
 class Stranger:

@@ -251,6 +251,17 @@ def test_middleware_sees_the_json_that_is_stored(make_queue):
     assert seen == [{"when": NOON.isoformat(), "wait": 0}, NOON.isoformat()]
 
 
+def test_middleware_may_give_the_object_itself(make_queue):
+    def parse(ctx, task, call_next):
+        ctx.task.params.update(when=NOON, wait=timedelta(0))
+        return call_next()
+
+    queue = make_queue(middleware=[parse])
+    queue.register_executor(after)
+    queue.start()
+    assert after.submit(datetime.now()).result(PATIENCE) == NOON
+
+
 def test_a_class_may_annotate_its_result(ready):
     class Ids(TaskExecutor):
         type = "ids"
@@ -262,6 +273,17 @@ def test_a_class_may_annotate_its_result(ready):
     handle = ready.submit("ids", {"ids": [str(UUID(int=1))]})
     assert handle.result(PATIENCE) == [UUID(int=1)]
     assert handle.task().result == [str(UUID(int=1))]
+
+
+@pytest.mark.parametrize("execute", [max, len])
+def test_a_class_may_have_an_execute_without_annotations(queue, execute):
+    class Builtin(TaskExecutor):
+        type = "builtin"
+
+    Builtin.execute = staticmethod(execute)
+    Builtin.__abstractmethods__ = frozenset()
+    queue.register_executor(Builtin())
+    assert services_of(queue).registry.registered["builtin"].values is None
 
 
 @pytest.mark.process
