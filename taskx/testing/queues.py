@@ -552,9 +552,11 @@ def _replaced(
         driven.__class__ = _class_for(plain, kind)
         driven._plain_class = plain
         driven._replace(repository, made)
-        yield driven
+        try:
+            yield driven
+        finally:
+            driven._leave()
     finally:
-        driven._leave()
         queue.__class__ = before_class
         attributes = vars(queue)
         for name in attributes.keys() - before.keys():

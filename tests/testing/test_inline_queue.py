@@ -291,6 +291,15 @@ def test_schedules_of_the_application_tick_in_the_test(app_queue, add):
         q.assert_submitted("add", times=2)
 
 
+def test_a_mistake_leaves_a_started_queue_alone():
+    with Queue(MemoryRepository()) as queue:
+        queue.executor("fine")(lambda: "fine")
+        with pytest.raises(ConfigurationError), inline(queue, object()):
+            pass
+        assert type(queue) is Queue
+        assert queue.submit("fine").result(timeout=60) == "fine"
+
+
 @pytest.mark.parametrize("wrong", [None, "app.queue", MemoryRepository()])
 def test_only_a_queue_can_be_replaced(wrong):
     with pytest.raises(ConfigurationError, match="expected a Queue"), inline(wrong):
