@@ -17,7 +17,7 @@ from taskx.core.values import Values
 from taskx.core.writes import Update
 from taskx.executing.capture import Capture, CapturedLogger
 from taskx.executing.context import Context, log_prefix
-from taskx.executing.executors import Executor, TaskExecutor, make_executor
+from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, make_executor
 from taskx.executing.runner import Run
 from taskx.testing.clock import ManualClock
 from taskx.testing.driven import DrivenRun
@@ -126,7 +126,7 @@ class _Records(Capture):
 
 @overload
 def run_executor(
-    executor: Executor[..., R],
+    executor: Executor[..., R] | BoundExecutor[..., R],
     params: Mapping[str, Any] | None = None,
     *,
     cancel_after: float | timedelta | None = None,
@@ -164,7 +164,7 @@ def run_executor(
     **options: Unpack[ScheduleOptions],
 ) -> Outcome[R]: ...
 def run_executor(
-    executor: Executor[..., Any] | TaskExecutor | Callable[..., Any],
+    executor: Executor[..., Any] | BoundExecutor[..., Any] | TaskExecutor | Callable[..., Any],
     params: Mapping[str, Any] | None = None,
     *,
     cancel_after: float | timedelta | None = None,
@@ -200,6 +200,10 @@ def run_executor(
         ConfigurationError: an argument is not valid.
         KeyboardInterrupt: the executor was interrupted.
     """
+    if isinstance(executor, BoundExecutor):
+        bound = executor.options.items()
+        options = {**{k: v for k, v in bound if k in ScheduleOptions.__annotations__}, **options}
+        executor = executor.executor
     refuse_unknown(options, ScheduleOptions, "run_executor")
     queue = ManualQueue(clock=clock)
     type_ = _register(queue, executor)

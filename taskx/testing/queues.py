@@ -18,6 +18,7 @@ from taskx.core.errors import ConfigurationError, TaskFailed
 from taskx.core.model import Task, TaskFilter, TaskStatus
 from taskx.core.options import FilterOptions, OnConflict
 from taskx.core.writes import Insert
+from taskx.executing.executors import BoundExecutor, Executor
 from taskx.executing.registry import Layer
 from taskx.executing.runner import Run, inside_executor
 from taskx.queue import Queue
@@ -43,6 +44,10 @@ if TYPE_CHECKING:
 
 # The shortest step of the clock that is never lost to rounding, in seconds.
 _STEP = 1e-9
+
+
+#: A type of tasks: its name, or an executor.
+Kind = str | Executor[..., Any] | BoundExecutor[..., Any]
 
 
 class ManualQueue(Queue):
@@ -303,7 +308,7 @@ class ManualQueue(Queue):
 
     def submitted(
         self,
-        type: str | None = None,
+        type: Kind | None = None,
         *,
         params: Mapping[str, Any] | None = None,
         within: float | timedelta | None = None,
@@ -313,7 +318,7 @@ class ManualQueue(Queue):
         """Return the tasks that were submitted, in order and as they were then, deleted ones included.
 
         Args:
-            type: only tasks of this type.
+            type: only tasks of this type, or of this executor's type.
             params: only tasks whose params have these values, as objects or as JSON; they may have
                 others, too.
             within: only tasks submitted in the last so many seconds, by the queue's clock.
@@ -323,11 +328,11 @@ class ManualQueue(Queue):
         Raises:
             ConfigurationError: a task has no such field.
         """
-        return self._submissions.matching(type, params, within, delay, fields, self._values)
+        return self._submissions.matching(_type(type), params, within, delay, fields, self._values)
 
     def assert_submitted(
         self,
-        type: str | None = None,
+        type: Kind | None = None,
         *,
         params: Mapping[str, Any] | None = None,
         within: float | timedelta | None = None,
@@ -344,7 +349,7 @@ class ManualQueue(Queue):
         """
         found = self.submitted(type, params=params, within=within, delay=delay, **fields)
         if not found or (times is not None and len(found) != times):
-            asked = submissions.wanted(type, params, within, delay, fields)
+            asked = submissions.wanted(_type(type), params, within, delay, fields)
             if times is None:
                 problem = f"no {asked} was submitted"
             else:
@@ -354,7 +359,7 @@ class ManualQueue(Queue):
 
     def assert_not_submitted(
         self,
-        type: str | None = None,
+        type: Kind | None = None,
         *,
         params: Mapping[str, Any] | None = None,
         within: float | timedelta | None = None,
@@ -369,12 +374,12 @@ class ManualQueue(Queue):
             AssertionError: one was; the message lists what was submitted.
         """
         if found := self.submitted(type, params=params, within=within, delay=delay, **fields):
-            asked = submissions.wanted(type, params, within, delay, fields)
+            asked = submissions.wanted(_type(type), params, within, delay, fields)
             raise AssertionError(
                 f"{asked}: expected no submission, found {len(found)}. {self._submissions.listed()}"
             )
 
-    def assert_submitted_in_order(self, *types: str) -> None:
+    def assert_submitted_in_order(self, *types: Kind) -> None:
         """Assert that tasks of these types were submitted in this order, and as often as given.
 
         Tasks of other types may come in between.
@@ -382,10 +387,11 @@ class ManualQueue(Queue):
         Raises:
             AssertionError: they were not; the message lists what was submitted.
         """
-        actual = submissions.in_order(self._submissions.tasks, types)
-        if actual != list(types):
+        names = [str(_type(kind)) for kind in types]
+        actual = submissions.in_order(self._submissions.tasks, names)
+        if actual != names:
             raise AssertionError(
-                f"expected {', '.join(types)}; submitted were, of these types, "
+                f"expected {', '.join(names)}; submitted were, of these types, "
                 f"{', '.join(actual) or 'none'}. {self._submissions.listed()}"
             )
 
@@ -493,6 +499,11 @@ class InlineQueue(ManualQueue):
 
 
 Q = TypeVar("Q", bound=ManualQueue)
+
+
+def _type(kind: Kind | None) -> str | None:
+    """Return the name of a type of tasks."""
+    return kind if kind is None or isinstance(kind, str) else kind.type
 
 
 @contextmanager

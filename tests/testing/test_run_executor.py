@@ -63,6 +63,11 @@ def test_a_plain_function_and_a_class_run():
     assert run_executor(Classic(), {"any": 1}).result == {"any": 1}
 
 
+def test_an_executor_with_bound_options_runs_with_them():
+    outcome = run_executor(fetch.using(timeout=5, delay=60), {"url": "u"})
+    assert outcome.task.error == "timed out after 5 s"
+
+
 def test_the_error_is_kept_and_raised_by_result():
     class Mine(Exception):
         pass

@@ -47,6 +47,16 @@ def test_submitted_returns_the_tasks_that_meet_all_conditions(busy):
     assert busy.submitted("report") == []
 
 
+def test_a_type_can_be_given_by_its_executor(queue):
+    note = queue.executor("note")(lambda n: None)
+    queue.submit("mail")
+    note.using(priority=3).submit(n=1)
+    assert queue.assert_submitted(note, priority=3).type == "note"
+    assert queue.submitted(note.using(priority=3)) == queue.submitted("note")
+    queue.assert_submitted_in_order("mail", note)
+    assert "type 'note'" in fails(queue.assert_not_submitted, note)
+
+
 def test_within_counts_from_now_back(busy):
     busy.clock.advance(30)
     busy.submit("mail", {"to": "cid"})
