@@ -106,7 +106,7 @@ class Queue:
             check_middleware(middleware),
             self._require,
             self.config.max_payload_size,
-            self._warn_if_nobody_runs,
+            self._warn_of_first_use,
         )
         self._schedules = Schedules(self.handle)
         self.repository.queues.add(self)
@@ -132,16 +132,22 @@ class Queue:
     def _require(self, what: str) -> None:
         self.repository.require(what)
 
-    def _warn_if_nobody_runs(self, type: str) -> None:
-        if self.repository.shortcoming:  # other processes are not known
-            return
-        with suppress(RepositoryError):
-            if not queries.runs_somewhere(self.repository, type):
-                self._log.warning(
-                    "no running queue has an executor for type %r, which this queue only declares; its "
-                    "tasks wait until one is started",
-                    type,
-                )
+    def _nobody_runs(self, type: str) -> bool:
+        """Return True if it is known that no running queue has an executor for the type."""
+        if self.repository.shortcoming:  # the queues of other processes are not known
+            return False
+        try:
+            return not queries.runs_somewhere(self.repository, type)
+        except RepositoryError:
+            return False
+
+    def _warn_of_first_use(self, type: str) -> None:
+        if self._nobody_runs(type):
+            self._log.warning(
+                "no running queue has an executor for type %r, which this queue only declares; its tasks "
+                "wait until one is started",
+                type,
+            )
 
     def __repr__(self) -> str:
         return f"<Queue on {self.repository!r}, {self._life.name}>"
@@ -726,15 +732,12 @@ class Queue:
         """
         self._services.pauses.set(type)
         self._check_pauses()
-        if type is None or self._registry.knows(type):
-            return
-        with suppress(RepositoryError):
-            if not queries.runs_somewhere(self.repository, type):
-                self._log.warning(
-                    "type %r is paused, but no running queue has an executor for it; is it misspelt? "
-                    "This queue knows: %s",
-                    *(type, self._registry.known),
-                )
+        if type is not None and not self._registry.knows(type) and self._nobody_runs(type):
+            self._log.warning(
+                "type %r is paused, but no running queue has an executor for it; is it misspelt? This "
+                "queue knows: %s",
+                *(type, self._registry.known),
+            )
 
     def resume(self, type: str | None = None) -> None:
         """End the :meth:`pause` of the same type. With None, types paused by name stay paused.
