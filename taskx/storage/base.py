@@ -290,8 +290,10 @@ class Repository(TaskRepository):
             return [], after
         # A task without a date, or with a damaged one, may be listed by any date.
         date = end if _dateless(tasks[-1]) else tasks[-1].created_at
-        again = {task.id for task in some if date in (end, task.created_at) or _dateless(task)}
-        return tasks, (date, again)
+        listed_again = [
+            task for task in some if date == end or task.created_at == date or _dateless(task)
+        ]
+        return tasks, (date, {task.id for task in listed_again})
 
     # --- the eight methods. They use the moves of ``lifecycle``, so that its rules hold for every change
 
