@@ -34,7 +34,7 @@ def queue(make_queue, clock):
 
 class TestPage:
     @pytest.mark.every_store
-    def test_the_fields_of_a_filter_do_instead_of_one(self, queue, clock):
+    def test_the_fields_of_a_filter_can_be_given_by_name(self, queue, clock):
         third = queue.get_task_status("2").created_at
         for fields, expected in [
             ({}, "543210"),
