@@ -32,7 +32,7 @@ def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
     Raises:
         ConfigurationError: an option is not valid, or ``run_at`` and ``delay`` are both given.
     """
-    chosen = given(options)
+    chosen = {name: value for name, value in options.items() if value is not None}
     if "id" in chosen:  # only Task.id may be empty: then an id is made
         check_key(chosen["id"], "id")
     parents = chosen.get("depends_on")
