@@ -22,7 +22,6 @@ from taskx.common.hooks import Hook, Hooks
 from taskx.common.ledger import Ledger
 from taskx.common.pauses import Pauses
 from taskx.common.watcher import Watcher
-from taskx.core import lifecycle
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, Ending
@@ -146,6 +145,12 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     ("rescue", CANCELLED): Follows("rescued", ends=True, level=logging.WARNING, words=_CANCELLED),
     ("cancel", CANCELLED): Follows(ends=True, leaves=True),
     ("request cancel", None): Follows(fires=True),
+    ("expire", CANCELLED): Follows(
+        ends=True,
+        leaves=True,
+        level=logging.INFO,
+        words="task %(id)s (%(type)s) is %(status)s: %(error)s",
+    ),
     ("orphan", CANCELLED): _ORPHANED,
     ("orphan", FAILED): _ORPHANED,
     ("parents moved", None): Follows(may_start=True),
@@ -167,7 +172,7 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
 
 
 def _submitted_task(insert: Insert) -> Task:
-    return created_task(lifecycle.as_submitted(insert))
+    return created_task(insert.row if insert.submitted is None else insert.submitted)
 
 
 def _row(write: Write) -> Follows:

@@ -167,6 +167,8 @@ class Queue:
             timeout: seconds after which an attempt's token fires.
             priority: tasks with a higher number run first (default 0).
             retry: how often, when and after which errors another attempt follows (default: at once).
+            expires: seconds, or a ``timedelta``, from a task's ``run_at``, or from its submit, within
+                which it must start for the first time; otherwise it is cancelled (default: no limit).
             capture_log: store what the executor logs in ``task.log``: True for level INFO and above,
                 or the name of a level, such as ``"WARNING"``.
             isolation: ``"process"`` runs each attempt in its own child process, which imports the
@@ -278,6 +280,8 @@ class Queue:
                 complete: ``"cancel"`` (default), ``"fail"`` or ``"run"`` this task.
             concurrency_key: tasks with the same key run one at a time, in the order of submission,
                 across all processes.
+            expires: a task that has not started for the first time by then is cancelled: an aware
+                datetime, or seconds or a ``timedelta`` from its ``run_at``, or from now.
 
         Raises:
             UnknownTaskType: the type is neither registered nor declared.
@@ -527,6 +531,8 @@ class Queue:
             created_by: this field of its tasks; ``schedule:`` and the name by default.
             priority, timeout, max_attempts, max_crashes, retry, concurrency_key: options of its
                 tasks, as in :meth:`submit`.
+            expires: seconds, or a ``timedelta``, from a tick, or from when its task is made if that is
+                later; the task is cancelled if it has not started by then.
 
         Raises:
             ConfigurationError: an argument is not valid, a package is missing, or the repository cannot
@@ -538,7 +544,7 @@ class Queue:
         """
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
         wanted, said = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
-        return self._schedules.declare(entry, wanted, said.get("priority"))
+        return self._schedules.declare(entry, wanted, said.get("priority"), said.get("expires"))
 
     def schedules(self) -> dict[str, Schedule]:
         """Return all schedules in the repository, by name, including those of other processes."""

@@ -262,6 +262,7 @@ _SECONDS = {
     "handles": "common.handles.POLL_INTERVAL",
 }
 _BATCHES = {
+    "expiry": "upkeep.expiry.BATCH",
     "lists": "storage.queries.TASKS",
     "operations": "submitting.operations.BATCH",
     "recovery": "upkeep.recovery.BATCH",

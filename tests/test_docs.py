@@ -474,6 +474,7 @@ IDLE = {
     "data_version": "PRAGMA data_version",
     "owners": "(SELECT min(owner)",
     "stuck_on": "(SELECT min(stuck_on)",
+    "expires_at": "expires_at <= ",
     "nodes": "name >= 'node/'",
     "pauses": "name >= 'pause'",
     "schedules": "name > 'schedule/'",

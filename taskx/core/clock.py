@@ -64,6 +64,12 @@ def to_ms(moment: datetime, what: str = "datetime") -> int:
     return (moment - _EPOCH) // _MILLISECOND
 
 
+def to_text(ms: int) -> str:
+    """Return milliseconds since 1970 as an ISO time in UTC, such as ``2026-05-03T09:30:00Z``."""
+    moment = to_datetime(ms).replace(tzinfo=None)
+    return f"{moment.isoformat(timespec='milliseconds' if ms % 1000 else 'seconds')}Z"
+
+
 #: The first and the last moment of the calendar, in UTC milliseconds. A local time can be outside of it.
 FIRST = to_ms(datetime.min.replace(tzinfo=timezone.utc))
 LAST = to_ms(datetime.max.replace(tzinfo=timezone.utc))

@@ -6,6 +6,7 @@ Changes that a user makes to a record by hand are checked here, too.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
@@ -26,7 +27,7 @@ from taskx.core.model import (
     check_name,
     check_status,
 )
-from taskx.core.options import CHECKS, OnParentFailure, checked, one_of
+from taskx.core.options import CHECKS, OnParentFailure, check_time, checked, one_of
 from taskx.core.record import MAX_MESSAGE, check_progress, policy_to_text
 from taskx.core.writes import Insert
 
@@ -61,11 +62,23 @@ def new_record(task: Task, now: int, max_size: int = payload.DEFAULT_MAX_SIZE) -
         columns["retry"] = policy_to_text(task.retry)
     if task.run_at is not None:
         columns["run_at"] = to_ms(task.run_at)
+    if task.expires_at is not None:
+        columns["expires_at"] = _expiry(task.expires_at, task.run_at)
     return lifecycle.created(columns)
 
 
 _options = attrgetter(*CHECKS)
 _NOTHING = _options(Task())
+
+
+def _expiry(expires_at: datetime, run_at: datetime | None) -> int:
+    check_time(expires_at, "expires_at")
+    if run_at is not None and expires_at <= run_at:
+        raise ConfigurationError(
+            f"the task would expire at {expires_at}, before it may start at {run_at}; give a later "
+            "`expires`, or seconds, which are counted from `run_at`"
+        )
+    return to_ms(expires_at)
 
 
 def _between_tasks(task: Task) -> dict[str, Any]:
@@ -97,7 +110,7 @@ def check_parents(parents: Any, task_id: str = "") -> list[str]:
 
 # A record can have values that submit would refuse. It must still be possible to change such a record.
 _BY_HAND = {name: check for name, check in CHECKS.items() if name != "priority"}
-_BY_HAND["timeout"] = check_number
+_BY_HAND.update(timeout=check_number, expires_at=check_time)
 
 
 def storable(task: Task) -> Task:

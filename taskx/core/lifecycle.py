@@ -13,7 +13,7 @@ from zlib import crc32
 import attrs
 
 from taskx.core import unique
-from taskx.core.clock import to_datetime, to_ms
+from taskx.core.clock import LAST, to_datetime, to_ms, to_text
 from taskx.core.errors import CancelReason, InvalidTransition
 from taskx.core.model import Attempt, Task, TaskStatus
 from taskx.core.options import CHECKS, FALLBACKS
@@ -71,6 +71,7 @@ MOVES = (
     Move("rescue", RUNNING, FAILED),
     Move("rescue", RUNNING, CANCELLED),
     Move("cancel", PENDING, CANCELLED),
+    Move("expire", PENDING, CANCELLED),
     Move("orphan", PENDING, CANCELLED),
     Move("orphan", PENDING, FAILED),
     Move("cancelled", RUNNING, CANCELLED),
@@ -117,7 +118,8 @@ def created(columns: Mapping[str, Any]) -> Insert:
     """Store a new pending task.
 
     ``columns`` has its id, type, params, and every column that differs from ``DEFAULTS``. The values are
-    those of rows (JSON text, milliseconds), but ``depends_on`` is a list. The task first waits for its
+    those of rows (JSON text, milliseconds), but ``depends_on`` is a list. ``expires`` may stand for
+    ``expires_at``, in milliseconds: see :func:`expiry`. The task first waits for its
     parents (see :func:`wait_for`), then for its turn, then for its time.
     """
     row = {**_NEW, **columns}
@@ -130,6 +132,8 @@ def created(columns: Mapping[str, Any]) -> Insert:
             row["held"] = FOR_TURN
         if "depends_on" in row:
             row["depends_on"] = ids_to_text(row["depends_on"])
+        if "expires" in row:
+            row["expires_at"] = expiry(row["created_at"], row["run_at"], row.pop("expires"))
     return Insert(row)
 
 
@@ -139,6 +143,11 @@ _NEW: dict[str, Any] = {name: DEFAULTS.get(name) for name in CREATED}
 def until_due(run_at: int | None, now: int) -> int:
     """Return the value of ``held`` for a pending task that can wait only for its time."""
     return UNTIL_DUE if run_at is not None and run_at > now else FREE
+
+
+def expiry(created_at: int, run_at: int | None, expires: int) -> int:
+    """Return the ``expires_at`` of a new task: ``expires`` milliseconds after its time to start."""
+    return min(max(created_at, run_at or 0) + expires, LAST)
 
 
 def release(task_id: str) -> Update:
@@ -166,18 +175,42 @@ def cancel(task_id: str, now: int) -> list[Update]:
 
     A pending task releases its unique key, whatever its scope.
     """
-    gone = {"status": CANCELLED, "completed_at": now, "owner": ""}
-    gone.update(unique_lock=None, waiting_on=None)
-    # If a thread of an earlier attempt still runs, the task keeps its turn: see lift_bar. ``held`` is
-    # None in records that the original TaskX wrote.
-    free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None)}
-    barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD)}
     runs, asked = {"status": RUNNING, "cancel_requested_at": None}, {"cancel_requested_at": now}
     return [
-        Update(task_id, free, {**gone, "turn": None}, durable=True, move="cancel"),
-        Update(task_id, barred, gone, durable=True, move="cancel"),
+        *_cancel_pending(task_id, {}, {"completed_at": now}, durable=True, move="cancel"),
         Update(task_id, runs, asked, durable=True, move="request cancel"),
     ]
+
+
+def _cancel_pending(
+    task_id: str, guard: Mapping[str, Any], changes: Mapping[str, Any], *, durable: bool, move: str
+) -> list[Update]:
+    gone = {"status": CANCELLED, "owner": "", "unique_lock": None, "waiting_on": None}
+    gone.update(expires_at=None, **changes)
+    # If a thread of an earlier attempt still runs, the task keeps its turn: see lift_bar. ``held`` is
+    # None in records that the original TaskX wrote.
+    free = {"status": PENDING, "held": (FREE, UNTIL_DUE, FOR_TURN, None), **guard}
+    barred = {"status": PENDING, "held": (FOR_PARENTS, BY_THREAD), **guard}
+    return [
+        Update(task_id, free, {**gone, "turn": None}, durable=durable, move=move),
+        Update(task_id, barred, gone, durable=durable, move=move),
+    ]
+
+
+def has_expired(task: Task, now: int) -> bool:
+    """Return True if a task has not started for the first time by its ``expires_at``."""
+    return task.expires_at is not None and to_ms(task.expires_at) <= now
+
+
+def expire(task: Task, now: int) -> list[Update]:
+    """Cancel a pending task that has expired. The guard fails once the task has started or changed."""
+    assert task.expires_at is not None
+    expires_at = to_ms(task.expires_at)
+    error = f"expired at {to_text(expires_at)} before its first start"
+    changes = {"completed_at": now, "error": error}
+    return _cancel_pending(
+        task.id, {"expires_at": expires_at}, changes, durable=False, move="expire"
+    )
 
 
 def replace(holder: Task, new: Insert) -> list[Update]:
@@ -192,6 +225,8 @@ def replace(holder: Task, new: Insert) -> list[Update]:
     # it has the old params, too: it finds that ``starts`` has changed.
     changes = {name: new.row[name] for name in _REPLACED}
     changes.update(checkpoints=None, starts=holder.starts + 1)
+    if holder.expires_at is not None or "expires_at" in new.row:
+        changes["expires_at"] = new.row.get("expires_at")
     # No owner: the task is fetched again and sorted by its new priority.
     due = {**changes, "held": until_due(changes["run_at"], new.row["created_at"]), "owner": ""}
     guard = {"status": PENDING, "unique_lock": holder.unique_key, "starts": holder.starts}
@@ -296,6 +331,8 @@ def parents_moved(child: Task, statuses: Mapping[str, str], now: int) -> Update:
         "error": f"{_ITS_PARENT}{bad} {_WORDS.get(statuses.get(bad, ''), 'is gone')}",
         "waiting_on": None,
     }
+    if child.expires_at is not None:
+        changes["expires_at"] = None
     if child.on_parent_failure == "fail":
         changes.update(status=FAILED, dead_letter=1, **unique.freed_by_end(child))
     else:
@@ -316,7 +353,9 @@ def ended_with(child: Task, parents: Collection[str]) -> bool:
 
 
 def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
-    """Start a pending task on the node with the id ``node``; return None if it is not pending.
+    """Start a pending task on the node with the id ``node``.
+
+    Return None if the task is not pending, or has expired.
 
     The guard on ``starts`` makes this a compare-and-set; the increased ``starts`` is the run's fence. If a
     single crash is the task's end, the start is durable: a power cut must not undo it. ``worker`` is the
@@ -336,20 +375,17 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
     }
     if task.unique_key is not None:
         changes.update(unique.freed_by_start(task))
+    if task.expires_at is not None:
+        if has_expired(task, now):
+            return None
+        changes["expires_at"] = None
     guard = {"status": PENDING, "starts": task.starts, "held": FREE}
     return Update(task.id, guard, changes, task.max_crashes == 1, "start")
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
     """Store a new task as already started: creation and :func:`start` in one write instead of two."""
-    return Insert({**insert.row, **start.changes})
-
-
-def as_submitted(insert: Insert) -> dict[str, Any]:
-    """Return the row of a new task as submitted, without the start that was stored with it."""
-    if "status" not in insert.row:
-        return insert.row
-    return {**insert.row, "status": PENDING, "starts": 0, "started_at": None, "worker": ""}
+    return Insert({**insert.row, **start.changes}, submitted=insert.row)
 
 
 def last_chance(task: Task) -> bool:
@@ -373,7 +409,9 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
 def hand_back(task: Task, now: int) -> list[Update]:
     """Undo a start whose executor was never called; the task stays in its node's buffer."""
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
-    changes = {"status": PENDING, "started_at": None, "worker": worker}
+    changes: dict[str, Any] = {"status": PENDING, "started_at": None, "worker": worker}
+    if task.expires_at is not None:  # as it was read before the start
+        changes["expires_at"] = to_ms(task.expires_at)
     ending = Ending(returned=False, worker=worker)
     return _unless_cancelled(task, changes, ending, now, "hand back")
 
@@ -658,7 +696,7 @@ def requeue(task: Task, now: int, waiting_on: str | None = None) -> Update:
 _AS_NEW = (
     *("status", "result", "error", "error_type", "traceback", "progress", "message"),
     *("started_at", "completed_at", "duration", "run_at", "cancel_requested_at", "dead_letter"),
-    *("errors", "crashes", "interruptions", "snoozes", "owner", "held"),
+    *("expires_at", "errors", "crashes", "interruptions", "snoozes", "owner", "held"),
 )
 
 # Removing a record frees its turn and its id. So the record stays while a thread of the task runs.
@@ -769,6 +807,8 @@ def amend(stored: Task, wanted: Task, now: int) -> list[Update]:
                 del changes[name]
     if wanted.status is not stored.status:
         changes.update(_status_change(stored, wanted.status, now))
+    if wanted.status is not TaskStatus.PENDING:  # only a pending task can expire
+        changes["expires_at"] = None
     # Only a task that has ended has a ``completed_at``.
     if wanted.status.finished and wanted.completed_at is not None:
         changes["completed_at"] = to_ms(wanted.completed_at, "completed_at")
@@ -809,6 +849,7 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
             "starts": stored.starts + 1,
             "started_at": now,
             "held": FREE,
+            "expires_at": None,
             "waiting_on": None,
             "turn": stored.concurrency_key,  # if another task has the turn, the guard fails
             **unique.freed_by_start(stored),
@@ -818,6 +859,7 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
             return {"status": PENDING, "started_at": None, "owner": ""}
         return dict(requeue(stored, now).changes)
     changes = {"status": status.value, "completed_at": now, "owner": "", "waiting_on": None}
+    changes["expires_at"] = None
     if not stored.stuck_on:  # otherwise the task keeps its turn while its thread runs
         changes["turn"] = None
     changes.update(unique.freed_by_end(stored))

@@ -136,6 +136,8 @@ class Task:
             ``"fail"`` or ``"run"``.
         concurrency_key: tasks with the same key run one at a time, in the order of submission; None for
             no key.
+        expires_at: if the task has not started for the first time by then, it is cancelled; None for
+            never, and for every task that has started or ended.
         errors: number of attempts that raised.
         crashes: number of attempts during which the process died.
         interruptions: number of attempts cut short by a stop, or by the crash of another task.
@@ -182,6 +184,7 @@ class Task:
     depends_on: Sequence[str] = ()
     on_parent_failure: str | None = None
     concurrency_key: str | None = None
+    expires_at: datetime | None = None
     errors: int = 0
     crashes: int = 0
     interruptions: int = 0
@@ -272,7 +275,10 @@ class Task:
 TASK_FIELDS: tuple[str, ...] = tuple(
     field.name for field in attrs.fields(Task) if field.name != "damage"
 )
-TIME_FIELDS = ("created_at", "started_at", "completed_at", "run_at", "cancel_requested_at")
+TIME_FIELDS = (
+    *("created_at", "started_at", "completed_at"),
+    *("run_at", "expires_at", "cancel_requested_at"),
+)
 
 
 _FRACTION = re.compile(r"\.\d+")

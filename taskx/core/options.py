@@ -61,15 +61,20 @@ class MapOptions(CommonOptions, total=False):
     created_by: str | None
 
 
-class ScheduleOptions(MapOptions, RunOptions, total=False):
-    """The options of ``submit`` that a schedule can give to its tasks: see ``Queue.schedule``."""
-
+class _KeyOptions(MapOptions, RunOptions, total=False):
     concurrency_key: str | None
 
 
-class SubmitOptions(ScheduleOptions, total=False):
+class ScheduleOptions(_KeyOptions, total=False):
+    """The options of ``submit`` that a schedule can give to its tasks: see ``Queue.schedule``."""
+
+    expires: float | timedelta | None
+
+
+class SubmitOptions(_KeyOptions, total=False):
     """The options of ``submit``: see ``Queue.submit``."""
 
+    expires: float | timedelta | datetime | None
     id: str | None
     run_at: datetime | None
     delay: float | timedelta | None
@@ -83,6 +88,7 @@ class SubmitOptions(ScheduleOptions, total=False):
 class ExecutorOptions(RunOptions, total=False):
     """The options of an executor: see ``Queue.executor``."""
 
+    expires: float | timedelta | None
     capture_log: bool | int | str | None
     isolation: Isolation | None
     grace: float | timedelta | None
@@ -127,7 +133,8 @@ def _priority(value: Any, what: str) -> Any:
     return value
 
 
-def _run_at(value: Any, what: str) -> Any:
+def check_time(value: Any, what: str) -> Any:
+    """Raise ConfigurationError if a value is not a moment that a record can keep."""
     check_moment(value, what)
     if to_ms(value) > LAST:
         raise ConfigurationError(f"{what} must be before the year 10000 in UTC, not {value}")
@@ -139,6 +146,18 @@ def _timeout(value: Any, what: str) -> float:
     if seconds == 0:
         raise ConfigurationError(f"{what} must be more than 0 seconds; use None for no time-out")
     return seconds
+
+
+def lifetime(value: Any, what: str = "expires") -> int:
+    """Return a duration as whole milliseconds, at least 1.
+
+    Raises:
+        ConfigurationError: the value is neither a number of seconds above 0 nor such a ``timedelta``.
+    """
+    seconds = check_number(value, what)
+    if seconds == 0:
+        raise ConfigurationError(f"{what} must be more than 0 seconds")
+    return max(1, round(min(seconds * 1000, LAST)))
 
 
 def _policy(value: Any, what: str) -> Any:
@@ -183,7 +202,7 @@ def one_of(literal: Any) -> Callable[[Any, str], None]:
 #: The checks of the options that every new record stores in a column of the same name, in column order.
 CHECKS: Mapping[str, Check] = {
     "priority": _priority,
-    "run_at": _run_at,
+    "run_at": check_time,
     "timeout": _timeout,
     "max_attempts": _count,
     "max_crashes": _count,
@@ -215,6 +234,7 @@ class Options:
     timeout: float | None = attrs.field(default=None, converter=optional_seconds)
     priority: int | None = None
     retry: RetryPolicy | None = None
+    expires: float | None = attrs.field(default=None, converter=optional_seconds)
     capture_log: bool | int | str | None = None
     isolation: Isolation | None = None
     grace: float | None = attrs.field(default=None, converter=optional_seconds)
@@ -267,6 +287,7 @@ class Options:
 
 _OF_EXECUTOR: Mapping[str, Check] = {
     **{name: CHECKS[name] for name in RunOptions.__optional_keys__},
+    "expires": lifetime,
     "capture_log": log_level,
     "isolation": one_of(Isolation),
     "grace": check_number,

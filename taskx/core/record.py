@@ -125,7 +125,7 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
     (
         id_, type_, status, params, result, error, progress, message, created_by, created_at,
         started_at, completed_at, duration, priority, run_at, timeout, max_attempts, max_crashes,
-        retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key,
+        retry, unique_key, unique_scope, depends_on, on_parent_failure, concurrency_key, expires_at,
         errors, crashes, interruptions, snoozes, starts, cancel_requested_at, dead_letter,
         error_type, traceback, owner, worker, earlier, stuck_on, checkpoints, log,
     ) = row  # fmt: skip
@@ -188,6 +188,8 @@ def task_from_row(row: Sequence[Any], codecs: Codecs = NO_CODECS) -> Task:
             task.on_parent_failure = on_parent_failure and _text(on_parent_failure)
         if concurrency_key is not None:
             task.concurrency_key = _text(concurrency_key)
+        if expires_at is not None:
+            task.expires_at = to_datetime(expires_at)
         if stuck_on or log:
             task.stuck_on, task.log = stuck_on, log
         if checkpoints is not None:

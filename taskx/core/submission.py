@@ -3,27 +3,41 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta
 from typing import Any
 
 import attrs
 
-from taskx.core import unique
+from taskx.core import lifecycle, unique
 from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, to_datetime
 from taskx.core.creation import new_record
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, check_key
-from taskx.core.options import OnConflict, SubmitOptions, one_of, refuse_unknown
+from taskx.core.options import (
+    OnConflict,
+    SubmitOptions,
+    check_time,
+    lifetime,
+    one_of,
+    refuse_unknown,
+)
+from taskx.core.record import optional_ms
 
 _check_on_conflict = one_of(OnConflict)
-#: The options that concern the moment of the submit, so that no :class:`Task` can hold them.
-OF_SUBMIT = ("delay", "on_conflict")
 
 
 def given(options: Mapping[str, Any]) -> dict[str, Any]:
     """Return the options that are not None."""
     return {name: value for name, value in options.items() if value is not None}
+
+
+def of_submit(options: Mapping[str, Any]) -> list[str]:
+    """Return the options that concern the moment of the submit, so that no :class:`Task` can hold them."""
+    timed = options.get("expires")
+    relative = timed is not None and not isinstance(timed, datetime)
+    found = [name for name in ("delay", "on_conflict") if name in options]
+    return [*found, "expires"] if relative else found
 
 
 def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
@@ -54,7 +68,18 @@ def with_options(task: Task, options: Mapping[str, Any], now_ms: int) -> Task:
             raise ConfigurationError(
                 f"delay of {seconds:g} seconds is beyond the calendar: give a shorter one"
             ) from None
+    expires = chosen.pop("expires", None)
+    if expires is not None:
+        chosen["expires_at"] = _expiry(expires, chosen.get("run_at", task.run_at), now_ms)
     return attrs.evolve(task, **chosen) if chosen else task
+
+
+def _expiry(expires: Any, run_at: datetime | None, now_ms: int) -> datetime:
+    if isinstance(expires, datetime):
+        return expires
+    if run_at is not None:
+        check_time(run_at, "run_at")
+    return to_datetime(lifecycle.expiry(now_ms, optional_ms(run_at, "run_at"), lifetime(expires)))
 
 
 def bound_options(

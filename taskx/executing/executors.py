@@ -29,10 +29,11 @@ from taskx.core.options import (
     ExecutorOptions,
     Options,
     SubmitOptions,
+    lifetime,
     log_level,
     options_of,
 )
-from taskx.core.submission import OF_SUBMIT, bound_options, with_options
+from taskx.core.submission import bound_options, of_submit, with_options
 from taskx.core.values import Values, values_of
 from taskx.executing.context import Context
 
@@ -322,7 +323,8 @@ class BoundExecutor(Generic[P, R]):
 
         Raises:
             PayloadError: a param is missing or unknown.
-            ConfigurationError: an option concerns only a submit: ``delay`` or ``on_conflict``.
+            ConfigurationError: an option concerns only a submit: ``delay``, ``on_conflict``, or
+                ``expires`` in seconds.
         """
         return self._set_on(self.executor.task(*args, **kwargs))
 
@@ -331,15 +333,16 @@ class BoundExecutor(Generic[P, R]):
 
         Raises:
             PayloadError: no params are given, and the function requires some.
-            ConfigurationError: an option concerns only a submit: ``delay`` or ``on_conflict``.
+            ConfigurationError: an option concerns only a submit: ``delay``, ``on_conflict``, or
+                ``expires`` in seconds.
         """
         return self._set_on(self.executor.task_with(params))
 
     def _set_on(self, task: Task) -> Task:
-        if unfit := [name for name in OF_SUBMIT if name in self.options]:
+        if unfit := of_submit(self.options):
             raise ConfigurationError(
                 f"a Task cannot hold {', '.join(unfit)}, which only a submit can have: call submit, or "
-                "give run_at instead of delay"
+                "give run_at instead of delay and a datetime as expires"
             )
         return with_options(task, self.options, 0)
 
@@ -472,6 +475,7 @@ class Registered(NamedTuple):
     at_start: tuple[Any, ...]  #: the options set at the start: as ``FALLBACKS``, in that order
     log_level: int | None  #: the lowest level of log lines that are kept; None keeps none
     values: Values | None  #: the JSON forms of params and result; None if no annotation has one
+    expires: int | None  #: milliseconds in which its tasks must start; None for no limit
 
     def apply_defaults(self, task: Task) -> None:
         """Set the options that neither the task nor its submit has set, before the task starts."""
@@ -501,8 +505,9 @@ def entry_of(executor: TaskExecutor | Executor[Any, Any], options: Options) -> R
         function = _coding(function, values)
     defaults, level = options.task_defaults, log_level(options.capture_log)
     at_start = tuple({**FALLBACKS, **defaults}.values())
+    expires = None if options.expires is None else lifetime(options.expires)
     return Registered(
-        type, function, takes_context, check, options, defaults, at_start, level, values
+        *(type, function, takes_context, check, options, defaults, at_start, level, values, expires)
     )
 
 

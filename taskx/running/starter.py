@@ -165,12 +165,14 @@ class Starter:
     def start(self, items: Sequence[Item], worker: str) -> list[Run]:
         """Start as many of these tasks as possible, and return their runs.
 
-        The others must wait, were started by another node, or are gone. ``worker`` is the thread that will
-        run the first one. It is named in the record only of a single task: alike starts share a statement.
+        The others must wait, were started by another node, are gone, or have expired and are cancelled.
+        ``worker`` is the thread that will run the first one. It is named in the record only of a single
+        task: alike starts share a statement.
         """
         by = worker if len(items) == 1 else self._name
         services, runs = self._services, self.runs
         starting: list[tuple[Run, Update]] = []
+        expired: list[Task] = []
         admitted: Collection[str] = ()
         try:
             self.suspects.stand_aside()
@@ -188,8 +190,13 @@ class Starter:
                     starting.append((run, update))
                     # Before the start is committed: a cancel after that finds the token.
                     runs[task.id] = run
-                elif self._is_suspect(task):
-                    self._suspect_done()
+                else:
+                    if self._is_suspect(task):
+                        self._suspect_done()
+                    if lifecycle.has_expired(task, now):
+                        expired.append(task)
+            if expired:
+                self._expire(expired, now)
             writes = [update for _, update in starting]
             results = services.ledger.commit(writes) if writes else ()
             for (run, update), started in zip(starting, results, strict=True):
@@ -238,6 +245,11 @@ class Starter:
             self.strike(run)
             raise
         return run
+
+    def _expire(self, tasks: Sequence[Task], now: int) -> None:
+        """Cancel tasks instead of starting them."""
+        writes = [write for task in tasks for write in lifecycle.expire(task, now)]
+        self._services.consequences.commit(writes, {task.id: task for task in tasks})
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
         """Free the tasks with limits that must not start now; return the ids of the admitted ones."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from itertools import islice
 from typing import Any
 
@@ -17,6 +17,7 @@ from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, ScheduleNotFound
 from taskx.core.ids import new_id
 from taskx.core.model import Task, check_moment
+from taskx.core.options import lifetime
 from taskx.core.ticks import BATCH, Every, Misfire, between, zone
 from taskx.core.writes import Note
 from taskx.moving import Services
@@ -210,15 +211,18 @@ class Schedules:
             raise ScheduleNotFound(name)
         return note
 
-    def declare(self, entry: Entry, task: Task, priority: int | None) -> Schedule:
+    def declare(
+        self, entry: Entry, task: Task, priority: int | None, expires: float | timedelta | None
+    ) -> Schedule:
         """Store a schedule, or update the stored one of the same name.
 
         Args:
             entry: the wanted schedule, without its task.
             task: the model of its tasks.
             priority: overrides the priorities of the task and of the executor.
+            expires: the option of its tasks; None for that of the executor.
         """
-        wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority))
+        wanted = attrs.evolve(entry, task=self._template(entry.name, task, priority, expires))
         note_name = PREFIX + entry.name
         while True:
             note = self.services.repository.notes(note_name).get(note_name)
@@ -227,7 +231,9 @@ class Schedules:
             if unchanged or self.put(entry.name, new, 0 if note is None else note.version):
                 return Schedule(new, self)
 
-    def _template(self, name: str, task: Task, priority: int | None) -> dict[str, Any]:
+    def _template(
+        self, name: str, task: Task, priority: int | None, expires: float | timedelta | None
+    ) -> dict[str, Any]:
         if task.id or task.run_at is not None:
             raise ConfigurationError(
                 "the task of a schedule must have no id and no run_at: leave them out"
@@ -238,9 +244,19 @@ class Schedules:
             raise ConfigurationError(
                 "the tasks of a schedule must have no unique_key and no depends_on: leave them out"
             )
+        if task.expires_at is not None and expires is None:
+            raise ConfigurationError(
+                "the task of a schedule must have no expires_at: give `expires` in seconds instead"
+            )
         row = prepare(self.services, task, priority).row
         self.services.repository.codecs.columns(row)  # raises now instead of at every tick
-        return {column: value for column, value in row.items() if column in OF_TASK}
+        template = {column: value for column, value in row.items() if column in OF_TASK}
+        executor = self.services.registry.get(row["type"])
+        if expires is not None:
+            template["expires"] = lifetime(expires)
+        elif executor is not None and executor.expires is not None:
+            template["expires"] = executor.expires
+        return template
 
     def _merged(self, wanted: Entry, note: Note | None) -> Entry:
         now = self.now()

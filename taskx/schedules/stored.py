@@ -10,7 +10,7 @@ from attrs.validators import in_, instance_of, optional
 
 from taskx.core import lifecycle, payload
 from taskx.core.checks import check_number
-from taskx.core.clock import to_datetime
+from taskx.core.clock import to_text
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt
 from taskx.core.model import check_name
 from taskx.core.options import ScheduleOptions
@@ -128,8 +128,7 @@ def entry_of(note: Note) -> Entry:
 
 def tick_id(name: str, tick: int) -> str:
     """Return the id of the task of a tick. The id ensures that each tick gets one task only."""
-    moment = to_datetime(tick).replace(tzinfo=None)
-    return f"{name}@{moment.isoformat(timespec='milliseconds' if tick % 1000 else 'seconds')}Z"
+    return f"{name}@{to_text(tick)}"
 
 
 def store(services: Services, inserts: Sequence[Insert]) -> bool:

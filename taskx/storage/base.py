@@ -66,6 +66,14 @@ Lookup = Literal["id", "unique_lock", "turn", "parent", _Both]
 #:     The ``type`` of the pending tasks that may start.
 Listed = Literal[_Both, "ready_type"]
 
+#: The times by which :meth:`Repository.due` finds pending tasks, each through an index:
+#:
+#: ``run_at``
+#:     The tasks that wait for their ``run_at``.
+#: ``expires_at``
+#:     The tasks that have an ``expires_at``, whatever they wait for.
+Timed = Literal["run_at", "expires_at"]
+
 #: Names of columns, and rows that have these columns.
 Fields = tuple[str, ...]
 Rows = Sequence[tuple[Any, ...]]
@@ -216,11 +224,13 @@ class Repository(TaskRepository):
         """
 
     @abstractmethod
-    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
-        """Return at most ``limit`` pending tasks that wait for their ``run_at``, earliest first.
+    def due(
+        self, before: int | None, limit: int, column: Timed = "run_at"
+    ) -> Sequence[tuple[str, int]]:
+        """Return at most ``limit`` pending tasks for which a time comes, earliest first.
 
-        Each item is a task's id and its ``run_at`` in milliseconds. Only tasks with a ``run_at`` of at most
-        ``before`` are returned; None means all.
+        Each item is a task's id and its value of the column, in milliseconds. Only tasks with a value of at
+        most ``before`` are returned; None means all.
         """
 
     @abstractmethod

@@ -30,7 +30,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
-from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, new_version
+from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, Timed, new_version
 from taskx.storage.ordered import SortedItems
 
 #: The columns of a task, its ``sequence`` (a number that grows with each submission), and its ``places``:
@@ -230,11 +230,13 @@ class MemoryRepository(Repository):
     def _stub(self, item: tuple[Any, ...]) -> Stub:
         return stub_from_row(self._rows[item[-1]])
 
-    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
+    def due(
+        self, before: int | None, limit: int, column: Timed = "run_at"
+    ) -> Sequence[tuple[str, int]]:
         with self._lock:
-            held = self._indexes["held"].get(None, ())
-            due = takewhile(lambda item: before is None or item[0] <= before, held)
-            return [(task_id, run_at) for run_at, task_id in islice(due, limit)]
+            waiting = self._indexes[column].get(None, ())
+            due = takewhile(lambda item: before is None or item[0] <= before, waiting)
+            return [(task_id, moment) for moment, task_id in islice(due, limit)]
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         with self._lock:
@@ -320,10 +322,13 @@ def _places(row: Row) -> list[Place]:
     if row["status"] == "running":
         if row["owner"]:
             places.append(("running_on", row["owner"], (task_id,)))
-    elif row["held"] == FREE:
+        return places
+    if row["expires_at"] is not None:
+        places.append(("expires_at", None, (row["expires_at"], task_id)))
+    if row["held"] == FREE:
         places.append(("ready", (row["owner"], row["type"]), (-row["priority"], sequence, task_id)))
     elif row["held"] == UNTIL_DUE:
-        places.append(("held", None, (row["run_at"], task_id)))
+        places.append(("run_at", None, (row["run_at"], task_id)))
     elif row["held"] == FOR_PARENTS:
         places.append(("waiting_on", row["waiting_on"], (task_id,)))
     elif row["held"] == FOR_TURN:

@@ -489,6 +489,8 @@ def prepare(services: Services, task: Task, priority: int | None = None) -> Inse
                 row[name] = value
         if priority is None and not row["priority"]:
             row["priority"] = executor.options.priority or 0
+        if executor.expires is not None and "expires_at" not in row:
+            row["expires_at"] = lifecycle.expiry(row["created_at"], row["run_at"], executor.expires)
     return insert
 
 

@@ -199,7 +199,8 @@ class DrivenHousekeeper(Housekeeper):
     def until_next(self) -> float:
         """Return the seconds until a task, a tick or a token of a rate is due; inf if nothing is."""
         clock = self._services.clock
-        moments = [due - clock.now_ms() for due in (self._earliest_due(), self._ticker.next) if due]
+        coming = (self._earliest_due(), self._expiry.next(), self._ticker.next)
+        moments = [due - clock.now_ms() for due in coming if due]
         seconds = [moment / 1000 for moment in moments]
         if (token := self._pool.admission.next_fetch()) is not None:
             seconds.append(token - clock.monotonic())

@@ -100,6 +100,7 @@ class PrimitivesContract(Contract):
         given: dict[str, Any] = {"params": '{"text":"naïve ☃","n":[1,-0.5,null]}'}
         given |= {"created_by": "user123", "priority": -7, "run_at": self.NOW + 1, "timeout": 2.5}
         given |= {"max_attempts": 4, "max_crashes": 2, "owner": "node", "held": UNTIL_DUE}
+        given["expires_at"] = self.NOW + 9
         given["retry"] = policy_to_text(RetryPolicy(4, backoff="linear", retry_on=(OSError,)))
         changed: dict[str, Any] = {"status": "running", "progress": 50, "message": "half"}
         changed |= {"error": "broke", "error_type": "OSError", "traceback": "Traceback …"}
@@ -368,6 +369,29 @@ class PrimitivesContract(Contract):
         self.end(repository, "c", status="cancelled")
         self.change(repository, "b", {"held": UNTIL_DUE}, held=FREE)
         assert list(repository.due(None, 10)) == [due[1]]
+
+    def test_tasks_that_can_expire_come_by_their_expiry(self, repository: Repository) -> None:
+        """Whatever they wait for, as long as they are pending; the earliest first."""
+        self.skip_if(not self.keeps_every_field, "keeps no expires_at")
+        self.add(repository, "e", run_at=self.NOW, held=UNTIL_DUE)
+        for name, later, held in (("a", 2, FREE), ("b", 1, UNTIL_DUE), ("c", 3, BY_THREAD)):
+            run_at = self.NOW + 9 if held == UNTIL_DUE else None
+            expires_at = self.NOW + later
+            self.add(repository, name, expires_at=expires_at, run_at=run_at, held=held)
+        self.add(repository, "d", expires_at=self.NOW, owner="node")
+        expiring = [("d", 0), ("b", 1), ("a", 2), ("c", 3)]
+        expected = [(name, self.NOW + later) for name, later in expiring]
+        for before, count in ((None, 4), (self.NOW - 1, 0), (self.NOW, 1), (self.NOW + 2, 3)):
+            for limit in range(5):
+                found = repository.due(before, limit, "expires_at")
+                assert list(found) == expected[:count][:limit]
+        self.change(repository, "d", status="running", expires_at=None)
+        self.change(repository, "b", expires_at=None)
+        self.end(repository, "c", status="cancelled")
+        self.change(repository, "e", expires_at=self.NOW + 5)
+        expected = [("a", self.NOW + 2), ("e", self.NOW + 5)]
+        assert list(repository.due(None, 10, "expires_at")) == expected
+        assert list(repository.due(None, 10)) == [("e", self.NOW), ("b", self.NOW + 9)]
 
     def test_ended_tasks_are_those_that_ended_before_a_moment(self, repository: Repository) -> None:
         """Tasks of one status are listed by their end, not by their creation."""

@@ -18,6 +18,7 @@ from taskx.schedules.ticker import Ticker
 from taskx.storage import queries
 from taskx.storage.base import Repository
 from taskx.storage.queries import Changes
+from taskx.upkeep.expiry import Expiry
 from taskx.upkeep.listening import Listening
 from taskx.upkeep.recovery import Recovery
 from taskx.upkeep.retention import Retention
@@ -52,6 +53,7 @@ class Housekeeper:
         #: Finds dead nodes.
         self.recovery = Recovery(pool)
         self._audit = Audit(pool)
+        self._expiry = Expiry(pool.services)
         self._retention = Retention(pool.services, retention)
         self._ticker = Ticker(pool.services)
         self._agenda = pool.services.agenda
@@ -149,6 +151,7 @@ class Housekeeper:
             services.dependents.waiting
             or services.turns.waiting
             or self.recovery.waiting
+            or self._expiry.waiting
             or (not self._pool.stopping and self._ticker.waiting)
         )
 
@@ -176,6 +179,7 @@ class Housekeeper:
         if self.recovery.waiting and self.recovery.go_on(until - time.monotonic()):
             self._agenda.more_stored = True
         if self._is_time("recover", RECOVER_EVERY):
+            self._expiry.waiting = True
             self.recovery.recover(until - time.monotonic())
             self._pool.record_types()
             self._pool.admission.tend()
@@ -185,6 +189,8 @@ class Housekeeper:
             self._ticker.refresh_soon()
             self._process_changes()
             self._services.watcher.check_all()
+        if self._expiry.waiting:
+            self._expiry.go_on(until - time.monotonic())
         if self._pool.admission.is_time() or self._agenda.more_stored:
             self._agenda.more_stored = True
             self._pool.fetcher.refill()

@@ -55,6 +55,7 @@ HEARD = {
     ("rescue", CANCELLED): {"hook rescued", "log"} | ENDED,
     ("cancel", CANCELLED): {"out of the buffer"} | ENDED,
     ("request cancel", None): {"token"},
+    ("expire", CANCELLED): {"out of the buffer", "log"} | ENDED,
     ("orphan", CANCELLED): {"log"} | ENDED - {"turns"},
     ("orphan", FAILED): {"log"} | ENDED - {"turns"},
     ("parents moved", None): {"waiting", "turns", "more"},
@@ -338,6 +339,7 @@ class Life:
         assert self.asked.acquire(timeout=PATIENCE)
         self.queue.cancel_task(running)
         self.until(CANCELLED, running)
+        self.until(CANCELLED, self.submit("remote", expires=0.01))
         for own in (True, False):
             interrupted = self.submit("heeds", own)
             assert self.asked.acquire(timeout=PATIENCE)

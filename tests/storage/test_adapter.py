@@ -95,7 +95,9 @@ def test_an_id_can_be_used_again_after_the_user_deleted_its_task(store, add, clo
     assert ids(store.ready(["t"], 10)) == []
 
 
-@pytest.mark.parametrize("option", ["priority", "timeout", "max_attempts", "max_crashes"])
+@pytest.mark.parametrize(
+    "option", ["priority", "timeout", "max_attempts", "max_crashes", "expires_at"]
+)
 def test_an_option_that_is_not_kept_is_refused(tmp_path, clock, option):
     store = MAKERS["adapter-13"](tmp_path, clock)
     with pytest.raises(ConfigurationError, match=f"does not keep {option}"):

@@ -144,6 +144,85 @@ class TestDue:
         assert ids(store.ready(["t"], 10)) == ["a"]
 
 
+@keeping_time
+class TestExpiry:
+    """A pending task that can expire, and its start."""
+
+    def expiring(self, add, now):
+        return add("a", expires_at=now + 1000)
+
+    def ending(self, store):
+        task = store.get_by_id("a")
+        return task.status.value, task.error, task.expires_at, task.completed_at
+
+    def test_the_moment_is_kept_until_the_start(self, store, add, now, clock):
+        task = self.expiring(add, now)
+        assert task.expires_at == clock.now() + timedelta(seconds=1)
+        assert store.list(TaskFilter()) == [task]
+        assert list(store.apply([lifecycle.start(task, now + 999, "node")])) == [True]
+        assert store.get_by_id("a").expires_at is None
+        assert list(store.due(None, 9, "expires_at")) == []
+
+    def test_an_expired_task_does_not_start(self, store, add, now, clock):
+        task = self.expiring(add, now)
+        assert lifecycle.start(task, now + 1000, "node") is None
+        clock.advance(1)
+        assert list(store.apply(lifecycle.expire(task, clock.now_ms()))).count(True) == 1
+        error = "expired at 2024-01-01T00:00:01Z before its first start"
+        assert self.ending(store) == ("cancelled", error, None, clock.now())
+        assert not any(store.apply(lifecycle.expire(task, clock.now_ms())))
+
+    @pytest.mark.parametrize("first", ["start", "expire"])
+    def test_of_a_start_and_an_expiry_one_takes_place(self, store, add, now, first):
+        task = self.expiring(add, now)
+        moves = {
+            "start": [lifecycle.start(task, now, "node")],
+            "expire": lifecycle.expire(task, now + 1000),
+        }
+        assert any(store.apply(moves.pop(first)))
+        (second,) = moves.values()
+        assert not any(store.apply(second))
+        status = {"start": "running", "expire": "cancelled"}[first]
+        assert store.get_by_id("a").status.value == status
+
+    def test_a_retried_task_does_not_expire(self, store, add, now):
+        """Not even by a write that was made before the start."""
+        task = self.expiring(add, now)
+        task.max_attempts = 2
+        expire = lifecycle.expire(task, now + 1000)
+        store.apply([lifecycle.start(task, now, "node")])
+        broken = Ending(returned=False, error="broke")
+        store.apply(lifecycle.conclude(store.get_by_id("a"), broken, now))
+        assert self.ending(store) == ("pending", "broke", None, None)
+        assert not any(store.apply(expire))
+
+    def test_a_start_that_is_handed_back_can_expire_again(self, store, add, now):
+        task = self.expiring(add, now)
+        update = lifecycle.start(task, now, "node")
+        store.apply([update])
+        lifecycle.mark_started(task, update)
+        assert any(store.apply(lifecycle.hand_back(task, now)))
+        assert list(store.due(None, 9, "expires_at")) == [("a", now + 1000)]
+        assert any(store.apply(lifecycle.expire(store.get_by_id("a"), now + 1000)))
+
+    def test_a_change_of_the_moment_counts(self, store, add, now, clock):
+        task = self.expiring(add, now)
+        expire = lifecycle.expire(task, now + 1000)
+        task.expires_at += timedelta(seconds=1)
+        store.update(task)
+        assert not any(store.apply(expire))
+        assert list(store.due(None, 9, "expires_at")) == [("a", now + 2000)]
+
+    @pytest.mark.parametrize("status", ["running", "cancelled"])
+    def test_a_move_by_hand_ends_it(self, store, add, now, status):
+        task = self.expiring(add, now)
+        task.status = TaskStatus(status)
+        store.update(task)
+        assert store.get_by_id("a").expires_at is None
+        store.update_status("a", TaskStatus.PENDING)
+        assert list(store.due(None, 9, "expires_at")) == []
+
+
 def test_a_running_task_is_not_deleted(store, run):
     run("a")
     assert list(store.apply([lifecycle.delete("a"), lifecycle.delete("b")])) == [False, False]

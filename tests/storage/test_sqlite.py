@@ -394,11 +394,18 @@ class TestStatements:
         [
             ("READY", ("", "t", 5), "tasks_ready"),
             ("READY_AT", ("", "t", 0, 5), "tasks_ready"),
-            ("DUE", (0, 5), "tasks_held"),
         ],
     )
     def test_the_housekeepers_statements_use_an_index(self, plan, name, values, index):
         [step] = plan(getattr(statements, name), values)
+        assert step.startswith("SEARCH tasks USING")
+        assert f"INDEX {index}" in step
+
+    @pytest.mark.parametrize(
+        ("column", "index"), [("run_at", "tasks_held"), ("expires_at", "tasks_expiring")]
+    )
+    def test_each_time_that_comes_has_an_index(self, plan, column, index):
+        [step] = plan(statements.DUE[column], (0, 5))
         assert step.startswith("SEARCH tasks USING")
         assert f"INDEX {index}" in step
 

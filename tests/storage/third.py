@@ -32,7 +32,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Write, matches
-from taskx.storage.base import Reentered, Repository, new_version
+from taskx.storage.base import Reentered, Repository, Timed, new_version
 
 T = TypeVar("T")
 
@@ -49,6 +49,7 @@ SCHEMA = (
     # cost nothing.
     f"CREATE INDEX ready ON tasks (owner, type) WHERE status = 'pending' AND held = {FREE}",
     f"CREATE INDEX due ON tasks (run_at) WHERE status = 'pending' AND held = {UNTIL_DUE}",
+    "CREATE INDEX expiring ON tasks (expires_at) WHERE expires_at IS NOT NULL",
     f"CREATE INDEX line ON tasks (concurrency_key) WHERE status = 'pending' AND held = {FOR_TURN}",
     "CREATE INDEX waiting ON tasks (waiting_on) WHERE waiting_on IS NOT NULL",
     "CREATE INDEX running ON tasks (owner) WHERE status = 'running'",
@@ -250,12 +251,15 @@ class ThirdRepository(Repository):
         )
         return list(map(stub_from_row, rows))
 
-    def due(self, before: int | None, limit: int) -> list[tuple[str, int]]:
-        """Return the ids and times of pending tasks that wait for their ``run_at``, earliest first."""
-        latest = "" if before is None else f"AND run_at <= {before:d} "
+    def due(
+        self, before: int | None, limit: int, column: Timed = "run_at"
+    ) -> list[tuple[str, int]]:
+        """Return the ids and times of pending tasks for which a time comes, earliest first."""
+        waiting = f"held = {UNTIL_DUE}" if column == "run_at" else "expires_at IS NOT NULL"
+        latest = "" if before is None else f"AND {column} <= {before:d} "
         return self._query(
-            f"SELECT id, run_at FROM tasks WHERE status = 'pending' AND held = {UNTIL_DUE} {latest}"
-            "ORDER BY run_at, seq LIMIT ?",
+            f"SELECT id, {column} FROM tasks WHERE status = 'pending' AND {waiting} {latest}"
+            f"ORDER BY {column}, seq LIMIT ?",
             (limit,),
         )
 

@@ -108,6 +108,12 @@ def flowing() -> None:
     assert_type(queue.submit_flow(flow), taskx.FlowHandle)
     queue.submit("add", {"a": 1}, depends_on=[add.submit(1), "an id"], on_parent_failure="run")
     queue.submit("add", unique_key="k", unique_scope=3600, on_conflict="return")
+    for moment in (5.0, timedelta(hours=1), datetime(2030, 1, 1)):
+        queue.submit("add", {"a": 1}, expires=moment)
+    queue.schedule("hourly", every(3600), "add", {"a": 1}, expires=timedelta(hours=1))
+    queue.submit("add", expires="soon")  # type: ignore[call-overload]
+    queue.schedule("once", every(5), "add", expires=datetime(2030, 1, 1))  # type: ignore[call-overload]
+    taskx.executor("add", expires=datetime(2030, 1, 1))  # type: ignore[arg-type]
     queue.submit("add", unique_key="k", on_conflict="ignore")  # type: ignore[call-overload]
     taskx.chain(add, later.using(priority=5)).then(add)
     taskx.chain("add")  # type: ignore[arg-type]

@@ -148,6 +148,10 @@ def held(why: int, **more: Any) -> Document:
     return {"status": "pending", "taskx.held": why, **wanted, **VISIBLE}
 
 
+#: The condition on ``expires_at`` for the tasks that can expire. The index has the same one.
+EXPIRES: Document = {"$gt": to_datetime(0)}
+
+
 # --- indexes
 
 
@@ -211,6 +215,11 @@ def _indexes() -> list[IndexModel]:
             [("taskx.run_at", ASCENDING), ("_id", ASCENDING)],
             name="taskx_due",
             partialFilterExpression={"status": "pending", "taskx.held": UNTIL_DUE},
+        ),
+        IndexModel(
+            [("taskx.expires_at", ASCENDING), ("_id", ASCENDING)],
+            name="taskx_expiring",
+            partialFilterExpression={"status": "pending", "taskx.expires_at": EXPIRES},
         ),
         IndexModel(
             [("taskx.concurrency_key", ASCENDING), ("taskx.seq", ASCENDING)],

@@ -22,7 +22,7 @@ from taskx.core.record import (
     parents_from_text,
     stub_from_values,
 )
-from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows
+from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, Timed
 from taskx.storage.mongo.batches import Batches
 from taskx.storage.mongo.connection import PER_MS, Connection
 from taskx.storage.mongo.documents import (
@@ -36,6 +36,7 @@ from taskx.storage.mongo.documents import (
 )
 from taskx.storage.mongo.filters import (
     BEST_FIRST,
+    EXPIRES,
     FOREIGN,
     HIDDEN,
     NEWEST_FIRST,
@@ -244,12 +245,18 @@ class Tasks(Repository):
             with suppress(WriteError):  # for example a full document; the others are adopted
                 tasks.update_one({**FOREIGN, "_id": document["_id"]}, {"$set": adopted})
 
-    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
-        moment = {"$type": "date"} if before is None else {"$lte": to_datetime(before)}
-        wanted = held(UNTIL_DUE, run_at=moment)
-        found = self._read(wanted, ("run_at",), limit, [("taskx.run_at", 1), ("_id", 1)])
-        rows = [row_from_document(document, ("id", "run_at")) for document in found]
-        return [(row["id"], row["run_at"]) for row in rows]
+    def due(
+        self, before: int | None, limit: int, column: Timed = "run_at"
+    ) -> Sequence[tuple[str, int]]:
+        path = f"taskx.{column}"
+        moment: Document = {"$type": "date"} if before is None else {"$lte": to_datetime(before)}
+        if column == "run_at":
+            wanted = held(UNTIL_DUE, run_at=moment)
+        else:
+            wanted = {"status": "pending", path: {**EXPIRES, **moment}, **VISIBLE}
+        found = self._read(wanted, (column,), limit, [(path, 1), ("_id", 1)])
+        rows = [row_from_document(document, ("id", column)) for document in found]
+        return [(row["id"], row[column]) for row in rows]
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         moment = {"$lt": to_datetime(before)}

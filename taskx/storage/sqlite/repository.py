@@ -31,6 +31,7 @@ from taskx.storage.base import (
     Reentered,
     Repository,
     Rows,
+    Timed,
     new_version,
     tell_of_forks,
 )
@@ -52,7 +53,7 @@ _PAGES_AT_ONCE = 200
 _MOST_VARIABLES = 500  # values in one SELECT; SQLite's own limit is 32,766
 _NEAR = frozenset({"id", "unique_lock", "waiting_on"})  # columns with few rows for each value
 _CREATED_AT = TASK_FIELDS.index("created_at")
-# SQLite sorts a damaged ``run_at``, a text, above all numbers: it is never due.
+# SQLite sorts a damaged time, a text, above all numbers: it is never due.
 _ANY_TIME = 2**63 - 1
 
 
@@ -359,8 +360,10 @@ class SQLiteRepository(Repository):
         rows.sort(key=lambda row: (_stub(row).rank(ageing), row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
-    def due(self, before: int | None, limit: int) -> Sequence[tuple[str, int]]:
-        return self._rows(statements.DUE, (_ANY_TIME if before is None else before, limit))
+    def due(
+        self, before: int | None, limit: int, column: Timed = "run_at"
+    ) -> Sequence[tuple[str, int]]:
+        return self._rows(statements.DUE[column], (_ANY_TIME if before is None else before, limit))
 
     def ended(self, status: str, before: int, limit: int, after: Any = None) -> Sequence[Ended]:
         rows = self._rows(statements.ENDED.format(status), (*(after or (before, 0)), before, limit))

@@ -118,9 +118,8 @@ _VERSION_1 = (
     """,
 )
 
-# Reserved columns, which are neither read nor written yet: ``tags``, a JSON list of texts to filter by, and
-# ``expires_at``, the time in milliseconds at which a task that has not started is cancelled. Most rows will
-# have NULL in both, so an index on either should be partial.
+# ``tags`` is a reserved column, which is neither read nor written yet: a JSON list of texts to filter by.
+# This version did not use ``expires_at`` either. Most rows will have NULL in both.
 _VERSION_2 = (
     "ALTER TABLE tasks ADD COLUMN error_type TEXT NOT NULL DEFAULT ''",
     "ALTER TABLE tasks ADD COLUMN tags TEXT",
@@ -133,7 +132,8 @@ _VERSION_2 = (
     """,
 )
 
-# Nodes become notes, with the prefix ``node/`` in their names.
+# Nodes become notes, with the prefix ``node/`` in their names. The index of ``expires_at`` has no condition
+# on the status, so that changes of the status do not touch it. Every move out of pending clears the column.
 _VERSION_3 = (
     """
     INSERT INTO notes (name, text, version)
@@ -144,6 +144,7 @@ _VERSION_3 = (
     ), 1 FROM nodes
     """,
     "DROP TABLE nodes",
+    "CREATE INDEX tasks_expiring ON tasks (expires_at) WHERE expires_at IS NOT NULL",
 )
 
 #: The statements that lead from each schema version to the next. The first entry creates a new file. A

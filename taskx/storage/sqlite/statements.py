@@ -11,7 +11,7 @@ from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, TaskFilter
 from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
-from taskx.storage.base import Listed, Lookup
+from taskx.storage.base import Listed, Lookup, Timed
 
 # Casts, as one damaged record must not prevent the others from being sorted.
 _STUB = (
@@ -38,10 +38,16 @@ READY_AT = (
 )
 # SQLite uses the partial index only if the condition is written like this.
 _HELD = "status = 'pending' AND held > 0 AND held = {}"
-DUE = (
-    f"SELECT id, run_at FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? "
-    "ORDER BY run_at LIMIT ?"
-)
+DUE: dict[Timed, str] = {
+    "run_at": (
+        f"SELECT id, run_at FROM tasks WHERE {_HELD.format(UNTIL_DUE)} AND run_at <= ? "
+        "ORDER BY run_at LIMIT ?"
+    ),
+    "expires_at": (
+        "SELECT id, expires_at FROM tasks WHERE expires_at IS NOT NULL AND status = 'pending' "
+        "AND expires_at <= ? ORDER BY expires_at LIMIT ?"
+    ),
+}
 _WAITING = f"waiting_on IS NOT NULL AND status = 'pending' AND held = {FOR_PARENTS}"
 _WAITING_FOR_TURN = f"status = 'pending' AND held = {FOR_TURN}"
 
