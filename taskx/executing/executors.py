@@ -521,6 +521,10 @@ def _coding(function: Callable[..., Any], values: Values) -> Callable[..., Any]:
 
 
 def _type_of(executor: Any) -> str:
+    if isinstance(executor, BoundExecutor):
+        raise ConfigurationError(
+            f"{executor!r} is bound with options of submits: register the executor itself"
+        )
     type_ = getattr(executor, "type", None)
     if inspect.isclass(executor) or not callable(getattr(executor, "execute", None)) or not type_:
         raise ConfigurationError(

@@ -182,10 +182,11 @@ class Results(Iterator[Any]):
     _under_way: _Window = attrs.field(init=False)
 
     def __attrs_post_init__(self) -> None:
+        refuse_unknown(self.options, MapOptions, "map")
         if not isinstance(self.executor, str):
             self.executor, bound = executor_of(self.executor, "map", "a type or an executor")
+            refuse_unknown(bound, MapOptions, "map", ": the executor is bound with it")
             self.options = {**bound, **given(self.options)}
-        refuse_unknown(self.options, MapOptions, "map")
         if self.key is not None and not callable(self.key):
             raise ConfigurationError(f"key must be a function of an item, not {self.key!r}")
         check_name(self.name, "name")

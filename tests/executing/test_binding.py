@@ -226,7 +226,7 @@ def test_map_takes_a_bound_executor(queue, beat):
     assert list(queue.map(beat.using(created_by="me", priority=2), [1, 2], priority=3)) == [1, 2]
     tasks, _ = queue.list_tasks()
     assert {(task.created_by, task.priority) for task in tasks} == {("me", 3)}
-    with pytest.raises(TypeError, match=r"map\(\) has no option delay"):
+    with pytest.raises(TypeError, match=r"map\(\) has no option delay: the executor is bound"):
         queue.map(beat.using(delay=5), [1])
 
 
@@ -340,6 +340,13 @@ def test_a_test_queue_does_not_take_the_applications_tasks(ping):
     test.stop()
     ping.submit()
     assert (application.list_tasks()[1], test.list_tasks()[1]) == (1, 1)
+
+
+def test_a_bound_executor_cannot_be_registered(queue, ping):
+    with pytest.raises(
+        ConfigurationError, match="bound with options of submits: register the executor"
+    ):
+        queue.register_executor(ping.using(priority=5))
 
 
 def test_a_bound_executor_is_of_its_own_class(mail):
