@@ -296,12 +296,11 @@ def _is_simple(value: Any) -> bool:
 
 def has_form(kind: Any) -> bool:
     """Return True if the values of a class are no JSON, but have a form by its annotation."""
-    return (
-        kind in _SCALARS
-        or issubclass(kind, (Enum, PurePath))
-        or dataclasses.is_dataclass(kind)
-        or attrs.has(kind)
-    )
+    return kind in _SCALARS or issubclass(kind, (Enum, PurePath)) or _has_fields(kind)
+
+
+def _has_fields(kind: Any) -> bool:
+    return dataclasses.is_dataclass(kind) or attrs.has(kind)
 
 
 def _parameters(kind: type[Any]) -> dict[str, inspect.Parameter] | None:
@@ -398,13 +397,10 @@ class _Reader:
             places = self._known[kind] = _Places(kind, kind._make, [])
             places.forms.extend(self._forms(kind, kind._fields).values())
             return places
-        made: Any = kind
-        if not (dataclasses.is_dataclass(kind) or attrs.has(kind)):
+        if not _has_fields(kind) or (parameters := _parameters(kind)) is None:
             return None
-        if (parameters := _parameters(made)) is None:
-            return None
-        fields = self._known[made] = _Fields(made, parameters)
-        fields.forms.update(self._forms(made, parameters))
+        fields = self._known[kind] = _Fields(kind, parameters)
+        fields.forms.update(self._forms(kind, parameters))
         return fields
 
     def _forms(self, kind: type[Any], wanted: Iterable[str]) -> dict[str, Form | None]:

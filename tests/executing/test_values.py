@@ -127,7 +127,10 @@ def test_a_process_without_the_executor_sees_and_submits_json(ready, make_queue)
     handle = other.submit("after", {"when": "2026-03-01T12:00:00"})
     assert handle.result(PATIENCE) == "2026-03-01T13:00:00"
     assert ready.handle(handle.id).result(PATIENCE) == datetime(2026, 3, 1, 13)
-    assert other.submit(after.task(NOON)).result(PATIENCE) == "2026-03-01T13:00:00+00:00"
+    for task in (after.task(NOON), after.using(priority=1).task(NOON)):
+        assert other.submit(task).result(PATIENCE) == "2026-03-01T13:00:00+00:00"
+    assert other.submit(after, {"when": NOON}).result(PATIENCE) == "2026-03-01T13:00:00+00:00"
+    assert list(other.map(after, [{"when": NOON}])) == ["2026-03-01T13:00:00+00:00"]
 
 
 def test_all_ways_to_wait_give_the_decoded_result(ready, capsys):
@@ -292,6 +295,22 @@ def test_a_child_process_gets_and_returns_objects(ready):
     handle = isolated.tomorrow.submit(date(2026, 1, 31))
     assert handle.result(PATIENCE) == date(2026, 2, 1)
     assert handle.task().result == "2026-02-01"
+
+
+def test_an_executor_that_is_replaced_brings_its_own_annotations(ready):
+    @ready.executor("day", replace=True)
+    def day(of: date) -> date:
+        return of
+
+    assert day.submit(date(2026, 1, 1)).result(PATIENCE) == date(2026, 1, 1)
+
+    @ready.executor("day", replace=True)
+    def plain_day(of: str) -> str:
+        return of
+
+    assert ready.submit("day", {"of": "today"}).result(PATIENCE) == "today"
+    with pytest.raises(PayloadError, match="date is not JSON"):
+        ready.submit("day", {"of": date(2026, 1, 1)})
 
 
 def test_the_test_kit_runs_executors_with_objects():
