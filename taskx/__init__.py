@@ -41,6 +41,8 @@ from taskx.executing.context import Context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
+from taskx.inspecting.findings import Problem, Reason
+from taskx.inspecting.health import Health
 from taskx.queue import Queue, run
 from taskx.schedules.schedule import Schedule, tick_of
 from taskx.storage.eight import TaskRepository
@@ -67,6 +69,7 @@ __all__ = [
     "Executor",
     "Flow",
     "FlowHandle",
+    "Health",
     "Hook",
     "InvalidTransition",
     "MemoryRepository",
@@ -75,9 +78,11 @@ __all__ = [
     "Paused",
     "PayloadError",
     "Permanent",
+    "Problem",
     "Queue",
     "QueueFull",
     "QueueStopped",
+    "Reason",
     "RepositoryCorrupt",
     "RepositoryError",
     "RepositoryUnavailable",

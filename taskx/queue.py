@@ -38,8 +38,12 @@ from taskx.executing.executors import (
 )
 from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
+from taskx.inspecting.findings import Reason
+from taskx.inspecting.health import Health, own_problems, thresholds
+from taskx.inspecting.health import check as check_health
+from taskx.inspecting.reasons import why
 from taskx.moving import Services
-from taskx.running.pool import State
+from taskx.running.pool import State, WorkerPool
 from taskx.schedules.schedule import Schedule, Schedules
 from taskx.schedules.stored import Overlap, make_entry
 from taskx.storage import queries
@@ -623,14 +627,67 @@ class Queue:
 
     @property
     def healthy(self) -> bool:
-        """True if this queue can do its work; use it in a health check.
+        """True if this queue can do its work: the part of :meth:`health` that needs no read.
 
         It is False while more threads are stuck than the queue replaces (``max_stuck``), while the
         SQLite file is moved away, deleted or replaced, and after a newer TaskX has migrated the file. It
         does not tell you if the queue was started: a queue that only submits has no threads, and is
-        healthy as long as its file exists.
+        healthy as long as its file exists. :meth:`health` tells you if any queue runs tasks.
         """
-        return self._life.healthy
+        return not [*own_problems(self._services, self._engine, self.config.max_stuck)]
+
+    # --- questions
+
+    def why(self, task_id: str) -> list[Reason]:
+        """Return the reasons why a task waits, runs or has ended, the decisive one first.
+
+        A pending task can have several reasons: all of them must pass before it starts. If the repository
+        cannot be read, the only reason says so. The answer is of one moment, and nothing is changed. The
+        queue need not be started.
+
+        Raises:
+            TaskNotFound: no task has this id.
+        """
+        ageing = round((self.config.ageing or 0) * 1000)
+        return why(self._services, self._engine, ageing, check_name(task_id, "id"))
+
+    def health(
+        self,
+        *,
+        oldest_due: float | timedelta | None = 300.0,
+        failed: tuple[int, float | timedelta] | None = None,
+        nodes: int | Mapping[str, int] = 1,
+        stuck: int | None = None,
+        file_size: int | None = None,
+        schedule_overdue: float | timedelta | None = 60.0,
+    ) -> Health:
+        """Check the repository and this queue, and return what is wrong.
+
+        A repository that is away, a lost file and a newer schema are problems, not errors. The queue need
+        not be started. None as a threshold: do not check.
+
+        Args:
+            oldest_due: most seconds since a task could have started; paused types do not count.
+            failed: ``(count, seconds)``: most tasks that failed in the last ``seconds``. Only the thousand
+                failed tasks that were submitted last are examined.
+            nodes: fewest live nodes, in all and for each type that has tasks to run; a dict has other
+                numbers for some types. 0: do not check.
+            stuck: most threads on one node that run on after a time-out; ``max_stuck`` by default.
+            file_size: most bytes that a SQLite file and its write-ahead log take.
+            schedule_overdue: most seconds by which a tick of a schedule may be late.
+
+        Raises:
+            ConfigurationError: an argument is not valid, or the repository has no file.
+        """
+        wanted = thresholds(
+            oldest_due=oldest_due,
+            failed=failed,
+            nodes=nodes,
+            stuck=self.config.max_stuck if stuck is None else stuck,
+            file_size=file_size,
+            schedule_overdue=schedule_overdue,
+        )
+        return check_health(self._services, self._engine, wanted)
 
     # --- changing
 
@@ -926,6 +983,10 @@ class Queue:
     @property
     def _node(self) -> LocalNode | None:
         return self._life.node
+
+    @property
+    def _engine(self) -> WorkerPool | None:
+        return None if self._node is None else self._node.engine
 
 
 def run(*queues: Queue, timeout: float | timedelta = 30.0) -> int:

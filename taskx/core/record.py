@@ -77,6 +77,11 @@ class Stub(NamedTuple):
     type: str
     run_at: int | None
 
+    @property
+    def waits_since(self) -> int:
+        """The moment from which on it could start: its creation or, if that is later, its ``run_at``."""
+        return max(self.created_at, self.run_at or 0)
+
     def rank(self, ageing: int) -> int:
         """Return the rank by which pending tasks are sorted: see :func:`rank`."""
         return rank(self.priority, self.created_at, self.run_at, ageing)

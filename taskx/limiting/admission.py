@@ -77,6 +77,11 @@ _Slots = OwnSlots | SharedSlots
 _Bucket = OwnBucket | SharedBucket
 
 
+def until_token(bucket: _Bucket, clock: Clock) -> float:
+    """Return the seconds until a token comes into a bucket; 0 if there is one."""
+    return 0.0 if bucket.tokens() else max(0.0, bucket.when(1) - clock.monotonic())
+
+
 class _Gate:
     """The limits of one type, and the fetched tasks that they will admit."""
 
@@ -216,6 +221,16 @@ class Admission:
         """Note that a fetched task goes into the buffer."""
         with self._lock:
             self._gate(type).fetched.add(task_id)
+
+    def until_token(self, type: str) -> float:
+        """Return the seconds until a token of a type with a rate comes; 0 if there is one.
+
+        Raises:
+            RepositoryError: the limit is shared, and the repository failed.
+        """
+        with self._lock:
+            bucket = self._gate(type).bucket
+            return 0.0 if bucket is None else until_token(bucket, self._clock)
 
     def open(self, type: str) -> bool:
         """Return True if a stored task may start now, assuming that no other task of its type waits.

@@ -180,6 +180,14 @@ class SharedSlots(_Shared[Mapping[str, int]]):
         return self._put(json.dumps(left) if left else None, left)
 
 
+def slots_by_node(repository: Repository, type: str) -> dict[str, int]:
+    """Return the slots of a type that each node has; none for a damaged note, which a node replaces."""
+    note = repository.notes(_SLOTS + type).get(_SLOTS + type)
+    with suppress(ValueError, RecursionError):
+        return _shares_of(note.text if note else None)
+    return {}
+
+
 def _shares_of(text: str | None) -> dict[str, int]:
     shares = json.loads(text) if text else {}
     if not isinstance(shares, dict) or not all(type(n) is int and n >= 0 for n in shares.values()):

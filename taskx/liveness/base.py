@@ -13,11 +13,13 @@ from typing import Any, Generic, Protocol, TypeVar
 
 import attrs
 
+from taskx.core.rate import Limit, LimitScope, Rate
 from taskx.core.writes import Note, NoteChange, Write
 from taskx.liveness.began import Began
 
 #: The prefix of the names of the notes about nodes.
 PREFIX = "node/"
+NO_LIMITS: Mapping[str, Limit] = {}
 
 
 @attrs.frozen(kw_only=True)
@@ -28,6 +30,7 @@ class Node:
         id: unique for every start.
         name: a name for people: host, process and start.
         types: the task types that it runs.
+        limits: the limits of its types that have one.
         stopping: True after it was asked to stop.
         alive: True while its process lives, False once it is known to be dead, None if neither is known.
     """
@@ -35,6 +38,7 @@ class Node:
     id: str
     name: str
     types: tuple[str, ...] = ()
+    limits: Mapping[str, Limit] = attrs.field(factory=dict, hash=False)
     stopping: bool = False
     alive: bool | None = None
 
@@ -79,7 +83,9 @@ class Liveness(ABC, Generic[OwnT]):
         """Record a node, and prove that it is alive until :meth:`leave` or the death of the process."""
 
     @abstractmethod
-    def record_types(self, node: str, types: Sequence[str]) -> None:
+    def record_types(
+        self, node: str, types: Sequence[str], limits: Mapping[str, Limit] = NO_LIMITS
+    ) -> None:
         """Record the types that a node of this process runs now; they replace the earlier ones."""
 
     @abstractmethod
@@ -125,9 +131,11 @@ class InProcess(Liveness[Node]):
     def join(self, node: Node) -> None:
         self._own[node.id] = attrs.evolve(node, alive=True)
 
-    def record_types(self, node: str, types: Sequence[str]) -> None:
+    def record_types(
+        self, node: str, types: Sequence[str], limits: Mapping[str, Limit] = NO_LIMITS
+    ) -> None:
         if node in self._own:
-            self._own[node] = attrs.evolve(self._own[node], types=tuple(types))
+            self._own[node] = attrs.evolve(self._own[node], types=tuple(types), limits={**limits})
 
     def mark_stopping(self, node: str) -> None:
         """Do nothing: a node of this process cannot leave a task behind when the process ends."""
@@ -150,7 +158,7 @@ class Own:
 
     def __init__(self, node: Node, facts: Mapping[str, Any]) -> None:
         known = {"name": node.name, "types": list(node.types), "stopping": node.stopping}
-        self.facts = {**known, **facts}
+        self.facts = {**known, **_limits_to_json(node.limits), **facts}
         self.version = 0
         self.left = False
         self.making = threading.Lock()
@@ -169,15 +177,17 @@ class Recorded(Liveness[RecordT]):
     def renew(self) -> None:
         self._own = {}
 
-    def record_types(self, node: str, types: Sequence[str]) -> None:
-        self._amend(node, "types", list(types))
+    def record_types(
+        self, node: str, types: Sequence[str], limits: Mapping[str, Limit] = NO_LIMITS
+    ) -> None:
+        self._amend(node, {"types": list(types), **_limits_to_json(limits)})
 
     def mark_stopping(self, node: str) -> None:
-        self._amend(node, "stopping", True)
+        self._amend(node, {"stopping": True})
 
-    def _amend(self, node: str, name: str, value: Any) -> None:
+    def _amend(self, node: str, facts: Mapping[str, Any]) -> None:
         if (own := self._own.get(node)) is not None:
-            own.facts[name] = value
+            own.facts.update(facts)
             self._write(node, own)
 
     def _write(self, node: str, own: RecordT) -> bool:
@@ -232,9 +242,27 @@ def described(name: str, facts: Mapping[str, Any], alive: bool | None) -> Node:
         id=name.removeprefix(PREFIX),
         name=facts["name"],
         types=tuple(facts["types"]),
+        limits={type: _limit_of(*values) for type, values in facts.get("limits", {}).items()},
         stopping=facts["stopping"],
         alive=alive,
     )
+
+
+def _limits_to_json(limits: Mapping[str, Limit]) -> dict[str, Any]:
+    """Return the fact about a node's limits; no fact if it has none."""
+    known = {
+        type: [
+            limit.max_concurrency,
+            None if limit.rate is None else attrs.astuple(limit.rate),
+            limit.scope,
+        ]
+        for type, limit in limits.items()
+    }
+    return {"limits": known} if known else {}
+
+
+def _limit_of(most: int | None, rate: Sequence[Any] | None, scope: LimitScope) -> Limit:
+    return Limit(most, None if rate is None else Rate(*rate), scope)
 
 
 _all: weakref.WeakSet[Recorded[Any]] = weakref.WeakSet()

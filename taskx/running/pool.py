@@ -115,7 +115,8 @@ class WorkerPool:
         """Record the types that this node runs, if executors were registered since the last record."""
         types = self.services.registry.types
         if types != self._recorded:
-            self.services.repository.liveness.record_types(self.node.id, types)
+            limits = self.services.registry.limits
+            self.services.repository.liveness.record_types(self.node.id, types, limits)
             self._recorded = types
 
     # --- the workers

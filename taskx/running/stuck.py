@@ -13,6 +13,7 @@ import threading
 import traceback
 from collections.abc import Callable, Iterable
 from functools import partial
+from types import FrameType
 from typing import Any
 
 from taskx.core import lifecycle
@@ -156,9 +157,22 @@ class Stuck:
 def stack_of(ident: int) -> str:
     """Return the stack of a thread as text, from the executor on; empty if the thread has ended."""
     frame = top_frames().get(ident)
-    if frame is None:
-        return ""
-    stack: list[Any] = traceback.extract_stack(frame)
+    return "" if frame is None else _shown(frame)
+
+
+def stack_of_run(run: Run) -> str:
+    """Return the stack of the thread that calls a run's executor; empty if no thread calls it."""
+    call = runner.Runner.run.__code__
+    for top in top_frames().values():
+        for frame, _ in traceback.walk_stack(top):
+            if frame.f_code is call and frame.f_locals.get("run") is run:
+                return _shown(top)
+    return ""
+
+
+def _shown(top: FrameType) -> str:
+    """Return the stack that ends in a frame as text, from the executor on."""
+    stack: list[Any] = traceback.extract_stack(top)
     ours = [n for n, entry in enumerate(stack) if entry.filename == runner.__file__]
     lines = traceback.format_list(stack[ours[-1] + 1 if ours else 0 :])
     return "The thread is here (most recent call last):\n" + "".join(lines)

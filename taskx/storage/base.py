@@ -467,6 +467,10 @@ class Repository(TaskRepository):
             RepositoryError: the store is gone. The message says what happened and what to do.
         """
 
+    def file_size(self) -> int | None:
+        """Return the bytes that the store's files take; None if it has no file of its own."""
+        return None
+
     def within(self, seconds: float) -> AbstractContextManager[object]:
         """Limit the operations inside to ``seconds``: they raise ``RepositoryUnavailable`` after that.
 

@@ -8,7 +8,7 @@ from itertools import islice
 import attrs
 
 from taskx.core.model import Task, TaskFilter, TaskPage
-from taskx.core.record import COLUMNS
+from taskx.core.record import COLUMNS, Stub
 from taskx.core.writes import Write, shows
 from taskx.storage.base import Listed, Repository
 
@@ -43,13 +43,21 @@ def oldest_ready(repository: Repository) -> int | None:
     """Return since when the longest waiting task that may start has waited, in milliseconds.
 
     Return None if no task may start. A task waits from the moment it was stored or, if that is later, from
-    its ``run_at``. Only the tasks of each type that were stored first are read.
+    its ``run_at``.
     """
-    types = [*every(repository, "ready_type")]
+    oldest = longest_waiting(repository, [*every(repository, "ready_type")])
+    return None if oldest is None else oldest.waits_since
+
+
+def longest_waiting(repository: Repository, types: Sequence[str]) -> Stub | None:
+    """Return the task of these types that may start and has waited longest; None if none may start.
+
+    Only the tasks of each type that were stored first are read.
+    """
     holders = ["", *every(repository, "buffered_on")]
     most = max(1, _OLDEST // max(1, len(types)))
     found = (stub for owner in holders for stub in repository.ready(types, most, owner, ageing=1))
-    return min((max(stub.created_at, stub.run_at or 0) for stub in found), default=None)
+    return min(found, key=lambda stub: stub.waits_since, default=None)
 
 
 def asked_to_cancel(repository: Repository, task_ids: Sequence[str]) -> Collection[str]:

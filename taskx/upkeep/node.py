@@ -60,6 +60,7 @@ class LocalNode:
             id=node_id,
             name=f"{gethostname()}:{os.getpid()}:{node_id[-6:]}",
             types=services.registry.types,
+            limits={**services.registry.limits},
         )
         self.engine = WorkerPool(services, self.record, config, self._retire)
         self._retiring, self._stopping = threading.Lock(), threading.Lock()  # held for good
@@ -339,15 +340,6 @@ class Lifetime:
     def outdated(self) -> bool:
         """True if the queue has stopped by itself, because a newer TaskX has migrated its file."""
         return self.node is not None and self.node.engine.outdated is not None
-
-    @property
-    def healthy(self) -> bool:
-        """True if the queue can do its work."""
-        try:
-            self._services.repository.ensure_there()
-        except RepositoryError:
-            return False
-        return self.node is None or self.node.engine.stuck.healthy
 
     def start(self) -> None:
         """Start the workers, as :meth:`Queue.start` describes; a second call does nothing."""

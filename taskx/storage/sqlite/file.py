@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable
 
@@ -81,6 +82,15 @@ class DatabaseFile:
     def forget(self) -> None:
         """Forget the file. The next opening resolves its path again."""
         self.path, self.identity = self._given, None
+
+    def size(self) -> int:
+        """Return the bytes that the file and its write-ahead log take."""
+        self.check()
+        total = 0
+        for path in (self.path, f"{self.path}-wal"):
+            with suppress(OSError):  # the last connection that closes removes the log
+                total += os.stat(path).st_size
+        return total
 
     def _read_identity(self) -> tuple[int, int] | None:
         try:

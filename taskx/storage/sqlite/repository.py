@@ -454,6 +454,11 @@ class SQLiteRepository(Repository):
         if self._newer is not None:
             raise SchemaMismatch(*self._newer.args)
 
+    def file_size(self) -> int:
+        """Return the bytes that the file and its write-ahead log take."""
+        self._open()
+        return self._file.size()
+
     # --- opening and closing
 
     def close(self) -> None:

@@ -1,0 +1,134 @@
+"""The records in which questions are answered, and the words for times and lists in their sentences."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from datetime import datetime
+from typing import Any, Generic, Literal, TypeVar
+
+import attrs
+
+ReasonKind = Literal[
+    "stuck",
+    "parents",
+    "turn",
+    "due",
+    "no_node",
+    "paused",
+    "slot",
+    "token",
+    "suspect",
+    "ahead",
+    "worker",
+    "dead_node",
+    "cancel_requested",
+    "timeout",
+    "running",
+    "completed",
+    "failed",
+    "cancelled",
+    "damaged",
+    "repository",
+]
+ProblemKind = Literal[
+    "repository",
+    "stuck",
+    "nodes",
+    "oldest_due",
+    "failed",
+    "file_size",
+    "schedule_overdue",
+    "schedule_damaged",
+]
+
+#: Most names that a sentence lists.
+_LISTED = 3
+
+
+KindT = TypeVar("KindT")
+
+
+@attrs.frozen
+class _Finding(Generic[KindT]):
+    kind: KindT
+    sentence: str
+    facts: Mapping[str, Any] = attrs.field(factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return self.sentence
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        return {"kind": self.kind, "sentence": self.sentence, "facts": _to_json(self.facts)}
+
+
+class Reason(_Finding[ReasonKind]):
+    """One reason why a task is in its present state: see :meth:`Queue.why`. ``str()`` is its sentence.
+
+    Attributes:
+        kind: the kind of the reason, such as ``"paused"``.
+        sentence: the reason in one English sentence.
+        facts: the values behind the sentence, by name. The kind decides which ones.
+    """
+
+    __slots__ = ()
+
+
+class Problem(_Finding[ProblemKind]):
+    """Something that is wrong: see :meth:`Queue.health`. ``str()`` is its sentence.
+
+    Attributes:
+        kind: the kind of the problem, such as ``"oldest_due"``.
+        sentence: the problem in one English sentence.
+        facts: the values behind the sentence, by name. The kind decides which ones.
+    """
+
+    __slots__ = ()
+
+
+def _to_json(value: Any) -> Any:
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, Mapping):
+        return {name: _to_json(part) for name, part in value.items()}
+    return value
+
+
+# --- words
+
+
+def moment(at: datetime) -> str:
+    """Return a time in UTC as text, to the second."""
+    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+def duration(seconds: float) -> str:
+    """Return a duration as text, in its two largest units: ``2 h 5 min``."""
+    if seconds < 60:
+        return f"{seconds:.3g} s"
+    minutes, left = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {left} s" if left else f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 48:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    return f"{hours // 24} days"
+
+
+def counted(count: int, word: str, at_most: int | None = None) -> str:
+    """Return a number with its noun: ``1 task``, ``2 tasks``, ``more than 1000 tasks``."""
+    if at_most is not None and count > at_most:
+        return f"more than {at_most} {word}s"
+    return f"{count} {word}" if count == 1 else f"{count} {word}s"
+
+
+def listed(names: Collection[str]) -> str:
+    """Return the first names, and the number of the others."""
+    some = ", ".join([*names][:_LISTED])
+    return f"{some} and {len(names) - _LISTED} more" if len(names) > _LISTED else some
+
+
+def first_line(text: str) -> str:
+    """Return the first line of a text, shortened."""
+    line = text.strip().partition("\n")[0]
+    return line if len(line) <= 200 else f"{line[:199]}…"

@@ -1,0 +1,437 @@
+"""The reasons why a task waits, runs or has ended: the answer to ``Queue.why``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.errors import RepositoryError, TaskNotFound
+from taskx.core.lifecycle import COMPLETED, UNFINISHED
+from taskx.core.model import TASK_FIELDS, Task, TaskStatus
+from taskx.core.rate import Limit
+from taskx.core.record import (
+    BY_THREAD,
+    FOR_PARENTS,
+    FOR_TURN,
+    FREE,
+    UNTIL_DUE,
+    optional_ms,
+    rank,
+    task_from_row,
+)
+from taskx.inspecting.findings import Reason, counted, duration, first_line, listed, moment
+from taskx.limiting.admission import until_token
+from taskx.limiting.shared import SharedBucket, slots_by_node
+from taskx.liveness.base import Node
+from taskx.moving import Services
+from taskx.running.pool import WorkerPool
+from taskx.running.stuck import stack_of_run
+
+#: Most tasks of one kind that are read: parents, tasks that come first, tasks that hold slots.
+MOST = 1000
+#: Most nodes whose buffers are read.
+_MOST_BUFFERS = 20
+#: Seconds after which a repository that does not answer counts as away.
+PATIENCE = 5.0
+
+_SHORTLY = "a started queue lets it go on within moments"
+
+
+def why(services: Services, pool: WorkerPool | None, ageing: int, task_id: str) -> list[Reason]:
+    """Do the work of :meth:`Queue.why`.
+
+    Args:
+        services: the parts of the queue.
+        pool: the worker pool of the queue; None if it is not started.
+        ageing: the milliseconds of waiting that count as one more priority.
+        task_id: the id of the task.
+    """
+    try:
+        with services.repository.within(PATIENCE):
+            return [*_Inquiry(services, pool, ageing).about(task_id)]
+    except RepositoryError as error:
+        facts = {"error": str(error), "error_type": type(error).__name__}
+        return [Reason("repository", f"The repository cannot be read: {error}.", facts)]
+
+
+class _Busy(NamedTuple):
+    """A task that runs on a node, or whose thread is stuck there."""
+
+    id: str
+    type: str
+    node: str
+    crashes: int = 0
+
+
+class _Inquiry:
+    """One question about one task: the nodes, and the parts of the queue that know more."""
+
+    def __init__(self, services: Services, pool: WorkerPool | None, ageing: int) -> None:
+        self._services = services
+        self._repository = services.repository
+        self._pool = pool
+        self._ageing = ageing
+        self._now = services.clock.now_ms()
+        self._nodes: Mapping[str, Node] = {}
+
+    def about(self, task_id: str) -> Iterator[Reason]:
+        """Yield all reasons, the decisive one first."""
+        found = self._repository.find("id", [task_id], (*TASK_FIELDS, "held"))
+        if not found:
+            raise TaskNotFound(task_id)
+        *row, held = found[0]
+        task = task_from_row(row, self._repository.codecs)
+        if not task.status.finished or task.stuck_on:
+            self._nodes = {node.id: node for node in self._repository.nodes()}
+        if task.status is TaskStatus.PENDING:
+            yield from self._pending(task, held or FREE)
+        elif task.status is TaskStatus.RUNNING:
+            yield from self._running(task)
+        else:
+            yield from self._ended(task)
+        if task.damage:
+            yield Reason("damaged", f"{_capital(task.damage)}.", {"damage": task.damage})
+
+    # --- pending
+
+    def _pending(self, task: Task, held: int) -> Iterator[Reason]:
+        yield from self._held(task, held)
+        able = [node for node in self._nodes.values() if _takes(node, task.type)]
+        stopped = [*self._no_node(task, able), *self._paused(task)]
+        yield from stopped
+        if held == UNTIL_DUE and not self._is_early(task):
+            yield self._due(task)
+        if held == FREE:
+            busy = self._busy()
+            limits = [*self._limits(task, able, busy), *self._suspect(task, able, busy)]
+            yield from limits
+            yield from self._ahead(task, able)
+            if not (stopped or limits):
+                yield self._worker(task, able, busy)
+
+    def _held(self, task: Task, held: int) -> Iterator[Reason]:
+        """Yield why the task may not start yet, first the reason for which it is held now."""
+        if held == BY_THREAD:
+            yield self._stuck(task)
+        elif held == FOR_PARENTS:
+            yield self._parents(task)
+        elif held == FOR_TURN:
+            yield self._turn(task)
+        if self._is_early(task):
+            yield self._due(task)
+        if task.stuck_on and held != BY_THREAD:
+            yield self._stuck(task)
+
+    def _is_early(self, task: Task) -> bool:
+        return task.run_at is not None and to_ms(task.run_at) > self._now
+
+    def _due(self, task: Task) -> Reason:
+        assert task.run_at is not None
+        left = (to_ms(task.run_at) - self._now) / 1000
+        facts = {"run_at": task.run_at, "seconds": max(0.0, left), "attempt": task.attempt}
+        if left <= 0:
+            return Reason("due", f"It was due at {moment(task.run_at)}: {_SHORTLY}.", facts)
+        what = f"attempt {task.attempt}" if task.errors else "it"
+        words = f"{_capital(what)} is due at {moment(task.run_at)}, in {duration(left)}."
+        return Reason("due", words, facts)
+
+    def _stuck(self, task: Task) -> Reason:
+        run = next((r for r in self._stuck_runs() if r.task.id == task.id), None)
+        facts = {
+            "node": task.stuck_on,
+            "name": self._name(task.stuck_on),
+            "stack": "" if run is None else stack_of_run(run),
+        }
+        words = (
+            f"A thread of an earlier attempt is stuck on node {facts['name']}: until the thread or its "
+            "process ends, the task cannot start again."
+        )
+        return Reason("stuck", words, facts)
+
+    def _stuck_runs(self) -> Iterable[Any]:
+        return () if self._pool is None else list(self._pool.stuck.runs)
+
+    def _parents(self, task: Task) -> Reason:
+        some = list(task.depends_on)[:MOST]
+        statuses = self._repository.statuses(some)
+        parents = {parent: statuses.get(parent, "gone") for parent in some}
+        waits_for = {p: status for p, status in parents.items() if status in UNFINISHED}
+        facts = {
+            "parents": {p: status for p, status in parents.items() if status != COMPLETED},
+            "unfinished": len(waits_for),
+            "of": len(task.depends_on),
+            "more": len(task.depends_on) > len(some),
+        }
+        if not waits_for and not facts["more"]:
+            return Reason("parents", f"All its parents have ended: {_SHORTLY}.", facts)
+        names = listed([f"{parent} ({status})" for parent, status in waits_for.items()])
+        number = f"{len(waits_for)} of {counted(len(task.depends_on), 'parent')}"
+        return Reason("parents", f"It waits for {number}: {names}.", facts)
+
+    def _turn(self, task: Task) -> Reason:
+        key = str(task.concurrency_key)
+        holders = self._repository.find("turn", [key], ("id", "status", "type"))
+        waiting = [i for (i,) in self._repository.find("line", [key], ("id",), MOST + 1)]
+        place = waiting.index(task.id) + 1 if task.id in waiting[:MOST] else None
+        facts: dict[str, Any] = {"key": key, "holder": None, "status": None, "type": None}
+        facts["place"] = place
+        where = f"number {place} in its queue" if place else f"behind more than {MOST} tasks"
+        words = f"It waits for the turn of concurrency key {key!r}, {where}"
+        if not holders:
+            return Reason("turn", f"{words}; no task has the turn: {_SHORTLY}.", facts)
+        facts["holder"], facts["status"], facts["type"] = holders[0]
+        who = "task {} ({}, {})".format(*holders[0])
+        return Reason("turn", f"{words}; {who} has the turn.", facts)
+
+    def _no_node(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
+        if able:
+            return
+        live = [node for node in self._nodes.values() if node.alive is not False]
+        stopping = [node.name for node in live if node.stopping]
+        others = [node.name for node in live if not node.stopping]
+        words = f"No live node has an executor for type {task.type!r}"
+        if stopping:
+            words += f" and is not stopping ({listed(stopping)})"
+        words += f"; live nodes with other types: {listed(others)}" if others else ""
+        facts = {"type": task.type, "nodes": others, "stopping": stopping}
+        yield Reason("no_node", f"{words}. Start a queue that has one.", facts)
+
+    def _paused(self, task: Task) -> Iterator[Reason]:
+        paused = self._services.pauses.read()
+        if paused.everything:
+            words = "All types are paused; queue.resume() ends this."
+            yield Reason("paused", words, {"type": None})
+        if task.type in paused.types:
+            words = f"The type {task.type!r} is paused; queue.resume({task.type!r}) ends this."
+            yield Reason("paused", words, {"type": task.type})
+
+    # --- limits
+
+    def _busy(self) -> list[_Busy]:
+        """Return the tasks that run on live nodes, or whose threads are stuck there."""
+        live = [node.id for node in self._nodes.values() if node.alive is not False]
+        if not live:
+            return []
+        repository, fields = self._repository, ("id", "type", "owner", "crashes")
+        runs = repository.find("running_on", live, fields, 10 * MOST)
+        stuck = repository.find("stuck_on", live, ("id", "type", "stuck_on"), MOST)
+        return [_Busy(*row) for row in runs] + [_Busy(*row) for row in stuck]
+
+    def _limits(self, task: Task, able: Sequence[Node], busy: Sequence[_Busy]) -> Iterator[Reason]:
+        """Yield the limits for which no node can start the task."""
+        slots: list[Reason] = []
+        waits: dict[str, float | None] = {}
+        for node in able:
+            limit = node.limits.get(task.type)
+            if limit is None:
+                return
+            slot = self._slot(task.type, node, limit, busy)
+            wait = self._until_token(task.type, node, limit)
+            if slot is None and wait == 0:
+                return
+            slots += [] if slot is None else [slot]
+            waits.update({} if wait == 0 else {node.id: wait})
+        yield from slots[:1] if slots and slots[0].facts["scope"] == "global" else slots
+        if waits and limit is not None:
+            yield self._token(task.type, limit, waits)
+
+    def _slot(self, type: str, node: Node, limit: Limit, busy: Sequence[_Busy]) -> Reason | None:
+        """Return the reason if no slot is free on a node."""
+        most, everywhere = limit.max_concurrency, limit.scope == "global"
+        if most is None:
+            return None
+        same = [one for one in busy if one.type == type]
+        holders = [one.id for one in same if everywhere or one.node == node.id]
+        shares = slots_by_node(self._repository, type) if everywhere else {node.id: len(holders)}
+        if max(len(holders), sum(shares.values())) < most:
+            return None
+        names = {self._name(id): count for id, count in shares.items()}
+        facts = {
+            "max_concurrency": most,
+            "scope": limit.scope,
+            "holders": holders[:MOST],
+            "nodes": names,
+        }
+        who = f"held by task {listed(holders)}" if holders else f"kept by node {listed([*names])}"
+        where = "all nodes together" if everywhere else f"node {node.name}"
+        words = f"All {counted(most, 'slot')} of type {type!r} of {where} are {who}."
+        if most == 1:
+            words = f"The only slot of type {type!r} of {where} is {who}."
+        return Reason("slot", words, facts)
+
+    def _until_token(self, type: str, node: Node, limit: Limit) -> float | None:
+        """Return the seconds until a token comes on a node; None if only that node knows."""
+        if limit.rate is None:
+            return 0.0
+        clock = self._services.clock
+        if limit.scope == "global":
+            bucket = SharedBucket(self._repository, type, limit.rate, clock, self._services.log)
+            return until_token(bucket, clock)
+        if self._pool is not None and node.id == self._pool.node.id:
+            return self._pool.admission.until_token(type)
+        return None
+
+    def _token(self, type: str, limit: Limit, waits: Mapping[str, float | None]) -> Reason:
+        rate = limit.rate
+        assert rate is not None
+        known = [seconds for seconds in waits.values() if seconds is not None]
+        wait = min(known, default=None)
+        facts = {
+            "count": rate.count,
+            "period": rate.seconds,
+            "burst": rate.burst,
+            "scope": limit.scope,
+            "next_at": None if wait is None else to_datetime(self._now + round(wait * 1000)),
+            "seconds": wait,
+        }
+        starts = f"{rate.count} in {duration(rate.seconds)}"
+        words = f"The next token of type {type!r} comes in {duration(wait or 0)} (its rate is {starts})."
+        if wait is None:
+            names = listed([self._name(node) for node in waits])
+            words = (
+                f"It may wait for a token of type {type!r} (its rate is {starts} on each node): only "
+                f"node {names} knows when the next one comes."
+            )
+        return Reason("token", words, facts)
+
+    def _suspect(self, task: Task, able: Sequence[Node], busy: Sequence[_Busy]) -> Iterator[Reason]:
+        """Yield a reason if each node runs a task that has crashed, as this one has."""
+        suspects = {one.node: one.id for one in busy if one.crashes}
+        if task.crashes and able and all(node.id in suspects for node in able):
+            others = [suspects[node.id] for node in able]
+            words = (
+                "It has crashed before, and a node runs one such task at a time: "
+                f"now {listed(others)}."
+            )
+            yield Reason("suspect", words, {"crashes": task.crashes, "others": others})
+
+    # --- tasks that come first
+
+    def _ahead(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
+        count, higher = self._count_ahead(task, self._competing(task, able))
+        if not count:
+            return
+        facts = {
+            "ahead": min(count, MOST),
+            "higher": min(higher, MOST),
+            "more": count > MOST,
+        }
+        come = "comes" if count == 1 else "come"
+        words = f"{_capital(counted(count, 'task', MOST))} {come} first"
+        words += f", {facts['higher']} with a higher priority" if higher else ""
+        yield Reason("ahead", f"{words}.", facts)
+
+    def _competing(self, task: Task, able: Sequence[Node]) -> list[str]:
+        """Return the types whose tasks may take the workers that this task waits for."""
+        paused = self._services.pauses.read()
+        types = {
+            type: None
+            for node in able
+            for type in node.types
+            if type not in node.limits and type not in paused
+        }
+        return [*{**types, task.type: None}]
+
+    def _count_ahead(self, task: Task, types: Sequence[str]) -> tuple[int, int]:
+        """Return how many tasks start before this one, and how many have a higher priority."""
+        assert task.created_at is not None
+        created, run_at = to_ms(task.created_at), optional_ms(task.run_at, "run_at")
+        mine = rank(task.priority, created, run_at, self._ageing), created
+        buffers = self._repository.distinct("buffered_on", "", _MOST_BUFFERS)
+        ahead = higher = 0
+        for owner in ("", *buffers):
+            for stub in self._repository.ready(types, MOST + 1, owner, self._ageing):
+                if stub.id == task.id or (stub.rank(self._ageing), stub.created_at) > mine:
+                    break
+                ahead += 1
+                higher += stub.priority > task.priority
+        return ahead, higher
+
+    def _worker(self, task: Task, able: Sequence[Node], busy: Sequence[_Busy]) -> Reason:
+        nodes = {node.id: node.name for node in able}
+        running = sum(one.node in nodes for one in busy)
+        facts = {
+            "nodes": [*nodes.values()],
+            "running": running,
+            "buffered_on": self._name(task.owner) if task.owner else "",
+        }
+        words = (
+            f"It may start, and waits for a free worker on {listed([*nodes.values()])}, where "
+            f"{counted(running, 'task')} {'runs' if running == 1 else 'run'}."
+        )
+        return Reason("worker", words, facts)
+
+    # --- running and ended
+
+    def _running(self, task: Task) -> Iterator[Reason]:
+        node = self._nodes.get(task.owner)
+        if task.owner and (node is None or node.alive is False):
+            name = task.worker or self._name(task.owner)
+            words = f"The node {name} is dead: a live node takes the task back."
+            yield Reason("dead_node", words, {"node": task.owner, "name": name})
+        if task.cancel_requested_at is not None:
+            at = task.cancel_requested_at
+            words = f"It was asked to stop at {moment(at)}, and its executor has not ended yet."
+            yield Reason("cancel_requested", words, {"at": at})
+        since, seconds = task.started_at, 0.0
+        if since is not None:
+            seconds = max(0.0, (self._now - to_ms(since)) / 1000)
+        if task.timeout is not None and seconds > task.timeout:
+            over = seconds - task.timeout
+            words = f"Its time-out of {duration(task.timeout)} passed {duration(over)} ago."
+            yield Reason("timeout", words, {"timeout": task.timeout, "seconds": over})
+        run = None if self._pool is None else self._pool.runs.get(task.id)
+        facts = {
+            "since": since,
+            "seconds": seconds,
+            "attempt": task.attempt,
+            "node": task.owner,
+            "worker": task.worker,
+            "progress": task.progress,
+            "message": task.message,
+            "state": "" if run is None else run.state,
+            "stack": "" if run is None else stack_of_run(run),
+        }
+        words = f"It has been running for {duration(seconds)} on {task.worker or 'a node'}"
+        words += f", in attempt {task.attempt}"
+        if run is not None and run.state in ("starting", "ahead"):
+            words = (
+                f"It was started {duration(seconds)} ago, and waits for a thread of this process"
+            )
+        words += f"; {task.progress} %" if task.progress else ""
+        yield Reason("running", f"{words}.", facts)
+
+    def _ended(self, task: Task) -> Iterator[Reason]:
+        facts = {
+            "at": task.completed_at,
+            "duration": task.duration,
+            "attempts": len(task.attempts),
+            "worker": task.worker,
+            "error": task.error,
+            "error_type": task.error_type,
+        }
+        at = "" if task.completed_at is None else f" at {moment(task.completed_at)}"
+        words = f"It {'was ' if task.status is TaskStatus.CANCELLED else ''}{task.status}{at}"
+        if task.attempts:
+            words += f" after {duration(task.duration)}, in attempt {len(task.attempts)}"
+            words += f" on {task.worker}" if task.worker else ""
+        words += f": {first_line(task.error)}" if task.error else ""
+        kind: Any = task.status.value
+        yield Reason(kind, f"{words}.", facts)
+        if task.stuck_on:
+            yield self._stuck(task)
+
+    def _name(self, node: str) -> str:
+        """Return the name of a node; its id if it is no longer recorded."""
+        known = self._nodes.get(node)
+        return node if known is None else known.name
+
+
+def _takes(node: Node, type: str) -> bool:
+    """Return True if a node may start tasks of a type."""
+    return node.alive is not False and not node.stopping and type in node.types
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]

@@ -1,0 +1,82 @@
+"""Questions about a user's repository of eight methods: the queue answers what one process can know."""
+
+from __future__ import annotations
+
+import pytest
+from helpers import PATIENCE, eventually
+from storage.repositories import TinyRepository
+
+from taskx import ConfigurationError, TaskNotFound
+
+
+@pytest.fixture
+def queue(make_queue):
+    return make_queue(TinyRepository(), worker_num=1)
+
+
+def kinds(queue, handle):
+    return [reason.kind for reason in queue.why(handle.id)]
+
+
+def test_the_reasons_of_one_process(queue, gate):
+    @queue.executor("hold")
+    def hold():
+        gate()
+
+    later = queue.submit("hold", delay=3600)
+    assert kinds(queue, later) == ["due", "no_node"]
+    queue.start()
+    runs = queue.submit("hold")
+    gate.wait_for(1)
+    waits, last = queue.submit("hold"), queue.submit("hold")
+    [reason] = queue.why(runs.id)
+    assert reason.kind == "running"
+    assert "in hold" in reason.facts["stack"]
+    assert kinds(queue, waits) == ["worker"]
+    assert kinds(queue, last) == ["ahead", "worker"]
+    gate.open()
+    last.result(PATIENCE)
+    assert kinds(queue, last) == ["completed"]
+    with pytest.raises(TaskNotFound):
+        queue.why("unknown")
+
+
+def test_a_task_left_behind_by_another_process_is_taken_back_at_the_start(queue):
+    queue.declare("t")
+    handle = queue.submit("t")
+    task = handle.task()
+    task.status = "running"
+    queue.repository.inner.update(task)
+    assert kinds(queue, handle)[-1] == "running"
+
+
+def test_a_repository_that_fails_is_a_reason_and_a_problem(queue, monkeypatch):
+    queue.declare("t")
+    handle = queue.submit("t")
+
+    def fails(*args):
+        raise OSError("the disk is away")
+
+    monkeypatch.setattr(queue.repository.inner, "get_by_id", fails)
+    monkeypatch.setattr(queue.repository.inner, "list", fails)
+    [reason] = queue.why(handle.id)
+    assert (reason.kind, reason.facts["error_type"]) == ("repository", "RepositoryUnavailable")
+    first, *_ = queue.health(failed=(0, 60)).problems
+    assert first.kind == "repository"
+
+
+def test_the_health_of_one_process(queue):
+    @queue.executor("breaks")
+    def breaks():
+        raise ValueError
+
+    assert [problem.kind for problem in queue.health().problems] == ["nodes"]
+    queue.start()
+    assert queue.health()
+    handle = queue.submit("breaks")
+    eventually(lambda: handle.task().status.finished)
+    assert queue.health()
+    [problem] = queue.health(failed=(0, 60)).problems
+    assert (problem.kind, problem.facts["types"]) == ("failed", {"breaks": 1})
+    with pytest.raises(ConfigurationError, match="file_size requires a repository in a file"):
+        queue.health(file_size=1)

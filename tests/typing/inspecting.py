@@ -1,0 +1,48 @@
+"""What a type checker sees of the questions that a queue answers. Checked, never run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
+
+from taskx import Health, MemoryRepository, Problem, Queue, Reason
+
+if TYPE_CHECKING:
+    from typing_extensions import assert_type
+
+queue = Queue(MemoryRepository())
+
+
+def ask(task_id: str) -> None:
+    assert_type(queue.why(task_id), list[Reason])
+    for reason in queue.why(task_id):
+        if reason.kind == "paused":
+            assert_type(reason.sentence, str)
+        assert_type(reason.facts, Mapping[str, Any])
+        assert_type(reason.to_dict(), dict[str, Any])
+    queue.why(7)  # type: ignore[arg-type]
+
+
+def check() -> None:
+    health = queue.health(
+        oldest_due=timedelta(minutes=1),
+        failed=(10, timedelta(minutes=5)),
+        nodes={"mail": 2},
+        stuck=3,
+        file_size=10**9,
+        schedule_overdue=None,
+    )
+    assert_type(health, Health)
+    assert_type(health.ok, bool)
+    assert_type(health.problems, Sequence[Problem])
+    assert_type(health.to_dict(), dict[str, Any])
+    queue.health(nodes=1, failed=(1, 60.0))
+    queue.health(300)  # type: ignore[call-arg]
+    queue.health(failed=10)  # type: ignore[arg-type]
+
+
+def wrong_kinds(reason: Reason, problem: Problem) -> None:
+    Reason("asleep", "It sleeps.")  # type: ignore[arg-type]
+    reason.kind = "paused"  # type: ignore[misc]
+    problem.facts["type"] = 1  # type: ignore[index]
