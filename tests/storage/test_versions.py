@@ -99,7 +99,7 @@ def test_a_schema_does_not_change_without_a_new_version(version, path):
 
 @pytest.mark.parametrize("version", range(1, schema.VERSION + 1))
 def test_every_column_of_a_kept_file_holds_something(version):
-    defaults = {**DEFAULTS, "stopping": 0, "tags": None, "expires_at": None}
+    defaults = {**DEFAULTS, "stopping": 0, "tags": None}
     for table, rows in contents(kept(version)).items():
         assert rows
         for column in rows[0]:

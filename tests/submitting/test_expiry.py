@@ -518,3 +518,41 @@ def test_a_repository_that_loses_the_expiry_refuses_it(make_queue, start):
         queue.submit("fine", expires=60)
     assert queue.list_tasks()[1] == 0
     assert queue.submit("fine").id
+
+
+# Races
+
+
+@pytest.mark.usefixtures("seldom")
+@pytest.mark.every_store
+def test_a_task_that_expires_during_its_start_does_not_run(busy, repository, gate, clock):
+    queue = busy(clock=clock)
+    handle = queue.submit("note", expires=60)
+
+    def expire_first(writes):
+        if ("start", handle.id) in [(write.move, write.id) for write in writes]:
+            repository.before = lambda writes: None
+            clock.advance(60)
+            assert any(repository.apply(lifecycle.expire(handle.task(), clock.now_ms())))
+
+    repository.before = expire_first
+    gate.open()
+    assert queue.drain(PATIENCE)
+    assert (queue.ran, handle.task().error) == ([], EXPIRED)
+
+
+@pytest.mark.every_store
+def test_a_task_that_starts_during_its_expiry_runs(make_queue, repository, clock):
+    queue = make_queue(clock=clock)
+    queue.declare("remote")
+    handle = queue.submit("remote", expires=60)
+    start = lifecycle.start(handle.task(), clock.now_ms(), "another node")
+
+    def start_first(writes):
+        repository.before = lambda writes: None
+        assert list(repository.apply([start])) == [True]
+
+    repository.before = start_first
+    clock.advance(60)
+    Expiry(services_of(queue)).go_on()
+    assert ends_as(handle.task()) == ("running", "", None, 1)

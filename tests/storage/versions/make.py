@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from datetime import timedelta
 
 import taskx
 from taskx import Config, Permanent, Queue, RetryPolicy, Snooze, SQLiteRepository, every
@@ -108,7 +109,7 @@ def tasks_that_wait(path: str) -> None:
     queue.submit("hang", id="crashed")
     options = {"timeout": 5.0, "max_attempts": 4, "max_crashes": 2, "priority": -1}
     queue.submit("later", {"n": 1}, id="pending", created_by="user", **options)
-    queue.submit("later", id="delayed", delay=60)
+    queue.submit("later", id="delayed", delay=60, expires=timedelta(days=36_500))
     queue.submit("later", id="unique", unique_key="key", unique_scope="unfinished")
     queue.submit("later", id="turn", concurrency_key="line")
     queue.submit("later", id="in line", concurrency_key="line")
@@ -205,13 +206,10 @@ def neutral(path: str) -> None:
 
 
 def reserved(path: str) -> None:
-    """Store something in the reserved columns, which TaskX does not fill yet."""
+    """Store something in the reserved column, which TaskX does not fill yet."""
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         if connection.execute("PRAGMA user_version").fetchone() > (1,):
-            connection.execute(
-                "UPDATE tasks SET tags = '[\"red\"]', expires_at = created_at + 1000 "
-                "WHERE id = 'completed'"
-            )
+            connection.execute("UPDATE tasks SET tags = '[\"red\"]' WHERE id = 'completed'")
 
 
 def make(path: str) -> None:
