@@ -246,6 +246,14 @@ def _cancel_without_guard() -> None:
     wrap(lifecycle, "cancel", around)
 
 
+def _expiry_after_start() -> None:
+    def around(inner: Any, *args: Any) -> Any:
+        update = inner(*args)
+        return update and update._replace(changes={**update.changes, "expires_at": 1})
+
+    wrap(lifecycle, "start", around)
+
+
 def _suspects_together() -> None:
     def leave(inner: Any, self: Any) -> None:
         self._turn.acquire(blocking=False)  # no thread has taken it
@@ -265,6 +273,7 @@ BROKEN: Parts = {
     "node without lock": _no_lock,
     "acknowledged before the commit": _told_before_commit,
     "cancel without guard": _cancel_without_guard,
+    "expiry after the start": _expiry_after_start,
     "suspects run together": _suspects_together,
     "a last chance beside others": _last_chance_beside_others,
 }

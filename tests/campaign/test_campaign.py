@@ -278,6 +278,22 @@ def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
     runner.finish(90.0)
 
 
+def expire_what_ran(campaign: Campaign, **options: Any) -> None:
+    """Kill the process that runs a task which can expire, and let another one take the task back."""
+    fill(campaign, kind="held", params=campaign.hold(), expires=3600)
+    runner = campaign.spawn(role="serve", **options)
+    campaign.wait_for("begin")
+    runner.kill()
+    campaign.let_go()
+    campaign.drain(processes=1)
+
+
+def test_a_task_whose_process_was_killed_does_not_expire(campaign):
+    expire_what_ran(campaign)
+    outcome = prove(campaign, processes=1)
+    assert [str(task.status) for task in outcome.records.values()] == ["completed"]
+
+
 def crash_beside_innocents(campaign: Campaign, **options: Any) -> None:
     """Run a task that crashes again and again beside others that take longer."""
     crasher = {"kind": "crasher", "params": {"after": 0.1}, "max_crashes": 3}
@@ -296,6 +312,7 @@ PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
     "node without lock": (live_neighbours, "was under way"),
     "acknowledged before the commit": (early_end, "lost"),
     "cancel without guard": (cancel_what_runs, "lived on, but the record is cancelled"),
+    "expiry after the start": (expire_what_ran, "before its first start, but begun"),
     "suspects run together": (crash_beside_innocents, "against several suspects"),
     "a last chance beside others": (crashers_beside_innocents, "innocent, but failed"),
 }

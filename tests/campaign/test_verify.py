@@ -61,6 +61,7 @@ def violations(lines: list[Line], *records: Task) -> list[str]:
     return verify({task.id: task for task in records}, events)
 
 
+EXPIRED = "expired at 2026-05-03T09:30:00Z before its first start"
 CRASHED_ONCE = [*ACCEPTED, begin(), *dies(), begin(2, "p2"), end(2, "p2")]
 
 SOUND: dict[str, tuple[list[Line], list[Task]]] = {
@@ -115,6 +116,7 @@ SOUND: dict[str, tuple[list[Line], list[Task]]] = {
         [*ACCEPTED, begin(), cancelled("asked"), end(outcome="cancelled")],
         [record(status="cancelled")],
     ),
+    "expired before its first start": (ACCEPTED, [record(status="cancelled", error=EXPIRED)]),
     "closed by hand": (
         [*ACCEPTED, begin(), line("p0", "close"), line("p0", "closed"), end()],
         [record(status="failed", message=CLOSED_BY_HAND)],
@@ -212,6 +214,11 @@ BROKEN: dict[str, tuple[list[Line], list[Task], str]] = {
         ],
         [completed(3, crashes=2)],
         "started again after it was asked to cancel",
+    ),
+    "expired after its first start": (
+        [*ACCEPTED, begin(), *dies()],
+        [record(status="cancelled", error=EXPIRED)],
+        "before its first start, but begun: runs [1]",
     ),
     "closed by hand, and overwritten": (
         [*ACCEPTED, begin(), line("p0", "close"), line("p0", "closed"), end()],

@@ -281,6 +281,11 @@ def _cancels(story: Story, record: Task, history: History) -> Iterator[str]:
             yield f"started again after it was asked to cancel: runs {late} of {record.starts}"
 
 
+def _expiries(story: Story, record: Task, history: History) -> Iterator[str]:
+    if record.error.startswith("expired at ") and story.runs:
+        yield f"{record.error}, but begun: runs {[run.starts for run in story.runs]}"
+
+
 def _closes(story: Story, record: Task, history: History) -> Iterator[str]:
     if story.closed == NEVER:
         return
@@ -363,6 +368,7 @@ _CHECKS: tuple[Check, ...] = (
     _starts,
     _stops,
     _cancels,
+    _expiries,
     _closes,
     _outcome,
     _counters,

@@ -335,8 +335,12 @@ class Worker:
         elif kind == "crasher":
             # Its neighbours end first. Otherwise some of them, which may crash for ever, would never end.
             params["after"] = 0.5
-        delay = rng.uniform(0.01, 0.3) if rng.random() < 0.1 else None
-        self.submit(kind, "", params, priority=rng.choice((0, 0, 0, 5)), delay=delay)
+        options: dict[str, Any] = {"priority": rng.choice((0, 0, 0, 5))}
+        if rng.random() < 0.1:
+            options["delay"] = rng.uniform(0.01, 0.3)
+        if rng.random() < 0.1:
+            options["expires"] = rng.uniform(0.001, 0.2)
+        self.submit(kind, "", params, **options)
 
     def _submit_pile(self) -> None:
         if self.options.burst:
