@@ -211,13 +211,15 @@ class TaskHandle(Future[R]):
                 :meth:`result`.
         """
         deadline = math.inf if timeout is None else time.monotonic() + in_seconds(timeout)
-        task = self.task()
-        with Display(f"{task.type} {task.id}", 100) as display:
-            while not self.done() and (left := deadline - time.monotonic()) > 0:
+        with Display(f"{self.task().type} {self.id}", 100) as display:
+            while True:
+                done = self.done()
+                task = self.task()  # read after that, so that the last state shown is the last one
                 display.update(task.progress, task.message or task.status)
+                left = deadline - time.monotonic()
+                if done or left <= 0:
+                    break
                 self._sleep(min(left, _REFRESH))
-                task = self.task()
-            display.update(task.progress, task.message or task.status)
         return self.result(0)
 
     def __await__(self) -> Generator[Any, None, R]:

@@ -50,6 +50,22 @@ class TestFollowHandle:
         assert f"half {handle.id}: 50 of 100 (50%), half of it\n" in "".join(seen)
         assert "100 of 100 (100%), half of it\n" in capsys.readouterr().err
 
+    def test_follow_shows_the_last_state_if_the_task_ends_between_two_reads(
+        self, halfway, gate, capsys
+    ):
+        handle = halfway.submit("half")
+        read = handle.task
+
+        def task():
+            record = read()
+            gate.open()
+            assert halfway.drain(PATIENCE)
+            return record
+
+        handle.task = task
+        assert handle.follow() == "whole"
+        assert capsys.readouterr().err == f"half {handle.id}: 100 of 100 (100%), half of it\n"
+
     def test_follow_raises_the_errors_of_result(self, halfway, gate, capsys):
         gate.open()
         with pytest.raises(TaskFailed, match="the other half"):
