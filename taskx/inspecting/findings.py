@@ -9,6 +9,7 @@ from typing import Any, Generic, Literal, TypeVar
 import attrs
 
 ReasonKind = Literal[
+    "expired",
     "stuck",
     "parents",
     "turn",

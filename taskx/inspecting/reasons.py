@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from taskx.common.pauses import Paused
+from taskx.core import lifecycle
 from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import RepositoryError, TaskNotFound
 from taskx.core.lifecycle import COMPLETED, UNFINISHED
@@ -96,9 +98,10 @@ class _Inquiry:
     # --- pending
 
     def _pending(self, task: Task, held: int) -> Iterator[Reason]:
-        yield from self._held(task, held)
+        paused = self._services.pauses.read()
         able = [node for node in self._nodes.values() if _takes(node, task.type)]
-        stopped = [*self._no_node(task, able), *self._paused(task)]
+        stopped = [*self._no_node(task, able), *_pauses(task, paused)]
+        yield from self._held(task, held)
         yield from stopped
         if held == UNTIL_DUE and not self._is_early(task):
             yield self._due(task)
@@ -106,12 +109,16 @@ class _Inquiry:
             busy = self._busy()
             limits = [*self._limits(task, able, busy), *self._suspect(task, able, busy)]
             yield from limits
-            yield from self._ahead(task, able)
+            yield from self._ahead(task, able, paused)
             if not (stopped or limits):
                 yield self._worker(task, able, busy)
 
     def _held(self, task: Task, held: int) -> Iterator[Reason]:
         """Yield why the task may not start yet, first the reason for which it is held now."""
+        if lifecycle.has_expired(task, self._now):
+            assert task.expires_at is not None
+            words = f"It had not started by {moment(task.expires_at)}: a started queue cancels it."
+            yield Reason("expired", words, {"expires_at": task.expires_at})
         if held == BY_THREAD:
             yield self._stuck(task)
         elif held == FOR_PARENTS:
@@ -167,6 +174,7 @@ class _Inquiry:
             return Reason("parents", f"All its parents have ended: {_SHORTLY}.", facts)
         names = listed([f"{parent} ({status})" for parent, status in waits_for.items()])
         number = f"{len(waits_for)} of {counted(len(task.depends_on), 'parent')}"
+        number = f"at least {number}" if facts["more"] else number
         return Reason("parents", f"It waits for {number}: {names}.", facts)
 
     def _turn(self, task: Task) -> Reason:
@@ -196,15 +204,6 @@ class _Inquiry:
         words += f"; live nodes with other types: {listed(others)}" if others else ""
         facts = {"type": task.type, "nodes": others, "stopping": stopping}
         yield Reason("no_node", f"{words}. Start a queue that has one.", facts)
-
-    def _paused(self, task: Task) -> Iterator[Reason]:
-        paused = self._services.pauses.read()
-        if paused.everything:
-            words = "All types are paused; queue.resume() ends this."
-            yield Reason("paused", words, {"type": None})
-        if task.type in paused.types:
-            words = f"The type {task.type!r} is paused; queue.resume({task.type!r}) ends this."
-            yield Reason("paused", words, {"type": task.type})
 
     # --- limits
 
@@ -308,8 +307,8 @@ class _Inquiry:
 
     # --- tasks that come first
 
-    def _ahead(self, task: Task, able: Sequence[Node]) -> Iterator[Reason]:
-        count, higher = self._count_ahead(task, self._competing(task, able))
+    def _ahead(self, task: Task, able: Sequence[Node], paused: Paused) -> Iterator[Reason]:
+        count, higher = self._count_ahead(task, _competing(task, able, paused))
         if not count:
             return
         facts = {
@@ -321,17 +320,6 @@ class _Inquiry:
         words = f"{_capital(counted(count, 'task', MOST))} {come} first"
         words += f", {facts['higher']} with a higher priority" if higher else ""
         yield Reason("ahead", f"{words}.", facts)
-
-    def _competing(self, task: Task, able: Sequence[Node]) -> list[str]:
-        """Return the types whose tasks may take the workers that this task waits for."""
-        paused = self._services.pauses.read()
-        types = {
-            type: None
-            for node in able
-            for type in node.types
-            if type not in node.limits and type not in paused
-        }
-        return [*{**types, task.type: None}]
 
     def _count_ahead(self, task: Task, types: Sequence[str]) -> tuple[int, int]:
         """Return how many tasks start before this one, and how many have a higher priority."""
@@ -426,6 +414,26 @@ class _Inquiry:
         """Return the name of a node; its id if it is no longer recorded."""
         known = self._nodes.get(node)
         return node if known is None else known.name
+
+
+def _pauses(task: Task, paused: Paused) -> Iterator[Reason]:
+    if paused.everything:
+        words = "All types are paused; queue.resume() ends this."
+        yield Reason("paused", words, {"type": None})
+    if task.type in paused.types:
+        words = f"The type {task.type!r} is paused; queue.resume({task.type!r}) ends this."
+        yield Reason("paused", words, {"type": task.type})
+
+
+def _competing(task: Task, able: Sequence[Node], paused: Paused) -> list[str]:
+    """Return the types whose tasks may take the workers that a task waits for."""
+    types = {
+        type: None
+        for node in able
+        for type in node.types
+        if type not in node.limits and type not in paused
+    }
+    return [*{**types, task.type: None}]
 
 
 def _takes(node: Node, type: str) -> bool:

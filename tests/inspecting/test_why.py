@@ -13,6 +13,7 @@ from helpers import PATIENCE, Waiting, eventually, node_of, services_of
 import taskx
 from taskx import ConfigurationError, Reason, TaskNotFound, TaskStatus
 from taskx.core import lifecycle
+from taskx.core.writes import NoteChange, Update
 from taskx.inspecting import reasons
 from taskx.inspecting.findings import ReasonKind, duration
 
@@ -103,6 +104,18 @@ def test_a_due_task_that_nobody_has_released_says_that_a_started_queue_does_it(m
     assert "a started queue" in str(found[1])
 
 
+def test_an_expired_task_says_that_a_started_queue_cancels_it(make_queue, clock):
+    queue = make_queue(clock=clock)
+    queue.declare("t")
+    handle = queue.submit("t", expires=10)
+    assert kinds(ask(queue, handle)) == ["no_node"]
+    clock.advance(10)
+    found = ask(queue, handle)
+    assert kinds(found) == ["expired", "no_node"]
+    assert found[0].facts == {"expires_at": handle.task().expires_at}
+    assert "a started queue cancels it" in str(found[0])
+
+
 def test_a_child_waits_for_its_parents(full, asker):
     delayed = full.submit("note", delay=3600)
     child = full.submit("note", depends_on=[full.first[0].id, delayed.id])
@@ -115,16 +128,28 @@ def test_a_child_waits_for_its_parents(full, asker):
         )
 
 
-def test_completed_parents_are_not_listed(full):
-    done = full.submit("note", id="done", delay=0.001)
+def test_completed_parents_are_not_listed(started):
+    done = started.submit("fine")
+    done.result(PATIENCE)
+    delayed = started.submit("fine", delay=3600)
+    child = started.submit("fine", depends_on=[done.id, delayed.id])
+    reason = only(started, child, "parents")
+    assert reason.facts["parents"] == {delayed.id: "pending"}
+    assert (reason.facts["unfinished"], reason.facts["of"]) == (1, 2)
 
-    child = full.submit("note", depends_on=[done.id, full.first[0].id])
-    services_of(full).repository.apply(
-        [lifecycle.release("done")]
-    )  # it need not run for this: its status is what counts
-    reason = ask(full, child)[0]
-    assert reason.facts["of"] == 2
-    assert full.first[0].id in reason.facts["parents"]
+
+def test_of_very_many_parents_only_the_first_are_read(queue, monkeypatch):
+    monkeypatch.setattr(reasons, "MOST", 2)
+    queue.declare("t")
+    parents = [queue.submit("t").id for _ in range(5)]
+    reason = ask(queue, queue.submit("t", depends_on=parents))[0]
+    assert reason.facts == {
+        "parents": dict.fromkeys(parents[:2], "pending"),
+        "unfinished": 2,
+        "of": 5,
+        "more": True,
+    }
+    assert str(reason).startswith(f"It waits for at least 2 of 5 parents: {parents[0]} (pending), ")
 
 
 def test_a_child_whose_parents_have_ended_waits_for_a_started_queue(queue):
@@ -273,6 +298,27 @@ def test_a_slot_and_a_token_can_be_missing_at_once(make_queue, gate):
     queue.submit("hold")
     gate.wait_for(1)
     assert kinds(ask(queue, queue.submit("hold"))) == ["slot", "token"]
+
+
+def test_a_limit_of_an_executor_that_was_registered_later_is_known_elsewhere(started, asker, gate):
+    started.executor("hold", max_concurrency=1)(gate)
+    holder = started.submit("hold")
+    gate.wait_for(1)
+    [slot] = ask(asker, started.submit("hold"))
+    assert (slot.kind, slot.facts["holders"]) == ("slot", [holder.id])
+
+
+def test_slots_of_a_damaged_note_do_not_count(make_queue, gate):
+    queue = make_queue(worker_num=1)
+    queue.executor("hold", max_concurrency=2, limit_scope="global")(gate)
+    queue.start()
+    queue.submit("hold")
+    gate.wait_for(1)
+    waits = queue.submit("hold")
+    name = "limit/slots/hold"
+    version = queue.repository.notes(name)[name].version
+    queue.repository.put_notes([NoteChange(name, "no JSON", version)])
+    assert kinds(ask(queue, waits)) == ["worker"]
 
 
 def test_a_limit_of_one_node_does_not_hold_a_task_that_another_node_can_run(make_queue, gate):
@@ -513,9 +559,7 @@ def test_a_moved_file_is_a_reason(queue, database):
 def test_a_damaged_record_says_so(queue, database):
     queue.declare("t")
     handle = queue.submit("t")
-    services_of(queue).repository.apply(
-        [taskx.core.writes.Update(handle.id, {}, {"params": "no JSON"})]
-    )
+    services_of(queue).repository.apply([Update(handle.id, {}, {"params": "no JSON"})])
     found = ask(queue, handle)
     assert kinds(found) == ["no_node", "damaged"]
     assert str(found[1]).startswith("The stored record is damaged: ")
