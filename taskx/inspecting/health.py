@@ -44,7 +44,7 @@ class Health:
         checked_at: the time of the check.
     """
 
-    problems: Sequence[Problem]
+    problems: tuple[Problem, ...]
     checked_at: datetime
 
     @property
@@ -158,7 +158,7 @@ def check(services: Services, pool: WorkerPool | None, wanted: Thresholds) -> He
                 problems.extend(checking.problems())
         except RepositoryError as error:
             problems.insert(0, _away(error))
-    return Health(problems, to_datetime(checking.now))
+    return Health(tuple(problems), to_datetime(checking.now))
 
 
 def _away(error: RepositoryError) -> Problem:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from taskx.common.pauses import Paused
@@ -28,7 +28,7 @@ from taskx.limiting.shared import SharedBucket, slots_by_node
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
-from taskx.running.stuck import stack_of_run
+from taskx.running.stuck import stack_of_task
 
 #: Most tasks of one kind that are read: parents, tasks that come first, tasks that hold slots.
 MOST = 1000
@@ -144,20 +144,16 @@ class _Inquiry:
         return Reason("due", words, facts)
 
     def _stuck(self, task: Task) -> Reason:
-        run = next((r for r in self._stuck_runs() if r.task.id == task.id), None)
         facts = {
             "node": task.stuck_on,
             "name": self._name(task.stuck_on),
-            "stack": "" if run is None else stack_of_run(run),
+            "stack": stack_of_task(task.id, task.stuck_on),
         }
         words = (
             f"A thread of an earlier attempt is stuck on node {facts['name']}: until the thread or its "
             "process ends, the task cannot start again."
         )
         return Reason("stuck", words, facts)
-
-    def _stuck_runs(self) -> Iterable[Any]:
-        return () if self._pool is None else list(self._pool.stuck.runs)
 
     def _parents(self, task: Task) -> Reason:
         some = list(task.depends_on)[:MOST]
@@ -379,7 +375,7 @@ class _Inquiry:
             "progress": task.progress,
             "message": task.message,
             "state": "" if run is None else run.state,
-            "stack": "" if run is None else stack_of_run(run),
+            "stack": stack_of_task(task.id, task.owner),
         }
         words = f"It has been running for {duration(seconds)} on {task.worker or 'a node'}"
         words += f", in attempt {task.attempt}"

@@ -157,22 +157,28 @@ class Stuck:
 def stack_of(ident: int) -> str:
     """Return the stack of a thread as text, from the executor on; empty if the thread has ended."""
     frame = top_frames().get(ident)
-    return "" if frame is None else _shown(frame)
+    if frame is None:
+        return ""
+    stack: list[Any] = traceback.extract_stack(frame)
+    ours = [n for n, entry in enumerate(stack) if entry.filename == runner.__file__]
+    return _shown(stack[ours[-1] + 1 if ours else 0 :])
 
 
-def stack_of_run(run: Run) -> str:
-    """Return the stack of the thread that calls a run's executor; empty if no thread calls it."""
+def stack_of_task(task_id: str, node: str) -> str:
+    """Return the stack of the thread that executes a task for a node; empty if none of this process does.
+
+    The thread is found by the frame that calls the executor, so that tasks need not note their threads.
+    """
     call = runner.Runner.run.__code__
     for top in top_frames().values():
-        for frame, _ in traceback.walk_stack(top):
-            if frame.f_code is call and frame.f_locals.get("run") is run:
-                return _shown(top)
+        inner: list[tuple[FrameType, int]] = []
+        for frame, line in traceback.walk_stack(top):
+            run = frame.f_locals.get("run") if frame.f_code is call else None
+            if isinstance(run, Run) and (run.task.id, run.task.owner) == (task_id, node):
+                return _shown(traceback.StackSummary.extract(reversed(inner)))
+            inner.append((frame, line))
     return ""
 
 
-def _shown(top: FrameType) -> str:
-    """Return the stack that ends in a frame as text, from the executor on."""
-    stack: list[Any] = traceback.extract_stack(top)
-    ours = [n for n, entry in enumerate(stack) if entry.filename == runner.__file__]
-    lines = traceback.format_list(stack[ours[-1] + 1 if ours else 0 :])
-    return "The thread is here (most recent call last):\n" + "".join(lines)
+def _shown(stack: list[Any]) -> str:
+    return "The thread is here (most recent call last):\n" + "".join(traceback.format_list(stack))

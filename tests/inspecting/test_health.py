@@ -374,7 +374,7 @@ def test_every_kind_is_in_the_table_of_the_page():
 
 def test_the_records_are_plain():
     problem = Problem("nodes", "Nobody is here.", {"type": None})
-    found = Health([problem], taskx.core.clock.to_datetime(0))
+    found = Health((problem,), taskx.core.clock.to_datetime(0))
     assert found.to_dict() == {
         "ok": False,
         "problems": [{"kind": "nodes", "sentence": "Nobody is here.", "facts": {"type": None}}],

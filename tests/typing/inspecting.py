@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +35,7 @@ def check() -> None:
     )
     assert_type(health, Health)
     assert_type(health.ok, bool)
-    assert_type(health.problems, Sequence[Problem])
+    assert_type(health.problems, tuple[Problem, ...])
     assert_type(health.to_dict(), dict[str, Any])
     queue.health(nodes=1, failed=(1, 60.0))
     queue.health(300)  # type: ignore[call-arg]

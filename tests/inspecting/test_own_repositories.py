@@ -1,12 +1,13 @@
-"""Questions about a user's repository of eight methods: the queue answers what one process can know."""
+"""Questions about repositories of users: of eight methods, and of primitives."""
 
 from __future__ import annotations
 
 import pytest
 from helpers import PATIENCE, eventually
 from storage.repositories import TinyRepository
+from storage.third import ThirdRepository
 
-from taskx import ConfigurationError, TaskNotFound
+from taskx import ConfigurationError, TaskNotFound, every
 
 
 @pytest.fixture
@@ -80,3 +81,27 @@ def test_the_health_of_one_process(queue):
     assert (problem.kind, problem.facts["types"]) == ("failed", {"breaks": 1})
     with pytest.raises(ConfigurationError, match="file_size requires a repository in a file"):
         queue.health(file_size=1)
+
+
+# Primitives
+
+
+def test_a_repository_of_primitives_answers_everything_that_ours_answer(make_queue, tmp_path, gate):
+    with ThirdRepository(tmp_path / "third.db") as repository:
+        queue = make_queue(repository, worker_num=1)
+        queue.executor("hold", max_concurrency=1, limit_scope="global")(gate)
+        queue.declare("rare")
+        rare = queue.submit("rare")
+        child = queue.submit("hold", depends_on=[rare.id])
+        queue.start()
+        holder = queue.submit("hold")
+        gate.wait_for(1)
+        waits = queue.submit("hold", concurrency_key="k")
+        behind = queue.submit("hold", concurrency_key="k")
+        asked = {one: kinds(queue, one) for one in (rare, child, holder, waits, behind)}
+        assert [*asked.values()] == [["no_node"], ["parents"], ["running"], ["slot"], ["turn"]]
+        queue.schedule("often", every(3600), "hold")
+        assert [problem.facts["type"] for problem in queue.health().problems] == ["rare"]
+        assert queue.health(nodes={"rare": 0}, failed=(0, 60))
+        gate.open()
+        queue.stop(PATIENCE)
