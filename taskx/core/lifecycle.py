@@ -118,9 +118,9 @@ def created(columns: Mapping[str, Any]) -> Insert:
     """Store a new pending task.
 
     ``columns`` has its id, type, params, and every column that differs from ``DEFAULTS``. The values are
-    those of rows (JSON text, milliseconds), but ``depends_on`` is a list. ``expires`` may stand for
-    ``expires_at``, in milliseconds: see :func:`expiry`. The task first waits for its
-    parents (see :func:`wait_for`), then for its turn, then for its time.
+    those of rows (JSON text, milliseconds), but ``depends_on`` is a list, and ``expires`` may be given
+    instead of ``expires_at`` (see :func:`expiry`). The task first waits for its parents (see
+    :func:`wait_for`), then for its turn, then for its time.
     """
     row = {**_NEW, **columns}
     if row["run_at"] is not None:
