@@ -178,9 +178,9 @@ def test_no_task_is_lost_if_its_token_cannot_be_put_back(make_queue, repository,
     if when == "start":
         repository.before = away
         with pytest.raises(RepositoryUnavailable):
-            pool._start(items)
+            pool.start(items, "worker")
     else:
-        pool._start(items)
+        pool.start(items, "worker")
         runs = list(pool.runs.values())
         repository.before = away
         monkeypatch.setattr(repository, "put_note", away)
