@@ -292,8 +292,11 @@ class _Inquiry:
 
     def _suspect(self, task: Task, able: Sequence[Node], busy: Sequence[_Busy]) -> Iterator[Reason]:
         """Yield a reason if each node runs a task that has crashed, as this one has."""
-        suspects = {one.node: one.id for one in busy if one.crashes}
-        if task.crashes and able and all(node.id in suspects for node in able):
+        isolated = self._services.registry.isolated
+        if not task.crashes or task.type in isolated:
+            return
+        suspects = {one.node: one.id for one in busy if one.crashes and one.type not in isolated}
+        if able and all(node.id in suspects for node in able):
             others = [suspects[node.id] for node in able]
             words = (
                 "It has crashed before, and a node runs one such task at a time: "

@@ -14,7 +14,15 @@ import pytest
 from helpers import PATIENCE, eventually, node_of, pool_of
 
 import taskx
-from taskx import ConfigurationError, Health, Problem, RepositoryUnavailable, TaskStatus, every
+from taskx import (
+    ConfigurationError,
+    Health,
+    Problem,
+    RepositoryUnavailable,
+    SQLiteRepository,
+    TaskStatus,
+    every,
+)
 from taskx.core import lifecycle
 from taskx.core.writes import NoteChange
 from taskx.inspecting import health
@@ -318,6 +326,14 @@ class TestFile:
         assert problem.facts["bytes"] >= database.stat().st_size
         assert str(problem).endswith(" bytes, more than 1,000.")
         assert one.health(file_size=10**9, nodes=0)
+
+
+def test_a_missing_file_that_must_not_be_created_is_a_problem(make_queue, tmp_path):
+    queue = make_queue(SQLiteRepository(tmp_path / "none.db", create=False))
+    [problem] = queue.health().problems
+    assert (problem.kind, problem.facts["error_type"]) == ("repository", "RepositoryUnavailable")
+    assert "there is no file" in str(problem)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_repository_without_a_file_has_no_size(queue):
