@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from taskx.common.pauses import Paused
 from taskx.core import lifecycle
-from taskx.core.clock import to_datetime, to_ms
+from taskx.core.clock import to_ms
 from taskx.core.errors import RepositoryError, TaskNotFound
 from taskx.core.lifecycle import COMPLETED, UNFINISHED
 from taskx.core.model import TASK_FIELDS, Task, TaskStatus
-from taskx.core.rate import Limit
 from taskx.core.record import (
     BY_THREAD,
     FOR_PARENTS,
@@ -23,8 +22,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.inspecting.findings import Reason, counted, duration, first_line, listed, moment
-from taskx.limiting.admission import until_token
-from taskx.limiting.shared import SharedBucket, slots_by_node
+from taskx.inspecting.limits import Busy, Limits
 from taskx.liveness.base import Node
 from taskx.moving import Services
 from taskx.running.pool import WorkerPool
@@ -55,15 +53,6 @@ def why(services: Services, pool: WorkerPool | None, ageing: int, task_id: str) 
     except RepositoryError as error:
         facts = {"error": str(error), "error_type": type(error).__name__}
         return [Reason("repository", f"The repository cannot be read: {error}.", facts)]
-
-
-class _Busy(NamedTuple):
-    """A task that runs on a node, or whose thread is stuck there."""
-
-    id: str
-    type: str
-    node: str
-    crashes: int = 0
 
 
 class _Inquiry:
@@ -107,7 +96,8 @@ class _Inquiry:
             yield self._due(task)
         if held == FREE:
             busy = self._busy()
-            limits = [*self._limits(task, able, busy), *self._suspect(task, able, busy)]
+            limits = [*Limits(self._services, self._pool, busy).reasons(task.type, able)]
+            limits += self._suspect(task, able, busy)
             yield from limits
             yield from self._ahead(task, able, paused)
             if not (stopped or limits):
@@ -201,9 +191,9 @@ class _Inquiry:
         facts = {"type": task.type, "nodes": others, "stopping": stopping}
         yield Reason("no_node", f"{words}. Start a queue that has one.", facts)
 
-    # --- limits
+    # --- limits and suspects
 
-    def _busy(self) -> list[_Busy]:
+    def _busy(self) -> list[Busy]:
         """Return the tasks that run on live nodes, or whose threads are stuck there."""
         live = [node.id for node in self._nodes.values() if node.alive is not False]
         if not live:
@@ -211,86 +201,9 @@ class _Inquiry:
         repository, fields = self._repository, ("id", "type", "owner", "crashes")
         runs = repository.find("running_on", live, fields, 10 * MOST)
         stuck = repository.find("stuck_on", live, ("id", "type", "stuck_on"), MOST)
-        return [_Busy(*row) for row in runs] + [_Busy(*row) for row in stuck]
+        return [Busy(*row) for row in runs] + [Busy(*row) for row in stuck]
 
-    def _limits(self, task: Task, able: Sequence[Node], busy: Sequence[_Busy]) -> Iterator[Reason]:
-        """Yield the limits for which no node can start the task."""
-        slots: list[Reason] = []
-        waits: dict[str, float | None] = {}
-        for node in able:
-            limit = node.limits.get(task.type)
-            if limit is None:
-                return
-            slot = self._slot(task.type, node, limit, busy)
-            wait = self._until_token(task.type, node, limit)
-            if slot is None and wait == 0:
-                return
-            slots += [] if slot is None else [slot]
-            waits.update({} if wait == 0 else {node.id: wait})
-        yield from slots[:1] if slots and slots[0].facts["scope"] == "global" else slots
-        if waits and limit is not None:
-            yield self._token(task.type, limit, waits)
-
-    def _slot(self, type: str, node: Node, limit: Limit, busy: Sequence[_Busy]) -> Reason | None:
-        """Return the reason if no slot is free on a node."""
-        most, everywhere = limit.max_concurrency, limit.scope == "global"
-        if most is None:
-            return None
-        same = [one for one in busy if one.type == type]
-        holders = [one.id for one in same if everywhere or one.node == node.id]
-        shares = slots_by_node(self._repository, type) if everywhere else {node.id: len(holders)}
-        if max(len(holders), sum(shares.values())) < most:
-            return None
-        names = {self._name(id): count for id, count in shares.items()}
-        facts = {
-            "max_concurrency": most,
-            "scope": limit.scope,
-            "holders": holders[:MOST],
-            "nodes": names,
-        }
-        who = f"held by task {listed(holders)}" if holders else f"kept by node {listed([*names])}"
-        where = "all nodes together" if everywhere else f"node {node.name}"
-        words = f"All {counted(most, 'slot')} of type {type!r} of {where} are {who}."
-        if most == 1:
-            words = f"The only slot of type {type!r} of {where} is {who}."
-        return Reason("slot", words, facts)
-
-    def _until_token(self, type: str, node: Node, limit: Limit) -> float | None:
-        """Return the seconds until a token comes on a node; None if only that node knows."""
-        if limit.rate is None:
-            return 0.0
-        clock = self._services.clock
-        if limit.scope == "global":
-            bucket = SharedBucket(self._repository, type, limit.rate, clock, self._services.log)
-            return until_token(bucket, clock)
-        if self._pool is not None and node.id == self._pool.node.id:
-            return self._pool.admission.until_token(type)
-        return None
-
-    def _token(self, type: str, limit: Limit, waits: Mapping[str, float | None]) -> Reason:
-        rate = limit.rate
-        assert rate is not None
-        known = [seconds for seconds in waits.values() if seconds is not None]
-        wait = min(known, default=None)
-        facts = {
-            "count": rate.count,
-            "period": rate.seconds,
-            "burst": rate.burst,
-            "scope": limit.scope,
-            "next_at": None if wait is None else to_datetime(self._now + round(wait * 1000)),
-            "seconds": wait,
-        }
-        starts = f"{rate.count} in {duration(rate.seconds)}"
-        words = f"The next token of type {type!r} comes in {duration(wait or 0)} (its rate is {starts})."
-        if wait is None:
-            names = listed([self._name(node) for node in waits])
-            words = (
-                f"It may wait for a token of type {type!r} (its rate is {starts} on each node): only "
-                f"node {names} knows when the next one comes."
-            )
-        return Reason("token", words, facts)
-
-    def _suspect(self, task: Task, able: Sequence[Node], busy: Sequence[_Busy]) -> Iterator[Reason]:
+    def _suspect(self, task: Task, able: Sequence[Node], busy: Sequence[Busy]) -> Iterator[Reason]:
         """Yield a reason if each node runs a task that has crashed, as this one has."""
         isolated = self._services.registry.isolated
         if not task.crashes or task.type in isolated:
@@ -335,7 +248,7 @@ class _Inquiry:
                 higher += stub.priority > task.priority
         return ahead, higher
 
-    def _worker(self, task: Task, able: Sequence[Node], busy: Sequence[_Busy]) -> Reason:
+    def _worker(self, task: Task, able: Sequence[Node], busy: Sequence[Busy]) -> Reason:
         nodes = {node.id: node.name for node in able}
         running = sum(one.node in nodes for one in busy)
         facts = {

@@ -13,9 +13,11 @@ from helpers import PATIENCE, Waiting, eventually, node_of, services_of
 import taskx
 from taskx import ConfigurationError, Reason, TaskNotFound, TaskStatus
 from taskx.core import lifecycle
+from taskx.core.rate import Limit
 from taskx.core.writes import NoteChange, Update
 from taskx.inspecting import reasons
 from taskx.inspecting.findings import ReasonKind, duration
+from taskx.liveness.base import Node
 
 pytestmark = pytest.mark.every_store
 
@@ -219,7 +221,7 @@ def test_a_queue_that_is_not_started_says_that_no_node_lives(queue):
 def test_a_node_that_is_stopping_takes_no_task(full, asker, monkeypatch):
     full.repository.liveness.mark_stopping(node_of(full).record.id)
     if not full.repository.shared:  # nodes of one process are not asked to stop by their record
-        node = taskx.liveness.base.Node(id="n", name="ends", types=("note",), stopping=True)
+        node = Node(id="n", name="ends", types=("note",), stopping=True)
         monkeypatch.setattr(full.repository.liveness, "nodes", lambda: [node])
     asker.declare("note")
     found = ask(asker, asker.submit("note"))
@@ -257,10 +259,39 @@ def test_a_task_waits_for_a_slot(make_queue, gate, asker, scope):
             "holders": [holder.id],
             "nodes": {node_of(queue).record.name: 1},
         }
-        where = "all nodes together" if scope == "global" else f"node {node_of(queue).record.name}"
-        assert str(reason) == (
-            f"The only slot of type 'hold' of {where} is held by task {holder.id}."
-        )
+        name = node_of(queue).record.name
+        where = "of all nodes together" if scope == "global" else f"on node {name}"
+        assert str(reason) == (f"The only slot of type 'hold' {where} is held by task {holder.id}.")
+
+
+@pytest.mark.parametrize("scope", ["node", "global"])
+def test_the_slots_of_all_nodes_are_one_reason(make_queue, gate, asker, scope):
+    queues = [make_queue(worker_num=3) for _ in range(2)]
+    for queue in queues:
+        queue.executor("hold", max_concurrency=2, limit_scope=scope)(gate)
+        queue.start()
+    most = 2 if scope == "global" else 4
+    holders = {queues[0].submit("hold").id for _ in range(most)}
+    gate.wait_for(most)
+    reason = only(asker, queues[0].submit("hold"), "slot")
+    assert set(reason.facts["holders"]) == holders
+    assert sum(reason.facts["nodes"].values()) == most
+    names = {node_of(queue).record.name for queue in queues}
+    assert set(reason.facts["nodes"]) <= names
+    where = "of all nodes together" if scope == "global" else "on each of the nodes "
+    assert str(reason).startswith(f"All 2 slots of type 'hold' {where}")
+
+
+def test_slots_that_a_node_keeps_without_a_task_are_a_reason(queue, monkeypatch):
+    limits = {"hold": Limit(2, None, "global")}
+    node = Node(id="n", name="keeper", types=("hold",), limits=limits, alive=True)
+    monkeypatch.setattr(queue.repository.liveness, "nodes", lambda: [node])
+    note = NoteChange("limit/slots/hold", '{"n": 2}', 0)
+    assert queue.repository.put_notes([note]) == [True]
+    queue.declare("hold")
+    reason = only(queue, queue.submit("hold"), "slot")
+    assert (reason.facts["holders"], reason.facts["nodes"]) == ([], {"keeper": 2})
+    assert str(reason).endswith(" are kept by node keeper.")
 
 
 @pytest.mark.parametrize("scope", ["node", "global"])
