@@ -22,6 +22,7 @@ from taskx.common.hooks import Hook, Hooks
 from taskx.common.ledger import Ledger
 from taskx.common.pauses import Pauses
 from taskx.common.watcher import Watcher
+from taskx.core import lifecycle
 from taskx.core.clock import Clock
 from taskx.core.errors import RepositoryError
 from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, Ending
@@ -172,7 +173,7 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
 
 
 def _submitted_task(insert: Insert) -> Task:
-    return created_task(insert.row if insert.submitted is None else insert.submitted)
+    return created_task(lifecycle.as_submitted(insert))
 
 
 def _row(write: Write) -> Follows:

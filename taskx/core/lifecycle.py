@@ -198,12 +198,14 @@ def _cancel_pending(
 
 
 def has_expired(task: Task, now: int) -> bool:
-    """Return True if a task has not started for the first time by its ``expires_at``."""
-    return task.expires_at is not None and to_ms(task.expires_at) <= now
+    """Return True if a task is pending and has not started for the first time by its ``expires_at``."""
+    if task.expires_at is None or task.status is not TaskStatus.PENDING:
+        return False
+    return to_ms(task.expires_at) <= now
 
 
 def expire(task: Task, now: int) -> list[Update]:
-    """Cancel a pending task that has expired. The guard fails once the task has started or changed."""
+    """Cancel a pending task that has expired. The guard fails once it runs, or cannot expire any more."""
     assert task.expires_at is not None
     expires_at = to_ms(task.expires_at)
     error = f"expired at {to_text(expires_at)} before its first start"
@@ -375,17 +377,22 @@ def start(task: Task, now: int, node: str, worker: str = "") -> Update | None:
     }
     if task.unique_key is not None:
         changes.update(unique.freed_by_start(task))
-    if task.expires_at is not None:
-        if has_expired(task, now):
-            return None
-        changes["expires_at"] = None
+    if task.expires_at is not None and has_expired(task, now):
+        return None
     guard = {"status": PENDING, "starts": task.starts, "held": FREE}
     return Update(task.id, guard, changes, task.max_crashes == 1, "start")
 
 
 def created_started(insert: Insert, start: Update) -> Insert:
     """Store a new task as already started: creation and :func:`start` in one write instead of two."""
-    return Insert({**insert.row, **start.changes}, submitted=insert.row)
+    return Insert({**insert.row, **start.changes})
+
+
+def as_submitted(insert: Insert) -> dict[str, Any]:
+    """Return the row of a new task as submitted, without the start that was stored with it."""
+    if "status" not in insert.row:
+        return insert.row
+    return {**insert.row, "status": PENDING, "starts": 0, "started_at": None, "worker": ""}
 
 
 def last_chance(task: Task) -> bool:
@@ -409,9 +416,7 @@ def _fence(task: Task, **more: Any) -> dict[str, Any]:
 def hand_back(task: Task, now: int) -> list[Update]:
     """Undo a start whose executor was never called; the task stays in its node's buffer."""
     worker = task.earlier_attempts[-1].worker if task.earlier_attempts else ""
-    changes: dict[str, Any] = {"status": PENDING, "started_at": None, "worker": worker}
-    if task.expires_at is not None:  # as it was read before the start
-        changes["expires_at"] = to_ms(task.expires_at)
+    changes = {"status": PENDING, "started_at": None, "worker": worker}
     ending = Ending(returned=False, worker=worker)
     return _unless_cancelled(task, changes, ending, now, "hand back")
 
@@ -490,6 +495,8 @@ def _end(task: Task, ending: Ending, now: int, status: str) -> dict[str, Any]:
         changes.update(unique.freed_by_end(task))
     if task.concurrency_key is not None:
         changes["turn"] = None
+    if task.expires_at is not None:
+        changes["expires_at"] = None
     return changes
 
 
@@ -541,6 +548,8 @@ def _again(
     }
     if ending.log:
         changes["log"] = _logged(task, ending)
+    if task.expires_at is not None:  # only the first start can be too late
+        changes["expires_at"] = None
     return _unless_cancelled(task, changes, ending, now, move)
 
 

@@ -137,7 +137,7 @@ class Task:
         concurrency_key: tasks with the same key run one at a time, in the order of submission; None for
             no key.
         expires_at: if the task has not started for the first time by then, it is cancelled; None for
-            never, and for every task that has started or ended.
+            never, and after its first attempt.
         errors: number of attempts that raised.
         crashes: number of attempts during which the process died.
         interruptions: number of attempts cut short by a stop, or by the crash of another task.

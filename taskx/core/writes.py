@@ -31,8 +31,6 @@ class Insert(NamedTuple):
 
     row: dict[str, Any]
     durable: bool = True
-    #: The row as it was submitted, if the record is stored as started.
-    submitted: dict[str, Any] | None = None
 
     @property
     def id(self) -> str:

@@ -248,10 +248,10 @@ def _cancel_without_guard() -> None:
 
 def _expiry_after_start() -> None:
     def around(inner: Any, *args: Any) -> Any:
-        update = inner(*args)
-        return update and update._replace(changes={**update.changes, "expires_at": 1})
+        again, cancelled = inner(*args)
+        return [again._replace(changes={**again.changes, "expires_at": 1}), cancelled]
 
-    wrap(lifecycle, "start", around)
+    wrap(lifecycle, "_again", around)
 
 
 def _suspects_together() -> None:

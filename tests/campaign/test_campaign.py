@@ -281,11 +281,11 @@ def cancel_what_runs(campaign: Campaign, **options: Any) -> None:
 def expire_what_ran(campaign: Campaign, **options: Any) -> None:
     """Kill the process that runs a task which can expire, and let another one take the task back."""
     fill(campaign, kind="held", params=campaign.hold(), expires=3600)
-    runner = campaign.spawn(role="serve", **options)
+    runner = campaign.spawn(role="serve")
     campaign.wait_for("begin")
     runner.kill()
     campaign.let_go()
-    campaign.drain(processes=1)
+    campaign.drain(processes=1, **options)
 
 
 def test_a_task_whose_process_was_killed_does_not_expire(campaign):

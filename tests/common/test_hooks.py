@@ -285,7 +285,7 @@ class TestEvents:
         queue.stop(PATIENCE)
         starter, repository = pool_of(queue).starter, queue.repository
         repository.create(Task(id="a", type="t"))
-        [run] = starter.start([Item(0, 0, 0, "a", "fine", True)])
+        [run] = starter.start([Item(0, 0, 0, "a", "fine", True)], "worker")
         repository.apply(lifecycle.cancel("a", queue._clock.now_ms()))
         starter.hand_back([run], rebuffer=False)
         wait_told(queue)

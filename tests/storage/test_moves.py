@@ -155,13 +155,21 @@ class TestExpiry:
         task = store.get_by_id("a")
         return task.status.value, task.error, task.expires_at, task.completed_at
 
-    def test_the_moment_is_kept_until_the_start(self, store, add, now, clock):
+    @pytest.mark.parametrize("returned", [True, False])
+    def test_the_moment_is_kept_until_the_end_of_the_first_attempt(
+        self, store, add, now, clock, returned
+    ):
         task = self.expiring(add, now)
         assert task.expires_at == clock.now() + timedelta(seconds=1)
         assert store.list(TaskFilter()) == [task]
         assert list(store.apply([lifecycle.start(task, now + 999, "node")])) == [True]
-        assert store.get_by_id("a").expires_at is None
+        running = store.get_by_id("a")
+        assert running.expires_at == task.expires_at
         assert list(store.due(None, 9, "expires_at")) == []
+        running.max_attempts = 2
+        ending = Ending(returned=returned, error="" if returned else "broke")
+        assert any(store.apply(lifecycle.conclude(running, ending, now)))
+        assert store.get_by_id("a").expires_at is None
 
     def test_an_expired_task_does_not_start(self, store, add, now, clock):
         task = self.expiring(add, now)
@@ -197,11 +205,8 @@ class TestExpiry:
         assert not any(store.apply(expire))
 
     def test_a_start_that_is_handed_back_can_expire_again(self, store, add, now):
-        task = self.expiring(add, now)
-        update = lifecycle.start(task, now, "node")
-        store.apply([update])
-        lifecycle.mark_started(task, update)
-        assert any(store.apply(lifecycle.hand_back(task, now)))
+        store.apply([lifecycle.start(self.expiring(add, now), now, "node")])
+        assert any(store.apply(lifecycle.hand_back(store.get_by_id("a"), now)))
         assert list(store.due(None, 9, "expires_at")) == [("a", now + 1000)]
         assert any(store.apply(lifecycle.expire(store.get_by_id("a"), now + 1000)))
 

@@ -133,7 +133,7 @@ _VERSION_2 = (
 )
 
 # Nodes become notes, with the prefix ``node/`` in their names. The index of ``expires_at`` has no condition
-# on the status, so that changes of the status do not touch it. Every move out of pending clears the column.
+# on the status, so changes of the status do not touch it. The end of the first attempt clears the column.
 _VERSION_3 = (
     """
     INSERT INTO notes (name, text, version)
