@@ -267,6 +267,9 @@ class _Inquiry:
     def _running(self, task: Task) -> Iterator[Reason]:
         node = self._nodes.get(task.owner)
         if task.owner and (node is None or node.alive is False):
+            if self._has_moved(task):  # its node has left after it handed the task back
+                yield from self.about(task.id)
+                return
             name = task.worker or self._name(task.owner)
             words = f"The node {name} is dead: a live node takes the task back."
             yield Reason("dead_node", words, {"node": task.owner, "name": name})
@@ -301,6 +304,10 @@ class _Inquiry:
             )
         words += f"; {task.progress} %" if task.progress else ""
         yield Reason("running", f"{words}.", facts)
+
+    def _has_moved(self, task: Task) -> bool:
+        found = self._repository.find("id", [task.id], ("status", "starts"))
+        return [*found] != [(task.status.value, task.starts)]
 
     def _ended(self, task: Task) -> Iterator[Reason]:
         facts = {

@@ -535,6 +535,20 @@ def test_a_task_of_a_dead_node_is_taken_back(queue):
     assert str(found[0]) == "The node host:7:dead is dead: a live node takes the task back."
 
 
+def test_a_node_that_leaves_while_somebody_asks_is_not_called_dead(queue, monkeypatch):
+    queue.declare("t")
+    handle = queue.submit("t")
+    queue.repository.apply([lifecycle.start(handle.task(), 0, "left", "host:7:left")])
+
+    def nodes():
+        if handle.task().status is TaskStatus.RUNNING:
+            queue.repository.update_status(handle.id, TaskStatus.PENDING)
+        return []
+
+    monkeypatch.setattr(queue.repository.liveness, "nodes", nodes)
+    assert kinds(queue.why(handle.id)) == ["no_node"]
+
+
 # Ended
 
 
