@@ -12,7 +12,6 @@ import _thread
 import logging
 import math
 import threading
-import time
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import CancelledError, Future, TimeoutError
 from concurrent.futures._base import CANCELLED_AND_NOTIFIED, FINISHED, PENDING
@@ -210,13 +209,17 @@ class TaskHandle(Future[R]):
             TaskxError, concurrent.futures.CancelledError, concurrent.futures.TimeoutError: as
                 :meth:`result`.
         """
-        deadline = math.inf if timeout is None else time.monotonic() + in_seconds(timeout)
-        with Display(f"{self.task().type} {self.id}", 100) as display:
+        seconds = math.inf if timeout is None else in_seconds(timeout)
+        self.done()
+        now = self.signal().now
+        deadline = now() + seconds
+        # A task that was deleted after its end may have a known result.
+        with suppress(TaskNotFound), Display(f"{self.task().type} {self.id}", 100) as display:
             while True:
                 done = self.done()
                 task = self.task()  # read after that, so that the last state shown is the last one
                 display.update(task.progress, task.message or task.status)
-                left = deadline - time.monotonic()
+                left = deadline - now()
                 if done or left <= 0:
                     break
                 self._sleep(min(left, _REFRESH))

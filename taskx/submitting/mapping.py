@@ -69,8 +69,24 @@ def digest(params: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
+class _Place:
+    """An item that was read. Its outcome is the handle of its task, or the error of an item without one."""
+
+    __slots__ = ("item", "outcome")
+
+    def __init__(self, item: Any) -> None:
+        self.item = item
+        self.outcome: TaskHandle[Any] | Exception | None = None
+
+    @property
+    def ended(self) -> bool:
+        """True if its result may be taken."""
+        outcome = self.outcome
+        return isinstance(outcome, Exception) or (outcome is not None and outcome.has_ended)
+
+
 class _Window:
-    """The submitted items, in order: the task of each, or the error of an item that is not a task.
+    """The items whose results were not taken yet, in order.
 
     Args:
         ordered: take results in the order of the items.
@@ -78,44 +94,58 @@ class _Window:
 
     def __init__(self, *, ordered: bool) -> None:
         self._ordered = ordered
-        self._items: deque[TaskHandle[Any] | Exception] = deque()
-        self._unfinished: dict[str, TaskHandle[Any]] = {}
+        self._places: deque[_Place] = deque()
+        # Other threads remove handles. So no code here iterates over it, only over a copy.
+        self._unfinished: dict[TaskHandle[Any], None] = {}
         self._unwatched: deque[TaskHandle[Any]] = deque()
-        self._ended: deque[TaskHandle[Any]] = deque()
         self._bell: Signal | None = None
 
     def __len__(self) -> int:
-        return len(self._items)
+        return len(self._places)
 
     def _on_end(self, handle: TaskHandle[Any]) -> None:
-        self._ended.append(handle)
+        self._unfinished.pop(handle, None)
         if self._bell is not None:
             self._bell.set()
 
     @property
     def unfinished(self) -> int:
         """The number of its tasks that have not ended, as far as is known."""
-        while self._ended:
-            self._unfinished.pop(self._ended.popleft().id, None)
         return len(self._unfinished)
 
-    def add(self, item: TaskHandle[Any] | Exception) -> None:
+    @property
+    def unstarted(self) -> _Place | None:
+        """The item that has no task yet: it is new, or its submit failed or was interrupted."""
+        last = self._places[-1] if self._places else None
+        return None if last is None or last.outcome is not None else last
+
+    def add(self, item: Any) -> None:
         """Put an item at the end."""
-        self._items.append(item)
-        if isinstance(item, TaskHandle) and self._unfinished.setdefault(item.id, item) is item:
-            self._unwatched.append(item)
-            item.listen(self._on_end)
+        self._places.append(_Place(item))
+
+    def start(self, place: _Place, outcome: TaskHandle[Any] | Exception) -> None:
+        """Note the task of an item, or the error of the item."""
+        if isinstance(outcome, TaskHandle) and not (
+            outcome.has_ended or outcome in self._unfinished
+        ):
+            self._unfinished[outcome] = None
+            self._unwatched.append(outcome)
+            outcome.listen(self._on_end)
+        place.outcome = outcome  # last: a step that was interrupted is repeated
+        place.item = None
+
+    def _handles(self) -> Iterator[TaskHandle[Any]]:
+        return (p.outcome for p in self._places if isinstance(p.outcome, TaskHandle))
 
     def handle(self, task_id: str) -> TaskHandle[Any] | None:
         """Return the handle of a task whose result was not taken yet."""
-        handles = (item for item in self._items if isinstance(item, TaskHandle))
-        return next((handle for handle in handles if handle.id == task_id), None)
+        return next((handle for handle in self._handles() if handle.id == task_id), None)
 
-    def ended(self) -> TaskHandle[Any] | Exception | None:
+    def ended(self) -> _Place | None:
         """Return the first item that has ended and may be taken; None if there is none."""
-        for item in self._items:
-            if isinstance(item, Exception) or item.has_ended:
-                return item
+        for place in self._places:
+            if place.ended:
+                return place
             if self._ordered:
                 return None
         return None
@@ -129,21 +159,27 @@ class _Window:
         while self._unwatched:
             self._unwatched[0].done()  # from now on its end is reported
             self._unwatched.popleft()
-        self._bell = next(iter(self._unfinished.values())).signal()
+        if self._bell is None:
+            self._bell = next(self._handles()).signal()
+            self._bell.set()  # a task may have ended before
         return self._bell
 
     def wait(self, bell: Signal, seconds: float) -> None:
         """Wait until a task ends, at most for ``seconds``."""
         most = seconds if bell.virtual else min(seconds, POLL_INTERVAL)
         if self.ended() is None and not bell.wait(most):
-            self._unwatched.extend(self._unfinished.values())  # the thread that reports may be gone
+            # The thread that reports may be gone.
+            for handle in [*self._unfinished]:
+                self._on_end(handle) if handle.has_ended else self._unwatched.append(handle)
 
-    def take(self, item: TaskHandle[Any] | Exception) -> Any:
+    def take(self, place: _Place) -> Any:
         """Remove an item that has ended, and return its result or raise its error."""
-        self._items.remove(item)
-        if isinstance(item, Exception):
-            raise item
-        return item.result(0)
+        outcome = place.outcome
+        self._places.remove(place)
+        if not isinstance(outcome, TaskHandle):
+            raise outcome or AssertionError("the item has not ended")
+        self._unfinished.pop(outcome, None)
+        return outcome.result(0)
 
 
 @attrs.define(kw_only=True, eq=False, repr=False)
@@ -177,7 +213,6 @@ class Results(Iterator[Any]):
     intake: Callable[[], Intake]
     clock: Clock
     _items: Iterator[Any] = attrs.field(init=False)
-    _item: Any = attrs.field(init=False, default=_NONE)
     _display: Display | None = attrs.field(init=False, default=None)
     _under_way: _Window = attrs.field(init=False)
 
@@ -205,9 +240,9 @@ class Results(Iterator[Any]):
 
     def __next__(self) -> Any:
         try:
-            item = self._next_ended()
+            place = self._next_ended()
             try:
-                result = self._under_way.take(item)
+                result = self._under_way.take(place)
             except Exception as error:
                 self._show(failed=1)
                 if not self.return_exceptions:
@@ -224,7 +259,7 @@ class Results(Iterator[Any]):
         if self._display is not None:
             self._display.add(**counts)
 
-    def _next_ended(self) -> TaskHandle[Any] | Exception:
+    def _next_ended(self) -> _Place:
         """Wait for the next item that has ended.
 
         A long task does not make the workers idle. While this waits for it, each task that ends is
@@ -239,7 +274,7 @@ class Results(Iterator[Any]):
         if not under_way:
             raise StopIteration
         deadline = None
-        while (item := under_way.ended()) is None:
+        while (place := under_way.ended()) is None:
             bell = under_way.bell()
             if deadline is None:
                 deadline = math.inf if self.timeout is None else bell.now() + self.timeout
@@ -249,16 +284,16 @@ class Results(Iterator[Any]):
             self._show()
             if under_way.ended() is None:
                 self._fill(has_room)
-        return item
+        return place
 
     def _fill(self, has_room: Callable[[], bool]) -> None:
-        while has_room():
-            if self._item is _NONE:  # else the last submit failed: no item may be skipped
-                self._item = next(self._items, _NONE)
-            if self._item is _NONE:
+        under_way = self._under_way
+        while True:
+            if (place := under_way.unstarted) is not None:
+                under_way.start(place, self._started(place.item))
+            if not has_room() or (item := next(self._items, _NONE)) is _NONE:
                 return
-            self._under_way.add(self._started(self._item))
-            self._item = _NONE
+            under_way.add(item)
 
     def _started(self, item: Any) -> TaskHandle[Any] | Exception:
         """Submit the task of an item and return its handle; return the error if the item is not valid."""

@@ -9,7 +9,7 @@ import threading
 import pytest
 from helpers import PATIENCE, eventually
 
-from taskx import TaskFailed, TaskStatus
+from taskx import TaskFailed, TaskNotFound, TaskStatus
 from taskx.common import display
 
 
@@ -70,6 +70,14 @@ class TestFollowHandle:
         gate.open()
         with pytest.raises(TaskFailed, match="the other half"):
             halfway.submit("half", {"fails": True}).follow()
+
+    def test_follow_returns_a_known_result_of_a_deleted_task(self, halfway):
+        handle = halfway.submit("quick")
+        assert handle.result(PATIENCE) == "quick"
+        halfway.delete(handle.id)
+        assert handle.follow() == "quick"
+        with pytest.raises(TaskNotFound):
+            halfway.handle(handle.id).follow()
 
     def test_follow_raises_timeout_error_after_its_timeout(self, halfway, gate, capsys):
         handle = halfway.submit("half")

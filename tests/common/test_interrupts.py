@@ -163,6 +163,33 @@ def test_other_interrupted_calls_leave_nothing_behind(started, what, auditing):
     check_it_works(started)
 
 
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_map_goes_on_after_an_interrupt_and_gives_no_result_twice(make_queue, auditing, ordered):
+    """Only the item that is read and the result that is taken at that moment may be lost."""
+    queue = make_queue(worker_num=1)
+    queue.executor("fine")(lambda n="fine": n)
+    queue.start()
+    points = 0
+    while True:
+        items, got = [{"n": n} for n in range(5)], []
+        results = queue.map(
+            *("fine", items, lambda item: item["n"]), name=f"m{points}", window=3, ordered=ordered
+        )
+
+        def take(results=results, got=got):
+            for result in results:
+                got.append(result)
+
+        strike = strike_at(17 * points, take)
+        got += results
+        assert len(got) == len(set(got)) >= 4, strike
+        if strike is None:
+            break
+        points += 1
+    assert points > 20
+    check_it_works(queue)
+
+
 # Threads that work for others
 
 

@@ -20,6 +20,7 @@ from taskx import (
     RetryPolicy,
     TaskFailed,
     TaskFilter,
+    TaskHandle,
     TaskNotFound,
     TaskStatus,
     UnknownTaskType,
@@ -95,6 +96,22 @@ class TestResults:
         results = running.map(square.executor, items(), window=2, return_exceptions=True)
         assert [result.error for result in results] == ["ValueError: no 1"] * 2
         assert square.asked == [1]
+
+    def test_equal_items_one_after_the_other_each_give_a_result(self, running, square):
+        square.failing = {1}
+        results = running.map(
+            square.executor, [1, 1], window=1, timeout=PATIENCE, return_exceptions=True
+        )
+        assert [result.error for result in results] == ["ValueError: no 1"] * 2
+
+    @pytest.mark.parametrize("ordered", [True, False])
+    def test_a_map_keeps_no_results_that_were_taken(self, running, square, ordered):
+        for _ in range(2):  # the second map finds the results of the first
+            results = running.map(square.executor, range(200), name="big", ordered=ordered)
+            for _ in range(190):
+                next(results)
+            handles = [thing for thing in gc.get_objects() if isinstance(thing, TaskHandle)]
+            assert sum(handle.id.startswith("big:") for handle in handles) < 50
 
     def test_items_are_read_no_further_than_the_window(self, running, square):
         read = []
