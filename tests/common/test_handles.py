@@ -260,7 +260,8 @@ def test_waiting_for_a_task_that_no_node_can_run_warns_once(queue, make_queue, c
     for handle in handles:
         with pytest.raises(concurrent.futures.TimeoutError):
             handle.result(0.01)
-    [warning] = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    [warning] = [message for message in messages if message.startswith("waiting")]
     assert handles[0].id in warning
     assert "'echo'" in warning
 
