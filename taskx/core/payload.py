@@ -94,6 +94,10 @@ def _not_json(kind: type[Any]) -> str:
     name = kind.__name__
     if not values.has_form(kind):
         return f"{name} is not JSON"
+    if values.takes_more(kind):
+        return (
+            f"{name} is not JSON: its __init__ must take its own fields, and require nothing else"
+        )
     return (
         f"{name} is not JSON; to store one as a param or result, annotate that of the executor with "
         f"{name} and register the executor with this queue"

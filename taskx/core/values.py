@@ -19,6 +19,7 @@ from contextlib import suppress
 from datetime import date, datetime, time, timedelta
 from decimal import Decimal
 from enum import Enum
+from functools import partial
 from itertools import repeat
 from pathlib import PurePath
 from types import SimpleNamespace, UnionType
@@ -50,9 +51,18 @@ class Misfit(Exception):
         self.path = path
 
 
-def _not(expected: str, value: Any) -> Misfit:
-    plain = isinstance(value, (str, int, float))
-    return Misfit(f"must be {expected}, not {f'{value!r:.80}' if plain else type(value).__name__}")
+def _not(expected: str, value: Any, back: bool) -> Misfit:
+    """Return the error for a value of another kind.
+
+    The text has the value itself only if a caller gave it. The error of a stored value is stored and
+    logged, and params may be secret.
+    """
+    shown = type(value).__name__
+    if isinstance(value, (str, int, float)) and not back:
+        shown = f"{value!r:.80}"
+    elif isinstance(value, (list, tuple)):
+        shown = f"{shown} of {len(value)}"
+    return Misfit(f"must be {expected}, not {shown}")
 
 
 # --- the forms
@@ -96,21 +106,22 @@ class _Scalar(Form):
     def _coded(self, value: Any, back: bool) -> Any:
         if isinstance(value, self.kind) and not self._hides_a_time(value):
             return value if back else self.encode(value)
-        decoded = self._decoded(value)
+        decoded = self._decoded(value, back)
         return decoded if back else value
 
     def _hides_a_time(self, value: Any) -> bool:
         """Return True if a date is a datetime, whose time the form would drop."""
         return self.kind is date and isinstance(value, datetime)
 
-    def _decoded(self, value: Any) -> Any:
+    def _decoded(self, value: Any, back: bool) -> Any:
         cause = None
         if isinstance(value, self.json) and (not isinstance(value, bool) or bool in self.json):
             try:
                 return self.decode(value)
             except Exception as error:  # noqa: BLE001  (also one of the user's own ``_missing_``)
                 cause = error
-        raise _not(f"{self.kind.__name__} (in JSON: {self.said})", value) from cause
+        misfit = _not(f"{self.kind.__name__} (in JSON: {self.said})", value, back)
+        raise misfit from (None if back else cause)  # the cause may have the value in its text
 
 
 @attrs.frozen(eq=False)
@@ -122,24 +133,34 @@ class _List(Form):
 
     def _coded(self, value: Any, back: bool) -> Any:
         if not isinstance(value, (list, tuple)):
-            raise _not("a list", value)
+            raise _not("a list", value, back)
         made = list(value) if self.item is None else _each(value, repeat(self.item), back)
         return self.kind(made) if back else made
 
 
 @attrs.frozen(eq=False)
 class _Places(Form):
-    """The form of a tuple of fixed length, or of a named tuple; in JSON a list."""
+    """The form of a tuple of fixed length, or of a named tuple; in JSON a list.
+
+    Attributes:
+        kind: the class.
+        make: makes the tuple of all its values.
+        forms: the form of each value.
+        defaults: the values of the last places, which a list may leave out.
+    """
 
     kind: type[Any]
     make: Callable[[list[Any]], Any]
     forms: list[Form | None]
+    defaults: Sequence[Any] = ()
 
     def _coded(self, value: Any, back: bool) -> Any:
-        if not isinstance(value, (list, tuple)) or len(value) != len(self.forms):
-            raise _not(f"{self.kind.__name__} (in JSON: a list of {len(self.forms)} values)", value)
+        most = len(self.forms)
+        missing = most - len(value) if isinstance(value, (list, tuple)) else -1
+        if not 0 <= missing <= len(self.defaults):
+            raise _not(f"{self.kind.__name__} (in JSON: a list of {most} values)", value, back)
         made = _each(value, self.forms, back)
-        return self.make(made) if back else made
+        return self.make([*made, *self.defaults[len(self.defaults) - missing :]]) if back else made
 
 
 @attrs.frozen(eq=False)
@@ -151,7 +172,7 @@ class _Dict(Form):
 
     def _coded(self, value: Any, back: bool) -> Any:
         if not isinstance(value, Mapping):
-            raise _not("a dict", value)
+            raise _not("a dict", value, back)
         return _items(value, {key: self.forms.get(key, self.every) for key in value}, back)
 
 
@@ -174,14 +195,14 @@ class _Fields(Form):
             if back:
                 return value
             value = {name: getattr(value, name) for name in self.parameters}
-        self._check(value)
+        self._check(value, back)
         made = _items(value, self.forms, back)
         return self._made(made) if back else made
 
-    def _check(self, value: Any) -> None:
+    def _check(self, value: Any, back: bool) -> None:
         name, parameters = self.kind.__name__, self.parameters
         if not isinstance(value, dict):
-            raise _not(f"{name} (in JSON: an object of its fields)", value)
+            raise _not(f"{name} (in JSON: an object of its fields)", value, back)
         required = (
             n for n, parameter in parameters.items() if parameter.default is parameter.empty
         )
@@ -284,7 +305,13 @@ def _enum(kind: type[Enum]) -> Form | None:
         said = f"one of {', '.join(repr(member._value_) for member in kind):.200}"
         return _Scalar(kind, (str, int, float, bool), said, lambda member: member._value_, kind)
     said = f"one of {', '.join(members):.200}"
-    return _Scalar(kind, (str,), said, lambda member: member.name, kind.__getitem__)
+
+    def name_of(member: Any) -> str:
+        if member.name not in members:  # flags together
+            raise Misfit(f"{kind.__name__} has no name for {member!r:.80}")
+        return str(member.name)
+
+    return _Scalar(kind, (str,), said, name_of, kind.__getitem__)
 
 
 def _is_simple(value: Any) -> bool:
@@ -297,6 +324,11 @@ def _is_simple(value: Any) -> bool:
 def has_form(kind: Any) -> bool:
     """Return True if the values of a class are no JSON, but have a form by its annotation."""
     return kind in _SCALARS or issubclass(kind, (Enum, PurePath)) or _has_fields(kind)
+
+
+def takes_more(kind: Any) -> bool:
+    """Return True if a class has fields, but no form: its ``__init__`` does not take just these."""
+    return _has_fields(kind) and _parameters(kind) is None
 
 
 def _has_fields(kind: Any) -> bool:
@@ -394,7 +426,8 @@ class _Reader:
             keys.forms.update(self._forms(kind, kind.__annotations__))
             return keys if any(keys.forms.values()) else None
         if issubclass(kind, tuple) and hasattr(kind, "_fields"):
-            places = self._known[kind] = _Places(kind, kind._make, [])
+            defaults = [*kind._field_defaults.values()]
+            places = self._known[kind] = _Places(kind, kind._make, [], defaults)
             places.forms.extend(self._forms(kind, kind._fields).values())
             return places
         if not _has_fields(kind) or (parameters := _parameters(kind)) is None:
@@ -430,7 +463,7 @@ class Values:
         self._read()
 
     def _read(self) -> None:
-        reader, names = _Reader(), getattr(inspect.unwrap(self._function), "__globals__", {})
+        reader, names = _Reader(), _names(self._function)
         forms = {p.name: reader.read(p.annotation, names) for p in self._parameters}
         rest = [p.name for p in self._parameters if p.kind is p.VAR_KEYWORD]
         self._rest = forms.pop(rest[0]) if rest else None
@@ -476,6 +509,16 @@ class Values:
         if self._late:
             self._read()
             self._late = False
+
+
+def _names(function: Callable[..., Any]) -> dict[str, Any]:
+    """Return the global names of the code of a function, a partial, or a callable object."""
+    code: Any = inspect.unwrap(function)
+    while isinstance(code, partial):
+        code = inspect.unwrap(code.func)
+    if not hasattr(code, "__globals__"):
+        code = inspect.unwrap(type(code).__call__)
+    return getattr(code, "__globals__", {})
 
 
 def _returned(function: Callable[..., Any]) -> Any:

@@ -105,9 +105,10 @@ class Registry:
             takes_context = True
         if limit is not None:  # first: as soon as the type is registered, its tasks may start
             self.limits[entry.type] = limit
-        self.values.pop(entry.type, None)
         if entry.values is not None:
             self.values[entry.type] = entry.values
+        else:
+            self.values.pop(entry.type, None)
         self.registered[entry.type] = entry._replace(function=function, takes_context=takes_context)
 
     def declare(self, type: str) -> None:

@@ -6,11 +6,13 @@ import dataclasses
 import enum
 import inspect
 import json
+import traceback
 import typing
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import date, datetime, time, timedelta, timezone
 from decimal import Decimal
+from functools import partial
 from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Annotated, Any, Generic, Literal, NamedTuple, NewType, Optional, TypedDict, Union
 from uuid import UUID, uuid4
@@ -341,6 +343,19 @@ def test_other_annotations_cost_nothing(annotation):
         assert values_for(annotation) is None
 
 
+def test_a_stored_list_may_leave_out_the_defaults_of_a_named_tuple():
+    class Spot(NamedTuple):
+        day: date
+        size: int = 1
+        note: str = ""
+
+    assert decoded(Spot, ["2026-01-01"]) == Spot(date(2026, 1, 1))
+    assert decoded(Spot, ["2026-01-01", 2]) == Spot(date(2026, 1, 1), 2)
+    for wrong in ([], ["2026-01-01", 2, "", 4]):
+        with pytest.raises(PayloadError, match=f"a list of 3 values.*, not list of {len(wrong)}"):
+            decoded(Spot, wrong)
+
+
 class TestRefusal:
     @pytest.mark.parametrize(
         ("annotation", "value", "path", "problem"),
@@ -367,12 +382,17 @@ class TestRefusal:
             (Decimal, False, "x", "must be Decimal"),
             (Path, 5, "x", "must be Path (in JSON: text), not 5"),
             (Color, "green", "x", "must be Color (in JSON: one of 'red', 'blue'), not 'green'"),
-            (Place, [1, 2], "x", "must be Place (in JSON: one of HERE, THERE, FAR), not list"),
+            (Place, [1, 2], "x", "must be Place (in JSON: one of HERE, THERE, FAR), not list of 2"),
             (list[date], "2026-01-01", "x", "must be a list, not '2026-01-01'"),
             (list[date], ["2026-01-01", "x"], "x[1]", "must be date"),
             (dict[str, date], [], "x", "must be a dict, not list"),
             (dict[str, list[date]], {"a": [None, 1]}, "x.a[1]", "must be date"),
-            (tuple[int, date], [1], "x", "must be tuple (in JSON: a list of 2 values), not list"),
+            (
+                tuple[int, date],
+                [1],
+                "x",
+                "must be tuple (in JSON: a list of 2 values), not list of 1",
+            ),
             (Pair, ["2026-01-01"], "x", "must be Pair (in JSON: a list of 2 values), not list"),
             (Line, [], "x", "must be Line (in JSON: an object of its fields), not list"),
             (Line, {"price": "1"}, "x", "Line requires what"),
@@ -382,14 +402,45 @@ class TestRefusal:
     )
     def test_a_value_that_does_not_fit_is_refused_both_ways(self, annotation, value, path, problem):
         forms = values_for(annotation)
-        for how in (forms.encode_params, forms.decode_params):
+        stored = problem.partition(", not")[0]
+        for how, said in ((forms.encode_params, problem), (forms.decode_params, stored)):
             with pytest.raises(PayloadError) as caught:
                 how({"x": value})
             assert caught.value.path == f"params.{path}"
-            assert caught.value.problem.startswith(problem)
+            assert caught.value.problem.startswith(said)
         with pytest.raises(PayloadError) as caught:
             forms.decode_result(value)
         assert caught.value.path == f"result{path.removeprefix('x')}"
+
+    @pytest.mark.parametrize(
+        "annotation", [date, Decimal, Color, list[date], dict[str, date], Line]
+    )
+    def test_the_error_of_a_stored_value_does_not_show_it(self, annotation):
+        password = "hunter2"
+        with pytest.raises(PayloadError) as caught:
+            decoded(annotation, password)
+        assert password not in "".join(traceback.format_exception(caught.value))
+        assert caught.value.problem.endswith("not str")
+
+    def test_flags_without_a_name_are_refused(self):
+        class Wide(enum.Flag):
+            LOW = 1
+            HIGH = 2**70
+
+        assert decoded(Wide, encoded(Wide, Wide.HIGH)) is Wide.HIGH
+        for none_or_both in (Wide(0), Wide.LOW | Wide.HIGH):
+            with pytest.raises(PayloadError, match="Wide has no name for"):
+                encoded(Wide, none_or_both)
+
+    def test_a_class_whose_init_takes_more_than_its_fields_says_so(self):
+        @dataclass
+        class Opened:
+            day: date
+            mode: InitVar[str]
+
+        assert values_for(Opened) is None
+        with pytest.raises(PayloadError, match="x: Opened is not JSON: its __init__ must take"):
+            payload.encode({"x": Opened(date(2026, 1, 1), "r")}, "params")
 
     def test_an_object_of_a_derived_class_is_refused(self):
         @dataclass
@@ -428,6 +479,15 @@ def later(x: Later, y: list[Nowhere], z: "no type at all" = 1, **rest: date) -> 
     raise NotImplementedError
 
 
+def shifted(by, day: date) -> date:
+    return day + timedelta(by)
+
+
+class Shift:
+    def __call__(self, day: date) -> date:
+        return day
+
+
 class TestResolving:
     def test_a_class_that_is_defined_after_the_executor_is_found(self, monkeypatch):
         forms = values_of(later, list(inspect.signature(later).parameters.values()))
@@ -449,6 +509,13 @@ class TestResolving:
         assert "date is not JSON, and the annotation 'Later' cannot be resolved" in str(
             caught.value
         )
+
+    @pytest.mark.parametrize("function", [partial(shifted, 5), Shift(), Shift().__call__])
+    def test_names_of_partials_and_callable_objects_are_found(self, function):
+        parameters = list(inspect.signature(function).parameters.values())
+        assert values_of(function, parameters).encode_params({"day": date.min}) == {
+            "day": "0001-01-01"
+        }
 
     def test_a_field_may_have_the_name_of_its_class(self):
         assert decoded(Dated, {"date": "2026-01-01"}) == Dated(date(2026, 1, 1))

@@ -190,7 +190,7 @@ def test_a_stored_value_that_does_not_fit_fails_the_attempt(ready, make_queue):
     other = make_queue(ready.repository)
     other.declare("after")
     failed = other.submit("after", {"when": "noon"}, max_attempts=2)
-    with pytest.raises(TaskFailed, match=r"params\.when: must be datetime .*, not 'noon'"):
+    with pytest.raises(TaskFailed, match=r"params\.when: must be datetime .*, not str"):
         failed.result(PATIENCE)
     task = failed.task()
     assert (task.error_type, task.errors) == ("taskx.core.errors.PayloadError", 2)
@@ -219,7 +219,7 @@ def test_a_result_of_an_older_executor_that_does_not_fit_raises_in_result(ready,
     stored = size.submit()
     assert stored.result(PATIENCE) == "large"
     handle = new.handle(stored.id)
-    with pytest.raises(PayloadError, match="result: must be a dict, not 'large'"):
+    with pytest.raises(PayloadError, match="result: must be a dict, not str"):
         handle.result(PATIENCE)
     assert isinstance(handle.exception(), PayloadError)
     assert handle.task().result == "large"
