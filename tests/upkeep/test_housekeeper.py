@@ -153,7 +153,7 @@ def dead(database):
     with SQLiteRepository(database) as store:
 
         def make(tasks):
-            node = Node(id="dead", name="the dead one")
+            node = Node(id="dead", name="host:1:dead")
             store.liveness.join(node)
             store.apply(tasks)
             store.liveness._locks.let_go("dead")
@@ -284,7 +284,7 @@ def queue_recovery(queue):
     [
         (0, False, "it runs again"),
         (0, True, "it is cancelled, as requested"),
-        (2, False, "it has failed and is a dead letter"),
+        (2, False, "it has failed and is a dead letter (params={})"),
     ],
 )
 def test_the_log_says_what_happens_to_a_task_whose_process_died(
@@ -292,12 +292,12 @@ def test_the_log_says_what_happens_to_a_task_whose_process_died(
 ):
     insert = waiting("victim")
     insert.row["crashes"] = crashes
-    ran = {"status": "running", "starts": 1, "max_crashes": 3, "worker": "the dead one"}
+    ran = {"status": "running", "starts": 1, "max_crashes": 3, "worker": "host:1:dead"}
     start = Update("victim", {}, ran)
     dead([insert, start, *(lifecycle.cancel("victim", 2000) if cancelled else ())])
     queue_recovery(make_queue()).recover()
     [message] = [r.getMessage() for r in caplog.records if "which died" in r.getMessage()]
-    assert message == f"task victim was running on the dead one, which died: {consequence}"
+    assert message == f"task victim was running on host:1:dead, which died: {consequence}"
 
 
 # Turns and parents
