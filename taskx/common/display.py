@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import sys
 import time
+import weakref
+from collections.abc import Callable
 from typing import Any, Protocol
 
 # Seconds between two lines of a display that cannot be redrawn.
@@ -21,7 +23,8 @@ class _Screen(Protocol):
 class Display:
     """Shows how much is done, and some words. Nothing is shown before the first call.
 
-    After :meth:`close` the next call begins a new display.
+    After :meth:`close` the next call begins a new display. A display that is left open is closed when it is
+    dropped, or when the program ends.
 
     Args:
         title: what the display is about.
@@ -32,6 +35,7 @@ class Display:
         self._title, self._total = title, total
         self._done = self._failed = 0
         self._screen: _Screen | None = None
+        self._close: Callable[[], object] | None = None
 
     def add(self, done: int = 0, failed: int = 0) -> None:
         """Count ``done`` more things as done, and ``failed`` more as done and failed."""
@@ -44,21 +48,19 @@ class Display:
         self._total = self._total if total is None else total
         if self._screen is None:
             self._screen = _bar(self._title) or _Lines(self._title)
+            self._close = weakref.finalize(self, self._screen.close)
         self._screen.draw(done, self._total, words)
 
     def close(self) -> None:
         """Show the last state for good. May be called any number of times."""
-        screen, self._screen = self._screen, None
-        if screen is not None:
-            screen.close()
+        self._screen = None
+        if self._close is not None:
+            self._close()
 
     def __enter__(self) -> Display:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self.close()
-
-    def __del__(self) -> None:
         self.close()
 
 
@@ -117,4 +119,6 @@ def _bar(title: str) -> _Bar | None:
         progress.TimeElapsedColumn(),
         progress.TextColumn("{task.fields[words]}", markup=False),
     )
-    return _Bar(title, progress.Progress(*columns, console=screen))
+    # Output that does not go to the terminal must go on to where it goes.
+    redirect = sys.stdout is not None and sys.stdout.isatty()
+    return _Bar(title, progress.Progress(*columns, console=screen, redirect_stdout=redirect))

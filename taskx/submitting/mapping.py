@@ -134,12 +134,13 @@ class _Window:
         place.outcome = outcome  # last: a step that was interrupted is repeated
         place.item = None
 
-    def _handles(self) -> Iterator[TaskHandle[Any]]:
-        return (p.outcome for p in self._places if isinstance(p.outcome, TaskHandle))
-
     def handle(self, task_id: str) -> TaskHandle[Any] | None:
         """Return the handle of a task whose result was not taken yet."""
-        return next((handle for handle in self._handles() if handle.id == task_id), None)
+        for place in self._places:
+            outcome = place.outcome
+            if isinstance(outcome, TaskHandle) and outcome.id == task_id:
+                return outcome
+        return None
 
     def ended(self) -> _Place | None:
         """Return the first item that has ended and may be taken; None if there is none."""
@@ -160,7 +161,8 @@ class _Window:
             self._unwatched[0].done()  # from now on its end is reported
             self._unwatched.popleft()
         if self._bell is None:
-            self._bell = next(self._handles()).signal()
+            outcomes = [place.outcome for place in self._places]
+            self._bell = next(o for o in outcomes if isinstance(o, TaskHandle)).signal()
             self._bell.set()  # a task may have ended before
         return self._bell
 

@@ -67,3 +67,30 @@ def test_a_display_works_without_stderr(monkeypatch):
     monkeypatch.setattr(sys, "stderr", None)
     with Display("digest", 4) as shown:
         shown.add(done=1)
+
+
+def test_what_the_program_prints_below_a_bar_stays_on_stdout(capsys, terminal):
+    with Display("digest", 4) as shown:
+        shown.add(done=1)
+        print("a result")
+    assert capsys.readouterr().out == "a result\n"
+
+
+LEFT_OPEN = """
+import sys
+from taskx.common.display import Display
+
+sys.shown = Display("digest", 4)  # it lives longer than the modules
+sys.shown.add(done=1)
+"""
+
+
+@pytest.mark.parametrize("bar", [True, False])
+def test_a_display_is_closed_when_the_program_ends(spawn, request, bar):
+    if bar:
+        request.getfixturevalue("terminal")
+    out, err = spawn(LEFT_OPEN).ends()
+    assert out == ""
+    assert "Exception" not in err
+    # The bar shows the cursor again.
+    assert err.endswith("\x1b[?25h" if bar else "digest: 1 of 4 (25%)\n")
