@@ -431,6 +431,15 @@ class TestTheirs:
         assert [(stub.id, stub.priority) for stub in repository.ready(["t"], 10)] == [("free", 0)]
 
 
+def test_only_a_task_that_can_expire_has_a_date_for_that(repository, database):
+    repository.apply([insert("fine"), *(insert(i, expires_at=NOW + 1000) for i in ("late", "odd"))])
+    database.tasks.update_one({"_id": "odd"}, {"$set": {"taskx.expires_at": "soon"}})
+    stored = {one["_id"]: one["taskx"] for one in database.tasks.find()}
+    assert "expires_at" not in stored["fine"]
+    assert isinstance(stored["late"]["expires_at"], datetime)
+    assert list(repository.due(None, 9, "expires_at")) == [("late", NOW + 1000)]
+
+
 def test_fields_of_a_later_version_are_ignored_and_kept(repository, database):
     """Several versions share a collection: later ones add fields, and no version number is stored."""
     run(repository, "a")
