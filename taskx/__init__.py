@@ -33,7 +33,7 @@ from taskx.core.errors import (
     TaskxError,
     UnknownTaskType,
 )
-from taskx.core.model import Attempt, Task, TaskFilter, TaskPage, TaskStatus
+from taskx.core.model import Attempt, Task, TaskCount, TaskFilter, TaskPage, TaskStatus
 from taskx.core.retry import Permanent, Retry, RetryPolicy, Snooze
 from taskx.core.ticks import every
 from taskx.core.token import CancelToken
@@ -96,6 +96,7 @@ __all__ = [
     "SystemClock",
     "Task",
     "TaskCancelled",
+    "TaskCount",
     "TaskExecutor",
     "TaskFailed",
     "TaskFilter",

@@ -17,7 +17,15 @@ from taskx.common.pauses import Paused
 from taskx.core.clock import SYSTEM_CLOCK, Clock, check_clock
 from taskx.core.errors import ConfigurationError, RepositoryError
 from taskx.core.log import GuardedLogger, check_logger
-from taskx.core.model import Task, TaskFilter, TaskPage, TaskStatus, check_key, check_name
+from taskx.core.model import (
+    Task,
+    TaskCount,
+    TaskFilter,
+    TaskPage,
+    TaskStatus,
+    check_key,
+    check_name,
+)
 from taskx.core.options import (
     ExecutorOptions,
     FilterOptions,
@@ -569,7 +577,12 @@ class Queue:
         return self.repository.get_by_id(task_id)
 
     def list_tasks(
-        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+        self,
+        filter: TaskFilter | None = None,
+        *,
+        after: str | None = None,
+        at_most: int | None = None,
+        **fields: Unpack[FilterOptions],
     ) -> TaskPage:
         """Return one page of the tasks that match, newest first, and the total number of matches.
 
@@ -578,13 +591,42 @@ class Queue:
 
         Args:
             filter: the conditions for the tasks.
+            after: the ``next`` of the page before, with the same conditions. Every page then costs the
+                same. Its total is that of the first page, because the tasks are not counted again.
+            at_most: the largest total that is counted; None for no limit.
             fields: the fields of a :class:`TaskFilter`, instead of one: ``type``, ``status``,
-                ``created_by``, ``start_date``, ``end_date``, ``offset``, ``limit``.
+                ``created_by``, ``start_date``, ``end_date``, ``error``, ``error_type``, ``id_prefix``,
+                ``params``, ``offset``, ``limit``; and the age of the tasks in seconds or as a timedelta:
+                ``older`` than that, ``newer`` than that. With ``params`` only the newest 100,000 tasks are
+                searched; ``searched_since`` of the page says so.
 
         Raises:
-            ConfigurationError: a value is not valid, or both a filter and fields were given.
+            ConfigurationError: a value is not valid, or both a filter and fields were given, or params were
+                given and a codec hides them.
         """
-        return queries.page(self.repository, filter_of(filter, fields, "list_tasks"))
+        wanted = filter_of(filter, fields, "list_tasks", self._clock)
+        return queries.page(self.repository, wanted, after, at_most)
+
+    def count_tasks(
+        self,
+        filter: TaskFilter | None = None,
+        *,
+        at_most: int | None = None,
+        **fields: Unpack[FilterOptions],
+    ) -> TaskCount:
+        """Return the number of tasks that match.
+
+        Args:
+            filter, fields: as in :meth:`list_tasks`; ``offset`` and ``limit`` have no effect.
+            at_most: the largest number that is counted; None to count all. If more tasks match, the result
+                is this number, and its ``exact`` is False. If it is given, a search in params is limited as
+                in :meth:`list_tasks`.
+
+        Raises:
+            ConfigurationError: as in :meth:`list_tasks`.
+        """
+        wanted = filter_of(filter, fields, "count_tasks", self._clock)
+        return queries.count(self.repository, wanted, at_most)
 
     def iter_tasks(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
@@ -602,7 +644,9 @@ class Queue:
             ConfigurationError: a value is not valid, or both a filter and fields were given.
             RepositoryError: from the iterator, if the repository cannot be read.
         """
-        return queries.matching(self.repository, filter_of(filter, fields, "iter_tasks"))
+        return queries.matching(
+            self.repository, filter_of(filter, fields, "iter_tasks", self._clock)
+        )
 
     def watch(self, handle: TaskHandle[Any]) -> None:
         """Resolve a handle when its task ends. Handles call this themselves."""
@@ -829,16 +873,22 @@ class Queue:
     # --- dead letters
 
     def dead_letters(
-        self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
+        self,
+        filter: TaskFilter | None = None,
+        *,
+        after: str | None = None,
+        at_most: int | None = None,
+        **fields: Unpack[FilterOptions],
     ) -> TaskPage:
         """Return one page of the failed tasks that match, newest first, and the number of all matches.
 
-        Filter and fields are those of :meth:`list_tasks`. Use ``iter_tasks(status="failed")`` for all.
+        The arguments are those of :meth:`list_tasks`. Use ``iter_tasks(status="failed")`` for all.
 
         Raises:
             ConfigurationError: the filter is not valid, or it has another status.
         """
-        return self.list_tasks(dead(filter_of(filter, fields, "dead_letters")))
+        wanted = dead(filter_of(filter, fields, "dead_letters", self._clock))
+        return self.list_tasks(wanted, after=after, at_most=at_most)
 
     def requeue_dead_letters(
         self, filter: TaskFilter | None = None, **fields: Unpack[FilterOptions]
@@ -860,7 +910,7 @@ class Queue:
             ConfigurationError: the filter is not valid, or it has another status.
             QueueStopped: the queue was stopped.
         """
-        wanted = filter_of(filter, fields, "requeue_dead_letters")
+        wanted = filter_of(filter, fields, "requeue_dead_letters", self._clock)
         return self._operations.requeue_dead_letters(wanted)
 
     def discard_dead_letters(
@@ -877,7 +927,7 @@ class Queue:
         Raises:
             ConfigurationError: the filter is not valid, or it has another status.
         """
-        wanted = filter_of(filter, fields, "discard_dead_letters")
+        wanted = filter_of(filter, fields, "discard_dead_letters", self._clock)
         return self._operations.discard_dead_letters(wanted)
 
     # --- starting and stopping

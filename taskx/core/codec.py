@@ -94,6 +94,11 @@ class Codecs:
             raise ConfigurationError("two codecs have the same name; each name must be unique")
         self._writer = codecs[0] if codecs else None
 
+    @property
+    def given(self) -> bool:
+        """True if there is a codec."""
+        return bool(self._by_name)
+
     # --- writing
 
     def coded(self, writes: Sequence[Write]) -> Sequence[Write]:

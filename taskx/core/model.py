@@ -13,6 +13,7 @@ from attrs.validators import optional
 
 from taskx.core.checks import by
 from taskx.core.clock import to_datetime, to_ms
+from taskx.core.conditions import Condition, as_conditions, contains, meets
 from taskx.core.errors import ConfigurationError
 from taskx.core.payload import is_encodable
 from taskx.core.retry import RetryPolicy
@@ -315,6 +316,16 @@ def check_moment(value: Any, what: str) -> None:
 _MAX_COUNT = 2**62  # the sum of two still fits into a database's 64-bit integer
 
 
+def check_part(value: Any, what: str) -> None:
+    """Raise ConfigurationError if a value is not a text that can be looked for."""
+    if not isinstance(value, str):
+        raise ConfigurationError(f"{what} must be a str, not {type(value).__name__}")
+    if "\0" in value or not is_encodable(value):
+        raise ConfigurationError(
+            f"{what} {value!a} contains a NUL character or a lone surrogate; remove it"
+        )
+
+
 class _DefaultLimit(int):
     """The limit of a filter that was made without one; only lists use it."""
 
@@ -349,11 +360,18 @@ class TaskFilter:
         created_by: tasks with this ``created_by``.
         start_date: tasks created at or after this aware datetime.
         end_date: tasks created before or at this aware datetime.
+        error: tasks whose ``error`` contains this text. The case of the letters A to Z does not matter.
+        error_type: tasks whose ``error_type`` is this full class name.
+        id_prefix: tasks whose id begins with this text.
+        params: tasks whose params have these values: a dict of paths and values. A path is a text such as
+            ``"user.id"``, or a tuple of keys, for keys that contain dots. It leads through objects, not
+            through lists. A value is a text, a number, a bool or None.
         offset: number of tasks to skip.
         limit: largest number of tasks; lists use 100 if it is not given.
 
     Raises:
-        ConfigurationError: a naive datetime, a negative offset or limit, an unknown status.
+        ConfigurationError: a naive datetime, a negative offset or limit, an unknown status, a path or value
+            of params that cannot be looked for.
     """
 
     type: str | None = attrs.field(default=None, validator=optional(by(check_name)))
@@ -363,11 +381,20 @@ class TaskFilter:
     end_date: datetime | None = attrs.field(default=None, validator=by(check_moment))
     offset: int = attrs.field(default=0, validator=_count)
     limit: int = attrs.field(default=_DefaultLimit(100), validator=_count)
+    error: str | None = attrs.field(default=None, validator=optional(by(check_part)))
+    error_type: str | None = attrs.field(default=None, validator=optional(by(check_name)))
+    id_prefix: str | None = attrs.field(default=None, validator=optional(by(check_name)))
+    params: tuple[Condition, ...] | None = attrs.field(default=None, converter=as_conditions)
 
     @property
     def limited(self) -> bool:
         """True if a limit was given."""
         return type(self.limit) is not _DefaultLimit
+
+    @property
+    def given(self) -> frozenset[str]:
+        """The names of the conditions that are not None."""
+        return frozenset(name for name in CONDITIONS if getattr(self, name) is not None)
 
     def matches(self, task: Task) -> bool:
         """Return True if a task meets every condition, for repositories that filter in Python."""
@@ -378,7 +405,15 @@ class TaskFilter:
             and self.created_by in (None, task.created_by)
             and (self.start_date is None or (created is not None and created >= self.start_date))
             and (self.end_date is None or (created is not None and created <= self.end_date))
+            and (self.error is None or contains(task.error, self.error))
+            and self.error_type in (None, task.error_type)
+            and (self.id_prefix is None or task.id.startswith(self.id_prefix))
+            and (self.params is None or meets(task.params, self.params))
         )
+
+
+#: The fields of a filter that are conditions for tasks.
+CONDITIONS = frozenset(field.name for field in attrs.fields(TaskFilter)) - {"offset", "limit"}
 
 
 def check_filter(value: Any) -> TaskFilter:
@@ -404,14 +439,45 @@ class TaskPage(_Page):
         tasks: the tasks, newest first.
         total: the number of all tasks that match the filter, whatever its offset and limit.
         more: the number of tasks that follow this page; 0 if the list ends with it.
+        next: the place after this page, to give as ``after`` for the next page; None if the list ends.
+        exact: False if ``total`` and ``more`` are only lower bounds.
+        searched_since: None, or a moment: older tasks were not looked at.
     """
 
     more: int = 0
+    next: str | None = None
+    exact: bool = True
+    searched_since: datetime | None = None
 
-    def __new__(cls, tasks: Sequence[Task], total: int, more: int = 0) -> TaskPage:
+    def __new__(
+        cls,
+        tasks: Sequence[Task],
+        total: int,
+        more: int = 0,
+        next: str | None = None,
+        exact: bool = True,
+        searched_since: datetime | None = None,
+    ) -> TaskPage:
         page = super().__new__(cls, tasks, total)
-        page.more = more
+        page.more, page.next = more, next
+        page.exact, page.searched_since = exact, searched_since
         return page
 
     def __repr__(self) -> str:
         return f"TaskPage(total={self.total}, more={self.more}, tasks={self.tasks!r})"
+
+
+class TaskCount(int):
+    """A number of tasks.
+
+    Attributes:
+        exact: False if there may be more: the count stopped at its largest number, or older tasks were not
+            looked at.
+    """
+
+    exact: bool
+
+    def __new__(cls, number: int, exact: bool = True) -> TaskCount:
+        count = super().__new__(cls, number)
+        count.exact = exact
+        return count

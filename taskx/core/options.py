@@ -14,7 +14,8 @@ from typing import Any, Literal, Protocol, TypedDict, get_args
 import attrs
 
 from taskx.core.checks import check_int, check_number, optional_seconds
-from taskx.core.clock import LAST, to_ms
+from taskx.core.clock import LAST, Clock, to_datetime, to_ms, within_calendar
+from taskx.core.conditions import ParamsFilter
 from taskx.core.errors import ConfigurationError
 from taskx.core.model import TaskFilter, TaskStatus, check_filter, check_moment
 from taskx.core.rate import Limit, LimitScope, rate_of
@@ -100,13 +101,19 @@ class ExecutorOptions(RunOptions, total=False):
 
 
 class FilterOptions(TypedDict, total=False):
-    """The fields of a ``TaskFilter``, for methods that also take them by name."""
+    """The fields of a ``TaskFilter``, for methods that also take them by name, and the age of tasks."""
 
     type: str | None
     status: TaskStatus | str | None
     created_by: str | None
     start_date: datetime | None
     end_date: datetime | None
+    older: float | timedelta | None
+    newer: float | timedelta | None
+    error: str | None
+    error_type: str | None
+    id_prefix: str | None
+    params: ParamsFilter | None
     offset: int
     limit: int
 
@@ -297,7 +304,9 @@ _OF_EXECUTOR: Mapping[str, Check] = {
 }
 
 
-def filter_of(filter: TaskFilter | None, fields: Mapping[str, Any], what: str) -> TaskFilter:
+def filter_of(
+    filter: TaskFilter | None, fields: Mapping[str, Any], what: str, clock: Clock
+) -> TaskFilter:
     """Return the filter that a method was given as an object or by its fields.
 
     Raises:
@@ -312,7 +321,25 @@ def filter_of(filter: TaskFilter | None, fields: Mapping[str, Any], what: str) -
             f"{what}() takes a TaskFilter or its fields, not both: move {', '.join(fields)} into the "
             "TaskFilter"
         )
-    return TaskFilter(**fields)
+    return TaskFilter(**_dated(fields, clock.now_ms()))
+
+
+_LONG_AGO = 1e11  # seconds; the calendar does not go back that far
+#: The fields for the age of a task, each with the date that means the same.
+AGES: Mapping[str, str] = {"older": "end_date", "newer": "start_date"}
+
+
+def _dated(fields: Mapping[str, Any], now: int) -> dict[str, Any]:
+    """Return the fields with dates instead of ages."""
+    dated = {name: value for name, value in fields.items() if name not in AGES}
+    for age, date in AGES.items():
+        if fields.get(age) is None:
+            continue
+        if dated.get(date) is not None:
+            raise ConfigurationError(f"{age} and {date} say the same: give only one of them")
+        ago = int(min(check_number(fields[age], age), _LONG_AGO) * 1000)
+        dated[date] = to_datetime(within_calendar(now - ago))
+    return dated
 
 
 def options_of(given: Mapping[str, Any]) -> Options:

@@ -32,7 +32,7 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, NoteChange, Update, Write, matches, traces
-from taskx.storage.base import Fields, Lookup, Repository, Rows
+from taskx.storage.base import BASIC_CONDITIONS, Fields, Lookup, Repository, Rows
 from taskx.storage.eight import TaskRepository
 from taskx.storage.memory import MemoryRepository, Row
 
@@ -64,6 +64,8 @@ class EightMethodAdapter(MemoryRepository):
     raise ``ConfigurationError`` when they are used: several tasks in one transaction, and options that the
     repository does not keep.
     """
+
+    conditions = BASIC_CONDITIONS
 
     def __init__(self, inner: TaskRepository, clock: Clock = SYSTEM_CLOCK) -> None:
         if isinstance(inner, type):
@@ -329,12 +331,15 @@ class EightMethodAdapter(MemoryRepository):
             return found
 
     def list(self, filter: TaskFilter) -> Sequence[Task]:
+        self.refuse_unknown_conditions(filter)
         with self._errors():
             return self.inner.list(filter)
 
     list_after = Repository.list_after  # by ``list``
+    count_to = Repository.count_to
 
     def count(self, filter: TaskFilter) -> int:
+        self.refuse_unknown_conditions(filter)
         with self._errors():
             return self.inner.count(filter)
 

@@ -8,12 +8,12 @@ import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import attrs
 
 from taskx.core import lifecycle
-from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
+from taskx.core.clock import SYSTEM_CLOCK, Clock, to_datetime, to_ms
 from taskx.core.codec import Codec, Codecs
 from taskx.core.creation import new_record, storable
 from taskx.core.errors import (
@@ -78,6 +78,9 @@ Timed = Literal["run_at", "expires_at"]
 Fields = tuple[str, ...]
 Rows = Sequence[tuple[Any, ...]]
 
+#: The conditions of a filter that every repository applies.
+BASIC_CONDITIONS = frozenset({"type", "status", "created_by", "start_date", "end_date"})
+
 R = TypeVar("R", bound="Repository")
 
 
@@ -137,7 +140,13 @@ class Repository(TaskRepository):
         clock: the clock for the timestamps that the eight methods write.
         codec: the codec or codecs of params, results and checkpoints. The first one writes, all of them
             read.
+
+    Attributes:
+        conditions: the fields of a ``TaskFilter`` that ``list`` and ``count`` apply. A queue applies the
+            others itself, task by task.
     """
+
+    conditions: ClassVar[frozenset[str]] = BASIC_CONDITIONS
 
     def __init__(
         self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
@@ -284,16 +293,20 @@ class Repository(TaskRepository):
     def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
         """Return the tasks that follow a place in a filter's list, and the place after the last of them.
 
-        ``after`` is the place that the call before returned; None is the beginning. The filter's limit is
-        that of one call, and its offset is 0, except at the beginning. No tasks are returned only if the
-        list ends there. Tasks that were stored or removed since the call before neither hide nor repeat
-        other tasks.
+        ``after`` is the place that the call before returned; None is the beginning. A place is a JSON
+        value. It may come back from JSON text: a tuple is a list then. The filter's limit is that of one
+        call, and its offset is 0, except at the beginning. No tasks are returned only if the list ends
+        there. Tasks that were stored or removed since the call before neither hide nor repeat other tasks.
 
         This version calls ``list`` with the date of the last task as the filter's end, and leaves out the
         tasks of that date that it has returned already. Override it if the store can do better: the cost
         must not depend on the number of tasks before the place.
         """
-        end, known = (filter.end_date, set[str]()) if after is None else after
+        end, listed = (
+            (filter.end_date, []) if after is None else check_place(after, (int, type(None)), list)
+        )
+        end = to_datetime(end) if isinstance(end, int) else end
+        known = {task_id for task_id in listed if isinstance(task_id, str)}
         some = self.list(attrs.evolve(filter, end_date=end, limit=filter.limit + len(known)))
         tasks = [task for task in some if task.id not in known]
         if not tasks:
@@ -301,9 +314,29 @@ class Repository(TaskRepository):
         # A task without a date, or with a damaged one, may be listed by any date.
         date = end if _dateless(tasks[-1]) else tasks[-1].created_at
         listed_again = [
-            task for task in some if date == end or task.created_at == date or _dateless(task)
+            task.id for task in some if date == end or task.created_at == date or _dateless(task)
         ]
-        return tasks, (date, {task.id for task in listed_again})
+        return tasks, (None if date is None else to_ms(date), listed_again)
+
+    def count_to(self, filter: TaskFilter, most: int) -> int:
+        """Return the number of tasks that match the filter, or ``most`` if there are more.
+
+        This version counts all of them. Override it if the store can stop earlier.
+        """
+        return min(most, self.count(filter))
+
+    def refuse_unknown_conditions(self, filter: TaskFilter) -> None:
+        """Raise ConfigurationError if a filter has a condition that this repository cannot apply."""
+        if unknown := filter.given - self.conditions:
+            raise ConfigurationError(
+                f"{type(self).__name__} cannot filter by {', '.join(sorted(unknown))}; call list_tasks, "
+                "iter_tasks or count_tasks of the queue"
+            )
+        if filter.params is not None and self.codecs.given:
+            raise ConfigurationError(
+                "params cannot be searched: a codec hides them. List the tasks by other conditions, and "
+                "look at task.params"
+            )
 
     # --- the eight methods. They use the moves of ``lifecycle``, so that its rules hold for every change
 
@@ -499,6 +532,20 @@ class Repository(TaskRepository):
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+
+def check_place(after: Any, *kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
+    """Return a place that :meth:`Repository.list_after` was given, as a tuple.
+
+    Raises ConfigurationError if its values are not of these types: it is of another repository, or was
+    changed.
+    """
+    values = tuple(after) if isinstance(after, (list, tuple)) else ()
+    if len(values) != len(kinds) or not all(map(isinstance, values, kinds)):
+        raise ConfigurationError(
+            f"after is not a place in a list of this repository: {after!r:.100}"
+        )
+    return values
 
 
 def _dateless(task: Task) -> bool:

@@ -11,10 +11,12 @@ from itertools import islice, takewhile
 from operator import itemgetter
 from typing import Any
 
+from taskx.core import payload
 from taskx.core.clock import SYSTEM_CLOCK, Clock, to_ms
 from taskx.core.codec import Codec
+from taskx.core.conditions import contains, meets
 from taskx.core.lifecycle import FINISHED
-from taskx.core.model import TASK_FIELDS, Task, TaskFilter
+from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import (
     DEFAULTS,
     FOR_PARENTS,
@@ -30,7 +32,16 @@ from taskx.core.record import (
     task_from_row,
 )
 from taskx.core.writes import Delete, Insert, Note, NoteChange, Update, Write, matches
-from taskx.storage.base import Fields, Listed, Lookup, Repository, Rows, Timed, new_version
+from taskx.storage.base import (
+    Fields,
+    Listed,
+    Lookup,
+    Repository,
+    Rows,
+    Timed,
+    check_place,
+    new_version,
+)
 from taskx.storage.ordered import SortedItems
 
 #: The columns of a task, its ``sequence`` (a number that grows with each submission), and its ``places``:
@@ -53,6 +64,7 @@ class MemoryRepository(Repository):
     """
 
     shared = False
+    conditions = CONDITIONS
 
     def __init__(
         self, clock: Clock = SYSTEM_CLOCK, codec: Codec | Iterable[Codec] | None = None
@@ -199,6 +211,9 @@ class MemoryRepository(Repository):
         return self.list_after(filter)[0]
 
     def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        self.refuse_unknown_conditions(filter)
+        if after is not None:
+            after = check_place(after, int, int, str)
         with self._lock:
             created = self._indexes["created"].get(None, SortedItems())
             newest = reversed(created) if after is None else created.before(after)
@@ -208,8 +223,15 @@ class MemoryRepository(Repository):
             return [task_from_row(row, self.codecs) for row in rows], page[-1] if page else after
 
     def count(self, filter: TaskFilter) -> int:
+        self.refuse_unknown_conditions(filter)
         with self._lock:
             return sum(_meets(row, filter) for row in self._rows.values())
+
+    def count_to(self, filter: TaskFilter, most: int) -> int:
+        self.refuse_unknown_conditions(filter)
+        with self._lock:
+            found = (row for row in self._rows.values() if _meets(row, filter))
+            return sum(1 for _ in islice(found, most))
 
     def ready(
         self, types: Iterable[str], limit: int, owner: str = "", ageing: int = 0
@@ -359,4 +381,8 @@ def _meets(row: Row, filter: TaskFilter) -> bool:
         and (filter.created_by is None or row["created_by"] == filter.created_by)
         and (filter.start_date is None or row["created_at"] >= to_ms(filter.start_date))
         and (filter.end_date is None or row["created_at"] <= to_ms(filter.end_date))
+        and (filter.error is None or contains(row["error"], filter.error))
+        and (filter.error_type is None or row["error_type"] == filter.error_type)
+        and (filter.id_prefix is None or row["id"].startswith(filter.id_prefix))
+        and (filter.params is None or meets(payload.loads(row["params"]), filter.params))
     )

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import base64
+import json
 from collections.abc import Collection, Iterator, Sequence
+from datetime import datetime
 from itertools import islice
+from typing import Any, NamedTuple
 
 import attrs
 
-from taskx.core.model import Task, TaskFilter, TaskPage
+from taskx.core.checks import check_int
+from taskx.core.clock import LAST, to_datetime, to_ms
+from taskx.core.errors import ConfigurationError
+from taskx.core.model import Task, TaskCount, TaskFilter, TaskPage
 from taskx.core.record import COLUMNS, Stub
 from taskx.core.writes import Write, shows
 from taskx.storage.base import Listed, Repository
@@ -16,6 +23,8 @@ from taskx.storage.base import Listed, Repository
 _PAGE = 1000
 #: Tasks read at a time.
 TASKS = 200
+#: Newest tasks, of a status if the filter has one, among which a page searches in params.
+SEARCHED = 100_000
 # Approximate number of tasks that are read to find the one that has waited longest.
 _OLDEST = 1000
 
@@ -73,22 +82,120 @@ def shown(repository: Repository, writes: Sequence[Write]) -> Sequence[bool]:
     return [shows(rows.get(write.id), write, repository.codecs.same) for write in writes]
 
 
-def page(repository: Repository, filter: TaskFilter) -> TaskPage:
+def page(
+    repository: Repository,
+    filter: TaskFilter,
+    after: str | None = None,
+    at_most: int | None = None,
+) -> TaskPage:
     """Return the tasks that match the filter, newest first, and the number of all that match it.
 
     Tasks and total agree, whatever is stored or deleted between the two reads. A page that is not full
     shows where the list ends. An empty page shows that the list ends before it.
+
+    Args:
+        repository: the repository to read.
+        filter: the conditions.
+        after: the ``next`` of the page before. The page then costs the same wherever it is: the tasks are
+            counted once, with the first page.
+        at_most: stop counting there.
     """
-    tasks = repository.list(filter)
-    end = filter.offset + len(tasks)
-    if len(tasks) < filter.limit and (tasks or not filter.offset):
-        return TaskPage(tasks, end)
-    total = repository.count(filter)
+    before = _Place.from_text(after, filter) if after is not None else None
+    if before is None:
+        searched, since = _searched(repository, filter)
+        before = _Place(None, filter.offset, None, True, None if since is None else to_ms(since))
+    else:
+        since = None if before.since is None else to_datetime(before.since)
+        searched = filter if since is None else attrs.evolve(filter, start_date=since)
+    tasks, place = _list_after(repository, searched, before.place)
+    end, total, exact = before.seen + len(tasks), before.total, before.exact
+    full = len(tasks) >= filter.limit
+    if not full and (tasks or not before.seen):
+        total, exact = end, True
+    elif total is None:
+        counted = _count_to(repository, searched, at_most)
+        total, exact = int(counted), counted.exact
     if tasks:
         total = max(total, end)
     elif filter.limit:
         total = min(total, end)
-    return TaskPage(tasks, total, more=max(0, total - end))
+    more = max(0, total - end)
+    goes_on = full and bool(tasks) and (more > 0 or not exact or after is not None)
+    following = _Place(place, end, total, exact, before.since).as_text() if goes_on else None
+    return TaskPage(
+        tasks, total, more, following, exact=exact and since is None, searched_since=since
+    )
+
+
+class _Place(NamedTuple):
+    """A place between two pages of a list."""
+
+    place: Any  #: the place in the list of the repository
+    seen: int  #: the number of tasks before it
+    total: int | None  #: the number of all tasks; None if they were not counted yet
+    exact: bool  #: False if there may be more
+    since: int | None  #: the moment before which no tasks are looked at, in milliseconds
+
+    def as_text(self) -> str:
+        text = json.dumps(self, separators=(",", ":"), default=str)
+        return base64.urlsafe_b64encode(text.encode()).decode().rstrip("=")
+
+    @classmethod
+    def from_text(cls, after: str, filter: TaskFilter) -> _Place:
+        """Return the place of a text. Raises ConfigurationError if it is none."""
+        if filter.offset:
+            raise ConfigurationError("after and offset exclude each other: give only one of them")
+        try:
+            text = base64.b64decode(after + "=" * (-len(after) % 4), "-_", validate=True)
+            found = cls(*json.loads(text))
+            if type(found.exact) is not bool or not all(
+                type(number) is int and 0 <= number <= LAST
+                for number in (found.seen, found.total, found.since or 0)
+            ):
+                raise ValueError("a value has a wrong type")
+        except (ValueError, TypeError, RecursionError) as error:
+            raise ConfigurationError(
+                f"after must be the `next` of a page, not {after!r:.100}"
+            ) from error
+        return found
+
+
+def count(repository: Repository, filter: TaskFilter, at_most: int | None = None) -> TaskCount:
+    """Return the number of tasks that match the filter, at most ``at_most``.
+
+    With ``at_most``, a search in params looks at the newest tasks only, as a page does.
+    """
+    if at_most is None:
+        return _count_to(repository, filter, None)
+    searched, since = _searched(repository, filter)
+    counted = _count_to(repository, searched, at_most)
+    return TaskCount(counted, exact=counted.exact and since is None)
+
+
+def _count_to(repository: Repository, filter: TaskFilter, at_most: int | None) -> TaskCount:
+    most = None if at_most is None else check_int(at_most, "at_most", 1)
+    if filter.given - repository.conditions:
+        every = _pages(repository, attrs.evolve(filter, offset=0, limit=TASKS))
+        number = sum(1 for _ in islice(every, None if most is None else most + 1))
+    elif most is None:
+        number = repository.count(filter)
+    else:
+        number = repository.count_to(filter, most + 1)
+    if most is None or number <= most:
+        return TaskCount(number)
+    return TaskCount(most, exact=False)
+
+
+def _searched(repository: Repository, filter: TaskFilter) -> tuple[TaskFilter, datetime | None]:
+    """Return the filter, for the newest tasks only if it searches in params, and since when it searches."""
+    if filter.params is None:
+        return filter, None
+    # By a condition that has no index, skipping tasks would cost as much as the search.
+    every = TaskFilter(status=filter.status, start_date=filter.start_date, end_date=filter.end_date)
+    last = repository.list(attrs.evolve(every, offset=SEARCHED - 1, limit=2))
+    if len(last) < 2 or last[0].created_at is None:
+        return filter, None
+    return attrs.evolve(filter, start_date=last[0].created_at), last[0].created_at
 
 
 def matching(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
@@ -104,10 +211,33 @@ def matching(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
 
 def _pages(repository: Repository, filter: TaskFilter) -> Iterator[Task]:
     """Yield all tasks that match the filter, reading at most its limit at a time."""
-    tasks, after = repository.list_after(filter)
+    tasks, after = _list_after(repository, filter)
     while tasks:
         yield from tasks
-        tasks, after = repository.list_after(filter, after)
+        tasks, after = _list_after(repository, filter, after)
+
+
+def _list_after(
+    repository: Repository, filter: TaskFilter, after: Any = None
+) -> tuple[Sequence[Task], Any]:
+    """Call ``list_after``; apply the conditions that the repository does not know task by task."""
+    unknown = filter.given - repository.conditions
+    if not unknown:
+        return repository.list_after(filter, after)
+    known = attrs.evolve(filter, **dict.fromkeys(unknown), offset=0, limit=TASKS)
+    skip, found = filter.offset, list[Task]()
+    while (left := skip + filter.limit - len(found)) > 0:
+        tasks, following = repository.list_after(known, after)
+        if not tasks:
+            break
+        kept = [place for place, task in enumerate(tasks) if filter.matches(task)]
+        if len(kept) > left:
+            # Read again up to the last one that fits: only a whole read says at which place it ends.
+            some = attrs.evolve(known, limit=kept[left - 1] + 1)
+            tasks, following = repository.list_after(some, after)
+        found += (task for task in tasks if filter.matches(task))
+        after = following
+    return found[skip:], after
 
 
 class Changes:

@@ -199,6 +199,31 @@ class TestFilter:
             {"created_by": "x" * 256},
             {"created_by": "\ud800"},
             {"type": "a\0b"},
+            {"error": 5},
+            {"error": "a\0b"},
+            {"error": "\ud800"},
+            {"error_type": ValueError},
+            {"id_prefix": 5},
+            {"id_prefix": "x" * 256},
+            {"params": "user.id"},
+            {"params": ["user.id"]},
+            {"params": {5: 5}},
+            {"params": {"": 5}},
+            {"params": {"a..b": 5}},
+            {"params": {"a.": 5}},
+            {"params": {(): 5}},
+            {"params": {("a", ""): 5}},
+            {"params": {("a", 0): 5}},
+            {"params": {'a"b': 5}},
+            {"params": {"a\\b": 5}},
+            {"params": {"a\nb": 5}},
+            {"params": {"\ud800": 5}},
+            {"params": {"a": [5]}},
+            {"params": {"a": {}}},
+            {"params": {"a": float("nan")}},
+            {"params": {"a": 2**64}},
+            {"params": {"a": "\ud800"}},
+            {"params": {"a": datetime(2024, 1, 1)}},
         ],
         ids=str,
     )
@@ -213,9 +238,44 @@ class TestFilter:
             created_by=None,
             start_date=None,
             end_date=None,
+            error=None,
+            error_type=None,
+            id_prefix=None,
+            params=None,
             offset=0,
             limit=100,
         )
+
+    def test_a_path_of_params_is_a_text_or_a_tuple_of_keys(self):
+        wanted = TaskFilter(params={"user.id": 7, ("a.b",): None})
+        assert wanted.params == ((("user", "id"), 7), (("a.b",), None))
+        assert attrs.evolve(wanted, limit=5).params == wanted.params
+        assert hash(wanted) == hash(TaskFilter(params={("user", "id"): 7, ("a.b",): None}))
+        assert TaskFilter(params={}).params is None
+
+    def test_the_given_conditions_are_named(self):
+        assert TaskFilter(limit=5, offset=5).given == set()
+        assert TaskFilter(type="a", error="", params={"a": None}).given == {
+            "type",
+            "error",
+            "params",
+        }
+
+    def test_a_filter_knows_the_tasks_that_match(self):
+        task = Task(id="ab", error="Boom!", error_type="m.Boom", params={"a": {"b": 1}})
+        for condition, expected in [
+            ({"error": "bOOM"}, True),
+            ({"error": "bang"}, False),
+            ({"error_type": "m.Boom"}, True),
+            ({"error_type": "Boom"}, False),
+            ({"id_prefix": "a"}, True),
+            ({"id_prefix": "b"}, False),
+            ({"params": {"a.b": 1}}, True),
+            ({"params": {"a.b": True}}, False),
+            ({"params": {"a.b.c": 1}}, False),
+            ({"params": {"a.c": None}}, False),
+        ]:
+            assert TaskFilter(**condition).matches(task) is expected, condition
 
     @pytest.mark.parametrize("status", ["failed", TaskStatus.FAILED])
     def test_a_status_may_be_text(self, status):

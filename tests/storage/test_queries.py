@@ -74,8 +74,8 @@ class TestPage:
     def assert_total(self, store, add, monkeypatch, offset, limit, total, in_between):
         add("a")
         add("b")
-        read = store.list
-        monkeypatch.setattr(store, "list", lambda filter: (read(filter), in_between())[0])
+        read = store.list_after
+        monkeypatch.setattr(store, "list_after", lambda *args: (read(*args), in_between())[0])
         tasks, counted = page(store, TaskFilter(offset=offset, limit=limit))
         assert (len(tasks), counted) == (min(limit, max(0, 2 - offset)), total)
 

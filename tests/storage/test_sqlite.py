@@ -376,6 +376,9 @@ class TestMigration:
         assert connect().execute("PRAGMA user_version").fetchone() == (schema.VERSION - 1,)
 
 
+MOMENT = datetime(2024, 1, 1, tzinfo=timezone.utc)
+
+
 class TestStatements:
     """The frequent statements find their rows through an index, however many finished tasks there are."""
 
@@ -462,6 +465,51 @@ class TestStatements:
     def test_ended_tasks_are_found_in_the_index_of_their_status(self, plan):
         [step] = plan(statements.ENDED.format("failed"), (1, 1, 1, 1))
         assert "INDEX tasks_failed (" in step
+
+    @pytest.mark.parametrize("status", [None, *TaskStatus])
+    def test_tasks_are_found_by_the_beginning_of_their_id_through_the_index_of_ids(
+        self, plan, status
+    ):
+        wanted = TaskFilter(id_prefix="a", status=status)
+        index = "SEARCH tasks USING INDEX sqlite_autoindex_tasks_1 (id>? AND id<?)"
+        for query in (
+            statements.list_tasks(wanted),
+            statements.list_tasks(wanted, statements.SAME, (1, 1)),
+            statements.list_tasks(wanted, statements.EARLIER, (1,)),
+            statements.count_tasks(wanted),
+            statements.count_tasks_to(wanted, 5),
+        ):
+            steps = {s.replace("COVERING ", "") for s in plan(*query) if " tasks" in s}
+            assert index in steps
+            assert steps <= {index, "SEARCH tasks USING INTEGER PRIMARY KEY (rowid=?)"}
+
+    @pytest.mark.parametrize(
+        "condition", [{"error": "x"}, {"params": {"a": 1}}, {"error_type": "x"}]
+    )
+    def test_a_search_follows_the_index_of_a_status_or_of_the_dates(self, plan, condition):
+        """It reads newest first, so a page ends when it is full, and no other status is read."""
+        for status in ("completed", "failed", "cancelled"):
+            for wanted in (
+                TaskFilter(status=status, **condition),
+                TaskFilter(status=status, start_date=MOMENT, **condition),
+            ):
+                for query in (statements.list_tasks(wanted), statements.count_tasks_to(wanted, 5)):
+                    steps = [step for step in plan(*query) if " tasks" in step]
+                    assert all(f"USING INDEX tasks_{status}" in step for step in steps), steps
+                    assert "USE TEMP B-TREE FOR ORDER BY" not in plan(*query)
+        [step] = plan(*statements.list_tasks(TaskFilter(**condition)))
+        assert step == "SCAN tasks USING INDEX tasks_created"
+        [step] = plan(*statements.list_tasks(TaskFilter(start_date=MOMENT, **condition)))
+        assert step == "SEARCH tasks USING INDEX tasks_created (created_at>?)"
+
+    def test_damaged_params_match_nothing_and_hide_nothing(self, repository, connect):
+        for task_id in "abc":
+            repository.create(task(task_id, params={"n": task_id}))
+        for damaged in ("{", "", "[1]", "5", "{'n': 'b'}", "null"):
+            connect().execute("UPDATE tasks SET params = ? WHERE id = 'b'", (damaged,))
+            for value, found in (("c", ["c"]), ("b", []), (None, [])):
+                wanted = TaskFilter(params={"n": value})
+                assert [t.id for t in repository.list(wanted)] == found, damaged
 
     def test_notes_are_found_by_their_prefix_through_the_key(self, plan):
         [step] = plan(statements.NOTES, ("limit/", "limit0"))

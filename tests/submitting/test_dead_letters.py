@@ -125,7 +125,7 @@ def test_a_task_deleted_during_the_listing_hides_no_other(
     queue.mended = True
     list_after = queue.repository.list_after
 
-    def disturbed(filter):
+    def disturbed(filter, after=None):
         monkeypatch.setattr(queue.repository, "list_after", list_after)
         tasks, after = list_after(filter)
         for task in tasks:

@@ -232,6 +232,20 @@ def reading() -> None:
     queue.list_tasks("fetch")  # type: ignore[arg-type]
     queue.list_tasks(typ="fetch")  # type: ignore[call-arg]
     queue.iter_tasks(limit="5")  # type: ignore[arg-type]
+    assert_type(queue.list_tasks(after=page.next, at_most=10).next, str | None)
+    assert_type(queue.dead_letters(after=page.next).searched_since, datetime | None)
+    queue.iter_tasks(error="x", error_type="m.X", id_prefix="a", older=60, newer=timedelta(days=1))
+    queue.iter_tasks(params={"user.id": 7, ("a.b",): None})
+    by_name: dict[str, int] = {"user.id": 7}
+    queue.requeue_dead_letters(params=by_name)
+    taskx.TaskFilter(params=by_name, error="x")
+    queue.list_tasks(params={"user.id": [7]})  # type: ignore[dict-item]
+    queue.list_tasks(after=5)  # type: ignore[arg-type]
+    count = queue.count_tasks(type="fetch", at_most=10_000)
+    assert_type(count, taskx.TaskCount)
+    assert_type(count.exact, bool)
+    divmod(count, 100)
+    queue.count_tasks(at_most="5")  # type: ignore[arg-type]
     assert_type(queue.drain(1), bool)
     assert_type(queue.drain(timedelta(minutes=1)), bool)
     queue.stop(None)  # type: ignore[arg-type]

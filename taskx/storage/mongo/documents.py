@@ -139,7 +139,12 @@ def _shortened(log: str) -> str:
 def _has_odd_keys(value: Any, text: str) -> bool:
     if '"$' not in text and "." not in text and '"":' not in text:
         return False
-    return any(not key or key[0] == "$" or "." in key for key in _keys(value))
+    return any(map(is_odd, _keys(value)))
+
+
+def is_odd(key: str) -> bool:
+    """Return True if a value with this key is escaped."""
+    return not key or key[0] == "$" or "." in key
 
 
 def _keys(value: Any) -> Iterable[str]:
@@ -154,11 +159,12 @@ def _keys(value: Any) -> Iterable[str]:
 
 def _escaped(value: Any) -> Any:
     if type(value) is dict:
-        return {_escape(key): _escaped(item) for key, item in value.items()}
+        return {escape(key): _escaped(item) for key, item in value.items()}
     return [_escaped(item) for item in value] if type(value) is list else value
 
 
-def _escape(key: str) -> str:
+def escape(key: str) -> str:
+    """Return the key that stands for a key in an escaped value."""
     if not key:
         return "~e"
     key = key.replace("~", "~~").replace(".", "~d")

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import partial
 from typing import Any
 
+from bson import json_util
+from bson.codec_options import DatetimeConversion
+from bson.errors import InvalidBSON
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.errors import OperationFailure
 
 from taskx.core.clock import to_datetime, to_ms, within_calendar
+from taskx.core.conditions import Scalar
 from taskx.core.errors import ConfigurationError, RepositoryError, RepositoryUnavailable
 from taskx.core.model import TaskFilter
 from taskx.core.record import DEFAULTS, FOR_TURN, UNIQUE, UNTIL_DUE
 from taskx.core.writes import PRESENT
 from taskx.storage.mongo.connection import Connection
-from taskx.storage.mongo.documents import PATHS, Document, fields, plain
+from taskx.storage.mongo.documents import PATHS, Document, escape, fields, is_odd, plain
 
 #: The documents that no batch hides.
 VISIBLE: Document = {"taskx.batch": None}
@@ -27,6 +32,10 @@ NEWEST_FIRST = [("created_at", DESCENDING), ("_id", DESCENDING)]
 OLDEST_FIRST = [(name, ASCENDING) for name, _ in NEWEST_FIRST]
 BEST_FIRST = [("taskx.priority", DESCENDING), ("taskx.seq", ASCENDING), ("_id", ASCENDING)]
 
+_JSON = json_util.JSONOptions(
+    json_mode=json_util.JSONMode.CANONICAL,
+    datetime_conversion=DatetimeConversion.DATETIME_AUTO,
+)
 _THERE_UNDER_ANOTHER_NAME = 85
 
 
@@ -88,27 +97,79 @@ def matching(filter: TaskFilter) -> Document:
         dates["$lte"] = _whole_ms(filter.end_date)
     if dates:
         wanted["created_at"] = dates
+    if filter.error is not None:
+        wanted["error"] = {"$regex": _containing(filter.error)}
+    if filter.error_type is not None:
+        wanted.update(_condition("error_type", filter.error_type))
+    if filter.id_prefix is not None:
+        wanted["_id"] = {"$regex": f"^{re.escape(filter.id_prefix)}"}
+    if filter.params is not None:
+        wanted["$and"] = [_has(path, value) for path, value in filter.params]
     return wanted
 
 
-#: A place in a list: ``created_at`` and ``_id`` of a document, as they are stored.
-Place = tuple[Any, Any]
+def _containing(part: str) -> str:
+    """Return the regular expression of a text, whatever the case of the letters A to Z."""
+    return "".join(
+        f"[{c.lower()}{c.upper()}]" if c.isascii() and c.isalpha() else re.escape(c) for c in part
+    )
 
 
-def place_of(document: Mapping[str, Any]) -> Place:
+def _has(path: Sequence[str], value: Scalar) -> Document:
+    """Return the condition that params have a value at a path."""
+    escaped = [*map(escape, path)]
+    if escaped == [*path]:
+        return _at(path, value)
+    in_escaped = {"taskx.params_as": "escaped", **_at(escaped, value)}
+    if any(is_odd(key) for key in path):
+        return in_escaped
+    return {"$or": [in_escaped, {"taskx.params_as": {"$ne": "escaped"}, **_at(path, value)}]}
+
+
+def _at(path: Sequence[str], value: Scalar) -> Document:
+    places = [".".join(("params", *path[:length])) for length in range(1, len(path) + 1)]
+    # The server looks into lists, too, and a mock takes True for 1.
+    others: list[Document] = [{place: {"$type": "array"}} for place in places]
+    if value is None:
+        equal: Document = {"$in": [None], "$exists": True}
+    elif isinstance(value, bool):
+        equal = {"$eq": value, "$type": "bool"}
+    else:
+        equal = {"$eq": value}
+        others.append({places[-1]: {"$type": "bool"}})
+    return {places[-1]: equal, "$nor": others}
+
+
+# A place in a list is ``created_at`` and ``_id`` of a document, as JSON text: both may have any type.
+
+
+def place_of(document: Mapping[str, Any]) -> str:
     """Return the place of a document in the list."""
-    return document.get("created_at"), document["_id"]
+    return json_util.dumps([document.get("created_at"), document["_id"]], json_options=_JSON)
 
 
-def following(wanted: Document, after: Place | None) -> list[Document]:
+def _place(after: Any) -> tuple[Any, Any]:
+    try:
+        created_at, task_id = json_util.loads(after, json_options=_JSON)
+        if isinstance(created_at, (dict, list)) or isinstance(task_id, (dict, list)):
+            raise ValueError("not two values")
+    except (TypeError, ValueError, InvalidBSON, RecursionError) as error:
+        raise ConfigurationError(
+            f"after is not a place in a list of this repository: {after!r:.100}"
+        ) from error
+    return created_at, task_id
+
+
+def following(wanted: Document, after: Any) -> list[Document]:
     """Return the queries for the documents that follow a place in the list of a query, in order.
 
     They are several, because an index finds the documents of each one at once.
     """
     if after is None:
         return [wanted]
-    created_at, task_id = after
-    same = {**wanted, "created_at": created_at, "_id": {"$lt": task_id}}
+    created_at, task_id = _place(after)
+    prefix = wanted.get("_id", {})
+    same = {**wanted, "created_at": created_at, "_id": {**prefix, "$lt": task_id}}
     if created_at is None:
         return [same]
     dates = wanted.get("created_at", {})

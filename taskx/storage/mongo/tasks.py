@@ -10,7 +10,7 @@ from bson.int64 import Int64
 from pymongo.errors import WriteError
 
 from taskx.core.clock import to_datetime
-from taskx.core.model import Task, TaskFilter
+from taskx.core.model import CONDITIONS, Task, TaskFilter
 from taskx.core.record import (
     FOR_PARENTS,
     FOR_TURN,
@@ -88,6 +88,7 @@ LOOKUPS = {
 class Tasks(Repository):
     """The reading part of the repository: lookups, lists and counts of tasks."""
 
+    conditions = CONDITIONS
     _connection: Connection
     _batches: Batches
     _adopt_foreign: bool
@@ -167,6 +168,7 @@ class Tasks(Repository):
         return self.list_after(filter)[0]
 
     def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        self.refuse_unknown_conditions(filter)
         if not filter.limit or filter.offset > _MOST_DOCUMENTS:
             return [], after
         limit = min(filter.limit, _MOST_DOCUMENTS)
@@ -187,13 +189,24 @@ class Tasks(Repository):
         return tasks, place_of(documents[-1]) if documents else after
 
     def count(self, filter: TaskFilter) -> int:
+        return self._count(filter)
+
+    def count_to(self, filter: TaskFilter, most: int) -> int:
+        return self._count(filter, most) if most else 0
+
+    def _count(self, filter: TaskFilter, most: int | None = None) -> int:
+        self.refuse_unknown_conditions(filter)
+
         def read() -> int:
             # Not one query with the condition "not hidden", which would read every document.
             tasks, wanted = self._connection.tasks, matching(filter)
             hidden = tasks.count_documents({**wanted, **HIDDEN})
             if hidden and self._batches.reveal_committed(self._batches.hidden()):
                 hidden = tasks.count_documents({**wanted, **HIDDEN})
-            return max(0, tasks.count_documents(wanted) - hidden)
+            if most is None:
+                return max(0, tasks.count_documents(wanted) - hidden)
+            found = tasks.count_documents(wanted, limit=min(most + hidden, _MOST_DOCUMENTS))
+            return max(0, min(found - hidden, most))
 
         return self._connection.run(read)
 

@@ -18,7 +18,7 @@ from taskx.core.checks import check_number
 from taskx.core.clock import SYSTEM_CLOCK, Clock
 from taskx.core.codec import Codec
 from taskx.core.errors import ConfigurationError, RepositoryUnavailable, SchemaMismatch
-from taskx.core.model import TASK_FIELDS, Task, TaskFilter
+from taskx.core.model import CONDITIONS, TASK_FIELDS, Task, TaskFilter
 from taskx.core.record import Ended, Stub, parents_from_text, task_from_row
 from taskx.core.writes import CREATED, Delete, Insert, Note, NoteChange, Update, Write
 from taskx.liveness.base import PREFIX
@@ -32,6 +32,7 @@ from taskx.storage.base import (
     Repository,
     Rows,
     Timed,
+    check_place,
     new_version,
     tell_of_forks,
 )
@@ -83,6 +84,8 @@ class SQLiteRepository(Repository):
     Raises:
         ConfigurationError: an argument is not valid.
     """
+
+    conditions = CONDITIONS
 
     def __init__(
         self,
@@ -325,9 +328,11 @@ class SQLiteRepository(Repository):
         return self.list_after(filter)[0]
 
     def list_after(self, filter: TaskFilter, after: Any = None) -> tuple[Sequence[Task], Any]:
+        self.refuse_unknown_conditions(filter)
         if after is None:
             rows = self._rows(*statements.list_tasks(filter))
         else:
+            after = check_place(after, (int, float, str), int)  # a damaged date is a text
             rows = self._rows(*statements.list_tasks(filter, statements.SAME, after))
             if (left := filter.limit - len(rows)) > 0:
                 rest = attrs.evolve(filter, limit=left)
@@ -336,7 +341,13 @@ class SQLiteRepository(Repository):
         return tasks, (rows[-1][_CREATED_AT], rows[-1][-1]) if rows else after
 
     def count(self, filter: TaskFilter) -> int:
+        self.refuse_unknown_conditions(filter)
         ((count,),) = self._rows(*statements.count_tasks(filter))
+        return int(count)
+
+    def count_to(self, filter: TaskFilter, most: int) -> int:
+        self.refuse_unknown_conditions(filter)
+        ((count,),) = self._rows(*statements.count_tasks_to(filter, most))
         return int(count)
 
     def ready(

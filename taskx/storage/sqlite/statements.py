@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 from taskx.core.clock import to_ms
+from taskx.core.conditions import Scalar
 from taskx.core.lifecycle import FINISHED, PENDING, RUNNING
 from taskx.core.model import TASK_FIELDS, TaskFilter
 from taskx.core.record import FOR_PARENTS, FOR_TURN, UNIQUE, UNTIL_DUE
@@ -218,7 +219,7 @@ def list_tasks(
     """
     source, values = _meeting(filter, after, place)
     page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
-    if filter.status == PENDING and not after:
+    if filter.id_prefix or (filter.status == PENDING and not after):
         # No index has these in order. Sorting many of them without the other columns takes half the time.
         page = f"tasks WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
     return f"SELECT {TASK}, seq FROM {page}", [*values, filter.limit, filter.offset]
@@ -230,17 +231,50 @@ def count_tasks(filter: TaskFilter) -> tuple[str, list[Any]]:
     return f"SELECT count(*) FROM {source}", values
 
 
+def count_tasks_to(filter: TaskFilter, most: int) -> tuple[str, list[Any]]:
+    """Return the query for the number of tasks that match a filter, at most ``most``, and its values."""
+    source, values = _meeting(filter)
+    return f"SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT ?)", [*values, most]
+
+
+#: The condition that a text contains another one, whatever the case of ASCII letters.
+_CONTAINS = "instr(lower({}), lower(?)) > 0"
+# SQLite's own index of the unique ids: a prefix finds its tasks there.
+_IDS = "tasks INDEXED BY sqlite_autoindex_tasks_1"
+
+
+def _has(value: Scalar, path: Sequence[str]) -> tuple[str, list[Any]]:
+    """Return the condition that params have a value at a path, and its values."""
+    place = "$" + "".join(f'."{key}"' for key in path)
+    if value is None or isinstance(value, bool):
+        name = {None: "null", True: "true", False: "false"}[value]
+        condition = f"json_type(params, ?) = '{name}'"
+        values: list[Any] = [place]
+    else:
+        kinds = "'text'" if isinstance(value, str) else "'integer', 'real'"
+        condition = f"json_extract(params, ?) = ? AND json_type(params, ?) IN ({kinds})"
+        values = [place, value, place]
+    # Damaged params match nothing; without the check, they would be an error.
+    return f"CASE WHEN json_valid(params) THEN {condition} END", values
+
+
 def _meeting(
     filter: TaskFilter, after: str = "", place: Sequence[Any] = ()
 ) -> tuple[str, list[Any]]:
     conditions = [after] if after else []
     values = [*place]
     source = _SOURCES[None if filter.status is None else filter.status.value]
-    if after and filter.status == PENDING:
+    if after and filter.status == PENDING and not filter.id_prefix:
         # More than one page of them: better read all tasks in order once than sort these for each page.
         source = "tasks INDEXED BY tasks_created"
         conditions.append("status = 'pending'")
-    for name in ("type", "created_by"):
+    if filter.id_prefix:
+        source = _IDS
+        conditions.append("id >= ? AND id < ?")
+        values += [filter.id_prefix, f"{filter.id_prefix}\U0010ffff"]
+        if filter.status is not None:
+            conditions.append(f"status = '{filter.status.value}'")
+    for name in ("type", "created_by", "error_type"):
         if getattr(filter, name) is not None:
             conditions.append(f"{name} = ?")
             values.append(getattr(filter, name))
@@ -250,4 +284,11 @@ def _meeting(
     if filter.end_date is not None:
         conditions.append("created_at <= ?")
         values.append(to_ms(filter.end_date))
+    if filter.error is not None:
+        conditions.append(_CONTAINS.format("error"))
+        values.append(filter.error)
+    for path, value in filter.params or ():
+        condition, more = _has(value, path)
+        conditions.append(condition)
+        values += more
     return source + (f" WHERE {' AND '.join(conditions)}" if conditions else ""), values
