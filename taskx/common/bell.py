@@ -78,7 +78,7 @@ class Signal:
 
     #: The clock of its time-outs, in seconds.
     now: Callable[[], float] = staticmethod(time.monotonic)
-    #: True if its time-outs are measured on a clock that a test moves.
+    #: True if its waits do not wait, but move the clock of a test.
     virtual = False
 
     def __init__(self) -> None:

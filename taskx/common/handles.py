@@ -246,7 +246,11 @@ class TaskHandle(Future[R]):
         self.listen(ring)
         try:
             while not self.done():
-                yield from asyncio.wait((ended,), timeout=POLL_INTERVAL).__await__()
+                virtual = self.signal().virtual
+                pause = 0.0 if virtual else POLL_INTERVAL
+                yield from asyncio.wait((ended,), timeout=pause).__await__()
+                if virtual:
+                    self._sleep(None)
         finally:
             self._unlisten(ring)
         return self.result(0)

@@ -246,15 +246,18 @@ class DrivenSignal(Signal):
     """A signal whose wait runs other tasks, and lets time pass, in place of waiting.
 
     Args:
-        clock: measures the time-outs.
+        clock: measures the time-outs of virtual waits.
         work: runs tasks and lets time pass until a condition holds, at most so many seconds.
+        virtual: False if this thread waits for another one, in real time.
     """
 
-    virtual = True
-
-    def __init__(self, clock: Clock, work: Callable[[Callable[[], bool], float], bool]) -> None:
+    def __init__(
+        self, clock: Clock, work: Callable[[Callable[[], bool], float], bool], *, virtual: bool
+    ) -> None:
         super().__init__()
-        self.now = clock.monotonic
+        self.virtual = virtual
+        if virtual:
+            self.now = clock.monotonic
         self._work = work
 
     def wait(self, timeout: float | None = None) -> bool:

@@ -104,7 +104,9 @@ class ManualQueue(Queue):
 
     def _wire(self) -> None:
         super()._wire()
-        self._services.watcher.signal = lambda: DrivenSignal(self.clock, self._wait_until)
+        self._services.watcher.signal = lambda: DrivenSignal(
+            self.clock, self._wait_until, virtual=self._works
+        )
         # Held while a task is chosen and started, not while it runs.
         self._choosing = threading.RLock()
         # The threads that run tasks, and how many each runs, one inside the other.
@@ -275,10 +277,15 @@ class ManualQueue(Queue):
         coming = self.clock.until_next_call()
         return min(self._driven.housekeeper.until_next(), math.inf if coming is None else coming)
 
+    @property
+    def _works(self) -> bool:
+        """True if a wait of this thread runs tasks and lets time pass."""
+        return self._runs_when_waiting or inside_executor()
+
     def _wait_until(self, done: Callable[[], bool], seconds: float) -> bool:
         """Run tasks and let time pass until a condition holds; return False after ``seconds``."""
         here = threading.get_ident()
-        if not (self._runs_when_waiting or inside_executor()):
+        if not self._works:
             if done():
                 return True
             if here == self._driver:

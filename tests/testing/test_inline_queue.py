@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+from concurrent.futures import TimeoutError as FutureTimeout
+from datetime import timedelta
 
 import pytest
 
@@ -323,6 +325,30 @@ def test_a_handle_can_be_awaited(queue):
         return await square.submit(n=3)
 
     assert asyncio.run(main()) == 9
+
+
+def test_an_awaited_task_that_is_delayed_moves_the_clock(queue):
+    square = queue.executor("square")(lambda n: n * n)
+
+    async def main():
+        return await asyncio.gather(
+            *(square.using(delay=delay).submit(n=3) for delay in (3600, 60))
+        )
+
+    before = queue.clock.now()
+    assert asyncio.run(main()) == [9, 9]
+    assert queue.clock.now() - before == timedelta(hours=1)
+
+
+def test_awaiting_what_nothing_can_end_fails(queue):
+    square = queue.executor("square")(lambda n: n * n)
+    queue.pause("square")
+
+    async def main():
+        await square.submit(n=3)
+
+    with pytest.raises(FutureTimeout, match="nothing is due that could end it"):
+        asyncio.run(main())
 
 
 def test_a_part_of_an_executor_times_out_on_the_clock(queue):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import threading
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -9,6 +10,7 @@ from concurrent.futures import as_completed, wait
 from datetime import timedelta
 
 import pytest
+from helpers import run_in_thread
 
 from taskx import (
     Config,
@@ -225,6 +227,34 @@ def test_waiting_for_a_task_that_has_not_run_raises_at_once(queue, ran):
         wait([handle])
     queue.run_all()
     assert wait([handle]).done == {handle}
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        lambda queue: queue.submit("note").result(timeout=0.01),
+        lambda queue: next(queue.map("note", [{}], timeout=0.01)),
+    ],
+    ids=["result", "map"],
+)
+def test_another_thread_waits_in_real_time_until_its_time_out(queue, ran, wait):
+    waited = run_in_thread(lambda: wait(queue))
+    with pytest.raises(FutureTimeout, match=r"within 0\.01 s"):
+        waited()
+    assert queue.clock.monotonic() == ManualClock().monotonic()
+
+
+def test_a_coroutine_may_await_what_another_one_runs(queue, ran):
+    async def waiter():
+        return await queue.submit("note")
+
+    async def main():
+        waiting = asyncio.create_task(waiter())
+        await asyncio.sleep(0)
+        assert len(queue.run_all()) == 1
+        return await waiting
+
+    assert asyncio.run(main()) is None
 
 
 def test_an_executor_may_wait_for_another_task(queue):
