@@ -596,9 +596,9 @@ class Queue:
             at_most: the largest total that is counted; None for no limit.
             fields: the fields of a :class:`TaskFilter`, instead of one: ``type``, ``status``,
                 ``created_by``, ``start_date``, ``end_date``, ``error``, ``error_type``, ``id_prefix``,
-                ``params``, ``offset``, ``limit``; and the age of the tasks in seconds or as a timedelta:
-                ``older`` than that, ``newer`` than that. With ``params`` only the newest 100,000 tasks are
-                searched; ``searched_since`` of the page says so.
+                ``params``, ``parent``, ``offset``, ``limit``; and the age of the tasks in seconds or as a
+                timedelta: ``older`` than that, ``newer`` than that. With ``params`` only the newest 100,000
+                tasks are searched; ``searched_since`` of the page says so.
 
         Raises:
             ConfigurationError: a value is not valid, or both a filter and fields were given, or params were

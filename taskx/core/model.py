@@ -366,6 +366,7 @@ class TaskFilter:
         params: tasks whose params have these values: a dict of paths and values. A path is a text such as
             ``"user.id"``, or a tuple of keys, for keys that contain dots. It leads through objects, not
             through lists. A value is a text, a number, a bool or None.
+        parent: tasks that depend on the task with this id.
         offset: number of tasks to skip.
         limit: largest number of tasks; lists use 100 if it is not given.
 
@@ -385,6 +386,7 @@ class TaskFilter:
     error_type: str | None = attrs.field(default=None, validator=optional(by(check_name)))
     id_prefix: str | None = attrs.field(default=None, validator=optional(by(check_name)))
     params: tuple[Condition, ...] | None = attrs.field(default=None, converter=as_conditions)
+    parent: str | None = attrs.field(default=None, validator=optional(by(check_name)))
 
     @property
     def limited(self) -> bool:
@@ -409,6 +411,7 @@ class TaskFilter:
             and self.error_type in (None, task.error_type)
             and (self.id_prefix is None or task.id.startswith(self.id_prefix))
             and (self.params is None or meets(task.params, self.params))
+            and (self.parent is None or self.parent in task.depends_on)
         )
 
 

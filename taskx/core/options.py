@@ -114,6 +114,7 @@ class FilterOptions(TypedDict, total=False):
     error_type: str | None
     id_prefix: str | None
     params: ParamsFilter | None
+    parent: str | None
     offset: int
     limit: int
 

@@ -385,4 +385,5 @@ def _meets(row: Row, filter: TaskFilter) -> bool:
         and (filter.error_type is None or row["error_type"] == filter.error_type)
         and (filter.id_prefix is None or row["id"].startswith(filter.id_prefix))
         and (filter.params is None or meets(payload.loads(row["params"]), filter.params))
+        and (filter.parent is None or filter.parent in parents_from_text(row["depends_on"]))
     )

@@ -535,6 +535,17 @@ class PrimitivesContract(Contract):
             assert repository.count(filter) == len(expected), conditions
             assert all(filter.matches(repository.get_by_id(task_id)) for task_id in expected)
 
+    def test_a_filter_finds_the_children_of_a_task(self, repository: Repository) -> None:
+        self.skip_if("parent" not in repository.conditions, "does not filter by parent")
+        for task_id, parents in {"a": "pq", "b": "p", "c": "a"}.items():
+            self.add(repository, task_id, depends_on=ids_to_text([*parents]))
+        for parent, expected in {"p": "ba", "q": "a", "a": "c", "c": "", "%": "", "": ""}.items():
+            filter = TaskFilter(parent=parent, limit=1)
+            assert self.paged(repository, filter) == [*expected]
+            assert repository.count(filter) == repository.count_to(filter, 5) == len(expected)
+            assert all(filter.matches(repository.get_by_id(task_id)) for task_id in expected)
+        assert self.paged(repository, TaskFilter(parent="p", type="other")) == []
+
     def test_a_count_stops_at_the_largest_number(self, repository: Repository) -> None:
         self.add(repository, "abc")
         for most in range(5):

@@ -242,6 +242,7 @@ class TestFilter:
             error_type=None,
             id_prefix=None,
             params=None,
+            parent=None,
             offset=0,
             limit=100,
         )

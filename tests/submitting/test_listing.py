@@ -136,6 +136,13 @@ class TestConditions:
         assert [task.id for task in failed.iter_tasks(error_type="m.Timeout")] == ["1"]
         assert failed.count_tasks(error_type="m.Time") == 0
 
+    def test_the_parent_of_a_task_is_a_condition(self, queue):
+        queue.submit("a", {"n": 7}, id="child", depends_on=["3", "4"])
+        for parent, expected in (("3", ["child"]), ("4", ["child"]), ("5", []), ("child", [])):
+            assert [task.id for task in queue.iter_tasks(parent=parent)] == expected
+        assert queue.count_tasks(parent="3", params={"n": 7}) == 1
+        assert queue.count_tasks(parent="3", params={"n": 8}) == 0
+
     @pytest.mark.every_store
     def test_dead_letters_are_requeued_by_the_text_of_their_error(self, failed):
         assert [task.id for task in failed.dead_letters(error="ANSWER").tasks] == ["1"]

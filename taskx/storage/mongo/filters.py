@@ -103,6 +103,8 @@ def matching(filter: TaskFilter) -> Document:
         wanted.update(_condition("error_type", filter.error_type))
     if filter.id_prefix is not None:
         wanted["_id"] = {"$regex": f"^{re.escape(filter.id_prefix)}"}
+    if filter.parent is not None:
+        wanted["taskx.depends_on"] = filter.parent
     if filter.params is not None:
         wanted["$and"] = [_has(path, value) for path, value in filter.params]
     return wanted

@@ -219,7 +219,7 @@ def list_tasks(
     """
     source, values = _meeting(filter, after, place)
     page = f"{source} {_NEWEST_FIRST} LIMIT ? OFFSET ?"
-    if filter.id_prefix or (filter.status == PENDING and not after):
+    if _by_id(filter) or (filter.status == PENDING and not after):
         # No index has these in order. Sorting many of them without the other columns takes half the time.
         page = f"tasks WHERE seq IN (SELECT seq FROM {page}) {_NEWEST_FIRST}"
     return f"SELECT {TASK}, seq FROM {page}", [*values, filter.limit, filter.offset]
@@ -237,9 +237,9 @@ def count_tasks_to(filter: TaskFilter, most: int) -> tuple[str, list[Any]]:
     return f"SELECT count(*) FROM (SELECT 1 FROM {source} LIMIT ?)", [*values, most]
 
 
-#: The condition that a text contains another one, whatever the case of ASCII letters.
-_CONTAINS = "instr(lower({}), lower(?)) > 0"
-# SQLite's own index of the unique ids: a prefix finds its tasks there.
+# SQLite's lower() changes ASCII letters only.
+_ERROR_CONTAINS = "instr(lower(error), lower(?)) > 0"
+# SQLite's own index of the unique ids.
 _IDS = "tasks INDEXED BY sqlite_autoindex_tasks_1"
 
 
@@ -258,22 +258,32 @@ def _has(value: Scalar, path: Sequence[str]) -> tuple[str, list[Any]]:
     return f"CASE WHEN json_valid(params) THEN {condition} END", values
 
 
+def _by_id(filter: TaskFilter) -> bool:
+    """Return True if the index of ids finds the tasks."""
+    return bool(filter.id_prefix) or filter.parent is not None
+
+
 def _meeting(
     filter: TaskFilter, after: str = "", place: Sequence[Any] = ()
 ) -> tuple[str, list[Any]]:
     conditions = [after] if after else []
     values = [*place]
-    source = _SOURCES[None if filter.status is None else filter.status.value]
-    if after and filter.status == PENDING and not filter.id_prefix:
+    status = None if filter.status is None else filter.status.value
+    if _by_id(filter):
+        source = _IDS
+    elif after and status == PENDING:
         # More than one page of them: better read all tasks in order once than sort these for each page.
         source = "tasks INDEXED BY tasks_created"
-        conditions.append("status = 'pending'")
+    else:
+        source, status = _SOURCES[status], None
+    if status is not None:
+        conditions.append(f"status = '{status}'")
     if filter.id_prefix:
-        source = _IDS
         conditions.append("id >= ? AND id < ?")
         values += [filter.id_prefix, f"{filter.id_prefix}\U0010ffff"]
-        if filter.status is not None:
-            conditions.append(f"status = '{filter.status.value}'")
+    if filter.parent is not None:
+        conditions.append("id IN (SELECT child FROM parents WHERE parent = ?)")
+        values.append(filter.parent)
     for name in ("type", "created_by", "error_type"):
         if getattr(filter, name) is not None:
             conditions.append(f"{name} = ?")
@@ -285,7 +295,7 @@ def _meeting(
         conditions.append("created_at <= ?")
         values.append(to_ms(filter.end_date))
     if filter.error is not None:
-        conditions.append(_CONTAINS.format("error"))
+        conditions.append(_ERROR_CONTAINS)
         values.append(filter.error)
     for path, value in filter.params or ():
         condition, more = _has(value, path)
