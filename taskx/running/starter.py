@@ -11,6 +11,7 @@ from contextlib import suppress
 from taskx.common.bell import Bell
 from taskx.core import lifecycle
 from taskx.core.clock import to_ms
+from taskx.core.errors import RepositoryError
 from taskx.core.model import Task
 from taskx.core.record import created_task, optional_ms
 from taskx.core.writes import Insert, Update
@@ -249,7 +250,10 @@ class Starter:
     def _expire(self, tasks: Sequence[Task], now: int) -> None:
         """Cancel tasks instead of starting them."""
         writes = [write for task in tasks for write in lifecycle.expire(task, now)]
-        self._services.consequences.commit(writes, {task.id: task for task in tasks})
+        try:
+            self._services.consequences.commit(writes, {task.id: task for task in tasks})
+        except RepositoryError as error:  # the others must not wait for these
+            self._services.log.warning("expired tasks are cancelled later: %s", error)
 
     def _admit(self, items: Sequence[Item], found: dict[str, Task]) -> set[str]:
         """Free the tasks with limits that must not start now; return the ids of the admitted ones."""

@@ -34,11 +34,13 @@ class Expiry:
         Raises:
             RepositoryError: the repository failed; the next call tries again.
         """
-        until, self.waiting = time.monotonic() + patience, True
-        while self.waiting:
-            self.waiting = self._expire_some()
+        until, more = time.monotonic() + patience, True
+        self.waiting = False  # first: after an error, other duties come before the next try
+        while more:
+            more = self._expire_some()
             if time.monotonic() >= until:
                 break
+        self.waiting = more
 
     def _expire_some(self) -> bool:
         """Cancel a batch; return True if there may be more, which no other node is cancelling now."""

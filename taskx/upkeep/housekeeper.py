@@ -189,8 +189,6 @@ class Housekeeper:
             self._ticker.refresh_soon()
             self._process_changes()
             self._services.watcher.check_all()
-        if self._expiry.waiting:
-            self._expiry.go_on(until - time.monotonic())
         if self._pool.admission.is_time() or self._agenda.more_stored:
             self._agenda.more_stored = True
             self._pool.fetcher.refill()
@@ -200,6 +198,8 @@ class Housekeeper:
         if self._is_time("audit", AUDIT_EVERY):
             self._run_audits()
         self._retention.tick()
+        if self._expiry.waiting:
+            self._expiry.go_on(until - time.monotonic())
 
     def _run_audits(self) -> None:
         """Check for everything that an event should have reported and did not."""

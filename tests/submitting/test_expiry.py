@@ -13,6 +13,7 @@ from taskx import (
     ConfigurationError,
     DuplicateTask,
     Hook,
+    RepositoryError,
     Retry,
     Snooze,
     Task,
@@ -147,6 +148,26 @@ def statuses(queue):
     return {status: found.count(status) for status in sorted(set(found))}
 
 
+def refuse_expiry(writes):
+    if "expire" in [write.move for write in writes]:
+        raise RepositoryError("the record is full")
+
+
+@pytest.mark.usefixtures("often")
+def test_an_expiry_that_cannot_be_stored_holds_up_no_schedule(make_queue, repository, clock):
+    queue = make_queue(clock=clock)
+    queue.executor("fine")(lambda: "fine")
+    queue.declare("remote")
+    bad = queue.submit("remote", expires=60)
+    repository.before = refuse_expiry
+    queue.schedule("ticks", every(60), "fine")
+    queue.start()
+    clock.advance(60)
+    eventually(lambda: statuses(queue) == {"completed": 1, "pending": 1})
+    repository.before = lambda writes: None
+    assert wait([bad], PATIENCE).done
+
+
 # Tasks that a worker comes to too late
 
 
@@ -162,6 +183,20 @@ def test_a_worker_cancels_an_expired_task_instead_of_starting_it(busy, gate, clo
     assert queue.ran == [2]
     assert ends_as(late.task()) == ("cancelled", EXPIRED, None, 0)
     assert ends_as(fine.task()) == ("completed", "", None, 1)
+
+
+@pytest.mark.usefixtures("often")
+def test_an_expiry_that_cannot_be_stored_holds_up_no_worker(busy, repository, gate, clock):
+    queue = busy(clock=clock)
+    bad = queue.submit("note", {"n": 1}, expires=60)
+    fine = queue.submit("note", {"n": 2})
+    repository.before = refuse_expiry
+    clock.advance(60)
+    gate.open()
+    fine.result(PATIENCE)
+    repository.before = lambda writes: None
+    assert wait([bad], PATIENCE).done
+    assert (queue.ran, bad.task().error) == ([2], EXPIRED)
 
 
 @pytest.mark.usefixtures("seldom")
