@@ -14,8 +14,10 @@ import sys
 import threading
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -278,6 +280,116 @@ def test_checksum_shows_a_bar_on_a_terminal(tree, database):
     os.close(ours)
     assert b"\r[" in shown
     assert b"#] 100%  20 of 20 files" in shown
+
+
+# fetch.py
+
+
+class Site(ThreadingHTTPServer):
+    """A web site whose pages contain their path. ``asked`` counts the requests for each path.
+
+    A page whose path begins with /busy answers 503 to the first request, and one with /gone always 404. One
+    with /held answers when ``open`` is set, after it has set ``held``.
+    """
+
+    daemon_threads = True
+    request_queue_size = 100
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Page)
+        self.asked: Counter[str] = Counter()
+        self.held, self.open = threading.Event(), threading.Event()
+
+    def url(self, path: str) -> str:
+        return f"http://127.0.0.1:{self.server_port}{path}"
+
+
+class _Page(BaseHTTPRequestHandler):
+    server: Site
+
+    def do_GET(self) -> None:
+        site, path = self.server, self.path
+        site.asked[path] += 1
+        if path.startswith("/held"):
+            site.held.set()
+            site.open.wait(60)
+        busy = path.startswith("/busy") and site.asked[path] == 1
+        self.send_response(404 if path.startswith("/gone") else 503 if busy else 200)
+        self.end_headers()
+        with suppress(OSError):  # the program that asked was killed
+            self.wfile.write(path.encode())
+
+    def log_message(self, *args: object) -> None:
+        """Print nothing."""
+
+
+@pytest.fixture
+def site() -> Iterator[Site]:
+    with Site() as site:
+        thread = threading.Thread(target=site.serve_forever)
+        thread.start()
+        yield site
+        site.open.set()
+        site.shutdown()
+        thread.join()
+
+
+def fetch_command(folder: Path, *urls: str) -> list[str | Path]:
+    listed = folder / "urls.txt"
+    listed.write_text("\n".join(urls))
+    return [*STRICT, EXAMPLES / "fetch.py", listed, "--workers", "4"]
+
+
+def fetched(site: Site, path: str) -> str:
+    """Return the line that the program prints for a page."""
+    digest = hashlib.sha256(path.encode()).hexdigest()
+    return f"{digest[:12]} {len(path):>9} {site.url(path)}"
+
+
+def test_fetch_continues_after_a_kill(site, tmp_path):
+    """A busy page is tried again, and a page that is gone is not. No page is fetched twice."""
+    paths = ["/1", "/busy", "/gone", "/2", "/held", "/3"]
+    command = fetch_command(tmp_path, *map(site.url, paths))
+    with program(*command, cwd=tmp_path, stdout=subprocess.DEVNULL) as process:
+        assert site.held.wait(60)
+        with SQLiteRepository(tmp_path / "fetch.db") as repository:
+            unheld = len(paths) - 1
+            wait_until(lambda: Queue(repository).list_tasks(TaskFilter()).total == len(paths))
+            ended = {TaskStatus.COMPLETED, TaskStatus.FAILED}
+            wait_until(
+                lambda: sum(t.status in ended for t in Queue(repository).iter_tasks()) == unheld
+            )
+        process.kill()
+        assert process.wait(timeout=30) == -signal.SIGKILL
+    before = site.asked.copy()
+    assert (before["/busy"], before["/gone"]) == (2, 1)
+
+    site.open.set()
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert ran.returncode == 1
+    pages = [fetched(site, path) for path in paths if path != "/gone"]
+    assert ran.stdout.splitlines() == [*pages, "6 URLs, 1 failed"]
+    assert ran.stderr.splitlines() == [
+        "fetch: 6 of 6 (100%), 1 failed",
+        f"{site.url('/gone')}: Permanent: 404 Not Found",
+    ]
+    assert site.asked - before == {"/held": 1}
+
+    again = subprocess.run([*command, "--again"], cwd=tmp_path, capture_output=True, timeout=60)
+    assert again.returncode == 1
+    assert site.asked["/gone"] == 2
+
+
+def test_fetch_can_be_interrupted(site, tmp_path):
+    command = fetch_command(tmp_path, site.url("/1"), site.url("/held"))
+    with program(*command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert site.held.wait(60)
+        process.send_signal(signal.SIGINT)
+        site.open.set()
+        _out, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err.splitlines()[-1] == "Stopped. Run it again to go on."
+    assert "Traceback" not in err
 
 
 # sync_assets.py

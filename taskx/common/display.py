@@ -38,9 +38,11 @@ class Display:
         self._close: Callable[[], object] | None = None
 
     def add(self, done: int = 0, failed: int = 0) -> None:
-        """Count ``done`` more things as done, and ``failed`` more as done and failed."""
+        """Count more things as done, or as failed. The last one ends the display."""
         self._failed += failed
         self.update(self._done + done + failed, f"{self._failed} failed" if self._failed else "")
+        if self._done == self._total:  # the caller may not come back: ``zip(names, map)`` does not
+            self.close()
 
     def update(self, done: int, words: str = "", total: int | None = None) -> None:
         """Show a new state."""

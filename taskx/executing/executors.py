@@ -265,10 +265,10 @@ class Executor(Generic[P, R]):
         takes = [*self._signature.parameters]
         if self._open:
             takes[-1] = f"**{takes[-1]}"
-        return PayloadError(
-            "params",
-            f"{self.type!r}{' and'.join(wrong) or other}; it takes {', '.join(takes) or 'no params'}",
-        )
+        text = f"{self.type!r}{' and'.join(wrong) or other}; it takes {', '.join(takes) or 'no params'}"
+        if misplaced := sorted(extra & SubmitOptions.__optional_keys__):
+            text += f"; options are given as using({'=…, '.join(misplaced)}=…).submit(…)"
+        return PayloadError("params", text)
 
 
 class BoundExecutor(Generic[P, R]):

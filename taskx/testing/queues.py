@@ -354,6 +354,7 @@ class ManualQueue(Queue):
         Raises:
             AssertionError: they were not; the message lists what was submitted.
         """
+        __tracebackhide__ = True  # pytest shows the line of the test
         found = self.submitted(type, params=params, within=within, delay=delay, **fields)
         if not found or (times is not None and len(found) != times):
             asked = submissions.wanted(_type(type), params, within, delay, fields)
@@ -380,6 +381,7 @@ class ManualQueue(Queue):
         Raises:
             AssertionError: one was; the message lists what was submitted.
         """
+        __tracebackhide__ = True  # pytest shows the line of the test
         if found := self.submitted(type, params=params, within=within, delay=delay, **fields):
             asked = submissions.wanted(_type(type), params, within, delay, fields)
             raise AssertionError(
@@ -394,6 +396,7 @@ class ManualQueue(Queue):
         Raises:
             AssertionError: they were not; the message lists what was submitted.
         """
+        __tracebackhide__ = True  # pytest shows the line of the test
         names = [str(_type(kind)) for kind in types]
         actual = submissions.in_order(self._submissions.tasks, names)
         if actual != names:

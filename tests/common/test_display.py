@@ -21,11 +21,21 @@ def terminal(monkeypatch):
 
 
 def test_a_pipe_gets_the_last_state_as_a_line(capsys):
-    with Display("digest", 4) as shown:
+    with Display("digest", 5) as shown:
         shown.add(done=1)
         shown.add(done=2, failed=1)
         assert capsys.readouterr() == ("", "")
-    assert capsys.readouterr() == ("", "digest: 4 of 4 (100%), 1 failed\n")
+    assert capsys.readouterr() == ("", "digest: 4 of 5 (80%), 1 failed\n")
+
+
+def test_a_display_ends_when_all_is_done(capsys):
+    shown = Display("digest", 2)
+    shown.add(done=1)
+    assert capsys.readouterr() == ("", "")
+    shown.add(failed=1)
+    assert capsys.readouterr() == ("", "digest: 2 of 2 (100%), 1 failed\n")
+    shown.close()
+    assert capsys.readouterr() == ("", "")
 
 
 def test_a_pipe_gets_a_line_every_few_seconds(capsys, monkeypatch):

@@ -232,6 +232,14 @@ class TestProgress:
         assert capsys.readouterr().err == "square: 2 of 3 (67%), 1 failed\n"
         assert next(results) == 4
 
+    def test_progress_ends_with_the_last_result(self, running, square, capsys):
+        """``zip`` with the map second never asks it for its end."""
+        results = running.map(square.executor, range(3), progress=True)
+        assert [n for n, _result in zip(range(3), results, strict=False)] == [0, 1, 2]
+        assert capsys.readouterr().err == "square: 3 of 3 (100%)\n"
+        assert list(results) == []
+        assert capsys.readouterr().err == ""
+
     def test_progress_of_an_abandoned_map_is_shown(self, running, square, capsys):
         gc.collect()  # the displays of other tests
         capsys.readouterr()

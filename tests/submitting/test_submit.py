@@ -129,6 +129,16 @@ class TestRefused:
         with pytest.raises(PayloadError, match=r"does not take 'nummer'; it takes number"):
             narrow.submit("closed", {"number": 1, "nummer": 2})
 
+    def test_an_option_among_the_params_is_named_with_its_place(self, narrow):
+        square = narrow.executor("square")(lambda n: n)
+        text = (
+            r"^params: 'square' does not take 'delay', 'm', 'priority'; it takes n; "
+            r"options are given as using\(delay=…, priority=…\).submit\(…\)$"
+        )
+        with pytest.raises(PayloadError, match=text):
+            square.submit(n=1, delay=60, priority=5, m=2)
+        assert square.using(priority=5).task(n=1).priority == 5
+
     def test_an_error_names_all_params_that_do_not_fit(self, narrow):
         square = narrow.executor("square")(lambda n, *, unit="m": n)
         rest = narrow.executor("rest")(lambda a, **more: a)
