@@ -103,15 +103,15 @@ class ManualQueue(Queue):
         )
 
     def _wire(self) -> None:
-        super()._wire()
-        self._services.watcher.signal = lambda: DrivenSignal(
-            self.clock, self._wait_until, virtual=self._works
-        )
         # Held while a task is chosen and started, not while it runs.
         self._choosing = threading.RLock()
         # The threads that run tasks, and how many each runs, one inside the other.
         self._busy: dict[int, int] = {}
         self._driver = threading.get_ident()
+        super()._wire()
+        self._services.watcher.signal = lambda: DrivenSignal(
+            self.clock, self._wait_until, virtual=self._works
+        )
 
     def _replace(self, repository: TaskRepository, clock: ManualClock) -> None:
         """Become a queue for tests, in place of what this queue was."""
@@ -125,11 +125,6 @@ class ManualQueue(Queue):
         others = [hook for hook in self._hooks if not isinstance(hook, Submissions)]
         self._hooks = (self._submissions, *others)
         self._wire()
-
-    def _leave(self) -> None:
-        self._life.forget()
-        if self._node is not None and self._life.name != "stopped":
-            self._node.withdraw()
 
     # --- running
 
@@ -333,7 +328,7 @@ class ManualQueue(Queue):
             fields: only tasks with these values, such as ``priority=5``.
 
         Raises:
-            ConfigurationError: a task has no such field.
+            ConfigurationError: a task has no such field, or an argument is not valid.
         """
         return self._submissions.matching(_type(type), params, within, delay, fields, self._values)
 
@@ -573,17 +568,20 @@ def _replaced(
         driven.__class__ = _class_for(plain, kind)
         driven._plain_class = plain
         driven._replace(repository, made)
-        try:
-            yield driven
-        finally:
-            driven._leave()
+        yield driven
     finally:
+        # Other threads may submit to the queue meanwhile. So it gets its parts back in one step, and only
+        # then the driven node leaves.
+        life, node, attributes = queue._life, queue._node, vars(queue)
+        attributes.update(before)
         queue.__class__ = before_class
-        attributes = vars(queue)
         for name in attributes.keys() - before.keys():
             del attributes[name]
-        attributes.update(before)
         queue._schedules.wire(queue._services, queue._intake)
+        if life is not before["_life"]:
+            life.forget()
+            if node is not None and life.name != "stopped":
+                node.withdraw()
 
 
 def _class_for(plain: type[Queue], kind: type[Q]) -> type[Q]:

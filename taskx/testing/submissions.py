@@ -8,7 +8,7 @@ from datetime import timedelta
 from typing import Any
 
 from taskx.common.hooks import Hook
-from taskx.core.checks import in_seconds, optional_seconds
+from taskx.core.checks import check_number, in_seconds
 from taskx.core.clock import to_ms
 from taskx.core.errors import ConfigurationError, PayloadError
 from taskx.core.model import TASK_FIELDS, Task
@@ -42,8 +42,10 @@ class Submissions(Hook):
         """Return the tasks that meet all of these conditions: see :meth:`ManualQueue.submitted`."""
         if unknown := sorted(fields.keys() - {*TASK_FIELDS}):
             raise ConfigurationError(f"a task has no field {', '.join(unknown)}")
-        since = None if within is None else self._clock.now_ms() - in_seconds(within) * 1000
-        seconds = optional_seconds(delay)
+        since = None
+        if within is not None:
+            since = self._clock.now_ms() - check_number(within, "within") * 1000
+        seconds = None if delay is None else check_number(delay, "delay")
         return [
             task
             for task in self.tasks

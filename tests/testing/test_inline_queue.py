@@ -216,6 +216,22 @@ def test_the_queue_is_restored_after_an_error(app_queue, add):
     assert type(app_queue) is Queue
 
 
+def test_the_queue_is_restored_before_the_node_of_the_test_leaves(app_queue, add, monkeypatch):
+    repository, kinds = MemoryRepository(), []
+    leave = repository.liveness.leave
+
+    def leaving(node):
+        kinds.append(type(app_queue))
+        leave(node)
+
+    monkeypatch.setattr(repository.liveness, "leave", leaving)
+    with manual(app_queue, repository) as q:
+        add.submit(a=1, b=2)
+        q.run_all()
+    assert kinds == [Queue]
+    assert repository.nodes() == []
+
+
 def test_modes_can_be_one_inside_the_other(app_queue, add):
     with manual(app_queue) as outer:
         waiting = add.submit(a=1, b=1)

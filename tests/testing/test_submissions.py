@@ -88,6 +88,13 @@ def test_a_field_that_tasks_do_not_have_is_refused(queue):
         queue.submitted(proirity=1)
 
 
+@pytest.mark.parametrize("wrong", [-1, float("nan"), "60"])
+@pytest.mark.parametrize("name", ["within", "delay"])
+def test_a_time_that_no_task_can_have_is_refused(queue, name, wrong):
+    with pytest.raises(ConfigurationError, match="must be"):
+        queue.assert_not_submitted(**{name: wrong})
+
+
 def test_assert_submitted_returns_the_first_task(busy):
     assert busy.assert_submitted("mail").params["to"] == "ann"
     assert busy.assert_submitted("mail", times=2).params["to"] == "ann"
