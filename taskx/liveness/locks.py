@@ -200,6 +200,8 @@ class HostLocks:
 
     def _open(self) -> tuple[NodeLocks, str]:
         if self._opened is None:
+            if fcntl is None:
+                raise OSError("this system has no flock")
             base = os.path.abspath(self._given) if self._given else _private_folder()
             locks = NodeLocks(os.path.join(base, "nodes"))
             os.makedirs(locks.folder, exist_ok=True)
