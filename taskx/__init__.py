@@ -41,8 +41,11 @@ from taskx.executing.context import Context
 from taskx.executing.executors import BoundExecutor, Executor, TaskExecutor, executor
 from taskx.executing.registry import Middleware
 from taskx.flows import Flow, FlowHandle, chain, group
+from taskx.inspecting.failures import FailureGroup, Failures
 from taskx.inspecting.findings import Problem, Reason
 from taskx.inspecting.health import Health
+from taskx.inspecting.places import Place
+from taskx.inspecting.stats import Percentiles, Stats, TypeStats
 from taskx.queue import Queue, run
 from taskx.schedules.schedule import Schedule, tick_of
 from taskx.storage.eight import TaskRepository
@@ -67,6 +70,8 @@ __all__ = [
     "Context",
     "DuplicateTask",
     "Executor",
+    "FailureGroup",
+    "Failures",
     "Flow",
     "FlowHandle",
     "Health",
@@ -77,7 +82,9 @@ __all__ = [
     "MongoRepository",
     "Paused",
     "PayloadError",
+    "Percentiles",
     "Permanent",
+    "Place",
     "Problem",
     "Queue",
     "QueueFull",
@@ -93,6 +100,7 @@ __all__ = [
     "ScheduleNotFound",
     "SchemaMismatch",
     "Snooze",
+    "Stats",
     "SystemClock",
     "Task",
     "TaskCancelled",
@@ -106,6 +114,7 @@ __all__ = [
     "TaskRepository",
     "TaskStatus",
     "TaskxError",
+    "TypeStats",
     "UnknownTaskType",
     "ZlibCodec",
     "chain",

@@ -46,10 +46,12 @@ from taskx.executing.executors import (
 )
 from taskx.executing.registry import Layer, Registry, check_middleware
 from taskx.flows import Flow, FlowHandle, Shape, lay_out
+from taskx.inspecting.failures import Failures, failures
 from taskx.inspecting.findings import Reason
 from taskx.inspecting.health import Health, own_problems, thresholds
 from taskx.inspecting.health import check as check_health
 from taskx.inspecting.reasons import why
+from taskx.inspecting.stats import Stats, stats
 from taskx.moving import Services
 from taskx.running.pool import State, WorkerPool
 from taskx.schedules.schedule import Schedule, Schedules
@@ -732,6 +734,43 @@ class Queue:
             schedule_overdue=schedule_overdue,
         )
         return check_health(self._services, self._engine, wanted)
+
+    def stats(self, *, period: float | timedelta = 3600.0, at_most: int = 5_000) -> Stats:
+        """Return how many tasks of each type wait, run and have ended, and how long that took.
+
+        The numbers are of one moment and of all processes. The tasks that ended in the period are counted
+        among those that were submitted last: ``since`` and ``complete`` say if that is all of them. The
+        cost depends on ``at_most``, and hardly on the number of tasks. The queue need not be started.
+
+        Args:
+            period: the seconds before now in which tasks are counted as completed or failed.
+            at_most: most completed and most failed tasks to read, and most delayed, blocked and running
+                ones. Waiting tasks are counted up to 100,000 for each type and node.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+            RepositoryError: the repository cannot be read.
+        """
+        return stats(self._services, period, at_most)
+
+    def failures(
+        self, *, type: str | None = None, since: datetime | None = None, at_most: int = 1_000
+    ) -> Failures:
+        """Return the failed tasks in groups of the same type, class of error and place in the code.
+
+        Run a whole group again with ``queue.requeue_many(group.task_ids)``.
+
+        Args:
+            type: only tasks of this type.
+            since: only tasks that failed at or after this aware datetime.
+            at_most: most failed tasks to read: those that were submitted last. The answer's ``complete``
+                says if these were all.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+            RepositoryError: the repository cannot be read.
+        """
+        return failures(self._services, type, since, at_most)
 
     # --- changing
 

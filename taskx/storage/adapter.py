@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import attrs
@@ -360,6 +361,12 @@ class EightMethodAdapter(MemoryRepository):
             if len(found) >= limit:
                 break
         return found[:limit]
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        filter = TaskFilter(status=TaskStatus(status), limit=min(limit, _PAGE))
+        tasks = islice(chain.from_iterable(self._pages(filter)), limit)
+        rows = (self._rows.get(task.id) or row_from_task(task) for task in tasks)
+        return [tuple(row[name] for name in fields) for row in rows]
 
     def put_notes(self, changes: Sequence[NoteChange]) -> Sequence[bool]:
         """Raise ``ConfigurationError``: the eight methods cannot store notes that outlive this process."""

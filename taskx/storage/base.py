@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal, TypeVar
 import attrs
 
 from taskx.core import lifecycle
-from taskx.core.clock import SYSTEM_CLOCK, Clock, to_datetime, to_ms
+from taskx.core.clock import LAST, SYSTEM_CLOCK, Clock, to_datetime, to_ms
 from taskx.core.codec import Codec, Codecs
 from taskx.core.creation import new_record, storable
 from taskx.core.errors import (
@@ -232,6 +232,13 @@ class Repository(TaskRepository):
         them at any moment: a start is a write with a guard.
         """
 
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        """Return the number of tasks that :meth:`ready` would return, at most ``at_most``.
+
+        This version reads them. Override it if the store can count.
+        """
+        return len(self.ready([type], at_most, owner))
+
     @abstractmethod
     def due(
         self, before: int | None, limit: int, column: Timed = "run_at"
@@ -250,6 +257,16 @@ class Repository(TaskRepository):
         ``place`` of the last task of the call before. Tasks that were removed since then do not make this
         call miss others.
         """
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        """Return the given fields of the tasks of a finished status that were created last.
+
+        At most ``limit`` rows are returned, in any order, with values as :meth:`find` returns them. This
+        version leaves out the tasks that still have a running thread, and finds each task by its id.
+        Override it if the store can read the rows at once.
+        """
+        ended = self.ended(status, LAST, limit)
+        return self.find("id", [one.stub.id for one in ended], fields)
 
     @abstractmethod
     def notes(self, prefix: str) -> dict[str, Note]:

@@ -249,6 +249,11 @@ class MemoryRepository(Repository):
             stubs = [self._stub(rank) for rank in found]
             return sorted(stubs, key=lambda stub: stub.rank(ageing))[:limit]
 
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        with self._lock:
+            ranks = self._indexes["ready"].get((owner, type), SortedItems())
+            return min(len(ranks), at_most)
+
     def _stub(self, item: tuple[Any, ...]) -> Stub:
         return stub_from_row(self._rows[item[-1]])
 
@@ -275,6 +280,13 @@ class MemoryRepository(Repository):
                 if row["completed_at"] < before and not row["stuck_on"]
             )
             return list(islice(over, limit))
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        with self._lock:
+            created = self._indexes["created"].get(None, SortedItems())
+            rows = (self._rows[place[-1]] for place in reversed(created))
+            found = (row for row in rows if row["status"] == status)
+            return [*map(_picker(fields), islice(found, limit))]
 
     # --- notes
 

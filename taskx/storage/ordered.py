@@ -28,6 +28,9 @@ class SortedItems:
     def __bool__(self) -> bool:
         return bool(self._blocks)
 
+    def __len__(self) -> int:
+        return sum(map(len, self._blocks))
+
     def __iter__(self) -> Iterator[Any]:
         return chain.from_iterable(self._blocks)
 

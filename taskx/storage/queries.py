@@ -17,7 +17,7 @@ from taskx.core.errors import ConfigurationError
 from taskx.core.model import Task, TaskCount, TaskFilter, TaskPage
 from taskx.core.record import COLUMNS, Stub
 from taskx.core.writes import Write, shows
-from taskx.storage.base import Listed, Repository
+from taskx.storage.base import Fields, Listed, Repository, Rows
 
 # Values read at a time.
 _PAGE = 1000
@@ -67,6 +67,20 @@ def longest_waiting(repository: Repository, types: Sequence[str]) -> Stub | None
     most = max(1, _OLDEST // max(1, len(types)))
     found = (stub for owner in holders for stub in repository.ready(types, most, owner, ageing=1))
     return min(found, key=lambda stub: stub.waits_since, default=None)
+
+
+def newest(
+    repository: Repository, status: str, at_most: int, fields: Fields
+) -> tuple[Rows, int | None]:
+    """Return fields of the tasks of a finished status that were submitted last; one is ``created_at``.
+
+    Returns:
+        the rows, and the time before which no task was read; None if there are fewer than ``at_most``.
+    """
+    rows = repository.newest(status, at_most, fields)
+    times = (row[fields.index("created_at")] for row in rows)
+    known = [time for time in times if isinstance(time, int)]
+    return rows, min(known, default=None) if len(rows) >= at_most else None
 
 
 def asked_to_cancel(repository: Repository, task_ids: Sequence[str]) -> Collection[str]:

@@ -226,6 +226,11 @@ class Tasks(Repository):
         found = self._read(wanted, STUB, limit, BEST_FIRST)
         return [_stub(document) for document in found]
 
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        wanted = {**held(FREE, owner=text(owner, "owner")), "type": text(type, "type")}
+        tasks = self._connection.tasks
+        return self._connection.run(lambda: tasks.count_documents(wanted, limit=at_most))
+
     def _ready_by_age(self, wanted: Document, limit: int, ageing: int) -> Sequence[Stub]:
         """Return the first tasks of each priority, sorted by priority and age together."""
         tasks = self._connection.tasks
@@ -287,6 +292,12 @@ class Tasks(Repository):
             wanted["created_at"] = {"$lte": created_at}
             wanted["$or"] = [{"created_at": {"$lt": created_at}}, {"_id": {"$lt": task_id}}]
         return [_ended(d) for d in self._read(wanted, _FOR_ENDED, limit, NEWEST_FIRST)]
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        # As in ``ended``: the index has the status, and a document with another id is not a task.
+        wanted = {"status": text(status, "status"), "_id": {"$type": "string"}, **VISIBLE}
+        found = self._read(wanted, fields, limit, NEWEST_FIRST)
+        return [tuple(row_from_document(document, fields).values()) for document in found]
 
 
 def _pairs(

@@ -359,6 +359,10 @@ class SQLiteRepository(Repository):
         rows.sort(key=lambda row: (-row[3], row[-1]))
         return [_stub(row) for row in rows[:limit]]
 
+    def count_ready(self, type: str, owner: str, at_most: int) -> int:
+        ((count,),) = self._rows(statements.COUNT_READY, (owner, type, at_most))
+        return int(count)
+
     def _ready_by_age(
         self, types: Iterable[str], limit: int, owner: str, ageing: int
     ) -> Sequence[Stub]:
@@ -383,6 +387,9 @@ class SQLiteRepository(Repository):
             for *row, parents, lock, scope, created_at, seq in rows
             if (place := (created_at, seq))
         ]
+
+    def newest(self, status: str, limit: int, fields: Fields) -> Rows:
+        return self._rows(statements.NEWEST.format(status, ", ".join(fields)), (limit,))
 
     def shrink(self) -> bool:
         """Cut a few free pages off the file if many are free. Return True if there are more to cut.

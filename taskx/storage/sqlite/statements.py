@@ -26,6 +26,9 @@ READY = (
     f"SELECT {_STUB}, seq FROM tasks WHERE {_READY} AND owner = ? AND type = ? "
     "ORDER BY priority DESC, seq LIMIT ?"
 )
+COUNT_READY = (
+    f"SELECT count(*) FROM (SELECT 1 FROM tasks WHERE {_READY} AND owner = ? AND type = ? LIMIT ?)"
+)
 # One step in the index for each priority, however many tasks have it.
 PRIORITIES = (
     f"WITH RECURSIVE steps (priority) AS (SELECT max(priority) FROM tasks WHERE {_READY} "
@@ -114,6 +117,10 @@ ENDED = (
     f"SELECT {_STUB}, depends_on, unique_lock, unique_scope, created_at, seq FROM tasks "
     "INDEXED BY tasks_{0} WHERE status = '{0}' AND (created_at, seq) < (?, ?) AND completed_at < ? "
     "AND stuck_on = '' ORDER BY created_at DESC, seq DESC LIMIT ?"
+)
+NEWEST = (
+    "SELECT {1} FROM tasks INDEXED BY tasks_{0} WHERE status = '{0}' "
+    "ORDER BY created_at DESC, seq DESC LIMIT ?"
 )
 FREE_PAGES = (
     "SELECT (SELECT freelist_count FROM pragma_freelist_count), "

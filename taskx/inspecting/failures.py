@@ -1,0 +1,127 @@
+"""Failed tasks in groups of the same cause: the answer of ``Queue.failures``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from datetime import datetime
+from operator import attrgetter
+from typing import Any, NamedTuple
+
+import attrs
+
+from taskx.core.checks import check_int
+from taskx.core.clock import to_datetime, to_ms
+from taskx.core.lifecycle import FAILED
+from taskx.core.model import check_key, check_moment
+from taskx.inspecting.places import Place, place_of
+from taskx.moving import Services
+from taskx.storage import queries
+
+_FIELDS = ("id", "type", "created_at", "completed_at", "error", "error_type", "traceback")
+
+
+@attrs.frozen(kw_only=True)
+class FailureGroup:
+    """Failed tasks of one type, whose last attempts raised the same class of error at the same place.
+
+    Attributes:
+        type: the type of the tasks.
+        error_type: the full class name of the exception; empty if there was none, as after a crash.
+        place: the deepest frame of user code in the traceback; None if there is no traceback.
+        count: the number of tasks.
+        first: the time at which the first of them failed.
+        last: the time at which the last of them failed.
+        example: the id of the task that failed last.
+        error: the error text of that task.
+        task_ids: the ids of all of them, the last failure first. ``queue.requeue_many(group.task_ids)``
+            runs them again.
+    """
+
+    type: str
+    error_type: str
+    place: Place | None
+    count: int
+    first: datetime
+    last: datetime
+    example: str
+    error: str
+    task_ids: Sequence[str] = attrs.field(repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        times = {"first": self.first.isoformat(), "last": self.last.isoformat()}
+        return {**attrs.asdict(self), **times, "task_ids": [*self.task_ids]}
+
+
+@attrs.frozen(kw_only=True)
+class Failures:
+    """The answer of :meth:`Queue.failures`: iterate over it, or count it with ``len``.
+
+    Attributes:
+        groups: the groups, the one with the most tasks first.
+        since: failed tasks that were submitted before this time were not read; None if all were read.
+    """
+
+    groups: Sequence[FailureGroup]
+    since: datetime | None
+
+    @property
+    def complete(self) -> bool:
+        """True if all failed tasks in the repository were read."""
+        return self.since is None
+
+    def __iter__(self) -> Iterator[FailureGroup]:
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        return len(self.groups)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        return {
+            "groups": [group.to_dict() for group in self.groups],
+            "since": None if self.since is None else self.since.isoformat(),
+            "complete": self.complete,
+        }
+
+
+class _Failed(NamedTuple):
+    at: int
+    id: str
+    error: str
+
+
+def failures(
+    services: Services, type: str | None, since: datetime | None, at_most: int
+) -> Failures:
+    """Do the work of :meth:`Queue.failures`."""
+    wanted = None if type is None else check_key(type, "type")
+    check_moment(since, "since")
+    start = None if since is None else to_ms(since)
+    most = check_int(at_most, "at_most", 1)
+    rows, read_since = queries.newest(services.repository, FAILED, most, _FIELDS)
+    found: dict[tuple[str, str, Place | None], list[_Failed]] = {}
+    for task_id, kind, _, at, error, error_type, traceback in rows:
+        if not isinstance(at, int):  # requeued in the meantime, or damaged
+            continue
+        if wanted in (None, kind) and (start is None or at >= start):
+            key = str(kind), str(error_type), place_of(str(traceback))
+            found.setdefault(key, []).append(_Failed(at, task_id, str(error)))
+    groups = [_group(*key, failed) for key, failed in found.items()]
+    groups.sort(key=attrgetter("count", "last"), reverse=True)
+    return Failures(groups=groups, since=None if read_since is None else to_datetime(read_since))
+
+
+def _group(type: str, error_type: str, place: Place | None, failed: list[_Failed]) -> FailureGroup:
+    failed.sort(reverse=True)
+    return FailureGroup(
+        type=type,
+        error_type=error_type,
+        place=place,
+        count=len(failed),
+        first=to_datetime(failed[-1].at),
+        last=to_datetime(failed[0].at),
+        example=failed[0].id,
+        error=failed[0].error,
+        task_ids=[task.id for task in failed],
+    )

@@ -1,0 +1,243 @@
+"""Statistics of the stored tasks, by type: the answer of ``Queue.stats``.
+
+There is no index of tasks by their end, and no counter that every task would pay for. So the ended tasks
+that are counted are those that were submitted last. All reads are bounded.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from datetime import datetime, timedelta
+from typing import Any
+
+import attrs
+
+from taskx.core.checks import check_int, check_number
+from taskx.core.clock import to_datetime
+from taskx.core.lifecycle import COMPLETED, FAILED
+from taskx.core.record import BY_THREAD
+from taskx.moving import Services
+from taskx.storage import queries
+from taskx.storage.base import Listed, Lookup
+
+#: Most waiting tasks of a type that are counted on each node, and outside of nodes.
+MOST_COUNTED = 100_000
+# Approximate number of waiting tasks that are read to find the oldest of each type.
+_OLDEST = 1000
+
+_FIELDS = (
+    *("type", "status", "created_at", "run_at", "started_at", "completed_at", "duration"),
+    *("errors", "crashes", "interruptions", "snoozes"),
+)
+
+
+@attrs.frozen
+class Percentiles:
+    """Two percentiles of durations, in seconds.
+
+    Attributes:
+        p50: half of the durations are at most this long.
+        p95: 95 of 100 durations are at most this long.
+    """
+
+    p50: float
+    p95: float
+
+
+@attrs.frozen(kw_only=True)
+class TypeStats:
+    """The tasks of one type: see :meth:`Queue.stats`.
+
+    Attributes:
+        waiting: pending tasks that may start now.
+        delayed: pending tasks whose ``run_at`` has not come, such as retries that wait.
+        blocked: pending tasks that wait for their parents, for their turn of a concurrency key, or for a
+            thread of an earlier attempt.
+        running: running tasks.
+        oldest_due: seconds for which the oldest waiting task could have started; None if none waits.
+        completed: tasks that completed in the period.
+        failed: tasks that failed in the period.
+        error_share: ``failed`` as a share of ``completed`` and ``failed``, 0 to 1; None if both are 0.
+        start_latency: how long these tasks waited from when they could start until they did; of those that
+            ended with their first attempt. None if there are none.
+        run_time: how long the last attempts of these tasks took; None if there are none.
+    """
+
+    waiting: int = 0
+    delayed: int = 0
+    blocked: int = 0
+    running: int = 0
+    oldest_due: float | None = None
+    completed: int = 0
+    failed: int = 0
+    error_share: float | None = None
+    start_latency: Percentiles | None = None
+    run_time: Percentiles | None = None
+
+
+@attrs.frozen(kw_only=True)
+class Stats:
+    """The answer of :meth:`Queue.stats`.
+
+    Attributes:
+        types: the types that have an executor in this queue or a task that was counted, sorted by name.
+        checked_at: the time of the answer.
+        period: the seconds before it in which tasks are counted as completed or failed.
+        since: ended tasks that were submitted before this time were not read; None if all were read.
+        complete: True if every task that was submitted in the period is counted. False if there are more
+            tasks than were read: then all numbers are at least so high.
+    """
+
+    types: Mapping[str, TypeStats]
+    checked_at: datetime
+    period: float
+    since: datetime | None
+    complete: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as a dict of JSON values; times are ISO text."""
+        return {
+            **attrs.asdict(self),
+            "checked_at": self.checked_at.isoformat(),
+            "since": None if self.since is None else self.since.isoformat(),
+        }
+
+
+def stats(services: Services, period: float | timedelta, at_most: int) -> Stats:
+    """Do the work of :meth:`Queue.stats`."""
+    seconds = check_number(period, "period")
+    return _Reading(services, check_int(at_most, "at_most", 1)).stats(seconds)
+
+
+class _Reading:
+    """The reads for one answer."""
+
+    def __init__(self, services: Services, at_most: int) -> None:
+        self._repository = services.repository
+        self._at_most = at_most
+        self._capped = False
+        self._now = services.clock.now_ms()
+        self._found: defaultdict[str, _Found] = defaultdict(_Found)
+        for type in services.registry.types:
+            self._found[type]
+
+    def stats(self, period: float) -> Stats:
+        self._count_waiting()
+        self._count_delayed()
+        self._count_blocked()
+        self._count("running", "running_on", [*queries.every(self._repository, "running_on")])
+        since = self._count_ended(start := self._now - round(period * 1000))
+        return Stats(
+            types={type: self._found[type].stats(self._now) for type in sorted(self._found)},
+            checked_at=to_datetime(self._now),
+            period=period,
+            since=None if since is None else to_datetime(since),
+            complete=not self._capped and (since is None or since <= start),
+        )
+
+    def _count_waiting(self) -> None:
+        types = [*queries.every(self._repository, "ready_type")]
+        most = max(1, _OLDEST // max(1, len(types)))
+        for owner in ("", *queries.every(self._repository, "buffered_on")):
+            for type in types:
+                if number := self._repository.count_ready(type, owner, MOST_COUNTED):
+                    self._capped |= number == MOST_COUNTED
+                    self._found[type].numbers["waiting"] += number
+                    for stub in self._repository.ready([type], most, owner, ageing=1):
+                        self._found[type].waits_since(stub.waits_since)
+
+    def _count_delayed(self) -> None:
+        run_at = dict(self._read(self._repository.due(None, self._at_most)))
+        for task_id, type in self._repository.find("id", [*run_at], ("id", "type")):
+            found = self._found[str(type)]
+            if run_at[task_id] > self._now:
+                found.numbers["delayed"] += 1
+            else:  # no queue has released it yet
+                found.numbers["waiting"] += 1
+                found.waits_since(run_at[task_id])
+
+    def _count_blocked(self) -> None:
+        columns: tuple[Listed, ...] = ("waiting_on", "line")
+        for column in columns:
+            values = self._repository.distinct(column, "", self._at_most)
+            self._count("blocked", column, values)  # type: ignore[arg-type]
+        nodes = [*queries.every(self._repository, "stuck_on")]
+        rows = self._repository.find("stuck_on", nodes, ("type", "held"), self._at_most)
+        for type, held in self._read(rows):
+            self._found[str(type)].numbers["blocked"] += held == BY_THREAD
+
+    def _count(self, name: str, column: Lookup, values: Sequence[str]) -> None:
+        rows = self._repository.find(column, values, ("type",), self._at_most) if values else ()
+        for (type,) in self._read(rows):
+            self._found[str(type)].numbers[name] += 1
+
+    def _read(self, rows: Sequence[Any]) -> Sequence[Any]:
+        """Return these rows, and note if there may be more."""
+        self._capped |= len(rows) >= self._at_most
+        return rows
+
+    def _count_ended(self, start: int) -> int | None:
+        """Count the tasks that ended since ``start``, and return since when they are counted."""
+        pages = [
+            queries.newest(self._repository, status, self._at_most, _FIELDS)
+            for status in (COMPLETED, FAILED)
+        ]
+        # The same for both, so that their shares are right.
+        since = max((since for _, since in pages if since is not None), default=None)
+        for row in (row for rows, _ in pages for row in rows):
+            with suppress(TypeError):  # a damaged record
+                self._found[row[0]].add(row, start, since)
+        return since
+
+
+class _Found:
+    """The tasks of one type that were found so far."""
+
+    def __init__(self) -> None:
+        self.numbers: Counter[str] = Counter()
+        self._waits_since: int | None = None
+        self._latencies: list[float] = []
+        self._run_times: list[float] = []
+
+    def waits_since(self, moment: int) -> None:
+        """Note that a task could have started since then."""
+        known = self._waits_since
+        self._waits_since = moment if known is None else min(known, moment)
+
+    def add(self, row: Sequence[Any], start: int, since: int | None) -> None:
+        """Add a task if it ended after ``start`` and was submitted after ``since``.
+
+        Raises:
+            TypeError: a value is damaged; nothing was added.
+        """
+        _, status, created_at, run_at, started_at, completed_at, duration, *trials = row
+        late = completed_at is not None and completed_at >= start
+        if not late or (since is not None and created_at < since):
+            return
+        waited = None if started_at is None else started_at - max(created_at, run_at or 0)
+        trial, run_time = sum(trials), duration + 0.0
+        self.numbers[status] += 1
+        if waited is not None:  # else it failed because of its parent
+            self._run_times.append(run_time)
+            if trial <= (status == FAILED):
+                self._latencies.append(max(0, waited) / 1000)
+
+    def stats(self, now: int) -> TypeStats:
+        since, ended = self._waits_since, self.numbers[COMPLETED] + self.numbers[FAILED]
+        return TypeStats(
+            **self.numbers,
+            oldest_due=None if since is None else max(0, now - since) / 1000,
+            error_share=self.numbers[FAILED] / ended if ended else None,
+            start_latency=_percentiles(self._latencies),
+            run_time=_percentiles(self._run_times),
+        )
+
+
+def _percentiles(values: Iterable[float]) -> Percentiles | None:
+    if not (ordered := sorted(values)):
+        return None
+    p50, p95 = (ordered[math.ceil(len(ordered) * share) - 1] for share in (0.5, 0.95))
+    return Percentiles(p50, p95)
