@@ -259,11 +259,11 @@ class Repository(TaskRepository):
         """
 
     def newest(self, status: str, limit: int, fields: Fields) -> Rows:
-        """Return the given fields of the tasks of a finished status that were created last.
+        """Return the given fields of the newest ``limit`` tasks of a finished status.
 
-        At most ``limit`` rows are returned, in any order, with values as :meth:`find` returns them. This
-        version leaves out the tasks that still have a running thread, and finds each task by its id.
-        Override it if the store can read the rows at once.
+        The rows come in any order, with values as :meth:`find` returns them. This version leaves out tasks
+        that still have a running thread, and finds each task by its id. Override it if the store can read
+        the rows at once.
         """
         ended = self.ended(status, LAST, limit)
         return self.find("id", [one.stub.id for one in ended], fields)

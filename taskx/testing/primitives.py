@@ -387,6 +387,17 @@ class PrimitivesContract(Contract):
         self.assert_ready(repository, "f")
         self.assert_ready(repository, "bc", owner="q")
 
+    def test_ready_tasks_are_counted_up_to_a_number(self, repository: Repository) -> None:
+        """The count is that of the tasks of one type and one owner that may start."""
+        self.add(repository, "abcdeg")
+        self.add(repository, "f", type="u")
+        self.change(repository, "g", held=BY_THREAD)
+        self.change(repository, "d", owner="n")
+        self.change(repository, "e", status="running", owner="n")
+        for type, owner, count in ("t", "", 3), ("u", "", 1), ("t", "n", 1), ("u", "n", 0):
+            assert repository.count_ready(type, owner, 10) == count, (type, owner)
+        assert repository.count_ready("t", "", 2) == 2
+
     def test_with_ageing_a_long_wait_counts_as_priority(self, repository: Repository) -> None:
         """A task waits since it was stored or became due; equal tasks keep the order of storing."""
         self.skip_if(not self.keeps_every_field, "keeps no priority")
@@ -485,6 +496,21 @@ class PrimitivesContract(Contract):
                 if remove:
                     self.apply(repository, *(Delete(task.stub.id, {}) for task in page))
             assert [*found[:5], *sorted(found[5:])] == list("edcbavwxyz")
+
+    def test_fields_of_the_newest_ended_tasks_are_read(self, repository: Repository) -> None:
+        """They are those of one status, and come in the order of the question."""
+        for number, name in enumerate("abcdefg"):
+            self.add(repository, name, created_at=self.NOW + number)
+        for name, end in ("a", 9), ("b", 10), ("c", 20), ("d", 30):
+            self.end(repository, name, completed_at=self.NOW + end, duration=float(end))
+        self.end(repository, "e", status="failed", error="no", completed_at=self.NOW + 40)
+        fields = ("duration", "id", "completed_at")
+        times = {"a": 9, "b": 10, "c": 20, "d": 30}
+        for limit, names in (9, "abcd"), (4, "abcd"), (2, "cd"):
+            found = sorted(repository.newest("completed", limit, fields))
+            assert found == sorted((float(times[i]), i, self.NOW + times[i]) for i in names), limit
+        assert [tuple(row) for row in repository.newest("failed", 9, ("error",))] == [("no",)]
+        assert [*repository.newest("cancelled", 9, ("id",))] == []
 
     # --- lists
 

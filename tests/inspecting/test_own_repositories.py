@@ -83,6 +83,29 @@ def test_the_health_of_one_process(queue):
         queue.health(file_size=1)
 
 
+def test_the_statistics_and_failures_of_one_process(queue, gate):
+    @queue.executor("hold")
+    def hold():
+        gate()
+        raise ValueError
+
+    queue.submit("hold", delay=3600)
+    queue.start()
+    first, second = queue.submit("hold"), queue.submit("hold")
+    gate.wait_for(1)
+    found = queue.stats().types["hold"]
+    assert (found.waiting, found.delayed, found.running, found.failed) == (1, 1, 1, 0)
+    gate.open()
+    for handle in (first, second):
+        eventually(lambda handle=handle: handle.task().status.finished)
+    found = queue.stats(at_most=2)
+    assert (found.types["hold"].failed, found.types["hold"].error_share) == (2, 1.0)
+    assert not found.complete
+    [group] = queue.failures()
+    assert (group.error_type, group.place.function) == ("ValueError", "hold")
+    assert {*group.task_ids} == {first.id, second.id}
+
+
 # Primitives
 
 
@@ -104,4 +127,27 @@ def test_a_repository_of_primitives_answers_everything_that_ours_answer(make_que
         assert [problem.facts["type"] for problem in queue.health().problems] == ["rare"]
         assert queue.health(nodes={"rare": 0}, failed=(0, 60))
         gate.open()
+        queue.stop(PATIENCE)
+
+
+def test_statistics_and_failures_are_read_by_primitives(make_queue, tmp_path):
+    with ThirdRepository(tmp_path / "third.db") as repository:
+        queue = make_queue(repository, worker_num=1)
+        queue.declare("rare")
+
+        @queue.executor("breaks")
+        def breaks():
+            raise ValueError
+
+        for delay in (None, 3600):
+            queue.submit("rare", delay=delay)
+        queue.submit("breaks")
+        queue.start()
+        assert eventually(queue.failures)
+        found = queue.stats()
+        rare, broken = found.types["rare"], found.types["breaks"]
+        assert (rare.waiting, rare.delayed, broken.failed, found.complete) == (1, 1, 1, True)
+        assert broken.run_time is not None
+        [group] = queue.failures()
+        assert (group.type, group.place.function, group.count) == ("breaks", "breaks", 1)
         queue.stop(PATIENCE)

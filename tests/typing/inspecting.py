@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from datetime import timedelta
+from datetime import datetime, timedelta, timezone
 from typing import TYPE_CHECKING, Any
 
-from taskx import Health, MemoryRepository, Problem, Queue, Reason
+from taskx import (
+    FailureGroup,
+    Failures,
+    Health,
+    MemoryRepository,
+    Percentiles,
+    Place,
+    Problem,
+    Queue,
+    Reason,
+    Stats,
+    TypeStats,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import assert_type
@@ -46,3 +58,24 @@ def wrong_kinds(reason: Reason, problem: Problem) -> None:
     Reason("asleep", "It sleeps.")  # type: ignore[arg-type]
     reason.kind = "paused"  # type: ignore[misc]
     problem.facts["type"] = 1  # type: ignore[index]
+
+
+def count() -> None:
+    stats = queue.stats(period=timedelta(hours=1), at_most=100)
+    assert_type(stats, Stats)
+    assert_type(stats.types, Mapping[str, TypeStats])
+    assert_type(stats.types["a"].waiting, int)
+    assert_type(stats.types["a"].oldest_due, float | None)
+    assert_type(stats.types["a"].run_time, Percentiles | None)
+    assert_type(stats.to_dict(), dict[str, Any])
+    queue.stats(3600)  # type: ignore[call-arg]
+    queue.stats(at_most="all")  # type: ignore[arg-type]
+
+
+def explain() -> None:
+    assert_type(queue.failures(), Failures)
+    for group in queue.failures(type="a", since=datetime.now(timezone.utc), at_most=10):
+        assert_type(group, FailureGroup)
+        assert_type(group.place, Place | None)
+        assert_type(queue.requeue_many(group.task_ids), int)
+    queue.failures(since=60)  # type: ignore[arg-type]
