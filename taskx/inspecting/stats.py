@@ -60,7 +60,8 @@ class TypeStats:
         oldest_due: seconds for which the oldest waiting task could have started; None if none waits.
         completed: tasks that completed in the period.
         failed: tasks that failed in the period.
-        error_share: ``failed`` as a share of ``completed`` and ``failed``, 0 to 1; None if both are 0.
+        error_share: the share of failed tasks, 0 to 1, in those of them that were submitted after ``since``
+            of :class:`Stats`; None if there are none.
         start_latency: how long these tasks waited from when they could start until they did; of those that
             ended with their first attempt. None if there are none.
         run_time: how long the last attempts of these tasks took; None if there are none.
@@ -86,7 +87,7 @@ class Stats:
         types: the types that have an executor in this queue or a task that was counted, sorted by name.
         checked_at: the time of the answer.
         period: the seconds before it in which tasks are counted as completed or failed.
-        since: ended tasks that were submitted before this time were not read; None if all were read.
+        since: all ended tasks that were submitted after this time were read; None if all were read.
         complete: True if every task that was submitted in the period is counted. False if there are more
             tasks than were read: then all numbers are at least so high.
     """
@@ -180,12 +181,11 @@ class _Reading:
         return rows
 
     def _count_ended(self, start: int) -> int | None:
-        """Count the tasks that ended since ``start``, and return since when they are counted."""
+        """Count the tasks that ended since ``start``; return since when all submitted ones are counted."""
         pages = [
             queries.newest(self._repository, status, self._at_most, _FIELDS)
             for status in (COMPLETED, FAILED)
         ]
-        # The same for both, so that their shares are right.
         since = max((since for _, since in pages if since is not None), default=None)
         for row in (row for rows, _ in pages for row in rows):
             with suppress(TypeError):  # a damaged record
@@ -198,6 +198,7 @@ class _Found:
 
     def __init__(self) -> None:
         self.numbers: Counter[str] = Counter()
+        self._shares: Counter[str] = Counter()
         self._waits_since: int | None = None
         self._latencies: list[float] = []
         self._run_times: list[float] = []
@@ -208,29 +209,29 @@ class _Found:
         self._waits_since = moment if known is None else min(known, moment)
 
     def add(self, row: Sequence[Any], start: int, since: int | None) -> None:
-        """Add a task if it ended after ``start`` and was submitted after ``since``.
+        """Add a task if it ended after ``start``; to the shares only if it was submitted after ``since``.
 
         Raises:
             TypeError: a value is damaged; nothing was added.
         """
         _, status, created_at, run_at, started_at, completed_at, duration, *trials = row
-        late = completed_at is not None and completed_at >= start
-        if not late or (since is not None and created_at < since):
+        if completed_at is None or completed_at < start:
             return
         waited = None if started_at is None else started_at - max(created_at, run_at or 0)
         trial, run_time = sum(trials), duration + 0.0
         self.numbers[status] += 1
+        self._shares[status] += since is None or created_at >= since
         if waited is not None:  # else it failed because of its parent
             self._run_times.append(run_time)
             if trial <= (status == FAILED):
                 self._latencies.append(max(0, waited) / 1000)
 
     def stats(self, now: int) -> TypeStats:
-        since, ended = self._waits_since, self.numbers[COMPLETED] + self.numbers[FAILED]
+        since, ended = self._waits_since, self._shares.total()
         return TypeStats(
             **self.numbers,
             oldest_due=None if since is None else max(0, now - since) / 1000,
-            error_share=self.numbers[FAILED] / ended if ended else None,
+            error_share=self._shares[FAILED] / ended if ended else None,
             start_latency=_percentiles(self._latencies),
             run_time=_percentiles(self._run_times),
         )

@@ -217,15 +217,15 @@ def test_the_answer_says_since_when_it_covers_ended_tasks(queue, clock):
     assert (found.since, found.complete, found.types["a"].completed) == (times[2], True, 2)
 
 
-def test_completed_and_failed_tasks_are_counted_from_the_same_time(queue, clock):
+def test_the_share_of_errors_is_of_a_time_that_was_read_completely(queue, clock):
     run(queue, clock, error="broken")
-    for _ in range(4):
+    for error in ("", "", "broken", ""):
         clock.advance(60)
-        run(queue, clock)
-    assert of(queue).error_share == 0.2
-    # Only the last three completed tasks are read. The failed one was submitted before them.
+        run(queue, clock, error=error)
+    assert of(queue).error_share == 0.4
+    # The first failed task was submitted before the completed ones that are read.
     found = of(queue, at_most=3)
-    assert (found.completed, found.failed, found.error_share) == (3, 0, 0.0)
+    assert (found.completed, found.failed, found.error_share) == (3, 2, 0.25)
 
 
 def test_the_answer_is_incomplete_if_there_are_more_unfinished_tasks(queue, monkeypatch):
