@@ -57,7 +57,8 @@ def place_of(traceback: str) -> Place | None:
 def _frames(traceback: str) -> Iterator[Place]:
     """Return the frames of the last error in a traceback, the deepest one last."""
     lines = traceback.splitlines()
-    headers = [(n, header) for n, line in enumerate(lines) if (header := _HEADER.match(line))]
+    titles = [n for n, line in enumerate(lines) if line.endswith("):")]  # a quick check
+    headers = [(n, header) for n in titles if (header := _HEADER.match(lines[n]))]
     if not headers:
         return iter(())
     # After a crash, the stack of the thread that crashed is one of several.

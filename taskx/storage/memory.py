@@ -283,9 +283,8 @@ class MemoryRepository(Repository):
 
     def newest(self, status: str, limit: int, fields: Fields) -> Rows:
         with self._lock:
-            created = self._indexes["created"].get(None, SortedItems())
-            rows = (self._rows[place[-1]] for place in reversed(created))
-            found = (row for row in rows if row["status"] == status)
+            # In the order of storing: the index by ``created_at`` would take several times as long.
+            found = (row for row in reversed(self._rows.values()) if row["status"] == status)
             return [*map(_picker(fields), islice(found, limit))]
 
     # --- notes
