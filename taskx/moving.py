@@ -161,9 +161,9 @@ FOLLOWS: Mapping[tuple[str, str | None], Follows] = {
     ("requeue", PENDING): Follows("requeued", may_start=True),
     # The task is fetched again, because its new priority gives it another place in the buffer.
     ("replace", None): Follows(may_start=True, leaves=True),
-    # A node takes tasks that it can start, and gives up the others.
+    # A node takes tasks that it can start, and frees the others.
     ("take", None): NOTHING,
-    ("disown", None): NOTHING,
+    ("free", None): NOTHING,
     ("release key", None): NOTHING,
     ("delete", None): Follows(ends=True, leaves=True),
     # These tasks had ended, and no other task needs them.

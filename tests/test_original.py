@@ -550,7 +550,7 @@ def test_a_stop_waits_for_running_tasks(repo):
     assert begun.wait(60)
     stopper = threading.Thread(target=first.stop)
     stopper.start()
-    while first.get_task_status(waiting.id).owner:  # the queue has not disowned it yet
+    while first.get_task_status(waiting.id).owner:  # the queue has not freed it yet
         stopper.join(0.001)
     with pytest.raises(taskx.QueueStopped):
         first.submit("my_task")

@@ -165,9 +165,9 @@ def take(task_id: str, node: str, owner: str = "") -> Update:
     return Update(task_id, guard, {"owner": node}, move="take")
 
 
-def disown(task_id: str, node: str) -> Update:
-    """Note that ``node`` no longer has a pending task in its buffer."""
-    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="disown")
+def free(task_id: str, node: str) -> Update:
+    """Free a pending task: ``node`` no longer has it in its buffer, and any node can fetch it."""
+    return Update(task_id, {"status": PENDING, "owner": node}, {"owner": ""}, move="free")
 
 
 def cancel(task_id: str, now: int) -> list[Update]:

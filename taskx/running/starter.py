@@ -311,7 +311,7 @@ class Starter:
         """Take this node's name off pending tasks, so that any node can fetch them."""
         for start in range(0, len(task_ids), BATCH):
             some = task_ids[start : start + BATCH]
-            self._services.ledger.commit([lifecycle.disown(i, self._node) for i in some])
+            self._services.ledger.commit([lifecycle.free(i, self._node) for i in some])
 
     def _is_suspect(self, task: Task) -> bool:
         """Return True if a task has crashed and could crash this process: no child process runs it."""

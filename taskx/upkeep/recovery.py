@@ -84,7 +84,7 @@ class Recovery:
         """Return the writes that free the next tasks in the buffer of a dead node."""
         passed = self._left[node]
         found = self._services.repository.find("buffered_on", [node], ("id",), passed + BATCH)
-        return [lifecycle.disown(task_id, node) for (task_id,) in found[passed:]]
+        return [lifecycle.free(task_id, node) for (task_id,) in found[passed:]]
 
     def _take_back(self, node: Node) -> int:
         """Rescue the running tasks of a dead node; its buffered ones are freed later."""

@@ -81,9 +81,8 @@ class MongoCampaign(Campaign):
             together = "batch" in options["point"] or "transaction" in options["point"]
             most = 3 if together else 15
             options["passings"] = min(options["passings"], self.rng.randint(1, most))
-        if options.pop(
-            "interrupts", 0
-        ):  # they would also interrupt the driver, which is not tested here
+        # They would also interrupt the driver, which is not tested here.
+        if options.pop("interrupts", 0):
             options["overflow"] = "block"
         return options
 

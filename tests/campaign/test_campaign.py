@@ -48,9 +48,8 @@ def counts(outcome: Outcome, name: str) -> list[int]:
 def test_random_kills_break_no_promise(campaign):
     campaign.storm(kills=25)
     last = campaign.spawn(role="mix", seconds=60.0)
-    with (
-        campaign.open() as repository
-    ):  # on a busy machine the others may complete only a few tasks
+    # On a busy machine the others may complete only a few tasks.
+    with campaign.open() as repository:
         done = TaskFilter(status=TaskStatus.COMPLETED)
         until(lambda: repository.count(done) > 100, 60.0, "more than 100 tasks are completed")
     last.kill()

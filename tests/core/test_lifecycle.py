@@ -109,7 +109,7 @@ class TestTable:
         yield [lifecycle.release(task.id)]
         yield lifecycle.lift_bar(attrs.evolve(task, stuck_on="node"), LATER)
         yield [lifecycle.take(task.id, "n")]
-        yield [lifecycle.disown(task.id, "n")]
+        yield [lifecycle.free(task.id, "n")]
         if (start := lifecycle.start(task, LATER, "n")) is not None:
             yield [start]
         for status in TaskStatus:
@@ -750,7 +750,7 @@ def test_the_owner_of_a_pending_task_is_only_a_note():
     free, ours = make(), make(owner="us")
     assert apply(free, lifecycle.take("a", "us")).owner == "us"
     assert apply(ours, lifecycle.take("a", "them")) is None
-    assert apply(ours, lifecycle.disown("a", "us")).owner == ""
-    assert apply(ours, lifecycle.disown("a", "them")) is None
-    assert apply(make("running", owner="us"), lifecycle.disown("a", "us")) is None
+    assert apply(ours, lifecycle.free("a", "us")).owner == ""
+    assert apply(ours, lifecycle.free("a", "them")) is None
+    assert apply(make("running", owner="us"), lifecycle.free("a", "us")) is None
     assert apply(make(owner="them"), lifecycle.start(make(owner="them"), LATER, "us")).owner == "us"

@@ -468,9 +468,8 @@ class TestOtherHandlers:
             assert lines(queue.get_task_status(task_id))[1:] == ["INFO program.part: inner"]
 
     @pytest.mark.process
-    @pytest.mark.filterwarnings(
-        "ignore:.*fork:DeprecationWarning"
-    )  # Python 3.12 warns if threads are left
+    # Python 3.12 warns if threads are left.
+    @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
     def test_a_forked_child_starts_without_the_handler(self, log):
         made = capture.Capture(logging.INFO, "")
         with capture.capturing(made):

@@ -36,9 +36,8 @@ def problems(queue, **thresholds):
     """Check the health; check that this changes nothing, and that the answer is fit to be printed."""
     before = list(queue.repository.batches)
     found = queue.health(**thresholds)
-    if not any(
-        node_of(one) for one in queue.repository.queues
-    ):  # started queues write by themselves
+    # Started queues write by themselves.
+    if not any(node_of(one) for one in queue.repository.queues):
         assert list(queue.repository.batches) == before
     assert found.ok is bool(found) is (not found.problems)
     for problem in found.problems:

@@ -31,9 +31,8 @@ def ask(queue, handle):
     repository = queue.repository
     before = list(getattr(repository, "batches", ()))
     found = queue.why(handle if isinstance(handle, str) else handle.id)
-    if not any(
-        node_of(one) for one in queue.repository.queues
-    ):  # started queues write by themselves
+    # Started queues write by themselves.
+    if not any(node_of(one) for one in queue.repository.queues):
         assert list(getattr(repository, "batches", ())) == before
     for reason in found:
         assert re.fullmatch(r"[A-Z0-9].+\.", str(reason), re.S), reason

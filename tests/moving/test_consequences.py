@@ -65,7 +65,7 @@ HEARD = {
     ("requeue", PENDING): {"hook requeued", "more", "turns"},
     ("replace", None): {"out of the buffer", "more"},
     ("take", None): set(),
-    ("disown", None): set(),
+    ("free", None): set(),
     ("release key", None): set(),
     ("delete", None): {"out of the buffer"} | ENDED - {"hook finished"},
     ("prune", None): set(),

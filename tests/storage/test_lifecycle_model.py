@@ -149,7 +149,7 @@ class Life(RuleBasedStateMachine):
 
         There is one rule for all moves, as Hypothesis leaves out many rules of a machine in each run.
         """
-        moves = [self.wait, self.release, self.take, self.disown, self.read, self.cancel]
+        moves = [self.wait, self.release, self.take, self.free, self.read, self.cancel]
         moves += [self.requeue, self.set_status, self.die, self.die]
         moves += [self.create, self.create if len(self.model) < len(IDS) else self.delete]
         moves += [self.start] * 4 if self.startable() else []
@@ -214,11 +214,11 @@ class Life(RuleBasedStateMachine):
         if holds:
             record.owner = node
 
-    def disown(self, draw):
+    def free(self, draw):
         task_id, node = draw(ids), draw(nodes)
         record = self.model.get(task_id)
         holds = record is not None and record.status == "pending" and record.owner == node
-        assert self.apply(lifecycle.disown(task_id, node)) == [holds]
+        assert self.apply(lifecycle.free(task_id, node)) == [holds]
         if holds:
             record.owner = ""
 
@@ -349,8 +349,8 @@ class Life(RuleBasedStateMachine):
         running = [task_id for task_id in owned if owned[task_id] == "running"]
         tasks = list(self.store.get_many(running).values())
         rescues = lifecycle.rescue(tasks, self.clock.now_ms(), stopping=stopping)
-        disowned = [[lifecycle.disown(i, node)] for i in owned if owned[i] == "pending"]
-        for alternatives in [*rescues, *disowned]:
+        freed = [[lifecycle.free(i, node)] for i in owned if owned[i] == "pending"]
+        for alternatives in [*rescues, *freed]:
             assert self.apply(*alternatives).count(True) == 1
         suspects = any(self.model[task_id].crashes for task_id in running)
         for task_id in owned:

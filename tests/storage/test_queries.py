@@ -35,7 +35,7 @@ class TestShown:
         """Otherwise a stored submission that another process has started would look like a duplicate."""
         write = insert("a", clock, owner="node", max_attempts=None)
         store.apply([write])
-        store.apply([lifecycle.disown("a", "node")])
+        store.apply([lifecycle.free("a", "node")])
         task = attrs.evolve(store.get_by_id("a"), max_attempts=3, timeout=5.0)
         store.apply([lifecycle.start(task, now, "other")])
         assert list(shown(store, [write])) == [True]

@@ -139,7 +139,7 @@ def test_a_start_is_no_news(theirs, listen):
     "free",
     [
         pytest.param(lambda: lifecycle.release("a"), id="release"),
-        pytest.param(lambda: lifecycle.disown("a", "node"), id="disown"),
+        pytest.param(lambda: lifecycle.free("a", "node"), id="free"),
         pytest.param(lambda: lifecycle.give_turn("a", "k")[0], id="give turn"),
     ],
 )

@@ -199,9 +199,8 @@ class TestLocked:
         left = queue.submit("hold", delay=3600)
         node = pool_of(queue).node.id
         with closing(sqlite3.connect(impatient.path, isolation_level=None)) as other:
-            other.execute(
-                "UPDATE tasks SET owner = ?, held = 0 WHERE id = ?", (node, left.id)
-            )  # as if it lay in the buffer
+            # As if it lay in the buffer.
+            other.execute("UPDATE tasks SET owner = ?, held = 0 WHERE id = ?", (node, left.id))
         locker.lock()
         assert queue.stop(timeout=0.1) == []
         eventually(lambda: [node.alive for node in impatient.liveness.nodes()] == [False])
@@ -433,9 +432,8 @@ def test_two_nodes_whose_clocks_differ_by_two_hours_work_together(
     make_queue, database, gate, monkeypatch
 ):
     """Neither node believes that the other is dead, or that its tasks must run again."""
-    monkeypatch.setattr(
-        "taskx.upkeep.housekeeper.RECOVER_EVERY", 0.0
-    )  # each round checks for dead nodes
+    # Each round checks for dead nodes.
+    monkeypatch.setattr("taskx.upkeep.housekeeper.RECOVER_EVERY", 0.0)
     here, there = ManualClock(), ManualClock()
     there.set_wall(here.now() + timedelta(hours=2))
     queues = [make_queue(SpySQLite(database), clock=clock, worker_num=2) for clock in (here, there)]

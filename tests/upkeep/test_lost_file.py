@@ -124,9 +124,8 @@ def test_a_running_task_does_not_start_again_from_a_copy_of_the_file(
     gate.open()
     held.stop(timeout=0)
     eventually(lambda: not pool_of(held).workers_left)
-    held.repository.liveness._locks.let_go(
-        node_of(held).record.id
-    )  # as the end of its process would
+    # As the end of its process would.
+    held.repository.liveness._locks.let_go(node_of(held).record.id)
     assert restored.handle("held").result(PATIENCE) == "again"
 
 

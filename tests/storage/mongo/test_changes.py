@@ -74,7 +74,7 @@ def test_own_writes_are_not_noticed(ours, theirs):
     ours.apply([insert(f"{number} of a batch") for number in range(5)], all_or_nothing=True)
     for _ in range(MARKS):  # so that the list of marks becomes full
         ours.apply([lifecycle.take(str(number), "n") for number in range(5)])
-        ours.apply([lifecycle.disown(str(number), "n") for number in range(5)])
+        ours.apply([lifecycle.free(str(number), "n") for number in range(5)])
     ours.apply([insert("b"), *(lifecycle.take(str(number), "n") for number in range(5))])
     told = []
     ring, ours._changes.ring = ours._changes.ring, lambda: (told.append(1), ring())

@@ -271,7 +271,7 @@ class TestAlikeWrites:
     def test_the_same_write_twice_is_applied_twice(self, statements):
         repository, _ = statements
         repository.apply([insert("a"), insert("b")])
-        to_n, back = lifecycle.take("a", "n"), lifecycle.disown("a", "n")
+        to_n, back = lifecycle.take("a", "n"), lifecycle.free("a", "n")
         again = [lifecycle.take("a", "n"), lifecycle.take("b", "n"), lifecycle.take("b", "n")]
         assert list(repository.apply([to_n, back, *again])) == [True] * 4 + [False]
         assert sorted(held_on(repository, "n")) == ["a", "b"]
