@@ -594,7 +594,7 @@ def test_a_failed_task_whose_thread_runs_on_says_so(make_queue, gate):
     queue.executor("hang", timeout=0.01, grace=0.01)(gate)
     queue.start()
     handle = queue.submit("hang")
-    eventually(lambda: handle.task().stuck_on)
+    eventually(lambda: (task := handle.task()).stuck_on and task.status == "failed")
     assert kinds(ask(queue, handle)) == ["failed", "stuck"]
 
 
