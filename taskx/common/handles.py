@@ -211,18 +211,20 @@ class TaskHandle(Future[R]):
         """
         seconds = math.inf if timeout is None else in_seconds(timeout)
         self.done()
-        now = self.signal().now
-        deadline = now() + seconds
+        bell = self.signal()
+        deadline = bell.now() + seconds
         # A task that was deleted after its end may have a known result.
         with suppress(TaskNotFound), Display(f"{self.task().type} {self.id}", 100) as display:
             while True:
                 done = self.done()
                 task = self.task()  # read after that, so that the last state shown is the last one
                 display.update(task.progress, task.message or task.status)
-                left = deadline - now()
+                left = deadline - bell.now()
                 if done or left <= 0:
                     break
-                self._sleep(min(left, _REFRESH))
+                self._sleep(left if bell.virtual else min(left, _REFRESH))
+        if not self.done():
+            raise self._late(seconds)
         return self.result(0)
 
     def __await__(self) -> Generator[Any, None, R]:
@@ -281,8 +283,11 @@ class TaskHandle(Future[R]):
             seconds = optional_seconds(timeout)
             self._sleep(seconds)
             if self._outcome is None:
-                raise TimeoutError(f"task {self.id} has not ended within {seconds:g} s")
+                raise self._late(seconds)
         return self._outcome
+
+    def _late(self, seconds: float | None) -> TimeoutError:
+        return TimeoutError(f"task {self.id} has not ended within {seconds:g} s")
 
     def _sleep(self, timeout: float | None) -> None:
         bell = self.signal()

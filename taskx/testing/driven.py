@@ -261,9 +261,12 @@ class DrivenSignal(Signal):
         self._work = work
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Work until the signal is set; return False if ``timeout`` seconds passed before."""
+        """Work until the signal is set, and reset it; return False if ``timeout`` seconds passed before."""
         seconds = math.inf if timeout is None else timeout
-        return self._work(lambda: not self._lock.locked(), seconds)
+        was_set = self._work(lambda: not self._lock.locked(), seconds)
+        if was_set:
+            self.clear()
+        return was_set
 
 
 def wait_for_threads(before: Collection[threading.Thread], names: Collection[str]) -> None:

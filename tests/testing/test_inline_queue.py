@@ -330,8 +330,17 @@ def test_only_a_queue_can_be_replaced(wrong):
 def test_a_map_in_any_order_and_displays_need_no_waiting(queue, capsys):
     square = queue.executor("square")(lambda n: n * n)
     assert sorted(queue.map(square, [1, 2, 3], ordered=False)) == [1, 4, 9]
-    assert queue.submit("square", {"n": 5}, delay=0.2).follow() == 25
+    began = queue.clock.monotonic()
+    assert queue.submit("square", {"n": 5}, delay=3600).follow() == 25
+    assert queue.clock.monotonic() - began == pytest.approx(3600)
     assert queue.follow()
+
+
+def test_follow_times_out_on_the_clock(queue, capsys):
+    later = queue.submit(queue.executor("later")(lambda: None), delay=60)
+    with pytest.raises(FutureTimeout, match="has not ended within 5 s"):
+        later.follow(timeout=5)
+    assert later.follow(timeout=60) is None
 
 
 def test_a_handle_can_be_awaited(queue):

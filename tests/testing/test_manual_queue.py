@@ -553,3 +553,13 @@ def test_an_executor_that_fails_the_test_fails_it(queue):
 def test_a_clock_of_another_kind_is_refused():
     with pytest.raises(ConfigurationError, match="ManualClock"):
         ManualQueue(clock=SystemClock())
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_map_whose_tasks_nobody_runs_says_so(queue, ordered):
+    square = queue.executor("square")(lambda n: n * n)
+    results = queue.map(square, [1, 2], ordered=ordered)
+    with pytest.raises(FutureTimeout, match="nothing runs while a test waits"):
+        next(results)
+    queue.run_all()
+    assert list(results) == [1, 4]
