@@ -738,9 +738,10 @@ class Queue:
     def stats(self, *, period: float | timedelta = 3600.0, at_most: int = 5_000) -> Stats:
         """Return how many tasks of each type wait, run and have ended, and how long that took.
 
-        The numbers are of one moment and of all processes. The tasks that ended in the period are counted
-        among those that were submitted last: ``since`` and ``complete`` say if that is all of them. The
-        cost depends on ``at_most``, and hardly on the number of tasks. The queue need not be started.
+        The numbers are of all processes. A task that moves between two reads may be counted twice, or not
+        at all. The tasks that ended in the period are counted among those that were submitted last: the
+        answer's ``since`` and ``complete`` say if these are all. The cost depends on ``at_most``, and
+        hardly on the number of tasks. The queue need not be started.
 
         Args:
             period: the seconds before now in which tasks are counted as completed or failed.

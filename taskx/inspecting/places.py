@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import sysconfig
 from collections.abc import Iterator
 
 import attrs
@@ -13,9 +12,11 @@ import attrs
 _HEADER = re.compile(r"(  \+ )?([A-Z].*)\(most recent call (last|first)\):")
 _FRAME = re.compile(r'[ |]+File "(.+)", line (\d+),? in (.+)')
 _PACKAGE = re.compile(r".*[/\\](?:site|dist)-packages[/\\][^/\\]+")
-_LIBRARY = re.compile(r".*[/\\]((?:site|dist)-packages|lib[/\\]python3\.\d+t?)[/\\]", re.IGNORECASE)
+_LIBRARY = re.compile(
+    r".*[/\\]((?:site|dist)-packages|lib(?:64)?[/\\](?:python|pypy)3\.\d+t?)[/\\]"
+)
 _OURS = os.path.join(os.path.dirname(os.path.dirname(os.path.abspath(__file__))), "")
-_STDLIB = os.path.join(sysconfig.get_paths()["stdlib"], "")
+_STDLIB = os.path.join(os.path.dirname(os.__file__), "")
 #: File names of code that was typed in, not generated.
 _TYPED = ("<stdin>", "<string>", "<ipython")
 #: The line in place of the middle of a long traceback.

@@ -11,7 +11,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, Literal
 
 import attrs
 
@@ -21,12 +21,15 @@ from taskx.core.lifecycle import COMPLETED, FAILED
 from taskx.core.record import BY_THREAD
 from taskx.moving import Services
 from taskx.storage import queries
-from taskx.storage.base import Listed, Lookup
+from taskx.storage.base import Lookup
 
 #: Most waiting tasks of a type that are counted on each node, and outside of nodes.
 MOST_COUNTED = 100_000
 # Approximate number of waiting tasks that are read to find the oldest of each type.
 _OLDEST = 1000
+
+# The columns by which tasks are found that wait for their parents or their turn.
+_BLOCKED: tuple[Literal["waiting_on", "line"], ...] = ("waiting_on", "line")
 
 _FIELDS = (
     *("type", "status", "created_at", "run_at", "started_at", "completed_at", "duration"),
@@ -84,7 +87,7 @@ class Stats:
     """The answer of :meth:`Queue.stats`.
 
     Attributes:
-        types: the types that have an executor in this queue or a task that was counted, sorted by name.
+        types: the types that have an executor in this queue or a task that was read, sorted by name.
         checked_at: the time of the answer.
         period: the seconds before it in which tasks are counted as completed or failed.
         since: all ended tasks that were submitted after this time were read; None if all were read.
@@ -161,10 +164,9 @@ class _Reading:
                 found.waits_since(run_at[task_id])
 
     def _count_blocked(self) -> None:
-        columns: tuple[Listed, ...] = ("waiting_on", "line")
-        for column in columns:
+        for column in _BLOCKED:
             values = self._repository.distinct(column, "", self._at_most)
-            self._count("blocked", column, values)  # type: ignore[arg-type]
+            self._count("blocked", column, values)
         nodes = [*queries.every(self._repository, "stuck_on")]
         rows = self._repository.find("stuck_on", nodes, ("type", "held"), self._at_most)
         for type, held in self._read(rows):
@@ -189,7 +191,7 @@ class _Reading:
         since = max((since for _, since in pages if since is not None), default=None)
         for row in (row for rows, _ in pages for row in rows):
             with suppress(TypeError):  # a damaged record
-                self._found[row[0]].add(row, start, since)
+                self._found[str(row[0])].add(row, start, since)
         return since
 
 
@@ -212,15 +214,15 @@ class _Found:
         """Add a task if it ended after ``start``; to the shares only if it was submitted after ``since``.
 
         Raises:
-            TypeError: a value is damaged; nothing was added.
+            TypeError: a value is damaged; the task was not added.
         """
         _, status, created_at, run_at, started_at, completed_at, duration, *trials = row
         if completed_at is None or completed_at < start:
             return
         waited = None if started_at is None else started_at - max(created_at, run_at or 0)
         trial, run_time = sum(trials), duration + 0.0
-        self.numbers[status] += 1
         self._shares[status] += since is None or created_at >= since
+        self.numbers[status] += 1
         if waited is not None:  # else it failed because of its parent
             self._run_times.append(run_time)
             if trial <= (status == FAILED):

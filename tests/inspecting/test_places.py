@@ -57,6 +57,8 @@ def test_the_place_is_the_deepest_frame_of_the_users_code():
     [
         LIBRARY,
         STDLIB,
+        in_file("/usr/lib64/python3.13/json/decoder.py", 340, "decode"),
+        in_file("/opt/pypy/lib/pypy3.11/json/decoder.py", 340, "decode"),
         in_file("/usr/lib/python3/dist-packages/yaml/__init__.py", 1, "load"),
         in_file(r"C:\Python\Lib\site-packages\requests\api.py", 59, "get"),
         in_file("<frozen importlib._bootstrap>", 241, "_call_with_frames_removed"),

@@ -37,6 +37,7 @@ from taskx import (
     open_repository,
 )
 from taskx.core import lifecycle
+from taskx.core.lifecycle import FINISHED
 from taskx.core.record import STUB
 from taskx.core.writes import PRESENT, Update
 from taskx.liveness.base import Node
@@ -403,6 +404,16 @@ class TestStatements:
         [step] = plan(getattr(statements, name), values)
         assert step.startswith("SEARCH tasks USING")
         assert f"INDEX {index}" in step
+
+    def test_ready_tasks_are_counted_in_an_index(self, plan):
+        steps = plan(statements.COUNT_READY, ("", "t", 5))
+        [search] = [step for step in steps if "tasks" in step]
+        assert search == "SEARCH tasks USING COVERING INDEX tasks_ready (owner=? AND type=?)"
+
+    @pytest.mark.parametrize("status", FINISHED)
+    def test_the_newest_ended_tasks_are_read_in_the_order_of_an_index(self, plan, status):
+        [step] = plan(statements.NEWEST.format(status, "type, traceback"), (5,))
+        assert step == f"SCAN tasks USING INDEX tasks_{status}"
 
     @pytest.mark.parametrize(
         ("column", "index"), [("run_at", "tasks_held"), ("expires_at", "tasks_expiring")]
