@@ -5,6 +5,7 @@ Everything is written to ``sys.stderr``, so that it does not mix with a program'
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 import weakref
@@ -13,6 +14,8 @@ from typing import Any, Protocol
 
 # Seconds between two lines of a display that cannot be redrawn.
 _BETWEEN_LINES = 5.0
+# Seconds between two states of a bar.
+_BETWEEN_STATES = 0.1
 
 
 class _Screen(Protocol):
@@ -91,17 +94,24 @@ class _Lines:
 
 
 class _Bar:
-    """A bar in a terminal or a notebook, drawn by rich."""
+    """A bar in a terminal or a notebook, drawn by rich.
+
+    It is drawn without the thread of rich, which an interrupt could leave behind.
+    """
 
     def __init__(self, title: str, progress: Any) -> None:
-        self._progress = progress
+        self._progress, self._next = progress, -math.inf
         self._bar = progress.add_task(title, total=None, words="")
-        progress.start()
 
     def draw(self, done: int, total: int | None, words: str) -> None:
         self._progress.update(self._bar, completed=done, total=total, words=words)
+        if time.monotonic() >= self._next:
+            self._next = time.monotonic() + _BETWEEN_STATES
+            self._progress.start()
+            self._progress.refresh()
 
     def close(self) -> None:
+        self._progress.refresh()
         self._progress.stop()
 
 
@@ -123,4 +133,7 @@ def _bar(title: str) -> _Bar | None:
     )
     # Output that does not go to the terminal must go on to where it goes.
     redirect = sys.stdout is not None and sys.stdout.isatty()
-    return _Bar(title, progress.Progress(*columns, console=screen, redirect_stdout=redirect))
+    return _Bar(
+        title,
+        progress.Progress(*columns, console=screen, auto_refresh=False, redirect_stdout=redirect),
+    )

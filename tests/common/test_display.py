@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import pytest
 
@@ -57,6 +58,17 @@ def test_a_terminal_gets_a_bar(capsys, terminal):
     assert "━━━━" in text
     assert "4/4" in text
     assert "1 failed" in text
+
+
+def test_a_bar_needs_no_thread(capsys, terminal):
+    """An interrupt while the thread starts or stops would leave it behind, and it would go on drawing."""
+    before = set(threading.enumerate())
+    with Display("digest", 4) as shown:
+        shown.add(done=1)
+        assert set(threading.enumerate()) <= before
+        assert "1/4" in capsys.readouterr().err
+        shown.add(done=3)  # too soon to draw it
+    assert "4/4" in capsys.readouterr().err
 
 
 def test_a_terminal_gets_lines_if_rich_is_not_installed(capsys, terminal, monkeypatch):
