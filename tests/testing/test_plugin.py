@@ -170,6 +170,38 @@ def test_a_project_uses_the_fixtures_without_any_import(project, more):
 
 
 @pytest.mark.process
+@pytest.mark.process
+def test_pytest_lists_the_fixtures_and_the_marker(project):
+    fixtures = project.pytest("--fixtures")
+    assert "taskx_queue" in fixtures
+    assert "taskx_clock" in fixtures
+    assert "@pytest.mark.taskx(mode=..., queue=...)" in project.pytest("--markers")
+
+
+@pytest.mark.process
+def test_a_failed_assertion_shows_the_line_of_the_test_only(project):
+    project.write(
+        "test_failing.py",
+        """
+        def test_submitted(taskx_queue):
+            taskx_queue.assert_submitted("mail")
+
+        def test_not_submitted(taskx_queue):
+            taskx_queue.declare("mail")
+            taskx_queue.submit("mail")
+            taskx_queue.assert_not_submitted("mail")
+
+        def test_in_order(taskx_queue):
+            taskx_queue.assert_submitted_in_order("mail")
+        """,
+    )
+    told = project.pytest()
+    assert "3 failed" in told
+    assert '>       taskx_queue.assert_submitted("mail")' in told
+    assert "no task of type 'mail' was submitted" in told
+    assert "raise AssertionError" not in told
+
+
 def test_a_project_that_does_not_use_it_does_not_pay_for_it(project):
     """TaskX is not even imported; nothing is collected from it."""
     project.write("test_other.py", "def test_nothing(): pass")
