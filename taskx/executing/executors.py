@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import inspect
+import itertools
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Set
@@ -81,16 +82,24 @@ class Queues:
     def __init__(self) -> None:
         #: The queue to submit to; None if there is none, or more than one.
         self.only: _Queue | None = None
-        self._known: tuple[weakref.ref[_Queue], ...] = ()
+        # In order. Changed without a lock, one operation at a time.
+        self._known: dict[int, weakref.ref[_Queue]] = {}
+        self._numbers = itertools.count()
 
     def _alive(self) -> list[_Queue]:
-        return [queue for known in self._known if (queue := known()) is not None]
+        return [queue for known in [*self._known.values()] if (queue := known()) is not None]
 
     def add(self, queue: _Queue) -> None:
         """Add a queue."""
-        queues = [known for known in self._alive() if known is not queue]
-        self._known = tuple(weakref.ref(known) for known in [*queues, queue])
-        self.only = None if queues else queue
+        for key, known in [*self._known.items()]:
+            if known() in (None, queue):
+                self._known.pop(key, None)
+        self._known[next(self._numbers)] = weakref.ref(queue)
+        while True:
+            queues = self._alive()
+            self.only = queues[0] if len(queues) == 1 else None
+            if self._alive() == queues:  # else another thread has added one
+                return
 
     def choose(self, type: str) -> _Queue:
         """Return the only queue that is not stopped; if all are stopped, the last one.

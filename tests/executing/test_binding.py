@@ -24,6 +24,7 @@ from taskx import (
     every,
     group,
 )
+from taskx.executing.executors import Queues
 from taskx.testing import ManualQueue, manual
 
 
@@ -340,6 +341,27 @@ def test_a_test_queue_does_not_take_the_applications_tasks(ping):
     test.stop()
     ping.submit()
     assert (application.list_tasks()[1], test.list_tasks()[1]) == (1, 1)
+
+
+def test_two_threads_can_register_an_executor_at_once():
+    class Interrupted(Queues):
+        """Another thread adds a queue while this one does."""
+
+        later: list[Queue]
+
+        def _alive(self):
+            alive = super()._alive()
+            if self.later:
+                self.add(self.later.pop())
+            return alive
+
+    for number in range(1, 4):
+        queues, known = [Queue(MemoryRepository()) for _ in range(number + 1)], Interrupted()
+        known.later = queues[1:]
+        known.add(queues[0])
+        assert known.only is None
+        with pytest.raises(ConfigurationError, match=f"registered with {number + 1} queues"):
+            known.choose("ping")
 
 
 def test_a_bound_executor_cannot_be_registered(queue, ping):
