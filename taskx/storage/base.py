@@ -12,14 +12,15 @@ from typing import Any, ClassVar, Literal, TypeVar
 
 import attrs
 
-from taskx.core import lifecycle
-from taskx.core.clock import LAST, SYSTEM_CLOCK, Clock, to_datetime, to_ms
+from taskx.core import lifecycle, payload
+from taskx.core.clock import LAST, SYSTEM_CLOCK, Clock, to_datetime, to_ms, within_calendar
 from taskx.core.codec import Codec, Codecs
 from taskx.core.creation import new_record, storable
 from taskx.core.errors import (
     ConfigurationError,
     DuplicateTask,
     InvalidTransition,
+    PayloadError,
     RepositoryUnavailable,
     TaskNotFound,
 )
@@ -322,7 +323,7 @@ class Repository(TaskRepository):
         end, listed = (
             (filter.end_date, []) if after is None else check_place(after, (int, type(None)), list)
         )
-        end = to_datetime(end) if isinstance(end, int) else end
+        end = to_datetime(within_calendar(end)) if isinstance(end, int) else end
         known = {task_id for task_id in listed if isinstance(task_id, str)}
         some = self.list(attrs.evolve(filter, end_date=end, limit=filter.limit + len(known)))
         tasks = [task for task in some if task.id not in known]
@@ -558,7 +559,12 @@ def check_place(after: Any, *kinds: type | tuple[type, ...]) -> tuple[Any, ...]:
     changed.
     """
     values = tuple(after) if isinstance(after, (list, tuple)) else ()
-    if len(values) != len(kinds) or not all(map(isinstance, values, kinds)):
+    try:
+        payload.encode(values, "after", payload.NO_LIMIT)
+        valid = len(values) == len(kinds) and all(map(isinstance, values, kinds))
+    except PayloadError:
+        valid = False
+    if not valid:
         raise ConfigurationError(
             f"after is not a place in a list of this repository: {after!r:.100}"
         )

@@ -315,7 +315,16 @@ class TestPages:
 
     @pytest.mark.every_store
     def test_a_place_that_was_changed_is_refused(self, queue):
-        for place in ([1], [[], {}], {"$gt": ""}, '[{"$code": 1}, {"a": 1}]', ["a", "b", "c"], 5):
+        for place in (
+            *(5, [1], [[], {}], {"$gt": ""}, ["a", "b", "c"], [2**70, 1], ["\ud800", 1]),
+            *(
+                '[{"$code": 1}, "a"]',
+                '[1, {"$gt": ""}]',
+                '[1, {"$oid": "x"}]',
+                '[1, {"$binary": 5}]',
+            ),
+            '[{"$date": {"$numberLong": "99999999999999999999999"}}, "a"]',
+        ):
             text = base64.urlsafe_b64encode(json.dumps([place, 1, 9, True, None]).encode()).decode()
             with pytest.raises(ConfigurationError, match="after is not a place in a list"):
                 queue.list_tasks(after=text)

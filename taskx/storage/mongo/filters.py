@@ -8,9 +8,8 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from bson import json_util
+from bson import encode, json_util
 from bson.codec_options import DatetimeConversion
-from bson.errors import InvalidBSON
 from pymongo import ASCENDING, DESCENDING, IndexModel
 from pymongo.errors import OperationFailure
 
@@ -154,8 +153,9 @@ def _place(after: Any) -> tuple[Any, Any]:
     try:
         created_at, task_id = json_util.loads(after, json_options=_JSON)
         if isinstance(created_at, (dict, list)) or isinstance(task_id, (dict, list)):
-            raise ValueError("not two values")
-    except (TypeError, ValueError, InvalidBSON, RecursionError) as error:
+            raise ValueError("not two plain values")
+        encode({"place": [created_at, task_id]})
+    except Exception as error:
         raise ConfigurationError(
             f"after is not a place in a list of this repository: {after!r:.100}"
         ) from error
