@@ -41,6 +41,11 @@ def show(params: Any, redact: tuple[str, ...] = SECRETS, limit: int = SHORT) -> 
     return text
 
 
+def is_secret(key: str, redact: tuple[str, ...] = SECRETS) -> bool:
+    """Return True if the value of a key must be hidden."""
+    return _pattern(redact).search(_plain(key)) is not None
+
+
 def check_redact(words: Iterable[str]) -> tuple[str, ...]:
     """Return the words as a tuple. Raises ConfigurationError if one is no text with letters or digits."""
     wrong = isinstance(words, (str, bytes))  # a text is a sequence of letters, too

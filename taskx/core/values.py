@@ -29,6 +29,7 @@ from uuid import UUID
 import attrs
 
 from taskx.core.errors import PayloadError
+from taskx.core.redact import is_secret
 
 _NONE = type(None)
 _LISTS = (list, abc.Sequence, abc.MutableSequence, abc.Collection, abc.Iterable)
@@ -43,12 +44,21 @@ class Misfit(Exception):
     Attributes:
         problem: what is wrong with the value, as text.
         path: the place of the value inside the value that is coded.
+        quiet: the problem without the value itself, for a value that is secret.
     """
 
-    def __init__(self, problem: str, path: str = "") -> None:
+    def __init__(self, problem: str, path: str = "", quiet: str = "") -> None:
         super().__init__(problem, path)
         self.problem = problem
         self.path = path
+        self.quiet = quiet or problem
+
+    def under(self, key: str, *, secret: bool = False) -> Misfit:
+        """Return the error as one of the value that has this one at ``key``."""
+        misfit = Misfit(self.quiet if secret else self.problem, f"{key}{self.path}", self.quiet)
+        # The cause may have the value in its text.
+        misfit.__cause__ = None if secret else self.__cause__
+        return misfit
 
 
 def _not(expected: str, value: Any, back: bool) -> Misfit:
@@ -57,12 +67,13 @@ def _not(expected: str, value: Any, back: bool) -> Misfit:
     The text has the value itself only if a caller gave it. The error of a stored value is stored and
     logged, and params may be secret.
     """
-    shown = type(value).__name__
+    quiet = shown = type(value).__name__
     if isinstance(value, (str, int, float)) and not back:
         shown = f"{value!r:.80}"
     elif isinstance(value, (list, tuple)):
-        shown = f"{shown} of {len(value)}"
-    return Misfit(f"must be {expected}, not {shown}")
+        quiet = shown = f"{shown} of {len(value)}"
+    what = f"must be {expected}, not"
+    return Misfit(f"{what} {shown}", quiet=f"{what} {quiet}")
 
 
 # --- the forms
@@ -216,9 +227,8 @@ class _Fields(Form):
         try:
             return self.kind(**{self.parameters[n].name: item for n, item in fields.items()})
         except Exception as error:
-            raise Misfit(
-                f"{self.kind.__name__} cannot be made: {type(error).__name__}: {error}"
-            ) from error
+            quiet = f"{self.kind.__name__} cannot be made: {type(error).__name__}"
+            raise Misfit(f"{quiet}: {error}", quiet=quiet) from error
 
 
 @attrs.frozen(eq=False)
@@ -239,7 +249,8 @@ def _each(values: Sequence[Any], forms: Iterable[Form | None], back: bool) -> li
         for value, form in zip(values, forms, strict=False):  # the forms may have no end
             made.append(value if form is None else form.coded(value, back))
     except Misfit as misfit:
-        raise Misfit(misfit.problem, f"[{len(made)}]{misfit.path}") from misfit.__cause__
+        inner = misfit.under(f"[{len(made)}]")
+        raise inner from inner.__cause__
     return made
 
 
@@ -250,7 +261,8 @@ def _items(values: Mapping[Any, Any], forms: Mapping[Any, Form | None], back: bo
         try:
             made[key] = value if form is None else form.coded(value, back)
         except Misfit as misfit:
-            raise Misfit(misfit.problem, f".{key}{misfit.path}") from misfit.__cause__
+            inner = misfit.under(f".{key}", secret=is_secret(str(key)))
+            raise inner from inner.__cause__
     return made
 
 

@@ -356,6 +356,47 @@ def test_a_stored_list_may_leave_out_the_defaults_of_a_named_tuple():
             decoded(Spot, wrong)
 
 
+@dataclass
+class Password:
+    text: str
+
+    def __post_init__(self):
+        raise ValueError(f"{self.text} is too short")
+
+
+@dataclass
+class Login:
+    password: Password
+
+
+class TestSecrets:
+    @pytest.mark.parametrize(
+        ("annotation", "value"),
+        [
+            (UUID, "hunter2"),
+            (datetime, "hunter2"),
+            (list[dict[str, Decimal]], [{"part": "hunter2"}]),
+        ],
+    )
+    def test_the_value_of_a_secret_key_is_in_no_error(self, annotation, value):
+        def function(api_token):
+            raise NotImplementedError
+
+        function.__annotations__ = {"api_token": annotation}
+        values = values_of(function, list(inspect.signature(function).parameters.values()))
+        with pytest.raises(
+            PayloadError, match=r"params\.api_token.* must be .*, not str"
+        ) as caught:
+            values.encode_params({"api_token": value})
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+    def test_the_error_of_a_class_is_hidden_for_a_secret_field(self):
+        stored = {"x": {"password": {"text": "hunter2"}}}
+        with pytest.raises(PayloadError, match="Password cannot be made: ValueError$") as caught:
+            values_for(Login).decode_params(stored)
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value))
+
+
 class TestRefusal:
     @pytest.mark.parametrize(
         ("annotation", "value", "path", "problem"),
