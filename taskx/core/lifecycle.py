@@ -865,7 +865,7 @@ def _status_change(stored: Task, status: TaskStatus, now: int) -> dict[str, Any]
         }
     if status is TaskStatus.PENDING:
         if stored.status is TaskStatus.RUNNING:
-            return {"status": PENDING, "started_at": None, "owner": ""}
+            return {"status": PENDING, "started_at": None, "owner": "", "expires_at": None}
         return dict(requeue(stored, now).changes)
     changes = {"status": status.value, "completed_at": now, "owner": "", "waiting_on": None}
     changes["expires_at"] = None

@@ -375,6 +375,31 @@ def test_a_requeued_task_has_no_expiry(make_queue, clock):
 
 
 @pytest.mark.every_store
+def test_a_started_task_that_is_made_pending_by_hand_never_expires(queue, repository):
+    queue.declare("remote")
+    handle = queue.submit("remote", expires=3600)
+    repository.update_status(handle.id, TaskStatus.RUNNING)
+    running = handle.task()
+    running.expires_at = datetime.now(timezone.utc) + SECOND
+    running.status = TaskStatus.PENDING
+    repository.update(running)
+    assert (handle.task().status, handle.task().expires_at) == (TaskStatus.PENDING, None)
+
+
+@pytest.mark.every_store
+def test_a_run_that_is_taken_from_its_worker_never_expires(make_queue, repository, gate):
+    queue = make_queue()
+    queue.executor("gate")(gate)
+    queue.start()
+    handle = queue.submit("gate", expires=3600)
+    gate.wait_for(1)
+    queue.pause("gate")
+    repository.update_status(handle.id, TaskStatus.PENDING)
+    assert handle.task().expires_at is None
+    gate.open()
+
+
+@pytest.mark.every_store
 @pytest.mark.parametrize("end", ["cancel", "orphan", "run", "done", "delete"])
 def test_only_a_task_that_can_expire_is_in_the_index(queue, repository, end):
     queue.declare("remote")
