@@ -430,11 +430,13 @@ def test_a_task_that_has_crashed_waits_for_another_such_task(make_queue, gate):
     )
 
 
-def test_a_task_is_held_by_a_stuck_attempt(make_queue, gate, asker):
-    queue = make_queue(worker_num=2)
-    queue.executor("hang", timeout=0.01, grace=0.01, max_attempts=2)(gate)
+def test_a_task_is_held_by_a_stuck_attempt(make_queue, gate, asker, clock):
+    queue = make_queue(worker_num=2, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0, max_attempts=2)(gate)
     queue.start()
     handle = queue.submit("hang")
+    gate.wait_for()
+    clock.advance(60)
     eventually(lambda: handle.task().stuck_on)
     reason = only(queue, handle, "stuck")
     assert reason.facts["name"] == node_of(queue).record.name
@@ -589,11 +591,13 @@ def test_a_cancelled_task_says_when(queue):
     )
 
 
-def test_a_failed_task_whose_thread_runs_on_says_so(make_queue, gate):
-    queue = make_queue(worker_num=2)
-    queue.executor("hang", timeout=0.01, grace=0.01)(gate)
+def test_a_failed_task_whose_thread_runs_on_says_so(make_queue, gate, clock):
+    queue = make_queue(worker_num=2, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0)(gate)
     queue.start()
     handle = queue.submit("hang")
+    gate.wait_for()
+    clock.advance(60)
     eventually(lambda: (task := handle.task()).stuck_on and task.status == "failed")
     assert kinds(ask(queue, handle)) == ["failed", "stuck"]
 
