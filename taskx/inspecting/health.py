@@ -29,8 +29,6 @@ _MOST_STUCK = 10_000
 _PAGE = 1000
 # Most names in the facts of a problem.
 _NAMED = 100
-# Milliseconds by which the clock of another host may be ahead.
-_APART = 60_000
 #: Seconds after which a repository that does not answer counts as away.
 PATIENCE = 5.0
 
@@ -247,13 +245,11 @@ class _Check:
             return
         most, period = self._wanted.failed
         limit = max(MOST_FAILED, 2 * most)
-        newest = self._repository.ended(FAILED, self.now + _APART, limit)
-        types = {ended.stub.id: ended.stub.type for ended in newest}
-        found = self._repository.find("id", [*types], ("id", "completed_at"))
-        late = [i for i, at in found if at is not None and at >= self.now - period]
+        newest = self._repository.newest(FAILED, limit, ("type", "completed_at"))
+        late = [type for type, at in newest if isinstance(at, int) and at >= self.now - period]
         if len(late) <= most:
             return
-        by_type = Counter(types[i] for i in late)
+        by_type = Counter(late)
         names = listed([f"{count} of {type}" for type, count in by_type.most_common()])
         words = (
             f"{counted(len(late), 'task')} failed in the last {duration(period / 1000)} ({names}), "

@@ -216,16 +216,31 @@ def test_only_the_newest_failures_are_read(idle, monkeypatch):
     assert only(idle, "failed", failed=(3, 60), nodes=0).facts["failed"] == 4
 
 
+def test_a_failed_task_whose_thread_runs_on_is_a_failure(make_queue, gate, clock):
+    queue = make_queue(worker_num=1, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0)(gate)
+    queue.start()
+    handle = queue.submit("hang")
+    gate.wait_for()
+    clock.advance(60)
+    eventually(lambda: handle.task().status == "failed")
+    assert handle.task().stuck_on
+    assert only(queue, "failed", failed=(0, 3600), stuck=1).facts["types"] == {"hang": 1}
+
+
 # Stuck threads
 
 
-def test_stuck_threads_are_a_problem_for_every_queue_that_asks(make_queue, gate):
-    queue, other = make_queue(worker_num=1, max_stuck=1), make_queue(max_stuck=1)
-    queue.executor("hang", timeout=0.01, grace=0.01)(gate)
+def test_stuck_threads_are_a_problem_for_every_queue_that_asks(make_queue, gate, clock):
+    queue = make_queue(worker_num=1, max_stuck=1, clock=clock)
+    other = make_queue(max_stuck=1, clock=clock)
+    queue.executor("hang", timeout=60, grace=0.0)(gate)
     queue.start()
     for number in (1, 2):
         assert queue.healthy
         handle = queue.submit("hang")
+        gate.wait_for()
+        clock.advance(60)
         eventually(lambda: handle.task().stuck_on)  # noqa: B023
         assert len(pool_of(queue).stuck.runs) == number
     assert (queue.healthy, other.healthy) == (False, True)
