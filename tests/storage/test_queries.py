@@ -4,11 +4,12 @@ import attrs
 import pytest
 from helpers import first_waiting, held_on, those_with, waiting_keys
 
-from taskx import TaskFilter, TaskStatus
+from taskx import ConfigurationError, TaskFilter, TaskStatus
 from taskx.core import lifecycle
 from taskx.core.lifecycle import Ending
 from taskx.core.writes import Delete, Update
-from taskx.storage.queries import matching, oldest_ready, owners, page, shown
+from taskx.storage import queries
+from taskx.storage.queries import count, matching, oldest_ready, owners, page, shown
 from taskx.submitting.operations import children
 from taskx.upkeep.housekeeper import unfinished
 from taskx.upkeep.retention import needed
@@ -131,6 +132,60 @@ class TestMatching:
         assert limits == [2]
         next(found)
         assert limits == [2, 2]
+
+
+class TestConditions:
+    """Conditions that some repositories do not know: the queries apply them task by task."""
+
+    @pytest.fixture
+    def nine(self, store, add, clock, in_batches):
+        """Nine tasks, three of which have an id with "y"; several were created at the same time."""
+        in_batches(lists=2)
+        for n in range(9):
+            clock.advance(n % 2)
+            add(f"{'x' if n % 3 else 'y'}{n}", type="ab"[n % 2], params=f'{{"n":{n}}}')
+        return [task.id for task in store.list(TaskFilter())]
+
+    @pytest.mark.parametrize("limit", [1, 2, 3, 5, 6, 7])
+    @pytest.mark.parametrize("prefix", ["x", "y", "y6", "z", ""])
+    def test_pages_cover_the_matches_exactly_once(self, store, nine, prefix, limit):
+        expected = [task_id for task_id in nine if task_id.startswith(prefix)]
+        wanted = TaskFilter(id_prefix=prefix, limit=limit)
+        found, made = [], page(store, wanted)
+        while made.tasks:
+            assert len(made.tasks) == limit or made.next is None
+            found += [task.id for task in made.tasks]
+            assert (made.total, made.more) == (len(expected), len(expected) - len(found))
+            if made.next is None:
+                break
+            made = page(store, wanted, made.next)
+        assert found == expected
+        assert [task.id for task in matching(store, wanted)] == expected[:limit]
+        skipped = page(store, attrs.evolve(wanted, offset=2))
+        assert [task.id for task in skipped.tasks] == expected[2:][:limit]
+
+    @pytest.mark.parametrize("at_most", [None, 1, 3, 4])
+    def test_matches_are_counted_up_to_a_number(self, store, nine, at_most):
+        counted = count(store, TaskFilter(id_prefix="y", limit=1), at_most)
+        assert (counted, counted.exact) == (min(3, at_most or 3), (at_most or 3) >= 3)
+        assert count(store, TaskFilter(id_prefix="y", type="b"), at_most) == 1
+        assert count(store, TaskFilter(error="x"), at_most) == 0
+
+    def test_params_are_searched_or_refused(self, store, nine, monkeypatch):
+        wanted = TaskFilter(params={"n": 3}, type="b")
+        if "params" in store.conditions and store.codecs.given:
+            for query in (page, count, lambda *args: next(matching(*args))):
+                with pytest.raises(ConfigurationError, match="a codec hides them"):
+                    query(store, wanted)
+            return
+        assert [task.id for task in page(store, wanted).tasks] == ["y3"]
+        assert [task.id for task in matching(store, wanted)] == ["y3"]
+        assert count(store, wanted) == 1
+        monkeypatch.setattr(queries, "SEARCHED", 2)
+        assert (page(store, wanted).total, page(store, wanted).exact) == (0, False)
+        assert page(store, wanted).searched_since == store.get_by_id("x7").created_at
+        assert count(store, wanted) == 1
+        assert not count(store, wanted, 5).exact
 
 
 def delete_all(store):
