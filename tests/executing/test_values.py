@@ -297,6 +297,18 @@ def test_a_child_process_gets_and_returns_objects(ready):
     assert handle.task().result == "2026-02-01"
 
 
+@pytest.mark.process
+def test_middleware_may_give_an_object_to_a_child_process(make_queue):
+    def parse(ctx, task, call_next):
+        task.params.update(day=date(2026, 1, 31))
+        return call_next()
+
+    queue = make_queue(middleware=[parse])
+    queue.register_executor(isolated.tomorrow)
+    queue.start()
+    assert isolated.tomorrow.submit(date(2020, 1, 1)).result(PATIENCE) == date(2026, 2, 1)
+
+
 def test_an_executor_that_is_replaced_brings_its_own_annotations(ready):
     @ready.executor("day", replace=True)
     def day(of: date) -> date:

@@ -107,6 +107,7 @@ class Isolated:
             self._code.__module__ == "__main__"
         )
         self._grace = entry.options.patience
+        self._values = entry.values
         self._max_payload_size = max_payload_size
 
     def __call__(self, ctx: Context, /, **params: Any) -> Any:
@@ -115,12 +116,16 @@ class Isolated:
         Raises ``Remote``, ``ChildDied`` or ``ChildKilled``.
         """
         self._check_name()
+        task = ctx.task.to_dict()
+        if (values := self._values) is not None:  # middleware may have decoded params
+            task["params"] = values.encode_params(task["params"])
+            params = values.encode_params(params)
         request = {
             "type": self._type,
             "address": self._address,
             "main": self._main,
-            "task": ctx.task.to_dict(),
-            "params": None if ctx.task.params == params else params,
+            "task": task,
+            "params": None if task["params"] == params else params,
             "max_payload_size": self._max_payload_size,
             "left": ctx.remaining(),
             "asked_at": time.monotonic(),
