@@ -392,7 +392,7 @@ class TestSecrets:
 
     def test_the_error_of_a_class_is_hidden_for_a_secret_field(self):
         stored = {"x": {"password": {"text": "hunter2"}}}
-        with pytest.raises(PayloadError, match="Password cannot be made: ValueError$") as caught:
+        with pytest.raises(PayloadError, match=r"Password cannot be made: ValueError$") as caught:
             values_for(Login).decode_params(stored)
         assert "hunter2" not in "".join(traceback.format_exception(caught.value))
 
