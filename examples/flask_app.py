@@ -17,9 +17,9 @@ gunicorn
     the master makes the app and a fork does not copy the master's threads.
 
 Other servers
-    For a server without such a hook (``flask run``, uWSGI), use
-    ``app.before_request(queue_of(app).start)``. Further calls of ``start()`` do nothing. The
-    disadvantage: after a restart, no task runs before the first request.
+    For ``flask run`` see *Flask* in ``docs/web.rst``: the factory itself starts the queue there. For a
+    server without such a hook, use ``app.before_request(queue_of(app).start)``. Further calls of
+    ``start()`` do nothing. The disadvantage: after a restart, no task runs before the first request.
 """
 
 from __future__ import annotations
