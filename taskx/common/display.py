@@ -10,6 +10,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable
+from importlib.util import find_spec
 from typing import Any, Protocol
 
 # Seconds between two lines of a display that cannot be redrawn.
@@ -116,12 +117,14 @@ class _Bar:
 
 
 def _bar(title: str) -> _Bar | None:
-    """Return a bar, or None if rich is not installed or nothing can be redrawn."""
+    """Return a bar, or None if a package is not installed or nothing can be redrawn."""
     try:
         from rich import console, progress
     except ImportError:
         return None
     screen = console.Console(stderr=True)
+    if screen.is_jupyter and find_spec("ipywidgets") is None:
+        return None  # rich would only warn that it is missing
     if not (screen.is_terminal or screen.is_jupyter):
         return None
     columns = (

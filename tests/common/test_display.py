@@ -71,6 +71,14 @@ def test_a_bar_needs_no_thread(capsys, terminal):
     assert "4/4" in capsys.readouterr().err
 
 
+def test_a_notebook_gets_lines_if_ipywidgets_is_not_installed(capsys, monkeypatch):
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setitem(sys.modules, "ipywidgets", None)
+    with Display("digest", 2) as shown:
+        shown.add(done=2)
+    assert capsys.readouterr() == ("", "digest: 2 of 2 (100%)\n")
+
+
 def test_a_terminal_gets_lines_if_rich_is_not_installed(capsys, terminal, monkeypatch):
     monkeypatch.setitem(sys.modules, "rich", None)
     with Display("digest", 1) as shown:
