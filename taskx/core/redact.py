@@ -71,6 +71,13 @@ def _pattern(redact: tuple[str, ...]) -> re.Pattern[str]:
     return re.compile("|".join(map(_plain, redact)) or r"(?!)")
 
 
+def _name(key: Any) -> str:
+    kind = type(key)
+    if kind is str:
+        return str(key)
+    return repr(key) if key is None or kind in (bool, int, float) else f"<{kind.__name__}>"
+
+
 def _parts(value: Any, secret: re.Pattern[str], limit: int) -> Iterator[str]:
     """Yield the text in parts, none of them much longer than ``limit``. Never calls code of the value."""
     kind = type(value)
@@ -81,8 +88,9 @@ def _parts(value: Any, secret: re.Pattern[str], limit: int) -> Iterator[str]:
     elif kind is dict:
         yield "{"
         for number, (key, item) in enumerate(value.items()):
-            yield f"{', ' if number else ''}{str(key)[: limit + 1]!r}: "
-            if secret.search(_plain(str(key))):
+            name = _name(key)[: limit + 1]  # the value of a longer one is cut off
+            yield f"{', ' if number else ''}{name!r}: "
+            if secret.search(_plain(name)):
                 yield HIDDEN
             else:
                 yield from _parts(item, secret, limit)
