@@ -209,6 +209,8 @@ def expire(task: Task, now: int) -> list[Update]:
     assert task.expires_at is not None
     expires_at = to_ms(task.expires_at)
     error = f"expired at {to_text(expires_at)} before its first start"
+    if task.earlier_attempts:  # those of the task that this one has replaced
+        error += " since it was replaced"
     changes = {"completed_at": now, "error": error}
     return _cancel_pending(
         task.id, {"expires_at": expires_at}, changes, durable=False, move="expire"

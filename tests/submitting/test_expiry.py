@@ -15,6 +15,7 @@ from taskx import (
     Hook,
     RepositoryError,
     Retry,
+    RetryPolicy,
     Snooze,
     Task,
     TaskStatus,
@@ -531,6 +532,23 @@ def test_a_replaced_task_gets_the_expiry_of_the_new_one(remote, clock):
         left_now = left(remote, clock, unique_key="k", on_conflict="replace", **options)
         assert left_now == seconds
     assert remote.list_tasks()[1] == 1
+
+
+def test_a_replaced_retry_expires_if_the_new_params_never_start(make_queue, clock):
+    queue = make_queue(clock=clock)
+    queue.executor("broken", max_attempts=2, retry=RetryPolicy(2, base=600, jitter=0))(
+        lambda n: 1 / n
+    )
+    queue.start()
+    handle = queue.submit("broken", {"n": 0}, unique_key="k")
+    eventually(lambda: handle.task().errors == 1)
+    queue.submit("broken", {"n": 1}, unique_key="k", on_conflict="replace", delay=60, expires=1)
+    queue.pause("broken")
+    clock.advance(61)
+    assert wait([handle], PATIENCE).done
+    status, error, expires_at, _ = ends_as(handle.task())
+    assert (status, expires_at) == ("cancelled", None)
+    assert error.endswith("before its first start since it was replaced")
 
 
 def test_the_tasks_of_a_schedule_expire_after_their_tick():
