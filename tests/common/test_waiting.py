@@ -446,7 +446,7 @@ def test_types_that_could_not_be_recorded_are_recorded_later(queue, repository, 
     liveness = repository.liveness
     record = liveness.record_types
 
-    def failing(node, types):
+    def failing(*args):
         monkeypatch.setattr(liveness, "record_types", record)
         raise RepositoryUnavailable("away")
 
