@@ -122,6 +122,8 @@ class Queue:
             self.config.max_payload_size,
             self._warn_of_first_use,
         )
+        # The JSON forms of params and results, by type. Handles decode results by them.
+        self._values: Mapping[str, Values] = self._registry.values
         self._schedules = Schedules(self.handle)
         self.repository.queues.add(self)
         self._wire()
@@ -1064,11 +1066,6 @@ class Queue:
         self._services.watcher.renew_after_fork()
         self._life.forget()
         self._wire()
-
-    @property
-    def _values(self) -> Mapping[str, Values]:
-        """The JSON forms of params and results, by type; handles decode results by them."""
-        return self._registry.values
 
     @property
     def _node(self) -> LocalNode | None:
