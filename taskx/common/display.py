@@ -125,7 +125,7 @@ def _bar(title: str) -> _Bar | None:
     screen = console.Console(stderr=True)
     if screen.is_jupyter and find_spec("ipywidgets") is None:
         return None  # rich would only warn that it is missing
-    if not (screen.is_terminal or screen.is_jupyter):
+    if not (screen.is_terminal or screen.is_jupyter) or screen.is_dumb_terminal:
         return None
     columns = (
         progress.TextColumn("{task.description}", markup=False),

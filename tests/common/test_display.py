@@ -86,6 +86,14 @@ def test_a_terminal_gets_lines_if_rich_is_not_installed(capsys, terminal, monkey
     assert capsys.readouterr().err == "digest: 1 of 1 (100%)\n"
 
 
+def test_a_terminal_that_cannot_redraw_gets_lines(capsys, terminal, monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    monkeypatch.setattr(display, "_BETWEEN_LINES", 0.0)
+    with Display("digest", 2) as shown:
+        shown.add(done=1)
+        assert capsys.readouterr().err == "digest: 1 of 2 (50%)\n"
+
+
 def test_a_display_without_updates_shows_nothing(capsys):
     with Display("digest", 4):
         pass
