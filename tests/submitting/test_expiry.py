@@ -18,6 +18,7 @@ from taskx import (
     RetryPolicy,
     Snooze,
     Task,
+    TaskFilter,
     TaskStatus,
     chain,
     every,
@@ -373,6 +374,18 @@ def test_a_requeued_task_has_no_expiry(make_queue, clock):
     queue.resume("fine")
     assert queue.handle(second.id).result(PATIENCE) == "fine"
     assert ends_as(first.task()) == ("completed", "", None, 1)
+
+
+def test_a_map_that_is_run_again_requeues_expired_items(make_queue):
+    queue, items = make_queue(), [{"n": 1}, {"n": 2}]
+    queue.executor("double", expires=0.001)(lambda n: 2 * n)
+    queue.pause("double")
+    queue.start()
+    with pytest.raises(CancelledError):
+        next(queue.map("double", items))
+    eventually(lambda: queue.count_tasks(TaskFilter(status="cancelled")) == 2)
+    queue.resume("double")
+    assert list(queue.map("double", items)) == [2, 4]
 
 
 @pytest.mark.every_store
