@@ -118,7 +118,10 @@ def _slot(type: str, limit: Limit, holders: Sequence[str], nodes: Mapping[str, i
         where = "of all nodes together"
     else:
         where = f"on {'node' if len(nodes) == 1 else 'each of the nodes'} {listed([*nodes])}"
-    who = f"held by task {listed(holders)}" if holders else f"kept by node {listed([*nodes])}"
+    if holders:
+        who = f"held by {'task' if len(holders) == 1 else 'tasks'} {listed(holders)}"
+    else:
+        who = f"kept by {'node' if len(nodes) == 1 else 'nodes'} {listed([*nodes])}"
     slots = "The only slot" if most == 1 else f"All {counted(most, 'slot')}"
     words = f"{slots} of type {type!r} {where} {'is' if most == 1 else 'are'} {who}."
     return Reason("slot", words, facts)

@@ -281,6 +281,7 @@ def test_the_slots_of_all_nodes_are_one_reason(make_queue, gate, asker, scope):
     assert set(reason.facts["nodes"]) <= names
     where = "of all nodes together" if scope == "global" else "on each of the nodes "
     assert str(reason).startswith(f"All 2 slots of type 'hold' {where}")
+    assert " are held by tasks " in str(reason)
 
 
 def test_slots_that_a_node_keeps_without_a_task_are_a_reason(queue, monkeypatch):
