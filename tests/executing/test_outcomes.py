@@ -676,7 +676,8 @@ def test_a_list_and_its_total_count_agree(queue, monkeypatch, limit):
 
         return reads
 
-    monkeypatch.setattr(queue.repository, "list", one_more_after(queue.repository.list))
+    read = queue.repository.list_after
+    monkeypatch.setattr(queue.repository, "list_after", one_more_after(read))
     tasks, total = queue.list_tasks(TaskFilter(limit=limit))
     assert len(tasks) == 1
     assert total == 1 or (limit == 1 and total == 2)  # then it is on the next page
