@@ -386,6 +386,7 @@ class Life:
         self.queue.resume("fine")
         self.until(COMPLETED, waiting)
         self.make_queue().start()  # a node without executors
+        eventually(lambda: not pool.fetcher.alone)  # a node that is alone takes nothing from others
         web = self.make_queue()
         web.declare("fine")
         self.until(COMPLETED, web.submit("fine").id)

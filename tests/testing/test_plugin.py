@@ -202,6 +202,7 @@ def test_a_failed_assertion_shows_the_line_of_the_test_only(project):
     assert "raise AssertionError" not in told
 
 
+@pytest.mark.process
 def test_a_project_that_does_not_use_it_does_not_pay_for_it(project):
     """TaskX is not even imported; nothing is collected from it."""
     project.write("test_other.py", "def test_nothing(): pass")
