@@ -14,6 +14,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -241,7 +242,23 @@ def make_queue(repository: Repository) -> Iterator[Callable[..., Queue]]:
         queue.stop(timeout=PATIENCE, cancel=True)
         services_of(queue).watcher.close()  # no test waits for unfinished tasks any more
     # A thread that works after the repository is closed would open it again and leave it open.
-    eventually(lambda: not [t for t in threading.enumerate() if t.name.startswith(_AT_WORK)])
+    _wait_for_threads()
+
+
+def _wait_for_threads() -> None:
+    """Wait until the threads of all queues have ended. Else fail, and show what they do."""
+    deadline = time.monotonic() + PATIENCE
+    pause = threading.Event()
+    while remaining := [t for t in threading.enumerate() if t.name.startswith(_AT_WORK)]:
+        if time.monotonic() > deadline:
+            pytest.fail("\n".join(["threads have not ended", *map(_described, remaining)]))
+        pause.wait(0.005)
+
+
+def _described(thread: threading.Thread) -> str:
+    frame = sys._current_frames().get(thread.ident or 0)
+    stack = "".join(traceback.format_stack(frame)) if frame else "  (runs no Python code)"
+    return f"{thread!r}:\n{stack}"
 
 
 _AT_WORK = ("taskx-worker", "taskx-housekeeper", "taskx-stop", "taskx-watch", "taskx-listen")

@@ -137,6 +137,9 @@ class Watcher:
                 live.append(handle)
             else:  # an exception struck while it was being dropped
                 self._drop(task_id, key, ref)
+        if not refs and task_id in self._handles:
+            # An exception struck before the first handle was noted, or after the last one was dropped.
+            self._drop(task_id, 0)
         return live
 
     # --- checking

@@ -14,7 +14,7 @@ from contextlib import suppress
 
 import pytest
 from helpers import PATIENCE, eventually, housekeeper_of, pool_of, run_in_thread, services_of
-from strikes import Strike, strike_at
+from strikes import Strike, every_strike, strike_at
 
 from taskx import (
     Queue,
@@ -168,6 +168,22 @@ def test_the_next_check_drops_a_dead_handle(queue):
     watcher._handles["a"] = {1: gone}
     watcher.check_all()
     assert not watcher.watching
+
+
+@pytest.mark.parametrize("closed", [False, True])
+@strikes
+def test_no_interrupt_leaves_a_task_watched_without_a_handle(queue, closed):
+    """Else the watcher's thread would never end."""
+    queue.declare("t")
+    task_id, watcher = queue.submit("t").id, services_of(queue).watcher
+    watcher.ensure_polling = lambda: None  # no other thread drops it
+    left = 0
+    for strike in every_strike(lambda point: queue.handle(task_id).done()):
+        left += watcher.watching
+        watcher._close_all() if closed else watcher.check_all()
+        assert not watcher.watching, strike
+    assert left  # some interrupts leave work to the next check
+    del watcher.ensure_polling
 
 
 def test_a_handle_that_timed_out_is_freed(queue):
