@@ -12,7 +12,7 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 from taskx.common import handles
@@ -225,9 +225,10 @@ class Watcher:
         while self._thread is me and self._handles and (self._closed or not self._agenda.attended):
             pause, watched = _POLL, len(self._handles)
             try:
-                self.tell()
+                with suppress(RepositoryError) if self._closed else nullcontext():
+                    self.tell()
                 if self._closed:
-                    self._close_all()
+                    self._close_all()  # it reads nothing, so it works while the repository is down
                 elif changed() or told or time.monotonic() - looked > handles.POLL_INTERVAL:
                     began = time.monotonic()
                     self.check_all()

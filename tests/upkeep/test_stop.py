@@ -503,6 +503,19 @@ def test_waiting_for_a_task_of_a_closed_queue_raises_queue_stopped(queue, reposi
     repository.close()  # the last read opened it again
 
 
+def test_a_close_while_the_repository_is_down_ends_all_handles(queue, repository):
+    """The watcher's thread ends, even if the main thread has left it an ended task to tell of."""
+    queue.declare("remote")
+    handle, called, watcher = queue.submit("remote"), threading.Event(), services_of(queue).watcher
+    handle.add_done_callback(lambda handle: called.set())
+    repository.down = True
+    watcher._ended.append(handle.id)
+    queue.close()
+    assert called.wait(PATIENCE)
+    assert isinstance(handle.exception(0), QueueStopped)
+    eventually(lambda: "taskx-watch" not in {thread.name for thread in threading.enumerate()})
+
+
 def test_a_drain_ends_when_another_thread_stops_the_queue(started, gate):
     started.executor("hold")(lambda: gate())
     started.submit("hold")
