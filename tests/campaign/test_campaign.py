@@ -311,7 +311,10 @@ PROVOKED: dict[str, tuple[Callable[..., None], str]] = {
     "node without lock": (live_neighbours, "was under way"),
     "acknowledged before the commit": (early_end, "lost"),
     "cancel without guard": (cancel_what_runs, "lived on, but the record is cancelled"),
-    "expiry after the start": (expire_what_ran, "before its first start since it was replaced, but begun"),
+    "expiry after the start": (
+        expire_what_ran,
+        "before its first start since it was replaced, but begun",
+    ),
     "suspects run together": (crash_beside_innocents, "against several suspects"),
     "a last chance beside others": (crashers_beside_innocents, "innocent, but failed"),
 }
