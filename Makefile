@@ -28,7 +28,7 @@ help: ## list the targets
 demo: $(VENV)/installed-core ## run the demo: hash the standard library with tasks
 	@$(BIN)/python examples/checksum.py $(ARGS)
 
-quick: $(VENV)/installed-test ## run the quick tests, in under a minute
+quick: $(VENV)/installed-test ## run the quick tests, in a minute or two
 	@$(BIN)/python -m pytest --numprocesses 4 --dist worksteal -m "$(QUICK)" \
 		--durations 5 --durations-min 1 $(ARGS)
 
