@@ -1,17 +1,18 @@
 """Collect the messages of TaskX's errors and log lines, so that a person can review them.
 
-``make test ARGS="--messages messages.txt"`` writes each message once, by class or level, with
-``…`` in place of values. It needs Python 3.12 or newer, which can report raised exceptions.
+``make test ARGS="--messages=messages.txt"`` writes one message for each ``raise`` and each text that is
+logged, by class or level, with ``…`` in place of values. It needs Python 3.12 or newer, which can report
+raised exceptions.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dis
+import json
 import re
 import sys
 import types
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ class Messages:
 
     def __init__(self, file: Path) -> None:
         self.file = file
-        self.found: dict[str, set[str]] = defaultdict(set)
+        #: A message of each place: a line of the code that raises, or the text that is logged.
+        self.found: dict[str, str] = {}
 
     def start(self) -> None:
         """Record the errors and log lines of TaskX's code from now on, in every thread."""
@@ -58,7 +60,8 @@ class Messages:
         write = GuardedLogger._log
 
         def record(logger: GuardedLogger, level: int, msg: Any, *args: Any, **more: Any) -> None:
-            self.found[f"log {level}"].add(" ".join(str(msg).split()))
+            text = f"log {level}: {' '.join(str(msg).split())}"
+            self.found[text] = text
             write(
                 logger, level, msg, *args, **{**more, "stacklevel": more.get("stacklevel", 1) + 1}
             )
@@ -70,20 +73,22 @@ class Messages:
         if code.co_filename.startswith(SOURCE) and code.co_code[offset] == RAISE:
             # An error of a test may raise any exception when its text is read.
             with contextlib.suppress(BaseException):
-                self.found[type(error).__name__].add(template(str(error)))
+                line = next(line for start, end, line in code.co_lines() if start <= offset < end)
+                text = f"{type(error).__name__}: {template(str(error))}"
+                place = f"{code.co_filename}:{line}"
+                self.found[place] = min(self.found.get(place, text), text)
 
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         """Write the messages of this process. The main process collects those of all processes."""
-        lines = [f"{kind}: {text}" for kind, texts in self.found.items() for text in texts]
         self.file.parent.mkdir(parents=True, exist_ok=True)
-        worker = getattr(session.config, "workerinput", {}).get("workerid")
-        if worker:
-            self.file.with_name(f"{worker}.messages").write_text("\n".join(lines), "utf-8")
+        if worker := getattr(session.config, "workerinput", {}).get("workerid"):
+            part = self.file.with_name(f"{worker}.messages")
+            part.write_text(json.dumps(self.found), "utf-8")
             return
         for part in self.file.parent.glob(PATTERN):
-            lines += part.read_text("utf-8").splitlines()
+            self.found = {**json.loads(part.read_text("utf-8")), **self.found}
             part.unlink()
-        self.file.write_text("\n".join(sorted({*lines} - {""})) + "\n", "utf-8")
+        self.file.write_text("\n".join(sorted({*self.found.values()})) + "\n", "utf-8")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
