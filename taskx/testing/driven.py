@@ -35,31 +35,32 @@ from taskx.upkeep.node import Lifetime, LocalNode
 
 #: The largest buffer: no submit is refused while nothing runs.
 ROOM = 10_000_000
-#: An executor may ask its token so often while no time passes; from then on each look takes a millisecond,
-#: so that a loop which only asks its token comes to its time-out.
-FREE_LOOKS = 1000
-# Seconds that threads are waited for which TaskX has started for callbacks.
+#: The number of times that an executor can check its token while no time passes. Each further check takes
+#: a millisecond, so that a loop which only checks its token reaches its time-out.
+FREE_CHECKS = 1000
+#: The shortest step of the clock that is never lost to rounding, in seconds.
+SHORTEST_STEP = 1e-9
+# Seconds to wait for the threads that TaskX has started for callbacks.
 _PATIENCE = 5.0
-_NEXT = 1e-9
 
 
 class DrivenToken(CancelToken):
     """A token whose waits let time pass on the clock that the test moves, and take none."""
 
-    __slots__ = ("_at", "_looks")
+    __slots__ = ("_at", "_checks")
 
     def __init__(self, deadline: float | None, clock: Clock) -> None:
         super().__init__(deadline, clock)
-        self._at, self._looks = clock.monotonic(), 0
+        self._at, self._checks = clock.monotonic(), 0
 
     @property
     def reason(self) -> CancelReason | None:
         """The reason why the token fired; None as long as it has not."""
         now = self._clock.monotonic()
         if now != self._at:
-            self._at, self._looks = now, 0
-        self._looks += 1
-        if self._looks > FREE_LOOKS and isinstance(self._clock, ManualClock):
+            self._at, self._checks = now, 0
+        self._checks += 1
+        if self._checks > FREE_CHECKS and isinstance(self._clock, ManualClock):
             self._clock.advance(0.001)
         return super().reason
 
@@ -78,7 +79,7 @@ class DrivenToken(CancelToken):
                     "the executor waits for ever: it has no time-out, and no call that may cancel it is "
                     "planned; use clock.call_later(seconds, handle.cancel)"
                 )
-            clock.advance(max(step, _NEXT))
+            clock.advance(max(step, SHORTEST_STEP))
             left = end - clock.monotonic()
         return self.cancelled
 

@@ -30,6 +30,7 @@ from taskx.submitting.intake import Intake
 from taskx.testing import submissions
 from taskx.testing.clock import ManualClock
 from taskx.testing.driven import (
+    SHORTEST_STEP,
     DrivenLifetime,
     DrivenNode,
     DrivenRun,
@@ -41,9 +42,6 @@ from taskx.testing.submissions import Submissions
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack  # in typing from 3.11 on
-
-# The shortest step of the clock that is never lost to rounding, in seconds.
-_STEP = 1e-9
 
 
 #: A type of tasks: its name, or an executor.
@@ -194,7 +192,7 @@ class ManualQueue(Queue):
         """
         end = self.clock.monotonic() + check_number(seconds, "seconds")
         ran = self.run_all()
-        while (left := end - self.clock.monotonic()) > _STEP / 2:
+        while (left := end - self.clock.monotonic()) > SHORTEST_STEP / 2:
             self._pass(min(left, self._until_next()))
             ran += self.run_all()
         return _checked_runs(ran, check=check)
@@ -262,7 +260,7 @@ class ManualQueue(Queue):
 
     def _pass(self, seconds: float) -> None:
         """Let time pass, in which this queue was there."""
-        self.clock.advance(max(seconds, _STEP))
+        self.clock.advance(max(seconds, SHORTEST_STEP))
         self._life.start()
         self._driven.housekeeper.was_there()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from typing import get_args
 
 import pytest
 
@@ -20,16 +21,9 @@ from taskx import (
     TaskStatus,
 )
 from taskx.testing import Faults, InjectedFault, ManualClock, ManualQueue, fail_at, kill_at
+from taskx.testing.faults import Point
 
-POINTS = [
-    "before submit commit",
-    "after submit commit",
-    "before start commit",
-    "after start commit",
-    "in the executor",
-    "before outcome commit",
-    "after outcome commit",
-]
+POINTS = get_args(Point)
 
 
 @pytest.fixture
