@@ -44,6 +44,7 @@ from taskx.flows import Flow, FlowHandle, chain, group
 from taskx.inspecting.failures import FailureGroup, Failures
 from taskx.inspecting.findings import Problem, Reason
 from taskx.inspecting.health import Health
+from taskx.inspecting.history import History, TypeHistory
 from taskx.inspecting.places import Place
 from taskx.inspecting.stats import Percentiles, Stats, TypeStats
 from taskx.queue import Queue, run
@@ -75,6 +76,7 @@ __all__ = [
     "Flow",
     "FlowHandle",
     "Health",
+    "History",
     "Hook",
     "InvalidTransition",
     "MemoryRepository",
@@ -114,6 +116,7 @@ __all__ = [
     "TaskRepository",
     "TaskStatus",
     "TaskxError",
+    "TypeHistory",
     "TypeStats",
     "UnknownTaskType",
     "ZlibCodec",

@@ -50,6 +50,7 @@ from taskx.inspecting.failures import Failures, failures
 from taskx.inspecting.findings import Reason
 from taskx.inspecting.health import Health, own_problems, thresholds
 from taskx.inspecting.health import check as check_health
+from taskx.inspecting.history import History, history
 from taskx.inspecting.reasons import why
 from taskx.inspecting.stats import Stats, stats
 from taskx.moving import Services
@@ -755,6 +756,30 @@ class Queue:
             RepositoryError: the repository cannot be read.
         """
         return stats(self._services, period, at_most)
+
+    def history(
+        self,
+        *,
+        period: float | timedelta = 3600.0,
+        intervals: int = 60,
+        at_most: int = 5_000,
+    ) -> History:
+        """Return how many tasks completed and failed in each interval of a period, and their run times.
+
+        The numbers are of all processes, for charts. As in :meth:`stats`, the tasks are counted among those
+        that were submitted last: the answer's ``since`` and ``complete`` say if these are all. The cost
+        depends on ``at_most``, and hardly on the number of tasks. The queue need not be started.
+
+        Args:
+            period: the seconds before now that are divided into intervals.
+            intervals: the number of equal intervals, 1 to 1,000.
+            at_most: most completed and most failed tasks to read.
+
+        Raises:
+            ConfigurationError: an argument is not valid.
+            RepositoryError: the repository cannot be read.
+        """
+        return history(self._services, period, intervals, at_most)
 
     def failures(
         self, *, type: str | None = None, since: datetime | None = None, at_most: int = 1_000

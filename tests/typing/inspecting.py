@@ -10,6 +10,7 @@ from taskx import (
     FailureGroup,
     Failures,
     Health,
+    History,
     MemoryRepository,
     Percentiles,
     Place,
@@ -17,6 +18,7 @@ from taskx import (
     Queue,
     Reason,
     Stats,
+    TypeHistory,
     TypeStats,
 )
 
@@ -70,6 +72,14 @@ def count() -> None:
     assert_type(stats.to_dict(), dict[str, Any])
     queue.stats(3600)  # type: ignore[call-arg]
     queue.stats(at_most="all")  # type: ignore[arg-type]
+    history = queue.history(period=timedelta(days=1), intervals=24, at_most=100)
+    assert_type(history, History)
+    assert_type(history.completed, tuple[int, ...])
+    assert_type(history.types, Mapping[str, TypeHistory])
+    assert_type(history.types["a"].run_times, tuple[int, ...])
+    assert_type(history.bounds, tuple[float, ...])
+    assert_type(history.to_dict(), dict[str, Any])
+    queue.history(intervals=1.5)  # type: ignore[arg-type]
 
 
 def explain() -> None:
