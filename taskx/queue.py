@@ -312,7 +312,7 @@ class Queue:
             RepositoryError: the task could not be stored. If the error's ``in_doubt`` is True, it may
                 have been stored: submit again with the error's ``task_id`` to find out.
         """
-        wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock)
+        wanted, said = task_of(task, params, options, SubmitOptions, "submit", self._clock, self)
         task_id = self._intake.accept(
             wanted, said.get("priority"), said.get("on_conflict") or "reject"
         )
@@ -560,7 +560,9 @@ class Queue:
             RepositoryError: the schedule could not be stored.
         """
         entry = make_entry(name, spec, tz, misfire, misfire_grace, overlap)
-        wanted, said = task_of(task, params, options, ScheduleOptions, "schedule", self._clock)
+        wanted, said = task_of(
+            task, params, options, ScheduleOptions, "schedule", self._clock, self
+        )
         return self._schedules.declare(entry, wanted, said.get("priority"), said.get("expires"))
 
     def schedules(self) -> dict[str, Schedule]:

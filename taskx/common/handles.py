@@ -60,6 +60,7 @@ class _Outcome(NamedTuple):
     result: Any = None
     exception: BaseException | None = None
     type: str = ""  # the task's type, if it has completed
+    reason: str | None = None  # the task's error, if it was cancelled because of something
 
 
 _CANCELLED = _Outcome(CANCELLED_AND_NOTIFIED)
@@ -98,7 +99,7 @@ class TaskHandle(Future[R]):
     def ended_badly(self) -> bool:
         """True if the task is known to have failed or been cancelled; reads memory only."""
         outcome = self._outcome
-        return outcome is not None and (outcome is _CANCELLED or outcome.exception is not None)
+        return outcome is not None and (outcome.state != FINISHED or outcome.exception is not None)
 
     def task(self) -> Task:
         """Return the task's current record; raise ``TaskNotFound`` if it was deleted."""
@@ -142,7 +143,7 @@ class TaskHandle(Future[R]):
         Raises:
             RepositoryError: the repository cannot be read.
         """
-        return self.done() and self._outcome is _CANCELLED
+        return self.done() and self._state == CANCELLED_AND_NOTIFIED
 
     def result(self, timeout: float | timedelta | None = None) -> R:
         """Wait until the task has ended, and return its executor's result.
@@ -163,7 +164,7 @@ class TaskHandle(Future[R]):
         outcome = self._wait(timeout)
         try:
             if outcome.state != FINISHED:
-                raise CancelledError(f"task {self.id} was cancelled")
+                raise self._cancelled(outcome)
             if outcome.exception is not None:
                 raise outcome.exception
             return self._value(outcome)
@@ -180,12 +181,16 @@ class TaskHandle(Future[R]):
         """
         outcome = self._wait(timeout)
         if outcome.state != FINISHED:
-            raise CancelledError(f"task {self.id} was cancelled")
+            raise self._cancelled(outcome)
         try:
             self._value(outcome)
         except PayloadError as error:
             return error
         return outcome.exception
+
+    def _cancelled(self, outcome: _Outcome) -> CancelledError:
+        why = f": {outcome.reason}" if outcome.reason else ""
+        return CancelledError(f"task {self.id} was cancelled{why}")
 
     def _value(self, outcome: _Outcome) -> R:
         """Return the result, decoded if this queue has an executor that annotates it."""
@@ -374,7 +379,7 @@ class TaskHandle(Future[R]):
             failed = TaskFailed(task.id, task.error, last, task.traceback, task.error_type)
             self._resolve(_Outcome(FINISHED, exception=failed))
         else:
-            self._resolve(_CANCELLED)
+            self._resolve(_CANCELLED._replace(reason=task.error))
         return True
 
     def conclude_closed(self) -> None:

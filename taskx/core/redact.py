@@ -11,8 +11,8 @@ from taskx.core.errors import ConfigurationError
 
 #: The words that are redacted unless ``Config(redact=...)`` gives others.
 SECRETS = (
-    *("password", "passwd", "secret", "token", "credential", "authorization", "cookie"),
-    *("api_key", "access_key", "private_key"),
+    *("password", "passwd", "pwd", "passphrase", "secret", "token", "credential", "authorization"),
+    *("cookie", "api_key", "access_key", "private_key"),
 )
 #: The text that stands for a redacted value.
 HIDDEN = "'***'"

@@ -289,6 +289,7 @@ class BoundExecutor(Generic[P, R]):
     Attributes:
         executor: the executor.
         options: the options of its submits.
+        queue: the queue that :meth:`on` has bound it to, or None.
     """
 
     def __init__(
@@ -296,7 +297,7 @@ class BoundExecutor(Generic[P, R]):
     ) -> None:
         self.executor = executor
         self.options = MappingProxyType(dict(options))
-        self._queue = queue
+        self.queue = queue
 
     def __repr__(self) -> str:
         options = ", ".join(f"{name}={value!r}" for name, value in self.options.items())
@@ -315,7 +316,7 @@ class BoundExecutor(Generic[P, R]):
             ConfigurationError: an option is not valid.
         """
         bound = bound_options(self.type, self.options, options)
-        return BoundExecutor(self.executor, bound, self._queue)
+        return BoundExecutor(self.executor, bound, self.queue)
 
     def on(self, queue: _Queue) -> BoundExecutor[P, R]:
         """Return a copy whose :meth:`submit` submits to this queue, which runs or accepts its type.
@@ -364,7 +365,7 @@ class BoundExecutor(Generic[P, R]):
             PayloadError: a param is missing, unknown or not JSON.
             TaskxError: any error that ``Queue.submit`` raises.
         """
-        queue = self.executor.choose_queue() if self._queue is None else self._queue
+        queue = self.executor.choose_queue() if self.queue is None else self.queue
         return queue.submit(self.executor.task(*args, **kwargs), **self.options)
 
 
@@ -373,13 +374,19 @@ AnyExecutor = Executor[..., Any] | BoundExecutor[..., Any]
 
 
 def executor_of(
-    thing: Any, what: str, wanted: str = "a type, an executor or a Task"
+    thing: Any, what: str, wanted: str = "a type, an executor or a Task", queue: object = None
 ) -> tuple[Executor[..., Any], Mapping[str, Any]]:
     """Return an executor, and the options that it is bound with.
 
-    Raises ``ConfigurationError`` if the thing is no executor: ``what`` requires what is ``wanted``.
+    Raises ``ConfigurationError`` if the thing is no executor, since ``what`` requires what is ``wanted``,
+    or if it is bound to another queue than this one.
     """
     if isinstance(thing, BoundExecutor):
+        if queue is not None and thing.queue not in (None, queue):
+            raise ConfigurationError(
+                f"{what} got {thing!r}, which on() has bound to another queue: call its own submit, or "
+                "leave on() out"
+            )
         return thing.executor, thing.options
     if isinstance(thing, Executor):
         return thing, {}

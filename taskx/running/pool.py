@@ -384,7 +384,8 @@ class WorkerPool:
     def _not_concluded(self, task: Task, error: BaseException | None) -> None:
         if error is None:
             self.services.log.warning(
-                "task %s (%s): its late outcome was dropped, because another run had taken over",
+                "task %s (%s): its late outcome was dropped, because another run had taken over, or "
+                "because it was stored before and the repository's answer was lost",
                 *(task.id, task.type),
             )
         else:

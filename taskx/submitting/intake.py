@@ -513,6 +513,7 @@ def task_of(
     known: Any,
     what: str,
     clock: Clock,
+    queue: object,
 ) -> tuple[Task, Mapping[str, Any]]:
     """Make the task from the arguments of a call, and return it with all options of the call.
 
@@ -522,19 +523,20 @@ def task_of(
         known: the ``TypedDict`` of the allowed options.
         what: the name of the called method, for error messages.
         clock: the clock that ``delay`` is counted by.
+        queue: the queue whose method was called.
 
     Raises:
         TypeError: the method has no such option, or both a task and params are given.
         PayloadError: an executor requires params, and none are given.
-        ConfigurationError: the task is not one, an option is not valid, or ``run_at`` and ``delay`` are
-            both given.
+        ConfigurationError: the task is not one or is bound to another queue, an option is not valid, or
+            ``run_at`` and ``delay`` are both given.
     """
     if options:
         refuse_unknown(options, known, what, "; params are given as a dict")
     if isinstance(task, str):
         task = Task(type=task, params={} if params is None else params)
     elif not isinstance(task, Task):
-        executor, bound = executor_of(task, what)
+        executor, bound = executor_of(task, what, queue=queue)
         refuse_unknown(bound, known, what, ": the executor is bound with it")
         task, options = executor.task_with(params), {**bound, **given(options)}
     elif params is not None:

@@ -221,7 +221,9 @@ class Results(Iterator[Any]):
     def __attrs_post_init__(self) -> None:
         refuse_unknown(self.options, MapOptions, "map")
         if not isinstance(self.executor, str):
-            self.executor, bound = executor_of(self.executor, "map", "a type or an executor")
+            self.executor, bound = executor_of(
+                self.executor, "map", "a type or an executor", self.owner
+            )
             refuse_unknown(bound, MapOptions, "map", ": the executor is bound with it")
             self.options = {**bound, **given(self.options)}
         if self.key is not None and not callable(self.key):
@@ -331,7 +333,7 @@ class Results(Iterator[Any]):
         return task
 
     def _submit(self, task: Task) -> TaskHandle[Any]:
-        task, _ = task_of(task, None, self.options, MapOptions, "map", self.clock)
+        task, _ = task_of(task, None, self.options, MapOptions, "map", self.clock, self.owner)
         while True:
             try:
                 self.intake().accept(task, self.options.get("priority"), spill=True)

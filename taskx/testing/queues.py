@@ -373,8 +373,14 @@ class ManualQueue(Queue):
 
         Raises:
             AssertionError: one was; the message lists what was submitted.
+            ConfigurationError: the queue does not know the type, so the assertion could never fail.
         """
         __tracebackhide__ = True  # pytest shows the line of the test
+        if (name := _type(type)) is not None and not self._registry.knows(name):
+            raise ConfigurationError(
+                f"no task of type {name!r} can be submitted, because the queue knows only: "
+                f"{self._registry.known}"
+            )
         if found := self.submitted(type, params=params, within=within, delay=delay, **fields):
             asked = submissions.wanted(_type(type), params, within, delay, fields)
             raise AssertionError(

@@ -113,8 +113,9 @@ def _run(
     _raise_first(starts)
     if signals.caught:
         lives[0].log.info(
-            "%s: running tasks have %g s to end; a second signal ends the program at once",
-            *(signal.Signals(signals.caught[0]).name, timeout),
+            "%s: the tokens of running tasks fire after %g s, and the program ends after %g s; a second "
+            "signal ends it at once",
+            *(signal.Signals(signals.caught[0]).name, timeout * 4 / 5, timeout),
         )
     # A queue that is still being started notices that it was stopped.
     stops = [signals.call(partial(life.stop, timeout, cancel=False)) for life in lives]

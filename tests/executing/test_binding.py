@@ -375,3 +375,14 @@ def test_a_bound_executor_is_of_its_own_class(mail):
     assert isinstance(mail.using(), BoundExecutor)
     assert mail.using().type == "mail"
     assert isinstance(mail.using().task("a"), Task)
+
+
+@pytest.mark.parametrize("call", ["submit", "map", "schedule"])
+def test_a_queue_refuses_an_executor_that_is_bound_to_another_queue(queue, beat, call):
+    other = Queue(MemoryRepository())
+    bound = beat.on(other)
+    arguments = {"submit": (bound,), "map": (bound, [1]), "schedule": ("s", every(60), bound)}[call]
+    with pytest.raises(ConfigurationError, match="bound to another queue: call its own submit"):
+        getattr(queue, call)(*arguments)
+    assert queue.count_tasks() == 0
+    assert queue.submit(beat.on(queue)).task().type == "beat"

@@ -351,6 +351,10 @@ def test_everything_follows_as_after_a_cancel(make_queue, clock):
         "run": "completed",
     }
     assert children["cancel"].task().error == f"its parent {late.id} was cancelled"
+    with pytest.raises(CancelledError, match=f"task {late.id} was cancelled: {EXPIRED}"):
+        late.result(PATIENCE)
+    with pytest.raises(CancelledError, match=f"was cancelled: its parent {late.id} was cancelled"):
+        children["cancel"].exception(PATIENCE)
     assert sorted(ran) == ["next", "run"]
     queue.submit("remote", unique_key="u")
     eventually(lambda: ("remote", "cancelled", EXPIRED) in heard)

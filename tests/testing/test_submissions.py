@@ -57,6 +57,11 @@ def test_a_type_can_be_given_by_its_executor(queue):
     assert "type 'note'" in fails(queue.assert_not_submitted, note)
 
 
+def test_an_assertion_about_a_type_that_nothing_can_submit_is_refused(queue):
+    with pytest.raises(ConfigurationError, match="no task of type 'mial' can be submitted"):
+        queue.assert_not_submitted("mial")
+
+
 def test_within_counts_from_now_back(busy):
     busy.clock.advance(30)
     busy.submit("mail", {"to": "cid"})
