@@ -300,6 +300,14 @@ class Repository(TaskRepository):
         must change it in the end.
         """
 
+    def revision(self) -> object | None:
+        """Return a value that is different after every commit, also after those of this object's queues.
+
+        It is compared as its ``repr``. Return None if the store cannot tell of all commits. The method must
+        be cheap. The value may change a second late or without a reason.
+        """
+        return None
+
     def listen(self, news: str) -> Listener | None:
         """Return a listener that learns of others' commits sooner than polling :meth:`version` would.
 

@@ -412,6 +412,11 @@ class SQLiteRepository(Repository):
         SQLite counts in memory, for each connection, the commits of other connections. A new connection
         starts a new count, so its number is part of the value.
         """
+        seen, own = self.revision()
+        return (*seen, own if len(self.queues) > 1 else 0)
+
+    def revision(self) -> tuple[tuple[int, int], int]:
+        """Return the counter of others' commits, and that of our own."""
         self._open()
         # If the lock stays taken, a write is in progress, and the next call reads the counter.
         if self._write_lock.acquire(timeout=0.005):
@@ -419,7 +424,7 @@ class SQLiteRepository(Repository):
                 self._seen = self._read_data_version()
             finally:
                 self._write_lock.release()
-        return (*self._seen, self._commits if len(self.queues) > 1 else 0)
+        return self._seen, self._commits
 
     def _read_data_version(self) -> tuple[int, int]:
         connection = self._connections.writer()

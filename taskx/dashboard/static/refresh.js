@@ -1,0 +1,52 @@
+// Refreshes the main part of the page, which htmx merges into the present one.
+// A request carries the ETag of the last answer: nothing happens while the page has not changed.
+(() => {
+  "use strict";
+  const PERIOD = 2000, LONGEST = 30000;
+  const etags = new Map();
+  let wait = PERIOD, timer;
+
+  const main = () => document.querySelector("#main[hx-get]");
+  const busy = () => {
+    const part = main();
+    if (!part || document.hidden || document.querySelector("dialog[open]")) return true;
+    const active = document.activeElement;
+    if (part.contains(active) && active.matches("input, textarea, select")) return true;
+    return part.querySelector("input:checked, form[data-changed]") !== null || !getSelection().isCollapsed;
+  };
+  const next = () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      if (!busy()) htmx.trigger(main(), "refresh");
+      next();
+    }, wait);
+  };
+  const tell = (working) => document.body.toggleAttribute("data-away", !working);
+
+  document.addEventListener("input", (event) => {
+    const form = event.target.closest("#main form");
+    if (form) form.setAttribute("data-changed", "");
+  });
+  document.addEventListener("visibilitychange", () => {
+    if (document.hidden) return clearTimeout(timer);
+    if (!busy()) htmx.trigger(main(), "refresh");
+    next();
+  });
+  document.addEventListener("htmx:config:request", (event) => {
+    const request = event.detail.ctx.request, etag = etags.get(request.action);
+    if (etag) request.headers["If-None-Match"] = etag;
+  });
+  document.addEventListener("htmx:after:request", (event) => {
+    const {request, response} = event.detail.ctx;
+    const etag = response && response.headers.get("ETag");
+    if (etag) etags.set(request.action, etag);
+    const working = Boolean(response) && response.status < 500;
+    wait = working ? PERIOD : Math.min(2 * wait, LONGEST);
+    tell(working);
+  });
+  document.addEventListener("htmx:error", () => {
+    wait = Math.min(2 * wait, LONGEST);
+    tell(false);
+  });
+  next();
+})();

@@ -1,0 +1,84 @@
+"""Pages: routes, headers, static files, and what an unchanged page costs."""
+
+from __future__ import annotations
+
+import gzip
+import re
+
+import pytest
+
+from taskx.dashboard import Dashboard
+from taskx.dashboard.screens import SCREENS
+
+PATHS = [screen.path or f"/{screen.name}" for screen in SCREENS if screen.letter]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_page_is_html_without_inline_scripts_and_styles(look, path):
+    answer = look().get(path)
+    assert answer.status_code == 200
+    assert answer.mimetype == "text/html"
+    assert not re.search(r"<style|<script(?! src=)| style=| on\w+=|javascript:", answer.text)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_an_unchanged_page_is_not_sent_again(look, repository, path):
+    browser = look()
+    first = browser.get(path)
+    again = browser.get(path, headers={"If-None-Match": first.headers["ETag"]})
+    assert again.status_code == 304
+    assert again.data == b""
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_head_answers_as_get_without_a_body(look, path):
+    answer = look().head(path)
+    assert answer.status_code == 200
+    assert answer.data == b""
+
+
+def test_screens_have_different_letters():
+    letters = [screen.letter for screen in SCREENS if screen.letter]
+    assert len({*letters}) == len(letters)
+
+
+def test_an_unknown_page_is_not_found(look):
+    answer = look().get("/nowhere")
+    assert answer.status_code == 404
+    assert "Not found" in answer.text
+
+
+def test_a_page_links_to_itself_under_its_mount_point(look):
+    answer = look().get("/", base_url="http://localhost/admin/taskx")
+    links = re.findall(r'(?:href|src|action|hx-get)="([^"#]*)"', answer.text)
+    assert links
+    assert all(link.startswith("/admin/taskx/") for link in links)
+
+
+def test_static_files_are_kept_by_browsers_and_packed(look):
+    page = look().get("/")
+    for link in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
+        answer = look().get(link, headers={"Accept-Encoding": "gzip"})
+        assert answer.headers["Cache-Control"] == "public, max-age=31536000, immutable"
+        assert gzip.decompress(answer.data) == look().get(link).data
+
+
+@pytest.mark.parametrize(
+    "name", ["nothing.css", "README.txt", "htmx-LICENSE.txt", "..", "%2e%2e/app.py"]
+)
+def test_other_files_are_not_served(look, name):
+    assert look().get(f"/static/{name}").status_code == 404
+
+
+def test_security_headers_are_on_every_answer(look):
+    for path in ("/", "/nowhere", "/static/htmx.min.js"):
+        headers = look().get(path).headers
+        assert "unsafe" not in headers["Content-Security-Policy"]
+        assert "frame-ancestors 'none'" in headers["Content-Security-Policy"]
+        assert headers["X-Content-Type-Options"] == "nosniff"
+        assert headers["Referrer-Policy"] == "same-origin"
+
+
+def test_only_a_queue_has_a_dashboard():
+    with pytest.raises(Exception, match="queue must be a Queue, not str"):
+        Dashboard("queue")
