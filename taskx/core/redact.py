@@ -41,6 +41,21 @@ def show(params: Any, redact: tuple[str, ...] = SECRETS, limit: int = SHORT) -> 
     return text
 
 
+def redacted(value: Any, redact: tuple[str, ...] = SECRETS) -> Any:
+    """Return a copy of a JSON value in which the values of secret keys are ``***``, at any depth."""
+    secret = _pattern(redact)
+
+    def copy(part: Any) -> Any:
+        if isinstance(part, dict):
+            return {
+                key: "***" if secret.search(_plain(_name(key))) else copy(item)
+                for key, item in part.items()
+            }
+        return [copy(item) for item in part] if isinstance(part, (list, tuple)) else part
+
+    return copy(value)
+
+
 def is_secret(key: str, redact: tuple[str, ...] = SECRETS) -> bool:
     """Return True if the value of a key must be hidden."""
     return _pattern(redact).search(_plain(key)) is not None

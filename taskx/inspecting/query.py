@@ -4,8 +4,8 @@
 
     type:email status:failed error:"timed out" params.user.id:7 older:1d
 
-A term is a field, a colon and a value. Terms are separated by spaces. A part in double quotes is a JSON string,
-for values with spaces and for keys with dots.
+A term is a field, a colon and a value. Terms are separated by spaces. A part in double quotes is a JSON
+string, for values with spaces and for keys with dots.
 """
 
 from __future__ import annotations

@@ -517,6 +517,13 @@ class Repository(TaskRepository):
             RepositoryError: no node can join.
         """
 
+    def only_existing(self) -> None:
+        """Never create or migrate the store from now on: operations raise ``RepositoryError`` instead.
+
+        It is for programs that only look, or that must not make a file at a misspelt path. This version
+        does nothing, for stores that need neither.
+        """
+
     def ensure_there(self) -> None:
         """Raise an error if the opened store does not exist any more.
 

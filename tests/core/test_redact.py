@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from taskx import Config, ConfigurationError
-from taskx.core.redact import SECRETS, show
+from taskx.core.redact import SECRETS, redacted, show
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
@@ -109,3 +109,19 @@ def test_config_takes_words():
 def test_config_refuses_what_is_no_word(words):
     with pytest.raises(ConfigurationError, match="redact must be a list of words"):
         Config(redact=words)
+
+
+@given(JSON)
+def test_a_redacted_copy_without_secrets_is_equal(value):
+    assert redacted(value, ()) == value
+
+
+def test_a_redacted_copy_hides_secrets_at_any_depth():
+    params = {"users": [{"name": "ada", "password": {"old": "hunter2"}}], "token": [1], "n": (1,)}
+    assert redacted(params) == {
+        "users": [{"name": "ada", "password": "***"}],
+        "token": "***",
+        "n": [1],
+    }
+    assert params["token"] == [1]
+    assert redacted({"a": 1, "b": [2]}, ("*",)) == {"a": "***", "b": "***"}

@@ -363,6 +363,13 @@ class TestCreateFalse:
         assert str(tmp_path / where) in str(caught.value)
         assert files(tmp_path) == set()
 
+    def test_it_can_be_forbidden_after_the_construction(self, open_at, tmp_path, path):
+        repository = open_at(path)
+        repository.only_existing()
+        with pytest.raises(RepositoryUnavailable, match="there is no file"):
+            repository.count(TaskFilter())
+        assert files(tmp_path) == set()
+
     def test_an_empty_file_is_an_error_and_stays_empty(self, open_at, tmp_path, path):
         path.touch()
         with pytest.raises(RepositoryUnavailable, match=r"tasks\.db is empty"):

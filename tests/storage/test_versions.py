@@ -14,7 +14,15 @@ from pathlib import Path
 
 import pytest
 
-from taskx import Config, Queue, RepositoryError, SQLiteRepository, TaskFilter, TaskStatus
+from taskx import (
+    Config,
+    Queue,
+    RepositoryError,
+    SchemaMismatch,
+    SQLiteRepository,
+    TaskFilter,
+    TaskStatus,
+)
 from taskx.core.record import DEFAULTS
 from taskx.storage.sqlite import schema
 
@@ -313,3 +321,23 @@ def test_only_one_of_several_processes_migrates_a_file(old, version):
     assert sorted(map(len, told)) == [1, 1, 1, 2]
     assert all(words[-1] == count for words in told)
     assert version_of(old) == schema.VERSION
+
+
+@each_earlier_version
+def test_a_repository_that_must_not_migrate_refuses_an_earlier_file(old, version):
+    before = old.read_bytes()
+    with SQLiteRepository(old) as repository:
+        repository.only_existing()
+        with pytest.raises(
+            SchemaMismatch, match=rf"has schema version {version}, and this TaskX needs"
+        ):
+            repository.count(TaskFilter())
+    assert old.read_bytes() == before
+    assert [path.name for path in old.parent.iterdir()] == [old.name]
+
+
+def test_a_repository_that_must_not_migrate_uses_a_file_of_this_version(path):
+    shutil.copyfile(kept(schema.VERSION), path)
+    with SQLiteRepository(path) as repository:
+        repository.only_existing()
+        assert repository.count(TaskFilter()) > 0

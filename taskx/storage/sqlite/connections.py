@@ -123,6 +123,7 @@ class Connections:
     def __init__(self, file: DatabaseFile, busy_timeout: float) -> None:
         self.file = file
         self.busy_timeout = busy_timeout
+        self.migrates = True  # if False, a file of an older version is refused
         self._writer: Connection | None = None
         self._idle: list[Connection] = []
         # Readers in use, by thread and by the number of reads that the thread was already in. A signal
@@ -435,10 +436,13 @@ class Connections:
         deadline = time.monotonic() + self.busy_timeout
         while True:
             try:
-                if schema.check(connection, self.file.path) == 0:
+                version = schema.check(connection, self.file.path)
+                if version == 0:
                     self._refuse_empty_file()
                     connection.execute(f"PRAGMA page_size = {PAGE_SIZE}")
                     connection.execute("PRAGMA auto_vacuum = INCREMENTAL")
+                elif version < schema.VERSION and not self.migrates:
+                    raise schema.older(version, self.file.path)
                 connection.execute("PRAGMA journal_mode = WAL").fetchone()
                 connection.execute(f"PRAGMA wal_autocheckpoint = {CHECKPOINT_EVERY}").fetchone()
                 return schema.migrate(connection, self.file.path)

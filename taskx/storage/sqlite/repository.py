@@ -471,6 +471,10 @@ class SQLiteRepository(Repository):
         place = lambda: (self._file.folder, self._file.inode)  # noqa: E731
         return KernelLocks(self, place, turnstile.NAMES)
 
+    def only_existing(self) -> None:
+        self._file.create = False
+        self._connections.migrates = False
+
     def ensure_there(self) -> None:
         """Raise an error if the file was moved, deleted, replaced or migrated since it was opened."""
         self._file.check()

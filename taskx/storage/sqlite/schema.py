@@ -170,6 +170,14 @@ def newer(connection: sqlite3.Connection, path: str) -> SchemaMismatch | None:
     )
 
 
+def older(version: int, path: str) -> SchemaMismatch:
+    """Return the error for a file of an earlier version that must not be migrated."""
+    return SchemaMismatch(
+        f"{path} has schema version {version}, and this TaskX needs {VERSION}; the file was not changed. "
+        "Start a queue or a worker of this version, which migrates it"
+    )
+
+
 def check(connection: sqlite3.Connection, path: str) -> int:
     """Return the schema version of a file, 0 for an empty one.
 

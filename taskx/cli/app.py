@@ -1,0 +1,91 @@
+"""The group of all commands: ``taskx``, and what other command lines mount."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import click
+
+import taskx
+from taskx.cli import listing
+from taskx.cli.errors import Usage, one_line_errors
+from taskx.cli.opening import QueueSource, given, how_options, where_options
+from taskx.inspecting.query import suggestion
+
+#: All commands, in the order of the help.
+COMMANDS: tuple[click.Command, ...] = (*listing.COMMANDS,)
+
+HELP = """\
+  $ taskx list status:failed --repository sqlite:///tasks.db
+  $ taskx why 019abc12-...
+  $ taskx top --app shop.tasks:queue
+
+See and steer the tasks of a TaskX repository.
+
+No command but `worker` runs tasks, creates a file or migrates one. Data goes to stdout, words go to stderr.
+`taskx COMMAND --help` begins with examples.
+"""
+
+EPILOG = """\
+Exit codes: 0 ok, 1 unhealthy or failed, 2 wrong call, 3 not found, 4 conflict, 5 repository away,
+75 recycle (worker), 130 interrupted.
+"""
+
+
+class Group(click.Group):
+    """The group of commands.
+
+    Attributes:
+        queue: the queue of all commands, or a function that returns it; None: the options name it.
+    """
+
+    def __init__(self, *args: Any, queue: QueueSource | None = None, **settings: Any) -> None:
+        super().__init__(*args, **settings)
+        self.queue = queue
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Run the command. Every error is one line on stderr, and an exit code."""
+        with one_line_errors(given(ctx).debug):
+            return super().invoke(ctx)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        """Find the command; suggest one for a misspelt name."""
+        name = args[0]
+        if not name.startswith("-") and not ctx.resilient_parsing and name not in self.commands:
+            hint = suggestion(name, self.commands) or "; see taskx --help"
+            raise Usage(f"there is no command {name!r}{hint}")
+        return super().resolve_command(ctx, args)
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the names of the commands in their own order."""
+        return [*self.commands]
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the text of the help as it is."""
+        formatter.write(f"\n{self.help or ''}")
+
+    def format_epilog(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the exit codes as they are."""
+        formatter.write(f"\n{self.epilog or ''}")
+
+
+def make_group(queue: QueueSource | None = None, name: str = "taskx") -> Group:
+    """Return the click group of all commands.
+
+    Args:
+        queue: the queue that the commands use, or a function that returns it, for programs that mount
+            the group in their own command line. None: the user names it by options.
+        name: the name of the group.
+    """
+    group = Group(
+        name,
+        queue=queue,
+        help=HELP,
+        epilog=EPILOG,
+        params=[*([] if queue is not None else where_options()), *how_options()],
+        context_settings={"help_option_names": ["-h", "--help"]},
+        commands={command.name or "": command for command in COMMANDS},
+    )
+    return click.version_option(taskx.__version__, prog_name="taskx")(group)

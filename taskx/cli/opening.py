@@ -1,0 +1,285 @@
+"""How a command gets its queue and prints: the options of every command, and the session of one call."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from functools import cached_property, update_wrapper
+from typing import Any, TypeVar
+
+import attrs
+import click
+
+from taskx.cli.errors import Failure, Usage
+from taskx.cli.output import Output
+from taskx.core.clock import to_datetime
+from taskx.core.errors import ConfigurationError
+from taskx.queue import Queue
+from taskx.storage.urls import open_repository
+
+#: The environment variable with the URL of the repository.
+VARIABLE = "TASKX_REPOSITORY"
+
+_GIVEN = "taskx.given"
+_SESSION = "taskx.session"
+
+#: A queue, or a function that returns one.
+QueueSource = Queue | Callable[[], Queue]
+
+
+@attrs.define
+class Given:
+    """The options of every command; the last one given counts."""
+
+    repository: str | None = None
+    app: str | None = None
+    json: bool = False
+    debug: bool = False
+
+
+def given(ctx: click.Context) -> Given:
+    """Return the options of every command that this call was given."""
+    found: Given = ctx.meta.setdefault(_GIVEN, Given())
+    return found
+
+
+def _keep(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
+    if value and param.name:
+        setattr(given(ctx), param.name, value)
+    return value
+
+
+def _option(*names: str, **settings: Any) -> click.Option:
+    return click.Option([*names], expose_value=False, is_eager=True, callback=_keep, **settings)
+
+
+def where_options() -> list[click.Parameter]:
+    """Return the options that say where the tasks are."""
+    return [
+        _option(
+            "--repository",
+            metavar="URL",
+            help=f"The repository, such as sqlite:///tasks.db. [default: ${VARIABLE}]",
+        ),
+        _option(
+            "--app",
+            metavar="MODULE:QUEUE",
+            help="A queue of your program, or a function that returns it, instead of a URL.",
+        ),
+    ]
+
+
+def how_options() -> list[click.Parameter]:
+    """Return the options that say how to print."""
+    return [
+        _option("--json", is_flag=True, help="Print JSON: one object a line."),
+        _option("--debug", is_flag=True, hidden=True, help="Show the traceback of an error."),
+    ]
+
+
+class Command(click.Command):
+    """A command with the options of every command."""
+
+    def get_params(self, ctx: click.Context) -> list[click.Parameter]:
+        """Return the command's own parameters and those of every command."""
+        own = super().get_params(ctx)
+        where = [] if _source(ctx) is not None else where_options()
+        known = {param.name for param in own}
+        # The help option stays last.
+        common = [param for param in (*where, *how_options()) if param.name not in known]
+        return [*own[:-1], *common, *own[-1:]]
+
+    def format_help_text(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the text of the help as it is: it begins with examples."""
+        formatter.write("\n")
+        for line in (self.help or "").splitlines():
+            formatter.write(f"  {line}\n" if line else "\n")
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def command(
+    name: str, words: str, examples: str, *params: Any
+) -> Callable[[Callable[..., Any]], Command]:
+    """Turn a function into a command; its first argument is the :class:`Session`.
+
+    Args:
+        name: the name of the command.
+        words: the description: the first line is a sentence for the list of commands.
+        examples: some calls, one a line.
+        params: decorators of click for the parameters.
+    """
+
+    def decorate(function: Callable[..., Any]) -> Command:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            return function(session_of(click.get_current_context()), *args, **kwargs)
+
+        wrapped: Any = update_wrapper(run, function)
+        for decorator in reversed(params):
+            wrapped = decorator(wrapped)
+        lines = "\n".join(f"  $ {line}" for line in examples.strip().splitlines())
+        first = words.strip().partition("\n")[0]
+        return click.command(
+            name, cls=Command, help=f"{lines}\n\n{words.strip()}", short_help=first
+        )(wrapped)
+
+    return decorate
+
+
+class Session:
+    """One call of the command line: its queue, and its output.
+
+    Attributes:
+        json: True if JSON was asked for.
+        out: the output.
+    """
+
+    def __init__(self, ctx: click.Context) -> None:
+        self._ctx = ctx
+        self.json = given(ctx).json
+        self.out = Output()
+
+    @cached_property
+    def queue(self) -> Queue:
+        """The queue, which is never started here."""
+        return self._ctx.find_root().with_resource(opened(self._ctx))
+
+    def now(self) -> datetime:
+        """Return the time of the repository's clock."""
+        return to_datetime(self.queue.repository.clock.now_ms())
+
+
+def session_of(ctx: click.Context) -> Session:
+    """Return the session of a context; its parts share one."""
+    session = ctx.meta.get(_SESSION)
+    if session is None:
+        session = ctx.meta[_SESSION] = Session(ctx)
+    session.json = given(ctx).json
+    return session
+
+
+@contextmanager
+def opened(ctx: click.Context) -> Iterator[Queue]:
+    """Open the queue of a call, and close it at the end if it was opened by its URL.
+
+    Its repository neither creates a file nor migrates one.
+
+    Raises:
+        Usage: it is not said where the tasks are, or that is wrong.
+    """
+    source = _source(ctx)
+    if source is not None:
+        queue = source if isinstance(source, Queue) else source()
+        queue.repository.only_existing()
+        yield queue
+        return
+    wanted = given(ctx)
+    if wanted.app and wanted.repository:
+        raise Usage("--app and --repository say the same: give only one of them")
+    if wanted.app:
+        queue = import_queue(wanted.app)
+        queue.repository.only_existing()
+        yield queue
+        return
+    queue = Queue(_repository(wanted.repository or os.environ.get(VARIABLE, "")))
+    try:
+        yield queue
+    finally:
+        queue.close()
+
+
+def _source(ctx: click.Context | None) -> QueueSource | None:
+    while ctx is not None:
+        source: QueueSource | None = getattr(ctx.command, "queue", None)
+        if source is not None:
+            return source
+        ctx = ctx.parent
+    return None
+
+
+def _repository(url: str) -> Any:
+    if not url:
+        raise Usage(
+            "which repository? Give --repository sqlite:///tasks.db or --app module:queue, or set "
+            f"{VARIABLE}"
+        )
+    if url.startswith("memory:"):
+        raise Usage(
+            "memory:// is the memory of one process, and empty in this one: use the URL of a file or a "
+            "server, or --app"
+        )
+    if "://" not in url:
+        raise Usage(f"{url!r} is not a URL: write a file as {file_url(url)}")
+    try:
+        repository = open_repository(url)
+    except ConfigurationError as error:
+        raise Usage(str(error)) from error
+    except ImportError as error:
+        raise Usage(
+            f"this repository needs the package {error.name}: pip install 'taskx-queue[mongo]'"
+        ) from error
+    repository.only_existing()
+    return repository
+
+
+def file_url(path: str) -> str:
+    """Return the URL of an SQLite file."""
+    from urllib.parse import quote
+
+    return f"sqlite:///{quote(path)}"
+
+
+# --- the queue of a program
+
+
+def import_queue(place: str) -> Queue:
+    """Return the queue that ``module:attribute`` names. The current folder can be imported.
+
+    The attribute is a queue, or a function without arguments that returns one.
+
+    Raises:
+        Usage: there is no such module or attribute, it is no queue, or its code raised.
+    """
+    module_name, _, path = place.partition(":")
+    if not module_name or not path:
+        raise Usage(f"--app {place!r}: write it as module:queue, such as shop.tasks:queue")
+    found: Any = _import(module_name)
+    for name in path.split("."):
+        try:
+            found = getattr(found, name)
+        except AttributeError:
+            names = (
+                [n for n, value in vars(found).items() if isinstance(value, Queue)]
+                if hasattr(found, "__dict__")
+                else []
+            )
+            hint = f"; it has the queue {', '.join(names)}" if names else ""
+            raise Usage(f"{module_name!r} has no {name!r}{hint}") from None
+    if not isinstance(found, Queue) and callable(found):
+        found = _ran(f"{place}()", found)
+    if not isinstance(found, Queue):
+        raise Usage(f"{place} is no queue, but {type(found).__name__}: name a taskx.Queue")
+    return found
+
+
+def _import(name: str) -> Any:
+    folder = os.getcwd()
+    if folder not in sys.path and "" not in sys.path:
+        sys.path.insert(0, folder)
+    return _ran(f"importing {name!r}", importlib.import_module, name)
+
+
+def _ran(what: str, function: Callable[..., Any], *args: Any) -> Any:
+    try:
+        return function(*args)
+    except (Failure, KeyboardInterrupt):
+        raise
+    except BaseException as error:  # a program may call sys.exit
+        raise Usage(
+            f"{what} raised {type(error).__name__}: {error}; --debug shows where"
+        ) from error
