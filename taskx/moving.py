@@ -24,7 +24,7 @@ from taskx.common.pauses import Pauses
 from taskx.common.watcher import Watcher
 from taskx.core import lifecycle
 from taskx.core.clock import Clock
-from taskx.core.errors import RepositoryError
+from taskx.core.errors import RepositoryError, TaskxError
 from taskx.core.lifecycle import CANCELLED, COMPLETED, FAILED, PENDING, RUNNING, Ending
 from taskx.core.log import Digest, GuardedLogger
 from taskx.core.model import Task
@@ -246,6 +246,11 @@ class Consequences:
             self._may_start(held, {})
             if self.dependents.told:
                 self.process_if_unattended()
+
+    def refused(self, insert: Insert, error: TaskxError) -> None:
+        """Tell hooks that a new task was not stored."""
+        if listeners := self._hooks.refused:
+            self._hooks.tell(listeners, partial(_submitted_task, insert), error)
 
     def begun(self, task: Task) -> None:
         """Tell hooks that a thread begins to execute a task."""

@@ -667,6 +667,11 @@ class Queue:
         return 0 if self._node is None else self._node.engine.buffer.submitted
 
     @property
+    def events_waiting(self) -> int:
+        """The number of events that the hooks of this queue were not told yet."""
+        return len(self._services.hooks.waiting)
+
+    @property
     def running(self) -> int:
         """The number of executors that this queue is running."""
         return 0 if self._node is None else len(self._node.engine.runs.executing)
@@ -749,7 +754,8 @@ class Queue:
         hardly on the number of tasks. The queue need not be started.
 
         Args:
-            period: the seconds before now in which tasks are counted as completed or failed.
+            period: the seconds before now in which tasks are counted as completed or failed; with 0 no
+                ended tasks are read.
             at_most: most completed and most failed tasks to read, and most delayed, blocked and running
                 ones. Waiting tasks are counted up to 100,000 for each type and node.
 

@@ -6,12 +6,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from typing import Any
 
 from taskx.common import forks
 from taskx.common.bell import Bell, Signal
 from taskx.core.checks import check_plain
-from taskx.core.errors import ConfigurationError
+from taskx.core.errors import ConfigurationError, TaskxError
 from taskx.core.log import GuardedLogger
 from taskx.core.model import Task
 
@@ -72,12 +73,24 @@ class Hook:
     def requeued(self, task: Task) -> None:
         """A failed or cancelled task was requeued: it is pending again."""
 
+    def refused(self, task: Task, error: TaskxError) -> None:
+        """A submit of one valid task raised ``error``: the buffer is full, its key is taken, …"""
+
+    def lease_lost(self, node: str) -> None:
+        """This node, with this id, lost its lease; the tokens of its running tasks fire."""
+
+    def ticks_missed(self, schedule: str, since: datetime) -> None:
+        """No queue ran at ticks of a schedule, the first one at ``since``; told when one runs again."""
+
 
 #: The listeners of one event: for each its name in the log, and the method to call.
 Listeners = tuple[tuple[str, Callable[..., object]], ...]
 
 _EVENTS = tuple(name for name in vars(Hook) if not name.startswith("_"))
-_OF_MOVES = set(_EVENTS) - {"queue_started", "queue_stopped", "submitted", "started"}
+_OF_MOVES = set(_EVENTS) - {
+    *("queue_started", "queue_stopped", "submitted", "started"),
+    *("refused", "lease_lost", "ticks_missed"),
+}
 
 
 class Hooks:
@@ -102,6 +115,9 @@ class Hooks:
     stuck: Listeners
     rescued: Listeners
     requeued: Listeners
+    refused: Listeners
+    lease_lost: Listeners
+    ticks_missed: Listeners
 
     def __init__(self, hooks: Iterable[Hook], log: GuardedLogger) -> None:
         known = list(hooks)

@@ -10,7 +10,7 @@ from typing import Any
 import attrs
 
 from taskx.core.checks import check_int, check_number
-from taskx.core.clock import to_datetime
+from taskx.core.clock import to_datetime, to_ms
 from taskx.core.errors import ConfigurationError, RepositoryCorrupt, RepositoryError
 from taskx.core.lifecycle import FAILED
 from taskx.core.model import check_key
@@ -275,7 +275,12 @@ class _Check:
                 f"{_number_with_verb(len(overdue), 'schedule', 'is', 'are')} overdue "
                 f"({listed(overdue)}): the oldest tick without a task was at {moment(since)}."
             )
-            yield Problem("schedule_overdue", words, _some(overdue, most=most / 1000))
+            facts = {
+                "since": since,
+                "seconds": (self.now - to_ms(since)) / 1000,
+                "most": most / 1000,
+            }
+            yield Problem("schedule_overdue", words, _some(overdue, **facts))
         if damaged:
             words = (
                 f"{_number_with_verb(len(damaged), 'schedule', 'cannot', 'cannot')} be read "

@@ -133,7 +133,8 @@ class _Reading:
         self._count_delayed()
         self._count_blocked()
         self._count("running", "running_on", [*queries.every(self._repository, "running_on")])
-        since = self._count_ended(start := self._now - round(period * 1000))
+        start = self._now - round(period * 1000)
+        since = self._count_ended(start) if period else self._now
         return Stats(
             types={type: self._found[type].stats(self._now) for type in sorted(self._found)},
             checked_at=to_datetime(self._now),

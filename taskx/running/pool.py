@@ -435,6 +435,8 @@ class WorkerPool:
         """
         self.fire_all(CancelReason.LEASE_LOST)
         self.admission.forget()
+        if listeners := self.hooks.lease_lost:
+            self.hooks.tell(listeners, lambda: self.node.id)
 
     def fire_all(self, reason: CancelReason) -> None:
         """Fire the token of every run."""

@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
+from itertools import compress
 from typing import NamedTuple
 
 import attrs
@@ -331,9 +332,9 @@ class Ticker:
         going = [plan for plan in plans if held.get(plan.read.name, True)]
         inserts = [p.entry.insert(tick, now) for p in going for tick in p.run]
         made = bool(inserts) and store(self._services, inserts)
-        self._put(going)
+        moved_on = self._put(going)
         self._last_round = now
-        for plan in going:
+        for plan in compress(going, moved_on):  # of several nodes, one tells
             self._warn_if_missed(plan, now)
         return made
 
@@ -421,6 +422,8 @@ class Ticker:
                 "schedule %r: ticks since %s were missed; %d of them get a task",
                 *(plan.entry.name, to_datetime(plan.since), len(plan.run)),
             )
+            if listeners := (hooks := self._services.hooks).ticks_missed:
+                hooks.tell(listeners, lambda: plan.entry.name, to_datetime(plan.since))
 
 
 def _ticks_of(entry: Entry, known: Read | None) -> Ticks:

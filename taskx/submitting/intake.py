@@ -108,7 +108,7 @@ class Intake:
             self._take_in_soon([insert])
             return insert.id
         except TaskxError as error:
-            raise _about(error, insert.id) from error.__cause__
+            raise self._refused(insert, error) from error.__cause__
         except Exception:
             raise
         except BaseException as error:
@@ -266,7 +266,7 @@ class Intake:
         try:
             self._store(insert)
         except TaskxError as error:
-            raise _about(error, insert.id) from error.__cause__
+            raise self._refused(insert, error) from error.__cause__
         except Exception:
             raise
         except BaseException as error:  # an interrupt: the task may have been stored
@@ -327,6 +327,11 @@ class Intake:
                 "task %s could not run in the caller's thread, a worker runs it later: %s",
                 *(item.id, error),
             )
+
+    def _refused(self, insert: Insert, error: TaskxError) -> TaskxError:
+        own = _about(error, insert.id)
+        self._services.consequences.refused(insert, own)
+        return own
 
     # --- many
 

@@ -226,7 +226,9 @@ class TestEvents:
         assert told.of("here") == ["submitted", "started", "finished"]
         assert told.of("buffered") == ["submitted"]
 
-    def test_a_refused_submit_is_no_event(self, queue, repository, told):
+    def test_a_refused_submit_is_told_with_its_error_if_the_task_was_valid(
+        self, queue, repository, told
+    ):
         queue.declare("t")
         queue.submit("t", id="a")
         repository.down = True
@@ -237,7 +239,15 @@ class TestEvents:
             with pytest.raises(Exception, match=r"exists|registered"):
                 refused()
         wait_told(queue)
-        assert told.events == [("submitted", "a")]
+        assert [event[:2] for event in told.events] == [
+            ("submitted", "a"),
+            ("refused", "b"),
+            ("refused", "a"),
+        ]
+        assert [type(error).__name__ for _, _, *errors in told.events for error in errors] == [
+            "RepositoryUnavailable",
+            "DuplicateTask",
+        ]
 
     def test_a_dropped_outcome_is_no_event(self, queue, repository, told):
         @queue.executor()

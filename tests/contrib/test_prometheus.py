@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from helpers import housekeeper_of, services_of
+from helpers import eventually, housekeeper_of, pool_of, services_of
 from prometheus_client import CollectorRegistry, Gauge, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -18,13 +18,18 @@ import taskx
 from taskx import (
     Config,
     ConfigurationError,
+    DuplicateTask,
     Hook,
     MemoryRepository,
     Permanent,
     Queue,
+    QueueFull,
     Retry,
+    RetryPolicy,
+    Snooze,
     SQLiteRepository,
     Task,
+    every,
 )
 from taskx.contrib import prometheus
 from taskx.contrib.prometheus import BUCKETS, PrometheusHook, StoreCollector
@@ -103,10 +108,14 @@ class TestHook:
         queue.start()
         queue.submit("fine")
         assert queue.drain(PATIENCE)
-        assert value("task_duration_seconds_count", type="fine") == 1
-        assert value("task_duration_seconds_sum", type="fine") == 2
-        assert value("task_duration_seconds_bucket", type="fine", le="1.0") == 0
-        assert value("task_duration_seconds_bucket", type="fine", le="5.0") == 1
+        assert value("task_duration_seconds_count", type="fine", outcome="completed") == 1
+        assert value("task_duration_seconds_sum", type="fine", outcome="completed") == 2
+        assert (
+            value("task_duration_seconds_bucket", type="fine", outcome="completed", le="1.0") == 0
+        )
+        assert (
+            value("task_duration_seconds_bucket", type="fine", outcome="completed", le="5.0") == 1
+        )
 
     @pytest.mark.parametrize(("delay", "wait"), [(None, 50), (40, 10), (50, 0)])
     def test_waiting_time_counts_from_when_a_task_could_start(
@@ -151,7 +160,7 @@ class TestHook:
         queue.pause("bad")
         assert queue.requeue_dead_letters() == 1
         clock.advance(5)
-        assert value("oldest_pending_age_seconds") == 5
+        assert value("oldest_pending_age_seconds", type="bad") == 5
         queue.resume("bad")
         assert queue.drain(PATIENCE)
         assert value("task_wait_seconds_count", type="bad") == 2
@@ -187,6 +196,110 @@ class TestHook:
         assert value("tasks_rescued_total", type="fine") == 1
         assert value("tasks_started_total", type="fine") == 1
 
+    def test_failures_are_counted_by_the_class_of_their_error(self, make, value):
+        queue = make(worker_num=1)
+        errors = [KeyError("a"), KeyError("b"), OSError("c")]
+
+        @queue.executor("bad")
+        def bad():
+            raise errors.pop()
+
+        queue.start()
+        for _ in range(3):
+            queue.submit("bad")
+        assert queue.drain(PATIENCE)
+        assert value("tasks_failed_total", type="bad", error="KeyError") == 2
+        assert value("tasks_failed_total", type="bad", error="OSError") == 1
+
+    def test_attempts_that_are_not_the_last_are_timed_and_counted(self, make, value, clock):
+        queue = make(worker_num=1)
+        endings = [Snooze(0), OSError("x")]
+
+        @queue.executor("slow", max_attempts=2, retry=RetryPolicy(base=0))
+        def slow():
+            clock.advance(3 if endings else 10)
+            if endings:
+                raise endings.pop()
+
+        queue.start()
+        queue.submit("slow")
+        assert queue.drain(PATIENCE)
+        sums = {
+            outcome: value("task_duration_seconds_sum", type="slow", outcome=outcome)
+            for outcome in ("retried", "snoozed", "completed")
+        }
+        assert sums == {"retried": 3, "snoozed": 3, "completed": 10}
+        assert value("tasks_retried_total", type="slow") == 1
+        assert value("tasks_snoozed_total", type="slow") == 1
+
+    def test_interrupted_and_requeued_tasks_are_counted(self, make, value):
+        queue = make(worker_num=1)
+        begun = threading.Event()
+
+        @queue.executor("hold")
+        def hold(ctx):
+            begun.set()
+            ctx.token.wait(PATIENCE)
+            ctx.token.raise_if_cancelled()
+
+        queue.start()
+        queue.submit("hold")
+        dropped = queue.submit("fine")
+        dropped.cancel()
+        queue.requeue(dropped.id)
+        assert begun.wait(PATIENCE)
+        queue.stop(PATIENCE, cancel=True)
+        assert value("tasks_interrupted_total", type="hold") == 1
+        assert value("tasks_requeued_total", type="fine") == 1
+
+    def test_refused_submits_are_counted_by_reason(self, make, value):
+        queue = make(worker_num=1, buffer_size=1)
+        begun, go_on = threading.Event(), threading.Event()
+        queue.executor("hold")(lambda: begun.set() or go_on.wait(PATIENCE))
+        queue.start()
+        queue.submit("hold")
+        assert begun.wait(PATIENCE)
+        queue.submit("fine", unique_key="u")
+        with pytest.raises(QueueFull):
+            queue.submit("fine")
+        for _ in range(2):
+            with pytest.raises(DuplicateTask):
+                queue.submit("fine", delay=60, unique_key="u")
+        wait_told(queue)
+        assert value("tasks_refused_total", type="fine", reason="QueueFull") == 1
+        assert value("tasks_refused_total", type="fine", reason="DuplicateTask") == 2
+        go_on.set()
+
+    def test_a_gap_of_a_schedule_is_counted_once(self, make, value, clock):
+        queue = make(worker_num=1)
+        queue.schedule("often", every(60), "fine")
+        clock.advance(3600)
+        queue.start()
+        eventually(lambda: queue.count_tasks(status="completed") == 1)
+        wait_told(queue)
+        assert value("schedule_gaps_total", schedule="often") == 1
+
+    def test_a_lost_lease_is_counted(self, make, value):
+        queue = make(worker_num=1)
+        queue.start()
+        assert value("leases_lost_total") == 0
+        pool_of(queue).lose_lease()
+        wait_told(queue)
+        assert value("leases_lost_total") == 1
+
+    def test_capacity_and_health_are_those_of_the_moment_of_the_scrape(
+        self, make, value, monkeypatch
+    ):
+        queues = [make(worker_num=2, buffer_size=10), make(worker_num=3, buffer_size=5)]
+        assert (value("workers"), value("buffer_size"), value("healthy")) == (0, 0, 1)
+        for queue in queues:
+            queue.start()
+            wait_told(queue)
+        assert (value("workers"), value("buffer_size"), value("healthy")) == (5, 15, 1)
+        assert value("events_waiting") == 0
+        monkeypatch.setattr(Queue, "healthy", property(lambda self: self is queues[0]))
+        assert value("healthy") == 0  # without an event
+
     def test_running_and_buffered_tasks_of_all_queues_are_added_up(self, make, value):
         begun, go_on = threading.Semaphore(0), threading.Event()
 
@@ -221,7 +334,7 @@ class TestHook:
             for sample in family.samples
         }
         assert {name for labels in series for name, _ in labels} == {"type", "outcome", "le"}
-        assert len(series) <= 3 + len(BUCKETS) + 1
+        assert len(series) <= 4 + 2 * (len(BUCKETS) + 1)
 
     def test_a_registry_accepts_only_one_hook(self, make, registry):
         with pytest.raises(ConfigurationError, match="share one PrometheusHook") as caught:
@@ -254,9 +367,11 @@ class TestCollector:
             StoreCollector(thing)
 
     def test_the_collector_reports_an_empty_store(self, queue, value):
-        assert value("tasks_pending") == 0
-        assert value("oldest_pending_age_seconds") == 0
-        assert value("nodes") == 0
+        assert value("repository_up") == 1
+        assert value("tasks_pending") == value("dead_letters") == 0
+        assert value("oldest_pending_age_seconds", type="fine") == 0
+        assert value("nodes") == value("threads_stuck") == value("schedules_overdue") == 0
+        assert value("schedule_lag_seconds") == 0
 
     def test_the_collector_reports_pending_tasks_and_nodes(self, queue, make, value, clock):
         queue.submit("t")
@@ -266,10 +381,64 @@ class TestCollector:
         other = make()
         other.start()
         assert value("tasks_pending") == 3
-        assert value("oldest_pending_age_seconds") == 30
+        assert value("oldest_pending_age_seconds", type="t") == 30
         assert value("nodes") == 1
         other.stop(PATIENCE)
         assert value("nodes") == 0
+
+    def test_unfinished_tasks_are_counted_by_type_and_state(self, queue, value, clock):
+        def states(type):
+            names = ("ready", "paused", "delayed", "blocked", "running")
+            return {name: value("tasks", type=type, state=name) for name in names}
+
+        queue.submit("t")
+        queue.submit("t", delay=60)
+        parent = queue.submit("t", delay=60)
+        queue.submit("t", depends_on=[parent])
+        assert states("t") == {"ready": 1, "paused": 0, "delayed": 2, "blocked": 1, "running": 0}
+        queue.pause("t")
+        assert states("t") == {"ready": 0, "paused": 1, "delayed": 2, "blocked": 1, "running": 0}
+        assert value("paused", type="t") == 1
+        queue.resume("t")
+        queue.pause()
+        assert states("t")["paused"] == 1
+        assert value("paused", type="") == 1
+        queue.resume()
+        assert value("paused", type="") is None
+
+    def test_dead_letters_are_counted_up_to_a_limit(self, make, clock):
+        registry = CollectorRegistry()
+        queue = make(worker_num=1)
+        queue.executor("bad")(lambda: 1 / 0)
+        registry.register(StoreCollector(queue, at_most=3))
+        queue.start()
+        for number, expected in enumerate((1, 2, 3, 3), 1):
+            queue.submit("bad")
+            assert queue.drain(PATIENCE)
+            assert queue.count_tasks(status="failed") == number
+            assert registry.get_sample_value("taskx_dead_letters") == expected
+
+    def test_schedules_are_late_while_no_queue_runs(self, queue, value, clock):
+        queue.schedule("a", every(60), "t")
+        queue.schedule("b", every(600), "t")
+        clock.advance(150)
+        assert value("schedules_overdue") == 1
+        assert value("schedule_lag_seconds") == 90
+        clock.advance(600)
+        assert value("schedules_overdue") == 2
+        assert value("schedule_lag_seconds") == 690
+
+    def test_threads_that_run_on_are_counted_while_they_do(self, queue, value, clock):
+        begun, go_on = threading.Event(), threading.Event()
+        queue.executor("deaf", timeout=60, grace=5)(lambda: begun.set() or go_on.wait(PATIENCE))
+        queue.start()
+        queue.submit("deaf")
+        assert begun.wait(PATIENCE)
+        clock.advance(65)
+        assert queue.drain(PATIENCE)
+        assert value("threads_stuck") == 1
+        go_on.set()
+        eventually(lambda: value("threads_stuck") == 0)
 
     def test_an_unreadable_store_loses_only_its_own_metrics(self, tmp_path, caplog):
         registry = CollectorRegistry()
@@ -279,6 +448,9 @@ class TestCollector:
         text = generate_latest(registry).decode()
         assert "taskx_tasks_running 0.0" in text
         assert "taskx_nodes" not in text
+        assert "taskx_repository_up 0.0" in text
+        assert "taskx_repository_errors_total 1.0" in text
+        assert "taskx_repository_errors_total 2.0" in generate_latest(registry).decode()
         assert "the metrics of the repository are missing" in caplog.text
 
     def test_a_second_collector_is_refused(self, queue, registry):
@@ -292,7 +464,7 @@ class TestCollector:
 @pytest.fixture
 def text(make, registry, value, clock):
     """The text of a scrape in which all metrics have values."""
-    queue = make(worker_num=1)
+    queue = make(worker_num=1, buffer_size=3)
     begun, go_on = threading.Event(), threading.Event()
     queue.executor("deaf", timeout=60)(lambda: begun.set() or go_on.wait(PATIENCE))
     registry.register(StoreCollector(queue))
@@ -300,9 +472,24 @@ def text(make, registry, value, clock):
     queue.repository.create(Task(id="a", type="fine"))
     start = lifecycle.start(queue.repository.get_by_id("a"), 0, "a node that died")
     queue.repository.apply([start])
+    queue.schedule("often", every(60), "fine")
+    clock.advance(3600)
     queue.start()
     queue.submit("bad")
-    queue.submit("fine", delay=1000)
+    queue.submit("fine", delay=1000, unique_key="u")
+    with pytest.raises(DuplicateTask):
+        queue.submit("fine", unique_key="u")
+    endings = [Snooze(0)]
+
+    @queue.executor("later")
+    def later():
+        if endings:
+            raise endings.pop()
+
+    again = queue.submit("later", delay=1000)
+    again.cancel()
+    queue.requeue(again.id)
+    queue.pause("other")
     queue.submit("deaf")
     assert begun.wait(PATIENCE)
     clock.advance(100)
@@ -323,6 +510,14 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_tasks_retried": "counter",
         "taskx_tasks_stuck": "counter",
         "taskx_tasks_rescued": "counter",
+        "taskx_tasks_failed": "counter",
+        "taskx_tasks_snoozed": "counter",
+        "taskx_tasks_interrupted": "counter",
+        "taskx_tasks_requeued": "counter",
+        "taskx_tasks_refused": "counter",
+        "taskx_schedule_gaps": "counter",
+        "taskx_leases_lost": "counter",
+        "taskx_repository_errors": "counter",
         "taskx_task_duration_seconds": "histogram",
         "taskx_task_wait_seconds": "histogram",
         "taskx_tasks_running": "gauge",
@@ -330,8 +525,21 @@ def test_the_librarys_parser_reads_the_metrics(text):
         "taskx_tasks_pending": "gauge",
         "taskx_oldest_pending_age_seconds": "gauge",
         "taskx_nodes": "gauge",
+        "taskx_workers": "gauge",
+        "taskx_buffer_size": "gauge",
+        "taskx_events_waiting": "gauge",
+        "taskx_healthy": "gauge",
+        "taskx_repository_up": "gauge",
+        "taskx_tasks": "gauge",
+        "taskx_dead_letters": "gauge",
+        "taskx_paused": "gauge",
+        "taskx_threads_stuck": "gauge",
+        "taskx_schedules_overdue": "gauge",
+        "taskx_schedule_lag_seconds": "gauge",
     }
-    assert all(family.documentation and family.samples for family in families.values())
+    assert all(family.documentation for family in families.values())
+    empty = {name for name, family in families.items() if not family.samples}
+    assert empty == {"taskx_tasks_interrupted"}
 
 
 @pytest.mark.process

@@ -266,7 +266,8 @@ def test_a_schedule_whose_tick_is_late_is_a_problem(idle, clock):
     clock.advance(1)
     problem = only(idle, "schedule_overdue", nodes=0)
     due = idle.schedules()["often"].next_tick
-    assert problem.facts == {"schedules": {"often": due}, "number": 1, "most": 60}
+    late = {"since": due, "seconds": 61}
+    assert problem.facts == {"schedules": {"often": due}, "number": 1, "most": 60, **late}
     assert str(problem) == (
         f"1 schedule is overdue (often): the oldest tick without a task was at "
         f"{due:%Y-%m-%d %H:%M:%S} UTC."
